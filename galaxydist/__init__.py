@@ -1,0 +1,3 @@
+"""galaxydist: a distributed training toolkit for galaxy morphology."""
+
+__version__ = "0.1.0"

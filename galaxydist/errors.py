@@ -1,0 +1,7 @@
+"""The errors that a user can mend. The command line prints their text alone and leaves with exit code 2."""
+
+EXIT_BAD_INPUT = 2
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used: the text says what is wrong, what was given and what to do."""

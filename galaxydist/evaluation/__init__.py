@@ -1,0 +1,1 @@
+"""Exact counts, and the metrics, tables and figures that derive from them."""

@@ -1,0 +1,1 @@
+"""The architectures, and how a recipe becomes a model."""

@@ -1,0 +1,159 @@
+"""The schema of a recipe: every key, its type, its range, its default and what it is for.
+
+A field is a *result* field (it changes the numbers of a run, and so the run's folder) unless it is made with ``run_field``
+(tracker, threads, micro-batch: it changes only how the run is carried out).
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ModelName = Literal["custom_cnn", "resnet18", "resnet26", "resnet50", "vgg16", "vgg19", "vit", "vit_scratch"]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def run_field(default: Any, description: str, **constraints: Any) -> Any:
+    """A field that changes how a run is carried out, not its numbers."""
+    return Field(default, description=description, json_schema_extra={"kind": "run"}, **constraints)
+
+
+class Section(BaseModel):
+    """A part of the recipe: read-only, unknown keys refused, nan and inf refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class AugmentConfig(Section):
+    """Random changes to a training image; all in one resampling. Every draw is a hash of (seed, epoch, position, purpose)."""
+
+    rotate: Literal["none", "d4", "any"] = Field(
+        "any", description="none; quarter turns, exact pixels (d4); or any angle, resampled with reflected edges"
+    )
+    flip: bool = Field(True, description="mirror half of the images")
+    zoom: Annotated[float, Field(ge=1.0, le=4.0)] = Field(
+        1.0, description="scale drawn log-uniformly between 1/zoom and zoom (1: off; needs rotate=any or none)"
+    )
+    shift: Annotated[float, Field(ge=0.0, le=0.5)] = Field(
+        0.0, description="largest shift along each axis, as a fraction of the width"
+    )
+    brightness: Fraction = Field(0.0, description="brightness factor drawn from 1 - b to 1 + b, equal for all channels")
+    noise: Fraction = Field(0.0, description="largest standard deviation of added Gaussian noise, as a fraction of full scale")
+
+
+class DataConfig(Section):
+    """Which galaxies, and how they are read."""
+
+    dataset: str = Field("galaxy10_decals", description="name of the data set under the data root", min_length=1)
+    variant: Literal["original", "balanced"] = Field("original", description="which frozen data set of the survey")
+    conflicting: Literal["keep", "drop"] = Field("keep", description="training galaxies that stand in the source with two labels")
+    manifest: Path | None = Field(None, description="manifest.json to use instead of the data root's")
+    dir: Path | None = run_field(None, "data root (else GALAXYDIST_DATA, else the user cache folder)")
+    image_size: Annotated[int, Field(ge=16, le=1024)] = Field(256, description="pixels of the square image that the model sees")
+    crop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="central fraction of the stored width that is kept (train and evaluation)"
+    )
+    balance: Literal["none", "resample"] = Field("none", description="draw training galaxies evenly over the classes")
+    num_streams: Count = Field(192, description="canonical streams of the order; fixed for a run, never the world size")
+    on_error: Literal["raise", "skip"] = Field("raise", description="a picture that does not decode: stop, or give it weight 0")
+    max_errors: Annotated[int, Field(ge=0)] = Field(100, description="with on_error=skip, stop after this many in a run")
+    augment: AugmentConfig = AugmentConfig()
+    threads: Annotated[int, Field(ge=0)] = run_field(0, "decoding threads of each process (0: from its cores)")
+    prefetch: Count = run_field(4, "batches decoded ahead")
+
+
+class ModelConfig(Section):
+    """The architecture."""
+
+    name: ModelName = Field(..., description="architecture")
+    size: Literal["small", "base"] = Field("small", description="vit and vit_scratch: ViT-S/16 or ViT-B/16")
+    pretrained: bool = Field(False, description="start from timm's published weights")
+    weights: Path | None = Field(None, description="start from a local safetensors file")
+    freeze_backbone: bool = Field(False, description="train the head alone; the rest stays in evaluation mode")
+    drop_rate: Fraction = Field(0.0, description="dropout before the head")
+    drop_path_rate: Fraction = Field(0.0, description="stochastic depth")
+    width: Annotated[int, Field(ge=4, le=512)] = Field(32, description="custom_cnn: channels of the first block")
+
+
+class OptimConfig(Section):
+    """Optimizer and learning-rate schedule (a function of the step alone)."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: Positive = Field(1e-3, description="peak learning rate")
+    weight_decay: NonNegative = Field(0.05, description="not applied to biases and normalisation")
+    momentum: Fraction = Field(0.9, description="sgd: Nesterov momentum")
+    beta2: Fraction = Field(0.999, description="adamw: second-moment decay")
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: Fraction = Field(0.05, description="share of all steps over which the rate rises from 0 to lr")
+    final: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.01, description="rate at the end, as a fraction of lr")
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    epochs: Count = Field(30, description="passes over the training split")
+    batch_size: Count = Field(192, description="global batch: galaxies in one optimizer step, over all processes")
+    micro_batch: Annotated[int, Field(ge=0)] = run_field(
+        0, "galaxies in one forward pass of one process (0: its whole share of the batch); smaller values accumulate gradients"
+    )
+    precision: Literal["auto", "no", "bf16", "fp16"] = Field("auto", description="auto: bf16 or fp16 by the GPU, fp32 on CPU")
+    label_smoothing: Fraction = 0.0
+    class_weights: Literal["none", "balanced"] = Field("none", description="balanced: N / (K N_k) in the loss")
+    clip_norm: NonNegative = Field(1.0, description="gradient clipping by global norm (0: off)")
+    ema: Fraction = Field(0.0, description="decay a step of the moving average of the weights (0: off), ramped up at the start")
+    patience: Annotated[int, Field(ge=0)] = Field(0, description="stop after this many validations without a better one (0: never)")
+    metric: Literal["accuracy", "balanced_accuracy", "loss"] = Field(
+        "accuracy", description="validation metric that chooses the best checkpoint and stops early"
+    )
+    log_every: Count = run_field(20, "steps between lines of metrics.jsonl")
+    save_every: Count = run_field(1, "epochs between checkpoints")
+
+
+class EvalConfig(Section):
+    """Evaluation during and after training."""
+
+    batch_size: Count = Field(64, description="galaxies of one evaluation batch; a result field, since logits change in the last bits")
+    every: Count = Field(1, description="epochs between validations")
+    checkpoint: Literal["best", "last"] = Field("best", description="which checkpoint is judged on the test split")
+
+
+class TrackerConfig(Section):
+    """Where metrics go beside metrics.jsonl."""
+
+    name: Literal["none", "wandb"] = run_field("none", "tracker")
+    mode: Literal["auto", "online", "offline"] = run_field("auto", "auto: online with a key and a network, else offline")
+    project: str = run_field("galaxydist", "wandb project", min_length=1)
+    entity: str | None = run_field(None, "wandb team or user")
+    tags: tuple[str, ...] = run_field((), "wandb tags")
+
+
+class RunConfig(Section):
+    """The run folder."""
+
+    dir: Path | None = run_field(None, "run folder (else runs/<recipe>-<8 hex of the result fields>)")
+    root: Path = run_field(Path("runs"), "folder of the run folders")
+
+
+class ResumeConfig(Section):
+    """What may change when a run is continued."""
+
+    force: tuple[str, ...] = run_field((), "result keys that may differ from the run folder's")
+
+
+class Recipe(Section):
+    """One run, complete. Read-only: what is found out while running is kept elsewhere."""
+
+    name: str = Field(..., description="recipe name: the file's", min_length=1)
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of every random choice")
+    order_version: Literal[1] = Field(1, description="version of order and chance; old runs keep theirs")
+    data: DataConfig = DataConfig()
+    model: ModelConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    tracker: TrackerConfig = TrackerConfig()
+    run: RunConfig = RunConfig()
+    resume: ResumeConfig = ResumeConfig()

@@ -1,0 +1,1 @@
+"""How galaxies are stored in WebDataset shards and streamed out again."""
