@@ -1,0 +1,60 @@
+"""Chance: every random choice is a hash of what it is about (seed, epoch, position, purpose), never the next draw of a generator.
+
+numpy's and torch's generators promise no stable stream between versions; this hash is ours and its values are fixed by a test.
+
+``hash64(a)`` is the first output of SplitMix64 seeded with a; further integers are chained in by exclusive or:
+``h(a) = mix(a + GAMMA)``, ``h(a, b) = mix((h(a) ^ b) + GAMMA)``, and so on, all modulo 2^64.
+SplitMix64 and its constants: Steele, Lea & Flood (2014), "Fast splittable pseudorandom number generators", OOPSLA, section 6,
+in the form of Vigna's public-domain splitmix64.c.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+_MODULUS = 1 << 64
+
+
+def mix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser: a bijection of the 64-bit integers in which each input bit flips half of the output bits."""
+    with np.errstate(over="ignore"):
+        state = (state ^ (state >> np.uint64(30))) * _FIRST
+        state = (state ^ (state >> np.uint64(27))) * _SECOND
+        return state ^ (state >> np.uint64(31))
+
+
+def hash64(*integers: ArrayLike) -> NDArray[np.uint64]:
+    """A random-looking 64-bit number for each tuple of integers.
+
+    Args:
+        integers: one or more integers or integer arrays, broadcast against each other; each modulo 2^64, so -1 is 2^64 - 1.
+
+    Returns:
+        uint64 of the broadcast shape (a 0-d array for plain integers: ``int()`` it).
+
+    Raises:
+        TypeError: for anything that is not an integer.
+    """
+    if not integers:
+        raise TypeError("hash64 needs at least one integer")
+    state: NDArray[np.uint64] = np.zeros((), np.uint64)
+    with np.errstate(over="ignore"):
+        for value in integers:
+            state = mix64((state ^ _as_uint64(value)) + GAMMA)
+    return np.asarray(state)
+
+
+def uniform(*integers: ArrayLike) -> NDArray[np.float64]:
+    """A uniform float64 in [0, 1) for each tuple of integers: the upper 53 bits of :func:`hash64`."""
+    return np.asarray((hash64(*integers) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def _as_uint64(value: ArrayLike) -> NDArray[np.uint64]:
+    if isinstance(value, int):
+        return np.asarray(value % _MODULUS, np.uint64)
+    array = np.asarray(value)
+    if array.dtype.kind not in "iub":
+        raise TypeError(f"hash64 takes integers, not {array.dtype}")
+    return array.astype(np.uint64)
