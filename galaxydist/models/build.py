@@ -1,0 +1,110 @@
+"""From a recipe's model section to a model: images B x 3 x H x W in, logits B x K out."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from galaxydist.models.custom_cnn import CustomCNN
+from galaxydist.models.frozen import freeze_backbone
+from galaxydist.models.published import find_weights
+from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, check_config, timm_name
+from galaxydist.models.weights import load_weights, read_weights
+from galaxydist.recipe.schema import ModelConfig
+
+_logger = logging.getLogger(__name__)
+
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+
+def build_model(
+    config: ModelConfig,
+    num_classes: int,
+    image_size: int,
+    *,
+    weights_dir: Path | None = None,
+    say: Callable[[str], None] = _logger.warning,
+) -> nn.Module:
+    """The model that ``config`` asks for, on the CPU, in float32 and training mode, with its weights in place.
+
+    New weights are drawn from torch's generator: seed it before. Nothing here waits for a network; call ``fetch_weights`` before,
+    on one process, where the machine may have one.
+
+    Args:
+        num_classes: K.
+        image_size: pixels of the square images; any size from 16 (vgg: 32). A ViT pads to a multiple of 16.
+        weights_dir: where ``fetch_weights`` put published weights; the local Hugging Face cache is looked in after it.
+        say: told what was left out of a file or changed; only one process of many need listen.
+
+    Raises:
+        UserError: for settings that the architecture cannot use, and for weights that are missing or do not fit.
+    """
+    check_config(config, image_size)
+    architecture = ARCHITECTURES[config.name]
+    # Looked for first: an error about weights should not wait for a large model.
+    path = config.weights or (find_weights(config, weights_dir) if config.pretrained else None)
+    tensors = None if path is None else read_weights(path)
+    name = timm_name(config)
+    if name is None:
+        model: nn.Module = CustomCNN(num_classes, config.width, config.drop_rate)
+    elif config.name.startswith("vgg"):
+        model = _build_vgg(name, num_classes, config)
+    else:
+        model = _build_timm(name, num_classes, image_size, config)
+    if tensors is not None:
+        load_weights(model, tensors, str(path), head_names=architecture.head, unused=architecture.unused, say=say)
+    if config.freeze_backbone:
+        if tensors is None:
+            say("model.freeze_backbone=true without model.pretrained=true or model.weights=FILE: the frozen part stays random")
+        freeze_backbone(model, architecture.head)
+    return model.train()
+
+
+def input_statistics(config: ModelConfig) -> Statistics | None:
+    """Channel mean and deviation (0..1, RGB) that the model's images are normalised with, or None for the data set's own.
+
+    Published weights expect those they were trained with. ``model.pretrained`` alone decides: with ``model.weights=FILE`` beside
+    it, FILE holds such weights, or what a run of the same recipe made of them.
+    """
+    name = timm_name(config)
+    if not config.pretrained or name is None:
+        return None
+    import timm
+
+    published: Any = timm.get_pretrained_cfg(name)
+    (r, g, b), (dr, dg, db) = published.mean, published.std
+    return (r, g, b), (dr, dg, db)
+
+
+def _build_timm(name: str, num_classes: int, image_size: int, config: ModelConfig) -> nn.Module:
+    import timm
+
+    options: dict[str, Any] = {}
+    if config.name.startswith("vit"):
+        # The position embedding is made for the recipe's size; other sizes (the app's) are resampled as they come.
+        options = {"img_size": image_size, "dynamic_img_size": True, "dynamic_img_pad": image_size % PATCH_SIZE > 0}
+    if config.name == "vit_scratch":
+        # Without pretraining the average of all tokens learns faster than a class token (Beyer et al. 2022, arXiv:2205.01580).
+        options |= {"class_token": False, "global_pool": "avg"}
+    rates = {"drop_rate": config.drop_rate, "drop_path_rate": config.drop_path_rate}
+    model: nn.Module = timm.create_model(name, num_classes=num_classes, **rates, **options)
+    return model
+
+
+def _build_vgg(name: str, num_classes: int, config: ModelConfig) -> nn.Module:
+    """VGG's convolutions under a global average and one linear layer, in place of the two layers of 4,096 for 7 x 7 maps only.
+
+    The variants with batch normalisation, which train at ordinary learning rates also from random weights.
+    """
+    import timm
+    from timm.layers import ClassifierHead
+
+    # The published classifier would be 120 million parameters, made to be thrown away: mlp_ratio makes it one channel wide.
+    model: Any = timm.create_model(name, num_classes=num_classes, mlp_ratio=1 / 4096)
+    model.pre_logits = nn.Identity()
+    model.head = ClassifierHead(model.num_features, num_classes, pool_type="avg", drop_rate=config.drop_rate)
+    model.head_hidden_size = model.num_features
+    vgg: nn.Module = model
+    return vgg
