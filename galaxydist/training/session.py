@@ -1,0 +1,252 @@
+"""A training run from its recipe to its result: checks first, then the run folder, then the loop, then the evaluation."""
+
+import contextlib
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from galaxydist.errors import UserError
+from galaxydist.models.build import build_model
+from galaxydist.models.groups import parameter_groups
+from galaxydist.recipe.fields import recipe_fields
+from galaxydist.recipe.identity import flatten, result_fields, run_name, to_dict
+from galaxydist.recipe.load import ResolvedRecipe
+from galaxydist.recipe.paths import data_root, weights_dir
+from galaxydist.runs import checkpoints
+from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.lock import RunLock
+from galaxydist.shards.augment import Augment
+from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.reader import TrainReader
+from galaxydist.training.agreement import StopFlag
+from galaxydist.training.data import build_augment, find_manifest, has_split, open_manifest
+from galaxydist.training.evaluate import judge_checkpoint
+from galaxydist.training.journal import Journal, Schedule
+from galaxydist.training.loop import Loop
+from galaxydist.training.objective import Objective, class_weights
+from galaxydist.training.optimizer import LearningRate, build_optimizer
+from galaxydist.training.state import TrainingState
+from galaxydist.training.stopping import EarlyStopping
+from galaxydist.training.tracking import NullTracker, Tracker, build_tracker
+from galaxydist.training.update import Update
+from galaxydist.training.validation import average_statistics, evaluate_split
+from galaxydist.training.world import World, enter_world, leave_world
+
+
+def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> int:
+    """Carry out a recipe: start it, continue it, or show its result if it has one.
+
+    Args:
+        resolved: the recipe and where its values came from.
+        environ: the process's environment.
+
+    Returns:
+        0 after the evaluation, else the number of the signal that stopped the run (its state is saved).
+
+    Raises:
+        UserError: something the user must mend; nothing was written.
+    """
+    world = enter_world(resolved.recipe.train.precision, environ)
+    try:
+        return Session(resolved, world, environ).run()
+    finally:
+        leave_world()
+
+
+@dataclass
+class Parts:
+    """What is made before the loop."""
+
+    state: TrainingState
+    update: Update
+    augment: Augment
+    schedule: Schedule
+    judged: nn.Module
+
+
+class Session:
+    """One process's part in a run.
+
+    Args:
+        resolved: the recipe and where its values came from.
+        world: the processes.
+        environ: the process's environment.
+    """
+
+    def __init__(self, resolved: ResolvedRecipe, world: World, environ: Mapping[str, str]) -> None:
+        self.resolved = resolved
+        self.recipe = resolved.recipe
+        self.world = world
+        self.environ = environ
+        self.root = data_root(self.recipe.data.dir, environ)
+
+    def run(self) -> int:
+        """See ``train``."""
+        path = find_manifest(self.recipe.data, self.root)
+        manifest = self.world.together(lambda: open_manifest(path, self.recipe, self.world.size))
+        torch.manual_seed(self.recipe.seed)
+        model = self.world.together(lambda: self._build_model(manifest)).to(self.world.device)
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopFlag())
+            folder = RunFolder(Path(self.world.on_main(lambda: str(self._open_folder(stack, manifest)))))
+            if self.world.on_main(folder.read_result) is not None:
+                self._say(f"{folder} is finished.")
+                judge_checkpoint(self.world, folder, self.recipe, manifest, "test")
+                return 0
+            parts = self._build_parts(model, manifest)
+            self.world.together(lambda: self._restore(parts.state, folder))
+            tracker = self._start_tracker(folder, parts.state)
+            return self._train(parts, manifest, folder, tracker, stop)
+
+    def _build_model(self, manifest: Manifest) -> nn.Module:
+        config, size = self.recipe.model, self.recipe.data.image_size
+        return build_model(config, manifest.num_classes, size, weights_dir=weights_dir(self.root), say=self._say)
+
+    def _open_folder(self, stack: contextlib.ExitStack, manifest: Manifest) -> Path:
+        """Rank 0: lock the run folder and see that the recipe and the data are those it was started with."""
+        folder = RunFolder(self.recipe.run.dir or self.recipe.run.root / run_name(self.recipe))
+        folder.create()
+        lock = RunLock(
+            folder.lock_path,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            clock=time.time,
+            job_id=self.world.job_id,
+            restart_count=self.world.restart_count,
+        )
+        stack.enter_context(lock)
+        newest = checkpoints.load(folder.checkpoints_dir, groups=())
+        if newest is not None and newest.state["manifest_hash"] != manifest.hash:
+            raise UserError(
+                f"The run in {folder} was started on other shards than {manifest.path} (manifest "
+                f"{newest.state['manifest_hash'][:12]} there, {manifest.hash[:12]} here). "
+                "Give it the old shards with data.manifest=FILE, or start a new run with run.dir=FOLDER."
+            )
+        folder.continue_recipe(
+            flatten(self.recipe),
+            self.resolved.origins,
+            result_keys=result_fields(self.recipe).keys(),
+            force=self.recipe.resume.force,
+            step=newest.step if newest is not None else 0,
+        )
+        return folder.path
+
+    def _build_parts(self, model: nn.Module, manifest: Manifest) -> Parts:
+        world, config, train_split = self.world, self.recipe.train, manifest.splits["train"]
+        steps_per_epoch = train_split.num_samples // config.batch_size
+        schedule = Schedule(steps_per_epoch, config.epochs * steps_per_epoch, config.batch_size)
+        groups: list[dict[str, Any]] = [dict(group) for group in parameter_groups(model, self.recipe.optim.weight_decay)]
+        ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema > 0 else None
+        prepared_model, optimizer = world.accelerator.prepare(model, build_optimizer(groups, self.recipe.optim))
+        augment = build_augment(self.recipe, manifest)
+        objective = Objective(class_weights(config.class_weights, train_split.class_counts).to(world.device), config.label_smoothing)
+        rate = LearningRate(self.recipe.optim, schedule.total_steps)
+        update = Update(world, prepared_model, optimizer, objective, augment, rate, ema, config, self.recipe.seed)
+        stopping = EarlyStopping(config.metric, config.patience)
+        state = TrainingState(model, optimizer, world.accelerator.scaler, ema, stopping)
+        return Parts(state, update, augment, schedule, model if ema is None else ema.module)
+
+    def _restore(self, state: TrainingState, folder: RunFolder) -> None:
+        """Go on from the newest sound checkpoint, where there is one. Every rank reads it."""
+        newest = checkpoints.load(folder.checkpoints_dir)
+        if newest is not None:
+            state.restore(newest.tensors, newest.state)
+            self._say(f"continuing {folder} from step {state.step}")
+        if self.world.is_main:
+            folder.metrics.cut_back(state.step)
+
+    def _start_tracker(self, folder: RunFolder, state: TrainingState) -> Tracker:
+        if not self.world.is_main:
+            return NullTracker()
+        stored = folder.read_tracker()
+        tracker = build_tracker(
+            self.recipe.tracker,
+            folder=folder.path,
+            run_id=state.tracker_run_id or stored.get("run_id") or uuid.uuid4().hex[:8],
+            name=folder.path.name,
+            recipe=to_dict(self.recipe),
+            logged_step=stored.get("highest_step", 0),
+            environ=self.environ,
+        )
+        state.tracker_run_id = tracker.run_id
+        return tracker
+
+    def _train(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopFlag) -> int:
+        recipe, world, state = self.recipe, self.world, parts.state
+        exit_code = 1
+        summary: dict[str, float] = {}
+        try:
+            with (
+                self._open_reader(manifest, state.step) as reader,
+                Journal(world, folder, tracker, parts.schedule, state.step, recipe.train.log_every) as journal,
+            ):
+                loop = Loop(
+                    world,
+                    parts.schedule,
+                    state,
+                    parts.update,
+                    journal,
+                    lambda is_best: self._save(parts, manifest, folder, is_best),
+                    (lambda: self._validate(parts, manifest)) if has_split(manifest, "val") else None,
+                    validate_every=recipe.eval.every,
+                    save_every=recipe.train.save_every,
+                )
+                stop_signal = loop.run(iter(reader), stop)
+            if stop_signal:
+                self._say(f"stopped by signal {stop_signal} at step {state.step}, which is saved; the same command continues it")
+                return stop_signal
+            metrics = judge_checkpoint(world, folder, recipe, manifest, "test")
+            summary = {f"test/{name}": metrics[name] for name in ("accuracy", "balanced_accuracy", "loss")} if metrics else {}
+            world.on_main(lambda: folder.write_result({"step": state.step, **summary}))
+            exit_code = 0
+        finally:
+            tracker.finish(summary, exit_code)
+        return 0
+
+    def _open_reader(self, manifest: Manifest, start_step: int) -> TrainReader:
+        data = self.recipe.data
+        return TrainReader(
+            manifest,
+            seed=self.recipe.seed,
+            batch_size=self.recipe.train.batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            num_streams=data.num_streams,
+            image_size=data.image_size,
+            crop=data.crop,
+            balance=data.balance,
+            on_error=data.on_error,
+            max_errors=data.max_errors,
+            threads=data.threads or self.world.cores,
+            prefetch=data.prefetch,
+            start_step=start_step,
+        )
+
+    def _validate(self, parts: Parts, manifest: Manifest) -> dict[str, float]:
+        average_statistics(self.world, parts.state.model, parts.judged)
+        found = evaluate_split(self.world, parts.judged, manifest, "val", parts.augment, self.recipe)
+        return {f"val/{name}": found[name] for name in ("loss", "accuracy", "balanced_accuracy")}
+
+    def _save(self, parts: Parts, manifest: Manifest, folder: RunFolder, is_best: bool) -> None:
+        """Every rank takes part: batch-norm statistics are averaged first; rank 0 writes."""
+        average_statistics(self.world, parts.state.model, parts.judged)
+
+        def write() -> None:
+            tensors, state = parts.state.snapshot()
+            state |= {"manifest_hash": manifest.hash, "order_version": self.recipe.order_version, "recipe": to_dict(self.recipe)}
+            checkpoints.save(folder.checkpoints_dir, parts.state.step, tensors, state, best=is_best)
+
+        self.world.on_main(write)
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, flush=True)

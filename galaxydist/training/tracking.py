@@ -1,0 +1,143 @@
+"""Trackers: where metrics go beside the run folder. Rank 0 holds a real one, every other rank the null one."""
+
+import logging
+import netrc
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from galaxydist.recipe.schema import TrackerConfig
+
+LOG = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """What the trainer asks of a tracker."""
+
+    @property
+    def run_id(self) -> str | None: ...
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def finish(self, summary: Mapping[str, float], exit_code: int) -> None: ...
+
+
+class NullTracker:
+    """Tracks nothing."""
+
+    run_id: str | None = None
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def finish(self, summary: Mapping[str, float], exit_code: int) -> None:
+        """Nothing."""
+
+
+class WandbTracker:
+    """Weights & Biases, online or offline. A failure is said once and never stops the training.
+
+    Args:
+        config: project, entity, tags.
+        mode: ``online`` or ``offline``.
+        folder: where wandb keeps its files.
+        run_id: of the run to continue, or a new one.
+        name: shown on the dashboard.
+        recipe: the resolved recipe, stored as the run's config.
+        logged_step: the highest step logged before; steps up to it are not logged again (a curve cannot go back).
+    """
+
+    def __init__(
+        self,
+        config: TrackerConfig,
+        mode: str,
+        folder: Path,
+        run_id: str,
+        name: str,
+        recipe: Mapping[str, Any],
+        logged_step: int,
+    ) -> None:
+        import wandb
+
+        self.run_id: str | None = run_id
+        self._logged_step = logged_step
+        self._failed = False
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            tags=list(config.tags) or None,
+            mode="online" if mode == "online" else "offline",
+            dir=str(folder),
+            id=run_id,
+            name=name,
+            resume="allow",
+            config=dict(recipe),
+            settings=wandb.Settings(silent=True, init_timeout=60),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        if self._failed or step <= self._logged_step:
+            return
+        try:
+            self._run.log({**metrics, "step": step}, step=step)
+        except Exception as error:  # whatever a tracker does, the training goes on
+            self._fail(error)
+
+    def finish(self, summary: Mapping[str, float], exit_code: int) -> None:
+        try:
+            self._run.summary.update(dict(summary))
+            self._run.finish(exit_code=exit_code)
+        except Exception as error:  # as above
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._failed:
+            LOG.warning("wandb failed (%s); the training goes on without it, metrics.jsonl has every number", error)
+        self._failed = True
+
+
+def build_tracker(
+    config: TrackerConfig,
+    *,
+    folder: Path,
+    run_id: str,
+    name: str,
+    recipe: Mapping[str, Any],
+    logged_step: int,
+    environ: Mapping[str, str],
+) -> Tracker:
+    """The recipe's tracker, or the null tracker where it cannot be started."""
+    if config.name == "none":
+        return NullTracker()
+    mode = config.mode if config.mode != "auto" else choose_wandb_mode(environ)
+    try:
+        return WandbTracker(config, mode, folder, run_id, name, recipe, logged_step)
+    except Exception as error:  # a tracker that fails never stops a training run
+        LOG.warning("wandb could not start (%s); metrics.jsonl has every number", error)
+        return NullTracker()
+
+
+def choose_wandb_mode(environ: Mapping[str, str]) -> str:
+    """``online`` where there is a key and wandb's server answers within two seconds, else ``offline``."""
+    if environ.get("WANDB_MODE") in ("online", "offline"):
+        return environ["WANDB_MODE"]
+    host = environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    name, _, port = host.partition(":")
+    if not environ.get("WANDB_API_KEY") and not _key_in_netrc(name):
+        return "offline"
+    try:
+        socket.create_connection((name, int(port or 443)), timeout=2).close()
+    except OSError:
+        return "offline"
+    return "online"
+
+
+def _key_in_netrc(host: str) -> bool:
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,75 @@
+"""Exact evaluation over a split: every galaxy is counted once, on any number of ranks."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from galaxydist.evaluation.counts import Counts
+from galaxydist.evaluation.metrics import metrics_from_counts
+from galaxydist.recipe.schema import Recipe
+from galaxydist.shards.augment import Augment
+from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.reader import EvalReader
+from galaxydist.training.world import World
+
+
+@torch.inference_mode()
+def evaluate_split(
+    world: World, model: nn.Module, manifest: Manifest, split: str, augment: Augment, recipe: Recipe
+) -> dict[str, object]:
+    """Accuracy, loss, per-class figures and confusion matrix of a split. All ranks take part and get the same.
+
+    Args:
+        world: the processes.
+        model: not wrapped in DDP: ranks run different numbers of batches.
+        manifest: of the data set.
+        split: ``train``, ``val`` or ``test``.
+        augment: for its ``normalise``.
+        recipe: batch size, image size and crop.
+
+    Raises:
+        UserError: a galaxy that cannot be read: an evaluation never counts fewer.
+    """
+    was_training = model.training
+    model.eval()
+    counts = Counts(len(manifest.class_names))
+    with EvalReader(
+        manifest,
+        split,
+        batch_size=recipe.eval.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        image_size=recipe.data.image_size,
+        crop=recipe.data.crop,
+        threads=recipe.data.threads or world.cores,
+        prefetch=recipe.data.prefetch,
+    ) as batches:
+        for batch in batches:
+            images_BCHW = augment.normalise(batch.images_BHWC.to(world.device, non_blocking=True))
+            with world.accelerator.autocast():
+                logits_BK = model(images_BCHW)
+            counts.add(logits_BK, batch.labels_B.to(world.device), batch.weights_B.to(world.device))
+    model.train(was_training)
+    total = counts.reduce(world.sum)
+    total.check(manifest.splits[split].num_samples)
+    return metrics_from_counts(total, manifest.class_names)
+
+
+@torch.no_grad()
+def average_statistics(world: World, *models: nn.Module) -> None:
+    """Batch-norm statistics become their mean over the ranks (DDP runs with ``broadcast_buffers=False``)."""
+    if world.size == 1:
+        return
+    buffers = [
+        buffer
+        for model in models
+        for name, buffer in model.named_buffers()
+        if name.endswith(("running_mean", "running_var")) and buffer.is_floating_point()
+    ]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.flatten().double() for buffer in buffers])
+    dist.all_reduce(flat)
+    flat /= world.size
+    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))

@@ -1,0 +1,187 @@
+"""The world that a process belongs to: rank, number of processes, device, cores. The only place that reads the environment."""
+
+import os
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+
+from galaxydist.errors import UserError
+
+Precision = Literal["no", "bf16", "fp16"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """What a process knows of the processes around it.
+
+    Args:
+        accelerator: Hugging Face's Accelerator, which moves the model and scales the gradients.
+        rank, size: this process and how many there are.
+        cores: processor cores that this process may use for itself.
+        precision: of the forward pass.
+        job_id, restart_count: of the batch job, where there is one.
+    """
+
+    accelerator: Accelerator
+    rank: int
+    size: int
+    cores: int
+    precision: Precision
+    job_id: str | None
+    restart_count: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.accelerator.device)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Rank 0 does the work; every rank gets its result, or raises its ``UserError``."""
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = work()
+            except UserError as error:
+                if self.size == 1:
+                    raise
+                answer[1] = str(error)
+        if self.size > 1:
+            broadcast_object_list(answer, from_process=0)
+            if answer[1] is not None:
+                raise UserError(answer[1])
+        result: T = answer[0]
+        return result
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Every rank does the work; if any raises ``UserError``, every rank raises the first of them."""
+        result, problem = None, None
+        try:
+            result = work()
+        except UserError as error:
+            if self.size == 1:
+                raise
+            problem = str(error)
+        if self.size > 1:
+            problems: list[str | None] = [None] * self.size
+            dist.all_gather_object(problems, problem)
+            if told := [text for text in problems if text]:
+                raise UserError(told[0])
+        return result  # type: ignore[return-value]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The element-wise sum over all ranks, in place. All ranks take part."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def enter_world(precision: str, environ: MutableMapping[str, str]) -> World:
+    """Join the processes that the launcher started.
+
+    Works under ``python``, ``accelerate launch``, ``torchrun`` and ``srun``.
+
+    Args:
+        precision: ``auto``, ``no``, ``bf16`` or ``fp16``, as in the recipe.
+        environ: the process's environment; under ``srun`` torch's variables are added to it.
+
+    Raises:
+        UserError: fp16 without a GPU; a launcher whose number of processes did not come about.
+    """
+    _adopt_srun(environ)
+    wanted = int(environ.get("WORLD_SIZE", "1"))
+    has_gpu = torch.cuda.is_available()
+    resolved = resolve_precision(precision, has_gpu, torch.cuda.get_device_capability() if has_gpu else None)
+    local_size = int(environ.get("LOCAL_WORLD_SIZE", "0")) or wanted
+    cores = max(1, len(os.sched_getaffinity(0)) // local_size) if hasattr(os, "sched_getaffinity") else 1
+    # Launchers set OMP_NUM_THREADS=1; the cores are there to be used.
+    torch.set_num_threads(cores)
+    accelerator = Accelerator(
+        cpu=not has_gpu,
+        mixed_precision=resolved,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes != wanted:
+        raise UserError(
+            f"The launcher asked for {wanted} processes (WORLD_SIZE), but {accelerator.num_processes} came together. "
+            "Start the processes with torchrun --nproc-per-node N launch.py, or accelerate launch --multi_gpu --num_processes N "
+            "launch.py (also on machines without a GPU)."
+        )
+    return World(
+        accelerator=accelerator,
+        rank=accelerator.process_index,
+        size=accelerator.num_processes,
+        cores=cores,
+        precision=resolved,
+        job_id=environ.get("SLURM_JOB_ID"),
+        restart_count=int(environ.get("SLURM_RESTART_COUNT", "0")),
+    )
+
+
+def leave_world() -> None:
+    """Take down the process group, where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def resolve_precision(precision: str, has_gpu: bool, capability: tuple[int, int] | None) -> Precision:
+    """``auto`` becomes bf16 on compute capability 8 and later, fp16 on older GPUs, fp32 without one.
+
+    Raises:
+        UserError: fp16 without a GPU.
+    """
+    if precision == "auto":
+        if not has_gpu:
+            return "no"
+        return "bf16" if capability is not None and capability[0] >= 8 else "fp16"
+    if precision == "fp16" and not has_gpu:
+        raise UserError(
+            "train.precision=fp16 needs a GPU, and none is visible to this process. "
+            "Use train.precision=auto (fp32 on a machine without a GPU), or check nvidia-smi and CUDA_VISIBLE_DEVICES."
+        )
+    if precision not in ("no", "bf16", "fp16"):
+        raise AssertionError(precision)
+    return precision  # type: ignore[return-value]
+
+
+def _adopt_srun(environ: MutableMapping[str, str]) -> None:
+    """Under ``srun`` with several tasks and no other launcher: give torch the variables that it reads."""
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks <= 1 or "RANK" in environ:
+        return
+    environ.update(
+        RANK=environ["SLURM_PROCID"],
+        LOCAL_RANK=environ["SLURM_LOCALID"],
+        WORLD_SIZE=str(tasks),
+        LOCAL_WORLD_SIZE=_tasks_on_node(environ),
+    )
+    environ.setdefault("MASTER_ADDR", _first_host(environ))
+    environ.setdefault("MASTER_PORT", str(20_000 + int(environ["SLURM_JOB_ID"]) % 20_000))
+
+
+def _tasks_on_node(environ: Mapping[str, str]) -> str:
+    """Tasks on this node, from SLURM's compressed list (``4(x2),3``)."""
+    counts: list[str] = []
+    for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        number, _, times = part.partition("(x")
+        counts += [number] * int(times.rstrip(")") or 1)
+    return counts[int(environ["SLURM_NODEID"])]
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    """The first node of the job step, by SLURM's own parser of host lists."""
+    import subprocess
+
+    nodes = environ["SLURM_STEP_NODELIST"]
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    answer = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
+    return answer.stdout.split()[0]
