@@ -1,1 +1,1 @@
-"""The recipe: what a run is, typed, checked and read from YAML and the command line."""
+"""The typed recipe: its schema, loading it from YAML and ``key=value``, its identity, and where data lies."""

@@ -104,7 +104,9 @@ class TrainConfig(Section):
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: N / (K N_k) in the loss")
     clip_norm: NonNegative = Field(1.0, description="gradient clipping by global norm (0: off)")
     ema: Fraction = Field(0.0, description="decay a step of the moving average of the weights (0: off), ramped up at the start")
-    patience: Annotated[int, Field(ge=0)] = Field(0, description="stop after this many validations without a better one (0: never)")
+    patience: Annotated[int, Field(ge=0)] = Field(
+        0, description="stop after this many validations without a better one (0: never)"
+    )
     metric: Literal["accuracy", "balanced_accuracy", "loss"] = Field(
         "accuracy", description="validation metric that chooses the best checkpoint and stops early"
     )
@@ -115,7 +117,9 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """Evaluation during and after training."""
 
-    batch_size: Count = Field(64, description="galaxies of one evaluation batch; a result field, since logits change in the last bits")
+    batch_size: Count = Field(
+        64, description="galaxies of one evaluation batch; a result field, since logits change in the last bits"
+    )
     every: Count = Field(1, description="epochs between validations")
     checkpoint: Literal["best", "last"] = Field("best", description="which checkpoint is judged on the test split")
 

@@ -1,0 +1,101 @@
+"""Rules between fields of a recipe. Each says which keys it looks at and runs as soon as those are valid."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from galaxydist.recipe.fields import recipe_fields, suggest
+
+VIT_PATCH = 16  # pixels; both ViTs are /16
+
+
+@dataclass(frozen=True)
+class Check:
+    """A rule between fields.
+
+    Attributes:
+        keys: the dotted keys that it looks at; an error names where each came from.
+        problem: their values, in order -> what is wrong and what to do, or None.
+    """
+
+    keys: tuple[str, ...]
+    problem: Callable[..., str | None]
+
+
+def _start(pretrained: bool, weights: Any) -> str | None:
+    return "choose one: timm's published weights or your own file" if pretrained and weights is not None else None
+
+
+def _published(pretrained: bool, name: str) -> str | None:
+    if pretrained and name == "custom_cnn":
+        return "there are no published weights of custom_cnn; set model.pretrained=false"
+    if pretrained and name == "vit_scratch":
+        return "vit_scratch starts from random weights; use model.name=vit, or model.pretrained=false"
+    return None
+
+
+def _frozen(freeze: bool, pretrained: bool, weights: Any) -> str | None:
+    if freeze and not pretrained and weights is None:
+        return "a frozen backbone needs trained weights; set model.pretrained=true or model.weights=FILE"
+    return None
+
+
+def _micro_batch(micro_batch: int, batch_size: int) -> str | None:
+    if micro_batch > batch_size:
+        return (
+            f"a micro-batch of {micro_batch} is larger than the global batch of {batch_size}; use 0 for a process's whole share"
+        )
+    return None
+
+
+def _quarter_turns(rotate: str, zoom: float, shift: float) -> str | None:
+    if rotate == "d4" and (zoom > 1.0 or shift > 0.0):
+        return "quarter turns keep exact pixels, zoom and shift do not; use rotate=any or none, or zoom=1 and shift=0"
+    return None
+
+
+def _patches(name: str, image_size: int) -> str | None:
+    if name in ("vit", "vit_scratch") and image_size % VIT_PATCH:
+        lower = max(VIT_PATCH, image_size // VIT_PATCH * VIT_PATCH)
+        return f"{name} needs a multiple of {VIT_PATCH} pixels; try {lower} or {image_size // VIT_PATCH * VIT_PATCH + VIT_PATCH}"
+    return None
+
+
+def _size(name: str, size: str) -> str | None:
+    return f"{name} has one size only; leave model.size out" if size != "small" and name not in ("vit", "vit_scratch") else None
+
+
+def _width(name: str, width: int) -> str | None:
+    default = recipe_fields()["model.width"].default
+    return f"{name} has a fixed width; leave model.width out" if width != default and name != "custom_cnn" else None
+
+
+def _dataset_name(dataset: str) -> str | None:
+    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", dataset):
+        return None
+    return "is a folder name under the data root: letters, digits, '_', '-' and '.'; for a file elsewhere use data.manifest=FILE"
+
+
+def _forced_keys(force: tuple[str, ...]) -> str | None:
+    for key in force:
+        known = recipe_fields().get(key)
+        if known is None:
+            return f"{key!r} is no key of the recipe{suggest(key)}"
+        if known.kind == "run":
+            return f"{key} may change freely between restarts; take it out of the list"
+    return None
+
+
+CHECKS = (
+    Check(("model.pretrained", "model.weights"), _start),
+    Check(("model.pretrained", "model.name"), _published),
+    Check(("model.freeze_backbone", "model.pretrained", "model.weights"), _frozen),
+    Check(("train.micro_batch", "train.batch_size"), _micro_batch),
+    Check(("data.augment.rotate", "data.augment.zoom", "data.augment.shift"), _quarter_turns),
+    Check(("model.name", "data.image_size"), _patches),
+    Check(("model.name", "model.size"), _size),
+    Check(("model.name", "model.width"), _width),
+    Check(("data.dataset",), _dataset_name),
+    Check(("resume.force",), _forced_keys),
+)

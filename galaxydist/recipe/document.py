@@ -1,0 +1,122 @@
+"""Reading a recipe's YAML file: plain values the line that each stands on, and what is wrong with the file itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.composer import Composer
+from yaml.parser import Parser
+from yaml.reader import Reader
+from yaml.resolver import BaseResolver
+from yaml.scanner import Scanner
+
+from galaxydist.recipe.scalars import BOOL, FLOAT, INT, NULL, read_float, read_int
+
+_TAG = "tag:yaml.org,2002:"
+
+
+@dataclass
+class Document:
+    """A YAML mapping of mappings, flattened.
+
+    Attributes:
+        values: dotted key -> plain value (text, number, bool, None or a list of those). A section without keys is not listed.
+        lines: dotted key -> line number in the file (from 1), of values and sections.
+        problems: (line, text), line 0 where none is known.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+
+
+class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
+    """PyYAML down to the node graph, with YAML 1.2's core schema in place of its own mixture of YAML 1.1."""
+
+    def __init__(self, stream: str) -> None:
+        Reader.__init__(self, stream)
+        Scanner.__init__(self)
+        Parser.__init__(self)
+        Composer.__init__(self)
+        BaseResolver.__init__(self)
+
+    def resolve(self, kind: type, value: Any, implicit: Any) -> str:
+        if kind is yaml.MappingNode:
+            return f"{_TAG}map"
+        if kind is yaml.SequenceNode:
+            return f"{_TAG}seq"
+        if not implicit[0]:
+            return f"{_TAG}str"
+        if value == "" or NULL.fullmatch(value):
+            return f"{_TAG}null"
+        for name, pattern in (("bool", BOOL), ("int", INT), ("float", FLOAT)):
+            if pattern.fullmatch(value):
+                return f"{_TAG}{name}"
+        return f"{_TAG}str"
+
+
+def read_document(path: Path) -> Document:
+    """The file's values; never raises for what stands in the file, only OSError where it cannot be read."""
+    document = Document()
+    raw = path.read_bytes()
+    try:
+        loader = _Loader(raw.decode("utf-8"))
+        root = loader.get_single_node()
+    except UnicodeDecodeError as error:
+        document.problems.append((raw.count(b"\n", 0, error.start) + 1, "is not UTF-8 text"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        document.problems.append((mark.line + 1 if mark else 0, f"is not YAML: {error.problem or error.context}"))
+    except yaml.YAMLError as error:
+        document.problems.append((0, f"is not YAML: {str(error).splitlines()[0]}"))
+    except RecursionError:
+        document.problems.append((0, "is nested too deeply"))
+    else:
+        if isinstance(root, yaml.MappingNode):
+            _flatten(root, "", document)
+        elif root is not None and root.tag != f"{_TAG}null":
+            document.problems.append((root.start_mark.line + 1, "must be a mapping of keys to values, like 'model: {name: vit}'"))
+    return document
+
+
+def _flatten(mapping: yaml.MappingNode, prefix: str, document: Document) -> None:
+    for key_node, value_node in mapping.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != f"{_TAG}str":
+            document.problems.append((line, f"the key {getattr(key_node, 'value', '')!r} must be text"))
+            continue
+        if "." in key_node.value:
+            document.problems.append((line, f"the key {key_node.value!r} has a dot: write sections as nested mappings"))
+            continue
+        key = prefix + key_node.value
+        if key in document.lines:
+            document.problems.append((line, f"{key} stands here again, first on line {document.lines[key]}: keep one"))
+            continue
+        document.lines[key] = line
+        if isinstance(value_node, yaml.MappingNode):
+            _flatten(value_node, f"{key}.", document)
+            continue
+        try:
+            document.values[key] = _plain(value_node)
+        except ValueError as error:
+            document.problems.append((value_node.start_mark.line + 1, f"{key}: {error}"))
+
+
+def _plain(node: yaml.Node) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(member) for member in node.value]
+    if isinstance(node, yaml.MappingNode):
+        raise ValueError("a list holds plain values only")
+    readers: dict[str, Callable[[str], Any]] = {
+        "null": lambda _: None,
+        "bool": lambda text: text.lower() == "true",
+        "int": read_int,
+        "float": read_float,
+        "str": str,
+    }
+    reader = readers.get(node.tag.removeprefix(_TAG))
+    if reader is None:
+        raise ValueError(f"the tag {node.tag} is not used in recipes")
+    return reader(node.value)

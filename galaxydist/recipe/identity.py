@@ -1,0 +1,71 @@
+"""A recipe as plain JSON, and the short name that its result fields give a run."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from galaxydist.recipe.fields import recipe_fields, section_keys
+from galaxydist.recipe.load import Draft
+from galaxydist.recipe.schema import Recipe
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested plain JSON values; ``from_dict`` reads it back."""
+    plain: dict[str, Any] = recipe.model_dump(mode="json")
+    return plain
+
+
+def from_dict(plain: Mapping[str, Any], *, source: str = "stored recipe") -> Recipe:
+    """A recipe from the plain values of ``to_dict``, checked like any other.
+
+    Args:
+        source: where the values were found; errors name it.
+
+    Raises:
+        RecipeError: with all problems at once.
+    """
+    draft = Draft()
+    for key, value in _flat(plain, ""):
+        draft.put(key, value, source)
+    return draft.finish()
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Dotted key -> plain JSON value, of every field in the schema's order."""
+    values = dict(_flat(to_dict(recipe), ""))
+    return {key: values[key] for key in recipe_fields()}
+
+
+def result_fields(recipe: Recipe) -> dict[str, Any]:
+    """Dotted key -> plain JSON value, of the fields that change a run's numbers."""
+    return {key: value for key, value in flatten(recipe).items() if recipe_fields()[key].kind == "result"}
+
+
+def result_hash(recipe: Recipe) -> str:
+    """8 hex digits (SHA-256 of canonical JSON) that are equal exactly where all result fields are."""
+    canonical = json.dumps(_canonical(result_fields(recipe)), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def run_name(recipe: Recipe) -> str:
+    """The name of a run's folder: ``<recipe>-<8 hex of the result fields>``."""
+    return f"{recipe.name}-{result_hash(recipe)}"
+
+
+def _flat(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in nested.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and (key in section_keys() or key not in recipe_fields()):
+            yield from _flat(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _canonical(value: Any) -> Any:
+    """-0.0 is 0.0; whole and decimal numbers are already told apart by the schema."""
+    if isinstance(value, dict):
+        return {key: _canonical(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_canonical(member) for member in value]
+    return value + 0.0 if isinstance(value, float) else value

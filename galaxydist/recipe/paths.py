@@ -1,0 +1,49 @@
+"""Where things lie: the data root with what is in it, and the recipes that ship with the package."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+DATA_VARIABLE = "GALAXYDIST_DATA"
+PACKAGE_DIR = Path(__file__).parents[1]
+
+
+def data_root(explicit: Path | None, environ: Mapping[str, str]) -> Path:
+    """The folder of HDF5 files, shards, weights and caches: ``explicit``, else GALAXYDIST_DATA, else a user cache folder."""
+    if explicit is not None:
+        return explicit.expanduser()
+    if environ.get(DATA_VARIABLE):
+        return Path(environ[DATA_VARIABLE]).expanduser()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("galaxydist")
+
+
+def hdf5_path(root: Path, dataset: str) -> Path:
+    """The HDF5 file of a survey: ``<root>/hdf5/Galaxy10_DECals.h5`` (its official name) or ``<root>/hdf5/<dataset>.h5``."""
+    return root / "hdf5" / ("Galaxy10_DECals.h5" if dataset == "galaxy10_decals" else f"{dataset}.h5")
+
+
+def shards_dir(root: Path, dataset: str, variant: str, *, conflicting: str = "keep") -> Path:
+    """The folder of a data set's shards: ``<root>/shards/<dataset>/<variant>[-no_conflicting]``."""
+    return root / "shards" / dataset / (variant if conflicting == "keep" else f"{variant}-no_conflicting")
+
+
+def manifest_path(root: Path, dataset: str, variant: str, *, conflicting: str = "keep") -> Path:
+    """The manifest of a data set's shards."""
+    return shards_dir(root, dataset, variant, conflicting=conflicting) / "manifest.json"
+
+
+def images_dir(root: Path, dataset: str) -> Path:
+    """Where ``galaxydist data export`` puts a data set's ImageFolder trees."""
+    return root / "images" / dataset
+
+
+def weights_dir(root: Path) -> Path:
+    """Where ``galaxydist weights fetch`` puts pretrained weights."""
+    return root / "weights"
+
+
+def shipped_dir(name: str) -> Path:
+    """A folder that ships with the package (``recipes``): inside an installed wheel, or beside the package in a checkout."""
+    installed = PACKAGE_DIR / name
+    return installed if installed.is_dir() else PACKAGE_DIR.parent / name
