@@ -1,0 +1,303 @@
+"""Checkpoints: complete or not there, checked when read, never unpickled.
+
+A checkpoint is a folder ``checkpoints/step-00000120-0003`` (step 120, the third save) with the tensors in safetensors files,
+written by ``torch.distributed.checkpoint``, and everything else in ``checkpoint.json``, with the SHA-256 of each file. It is
+written under a temporary name and renamed; then the file ``latest`` names it; only then older ones go. ``best`` names one that
+stays.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from galaxydist.errors import UserError
+from galaxydist.runs import tensor_files
+from galaxydist.runs.files import (
+    explain_full_disk,
+    fsync_file,
+    full_disk_error,
+    no_space_reason,
+    rename,
+    replace_bytes,
+    unlink,
+    write_bytes,
+)
+
+FORMAT_VERSION = 1
+LATEST, BEST = "latest", "best"
+
+_log = logging.getLogger(__name__)
+_STATE_FILE = "checkpoint.json"
+_DAMAGED_MARK = "DAMAGED"
+_FOLDER_NAME = re.compile(r"step-(\d+)-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved.
+
+    Args:
+        step: number of optimizer steps done.
+        tensors: by name, on the CPU.
+        state: everything else, plain JSON values.
+        path: its folder.
+    """
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+    path: Path
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint's files are not as they were written."""
+
+
+def save(
+    checkpoints_dir: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 2,
+    best: bool = False,
+) -> Path:
+    """Save a checkpoint, then delete old ones. Call it on one rank, with the run folder's lock held; needs no process group.
+
+    Args:
+        checkpoints_dir: folder of the run's checkpoints; made where it is missing.
+        step: number of optimizer steps done.
+        tensors: by name; the part before the first ``/`` (``model``, ``optimizer``, ``ema``) chooses the file, so that each part
+            can be read alone.
+        state: plain JSON values (see ``flatten_state``), without nan and inf.
+        keep: how many of the newest to keep, this one counted; the best one is kept besides.
+        best: this one is the best so far.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: the disk is full. The earlier checkpoints are untouched.
+        ValueError: ``state`` is not plain JSON.
+    """
+    state_text = _dump({"format": FORMAT_VERSION, "step": step, "state": state})  # refused before anything is written
+    kept = "The earlier checkpoints are untouched." if list_checkpoints(checkpoints_dir) else ""
+    try:
+        with explain_full_disk(checkpoints_dir, kept):
+            checkpoints_dir.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(checkpoints_dir)
+        number = 1 + max((_parse(path)[1] for path in list_checkpoints(checkpoints_dir)), default=0)
+        target = checkpoints_dir / f"step-{step:08d}-{number:04d}"
+        temporary = checkpoints_dir / f".{target.name}.tmp"
+        try:
+            _write(temporary, tensors, state_text)
+            rename(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        replace_bytes(checkpoints_dir / LATEST, f"{target.name}\n".encode())
+        if best:
+            mark_best(target)
+    except Exception as error:
+        reason = no_space_reason(error) or tensor_files.no_space_reason(error)
+        if reason is None or isinstance(error, UserError):
+            raise
+        raise full_disk_error(checkpoints_dir, reason, kept) from error
+    _prune(checkpoints_dir, target, keep)
+    return target
+
+
+def mark_best(checkpoint_path: Path) -> None:
+    """Name a checkpoint as the best: it stays until another is named."""
+    replace_bytes(checkpoint_path.parent / BEST, f"{checkpoint_path.name}\n".encode())
+
+
+def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
+    """The complete checkpoints, newest save first (not checked for damage)."""
+    if not checkpoints_dir.is_dir():
+        return []
+    found = [path for path in checkpoints_dir.iterdir() if _FOLDER_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: _parse(path)[1], reverse=True)
+
+
+def load(
+    checkpoints_dir: Path, which: Literal["latest", "best"] = "latest", *, groups: Sequence[str] | None = None
+) -> Checkpoint | None:
+    """Load a checkpoint after checking it. Never unpickles anything.
+
+    Args:
+        checkpoints_dir: folder of the run's checkpoints.
+        which: ``latest``: the newest that is sound, with a warning for each damaged one passed over; ``best``: that one only.
+        groups: read only the tensors of these first name parts (``("model",)``); None: all.
+
+    Returns:
+        The checkpoint, or None where there is none.
+
+    Raises:
+        UserError: there are checkpoints, but none is sound; or the best one is damaged.
+    """
+    if which == "best":
+        return _load_best(checkpoints_dir, groups)
+    damaged: list[str] = []
+    for path in list_checkpoints(checkpoints_dir):
+        try:
+            checkpoint = read(path, groups=groups)
+        except DamagedCheckpointError as error:
+            damaged.append(f"{path.name}: {error}")
+            _log.warning("the checkpoint %s is damaged (%s): taking the one before", path, error)
+            _mark_damaged(path)
+            continue
+        if damaged:
+            _log.warning("going on from %s, step %d", path, checkpoint.step)
+        return checkpoint
+    if damaged:
+        raise UserError(
+            f"All checkpoints in {checkpoints_dir} are damaged:\n  " + "\n  ".join(damaged) + "\n"
+            "Restore one from a backup, or remove this folder to start the run from its beginning."
+        )
+    return None
+
+
+def _load_best(checkpoints_dir: Path, groups: Sequence[str] | None) -> Checkpoint | None:
+    path = best_path(checkpoints_dir)
+    if path is None:
+        return None
+    try:
+        return read(path, groups=groups)
+    except DamagedCheckpointError as error:
+        raise UserError(
+            f"The best checkpoint, {path}, is damaged ({error}). "
+            "Restore it from a backup, or use the last one (eval.checkpoint=last)."
+        ) from error
+
+
+def best_path(checkpoints_dir: Path) -> Path | None:
+    """The folder of the best checkpoint; None where none was named."""
+    try:
+        name = (checkpoints_dir / BEST).read_text().strip()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    return checkpoints_dir / name if _FOLDER_NAME.fullmatch(name) else None
+
+
+def read(path: Path, *, groups: Sequence[str] | None = None) -> Checkpoint:
+    """Read one checkpoint folder; the files that are read are checked against their SHA-256.
+
+    Raises:
+        DamagedCheckpointError: something is missing, changed or unreadable; the message names the file.
+        UserError: it was written by a newer galaxydist.
+    """
+    content = _read_state(path)
+    if content["format"] != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has checkpoint format {content['format']}; this galaxydist reads {FORMAT_VERSION}. "
+            "Use the version that wrote it."
+        )
+    hashes: dict[str, str] = content["files"]
+    unknown = sorted(file.name for file in path.glob("*.safetensors") if file.name not in hashes)
+    if unknown:
+        raise DamagedCheckpointError(f"{unknown[0]} does not belong to it")
+    wanted = {name: file for name, file in content["tensors"].items() if groups is None or name.split("/", 1)[0] in groups}
+    for file_name in sorted(set(wanted.values())):
+        file = path / file_name
+        if not file.is_file():
+            raise DamagedCheckpointError(f"{file_name} is missing")
+        if _sha256(file) != hashes[file_name]:
+            raise DamagedCheckpointError(f"{file_name} has changed since it was written: its SHA-256 differs")
+    try:
+        tensors = tensor_files.read_tensors(path, wanted)
+    except Exception as error:
+        raise DamagedCheckpointError(f"its tensors cannot be read: {error}") from error
+    return Checkpoint(content["step"], tensors, content["state"], path)
+
+
+def _write(folder: Path, tensors: Mapping[str, torch.Tensor], state_text: str) -> None:
+    sys.audit("galaxydist.write", str(folder))
+    folder.mkdir()
+    places = tensor_files.write_tensors(folder, tensors)
+    for file in sorted(folder.iterdir()):
+        fsync_file(file)
+    hashes = {name: _sha256(folder / name) for name in sorted(set(places.values()))}
+    content = {**json.loads(state_text), "tensors": places, "files": hashes}
+    body = _dump(content)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    write_bytes(folder / _STATE_FILE, f'{{"sha256": "{digest}", "content":\n{body}\n}}\n'.encode())
+    fsync_file(folder)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads((path / _STATE_FILE).read_bytes())
+        digest, content = stored["sha256"], stored["content"]
+        if not isinstance(content, dict) or digest != hashlib.sha256(_dump(content).encode()).hexdigest():
+            raise DamagedCheckpointError(f"{_STATE_FILE} has changed since it was written: its SHA-256 differs")
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"{_STATE_FILE} is missing") from None
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        raise DamagedCheckpointError(f"{_STATE_FILE} cannot be read: {error}") from error
+    return content
+
+
+def _prune(checkpoints_dir: Path, newest: Path, keep: int) -> None:
+    """Delete what ``newest`` replaces: older saves beyond ``keep``, those of its own or a later step (a future that was given
+    up), and damaged ones. What cannot be deleted stays, with a warning."""
+    step = _parse(newest)[0]
+    protected, num_kept = {newest, best_path(checkpoints_dir)}, 1
+    for path in list_checkpoints(checkpoints_dir):
+        if path in protected:
+            continue
+        if _parse(path)[0] < step and num_kept < keep and not (path / _DAMAGED_MARK).exists():
+            num_kept += 1
+            continue
+        try:
+            aside = path.with_name(f".{path.name}.old")
+            rename(path, aside)
+            _remove_tree(aside)
+        except OSError as error:
+            _log.warning("the old checkpoint %s could not be deleted: %s", path, error)
+
+
+def _remove_leftovers(checkpoints_dir: Path) -> None:
+    """What a killed save or deletion left: half folders under temporary names."""
+    for path in checkpoints_dir.iterdir():
+        if path.name.startswith(".") and path.suffix in (".tmp", ".old"):
+            _remove_tree(path) if path.is_dir() else unlink(path)
+
+
+def _remove_tree(folder: Path) -> None:
+    for file in sorted(folder.iterdir()):
+        unlink(file)
+    sys.audit("galaxydist.unlink", str(folder))
+    folder.rmdir()
+
+
+def _mark_damaged(path: Path) -> None:
+    """So that it is not counted among the checkpoints to keep. Not possible, and not needed, where the folder is read-only."""
+    try:
+        (path / _DAMAGED_MARK).touch()
+    except OSError as error:
+        _log.debug("%s could not be marked as damaged: %s", path, error)
+
+
+def _parse(path: Path) -> tuple[int, int]:
+    match = _FOLDER_NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1]), int(match[2])
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,136 @@
+"""Writing files so that a crash, a kill or a full disk never leaves a half-written one that looks whole.
+
+Each step that changes the disk is announced as a ``sys.audit`` event (``galaxydist.write``, ``galaxydist.fsync``,
+``galaxydist.rename``, ``galaxydist.unlink``, each with the path), so that a test can watch their order or kill the process at any
+of them.
+"""
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from galaxydist.errors import UserError
+
+_NO_SPACE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file size limit is reached",
+}
+
+
+def no_space_reason(error: BaseException | None) -> str | None:
+    """Why ``error`` (or what caused it) says that nothing more can be written; None for any other error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            return _NO_SPACE[error.errno]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def explain_full_disk(path: Path, kept: str = "") -> Iterator[None]:
+    """Turn a full disk, a used-up quota or a file size limit into a UserError.
+
+    Args:
+        path: what is being written.
+        kept: a sentence about what is still there.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = no_space_reason(error)
+        if reason is None:
+            raise
+        raise full_disk_error(path, reason, kept) from error
+
+
+def full_disk_error(path: Path, reason: str, kept: str = "") -> UserError:
+    """The message for ``path`` that could not be written because of ``reason``."""
+    text = f"{path} could not be written: {reason}. {kept}".rstrip()
+    return UserError(f"{text} Free some space there, then give the same command again.")
+
+
+def fsync_file(path: Path) -> None:
+    """Make the contents of a file, or the names in a folder, survive a power cut."""
+    sys.audit("galaxydist.fsync", str(path))
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot fsync a folder; there the rename itself is synchronous.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.EBADF, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename and make the new name survive a power cut; an existing file of that name is replaced at once."""
+    sys.audit("galaxydist.rename", str(source), str(target))
+    source.replace(target)
+    fsync_file(target.parent)
+
+
+def unlink(path: Path) -> None:
+    """Remove a file, if it is there."""
+    sys.audit("galaxydist.unlink", str(path))
+    path.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a new file and fsync it. For a file that may be there already use ``replace_bytes``."""
+    sys.audit("galaxydist.write", str(path))
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        sys.audit("galaxydist.fsync", str(path))
+        os.fsync(file.fileno())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that its old or its new contents are there at any time, never a part.
+
+    Raises:
+        UserError: the disk is full; the old contents are still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explain_full_disk(path, "What it held before is unchanged." if path.exists() else ""):
+        try:
+            write_bytes(temporary, data)
+            rename(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def to_json(value: Any) -> str:
+    """JSON text of plain values, readable, keys in their own order.
+
+    Raises:
+        ValueError: nan or inf, which JSON does not have.
+    """
+    return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, whole or not at all (see ``replace_bytes``)."""
+    replace_bytes(path, to_json(value).encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not readable as JSON ({error}). It was damaged or edited: restore it or remove it."
+        ) from error

@@ -1,0 +1,291 @@
+"""The lock of a run folder: one process at a time, and a dead one never keeps the next from starting."""
+
+import atexit
+import json
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from galaxydist.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 20.0
+STALE_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class LockOwner:
+    """Who holds a lock.
+
+    Args:
+        host: name of the machine.
+        pid: process number there.
+        process_start: when that process started, seconds since 1970: tells it from a later process of the same number.
+        pid_space: the kernel's name of the process-number space (containers have their own), empty where there is none.
+        job_id: the scheduler's job, or None.
+        restart_count: how often that job was requeued.
+        token: random, of this lock alone.
+    """
+
+    host: str
+    pid: int
+    process_start: float
+    pid_space: str
+    job_id: str | None
+    restart_count: int
+    token: str
+
+    def __str__(self) -> str:
+        job = f", job {self.job_id}, restart {self.restart_count}" if self.job_id is not None else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+class RunLock:
+    """Holds a run folder for this process, until it is released or the process ends. A context manager.
+
+    The lock file is taken over, with a warning, from a process that is gone (same host) or whose heartbeat is stale (another
+    host), and silently from an earlier restart of the same job. The heartbeat is the file's modification time, set by a thread,
+    so that it needs no space on the disk; the clocks of the hosts must agree within a minute or two.
+
+    Args:
+        path: the lock file, in an existing folder.
+        host, pid: this process.
+        job_id, restart_count: the scheduler's, where there is one.
+        clock: seconds since 1970.
+        heartbeat_seconds: time between heartbeats.
+        stale_seconds: age of a heartbeat from which another host's process is taken for dead.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        host: str,
+        pid: int,
+        clock: Callable[[], float],
+        job_id: str | None = None,
+        restart_count: int = 0,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        stale_seconds: float = STALE_SECONDS,
+    ) -> None:
+        self.path = path
+        self.owner = LockOwner(host, pid, _process_start(pid) or 0.0, _pid_space(), job_id, restart_count, secrets.token_hex(8))
+        self._clock = clock
+        self._heartbeat_seconds = heartbeat_seconds
+        self._stale_seconds = stale_seconds
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._is_lost = False
+
+    def __enter__(self) -> "RunLock":
+        self.acquire()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Take the lock and start the heartbeat.
+
+        Raises:
+            UserError: another process uses the folder, or it cannot be written.
+        """
+        try:
+            with _guard(self.path):
+                self._replace_dead_owner()
+                self._create()
+        except PermissionError as error:
+            raise UserError(
+                f"The run folder {self.path.parent} cannot be written. Choose another with run.dir=FOLDER."
+            ) from error
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._beat_until_stopped, name="run-lock-heartbeat", daemon=True)
+        self._thread.start()
+        atexit.register(self.release)
+
+    def release(self) -> None:
+        """Stop the heartbeat and remove the lock file, if it is still this process's. May be called twice."""
+        if os.getpid() != self.owner.pid:
+            return  # a forked child inherits the object, not the lock
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        atexit.unregister(self.release)
+        try:
+            with _guard(self.path):
+                if self._is_ours():
+                    self.path.unlink()
+        except OSError as error:
+            _log.warning("the lock %s could not be removed: %s", self.path, error)
+
+    @property
+    def is_held(self) -> bool:
+        """This process has the lock and nobody took it over (checked on the disk)."""
+        return self._thread is not None and not self._is_lost and self._is_ours()
+
+    def check(self) -> None:
+        """Call this before something in the run folder is changed for good.
+
+        Raises:
+            UserError: the lock was lost: another process took it over, or somebody removed it.
+        """
+        if not self.is_held:
+            owner = _read(self.path)
+            now = f"it is now held by {owner}" if owner else "its lock file is gone"
+            raise UserError(
+                f"This process ({self.owner}) no longer holds the run folder {self.path.parent}: {now}. It stops, so that two "
+                "runs do not write there. Start the command again once nothing else uses the folder."
+            )
+
+    def _is_ours(self) -> bool:
+        owner = _read(self.path)
+        return owner is not None and owner.token == self.owner.token
+
+    def _create(self) -> None:
+        """The lock file appears with its contents at once, and only if there is none (``link``: on network file systems too)."""
+        temporary = self.path.with_name(f".{self.path.name}.{self.owner.token}.tmp")
+        try:
+            temporary.write_text(json.dumps(asdict(self.owner), indent=2) + "\n")
+            now = self._clock()
+            os.utime(temporary, (now, now))
+            os.link(temporary, self.path)
+        except FileExistsError:
+            raise self._in_use(_read(self.path)) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _replace_dead_owner(self) -> None:
+        if not self.path.exists():
+            return
+        owner = _read(self.path)
+        age = self._heartbeat_age()
+        if owner is None:
+            if age < self._stale_seconds:
+                raise self._in_use(None)
+            _log.warning("the lock %s is damaged and old: it is replaced", self.path)
+        elif owner.job_id is not None and owner.job_id == self.owner.job_id and owner.restart_count < self.owner.restart_count:
+            _log.info("restart %d of job %s goes on in %s", self.owner.restart_count, owner.job_id, self.path.parent)
+        elif owner.host == self.owner.host and owner.pid_space == self.owner.pid_space:
+            if _is_alive(owner):
+                raise self._in_use(owner)
+            _log.warning("%s left a lock in %s and is gone: it is taken over", owner, self.path.parent)
+        elif age >= self._stale_seconds:
+            _log.warning("%s, which holds %s, has not been heard of for %.0f s: it is taken over", owner, self.path.parent, age)
+        else:
+            raise self._in_use(owner)
+        self._remove(owner)
+
+    def _remove(self, judged: LockOwner | None) -> None:
+        """Remove exactly the lock that was judged: where the guard does not work, another process may have replaced it since."""
+        aside = self.path.with_name(f".{self.path.name}.{self.owner.token}.old")
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:
+            return
+        moved = _read(aside)
+        if moved is not None and (judged is None or moved.token != judged.token):
+            try:
+                os.link(aside, self.path)
+            except FileExistsError:
+                _log.warning("two processes started on %s at the same instant", self.path.parent)
+            aside.unlink()
+            raise self._in_use(moved)
+        aside.unlink()
+
+    def _heartbeat_age(self) -> float:
+        try:
+            return self._clock() - self.path.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def _in_use(self, owner: LockOwner | None) -> UserError:
+        age = self._heartbeat_age()
+        folder = self.path.parent
+        if owner is None:
+            return UserError(
+                f"The run folder {folder} is being taken by another process just now. "
+                "Wait a minute and try again, or choose another folder with run.dir=FOLDER."
+            )
+        stop = f"scancel {owner.job_id}" if owner.job_id is not None else f"kill {owner.pid} on {owner.host}"
+        wait = max(self._stale_seconds - age, 0)
+        same_host = owner.host == self.owner.host and owner.pid_space == self.owner.pid_space
+        gone = "" if same_host else f" If that process is gone, try again in {wait:.0f} s: the lock then counts as stale."
+        return UserError(
+            f"The run folder {folder} is in use by {owner} (last sign of life {max(age, 0):.0f} s ago). "
+            f"Wait until it ends, stop it ({stop}), or choose another folder with run.dir=FOLDER.{gone}"
+        )
+
+    def _beat_until_stopped(self) -> None:
+        while not self._stop.wait(self._heartbeat_seconds):
+            try:
+                if not self._is_ours():
+                    self._is_lost = True
+                    _log.error("the lock %s was taken by %s", self.path, _read(self.path) or "nobody: it was removed")
+                    return
+                now = self._clock()
+                os.utime(self.path, (now, now))
+            except OSError as error:
+                _log.warning("no heartbeat could be left in %s: %s", self.path, error)
+
+
+@contextmanager
+def _guard(path: Path) -> Iterator[None]:
+    """Let only one process at a time judge a lock. On file systems without ``flock`` the checks in ``RunLock`` remain."""
+    import fcntl
+
+    descriptor = os.open(path.with_name(f".{path.name}.guard"), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            _log.debug("no flock on %s: %s", path, error)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> LockOwner | None:
+    """The owner that a lock file names; None where there is no file or it is not a lock's."""
+    try:
+        content: Any = json.loads(path.read_bytes())
+        return LockOwner(**{field.name: content[field.name] for field in fields(LockOwner)})
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _process_start(pid: int) -> float | None:
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
+
+
+def _pid_space() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def _is_alive(owner: LockOwner) -> bool:
+    """The very process that took the lock still runs on this host (a zombie does not)."""
+    try:
+        process = psutil.Process(owner.pid)
+        # The start time is computed from the boot time, which a clock adjustment may move by a little.
+        is_same = abs(process.create_time() - owner.process_start) < 2.0
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
