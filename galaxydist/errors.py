@@ -5,3 +5,7 @@ EXIT_BAD_INPUT = 2
 
 class UserError(ValueError):
     """Something the user gave cannot be used: the text says what is wrong, what was given and what to do."""
+
+
+class EveryRankError(UserError):
+    """A ``UserError`` that every process of a run raises alike: one of them prints it."""

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from galaxydist.errors import UserError
+from galaxydist.errors import EveryRankError
 from galaxydist.recipe.checks import CHECKS
 from galaxydist.recipe.document import read_document
 from galaxydist.recipe.fields import recipe_fields, section_keys, suggest
@@ -19,7 +19,7 @@ COMMAND_LINE = "command line"
 FILE_NAME = "file name"
 
 
-class RecipeError(UserError):
+class RecipeError(EveryRankError):
     """A recipe that cannot be used; the text has all problems and where each came from.
 
     Attributes:

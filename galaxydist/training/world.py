@@ -10,7 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 
-from galaxydist.errors import UserError
+from galaxydist.errors import EveryRankError, UserError
 
 Precision = Literal["no", "bf16", "fp16"]
 T = TypeVar("T")
@@ -57,7 +57,7 @@ class World:
         if self.size > 1:
             broadcast_object_list(answer, from_process=0)
             if answer[1] is not None:
-                raise UserError(answer[1])
+                raise EveryRankError(answer[1])
         result: T = answer[0]
         return result
 
@@ -74,7 +74,7 @@ class World:
             problems: list[str | None] = [None] * self.size
             dist.all_gather_object(problems, problem)
             if told := [text for text in problems if text]:
-                raise UserError(told[0])
+                raise EveryRankError(told[0])
         return result  # type: ignore[return-value]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ def enter_world(precision: str, environ: MutableMapping[str, str]) -> World:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != wanted:
-        raise UserError(
+        raise EveryRankError(
             f"The launcher asked for {wanted} processes (WORLD_SIZE), but {accelerator.num_processes} came together. "
             "Start the processes with torchrun --nproc-per-node N launch.py, or accelerate launch --multi_gpu --num_processes N "
             "launch.py (also on machines without a GPU)."
@@ -143,7 +143,7 @@ def resolve_precision(precision: str, has_gpu: bool, capability: tuple[int, int]
             return "no"
         return "bf16" if capability is not None and capability[0] >= 8 else "fp16"
     if precision == "fp16" and not has_gpu:
-        raise UserError(
+        raise EveryRankError(
             "train.precision=fp16 needs a GPU, and none is visible to this process. "
             "Use train.precision=auto (fp32 on a machine without a GPU), or check nvidia-smi and CUDA_VISIBLE_DEVICES."
         )
