@@ -42,6 +42,11 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
         Composer.__init__(self)
         BaseResolver.__init__(self)
 
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few lines of differences need none, and an alias may hold itself
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used in recipes", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
+
     def resolve(self, kind: type, value: Any, implicit: Any) -> str:
         if kind is yaml.MappingNode:
             return f"{_TAG}map"
@@ -68,9 +73,9 @@ def read_document(path: Path) -> Document:
         document.problems.append((raw.count(b"\n", 0, error.start) + 1, "is not UTF-8 text"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        document.problems.append((mark.line + 1 if mark else 0, f"is not YAML: {error.problem or error.context}"))
+        document.problems.append((mark.line + 1 if mark else 0, f"cannot be read as YAML: {error.problem or error.context}"))
     except yaml.YAMLError as error:
-        document.problems.append((0, f"is not YAML: {str(error).splitlines()[0]}"))
+        document.problems.append((0, f"cannot be read as YAML: {str(error).splitlines()[0]}"))
     except RecursionError:
         document.problems.append((0, "is nested too deeply"))
     else:

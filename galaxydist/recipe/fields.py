@@ -82,7 +82,7 @@ def section_keys() -> dict[str, tuple[str, ...]]:
 
 def suggest(key: str) -> str:
     """``; did you mean ...?`` for a key that is none, or nothing where no key is like it."""
-    keys = list(recipe_fields())
+    keys = [known for known in recipe_fields() if known != "name"]  # which nobody sets
     last = key.rsplit(".", 1)[-1]
     same_name = [candidate for candidate in keys if candidate.rsplit(".", 1)[-1] == last]
     close = get_close_matches(key, keys, n=1, cutoff=0.75)

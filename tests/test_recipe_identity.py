@@ -1,0 +1,86 @@
+"""The plain form of a recipe and the name that its result fields give a run; where data lies."""
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from galaxydist.recipe.fields import recipe_fields
+from galaxydist.recipe.identity import flatten, from_dict, result_fields, result_hash, run_name, to_dict
+from galaxydist.recipe.load import RecipeError, load_recipe
+from galaxydist.recipe.paths import data_root, hdf5_path, manifest_path
+from galaxydist.recipe.schema import ModelConfig, Recipe
+
+BASE = Recipe(name="base", model=ModelConfig(name="vit"))
+
+
+def changed(*overrides: str, folder: Path) -> Recipe:
+    (folder / "base.yaml").write_text("model: {name: vit}\n")
+    return load_recipe(["recipe=base", *overrides], folders=[folder]).recipe
+
+
+def test_plain_form_goes_round_through_json(tmp_path: Path) -> None:
+    recipe = changed("data.manifest=a/m.json", "tracker.tags=[x,y]", "optim.lr=1", "train.clip_norm=0", folder=tmp_path)
+    assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
+    assert list(flatten(recipe)) == list(recipe_fields())
+
+
+def test_a_stored_recipe_is_checked() -> None:
+    plain = to_dict(BASE)
+    plain["optim"]["lr"] = "fast"
+    plain["extra"] = {"key": 1}
+    del plain["model"]["name"]
+    with pytest.raises(RecipeError) as caught:
+        from_dict(plain, source="checkpoint")
+    texts = str(caught.value)
+    assert "checkpoint: optim.lr=fast: must be a number" in texts
+    assert "checkpoint: extra.key: no such key" in texts
+    assert "model.name is missing" in texts
+
+
+def test_run_fields_leave_the_hash_alone_and_result_fields_change_it(tmp_path: Path) -> None:
+    base = result_hash(changed(folder=tmp_path))
+    assert len(base) == 8 and int(base, 16) >= 0
+    for override in (
+        "tracker.name=wandb",
+        "train.micro_batch=8",
+        "run.dir=x",
+        "data.threads=2",
+        "data.dir=x",
+        "resume.force=[seed]",
+    ):
+        assert result_hash(changed(override, folder=tmp_path)) == base
+    results = ["seed=1", "optim.lr=0.5", "data.crop=0.5", "data.balance=resample", "eval.batch_size=65", "train.ema=0.9"]
+    assert len({base, *(result_hash(changed(override, folder=tmp_path)) for override in results)}) == 1 + len(results)
+
+
+def test_numbers_are_canonical(tmp_path: Path) -> None:
+    assert len({result_hash(changed(f"optim.lr={text}", folder=tmp_path)) for text in ("1", "1.0", "1e0", "10e-1")}) == 1
+    assert result_hash(changed("optim.weight_decay=-0.0", folder=tmp_path)) == result_hash(
+        changed("optim.weight_decay=0", folder=tmp_path)
+    )
+
+
+def test_golden_name() -> None:
+    """If this changes, every run folder in the world gets another name: add fields only together with a reason."""
+    assert set(result_fields(BASE)).isdisjoint({"run.dir", "run.root", "tracker.name", "data.dir", "train.micro_batch"})
+    assert run_name(BASE) == f"base-{result_hash(BASE)}"
+
+
+def test_every_field_is_described_and_every_section_is_frozen() -> None:
+    choices_speak_for_themselves = {"optim.name", "optim.schedule", "train.label_smoothing"}
+    assert {key for key, field in recipe_fields().items() if not field.description} <= choices_speak_for_themselves
+    with pytest.raises(Exception, match="frozen"):
+        BASE.optim.lr = 1.0  # type: ignore[misc]
+    assert "vit" in get_args(recipe_fields()["model.name"].annotation)
+
+
+def test_data_root_and_layout(tmp_path: Path) -> None:
+    assert data_root(tmp_path, {"GALAXYDIST_DATA": "/elsewhere"}) == tmp_path
+    assert data_root(None, {"GALAXYDIST_DATA": "/elsewhere"}) == Path("/elsewhere")
+    assert data_root(None, {}).name == "galaxydist"
+    assert hdf5_path(tmp_path, "galaxy10_decals") == tmp_path / "hdf5" / "Galaxy10_DECals.h5"
+    assert hdf5_path(tmp_path, "simulated") == tmp_path / "hdf5" / "simulated.h5"
+    expected = tmp_path / "shards" / "simulated" / "balanced-no_conflicting" / "manifest.json"
+    assert manifest_path(tmp_path, "simulated", "balanced", conflicting="drop") == expected
