@@ -2,18 +2,15 @@
 
 A checkpoint is a folder ``checkpoints/step-00000120-0003`` (step 120, the third save) with the tensors in safetensors files,
 written by ``torch.distributed.checkpoint``, and everything else in ``checkpoint.json``, with the SHA-256 of each file. It is
-written under a temporary name and renamed; then the file ``latest`` names it; only then older ones go. ``best`` names one that
-stays.
+written under a temporary name and renamed; then the file ``latest`` names it (for people and other programs: ``load`` goes by the
+number of the save); only then older ones go. ``best`` names one that stays.
 """
 
-import hashlib
-import json
 import logging
 import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,45 +18,21 @@ import torch
 
 from galaxydist.errors import UserError
 from galaxydist.runs import tensor_files
-from galaxydist.runs.files import (
-    explain_full_disk,
-    fsync_file,
-    full_disk_error,
-    no_space_reason,
-    rename,
-    replace_bytes,
-    unlink,
-    write_bytes,
+from galaxydist.runs.checkpoint_folder import (
+    Checkpoint,
+    DamagedCheckpointError,
+    encode_state,
+    read_checkpoint,
+    read_state,
+    write_checkpoint,
 )
+from galaxydist.runs.files import explain_full_disk, full_disk_error, no_space_reason, rename, replace_bytes, unlink
 
-FORMAT_VERSION = 1
 LATEST, BEST = "latest", "best"
 
 _log = logging.getLogger(__name__)
-_STATE_FILE = "checkpoint.json"
 _DAMAGED_MARK = "DAMAGED"
 _FOLDER_NAME = re.compile(r"step-(\d+)-(\d+)")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What was saved.
-
-    Args:
-        step: number of optimizer steps done.
-        tensors: by name, on the CPU.
-        state: everything else, plain JSON values.
-        path: its folder.
-    """
-
-    step: int
-    tensors: dict[str, torch.Tensor]
-    state: dict[str, Any]
-    path: Path
-
-
-class DamagedCheckpointError(Exception):
-    """A checkpoint's files are not as they were written."""
 
 
 def save(
@@ -87,9 +60,11 @@ def save(
 
     Raises:
         UserError: the disk is full. The earlier checkpoints are untouched.
-        ValueError: ``state`` is not plain JSON.
+        ValueError, TypeError: ``state`` is not plain JSON.
     """
-    state_text = _dump({"format": FORMAT_VERSION, "step": step, "state": state})  # refused before anything is written
+    if keep < 1:
+        raise ValueError(f"keep={keep}: at least the new checkpoint is kept")
+    state_text = encode_state(step, state, best=best)  # refuses what JSON does not have before anything is written
     kept = "The earlier checkpoints are untouched." if list_checkpoints(checkpoints_dir) else ""
     try:
         with explain_full_disk(checkpoints_dir, kept):
@@ -99,7 +74,7 @@ def save(
         target = checkpoints_dir / f"step-{step:08d}-{number:04d}"
         temporary = checkpoints_dir / f".{target.name}.tmp"
         try:
-            _write(temporary, tensors, state_text)
+            write_checkpoint(temporary, tensors, state_text)
             rename(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -150,7 +125,7 @@ def load(
     damaged: list[str] = []
     for path in list_checkpoints(checkpoints_dir):
         try:
-            checkpoint = read(path, groups=groups)
+            checkpoint = read_checkpoint(path, groups=groups)
         except DamagedCheckpointError as error:
             damaged.append(f"{path.name}: {error}")
             _log.warning("the checkpoint %s is damaged (%s): taking the one before", path, error)
@@ -172,7 +147,7 @@ def _load_best(checkpoints_dir: Path, groups: Sequence[str] | None) -> Checkpoin
     if path is None:
         return None
     try:
-        return read(path, groups=groups)
+        return read_checkpoint(path, groups=groups)
     except DamagedCheckpointError as error:
         raise UserError(
             f"The best checkpoint, {path}, is damaged ({error}). "
@@ -185,66 +160,21 @@ def best_path(checkpoints_dir: Path) -> Path | None:
     try:
         name = (checkpoints_dir / BEST).read_text().strip()
     except (FileNotFoundError, UnicodeDecodeError):
-        return None
-    return checkpoints_dir / name if _FOLDER_NAME.fullmatch(name) else None
+        name = ""
+    best = checkpoints_dir / name if _FOLDER_NAME.fullmatch(name) else None
+    for path in list_checkpoints(checkpoints_dir):  # a kill may have come between a save as the best and its pointer
+        if best is not None and _parse(path)[1] <= _parse(best)[1]:
+            break
+        if _was_saved_as_best(path):
+            return path
+    return best
 
 
-def read(path: Path, *, groups: Sequence[str] | None = None) -> Checkpoint:
-    """Read one checkpoint folder; the files that are read are checked against their SHA-256.
-
-    Raises:
-        DamagedCheckpointError: something is missing, changed or unreadable; the message names the file.
-        UserError: it was written by a newer galaxydist.
-    """
-    content = _read_state(path)
-    if content["format"] != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has checkpoint format {content['format']}; this galaxydist reads {FORMAT_VERSION}. "
-            "Use the version that wrote it."
-        )
-    hashes: dict[str, str] = content["files"]
-    unknown = sorted(file.name for file in path.glob("*.safetensors") if file.name not in hashes)
-    if unknown:
-        raise DamagedCheckpointError(f"{unknown[0]} does not belong to it")
-    wanted = {name: file for name, file in content["tensors"].items() if groups is None or name.split("/", 1)[0] in groups}
-    for file_name in sorted(set(wanted.values())):
-        file = path / file_name
-        if not file.is_file():
-            raise DamagedCheckpointError(f"{file_name} is missing")
-        if _sha256(file) != hashes[file_name]:
-            raise DamagedCheckpointError(f"{file_name} has changed since it was written: its SHA-256 differs")
+def _was_saved_as_best(path: Path) -> bool:
     try:
-        tensors = tensor_files.read_tensors(path, wanted)
-    except Exception as error:
-        raise DamagedCheckpointError(f"its tensors cannot be read: {error}") from error
-    return Checkpoint(content["step"], tensors, content["state"], path)
-
-
-def _write(folder: Path, tensors: Mapping[str, torch.Tensor], state_text: str) -> None:
-    sys.audit("galaxydist.write", str(folder))
-    folder.mkdir()
-    places = tensor_files.write_tensors(folder, tensors)
-    for file in sorted(folder.iterdir()):
-        fsync_file(file)
-    hashes = {name: _sha256(folder / name) for name in sorted(set(places.values()))}
-    content = {**json.loads(state_text), "tensors": places, "files": hashes}
-    body = _dump(content)
-    digest = hashlib.sha256(body.encode()).hexdigest()
-    write_bytes(folder / _STATE_FILE, f'{{"sha256": "{digest}", "content":\n{body}\n}}\n'.encode())
-    fsync_file(folder)
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads((path / _STATE_FILE).read_bytes())
-        digest, content = stored["sha256"], stored["content"]
-        if not isinstance(content, dict) or digest != hashlib.sha256(_dump(content).encode()).hexdigest():
-            raise DamagedCheckpointError(f"{_STATE_FILE} has changed since it was written: its SHA-256 differs")
-    except FileNotFoundError:
-        raise DamagedCheckpointError(f"{_STATE_FILE} is missing") from None
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise DamagedCheckpointError(f"{_STATE_FILE} cannot be read: {error}") from error
-    return content
+        return bool(read_state(path).get("best"))
+    except DamagedCheckpointError:
+        return False
 
 
 def _prune(checkpoints_dir: Path, newest: Path, keep: int) -> None:
@@ -292,12 +222,3 @@ def _parse(path: Path) -> tuple[int, int]:
     match = _FOLDER_NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1]), int(match[2])
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

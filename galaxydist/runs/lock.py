@@ -1,6 +1,7 @@
 """The lock of a run folder: one process at a time, and a dead one never keeps the next from starting."""
 
 import atexit
+import errno
 import json
 import logging
 import os
@@ -8,46 +9,18 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import psutil
 
 from galaxydist.errors import UserError
+from galaxydist.runs.files import explain_full_disk
+from galaxydist.runs.lock_owner import LockOwner, is_alive, pid_space, process_start, read_owner
 
 _log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 20.0
 STALE_SECONDS = 300.0
-
-
-@dataclass(frozen=True)
-class LockOwner:
-    """Who holds a lock.
-
-    Args:
-        host: name of the machine.
-        pid: process number there.
-        process_start: when that process started, seconds since 1970: tells it from a later process of the same number.
-        pid_space: the kernel's name of the process-number space (containers have their own), empty where there is none.
-        job_id: the scheduler's job, or None.
-        restart_count: how often that job was requeued.
-        token: random, of this lock alone.
-    """
-
-    host: str
-    pid: int
-    process_start: float
-    pid_space: str
-    job_id: str | None
-    restart_count: int
-    token: str
-
-    def __str__(self) -> str:
-        job = f", job {self.job_id}, restart {self.restart_count}" if self.job_id is not None else ""
-        return f"process {self.pid} on {self.host}{job}"
 
 
 class RunLock:
@@ -79,7 +52,7 @@ class RunLock:
         stale_seconds: float = STALE_SECONDS,
     ) -> None:
         self.path = path
-        self.owner = LockOwner(host, pid, _process_start(pid) or 0.0, _pid_space(), job_id, restart_count, secrets.token_hex(8))
+        self.owner = LockOwner(host, pid, process_start(pid) or 0.0, pid_space(), job_id, restart_count, secrets.token_hex(8))
         self._clock = clock
         self._heartbeat_seconds = heartbeat_seconds
         self._stale_seconds = stale_seconds
@@ -101,7 +74,7 @@ class RunLock:
             UserError: another process uses the folder, or it cannot be written.
         """
         try:
-            with _guard(self.path):
+            with explain_full_disk(self.path), _guard(self.path):
                 self._replace_dead_owner()
                 self._create()
         except PermissionError as error:
@@ -141,7 +114,7 @@ class RunLock:
             UserError: the lock was lost: another process took it over, or somebody removed it.
         """
         if not self.is_held:
-            owner = _read(self.path)
+            owner = read_owner(self.path)
             now = f"it is now held by {owner}" if owner else "its lock file is gone"
             raise UserError(
                 f"This process ({self.owner}) no longer holds the run folder {self.path.parent}: {now}. It stops, so that two "
@@ -149,7 +122,7 @@ class RunLock:
             )
 
     def _is_ours(self) -> bool:
-        owner = _read(self.path)
+        owner = read_owner(self.path)
         return owner is not None and owner.token == self.owner.token
 
     def _create(self) -> None:
@@ -157,18 +130,28 @@ class RunLock:
         temporary = self.path.with_name(f".{self.path.name}.{self.owner.token}.tmp")
         try:
             temporary.write_text(json.dumps(asdict(self.owner), indent=2) + "\n")
-            now = self._clock()
-            os.utime(temporary, (now, now))
-            os.link(temporary, self.path)
+            self._touch(temporary)
+            try:
+                os.link(temporary, self.path)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                    raise
+                with self.path.open("x") as file:  # a file system without links
+                    file.write(temporary.read_text())
+                self._touch(self.path)
         except FileExistsError:
-            raise self._in_use(_read(self.path)) from None
+            raise self._in_use(read_owner(self.path)) from None
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _touch(self, path: Path) -> None:
+        now = self._clock()
+        os.utime(path, (now, now))
 
     def _replace_dead_owner(self) -> None:
         if not self.path.exists():
             return
-        owner = _read(self.path)
+        owner = read_owner(self.path)
         age = self._heartbeat_age()
         if owner is None:
             if age < self._stale_seconds:
@@ -177,7 +160,7 @@ class RunLock:
         elif owner.job_id is not None and owner.job_id == self.owner.job_id and owner.restart_count < self.owner.restart_count:
             _log.info("restart %d of job %s goes on in %s", self.owner.restart_count, owner.job_id, self.path.parent)
         elif owner.host == self.owner.host and owner.pid_space == self.owner.pid_space:
-            if _is_alive(owner):
+            if is_alive(owner):
                 raise self._in_use(owner)
             _log.warning("%s left a lock in %s and is gone: it is taken over", owner, self.path.parent)
         elif age >= self._stale_seconds:
@@ -193,7 +176,7 @@ class RunLock:
             self.path.rename(aside)
         except FileNotFoundError:
             return
-        moved = _read(aside)
+        moved = read_owner(aside)
         if moved is not None and (judged is None or moved.token != judged.token):
             try:
                 os.link(aside, self.path)
@@ -231,10 +214,9 @@ class RunLock:
             try:
                 if not self._is_ours():
                     self._is_lost = True
-                    _log.error("the lock %s was taken by %s", self.path, _read(self.path) or "nobody: it was removed")
+                    _log.error("the lock %s was taken by %s", self.path, read_owner(self.path) or "nobody: it was removed")
                     return
-                now = self._clock()
-                os.utime(self.path, (now, now))
+                self._touch(self.path)
             except OSError as error:
                 _log.warning("no heartbeat could be left in %s: %s", self.path, error)
 
@@ -253,39 +235,3 @@ def _guard(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _read(path: Path) -> LockOwner | None:
-    """The owner that a lock file names; None where there is no file or it is not a lock's."""
-    try:
-        content: Any = json.loads(path.read_bytes())
-        return LockOwner(**{field.name: content[field.name] for field in fields(LockOwner)})
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _process_start(pid: int) -> float | None:
-    try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.Error:
-        return None
-
-
-def _pid_space() -> str:
-    try:
-        return str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        return ""
-
-
-def _is_alive(owner: LockOwner) -> bool:
-    """The very process that took the lock still runs on this host (a zombie does not)."""
-    try:
-        process = psutil.Process(owner.pid)
-        # The start time is computed from the boot time, which a clock adjustment may move by a little.
-        is_same = abs(process.create_time() - owner.process_start) < 2.0
-        return is_same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from galaxydist.errors import UserError
-from galaxydist.runs.files import explain_full_disk, replace_bytes
+from galaxydist.runs.files import explain_full_disk, fsync_file, replace_bytes
 
 Metric = float | int | str | None
 
@@ -48,6 +48,11 @@ class MetricsLog:
             except OSError:
                 os.truncate(self.path, length)
                 raise
+
+    def sync(self) -> None:
+        """Make the lines so far survive a power cut; call it before a checkpoint is saved that says that they are written."""
+        if self.path.exists():
+            fsync_file(self.path)
 
     def read(self) -> list[dict[str, Any]]:
         """All lines, oldest first. A half-written last line is left out.

@@ -1,0 +1,130 @@
+"""The files of one checkpoint: tensors in safetensors, the rest in one JSON file with the SHA-256 of everything."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from galaxydist.errors import UserError
+from galaxydist.runs import tensor_files
+from galaxydist.runs.files import fsync_file, write_bytes
+
+FORMAT_VERSION = 1
+_STATE_FILE = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved.
+
+    Args:
+        step: number of optimizer steps done.
+        tensors: by name, on the CPU.
+        state: everything else, plain JSON values.
+        path: its folder.
+    """
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+    path: Path
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint's files are not as they were written."""
+
+
+def encode_state(step: int, state: Mapping[str, Any], *, best: bool) -> str:
+    """What a checkpoint holds beside its tensors, as JSON.
+
+    Raises:
+        ValueError, TypeError: ``state`` is not plain JSON values, or holds nan or inf.
+    """
+    return _dump({"format": FORMAT_VERSION, "step": step, "best": best, "state": state})
+
+
+def write_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state_text: str) -> None:
+    """Write the files of a checkpoint and fsync them.
+
+    Args:
+        folder: a folder that is not there yet.
+        tensors: by name.
+        state_text: from ``encode_state``.
+    """
+    sys.audit("galaxydist.write", str(folder))
+    folder.mkdir()
+    places = tensor_files.write_tensors(folder, tensors)
+    for file in sorted(folder.iterdir()):
+        fsync_file(file)
+    hashes = {name: _sha256(folder / name) for name in sorted(set(places.values()))}
+    content = {**json.loads(state_text), "tensors": places, "files": hashes}
+    body = _dump(content)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    write_bytes(folder / _STATE_FILE, f'{{"sha256": "{digest}", "content":\n{body}\n}}\n'.encode())
+    fsync_file(folder)
+
+
+def read_checkpoint(path: Path, *, groups: Sequence[str] | None = None) -> Checkpoint:
+    """Read one checkpoint folder; the files that are read are checked against their SHA-256.
+
+    Raises:
+        DamagedCheckpointError: something is missing, changed or unreadable; the message names the file.
+        UserError: it was written by a newer galaxydist.
+    """
+    content = read_state(path)
+    if content["format"] != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has checkpoint format {content['format']}; this galaxydist reads {FORMAT_VERSION}. "
+            "Use the version that wrote it."
+        )
+    hashes: dict[str, str] = content["files"]
+    unknown = sorted(file.name for file in path.glob("*.safetensors") if file.name not in hashes)
+    if unknown:
+        raise DamagedCheckpointError(f"{unknown[0]} does not belong to it")
+    wanted = {name: file for name, file in content["tensors"].items() if groups is None or name.split("/", 1)[0] in groups}
+    for file_name in sorted(set(wanted.values())):
+        try:
+            digest = _sha256(path / file_name)
+        except FileNotFoundError:
+            raise DamagedCheckpointError(f"{file_name} is missing") from None
+        except OSError as error:
+            raise DamagedCheckpointError(f"{file_name} cannot be read: {error}") from error
+        if digest != hashes[file_name]:
+            raise DamagedCheckpointError(f"{file_name} has changed since it was written: its SHA-256 differs")
+    try:
+        tensors = tensor_files.read_tensors(path, wanted)
+    except Exception as error:
+        raise DamagedCheckpointError(f"its tensors cannot be read: {error}") from error
+    return Checkpoint(content["step"], tensors, content["state"], path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The checked contents of checkpoint.json: ``format``, ``step``, ``best``, ``state``, ``tensors`` and ``files``.
+
+    Raises:
+        DamagedCheckpointError: it is missing, changed or unreadable.
+    """
+    try:
+        stored = json.loads((path / _STATE_FILE).read_bytes())
+        digest, content = stored["sha256"], stored["content"]
+        if not isinstance(content, dict) or digest != hashlib.sha256(_dump(content).encode()).hexdigest():
+            raise DamagedCheckpointError(f"{_STATE_FILE} has changed since it was written: its SHA-256 differs")
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"{_STATE_FILE} is missing") from None
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        raise DamagedCheckpointError(f"{_STATE_FILE} cannot be read: {error}") from error
+    return content
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,75 @@
+"""Who holds a run folder, and whether that process still runs."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+@dataclass(frozen=True)
+class LockOwner:
+    """Who holds a lock.
+
+    Args:
+        host: name of the machine.
+        pid: process number there.
+        process_start: when that process started, seconds since 1970: tells it from a later process of the same number.
+        pid_space: which kernel, boot and container the process number belongs to; empty where the system does not say.
+        job_id: the scheduler's job, or None.
+        restart_count: how often that job was requeued.
+        token: random, of this lock alone.
+    """
+
+    host: str
+    pid: int
+    process_start: float
+    pid_space: str
+    job_id: str | None
+    restart_count: int
+    token: str
+
+    def __str__(self) -> str:
+        job = f", job {self.job_id}, restart {self.restart_count}" if self.job_id is not None else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+def read_owner(path: Path) -> LockOwner | None:
+    """The owner that a lock file names; None where there is no file or it is not a lock's."""
+    try:
+        content: Any = json.loads(path.read_bytes())
+        return LockOwner(**{field.name: content[field.name] for field in fields(LockOwner)})
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def process_start(pid: int) -> float | None:
+    """When a process of this machine started, seconds since 1970; None where it does not run."""
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
+
+
+def pid_space() -> str:
+    """Two machines may bear one name, a machine may have been restarted, containers number their processes anew: only where this
+    is equal does a process number mean the same process."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def is_alive(owner: LockOwner) -> bool:
+    """The very process that took the lock still runs on this host (a zombie does not)."""
+    try:
+        process = psutil.Process(owner.pid)
+        # The start time is computed from the boot time, which a clock adjustment may move by a little.
+        is_same = abs(process.create_time() - owner.process_start) < 2.0
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
