@@ -1,1 +1,5 @@
-"""The simulated survey: galaxies of ten classes drawn in the schema of Galaxy10 DECaLS."""
+"""A simulated survey in Galaxy10's schema: galaxies of the ten classes as the Legacy Surveys would picture them."""
+
+from galaxydist.surveys.simulate.survey import simulate_survey
+
+__all__ = ["simulate_survey"]

@@ -1,0 +1,146 @@
+"""The smooth, spiral and edge-on classes, put together from parts."""
+
+import numpy as np
+
+from galaxydist.surveys.simulate import parts
+from galaxydist.surveys.simulate.dice import Dice
+from galaxydist.surveys.simulate.morphology import BARRED, CIGAR, IN_BETWEEN, ROUND, TIGHT_SPIRAL, Light
+from galaxydist.surveys.simulate.parts import Arms, Ellipse
+from galaxydist.surveys.simulate.scene import Scene
+
+# Thickness of a disc: Holmberg's (1958) intrinsic axis ratio, as used for inclinations ever since.
+_DISC_THICKNESS = 0.2
+# Half-light radius of an exponential disc, in scale lengths.
+_HALF_LIGHT = 1.678
+
+
+def inclined(dice: Dice, least: float, most: float = 1.0) -> float:
+    """The axis ratio of a disc at a random inclination (cos i uniform between the two), after Hubble (1926)."""
+    cos = dice.uniform(least, most)
+    return float(np.sqrt(cos**2 * (1.0 - _DISC_THICKNESS**2) + _DISC_THICKNESS**2))
+
+
+def draw_smooth(scene: Scene, dice: Dice, light: Light, label: int, x: float, y: float) -> None:
+    """Ellipticals and their like: one Sersic profile, for some an outer envelope; round, in between, or cigar shaped."""
+    axis_ratio, index = {
+        ROUND: (dice.uniform(0.80, 1.0), float(np.exp(dice.normal(np.log(2.4), 0.45)))),
+        IN_BETWEEN: (float(np.clip(dice.normal(0.58, 0.06), 0.45, 0.72)), float(np.exp(dice.normal(np.log(1.5), 0.35)))),
+        CIGAR: (float(np.clip(dice.normal(0.31, 0.05), 0.18, 0.42)), float(np.exp(dice.normal(np.log(1.0), 0.25)))),
+    }[label]
+    index = float(np.clip(index, 0.6, 5.5))
+    at = Ellipse(x, y, dice.uniform(0.0, np.pi), axis_ratio)
+    boxiness = float(np.clip(dice.normal(2.0, 0.1), 1.8, 2.4))
+    outer = dice.uniform(0.1, 0.4) if dice.chance(0.35) and label != CIGAR else 0.0
+    parts.draw_sersic(scene, at, light.radius, index, light.fluxes(1.0 - outer, 0.02), boxiness)
+    if outer:
+        halo = Ellipse(x, y, at.angle + dice.normal(0.0, 0.2), min(axis_ratio * 1.1, 1.0))
+        parts.draw_sersic(scene, halo, light.radius * dice.uniform(1.5, 2.5), 1.0, light.fluxes(outer, -0.05))
+
+
+def draw_spiral(scene: Scene, dice: Dice, light: Light, label: int, x: float, y: float) -> None:
+    """Spirals: a disc with logarithmic arms, a redder bulge, knots of young stars, for barred ones a bar with the arms at its ends.
+
+    Pitch angles: tight 7 ... 14 degrees, loose 19 ... 36, as Seigar & James (1998, MNRAS 299, 685) and Kennicutt (1981, AJ 86, 1847) measure
+    from Sa to Sd; a bar's length is 0.8 ... 1.6 scale lengths (Erwin 2005, MNRAS 364, 283).
+    """
+    at = Ellipse(x, y, dice.uniform(0.0, np.pi), inclined(dice, 0.45 if label == BARRED else 0.38))
+    scale = light.radius / _HALF_LIGHT * 1.1
+    if label == BARRED:
+        _draw_barred(scene, dice, light, at, scale)
+        return
+    tight = label == TIGHT_SPIRAL
+    bulge = float(np.clip(dice.normal(0.20, 0.08) if tight else dice.normal(0.12, 0.07), 0.02, 0.5))
+    knots = dice.uniform(0.0, 0.05) if tight else dice.uniform(0.0, 0.12)
+    arms = draw_arms(dice, tight)
+    redder = dice.uniform(0.05, 0.25)
+    parts.draw_disc(
+        scene,
+        dice,
+        at,
+        scale,
+        light.fluxes(1.0 - bulge - knots, -redder * bulge),
+        arms,
+        dice.uniform(0.0, 0.15 if tight else 0.4),
+    )
+    parts.draw_knots(scene, dice, at, scale, dice.integer(6, 40), light.fluxes(knots), arms)
+    rounder = Ellipse(x, y, at.angle, 1.0 - 0.6 * (1.0 - at.axis_ratio))
+    parts.draw_sersic(scene, rounder, scale * dice.uniform(0.25, 0.5), dice.uniform(1.0, 3.0), light.fluxes(bulge, redder))
+
+
+def draw_arms(dice: Dice, tight: bool) -> Arms:
+    """Arms of an unbarred spiral."""
+    if tight:
+        num = (2, 3, 4)[dice.pick((0.65, 0.25, 0.10))]
+        pitch, share, sharpness, ragged = (
+            dice.uniform(7.0, 14.0),
+            dice.uniform(0.5, 0.85),
+            dice.uniform(1.2, 2.5),
+            dice.uniform(0.1, 0.5),
+        )
+    else:
+        num = (1, 2, 3, 4)[dice.pick((0.12, 0.60, 0.20, 0.08))]
+        pitch, share, sharpness, ragged = (
+            dice.uniform(19.0, 36.0),
+            dice.uniform(0.6, 0.95),
+            dice.uniform(1.2, 3.0),
+            dice.uniform(0.2, 0.8),
+        )
+    sense = 1 if dice.chance(0.5) else -1
+    return Arms(num, np.radians(pitch), sense, dice.uniform(0.0, 2 * np.pi), sharpness, share, ragged, dice.uniform(0.25, 0.6))
+
+
+def _draw_barred(scene: Scene, dice: Dice, light: Light, at: Ellipse, scale: float) -> None:
+    bulge, bar = dice.uniform(0.06, 0.22), dice.uniform(0.12, 0.28)
+    length, turn = scale * dice.uniform(0.9, 1.7), dice.uniform(0.0, np.pi)
+    ring = dice.uniform(0.05, 0.15) if dice.chance(0.35) else 0.0
+    redder = dice.uniform(0.05, 0.2)
+    sense, pitch = (1 if dice.chance(0.5) else -1), np.radians(dice.uniform(10.0, 30.0))
+    # The arms' ridge passes through the bar's ends.
+    phase = 2.0 * (sense * turn - np.log(length / scale) / np.tan(pitch))
+    arms = Arms(2, pitch, sense, phase, dice.uniform(1.0, 2.5), dice.uniform(0.4, 0.85), dice.uniform(0.1, 0.4), length / scale)
+    disc = light.fluxes(1.0 - bulge - bar - ring, -redder * (bulge + bar))
+    parts.draw_disc(scene, dice, at, scale, disc, arms, dice.uniform(0.0, 0.15))
+    parts.draw_bar(scene, at, length, dice.uniform(0.18, 0.36), turn, light.fluxes(bar, redder))
+    if ring:
+        parts.draw_ring(scene, at, length * dice.uniform(1.0, 1.15), max(1.0, 0.15 * length), light.fluxes(ring, -0.1))
+    parts.draw_knots(scene, dice, at, scale, dice.integer(0, 20), light.fluxes(dice.uniform(0.0, 0.04)), arms)
+    rounder = Ellipse(at.x, at.y, at.angle, 1.0 - 0.6 * (1.0 - at.axis_ratio))
+    parts.draw_sersic(scene, rounder, scale * dice.uniform(0.2, 0.35), dice.uniform(1.0, 2.5), light.fluxes(bulge, redder + 0.05))
+
+
+def draw_edge_on(scene: Scene, dice: Dice, light: Light, bulge: bool, x: float, y: float) -> None:
+    """Discs from the side, with a bulge or without; some without are inclined late spirals that are not quite edge-on.
+
+    Scale heights of 1/10 ... 1/4 of the length: Kregel, van der Kruit & de Grijs (2002, MNRAS 334, 646).
+    """
+    at = Ellipse(x, y, dice.uniform(0.0, np.pi), 1.0)
+    length = light.radius / (1.35 if bulge else 1.45)
+    if bulge:
+        share, redder = dice.uniform(0.22, 0.5), dice.uniform(0.0, 0.1)
+        height = length * dice.uniform(0.18, 0.36)
+        dust = dice.uniform(0.5, 2.5) if dice.chance(0.4) else 0.0
+        round_part = Ellipse(x, y, at.angle, dice.uniform(0.5, 0.9))
+        parts.draw_sersic(
+            scene,
+            round_part,
+            length * dice.uniform(0.3, 0.5),
+            dice.uniform(1.5, 3.5),
+            light.fluxes(share, redder),
+            dice.uniform(1.9, 2.6),
+        )
+        parts.draw_edge_on(
+            scene, dice, at, length, height, light.fluxes(1.0 - share, -redder * share), dust, dice.normal(0.0, 0.15)
+        )
+        return
+    if dice.chance(0.25):
+        tilted = Ellipse(x, y, at.angle, dice.uniform(0.16, 0.32))
+        arms, knots = draw_arms(dice, tight=False), dice.uniform(0.0, 0.12)
+        parts.draw_disc(
+            scene, dice, tilted, light.radius / _HALF_LIGHT * 1.15, light.fluxes(1.0 - knots), arms, dice.uniform(0.0, 0.4)
+        )
+        parts.draw_knots(scene, dice, tilted, light.radius / _HALF_LIGHT, dice.integer(5, 30), light.fluxes(knots), arms)
+        return
+    height, knots = length * dice.uniform(0.12, 0.28), dice.uniform(0.0, 0.06)
+    dust = dice.uniform(0.2, 1.5) if dice.chance(0.3) else 0.0
+    parts.draw_edge_on(scene, dice, at, length, height, light.fluxes(1.0 - knots), dust, dice.normal(0.0, 0.3))
+    parts.draw_knots(scene, dice, Ellipse(x, y, at.angle, 0.05), length, dice.integer(3, 20), light.fluxes(knots))

@@ -1,0 +1,187 @@
+"""Parts of galaxies, drawn into a scene: bulges, discs with arms, bars, dust and star-forming knots, edge-on discs, tails."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from galaxydist.surveys.simulate import profiles
+from galaxydist.surveys.simulate.dice import Dice
+from galaxydist.surveys.simulate.scene import Array, Scene
+
+# Extinction in g, r, z for a depth of 1 in r: Schlafly & Finkbeiner (2011, ApJ 737, 103), table 6 for DECam, R_V = 3.1: 3.237, 2.176, 1.217.
+REDDENING = np.array([1.49, 1.0, 0.56], np.float32)
+# A young population against an old one of the same light in r: bluer by 0.6 in g-r and 0.5 in r-z.
+_YOUNG = np.array([1.74, 1.0, 0.63], np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Ellipse:
+    """Where something is and how it lies: x, y pixels from the picture's centre, position angle in radians, minor over major axis."""
+
+    x: float
+    y: float
+    angle: float
+    axis_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Arms:
+    """Spiral structure of a disc.
+
+    Attributes:
+        num: number of arms.
+        pitch: pitch angle, radians.
+        sense: +1 or -1, which way they wind.
+        phase: turns the pattern, radians.
+        sharpness: see :func:`profiles.spiral_arms`.
+        share: of the disc's light that follows the pattern.
+        ragged: how far (radians of phase) the arms wander.
+        inner: where they begin, in scale lengths.
+    """
+
+    num: int
+    pitch: float
+    sense: int
+    phase: float
+    sharpness: float
+    share: float
+    ragged: float
+    inner: float
+
+
+def draw_sersic(scene: Scene, at: Ellipse, radius: float, index: float, fluxes: Array, boxiness: float = 2.0) -> None:
+    """A spheroid or smooth disc of half-light radius ``radius`` pixels and total fluxes in g, r, z."""
+    window = scene.window(at.x, at.y, min(8.0 + radius * (3.5 + 2.5 * index), 400.0))
+    if window is None:
+        return
+    u, v = window.turned(at.angle)
+    profile = profiles.sersic(u, v, radius, at.axis_ratio, index, boxiness)
+    if window.whole:
+        profile /= profile.sum()
+    scene.add(window, profile, fluxes)
+
+
+def draw_disc(
+    scene: Scene, dice: Dice, at: Ellipse, scale: float, fluxes: Array, arms: Arms | None, lopsided: float = 0.0
+) -> None:
+    """An inclined exponential disc with scale length ``scale`` pixels, arms bluer than what lies between, dust on their inner edge."""
+    window = scene.window(at.x, at.y, 7.0 * scale + 6.0)
+    if window is None:
+        return
+    u, v = window.turned(at.angle)
+    v = v / np.float32(at.axis_ratio)
+    radius = np.sqrt(u * u + v * v + np.float32(0.1))
+    base = np.exp(-radius / np.float32(scale)) / np.float32(2.0 * np.pi * scale**2 * at.axis_ratio)
+    if lopsided:
+        lean = dice.uniform(0.0, 2.0 * np.pi)
+        base = base * (1.0 + lopsided * np.tanh(radius / (2 * scale)) * (u * np.cos(lean) + v * np.sin(lean)) / radius)
+    if arms is None:
+        scene.add(window, base.astype(np.float32), fluxes)
+        return
+    theta = np.arctan2(v, u) * np.float32(arms.sense)
+    log_radius = np.log(radius / np.float32(scale))
+    phase = _frayed(dice, theta, log_radius, arms)
+    pattern = profiles.spiral_arms(theta, log_radius, arms.num, arms.pitch, phase, arms.sharpness)
+    # Arms begin outside the bulge or at the bar's end.
+    begun = 1.0 / (1.0 + np.exp(-(radius / np.float32(scale) - arms.inner) / 0.12))
+    strength = np.float32(arms.share) * begun
+    smooth = base * (1.0 - strength)
+    armed = base * strength * pattern
+    young = _YOUNG ** np.float32(dice.uniform(0.5, 1.0))
+    share = float(armed.sum() / max(base.sum(), 1e-12))
+    # Colours of arms and the rest are set apart so that the disc keeps its own.
+    old = (1.0 - share * young) / max(1.0 - share, 0.05)
+    scene.add(window, smooth.astype(np.float32), np.maximum(fluxes * old, 0.0))
+    scene.add(window, armed.astype(np.float32), fluxes * young)
+    depth = dice.uniform(0.0, 0.5)
+    lane = profiles.spiral_arms(theta, log_radius, arms.num, arms.pitch, phase - np.float32(0.9), 2.5 * arms.sharpness)
+    scene.dim(
+        window,
+        (depth * 0.35 * begun * np.minimum(lane, 3.0) * np.exp(-radius / np.float32(2.0 * scale))).astype(np.float32),
+        REDDENING,
+    )
+
+
+def _frayed(dice: Dice, theta: Array, log_radius: Array, arms: Arms) -> Array:
+    """A phase that wanders over the disc, so that arms bend, fork and fade as real ones do."""
+    phase = np.full(theta.shape, arms.phase, np.float32)
+    for order in (1, 2, 3):
+        amplitude = arms.ragged * dice.normal(0.0, 0.9) / order**0.5
+        turn, wind = dice.uniform(0.0, 2.0 * np.pi), dice.normal(0.0, 2.0)
+        phase += np.float32(amplitude) * np.cos(np.float32(order) * theta + np.float32(wind) * log_radius + np.float32(turn))
+    return phase
+
+
+def draw_knots(scene: Scene, dice: Dice, at: Ellipse, scale: float, num: int, fluxes: Array, arms: Arms | None = None) -> None:
+    """Star-forming knots (HII regions), blue points: brightnesses fall as a power law, places follow the disc, and the arms where there are some."""
+    if num == 0:
+        return
+    weight = dice.uniforms(num) ** -0.6
+    radius = scale * (0.5 + np.sqrt(-np.log(1.0 - 0.95 * dice.uniforms(num))) * 1.5)
+    theta = 2.0 * np.pi * dice.uniforms(num)
+    if arms is not None:
+        arm = np.floor(arms.num * dice.uniforms(num)) / arms.num * 2.0 * np.pi
+        theta = arms.sense * (np.log(radius / scale) / np.tan(arms.pitch) + arms.phase / arms.num + arm + 0.2 * dice.normals(num))
+    u, v = radius * np.cos(theta), radius * np.sin(theta) * at.axis_ratio
+    x = at.x + u * np.cos(at.angle) - v * np.sin(at.angle)
+    y = at.y + u * np.sin(at.angle) + v * np.cos(at.angle)
+    scene.add_points(x, y, (weight / weight.sum())[:, None].astype(np.float32) * (fluxes * _YOUNG**1.3))
+
+
+def draw_bar(scene: Scene, at: Ellipse, length: float, thickness: float, turn: float, fluxes: Array) -> None:
+    """A bar of half-length ``length`` pixels in the plane of an inclined disc, ``turn`` radians from the disc's major axis."""
+    window = scene.window(at.x, at.y, length * 1.1 + 3.0)
+    if window is None:
+        return
+    u, v = window.turned(at.angle)
+    v = v / np.float32(max(at.axis_ratio, 0.3))
+    cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
+    profile = profiles.bar(u * cos + v * sin, v * cos - u * sin, length, thickness)
+    if window.whole:
+        profile /= max(float(profile.sum()), 1e-9)
+    else:
+        profile /= np.float32(at.axis_ratio)
+    scene.add(window, profile, fluxes)
+
+
+def draw_ring(scene: Scene, at: Ellipse, radius: float, width: float, fluxes: Array) -> None:
+    """A ring in a disc's plane (bars gather gas into one at their resonance)."""
+    window = scene.window(at.x, at.y, radius + 4.0 * width + 2.0)
+    if window is None:
+        return
+    u, v = window.turned(at.angle)
+    distance = np.hypot(u, v / np.float32(at.axis_ratio)) - np.float32(radius)
+    profile = np.exp(-0.5 * (distance / np.float32(width)) ** 2) / np.float32((2 * np.pi) ** 1.5 * radius * width * at.axis_ratio)
+    scene.add(window, profile.astype(np.float32), fluxes)
+
+
+def draw_edge_on(
+    scene: Scene, dice: Dice, at: Ellipse, length: float, height: float, fluxes: Array, dust: float, warp: float
+) -> None:
+    """A disc from its side (``at.axis_ratio`` is not used): scale length and height in pixels, a dust lane of depth ``dust``, bent by ``warp``."""
+    window = scene.window(at.x, at.y, 7.0 * length + 4.0)
+    if window is None:
+        return
+    u, v = window.turned(at.angle)
+    v = v - np.float32(warp / (9.0 * length)) * u * u - np.float32(dice.normal(0.0, 0.3) * abs(warp) / (60.0 * length**2)) * u**3
+    profile = profiles.edge_on_disc(u, v, length, height)
+    unevenness = (
+        1.0
+        + 0.25 * dice.normal() * np.tanh(u / np.float32(2.0 * length))
+        + 0.15 * np.cos(u / np.float32(length) * dice.uniform(1.5, 4.0))
+    )
+    scene.add(window, (profile * unevenness).astype(np.float32), fluxes)
+    if dust:
+        # The lane lies a little off the middle plane unless the disc is exactly edge-on; half the light is in front of it.
+        offset = np.float32(height * dice.uniform(-0.5, 0.5))
+        lane = np.exp(-np.abs(u) / np.float32(1.6 * length) - 0.5 * ((v - offset) / np.float32(0.45 * height)) ** 2)
+        scene.dim(window, (dust * lane).astype(np.float32), REDDENING)
+
+
+def draw_arc(scene: Scene, x: float, y: float, radius: float, width: float, start: float, span: float, fluxes: Array) -> None:
+    """A tail or shell: part of a circle around (x, y), see :func:`profiles.arc`."""
+    window = scene.window(x, y, radius + 5.0 * width)
+    if window is None:
+        return
+    u, v = window.turned(0.0)
+    scene.add(window, profiles.arc(u, v, radius, width, start, span), fluxes)

@@ -1,0 +1,123 @@
+"""What lies between a galaxy and its picture: the atmosphere's blur, the sky's noise, and everything else in the field."""
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft
+from scipy.special import ndtri
+
+from galaxydist.surveys.simulate.colour import to_fluxes
+from galaxydist.surveys.simulate.dice import PIXELS, Dice, pixel_normals
+from galaxydist.surveys.simulate.scene import CANVAS, MARGIN, SIZE, Array, Scene
+
+# Median seeing of the Legacy Surveys' DECam images, full width at half maximum in arcsec in g, r, z (Dey et al. 2019, AJ 157, 168).
+SEEING = (1.3, 1.2, 1.1)
+# Wings as ground-based images have them: Trujillo et al. (2001, MNRAS 328, 977) find Moffat exponents of 2.5 ... 4.8.
+MOFFAT_BETA = 3.2
+DECAM_PIXEL = 0.262
+
+# Sky noise per pixel of 0.262 arcsec in g, r, z, nanomaggies. DECaLS' depths (Dey et al. 2019) give the bands' order and rough size;
+# the values make the pictures' sky noise that of the real sample's tuning half.
+NOISE = (0.0016, 0.0028, 0.0060)
+
+
+def draw_seeing(dice: Dice) -> tuple[float, float, float]:
+    """This picture's seeing in g, r, z (arcsec), in steps of 0.02 so that the blur's transform can be kept."""
+    common = dice.normal(0.0, 0.06)
+    values = [value * np.exp(common + dice.normal(0.0, 0.04)) for value in SEEING]
+    return tuple(round(value / 0.02) * 0.02 for value in values)  # type: ignore[return-value]
+
+
+def blur(light_CHW: Array, seeing: tuple[float, float, float], pixel_scale: float) -> Array:
+    """Convolve each band with a Moffat of its seeing.
+
+    Args:
+        light_CHW: 3 x CANVAS x CANVAS.
+        seeing: full width at half maximum in g, r, z, arcsec.
+        pixel_scale: arcsec per pixel.
+    """
+    blurred = np.empty_like(light_CHW)
+    for band, fwhm in enumerate(seeing):
+        spectrum = fft.rfft2(light_CHW[band])
+        spectrum *= moffat_transform(round(fwhm / pixel_scale, 4))
+        blurred[band] = fft.irfft2(spectrum, s=(CANVAS, CANVAS))
+    return blurred
+
+
+@lru_cache(maxsize=192)
+def moffat_transform(fwhm: float) -> NDArray[np.complex64]:
+    """The transfer function (CANVAS x CANVAS/2+1) of a Moffat profile (Moffat 1969, A&A 3, 455) of this width in pixels."""
+    offset = np.minimum(np.arange(CANVAS), CANVAS - np.arange(CANVAS))
+    width = fwhm / (2.0 * np.sqrt(2.0 ** (1.0 / MOFFAT_BETA) - 1.0))
+    profile = (1.0 + (offset[:, None] ** 2 + offset[None, :] ** 2) / width**2) ** -MOFFAT_BETA
+    return np.asarray(fft.rfft2((profile / profile.sum()).astype(np.float32)))
+
+
+def add_noise(light_CHW: Array, dice: Dice, pixel_scale: float, seed: int, row: int) -> Array:
+    """The picture's SIZE x SIZE of the scene with the sky's noise, correlated between neighbours as resampled co-adds are.
+
+    Depth differs from place to place and band to band; now and then a band has a single exposure, or an edge between two depths runs through.
+    """
+    depth = dice.normal(0.0, 0.10)
+    sigma = np.array([noise * np.exp(depth + dice.normal(0.0, 0.12)) for noise in NOISE])
+    if dice.chance(0.10):
+        sigma *= dice.uniform(1.3, 2.2)
+    # A picture at a coarser scale shows means over camera pixels: the surface brightness stays, the noise averages out.
+    coarser = pixel_scale / DECAM_PIXEL
+    sigma /= coarser
+    white = pixel_normals((3, SIZE + 2, SIZE + 2), seed, PIXELS, row)
+    side = np.float32(0.28)
+    rows = white[:, 1:-1] + side * (white[:, :-2] + white[:, 2:])
+    noise = rows[:, :, 1:-1] + side * (rows[:, :, :-2] + rows[:, :, 2:])
+    noise *= (sigma / (1.0 + 2.0 * 0.28**2)).astype(np.float32)[:, None, None]
+    if dice.chance(0.06):
+        edge = int(dice.uniform(0.1, 0.9) * SIZE)
+        strip = noise[:, :edge] if dice.chance(0.5) else noise[:, :, :edge]
+        strip *= np.float32(dice.uniform(1.3, 1.8))
+    level = np.array([dice.normal(0.0, 0.0005) for _ in range(3)], np.float32)
+    inner = slice(MARGIN, MARGIN + SIZE)
+    return light_CHW[:, inner, inner] / np.float32(coarser**2) + noise + level[:, None, None]
+
+
+def add_stars(scene: Scene, dice: Dice) -> None:
+    """Foreground stars: counts that rise by 0.17 dex a magnitude, colours along the stellar locus (most faint ones are red dwarfs)."""
+    area = (scene.pixel_scale / DECAM_PIXEL) ** 2
+    num = dice.poisson(8.0 * area * np.exp(dice.normal(0.0, 0.6)))
+    if not num:
+        return
+    slope = 0.17
+    bright, faint = 10 ** (slope * 15.0), 10 ** (slope * 23.5)
+    red_mag = np.log10(bright + (faint - bright) * dice.uniforms(num)) / slope
+    # Covey et al. (2007, AJ 134, 2398): g-r runs from 0.2 (F stars) to 1.4 (M dwarfs), where it stays while r-z goes on.
+    temperature = np.clip(dice.uniforms(num) * 1.3 + 0.10 * (red_mag - 20.0), 0.0, 1.6)
+    green_red = np.clip(0.25 + 1.15 * temperature, 0.0, 1.45)
+    red_z = 0.05 + 0.55 * temperature + np.maximum(temperature - 0.75, 0.0) * 2.0 * dice.uniforms(num)
+    place = (dice.uniforms(2 * num).reshape(2, num) - 0.5) * CANVAS
+    fluxes = to_fluxes(np.stack([red_mag + green_red, red_mag, red_mag - red_z], axis=1))
+    scene.add_points(place[0], place[1], fluxes)
+
+
+def add_background(scene: Scene, dice: Dice) -> None:
+    """Small, faint, mostly red galaxies behind: counts after Metcalfe et al. (2001, MNRAS 323, 795), exponential discs of 0.2 ... 1 arcsec."""
+    area = (scene.pixel_scale / DECAM_PIXEL) ** 2
+    num = min(dice.poisson(48.0 * min(area, 2.0) * np.exp(dice.normal(0.0, 0.35))), 140)
+    slope = 0.34
+    bright, faint = 10 ** (slope * 18.5), 10 ** (slope * 24.5)
+    red_mag = np.log10(bright + (faint - bright) * dice.uniforms(num)) / slope
+    reds = dice.uniforms(num) < 0.55
+    green_red = np.where(reds, 1.15, 0.55) + 0.22 * ndtri(0.01 + 0.98 * dice.uniforms(num))
+    red_z = np.where(reds, 0.95, 0.45) + 0.20 * ndtri(0.01 + 0.98 * dice.uniforms(num))
+    size = np.exp(np.log(0.45) - 0.14 * (red_mag - 22.0) + 0.3 * ndtri(0.01 + 0.98 * dice.uniforms(num))) / scene.pixel_scale
+    axis_ratio, angle = 0.25 + 0.75 * dice.uniforms(num), np.pi * dice.uniforms(num)
+    place = (dice.uniforms(2 * num).reshape(2, num) - 0.5) * CANVAS
+    fluxes = to_fluxes(np.stack([red_mag + green_red, red_mag, red_mag - red_z], axis=1))
+    for i in range(num):
+        window = scene.window(place[0, i], place[1, i], min(4.0 * size[i] + 2.0, 24.0))
+        if window is None:
+            continue
+        u, v = window.turned(angle[i])
+        profile = np.exp(-1.68 / size[i] * np.sqrt(u * u + (v / axis_ratio[i]) ** 2 + 0.3)).astype(np.float32)
+        scene.add(
+            window, profile / (profile.sum() if window.whole else 2 * np.pi * axis_ratio[i] * (size[i] / 1.68) ** 2), fluxes[i]
+        )

@@ -1,0 +1,94 @@
+"""Write a simulated survey: an HDF5 file in Galaxy10's schema, drawn on all cores."""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galaxydist.errors import UserError
+from galaxydist.surveys.schema import create_file
+from galaxydist.surveys.simulate.picture import take_picture
+from galaxydist.surveys.simulate.places import Plan, plan_survey
+
+# Goes up whenever the same seed gives other galaxies; written into the file.
+SIMULATOR_VERSION = 1
+_SLAB = 32
+# Fewer galaxies than this are drawn before other processes have started.
+_WORTH_PROCESSES = 200
+
+Slab = tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]
+
+
+def simulate_survey(path: Path, num_galaxies: int, seed: int, workers: int | None = None, balanced: bool = False) -> None:
+    """Write a simulated survey in Galaxy10's schema; the file appears only when it is whole.
+
+    The same (num_galaxies, seed, balanced) gives the same bytes, whatever the number of workers: every chance is a hash of (seed, row).
+
+    Args:
+        path: the HDF5 file to write, replaced if it is there.
+        num_galaxies: at least 1; from 20 on the survey has overlapping pairs and one place with two labels.
+        seed: any integer from 0.
+        workers: processes; by default one for each core that this process may use.
+        balanced: equally many galaxies of each class instead of Galaxy10's proportions.
+
+    Raises:
+        UserError: for a number of galaxies or a seed that makes no survey, or a full disk.
+    """
+    from tqdm import tqdm
+
+    if num_galaxies < 1:
+        raise UserError(f"a survey needs at least 1 galaxy, not {num_galaxies}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"the seed must be between 0 and 2^63 - 1, not {seed}")
+    workers = workers or len(os.sched_getaffinity(0))
+    plan = plan_survey(num_galaxies, seed, balanced)
+    attributes = {"simulator_version": SIMULATOR_VERSION, "seed": seed, "num_galaxies": num_galaxies, "balanced": int(balanced)}
+    with (
+        create_file(path, num_galaxies, attributes) as file,
+        tqdm(total=num_galaxies, unit="galaxy", desc="simulate", disable=None) as bar,
+    ):
+        start = 0
+        for images, redshift, pxscale in _slabs(plan, 1 if num_galaxies < _WORTH_PROCESSES else workers):
+            stop = start + len(images)
+            rows = slice(start, stop)
+            file.append(
+                images, labels=plan.labels[rows], ra=plan.ra[rows], dec=plan.dec[rows], redshift=redshift, pxscale=pxscale
+            )
+            bar.update(len(images))
+            start = stop
+
+
+def draw_slab(plan: Plan, start: int, stop: int) -> Slab:
+    """Pictures, redshifts and pixel scales of the plan's rows ``start`` ... ``stop - 1``."""
+    pictures = [take_picture(plan, row) for row in range(start, stop)]
+    return (
+        np.stack([picture.image for picture in pictures]),
+        np.array([picture.redshift for picture in pictures]),
+        np.array([picture.pixel_scale for picture in pictures]),
+    )
+
+
+def _slabs(plan: Plan, workers: int) -> Iterator[Slab]:
+    edges = [(start, min(start + _SLAB, len(plan.labels))) for start in range(0, len(plan.labels), _SLAB)]
+    if workers == 1:
+        for start, stop in edges:
+            yield draw_slab(plan, start, stop)
+        return
+    # Spawned, not forked: the caller may have threads, which do not survive a fork.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting: deque[Future[Slab]] = deque()
+        try:
+            for start, stop in edges:
+                waiting.append(pool.submit(draw_slab, plan, start, stop))
+                if len(waiting) >= 3 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
