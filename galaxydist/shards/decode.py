@@ -1,0 +1,200 @@
+"""Stored pictures to pixels: positioned reads of local tars, decoded straight into the place of the batch. All of it without
+Python's lock, so that threads do the work of processes."""
+
+import errno
+import io
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from galaxydist.errors import UserError
+from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.tar import parse_index
+
+Pixels = NDArray[np.uint8]
+
+# Shards that are held open; fewer than the 1,024 files that a process may usually have.
+MAX_OPEN = 384
+
+
+class PictureError(UserError):
+    """One picture cannot be read or decoded: names its shard and galaxy. With data.on_error=skip it costs that galaxy alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Where a stored picture lies."""
+
+    sample: int
+    shard: int
+    offset: int
+    length: int
+
+
+def reduction(image_size: int, target_size: int, crop: float, max_zoom: float = 1.0) -> int:
+    """The factor by which pictures may be decoded smaller without losing what the model sees: 1, 2, 4 or 8.
+
+    libjpeg drops the frequencies above the reduced size's, which is the antialiasing that shrinking needs anyway, so the largest
+    factor that leaves at least one stored pixel for each pixel that the model sees, at the greatest zoom.
+
+    Args:
+        image_size: stored width in pixels.
+        target_size: width that the model sees.
+        crop: central fraction of the stored width that is kept.
+        max_zoom: greatest magnification of the augmentation.
+    """
+    for factor in (8, 4, 2):
+        if image_size % factor == 0 and crop * image_size / factor >= target_size * max_zoom:
+            return factor
+    return 1
+
+
+class PictureReader:
+    """Reads the pictures of one split.
+
+    Args:
+        manifest, split: which.
+        factor: decode by this factor smaller (JPEG only; see :func:`reduction`).
+    """
+
+    def __init__(self, manifest: Manifest, split: str, factor: int = 1) -> None:
+        self._manifest, self._split = manifest, split
+        self._encoding = manifest.encoding
+        self._factor = factor if manifest.encoding == "jpeg" else 1
+        self.size = manifest.image_size // self._factor
+        self._starts = np.concatenate([[0], np.cumsum(manifest.shards(split)["samples"])])
+        self._offsets, self._lengths = manifest.offsets(split), manifest.lengths(split)
+        self._files = _OpenFiles()
+        self._raw_header = _raw_header(manifest.image_size)
+
+    def locate(self, samples: NDArray[np.int64]) -> list[Picture]:
+        """Where these stored samples lie."""
+        shards = np.searchsorted(self._starts, samples, side="right") - 1
+        columns = samples, shards, self._offsets[samples], self._lengths[samples]
+        return [Picture(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+    def read_into(self, picture: Picture, pixels: Pixels) -> None:
+        """Decode a picture into ``size`` x ``size`` x 3 uint8 contiguous pixels.
+
+        Raises:
+            PictureError: naming shard and galaxy, if it is cut short, does not decode or has another size.
+            UserError: if the shard is missing or cannot be opened.
+        """
+        file = self._open(picture)
+        try:
+            if self._encoding == "raw":
+                self._read_raw(file.descriptor, picture, pixels)
+                return
+            data = os.pread(file.descriptor, picture.length, picture.offset)
+            if len(data) != picture.length:
+                raise ValueError("the shard is cut short")
+            shape = self._decode_jpeg(data, pixels) if self._encoding == "jpeg" else _decode_png(data, pixels)
+            if shape != pixels.shape:
+                raise ValueError(f"{shape[1]} x {shape[0]} pixels where {self.size} x {self.size} belong")
+        except (ValueError, OSError, SyntaxError) as error:
+            raise PictureError(
+                f"{self._name(picture)}: its picture does not decode ({error}); look for more with: "
+                f"galaxydist data check {self._manifest.path}, then make the shards anew or set data.on_error=skip"
+            ) from None
+
+    def close(self) -> None:
+        """Close the shards."""
+        self._files.close()
+
+    def _decode_jpeg(self, data: bytes, pixels: Pixels) -> tuple[int, ...]:
+        if self._factor == 1:
+            return tuple(simplejpeg.decode_jpeg(data, "RGB", buffer=pixels).shape)
+        picture = simplejpeg.decode_jpeg(
+            data, "RGB", min_height=self.size, min_width=self.size, min_factor=self._factor, buffer=pixels
+        )
+        return tuple(picture.shape)
+
+    def _read_raw(self, descriptor: int, picture: Picture, pixels: Pixels) -> None:
+        header = bytearray(len(self._raw_header))
+        length = os.preadv(descriptor, [header, pixels.reshape(-1)], picture.offset)
+        if length != picture.length:
+            raise ValueError("the shard is cut short")
+        if header != self._raw_header:
+            raise ValueError(f"not a .npy file of {self.size} x {self.size} x 3 uint8")
+
+    def _open(self, picture: Picture) -> "_OpenFile":
+        path = self._manifest.shard_path(self._split, picture.shard)
+        try:
+            return self._files.get(str(path))
+        except FileNotFoundError:
+            raise UserError(f"shard {path} is missing; make the shards anew with: galaxydist data shard") from None
+        except OSError as error:
+            hint = "; raise the limit with: ulimit -n 4096" if error.errno == errno.EMFILE else ""
+            raise UserError(f"shard {path} cannot be opened ({error.strerror}){hint}") from None
+
+    def _name(self, picture: Picture) -> str:
+        return picture_name(self._manifest, self._split, picture.shard, picture.sample - int(self._starts[picture.shard]))
+
+
+def picture_name(manifest: Manifest, split: str, shard: int, number: int) -> str:
+    """``shard PATH, galaxy KEY`` for an error message; the key is read from the shard's index."""
+    path = manifest.shard_path(split, shard)
+    try:
+        key = parse_index(path.with_suffix(".idx").read_text("ascii"))[number][0].name.partition(".")[0]
+    except (OSError, ValueError, IndexError):
+        key = f"number {number}"
+    return f"shard {path}, galaxy {key}"
+
+
+def _raw_header(image_size: int) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": (image_size, image_size, 3)})
+    return stream.getvalue()
+
+
+def _decode_png(data: bytes, pixels: Pixels) -> tuple[int, ...]:
+    with Image.open(io.BytesIO(data)) as picture:
+        decoded = np.asarray(picture.convert("RGB"))
+    if decoded.shape == pixels.shape:
+        pixels[...] = decoded
+    return decoded.shape
+
+
+class _OpenFile:
+    """A descriptor that is closed when its last user lets go of it, so that a thread never reads from a closed one."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+class _OpenFiles:
+    """The files last used, open."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: str) -> _OpenFile:
+        with self._lock:
+            file = self._files.get(path)
+            if file is not None:
+                self._files.move_to_end(path)
+                return file
+        file = _OpenFile(path)
+        with self._lock:
+            self._files[path] = file
+            if len(self._files) > MAX_OPEN:
+                self._files.popitem(last=False)
+        return file
+
+    def close(self) -> None:
+        with self._lock:
+            self._files.clear()

@@ -1,0 +1,145 @@
+"""One galaxy to the bytes that a shard keeps."""
+
+import io
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from galaxydist.errors import UserError
+from galaxydist.galaxy import EncodedImage, Galaxy
+from galaxydist.shards.tar import LONGEST_KEY
+
+Pixels = NDArray[np.uint8]
+
+_KEY = re.compile(r"[A-Za-z0-9_+-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How pictures are stored.
+
+    Args:
+        name: ``jpeg``, ``png`` or ``raw`` (a uint8 .npy).
+        quality: of JPEG, 1 to 100; colour is kept at full resolution (4:4:4), since it is evidence.
+        image_size: pixels of the square; other pictures are cut to their central square and resampled if ``resize``,
+            else refused.
+        resize: whether the user asked for that size.
+    """
+
+    name: str
+    quality: int
+    image_size: int
+    resize: bool
+
+
+def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple[bytes, bytes, Pixels]:
+    """The picture's file, its .json, and the pixels that it shows.
+
+    Raises:
+        UserError: naming the galaxy, for a picture that does not decode or has another size, a key that a tar cannot hold, or
+            a label outside the classes.
+    """
+    if not _KEY.fullmatch(galaxy.id) or len(galaxy.id) > LONGEST_KEY:
+        raise UserError(
+            f"galaxy id {galaxy.id!r} cannot name a file in a shard: use up to {LONGEST_KEY} letters, digits, _, - and +"
+        )
+    if galaxy.label is not None and not 0 <= galaxy.label < num_classes:
+        raise UserError(f"galaxy {galaxy.id}: label {galaxy.label} is outside 0 ... {num_classes - 1}")
+    size = encoding.image_size
+    source = galaxy.image if isinstance(galaxy.image, EncodedImage) else None
+    pixels = decode_picture(source, galaxy.id) if source else _check_pixels(galaxy)
+    meta = _meta(galaxy)
+    if pixels.shape != (size, size, 3):
+        if not encoding.resize:
+            height, width = pixels.shape[:2]
+            raise UserError(
+                f"galaxy {galaxy.id} is {width} x {height} pixels, the first galaxy {size} x {size}: "
+                f"give an image size (--image-size {size}) so that all are cut to a square and resampled"
+            )
+        pixels = resize_square(pixels, size)
+    elif source and _same_format(source, encoding.name):
+        return source.data, meta, pixels
+    return encode_picture(pixels, encoding.name, encoding.quality), meta, pixels
+
+
+def decode_picture(image: EncodedImage, name: str) -> Pixels:
+    """H x W x 3 uint8 RGB of a picture's file.
+
+    Raises:
+        UserError: naming the galaxy, if it is truncated or not a picture.
+    """
+    try:
+        if simplejpeg.is_jpeg(image.data) and simplejpeg.decode_jpeg_header(image.data)[2] != "CMYK":
+            pixels: Pixels = simplejpeg.decode_jpeg(image.data, "RGB")
+            return pixels
+        with Image.open(io.BytesIO(image.data)) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (ValueError, OSError, SyntaxError) as error:
+        raise UserError(f"galaxy {name}: its picture does not decode ({error}); replace or remove the file") from None
+
+
+def encode_picture(pixels: Pixels, encoding: str, quality: int) -> bytes:
+    """The file of H x W x 3 uint8 RGB pixels, the same bytes for the same pixels."""
+    if encoding == "jpeg":
+        return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "444"))
+    stream = io.BytesIO()
+    if encoding == "png":
+        Image.fromarray(pixels).save(stream, "png", compress_level=6)
+    else:
+        np.save(stream, np.ascontiguousarray(pixels))
+    return stream.getvalue()
+
+
+def resize_square(pixels: Pixels, size: int) -> Pixels:
+    """The central square of a picture at another size, antialiased (Lanczos)."""
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = Image.fromarray(pixels[top : top + side, left : left + side])
+    return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
+
+
+def _check_pixels(galaxy: Galaxy) -> Pixels:
+    pixels = np.asarray(galaxy.image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise UserError(f"galaxy {galaxy.id}: a picture is H x W x 3 uint8, not {pixels.shape} {pixels.dtype}")
+    return pixels
+
+
+def _same_format(source: EncodedImage, encoding: str) -> bool:
+    """Whether the source's bytes can be stored as they are: the format asked for, three channels of eight bits."""
+    if encoding == "jpeg":
+        return bool(simplejpeg.is_jpeg(source.data)) and simplejpeg.decode_jpeg_header(source.data)[2] == "YCbCr"
+    if encoding == "png" and source.format == "png":
+        with Image.open(io.BytesIO(source.data)) as picture:
+            return picture.format == "PNG" and picture.mode == "RGB"
+    return False
+
+
+def _meta(galaxy: Galaxy) -> bytes:
+    own: dict[str, Any] = {"id": galaxy.id, "ra": galaxy.ra, "dec": galaxy.dec}
+    try:
+        return json.dumps(_plain({**own, **galaxy.extras, **own})).encode()
+    except TypeError as error:
+        raise UserError(f"galaxy {galaxy.id}: its extras are not plain JSON values ({error})") from None
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: unknown numbers become null. numpy's numbers become Python's."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

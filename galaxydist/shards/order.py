@@ -1,0 +1,191 @@
+"""The order in which training galaxies are read: a pure function of (seed, epoch, position), the same for any number of processes.
+
+``order_version`` 1. An epoch's order is a permutation of the split's N stored samples, made of C canonical streams:
+
+1. the shards are permuted (sorted by a hash) and laid end to end;
+2. the line is cut into C segments, segment i of ceil((N - i) / C) samples;
+3. inside each segment, disjoint windows of ``WINDOW`` places are permuted by a keyed Feistel network.
+
+Position p is stream p mod C, place p div C, so positions are dense in 0 ... N-1 and nothing is dropped. Opening an epoch costs
+O(shards), any position then O(log shards), whatever N is.
+
+Global batch b is positions b G ... (b + 1) G - 1; offset o in it belongs to rank o mod W.
+"""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from galaxydist.chance import hash64
+from galaxydist.errors import UserError
+from galaxydist.shards.permute import permute, unpermute
+from galaxydist.shards.purposes import Purpose
+
+WINDOW = 4096
+
+Int64 = NDArray[np.int64]
+
+
+class Order(Protocol):
+    """One epoch: which stored sample stands at which position."""
+
+    @property
+    def num_positions(self) -> int: ...
+
+    def samples(self, positions: ArrayLike) -> Int64:
+        """The stored sample numbers at these positions."""
+        ...
+
+
+class EpochOrder:
+    """The permutation of one epoch.
+
+    Args:
+        shard_samples: number of samples in each shard, in storage order.
+        seed, epoch: which permutation.
+        num_streams: C, the canonical streams; fixed for a run, never derived from the number of processes.
+        window: places that are permuted together.
+    """
+
+    def __init__(self, shard_samples: ArrayLike, *, seed: int, epoch: int, num_streams: int = 192, window: int = WINDOW) -> None:
+        sizes = np.asarray(shard_samples, np.int64)
+        self.num_positions = int(sizes.sum())
+        self._seed, self._epoch, self._num_streams, self._window = seed, epoch, num_streams, window
+        self._length, self._longer = divmod(self.num_positions, num_streams)
+        self._shards = np.argsort(hash64(seed, epoch, Purpose.SHARDS, np.arange(sizes.size)), kind="stable")
+        self._stored_starts = np.cumsum(sizes) - sizes
+        laid = sizes[self._shards]
+        self._laid_starts = np.cumsum(laid) - laid
+
+    def samples(self, positions: ArrayLike) -> Int64:
+        """The stored sample numbers at these positions.
+
+        Args:
+            positions: integers in 0 ... N-1, of any shape.
+
+        Returns:
+            int64 of the same shape.
+
+        Raises:
+            IndexError: for a position outside the epoch.
+        """
+        position = _inside(positions, self.num_positions)
+        stream, place = position % self._num_streams, position // self._num_streams
+        start, size, key = self._windows(stream, place)
+        line = start + permute(place % self._window, size, key)
+        laid = np.searchsorted(self._laid_starts, line, side="right") - 1
+        return self._stored_starts[self._shards[laid]] + line - self._laid_starts[laid]
+
+    def positions(self, samples: ArrayLike) -> Int64:
+        """The inverse of :meth:`samples`: where each stored sample is read."""
+        sample = _inside(samples, self.num_positions)
+        shard = np.searchsorted(self._stored_starts, sample, side="right") - 1
+        laid_start = np.empty_like(self._laid_starts)
+        laid_start[self._shards] = self._laid_starts
+        line = laid_start[shard] + sample - self._stored_starts[shard]
+        long_part = self._longer * (self._length + 1)
+        stream = np.where(
+            line < long_part,
+            line // (self._length + 1),
+            self._longer + (line - long_part) // max(1, self._length),
+        )
+        start, size, key = self._windows(stream, line - self._segment_start(stream))
+        place = start - self._segment_start(stream) + unpermute(line - start, size, key)
+        return place * self._num_streams + stream
+
+    def _segment_start(self, stream: Int64) -> Int64:
+        return stream * self._length + np.minimum(stream, self._longer)
+
+    def _windows(self, stream: Int64, place: Int64) -> tuple[Int64, Int64, NDArray[np.uint64]]:
+        """On the line: where the window of each place starts, how long it is, and the key of its permutation."""
+        window = place // self._window
+        segment_length = self._length + (stream < self._longer)
+        size = np.minimum(self._window, segment_length - window * self._window)
+        key = hash64(self._seed, self._epoch, Purpose.WINDOW, stream, window)
+        return self._segment_start(stream) + window * self._window, size, key
+
+
+class ResampledOrder:
+    """One epoch in which the classes are even: N positions, every class floor or ceil(N / K) times, and within a class every
+    galaxy floor or ceil of the same count.
+
+    Needs the labels in memory, and reads shards in no useful sequence: for local or cached shards.
+
+    Args:
+        labels: N integers; galaxies with a negative label are never drawn.
+        seed, epoch: which drawing.
+    """
+
+    def __init__(self, labels: ArrayLike, *, seed: int, epoch: int, by_class: "ByClass | None" = None) -> None:
+        self._by_class = by_class or ByClass(labels)
+        self.num_positions = int(np.asarray(labels).size)
+        self._seed, self._epoch = seed, epoch
+        num_classes = self._by_class.counts.size
+        few, more = divmod(self.num_positions, num_classes)
+        rank = np.argsort(np.argsort(hash64(seed, epoch, Purpose.CLASS_DRAWS, np.arange(num_classes)), kind="stable"))
+        draws = few + (rank < more)
+        self._starts = np.cumsum(draws) - draws
+
+    def samples(self, positions: ArrayLike) -> Int64:
+        """The stored sample numbers at these positions (a galaxy may stand at several)."""
+        position = _inside(positions, self.num_positions)
+        drawn = permute(position, self.num_positions, hash64(self._seed, self._epoch, Purpose.POSITIONS))
+        number = np.searchsorted(self._starts, drawn, side="right") - 1
+        count = self._by_class.counts[number]
+        turn, place = np.divmod(drawn - self._starts[number], count)
+        galaxy = permute(place, count, hash64(self._seed, self._epoch, Purpose.GALAXY_DRAWS, number, turn))
+        return self._by_class.samples[self._by_class.starts[number] + galaxy]
+
+
+class ByClass:
+    """The stored samples of each class that has any: made once for a run, used by every epoch's ResampledOrder."""
+
+    def __init__(self, labels: ArrayLike) -> None:
+        label = np.asarray(labels)
+        order = np.argsort(label, kind="stable")
+        self.samples: Int64 = order[np.count_nonzero(label < 0) :].astype(np.int64)
+        counts = np.bincount(label[label >= 0])
+        self.counts: Int64 = counts[counts > 0].astype(np.int64)
+        self.starts: Int64 = np.cumsum(self.counts) - self.counts
+        if self.counts.size == 0:
+            raise UserError("data.balance=resample needs labelled galaxies, and the training split has none")
+
+
+def _inside(numbers: ArrayLike, size: int) -> Int64:
+    number = np.asarray(numbers, np.int64)
+    if number.size and (number.min() < 0 or number.max() >= size):
+        raise IndexError(f"{number.min()} ... {number.max()} is not in 0 ... {size - 1}")
+    return number
+
+
+def steps_per_epoch(num_samples: int, batch_size: int) -> int:
+    """Whole global batches in an epoch; the incomplete last one is dropped (another remainder each epoch).
+
+    Raises:
+        UserError: if there is not one.
+    """
+    if num_samples < batch_size:
+        raise UserError(
+            f"train.batch_size={batch_size} is more than the {num_samples} training galaxies; use {num_samples} or fewer"
+        )
+    return num_samples // batch_size
+
+
+def rank_offsets(batch_size: int, rank: int, world_size: int) -> Int64:
+    """The offsets in a global batch that belong to a rank: o with o mod W == rank.
+
+    Raises:
+        UserError: if there are more processes than the batch holds.
+    """
+    if world_size > batch_size:
+        raise UserError(
+            f"{world_size} processes are more processes than the global batch holds (train.batch_size={batch_size}): "
+            f"start {batch_size} or fewer, or set train.batch_size to {world_size} or more"
+        )
+    return np.arange(rank, batch_size, world_size, dtype=np.int64)
+
+
+def evaluation_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> range:
+    """The evaluation batches of a rank: batch j holds stored samples j E ... (j + 1) E - 1 and goes to rank j mod W."""
+    return range(rank, -(-num_samples // batch_size), world_size)

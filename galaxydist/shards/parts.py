@@ -1,0 +1,119 @@
+"""First stage of writing: rows of the source, in storage order, to encoded samples sorted by where they will be stored.
+
+A part is a run of consecutive rows. Its file holds their samples in the order of their final places, so that the second stage
+reads what a shard needs from each part in one piece; memory stays at one part a worker, whatever the source's size.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galaxydist.galaxy import Survey
+from galaxydist.shards.encode import Encoding, Pixels, encode_galaxy
+
+# One sample in a part: its final place (over all splits), where its record starts, and the lengths of the record's pieces.
+PART_ROW = np.dtype(
+    [("place", "<i8"), ("offset", "<i8"), ("key", "<i4"), ("image", "<i4"), ("meta", "<i4"), ("label", "<i4"), ("hash", "<u8")]
+)
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """Rows ``start`` ... ``stop - 1``; ``places`` has each one's final place or -1; places below ``num_train`` are for training."""
+
+    survey: Survey
+    encoding: Encoding
+    start: int
+    stop: int
+    places: NDArray[np.int64]
+    num_train: int
+    path: Path
+
+
+@dataclass
+class PixelSums:
+    """Exact sums over training pixels, by channel: 3 integers each."""
+
+    count: int = 0
+    sums: tuple[int, ...] = (0, 0, 0)
+    squares: tuple[int, ...] = (0, 0, 0)
+
+    def add(self, pixels: Pixels) -> None:
+        height, width, channels = pixels.shape
+        rows = pixels.reshape(height, width * channels)
+        sums = np.add.reduce(rows, axis=0, dtype=np.uint32).reshape(width, channels).sum(0, dtype=np.int64)
+        squared = np.multiply(rows, rows, dtype=np.uint16)
+        squares = np.add.reduce(squared, axis=0, dtype=np.uint32).reshape(width, channels).sum(0, dtype=np.int64)
+        self.merge(PixelSums(height * width, tuple(sums.tolist()), tuple(squares.tolist())))
+
+    def merge(self, other: "PixelSums") -> None:
+        self.count += other.count
+        self.sums = tuple(a + b for a, b in zip(self.sums, other.sums, strict=True))
+        self.squares = tuple(a + b for a, b in zip(self.squares, other.squares, strict=True))
+
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation by channel, full scale being 1."""
+        count = max(1, self.count)
+        mean = [s / count for s in self.sums]
+        variance = [(q - s * s / count) / count for s, q in zip(self.sums, self.squares, strict=True)]
+        return tuple(round(m / 255, 6) for m in mean), tuple(round(max(v, 0.0) ** 0.5 / 255, 6) for v in variance)
+
+
+def write_part(task: PartTask) -> int:
+    """Encode a part, unless an earlier call finished it; its .json stands last and says that it is whole.
+
+    Returns:
+        the number of rows it covers.
+    """
+    done = task.path.with_suffix(".json")
+    if done.exists():
+        return task.stop - task.start
+    records: list[tuple[tuple[int, ...], bytes]] = []
+    sums = PixelSums()
+    for galaxy, place in zip(task.survey.read(task.start, task.stop), task.places.tolist(), strict=True):
+        if place < 0:
+            continue
+        image, meta, pixels = encode_galaxy(galaxy, task.encoding, len(task.survey.class_names))
+        if place < task.num_train:
+            sums.add(pixels)
+        key = galaxy.id.encode()
+        label = -1 if galaxy.label is None else galaxy.label
+        records.append(((place, len(key), len(image), len(meta), label, key_hash(key)), key + image + meta))
+    records.sort(key=lambda record: record[0][0])
+    _write_records(task.path, records)
+    _write_whole(done, json.dumps({"count": sums.count, "sums": sums.sums, "squares": sums.squares}).encode())
+    return task.stop - task.start
+
+
+def _write_records(path: Path, records: list[tuple[tuple[int, ...], bytes]]) -> None:
+    rows = np.zeros(len(records), PART_ROW)
+    offset = 0
+    with path.open("wb") as file:
+        for number, ((place, *lengths), record) in enumerate(records):
+            rows[number] = (place, offset, *lengths)
+            file.write(record)
+            offset += len(record)
+    with path.with_suffix(".npy").open("wb") as file:
+        np.save(file, rows)
+
+
+def read_part_sums(path: Path) -> PixelSums:
+    """The pixel sums of a finished part."""
+    content = json.loads(path.with_suffix(".json").read_bytes())
+    return PixelSums(content["count"], tuple(content["sums"]), tuple(content["squares"]))
+
+
+def key_hash(key: bytes) -> int:
+    """64 bits that two different keys of one data set share with a chance of 10^-6 at ten million keys."""
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,70 @@
+"""Tar members and DALI's index of them, as bytes.
+
+The tars are what webdataset's own writer makes with a fixed time, owner and mode (a test compares them); that writer is not used
+because importing it imports torch, seconds in each of the processes that write.
+"""
+
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+BLOCK = tarfile.BLOCKSIZE
+INDEX_VERSION = "v1.2"
+# USTAR keeps 100 characters of a name; the longest ending is ".json".
+LONGEST_KEY = 95
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file of a tar: ``extension`` is all after the name's first dot, ``offset`` where its content starts, in bytes."""
+
+    extension: str
+    offset: int
+    size: int
+    name: str
+
+
+def sample_members(key: str, contents: Mapping[str, bytes], start: int) -> tuple[list[Member], list[bytes]]:
+    """One sample's members for a tar that is ``start`` bytes long, and the pieces to append to it."""
+    members, pieces = [], []
+    for extension in sorted(contents):
+        content = contents[extension]
+        info = tarfile.TarInfo(f"{key}.{extension}")
+        info.size, info.mode, info.uname, info.gname = len(content), 0o444, "bigdata", "bigdata"
+        members.append(Member(extension, start + BLOCK, len(content), info.name))
+        pieces += [info.tobuf(tarfile.USTAR_FORMAT), content, b"\0" * (-len(content) % BLOCK)]
+        start += BLOCK + len(content) + -len(content) % BLOCK
+    return members, pieces
+
+
+def end_of_tar(length: int) -> bytes:
+    """What ends a tar of that many bytes: two empty blocks, then zeros up to a whole record."""
+    return b"\0" * (2 * BLOCK + (-(length + 2 * BLOCK) % tarfile.RECORDSIZE))
+
+
+def index_text(samples: list[list[Member]]) -> str:
+    """DALI's index (tools/wds2idx.py, version 1.2): a line a sample, of ``extension offset size name`` for each of its files."""
+    lines = [f"{INDEX_VERSION} {len(samples)}"]
+    lines += [" ".join(f"{m.extension} {m.offset} {m.size} {m.name}" for m in members) for members in samples]
+    return "\n".join(lines) + "\n"
+
+
+def parse_index(text: str) -> list[list[Member]]:
+    """The samples of an index.
+
+    Raises:
+        ValueError: if it is not one, or has another number of lines than it says.
+    """
+    head, *lines = text.splitlines()
+    version, count = head.split(" ")
+    if version != INDEX_VERSION or int(count) != len(lines):
+        raise ValueError(f"not an index of {INDEX_VERSION} with {len(lines)} samples: {head!r}")
+    samples = []
+    for line in lines:
+        fields = line.split(" ")
+        if len(fields) % 4:
+            raise ValueError(f"not groups of four fields: {line!r}")
+        samples.append(
+            [Member(fields[i], int(fields[i + 1]), int(fields[i + 2]), fields[i + 3]) for i in range(0, len(fields), 4)]
+        )
+    return samples
