@@ -1,0 +1,274 @@
+"""A survey in Galaxy10's HDF5 schema: the official Galaxy10 DECaLS file, a simulated one, or anyone's own."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galaxydist.errors import UserError
+from galaxydist.galaxy import GALAXY10_CLASSES, GALAXY10_COUNTS, SPLITS, Galaxy
+from galaxydist.surveys import official
+from galaxydist.surveys.names import safe_name
+from galaxydist.surveys.schema import COLUMNS, IMAGE_SHAPE, IMAGES, LABELS, NUM_CLASSES, SIMULATED, SURVEY_ATTRIBUTE
+from galaxydist.surveys.sky import Sky, read_sky
+from galaxydist.surveys.split import (
+    NONE,
+    Codes,
+    Population,
+    build_population,
+    check_classes,
+    rows_by_split,
+    split_balanced,
+    split_fold,
+    split_original,
+)
+
+# Rows of one slab: about 6 MB where a chunk is one image, and never more than 400 MB however long the file's chunks are.
+_MIN_SLAB, _MAX_SLAB = 32, 2048
+
+
+@dataclass(frozen=True)
+class SurveyFile:
+    """What stands in a survey file beside its images: columns by name (N values each), root attributes, rows of a slab."""
+
+    path: Path
+    columns: Mapping[str, NDArray[Any]]
+    attributes: Mapping[str, Any]
+    slab_length: int
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return self.columns[LABELS].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Galaxy10Survey:
+    """A survey file as a :class:`galaxydist.galaxy.Survey`. Holds columns, never images; may be sent to other processes."""
+
+    file: SurveyFile
+    name: str
+    variant: str
+    labels: NDArray[np.int64]
+    splits: Mapping[str, NDArray[np.int64]]
+    source_hash: str
+    original: Codes = field(repr=False)
+    conflicting: NDArray[np.bool_] = field(repr=False)
+    class_names: tuple[str, ...] = GALAXY10_CLASSES
+
+    @property
+    def slab_length(self) -> int:
+        return self.file.slab_length
+
+    def read(self, start: int, stop: int) -> Iterator[Galaxy]:
+        """The galaxies of rows ``start`` ... ``stop - 1``, read in slabs of the file's own chunk length.
+
+        Raises:
+            UserError: the file's images cannot be read (truncated, damaged).
+        """
+        for first, images in read_images(self.file, start, stop):
+            for offset, image in enumerate(images):
+                yield self._galaxy(first + offset, image)
+
+    def galaxy_id(self, row: int) -> str:
+        """The id of the galaxy in ``row``."""
+        prefix = {official.NAME: "g10", SIMULATED: "sim"}.get(self.name, self.name)
+        return f"{prefix}-{row:05d}"
+
+    def _galaxy(self, row: int, image: NDArray[np.uint8]) -> Galaxy:
+        numbers = {name: _plain(self.file.columns[name][row]) for name in ("ra", "dec", "redshift", "pxscale")}
+        code = int(self.original[row])
+        extras = {
+            "row": row,
+            "redshift": numbers["redshift"],
+            "pxscale": numbers["pxscale"],
+            "conflicting": bool(self.conflicting[row]),
+            "original_split": None if code == NONE else SPLITS[code],
+        }
+        return Galaxy(self.galaxy_id(row), image, int(self.labels[row]), numbers["ra"], numbers["dec"], extras)
+
+
+def open_galaxy10(
+    path: Path,
+    variant: str = "original",
+    *,
+    conflicting: str = "keep",
+    name: str | None = None,
+    fold: tuple[int, int] | None = None,
+) -> Galaxy10Survey:
+    """Open a survey file and find or compute its split.
+
+    Args:
+        path: an HDF5 file in Galaxy10's schema.
+        variant: ``original`` or ``balanced``.
+        conflicting: ``keep`` or ``drop`` the galaxies that stand in the file with two labels.
+        name: the data set's name; found from the file where None.
+        fold: ``(k, n)``: instead of the split, fold k of an n-fold cross-validation.
+
+    Raises:
+        UserError: no such file, another schema, labels outside 0-9, an empty class, a truncated file.
+    """
+    file = read_survey_file(path)
+    found_name = _name(file)
+    population, original = _split(file, is_official=found_name == official.NAME)
+    if fold is not None:
+        codes = split_fold(population, *fold)
+    else:
+        codes = original if variant == "original" else _balanced(population, original, found_name)
+    if conflicting == "drop":
+        codes = np.where(population.sky.conflicting, NONE, codes).astype(np.int8)
+    return Galaxy10Survey(
+        file=file,
+        name=name or found_name,
+        variant=variant,
+        labels=file.labels,
+        splits=rows_by_split(codes),
+        source_hash=_source_hash(file, name or found_name, codes),
+        original=original,
+        conflicting=population.sky.conflicting,
+    )
+
+
+def read_survey_file(path: Path) -> SurveyFile:
+    """The columns of a survey file, checked against the schema; see :func:`open_galaxy10` for what it raises."""
+    import h5py
+
+    if not path.is_file():
+        raise UserError(
+            f"no survey file at {path}; make it with `galaxydist data fetch` (the real Galaxy10) or `galaxydist data simulate`"
+        )
+    if not h5py.is_hdf5(path):
+        raise UserError(f"{path} is not an HDF5 file; expected Galaxy10's schema: {IMAGES}, {', '.join(COLUMNS)}")
+    try:
+        with h5py.File(path, "r", locking=False) as h5:
+            images = _check_schema(path, h5)
+            columns = {column: h5[column][:] for column in COLUMNS}
+            chunk_rows = images.chunks[0] if images.chunks else 1
+            attributes = {key: _plain(value) for key, value in h5.attrs.items()}
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    _check_labels(path, columns[LABELS])
+    # Short chunks are read several at a time, long ones one at a time: each chunk is decoded once.
+    slab_length = min(chunk_rows * -(-_MIN_SLAB // chunk_rows), _MAX_SLAB)
+    return SurveyFile(path, columns, attributes, slab_length)
+
+
+def read_images(file: SurveyFile, start: int, stop: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """(first row, B x 256 x 256 x 3 uint8) slabs of rows ``start`` ... ``stop - 1``, cut at multiples of the slab length."""
+    import h5py
+
+    try:
+        with h5py.File(file.path, "r", locking=False) as h5:
+            images = h5[IMAGES]
+            while start < stop:
+                end = min(stop, (start // file.slab_length + 1) * file.slab_length)
+                yield start, images[start:end]
+                start = end
+    except OSError as error:
+        raise _unreadable(file.path, error, f"images of rows {start} ... {end - 1}") from error
+
+
+def _check_schema(path: Path, h5: Any) -> Any:
+    """The image data set of a file whose data sets, shapes and dtypes are the schema's."""
+    wanted = (IMAGES, *COLUMNS)
+    missing = [name for name in wanted if name not in h5]
+    if missing:
+        raise UserError(
+            f"{path} has no data set {', '.join(map(repr, missing))} (it has {', '.join(sorted(h5)) or 'none'}); "
+            f"Galaxy10's schema is {', '.join(wanted)}"
+        )
+    images = h5[IMAGES]
+    if images.shape[1:] != IMAGE_SHAPE or images.dtype != np.uint8:
+        raise UserError(f"{path}: {IMAGES!r} is {images.dtype} of shape {images.shape}; expected uint8 of shape (N, 256, 256, 3)")
+    for name, dtype in COLUMNS.items():
+        column = h5[name]
+        if column.shape != images.shape[:1]:
+            raise UserError(f"{path}: {name!r} has shape {column.shape}; {len(images)} images need ({len(images)},)")
+        kinds = "iu" if dtype.kind == "u" else "fiu"
+        if column.dtype.kind not in kinds:
+            raise UserError(f"{path}: {name!r} is {column.dtype}; expected {'integers' if kinds == 'iu' else 'numbers'}")
+    return images
+
+
+def _check_labels(path: Path, labels: NDArray[np.integer]) -> None:
+    wrong = np.flatnonzero((labels < 0) | (labels >= NUM_CLASSES))
+    if len(wrong):
+        raise UserError(
+            f"{path}: {len(wrong)} of {len(labels)} labels lie outside 0-9, the first in row {wrong[0]} ({labels[wrong[0]]}); "
+            "'ans' must hold Galaxy10's class numbers"
+        )
+
+
+def _name(file: SurveyFile) -> str:
+    if file.attributes.get(SURVEY_ATTRIBUTE) == SIMULATED:
+        return SIMULATED
+    if _has_official_labels(file):
+        return official.NAME
+    stem = safe_name(file.path.stem)
+    return f"{stem}_unofficial" if stem.lower().startswith("galaxy10") else stem
+
+
+def _has_official_labels(file: SurveyFile) -> bool:
+    counts = np.bincount(file.labels, minlength=NUM_CLASSES)
+    return counts.tolist() == list(GALAXY10_COUNTS) and np.array_equal(file.labels, official.read_official_split().labels)
+
+
+def _split(file: SurveyFile, *, is_official: bool) -> tuple[Population, Codes]:
+    """The galaxies and their original split: the shipped one for the official file, else computed in the same way."""
+    ra, dec = (file.columns[name].astype(np.float64) for name in ("ra", "dec"))
+    if not is_official:
+        population = build_population(file.labels, ra, dec, class_names=GALAXY10_CLASSES, seed=official.SPLIT_SEED)
+        check_classes(population)
+        return population, split_original(population)
+    shipped = official.read_official_split()
+    _check_positions(file.path, read_sky(file.labels, ra, dec), shipped.sky)
+    keys = np.arange(len(file.labels), dtype=np.uint64)
+    return Population(file.labels, GALAXY10_CLASSES, shipped.sky, keys, official.SPLIT_SEED), shipped.original
+
+
+def _check_positions(path: Path, found: Sky, shipped: Sky) -> None:
+    """The split hangs on which galaxies are neighbours: the file's positions must give the same ones as when it was frozen."""
+    if np.array_equal(found.groups, shipped.groups) and np.array_equal(found.conflicting, shipped.conflicting):
+        return
+    row = np.flatnonzero((found.groups != shipped.groups) | (found.conflicting != shipped.conflicting))[0]
+    raise UserError(
+        f"{path} has the labels of the official Galaxy10 but not its positions: row {row} has other neighbours "
+        "on the sky than the official file's; the file is damaged or changed, fetch it again with `galaxydist data fetch`"
+    )
+
+
+def _balanced(population: Population, original: Codes, name: str) -> Codes:
+    if name == official.NAME:
+        return official.read_official_split().balanced
+    return split_balanced(population, original)
+
+
+def _source_hash(file: SurveyFile, name: str, codes: Codes) -> str:
+    """SHA-256 over name, columns, splits, attributes, the file's size and its first and last images.
+
+    Not over all images: reading 2.5 GB at each opening would cost more than all that follows; `data fetch` verifies them.
+    """
+    digest = hashlib.sha256(f"{name} {file.path.stat().st_size} {sorted(file.attributes.items())}".encode())
+    for column in COLUMNS:
+        digest.update(file.columns[column].tobytes())
+    digest.update(codes.tobytes())
+    last = len(codes) - 1
+    for row in (0, last):
+        for _, images in read_images(file, row, row + 1):
+            digest.update(images.tobytes())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar as JSON's plain value; nan is None."""
+    plain = value.item() if isinstance(value, np.generic) else value
+    plain = plain.decode(errors="replace") if isinstance(plain, bytes) else plain
+    return None if isinstance(plain, float) and not np.isfinite(plain) else plain
+
+
+def _unreadable(path: Path, error: OSError, what: str = "the file") -> UserError:
+    state = "truncated" if "truncated" in str(error) else "truncated or damaged"
+    return UserError(f"{path} is {state}: cannot read {what} ({error}); fetch or make the file again")

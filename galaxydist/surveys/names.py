@@ -1,0 +1,46 @@
+"""Names that shards, folders and file systems all take: letters, digits, ``_``, ``-`` and ``+`` only."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_+-]+")
+_DIGITS = re.compile(r"(\d+)")
+
+
+def safe_name(text: str) -> str:
+    """``text`` with everything else replaced by ``_``; never empty."""
+    return _UNSAFE.sub("_", text).strip("_") or "unnamed"
+
+
+def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key under which ``class2`` comes before ``class10``."""
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in _DIGITS.split(text) if part)
+
+
+def unique_ids(candidates: Sequence[Sequence[str]]) -> list[str]:
+    """A safe and unique id for each item, by the shortest naming scheme that keeps all apart.
+
+    Args:
+        candidates: for each item the same number of names, from the shortest to the most specific.
+
+    Returns:
+        One id an item; where even the most specific names collide, later items get ``-2``, ``-3``, ...
+    """
+    for scheme in zip(*candidates, strict=True):
+        ids = [safe_name(name) for name in scheme]
+        if len({name.lower() for name in ids}) == len(ids):
+            return ids
+    seen: Counter[str] = Counter()
+    taken = {safe_name(names[-1]).lower() for names in candidates}
+    result = []
+    for names in candidates:
+        name = safe_name(names[-1])
+        seen[name.lower()] += 1
+        number = seen[name.lower()]
+        while number > 1 and f"{name}-{number}".lower() in taken:
+            number += 1
+        seen[name.lower()] = number
+        result.append(name if number == 1 else f"{name}-{number}")
+        taken.add(result[-1].lower())
+    return result

@@ -1,0 +1,42 @@
+"""One door to all surveys: a file in Galaxy10's schema or a folder of pictures."""
+
+from pathlib import Path
+
+from galaxydist.errors import UserError
+from galaxydist.galaxy import Survey
+from galaxydist.surveys.galaxy10 import open_galaxy10
+from galaxydist.surveys.imagefolder import TREES, open_image_folder
+
+_CONFLICTING = ("keep", "drop")
+
+
+def open_survey(
+    path: Path,
+    variant: str = "original",
+    *,
+    conflicting: str = "keep",
+    name: str | None = None,
+    fold: tuple[int, int] | None = None,
+) -> Survey:
+    """Open an HDF5 file in Galaxy10's schema, or a folder of pictures.
+
+    Args:
+        path: the file or folder.
+        variant: ``original`` or ``balanced``: which frozen data set.
+        conflicting: ``keep`` or ``drop`` galaxies that stand in the source with two labels (all of them are in train).
+        name: the data set's name; found in the source where None.
+        fold: ``(k, n)``: instead of the split, fold k (0 ... n-1) of an n-fold cross-validation: train, test, and an empty val.
+
+    Raises:
+        UserError: nothing there, or nothing that can be used; the text says why.
+    """
+    path = Path(path)
+    if variant not in TREES:
+        raise UserError(f"no variant {variant!r}; there are {', '.join(TREES)}")
+    if conflicting not in _CONFLICTING:
+        raise UserError(f"conflicting={conflicting!r}; choose from {', '.join(_CONFLICTING)}")
+    if fold is not None and variant != "original":
+        raise UserError("a cross-validation takes the original variant; leave out variant or fold")
+    if path.is_dir():
+        return open_image_folder(path, variant, conflicting=conflicting, name=name, fold=fold)
+    return open_galaxy10(path, variant, conflicting=conflicting, name=name, fold=fold)

@@ -1,0 +1,70 @@
+"""What positions on the sky say about a survey: which galaxies show in each other's pictures, and which place has two labels."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+CUTOUT_ARCSEC = 256 * 0.262  # width of a Galaxy10 cutout: closer galaxies show in each other's pictures
+SAME_PLACE_ARCSEC = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sky:
+    """Neighbours among N galaxies.
+
+    Args:
+        groups: (N,) int64, equal for galaxies whose pictures overlap (directly or through others); -1 for a galaxy on its own.
+        conflicting: (N,) bool, True where a galaxy of another label has the same place.
+    """
+
+    groups: NDArray[np.int64]
+    conflicting: NDArray[np.bool_]
+
+
+def read_sky(labels: NDArray[np.integer], ra: NDArray[np.float64] | None, dec: NDArray[np.float64] | None) -> Sky:
+    """Groups of galaxies closer than one cutout width, and places with two labels.
+
+    Args:
+        labels: (N,) class numbers.
+        ra, dec: (N,) degrees, nan where unknown; None where the survey has no positions.
+    """
+    groups = np.full(len(labels), -1, np.int64)
+    conflicting = np.zeros(len(labels), np.bool_)
+    if ra is None or dec is None:
+        return Sky(groups, conflicting)
+    pairs = close_pairs(ra, dec, CUTOUT_ARCSEC)
+    if len(pairs):
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        links = coo_array((np.ones(len(pairs), np.bool_), (pairs[:, 0], pairs[:, 1])), shape=(len(labels), len(labels)))
+        component = connected_components(links, directed=False)[1]
+        grouped = np.unique(pairs)
+        groups[grouped] = _number_by_first_row(component[grouped])
+    same = close_pairs(ra, dec, SAME_PLACE_ARCSEC)
+    conflicting[same[labels[same[:, 0]] != labels[same[:, 1]]]] = True
+    return Sky(groups, conflicting)
+
+
+def close_pairs(ra: NDArray[np.float64], dec: NDArray[np.float64], arcsec: float) -> NDArray[np.int64]:
+    """(P, 2) rows of all pairs within ``arcsec`` on the sky, the smaller row first, sorted.
+
+    Args:
+        ra, dec: (N,) degrees; a galaxy whose position is nan has no pair.
+    """
+    from scipy.spatial import cKDTree
+
+    known = np.flatnonzero(np.isfinite(ra) & np.isfinite(dec))
+    lon, lat = np.radians(ra[known]), np.radians(dec[known])
+    vectors = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
+    chord = 2 * np.sin(np.radians(arcsec / 3600) / 2)
+    pairs = known[cKDTree(vectors).query_pairs(chord, output_type="ndarray")].reshape(-1, 2)
+    pairs.sort(axis=1)
+    return np.asarray(pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))], np.int64)
+
+
+def _number_by_first_row(component: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Components renumbered 0, 1, ... in the order in which they first occur, so that numbers do not hang on a library."""
+    _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
+    return np.asarray(np.argsort(np.argsort(first))[inverse], np.int64)

@@ -1,0 +1,221 @@
+"""Which galaxy trains, validates and tests: pure functions of labels, positions and a seed.
+
+A split code is 0 train, 1 val, 2 test (the order of ``galaxy.SPLITS``) or -1 for a galaxy that stands in no split.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galaxydist.chance import hash64, uniform
+from galaxydist.errors import UserError
+from galaxydist.galaxy import SPLITS
+from galaxydist.surveys.sky import Sky, read_sky
+
+Rows = NDArray[np.int64]
+Codes = NDArray[np.int8]
+
+NONE, TRAIN, VAL, TEST = -1, 0, 1, 2
+MIN_PER_CLASS = 3  # one for each split
+
+# What a hash is drawn for. The numbers are part of every frozen split: never reuse one.
+_TIES, _GROUPS, _SINGLES, _BALANCED_TEST, _BALANCED_TRAIN, _CUT_VAL, _CUT_TEST, _FOLDS = range(1, 9)
+
+
+@dataclass(frozen=True, slots=True)
+class Population:
+    """What a split is drawn from.
+
+    Args:
+        labels: (N,) class numbers.
+        class_names: K names.
+        sky: groups of neighbours and conflicting places.
+        keys: (N,) uint64, what a galaxy's own hash is taken of: its row, or something that stays when other galaxies come or go.
+        seed: of every choice.
+    """
+
+    labels: NDArray[np.integer]
+    class_names: Sequence[str]
+    sky: Sky
+    keys: NDArray[np.uint64]
+    seed: int
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def counts(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> NDArray[np.int64]:
+        """(K,) galaxies of each class among ``rows``."""
+        return np.bincount(self.labels[rows], minlength=self.num_classes)
+
+    def hash_sorted(self, rows: NDArray[np.bool_] | Rows, purpose: int) -> Rows:
+        """``rows`` (numbers or a mask) in the order of their hashes for ``purpose``."""
+        chosen = np.flatnonzero(rows) if rows.dtype == np.bool_ else np.asarray(rows, np.int64)
+        return chosen[np.argsort(hash64(self.seed, purpose, self.keys[chosen]), kind="stable")]
+
+    def groups_in_hash_order(self) -> Iterator[Rows]:
+        """The rows of each group of neighbours: groups in hash order, a group's rows by key."""
+        grouped = np.flatnonzero(self.sky.groups >= 0)
+        if not len(grouped):
+            return
+        grouped = grouped[np.lexsort((self.keys[grouped], self.sky.groups[grouped]))]
+        members = np.split(grouped, np.flatnonzero(np.diff(self.sky.groups[grouped])) + 1)
+        first = self.keys[[rows[0] for rows in members]]
+        for number in np.argsort(hash64(self.seed, _GROUPS, 0, first), kind="stable"):
+            yield members[number]
+
+
+def build_population(
+    labels: NDArray[np.integer],
+    ra: NDArray[np.float64] | None,
+    dec: NDArray[np.float64] | None,
+    *,
+    class_names: Sequence[str],
+    seed: int,
+    keys: NDArray[np.uint64] | None = None,
+) -> Population:
+    """A population from columns: ``ra``, ``dec`` in degrees (nan where unknown; None without positions); ``keys`` None: rows."""
+    keys = np.arange(len(labels), dtype=np.uint64) if keys is None else keys
+    return Population(labels, class_names, read_sky(labels, ra, dec), keys, seed)
+
+
+def check_classes(population: Population, at_least: int = MIN_PER_CLASS) -> None:
+    """Raise UserError, naming every class with fewer galaxies than ``at_least``."""
+    counts = np.bincount(population.labels, minlength=population.num_classes)
+    small = [f"{name!r} has {count}" for name, count in zip(population.class_names, counts, strict=True) if count < at_least]
+    if small:
+        kind = "an empty class" if counts.min() == 0 else "a class too small to split"
+        raise UserError(
+            f"{kind}: {', '.join(small)} of {len(population.labels)} galaxies; at least {at_least} galaxies of each class are "
+            "needed: add some or leave the class out"
+        )
+
+
+def split_original(population: Population) -> Codes:
+    """(N,) codes of the 80/10/10 split: groups first, each whole, then single galaxies up to each class's exact counts.
+
+    Raises:
+        UserError: a class is empty or too small to stand in all three splits.
+    """
+    check_classes(population)
+    left = split_counts(np.bincount(population.labels, minlength=population.num_classes), population.seed)
+    codes = np.full(len(population.labels), TRAIN, np.int8)
+    for rows in population.groups_in_hash_order():
+        if population.sky.conflicting[rows].any():
+            continue  # one galaxy with two labels may teach, but neither choose nor judge a model
+        draw = uniform(population.seed, _GROUPS, 1, population.keys[rows[0]])
+        code = int(np.searchsorted([0.8, 0.9], draw, side="right"))
+        need = population.counts(rows)
+        if code != TRAIN and (left[code] >= need).all():
+            codes[rows] = code
+            left[code] -= need
+    for label in range(population.num_classes):
+        rows = population.hash_sorted((population.labels == label) & (population.sky.groups < 0), _SINGLES)
+        num_test, num_val = left[TEST, label], left[VAL, label]
+        codes[rows[:num_test]] = TEST
+        codes[rows[num_test : num_test + num_val]] = VAL
+    _check_filled(population, codes)
+    return codes
+
+
+def split_counts(class_counts: NDArray[np.integer], seed: int) -> NDArray[np.int64]:
+    """(3, K) galaxies of each class in train, val and test.
+
+    Galaxy10's published test set comes from two stratified cuts, a fifth held out and half of that tested, each by largest
+    remainder with ties drawn; so does ours. A class keeps at least one galaxy in each split.
+    """
+    num_held = -(-int(class_counts.sum()) // 5)
+    held = _apportion(np.asarray(class_counts, np.int64), num_held, seed)
+    test = _apportion(held, -(-num_held // 2), seed)
+    val = np.maximum(held - test, 1)
+    test = np.maximum(test, 1)
+    return np.stack([class_counts - val - test, val, test])
+
+
+def split_balanced(population: Population, original: Codes) -> Codes:
+    """(N,) codes of the balanced variant: every class cut to the smallest, a fifth test, four fifths train (a tenth of it val).
+
+    The test set comes from original test, then from original val where a small class has too few; the train set from original
+    train, then from what is left of original val. So no galaxy that trains one variant tests the other.
+    """
+    smallest = int(np.bincount(population.labels, minlength=population.num_classes).min())
+    pools = [_balanced_pools(population, original, label) for label in range(population.num_classes)]
+    num_test = min(smallest // 5, *(len(test_pool) for test_pool, _ in pools))
+    if num_test < 1:
+        raise UserError(
+            f"the balanced variant needs at least 5 galaxies of each class, and some in test; the smallest has {smallest}"
+        )
+    codes = np.full(len(original), NONE, np.int8)
+    codes[np.concatenate([test_pool[:num_test] for test_pool, _ in pools])] = TEST
+    tested_groups = population.sky.groups[(codes == TEST) & (population.sky.groups >= 0)]
+    train_pools = [pool[(codes[pool] == NONE) & ~np.isin(population.sky.groups[pool], tested_groups)] for _, pool in pools]
+    num_train = min(smallest - num_test, *(len(pool) for pool in train_pools))
+    codes[np.concatenate([pool[:num_train] for pool in train_pools])] = TRAIN
+    return cut(population, codes, VAL)
+
+
+def _balanced_pools(population: Population, original: Codes, label: int) -> tuple[Rows, Rows]:
+    """The rows of a class that the balanced test and train sets may take, in the order in which they are taken."""
+    of_class = population.labels == label
+    val = population.hash_sorted(of_class & (original == VAL), _BALANCED_TEST)
+    test = population.hash_sorted(of_class & (original == TEST), _BALANCED_TEST)
+    train = population.hash_sorted(of_class & (original == TRAIN), _BALANCED_TRAIN)
+    return np.concatenate([test, val]), np.concatenate([train, val[::-1]])
+
+
+def cut(population: Population, codes: Codes, target: int, fraction: float = 0.1) -> Codes:
+    """New codes in which ``fraction`` of each class of train (at least one galaxy) is ``target``, VAL or TEST.
+
+    Only galaxies without neighbours in train and without a second label are moved, so that groups stay together.
+    """
+    groups, train = population.sky.groups, codes == TRAIN
+    num_neighbours = np.bincount(groups[train & (groups >= 0)], minlength=int(groups.max(initial=0)) + 1)
+    movable = train & ~population.sky.conflicting & ((groups < 0) | (num_neighbours[np.maximum(groups, 0)] == 1))
+    new_codes = codes.copy()
+    for label, count in enumerate(population.counts(train)):
+        rows = population.hash_sorted(movable & (population.labels == label), _CUT_VAL if target == VAL else _CUT_TEST)
+        new_codes[rows[: max(1, round(fraction * int(count)))]] = target
+    return new_codes
+
+
+def split_fold(population: Population, k: int, num_folds: int) -> Codes:
+    """(N,) codes of a stratified cross-validation: test is part ``k`` (0 ... n-1) of ``num_folds``, train the rest, val empty.
+
+    Raises:
+        UserError: no such fold, or a class has fewer galaxies than folds.
+    """
+    if num_folds < 2 or not 0 <= k < num_folds:
+        raise UserError(f"fold {k} of {num_folds}: folds are numbered 0 to n - 1, and n is at least 2")
+    check_classes(population, at_least=num_folds)
+    part = np.empty(len(population.labels), np.int64)
+    for label in range(population.num_classes):
+        rows = population.hash_sorted(population.labels == label, _FOLDS)
+        part[rows] = (np.arange(len(rows)) + label) % num_folds
+    for rows in population.groups_in_hash_order():
+        part[rows] = part[rows[0]]
+    return np.where(part == k, TEST, TRAIN).astype(np.int8)
+
+
+def rows_by_split(codes: Codes) -> Mapping[str, Rows]:
+    """Split name -> its sorted rows."""
+    return {name: np.flatnonzero(codes == code).astype(np.int64) for code, name in enumerate(SPLITS)}
+
+
+def _apportion(counts: NDArray[np.int64], seats: int, seed: int) -> NDArray[np.int64]:
+    """``seats`` dealt out in proportion to ``counts`` by largest remainder, ties by hash."""
+    share, remainder = np.divmod(counts * seats, int(counts.sum()))
+    ties = hash64(seed, _TIES, np.arange(len(counts)))
+    share[np.lexsort((ties, -remainder))[: seats - int(share.sum())]] += 1
+    return share
+
+
+def _check_filled(population: Population, codes: Codes) -> None:
+    for code, split in enumerate(SPLITS):
+        empty = np.flatnonzero(population.counts(codes == code) == 0)
+        if len(empty):
+            raise UserError(
+                f"class {population.class_names[empty[0]]!r} cannot be split: its galaxies have so many neighbours on the sky "
+                f"that none is left for {split}; add galaxies of this class"
+            )
