@@ -103,7 +103,7 @@ def _verify(path: Path, etag: str | None) -> None:
 def _published_name(config: ModelConfig) -> str:
     name = timm_name(config)
     if name is None or not ARCHITECTURES[config.name].has_published_weights:
-        raise UserError(f"{config.name} has no published weights; there is nothing to fetch")
+        raise UserError(f"{config.name} has no published weights: set model.pretrained=false; model.weights=FILE loads your own")
     return name
 
 

@@ -29,11 +29,6 @@ class Architecture:
     min_image_size: int = 16
     has_drop_path: bool = True
 
-    @property
-    def has_sizes(self) -> bool:
-        """Whether ``model.size`` chooses between variants."""
-        return self.timm_names is not None and len(self.timm_names) > 1
-
 
 _VIT_NAMES = {
     "small": "vit_small_patch16_224.augreg_in21k_ft_in1k",
@@ -63,26 +58,16 @@ def timm_name(config: ModelConfig) -> str | None:
 
 
 def check_config(config: ModelConfig, image_size: int) -> None:
-    """Refuse settings that this architecture has no use for: ignored in silence they would be believed to work.
+    """Refuse what this architecture cannot do. What a recipe can know without its facts, ``recipe/checks.py`` has refused before.
 
     Raises:
         UserError: with every setting that does not fit, not only the first.
     """
     architecture = ARCHITECTURES[config.name]
-    default = type(config).model_fields
     problems = []
-    if config.pretrained and not architecture.has_published_weights:
-        instead = (
-            "recipe=vit starts from published weights" if config.name == "vit_scratch" else "model.weights=FILE loads your own"
-        )
-        problems.append(f"model.pretrained=true: {config.name} has no published weights; set it to false ({instead})")
     if image_size < architecture.min_image_size:
         problems.append(f"data.image_size={image_size}: {config.name} needs at least {architecture.min_image_size} pixels")
-    if config.size != default["size"].default and not architecture.has_sizes:
-        problems.append(f"model.size={config.size}: {config.name} has one size only; remove it")
     if config.drop_path_rate and not architecture.has_drop_path:
         problems.append(f"model.drop_path_rate={config.drop_path_rate}: {config.name} has no residual branches; set it to 0")
-    if config.width != default["width"].default and config.name != "custom_cnn":
-        problems.append(f"model.width={config.width}: only custom_cnn has it; remove it")
     if problems:
         raise UserError("the recipe's model cannot be built:\n  " + "\n  ".join(problems))
