@@ -1,0 +1,73 @@
+# make demo: from nothing to a trained and evaluated classifier.   make test: set up and run the fast tests.
+# make test-all: all tests that need no GPU.   make check: ruff, mypy --strict, import-linter.   make clean: remove what these made.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The first Python of 3.11 or later on this machine; or say: make PYTHON=/path/to/python3 ...
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+
+DEMO_GALAXIES ?= 3000
+DEMO_SEED ?= 0
+# The demo's data root, beside the code; `export GALAXYDIST_DATA=...` puts it elsewhere.
+GALAXYDIST_DATA ?= $(CURDIR)/data
+DEMO_ENV := GALAXYDIST_DATA="$(GALAXYDIST_DATA)"
+
+TEST_WORKERS ?= 2
+# Each worker keeps to one core: two that take both each are slower than one.
+TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg WANDB_SILENT=true
+
+.PHONY: help install install-dev demo test test-all check format clean
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+install: $(VENV)/installed
+install-dev: $(VENV)/installed-dev
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "galaxydist needs Python 3.11 or later and found none; install it, or say: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11; say: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments (Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# Installed once for each change of what is required; the code itself is used where it stands.
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV); the first time takes a few minutes, most of them for torch"
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+# Quiet where only a few packages are missing: pip would list all those that are there.
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) with what the tests need"
+	$(PIP_INSTALL) $(if $(wildcard $(VENV)/installed),--quiet) -e '.[dev]'
+	@touch $(VENV)/installed $@
+
+demo: $(VENV)/installed
+	$(DEMO_ENV) $(BIN)/galaxydist data simulate --num-galaxies $(DEMO_GALAXIES) --seed $(DEMO_SEED)
+	$(DEMO_ENV) $(BIN)/galaxydist data export --dataset simulated
+	$(DEMO_ENV) $(BIN)/galaxydist data shard --dataset simulated
+	$(DEMO_ENV) $(BIN)/accelerate launch launch.py recipe=demo
+	$(DEMO_ENV) $(BIN)/galaxydist evaluate recipe=demo
+	@echo "to go on: source $(VENV)/bin/activate; export GALAXYDIST_DATA=\"$(GALAXYDIST_DATA)\"; galaxydist --help"
+
+test: $(VENV)/installed-dev
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow and not slurm and not browser and not gpu"
+
+test-all: $(VENV)/installed-dev
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not gpu"
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist data/hdf5/simulated.h5 data/shards/simulated data/images/simulated .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
