@@ -1,6 +1,7 @@
 """Picture files: handed on as the bytes they are where a decoder of shards will read them, else as pixels."""
 
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -53,3 +54,11 @@ def decode_picture(data: bytes, name: object) -> NDArray[np.uint8]:
 def _undecodable(name: object, size: int, error: Exception) -> UserError:
     reason = "no picture that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
     return UserError(f"{name} ({size} bytes) cannot be decoded: {reason}; replace the file or remove it")
+
+
+def encode_png(image_HWC: NDArray[np.uint8]) -> bytes:
+    """A lossless PNG file of H x W x 3 uint8 pixels."""
+    stream = io.BytesIO()
+    # Run-length matching: on noisy pictures smaller than zlib's default at level 1, and a quarter faster (measured).
+    Image.fromarray(image_HWC).save(stream, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
+    return stream.getvalue()

@@ -1,7 +1,6 @@
 """Galaxy10's HDF5 schema: which columns a survey file has, and a writer that makes such a file piece by piece."""
 
 import contextlib
-import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from galaxydist.errors import UserError
+from galaxydist.surveys.storage import disk_error, remove_stale
 
 IMAGES = "images"
 LABELS = "ans"
@@ -45,6 +44,7 @@ class SurveyFileWriter:
         self._num_galaxies = num_galaxies
         self._num_written = 0
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(path.parent, f".{path.name}.*.partial")
         self._file = h5py.File(self._temporary, "w")
         # A chunk is one whole image: a reader takes any row without decoding others.
         self._images = self._file.create_dataset(
@@ -88,7 +88,7 @@ class SurveyFileWriter:
                 assert column.shape == (len(images),), f"{name} has shape {column.shape}, expected ({len(images)},)"
                 self._file[name][start:stop] = column.astype(COLUMNS[name])
         except OSError as error:
-            raise _disk_error(self._path, error) from error
+            raise disk_error(self._path, error) from error
         self._num_written = stop
 
     def __enter__(self) -> Self:
@@ -103,7 +103,7 @@ class SurveyFileWriter:
                     os.fsync(file.fileno())
                 self._temporary.replace(self._path)
         except OSError as failure:
-            raise _disk_error(self._path, failure) from failure
+            raise disk_error(self._path, failure) from failure
         finally:
             self._discard()
 
@@ -126,9 +126,3 @@ def create_file(
     """
     marks = {SURVEY_ATTRIBUTE: SIMULATED} if simulated else {}
     return SurveyFileWriter(Path(path), num_galaxies, {**marks, **(attributes or {})})
-
-
-def _disk_error(path: Path, error: OSError) -> UserError:
-    full = error.errno == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
-    reason = "the disk is full" if full else str(error)
-    return UserError(f"cannot write {path}: {reason}; nothing was kept, free some space or choose another place")

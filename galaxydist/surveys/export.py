@@ -1,0 +1,193 @@
+"""A survey as folders of lossless PNG files that torchvision's ImageFolder reads: both variants side by side, in one pass."""
+
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galaxydist.errors import UserError
+from galaxydist.galaxy import SPLITS, EncodedImage, Galaxy, Survey
+from galaxydist.surveys.foldermeta import FolderInfo, read_info, write_info, write_metadata
+from galaxydist.surveys.imagefolder import TREES
+from galaxydist.surveys.open import open_survey
+from galaxydist.surveys.pictures import decode_picture, encode_png
+from galaxydist.surveys.storage import available_cores, disk_error, remove_stale
+
+_BATCH = 16  # galaxies that a thread takes at a time
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedTree:
+    """One exported folder: its variant, where it is, galaxies by split, and whether it was there before."""
+
+    variant: str
+    path: Path
+    num_galaxies: dict[str, int]
+    was_there: bool
+
+
+@dataclass(slots=True)
+class _Tree:
+    """A tree that is being written into a temporary folder."""
+
+    survey: Survey
+    target: Path
+    temporary: Path
+    split_of_row: NDArray[np.int8]
+    written: list[tuple[str, str, Galaxy]] = field(default_factory=list)
+
+    def place(self, galaxy: Galaxy, row: int) -> str | None:
+        """The file of a galaxy relative to the tree, or None where it stands in no split of this variant."""
+        code = int(self.split_of_row[row])
+        if code < 0 or galaxy.label is None:
+            return None
+        # The balanced folders keep train and test, as published; which of train validates stands in the metadata.
+        folder = "train" if SPLITS[code] == "val" and self.survey.variant == "balanced" else SPLITS[code]
+        return f"{folder}/{self.survey.class_names[galaxy.label]}/{galaxy.id}.png"
+
+
+def export_image_folders(source: Path, out_dir: Path, *, workers: int | None = None) -> list[ExportedTree]:
+    """Write ``Galaxy10_DECaLS/{train,val,test}/<class>/*.png`` and ``Galaxy10_DECaLS_Balanced/{train,test}/...``.
+
+    Each tree appears under its name when it is whole. A tree of the same galaxies that is there already is left as it is.
+
+    Args:
+        source: a survey file or a folder of pictures.
+        out_dir: where the trees go.
+        workers: threads that encode; the cores this process may use where None.
+
+    Raises:
+        UserError: the source cannot be used, something else stands in the way, or the disk is full.
+    """
+    surveys = [open_survey(source, variant) for variant in TREES]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    is_there = [_is_exported(survey, out_dir / TREES[survey.variant]) for survey in surveys]
+    missing = [_begin(survey, out_dir) for survey, there in zip(surveys, is_there, strict=True) if not there]
+    try:
+        if missing:
+            _write_pictures(missing, workers or available_cores())
+        for tree in missing:
+            _finish(tree)
+    except OSError as error:
+        raise disk_error(out_dir, error) from error
+    finally:
+        for tree in missing:
+            shutil.rmtree(tree.temporary, ignore_errors=True)
+    return [
+        ExportedTree(
+            survey.variant, out_dir / TREES[survey.variant], {split: len(rows) for split, rows in survey.splits.items()}, there
+        )
+        for survey, there in zip(surveys, is_there, strict=True)
+    ]
+
+
+def _is_exported(survey: Survey, target: Path) -> bool:
+    """Whether ``target`` holds this survey already; another of our trees may be replaced, anything else stands in the way."""
+    if not target.exists():
+        return False
+    info = read_info(target) if target.is_dir() else None
+    if info is None:
+        raise UserError(f"{target} is in the way: `galaxydist data export` did not write it; move it or choose another folder")
+    return info.source_hash == survey.source_hash
+
+
+def _begin(survey: Survey, out_dir: Path) -> _Tree:
+    target = out_dir / TREES[survey.variant]
+    temporary = out_dir / f".{target.name}.{os.getpid()}.partial"
+    remove_stale(out_dir, f".{target.name}.*.partial")
+    split_of_row = np.full(len(survey.labels), -1, np.int8)
+    for code, split in enumerate(SPLITS):
+        split_of_row[survey.splits[split]] = code
+    folders = ("train", "test") if survey.variant == "balanced" else SPLITS
+    for folder in folders:
+        for name in survey.class_names:
+            (temporary / folder / name).mkdir(parents=True, exist_ok=True)
+    return _Tree(survey, target, temporary, split_of_row)
+
+
+def _write_pictures(trees: Sequence[_Tree], workers: int) -> None:
+    """Read the survey once, slab by slab, and write each galaxy wherever it belongs."""
+    from tqdm import tqdm
+
+    survey = trees[0].survey
+    wanted = np.any([tree.split_of_row >= 0 for tree in trees], axis=0)
+    pending: deque[Future[int]] = deque()
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=int(wanted.sum()), desc=f"export {survey.name}", unit="galaxy", disable=None) as bar,
+    ):
+        try:
+            for batch in _batches(survey, wanted):
+                files = [_plan(trees, row, galaxy) for row, galaxy in batch]
+                pending.append(pool.submit(_write_batch, files))
+                while len(pending) > 2 * workers:
+                    bar.update(pending.popleft().result())
+            while pending:
+                bar.update(pending.popleft().result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _batches(survey: Survey, wanted: NDArray[np.bool_]) -> Iterator[list[tuple[int, Galaxy]]]:
+    """Wanted rows with their galaxies; slabs without any are not read."""
+    batch: list[tuple[int, Galaxy]] = []
+    for start in range(0, len(wanted), survey.slab_length):
+        stop = min(start + survey.slab_length, len(wanted))
+        if not wanted[start:stop].any():
+            continue
+        for row, galaxy in enumerate(survey.read(start, stop), start=start):
+            if wanted[row]:
+                batch.append((row, galaxy))
+            if len(batch) == _BATCH:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+def _plan(trees: Sequence[_Tree], row: int, galaxy: Galaxy) -> tuple[Galaxy, list[Path]]:
+    """The files that a galaxy is written to; notes it for the trees' metadata, without its pixels."""
+    files = []
+    for tree in trees:
+        place = tree.place(galaxy, row)
+        if place is not None:
+            files.append(tree.temporary / place)
+            tree.written.append((place, SPLITS[tree.split_of_row[row]], replace(galaxy, image=_NO_IMAGE)))
+    return galaxy, files
+
+
+def _write_batch(batch: Sequence[tuple[Galaxy, list[Path]]]) -> int:
+    for galaxy, files in batch:
+        data = _png(galaxy)
+        for file in files:
+            file.write_bytes(data)
+    return len(batch)
+
+
+def _png(galaxy: Galaxy) -> bytes:
+    if isinstance(galaxy.image, EncodedImage):
+        pixels = decode_picture(galaxy.image.data, galaxy.id)
+        return galaxy.image.data if galaxy.image.format == "png" else encode_png(pixels)
+    return encode_png(galaxy.image)
+
+
+def _finish(tree: _Tree) -> None:
+    """Describe the tree and give it its name, in the place of an older export."""
+    survey = tree.survey
+    write_metadata(tree.temporary, tree.written)
+    write_info(tree.temporary, FolderInfo(survey.name, survey.variant, survey.source_hash, len(tree.written)))
+    old = tree.temporary.with_suffix(".old")
+    if tree.target.exists():
+        tree.target.rename(old)
+    tree.temporary.rename(tree.target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+_NO_IMAGE = EncodedImage(b"", "png")

@@ -1,0 +1,212 @@
+"""Getting the official Galaxy10 DECaLS file: from the network, from another machine, or from what astroNN already downloaded."""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from galaxydist.errors import UserError
+from galaxydist.surveys.storage import disk_error, remove_stale
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "Galaxy10_DECals.h5"
+SHA256 = "19aefc477c41bb7f77ff07599a6b82a038dc042f889a111b0d4d98bb755c1571"
+URLS = (
+    "https://zenodo.org/records/10845026/files/Galaxy10_DECals.h5",  # astroNN's address since March 2024, too
+    "https://www.astro.utoronto.ca/~hleung/shared/Galaxy10/Galaxy10_DECals.h5",  # astroNN's own, before
+)
+ASTRONN_DIR = Path("~/.astroNN/datasets")
+
+_BLOCK = 1 << 20
+_ATTEMPTS = 3  # connections for one address; each goes on where the one before was cut
+_TIMEOUT = 30.0  # seconds without a byte
+
+
+def fetch_galaxy10(
+    target: Path,
+    *,
+    source: Path | None = None,
+    via_astronn: bool = False,
+    urls: Sequence[str] = URLS,
+    sha256: str = SHA256,
+    astronn_dir: Path = ASTRONN_DIR,
+) -> Path:
+    """Put the official file at ``target``, verified; a second call finds it there.
+
+    Args:
+        target: the file's place, ``<data root>/hdf5/Galaxy10_DECals.h5``.
+        source: a copy of the file on this machine, instead of the network.
+        via_astronn: let astroNN download it into its own cache first (needs the extra ``galaxydist[astronn]``).
+        urls: addresses, tried in order.
+        sha256: of the whole file.
+        astronn_dir: astroNN's cache of data sets, looked into before the network.
+
+    Raises:
+        UserError: no address gave the file, a file has another SHA-256, astroNN is missing, or the disk is full.
+    """
+    in_cache = astronn_dir.expanduser() / FILE_NAME
+    if target.is_file():
+        _verify(target, sha256, "remove it and fetch again")
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(target.parent, f".{target.name}.*.partial")
+    if source is not None:
+        return _copy(source, target, sha256)
+    if via_astronn:
+        _download_through_astronn(in_cache)
+        return _copy(in_cache, target, sha256)
+    if in_cache.is_file() and file_sha256(in_cache) == sha256:
+        logger.warning("found astroNN's download %s", in_cache)
+        return _copy(in_cache, target, sha256)
+    return _download(target, urls, sha256)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file, with a progress bar."""
+    from tqdm import tqdm
+
+    digest = hashlib.sha256()
+    with (
+        path.open("rb") as stream,
+        tqdm(total=path.stat().st_size, desc=f"verify {path.name}", unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def _verify(path: Path, sha256: str, what_to_do: str) -> None:
+    found = file_sha256(path)
+    if found != sha256:
+        raise UserError(
+            f"{path} ({path.stat().st_size} bytes) is not the official Galaxy10 file: its SHA-256 is {found}, expected {sha256}; "
+            f"{what_to_do}"
+        )
+
+
+def _copy(source: Path, target: Path, sha256: str) -> Path:
+    """A verified file under its new name: a hard link where the file system allows it, else a copy."""
+    if not source.is_file():
+        raise UserError(f"no file at {source}; give the path of a downloaded {FILE_NAME}")
+    _verify(source, sha256, "download it again")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        try:
+            os.link(source.resolve(), temporary)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        raise disk_error(target, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _download(target: Path, urls: Sequence[str], sha256: str) -> Path:
+    """Try each address in turn; what one has begun is not mixed with another's."""
+    import requests
+
+    failures = []
+    for url in urls:
+        try:
+            _retrieve(url, target, sha256)
+            return target
+        except (requests.RequestException, ValueError) as error:  # pooch's word for a wrong hash is ValueError
+            failures.append(f"  {url}: {_reason(error)}")
+            logger.warning("could not fetch %s", failures[-1].strip())
+        except OSError as error:
+            raise disk_error(target, error) from error
+    raise UserError(
+        "\n".join([f"no address gave {target.name}:", *failures])
+        + "\ntry again later, or download it on a machine with network and run `galaxydist data fetch --from FILE`"
+    )
+
+
+def _retrieve(url: str, target: Path, sha256: str) -> None:
+    """One address, through pooch; once more from the start where an earlier, cut download did not fit its continuation."""
+    import pooch
+
+    downloader = _ResumingDownloader(target.with_name(f".{target.name}.download"))
+    for last in (False, True):
+        try:
+            pooch.retrieve(url, f"sha256:{sha256}", fname=target.name, path=target.parent, downloader=downloader)
+            return
+        except ValueError:
+            if last or not downloader.has_resumed:
+                raise
+            logger.warning("the continued download of %s is not the official file; starting again", url)
+
+
+class _ResumingDownloader:
+    """A downloader for pooch that goes on where a connection was cut, in this process or an earlier one."""
+
+    def __init__(self, partial: Path) -> None:
+        self._partial = partial
+        self.has_resumed = False
+
+    def __call__(self, url: str, output_file: str, _pooch: object) -> None:
+        import requests
+
+        note = self._partial.with_name(self._partial.name + ".url")
+        if not note.is_file() or note.read_text(encoding="utf-8") != url:
+            self._partial.unlink(missing_ok=True)
+        note.write_text(url, encoding="utf-8")
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                self._go_on(url)
+                break
+            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+                if attempt == _ATTEMPTS:
+                    raise
+                logger.warning("the connection to %s was cut (%s); going on", url, error)
+        self._partial.replace(output_file)
+        note.unlink(missing_ok=True)
+
+    def _go_on(self, url: str) -> None:
+        """Fetch what is missing; the whole file where the server does not know ranges."""
+        import requests
+        from tqdm import tqdm
+
+        have = self._partial.stat().st_size if self._partial.exists() else 0
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
+            if have and response.status_code == requests.codes.requested_range_not_satisfiable:
+                return  # nothing is missing, or the file is wrong: the hash will tell
+            response.raise_for_status()
+            resumed = have > 0 and response.status_code == requests.codes.partial_content
+            have = have if resumed else 0
+            self.has_resumed |= resumed
+            total = have + int(response.headers.get("content-length", 0))
+            with (
+                self._partial.open("ab" if resumed else "wb") as stream,
+                tqdm(total=total or None, initial=have, desc=FILE_NAME, unit="B", unit_scale=True, disable=None) as bar,
+            ):
+                for block in response.iter_content(_BLOCK):
+                    stream.write(block)
+                    bar.update(len(block))
+
+
+def _download_through_astronn(in_cache: Path) -> None:
+    """Have astroNN download into its cache. Its loader then reads all images, so it runs in a process of its own."""
+    if importlib.util.find_spec("astroNN") is None:
+        raise UserError(
+            "--via astronn needs astroNN, which is not installed (it brings TensorFlow): pip install 'galaxydist[astronn]', "
+            "or leave out --via"
+        )
+    code = "from astroNN.datasets.galaxy10 import load_data; load_data()"
+    result = subprocess.run([sys.executable, "-c", code], check=False)
+    if not in_cache.is_file():
+        raise UserError(f"astroNN left no {in_cache} (its process ended with {result.returncode}); leave out --via astronn")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return "its SHA-256 is not the official file's" if isinstance(error, ValueError) and "hash" in text.lower() else text
