@@ -19,7 +19,7 @@ def test_registry_has_the_names_of_the_schema() -> None:
 @pytest.mark.parametrize(
     ("name", "millions"),
     [
-        ("custom_cnn", 1.2),
+        ("custom_cnn", 2.8),
         ("resnet18", 11.2),
         ("resnet26", 14.0),
         ("resnet50", 23.5),

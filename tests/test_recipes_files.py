@@ -47,7 +47,7 @@ def test_a_recipe_is_short_and_holds_differences_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_global_batch_divides_evenly_over_the_usual_numbers_of_processes(path: Path) -> None:
-    """240 leaves out 7 processes alone, the demo's 48 leaves out 5 and 7: ranks then differ by one galaxy, the numbers stay exact.
+    """240 leaves out 7 processes, the demo's 48 leaves out 5 and 7: ranks then differ by one galaxy, the numbers stay exact.
 
     All of 1 to 8, 12, 16 and 24 divide only multiples of 1,680, which is 8 steps an epoch of Galaxy10's 14,188 training galaxies.
     """

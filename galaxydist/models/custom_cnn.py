@@ -1,40 +1,64 @@
 """The project's own small convolutional network, made for 64 to 80 pixel galaxies on a CPU."""
 
+from collections import OrderedDict
+
+import torch
 from torch import Tensor, nn
 
 
 class CustomCNN(nn.Module):
-    """Convolution blocks with batch normalisation and a global average, so that any image of 16 pixels or more fits.
+    """A stem, seven residual blocks in four stages, and a global average, so that any image of 16 pixels or more fits.
 
-    Four stages of two 3 x 3 convolutions, with 1, 2, 4 and 8 times ``width`` channels, halving the map between stages.
+    The stem halves the image at once (the layers at full size would cost more than all others together), each later stage halves
+    the map and doubles the channels: ``width``, 2, 4 and 8 times ``width``.
 
     Args:
         num_classes: K.
-        width: channels of the first stage.
+        width: channels of the stem and the first stage.
         drop_rate: dropout before the linear head.
     """
 
     def __init__(self, num_classes: int, width: int = 32, drop_rate: float = 0.0) -> None:
         super().__init__()
-        stages: list[nn.Module] = []
-        channels = 3
-        for stage in range(4):
-            if stage:
-                stages.append(nn.MaxPool2d(2))
-            out = width * 2**stage
-            stages += [_conv_block(channels, out), _conv_block(out, out)]
-            channels = out
-        self.features = nn.Sequential(*stages)
+        self.stem = _conv(3, width, kernel=5, stride=2)
+        self.stages = nn.Sequential(
+            nn.Sequential(Block(width, width)),
+            *(nn.Sequential(nn.MaxPool2d(2), Block(n, 2 * n), Block(2 * n, 2 * n)) for n in (width, 2 * width, 4 * width)),
+        )
         self.drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(channels, num_classes)
+        self.head = nn.Linear(8 * width, num_classes)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Logits B x K of normalised images B x 3 x H x W."""
-        logits_BK: Tensor = self.head(self.drop(self.features(images_BCHW).mean(dim=(2, 3))))
+        # Channels last in memory makes a training step 1.2 to 1.3 times as fast on a CPU; the logits are the same.
+        x = images_BCHW.contiguous(memory_format=torch.channels_last)
+        features_BD = self.stages(self.stem(x)).mean(dim=(2, 3))
+        logits_BK: Tensor = self.head(self.drop(features_BD))
         return logits_BK
 
 
-def _conv_block(channels_in: int, channels_out: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True)
-    )
+class Block(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut (He et al. 2016, arXiv:1512.03385).
+
+    The branch starts at zero, so that the network is shallow at first (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
+    """
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.first = _conv(channels_in, channels_out, kernel=3)
+        self.second = _conv(channels_out, channels_out, kernel=3, activation=False)
+        same = channels_in == channels_out
+        self.shortcut = nn.Identity() if same else _conv(channels_in, channels_out, kernel=1, activation=False)
+        nn.init.zeros_(self.second.get_parameter("norm.weight"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(self.second(self.first(x)) + self.shortcut(x))
+
+
+def _conv(channels_in: int, channels_out: int, *, kernel: int, stride: int = 1, activation: bool = True) -> nn.Sequential:
+    """Convolution, batch normalisation and, where asked, ReLU; the normalisation has the only offset."""
+    convolution = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
+    layers: list[tuple[str, nn.Module]] = [("conv", convolution), ("norm", nn.BatchNorm2d(channels_out))]
+    if activation:
+        layers.append(("act", nn.ReLU(inplace=True)))
+    return nn.Sequential(OrderedDict(layers))
