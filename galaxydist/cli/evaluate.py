@@ -1,0 +1,49 @@
+"""``galaxydist evaluate``: what a run is worth, on a split that it was not chosen on."""
+
+import argparse
+import os
+from pathlib import Path
+
+from galaxydist.cli.options import Commands, add_data_dir
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="judge a run on a split",
+        description="Count every galaxy of a split once; write JSON and figures into the run folder and print the table.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("target", nargs="+", metavar="RUN", help="a run folder, or the recipe=NAME [key=value] that trained it")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default: %(default)s")
+    parser.add_argument("--manifest", type=Path, metavar="FILE", help="the shards' manifest, where they have moved")
+    add_data_dir(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate a run and print its table."""
+    run_dir = _run_dir(arguments.target)
+
+    from galaxydist.training.evaluate import evaluate_run
+
+    evaluate_run(run_dir, arguments.split, os.environ, manifest_path=arguments.manifest, data_dir=arguments.data_dir)
+
+
+def _run_dir(target: list[str]) -> Path:
+    from galaxydist.errors import UserError
+
+    if not any(word.startswith("recipe=") for word in target):
+        if len(target) > 1:
+            raise UserError(f"one run at a time, not {len(target)}: {' '.join(target)}")
+        return Path(target[0])
+
+    from galaxydist.recipe.identity import run_name
+    from galaxydist.recipe.load import load_recipe
+
+    recipe = load_recipe(target).recipe
+    path = recipe.run.dir or recipe.run.root / run_name(recipe)
+    if not path.is_dir():
+        raise UserError(f"there is no run at {path}; train it first: accelerate launch launch.py {' '.join(target)}")
+    return path

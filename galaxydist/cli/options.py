@@ -1,0 +1,99 @@
+"""Options and types that several commands share."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from galaxydist.errors import UserError
+
+# ``add_subparsers`` returns a private type of argparse.
+Commands = Any
+
+DATASETS = {
+    "galaxy10_decals": "galaxydist data fetch",
+    "simulated": "galaxydist data simulate",
+}
+
+
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    """``--data-dir``: the root of HDF5 files, shards, weights and caches."""
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="data root (else $GALAXYDIST_DATA, else the user's cache folder)"
+    )
+
+
+def add_dataset(parser: argparse.ArgumentParser) -> None:
+    """``--dataset``: one of the surveys that lie under the data root."""
+    parser.add_argument(
+        "--dataset",
+        choices=tuple(DATASETS),
+        default="galaxy10_decals",
+        help="which survey of the data root (default: %(default)s)",
+    )
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """``--workers``: processes."""
+    parser.add_argument("--workers", type=positive_int, metavar="N", help="processes (default: one a core)")
+
+
+def chosen_root(arguments: argparse.Namespace) -> Path:
+    """The data root that the arguments and the environment name."""
+    from galaxydist.recipe.paths import data_root
+
+    return data_root(arguments.data_dir, os.environ)
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    return _whole_number(text, 1)
+
+
+def non_negative_int(text: str) -> int:
+    """An argparse type: a whole number of at least 0."""
+    return _whole_number(text, 0)
+
+
+def fold(text: str) -> tuple[int, int]:
+    """An argparse type: ``K/N`` with K from 1 to N, as (K - 1, N)."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 2 <= int(count) <= 100 and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with N from 2 to 100 and K from 1 to N, like 1/3")
+    return int(number) - 1, int(count)
+
+
+def _whole_number(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{number} is less than {least}")
+    return number
+
+
+def survey_source(arguments: argparse.Namespace, root: Path) -> Path:
+    """The survey file or folder that the arguments name: ``--from``, else the chosen survey of the data root.
+
+    Raises:
+        UserError: it is not there; names the command that makes it.
+    """
+    from galaxydist.recipe.paths import hdf5_path
+
+    if arguments.source is not None:
+        source: Path = arguments.source
+        if not source.exists():
+            raise UserError(f"--from {source}: there is no such file or folder")
+        return source
+    path = hdf5_path(root, arguments.dataset)
+    if not path.is_file():
+        raise UserError(
+            f"{arguments.dataset} is not under the data root: there is no {path}. Make it with `{DATASETS[arguments.dataset]}`"
+            + (
+                " (or use `--dataset simulated`, or `--from` for a file or folder of your own)"
+                if arguments.dataset != "simulated"
+                else ""
+            )
+        )
+    return path

@@ -1,0 +1,109 @@
+"""``galaxydist data shard`` and ``data check``: shards from a survey file or a folder of pictures, and whether they are whole."""
+
+import argparse
+from pathlib import Path
+
+from galaxydist.cli.options import (
+    Commands,
+    add_data_dir,
+    add_dataset,
+    add_workers,
+    chosen_root,
+    fold,
+    non_negative_int,
+    positive_int,
+    survey_source,
+)
+from galaxydist.errors import UserError
+
+VARIANTS = ("original", "balanced")
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the commands."""
+    parser = commands.add_parser(
+        "shard",
+        help="survey file or folder of pictures to shards",
+        description="Write a survey as shards (plain WebDataset tars), an index and a manifest: what a recipe trains on.",
+        allow_abbrev=False,
+    )
+    add_dataset(parser)
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="PATH", help="an HDF5 file in Galaxy10's schema or a folder of pictures"
+    )
+    parser.add_argument("--name", help="data set name, for data.dataset=NAME (default: the source's own)")
+    parser.add_argument("--variant", choices=(*VARIANTS, "both"), default="original", help="default: %(default)s")
+    parser.add_argument(
+        "--conflicting", choices=("keep", "drop"), default="keep", help="galaxies that the source has with two labels"
+    )
+    parser.add_argument("--fold", type=fold, metavar="K/N", help="fold K of an N-fold cross-validation: train and test, no val")
+    parser.add_argument("--encoding", choices=("jpeg", "png", "raw"), default="jpeg", help="default: %(default)s")
+    parser.add_argument("--quality", type=quality, default=95, metavar="Q", help="of JPEG, 1 to 100 (default: %(default)s)")
+    parser.add_argument(
+        "--image-size", type=positive_int, metavar="PIXELS", help="stored width and height (default: the source's)"
+    )
+    parser.add_argument(
+        "--shard-size", type=positive_int, metavar="N", help="galaxies in a shard (default: by the size of the split)"
+    )
+    parser.add_argument(
+        "--seed", type=non_negative_int, default=0, metavar="S", help="of the storage order (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: shards/NAME/VARIANT in the data root)")
+    parser.add_argument("--overwrite", action="store_true", help="replace shards of another source or with other settings")
+    add_workers(parser)
+    add_data_dir(parser)
+    parser.set_defaults(run=run_shard)
+
+
+def quality(text: str) -> int:
+    """An argparse type: a JPEG quality."""
+    number = positive_int(text)
+    if number > 100:
+        raise argparse.ArgumentTypeError(f"{number} is more than 100")
+    return number
+
+
+def run_shard(arguments: argparse.Namespace) -> None:
+    """Write the shards, unless they are there."""
+    variants = VARIANTS if arguments.variant == "both" else (arguments.variant,)
+    if arguments.out is not None and len(variants) > 1:
+        raise UserError("--out names one folder, --variant=both writes two: leave --out away, or write one variant at a time")
+
+    from galaxydist.recipe.paths import shards_dir
+    from galaxydist.shards.write import write_shards
+    from galaxydist.surveys.open import open_survey
+
+    root = chosen_root(arguments)
+    source = survey_source(arguments, root)
+    for variant in variants:
+        survey = open_survey(
+            source, variant, conflicting=arguments.conflicting, name=_name(arguments, source), fold=arguments.fold
+        )
+        manifest = write_shards(
+            survey,
+            arguments.out or shards_dir(root, survey.name, variant, conflicting=arguments.conflicting),
+            encoding=arguments.encoding,
+            quality=arguments.quality,
+            image_size=arguments.image_size,
+            shard_size=arguments.shard_size,
+            seed=arguments.seed,
+            workers=arguments.workers,
+            overwrite=arguments.overwrite,
+        )
+        counts = ", ".join(f"{name} {split.num_samples}" for name, split in manifest.splits.items())
+        print(f"shards of {manifest.dataset}, {manifest.variant} ({counts}): {manifest.path}")
+
+
+def _name(arguments: argparse.Namespace, source: Path) -> str | None:
+    """The data set's name; a fold has the fold in its name, since it is another data set than the whole."""
+    if arguments.fold is None:
+        name: str | None = arguments.name
+        return name
+    if arguments.name is not None:
+        base = arguments.name
+    else:
+        from galaxydist.surveys.open import open_survey
+
+        base = open_survey(source).name
+    number, count = arguments.fold
+    return f"{base}-fold{number + 1}of{count}"

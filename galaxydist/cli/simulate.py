@@ -1,0 +1,66 @@
+"""``galaxydist data simulate``: a simulated survey in Galaxy10's schema."""
+
+import argparse
+from pathlib import Path
+
+from galaxydist.cli.options import Commands, add_data_dir, add_workers, chosen_root, non_negative_int, positive_int
+from galaxydist.errors import UserError
+
+DEFAULT_GALAXIES = 3000
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "simulate",
+        help="make a simulated survey",
+        description="Draw a simulated survey in Galaxy10's schema. The same number and seed give the same bytes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--num-galaxies", type=positive_int, default=DEFAULT_GALAXIES, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=non_negative_int, default=0, metavar="S", help="default: %(default)s")
+    parser.add_argument("--balanced", action="store_true", help="equally many of each class, not Galaxy10's proportions")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="HDF5 file to write (default: hdf5/simulated.h5 in the data root)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace another survey of that name")
+    add_workers(parser)
+    add_data_dir(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Draw the survey, unless it is there."""
+    from galaxydist.recipe.paths import hdf5_path
+
+    path = arguments.out or hdf5_path(chosen_root(arguments), "simulated")
+    if path.exists() and not arguments.overwrite and _is_same(path, arguments):
+        print(f"simulated survey: {path} (there already)")
+        return
+
+    from galaxydist.surveys.simulate.survey import simulate_survey
+
+    simulate_survey(path, arguments.num_galaxies, arguments.seed, arguments.workers, arguments.balanced)
+    print(f"simulated survey: {path} ({arguments.num_galaxies} galaxies, {path.stat().st_size / 1e6:.0f} MB)")
+
+
+def _is_same(path: Path, arguments: argparse.Namespace) -> bool:
+    """Whether the file is the survey that is asked for. Raises UserError where it is another."""
+    from galaxydist.surveys.galaxy10 import read_survey_file
+    from galaxydist.surveys.simulate.survey import SIMULATOR_VERSION
+
+    wanted = {
+        "simulator_version": SIMULATOR_VERSION,
+        "seed": arguments.seed,
+        "num_galaxies": arguments.num_galaxies,
+        "balanced": int(arguments.balanced),
+    }
+    hint = "Give --overwrite to replace it, or --out FILE to write another"
+    try:
+        attributes = read_survey_file(path).attributes
+    except UserError as error:
+        raise UserError(f"{path} is in the way: {error}. {hint}") from error
+    different = [f"{key} is {attributes.get(key)}, not {value}" for key, value in wanted.items() if attributes.get(key) != value]
+    if different:
+        raise UserError(f"{path} holds another survey ({'; '.join(different)}). {hint}")
+    return True

@@ -1,0 +1,145 @@
+"""What a survey looks like: galaxies by class and split, pixel statistics of a sample, and a gallery of every class."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galaxydist.chance import hash64
+from galaxydist.galaxy import EncodedImage, Survey
+from galaxydist.surveys.pictures import decode_picture
+
+# Galaxies of each class that pixel statistics are taken from: enough for two digits, and seconds of work.
+SAMPLE_PER_CLASS = 60
+# Tells this choice of galaxies from every other use of the same hash.
+_PURPOSE = 0x6578706C6F7265  # "explore"
+
+
+@dataclass(frozen=True, slots=True)
+class Exploration:
+    """What was found in a survey.
+
+    Attributes:
+        counts: split name -> number of galaxies by class.
+        pixels: by class, over a sample of ``galaxies``: ``mean`` and ``std`` of each channel (R G B, full scale 1), ``black`` and
+            ``saturated``: shares of pixel values that are 0 and 255.
+    """
+
+    dataset: str
+    variant: str
+    class_names: tuple[str, ...]
+    counts: dict[str, list[int]]
+    pixels: dict[str, dict[str, Any]]
+
+
+def explore_survey(survey: Survey, out_dir: Path, *, per_class: int = 8, seed: int = 0) -> Exploration:
+    """Look at a survey and write ``survey.json``, ``gallery.png`` and ``counts.png`` (and both as PDF) into ``out_dir``.
+
+    Args:
+        survey: to look at.
+        out_dir: made if need be; older files of these names are replaced.
+        per_class: galaxies of each class in the gallery.
+        seed: of the choice of galaxies.
+
+    Raises:
+        UserError: a picture cannot be read.
+    """
+    rows_by_class = [_choose(survey, label, max(per_class, SAMPLE_PER_CLASS), seed) for label in range(len(survey.class_names))]
+    pictures = dict(_read(survey, sorted(row for rows in rows_by_class for row in rows)))
+    sample = [[pictures[row] for row in rows] for rows in rows_by_class]
+    exploration = Exploration(
+        dataset=survey.name,
+        variant=survey.variant,
+        class_names=survey.class_names,
+        counts={split: _counts(survey, rows) for split, rows in survey.splits.items()},
+        pixels={name: _statistics(images) for name, images in zip(survey.class_names, sample, strict=True) if images},
+    )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "survey.json").write_text(json.dumps(asdict(exploration), indent=2) + "\n", encoding="utf-8")
+    _draw_gallery(exploration, [images[:per_class] for images in sample], out_dir / "gallery.png")
+    _draw_counts(exploration, out_dir / "counts.png")
+    return exploration
+
+
+def _counts(survey: Survey, rows: NDArray[np.int64]) -> list[int]:
+    counts: list[int] = np.bincount(survey.labels[rows], minlength=len(survey.class_names)).tolist()
+    return counts
+
+
+def _choose(survey: Survey, label: int, number: int, seed: int) -> list[int]:
+    """Rows of a class in an order that depends on seed and row alone; only galaxies that stand in a split."""
+    placed = np.concatenate([rows for rows in survey.splits.values() if len(rows)] or [np.empty(0, np.int64)])
+    rows = placed[survey.labels[placed] == label]
+    order = np.argsort(hash64(seed, _PURPOSE, rows), kind="stable")
+    chosen: list[int] = rows[order][:number].tolist()
+    return chosen
+
+
+def _read(survey: Survey, rows: Sequence[int]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Row -> H x W x 3 pixels, reading whole slabs."""
+    from tqdm import tqdm
+
+    wanted, length = set(rows), survey.slab_length
+    with tqdm(total=len(rows), desc=f"read {survey.name}", unit="galaxy", disable=None) as bar:
+        for slab in sorted({row // length for row in rows}):
+            start, stop = slab * length, min((slab + 1) * length, len(survey.labels))
+            for row, galaxy in enumerate(survey.read(start, stop), start=start):
+                if row in wanted:
+                    image = galaxy.image
+                    yield row, decode_picture(image.data, galaxy.id) if isinstance(image, EncodedImage) else image
+                    bar.update()
+
+
+def _statistics(images: Sequence[NDArray[np.uint8]]) -> dict[str, Any]:
+    values = np.concatenate([image.reshape(-1, 3) for image in images])
+    return {
+        "galaxies": len(images),
+        "mean": [round(float(value), 4) for value in values.mean(axis=0) / 255.0],
+        "std": [round(float(value), 4) for value in values.std(axis=0) / 255.0],
+        "black": round(float((values == 0).mean()), 4),
+        "saturated": round(float((values == 255).mean()), 4),
+    }
+
+
+def _draw_gallery(exploration: Exploration, sample: Sequence[Sequence[NDArray[np.uint8]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    columns = max(map(len, sample))
+    figure = Figure(figsize=(1.1 * columns + 1.7, 1.1 * len(sample) + 0.4), layout="constrained", dpi=100)
+    figure.suptitle(f"{exploration.dataset} ({exploration.variant})", fontsize=10)
+    axes = figure.subplots(len(sample), columns, squeeze=False)
+    for name, images, line in zip(exploration.class_names, sample, axes, strict=True):
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        for axis, image in zip(line, images, strict=False):
+            axis.imshow(image)
+        line[0].set_ylabel(name.replace("_", "\n", 1).replace("_", " "), rotation=0, ha="right", va="center", fontsize=7)
+    _save(figure, path)
+
+
+def _draw_counts(exploration: Exploration, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.32 * len(exploration.class_names) + 1.2), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(exploration.class_names))
+    left = np.zeros(len(places))
+    # Blue, orange and green of Okabe and Ito's palette, told apart by every kind of colour vision.
+    for (split, counts), colour in zip(exploration.counts.items(), ("#0072B2", "#E69F00", "#009E73"), strict=False):
+        axis.barh(places, counts, left=left, label=split, color=colour)
+        left += counts
+    axis.set_yticks(places, [name.replace("_", " ") for name in exploration.class_names], fontsize=8)
+    axis.invert_yaxis()
+    axis.set(xlabel="galaxies", title=f"{exploration.dataset} ({exploration.variant})")
+    axis.legend(frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    for suffix in (".png", ".pdf"):
+        figure.savefig(path.with_suffix(suffix), dpi=150)
