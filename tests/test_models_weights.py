@@ -13,7 +13,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from galaxydist.errors import UserError
-from galaxydist.models import build_model, fetch_weights
+from galaxydist.models import build_model, fetch_weights, input_statistics, write_weights
 from galaxydist.models.published import weights_file
 from galaxydist.recipe.schema import ModelConfig
 
@@ -39,6 +39,22 @@ def test_a_file_is_loaded_whatever_wrapped_the_model(tmp_path: Path, prefix: str
     state = random_state(CNN)
     save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "w.safetensors")
     model, said = build(with_weights(CNN, tmp_path / "w.safetensors"))
+    assert said == []
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_we_write_we_read_with_its_normalisation(tmp_path: Path) -> None:
+    state = random_state(CNN)
+    statistics = ((0.1, 0.2, 0.3), (0.01, 0.02, 0.03))
+    path = tmp_path / "w.safetensors"
+    write_weights(
+        path, {f"_orig_mod.{n}": t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in state.items()}
+    )
+    assert input_statistics(with_weights(CNN, path)) is None
+    write_weights(path, state, statistics)
+    assert input_statistics(with_weights(CNN, path)) == statistics
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    model, said = build(with_weights(CNN, path))
     assert said == []
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 

@@ -11,12 +11,10 @@ from galaxydist.models.custom_cnn import CustomCNN
 from galaxydist.models.frozen import freeze_backbone
 from galaxydist.models.published import find_weights
 from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, check_config, timm_name
-from galaxydist.models.weights import load_weights, read_weights
+from galaxydist.models.weights import Statistics, load_weights, read_statistics, read_weights
 from galaxydist.recipe.schema import ModelConfig
 
 _logger = logging.getLogger(__name__)
-
-Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 def build_model(
@@ -65,10 +63,14 @@ def build_model(
 def input_statistics(config: ModelConfig) -> Statistics | None:
     """Channel mean and deviation (0..1, RGB) that the model's images are normalised with, or None for the data set's own.
 
-    Published weights expect those they were trained with. ``model.pretrained`` alone decides: with ``model.weights=FILE`` beside
-    it, FILE holds such weights, or what a run of the same recipe made of them.
+    Weights expect what they were trained with: published ones say it in timm, a file of ours in its metadata; other files do not.
+
+    Raises:
+        UserError: where ``model.weights`` cannot be read.
     """
     name = timm_name(config)
+    if config.weights is not None:
+        return read_statistics(config.weights)
     if not config.pretrained or name is None:
         return None
     import timm

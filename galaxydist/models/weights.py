@@ -1,11 +1,13 @@
-"""Weights from files: reading safetensors, and making them fit a model with another head or another image size."""
+"""Weights in files: safetensors, and making them fit a model with another head or another image size."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from galaxydist.errors import UserError
@@ -14,6 +16,27 @@ from galaxydist.errors import UserError
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 # Names listed in a message before it says "and N more".
 NAMES_SHOWN = 5
+# Where a file that we wrote says how the images were normalised.
+STATISTICS_KEY = "input_statistics"
+
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], statistics: Statistics | None = None) -> None:
+    """Write a model's ``state_dict`` as safetensors, under the names of the bare model; whole or not at all.
+
+    Args:
+        statistics: channel mean and deviation (0..1, RGB) that the images were normalised with; whoever starts from this file
+            gets them back from ``read_statistics``.
+    """
+    bare = {_bare(name): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": "pt"} | ({STATISTICS_KEY: json.dumps(statistics)} if statistics is not None else {})
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(bare, partial, metadata)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -22,16 +45,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: where there is no such file, or it is not (whole) safetensors.
     """
-    if not path.is_file():
-        raise UserError(f"weights {path}: {'is a folder' if path.is_dir() else 'no such file'}; give a .safetensors file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {_bare(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"weights {path}: not a whole safetensors file ({error}); pickled files (.pt, .pth, .ckpt) are not read: "
-            "save the model's state_dict with safetensors.torch.save_file"
-        ) from error
+    tensors: dict[str, Tensor] = _read(path, lambda file: {_bare(name): file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return tensors
+
+
+def read_statistics(path: Path) -> Statistics | None:
+    """The channel mean and deviation that ``write_weights`` put into a file; None in a file from elsewhere."""
+    text = _read(path, lambda file: (file.metadata() or {}).get(STATISTICS_KEY))
+    if text is None:
+        return None
+    (r, g, b), (dr, dg, db) = json.loads(text)
+    return (r, g, b), (dr, dg, db)
 
 
 def load_weights(
@@ -56,12 +80,12 @@ def load_weights(
         UserError: naming what is missing, left over, of another shape, or not finite. The model is then unchanged.
     """
     own = model.state_dict()
-    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused or ("\0",))}
+    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
     heads = tuple(f"{name}." for name in head_names)
     head_differs = any(
         name not in given or name not in own or given[name].shape != own[name].shape
         for name in own.keys() | given.keys()
-        if name.startswith(heads or ("\0",))
+        if name.startswith(heads)
     )
     if head_differs:
         say(f"{source}: its head does not fit this model's classes and is left out; the new head starts from random weights")
@@ -72,6 +96,19 @@ def load_weights(
     with torch.no_grad():
         for name, tensor in given.items():
             own[name].copy_(tensor)
+
+
+def _read(path: Path, take: Callable[[Any], Any]) -> Any:
+    if not path.is_file():
+        raise UserError(f"weights {path}: {'is a folder' if path.is_dir() else 'no such file'}; give a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return take(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"weights {path}: not a whole safetensors file ({error}); pickled files (.pt, .pth, .ckpt) are not read: "
+            "save the model's state_dict with safetensors.torch.save_file"
+        ) from error
 
 
 def _bare(name: str) -> str:
