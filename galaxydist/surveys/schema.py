@@ -1,6 +1,8 @@
 """Galaxy10's HDF5 schema: which columns a survey file has, and a writer that makes such a file piece by piece."""
 
 import contextlib
+import errno
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,27 +35,31 @@ SIMULATED = "simulated"
 class SurveyFileWriter:
     """Writes a survey file in slabs, so that memory stays bounded; the file appears under its name only when it is whole.
 
-    Use as a context manager: leaving it normally closes the file and gives it its name, an exception removes what was written.
+    Use as a context manager: leaving it normally gives the file its name, an exception removes what was written.
+
+    HDF5 lays the file out, uncompressed and contiguous (its codecs save 4 to 28 % on galaxies and cost two to ten times the time),
+    and the values are written past HDF5: its library crashes the process when a disk fills up under it.
     """
 
     def __init__(self, path: Path, num_galaxies: int, attributes: Mapping[str, str | int | float]) -> None:
-        import h5py
-
+        assert num_galaxies > 0, "a survey file holds at least one galaxy"
         self._path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._num_galaxies = num_galaxies
         self._num_written = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path.parent, f".{path.name}.*.partial")
-        self._file = h5py.File(self._temporary, "w")
-        # A chunk is one whole image: a reader takes any row without decoding others.
-        self._images = self._file.create_dataset(
-            IMAGES, (num_galaxies, *IMAGE_SHAPE), np.uint8, chunks=(1, *IMAGE_SHAPE) if num_galaxies else None
-        )
-        for name, dtype in COLUMNS.items():
-            self._file.create_dataset(name, (num_galaxies,), dtype)
-        for key, value in attributes.items():
-            self._file.attrs[key] = value
+        layout = {IMAGES: (np.dtype(np.uint8), IMAGE_SHAPE), **{name: (dtype, ()) for name, dtype in COLUMNS.items()}}
+        size = num_galaxies * sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+        try:
+            with self._temporary.open("wb") as file:
+                _reserve(file.fileno(), size)
+            self._offsets = _lay_out(self._temporary, num_galaxies, layout, attributes)
+            self._file = self._temporary.open("rb+")
+            _reserve(self._file.fileno(), self._temporary.stat().st_size)
+        except OSError as error:
+            self._temporary.unlink(missing_ok=True)
+            raise disk_error(path, error) from error
 
     def append(
         self,
@@ -82,14 +88,19 @@ class SurveyFileWriter:
         assert stop <= self._num_galaxies, f"{stop} galaxies written into a file of {self._num_galaxies}"
         columns = {LABELS: labels, "ra": ra, "dec": dec, "redshift": redshift, "pxscale": pxscale}
         try:
-            self._images[start:stop] = images
+            self._write(IMAGES, start, images)
             for name, values in columns.items():
                 column = np.asarray(values)
                 assert column.shape == (len(images),), f"{name} has shape {column.shape}, expected ({len(images)},)"
-                self._file[name][start:stop] = column.astype(COLUMNS[name])
+                self._write(name, start, column.astype(COLUMNS[name]))
         except OSError as error:
             raise disk_error(self._path, error) from error
         self._num_written = stop
+
+    def _write(self, name: str, start: int, values: NDArray[Any]) -> None:
+        row_bytes = values.dtype.itemsize * math.prod(values.shape[1:])
+        self._file.seek(self._offsets[name] + start * row_bytes)
+        self._file.write(np.ascontiguousarray(values).data)
 
     def __enter__(self) -> Self:
         return self
@@ -98,19 +109,15 @@ class SurveyFileWriter:
         try:
             if kind is None:
                 assert self._num_written == self._num_galaxies, f"{self._num_written} of {self._num_galaxies} galaxies written"
-                self._file.close()
-                with self._temporary.open("rb+") as file:
-                    os.fsync(file.fileno())
+                self._file.flush()
+                os.fsync(self._file.fileno())
                 self._temporary.replace(self._path)
         except OSError as failure:
             raise disk_error(self._path, failure) from failure
         finally:
-            self._discard()
-
-    def _discard(self) -> None:
-        with contextlib.suppress(OSError, RuntimeError):  # a full disk also fails the flush at closing
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a full disk also fails the flush at closing
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
 
 
 def create_file(
@@ -126,3 +133,41 @@ def create_file(
     """
     marks = {SURVEY_ATTRIBUTE: SIMULATED} if simulated else {}
     return SurveyFileWriter(Path(path), num_galaxies, {**marks, **(attributes or {})})
+
+
+def _lay_out(
+    path: Path,
+    num_galaxies: int,
+    layout: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
+    attributes: Mapping[str, str | int | float],
+) -> dict[str, int]:
+    """Make the file with all its data sets, contiguous and without values; returns where in the file each one begins."""
+    import h5py
+
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    with h5py.File(path, "w") as h5:
+        for key, value in attributes.items():
+            h5.attrs[key] = value
+        return {
+            name: h5py.h5d.create(
+                h5.id,
+                name.encode(),
+                h5py.h5t.py_create(dtype),
+                h5py.h5s.create_simple((num_galaxies, *shape)),
+                properties,
+            ).get_offset()
+            for name, (dtype, shape) in layout.items()
+        }
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Claim the file's room now, so that a full disk is found before any work; go on without where the file system cannot."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except AttributeError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise

@@ -1,0 +1,146 @@
+"""Splits of any survey: exact counts, neighbours together, nothing leaks, the same for ever."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from galaxydist.errors import UserError
+from galaxydist.surveys.sky import close_pairs, read_sky
+from galaxydist.surveys.split import (
+    NONE,
+    TEST,
+    TRAIN,
+    VAL,
+    Population,
+    build_population,
+    cut,
+    rows_by_split,
+    split_balanced,
+    split_counts,
+    split_fold,
+    split_original,
+)
+
+
+def crowded(counts: list[int], pair_share: float, seed: int) -> Population:
+    """Galaxies of which a share sits next to another one, some of these at the very place of a galaxy of another class."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    ra, dec = rng.uniform(0, 360, len(labels)), rng.uniform(-80, 80, len(labels))
+    moved = np.flatnonzero(rng.random(len(labels)) < pair_share)
+    to = rng.integers(0, len(labels), len(moved))
+    ra[moved], dec[moved] = ra[to], dec[to] + rng.choice([0.0, 0.01], len(moved))
+    return build_population(labels, ra, dec, class_names=[f"c{k}" for k in range(len(counts))], seed=seed)
+
+
+def groups_are_whole(population: Population, codes: NDArray[np.int8]) -> bool:
+    groups = population.sky.groups
+    inside = (groups >= 0) & (codes != NONE)
+    return all(len(np.unique(codes[inside & (groups == group)])) <= 1 for group in np.unique(groups[inside]))
+
+
+populations = st.builds(
+    crowded, st.lists(st.integers(20, 120), min_size=2, max_size=6), st.floats(0, 0.15), st.integers(0, 2**32)
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(populations)
+def test_original_keeps_counts_groups_and_conflicts(population: Population) -> None:
+    codes = split_original(population)
+    wanted = split_counts(np.bincount(population.labels, minlength=population.num_classes), population.seed)
+    assert groups_are_whole(population, codes)
+    assert (codes[population.sky.conflicting] == TRAIN).all()
+    for code in (VAL, TEST):
+        found = population.counts(codes == code)
+        assert (found <= wanted[code]).all() and (found >= 1).all()
+    if (population.sky.groups < 0).mean() > 0.9:
+        assert np.array_equal(population.counts(codes == TEST), wanted[TEST])
+
+
+@settings(max_examples=40, deadline=None)
+@given(populations)
+def test_balanced_never_tests_what_trained_the_other(population: Population) -> None:
+    original = split_original(population)
+    balanced = split_balanced(population, original)
+    for code in (TRAIN, VAL, TEST):
+        assert len(set(population.counts(balanced == code).tolist())) == 1 or code != TEST
+    both = (balanced == TRAIN) | (balanced == VAL)
+    assert len(set(population.counts(both).tolist())) == 1
+    assert groups_are_whole(population, balanced)
+    assert not (both & (original == TEST)).any()
+    assert not ((balanced == TEST) & (original == TRAIN)).any()
+    assert (balanced[population.sky.conflicting] <= TRAIN).all()
+
+
+def test_follows_seed_and_keys_alone() -> None:
+    population = crowded([50, 60, 70], 0.1, 1)
+    again = crowded([50, 60, 70], 0.1, 1)
+    assert np.array_equal(split_original(population), split_original(again))
+    other_seed = Population(population.labels, population.class_names, population.sky, population.keys, 2)
+    assert not np.array_equal(split_original(population), split_original(other_seed))
+    order = np.random.default_rng(0).permutation(len(population.labels))
+    sky = read_sky(population.labels, None, None)
+    plain = Population(population.labels, population.class_names, sky, population.keys, 1)
+    mixed = Population(population.labels[order], population.class_names, sky, population.keys[order], 1)
+    assert np.array_equal(split_original(plain)[order], split_original(mixed))
+
+
+def test_counts_keep_one_galaxy_everywhere() -> None:
+    counts = split_counts(np.array([3, 1000]), 0)
+    assert counts[:, 0].tolist() == [1, 1, 1] and counts.sum(axis=0).tolist() == [3, 1000]
+
+
+@pytest.mark.parametrize(("counts", "word"), [([30, 0, 30], "an empty class"), ([30, 2, 30], "too small")])
+def test_empty_and_small_classes_are_named(counts: list[int], word: str) -> None:
+    labels = np.repeat(np.arange(3), counts)
+    population = build_population(labels, None, None, class_names=["a", "b", "c"], seed=0)
+    with pytest.raises(UserError, match=f"{word}.*'b' has {counts[1]}"):
+        split_original(population)
+
+
+def test_a_class_of_neighbours_only_is_an_error() -> None:
+    labels = np.array([0] * 20 + [1] * 4)
+    ra, dec = np.linspace(0, 200, 24), np.zeros(24)
+    ra[20:], labels[:1] = ra[0], 0  # all of class 1 sit on a galaxy of class 0
+    with pytest.raises(UserError, match="neighbours"):
+        split_original(build_population(labels, ra, dec, class_names=["a", "b"], seed=0))
+
+
+def test_folds_cover_each_galaxy_once_and_are_stratified() -> None:
+    population = crowded([31, 45, 60], 0.1, 3)
+    folds = [split_fold(population, k, 3) for k in range(3)]
+    assert (np.stack([codes == TEST for codes in folds]).sum(axis=0) == 1).all()
+    for codes in folds:
+        assert set(np.unique(codes)) == {TRAIN, TEST} and groups_are_whole(population, codes)
+        assert (np.abs(population.counts(codes == TEST) - np.array([31, 45, 60]) / 3) <= 8).all()
+    with pytest.raises(UserError, match="fold 3 of 3"):
+        split_fold(population, 3, 3)
+
+
+def test_cut_takes_a_tenth_of_each_class_from_train() -> None:
+    population = crowded([40, 50], 0.1, 4)
+    codes = cut(population, np.full(90, TRAIN, np.int8), VAL)
+    assert population.counts(codes == VAL).tolist() == [4, 5] and groups_are_whole(population, codes)
+    assert not (codes[population.sky.conflicting] == VAL).any()
+
+
+def test_rows_by_split_are_sorted_and_apart() -> None:
+    rows = rows_by_split(np.array([0, 2, -1, 1, 0], np.int8))
+    assert {name: split.tolist() for name, split in rows.items()} == {"train": [0, 4], "val": [3], "test": [1]}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.floats(-89, 89))
+def test_close_pairs_equal_brute_force_everywhere_on_the_sky(seed: int, dec_centre: float) -> None:
+    rng = np.random.default_rng(seed)
+    ra = (rng.uniform(-0.05, 0.05, 40) / np.cos(np.radians(dec_centre))) % 360  # across 0 = 360 degrees
+    dec = np.clip(dec_centre + rng.uniform(-0.05, 0.05, 40), -90, 90)
+    ra[0] = np.nan
+    x, y = np.radians(ra), np.radians(dec)
+    haversine = np.sin((y[:, None] - y) / 2) ** 2 + np.cos(y[:, None]) * np.cos(y) * np.sin((x[:, None] - x) / 2) ** 2
+    arcsec = np.degrees(2 * np.arcsin(np.sqrt(haversine))) * 3600
+    expected = np.argwhere(np.triu(arcsec < 67, k=1))
+    assert np.array_equal(close_pairs(ra, dec, 67.0), expected)
