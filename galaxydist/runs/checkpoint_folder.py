@@ -122,7 +122,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    return json.dumps(value, indent=1, allow_nan=False)
 
 
 def _sha256(path: Path) -> str:

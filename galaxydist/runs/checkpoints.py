@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 
 from galaxydist.errors import UserError
-from galaxydist.runs import tensor_files
 from galaxydist.runs.checkpoint_folder import (
     Checkpoint,
     DamagedCheckpointError,
@@ -26,7 +25,7 @@ from galaxydist.runs.checkpoint_folder import (
     read_state,
     write_checkpoint,
 )
-from galaxydist.runs.files import explain_full_disk, full_disk_error, no_space_reason, rename, replace_bytes, unlink
+from galaxydist.runs.files import explain_full_disk, rename, replace_bytes, unlink
 
 LATEST, BEST = "latest", "best"
 
@@ -66,9 +65,8 @@ def save(
         raise ValueError(f"keep={keep}: at least the new checkpoint is kept")
     state_text = encode_state(step, state, best=best)  # refuses what JSON does not have before anything is written
     kept = "The earlier checkpoints are untouched." if list_checkpoints(checkpoints_dir) else ""
-    try:
-        with explain_full_disk(checkpoints_dir, kept):
-            checkpoints_dir.mkdir(parents=True, exist_ok=True)
+    with explain_full_disk(checkpoints_dir, kept):
+        checkpoints_dir.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(checkpoints_dir)
         number = 1 + max((_parse(path)[1] for path in list_checkpoints(checkpoints_dir)), default=0)
         target = checkpoints_dir / f"step-{step:08d}-{number:04d}"
@@ -82,11 +80,6 @@ def save(
         replace_bytes(checkpoints_dir / LATEST, f"{target.name}\n".encode())
         if best:
             mark_best(target)
-    except Exception as error:
-        reason = no_space_reason(error) or tensor_files.no_space_reason(error)
-        if reason is None or isinstance(error, UserError):
-            raise
-        raise full_disk_error(checkpoints_dir, reason, kept) from error
     _prune(checkpoints_dir, target, keep)
     return target
 

@@ -23,15 +23,6 @@ _NO_SPACE = {
 }
 
 
-def no_space_reason(error: BaseException | None) -> str | None:
-    """Why ``error`` (or what caused it) says that nothing more can be written; None for any other error."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            return _NO_SPACE[error.errno]
-        error = error.__cause__ or error.__context__
-    return None
-
-
 @contextmanager
 def explain_full_disk(path: Path, kept: str = "") -> Iterator[None]:
     """Turn a full disk, a used-up quota or a file size limit into a UserError.
@@ -43,16 +34,10 @@ def explain_full_disk(path: Path, kept: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = no_space_reason(error)
-        if reason is None:
+        if error.errno not in _NO_SPACE:
             raise
-        raise full_disk_error(path, reason, kept) from error
-
-
-def full_disk_error(path: Path, reason: str, kept: str = "") -> UserError:
-    """The message for ``path`` that could not be written because of ``reason``."""
-    text = f"{path} could not be written: {reason}. {kept}".rstrip()
-    return UserError(f"{text} Free some space there, then give the same command again.")
+        text = f"{path} could not be written: {_NO_SPACE[error.errno]}. {kept}".rstrip()
+        raise UserError(f"{text} Free some space there, then give the same command again.") from error
 
 
 def fsync_file(path: Path) -> None:

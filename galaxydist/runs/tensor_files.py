@@ -1,17 +1,11 @@
 """Tensors in safetensors files, through ``torch.distributed.checkpoint``, whose default storage would unpickle."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-
-from galaxydist.runs import files
 
 _MAX_FILE_BYTES = 1 << 30  # a file is built up in memory before it is written
 
@@ -26,12 +20,17 @@ def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str
     Returns:
         The file of each tensor.
     """
+    # Imported here: it takes most of a second, and a run that starts anew needs it only when it saves.
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
     if not tensors:
         return {}
     numbers = _file_numbers(tensors)
     _ignore_single_process_warning()
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=numbers)
-    dcp_save(_separate(tensors), storage_writer=writer, no_dist=True)
+    with _original_errors():
+        dcp_save(_separate(tensors), storage_writer=writer, no_dist=True)
     num_files = max(numbers.values())
     return {name: f"model-{number:05d}-of-{num_files:05d}.safetensors" for name, number in numbers.items()}
 
@@ -46,6 +45,10 @@ def read_tensors(folder: Path, places: Mapping[str, str]) -> dict[str, torch.Ten
     Raises:
         ValueError: one is missing.
     """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
     if not places:
         return {}
     _ignore_single_process_warning()
@@ -58,16 +61,22 @@ def read_tensors(folder: Path, places: Mapping[str, str]) -> dict[str, torch.Ten
         described = known[name]
         assert isinstance(described, TensorStorageMetadata)  # the safetensors reader knows no others
         tensors[name] = torch.empty(described.size, dtype=described.properties.dtype)
-    dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    with _original_errors():
+        dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return tensors
 
 
-def no_space_reason(error: BaseException) -> str | None:
-    """Why a failed ``write_tensors`` says that nothing more can be written; None for any other error."""
-    if not isinstance(error, CheckpointException):
-        return None
-    reasons = [files.no_space_reason(failure[0]) for failure in error.failures.values()]
-    return next((reason for reason in reasons if reason is not None), None)
+@contextmanager
+def _original_errors() -> Iterator[None]:
+    """``CheckpointException`` is no ``Exception`` and hides what happened: raise that instead."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        for original, _ in error.failures.values():
+            raise original from error
+        raise
 
 
 def _file_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:

@@ -1,0 +1,242 @@
+"""The lock of a run folder: one process at a time, dead ones never in the way. With real processes."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from galaxydist.errors import UserError
+from galaxydist.runs.lock import RunLock
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from galaxydist.runs.lock import RunLock
+path, host, job_id = Path(sys.argv[1]), sys.argv[2], sys.argv[3] or None
+lock = RunLock(path, host=host, pid=os.getpid(), clock=time.time, job_id=job_id, heartbeat_seconds=0.05)
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def make_lock(
+    path: Path, host: str = "node1", clock: Callable[[], float] = time.time, job_id: str | None = None, restart_count: int = 0
+) -> RunLock:
+    return RunLock(
+        path, host=host, pid=os.getpid(), clock=clock, job_id=job_id, restart_count=restart_count, heartbeat_seconds=0.05
+    )
+
+
+def start_holder(path: Path, host: str = "node1", job_id: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", HOLDER, str(path), host, job_id]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.communicate()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "lock.json"
+
+
+def test_a_lock_is_held_once_and_released(path: Path) -> None:
+    with make_lock(path) as lock:
+        assert lock.is_held
+        lock.check()
+        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on node1 .*run\.dir"):
+            make_lock(path).acquire()
+    assert not path.exists()
+    assert not lock.is_held
+    with make_lock(path):
+        pass
+
+
+def test_a_running_process_is_named_with_what_to_do(path: Path) -> None:
+    holder = start_holder(path, job_id="77")
+    with pytest.raises(UserError) as raised:
+        make_lock(path).acquire()
+    assert f"in use by process {holder.pid} on node1, job 77, restart 0" in str(raised.value)
+    assert "scancel 77" in str(raised.value)
+    end(holder)  # leaves normally
+    with make_lock(path) as lock:
+        assert lock.is_held
+
+
+def test_a_killed_process_is_taken_over_at_once_with_a_warning(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    holder = start_holder(path)
+    holder.kill()  # not waited for: even as a zombie it is dead
+    time.sleep(0.1)
+    with caplog.at_level(logging.WARNING), make_lock(path) as lock:
+        assert lock.is_held
+        assert f"process {holder.pid} on node1 left a lock" in caplog.text
+    end(holder)
+
+
+def test_a_process_of_the_same_number_is_not_taken_for_the_owner(path: Path) -> None:
+    holder = start_holder(path)
+    text = path.read_text()
+    end(holder)
+    started = f'"process_start": {make_lock(path).owner.process_start - 100}'
+    old = next(line for line in text.splitlines() if "process_start" in line)
+    path.write_text(text.replace(old.strip().rstrip(","), started).replace(f'"pid": {holder.pid}', f'"pid": {os.getpid()}'))
+    with make_lock(path) as lock:
+        assert lock.is_held
+
+
+def test_another_host_is_believed_until_its_heartbeat_is_stale(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    holder = start_holder(path, host="node2")
+    with pytest.raises(UserError, match=r"on node2 .*If that process is gone, try again in \d+ s"):
+        make_lock(path).acquire()
+    holder.kill()
+    end(holder)
+    with pytest.raises(UserError, match="on node2"):
+        make_lock(path, clock=lambda: time.time() + 250).acquire()
+    with caplog.at_level(logging.WARNING), make_lock(path, clock=lambda: time.time() + 400) as lock:
+        assert lock.is_held
+        assert "has not been heard of for 40" in caplog.text
+
+
+def test_the_same_machine_after_a_restart_counts_as_another(path: Path) -> None:
+    """Its process numbers begin anew: one that runs now says nothing about the one that took the lock."""
+    end_of_text = make_lock(path).owner.pid_space
+    if not end_of_text:
+        pytest.skip("this system does not name its boots")
+    holder = start_holder(path)
+    text = path.read_text()
+    holder.kill()
+    end(holder)
+    path.write_text(text.replace(end_of_text, "another boot"))
+    with pytest.raises(UserError, match="in use"):
+        make_lock(path).acquire()
+    with make_lock(path, clock=lambda: time.time() + 400):
+        pass
+
+
+def test_a_later_restart_of_the_same_job_takes_over_at_once(path: Path) -> None:
+    holder = start_holder(path, host="node2", job_id="77")
+    with pytest.raises(UserError, match="job 77"):
+        make_lock(path, job_id="77").acquire()
+    with pytest.raises(UserError, match="job 77"):
+        make_lock(path, job_id="78", restart_count=1).acquire()
+    with make_lock(path, job_id="77", restart_count=1) as lock:
+        lock.check()
+        end(holder)  # the old one leaves later, and must not remove the new one's lock
+        time.sleep(0.1)
+        lock.check()
+
+
+def test_heartbeats_come_and_stop(path: Path) -> None:
+    now = [1000.0]
+    lock = make_lock(path, clock=lambda: now[0])
+    lock.acquire()
+    now[0] = 2000.0
+    deadline = time.time() + 5
+    while path.stat().st_mtime != 2000.0:
+        assert time.time() < deadline
+        time.sleep(0.01)
+    lock.release()
+    lock.release()
+    assert not path.exists()
+    assert not any(thread.name == "run-lock-heartbeat" for thread in threading.enumerate())
+
+
+def test_a_lock_that_somebody_removed_is_lost(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lock = make_lock(path)
+    lock.acquire()
+    path.unlink()
+    with pytest.raises(UserError, match="its lock file is gone"):
+        lock.check()
+    with make_lock(path):
+        time.sleep(0.2)
+        assert "was taken by" in caplog.text
+        with pytest.raises(UserError, match="it is now held by"):
+            lock.check()
+        lock.release()
+        assert path.exists()
+
+
+def test_a_damaged_lock_is_waited_for_then_replaced(path: Path) -> None:
+    path.write_text("{")
+    with pytest.raises(UserError, match="being taken"):
+        make_lock(path).acquire()
+    with make_lock(path, clock=lambda: time.time() + 400):
+        pass
+
+
+def test_a_forked_child_does_not_release_it(path: Path) -> None:
+    with make_lock(path) as lock:
+        child = multiprocessing.get_context("fork").Process(target=lock.release)
+        child.start()
+        child.join()
+        assert lock.is_held
+
+
+def test_a_stopped_process_is_not_taken_for_dead(path: Path) -> None:
+    holder = start_holder(path)
+    os.kill(holder.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(UserError, match="in use"):
+            make_lock(path, clock=lambda: time.time() + 4000).acquire()
+    finally:
+        os.kill(holder.pid, signal.SIGCONT)
+        end(holder)
+
+
+RACER = """
+import os, sys, time
+from pathlib import Path
+from galaxydist.errors import UserError
+from galaxydist.runs import lock as module
+from galaxydist.runs.lock import RunLock
+if sys.argv[2] == "noflock":
+    import fcntl
+    def refuse(*arguments): raise OSError(95, "not supported")
+    fcntl.flock = refuse
+lock = RunLock(Path(sys.argv[1]), host="node1", pid=os.getpid(), clock=time.time)
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    lock.acquire()
+    print("won", flush=True)
+except UserError as error:
+    print("lost", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("flock", ["flock", "noflock"])
+@pytest.mark.parametrize("left_by", ["nobody", "a dead process"])
+def test_of_processes_that_start_at_the_same_instant_one_wins(path: Path, flock: str, left_by: str) -> None:
+    if left_by != "nobody":
+        holder = start_holder(path)
+        holder.kill()
+        end(holder)
+    command = [sys.executable, "-c", RACER, str(path), flock]
+    racers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    answers = [racer.stdout.readline() for racer in racers if racer.stdout is not None]
+    for racer in racers:
+        end(racer)
+    assert answers.count("won\n") == 1, answers
+    assert answers.count("lost\n") == 3
+    assert not [file for file in path.parent.iterdir() if file.suffix in (".tmp", ".old")]
