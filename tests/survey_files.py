@@ -14,7 +14,7 @@ from galaxydist.surveys.schema import create_file
 
 
 def write_survey(path: Path, counts: Sequence[int] = (12,) * 10, seed: int = 0, *, simulated: bool = True) -> NDArray[np.int64]:
-    """A survey file with ``counts`` galaxies of each class, an overlapping pair and a place with two labels; returns the labels."""
+    """A survey file with ``counts`` galaxies a class, an overlapping pair and a place with two labels; returns the labels."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(len(counts)), counts)
     num = len(labels)

@@ -1,6 +1,7 @@
 """What a survey looks like: galaxies by class and split, pixel statistics of a sample, and a gallery of every class."""
 
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Exploration:
 
 
 def explore_survey(survey: Survey, out_dir: Path, *, per_class: int = 8, seed: int = 0) -> Exploration:
-    """Look at a survey and write ``survey.json``, ``gallery.png`` and ``counts.png`` (and both as PDF) into ``out_dir``.
+    """Look at a survey and write ``survey.json``, ``gallery.png`` and ``counts.png`` (also as PDF) into ``out_dir``.
 
     Args:
         survey: to look at.
@@ -95,13 +96,19 @@ def _read(survey: Survey, rows: Sequence[int]) -> Iterator[tuple[int, NDArray[np
 
 
 def _statistics(images: Sequence[NDArray[np.uint8]]) -> dict[str, Any]:
-    values = np.concatenate([image.reshape(-1, 3) for image in images])
+    histogram = np.zeros((3, 256))
+    for image in images:
+        histogram += [np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(3)]
+    shares = histogram / histogram.sum(axis=1, keepdims=True)
+    values = np.arange(256) / 255.0
+    mean = shares @ values
+    std = np.sqrt(shares @ values**2 - mean**2)
     return {
         "galaxies": len(images),
-        "mean": [round(float(value), 4) for value in values.mean(axis=0) / 255.0],
-        "std": [round(float(value), 4) for value in values.std(axis=0) / 255.0],
-        "black": round(float((values == 0).mean()), 4),
-        "saturated": round(float((values == 255).mean()), 4),
+        "mean": mean.round(4).tolist(),
+        "std": std.round(4).tolist(),
+        "black": round(float(shares[:, 0].mean()), 4),
+        "saturated": round(float(shares[:, 255].mean()), 4),
     }
 
 
@@ -109,7 +116,7 @@ def _draw_gallery(exploration: Exploration, sample: Sequence[Sequence[NDArray[np
     from matplotlib.figure import Figure
 
     columns = max(map(len, sample))
-    figure = Figure(figsize=(1.1 * columns + 1.7, 1.1 * len(sample) + 0.4), layout="constrained", dpi=100)
+    figure = Figure(figsize=(1.1 * columns + 1.1, 1.1 * len(sample) + 0.3), layout="constrained")
     figure.suptitle(f"{exploration.dataset} ({exploration.variant})", fontsize=10)
     axes = figure.subplots(len(sample), columns, squeeze=False)
     for name, images, line in zip(exploration.class_names, sample, axes, strict=True):
@@ -118,8 +125,9 @@ def _draw_gallery(exploration: Exploration, sample: Sequence[Sequence[NDArray[np
             axis.spines[:].set_visible(False)
         for axis, image in zip(line, images, strict=False):
             axis.imshow(image)
-        line[0].set_ylabel(name.replace("_", "\n", 1).replace("_", " "), rotation=0, ha="right", va="center", fontsize=7)
-    _save(figure, path)
+        label = textwrap.fill(name.replace("_", " "), 14)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7)
+    figure.savefig(path, dpi=150)
 
 
 def _draw_counts(exploration: Exploration, path: Path) -> None:
@@ -137,9 +145,5 @@ def _draw_counts(exploration: Exploration, path: Path) -> None:
     axis.invert_yaxis()
     axis.set(xlabel="galaxies", title=f"{exploration.dataset} ({exploration.variant})")
     axis.legend(frameon=False)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
     for suffix in (".png", ".pdf"):
         figure.savefig(path.with_suffix(suffix), dpi=150)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,8 @@ URLS = (
 ASTRONN_DIR = Path("~/.astroNN/datasets")
 
 _BLOCK = 1 << 20
-_ATTEMPTS = 3  # connections for one address; each goes on where the one before was cut
+_NETWORK_BLOCK = 1 << 16  # what is lost at most when a connection is cut
+_ATTEMPTS = 3  # connections in a row that bring nothing, before an address is given up
 _TIMEOUT = 30.0  # seconds without a byte
 
 
@@ -36,6 +38,7 @@ def fetch_galaxy10(
     urls: Sequence[str] = URLS,
     sha256: str = SHA256,
     astronn_dir: Path = ASTRONN_DIR,
+    retry_seconds: float = 3.0,
 ) -> Path:
     """Put the official file at ``target``, verified; a second call finds it there.
 
@@ -46,6 +49,7 @@ def fetch_galaxy10(
         urls: addresses, tried in order.
         sha256: of the whole file.
         astronn_dir: astroNN's cache of data sets, looked into before the network.
+        retry_seconds: pause before a cut connection is tried again; it goes on where it was cut.
 
     Raises:
         UserError: no address gave the file, a file has another SHA-256, astroNN is missing, or the disk is full.
@@ -64,7 +68,7 @@ def fetch_galaxy10(
     if in_cache.is_file() and file_sha256(in_cache) == sha256:
         logger.warning("found astroNN's download %s", in_cache)
         return _copy(in_cache, target, sha256)
-    return _download(target, urls, sha256)
+    return _download(target, urls, sha256, retry_seconds)
 
 
 def file_sha256(path: Path) -> str:
@@ -110,14 +114,14 @@ def _copy(source: Path, target: Path, sha256: str) -> Path:
     return target
 
 
-def _download(target: Path, urls: Sequence[str], sha256: str) -> Path:
+def _download(target: Path, urls: Sequence[str], sha256: str, retry_seconds: float) -> Path:
     """Try each address in turn; what one has begun is not mixed with another's."""
     import requests
 
     failures = []
     for url in urls:
         try:
-            _retrieve(url, target, sha256)
+            _retrieve(url, target, sha256, retry_seconds)
             return target
         except (requests.RequestException, ValueError) as error:  # pooch's word for a wrong hash is ValueError
             failures.append(f"  {url}: {_reason(error)}")
@@ -130,11 +134,11 @@ def _download(target: Path, urls: Sequence[str], sha256: str) -> Path:
     )
 
 
-def _retrieve(url: str, target: Path, sha256: str) -> None:
+def _retrieve(url: str, target: Path, sha256: str, retry_seconds: float) -> None:
     """One address, through pooch; once more from the start where an earlier, cut download did not fit its continuation."""
     import pooch
 
-    downloader = _ResumingDownloader(target.with_name(f".{target.name}.download"))
+    downloader = _ResumingDownloader(target.with_name(f".{target.name}.download"), retry_seconds)
     for last in (False, True):
         try:
             pooch.retrieve(url, f"sha256:{sha256}", fname=target.name, path=target.parent, downloader=downloader)
@@ -148,8 +152,9 @@ def _retrieve(url: str, target: Path, sha256: str) -> None:
 class _ResumingDownloader:
     """A downloader for pooch that goes on where a connection was cut, in this process or an earlier one."""
 
-    def __init__(self, partial: Path) -> None:
+    def __init__(self, partial: Path, retry_seconds: float) -> None:
         self._partial = partial
+        self._retry_seconds = retry_seconds
         self.has_resumed = False
 
     def __call__(self, url: str, output_file: str, _pooch: object) -> None:
@@ -159,23 +164,30 @@ class _ResumingDownloader:
         if not note.is_file() or note.read_text(encoding="utf-8") != url:
             self._partial.unlink(missing_ok=True)
         note.write_text(url, encoding="utf-8")
-        for attempt in range(1, _ATTEMPTS + 1):
+        attempts = 0
+        while attempts < _ATTEMPTS:
+            before = self._num_bytes()
             try:
                 self._go_on(url)
                 break
             except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-                if attempt == _ATTEMPTS:
+                attempts = 0 if self._num_bytes() > before else attempts + 1
+                if attempts == _ATTEMPTS:
                     raise
                 logger.warning("the connection to %s was cut (%s); going on", url, error)
+                time.sleep(self._retry_seconds)
         self._partial.replace(output_file)
         note.unlink(missing_ok=True)
+
+    def _num_bytes(self) -> int:
+        return self._partial.stat().st_size if self._partial.exists() else 0
 
     def _go_on(self, url: str) -> None:
         """Fetch what is missing; the whole file where the server does not know ranges."""
         import requests
         from tqdm import tqdm
 
-        have = self._partial.stat().st_size if self._partial.exists() else 0
+        have = self._num_bytes()
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
         with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
             if have and response.status_code == requests.codes.requested_range_not_satisfiable:
@@ -189,7 +201,7 @@ class _ResumingDownloader:
                 self._partial.open("ab" if resumed else "wb") as stream,
                 tqdm(total=total or None, initial=have, desc=FILE_NAME, unit="B", unit_scale=True, disable=None) as bar,
             ):
-                for block in response.iter_content(_BLOCK):
+                for block in response.iter_content(_NETWORK_BLOCK):
                     stream.write(block)
                     bar.update(len(block))
 

@@ -58,7 +58,8 @@ def scan_folder(root: Path) -> tuple[tuple[str, ...], list[PictureFile]]:
         for folder, name, split in class_folders
         for file in _nonempty(root, folder, list(_pictures_in(root, folder)))
     ]
-    return class_names, pictures
+    order = {"train": 0, "val": 1, "test": 2, None: 0}
+    return class_names, sorted(pictures, key=lambda picture: (order[picture.split], picture.label))
 
 
 def _labels(found: set[str], root: Path) -> tuple[tuple[str, ...], dict[str, int]]:

@@ -37,8 +37,8 @@ class SurveyFileWriter:
 
     Use as a context manager: leaving it normally gives the file its name, an exception removes what was written.
 
-    HDF5 lays the file out, uncompressed and contiguous (its codecs save 4 to 28 % on galaxies and cost two to ten times the time),
-    and the values are written past HDF5: its library crashes the process when a disk fills up under it.
+    HDF5 lays the file out, uncompressed and contiguous (its codecs save 4 to 28 % and cost two to ten times the time), and
+    the values are written past HDF5: its library crashes the process when a disk fills up under it.
     """
 
     def __init__(self, path: Path, num_galaxies: int, attributes: Mapping[str, str | int | float]) -> None:

@@ -190,9 +190,11 @@ def split_fold(population: Population, k: int, num_folds: int) -> Codes:
         raise UserError(f"fold {k} of {num_folds}: folds are numbered 0 to n - 1, and n is at least 2")
     check_classes(population, at_least=num_folds)
     part = np.empty(len(population.labels), np.int64)
+    dealt = 0
     for label in range(population.num_classes):
         rows = population.hash_sorted(population.labels == label, _FOLDS)
-        part[rows] = (np.arange(len(rows)) + label) % num_folds
+        part[rows] = (np.arange(len(rows)) + dealt) % num_folds
+        dealt += len(rows)
     for rows in population.groups_in_hash_order():
         part[rows] = part[rows[0]]
     return np.where(part == k, TEST, TRAIN).astype(np.int8)
