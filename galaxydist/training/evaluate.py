@@ -1,19 +1,132 @@
-"""The exact evaluation of a run: a checkpoint's weights on a split, as JSON, figures and a table."""
+"""The exact evaluation of a run: the weights of one of its checkpoints on a split, as JSON, figures and a table."""
 
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
 from galaxydist.errors import UserError
-from galaxydist.evaluation.report import read_evaluation, render_table, write_evaluation
+from galaxydist.evaluation.report import read_evaluation, render_evaluation, write_evaluation
 from galaxydist.models.build import build_model
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.paths import data_root
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs import checkpoints
+from galaxydist.runs.checkpoint_folder import Checkpoint, DamagedCheckpointError, read_checkpoint
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.training.data import build_augment, find_manifest, has_split
 from galaxydist.training.state import evaluation_weights
 from galaxydist.training.validation import evaluate_split
 from galaxydist.training.world import World, enter_world, leave_world
+
+
+def evaluate_run(
+    run_dir: Path,
+    split: str,
+    environ: MutableMapping[str, str],
+    *,
+    manifest_path: Path | None = None,
+    data_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run of ``launch.py`` on a split, write it into the run folder and print the table.
+
+    Args:
+        run_dir: the run folder.
+        split: ``train``, ``val`` or ``test``.
+        environ: the process's environment.
+        manifest_path: the shards, where they are no longer where the run had them.
+        data_dir: the data root, likewise.
+
+    Returns:
+        The evaluation, as in its JSON file.
+
+    Raises:
+        UserError: no run or no checkpoint there, no such split, other shards than the run's.
+    """
+    folder = RunFolder(run_dir)
+    recipe = from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
+    manifest = read_manifest(manifest_path or find_manifest(recipe.data, data_root(data_dir or recipe.data.dir, environ)))
+    if not has_split(manifest, split):
+        raise UserError(f"{manifest.path} has no galaxies in a split {split!r}. It has {', '.join(manifest.splits)}: give --split.")
+    world = enter_world(recipe.train.precision, environ)
+    try:
+        metrics = judge_run(world, folder, recipe, manifest, split)
+    finally:
+        leave_world()
+    assert metrics is not None
+    return metrics
+
+
+def judge_run(world: World, folder: RunFolder, recipe: Recipe, manifest: Manifest, split: str) -> dict[str, Any] | None:
+    """Evaluate the checkpoint that the recipe names, unless that was done already; print the table. All ranks take part.
+
+    Returns:
+        The evaluation; None where the split has no galaxies.
+
+    Raises:
+        UserError: no checkpoint, or it was trained on other shards.
+    """
+    if not has_split(manifest, split):
+        _say(world, f"no {split} split in {manifest.path}: nothing to evaluate")
+        return None
+    path = world.on_main(lambda: _find_checkpoint(folder, recipe.eval.checkpoint))
+    context = {
+        "dataset": manifest.dataset,
+        "variant": manifest.variant,
+        "split": split,
+        "manifest_hash": manifest.hash,
+        "recipe": recipe.name,
+        "model": recipe.model.name,
+        "seed": recipe.seed,
+        "checkpoint": path.name,
+    }
+    known = world.on_main(lambda: read_evaluation(folder.evaluation_dir, split))
+    if known is None or any(known.get(key) != value for key, value in context.items()):
+        metrics = _evaluate(world, path, recipe, manifest, split)
+        known = world.on_main(lambda: write_evaluation(folder.evaluation_dir, metrics, context, metrics_log=folder.metrics_path))
+    _say(world, render_evaluation(known, folder.evaluation_dir))
+    return known
+
+
+def _find_checkpoint(folder: RunFolder, which: str) -> Path:
+    path = checkpoints.best_path(folder.checkpoints_dir) if which == "best" else None
+    if path is None:
+        newest = checkpoints.load(folder.checkpoints_dir, groups=())
+        path = newest.path if newest is not None else None
+    if path is None:
+        raise UserError(f"{folder} has no checkpoint yet: it was stopped before its first one. Train it on with the command that started it.")
+    return path
+
+
+def _evaluate(world: World, path: Path, recipe: Recipe, manifest: Manifest, split: str) -> dict[str, Any]:
+    # The weights come from the checkpoint: those the run started from are not needed.
+    config = recipe.model.model_copy(update={"pretrained": False, "weights": None, "freeze_backbone": False})
+    model = build_model(config, manifest.num_classes, recipe.data.image_size)
+
+    def load() -> None:
+        checkpoint = read_weights(path)
+        if checkpoint.state["manifest_hash"] != manifest.hash and split == "train":
+            raise UserError(f"{path} was trained on other shards than {manifest.path}; its training split is not this one's.")
+        model.load_state_dict(evaluation_weights(checkpoint.tensors, checkpoint.state))
+
+    world.together(load)
+    return evaluate_split(world, model.to(world.device), manifest, split, build_augment(recipe, manifest), recipe)
+
+
+def read_weights(path: Path) -> Checkpoint:
+    """A checkpoint's model and moving average.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return read_checkpoint(path, groups=("model", "ema"))
+    except DamagedCheckpointError as error:
+        raise UserError(
+            f"The checkpoint {path} is damaged ({error}). Restore it from a backup, or use the last one (eval.checkpoint=last)."
+        ) from error
+
+
+def _say(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, flush=True)

@@ -29,7 +29,7 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.reader import TrainReader
 from galaxydist.training.agreement import StopFlag
 from galaxydist.training.data import build_augment, find_manifest, has_split, open_manifest
-from galaxydist.training.evaluate import judge_checkpoint
+from galaxydist.training.evaluate import judge_run
 from galaxydist.training.journal import Journal, Schedule
 from galaxydist.training.loop import Loop
 from galaxydist.training.objective import Objective, class_weights
@@ -91,6 +91,10 @@ class Session:
 
     def run(self) -> int:
         """See ``train``."""
+        processes = "1 process" if self.world.size == 1 else f"{self.world.size} processes"
+        self._say(
+            f"galaxydist: {processes}, {self.world.device.type}, {self.world.cores} threads each, precision {self.world.precision}"
+        )
         path = find_manifest(self.recipe.data, self.root)
         manifest = self.world.together(lambda: open_manifest(path, self.recipe, self.world.size))
         torch.manual_seed(self.recipe.seed)
@@ -100,7 +104,7 @@ class Session:
             folder = RunFolder(Path(self.world.on_main(lambda: str(self._open_folder(stack, manifest)))))
             if self.world.on_main(folder.read_result) is not None:
                 self._say(f"{folder} is finished.")
-                judge_checkpoint(self.world, folder, self.recipe, manifest, "test")
+                judge_run(self.world, folder, self.recipe, manifest, "test")
                 return 0
             parts = self._build_parts(model, manifest)
             self.world.together(lambda: self._restore(parts.state, folder))
@@ -204,7 +208,7 @@ class Session:
             if stop_signal:
                 self._say(f"stopped by signal {stop_signal} at step {state.step}, which is saved; the same command continues it")
                 return stop_signal
-            metrics = judge_checkpoint(world, folder, recipe, manifest, "test")
+            metrics = judge_run(world, folder, recipe, manifest, "test")
             summary = {f"test/{name}": metrics[name] for name in ("accuracy", "balanced_accuracy", "loss")} if metrics else {}
             world.on_main(lambda: folder.write_result({"step": state.step, **summary}))
             exit_code = 0
@@ -223,6 +227,7 @@ class Session:
             num_streams=data.num_streams,
             image_size=data.image_size,
             crop=data.crop,
+            max_zoom=data.augment.zoom,
             balance=data.balance,
             on_error=data.on_error,
             max_errors=data.max_errors,

@@ -1,5 +1,7 @@
 """Exact evaluation over a split: every galaxy is counted once, on any number of ranks."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -16,7 +18,7 @@ from galaxydist.training.world import World
 @torch.inference_mode()
 def evaluate_split(
     world: World, model: nn.Module, manifest: Manifest, split: str, augment: Augment, recipe: Recipe
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Accuracy, loss, per-class figures and confusion matrix of a split. All ranks take part and get the same.
 
     Args:
@@ -32,7 +34,7 @@ def evaluate_split(
     """
     was_training = model.training
     model.eval()
-    counts = Counts(len(manifest.class_names))
+    counts = Counts(len(manifest.class_names), world.device)
     with EvalReader(
         manifest,
         split,
@@ -41,6 +43,7 @@ def evaluate_split(
         world_size=world.size,
         image_size=recipe.data.image_size,
         crop=recipe.data.crop,
+        max_zoom=recipe.data.augment.zoom,
         threads=recipe.data.threads or world.cores,
         prefetch=recipe.data.prefetch,
     ) as batches:
@@ -50,9 +53,9 @@ def evaluate_split(
                 logits_BK = model(images_BCHW)
             counts.add(logits_BK, batch.labels_B.to(world.device), batch.weights_B.to(world.device))
     model.train(was_training)
-    total = counts.reduce(world.sum)
-    total.check(manifest.splits[split].num_samples)
-    return metrics_from_counts(total, manifest.class_names)
+    total = Counts.from_vector(world.sum(counts.vector().to(world.device)))
+    total.check(manifest.splits[split].num_samples, f"the {split} split of {manifest.path}")
+    return metrics_from_counts(total.confusion_KK.numpy(), float(total.loss_sum), total.count, manifest.class_names)
 
 
 @torch.no_grad()
@@ -71,5 +74,5 @@ def average_statistics(world: World, *models: nn.Module) -> None:
     flat = torch.cat([buffer.flatten().double() for buffer in buffers])
     dist.all_reduce(flat)
     flat /= world.size
-    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+    for buffer, mean in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
