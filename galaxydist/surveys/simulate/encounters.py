@@ -24,15 +24,16 @@ def draw_merging(scene: Scene, dice: Dice, light: Light, x: float, y: float) -> 
     direction = dice.uniform(0.0, 2.0 * np.pi)
     first = (x, y)
     for share in shares:
+        other = dice.normal(0.0, 0.12)
         part = replace(
             light,
             magnitude=light.magnitude - 2.5 * np.log10(share),
             radius=max(light.radius * share**0.5 * dice.uniform(0.6, 1.0), 2.0),
-            green_red=light.green_red + dice.normal(0.0, 0.10),
-            red_z=light.red_z + dice.normal(0.0, 0.05),
+            green_red=light.green_red + other,
+            red_z=light.red_z + 0.66 * other,
         )
         _draw_member(scene, dice, part, x, y)
-        distance = light.radius * np.exp(dice.normal(np.log(1.9), 0.4)) + 5.0
+        distance = light.radius * np.exp(dice.normal(np.log(2.4), 0.45)) + 5.0
         direction += dice.normal(0.0, 0.8)
         x, y = first[0] + distance * np.cos(direction), first[1] + distance * np.sin(direction)
     middle = ((first[0] + x) / 2, (first[1] + y) / 2)
@@ -44,7 +45,7 @@ def draw_merging(scene: Scene, dice: Dice, light: Light, x: float, y: float) -> 
 
 
 def _draw_member(scene: Scene, dice: Dice, light: Light, x: float, y: float) -> None:
-    kind = dice.pick((0.45, 0.25, 0.15, 0.15))
+    kind = dice.pick((0.32, 0.28, 0.20, 0.20))
     if kind == 0:
         galaxies.draw_smooth(scene, dice, light, ROUND, x, y)
     elif kind == 1:
@@ -62,7 +63,7 @@ def draw_tail(scene: Scene, dice: Dice, light: Light, x: float, y: float, fluxes
     # The circle passes near the galaxy's centre, so that the tail starts inside the galaxy.
     middle = (x - (bend - 0.6 * light.radius) * np.cos(direction), y - (bend - 0.6 * light.radius) * np.sin(direction))
     parts.draw_arc(
-        scene, *middle, bend, light.radius * dice.uniform(0.12, 0.28), direction, sense * dice.uniform(0.9, 2.2), fluxes
+        scene, *middle, bend, light.radius * dice.uniform(0.15, 0.4), direction, sense * dice.uniform(0.9, 2.2), fluxes
     )
 
 
@@ -73,7 +74,7 @@ def draw_disturbed(scene: Scene, dice: Dice, light: Light, x: float, y: float) -
     """
     at = Ellipse(x, y, dice.uniform(0.0, np.pi), galaxies.inclined(dice, 0.15))
     early = dice.chance(0.35)
-    debris, knots = dice.uniform(0.15, 0.35), (0.0 if early else dice.uniform(0.0, 0.12))
+    debris, knots = dice.uniform(0.12, 0.32), (0.0 if early else dice.uniform(0.0, 0.12))
     core = dice.uniform(0.5, 0.75) if early else dice.uniform(0.08, 0.3)
     scale = light.radius / 2.0
     disc = light.fluxes(max(1.0 - core - debris - knots, 0.05), -0.05)

@@ -49,7 +49,7 @@ def draw_spiral(scene: Scene, dice: Dice, light: Light, label: int, x: float, y:
         _draw_barred(scene, dice, light, at, scale)
         return
     tight = label == TIGHT_SPIRAL
-    bulge = float(np.clip(dice.normal(0.20, 0.08) if tight else dice.normal(0.12, 0.07), 0.02, 0.5))
+    bulge = float(np.clip(dice.normal(0.15, 0.07) if tight else dice.normal(0.09, 0.06), 0.02, 0.5))
     knots = dice.uniform(0.0, 0.05) if tight else dice.uniform(0.0, 0.12)
     arms = draw_arms(dice, tight)
     redder = dice.uniform(0.05, 0.25)
@@ -73,34 +73,30 @@ def draw_arms(dice: Dice, tight: bool) -> Arms:
         num = (2, 3, 4)[dice.pick((0.65, 0.25, 0.10))]
         pitch, share, sharpness, ragged = (
             dice.uniform(7.0, 14.0),
-            dice.uniform(0.5, 0.85),
-            dice.uniform(1.2, 2.5),
-            dice.uniform(0.1, 0.5),
+            dice.uniform(0.35, 0.8), dice.uniform(1.0, 2.2), dice.uniform(0.2, 0.8),
         )
     else:
         num = (1, 2, 3, 4)[dice.pick((0.12, 0.60, 0.20, 0.08))]
         pitch, share, sharpness, ragged = (
             dice.uniform(19.0, 36.0),
-            dice.uniform(0.6, 0.95),
-            dice.uniform(1.2, 3.0),
-            dice.uniform(0.2, 0.8),
+            dice.uniform(0.45, 0.9), dice.uniform(0.8, 2.5), dice.uniform(0.4, 1.1),
         )
     sense = 1 if dice.chance(0.5) else -1
     return Arms(num, np.radians(pitch), sense, dice.uniform(0.0, 2 * np.pi), sharpness, share, ragged, dice.uniform(0.25, 0.6))
 
 
 def _draw_barred(scene: Scene, dice: Dice, light: Light, at: Ellipse, scale: float) -> None:
-    bulge, bar = dice.uniform(0.06, 0.22), dice.uniform(0.12, 0.28)
-    length, turn = scale * dice.uniform(0.9, 1.7), dice.uniform(0.0, np.pi)
-    ring = dice.uniform(0.05, 0.15) if dice.chance(0.35) else 0.0
+    bulge, bar = dice.uniform(0.05, 0.16), dice.uniform(0.12, 0.26)
+    length, turn = scale * dice.uniform(1.0, 1.8), dice.uniform(0.0, np.pi)
+    ring = dice.uniform(0.05, 0.15) if dice.chance(0.5) else 0.0
     redder = dice.uniform(0.05, 0.2)
     sense, pitch = (1 if dice.chance(0.5) else -1), np.radians(dice.uniform(10.0, 30.0))
     # The arms' ridge passes through the bar's ends.
     phase = 2.0 * (sense * turn - np.log(length / scale) / np.tan(pitch))
-    arms = Arms(2, pitch, sense, phase, dice.uniform(1.0, 2.5), dice.uniform(0.4, 0.85), dice.uniform(0.1, 0.4), length / scale)
+    arms = Arms(2, pitch, sense, phase, dice.uniform(0.8, 2.2), dice.uniform(0.3, 0.75), dice.uniform(0.1, 0.6), length / scale)
     disc = light.fluxes(1.0 - bulge - bar - ring, -redder * (bulge + bar))
     parts.draw_disc(scene, dice, at, scale, disc, arms, dice.uniform(0.0, 0.15))
-    parts.draw_bar(scene, at, length, dice.uniform(0.18, 0.36), turn, light.fluxes(bar, redder))
+    parts.draw_bar(scene, at, length, dice.uniform(0.15, 0.32), turn, light.fluxes(bar, redder))
     if ring:
         parts.draw_ring(scene, at, length * dice.uniform(1.0, 1.15), max(1.0, 0.15 * length), light.fluxes(ring, -0.1))
     parts.draw_knots(scene, dice, at, scale, dice.integer(0, 20), light.fluxes(dice.uniform(0.0, 0.04)), arms)
@@ -129,7 +125,7 @@ def draw_edge_on(scene: Scene, dice: Dice, light: Light, bulge: bool, x: float, 
             dice.uniform(1.9, 2.6),
         )
         parts.draw_edge_on(
-            scene, dice, at, length, height, light.fluxes(1.0 - share, -redder * share), dust, dice.normal(0.0, 0.15)
+            scene, dice, at, length, height, light.fluxes(1.0 - share, -redder * share), dust, dice.normal(0.0, 0.05)
         )
         return
     if dice.chance(0.25):
@@ -142,5 +138,5 @@ def draw_edge_on(scene: Scene, dice: Dice, light: Light, bulge: bool, x: float, 
         return
     height, knots = length * dice.uniform(0.12, 0.28), dice.uniform(0.0, 0.06)
     dust = dice.uniform(0.2, 1.5) if dice.chance(0.3) else 0.0
-    parts.draw_edge_on(scene, dice, at, length, height, light.fluxes(1.0 - knots), dust, dice.normal(0.0, 0.3))
+    parts.draw_edge_on(scene, dice, at, length, height, light.fluxes(1.0 - knots), dust, dice.normal(0.0, 0.08))
     parts.draw_knots(scene, dice, Ellipse(x, y, at.angle, 0.05), length, dice.integer(3, 20), light.fluxes(knots))

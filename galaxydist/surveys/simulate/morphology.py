@@ -32,16 +32,16 @@ class Population:
 # tuned on. They agree with the field's: early types red at g-r = 0.9, late ones 0.4 ... 0.7 (Strateva et al. 2001, AJ 122, 1861; z = 0.1),
 # sizes that grow with luminosity (Shen et al. 2003, MNRAS 343, 978).
 POPULATIONS = (
-    Population(17.2, 0.95, 9.5, -0.14, 0.13, 0.59, 0.20),
-    Population(17.0, 0.75, 8.0, -0.20, 0.10, 0.84, 0.16),
-    Population(17.3, 0.75, 8.5, -0.22, 0.09, 0.86, 0.17),
-    Population(18.05, 0.70, 6.0, -0.14, 0.08, 0.66, 0.15),
-    Population(17.7, 0.75, 9.5, -0.15, 0.09, 0.65, 0.13),
-    Population(16.3, 0.80, 17.0, -0.16, 0.08, 0.76, 0.12),
-    Population(16.6, 0.60, 17.0, -0.15, 0.10, 0.69, 0.12),
-    Population(16.95, 0.70, 12.5, -0.18, 0.11, 0.61, 0.15),
-    Population(16.95, 0.95, 18.0, -0.15, 0.12, 0.58, 0.14),
-    Population(17.1, 0.75, 12.5, -0.20, 0.10, 0.90, 0.12),
+    Population(17.2, 0.95, 11.0, -0.14, 0.13, 0.62, 0.19),
+    Population(17.0, 0.75, 8.5, -0.20, 0.10, 0.90, 0.16),
+    Population(17.3, 0.75, 7.0, -0.22, 0.09, 0.86, 0.17),
+    Population(18.2, 0.70, 5.0, -0.14, 0.08, 0.66, 0.15),
+    Population(17.7, 0.75, 11.0, -0.15, 0.09, 0.65, 0.13),
+    Population(16.2, 0.80, 21.0, -0.16, 0.08, 0.78, 0.12),
+    Population(16.6, 0.60, 20.0, -0.15, 0.10, 0.73, 0.12),
+    Population(17.0, 0.70, 13.0, -0.18, 0.11, 0.66, 0.15),
+    Population(16.95, 0.95, 18.5, -0.15, 0.12, 0.63, 0.14),
+    Population(17.1, 0.75, 14.5, -0.20, 0.10, 0.89, 0.12),
 )
 
 
@@ -88,7 +88,7 @@ def draw_light(dice: Dice, label: int) -> Light:
     reddening = (1.6 if population.colour > 0.8 else 0.7) * (redshift - 0.08)
     colour_sigma = population.colour_sigma
     green_red = float(np.clip(population.colour + reddening + dice.normal(0.0, 0.85 * colour_sigma), 0.15, 1.35))
-    red_z = 0.05 + 0.67 * green_red + dice.normal(0.0, 0.05)
+    red_z = 0.03 + 0.66 * green_red + dice.normal(0.0, 0.02)
     log_size = (
         np.log10(population.size)
         + population.size_slope * (magnitude - population.magnitude)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import gamma
 
 from galaxydist.surveys.simulate import profiles
 from galaxydist.surveys.simulate.dice import Dice
@@ -71,7 +72,11 @@ def draw_disc(
     u, v = window.turned(at.angle)
     v = v / np.float32(at.axis_ratio)
     radius = np.sqrt(u * u + v * v + np.float32(0.1))
-    base = np.exp(-radius / np.float32(scale)) / np.float32(2.0 * np.pi * scale**2 * at.axis_ratio)
+    # Most discs bend down outside (Pohlen & Trujillo 2006, A&A 454, 759): exp(-(r/s)^k) with k of 1 ... 1.6 at the same half-light radius.
+    bend = dice.uniform(1.0, 1.6)
+    wide = scale * (1.0 + 1.25 * (bend - 1.0))
+    base = np.exp(-((radius / np.float32(wide)) ** np.float32(bend)))
+    base *= np.float32(bend / (2.0 * np.pi * wide**2 * at.axis_ratio * gamma(2.0 / bend)))
     if lopsided:
         lean = dice.uniform(0.0, 2.0 * np.pi)
         base = base * (1.0 + lopsided * np.tanh(radius / (2 * scale)) * (u * np.cos(lean) + v * np.sin(lean)) / radius)
@@ -82,17 +87,18 @@ def draw_disc(
     log_radius = np.log(radius / np.float32(scale))
     phase = _frayed(dice, theta, log_radius, arms)
     pattern = profiles.spiral_arms(theta, log_radius, arms.num, arms.pitch, phase, arms.sharpness)
+    pattern = np.maximum(pattern * _flocculent(dice, theta, log_radius, arms), 0.0)
     # Arms begin outside the bulge or at the bar's end.
     begun = 1.0 / (1.0 + np.exp(-(radius / np.float32(scale) - arms.inner) / 0.12))
     strength = np.float32(arms.share) * begun
     smooth = base * (1.0 - strength)
     armed = base * strength * pattern
-    young = _YOUNG ** np.float32(dice.uniform(0.5, 1.0))
-    share = float(armed.sum() / max(base.sum(), 1e-12))
-    # Colours of arms and the rest are set apart so that the disc keeps its own.
-    old = (1.0 - share * young) / max(1.0 - share, 0.05)
-    scene.add(window, smooth.astype(np.float32), np.maximum(fluxes * old, 0.0))
-    scene.add(window, armed.astype(np.float32), fluxes * young)
+    share = float(armed.sum() / max(float(base.sum()), 1e-12))
+    # Arms are bluer than what lies between, by so much that the disc as a whole keeps its colour.
+    young = _YOUNG ** np.float32(dice.uniform(0.2, 0.7))
+    whole = share * young + (1.0 - share) / young
+    scene.add(window, smooth.astype(np.float32), fluxes / (young * whole))
+    scene.add(window, armed.astype(np.float32), fluxes * young / whole)
     depth = dice.uniform(0.0, 0.5)
     lane = profiles.spiral_arms(theta, log_radius, arms.num, arms.pitch, phase - np.float32(0.9), 2.5 * arms.sharpness)
     scene.dim(
@@ -110,6 +116,16 @@ def _frayed(dice: Dice, theta: Array, log_radius: Array, arms: Arms) -> Array:
         turn, wind = dice.uniform(0.0, 2.0 * np.pi), dice.normal(0.0, 2.0)
         phase += np.float32(amplitude) * np.cos(np.float32(order) * theta + np.float32(wind) * log_radius + np.float32(turn))
     return phase
+
+
+def _flocculent(dice: Dice, theta: Array, log_radius: Array, arms: Arms) -> Array:
+    """Short, broken arms over the grand ones (Elmegreen & Elmegreen 1982, MNRAS 201, 1021): waves of many arms that beat with each other."""
+    waves = np.zeros(theta.shape, np.float32)
+    for _ in range(3):
+        num = dice.integer(3, 9)
+        wind = num / np.tan(np.clip(arms.pitch * dice.uniform(0.9, 2.2), 0.2, 1.2))
+        waves += np.cos(np.float32(num) * theta - np.float32(wind) * log_radius + np.float32(dice.uniform(0.0, 2.0 * np.pi)))
+    return np.asarray(1.0 + np.float32(0.3 * arms.ragged) * waves, np.float32)
 
 
 def draw_knots(scene: Scene, dice: Dice, at: Ellipse, scale: float, num: int, fluxes: Array, arms: Arms | None = None) -> None:

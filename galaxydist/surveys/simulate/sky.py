@@ -67,15 +67,15 @@ def add_noise(light_CHW: Array, dice: Dice, pixel_scale: float, seed: int, row: 
     coarser = pixel_scale / DECAM_PIXEL
     sigma /= coarser
     white = pixel_normals((3, SIZE + 2, SIZE + 2), seed, PIXELS, row)
-    side = np.float32(0.28)
+    side = np.float32(0.10)
     rows = white[:, 1:-1] + side * (white[:, :-2] + white[:, 2:])
     noise = rows[:, :, 1:-1] + side * (rows[:, :, :-2] + rows[:, :, 2:])
-    noise *= (sigma / (1.0 + 2.0 * 0.28**2)).astype(np.float32)[:, None, None]
+    noise *= (sigma / (1.0 + 2.0 * 0.10**2)).astype(np.float32)[:, None, None]
     if dice.chance(0.06):
         edge = int(dice.uniform(0.1, 0.9) * SIZE)
         strip = noise[:, :edge] if dice.chance(0.5) else noise[:, :, :edge]
         strip *= np.float32(dice.uniform(1.3, 1.8))
-    level = np.array([dice.normal(0.0, 0.0005) for _ in range(3)], np.float32)
+    level = np.array([dice.normal(0.0, 0.00008) for _ in range(3)], np.float32)
     inner = slice(MARGIN, MARGIN + SIZE)
     return light_CHW[:, inner, inner] / np.float32(coarser**2) + noise + level[:, None, None]
 
@@ -83,7 +83,7 @@ def add_noise(light_CHW: Array, dice: Dice, pixel_scale: float, seed: int, row: 
 def add_stars(scene: Scene, dice: Dice) -> None:
     """Foreground stars: counts that rise by 0.17 dex a magnitude, colours along the stellar locus (most faint ones are red dwarfs)."""
     area = (scene.pixel_scale / DECAM_PIXEL) ** 2
-    num = dice.poisson(8.0 * area * np.exp(dice.normal(0.0, 0.6)))
+    num = dice.poisson(5.0 * area * np.exp(dice.normal(0.0, 0.6)))
     if not num:
         return
     slope = 0.17
@@ -92,7 +92,7 @@ def add_stars(scene: Scene, dice: Dice) -> None:
     # Covey et al. (2007, AJ 134, 2398): g-r runs from 0.2 (F stars) to 1.4 (M dwarfs), where it stays while r-z goes on.
     temperature = np.clip(dice.uniforms(num) * 1.3 + 0.10 * (red_mag - 20.0), 0.0, 1.6)
     green_red = np.clip(0.25 + 1.15 * temperature, 0.0, 1.45)
-    red_z = 0.05 + 0.55 * temperature + np.maximum(temperature - 0.75, 0.0) * 2.0 * dice.uniforms(num)
+    red_z = 0.68 * green_red - 0.10 + np.maximum(temperature - 0.75, 0.0) * 2.0 * dice.uniforms(num)
     place = (dice.uniforms(2 * num).reshape(2, num) - 0.5) * CANVAS
     fluxes = to_fluxes(np.stack([red_mag + green_red, red_mag, red_mag - red_z], axis=1))
     scene.add_points(place[0], place[1], fluxes)
@@ -101,13 +101,13 @@ def add_stars(scene: Scene, dice: Dice) -> None:
 def add_background(scene: Scene, dice: Dice) -> None:
     """Small, faint, mostly red galaxies behind: counts after Metcalfe et al. (2001, MNRAS 323, 795), exponential discs of 0.2 ... 1 arcsec."""
     area = (scene.pixel_scale / DECAM_PIXEL) ** 2
-    num = min(dice.poisson(48.0 * min(area, 2.0) * np.exp(dice.normal(0.0, 0.35))), 140)
+    num = min(dice.poisson(44.0 * min(area, 2.0) * np.exp(dice.normal(0.0, 0.35))), 140)
     slope = 0.34
     bright, faint = 10 ** (slope * 18.5), 10 ** (slope * 24.5)
     red_mag = np.log10(bright + (faint - bright) * dice.uniforms(num)) / slope
     reds = dice.uniforms(num) < 0.55
     green_red = np.where(reds, 1.15, 0.55) + 0.22 * ndtri(0.01 + 0.98 * dice.uniforms(num))
-    red_z = np.where(reds, 0.95, 0.45) + 0.20 * ndtri(0.01 + 0.98 * dice.uniforms(num))
+    red_z = np.where(reds, 0.20, 0.05) + 0.75 * green_red + 0.12 * ndtri(0.01 + 0.98 * dice.uniforms(num))
     size = np.exp(np.log(0.45) - 0.14 * (red_mag - 22.0) + 0.3 * ndtri(0.01 + 0.98 * dice.uniforms(num))) / scene.pixel_scale
     axis_ratio, angle = 0.25 + 0.75 * dice.uniforms(num), np.pi * dice.uniforms(num)
     place = (dice.uniforms(2 * num).reshape(2, num) - 0.5) * CANVAS
