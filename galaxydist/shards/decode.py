@@ -40,8 +40,8 @@ class Picture:
 def reduction(image_size: int, target_size: int, crop: float, max_zoom: float = 1.0) -> int:
     """The factor by which pictures may be decoded smaller without losing what the model sees: 1, 2, 4 or 8.
 
-    libjpeg drops the frequencies above the reduced size's, which is the antialiasing that shrinking needs anyway, so the largest
-    factor that leaves at least one stored pixel for each pixel that the model sees, at the greatest zoom.
+    libjpeg's reduced decoding is a mean over whole pixels, and so is the first step of our antialiasing (``resample``), which
+    wants at least 1.5 pixels to one that the model sees; at the greatest zoom there must be one.
 
     Args:
         image_size: stored width in pixels.
@@ -50,7 +50,7 @@ def reduction(image_size: int, target_size: int, crop: float, max_zoom: float = 
         max_zoom: greatest magnification of the augmentation.
     """
     for factor in (8, 4, 2):
-        if image_size % factor == 0 and crop * image_size / factor >= target_size * max_zoom:
+        if image_size % factor == 0 and crop * image_size / factor >= target_size * max(1.5, max_zoom):
             return factor
     return 1
 
@@ -117,7 +117,7 @@ class PictureReader:
 
     def _read_raw(self, descriptor: int, picture: Picture, pixels: Pixels) -> None:
         header = bytearray(len(self._raw_header))
-        length = os.preadv(descriptor, [header, pixels.reshape(-1)], picture.offset)
+        length = os.preadv(descriptor, [header, memoryview(pixels).cast("B")], picture.offset)
         if length != picture.length:
             raise ValueError("the shard is cut short")
         if header != self._raw_header:

@@ -23,7 +23,7 @@ from galaxydist.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-COLUMNS = {"labels": np.dtype("<i4"), "offsets": np.dtype("<i8"), "lengths": np.dtype("<i4")}
+COLUMNS: dict[str, np.dtype[Any]] = {"labels": np.dtype("<i4"), "offsets": np.dtype("<i8"), "lengths": np.dtype("<i4")}
 SHARD_ROW = np.dtype([("samples", "<i8"), ("bytes", "<i8"), ("sha256", "u1", (32,))])
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "raw": "npy"}
 
@@ -214,4 +214,5 @@ def _map_column(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
             f"{path} holds {column.shape} of {column.dtype}, the manifest says {length} of {dtype}; "
             "make the shards anew with: galaxydist data shard"
         )
-    return column.view(np.ndarray)
+    plain: NDArray[Any] = column.view(np.ndarray)
+    return plain

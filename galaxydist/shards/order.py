@@ -1,4 +1,4 @@
-"""The order in which training galaxies are read: a pure function of (seed, epoch, position), the same for any number of processes.
+"""The order of reading in training: a pure function of (seed, epoch, position), the same for any number of processes.
 
 ``order_version`` 1. An epoch's order is a permutation of the split's N stored samples, made of C canonical streams:
 
@@ -53,7 +53,7 @@ class EpochOrder:
         self.num_positions = int(sizes.sum())
         self._seed, self._epoch, self._num_streams, self._window = seed, epoch, num_streams, window
         self._length, self._longer = divmod(self.num_positions, num_streams)
-        self._shards = np.argsort(hash64(seed, epoch, Purpose.SHARDS, np.arange(sizes.size)), kind="stable")
+        self._shards = np.argsort(hash64(seed, epoch, np.arange(sizes.size), Purpose.SHARDS), kind="stable")
         self._stored_starts = np.cumsum(sizes) - sizes
         laid = sizes[self._shards]
         self._laid_starts = np.cumsum(laid) - laid
@@ -75,7 +75,7 @@ class EpochOrder:
         start, size, key = self._windows(stream, place)
         line = start + permute(place % self._window, size, key)
         laid = np.searchsorted(self._laid_starts, line, side="right") - 1
-        return self._stored_starts[self._shards[laid]] + line - self._laid_starts[laid]
+        return np.asarray(self._stored_starts[self._shards[laid]] + line - self._laid_starts[laid])
 
     def positions(self, samples: ArrayLike) -> Int64:
         """The inverse of :meth:`samples`: where each stored sample is read."""
@@ -102,7 +102,7 @@ class EpochOrder:
         window = place // self._window
         segment_length = self._length + (stream < self._longer)
         size = np.minimum(self._window, segment_length - window * self._window)
-        key = hash64(self._seed, self._epoch, Purpose.WINDOW, stream, window)
+        key = hash64(self._seed, self._epoch, stream, window, Purpose.WINDOW)
         return self._segment_start(stream) + window * self._window, size, key
 
 
@@ -123,19 +123,19 @@ class ResampledOrder:
         self._seed, self._epoch = seed, epoch
         num_classes = self._by_class.counts.size
         few, more = divmod(self.num_positions, num_classes)
-        rank = np.argsort(np.argsort(hash64(seed, epoch, Purpose.CLASS_DRAWS, np.arange(num_classes)), kind="stable"))
+        rank = np.argsort(np.argsort(hash64(seed, epoch, np.arange(num_classes), Purpose.CLASS_DRAWS), kind="stable"))
         draws = few + (rank < more)
         self._starts = np.cumsum(draws) - draws
 
     def samples(self, positions: ArrayLike) -> Int64:
         """The stored sample numbers at these positions (a galaxy may stand at several)."""
         position = _inside(positions, self.num_positions)
-        drawn = permute(position, self.num_positions, hash64(self._seed, self._epoch, Purpose.POSITIONS))
+        drawn = permute(position, self.num_positions, hash64(self._seed, self._epoch, 0, Purpose.POSITIONS))
         number = np.searchsorted(self._starts, drawn, side="right") - 1
         count = self._by_class.counts[number]
         turn, place = np.divmod(drawn - self._starts[number], count)
-        galaxy = permute(place, count, hash64(self._seed, self._epoch, Purpose.GALAXY_DRAWS, number, turn))
-        return self._by_class.samples[self._by_class.starts[number] + galaxy]
+        galaxy = permute(place, count, hash64(self._seed, self._epoch, number, turn, Purpose.GALAXY_DRAWS))
+        return np.asarray(self._by_class.samples[self._by_class.starts[number] + galaxy])
 
 
 class ByClass:

@@ -116,7 +116,7 @@ def _write_shard(shard: Shard, records: Iterator[_Record], task: PackTask) -> No
         file.write(end)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
     path.with_suffix(".idx").write_text(index_text(samples), encoding="ascii")
     table = np.zeros(1, SHARD_ROW)
     table[0] = (len(samples), length + len(end), np.frombuffer(digest.digest(), np.uint8))
@@ -124,4 +124,4 @@ def _write_shard(shard: Shard, records: Iterator[_Record], task: PackTask) -> No
     waiting = packed.with_name(packed.name + ".tmp")
     with waiting.open("wb") as file:
         np.savez(file, shard=table, samples=rows)
-    os.replace(waiting, packed)
+    waiting.replace(packed)

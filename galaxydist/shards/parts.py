@@ -6,7 +6,6 @@ reads what a shard needs from each part in one piece; memory stays at one part a
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +21,12 @@ PART_ROW = np.dtype(
 )
 
 
+RGB = tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class PartTask:
-    """Rows ``start`` ... ``stop - 1``; ``places`` has each one's final place or -1; places below ``num_train`` are for training."""
+    """Rows ``start`` ... ``stop - 1``; ``places`` has each one's final place or -1; training's are below ``num_train``."""
 
     survey: Survey
     encoding: Encoding
@@ -56,12 +58,14 @@ class PixelSums:
         self.sums = tuple(a + b for a, b in zip(self.sums, other.sums, strict=True))
         self.squares = tuple(a + b for a, b in zip(self.squares, other.squares, strict=True))
 
-    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def mean_std(self) -> tuple[RGB, RGB]:
         """Mean and standard deviation by channel, full scale being 1."""
         count = max(1, self.count)
         mean = [s / count for s in self.sums]
         variance = [(q - s * s / count) / count for s, q in zip(self.sums, self.squares, strict=True)]
-        return tuple(round(m / 255, 6) for m in mean), tuple(round(max(v, 0.0) ** 0.5 / 255, 6) for v in variance)
+        red, green, blue = (round(m / 255, 6) for m in mean)
+        deviation_red, deviation_green, deviation_blue = (round(max(v, 0.0) ** 0.5 / 255, 6) for v in variance)
+        return (red, green, blue), (deviation_red, deviation_green, deviation_blue)
 
 
 def write_part(task: PartTask) -> int:
@@ -116,4 +120,4 @@ def key_hash(key: bytes) -> int:
 def _write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
-    os.replace(temporary, path)
+    temporary.replace(path)

@@ -42,15 +42,15 @@ def _walk(values: ArrayLike, sizes: ArrayLike, keys: ArrayLike, rounds: range, *
     value, size, key = value.reshape(-1), size.reshape(-1), key.reshape(-1)
     first = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.uint64)
     second = (size + first - np.uint64(1)) // first
-    value = _rounds(value, first, second, key, rounds, forward)
+    value = _rounds(value, first, second, key, rounds=rounds, forward=forward)
     outside = np.flatnonzero(value >= size)
     while outside.size:
-        value[outside] = _rounds(value[outside], first[outside], second[outside], key[outside], rounds, forward)
+        value[outside] = _rounds(value[outside], first[outside], second[outside], key[outside], rounds=rounds, forward=forward)
         outside = outside[value[outside] >= size[outside]]
     return value.astype(np.int64).reshape(shape)
 
 
-def _rounds(value: Integers, first: Integers, second: Integers, key: Integers, rounds: range, forward: bool) -> Integers:
+def _rounds(value: Integers, first: Integers, second: Integers, key: Integers, *, rounds: range, forward: bool) -> Integers:
     left, right = value // second, value % second
     with np.errstate(over="ignore"):
         for number in rounds:

@@ -1,4 +1,4 @@
-"""What a hash is for: the last integer of every hash of chance, so that two choices about one galaxy never share a draw."""
+"""What a hash is for: always the last integer of a hash, so that two choices about one galaxy never share a draw."""
 
 from enum import IntEnum
 

@@ -5,7 +5,6 @@ Train and evaluation readers share the pool (``_Pool``); they differ only in whi
 
 import os
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch import Tensor
 from galaxydist.errors import UserError
 from galaxydist.shards.decode import Picture, PictureError, PictureReader, reduction
 from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.memory import Buffers
 from galaxydist.shards.order import (
     ByClass,
     EpochOrder,
@@ -82,29 +82,6 @@ def num_threads(threads: int, ranks_on_node: int = 1) -> int:
     return threads or max(1, len(os.sched_getaffinity(0)) // ranks_on_node)
 
 
-class _Buffers:
-    """Memory of batches, used again once nothing refers to the batch any more: fresh pages cost a fifth of the decoding."""
-
-    def __init__(self, keep: int) -> None:
-        self._free: list[NDArray[np.uint8]] = []
-        self._keep = keep
-
-    def take(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        try:
-            buffer = self._free.pop()
-        except IndexError:
-            buffer = np.empty(shape, np.uint8)
-        if buffer.size < np.prod(shape):
-            buffer = np.empty(shape, np.uint8)
-        view = buffer.reshape(-1)[: int(np.prod(shape))].reshape(shape)
-        weakref.finalize(view, self._give_back, buffer).atexit = False
-        return view
-
-    def _give_back(self, buffer: NDArray[np.uint8]) -> None:
-        if len(self._free) < self._keep:
-            self._free.append(buffer)
-
-
 class _Pool:
     """Batches decoded ahead by threads, at most ``prefetch`` of them; handed out in the order of their plans."""
 
@@ -118,7 +95,7 @@ class _Pool:
     ) -> None:
         self._pictures, self._labels, self._plans, self._prefetch = pictures, labels, plans, prefetch
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-decode")
-        self._buffers = _Buffers(prefetch + 3)
+        self._buffers = Buffers(prefetch + 3)
         self._pending: deque[_Pending] = deque()
         self._closed = False
         self.wait_s = 0.0
@@ -153,7 +130,7 @@ class _Pool:
 
     def _submit(self, plan: _Plan) -> _Pending:
         size = self._pictures.size
-        pixels = self._buffers.take((plan.samples.size, size, size, 3))
+        pixels = self._buffers.take((plan.samples.size, size, size, 3), np.uint8)
         real = np.flatnonzero(plan.samples >= 0)
         pixels[real.size :] = 0
         pictures = self._pictures.locate(plan.samples[real])
@@ -306,8 +283,8 @@ class TrainReader(_Reader):
 
 
 class EvalReader(_Reader):
-    """The evaluation batches of one process: batch j holds stored samples j E ... (j + 1) E - 1 and goes to rank j mod W. The last
-    is filled up to E with weight 0. What cannot be read raises: an evaluation never counts fewer.
+    """The evaluation batches of one process: batch j holds stored samples j E ... (j + 1) E - 1 and goes to rank j mod W.
+    The last is filled up to E with weight 0. What cannot be read raises: an evaluation never counts fewer.
 
     Args:
         manifest, split: which galaxies.

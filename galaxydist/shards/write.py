@@ -245,7 +245,7 @@ def _storage_order(survey: Survey, seed: int) -> NDArray[np.int64]:
     places = np.full(len(survey.labels), -1, np.int64)
     start = 0
     for number, rows in enumerate(survey.splits.values()):
-        order = np.argsort(hash64(seed, number, Purpose.STORAGE, rows), kind="stable")
+        order = np.argsort(hash64(seed, number, rows, Purpose.STORAGE), kind="stable")
         places[rows[order]] = start + np.arange(rows.size)
         start += rows.size
     return places
@@ -393,8 +393,8 @@ def _put_in_place(work_dir: Path, out_dir: Path) -> None:
     if out_dir.exists():
         old = out_dir.with_name(out_dir.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
-        os.rename(out_dir, old)
-        os.rename(work_dir, out_dir)
+        out_dir.rename(old)
+        work_dir.rename(out_dir)
         shutil.rmtree(old)
     else:
-        os.rename(work_dir, out_dir)
+        work_dir.rename(out_dir)
