@@ -42,7 +42,7 @@ def _add_export(commands: Commands) -> None:
     parser = commands.add_parser(
         "export",
         help="survey file to ImageFolder trees",
-        description="Write Galaxy10_DECaLS/{train,val,test}/CLASS and Galaxy10_DECaLS_Balanced/{train,test}/CLASS as lossless PNG.",
+        description="Write Galaxy10_DECaLS/{train,val,test}/CLASS and Galaxy10_DECaLS_Balanced/{train,test}/CLASS as PNG.",
         allow_abbrev=False,
     )
     add_dataset(parser)

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from galaxydist.cli.options import Commands, add_data_dir
+from galaxydist.errors import UserError
 
 
 def add_parser(commands: Commands) -> None:
@@ -32,12 +33,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _run_dir(target: list[str]) -> Path:
-    from galaxydist.errors import UserError
-
     if not any(word.startswith("recipe=") for word in target):
         if len(target) > 1:
             raise UserError(f"one run at a time, not {len(target)}: {' '.join(target)}")
-        return Path(target[0])
+        run_dir = Path(target[0])
+        if not run_dir.is_dir():
+            raise UserError(f"there is no run folder {run_dir}; give one that launch.py made, or the recipe=NAME that it trained")
+        return run_dir
 
     from galaxydist.recipe.identity import run_name
     from galaxydist.recipe.load import load_recipe

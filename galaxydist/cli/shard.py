@@ -79,9 +79,11 @@ def run_shard(arguments: argparse.Namespace) -> None:
         survey = open_survey(
             source, variant, conflicting=arguments.conflicting, name=_name(arguments, source), fold=arguments.fold
         )
+        out_dir = arguments.out or shards_dir(root, survey.name, variant, conflicting=arguments.conflicting)
+        written_before = _written_at(out_dir)
         manifest = write_shards(
             survey,
-            arguments.out or shards_dir(root, survey.name, variant, conflicting=arguments.conflicting),
+            out_dir,
             encoding=arguments.encoding,
             quality=arguments.quality,
             image_size=arguments.image_size,
@@ -91,7 +93,15 @@ def run_shard(arguments: argparse.Namespace) -> None:
             overwrite=arguments.overwrite,
         )
         counts = ", ".join(f"{name} {split.num_samples}" for name, split in manifest.splits.items())
-        print(f"shards of {manifest.dataset}, {manifest.variant} ({counts}): {manifest.path}")
+        there = " (there already)" if written_before == _written_at(out_dir) else ""
+        print(f"shards of {manifest.dataset}, {manifest.variant} ({counts}): {manifest.path}{there}")
+
+
+def _written_at(folder: Path) -> int | None:
+    from galaxydist.shards.manifest import MANIFEST_NAME
+
+    path = folder / MANIFEST_NAME
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def _name(arguments: argparse.Namespace, source: Path) -> str | None:

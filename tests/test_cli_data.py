@@ -1,0 +1,116 @@
+"""The data commands from end to end on a small simulated survey, in this process."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from galaxydist.cli.main import main
+from galaxydist.cli.options import fold
+from galaxydist.shards.manifest import read_manifest
+
+GALAXIES = 150
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with a simulated survey in it."""
+    folder = tmp_path_factory.mktemp("data")
+    assert main(["data", "simulate", "--num-galaxies", str(GALAXIES), "--data-dir", str(folder)]) == 0
+    return folder
+
+
+def command(root: Path, *arguments: str) -> int:
+    return main([*arguments, "--data-dir", str(root)])
+
+
+def picture_folder(folder: Path, per_class: int = 12) -> Path:
+    """A folder of two classes of coloured squares."""
+    dice = np.random.default_rng(0)
+    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        (folder / name).mkdir(parents=True)
+        for number in range(per_class):
+            pixels = np.clip(np.array(colour) + dice.integers(-20, 20, (32, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_simulate_does_no_work_twice_and_replaces_only_when_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = root / "hdf5" / "simulated.h5"
+    before = path.stat().st_mtime_ns
+    assert command(root, "data", "simulate", "--num-galaxies", str(GALAXIES)) == 0
+    assert "there already" in capsys.readouterr().out
+    assert command(root, "data", "simulate", "--num-galaxies", "20", "--seed", "5") == 2
+    assert "holds another survey (seed is 0, not 5; num_galaxies is 150, not 20). Give --overwrite" in capsys.readouterr().err
+    assert path.stat().st_mtime_ns == before
+
+
+def test_simulate_leaves_a_foreign_file_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "notes.h5"
+    path.write_text("not a survey")
+    assert main(["data", "simulate", "--num-galaxies", "20", "--out", str(path)]) == 2
+    assert "is in the way" in capsys.readouterr().err and path.read_text() == "not a survey"
+    assert main(["data", "simulate", "--num-galaxies", "20", "--out", str(path), "--overwrite"]) == 0
+
+
+def test_export_and_shard_twice(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for expected in (0, 1):
+        assert command(root, "data", "export", "--dataset", "simulated") == 0
+        assert command(root, "data", "shard", "--dataset", "simulated", "--variant", "both", "--image-size", "64") == 0
+        assert capsys.readouterr().out.count("there already") == 4 * expected
+    assert (root / "images" / "simulated" / "Galaxy10_DECaLS" / "train" / "merging").is_dir()
+    original = read_manifest(root / "shards" / "simulated" / "original")
+    assert sum(split.num_samples for split in original.splits.values()) == GALAXIES
+    assert original.image_size == 64
+    assert read_manifest(root / "shards" / "simulated" / "balanced").variant == "balanced"
+    assert command(root, "data", "shard", "--dataset", "simulated", "--variant", "both", "--out", str(root / "x")) == 2
+    assert "--out names one folder" in capsys.readouterr().err
+
+
+def test_missing_data_names_the_command_that_makes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, makes in (("galaxy10_decals", "data fetch"), ("simulated", "data simulate")):
+        for what in ("shard", "export", "explore"):
+            assert command(tmp_path, "data", what, "--dataset", name) == 2
+            assert f"`galaxydist {makes}`" in capsys.readouterr().err
+    assert command(tmp_path, "data", "shard", "--from", str(tmp_path / "nowhere")) == 2
+    assert "there is no such file or folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_folder_and_its_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = picture_folder(tmp_path / "squares")
+    assert command(tmp_path, "data", "shard", "--from", str(pictures), "--encoding", "png") == 0
+    assert "shards of squares, original" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "shards" / "squares" / "original").class_names == ("blue", "red")
+    held_out = 0
+    for number in (1, 2, 3):
+        assert command(tmp_path, "data", "shard", "--from", str(pictures), "--name", "sq", "--fold", f"{number}/3") == 0
+        manifest = read_manifest(tmp_path / "shards" / f"sq-fold{number}of3" / "original")
+        assert manifest.dataset == f"sq-fold{number}of3"
+        held_out += manifest.splits["test"].num_samples
+    assert held_out == 24
+
+
+def test_fold_counts_from_one() -> None:
+    assert (fold("1/3"), fold("3/3")) == ((0, 3), (2, 3))
+
+
+def test_explore(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(root, "data", "explore", "--dataset", "simulated", "--per-class", "2", "--out", str(tmp_path)) == 0
+    found = json.loads((tmp_path / "survey.json").read_text())
+    assert (found["dataset"], found["variant"]) == ("simulated", "original")
+    assert sum(map(sum, found["counts"].values())) == GALAXIES
+    assert 0 < found["pixels"]["merging"]["mean"][0] < 1
+    with Image.open(tmp_path / "gallery.png") as gallery:
+        assert gallery.width > 200
+    assert "merging" in capsys.readouterr().out
+
+
+def test_fetch_from_a_wrong_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = tmp_path / "Galaxy10.h5"
+    wrong.write_bytes(b"something else")
+    assert command(tmp_path / "root", "data", "fetch", "--from", str(wrong)) == 2
+    assert "not the official Galaxy10 file" in capsys.readouterr().err
+    assert not (tmp_path / "root" / "hdf5" / "Galaxy10_DECals.h5").exists()

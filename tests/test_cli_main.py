@@ -1,0 +1,175 @@
+"""The command line: help at once, one message for each error, exit codes, and closed pipes."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from galaxydist import __version__
+from galaxydist.cli import main as cli
+
+PROGRAM = [sys.executable, "-m", "galaxydist.cli.main"]
+HEAVY = [
+    *(
+        "torch",
+        "torchvision",
+        "timm",
+        "wandb",
+        "accelerate",
+        "matplotlib",
+        "sklearn",
+        "scipy",
+        "h5py",
+        "numpy",
+        "pydantic",
+        "yaml",
+    ),
+    *("PIL", "webdataset", "tqdm"),
+]
+COMMANDS = [
+    *("data fetch", "data simulate", "data export", "data shard", "data check", "data explore"),
+    *("weights fetch", "recipes", "evaluate", "bench simulator"),
+]
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, check=False, cwd=cwd, timeout=120)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = f"""
+import sys
+from galaxydist.cli.main import main
+try:
+    main(["--help"])
+except SystemExit as end:
+    assert end.code == 0
+heavy = [name for name in {HEAVY!r} if name in sys.modules]
+assert not heavy, heavy
+"""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    print(f"galaxydist --help: {seconds:.2f} s")  # aim: 0.5 s; a busy machine is slower
+    assert done.returncode == 0, done.stderr
+    assert "usage: galaxydist" in done.stdout
+    assert seconds < 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command.split(), "--help"])
+    assert end.value.code == 0
+    assert f"usage: galaxydist {command}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"galaxydist {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "required"),
+        (["fly"], "invalid choice"),
+        (["data", "shard", "--fold", "4/3"], "not K/N"),
+        (["data", "shard", "--quality", "101"], "more than 100"),
+        (["data", "shard", "--workers", "0"], "less than 1"),
+        (["data", "shard", "--enc", "png"], "unrecognized arguments"),
+        (["data", "simulate", "--num-galaxies", "many"], "not a whole number"),
+        (["data", "simulate", "--seed", "-1"], "less than 0"),
+    ],
+)
+def test_bad_usage_ends_with_2(arguments: Sequence[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_a_user_s_error_is_one_message_without_traceback(tmp_path: Path) -> None:
+    done = run("recipes", "vitt", "optim.lrr=1", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("galaxydist: error: 2 problems in the recipe:\n")
+    assert done.stderr.count("galaxydist: error") == 1 and "Traceback" not in done.stderr
+    assert "did you mean vit?" in done.stderr and "did you mean optim.lr?" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device", "shard.tar"), 2, "no space left: No space left on device (shard.tar)"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data"), 2, "not allowed: Permission denied (/data)"),
+    ],
+)
+def test_other_ends(
+    error: BaseException, code: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("galaxydist.cli.recipes._list", lambda: fail(None))
+    assert cli.main(["recipes"]) == code
+    assert text in capsys.readouterr().err
+
+
+def test_our_own_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError(errno.EIO, "a disk that fails")
+
+    monkeypatch.setattr("galaxydist.cli.recipes._list", fail)
+    with pytest.raises(OSError, match="a disk that fails"):
+        cli.main(["recipes"])
+
+
+def test_a_full_disk_behind_stdout_is_said() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run([*PROGRAM, "recipes"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert "no space left" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*PROGRAM, "recipes"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == cli.EXIT_BROKEN_PIPE
+    assert done.stderr == ""
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "hdf5" / "simulated.h5"
+    process = subprocess.Popen(
+        [*PROGRAM, "data", "simulate", "--num-galaxies", "199", "--data-dir", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not _bytes_begun(target.parent) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.5)  # into the drawing
+    assert process.poll() is None, "it was done before it could be interrupted"
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert list(target.parent.iterdir()) == []
+
+
+def _bytes_begun(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob(".*.partial"))

@@ -1,0 +1,56 @@
+"""``galaxydist recipes``, and what other commands take a recipe for."""
+
+from pathlib import Path
+
+import pytest
+
+from galaxydist.cli.main import main
+from galaxydist.recipe.fields import recipe_fields
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with one recipe of its own."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text("# A recipe of my own.\nmodel: {name: custom_cnn}\noptim:\n  lr: 1e-2\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("folder")
+def test_list_has_own_and_shipped_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines]
+    assert {"mine", "demo", "vit"} <= set(names) and names == sorted(names)
+    assert any(line.split(maxsplit=1) == ["mine", "A recipe of my own."] for line in lines)
+
+
+@pytest.mark.usefixtures("folder")
+def test_show_one_resolved_with_origins(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "mine", "train.epochs=7"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("# recipes/mine.yaml; run folder mine-")
+    rows = {line[2:].split(" ", 1)[0]: line for line in out.splitlines()[1:]}
+    assert list(rows) == list(recipe_fields())
+    assert rows["optim.lr"].startswith("* ") and "= 0.01 " in rows["optim.lr"] and "# recipes/mine.yaml:4" in rows["optim.lr"]
+    assert "= 7 " in rows["train.epochs"] and "# command line" in rows["train.epochs"]
+    assert rows["seed"].startswith("  ") and "# schema default" in rows["seed"]
+    assert "schema default [run]" in rows["tracker.name"] and "= null " in rows["run.dir"] and "= [] " in rows["tracker.tags"]
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["evaluate", "recipe=mine"], "train it first: accelerate launch launch.py recipe=mine"),
+        (["evaluate", "runs/none"], "runs/none"),
+        (["evaluate", "a", "b"], "one run at a time"),
+        (["weights", "fetch", "recipe=mine"], "no published weights"),
+        (["weights", "fetch", "mine"], "not key=value"),
+    ],
+)
+def test_commands_that_take_a_recipe(arguments: list[str], text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert text in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["recipes"]

@@ -1,0 +1,139 @@
+"""The package as users get it: a built wheel in an empty folder; versions; and the rules that no tool holds by itself."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "galaxydist"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+FLOORS_THAT_KNOW_THE_ENVIRONMENT = {"cli", "training", "cluster", "serving"}
+# Beside 300 lines "about": some air before a file has to be cut.
+MAX_LINES, MAX_FUNCTION = 330, 60
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built and unpacked into a folder of its own."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder / "dist"), str(ROOT)], check=True, timeout=240)
+    (wheel,) = (folder / "dist").glob("galaxydist-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True, timeout=240)
+    return folder / "site"
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_brings_its_recipes_and_tables(installed: Path, tmp_path: Path) -> None:
+    code = f"""
+import json, sys
+sys.path.insert(0, {str(installed)!r})
+import galaxydist
+assert galaxydist.__file__.startswith({str(installed)!r}), galaxydist.__file__
+from galaxydist.recipe.load import list_recipes, load_recipe
+from galaxydist.surveys.official import read_official_split
+assert len(read_official_split().labels) == 17736
+print(json.dumps({{name: str(load_recipe([f"recipe={{name}}"]).path) for name in list_recipes()}}))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    assert all(Path(path).is_relative_to(installed) for path in found.values())
+    assert (installed / "galaxydist" / "py.typed").is_file()
+    assert not list(installed.glob("tests")) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_installed_command_lists_recipes_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", str(installed / "bin" / "galaxydist"), "recipes"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"demo", "vit"} <= {line.split()[0] for line in done.stdout.splitlines()}
+
+
+def constraints() -> dict[str, Version]:
+    pinned = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            match = re.fullmatch(r"([A-Za-z0-9_.-]+)==([A-Za-z0-9_.+!-]+)", line)
+            assert match, f"constraints.txt: {line!r} is not name==version"
+            pinned[canonicalize_name(match[1])] = Version(match[2])
+    return pinned
+
+
+def test_exact_versions_meet_the_lower_bounds() -> None:
+    pinned = constraints()
+    project = PYPROJECT["project"]
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), text
+    assert (str(pinned["torch"]), str(pinned["torchvision"])) == ("2.14.1", "0.29.1")
+    assert "tensorflow" not in pinned and "astronn" not in pinned
+
+
+def test_no_file_names_this_machine() -> None:
+    places = re.compile(r"/work/|/root/|/home/[a-z]|pypi\.org|download\.pytorch|--index-url")
+    files = [
+        *sources(),
+        *ROOT.glob("*.*"),
+        *(ROOT / "recipes").glob("*"),
+        *ROOT.glob("slurm/**/*.*"),
+        ROOT / "Makefile",
+        ROOT / ".ci" / "run",
+    ]
+    for path in files:
+        if path.is_file():
+            for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+                assert not places.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
+    tree = ast.parse(text)
+    assert path.name == "py.typed" or not text or ast.get_docstring(tree), "a module says what it is for"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno - len((ast.get_docstring(node) or "").splitlines())
+            assert lines <= MAX_FUNCTION, f"{node.name}: {lines} lines"
+
+
+def test_nothing_below_the_trainer_reads_the_environment() -> None:
+    for path in sources():
+        if path.relative_to(PACKAGE).parts[0] in FLOORS_THAT_KNOW_THE_ENVIRONMENT:
+            continue
+        for name, line in _names(path):
+            assert name not in ("os.environ", "os.getenv", "environ", "getenv"), (
+                f"{path.relative_to(ROOT)}:{line} reads the environment"
+            )
+
+
+def _names(path: Path) -> Iterator[tuple[str, int]]:
+    """Dotted attributes and imported names of a file, with their lines."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield f"{node.value.id}.{node.attr}", node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.module == "os":
+            yield from ((alias.name, node.lineno) for alias in node.names)
