@@ -1,26 +1,18 @@
 """Shards to batches: a pool of threads decodes ahead into uint8 batches, in the order of ``order``. No worker processes.
 
-Train and evaluation readers share the pool (``_Pool``); they differ only in which samples make up a batch.
+Train and evaluation readers share the pool (``BatchPool``); they differ only in which samples make up a batch.
 """
 
-import os
-import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from galaxydist.errors import UserError
-from galaxydist.shards.decode import Picture, PictureError, PictureReader, reduction
+from galaxydist.shards.batches import Batch, BatchPool, Plan, num_threads
+from galaxydist.shards.decode import PictureReader, reduction
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.memory import Buffers
 from galaxydist.shards.order import (
     ByClass,
     EpochOrder,
@@ -31,145 +23,13 @@ from galaxydist.shards.order import (
     steps_per_epoch,
 )
 
-Int64 = NDArray[np.int64]
-
-# Pictures that one thread decodes in one go: few enough to share a batch among threads, enough to pay for the hand-over.
-PICTURES_PER_TASK = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One rank's part of a batch, on the CPU.
-
-    Args:
-        images_BHWC: uint8, at the stored size or decoded smaller by an exact 2, 4 or 8.
-        labels_B: int64 class numbers; 0 where the weight is 0.
-        weights_B: float32, 1; 0 for a picture that was skipped, has no label, or only fills up the batch.
-        positions_B: int64 positions in the epoch's order (evaluation: in storage order).
-        samples_B: int64 stored sample numbers; -1 for what only fills up the batch.
-        epoch: of training; 0 in evaluation.
-        step: of the run in training; in evaluation the batch's number.
-    """
-
-    images_BHWC: Tensor
-    labels_B: Tensor
-    weights_B: Tensor
-    positions_B: Tensor
-    samples_B: Tensor
-    epoch: int
-    step: int
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a batch will hold; samples of -1 fill it up."""
-
-    samples: Int64
-    positions: Int64
-    epoch: int
-    step: int
-
-
-@dataclass(frozen=True)
-class _Pending:
-    plan: _Plan
-    pixels: NDArray[np.uint8]
-    tasks: list["Future[list[tuple[int, PictureError]]]"]
-
-
-def num_threads(threads: int, ranks_on_node: int = 1) -> int:
-    """How many threads a process should decode with: as asked, or its share of the cores that it may use."""
-    return threads or max(1, len(os.sched_getaffinity(0)) // ranks_on_node)
-
-
-class _Pool:
-    """Batches decoded ahead by threads, at most ``prefetch`` of them; handed out in the order of their plans."""
-
-    def __init__(
-        self,
-        pictures: PictureReader,
-        labels: NDArray[np.int32],
-        plans: Iterator[_Plan],
-        threads: int,
-        prefetch: int,
-    ) -> None:
-        self._pictures, self._labels, self._plans, self._prefetch = pictures, labels, plans, prefetch
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-decode")
-        self._buffers = Buffers(prefetch + 3)
-        self._pending: deque[_Pending] = deque()
-        self._closed = False
-        self.wait_s = 0.0
-
-    def next(self) -> tuple[Batch, list[PictureError]]:
-        """The next batch, and the errors of the pictures in it (their weights are 0)."""
-        if self._closed:
-            raise StopIteration
-        started = time.perf_counter()
-        while len(self._pending) <= self._prefetch and (plan := next(self._plans, None)) is not None:
-            self._pending.append(self._submit(plan))
-        if not self._pending:
-            self.close()
-            raise StopIteration
-        pending = self._pending.popleft()
-        try:
-            failed = [failure for task in pending.tasks for failure in task.result()]
-        except BaseException:
-            self.close()
-            raise
-        batch = self._finish(pending, [row for row, _ in failed])
-        self.wait_s += time.perf_counter() - started
-        return batch, [error for _, error in failed]
-
-    def close(self) -> None:
-        """Stop the threads and close the files; what was decoded ahead is dropped."""
-        if not self._closed:
-            self._closed = True
-            self._executor.shutdown(wait=True, cancel_futures=True)
-            self._pending.clear()
-            self._pictures.close()
-
-    def _submit(self, plan: _Plan) -> _Pending:
-        size = self._pictures.size
-        pixels = self._buffers.take((plan.samples.size, size, size, 3), np.uint8)
-        real = np.flatnonzero(plan.samples >= 0)
-        pixels[real.size :] = 0
-        pictures = self._pictures.locate(plan.samples[real])
-        tasks = [
-            self._executor.submit(self._decode, pictures[first : first + PICTURES_PER_TASK], pixels, first)
-            for first in range(0, len(pictures), PICTURES_PER_TASK)
-        ]
-        return _Pending(plan, pixels, tasks)
-
-    def _decode(self, pictures: list[Picture], pixels: NDArray[np.uint8], first: int) -> list[tuple[int, PictureError]]:
-        failures = []
-        for row, picture in enumerate(pictures, first):
-            try:
-                self._pictures.read_into(picture, pixels[row])
-            except PictureError as error:
-                pixels[row] = 0
-                failures.append((row, error))
-        return failures
-
-    def _finish(self, pending: _Pending, failed: list[int]) -> Batch:
-        plan = pending.plan
-        labels = np.where(plan.samples >= 0, self._labels[plan.samples], -1).astype(np.int64)
-        weights = (labels >= 0).astype(np.float32)
-        weights[failed] = 0.0
-        return Batch(
-            images_BHWC=torch.from_numpy(pending.pixels),
-            labels_B=torch.from_numpy(np.where(weights > 0, labels, 0)),
-            weights_B=torch.from_numpy(weights),
-            positions_B=torch.from_numpy(plan.positions),
-            samples_B=torch.from_numpy(plan.samples),
-            epoch=plan.epoch,
-            step=plan.step,
-        )
+__all__ = ["Batch", "EvalReader", "TrainReader", "num_threads", "steps_per_epoch"]
 
 
 class _Reader:
     """What the two readers share: iteration, closing, the time spent waiting."""
 
-    _pool: _Pool
+    _pool: BatchPool
 
     @property
     def wait_s(self) -> float:
@@ -243,7 +103,7 @@ class TrainReader(_Reader):
         self._on_error, self._max_errors = on_error, max_errors
         self.num_errors = num_errors
         factor = reduction(manifest.image_size, image_size or manifest.image_size, crop, max_zoom)
-        self._pool = _Pool(
+        self._pool = BatchPool(
             PictureReader(manifest, split, factor),
             manifest.labels(split),
             self._plans(start_step),
@@ -272,13 +132,13 @@ class TrainReader(_Reader):
         sizes = self._manifest.shards(self._split)["samples"]
         return EpochOrder(sizes, seed=self._seed, epoch=epoch, num_streams=self._num_streams)
 
-    def _plans(self, step: int) -> Iterator[_Plan]:
+    def _plans(self, step: int) -> Iterator[Plan]:
         while True:
             epoch, batch = divmod(step, self.steps_per_epoch)
             order = self.epoch_order(epoch)
             for number in range(batch, self.steps_per_epoch):
                 positions = number * self._batch_size + self._offsets
-                yield _Plan(order.samples(positions), positions, epoch, step)
+                yield Plan(order.samples(positions), positions, epoch, step)
                 step += 1
 
 
@@ -314,7 +174,7 @@ class EvalReader(_Reader):
         self._batches = evaluation_batches(self.num_samples, batch_size, rank, world_size)
         self._batch_size = batch_size
         factor = reduction(manifest.image_size, image_size or manifest.image_size, crop, max_zoom)
-        self._pool = _Pool(
+        self._pool = BatchPool(
             PictureReader(manifest, split, factor),
             manifest.labels(split),
             self._plans(),
@@ -332,7 +192,7 @@ class EvalReader(_Reader):
             raise errors[0]
         return batch
 
-    def _plans(self) -> Iterator[_Plan]:
+    def _plans(self) -> Iterator[Plan]:
         for number in self._batches:
             positions = number * self._batch_size + np.arange(self._batch_size)
-            yield _Plan(np.where(positions < self.num_samples, positions, -1), positions, 0, number)
+            yield Plan(np.where(positions < self.num_samples, positions, -1), positions, 0, number)

@@ -7,7 +7,6 @@ from its finished parts and shards, and the result is byte-equal to an undisturb
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -16,52 +15,33 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from galaxydist.chance import hash64
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Survey
 from galaxydist.shards.encode import Encoding, decode_picture
+from galaxydist.shards.finish import finish_manifest
 from galaxydist.shards.manifest import (
-    COLUMNS,
     EXTENSIONS,
     MANIFEST_NAME,
-    SHARD_ROW,
     Manifest,
-    Split,
-    column_name,
-    manifest_json,
     read_manifest,
-    shard_name,
 )
-from galaxydist.shards.pack import PackTask, Shard, pack_shards, read_packed
-from galaxydist.shards.parts import PartTask, PixelSums, read_part_sums, write_part
-from galaxydist.shards.purposes import Purpose
+from galaxydist.shards.pack import pack_shards
+from galaxydist.shards.parts import PixelSums, read_part_sums, write_part
+from galaxydist.shards.plan import Settings, pack_tasks, part_tasks, shard_layout, storage_order
 
-PART_BYTES = 64 * 1024 * 1024
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Below this many galaxies, starting processes costs more than they save.
 FEW_GALAXIES = 4000
 
 Task = TypeVar("Task")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for; together with the source's hash it decides every byte."""
-
-    encoding: str
-    quality: int
-    image_size: int | None
-    shard_size: int | None
-    seed: int
 
 
 def write_shards(
@@ -104,7 +84,7 @@ def write_shards(
     work_dir = out_dir.with_name(out_dir.name + ".partial")
     with _alone(work_dir):
         try:
-            manifest = _write(survey, work_dir, settings, workers or len(os.sched_getaffinity(0)))
+            _write(survey, work_dir, settings, workers or len(os.sched_getaffinity(0)))
             _put_in_place(work_dir, out_dir)
         except OSError as error:
             shutil.rmtree(work_dir, ignore_errors=True)
@@ -122,7 +102,6 @@ def write_shards(
         except Exception:
             shutil.rmtree(work_dir, ignore_errors=True)
             raise
-    del manifest
     return read_manifest(out_dir)
 
 
@@ -175,32 +154,32 @@ def _alone(work_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            # Elsewhere the file system has no locks: go on without.
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise UserError(f"another process is writing {work_dir}; wait for it") from None
-            # A file system without locks: go on without.
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
 
 
-def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int) -> Manifest:
+def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int) -> None:
     started = time.monotonic()
     encoding = _resolve(survey, settings)
-    layout = _layout(survey, settings)
+    layout = shard_layout(survey, settings)
     _open_work_dir(work_dir, survey, settings, encoding)
-    order = _storage_order(survey, settings.seed)
-    parts = _part_tasks(survey, encoding, order, work_dir / "parts", workers)
+    order = storage_order(survey, settings.seed)
+    parts = part_tasks(survey, encoding, order, work_dir / "parts", workers)
     total = sum(split.size for split in survey.splits.values())
     with _executor(workers, total) as executor:
         _run(executor, write_part, parts, "encoding galaxies", len(survey.labels))
         _refuse_twins([task.path for task in parts])
-        packs = _pack_tasks(layout, [task.path for task in parts], settings.encoding, work_dir)
+        packs = pack_tasks(layout, [task.path for task in parts], settings.encoding, work_dir)
         _run(executor, pack_shards, packs, "writing shards", total)
     sums = PixelSums()
     for task in parts:
         sums.merge(read_part_sums(task.path))
-    manifest = _finish(survey, work_dir, settings, encoding, layout, sums)
+    finish_manifest(survey, work_dir, settings, layout, image_size=encoding.image_size, sums=sums)
     shutil.rmtree(work_dir / "parts")
     shutil.rmtree(work_dir / "packed")
     (work_dir / "settings.json").unlink()
@@ -225,32 +204,6 @@ def _resolve(survey: Survey, settings: Settings) -> Encoding:
     return Encoding(settings.encoding, settings.quality, height, resize=False)
 
 
-def _layout(survey: Survey, settings: Settings) -> dict[str, list[Shard]]:
-    """The shards of each split, of nearly equal size; places run on over the splits."""
-    layout: dict[str, list[Shard]] = {}
-    start = 0
-    for name, rows in survey.splits.items():
-        size = settings.shard_size or int(np.clip(-(-rows.size // 16), 64, 1024))
-        few, more = divmod(rows.size, max(1, -(-rows.size // size)))
-        layout[name] = []
-        for number in range(-(-rows.size // size)):
-            stop = start + few + (number < more)
-            layout[name].append(Shard(shard_name(name, number), start, stop))
-            start = stop
-    return layout
-
-
-def _storage_order(survey: Survey, seed: int) -> NDArray[np.int64]:
-    """The final place of every row, -1 for rows of no split: within each split sorted by a hash."""
-    places = np.full(len(survey.labels), -1, np.int64)
-    start = 0
-    for number, rows in enumerate(survey.splits.values()):
-        order = np.argsort(hash64(seed, number, rows, Purpose.STORAGE), kind="stable")
-        places[rows[order]] = start + np.arange(rows.size)
-        start += rows.size
-    return places
-
-
 def _open_work_dir(work_dir: Path, survey: Survey, settings: Settings, encoding: Encoding) -> None:
     """Go on in a folder that a killed call left, if it was made for the same thing; else start an empty one."""
     wanted = json.dumps([survey.source_hash, asdict(settings), asdict(encoding)])
@@ -260,34 +213,6 @@ def _open_work_dir(work_dir: Path, survey: Survey, settings: Settings, encoding:
         for name in ("parts", "packed", "columns"):
             (work_dir / name).mkdir(parents=True)
         note.write_text(wanted)
-
-
-def _part_tasks(survey: Survey, encoding: Encoding, places: NDArray[np.int64], parts_dir: Path, workers: int) -> list[PartTask]:
-    raw_bytes = encoding.image_size**2 * 3
-    rows = PART_BYTES // (raw_bytes if encoding.name == "raw" else max(1, raw_bytes // 4))
-    rows = min(rows, -(-len(places) // (4 * workers)))
-    rows = max(1, -(-rows // survey.slab_length)) * survey.slab_length
-    num_train = len(survey.splits["train"])
-    first = next(iter(survey.splits))
-    assert first == "train", "places below num_train are for training"
-    return [
-        PartTask(survey, encoding, start, stop, places[start:stop], num_train, parts_dir / f"{start:012d}-{stop:012d}.bin")
-        for start in range(0, len(places), rows)
-        for stop in [min(start + rows, len(places))]
-    ]
-
-
-def _pack_tasks(layout: dict[str, list[Shard]], parts: Sequence[Path], encoding: str, work_dir: Path) -> list[PackTask]:
-    """Shards in groups of about a part's size, so that one worker's memory stays at that."""
-    written = sum(part.stat().st_size for part in parts)
-    total = sum(shard.stop - shard.start for shards in layout.values() for shard in shards)
-    places = max(1, PART_BYTES * total // max(1, written))
-    groups: list[list[Shard]] = []
-    for shard in (shard for shards in layout.values() for shard in shards):
-        if not groups or shard.stop - groups[-1][0].start > places:
-            groups.append([])
-        groups[-1].append(shard)
-    return [PackTask(tuple(group), tuple(parts), EXTENSIONS[encoding], work_dir, work_dir / "packed") for group in groups]
 
 
 def _executor(workers: int, num_galaxies: int) -> Executor:
@@ -326,67 +251,6 @@ def _refuse_twins(parts: Sequence[Path]) -> None:
             keys.append(file.read(row["key"]).decode())
     if keys[0] == keys[1]:
         raise UserError(f"two galaxies have the id {keys[0]}: ids must be unique in a data set")
-
-
-def _finish(
-    survey: Survey,
-    work_dir: Path,
-    settings: Settings,
-    encoding: Encoding,
-    layout: dict[str, list[Shard]],
-    sums: PixelSums,
-) -> Manifest:
-    """Columns, then the manifest, into the folder that will be renamed."""
-    splits: dict[str, Split] = {}
-    columns: dict[str, str] = {}
-    for split, shards in layout.items():
-        table = np.zeros(len(shards), SHARD_ROW)
-        num_samples = shards[-1].stop - shards[0].start if shards else 0
-        rows = {name: np.zeros(num_samples, dtype) for name, dtype in COLUMNS.items()}
-        for number, shard in enumerate(shards):
-            table[number : number + 1], packed = read_packed(work_dir / "packed", shard)
-            here = slice(shard.start - shards[0].start, shard.stop - shards[0].start)
-            rows["labels"][here], rows["offsets"][here] = packed["label"], packed["offset"]
-            rows["lengths"][here] = packed["length"]
-        for name, column in {"shards": table, **rows}.items():
-            columns[column_name(split, name)] = _write_column(work_dir / column_name(split, name), column)
-        labelled = rows["labels"][rows["labels"] >= 0]
-        counts = np.bincount(labelled, minlength=len(survey.class_names))
-        splits[split] = Split(num_samples, len(shards), int(table["bytes"].sum()), tuple(counts.tolist()))
-    mean, std = sums.mean_std()
-    manifest = Manifest(
-        dir=work_dir,
-        hash="",
-        dataset=survey.name,
-        variant=survey.variant,
-        class_names=tuple(survey.class_names),
-        encoding=settings.encoding,
-        image_size=encoding.image_size,
-        splits=splits,
-        channel_mean=mean,
-        channel_std=std,
-        source_hash=survey.source_hash,
-        columns=columns,
-        settings=asdict(settings),
-    )
-    _write_synced(manifest.path, manifest_json(manifest))
-    return manifest
-
-
-def _write_column(path: Path, column: NDArray[Any]) -> str:
-    with path.open("wb") as file:
-        np.save(file, column)
-        file.flush()
-        os.fsync(file.fileno())
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _put_in_place(work_dir: Path, out_dir: Path) -> None:

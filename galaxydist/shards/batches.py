@@ -1,0 +1,150 @@
+"""A pool of threads that decodes batches ahead into uint8 memory. No worker processes, nothing to drain."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from galaxydist.shards.decode import Picture, PictureError, PictureReader
+from galaxydist.shards.memory import Buffers
+
+Int64 = NDArray[np.int64]
+
+# Pictures that one thread decodes in one go: few enough to share a batch among threads, enough to pay for the hand-over.
+PICTURES_PER_TASK = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's part of a batch, on the CPU.
+
+    Args:
+        images_BHWC: uint8, at the stored size or decoded smaller by an exact 2, 4 or 8.
+        labels_B: int64 class numbers; 0 where the weight is 0.
+        weights_B: float32, 1; 0 for a picture that was skipped, has no label, or only fills up the batch.
+        positions_B: int64 positions in the epoch's order (evaluation: in storage order).
+        samples_B: int64 stored sample numbers; -1 for what only fills up the batch.
+        epoch: of training; 0 in evaluation.
+        step: of the run in training; in evaluation the batch's number.
+    """
+
+    images_BHWC: Tensor
+    labels_B: Tensor
+    weights_B: Tensor
+    positions_B: Tensor
+    samples_B: Tensor
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a batch will hold; samples of -1 fill it up."""
+
+    samples: Int64
+    positions: Int64
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True)
+class _Pending:
+    plan: Plan
+    pixels: NDArray[np.uint8]
+    tasks: list["Future[list[tuple[int, PictureError]]]"]
+
+
+def num_threads(threads: int, ranks_on_node: int = 1) -> int:
+    """How many threads a process should decode with: as asked, or its share of the cores that it may use."""
+    return threads or max(1, len(os.sched_getaffinity(0)) // ranks_on_node)
+
+
+class BatchPool:
+    """Batches decoded ahead by threads, at most ``prefetch`` of them; handed out in the order of their plans."""
+
+    def __init__(
+        self,
+        pictures: PictureReader,
+        labels: NDArray[np.int32],
+        plans: Iterator[Plan],
+        threads: int,
+        prefetch: int,
+    ) -> None:
+        self._pictures, self._labels, self._plans, self._prefetch = pictures, labels, plans, prefetch
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-decode")
+        self._buffers = Buffers(prefetch + 3)
+        self._pending: deque[_Pending] = deque()
+        self._closed = False
+        self.wait_s = 0.0
+
+    def next(self) -> tuple[Batch, list[PictureError]]:
+        """The next batch, and the errors of the pictures in it (their weights are 0)."""
+        if self._closed:
+            raise StopIteration
+        started = time.perf_counter()
+        while len(self._pending) <= self._prefetch and (plan := next(self._plans, None)) is not None:
+            self._pending.append(self._submit(plan))
+        if not self._pending:
+            self.close()
+            raise StopIteration
+        pending = self._pending.popleft()
+        try:
+            failed = [failure for task in pending.tasks for failure in task.result()]
+        except BaseException:
+            self.close()
+            raise
+        batch = self._finish(pending, [row for row, _ in failed])
+        self.wait_s += time.perf_counter() - started
+        return batch, [error for _, error in failed]
+
+    def close(self) -> None:
+        """Stop the threads and close the files; what was decoded ahead is dropped."""
+        if not self._closed:
+            self._closed = True
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._pending.clear()
+            self._pictures.close()
+
+    def _submit(self, plan: Plan) -> _Pending:
+        size = self._pictures.size
+        pixels = self._buffers.take((plan.samples.size, size, size, 3), np.uint8)
+        real = np.flatnonzero(plan.samples >= 0)
+        pixels[real.size :] = 0
+        pictures = self._pictures.locate(plan.samples[real])
+        tasks = [
+            self._executor.submit(self._decode, pictures[first : first + PICTURES_PER_TASK], pixels, first)
+            for first in range(0, len(pictures), PICTURES_PER_TASK)
+        ]
+        return _Pending(plan, pixels, tasks)
+
+    def _decode(self, pictures: list[Picture], pixels: NDArray[np.uint8], first: int) -> list[tuple[int, PictureError]]:
+        failures = []
+        for row, picture in enumerate(pictures, first):
+            try:
+                self._pictures.read_into(picture, pixels[row])
+            except PictureError as error:
+                pixels[row] = 0
+                failures.append((row, error))
+        return failures
+
+    def _finish(self, pending: _Pending, failed: list[int]) -> Batch:
+        plan = pending.plan
+        labels = np.where(plan.samples >= 0, self._labels[plan.samples], -1).astype(np.int64)
+        weights = (labels >= 0).astype(np.float32)
+        weights[failed] = 0.0
+        return Batch(
+            images_BHWC=torch.from_numpy(pending.pixels),
+            labels_B=torch.from_numpy(np.where(weights > 0, labels, 0)),
+            weights_B=torch.from_numpy(weights),
+            positions_B=torch.from_numpy(plan.positions),
+            samples_B=torch.from_numpy(plan.samples),
+            epoch=plan.epoch,
+            step=plan.step,
+        )

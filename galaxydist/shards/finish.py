@@ -1,0 +1,71 @@
+"""The end of writing: the columns and the manifest of shards that are all there."""
+
+import hashlib
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galaxydist.galaxy import Survey
+from galaxydist.shards.manifest import COLUMNS, SHARD_ROW, Manifest, Split, column_name, manifest_json
+from galaxydist.shards.pack import read_packed
+from galaxydist.shards.parts import PixelSums
+from galaxydist.shards.plan import Layout, Settings
+
+
+def finish_manifest(
+    survey: Survey, work_dir: Path, settings: Settings, layout: Layout, *, image_size: int, sums: PixelSums
+) -> None:
+    """Columns, then the manifest, into the folder that will be renamed."""
+    splits: dict[str, Split] = {}
+    columns: dict[str, str] = {}
+    for split, shards in layout.items():
+        table = np.zeros(len(shards), SHARD_ROW)
+        num_samples = shards[-1].stop - shards[0].start if shards else 0
+        rows = {name: np.zeros(num_samples, dtype) for name, dtype in COLUMNS.items()}
+        for number, shard in enumerate(shards):
+            table[number : number + 1], packed = read_packed(work_dir / "packed", shard)
+            here = slice(shard.start - shards[0].start, shard.stop - shards[0].start)
+            rows["labels"][here], rows["offsets"][here] = packed["label"], packed["offset"]
+            rows["lengths"][here] = packed["length"]
+        for name, column in {"shards": table, **rows}.items():
+            columns[column_name(split, name)] = _write_column(work_dir / column_name(split, name), column)
+        labelled = rows["labels"][rows["labels"] >= 0]
+        counts = np.bincount(labelled, minlength=len(survey.class_names))
+        splits[split] = Split(num_samples, len(shards), int(table["bytes"].sum()), tuple(counts.tolist()))
+    mean, std = sums.mean_std()
+    manifest = Manifest(
+        dir=work_dir,
+        hash="",
+        dataset=survey.name,
+        variant=survey.variant,
+        class_names=tuple(survey.class_names),
+        encoding=settings.encoding,
+        image_size=image_size,
+        splits=splits,
+        channel_mean=mean,
+        channel_std=std,
+        source_hash=survey.source_hash,
+        columns=columns,
+        settings=asdict(settings),
+    )
+    _write_synced(manifest.path, manifest_json(manifest))
+
+
+def _write_column(path: Path, column: NDArray[Any]) -> str:
+    with path.open("wb") as file:
+        np.save(file, column)
+        file.flush()
+        os.fsync(file.fileno())
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,92 @@
+"""What writing will do, decided before it starts: where every galaxy goes, and the tasks of the two stages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galaxydist.chance import hash64
+from galaxydist.galaxy import Survey
+from galaxydist.shards.encode import Encoding
+from galaxydist.shards.manifest import EXTENSIONS, shard_name
+from galaxydist.shards.pack import PackTask, Shard
+from galaxydist.shards.parts import PartTask
+from galaxydist.shards.purposes import Purpose
+
+# Bytes that a worker holds at a time.
+PART_BYTES = 64 * 1024 * 1024
+
+# The shards of each split.
+Layout = dict[str, list[Shard]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for; together with the source's hash it decides every byte."""
+
+    encoding: str
+    quality: int
+    image_size: int | None
+    shard_size: int | None
+    seed: int
+
+
+def ordered_splits(survey: Survey) -> list[tuple[str, NDArray[np.int64]]]:
+    """The splits that hold galaxies, training first."""
+    names = sorted(survey.splits, key=lambda name: (name != "train", [*survey.splits].index(name)))
+    return [(name, np.asarray(survey.splits[name], np.int64)) for name in names]
+
+
+def shard_layout(survey: Survey, settings: Settings) -> Layout:
+    """The shards of each split, of nearly equal size; places run on over the splits."""
+    layout: Layout = {}
+    start = 0
+    for name, rows in ordered_splits(survey):
+        size = settings.shard_size or int(np.clip(-(-rows.size // 16), 64, 1024))
+        few, more = divmod(rows.size, max(1, -(-rows.size // size)))
+        layout[name] = []
+        for number in range(-(-rows.size // size)):
+            stop = start + few + (number < more)
+            layout[name].append(Shard(shard_name(name, number), start, stop))
+            start = stop
+    return layout
+
+
+def storage_order(survey: Survey, seed: int) -> NDArray[np.int64]:
+    """The final place of every row, -1 for rows of no split: within each split sorted by a hash."""
+    places = np.full(len(survey.labels), -1, np.int64)
+    start = 0
+    for number, (_, rows) in enumerate(ordered_splits(survey)):
+        order = np.argsort(hash64(seed, number, rows, Purpose.STORAGE), kind="stable")
+        places[rows[order]] = start + np.arange(rows.size)
+        start += rows.size
+    return places
+
+
+def part_tasks(survey: Survey, encoding: Encoding, places: NDArray[np.int64], parts_dir: Path, workers: int) -> list[PartTask]:
+    """The rows in runs of whole slabs, small enough for a worker's memory and for sharing among workers."""
+    raw_bytes = encoding.image_size**2 * 3
+    rows = PART_BYTES // (raw_bytes if encoding.name == "raw" else max(1, raw_bytes // 4))
+    rows = min(rows, -(-len(places) // (4 * workers)))
+    rows = max(1, -(-rows // survey.slab_length)) * survey.slab_length
+    num_train = len(survey.splits["train"])
+    return [
+        PartTask(survey, encoding, start, stop, places[start:stop], num_train, parts_dir / f"{start:012d}-{stop:012d}.bin")
+        for start in range(0, len(places), rows)
+        for stop in [min(start + rows, len(places))]
+    ]
+
+
+def pack_tasks(layout: Layout, parts: Sequence[Path], encoding: str, work_dir: Path) -> list[PackTask]:
+    """Shards in groups of about a part's size, so that one worker's memory stays at that."""
+    written = sum(part.stat().st_size for part in parts)
+    total = sum(shard.stop - shard.start for shards in layout.values() for shard in shards)
+    places = max(1, PART_BYTES * total // max(1, written))
+    groups: list[list[Shard]] = []
+    for shard in (shard for shards in layout.values() for shard in shards):
+        if not groups or shard.stop - groups[-1][0].start > places:
+            groups.append([])
+        groups[-1].append(shard)
+    return [PackTask(tuple(group), tuple(parts), EXTENSIONS[encoding], work_dir, work_dir / "packed") for group in groups]
