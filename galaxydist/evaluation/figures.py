@@ -1,0 +1,180 @@
+"""Figures of an evaluation and of a training: PNG and PDF, readable in a two-column paper, safe for the colour-blind.
+
+matplotlib is imported by the functions, and used without pyplot: no window, and figures need not be closed.
+"""
+
+import functools
+import io
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+import numpy as np
+
+from galaxydist.evaluation.text import readable
+from galaxydist.runs.files import replace_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette (2008, jfly.uni-koeln.de/color): told apart with any kind of colour vision.
+BLUE, ORANGE, GREEN, VERMILLION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#555555"
+PNG_DPI = 160
+_STYLE: Any = {"font.size": 8.0, "axes.titlesize": 8.0, "figure.titlesize": 9.0, "pdf.fonttype": 42, "axes.linewidth": 0.6}
+
+
+_Arguments = ParamSpec("_Arguments")
+
+
+def _styled(draw: "Callable[_Arguments, Figure]") -> "Callable[_Arguments, Figure]":
+    """Draw with our text sizes, whatever the user's matplotlibrc says."""
+
+    @functools.wraps(draw)
+    def draw_styled(*arguments: _Arguments.args, **named: _Arguments.kwargs) -> "Figure":
+        import matplotlib
+
+        with matplotlib.rc_context(_STYLE):
+            return draw(*arguments, **named)
+
+    return draw_styled
+
+
+@_styled
+def draw_confusion(metrics: Mapping[str, Any], title: str) -> "Figure":
+    """The confusion matrix twice: numbers of galaxies, and shares of each true class.
+
+    Args:
+        metrics: from ``metrics_from_counts``.
+        title: data set, variant, split, model and number of galaxies.
+    """
+    counts_KK = np.asarray(metrics["confusion"], dtype=np.int64)
+    names = [readable(name) for name in metrics["classes"]]
+    support_K1 = counts_KK.sum(axis=1, keepdims=True)
+    shares_KK = np.divide(counts_KK, support_K1, out=np.zeros(counts_KK.shape), where=support_K1 > 0)
+    size = max(1.6, 0.33 * len(names))
+    figure = _figure(max(2 * size + 2.4, 4.0), size + 1.9)
+    left, right = figure.subplots(1, 2)
+    _draw_matrix(left, shares_KK, [[f"{value:,}" if value else "" for value in row] for row in counts_KK], names)
+    _draw_matrix(right, shares_KK, [[_share(value) for value in row] for row in shares_KK], names)
+    left.set(title="galaxies", ylabel="true class", xlabel="predicted class")
+    right.set(title="share of the true class (%)", xlabel="predicted class", yticklabels=[])
+    figure.suptitle(_wrap(title, figure))
+    return figure
+
+
+def _draw_matrix(axes: "Axes", shade_KK: np.ndarray[Any, Any], texts: Sequence[Sequence[str]], names: Sequence[str]) -> None:
+    axes.imshow(shade_KK, cmap="Blues", vmin=0, vmax=1)
+    for row, line in enumerate(texts):
+        for column, text in enumerate(line):
+            colour = "white" if shade_KK[row, column] > 0.55 else "black"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=6 if len(text) < 5 else 5)
+    places = range(len(names))
+    axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(places, names)
+    axes.tick_params(length=2, pad=2)
+
+
+def _share(value: float) -> str:
+    if value == 0:
+        return ""
+    return "<1" if value < 0.005 else f"{100 * value:.0f}"
+
+
+@_styled
+def draw_per_class(metrics: Mapping[str, Any], title: str) -> "Figure":
+    """Precision, recall and F1 of each class as bars, with the number of galaxies.
+
+    Args:
+        metrics: from ``metrics_from_counts``.
+        title: data set, variant, split, model and number of galaxies.
+    """
+    per_class, num_classes = metrics["per_class"], len(metrics["classes"])
+    figure = _figure(5.4, 0.36 * num_classes + 1.2)
+    axes = figure.subplots()
+    places_K = np.arange(num_classes)
+    bars = (("precision", "precision", BLUE), ("recall", "recall", ORANGE), ("f1", "F1", GREEN))
+    for number, (key, label, colour) in enumerate(bars):
+        values_K = [np.nan if value is None else value for value in per_class[key]]
+        axes.barh(places_K + 0.26 * (number - 1), values_K, height=0.24, color=colour, label=label)
+    names = [f"{readable(name)} ({support:,})" for name, support in zip(metrics["classes"], per_class["support"], strict=True)]
+    axes.set_yticks(places_K, names)
+    axes.set(xlim=(0, 1), ylim=(num_classes - 0.5, -0.5))
+    axes.grid(axis="x", linewidth=0.4, alpha=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    figure.suptitle(_wrap(title, figure))
+    return figure
+
+
+@_styled
+def draw_learning_curves(lines: Sequence[Mapping[str, Any]], title: str) -> "Figure":
+    """Loss, accuracy and learning rate over the steps of a run.
+
+    Args:
+        lines: of metrics.jsonl: ``step`` and metrics such as ``train/loss`` and ``val/accuracy``.
+        title: data set, variant, model and whatever tells the run.
+    """
+    names = {name for line in lines for name in line}
+    wanted = (
+        ("loss", (("train/loss", "training", BLUE), ("val/loss", "validation", VERMILLION))),
+        (
+            "accuracy",
+            (
+                ("train/accuracy", "training", BLUE),
+                ("val/accuracy", "validation", VERMILLION),
+                ("val/balanced_accuracy", "validation, balanced", GREEN),
+            ),
+        ),
+        ("learning rate", (("train/lr", "", GREY), ("lr", "", GREY))),
+    )
+    panels = [(label, known) for label, curves in wanted if (known := [curve for curve in curves if curve[0] in names])]
+    figure = _figure(2.6 * max(len(panels), 1) + 0.4, 2.6)
+    for axes, (label, curves) in zip(np.ravel(figure.subplots(1, max(len(panels), 1))), panels, strict=False):
+        for name, legend, colour in curves:
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            marker = "o" if len(points) < 30 else ""
+            axes.plot(*zip(*points, strict=True), color=colour, label=legend, linewidth=1.2, marker=marker, markersize=2.5)
+        axes.set(xlabel="step", ylabel=label)
+        axes.set_ylim(bottom=0, top=1 if label == "accuracy" else None)
+        axes.grid(linewidth=0.4, alpha=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.locator_params(axis="x", nbins=5)
+        if curves[0][1]:
+            axes.legend(frameon=False, fontsize=7)
+    figure.suptitle(_wrap(title, figure))
+    return figure
+
+
+def save_figure(figure: "Figure", path: Path) -> list[Path]:
+    """Write a figure as PNG and PDF, each whole or not at all.
+
+    Args:
+        path: without a suffix; its folder exists.
+
+    Returns:
+        The two files.
+    """
+    import matplotlib
+
+    paths = []
+    for suffix, metadata in ((".png", {}), (".pdf", {"CreationDate": None})):  # no date: equal figures are equal files
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(_STYLE):
+            figure.savefig(buffer, format=suffix[1:], dpi=PNG_DPI, bbox_inches="tight", pad_inches=0.05, metadata=metadata)
+        paths.append(path.with_name(path.name + suffix))
+        replace_bytes(paths[-1], buffer.getvalue())
+    return paths
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches that lays itself out."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _wrap(title: str, figure: "Figure") -> str:
+    return textwrap.fill(title, int(figure.get_figwidth() * 13))
