@@ -55,6 +55,7 @@ class Galaxy10Survey:
     labels: NDArray[np.int64]
     splits: Mapping[str, NDArray[np.int64]]
     source_hash: str
+    id_prefix: str
     original: Codes = field(repr=False)
     conflicting: NDArray[np.bool_] = field(repr=False)
     class_names: tuple[str, ...] = GALAXY10_CLASSES
@@ -75,8 +76,7 @@ class Galaxy10Survey:
 
     def galaxy_id(self, row: int) -> str:
         """The id of the galaxy in ``row``."""
-        prefix = {official.NAME: "g10", SIMULATED: "sim"}.get(self.name, self.name)
-        return f"{prefix}-{row:05d}"
+        return f"{self.id_prefix}-{row:05d}"
 
     def _galaxy(self, row: int, image: NDArray[np.uint8]) -> Galaxy:
         numbers = {name: _plain(self.file.columns[name][row]) for name in ("ra", "dec", "redshift", "pxscale")}
@@ -127,6 +127,7 @@ def open_galaxy10(
         labels=file.labels,
         splits=rows_by_split(codes),
         source_hash=_source_hash(file, name or found_name, codes),
+        id_prefix={official.NAME: "g10", SIMULATED: "sim"}.get(found_name, found_name),
         original=original,
         conflicting=population.sky.conflicting,
     )
@@ -140,6 +141,10 @@ def read_survey_file(path: Path) -> SurveyFile:
         raise UserError(
             f"no survey file at {path}; make it with `galaxydist data fetch` (the real Galaxy10) or `galaxydist data simulate`"
         )
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"cannot open {path}: {error.strerror}; make it readable for this account") from error
     if not h5py.is_hdf5(path):
         raise UserError(f"{path} is not an HDF5 file; expected Galaxy10's schema: {IMAGES}, {', '.join(COLUMNS)}")
     try:
@@ -160,6 +165,7 @@ def read_images(file: SurveyFile, start: int, stop: int) -> Iterator[tuple[int, 
     """(first row, B x 256 x 256 x 3 uint8) slabs of rows ``start`` ... ``stop - 1``, cut at multiples of the slab length."""
     import h5py
 
+    end = stop
     try:
         with h5py.File(file.path, "r", locking=False) as h5:
             images = h5[IMAGES]

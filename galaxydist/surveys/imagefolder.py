@@ -32,6 +32,7 @@ from galaxydist.surveys.split import (
     split_fold,
     split_original,
 )
+from galaxydist.surveys.storage import available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +69,19 @@ class FolderSurvey:
     @cached_property
     def source_hash(self) -> str:
         """SHA-256 over names, labels, splits and the files' bytes, read when it is first asked for."""
+        from tqdm import tqdm
+
         digest = hashlib.sha256(f"{self.name} {self.class_names}".encode())
         digest.update(self.labels.tobytes())
         for split, rows in self.splits.items():
             digest.update(split.encode() + rows.tobytes())
-        with ThreadPoolExecutor() as pool:
+        with (
+            ThreadPoolExecutor(available_cores()) as pool,
+            tqdm(total=len(self.files), desc=f"hash {self.name}", unit="picture", disable=None, delay=2.0) as bar,
+        ):
             for row, hexdigest in zip(self.rows, pool.map(self._file_hash, self.files), strict=True):
                 digest.update(f"{row} {hexdigest}".encode())
+                bar.update()
         return digest.hexdigest()
 
     def _file_hash(self, file: str) -> str:
@@ -103,7 +110,8 @@ def open_image_folder(
     """
     if variant not in TREES:
         raise UserError(f"no variant {variant!r}; there are {', '.join(TREES)}")
-    root = path / TREES[variant] if (path / TREES[variant]).is_dir() else path
+    candidates = (path / TREES[variant], path / TREES["original"])
+    root = next((tree for tree in candidates if tree.is_dir()), path)
     info = read_info(root)
     is_balanced = info is not None and info.variant == "balanced"
     if is_balanced and variant == "original":
