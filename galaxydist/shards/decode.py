@@ -117,7 +117,7 @@ class PictureReader:
 
     def _read_raw(self, descriptor: int, picture: Picture, pixels: Pixels) -> None:
         header = bytearray(len(self._raw_header))
-        length = os.preadv(descriptor, [header, memoryview(pixels).cast("B")], picture.offset)
+        length = os.preadv(descriptor, [header, pixels.data.cast("B")], picture.offset)
         if length != picture.length:
             raise ValueError("the shard is cut short")
         if header != self._raw_header:

@@ -185,7 +185,6 @@ def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int) -> 
     (work_dir / "settings.json").unlink()
     seconds = time.monotonic() - started
     tqdm.write(f"{total} galaxies to shards in {seconds:.1f} s ({total / seconds:.0f} img/s)", file=sys.stderr)
-    return manifest
 
 
 def _resolve(survey: Survey, settings: Settings) -> Encoding:

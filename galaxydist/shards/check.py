@@ -1,0 +1,197 @@
+"""Whether shards are what their manifest says: every byte, offset, key, label and picture."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from galaxydist.errors import UserError
+from galaxydist.galaxy import EncodedImage
+from galaxydist.shards.encode import decode_picture
+from galaxydist.shards.manifest import COLUMNS, Manifest, column_name, read_manifest
+from galaxydist.shards.parts import key_hash
+from galaxydist.shards.tar import BLOCK, Member, parse_index
+
+# Problems that are listed before the rest are only counted.
+LISTED = 20
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found to be in order."""
+
+    manifest: Manifest
+    num_shards: int
+    num_galaxies: int
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One shard to look at, with its rows of the columns."""
+
+    path: Path
+    samples: int
+    num_bytes: int
+    sha256: bytes
+    labels: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    lengths: NDArray[np.int32]
+
+
+def check_shards(manifest_path: Path, *, threads: int = 0) -> Checked:
+    """Read and decode everything.
+
+    Args:
+        manifest_path: manifest.json or its folder.
+        threads: 0: one for each core that this process may use.
+
+    Raises:
+        UserError: naming each shard, and where it can be told each galaxy, that is wrong.
+    """
+    manifest = read_manifest(manifest_path)
+    problems = list(_check_columns(manifest))
+    shards = [shard for split in manifest.splits for shard in _shards(manifest, split)]
+    hashes: list[NDArray[np.uint64]] = []
+    with (
+        ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as executor,
+        tqdm(total=sum(shard.samples for shard in shards), desc="checking shards", unit="img", disable=None) as bar,
+    ):
+        for shard, (found, keys) in zip(shards, executor.map(lambda shard: _check_shard(shard, manifest), shards), strict=True):
+            problems += found
+            hashes.append(np.array([key_hash(key.encode()) for key in keys], np.uint64))
+            bar.update(shard.samples)
+    if not problems:
+        problems += _twins(shards, hashes)
+    if problems:
+        more = f"\n... and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        raise UserError(
+            f"{manifest.path}: {len(problems)} problem(s):\n"
+            + "\n".join(problems[:LISTED])
+            + more
+            + "\nRemove the folder and make the shards anew with: galaxydist data shard"
+        )
+    return Checked(manifest, len(shards), sum(shard.samples for shard in shards))
+
+
+def _check_columns(manifest: Manifest) -> Iterator[str]:
+    for name, expected in manifest.columns.items():
+        path = manifest.dir / name
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                yield f"{path}: its checksum is not the manifest's"
+    for name, split in manifest.splits.items():
+        for column in ("shards", *COLUMNS):
+            if column_name(name, column) not in manifest.columns:
+                yield f"{manifest.path}: no checksum of {column_name(name, column)}"
+        table, labels = manifest.shards(name), manifest.labels(name)
+        if int(table["samples"].sum()) != split.num_samples or int(table["bytes"].sum()) != split.num_bytes:
+            yield f"{manifest.path}: split {name}: totals are not the sums over its shards"
+        counts = np.bincount(labels[labels >= 0], minlength=manifest.num_classes)
+        if tuple(counts.tolist()) != split.class_counts:
+            yield f"{manifest.path}: split {name}: class counts are not those of its labels"
+
+
+def _shards(manifest: Manifest, split: str) -> Iterator[_Shard]:
+    start = 0
+    for number, row in enumerate(manifest.shards(split)):
+        here = slice(start, start + int(row["samples"]))
+        start = here.stop
+        yield _Shard(
+            manifest.shard_path(split, number),
+            int(row["samples"]),
+            int(row["bytes"]),
+            row["sha256"].tobytes(),
+            manifest.labels(split)[here],
+            manifest.offsets(split)[here],
+            manifest.lengths(split)[here],
+        )
+
+
+def _check_shard(shard: _Shard, manifest: Manifest) -> tuple[list[str], list[str]]:
+    """The problems of a shard, and its keys."""
+    try:
+        data = shard.path.read_bytes()
+        samples = parse_index(shard.path.with_suffix(".idx").read_text("ascii"))
+    except OSError as error:
+        return [f"{error.filename}: {error.strerror}"], []
+    except ValueError as error:
+        return [f"{shard.path.with_suffix('.idx')}: damaged index ({error})"], []
+    problems = []
+    if len(data) != shard.num_bytes:
+        problems.append(f"shard {shard.path}: {len(data)} bytes where the manifest says {shard.num_bytes}")
+    elif hashlib.sha256(data).digest() != shard.sha256:
+        problems.append(f"shard {shard.path}: its checksum is not the manifest's")
+    if len(samples) != shard.samples:
+        problems.append(f"shard {shard.path}: its index has {len(samples)} galaxies, the manifest {shard.samples}")
+        return problems, []
+    keys = []
+    for number, members in enumerate(samples):
+        keys.append(members[0].name.partition(".")[0])
+        wrong = _check_sample(data, members, shard, number, manifest)
+        if wrong:
+            problems.append(f"shard {shard.path}, galaxy {keys[-1]}: {wrong}")
+    return problems, keys
+
+
+def _check_sample(data: bytes, members: list[Member], shard: _Shard, number: int, manifest: Manifest) -> str:
+    """What is wrong with a sample, or nothing."""
+    contents = {}
+    for member in members:
+        content = data[member.offset : member.offset + member.size]
+        try:
+            info = tarfile.TarInfo.frombuf(data[member.offset - BLOCK : member.offset], "ascii", "strict")
+        except tarfile.HeaderError as error:
+            return f"no file of the tar where the index says ({error})"
+        if (info.name, info.size) != (member.name, member.size):
+            return f"the index says {member.name} of {member.size} bytes, the tar {info.name} of {info.size}"
+        if len(content) != member.size:
+            return f"{member.name} is cut short"
+        contents[member.extension] = content
+    label = int(shard.labels[number])
+    if set(contents) != {manifest.extension, "json"} | ({"cls"} if label >= 0 else set()):
+        return f"has the files {sorted(contents)}"
+    image = next(member for member in members if member.extension == manifest.extension)
+    if (image.offset, image.size) != (int(shard.offsets[number]), int(shard.lengths[number])):
+        return "its column row points elsewhere than its index"
+    if label >= 0 and contents["cls"] != str(label).encode():
+        return f"its .cls says {contents['cls'].decode(errors='replace')}, the label column {label}"
+    try:
+        json.loads(contents["json"])
+        pixels = _decode(contents[manifest.extension], manifest.encoding)
+    except (ValueError, OSError) as error:
+        return f"does not decode ({error})"
+    size = manifest.image_size
+    return "" if pixels.shape == (size, size, 3) else f"its picture is {pixels.shape}, the manifest says {size} pixels"
+
+
+def _decode(data: bytes, encoding: str) -> NDArray[np.uint8]:
+    if encoding == "raw":
+        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+    return decode_picture(EncodedImage(data, encoding), "picture")
+
+
+def _twins(shards: list[_Shard], hashes: list[NDArray[np.uint64]]) -> list[str]:
+    """Keys that stand twice; the hashes only say where to look."""
+    together = np.concatenate([*hashes, np.zeros(0, np.uint64)])
+    numbers, counts = np.unique(together, return_counts=True)
+    suspects = {*numbers[counts > 1].tolist()}
+    seen: dict[str, Path] = {}
+    problems = []
+    for shard, found in zip(shards, hashes, strict=True):
+        if suspects.isdisjoint(found.tolist()):
+            continue
+        for members in parse_index(shard.path.with_suffix(".idx").read_text("ascii")):
+            key = members[0].name.partition(".")[0]
+            if key in seen:
+                problems.append(f"galaxy {key} stands in {seen[key]} and in {shard.path}")
+            seen[key] = shard.path
+    return problems
