@@ -12,6 +12,7 @@ import pytest
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, Galaxy, Survey
+from galaxydist.shards.write import write_shards
 from galaxydist.surveys.export import export_image_folders
 from galaxydist.surveys.foldermeta import read_metadata, write_metadata
 from galaxydist.surveys.open import open_survey
@@ -52,6 +53,15 @@ def test_folders_give_back_the_very_same_survey(source: Path, out_dir: Path, var
         found = contents(survey)
         assert survey.name == "simulated" and survey.class_names == GALAXY10_CLASSES
         assert found == expected and list(found) == list(expected)  # in the same order, too
+
+
+@pytest.mark.parametrize("variant", ["original", "balanced"])
+def test_shards_do_not_know_which_way_the_galaxies_came(source: Path, out_dir: Path, tmp_path: Path, variant: str) -> None:
+    for name, path in (("file", source), ("folder", out_dir)):
+        write_shards(open_survey(path, variant), tmp_path / name, encoding="raw", image_size=32, shard_size=50, workers=1)
+    tars = sorted(path.relative_to(tmp_path / "file") for path in (tmp_path / "file").rglob("*.tar"))
+    assert len(tars) >= 3
+    assert all((tmp_path / "file" / tar).read_bytes() == (tmp_path / "folder" / tar).read_bytes() for tar in tars)
 
 
 def test_torchvision_reads_both_trees(out_dir: Path) -> None:

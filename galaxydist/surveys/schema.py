@@ -147,6 +147,7 @@ def _lay_out(
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)  # the same galaxies make the same bytes
     with h5py.File(path, "w") as h5:
         for key, value in attributes.items():
             h5.attrs[key] = value
