@@ -13,7 +13,8 @@ SCALES_G_R_Z = np.array([6.0, 3.4, 2.2], np.float32)
 BLACK_LEVEL = 0.03
 SOFTENING_Q = 20.0
 
-# Viewer cut-outs, which Galaxy10 consists of, are JPEG of quality 75 with halved colour resolution (read off the sample's own tables).
+# Viewer cut-outs, which Galaxy10 consists of, are JPEG of quality 75 with halved colour resolution (read off the sample's own
+# tables).
 JPEG_QUALITY = 75
 
 Array = NDArray[np.float32]
@@ -27,8 +28,9 @@ def to_fluxes(magnitudes: NDArray[Any] | list[float]) -> Array:
 def stretch(fluxes_CHW: Array) -> Array:
     """The viewer's colours: asinh of the mean of the scaled bands, hues kept, saturating to white.
 
-    With x = scale * flux + m in each band and I the mean of the positive parts of x, a channel is x * asinh(Q I) / (sqrt(Q) I), cut to 0 ... 1;
-    Q = 20, m = 0.03 and scales 6.0, 3.4, 2.2 in g, r, z. After Lupton et al. (2004, PASP 116, 133), with the viewer's own constants
+    With x = scale * flux + m in each band and I the mean of the positive parts of x, a channel is x * asinh(Q I) / (sqrt(Q) I),
+    cut to 0 ... 1;
+    Q = 20, m = 0.03 and scales 6.0, 3.4, 2.2 in g, r, z. After Lupton et al. (2004, PASP 116, 133), with the viewer's constants
     (``dr2_rgb`` calling ``sdss_rgb`` in github.com/legacysurvey/imagine, map/views.py).
 
     Args:
@@ -40,7 +42,7 @@ def stretch(fluxes_CHW: Array) -> Array:
     scaled = fluxes_CHW * SCALES_G_R_Z[:, None, None] + np.float32(BLACK_LEVEL)
     intensity = np.maximum(np.maximum(scaled, 0.0).mean(axis=0), np.float32(1e-6))
     gain = np.arcsinh(np.float32(SOFTENING_Q) * intensity) / (np.float32(np.sqrt(SOFTENING_Q)) * intensity)
-    return np.clip(np.moveaxis(scaled[::-1] * gain, 0, -1), 0.0, 1.0)
+    return np.asarray(np.clip(np.moveaxis(scaled[::-1] * gain, 0, -1), 0.0, 1.0))
 
 
 def to_picture(fluxes_CHW: Array) -> NDArray[np.uint8]:

@@ -9,7 +9,8 @@ from scipy.special import ndtri
 
 from galaxydist.chance import hash64, uniform
 
-# What a hash is about. Numbers, not names, because they enter the hash; a new purpose gets a new number, an old one keeps its own.
+# What a hash is about. Numbers, not names, because they enter the hash; a new purpose gets a new number, an old one keeps its
+# own.
 GALAXY, SKY, PIXELS, PLACES, PAIRS, TWICE = range(101, 107)
 
 _BLOCK = 512
@@ -41,7 +42,7 @@ class Dice:
 
     def normals(self, num: int) -> NDArray[np.float64]:
         """``num`` normal deviates, cut at 3 sigma (a wild outlier would be no galaxy)."""
-        return np.clip(ndtri(np.maximum(self.uniforms(num), 1e-12)), -3.0, 3.0)
+        return np.asarray(np.clip(ndtri(np.maximum(self.uniforms(num), 1e-12)), -3.0, 3.0))
 
     def normal(self, mean: float = 0.0, sigma: float = 1.0) -> float:
         """A normal deviate, cut at 3 sigma."""
@@ -73,7 +74,7 @@ def pixel_normals(shape: tuple[int, ...], *key: int) -> NDArray[np.float32]:
     """White noise: one float32 normal deviate a pixel, from 16 bits of hash each (so cut at 4.3 sigma)."""
     num = int(np.prod(shape))
     bits = hash64(*key, np.arange(-(-num // 4))).astype("<u8").view("<u2")[:num]
-    return _normal_table()[bits].reshape(shape)
+    return np.asarray(_normal_table()[bits].reshape(shape))
 
 
 @lru_cache(maxsize=1)

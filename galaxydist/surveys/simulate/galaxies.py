@@ -5,13 +5,17 @@ import numpy as np
 from galaxydist.surveys.simulate import parts
 from galaxydist.surveys.simulate.dice import Dice
 from galaxydist.surveys.simulate.morphology import BARRED, CIGAR, IN_BETWEEN, ROUND, TIGHT_SPIRAL, Light
-from galaxydist.surveys.simulate.parts import Arms, Ellipse
+from galaxydist.surveys.simulate.parts import Arms, Ellipse, Place
 from galaxydist.surveys.simulate.scene import Scene
 
 # Thickness of a disc: Holmberg's (1958) intrinsic axis ratio, as used for inclinations ever since.
 _DISC_THICKNESS = 0.2
 # Half-light radius of an exponential disc, in scale lengths.
 _HALF_LIGHT = 1.678
+
+# Pitch angles in degrees of tightly and of loosely wound arms.
+TIGHT_PITCH = (7.0, 14.0)
+LOOSE_PITCH = (19.0, 36.0)
 
 
 def inclined(dice: Dice, least: float, most: float = 1.0) -> float:
@@ -20,30 +24,31 @@ def inclined(dice: Dice, least: float, most: float = 1.0) -> float:
     return float(np.sqrt(cos**2 * (1.0 - _DISC_THICKNESS**2) + _DISC_THICKNESS**2))
 
 
-def draw_smooth(scene: Scene, dice: Dice, light: Light, label: int, x: float, y: float) -> None:
+def draw_smooth(scene: Scene, dice: Dice, light: Light, label: int, place: Place) -> None:
     """Ellipticals and their like: one Sersic profile, for some an outer envelope; round, in between, or cigar shaped."""
     axis_ratio, index = {
         ROUND: (dice.uniform(0.80, 1.0), float(np.exp(dice.normal(np.log(2.4), 0.45)))),
         IN_BETWEEN: (float(np.clip(dice.normal(0.58, 0.06), 0.45, 0.72)), float(np.exp(dice.normal(np.log(1.5), 0.35)))),
-        CIGAR: (float(np.clip(dice.normal(0.31, 0.05), 0.18, 0.42)), float(np.exp(dice.normal(np.log(1.0), 0.25)))),
+        CIGAR: (float(np.clip(dice.normal(0.34, 0.05), 0.2, 0.45)), float(np.exp(dice.normal(np.log(1.0), 0.25)))),
     }[label]
     index = float(np.clip(index, 0.6, 5.5))
-    at = Ellipse(x, y, dice.uniform(0.0, np.pi), axis_ratio)
+    at = Ellipse(*place, dice.uniform(0.0, np.pi), axis_ratio)
     boxiness = float(np.clip(dice.normal(2.0, 0.1), 1.8, 2.4))
     outer = dice.uniform(0.1, 0.4) if dice.chance(0.35) and label != CIGAR else 0.0
-    parts.draw_sersic(scene, at, light.radius, index, light.fluxes(1.0 - outer, 0.02), boxiness)
+    parts.draw_sersic(scene, at, light.radius, index, light.fluxes(1.0 - outer, 0.02), boxiness=boxiness)
     if outer:
-        halo = Ellipse(x, y, at.angle + dice.normal(0.0, 0.2), min(axis_ratio * 1.1, 1.0))
+        halo = Ellipse(*place, at.angle + dice.normal(0.0, 0.2), min(axis_ratio * 1.1, 1.0))
         parts.draw_sersic(scene, halo, light.radius * dice.uniform(1.5, 2.5), 1.0, light.fluxes(outer, -0.05))
 
 
-def draw_spiral(scene: Scene, dice: Dice, light: Light, label: int, x: float, y: float) -> None:
-    """Spirals: a disc with logarithmic arms, a redder bulge, knots of young stars, for barred ones a bar with the arms at its ends.
+def draw_spiral(scene: Scene, dice: Dice, light: Light, label: int, place: Place) -> None:
+    """Spirals: a disc with logarithmic arms, a redder bulge, knots of young stars; with a bar, the arms start at its ends.
 
-    Pitch angles: tight 7 ... 14 degrees, loose 19 ... 36, as Seigar & James (1998, MNRAS 299, 685) and Kennicutt (1981, AJ 86, 1847) measure
-    from Sa to Sd; a bar's length is 0.8 ... 1.6 scale lengths (Erwin 2005, MNRAS 364, 283).
+    Pitch angles: tight and loose as Kennicutt (1981, AJ 86, 1847) and Seigar & James (1998, MNRAS 299, 685) measure from Sa to
+    Sd;
+    a bar's half-length is 1 ... 1.8 scale lengths (Erwin 2005, MNRAS 364, 283, has 0.4 ... 2.5 from late to early types).
     """
-    at = Ellipse(x, y, dice.uniform(0.0, np.pi), inclined(dice, 0.45 if label == BARRED else 0.38))
+    at = Ellipse(*place, dice.uniform(0.0, np.pi), inclined(dice, 0.45 if label == BARRED else 0.38))
     scale = light.radius / _HALF_LIGHT * 1.1
     if label == BARRED:
         _draw_barred(scene, dice, light, at, scale)
@@ -51,38 +56,31 @@ def draw_spiral(scene: Scene, dice: Dice, light: Light, label: int, x: float, y:
     tight = label == TIGHT_SPIRAL
     bulge = float(np.clip(dice.normal(0.15, 0.07) if tight else dice.normal(0.09, 0.06), 0.02, 0.5))
     knots = dice.uniform(0.0, 0.05) if tight else dice.uniform(0.0, 0.12)
-    arms = draw_arms(dice, tight)
-    redder = dice.uniform(0.05, 0.25)
-    parts.draw_disc(
-        scene,
-        dice,
-        at,
-        scale,
-        light.fluxes(1.0 - bulge - knots, -redder * bulge),
-        arms,
-        dice.uniform(0.0, 0.15 if tight else 0.4),
-    )
-    parts.draw_knots(scene, dice, at, scale, dice.integer(6, 40), light.fluxes(knots), arms)
-    rounder = Ellipse(x, y, at.angle, 1.0 - 0.6 * (1.0 - at.axis_ratio))
-    parts.draw_sersic(scene, rounder, scale * dice.uniform(0.25, 0.5), dice.uniform(1.0, 3.0), light.fluxes(bulge, redder))
+    arms, redder = draw_arms(dice, tight), dice.uniform(0.05, 0.25)
+    disc = light.fluxes(1.0 - bulge - knots, -redder * bulge)
+    parts.draw_disc(scene, dice, at, scale, disc, arms=arms, lopsided=dice.uniform(0.0, 0.15 if tight else 0.4))
+    parts.draw_knots(scene, dice, at, scale, light.fluxes(knots), num=dice.integer(6, 40), arms=arms)
+    parts.draw_sersic(scene, _bulge_of(at), scale * dice.uniform(0.25, 0.5), dice.uniform(1.0, 3.0), light.fluxes(bulge, redder))
 
 
 def draw_arms(dice: Dice, tight: bool) -> Arms:
     """Arms of an unbarred spiral."""
     if tight:
-        num = (2, 3, 4)[dice.pick((0.65, 0.25, 0.10))]
-        pitch, share, sharpness, ragged = (
-            dice.uniform(7.0, 14.0),
-            dice.uniform(0.35, 0.8), dice.uniform(1.0, 2.2), dice.uniform(0.2, 0.8),
-        )
+        num, pitch = (2, 3, 4)[dice.pick((0.65, 0.25, 0.10))], dice.uniform(*TIGHT_PITCH)
+        share, sharpness, ragged = dice.uniform(0.35, 0.8), dice.uniform(1.0, 2.2), dice.uniform(0.2, 0.8)
     else:
-        num = (1, 2, 3, 4)[dice.pick((0.12, 0.60, 0.20, 0.08))]
-        pitch, share, sharpness, ragged = (
-            dice.uniform(19.0, 36.0),
-            dice.uniform(0.45, 0.9), dice.uniform(0.8, 2.5), dice.uniform(0.4, 1.1),
-        )
-    sense = 1 if dice.chance(0.5) else -1
-    return Arms(num, np.radians(pitch), sense, dice.uniform(0.0, 2 * np.pi), sharpness, share, ragged, dice.uniform(0.25, 0.6))
+        num, pitch = (1, 2, 3, 4)[dice.pick((0.12, 0.60, 0.20, 0.08))], dice.uniform(*LOOSE_PITCH)
+        share, sharpness, ragged = dice.uniform(0.45, 0.9), dice.uniform(0.8, 2.5), dice.uniform(0.4, 1.1)
+    return Arms(
+        num=num,
+        pitch=float(np.radians(pitch)),
+        sense=1 if dice.chance(0.5) else -1,
+        phase=dice.uniform(0.0, 2.0 * np.pi),
+        sharpness=sharpness,
+        share=share,
+        ragged=ragged,
+        inner=dice.uniform(0.25, 0.6),
+    )
 
 
 def _draw_barred(scene: Scene, dice: Dice, light: Light, at: Ellipse, scale: float) -> None:
@@ -90,53 +88,58 @@ def _draw_barred(scene: Scene, dice: Dice, light: Light, at: Ellipse, scale: flo
     length, turn = scale * dice.uniform(1.0, 1.8), dice.uniform(0.0, np.pi)
     ring = dice.uniform(0.05, 0.15) if dice.chance(0.5) else 0.0
     redder = dice.uniform(0.05, 0.2)
-    sense, pitch = (1 if dice.chance(0.5) else -1), np.radians(dice.uniform(10.0, 30.0))
-    # The arms' ridge passes through the bar's ends.
-    phase = 2.0 * (sense * turn - np.log(length / scale) / np.tan(pitch))
-    arms = Arms(2, pitch, sense, phase, dice.uniform(0.8, 2.2), dice.uniform(0.3, 0.75), dice.uniform(0.1, 0.6), length / scale)
+    sense, pitch = (1 if dice.chance(0.5) else -1), float(np.radians(dice.uniform(10.0, 30.0)))
+    arms = Arms(
+        num=2,
+        pitch=pitch,
+        sense=sense,
+        # The arms' ridge passes through the bar's ends.
+        phase=2.0 * float(sense * turn - np.log(length / scale) / np.tan(pitch)),
+        sharpness=dice.uniform(0.8, 2.2),
+        share=dice.uniform(0.3, 0.75),
+        ragged=dice.uniform(0.1, 0.6),
+        inner=length / scale,
+    )
     disc = light.fluxes(1.0 - bulge - bar - ring, -redder * (bulge + bar))
-    parts.draw_disc(scene, dice, at, scale, disc, arms, dice.uniform(0.0, 0.15))
-    parts.draw_bar(scene, at, length, dice.uniform(0.15, 0.32), turn, light.fluxes(bar, redder))
+    parts.draw_disc(scene, dice, at, scale, disc, arms=arms, lopsided=dice.uniform(0.0, 0.15))
+    parts.draw_bar(scene, at, light.fluxes(bar, redder), length=length, thickness=dice.uniform(0.15, 0.32), turn=turn)
     if ring:
         parts.draw_ring(scene, at, length * dice.uniform(1.0, 1.15), max(1.0, 0.15 * length), light.fluxes(ring, -0.1))
-    parts.draw_knots(scene, dice, at, scale, dice.integer(0, 20), light.fluxes(dice.uniform(0.0, 0.04)), arms)
-    rounder = Ellipse(at.x, at.y, at.angle, 1.0 - 0.6 * (1.0 - at.axis_ratio))
-    parts.draw_sersic(scene, rounder, scale * dice.uniform(0.2, 0.35), dice.uniform(1.0, 2.5), light.fluxes(bulge, redder + 0.05))
+    parts.draw_knots(scene, dice, at, scale, light.fluxes(dice.uniform(0.0, 0.04)), num=dice.integer(0, 20), arms=arms)
+    centre = light.fluxes(bulge, redder + 0.05)
+    parts.draw_sersic(scene, _bulge_of(at), scale * dice.uniform(0.2, 0.35), dice.uniform(1.0, 2.5), centre)
 
 
-def draw_edge_on(scene: Scene, dice: Dice, light: Light, bulge: bool, x: float, y: float) -> None:
+def _bulge_of(disc: Ellipse) -> Ellipse:
+    return Ellipse(disc.x, disc.y, disc.angle, 1.0 - 0.6 * (1.0 - disc.axis_ratio))
+
+
+def draw_edge_on(scene: Scene, dice: Dice, light: Light, bulge: bool, place: Place) -> None:
     """Discs from the side, with a bulge or without; some without are inclined late spirals that are not quite edge-on.
 
-    Scale heights of 1/10 ... 1/4 of the length: Kregel, van der Kruit & de Grijs (2002, MNRAS 334, 646).
+    Scale heights of 1/8 ... 1/3 of the length, as thin and thick discs together have: Kregel, van der Kruit & de Grijs
+    (2002, MNRAS 334, 646).
     """
-    at = Ellipse(x, y, dice.uniform(0.0, np.pi), 1.0)
-    length = light.radius / (1.35 if bulge else 1.45)
+    at = Ellipse(*place, dice.uniform(0.0, np.pi), 1.0)
     if bulge:
+        length = light.radius / 1.35
         share, redder = dice.uniform(0.22, 0.5), dice.uniform(0.0, 0.1)
-        height = length * dice.uniform(0.18, 0.36)
-        dust = dice.uniform(0.5, 2.5) if dice.chance(0.4) else 0.0
-        round_part = Ellipse(x, y, at.angle, dice.uniform(0.5, 0.9))
-        parts.draw_sersic(
-            scene,
-            round_part,
-            length * dice.uniform(0.3, 0.5),
-            dice.uniform(1.5, 3.5),
-            light.fluxes(share, redder),
-            dice.uniform(1.9, 2.6),
-        )
-        parts.draw_edge_on(
-            scene, dice, at, length, height, light.fluxes(1.0 - share, -redder * share), dust, dice.normal(0.0, 0.05)
-        )
+        round_part, boxiness = Ellipse(*place, at.angle, dice.uniform(0.5, 0.9)), dice.uniform(1.9, 2.6)
+        radius, index = length * dice.uniform(0.3, 0.5), dice.uniform(1.5, 3.5)
+        parts.draw_sersic(scene, round_part, radius, index, light.fluxes(share, redder), boxiness=boxiness)
+        disc, height = light.fluxes(1.0 - share, -redder * share), length * dice.uniform(0.18, 0.36)
+        dust, warp = (dice.uniform(0.5, 2.5) if dice.chance(0.4) else 0.0), dice.normal(0.0, 0.05)
+        parts.draw_edge_on(scene, dice, at, disc, length=length, height=height, dust=dust, warp=warp)
         return
     if dice.chance(0.25):
-        tilted = Ellipse(x, y, at.angle, dice.uniform(0.16, 0.32))
+        tilted, scale = Ellipse(*place, at.angle, dice.uniform(0.16, 0.32)), light.radius / _HALF_LIGHT * 1.15
         arms, knots = draw_arms(dice, tight=False), dice.uniform(0.0, 0.12)
-        parts.draw_disc(
-            scene, dice, tilted, light.radius / _HALF_LIGHT * 1.15, light.fluxes(1.0 - knots), arms, dice.uniform(0.0, 0.4)
-        )
-        parts.draw_knots(scene, dice, tilted, light.radius / _HALF_LIGHT, dice.integer(5, 30), light.fluxes(knots), arms)
+        parts.draw_disc(scene, dice, tilted, scale, light.fluxes(1.0 - knots), arms=arms, lopsided=dice.uniform(0.0, 0.4))
+        parts.draw_knots(scene, dice, tilted, scale, light.fluxes(knots), num=dice.integer(5, 30), arms=arms)
         return
-    height, knots = length * dice.uniform(0.12, 0.28), dice.uniform(0.0, 0.06)
-    dust = dice.uniform(0.2, 1.5) if dice.chance(0.3) else 0.0
-    parts.draw_edge_on(scene, dice, at, length, height, light.fluxes(1.0 - knots), dust, dice.normal(0.0, 0.08))
-    parts.draw_knots(scene, dice, Ellipse(x, y, at.angle, 0.05), length, dice.integer(3, 20), light.fluxes(knots))
+    length, knots = light.radius / 1.45, dice.uniform(0.0, 0.06)
+    height, disc = length * dice.uniform(0.12, 0.28), light.fluxes(1.0 - knots)
+    dust, warp = (dice.uniform(0.2, 1.5) if dice.chance(0.3) else 0.0), dice.normal(0.0, 0.08)
+    parts.draw_edge_on(scene, dice, at, disc, length=length, height=height, dust=dust, warp=warp)
+    flat = Ellipse(*place, at.angle, 0.05)
+    parts.draw_knots(scene, dice, flat, length, light.fluxes(knots), num=dice.integer(3, 20))

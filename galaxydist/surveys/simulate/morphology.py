@@ -11,13 +11,14 @@ from galaxydist.surveys.simulate.sky import DECAM_PIXEL
 
 (DISTURBED, MERGING, ROUND, IN_BETWEEN, CIGAR, BARRED, TIGHT_SPIRAL, LOOSE_SPIRAL, EDGE_ON, EDGE_ON_BULGE) = range(10)
 
-# Galaxies larger than this (half-light radius, pixels of 0.262 arcsec) are shown at twice the pixel scale, as Galaxy10 shows large ones.
+# Galaxies larger than this (half-light radius, pixels of 0.262 arcsec) are shown at twice the pixel scale, as Galaxy10 shows
+# large ones.
 _LARGE = 48.0
 
 
 @dataclass(frozen=True, slots=True)
 class Population:
-    """A class's distribution: r magnitude; log10 of the half-light radius (pixels of 0.262 arcsec) and how it falls with magnitude; g-r."""
+    """A class's distribution: r magnitude, half-light radius (0.262-arcsec pixels; slope, scatter in dex), g-r."""
 
     magnitude: float
     magnitude_sigma: float
@@ -28,15 +29,17 @@ class Population:
     colour_sigma: float
 
 
-# Medians and scatters measured (isophotal, in the unstretched pictures) on the first 50 rows of each class of the real sample, the half that may be
-# tuned on. They agree with the field's: early types red at g-r = 0.9, late ones 0.4 ... 0.7 (Strateva et al. 2001, AJ 122, 1861; z = 0.1),
+# Medians and scatters measured (isophotal, in the unstretched pictures) on the first 50 rows of each class of the real sample,
+# the half that may be
+# tuned on. They agree with the field's: early types red at g-r = 0.9, late ones 0.4 ... 0.7 (Strateva et al. 2001, AJ 122, 1861;
+# z = 0.1),
 # sizes that grow with luminosity (Shen et al. 2003, MNRAS 343, 978).
 POPULATIONS = (
     Population(17.2, 0.95, 11.0, -0.14, 0.13, 0.62, 0.19),
     Population(17.0, 0.75, 8.5, -0.20, 0.10, 0.90, 0.16),
     Population(17.3, 0.75, 7.0, -0.22, 0.09, 0.86, 0.17),
     Population(18.2, 0.70, 5.0, -0.14, 0.08, 0.66, 0.15),
-    Population(17.7, 0.75, 11.0, -0.15, 0.09, 0.65, 0.13),
+    Population(17.7, 0.75, 10.0, -0.15, 0.09, 0.65, 0.13),
     Population(16.2, 0.80, 21.0, -0.16, 0.08, 0.78, 0.12),
     Population(16.6, 0.60, 20.0, -0.15, 0.10, 0.73, 0.12),
     Population(17.0, 0.70, 13.0, -0.18, 0.11, 0.66, 0.15),
@@ -78,7 +81,8 @@ class Light:
 def draw_light(dice: Dice, label: int) -> Light:
     """Brightness, colours, size and redshift of a galaxy of this class.
 
-    Redshifts are those of the Galaxy Zoo sample (median 0.08 at r = 17, fainter is farther); colours redden with redshift as k-corrections do,
+    Redshifts are those of the Galaxy Zoo sample (median 0.08 at r = 17, fainter is farther); colours redden with redshift as
+    k-corrections do,
     red galaxies more than blue ones (Chilingarian et al. 2010, MNRAS 405, 1409: about 1.6 z and 0.6 z in g-r).
     """
     population = POPULATIONS[label]

@@ -9,15 +9,20 @@ from galaxydist.surveys.simulate import profiles
 from galaxydist.surveys.simulate.dice import Dice
 from galaxydist.surveys.simulate.scene import Array, Scene
 
-# Extinction in g, r, z for a depth of 1 in r: Schlafly & Finkbeiner (2011, ApJ 737, 103), table 6 for DECam, R_V = 3.1: 3.237, 2.176, 1.217.
+# Extinction in g, r, z for a depth of 1 in r: Schlafly & Finkbeiner (2011, ApJ 737, 103), table 6 for DECam, R_V = 3.1: 3.237,
+# 2.176, 1.217.
 REDDENING = np.array([1.49, 1.0, 0.56], np.float32)
 # A young population against an old one of the same light in r: bluer by 0.6 in g-r and 0.5 in r-z.
 _YOUNG = np.array([1.74, 1.0, 0.63], np.float32)
 
 
+# x, y in pixels from the picture's centre.
+Place = tuple[float, float]
+
+
 @dataclass(frozen=True, slots=True)
 class Ellipse:
-    """Where something is and how it lies: x, y pixels from the picture's centre, position angle in radians, minor over major axis."""
+    """Where something lies and how: x, y pixels from the picture's centre, position angle in radians, minor over major axis."""
 
     x: float
     y: float
@@ -50,29 +55,30 @@ class Arms:
     inner: float
 
 
-def draw_sersic(scene: Scene, at: Ellipse, radius: float, index: float, fluxes: Array, boxiness: float = 2.0) -> None:
+def draw_sersic(scene: Scene, at: Ellipse, radius: float, index: float, fluxes: Array, *, boxiness: float = 2.0) -> None:
     """A spheroid or smooth disc of half-light radius ``radius`` pixels and total fluxes in g, r, z."""
     window = scene.window(at.x, at.y, min(8.0 + radius * (3.5 + 2.5 * index), 400.0))
     if window is None:
         return
     u, v = window.turned(at.angle)
-    profile = profiles.sersic(u, v, radius, at.axis_ratio, index, boxiness)
+    profile = profiles.sersic(u, v, radius, at.axis_ratio, index, boxiness=boxiness)
     if window.whole:
         profile /= profile.sum()
     scene.add(window, profile, fluxes)
 
 
 def draw_disc(
-    scene: Scene, dice: Dice, at: Ellipse, scale: float, fluxes: Array, arms: Arms | None, lopsided: float = 0.0
+    scene: Scene, dice: Dice, at: Ellipse, scale: float, fluxes: Array, *, arms: Arms | None, lopsided: float = 0.0
 ) -> None:
-    """An inclined exponential disc with scale length ``scale`` pixels, arms bluer than what lies between, dust on their inner edge."""
+    """An inclined disc of scale length ``scale`` pixels, its arms bluer than what lies between, with dust on their inner edge."""
     window = scene.window(at.x, at.y, 7.0 * scale + 6.0)
     if window is None:
         return
     u, v = window.turned(at.angle)
     v = v / np.float32(at.axis_ratio)
     radius = np.sqrt(u * u + v * v + np.float32(0.1))
-    # Most discs bend down outside (Pohlen & Trujillo 2006, A&A 454, 759): exp(-(r/s)^k) with k of 1 ... 1.6 at the same half-light radius.
+    # Most discs bend down outside (Pohlen & Trujillo 2006, A&A 454, 759): exp(-(r/s)^k) with k of 1 ... 1.6 at the same half-
+    # light radius.
     bend = dice.uniform(1.0, 1.6)
     wide = scale * (1.0 + 1.25 * (bend - 1.0))
     base = np.exp(-((radius / np.float32(wide)) ** np.float32(bend)))
@@ -86,7 +92,7 @@ def draw_disc(
     theta = np.arctan2(v, u) * np.float32(arms.sense)
     log_radius = np.log(radius / np.float32(scale))
     phase = _frayed(dice, theta, log_radius, arms)
-    pattern = profiles.spiral_arms(theta, log_radius, arms.num, arms.pitch, phase, arms.sharpness)
+    pattern = profiles.spiral_arms(theta, log_radius, num_arms=arms.num, pitch=arms.pitch, phase=phase, sharpness=arms.sharpness)
     pattern = np.maximum(pattern * _flocculent(dice, theta, log_radius, arms), 0.0)
     # Arms begin outside the bulge or at the bar's end.
     begun = 1.0 / (1.0 + np.exp(-(radius / np.float32(scale) - arms.inner) / 0.12))
@@ -95,12 +101,15 @@ def draw_disc(
     armed = base * strength * pattern
     share = float(armed.sum() / max(float(base.sum()), 1e-12))
     # Arms are bluer than what lies between, by so much that the disc as a whole keeps its colour.
-    young = _YOUNG ** np.float32(dice.uniform(0.2, 0.7))
-    whole = share * young + (1.0 - share) / young
+    young: Array = _YOUNG ** np.float32(dice.uniform(0.2, 0.7))
+    whole = np.asarray(share * young + (1.0 - share) / young, np.float32)
     scene.add(window, smooth.astype(np.float32), fluxes / (young * whole))
     scene.add(window, armed.astype(np.float32), fluxes * young / whole)
     depth = dice.uniform(0.0, 0.5)
-    lane = profiles.spiral_arms(theta, log_radius, arms.num, arms.pitch, phase - np.float32(0.9), 2.5 * arms.sharpness)
+    inner_edge = phase - np.float32(0.9)
+    lane = profiles.spiral_arms(
+        theta, log_radius, num_arms=arms.num, pitch=arms.pitch, phase=inner_edge, sharpness=2.5 * arms.sharpness
+    )
     scene.dim(
         window,
         (depth * 0.35 * begun * np.minimum(lane, 3.0) * np.exp(-radius / np.float32(2.0 * scale))).astype(np.float32),
@@ -119,7 +128,7 @@ def _frayed(dice: Dice, theta: Array, log_radius: Array, arms: Arms) -> Array:
 
 
 def _flocculent(dice: Dice, theta: Array, log_radius: Array, arms: Arms) -> Array:
-    """Short, broken arms over the grand ones (Elmegreen & Elmegreen 1982, MNRAS 201, 1021): waves of many arms that beat with each other."""
+    """Short, broken arms over the grand ones (Elmegreen & Elmegreen 1982, MNRAS 201, 1021): waves of many arms that beat."""
     waves = np.zeros(theta.shape, np.float32)
     for _ in range(3):
         num = dice.integer(3, 9)
@@ -128,8 +137,8 @@ def _flocculent(dice: Dice, theta: Array, log_radius: Array, arms: Arms) -> Arra
     return np.asarray(1.0 + np.float32(0.3 * arms.ragged) * waves, np.float32)
 
 
-def draw_knots(scene: Scene, dice: Dice, at: Ellipse, scale: float, num: int, fluxes: Array, arms: Arms | None = None) -> None:
-    """Star-forming knots (HII regions), blue points: brightnesses fall as a power law, places follow the disc, and the arms where there are some."""
+def draw_knots(scene: Scene, dice: Dice, at: Ellipse, scale: float, fluxes: Array, *, num: int, arms: Arms | None = None) -> None:
+    """Star-forming knots (HII regions): blue points with power-law brightnesses, spread like the disc, along the arms if any."""
     if num == 0:
         return
     weight = dice.uniforms(num) ** -0.6
@@ -144,7 +153,7 @@ def draw_knots(scene: Scene, dice: Dice, at: Ellipse, scale: float, num: int, fl
     scene.add_points(x, y, (weight / weight.sum())[:, None].astype(np.float32) * (fluxes * _YOUNG**1.3))
 
 
-def draw_bar(scene: Scene, at: Ellipse, length: float, thickness: float, turn: float, fluxes: Array) -> None:
+def draw_bar(scene: Scene, at: Ellipse, fluxes: Array, *, length: float, thickness: float, turn: float) -> None:
     """A bar of half-length ``length`` pixels in the plane of an inclined disc, ``turn`` radians from the disc's major axis."""
     window = scene.window(at.x, at.y, length * 1.1 + 3.0)
     if window is None:
@@ -172,9 +181,9 @@ def draw_ring(scene: Scene, at: Ellipse, radius: float, width: float, fluxes: Ar
 
 
 def draw_edge_on(
-    scene: Scene, dice: Dice, at: Ellipse, length: float, height: float, fluxes: Array, dust: float, warp: float
+    scene: Scene, dice: Dice, at: Ellipse, fluxes: Array, *, length: float, height: float, dust: float, warp: float
 ) -> None:
-    """A disc from its side (``at.axis_ratio`` is not used): scale length and height in pixels, a dust lane of depth ``dust``, bent by ``warp``."""
+    """A disc from its side: scale length and height in pixels, a dust lane of depth ``dust``, bent by ``warp``."""
     window = scene.window(at.x, at.y, 7.0 * length + 4.0)
     if window is None:
         return
@@ -194,10 +203,10 @@ def draw_edge_on(
         scene.dim(window, (dust * lane).astype(np.float32), REDDENING)
 
 
-def draw_arc(scene: Scene, x: float, y: float, radius: float, width: float, start: float, span: float, fluxes: Array) -> None:
-    """A tail or shell: part of a circle around (x, y), see :func:`profiles.arc`."""
-    window = scene.window(x, y, radius + 5.0 * width)
+def draw_arc(scene: Scene, place: Place, fluxes: Array, *, radius: float, width: float, start: float, span: float) -> None:
+    """A tail or shell: part of a circle around a place, see :func:`profiles.arc`."""
+    window = scene.window(*place, radius + 5.0 * width)
     if window is None:
         return
     u, v = window.turned(0.0)
-    scene.add(window, profiles.arc(u, v, radius, width, start, span), fluxes)
+    scene.add(window, profiles.arc(u, v, radius=radius, width=width, start=start, span=span), fluxes)

@@ -18,6 +18,7 @@ from galaxydist.surveys.simulate.morphology import (
     Light,
     draw_light,
 )
+from galaxydist.surveys.simulate.parts import Place
 from galaxydist.surveys.simulate.places import Plan
 from galaxydist.surveys.simulate.scene import Scene
 
@@ -31,24 +32,25 @@ class Picture:
     pixel_scale: float
 
 
-def draw_galaxy(scene: Scene, dice: Dice, light: Light, label: int, x: float = 0.0, y: float = 0.0) -> None:
-    """Draw a galaxy of this class at x, y pixels from the picture's centre."""
+def draw_galaxy(scene: Scene, dice: Dice, light: Light, label: int, place: Place = (0.0, 0.0)) -> None:
+    """Draw a galaxy of this class at a place in pixels from the picture's centre."""
     if label == DISTURBED:
-        encounters.draw_disturbed(scene, dice, light, x, y)
+        encounters.draw_disturbed(scene, dice, light, place)
     elif label == MERGING:
-        encounters.draw_merging(scene, dice, light, x, y)
+        encounters.draw_merging(scene, dice, light, place)
     elif label in (ROUND, IN_BETWEEN, CIGAR):
-        galaxies.draw_smooth(scene, dice, light, label, x, y)
+        galaxies.draw_smooth(scene, dice, light, label, place)
     elif label in (EDGE_ON, EDGE_ON_BULGE):
-        galaxies.draw_edge_on(scene, dice, light, label == EDGE_ON_BULGE, x, y)
+        galaxies.draw_edge_on(scene, dice, light, label == EDGE_ON_BULGE, place)
     else:
-        galaxies.draw_spiral(scene, dice, light, label, x, y)
+        galaxies.draw_spiral(scene, dice, light, label, place)
 
 
 def take_picture(plan: Plan, row: int) -> Picture:
     """The picture of a row of the plan, from the plan and the row's number alone.
 
-    A row that stands for another row's galaxy (one place, two labels) shows that galaxy; galaxies that lie within the frame are drawn in it too.
+    A row that stands for another row's galaxy (one place, two labels) shows that galaxy; galaxies that lie within the frame are
+    drawn in it too.
     """
     shown = int(plan.shown[row])
     label = int(plan.labels[shown])
@@ -62,7 +64,7 @@ def take_picture(plan: Plan, row: int) -> Picture:
         its_light = draw_light(beside, its_label)
         its_light = its_light.at_scale(scene.pixel_scale)
         # East is left and north is up; rows count downwards.
-        draw_galaxy(scene, beside, its_light, its_label, -east / scene.pixel_scale, -north / scene.pixel_scale)
+        draw_galaxy(scene, beside, its_light, its_label, (-east / scene.pixel_scale, -north / scene.pixel_scale))
     field = Dice(plan.seed, SKY, shown)
     sky.add_background(scene, field)
     sky.add_stars(scene, field)

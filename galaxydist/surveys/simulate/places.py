@@ -19,7 +19,6 @@ _PAIR_SEPARATION = (18.0, 55.0)
 # The part of the sky that DECaLS covers, roughly: two stretches of right ascension, one of declination.
 _RIGHT_ASCENSIONS = ((112.0, 258.0), (318.0, 418.0))
 _DECLINATIONS = (-15.0, 32.0)
-_FRAME = 67.0
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,14 @@ def plan_survey(num_galaxies: int, seed: int, balanced: bool = False) -> Plan:
         num_pairs = min(max(2, num_galaxies // _GALAXIES_PER_PAIR), len(rest) // 2)
         pairs = rest[: 2 * num_pairs].reshape(-1, 2).astype(np.int64)
         for one, other in pairs:
-            _put_beside(ra, dec, int(one), int(other), Dice(seed, PAIRS, int(one), 1), _PAIR_SEPARATION)
-        _put_beside(ra, dec, first, second, Dice(seed, TWICE, first), (0.05, 0.5))
+            _put_beside(ra, dec, (int(one), int(other)), Dice(seed, PAIRS, int(one), 1), _PAIR_SEPARATION)
+        _put_beside(ra, dec, (first, second), Dice(seed, TWICE, first), (0.05, 0.5))
         shown[second] = first
     return Plan(seed, labels, ra, dec, shown, pairs)
 
 
 def class_counts(num_galaxies: int, balanced: bool = False) -> NDArray[np.int64]:
-    """How many galaxies of each class: Galaxy10's proportions by largest remainders, at least a handful of each; or equal shares."""
+    """How many galaxies of each class: Galaxy10's proportions (largest remainders), at least a handful each; or equal shares."""
     num_classes = len(GALAXY10_COUNTS)
     weights = np.ones(num_classes) if balanced else np.array(GALAXY10_COUNTS, np.float64)
     least = min(HANDFUL, num_galaxies // num_classes)
@@ -86,14 +85,14 @@ def class_counts(num_galaxies: int, balanced: bool = False) -> NDArray[np.int64]
             break
         exact[free] = weights[free] / weights[free].sum() * (num_galaxies - least * (~free).sum())
         exact = np.maximum(exact, least)
-    counts = np.floor(exact + 1e-9).astype(np.int64)
+        counts: NDArray[np.int64] = np.floor(exact + 1e-9).astype(np.int64)
     for i in np.argsort(counts - exact, kind="stable")[: num_galaxies - counts.sum()]:
         counts[i] += 1
     return counts
 
 
 def scattered(num_galaxies: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Positions (ra, dec in degrees) spread evenly over the survey's area, each in a cell of its own, so that no two meet by chance."""
+    """Positions (ra, dec in degrees) spread over the survey's area, each in a cell of its own, so that no two meet by chance."""
     widths = [high - low for low, high in _RIGHT_ASCENSIONS]
     low, high = np.sin(np.radians(_DECLINATIONS))
     columns = int(np.ceil(np.sqrt(max(num_galaxies, 1) * 5.0)))
@@ -107,8 +106,9 @@ def scattered(num_galaxies: int, seed: int) -> tuple[NDArray[np.float64], NDArra
 
 
 def _put_beside(
-    ra: NDArray[np.float64], dec: NDArray[np.float64], one: int, other: int, dice: Dice, separation: tuple[float, float]
+    ra: NDArray[np.float64], dec: NDArray[np.float64], pair: tuple[int, int], dice: Dice, separation: tuple[float, float]
 ) -> None:
+    one, other = pair
     distance, angle = dice.uniform(*separation) / 3600.0, dice.uniform(0.0, 2.0 * np.pi)
     dec[other] = dec[one] + distance * np.sin(angle)
     ra[other] = (ra[one] + distance * np.cos(angle) / np.cos(np.radians(dec[one]))) % 360.0

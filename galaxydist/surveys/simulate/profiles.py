@@ -17,7 +17,7 @@ def sersic_b(index: float) -> float:
     return 2.0 * index - 1.0 / 3.0 + 4.0 / (405.0 * index) + 46.0 / (25515.0 * index**2)
 
 
-def sersic(u: Array, v: Array, radius: float, axis_ratio: float, index: float, boxiness: float = 2.0) -> Array:
+def sersic(u: Array, v: Array, radius: float, axis_ratio: float, index: float, *, boxiness: float = 2.0) -> Array:
     """A Sersic (1968) profile: exp(-b (r / R)^(1/n)); n = 1 is an exponential disc, n = 4 de Vaucouleurs' bulge.
 
     Args:
@@ -72,7 +72,7 @@ def bar(u: Array, v: Array, length: float, axis_ratio: float) -> Array:
     return np.asarray(profile / np.float32(3.42 * 0.4 * length**2 * axis_ratio), np.float32)
 
 
-def spiral_arms(theta: Array, log_radius: Array, num_arms: int, pitch: float, phase: float, sharpness: float) -> Array:
+def spiral_arms(theta: Array, log_radius: Array, *, num_arms: int, pitch: float, phase: Array | float, sharpness: float) -> Array:
     """Logarithmic spiral arms r = r0 exp(theta tan(pitch)), as a factor on the disc whose mean over a turn is 1.
 
     The ridge is von Mises shaped: exp(k cos(m (theta - ln r / tan(pitch)) - phase)) / I0(k).
@@ -89,7 +89,7 @@ def spiral_arms(theta: Array, log_radius: Array, num_arms: int, pitch: float, ph
     return np.asarray(np.exp(np.float32(sharpness) * (wave - 1.0)) / np.float32(i0e(sharpness)), np.float32)
 
 
-def arc(u: Array, v: Array, radius: float, width: float, start: float, span: float) -> Array:
+def arc(u: Array, v: Array, *, radius: float, width: float, start: float, span: float) -> Array:
     """A tidal tail or shell: light along part of a circle, fading and widening from its start.
 
     Args:

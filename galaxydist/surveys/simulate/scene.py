@@ -1,4 +1,4 @@
-"""The piece of sky that is drawn: three bands of surface brightness, onto which galaxies, stars and light of all kinds are added."""
+"""The piece of sky that is drawn: three bands of surface brightness, onto which galaxies, stars and other light are added."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 SIZE = 256
-# Drawn beyond the picture's edges, so that light is smeared into it as out of it, and so that the Fourier transform's wrap-around stays outside.
+# Drawn beyond the picture's edges, so that light is smeared into it as out of it, and so that the Fourier transform's wrap-around
+# stays outside.
 MARGIN = 16
 CANVAS = SIZE + 2 * MARGIN
 CENTRE = CANVAS / 2 - 0.5
@@ -49,7 +50,7 @@ class Scene:
         self.pixel_scale = pixel_scale
 
     def window(self, x: float, y: float, radius: float) -> Window | None:
-        """The part of the scene within ``radius`` pixels (a square) of the place (x, y) pixels from the picture's centre; None if outside."""
+        """The square of ``radius`` pixels around the place x, y from the centre, cut to the scene; None if outside."""
         column, row = CENTRE + x, CENTRE + y
         left, right = max(int(np.floor(column - radius)), 0), min(int(np.ceil(column + radius)) + 1, CANVAS)
         low, high = max(int(np.floor(row - radius)), 0), min(int(np.ceil(row + radius)) + 1, CANVAS)

@@ -11,13 +11,15 @@ from galaxydist.surveys.simulate.colour import to_fluxes
 from galaxydist.surveys.simulate.dice import PIXELS, Dice, pixel_normals
 from galaxydist.surveys.simulate.scene import CANVAS, MARGIN, SIZE, Array, Scene
 
-# Median seeing of the Legacy Surveys' DECam images, full width at half maximum in arcsec in g, r, z (Dey et al. 2019, AJ 157, 168).
+# Median seeing of the Legacy Surveys' DECam images, full width at half maximum in arcsec in g, r, z (Dey et al. 2019, AJ 157,
+# 168).
 SEEING = (1.3, 1.2, 1.1)
 # Wings as ground-based images have them: Trujillo et al. (2001, MNRAS 328, 977) find Moffat exponents of 2.5 ... 4.8.
 MOFFAT_BETA = 3.2
 DECAM_PIXEL = 0.262
 
-# Sky noise per pixel of 0.262 arcsec in g, r, z, nanomaggies. DECaLS' depths (Dey et al. 2019) give the bands' order and rough size;
+# Sky noise per pixel of 0.262 arcsec in g, r, z, nanomaggies. DECaLS' depths (Dey et al. 2019) give the bands' order and rough
+# size;
 # the values make the pictures' sky noise that of the real sample's tuning half.
 NOISE = (0.0016, 0.0028, 0.0060)
 
@@ -25,8 +27,8 @@ NOISE = (0.0016, 0.0028, 0.0060)
 def draw_seeing(dice: Dice) -> tuple[float, float, float]:
     """This picture's seeing in g, r, z (arcsec), in steps of 0.02 so that the blur's transform can be kept."""
     common = dice.normal(0.0, 0.06)
-    values = [value * np.exp(common + dice.normal(0.0, 0.04)) for value in SEEING]
-    return tuple(round(value / 0.02) * 0.02 for value in values)  # type: ignore[return-value]
+    g, r, z = (round(value * float(np.exp(common + dice.normal(0.0, 0.04))) / 0.02) * 0.02 for value in SEEING)
+    return g, r, z
 
 
 def blur(light_CHW: Array, seeing: tuple[float, float, float], pixel_scale: float) -> Array:
@@ -57,7 +59,8 @@ def moffat_transform(fwhm: float) -> NDArray[np.complex64]:
 def add_noise(light_CHW: Array, dice: Dice, pixel_scale: float, seed: int, row: int) -> Array:
     """The picture's SIZE x SIZE of the scene with the sky's noise, correlated between neighbours as resampled co-adds are.
 
-    Depth differs from place to place and band to band; now and then a band has a single exposure, or an edge between two depths runs through.
+    Depth differs from place to place and band to band; now and then a band has a single exposure, or an edge between two depths
+    runs through.
     """
     depth = dice.normal(0.0, 0.10)
     sigma = np.array([noise * np.exp(depth + dice.normal(0.0, 0.12)) for noise in NOISE])
@@ -81,9 +84,9 @@ def add_noise(light_CHW: Array, dice: Dice, pixel_scale: float, seed: int, row: 
 
 
 def add_stars(scene: Scene, dice: Dice) -> None:
-    """Foreground stars: counts that rise by 0.17 dex a magnitude, colours along the stellar locus (most faint ones are red dwarfs)."""
+    """Foreground stars: counts rise by 0.17 dex a magnitude, colours follow the stellar locus; most faint ones are red dwarfs."""
     area = (scene.pixel_scale / DECAM_PIXEL) ** 2
-    num = dice.poisson(5.0 * area * np.exp(dice.normal(0.0, 0.6)))
+    num = dice.poisson(4.2 * area * np.exp(dice.normal(0.0, 0.6)))
     if not num:
         return
     slope = 0.17
@@ -99,9 +102,9 @@ def add_stars(scene: Scene, dice: Dice) -> None:
 
 
 def add_background(scene: Scene, dice: Dice) -> None:
-    """Small, faint, mostly red galaxies behind: counts after Metcalfe et al. (2001, MNRAS 323, 795), exponential discs of 0.2 ... 1 arcsec."""
+    """Small, faint, mostly red galaxies behind: counts after Metcalfe et al. (2001, MNRAS 323, 795), exponential discs."""
     area = (scene.pixel_scale / DECAM_PIXEL) ** 2
-    num = min(dice.poisson(44.0 * min(area, 2.0) * np.exp(dice.normal(0.0, 0.35))), 140)
+    num = min(dice.poisson(40.0 * min(area, 2.0) * np.exp(dice.normal(0.0, 0.35))), 140)
     slope = 0.34
     bright, faint = 10 ** (slope * 18.5), 10 ** (slope * 24.5)
     red_mag = np.log10(bright + (faint - bright) * dice.uniforms(num)) / slope

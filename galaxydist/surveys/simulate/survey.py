@@ -28,7 +28,8 @@ Slab = tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]
 def simulate_survey(path: Path, num_galaxies: int, seed: int, workers: int | None = None, balanced: bool = False) -> None:
     """Write a simulated survey in Galaxy10's schema; the file appears only when it is whole.
 
-    The same (num_galaxies, seed, balanced) gives the same bytes, whatever the number of workers: every chance is a hash of (seed, row).
+    The same (num_galaxies, seed, balanced) gives the same bytes, whatever the number of workers: every chance is a hash of (seed,
+    row).
 
     Args:
         path: the HDF5 file to write, replaced if it is there.
