@@ -17,7 +17,9 @@ def disk_error(path: Path, error: OSError) -> UserError:
     # HDF5 hands the reason on as text alone.
     full = error.errno in _FULL or any(os.strerror(code) in str(error) for code in _FULL)
     reason = f"no room left ({error})" if full else str(error)
-    return UserError(f"cannot write {path}: {reason}; nothing half-written stands under that name; free some space or choose another place")
+    return UserError(
+        f"cannot write {path}: {reason}; nothing half-written stands under that name; free some space or choose another place"
+    )
 
 
 def remove_stale(folder: Path, pattern: str) -> None:
