@@ -366,7 +366,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @given(states)
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_any_state_is_taken_apart_and_put_together(state: Any) -> None:
     tensors, description = flatten_state("x", state)
     assert same(unflatten_state(json.loads(json.dumps(description, allow_nan=False)), tensors), state)

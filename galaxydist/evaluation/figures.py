@@ -66,10 +66,11 @@ def draw_confusion(metrics: Mapping[str, Any], title: str) -> "Figure":
 
 def _draw_matrix(axes: "Axes", shade_KK: np.ndarray[Any, Any], texts: Sequence[Sequence[str]], names: Sequence[str]) -> None:
     axes.imshow(shade_KK, cmap="Blues", vmin=0, vmax=1)
+    size = 6 if len(names) > 6 else 8
     for row, line in enumerate(texts):
         for column, text in enumerate(line):
             colour = "white" if shade_KK[row, column] > 0.55 else "black"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=6 if len(text) < 5 else 5)
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size if len(text) < 5 else size - 1)
     places = range(len(names))
     axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(places, names)
@@ -142,7 +143,7 @@ def draw_learning_curves(lines: Sequence[Mapping[str, Any]], title: str) -> "Fig
         axes.grid(linewidth=0.4, alpha=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.locator_params(axis="x", nbins=5)
-        if curves[0][1]:
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=7)
     figure.suptitle(_wrap(title, figure))
     return figure
@@ -177,4 +178,4 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def _wrap(title: str, figure: "Figure") -> str:
-    return textwrap.fill(title, int(figure.get_figwidth() * 13))
+    return textwrap.fill(title.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"), int(figure.get_figwidth() * 13))

@@ -52,7 +52,10 @@ def format_table(metrics: Mapping[str, Any]) -> str:
 
 def readable(class_name: str) -> str:
     """A class's folder name as words."""
-    return class_name.replace("_", " ")
+    words = class_name.replace("_", " ")
+    for compound in ("edge on", "in between", "cigar shaped"):
+        words = words.replace(compound, compound.replace(" ", "-"))
+    return words
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,174 @@
+"""Exact counts and the metrics that derive from them, against scikit-learn."""
+
+import json
+import math
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as reference
+from torch.nn import functional
+
+from galaxydist.errors import UserError
+from galaxydist.evaluation.counts import Counts, Predictions
+from galaxydist.evaluation.metrics import metrics_from_counts
+
+
+def outputs(seed: int, num_galaxies: int, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels_N = torch.randint(num_classes, (num_galaxies,), generator=generator)
+    logits_NK = torch.randn(num_galaxies, num_classes, generator=generator) * 3
+    return logits_NK + 2 * functional.one_hot(labels_N, num_classes), labels_N
+
+
+def count_over_ranks(logits_NK: torch.Tensor, labels_N: torch.Tensor, batch_size: int, world_size: int) -> Counts:
+    """As the evaluation deals them: batch j to rank j mod W, the last padded; then one sum over ranks."""
+    num_classes = logits_NK.shape[1]
+    ranks = [Counts(num_classes) for _ in range(world_size)]
+    for j, start in enumerate(range(0, len(labels_N), batch_size)):
+        logits_BK, labels_B = logits_NK[start : start + batch_size], labels_N[start : start + batch_size]
+        padding = batch_size - len(labels_B)
+        weights_B = torch.cat([torch.ones(len(labels_B)), torch.zeros(padding)])
+        logits_BK = torch.cat([logits_BK, torch.full((padding, num_classes), math.nan)])
+        labels_B = torch.cat([labels_B, torch.full((padding,), -1)])
+        ranks[j % world_size].add(logits_BK, labels_B, weights_B)
+    return Counts.from_vector(torch.stack([rank.vector() for rank in ranks]).sum(dim=0))
+
+
+@given(st.integers(0, 99), st.integers(0, 40), st.integers(1, 7), st.integers(1, 8), st.integers(1, 5))
+@pytest.mark.filterwarnings("ignore:A single label was found")
+@settings(max_examples=25, deadline=None)
+def test_counts_and_loss_are_bit_equal_on_any_number_of_ranks(
+    seed: int, num_galaxies: int, num_classes: int, batch_size: int, world_size: int
+) -> None:
+    logits_NK, labels_N = outputs(seed, num_galaxies, num_classes)
+    one = count_over_ranks(logits_NK, labels_N, batch_size, 1)
+    many = count_over_ranks(logits_NK, labels_N, batch_size, world_size)
+    assert torch.equal(one.vector(), many.vector())
+    assert one.loss_sum == many.loss_sum
+    assert many.count == num_galaxies
+    many.check(num_galaxies)
+    expected = functional.cross_entropy(logits_NK.double(), labels_N, reduction="sum").item()
+    assert many.loss_sum == pytest.approx(expected, abs=1e-9)
+    many_KK = many.confusion_KK.numpy()
+    if num_galaxies:
+        assert np.array_equal(
+            many_KK, reference.confusion_matrix(labels_N, logits_NK.argmax(dim=1), labels=list(range(num_classes)))
+        )
+
+
+def test_the_loss_sum_does_not_depend_on_the_order() -> None:
+    logits_NK, labels_N = outputs(0, 2000, 10)
+    order = list(range(2000))
+    sums = set()
+    for seed in range(3):
+        random.Random(seed).shuffle(order)
+        sums.add(count_over_ranks(logits_NK[order], labels_N[order], 64, 3).loss_sum)
+    assert len(sums) == 1
+    assert sums.pop() == pytest.approx(functional.cross_entropy(logits_NK, labels_N, reduction="sum").item(), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_seen_and_huge_ones_are_summed() -> None:
+    counts = Counts(2)
+    counts.add(torch.tensor([[0.0, 1e9], [3e9, 0.0]]), torch.tensor([0, 1]), torch.ones(2))
+    assert counts.loss_sum == pytest.approx(4e9)
+    counts.add(torch.tensor([[math.nan, 0.0]]), torch.tensor([0]), torch.ones(1))
+    total = Counts.from_vector(counts.vector())
+    assert math.isnan(total.loss_sum)
+    assert total.count == 3
+    assert metrics_from_counts(total.confusion_KK.numpy(), total.loss_sum, 3, "ab")["loss"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_logits_of_any_precision_are_counted(dtype: torch.dtype) -> None:
+    logits_NK, labels_N = outputs(1, 20, 4)
+    counts = Counts(4)
+    counts.add(logits_NK.to(dtype).requires_grad_(), labels_N, torch.ones(20))
+    assert counts.count == 20
+    assert counts.loss_sum == pytest.approx(functional.cross_entropy(logits_NK.to(dtype).double(), labels_N).item() * 20)
+
+
+def test_a_missing_or_doubled_galaxy_is_an_error() -> None:
+    counts = count_over_ranks(*outputs(0, 30, 3), 8, 2)
+    counts.check(30)
+    for expected in (29, 31):
+        with pytest.raises(UserError, match=rf"30 galaxies .* test split, but its manifest has {expected}.*data check"):
+            counts.check(expected, "the test split")
+
+
+def test_a_vector_of_another_shape_or_type_is_refused() -> None:
+    for vector in (torch.zeros(8, dtype=torch.int64), torch.zeros(7), torch.zeros(1, 7, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="holds no counts"):
+            Counts.from_vector(vector)
+
+
+def test_kept_predictions_are_those_of_real_galaxies_in_order() -> None:
+    logits_NK, labels_N = outputs(3, 10, 3)
+    samples_N = torch.arange(10)
+    ranks = [Counts(3, keep_predictions=True) for _ in range(3)]
+    for rank in (1, 0):  # the third rank gets nothing
+        mine = samples_N[samples_N % 2 == rank]
+        mask = (mine != 4).float()
+        ranks[rank].add(logits_NK[mine], labels_N[mine], mask, mine)
+    merged = Predictions.merge([rank.predictions for rank in ranks])
+    assert merged.samples_N.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert torch.equal(merged.logits_NK, logits_NK[merged.samples_N])
+    assert torch.equal(merged.labels_N, labels_N[merged.samples_N])
+    assert torch.allclose(merged.probabilities_NK.sum(dim=1), torch.ones(9, dtype=torch.float64))
+    with pytest.raises(ValueError, match="twice"):
+        Predictions.merge([ranks[0].predictions, ranks[0].predictions])
+    with pytest.raises(ValueError, match="keep_predictions"):
+        _ = Counts(3).predictions
+    with pytest.raises(ValueError, match="samples_B"):
+        Counts(3, keep_predictions=True).add(logits_NK, labels_N, torch.ones(10))
+
+
+@given(
+    st.integers(2, 6).flatmap(
+        lambda k: st.lists(st.tuples(st.integers(0, k - 1), st.integers(0, k - 1)), min_size=1, max_size=40).map(lambda p: (k, p))
+    )
+)
+@pytest.mark.filterwarnings("ignore:A single label was found")
+@settings(max_examples=60, deadline=None)
+def test_metrics_are_those_of_scikit_learn(case: tuple[int, list[tuple[int, int]]]) -> None:
+    num_classes, pairs = case
+    true, predicted = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    labels = list(range(num_classes))
+    confusion_KK = reference.confusion_matrix(true, predicted, labels=labels)
+    names = [f"class_{label}" for label in labels]
+    found = metrics_from_counts(confusion_KK, 2.5 * len(pairs), len(pairs), names)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["count"] == len(pairs)
+    assert found["loss"] == 2.5
+    assert found["classes"] == names
+    assert found["confusion"] == confusion_KK.tolist()
+    assert found["accuracy"] == pytest.approx(reference.accuracy_score(true, predicted))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # classes that are predicted but never true
+        assert found["balanced_accuracy"] == pytest.approx(reference.balanced_accuracy_score(true, predicted))
+        assert found["macro_f1"] == pytest.approx(reference.f1_score(true, predicted, average="macro"))
+        assert found["weighted_f1"] == pytest.approx(reference.f1_score(true, predicted, average="weighted"))
+        precision, recall, f1, support = reference.precision_recall_fscore_support(
+            true, predicted, labels=labels, zero_division=np.nan
+        )
+    for key, expected in (("precision", precision), ("recall", recall), ("f1", f1)):
+        values = [math.nan if value is None else value for value in found["per_class"][key]]
+        assert values == pytest.approx(list(expected), nan_ok=True), key
+    assert found["per_class"]["support"] == list(support)
+
+
+def test_no_galaxies_give_no_numbers() -> None:
+    found = metrics_from_counts(np.zeros((2, 2)), 0.0, 0, "ab")
+    assert [found[key] for key in ("accuracy", "loss", "balanced_accuracy", "macro_f1", "weighted_f1")] == [None] * 5
+    assert found["per_class"]["recall"] == [None, None]
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="does not fit 3 classes"):
+        metrics_from_counts(np.eye(2), 0.0, 2, "abc")
+    with pytest.raises(ValueError, match="holds 2 galaxies, not 3"):
+        metrics_from_counts(np.eye(2), 0.0, 3, "ab")

@@ -1,0 +1,184 @@
+"""Files, figures and tables of an evaluation."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from galaxydist.evaluation.figures import draw_confusion, draw_learning_curves, draw_per_class, save_figure
+from galaxydist.evaluation.gallery import write_gallery
+from galaxydist.evaluation.metrics import metrics_from_counts
+from galaxydist.evaluation.report import read_evaluation, render_evaluation, write_evaluation
+from galaxydist.evaluation.text import title_of
+from galaxydist.galaxy import GALAXY10_CLASSES
+from galaxydist.runs.metrics_log import MetricsLog
+
+CONTEXT = {
+    "dataset": "simulated",
+    "variant": "original",
+    "split": "test",
+    "model": "custom_cnn",
+    "recipe": "demo",
+    "manifest_hash": "ab" * 32,
+    "checkpoint": "step-00000120-0003",
+}
+TITLE = "simulated (original), test split, custom_cnn (recipe demo), N = 560"
+
+
+@pytest.fixture
+def metrics() -> dict[str, Any]:
+    confusion_KK = np.random.default_rng(0).integers(0, 6, (10, 10)) + 30 * np.eye(10, dtype=int)
+    confusion_KK[4] = 0  # a class without galaxies
+    confusion_KK[0, 1] += 560 - confusion_KK.sum()
+    return metrics_from_counts(confusion_KK, 500.0, 560, GALAXY10_CLASSES)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(20, 200, 20):
+        log.append(step, {"train/loss": 2.0 / step, "train/accuracy": 0.5, "train/lr": 1e-3})
+        if step % 60 == 0:
+            log.append(step, {"val/loss": math.nan, "val/accuracy": 0.4, "val/balanced_accuracy": 0.3})
+    return log.path
+
+
+def texts_of(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
+
+
+def test_an_evaluation_is_written_with_its_figures_and_read_back(tmp_path: Path, metrics: dict[str, Any], log: Path) -> None:
+    folder = tmp_path / "run" / "evaluation"
+    assert read_evaluation(folder, "test") is None
+    written = write_evaluation(folder, metrics, CONTEXT, metrics_log=log)
+    assert read_evaluation(folder, "test") == written
+    assert written["dataset"] == "simulated"
+    assert written["balanced_accuracy"] == metrics["balanced_accuracy"]
+    stems = ("learning-curves", "test-classes", "test-confusion")
+    expected = {"test.json", *(f"{stem}.{suffix}" for stem in stems for suffix in ("png", "pdf"))}
+    assert {path.name for path in folder.iterdir()} == expected
+    for stem in stems:
+        with Image.open(folder / f"{stem}.png") as picture:
+            assert min(picture.size) > 300
+            assert len(picture.convert("L").histogram()) == 256
+        assert (folder / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
+    text = render_evaluation(written, folder)
+    assert TITLE in text
+    assert str(folder / "test-confusion.png") in text
+    assert f"balanced accuracy {metrics['balanced_accuracy']:.3f}" in text
+    row = next(line for line in text.splitlines() if line.startswith("cigar-shaped smooth"))
+    assert row.split()[2:] == ["0.000", "-", "0.000", "0"]
+    assert "merging (" in next(line for line in text.splitlines() if line.startswith("disturbed"))
+
+
+def test_without_figures_or_log(tmp_path: Path, metrics: dict[str, Any]) -> None:
+    write_evaluation(tmp_path, metrics, {**CONTEXT, "split": "val"}, figures=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["val.json"]
+    assert "figures (" not in render_evaluation(read_evaluation(tmp_path, "val") or {}, tmp_path)
+    write_evaluation(tmp_path, metrics, CONTEXT, metrics_log=tmp_path / "missing.jsonl")
+    assert not (tmp_path / "learning-curves.png").exists()
+
+
+@pytest.mark.parametrize("text", ['{"format": 1', "[]", '{"format": 99, "confusion": []}', '{"format": 1}'])
+def test_a_damaged_or_foreign_evaluation_counts_as_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "test.json").write_text(text)
+    assert read_evaluation(tmp_path, "test") is None
+
+
+def test_the_json_comes_last(tmp_path: Path, metrics: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("killed here")
+
+    monkeypatch.setattr("galaxydist.evaluation.report.write_json", fail)
+    with pytest.raises(RuntimeError, match="killed here"):
+        write_evaluation(tmp_path, metrics, CONTEXT)
+    assert (tmp_path / "test-classes.pdf").exists()
+    assert not (tmp_path / "test.json").exists()
+
+
+def test_figures_say_what_they_show(metrics: dict[str, Any], log: Path) -> None:
+    title = title_of({**CONTEXT, **metrics})
+    assert title == TITLE
+    confusion, classes = draw_confusion(metrics, title), draw_per_class(metrics, title)
+    for figure in (confusion, classes):
+        said = " ".join(texts_of(figure)).replace("\n", " ").replace("\N{NO-BREAK SPACE}", " ")
+        assert TITLE in said
+        assert all(name in said for name in ("edge-on without bulge", "unbarred tight spiral", "disturbed"))
+    said = texts_of(confusion)
+    assert str(metrics["confusion"][0][0]) in said
+    assert len(confusion.axes) == 2
+    curves = draw_learning_curves(MetricsLog(log).read(), "simulated (original), custom_cnn")
+    assert [axes.get_ylabel() for axes in curves.axes] == ["loss", "accuracy", "learning rate"]
+    assert {"training", "validation", "validation, balanced"} <= set(texts_of(curves))
+    assert "simulated (original), custom_cnn" in texts_of(curves)
+
+
+def overlapping(figure: Any) -> list[tuple[str, str]]:
+    """Pairs of (upright) texts of a figure that are drawn over each other."""
+    FigureCanvasAgg(figure).draw()
+    hidden = set()  # labels of ticks beyond the axis are there, but not drawn
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        hidden |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+    texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() and not text.get_rotation()]
+    boxes = [(text.get_text(), text.get_window_extent().padded(-1.5)) for text in texts if text not in hidden]
+    return [(a, b) for i, (a, one) in enumerate(boxes) for b, other in boxes[:i] if one.overlaps(other)]
+
+
+def test_no_text_lies_on_another(metrics: dict[str, Any], log: Path) -> None:
+    assert overlapping(draw_confusion(metrics, TITLE)) == []
+    assert overlapping(draw_per_class(metrics, TITLE)) == []
+    assert overlapping(draw_learning_curves(MetricsLog(log).read(), TITLE)) == []
+
+
+def test_curves_of_a_run_without_validation(tmp_path: Path) -> None:
+    figure = draw_learning_curves([{"step": 1, "train/loss": None}, {"step": 2, "train/loss": 1.0}], "t")
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss"]
+    draw_learning_curves([{"step": 1, "other": 1.0}], "t")
+    paths = save_figure(draw_learning_curves([{"step": 1, "train/loss": None}], "t"), tmp_path / "a.b")
+    assert [path.name for path in paths] == ["a.b.png", "a.b.pdf"]
+
+
+def test_equal_figures_are_equal_files(tmp_path: Path, metrics: dict[str, Any]) -> None:
+    first = [path.read_bytes() for path in save_figure(draw_per_class(metrics, "t"), tmp_path / "a")]
+    second = [path.read_bytes() for path in save_figure(draw_per_class(metrics, "t"), tmp_path / "b")]
+    assert first == second
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_a_gallery_of_noisy_pictures_stays_small(tmp_path: Path, suffix: str) -> None:
+    rng = np.random.default_rng(0)
+    images = {f"class_{i}": [rng.integers(0, 256, (80, 90, 3), dtype=np.uint8) for _ in range(3)] for i in range(13)}
+    images["class_4"] = []
+    path = tmp_path / f"gallery{suffix}"
+    write_gallery(path, images, "noise: three of each class", max_bytes=150_000)
+    assert path.stat().st_size <= 150_000
+    with Image.open(path) as picture:
+        assert picture.width > picture.height > 100
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_gallery_that_cannot_be_made(tmp_path: Path) -> None:
+    picture = np.zeros((10, 10, 3), np.uint8)
+    for path, images in ((tmp_path / "a.gif", {"a": [picture]}), (tmp_path / "a.png", {"a": []})):
+        with pytest.raises(ValueError, match="a gallery needs pictures"):
+            write_gallery(path, images, "t")
+    with pytest.raises(ValueError, match="do not fit"):
+        write_gallery(tmp_path / "a.png", {"a": [picture]}, "t", max_bytes=10)
+
+
+def test_a_gallery_of_real_galaxies(real_sample: Path, tmp_path: Path) -> None:
+    images = {
+        name: [np.asarray(Image.open(file)) for file in sorted((real_sample / str(label)).glob("*.jpg"))[:4]]
+        for label, name in enumerate(GALAXY10_CLASSES)
+    }
+    path = tmp_path / "classes.jpg"
+    write_gallery(path, images, "Galaxy10 DECaLS: four galaxies of each class")
+    assert path.stat().st_size < 300_000
+    with Image.open(path) as picture:
+        assert picture.width > 900
