@@ -124,7 +124,7 @@ def overlapping(figure: Any) -> list[tuple[str, str]]:
     hidden = set()  # labels of ticks beyond the axis are there, but not drawn
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         low, high = sorted(axis.get_view_interval())
-        hidden |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+        hidden |= {tick.label1 for tick in axis.majorTicks if not low <= tick.get_loc() <= high}
     texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() and not text.get_rotation()]
     boxes = [(text.get_text(), text.get_window_extent().padded(-1.5)) for text in texts if text not in hidden]
     return [(a, b) for i, (a, one) in enumerate(boxes) for b, other in boxes[:i] if one.overlaps(other)]
