@@ -136,41 +136,51 @@ def _check_shard(shard: _Shard, manifest: Manifest) -> tuple[list[str], list[str
     keys = []
     for number, members in enumerate(samples):
         keys.append(members[0].name.partition(".")[0])
-        wrong = _check_sample(data, members, shard, number, manifest)
-        if wrong:
-            problems.append(f"shard {shard.path}, galaxy {keys[-1]}: {wrong}")
+        try:
+            contents = _contents(data, members)
+            _check_sample(contents, members, shard, number, manifest)
+        except (ValueError, OSError) as error:
+            problems.append(f"shard {shard.path}, galaxy {keys[-1]}: {error}")
     return problems, keys
 
 
-def _check_sample(data: bytes, members: list[Member], shard: _Shard, number: int, manifest: Manifest) -> str:
-    """What is wrong with a sample, or nothing."""
+def _contents(data: bytes, members: list[Member]) -> dict[str, bytes]:
+    """A sample's files by extension, read where the index says.
+
+    Raises:
+        ValueError: if they are not there.
+    """
     contents = {}
     for member in members:
-        content = data[member.offset : member.offset + member.size]
         try:
             info = tarfile.TarInfo.frombuf(data[member.offset - BLOCK : member.offset], "ascii", "strict")
         except tarfile.HeaderError as error:
-            return f"no file of the tar where the index says ({error})"
+            raise ValueError(f"no file of the tar where the index says ({error})") from None
         if (info.name, info.size) != (member.name, member.size):
-            return f"the index says {member.name} of {member.size} bytes, the tar {info.name} of {info.size}"
-        if len(content) != member.size:
-            return f"{member.name} is cut short"
-        contents[member.extension] = content
+            raise ValueError(f"the index says {member.name} of {member.size} bytes, the tar {info.name} of {info.size}")
+        contents[member.extension] = data[member.offset : member.offset + member.size]
+        if len(contents[member.extension]) != member.size:
+            raise ValueError(f"{member.name} is cut short")
+    return contents
+
+
+def _check_sample(contents: dict[str, bytes], members: list[Member], shard: _Shard, number: int, manifest: Manifest) -> None:
+    """Raises:
+    ValueError: that says what is wrong.
+    """
     label = int(shard.labels[number])
     if set(contents) != {manifest.extension, "json"} | ({"cls"} if label >= 0 else set()):
-        return f"has the files {sorted(contents)}"
+        raise ValueError(f"has the files {sorted(contents)}")
     image = next(member for member in members if member.extension == manifest.extension)
     if (image.offset, image.size) != (int(shard.offsets[number]), int(shard.lengths[number])):
-        return "its column row points elsewhere than its index"
+        raise ValueError("its column row points elsewhere than its index")
     if label >= 0 and contents["cls"] != str(label).encode():
-        return f"its .cls says {contents['cls'].decode(errors='replace')}, the label column {label}"
-    try:
-        json.loads(contents["json"])
-        pixels = _decode(contents[manifest.extension], manifest.encoding)
-    except (ValueError, OSError) as error:
-        return f"does not decode ({error})"
+        raise ValueError(f"its .cls says {contents['cls'].decode(errors='replace')}, the label column {label}")
+    json.loads(contents["json"])
+    pixels = _decode(contents[manifest.extension], manifest.encoding)
     size = manifest.image_size
-    return "" if pixels.shape == (size, size, 3) else f"its picture is {pixels.shape}, the manifest says {size} pixels"
+    if pixels.shape != (size, size, 3):
+        raise ValueError(f"its picture is {pixels.shape}, the manifest says {size} pixels")
 
 
 def _decode(data: bytes, encoding: str) -> NDArray[np.uint8]:

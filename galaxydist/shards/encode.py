@@ -92,7 +92,7 @@ def encode_picture(pixels: Pixels, encoding: str, quality: int) -> bytes:
         return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "444"))
     stream = io.BytesIO()
     if encoding == "png":
-        Image.fromarray(pixels).save(stream, "png", compress_level=6)
+        Image.fromarray(pixels).save(stream, "png", compress_level=2)
     else:
         np.save(stream, np.ascontiguousarray(pixels))
     return stream.getvalue()
