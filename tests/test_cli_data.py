@@ -79,6 +79,28 @@ def test_missing_data_names_the_command_that_makes_it(tmp_path: Path, capsys: py
     assert list(tmp_path.iterdir()) == []
 
 
+def test_check_names_the_shard_and_the_galaxy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(tmp_path, "data", "check") == 2
+    assert "Make them with `galaxydist data shard`" in capsys.readouterr().err
+    for name in ("first", "second"):
+        pictures = picture_folder(tmp_path / name)
+        assert command(tmp_path, "data", "shard", "--from", str(pictures), "--encoding", "png") == 0
+    assert command(tmp_path, "data", "check") == 0
+    assert capsys.readouterr().out.count("in order: ") == 2
+    shard = sorted((tmp_path / "shards" / "second" / "original").rglob("*.tar"))[0]
+    data = bytearray(shard.read_bytes())
+    at = data.index(b"IDAT") + 8
+    data[at : at + 16] = bytes(16)
+    shard.write_bytes(data)
+    assert command(tmp_path, "data", "check") == 2
+    captured = capsys.readouterr()
+    assert "in order: first" in captured.out
+    assert shard.name in captured.err and "galaxy " in captured.err
+    assert command(tmp_path, "data", "check", "--dataset", "first") == 0
+    assert command(tmp_path, "data", "check", "--dataset", "third") == 2
+    assert "data sets there: first, second" in capsys.readouterr().err
+
+
 def test_any_folder_and_its_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = picture_folder(tmp_path / "squares")
     assert command(tmp_path, "data", "shard", "--from", str(pictures), "--encoding", "png") == 0
@@ -103,7 +125,7 @@ def test_explore(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (found["dataset"], found["variant"]) == ("simulated", "original")
     assert sum(map(sum, found["counts"].values())) == GALAXIES
     assert 0 < found["pixels"]["merging"]["mean"][0] < 1
-    with Image.open(tmp_path / "gallery.png") as gallery:
+    with Image.open(tmp_path / "gallery.jpg") as gallery:
         assert gallery.width > 200
     assert "merging" in capsys.readouterr().out
 

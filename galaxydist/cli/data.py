@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from galaxydist.cli import explore, shard, simulate
+from galaxydist.cli import check, explore, shard, simulate
 from galaxydist.cli.options import Commands, add_data_dir, add_dataset, add_workers, chosen_root, survey_source
 
 
@@ -20,6 +20,7 @@ def add_parser(commands: Commands) -> None:
     simulate.add_parser(inner)
     _add_export(inner)
     shard.add_parser(inner)
+    check.add_parser(inner)
     explore.add_parser(inner)
 
 

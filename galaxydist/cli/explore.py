@@ -30,7 +30,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Explore the survey, print its counts and say where the pictures are."""
-    from galaxydist.surveys.explore import explore_survey
+    from galaxydist.evaluation.explore import explore_survey
     from galaxydist.surveys.open import open_survey
 
     root = chosen_root(arguments)

@@ -1,4 +1,4 @@
-"""``galaxydist data shard`` and ``data check``: shards from a survey file or a folder of pictures, and whether they are whole."""
+"""``galaxydist data shard``: shards from a survey file or a folder of pictures."""
 
 import argparse
 from pathlib import Path
@@ -20,7 +20,7 @@ VARIANTS = ("original", "balanced")
 
 
 def add_parser(commands: Commands) -> None:
-    """Add the commands."""
+    """Add the command."""
     parser = commands.add_parser(
         "shard",
         help="survey file or folder of pictures to shards",
@@ -52,7 +52,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace shards of another source or with other settings")
     add_workers(parser)
     add_data_dir(parser)
-    parser.set_defaults(run=run_shard)
+    parser.set_defaults(run=run)
 
 
 def quality(text: str) -> int:
@@ -63,7 +63,7 @@ def quality(text: str) -> int:
     return number
 
 
-def run_shard(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Write the shards, unless they are there."""
     variants = VARIANTS if arguments.variant == "both" else (arguments.variant,)
     if arguments.out is not None and len(variants) > 1:

@@ -1,7 +1,7 @@
 """What launch.py does: read the recipe, call the trainer, turn how it ended into an exit code.
 
-Exit codes: 0 finished, 2 bad input, 130 interrupted (Ctrl-C), 75 stopped by SIGTERM or SIGUSR2 with everything saved (start the same
-command again to continue), 1 anything else. ``accelerate launch`` and ``torchrun`` turn every code but 0 into 1.
+Exit codes: 0 finished, 2 bad input, 130 interrupted (Ctrl-C), 75 stopped by SIGTERM or SIGUSR2 with everything saved (start the
+same command again to continue), 1 anything else. ``accelerate launch`` and ``torchrun`` turn every code but 0 into 1.
 """
 
 import signal
@@ -14,8 +14,10 @@ EXIT_INTERRUPTED = 130
 EXIT_STOPPED = 75  # EX_TEMPFAIL: try again
 USAGE = """usage: accelerate launch launch.py recipe=NAME [key=value ...]
 
-Trains a recipe, or continues it where it stopped. `galaxydist recipes` lists the recipes, `galaxydist recipes NAME` shows every key.
-Several processes: accelerate launch --multi_gpu --num_processes N launch.py ... (also without a GPU), or torchrun --nproc-per-node N launch.py ...
+Trains a recipe, or continues it where it stopped.
+`galaxydist recipes` lists the recipes, `galaxydist recipes NAME` shows every key.
+Several processes: accelerate launch --multi_gpu --num_processes N launch.py ... (also without a GPU),
+or torchrun --nproc-per-node N launch.py ...
 """
 
 

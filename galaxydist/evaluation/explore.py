@@ -1,7 +1,5 @@
 """What a survey looks like: galaxies by class and split, pixel statistics of a sample, and a gallery of every class."""
 
-import json
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,11 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.chance import hash64
+from galaxydist.evaluation.figures import BLUE, GREEN, ORANGE, save_figure
+from galaxydist.evaluation.gallery import write_gallery
+from galaxydist.evaluation.text import readable
 from galaxydist.galaxy import EncodedImage, Survey
+from galaxydist.runs.files import write_json
 from galaxydist.surveys.pictures import decode_picture
 
 # Galaxies of each class that pixel statistics are taken from: enough for two digits, and seconds of work.
 SAMPLE_PER_CLASS = 60
+GALLERY = "gallery.jpg"
+GALLERY_BYTES = 600_000
 # Tells this choice of galaxies from every other use of the same hash.
 _PURPOSE = 0x6578706C6F7265  # "explore"
 
@@ -38,7 +42,7 @@ class Exploration:
 
 
 def explore_survey(survey: Survey, out_dir: Path, *, per_class: int = 8, seed: int = 0) -> Exploration:
-    """Look at a survey and write ``survey.json``, ``gallery.png`` and ``counts.png`` (also as PDF) into ``out_dir``.
+    """Look at a survey and write ``survey.json``, ``gallery.jpg`` and ``counts.png`` (also as PDF) into ``out_dir``.
 
     Args:
         survey: to look at.
@@ -60,9 +64,8 @@ def explore_survey(survey: Survey, out_dir: Path, *, per_class: int = 8, seed: i
         pixels={name: _statistics(images) for name, images in zip(survey.class_names, sample, strict=True) if images},
     )
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "survey.json").write_text(json.dumps(asdict(exploration), indent=2) + "\n", encoding="utf-8")
-    _draw_gallery(exploration, [images[:per_class] for images in sample], out_dir / "gallery.png")
-    _draw_counts(exploration, out_dir / "counts.png")
+    write_json(out_dir / "survey.json", asdict(exploration))
+    _write_pictures(exploration, sample, per_class, out_dir)
     return exploration
 
 
@@ -112,38 +115,26 @@ def _statistics(images: Sequence[NDArray[np.uint8]]) -> dict[str, Any]:
     }
 
 
-def _draw_gallery(exploration: Exploration, sample: Sequence[Sequence[NDArray[np.uint8]]], path: Path) -> None:
+def _write_pictures(
+    exploration: Exploration, sample: Sequence[Sequence[NDArray[np.uint8]]], per_class: int, folder: Path
+) -> None:
+    title = f"{exploration.dataset} ({exploration.variant}), N = {sum(map(sum, exploration.counts.values())):,}"
+    images = {name: pictures[:per_class] for name, pictures in zip(exploration.class_names, sample, strict=True) if pictures}
+    write_gallery(folder / GALLERY, images, title, max_bytes=GALLERY_BYTES)
+    save_figure(_draw_counts(exploration, title), folder / "counts")
+
+
+def _draw_counts(exploration: Exploration, title: str) -> Any:
     from matplotlib.figure import Figure
 
-    columns = max(map(len, sample))
-    figure = Figure(figsize=(1.1 * columns + 1.1, 1.1 * len(sample) + 0.3), layout="constrained")
-    figure.suptitle(f"{exploration.dataset} ({exploration.variant})", fontsize=10)
-    axes = figure.subplots(len(sample), columns, squeeze=False)
-    for name, images, line in zip(exploration.class_names, sample, axes, strict=True):
-        for axis in line:
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        for axis, image in zip(line, images, strict=False):
-            axis.imshow(image)
-        label = textwrap.fill(name.replace("_", " "), 14)
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7)
-    figure.savefig(path, dpi=150)
-
-
-def _draw_counts(exploration: Exploration, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 0.32 * len(exploration.class_names) + 1.2), layout="constrained")
-    axis = figure.subplots()
-    places = np.arange(len(exploration.class_names))
-    left = np.zeros(len(places))
-    # Blue, orange and green of Okabe and Ito's palette, told apart by every kind of colour vision.
-    for (split, counts), colour in zip(exploration.counts.items(), ("#0072B2", "#E69F00", "#009E73"), strict=False):
-        axis.barh(places, counts, left=left, label=split, color=colour)
+    names = [readable(name) for name in exploration.class_names]
+    figure = Figure(figsize=(5.0, 0.2 * len(names) + 1.0), layout="constrained")
+    axes = figure.subplots()
+    left = np.zeros(len(names))
+    for (split, counts), colour in zip(exploration.counts.items(), (BLUE, ORANGE, GREEN), strict=False):
+        axes.barh(names, counts, left=left, label=split, color=colour)
         left += counts
-    axis.set_yticks(places, [name.replace("_", " ") for name in exploration.class_names], fontsize=8)
-    axis.invert_yaxis()
-    axis.set(xlabel="galaxies", title=f"{exploration.dataset} ({exploration.variant})")
-    axis.legend(frameon=False)
-    for suffix in (".png", ".pdf"):
-        figure.savefig(path.with_suffix(suffix), dpi=150)
+    axes.invert_yaxis()
+    axes.set(xlabel="galaxies", title=title)
+    axes.legend(frameon=False)
+    return figure
