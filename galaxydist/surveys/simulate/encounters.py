@@ -73,7 +73,7 @@ def draw_disturbed(scene: Scene, dice: Dice, light: Light, place: Place) -> None
     """
     at = Ellipse(*place, dice.uniform(0.0, np.pi), galaxies.inclined(dice, 0.15))
     early = dice.chance(0.35)
-    debris, knots = dice.uniform(0.12, 0.32), (0.0 if early else dice.uniform(0.0, 0.12))
+    debris, knots = dice.uniform(0.18, 0.4), (0.0 if early else dice.uniform(0.0, 0.12))
     core = dice.uniform(0.5, 0.75) if early else dice.uniform(0.08, 0.3)
     scale = light.radius / 2.0
     disc = light.fluxes(max(1.0 - core - debris - knots, 0.05), -0.05)
@@ -83,7 +83,7 @@ def draw_disturbed(scene: Scene, dice: Dice, light: Light, place: Place) -> None
     rounder = Ellipse(place[0] + shift[0], place[1] + shift[1], at.angle, 0.5 + 0.5 * at.axis_ratio)
     parts.draw_sersic(scene, rounder, scale * (0.9 if early else 0.4), dice.uniform(1.5, 3.5), light.fluxes(core, 0.05))
     parts.draw_knots(scene, dice, at, scale, light.fluxes(knots), num=dice.integer(3, 15))
-    kind = dice.pick((0.60, 0.20, 0.20))
+    kind = dice.pick((0.65, 0.20, 0.15))
     if kind == 0:
         tails = 2 if dice.chance(0.35) else 1
         for _ in range(tails):

@@ -48,13 +48,13 @@ def draw_spiral(scene: Scene, dice: Dice, light: Light, label: int, place: Place
     Sd;
     a bar's half-length is 1 ... 1.8 scale lengths (Erwin 2005, MNRAS 364, 283, has 0.4 ... 2.5 from late to early types).
     """
-    at = Ellipse(*place, dice.uniform(0.0, np.pi), inclined(dice, 0.45 if label == BARRED else 0.38))
+    at = Ellipse(*place, dice.uniform(0.0, np.pi), inclined(dice, 0.45 if label == BARRED else 0.32))
     scale = light.radius / _HALF_LIGHT * 1.1
     if label == BARRED:
         _draw_barred(scene, dice, light, at, scale)
         return
     tight = label == TIGHT_SPIRAL
-    bulge = float(np.clip(dice.normal(0.15, 0.07) if tight else dice.normal(0.09, 0.06), 0.02, 0.5))
+    bulge = float(np.clip(dice.normal(0.18, 0.08) if tight else dice.normal(0.09, 0.06), 0.02, 0.5))
     knots = dice.uniform(0.0, 0.05) if tight else dice.uniform(0.0, 0.12)
     arms, redder = draw_arms(dice, tight), dice.uniform(0.05, 0.25)
     disc = light.fluxes(1.0 - bulge - knots, -redder * bulge)
@@ -67,10 +67,10 @@ def draw_arms(dice: Dice, tight: bool) -> Arms:
     """Arms of an unbarred spiral."""
     if tight:
         num, pitch = (2, 3, 4)[dice.pick((0.65, 0.25, 0.10))], dice.uniform(*TIGHT_PITCH)
-        share, sharpness, ragged = dice.uniform(0.35, 0.8), dice.uniform(1.0, 2.2), dice.uniform(0.2, 0.8)
+        share, sharpness, ragged = dice.uniform(0.3, 0.75), dice.uniform(1.0, 2.2), dice.uniform(0.3, 0.9)
     else:
         num, pitch = (1, 2, 3, 4)[dice.pick((0.12, 0.60, 0.20, 0.08))], dice.uniform(*LOOSE_PITCH)
-        share, sharpness, ragged = dice.uniform(0.45, 0.9), dice.uniform(0.8, 2.5), dice.uniform(0.4, 1.1)
+        share, sharpness, ragged = dice.uniform(0.55, 0.92), dice.uniform(1.0, 2.8), dice.uniform(0.4, 1.0)
     return Arms(
         num=num,
         pitch=float(np.radians(pitch)),
@@ -84,7 +84,7 @@ def draw_arms(dice: Dice, tight: bool) -> Arms:
 
 
 def _draw_barred(scene: Scene, dice: Dice, light: Light, at: Ellipse, scale: float) -> None:
-    bulge, bar = dice.uniform(0.05, 0.16), dice.uniform(0.12, 0.26)
+    bulge, bar = dice.uniform(0.05, 0.16), dice.uniform(0.1, 0.25)
     length, turn = scale * dice.uniform(1.0, 1.8), dice.uniform(0.0, np.pi)
     ring = dice.uniform(0.05, 0.15) if dice.chance(0.5) else 0.0
     redder = dice.uniform(0.05, 0.2)
@@ -96,7 +96,7 @@ def _draw_barred(scene: Scene, dice: Dice, light: Light, at: Ellipse, scale: flo
         # The arms' ridge passes through the bar's ends.
         phase=2.0 * float(sense * turn - np.log(length / scale) / np.tan(pitch)),
         sharpness=dice.uniform(0.8, 2.2),
-        share=dice.uniform(0.3, 0.75),
+        share=dice.uniform(0.25, 0.7),
         ragged=dice.uniform(0.1, 0.6),
         inner=length / scale,
     )

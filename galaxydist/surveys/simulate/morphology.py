@@ -35,7 +35,7 @@ class Population:
 # z = 0.1),
 # sizes that grow with luminosity (Shen et al. 2003, MNRAS 343, 978).
 POPULATIONS = (
-    Population(17.2, 0.95, 11.0, -0.14, 0.13, 0.62, 0.19),
+    Population(17.2, 0.95, 13.0, -0.14, 0.13, 0.62, 0.19),
     Population(17.0, 0.75, 8.5, -0.20, 0.10, 0.90, 0.16),
     Population(17.3, 0.75, 7.0, -0.22, 0.09, 0.86, 0.17),
     Population(18.2, 0.70, 5.0, -0.14, 0.08, 0.66, 0.15),

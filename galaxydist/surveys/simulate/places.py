@@ -85,7 +85,7 @@ def class_counts(num_galaxies: int, balanced: bool = False) -> NDArray[np.int64]
             break
         exact[free] = weights[free] / weights[free].sum() * (num_galaxies - least * (~free).sum())
         exact = np.maximum(exact, least)
-        counts: NDArray[np.int64] = np.floor(exact + 1e-9).astype(np.int64)
+    counts: NDArray[np.int64] = np.floor(exact + 1e-9).astype(np.int64)
     for i in np.argsort(counts - exact, kind="stable")[: num_galaxies - counts.sum()]:
         counts[i] += 1
     return counts

@@ -1,0 +1,37 @@
+"""Guard (1): the simulated classes cannot be told by colour, brightness or a thumbnail alone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from galaxydist.errors import UserError
+from galaxydist.surveys.simulate.guards import GUARD_LIMIT, colour_features, measure_guards, thumbnails
+
+
+def test_features_are_what_they_say() -> None:
+    images = np.zeros((2, 256, 256, 3), np.uint8)
+    images[1, :, :, 0] = 100
+    features = colour_features(images)
+    assert features.shape == (2, 21)
+    assert features[0].max() == 0.0
+    assert sorted(features[1].tolist()) == [0.0] * 15 + [100.0] * 6
+    assert thumbnails(images).shape == (2, 768)
+    assert thumbnails(images)[1].reshape(16, 16, 3)[3, 5].tolist() == [100.0, 0.0, 0.0]
+
+
+def test_too_few_galaxies_are_refused() -> None:
+    with pytest.raises(UserError, match="at least 50"):
+        measure_guards(30)
+
+
+@pytest.mark.slow
+def test_the_simulation_is_not_easy(capsys: pytest.CaptureFixture[str], real_sample: Path) -> None:
+    result = measure_guards(1000, seed=0, real_dir=real_sample)
+    assert max(result["simulated"].values()) <= GUARD_LIMIT
+    assert result["passed"]
+    # As hard as the sky, not harder than it by much: the classes' colours and sizes are the real ones'.
+    for name, accuracy in result["real"].items():
+        assert abs(result["simulated"][name] - accuracy) < 0.10
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
