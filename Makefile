@@ -10,9 +10,9 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c const
 
 DEMO_GALAXIES ?= 3000
 DEMO_SEED ?= 0
-# The demo's data root, beside the code; `export GALAXYDIST_DATA=...` puts it elsewhere.
-GALAXYDIST_DATA ?= $(CURDIR)/data
-DEMO_ENV := GALAXYDIST_DATA="$(GALAXYDIST_DATA)"
+# A data root of the demo's own: what it finds there of an older version it replaces, and nobody else's data is near.
+DEMO_DATA ?= $(CURDIR)/data
+DEMO_ENV := GALAXYDIST_DATA="$(DEMO_DATA)"
 
 TEST_WORKERS ?= 2
 # Each worker keeps to one core: two that take both each are slower than one.
@@ -45,12 +45,12 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(VENV)/installed $@
 
 demo: $(VENV)/installed
-	$(DEMO_ENV) $(BIN)/galaxydist data simulate --num-galaxies $(DEMO_GALAXIES) --seed $(DEMO_SEED)
+	$(DEMO_ENV) $(BIN)/galaxydist data simulate --num-galaxies $(DEMO_GALAXIES) --seed $(DEMO_SEED) --overwrite
 	$(DEMO_ENV) $(BIN)/galaxydist data export --dataset simulated
-	$(DEMO_ENV) $(BIN)/galaxydist data shard --dataset simulated
+	$(DEMO_ENV) $(BIN)/galaxydist data shard --dataset simulated --overwrite
 	$(DEMO_ENV) $(BIN)/accelerate launch launch.py recipe=demo
 	$(DEMO_ENV) $(BIN)/galaxydist evaluate recipe=demo
-	@echo "to go on: source $(VENV)/bin/activate; export GALAXYDIST_DATA=\"$(GALAXYDIST_DATA)\"; galaxydist --help"
+	@echo "to go on: source $(VENV)/bin/activate; export GALAXYDIST_DATA=\"$(DEMO_DATA)\"; galaxydist --help"
 
 test: $(VENV)/installed-dev
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow and not slurm and not browser and not gpu"

@@ -23,7 +23,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="HDF5 file to write (default: hdf5/simulated.h5 in the data root)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace another survey of that name")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is another survey")
     add_workers(parser)
     add_data_dir(parser)
     parser.set_defaults(run=run)
@@ -34,9 +34,12 @@ def run(arguments: argparse.Namespace) -> None:
     from galaxydist.recipe.paths import hdf5_path
 
     path = arguments.out or hdf5_path(chosen_root(arguments), "simulated")
-    if path.exists() and not arguments.overwrite and _is_same(path, arguments):
+    difference = _difference(path, arguments) if path.exists() else ""
+    if path.exists() and not difference:
         print(f"simulated survey: {path} (there already)")
         return
+    if difference and not arguments.overwrite:
+        raise UserError(f"{path} {difference}. Give --overwrite to replace it, or --out FILE to write another")
 
     from galaxydist.surveys.simulate.survey import simulate_survey
 
@@ -44,8 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"simulated survey: {path} ({arguments.num_galaxies} galaxies, {path.stat().st_size / 1e6:.0f} MB)")
 
 
-def _is_same(path: Path, arguments: argparse.Namespace) -> bool:
-    """Whether the file is the survey that is asked for. Raises UserError where it is another."""
+def _difference(path: Path, arguments: argparse.Namespace) -> str:
+    """How the file differs from the survey that is asked for; empty where it is that survey."""
     from galaxydist.surveys.galaxy10 import read_survey_file
     from galaxydist.surveys.simulate.survey import SIMULATOR_VERSION
 
@@ -55,12 +58,9 @@ def _is_same(path: Path, arguments: argparse.Namespace) -> bool:
         "num_galaxies": arguments.num_galaxies,
         "balanced": int(arguments.balanced),
     }
-    hint = "Give --overwrite to replace it, or --out FILE to write another"
     try:
         attributes = read_survey_file(path).attributes
     except UserError as error:
-        raise UserError(f"{path} is in the way: {error}. {hint}") from error
+        return f"is in the way ({error})"
     different = [f"{key} is {attributes.get(key)}, not {value}" for key, value in wanted.items() if attributes.get(key) != value]
-    if different:
-        raise UserError(f"{path} holds another survey ({'; '.join(different)}). {hint}")
-    return True
+    return f"holds another survey ({'; '.join(different)})" if different else ""
