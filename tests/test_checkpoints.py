@@ -77,6 +77,18 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tensors_of_a_gpu_come_back_on_the_cpu(tmp_path: Path) -> None:
+    tensors = {"model/w": torch.randn(50, 20, device="cuda"), "model/t": torch.randn(4, 6, device="cuda").t()}
+    checkpoints.save(tmp_path, 1, tensors, {})
+    checkpoint = checkpoints.load(tmp_path)
+    assert checkpoint is not None
+    assert {name: bits(tensor) for name, tensor in checkpoint.tensors.items()} == {
+        name: bits(tensor.cpu()) for name, tensor in tensors.items()
+    }
+
+
 def test_no_checkpoint_and_no_tensors(tmp_path: Path) -> None:
     assert checkpoints.load(tmp_path / "nowhere") is None
     assert checkpoints.load(tmp_path, "best") is None

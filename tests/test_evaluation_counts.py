@@ -92,6 +92,18 @@ def test_logits_of_any_precision_are_counted(dtype: torch.dtype) -> None:
     assert counts.loss_sum == pytest.approx(functional.cross_entropy(logits_NK.to(dtype).double(), labels_N).item() * 20)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_counts_of_a_gpu_are_those_of_the_cpu() -> None:
+    logits_NK, labels_N = outputs(2, 100, 10)
+    here, there = Counts(10), Counts(10, "cuda")
+    here.add(logits_NK, labels_N, torch.ones(100))
+    there.add(logits_NK.cuda(), labels_N.cuda(), torch.ones(100, device="cuda"))
+    assert torch.equal(here.confusion_KK, there.confusion_KK)
+    assert there.vector().is_cuda
+    assert Counts.from_vector(there.vector()).loss_sum == pytest.approx(here.loss_sum, rel=1e-12)
+
+
 def test_a_missing_or_doubled_galaxy_is_an_error() -> None:
     counts = count_over_ranks(*outputs(0, 30, 3), 8, 2)
     counts.check(30)

@@ -71,7 +71,8 @@ def test_a_running_process_is_named_with_what_to_do(path: Path) -> None:
         make_lock(path).acquire()
     assert f"in use by process {holder.pid} on node1, job 77, restart 0" in str(raised.value)
     assert "scancel 77" in str(raised.value)
-    end(holder)  # leaves normally
+    end(holder)  # leaves normally, and takes its lock with it
+    assert not path.exists()
     with make_lock(path) as lock:
         assert lock.is_held
 
