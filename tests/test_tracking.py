@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,23 @@ def read_records(path: Path) -> Iterator[Any]:
             yield record
 
 
+def whole_records(path: Path) -> list[Any]:
+    """All records, once wandb's own process has written the last."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        records = list(read_records(path))
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{path} has no last record")
+
+
 def offline_runs(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    rows = (record.history.item for record in read_records(path) if record.WhichOneof("record_type") == "history")
+    rows = [record.history.item for record in whole_records(path) if record.WhichOneof("record_type") == "history"]
     return [{item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json) for item in row} for row in rows]
 
 
@@ -57,7 +69,7 @@ def test_offline_files_hold_the_recipe_and_one_curve_over_a_restart(blobs: Path,
     settings = quick_settings(blobs, run_dir, tracker__name="wandb", tracker__project="blobs", train__epochs=4)
     assert run_here(settings) == 0
     (path,) = offline_runs(run_dir)
-    (run,) = (record.run for record in read_records(path) if record.WhichOneof("record_type") == "run")
+    (run,) = (record.run for record in whole_records(path) if record.WhichOneof("record_type") == "run")
     assert run.project == "blobs" and run.run_id == json.loads((run_dir / "tracker.json").read_text())["run_id"]
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["train"]["epochs"] == 4 and config["model"]["name"] == "custom_cnn"
