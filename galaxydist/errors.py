@@ -1,5 +1,6 @@
 """The errors that a user can mend. The command line prints their text alone and leaves with exit code 2."""
 
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 
 
@@ -9,3 +10,7 @@ class UserError(ValueError):
 
 class EveryRankError(UserError):
     """A ``UserError`` that every process of a run raises alike: one of them prints it."""
+
+
+class RunFailedError(RuntimeError):
+    """A run that cannot go on, which no check before it could have seen. Every process raises it at the same step."""

@@ -64,7 +64,7 @@ class Survey(Protocol):
     """Where galaxies come from. Rows are numbered 0 ... N-1 in storage order.
 
     Attributes:
-        name: the data set's name, which every run, table and figure carries (``galaxy10_decals``, ``simulated``, a folder's name).
+        name: the data set's name, which every table and figure carries (``galaxy10_decals``, ``simulated``, a folder's name).
         variant: ``original`` or ``balanced``.
         class_names: by label.
         labels: N int64, the label of every row.
@@ -89,5 +89,8 @@ class Survey(Protocol):
     def slab_length(self) -> int: ...
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
-        """The galaxies of rows ``start`` ... ``stop - 1``, in order. Opens what it needs itself, so that processes may share a survey."""
+        """The galaxies of rows ``start`` ... ``stop - 1``, in order.
+
+        Opens what it needs itself, so that processes may share a survey.
+        """
         ...

@@ -1,5 +1,6 @@
 """The small parts of training: loss sums, schedule, micro-batches, early stopping, precision, SLURM's lists."""
 
+import itertools
 import math
 
 import pytest
@@ -61,8 +62,8 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_its_end() -> None:
     config = OptimConfig(lr=1e-2, warmup=0.1, final=0.05)
     rate = LearningRate(config, total_steps=200)
     rates = [rate.at(step) for step in range(200)]
-    assert all(earlier < later for earlier, later in zip(rates[:20], rates[1:21], strict=True))
-    assert all(earlier > later for earlier, later in zip(rates[20:], rates[21:], strict=False))
+    assert all(earlier < later for earlier, later in itertools.pairwise(rates[:21]))
+    assert all(earlier > later for earlier, later in itertools.pairwise(rates[20:]))
     assert rates[20] == max(rates) == pytest.approx(1e-2)
     assert rate.at(200) == pytest.approx(5e-4)
     # Half-way between the peak and the end of the cosine.
@@ -122,6 +123,8 @@ def test_fp16_without_a_gpu_is_refused_with_the_way_out() -> None:
         resolve_precision("fp16", has_gpu=False, capability=None)
 
 
-@pytest.mark.parametrize(("text", "node", "expected"), [("4(x2),3", 0, "4"), ("4(x2),3", 1, "4"), ("4(x2),3", 2, "3"), ("1", 0, "1")])
+@pytest.mark.parametrize(
+    ("text", "node", "expected"), [("4(x2),3", 0, "4"), ("4(x2),3", 1, "4"), ("4(x2),3", 2, "3"), ("1", 0, "1")]
+)
 def test_slurms_list_of_tasks_per_node(text: str, node: int, expected: str) -> None:
     assert _tasks_on_node({"SLURM_STEP_TASKS_PER_NODE": text, "SLURM_NODEID": str(node)}) == expected

@@ -1,4 +1,4 @@
-"""Whole runs, in this process and through the real launchers: start, stop, continue, finish, and what the run folder then holds."""
+"""Whole runs, in this process and through the real launchers: start, stop, continue, finish."""
 
 import json
 import signal

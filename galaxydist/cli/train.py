@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import MutableMapping, Sequence
 
-from galaxydist.errors import EXIT_BAD_INPUT, EveryRankError, UserError
+from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EveryRankError, RunFailedError, UserError
 
 EXIT_INTERRUPTED = 130
 EXIT_STOPPED = 75  # EX_TEMPFAIL: try again
@@ -43,6 +43,10 @@ def main(arguments: Sequence[str], environ: MutableMapping[str, str]) -> int:
             where = "" if isinstance(error, EveryRankError) or rank == 0 else f" (rank {rank})"
             print(f"galaxydist: error{where}: {error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
+    except RunFailedError as error:
+        if rank == 0:
+            print(f"galaxydist: error: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

@@ -47,7 +47,9 @@ def evaluate_run(
     recipe = from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
     manifest = read_manifest(manifest_path or find_manifest(recipe.data, data_root(data_dir or recipe.data.dir, environ)))
     if not has_split(manifest, split):
-        raise UserError(f"{manifest.path} has no galaxies in a split {split!r}. It has {', '.join(manifest.splits)}: give --split.")
+        raise UserError(
+            f"{manifest.path} has no galaxies in a split {split!r}. It has {', '.join(manifest.splits)}: give --split."
+        )
     world = enter_world(recipe.train.precision, environ)
     try:
         metrics = judge_run(world, folder, recipe, manifest, split)
@@ -94,7 +96,9 @@ def _find_checkpoint(folder: RunFolder, which: str) -> Path:
         newest = checkpoints.load(folder.checkpoints_dir, groups=())
         path = newest.path if newest is not None else None
     if path is None:
-        raise UserError(f"{folder} has no checkpoint yet: it was stopped before its first one. Train it on with the command that started it.")
+        raise UserError(
+            f"{folder} has no checkpoint yet: it was stopped before its first one. Train it on with the command that started it."
+        )
     return path
 
 
@@ -110,7 +114,7 @@ def _evaluate(world: World, path: Path, recipe: Recipe, manifest: Manifest, spli
         model.load_state_dict(evaluation_weights(checkpoint.tensors, checkpoint.state))
 
     world.together(load)
-    return evaluate_split(world, model.to(world.device), manifest, split, build_augment(recipe, manifest), recipe)
+    return evaluate_split(world, model.to(world.device), manifest, split, augment=build_augment(recipe, manifest), recipe=recipe)
 
 
 def read_weights(path: Path) -> Checkpoint:

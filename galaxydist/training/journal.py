@@ -42,7 +42,7 @@ class Journal:
     """
 
     def __init__(
-        self, world: World, folder: RunFolder, tracker: Tracker, schedule: Schedule, first_step: int, log_every: int
+        self, world: World, folder: RunFolder, tracker: Tracker, schedule: Schedule, *, first_step: int, log_every: int
     ) -> None:
         self.world = world
         self.folder = folder

@@ -5,16 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from galaxydist.errors import RunFailedError
 from galaxydist.shards.reader import Batch
 from galaxydist.training.agreement import Agreement, StopFlag
 from galaxydist.training.journal import Journal, Schedule
 from galaxydist.training.state import TrainingState
 from galaxydist.training.update import Update
 from galaxydist.training.world import World
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became nan or inf."""
 
 
 class Saver(Protocol):
@@ -55,7 +52,7 @@ class Loop:
             The signal's number after a signal (the state is saved), else 0.
 
         Raises:
-            NonFiniteLossError: on every rank at the same step; nothing is saved.
+            RunFailedError: on every rank at the same step; nothing is saved.
         """
         agreement = Agreement(self.world.size, self.world.device)
         while not self.is_done:
@@ -83,7 +80,7 @@ class Loop:
         """The stop signal that all ranks know of, after refusing to go on from a loss that is not a number."""
         stop_signal, nonfinite = agreement.read()
         if nonfinite:
-            raise NonFiniteLossError(
+            raise RunFailedError(
                 f"The loss of step {self.state.step} is not a number. The last checkpoint is from before it and stays. "
                 "Lower optim.lr, lengthen optim.warmup, or use train.precision=no."
             )

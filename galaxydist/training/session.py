@@ -17,7 +17,6 @@ from torch import nn
 from galaxydist.errors import UserError
 from galaxydist.models.build import build_model
 from galaxydist.models.groups import parameter_groups
-from galaxydist.recipe.fields import recipe_fields
 from galaxydist.recipe.identity import flatten, result_fields, run_name, to_dict
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.paths import data_root, weights_dir
@@ -87,14 +86,14 @@ class Session:
         self.recipe = resolved.recipe
         self.world = world
         self.environ = environ
+        self._lock: RunLock | None = None
         self.root = data_root(self.recipe.data.dir, environ)
 
     def run(self) -> int:
         """See ``train``."""
         processes = "1 process" if self.world.size == 1 else f"{self.world.size} processes"
-        self._say(
-            f"galaxydist: {processes}, {self.world.device.type}, {self.world.cores} threads each, precision {self.world.precision}"
-        )
+        device, precision = self.world.device.type, self.world.precision
+        self._say(f"galaxydist: {processes}, {device}, {self.world.cores} threads each, precision {precision}")
         path = find_manifest(self.recipe.data, self.root)
         manifest = self.world.together(lambda: open_manifest(path, self.recipe, self.world.size))
         torch.manual_seed(self.recipe.seed)
@@ -127,7 +126,7 @@ class Session:
             job_id=self.world.job_id,
             restart_count=self.world.restart_count,
         )
-        stack.enter_context(lock)
+        self._lock = stack.enter_context(lock)
         newest = checkpoints.load(folder.checkpoints_dir, groups=())
         if newest is not None and newest.state["manifest_hash"] != manifest.hash:
             raise UserError(
@@ -152,9 +151,21 @@ class Session:
         ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema > 0 else None
         prepared_model, optimizer = world.accelerator.prepare(model, build_optimizer(groups, self.recipe.optim))
         augment = build_augment(self.recipe, manifest)
-        objective = Objective(class_weights(config.class_weights, train_split.class_counts).to(world.device), config.label_smoothing)
+        objective = Objective(
+            class_weights(config.class_weights, train_split.class_counts).to(world.device), config.label_smoothing
+        )
         rate = LearningRate(self.recipe.optim, schedule.total_steps)
-        update = Update(world, prepared_model, optimizer, objective, augment, rate, ema, config, self.recipe.seed)
+        update = Update(
+            world,
+            prepared_model,
+            optimizer,
+            objective=objective,
+            augment=augment,
+            rate=rate,
+            ema=ema,
+            config=config,
+            seed=self.recipe.seed,
+        )
         stopping = EarlyStopping(config.metric, config.patience)
         state = TrainingState(model, optimizer, world.accelerator.scaler, ema, stopping)
         return Parts(state, update, augment, schedule, model if ema is None else ema.module)
@@ -191,7 +202,9 @@ class Session:
         try:
             with (
                 self._open_reader(manifest, state.step) as reader,
-                Journal(world, folder, tracker, parts.schedule, state.step, recipe.train.log_every) as journal,
+                Journal(
+                    world, folder, tracker, parts.schedule, first_step=state.step, log_every=recipe.train.log_every
+                ) as journal,
             ):
                 loop = Loop(
                     world,
@@ -238,7 +251,7 @@ class Session:
 
     def _validate(self, parts: Parts, manifest: Manifest) -> dict[str, float]:
         average_statistics(self.world, parts.state.model, parts.judged)
-        found = evaluate_split(self.world, parts.judged, manifest, "val", parts.augment, self.recipe)
+        found = evaluate_split(self.world, parts.judged, manifest, "val", augment=parts.augment, recipe=self.recipe)
         return {f"val/{name}": found[name] for name in ("loss", "accuracy", "balanced_accuracy")}
 
     def _save(self, parts: Parts, manifest: Manifest, folder: RunFolder, is_best: bool) -> None:
@@ -246,6 +259,8 @@ class Session:
         average_statistics(self.world, parts.state.model, parts.judged)
 
         def write() -> None:
+            assert self._lock is not None
+            self._lock.check()
             tensors, state = parts.state.snapshot()
             state |= {"manifest_hash": manifest.hash, "order_version": self.recipe.order_version, "recipe": to_dict(self.recipe)}
             checkpoints.save(folder.checkpoints_dir, parts.state.step, tensors, state, best=is_best)

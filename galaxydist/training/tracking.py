@@ -51,6 +51,7 @@ class WandbTracker:
     def __init__(
         self,
         config: TrackerConfig,
+        *,
         mode: str,
         folder: Path,
         run_id: str,
@@ -115,7 +116,7 @@ def build_tracker(
         return NullTracker()
     mode = config.mode if config.mode != "auto" else choose_wandb_mode(environ)
     try:
-        return WandbTracker(config, mode, folder, run_id, name, recipe, logged_step)
+        return WandbTracker(config, mode=mode, folder=folder, run_id=run_id, name=name, recipe=recipe, logged_step=logged_step)
     except Exception as error:  # a tracker that fails never stops a training run
         LOG.warning("wandb could not start (%s); metrics.jsonl has every number", error)
         return NullTracker()

@@ -1,5 +1,6 @@
 """One optimizer step over one global batch, whatever the number of processes and micro-batches."""
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -43,6 +44,7 @@ class Update:
         world: World,
         model: nn.Module,
         optimizer: Any,
+        *,
         objective: Objective,
         augment: Augment,
         rate: LearningRate,
@@ -82,7 +84,9 @@ class Update:
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         parts = split_evenly(len(labels_B), self.num_parts)
         for number, part in enumerate(parts):
-            images_BCHW = self.augment(batch.images_BHWC[part].to(device, non_blocking=True), batch.epoch, batch.positions_B[part])
+            images_BCHW = self.augment(
+                batch.images_BHWC[part].to(device, non_blocking=True), batch.epoch, batch.positions_B[part]
+            )
             is_last = number == len(parts) - 1
             with nullcontext() if is_last else self.world.accelerator.no_sync(self.model):
                 self._seed_model(step, number)
@@ -133,4 +137,4 @@ def count_micro_batches(batch_size: int, world_size: int, micro_batch: int) -> i
 def split_evenly(length: int, num_parts: int) -> Sequence[slice]:
     """``num_parts`` slices of 0 ... length-1 whose sizes differ by one at most."""
     edges = [length * part // num_parts for part in range(num_parts + 1)]
-    return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]

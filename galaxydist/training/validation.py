@@ -17,7 +17,7 @@ from galaxydist.training.world import World
 
 @torch.inference_mode()
 def evaluate_split(
-    world: World, model: nn.Module, manifest: Manifest, split: str, augment: Augment, recipe: Recipe
+    world: World, model: nn.Module, manifest: Manifest, split: str, *, augment: Augment, recipe: Recipe
 ) -> dict[str, Any]:
     """Accuracy, loss, per-class figures and confusion matrix of a split. All ranks take part and get the same.
 

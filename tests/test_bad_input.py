@@ -1,0 +1,142 @@
+"""What goes wrong at the start of a run, or in the middle, has a message that says what to do, and loses nothing."""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from galaxydist.runs import checkpoints
+from galaxydist.shards.manifest import read_manifest
+from galaxydist.shards.write import write_shards
+from tests.blobs import BlobSurvey
+from tests.runs import TORCHRUN_2, launch, quick_settings, run_here
+
+HOLD_LOCK = """
+import os, sys, time
+from pathlib import Path
+from galaxydist.runs.lock import RunLock
+folder = Path(sys.argv[1])
+folder.mkdir()
+with RunLock(folder / "lock.json", host=os.uname().nodename, pid=os.getpid(), clock=time.time):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run; it is refused as bad input, with one message."""
+    capsys.readouterr()
+    assert run_here(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("galaxydist: error: ") == 1
+    assert "Traceback" not in error
+    return error
+
+
+def test_missing_data_names_the_commands_that_make_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    error = refused(["recipe=resnet18", f"data.dir={tmp_path / 'data'}", f"run.dir={run_dir}"], capsys)
+    assert "galaxydist data fetch" in error
+    assert "galaxydist data shard --dataset galaxy10_decals --variant original" in error
+    error = refused(["recipe=demo", f"data.dir={tmp_path / 'data'}", "data.conflicting=drop", f"run.dir={run_dir}"], capsys)
+    assert "galaxydist data simulate" in error and "--conflicting drop" in error
+    assert not run_dir.exists()
+
+
+def test_a_batch_larger_than_the_data_is_refused(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(quick_settings(blobs, tmp_path / "run", train__batch_size=73), capsys)
+    assert "train.batch_size=73" in error and "72 training galaxies" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_fp16_without_a_gpu_is_refused(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(quick_settings(blobs, tmp_path / "run", train__precision="fp16"), capsys)
+    assert "needs a GPU" in error and "train.precision=auto" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.multiprocess
+def test_more_processes_than_the_global_batch_holds(blobs: Path, tmp_path: Path) -> None:
+    done = launch(TORCHRUN_2, quick_settings(blobs, tmp_path / "run", train__batch_size=1))
+    assert done.returncode != 0
+    assert done.stderr.count("galaxydist: error: ") == 1
+    assert "2 processes are more than the global batch holds" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_in_use_is_left_alone(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, str(run_dir)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        before = sorted(run_dir.iterdir())
+        error = refused(quick_settings(blobs, run_dir), capsys)
+        assert f"process {holder.pid}" in error and "run.dir=" in error
+        assert sorted(run_dir.iterdir()) == before
+    finally:
+        holder.kill()
+        holder.communicate()
+    # Its holder is dead now: the folder is free at once.
+    assert run_here(quick_settings(blobs, run_dir, train__epochs=1)) == 0
+
+
+def test_another_recipe_or_other_shards_do_not_continue_a_run(
+    blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert run_here(quick_settings(blobs, run_dir, train__epochs=1)) == 0
+    (run_dir / "result.json").unlink()
+    error = refused(quick_settings(blobs, run_dir, train__epochs=2), capsys)
+    assert "train.epochs: 1 in the run folder, 2 now" in error and "resume.force=[train.epochs]" in error
+    other = write_shards(BlobSurvey(num_galaxies=90, source_hash="1" * 64), tmp_path / "other", encoding="png", workers=1)
+    error = refused(quick_settings(other.path, run_dir, train__epochs=1, resume__force="[data.manifest]"), capsys)
+    assert "other shards" in error
+    # What changes no number may change freely, and a forced key is taken.
+    assert run_here(quick_settings(blobs, run_dir, train__epochs=2, resume__force="[train.epochs]", data__threads=1)) == 0
+    newest = checkpoints.load(run_dir / "checkpoints")
+    assert newest is not None and newest.step == 6
+
+
+def test_a_truncated_shard_stops_the_run_and_names_it(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(blobs.parent, shards)
+    manifest = read_manifest(shards)
+    shard = manifest.shard_path("train", 1)
+    shard.write_bytes(shard.read_bytes()[:5000])
+    error = refused(quick_settings(manifest.path, tmp_path / "run"), capsys)
+    assert shard.name in error and "blob-" in error
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(
+    blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    broken = {"recipe": "vit_scratch", "model__width": None, "train__clip_norm": 0, "optim__name": "sgd"}
+    assert run_here(quick_settings(blobs, run_dir, **broken, optim__lr=1e35, optim__warmup=0.0)) == 1
+    assert "is not a number" in capsys.readouterr().err
+    assert checkpoints.list_checkpoints(run_dir / "checkpoints") == []
+    assert not (run_dir / "result.json").exists()
+
+
+def test_a_killed_run_continues(blobs: Path, tmp_path: Path) -> None:
+    from tests.runs import LAUNCH, PYTHON, read_evaluation
+
+    run_dir = tmp_path / "run"
+    settings = quick_settings(blobs, run_dir, train__epochs=30)
+    process = subprocess.Popen([*PYTHON, str(LAUNCH), *settings])
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and len(checkpoints.list_checkpoints(run_dir / "checkpoints")) < 2:
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    assert checkpoints.list_checkpoints(run_dir / "checkpoints")
+    assert run_here(settings) == 0
+    assert read_evaluation(run_dir)["count"] == 24
