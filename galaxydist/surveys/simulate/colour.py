@@ -13,8 +13,8 @@ SCALES_G_R_Z = np.array([6.0, 3.4, 2.2], np.float32)
 BLACK_LEVEL = 0.03
 SOFTENING_Q = 20.0
 
-# Viewer cut-outs, which Galaxy10 consists of, are JPEG of quality 75 with halved colour resolution (read off the sample's own
-# tables).
+# Viewer cut-outs, which Galaxy10 consists of, are JPEG of quality 75
+# with halved colour resolution (read off the sample's own tables).
 JPEG_QUALITY = 75
 
 Array = NDArray[np.float32]

@@ -9,8 +9,8 @@ from scipy.special import ndtri
 
 from galaxydist.chance import hash64, uniform
 
-# What a hash is about. Numbers, not names, because they enter the hash; a new purpose gets a new number, an old one keeps its
-# own.
+# What a hash is about. Numbers, not names, because they enter the
+# hash; a new purpose gets a new number, an old one keeps its own.
 GALAXY, SKY, PIXELS, PLACES, PAIRS, TWICE = range(101, 107)
 
 _BLOCK = 512

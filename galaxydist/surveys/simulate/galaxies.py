@@ -15,7 +15,7 @@ _HALF_LIGHT = 1.678
 
 # Pitch angles in degrees of tightly and of loosely wound arms.
 TIGHT_PITCH = (7.0, 14.0)
-LOOSE_PITCH = (19.0, 36.0)
+LOOSE_PITCH = (17.0, 34.0)
 
 
 def inclined(dice: Dice, least: float, most: float = 1.0) -> float:
@@ -54,7 +54,7 @@ def draw_spiral(scene: Scene, dice: Dice, light: Light, label: int, place: Place
         _draw_barred(scene, dice, light, at, scale)
         return
     tight = label == TIGHT_SPIRAL
-    bulge = float(np.clip(dice.normal(0.18, 0.08) if tight else dice.normal(0.09, 0.06), 0.02, 0.5))
+    bulge = float(np.clip(dice.normal(0.18, 0.08) if tight else dice.normal(0.13, 0.07), 0.02, 0.5))
     knots = dice.uniform(0.0, 0.05) if tight else dice.uniform(0.0, 0.12)
     arms, redder = draw_arms(dice, tight), dice.uniform(0.05, 0.25)
     disc = light.fluxes(1.0 - bulge - knots, -redder * bulge)
@@ -70,7 +70,7 @@ def draw_arms(dice: Dice, tight: bool) -> Arms:
         share, sharpness, ragged = dice.uniform(0.3, 0.75), dice.uniform(1.0, 2.2), dice.uniform(0.3, 0.9)
     else:
         num, pitch = (1, 2, 3, 4)[dice.pick((0.12, 0.60, 0.20, 0.08))], dice.uniform(*LOOSE_PITCH)
-        share, sharpness, ragged = dice.uniform(0.55, 0.92), dice.uniform(1.0, 2.8), dice.uniform(0.4, 1.0)
+        share, sharpness, ragged = dice.uniform(0.45, 0.92), dice.uniform(0.8, 2.6), dice.uniform(0.4, 1.0)
     return Arms(
         num=num,
         pitch=float(np.radians(pitch)),
@@ -96,7 +96,7 @@ def _draw_barred(scene: Scene, dice: Dice, light: Light, at: Ellipse, scale: flo
         # The arms' ridge passes through the bar's ends.
         phase=2.0 * float(sense * turn - np.log(length / scale) / np.tan(pitch)),
         sharpness=dice.uniform(0.8, 2.2),
-        share=dice.uniform(0.25, 0.7),
+        share=dice.uniform(0.2, 0.65),
         ragged=dice.uniform(0.1, 0.6),
         inner=length / scale,
     )

@@ -11,8 +11,8 @@ from galaxydist.surveys.simulate.sky import DECAM_PIXEL
 
 (DISTURBED, MERGING, ROUND, IN_BETWEEN, CIGAR, BARRED, TIGHT_SPIRAL, LOOSE_SPIRAL, EDGE_ON, EDGE_ON_BULGE) = range(10)
 
-# Galaxies larger than this (half-light radius, pixels of 0.262 arcsec) are shown at twice the pixel scale, as Galaxy10 shows
-# large ones.
+# Galaxies larger than this (half-light radius, pixels of 0.262 arcsec)
+# are shown at twice the pixel scale, as Galaxy10 shows large ones.
 _LARGE = 48.0
 
 
@@ -29,11 +29,9 @@ class Population:
     colour_sigma: float
 
 
-# Medians and scatters measured (isophotal, in the unstretched pictures) on the first 50 rows of each class of the real sample,
-# the half that may be
-# tuned on. They agree with the field's: early types red at g-r = 0.9, late ones 0.4 ... 0.7 (Strateva et al. 2001, AJ 122, 1861;
-# z = 0.1),
-# sizes that grow with luminosity (Shen et al. 2003, MNRAS 343, 978).
+# Medians and scatters measured (isophotal, in the unstretched pictures) on the first 50 rows of each class of the real
+# sample, the half that may be tuned on. They agree with the field's: early types red at g-r = 0.9, late ones 0.4 ...
+# 0.7 (Strateva et al. 2001, AJ 122, 1861; z = 0.1), sizes that grow with luminosity (Shen et al. 2003, MNRAS 343, 978).
 POPULATIONS = (
     Population(17.2, 0.95, 13.0, -0.14, 0.13, 0.62, 0.19),
     Population(17.0, 0.75, 8.5, -0.20, 0.10, 0.90, 0.16),

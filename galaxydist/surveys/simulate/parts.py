@@ -9,8 +9,8 @@ from galaxydist.surveys.simulate import profiles
 from galaxydist.surveys.simulate.dice import Dice
 from galaxydist.surveys.simulate.scene import Array, Scene
 
-# Extinction in g, r, z for a depth of 1 in r: Schlafly & Finkbeiner (2011, ApJ 737, 103), table 6 for DECam, R_V = 3.1: 3.237,
-# 2.176, 1.217.
+# Extinction in g, r, z for a depth of 1 in r: Schlafly & Finkbeiner
+# (2011, ApJ 737, 103), table 6 for DECam, R_V = 3.1: 3.237, 2.176, 1.217.
 REDDENING = np.array([1.49, 1.0, 0.56], np.float32)
 # A young population against an old one of the same light in r: bluer by 0.6 in g-r and 0.5 in r-z.
 _YOUNG = np.array([1.74, 1.0, 0.63], np.float32)
@@ -77,8 +77,8 @@ def draw_disc(
     u, v = window.turned(at.angle)
     v = v / np.float32(at.axis_ratio)
     radius = np.sqrt(u * u + v * v + np.float32(0.1))
-    # Most discs bend down outside (Pohlen & Trujillo 2006, A&A 454, 759): exp(-(r/s)^k) with k of 1 ... 1.6 at the same half-
-    # light radius.
+    # Most discs bend down outside (Pohlen & Trujillo 2006, A&A 454, 759):
+    # exp(-(r/s)^k) with k of 1 ... 1.6 at the same half- light radius.
     bend = dice.uniform(1.0, 1.6)
     wide = scale * (1.0 + 1.25 * (bend - 1.0))
     base = np.exp(-((radius / np.float32(wide)) ** np.float32(bend)))

@@ -69,5 +69,6 @@ def take_picture(plan: Plan, row: int) -> Picture:
     sky.add_background(scene, field)
     sky.add_stars(scene, field)
     light_CHW = sky.blur(scene.light_CHW, sky.draw_seeing(field), scene.pixel_scale)
+    sky.add_artefacts(light_CHW, field)
     light_CHW = sky.add_noise(light_CHW, field, scene.pixel_scale, plan.seed, shown)
     return Picture(colour.to_picture(light_CHW), light.redshift, light.pixel_scale)

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 SIZE = 256
-# Drawn beyond the picture's edges, so that light is smeared into it as out of it, and so that the Fourier transform's wrap-around
-# stays outside.
+# Drawn beyond the picture's edges, so that light is smeared into it as out
+# of it, and so that the Fourier transform's wrap-around stays outside.
 MARGIN = 16
 CANVAS = SIZE + 2 * MARGIN
 CENTRE = CANVAS / 2 - 0.5

@@ -11,17 +11,18 @@ from galaxydist.surveys.simulate.colour import to_fluxes
 from galaxydist.surveys.simulate.dice import PIXELS, Dice, pixel_normals
 from galaxydist.surveys.simulate.scene import CANVAS, MARGIN, SIZE, Array, Scene
 
-# Median seeing of the Legacy Surveys' DECam images, full width at half maximum in arcsec in g, r, z (Dey et al. 2019, AJ 157,
-# 168).
+# Median seeing of the Legacy Surveys' DECam images, full width at
+# half maximum in arcsec in g, r, z (Dey et al. 2019, AJ 157, 168).
 SEEING = (1.3, 1.2, 1.1)
 # Wings as ground-based images have them: Trujillo et al. (2001, MNRAS 328, 977) find Moffat exponents of 2.5 ... 4.8.
 MOFFAT_BETA = 3.2
 DECAM_PIXEL = 0.262
 
 # Sky noise per pixel of 0.262 arcsec in g, r, z, nanomaggies. DECaLS' depths (Dey et al. 2019) give the bands' order and rough
-# size;
-# the values make the pictures' sky noise that of the real sample's tuning half.
+# size; the values make the pictures' sky noise that of the real sample's tuning half.
 NOISE = (0.0016, 0.0028, 0.0060)
+# What a pixel's noise takes from each neighbour's: co-adds are resampled, so that neighbours share some of theirs.
+_CORRELATION = 0.10
 
 
 def draw_seeing(dice: Dice) -> tuple[float, float, float]:
@@ -56,6 +57,21 @@ def moffat_transform(fwhm: float) -> NDArray[np.complex64]:
     return np.asarray(fft.rfft2((profile / profile.sum()).astype(np.float32)))
 
 
+def add_artefacts(light_CHW: Array, dice: Dice) -> None:
+    """What goes wrong in a few pictures: a satellite's trail in one band, the glare of a bright star beyond the edge."""
+    grid = np.arange(CANVAS, dtype=np.float32) - np.float32(CANVAS / 2)
+    if dice.chance(0.015):
+        band, angle, offset = dice.integer(0, 2), dice.uniform(0.0, np.pi), dice.uniform(-100.0, 100.0)
+        across = grid[None, :] * np.float32(np.cos(angle)) + grid[:, None] * np.float32(np.sin(angle)) - np.float32(offset)
+        light_CHW[band] += np.float32(NOISE[band] * dice.uniform(1.5, 6.0)) * np.exp(-0.5 * (across / np.float32(2.0)) ** 2)
+    if dice.chance(0.03):
+        angle, distance, reach = dice.uniform(0.0, 2.0 * np.pi), dice.uniform(150.0, 210.0), dice.uniform(15.0, 50.0)
+        x, y = np.float32(distance * np.cos(angle)), np.float32(distance * np.sin(angle))
+        gap = np.maximum(np.hypot(grid[None, :] - x, grid[:, None] - y) - np.float32(0.6 * distance), 0.0)
+        colour = np.array([dice.uniform(0.5, 1.5), 1.0, dice.uniform(0.5, 1.5)], np.float32) * np.array(NOISE, np.float32)
+        light_CHW += np.float32(dice.uniform(1.0, 6.0)) * np.exp(-gap / np.float32(reach)) * colour[:, None, None]
+
+
 def add_noise(light_CHW: Array, dice: Dice, pixel_scale: float, seed: int, row: int) -> Array:
     """The picture's SIZE x SIZE of the scene with the sky's noise, correlated between neighbours as resampled co-adds are.
 
@@ -70,10 +86,15 @@ def add_noise(light_CHW: Array, dice: Dice, pixel_scale: float, seed: int, row: 
     coarser = pixel_scale / DECAM_PIXEL
     sigma /= coarser
     white = pixel_normals((3, SIZE + 2, SIZE + 2), seed, PIXELS, row)
-    side = np.float32(0.10)
-    rows = white[:, 1:-1] + side * (white[:, :-2] + white[:, 2:])
-    noise = rows[:, :, 1:-1] + side * (rows[:, :, :-2] + rows[:, :, 2:])
-    noise *= (sigma / (1.0 + 2.0 * 0.10**2)).astype(np.float32)[:, None, None]
+    noise = np.empty((3, SIZE, SIZE), np.float32)
+    for band in range(3):  # a band at a time stays in the cache
+        rows = white[band, :-2] + white[band, 2:]
+        rows *= np.float32(_CORRELATION)
+        rows += white[band, 1:-1]
+        np.add(rows[:, :-2], rows[:, 2:], out=noise[band])
+        noise[band] *= np.float32(_CORRELATION)
+        noise[band] += rows[:, 1:-1]
+        noise[band] *= np.float32(sigma[band] / (1.0 + 2.0 * _CORRELATION**2))
     if dice.chance(0.06):
         edge = int(dice.uniform(0.1, 0.9) * SIZE)
         strip = noise[:, :edge] if dice.chance(0.5) else noise[:, :, :edge]
