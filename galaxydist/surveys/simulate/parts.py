@@ -78,7 +78,7 @@ def draw_disc(
     v = v / np.float32(at.axis_ratio)
     radius = np.sqrt(u * u + v * v + np.float32(0.1))
     # Most discs bend down outside (Pohlen & Trujillo 2006, A&A 454, 759):
-    # exp(-(r/s)^k) with k of 1 ... 1.6 at the same half- light radius.
+    # exp(-(r/s)^k) with k of 1 ... 1.6 at the same half-light radius.
     bend = dice.uniform(1.0, 1.6)
     wide = scale * (1.0 + 1.25 * (bend - 1.0))
     base = np.exp(-((radius / np.float32(wide)) ** np.float32(bend)))

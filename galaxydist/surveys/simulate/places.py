@@ -27,6 +27,7 @@ class Plan:
 
     Attributes:
         seed: of the survey.
+        balanced: equally many galaxies of each class.
         labels: N classes, sorted as in the official file.
         ra, dec: N positions, degrees.
         shown: N rows whose galaxy a row shows: its own but for the second label of the galaxy that is there twice.
@@ -34,6 +35,7 @@ class Plan:
     """
 
     seed: int
+    balanced: bool
     labels: NDArray[np.int64]
     ra: NDArray[np.float64]
     dec: NDArray[np.float64]
@@ -42,11 +44,11 @@ class Plan:
 
     def neighbours(self, row: int) -> Iterator[tuple[int, float, float]]:
         """Rows that lie in this row's picture, with their offsets east and north in arcsec."""
-        for one, other in self.pairs:
-            if row in (one, other):
-                there = int(other if row == one else one)
-                east = (self.ra[there] - self.ra[row]) * np.cos(np.radians(self.dec[row])) * 3600.0
-                yield there, float(east), float((self.dec[there] - self.dec[row]) * 3600.0)
+        for there in self.pairs[(self.pairs == row).any(axis=1)].ravel():
+            if there != row:
+                across = (self.ra[there] - self.ra[row] + 180.0) % 360.0 - 180.0
+                east = across * np.cos(np.radians(self.dec[row])) * 3600.0
+                yield int(there), float(east), float((self.dec[there] - self.dec[row]) * 3600.0)
 
 
 def plan_survey(num_galaxies: int, seed: int, balanced: bool = False) -> Plan:
@@ -69,7 +71,7 @@ def plan_survey(num_galaxies: int, seed: int, balanced: bool = False) -> Plan:
             _put_beside(ra, dec, (int(one), int(other)), Dice(seed, PAIRS, int(one), 1), _PAIR_SEPARATION)
         _put_beside(ra, dec, (first, second), Dice(seed, TWICE, first), (0.05, 0.5))
         shown[second] = first
-    return Plan(seed, labels, ra, dec, shown, pairs)
+    return Plan(seed, balanced, labels, ra, dec, shown, pairs)
 
 
 def class_counts(num_galaxies: int, balanced: bool = False) -> NDArray[np.int64]:

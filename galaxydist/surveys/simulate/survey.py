@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,14 @@ def draw_slab(plan: Plan, start: int, stop: int) -> Slab:
     )
 
 
+def _draw_planned(num_galaxies: int, seed: int, balanced: bool, start: int, stop: int) -> Slab:
+    # Each process makes the plan itself, once: sent along with each slab, a large survey's would weigh more than the slab.
+    return draw_slab(_plan_once(num_galaxies, seed, balanced), start, stop)
+
+
+_plan_once = lru_cache(maxsize=1)(plan_survey)
+
+
 def _slabs(plan: Plan, workers: int | None) -> Iterator[Slab]:
     workers = workers or (len(os.sched_getaffinity(0)) if len(plan.labels) >= _WORTH_PROCESSES else 1)
     edges = [(start, min(start + _SLAB, len(plan.labels))) for start in range(0, len(plan.labels), _SLAB)]
@@ -100,7 +109,7 @@ def _slabs(plan: Plan, workers: int | None) -> Iterator[Slab]:
         waiting: deque[Future[Slab]] = deque()
         try:
             for start, stop in edges:
-                waiting.append(pool.submit(draw_slab, plan, start, stop))
+                waiting.append(pool.submit(_draw_planned, len(plan.labels), plan.seed, plan.balanced, start, stop))
                 if len(waiting) >= 3 * workers:
                     yield waiting.popleft().result()
             while waiting:
