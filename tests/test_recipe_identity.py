@@ -1,5 +1,6 @@
 """The plain form of a recipe and the name that its result fields give a run; where data lies."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import get_args
@@ -62,10 +63,12 @@ def test_numbers_are_canonical(tmp_path: Path) -> None:
     )
 
 
-def test_golden_name() -> None:
-    """If this changes, every run folder in the world gets another name: add fields only together with a reason."""
-    assert set(result_fields(BASE)).isdisjoint({"run.dir", "run.root", "tracker.name", "data.dir", "train.micro_batch"})
-    assert run_name(BASE) == f"base-{result_hash(BASE)}"
+def test_the_hash_is_of_the_result_fields_as_sorted_json_and_names_the_run() -> None:
+    fields = result_fields(BASE)
+    assert set(fields).isdisjoint({"run.dir", "run.root", "tracker.name", "data.dir", "train.micro_batch"})
+    assert (fields["optim.lr"], fields["data.manifest"], fields["name"]) == (1e-3, None, "base")
+    canonical = "{" + ",".join(f"{json.dumps(key)}:{json.dumps(fields[key])}" for key in sorted(fields)) + "}"
+    assert run_name(BASE) == f"base-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
 
 
 def test_every_field_is_described_and_every_section_is_frozen() -> None:

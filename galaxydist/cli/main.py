@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input (one message, no traceback), 130 interrupted wit
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    logging.basicConfig(format="galaxydist: %(message)s", level=logging.WARNING)
     try:
         parsed = build_parser().parse_args(arguments)
         parsed.run(parsed)
