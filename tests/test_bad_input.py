@@ -4,10 +4,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from galaxydist.runs import checkpoints
 from galaxydist.shards.manifest import read_manifest
@@ -50,6 +54,22 @@ def test_missing_data_names_the_commands_that_make_it(tmp_path: Path, capsys: py
 def test_a_batch_larger_than_the_data_is_refused(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(quick_settings(blobs, tmp_path / "run", train__batch_size=73), capsys)
     assert "train.batch_size=73" in error and "72 training galaxies" in error
+    assert not (tmp_path / "run").exists()
+
+
+@dataclass(frozen=True)
+class WithoutPairs(BlobSurvey):
+    """No pair is in the training split."""
+
+    @property
+    def splits(self) -> Mapping[str, NDArray[np.int64]]:
+        return {**super().splits, "train": super().splits["train"][self.labels[super().splits["train"]] != 2]}
+
+
+def test_a_class_without_training_galaxies_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = write_shards(WithoutPairs(), tmp_path / "shards", encoding="png", workers=1)
+    error = refused(quick_settings(manifest.path, tmp_path / "run"), capsys)
+    assert "no training galaxies of pair" in error
     assert not (tmp_path / "run").exists()
 
 

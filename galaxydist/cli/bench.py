@@ -1,9 +1,13 @@
-"""``galaxydist bench``: measured figures. ``simulator``: how easy the simulated survey is for classifiers that see no shapes."""
+"""``galaxydist bench``: measured figures.
+
+``simulator``: how easy the simulated survey is for classifiers that see no shapes. ``transfer``: how much it is like the sky.
+"""
 
 import argparse
+import os
 from pathlib import Path
 
-from galaxydist.cli.options import Commands, add_workers, non_negative_int, positive_int
+from galaxydist.cli.options import Commands, add_data_dir, add_workers, non_negative_int, positive_int
 
 
 def add_parser(commands: Commands) -> None:
@@ -23,6 +27,20 @@ def add_parser(commands: Commands) -> None:
     simulator.add_argument("--real", type=Path, metavar="DIR", help="real galaxies to measure beside them: <label>/<row>.jpg")
     add_workers(simulator)
     simulator.set_defaults(run=run_simulator)
+    transfer = inner.add_parser(
+        "transfer",
+        help="how much the simulated survey is like the sky",
+        description="Train the demo's recipe on simulated galaxies alone, test it on real ones; several seeds.",
+        allow_abbrev=False,
+    )
+    transfer.add_argument("--real", type=Path, required=True, metavar="DIR", help="real galaxies: <label>/<row>.jpg")
+    transfer.add_argument(
+        "--num-galaxies", type=positive_int, default=3000, metavar="N", help="simulated, class-balanced (default: %(default)s)"
+    )
+    transfer.add_argument("--seeds", type=positive_int, default=3, metavar="K", help="training runs (default: %(default)s)")
+    transfer.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+    add_data_dir(transfer)
+    transfer.set_defaults(run=run_transfer)
 
 
 def run_simulator(arguments: argparse.Namespace) -> None:
@@ -30,3 +48,18 @@ def run_simulator(arguments: argparse.Namespace) -> None:
     from galaxydist.surveys.simulate.guards import measure_guards
 
     measure_guards(arguments.num_galaxies, arguments.seed, real_dir=arguments.real, workers=arguments.workers)
+
+
+def run_transfer(arguments: argparse.Namespace) -> None:
+    """Train on simulated galaxies, test on real ones, print both."""
+    from galaxydist.recipe.paths import data_root
+    from galaxydist.training.transfer import measure_transfer
+
+    measure_transfer(
+        arguments.real,
+        data_root(arguments.data_dir, os.environ) / "bench" / "transfer",
+        os.environ,
+        num_galaxies=arguments.num_galaxies,
+        seeds=arguments.seeds,
+        overrides=arguments.overrides,
+    )

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from galaxydist import __version__
 from galaxydist.cli import bench, data, evaluate, recipes, weights
+from galaxydist.cli.threads import wait_politely
 from galaxydist.cli.train import EXIT_INTERRUPTED
 from galaxydist.errors import EXIT_BAD_INPUT, UserError
 
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     logging.basicConfig(format="galaxydist: %(message)s", level=logging.WARNING)
     try:
+        wait_politely(os.environ)
         parsed = build_parser().parse_args(arguments)
         parsed.run(parsed)
         sys.stdout.flush()

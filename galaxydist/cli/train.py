@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import MutableMapping, Sequence
 
+from galaxydist.cli.threads import wait_politely
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EveryRankError, RunFailedError, UserError
 
 EXIT_INTERRUPTED = 130
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str], environ: MutableMapping[str, str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(USAGE, end="")
         return 0 if arguments else EXIT_BAD_INPUT
+    wait_politely(environ)
     rank = int(environ.get("RANK") or environ.get("SLURM_PROCID") or 0)
     try:
         return _train(arguments, environ)

@@ -1,6 +1,10 @@
 """From a recipe's data section to shards, readers and the way from pixels to the model's input."""
 
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from galaxydist.errors import UserError
 from galaxydist.models.build import input_statistics
@@ -34,6 +38,12 @@ def open_manifest(path: Path, recipe: Recipe, world_size: int) -> Manifest:
         )
     manifest = read_manifest(path)
     num_train = manifest.split("train").num_samples
+    empty = [name for name, count in zip(manifest.class_names, manifest.splits["train"].class_counts, strict=True) if count == 0]
+    if empty:
+        raise UserError(
+            f"{path} has no training galaxies of {', '.join(empty)}: a model cannot learn such a class. "
+            "Add some, or make the shards from a folder without it (galaxydist data shard)."
+        )
     batch_size = recipe.train.batch_size
     if world_size > batch_size:
         raise UserError(
@@ -60,17 +70,40 @@ def has_split(manifest: Manifest, name: str) -> bool:
     return name in manifest.splits and manifest.splits[name].num_samples > 0
 
 
-def build_augment(recipe: Recipe, manifest: Manifest) -> Augment:
-    """Pixels to model input: with the statistics that the model's weights were trained with, or the data set's own."""
-    mean, std = input_statistics(recipe.model) or (manifest.channel_mean, manifest.channel_std)
-    return Augment(
-        recipe.data.augment,
-        recipe.seed,
-        channel_mean=mean,
-        channel_std=std,
-        image_size=recipe.data.image_size,
-        crop=recipe.data.crop,
-    )
+@dataclass(frozen=True)
+class TrainingData:
+    """What a checkpoint must know of the data that its model was trained on, to be used on other data.
+
+    Args:
+        manifest_hash: of the shards.
+        class_names: by label.
+        channel_mean, channel_std: that the model's input is normalised with, R G B, full scale being 1.
+    """
+
+    manifest_hash: str
+    class_names: tuple[str, ...]
+    channel_mean: tuple[float, ...]
+    channel_std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, manifest: Manifest, recipe: Recipe) -> Self:
+        """With the statistics that the model's weights were published with, or the data set's own."""
+        mean, std = input_statistics(recipe.model) or (manifest.channel_mean, manifest.channel_std)
+        return cls(manifest.hash, manifest.class_names, mean, std)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        return cls(plain["manifest_hash"], *(tuple(plain[name]) for name in ("class_names", "channel_mean", "channel_std")))
+
+
+def build_augment(recipe: Recipe, trained_on: TrainingData) -> Augment:
+    """Stored pixels to model input."""
+    data = recipe.data
+    mean, std = trained_on.channel_mean, trained_on.channel_std
+    return Augment(data.augment, recipe.seed, mean, std, data.image_size, crop=data.crop)
 
 
 def _shard_command(config: DataConfig) -> str:

@@ -4,7 +4,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
-from galaxydist.errors import UserError
+from galaxydist.errors import EveryRankError, UserError
 from galaxydist.evaluation.report import read_evaluation, render_evaluation, write_evaluation
 from galaxydist.models.build import build_model
 from galaxydist.recipe.identity import from_dict
@@ -14,7 +14,7 @@ from galaxydist.runs import checkpoints
 from galaxydist.runs.checkpoint_folder import Checkpoint, DamagedCheckpointError, read_checkpoint
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest, read_manifest
-from galaxydist.training.data import build_augment, find_manifest, has_split
+from galaxydist.training.data import TrainingData, build_augment, find_manifest, has_split
 from galaxydist.training.state import evaluation_weights
 from galaxydist.training.validation import evaluate_split
 from galaxydist.training.world import World, enter_world, leave_world
@@ -72,6 +72,16 @@ def judge_run(world: World, folder: RunFolder, recipe: Recipe, manifest: Manifes
         _say(world, f"no {split} split in {manifest.path}: nothing to evaluate")
         return None
     path = world.on_main(lambda: _find_checkpoint(folder, recipe.eval.checkpoint))
+    checkpoint = world.together(lambda: _read_weights(path))
+    trained_on = TrainingData.from_dict(checkpoint.state["data"])
+    if trained_on.class_names != manifest.class_names:
+        raise EveryRankError(
+            f"{folder} was trained on the classes {', '.join(trained_on.class_names)}; {manifest.path} has "
+            f"{', '.join(manifest.class_names)}. Give shards of the same classes."
+        )
+    # The run's own data set stands at the top, others each in a folder of their own.
+    is_own = trained_on.manifest_hash == manifest.hash
+    evaluation_dir = folder.evaluation_dir if is_own else folder.evaluation_dir / f"{manifest.dataset}-{manifest.variant}"
     context = {
         "dataset": manifest.dataset,
         "variant": manifest.variant,
@@ -81,12 +91,13 @@ def judge_run(world: World, folder: RunFolder, recipe: Recipe, manifest: Manifes
         "model": recipe.model.name,
         "seed": recipe.seed,
         "checkpoint": path.name,
+        "step": checkpoint.step,
     }
-    known = world.on_main(lambda: read_evaluation(folder.evaluation_dir, split))
+    known = world.on_main(lambda: read_evaluation(evaluation_dir, split))
     if known is None or any(known.get(key) != value for key, value in context.items()):
-        metrics = _evaluate(world, path, recipe, manifest, split)
-        known = world.on_main(lambda: write_evaluation(folder.evaluation_dir, metrics, context, metrics_log=folder.metrics_path))
-    _say(world, render_evaluation(known, folder.evaluation_dir))
+        metrics = _evaluate(world, checkpoint, trained_on, recipe=recipe, manifest=manifest, split=split)
+        known = world.on_main(lambda: write_evaluation(evaluation_dir, metrics, context, metrics_log=folder.metrics_path))
+    _say(world, render_evaluation(known, evaluation_dir))
     return known
 
 
@@ -102,22 +113,18 @@ def _find_checkpoint(folder: RunFolder, which: str) -> Path:
     return path
 
 
-def _evaluate(world: World, path: Path, recipe: Recipe, manifest: Manifest, split: str) -> dict[str, Any]:
+def _evaluate(
+    world: World, checkpoint: Checkpoint, trained_on: TrainingData, *, recipe: Recipe, manifest: Manifest, split: str
+) -> dict[str, Any]:
     # The weights come from the checkpoint: those the run started from are not needed.
     config = recipe.model.model_copy(update={"pretrained": False, "weights": None, "freeze_backbone": False})
     model = build_model(config, manifest.num_classes, recipe.data.image_size)
-
-    def load() -> None:
-        checkpoint = read_weights(path)
-        if checkpoint.state["manifest_hash"] != manifest.hash and split == "train":
-            raise UserError(f"{path} was trained on other shards than {manifest.path}; its training split is not this one's.")
-        model.load_state_dict(evaluation_weights(checkpoint.tensors, checkpoint.state))
-
-    world.together(load)
-    return evaluate_split(world, model.to(world.device), manifest, split, augment=build_augment(recipe, manifest), recipe=recipe)
+    model.load_state_dict(evaluation_weights(checkpoint.tensors, checkpoint.state))
+    augment = build_augment(recipe, trained_on)
+    return evaluate_split(world, model.to(world.device), manifest, split, augment=augment, recipe=recipe)
 
 
-def read_weights(path: Path) -> Checkpoint:
+def _read_weights(path: Path) -> Checkpoint:
     """A checkpoint's model and moving average.
 
     Raises:

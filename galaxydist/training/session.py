@@ -27,7 +27,7 @@ from galaxydist.shards.augment import Augment
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.reader import TrainReader
 from galaxydist.training.agreement import StopFlag
-from galaxydist.training.data import build_augment, find_manifest, has_split, open_manifest
+from galaxydist.training.data import TrainingData, build_augment, find_manifest, has_split, open_manifest
 from galaxydist.training.evaluate import judge_run
 from galaxydist.training.journal import Journal, Schedule
 from galaxydist.training.loop import Loop
@@ -128,10 +128,11 @@ class Session:
         )
         self._lock = stack.enter_context(lock)
         newest = checkpoints.load(folder.checkpoints_dir, groups=())
-        if newest is not None and newest.state["manifest_hash"] != manifest.hash:
+        started_on = manifest.hash if newest is None else newest.state["data"]["manifest_hash"]
+        if started_on != manifest.hash:
             raise UserError(
-                f"The run in {folder} was started on other shards than {manifest.path} (manifest "
-                f"{newest.state['manifest_hash'][:12]} there, {manifest.hash[:12]} here). "
+                f"The run in {folder} was started on other shards than {manifest.path} (manifest {started_on[:12]} there, "
+                f"{manifest.hash[:12]} here). "
                 "Give it the old shards with data.manifest=FILE, or start a new run with run.dir=FOLDER."
             )
         folder.continue_recipe(
@@ -150,7 +151,7 @@ class Session:
         groups: list[dict[str, Any]] = [dict(group) for group in parameter_groups(model, self.recipe.optim.weight_decay)]
         ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema > 0 else None
         prepared_model, optimizer = world.accelerator.prepare(model, build_optimizer(groups, self.recipe.optim))
-        augment = build_augment(self.recipe, manifest)
+        augment = build_augment(self.recipe, TrainingData.of(manifest, self.recipe))
         objective = Objective(
             class_weights(config.class_weights, train_split.class_counts).to(world.device), config.label_smoothing
         )
@@ -262,7 +263,8 @@ class Session:
             assert self._lock is not None
             self._lock.check()
             tensors, state = parts.state.snapshot()
-            state |= {"manifest_hash": manifest.hash, "order_version": self.recipe.order_version, "recipe": to_dict(self.recipe)}
+            data = TrainingData.of(manifest, self.recipe).to_dict()
+            state |= {"data": data, "order_version": self.recipe.order_version, "recipe": to_dict(self.recipe)}
             checkpoints.save(folder.checkpoints_dir, parts.state.step, tensors, state, best=is_best)
 
         self.world.on_main(write)

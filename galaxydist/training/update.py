@@ -13,13 +13,11 @@ from torch import nn
 from galaxydist.chance import hash64
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.shards.augment import Augment
+from galaxydist.shards.purposes import Purpose
 from galaxydist.shards.reader import Batch
 from galaxydist.training.objective import Objective
 from galaxydist.training.optimizer import LearningRate, set_learning_rate
 from galaxydist.training.world import World
-
-# What the model itself draws (dropout, drop path) is seeded with this purpose.
-MODEL_PURPOSE = 0x6D6F64656C
 
 
 class Update:
@@ -119,7 +117,7 @@ class Update:
 
     def _seed_model(self, step: int, part: int) -> None:
         """Dropout and drop path draw from torch's generator: the same again after a resume."""
-        torch.manual_seed(int(hash64(self.seed, step, part, self.world.rank, MODEL_PURPOSE)) >> 1)
+        torch.manual_seed(int(hash64(self.seed, step, part, self.world.rank, Purpose.MODEL)) >> 1)
 
 
 def count_micro_batches(batch_size: int, world_size: int, micro_batch: int) -> int:
