@@ -1,13 +1,16 @@
-"""``galaxydist weights fetch``: published weights into the cache, for machines without a network."""
+"""``galaxydist weights``: published weights into the cache, for machines without a network; a run's own weights into a file."""
 
 import argparse
+from pathlib import Path
 
 from galaxydist.cli.options import Commands, add_data_dir, chosen_root
 
 
 def add_parser(commands: Commands) -> None:
     """Add the commands."""
-    parser = commands.add_parser("weights", help="published weights", description="Published weights.", allow_abbrev=False)
+    parser = commands.add_parser(
+        "weights", help="published weights, and a run's own", description="Weights in files.", allow_abbrev=False
+    )
     inner = parser.add_subparsers(metavar="COMMAND", required=True)
     fetch = inner.add_parser(
         "fetch",
@@ -18,6 +21,15 @@ def add_parser(commands: Commands) -> None:
     fetch.add_argument("recipe", nargs="+", metavar="recipe=NAME [key=value]", help="the recipe")
     add_data_dir(fetch)
     fetch.set_defaults(run=run_fetch)
+    save = inner.add_parser(
+        "save",
+        help="a run's weights as one file",
+        description="Write the weights that a run is judged by as a safetensors file, for model.weights=FILE of another run.",
+        allow_abbrev=False,
+    )
+    save.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
+    save.add_argument("target", type=Path, metavar="FILE", help="the .safetensors file to write")
+    save.set_defaults(run=run_save)
 
 
 def run_fetch(arguments: argparse.Namespace) -> None:
@@ -32,3 +44,11 @@ def run_fetch(arguments: argparse.Namespace) -> None:
     from galaxydist.recipe.paths import weights_dir
 
     print(f"weights of {recipe.model.name}: {fetch_weights(recipe.model, weights_dir(chosen_root(arguments)))}")
+
+
+def run_save(arguments: argparse.Namespace) -> None:
+    """Write the run's weights."""
+    from galaxydist.training.evaluate import save_weights
+
+    step = save_weights(arguments.run_dir, arguments.target)
+    print(f"weights of {arguments.run_dir} at step {step}: {arguments.target}")

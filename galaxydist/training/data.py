@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from galaxydist.errors import UserError
 from galaxydist.models.build import input_statistics
+from galaxydist.models.weights import Statistics
 from galaxydist.recipe.paths import manifest_path
 from galaxydist.recipe.schema import DataConfig, Recipe
 from galaxydist.shards.augment import Augment
@@ -82,8 +83,8 @@ class TrainingData:
 
     manifest_hash: str
     class_names: tuple[str, ...]
-    channel_mean: tuple[float, ...]
-    channel_std: tuple[float, ...]
+    channel_mean: tuple[float, float, float]
+    channel_std: tuple[float, float, float]
 
     @classmethod
     def of(cls, manifest: Manifest, recipe: Recipe) -> Self:
@@ -97,6 +98,10 @@ class TrainingData:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
         return cls(plain["manifest_hash"], *(tuple(plain[name]) for name in ("class_names", "channel_mean", "channel_std")))
+
+    @property
+    def statistics(self) -> Statistics:
+        return self.channel_mean, self.channel_std
 
 
 def build_augment(recipe: Recipe, trained_on: TrainingData) -> Augment:

@@ -7,6 +7,7 @@ from typing import Any
 from galaxydist.errors import EveryRankError, UserError
 from galaxydist.evaluation.report import read_evaluation, render_evaluation, write_evaluation
 from galaxydist.models.build import build_model
+from galaxydist.models.weights import write_weights
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.paths import data_root
 from galaxydist.recipe.schema import Recipe
@@ -57,6 +58,30 @@ def evaluate_run(
         leave_world()
     assert metrics is not None
     return metrics
+
+
+def save_weights(run_dir: Path, target: Path) -> int:
+    """Write the weights that a run is judged by as one safetensors file, for ``model.weights=FILE`` of another run.
+
+    The file carries the normalisation that the model was trained with. It appears only when it is whole.
+
+    Args:
+        run_dir: the run folder.
+        target: the file to write, replaced if it is there.
+
+    Returns:
+        The step that the weights are from.
+
+    Raises:
+        UserError: no run or no checkpoint there.
+    """
+    folder = RunFolder(run_dir)
+    recipe = from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
+    checkpoint = _read_weights(_find_checkpoint(folder, recipe.eval.checkpoint))
+    trained_on = TrainingData.from_dict(checkpoint.state["data"])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_weights(target, evaluation_weights(checkpoint.tensors, checkpoint.state), trained_on.statistics)
+    return checkpoint.step
 
 
 def judge_run(world: World, folder: RunFolder, recipe: Recipe, manifest: Manifest, split: str) -> dict[str, Any] | None:
