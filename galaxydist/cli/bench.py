@@ -17,7 +17,7 @@ def add_parser(commands: Commands) -> None:
     simulator = inner.add_parser(
         "simulator",
         help="how easy the simulated survey is",
-        description="What colour and brightness alone, or 16 x 16 pixels, tell of simulated galaxies: 50 %% at most.",
+        description="What colour and brightness alone, or 16 x 16 pixels, tell of simulated galaxies: 50 % at most.",
         allow_abbrev=False,
     )
     simulator.add_argument(
