@@ -49,7 +49,6 @@ demo: $(VENV)/installed
 	$(DEMO_ENV) $(BIN)/galaxydist data export --dataset simulated
 	$(DEMO_ENV) $(BIN)/galaxydist data shard --dataset simulated --overwrite
 	$(DEMO_ENV) $(BIN)/accelerate launch launch.py recipe=demo
-	$(DEMO_ENV) $(BIN)/galaxydist evaluate recipe=demo
 	@echo "to go on: source $(VENV)/bin/activate; export GALAXYDIST_DATA=\"$(DEMO_DATA)\"; galaxydist --help"
 
 test: $(VENV)/installed-dev
