@@ -94,7 +94,7 @@ def judge_run(world: World, folder: RunFolder, recipe: Recipe, manifest: Manifes
         UserError: no checkpoint, or it was trained on other shards.
     """
     if not has_split(manifest, split):
-        _say(world, f"no {split} split in {manifest.path}: nothing to evaluate")
+        world.say(f"no {split} split in {manifest.path}: nothing to evaluate")
         return None
     path = world.on_main(lambda: _find_checkpoint(folder, recipe.eval.checkpoint))
     checkpoint = world.together(lambda: _read_weights(path))
@@ -122,7 +122,7 @@ def judge_run(world: World, folder: RunFolder, recipe: Recipe, manifest: Manifes
     if known is None or any(known.get(key) != value for key, value in context.items()):
         metrics = _evaluate(world, checkpoint, trained_on, recipe=recipe, manifest=manifest, split=split)
         known = world.on_main(lambda: write_evaluation(evaluation_dir, metrics, context, metrics_log=folder.metrics_path))
-    _say(world, render_evaluation(known, evaluation_dir))
+    world.say(render_evaluation(known, evaluation_dir))
     return known
 
 
@@ -161,8 +161,3 @@ def _read_weights(path: Path) -> Checkpoint:
         raise UserError(
             f"The checkpoint {path} is damaged ({error}). Restore it from a backup, or use the last one (eval.checkpoint=last)."
         ) from error
-
-
-def _say(world: World, text: str) -> None:
-    if world.is_main:
-        print(text, flush=True)

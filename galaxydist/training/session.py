@@ -93,7 +93,7 @@ class Session:
         """See ``train``."""
         processes = "1 process" if self.world.size == 1 else f"{self.world.size} processes"
         device, precision = self.world.device.type, self.world.precision
-        self._say(f"galaxydist: {processes}, {device}, {self.world.cores} threads each, precision {precision}")
+        self.world.say(f"galaxydist: {processes}, {device}, {self.world.cores} threads each, precision {precision}")
         path = find_manifest(self.recipe.data, self.root)
         manifest = self.world.together(lambda: open_manifest(path, self.recipe, self.world.size))
         torch.manual_seed(self.recipe.seed)
@@ -102,7 +102,7 @@ class Session:
             stop = stack.enter_context(StopFlag())
             folder = RunFolder(Path(self.world.on_main(lambda: str(self._open_folder(stack, manifest)))))
             if self.world.on_main(folder.read_result) is not None:
-                self._say(f"{folder} is finished.")
+                self.world.say(f"{folder} is finished.")
                 judge_run(self.world, folder, self.recipe, manifest, "test")
                 return 0
             parts = self._build_parts(model, manifest)
@@ -112,7 +112,7 @@ class Session:
 
     def _build_model(self, manifest: Manifest) -> nn.Module:
         config, size = self.recipe.model, self.recipe.data.image_size
-        return build_model(config, manifest.num_classes, size, weights_dir=weights_dir(self.root), say=self._say)
+        return build_model(config, manifest.num_classes, size, weights_dir=weights_dir(self.root), say=self.world.say)
 
     def _open_folder(self, stack: contextlib.ExitStack, manifest: Manifest) -> Path:
         """Rank 0: lock the run folder and see that the recipe and the data are those it was started with."""
@@ -176,7 +176,7 @@ class Session:
         newest = checkpoints.load(folder.checkpoints_dir)
         if newest is not None:
             state.restore(newest.tensors, newest.state)
-            self._say(f"continuing {folder} from step {state.step}")
+            self.world.say(f"continuing {folder} from step {state.step}")
         if self.world.is_main:
             folder.metrics.cut_back(state.step)
 
@@ -220,7 +220,9 @@ class Session:
                 )
                 stop_signal = loop.run(iter(reader), stop)
             if stop_signal:
-                self._say(f"stopped by signal {stop_signal} at step {state.step}, which is saved; the same command continues it")
+                self.world.say(
+                    f"stopped by signal {stop_signal} at step {state.step}, which is saved; the same command continues it"
+                )
                 return stop_signal
             metrics = judge_run(world, folder, recipe, manifest, "test")
             summary = {f"test/{name}": metrics[name] for name in ("accuracy", "balanced_accuracy", "loss")} if metrics else {}
@@ -268,7 +270,3 @@ class Session:
             checkpoints.save(folder.checkpoints_dir, parts.state.step, tensors, state, best=is_best)
 
         self.world.on_main(write)
-
-    def _say(self, text: str) -> None:
-        if self.world.is_main:
-            print(text, flush=True)

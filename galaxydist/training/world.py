@@ -44,6 +44,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.is_main:
+            print(text, flush=True)
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Rank 0 does the work; every rank gets its result, or raises its ``UserError``."""
         answer: list[Any] = [None, None]
