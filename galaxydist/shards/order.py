@@ -51,7 +51,8 @@ class EpochOrder:
     def __init__(self, shard_samples: ArrayLike, *, seed: int, epoch: int, num_streams: int = 192, window: int = WINDOW) -> None:
         sizes = np.asarray(shard_samples, np.int64)
         self.num_positions = int(sizes.sum())
-        self._seed, self._epoch, self._num_streams, self._window = seed, epoch, num_streams, window
+        self.num_streams = num_streams
+        self._seed, self._epoch, self._window = seed, epoch, window
         self._length, self._longer = divmod(self.num_positions, num_streams)
         self._shards = np.argsort(hash64(seed, epoch, np.arange(sizes.size), Purpose.SHARDS), kind="stable")
         self._stored_starts = np.cumsum(sizes) - sizes
@@ -71,7 +72,7 @@ class EpochOrder:
             IndexError: for a position outside the epoch.
         """
         position = _inside(positions, self.num_positions)
-        stream, place = position % self._num_streams, position // self._num_streams
+        stream, place = position % self.num_streams, position // self.num_streams
         start, size, key = self._windows(stream, place)
         line = start + permute(place % self._window, size, key)
         laid = np.searchsorted(self._laid_starts, line, side="right") - 1
@@ -92,7 +93,35 @@ class EpochOrder:
         )
         start, size, key = self._windows(stream, line - self._segment_start(stream))
         place = start - self._segment_start(stream) + unpermute(line - start, size, key)
-        return place * self._num_streams + stream
+        return place * self.num_streams + stream
+
+    def pieces(self, streams: ArrayLike) -> tuple[Int64, Int64, Int64, Int64]:
+        """Of which shards these streams are made.
+
+        Args:
+            streams: different integers in 0 ... C-1.
+
+        Returns:
+            (shard, stream, first_place, last_place), a row for each part of a shard that lies in one of the streams. Its samples
+            stand at places of the stream from first to last: the windows that they are mixed in. Each is of some sample of these
+            windows, not always of this shard.
+        """
+        stream = np.asarray(streams, np.int64)
+        length = self._length + (stream < self._longer)
+        stream, length = stream[length > 0], length[length > 0]
+        start = self._segment_start(stream)
+        first = np.searchsorted(self._laid_starts, start, side="right") - 1
+        count = np.searchsorted(self._laid_starts, start + length, side="left") - first
+        row = np.repeat(np.arange(stream.size), count)
+        laid = np.arange(row.size) + (first - np.cumsum(count) + count)[row]
+        laid_stops = np.append(self._laid_starts[1:], self.num_positions)
+        filled = laid_stops[laid] > self._laid_starts[laid]
+        row, laid = row[filled], laid[filled]
+        first_place = np.maximum(self._laid_starts[laid] - start[row], 0)
+        last_place = np.minimum(laid_stops[laid] - start[row], length[row]) - 1
+        first_place -= first_place % self._window
+        last_place = np.minimum((last_place // self._window + 1) * self._window, length[row]) - 1
+        return self._shards[laid], stream[row], first_place, last_place
 
     def _segment_start(self, stream: Int64) -> Int64:
         return stream * self._length + np.minimum(stream, self._longer)

@@ -1,0 +1,109 @@
+"""Which shards a process needs, from which batch to which: what a cache must hold, known before anything is read.
+
+A batch number counts the whole global batches of one epoch (training) or of one split (evaluation), from 0.
+"""
+
+from math import gcd
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from galaxydist.shards.order import EpochOrder
+
+Int64 = NDArray[np.int64]
+
+# A row for each stretch of batches in which a shard is needed: the shard's number in storage order, the first batch and the last.
+# A shard may have several rows; they neither overlap nor touch.
+USE = np.dtype([("shard", "<i8"), ("first_step", "<i8"), ("last_step", "<i8")])
+
+
+def shard_uses(order: EpochOrder, batch_size: int, offsets: ArrayLike) -> NDArray[np.void]:
+    """The shards that one epoch of training needs. Costs O(shards + C) whatever the number of samples.
+
+    A part of a shard in a stream counts from the first batch of the window of its first sample to the last batch of the window of
+    its last sample: never too narrow, and too wide by less than a window (times C / G batches) at each end.
+
+    Args:
+        order: the epoch.
+        batch_size: G.
+        offsets: in 0 ... G-1, those of a process, or of all processes that share a cache.
+
+    Returns:
+        rows of ``USE``, sorted by (first_step, shard); the incomplete last batch does not count.
+    """
+    num_steps = order.num_positions // batch_size
+    shard, stream, first_place, last_place = order.pieces(_streams_hit(order.num_streams, batch_size, offsets))
+    first = (first_place * order.num_streams + stream) // batch_size
+    last = (last_place * order.num_streams + stream) // batch_size
+    read = first < num_steps
+    return _joined(shard[read], first[read], np.minimum(last[read], num_steps - 1))
+
+
+def evaluation_uses(shard_samples: ArrayLike, batch_size: int, rank: int, world_size: int) -> NDArray[np.void]:
+    """The shards that a process needs to evaluate a split: batch j holds stored samples j E ... (j + 1) E - 1, rank j mod W.
+
+    Args:
+        shard_samples: number of samples in each shard, in storage order.
+        batch_size: E.
+        rank, world_size: the process.
+
+    Returns:
+        rows of ``USE``, sorted by (first_step, shard); a step is the number j of a batch of this process.
+    """
+    size = np.asarray(shard_samples, np.int64)
+    stop = np.cumsum(size)
+    first, last = (stop - size) // batch_size, (stop - 1) // batch_size
+    first += (rank - first) % world_size
+    last -= (last - rank) % world_size
+    shard = np.flatnonzero((size > 0) & (first <= last))
+    return _rows(shard, first[shard], last[shard])
+
+
+def resampled_uses(num_shards: int, num_steps: int) -> NDArray[np.void]:
+    """With ``data.balance=resample`` any batch may draw from any shard: all shards, for all batches."""
+    shard = np.arange(num_shards if num_steps else 0)
+    return _rows(shard, np.zeros_like(shard), np.full_like(shard, num_steps - 1))
+
+
+def working_set(uses: NDArray[np.void], bytes_per_shard: ArrayLike) -> int:
+    """The most bytes of shards in use at one batch.
+
+    Args:
+        uses: rows of ``USE``.
+        bytes_per_shard: of all shards, in storage order; or one number for all.
+    """
+    size = np.asarray(bytes_per_shard, np.int64)
+    size = size[uses["shard"]] if size.ndim else np.full(uses.size, size)
+    step = np.concatenate([uses["first_step"], uses["last_step"] + 1])
+    change = np.concatenate([size, -size])
+    by_step = np.lexsort((change, step))
+    return int(np.cumsum(change[by_step]).max(initial=0))
+
+
+def _streams_hit(num_streams: int, batch_size: int, offsets: ArrayLike) -> Int64:
+    """The streams (b G + o) mod C over all batches b: those that leave an offset's remainder modulo gcd(G, C)."""
+    period = gcd(batch_size, num_streams)
+    hit = np.zeros(period, bool)
+    hit[np.asarray(offsets, np.int64) % period] = True
+    return np.flatnonzero(np.tile(hit, num_streams // period))
+
+
+def _joined(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
+    """Rows of ``USE`` in which what overlaps or touches is one."""
+    order = np.lexsort((first, shard))
+    shard, first, last = shard[order], first[order], last[order]
+    # Shards in sequence, each above all before it: one running maximum serves all.
+    base = shard * (last.max(initial=0) + 1)
+    reached = np.maximum.accumulate(base + last) - base
+    begins = np.ones(shard.size, bool)
+    begins[1:] = (shard[1:] != shard[:-1]) | (first[1:] > reached[:-1] + 1)
+    start = np.flatnonzero(begins)
+    stop = np.append(start[1:], shard.size)[: start.size]
+    return _rows(shard[start], first[start], reached[stop - 1])
+
+
+def _rows(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
+    order = np.lexsort((shard, first))
+    uses = np.empty(shard.size, USE)
+    uses["shard"], uses["first_step"], uses["last_step"] = shard[order], first[order], last[order]
+    return uses

@@ -1,0 +1,139 @@
+"""What a cache must hold: never less than the batches read, never more than the rule of windows says."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from galaxydist.shards.order import EpochOrder, evaluation_batches, rank_offsets
+from galaxydist.shards.uses import USE, evaluation_uses, resampled_uses, shard_uses, working_set
+
+shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=25).filter(lambda sizes: sum(sizes) > 0)
+
+
+def shard_of(sizes: list[int], samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.searchsorted(np.cumsum(sizes), samples, side="right")
+
+
+def marked(uses: NDArray[np.void], num_shards: int, num_steps: int) -> NDArray[np.bool_]:
+    """(shard, step): is it in use? Checks on the way that the rows are sorted, inside, and as few as they can be."""
+    assert uses.dtype == USE
+    rows = [(int(row["first_step"]), int(row["shard"]), int(row["last_step"])) for row in uses]
+    assert rows == sorted(rows)
+    used = np.zeros((num_shards, num_steps + 2), bool)
+    for first, shard, last in rows:
+        assert 0 <= first <= last < num_steps
+        assert not used[shard, first : last + 3].any()  # a step of air on both sides: shifted by one below
+        used[shard, first + 1 : last + 2] = True
+    return used[:, 1:-1]
+
+
+@settings(max_examples=150)
+@given(
+    sizes=shard_sizes, num_streams=st.integers(1, 60), window=st.integers(1, 60), batch_size=st.integers(1, 70), data=st.data()
+)
+def test_uses_are_what_the_windows_say(
+    sizes: list[int], num_streams: int, window: int, batch_size: int, data: st.DataObject
+) -> None:
+    """Against every sample read, and against the rule worked out sample by sample."""
+    seed = data.draw(st.integers(0, 99))
+    offsets = np.array(data.draw(st.sets(st.integers(0, batch_size - 1), min_size=1, max_size=8).map(sorted)))
+    order = EpochOrder(sizes, seed=seed, epoch=1, num_streams=num_streams, window=window)
+    num_steps = sum(sizes) // batch_size
+    used = marked(shard_uses(order, batch_size, offsets), len(sizes), num_steps)
+
+    shards = shard_of(sizes, order.samples(np.arange(sum(sizes))))
+    for step in range(num_steps):
+        assert used[shards[step * batch_size + offsets], step].all()
+
+    expected = np.zeros((len(sizes), sum(sizes) // batch_size + 1), bool)
+    hit = {(step * batch_size + int(offset)) % num_streams for step in range(num_streams) for offset in offsets}
+    for stream in hit:
+        positions = np.arange(stream, sum(sizes), num_streams)
+        for shard in set(shards[positions].tolist()):
+            windows = np.flatnonzero(shards[positions] == shard) // window
+            mixed = positions[windows.min() * window : (windows.max() + 1) * window]
+            expected[shard, mixed[0] // batch_size : mixed[-1] // batch_size + 1] = True
+    assert np.array_equal(used, expected[:, :num_steps])
+
+
+def test_a_rank_needs_only_its_own_streams_where_the_world_divides_streams_and_batch() -> None:
+    order = EpochOrder([100] * 120, seed=2, epoch=0, num_streams=12, window=64)
+    all_shards = []
+    for rank in range(4):
+        uses = shard_uses(order, 24, rank_offsets(24, rank, 4))
+        own = order.samples([p for p in range(order.num_positions) if p % 4 == rank])
+        assert set(uses["shard"].tolist()) == set((own // 100).tolist())
+        all_shards.extend(np.unique(uses["shard"]).tolist())
+    # Beside the shards that two streams share, each is fetched by one rank.
+    assert 120 <= len(all_shards) <= 120 + 12
+
+
+def test_where_the_world_does_not_divide_streams_the_ranks_share_shards() -> None:
+    order = EpochOrder([100] * 120, seed=2, epoch=0, num_streams=12, window=64)
+    for rank in range(5):
+        assert np.unique(shard_uses(order, 25, rank_offsets(25, rank, 5))["shard"]).size == 120
+
+
+def test_a_shard_at_a_stream_s_end_is_not_held_in_between() -> None:
+    """It is the last of one stream and the first of the next: needed at the end of the epoch and at its start."""
+    order = EpochOrder([100] * 15, seed=4, epoch=0, num_streams=2, window=10)
+    uses = shard_uses(order, 10, np.arange(10))
+    (between,) = [shard for shard in range(15) if np.count_nonzero(uses["shard"] == shard) == 2]
+    first, second = uses[uses["shard"] == between]
+    assert (first["first_step"], second["last_step"]) == (0, 149)
+    assert first["last_step"] < 20
+    assert second["first_step"] > 130
+    assert working_set(uses, 7) <= 4 * 7
+
+
+@given(sizes=shard_sizes, batch_size=st.integers(1, 50), world_size=st.integers(1, 9))
+def test_evaluation_needs_the_shards_of_its_own_batches(sizes: list[int], batch_size: int, world_size: int) -> None:
+    num_batches = -(-sum(sizes) // batch_size)
+    for rank in range(world_size):
+        uses = evaluation_uses(sizes, batch_size, rank, world_size)
+        mine = evaluation_batches(sum(sizes), batch_size, rank, world_size)
+        rows = [(int(row["first_step"]), int(row["shard"])) for row in uses]
+        assert rows == sorted(rows)
+        needed: dict[int, list[int]] = {}
+        for batch in mine:
+            samples = np.arange(batch * batch_size, min((batch + 1) * batch_size, sum(sizes)))
+            for shard in set(shard_of(sizes, samples).tolist()):
+                needed.setdefault(shard, []).append(batch)
+        assert {int(row["shard"]): (int(row["first_step"]), int(row["last_step"])) for row in uses} == {
+            shard: (batches[0], batches[-1]) for shard, batches in needed.items()
+        }
+        assert uses.size == 0 or uses["last_step"].max() < num_batches
+
+
+def test_resampling_needs_every_shard_all_the_time() -> None:
+    assert resampled_uses(3, 5).tolist() == [(0, 0, 4), (1, 0, 4), (2, 0, 4)]
+    assert resampled_uses(3, 0).size == 0
+    assert working_set(resampled_uses(3, 5), [10, 20, 40]) == 70
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(0, 9)), max_size=12),
+    sizes=st.lists(st.integers(0, 50), min_size=5, max_size=5),
+)
+def test_the_working_set_is_the_most_that_one_batch_needs(rows: list[tuple[int, int, int]], sizes: list[int]) -> None:
+    uses = np.array([(shard, min(span), max(span)) for shard, *span in rows], USE)
+    at = [sum(sizes[row["shard"]] for row in uses if row["first_step"] <= step <= row["last_step"]) for step in range(10)]
+    assert working_set(uses, sizes) == max(at)
+    assert working_set(uses, 1) == (
+        0 if not rows else max(sum(r["first_step"] <= s <= r["last_step"] for r in uses) for s in range(10))
+    )
+
+
+@pytest.mark.parametrize("num_streams", [192, 1024])
+def test_uses_of_a_large_survey_are_worked_out_at_once(num_streams: int) -> None:
+    """10^9 samples in 10^5 shards; a table of samples would not fit."""
+    order = EpochOrder(np.full(100_000, 10_000), seed=1, epoch=1, num_streams=num_streams)
+    uses = shard_uses(order, 1024, rank_offsets(1024, 5, 1024))
+    steps = np.array([0, 1, 500_000, 976_561])
+    read = order.samples(steps * 1024 + 5) // 10_000
+    for step, shard in zip(steps, read, strict=True):
+        row = uses[uses["shard"] == shard]
+        assert ((row["first_step"] <= step) & (step <= row["last_step"])).any()
+    assert working_set(uses, 1) <= 8
