@@ -1,0 +1,1 @@
+"""How fast and how large: measured figures, with commands that users can run."""
