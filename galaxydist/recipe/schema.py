@@ -56,10 +56,18 @@ class DataConfig(Section):
     crop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0, description="central fraction of the stored width that is kept (train and evaluation)"
     )
-    balance: Literal["none", "resample"] = Field("none", description="draw training galaxies evenly over the classes")
+    balance: Literal["none", "resample"] = Field(
+        "none",
+        description="resample: draw training galaxies evenly over the classes (holds all labels in memory and reads the shards in "
+        "no sequence: for shards on a local disk, or a cache that holds them all)",
+    )
     num_streams: Count = Field(192, description="canonical streams of the order; fixed for a run, never the world size")
-    on_error: Literal["raise", "skip"] = Field("raise", description="a picture that does not decode: stop, or give it weight 0")
-    max_errors: Annotated[int, Field(ge=0)] = Field(100, description="with on_error=skip, stop after this many in a run")
+    on_error: Literal["raise", "skip"] = run_field(
+        "raise", "a training picture that cannot be read: stop, or give it weight 0 (evaluation always stops)"
+    )
+    max_errors: Annotated[int, Field(ge=0)] = run_field(
+        100, "with on_error=skip, stop once more galaxies than this cannot be read, over the whole run"
+    )
     augment: AugmentConfig = AugmentConfig()
     threads: Annotated[int, Field(ge=0)] = run_field(0, "decoding threads of each process (0: from its cores)")
     prefetch: Count = run_field(4, "batches decoded ahead")
