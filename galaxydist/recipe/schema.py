@@ -58,10 +58,14 @@ class DataConfig(Section):
     )
     balance: Literal["none", "resample"] = Field(
         "none",
-        description="resample: draw training galaxies evenly over the classes (holds all labels in memory and reads the shards in "
-        "no sequence: for shards on a local disk, or a cache that holds them all)",
+        description="resample: draw training galaxies evenly over the classes (labels are held in memory and shards read in no "
+        "sequence, so keep them on a local disk or in a cache that holds them all)",
     )
-    num_streams: Count = Field(192, description="canonical streams of the order; fixed for a run, never the world size")
+    num_streams: Count = Field(
+        192,
+        description="canonical streams of the order, fixed for a run whatever its processes; on many nodes a multiple of their "
+        "number lets each shard be fetched by one node (galaxydist bench order)",
+    )
     on_error: Literal["raise", "skip"] = run_field(
         "raise", "a training picture that cannot be read: stop, or give it weight 0 (evaluation always stops)"
     )
