@@ -15,7 +15,7 @@ import torch
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
 from galaxydist.shards.batches import num_threads
-from galaxydist.shards.decode import PictureReader, reduction
+from galaxydist.shards.decode import PictureError, PictureReader, reduction
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.reader import Batch, EvalReader, TrainReader
@@ -194,10 +194,10 @@ def test_a_damaged_picture_surfaces_in_the_consumer(copy: Manifest) -> None:
     assert decode_threads() == []
 
 
-def test_skipping_keeps_the_position_with_weight_0(copy: Manifest, manifest: Manifest) -> None:
-    damage(copy, 20)
+def test_a_reported_picture_keeps_its_position_with_weight_0(copy: Manifest, manifest: Manifest) -> None:
+    shard, key = damage(copy, 20)
     steps = copy.splits["train"].num_samples // 16
-    whole, skipped = read(manifest, steps), read(copy, steps, on_error="skip")
+    whole, skipped = read(manifest, 2 * steps), read(copy, 2 * steps, on_error="report")
     hit = 0
     for expected, batch in zip(whole, skipped, strict=True):
         assert torch.equal(expected.samples_B, batch.samples_B)
@@ -206,12 +206,9 @@ def test_skipping_keeps_the_position_with_weight_0(copy: Manifest, manifest: Man
         assert torch.equal(batch.weights_B, (~bad).float())
         assert batch.images_BHWC[bad].sum() == 0
         assert torch.equal(batch.images_BHWC[~bad], expected.images_BHWC[~bad])
-    with TrainReader(copy, seed=7, batch_size=16, num_streams=6, on_error="skip", max_errors=2) as reader:
-        with pytest.raises(UserError, match=r"3 pictures did not decode, more than data.max_errors=2; the last: shard"):
-            for _ in range(20 * steps):
-                next(reader)
-        assert reader.num_errors == 3
-    assert hit in (0, 1)
+        assert batch.errors.keys() == {*batch.samples_B[bad].tolist()}
+        assert all(f"shard {shard}, galaxy {key}: " in str(error) for error in batch.errors.values())
+    assert hit >= 1
 
 
 def test_evaluation_never_skips(copy: Manifest) -> None:
@@ -224,10 +221,12 @@ def test_evaluation_never_skips(copy: Manifest) -> None:
     assert decode_threads() == []
 
 
-def test_a_missing_shard_is_named_even_when_skipping(copy: Manifest) -> None:
+def test_a_missing_shard_is_named(copy: Manifest) -> None:
     copy.shard_path("train", 2).unlink()
     with pytest.raises(UserError, match=r"shard .*train-000002.tar is missing; make the shards anew"):
-        read(copy, 10, on_error="skip")
+        read(copy, 10)
+    reported = [error for batch in read(copy, 4, on_error="report") for error in batch.errors.values()]
+    assert len(reported) == copy.shards("train")["samples"][2] and not any(isinstance(error, PictureError) for error in reported)
 
 
 def test_raw_shards_that_are_cut_or_overwritten(tmp_path: Path) -> None:

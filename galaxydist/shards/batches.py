@@ -3,16 +3,17 @@
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from galaxydist.shards.decode import Picture, PictureError, PictureReader
+from galaxydist.errors import UserError
+from galaxydist.shards.decode import Picture, PictureReader
 from galaxydist.shards.memory import Buffers
 
 Int64 = NDArray[np.int64]
@@ -28,11 +29,12 @@ class Batch:
     Args:
         images_BHWC: uint8, at the stored size or decoded smaller by an exact 2, 4 or 8.
         labels_B: int64 class numbers; 0 where the weight is 0.
-        weights_B: float32, 1; 0 for a picture that was skipped, has no label, or only fills up the batch.
+        weights_B: float32, 1; 0 for a picture that could not be read (it is black), has no label, or only fills up the batch.
         positions_B: int64 positions in the epoch's order (evaluation: in storage order).
         samples_B: int64 stored sample numbers; -1 for what only fills up the batch.
         epoch: of training; 0 in evaluation.
         step: of the run in training; in evaluation the batch's number.
+        errors: of the pictures that could not be read, by stored sample number.
     """
 
     images_BHWC: Tensor
@@ -42,6 +44,7 @@ class Batch:
     samples_B: Tensor
     epoch: int
     step: int
+    errors: Mapping[int, UserError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Plan:
 class _Pending:
     plan: Plan
     pixels: NDArray[np.uint8]
-    tasks: list["Future[list[tuple[int, PictureError]]]"]
+    tasks: list["Future[list[tuple[int, UserError]]]"]
 
 
 def num_threads(threads: int, ranks_on_node: int = 1) -> int:
@@ -84,8 +87,8 @@ class BatchPool:
         self._closed = False
         self.wait_s = 0.0
 
-    def next(self) -> tuple[Batch, list[PictureError]]:
-        """The next batch, and the errors of the pictures in it (their weights are 0)."""
+    def next(self) -> Batch:
+        """The next batch; pictures that could not be read have weight 0."""
         if self._closed:
             raise StopIteration
         started = time.perf_counter()
@@ -100,9 +103,9 @@ class BatchPool:
         except BaseException:
             self.close()
             raise
-        batch = self._finish(pending, [row for row, _ in failed])
+        batch = self._finish(pending, dict(failed))
         self.wait_s += time.perf_counter() - started
-        return batch, [error for _, error in failed]
+        return batch
 
     def close(self) -> None:
         """Stop the threads and close the files; what was decoded ahead is dropped."""
@@ -124,21 +127,21 @@ class BatchPool:
         ]
         return _Pending(plan, pixels, tasks)
 
-    def _decode(self, pictures: list[Picture], pixels: NDArray[np.uint8], first: int) -> list[tuple[int, PictureError]]:
+    def _decode(self, pictures: list[Picture], pixels: NDArray[np.uint8], first: int) -> list[tuple[int, UserError]]:
         failures = []
         for row, picture in enumerate(pictures, first):
             try:
                 self._pictures.read_into(picture, pixels[row])
-            except PictureError as error:
+            except UserError as error:
                 pixels[row] = 0
                 failures.append((row, error))
         return failures
 
-    def _finish(self, pending: _Pending, failed: list[int]) -> Batch:
+    def _finish(self, pending: _Pending, failed: Mapping[int, UserError]) -> Batch:
         plan = pending.plan
         labels = np.where(plan.samples >= 0, self._labels[plan.samples], -1).astype(np.int64)
         weights = (labels >= 0).astype(np.float32)
-        weights[failed] = 0.0
+        weights[[*failed]] = 0.0
         return Batch(
             images_BHWC=torch.from_numpy(pending.pixels),
             labels_B=torch.from_numpy(np.where(weights > 0, labels, 0)),
@@ -147,4 +150,5 @@ class BatchPool:
             samples_B=torch.from_numpy(plan.samples),
             epoch=plan.epoch,
             step=plan.step,
+            errors={int(plan.samples[row]): error for row, error in failed.items()},
         )

@@ -24,7 +24,16 @@ MAX_OPEN = 384
 
 
 class PictureError(UserError):
-    """One picture cannot be read or decoded: names its shard and galaxy. With data.on_error=skip it costs that galaxy alone."""
+    """One picture cannot be read or decoded. With data.on_error=skip it costs that galaxy alone.
+
+    Args:
+        what: names shard and galaxy, and says why.
+        hint: what to do.
+    """
+
+    def __init__(self, what: str, hint: str) -> None:
+        super().__init__(f"{what}; {hint}")
+        self.what = what
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +108,9 @@ class PictureReader:
                 raise ValueError(f"{shape[1]} x {shape[0]} pixels where {self.size} x {self.size} belong")
         except (ValueError, OSError, SyntaxError) as error:
             raise PictureError(
-                f"{self._name(picture)}: its picture does not decode ({error}); look for more with: "
-                f"galaxydist data check {self._manifest.path}, then make the shards anew or set data.on_error=skip"
+                f"{self._name(picture)}: its picture does not decode ({error})",
+                f"look for more with: galaxydist data check {self._manifest.path}, "
+                "then make the shards anew, or train without it: data.on_error=skip",
             ) from None
 
     def close(self) -> None:

@@ -9,7 +9,6 @@ from typing import Literal, Self
 
 import numpy as np
 
-from galaxydist.errors import UserError
 from galaxydist.shards.batches import Batch, BatchPool, Plan, num_threads
 from galaxydist.shards.decode import PictureReader, reduction
 from galaxydist.shards.manifest import Manifest
@@ -30,6 +29,7 @@ class _Reader:
     """What the two readers share: iteration, closing, the time spent waiting."""
 
     _pool: BatchPool
+    _raises = True
 
     @property
     def wait_s(self) -> float:
@@ -38,6 +38,13 @@ class _Reader:
 
     def __iter__(self) -> Self:
         return self
+
+    def __next__(self) -> Batch:
+        batch = self._pool.next()
+        if batch.errors and self._raises:
+            self.close()
+            raise next(iter(batch.errors.values()))
+        return batch
 
     def close(self) -> None:
         """Stop reading; leaves no thread behind."""
@@ -62,15 +69,15 @@ class TrainReader(_Reader):
         num_streams: canonical streams of the order.
         image_size, crop, max_zoom: what the model will see of a picture: says how much smaller it may be decoded.
         balance: ``none``, or ``resample`` for even classes.
-        on_error: ``raise``, or ``skip`` to give a picture that does not decode weight 0 and go on.
-        max_errors: with ``skip``, how many in this process's run until it raises all the same.
-        num_errors: how many there were before ``start_step`` (from the checkpoint).
+        on_error: ``raise`` what cannot be read; or ``report``: such a picture keeps its position with weight 0, its error
+            stands in the batch's ``errors``, and the caller decides, with the other processes, whether to go on.
         threads: that decode; 0: this process's share of the cores, ``ranks_on_node`` being the processes that share them.
         prefetch: batches decoded ahead.
         start_step: the first step; what comes before is not read.
 
     Raises:
-        UserError: G over N, W over G, no training split; while iterating, naming shard and galaxy, what cannot be read.
+        UserError: G over N, W over G, no training split; while iterating with ``raise``, naming shard and galaxy, what cannot be
+            read.
     """
 
     def __init__(
@@ -86,9 +93,7 @@ class TrainReader(_Reader):
         crop: float = 1.0,
         max_zoom: float = 1.0,
         balance: Literal["none", "resample"] = "none",
-        on_error: Literal["raise", "skip"] = "raise",
-        max_errors: int = 100,
-        num_errors: int = 0,
+        on_error: Literal["raise", "report"] = "raise",
         threads: int = 0,
         ranks_on_node: int = 1,
         prefetch: int = 4,
@@ -100,8 +105,7 @@ class TrainReader(_Reader):
         self._manifest, self._split, self._seed, self._batch_size = manifest, split, seed, batch_size
         self._num_streams = num_streams
         self._by_class = ByClass(manifest.labels(split)) if balance == "resample" else None
-        self._on_error, self._max_errors = on_error, max_errors
-        self.num_errors = num_errors
+        self._raises = on_error == "raise"
         factor = reduction(manifest.image_size, image_size or manifest.image_size, crop, max_zoom)
         self._pool = BatchPool(
             PictureReader(manifest, split, factor),
@@ -110,20 +114,6 @@ class TrainReader(_Reader):
             num_threads(threads, ranks_on_node),
             prefetch,
         )
-
-    def __next__(self) -> Batch:
-        batch, errors = self._pool.next()
-        for error in errors:
-            self.num_errors += 1
-            if self._on_error == "raise":
-                self.close()
-                raise error
-            if self.num_errors > self._max_errors:
-                self.close()
-                raise UserError(
-                    f"{self.num_errors} pictures did not decode, more than data.max_errors={self._max_errors}; the last: {error}"
-                )
-        return batch
 
     def epoch_order(self, epoch: int) -> Order:
         """The order of an epoch."""
@@ -184,13 +174,6 @@ class EvalReader(_Reader):
 
     def __len__(self) -> int:
         return len(self._batches)
-
-    def __next__(self) -> Batch:
-        batch, errors = self._pool.next()
-        if errors:
-            self.close()
-            raise errors[0]
-        return batch
 
     def _plans(self) -> Iterator[Plan]:
         for number in self._batches:

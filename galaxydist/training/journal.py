@@ -66,17 +66,18 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def step_done(self, step: int, sums: torch.Tensor, wait_s: float, rate: float) -> None:
-        """Take in one step: ``step`` counts the steps done. Every rank calls it; a line is written every ``log_every`` steps."""
+    def step_done(self, step: int, sums: torch.Tensor, wait_s: float, rate: float, counters: Mapping[str, float]) -> None:
+        """Take in one step: ``step`` counts the steps done, ``counters`` are written as they are. Every rank calls it; a line is
+        written every ``log_every`` steps."""
         self._sums += sums
         self._steps += 1
         self._wait_s += wait_s
         self._bar.update()
         epoch_ends = step % self.schedule.steps_per_epoch == 0
         if step % self.log_every == 0 or epoch_ends or step - self._first_step == MEASURED_STEPS:
-            self._write_window(step, rate)
+            self._write_window(step, rate, counters)
 
-    def _write_window(self, step: int, rate: float) -> None:
+    def _write_window(self, step: int, rate: float, counters: Mapping[str, float]) -> None:
         numerator, weight, correct, count = self.world.sum(self._sums).tolist()
         elapsed = max(time.monotonic() - self._since, 1e-9)
         self._last = {
@@ -85,6 +86,7 @@ class Journal:
             "train/lr": rate,
             "time/img_s": self._steps * self.schedule.batch_size / elapsed,
             "time/data_wait": min(1.0, self._wait_s / elapsed),
+            **counters,
         }
         self.record(step, self._last)
         self._show(step)

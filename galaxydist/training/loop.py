@@ -52,7 +52,7 @@ class Loop:
             The signal's number after a signal (the state is saved), else 0.
 
         Raises:
-            RunFailedError: on every rank at the same step; nothing is saved.
+            RunFailedError, EveryRankError: on every rank at the same step; nothing is saved.
         """
         agreement = Agreement(self.world.size, self.world.device)
         while not self.is_done:
@@ -62,8 +62,9 @@ class Loop:
             if stop_signal := self._agreed(agreement):
                 return self._stop(stop_signal)
             sums = self.update(batch, self.state.step)
-            agreement.post(stop.signal_number, ~sums[0].isfinite())
-            self.journal.step_done(self.state.step + 1, sums, wait_s, self.update.rate.at(self.state.step))
+            agreement.post(stop.signal_number, ~sums[0].isfinite(), self.state.skipped.take(batch))
+            rate = self.update.rate.at(self.state.step)
+            self.journal.step_done(self.state.step + 1, sums, wait_s, rate, self.state.skipped.metrics())
             self.state.step += 1
             if self.state.step % self.schedule.steps_per_epoch == 0:
                 stop_signal = self._agreed(agreement)
@@ -77,14 +78,18 @@ class Loop:
         return self.state.step >= self.schedule.total_steps or self.state.stopping.should_stop
 
     def _agreed(self, agreement: Agreement) -> int:
-        """The stop signal that all ranks know of, after refusing to go on from a loss that is not a number."""
-        stop_signal, nonfinite = agreement.read()
-        if nonfinite:
+        """The stop signal that all ranks know of, after refusing to go on from a loss that is not a number, or without too many
+        galaxies."""
+        agreed = agreement.read()
+        if agreed.is_nonfinite:
             raise RunFailedError(
                 f"The loss of step {self.state.step} is not a number. The last checkpoint is from before it and stays. "
                 "Lower optim.lr, lengthen optim.warmup, or use train.precision=no."
             )
-        return stop_signal
+        if agreed.num_unreadable:
+            for text in self.state.skipped.settle(self.world):
+                self.journal.say(f"warning: {text}")
+        return agreed.stop_signal
 
     def _end_epoch(self) -> None:
         epoch = self.state.step // self.schedule.steps_per_epoch

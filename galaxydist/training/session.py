@@ -33,6 +33,7 @@ from galaxydist.training.journal import Journal, Schedule
 from galaxydist.training.loop import Loop
 from galaxydist.training.objective import Objective, class_weights
 from galaxydist.training.optimizer import LearningRate, build_optimizer
+from galaxydist.training.skipping import Skipped
 from galaxydist.training.state import TrainingState
 from galaxydist.training.stopping import EarlyStopping
 from galaxydist.training.tracking import NullTracker, Tracker, build_tracker
@@ -168,7 +169,8 @@ class Session:
             seed=self.recipe.seed,
         )
         stopping = EarlyStopping(config.metric, config.patience)
-        state = TrainingState(model, optimizer, world.accelerator.scaler, ema, stopping)
+        skipped = Skipped(self.recipe.data.on_error, self.recipe.data.max_errors)
+        state = TrainingState(model, optimizer, world.accelerator.scaler, ema, stopping, skipped)
         return Parts(state, update, augment, schedule, model if ema is None else ema.module)
 
     def _restore(self, state: TrainingState, folder: RunFolder) -> None:
@@ -226,6 +228,7 @@ class Session:
                 return stop_signal
             metrics = judge_run(world, folder, recipe, manifest, "test")
             summary = {f"test/{name}": metrics[name] for name in ("accuracy", "balanced_accuracy", "loss")} if metrics else {}
+            summary |= state.skipped.metrics()
             world.on_main(lambda: folder.write_result({"step": state.step, **summary}))
             exit_code = 0
         finally:
@@ -245,8 +248,7 @@ class Session:
             crop=data.crop,
             max_zoom=data.augment.zoom,
             balance=data.balance,
-            on_error=data.on_error,
-            max_errors=data.max_errors,
+            on_error="report",
             threads=data.threads or self.world.cores,
             prefetch=data.prefetch,
             start_step=start_step,

@@ -11,6 +11,7 @@ from torch import nn
 
 from galaxydist.errors import UserError
 from galaxydist.runs.state import flatten_state, unflatten_state
+from galaxydist.training.skipping import Skipped
 from galaxydist.training.stopping import EarlyStopping
 
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "galaxydist")
@@ -26,6 +27,7 @@ class TrainingState:
         scaler: gradient scaler of fp16, or None.
         ema: moving average of the weights, or None.
         stopping: best validation so far.
+        skipped: galaxies that could not be read.
         step: optimizer steps done.
         tracker_run_id: of the tracked run.
     """
@@ -35,6 +37,7 @@ class TrainingState:
     scaler: Any
     ema: ModelEmaV3 | None
     stopping: EarlyStopping
+    skipped: Skipped
     step: int = 0
     tracker_run_id: str | None = None
 
@@ -45,7 +48,12 @@ class TrainingState:
         for name, state in self._state_dicts().items():
             found, described[name] = flatten_state(name, state)
             tensors |= found
-        progress = {"step": self.step, "tracker_run_id": self.tracker_run_id, "stopping": self.stopping.state_dict()}
+        progress = {
+            "step": self.step,
+            "tracker_run_id": self.tracker_run_id,
+            "stopping": self.stopping.state_dict(),
+            "skipped": self.skipped.state_dict(),
+        }
         return tensors, {"progress": progress, "described": described, "versions": library_versions()}
 
     def restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
@@ -71,6 +79,8 @@ class TrainingState:
         self.step = progress["step"]
         self.tracker_run_id = progress["tracker_run_id"]
         self.stopping.load_state_dict(progress["stopping"])
+        if "skipped" in progress:  # checkpoints of 0.1 did not count
+            self.skipped.load_state_dict(progress["skipped"])
 
     def _state_dicts(self) -> dict[str, Any]:
         states = {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.state_dict()}

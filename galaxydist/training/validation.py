@@ -34,6 +34,16 @@ def evaluate_split(
     """
     was_training = model.training
     model.eval()
+    # A rank that cannot read a galaxy takes the others along: they would wait for its counts.
+    counts = world.together(lambda: _count(world, model, manifest, split, augment=augment, recipe=recipe))
+    model.train(was_training)
+    total = Counts.from_vector(world.sum(counts.vector().to(world.device)))
+    total.check(manifest.splits[split].num_samples, f"the {split} split of {manifest.path}")
+    return metrics_from_counts(total.confusion_KK.numpy(), float(total.loss_sum), total.count, manifest.class_names)
+
+
+def _count(world: World, model: nn.Module, manifest: Manifest, split: str, *, augment: Augment, recipe: Recipe) -> Counts:
+    """This rank's galaxies."""
     counts = Counts(len(manifest.class_names), world.device)
     with EvalReader(
         manifest,
@@ -52,10 +62,7 @@ def evaluate_split(
             with world.accelerator.autocast():
                 logits_BK = model(images_BCHW)
             counts.add(logits_BK, batch.labels_B.to(world.device), batch.weights_B.to(world.device))
-    model.train(was_training)
-    total = Counts.from_vector(world.sum(counts.vector().to(world.device)))
-    total.check(manifest.splits[split].num_samples, f"the {split} split of {manifest.path}")
-    return metrics_from_counts(total.confusion_KK.numpy(), float(total.loss_sum), total.count, manifest.class_names)
+    return counts
 
 
 @torch.no_grad()

@@ -76,12 +76,17 @@ class World:
             if self.size == 1:
                 raise
             problem = str(error)
-        if self.size > 1:
-            problems: list[str | None] = [None] * self.size
-            dist.all_gather_object(problems, problem)
-            if told := [text for text in problems if text]:
-                raise EveryRankError(told[0])
+        if told := [text for text in self.gather(problem) if text]:
+            raise EveryRankError(told[0])
         return done[0]
+
+    def gather(self, value: T) -> list[T]:
+        """What every rank gives, in the order of the ranks. All ranks take part."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The element-wise sum over all ranks, in place. All ranks take part."""
