@@ -2,11 +2,13 @@
 
 Rotation, mirror, zoom, shift and crop are one affine map from the pixels that the model sees to the stored ones; each output
 pixel is sampled once through it, antialiased. Every draw is a hash of (seed, epoch, position, purpose), so an image is changed
-in the same way whatever batch, process or device it is in.
+in the same way whatever batch, process or device it is in: what is drawn here is numbers (``changes``), carried out by OpenCV on
+a CPU (``render_cpu``) and by torch elsewhere (``render``), in both with whole grey levels before brightness, noise and
+normalisation.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,16 +18,12 @@ from torch import Tensor
 
 from galaxydist.chance import hash64, uniform
 from galaxydist.recipe.schema import AugmentConfig
-from galaxydist.shards.memory import Buffers
+from galaxydist.shards.changes import Changes, Float32s, Floats, Ints, Noise, Turn, Warp, antialias
 from galaxydist.shards.purposes import Purpose
-from galaxydist.shards.resample import resample, sampling
+from galaxydist.shards.render import DeviceRenderer, whole
+from galaxydist.shards.render_cpu import CpuRenderer
 
 NOISE_TABLE_SIZE = 1 << 20
-# Bytes of samples that are worked on together on a CPU, for each thread: they stay in its cache.
-CHUNK_BYTES = 4 << 20
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 class Normalise:
@@ -35,50 +33,54 @@ class Normalise:
         channel_mean, channel_std: R G B, full scale being 1 (the manifest's).
         image_size: width that the model sees, in pixels.
         crop: central fraction of the stored width that is kept.
+        threads: that share a batch on a CPU.
     """
 
-    def __init__(self, channel_mean: Sequence[float], channel_std: Sequence[float], image_size: int, crop: float = 1.0) -> None:
+    def __init__(
+        self,
+        channel_mean: Sequence[float],
+        channel_std: Sequence[float],
+        image_size: int,
+        crop: float = 1.0,
+        *,
+        threads: int = 1,
+    ) -> None:
         std = np.maximum(np.asarray(channel_std, np.float64), 1e-3)
-        self._scale = torch.tensor(1 / (255 * std), dtype=torch.float32).view(1, 3, 1, 1)
-        self._shift = torch.tensor(-np.asarray(channel_mean) / std, dtype=torch.float32).view(1, 3, 1, 1)
+        self.gain_C = 1 / (255 * std)
+        self.shift_C = (-np.asarray(channel_mean) / std).astype(np.float32)
         self._image_size, self._crop = image_size, crop
-        self._buffers = Buffers(keep=4)
+        self._on_cpu, self._on_device = CpuRenderer(image_size, threads), DeviceRenderer(image_size)
 
     def __call__(self, images_BHWC: Tensor) -> Tensor:
         """uint8 B x H x W x 3 to normalised float32 B x 3 x T x T, on the same device."""
-        batch = self.empty(images_BHWC)
-        for rows in chunks(np.arange(len(images_BHWC)), images_BHWC, self._image_size):
-            chosen = index(rows, images_BHWC)
-            batch[chosen] = self.finish(self.view(images_BHWC[chosen]))
-        return batch
+        rows = len(images_BHWC)
+        upright = Turn(np.zeros(rows, np.int64), np.zeros(rows, np.bool_))
+        gain_BC = np.broadcast_to(self.gain_C.astype(np.float32), (rows, 3))
+        return self.render(images_BHWC, Changes(upright, gain_BC, self.shift_C))
 
-    def empty(self, images_BHWC: Tensor) -> Tensor:
-        """Room for a batch's views."""
-        shape = (len(images_BHWC), 3, self._image_size, self._image_size)
+    def render(self, images_BHWC: Tensor, changes: Changes) -> Tensor:
+        """Carry out changes; what is not warped is the central crop at the model's size."""
+        if isinstance(changes.geometry, Turn):
+            images_BHWC = self.view(images_BHWC)
         if images_BHWC.device.type == "cpu":
-            return torch.from_numpy(self._buffers.take(shape, np.float32))
-        return torch.empty(shape, device=images_BHWC.device)
+            return torch.from_numpy(self._on_cpu(images_BHWC.numpy(), changes))
+        return self._on_device(images_BHWC, changes)
 
     def view(self, images_BHWC: Tensor) -> Tensor:
-        """The central crop at the model's size: float32 B x 3 x T x T, 0 to 255."""
+        """The central crop at the model's size: uint8 B x T x T x 3."""
         width = images_BHWC.shape[2]
         kept = max(1, round(self._crop * width))
         kept += (width - kept) % 2
         margin = (width - kept) // 2
-        images = images_BHWC[:, margin : margin + kept, margin : margin + kept].permute(0, 3, 1, 2)
-        if kept != self._image_size:
-            # On a CPU torch resizes uint8 ten times as fast as float32, rounding to whole grey levels.
-            images = images.contiguous(memory_format=torch.channels_last) if images.device.type == "cpu" else images.float()
-            size = (self._image_size, self._image_size)
-            images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
-        return images.to(torch.float32, memory_format=torch.contiguous_format)
-
-    def finish(self, views_BCHW: Tensor, brightness: Floats | None = None) -> Tensor:
-        """0 to 255 to mean 0 and deviation 1 of the training split's pixels, after a factor for each image; in place."""
-        scale = self._scale.to(views_BCHW.device)
-        if brightness is not None:
-            scale = scale * column(brightness, views_BCHW)
-        return views_BCHW.mul_(scale).add_(self._shift.to(views_BCHW.device))
+        images_BHWC = images_BHWC[:, margin : margin + kept, margin : margin + kept]
+        if kept == self._image_size:
+            return images_BHWC
+        images = images_BHWC.permute(0, 3, 1, 2)
+        # Only on a CPU can torch resize uint8 (ten times as fast as float32); it rounds to whole grey levels.
+        images = images.contiguous(memory_format=torch.channels_last) if images.device.type == "cpu" else images.float()
+        images = F.interpolate(images, size=(self._image_size,) * 2, mode="bilinear", antialias=True, align_corners=False)
+        images = whole(images).to(torch.uint8) if images.is_floating_point() else images
+        return images.permute(0, 2, 3, 1)
 
 
 class Augment:
@@ -87,7 +89,7 @@ class Augment:
     Args:
         config: which changes, and how large.
         seed: of the run.
-        channel_mean, channel_std, image_size, crop: as in :class:`Normalise`.
+        channel_mean, channel_std, image_size, crop, threads: as in :class:`Normalise`.
 
     ``normalise`` is the view of evaluation with the same settings.
     """
@@ -101,12 +103,11 @@ class Augment:
         image_size: int,
         *,
         crop: float = 1.0,
+        threads: int = 1,
     ) -> None:
-        self.normalise = Normalise(channel_mean, channel_std, image_size, crop)
+        self.normalise = Normalise(channel_mean, channel_std, image_size, crop, threads=threads)
         self._config, self._seed, self._size, self._crop = config, seed, image_size, crop
         self._resamples = config.rotate == "any" or config.zoom > 1 or config.shift > 0
-        reach = crop * config.zoom * (math.sqrt(2) if config.rotate == "any" else 1) + 2 * crop * config.shift
-        self._inside = reach <= 1
         self._noise_table = _noise_table(seed, 3 * image_size**2) if config.noise > 0 else None
 
     def __call__(self, images_BHWC: Tensor, epoch: int, positions_B: Tensor) -> Tensor:
@@ -120,13 +121,25 @@ class Augment:
         Returns:
             float32 B x 3 x T x T on the images' device.
         """
-        positions = positions_B.cpu().numpy()
-        batch = self.normalise.empty(images_BHWC)
-        views = self._resampled if self._resamples else self._turned
-        for rows, view in views(images_BHWC, epoch, positions):
-            self._add_noise(view, epoch, positions[rows])
-            batch[index(rows, batch)] = self.normalise.finish(view, self._brightness(epoch, positions[rows]))
-        return batch
+        return self.normalise.render(images_BHWC, self.changes(epoch, positions_B.cpu().numpy(), images_BHWC.shape[1]))
+
+    def changes(self, epoch: int, positions: Ints, width: int) -> Changes:
+        """What becomes of the images at these positions.
+
+        Args:
+            epoch, positions: as above.
+            width: of the images as they come, in pixels.
+        """
+        gain_BC = self._brightness(epoch, positions)[:, None] * self.normalise.gain_C
+        geometry: Warp | Turn
+        if self._resamples:
+            maps, zoom = self.parameters(epoch, positions)
+            geometry = Warp(maps, *antialias(self._crop * width / (self._size * zoom), width))
+        else:
+            turns = np.rint(self._angle(epoch, positions) / (np.pi / 2)).astype(np.int64)
+            geometry = Turn(turns, self._mirrored(epoch, positions))
+        noise = self._noise(epoch, positions, gain_BC)
+        return Changes(geometry, gain_BC.astype(np.float32), self.normalise.shift_C, noise)
 
     def parameters(self, epoch: int, positions: Ints) -> tuple[Floats, Floats]:
         """Each image's 2 x 3 map from the model's coordinates to the stored picture's (x to the right, y down, -1 to 1 from edge
@@ -154,77 +167,22 @@ class Augment:
     def _mirrored(self, epoch: int, positions: Ints) -> NDArray[np.bool_]:
         return self._config.flip & (self._draw(epoch, positions, Purpose.FLIP) < 0.5)
 
-    def _brightness(self, epoch: int, positions: Ints) -> Floats | None:
-        if self._config.brightness == 0:
-            return None
+    def _brightness(self, epoch: int, positions: Ints) -> Floats:
         return 1 + self._config.brightness * (2 * self._draw(epoch, positions, Purpose.BRIGHTNESS) - 1)
 
-    def _resampled(self, images_BHWC: Tensor, epoch: int, positions: Ints) -> Iterator[tuple[Ints, Tensor]]:
-        """Views through their maps, in groups that are sampled alike."""
-        maps, zoom = self.parameters(epoch, positions)
-        width = images_BHWC.shape[1]
-        halvings, samples = sampling(self._crop * width / (self._size * zoom), width)
-        for halving, sample in sorted({*zip(halvings.tolist(), samples.tolist(), strict=True)}):
-            alike = np.flatnonzero((halvings == halving) & (samples == sample))
-            for rows in chunks(alike, images_BHWC, max(width, self._size * sample)):
-                images = images_BHWC[index(rows, images_BHWC)].permute(0, 3, 1, 2).float()
-                yield (
-                    rows,
-                    resample(images, maps[rows], self._size, halvings=halving, samples=sample, inside=self._inside),
-                )
-
-    def _turned(self, images_BHWC: Tensor, epoch: int, positions: Ints) -> Iterator[tuple[Ints, Tensor]]:
-        """Views after quarter turns and mirrors: the same pixels in other places."""
-        turns = np.rint(self._angle(epoch, positions) / (np.pi / 2)).astype(np.int64)
-        mirrored = self._mirrored(epoch, positions)
-        for turn, mirror in sorted({*zip(turns.tolist(), mirrored.tolist(), strict=True)}):
-            alike = np.flatnonzero((turns == turn) & (mirrored == mirror))
-            for rows in chunks(alike, images_BHWC, images_BHWC.shape[1]):
-                view = torch.rot90(self.normalise.view(images_BHWC[index(rows, images_BHWC)]), turn, (2, 3))
-                yield rows, view.flip(3) if mirror else view
-
-    def _add_noise(self, views: Tensor, epoch: int, positions: Ints) -> None:
-        """Gaussian noise, in place: a window of a fixed table of deviates, at a hashed place."""
+    def _noise(self, epoch: int, positions: Ints, gain_BC: Floats) -> Noise | None:
+        """Gaussian noise: a window of a fixed table of deviates, at a hashed place; as bright as the image."""
         if self._noise_table is None:
-            return
-        self._noise_table = self._noise_table.to(views.device)
+            return None
         level = 255 * self._config.noise * self._draw(epoch, positions, Purpose.NOISE_LEVEL)
         places = hash64(self._seed, epoch, positions, Purpose.NOISE_PLACE) % np.uint64(NOISE_TABLE_SIZE)
-        length = views[0].numel()
-        if views.device.type == "cpu":
-            for view, place, deviation in zip(views, places.tolist(), level.tolist(), strict=True):
-                view.view(-1).add_(self._noise_table[place : place + length], alpha=deviation)
-        else:
-            windows = self._noise_table.unfold(0, length, 1)
-            noise = windows[torch.from_numpy(places.astype(np.int64)).to(views.device)].view(views.shape)
-            views.addcmul_(noise, column(level, views))
+        return Noise(self._noise_table, places.astype(np.int64), (level[:, None] * gain_BC).astype(np.float32))
 
 
-def chunks(rows: Ints, images_BHWC: Tensor, width: int) -> Iterator[Ints]:
-    """Rows in groups to work on together: all on an accelerator, on a CPU what fits its cache."""
-    step = max(1, len(rows))
-    if images_BHWC.device.type == "cpu":
-        step = torch.get_num_threads() * max(1, CHUNK_BYTES // (12 * width**2))
-    for first in range(0, len(rows), step):
-        yield rows[first : first + step]
-
-
-def index(rows: Ints, like: Tensor) -> Tensor | slice:
-    """Rows as an index; neighbouring ones as a slice, which copies nothing."""
-    if rows.size and int(rows[-1]) - int(rows[0]) == rows.size - 1:
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return torch.from_numpy(rows).to(like.device)
-
-
-def column(values: Floats, like: Tensor) -> Tensor:
-    """A number for each image, to multiply images by."""
-    return torch.from_numpy(values.astype(np.float32)).to(like.device).view(-1, 1, 1, 1)
-
-
-def _noise_table(seed: int, length: int) -> Tensor:
+def _noise_table(seed: int, length: int) -> Float32s:
     """Standard normal deviates by Box and Muller (1958), with enough repeated at the end for one image from any place."""
     half = np.arange(NOISE_TABLE_SIZE // 2)
     radius = np.sqrt(-2 * np.log(1 - uniform(seed, 0, half, Purpose.NOISE_TABLE)))
     angle = 2 * np.pi * uniform(seed, 1, half, Purpose.NOISE_TABLE)
     table = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)]).astype(np.float32)
-    return torch.from_numpy(np.resize(table, NOISE_TABLE_SIZE + length))
+    return np.resize(table, NOISE_TABLE_SIZE + length)
