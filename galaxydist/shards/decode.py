@@ -49,7 +49,7 @@ class Picture:
 def reduction(image_size: int, target_size: int, crop: float, max_zoom: float = 1.0) -> int:
     """The factor by which pictures may be decoded smaller without losing what the model sees: 1, 2, 4 or 8.
 
-    libjpeg's reduced decoding is a mean over whole pixels, and so is the first step of our antialiasing (``resample``), which
+    libjpeg's reduced decoding is a mean over whole pixels, and so is the first step of our antialiasing (``changes``), which
     wants at least 1.5 pixels to one that the model sees; at the greatest zoom there must be one.
 
     Args:

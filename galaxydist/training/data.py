@@ -104,11 +104,11 @@ class TrainingData:
         return self.channel_mean, self.channel_std
 
 
-def build_augment(recipe: Recipe, trained_on: TrainingData) -> Augment:
-    """Stored pixels to model input."""
+def build_augment(recipe: Recipe, trained_on: TrainingData, *, threads: int) -> Augment:
+    """Stored pixels to model input; on a CPU by so many threads."""
     data = recipe.data
     mean, std = trained_on.channel_mean, trained_on.channel_std
-    return Augment(data.augment, recipe.seed, mean, std, data.image_size, crop=data.crop)
+    return Augment(data.augment, recipe.seed, mean, std, data.image_size, crop=data.crop, threads=threads)
 
 
 def _shard_command(config: DataConfig) -> str:

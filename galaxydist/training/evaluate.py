@@ -145,7 +145,7 @@ def _evaluate(
     config = recipe.model.model_copy(update={"pretrained": False, "weights": None, "freeze_backbone": False})
     model = build_model(config, manifest.num_classes, recipe.data.image_size)
     model.load_state_dict(evaluation_weights(checkpoint.tensors, checkpoint.state))
-    augment = build_augment(recipe, trained_on)
+    augment = build_augment(recipe, trained_on, threads=world.cores)
     return evaluate_split(world, model.to(world.device), manifest, split, augment=augment, recipe=recipe)
 
 

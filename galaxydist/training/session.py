@@ -152,7 +152,7 @@ class Session:
         groups: list[dict[str, Any]] = [dict(group) for group in parameter_groups(model, self.recipe.optim.weight_decay)]
         ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema > 0 else None
         prepared_model, optimizer = world.accelerator.prepare(model, build_optimizer(groups, self.recipe.optim))
-        augment = build_augment(self.recipe, TrainingData.of(manifest, self.recipe))
+        augment = build_augment(self.recipe, TrainingData.of(manifest, self.recipe), threads=world.cores)
         objective = Objective(
             class_weights(config.class_weights, train_split.class_counts).to(world.device), config.label_smoothing
         )
