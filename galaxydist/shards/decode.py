@@ -77,7 +77,9 @@ class PictureReader:
         self._encoding = manifest.encoding
         self._factor = factor if manifest.encoding == "jpeg" else 1
         self.size = manifest.image_size // self._factor
-        self._starts = np.concatenate([[0], np.cumsum(manifest.shards(split)["samples"])])
+        shards = manifest.shards(split)
+        self._starts = np.concatenate([[0], np.cumsum(shards["samples"])])
+        self._shard_bytes = shards["bytes"]
         self._offsets, self._lengths = manifest.offsets(split), manifest.lengths(split)
         self._files = _OpenFiles()
         self._raw_header = _raw_header(manifest.image_size)
@@ -93,7 +95,7 @@ class PictureReader:
 
         Raises:
             PictureError: naming shard and galaxy, if it is cut short, does not decode or has another size.
-            UserError: if the shard is missing or cannot be opened.
+            UserError: if the shard is missing, cannot be opened or is not the manifest's by its size.
         """
         file = self._open(picture)
         try:
@@ -136,12 +138,19 @@ class PictureReader:
     def _open(self, picture: Picture) -> "_OpenFile":
         path = self._manifest.shard_path(self._split, picture.shard)
         try:
-            return self._files.get(str(path))
+            file = self._files.get(str(path))
         except FileNotFoundError:
             raise UserError(f"shard {path} is missing; make the shards anew with: galaxydist data shard") from None
         except OSError as error:
             hint = "; raise the limit with: ulimit -n 4096" if error.errno == errno.EMFILE else ""
             raise UserError(f"shard {path} cannot be opened ({error.strerror}){hint}") from None
+        if file.num_bytes != self._shard_bytes[picture.shard]:
+            raise UserError(
+                f"{self._name(picture)}: the shard has {file.num_bytes} bytes where the manifest says "
+                f"{self._shard_bytes[picture.shard]}: it was cut short or replaced. See what is wrong with: "
+                f"galaxydist data check {self._manifest.path}; then copy it anew, or make the shards anew"
+            )
+        return file
 
     def _name(self, picture: Picture) -> str:
         return picture_name(self._manifest, self._split, picture.shard, picture.sample - int(self._starts[picture.shard]))
@@ -172,13 +181,15 @@ def _decode_png(data: bytes, pixels: Pixels) -> tuple[int, ...]:
 
 
 class _OpenFile:
-    """A descriptor that is closed when its last user lets go of it, so that a thread never reads from a closed one."""
+    """A descriptor that is closed when its last user lets go of it, so that a thread never reads from a closed one; and the bytes
+    that the file had when it was opened."""
 
-    __slots__ = ("descriptor",)
+    __slots__ = ("descriptor", "num_bytes")
 
     def __init__(self, path: str) -> None:
         self.descriptor = -1
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.num_bytes = os.fstat(self.descriptor).st_size
 
     def __del__(self) -> None:
         if self.descriptor >= 0:

@@ -14,6 +14,7 @@ from galaxydist.recipe.schema import Recipe
 from galaxydist.runs import checkpoints
 from galaxydist.runs.checkpoint_folder import Checkpoint, DamagedCheckpointError, read_checkpoint
 from galaxydist.runs.folder import RunFolder
+from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.training.data import TrainingData, build_augment, find_manifest, has_split
 from galaxydist.training.state import evaluation_weights
@@ -53,6 +54,7 @@ def evaluate_run(
         )
     world = enter_world(recipe.train.precision, environ)
     try:
+        world.on_main(lambda: check_columns(manifest))
         metrics = judge_run(world, folder, recipe, manifest, split)
     finally:
         leave_world()

@@ -24,6 +24,7 @@ from galaxydist.runs import checkpoints
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.augment import Augment
+from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.reader import TrainReader
 from galaxydist.training.agreement import StopFlag
@@ -97,6 +98,7 @@ class Session:
         self.world.say(f"galaxydist: {processes}, {device}, {self.world.cores} threads each, precision {precision}")
         path = find_manifest(self.recipe.data, self.root)
         manifest = self.world.together(lambda: open_manifest(path, self.recipe, self.world.size))
+        self.world.on_main(lambda: check_columns(manifest))
         torch.manual_seed(self.recipe.seed)
         model = self.world.together(lambda: self._build_model(manifest)).to(self.world.device)
         with contextlib.ExitStack() as stack:
