@@ -40,7 +40,7 @@ class Warp:
     @property
     def radii(self) -> Ints:
         """B, how far each blur reaches: 0 (none), 1 or 2 pixels."""
-        return np.count_nonzero(self.taps, axis=1) // 2
+        return np.asarray(np.count_nonzero(self.taps, axis=1) // 2)
 
     def matrices(self, width: int, size: int) -> Floats:
         """The maps between centres of pixels: B x 2 x 3 from (column, row) of the output to that of the halved input.
