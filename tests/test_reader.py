@@ -19,8 +19,8 @@ from galaxydist.shards.decode import PictureError, PictureReader, reduction
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.reader import Batch, EvalReader, TrainReader
-from galaxydist.shards.tar import parse_index
 from galaxydist.shards.write import write_shards
+from tests.damage import break_picture, keys, truncate
 from tests.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies
 
 SURVEY = MemorySurvey(tuple(as_jpeg(galaxy) for galaxy in draw_galaxies(120)))
@@ -39,14 +39,6 @@ def manifest(written: Path) -> Manifest:
 @pytest.fixture
 def copy(written: Path, tmp_path: Path) -> Manifest:
     return read_manifest(shutil.copytree(written, tmp_path / "shards"))
-
-
-def keys(manifest: Manifest, split: str) -> list[str]:
-    return [
-        sample[0].name.partition(".")[0]
-        for number in range(manifest.splits[split].num_shards)
-        for sample in parse_index(manifest.shard_path(split, number).with_suffix(".idx").read_text())
-    ]
 
 
 def read(manifest: Manifest, steps: int, **settings: object) -> list[Batch]:
@@ -174,19 +166,8 @@ def test_evaluation_counts_every_galaxy_once(manifest: Manifest, world_size: int
     assert sorted(seen) == list(range(num_samples))
 
 
-def damage(manifest: Manifest, sample: int) -> tuple[Path, str]:
-    """Cut the middle out of a training picture; its shard and key."""
-    starts = np.cumsum(manifest.shards("train")["samples"])
-    shard = manifest.shard_path("train", int(np.searchsorted(starts, sample, side="right")))
-    offset, length = int(manifest.offsets("train")[sample]), int(manifest.lengths("train")[sample])
-    with shard.open("r+b") as file:
-        file.seek(offset + length // 2)
-        file.write(b"\xff\xd9" + b"\0" * (length - length // 2 - 2))
-    return shard, keys(manifest, "train")[sample]
-
-
 def test_a_damaged_picture_surfaces_in_the_consumer(copy: Manifest) -> None:
-    shard, key = damage(copy, 20)
+    shard, key = break_picture(copy, "train", 20)
     with pytest.raises(UserError) as error:
         read(copy, 10)
     assert f"shard {shard}, galaxy {key}: its picture does not decode" in str(error.value)
@@ -195,7 +176,7 @@ def test_a_damaged_picture_surfaces_in_the_consumer(copy: Manifest) -> None:
 
 
 def test_a_reported_picture_keeps_its_position_with_weight_0(copy: Manifest, manifest: Manifest) -> None:
-    shard, key = damage(copy, 20)
+    shard, key = break_picture(copy, "train", 20)
     steps = copy.splits["train"].num_samples // 16
     whole, skipped = read(manifest, 2 * steps), read(copy, 2 * steps, on_error="report")
     hit = 0
@@ -212,13 +193,29 @@ def test_a_reported_picture_keeps_its_position_with_weight_0(copy: Manifest, man
 
 
 def test_evaluation_never_skips(copy: Manifest) -> None:
-    shard = copy.shard_path("test", 0)
-    with shard.open("r+b") as file:
-        file.truncate(int(copy.offsets("test")[3]) + 5)
-    key = keys(copy, "test")[3]
-    with pytest.raises(UserError, match=rf"galaxy {key[:6]}.*the shard is cut short"):
+    _, key = break_picture(copy, "test", 3)
+    with pytest.raises(UserError, match=f"galaxy {key[:6]}.*does not decode"):
         list(EvalReader(copy, "test", batch_size=8))
     assert decode_threads() == []
+
+
+@pytest.mark.parametrize("num_bytes", [0, 5], ids=["between two pictures", "in a picture"])
+def test_a_truncated_shard_is_named_with_a_galaxy_that_it_costs(copy: Manifest, num_bytes: int) -> None:
+    shard = truncate(copy, "test", 3, num_bytes)
+    with pytest.raises(UserError, match=rf"shard {shard}, galaxy g-.*where the manifest says \d+: it was cut short or replaced"):
+        list(EvalReader(copy, "test", batch_size=8))
+    assert decode_threads() == []
+
+
+def test_a_shard_that_is_truncated_while_it_is_read(copy: Manifest) -> None:
+    reader = PictureReader(copy, "test")
+    pixels = np.empty((32, 32, 3), np.uint8)
+    first, last = reader.locate(np.array([0, 3]))
+    reader.read_into(first, pixels)
+    truncate(copy, "test", 3, 5)
+    with pytest.raises(PictureError, match=f"galaxy {keys(copy, 'test')[3][:6]}.*the shard is cut short"):
+        reader.read_into(last, pixels)
+    reader.close()
 
 
 def test_a_missing_shard_is_named(copy: Manifest) -> None:
@@ -236,10 +233,13 @@ def test_raw_shards_that_are_cut_or_overwritten(tmp_path: Path) -> None:
         file.write(b"not numpy")
     with pytest.raises(UserError, match=r"not a \.npy file of 32 x 32 x 3 uint8"):
         list(EvalReader(manifest, "val", batch_size=8))
-    with manifest.shard_path("val", 0).open("r+b") as file:
-        file.truncate(int(manifest.offsets("val")[0]) + 1000)
-    with pytest.raises(UserError, match=f"galaxy {keys(manifest, 'val')[0][:6]}.*cut short"):
-        list(EvalReader(manifest, "val", batch_size=8))
+    reader, pixels = PictureReader(manifest, "val"), np.empty((32, 32, 3), np.uint8)
+    first, second = reader.locate(np.array([0, 1]))
+    reader.read_into(first, pixels)
+    truncate(manifest, "val", 1, 1000)
+    with pytest.raises(PictureError, match=f"galaxy {keys(manifest, 'val')[1][:6]}.*cut short"):
+        reader.read_into(second, pixels)
+    reader.close()
 
 
 def test_impossible_batches_are_refused(manifest: Manifest) -> None:
