@@ -36,7 +36,7 @@ def test_opening_needs_no_torch_and_little_memory(results: list[dict[str, Any]])
     assert opening["num_samples"] == 10_000_000 and opening["torch"] is False and opening["same"] is True
     assert 0 < opening["open_s"] < opening["inside_s"] < opening["process_s"]
     assert 10 < opening["peak_mb"] < 300
-    assert 0 < opening["batch_ms"]["median"] <= opening["batch_ms"]["p99"] <= opening["batch_ms"]["max"]
+    assert 0 < opening["batch_ms"]["median"] <= opening["batch_ms"]["max"] and opening["batch_ms"]["max_processor"] > 0
 
 
 def test_an_epoch_is_shuffled_like_a_random_permutation() -> None:
