@@ -111,9 +111,9 @@ class BatchPool:
         """Stop the threads and close the files; what was decoded ahead is dropped."""
         if not self._closed:
             self._closed = True
+            self._pictures.close()  # first: a thread may be waiting for a shard
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._pending.clear()
-            self._pictures.close()
 
     def _submit(self, plan: Plan) -> _Pending:
         size = self._pictures.size

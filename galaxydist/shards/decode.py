@@ -1,26 +1,23 @@
 """Stored pictures to pixels: positioned reads of local tars, decoded straight into the place of the batch. All of it without
 Python's lock, so that threads do the work of processes."""
 
-import errno
 import io
 import os
-import threading
-from collections import OrderedDict
+import tarfile
 from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.tar import parse_index
+from galaxydist.shards.openfile import OpenFile
+from galaxydist.shards.source import FolderSource, Source
+from galaxydist.shards.tar import BLOCK, parse_index
 
 Pixels = NDArray[np.uint8]
-
-# Shards that are held open; fewer than the 1,024 files that a process may usually have.
-MAX_OPEN = 384
 
 
 class PictureError(UserError):
@@ -70,9 +67,10 @@ class PictureReader:
     Args:
         manifest, split: which.
         factor: decode by this factor smaller (JPEG only; see :func:`reduction`).
+        source: where the shards come from, if they do not lie in the manifest's folder; closed with this reader.
     """
 
-    def __init__(self, manifest: Manifest, split: str, factor: int = 1) -> None:
+    def __init__(self, manifest: Manifest, split: str, factor: int = 1, source: Source | None = None) -> None:
         self._manifest, self._split = manifest, split
         self._encoding = manifest.encoding
         self._factor = factor if manifest.encoding == "jpeg" else 1
@@ -81,7 +79,7 @@ class PictureReader:
         self._starts = np.concatenate([[0], np.cumsum(shards["samples"])])
         self._shard_bytes = shards["bytes"]
         self._offsets, self._lengths = manifest.offsets(split), manifest.lengths(split)
-        self._files = _OpenFiles()
+        self._source = source or FolderSource(manifest, split)
         self._raw_header = _raw_header(manifest.image_size)
 
     def locate(self, samples: NDArray[np.int64]) -> list[Picture]:
@@ -111,13 +109,17 @@ class PictureReader:
         except (ValueError, OSError, SyntaxError) as error:
             raise PictureError(
                 f"{self._name(picture)}: its picture does not decode ({error})",
-                f"look for more with: galaxydist data check {self._manifest.path}, "
+                f"look for more with: galaxydist data check {self._manifest.location}, "
                 "then make the shards anew, or train without it: data.on_error=skip",
             ) from None
 
     def close(self) -> None:
-        """Close the shards."""
-        self._files.close()
+        """Let go of the shards; from now on reading may raise."""
+        self._source.close()
+
+    def advance(self, step: int) -> None:
+        """All batches up to this one have been read."""
+        self._source.advance(step)
 
     def _decode_jpeg(self, data: bytes, pixels: Pixels) -> tuple[int, ...]:
         if self._factor == 1:
@@ -135,20 +137,13 @@ class PictureReader:
         if header != self._raw_header:
             raise ValueError(f"not a .npy file of {self.size} x {self.size} x 3 uint8")
 
-    def _open(self, picture: Picture) -> "_OpenFile":
-        path = self._manifest.shard_path(self._split, picture.shard)
-        try:
-            file = self._files.get(str(path))
-        except FileNotFoundError:
-            raise UserError(f"shard {path} is missing; make the shards anew with: galaxydist data shard") from None
-        except OSError as error:
-            hint = "; raise the limit with: ulimit -n 4096" if error.errno == errno.EMFILE else ""
-            raise UserError(f"shard {path} cannot be opened ({error.strerror}){hint}") from None
+    def _open(self, picture: Picture) -> OpenFile:
+        file = self._source.open(picture.shard)
         if file.num_bytes != self._shard_bytes[picture.shard]:
             raise UserError(
                 f"{self._name(picture)}: the shard has {file.num_bytes} bytes where the manifest says "
                 f"{self._shard_bytes[picture.shard]}: it was cut short or replaced. See what is wrong with: "
-                f"galaxydist data check {self._manifest.path}; then copy it anew, or make the shards anew"
+                f"galaxydist data check {self._manifest.location}; then copy it anew, or make the shards anew"
             )
         return file
 
@@ -157,13 +152,24 @@ class PictureReader:
 
 
 def picture_name(manifest: Manifest, split: str, shard: int, number: int) -> str:
-    """``shard PATH, galaxy KEY`` for an error message; the key is read from the shard's index."""
+    """``shard PATH, galaxy KEY`` for an error message; the key is read from the shard's index, or else from the shard."""
     path = manifest.shard_path(split, shard)
     try:
         key = parse_index(path.with_suffix(".idx").read_text("ascii"))[number][0].name.partition(".")[0]
     except (OSError, ValueError, IndexError):
-        key = f"number {number}"
-    return f"shard {path}, galaxy {key}"
+        key = _key_in_tar(manifest, split, shard, number) or f"number {number}"
+    return f"shard {manifest.shard_location(split, shard)}, galaxy {key}"
+
+
+def _key_in_tar(manifest: Manifest, split: str, shard: int, number: int) -> str:
+    """The key as the header before the picture has it; empty where there is no header."""
+    sample = int(manifest.shards(split)["samples"][:shard].sum()) + number
+    try:
+        with manifest.shard_path(split, shard).open("rb") as file:
+            file.seek(int(manifest.offsets(split)[sample]) - BLOCK)
+            return tarfile.TarInfo.frombuf(file.read(BLOCK), "ascii", "strict").name.partition(".")[0]
+    except (OSError, tarfile.HeaderError):
+        return ""
 
 
 def _raw_header(image_size: int) -> bytes:
@@ -173,49 +179,11 @@ def _raw_header(image_size: int) -> bytes:
 
 
 def _decode_png(data: bytes, pixels: Pixels) -> tuple[int, ...]:
-    with Image.open(io.BytesIO(data)) as picture:
-        decoded = np.asarray(picture.convert("RGB"))
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            decoded = np.asarray(picture.convert("RGB"))
+    except UnidentifiedImageError:
+        raise ValueError("not a PNG file") from None
     if decoded.shape == pixels.shape:
         pixels[...] = decoded
     return decoded.shape
-
-
-class _OpenFile:
-    """A descriptor that is closed when its last user lets go of it, so that a thread never reads from a closed one; and the bytes
-    that the file had when it was opened."""
-
-    __slots__ = ("descriptor", "num_bytes")
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.num_bytes = os.fstat(self.descriptor).st_size
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-
-class _OpenFiles:
-    """The files last used, open."""
-
-    def __init__(self) -> None:
-        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, path: str) -> _OpenFile:
-        with self._lock:
-            file = self._files.get(path)
-            if file is not None:
-                self._files.move_to_end(path)
-                return file
-        file = _OpenFile(path)
-        with self._lock:
-            self._files[path] = file
-            if len(self._files) > MAX_OPEN:
-                self._files.popitem(last=False)
-        return file
-
-    def close(self) -> None:
-        with self._lock:
-            self._files.clear()

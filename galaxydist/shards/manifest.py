@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
+from galaxydist.shards.cache import CacheConfig
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -39,17 +40,33 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Remote:
+    """Shards that lie in a store.
+
+    Args:
+        url: of their folder.
+        location: the manifest's URL as it may be shown.
+        cache: where they are kept on this machine.
+    """
+
+    url: str
+    location: str
+    cache: CacheConfig
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A folder of shards.
 
     Args:
-        dir: the folder.
+        dir: the folder; of shards in a store the one in the cache, which has the columns and those shards that were fetched.
         hash: SHA-256 (hex) of manifest.json, which itself holds the columns' hashes, and they the shards': it names every byte.
         encoding: ``jpeg``, ``png`` or ``raw``.
         image_size: width and height of every stored picture, in pixels.
         channel_mean, channel_std: of the training split's pixels, R G B, full scale being 1.
         columns: SHA-256 of each column file, by its name.
         settings: what the writer was asked for.
+        remote: the store, where they lie in one.
     """
 
     dir: Path
@@ -65,10 +82,16 @@ class Manifest:
     source_hash: str
     columns: Mapping[str, str] = field(repr=False)
     settings: Mapping[str, Any] = field(repr=False)
+    remote: Remote | None = None
 
     @property
     def path(self) -> Path:
         return self.dir / MANIFEST_NAME
+
+    @property
+    def location(self) -> str:
+        """Its path or URL, for messages."""
+        return str(self.path) if self.remote is None else self.remote.location
 
     @property
     def num_classes(self) -> int:
@@ -81,7 +104,7 @@ class Manifest:
     def split(self, name: str) -> Split:
         """The split of that name, or a UserError that lists the names."""
         if name not in self.splits:
-            raise UserError(f"{self.path} has no split {name!r}; it has {', '.join(self.splits)}")
+            raise UserError(f"{self.location} has no split {name!r}; it has {', '.join(self.splits)}")
         return self.splits[name]
 
     def labels(self, split: str) -> NDArray[np.int32]:
@@ -102,6 +125,22 @@ class Manifest:
 
     def shard_path(self, split: str, number: int) -> Path:
         return self.dir / shard_name(split, number)
+
+    def shard_location(self, split: str, number: int) -> str:
+        """A shard's path or URL, for messages."""
+        folder = str(self.dir) if self.remote is None else self.remote.location.removesuffix(f"/{MANIFEST_NAME}")
+        return f"{folder}/{shard_name(split, number)}"
+
+    def check_lengths(self) -> None:
+        """See that every column is there and as long as the manifest says.
+
+        Raises:
+            UserError: naming it.
+        """
+        for split in self.splits:
+            self.shards(split)
+            for column in COLUMNS:
+                self._column(split, column)
 
     def _column(self, split: str, column: str) -> NDArray[Any]:
         return _map_column(self.dir / column_name(split, column), COLUMNS[column], self.split(split).num_samples)
@@ -133,29 +172,36 @@ def read_manifest(path: Path) -> Manifest:
         text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no shards at {path}; make them with: galaxydist data shard") from None
+    manifest = parse_manifest(text, path.parent, str(path))
+    manifest.check_lengths()
+    return manifest
+
+
+def parse_manifest(text: bytes, folder: Path, location: str) -> Manifest:
+    """The manifest that a text is.
+
+    Args:
+        text: of manifest.json.
+        folder: where the columns and the shards lie.
+        location: of the text, for messages.
+
+    Raises:
+        UserError: not a manifest, or made by a newer version.
+    """
     try:
         content = json.loads(text)
         version = content["format_version"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a manifest of shards; make it anew with: galaxydist data shard") from None
+        raise UserError(f"{location} is not a manifest of shards; make it anew with: galaxydist data shard") from None
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {version}, this galaxydist reads version {FORMAT_VERSION}: "
+            f"{location} has format version {version}, this galaxydist reads version {FORMAT_VERSION}: "
             "update galaxydist, or make the shards anew with: galaxydist data shard"
         )
-    manifest = _from_json(path, hashlib.sha256(text).hexdigest(), content)
-    for split in manifest.splits:
-        manifest.shards(split)
-        for column in COLUMNS:
-            manifest._column(split, column)
-    return manifest
-
-
-def _from_json(path: Path, digest: str, content: Mapping[str, Any]) -> Manifest:
     try:
         return Manifest(
-            dir=path.parent,
-            hash=digest,
+            dir=folder,
+            hash=hashlib.sha256(text).hexdigest(),
             dataset=content["dataset"],
             variant=content["variant"],
             class_names=tuple(content["class_names"]),
@@ -172,7 +218,7 @@ def _from_json(path: Path, digest: str, content: Mapping[str, Any]) -> Manifest:
             settings=content["settings"],
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); make it anew with: galaxydist data shard") from None
+        raise UserError(f"{location} is damaged ({error!r}); make it anew with: galaxydist data shard") from None
 
 
 def manifest_json(manifest: Manifest) -> bytes:

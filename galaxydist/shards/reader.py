@@ -11,16 +11,19 @@ import numpy as np
 
 from galaxydist.shards.batches import Batch, BatchPool, Plan, num_threads
 from galaxydist.shards.decode import PictureReader, reduction
+from galaxydist.shards.fetch import Uses, open_source, shifted
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import (
     ByClass,
     EpochOrder,
+    Int64,
     Order,
     ResampledOrder,
     evaluation_batches,
     rank_offsets,
     steps_per_epoch,
 )
+from galaxydist.shards.uses import evaluation_uses, resampled_uses, shard_uses
 
 __all__ = ["Batch", "EvalReader", "TrainReader", "num_threads", "steps_per_epoch"]
 
@@ -29,6 +32,7 @@ class _Reader:
     """What the two readers share: iteration, closing, the time spent waiting."""
 
     _pool: BatchPool
+    _pictures: PictureReader
     _raises = True
 
     @property
@@ -41,6 +45,7 @@ class _Reader:
 
     def __next__(self) -> Batch:
         batch = self._pool.next()
+        self._pictures.advance(batch.step)
         if batch.errors and self._raises:
             self.close()
             raise next(iter(batch.errors.values()))
@@ -71,13 +76,14 @@ class TrainReader(_Reader):
         balance: ``none``, or ``resample`` for even classes.
         on_error: ``raise`` what cannot be read; or ``report``: such a picture keeps its position with weight 0, its error
             stands in the batch's ``errors``, and the caller decides, with the other processes, whether to go on.
-        threads: that decode; 0: this process's share of the cores, ``ranks_on_node`` being the processes that share them.
+        threads: that decode; 0: this process's share of the cores.
+        ranks_on_node: processes that share the cores and the cache of this machine: those of rank div ranks_on_node.
         prefetch: batches decoded ahead.
         start_step: the first step; what comes before is not read.
 
     Raises:
-        UserError: G over N, W over G, no training split; while iterating with ``raise``, naming shard and galaxy, what cannot be
-            read.
+        UserError: G over N, W over G, no training split, a cache that is too small; while iterating with ``raise``, naming shard
+            and galaxy, what cannot be read.
     """
 
     def __init__(
@@ -107,8 +113,20 @@ class TrainReader(_Reader):
         self._by_class = ByClass(manifest.labels(split)) if balance == "resample" else None
         self._raises = on_error == "raise"
         factor = reduction(manifest.image_size, image_size or manifest.image_size, crop, max_zoom)
+        source = open_source(
+            manifest,
+            split,
+            self._uses(start_step, self._offsets),
+            self._uses(start_step, _node_offsets(batch_size, rank, world_size, ranks_on_node)),
+            step=start_step,
+            ranks_on_node=ranks_on_node,
+            why="data.balance=resample draws from the whole split"
+            if balance == "resample"
+            else f"data.num_streams={num_streams}",
+        )
+        self._pictures = PictureReader(manifest, split, factor, source)
         self._pool = BatchPool(
-            PictureReader(manifest, split, factor),
+            self._pictures,
             manifest.labels(split),
             self._plans(start_step),
             num_threads(threads, ranks_on_node),
@@ -130,6 +148,18 @@ class TrainReader(_Reader):
                 positions = number * self._batch_size + self._offsets
                 yield Plan(order.samples(positions), positions, epoch, step)
                 step += 1
+
+    def _uses(self, step: int, offsets: Int64) -> Uses:
+        """The shards of these offsets, epoch after epoch from the one of ``step``."""
+        epoch = step // self.steps_per_epoch
+        while True:
+            order = self.epoch_order(epoch)
+            if isinstance(order, EpochOrder):
+                uses = shard_uses(order, self._batch_size, offsets)
+            else:
+                uses = resampled_uses(self._manifest.split(self._split).num_shards, self.steps_per_epoch)
+            yield shifted(uses, epoch * self.steps_per_epoch)
+            epoch += 1
 
 
 class EvalReader(_Reader):
@@ -164,8 +194,18 @@ class EvalReader(_Reader):
         self._batches = evaluation_batches(self.num_samples, batch_size, rank, world_size)
         self._batch_size = batch_size
         factor = reduction(manifest.image_size, image_size or manifest.image_size, crop, max_zoom)
+        sizes = manifest.shards(split)["samples"]
+        source = open_source(
+            manifest,
+            split,
+            iter([evaluation_uses(sizes, batch_size, rank, world_size)]),
+            iter([evaluation_uses(sizes, batch_size * ranks_on_node, 0, 1)]),
+            ranks_on_node=ranks_on_node,
+            why=f"evaluation by {ranks_on_node} processes",
+        )
+        self._pictures = PictureReader(manifest, split, factor, source)
         self._pool = BatchPool(
-            PictureReader(manifest, split, factor),
+            self._pictures,
             manifest.labels(split),
             self._plans(),
             num_threads(threads, ranks_on_node),
@@ -179,3 +219,10 @@ class EvalReader(_Reader):
         for number in self._batches:
             positions = number * self._batch_size + np.arange(self._batch_size)
             yield Plan(np.where(positions < self.num_samples, positions, -1), positions, 0, number)
+
+
+def _node_offsets(batch_size: int, rank: int, world_size: int, ranks_on_node: int) -> Int64:
+    """The offsets of all processes of this one's machine; ranks are dealt to machines in blocks."""
+    first = rank - rank % ranks_on_node
+    ranks = range(first, min(first + ranks_on_node, world_size))
+    return np.concatenate([rank_offsets(batch_size, rank, world_size) for rank in ranks])

@@ -1,0 +1,313 @@
+"""A folder of files fetched from stores, shared by all processes of a node, and by several runs.
+
+<cache>/<first 16 hex of the manifest's hash>/train-000000.tar    a whole file; whoever uses it holds a shared lock on it
+                                              .train-000000.tar.lock       being fetched by whoever holds its lock; says how many
+                                                                           bytes it will take
+                                              .train-000000.tar.partial    what has come of it
+<cache>/.lock                                 held while room is made and taken
+
+All locks are flock's: they go with the process that held them, so a crash leaves nothing to clean up but names. A file is whole
+when it has its name: it is checked against the manifest's SHA-256 and synced to the disk before it is renamed, and its size is
+looked at each time it is opened. (Damage done to it later shows as a picture that does not decode.) What has not been opened for
+the longest time goes first when room is needed; what any process has open never goes.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from galaxydist.errors import UserError
+from galaxydist.shards.openfile import OpenFile
+from galaxydist.shards.store import StoppedError
+
+_log = logging.getLogger(__name__)
+
+# Seconds between two looks at a lock that another process holds.
+POLL_S = 0.05
+# Left free on the disk: what other programs need to go on.
+SPARE_BYTES = 256 * 1024 * 1024
+SPARE_SHARE = 0.01
+
+NO_SPACE = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "files may not be so large"}
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+SHARD_ENDING = ".tar"
+LOCK, PARTIAL = ".lock", ".partial"
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where and how a process keeps what it fetches.
+
+    Args:
+        folder: of the cache.
+        max_bytes: that it may take.
+        threads: that fetch at the same time, in each process.
+    """
+
+    folder: Path
+    max_bytes: int = 100_000_000_000
+    threads: int = 8
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file of the cache.
+
+    Args:
+        name: ``<folder>/<file>`` or ``<folder>/columns/<file>``.
+        num_bytes: of the whole file; None where that is not known before.
+    """
+
+    name: str
+    num_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    path: str
+    size: int
+    used_ns: int
+
+
+class Cache:
+    """One process's view of the folder.
+
+    Args:
+        folder: made if it is not there.
+        max_bytes: that all files in it may take.
+
+    Raises:
+        UserError: it cannot be made or written, or stands on a file system without locks.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self._said_over = False
+        with self._explain():
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._guard(threading.Event()):
+                self._scan()
+
+    def obtain(self, wanted: Wanted, fetch: Callable[[Path], None], *, stop: threading.Event, must: bool) -> OpenFile | None:
+        """A file, open and locked against eviction as long as the result lives; fetched by one process if it is not there.
+
+        Args:
+            wanted: which.
+            fetch: puts the right file at the path it is given, or raises.
+            stop: when it is set, waiting ends.
+            must: make it fit by going over the limit, if all else is in use.
+
+        Returns:
+            None where it is not there and there is no room for it now.
+
+        Raises:
+            StoppedError: ``stop`` was set.
+            UserError: the folder cannot be written, or its disk is full; or what ``fetch`` raises.
+        """
+        with self._explain():
+            while True:
+                if (found := self.find(wanted)) is not None:
+                    return found
+                with self._guard(stop):
+                    claim = _claim(self._hidden(wanted, LOCK))
+                    if claim is not None and (
+                        (found := self.find(wanted)) is not None or not self._make_room(claim, wanted, must)
+                    ):
+                        self._give_up(claim, wanted)
+                        return found
+                if claim is not None:
+                    return self._fetch(claim, wanted, fetch)
+                if stop.wait(POLL_S):
+                    raise StoppedError
+
+    def find(self, wanted: Wanted) -> OpenFile | None:
+        """A file that is there and whole, open and locked against eviction; it now counts as used last."""
+        path = self.folder / wanted.name
+        while True:
+            try:
+                file = OpenFile.at(str(path))
+            except FileNotFoundError:
+                return None
+            if not _lock(file.descriptor, fcntl.LOCK_SH):
+                continue  # being evicted, which is quick
+            status = os.fstat(file.descriptor)
+            if status.st_nlink == 0:
+                continue  # was evicted
+            if wanted.num_bytes not in (None, status.st_size):
+                return None  # damaged: fetched anew
+            try:
+                os.utime(file.descriptor)
+            except PermissionError:
+                _log.debug("%s belongs to another user", path)
+            return file
+
+    @property
+    def room(self) -> int:
+        """Bytes that the cache may hold: its limit, or less where the disk is smaller."""
+        with self._guard(threading.Event()):
+            return min(self.max_bytes, _free_bytes(self.folder) + sum(file.size for file in self._scan()[0]))
+
+    def _fetch(self, claim: OpenFile, wanted: Wanted, fetch: Callable[[Path], None]) -> OpenFile:
+        partial = self._hidden(wanted, PARTIAL)
+        try:
+            fetch(partial)
+            file = OpenFile.at(str(partial))
+            _lock(file.descriptor, fcntl.LOCK_SH)
+            os.fsync(file.descriptor)
+            partial.replace(self.folder / wanted.name)
+            _sync_folder(partial.parent)
+            return file
+        finally:
+            self._give_up(claim, wanted)
+
+    def _give_up(self, claim: OpenFile, wanted: Wanted) -> None:
+        """Remove what a claim stands for, then the claim; in this order, so that a partial always has one."""
+        assert claim.descriptor >= 0
+        self._hidden(wanted, PARTIAL).unlink(missing_ok=True)
+        self._hidden(wanted, LOCK).unlink(missing_ok=True)
+
+    def _make_room(self, claim: OpenFile, wanted: Wanted, must: bool) -> bool:
+        """Under the guard: evict until the file fits, and reserve its bytes."""
+        (self.folder / wanted.name).unlink(missing_ok=True)  # it is damaged, if it is there
+        num_bytes = wanted.num_bytes or 0
+        files, reserved = self._scan()
+        room = min(self.max_bytes - reserved - sum(file.size for file in files), _free_bytes(self.folder) - reserved)
+        for file in sorted(files, key=lambda file: file.used_ns):
+            if room >= num_bytes:
+                break
+            if file.path.endswith(SHARD_ENDING) and _evict(file.path):
+                room += file.size
+        if room < num_bytes and not must:
+            return False
+        if room < num_bytes and num_bytes and not self._said_over:
+            self._said_over = True
+            _log.warning(
+                "the cache %s goes over its limit (data.cache_size, or the free disk) by %s: all else in it is in use",
+                self.folder,
+                show_bytes(num_bytes - room),
+            )
+        os.pwrite(claim.descriptor, str(num_bytes).encode(), 0)
+        return True
+
+    def _scan(self) -> tuple[list["_Found"], int]:
+        """The whole files, and the bytes that the fetches under way will take; what a crash left of one is removed."""
+        found, reserved = [], 0
+        folders = [str(self.folder)]
+        for folder in folders:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif not entry.name.startswith("."):
+                        status = entry.stat()
+                        found.append(_Found(entry.path, status.st_size, status.st_mtime_ns))
+                    elif entry.name.endswith(LOCK) and entry.name != LOCK:
+                        reserved += _reserved(entry.path)
+        return found, reserved
+
+    def _hidden(self, wanted: Wanted, ending: str) -> Path:
+        path = self.folder / wanted.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.with_name(f".{path.name}{ending}")
+
+    @contextmanager
+    def _guard(self, stop: threading.Event) -> Iterator[None]:
+        """One process at a time makes room."""
+        file = OpenFile(os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        while not _lock(file.descriptor, fcntl.LOCK_EX):
+            if stop.wait(POLL_S):
+                raise StoppedError
+        yield
+
+    @contextmanager
+    def _explain(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            elsewhere = "choose another folder with data.cache_dir=FOLDER"
+            if error.errno in NO_SPACE:
+                raise UserError(
+                    f"the cache {self.folder} cannot take more: {NO_SPACE[error.errno]}. Free some space there, set a smaller "
+                    f"data.cache_size, or {elsewhere}"
+                ) from error
+            if error.errno in NO_LOCKS:
+                raise UserError(
+                    f"the cache {self.folder} lies on a file system without locks ({error.strerror}): {elsewhere}, on a disk "
+                    "of this machine"
+                ) from error
+            raise UserError(f"the cache {self.folder} cannot be written ({error.strerror or error}): {elsewhere}") from error
+
+
+def show_bytes(num_bytes: float) -> str:
+    """A size in the unit that data.cache_size has."""
+    return f"{num_bytes / 1e9:.3g} GB"
+
+
+def _claim(path: Path) -> OpenFile | None:
+    """The right to fetch a file, which one process has at a time; None if another has it."""
+    while True:
+        file = OpenFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        if not _lock(file.descriptor, fcntl.LOCK_EX):
+            return None
+        if os.fstat(file.descriptor).st_nlink:
+            os.ftruncate(file.descriptor, 0)
+            return file
+
+
+def _reserved(lock: str) -> int:
+    """The bytes that the fetch behind a lock will take; nothing is behind the lock of a process that is gone."""
+    try:
+        with Path(lock).open("r+b") as file:
+            if not _lock(file.fileno(), fcntl.LOCK_EX):
+                return int(file.read() or 0)
+            if os.fstat(file.fileno()).st_nlink:
+                Path(lock.removesuffix(LOCK) + PARTIAL).unlink(missing_ok=True)
+                Path(lock).unlink()
+    except FileNotFoundError:
+        pass
+    return 0
+
+
+def _evict(path: str) -> bool:
+    """Remove a file, unless anyone has it open."""
+    try:
+        file = OpenFile(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        if not _lock(file.descriptor, fcntl.LOCK_EX):
+            return False
+        Path(path).unlink()
+    except OSError as error:
+        _log.debug("%s stays: %s", path, error)
+        return False
+    return True
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    """Take a lock if it is to be had at once."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _free_bytes(folder: Path) -> int:
+    usage = shutil.disk_usage(folder)
+    return usage.free - min(SPARE_BYTES, int(usage.total * SPARE_SHARE))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

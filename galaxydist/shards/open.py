@@ -1,0 +1,111 @@
+"""Opening shards wherever they lie: a folder on this machine is read in place; of a folder at a URL the manifest and the columns
+are fetched into the node's cache, which the shards then come through."""
+
+import re
+import tempfile
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from galaxydist.errors import UserError
+from galaxydist.shards.cache import Cache, CacheConfig, Wanted
+from galaxydist.shards.failures import MissingError
+from galaxydist.shards.manifest import (
+    COLUMNS,
+    MANIFEST_NAME,
+    Manifest,
+    Remote,
+    column_name,
+    parse_manifest,
+    read_manifest,
+)
+from galaxydist.shards.store import Store, is_url
+from galaxydist.shards.transfer import transfer
+
+# Attempts at the first file: whoever started a run is waiting for its first line.
+FIRST_ATTEMPTS = 5
+HASH_LENGTH = 16
+
+
+def open_shards(location: str | Path, cache: CacheConfig) -> Manifest:
+    """Open a folder of shards.
+
+    Args:
+        location: manifest.json or its folder; a path, or a URL that fsspec knows.
+        cache: where files of a URL are kept.
+
+    Raises:
+        UserError: nothing there, no access, not a manifest, made by a newer version, or columns that are not its own.
+    """
+    if not is_url(location):
+        return read_manifest(Path(location))
+    store, files, stop = Store(_folder_url(str(location))), Cache(cache.folder, cache.max_bytes), threading.Event()
+    text = _fetch_manifest(store, stop)
+    manifest = parse_manifest(text, cache.folder, store.url(MANIFEST_NAME))
+    if strange := [name for name in manifest.splits if not re.fullmatch(r"\w+", name)]:
+        raise UserError(f"{store.url(MANIFEST_NAME)} has a split {strange[0]!r}, which cannot be the name of a file")
+    remote = Remote(_folder_url(str(location)), store.url(MANIFEST_NAME), cache)
+    manifest = replace(manifest, dir=cache.folder / manifest.hash[:HASH_LENGTH], remote=remote)
+    _fetch_columns(manifest, store, files, stop)
+    try:
+        manifest.check_lengths()
+    except UserError:  # damaged in the cache: once more
+        for name in _columns(manifest):
+            (manifest.dir / name).unlink(missing_ok=True)
+        _fetch_columns(manifest, store, files, stop)
+        manifest.check_lengths()
+    own = Wanted(f"{manifest.dir.name}/{MANIFEST_NAME}", len(text))
+    files.obtain(own, lambda path: _write(path, text), stop=stop, must=True)
+    return manifest
+
+
+def _fetch_manifest(store: Store, stop: threading.Event) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="galaxydist-") as folder:
+        path = Path(folder) / MANIFEST_NAME
+        try:
+            transfer(store, MANIFEST_NAME, path, stop=stop, attempts=FIRST_ATTEMPTS)
+        except MissingError as error:
+            raise UserError(
+                f"no shards: {error}. Make them with `galaxydist data shard`, copy the folder there, and give the URL of its "
+                f"{MANIFEST_NAME}"
+            ) from None
+        return path.read_bytes()
+
+
+def _fetch_columns(manifest: Manifest, store: Store, files: Cache, stop: threading.Event) -> None:
+    def fetch(name: str) -> None:
+        sha256 = bytes.fromhex(manifest.columns[name])
+        files.obtain(
+            Wanted(f"{manifest.dir.name}/{name}"),
+            lambda path: transfer(store, name, path, stop=stop, sha256=sha256),
+            stop=stop,
+            must=True,
+        )
+
+    names = _columns(manifest)
+    if missing := [name for name in names if name not in manifest.columns]:
+        raise UserError(f"{manifest.location} has no checksum of {missing[0]}; make the shards anew with: galaxydist data shard")
+    with ThreadPoolExecutor(manifest.remote.cache.threads if manifest.remote else 1) as executor:
+        try:
+            deque(executor.map(fetch, names), maxlen=0)
+        except BaseException:
+            stop.set()
+            raise
+
+
+def _columns(manifest: Manifest) -> list[str]:
+    return [column_name(split, column) for split in manifest.splits for column in ("shards", *COLUMNS)]
+
+
+def _folder_url(url: str) -> str:
+    """The folder of a manifest's URL; what follows a ``?`` stays."""
+    place, question_mark, query = url.partition("?")
+    if place.endswith(f"/{MANIFEST_NAME}"):
+        place = place.removesuffix(MANIFEST_NAME)
+    return place.rstrip("/") + question_mark + query
+
+
+def _write(path: Path, text: bytes) -> None:
+    path.write_bytes(text)
