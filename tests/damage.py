@@ -24,12 +24,13 @@ def shard_of(manifest: Manifest, split: str, sample: int) -> Path:
 
 
 def break_picture(manifest: Manifest, split: str, sample: int) -> tuple[Path, str]:
-    """Overwrite the second half of a picture; its shard and key."""
+    """Overwrite the second half of a JPEG, or a PNG's header (what stands in its middle is not always missed); shard and key."""
     shard = shard_of(manifest, split, sample)
     offset, length = int(manifest.offsets(split)[sample]), int(manifest.lengths(split)[sample])
+    first = length // 2 if manifest.encoding == "jpeg" else 8
     with shard.open("r+b") as file:
-        file.seek(offset + length // 2)
-        file.write(b"\xff\xd9" + b"\0" * (length - length // 2 - 2))
+        file.seek(offset + first)
+        file.write(b"\xff\xd9" + b"\0" * (length - first - 2))
     return shard, keys(manifest, split)[sample]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
@@ -82,6 +82,8 @@ def decode_picture(image: EncodedImage, name: str) -> Pixels:
             return pixels
         with Image.open(io.BytesIO(image.data)) as picture:
             return np.asarray(picture.convert("RGB"))
+    except UnidentifiedImageError:
+        raise UserError(f"galaxy {name}: its picture is of no known format; replace or remove the file") from None
     except (ValueError, OSError, SyntaxError) as error:
         raise UserError(f"galaxy {name}: its picture does not decode ({error}); replace or remove the file") from None
 
