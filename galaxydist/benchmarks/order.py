@@ -20,8 +20,8 @@ def measure_order(*, quick: bool = False) -> list[dict[str, Any]]:
         What the lines of JSON hold.
     """
     results = []
-    for store in (galaxy10_store(), survey_store(60 if quick else 4000)):
-        results.append(measure_quality(store))
+    for store, batch_size in ((galaxy10_store(), 192), (galaxy10_store(), 64), (survey_store(60 if quick else 4000), 192)):
+        results.append(measure_quality(store, batch_size))
         print_quality(results[-1])
     with tempfile.TemporaryDirectory(prefix="galaxydist-order-") as folder:
         large = {"num_shards": 1000, "repeats": 2, "num_batches": 20} if quick else {"num_shards": 100_000}

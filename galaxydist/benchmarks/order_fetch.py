@@ -102,5 +102,6 @@ ADVICE = """
 Where W divides train.batch_size (G), each shard is fetched by about W / gcd(C, W) nodes: by one where W divides data.num_streams
 (C) too. The order does not depend on it, only how often a shard crosses the network. For shards in an object store, set
 data.num_streams to a multiple of the most processes you will use: it is fixed for a run. More streams also have more shards in
-use at once, so fewer nodes then need a larger cache (last column).
+use at once, so fewer nodes then need a larger cache (last column). Nor should C be many times G: a batch smaller than C is made
+of neighbouring streams, which lie in the same shards where shards are few.
 """

@@ -17,7 +17,6 @@ from galaxydist.shards.purposes import Purpose
 from galaxydist.surveys.official import read_official_split
 from galaxydist.surveys.split import TRAIN
 
-BATCH_SIZE = 192
 NUM_STREAMS = 192
 WORLD_SIZE = 8
 EPOCHS = 3
@@ -63,8 +62,13 @@ def survey_store(num_shards: int, shard_samples: int = 1000) -> Store:
     return Store("survey-like", _even_shards(num_samples, num_shards), labels.astype(np.int64))
 
 
-def measure_quality(store: Store, seed: int = 0) -> dict[str, Any]:
+def measure_quality(store: Store, batch_size: int = 192, seed: int = 0) -> dict[str, Any]:
     """Measure the order's first epochs on a store, and as many random permutations.
+
+    Args:
+        store: at least ten batches.
+        batch_size: G.
+        seed: of the order and of the permutations.
 
     Returns:
         ``{"task", "store", "num_samples", "num_shards", "batch_size", "num_streams", "order": {...}, "random": {...}}``. Both
@@ -84,10 +88,10 @@ def measure_quality(store: Store, seed: int = 0) -> dict[str, Any]:
         "store": store.name,
         "num_samples": num_samples,
         "num_shards": store.shard_samples.size,
-        "batch_size": BATCH_SIZE,
+        "batch_size": batch_size,
         "num_streams": NUM_STREAMS,
-        "order": _describe([_read(store, seed, epoch) for epoch in range(EPOCHS)], labels),
-        "random": _describe(drawn, labels),
+        "order": _describe([_read(store, seed, epoch) for epoch in range(EPOCHS)], labels, batch_size),
+        "random": _describe(drawn, labels, batch_size),
     }
 
 
@@ -95,7 +99,7 @@ def print_quality(result: Mapping[str, Any]) -> None:
     """A line a measure: the order, and random permutations."""
     print(
         f"\nshuffle quality: {result['store']}, {result['num_samples']:,} samples in {result['num_shards']:,} shards, "
-        f"C = {NUM_STREAMS}, G = {BATCH_SIZE}, {EPOCHS} epochs"
+        f"C = {NUM_STREAMS}, G = {result['batch_size']}, {EPOCHS} epochs"
     )
     print(f"{'':<66}{'order':>10}{'random':>10}")
     for name, title in _TITLES.items():
@@ -103,11 +107,11 @@ def print_quality(result: Mapping[str, Any]) -> None:
         print(f"{title:<66}" + "".join(f"{value:10d}" if isinstance(value, int) else f"{value:10.4f}" for value in values))
 
 
-def _describe(epochs: list[NDArray[np.int64]], labels: Mapping[str, NDArray[np.int64]]) -> dict[str, Any]:
+def _describe(epochs: list[NDArray[np.int64]], labels: Mapping[str, NDArray[np.int64]], batch_size: int) -> dict[str, Any]:
     correlations = [_rank_correlation(samples) for samples in epochs]
     found: dict[str, Any] = {
         "rank_correlation": float(np.sqrt(np.mean(np.square(correlations)))),
-        "recurring_mates": float(np.mean([_recurring_mates(first, second) for first, second in pairwise(epochs)])),
+        "recurring_mates": float(np.mean([_recurring_mates(first, second, batch_size) for first, second in pairwise(epochs)])),
     }
     for way, label in labels.items():
         read = [label[samples] for samples in epochs]
@@ -115,10 +119,10 @@ def _describe(epochs: list[NDArray[np.int64]], labels: Mapping[str, NDArray[np.i
         runs = [np.diff(np.flatnonzero(np.diff(classes, prepend=-1, append=-1))) for classes in read]
         found[f"{way}_run"] = float(np.mean([run.mean() for run in runs]))
         found[f"{way}_longest_run"] = int(max(run.max() for run in runs))
-        batches = [classes[: classes.size // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE) for classes in read]
+        batches = [classes[: classes.size // batch_size * batch_size].reshape(-1, batch_size) for classes in read]
         found[f"{way}_batch_spread"] = float(np.mean([_spread(batch, shares) for batch in batches]))
         found[f"{way}_rank_spread"] = float(np.mean([_spread(batch[:, ::WORLD_SIZE], shares) for batch in batches]))
-        blocks = [batch[: len(batch) // _BLOCK * _BLOCK].reshape(-1, _BLOCK * BATCH_SIZE) for batch in batches]
+        blocks = [batch[: len(batch) // _BLOCK * _BLOCK].reshape(-1, _BLOCK * batch_size) for batch in batches]
         found[f"{way}_block_spread"] = float(np.mean([_spread(block, shares) for block in blocks]))
     return found
 
@@ -128,15 +132,15 @@ def _rank_correlation(samples: NDArray[np.int64]) -> float:
     return float(np.corrcoef(np.arange(samples.size, dtype=np.float64), samples.astype(np.float64))[0, 1])
 
 
-def _recurring_mates(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
+def _recurring_mates(first: NDArray[np.int64], second: NDArray[np.int64], batch_size: int) -> float:
     """Pairs that share a batch in both epochs, over those expected of two independent permutations."""
-    num_batches = first.size // BATCH_SIZE
+    num_batches = first.size // batch_size
     batch_of = np.empty(first.size, np.int64)
-    batch_of[second] = np.arange(first.size) // BATCH_SIZE
-    later = batch_of[first[: num_batches * BATCH_SIZE]]
-    meetings = np.arange(later.size) // BATCH_SIZE * (num_batches + 1) + later
+    batch_of[second] = np.arange(first.size) // batch_size
+    later = batch_of[first[: num_batches * batch_size]]
+    meetings = np.arange(later.size) // batch_size * (num_batches + 1) + later
     counts = np.unique(meetings[later < num_batches], return_counts=True)[1]
-    same = BATCH_SIZE * (BATCH_SIZE - 1) / 2 * num_batches  # pairs that share a batch in one epoch
+    same = batch_size * (batch_size - 1) / 2 * num_batches  # pairs that share a batch in one epoch
     expected = same * same / (first.size * (first.size - 1) / 2)
     return float((counts * (counts - 1) // 2).sum() / expected)
 
