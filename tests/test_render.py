@@ -14,7 +14,7 @@ from torch import Tensor
 from galaxydist.recipe.schema import AugmentConfig
 from galaxydist.shards.augment import Augment
 from galaxydist.shards.changes import Changes, Warp, antialias
-from galaxydist.shards.render import DeviceRenderer
+from galaxydist.shards.render import DeviceRenderer, resize
 from galaxydist.shards.render_cpu import CpuRenderer
 from tests.antialias import mirror
 from tests.test_augment import ALL, PLAIN, pictures
@@ -51,6 +51,15 @@ def test_torch_and_opencv_agree(size: int, crop: float, config: dict[str, Any]) 
     views = images if isinstance(changes.geometry, Warp) else augment.normalise.view(images)
     ours = augment(images, 1, torch.from_numpy(positions))
     difference = (DeviceRenderer(size)(views, changes) - ours).abs()
+    assert difference.mean() < 0.1
+    assert difference.max() < 2.5
+
+
+@pytest.mark.parametrize("size", [20, 40, 64, 75, 130])
+def test_evaluation_resizes_whole_numbers_and_floats_alike(size: int) -> None:
+    """A CPU takes the first, an accelerator the second."""
+    images = pictures(10, 96).permute(0, 3, 1, 2)
+    difference = (resize(images, size).float() - resize(images.float(), size)).abs()
     assert difference.mean() < 0.1
     assert difference.max() < 2.5
 

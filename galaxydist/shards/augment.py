@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from galaxydist.chance import hash64, uniform
 from galaxydist.recipe.schema import AugmentConfig
 from galaxydist.shards.changes import Changes, Float32s, Floats, Ints, Noise, Turn, Warp, antialias
 from galaxydist.shards.purposes import Purpose
-from galaxydist.shards.render import DeviceRenderer, whole
+from galaxydist.shards.render import DeviceRenderer, resize
 from galaxydist.shards.render_cpu import CpuRenderer
 
 NOISE_TABLE_SIZE = 1 << 20
@@ -76,10 +75,7 @@ class Normalise:
         if kept == self._image_size:
             return images_BHWC
         images = images_BHWC.permute(0, 3, 1, 2)
-        # Only on a CPU can torch resize uint8 (ten times as fast as float32); it rounds to whole grey levels.
-        images = images.contiguous(memory_format=torch.channels_last) if images.device.type == "cpu" else images.float()
-        images = F.interpolate(images, size=(self._image_size,) * 2, mode="bilinear", antialias=True, align_corners=False)
-        images = whole(images).to(torch.uint8) if images.is_floating_point() else images
+        images = resize(images if images.device.type == "cpu" else images.float(), self._image_size).to(torch.uint8)
         return images.permute(0, 2, 3, 1)
 
 
