@@ -16,7 +16,7 @@ def add_parser(commands: Commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "paths", nargs="*", type=Path, metavar="PATH", help="manifests or their folders (default: all of the data root)"
+        "paths", nargs="*", metavar="PATH", help="manifests or their folders, paths or URLs (default: all of the data root)"
     )
     parser.add_argument("--dataset", metavar="NAME", help="only this data set of the data root")
     add_data_dir(parser)
@@ -25,19 +25,22 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check every manifest; all problems come together."""
+    from galaxydist.recipe.paths import cache_dir
+    from galaxydist.shards.cache import CacheConfig
     from galaxydist.shards.check import check_shards
 
     problems = []
-    for path in arguments.paths or _manifests(chosen_root(arguments), arguments.dataset):
+    root = chosen_root(arguments)
+    for path in arguments.paths or _manifests(root, arguments.dataset):
         try:
-            checked = check_shards(path)
+            checked = check_shards(path, CacheConfig(cache_dir(root)))
         except UserError as error:
             problems.append(str(error))
         else:
             manifest = checked.manifest
             print(
                 f"in order: {manifest.dataset}, {manifest.variant}: "
-                f"{checked.num_galaxies} galaxies in {checked.num_shards} shards ({manifest.path})"
+                f"{checked.num_galaxies} galaxies in {checked.num_shards} shards ({manifest.location})"
             )
     if problems:
         raise UserError("\n".join(problems))

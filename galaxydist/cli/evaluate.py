@@ -18,7 +18,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("target", nargs="+", metavar="RUN", help="a run folder, or the recipe=NAME [key=value] that trained it")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default: %(default)s")
-    parser.add_argument("--manifest", type=Path, metavar="FILE", help="the shards' manifest, where they have moved")
+    parser.add_argument("--manifest", metavar="FILE", help="path or URL of the shards' manifest, where they have moved")
     add_data_dir(parser)
     parser.set_defaults(run=run)
 

@@ -43,6 +43,11 @@ def weights_dir(root: Path) -> Path:
     return root / "weights"
 
 
+def cache_dir(root: Path) -> Path:
+    """Where files of stores are kept, unless data.cache_dir says otherwise."""
+    return root / "cache"
+
+
 def shipped_dir(name: str) -> Path:
     """A folder that ships with the package (``recipes``): inside an installed wheel, or beside the package in a checkout."""
     installed = PACKAGE_DIR / name

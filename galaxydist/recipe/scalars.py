@@ -4,7 +4,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NewType, Union, get_args, get_origin
+
+# A path, or a URL, which a Path would not keep as it is.
+Location = NewType("Location", str)
 
 # YAML 1.2.2, section 10.3.2 (core schema, tag resolution).
 NULL = re.compile(r"(?:null|Null|NULL|~)")
@@ -34,12 +37,18 @@ def read_float(text: str) -> float:
     return float(text)
 
 
+def read_location(text: str) -> Location:
+    """A path in its plain form; a URL stays as it is."""
+    return Location(text if "://" in text else str(Path(text).expanduser()))
+
+
 _READERS: dict[Any, tuple[re.Pattern[str], Callable[[str], Any]]] = {
     bool: (BOOL, lambda text: text.lower() == "true"),
     int: (INT, read_int),
     float: (FLOAT, read_float),
     str: (re.compile(r".*", re.DOTALL), str),
     Path: (re.compile(r".+", re.DOTALL), lambda text: Path(text).expanduser()),
+    Location: (re.compile(r".+", re.DOTALL), read_location),
 }
 
 
@@ -53,7 +62,8 @@ def describe_type(annotation: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in get_args(annotation))
     if origin is tuple:
         return "a list like [a,b]"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+    names: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    names |= {Path: "a path", Location: "a path or a URL"}
     return names.get(annotation, str(annotation))
 
 
@@ -78,6 +88,8 @@ def from_plain(value: Any, annotation: Any) -> Any:
     (plain, *_) = [member for member in _union_members(annotation) if member is not NoneType]
     if plain is Path and isinstance(value, str) and value:
         return Path(value).expanduser()
+    if plain is Location and isinstance(value, str) and value:
+        return read_location(value)
     if get_origin(plain) is tuple and isinstance(value, list):
         return tuple(value)
     return value

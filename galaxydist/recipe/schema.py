@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from galaxydist.recipe.scalars import Location
+
 ModelName = Literal["custom_cnn", "resnet18", "resnet26", "resnet50", "vgg16", "vgg19", "vit", "vit_scratch"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -50,7 +52,9 @@ class DataConfig(Section):
     dataset: str = Field("galaxy10_decals", description="name of the data set under the data root", min_length=1)
     variant: Literal["original", "balanced"] = Field("original", description="which frozen data set of the survey")
     conflicting: Literal["keep", "drop"] = Field("keep", description="training galaxies that stand in the source with two labels")
-    manifest: Path | None = Field(None, description="manifest.json to use instead of the data root's")
+    manifest: Location | None = Field(
+        None, description="manifest.json to use instead of the data root's: a file, or s3://, gs://, https://, hf:// or file://"
+    )
     dir: Path | None = run_field(None, "data root (else GALAXYDIST_DATA, else the user cache folder)")
     image_size: Annotated[int, Field(ge=16, le=1024)] = Field(256, description="pixels of the square image that the model sees")
     crop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
@@ -75,6 +79,11 @@ class DataConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     threads: Annotated[int, Field(ge=0)] = run_field(0, "decoding threads of each process (0: from its cores)")
     prefetch: Count = run_field(4, "batches decoded ahead")
+    cache_dir: Path | None = run_field(
+        None, "where shards of a URL are kept, on a disk of the node (else the folder cache of the data root)"
+    )
+    cache_size: Positive = run_field(100.0, "GB that this folder may take; what was not used for the longest time goes first")
+    fetch_threads: Count = run_field(8, "shards that each process fetches at the same time")
 
 
 class ModelConfig(Section):

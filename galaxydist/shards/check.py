@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage
+from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.encode import decode_picture
-from galaxydist.shards.manifest import COLUMNS, Manifest, column_name, read_manifest
+from galaxydist.shards.manifest import COLUMNS, Manifest, column_name, read_manifest, shard_name
+from galaxydist.shards.open import FileReader, file_reader, open_shards
 from galaxydist.shards.parts import key_hash
 from galaxydist.shards.tar import BLOCK, Member, parse_index
 
@@ -40,7 +42,8 @@ class Checked:
 class _Shard:
     """One shard to look at, with its rows of the columns."""
 
-    path: Path
+    name: str
+    location: str
     samples: int
     num_bytes: int
     sha256: bytes
@@ -48,18 +51,24 @@ class _Shard:
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int32]
 
+    @property
+    def index_name(self) -> str:
+        return self.name.removesuffix(".tar") + ".idx"
 
-def check_shards(manifest_path: Path, *, threads: int = 0) -> Checked:
+
+def check_shards(location: str | Path, cache: CacheConfig | None = None, *, threads: int = 0) -> Checked:
     """Read and decode everything.
 
     Args:
-        manifest_path: manifest.json or its folder.
+        location: manifest.json or its folder, a path or a URL. What is at a URL is fetched to be looked at, and not kept.
+        cache: where the columns of a URL are kept.
         threads: 0: one for each core that this process may use.
 
     Raises:
         UserError: naming each shard, and where it can be told each galaxy, that is wrong.
     """
-    manifest = read_manifest(manifest_path)
+    manifest = read_manifest(Path(location)) if cache is None else open_shards(location, cache)
+    read = file_reader(manifest)
     problems = list(_check_columns(manifest))
     shards = [shard for split in manifest.splits for shard in _shards(manifest, split)]
     hashes: list[NDArray[np.uint64]] = []
@@ -67,16 +76,18 @@ def check_shards(manifest_path: Path, *, threads: int = 0) -> Checked:
         ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as executor,
         tqdm(total=sum(shard.samples for shard in shards), desc="checking shards", unit="img", disable=None) as bar,
     ):
-        for shard, (found, keys) in zip(shards, executor.map(lambda shard: _check_shard(shard, manifest), shards), strict=True):
+        for shard, (found, keys) in zip(
+            shards, executor.map(lambda shard: _check_shard(shard, manifest, read), shards), strict=True
+        ):
             problems += found
             hashes.append(np.array([key_hash(key.encode()) for key in keys], np.uint64))
             bar.update(shard.samples)
     if not problems:
-        problems += _twins(shards, hashes)
+        problems += _twins(shards, hashes, read)
     if problems:
         more = f"\n... and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise UserError(
-            f"{manifest.path}: {len(problems)} problem(s):\n"
+            f"{manifest.location}: {len(problems)} problem(s):\n"
             + "\n".join(problems[:LISTED])
             + more
             + "\nRemove the folder and make the shards anew with: galaxydist data shard"
@@ -94,7 +105,8 @@ def check_columns(manifest: Manifest) -> None:
     if sum((manifest.dir / name).stat().st_size for name in manifest.columns) > QUICK_BYTES:
         return
     for problem in _check_digests(manifest):
-        raise UserError(f"{problem}; look for more with: galaxydist data check {manifest.path}, then make the shards anew")
+        mend = f"remove {manifest.dir}, it is fetched anew" if manifest.remote else "make the shards anew"
+        raise UserError(f"{problem}; look for more with: galaxydist data check {manifest.location}, then {mend}")
 
 
 def _check_digests(manifest: Manifest) -> Iterator[str]:
@@ -110,13 +122,13 @@ def _check_columns(manifest: Manifest) -> Iterator[str]:
     for name, split in manifest.splits.items():
         for column in ("shards", *COLUMNS):
             if column_name(name, column) not in manifest.columns:
-                yield f"{manifest.path}: no checksum of {column_name(name, column)}"
+                yield f"{manifest.location}: no checksum of {column_name(name, column)}"
         table, labels = manifest.shards(name), manifest.labels(name)
         if int(table["samples"].sum()) != split.num_samples or int(table["bytes"].sum()) != split.num_bytes:
-            yield f"{manifest.path}: split {name}: totals are not the sums over its shards"
+            yield f"{manifest.location}: split {name}: totals are not the sums over its shards"
         counts = np.bincount(labels[labels >= 0], minlength=manifest.num_classes)
         if tuple(counts.tolist()) != split.class_counts:
-            yield f"{manifest.path}: split {name}: class counts are not those of its labels"
+            yield f"{manifest.location}: split {name}: class counts are not those of its labels"
 
 
 def _shards(manifest: Manifest, split: str) -> Iterator[_Shard]:
@@ -125,7 +137,8 @@ def _shards(manifest: Manifest, split: str) -> Iterator[_Shard]:
         here = slice(start, start + int(row["samples"]))
         start = here.stop
         yield _Shard(
-            manifest.shard_path(split, number),
+            shard_name(split, number),
+            manifest.shard_location(split, number),
             int(row["samples"]),
             int(row["bytes"]),
             row["sha256"].tobytes(),
@@ -135,22 +148,24 @@ def _shards(manifest: Manifest, split: str) -> Iterator[_Shard]:
         )
 
 
-def _check_shard(shard: _Shard, manifest: Manifest) -> tuple[list[str], list[str]]:
+def _check_shard(shard: _Shard, manifest: Manifest, read: FileReader) -> tuple[list[str], list[str]]:
     """The problems of a shard, and its keys."""
     try:
-        data = shard.path.read_bytes()
-        samples = parse_index(shard.path.with_suffix(".idx").read_text("ascii"))
+        data = read(shard.name)
+        samples = parse_index(read(shard.index_name).decode("ascii"))
     except OSError as error:
         return [f"{error.filename}: {error.strerror}"], []
+    except UserError as error:
+        return [str(error)], []
     except ValueError as error:
-        return [f"{shard.path.with_suffix('.idx')}: damaged index ({error})"], []
+        return [f"{shard.location.removesuffix(shard.name)}{shard.index_name}: damaged index ({error})"], []
     problems = []
     if len(data) != shard.num_bytes:
-        problems.append(f"shard {shard.path}: {len(data)} bytes where the manifest says {shard.num_bytes}")
+        problems.append(f"shard {shard.location}: {len(data)} bytes where the manifest says {shard.num_bytes}")
     elif hashlib.sha256(data).digest() != shard.sha256:
-        problems.append(f"shard {shard.path}: its checksum is not the manifest's")
+        problems.append(f"shard {shard.location}: its checksum is not the manifest's")
     if len(samples) != shard.samples:
-        problems.append(f"shard {shard.path}: its index has {len(samples)} galaxies, the manifest {shard.samples}")
+        problems.append(f"shard {shard.location}: its index has {len(samples)} galaxies, the manifest {shard.samples}")
         return problems, []
     keys = []
     for number, members in enumerate(samples):
@@ -159,7 +174,7 @@ def _check_shard(shard: _Shard, manifest: Manifest) -> tuple[list[str], list[str
             contents = _contents(data, members)
             _check_sample(contents, members, shard, number, manifest)
         except (ValueError, OSError) as error:
-            problems.append(f"shard {shard.path}, galaxy {keys[-1]}: {error}")
+            problems.append(f"shard {shard.location}, galaxy {keys[-1]}: {error}")
     return problems, keys
 
 
@@ -208,19 +223,19 @@ def _decode(data: bytes, encoding: str) -> NDArray[np.uint8]:
     return decode_picture(EncodedImage(data, encoding), "picture")
 
 
-def _twins(shards: list[_Shard], hashes: list[NDArray[np.uint64]]) -> list[str]:
+def _twins(shards: list[_Shard], hashes: list[NDArray[np.uint64]], read: FileReader) -> list[str]:
     """Keys that stand twice; the hashes only say where to look."""
     together = np.concatenate([*hashes, np.zeros(0, np.uint64)])
     numbers, counts = np.unique(together, return_counts=True)
     suspects = {*numbers[counts > 1].tolist()}
-    seen: dict[str, Path] = {}
+    seen: dict[str, str] = {}
     problems = []
     for shard, found in zip(shards, hashes, strict=True):
         if suspects.isdisjoint(found.tolist()):
             continue
-        for members in parse_index(shard.path.with_suffix(".idx").read_text("ascii")):
+        for members in parse_index(read(shard.index_name).decode("ascii")):
             key = members[0].name.partition(".")[0]
             if key in seen:
-                problems.append(f"galaxy {key} stands in {seen[key]} and in {shard.path}")
-            seen[key] = shard.path
+                problems.append(f"galaxy {key} stands in {seen[key]} and in {shard.location}")
+            seen[key] = shard.location
     return problems

@@ -5,6 +5,7 @@ import re
 import tempfile
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +23,13 @@ from galaxydist.shards.manifest import (
     read_manifest,
 )
 from galaxydist.shards.store import Store, is_url
-from galaxydist.shards.transfer import transfer
+from galaxydist.shards.transfer import ATTEMPTS, transfer
 
 # Attempts at the first file: whoever started a run is waiting for its first line.
 FIRST_ATTEMPTS = 5
 HASH_LENGTH = 16
+
+FileReader = Callable[[str], bytes]
 
 
 def open_shards(location: str | Path, cache: CacheConfig) -> Manifest:
@@ -61,16 +64,31 @@ def open_shards(location: str | Path, cache: CacheConfig) -> Manifest:
     return manifest
 
 
+def file_reader(manifest: Manifest) -> FileReader:
+    """A function that reads a whole file of a folder of shards by its name, from where it lies (not from the cache).
+
+    It raises OSError or UserError where the file cannot be had.
+    """
+    if manifest.remote is None:
+        return lambda name: (manifest.dir / name).read_bytes()
+    store = Store(manifest.remote.url)
+    return lambda name: _read(store, name, threading.Event())
+
+
 def _fetch_manifest(store: Store, stop: threading.Event) -> bytes:
+    try:
+        return _read(store, MANIFEST_NAME, stop, attempts=FIRST_ATTEMPTS)
+    except MissingError as error:
+        raise UserError(
+            f"no shards: {error}. Make them with `galaxydist data shard`, copy the folder there, and give the URL of its "
+            f"{MANIFEST_NAME}"
+        ) from None
+
+
+def _read(store: Store, name: str, stop: threading.Event, attempts: int = ATTEMPTS) -> bytes:
     with tempfile.TemporaryDirectory(prefix="galaxydist-") as folder:
-        path = Path(folder) / MANIFEST_NAME
-        try:
-            transfer(store, MANIFEST_NAME, path, stop=stop, attempts=FIRST_ATTEMPTS)
-        except MissingError as error:
-            raise UserError(
-                f"no shards: {error}. Make them with `galaxydist data shard`, copy the folder there, and give the URL of its "
-                f"{MANIFEST_NAME}"
-            ) from None
+        path = Path(folder) / "file"
+        transfer(store, name, path, stop=stop, attempts=attempts)
         return path.read_bytes()
 
 

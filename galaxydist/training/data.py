@@ -9,35 +9,48 @@ from typing import Any, Self
 from galaxydist.errors import UserError
 from galaxydist.models.build import input_statistics
 from galaxydist.models.weights import Statistics
-from galaxydist.recipe.paths import manifest_path
+from galaxydist.recipe.paths import cache_dir, manifest_path
 from galaxydist.recipe.schema import DataConfig, Recipe
 from galaxydist.shards.augment import Augment
-from galaxydist.shards.manifest import Manifest, read_manifest
+from galaxydist.shards.cache import CacheConfig
+from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.open import open_shards
 
 # What makes a data set's HDF5 file, for the message where it is missing.
 SOURCES = {"galaxy10_decals": "galaxydist data fetch", "simulated": "galaxydist data simulate"}
 
 
-def find_manifest(config: DataConfig, root: Path) -> Path:
-    """The manifest of the recipe's data set; whether it is there is not looked at."""
-    return config.manifest or manifest_path(root, config.dataset, config.variant, conflicting=config.conflicting)
+def find_manifest(config: DataConfig, root: Path) -> str:
+    """The manifest of the recipe's data set, a path or a URL; whether it is there is not looked at."""
+    return config.manifest or str(manifest_path(root, config.dataset, config.variant, conflicting=config.conflicting))
 
 
-def open_manifest(path: Path, recipe: Recipe, world_size: int) -> Manifest:
+def find_cache(config: DataConfig, root: Path) -> CacheConfig:
+    """Where and how files of a URL are kept."""
+    return CacheConfig(config.cache_dir or cache_dir(root), int(config.cache_size * 1e9), config.fetch_threads)
+
+
+def open_manifest(path: str, cache: CacheConfig, recipe: Recipe, world_size: int) -> Manifest:
     """Open the recipe's shards and see that the recipe can be trained on them by so many processes.
+
+    Args:
+        path: the manifest's path or URL.
+        cache: where files of a URL are kept.
+        recipe, world_size: what they must do for.
 
     Raises:
         UserError: no shards there (with the commands that make them), or the batch does not fit the data or the world.
     """
     config = recipe.data
-    if not path.exists() and config.manifest is None:
+    if config.manifest is None and not Path(path).exists():
         make = [SOURCES.get(config.dataset), _shard_command(config)]
         raise UserError(
             f"There are no shards of {config.dataset} ({config.variant}) at {path}. Make them with:\n"
             + "\n".join(f"  {command}" for command in make if command)
             + "\nor give other ones with data.manifest=FILE, or another data root with data.dir=FOLDER or GALAXYDIST_DATA."
         )
-    manifest = read_manifest(path)
+    manifest = open_shards(path, cache)
+    path = manifest.location
     num_train = manifest.split("train").num_samples
     empty = [name for name, count in zip(manifest.class_names, manifest.splits["train"].class_counts, strict=True) if count == 0]
     if empty:

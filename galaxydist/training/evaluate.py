@@ -15,8 +15,9 @@ from galaxydist.runs import checkpoints
 from galaxydist.runs.checkpoint_folder import Checkpoint, DamagedCheckpointError, read_checkpoint
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.check import check_columns
-from galaxydist.shards.manifest import Manifest, read_manifest
-from galaxydist.training.data import TrainingData, build_augment, find_manifest, has_split
+from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.open import open_shards
+from galaxydist.training.data import TrainingData, build_augment, find_cache, find_manifest, has_split
 from galaxydist.training.state import evaluation_weights
 from galaxydist.training.validation import evaluate_split
 from galaxydist.training.world import World, enter_world, leave_world
@@ -27,7 +28,7 @@ def evaluate_run(
     split: str,
     environ: MutableMapping[str, str],
     *,
-    manifest_path: Path | None = None,
+    manifest_path: str | Path | None = None,
     data_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run of ``launch.py`` on a split, write it into the run folder and print the table.
@@ -36,7 +37,7 @@ def evaluate_run(
         run_dir: the run folder.
         split: ``train``, ``val`` or ``test``.
         environ: the process's environment.
-        manifest_path: the shards, where they are no longer where the run had them.
+        manifest_path: path or URL of the shards, where they are no longer where the run had them.
         data_dir: the data root, likewise.
 
     Returns:
@@ -47,10 +48,11 @@ def evaluate_run(
     """
     folder = RunFolder(run_dir)
     recipe = from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
-    manifest = read_manifest(manifest_path or find_manifest(recipe.data, data_root(data_dir or recipe.data.dir, environ)))
+    root = data_root(data_dir or recipe.data.dir, environ)
+    manifest = open_shards(manifest_path or find_manifest(recipe.data, root), find_cache(recipe.data, root))
     if not has_split(manifest, split):
         raise UserError(
-            f"{manifest.path} has no galaxies in a split {split!r}. It has {', '.join(manifest.splits)}: give --split."
+            f"{manifest.location} has no galaxies in a split {split!r}. It has {', '.join(manifest.splits)}: give --split."
         )
     world = enter_world(recipe.train.precision, environ)
     try:
@@ -96,14 +98,14 @@ def judge_run(world: World, folder: RunFolder, recipe: Recipe, manifest: Manifes
         UserError: no checkpoint, or it was trained on other shards.
     """
     if not has_split(manifest, split):
-        world.say(f"no {split} split in {manifest.path}: nothing to evaluate")
+        world.say(f"no {split} split in {manifest.location}: nothing to evaluate")
         return None
     path = world.on_main(lambda: _find_checkpoint(folder, recipe.eval.checkpoint))
     checkpoint = world.together(lambda: _read_weights(path))
     trained_on = TrainingData.from_dict(checkpoint.state["data"])
     if trained_on.class_names != manifest.class_names:
         raise EveryRankError(
-            f"{folder} was trained on the classes {', '.join(trained_on.class_names)}; {manifest.path} has "
+            f"{folder} was trained on the classes {', '.join(trained_on.class_names)}; {manifest.location} has "
             f"{', '.join(manifest.class_names)}. Give shards of the same classes."
         )
     # The run's own data set stands at the top, others each in a folder of their own.

@@ -28,7 +28,7 @@ from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.reader import TrainReader
 from galaxydist.training.agreement import StopFlag
-from galaxydist.training.data import TrainingData, build_augment, find_manifest, has_split, open_manifest
+from galaxydist.training.data import TrainingData, build_augment, find_cache, find_manifest, has_split, open_manifest
 from galaxydist.training.evaluate import judge_run
 from galaxydist.training.journal import Journal, Schedule
 from galaxydist.training.loop import Loop
@@ -96,8 +96,8 @@ class Session:
         processes = "1 process" if self.world.size == 1 else f"{self.world.size} processes"
         device, precision = self.world.device.type, self.world.precision
         self.world.say(f"galaxydist: {processes}, {device}, {self.world.cores} threads each, precision {precision}")
-        path = find_manifest(self.recipe.data, self.root)
-        manifest = self.world.together(lambda: open_manifest(path, self.recipe, self.world.size))
+        path, cache = find_manifest(self.recipe.data, self.root), find_cache(self.recipe.data, self.root)
+        manifest = self.world.together(lambda: open_manifest(path, cache, self.recipe, self.world.size))
         self.world.on_main(lambda: check_columns(manifest))
         torch.manual_seed(self.recipe.seed)
         model = self.world.together(lambda: self._build_model(manifest)).to(self.world.device)
@@ -134,7 +134,7 @@ class Session:
         started_on = manifest.hash if newest is None else newest.state["data"]["manifest_hash"]
         if started_on != manifest.hash:
             raise UserError(
-                f"The run in {folder} was started on other shards than {manifest.path} (manifest {started_on[:12]} there, "
+                f"The run in {folder} was started on other shards than {manifest.location} (manifest {started_on[:12]} there, "
                 f"{manifest.hash[:12]} here). "
                 "Give it the old shards with data.manifest=FILE, or start a new run with run.dir=FOLDER."
             )
@@ -252,6 +252,7 @@ class Session:
             balance=data.balance,
             on_error="report",
             threads=data.threads or self.world.cores,
+            ranks_on_node=self.world.ranks_on_node,
             prefetch=data.prefetch,
             start_step=start_step,
         )

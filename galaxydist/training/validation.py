@@ -38,7 +38,7 @@ def evaluate_split(
     counts = world.together(lambda: _count(world, model, manifest, split, augment=augment, recipe=recipe))
     model.train(was_training)
     total = Counts.from_vector(world.sum(counts.vector().to(world.device)))
-    total.check(manifest.splits[split].num_samples, f"the {split} split of {manifest.path}")
+    total.check(manifest.splits[split].num_samples, f"the {split} split of {manifest.location}")
     return metrics_from_counts(total.confusion_KK.numpy(), float(total.loss_sum), total.count, manifest.class_names)
 
 
@@ -55,6 +55,7 @@ def _count(world: World, model: nn.Module, manifest: Manifest, split: str, *, au
         crop=recipe.data.crop,
         max_zoom=recipe.data.augment.zoom,
         threads=recipe.data.threads or world.cores,
+        ranks_on_node=world.ranks_on_node,
         prefetch=recipe.data.prefetch,
     ) as batches:
         for batch in batches:

@@ -23,6 +23,7 @@ class World:
     Args:
         accelerator: Hugging Face's Accelerator, which moves the model and scales the gradients.
         rank, size: this process and how many there are.
+        ranks_on_node: processes on this machine.
         cores: processor cores that this process may use for itself.
         precision: of the forward pass.
         job_id, restart_count: of the batch job, where there is one.
@@ -31,6 +32,7 @@ class World:
     accelerator: Accelerator
     rank: int
     size: int
+    ranks_on_node: int
     cores: int
     precision: Precision
     job_id: str | None
@@ -130,6 +132,7 @@ def enter_world(precision: Precision | Literal["auto"], environ: MutableMapping[
         accelerator=accelerator,
         rank=accelerator.process_index,
         size=accelerator.num_processes,
+        ranks_on_node=local_size,
         cores=cores,
         precision=resolved,
         job_id=environ.get("SLURM_JOB_ID"),
