@@ -1,5 +1,6 @@
 # make demo: from nothing to a trained and evaluated classifier.   make test: set up and run the fast tests.
 # make test-all: all tests that need no GPU.   make check: ruff, mypy --strict, import-linter.   make clean: remove what these made.
+# make bench: install other loaders into environments of their own, and measure them and ours.   BENCH='--real DIR' gives options.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -18,10 +19,10 @@ TEST_WORKERS ?= 2
 # Each worker keeps to one core: two that take both each are slower than one.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg WANDB_SILENT=true
 
-.PHONY: help install install-dev demo test test-all check format clean
+.PHONY: help install install-dev demo test test-all bench check format clean
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -57,6 +58,20 @@ test: $(VENV)/installed-dev
 test-all: $(VENV)/installed-dev
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not gpu"
 
+# What other loaders need goes into environments of their own. torch is there once: a .pth shows them what $(VENV) has, after theirs.
+PEERS := galaxydist/benchmarks/peers
+.venv-%/installed: $(PEERS)/%.txt $(VENV)/installed
+	@echo "installing other loaders into $(@D)"
+	rm -rf $(@D)
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python -c 'import sysconfig, pathlib, galaxydist; print(sysconfig.get_path("purelib"), pathlib.Path(galaxydist.__file__).parents[1], sep="\n")' \
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/galaxydist.pth"
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r $<
+	@touch $@
+
+bench: .venv-bench/installed .venv-mosaic/installed
+	$(BIN)/galaxydist bench loader $(BENCH)
+
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,5 +83,5 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist data/hdf5/simulated.h5 data/shards/simulated data/images/simulated .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-bench .venv-mosaic build dist data/hdf5/simulated.h5 data/shards/simulated data/images/simulated .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

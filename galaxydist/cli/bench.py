@@ -1,13 +1,14 @@
 """``galaxydist bench``: measured figures.
 
 ``simulator``: how easy the simulated survey is for classifiers that see no shapes. ``transfer``: how much it is like the sky.
-``order``: how well and how fast galaxies are shuffled.
+``loader``: how fast pictures become batches. ``order``: how well and how fast galaxies are shuffled.
 """
 
 import argparse
 import os
 from pathlib import Path
 
+from galaxydist.cli.bench_loader import add_loader
 from galaxydist.cli.bench_order import add_order
 from galaxydist.cli.options import Commands, add_data_dir, add_workers, non_negative_int, positive_int
 
@@ -43,6 +44,7 @@ def add_parser(commands: Commands) -> None:
     transfer.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
     add_data_dir(transfer)
     transfer.set_defaults(run=run_transfer)
+    add_loader(inner)
     add_order(inner)
 
 

@@ -1,0 +1,280 @@
+"""``galaxydist bench loader``: our loader against others and against what decoding allows, on the same pictures and cores.
+
+Every measurement is a process of its own; they run in turn, several rounds of them, and the figures are medians. Before any is
+timed, each loader's pixels are compared with ours.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from galaxydist.benchmarks.loader_data import find_source, lengthen, repeat_source
+from galaxydist.benchmarks.loader_job import BATCH_SIZE, TASKS, Job
+from galaxydist.benchmarks.loader_peers import GALAXYDIST, OURS, PEERS, Loader, Processes, check, prepare
+from galaxydist.errors import UserError
+from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.order import steps_per_epoch
+
+# Pictures in an epoch, for each worker.
+IMAGES_PER_WORKER = 2000
+SHARDS_PER_WORKER = 8
+WARMUP = 8
+# A peer's queue: torch's DataLoader keeps two batches ahead for each worker.
+AHEAD_PER_WORKER = 2
+# Batches that are timed, for each worker: more for the faster ones; at most what an epoch has.
+OURS_TIMED, TRAIN_TIMED = 100, 8
+TRAIN_SIZE = 224
+RESUMES = 5
+# Mean and deviation of normalised batches of different galaxies, differently augmented.
+ALIKE = 0.15
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured on: the pictures, the processes, the loaders that are there."""
+
+    manifest: Manifest
+    job: Job
+    processes: Processes
+    peers: tuple[Loader, ...]
+    rounds: int
+
+    @property
+    def steps(self) -> int:
+        return steps_per_epoch(self.manifest.split("train").num_samples, BATCH_SIZE)
+
+    def job_of(self, loader: Loader, **changes: Any) -> Job:
+        return replace(self.job, form_dir=str(self.manifest.dir.parent / loader.name), **changes)
+
+
+def measure_loader(
+    root: Path,
+    environ: Mapping[str, str],
+    *,
+    environments: Path,
+    data: Path | None = None,
+    real: Path | None = None,
+    workers: int | None = None,
+    num_images: int | None = None,
+    rounds: int = 3,
+    tasks: Sequence[str] = TASKS,
+    peers: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Print tables, and last a line of JSON for each task.
+
+    Args:
+        root: folder for the pictures in every loader's form; kept for the next time.
+        environ: environment variables of the processes.
+        environments: folder with the peers' virtual environments.
+        data, real: a manifest, or a folder ``<class>/<name>.jpg``; neither: simulated galaxies.
+        workers: threads or processes that decode, on as many cores; None: one for each core that this process may use.
+        num_images: in an epoch.
+        rounds: of all measurements.
+        tasks: of ``TASKS``.
+        peers: names; None: all that are installed.
+
+    Returns:
+        What the lines of JSON hold.
+
+    Raises:
+        UserError: no such data; a loader that does not run, or gives other pictures than ours.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    workers = workers or len(cores)
+    if workers > len(cores):
+        raise UserError(f"--workers {workers} is more than the {len(cores)} cores that this process may use")
+    num_images = num_images or IMAGES_PER_WORKER * workers
+    if num_images < 8 * BATCH_SIZE:
+        raise UserError(f"--images {num_images} is too few to time: give {8 * BATCH_SIZE} or more")
+    source = find_source(root, data=data, real=real, workers=workers)
+    bench = _open_bench(
+        source, root, Processes(environments, environ), cores=cores[:workers], num_images=num_images, rounds=rounds, peers=peers
+    )
+    _prepare_and_check(bench)
+    results = []
+    for task in tasks:
+        measure = {"resume": _measure_resume, "memory": _measure_memory}.get(task, _measure_speed)
+        result = measure(bench, task)
+        results.append({"task": task, **result, "data": bench.manifest.dataset, "workers": workers})
+    for result in results:
+        print(json.dumps(result))
+    return results
+
+
+def _open_bench(
+    source: Manifest,
+    root: Path,
+    processes: Processes,
+    *,
+    cores: list[int],
+    num_images: int,
+    rounds: int,
+    peers: Sequence[str] | None,
+) -> Bench:
+    workers = len(cores)
+    shard_size = max(1, num_images // (SHARDS_PER_WORKER * workers))
+    manifest = repeat_source(source, root, num_images=num_images, shard_size=shard_size, workers=workers)
+    wanted = [peer for peer in PEERS if peers is None or peer.name in peers]
+    missing = [peer for peer in wanted if not processes.has(peer)]
+    if missing:
+        titles = ", ".join(peer.title for peer in missing)
+        print(f"not measured, since not installed in {processes.environments.resolve()} (`make bench` does): {titles}")
+    job = Job(
+        action="measure",
+        task="decode",
+        shards_dir=str(manifest.dir),
+        form_dir="",
+        ours=False,
+        cores=tuple(cores),
+        workers=workers,
+        warmup=WARMUP,
+        batches=1,
+        image_size=min(TRAIN_SIZE, manifest.image_size),
+        mean=manifest.channel_mean,
+        std=manifest.channel_std,
+        shard_size=shard_size,
+    )
+    return Bench(manifest, job, processes, tuple(peer for peer in wanted if peer not in missing), rounds)
+
+
+def _prepare_and_check(bench: Bench) -> None:
+    num_images = bench.manifest.split("train").num_samples
+    print(
+        f"{num_images:,} {bench.manifest.dataset} galaxies an epoch, {bench.manifest.image_size} x {bench.manifest.image_size} "
+        f"JPEG; batches of {BATCH_SIZE}, {bench.job.workers} workers on {bench.job.workers} cores, shuffled, queues at their "
+        "defaults, memory not pinned"
+    )
+    for peer in bench.peers:
+        prepare(bench.processes, peer, bench.job_of(peer), f"{bench.manifest.hash} {bench.job.shard_size}")
+    worst = 0
+    for loader, ours in [(GALAXYDIST, False), *((peer, ours) for peer in bench.peers for ours in (False, True))]:
+        worst = max(worst, check(bench.processes, loader, bench.job_of(loader, ours=ours), num_images))
+    others = f", equal to ours within {worst} grey levels for all" if bench.peers else ""
+    print(f"checked: every loader gives each galaxy once an epoch{others}")
+
+
+def _measure_speed(bench: Bench, task: str) -> dict[str, Any]:
+    """Images per second of ours, the peers, and the limit."""
+    jobs: dict[str, tuple[Loader, Job]] = {}
+    steps, workers = bench.steps, bench.job.workers
+    warmup = min(WARMUP, steps // 4)
+    ours = bench.job_of(GALAXYDIST, task=task, warmup=warmup, batches=min(OURS_TIMED * workers, 4 * steps))
+    if task == "decode":
+        jobs["limit"] = GALAXYDIST, replace(ours, action="limit")
+    jobs[OURS] = GALAXYDIST, ours
+    timed = steps - warmup - min(AHEAD_PER_WORKER * workers, steps // 4)
+    if task == "train":
+        timed = min(timed, TRAIN_TIMED * workers)
+    for peer in bench.peers:
+        jobs[peer.name] = peer, bench.job_of(peer, task=task, warmup=warmup, batches=timed)
+    if task == "decode":
+        for peer in bench.peers:
+            jobs[_with_ours(peer)] = peer, replace(jobs[peer.name][1], ours=True)
+    answers = _in_turn(bench, jobs)
+    _compare_looks(jobs, answers)
+    speeds = {name: [answer["images_per_s"] for answer in given] for name, given in answers.items()}
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    peers = {peer.name: medians[peer.name] for peer in bench.peers}
+    result = {
+        "ours": medians[OURS],
+        "peers": peers,
+        "limit": medians.get("limit"),
+        "ratio_best_peer": medians[OURS] / max(peers.values()) if peers else None,
+        "ratio_limit": medians[OURS] / medians["limit"] if "limit" in medians else None,
+    }
+    if task == "decode":
+        result["peers_with_our_decoder"] = {peer.name: medians[_with_ours(peer)] for peer in bench.peers}
+    _print_speeds(bench, task, speeds)
+    return result
+
+
+def _with_ours(peer: Loader) -> str:
+    return f"{peer.name}+decoder"
+
+
+def _in_turn(bench: Bench, jobs: Mapping[str, tuple[Loader, Job]]) -> dict[str, list[dict[str, Any]]]:
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+    for _ in range(bench.rounds):
+        for name, (loader, job) in jobs.items():
+            answers[name].append(bench.processes.run(loader, job))
+    return answers
+
+
+def _compare_looks(jobs: Mapping[str, tuple[Loader, Job]], answers: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Augmented batches differ by chance, but not in shape, type, mean and deviation."""
+    ours = answers[OURS][0]
+    if jobs[OURS][1].task != "train":
+        return
+    for name, (loader, _) in jobs.items():
+        theirs = answers[name][0]
+        alike = all(abs(theirs[key] - ours[key]) < ALIKE for key in ("mean", "std"))
+        if (theirs["shape"], theirs["dtype"]) != (ours["shape"], ours["dtype"]) or not alike:
+            raise UserError(f"{loader.title} makes batches of another kind than galaxydist: {theirs}, not {ours}")
+
+
+def _print_speeds(bench: Bench, task: str, speeds: Mapping[str, Sequence[float]]) -> None:
+    what = {
+        "decode": f"decode: JPEG to uint8 batches of {BATCH_SIZE}",
+        "train": f"train: to normalised float32 {bench.job.image_size} x {bench.job.image_size}, random zoom-crop and mirrors "
+        "(galaxydist: also rotation by any angle)",
+    }[task]
+    print(f"\n{what}; img/s, median of {bench.rounds} (least ... greatest)")
+    titles = {OURS: GALAXYDIST.title, "limit": "limit: the decoder over bytes in memory"}
+    titles |= {peer.name: peer.title for peer in bench.peers}
+    titles |= {_with_ours(peer): f"{peer.title}, with our decoder" for peer in bench.peers}
+    ours = statistics.median(speeds[OURS])
+    for name in [OURS, *(name for name in speeds if name != OURS)]:
+        middle = statistics.median(speeds[name])
+        ratio = "" if name == OURS else f"   ours / this: {ours / middle:.2f}"
+        spread = f"({min(speeds[name]):,.0f} ... {max(speeds[name]):,.0f})"
+        print(f"  {titles[name]:<44}{middle:>8,.0f}   {spread:<18}{ratio}")
+
+
+def _measure_resume(bench: Bench, _task: str) -> dict[str, Any]:
+    """Seconds from nothing open to the first batch, at the end of a long epoch and at its beginning."""
+    long = lengthen(bench.manifest, bench.manifest.dir.parent / "long")
+    num_images = long.split("train").num_samples
+    last = steps_per_epoch(num_images, BATCH_SIZE) - 1
+    seconds: dict[str, list[float]] = {"beginning": [], "end": []}
+    for _ in range(RESUMES):
+        for place, step in (("beginning", 0), ("end", last)):
+            job = replace(bench.job, action="resume", shards_dir=str(long.dir), step=step)
+            seconds[place].append(bench.processes.run(GALAXYDIST, job)["seconds"])
+    print(f"\nresume: seconds to the first batch in an epoch of {num_images:,}; median of {RESUMES} (least ... greatest)")
+    for place, values in seconds.items():
+        print(f"  at its {place:<12}{statistics.median(values):.3f}   ({min(values):.3f} ... {max(values):.3f})")
+    end, beginning = (statistics.median(seconds[place]) for place in ("end", "beginning"))
+    return {
+        "ours": end,
+        "peers": {},
+        "limit": beginning,
+        "ratio_best_peer": None,
+        "ratio_limit": end / beginning,
+        "num_images": num_images,
+    }
+
+
+def _measure_memory(bench: Bench, _task: str) -> dict[str, Any]:
+    """Resident megabytes of all processes at the end of each of ten epochs."""
+    job = replace(bench.job, action="memory", task="train", batches=bench.steps)
+    series = [size / 1e6 for size in bench.processes.run(GALAXYDIST, job)["resident_bytes"]]
+    growth = series[-1] - series[0]
+    print(f"\nmemory: resident MB at the end of each of {len(series)} epochs of `train`: {_join(series)}")
+    print(f"  growth after the first epoch: {growth:+.1f} MB")
+    return {
+        "ours": series[-1],
+        "peers": {},
+        "limit": None,
+        "ratio_best_peer": None,
+        "ratio_limit": None,
+        "series_mb": series,
+        "growth_mb": growth,
+    }
+
+
+def _join(values: Iterable[float]) -> str:
+    return " ".join(f"{value:.0f}" for value in values)

@@ -1,0 +1,114 @@
+"""Our loader in a process of its own: what ``loader_job`` asks of it."""
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import simplejpeg
+import torch
+
+from galaxydist.benchmarks.loader_job import SMALLEST_CROP, Job
+from galaxydist.benchmarks.loader_pictures import stored_pictures
+from galaxydist.benchmarks.loader_running import Answer, LoaderBatch, answer, check, measure, open_job
+from galaxydist.recipe.schema import AugmentConfig
+from galaxydist.shards.augment import Augment
+from galaxydist.shards.manifest import read_manifest
+from galaxydist.shards.reader import TrainReader
+
+SEED = 1
+# Views show from SMALLEST_CROP to the whole of the picture's width, as the peers' do; rotation is on top of that.
+ZOOM = SMALLEST_CROP**-0.5
+AUGMENT = AugmentConfig(rotate="any", flip=True, zoom=ZOOM, shift=0.05)
+MEMORY_EPOCHS = 10
+
+
+def build_loader(job: Job) -> Iterator[LoaderBatch]:
+    """Training batches as a run reads them; the galaxies' keys are left out, since a run knows their numbers."""
+    manifest = read_manifest(job.shards)
+    settings: dict[str, Any] = {"seed": SEED, "batch_size": job.batch_size, "threads": job.workers}
+    if job.task == "decode":
+        with TrainReader(manifest, **settings) as reader:
+            for batch in reader:
+                yield batch.images_BHWC, batch.labels_B, []
+        return
+    augment = Augment(AUGMENT, SEED, job.mean, job.std, job.image_size, crop=1 / ZOOM, threads=job.workers)
+    with TrainReader(manifest, image_size=job.image_size, crop=1 / ZOOM, max_zoom=ZOOM, **settings) as reader:
+        for batch in reader:
+            yield augment(batch.images_BHWC, batch.epoch, batch.positions_B), batch.labels_B, []
+
+
+def one_epoch(job: Job) -> Iterator[LoaderBatch]:
+    """Every galaxy once, with its key: in batches of a size that leaves no remainder."""
+    manifest = read_manifest(job.shards)
+    keys = np.array([picture.key for picture in stored_pictures(job.shards)])
+    batch_size = max(size for size in range(1, job.batch_size + 1) if keys.size % size == 0)
+    with TrainReader(manifest, seed=SEED, batch_size=batch_size, threads=job.workers) as reader:
+        for batch in itertools.islice(reader, reader.steps_per_epoch):
+            yield batch.images_BHWC, batch.labels_B, keys[batch.samples_B.numpy()].tolist()
+
+
+def measure_limit(job: Job) -> Answer:
+    """The same decoder over bytes in memory: no files, no order, no batches handed over."""
+    data = [picture.data for picture in stored_pictures(job.shards)]
+    size = read_manifest(job.shards).image_size
+    start, stop = job.warmup * job.batch_size, (job.warmup + job.batches) * job.batch_size
+    numbers = itertools.count()
+    times = [0.0, 0.0]
+
+    def decode() -> None:
+        pixels_BHWC = np.empty((job.batch_size, size, size, 3), np.uint8)
+        for row, number in enumerate(numbers):
+            if number in (start, stop):
+                times[number == stop] = time.perf_counter()
+            if number >= stop:
+                return
+            simplejpeg.decode_jpeg(data[number % len(data)], "RGB", buffer=pixels_BHWC[row % job.batch_size])
+
+    threads = [threading.Thread(target=decode) for _ in range(job.workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {"images_per_s": (stop - start) / (times[1] - times[0])}
+
+
+def measure_resume(job: Job) -> Answer:
+    """Seconds from nothing open to the first batch at a step."""
+    started = time.perf_counter()
+    with TrainReader(
+        read_manifest(job.shards), seed=SEED, batch_size=job.batch_size, threads=job.workers, start_step=job.step
+    ) as reader:
+        next(reader)
+        return {"seconds": time.perf_counter() - started}
+
+
+def measure_memory(job: Job) -> Answer:
+    """Resident bytes of this process and its children at the end of each of ten epochs."""
+    process = psutil.Process()
+    series = []
+    loader = build_loader(job)
+    for _ in range(MEMORY_EPOCHS):
+        for _ in itertools.islice(loader, job.batches):
+            pass
+        series.append(sum(member.memory_info().rss for member in [process, *process.children(recursive=True)]))
+    return {"resident_bytes": series}
+
+
+def main() -> None:
+    """Do the job of the command line."""
+    job = open_job()
+    torch.set_num_threads(job.workers)
+    if job.action == "check":
+        answer(check(one_epoch(job), job))
+    elif job.action == "measure":
+        answer(measure(build_loader(job), job))
+    else:
+        answer({"limit": measure_limit, "resume": measure_resume, "memory": measure_memory}[job.action](job))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""torchvision's ImageFolder behind torch's DataLoader: a folder a class, a file a picture, a process a worker."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from galaxydist.benchmarks.loader_job import Job
+from galaxydist.benchmarks.loader_pictures import stored_pictures
+from galaxydist.benchmarks.loader_running import Loader, run
+from galaxydist.benchmarks.peers.transforms import our_decoder, train_transform
+
+
+class KeyedFolder(ImageFolder):  # type: ignore[misc]  # torchvision is not typed
+    """ImageFolder that also gives the galaxy's key."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
+        image, label = super().__getitem__(index)
+        return image, label, Path(self.samples[index][0]).stem
+
+
+def prepare(job: Job) -> None:
+    """Write the pictures as ``<class>/<key>.jpg``."""
+    for picture in stored_pictures(job.shards):
+        folder = job.form / f"{picture.label:03d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{picture.key}.jpg").write_bytes(picture.data)
+
+
+def build_loader(job: Job) -> Loader:
+    """One epoch at a time, shuffled, as torch's documentation has it."""
+    options: dict[str, Any] = {"loader": lambda path: our_decoder(Path(path).read_bytes())} if job.ours else {}
+    if job.task == "train":
+        options["transform"] = train_transform(job)
+    elif not job.ours:
+        options["transform"] = v2.PILToTensor()
+    return DataLoader(
+        KeyedFolder(job.form, **options),
+        batch_size=job.batch_size,
+        shuffle=True,
+        num_workers=job.workers,
+        persistent_workers=True,
+    )
+
+
+if __name__ == "__main__":
+    run(prepare, build_loader)

@@ -1,0 +1,63 @@
+"""LitData: chunks that ``litdata.optimize`` writes, read by its StreamingDataset and StreamingDataLoader."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import litdata
+import torch
+from litdata.streaming.serializers import JPEGSerializer
+from torch import Tensor
+
+from galaxydist.benchmarks.loader_job import Job
+from galaxydist.benchmarks.loader_pictures import StoredPicture, stored_pictures
+from galaxydist.benchmarks.loader_running import Loader, LoaderBatch, run
+from galaxydist.benchmarks.peers.transforms import our_decoder, train_transform
+
+
+class OurSerializer(JPEGSerializer):  # type: ignore[misc]  # litdata is not typed
+    """Its JPEG format, read by our decoder."""
+
+    def deserialize(self, data: bytes) -> Tensor:
+        return our_decoder(bytes(data))
+
+
+def prepare(job: Job) -> None:
+    """Chunks that hold the bytes of the files."""
+    litdata.optimize(
+        fn=_sample,
+        inputs=list(stored_pictures(job.shards)),
+        output_dir=str(job.form),
+        chunk_size=job.shard_size,
+        num_workers=job.workers,
+        verbose=False,
+    )
+
+
+def _sample(picture: StoredPicture) -> dict[str, Any]:
+    image = litdata.Jpeg(bytes=picture.data, max_quality=None)
+    return {"image": image, "label": picture.label, "key": picture.key}
+
+
+def build_loader(job: Job) -> Loader:
+    """One epoch at a time, shuffled, as LitData's documentation has it; its own decoder is torchvision's."""
+    options: dict[str, Any] = {"serializers": {"jpeg": OurSerializer()}} if job.ours else {}
+    if job.task == "train":
+        options["transform"] = partial(_transformed, transform=train_transform(job))
+    dataset = litdata.StreamingDataset(str(job.form), shuffle=True, drop_last=False, **options)
+    return litdata.StreamingDataLoader(  # type: ignore[no-any-return]
+        dataset, batch_size=job.batch_size, num_workers=job.workers, persistent_workers=True, collate_fn=_collate
+    )
+
+
+def _transformed(sample: Mapping[str, Any], transform: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return {**sample, "image": transform(sample["image"])}
+
+
+def _collate(samples: list[Mapping[str, Any]]) -> LoaderBatch:
+    batch = torch.utils.data.default_collate(samples)
+    return batch["image"], batch["label"], batch["key"]
+
+
+if __name__ == "__main__":
+    run(prepare, build_loader)

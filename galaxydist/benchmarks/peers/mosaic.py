@@ -1,0 +1,47 @@
+"""Mosaic Streaming: MDS shards, read by its StreamingDataset behind torch's DataLoader."""
+
+import io
+from typing import Any
+
+import streaming
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from galaxydist.benchmarks.loader_job import Job
+from galaxydist.benchmarks.loader_pictures import stored_pictures
+from galaxydist.benchmarks.loader_running import Loader, run
+from galaxydist.benchmarks.peers.transforms import our_decoder, train_transform
+
+
+class Galaxies(streaming.StreamingDataset):  # type: ignore[misc]  # streaming is not typed
+    """Decodes where Mosaic's documentation decodes: in ``__getitem__``."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(local=str(job.form), shuffle=True, batch_size=job.batch_size)
+        self._ours = job.ours
+        self._transform = train_transform(job) if job.task == "train" else (None if job.ours else v2.PILToTensor())
+
+    def __getitem__(self, at: Any) -> tuple[Any, int, str]:
+        sample = super().__getitem__(at)
+        image = our_decoder(sample["image"]) if self._ours else Image.open(io.BytesIO(sample["image"])).convert("RGB")
+        return self._transform(image) if self._transform else image, sample["label"], sample["key"]
+
+
+def prepare(job: Job) -> None:
+    """Shards that hold the bytes of the files."""
+    columns = {"image": "bytes", "label": "int", "key": "str"}
+    pictures = list(stored_pictures(job.shards))
+    mean_bytes = sum(len(picture.data) for picture in pictures) // len(pictures)
+    with streaming.MDSWriter(out=str(job.form), columns=columns, size_limit=job.shard_size * mean_bytes) as writer:
+        for picture in pictures:
+            writer.write({"image": picture.data, "label": picture.label, "key": picture.key})
+
+
+def build_loader(job: Job) -> Loader:
+    """One epoch at a time, shuffled, as Mosaic's documentation has it."""
+    return DataLoader(Galaxies(job), batch_size=job.batch_size, num_workers=job.workers, persistent_workers=True)
+
+
+if __name__ == "__main__":
+    run(prepare, build_loader)

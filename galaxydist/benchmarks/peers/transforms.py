@@ -1,0 +1,36 @@
+"""From the bytes of a file to what a batch is made of, for all peers alike."""
+
+from collections.abc import Callable
+from typing import Any
+
+import simplejpeg
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from galaxydist.benchmarks.loader_job import SMALLEST_CROP, Job
+
+
+def our_decoder(data: bytes) -> Tensor:
+    """JPEG to uint8 H x W x 3, as galaxydist decodes."""
+    return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB"))
+
+
+def train_transform(job: Job) -> Callable[[Any], Tensor]:
+    """Random zoom-crop, mirrors, normalisation, of a PIL picture or a uint8 tensor (3 x H x W, or H x W x 3 from our decoder)."""
+    transform: Callable[[Any], Tensor] = v2.Compose(
+        [
+            v2.Lambda(channels_first) if job.ours else v2.PILToTensor(),
+            v2.RandomResizedCrop(job.image_size, scale=(SMALLEST_CROP**2, 1.0), ratio=(1.0, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomVerticalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(job.mean, job.std),
+        ]
+    )
+    return transform
+
+
+def channels_first(image_HWC: Tensor) -> Tensor:
+    """A view of H x W x 3 as 3 x H x W."""
+    return image_HWC.permute(2, 0, 1)

@@ -1,0 +1,38 @@
+"""WebDataset: our own tars, shards dealt to the workers, a buffer of 1,000 to shuffle in."""
+
+from typing import Any
+
+import webdataset
+from torch import Tensor
+from torchvision.transforms import v2
+
+from galaxydist.benchmarks.loader_job import Job
+from galaxydist.benchmarks.loader_running import Loader, run
+from galaxydist.benchmarks.peers.transforms import our_decoder, train_transform
+
+
+def prepare(job: Job) -> None:
+    """Nothing: it reads the shards as they are."""
+
+
+def build_loader(job: Job) -> Loader:
+    """One epoch at a time, as WebDataset's documentation has it: batches are made in the workers."""
+    transform = train_transform(job) if job.task == "train" else (_same if job.ours else v2.PILToTensor())
+    dataset = (
+        webdataset.WebDataset([str(path) for path in sorted(job.shards.glob("train-*.tar"))], shardshuffle=100)
+        .shuffle(1000)
+        .decode(webdataset.handle_extension("jpg", our_decoder) if job.ours else "pil")
+        .to_tuple("jpg", "cls", "__key__")
+        .map_tuple(transform)
+        .batched(job.batch_size)
+    )
+    loader: Any = webdataset.WebLoader(dataset, batch_size=None, num_workers=job.workers, persistent_workers=True)
+    return loader  # type: ignore[no-any-return]
+
+
+def _same(image: Tensor) -> Tensor:
+    return image
+
+
+if __name__ == "__main__":
+    run(prepare, build_loader)
