@@ -70,7 +70,10 @@ def num_threads(threads: int, ranks_on_node: int = 1) -> int:
 
 
 class BatchPool:
-    """Batches decoded ahead by threads, at most ``prefetch`` of them; handed out in the order of their plans."""
+    """Batches decoded ahead by threads, at most ``prefetch`` of them; handed out in the order of their plans.
+
+    ``pin``: into memory that a GPU copies from while the host goes on.
+    """
 
     def __init__(
         self,
@@ -79,10 +82,12 @@ class BatchPool:
         plans: Iterator[Plan],
         threads: int,
         prefetch: int,
+        *,
+        pin: bool = False,
     ) -> None:
         self._pictures, self._labels, self._plans, self._prefetch = pictures, labels, plans, prefetch
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-decode")
-        self._buffers = Buffers(prefetch + 3)
+        self._buffers = Buffers(prefetch + 3, pin=pin)
         self._pending: deque[_Pending] = deque()
         self._closed = False
         self.wait_s = 0.0

@@ -79,6 +79,7 @@ class TrainReader(_Reader):
         threads: that decode; 0: this process's share of the cores.
         ranks_on_node: processes that share the cores and the cache of this machine: those of rank div ranks_on_node.
         prefetch: batches decoded ahead.
+        pin: decode into memory that a GPU copies from while the host goes on.
         start_step: the first step; what comes before is not read.
 
     Raises:
@@ -103,6 +104,7 @@ class TrainReader(_Reader):
         threads: int = 0,
         ranks_on_node: int = 1,
         prefetch: int = 4,
+        pin: bool = False,
         start_step: int = 0,
         split: str = "train",
     ) -> None:
@@ -120,9 +122,7 @@ class TrainReader(_Reader):
             self._uses(start_step, _node_offsets(batch_size, rank, world_size, ranks_on_node)),
             step=start_step,
             ranks_on_node=ranks_on_node,
-            why="data.balance=resample draws from the whole split"
-            if balance == "resample"
-            else f"data.num_streams={num_streams}",
+            why=f"data.num_streams={num_streams}" if self._by_class is None else "data.balance=resample draws from all shards",
         )
         self._pictures = PictureReader(manifest, split, factor, source)
         self._pool = BatchPool(
@@ -131,6 +131,7 @@ class TrainReader(_Reader):
             self._plans(start_step),
             num_threads(threads, ranks_on_node),
             prefetch,
+            pin=pin,
         )
 
     def epoch_order(self, epoch: int) -> Order:
@@ -172,7 +173,7 @@ class EvalReader(_Reader):
         rank, world_size: this process.
         image_size, crop: what the model will see of a picture.
         max_zoom: the training reader's, so that both decode at the same scale.
-        threads, ranks_on_node, prefetch: as in :class:`TrainReader`.
+        threads, ranks_on_node, prefetch, pin: as in :class:`TrainReader`.
     """
 
     def __init__(
@@ -189,6 +190,7 @@ class EvalReader(_Reader):
         threads: int = 0,
         ranks_on_node: int = 1,
         prefetch: int = 4,
+        pin: bool = False,
     ) -> None:
         self.num_samples = manifest.split(split).num_samples
         self._batches = evaluation_batches(self.num_samples, batch_size, rank, world_size)
@@ -210,6 +212,7 @@ class EvalReader(_Reader):
             self._plans(),
             num_threads(threads, ranks_on_node),
             prefetch,
+            pin=pin,
         )
 
     def __len__(self) -> int:
