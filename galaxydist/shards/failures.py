@@ -97,13 +97,13 @@ def explain(error: Exception, url: str, kind: str) -> Exception:
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status behind an exception, where there was an answer."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):  # botocore's ClientError
-        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return int(found) if found else None
     for name in ("status", "code"):  # aiohttp's; gcsfs's
         found = getattr(error, name, None)
         if isinstance(found, int | str) and str(found).isdecimal():
             return int(found)
-    # s3fs wraps botocore's exception in one of Python's.
-    return _status(error.__cause__) if error.__cause__ is not None else None
+    for one in (error, error.__cause__):  # botocore's; s3fs wraps it in one of Python's
+        response = getattr(one, "response", None)
+        if isinstance(response, dict):
+            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return int(found) if found else None
+    return None

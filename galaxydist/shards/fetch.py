@@ -66,7 +66,7 @@ def open_source(
 
 
 class Schedule:
-    """The uses that nobody has taken yet.
+    """The uses that nobody has taken yet; of the coming epochs one is looked at.
 
     Args:
         uses: epoch after epoch, or the one of an evaluation.
@@ -76,10 +76,11 @@ class Schedule:
         self._uses = uses
         self._epochs: deque[tuple[NDArray[np.void], NDArray[np.bool_]]] = deque()
         self._place = 0
+        self._newest_begins = -1  # the step at which the newest of these epochs begins
 
     def first(self, step: int) -> int | None:
-        """The shard that is needed first of all after ``step``."""
-        while self._epochs or self._load():
+        """The shard that is needed first of all after ``step``; None where the current epoch and the next are taken."""
+        while self._epochs or (step >= self._newest_begins and self._load()):
             rows, taken = self._epochs[0]
             while self._place < rows.size and (taken[self._place] or rows["last_step"][self._place] <= step):
                 self._place += 1
@@ -107,6 +108,7 @@ class Schedule:
         if rows is None:
             return False
         self._epochs.append((rows, np.zeros(rows.size, bool)))
+        self._newest_begins = int(rows["first_step"].min())
         return True
 
 
