@@ -18,9 +18,6 @@ from galaxydist.shards.memory import Buffers
 
 Int64 = NDArray[np.int64]
 
-# Pictures that one thread decodes in one go: few enough to share a batch among threads, enough to pay for the hand-over.
-PICTURES_PER_TASK = 8
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -86,6 +83,7 @@ class BatchPool:
         pin: bool = False,
     ) -> None:
         self._pictures, self._labels, self._plans, self._prefetch = pictures, labels, plans, prefetch
+        self._threads = threads
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-decode")
         self._buffers = Buffers(prefetch + 3, pin=pin)
         self._pending: deque[_Pending] = deque()
@@ -126,9 +124,10 @@ class BatchPool:
         real = np.flatnonzero(plan.samples >= 0)
         pixels[real.size :] = 0
         pictures = self._pictures.locate(plan.samples[real])
+        share = max(1, -(-len(pictures) // self._threads))
         tasks = [
-            self._executor.submit(self._decode, pictures[first : first + PICTURES_PER_TASK], pixels, first)
-            for first in range(0, len(pictures), PICTURES_PER_TASK)
+            self._executor.submit(self._decode, pictures[first : first + share], pixels, first)
+            for first in range(0, len(pictures), share)
         ]
         return _Pending(plan, pixels, tasks)
 
