@@ -48,6 +48,10 @@ class Loop:
     def run(self, batches: Iterator[Batch], stop: StopFlag) -> int:
         """Train to the last step, to early stopping, or to a signal.
 
+        Args:
+            batches: this rank's, from the step of the state on, on the device.
+            stop: set by a signal.
+
         Returns:
             The signal's number after a signal (the state is saved), else 0.
 

@@ -30,6 +30,7 @@ from galaxydist.shards.reader import TrainReader
 from galaxydist.training.agreement import StopFlag
 from galaxydist.training.data import TrainingData, build_augment, find_cache, find_manifest, has_split, open_manifest
 from galaxydist.training.evaluate import judge_run
+from galaxydist.training.feed import DeviceFeed
 from galaxydist.training.journal import Journal, Schedule
 from galaxydist.training.loop import Loop
 from galaxydist.training.objective import Objective, class_weights
@@ -207,6 +208,7 @@ class Session:
         try:
             with (
                 self._open_reader(manifest, state.step) as reader,
+                DeviceFeed(reader, world.device) as batches,
                 Journal(
                     world, folder, tracker, parts.schedule, first_step=state.step, log_every=recipe.train.log_every
                 ) as journal,
@@ -222,7 +224,7 @@ class Session:
                     validate_every=recipe.eval.every,
                     save_every=recipe.train.save_every,
                 )
-                stop_signal = loop.run(iter(reader), stop)
+                stop_signal = loop.run(batches, stop)
             if stop_signal:
                 self.world.say(
                     f"stopped by signal {stop_signal} at step {state.step}, which is saved; the same command continues it"
@@ -254,6 +256,7 @@ class Session:
             threads=data.threads or self.world.cores,
             ranks_on_node=self.world.ranks_on_node,
             prefetch=data.prefetch,
+            pin=self.world.device.type == "cuda",
             start_step=start_step,
         )
 

@@ -65,12 +65,14 @@ class Update:
     def __call__(self, batch: Batch, step: int) -> torch.Tensor:
         """Take step number ``step``.
 
+        Args:
+            batch: this rank's part of the global batch, on the device.
+            step: optimizer steps done before.
+
         Returns:
             This rank's sums, float64 of shape 4: loss numerator, loss weight, correct, counted samples.
         """
-        device = self.world.device
-        labels_B = batch.labels_B.to(device, non_blocking=True)
-        sample_weights_B = batch.weights_B.to(device, non_blocking=True)
+        labels_B, sample_weights_B = batch.labels_B, batch.weights_B
         weights_B = self.objective.weights(labels_B, sample_weights_B)
         total_weight = weights_B.sum(dtype=torch.float64)
         # Ranks wait for one another only where the sum is needed: at the first backward.
@@ -79,12 +81,10 @@ class Update:
         set_learning_rate(self.optimizer, self.rate.at(step))
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train()
-        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         parts = split_evenly(len(labels_B), self.num_parts)
         for number, part in enumerate(parts):
-            images_BCHW = self.augment(
-                batch.images_BHWC[part].to(device, non_blocking=True), batch.epoch, batch.positions_B[part]
-            )
+            images_BCHW = self.augment(batch.images_BHWC[part], batch.epoch, batch.positions_B[part])
             is_last = number == len(parts) - 1
             with nullcontext() if is_last else self.world.accelerator.no_sync(self.model):
                 self._seed_model(step, number)

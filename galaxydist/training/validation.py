@@ -12,6 +12,7 @@ from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.augment import Augment
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.reader import EvalReader
+from galaxydist.training.feed import DeviceFeed
 from galaxydist.training.world import World
 
 
@@ -45,7 +46,7 @@ def evaluate_split(
 def _count(world: World, model: nn.Module, manifest: Manifest, split: str, *, augment: Augment, recipe: Recipe) -> Counts:
     """This rank's galaxies."""
     counts = Counts(len(manifest.class_names), world.device)
-    with EvalReader(
+    reader = EvalReader(
         manifest,
         split,
         batch_size=recipe.eval.batch_size,
@@ -57,12 +58,14 @@ def _count(world: World, model: nn.Module, manifest: Manifest, split: str, *, au
         threads=recipe.data.threads or world.cores,
         ranks_on_node=world.ranks_on_node,
         prefetch=recipe.data.prefetch,
-    ) as batches:
+        pin=world.device.type == "cuda",
+    )
+    with reader, DeviceFeed(reader, world.device) as batches:
         for batch in batches:
-            images_BCHW = augment.normalise(batch.images_BHWC.to(world.device, non_blocking=True))
+            images_BCHW = augment.normalise(batch.images_BHWC)
             with world.accelerator.autocast():
                 logits_BK = model(images_BCHW)
-            counts.add(logits_BK, batch.labels_B.to(world.device), batch.weights_B.to(world.device))
+            counts.add(logits_BK, batch.labels_B, batch.weights_B)
     return counts
 
 
