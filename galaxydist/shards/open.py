@@ -94,17 +94,21 @@ def _read(store: Store, name: str, stop: threading.Event, attempts: int = ATTEMP
 
 def _fetch_columns(manifest: Manifest, store: Store, files: Cache, stop: threading.Event) -> None:
     def fetch(name: str) -> None:
-        sha256 = bytes.fromhex(manifest.columns[name])
         files.obtain(
             Wanted(f"{manifest.dir.name}/{name}"),
-            lambda path: transfer(store, name, path, stop=stop, sha256=sha256),
+            lambda path: transfer(store, name, path, stop=stop, sha256=sums[name]),
             stop=stop,
             must=True,
         )
 
     names = _columns(manifest)
-    if missing := [name for name in names if name not in manifest.columns]:
-        raise UserError(f"{manifest.location} has no checksum of {missing[0]}; make the shards anew with: galaxydist data shard")
+    try:
+        sums = {name: bytes.fromhex(manifest.columns[name]) for name in names}
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{manifest.location} is damaged: no checksum of a column ({error}). Copy it there again, or make the shards anew "
+            "with: galaxydist data shard"
+        ) from None
     with ThreadPoolExecutor(manifest.remote.cache.threads if manifest.remote else 1) as executor:
         try:
             deque(executor.map(fetch, names), maxlen=0)

@@ -142,9 +142,12 @@ def _open_filesystem(kind: str) -> Any:
 
     patience = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
     if kind == "gs":
+        # The class that gcsfs registers asks over gRPC what kind of bucket it is, for a minute where that port is closed.
+        from gcsfs.core import GCSFileSystem
+
         own = {**fsspec.config.conf.get("gcs", {}), **fsspec.config.conf.get("gs", {})}
         session = {"timeout": patience, **own.get("session_kwargs", {})}
-        return fsspec.filesystem("gs", skip_instance_cache=True, requests_timeout=patience, session_kwargs=session)
+        return GCSFileSystem(skip_instance_cache=True, requests_timeout=patience, session_kwargs=session)
     own = {**fsspec.config.conf.get("http", {}), **fsspec.config.conf.get("https", {})}
     client = {"timeout": patience, **own.get("client_kwargs", {})}
     return fsspec.filesystem("https", skip_instance_cache=True, client_kwargs=client)

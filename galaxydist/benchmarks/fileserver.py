@@ -1,0 +1,169 @@
+"""An HTTP server on loopback that can be told to misbehave, and counts what it is asked for."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import unquote, urlsplit
+
+# What a request is answered with instead of the file: a status, half the body, a wrong byte in it, a reset connection.
+TROUBLES = (503, "cut", "corrupt", "reset")
+BLOCK_BYTES = 16384
+
+Trouble = int | str | None
+
+
+def no_trouble(_path: str, _number: int) -> Trouble:
+    """Every request is answered with the file."""
+    return None
+
+
+@dataclass
+class Behaviour:
+    """How a server answers.
+
+    Args:
+        delay_s: before each answer.
+        trouble: (path, number of this request for it, from 1) -> one of ``TROUBLES`` or another status; None: the file.
+        block_delay_s: after each ``BLOCK_BYTES`` of a file.
+    """
+
+    delay_s: float = 0.0
+    trouble: Callable[[str, int], Trouble] = no_trouble
+    block_delay_s: float = 0.0
+
+
+class FileServer:
+    """The files of a folder over HTTP, from a thread. A context manager.
+
+    Args:
+        folder: whose files are served.
+        behaviour: how.
+        prefix: of the addresses, before a file's name.
+
+    Attributes:
+        gets: number of GETs by path below the folder, whatever came of them.
+        failures: of them, those that were not given the whole right file.
+        others: requests of any other kind or outside the prefix, as "METHOD address".
+        asked: address (with its query) and headers of the last GET of each path.
+    """
+
+    def __init__(self, folder: Path, behaviour: Behaviour | None = None, *, prefix: str = "/") -> None:
+        self.folder, self.behaviour, self.prefix = folder, behaviour or Behaviour(), prefix
+        self.gets: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        self.others: list[str] = []
+        self.asked: dict[str, tuple[str, dict[str, str]]] = {}
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, name="file-server")
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    @property
+    def url(self) -> str:
+        """Of the manifest."""
+        return f"{self.address}{self.prefix}manifest.json"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def count(self, path: str) -> Trouble:
+        """Take in one GET; what trouble it gets."""
+        with self._lock:
+            self.gets[path] += 1
+            trouble = self.behaviour.trouble(path, self.gets[path])
+            if trouble is not None:
+                self.failures[path] += 1
+        return trouble
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        files = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                path = unquote(urlsplit(self.path).path)
+                if not path.startswith(files.prefix):
+                    self._other()
+                    return
+                path = path.removeprefix(files.prefix)
+                files.asked[path] = self.path, dict(self.headers)
+                trouble = files.count(path)
+                time.sleep(files.behaviour.delay_s)
+                with contextlib.suppress(ConnectionError):
+                    self._answer(files.folder / path, trouble)
+
+            def _answer(self, path: Path, trouble: Trouble) -> None:
+                if trouble == "reset":
+                    self._reset()
+                elif isinstance(trouble, int):
+                    self.send_error(trouble)
+                elif not path.is_file():
+                    self.send_error(404)
+                else:
+                    data = bytearray(path.read_bytes())
+                    if trouble == "corrupt":
+                        data[len(data) // 2] ^= 1
+                    self._send(data, len(data) // 2 if trouble == "cut" else len(data))
+
+            def _send(self, data: bytearray, length: int) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                for start in range(0, length, BLOCK_BYTES):
+                    self.wfile.write(data[start : min(start + BLOCK_BYTES, length)])
+                    if files.behaviour.block_delay_s:
+                        time.sleep(files.behaviour.block_delay_s)
+                self.close_connection |= length < len(data)
+
+            def _reset(self) -> None:
+                """Close the connection as a server does that takes no more: SO_LINGER of 0 s."""
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+                self.close_connection = True
+
+            def _other(self) -> None:
+                files.others.append(f"{self.command} {self.path}")
+                self.send_error(405)
+
+            do_HEAD = do_POST = do_PUT = do_PROPFIND = _other
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        return Handler
+
+
+def every(number: int) -> Callable[[str, int], Trouble]:
+    """Trouble of every kind in turn: one request in ``number`` fails, counted over all paths.
+
+    The manifest, which holds the checksums and has none itself, gets no wrong byte.
+    """
+    seen = 0
+
+    def trouble(path: str, _number: int) -> Trouble:
+        nonlocal seen
+        seen += 1
+        turn, rest = divmod(seen, number)
+        if rest != number // 2:
+            return None
+        kind = TROUBLES[turn % len(TROUBLES)]
+        return "cut" if kind == "corrupt" and path.endswith("manifest.json") else kind
+
+    return trouble
