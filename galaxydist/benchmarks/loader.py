@@ -12,23 +12,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from galaxydist.benchmarks.loader_data import find_source, lengthen, repeat_source
+from galaxydist.benchmarks.loader_data import LONG_EPOCH, find_source, lengthen, repeat_source
 from galaxydist.benchmarks.loader_job import BATCH_SIZE, TASKS, Job
 from galaxydist.benchmarks.loader_peers import GALAXYDIST, OURS, PEERS, Loader, Processes, check, prepare
+from galaxydist.benchmarks.loader_running import LOOKED_AT
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import steps_per_epoch
 
-# Pictures in an epoch, for each worker.
+# Pictures in an epoch.
 IMAGES_PER_WORKER = 2000
 SHARDS_PER_WORKER = 8
-WARMUP = 8
-# A peer's queue: torch's DataLoader keeps two batches ahead for each worker.
-AHEAD_PER_WORKER = 2
+# Batches ahead in a peer's queue for each worker (torch's DataLoader): none of them may be among those that are timed, which are
+# this many at least.
+AHEAD, LEAST_TIMED = 2, 12
 # Batches that are timed, for each worker: more for the faster ones; at most what an epoch has.
 OURS_TIMED, TRAIN_TIMED = 100, 8
 TRAIN_SIZE = 224
 RESUMES = 5
+QUICK_EPOCH = 100_000
 # Mean and deviation of normalised batches of different galaxies, differently augmented.
 ALIKE = 0.15
 
@@ -41,7 +43,8 @@ class Bench:
     job: Job
     processes: Processes
     peers: tuple[Loader, ...]
-    rounds: int
+    rounds: int = 1
+    quick: bool = False
 
     @property
     def steps(self) -> int:
@@ -63,6 +66,7 @@ def measure_loader(
     rounds: int = 3,
     tasks: Sequence[str] = TASKS,
     peers: Sequence[str] | None = None,
+    quick: bool = False,
 ) -> list[dict[str, Any]]:
     """Print tables, and last a line of JSON for each task.
 
@@ -76,6 +80,7 @@ def measure_loader(
         rounds: of all measurements.
         tasks: of ``TASKS``.
         peers: names; None: all that are installed.
+        quick: few pictures, once: to see that it works, not to quote.
 
     Returns:
         What the lines of JSON hold.
@@ -87,13 +92,15 @@ def measure_loader(
     workers = workers or len(cores)
     if workers > len(cores):
         raise UserError(f"--workers {workers} is more than the {len(cores)} cores that this process may use")
-    num_images = num_images or IMAGES_PER_WORKER * workers
-    if num_images < 8 * BATCH_SIZE:
-        raise UserError(f"--images {num_images} is too few to time: give {8 * BATCH_SIZE} or more")
+    least = BATCH_SIZE * (LOOKED_AT + 2 * AHEAD * workers + LEAST_TIMED)
+    num_images = num_images or (least if quick else IMAGES_PER_WORKER * workers)
+    if num_images < least:
+        raise UserError(f"--images {num_images} is too few to time with {workers} workers: give {least} or more")
     source = find_source(root, data=data, real=real, workers=workers)
-    bench = _open_bench(
-        source, root, Processes(environments, environ), cores=cores[:workers], num_images=num_images, rounds=rounds, peers=peers
-    )
+    shard_size = max(1, num_images // (SHARDS_PER_WORKER * workers))
+    manifest = repeat_source(source, root, num_images=num_images, least=least, shard_size=shard_size, workers=workers)
+    bench = _open_bench(manifest, shard_size, Processes(environments, environ), cores[:workers], peers)
+    bench = replace(bench, rounds=1 if quick else rounds, quick=quick)
     _prepare_and_check(bench)
     results = []
     for task in tasks:
@@ -101,23 +108,13 @@ def measure_loader(
         result = measure(bench, task)
         results.append({"task": task, **result, "data": bench.manifest.dataset, "workers": workers})
     for result in results:
-        print(json.dumps(result))
+        print(json.dumps(_rounded(result)))
     return results
 
 
 def _open_bench(
-    source: Manifest,
-    root: Path,
-    processes: Processes,
-    *,
-    cores: list[int],
-    num_images: int,
-    rounds: int,
-    peers: Sequence[str] | None,
+    manifest: Manifest, shard_size: int, processes: Processes, cores: Sequence[int], peers: Sequence[str] | None
 ) -> Bench:
-    workers = len(cores)
-    shard_size = max(1, num_images // (SHARDS_PER_WORKER * workers))
-    manifest = repeat_source(source, root, num_images=num_images, shard_size=shard_size, workers=workers)
     wanted = [peer for peer in PEERS if peers is None or peer.name in peers]
     missing = [peer for peer in wanted if not processes.has(peer)]
     if missing:
@@ -130,15 +127,15 @@ def _open_bench(
         form_dir="",
         ours=False,
         cores=tuple(cores),
-        workers=workers,
-        warmup=WARMUP,
-        batches=1,
+        workers=len(cores),
+        warmup=0,
+        batches=0,
         image_size=min(TRAIN_SIZE, manifest.image_size),
         mean=manifest.channel_mean,
         std=manifest.channel_std,
         shard_size=shard_size,
     )
-    return Bench(manifest, job, processes, tuple(peer for peer in wanted if peer not in missing), rounds)
+    return Bench(manifest, job, processes, tuple(peer for peer in wanted if peer not in missing))
 
 
 def _prepare_and_check(bench: Bench) -> None:
@@ -161,16 +158,16 @@ def _measure_speed(bench: Bench, task: str) -> dict[str, Any]:
     """Images per second of ours, the peers, and the limit."""
     jobs: dict[str, tuple[Loader, Job]] = {}
     steps, workers = bench.steps, bench.job.workers
-    warmup = min(WARMUP, steps // 4)
-    ours = bench.job_of(GALAXYDIST, task=task, warmup=warmup, batches=min(OURS_TIMED * workers, 4 * steps))
+    ahead = AHEAD * workers
+    ours = bench.job_of(GALAXYDIST, task=task, warmup=ahead, batches=min(OURS_TIMED * workers, 4 * steps))
     if task == "decode":
         jobs["limit"] = GALAXYDIST, replace(ours, action="limit")
     jobs[OURS] = GALAXYDIST, ours
-    timed = steps - warmup - min(AHEAD_PER_WORKER * workers, steps // 4)
+    timed = steps - LOOKED_AT - 2 * ahead
     if task == "train":
         timed = min(timed, TRAIN_TIMED * workers)
     for peer in bench.peers:
-        jobs[peer.name] = peer, bench.job_of(peer, task=task, warmup=warmup, batches=timed)
+        jobs[peer.name] = peer, bench.job_of(peer, task=task, warmup=ahead, batches=timed)
     if task == "decode":
         for peer in bench.peers:
             jobs[_with_ours(peer)] = peer, replace(jobs[peer.name][1], ours=True)
@@ -236,15 +233,16 @@ def _print_speeds(bench: Bench, task: str, speeds: Mapping[str, Sequence[float]]
 
 def _measure_resume(bench: Bench, _task: str) -> dict[str, Any]:
     """Seconds from nothing open to the first batch, at the end of a long epoch and at its beginning."""
-    long = lengthen(bench.manifest, bench.manifest.dir.parent / "long")
+    num_samples, repeats = (QUICK_EPOCH, 1) if bench.quick else (LONG_EPOCH, RESUMES)
+    long = lengthen(bench.manifest, bench.manifest.dir.parent / "long", num_samples)
     num_images = long.split("train").num_samples
     last = steps_per_epoch(num_images, BATCH_SIZE) - 1
     seconds: dict[str, list[float]] = {"beginning": [], "end": []}
-    for _ in range(RESUMES):
+    for _ in range(repeats):
         for place, step in (("beginning", 0), ("end", last)):
             job = replace(bench.job, action="resume", shards_dir=str(long.dir), step=step)
             seconds[place].append(bench.processes.run(GALAXYDIST, job)["seconds"])
-    print(f"\nresume: seconds to the first batch in an epoch of {num_images:,}; median of {RESUMES} (least ... greatest)")
+    print(f"\nresume: seconds to the first batch in an epoch of {num_images:,}; median of {repeats} (least ... greatest)")
     for place, values in seconds.items():
         print(f"  at its {place:<12}{statistics.median(values):.3f}   ({min(values):.3f} ... {max(values):.3f})")
     end, beginning = (statistics.median(seconds[place]) for place in ("end", "beginning"))
@@ -274,6 +272,15 @@ def _measure_memory(bench: Bench, _task: str) -> dict[str, Any]:
         "series_mb": series,
         "growth_mb": growth,
     }
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to the digits that a measurement has."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def _join(values: Iterable[float]) -> str:

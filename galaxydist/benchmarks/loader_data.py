@@ -96,16 +96,17 @@ def find_source(root: Path, *, data: Path | None, real: Path | None, workers: in
     return write_shards(open_survey(path), path.with_suffix(""), workers=workers)
 
 
-def repeat_source(source: Manifest, root: Path, *, num_images: int, shard_size: int, workers: int) -> Manifest:
-    """Shards of about ``num_images`` training pictures of a source, each repeated as often as that takes; a folder of its own for
-    each source and number."""
+def repeat_source(source: Manifest, root: Path, *, num_images: int, least: int, shard_size: int, workers: int) -> Manifest:
+    """Shards of about ``num_images`` training pictures of a source, each repeated as often as that takes, and of the ``least``
+    number in any case; in a folder of their own for each source and number."""
     count = min(source.split("train").num_samples, num_images)
-    survey = RepeatedShards(source.dir, source.dataset, source.class_names, source.hash, count, max(1, round(num_images / count)))
+    times = max(round(num_images / count), -(-least // count))
+    survey = RepeatedShards(source.dir, source.dataset, source.class_names, source.hash, count, times)
     out_dir = root / f"{source.dataset}-{survey.source_hash[:8]}" / "shards"
     return write_shards(survey, out_dir, shard_size=shard_size, workers=workers, overwrite=True)
 
 
-def lengthen(manifest: Manifest, out_dir: Path, num_samples: int = LONG_EPOCH) -> Manifest:
+def lengthen(manifest: Manifest, out_dir: Path, num_samples: int) -> Manifest:
     """Shards of the same pictures over and over, in hard links to the same tars: an epoch of about ``num_samples``.
 
     Args:

@@ -28,7 +28,7 @@ class Job:
         ours: decode with our decoder in the loader's decode hook, instead of its own.
         cores: that the process may use.
         workers: processes or threads that decode.
-        warmup: batches before the clock starts.
+        warmup: batches before the clock starts, beside those that are looked at.
         batches: that are timed.
         image_size: width of the views that ``train`` makes, in pixels.
         mean, std: of all pixels, R G B, full scale being 1.

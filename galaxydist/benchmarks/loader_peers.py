@@ -28,21 +28,23 @@ class Loader:
         name: in the lines of JSON.
         title: in tables.
         module: that a process runs.
-        environment: folder of its virtual environment, below the folder of environments; "" for that of galaxydist.
+        environment: folder of its virtual environment, below the folder of environments.
+        is_here: whether galaxydist's own environment has all that it needs, and serves where that folder is missing.
     """
 
     name: str
     title: str
     module: str
     environment: str = ""
+    is_here: bool = True
 
 
 GALAXYDIST = Loader(OURS, "galaxydist", "galaxydist.benchmarks.loader_ours")
 PEERS = (
     Loader("imagefolder", "ImageFolder + DataLoader", "galaxydist.benchmarks.peers.imagefolder", ".venv-bench"),
     Loader("webdataset", "WebDataset", "galaxydist.benchmarks.peers.webdataset", ".venv-bench"),
-    Loader("litdata", "LitData", "galaxydist.benchmarks.peers.litdata", ".venv-bench"),
-    Loader("mosaic", "Mosaic Streaming", "galaxydist.benchmarks.peers.mosaic", ".venv-mosaic"),
+    Loader("litdata", "LitData", "galaxydist.benchmarks.peers.litdata", ".venv-bench", is_here=False),
+    Loader("mosaic", "Mosaic Streaming", "galaxydist.benchmarks.peers.mosaic", ".venv-mosaic", is_here=False),
 )
 
 
@@ -59,8 +61,8 @@ class Processes:
     environ: Mapping[str, str]
 
     def has(self, loader: Loader) -> bool:
-        """Whether its environment is installed."""
-        return (self._home(loader) / "installed").exists() if loader.environment else True
+        """Whether it can be measured here."""
+        return loader.is_here or self._is_installed(loader)
 
     def run(self, loader: Loader, job: Job) -> dict[str, Any]:
         """Do a job in a process of its own, and give its answer.
@@ -68,7 +70,7 @@ class Processes:
         Raises:
             UserError: the process failed; with the last it said.
         """
-        python = self._home(loader) / "bin" / "python" if loader.environment else Path(sys.executable)
+        python = self._home(loader) / "bin" / "python" if self._is_installed(loader) else Path(sys.executable)
         # -P: the folder that the user stands in is nobody's library.
         command = [str(python), "-P", "-m", loader.module, job.to_json()]
         process = subprocess.Popen(
@@ -85,6 +87,9 @@ class Processes:
             raise UserError(f"{loader.title} failed to {job.action} ({job.task}); the last it said: {said}")
         answer: dict[str, Any] = json.loads(output.splitlines()[-1])
         return answer
+
+    def _is_installed(self, loader: Loader) -> bool:
+        return bool(loader.environment) and (self._home(loader) / "installed").exists()
 
     def _home(self, loader: Loader) -> Path:
         return self.environments / loader.environment

@@ -30,6 +30,7 @@ def add_loader(commands: Commands) -> None:
     parser.add_argument(
         "--environments", type=Path, default=Path(), metavar="DIR", help="where .venv-bench and .venv-mosaic lie (default: here)"
     )
+    parser.add_argument("--quick", action="store_true", help="few pictures, once: to see that it works, not to quote")
     add_data_dir(parser)
     parser.set_defaults(run=run_loader)
 
@@ -49,4 +50,5 @@ def run_loader(arguments: argparse.Namespace) -> None:
         rounds=arguments.rounds,
         tasks=arguments.tasks,
         peers=arguments.peers,
+        quick=arguments.quick,
     )
