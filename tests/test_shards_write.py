@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import simplejpeg
 from PIL import Image
@@ -288,6 +290,76 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole_and_is_continued(tmp_pa
     write_shards(survey, tmp_path / "undisturbed", shard_size=8, workers=1)
     assert tree_digest(tmp_path / "shards") == tree_digest(tmp_path / "undisturbed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shards", "undisturbed"]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("what", [pytest.param("new", marks=pytest.mark.slow), "overwrite"])
+def test_a_writer_killed_at_any_change_of_the_disk_is_finished_by_the_next_call(tmp_path: Path, what: str) -> None:
+    command = [sys.executable, str(ROOT / "tests" / "killed_writer.py"), str(tmp_path), what]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    *points, count = done.stdout.splitlines()
+    assert [point for point in points if not point.endswith(": equal")] == []
+    assert len(points) == int(count.split()[0]) > 80
+    assert {"os.rename /shards.partial", "open /shards.partial/manifest.tmp"} < {point.rpartition(": ")[0] for point in points}
+
+
+WRITER_OF_PROCESSES = """
+import os, sys, time
+from pathlib import Path
+from galaxydist.shards import write
+from tests.shard_surveys import MemorySurvey, draw_galaxies
+
+class Meeting(MemorySurvey):
+    # A part is read only when as many processes as there are cores are reading.
+    def read(self, start, stop):
+        seen = Path(sys.argv[1] + ".readers")
+        (seen / str(os.getpid())).touch()
+        while stop > 1 and len(list(seen.iterdir())) < int(sys.argv[2]):
+            time.sleep(0.01)
+        return super().read(start, stop)
+
+if __name__ == "__main__":
+    write.FEW_GALAXIES = 0
+    Path(sys.argv[1] + ".readers").mkdir()
+    write.write_shards(Meeting(draw_galaxies(64)), Path(sys.argv[1]), shard_size=8)
+"""
+
+
+def run_processes(folder: Path, readers: int) -> "subprocess.Popen[str]":
+    script = folder / "writer.py"
+    script.write_text(WRITER_OF_PROCESSES)
+    return subprocess.Popen(
+        [sys.executable, str(script), str(folder / "shards"), str(readers)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.mark.multiprocess
+def test_all_cores_write_and_the_speed_is_said(tmp_path: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    # The parent reads the first galaxy, for its size.
+    _, told = run_processes(tmp_path, cores + 1).communicate(timeout=120)
+    assert len(list((tmp_path / "shards.readers").iterdir())) == cores + 1
+    assert re.search(r"\d+ galaxies to shards in [\d.]+ s \(\d+ img/s\)", told)
+    write_shards(MemorySurvey(draw_galaxies(64)), tmp_path / "alone", shard_size=8, workers=1)
+    assert tree_digest(tmp_path / "shards") == tree_digest(tmp_path / "alone")
+
+
+@pytest.mark.multiprocess
+def test_the_workers_of_a_killed_writer_leave_with_it(tmp_path: Path) -> None:
+    process = run_processes(tmp_path, 99)  # they wait for one another for ever
+    seen = tmp_path / "shards.readers"
+    while not seen.exists() or len(list(seen.iterdir())) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert workers
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from galaxydist.chance import hash64
 from galaxydist.evaluation.figures import BLUE, GREEN, ORANGE, save_figure
 from galaxydist.evaluation.gallery import write_gallery
 from galaxydist.evaluation.text import readable
+from galaxydist.files import write_json
 from galaxydist.galaxy import EncodedImage, Survey
-from galaxydist.runs.files import write_json
 from galaxydist.surveys.pictures import decode_picture
 
 # Galaxies of each class that pixel statistics are taken from: enough for two digits, and seconds of work.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import numpy as np
 
 from galaxydist.evaluation.text import readable
-from galaxydist.runs.files import replace_bytes
+from galaxydist.files import replace_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

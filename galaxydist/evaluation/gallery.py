@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from galaxydist.evaluation.text import readable
-from galaxydist.runs.files import replace_bytes
+from galaxydist.files import replace_bytes
 
 MAX_COLUMNS = 10
 _GAP, _TEXT_SIZE, _LINE = 3, 12, 14

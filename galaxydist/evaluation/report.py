@@ -7,7 +7,7 @@ from typing import Any
 from galaxydist import __version__
 from galaxydist.errors import UserError
 from galaxydist.evaluation.text import format_table, headline, title_of
-from galaxydist.runs.files import read_json, write_json
+from galaxydist.files import read_json, write_json
 from galaxydist.runs.metrics_log import MetricsLog
 
 FORMAT_VERSION = 1

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from galaxydist.errors import UserError
+from galaxydist.files import fsync_file, write_bytes
 from galaxydist.runs import tensor_files
-from galaxydist.runs.files import fsync_file, write_bytes
 
 FORMAT_VERSION = 1
 _STATE_FILE = "checkpoint.json"

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from galaxydist.errors import UserError
+from galaxydist.files import explain_full_disk, rename, replace_bytes, unlink
 from galaxydist.runs.checkpoint_folder import (
     Checkpoint,
     DamagedCheckpointError,
@@ -25,7 +26,6 @@ from galaxydist.runs.checkpoint_folder import (
     read_state,
     write_checkpoint,
 )
-from galaxydist.runs.files import explain_full_disk, rename, replace_bytes, unlink
 
 LATEST, BEST = "latest", "best"
 

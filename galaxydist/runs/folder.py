@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from galaxydist.errors import UserError
-from galaxydist.runs.files import read_json, write_json
+from galaxydist.files import read_json, write_json
 from galaxydist.runs.metrics_log import MetricsLog
 
 FORMAT_VERSION = 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from galaxydist.errors import UserError
-from galaxydist.runs.files import explain_full_disk, fsync_file, replace_bytes
+from galaxydist.files import explain_full_disk, fsync_file, replace_bytes
 
 Metric = float | int | str | None
 

@@ -1,7 +1,6 @@
 """The end of writing: the columns and the manifest of shards that are all there."""
 
 import hashlib
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from galaxydist.files import whole_file
 from galaxydist.galaxy import Survey
 from galaxydist.shards.manifest import COLUMNS, SHARD_ROW, Manifest, Split, column_name, manifest_json
 from galaxydist.shards.pack import read_packed
@@ -52,20 +52,12 @@ def finish_manifest(
         columns=columns,
         settings=asdict(settings),
     )
-    _write_synced(manifest.path, manifest_json(manifest))
+    with whole_file(manifest.path, manifest.path.with_suffix(".tmp")) as file:
+        file.write(manifest_json(manifest))
 
 
 def _write_column(path: Path, column: NDArray[Any]) -> str:
-    with path.open("wb") as file:
+    with whole_file(path, path.with_suffix(".tmp")) as file:
         np.save(file, column)
-        file.flush()
-        os.fsync(file.fileno())
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

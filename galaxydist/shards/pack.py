@@ -1,7 +1,6 @@
 """Second stage of writing: the samples of a few neighbouring shards, collected from all parts, to tars and their indexes."""
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from galaxydist.files import whole_file
 from galaxydist.shards.manifest import SHARD_ROW
 from galaxydist.shards.parts import PART_ROW
 from galaxydist.shards.tar import Member, end_of_tar, index_text, sample_members
@@ -94,11 +94,10 @@ def _collect(parts: Sequence[Path], start: int, stop: int) -> dict[int, _Record]
 
 def _write_shard(shard: Shard, records: Iterator[_Record], task: PackTask) -> None:
     path = task.out_dir / shard.name
-    temporary = path.with_name(path.name + ".tmp")
     samples: list[list[Member]] = []
     rows = np.zeros(shard.stop - shard.start, PACKED_ROW)
     digest, length = hashlib.sha256(), 0
-    with temporary.open("wb") as file:
+    with whole_file(path, path.with_name(path.name + ".tmp")) as file:
         for number, record in enumerate(records):
             contents = {task.extension: record.image, "json": record.meta}
             if record.label >= 0:
@@ -114,14 +113,11 @@ def _write_shard(shard: Shard, records: Iterator[_Record], task: PackTask) -> No
         end = end_of_tar(length)
         digest.update(end)
         file.write(end)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    path.with_suffix(".idx").write_text(index_text(samples), encoding="ascii")
+    index = path.with_suffix(".idx")
+    with whole_file(index, index.with_name(index.name + ".tmp")) as file:
+        file.write(index_text(samples).encode("ascii"))
     table = np.zeros(1, SHARD_ROW)
     table[0] = (len(samples), length + len(end), np.frombuffer(digest.digest(), np.uint8))
     packed = packed_path(task.packed_dir, shard)
-    waiting = packed.with_name(packed.name + ".tmp")
-    with waiting.open("wb") as file:
+    with whole_file(packed, packed.with_name(packed.name + ".tmp")) as file:
         np.savez(file, shard=table, samples=rows)
-    waiting.replace(packed)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from galaxydist.files import whole_file
 from galaxydist.galaxy import Survey
 from galaxydist.shards.encode import Encoding, Pixels, encode_galaxy
 
@@ -90,19 +91,21 @@ def write_part(task: PartTask) -> int:
         records.append(((place, len(key), len(image), len(meta), label, key_hash(key)), key + image + meta))
     records.sort(key=lambda record: record[0][0])
     _write_records(task.path, records)
-    _write_whole(done, json.dumps({"count": sums.count, "sums": sums.sums, "squares": sums.squares}).encode())
+    with whole_file(done, done.with_name(done.name + ".tmp")) as file:
+        file.write(json.dumps({"count": sums.count, "sums": sums.sums, "squares": sums.squares}).encode())
     return task.stop - task.start
 
 
 def _write_records(path: Path, records: list[tuple[tuple[int, ...], bytes]]) -> None:
     rows = np.zeros(len(records), PART_ROW)
     offset = 0
-    with path.open("wb") as file:
+    with whole_file(path, path.with_name(path.name + ".tmp")) as file:
         for number, ((place, *lengths), record) in enumerate(records):
             rows[number] = (place, offset, *lengths)
             file.write(record)
             offset += len(record)
-    with path.with_suffix(".npy").open("wb") as file:
+    table = path.with_suffix(".npy")
+    with whole_file(table, table.with_name(table.name + ".tmp")) as file:
         np.save(file, rows)
 
 
@@ -115,9 +118,3 @@ def read_part_sums(path: Path) -> PixelSums:
 def key_hash(key: bytes) -> int:
     """64 bits that two different keys of one data set share with a chance of 10^-6 at ten million keys."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

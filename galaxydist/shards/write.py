@@ -11,12 +11,14 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from galaxydist.errors import UserError
+from galaxydist.files import NO_SPACE, rename, whole_file
 from galaxydist.galaxy import EncodedImage, Survey
 from galaxydist.shards.encode import Encoding, decode_picture
 from galaxydist.shards.finish import finish_manifest
@@ -37,7 +40,8 @@ from galaxydist.shards.pack import pack_shards
 from galaxydist.shards.parts import PixelSums, read_part_sums, write_part
 from galaxydist.shards.plan import Settings, pack_tasks, part_tasks, shard_layout, storage_order
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What a folder that is being written is made of; it is the last thing to be made in it, and the last to go.
+NOTE = "settings.json"
 # Below this many galaxies, starting processes costs more than they save.
 FEW_GALAXIES = 4000
 
@@ -76,19 +80,22 @@ def write_shards(
         raise UserError(f"encoding {encoding!r} is not one of {', '.join(EXTENSIONS)}")
     out_dir = Path(out_dir)
     settings = Settings(encoding, quality, image_size, shard_size, seed)
+    work_dir = out_dir.with_name(out_dir.name + ".partial")
     existing = _existing(out_dir, survey, settings, overwrite)
     if existing:
+        if _replaced(work_dir).exists() or _lock_path(work_dir).exists():  # a call was killed while it tidied up
+            with suppress(UserError), _alone(work_dir):
+                shutil.rmtree(_replaced(work_dir), ignore_errors=True)
         return existing
     if len(survey.splits.get("train", ())) == 0:
         raise UserError(f"{survey.name} has no training galaxies, so there is nothing to make shards of")
-    work_dir = out_dir.with_name(out_dir.name + ".partial")
     with _alone(work_dir):
         try:
             _write(survey, work_dir, settings, workers or len(os.sched_getaffinity(0)))
             _put_in_place(work_dir, out_dir)
         except OSError as error:
             shutil.rmtree(work_dir, ignore_errors=True)
-            if error.errno in DISK_FULL:
+            if error.errno in NO_SPACE:
                 raise UserError(
                     f"no space left while writing shards to {out_dir} ({error.strerror}); what was written is removed. "
                     "Free some space, or write elsewhere, and give the same command again"
@@ -118,7 +125,7 @@ def _existing(out_dir: Path, survey: Survey, settings: Settings, overwrite: bool
             return None
     else:
         manifest = read_manifest(out_dir)
-    if manifest.source_hash == survey.source_hash and dict(manifest.settings) == asdict(settings):
+    if _is_of(manifest, survey, settings):
         if _all_there(manifest):
             return manifest
         difference = "some of its shards are missing or cut short"
@@ -149,7 +156,7 @@ def _all_there(manifest: Manifest) -> bool:
 def _alone(work_dir: Path) -> Iterator[None]:
     """Keep a second writer of the same shards out. The lock goes with the process, however it ends."""
     work_dir.parent.mkdir(parents=True, exist_ok=True)
-    lock = work_dir.with_name(work_dir.name + ".lock")
+    lock = _lock_path(work_dir)
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -165,12 +172,23 @@ def _alone(work_dir: Path) -> Iterator[None]:
 
 def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int) -> None:
     started = time.monotonic()
+    total = sum(split.size for split in survey.splits.values())
+    if not _is_finished(work_dir, survey, settings):
+        _write_all(survey, work_dir, settings, workers, total)
+    for name in ("parts", "packed"):
+        shutil.rmtree(work_dir / name, ignore_errors=True)
+    (work_dir / NOTE).unlink(missing_ok=True)
+    seconds = time.monotonic() - started
+    tqdm.write(f"{total} galaxies to shards in {seconds:.1f} s ({total / seconds:.0f} img/s)", file=sys.stderr)
+
+
+def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int, total: int) -> None:
+    """Everything up to the manifest, which is written last."""
     encoding = _resolve(survey, settings)
     layout = shard_layout(survey, settings)
     _open_work_dir(work_dir, survey, settings, encoding)
     order = storage_order(survey, settings.seed)
     parts = part_tasks(survey, encoding, order, work_dir / "parts", workers)
-    total = sum(split.size for split in survey.splits.values())
     with _executor(workers, total) as executor:
         _run(executor, write_part, parts, "encoding galaxies", len(survey.labels))
         _refuse_twins([task.path for task in parts])
@@ -180,11 +198,21 @@ def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int) -> 
     for task in parts:
         sums.merge(read_part_sums(task.path))
     finish_manifest(survey, work_dir, settings, layout, image_size=encoding.image_size, sums=sums)
-    shutil.rmtree(work_dir / "parts")
-    shutil.rmtree(work_dir / "packed")
-    (work_dir / "settings.json").unlink()
-    seconds = time.monotonic() - started
-    tqdm.write(f"{total} galaxies to shards in {seconds:.1f} s ({total / seconds:.0f} img/s)", file=sys.stderr)
+
+
+def _is_finished(work_dir: Path, survey: Survey, settings: Settings) -> bool:
+    """Whether a call that was killed had only the tidying left to do."""
+    if not (work_dir / MANIFEST_NAME).exists():
+        return False
+    try:
+        return _is_of(read_manifest(work_dir), survey, settings)
+    except UserError:
+        return False
+
+
+def _is_of(manifest: Manifest, survey: Survey, settings: Settings) -> bool:
+    """Whether shards were made of this source with these settings."""
+    return manifest.source_hash == survey.source_hash and dict(manifest.settings) == asdict(settings)
 
 
 def _resolve(survey: Survey, settings: Settings) -> Encoding:
@@ -206,12 +234,13 @@ def _resolve(survey: Survey, settings: Settings) -> Encoding:
 def _open_work_dir(work_dir: Path, survey: Survey, settings: Settings, encoding: Encoding) -> None:
     """Go on in a folder that a killed call left, if it was made for the same thing; else start an empty one."""
     wanted = json.dumps([survey.source_hash, asdict(settings), asdict(encoding)])
-    note = work_dir / "settings.json"
+    note = work_dir / NOTE
     if not note.exists() or note.read_text() != wanted:
         shutil.rmtree(work_dir, ignore_errors=True)
         for name in ("parts", "packed", "columns"):
             (work_dir / name).mkdir(parents=True)
-        note.write_text(wanted)
+        with whole_file(note, note.with_suffix(".tmp")) as file:
+            file.write(wanted.encode())
 
 
 def _executor(workers: int, num_galaxies: int) -> Executor:
@@ -219,7 +248,19 @@ def _executor(workers: int, num_galaxies: int) -> Executor:
     They are spawned: a fork would copy whatever threads and devices the caller has."""
     if workers == 1 or num_galaxies < FEW_GALAXIES:
         return ThreadPoolExecutor(workers)
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_leave_with_parent)
+
+
+def _leave_with_parent() -> None:
+    """A worker whose parent is killed would wait for tasks for ever, or write the same files as the call that goes on."""
+    parent = parent_process()
+    assert parent is not None
+
+    def leave() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
 
 
 def _run(executor: Executor, work: Callable[[Task], int], tasks: Sequence[Task], what: str, total: int) -> None:
@@ -234,7 +275,7 @@ def _run(executor: Executor, work: Callable[[Task], int], tasks: Sequence[Task],
 
 
 def _refuse_twins(parts: Sequence[Path]) -> None:
-    tables = [np.load(part.with_suffix(".npy")) for part in parts]
+    tables = [np.load(part.with_suffix(".npy"), mmap_mode="r" if part.stat().st_size else None) for part in parts]
     hashes = np.concatenate([table["hash"] for table in tables])
     order = np.argsort(hashes, kind="stable")
     same = np.flatnonzero(np.diff(hashes[order]) == 0)
@@ -253,11 +294,18 @@ def _refuse_twins(parts: Sequence[Path]) -> None:
 
 
 def _put_in_place(work_dir: Path, out_dir: Path) -> None:
+    replaced = _replaced(work_dir)
     if out_dir.exists():
-        old = out_dir.with_name(out_dir.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        out_dir.rename(old)
-        work_dir.rename(out_dir)
-        shutil.rmtree(old)
-    else:
-        work_dir.rename(out_dir)
+        shutil.rmtree(replaced, ignore_errors=True)
+        out_dir.rename(replaced)
+    rename(work_dir, out_dir)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaced(work_dir: Path) -> Path:
+    """Where the shards that are overwritten wait until the new ones stand in their place."""
+    return work_dir.with_name(work_dir.name + ".old")
+
+
+def _lock_path(work_dir: Path) -> Path:
+    return work_dir.with_name(work_dir.name + ".lock")

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from galaxydist.errors import UserError
 
-_NO_SPACE = {
+NO_SPACE = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file size limit is reached",
@@ -34,9 +34,9 @@ def explain_full_disk(path: Path, kept: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if error.errno not in NO_SPACE:
             raise
-        text = f"{path} could not be written: {_NO_SPACE[error.errno]}. {kept}".rstrip()
+        text = f"{path} could not be written: {NO_SPACE[error.errno]}. {kept}".rstrip()
         raise UserError(f"{text} Free some space there, then give the same command again.") from error
 
 
@@ -77,6 +77,27 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+@contextmanager
+def whole_file(path: Path, temporary: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which gets its name when it is whole and would survive a power cut; if the writing fails it is removed.
+
+    Args:
+        path: its name; what has this name before is replaced at once.
+        temporary: its name till then. What a killed process left there is overwritten.
+    """
+    try:
+        sys.audit("galaxydist.write", str(temporary))
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            sys.audit("galaxydist.fsync", str(temporary))
+            os.fsync(file.fileno())
+        rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def replace_bytes(path: Path, data: bytes) -> None:
     """Write a file so that its old or its new contents are there at any time, never a part.
 
@@ -84,13 +105,9 @@ def replace_bytes(path: Path, data: bytes) -> None:
         UserError: the disk is full; the old contents are still there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with explain_full_disk(path, "What it held before is unchanged." if path.exists() else ""):
-        try:
-            write_bytes(temporary, data)
-            rename(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    kept = "What it held before is unchanged." if path.exists() else ""
+    with explain_full_disk(path, kept), whole_file(path, temporary) as file:
+        file.write(data)
 
 
 def to_json(value: Any) -> str:
