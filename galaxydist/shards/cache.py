@@ -150,9 +150,12 @@ class Cache:
 
     @property
     def room(self) -> int:
-        """Bytes that the cache may hold: its limit, or less where the disk is smaller."""
+        """Bytes of shards that the cache may hold: its limit, or less where the disk is smaller, without the columns in it."""
         with self._guard(threading.Event()):
-            return min(self.max_bytes, _free_bytes(self.folder) + sum(file.size for file in self._scan()[0]))
+            files, _ = self._scan()
+        shards = sum(file.size for file in files if file.path.endswith(SHARD_ENDING))
+        columns = sum(file.size for file in files) - shards
+        return min(self.max_bytes - columns, _free_bytes(self.folder) + shards)
 
     def _fetch(self, claim: OpenFile, wanted: Wanted, fetch: Callable[[Path], None]) -> OpenFile:
         partial = self._hidden(wanted, PARTIAL)

@@ -34,7 +34,15 @@ PAUSE_S = 0.25
 
 
 def open_source(
-    manifest: Manifest, split: str, uses: Uses, node_uses: Uses, *, step: int = 0, ranks_on_node: int = 1, why: str
+    manifest: Manifest,
+    split: str,
+    uses: Uses,
+    node_uses: Uses,
+    *,
+    step: int = 0,
+    steps_ahead: int = 0,
+    ranks_on_node: int = 1,
+    why: str,
 ) -> Source:
     """The shards of a split: in place where they lie on this machine, else fetched ahead.
 
@@ -43,6 +51,7 @@ def open_source(
         uses: what this process needs.
         node_uses: what the processes of this machine need together; only the first epoch is looked at.
         step: the first that is read.
+        steps_ahead: by which reading may be ahead of ``Source.advance``.
         ranks_on_node: processes that share the cache.
         why: says in the error why so much is needed at a time, and what else would help.
 
@@ -53,15 +62,15 @@ def open_source(
         return FolderSource(manifest, split)
     cache = Cache(manifest.remote.cache.folder, manifest.remote.cache.max_bytes)
     sizes = manifest.shards(split)["bytes"]
-    room, needed = cache.room, working_set(next(node_uses), sizes)
+    room, needed = cache.room, working_set(_lengthened(next(node_uses), steps_ahead), sizes)
     if needed > room:
-        what = "data.cache_size" if room == cache.max_bytes else f"the free disk under {cache.folder}"
         raise UserError(
-            f"{what} is {show_bytes(room)}, but {show_bytes(needed)} of shards of {manifest.location} are read at the same time "
-            f"({why}): set data.cache_size={needed * 1.5 / 1e9:.2g} or more, on a disk that has it (data.cache_dir=FOLDER)"
+            f"data.cache_size={cache.max_bytes / 1e9:g} and the disk of {cache.folder} leave {show_bytes(room)} for shards, but "
+            f"{show_bytes(needed)} of {manifest.location} are read at the same time ({why}): set data.cache_size="
+            f"{needed * 1.5 / 1e9:.2g} or more, on a disk that has it (data.cache_dir=FOLDER)"
         )
     first = next(uses)
-    ahead = max(int(room * AHEAD_SHARE) // ranks_on_node, working_set(first, sizes))
+    ahead = max(int(room * AHEAD_SHARE) // ranks_on_node, working_set(_lengthened(first, steps_ahead), sizes))
     return FetchedSource(manifest, split, manifest.remote, cache, chain([first], uses), step=step, ahead_bytes=ahead)
 
 
@@ -274,7 +283,12 @@ class FetchedSource:
 
 def shifted(uses: NDArray[np.void], steps: int) -> NDArray[Any]:
     """The same uses, so many steps later."""
-    later = uses.copy()
+    later = _lengthened(uses, steps)
     later["first_step"] += steps
-    later["last_step"] += steps
     return later
+
+
+def _lengthened(uses: NDArray[np.void], steps: int) -> NDArray[Any]:
+    longer = uses.copy()
+    longer["last_step"] += steps
+    return longer

@@ -124,6 +124,7 @@ class TrainReader(_Reader):
             self._uses(start_step, self._offsets),
             self._uses(start_step, _node_offsets(batch_size, rank, world_size, ranks_on_node)),
             step=start_step,
+            steps_ahead=prefetch + 1,
             ranks_on_node=ranks_on_node,
             why=f"data.num_streams={num_streams}" if self._by_class is None else "data.balance=resample draws from all shards",
         )
@@ -208,6 +209,7 @@ class EvalReader(_Reader):
             split,
             iter([evaluation_uses(sizes, batch_size, rank, world_size)]),
             iter([evaluation_uses(sizes, batch_size * ranks_on_node, 0, 1)]),
+            steps_ahead=prefetch + 1,
             ranks_on_node=ranks_on_node,
             why=f"evaluation by {ranks_on_node} processes",
         )
