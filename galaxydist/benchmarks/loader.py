@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from galaxydist.benchmarks.loader_data import LONG_EPOCH, find_source, lengthen, repeat_source
 from galaxydist.benchmarks.loader_job import BATCH_SIZE, TASKS, Job
 from galaxydist.benchmarks.loader_peers import GALAXYDIST, OURS, PEERS, Loader, Processes, check, prepare
@@ -106,7 +108,7 @@ def measure_loader(
     for task in tasks:
         measure = {"resume": _measure_resume, "memory": _measure_memory}.get(task, _measure_speed)
         result = measure(bench, task)
-        results.append({"task": task, **result, "data": bench.manifest.dataset, "workers": workers})
+        results.append({"task": task, **result, "data": bench.manifest.dataset, "workers": workers, "rounds": bench.rounds})
     for result in results:
         print(json.dumps(_rounded(result)))
     return results
@@ -143,7 +145,8 @@ def _prepare_and_check(bench: Bench) -> None:
     print(
         f"{num_images:,} {bench.manifest.dataset} galaxies an epoch, {bench.manifest.image_size} x {bench.manifest.image_size} "
         f"JPEG; batches of {BATCH_SIZE}, {bench.job.workers} workers on {bench.job.workers} cores, shuffled, queues at their "
-        "defaults, memory not pinned"
+        "defaults, memory not pinned",
+        flush=True,
     )
     for peer in bench.peers:
         prepare(bench.processes, peer, bench.job_of(peer), f"{bench.manifest.hash} {bench.job.shard_size}")
@@ -151,7 +154,7 @@ def _prepare_and_check(bench: Bench) -> None:
     for loader, ours in [(GALAXYDIST, False), *((peer, ours) for peer in bench.peers for ours in (False, True))]:
         worst = max(worst, check(bench.processes, loader, bench.job_of(loader, ours=ours), num_images))
     others = f", equal to ours within {worst} grey levels for all" if bench.peers else ""
-    print(f"checked: every loader gives each galaxy once an epoch{others}")
+    print(f"checked: every loader gives each galaxy once an epoch{others}", flush=True)
 
 
 def _measure_speed(bench: Bench, task: str) -> dict[str, Any]:
@@ -195,9 +198,11 @@ def _with_ours(peer: Loader) -> str:
 
 def _in_turn(bench: Bench, jobs: Mapping[str, tuple[Loader, Job]]) -> dict[str, list[dict[str, Any]]]:
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
-    for _ in range(bench.rounds):
-        for name, (loader, job) in jobs.items():
-            answers[name].append(bench.processes.run(loader, job))
+    with tqdm(total=bench.rounds * len(jobs), desc="measuring", unit="process", disable=None, leave=False) as bar:
+        for _ in range(bench.rounds):
+            for name, (loader, job) in jobs.items():
+                answers[name].append(bench.processes.run(loader, job))
+                bar.update()
     return answers
 
 
