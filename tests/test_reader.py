@@ -1,6 +1,5 @@
 """Reading: the right pictures at the right positions, whatever the number of processes; errors that name their galaxy."""
 
-import os
 import shutil
 import threading
 import time
@@ -12,9 +11,9 @@ import pytest
 import simplejpeg
 import torch
 
+from galaxydist.cores import available_cores
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
-from galaxydist.shards.batches import num_threads
 from galaxydist.shards.decode import PictureError, PictureReader, reduction
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
@@ -124,6 +123,16 @@ def test_no_thread_is_left(manifest: Manifest) -> None:
     for _ in EvalReader(manifest, "val", batch_size=4):
         pass
     assert decode_threads() == []
+
+
+def test_reading_runs_on_across_the_end_of_an_epoch(manifest: Manifest) -> None:
+    with TrainReader(manifest, seed=0, batch_size=8, prefetch=3) as reader:
+        for batch in reader:
+            ahead = [(pending.plan.epoch, pending.plan.step) for pending in reader._pool._pending]
+            # Always as far ahead, at the epoch's end too: nothing is drained.
+            assert ahead == [(step // reader.steps_per_epoch, step) for step in range(batch.step + 1, batch.step + 4)]
+            if batch.step == 2 * reader.steps_per_epoch + 1:
+                break
 
 
 def test_memory_of_batches_is_used_again_but_never_while_in_use(manifest: Manifest) -> None:
@@ -284,8 +293,8 @@ def test_real_galaxies_at_a_reduced_scale(real_sample: Path, tmp_path: Path) -> 
     assert batch.images_BHWC.shape == (4, 128, 128, 3)
 
 
-def test_threads_are_a_share_of_the_cores() -> None:
-    cores = len(os.sched_getaffinity(0))
-    assert num_threads(0) == cores
-    assert num_threads(0, ranks_on_node=2 * cores) == 1
-    assert num_threads(5, ranks_on_node=2) == 5
+def test_threads_are_a_share_of_the_cores(manifest: Manifest) -> None:
+    for threads, ranks_on_node, expected in [(0, 1, available_cores()), (0, 10**6, 1), (5, 2, 5)]:
+        with EvalReader(manifest, "test", batch_size=16, threads=threads, ranks_on_node=ranks_on_node) as reader:
+            next(reader)
+            assert len(decode_threads()) == expected

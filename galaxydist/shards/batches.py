@@ -1,6 +1,5 @@
 """A pool of threads that decodes batches ahead into uint8 memory. No worker processes, nothing to drain."""
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -59,11 +58,6 @@ class _Pending:
     plan: Plan
     pixels: NDArray[np.uint8]
     tasks: list["Future[list[tuple[int, UserError]]]"]
-
-
-def num_threads(threads: int, ranks_on_node: int = 1) -> int:
-    """How many threads a process should decode with: as asked, or its share of the cores that it may use."""
-    return threads or max(1, len(os.sched_getaffinity(0)) // ranks_on_node)
 
 
 class BatchPool:

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from galaxydist.cores import available_cores
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage
 from galaxydist.shards.cache import CacheConfig
@@ -73,7 +73,7 @@ def check_shards(location: str | Path, cache: CacheConfig | None = None, *, thre
     shards = [shard for split in manifest.splits for shard in _shards(manifest, split)]
     hashes: list[NDArray[np.uint64]] = []
     with (
-        ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as executor,
+        ThreadPoolExecutor(threads or available_cores()) as executor,
         tqdm(total=sum(shard.samples for shard in shards), desc="checking shards", unit="img", disable=None) as bar,
     ):
         for shard, (found, keys) in zip(
@@ -151,8 +151,8 @@ def _shards(manifest: Manifest, split: str) -> Iterator[_Shard]:
 def _check_shard(shard: _Shard, manifest: Manifest, read: FileReader) -> tuple[list[str], list[str]]:
     """The problems of a shard, and its keys."""
     try:
-        data = read(shard.name)
-        samples = parse_index(read(shard.index_name).decode("ascii"))
+        data = read(shard.name, shard.sha256)
+        samples = parse_index(read(shard.index_name, None).decode("ascii"))
     except OSError as error:
         return [f"{error.filename}: {error.strerror}"], []
     except UserError as error:
@@ -233,7 +233,7 @@ def _twins(shards: list[_Shard], hashes: list[NDArray[np.uint64]], read: FileRea
     for shard, found in zip(shards, hashes, strict=True):
         if suspects.isdisjoint(found.tolist()):
             continue
-        for members in parse_index(read(shard.index_name).decode("ascii")):
+        for members in parse_index(read(shard.index_name, None).decode("ascii")):
             key = members[0].name.partition(".")[0]
             if key in seen:
                 problems.append(f"galaxy {key} stands in {seen[key]} and in {shard.location}")

@@ -83,7 +83,7 @@ def decode_picture(image: EncodedImage, name: str) -> Pixels:
         with Image.open(io.BytesIO(image.data)) as picture:
             return np.asarray(picture.convert("RGB"))
     except UnidentifiedImageError:
-        raise UserError(f"galaxy {name}: its picture is of no known format; replace or remove the file") from None
+        raise UserError(f"galaxy {name}: its picture does not decode (of no known format); replace or remove the file") from None
     except (ValueError, OSError, SyntaxError) as error:
         raise UserError(f"galaxy {name}: its picture does not decode ({error}); replace or remove the file") from None
 

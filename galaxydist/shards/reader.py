@@ -9,7 +9,8 @@ from typing import Literal, Self
 
 import numpy as np
 
-from galaxydist.shards.batches import Batch, BatchPool, Plan, num_threads
+from galaxydist.cores import available_cores
+from galaxydist.shards.batches import Batch, BatchPool, Plan
 from galaxydist.shards.decode import PictureReader, reduction
 from galaxydist.shards.fetch import Uses, open_source, shifted
 from galaxydist.shards.manifest import Manifest
@@ -25,7 +26,7 @@ from galaxydist.shards.order import (
 )
 from galaxydist.shards.uses import evaluation_uses, resampled_uses, shard_uses
 
-__all__ = ["Batch", "EvalReader", "TrainReader", "num_threads", "steps_per_epoch"]
+__all__ = ["Batch", "EvalReader", "TrainReader", "steps_per_epoch"]
 
 # Places of the order that are looked up in one go: a batch alone costs as much as ten, and decoding waits meanwhile.
 POSITIONS_TOGETHER = 1024
@@ -133,7 +134,7 @@ class TrainReader(_Reader):
             self._pictures,
             manifest.labels(split),
             self._plans(start_step),
-            num_threads(threads, ranks_on_node),
+            threads or available_cores(ranks_on_node),
             prefetch,
             pin=pin,
         )
@@ -218,7 +219,7 @@ class EvalReader(_Reader):
             self._pictures,
             manifest.labels(split),
             self._plans(),
-            num_threads(threads, ranks_on_node),
+            threads or available_cores(ranks_on_node),
             prefetch,
             pin=pin,
         )

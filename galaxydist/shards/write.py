@@ -25,6 +25,7 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from galaxydist.cores import available_cores
 from galaxydist.errors import UserError
 from galaxydist.files import NO_SPACE, rename, whole_file
 from galaxydist.galaxy import EncodedImage, Survey
@@ -91,7 +92,7 @@ def write_shards(
         raise UserError(f"{survey.name} has no training galaxies, so there is nothing to make shards of")
     with _alone(work_dir):
         try:
-            _write(survey, work_dir, settings, workers or len(os.sched_getaffinity(0)))
+            _write(survey, work_dir, settings, workers or available_cores())
             _put_in_place(work_dir, out_dir)
         except OSError as error:
             shutil.rmtree(work_dir, ignore_errors=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from galaxydist.cores import available_cores
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, Galaxy
 from galaxydist.surveys import official
@@ -32,7 +33,6 @@ from galaxydist.surveys.split import (
     split_fold,
     split_original,
 )
-from galaxydist.surveys.storage import available_cores
 
 logger = logging.getLogger(__name__)
 

@@ -1,21 +1,20 @@
-"""Writing where it may fail: what to say of a full disk, what a killed process left behind, how many cores there are."""
+"""Writing where it may fail: what to say of a full disk, what a killed process left behind."""
 
-import errno
 import os
 import shutil
 import time
 from pathlib import Path
 
 from galaxydist.errors import UserError
+from galaxydist.files import NO_SPACE
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _STALE_SECONDS = 24 * 3600.0
 
 
 def disk_error(path: Path, error: OSError) -> UserError:
     """The UserError for an OSError while writing ``path``: full disk, quota, size limit, or the system's own words."""
     # HDF5 hands the reason on as text alone.
-    full = error.errno in _FULL or any(os.strerror(code) in str(error) for code in _FULL)
+    full = error.errno in NO_SPACE or any(os.strerror(code) in str(error) for code in NO_SPACE)
     reason = f"no room left ({error})" if full else str(error)
     return UserError(
         f"cannot write {path}: {reason}; nothing half-written stands under that name; free some space or choose another place"
@@ -30,8 +29,3 @@ def remove_stale(folder: Path, pattern: str) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,8 +1,8 @@
 """The world that a process belongs to: rank, number of processes, device, cores. The only place that reads the environment."""
 
-import os
+import socket
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 
+from galaxydist.cores import bound_cores, cpu_quota, fair_share
 from galaxydist.errors import EveryRankError, UserError
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -114,9 +115,6 @@ def enter_world(precision: Precision | Literal["auto"], environ: MutableMapping[
     has_gpu = torch.cuda.is_available()
     resolved = resolve_precision(precision, has_gpu, torch.cuda.get_device_capability() if has_gpu else None)
     local_size = int(environ.get("LOCAL_WORLD_SIZE", "0")) or wanted
-    cores = max(1, len(os.sched_getaffinity(0)) // local_size) if hasattr(os, "sched_getaffinity") else 1
-    # Launchers set OMP_NUM_THREADS=1; the cores are there to be used.
-    torch.set_num_threads(cores)
     accelerator = Accelerator(
         cpu=not has_gpu,
         mixed_precision=resolved,
@@ -128,16 +126,28 @@ def enter_world(precision: Precision | Literal["auto"], environ: MutableMapping[
             "Start the processes with torchrun --nproc-per-node N launch.py, or accelerate launch --multi_gpu --num_processes N "
             "launch.py (also on machines without a GPU)."
         )
-    return World(
+    world = World(
         accelerator=accelerator,
         rank=accelerator.process_index,
         size=accelerator.num_processes,
         ranks_on_node=local_size,
-        cores=cores,
+        cores=1,
         precision=resolved,
         job_id=environ.get("SLURM_JOB_ID"),
         restart_count=int(environ.get("SLURM_RESTART_COUNT", "0")),
     )
+    world = replace(world, cores=_share_cores(world))
+    # Launchers set OMP_NUM_THREADS=1; the cores are there to be used.
+    torch.set_num_threads(world.cores)
+    return world
+
+
+def _share_cores(world: World) -> int:
+    """This process's share of its machine's cores; all tell what they are bound to."""
+    host = socket.gethostname()
+    everywhere = world.gather((host, world.rank, bound_cores()))
+    here = [(rank, cores) for theirs, rank, cores in everywhere if theirs == host]
+    return fair_share([cores for _, cores in here], [rank for rank, _ in here].index(world.rank), cpu_quota())
 
 
 def leave_world() -> None:

@@ -1,7 +1,6 @@
 """Write a simulated survey: an HDF5 file in Galaxy10's schema, drawn on all cores."""
 
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from galaxydist.cores import available_cores
 from galaxydist.errors import UserError
 from galaxydist.surveys.schema import create_file
 from galaxydist.surveys.simulate.picture import take_picture
@@ -98,7 +98,7 @@ _plan_once = lru_cache(maxsize=1)(plan_survey)
 
 
 def _slabs(plan: Plan, workers: int | None) -> Iterator[Slab]:
-    workers = workers or (len(os.sched_getaffinity(0)) if len(plan.labels) >= _WORTH_PROCESSES else 1)
+    workers = workers or (available_cores() if len(plan.labels) >= _WORTH_PROCESSES else 1)
     edges = [(start, min(start + _SLAB, len(plan.labels))) for start in range(0, len(plan.labels), _SLAB)]
     if workers == 1:
         for start, stop in edges:

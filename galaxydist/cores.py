@@ -1,0 +1,80 @@
+"""How many processor cores a process may really use: what it is bound to, its container's CPU quota, and who shares both."""
+
+import math
+import os
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+
+def bound_cores() -> frozenset[int]:
+    """The cores that this process may run on; where the system does not tell, all of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """CPU time a second that the control groups of this process allow it, in cores; infinity where there is no limit.
+
+    A container of two CPUs on a node of 64 cores sees all 64, but more than two busy threads are stopped for part of the time.
+    The limit may stand at any group from the process's own up to the root. Linux's documentation: cgroup-v2.rst, "cpu.max";
+    sched-bwc.rst, "cpu.cfs_quota_us" (version 1).
+
+    Args:
+        root: of the file system.
+    """
+    try:
+        text = (root / "proc/self/cgroup").read_text()
+    except OSError:
+        return math.inf
+    quota = math.inf
+    for _, controllers, path in re.findall(r"^(\d+):([^:]*):(.*)$", text, re.MULTILINE):
+        if controllers == "":
+            mounts, read = [root / "sys/fs/cgroup"], _read_max
+        elif "cpu" in controllers.split(","):
+            mounts, read = [root / "sys/fs/cgroup" / name for name in ("cpu", controllers)], _read_cfs
+        else:
+            continue
+        own = Path(path.lstrip("/"))
+        quota = min([quota, *(read(mount / group) for mount in mounts for group in (own, *own.parents))])
+    return quota
+
+
+def available_cores(sharing: int = 1) -> int:
+    """Cores that this process may use for itself, at least 1, where it shares them with so many processes (itself counted)."""
+    return fair_share([bound_cores()] * sharing, 0, cpu_quota())
+
+
+def fair_share(bound: Sequence[Collection[int]], number: int, quota: float) -> int:
+    """Cores for one of the processes of a machine, at least 1.
+
+    Launchers bind processes to cores of their own (``srun``) or leave all of them on all cores (``torchrun``): each core is
+    shared by those that are bound to it, the quota by all.
+
+    Args:
+        bound: the cores that each of the processes may run on.
+        number: which of them.
+        quota: of all of them together, in cores.
+    """
+    shares = sum(1 / sum(core in theirs for theirs in bound) for core in bound[number])
+    # Thirds do not add up to one: a hair more before rounding down.
+    return max(1, math.floor(min(shares, math.ceil(quota) / len(bound) if math.isfinite(quota) else shares) + 1e-6))
+
+
+def _read_max(group: Path) -> float:
+    """Version 2: "200000 100000", or "max 100000"."""
+    try:
+        allowed, period = (group / "cpu.max").read_text().split()
+        return math.inf if allowed == "max" else int(allowed) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
+
+
+def _read_cfs(group: Path) -> float:
+    """Version 1: two files; -1 is no limit."""
+    try:
+        allowed, period = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return allowed / period if allowed > 0 else math.inf
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
