@@ -17,7 +17,7 @@ ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 ACCELERATE_2 = (*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
 
 
-def quick_settings(manifest: Path, run_dir: Path, **changes: object) -> list[str]:
+def quick_settings(manifest: Path | str, run_dir: Path, **changes: object) -> list[str]:
     """A run of a few seconds on the blobs: 36 steps of 24 galaxies. ``changes`` name keys with ``__`` for the dot."""
     settings: dict[str, object] = {
         "recipe": "custom_cnn",

@@ -29,7 +29,8 @@ from galaxydist.shards.transfer import ATTEMPTS, transfer
 FIRST_ATTEMPTS = 5
 HASH_LENGTH = 16
 
-FileReader = Callable[[str], bytes]
+# A file's name, and its SHA-256 where that is known -> what is in it.
+FileReader = Callable[[str, bytes | None], bytes]
 
 
 def open_shards(location: str | Path, cache: CacheConfig) -> Manifest:
@@ -67,12 +68,13 @@ def open_shards(location: str | Path, cache: CacheConfig) -> Manifest:
 def file_reader(manifest: Manifest) -> FileReader:
     """A function that reads a whole file of a folder of shards by its name, from where it lies (not from the cache).
 
-    It raises OSError or UserError where the file cannot be had.
+    It raises OSError or UserError where the file cannot be had. On the way from a store the checksum is looked at, so that what
+    the network did is mended.
     """
     if manifest.remote is None:
-        return lambda name: (manifest.dir / name).read_bytes()
+        return lambda name, _: (manifest.dir / name).read_bytes()
     store = Store(manifest.remote.url)
-    return lambda name: _read(store, name, threading.Event())
+    return lambda name, sha256: _read(store, name, threading.Event(), sha256=sha256)
 
 
 def _fetch_manifest(store: Store, stop: threading.Event) -> bytes:
@@ -85,10 +87,10 @@ def _fetch_manifest(store: Store, stop: threading.Event) -> bytes:
         ) from None
 
 
-def _read(store: Store, name: str, stop: threading.Event, attempts: int = ATTEMPTS) -> bytes:
+def _read(store: Store, name: str, stop: threading.Event, *, sha256: bytes | None = None, attempts: int = ATTEMPTS) -> bytes:
     with tempfile.TemporaryDirectory(prefix="galaxydist-") as folder:
         path = Path(folder) / "file"
-        transfer(store, name, path, stop=stop, attempts=attempts)
+        transfer(store, name, path, stop=stop, sha256=sha256, attempts=attempts)
         return path.read_bytes()
 
 
