@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,15 +74,22 @@ class Processes:
         python = self._home(loader) / "bin" / "python" if self._is_installed(loader) else Path(sys.executable)
         # -P: the folder that the user stands in is nobody's library.
         command = [str(python), "-P", "-m", loader.module, job.to_json()]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environ, start_new_session=True
-        )
-        try:
-            output, errors = process.communicate(timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            raise UserError(f"{loader.title} did not {job.action} within {TIMEOUT_S} s") from None
-        finally:
-            _end(process)
+        # Some peers leave files where temporary files go.
+        with tempfile.TemporaryDirectory(prefix="galaxydist-bench-") as folder:
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**self.environ, "TMPDIR": folder},
+                start_new_session=True,
+            )
+            try:
+                output, errors = process.communicate(timeout=TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                raise UserError(f"{loader.title} did not {job.action} within {TIMEOUT_S} s") from None
+            finally:
+                _end(process)
         if process.returncode:
             said = (errors.strip() or output.strip() or "nothing").splitlines()[-1]
             raise UserError(f"{loader.title} failed to {job.action} ({job.task}); the last it said: {said}")

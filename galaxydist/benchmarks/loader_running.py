@@ -1,5 +1,6 @@
 """What the processes share that run a loader each, ours and the peers': the clock, the comparison with our pixels, the answer."""
 
+import gc
 import json
 import os
 import sys
@@ -31,8 +32,10 @@ def run(prepare: Callable[[Job], None], build_loader: Callable[[Job], Loader]) -
         prepare(job)
         answer({})
     else:
-        loader = build_loader(job)
-        answer(check(loader, job) if job.action == "check" else measure(loader, job))
+        found = (check if job.action == "check" else measure)(build_loader(job), job)
+        # Workers stop with their loader; at the end of the process they would be killed, and leave shared memory behind.
+        gc.collect()
+        answer(found)
 
 
 def open_job() -> Job:
