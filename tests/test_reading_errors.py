@@ -95,7 +95,7 @@ def test_one_galaxy_too_many_stops_the_run_and_keeps_its_checkpoint(
 
 
 @pytest.mark.multiprocess
-def test_two_processes_skip_and_stop_as_one(copy: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_skip_as_one(copy: Manifest, tmp_path: Path) -> None:
     for sample in (3, 30, 50):
         break_picture(copy, "train", sample)
     settings = {**VIT, "train__epochs": 2, "train__batch_size": 36, "data__on_error": "skip"}
@@ -106,7 +106,13 @@ def test_two_processes_skip_and_stop_as_one(copy: Manifest, tmp_path: Path, caps
     assert skipped(tmp_path / "two") == skipped(tmp_path / "one")
     assert [*read_losses(tmp_path / "two").values()] == pytest.approx([*read_losses(tmp_path / "one").values()], rel=1e-4)
 
-    settings["data__max_errors"] = 1
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_stop_as_one(copy: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for sample in (3, 30, 50):
+        break_picture(copy, "train", sample)
+    settings = {**VIT, "train__epochs": 2, "train__batch_size": 25, "data__on_error": "skip", "data__max_errors": 1}
     capsys.readouterr()
     assert run_here(quick_settings(copy.path, tmp_path / "one-stopped", **settings)) == 2
     done = launch(TORCHRUN_2, quick_settings(copy.path, tmp_path / "two-stopped", **settings))
@@ -116,15 +122,21 @@ def test_two_processes_skip_and_stop_as_one(copy: Manifest, tmp_path: Path, caps
 
 
 @pytest.mark.multiprocess
-def test_an_error_on_one_rank_stops_the_others(copy: Manifest, tmp_path: Path) -> None:
-    settings = {**VIT, "train__epochs": 1, "data__on_error": "skip"}
+def test_an_error_of_one_rank_in_an_evaluation_stops_the_others(copy: Manifest, tmp_path: Path) -> None:
     shard, key = break_picture(copy, "val", 11)  # batch 1, and so the second rank's
-    done = launch(TORCHRUN_2, quick_settings(copy.path, tmp_path / "evaluation", **settings))
+    settings = {**VIT, "train__epochs": 1, "data__on_error": "skip"}
+    done = launch(TORCHRUN_2, quick_settings(copy.path, tmp_path / "run", **settings))
     assert done.returncode != 0
     assert f"shard {shard}, galaxy {key}: its picture does not decode" in one_error(done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_shard_that_is_missing_stops_all_ranks_even_when_skipping(copy: Manifest, tmp_path: Path) -> None:
     missing = shard_of(copy, "train", 20)
     missing.unlink()
-    done = launch(TORCHRUN_2, quick_settings(copy.path, tmp_path / "training", **settings))
+    settings = {**VIT, "train__epochs": 1, "data__on_error": "skip"}
+    done = launch(TORCHRUN_2, quick_settings(copy.path, tmp_path / "run", **settings))
     assert done.returncode != 0
     assert f"shard {missing} is missing; make the shards anew" in one_error(done.stderr)
 
