@@ -1,4 +1,5 @@
-"""Whether shards are what their manifest says: every byte, offset, key, label and picture."""
+"""Whether shards are what their manifest says: every byte, offset, key, label and picture. Reading does not hash local shards:
+bytes that were exchanged for others which decode are found here alone."""
 
 import hashlib
 import io
@@ -105,8 +106,7 @@ def check_columns(manifest: Manifest) -> None:
     if sum((manifest.dir / name).stat().st_size for name in manifest.columns) > QUICK_BYTES:
         return
     for problem in _check_digests(manifest):
-        mend = f"remove {manifest.dir}, it is fetched anew" if manifest.remote else "make the shards anew"
-        raise UserError(f"{problem}; look for more with: galaxydist data check {manifest.location}, then {mend}")
+        raise UserError(f"{problem}; look for more with: galaxydist data check {manifest.location}, then {manifest.remedy}")
 
 
 def _check_digests(manifest: Manifest) -> Iterator[str]:
