@@ -4,6 +4,7 @@ what the user must mend."""
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from galaxydist.benchmarks.fileserver import TROUBLES, Behaviour, FileServer, every
 from galaxydist.errors import UserError
+from galaxydist.shards import store as stores
 from galaxydist.shards import transfer as transfers
 from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.manifest import Manifest, read_manifest
@@ -216,6 +218,19 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
         UserError, match=r"http://127.0.0.1:9/manifest.json could not be read in 5 attempts.*server can be reached"
     ):
         opened("http://127.0.0.1:9/manifest.json", tmp_path)
+
+
+def test_a_server_that_falls_silent_is_asked_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "SILENCE_S", 0.2)
+
+    def silence(_path: str, number: int) -> None:
+        if number == 1:
+            time.sleep(0.6)
+
+    with FileServer(folder, Behaviour(trouble=silence)) as server:
+        transfer(Store(server.address), "val-000000.tar", tmp_path / "x", stop=threading.Event())
+    assert server.gets["val-000000.tar"] >= 2
+    assert (tmp_path / "x").read_bytes() == (folder / "val-000000.tar").read_bytes()
 
 
 def test_a_transfer_can_be_stopped_in_the_middle(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ class PictureReader:
             raise PictureError(
                 f"{self._name(picture)}: its picture does not decode ({error})",
                 f"look for more with: galaxydist data check {self._manifest.location}, "
-                "then make the shards anew, or train without it: data.on_error=skip",
+                f"then {self._manifest.remedy}, or train without it: data.on_error=skip",
             ) from None
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """Shards fetched from a store ahead of use, in the order of use, through the node's cache."""
 
 import logging
+import resource
 import threading
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from galaxydist.shards.cache import Cache, Wanted, show_bytes
 from galaxydist.shards.failures import MissingError
 from galaxydist.shards.manifest import Manifest, Remote, shard_name
 from galaxydist.shards.openfile import OpenFile
-from galaxydist.shards.source import MAX_OPEN, FolderSource, Source
+from galaxydist.shards.source import FolderSource, Source
 from galaxydist.shards.store import StoppedError, Store
 from galaxydist.shards.transfer import transfer
 from galaxydist.shards.uses import working_set
@@ -141,6 +142,7 @@ class FetchedSource:
         table = manifest.shards(split)
         self._sizes, self._sums = table["bytes"].tolist(), table["sha256"]
         self._schedule, self._step, self._ahead_bytes = Schedule(uses), step - 1, ahead_bytes
+        self._max_held = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._until: dict[int, int] = {}  # all that is held, fetched or put off: the step after which it is let go
@@ -245,7 +247,7 @@ class FetchedSource:
                 continue
             if sum(self._sizes[shard] for shard in self._until) + self._sizes[first] > self._ahead_bytes:
                 return None
-            if len(self._until) >= MAX_OPEN:
+            if len(self._until) >= self._max_held:
                 return None
             self._until[first] = self._schedule.take(first, self._step)
             return first, False

@@ -94,6 +94,13 @@ class Manifest:
         return str(self.path) if self.remote is None else self.remote.location
 
     @property
+    def remedy(self) -> str:
+        """What to do about damage, for messages."""
+        return (
+            "make the shards anew" if self.remote is None else f"remove {self.dir}, which is fetched anew if the check is passed"
+        )
+
+    @property
     def num_classes(self) -> int:
         return len(self.class_names)
 

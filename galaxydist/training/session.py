@@ -207,7 +207,7 @@ class Session:
         summary: dict[str, float] = {}
         try:
             with (
-                self._open_reader(manifest, state.step) as reader,
+                world.together(lambda: self._open_reader(manifest, state.step)) as reader,
                 DeviceFeed(reader, world.device) as batches,
                 Journal(
                     world, folder, tracker, parts.schedule, first_step=state.step, log_every=recipe.train.log_every
