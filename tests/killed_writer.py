@@ -15,8 +15,8 @@ from typing import Any
 from galaxydist.shards.write import write_shards
 from tests.shard_surveys import MemorySurvey, draw_galaxies
 
-SURVEY = MemorySurvey(draw_galaxies(24, 16), slab_length=4)
-OLD = MemorySurvey(draw_galaxies(16, 16), source_hash="2" * 64)
+SURVEY = MemorySurvey(draw_galaxies(14, 16), slab_length=8)
+OLD = MemorySurvey(draw_galaxies(10, 16), source_hash="2" * 64)
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
@@ -76,7 +76,8 @@ def main(base: Path, overwrite: bool) -> None:
     if overwrite:
         write_shards(OLD, base / "old", workers=1)
 
-    for number in range(num_changes + 100):  # and those of the old folder
+    # What differs when shards are overwritten comes after the manifest.
+    for number in range(num_changes - 25 if overwrite else 0, num_changes + 100):
         if overwrite:
             shutil.copytree(base / "old", out_dir)
         killed, _ = write(out_dir, kill_at=number, overwrite=overwrite)
@@ -90,7 +91,7 @@ def main(base: Path, overwrite: bool) -> None:
         shutil.rmtree(out_dir, ignore_errors=True)
         for path in left:
             shutil.rmtree(base / path) if (base / path).is_dir() else (base / path).unlink()
-    print(f"{number} points", flush=True)
+    print(f"{number} changes", flush=True)
 
 
 if __name__ == "__main__":
