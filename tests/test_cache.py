@@ -66,7 +66,7 @@ with (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    survey = MemorySurvey(tuple(as_jpeg(galaxy) for galaxy in draw_galaxies(240)))
+    survey = MemorySurvey(tuple(as_jpeg(galaxy) for galaxy in draw_galaxies(480)))
     return write_shards(survey, tmp_path_factory.mktemp("cache") / "shards", shard_size=8, workers=1).dir
 
 
@@ -206,7 +206,7 @@ def test_a_killed_fetch_leaves_nothing_that_is_taken_for_whole(folder: Path, tmp
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("max_bytes", [FAR, 360_000])
+@pytest.mark.parametrize("max_bytes", [FAR, 420_000])
 def test_ranks_of_a_node_fetch_each_shard_once(folder: Path, tmp_path: Path, max_bytes: int) -> None:
     """Two real processes and a server that fails often; also with a cache that holds only a part of the shards."""
     cache = tmp_path / "cache"
@@ -221,7 +221,7 @@ def test_ranks_of_a_node_fetch_each_shard_once(folder: Path, tmp_path: Path, max
 
     watcher = threading.Thread(target=watch)
     with FileServer(folder, Behaviour(0.005, every(9))) as server:
-        ranks = [start_rank(server.url, folder, cache, r, max_bytes=max_bytes, world_size=2, steps=72) for r in range(2)]
+        ranks = [start_rank(server.url, folder, cache, r, max_bytes=max_bytes, world_size=2, steps=144) for r in range(2)]
         watcher.start()
         try:
             printed = [rank.communicate(timeout=120)[0].split() for rank in ranks]
@@ -231,7 +231,7 @@ def test_ranks_of_a_node_fetch_each_shard_once(folder: Path, tmp_path: Path, max
             watching.set()
             watcher.join()
     assert [rank.returncode for rank in ranks] == [0, 0]
-    assert printed == [["open", *(str(step) for step in range(72))]] * 2
+    assert printed == [["open", *(str(step) for step in range(144))]] * 2
     shards = [path.name for path in folder.glob("train-*.tar")]
     assert sum(server.failures[name] for name in shards) >= 1
     if max_bytes == FAR:
@@ -257,7 +257,7 @@ def test_resampling_and_evaluation_from_a_server(folder: Path, tmp_path: Path) -
 def test_a_cache_too_small_for_what_is_read_at_once(folder: Path, tmp_path: Path) -> None:
     with FileServer(folder) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache", 80_000))
-        said = r"data.cache_size=8e-05 and the disk of .* leave .*e-05 GB for shards, but 0.000\d+ GB .*data.num_streams=4.* set"
+        said = r"data.cache_size=8e-05 and the disk of .* leave .*e-05 GB for shards, but 0.00\d+ GB .*data.num_streams=4"
         with pytest.raises(UserError, match=said):
             read(remote, 1)
         with pytest.raises(UserError, match=r"data.balance=resample draws from all shards"):
@@ -277,24 +277,32 @@ def test_a_folder_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
             open_shards(f"file://{folder}", CacheConfig(tmp_path / "locked" / "cache"))
 
 
+# Opens every training shard in turn, as an evaluation would.
 FILL = """
 import sys
 from pathlib import Path
-from galaxydist.shards.cache import CacheConfig
 from galaxydist.errors import UserError
+from galaxydist.shards.cache import CacheConfig
+from galaxydist.shards.fetch import open_source
 from galaxydist.shards.open import open_shards
-from galaxydist.shards.reader import EvalReader
-if sys.argv[3] == "limit":
-    import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+from galaxydist.shards.uses import evaluation_uses
+url, cache, taken = sys.argv[1:]
 try:
-    remote = open_shards(sys.argv[1], CacheConfig(Path(sys.argv[2]), threads=1))
-    with EvalReader(remote, "train", batch_size=4, prefetch=1) as reader:
-        for batch in reader:
-            pass
+    remote = open_shards(url, CacheConfig(Path(cache), threads=1))
+    if taken == "limit":
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    else:
+        (Path(cache).parent / "other").write_bytes(bytes(int(taken)))
+    uses = evaluation_uses(remote.shards("train")["samples"], 8, 0, 1)
+    source = open_source(remote, "train", iter([uses]), iter([uses]), steps_ahead=2, why="a test")
+    for use in uses:
+        assert source.open(int(use["shard"])).num_bytes == remote.shards("train")["bytes"][use["shard"]]
+        source.advance(int(use["last_step"]) - 1)
+    source.close()
 except UserError as error:
     print(error)
-print(sorted(path.name for path in Path(sys.argv[2]).rglob(".*")))
+print(sorted(path.name for path in Path(cache).rglob(".*")))
 """
 
 
@@ -319,9 +327,8 @@ def test_a_disk_that_is_nearly_full(folder: Path, tmp_path: Path, taken: int, sa
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount + "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine gives no file system of one's own")
     with FileServer(folder) as server:
-        fill = FILL.replace("    with Eval", f"    open('{disk}/other', 'wb').write(bytes({taken}))\n    with Eval")
-        script = mount + f'exec "$0" -c "$1" {server.url} {disk}/cache full'
-        command = ["unshare", "-rm", "sh", "-c", script, sys.executable, fill]
+        script = mount + f'exec "$0" -c "$1" {server.url} {disk}/cache {taken}'
+        command = ["unshare", "-rm", "sh", "-c", script, sys.executable, FILL]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     *lines, last = done.stdout.splitlines() or [""]
     assert last == "['.lock']" and "".join(lines).startswith(said.replace("DISK", str(disk))), done.stdout + done.stderr

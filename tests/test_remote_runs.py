@@ -42,6 +42,7 @@ def test_a_run_from_a_server_is_the_local_run_bit_for_bit(blobs: Path, tmp_path:
     assert evaluation["count"] == 24
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_ranks_from_a_server(blobs: Path, tmp_path: Path) -> None:
     with FileServer(blobs.parent, Behaviour(trouble=every(10))) as server:

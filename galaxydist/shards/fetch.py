@@ -198,16 +198,16 @@ class FetchedSource:
 
     def _work(self) -> None:
         while (task := self._next()) is not None:
-            shard, must = task
-            wanted = Wanted(f"{self._manifest.dir.name}/{shard_name(self._split, shard)}", self._sizes[shard])
             try:
-                file = self._cache.obtain(wanted, lambda path, shard=shard: self._fetch(shard, path), stop=self._stop, must=must)  # type: ignore[misc]
+                self._arrived(task[0], self._obtain(*task))  # no name here: while this thread waits, it would hold the file
             except StoppedError:
                 return
             except BaseException as error:
-                self._failed_with(shard, error, must)
-            else:
-                self._arrived(shard, file)
+                self._failed_with(*task, error)
+
+    def _obtain(self, shard: int, must: bool) -> OpenFile | None:
+        wanted = Wanted(f"{self._manifest.dir.name}/{shard_name(self._split, shard)}", self._sizes[shard])
+        return self._cache.obtain(wanted, lambda path: self._fetch(shard, path), stop=self._stop, must=must)
 
     def _next(self) -> tuple[int, bool] | None:
         """The next shard to fetch, and whether a reader waits for it; waits until there is one. None at the end."""
@@ -263,7 +263,7 @@ class FetchedSource:
                 self._held[shard] = file
             self._changed.notify_all()
 
-    def _failed_with(self, shard: int, error: BaseException, must: bool) -> None:
+    def _failed_with(self, shard: int, must: bool, error: BaseException) -> None:
         """A shard that nobody waits for yet is tried once more when it is needed."""
         if not must:
             _log.warning("fetching ahead: %s (it is tried again when it is needed)", error)
