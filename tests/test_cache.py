@@ -280,6 +280,7 @@ def test_a_folder_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
 # Opens every training shard in turn, as an evaluation would.
 FILL = """
 import sys
+from contextlib import closing
 from pathlib import Path
 from galaxydist.errors import UserError
 from galaxydist.shards.cache import CacheConfig
@@ -295,11 +296,10 @@ try:
     else:
         (Path(cache).parent / "other").write_bytes(bytes(int(taken)))
     uses = evaluation_uses(remote.shards("train")["samples"], 8, 0, 1)
-    source = open_source(remote, "train", iter([uses]), iter([uses]), steps_ahead=2, why="a test")
-    for use in uses:
-        assert source.open(int(use["shard"])).num_bytes == remote.shards("train")["bytes"][use["shard"]]
-        source.advance(int(use["last_step"]) - 1)
-    source.close()
+    with closing(open_source(remote, "train", iter([uses]), iter([uses]), steps_ahead=2, why="a test")) as source:
+        for use in uses:
+            assert source.open(int(use["shard"])).num_bytes == remote.shards("train")["bytes"][use["shard"]]
+            source.advance(int(use["last_step"]) - 1)
 except UserError as error:
     print(error)
 print(sorted(path.name for path in Path(cache).rglob(".*")))
