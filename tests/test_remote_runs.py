@@ -13,7 +13,7 @@ from tests.runs import TORCHRUN_2, launch, quick_settings, read_evaluation, read
 
 
 def settings(manifest: Path | str, run_dir: Path, cache: Path, **changes: object) -> list[str]:
-    return quick_settings(manifest, run_dir, **{"train__epochs": 2, "data__cache_dir": cache, **changes})
+    return quick_settings(manifest, run_dir, **{"train__epochs": 1, "data__cache_dir": cache, **changes})
 
 
 def result(run_dir: Path) -> tuple[dict[int, float], dict[str, object], dict[str, bytes]]:
