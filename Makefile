@@ -19,7 +19,7 @@ TEST_WORKERS ?= 2
 # Each worker keeps to one core: two that take both each are slower than one.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg WANDB_SILENT=true
 
-.PHONY: help install install-dev demo test test-all bench check format clean
+.PHONY: help install install-dev demo test test-all peers bench check format clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -69,7 +69,9 @@ PEERS := galaxydist/benchmarks/peers
 	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r $<
 	@touch $@
 
-bench: .venv-bench/installed .venv-mosaic/installed
+peers: .venv-bench/installed .venv-mosaic/installed
+
+bench: peers
 	$(BIN)/galaxydist bench loader $(BENCH)
 
 check: $(VENV)/installed-dev
