@@ -23,17 +23,18 @@ from galaxydist.benchmarks.fileserver import Behaviour, FileServer, every
 from galaxydist.errors import UserError
 from galaxydist.shards import transfer as transfers
 from galaxydist.shards.cache import Cache, CacheConfig, Wanted
-from galaxydist.shards.fetch import Schedule
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.shards.openfile import OpenFile
 from galaxydist.shards.reader import Batch, EvalReader, TrainReader
+from galaxydist.shards.schedule import Schedule
 from galaxydist.shards.uses import USE
 from galaxydist.shards.write import write_shards
 from tests.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies
 
 STOP = threading.Event()
 FAR = 1 << 40
+OWN = "0123456789abcdef"
 
 # One rank of several on this machine: reads epochs, compares them with the local shards, prints a line for each batch.
 RANK = """
@@ -133,7 +134,7 @@ def test_the_limit_holds_and_what_is_in_use_stays(
         before = {int(path.stem) for path in cache.folder.rglob("*.tar")}
         held = sum(other + 1 for other in in_use)
         content = bytes([number]) * (number + 1)
-        file = cache.obtain(Wanted(f"x/{number}.tar", number + 1), put(content), stop=STOP, must=must)
+        file = cache.obtain(Wanted(f"{OWN}/{number}.tar", number + 1), put(content), stop=STOP, must=must)
         there = {int(path.stem) for path in cache.folder.rglob("*.tar")}
         total = sum(other + 1 for other in there)
         assert there >= in_use.keys() and there <= before | {number}
@@ -151,21 +152,21 @@ def test_the_limit_holds_and_what_is_in_use_stays(
 def test_what_was_not_used_for_the_longest_time_goes_first(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 30)
     for number in range(3):
-        assert cache.obtain(Wanted(f"{number % 2}/{number}.tar", 10), put(bytes(10)), stop=STOP, must=False)
-        os.utime(tmp_path / f"{number % 2}/{number}.tar", (number, number))
-    assert cache.find(Wanted("0/0.tar", 10))
-    assert cache.obtain(Wanted("1/3.tar", 10), put(bytes(10)), stop=STOP, must=False)
+        assert cache.obtain(Wanted(f"{number % 2:016x}/{number}.tar", 10), put(bytes(10)), stop=STOP, must=False)
+        os.utime(tmp_path / f"{number % 2:016x}/{number}.tar", (number, number))
+    assert cache.find(Wanted(f"{0:016x}/0.tar", 10))
+    assert cache.obtain(Wanted(f"{1:016x}/3.tar", 10), put(bytes(10)), stop=STOP, must=False)
     assert sorted(path.stem for path in tmp_path.rglob("*.tar")) == ["0", "2", "3"]
 
 
 def test_going_over_the_limit_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(tmp_path / "cache", 10)
-    files = [cache.obtain(Wanted(f"x/{n}.tar", 6), put(b"123456"), stop=STOP, must=True) for n in range(4)]
+    files = [cache.obtain(Wanted(f"{OWN}/{n}.tar", 6), put(b"123456"), stop=STOP, must=True) for n in range(4)]
     assert all(files)
     assert caplog.text.count("goes over its limit") == 1 and "data.cache_size" in caplog.text
-    assert cache.obtain(Wanted("x/9.tar", 6), put(b"123456"), stop=STOP, must=False) is None
+    assert cache.obtain(Wanted(f"{OWN}/9.tar", 6), put(b"123456"), stop=STOP, must=False) is None
     files.clear()
-    assert cache.obtain(Wanted("x/9.tar", 6), put(b"123456"), stop=STOP, must=False) is not None
+    assert cache.obtain(Wanted(f"{OWN}/9.tar", 6), put(b"123456"), stop=STOP, must=False) is not None
     assert held_bytes(tmp_path / "cache") == 6
 
 

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from galaxydist.errors import UserError
+from galaxydist.shards.locks import LOCK, PARTIAL, evict, reserved_bytes, take_claim, try_lock
 from galaxydist.shards.openfile import OpenFile
 from galaxydist.shards.store import StoppedError
 
@@ -38,7 +40,9 @@ SPARE_SHARE = 0.01
 NO_SPACE = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "files may not be so large"}
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 SHARD_ENDING = ".tar"
-LOCK, PARTIAL = ".lock", ".partial"
+# Each data set has a folder of its own, named by its manifest's hash.
+OWN_FOLDER = re.compile(r"[0-9a-f]{16}")
+COLUMNS_DIR = "columns"
 
 
 @dataclass(frozen=True)
@@ -116,14 +120,19 @@ class Cache:
                 if (found := self.find(wanted)) is not None:
                     return found
                 with self._guard(stop):
-                    claim = _claim(self._hidden(wanted, LOCK))
-                    if claim is not None and (
-                        (found := self.find(wanted)) is not None or not self._make_room(claim, wanted, must)
-                    ):
-                        self._give_up(claim, wanted)
-                        return found
+                    claim = take_claim(self._hidden(wanted, LOCK))
+                    if claim is not None:
+                        found, has_room = None, False
+                        try:
+                            found = self.find(wanted)
+                            has_room = found is None and self._make_room(claim, wanted, must)
+                        finally:
+                            if not has_room:
+                                self._give_up(claim, wanted)
+                        if not has_room:
+                            return found
                 if claim is not None:
-                    return self._fetch(claim, wanted, fetch)
+                    return self._fetch(claim, wanted, fetch, stop)
                 if stop.wait(POLL_S):
                     raise StoppedError
 
@@ -135,7 +144,7 @@ class Cache:
                 file = OpenFile.at(str(path))
             except FileNotFoundError:
                 return None
-            if not _lock(file.descriptor, fcntl.LOCK_SH):
+            if not try_lock(file.descriptor, fcntl.LOCK_SH):
                 continue  # being evicted, which is quick
             status = os.fstat(file.descriptor)
             if status.st_nlink == 0:
@@ -157,18 +166,21 @@ class Cache:
         columns = sum(file.size for file in files) - shards
         return min(self.max_bytes - columns, _free_bytes(self.folder) + shards)
 
-    def _fetch(self, claim: OpenFile, wanted: Wanted, fetch: Callable[[Path], None]) -> OpenFile:
+    def _fetch(self, claim: OpenFile, wanted: Wanted, fetch: Callable[[Path], None], stop: threading.Event) -> OpenFile:
         partial = self._hidden(wanted, PARTIAL)
         try:
             fetch(partial)
             file = OpenFile.at(str(partial))
-            _lock(file.descriptor, fcntl.LOCK_SH)
+            try_lock(file.descriptor, fcntl.LOCK_SH)
             os.fsync(file.descriptor)
-            partial.replace(self.folder / wanted.name)
-            _sync_folder(partial.parent)
-            return file
-        finally:
+            with self._guard(stop):  # its bytes count as reserved or as there, never as neither
+                partial.replace(self.folder / wanted.name)
+                self._give_up(claim, wanted)
+        except BaseException:
             self._give_up(claim, wanted)
+            raise
+        _sync_folder(partial.parent)
+        return file
 
     def _give_up(self, claim: OpenFile, wanted: Wanted) -> None:
         """Remove what a claim stands for, then the claim; in this order, so that a partial always has one."""
@@ -185,7 +197,7 @@ class Cache:
         for file in sorted(files, key=lambda file: file.used_ns):
             if room >= num_bytes:
                 break
-            if file.path.endswith(SHARD_ENDING) and _evict(file.path):
+            if file.path.endswith(SHARD_ENDING) and evict(file.path):
                 room += file.size
         if room < num_bytes and not must:
             return False
@@ -202,18 +214,27 @@ class Cache:
     def _scan(self) -> tuple[list["_Found"], int]:
         """The whole files, and the bytes that the fetches under way will take; what a crash left of one is removed."""
         found, reserved = [], 0
-        folders = [str(self.folder)]
-        for folder in folders:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
-                    elif not entry.name.startswith("."):
-                        status = entry.stat()
-                        found.append(_Found(entry.path, status.st_size, status.st_mtime_ns))
-                    elif entry.name.endswith(LOCK) and entry.name != LOCK:
-                        reserved += _reserved(entry.path)
+        for entry in self._entries():
+            if not entry.name.startswith("."):
+                status = entry.stat()
+                found.append(_Found(entry.path, status.st_size, status.st_mtime_ns))
+            elif entry.name.endswith(LOCK):
+                reserved += reserved_bytes(entry.path)
+            elif entry.name.endswith(PARTIAL) and not os.path.exists(entry.path.removesuffix(PARTIAL) + LOCK):  # noqa: PTH110
+                Path(entry.path).unlink(missing_ok=True)
         return found, reserved
+
+    def _entries(self) -> Iterator["os.DirEntry[str]"]:
+        """The files in folders of our own making; what else lies beside them is not ours to count or remove."""
+        with os.scandir(self.folder) as entries:
+            own = [entry.path for entry in entries if OWN_FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
+        for folder in (path for name in own for path in (name, f"{name}/{COLUMNS_DIR}")):
+            try:
+                with os.scandir(folder) as entries:
+                    files = [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+            except FileNotFoundError:
+                continue
+            yield from files
 
     def _hidden(self, wanted: Wanted, ending: str) -> Path:
         path = self.folder / wanted.name
@@ -224,7 +245,7 @@ class Cache:
     def _guard(self, stop: threading.Event) -> Iterator[None]:
         """One process at a time makes room."""
         file = OpenFile(os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
-        while not _lock(file.descriptor, fcntl.LOCK_EX):
+        while not try_lock(file.descriptor, fcntl.LOCK_EX):
             if stop.wait(POLL_S):
                 raise StoppedError
         yield
@@ -245,59 +266,17 @@ class Cache:
                     f"the cache {self.folder} lies on a file system without locks ({error.strerror}): {elsewhere}, on a disk "
                     "of this machine"
                 ) from error
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise UserError(
+                    f"the cache {self.folder} cannot open more files ({error.strerror}): raise the limit with `ulimit -n 65536`, "
+                    "or make larger shards (galaxydist data shard --shard-size N)"
+                ) from error
             raise UserError(f"the cache {self.folder} cannot be written ({error.strerror or error}): {elsewhere}") from error
 
 
 def show_bytes(num_bytes: float) -> str:
     """A size in the unit that data.cache_size has."""
     return f"{num_bytes / 1e9:.3g} GB"
-
-
-def _claim(path: Path) -> OpenFile | None:
-    """The right to fetch a file, which one process has at a time; None if another has it."""
-    while True:
-        file = OpenFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
-        if not _lock(file.descriptor, fcntl.LOCK_EX):
-            return None
-        if os.fstat(file.descriptor).st_nlink:
-            os.ftruncate(file.descriptor, 0)
-            return file
-
-
-def _reserved(lock: str) -> int:
-    """The bytes that the fetch behind a lock will take; nothing is behind the lock of a process that is gone."""
-    try:
-        with Path(lock).open("r+b") as file:
-            if not _lock(file.fileno(), fcntl.LOCK_EX):
-                return int(file.read() or 0)
-            if os.fstat(file.fileno()).st_nlink:
-                Path(lock.removesuffix(LOCK) + PARTIAL).unlink(missing_ok=True)
-                Path(lock).unlink()
-    except FileNotFoundError:
-        pass
-    return 0
-
-
-def _evict(path: str) -> bool:
-    """Remove a file, unless anyone has it open."""
-    try:
-        file = OpenFile(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-        if not _lock(file.descriptor, fcntl.LOCK_EX):
-            return False
-        Path(path).unlink()
-    except OSError as error:
-        _log.debug("%s stays: %s", path, error)
-        return False
-    return True
-
-
-def _lock(descriptor: int, kind: int) -> bool:
-    """Take a lock if it is to be had at once."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _free_bytes(folder: Path) -> int:

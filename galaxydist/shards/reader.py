@@ -12,7 +12,7 @@ import numpy as np
 from galaxydist.cores import available_cores
 from galaxydist.shards.batches import Batch, BatchPool, Plan
 from galaxydist.shards.decode import PictureReader, reduction
-from galaxydist.shards.fetch import Uses, open_source, shifted
+from galaxydist.shards.fetch import open_source
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import (
     ByClass,
@@ -24,6 +24,7 @@ from galaxydist.shards.order import (
     rank_offsets,
     steps_per_epoch,
 )
+from galaxydist.shards.schedule import Uses, shifted
 from galaxydist.shards.uses import evaluation_uses, resampled_uses, shard_uses
 
 __all__ = ["Batch", "EvalReader", "TrainReader", "steps_per_epoch"]
@@ -210,7 +211,7 @@ class EvalReader(_Reader):
             split,
             iter([evaluation_uses(sizes, batch_size, rank, world_size)]),
             iter([evaluation_uses(sizes, batch_size * ranks_on_node, 0, 1)]),
-            steps_ahead=prefetch + 1,
+            steps_ahead=(prefetch + 1) * world_size,
             ranks_on_node=ranks_on_node,
             why=f"evaluation by {ranks_on_node} processes",
         )
