@@ -1,5 +1,6 @@
 """The node's cache: its limit, its locks, what crashes leave, and several processes at once."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -415,3 +416,77 @@ def test_uses_are_taken_in_order() -> None:
     assert schedule.first(29) is None
     with pytest.raises(AssertionError):
         schedule.take(3, 29)
+
+
+def test_what_others_keep_beside_the_cache_is_left_alone(tmp_path: Path) -> None:
+    """A user may give a folder that holds more than the cache: it neither counts nor goes, however old it is."""
+    others = [tmp_path / "thesis" / "images.tar", tmp_path / "images.tar", tmp_path / "thesis" / ".images.tar.lock"]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"not a number")
+        os.utime(path, (1, 1))
+    cache = Cache(tmp_path, 10)
+    for number in range(3):
+        assert cache.obtain(Wanted(f"{OWN}/{number}.tar", 10), put(bytes(10)), stop=STOP, must=False)
+    assert [path.read_bytes() for path in others] == [b"not a number"] * 3
+    assert [path.name for path in (tmp_path / OWN).iterdir()] == ["2.tar"]
+
+
+def test_an_error_while_room_is_made_leaves_the_file_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all processes of the node would wait for one that has given up."""
+    cache = Cache(tmp_path, 100)
+
+    def no_space(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", no_space)
+        with pytest.raises(UserError, match="the disk is full") as raised:
+            cache.obtain(Wanted(f"{OWN}/0.tar", 10), put(bytes(10)), stop=STOP, must=True)
+    assert Cache(tmp_path, 100).obtain(Wanted(f"{OWN}/0.tar", 10), put(bytes(10)), stop=STOP, must=True)
+    assert "pwrite" not in str(raised.value)  # the error is still held, and with it what its frames hold
+
+
+def test_a_rank_without_a_batch_to_evaluate(folder: Path, tmp_path: Path) -> None:
+    with FileServer(folder) as server:
+        remote = open_shards(server.url, CacheConfig(tmp_path / "cache", 10_000_000, threads=1))
+        with EvalReader(remote, "test", batch_size=64, rank=7, world_size=8) as reader:
+            assert len(reader) == 0 and list(reader) == []
+
+
+def test_a_reader_that_is_many_short_epochs_ahead() -> None:
+    epochs = [np.array([(number % 9, number, number)], USE) for number in range(40)]
+    schedule = Schedule(iter(epochs), 10)
+    assert schedule.take(8, 0) == 8
+    with pytest.raises(AssertionError, match="shard 30 is read"):
+        schedule.take(30, 0)
+
+
+# The readers of all shards at once, in a process that may have few files open.
+FEW_FILES = """
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, int(sys.argv[3])))
+from galaxydist.errors import UserError
+from galaxydist.shards.cache import CacheConfig
+from galaxydist.shards.open import open_shards
+from galaxydist.shards.reader import TrainReader
+remote = open_shards(sys.argv[1], CacheConfig(Path(sys.argv[2]), threads=2))
+try:
+    with TrainReader(remote, seed=0, batch_size=4, balance="resample") as reader:
+        next(reader)
+except UserError as error:
+    print(error)
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("hard", [260, 1000])
+def test_the_limit_on_open_files_is_raised_or_explained(folder: Path, tmp_path: Path, hard: int) -> None:
+    with FileServer(folder) as server:
+        command = [sys.executable, "-c", FEW_FILES, server.url, str(tmp_path / "cache"), str(hard)]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    number = len(list(folder.glob("train-*.tar")))
+    assert told.endswith(f"{hard}\n")
+    assert (f"{number} shards of {server.url}" in told and "ulimit -n" in told) == (number + 256 > hard)
