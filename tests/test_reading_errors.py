@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ import torch
 from torch import nn
 
 from galaxydist.cli.main import main as galaxydist
+from galaxydist.errors import UserError
 from galaxydist.runs import checkpoints
+from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.training.skipping import Skipped
@@ -303,3 +306,28 @@ def test_ctrl_c_in_the_middle_of_an_iteration_leaves_at_once(blobs: Path) -> Non
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_restart_with_another_policy() -> None:
+    """What was skipped before is read again by a run that is to be strict from now on; a lower cap counts at once."""
+    state = {"samples": [3, 5, 8]}
+    strict = Skipped("raise", 100)
+    strict.load_state_dict(state)
+    assert len(strict) == 0
+    lenient = Skipped("skip", 3)
+    lenient.load_state_dict(state)
+    assert lenient.metrics() == {"train/skipped": 3.0}
+    with pytest.raises(UserError, match=r"3 galaxies could not be read, more than data.max_errors=2 up to the checkpoint"):
+        Skipped("skip", 2).load_state_dict(state)
+
+
+def test_an_empty_column_or_one_that_is_gone(copy: Manifest) -> None:
+    labels = copy.dir / "columns" / "train.labels.npy"
+    content = labels.read_bytes()
+    labels.write_bytes(b"")
+    with pytest.raises(UserError, match=r"train.labels.npy is damaged"):
+        read_manifest(copy.dir)
+    labels.write_bytes(content)
+    more = replace(copy, columns={**copy.columns, "columns/train.redshifts.npy": "0" * 64})
+    with pytest.raises(UserError, match=r"train.redshifts.npy: missing, though the manifest names it"):
+        check_columns(more)

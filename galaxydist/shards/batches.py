@@ -20,7 +20,7 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One rank's part of a batch, on the CPU.
+    """One rank's part of a batch: as a reader gives it on the CPU; ``DeviceFeed`` moves images, labels and weights.
 
     Args:
         images_BHWC: uint8, at the stored size or decoded smaller by an exact 2, 4 or 8.

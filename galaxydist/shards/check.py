@@ -91,7 +91,7 @@ def check_shards(location: str | Path, cache: CacheConfig | None = None, *, thre
             f"{manifest.location}: {len(problems)} problem(s):\n"
             + "\n".join(problems[:LISTED])
             + more
-            + "\nRemove the folder and make the shards anew with: galaxydist data shard"
+            + ("\nRemove the folder and make the shards anew with: galaxydist data shard" if manifest.remote is None else "")
         )
     return Checked(manifest, len(shards), sum(shard.samples for shard in shards))
 
@@ -103,7 +103,8 @@ def check_columns(manifest: Manifest) -> None:
     Raises:
         UserError: naming the column.
     """
-    if sum((manifest.dir / name).stat().st_size for name in manifest.columns) > QUICK_BYTES:
+    paths = [manifest.dir / name for name in manifest.columns]
+    if sum(path.stat().st_size for path in paths if path.is_file()) > QUICK_BYTES:
         return
     for problem in _check_digests(manifest):
         raise UserError(f"{problem}; look for more with: galaxydist data check {manifest.location}, then {manifest.remedy}")
@@ -112,6 +113,9 @@ def check_columns(manifest: Manifest) -> None:
 def _check_digests(manifest: Manifest) -> Iterator[str]:
     for name, expected in manifest.columns.items():
         path = manifest.dir / name
+        if not path.is_file():
+            yield f"{path}: missing, though the manifest names it"
+            continue
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                 yield f"{path}: its checksum is not the manifest's"

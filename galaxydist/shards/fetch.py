@@ -45,7 +45,7 @@ def open_source(
     Args:
         manifest, split: which.
         uses: what this process needs.
-        node_uses: what the processes of this machine need together; only the first epoch is looked at.
+        node_uses: what the processes of this machine hold together, with what they read ahead; only the first epoch is looked at.
         step: the first that is read.
         steps_ahead: by which reading may be ahead of ``Source.advance``.
         ranks_on_node: processes that share the cache.
@@ -58,7 +58,7 @@ def open_source(
         return FolderSource(manifest, split)
     cache = Cache(manifest.remote.cache.folder, manifest.remote.cache.max_bytes)
     sizes = manifest.shards(split)["bytes"]
-    room, needed = cache.room, working_set(lengthened(next(node_uses), steps_ahead), sizes)
+    room, needed = cache.room, working_set(next(node_uses), sizes)
     if needed > room:
         raise UserError(
             f"data.cache_size={cache.max_bytes / 1e9:g} and the disk of {cache.folder} leave {show_bytes(room)} for shards, but "

@@ -260,7 +260,7 @@ def _map_column(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
         column = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; make the shards anew with: galaxydist data shard") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}); make the shards anew with: galaxydist data shard") from None
     if column.dtype != dtype or column.shape != (length,):
         raise UserError(

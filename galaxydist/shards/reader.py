@@ -24,7 +24,7 @@ from galaxydist.shards.order import (
     rank_offsets,
     steps_per_epoch,
 )
-from galaxydist.shards.schedule import Uses, shifted
+from galaxydist.shards.schedule import Uses, lengthened, shifted
 from galaxydist.shards.uses import evaluation_uses, resampled_uses, shard_uses
 
 __all__ = ["Batch", "EvalReader", "TrainReader", "steps_per_epoch"]
@@ -124,7 +124,10 @@ class TrainReader(_Reader):
             manifest,
             split,
             self._uses(start_step, self._offsets),
-            self._uses(start_step, _node_offsets(batch_size, rank, world_size, ranks_on_node)),
+            (
+                lengthened(uses, prefetch + 1)
+                for uses in self._uses(start_step, _node_offsets(batch_size, rank, world_size, ranks_on_node))
+            ),
             step=start_step,
             steps_ahead=prefetch + 1,
             ranks_on_node=ranks_on_node,
@@ -205,12 +208,12 @@ class EvalReader(_Reader):
         self._batches = evaluation_batches(self.num_samples, batch_size, rank, world_size)
         self._batch_size = batch_size
         factor = reduction(manifest.image_size, image_size or manifest.image_size, crop, max_zoom)
-        sizes = manifest.shards(split)["samples"]
+        sizes, num_nodes = manifest.shards(split)["samples"], -(-world_size // ranks_on_node)
         source = open_source(
             manifest,
             split,
             iter([evaluation_uses(sizes, batch_size, rank, world_size)]),
-            iter([evaluation_uses(sizes, batch_size * ranks_on_node, 0, 1)]),
+            iter([lengthened(evaluation_uses(sizes, batch_size * ranks_on_node, 0, 1), (prefetch + 1) * num_nodes)]),
             steps_ahead=(prefetch + 1) * world_size,
             ranks_on_node=ranks_on_node,
             why=f"evaluation by {ranks_on_node} processes",

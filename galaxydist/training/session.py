@@ -111,7 +111,7 @@ class Session:
                 return 0
             parts = self._build_parts(model, manifest)
             self.world.together(lambda: self._restore(parts.state, folder))
-            tracker = self._start_tracker(folder, parts.state)
+            tracker = self._start_tracker(folder, parts.state, manifest)
             return self._train(parts, manifest, folder, tracker, stop)
 
     def _build_model(self, manifest: Manifest) -> nn.Module:
@@ -185,16 +185,19 @@ class Session:
         if self.world.is_main:
             folder.metrics.cut_back(state.step)
 
-    def _start_tracker(self, folder: RunFolder, state: TrainingState) -> Tracker:
+    def _start_tracker(self, folder: RunFolder, state: TrainingState, manifest: Manifest) -> Tracker:
         if not self.world.is_main:
             return NullTracker()
+        told = to_dict(self.recipe)
+        if manifest.remote is not None:
+            told["data"]["manifest"] = manifest.location  # without what may be secret in a URL
         stored = folder.read_tracker()
         tracker = build_tracker(
             self.recipe.tracker,
             folder=folder.path,
             run_id=state.tracker_run_id or stored.get("run_id") or uuid.uuid4().hex[:8],
             name=folder.path.name,
-            recipe=to_dict(self.recipe),
+            recipe=told,
             logged_step=stored.get("highest_step", 0),
             environ=self.environ,
         )

@@ -60,9 +60,7 @@ class Skipped:
         self._samples |= found.keys()
         if len(self) > self._max_errors:
             text, _ = [*found.values()][-1]
-            raise EveryRankError(
-                f"{len(self)} galaxies could not be read, more than data.max_errors={self._max_errors}; the last: {text}"
-            )
+            raise EveryRankError(f"{self._too_many()}; the last: {text}")
         told = [f"skipped: {what}" for _, what in found.values()][: max(0, NAMED - before)]
         if before <= NAMED < len(self):
             told.append(f"{len(self)} galaxies skipped so far; further ones are only counted (train/skipped)")
@@ -76,4 +74,15 @@ class Skipped:
         return {"samples": sorted(self._samples)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._samples = set(state["samples"])
+        """Go on counting; a run that is to be strict from now on forgets what was skipped before.
+
+        Raises:
+            UserError: there were already more than are allowed now.
+        """
+        if self._on_error == "skip":
+            self._samples = set(state["samples"])
+            if len(self) > self._max_errors:
+                raise UserError(f"{self._too_many()} up to the checkpoint; raise data.max_errors to go on")
+
+    def _too_many(self) -> str:
+        return f"{len(self)} galaxies could not be read, more than data.max_errors={self._max_errors}"
