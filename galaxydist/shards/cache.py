@@ -220,7 +220,7 @@ class Cache:
                 found.append(_Found(entry.path, status.st_size, status.st_mtime_ns))
             elif entry.name.endswith(LOCK):
                 reserved += reserved_bytes(entry.path)
-            elif entry.name.endswith(PARTIAL) and not os.path.exists(entry.path.removesuffix(PARTIAL) + LOCK):  # noqa: PTH110
+            elif entry.name.endswith(PARTIAL) and not Path(entry.path.removesuffix(PARTIAL) + LOCK).exists():
                 Path(entry.path).unlink(missing_ok=True)
         return found, reserved
 

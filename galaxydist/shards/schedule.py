@@ -67,6 +67,7 @@ def shifted(uses: NDArray[np.void], steps: int) -> NDArray[Any]:
 
 
 def lengthened(uses: NDArray[np.void], steps: int) -> NDArray[Any]:
+    """The same uses, each so many steps longer."""
     longer = uses.copy()
     longer["last_step"] += steps
     return longer

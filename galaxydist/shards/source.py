@@ -3,18 +3,11 @@
 import errno
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.openfile import OpenFile
-
-# Rows of ``USE`` for one epoch after another; steps count on across them.
-Uses = Iterator[NDArray[np.void]]
 
 # Shards that are held open; fewer than the 1,024 files that a process may usually have.
 MAX_OPEN = 384
