@@ -27,6 +27,7 @@ from galaxydist.shards.cache import Cache, CacheConfig, Wanted
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.shards.openfile import OpenFile
+from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.reader import Batch, EvalReader, TrainReader
 from galaxydist.shards.schedule import Schedule
 from galaxydist.shards.uses import USE
@@ -490,3 +491,43 @@ def test_the_limit_on_open_files_is_raised_or_explained(folder: Path, tmp_path: 
     number = len(list(folder.glob("train-*.tar")))
     assert told.endswith(f"{hard}\n")
     assert (f"{number} shards of {server.url}" in told and "ulimit -n" in told) == (number + 256 > hard)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_more_shards_awaited_than_are_fetched_at_a_time(tmp_path: Path, threads: int) -> None:
+    """A reader that was served leaves no wish behind: a fetching thread would take it up when its shard is over, and die."""
+    survey = MemorySurvey(tuple(as_jpeg(galaxy) for galaxy in draw_galaxies(400)))
+    local = write_shards(survey, tmp_path / "shards", shard_size=1, workers=1)
+    given = {"batch_size": 8, "threads": 8, "prefetch": 1}
+    with FileServer(local.dir, Behaviour(0.002)) as server:
+        remote = open_shards(server.url, CacheConfig(tmp_path / "cache", FAR, threads=threads))
+        with EvalReader(remote, "test", **given) as found, EvalReader(local, "test", **given) as expected:  # type: ignore[arg-type]
+            assert_same(list(found), list(expected))
+
+
+def test_the_next_epoch_is_fetched_while_this_one_is_read(folder: Path, tmp_path: Path) -> None:
+    """Also where no shard of this epoch is over before its end, as in any split smaller than a window for each stream."""
+    with FileServer(folder) as server:
+        remote = open_shards(server.url, CacheConfig(tmp_path / "cache", 10_000_000, threads=2))
+        given = {"seed": 5, "batch_size": 12, "num_streams": 12, "rank": 0, "world_size": 12, "prefetch": 1}
+        names = [{f"train-{sample // 8:06d}.tar" for sample in epoch_samples(remote, epoch)} for epoch in (0, 1)]
+        assert names[1] - names[0], "the next epoch reads other shards"
+
+        def wait_for(shards: set[str]) -> bool:
+            deadline = time.monotonic() + 20
+            while not all((remote.dir / name).exists() for name in shards) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(0.2)  # until the fetching threads rest
+            return all((remote.dir / name).exists() for name in shards)
+
+        with TrainReader(remote, **given) as reader:  # type: ignore[arg-type]
+            assert wait_for(names[0])
+            assert len(list(islice(reader, 2))) == 2
+            assert wait_for(names[1])
+
+
+def epoch_samples(manifest: Manifest, epoch: int) -> list[int]:
+    """The stored samples of rank 0 of 12 in an epoch."""
+    order = EpochOrder(manifest.shards("train")["samples"], seed=5, epoch=epoch, num_streams=12)
+    steps = manifest.split("train").num_samples // 12
+    return [int(sample) for sample in order.samples(np.arange(steps) * 12)]
