@@ -8,6 +8,8 @@ from typing import Any
 from galaxydist.recipe.fields import recipe_fields, suggest
 
 VIT_PATCH = 16  # pixels; both ViTs are /16
+ORIENTATIONS = 8  # of d4_cnn: flips and quarter turns
+OWN = ("custom_cnn", "d4_cnn")  # architectures without published weights, of any width
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ def _start(pretrained: bool, weights: Any) -> str | None:
 
 
 def _published(pretrained: bool, name: str) -> str | None:
-    if pretrained and name == "custom_cnn":
-        return "there are no published weights of custom_cnn; set model.pretrained=false"
+    if pretrained and name in OWN:
+        return f"there are no published weights of {name}; set model.pretrained=false"
     if pretrained and name == "vit_scratch":
         return "vit_scratch starts from random weights; use model.name=vit, or model.pretrained=false"
     return None
@@ -41,8 +43,8 @@ def _frozen(freeze: bool, pretrained: bool, weights: Any) -> str | None:
     return None
 
 
-def _micro_batch(micro_batch: int, batch_size: int) -> str | None:
-    if micro_batch > batch_size:
+def _micro_batch(micro_batch: int | str, batch_size: int) -> str | None:
+    if isinstance(micro_batch, int) and micro_batch > batch_size:
         return (
             f"a micro-batch of {micro_batch} is larger than the global batch of {batch_size}; use 0 for a process's whole share"
         )
@@ -68,7 +70,39 @@ def _size(name: str, size: str) -> str | None:
 
 def _width(name: str, width: int) -> str | None:
     default = recipe_fields()["model.width"].default
-    return f"{name} has a fixed width; leave model.width out" if width != default and name != "custom_cnn" else None
+    if name == "d4_cnn" and width % ORIENTATIONS:
+        lower = max(ORIENTATIONS, width // ORIENTATIONS * ORIENTATIONS)
+        return f"d4_cnn needs a multiple of its {ORIENTATIONS} orientations; try {lower} or {lower + ORIENTATIONS}"
+    return f"{name} has a fixed width; leave model.width out" if width != default and name not in OWN else None
+
+
+def _norm(name: str, norm: str) -> str | None:
+    return f"{name} has its own normalisation; leave model.norm out" if norm != "batch" and name != "custom_cnn" else None
+
+
+def _clip(norm: float, value: float) -> str | None:
+    return "clip by norm or by value, not by both; set one of them to 0" if norm > 0 and value > 0 else None
+
+
+def _pairs(mixup: float, cutmix: float, batch_size: int) -> str | None:
+    if (mixup > 0 or cutmix > 0) and batch_size % 2:
+        return f"mixup and cutmix pair the halves of the global batch; try {batch_size - 1 or 2} or {batch_size + 1}"
+    return None
+
+
+def _milestones(schedule: str, milestones: tuple[float, ...]) -> str | None:
+    if schedule == "step" and (not milestones or list(milestones) != sorted(set(milestones))):
+        return "the steps down need increasing shares of the run, such as [0.5,0.75]"
+    return None
+
+
+def _profile(profile: str | None) -> str | None:
+    if profile is None:
+        return None
+    match = re.fullmatch(r"(\d{1,12})-(\d{1,12})", profile)
+    if match is None or int(match[1]) > int(match[2]):
+        return "give the first and the last step to trace, such as 10-20"
+    return None
 
 
 def _dataset_name(dataset: str) -> str | None:
@@ -96,6 +130,11 @@ CHECKS = (
     Check(("model.name", "data.image_size"), _patches),
     Check(("model.name", "model.size"), _size),
     Check(("model.name", "model.width"), _width),
+    Check(("model.name", "model.norm"), _norm),
+    Check(("train.clip_norm", "train.clip_value"), _clip),
+    Check(("train.mixup", "train.cutmix", "train.batch_size"), _pairs),
+    Check(("optim.schedule", "optim.milestones"), _milestones),
+    Check(("train.profile",), _profile),
     Check(("data.dataset",), _dataset_name),
     Check(("resume.force",), _forced_keys),
 )

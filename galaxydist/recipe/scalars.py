@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NewType, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin
 
 # A path, or a URL, which a Path would not keep as it is.
 Location = NewType("Location", str)
@@ -59,7 +59,8 @@ def describe_type(annotation: Any) -> str:
         return " or ".join("null" if member is NoneType else describe_type(member) for member in members)
     origin = get_origin(annotation)
     if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(annotation))
+        choices = [str(choice) for choice in get_args(annotation)]
+        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     if origin is tuple:
         return "a list like [a,b]"
     names: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -76,8 +77,8 @@ def parse_text(text: str, annotation: Any) -> Any:
     members = _union_members(annotation)
     if NoneType in members and NULL.fullmatch(text):
         return None
-    (plain,) = [member for member in members if member is not NoneType]
-    value = _parse_plain(text, plain)
+    values = (_parse_plain(text, member) for member in members if member is not NoneType)
+    value = next((value for value in values if value is not None), None)
     if value is None:
         raise ValueError(f"must be {describe_type(annotation)}")
     return value
@@ -97,8 +98,13 @@ def from_plain(value: Any, annotation: Any) -> Any:
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:
     if get_origin(annotation) in (Union, UnionType):
-        return get_args(annotation)
+        return tuple(_bare(member) for member in get_args(annotation))
     return (annotation,)
+
+
+def _bare(annotation: Any) -> Any:
+    """Without the ranges that ``Annotated`` carries, which the schema checks."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _parse_plain(text: str, annotation: Any) -> Any:
@@ -107,7 +113,7 @@ def _parse_plain(text: str, annotation: Any) -> Any:
     if origin is Literal:
         return {str(choice): choice for choice in get_args(annotation)}.get(text)
     if origin is tuple:
-        return _parse_list(text, get_args(annotation)[0])
+        return _parse_list(text, _bare(get_args(annotation)[0]))
     pattern, read = _READERS[annotation]
     return read(text) if pattern.fullmatch(text) else None
 

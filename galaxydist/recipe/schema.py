@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from galaxydist.recipe.scalars import Location
 
-ModelName = Literal["custom_cnn", "resnet18", "resnet26", "resnet50", "vgg16", "vgg19", "vit", "vit_scratch"]
+ModelName = Literal["custom_cnn", "d4_cnn", "resnet18", "resnet26", "resnet50", "vgg16", "vgg19", "vit", "vit_scratch"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -96,20 +96,33 @@ class ModelConfig(Section):
     freeze_backbone: bool = Field(False, description="train the head alone; the rest stays in evaluation mode")
     drop_rate: Fraction = Field(0.0, description="dropout before the head")
     drop_path_rate: Fraction = Field(0.0, description="stochastic depth")
-    width: Annotated[int, Field(ge=4, le=512)] = Field(32, description="custom_cnn: channels of the first block")
+    width: Annotated[int, Field(ge=4, le=512)] = Field(
+        32, description="custom_cnn, d4_cnn: channels of the first stage (d4_cnn: fields times their 8 orientations)"
+    )
+    norm: Literal["batch", "group"] = Field(
+        "batch", description="custom_cnn: batch normalisation, or group normalisation, which looks at one image at a time"
+    )
 
 
 class OptimConfig(Section):
     """Optimizer and learning-rate schedule (a function of the step alone)."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: str = Field("adamw", description="adamw, sgd (Nesterov), or any other that timm's factory knows", min_length=1)
     lr: Positive = Field(1e-3, description="peak learning rate")
     weight_decay: NonNegative = Field(0.05, description="not applied to biases and normalisation")
-    momentum: Fraction = Field(0.9, description="sgd: Nesterov momentum")
-    beta2: Fraction = Field(0.999, description="adamw: second-moment decay")
-    schedule: Literal["cosine", "constant"] = "cosine"
+    momentum: Fraction = Field(0.9, description="sgd: momentum; adamw and its like: decay of the first moment")
+    beta2: Fraction = Field(0.999, description="adamw and its like: decay of the second moment")
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="the rate of each layer is this times that of the next one towards the head (1: all alike)"
+    )
+    fused: Literal["auto", "on", "off"] = run_field("auto", "torch's fused kernels; auto: on a GPU, where the optimizer has them")
+    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
     warmup: Fraction = Field(0.05, description="share of all steps over which the rate rises from 0 to lr")
-    final: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.01, description="rate at the end, as a fraction of lr")
+    final: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.01, description="cosine, linear: rate at the end, as a fraction of lr"
+    )
+    milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="step: shares of all steps at which the rate falls")
+    gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.1, description="step: what it is multiplied by there")
 
 
 class TrainConfig(Section):
@@ -117,13 +130,30 @@ class TrainConfig(Section):
 
     epochs: Count = Field(30, description="passes over the training split")
     batch_size: Count = Field(192, description="global batch: galaxies in one optimizer step, over all processes")
-    micro_batch: Annotated[int, Field(ge=0)] = run_field(
-        0, "galaxies in one forward pass of one process (0: its whole share of the batch); smaller values accumulate gradients"
+    micro_batch: Literal["auto"] | Annotated[int, Field(ge=0)] = run_field(
+        "auto",
+        "galaxies in one forward pass of one process (auto: the most that fit its memory; 0: its whole share of the batch); "
+        "smaller values accumulate gradients",
     )
-    precision: Literal["auto", "no", "bf16", "fp16"] = Field("auto", description="auto: bf16 or fp16 by the GPU, fp32 on CPU")
+    precision: Literal["auto", "no", "bf16", "fp16", "fp64"] = Field(
+        "auto", description="auto: bf16 or fp16 by the GPU, fp32 on CPU; fp64: everything in double precision, to compare runs"
+    )
+    tf32: bool = Field(True, description="matrix products of float32 on a GPU by TensorFloat-32")
+    channels_last: bool = run_field(False, "images as B H W C in memory: often faster for convolutions")
+    compile: bool = run_field(False, "torch.compile the model: slower to start, then often faster")
+    gradient_checkpointing: bool = run_field(
+        False, "compute activations again instead of keeping them: less memory, a third slower"
+    )
+    sync_batchnorm: bool = Field(False, description="batch normalisation over the micro-batches of all processes together")
+    strategy: Literal["ddp", "fsdp"] = run_field("ddp", "a whole model on each process (ddp), or each holds a part (fsdp)")
     label_smoothing: Fraction = 0.0
+    mixup: NonNegative = Field(0.0, description="mix pairs of images: factor from Beta(a, a) (0: off)")
+    cutmix: NonNegative = Field(0.0, description="paste a box of one image into another: area from Beta(a, a) (0: off)")
+    mix_prob: Annotated[float, Field(ge=0.0, le=1.0)] = Field(1.0, description="share of the pairs that mixup or cutmix changes")
+    mix_switch: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.5, description="share of cutmix where both are on")
     class_weights: Literal["none", "balanced"] = Field("none", description="balanced: N / (K N_k) in the loss")
     clip_norm: NonNegative = Field(1.0, description="gradient clipping by global norm (0: off)")
+    clip_value: NonNegative = Field(0.0, description="gradient clipping of each element (0: off; needs clip_norm=0)")
     ema: Fraction = Field(0.0, description="decay a step of the moving average of the weights (0: off), ramped up at the start")
     patience: Annotated[int, Field(ge=0)] = Field(
         0, description="stop after this many validations without a better one (0: never)"
@@ -131,8 +161,22 @@ class TrainConfig(Section):
     metric: Literal["accuracy", "balanced_accuracy", "loss"] = Field(
         "accuracy", description="validation metric that chooses the best checkpoint and stops early"
     )
+    on_nonfinite: Literal["stop", "skip"] = run_field(
+        "stop", "a step whose loss or gradient is not finite: stop, or leave it out"
+    )
+    max_nonfinite: Annotated[int, Field(ge=0)] = run_field(10, "with on_nonfinite=skip, stop after more such steps than this")
+    spike_threshold: NonNegative = run_field(
+        8.0, "warn of a loss so many robust standard deviations above the median of the last 200 steps (0: never)"
+    )
     log_every: Count = run_field(20, "steps between lines of metrics.jsonl")
     save_every: Count = run_field(1, "epochs between checkpoints")
+    save_steps: Annotated[int, Field(ge=0)] = run_field(0, "also save every so many steps (0: not)")
+    save_minutes: NonNegative = run_field(0.0, "also save when the last save is so long ago (0: not)")
+    async_save: bool = run_field(True, "write checkpoints beside the training, from a copy in memory")
+    hang_timeout: NonNegative = run_field(
+        1800.0, "seconds without a step after which the processes that are behind are named and the run ends (0: never)"
+    )
+    profile: str | None = run_field(None, "steps to trace with torch's profiler, such as 10-20; the trace lies in the run folder")
 
 
 class EvalConfig(Section):
@@ -143,6 +187,7 @@ class EvalConfig(Section):
     )
     every: Count = Field(1, description="epochs between validations")
     checkpoint: Literal["best", "last"] = Field("best", description="which checkpoint is judged on the test split")
+    tta: Literal["none", "d4"] = Field("none", description="d4: mean probability over the eight flips and quarter turns")
 
 
 class TrackerConfig(Section):
