@@ -6,6 +6,7 @@ from typing import Any
 
 from galaxydist.errors import EveryRankError, UserError
 from galaxydist.evaluation.report import read_evaluation, render_evaluation, write_evaluation
+from galaxydist.evaluation.views import Views
 from galaxydist.models.build import build_model
 from galaxydist.models.weights import write_weights
 from galaxydist.recipe.identity import from_dict
@@ -30,6 +31,7 @@ def evaluate_run(
     *,
     manifest_path: str | Path | None = None,
     data_dir: Path | None = None,
+    tta: Views | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run of ``launch.py`` on a split, write it into the run folder and print the table.
 
@@ -39,6 +41,7 @@ def evaluate_run(
         environ: the process's environment.
         manifest_path: path or URL of the shards, where they are no longer where the run had them.
         data_dir: the data root, likewise.
+        tta: instead of the recipe's ``eval.tta``; evaluations with and without lie side by side.
 
     Returns:
         The evaluation, as in its JSON file.
@@ -48,6 +51,8 @@ def evaluate_run(
     """
     folder = RunFolder(run_dir)
     recipe = from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
+    if tta is not None:
+        recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"tta": tta})})
     root = data_root(data_dir or recipe.data.dir, environ)
     manifest = open_shards(manifest_path or find_manifest(recipe.data, root), find_cache(recipe.data, root))
     if not has_split(manifest, split):
@@ -115,6 +120,7 @@ def judge_run(world: World, folder: RunFolder, recipe: Recipe, manifest: Manifes
         "dataset": manifest.dataset,
         "variant": manifest.variant,
         "split": split,
+        "tta": recipe.eval.tta,
         "manifest_hash": manifest.hash,
         "recipe": recipe.name,
         "model": recipe.model.name,
@@ -122,7 +128,7 @@ def judge_run(world: World, folder: RunFolder, recipe: Recipe, manifest: Manifes
         "checkpoint": path.name,
         "step": checkpoint.step,
     }
-    known = world.on_main(lambda: read_evaluation(evaluation_dir, split))
+    known = world.on_main(lambda: read_evaluation(evaluation_dir, split, recipe.eval.tta))
     if known is None or any(known.get(key) != value for key, value in context.items()):
         metrics = _evaluate(world, checkpoint, trained_on, recipe=recipe, manifest=manifest, split=split)
         known = world.on_main(lambda: write_evaluation(evaluation_dir, metrics, context, metrics_log=folder.metrics_path))

@@ -8,6 +8,7 @@ from torch import nn
 
 from galaxydist.evaluation.counts import Counts
 from galaxydist.evaluation.metrics import metrics_from_counts
+from galaxydist.evaluation.views import mean_log_probabilities, views
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.augment import Augment
 from galaxydist.shards.manifest import Manifest
@@ -28,7 +29,7 @@ def evaluate_split(
         manifest: of the data set.
         split: ``train``, ``val`` or ``test``.
         augment: for its ``normalise``.
-        recipe: batch size, image size and crop.
+        recipe: batch size, image size and crop, and with ``eval.tta`` the views whose mean probability is judged.
 
     Raises:
         UserError: a galaxy that cannot be read: an evaluation never counts fewer.
@@ -64,8 +65,8 @@ def _count(world: World, model: nn.Module, manifest: Manifest, split: str, *, au
         for batch in batches:
             images_BCHW = augment.normalise(batch.images_BHWC)
             with world.accelerator.autocast():
-                logits_BK = model(images_BCHW)
-            counts.add(logits_BK, batch.labels_B, batch.weights_B)
+                logits_VBK = [model(view_BCHW) for view_BCHW in views(images_BCHW, recipe.eval.tta)]
+            counts.add(mean_log_probabilities(logits_VBK), batch.labels_B, batch.weights_B)
     return counts
 
 
