@@ -13,7 +13,7 @@ from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.paths import data_root
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs import checkpoints
-from galaxydist.runs.checkpoint_folder import Checkpoint, DamagedCheckpointError, read_checkpoint
+from galaxydist.runs.checkpoint_folder import Checkpoint
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest
@@ -22,6 +22,9 @@ from galaxydist.training.data import TrainingData, build_augment, find_cache, fi
 from galaxydist.training.state import evaluation_weights
 from galaxydist.training.validation import evaluate_split
 from galaxydist.training.world import World, enter_world, leave_world
+
+# What of a checkpoint is needed to judge it.
+JUDGED = ("model", "ema")
 
 
 def evaluate_run(
@@ -86,7 +89,7 @@ def save_weights(run_dir: Path, target: Path) -> int:
     """
     folder = RunFolder(run_dir)
     recipe = from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
-    checkpoint = _read_weights(_find_checkpoint(folder, recipe.eval.checkpoint))
+    checkpoint = checkpoints.read_sound(_find_checkpoint(folder, recipe.eval.checkpoint), groups=JUDGED)
     trained_on = TrainingData.from_dict(checkpoint.state["data"])
     target.parent.mkdir(parents=True, exist_ok=True)
     write_weights(target, evaluation_weights(checkpoint.tensors, checkpoint.state), trained_on.statistics)
@@ -106,7 +109,7 @@ def judge_run(world: World, folder: RunFolder, recipe: Recipe, manifest: Manifes
         world.say(f"no {split} split in {manifest.location}: nothing to evaluate")
         return None
     path = world.on_main(lambda: _find_checkpoint(folder, recipe.eval.checkpoint))
-    checkpoint = world.together(lambda: _read_weights(path))
+    checkpoint = world.together(lambda: checkpoints.read_sound(path, groups=JUDGED))
     trained_on = TrainingData.from_dict(checkpoint.state["data"])
     if trained_on.class_names != manifest.class_names:
         raise EveryRankError(
@@ -156,18 +159,5 @@ def _evaluate(
     model = build_model(config, manifest.num_classes, recipe.data.image_size)
     model.load_state_dict(evaluation_weights(checkpoint.tensors, checkpoint.state))
     augment = build_augment(recipe, trained_on, threads=world.cores)
-    return evaluate_split(world, model.to(world.device), manifest, split, augment=augment, recipe=recipe)
-
-
-def _read_weights(path: Path) -> Checkpoint:
-    """A checkpoint's model and moving average.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        return read_checkpoint(path, groups=("model", "ema"))
-    except DamagedCheckpointError as error:
-        raise UserError(
-            f"The checkpoint {path} is damaged ({error}). Restore it from a backup, or use the last one (eval.checkpoint=last)."
-        ) from error
+    model = model.to(device=world.device, dtype=world.dtype)
+    return evaluate_split(world, model, manifest, split, augment=augment, recipe=recipe)

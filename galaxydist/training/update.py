@@ -15,8 +15,10 @@ from galaxydist.recipe.schema import TrainConfig
 from galaxydist.shards.augment import Augment
 from galaxydist.shards.purposes import Purpose
 from galaxydist.shards.reader import Batch
+from galaxydist.training.clipping import clip_gradients
 from galaxydist.training.objective import Objective
 from galaxydist.training.optimizer import LearningRate, set_learning_rate
+from galaxydist.training.timing import StepTimer
 from galaxydist.training.world import World
 
 
@@ -24,6 +26,8 @@ class Update:
     """Forward, backward and optimizer step.
 
     The loss of a step is the sum of its numerators over all ranks and micro-batches, divided once by the sum of the weights.
+    A step whose gradient is not finite is left out: weights, optimizer and batch-norm statistics stay as they were. On a GPU
+    the host does not wait to know, where the optimizer's kernels are fused.
 
     Args:
         world: the processes.
@@ -33,8 +37,10 @@ class Update:
         augment: pixels to model input, on the device.
         rate: learning rate by step.
         ema: moving average of the weights, or None.
-        config: micro-batch and clipping.
+        config: clipping, and what to do without finite numbers.
+        micro_batch: galaxies in one forward pass of one process (0: its whole share).
         seed: of the recipe.
+        timer: told where the time goes.
     """
 
     def __init__(
@@ -48,7 +54,9 @@ class Update:
         rate: LearningRate,
         ema: ModelEmaV3 | None,
         config: TrainConfig,
+        micro_batch: int,
         seed: int,
+        timer: StepTimer,
     ) -> None:
         self.world = world
         self.model = model
@@ -58,9 +66,12 @@ class Update:
         self.rate = rate
         self.ema = ema
         self.seed = seed
-        self.clip_norm = config.clip_norm
-        self.num_parts = count_micro_batches(config.batch_size, world.size, config.micro_batch)
+        self.timer = timer
+        self.clip_norm, self.clip_value = config.clip_norm, config.clip_value
+        self.num_parts = count_micro_batches(config.batch_size, world.size, micro_batch)
         self.bare_model: nn.Module = world.accelerator.unwrap_model(model)
+        self.parameters = [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
+        self.statistics = KeptStatistics(self.bare_model, is_needed=config.on_nonfinite == "skip")
 
     def __call__(self, batch: Batch, step: int) -> torch.Tensor:
         """Take step number ``step``.
@@ -70,21 +81,34 @@ class Update:
             step: optimizer steps done before.
 
         Returns:
-            This rank's sums, float64 of shape 4: loss numerator, loss weight, correct, counted samples.
+            This rank's sums, float64 of shape 5: loss numerator, loss weight, correct, counted samples, and 1 where its loss or
+            the gradient is not finite.
         """
+        set_learning_rate(self.optimizer, self.rate.at(step))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.train()
+        self.statistics.keep()
+        with self.timer.part("forward_backward"):
+            sums = self._backward(batch, step)
+        with self.timer.part("optimizer"):
+            is_finite = self._move()
+            self.statistics.put_back(~is_finite)
+            if self.ema is not None:
+                self.ema.update(self.bare_model, step=step + 1)
+        is_finite = is_finite & sums[0].isfinite()
+        return torch.cat([sums, (~is_finite).double().reshape(1)])
+
+    def _backward(self, batch: Batch, step: int) -> torch.Tensor:
+        """Gradients of the global batch's loss, and this rank's sums."""
         labels_B, sample_weights_B = batch.labels_B, batch.weights_B
         weights_B = self.objective.weights(labels_B, sample_weights_B)
         total_weight = weights_B.sum(dtype=torch.float64)
         # Ranks wait for one another only where the sum is needed: at the first backward.
         work = dist.all_reduce(total_weight, async_op=True) if self.world.size > 1 else None
-
-        set_learning_rate(self.optimizer, self.rate.at(step))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.train()
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         parts = split_evenly(len(labels_B), self.num_parts)
         for number, part in enumerate(parts):
-            images_BCHW = self.augment(batch.images_BHWC[part], batch.epoch, batch.positions_B[part])
+            images_BCHW = self.augment(batch.images_BHWC[part], batch.epoch, batch.positions_B[part]).to(self.world.dtype)
             is_last = number == len(parts) - 1
             with nullcontext() if is_last else self.world.accelerator.no_sync(self.model):
                 self._seed_model(step, number)
@@ -96,12 +120,26 @@ class Update:
                 scale = (self.world.size / total_weight.clamp(min=1e-12)).to(numerator.dtype)
                 self.world.accelerator.backward(numerator * scale)
             sums += self._count(numerator, logits_BK, labels_B[part], weights_B[part], sample_weights_B[part])
-        if self.clip_norm > 0:
-            self.world.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(self.bare_model, step=step + 1)
         return sums
+
+    def _move(self) -> torch.Tensor:
+        """Clip, and let the optimizer take its step if the gradient is finite; whether it is, alike on all ranks."""
+        scaler = self.world.accelerator.scaler
+        if scaler is not None:
+            self.world.accelerator.unscale_gradients(self.optimizer)
+        norm = clip_gradients(self.parameters, norm=self.clip_norm, value=self.clip_value)
+        is_finite = norm.isfinite()
+        if scaler is not None:
+            # With fp16 a gradient that overflows is a part of the plan: the scaler leaves out the step and scales less.
+            self.optimizer.step()
+            return torch.ones_like(is_finite)
+        optimizer = self.optimizer.optimizer
+        if norm.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()
+            self.optimizer.step()
+        elif bool(is_finite):
+            self.optimizer.step()
+        return is_finite
 
     @staticmethod
     def _count(
@@ -118,6 +156,28 @@ class Update:
     def _seed_model(self, step: int, part: int) -> None:
         """Dropout and drop path draw from torch's generator: the same again after a resume."""
         torch.manual_seed(int(hash64(self.seed, step, part, self.world.rank, Purpose.MODEL)) >> 1)
+
+
+class KeptStatistics:
+    """A model's batch-norm statistics as they were before a step, to put back where the step is left out: one activation that is
+    not finite would spoil them for good.
+
+    Args:
+        model: not wrapped.
+        is_needed: if not, nothing is kept.
+    """
+
+    def __init__(self, model: nn.Module, *, is_needed: bool) -> None:
+        self._buffers = [b for b in model.buffers() if b.is_floating_point()] if is_needed else []
+        self._kept: list[torch.Tensor] = []
+
+    def keep(self) -> None:
+        self._kept = [buffer.clone() for buffer in self._buffers]
+
+    def put_back(self, condition: torch.Tensor) -> None:
+        """Where ``condition`` (a boolean scalar on the device) holds."""
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            buffer.copy_(torch.where(condition, kept, buffer))
 
 
 def count_micro_batches(batch_size: int, world_size: int, micro_batch: int) -> int:

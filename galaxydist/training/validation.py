@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from galaxydist.evaluation.counts import Counts
@@ -63,28 +62,8 @@ def _count(world: World, model: nn.Module, manifest: Manifest, split: str, *, au
     )
     with reader, DeviceFeed(reader, world.device) as batches:
         for batch in batches:
-            images_BCHW = augment.normalise(batch.images_BHWC)
+            images_BCHW = augment.normalise(batch.images_BHWC).to(world.dtype)
             with world.accelerator.autocast():
                 logits_VBK = [model(view_BCHW) for view_BCHW in views(images_BCHW, recipe.eval.tta)]
             counts.add(mean_log_probabilities(logits_VBK), batch.labels_B, batch.weights_B)
     return counts
-
-
-@torch.no_grad()
-def average_statistics(world: World, *models: nn.Module) -> None:
-    """Batch-norm statistics become their mean over the ranks (DDP runs with ``broadcast_buffers=False``)."""
-    if world.size == 1:
-        return
-    buffers = [
-        buffer
-        for model in models
-        for name, buffer in model.named_buffers()
-        if name.endswith(("running_mean", "running_var")) and buffer.is_floating_point()
-    ]
-    if not buffers:
-        return
-    flat = torch.cat([buffer.flatten().double() for buffer in buffers])
-    dist.all_reduce(flat)
-    flat /= world.size
-    for buffer, mean in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
