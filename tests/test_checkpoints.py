@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import nn
 from galaxydist.errors import UserError
 from galaxydist.runs import checkpoints
 from galaxydist.runs.checkpoint_folder import DamagedCheckpointError, read_checkpoint
+from galaxydist.runs.saver import CheckpointSaver
 from galaxydist.runs.state import flatten_state, unflatten_state
 
 
@@ -33,9 +34,18 @@ def bits(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def simple(step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    return {"model/w": torch.full((3,), float(step)), "optimizer/m": torch.full((2, 2), -float(step))}, {"epoch": step}
+
+
 def save_simple(folder: Path, step: int, **options: Any) -> Path:
-    tensors = {"model/w": torch.full((3,), float(step)), "optimizer/m": torch.full((2, 2), -float(step))}
-    return checkpoints.save(folder, step, tensors, {"epoch": step}, **options)
+    return checkpoints.save(folder, step, *simple(step), **options)
+
+
+def save_behind(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], **options: Any) -> None:
+    """As the training does it: a thread writes."""
+    with CheckpointSaver(folder, background=True, check=lambda: None) as saver:
+        saver.save(step, tensors, state, **options)
 
 
 def loaded_step(folder: Path) -> int | None:
@@ -246,7 +256,7 @@ def in_child(function: Callable[..., None], *arguments: Any) -> int:
     return process.exitcode
 
 
-def save_watched(folder: Path, stop_at: int | None, events_path: Path) -> None:
+def save_watched(save: Callable[..., object], folder: Path, stop_at: int | None, events_path: Path) -> None:
     """Save step 4 as the best. Note each change of the disk, or die just before the one of number ``stop_at``."""
     count = 0
 
@@ -262,7 +272,7 @@ def save_watched(folder: Path, stop_at: int | None, events_path: Path) -> None:
         count += 1
 
     sys.addaudithook(hook)
-    save_simple(folder, 4, best=True)
+    save(folder, 4, *simple(4), best=True)
 
 
 def check_order(events: list[tuple[str, ...]]) -> int:
@@ -281,18 +291,21 @@ def check_order(events: list[tuple[str, ...]]) -> int:
 
 
 @pytest.mark.multiprocess
-def test_killed_at_any_write_fsync_rename_or_unlink_a_complete_checkpoint_is_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("save", [checkpoints.save, save_behind])
+def test_killed_at_any_write_fsync_rename_or_unlink_a_complete_checkpoint_is_there(
+    save: Callable[..., object], tmp_path: Path
+) -> None:
     start, events_path = tmp_path / "start", tmp_path / "events"
     for step in (1, 2, 3):
         save_simple(start, step, best=step == 2, keep=3)
     shutil.copytree(start, tmp_path / "whole")
-    assert in_child(save_watched, tmp_path / "whole", None, events_path) == 0
+    assert in_child(save_watched, save, tmp_path / "whole", None, events_path) == 0
     events = [tuple(line.split()) for line in events_path.read_text().splitlines()]
     renamed = check_order(events)
     for stop_at in range(len(events)):
         folder = tmp_path / str(stop_at)
         shutil.copytree(start, folder)
-        assert in_child(save_watched, folder, stop_at, events_path) == -signal.SIGKILL
+        assert in_child(save_watched, save, folder, stop_at, events_path) == -signal.SIGKILL
         best = checkpoints.load(folder, "best")
         assert best is not None
         assert (loaded_step(folder), best.step) == ((4, 4) if stop_at > renamed else (3, 2)), events[stop_at]
@@ -301,20 +314,20 @@ def test_killed_at_any_write_fsync_rename_or_unlink_a_complete_checkpoint_is_the
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def save_large(folder: Path, limit: int | None, answer: Path) -> None:
+def save_large(save: Callable[..., object], folder: Path, limit: int | None, answer: Path) -> None:
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
-        checkpoints.save(folder, 2, {"model/w": torch.zeros(500_000)}, {})
+        save(folder, 2, {"model/w": torch.zeros(500_000)}, {})
     except UserError as error:
         answer.write_text(str(error))
 
 
-def check_full_disk(folder: Path, limit: int | None, answer: Path, reason: str) -> None:
+def check_full_disk(save: Callable[..., object], folder: Path, limit: int | None, answer: Path, reason: str) -> None:
     save_simple(folder, 1)
     before = sorted(folder.rglob("*"))
-    assert in_child(save_large, folder, limit, answer) == 0
+    assert in_child(save_large, save, folder, limit, answer) == 0
     expected = f"{folder} could not be written: {reason}. The earlier checkpoints are untouched. Free some space"
     assert answer.read_text().startswith(expected)
     assert sorted(folder.rglob("*")) == before
@@ -322,8 +335,9 @@ def check_full_disk(folder: Path, limit: int | None, answer: Path, reason: str) 
 
 
 @pytest.mark.multiprocess
-def test_a_file_size_limit_leaves_the_earlier_checkpoint_in_force(tmp_path: Path) -> None:
-    check_full_disk(tmp_path / "checkpoints", 100_000, tmp_path / "answer", "the file size limit is reached")
+@pytest.mark.parametrize("save", [checkpoints.save, save_behind])
+def test_a_file_size_limit_leaves_the_earlier_checkpoint_in_force(save: Callable[..., object], tmp_path: Path) -> None:
+    check_full_disk(save, tmp_path / "checkpoints", 100_000, tmp_path / "answer", "the file size limit is reached")
 
 
 @pytest.fixture
@@ -338,8 +352,9 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.multiprocess
-def test_a_full_disk_leaves_the_earlier_checkpoint_in_force(tiny_disk: Path, tmp_path: Path) -> None:
-    check_full_disk(tiny_disk / "checkpoints", None, tmp_path / "answer", "the disk is full")
+@pytest.mark.parametrize("save", [checkpoints.save, save_behind])
+def test_a_full_disk_leaves_the_earlier_checkpoint_in_force(save: Callable[..., object], tiny_disk: Path, tmp_path: Path) -> None:
+    check_full_disk(save, tiny_disk / "checkpoints", None, tmp_path / "answer", "the disk is full")
 
 
 # ---- the states of optimizers, scalers and averages ----

@@ -10,7 +10,7 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,9 +61,29 @@ def save(
         UserError: the disk is full. The earlier checkpoints are untouched.
         ValueError, TypeError: ``state`` is not plain JSON.
     """
+    state_text = encode_state(step, state, best=best)  # refuses what JSON does not have before anything is written
+    return save_encoded(checkpoints_dir, step, tensors, state_text, keep=keep, best=best)
+
+
+def save_encoded(
+    checkpoints_dir: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    state_text: str,
+    *,
+    keep: int,
+    best: bool,
+    check: Callable[[], None] = lambda: None,
+) -> Path:
+    """``save`` with the state as text, so that a thread can write what another has encoded.
+
+    Args:
+        state_text: from ``encode_state`` with the same ``step`` and ``best``.
+        check: raises where this process may write here no longer; called before the first change and before the renaming.
+    """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least the new checkpoint is kept")
-    state_text = encode_state(step, state, best=best)  # refuses what JSON does not have before anything is written
+    check()
     kept = "The earlier checkpoints are untouched." if list_checkpoints(checkpoints_dir) else ""
     with explain_full_disk(checkpoints_dir, kept):
         checkpoints_dir.mkdir(parents=True, exist_ok=True)
@@ -73,6 +93,7 @@ def save(
         temporary = checkpoints_dir / f".{target.name}.tmp"
         try:
             write_checkpoint(temporary, tensors, state_text)
+            check()
             rename(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

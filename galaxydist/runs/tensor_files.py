@@ -10,6 +10,13 @@ import torch
 _MAX_FILE_BYTES = 1 << 30  # a file is built up in memory before it is written
 
 
+def import_writer() -> None:
+    """Import what ``write_tensors`` needs. Before it is called in a thread: two threads that import parts of torch at the same
+    time may find them half made, and an interpreter that is ending imports nothing more."""
+    import torch.distributed.checkpoint.hf_storage
+    import torch.distributed.checkpoint.state_dict_saver  # noqa: F401
+
+
 def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Write tensors into an existing folder, from this process alone: no process group takes part.
 
@@ -93,11 +100,12 @@ def _file_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """safetensors takes only contiguous tensors that share no memory (tied weights, views of one buffer): copy the others."""
+    """safetensors takes only contiguous tensors that share no memory (tied weights, views of one buffer): copy the others. It
+    writes the memory of a lazy conjugate or negative as it stands: compute those."""
     separate: dict[str, torch.Tensor] = {}
     used: set[tuple[torch.device, int]] = set()
     for name, tensor in tensors.items():
-        plain = tensor.detach().contiguous()
+        plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
         place = (plain.device, plain.untyped_storage().data_ptr())
         if plain.numel() and place in used:
             plain = plain.clone()

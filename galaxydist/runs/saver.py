@@ -1,0 +1,190 @@
+"""Checkpoints written beside the training: the tensors are copied, then a thread writes the copies to the disk.
+
+One process holds everything that a checkpoint needs and writes all of it, so the thread talks to no other process: it has no
+process group, and nothing can collide with the collectives of the training.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from galaxydist.runs import checkpoints
+from galaxydist.runs.checkpoint_folder import encode_state
+from galaxydist.runs.tensor_files import import_writer
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointSaver:
+    """Saves checkpoints, one at a time. A context manager that waits for the last one. Use it on one rank, with the run's lock.
+
+    A process killed while a checkpoint is written leaves the earlier ones, complete. An interpreter that ends first finishes the
+    writing. What is written is bit for bit what ``checkpoints.save`` writes.
+
+    Args:
+        checkpoints_dir: folder of the run's checkpoints; made where it is missing.
+        background: copy the tensors and write in a thread; else ``save`` returns when the checkpoint is on the disk.
+        check: raises where this process may write to the run folder no longer (``RunLock.check``). Called in the thread, right
+            before a write begins and before it becomes the newest checkpoint.
+        keep: how many of the newest checkpoints to keep.
+        clock: seconds, for ``seconds_waited``.
+
+    Attributes:
+        seconds_waited: how long all calls together took: copying, waiting for a write, writing where ``background`` is False.
+    """
+
+    def __init__(
+        self,
+        checkpoints_dir: Path,
+        *,
+        background: bool,
+        check: Callable[[], None],
+        keep: int = 2,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.seconds_waited = 0.0
+        self._checkpoints_dir = checkpoints_dir
+        self._background = background
+        self._check = check
+        self._keep = keep
+        self._clock = clock
+        self._copies = TensorCopies()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> "CheckpointSaver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.wait()
+            return
+        try:
+            self.wait()
+        except Exception as write_error:
+            _log.error("a checkpoint could not be written either: %s", write_error)
+
+    @property
+    def failed(self) -> bool:
+        """A write has failed, and ``save`` or ``wait`` would raise why. Costs nothing: ask every step."""
+        return self._error is not None
+
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, best: bool = False) -> None:
+        """Save a checkpoint: when this returns, the tensors may be changed again by work on the current stream of their device.
+
+        Waits for a write that is still going on.
+
+        Args:
+            step, tensors, state, best: as for ``checkpoints.save``.
+
+        Raises:
+            ValueError, TypeError: ``state`` is not plain JSON; nothing is written.
+            UserError: the last write failed (and this checkpoint is not written), or this one did where ``background`` is False.
+        """
+        with self._timed():
+            state_text = encode_state(step, state, best=best)
+            self._join()
+            if not self._background:
+                self._write(step, tensors, state_text, best)
+                return
+            import_writer()
+            copies = self._copies.take(tensors)
+            self._thread = threading.Thread(
+                target=self._write_copies, args=(step, copies, state_text, best), name="checkpoint-writer", daemon=False
+            )
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the write that is going on, if any, is complete.
+
+        Raises:
+            UserError: it failed: the disk is full, or the lock was lost. Raised once. The earlier checkpoints are untouched.
+        """
+        with self._timed():
+            self._join()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self.seconds_waited += self._clock() - began
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write_copies(self, step: int, copies: dict[str, torch.Tensor], state_text: str, best: bool) -> None:
+        """In the thread."""
+        try:
+            with self._copies.finished():
+                self._write(step, copies, state_text, best)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, step: int, tensors: Mapping[str, torch.Tensor], state_text: str, best: bool) -> None:
+        checkpoints.save_encoded(self._checkpoints_dir, step, tensors, state_text, keep=self._keep, best=best, check=self._check)
+
+
+class TensorCopies:
+    """Copies of tensors in memory of the host that is used again, so that nothing is allocated from the second time on.
+
+    Tensors of a CUDA device go to pinned memory, by their device's current stream: the host does not wait. Torch rounds pinned
+    memory up to a power of two a tensor.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._copied: dict[torch.device, torch.cuda.Event] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copy tensors, each into contiguous memory of its own. What was taken before is overwritten.
+
+        Args:
+            tensors: by name, any device and layout; they may share memory.
+
+        Returns:
+            The copies by name, on the CPU. Those of CUDA tensors are complete inside ``finished``.
+        """
+        self._buffers = {name: self._buffer(name, tensor) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            self._buffers[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        self._copied = {}
+        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+            self._copied[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied[device].record(torch.cuda.current_stream(device))
+        return dict(self._buffers)
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Wait until the copies are complete. For a thread of its own.
+
+        Inside, torch's current stream is an idle one of the same device: torch's writer waits for the current stream, which
+        would else be that of the training; and a thread that names no device would take memory on the first one.
+        """
+        with ExitStack() as stack:
+            for device, event in self._copied.items():
+                event.synchronize()
+                if device not in self._streams:
+                    self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                stack.enter_context(torch.cuda.stream(self._streams[device]))
+            yield
+
+    def _buffer(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        old = self._buffers.get(name)
+        if old is not None and (old.shape, old.dtype, old.is_pinned()) == (tensor.shape, tensor.dtype, tensor.is_cuda):
+            return old
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
