@@ -42,7 +42,7 @@ class StopFlag:
 
 @dataclass(frozen=True)
 class Sums:
-    """The sums of one step over all ranks and micro-batches: ``loss`` is ``numerator / weight``, divided once (nan of nothing)."""
+    """The sums of one step over all ranks and micro-batches; ``loss`` is divided once (nan of nothing)."""
 
     numerator: float = 0.0
     weight: float = 0.0
@@ -134,7 +134,7 @@ class Agreement:
         numerator, weight, correct, count, nonfinite, *flags = posted.read()
         *asked, save_due, failed, num_unreadable = flags
         stop_signal = next((number for number, ranks in zip(STOP_SIGNALS, asked, strict=True) if ranks), 0)
-        is_nonfinite = not nonfinite == 0.0
+        is_nonfinite = nonfinite != 0.0  # also where it is nan itself
         return Agreed(
             posted.step,
             Flags(int(stop_signal), save_due > 0, failed > 0, int(num_unreadable)),

@@ -58,7 +58,7 @@ class Loop:
         journal: what is written and shown.
         saver: checkpoints of ``state``.
         validate: numbers of the validation split (every rank calls it), or None where there is no such split.
-        validate_every, save_every: in epochs.
+        validate_every: in epochs.
         timer: told where the time goes.
         watch: told that it goes on.
         step_done: called after each step, with its number.
@@ -72,7 +72,6 @@ class Loop:
     saver: Saver
     validate: Callable[[], dict[str, float]] | None
     validate_every: int
-    save_every: int
     timer: StepTimer
     watch: Watcher = field(default_factory=NoWatcher)
     step_done: Callable[[int], None] = lambda step: None
@@ -164,7 +163,7 @@ class Loop:
             is_best = self.state.stopping.update(validation[f"val/{self.state.stopping.metric}"], self.state.step)
             self.journal.record(self.state.step, validation)
             self.journal.restart_clock()
-        is_saved = is_best or is_last or epoch % self.save_every == 0 or self.state.stopping.should_stop
+        is_saved = is_best or self.state.stopping.should_stop or self.saver.is_due(self.state.step)
         if is_saved:
             self._save(is_best=is_best)
         self.journal.epoch_done(self.state.step, validation)

@@ -60,7 +60,7 @@ class Nonfinite:
             raise RunFailedError(f"{what} {REMEDY}")
         if self.num_steps > self._max_nonfinite:
             raise RunFailedError(
-                f"{what} It is the {self.num_steps}th such step, more than train.max_nonfinite={self._max_nonfinite}. {REMEDY}"
+                f"{what} These are {self.num_steps} such steps, more than train.max_nonfinite={self._max_nonfinite}. {REMEDY}"
             )
         return f"warning: {what} The step is left out ({self.num_steps} of at most {self._max_nonfinite})."
 

@@ -14,9 +14,11 @@ from galaxydist.shards.decode import sample_name
 from galaxydist.shards.manifest import Manifest
 from galaxydist.training.data import TrainingData, build_augment
 from galaxydist.training.journal import Schedule
+from galaxydist.training.mixing import Mixing, check_world
 from galaxydist.training.nonfinite import Nonfinite
 from galaxydist.training.objective import Objective, class_weights
 from galaxydist.training.optimizer import LearningRate, build_optimizer
+from galaxydist.training.optimizer_names import find_optimizer
 from galaxydist.training.skipping import Skipped
 from galaxydist.training.spikes import SpikeDetector
 from galaxydist.training.state import TrainingState
@@ -47,6 +49,17 @@ class Parts:
     rate: LearningRate
 
 
+def check_parts(recipe: Recipe, world_size: int) -> None:
+    """Refuse what could not be built, before anything is written.
+
+    Raises:
+        EveryRankError: on every rank the same.
+    """
+    find_optimizer(recipe.optim.name)
+    if Mixing(recipe.train, recipe.seed, recipe.data.image_size).is_on:
+        check_world(recipe.train.batch_size, world_size)
+
+
 def build_parts(world: World, recipe: Recipe, manifest: Manifest, model: nn.Module, folder: RunFolder) -> Parts:
     """Everything around a model, with nothing restored yet. All ranks take part.
 
@@ -61,9 +74,10 @@ def build_parts(world: World, recipe: Recipe, manifest: Manifest, model: nn.Modu
     steps_per_epoch = train_split.num_samples // config.batch_size
     schedule = Schedule(steps_per_epoch, config.epochs * steps_per_epoch, config.batch_size)
     model = model.to(device=world.device, dtype=world.dtype)
-    groups: list[dict[str, Any]] = [dict(group) for group in parameter_groups(model, recipe.optim.weight_decay)]
+    optim = recipe.optim
+    groups: list[dict[str, Any]] = [dict(group) for group in parameter_groups(model, optim.weight_decay, optim.layer_decay)]
     ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema > 0 else None
-    prepared_model, optimizer = world.accelerator.prepare(model, build_optimizer(groups, recipe.optim))
+    prepared_model, optimizer = world.accelerator.prepare(model, build_optimizer(groups, optim, world.device))
     state = TrainingState(
         model,
         optimizer,
@@ -91,12 +105,14 @@ def build_update(world: World, recipe: Recipe, manifest: Manifest, parts: Parts,
     counts_K = manifest.splits["train"].class_counts
     weights_K = class_weights(recipe.train.class_weights, counts_K).to(world.device)
     micro_batch = recipe.train.micro_batch
+    mixing = Mixing(recipe.train, recipe.seed, recipe.data.image_size)
     return Update(
         world,
         parts.model,
         parts.state.optimizer,
         objective=Objective(weights_K, recipe.train.label_smoothing),
         augment=parts.augment,
+        mixing=mixing if mixing.is_on else None,
         rate=parts.rate,
         ema=parts.state.ema,
         config=recipe.train,

@@ -7,6 +7,7 @@ from typing import Any, Self
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock import RunLock
+from galaxydist.runs.save_policy import SavePolicy, SaveTimer
 from galaxydist.runs.saver import CheckpointSaver
 from galaxydist.training.state import TrainingState
 from galaxydist.training.world import World
@@ -21,6 +22,7 @@ class Saving:
         folder: of the run.
         lock: of the folder; on rank 0.
         state: what is saved.
+        policy: when, by the step.
         context: further plain values to save with it.
         config: when and how.
         clock: seconds, of rank 0; monotonic.
@@ -32,29 +34,29 @@ class Saving:
         folder: RunFolder,
         lock: RunLock | None,
         state: TrainingState,
+        policy: SavePolicy,
         *,
         context: Mapping[str, Any],
         config: TrainConfig,
         clock: Callable[[], float],
     ) -> None:
-        self.world, self.folder, self.state = world, folder, state
-        self._context, self._config, self._clock = context, config, clock
-        self._saved_at = clock()
+        self.world, self.folder, self.state, self.policy = world, folder, state, policy
+        self._context = context
+        self._timer = SaveTimer(config.save_minutes, clock)
         self._writer: CheckpointSaver | None = None
         if world.is_main:
             assert lock is not None
             self._writer = CheckpointSaver(folder.checkpoints_dir, background=config.async_save, check=lock.check)
 
     def is_due(self, step: int) -> bool:
-        """After so many steps, by ``train.save_steps``."""
-        return self._config.save_steps > 0 and step % self._config.save_steps == 0
+        """After so many steps; the same on every rank."""
+        return self.policy.is_due(step)
 
     def flags(self) -> tuple[bool, bool]:
         """On rank 0: a save is due by ``train.save_minutes``; one in the background has failed."""
         if self._writer is None:
             return False, False
-        minutes = self._config.save_minutes
-        return minutes > 0 and self._clock() - self._saved_at >= 60 * minutes, self._writer.failed
+        return self._timer.is_up, self._writer.failed
 
     def save(self, *, is_best: bool) -> None:
         """Save the state as it is now. Every rank takes part."""
@@ -66,7 +68,7 @@ class Saving:
             self._writer.save(self.state.step, tensors, {**state, **self._context}, best=is_best)
 
         self.world.on_main(write)
-        self._saved_at = self._clock()
+        self._timer.restart()
 
     def raise_failure(self) -> None:
         """Wait for what is being written; what went wrong is raised on every rank. Every rank calls it."""

@@ -20,6 +20,7 @@ from galaxydist.runs import checkpoints
 from galaxydist.runs.checkpoint_folder import Checkpoint
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock import RunLock
+from galaxydist.runs.save_policy import SavePolicy
 from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.reader import TrainReader
@@ -29,7 +30,7 @@ from galaxydist.training.evaluate import judge_run
 from galaxydist.training.feed import DeviceFeed
 from galaxydist.training.journal import Journal
 from galaxydist.training.loop import Loop
-from galaxydist.training.parts import Parts, build_parts, build_update
+from galaxydist.training.parts import Parts, build_parts, build_update, check_parts
 from galaxydist.training.saving import Saving
 from galaxydist.training.state import TrainingState
 from galaxydist.training.statistics import average_statistics
@@ -84,6 +85,7 @@ class Session:
         path, cache = find_manifest(self.recipe.data, self.root), find_cache(self.recipe.data, self.root)
         manifest = self.world.together(lambda: open_manifest(path, cache, self.recipe, self.world.size))
         self.world.on_main(lambda: check_columns(manifest))
+        check_parts(self.recipe, self.world.size)
         torch.manual_seed(self.recipe.seed)
         model = self.world.together(lambda: self._build_model(manifest))
         with contextlib.ExitStack() as stack:
@@ -194,12 +196,14 @@ class Session:
         """Train from where the state is; the signal that stopped it, or 0. When it returns, the last checkpoint is whole."""
         world, config, state = self.world, self.recipe.train, parts.state
         timer = StepTimer(world.device)
+        schedule = parts.schedule
+        policy = SavePolicy(schedule.steps_per_epoch, schedule.total_steps, config.save_steps, config.save_every)
         data = TrainingData.of(manifest, self.recipe).to_dict()
         context = {"data": data, "order_version": self.recipe.order_version, "recipe": to_dict(self.recipe)}
         with (
             world.together(lambda: self._open_reader(manifest, state.step)) as reader,
             DeviceFeed(reader, world.device) as batches,
-            Saving(world, folder, self._lock, state, context=context, config=config, clock=time.monotonic) as saving,
+            Saving(world, folder, self._lock, state, policy, context=context, config=config, clock=time.monotonic) as saving,
             Journal(
                 world,
                 folder,
@@ -220,7 +224,6 @@ class Session:
                 saving,
                 validate=(lambda: self._validate(parts, manifest)) if has_split(manifest, "val") else None,
                 validate_every=self.recipe.eval.every,
-                save_every=config.save_every,
                 timer=timer,
             )
             stop_signal = loop.run(batches, stop)

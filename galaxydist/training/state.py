@@ -14,6 +14,7 @@ from galaxydist.errors import UserError
 from galaxydist.runs.state import flatten_state, unflatten_state
 from galaxydist.training.journal import Window
 from galaxydist.training.nonfinite import Nonfinite
+from galaxydist.training.optimizer import load_optimizer_state
 from galaxydist.training.skipping import Skipped
 from galaxydist.training.spikes import SpikeDetector
 from galaxydist.training.statistics import RankStatistics
@@ -97,7 +98,7 @@ class TrainingState:
         for name, module in self._modules().items():
             module.load_state_dict(loaded[name])
         RankStatistics.restore(world, self._modules(), tensors)
-        self.optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer_state(self.optimizer, loaded["optimizer"])
         if self.scaler is not None:
             self.scaler.load_state_dict(loaded["scaler"])
         progress = state["progress"]

@@ -12,6 +12,7 @@ from torch import nn
 from galaxydist.training.world import World
 
 STATISTICS = ("running_mean", "running_var")
+ALL_STATISTICS = (*STATISTICS, "num_batches_tracked")
 GROUP = "ranks"  # of the tensors in a checkpoint
 
 

@@ -16,8 +16,10 @@ from galaxydist.shards.augment import Augment
 from galaxydist.shards.purposes import Purpose
 from galaxydist.shards.reader import Batch
 from galaxydist.training.clipping import clip_gradients
-from galaxydist.training.objective import Objective
+from galaxydist.training.mixing import Mix, Mixing, Part, count_pair_parts, split_pairs, take
+from galaxydist.training.objective import Objective, Targets
 from galaxydist.training.optimizer import LearningRate, set_learning_rate
+from galaxydist.training.statistics import ALL_STATISTICS
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.world import World
 
@@ -35,6 +37,7 @@ class Update:
         optimizer: likewise.
         objective: numerator and weights of the loss.
         augment: pixels to model input, on the device.
+        mixing: mixup and cutmix, or None.
         rate: learning rate by step.
         ema: moving average of the weights, or None.
         config: clipping, and what to do without finite numbers.
@@ -51,6 +54,7 @@ class Update:
         *,
         objective: Objective,
         augment: Augment,
+        mixing: Mixing | None,
         rate: LearningRate,
         ema: ModelEmaV3 | None,
         config: TrainConfig,
@@ -63,12 +67,14 @@ class Update:
         self.optimizer = optimizer
         self.objective = objective
         self.augment = augment
+        self.mixing = mixing
         self.rate = rate
         self.ema = ema
         self.seed = seed
         self.timer = timer
         self.clip_norm, self.clip_value = config.clip_norm, config.clip_value
-        self.num_parts = count_micro_batches(config.batch_size, world.size, micro_batch)
+        count_parts = count_micro_batches if mixing is None else count_pair_parts
+        self.num_parts = count_parts(config.batch_size, world.size, micro_batch)
         self.bare_model: nn.Module = world.accelerator.unwrap_model(model)
         self.parameters = [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
         self.statistics = KeptStatistics(self.bare_model, is_needed=config.on_nonfinite == "skip")
@@ -100,27 +106,36 @@ class Update:
 
     def _backward(self, batch: Batch, step: int) -> torch.Tensor:
         """Gradients of the global batch's loss, and this rank's sums."""
-        labels_B, sample_weights_B = batch.labels_B, batch.weights_B
-        weights_B = self.objective.weights(labels_B, sample_weights_B)
-        total_weight = weights_B.sum(dtype=torch.float64)
+        mix = self.mixing.prepare(batch) if self.mixing is not None else None
+        targets = self.objective.targets(batch.labels_B, batch.weights_B, mix)
+        total_weight = targets.total_weights_B.sum(dtype=torch.float64)
         # Ranks wait for one another only where the sum is needed: at the first backward.
         work = dist.all_reduce(total_weight, async_op=True) if self.world.size > 1 else None
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
-        parts = split_evenly(len(labels_B), self.num_parts)
+        parts = self._parts(len(batch.labels_B))
         for number, part in enumerate(parts):
-            images_BCHW = self.augment(batch.images_BHWC[part], batch.epoch, batch.positions_B[part]).to(self.world.dtype)
+            images_BCHW = self._images(batch, part, mix)
             is_last = number == len(parts) - 1
             with nullcontext() if is_last else self.world.accelerator.no_sync(self.model):
                 self._seed_model(step, number)
                 logits_BK = self.model(images_BCHW)
-                numerator = self.objective.numerator(logits_BK, labels_B[part], weights_B[part])
+                numerator = self.objective.summed_loss(logits_BK, targets.take(part))
                 if work is not None and number == 0:
                     work.wait()
                 # DDP averages gradients over the ranks: times the world size it is their sum.
                 scale = (self.world.size / total_weight.clamp(min=1e-12)).to(numerator.dtype)
                 self.world.accelerator.backward(numerator * scale)
-            sums += self._count(numerator, logits_BK, labels_B[part], weights_B[part], sample_weights_B[part])
+            sums += self._count(numerator, logits_BK, targets.take(part), take(batch.weights_B, part))
         return sums
+
+    def _parts(self, length: int) -> Sequence[Part]:
+        return split_evenly(length, self.num_parts) if self.mixing is None else split_pairs(length, self.num_parts)
+
+    def _images(self, batch: Batch, part: Part, mix: Mix | None) -> torch.Tensor:
+        """A part of the batch as the model sees it."""
+        images_BCHW = self.augment(take(batch.images_BHWC, part), batch.epoch, take(batch.positions_B, part))
+        images_BCHW = images_BCHW.to(self.world.dtype)
+        return images_BCHW if mix is None else mix.take(part)(images_BCHW)
 
     def _move(self) -> torch.Tensor:
         """Clip, and let the optimizer take its step if the gradient is finite; whether it is, alike on all ranks."""
@@ -143,15 +158,12 @@ class Update:
 
     @staticmethod
     def _count(
-        numerator: torch.Tensor,
-        logits_BK: torch.Tensor,
-        labels_B: torch.Tensor,
-        weights_B: torch.Tensor,
-        sample_weights_B: torch.Tensor,
+        numerator: torch.Tensor, logits_BK: torch.Tensor, targets: Targets, sample_weights_B: torch.Tensor
     ) -> torch.Tensor:
         present_B = sample_weights_B > 0
-        correct = ((logits_BK.detach().argmax(1) == labels_B) & present_B).sum()
-        return torch.stack([numerator.detach().double(), weights_B.sum().double(), correct.double(), present_B.sum().double()])
+        correct = ((logits_BK.detach().argmax(1) == targets.majority_B) & present_B).sum()
+        weight = targets.total_weights_B.sum(dtype=torch.float64)
+        return torch.stack([numerator.detach().double(), weight, correct.double(), present_B.sum().double()])
 
     def _seed_model(self, step: int, part: int) -> None:
         """Dropout and drop path draw from torch's generator: the same again after a resume."""
@@ -168,7 +180,7 @@ class KeptStatistics:
     """
 
     def __init__(self, model: nn.Module, *, is_needed: bool) -> None:
-        self._buffers = [b for b in model.buffers() if b.is_floating_point()] if is_needed else []
+        self._buffers = [b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in ALL_STATISTICS and is_needed]
         self._kept: list[torch.Tensor] = []
 
     def keep(self) -> None:
