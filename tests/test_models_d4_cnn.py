@@ -27,8 +27,8 @@ def lively(dtype: torch.dtype = torch.float32, width: int = 16) -> D4CNN:
             parameter += 0.1 * torch.randn_like(parameter)
         for module in model.modules():
             if isinstance(module, FieldNorm):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 2)
+                module.norm.running_mean.normal_(0, 0.1)
+                module.norm.running_var.uniform_(0.5, 2)
     return model
 
 

@@ -146,8 +146,8 @@ class GroupConv2d(_ExpandedConv2d):
 class _Expand(torch.autograd.Function):
     """The n weights of each pair of channels in eight orders: F x I x n to F x I x 8n.
 
-    The gradient of a weight is the sum over its eight places, gathered by the inverse orders: quicker than adding up by index, and
-    always in the same order.
+    The gradient of a weight is the sum over its eight places, gathered by the inverse orders: quicker than adding up by index,
+    and always in the same order.
     """
 
     @staticmethod
@@ -162,13 +162,17 @@ class _Expand(torch.autograd.Function):
         return by_element.gather(3, inverse_8n.expand_as(by_element)).sum(2), None, None
 
 
-class FieldNorm(nn.BatchNorm2d):
+class FieldNorm(nn.Module):
     """Batch normalisation of fields: one mean and one variance for all eight maps of a field, or equivariance would be lost."""
+
+    def __init__(self, fields: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(fields)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         wide = x.permute(0, 2, 3, 1).reshape(batch, height, width * ORIENTATIONS, channels // ORIENTATIONS).permute(0, 3, 1, 2)
-        normalised = super().forward(wide).permute(0, 2, 3, 1).reshape(batch, height, width, channels)
+        normalised: Tensor = self.norm(wide).permute(0, 2, 3, 1).reshape(batch, height, width, channels)
         return normalised.permute(0, 3, 1, 2)
 
 
@@ -193,7 +197,7 @@ class D4Block(nn.Module):
         self.shortcut: nn.Module = (
             nn.Identity() if same else nn.Sequential(GroupConv2d(fields_in, fields_out, kernel=1), FieldNorm(fields_out))
         )
-        nn.init.zeros_(norm.weight)
+        nn.init.zeros_(norm.norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu(self.drop_path(self.second(self.first(x))) + self.shortcut(x))
