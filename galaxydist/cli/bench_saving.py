@@ -13,8 +13,8 @@ def add_saving(commands: Commands) -> None:
     parser = commands.add_parser(
         "saving",
         help="how long a training waits for its checkpoints",
-        description="Train on random pictures without saving, saving in the background and saving synchronously, in turn. Says "
-        "which share of the time the training waits, how much slower its steps are, and how long a save on a signal takes. "
+        description="Train on random pictures without saving, saving in the background and saving synchronously, taking turns. "
+        "Says which share of the time the training waits, how much slower its steps are, and how long a save on a signal takes. "
         "Prints a table and, last, lines of JSON.",
         allow_abbrev=False,
     )
