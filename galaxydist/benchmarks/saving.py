@@ -39,7 +39,7 @@ class Conditions:
 
     model: ModelName = "resnet50"
     image_size: int = 64
-    batch_size: int = 32
+    batch_size: int = 16
     every_s: float = 30.0
     num_saves: int = 4
 
