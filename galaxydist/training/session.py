@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from galaxydist.errors import UserError
+from galaxydist.errors import OneRankFailedError, UserError
 from galaxydist.models.build import build_model
 from galaxydist.recipe.identity import flatten, result_fields, run_name, to_dict
 from galaxydist.recipe.load import ResolvedRecipe
@@ -30,6 +30,7 @@ from galaxydist.training.evaluate import judge_run
 from galaxydist.training.feed import DeviceFeed
 from galaxydist.training.journal import Journal
 from galaxydist.training.loop import Loop
+from galaxydist.training.out_of_memory import explain_out_of_memory, is_out_of_memory
 from galaxydist.training.parts import Parts, build_parts, build_update, check_parts
 from galaxydist.training.saving import Saving
 from galaxydist.training.state import TrainingState
@@ -95,8 +96,10 @@ class Session:
                 self.world.say(f"{folder} is finished.")
                 judge_run(self.world, folder, self.recipe, manifest, "test")
                 return 0
-            parts = build_parts(self.world, self.recipe, manifest, model, folder)
-            self._restore(parts.state, folder)
+            found = self._find_checkpoint(folder)
+            stored = found.state["progress"].get("micro_batch") if found is not None else None
+            parts = build_parts(self.world, self.recipe, manifest, model, folder, stored_micro_batch=stored)
+            self._restore(parts.state, folder, found)
             tracker = self._start_tracker(folder, parts.state, manifest)
             return self._train(parts, manifest, folder, tracker, stop)
 
@@ -134,21 +137,24 @@ class Session:
         )
         return folder.path
 
-    def _restore(self, state: TrainingState, folder: RunFolder) -> None:
-        """Go on from the newest sound checkpoint, where there is one: rank 0 says which, and every rank reads that one."""
-        world = self.world
+    def _find_checkpoint(self, folder: RunFolder) -> Checkpoint | None:
+        """The newest sound checkpoint, where there is one: rank 0 says which, and every rank reads that one."""
         found: list[Checkpoint | None] = []
 
         def find() -> Path | None:
             found.append(checkpoints.load(folder.checkpoints_dir))
             return found[0].path if found[0] is not None else None
 
-        path = world.on_main(find)
-        if path is not None:
-            checkpoint = world.together(lambda: found[0] if found and found[0] else checkpoints.read_sound(path))
-            world.together(lambda: state.restore(world, checkpoint.tensors, checkpoint.state))
-            world.say(f"continuing {folder} from step {state.step}")
-        world.on_main(lambda: self._cut_back(folder, state.step))
+        path = self.world.on_main(find)
+        if path is None:
+            return None
+        return self.world.together(lambda: found[0] if found and found[0] else checkpoints.read_sound(path))
+
+    def _restore(self, state: TrainingState, folder: RunFolder, found: Checkpoint | None) -> None:
+        if found is not None:
+            self.world.together(lambda: state.restore(self.world, found.tensors, found.state))
+            self.world.say(f"continuing {folder} from step {state.step}")
+        self.world.on_main(lambda: self._cut_back(folder, state.step))
 
     @staticmethod
     def _cut_back(folder: RunFolder, step: int) -> None:
@@ -226,7 +232,12 @@ class Session:
                 validate_every=self.recipe.eval.every,
                 timer=timer,
             )
-            stop_signal = loop.run(batches, stop)
+            try:
+                stop_signal = loop.run(batches, stop)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise OneRankFailedError(explain_out_of_memory(error, self.recipe, world, parts.micro_batch)) from error
             saving.finish()
         return stop_signal
 

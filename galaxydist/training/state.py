@@ -104,7 +104,6 @@ class TrainingState:
         progress = state["progress"]
         self.step = progress["step"]
         self.tracker_run_id = progress["tracker_run_id"]
-        self.micro_batch = progress.get("micro_batch", {})
         for name, part in self._progress().items():
             if name in progress:  # older checkpoints know fewer
                 part.load_state_dict(progress[name])

@@ -19,6 +19,7 @@ from galaxydist.training.clipping import clip_gradients
 from galaxydist.training.mixing import Mix, Mixing, Part, count_pair_parts, split_pairs, take
 from galaxydist.training.objective import Objective, Targets
 from galaxydist.training.optimizer import LearningRate, set_learning_rate
+from galaxydist.training.speed import images_channels_last
 from galaxydist.training.statistics import ALL_STATISTICS
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.world import World
@@ -73,6 +74,7 @@ class Update:
         self.seed = seed
         self.timer = timer
         self.clip_norm, self.clip_value = config.clip_norm, config.clip_value
+        self.is_channels_last = config.channels_last
         count_parts = count_micro_batches if mixing is None else count_pair_parts
         self.num_parts = count_parts(config.batch_size, world.size, micro_batch)
         self.bare_model: nn.Module = world.accelerator.unwrap_model(model)
@@ -135,6 +137,8 @@ class Update:
         """A part of the batch as the model sees it."""
         images_BCHW = self.augment(take(batch.images_BHWC, part), batch.epoch, take(batch.positions_B, part))
         images_BCHW = images_BCHW.to(self.world.dtype)
+        if self.is_channels_last:
+            images_BCHW = images_channels_last(images_BCHW)
         return images_BCHW if mix is None else mix.take(part)(images_BCHW)
 
     def _move(self) -> torch.Tensor:
