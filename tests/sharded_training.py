@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from galaxydist.runs import checkpoints
-from galaxydist.runs.checkpoint_folder import encode_state
 from galaxydist.runs.sharded import ShardedSaver, load_sharded, open_saving_group
 from galaxydist.runs.state import flatten_state, unflatten_state
 from galaxydist.training.optimizer_state import named_optimizer_state, numbered_optimizer_state
