@@ -1,6 +1,6 @@
 """A small training in float64, plain or sharded, for the tests of ``train.strategy=fsdp``.
 
-Run as a program by torchrun: ``sharded_training.py WORLD_SIZE TASK FOLDER``.
+Run as a program by torchrun: ``sharded_training.py WORLD_SIZE FOLDER TASK ...``.
 """
 
 import copy
@@ -178,13 +178,16 @@ def write_final(trained: Sharded, path: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in whole.items()}, path)
 
 
-def train(folder: Path, optimizer: str, background: bool) -> None:
+def train(folder: Path, optimizer: str, saving: str) -> None:
     """From the start to the end, with a checkpoint on the way."""
     trained = Sharded(optimizer)
     group = open_saving_group()
     calls: list[int] = []
     saver = ShardedSaver(
-        folder / f"checkpoints-{dist.get_world_size()}", group=group, background=background, check=lambda: calls.append(1)
+        folder / f"{optimizer}-{dist.get_world_size()}",
+        group=group,
+        background=saving == "background",
+        check=lambda: calls.append(1),
     )
     with saver:
         for step in trained.train(0, STEPS):
@@ -192,7 +195,7 @@ def train(folder: Path, optimizer: str, background: bool) -> None:
                 trained.check_parts()
                 saver.save(step, *flatten(trained.states()), best=True)
     assert len(calls) == (2 if dist.get_rank() == 0 else 0)
-    write_final(trained, folder / f"final-{dist.get_world_size()}.safetensors")
+    write_final(trained, folder / f"{optimizer}-{dist.get_world_size()}.safetensors")
 
 
 def resume(folder: Path, optimizer: str, source: str) -> None:
@@ -205,51 +208,69 @@ def resume(folder: Path, optimizer: str, source: str) -> None:
     for _ in trained.train(SAVED_AT, STEPS):
         pass
     trained.check_parts()
-    write_final(trained, folder / f"resumed-{source}-{dist.get_world_size()}.safetensors")
+    write_final(trained, folder / f"{source}-on-{dist.get_world_size()}.safetensors")
+
+
+COMPARED = (
+    ("custom_cnn", False, False),
+    ("custom_cnn", True, False),
+    ("custom_cnn", False, True),
+    ("resnet18", False, False),
+    ("vgg16", True, False),
+    ("vit", True, False),
+)
 
 
 def compare_with_ddp(folder: Path) -> None:
-    """Networks with batch normalisation, whose statistics each process has of its own, whole and with a frozen backbone."""
+    """Networks with batch normalisation, whose statistics each process has of its own; frozen backbones; half precision."""
     from galaxydist.models.build import build_model
     from galaxydist.recipe.schema import ModelConfig
 
     mesh = open_mesh(torch.device("cpu"))
     largest: dict[str, float] = {}
-    for name, freeze in (("custom_cnn", False), ("custom_cnn", True), ("resnet18", False), ("vgg16", True), ("vit", True)):
+    for name, freeze, half in COMPARED:
         torch.manual_seed(1)
         config = ModelConfig(name=name, width=4, freeze_backbone=freeze)
-        model = build_model(config, 3, 32, say=lambda _: None).double()
+        model = build_model(config, 3, 32, say=lambda _: None).to(torch.float32 if half else torch.float64)
         ddp = nn.parallel.DistributedDataParallel(copy.deepcopy(model), broadcast_buffers=False)
         shard_model(model, mesh)
-        own = slice(dist.get_rank(), None, dist.get_world_size())
-        optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (ddp, model)]
-        for step in range(2):
-            images_BCHW, labels_B, _ = draw_batch(step)
-            for trained, optimizer in zip((ddp, model), optimizers, strict=True):
-                trained.train()
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(trained(images_BCHW[own]), labels_B[own]).backward()
-                optimizer.step()
+        for trained in (ddp, model):
+            train_batches(trained, half)
         whole = gather(model.state_dict())
         differences = [(whole[key] - value).abs().max().item() for key, value in ddp.module.state_dict().items()]
-        largest[f"{name}{' frozen' if freeze else ''}"] = max(differences)
+        largest[f"{name}, frozen={freeze}, half={half}"] = max(differences)
     (folder / f"differences-{dist.get_rank()}.json").write_text(json.dumps(largest))
 
 
-def main(world_size: int, task: str, folder: Path, optimizer: str, option: str) -> None:
+def train_batches(model: nn.Module, half: bool) -> None:
+    own = slice(dist.get_rank(), None, dist.get_world_size())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(2):
+        images_BCHW, labels_B, _ = draw_batch(step)
+        images_BCHW = images_BCHW.to(next(model.parameters()).dtype)
+        model.train()
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
+            logits_BK = model(images_BCHW[own])
+        nn.functional.cross_entropy(logits_BK, labels_B[own]).backward()
+        optimizer.step()
+
+
+TASKS: dict[str, Callable[..., None]] = {"train": train, "resume": resume, "compare": compare_with_ddp}
+
+
+def main(world_size: int, folder: Path, tasks: list[str]) -> None:
+    """Tasks are written ``name:argument:argument``."""
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo")
-    try:
-        if task == "train":
-            train(folder, optimizer, background=option == "background")
-        elif task == "resume":
-            resume(folder, optimizer, option)
-        else:
-            compare_with_ddp(folder)
-        assert dist.get_world_size() == world_size
-    finally:
-        dist.destroy_process_group()
+    else:
+        open_mesh(torch.device("cpu"))
+    assert dist.get_world_size() == world_size
+    for task in tasks:
+        name, *arguments = task.split(":")
+        TASKS[name](folder, *arguments)
+    dist.destroy_process_group()
 
 
 def read_final(path: Path) -> dict[str, Tensor]:
@@ -258,4 +279,4 @@ def read_final(path: Path) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), *sys.argv[4:6])
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
