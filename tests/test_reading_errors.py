@@ -14,17 +14,22 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from galaxydist.cli.main import main as galaxydist
 from galaxydist.errors import UserError
 from galaxydist.runs import checkpoints
+from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
+from galaxydist.training.nonfinite import Nonfinite
 from galaxydist.training.skipping import Skipped
+from galaxydist.training.spikes import SpikeDetector
 from galaxydist.training.state import TrainingState
 from galaxydist.training.stopping import EarlyStopping
+from galaxydist.training.world import World
 from tests.damage import break_picture, shard_of, truncate
 from tests.runs import TORCHRUN_2, launch, quick_settings, read_evaluation, read_losses, read_metrics, run_here
 
@@ -151,26 +156,28 @@ def test_a_batch_of_which_nothing_can_be_read(copy: Manifest, tmp_path: Path) ->
     settings = {"train__epochs": 1, "train__batch_size": 4, "train__log_every": 1, "data__on_error": "skip"}
     assert run_here(quick_settings(copy.path, tmp_path / "run", **settings)) == 0
     losses = read_losses(tmp_path / "run")
-    assert losses[2] == 0 and all(np.isfinite([*losses.values()]))
+    assert losses.pop(2) is None and all(np.isfinite([*losses.values()]))
     assert skipped(tmp_path / "run")[18] == 4
     newest = checkpoints.load(tmp_path / "run" / "checkpoints")
     assert newest is not None and all(tensor.isfinite().all() for tensor in newest.tensors.values() if tensor.is_floating_point())
 
 
-def test_a_checkpoint_that_does_not_count_the_skipped_still_loads() -> None:
+def test_a_checkpoint_that_does_not_count_the_skipped_still_loads(tmp_path: Path) -> None:
     def build() -> TrainingState:
         model = nn.Linear(2, 2)
-        return TrainingState(model, torch.optim.SGD(model.parameters()), None, None, EarlyStopping("loss", 0), Skipped("skip", 9))
+        parts = EarlyStopping("loss", 0), Skipped("skip", 9), Nonfinite("stop", 0, RunFolder(tmp_path), str), SpikeDetector(8)
+        return TrainingState(model, torch.optim.SGD(model.parameters()), None, None, *parts)
 
+    world = World(Accelerator(cpu=True), 0, 1, ranks_on_node=1, cores=1, precision="no", job_id=None, restart_count=0)
     old = build()
     old.skipped.load_state_dict({"samples": [4, 7]})
-    tensors, state = old.snapshot()
+    tensors, state = old.snapshot(world)
     again = build()
-    again.restore(tensors, state)
+    again.restore(world, tensors, state)
     assert len(again.skipped) == 2
     del state["progress"]["skipped"]
     again = build()
-    again.restore(tensors, state)
+    again.restore(world, tensors, state)
     assert len(again.skipped) == 0 and torch.equal(again.model.weight, old.model.weight)
 
 

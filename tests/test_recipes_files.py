@@ -10,6 +10,7 @@ from torch import nn
 from galaxydist.models import MODEL_NAMES, build_model, parameter_groups
 from galaxydist.recipe.load import ResolvedRecipe, load_recipe
 from galaxydist.recipe.schema import ModelName, Recipe
+from galaxydist.training.optimizer import build_optimizer
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 NAMES = [path.stem for path in RECIPES]
@@ -62,12 +63,8 @@ def test_every_recipe_takes_two_steps(path: Path) -> None:
     torch.manual_seed(0)
     recipe = load(path, "model.pretrained=false").recipe
     model = build_model(recipe.model, 10, 32).train()
-    groups = parameter_groups(model, recipe.optim.weight_decay)
-    optimizer = (
-        torch.optim.AdamW(groups, lr=recipe.optim.lr, betas=(0.9, recipe.optim.beta2))
-        if recipe.optim.name == "adamw"
-        else torch.optim.SGD(groups, lr=recipe.optim.lr, momentum=recipe.optim.momentum, nesterov=True)
-    )
+    groups = parameter_groups(model, recipe.optim.weight_decay, recipe.optim.layer_decay)
+    optimizer = build_optimizer([dict(group) for group in groups], recipe.optim, torch.device("cpu"))
     before = [p.detach().clone() for p in model.parameters()]
     for _ in range(2):
         logits_BK = model(torch.randn(2, 3, 32, 32))

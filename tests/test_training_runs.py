@@ -44,7 +44,9 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(
     assert evaluation["dataset"] == "blobs" and evaluation["split"] == "test"
     steps = [line["step"] for line in read_metrics(run_dir)]
     assert steps == sorted(steps) and steps[-1] == 36
-    assert {"train/loss", "train/accuracy", "train/lr", "time/img_s", "time/data_wait"} <= read_metrics(run_dir)[0].keys()
+    assert read_metrics(run_dir)[0].keys() == {"step", "epoch", "train/loss", "train/accuracy", "train/lr"}
+    timing = [json.loads(line) for line in (run_dir / "timing.jsonl").read_text().splitlines()]
+    assert {"step", "time/img_s", "time/data_wait", "time/forward_backward", "time/optimizer"} <= timing[0].keys()
     assert json.loads((run_dir / "recipe.json").read_text())["recipe"]["train.epochs"] == 12
     assert not (run_dir / "lock.json").exists()
 

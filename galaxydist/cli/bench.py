@@ -2,7 +2,7 @@
 
 ``simulator``: how easy the simulated survey is for classifiers that see no shapes. ``transfer``: how much it is like the sky.
 ``loader``: how fast pictures become batches. ``order``: how well and how fast galaxies are shuffled.
-``remote``: how an epoch comes from a slow server that fails.
+``remote``: how an epoch comes from a slow server that fails. ``saving``: how long a training waits for its checkpoints.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 from galaxydist.cli.bench_loader import add_loader
 from galaxydist.cli.bench_order import add_order
 from galaxydist.cli.bench_remote import add_remote
+from galaxydist.cli.bench_saving import add_saving
 from galaxydist.cli.options import Commands, add_data_dir, add_workers, non_negative_int, positive_int
 
 
@@ -49,6 +50,7 @@ def add_parser(commands: Commands) -> None:
     add_loader(inner)
     add_order(inner)
     add_remote(inner)
+    add_saving(inner)
 
 
 def run_simulator(arguments: argparse.Namespace) -> None:

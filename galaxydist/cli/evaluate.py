@@ -18,6 +18,11 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("target", nargs="+", metavar="RUN", help="a run folder, or the recipe=NAME [key=value] that trained it")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default: %(default)s")
+    parser.add_argument(
+        "--tta",
+        choices=("none", "d4"),
+        help="d4: mean probability over the eight flips and quarter turns (default: the recipe's)",
+    )
     parser.add_argument("--manifest", metavar="FILE", help="path or URL of the shards' manifest, where they have moved")
     add_data_dir(parser)
     parser.set_defaults(run=run)
@@ -29,7 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from galaxydist.training.evaluate import evaluate_run
 
-    evaluate_run(run_dir, arguments.split, os.environ, manifest_path=arguments.manifest, data_dir=arguments.data_dir)
+    places = {"manifest_path": arguments.manifest, "data_dir": arguments.data_dir}
+    evaluate_run(run_dir, arguments.split, os.environ, **places, tta=arguments.tta)
 
 
 def _run_dir(target: list[str]) -> Path:

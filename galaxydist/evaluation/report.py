@@ -24,12 +24,15 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """Write ``<split>.json`` and the figures of the confusion matrix, the classes and the learning curves.
 
+    With test-time augmentation the files are named ``<split>-<tta>``, so that they lie beside those without.
+
     The JSON comes last and all at once: where it is, the figures are.
 
     Args:
         evaluation_dir: the run folder's ``evaluation``; made where it is missing.
         metrics: from ``metrics_from_counts``.
-        context: what was judged on what: ``dataset``, ``variant``, ``split``, ``model``, ``recipe`` and more plain values.
+        context: what was judged on what: ``dataset``, ``variant``, ``split``, ``model``, ``recipe`` and more plain values;
+            ``tta`` where it is not ``none``.
         metrics_log: the run's metrics.jsonl, for the learning curves.
         figures: also draw.
 
@@ -41,23 +44,28 @@ def write_evaluation(
         KeyError: the context lacks a key.
     """
     content = {"format": FORMAT_VERSION, "galaxydist": __version__, **context, **metrics}
-    split, title = context["split"], title_of(content)
+    stem, title = stem_of(context["split"], context.get("tta", "none")), title_of(content)
     evaluation_dir.mkdir(parents=True, exist_ok=True)
     if figures:
         from galaxydist.evaluation.figures import draw_confusion, draw_learning_curves, draw_per_class, save_figure
 
-        save_figure(draw_confusion(metrics, title), evaluation_dir / f"{split}-confusion")
-        save_figure(draw_per_class(metrics, title), evaluation_dir / f"{split}-classes")
+        save_figure(draw_confusion(metrics, title), evaluation_dir / f"{stem}-confusion")
+        save_figure(draw_per_class(metrics, title), evaluation_dir / f"{stem}-classes")
         lines = MetricsLog(metrics_log).read() if metrics_log is not None else []
         if lines:
             save_figure(draw_learning_curves(lines, title_of(context)), evaluation_dir / "learning-curves")
-    write_json(evaluation_dir / f"{split}.json", content)
+    write_json(evaluation_dir / f"{stem}.json", content)
     return content
 
 
-def read_evaluation(evaluation_dir: Path, split: str) -> dict[str, Any] | None:
+def stem_of(split: str, tta: str) -> str:
+    """What the files of an evaluation are called by: ``test``, or with test-time augmentation ``test-d4``."""
+    return split if tta == "none" else f"{split}-{tta}"
+
+
+def read_evaluation(evaluation_dir: Path, split: str, tta: str = "none") -> dict[str, Any] | None:
     """The evaluation of a split as it was written; None where there is none, or one that this version cannot use."""
-    path = evaluation_dir / f"{split}.json"
+    path = evaluation_dir / f"{stem_of(split, tta)}.json"
     if not path.is_file():
         return None
     try:
@@ -76,10 +84,11 @@ def render_evaluation(evaluation: Mapping[str, Any], evaluation_dir: Path) -> st
         evaluation: from ``write_evaluation`` or ``read_evaluation``.
         evaluation_dir: where it was written.
     """
-    split = evaluation["split"]
-    drawn = [*evaluation_dir.glob(f"{split}-*.png"), *evaluation_dir.glob("learning-curves.png")]
-    figures = "".join(f"\n  {path}" for path in sorted(drawn))
+    stem = stem_of(evaluation["split"], evaluation.get("tta", "none"))
+    names = ("learning-curves", f"{stem}-classes", f"{stem}-confusion")
+    drawn = [path for name in names if (path := evaluation_dir / f"{name}.png").is_file()]
+    figures = "".join(f"\n  {path}" for path in drawn)
     lines = [title_of(evaluation), "", headline(evaluation), "", format_table(evaluation), ""]
-    lines.append(f"numbers: {evaluation_dir / f'{split}.json'}")
+    lines.append(f"numbers: {evaluation_dir / f'{stem}.json'}")
     lines += [f"figures (also as PDF):{figures}"] if figures else []
     return "\n".join(lines)

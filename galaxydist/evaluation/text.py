@@ -10,14 +10,17 @@ def title_of(evaluation: Mapping[str, Any]) -> str:
     """One line that says what was judged on what, for figures and tables.
 
     Args:
-        evaluation: ``dataset``, ``variant``, ``model`` and ``recipe``; ``split`` and ``count`` are named where there is a count.
+        evaluation: ``dataset``, ``variant``, ``model`` and ``recipe``; ``split``, ``tta`` and ``count`` are named where there
+            is a count.
     """
     model, recipe = evaluation["model"], evaluation["recipe"]
     named = model if recipe == model else f"{model} (recipe {recipe})"
     data = f"{evaluation['dataset']} ({evaluation['variant']})"
     if "count" not in evaluation:
         return f"{data}, {named}"
-    return f"{data}, {evaluation['split']} split, {named}, N = {evaluation['count']:,}"
+    tta = evaluation.get("tta", "none")
+    seen = "" if tta == "none" else f", {tta.upper()} views averaged"
+    return f"{data}, {evaluation['split']} split, {named}{seen}, N = {evaluation['count']:,}"
 
 
 def headline(metrics: Mapping[str, Any]) -> str:

@@ -1,15 +1,21 @@
 """Which parameters the optimizer moves, and which of them decay."""
 
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
 
 from torch import nn
 
 
 class ParameterGroup(TypedDict):
-    """One of the optimizer's parameter groups."""
+    """One of the optimizer's parameter groups; ``lr_scale`` is what the learning rate is multiplied by (layer decay)."""
 
     params: list[nn.Parameter]
     weight_decay: float
+    lr_scale: NotRequired[float]
+
+
+# Of our own networks: the stem, each block of ``stages``, and what no pattern finds is the head.
+_OWN_LAYERS = {"stem": r"^stem", "blocks": r"^stages\.(\d+)(?:\.(\d+))?"}
 
 
 def no_decay_names(model: nn.Module) -> set[str]:
@@ -23,13 +29,48 @@ def no_decay_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad and (p.ndim <= 1 or name in exempt)}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[ParameterGroup]:
+def layer_depths(model: nn.Module) -> dict[str, int]:
+    """How deep each parameter lies, counted from the head (0) down to the stem.
+
+    The layers are timm's (``group_matcher``) where the model has them. A layer of vectors alone is none: it is the normalisation
+    of the convolution before it (timm counts the two apart in a VGG, which would decay each convolution twice).
+    """
+    from timm.models import group_parameters
+
+    architecture: Any = model
+    matcher = architecture.group_matcher(coarse=False) if hasattr(model, "group_matcher") else _OWN_LAYERS
+    layers: Mapping[int, list[str]] = group_parameters(model, matcher)
+    parameters = dict(model.named_parameters())
+    joined: list[list[str]] = []
+    for _, names in sorted(layers.items()):
+        if joined and all(parameters[name].ndim <= 1 for name in names):
+            joined[-1] += names
+        else:
+            joined.append([*names])
+    return {name: len(joined) - 1 - layer for layer, names in enumerate(joined) for name in names}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[ParameterGroup]:
     """The trained parameters of ``model`` for an optimizer: those that decay, then those that do not; each in the model's order.
 
-    Frozen parameters are in neither, and a group that would be empty is left out.
+    With ``layer_decay`` below 1 there are two such groups for every layer, from the stem to the head, and the rate of each is
+    scaled by ``layer_decay ** depth`` (BEiT, Bao et al. 2021, arXiv:2106.08254). Frozen parameters are in none, and a
+    group that would be empty is left out.
     """
     exempt = no_decay_names(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if layer_decay == 1.0:
+        return _split(trained, exempt, weight_decay)
+    depths = layer_depths(model)
+    groups: list[ParameterGroup] = []
+    for depth in sorted(set(depths.values()), reverse=True):
+        layer = [(name, parameter) for name, parameter in trained if depths[name] == depth]
+        for group in _split(layer, exempt, weight_decay):
+            groups.append({**group, "lr_scale": layer_decay**depth})
+    return groups
+
+
+def _split(trained: list[tuple[str, nn.Parameter]], exempt: set[str], weight_decay: float) -> list[ParameterGroup]:
     groups: list[ParameterGroup] = [
         {"params": [p for name, p in trained if name not in exempt], "weight_decay": weight_decay},
         {"params": [p for name, p in trained if name in exempt], "weight_decay": 0.0},

@@ -200,12 +200,20 @@ def _load_best(checkpoints_dir: Path, groups: Sequence[str] | None) -> Checkpoin
     path = best_path(checkpoints_dir)
     if path is None:
         return None
+    return read_sound(path, groups=groups)
+
+
+def read_sound(path: Path, *, groups: Sequence[str] | None = None) -> Checkpoint:
+    """Read one checkpoint.
+
+    Raises:
+        UserError: it is damaged.
+    """
     try:
         return read_checkpoint(path, groups=groups)
     except DamagedCheckpointError as error:
         raise UserError(
-            f"The best checkpoint, {path}, is damaged ({error}). "
-            "Restore it from a backup, or use the last one (eval.checkpoint=last)."
+            f"The checkpoint {path} is damaged ({error}). Restore it from a backup, or use the last one (eval.checkpoint=last)."
         ) from error
 
 

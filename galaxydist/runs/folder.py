@@ -57,6 +57,7 @@ class RunFolder:
         self.checkpoints_dir = path / "checkpoints"
         self.evaluation_dir = path / "evaluation"
         self.metrics = MetricsLog(self.metrics_path)
+        self.timing = MetricsLog(path / "timing.jsonl")
 
     def __str__(self) -> str:
         return str(self.path)

@@ -161,6 +161,14 @@ def picture_name(manifest: Manifest, split: str, shard: int, number: int) -> str
     return f"shard {manifest.shard_location(split, shard)}, galaxy {key}"
 
 
+def sample_name(manifest: Manifest, split: str, sample: int) -> str:
+    """The key of a stored sample."""
+    ends = np.cumsum(manifest.shards(split)["samples"])
+    shard = int(np.searchsorted(ends, sample, side="right"))
+    start = int(ends[shard - 1]) if shard else 0
+    return picture_name(manifest, split, shard, sample - start).rsplit(" ", 1)[-1]
+
+
 def _key_in_tar(manifest: Manifest, split: str, shard: int, number: int) -> str:
     """The key as the header before the picture has it; empty where there is no header."""
     sample = int(manifest.shards(split)["samples"][:shard].sum()) + number

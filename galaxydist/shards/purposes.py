@@ -23,4 +23,6 @@ class Purpose(IntEnum):
     NOISE_TABLE = 24
     MIXUP_FACTOR = 32
     CUTMIX_BOX = 33
+    MIX_CHANGED = 34
+    MIX_KIND = 35
     MODEL = 48

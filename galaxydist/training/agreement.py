@@ -1,12 +1,14 @@
-"""What all ranks must agree on each step: whether somebody was asked to stop, whether the loss is still a number, and how many
-galaxies could not be read.
+"""What all ranks must know alike of each step: its loss, whether somebody was asked to stop, whether a save is due or one has
+failed, whether the numbers are still finite, and how many galaxies could not be read.
 
-A signal handler sets a flag and nothing else. One small vector is reduced asynchronously each step and read one step later, so
-that every rank acts on it at the same step without waiting for the others.
+A signal handler sets a flag and nothing else. One small vector is reduced asynchronously each step and read while the next step
+is already under way, so that every rank acts on it at the same step without waiting for the others.
 """
 
+import math
 import signal
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -39,44 +41,128 @@ class StopFlag:
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """What holds for one step on all ranks: the signal that asks to stop (0: none), whether the loss of any rank was not finite,
-    galaxies that could not be read."""
+class Sums:
+    """The sums of one step over all ranks and micro-batches; ``loss`` is divided once (nan of nothing)."""
+
+    numerator: float = 0.0
+    weight: float = 0.0
+    correct: float = 0.0
+    count: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        return self.numerator / self.weight if self.weight > 0 else math.nan
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(
+            self.numerator + other.numerator,
+            self.weight + other.weight,
+            self.correct + other.correct,
+            self.count + other.count,
+        )
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What one rank has to tell of a step.
+
+    Args:
+        stop_signal: that asks to stop (0: none).
+        is_save_due: its clock says so.
+        has_failed: a save in the background has.
+        num_unreadable: galaxies that could not be read.
+    """
 
     stop_signal: int = 0
-    is_nonfinite: bool = False
+    is_save_due: bool = False
+    has_failed: bool = False
     num_unreadable: int = 0
 
 
+@dataclass(frozen=True)
+class Agreed:
+    """What holds for one step on all ranks.
+
+    Args:
+        step: optimizer steps done before it.
+        flags: of any rank; ``num_unreadable`` of all together.
+        is_nonfinite: the loss or the gradient is not finite; the step was left out.
+        sums: zero where it is not finite.
+    """
+
+    step: int
+    flags: Flags = field(default_factory=Flags)
+    is_nonfinite: bool = False
+    sums: Sums = Sums()
+
+
 class Agreement:
-    """One vector (each stop signal, non-finite losses, unreadable galaxies), its sum over all ranks, a step late.
+    """One vector a step (four sums, whether they are finite, and the flags), its sum over all ranks.
 
     Args:
         world_size: number of ranks; with one, nothing is sent.
-        device: where the vector lives.
+        device: where the sums are.
     """
 
     def __init__(self, world_size: int, device: torch.device) -> None:
         self._world_size = world_size
         self._device = device
-        self._vector: torch.Tensor | None = None
-        self._work: Any = None
+        self._posted: deque[_Posted] = deque()
 
-    def post(self, stop_signal: int, nonfinite: torch.Tensor, num_unreadable: int) -> None:
-        """Send this step's flags and counts. Every rank calls it once a step."""
-        known = [float(stop_signal == number) for number in STOP_SIGNALS]
-        counted = torch.tensor([*known, float(num_unreadable)], device=self._device)
-        self._vector = torch.cat([counted, nonfinite.float().to(self._device).reshape(1)])
-        if self._world_size > 1:
-            self._work = dist.all_reduce(self._vector, async_op=True)
+    def __len__(self) -> int:
+        return len(self._posted)
+
+    def post(self, step: int, sums: torch.Tensor, flags: Flags) -> None:
+        """Send what this rank knows of a step. Every rank calls it once a step.
+
+        Args:
+            step: optimizer steps done before.
+            sums: float64 of shape 5: loss numerator, loss weight, correct, counted, 1 where something is not finite; on the
+                device.
+            flags: of this rank.
+        """
+        known = [float(flags.stop_signal == number) for number in STOP_SIGNALS]
+        known += [float(flags.is_save_due), float(flags.has_failed), float(flags.num_unreadable)]
+        told = torch.tensor(known, dtype=torch.float64, pin_memory=self._device.type == "cuda")
+        vector = torch.cat([sums, told.to(self._device, non_blocking=True)])
+        work = dist.all_reduce(vector, async_op=True) if self._world_size > 1 else None
+        self._posted.append(_Posted(step, vector, work))
 
     def read(self) -> Agreed:
-        """What all ranks posted for the last step."""
-        if self._vector is None:
-            return Agreed()
-        if self._work is not None:
+        """What all ranks posted for the oldest step that has not been read."""
+        posted = self._posted.popleft()
+        numerator, weight, correct, count, nonfinite, *flags = posted.read()
+        *asked, save_due, failed, num_unreadable = flags
+        stop_signal = next((number for number, ranks in zip(STOP_SIGNALS, asked, strict=True) if ranks), 0)
+        is_nonfinite = nonfinite != 0.0  # also where it is nan itself
+        return Agreed(
+            posted.step,
+            Flags(int(stop_signal), save_due > 0, failed > 0, int(num_unreadable)),
+            is_nonfinite,
+            Sums() if is_nonfinite else Sums(numerator, weight, correct, count),
+        )
+
+
+class _Posted:
+    """A vector under way. From a GPU it is copied as soon as it is there: to read it must not wait for the steps after it."""
+
+    def __init__(self, step: int, vector: torch.Tensor, work: Any) -> None:
+        self.step = step
+        self._work = work
+        self._copied: Any = None
+        self._values = vector
+        if vector.device.type == "cuda":
+            if work is not None:
+                work.wait()  # the stream waits, not the host
+            self._values = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+            self._values.copy_(vector, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def read(self) -> list[float]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        elif self._work is not None:
             self._work.wait()
-        *asked, num_unreadable, num_nonfinite = self._vector.tolist()
-        self._vector = self._work = None
-        stop_signal = next((number for number, count in zip(STOP_SIGNALS, asked, strict=True) if count), 0)
-        return Agreed(int(stop_signal), num_nonfinite > 0, int(num_unreadable))
+        values: list[float] = self._values.tolist()
+        return values

@@ -6,13 +6,14 @@ from typing import Any
 
 from galaxydist.errors import EveryRankError, UserError
 from galaxydist.evaluation.report import read_evaluation, render_evaluation, write_evaluation
+from galaxydist.evaluation.views import Views
 from galaxydist.models.build import build_model
 from galaxydist.models.weights import write_weights
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.paths import data_root
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs import checkpoints
-from galaxydist.runs.checkpoint_folder import Checkpoint, DamagedCheckpointError, read_checkpoint
+from galaxydist.runs.checkpoint_folder import Checkpoint
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest
@@ -22,6 +23,9 @@ from galaxydist.training.state import evaluation_weights
 from galaxydist.training.validation import evaluate_split
 from galaxydist.training.world import World, enter_world, leave_world
 
+# What of a checkpoint is needed to judge it.
+JUDGED = ("model", "ema")
+
 
 def evaluate_run(
     run_dir: Path,
@@ -30,6 +34,7 @@ def evaluate_run(
     *,
     manifest_path: str | Path | None = None,
     data_dir: Path | None = None,
+    tta: Views | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run of ``launch.py`` on a split, write it into the run folder and print the table.
 
@@ -39,6 +44,7 @@ def evaluate_run(
         environ: the process's environment.
         manifest_path: path or URL of the shards, where they are no longer where the run had them.
         data_dir: the data root, likewise.
+        tta: instead of the recipe's ``eval.tta``; evaluations with and without lie side by side.
 
     Returns:
         The evaluation, as in its JSON file.
@@ -48,6 +54,8 @@ def evaluate_run(
     """
     folder = RunFolder(run_dir)
     recipe = from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
+    if tta is not None:
+        recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"tta": tta})})
     root = data_root(data_dir or recipe.data.dir, environ)
     manifest = open_shards(manifest_path or find_manifest(recipe.data, root), find_cache(recipe.data, root))
     if not has_split(manifest, split):
@@ -81,7 +89,7 @@ def save_weights(run_dir: Path, target: Path) -> int:
     """
     folder = RunFolder(run_dir)
     recipe = from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
-    checkpoint = _read_weights(_find_checkpoint(folder, recipe.eval.checkpoint))
+    checkpoint = checkpoints.read_sound(_find_checkpoint(folder, recipe.eval.checkpoint), groups=JUDGED)
     trained_on = TrainingData.from_dict(checkpoint.state["data"])
     target.parent.mkdir(parents=True, exist_ok=True)
     write_weights(target, evaluation_weights(checkpoint.tensors, checkpoint.state), trained_on.statistics)
@@ -101,7 +109,7 @@ def judge_run(world: World, folder: RunFolder, recipe: Recipe, manifest: Manifes
         world.say(f"no {split} split in {manifest.location}: nothing to evaluate")
         return None
     path = world.on_main(lambda: _find_checkpoint(folder, recipe.eval.checkpoint))
-    checkpoint = world.together(lambda: _read_weights(path))
+    checkpoint = world.together(lambda: checkpoints.read_sound(path, groups=JUDGED))
     trained_on = TrainingData.from_dict(checkpoint.state["data"])
     if trained_on.class_names != manifest.class_names:
         raise EveryRankError(
@@ -115,6 +123,7 @@ def judge_run(world: World, folder: RunFolder, recipe: Recipe, manifest: Manifes
         "dataset": manifest.dataset,
         "variant": manifest.variant,
         "split": split,
+        "tta": recipe.eval.tta,
         "manifest_hash": manifest.hash,
         "recipe": recipe.name,
         "model": recipe.model.name,
@@ -122,7 +131,7 @@ def judge_run(world: World, folder: RunFolder, recipe: Recipe, manifest: Manifes
         "checkpoint": path.name,
         "step": checkpoint.step,
     }
-    known = world.on_main(lambda: read_evaluation(evaluation_dir, split))
+    known = world.on_main(lambda: read_evaluation(evaluation_dir, split, recipe.eval.tta))
     if known is None or any(known.get(key) != value for key, value in context.items()):
         metrics = _evaluate(world, checkpoint, trained_on, recipe=recipe, manifest=manifest, split=split)
         known = world.on_main(lambda: write_evaluation(evaluation_dir, metrics, context, metrics_log=folder.metrics_path))
@@ -150,18 +159,5 @@ def _evaluate(
     model = build_model(config, manifest.num_classes, recipe.data.image_size)
     model.load_state_dict(evaluation_weights(checkpoint.tensors, checkpoint.state))
     augment = build_augment(recipe, trained_on, threads=world.cores)
-    return evaluate_split(world, model.to(world.device), manifest, split, augment=augment, recipe=recipe)
-
-
-def _read_weights(path: Path) -> Checkpoint:
-    """A checkpoint's model and moving average.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        return read_checkpoint(path, groups=("model", "ema"))
-    except DamagedCheckpointError as error:
-        raise UserError(
-            f"The checkpoint {path} is damaged ({error}). Restore it from a backup, or use the last one (eval.checkpoint=last)."
-        ) from error
+    model = model.to(device=world.device, dtype=world.dtype)
+    return evaluate_split(world, model, manifest, split, augment=augment, recipe=recipe)

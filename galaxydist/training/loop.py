@@ -1,23 +1,53 @@
 """The training loop: the order of things. Each part decides for itself what it does."""
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from galaxydist.errors import RunFailedError
 from galaxydist.shards.reader import Batch
-from galaxydist.training.agreement import Agreement, StopFlag
+from galaxydist.training.agreement import Agreed, Agreement, Flags, StopFlag
 from galaxydist.training.journal import Journal, Schedule
 from galaxydist.training.state import TrainingState
+from galaxydist.training.timing import StepTimer
 from galaxydist.training.update import Update
 from galaxydist.training.world import World
 
 
 class Saver(Protocol):
-    """Saves the training state; every rank calls it."""
+    """Saves the training state when it is due."""
 
-    def __call__(self, *, is_best: bool) -> None: ...
+    def is_due(self, step: int) -> bool:
+        """After so many steps; the same on every rank."""
+        ...
+
+    def flags(self) -> tuple[bool, bool]:
+        """What this rank alone knows: a save is due by its clock, and one in the background has failed."""
+        ...
+
+    def save(self, *, is_best: bool) -> None:
+        """Every rank calls it."""
+        ...
+
+    def raise_failure(self) -> None:
+        """Raise what went wrong in the background, on every rank. Every rank calls it."""
+        ...
+
+
+class Watcher(Protocol):
+    """Sees that the loop goes on."""
+
+    def beat(self, step: int, phase: str) -> None: ...
+
+
+class NoWatcher:
+    """Sees nothing."""
+
+    def beat(self, step: int, phase: str) -> None:
+        """Nothing."""
+
+
+def _nothing(_step: int) -> None:
+    """What a step that nobody looks at is followed by."""
 
 
 @dataclass
@@ -30,9 +60,12 @@ class Loop:
         state: what a checkpoint holds.
         update: one optimizer step.
         journal: what is written and shown.
-        save: writes a checkpoint of ``state``.
+        saver: checkpoints of ``state``.
         validate: numbers of the validation split (every rank calls it), or None where there is no such split.
-        validate_every, save_every: in epochs.
+        validate_every: in epochs.
+        timer: told where the time goes.
+        watch: told that it goes on.
+        step_done: called after each step, with its number.
     """
 
     world: World
@@ -40,13 +73,22 @@ class Loop:
     state: TrainingState
     update: Update
     journal: Journal
-    save: Saver
+    saver: Saver
     validate: Callable[[], dict[str, float]] | None
     validate_every: int
-    save_every: int
+    timer: StepTimer
+    watch: Watcher = field(default_factory=NoWatcher)
+    step_done: Callable[[int], None] = _nothing
+    agreement: Agreement = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.agreement = Agreement(self.world.size, self.world.device)
 
     def run(self, batches: Iterator[Batch], stop: StopFlag) -> int:
         """Train to the last step, to early stopping, or to a signal.
+
+        What the ranks agree on is known one step late, so that the next step is under way meanwhile; before an epoch ends or the
+        state is saved all of it is.
 
         Args:
             batches: this rank's, from the step of the state on, on the device.
@@ -58,57 +100,85 @@ class Loop:
         Raises:
             RunFailedError, EveryRankError: on every rank at the same step; nothing is saved.
         """
-        agreement = Agreement(self.world.size, self.world.device)
         while not self.is_done:
-            asked = time.monotonic()
-            batch = next(batches)
-            wait_s = time.monotonic() - asked
-            if stop_signal := self._agreed(agreement):
-                return self._stop(stop_signal)
-            sums = self.update(batch, self.state.step)
-            agreement.post(stop.signal_number, ~sums[0].isfinite(), self.state.skipped.take(batch))
-            rate = self.update.rate.at(self.state.step)
-            self.journal.step_done(self.state.step + 1, sums, wait_s, rate, self.state.skipped.metrics())
-            self.state.step += 1
-            if self.state.step % self.schedule.steps_per_epoch == 0:
-                stop_signal = self._agreed(agreement)
-                self._end_epoch()
-                if stop_signal:
-                    return self._stop(stop_signal)
+            self._take_step(batches, stop)
+            asked = self._settle(leave=1)
+            is_end = self.schedule.ends_epoch(self.state.step)
+            is_save_due = asked.is_save_due or self.saver.is_due(self.state.step)
+            if is_end or is_save_due or asked.stop_signal:
+                asked = _either(asked, self._settle(leave=0))
+                is_saved = is_end and self._end_epoch()
+                if (is_save_due or asked.stop_signal) and not is_saved:
+                    self._save(is_best=False)
+            if asked.stop_signal:
+                return asked.stop_signal
         return 0
 
     @property
     def is_done(self) -> bool:
         return self.state.step >= self.schedule.total_steps or self.state.stopping.should_stop
 
-    def _agreed(self, agreement: Agreement) -> int:
-        """The stop signal that all ranks know of, after refusing to go on from a loss that is not a number, or without too many
-        galaxies."""
-        agreed = agreement.read()
-        if agreed.is_nonfinite:
-            raise RunFailedError(
-                f"The loss of step {self.state.step} is not a number. The last checkpoint is from before it and stays. "
-                "Lower optim.lr, lengthen optim.warmup, or use train.precision=no."
-            )
-        if agreed.num_unreadable:
-            for text in self.state.skipped.settle(self.world):
-                self.journal.say(f"warning: {text}")
-        return agreed.stop_signal
+    def _take_step(self, batches: Iterator[Batch], stop: StopFlag) -> None:
+        step = self.state.step
+        self.watch.beat(step, "data")
+        with self.timer.part("data_wait"):
+            batch = next(batches)
+        self.watch.beat(step, "forward and backward")
+        sums = self.update(batch, step)
+        self.state.nonfinite.remember(step, batch)
+        is_save_due, has_failed = self.saver.flags()
+        unreadable = self.state.skipped.take(step, batch)
+        self.agreement.post(step, sums, Flags(stop.signal_number, is_save_due, has_failed, unreadable))
+        self.state.step += 1
+        self.step_done(step)
 
-    def _end_epoch(self) -> None:
+    def _settle(self, leave: int) -> Flags:
+        """Act on what the ranks have agreed on, of all steps but the last ``leave``; what is asked of the loop."""
+        asked = Flags()
+        self.watch.beat(self.state.step, "agreement")
+        while len(self.agreement) > leave:
+            agreed = self.agreement.read()
+            asked = _either(asked, agreed.flags)
+            if agreed.flags.has_failed:
+                self.saver.raise_failure()
+            self._take_in(agreed)
+        return asked
+
+    def _take_in(self, agreed: Agreed) -> None:
+        if agreed.flags.num_unreadable:
+            for text in self.state.skipped.settle(self.world, agreed.step):
+                self.journal.say(f"warning: {text}")
+        if agreed.is_nonfinite:
+            self.journal.say(self.state.nonfinite.settle(self.world, agreed.step))
+        elif warning := self.state.spikes.update(agreed.step, agreed.sums.loss):
+            self.journal.say(f"warning: {warning}")
+        counters = {**self.state.skipped.metrics(), **self.state.nonfinite.metrics()}
+        self.journal.step_done(agreed, self.update.rate.at(agreed.step), counters)
+
+    def _end_epoch(self) -> bool:
+        """Validate and save where it is due; whether it was saved."""
         epoch = self.state.step // self.schedule.steps_per_epoch
         is_last = self.state.step >= self.schedule.total_steps
         validation: dict[str, float] = {}
         is_best = False
         if self.validate is not None and (is_last or epoch % self.validate_every == 0):
+            self.watch.beat(self.state.step, "validation")
             validation = self.validate()
             is_best = self.state.stopping.update(validation[f"val/{self.state.stopping.metric}"], self.state.step)
             self.journal.record(self.state.step, validation)
-        if is_best or is_last or epoch % self.save_every == 0 or self.state.stopping.should_stop:
-            self.save(is_best=is_best)
+            self.journal.restart_clock()
+        is_saved = is_best or self.state.stopping.should_stop or self.saver.is_due(self.state.step)
+        if is_saved:
+            self._save(is_best=is_best)
         self.journal.epoch_done(self.state.step, validation)
-        self.journal.restart_clock()
+        return is_saved
 
-    def _stop(self, stop_signal: int) -> int:
-        self.save(is_best=False)
-        return stop_signal
+    def _save(self, *, is_best: bool) -> None:
+        self.watch.beat(self.state.step, "saving")
+        with self.timer.part("checkpoint"):
+            self.saver.save(is_best=is_best)
+
+
+def _either(first: Flags, second: Flags) -> Flags:
+    """What is asked by any of both."""
+    return Flags(first.stop_signal or second.stop_signal, first.is_save_due or second.is_save_due)

@@ -1,10 +1,43 @@
 """The training loss as a sum and a weight: sums are added over micro-batches and ranks, and divided once."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch.nn import functional
+
+from galaxydist.training.mixing import Mix, Part, take
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the galaxies of a batch are to be taken for, and what that weighs in the loss.
+
+    Args:
+        labels_B: int64, their own labels.
+        weights_B: float32 weight of the own label: the galaxy's, times its share lam of the label, times the class's.
+        majority_B: int64, the label of the larger share (the own one of two equal ones): the one that counts as correct.
+        partner_labels_B, partner_weights_B: the same of the galaxies that they are mixed with; None where nothing is mixed.
+    """
+
+    labels_B: torch.Tensor
+    weights_B: torch.Tensor
+    majority_B: torch.Tensor
+    partner_labels_B: torch.Tensor | None = None
+    partner_weights_B: torch.Tensor | None = None
+
+    @property
+    def total_weights_B(self) -> torch.Tensor:
+        """The weight of every galaxy, float32: their sum over all ranks is what the numerators are divided by."""
+        return self.weights_B if self.partner_weights_B is None else self.weights_B + self.partner_weights_B
+
+    def take(self, part: Part) -> "Targets":
+        """Of a part of the batch."""
+        labels_B, weights_B, majority_B = (take(values, part) for values in (self.labels_B, self.weights_B, self.majority_B))
+        if self.partner_labels_B is None or self.partner_weights_B is None:
+            return Targets(labels_B, weights_B, majority_B)
+        return Targets(labels_B, weights_B, majority_B, take(self.partner_labels_B, part), take(self.partner_weights_B, part))
 
 
 class Objective:
@@ -12,7 +45,9 @@ class Objective:
 
     Sample i adds ``w_i * CE_i`` to the numerator and ``w_i`` to the weight, where ``w_i`` is its own weight (0 for a
     picture that could not be read) times its class's. Label smoothing e mixes the one-hot target with the uniform
-    distribution: ``(1 - e) onehot + e / K`` (Szegedy et al. 2016, arXiv:1512.00567, section 7).
+    distribution: ``(1 - e) onehot + e / K`` (Szegedy et al. 2016, arXiv:1512.00567, section 7). A sample mixed with another, of
+    which lam is its own, adds ``lam w_i CE_i + (1 - lam) w'_i CE'_i`` and ``lam w_i + (1 - lam) w'_i``, where ``w'_i`` and
+    ``CE'_i`` are those of the other's class.
 
     Args:
         class_weights_K: float32 weight of each class.
@@ -23,9 +58,32 @@ class Objective:
         self.class_weights_K = class_weights_K
         self.label_smoothing = label_smoothing
 
+    def targets(self, labels_B: torch.Tensor, sample_weights_B: torch.Tensor, mix: Mix | None = None) -> Targets:
+        """Labels and weights of a rank's whole batch; needs no image.
+
+        Args:
+            labels_B: int64.
+            sample_weights_B: float32.
+            mix: of the same batch; None: not mixed.
+        """
+        weights_B = self.weights(labels_B, sample_weights_B)
+        if mix is None:
+            return Targets(labels_B, weights_B, labels_B)
+        partner_labels_B, shares_B = mix.partners(labels_B), mix.partner_shares_B
+        partner_weights_B = self.weights(partner_labels_B, sample_weights_B) * shares_B
+        majority_B = torch.where(shares_B > 0.5, partner_labels_B, labels_B)
+        return Targets(labels_B, weights_B * (1 - shares_B), majority_B, partner_labels_B, partner_weights_B)
+
     def weights(self, labels_B: torch.Tensor, sample_weights_B: torch.Tensor) -> torch.Tensor:
-        """The weight of every sample, float32 of shape B."""
+        """The weight of every sample that is not mixed, float32 of shape B."""
         return self.class_weights_K[labels_B] * sample_weights_B
+
+    def summed_loss(self, logits_BK: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """The numerator of mixed or unmixed samples, as ``numerator``."""
+        own = self.numerator(logits_BK, targets.labels_B, targets.weights_B)
+        if targets.partner_labels_B is None or targets.partner_weights_B is None:
+            return own
+        return own + self.numerator(logits_BK, targets.partner_labels_B, targets.partner_weights_B)
 
     def numerator(self, logits_BK: torch.Tensor, labels_B: torch.Tensor, weights_B: torch.Tensor) -> torch.Tensor:
         """``sum_i w_i CE_i``, a float32 scalar (float64 for float64 logits) with a gradient."""

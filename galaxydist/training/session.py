@@ -6,41 +6,38 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
-from galaxydist.errors import UserError
+from galaxydist.errors import OneRankFailedError, UserError
 from galaxydist.models.build import build_model
-from galaxydist.models.groups import parameter_groups
 from galaxydist.recipe.identity import flatten, result_fields, run_name, to_dict
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.paths import data_root, weights_dir
 from galaxydist.runs import checkpoints
+from galaxydist.runs.checkpoint_folder import Checkpoint
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock import RunLock
-from galaxydist.shards.augment import Augment
+from galaxydist.runs.save_policy import SavePolicy
 from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.reader import TrainReader
 from galaxydist.training.agreement import StopFlag
-from galaxydist.training.data import TrainingData, build_augment, find_cache, find_manifest, has_split, open_manifest
+from galaxydist.training.data import TrainingData, find_cache, find_manifest, has_split, open_manifest
 from galaxydist.training.evaluate import judge_run
 from galaxydist.training.feed import DeviceFeed
-from galaxydist.training.journal import Journal, Schedule
+from galaxydist.training.journal import Journal
 from galaxydist.training.loop import Loop
-from galaxydist.training.objective import Objective, class_weights
-from galaxydist.training.optimizer import LearningRate, build_optimizer
-from galaxydist.training.skipping import Skipped
+from galaxydist.training.out_of_memory import explain_out_of_memory, is_out_of_memory
+from galaxydist.training.parts import Parts, build_parts, build_update, check_parts
+from galaxydist.training.saving import Saving
 from galaxydist.training.state import TrainingState
-from galaxydist.training.stopping import EarlyStopping
+from galaxydist.training.statistics import average_statistics
+from galaxydist.training.timing import StepTimer
 from galaxydist.training.tracking import NullTracker, Tracker, build_tracker
-from galaxydist.training.update import Update
-from galaxydist.training.validation import average_statistics, evaluate_split
+from galaxydist.training.validation import evaluate_split
 from galaxydist.training.world import World, enter_world, leave_world
 
 
@@ -62,17 +59,6 @@ def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> int:
         return Session(resolved, world, environ).run()
     finally:
         leave_world()
-
-
-@dataclass
-class Parts:
-    """What is made before the loop."""
-
-    state: TrainingState
-    update: Update
-    augment: Augment
-    schedule: Schedule
-    judged: nn.Module
 
 
 class Session:
@@ -100,8 +86,9 @@ class Session:
         path, cache = find_manifest(self.recipe.data, self.root), find_cache(self.recipe.data, self.root)
         manifest = self.world.together(lambda: open_manifest(path, cache, self.recipe, self.world.size))
         self.world.on_main(lambda: check_columns(manifest))
+        check_parts(self.recipe, self.world.size)
         torch.manual_seed(self.recipe.seed)
-        model = self.world.together(lambda: self._build_model(manifest)).to(self.world.device)
+        model = self.world.together(lambda: self._build_model(manifest))
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopFlag())
             folder = RunFolder(Path(self.world.on_main(lambda: str(self._open_folder(stack, manifest)))))
@@ -109,8 +96,10 @@ class Session:
                 self.world.say(f"{folder} is finished.")
                 judge_run(self.world, folder, self.recipe, manifest, "test")
                 return 0
-            parts = self._build_parts(model, manifest)
-            self.world.together(lambda: self._restore(parts.state, folder))
+            found = self._find_checkpoint(folder)
+            stored = found.state["progress"].get("micro_batch") if found is not None else None
+            parts = build_parts(self.world, self.recipe, manifest, model, folder, stored_micro_batch=stored)
+            self._restore(parts.state, folder, found)
             tracker = self._start_tracker(folder, parts.state, manifest)
             return self._train(parts, manifest, folder, tracker, stop)
 
@@ -148,42 +137,29 @@ class Session:
         )
         return folder.path
 
-    def _build_parts(self, model: nn.Module, manifest: Manifest) -> Parts:
-        world, config, train_split = self.world, self.recipe.train, manifest.splits["train"]
-        steps_per_epoch = train_split.num_samples // config.batch_size
-        schedule = Schedule(steps_per_epoch, config.epochs * steps_per_epoch, config.batch_size)
-        groups: list[dict[str, Any]] = [dict(group) for group in parameter_groups(model, self.recipe.optim.weight_decay)]
-        ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema > 0 else None
-        prepared_model, optimizer = world.accelerator.prepare(model, build_optimizer(groups, self.recipe.optim))
-        augment = build_augment(self.recipe, TrainingData.of(manifest, self.recipe), threads=world.cores)
-        objective = Objective(
-            class_weights(config.class_weights, train_split.class_counts).to(world.device), config.label_smoothing
-        )
-        rate = LearningRate(self.recipe.optim, schedule.total_steps)
-        update = Update(
-            world,
-            prepared_model,
-            optimizer,
-            objective=objective,
-            augment=augment,
-            rate=rate,
-            ema=ema,
-            config=config,
-            seed=self.recipe.seed,
-        )
-        stopping = EarlyStopping(config.metric, config.patience)
-        skipped = Skipped(self.recipe.data.on_error, self.recipe.data.max_errors)
-        state = TrainingState(model, optimizer, world.accelerator.scaler, ema, stopping, skipped)
-        return Parts(state, update, augment, schedule, model if ema is None else ema.module)
+    def _find_checkpoint(self, folder: RunFolder) -> Checkpoint | None:
+        """The newest sound checkpoint, where there is one: rank 0 says which, and every rank reads that one."""
+        found: list[Checkpoint | None] = []
 
-    def _restore(self, state: TrainingState, folder: RunFolder) -> None:
-        """Go on from the newest sound checkpoint, where there is one. Every rank reads it."""
-        newest = checkpoints.load(folder.checkpoints_dir)
-        if newest is not None:
-            state.restore(newest.tensors, newest.state)
+        def find() -> Path | None:
+            found.append(checkpoints.load(folder.checkpoints_dir))
+            return found[0].path if found[0] is not None else None
+
+        path = self.world.on_main(find)
+        if path is None:
+            return None
+        return self.world.together(lambda: found[0] if found and found[0] else checkpoints.read_sound(path))
+
+    def _restore(self, state: TrainingState, folder: RunFolder, found: Checkpoint | None) -> None:
+        if found is not None:
+            self.world.together(lambda: state.restore(self.world, found.tensors, found.state))
             self.world.say(f"continuing {folder} from step {state.step}")
-        if self.world.is_main:
-            folder.metrics.cut_back(state.step)
+        self.world.on_main(lambda: self._cut_back(folder, state.step))
+
+    @staticmethod
+    def _cut_back(folder: RunFolder, step: int) -> None:
+        folder.metrics.cut_back(step)
+        folder.timing.cut_back(step)
 
     def _start_tracker(self, folder: RunFolder, state: TrainingState, manifest: Manifest) -> Tracker:
         if not self.world.is_main:
@@ -205,42 +181,65 @@ class Session:
         return tracker
 
     def _train(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopFlag) -> int:
-        recipe, world, state = self.recipe, self.world, parts.state
+        world, state = self.world, parts.state
         exit_code = 1
         summary: dict[str, float] = {}
         try:
-            with (
-                world.together(lambda: self._open_reader(manifest, state.step)) as reader,
-                DeviceFeed(reader, world.device) as batches,
-                Journal(
-                    world, folder, tracker, parts.schedule, first_step=state.step, log_every=recipe.train.log_every
-                ) as journal,
-            ):
-                loop = Loop(
-                    world,
-                    parts.schedule,
-                    state,
-                    parts.update,
-                    journal,
-                    lambda is_best: self._save(parts, manifest, folder, is_best),
-                    (lambda: self._validate(parts, manifest)) if has_split(manifest, "val") else None,
-                    validate_every=recipe.eval.every,
-                    save_every=recipe.train.save_every,
-                )
-                stop_signal = loop.run(batches, stop)
+            stop_signal = self._loop(parts, manifest, folder, tracker, stop)
             if stop_signal:
-                self.world.say(
-                    f"stopped by signal {stop_signal} at step {state.step}, which is saved; the same command continues it"
-                )
+                world.say(f"stopped by signal {stop_signal} at step {state.step}, which is saved; the same command continues it")
                 return stop_signal
-            metrics = judge_run(world, folder, recipe, manifest, "test")
+            metrics = judge_run(world, folder, self.recipe, manifest, "test")
             summary = {f"test/{name}": metrics[name] for name in ("accuracy", "balanced_accuracy", "loss")} if metrics else {}
-            summary |= state.skipped.metrics()
+            summary |= {**state.skipped.metrics(), **state.nonfinite.metrics()}
             world.on_main(lambda: folder.write_result({"step": state.step, **summary}))
             exit_code = 0
         finally:
             tracker.finish(summary, exit_code)
         return 0
+
+    def _loop(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopFlag) -> int:
+        """Train from where the state is; the signal that stopped it, or 0. When it returns, the last checkpoint is whole."""
+        world, config, state = self.world, self.recipe.train, parts.state
+        timer = StepTimer(world.device)
+        schedule = parts.schedule
+        policy = SavePolicy(schedule.steps_per_epoch, schedule.total_steps, config.save_steps, config.save_every)
+        data = TrainingData.of(manifest, self.recipe).to_dict()
+        context = {"data": data, "order_version": self.recipe.order_version, "recipe": to_dict(self.recipe)}
+        with (
+            world.together(lambda: self._open_reader(manifest, state.step)) as reader,
+            DeviceFeed(reader, world.device) as batches,
+            Saving(world, folder, self._lock, state, policy, context=context, config=config, clock=time.monotonic) as saving,
+            Journal(
+                world,
+                folder,
+                tracker,
+                parts.schedule,
+                window=state.window,
+                timer=timer,
+                first_step=state.step,
+                log_every=config.log_every,
+            ) as journal,
+        ):
+            loop = Loop(
+                world,
+                parts.schedule,
+                state,
+                build_update(world, self.recipe, manifest, parts, timer),
+                journal,
+                saving,
+                validate=(lambda: self._validate(parts, manifest)) if has_split(manifest, "val") else None,
+                validate_every=self.recipe.eval.every,
+                timer=timer,
+            )
+            try:
+                stop_signal = loop.run(batches, stop)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise OneRankFailedError(explain_out_of_memory(error, self.recipe, world, parts.micro_batch)) from error
+            saving.finish()
+        return stop_signal
 
     def _open_reader(self, manifest: Manifest, start_step: int) -> TrainReader:
         data = self.recipe.data
@@ -267,17 +266,3 @@ class Session:
         average_statistics(self.world, parts.state.model, parts.judged)
         found = evaluate_split(self.world, parts.judged, manifest, "val", augment=parts.augment, recipe=self.recipe)
         return {f"val/{name}": found[name] for name in ("loss", "accuracy", "balanced_accuracy")}
-
-    def _save(self, parts: Parts, manifest: Manifest, folder: RunFolder, is_best: bool) -> None:
-        """Every rank takes part: batch-norm statistics are averaged first; rank 0 writes."""
-        average_statistics(self.world, parts.state.model, parts.judged)
-
-        def write() -> None:
-            assert self._lock is not None
-            self._lock.check()
-            tensors, state = parts.state.snapshot()
-            data = TrainingData.of(manifest, self.recipe).to_dict()
-            state |= {"data": data, "order_version": self.recipe.order_version, "recipe": to_dict(self.recipe)}
-            checkpoints.save(folder.checkpoints_dir, parts.state.step, tensors, state, best=is_best)
-
-        self.world.on_main(write)

@@ -25,18 +25,19 @@ class Skipped:
     def __init__(self, on_error: Literal["raise", "skip"], max_errors: int) -> None:
         self._on_error, self._max_errors = on_error, max_errors
         self._samples: set[int] = set()
-        self._found: dict[int, UserError] = {}
+        self._found: dict[int, tuple[int, UserError]] = {}
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def take(self, batch: Batch) -> int:
-        """Note what this rank's part of a batch could not read; the number that the ranks do not know of yet."""
-        self._found |= {sample: error for sample, error in batch.errors.items() if sample not in self._samples}
-        return len(self._found)
+    def take(self, step: int, batch: Batch) -> int:
+        """Note what this rank's part of the batch of ``step`` could not read; the number that the ranks do not know of yet."""
+        new = {sample: error for sample, error in batch.errors.items() if sample not in self._samples | self._found.keys()}
+        self._found |= {sample: (step, error) for sample, error in new.items()}
+        return len(new)
 
-    def settle(self, world: World) -> list[str]:
-        """All ranks come to know what any of them has found. Every rank calls it at the same step.
+    def settle(self, world: World, step: int) -> list[str]:
+        """All ranks come to know what any of them has found up to ``step``. Every rank calls it.
 
         Returns:
             What to tell the user.
@@ -46,13 +47,15 @@ class Skipped:
                 too many.
         """
         mine = {
-            sample: (str(error), error.what if isinstance(error, PictureError) else None) for sample, error in self._found.items()
+            sample: (str(error), error.what if isinstance(error, PictureError) else None)
+            for sample, (found_at, error) in self._found.items()
+            if found_at <= step
         }
-        self._found = {}
+        self._found = {sample: found for sample, found in self._found.items() if sample not in mine}
         everything: dict[int, tuple[str, str | None]] = {}
         for theirs in world.gather(mine):
             everything |= theirs
-        found = dict(sorted(everything.items()))
+        found = {sample: told for sample, told in sorted(everything.items()) if sample not in self._samples}
         for text, what in found.values():
             if what is None or self._on_error == "raise":
                 raise EveryRankError(text)

@@ -1,9 +1,10 @@
 """What a checkpoint holds, taken from and put back into the parts of a training run."""
 
 import platform
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.utils import ModelEmaV3
@@ -11,10 +12,24 @@ from torch import nn
 
 from galaxydist.errors import UserError
 from galaxydist.runs.state import flatten_state, unflatten_state
+from galaxydist.training.journal import Window
+from galaxydist.training.nonfinite import Nonfinite
+from galaxydist.training.optimizer import load_optimizer_state
 from galaxydist.training.skipping import Skipped
+from galaxydist.training.spikes import SpikeDetector
+from galaxydist.training.statistics import RankStatistics
 from galaxydist.training.stopping import EarlyStopping
+from galaxydist.training.world import World
 
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "galaxydist")
+
+
+class Stateful(Protocol):
+    """A part of the run that must survive."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
 
 
 @dataclass
@@ -28,6 +43,10 @@ class TrainingState:
         ema: moving average of the weights, or None.
         stopping: best validation so far.
         skipped: galaxies that could not be read.
+        nonfinite: steps that were left out.
+        spikes: the last losses.
+        window: sums since the last line of metrics.jsonl.
+        micro_batch: what ``train.micro_batch=auto`` found, and where.
         step: optimizer steps done.
         tracker_run_id: of the tracked run.
     """
@@ -38,26 +57,33 @@ class TrainingState:
     ema: ModelEmaV3 | None
     stopping: EarlyStopping
     skipped: Skipped
+    nonfinite: Nonfinite
+    spikes: SpikeDetector
+    window: Window = field(default_factory=Window)
+    micro_batch: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     tracker_run_id: str | None = None
 
-    def snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors by name, and the rest as plain JSON values."""
+    def snapshot(self, world: World) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors by name, and the rest as plain JSON values. All ranks take part; the model's batch-norm statistics are the mean
+        over the ranks, and each rank's own stand beside them."""
+        statistics = RankStatistics.of(world, self._modules())
         tensors: dict[str, torch.Tensor] = {}
         described: dict[str, Any] = {}
         for name, state in self._state_dicts().items():
-            found, described[name] = flatten_state(name, state)
+            found, described[name] = flatten_state(name, {**state, **statistics.means.get(name, {})})
             tensors |= found
         progress = {
             "step": self.step,
             "tracker_run_id": self.tracker_run_id,
-            "stopping": self.stopping.state_dict(),
-            "skipped": self.skipped.state_dict(),
+            "micro_batch": self.micro_batch,
+            **{name: part.state_dict() for name, part in self._progress().items()},
         }
-        return tensors, {"progress": progress, "described": described, "versions": library_versions()}
+        return tensors | statistics.tensors(), {"progress": progress, "described": described, "versions": library_versions()}
 
-    def restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        """Put a snapshot back.
+    def restore(self, world: World, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+        """Put a snapshot back. With the number of ranks that it was taken with, each gets its own batch-norm statistics back,
+        with another number their mean.
 
         Raises:
             UserError: it belongs to another model or optimizer.
@@ -69,29 +95,40 @@ class TrainingState:
                 f"The checkpoint holds {sorted(loaded)}, this run needs {sorted(expected)}. "
                 "Continue with the recipe and precision it was made with, or give another run.dir."
             )
-        self.model.load_state_dict(loaded["model"])
-        self.optimizer.load_state_dict(loaded["optimizer"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(loaded["ema"])
+        for name, module in self._modules().items():
+            module.load_state_dict(loaded[name])
+        RankStatistics.restore(world, self._modules(), tensors)
+        load_optimizer_state(self.optimizer, loaded["optimizer"])
         if self.scaler is not None:
             self.scaler.load_state_dict(loaded["scaler"])
         progress = state["progress"]
         self.step = progress["step"]
         self.tracker_run_id = progress["tracker_run_id"]
-        self.stopping.load_state_dict(progress["stopping"])
-        if "skipped" in progress:  # checkpoints of 0.1 did not count
-            self.skipped.load_state_dict(progress["skipped"])
+        for name, part in self._progress().items():
+            if name in progress:  # older checkpoints know fewer
+                part.load_state_dict(progress[name])
 
-    def _state_dicts(self) -> dict[str, Any]:
-        states = {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.state_dict()}
-        if self.ema is not None:
-            states["ema"] = dict(self.ema.module.state_dict())
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model} if self.ema is None else {"model": self.model, "ema": self.ema.module}
+
+    def _state_dicts(self) -> dict[str, dict[str, Any]]:
+        states = {name: dict(module.state_dict()) for name, module in self._modules().items()}
+        states["optimizer"] = self.optimizer.state_dict()
         if self.scaler is not None:
             states["scaler"] = self.scaler.state_dict()
         return states
 
+    def _progress(self) -> dict[str, Stateful]:
+        return {
+            "stopping": self.stopping,
+            "skipped": self.skipped,
+            "nonfinite": self.nonfinite,
+            "spikes": self.spikes,
+            "window": self.window,
+        }
 
-def evaluation_weights(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> dict[str, torch.Tensor]:
+
+def evaluation_weights(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The model state that a checkpoint is judged by: the moving average where there is one, else the model's own."""
     described = state["described"]
     weights: dict[str, torch.Tensor] = unflatten_state(described.get("ema", described["model"]), tensors)

@@ -15,8 +15,13 @@ from galaxydist.recipe.schema import TrainConfig
 from galaxydist.shards.augment import Augment
 from galaxydist.shards.purposes import Purpose
 from galaxydist.shards.reader import Batch
-from galaxydist.training.objective import Objective
+from galaxydist.training.clipping import clip_gradients
+from galaxydist.training.mixing import Mix, Mixing, Part, count_pair_parts, split_pairs, take
+from galaxydist.training.objective import Objective, Targets
 from galaxydist.training.optimizer import LearningRate, set_learning_rate
+from galaxydist.training.speed import images_channels_last
+from galaxydist.training.statistics import ALL_STATISTICS
+from galaxydist.training.timing import StepTimer
 from galaxydist.training.world import World
 
 
@@ -24,6 +29,8 @@ class Update:
     """Forward, backward and optimizer step.
 
     The loss of a step is the sum of its numerators over all ranks and micro-batches, divided once by the sum of the weights.
+    A step whose gradient is not finite is left out: weights, optimizer and batch-norm statistics stay as they were. On a GPU
+    the host does not wait to know, where the optimizer's kernels are fused.
 
     Args:
         world: the processes.
@@ -31,10 +38,13 @@ class Update:
         optimizer: likewise.
         objective: numerator and weights of the loss.
         augment: pixels to model input, on the device.
+        mixing: mixup and cutmix, or None.
         rate: learning rate by step.
         ema: moving average of the weights, or None.
-        config: micro-batch and clipping.
+        config: clipping, and what to do without finite numbers.
+        micro_batch: galaxies in one forward pass of one process (0: its whole share).
         seed: of the recipe.
+        timer: told where the time goes.
     """
 
     def __init__(
@@ -45,22 +55,31 @@ class Update:
         *,
         objective: Objective,
         augment: Augment,
+        mixing: Mixing | None,
         rate: LearningRate,
         ema: ModelEmaV3 | None,
         config: TrainConfig,
+        micro_batch: int,
         seed: int,
+        timer: StepTimer,
     ) -> None:
         self.world = world
         self.model = model
         self.optimizer = optimizer
         self.objective = objective
         self.augment = augment
+        self.mixing = mixing
         self.rate = rate
         self.ema = ema
         self.seed = seed
-        self.clip_norm = config.clip_norm
-        self.num_parts = count_micro_batches(config.batch_size, world.size, config.micro_batch)
+        self.timer = timer
+        self.clip_norm, self.clip_value = config.clip_norm, config.clip_value
+        self.is_channels_last = config.channels_last
+        count_parts = count_micro_batches if mixing is None else count_pair_parts
+        self.num_parts = count_parts(config.batch_size, world.size, micro_batch)
         self.bare_model: nn.Module = world.accelerator.unwrap_model(model)
+        self.parameters = [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
+        self.statistics = KeptStatistics(self.bare_model, is_needed=config.on_nonfinite == "skip")
 
     def __call__(self, batch: Batch, step: int) -> torch.Tensor:
         """Take step number ``step``.
@@ -70,54 +89,111 @@ class Update:
             step: optimizer steps done before.
 
         Returns:
-            This rank's sums, float64 of shape 4: loss numerator, loss weight, correct, counted samples.
+            This rank's sums, float64 of shape 5: loss numerator, loss weight, correct, counted samples, and 1 where its loss or
+            the gradient is not finite.
         """
-        labels_B, sample_weights_B = batch.labels_B, batch.weights_B
-        weights_B = self.objective.weights(labels_B, sample_weights_B)
-        total_weight = weights_B.sum(dtype=torch.float64)
-        # Ranks wait for one another only where the sum is needed: at the first backward.
-        work = dist.all_reduce(total_weight, async_op=True) if self.world.size > 1 else None
-
         set_learning_rate(self.optimizer, self.rate.at(step))
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train()
+        self.statistics.keep()
+        with self.timer.part("forward_backward"):
+            sums = self._backward(batch, step)
+        with self.timer.part("optimizer"):
+            is_finite = self._move()
+            self.statistics.put_back(~is_finite)
+            if self.ema is not None:
+                self.ema.update(self.bare_model, step=step + 1)
+        is_finite = is_finite & sums[0].isfinite()
+        return torch.cat([sums, (~is_finite).double().reshape(1)])
+
+    def _backward(self, batch: Batch, step: int) -> torch.Tensor:
+        """Gradients of the global batch's loss, and this rank's sums."""
+        mix = self.mixing.prepare(batch) if self.mixing is not None else None
+        targets = self.objective.targets(batch.labels_B, batch.weights_B, mix)
+        total_weight = targets.total_weights_B.sum(dtype=torch.float64)
+        # Ranks wait for one another only where the sum is needed: at the first backward.
+        work = dist.all_reduce(total_weight, async_op=True) if self.world.size > 1 else None
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
-        parts = split_evenly(len(labels_B), self.num_parts)
+        parts = self._parts(len(batch.labels_B))
         for number, part in enumerate(parts):
-            images_BCHW = self.augment(batch.images_BHWC[part], batch.epoch, batch.positions_B[part])
+            images_BCHW = self._images(batch, part, mix)
             is_last = number == len(parts) - 1
             with nullcontext() if is_last else self.world.accelerator.no_sync(self.model):
                 self._seed_model(step, number)
                 logits_BK = self.model(images_BCHW)
-                numerator = self.objective.numerator(logits_BK, labels_B[part], weights_B[part])
+                numerator = self.objective.summed_loss(logits_BK, targets.take(part))
                 if work is not None and number == 0:
                     work.wait()
                 # DDP averages gradients over the ranks: times the world size it is their sum.
                 scale = (self.world.size / total_weight.clamp(min=1e-12)).to(numerator.dtype)
                 self.world.accelerator.backward(numerator * scale)
-            sums += self._count(numerator, logits_BK, labels_B[part], weights_B[part], sample_weights_B[part])
-        if self.clip_norm > 0:
-            self.world.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(self.bare_model, step=step + 1)
+            sums += self._count(numerator, logits_BK, targets.take(part), take(batch.weights_B, part))
         return sums
+
+    def _parts(self, length: int) -> Sequence[Part]:
+        return split_evenly(length, self.num_parts) if self.mixing is None else split_pairs(length, self.num_parts)
+
+    def _images(self, batch: Batch, part: Part, mix: Mix | None) -> torch.Tensor:
+        """A part of the batch as the model sees it."""
+        images_BCHW = self.augment(take(batch.images_BHWC, part), batch.epoch, take(batch.positions_B, part))
+        images_BCHW = images_BCHW.to(self.world.dtype)
+        if self.is_channels_last:
+            images_BCHW = images_channels_last(images_BCHW)
+        return images_BCHW if mix is None else mix.take(part)(images_BCHW)
+
+    def _move(self) -> torch.Tensor:
+        """Clip, and let the optimizer take its step if the gradient is finite; whether it is, alike on all ranks."""
+        scaler = self.world.accelerator.scaler
+        if scaler is not None:
+            self.world.accelerator.unscale_gradients(self.optimizer)
+        norm = clip_gradients(self.parameters, norm=self.clip_norm, value=self.clip_value)
+        is_finite = norm.isfinite()
+        if scaler is not None:
+            # With fp16 a gradient that overflows is a part of the plan: the scaler leaves out the step and scales less.
+            self.optimizer.step()
+            return torch.ones_like(is_finite)
+        optimizer = self.optimizer.optimizer
+        if norm.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()
+            self.optimizer.step()
+        elif bool(is_finite):
+            self.optimizer.step()
+        return is_finite
 
     @staticmethod
     def _count(
-        numerator: torch.Tensor,
-        logits_BK: torch.Tensor,
-        labels_B: torch.Tensor,
-        weights_B: torch.Tensor,
-        sample_weights_B: torch.Tensor,
+        numerator: torch.Tensor, logits_BK: torch.Tensor, targets: Targets, sample_weights_B: torch.Tensor
     ) -> torch.Tensor:
         present_B = sample_weights_B > 0
-        correct = ((logits_BK.detach().argmax(1) == labels_B) & present_B).sum()
-        return torch.stack([numerator.detach().double(), weights_B.sum().double(), correct.double(), present_B.sum().double()])
+        correct = ((logits_BK.detach().argmax(1) == targets.majority_B) & present_B).sum()
+        weight = targets.total_weights_B.sum(dtype=torch.float64)
+        return torch.stack([numerator.detach().double(), weight, correct.double(), present_B.sum().double()])
 
     def _seed_model(self, step: int, part: int) -> None:
         """Dropout and drop path draw from torch's generator: the same again after a resume."""
         torch.manual_seed(int(hash64(self.seed, step, part, self.world.rank, Purpose.MODEL)) >> 1)
+
+
+class KeptStatistics:
+    """A model's batch-norm statistics as they were before a step, to put back where the step is left out: one activation that is
+    not finite would spoil them for good.
+
+    Args:
+        model: not wrapped.
+        is_needed: if not, nothing is kept.
+    """
+
+    def __init__(self, model: nn.Module, *, is_needed: bool) -> None:
+        self._buffers = [b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in ALL_STATISTICS and is_needed]
+        self._kept: list[torch.Tensor] = []
+
+    def keep(self) -> None:
+        self._kept = [buffer.clone() for buffer in self._buffers]
+
+    def put_back(self, condition: torch.Tensor) -> None:
+        """Where ``condition`` (a boolean scalar on the device) holds."""
+        for buffer, kept in zip(self._buffers, self._kept, strict=True):
+            buffer.copy_(torch.where(condition, kept, buffer))
 
 
 def count_micro_batches(batch_size: int, world_size: int, micro_batch: int) -> int:

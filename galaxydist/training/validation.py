@@ -3,16 +3,17 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from galaxydist.evaluation.counts import Counts
 from galaxydist.evaluation.metrics import metrics_from_counts
+from galaxydist.evaluation.views import mean_log_probabilities, views
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.augment import Augment
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.reader import EvalReader
 from galaxydist.training.feed import DeviceFeed
+from galaxydist.training.speed import images_channels_last
 from galaxydist.training.world import World
 
 
@@ -28,7 +29,7 @@ def evaluate_split(
         manifest: of the data set.
         split: ``train``, ``val`` or ``test``.
         augment: for its ``normalise``.
-        recipe: batch size, image size and crop.
+        recipe: batch size, image size and crop, and with ``eval.tta`` the views whose mean probability is judged.
 
     Raises:
         UserError: a galaxy that cannot be read: an evaluation never counts fewer.
@@ -62,28 +63,10 @@ def _count(world: World, model: nn.Module, manifest: Manifest, split: str, *, au
     )
     with reader, DeviceFeed(reader, world.device) as batches:
         for batch in batches:
-            images_BCHW = augment.normalise(batch.images_BHWC)
+            images_BCHW = augment.normalise(batch.images_BHWC).to(world.dtype)
+            if recipe.train.channels_last:
+                images_BCHW = images_channels_last(images_BCHW)
             with world.accelerator.autocast():
-                logits_BK = model(images_BCHW)
-            counts.add(logits_BK, batch.labels_B, batch.weights_B)
+                logits_VBK = [model(view_BCHW) for view_BCHW in views(images_BCHW, recipe.eval.tta)]
+            counts.add(mean_log_probabilities(logits_VBK), batch.labels_B, batch.weights_B)
     return counts
-
-
-@torch.no_grad()
-def average_statistics(world: World, *models: nn.Module) -> None:
-    """Batch-norm statistics become their mean over the ranks (DDP runs with ``broadcast_buffers=False``)."""
-    if world.size == 1:
-        return
-    buffers = [
-        buffer
-        for model in models
-        for name, buffer in model.named_buffers()
-        if name.endswith(("running_mean", "running_var")) and buffer.is_floating_point()
-    ]
-    if not buffers:
-        return
-    flat = torch.cat([buffer.flatten().double() for buffer in buffers])
-    dist.all_reduce(flat)
-    flat /= world.size
-    for buffer, mean in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from galaxydist.cores import bound_cores, cpu_quota, fair_share
 from galaxydist.errors import EveryRankError, UserError
 
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Literal["no", "bf16", "fp16", "fp64"]
 T = TypeVar("T")
 
 
@@ -42,6 +42,11 @@ class World:
     @property
     def device(self) -> torch.device:
         return torch.device(self.accelerator.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and images (mixed precision casts within the forward pass)."""
+        return torch.float64 if self.precision == "fp64" else torch.float32
 
     @property
     def is_main(self) -> bool:
@@ -104,7 +109,7 @@ def enter_world(precision: Precision | Literal["auto"], environ: MutableMapping[
     Works under ``python``, ``accelerate launch``, ``torchrun`` and ``srun``.
 
     Args:
-        precision: ``auto``, ``no``, ``bf16`` or ``fp16``, as in the recipe.
+        precision: ``auto``, ``no``, ``bf16``, ``fp16`` or ``fp64``, as in the recipe.
         environ: the process's environment; under ``srun`` torch's variables are added to it.
 
     Raises:
@@ -117,7 +122,7 @@ def enter_world(precision: Precision | Literal["auto"], environ: MutableMapping[
     local_size = int(environ.get("LOCAL_WORLD_SIZE", "0")) or wanted
     accelerator = Accelerator(
         cpu=not has_gpu,
-        mixed_precision=resolved,
+        mixed_precision="no" if resolved == "fp64" else resolved,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != wanted:

@@ -1,0 +1,245 @@
+"""Mixup and cutmix as pure functions of (seed, epoch, pair), and the parts of a batch that keep a pair together.
+
+Offset o of a global batch of G galaxies is paired with o + G/2, and both become mixtures of one another: mixup blends the two
+images, ``x := lam x + (1 - lam) x'`` (Zhang et al. 2018, arXiv:1710.09412); cutmix replaces a box of each by the other's (Yun et
+al. 2019, arXiv:1905.04899). lam is drawn from Beta(a, a); the labels are mixed in the same proportion. What is drawn for a pair
+depends on the seed, the epoch and the position of its first galaxy alone: not on processes, micro-batches or devices.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import betaincinv
+from torch import Tensor
+
+from galaxydist.chance import uniform
+from galaxydist.errors import EveryRankError
+from galaxydist.recipe.schema import TrainConfig
+from galaxydist.shards.batches import Batch
+from galaxydist.shards.purposes import Purpose
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs ``start`` ... ``stop - 1`` of a rank's ``num_pairs``, as rows of its batch: first all first partners, then all
+    second ones. Row i of the whole batch is paired with row i + num_pairs."""
+
+    start: int
+    stop: int
+    num_pairs: int
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Their rows of a tensor of the rank's batch; no copy where they are all."""
+        if self.stop - self.start == self.num_pairs:
+            return values
+        return torch.cat([values[self.start : self.stop], values[self.num_pairs + self.start : self.num_pairs + self.stop]])
+
+
+# What one forward pass takes of a rank's batch: consecutive rows, or whole pairs.
+Part: TypeAlias = slice | Pairs
+
+
+def take(values: Tensor, part: Part) -> Tensor:
+    """The rows of a part of a rank's batch."""
+    return part.rows(values) if isinstance(part, Pairs) else values[part]
+
+
+def split_pairs(length: int, num_parts: int) -> list[Pairs]:
+    """A rank's batch of ``length`` rows in ``num_parts`` parts, pairs kept together; they differ by one pair at most.
+
+    Raises:
+        ValueError: an odd length, or fewer pairs than parts.
+    """
+    num_pairs = length // 2
+    if length % 2 or not 1 <= num_parts <= num_pairs:
+        raise ValueError(f"{length} galaxies cannot be cut into {num_parts} parts of whole pairs")
+    edges = [num_pairs * part // num_parts for part in range(num_parts + 1)]
+    return [Pairs(start, stop, num_pairs) for start, stop in itertools.pairwise(edges)]
+
+
+def count_pair_parts(batch_size: int, world_size: int, micro_batch: int) -> int:
+    """Forward passes in a step of whole pairs, none of more than ``micro_batch`` galaxies (but of two at least).
+
+    Args:
+        batch_size, world_size: that ``check_world`` lets pass.
+        micro_batch: galaxies of one forward pass; 0: the whole share.
+    """
+    num_pairs = batch_size // (2 * world_size)
+    return 1 if micro_batch == 0 else -(-num_pairs // max(1, micro_batch // 2))
+
+
+def check_world(batch_size: int, world_size: int) -> None:
+    """See that both galaxies of each pair are the same process's.
+
+    Raises:
+        EveryRankError: twice the number of processes does not divide the global batch.
+    """
+    least = 2 * world_size
+    if batch_size % least == 0:
+        return
+    sizes = [size for size in (batch_size // least * least, (batch_size // least + 1) * least) if size]
+    text = (
+        f"Mixup and cutmix pair the halves of the global batch within a process: train.batch_size={batch_size} is no multiple of "
+        f"2 x {world_size} processes. Use train.batch_size={' or '.join(map(str, sizes))}"
+    )
+    worlds = [world for world in range(1, batch_size // 2 + 1) if batch_size % (2 * world) == 0]
+    near = [*[world for world in worlds if world < world_size][-1:], *[world for world in worlds if world > world_size][:1]]
+    if near:
+        text += f", or {' or '.join(map(str, near))} process{'' if near == [1] else 'es'}"
+    raise EveryRankError(f"{text}, or set train.mixup=0 and train.cutmix=0.")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What becomes of P pairs, in numbers.
+
+    Args:
+        partner_shares: P, 1 - lam: the partner's share of the label, in [0, 1]; 0 for a pair that stays as it is.
+        blends: P, the partner's share of every pixel outside the box: 1 - lam with mixup, 0 with cutmix.
+        boxes: P x 4, what comes from the partner alone: first row, row after the last, the same for columns; empty with mixup.
+    """
+
+    partner_shares: Floats
+    blends: Floats
+    boxes: Ints
+
+
+class Mixing:
+    """Draws for the pairs of a run.
+
+    Args:
+        config: ``mixup``, ``cutmix``, ``mix_prob``, ``mix_switch``.
+        seed: of the recipe.
+        image_size: width that the model sees, in pixels.
+    """
+
+    def __init__(self, config: TrainConfig, seed: int, image_size: int) -> None:
+        self._mixup, self._cutmix = config.mixup, config.cutmix
+        self._changed_share, self._cutmix_share = config.mix_prob, config.mix_switch
+        self._seed, self._size = seed, image_size
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the recipe mixes at all."""
+        return self._changed_share > 0 and (self._mixup > 0 or self._cutmix > 0)
+
+    def draw(self, epoch: int, pairs: Ints) -> Draws:
+        """What becomes of these pairs.
+
+        Args:
+            epoch: of training.
+            pairs: P positions in the epoch's order, of the first galaxy of each pair.
+        """
+        factor = self._uniform(epoch, pairs, Purpose.MIXUP_FACTOR)
+        changed = self._uniform(epoch, pairs, Purpose.MIX_CHANGED) < self._changed_share
+        cut = changed & self._is_cut(epoch, pairs)
+        blends = np.where(changed & ~cut, 1 - _beta(self._mixup, factor), 0.0)
+        boxes = np.where(cut[:, None], self._boxes(epoch, pairs, 1 - _beta(self._cutmix, factor)), 0)
+        areas = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
+        return Draws(np.where(cut, areas / self._size**2, blends), blends, boxes)
+
+    def prepare(self, batch: Batch) -> "Mix":
+        """What becomes of a rank's whole batch, on the device of its weights; the host does not wait for it.
+
+        A pair of which one galaxy has weight 0 (its picture is black: it could not be read) is left as it is: the other one
+        keeps its own picture and label.
+
+        Args:
+            batch: an even number of galaxies, as ``check_world`` makes sure.
+        """
+        num_pairs = len(batch.positions_B) // 2
+        draws = self.draw(batch.epoch, batch.positions_B[:num_pairs].cpu().numpy())
+        columns = [draws.partner_shares[:, None], draws.blends[:, None], draws.boxes]
+        numbers = torch.from_numpy(np.concatenate(columns, axis=1).astype(np.float32))
+        device = batch.weights_B.device
+        numbers_P6 = numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+        is_whole_P = (batch.weights_B[:num_pairs] > 0) & (batch.weights_B[num_pairs:] > 0)
+        return Mix(numbers_P6 * is_whole_P[:, None], has_boxes=self._cutmix > 0)
+
+    def _uniform(self, epoch: int, pairs: Ints, purpose: Purpose) -> Floats:
+        return uniform(self._seed, epoch, pairs, purpose)
+
+    def _is_cut(self, epoch: int, pairs: Ints) -> NDArray[np.bool_]:
+        if self._mixup > 0 and self._cutmix > 0:
+            return self._uniform(epoch, pairs, Purpose.MIX_KIND) < self._cutmix_share
+        return np.full(pairs.shape, self._cutmix > 0)
+
+    def _boxes(self, epoch: int, pairs: Ints, areas: Floats) -> Ints:
+        """Squares of these shares of the image around a uniform centre, in whole pixels, cut off at the edges."""
+        edges = []
+        for axis in range(2):
+            centre = uniform(self._seed, epoch, pairs, axis, Purpose.CUTMIX_BOX)
+            edges += [centre - np.sqrt(areas) / 2, centre + np.sqrt(areas) / 2]
+        return np.rint(np.stack(edges, axis=1) * self._size).clip(0, self._size).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """``Draws`` of a rank's P pairs on the device.
+
+    Args:
+        numbers_P6: float32; partner's share of the label, of the pixels outside the box, and the box's four edges.
+        has_boxes: whether any pair of the run may have a box.
+    """
+
+    numbers_P6: Tensor
+    has_boxes: bool
+
+    @property
+    def partner_shares_B(self) -> Tensor:
+        """The partner's share of each galaxy's label, float32 of the batch's length."""
+        return self.numbers_P6[:, 0].repeat(2)
+
+    def partners(self, values_B: Tensor) -> Tensor:
+        """The partners' values, for each galaxy of the batch."""
+        return values_B.roll(len(self.numbers_P6), 0)
+
+    def take(self, part: Part) -> "Mix":
+        """Of a part of the batch, from ``split_pairs``."""
+        assert isinstance(part, Pairs), "a part of consecutive rows may separate the galaxies of a pair"
+        return replace(self, numbers_P6=self.numbers_P6[part.start : part.stop])
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Mix augmented, normalised images.
+
+        Each pixel is rounded by itself (two products, one sum), so its value does not depend on the batch around it.
+
+        Args:
+            images_BCHW: float32 or float64, all first galaxies of the pairs, then all second ones.
+
+        Returns:
+            Of the same type, shape and memory format.
+        """
+        blend = self._blend(images_BCHW)
+        keep = 1 - blend
+        mixed_BCHW = torch.empty_like(images_BCHW)
+        halves, (first, second) = mixed_BCHW.chunk(2), images_BCHW.chunk(2)
+        for half, own, other in zip(halves, (first, second), (second, first), strict=True):
+            torch.mul(own, keep, out=half)
+            half.add_(other * blend)
+        return mixed_BCHW
+
+    def _blend(self, images_BCHW: Tensor) -> Tensor:
+        """The partner's share of each pixel: P x 1 x 1 x 1, or P x 1 x H x W with boxes."""
+        blend = self.numbers_P6[:, 1, None, None, None].to(images_BCHW.dtype)
+        if not self.has_boxes:
+            return blend
+        top, bottom, left, right = self.numbers_P6[:, 2:, None, None, None].unbind(1)
+        rows_H1 = torch.arange(images_BCHW.shape[2], device=blend.device)[:, None]
+        columns_W = torch.arange(images_BCHW.shape[3], device=blend.device)
+        inside = (rows_H1 >= top) & (rows_H1 < bottom) & (columns_W >= left) & (columns_W < right)
+        return torch.where(inside, 1.0, blend)
+
+
+def _beta(a: float, draws: Floats) -> Floats:
+    """Uniform draws to Beta(a, a) ones, by the inverse of its cumulative distribution; 1 where a is 0 (off)."""
+    if a == 0:
+        return np.ones_like(draws)
+    return draws if a == 1 else np.asarray(betaincinv(a, a, draws))

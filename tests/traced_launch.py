@@ -1,0 +1,57 @@
+"""launch.py that also writes down what each step was made of: ``torchrun ... traced_launch.py TRACE_DIR recipe=... key=value``.
+
+A line of TRACE_DIR/rank-0-PID.jsonl: step, rank, world size, the sample number and a checksum of the
+augmented image at each position of the rank's part of the batch, the learning rate, this process's number.
+"""
+
+import json
+import os
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from galaxydist.cli.train import main
+
+
+def trace(folder: Path) -> None:
+    """Let every step of this process write its line."""
+    from galaxydist.shards.augment import Augment
+    from galaxydist.training.update import Update
+
+    take_step, augment = Update.__call__, Augment.__call__
+    images: dict[int, int] = {}
+
+    def traced_augment(self: Augment, images_BHWC: Any, epoch: int, positions_B: Any) -> Any:
+        batch = augment(self, images_BHWC, epoch, positions_B)
+        for position, image in zip(positions_B.tolist(), batch.numpy(), strict=True):
+            images[position] = zlib.crc32(np.ascontiguousarray(image))
+        return batch
+
+    def traced_step(self: Update, batch: Any, step: int) -> Any:
+        images.clear()
+        sums = take_step(self, batch, step)
+        world = self.world
+        line = {
+            "step": step,
+            "rank": world.rank,
+            "world_size": world.size,
+            "samples": dict(zip(batch.positions_B.tolist(), batch.samples_B.tolist(), strict=True)),
+            "images": images,
+            "rate": self.rate.at(step),
+            "pid": os.getpid(),
+        }
+        with (folder / f"rank-{world.rank}-{os.getpid()}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return sums
+
+    Update.__call__ = traced_step  # type: ignore[method-assign]
+    Augment.__call__ = traced_augment  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
+    trace(Path(sys.argv[1]))
+    sys.exit(main(sys.argv[2:], os.environ))
