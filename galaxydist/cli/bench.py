@@ -3,6 +3,8 @@
 ``simulator``: how easy the simulated survey is for classifiers that see no shapes. ``transfer``: how much it is like the sky.
 ``loader``: how fast pictures become batches. ``order``: how well and how fast galaxies are shuffled.
 ``remote``: how an epoch comes from a slow server that fails. ``saving``: how long a training waits for its checkpoints.
+``trainer``: what the trainer's loop costs beside a bare one. ``scaling``: what further processes bring. ``startup``: how long
+until the first step.
 """
 
 import argparse
@@ -13,6 +15,9 @@ from galaxydist.cli.bench_loader import add_loader
 from galaxydist.cli.bench_order import add_order
 from galaxydist.cli.bench_remote import add_remote
 from galaxydist.cli.bench_saving import add_saving
+from galaxydist.cli.bench_scaling import add_scaling
+from galaxydist.cli.bench_startup import add_startup
+from galaxydist.cli.bench_trainer import add_trainer
 from galaxydist.cli.options import Commands, add_data_dir, add_workers, non_negative_int, positive_int
 
 
@@ -51,6 +56,9 @@ def add_parser(commands: Commands) -> None:
     add_order(inner)
     add_remote(inner)
     add_saving(inner)
+    add_trainer(inner)
+    add_scaling(inner)
+    add_startup(inner)
 
 
 def run_simulator(arguments: argparse.Namespace) -> None:

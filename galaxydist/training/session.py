@@ -5,7 +5,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from galaxydist.runs.lock import RunLock
 from galaxydist.runs.save_policy import SavePolicy
 from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.reader import TrainReader
+from galaxydist.shards.reader import Batch, TrainReader
 from galaxydist.training.agreement import StopFlag
 from galaxydist.training.data import TrainingData, find_cache, find_manifest, has_split, open_manifest
 from galaxydist.training.evaluate import judge_run
@@ -241,7 +241,7 @@ class Session:
             saving.finish()
         return stop_signal
 
-    def _open_reader(self, manifest: Manifest, start_step: int) -> TrainReader:
+    def _open_reader(self, manifest: Manifest, start_step: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
         data = self.recipe.data
         return TrainReader(
             manifest,

@@ -1,0 +1,186 @@
+"""Training on pictures in memory: the trainer's own session, all but the reader. For benchmarks that are not about reading."""
+
+import hashlib
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from galaxydist.galaxy import GALAXY10_CLASSES, Galaxy
+from galaxydist.recipe.load import ResolvedRecipe
+from galaxydist.recipe.schema import Recipe
+from galaxydist.runs.folder import RunFolder
+from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.order import rank_offsets
+from galaxydist.shards.reader import Batch
+from galaxydist.shards.write import write_shards
+from galaxydist.training.agreement import StopFlag
+from galaxydist.training.parts import Parts
+from galaxydist.training.session import Session
+from galaxydist.training.state import TrainingState
+from galaxydist.training.tracking import Tracker
+from galaxydist.training.world import World
+
+# Different batches that are held; after them the first comes again, turned otherwise.
+HELD = 4
+# Width of the pictures on the disk, which nobody reads.
+STORED_SIZE = 16
+
+# Called before each step with its number; whether the run is to end.
+Watch = Callable[[int], bool]
+
+
+@dataclass(frozen=True)
+class NoiseSurvey:
+    """Noise in ten classes, all of it to train on: what the trainer wants to find on the disk before it starts."""
+
+    num_galaxies: int
+    name: str = "noise"
+    variant: str = "original"
+    class_names: tuple[str, ...] = GALAXY10_CLASSES
+    slab_length: int = 256
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return np.arange(self.num_galaxies) % len(self.class_names)
+
+    @property
+    def splits(self) -> Mapping[str, NDArray[np.int64]]:
+        return {"train": np.arange(self.num_galaxies)}
+
+    @property
+    def source_hash(self) -> str:
+        return hashlib.sha256(f"noise {self.num_galaxies}".encode()).hexdigest()
+
+    def read(self, start: int, stop: int) -> Iterator[Galaxy]:
+        for row in range(start, stop):
+            pixels = np.random.default_rng(row).integers(256, size=(STORED_SIZE, STORED_SIZE, 3), dtype=np.uint8)
+            yield Galaxy(f"noise-{row}", pixels, int(self.labels[row]))
+
+
+def write_noise(folder: Path, num_galaxies: int) -> Path:
+    """Shards of noise; their manifest. An epoch of a run on them is as long as they say."""
+    return write_shards(NoiseSurvey(num_galaxies), folder, encoding="raw", shard_size=num_galaxies, workers=1).path
+
+
+def write_recipe(folder: Path, model: str, settings: Mapping[str, object]) -> list[str]:
+    """A recipe of the schema's defaults for a run without validation; what ``load_recipe`` is told.
+
+    Args:
+        folder: for its file, which is named by the model.
+        model: name in the schema.
+        settings: by key.
+    """
+    path = folder / f"{model}.yaml"
+    path.write_text(f"model: {{name: {model}}}\n")
+    return [f"{key}={value}" for key, value in {"recipe": path, "eval.checkpoint": "last", **settings}.items()]
+
+
+class MemoryBatches:
+    """One rank's batches: noise that was drawn once, at the positions of the epochs.
+
+    Args:
+        recipe: seed, batch and width of the pictures.
+        rank, world_size: of the process.
+        num_samples: of an epoch.
+        num_classes: of the labels.
+        pin: in memory that a GPU copies from while the host goes on.
+    """
+
+    def __init__(
+        self, recipe: Recipe, rank: int, world_size: int, *, num_samples: int, num_classes: int, pin: bool = False
+    ) -> None:
+        self._batch_size, self._steps_per_epoch = recipe.train.batch_size, num_samples // recipe.train.batch_size
+        self._offsets = torch.from_numpy(rank_offsets(self._batch_size, rank, world_size))
+        size, rows = recipe.data.image_size, len(self._offsets)
+        chance = torch.Generator().manual_seed(recipe.seed + rank)
+        images = torch.randint(256, (HELD, rows, size, size, 3), dtype=torch.uint8, generator=chance)
+        labels = torch.randint(num_classes, (HELD, rows), generator=chance)
+        weights = torch.ones(rows)
+        self._images, self._labels, self._weights = (t.pin_memory() if pin else t for t in (images, labels, weights))
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step of the run."""
+        epoch, place = divmod(step, self._steps_per_epoch)
+        positions_B = place * self._batch_size + self._offsets
+        held = step % HELD
+        return Batch(self._images[held], self._labels[held], self._weights, positions_B, positions_B, epoch, step)
+
+
+class MemoryReader:
+    """The batches one after the other, in a reader's place.
+
+    Args:
+        batches: of this rank.
+        start_step: whose batch is the first.
+        state: says which step is taken: a batch may be asked for ahead of its step.
+        before_step: called once before each step.
+    """
+
+    def __init__(self, batches: MemoryBatches, start_step: int, state: TrainingState, before_step: Callable[[int], None]) -> None:
+        self._batches, self._state, self._before_step = batches, state, before_step
+        self._next, self._begun = start_step, -1
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._state.step != self._begun:
+            self._begun = self._state.step
+            self._before_step(self._begun)
+        self._next += 1
+        return self._batches.at(self._next - 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open."""
+
+
+class MemorySession(Session):
+    """A training run as ``launch.py`` has it, on batches in memory. It ends as by a signal where it is told to.
+
+    Args:
+        resolved, world, environ: as in :class:`Session`.
+        watch: makes, from the parts and the batches of the run, what is called before each step.
+    """
+
+    def __init__(
+        self,
+        resolved: ResolvedRecipe,
+        world: World,
+        environ: Mapping[str, str],
+        watch: Callable[[Parts, MemoryBatches], Watch],
+    ) -> None:
+        super().__init__(resolved, world, environ)
+        self._watch = watch
+        self._running: tuple[Parts, StopFlag] | None = None
+
+    def _loop(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopFlag) -> int:
+        self._running = parts, stop
+        return super()._loop(parts, manifest, folder, tracker, stop)
+
+    def _open_reader(self, manifest: Manifest, start_step: int) -> MemoryReader:
+        assert self._running is not None, "the reader is opened within the loop"
+        parts, stop = self._running
+        batches = MemoryBatches(
+            self.recipe,
+            self.world.rank,
+            self.world.size,
+            num_samples=manifest.split("train").num_samples,
+            num_classes=manifest.num_classes,
+            pin=self.world.device.type == "cuda",
+        )
+        is_over = self._watch(parts, batches)
+
+        def before_step(step: int) -> None:
+            if is_over(step):
+                stop.signal_number = signal.SIGTERM
+
+        return MemoryReader(batches, start_step, parts.state, before_step)

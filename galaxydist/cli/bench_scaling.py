@@ -1,0 +1,41 @@
+"""``galaxydist bench scaling``: what further processes bring."""
+
+import argparse
+import os
+from typing import get_args
+
+from galaxydist.cli.options import Commands, positive_int
+from galaxydist.recipe.schema import ModelName
+
+
+def add_scaling(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "scaling",
+        help="how much faster several processes train than one",
+        description="The trainer on pictures in memory, by one process and by several under torchrun, in turn; each process on a "
+        "core of its own with one thread, with as many pictures in a step. Prints a line and, last, a line of JSON.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--processes", type=positive_int, default=2, metavar="N", help="compared with one (default: %(default)s)")
+    parser.add_argument("--model", choices=get_args(ModelName), default="resnet18", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--image-size", type=positive_int, default=64, metavar="PIXELS", help="default: %(default)s")
+    parser.add_argument("--batch-size", type=positive_int, default=32, metavar="B", help="of each process (default: %(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=20, metavar="N", help="of each run (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="default: %(default)s")
+    parser.set_defaults(run=run_scaling)
+
+
+def run_scaling(arguments: argparse.Namespace) -> None:
+    """Measure and print."""
+    from galaxydist.benchmarks.scaling import measure_scaling
+
+    measure_scaling(
+        os.environ,
+        processes=arguments.processes,
+        model=arguments.model,
+        image_size=arguments.image_size,
+        batch_size=arguments.batch_size,
+        steps=arguments.steps,
+        rounds=arguments.rounds,
+    )

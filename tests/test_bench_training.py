@@ -1,0 +1,87 @@
+"""The benchmarks of training as users run them, in the smallest runs: that both sides do the same, never how fast."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState, PartialState
+
+from galaxydist.benchmarks.startup import last_step
+from galaxydist.benchmarks.trainer import bare_turns, compare_losses
+from galaxydist.cli.main import main
+
+
+@pytest.fixture
+def own_world() -> Iterator[None]:
+    """What Accelerate keeps of a process does not outlast the test."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    """The lines of JSON that a benchmark ends with."""
+    assert main(["bench", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("{"))
+    assert first > 0, "a line for people comes first"
+    return [json.loads(line) for line in lines[first:]]
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 4, 11])
+def test_each_turn_of_the_bare_loop_is_taken_once_and_in_order(rounds: int) -> None:
+    taken = [bare_turns(turn, rounds) for turn in range(rounds + 1)]
+    assert [number for turns in taken for number in turns] == [*range(rounds)]
+    assert all(abs(number - turn) <= 1 for turn, turns in enumerate(taken) for number in turns)
+
+
+def test_other_losses_and_other_numbers_of_steps_are_noticed() -> None:
+    lines = [{"step": 2, "train/loss": 2.0}, {"step": 3, "train/loss": 1.0}]
+    assert compare_losses(lines, [2.5, 1.5, 1.00001]) == pytest.approx(1e-5, rel=1e-3)
+    for bare in ([2.5, 1.501, 1.0], [2.5, 1.5, 1.2], [2.5, 1.5], [2.5, 1.5, 1.0, 1.0]):
+        with pytest.raises(AssertionError):
+            compare_losses(lines, bare)
+
+
+def test_only_whole_lines_of_a_log_count(tmp_path: Path) -> None:
+    assert last_step(tmp_path) == 0
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 2}\n{"step": 2')
+    assert last_step(tmp_path) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_world")
+def test_the_trainer_and_the_bare_loop_do_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--image-size", "32", "--batch-size", "8", "--width", "4"]
+    results = run(capsys, "trainer", "--rounds", "2", "--steps", "3", *small)
+    assert [result["model"] for result in results] == ["custom_cnn", "resnet18"]
+    for result in results:
+        assert result["task"] == "trainer" and result["ours"] > 0 and result["bare"] > 0
+        assert result["ratio_least"] <= result["ratio"] <= result["ratio_greatest"]
+        assert result["tracker"] == "wandb offline"
+        assert 0 <= result["loss_difference"] < 1e-3
+        assert (result["image_size"], result["batch_size"], result["steps"], result["rounds"]) == (32, 8, 3, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_scaling_has_as_many_processes_as_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--model", "custom_cnn", "--image-size", "32", "--batch-size", "4"]
+    (result,) = run(capsys, "scaling", "--processes", "2", "--rounds", "1", "--steps", "2", *small)
+    assert result["task"] == "scaling" and result["processes"] == 2 and result["world_sizes"] == [1, 2]
+    assert result["one"] > 0 and result["ratio"] == pytest.approx(result["several"] / result["one"], rel=2e-3)
+    assert result["threads"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_startup_measures_fresh_and_continued_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    small = ["--num-galaxies", "100", "--rounds", "1", "--step", "2"]
+    settings = ["train.batch_size=16", "train.epochs=40", "data.image_size=32", "model.width=4"]
+    (result,) = run(capsys, "startup", "--data-dir", str(tmp_path), *small, *settings)
+    assert result["task"] == "startup" and result["recipe"] == "demo" and result["step"] >= 2
+    assert result["fresh_s"] > 0 and result["resume_s"] > 0
+    assert result["difference_s"] == pytest.approx(result["resume_s"] - result["fresh_s"], abs=2e-2)
+    assert not (tmp_path / "bench" / "startup" / "runs").exists()
