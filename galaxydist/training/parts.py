@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from galaxydist.models.groups import parameter_groups
@@ -27,6 +26,7 @@ from galaxydist.training.speed import channels_last, compile_model, set_tf32
 from galaxydist.training.spikes import SpikeDetector
 from galaxydist.training.state import TrainingState
 from galaxydist.training.stopping import EarlyStopping
+from galaxydist.training.strategy import Strategy, check_strategy, open_strategy
 from galaxydist.training.syncnorm import synchronise_batch_norm
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.update import Update
@@ -41,31 +41,30 @@ class Parts:
     """What is made before the loop.
 
     Args:
-        model: as it takes part in a step.
-        judged: the one that is validated: the moving average where there is one.
+        strategy: how the processes share the model.
         state: what is saved.
         augment: pixels to model input.
         schedule: length of the run.
         micro_batch: galaxies in one forward pass of one process (0: its whole share).
     """
 
-    model: nn.Module
-    judged: nn.Module
+    strategy: Strategy
     state: TrainingState
     augment: Augment
     schedule: Schedule
     micro_batch: int
 
 
-def check_parts(recipe: Recipe, world_size: int) -> None:
+def check_parts(recipe: Recipe, world: World) -> None:
     """Refuse what could not be built, before anything is written.
 
     Raises:
         EveryRankError: on every rank the same.
     """
     find_optimizer(recipe.optim.name)
+    check_strategy(recipe.train, world.precision)
     if Mixing(recipe.train, recipe.seed, recipe.data.image_size).is_on:
-        check_world(recipe.train.batch_size, world_size)
+        check_world(recipe.train.batch_size, world.size)
 
 
 def build_parts(
@@ -94,7 +93,6 @@ def build_parts(
     model = model.to(device=world.device, dtype=world.dtype)
     if config.channels_last:
         channels_last(model)
-    ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema > 0 else None
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     micro_batch, found = _micro_batch(world, recipe, model, stored_micro_batch)
@@ -102,13 +100,13 @@ def build_parts(
         model = synchronise_batch_norm(model)
     if config.compile:
         compile_model(model, world.device)
-    groups: list[dict[str, Any]] = [dict(group) for group in parameter_groups(model, optim.weight_decay, optim.layer_decay)]
-    prepared_model, optimizer = world.accelerator.prepare(model, build_optimizer(groups, optim, world.device))
+    strategy = open_strategy(world, model, config)
+    groups = [dict(group) for group in parameter_groups(strategy.model, optim.weight_decay, optim.layer_decay)]
     state = TrainingState(
-        model,
-        optimizer,
+        strategy.model,
+        world.accelerator.prepare(build_optimizer(groups, optim, world.device)),
         world.accelerator.scaler,
-        ema,
+        strategy.averages,
         stopping=EarlyStopping(config.metric, config.patience),
         skipped=Skipped(recipe.data.on_error, recipe.data.max_errors),
         nonfinite=Nonfinite(
@@ -118,8 +116,7 @@ def build_parts(
         micro_batch=found,
     )
     return Parts(
-        model=prepared_model,
-        judged=model if ema is None else ema.module,
+        strategy=strategy,
         state=state,
         augment=build_augment(recipe, TrainingData.of(manifest, recipe), threads=world.cores),
         schedule=schedule,
@@ -128,7 +125,12 @@ def build_parts(
 
 
 def _micro_batch(world: World, recipe: Recipe, model: nn.Module, stored: Mapping[str, Any] | None) -> tuple[int, dict[str, Any]]:
-    """The recipe's, or the largest that fits beside what the optimizer will keep; and what is to be stored of it."""
+    """The recipe's, or the largest that fits beside what the optimizer will keep; and what is to be stored of it.
+
+    A model that is to be divided is not tried: whole, it would need more than it will.
+    """
+    if recipe.train.strategy == "fsdp" and recipe.train.micro_batch == "auto":
+        return 0, {}
     trained_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     unit = 2 if Mixing(recipe.train, recipe.seed, recipe.data.image_size).is_on else 1
     ballast_bytes = OPTIMIZER_TENSORS * trained_bytes
@@ -142,13 +144,12 @@ def build_update(world: World, recipe: Recipe, manifest: Manifest, parts: Parts,
     mixing = Mixing(recipe.train, recipe.seed, recipe.data.image_size)
     return Update(
         world,
-        parts.model,
+        parts.strategy,
         parts.state.optimizer,
         objective=Objective(weights_K, recipe.train.label_smoothing),
         augment=parts.augment,
         mixing=mixing if mixing.is_on else None,
         rate=LearningRate(recipe.optim, parts.schedule.total_steps),
-        ema=parts.state.ema,
         config=recipe.train,
         micro_batch=parts.micro_batch,
         seed=recipe.seed,
