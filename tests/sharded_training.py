@@ -211,34 +211,42 @@ def resume(folder: Path, optimizer: str, source: str) -> None:
     write_final(trained, folder / f"{source}-on-{dist.get_world_size()}.safetensors")
 
 
+# Model, and what is special.
 COMPARED = (
-    ("custom_cnn", False, False),
-    ("custom_cnn", True, False),
-    ("custom_cnn", False, True),
-    ("resnet18", False, False),
-    ("vgg16", True, False),
-    ("vit", True, False),
+    ("custom_cnn", ""),
+    ("custom_cnn", "frozen"),
+    ("custom_cnn", "half"),
+    ("d4_cnn", ""),
+    ("resnet18", "checkpointed"),
+    ("vgg16", "frozen"),
+    ("vgg16", "checkpointed"),
+    ("vit", "frozen"),
 )
 
 
 def compare_with_ddp(folder: Path) -> None:
-    """Networks with batch normalisation, whose statistics each process has of its own; frozen backbones; half precision."""
+    """Networks with batch normalisation, whose statistics each process has of its own; frozen backbones; half precision;
+    activations that are computed again."""
     from galaxydist.models.build import build_model
+    from galaxydist.models.memory import checkpoint_activations
     from galaxydist.recipe.schema import ModelConfig
 
     mesh = open_mesh(torch.device("cpu"))
     largest: dict[str, float] = {}
-    for name, freeze, half in COMPARED:
+    for name, special in COMPARED:
         torch.manual_seed(1)
-        config = ModelConfig(name=name, width=4, freeze_backbone=freeze)
+        half = special == "half"
+        config = ModelConfig(name=name, width=16, freeze_backbone=special == "frozen")
         model = build_model(config, 3, 32, say=lambda _: None).to(torch.float32 if half else torch.float64)
+        if special == "checkpointed":
+            checkpoint_activations(model)
         ddp = nn.parallel.DistributedDataParallel(copy.deepcopy(model), broadcast_buffers=False)
         shard_model(model, mesh)
         for trained in (ddp, model):
             train_batches(trained, half)
         whole = gather(model.state_dict())
         differences = [(whole[key] - value).abs().max().item() for key, value in ddp.module.state_dict().items()]
-        largest[f"{name}, frozen={freeze}, half={half}"] = max(differences)
+        largest[f"{name} {special}"] = max(differences)
     (folder / f"differences-{dist.get_rank()}.json").write_text(json.dumps(largest))
 
 

@@ -208,7 +208,8 @@ def test_the_state_of_other_parameters_is_refused(numbered: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "num_blocks"), [("custom_cnn", 4), ("resnet18", 8), ("resnet50", 16), ("vgg16", 5), ("vgg19", 5), ("vit", 12)]
+    ("name", "num_blocks"),
+    [("custom_cnn", 4), ("resnet18", 8), ("d4_cnn", 4), ("resnet50", 16), ("vgg16", 5), ("vgg19", 5), ("vit", 12)],
 )
 def test_each_architecture_has_repeated_blocks(name: Any, num_blocks: int) -> None:
     from galaxydist.models.build import build_model

@@ -47,6 +47,11 @@ class ShardedEma:
                 average.copy_(value)
         torch._foreach_lerp_(averages, values, weight=1.0 - self.decay_at(step))
 
+    @property
+    def module(self) -> "ShardedEma":
+        """Itself: timm's class keeps the averages in a module of this name."""
+        return self
+
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """The averages of the model's buffers, which are whole: those of batch-norm statistics are made equal over the ranks."""
         return ((name, tensor) for name, tensor in self._tensors.items() if name in self._buffer_names)
