@@ -32,16 +32,18 @@ class Strategy(Protocol):
 
     Attributes:
         model: what the optimizer moves and a checkpoint holds.
-        in_step: called in the forward pass of a step.
         ema: the moving average, or None; ``averages`` is what a checkpoint holds of it.
         is_collective: all ranks write a checkpoint together; else rank 0 alone.
     """
 
     model: nn.Module
-    in_step: nn.Module
     ema: Ema | None
     averages: HasBuffers | None
     is_collective: bool
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Logits of a micro-batch, in the precision of the run."""
+        ...
 
     def exchange(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch: gradients are exchanged in the last one only."""
@@ -85,7 +87,6 @@ def check_strategy(config: TrainConfig, precision: str) -> None:
         "train.precision=fp16": precision == "fp16"
         and "its loss scaling would differ between the parts: use train.precision=bf16",
         "train.compile=true": config.compile and "set it to false",
-        "train.gradient_checkpointing=true": config.gradient_checkpointing and "set it to false",
     }
     refused = [f"{key} and train.strategy=fsdp do not go together here; {remedy}" for key, remedy in problems.items() if remedy]
     if refused:
@@ -103,10 +104,14 @@ class WholeModel:
         self._average = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema > 0 else None
         self.ema: Ema | None = self._average
         self.averages: HasBuffers | None = self._average.module if self._average is not None else None
-        self.in_step: nn.Module = world.accelerator.prepare(model)
+        self._prepared: nn.Module = world.accelerator.prepare(model)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        logits_BK: torch.Tensor = self._prepared(images_BCHW)
+        return logits_BK
 
     def exchange(self, *, is_last: bool) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = nullcontext() if is_last else self.world.accelerator.no_sync(self.in_step)
+        context: AbstractContextManager[None] = nullcontext() if is_last else self.world.accelerator.no_sync(self._prepared)
         return context
 
     def clip(self, parameters: Iterable[nn.Parameter], *, norm: float, value: float) -> torch.Tensor:
@@ -145,12 +150,19 @@ class DividedModel:
 
         mesh = open_mesh(world.device)
         self._whole = WholeCopy(model)
-        self.model = self.in_step = shard_model(model, mesh)
+        self.model = shard_model(model, mesh)
+        self._device, self._is_mixed = world.device, world.precision == "bf16"
         average = ShardedEma(model, config.ema) if config.ema > 0 else None
         self.ema: Ema | None = average
         self.averages: HasBuffers | None = average
         # Saving happens beside the training: on a group of its own it cannot collide with the exchange of gradients.
         self._saving, self._loading = open_saving_group(), open_saving_group()
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        # Accelerate does not wrap this model. Casts are not kept: the whole weights are there for one block at a time.
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_mixed, cache_enabled=False):
+            logits_BK: torch.Tensor = self.model(images_BCHW)
+        return logits_BK
 
     @contextmanager
     def exchange(self, *, is_last: bool) -> Iterator[None]:

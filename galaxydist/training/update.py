@@ -61,7 +61,6 @@ class Update:
     ) -> None:
         self.world = world
         self.strategy = strategy
-        self.model = strategy.in_step
         self.optimizer = optimizer
         self.objective = objective
         self.augment = augment
@@ -89,7 +88,7 @@ class Update:
         """
         set_learning_rate(self.optimizer, self.rate.at(step))
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.train()
+        self.strategy.model.train()
         self.statistics.keep()
         with self.timer.part("forward_backward"):
             sums = self._backward(batch, step)
@@ -115,7 +114,7 @@ class Update:
             is_last = number == len(parts) - 1
             with self.strategy.exchange(is_last=is_last):
                 self._seed_model(step, number)
-                logits_BK = self.model(images_BCHW)
+                logits_BK = self.strategy.forward(images_BCHW)
                 numerator = self.objective.summed_loss(logits_BK, targets.take(part))
                 if work is not None and number == 0:
                     work.wait()
@@ -148,7 +147,8 @@ class Update:
             self.optimizer.step()
             return torch.ones_like(is_finite)
         optimizer = self.optimizer.optimizer
-        if norm.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False):
+        is_fused = norm.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
+        if is_fused and not self.strategy.is_collective:
             optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()
             self.optimizer.step()
         elif bool(is_finite):
