@@ -73,7 +73,7 @@ def test_channels_last_changes_the_layout_alone(name: str) -> None:
 
 
 def tiny_vit() -> nn.Module:
-    model: nn.Module = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, num_heads=2, depth=2, num_classes=4)
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, num_heads=2, depth=1, num_classes=4)
     return model
 
 
@@ -95,7 +95,8 @@ def take_steps(model: nn.Module, sizes: tuple[int, ...]) -> list[float]:
 @pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile on a CPU needs a C++ compiler, and there is none")
 @pytest.mark.parametrize("kind", ["batch norm", "checkpointed"])
 def test_a_compiled_model_trains_as_it_does_without(kind: str) -> None:
-    """Two sizes of batch: the last micro-batch may hold one image less."""
+    """Two sizes of batch: the last micro-batch may hold one image less (once: compiling takes a minute)."""
+    sizes = (5, 4) if kind == "batch norm" else (5, 5)
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8)
     small = nn.Sequential(conv, norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
@@ -105,7 +106,7 @@ def test_a_compiled_model_trains_as_it_does_without(kind: str) -> None:
         checkpoint_activations(compiled)
     compile_model(compiled, CPU)
     assert list(compiled.state_dict()) == list(plain.state_dict())
-    assert take_steps(compiled, (5, 4)) == pytest.approx(take_steps(plain, (5, 4)), abs=1e-4)
+    assert take_steps(compiled, sizes) == pytest.approx(take_steps(plain, sizes), abs=1e-4)
     for a, b in zip(compiled.state_dict().values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     twin = copy.deepcopy(compiled)
