@@ -78,9 +78,14 @@ class HeartbeatStore:
         self._thread.start()
 
     @property
+    def look_s(self) -> float:
+        """How long it takes to find a rank silent."""
+        return self._num_looks * self._interval_s
+
+    @property
     def patience_s(self) -> float:
         """How long an answer may take before the store counts as lost."""
-        return 3 * self._num_looks * self._interval_s + 2.0
+        return 3 * self.look_s + 2.0
 
     def ask(self) -> None:
         """Ask whether the run hangs; see ``take_answer``."""

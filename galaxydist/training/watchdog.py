@@ -187,6 +187,8 @@ class Watchdog:
         last, count, graces = time.monotonic(), -1, 0
         asked_at: float | None = None
         recheck_s = 2 * self._tick_s
+        # The others name this rank before it is ended and they see their connections to it break.
+        guard_margin_s = 4 * self._tick_s + (2.0 + self._others.look_s if self._others is not None else 0.0)
         while not self._closing.wait(self._tick_s):
             now = time.monotonic()
             gap, last = now - last, now
@@ -196,7 +198,7 @@ class Watchdog:
                 graces, self._idle_s = graces + 1, 0.0
             else:
                 self._idle_s += min(gap, 2 * self._tick_s)
-            self._guard.feed(self._allowed_s + 4 * self._tick_s)
+            self._guard.feed(self._allowed_s + guard_margin_s)
             if self._idle_s < self._allowed_s:
                 asked_at = None
             elif asked_at is None:
