@@ -2,6 +2,7 @@
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_HUNG = 70  # EX_SOFTWARE: no process went on any more, see training/watchdog.py
 
 
 class UserError(ValueError):
