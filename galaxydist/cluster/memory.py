@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ class ModelFacts:
         moving_average: a copy of the weights, or 0.
         largest_block: weights of the largest block of the model: what FSDP gathers at a time.
         picture: a decoded picture as it comes to the GPU.
+        has_checkpointing: whether it can compute activations again.
         has_batch_norm: whether a layer normalises over the images of a forward pass.
         timeline: of a forward and a backward pass.
     """
@@ -48,6 +48,7 @@ class ModelFacts:
     moving_average: int
     largest_block: int
     picture: int
+    has_checkpointing: bool
     has_batch_norm: bool
     timeline: Timeline
 
@@ -96,9 +97,15 @@ def weigh(recipe: Recipe, num_classes: int, stored_size: int) -> ModelFacts:
     Raises:
         UserError: settings that the model cannot use.
     """
-    build = partial(_build, recipe, num_classes)
+    # On "meta" rather than among fakes: timm reads numbers out of tensors while it builds.
     with torch.device("meta"):
-        model = build()
+        model = _build(recipe, num_classes)
+    has_checkpointing = _set_checkpointing(model, recipe.train.gradient_checkpointing)
+    if recipe.train.gradient_checkpointing and not has_checkpointing:
+        raise UserError(
+            f"train.gradient_checkpointing=true: {recipe.model.name} has no blocks to compute again; set it to false, and use "
+            "train.micro_batch=auto for less memory"
+        )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_trained = sum(parameter.numel() for parameter in trained)
     weights = _bytes([*model.parameters(), *model.buffers()])
@@ -113,8 +120,9 @@ def weigh(recipe: Recipe, num_classes: int, stored_size: int) -> ModelFacts:
         moving_average=weights if recipe.train.ema > 0 else 0,
         largest_block=max(_bytes(block.parameters()) for block in _blocks(model)),
         picture=3 * width**2,
+        has_checkpointing=has_checkpointing,
         has_batch_norm=any(isinstance(module, _BatchNorm) and module.training for module in model.modules()),
-        timeline=trace_step(build, data.image_size, planned_precision(recipe)),
+        timeline=trace_step(model, data.image_size, planned_precision(recipe)),
     )
 
 
@@ -167,16 +175,18 @@ def planned_precision(recipe: Recipe) -> str:
 def _build(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's model without trained weights."""
     config = recipe.model.model_copy(update={"pretrained": False, "weights": None})
-    model: Any = build_model(config, num_classes, recipe.data.image_size, say=lambda _: None)
-    if recipe.train.gradient_checkpointing:
-        try:
-            model.set_grad_checkpointing(True)
-        except (AttributeError, AssertionError):
-            raise UserError(
-                f"train.gradient_checkpointing=true: {config.name} has no blocks to compute again; set it to false"
-            ) from None
-    built: nn.Module = model.double() if recipe.train.precision == "fp64" else model
-    return built
+    model = build_model(config, num_classes, recipe.data.image_size, say=lambda _: None)
+    return model.double() if recipe.train.precision == "fp64" else model
+
+
+def _set_checkpointing(model: Any, wanted: bool) -> bool:
+    """Switch gradient checkpointing on or off; returns whether the model has it."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        return False
+    model.set_grad_checkpointing(wanted)
+    return True
 
 
 def _optimizer_bytes(model: nn.Module, config: OptimConfig) -> int:

@@ -7,8 +7,7 @@ import numpy as np
 
 from galaxydist.cluster.dataset import PlannedData, find_data
 from galaxydist.cluster.memory import Memory, ModelFacts, estimate, planned_precision, weigh
-from galaxydist.cluster.refusals import refuse_memory, refuse_world, warn
-from galaxydist.errors import UserError
+from galaxydist.cluster.refusals import refuse_cache, refuse_memory, refuse_world, warn
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.order import EpochOrder, steps_per_epoch
 from galaxydist.shards.schedule import lengthened
@@ -141,11 +140,8 @@ def plan_run(recipe: Recipe, root: Path, job: Job, *, galaxies: int | None = Non
     if data.manifest is not None:  # what the trainer itself would refuse
         open_manifest(data.manifest.location, find_cache(recipe.data, root), recipe, job.world_size)
     reading = plan_reading(recipe, data, job)
-    if data.is_remote and reading.cache_bytes > recipe.data.cache_size * 1e9:
-        raise UserError(
-            f"data.cache_size={recipe.data.cache_size:g} GB do not hold the {reading.cache_bytes / 1e9:.2f} GB of shards "
-            f"that a node reads at the same time: set data.cache_size={reading.cache_bytes * 1.5 / 1e9:.2g} or more, or use more nodes."
-        )
+    if data.is_remote:
+        refuse_cache(reading.cache_bytes, recipe.data.cache_size)
     facts = weigh(recipe, data.num_classes, data.stored_size)
     passes, memory = plan_memory(recipe, facts, job)
     kept = KEPT_CHECKPOINTS * facts.checkpoint
@@ -232,7 +228,7 @@ def plan_memory(recipe: Recipe, facts: ModelFacts, job: Job) -> tuple[int, Memor
         passes = next((passes for passes in range(1, most) if memory_of(passes).total <= budget), most)
     memory = memory_of(passes)
     if job.gpu_memory is not None:
-        refuse_memory(recipe, memory, job.gpu_memory, world_size)
+        refuse_memory(recipe, facts, memory, job.gpu_memory, world_size)
     return passes, memory
 
 

@@ -36,11 +36,29 @@ def refuse_world(recipe: Recipe, num_train: int, num_nodes: int, gpus_per_node: 
         raise UserError(_pairs_apart(batch_size, world_size, num_train))
 
 
-def refuse_memory(recipe: Recipe, memory: Memory, gpu_memory: float, world_size: int) -> None:
+def refuse_cache(num_bytes: int, cache_size: float) -> None:
+    """Refuse a cache that cannot hold what is read at the same time, as the reader would.
+
+    Args:
+        num_bytes: of these shards.
+        cache_size: GB of the cache of a node.
+
+    Raises:
+        UserError: with the size that would do.
+    """
+    if num_bytes > cache_size * 1e9:
+        raise UserError(
+            f"data.cache_size={cache_size:g} GB do not hold the {num_bytes / 1e9:.2f} GB of shards that a node reads at the same "
+            f"time: set data.cache_size={num_bytes * 1.5 / 1e9:.2g} or more, or use more nodes."
+        )
+
+
+def refuse_memory(recipe: Recipe, facts: ModelFacts, memory: Memory, gpu_memory: float, world_size: int) -> None:
     """Refuse what does not fit a GPU of so many GB.
 
     Args:
         recipe: what was asked for.
+        facts: of its model.
         memory: of the smallest pass that is possible, or that the recipe asks for.
         gpu_memory: GB of one GPU.
         world_size: processes.
@@ -66,7 +84,7 @@ def refuse_memory(recipe: Recipe, memory: Memory, gpu_memory: float, world_size:
     if isinstance(train.micro_batch, int) and memory.micro_batch > 1:
         helps.append("train.micro_batch=auto (or a smaller number)")
     if largest == "activations":
-        if not train.gradient_checkpointing:
+        if facts.has_checkpointing and not train.gradient_checkpointing:
             helps.append("train.gradient_checkpointing=true")
         helps.append(f"a smaller data.image_size (now {recipe.data.image_size})")
     if largest == "decoded pictures":

@@ -5,7 +5,7 @@ matrix of tokens by tokens, and autocast keeps the same tensors in half precisio
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -60,15 +60,17 @@ class Timeline:
         return self.constant + self.per_image * num_images
 
 
-def trace_step(build: Callable[[], nn.Module], image_size: int, precision: str) -> Timeline:
+def trace_step(model: nn.Module, image_size: int, precision: str) -> Timeline:
     """The timeline of a model's training step.
 
     Args:
-        build: makes the model, in training mode and in the type of its weights, on the device that is torch's default.
+        model: in training mode, on the device "meta"; of no use afterwards.
         image_size: of its square RGB input, in pixels.
         precision: ``bf16`` and ``fp16``: the forward pass under autocast; all others: as it is.
     """
-    few, more = (_run(build, image_size, num_images, precision) for num_images in (FEW, MORE))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to_empty(device="cpu")
+        few, more = (_run(model, image_size, num_images, precision) for num_images in (FEW, MORE))
     assert len(few.bytes) == len(more.bytes), "the operations must not depend on the number of images"
     per_image = (more.without_gradients() - few.without_gradients()) // (MORE - FEW)
     return Timeline(few.without_gradients() - per_image * FEW, per_image, few.gradients_made(), few.new_gradients())
@@ -87,6 +89,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._births[tensor.untyped_storage()] = -1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # asked for ten times as often as anything is done
+            return args[0].device
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, torch.Tensor):
@@ -125,24 +129,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive -= num_bytes
 
 
-def _run(build: Callable[[], nn.Module], image_size: int, num_images: int, precision: str) -> _Recorder:
-    # timm reads numbers out of tensors while it builds, which fakes do not have and empty ones on "meta" need not.
-    with torch.device("meta"):
-        model = build()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = model.to_empty(device="cpu")
-        recorder = _Recorder([*model.parameters(), *model.buffers()])
-        images_BCHW = torch.empty(num_images, 3, image_size, image_size, dtype=next(model.parameters()).dtype)
-        labels_B = torch.zeros(num_images, dtype=torch.int64)
-        recorder.add(images_BCHW)
-        with recorder:
-            with _autocast(precision):
-                logits_BK = model(images_BCHW)
-            # As the trainer does: the loss in float32 at least, a sum.
-            logits_BK = logits_BK if logits_BK.dtype == torch.float64 else logits_BK.float()
-            loss = functional.cross_entropy(logits_BK, labels_B, reduction="none").sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-        recorder.note_gradients(model)
+def _run(model: nn.Module, image_size: int, num_images: int, precision: str) -> _Recorder:
+    model.zero_grad(set_to_none=True)
+    recorder = _Recorder([*model.parameters(), *model.buffers()])
+    images_BCHW = torch.empty(num_images, 3, image_size, image_size, dtype=next(model.parameters()).dtype)
+    labels_B = torch.zeros(num_images, dtype=torch.int64)
+    recorder.add(images_BCHW)
+    with recorder:
+        with _autocast(precision):
+            logits_BK = model(images_BCHW)
+        # As the trainer does: the loss in float32 at least, a sum.
+        logits_BK = logits_BK if logits_BK.dtype == torch.float64 else logits_BK.float()
+        loss = functional.cross_entropy(logits_BK, labels_B, reduction="none").sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+    recorder.note_gradients(model)
     return recorder
 
 
