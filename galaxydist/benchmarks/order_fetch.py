@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from galaxydist.shards.order import EpochOrder
-from galaxydist.shards.uses import shard_uses, working_set
+from galaxydist.shards.uses import node_uses, shard_uses, working_set
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,7 @@ def measure_fetches(job: Job, choices: Sequence[tuple[int, int]], seed: int = 0)
 
 def _measure(job: Job, num_streams: int, batch_size: int, seed: int) -> dict[str, Any]:
     order = EpochOrder(np.full(job.num_shards, job.shard_samples), seed=seed, epoch=0, num_streams=num_streams)
-    offsets = np.arange(batch_size)
-    node_of = offsets % job.world_size // job.ranks_per_node
-    uses = [shard_uses(order, batch_size, offsets[node_of == node]) for node in range(job.num_nodes)]
+    uses = node_uses(order, batch_size, job.num_nodes, job.ranks_per_node)
     fetched = [np.unique(use["shard"]).size for use in uses]
     return {
         "num_streams": num_streams,
@@ -75,7 +73,7 @@ def _measure(job: Job, num_streams: int, batch_size: int, seed: int) -> dict[str
         "shards_per_node": {"min": min(fetched), "median": float(np.median(fetched)), "max": max(fetched)},
         "fetches_per_shard": sum(fetched) / job.num_shards,
         "held_per_node": max(working_set(use, 1) for use in uses),
-        "held_by_one": working_set(shard_uses(order, batch_size, offsets), 1),
+        "held_by_one": working_set(shard_uses(order, batch_size, np.arange(batch_size)), 1),
     }
 
 

@@ -44,7 +44,7 @@ def shard_layout(survey: Survey, settings: Settings) -> Layout:
     layout: Layout = {}
     start = 0
     for name, rows in ordered_splits(survey):
-        size = settings.shard_size or int(np.clip(-(-rows.size // 16), 64, 1024))
+        size = settings.shard_size or default_shard_size(rows.size)
         few, more = divmod(rows.size, max(1, -(-rows.size // size)))
         layout[name] = []
         for number in range(-(-rows.size // size)):
@@ -52,6 +52,11 @@ def shard_layout(survey: Survey, settings: Settings) -> Layout:
             layout[name].append(Shard(shard_name(name, number), start, stop))
             start = stop
     return layout
+
+
+def default_shard_size(num_samples: int) -> int:
+    """Galaxies in a shard of a split of so many, where nobody says: 64 to 1,024, so that a small split still has several."""
+    return min(max(-(-num_samples // 16), 64), 1024)
 
 
 def storage_order(survey: Survey, seed: int) -> NDArray[np.int64]:

@@ -31,12 +31,32 @@ def shard_uses(order: EpochOrder, batch_size: int, offsets: ArrayLike) -> NDArra
     Returns:
         rows of ``USE``, sorted by (first_step, shard); the incomplete last batch does not count.
     """
-    num_steps = order.num_positions // batch_size
-    shard, stream, first_place, last_place = order.pieces(_streams_hit(order.num_streams, batch_size, offsets))
-    first = (first_place * order.num_streams + stream) // batch_size
-    last = (last_place * order.num_streams + stream) // batch_size
-    read = first < num_steps
-    return _joined(shard[read], first[read], np.minimum(last[read], num_steps - 1))
+    return _stream_uses(order, batch_size, _streams_hit(order.num_streams, batch_size, offsets))
+
+
+def node_uses(order: EpochOrder, batch_size: int, num_nodes: int, ranks_per_node: int) -> list[NDArray[np.void]]:
+    """The shards that each node needs in one epoch of training; ranks are dealt to nodes in blocks.
+
+    Nodes that read the same streams share one array, so that large worlds cost little more than small ones.
+
+    Args:
+        order, batch_size: as in ``shard_uses``.
+        num_nodes, ranks_per_node: with no more ranks than the batch holds.
+
+    Returns:
+        what ``shard_uses`` gives for the offsets of each node.
+    """
+    offsets = np.arange(batch_size)
+    node_of = offsets % (num_nodes * ranks_per_node) // ranks_per_node
+    by_node = np.split(np.argsort(node_of, kind="stable"), np.cumsum(np.bincount(node_of, minlength=num_nodes))[:-1])
+    known: dict[bytes, NDArray[np.void]] = {}
+    uses = []
+    for own in by_node:
+        streams = _streams_hit(order.num_streams, batch_size, own)
+        if (key := streams.tobytes()) not in known:
+            known[key] = _stream_uses(order, batch_size, streams)
+        uses.append(known[key])
+    return uses
 
 
 def evaluation_uses(shard_samples: ArrayLike, batch_size: int, rank: int, world_size: int) -> NDArray[np.void]:
@@ -78,6 +98,15 @@ def working_set(uses: NDArray[np.void], bytes_per_shard: ArrayLike) -> int:
     change = np.concatenate([size, -size])
     by_step = np.lexsort((change, step))
     return int(np.cumsum(change[by_step]).max(initial=0))
+
+
+def _stream_uses(order: EpochOrder, batch_size: int, streams: Int64) -> NDArray[np.void]:
+    num_steps = order.num_positions // batch_size
+    shard, stream, first_place, last_place = order.pieces(streams)
+    first = (first_place * order.num_streams + stream) // batch_size
+    last = (last_place * order.num_streams + stream) // batch_size
+    read = first < num_steps
+    return _joined(shard[read], first[read], np.minimum(last[read], num_steps - 1))
 
 
 def _streams_hit(num_streams: int, batch_size: int, offsets: ArrayLike) -> Int64:

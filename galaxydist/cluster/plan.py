@@ -1,0 +1,260 @@
+"""What a run would cost: steps, samples and time, memory, shards and bytes, disk. Nothing is started and no GPU is needed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from galaxydist.cluster.dataset import PlannedData, find_data
+from galaxydist.cluster.memory import Memory, ModelFacts, estimate, planned_precision, weigh
+from galaxydist.cluster.refusals import refuse_cache, refuse_memory, refuse_world, warn
+from galaxydist.recipe.schema import Recipe
+from galaxydist.shards.order import EpochOrder, steps_per_epoch
+from galaxydist.shards.schedule import lengthened
+from galaxydist.shards.uses import node_uses, resampled_uses, working_set
+from galaxydist.training.data import find_cache, open_manifest
+from galaxydist.training.update import count_micro_batches
+
+# Checkpoints that a run keeps: the newest two and the best; while it saves, one more.
+KEPT_CHECKPOINTS = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """The machines of a run.
+
+    Args:
+        num_nodes, gpus_per_node: one process for each GPU.
+        images_per_s: of one GPU in training; None: not known.
+        gpu_memory: GB (10^9 bytes) of one GPU; None: not known.
+    """
+
+    num_nodes: int = 1
+    gpus_per_node: int = 1
+    images_per_s: float | None = None
+    gpu_memory: float | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps, samples and time.
+
+    Args:
+        samples: of the training split.
+        per_epoch: optimizer steps; the incomplete last batch is dropped.
+        dropped: galaxies of that batch.
+        total: steps of the run, without early stopping.
+        rank_batch_least, rank_batch_most: galaxies of one process in a step.
+        passes: forward passes of one process in a step.
+        validation_batches, validation_batches_most: of all processes, and of the one with most; None where the number of
+            galaxies is not known, 0 where there is no such split.
+        epoch_s, run_s: seconds in training steps (validation not counted); None where the speed is not known.
+    """
+
+    samples: int
+    per_epoch: int
+    dropped: int
+    total: int
+    rank_batch_least: int
+    rank_batch_most: int
+    passes: int
+    validation_batches: int | None
+    validation_batches_most: int | None
+    epoch_s: float | None
+    run_s: float | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the nodes read of the training split in an epoch (of the first one; others differ little).
+
+    Args:
+        num_shards, num_bytes: of the split.
+        shards_per_node_least, shards_per_node_most, bytes_per_node_most: that a node reads.
+        nodes_per_shard: how many nodes read a shard, on average.
+        shards_held_most: in use on one node at the same time.
+        cache_bytes: the least that a node's cache must hold if the shards lie at a URL, with what is read ahead.
+        bytes_per_s: of a node, at the given speed.
+    """
+
+    num_shards: int
+    num_bytes: int
+    shards_per_node_least: int
+    shards_per_node_most: int
+    bytes_per_node_most: int
+    nodes_per_shard: float
+    shards_held_most: int
+    cache_bytes: int
+    bytes_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would cost.
+
+    Args:
+        recipe, model, strategy, precision: by name.
+        batch_size, epochs: of the recipe.
+        data: where the numbers of galaxies and bytes are from.
+        num_trained, num_frozen: parameters.
+        checkpoint_bytes, checkpoints_bytes: of one, and of all that are kept.
+        warnings: what one may want otherwise.
+    """
+
+    recipe: str
+    model: str
+    strategy: str
+    precision: str
+    batch_size: int
+    epochs: int
+    data: str
+    job: Job
+    steps: Steps
+    num_trained: int
+    num_frozen: int
+    memory: Memory
+    reading: Reading
+    checkpoint_bytes: int
+    checkpoints_bytes: int
+    warnings: tuple[str, ...]
+
+
+def plan_run(recipe: Recipe, root: Path, job: Job, *, galaxies: int | None = None, shards: int | None = None) -> Plan:
+    """Work out what a run would cost.
+
+    Args:
+        recipe: the run.
+        root: the data root, looked into for the recipe's shards.
+        job: the machines.
+        galaxies, shards: instead of the shards on this machine: training galaxies, and into how many shards they are divided.
+
+    Raises:
+        UserError: the run could not be; says what could.
+    """
+    data = find_data(recipe.data, root, galaxies=galaxies, shards=shards)
+    refuse_world(recipe, data.num_train, job.num_nodes, job.gpus_per_node)
+    if data.manifest is not None:  # what the trainer itself would refuse
+        open_manifest(data.manifest.location, find_cache(recipe.data, root), recipe, job.world_size)
+    reading = plan_reading(recipe, data, job)
+    if data.is_remote:
+        refuse_cache(reading.cache_bytes, recipe.data.cache_size)
+    facts = weigh(recipe, data.num_classes, data.stored_size)
+    passes, memory = plan_memory(recipe, facts, job)
+    kept = KEPT_CHECKPOINTS * facts.checkpoint
+    warnings = warn(recipe, facts, memory, world_size=job.world_size, num_nodes=job.num_nodes, fetches=reading.nodes_per_shard)
+    if reading.num_shards > 1 and reading.shards_held_most == reading.num_shards and recipe.data.balance == "none":
+        warnings.append(
+            f"so few shards that a node has all {reading.num_shards} in use at the same time: smaller ones help where they come "
+            "from a URL (galaxydist data shard --shard-size N)"
+        )
+    return Plan(
+        recipe=recipe.name,
+        model=recipe.model.name if recipe.model.size == "small" else f"{recipe.model.name} ({recipe.model.size})",
+        strategy=recipe.train.strategy,
+        precision=planned_precision(recipe),
+        batch_size=recipe.train.batch_size,
+        epochs=recipe.train.epochs,
+        data=data.origin,
+        job=job,
+        steps=plan_steps(recipe, data.num_train, data.num_val, job, passes),
+        num_trained=facts.num_trained,
+        num_frozen=facts.num_frozen,
+        memory=memory,
+        reading=reading,
+        checkpoint_bytes=facts.checkpoint,
+        checkpoints_bytes=kept,
+        warnings=tuple(warnings),
+    )
+
+
+def plan_steps(recipe: Recipe, num_train: int, num_val: int | None, job: Job, passes: int) -> Steps:
+    """Steps, samples and time.
+
+    Args:
+        recipe: batch sizes and epochs.
+        num_train, num_val: galaxies of the splits; None: not known.
+        job: the machines.
+        passes: forward passes of one process in a step.
+
+    Raises:
+        UserError: a batch larger than the training split.
+    """
+    batch_size, world_size = recipe.train.batch_size, job.world_size
+    per_epoch = steps_per_epoch(num_train, batch_size)
+    most = -(-batch_size // world_size)
+    batches = None if num_val is None else -(-num_val // recipe.eval.batch_size)
+    # All wait for the process with most galaxies.
+    epoch_s = None if job.images_per_s is None else per_epoch * most / job.images_per_s
+    return Steps(
+        samples=num_train,
+        per_epoch=per_epoch,
+        dropped=num_train - per_epoch * batch_size,
+        total=per_epoch * recipe.train.epochs,
+        rank_batch_least=batch_size // world_size,
+        rank_batch_most=most,
+        passes=passes,
+        validation_batches=batches,
+        validation_batches_most=None if batches is None else -(-batches // world_size),
+        epoch_s=epoch_s,
+        run_s=None if epoch_s is None else epoch_s * recipe.train.epochs,
+    )
+
+
+def plan_memory(recipe: Recipe, facts: ModelFacts, job: Job) -> tuple[int, Memory]:
+    """Forward passes in a step, and the memory of one GPU.
+
+    ``train.micro_batch=auto`` becomes the fewest passes that fit ``job.gpu_memory``, one pass where that is not given.
+
+    Raises:
+        UserError: no division of the batch fits.
+    """
+    batch_size, world_size, micro_batch = recipe.train.batch_size, job.world_size, recipe.train.micro_batch
+    rank_batch = -(-batch_size // world_size)
+
+    def memory_of(passes: int) -> Memory:
+        return estimate(facts, recipe, world_size=world_size, rank_batch=rank_batch, num_parts=passes)
+
+    if isinstance(micro_batch, int):
+        passes = count_micro_batches(batch_size, world_size, micro_batch)
+    elif job.gpu_memory is None:
+        passes = 1
+    else:
+        budget = job.gpu_memory * 1e9
+        most = batch_size // world_size  # no pass of any process may be empty
+        passes = next((passes for passes in range(1, most) if memory_of(passes).total <= budget), most)
+    memory = memory_of(passes)
+    if job.gpu_memory is not None:
+        refuse_memory(recipe, facts, memory, job.gpu_memory, world_size)
+    return passes, memory
+
+
+def plan_reading(recipe: Recipe, data: PlannedData, job: Job) -> Reading:
+    """What each node reads of the training split in the first epoch."""
+    batch_size = recipe.train.batch_size
+    sizes = data.shard_bytes
+    if recipe.data.balance == "resample":
+        uses = [resampled_uses(sizes.size, steps_per_epoch(data.num_train, batch_size))] * job.num_nodes
+    else:
+        order = EpochOrder(data.shard_samples, seed=recipe.seed, epoch=0, num_streams=recipe.data.num_streams)
+        uses = node_uses(order, batch_size, job.num_nodes, job.gpus_per_node)
+    # Nodes that read alike share an array: each is looked at once.
+    different = {id(use): use for use in uses}
+    read = {key: np.unique(use["shard"]) for key, use in different.items()}
+    counts = [read[id(use)].size for use in uses]
+    bytes_most = max(int(sizes[shards].sum()) for shards in read.values())
+    epoch_s = plan_steps(recipe, data.num_train, None, job, 1).epoch_s
+    return Reading(
+        num_shards=sizes.size,
+        num_bytes=int(sizes.sum()),
+        shards_per_node_least=min(counts),
+        shards_per_node_most=max(counts),
+        bytes_per_node_most=bytes_most,
+        nodes_per_shard=sum(counts) / sizes.size,
+        shards_held_most=max(working_set(use, 1) for use in different.values()),
+        cache_bytes=max(working_set(lengthened(use, recipe.data.prefetch + 1), sizes) for use in different.values()),
+        bytes_per_s=None if epoch_s is None else bytes_most / epoch_s,
+    )

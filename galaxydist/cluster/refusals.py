@@ -1,0 +1,155 @@
+"""What could not run, said before anything is started, with what would; and what runs, but not as one would like."""
+
+from math import gcd
+
+from galaxydist.cluster.memory import Memory, ModelFacts
+from galaxydist.errors import UserError
+from galaxydist.recipe.schema import Recipe
+
+# Batch normalisation's error grows quickly below this many images (Wu & He 2018, arXiv:1803.08494, figure 1: 8 and fewer).
+FEW_IMAGES = 8
+
+
+def refuse_world(recipe: Recipe, num_train: int, num_nodes: int, gpus_per_node: int) -> None:
+    """Refuse numbers of processes and batch sizes that cannot go together.
+
+    Raises:
+        UserError: more processes than a batch holds, a batch larger than the training split, pairs of images on two processes.
+    """
+    batch_size, world_size = recipe.train.batch_size, num_nodes * gpus_per_node
+    if batch_size > num_train:
+        multiple = num_train // world_size * world_size
+        fits = f"{multiple} (a multiple of {world_size} processes) or less" if multiple else f"{num_train} or less"
+        raise UserError(f"train.batch_size={batch_size} is more than the {num_train} training galaxies. Set it to {fits}.")
+    if world_size > batch_size:
+        fewer = _fewer(batch_size, num_nodes, gpus_per_node)
+        enough = (
+            f", or set train.batch_size={world_size} or a multiple of it"
+            if world_size <= num_train
+            else f" (there are only {num_train} training galaxies for a batch)"
+        )
+        raise UserError(
+            f"{world_size} processes ({num_nodes} nodes x {gpus_per_node}) are more than the global batch holds "
+            f"(train.batch_size={batch_size}). Use {fewer}{enough}."
+        )
+    if (recipe.train.mixup > 0 or recipe.train.cutmix > 0) and world_size > 1 and batch_size % (2 * world_size):
+        raise UserError(_pairs_apart(batch_size, world_size, num_train))
+
+
+def refuse_cache(num_bytes: int, cache_size: float) -> None:
+    """Refuse a cache that cannot hold what is read at the same time, as the reader would.
+
+    Args:
+        num_bytes: of these shards.
+        cache_size: GB of the cache of a node.
+
+    Raises:
+        UserError: with the size that would do.
+    """
+    if num_bytes > cache_size * 1e9:
+        raise UserError(
+            f"data.cache_size={cache_size:g} GB do not hold the {num_bytes / 1e9:.2f} GB of shards that a node reads at the same "
+            f"time: set data.cache_size={num_bytes * 1.5 / 1e9:.2g} or more, or use more nodes."
+        )
+
+
+def refuse_memory(recipe: Recipe, facts: ModelFacts, memory: Memory, gpu_memory: float, world_size: int) -> None:
+    """Refuse what does not fit a GPU of so many GB.
+
+    Args:
+        recipe: what was asked for.
+        facts: of its model.
+        memory: of the smallest pass that is possible, or that the recipe asks for.
+        gpu_memory: GB of one GPU.
+        world_size: processes.
+
+    Raises:
+        UserError: naming the largest part and what makes it smaller.
+    """
+    if memory.total <= gpu_memory * 1e9:
+        return
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer state": memory.optimizer,
+        "moving average": memory.moving_average,
+        "blocks gathered by fsdp": memory.gathered,
+        "decoded pictures": memory.pictures,
+        "activations": memory.activations,
+        "allowance for CUDA": memory.allowance,
+    }
+    largest = max(parts, key=lambda name: parts[name])
+    helps = []
+    train = recipe.train
+    if isinstance(train.micro_batch, int) and memory.micro_batch > 1:
+        helps.append("train.micro_batch=auto (or a smaller number)")
+    if largest == "activations":
+        if facts.has_checkpointing and not train.gradient_checkpointing:
+            helps.append("train.gradient_checkpointing=true")
+        helps.append(f"a smaller data.image_size (now {recipe.data.image_size})")
+    if largest == "decoded pictures":
+        helps.append("more GPUs, or a smaller train.batch_size")
+    if largest in ("weights", "gradients", "optimizer state", "moving average"):
+        if train.strategy != "fsdp" and world_size > 1:
+            helps.append("train.strategy=fsdp")
+        helps.append("more GPUs with train.strategy=fsdp" if world_size == 1 or train.strategy == "fsdp" else "a smaller model")
+    helps.append(f"a GPU of {-(-memory.total // 10**9)} GB")
+    images = "1 image" if memory.micro_batch == 1 else f"{memory.micro_batch} images"
+    raise UserError(
+        f"--gpu-memory {gpu_memory:g} GB do not hold a step of {images} at a time, which takes {memory.total / 1e9:.2f} GB; "
+        f"most of it: {largest}, {parts[largest] / 1e9:.2f} GB. What helps: {'; '.join(helps)}."
+    )
+
+
+def warn(recipe: Recipe, facts: ModelFacts, memory: Memory, *, world_size: int, num_nodes: int, fetches: float) -> list[str]:
+    """What runs, but perhaps not as it was meant.
+
+    Args:
+        recipe: what was asked for.
+        facts: of its model.
+        memory: of one GPU.
+        world_size, num_nodes: the job.
+        fetches: how many nodes need each shard in an epoch, on average.
+    """
+    batch_size, streams = recipe.train.batch_size, recipe.data.num_streams
+    found = []
+    if batch_size % world_size:
+        few, more = batch_size // world_size, -(-batch_size // world_size)
+        found.append(
+            f"train.batch_size={batch_size} is no multiple of {world_size} processes: some hold {more} galaxies a step, others "
+            f"{few}, and wait; even would be {few * world_size} or {more * world_size}"
+        )
+    if num_nodes > 1 and fetches > 1.05 and recipe.data.balance == "none":
+        found.append(
+            f"each shard is read by {fetches:.1f} nodes an epoch, and crosses the network as often where it comes from a URL: "
+            f"about one does where {world_size} processes divide both data.num_streams (now {streams}, greatest common divisor "
+            f"{gcd(streams, world_size)}) and train.batch_size"
+        )
+    if facts.has_batch_norm and not recipe.train.sync_batchnorm and memory.micro_batch < FEW_IMAGES:
+        group = ", model.norm=group" if recipe.model.name == "custom_cnn" else ""
+        found.append(
+            f"batch normalisation sees {memory.micro_batch} images at a time, too few for good statistics: "
+            f"train.sync_batchnorm=true{group}, or fewer processes"
+        )
+    return found
+
+
+def _fewer(batch_size: int, num_nodes: int, gpus_per_node: int) -> str:
+    """The most processes that a batch allows, whole nodes where that is possible."""
+    nodes = min(num_nodes, batch_size // gpus_per_node)
+    even = next((n for n in range(nodes, 0, -1) if batch_size % (n * gpus_per_node) == 0), nodes)
+    if even:
+        return f"--nodes {even} --gpus-per-node {gpus_per_node} ({even * gpus_per_node} processes; at most {batch_size} work)"
+    return f"--nodes 1 --gpus-per-node {batch_size}"
+
+
+def _pairs_apart(batch_size: int, world_size: int, num_train: int) -> str:
+    lower, upper = (batch_size // (2 * world_size) + step for step in (0, 1))
+    sizes = [2 * world_size * number for number in (lower, upper) if number and 2 * world_size * number <= num_train]
+    processes = next(number for number in range(world_size, 0, -1) if batch_size % (2 * number) == 0)
+    return (
+        f"mixup and cutmix pair galaxies o and o + {batch_size // 2} of a batch, which must be on the same process: with "
+        f"{world_size} processes train.batch_size has to be a multiple of {2 * world_size} (now {batch_size}). Use "
+        + (f"train.batch_size={' or '.join(map(str, sizes))}, or " if sizes else "")
+        + (f"{processes} processes." if processes > 1 else "1 process.")
+    )

@@ -1,0 +1,43 @@
+"""launch.py under torch's profiler, in a process of its own: prints the most bytes that were alive within an optimizer step.
+
+``python -m tests.measured_step recipe=NAME ...``: torch's allocator reports each allocation and each release of the CPU's memory.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from galaxydist.cli.train import main
+from galaxydist.training.update import Update
+
+STEP = "measured step"
+
+
+def measure(arguments: list[str]) -> dict[str, Any]:
+    """Train, and find the peak within the steps."""
+    take_step = Update.__call__
+
+    def marked(self: Update, *given: Any, **named: Any) -> Any:
+        with record_function(STEP):
+            return take_step(self, *given, **named)
+
+    Update.__call__ = marked  # type: ignore[method-assign]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        code = main(arguments, os.environ)
+    kineto: Any = profiler.profiler
+    events = kineto.kineto_results.events()
+    steps = [(event.start_ns(), event.end_ns()) for event in events if event.name() == STEP]
+    alive, peaks = 0, [0] * len(steps)
+    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        for number, (start, stop) in enumerate(steps):
+            if start <= event.start_ns() <= stop:
+                peaks[number] = max(peaks[number], alive)
+    return {"code": code, "peaks": peaks}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1:])))
