@@ -14,3 +14,7 @@ class EveryRankError(UserError):
 
 class RunFailedError(RuntimeError):
     """A run that cannot go on, which no check before it could have seen. Every process raises it at the same step."""
+
+
+class OneRankFailedError(RunFailedError):
+    """A ``RunFailedError`` that one process alone has met: it is the one that prints it."""

@@ -1,5 +1,6 @@
 """What goes wrong at the start of a run, or in the middle, has a message that says what to do, and loses nothing."""
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from galaxydist.runs import checkpoints
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.write import write_shards
 from tests.blobs import BlobSurvey
-from tests.runs import TORCHRUN_2, launch, quick_settings, run_here
+from tests.runs import LAUNCH, PYTHON, TORCHRUN_2, launch, quick_settings, read_metrics, run_here
 
 HOLD_LOCK = """
 import os, sys, time
@@ -142,6 +143,28 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(
     assert "is not a number" in capsys.readouterr().err
     assert checkpoints.list_checkpoints(run_dir / "checkpoints") == []
     assert not (run_dir / "result.json").exists()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("launcher", [PYTHON, TORCHRUN_2], ids=["1 process", "2 processes"])
+def test_a_disk_that_fills_up_while_saving_stops_all_processes_with_one_message(
+    launcher: tuple[str, ...], blobs: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    settings = quick_settings(blobs, run_dir, train__epochs=400, train__save_steps=5)
+    command = [*launcher, str(LAUNCH), *settings]
+    # The largest file of a checkpoint does not fit; everything else does.
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, preexec_fn=lambda: limit_file_size(100_000)
+    )
+    assert done.returncode == (2 if launcher == PYTHON else 1)
+    assert done.stderr.count("galaxydist: error: ") == 1 and "the file size limit is reached" in done.stderr
+    assert not list((run_dir / "checkpoints").glob("*"))
+    assert read_metrics(run_dir)[-1]["step"] < 40  # it did not go on without
+
+
+def limit_file_size(num_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
 
 def test_a_killed_run_continues(blobs: Path, tmp_path: Path) -> None:

@@ -8,16 +8,17 @@ import pytest
 from galaxydist.cli.main import main
 
 
+@pytest.mark.slow
 def test_every_task_ends_in_a_line_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--every", "1", "--saves", "2", "--model", "custom_cnn", "--image-size", "16", "--batch-size", "2", "--folder"]
     assert main(["bench", "saving", *options, str(tmp_path / "out")]) == 0
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [result["task"] for result in results] == ["saving.none", "saving.background", "saving.synchronous"]
-    assert [result["num_saves_made"] for result in results] == [0, 2, 2]
     for result in results:
-        assert result["elapsed_s"] >= 2 and result["num_steps"] > 2
+        assert result["elapsed_s"] >= 2 and result["num_steps"] >= 2
         assert result["wait_share"] == pytest.approx(result["waited_s"] / result["elapsed_s"], abs=1e-3)
     none, *saving = results
-    assert none["waited_s"] == none["signal_s"] == none["step_slowdown"] == 0
-    assert all(0 < result["longest_wait_s"] <= result["waited_s"] and result["signal_s"] > 0 for result in saving)
+    assert none["step_slowdown"] == 0 and none["waited_s"] < 0.01 > none["signal_s"]
+    assert all(0.001 < result["longest_wait_s"] < result["waited_s"] for result in saving)
+    assert all(result["signal_s"] > 0.01 for result in saving)
     assert not (tmp_path / "out" / "saving").exists()

@@ -232,10 +232,10 @@ def test_a_planted_pickle_does_not_run(tmp_path: Path, place: str) -> None:
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("galaxydist.runs.checkpoint_folder.FORMAT_VERSION", 2)
+    monkeypatch.setattr("galaxydist.runs.checkpoint_folder.FORMAT_VERSION", 3)
     save_simple(tmp_path, 1)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="checkpoint format 2"):
+    with pytest.raises(UserError, match="checkpoint format 3"):
         checkpoints.load(tmp_path)
 
 

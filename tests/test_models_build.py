@@ -20,6 +20,7 @@ def test_registry_has_the_names_of_the_schema() -> None:
     ("name", "millions"),
     [
         ("custom_cnn", 2.8),
+        ("d4_cnn", 0.35),
         ("resnet18", 11.2),
         ("resnet26", 14.0),
         ("resnet50", 23.5),
@@ -43,7 +44,7 @@ def test_every_model_gives_finite_logits_and_gradients(name: ModelName, millions
 
 
 @pytest.mark.parametrize("image_size", [16, 50, 129])
-@pytest.mark.parametrize("name", ["custom_cnn", "resnet18", "vit"])
+@pytest.mark.parametrize("name", ["custom_cnn", "d4_cnn", "resnet18", "vit"])
 def test_any_image_size_from_16(name: ModelName, image_size: int) -> None:
     model = build_model(ModelConfig(name=name), 3, image_size).eval()
     assert model(torch.randn(2, 3, image_size, image_size)).shape == (2, 3)

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: all ranks stop at the same step and say for which galaxies, or leave the step out without a trace."""
+"""Numbers that are not finite: all ranks stop at the same step and name its galaxies, or leave the step out without a trace."""
 
 import json
 import subprocess

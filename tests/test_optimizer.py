@@ -95,6 +95,7 @@ def test_lookahead_survives_a_checkpoint_between_its_syncs(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # compiles for a minute, or several on a busy machine
 @pytest.mark.parametrize("name", sorted(KRON))
 def test_kron_survives_a_checkpoint_where_its_package_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its arithmetic needs the package on large layers only: here it runs without."""

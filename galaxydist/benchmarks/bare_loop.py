@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 from galaxydist.benchmarks.memory_session import MemoryBatches
 from galaxydist.models.build import build_model
 from galaxydist.recipe.schema import Recipe
+from galaxydist.training.optimizer import LearningRate
 from galaxydist.training.parts import Parts
 from galaxydist.training.world import World
 
@@ -27,9 +28,10 @@ class BareLoop:
 
     def __init__(self, world: World, recipe: Recipe, parts: Parts, batches: MemoryBatches, num_classes: int) -> None:
         self.device, self.is_mixed = world.device, world.precision == "bf16"
-        self.augment, self.rate, self.batches = parts.augment, parts.rate, batches
+        self.augment, self.batches = parts.augment, batches
+        self.rate = LearningRate(recipe.optim, parts.schedule.total_steps)
         self.clip_norm, self.label_smoothing = recipe.train.clip_norm, recipe.train.label_smoothing
-        theirs = parts.state.model
+        theirs = parts.strategy.model
         self.model = build_model(recipe.model, num_classes, recipe.data.image_size).to(world.device, world.dtype)
         self.model.load_state_dict(theirs.state_dict())
         ours = {id(old): new for old, new in zip(theirs.parameters(), self.model.parameters(), strict=True)}

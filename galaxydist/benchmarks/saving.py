@@ -16,7 +16,6 @@ from galaxydist.cores import available_cores
 from galaxydist.models.build import build_model
 from galaxydist.models.groups import parameter_groups
 from galaxydist.recipe.schema import ModelConfig, ModelName
-from galaxydist.runs.save_policy import SaveTimer
 from galaxydist.runs.saver import CheckpointSaver
 from galaxydist.runs.state import flatten_state
 
@@ -35,12 +34,12 @@ class Conditions:
         model: architecture, trained by AdamW.
         image_size, batch_size: of random pictures; they set how long a step takes.
         every_s: seconds between saves.
-        num_saves: of each training, the first at once.
+        num_saves: of each training.
     """
 
     model: ModelName = "resnet50"
     image_size: int = 64
-    batch_size: int = 32
+    batch_size: int = 16
     every_s: float = 30.0
     num_saves: int = 4
 
@@ -74,8 +73,70 @@ class Trainee:
         return tensors, described
 
 
+class Training:
+    """One way of saving, and what it has cost so far.
+
+    Args:
+        mode: how it saves.
+        trainee: what is trained.
+        folder: where its checkpoints go.
+    """
+
+    def __init__(self, mode: Mode, trainee: Trainee, folder: Path) -> None:
+        self.mode = mode
+        self._trainee = trainee
+        self.saver = CheckpointSaver(folder / mode, background=mode == "background", check=lambda: None)
+        self.num_steps = 0
+        self.waits: list[float] = []
+        self.elapsed_s = 0.0
+
+    def go_on(self, seconds: float) -> None:
+        """Save, train until so long after that began, one step at least, and wait for the write, as the next save would."""
+        began = time.perf_counter()
+        wait_s = self._save()
+        is_first = True
+        while is_first or time.perf_counter() - began < seconds:
+            self._trainee.step()
+            self.num_steps += 1
+            is_first = False
+        ended = time.perf_counter()
+        self.saver.wait()
+        self.waits.append(wait_s + time.perf_counter() - ended)
+        self.elapsed_s += time.perf_counter() - began
+
+    def save_on_signal(self) -> float:
+        """The worst moment: another write has just begun. Seconds until the second one is complete."""
+        self._save()
+        began = time.perf_counter()
+        self._save()
+        self.saver.wait()
+        return time.perf_counter() - began
+
+    def _save(self) -> float:
+        """Seconds until the training may go on."""
+        began = time.perf_counter()
+        if self.mode != "none":
+            tensors, state = self._trainee.snapshot()
+            self.saver.save(self.num_steps, tensors, state)
+        return time.perf_counter() - began
+
+    def result(self) -> dict[str, Any]:
+        waited_s = sum(self.waits)
+        return {
+            "task": f"saving.{self.mode}",
+            "num_steps": self.num_steps,
+            "elapsed_s": self.elapsed_s,
+            "step_s": (self.elapsed_s - waited_s) / self.num_steps,
+            "waited_s": waited_s,
+            "wait_share": waited_s / self.elapsed_s,
+            "longest_wait_s": max(self.waits),
+        }
+
+
 def measure_saving(folder: Path, conditions: Conditions) -> list[dict[str, Any]]:
-    """Train without saving, saving in the background, and saving synchronously, in turn; print a table and, last, lines of JSON.
+    """Train without saving, saving in the background, and saving synchronously; print a table and, last, lines of JSON.
+
+    The three take turns, each for the time between two saves, so that whatever else the machine does meets all alike.
 
     Args:
         folder: where checkpoints go, on the disk to be measured; removed afterwards.
@@ -96,15 +157,18 @@ def measure_saving(folder: Path, conditions: Conditions) -> list[dict[str, Any]]
         f"{conditions.num_saves} times",
         flush=True,
     )
-    print(f"{'saving':12} {'steps':>6} {'a step':>8} {'waits':>7} {'a save':>8} {'longest':>8} {'on a signal':>12}", flush=True)
-    results: list[dict[str, Any]] = []
-    for mode in ("none", "background", "synchronous"):
-        with _emptied(folder):
-            result = _measure(trainee, folder, mode, conditions)
-        step_s = (results[0] if results else result)["step_s"]
-        result |= {"step_slowdown": result["step_s"] / step_s - 1, "checkpoint_mb": num_bytes / 1e6, "device": device.type}
-        results.append({"task": f"saving.{mode}", **result, "threads": torch.get_num_threads(), **asdict(conditions)})
-        _show(results[-1])
+    modes: tuple[Mode, ...] = ("none", "background", "synchronous")
+    with _emptied(folder):
+        trainings = [Training(mode, trainee, folder) for mode in modes]
+        for _ in range(conditions.num_saves):
+            for training in trainings:
+                training.go_on(conditions.every_s)
+        results = [{**training.result(), "signal_s": training.save_on_signal()} for training in trainings]
+    print(f"{'saving':12} {'steps':>6} {'a step':>8} {'waits':>7} {'a save':>8} {'longest':>8} {'on a signal':>12}")
+    for result in results:
+        result |= {"step_slowdown": result["step_s"] / results[0]["step_s"] - 1, "checkpoint_mb": num_bytes / 1e6}
+        result |= {"device": device.type, "threads": torch.get_num_threads(), **asdict(conditions)}
+        _show(result)
     print(
         f"limits: the background save waits {WAIT_LIMIT:.0%} of the time, a save on a signal takes {SIGNAL_LIMIT_S:g} s. "
         "A step's time leaves the waiting out: it shows how much a write beside it slows the training."
@@ -112,50 +176,6 @@ def measure_saving(folder: Path, conditions: Conditions) -> list[dict[str, Any]]
     for result in results:
         print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}))
     return results
-
-
-def _measure(trainee: Trainee, folder: Path, mode: Mode, conditions: Conditions) -> dict[str, Any]:
-    """Train for as long as the saves are apart, times their number."""
-    with CheckpointSaver(folder, background=mode == "background", check=lambda: None) as saver:
-        waits, num_steps = [], 0
-        began = time.perf_counter()
-        timer = SaveTimer(conditions.every_s / 60, time.perf_counter)
-        while time.perf_counter() - began < conditions.every_s * conditions.num_saves:
-            if mode != "none" and (num_steps == 0 or timer.is_up):
-                timer.restart()
-                waits.append(_save(trainee, saver, num_steps))
-            trainee.step()
-            num_steps += 1
-        elapsed_s = time.perf_counter() - began
-        signal_s = 0.0 if mode == "none" else _save_on_signal(trainee, saver, num_steps)
-    waited_s = sum(waits)
-    return {
-        "num_steps": num_steps,
-        "elapsed_s": elapsed_s,
-        "step_s": (elapsed_s - waited_s) / num_steps,
-        "num_saves_made": len(waits),
-        "waited_s": waited_s,
-        "wait_share": waited_s / elapsed_s,
-        "longest_wait_s": max(waits, default=0.0),
-        "signal_s": signal_s,
-    }
-
-
-def _save(trainee: Trainee, saver: CheckpointSaver, step: int) -> float:
-    """Seconds until the training may go on."""
-    began = time.perf_counter()
-    tensors, state = trainee.snapshot()
-    saver.save(step, tensors, state)
-    return time.perf_counter() - began
-
-
-def _save_on_signal(trainee: Trainee, saver: CheckpointSaver, step: int) -> float:
-    """The worst moment: another write has just begun. Seconds until the second one is complete."""
-    _save(trainee, saver, step)
-    began = time.perf_counter()
-    _save(trainee, saver, step + 1)
-    saver.wait()
-    return time.perf_counter() - began
 
 
 @contextmanager
@@ -169,7 +189,7 @@ def _emptied(folder: Path) -> Iterator[None]:
 
 def _show(result: Mapping[str, Any]) -> None:
     mode = result["task"].partition(".")[2]
-    mean_s = result["waited_s"] / max(1, result["num_saves_made"])
+    mean_s = result["waited_s"] / result["num_saves"]
     print(
         f"{mode:12} {result['num_steps']:6} {result['step_s']:6.3f} s {result['wait_share']:7.2%} {mean_s:6.3f} s "
         f"{result['longest_wait_s']:6.3f} s {result['signal_s']:10.2f} s",

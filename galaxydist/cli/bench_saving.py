@@ -13,8 +13,8 @@ def add_saving(commands: Commands) -> None:
     parser = commands.add_parser(
         "saving",
         help="how long a training waits for its checkpoints",
-        description="Train on random pictures without saving, saving in the background and saving synchronously, in turn. Says "
-        "which share of the time the training waits, how much slower its steps are, and how long a save on a signal takes. "
+        description="Train on random pictures without saving, saving in the background and saving synchronously, taking turns. "
+        "Says which share of the time the training waits, how much slower its steps are, and how long a save on a signal takes. "
         "Prints a table and, last, lines of JSON.",
         allow_abbrev=False,
     )
@@ -24,7 +24,7 @@ def add_saving(commands: Commands) -> None:
     parser.add_argument("--saves", type=positive_int, default=4, metavar="N", help="of each training (default: %(default)s)")
     parser.add_argument("--model", choices=get_args(ModelName), default="resnet50", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--image-size", type=positive_int, default=64, metavar="PIXELS", help="default: %(default)s")
-    parser.add_argument("--batch-size", type=positive_int, default=32, metavar="B", help="default: %(default)s")
+    parser.add_argument("--batch-size", type=positive_int, default=16, metavar="B", help="default: %(default)s")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="write into DIR/saving (default: under the data root)")
     add_data_dir(parser)
     parser.set_defaults(run=run_saving)

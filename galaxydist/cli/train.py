@@ -9,7 +9,7 @@ import sys
 from collections.abc import MutableMapping, Sequence
 
 from galaxydist.cli.threads import wait_politely
-from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EveryRankError, RunFailedError, UserError
+from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EveryRankError, OneRankFailedError, RunFailedError, UserError
 
 EXIT_INTERRUPTED = 130
 EXIT_STOPPED = 75  # EX_TEMPFAIL: try again
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str], environ: MutableMapping[str, str]) -> int:
             print(f"galaxydist: error{where}: {error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
     except RunFailedError as error:
-        if rank == 0:
+        if rank == 0 or isinstance(error, OneRankFailedError):
             print(f"galaxydist: error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     except KeyboardInterrupt:

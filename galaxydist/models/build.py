@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from galaxydist.models.custom_cnn import CustomCNN
+from galaxydist.models.d4_cnn import D4CNN
 from galaxydist.models.frozen import freeze_backbone
 from galaxydist.models.published import find_weights
 from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, check_config, timm_name
@@ -45,8 +46,9 @@ def build_model(
     path = config.weights or (find_weights(config, weights_dir) if config.pretrained else None)
     tensors = None if path is None else read_weights(path)
     name = timm_name(config)
+    model: nn.Module
     if name is None:
-        model: nn.Module = CustomCNN(num_classes, config.width, config.drop_rate)
+        model = _build_own(num_classes, config)
     elif config.name.startswith("vgg"):
         model = _build_vgg(name, num_classes, config)
     else:
@@ -78,6 +80,13 @@ def input_statistics(config: ModelConfig) -> Statistics | None:
     published: Any = timm.get_pretrained_cfg(name)
     (r, g, b), (dr, dg, db) = published.mean, published.std
     return (r, g, b), (dr, dg, db)
+
+
+def _build_own(num_classes: int, config: ModelConfig) -> nn.Module:
+    rates = config.drop_rate, config.drop_path_rate
+    if config.name == "d4_cnn":
+        return D4CNN(num_classes, config.width, *rates)
+    return CustomCNN(num_classes, config.width, *rates, norm=config.norm)
 
 
 def _build_timm(name: str, num_classes: int, image_size: int, config: ModelConfig) -> nn.Module:

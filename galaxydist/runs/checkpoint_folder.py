@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from galaxydist.files import fsync_file, write_bytes
 from galaxydist.runs import tensor_files
 
 FORMAT_VERSION = 1
+SHARDED_FORMAT_VERSION = 2  # each process wrote its part: version 1, but for several files a tensor
 _STATE_FILE = "checkpoint.json"
 
 
@@ -61,46 +62,93 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state_te
     places = tensor_files.write_tensors(folder, tensors)
     for file in sorted(folder.iterdir()):
         fsync_file(file)
-    hashes = {name: _sha256(folder / name) for name in sorted(set(places.values()))}
-    content = {**json.loads(state_text), "tensors": places, "files": hashes}
-    body = _dump(content)
+    write_state(folder, state_text, places, {name: sha256_of(folder / name) for name in sorted(set(places.values()))})
+
+
+def write_state(
+    folder: Path, state_text: str, places: Mapping[str, str], hashes: Mapping[str, str], *, sharded: bool = False
+) -> None:
+    """Write checkpoint.json, which completes the folder, and fsync both.
+
+    Args:
+        folder: where the tensors are.
+        state_text: from ``encode_state``.
+        places: the file of each tensor; in a sharded checkpoint without ``shard-00001-``, of which each process has its own.
+        hashes: SHA-256 of each file.
+        sharded: each process wrote its part.
+    """
+    content = {**json.loads(state_text), "tensors": dict(places), "files": dict(hashes)}
+    body = _dump(content | {"format": SHARDED_FORMAT_VERSION} if sharded else content)
     digest = hashlib.sha256(body.encode()).hexdigest()
     write_bytes(folder / _STATE_FILE, f'{{"sha256": "{digest}", "content":\n{body}\n}}\n'.encode())
     fsync_file(folder)
 
 
-def read_checkpoint(path: Path, *, groups: Sequence[str] | None = None) -> Checkpoint:
-    """Read one checkpoint folder; the files that are read are checked against their SHA-256.
+def read_checkpoint(
+    path: Path,
+    *,
+    groups: Sequence[str] | None = None,
+    make: tensor_files.TensorMaker = tensor_files.whole_on_cpu,
+    verify: bool = True,
+) -> Checkpoint:
+    """Read one checkpoint folder, whole or sharded; the files that are read are checked against their SHA-256.
+
+    Args:
+        path: the folder.
+        groups: read only the tensors of these first name parts; None: all.
+        make: what each tensor is read into: a DTensor takes this process's part alone.
+        verify: False: without the SHA-256, where another process has just compared them (``check_files``).
 
     Raises:
         DamagedCheckpointError: something is missing, changed or unreadable; the message names the file.
         UserError: it was written by a newer galaxydist.
     """
+    content = _read_known(path)
+    wanted = _wanted(content, groups)
+    if verify:
+        _check_hashes(path, content, wanted.values())
+    try:
+        tensors = tensor_files.read_tensors(path, wanted, make)
+    except Exception as error:
+        raise DamagedCheckpointError(f"its tensors cannot be read: {error}") from error
+    return Checkpoint(content["step"], tensors, content["state"], path)
+
+
+def check_files(path: Path) -> None:
+    """Compare all files of a checkpoint folder with their SHA-256; raises as ``read_checkpoint``."""
+    content = _read_known(path)
+    _check_hashes(path, content, _wanted(content, None).values())
+
+
+def _read_known(path: Path) -> dict[str, Any]:
     content = read_state(path)
-    if content["format"] != FORMAT_VERSION:
+    if content["format"] not in (FORMAT_VERSION, SHARDED_FORMAT_VERSION):
         raise UserError(
-            f"{path} has checkpoint format {content['format']}; this galaxydist reads {FORMAT_VERSION}. "
-            "Use the version that wrote it."
+            f"{path} has checkpoint format {content['format']}; this galaxydist reads {FORMAT_VERSION} and "
+            f"{SHARDED_FORMAT_VERSION}. Use the version that wrote it."
         )
+    return content
+
+
+def _wanted(content: Mapping[str, Any], groups: Sequence[str] | None) -> dict[str, str]:
+    return {name: file for name, file in content["tensors"].items() if groups is None or name.split("/", 1)[0] in groups}
+
+
+def _check_hashes(path: Path, content: Mapping[str, Any], places: Iterable[str]) -> None:
     hashes: dict[str, str] = content["files"]
     unknown = sorted(file.name for file in path.glob("*.safetensors") if file.name not in hashes)
     if unknown:
         raise DamagedCheckpointError(f"{unknown[0]} does not belong to it")
-    wanted = {name: file for name, file in content["tensors"].items() if groups is None or name.split("/", 1)[0] in groups}
-    for file_name in sorted(set(wanted.values())):
+    needed = set(places)
+    for file_name in sorted(name for name in hashes if needed & {name, tensor_files.without_shard(name)}):
         try:
-            digest = _sha256(path / file_name)
+            digest = sha256_of(path / file_name)
         except FileNotFoundError:
             raise DamagedCheckpointError(f"{file_name} is missing") from None
         except OSError as error:
             raise DamagedCheckpointError(f"{file_name} cannot be read: {error}") from error
         if digest != hashes[file_name]:
             raise DamagedCheckpointError(f"{file_name} has changed since it was written: its SHA-256 differs")
-    try:
-        tensors = tensor_files.read_tensors(path, wanted)
-    except Exception as error:
-        raise DamagedCheckpointError(f"its tensors cannot be read: {error}") from error
-    return Checkpoint(content["step"], tensors, content["state"], path)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -125,6 +173,7 @@ def _dump(value: Any) -> str:
     return json.dumps(value, indent=1, allow_nan=False)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,9 +10,10 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from galaxydist.files import explain_full_disk, rename, replace_bytes, unlink
 from galaxydist.runs.checkpoint_folder import (
     Checkpoint,
     DamagedCheckpointError,
+    check_files,
     encode_state,
     read_checkpoint,
     read_state,
@@ -28,6 +30,7 @@ from galaxydist.runs.checkpoint_folder import (
 )
 
 LATEST, BEST = "latest", "best"
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _DAMAGED_MARK = "DAMAGED"
@@ -84,23 +87,42 @@ def save_encoded(
     if keep < 1:
         raise ValueError(f"keep={keep}: at least the new checkpoint is kept")
     check()
-    kept = "The earlier checkpoints are untouched." if list_checkpoints(checkpoints_dir) else ""
-    with explain_full_disk(checkpoints_dir, kept):
-        checkpoints_dir.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(checkpoints_dir)
-        number = 1 + max((_parse(path)[1] for path in list_checkpoints(checkpoints_dir)), default=0)
-        target = checkpoints_dir / f"step-{step:08d}-{number:04d}"
-        temporary = checkpoints_dir / f".{target.name}.tmp"
+    with explain_failure(checkpoints_dir):
+        temporary = begin(checkpoints_dir, step)
         try:
             write_checkpoint(temporary, tensors, state_text)
             check()
-            rename(temporary, target)
+            return publish(temporary, keep=keep, best=best)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        replace_bytes(checkpoints_dir / LATEST, f"{target.name}\n".encode())
-        if best:
-            mark_best(target)
+
+
+@contextmanager
+def explain_failure(checkpoints_dir: Path) -> Iterator[None]:
+    """Turn a full disk into a UserError that tells what is still there."""
+    kept = "The earlier checkpoints are untouched." if list_checkpoints(checkpoints_dir) else ""
+    with explain_full_disk(checkpoints_dir, kept):
+        yield
+
+
+def begin(checkpoints_dir: Path, step: int) -> Path:
+    """The folder to write the next checkpoint into, which ``publish`` gives its name; it is not made. Removes what killed saves
+    left."""
+    checkpoints_dir.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(checkpoints_dir)
+    number = 1 + max((_parse(path)[1] for path in list_checkpoints(checkpoints_dir)), default=0)
+    return checkpoints_dir / f".step-{step:08d}-{number:04d}.tmp"
+
+
+def publish(temporary: Path, *, keep: int, best: bool) -> Path:
+    """Make a complete folder from ``begin`` the newest checkpoint, then delete old ones; gives the checkpoint's folder."""
+    checkpoints_dir = temporary.parent
+    target = checkpoints_dir / temporary.name.removeprefix(".").removesuffix(".tmp")
+    rename(temporary, target)
+    replace_bytes(checkpoints_dir / LATEST, f"{target.name}\n".encode())
+    if best:
+        mark_best(target)
     _prune(checkpoints_dir, target, keep)
     return target
 
@@ -136,18 +158,36 @@ def load(
     """
     if which == "best":
         return _load_best(checkpoints_dir, groups)
+    return _first_sound(checkpoints_dir, lambda path: read_checkpoint(path, groups=groups))
+
+
+def newest_sound(checkpoints_dir: Path) -> Path | None:
+    """The checkpoint that ``load`` would take, all its files checked but not read; for one process that looks for many.
+
+    Raises:
+        UserError: there are checkpoints, but none is sound.
+    """
+
+    def check(path: Path) -> Path:
+        check_files(path)
+        return path
+
+    return _first_sound(checkpoints_dir, check)
+
+
+def _first_sound(checkpoints_dir: Path, read: Callable[[Path], T]) -> T | None:
     damaged: list[str] = []
     for path in list_checkpoints(checkpoints_dir):
         try:
-            checkpoint = read_checkpoint(path, groups=groups)
+            found = read(path)
         except DamagedCheckpointError as error:
             damaged.append(f"{path.name}: {error}")
             _log.warning("the checkpoint %s is damaged (%s): taking the one before", path, error)
             _mark_damaged(path)
             continue
         if damaged:
-            _log.warning("going on from %s, step %d", path, checkpoint.step)
-        return checkpoint
+            _log.warning("going on from %s, step %d", path, _parse(path)[0])
+        return found
     if damaged:
         raise UserError(
             f"All checkpoints in {checkpoints_dir} are damaged:\n  " + "\n  ".join(damaged) + "\n"

@@ -1,11 +1,16 @@
 """Tensors in safetensors files, through ``torch.distributed.checkpoint``, whose default storage would unpickle."""
 
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+
+# Gives what a tensor of this name, shape and dtype is read into.
+TensorMaker = Callable[[str, torch.Size, torch.dtype], torch.Tensor]
 
 _MAX_FILE_BYTES = 1 << 30  # a file is built up in memory before it is written
 
@@ -36,18 +41,61 @@ def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str
     numbers = _file_numbers(tensors)
     _ignore_single_process_warning()
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=numbers)
-    with _original_errors():
-        dcp_save(_separate(tensors), storage_writer=writer, no_dist=True)
+    with original_errors():
+        dcp_save(separate(tensors), storage_writer=writer, no_dist=True)
+    return _places(numbers)
+
+
+def write_own_parts(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> dict[str, str]:
+    """Write tensors into an existing folder that all processes see: each writes its parts of DTensors into files of its own, and
+    one of them each other tensor. All ranks of the group take part, and raise the same error.
+
+    Args:
+        folder: where the files go.
+        tensors: by name, the same names on all ranks; contiguous and without shared memory (``separate``).
+        group: of the gloo backend, used for nothing else at the same time.
+
+    Returns:
+        The file of each tensor, without the part of the name that tells the processes' files apart (``without_shard``).
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+    if not tensors:
+        return {}
+    numbers = _file_numbers(tensors)
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=numbers, save_distributed=True)
+    with original_errors():
+        dcp_save(dict(tensors), storage_writer=writer, process_group=group)
+    return _places(numbers)
+
+
+def own_files(folder: Path, rank: int) -> list[Path]:
+    """The files that a rank of the group wrote by ``write_own_parts``."""
+    return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+
+
+def without_shard(file_name: str) -> str:
+    """``shard-00002-model-00001-of-00003.safetensors`` without ``shard-00002-``; other names as they are."""
+    return re.sub(r"^shard-\d+-", "", file_name)
+
+
+def _places(numbers: Mapping[str, int]) -> dict[str, str]:
     num_files = max(numbers.values())
     return {name: f"model-{number:05d}-of-{num_files:05d}.safetensors" for name, number in numbers.items()}
 
 
-def read_tensors(folder: Path, places: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Read tensors, onto the CPU.
+def whole_on_cpu(_name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def read_tensors(folder: Path, places: Mapping[str, str], make: TensorMaker = whole_on_cpu) -> dict[str, torch.Tensor]:
+    """Read tensors, in this process alone, from files that one or several processes wrote.
 
     Args:
         folder: where the files are.
         places: the tensors wanted, with the file of each.
+        make: what each is read into; of a DTensor this process's part is read, however it was cut up when it was written.
 
     Raises:
         ValueError: one is missing.
@@ -67,14 +115,14 @@ def read_tensors(folder: Path, places: Mapping[str, str]) -> dict[str, torch.Ten
     for name in places:
         described = known[name]
         assert isinstance(described, TensorStorageMetadata)  # the safetensors reader knows no others
-        tensors[name] = torch.empty(described.size, dtype=described.properties.dtype)
-    with _original_errors():
+        tensors[name] = make(name, described.size, described.properties.dtype)
+    with original_errors():
         dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return tensors
 
 
 @contextmanager
-def _original_errors() -> Iterator[None]:
+def original_errors() -> Iterator[None]:
     """``CheckpointException`` is no ``Exception`` and hides what happened: raise that instead."""
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -99,7 +147,7 @@ def _file_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return numbers
 
 
-def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """safetensors takes only contiguous tensors that share no memory (tied weights, views of one buffer): copy the others. It
     writes the memory of a lazy conjugate or negative as it stands: compute those."""
     separate: dict[str, torch.Tensor] = {}

@@ -179,7 +179,7 @@ class Journal:
         left_s = epoch_s * (self.schedule.total_steps - step) / self.schedule.steps_per_epoch
         if left_s > LONG_RUN_S:
             self.say(
-                f"No GPU here: one epoch takes about {epoch_s / 60:.0f} minutes on this CPU "
-                f"(measured over {MEASURED_STEPS} steps), the whole run about {left_s / 3600:.1f} hours. It goes on; a smaller one: "
+                f"No GPU here: one epoch takes about {epoch_s / 60:.0f} minutes on this CPU (measured over {MEASURED_STEPS} "
+                f"steps), the whole run about {left_s / 3600:.1f} hours. It goes on; a smaller one: "
                 "accelerate launch launch.py recipe=custom_cnn data.image_size=64 train.epochs=5"
             )

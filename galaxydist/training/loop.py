@@ -46,6 +46,10 @@ class NoWatcher:
         """Nothing."""
 
 
+def _nothing(_step: int) -> None:
+    """What a step that nobody looks at is followed by."""
+
+
 @dataclass
 class Loop:
     """What the loop moves.
@@ -74,7 +78,7 @@ class Loop:
     validate_every: int
     timer: StepTimer
     watch: Watcher = field(default_factory=NoWatcher)
-    step_done: Callable[[int], None] = lambda step: None
+    step_done: Callable[[int], None] = _nothing
     agreement: Agreement = field(init=False)
 
     def __post_init__(self) -> None:

@@ -55,7 +55,8 @@ class Nonfinite:
         names = world.on_main(lambda: self._write(path, step, mine.epoch, samples))
         self.num_steps += 1
         more = f" and {len(samples) - len(names)} more" if len(samples) > len(names) else ""
-        what = f"The loss or its gradient is not a number at step {step} (from 0), for the batch of {', '.join(names)}{more} ({path})."
+        batch = ", ".join(names) + more
+        what = f"The loss or its gradient is not a number at step {step} (from 0), for the batch of {batch} ({path})."
         if self._on_nonfinite == "stop":
             raise RunFailedError(f"{what} {REMEDY}")
         if self.num_steps > self._max_nonfinite:

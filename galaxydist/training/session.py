@@ -7,17 +7,17 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from galaxydist.errors import UserError
+from galaxydist.errors import OneRankFailedError, UserError
 from galaxydist.models.build import build_model
 from galaxydist.recipe.identity import flatten, result_fields, run_name, to_dict
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.paths import data_root, weights_dir
 from galaxydist.runs import checkpoints
-from galaxydist.runs.checkpoint_folder import Checkpoint
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.runs.save_policy import SavePolicy
@@ -30,6 +30,7 @@ from galaxydist.training.evaluate import judge_run
 from galaxydist.training.feed import DeviceFeed
 from galaxydist.training.journal import Journal
 from galaxydist.training.loop import Loop
+from galaxydist.training.out_of_memory import explain_out_of_memory, is_out_of_memory
 from galaxydist.training.parts import Parts, build_parts, build_update, check_parts
 from galaxydist.training.saving import Saving
 from galaxydist.training.state import TrainingState
@@ -85,18 +86,19 @@ class Session:
         path, cache = find_manifest(self.recipe.data, self.root), find_cache(self.recipe.data, self.root)
         manifest = self.world.together(lambda: open_manifest(path, cache, self.recipe, self.world.size))
         self.world.on_main(lambda: check_columns(manifest))
-        check_parts(self.recipe, self.world.size)
+        check_parts(self.recipe, self.world)
         torch.manual_seed(self.recipe.seed)
         model = self.world.together(lambda: self._build_model(manifest))
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopFlag())
-            folder = RunFolder(Path(self.world.on_main(lambda: str(self._open_folder(stack, manifest)))))
+            run_dir, stored = self.world.on_main(lambda: self._open_folder(stack, manifest))
+            folder = RunFolder(run_dir)
             if self.world.on_main(folder.read_result) is not None:
                 self.world.say(f"{folder} is finished.")
                 judge_run(self.world, folder, self.recipe, manifest, "test")
                 return 0
-            parts = build_parts(self.world, self.recipe, manifest, model, folder)
-            self._restore(parts.state, folder)
+            parts = build_parts(self.world, self.recipe, manifest, model, folder, stored_micro_batch=stored)
+            self._restore(parts, folder)
             tracker = self._start_tracker(folder, parts.state, manifest)
             return self._train(parts, manifest, folder, tracker, stop)
 
@@ -104,8 +106,9 @@ class Session:
         config, size = self.recipe.model, self.recipe.data.image_size
         return build_model(config, manifest.num_classes, size, weights_dir=weights_dir(self.root), say=self.world.say)
 
-    def _open_folder(self, stack: contextlib.ExitStack, manifest: Manifest) -> Path:
-        """Rank 0: lock the run folder and see that the recipe and the data are those it was started with."""
+    def _open_folder(self, stack: contextlib.ExitStack, manifest: Manifest) -> tuple[Path, dict[str, Any] | None]:
+        """Rank 0: lock the run folder and see that the recipe and the data are those it was started with; the folder, and the
+        micro-batch that an earlier start found."""
         folder = RunFolder(self.recipe.run.dir or self.recipe.run.root / run_name(self.recipe))
         folder.create()
         lock = RunLock(
@@ -132,23 +135,15 @@ class Session:
             force=self.recipe.resume.force,
             step=newest.step if newest is not None else 0,
         )
-        return folder.path
+        return folder.path, newest.state["progress"].get("micro_batch") if newest is not None else None
 
-    def _restore(self, state: TrainingState, folder: RunFolder) -> None:
-        """Go on from the newest sound checkpoint, where there is one: rank 0 says which, and every rank reads that one."""
-        world = self.world
-        found: list[Checkpoint | None] = []
-
-        def find() -> Path | None:
-            found.append(checkpoints.load(folder.checkpoints_dir))
-            return found[0].path if found[0] is not None else None
-
-        path = world.on_main(find)
-        if path is not None:
-            checkpoint = world.together(lambda: found[0] if found and found[0] else checkpoints.read_sound(path))
-            world.together(lambda: state.restore(world, checkpoint.tensors, checkpoint.state))
-            world.say(f"continuing {folder} from step {state.step}")
-        world.on_main(lambda: self._cut_back(folder, state.step))
+    def _restore(self, parts: Parts, folder: RunFolder) -> None:
+        """Go on from the newest sound checkpoint, where there is one."""
+        found, state = parts.strategy.load(folder.checkpoints_dir), parts.state
+        if found is not None:
+            self.world.together(lambda: state.restore(self.world, found.tensors, found.state))
+            self.world.say(f"continuing {folder} from step {state.step}")
+        self.world.on_main(lambda: self._cut_back(folder, state.step))
 
     @staticmethod
     def _cut_back(folder: RunFolder, step: int) -> None:
@@ -203,7 +198,17 @@ class Session:
         with (
             world.together(lambda: self._open_reader(manifest, state.step)) as reader,
             DeviceFeed(reader, world.device) as batches,
-            Saving(world, folder, self._lock, state, policy, context=context, config=config, clock=time.monotonic) as saving,
+            Saving(
+                world,
+                folder,
+                self._lock,
+                state,
+                strategy=parts.strategy,
+                policy=policy,
+                context=context,
+                config=config,
+                clock=time.monotonic,
+            ) as saving,
             Journal(
                 world,
                 folder,
@@ -226,7 +231,12 @@ class Session:
                 validate_every=self.recipe.eval.every,
                 timer=timer,
             )
-            stop_signal = loop.run(batches, stop)
+            try:
+                stop_signal = loop.run(batches, stop)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise OneRankFailedError(explain_out_of_memory(error, self.recipe, world, parts.micro_batch)) from error
             saving.finish()
         return stop_signal
 
@@ -252,6 +262,7 @@ class Session:
         )
 
     def _validate(self, parts: Parts, manifest: Manifest) -> dict[str, float]:
-        average_statistics(self.world, parts.state.model, parts.judged)
-        found = evaluate_split(self.world, parts.judged, manifest, "val", augment=parts.augment, recipe=self.recipe)
+        average_statistics(self.world, *parts.state.modules().values())
+        with parts.strategy.judged() as model:
+            found = evaluate_split(self.world, model, manifest, "val", augment=parts.augment, recipe=self.recipe)
         return {f"val/{name}": found[name] for name in ("loss", "accuracy", "balanced_accuracy")}

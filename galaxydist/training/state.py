@@ -7,7 +7,6 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from galaxydist.errors import UserError
@@ -15,9 +14,10 @@ from galaxydist.runs.state import flatten_state, unflatten_state
 from galaxydist.training.journal import Window
 from galaxydist.training.nonfinite import Nonfinite
 from galaxydist.training.optimizer import load_optimizer_state
+from galaxydist.training.optimizer_state import named_optimizer_state, numbered_optimizer_state
 from galaxydist.training.skipping import Skipped
 from galaxydist.training.spikes import SpikeDetector
-from galaxydist.training.statistics import RankStatistics
+from galaxydist.training.statistics import HasBuffers, RankStatistics
 from galaxydist.training.stopping import EarlyStopping
 from galaxydist.training.world import World
 
@@ -40,7 +40,7 @@ class TrainingState:
         model: not wrapped.
         optimizer: as Accelerate prepared it.
         scaler: gradient scaler of fp16, or None.
-        ema: moving average of the weights, or None.
+        averages: moving average of the weights, or None.
         stopping: best validation so far.
         skipped: galaxies that could not be read.
         nonfinite: steps that were left out.
@@ -54,7 +54,7 @@ class TrainingState:
     model: nn.Module
     optimizer: Any
     scaler: Any
-    ema: ModelEmaV3 | None
+    averages: HasBuffers | None
     stopping: EarlyStopping
     skipped: Skipped
     nonfinite: Nonfinite
@@ -67,7 +67,7 @@ class TrainingState:
     def snapshot(self, world: World) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Tensors by name, and the rest as plain JSON values. All ranks take part; the model's batch-norm statistics are the mean
         over the ranks, and each rank's own stand beside them."""
-        statistics = RankStatistics.of(world, self._modules())
+        statistics = RankStatistics.of(world, self.modules())
         tensors: dict[str, torch.Tensor] = {}
         described: dict[str, Any] = {}
         for name, state in self._state_dicts().items():
@@ -95,26 +95,27 @@ class TrainingState:
                 f"The checkpoint holds {sorted(loaded)}, this run needs {sorted(expected)}. "
                 "Continue with the recipe and precision it was made with, or give another run.dir."
             )
-        for name, module in self._modules().items():
+        for name, module in self.modules().items():
             module.load_state_dict(loaded[name])
-        RankStatistics.restore(world, self._modules(), tensors)
-        load_optimizer_state(self.optimizer, loaded["optimizer"])
+        RankStatistics.restore(world, self.modules(), tensors)
+        numbered = numbered_optimizer_state(self.model, self.optimizer, loaded["optimizer"])
+        load_optimizer_state(self.optimizer, numbered)
         if self.scaler is not None:
             self.scaler.load_state_dict(loaded["scaler"])
         progress = state["progress"]
         self.step = progress["step"]
         self.tracker_run_id = progress["tracker_run_id"]
-        self.micro_batch = progress.get("micro_batch", {})
         for name, part in self._progress().items():
             if name in progress:  # older checkpoints know fewer
                 part.load_state_dict(progress[name])
 
-    def _modules(self) -> dict[str, nn.Module]:
-        return {"model": self.model} if self.ema is None else {"model": self.model, "ema": self.ema.module}
+    def modules(self) -> dict[str, HasBuffers]:
+        """The model, and its moving average where there is one."""
+        return {"model": self.model} if self.averages is None else {"model": self.model, "ema": self.averages}
 
     def _state_dicts(self) -> dict[str, dict[str, Any]]:
-        states = {name: dict(module.state_dict()) for name, module in self._modules().items()}
-        states["optimizer"] = self.optimizer.state_dict()
+        states = {name: dict(module.state_dict()) for name, module in self.modules().items()}
+        states["optimizer"] = named_optimizer_state(self.model, self.optimizer)
         if self.scaler is not None:
             states["scaler"] = self.scaler.state_dict()
         return states

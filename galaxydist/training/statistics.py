@@ -1,19 +1,28 @@
 """Batch-norm statistics of several processes. Each moves its own (DDP runs with ``broadcast_buffers=False``); a model is judged
 with their mean, and a run goes on with each process's own, so that when it was saved leaves no trace."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from galaxydist.training.world import World
 
 STATISTICS = ("running_mean", "running_var")
 ALL_STATISTICS = (*STATISTICS, "num_batches_tracked")
 GROUP = "ranks"  # of the tensors in a checkpoint
+
+
+class HasBuffers(Protocol):
+    """A model, or the moving average of one."""
+
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class RankStatistics:
     rows: Mapping[str, torch.Tensor]
 
     @classmethod
-    def of(cls, world: World, modules: Mapping[str, nn.Module]) -> Self:
+    def of(cls, world: World, modules: Mapping[str, HasBuffers]) -> Self:
         """Of models by name. All ranks take part."""
         means: dict[str, dict[str, torch.Tensor]] = {}
         rows: dict[str, torch.Tensor] = {}
@@ -55,7 +64,7 @@ class RankStatistics:
 
     @staticmethod
     @torch.no_grad()
-    def restore(world: World, modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor]) -> None:
+    def restore(world: World, modules: Mapping[str, HasBuffers], tensors: Mapping[str, torch.Tensor]) -> None:
         """Give this rank its own statistics back, if there are those of as many ranks."""
         for name, module in modules.items():
             rows_Wn = tensors.get(f"{GROUP}/{name}")
@@ -68,7 +77,7 @@ class RankStatistics:
 
 
 @torch.no_grad()
-def average_statistics(world: World, *models: nn.Module) -> None:
+def average_statistics(world: World, *models: HasBuffers) -> None:
     """The statistics of models become their mean over the ranks. All ranks take part."""
     if world.size == 1:
         return
@@ -82,6 +91,6 @@ def average_statistics(world: World, *models: nn.Module) -> None:
         buffer.copy_(mean.view_as(buffer))
 
 
-def statistics_of(model: nn.Module) -> dict[str, torch.Tensor]:
+def statistics_of(model: HasBuffers) -> dict[str, torch.Tensor]:
     """The running means and variances of a model, by name."""
     return {name: b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in STATISTICS and b.is_floating_point()}

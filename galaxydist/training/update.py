@@ -2,12 +2,10 @@
 
 import itertools
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from galaxydist.chance import hash64
@@ -15,11 +13,12 @@ from galaxydist.recipe.schema import TrainConfig
 from galaxydist.shards.augment import Augment
 from galaxydist.shards.purposes import Purpose
 from galaxydist.shards.reader import Batch
-from galaxydist.training.clipping import clip_gradients
 from galaxydist.training.mixing import Mix, Mixing, Part, count_pair_parts, split_pairs, take
 from galaxydist.training.objective import Objective, Targets
 from galaxydist.training.optimizer import LearningRate, set_learning_rate
+from galaxydist.training.speed import images_channels_last
 from galaxydist.training.statistics import ALL_STATISTICS
+from galaxydist.training.strategy import Strategy
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.world import World
 
@@ -33,13 +32,12 @@ class Update:
 
     Args:
         world: the processes.
-        model: the model, as Accelerate prepared it.
-        optimizer: likewise.
+        strategy: the model, and how the processes share it.
+        optimizer: as Accelerate prepared it.
         objective: numerator and weights of the loss.
         augment: pixels to model input, on the device.
         mixing: mixup and cutmix, or None.
         rate: learning rate by step.
-        ema: moving average of the weights, or None.
         config: clipping, and what to do without finite numbers.
         micro_batch: galaxies in one forward pass of one process (0: its whole share).
         seed: of the recipe.
@@ -49,35 +47,33 @@ class Update:
     def __init__(
         self,
         world: World,
-        model: nn.Module,
+        strategy: Strategy,
         optimizer: Any,
         *,
         objective: Objective,
         augment: Augment,
         mixing: Mixing | None,
         rate: LearningRate,
-        ema: ModelEmaV3 | None,
         config: TrainConfig,
         micro_batch: int,
         seed: int,
         timer: StepTimer,
     ) -> None:
         self.world = world
-        self.model = model
+        self.strategy = strategy
         self.optimizer = optimizer
         self.objective = objective
         self.augment = augment
         self.mixing = mixing
         self.rate = rate
-        self.ema = ema
         self.seed = seed
         self.timer = timer
         self.clip_norm, self.clip_value = config.clip_norm, config.clip_value
+        self.is_channels_last = config.channels_last
         count_parts = count_micro_batches if mixing is None else count_pair_parts
         self.num_parts = count_parts(config.batch_size, world.size, micro_batch)
-        self.bare_model: nn.Module = world.accelerator.unwrap_model(model)
-        self.parameters = [parameter for parameter in self.bare_model.parameters() if parameter.requires_grad]
-        self.statistics = KeptStatistics(self.bare_model, is_needed=config.on_nonfinite == "skip")
+        self.parameters = [parameter for parameter in strategy.model.parameters() if parameter.requires_grad]
+        self.statistics = KeptStatistics(strategy.model, is_needed=config.on_nonfinite == "skip")
 
     def __call__(self, batch: Batch, step: int) -> torch.Tensor:
         """Take step number ``step``.
@@ -92,15 +88,15 @@ class Update:
         """
         set_learning_rate(self.optimizer, self.rate.at(step))
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.train()
+        self.strategy.model.train()
         self.statistics.keep()
         with self.timer.part("forward_backward"):
             sums = self._backward(batch, step)
         with self.timer.part("optimizer"):
             is_finite = self._move()
             self.statistics.put_back(~is_finite)
-            if self.ema is not None:
-                self.ema.update(self.bare_model, step=step + 1)
+            if self.strategy.ema is not None:
+                self.strategy.ema.update(self.strategy.model, step=step + 1)
         is_finite = is_finite & sums[0].isfinite()
         return torch.cat([sums, (~is_finite).double().reshape(1)])
 
@@ -116,9 +112,9 @@ class Update:
         for number, part in enumerate(parts):
             images_BCHW = self._images(batch, part, mix)
             is_last = number == len(parts) - 1
-            with nullcontext() if is_last else self.world.accelerator.no_sync(self.model):
+            with self.strategy.exchange(is_last=is_last):
                 self._seed_model(step, number)
-                logits_BK = self.model(images_BCHW)
+                logits_BK = self.strategy.forward(images_BCHW)
                 numerator = self.objective.summed_loss(logits_BK, targets.take(part))
                 if work is not None and number == 0:
                     work.wait()
@@ -135,6 +131,8 @@ class Update:
         """A part of the batch as the model sees it."""
         images_BCHW = self.augment(take(batch.images_BHWC, part), batch.epoch, take(batch.positions_B, part))
         images_BCHW = images_BCHW.to(self.world.dtype)
+        if self.is_channels_last:
+            images_BCHW = images_channels_last(images_BCHW)
         return images_BCHW if mix is None else mix.take(part)(images_BCHW)
 
     def _move(self) -> torch.Tensor:
@@ -142,14 +140,15 @@ class Update:
         scaler = self.world.accelerator.scaler
         if scaler is not None:
             self.world.accelerator.unscale_gradients(self.optimizer)
-        norm = clip_gradients(self.parameters, norm=self.clip_norm, value=self.clip_value)
+        norm = self.strategy.clip(self.parameters, norm=self.clip_norm, value=self.clip_value)
         is_finite = norm.isfinite()
         if scaler is not None:
             # With fp16 a gradient that overflows is a part of the plan: the scaler leaves out the step and scales less.
             self.optimizer.step()
             return torch.ones_like(is_finite)
         optimizer = self.optimizer.optimizer
-        if norm.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False):
+        is_fused = norm.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
+        if is_fused and not self.strategy.is_collective:
             optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()
             self.optimizer.step()
         elif bool(is_finite):

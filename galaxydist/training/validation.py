@@ -13,6 +13,7 @@ from galaxydist.shards.augment import Augment
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.reader import EvalReader
 from galaxydist.training.feed import DeviceFeed
+from galaxydist.training.speed import images_channels_last
 from galaxydist.training.world import World
 
 
@@ -63,6 +64,8 @@ def _count(world: World, model: nn.Module, manifest: Manifest, split: str, *, au
     with reader, DeviceFeed(reader, world.device) as batches:
         for batch in batches:
             images_BCHW = augment.normalise(batch.images_BHWC).to(world.dtype)
+            if recipe.train.channels_last:
+                images_BCHW = images_channels_last(images_BCHW)
             with world.accelerator.autocast():
                 logits_VBK = [model(view_BCHW) for view_BCHW in views(images_BCHW, recipe.eval.tta)]
             counts.add(mean_log_probabilities(logits_VBK), batch.labels_B, batch.weights_B)

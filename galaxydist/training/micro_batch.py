@@ -1,0 +1,231 @@
+"""``train.micro_batch=auto``: the most galaxies of one forward pass that fit the memory of every process."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from galaxydist.errors import EveryRankError
+from galaxydist.recipe.schema import Recipe
+from galaxydist.training.out_of_memory import describe_device, free_memory, is_out_of_memory, share_of, what_to_lower
+from galaxydist.training.world import World
+
+# Left free on a GPU: what a step takes beside the passes (buffers of NCCL and cuDNN, temporaries of augmentation, clipping and
+# optimizer), and pieces of memory that are too small to be used.
+MARGIN = 0.05
+
+_SETTINGS = ("strategy", "gradient_checkpointing", "channels_last", "compile", "sync_batchnorm")
+
+
+def choose_micro_batch(
+    world: World,
+    recipe: Recipe,
+    model: nn.Module,
+    *,
+    stored: Mapping[str, Any] | None = None,
+    ballast_bytes: int = 0,
+    unit: int = 1,
+) -> tuple[int, dict[str, Any]]:
+    """The recipe's micro-batch; for ``auto`` the stored one where it still applies, else the largest that fits. All ranks take
+    part.
+
+    Args:
+        world, recipe, model, ballast_bytes, unit: as for ``find_micro_batch``.
+        stored: what an earlier start of this run gave, the same on all ranks; None: there was none.
+
+    Returns:
+        Galaxies in one forward pass (0: the whole share), and what is to be stored (empty where the recipe says the number).
+
+    Raises:
+        EveryRankError: as ``find_micro_batch``.
+    """
+    if recipe.train.micro_batch != "auto":
+        return recipe.train.micro_batch, {}
+    now = conditions(world, recipe)
+    found = remembered(stored, now)
+    if found is None:
+        found = find_micro_batch(world, recipe, model, ballast_bytes=ballast_bytes, unit=unit)
+    return found, {**now, "micro_batch": found}
+
+
+def find_micro_batch(
+    world: World,
+    recipe: Recipe,
+    model: nn.Module,
+    *,
+    ballast_bytes: int = 0,
+    unit: int = 1,
+    loss: Callable[[torch.Tensor], torch.Tensor] = lambda logits_BK: logits_BK.float().logsumexp(1).sum(),
+    force: bool = False,
+) -> int:
+    """Try how many galaxies fit: forward and backward of the model on empty images. All ranks take part, and agree.
+
+    A CPU is not tried: its system would rather swap, or kill the process, than refuse memory. There it is the whole share.
+    The model, its gradients and the random numbers are afterwards as they were before.
+
+    Args:
+        world: the processes.
+        recipe: batch, image size and layout; names what to lower.
+        model: on its device, not wrapped by DDP and not compiled: ranks try different sizes, so a pass must wait for no other
+            rank (nor must synchronised batch normalisation be in it yet).
+        ballast_bytes: what else a step will hold: the optimizer's state if it is not allocated yet, DDP's buckets, the batch.
+        unit: galaxies that must stay in one pass (2 where pairs are mixed); the share is a multiple of it.
+        loss: logits to a scalar.
+        force: try it on a CPU too.
+
+    Returns:
+        Galaxies in one forward pass.
+
+    Raises:
+        EveryRankError: not even one unit fits on some rank.
+    """
+    share = share_of(recipe, world.size)
+    if world.device.type == "cpu" and not force:
+        return share
+    probe = Probe(world, recipe, model, ballast_bytes=ballast_bytes, loss=loss)
+    with unchanged(model, world.device):
+        fitting = largest_that_fits(share // unit, lambda count: probe.fits(count * unit)) * unit
+    everywhere = world.gather(fitting)
+    if min(everywhere) == 0:
+        name, memory = describe_device(world.device)
+        ranks = ", ".join(str(rank) for rank, count in enumerate(everywhere) if count == 0)
+        raise EveryRankError(
+            f"Out of memory: not even a micro-batch of {unit} at data.image_size={recipe.data.image_size} fits on rank {ranks} "
+            f"(train.batch_size={recipe.train.batch_size}, {world.size} processes, {name} with {memory / 1e9:.0f} GB). "
+            f"{what_to_lower(recipe, world, [])}"
+        )
+    return min(everywhere)
+
+
+def largest_that_fits(upper: int, fits: Callable[[int], bool]) -> int:
+    """The size of the largest part when ``upper`` galaxies are cut evenly into as few parts as can be.
+
+    The whole is tried first: usually it fits. Then halves, then the sizes between the one that fits and the one that does not;
+    a size that would not make the parts fewer is not tried.
+
+    Args:
+        upper: galaxies, at least 1.
+        fits: whether so many fit; if it is true of a number it is true of all smaller ones.
+
+    Returns:
+        ``ceil(upper / parts)`` for the smallest possible number of parts; 0 if not even 1 fits.
+    """
+    fitting, failing = upper, upper + 1
+    while fitting and not fits(fitting):
+        fitting, failing = fitting // 2, fitting
+    if fitting == 0:
+        return 0
+    while -(-upper // (failing - 1)) < -(-upper // fitting):
+        middle = (fitting + failing) // 2
+        if fits(middle):
+            fitting = middle
+        else:
+            failing = middle
+    return -(-upper // -(-upper // fitting))
+
+
+class Probe:
+    """Forward and backward passes that are thrown away.
+
+    Args:
+        world, recipe, model, ballast_bytes, loss: as for ``find_micro_batch``.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        recipe: Recipe,
+        model: nn.Module,
+        *,
+        ballast_bytes: int,
+        loss: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self._world, self._model, self._loss = world, model, loss
+        self._size = recipe.data.image_size
+        self._layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+        margin = MARGIN * describe_device(world.device)[1] if world.device.type == "cuda" else 0.0
+        self._ballast_bytes = ballast_bytes + round(margin)
+
+    def fits(self, count: int) -> bool:
+        """Whether ``count`` images go through the model and back. Errors other than a lack of memory pass through."""
+        try:
+            self._run(count)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            is_fitting = False
+        else:
+            is_fitting = True
+        # Here the error, whose frames hold the tensors, is gone.
+        self._model.zero_grad(set_to_none=True)
+        free_memory(self._world.device)
+        return is_fitting
+
+    def _run(self, count: int) -> None:
+        device = self._world.device
+        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        ballast = torch.empty(self._ballast_bytes, dtype=torch.uint8, device=device)
+        for parameter in parameters:  # all passes but the first of a step find gradients there
+            parameter.grad = torch.zeros_like(parameter)
+        dtype = next(self._model.parameters()).dtype
+        images_BCHW = torch.zeros(count, 3, self._size, self._size, dtype=dtype, device=device).to(memory_format=self._layout)
+        with self._world.accelerator.autocast():
+            logits_BK = self._model(images_BCHW)
+        torch.autograd.backward(self._loss(logits_BK))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        del ballast
+
+
+@contextmanager
+def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, the model is in training mode and without gradients; afterwards its gradients, buffers (batch-norm statistics) and
+    modes, and torch's random numbers, are bit for bit what they were."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    model.zero_grad(set_to_none=True)
+    free_memory(device)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            model.train()
+            yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
+        for module, mode in modes:
+            module.training = mode
+        free_memory(device)
+
+
+def conditions(world: World, recipe: Recipe) -> dict[str, Any]:
+    """What a micro-batch was found under, in plain JSON values: for ``remembered``. All ranks take part."""
+    devices = world.gather(list(describe_device(world.device)))
+    return {
+        "share": share_of(recipe, world.size),
+        "world_size": world.size,
+        "image_size": recipe.data.image_size,
+        "precision": world.precision,
+        "model": recipe.model.name,
+        "torch": torch.__version__,
+        "devices": sorted([name, memory] for name, memory in {(name, memory) for name, memory in devices}),
+        **{name: getattr(recipe.train, name) for name in _SETTINGS},
+    }
+
+
+def remembered(stored: Mapping[str, Any] | None, now: Mapping[str, Any]) -> int | None:
+    """The micro-batch of an earlier start; None where there is none, or anything that it depends on has changed.
+
+    Args:
+        stored: what ``choose_micro_batch`` gave to store.
+        now: ``conditions`` of this start.
+    """
+    if stored is None or {key: value for key, value in stored.items() if key != "micro_batch"} != dict(now):
+        return None
+    found = stored.get("micro_batch")
+    return found if type(found) is int and found >= 1 else None

@@ -1,0 +1,192 @@
+"""How the processes share a model (``train.strategy``): each has the whole of it, or each holds a part."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from galaxydist.errors import EveryRankError
+from galaxydist.recipe.schema import TrainConfig
+from galaxydist.runs import checkpoints
+from galaxydist.runs.checkpoint_folder import Checkpoint
+from galaxydist.runs.saver import CheckpointSaver
+from galaxydist.training.clipping import clip_gradients
+from galaxydist.training.statistics import HasBuffers
+from galaxydist.training.world import World
+
+
+class Ema(Protocol):
+    """A moving average of a model's weights."""
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimizer step number ``step``, counted from 1."""
+        ...
+
+
+class Strategy(Protocol):
+    """What differs between whole and divided models.
+
+    Attributes:
+        model: what the optimizer moves and a checkpoint holds.
+        ema: the moving average, or None; ``averages`` is what a checkpoint holds of it.
+        is_collective: all ranks write a checkpoint together; else rank 0 alone.
+    """
+
+    model: nn.Module
+    ema: Ema | None
+    averages: HasBuffers | None
+    is_collective: bool
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Logits of a micro-batch, in the precision of the run."""
+        ...
+
+    def exchange(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Around a micro-batch: gradients are exchanged in the last one only."""
+        ...
+
+    def clip(self, parameters: Iterable[nn.Parameter], *, norm: float, value: float) -> torch.Tensor:
+        """See ``clip_gradients``."""
+        ...
+
+    def judged(self) -> AbstractContextManager[nn.Module]:
+        """The model that is validated, whole on every rank: the moving average where there is one. All ranks take part."""
+        ...
+
+    def open_saver(self, checkpoints_dir: Path, *, background: bool, check: Callable[[], None]) -> CheckpointSaver | None:
+        """What writes checkpoints; None on a rank that has no part in it. All ranks take part."""
+        ...
+
+    def load(self, checkpoints_dir: Path) -> Checkpoint | None:
+        """The newest sound checkpoint, the same on all ranks; None where there is none. All ranks take part.
+
+        Raises:
+            UserError: on every rank: none is sound.
+        """
+        ...
+
+
+def open_strategy(world: World, model: nn.Module, config: TrainConfig) -> Strategy:
+    """Share a model, which is on its device, among the processes. All ranks take part; rank 0's weights count."""
+    return DividedModel(world, model, config) if config.strategy == "fsdp" else WholeModel(world, model, config)
+
+
+def check_strategy(config: TrainConfig, precision: str) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        EveryRankError: on every rank the same.
+    """
+    if config.strategy == "ddp":
+        return
+    problems = {
+        "train.precision=fp16": precision == "fp16"
+        and "its loss scaling would differ between the parts: use train.precision=bf16",
+        "train.compile=true": config.compile and "set it to false",
+    }
+    refused = [f"{key} and train.strategy=fsdp do not go together here; {remedy}" for key, remedy in problems.items() if remedy]
+    if refused:
+        raise EveryRankError("; ".join(refused))
+
+
+class WholeModel:
+    """``ddp``: every process has the whole model, in DistributedDataParallel as Accelerate sets it up."""
+
+    is_collective = False
+
+    def __init__(self, world: World, model: nn.Module, config: TrainConfig) -> None:
+        self.world = world
+        self.model = model
+        self._average = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema > 0 else None
+        self.ema: Ema | None = self._average
+        self.averages: HasBuffers | None = self._average.module if self._average is not None else None
+        self._prepared: nn.Module = world.accelerator.prepare(model)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        logits_BK: torch.Tensor = self._prepared(images_BCHW)
+        return logits_BK
+
+    def exchange(self, *, is_last: bool) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = nullcontext() if is_last else self.world.accelerator.no_sync(self._prepared)
+        return context
+
+    def clip(self, parameters: Iterable[nn.Parameter], *, norm: float, value: float) -> torch.Tensor:
+        return clip_gradients(parameters, norm=norm, value=value)
+
+    def judged(self) -> AbstractContextManager[nn.Module]:
+        model: nn.Module = self.model if self._average is None else self._average.module
+        return nullcontext(model)
+
+    def open_saver(self, checkpoints_dir: Path, *, background: bool, check: Callable[[], None]) -> CheckpointSaver | None:
+        return CheckpointSaver(checkpoints_dir, background=background, check=check) if self.world.is_main else None
+
+    def load(self, checkpoints_dir: Path) -> Checkpoint | None:
+        """Rank 0 says which it is, and every rank reads that one."""
+        found: list[Checkpoint | None] = []
+
+        def find() -> Path | None:
+            found.append(checkpoints.load(checkpoints_dir))
+            return found[0].path if found[0] is not None else None
+
+        path = self.world.on_main(find)
+        if path is None:
+            return None
+        return self.world.together(lambda: found[0] if found and found[0] else checkpoints.read_sound(path))
+
+
+class DividedModel:
+    """``fsdp``: every process holds a part of each parameter, of its gradient, of the optimizer's state and of the average."""
+
+    is_collective = True
+
+    def __init__(self, world: World, model: nn.Module, config: TrainConfig) -> None:
+        from galaxydist.runs.sharded import open_saving_group
+        from galaxydist.training.sharded_ema import ShardedEma
+        from galaxydist.training.sharding import WholeCopy, open_mesh, shard_model
+
+        mesh = open_mesh(world.device)
+        self._whole = WholeCopy(model)
+        self.model = shard_model(model, mesh)
+        self._device, self._is_mixed = world.device, world.precision == "bf16"
+        average = ShardedEma(model, config.ema) if config.ema > 0 else None
+        self.ema: Ema | None = average
+        self.averages: HasBuffers | None = average
+        # Saving happens beside the training: on a group of its own it cannot collide with the exchange of gradients.
+        self._saving, self._loading = open_saving_group(), open_saving_group()
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        # Accelerate does not wrap this model. Casts are not kept: the whole weights are there for one block at a time.
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_mixed, cache_enabled=False):
+            logits_BK: torch.Tensor = self.model(images_BCHW)
+        return logits_BK
+
+    @contextmanager
+    def exchange(self, *, is_last: bool) -> Iterator[None]:
+        from galaxydist.training.sharding import set_gradient_sync
+
+        set_gradient_sync(self.model, is_last)
+        yield
+
+    def clip(self, parameters: Iterable[nn.Parameter], *, norm: float, value: float) -> torch.Tensor:
+        from galaxydist.training.sharding import clip_sharded_gradients
+
+        return clip_sharded_gradients(parameters, norm=norm, value=value)
+
+    def judged(self) -> AbstractContextManager[nn.Module]:
+        tensors: Mapping[str, torch.Tensor] = (self.averages or self.model).state_dict()
+        return self._whole.filled(tensors)
+
+    def open_saver(self, checkpoints_dir: Path, *, background: bool, check: Callable[[], None]) -> CheckpointSaver | None:
+        from galaxydist.runs.sharded import ShardedSaver
+
+        return ShardedSaver(checkpoints_dir, group=self._saving, background=background, check=check)
+
+    def load(self, checkpoints_dir: Path) -> Checkpoint | None:
+        from galaxydist.runs.sharded import load_sharded
+        from galaxydist.training.sharding import part_maker
+
+        return load_sharded(checkpoints_dir, make=part_maker(self.model), group=self._loading)

@@ -1,0 +1,135 @@
+"""TensorFloat-32, channels last and torch.compile: switched as asked, the same numbers, the same names."""
+
+import copy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from galaxydist.errors import EveryRankError
+from galaxydist.models import build_model
+from galaxydist.models.memory import checkpoint_activations
+from galaxydist.recipe.schema import ModelConfig
+from galaxydist.training.speed import channels_last, compile_model, images_channels_last, set_tf32
+
+CPU = torch.device("cpu")
+HAS_COMPILER = any(shutil.which(name) for name in ("g++", "clang++"))
+
+SWITCHES = """
+import torch
+from galaxydist.training.speed import set_tf32
+backends = torch.backends
+def read():
+    new = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    old = [backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32]
+    return [torch.get_float32_matmul_precision(), *(part.fp32_precision for part in new), *old]
+untouched = read()
+set_tf32(True, torch.device("cpu"))
+assert read() == untouched
+for enabled in (True, False, True):
+    set_tf32(enabled, torch.device("cuda"))
+    name = "tf32" if enabled else "ieee"
+    assert read() == ["high" if enabled else "highest", name, name, name, enabled, enabled], read()
+"""
+
+
+def test_tf32_is_switched_by_every_name_that_torch_has_for_it() -> None:
+    """In a process of its own: the switches are global, and mixing their names wrongly is an error when they are read."""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", SWITCHES], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tf32_changes_products_on_a_gpu() -> None:
+    a = torch.randn(512, 512, device="cuda")
+    exact = (a.double() @ a.double()).float()
+    errors = []
+    for enabled in (True, False):
+        set_tf32(enabled, a.device)
+        errors.append((a @ a - exact).abs().max().item())
+    assert errors[0] > 10 * errors[1]
+
+
+@pytest.mark.parametrize("name", ["custom_cnn", "resnet18"])
+def test_channels_last_changes_the_layout_alone(name: str) -> None:
+    torch.manual_seed(0)
+    plain = build_model(ModelConfig.model_validate({"name": name}), 5, 32)
+    fast = channels_last(copy.deepcopy(plain))
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(fast.state_dict().values(), plain.state_dict().values(), strict=True))
+    convolutions = [m.weight for m in fast.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    assert convolutions and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
+    images_BCHW = torch.randn(3, 3, 32, 32)
+    images = images_channels_last(images_BCHW)
+    assert torch.equal(images, images_BCHW) and images.stride(1) == 1
+    torch.testing.assert_close(fast(images), plain(images_BCHW), rtol=1e-4, atol=1e-5)
+
+
+def tiny_vit() -> nn.Module:
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, num_heads=2, depth=2, num_classes=4)
+    return model
+
+
+def take_steps(model: nn.Module, sizes: tuple[int, ...]) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for step, size in enumerate(sizes):
+        torch.manual_seed(step)
+        loss = nn.functional.cross_entropy(model(torch.randn(size, 3, 32, 32)), torch.arange(size) % 4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile on a CPU needs a C++ compiler, and there is none")
+@pytest.mark.parametrize("kind", ["batch norm", "checkpointed"])
+def test_a_compiled_model_trains_as_it_does_without(kind: str) -> None:
+    """Two sizes of batch: the last micro-batch may hold one image less."""
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8)
+    small = nn.Sequential(conv, norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    plain = small if kind == "batch norm" else tiny_vit()
+    compiled = copy.deepcopy(plain)
+    if kind == "checkpointed":
+        checkpoint_activations(compiled)
+    compile_model(compiled, CPU)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    assert take_steps(compiled, (5, 4)) == pytest.approx(take_steps(plain, (5, 4)), abs=1e-4)
+    for a, b in zip(compiled.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    twin = copy.deepcopy(compiled)
+    assert list(twin.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(
+        twin.eval()(torch.ones(2, 3, 32, 32)), plain.eval()(torch.ones(2, 3, 32, 32)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_without_a_compiler_it_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch._inductor import config, cpp_builder
+
+    cpp: Any = config.cpp
+    monkeypatch.setattr(cpp, "cxx", (str(tmp_path / "no-compiler"),))
+    cpp_builder.cpp_compiler_search.cache_clear()
+    try:
+        with pytest.raises(EveryRankError, match=r"train\.compile=true needs a C\+\+ compiler"):
+            compile_model(nn.Linear(2, 2), CPU)
+    finally:
+        cpp_builder.cpp_compiler_search.cache_clear()
+
+
+def test_compiling_checkpointed_batch_norm_is_refused() -> None:
+    model = build_model(ModelConfig(name="custom_cnn", width=4), 4, 32)
+    checkpoint_activations(model)
+    with pytest.raises(EveryRankError, match="do not go together in CustomCNN"):
+        compile_model(model, CPU)
