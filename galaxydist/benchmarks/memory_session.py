@@ -2,7 +2,7 @@
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -155,7 +155,7 @@ class MemorySession(Session):
         self,
         resolved: ResolvedRecipe,
         world: World,
-        environ: Mapping[str, str],
+        environ: MutableMapping[str, str],
         watch: Callable[[Parts, MemoryBatches], Watch],
     ) -> None:
         super().__init__(resolved, world, environ)

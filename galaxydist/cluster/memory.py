@@ -200,7 +200,7 @@ def _optimizer_bytes(model: nn.Module, config: OptimConfig) -> int:
         {**group, "params": [sample for key, sample in samples.items() if key[0] == number]}
         for number, group in enumerate(groups)
     ]
-    optimizer = build_optimizer(kept, config)
+    optimizer = build_optimizer(kept, config, torch.device("cpu"))
     optimizer.step()
     return sum(count * _bytes(_tensors(optimizer.state[samples[key]])) for key, count in counts.items())
 

@@ -99,9 +99,9 @@ def _milestones(schedule: str, milestones: tuple[float, ...]) -> str | None:
 def _profile(profile: str | None) -> str | None:
     if profile is None:
         return None
-    match = re.fullmatch(r"(\d{1,12})-(\d{1,12})", profile)
-    if match is None or int(match[1]) > int(match[2]):
-        return "give the first and the last step to trace, such as 10-20"
+    match = re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", profile)
+    if match is None or not 1 <= int(match[1]) <= int(match[2] or match[1]):
+        return "give the first and the last step to trace, such as 10-20, counted from 1"
     return None
 
 

@@ -56,6 +56,7 @@ class RunFolder:
         self.lock_path = path / "lock.json"
         self.checkpoints_dir = path / "checkpoints"
         self.evaluation_dir = path / "evaluation"
+        self.stacks_dir = path / "stacks"
         self.metrics = MetricsLog(self.metrics_path)
         self.timing = MetricsLog(path / "timing.jsonl")
 

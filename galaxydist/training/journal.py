@@ -15,6 +15,7 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.training.agreement import Agreed, Sums
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.tracking import Tracker
+from galaxydist.training.utilisation import Utilisation
 from galaxydist.training.world import World
 
 # A run that would take longer than this on a CPU is told of a smaller one.
@@ -71,6 +72,7 @@ class Journal:
         schedule: length of the run.
         window: the sums since the last line.
         timer: of the steps.
+        utilisation: how much of its device the run uses.
         first_step: where this process starts.
         log_every: steps between two lines.
     """
@@ -84,6 +86,7 @@ class Journal:
         *,
         window: Window,
         timer: StepTimer,
+        utilisation: Utilisation,
         first_step: int,
         log_every: int,
     ) -> None:
@@ -94,6 +97,7 @@ class Journal:
         self.log_every = log_every
         self.window = window
         self.timer = timer
+        self.utilisation = utilisation
         self._timed_steps = 0
         self._first_step = first_step
         self._highest_step = folder.read_tracker().get("highest_step", 0) if world.is_main else 0
@@ -126,15 +130,11 @@ class Journal:
             self.window.clear()
 
     def _measure(self, step: int) -> None:
-        self._timing = self.timer.window(self._timed_steps, self.schedule.batch_size, self.world.size)
+        timing = self.timer.window(self._timed_steps)
+        self._timing = {**timing, **self.utilisation(timing["time/img_s_device"])}
         self._timed_steps = 0
         if step - self._first_step == MEASURED_STEPS and self.world.device.type == "cpu":
             self._tell_long_run(step)
-
-    def restart_clock(self) -> None:
-        """Start a new measurement: time spent on validation is not training time."""
-        self.timer.restart()
-        self._timed_steps = 0
 
     def record(self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float] | None = None) -> None:
         """Write metrics of ``step`` to metrics.jsonl, its timing to timing.jsonl, both to the tracker."""

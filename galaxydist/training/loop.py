@@ -65,7 +65,7 @@ class Loop:
         validate_every: in epochs.
         timer: told where the time goes.
         watch: told that it goes on.
-        step_done: called after each step, with its number.
+        step_done: called after each step, with the number of steps done.
     """
 
     world: World
@@ -130,7 +130,7 @@ class Loop:
         unreadable = self.state.skipped.take(step, batch)
         self.agreement.post(step, sums, Flags(stop.signal_number, is_save_due, has_failed, unreadable))
         self.state.step += 1
-        self.step_done(step)
+        self.step_done(self.state.step)
 
     def _settle(self, leave: int) -> Flags:
         """Act on what the ranks have agreed on, of all steps but the last ``leave``; what is asked of the loop."""
@@ -163,10 +163,10 @@ class Loop:
         is_best = False
         if self.validate is not None and (is_last or epoch % self.validate_every == 0):
             self.watch.beat(self.state.step, "validation")
-            validation = self.validate()
+            with self.timer.part("validation"):
+                validation = self.validate()
             is_best = self.state.stopping.update(validation[f"val/{self.state.stopping.metric}"], self.state.step)
             self.journal.record(self.state.step, validation)
-            self.journal.restart_clock()
         is_saved = is_best or self.state.stopping.should_stop or self.saver.is_due(self.state.step)
         if is_saved:
             self._save(is_best=is_best)

@@ -30,6 +30,7 @@ from galaxydist.training.strategy import Strategy, check_strategy, open_strategy
 from galaxydist.training.syncnorm import synchronise_batch_norm
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.update import Update
+from galaxydist.training.utilisation import Utilisation, build_utilisation
 from galaxydist.training.world import World
 
 # Tensors of a parameter's size that an optimizer keeps for it, at most: counted while the micro-batch is looked for.
@@ -46,6 +47,7 @@ class Parts:
         augment: pixels to model input.
         schedule: length of the run.
         micro_batch: galaxies in one forward pass of one process (0: its whole share).
+        utilisation: how much of its device the run uses.
     """
 
     strategy: Strategy
@@ -53,6 +55,7 @@ class Parts:
     augment: Augment
     schedule: Schedule
     micro_batch: int
+    utilisation: Utilisation
 
 
 def check_parts(recipe: Recipe, world: World) -> None:
@@ -95,6 +98,7 @@ def build_parts(
         channels_last(model)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
+    utilisation = build_utilisation(world, recipe, model)
     micro_batch, found = _micro_batch(world, recipe, model, stored_micro_batch)
     if config.sync_batchnorm and world.size > 1:
         model = synchronise_batch_norm(model)
@@ -121,6 +125,7 @@ def build_parts(
         augment=build_augment(recipe, TrainingData.of(manifest, recipe), threads=world.cores),
         schedule=schedule,
         micro_batch=micro_batch,
+        utilisation=utilisation,
     )
 
 

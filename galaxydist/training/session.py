@@ -1,23 +1,18 @@
 """A training run from its recipe to its result: checks first, then the run folder, then the loop, then the evaluation."""
 
 import contextlib
-import os
-import socket
+import functools
 import time
-import uuid
-from collections.abc import Iterator, Mapping, MutableMapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, MutableMapping
 
 import torch
 from torch import nn
 
-from galaxydist.errors import OneRankFailedError, UserError
+from galaxydist.errors import OneRankFailedError
 from galaxydist.models.build import build_model
-from galaxydist.recipe.identity import flatten, result_fields, run_name, to_dict
+from galaxydist.recipe.identity import to_dict
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.paths import data_root, weights_dir
-from galaxydist.runs import checkpoints
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.runs.save_policy import SavePolicy
@@ -28,16 +23,19 @@ from galaxydist.training.agreement import StopFlag
 from galaxydist.training.data import TrainingData, find_cache, find_manifest, has_split, open_manifest
 from galaxydist.training.evaluate import judge_run
 from galaxydist.training.feed import DeviceFeed
+from galaxydist.training.flight import set_flight_recorder
 from galaxydist.training.journal import Journal
 from galaxydist.training.loop import Loop
+from galaxydist.training.opening import OpenedFolder, open_run_folder
 from galaxydist.training.out_of_memory import explain_out_of_memory, is_out_of_memory
 from galaxydist.training.parts import Parts, build_parts, build_update, check_parts
+from galaxydist.training.profiling import StepProfiler
 from galaxydist.training.saving import Saving
-from galaxydist.training.state import TrainingState
 from galaxydist.training.statistics import average_statistics
 from galaxydist.training.timing import StepTimer
-from galaxydist.training.tracking import NullTracker, Tracker, build_tracker
+from galaxydist.training.tracking import Tracker, start_tracker
 from galaxydist.training.validation import evaluate_split
+from galaxydist.training.watchdog import build_watchdog, collective_timeout
 from galaxydist.training.world import World, enter_world, leave_world
 
 
@@ -54,7 +52,8 @@ def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> int:
     Raises:
         UserError: something the user must mend; nothing was written.
     """
-    world = enter_world(resolved.recipe.train.precision, environ)
+    config = resolved.recipe.train
+    world = enter_world(config.precision, environ, timeout=collective_timeout(config.hang_timeout))
     try:
         return Session(resolved, world, environ).run()
     finally:
@@ -70,7 +69,7 @@ class Session:
         environ: the process's environment.
     """
 
-    def __init__(self, resolved: ResolvedRecipe, world: World, environ: Mapping[str, str]) -> None:
+    def __init__(self, resolved: ResolvedRecipe, world: World, environ: MutableMapping[str, str]) -> None:
         self.resolved = resolved
         self.recipe = resolved.recipe
         self.world = world
@@ -91,51 +90,29 @@ class Session:
         model = self.world.together(lambda: self._build_model(manifest))
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopFlag())
-            run_dir, stored = self.world.on_main(lambda: self._open_folder(stack, manifest))
-            folder = RunFolder(run_dir)
+            opened = self.world.on_main(lambda: self._open_folder(stack, manifest))
+            folder = RunFolder(opened.path)
+            set_flight_recorder(self.environ, folder.stacks_dir)
             if self.world.on_main(folder.read_result) is not None:
                 self.world.say(f"{folder} is finished.")
                 judge_run(self.world, folder, self.recipe, manifest, "test")
                 return 0
-            parts = build_parts(self.world, self.recipe, manifest, model, folder, stored_micro_batch=stored)
+            parts = build_parts(self.world, self.recipe, manifest, model, folder, stored_micro_batch=opened.micro_batch)
             self._restore(parts, folder)
-            tracker = self._start_tracker(folder, parts.state, manifest)
+            known = parts.state.tracker_run_id
+            tracker = start_tracker(self.world, self.recipe, folder, manifest, run_id=known, environ=self.environ)
+            parts.state.tracker_run_id = tracker.run_id
             return self._train(parts, manifest, folder, tracker, stop)
 
     def _build_model(self, manifest: Manifest) -> nn.Module:
         config, size = self.recipe.model, self.recipe.data.image_size
         return build_model(config, manifest.num_classes, size, weights_dir=weights_dir(self.root), say=self.world.say)
 
-    def _open_folder(self, stack: contextlib.ExitStack, manifest: Manifest) -> tuple[Path, dict[str, Any] | None]:
-        """Rank 0: lock the run folder and see that the recipe and the data are those it was started with; the folder, and the
-        micro-batch that an earlier start found."""
-        folder = RunFolder(self.recipe.run.dir or self.recipe.run.root / run_name(self.recipe))
-        folder.create()
-        lock = RunLock(
-            folder.lock_path,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            clock=time.time,
-            job_id=self.world.job_id,
-            restart_count=self.world.restart_count,
-        )
-        self._lock = stack.enter_context(lock)
-        newest = checkpoints.load(folder.checkpoints_dir, groups=())
-        started_on = manifest.hash if newest is None else newest.state["data"]["manifest_hash"]
-        if started_on != manifest.hash:
-            raise UserError(
-                f"The run in {folder} was started on other shards than {manifest.location} (manifest {started_on[:12]} there, "
-                f"{manifest.hash[:12]} here). "
-                "Give it the old shards with data.manifest=FILE, or start a new run with run.dir=FOLDER."
-            )
-        folder.continue_recipe(
-            flatten(self.recipe),
-            self.resolved.origins,
-            result_keys=result_fields(self.recipe).keys(),
-            force=self.recipe.resume.force,
-            step=newest.step if newest is not None else 0,
-        )
-        return folder.path, newest.state["progress"].get("micro_batch") if newest is not None else None
+    def _open_folder(self, stack: contextlib.ExitStack, manifest: Manifest) -> OpenedFolder:
+        """Rank 0: the run folder, locked for this run."""
+        opened, self._lock = open_run_folder(self.world, self.resolved, manifest)
+        stack.callback(self._lock.release)
+        return opened
 
     def _restore(self, parts: Parts, folder: RunFolder) -> None:
         """Go on from the newest sound checkpoint, where there is one."""
@@ -149,25 +126,6 @@ class Session:
     def _cut_back(folder: RunFolder, step: int) -> None:
         folder.metrics.cut_back(step)
         folder.timing.cut_back(step)
-
-    def _start_tracker(self, folder: RunFolder, state: TrainingState, manifest: Manifest) -> Tracker:
-        if not self.world.is_main:
-            return NullTracker()
-        told = to_dict(self.recipe)
-        if manifest.remote is not None:
-            told["data"]["manifest"] = manifest.location  # without what may be secret in a URL
-        stored = folder.read_tracker()
-        tracker = build_tracker(
-            self.recipe.tracker,
-            folder=folder.path,
-            run_id=state.tracker_run_id or stored.get("run_id") or uuid.uuid4().hex[:8],
-            name=folder.path.name,
-            recipe=told,
-            logged_step=stored.get("highest_step", 0),
-            environ=self.environ,
-        )
-        state.tracker_run_id = tracker.run_id
-        return tracker
 
     def _train(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopFlag) -> int:
         world, state = self.world, parts.state
@@ -190,36 +148,29 @@ class Session:
     def _loop(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopFlag) -> int:
         """Train from where the state is; the signal that stopped it, or 0. When it returns, the last checkpoint is whole."""
         world, config, state = self.world, self.recipe.train, parts.state
-        timer = StepTimer(world.device)
-        schedule = parts.schedule
-        policy = SavePolicy(schedule.steps_per_epoch, schedule.total_steps, config.save_steps, config.save_every)
-        data = TrainingData.of(manifest, self.recipe).to_dict()
-        context = {"data": data, "order_version": self.recipe.order_version, "recipe": to_dict(self.recipe)}
-        with (
-            world.together(lambda: self._open_reader(manifest, state.step)) as reader,
-            DeviceFeed(reader, world.device) as batches,
-            Saving(
-                world,
-                folder,
-                self._lock,
-                state,
-                strategy=parts.strategy,
-                policy=policy,
-                context=context,
-                config=config,
-                clock=time.monotonic,
-            ) as saving,
-            Journal(
-                world,
-                folder,
-                tracker,
-                parts.schedule,
-                window=state.window,
-                timer=timer,
-                first_step=state.step,
-                log_every=config.log_every,
-            ) as journal,
-        ):
+        timer = StepTimer(world.device, batch_size=config.batch_size, world_size=world.size)
+        with contextlib.ExitStack() as stack:
+            reader = stack.enter_context(world.together(lambda: self._open_reader(manifest, state.step)))
+            batches = stack.enter_context(DeviceFeed(reader, world.device))
+            watch = stack.enter_context(build_watchdog(world, config, folder))
+            saving = stack.enter_context(self._build_saving(parts, manifest, folder))
+            journal = stack.enter_context(
+                Journal(
+                    world,
+                    folder,
+                    tracker,
+                    parts.schedule,
+                    window=state.window,
+                    timer=timer,
+                    utilisation=parts.utilisation,
+                    first_step=state.step,
+                    log_every=config.log_every,
+                )
+            )
+            profiler = stack.enter_context(
+                StepProfiler(config.profile, folder.path, world.rank, start_step=state.step, say=journal.say)
+            )
+            validate = functools.partial(self._validate, parts, manifest, lambda: watch.beat(state.step, "validation"))
             loop = Loop(
                 world,
                 parts.schedule,
@@ -227,9 +178,11 @@ class Session:
                 build_update(world, self.recipe, manifest, parts, timer),
                 journal,
                 saving,
-                validate=(lambda: self._validate(parts, manifest)) if has_split(manifest, "val") else None,
+                validate=validate if has_split(manifest, "val") else None,
                 validate_every=self.recipe.eval.every,
                 timer=timer,
+                watch=watch,
+                step_done=profiler.step_done,
             )
             try:
                 stop_signal = loop.run(batches, stop)
@@ -239,6 +192,21 @@ class Session:
                 raise OneRankFailedError(explain_out_of_memory(error, self.recipe, world, parts.micro_batch)) from error
             saving.finish()
         return stop_signal
+
+    def _build_saving(self, parts: Parts, manifest: Manifest, folder: RunFolder) -> Saving:
+        config, schedule = self.recipe.train, parts.schedule
+        data = TrainingData.of(manifest, self.recipe).to_dict()
+        return Saving(
+            self.world,
+            folder,
+            self._lock,
+            parts.state,
+            strategy=parts.strategy,
+            policy=SavePolicy(schedule.steps_per_epoch, schedule.total_steps, config.save_steps, config.save_every),
+            context={"data": data, "order_version": self.recipe.order_version, "recipe": to_dict(self.recipe)},
+            config=config,
+            clock=time.monotonic,
+        )
 
     def _open_reader(self, manifest: Manifest, start_step: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
         data = self.recipe.data
@@ -261,8 +229,8 @@ class Session:
             start_step=start_step,
         )
 
-    def _validate(self, parts: Parts, manifest: Manifest) -> dict[str, float]:
+    def _validate(self, parts: Parts, manifest: Manifest, beat: Callable[[], None]) -> dict[str, float]:
         average_statistics(self.world, *parts.state.modules().values())
         with parts.strategy.judged() as model:
-            found = evaluate_split(self.world, model, manifest, "val", augment=parts.augment, recipe=self.recipe)
+            found = evaluate_split(self.world, model, manifest, "val", augment=parts.augment, recipe=self.recipe, beat=beat)
         return {f"val/{name}": found[name] for name in ("loss", "accuracy", "balanced_accuracy")}

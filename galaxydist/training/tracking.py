@@ -3,11 +3,16 @@
 import logging
 import netrc
 import socket
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from galaxydist.recipe.schema import TrackerConfig
+from galaxydist.recipe.identity import to_dict
+from galaxydist.recipe.schema import Recipe, TrackerConfig
+from galaxydist.runs.folder import RunFolder
+from galaxydist.shards.manifest import Manifest
+from galaxydist.training.world import World
 
 LOG = logging.getLogger(__name__)
 
@@ -120,6 +125,27 @@ def build_tracker(
     except Exception as error:  # a tracker that fails never stops a training run
         LOG.warning("wandb could not start (%s); metrics.jsonl has every number", error)
         return NullTracker()
+
+
+def start_tracker(
+    world: World, recipe: Recipe, folder: RunFolder, manifest: Manifest, *, run_id: str | None, environ: Mapping[str, str]
+) -> Tracker:
+    """The tracker of a run: on rank 0 the recipe's, elsewhere none. It goes on with the curve ``run_id``, or the run folder's."""
+    if not world.is_main:
+        return NullTracker()
+    told = to_dict(recipe)
+    if manifest.remote is not None:
+        told["data"]["manifest"] = manifest.location  # without what may be secret in a URL
+    stored = folder.read_tracker()
+    return build_tracker(
+        recipe.tracker,
+        folder=folder.path,
+        run_id=run_id or stored.get("run_id") or uuid.uuid4().hex[:8],
+        name=folder.path.name,
+        recipe=told,
+        logged_step=stored.get("highest_step", 0),
+        environ=environ,
+    )
 
 
 def choose_wandb_mode(environ: Mapping[str, str]) -> str:

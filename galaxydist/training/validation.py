@@ -1,5 +1,6 @@
 """Exact evaluation over a split: every galaxy is counted once, on any number of ranks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,14 @@ from galaxydist.training.world import World
 
 @torch.inference_mode()
 def evaluate_split(
-    world: World, model: nn.Module, manifest: Manifest, split: str, *, augment: Augment, recipe: Recipe
+    world: World,
+    model: nn.Module,
+    manifest: Manifest,
+    split: str,
+    *,
+    augment: Augment,
+    recipe: Recipe,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Accuracy, loss, per-class figures and confusion matrix of a split. All ranks take part and get the same.
 
@@ -30,6 +38,7 @@ def evaluate_split(
         split: ``train``, ``val`` or ``test``.
         augment: for its ``normalise``.
         recipe: batch size, image size and crop, and with ``eval.tta`` the views whose mean probability is judged.
+        beat: called after each batch: a sign of life.
 
     Raises:
         UserError: a galaxy that cannot be read: an evaluation never counts fewer.
@@ -37,14 +46,16 @@ def evaluate_split(
     was_training = model.training
     model.eval()
     # A rank that cannot read a galaxy takes the others along: they would wait for its counts.
-    counts = world.together(lambda: _count(world, model, manifest, split, augment=augment, recipe=recipe))
+    counts = world.together(lambda: _count(world, model, manifest, split, augment=augment, recipe=recipe, beat=beat))
     model.train(was_training)
     total = Counts.from_vector(world.sum(counts.vector().to(world.device)))
     total.check(manifest.splits[split].num_samples, f"the {split} split of {manifest.location}")
     return metrics_from_counts(total.confusion_KK.numpy(), float(total.loss_sum), total.count, manifest.class_names)
 
 
-def _count(world: World, model: nn.Module, manifest: Manifest, split: str, *, augment: Augment, recipe: Recipe) -> Counts:
+def _count(
+    world: World, model: nn.Module, manifest: Manifest, split: str, *, augment: Augment, recipe: Recipe, beat: Callable[[], None]
+) -> Counts:
     """This rank's galaxies."""
     counts = Counts(len(manifest.class_names), world.device)
     reader = EvalReader(
@@ -69,4 +80,5 @@ def _count(world: World, model: nn.Module, manifest: Manifest, split: str, *, au
             with world.accelerator.autocast():
                 logits_VBK = [model(view_BCHW) for view_BCHW in views(images_BCHW, recipe.eval.tta)]
             counts.add(mean_log_probabilities(logits_VBK), batch.labels_B, batch.weights_B)
+            beat()
     return counts

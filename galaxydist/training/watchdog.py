@@ -22,11 +22,14 @@ from typing import NamedTuple, NoReturn
 import torch.distributed as dist
 
 from galaxydist.errors import EXIT_HUNG
+from galaxydist.recipe.schema import TrainConfig
+from galaxydist.runs.folder import RunFolder
 from galaxydist.training.flight import write_flight_record
 from galaxydist.training.guard import Guard
 from galaxydist.training.heartbeat_store import Answer, HeartbeatStore, KeyStore
 from galaxydist.training.heartbeats import Hang, Heartbeat
 from galaxydist.training.stacks import StacksFile
+from galaxydist.training.world import World
 
 # A step compiles and tunes kernels, opens files and connections, the first time.
 START_FACTOR = 3
@@ -64,6 +67,11 @@ def heartbeat_store(world_size: int) -> KeyStore | None:
     from torch._C._distributed_c10d import PrefixStore
 
     return PrefixStore("galaxydist/heartbeats", dist.distributed_c10d._get_default_store())
+
+
+def build_watchdog(world: World, config: TrainConfig, folder: RunFolder) -> "Watchdog":
+    """The watchdog of a run's loop."""
+    return Watchdog(world.rank, world.size, config.hang_timeout, heartbeat_store(world.size), folder.stacks_dir)
 
 
 def say_on_stderr(text: str) -> None:

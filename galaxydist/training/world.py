@@ -3,15 +3,17 @@
 import socket
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 
 from galaxydist.cores import bound_cores, cpu_quota, fair_share
 from galaxydist.errors import EveryRankError, UserError
+from galaxydist.training.flight import set_flight_recorder
 
 Precision = Literal["no", "bf16", "fp16", "fp64"]
 T = TypeVar("T")
@@ -103,19 +105,23 @@ class World:
         return values
 
 
-def enter_world(precision: Precision | Literal["auto"], environ: MutableMapping[str, str]) -> World:
+def enter_world(
+    precision: Precision | Literal["auto"], environ: MutableMapping[str, str], *, timeout: timedelta | None = None
+) -> World:
     """Join the processes that the launcher started.
 
     Works under ``python``, ``accelerate launch``, ``torchrun`` and ``srun``.
 
     Args:
         precision: ``auto``, ``no``, ``bf16``, ``fp16`` or ``fp64``, as in the recipe.
-        environ: the process's environment; under ``srun`` torch's variables are added to it.
+        environ: the process's environment; torch's variables are added to it, under ``srun`` and for the flight recorder.
+        timeout: of collectives; None: torch's own.
 
     Raises:
         UserError: fp16 without a GPU; a launcher whose number of processes did not come about.
     """
     _adopt_srun(environ)
+    set_flight_recorder(environ)
     wanted = int(environ.get("WORLD_SIZE", "1"))
     has_gpu = torch.cuda.is_available()
     resolved = resolve_precision(precision, has_gpu, torch.cuda.get_device_capability() if has_gpu else None)
@@ -123,7 +129,10 @@ def enter_world(precision: Precision | Literal["auto"], environ: MutableMapping[
     accelerator = Accelerator(
         cpu=not has_gpu,
         mixed_precision="no" if resolved == "fp64" else resolved,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timeout),
+        ],
     )
     if accelerator.num_processes != wanted:
         raise EveryRankError(

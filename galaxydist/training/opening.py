@@ -1,0 +1,79 @@
+"""Opening a run folder: for this run alone, and only if it belongs to it."""
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from galaxydist.errors import UserError
+from galaxydist.recipe.identity import flatten, result_fields, run_name
+from galaxydist.recipe.load import ResolvedRecipe
+from galaxydist.runs import checkpoints
+from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.lock import RunLock
+from galaxydist.shards.manifest import Manifest
+from galaxydist.training.world import World
+
+
+@dataclass(frozen=True)
+class OpenedFolder:
+    """What all ranks must know of a run folder.
+
+    Args:
+        path: the folder.
+        micro_batch: what an earlier start found out about ``train.micro_batch=auto``; None where there was none.
+    """
+
+    path: Path
+    micro_batch: dict[str, Any] | None
+
+
+def open_run_folder(world: World, resolved: ResolvedRecipe, manifest: Manifest) -> tuple[OpenedFolder, RunLock]:
+    """Lock the recipe's run folder, and see that recipe and data are those that it was started with. For rank 0.
+
+    Returns:
+        The folder, and its lock, which is held.
+
+    Raises:
+        UserError: it is in use, cannot be written, or belongs to another run.
+    """
+    recipe = resolved.recipe
+    folder = RunFolder(recipe.run.dir or recipe.run.root / run_name(recipe))
+    folder.create()
+    lock = RunLock(
+        folder.lock_path,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        clock=time.time,
+        job_id=world.job_id,
+        restart_count=world.restart_count,
+    )
+    lock.acquire()
+    try:
+        return OpenedFolder(folder.path, _continue(folder, resolved, manifest)), lock
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _continue(folder: RunFolder, resolved: ResolvedRecipe, manifest: Manifest) -> dict[str, Any] | None:
+    """Compare with what the folder holds, and note the present recipe."""
+    recipe = resolved.recipe
+    newest = checkpoints.load(folder.checkpoints_dir, groups=())
+    started_on = manifest.hash if newest is None else newest.state["data"]["manifest_hash"]
+    if started_on != manifest.hash:
+        raise UserError(
+            f"The run in {folder} was started on other shards than {manifest.location} (manifest {started_on[:12]} there, "
+            f"{manifest.hash[:12]} here). "
+            "Give it the old shards with data.manifest=FILE, or start a new run with run.dir=FOLDER."
+        )
+    folder.continue_recipe(
+        flatten(recipe),
+        resolved.origins,
+        result_keys=result_fields(recipe).keys(),
+        force=recipe.resume.force,
+        step=newest.step if newest is not None else 0,
+    )
+    return newest.state["progress"].get("micro_batch") if newest is not None else None
