@@ -327,4 +327,4 @@ def test_times_have_a_unit_that_suits() -> None:
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_every_architecture_can_be_planned(name: str) -> None:
     facts = weigh(recipe_of("data.image_size=64", of=(f"recipe={name}",)), 10, 256)
-    assert facts.num_trained > 0 and facts.timeline.activations(8) > 2 * facts.timeline.activations(2) > 0
+    assert facts.num_trained > 0 and facts.timeline.activations(8) > facts.timeline.activations(2) > 0
