@@ -103,7 +103,11 @@ def test_a_checkpoint_is_as_large_as_was_planned(blobs: Path, tmp_path: Path, ca
 def test_the_memory_is_that_of_a_real_step(
     blobs: Path, tmp_path: Path, *, name: str, image_size: int, batch_size: int, precision: str, micro_batch: int
 ) -> None:
-    """launch.py in a process of its own, on the CPU, where torch's allocator tells of every byte."""
+    """launch.py in a process of its own, on the CPU, where torch's allocator tells of every byte.
+
+    Beside tensors, that includes the workspaces of the CPU's convolutions, which count where images are few and small:
+    ResNet-18 at 64 pixels, whose ratio is 0.79.
+    """
     arguments = quick_settings(
         blobs,
         tmp_path / "run",
@@ -130,4 +134,4 @@ def test_the_memory_is_that_of_a_real_step(
     estimated = memory.total - memory.allowance - memory.pictures
     ratio = estimated / measured["peaks"][-1]  # the first step makes the optimizer's state
     print(f"{name} {image_size} px, {batch_size} images in {passes}, {precision}: {estimated / 1e6:.1f} MB, ratio {ratio:.3f}")
-    assert 0.8 < ratio < 1.25
+    assert 0.85 < ratio < 1.15

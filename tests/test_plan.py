@@ -297,6 +297,8 @@ def test_warnings_name_what_could_be_better() -> None:
     assert "greatest common divisor 64" in uneven and "batch normalisation sees 2 images" in uneven
     even = plan_of("train.batch_size=256", "data.num_streams=128", "model.norm=batch", job=Job(2, 4), galaxies=1_000_000)
     assert even.warnings == ()
+    few = " ".join(plan_of("train.batch_size=256", "data.num_streams=128", job=Job(2, 4)).warnings)
+    assert "crosses the network" not in few  # both are multiples of 8 already: what is few is shards
     assert "has all 16 in use" in " ".join(plan_of("train.batch_size=192", job=Job()).warnings)
     assert "batch norm" not in " ".join(plan_of("train.batch_size=240", "train.sync_batchnorm=true", job=Job(16, 8)).warnings)
 
@@ -325,4 +327,4 @@ def test_times_have_a_unit_that_suits() -> None:
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_every_architecture_can_be_planned(name: str) -> None:
     facts = weigh(recipe_of("data.image_size=64", of=(f"recipe={name}",)), 10, 256)
-    assert facts.num_trained > 0 and facts.timeline.activations(8) > 2 * facts.timeline.activations(2) > 0
+    assert facts.num_trained > 0 and facts.timeline.activations(8) > facts.timeline.activations(2) > 0

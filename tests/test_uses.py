@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from galaxydist.shards.order import EpochOrder, evaluation_batches, rank_offsets
-from galaxydist.shards.uses import USE, evaluation_uses, resampled_uses, shard_uses, working_set
+from galaxydist.shards.uses import USE, evaluation_uses, node_uses, resampled_uses, shard_uses, working_set
 
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=25).filter(lambda sizes: sum(sizes) > 0)
 
@@ -74,6 +74,17 @@ def test_where_the_world_does_not_divide_streams_the_ranks_share_shards() -> Non
     order = EpochOrder([100] * 120, seed=2, epoch=0, num_streams=12, window=64)
     for rank in range(5):
         assert np.unique(shard_uses(order, 25, rank_offsets(25, rank, 5))["shard"]).size == 120
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 30), st.integers(1, 40))
+def test_a_node_needs_what_its_ranks_need(num_nodes: int, ranks_per_node: int, more: int, num_streams: int) -> None:
+    world_size = num_nodes * ranks_per_node
+    batch_size = world_size + more
+    order = EpochOrder([7, 30, 0, 12, 25] * 6, seed=3, epoch=1, num_streams=num_streams, window=4)
+    for node, uses in enumerate(node_uses(order, batch_size, num_nodes, ranks_per_node)):
+        ranks = range(node * ranks_per_node, (node + 1) * ranks_per_node)
+        offsets = np.concatenate([rank_offsets(batch_size, rank, world_size) for rank in ranks])
+        assert np.array_equal(uses, shard_uses(order, batch_size, offsets))
 
 
 def test_a_shard_at_a_stream_s_end_is_not_held_in_between() -> None:

@@ -119,7 +119,8 @@ def warn(recipe: Recipe, facts: ModelFacts, memory: Memory, *, world_size: int, 
             f"train.batch_size={batch_size} is no multiple of {world_size} processes: some hold {more} galaxies a step, others "
             f"{few}, and wait; even would be {few * world_size} or {more * world_size}"
         )
-    if num_nodes > 1 and fetches > 1.05 and recipe.data.balance == "none":
+    is_dealt_out = streams % world_size == 0 and batch_size % world_size == 0
+    if num_nodes > 1 and fetches > 1.05 and not is_dealt_out and recipe.data.balance == "none":
         found.append(
             f"each shard is read by {fetches:.1f} nodes an epoch, and crosses the network as often where it comes from a URL: "
             f"about one does where {world_size} processes divide both data.num_streams (now {streams}, greatest common divisor "
