@@ -68,7 +68,7 @@ def heartbeat_store(world_size: int) -> KeyStore | None:
 
 def say_on_stderr(text: str) -> None:
     """Write a line past Python's buffers and their locks, which a hung thread may hold."""
-    os.write(2, f"{text}\n".encode())
+    os.write(2, f"\n{text}\n".encode())  # a progress bar may stand there
 
 
 class Watchdog:
