@@ -40,8 +40,6 @@ def go_wrong(fault: str, watchdog: Watchdog) -> None:
         hold_the_lock_in_c()
     elif fault == "slow":
         work_slowly(watchdog)
-    elif fault == "raise":
-        raise RuntimeError("went wrong")
 
 
 def main() -> None:
@@ -51,13 +49,14 @@ def main() -> None:
     if world_size > 1:
         dist.init_process_group("gloo", timeout=collective_timeout(timeout_s))
     with Watchdog(rank, world_size, timeout_s, heartbeat_store(world_size), stacks_dir, start_s=start_s) as watchdog:
-        for step in range(1000 if fault in ("sleep", "lock", "raise", "none") else STEPS_BEFORE + 5):
+        for step in range(STEPS_BEFORE + 5 if fault in ("slow", "start") else 1000):
             watchdog.beat(step, "data")
             if fault == "start" and step == 0:
                 time.sleep(3 * timeout_s)
             if step == STEPS_BEFORE and rank == faulty_rank:
                 go_wrong(fault, watchdog)
-            time.sleep(0.05)
+            for _ in range(40 if fault == "coarse" else 1):  # two seconds without a beat
+                time.sleep(0.05)
             watchdog.beat(step, "forward/backward")
             if world_size > 1:
                 dist.all_reduce(torch.ones(3))

@@ -224,7 +224,7 @@ def test_a_rank_that_sleeps_is_named_once_and_all_end(tmp_path: Path) -> None:
     texts = [(tmp_path / "stacks" / f"rank-{rank:04d}.txt").read_text() for rank in range(3)]
     assert "sleep_forever_in_data" in texts[1] and "sleep_forever_in_data" not in texts[0] + texts[2]
     assert "all_reduce" in texts[0] and "all_reduce" in texts[2]
-    assert all((tmp_path / "stacks" / f"flight_rank_{rank}").stat().st_size > 100 for rank in range(3))
+    assert all(b"gloo:all_reduce" in (tmp_path / "stacks" / f"flight_rank_{rank}").read_bytes() for rank in range(3))
 
 
 @pytest.mark.slow
@@ -270,7 +270,7 @@ def test_a_rank_that_keeps_the_interpreters_lock_is_dumped_and_ended(number: int
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("fault", ["slow", "start"])
 def test_a_slow_run_is_not_touched(fault: str, tmp_path: Path) -> None:
-    """Rank 1 works longer than the timeout, with signs of life, while rank 0 waits for it without any; or the first step is long."""
+    """Rank 1 works longer than the timeout, with signs of life, while rank 0 waits without any; or the first step is long."""
     with ranks(fault, tmp_path, number=2, faulty=1, start_s=20 * TIMEOUT_S) as run:
         assert run.exit_codes() == [0, 0]
         assert "hangs" not in run.complaints()
@@ -280,15 +280,17 @@ def test_a_slow_run_is_not_touched(fault: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_run_that_was_stopped_and_continued_goes_on(tmp_path: Path) -> None:
-    with ranks("none", tmp_path, number=2) as run:
-        run.wait_for_step(3)
+    """Stopped in the middle of two seconds without a beat, for longer than the timeout."""
+    with ranks("coarse", tmp_path, number=2) as run:
+        run.wait_for_step(1)
+        time.sleep(0.5)
         for process in run.processes:
             os.killpg(process.pid, signal.SIGSTOP)
         time.sleep(2.5 * TIMEOUT_S)
         steps = len(run.said(0).splitlines())
         for process in run.processes:
             os.killpg(process.pid, signal.SIGCONT)
-        run.wait_for_step(steps + int(TIMEOUT_S / 0.05))
+        run.wait_for_step(steps + 2)
         assert [process.poll() for process in run.processes] == [None, None]
 
 

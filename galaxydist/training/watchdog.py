@@ -76,7 +76,7 @@ def build_watchdog(world: World, config: TrainConfig, folder: RunFolder) -> "Wat
 
 def say_on_stderr(text: str) -> None:
     """Write a line past Python's buffers and their locks, which a hung thread may hold."""
-    os.write(2, f"{text}\n".encode())
+    os.write(2, f"\n{text}\n".encode())  # a progress bar may stand there
 
 
 class Watchdog:
