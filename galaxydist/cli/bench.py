@@ -2,13 +2,14 @@
 
 ``simulator``: how easy the simulated survey is for classifiers that see no shapes. ``transfer``: how much it is like the sky.
 ``loader``: how fast pictures become batches. ``order``: how well and how fast galaxies are shuffled.
-``remote``: how an epoch comes from a slow server that fails.
+``remote``: how an epoch comes from a slow server that fails. ``folds``: networks on real galaxies at equal compute.
 """
 
 import argparse
 import os
 from pathlib import Path
 
+from galaxydist.cli.bench_folds import add_folds
 from galaxydist.cli.bench_loader import add_loader
 from galaxydist.cli.bench_order import add_order
 from galaxydist.cli.bench_remote import add_remote
@@ -49,6 +50,7 @@ def add_parser(commands: Commands) -> None:
     add_loader(inner)
     add_order(inner)
     add_remote(inner)
+    add_folds(inner)
 
 
 def run_simulator(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from galaxydist.models.custom_cnn import CustomCNN
+from galaxydist.models.d4_cnn import D4CNN
 from galaxydist.models.frozen import freeze_backbone
 from galaxydist.models.published import find_weights
 from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, check_config, timm_name
@@ -45,8 +46,10 @@ def build_model(
     path = config.weights or (find_weights(config, weights_dir) if config.pretrained else None)
     tensors = None if path is None else read_weights(path)
     name = timm_name(config)
-    if name is None:
-        model: nn.Module = CustomCNN(num_classes, config.width, config.drop_rate)
+    if config.name == "d4_cnn":
+        model: nn.Module = D4CNN(num_classes, config.width, config.drop_rate)
+    elif name is None:
+        model = CustomCNN(num_classes, config.width, config.drop_rate, norm=config.norm)
     elif config.name.startswith("vgg"):
         model = _build_vgg(name, num_classes, config)
     else:

@@ -40,6 +40,7 @@ _VGG_UNUSED = ("pre_logits.",)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "custom_cnn": Architecture(None, ("drop", "head"), has_published_weights=False, has_drop_path=False),
+    "d4_cnn": Architecture(None, ("drop", "head"), has_published_weights=False, has_drop_path=False),
     "resnet18": Architecture({"small": "resnet18.a1_in1k"}, ("fc",)),
     "resnet26": Architecture({"small": "resnet26.bt_in1k"}, ("fc",)),
     "resnet50": Architecture({"small": "resnet50.a1_in1k"}, ("fc",)),
