@@ -8,7 +8,7 @@ import cv2
 import pytest
 
 from galaxydist.benchmarks import folds
-from galaxydist.benchmarks.folds import measure_folds, mean_and_error
+from galaxydist.benchmarks.folds import mean_and_error, measure_folds
 from galaxydist.benchmarks.folds_cost import Cost
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError

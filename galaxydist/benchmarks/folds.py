@@ -196,13 +196,17 @@ def _carry_out(fit: Fit, environ: MutableMapping[str, str]) -> dict[str, Any]:
             stopped = train(fit.resolved, environ)
         finally:
             if fit.folder.path.is_dir():
-                before = read_json(spent_path)["seconds"] if spent_path.is_file() else 0.0
-                write_json(spent_path, {"seconds": before + time.process_time() - start})
+                write_json(spent_path, {"seconds": _spent(spent_path) + time.process_time() - start})
         if stopped:
             raise UserError(f"stopped; the same command continues with {fit.folder}")
         evaluation = read_evaluation(fit.folder.evaluation_dir, "test")
         assert evaluation is not None
-    return evaluation | {"processor_minutes": read_json(spent_path)["seconds"] / 60}
+    return evaluation | {"processor_minutes": _spent(spent_path) / 60}
+
+
+def _spent(path: Path) -> float:
+    """Processor seconds of the calls before; a call that was killed could not write its own."""
+    return float(read_json(path)["seconds"]) if path.is_file() else 0.0
 
 
 def _summary(runs: Sequence[Mapping[str, Any]], epochs: int, cost: Cost, first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class _Trial:
         labels_B = batch.labels_B.to(self.device)
         loss = nn.functional.cross_entropy(logits_BK.float(), labels_B, label_smoothing=smoothing)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         if self.recipe.train.clip_norm > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.train.clip_norm)
         self.optimizer.step()
