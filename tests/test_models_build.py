@@ -8,7 +8,7 @@ from torch import nn
 
 from galaxydist.errors import UserError
 from galaxydist.models import MODEL_NAMES, build_model, input_statistics, no_decay_names, parameter_groups
-from galaxydist.models.custom_cnn import CustomCNN
+from galaxydist.models.custom_cnn import CustomCNN, num_groups
 from galaxydist.recipe.schema import ModelConfig, ModelName
 
 
@@ -20,7 +20,7 @@ def test_registry_has_the_names_of_the_schema() -> None:
     ("name", "millions"),
     [
         ("custom_cnn", 2.8),
-        ("d4_cnn", 0.35),
+        ("d4_cnn", 0.348),
         ("resnet18", 11.2),
         ("resnet26", 14.0),
         ("resnet50", 23.5),
@@ -130,3 +130,24 @@ def test_custom_cnn_takes_any_memory_order() -> None:
     images_BCHW = torch.randn(3, 3, 40, 40)
     logits_BK = model(images_BCHW.contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(model(images_BCHW), logits_BK)
+
+
+@pytest.mark.parametrize(("width", "groups"), [(4, 1), (5, 1), (7, 1), (24, 6), (32, 8), (256, 32), (509, 1)])
+def test_groups_are_equal_and_not_of_one_channel(width: int, groups: int) -> None:
+    assert num_groups(width) == groups
+
+
+@pytest.mark.parametrize("width", [4, 6, 32])
+def test_group_normalisation_looks_at_one_image_at_a_time(width: int) -> None:
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(name="custom_cnn", width=width, norm="group"), 5, 16).double()
+    assert not list(model.buffers())
+    for name, parameter in model.named_parameters():
+        if name.endswith("second.norm.weight"):
+            assert not parameter.any(), "the branch starts at zero"
+            nn.init.normal_(parameter)
+    images_BCHW = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    logits_BK = model(images_BCHW)
+    assert logits_BK.std(dim=0).min() > 1e-3
+    torch.testing.assert_close(torch.cat([model(image[None]) for image in images_BCHW]), logits_BK, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.eval()(images_BCHW), logits_BK, rtol=0, atol=0)

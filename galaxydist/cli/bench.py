@@ -4,13 +4,14 @@
 ``loader``: how fast pictures become batches. ``order``: how well and how fast galaxies are shuffled.
 ``remote``: how an epoch comes from a slow server that fails. ``saving``: how long a training waits for its checkpoints.
 ``trainer``: what the trainer's loop costs beside a bare one. ``scaling``: what further processes bring. ``startup``: how long
-until the first step.
+until the first step. ``folds``: networks on real galaxies at equal compute.
 """
 
 import argparse
 import os
 from pathlib import Path
 
+from galaxydist.cli.bench_folds import add_folds
 from galaxydist.cli.bench_loader import add_loader
 from galaxydist.cli.bench_order import add_order
 from galaxydist.cli.bench_remote import add_remote
@@ -59,6 +60,7 @@ def add_parser(commands: Commands) -> None:
     add_trainer(inner)
     add_scaling(inner)
     add_startup(inner)
+    add_folds(inner)
 
 
 def run_simulator(arguments: argparse.Namespace) -> None:
