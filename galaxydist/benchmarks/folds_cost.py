@@ -64,7 +64,7 @@ class _Trial:
         torch.manual_seed(recipe.seed)
         self.model = build_model(recipe.model, manifest.num_classes, data.image_size).to(self.device)
         groups = [dict(group) for group in parameter_groups(self.model, recipe.optim.weight_decay)]
-        self.optimizer = build_optimizer(groups, recipe.optim)
+        self.optimizer = build_optimizer(groups, recipe.optim, self.device)
         self.ema = ModelEmaV3(self.model, decay=train.ema) if train.ema > 0 else None
         self.augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=available_cores())
         reader = TrainReader(

@@ -6,7 +6,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -106,7 +106,7 @@ def bare_turns(turn: int, rounds: int) -> list[int]:
 
 
 def measure_trainer(
-    environ: Mapping[str, str],
+    environ: MutableMapping[str, str],
     *,
     models: Sequence[str] = MODELS,
     sizes: Sizes | None = None,
@@ -145,7 +145,9 @@ def measure_trainer(
     return results
 
 
-def _measure(world: World, environ: Mapping[str, str], model: str, sizes: Sizes, *, steps: int, rounds: int) -> dict[str, Any]:
+def _measure(
+    world: World, environ: MutableMapping[str, str], model: str, sizes: Sizes, *, steps: int, rounds: int
+) -> dict[str, Any]:
     image_size = sizes.image_size or IMAGE_SIZES[world.device.type]
     batch_size = sizes.batch_size or BATCH_SIZES[world.device.type].get(model, 32)
     turns: list[Turns] = []
