@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 PREFIX = "flight_rank_"
-# Collectives kept: torch's own default since 2.9, some ten steps of a large model.
+# Collectives kept: torch 2.14's own default.
 BUFFER_SIZE = 2000
 # As torch 2.11 and later read them: the new name, and the older ones that also count. Whichever of them is set decides.
 BUFFER_NAMES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")

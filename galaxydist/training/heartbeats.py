@@ -90,7 +90,8 @@ class Hang:
         if self.silent:
             return self.silent
         places = {rank: (beat.step, beat.place) for rank, beat in self.heard.items()}
-        return tuple(sorted(rank for rank, place in places.items() if place == min(places.values())))
+        earliest = min(places.values())
+        return tuple(sorted(rank for rank, place in places.items() if place == earliest))
 
     def message(self, *, setting: str, stacks: str, now: float) -> str:
         """What the user is told, in a few lines however many ranks there are.
@@ -110,7 +111,7 @@ class Hang:
             lines += [f"  behind: {self._describe(rank, now)}" for rank in behind[:MOST_NAMED]]
             if more := behind[MOST_NAMED:]:
                 lines.append(f"  behind: ranks {', '.join(map(str, more[:1000]))} likewise")
-            if waiting := [beat for rank, beat in self.heard.items() if rank not in set(behind)]:
+            if waiting := [self.heard[rank] for rank in self.heard.keys() - set(behind)]:
                 lines.append(f"  waiting: {_places(waiting)}")
         lines.append(f"  Stacks of every process that can still write: {stacks}")
         return "\n".join(lines)
@@ -134,14 +135,14 @@ def find_hang(before: Heard, after: Heard, world_size: int) -> Hang | None:
     It does when every rank is overdue or silent. A rank that has not been idle for long, or has gone on between the readings, may
     be what the others rightly wait for.
     """
-    silent = silent_ranks(before, after, world_size)
+    silent = set(silent_ranks(before, after, world_size))
     for rank, beat in after.items():
         if rank in silent:
             continue
         moved = rank not in before or before[rank].beats != beat.beats
         if moved or not beat.is_overdue:
             return None
-    return Hang(dict(after), tuple(silent), world_size)
+    return Hang(dict(after), tuple(sorted(silent)), world_size)
 
 
 def _places(beats: Iterable[Heartbeat]) -> str:
