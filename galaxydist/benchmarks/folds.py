@@ -42,7 +42,7 @@ COMMON = {
     "eval.checkpoint": "last",
     "tracker.name": "none",
 }
-# d4_cnn: of 4e-3, 8e-3 and 2e-2 on three quarters of fold 1's training galaxies, judged on the last quarter (64 pixels, 12 epochs).
+# d4_cnn: of 4e-3, 8e-3 and 2e-2 on three quarters of fold 1's training galaxies, judged on the rest (64 pixels, 12 epochs).
 # custom_cnn: as README's runs from random weights. resnet18: the first that was tried.
 SETTINGS: Mapping[str, Mapping[str, str]] = {
     "d4_cnn": {"model.drop_rate": "0.2", "optim.lr": "8e-3"},
