@@ -86,7 +86,7 @@ def _bar(total: int) -> Any:
 def _run(job: Job, processes: int, environ: Mapping[str, str]) -> dict[str, Any]:
     """Train by so many processes; what rank 0 answers."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *launcher, "-m", "galaxydist.benchmarks.scaling_rank", json.dumps(dataclasses.asdict(job))]
+    command = [sys.executable, *launcher, "-m", "galaxydist.cli.bench_scaling", json.dumps(dataclasses.asdict(job))]
     # The BLAS and OpenMP pools of a process are made when it starts.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**environ, "OMP_NUM_THREADS": "1"})
     try:

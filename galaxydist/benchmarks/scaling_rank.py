@@ -1,6 +1,6 @@
 """One process of ``galaxydist bench scaling``: the trainer's session on pictures in memory, on one core.
 
-Run by torchrun as ``-m galaxydist.benchmarks.scaling_rank JSON``; rank 0 prints a line of JSON last.
+Run by torchrun as ``-m galaxydist.cli.bench_scaling JSON``; rank 0 prints a line of JSON last.
 """
 
 import contextlib
@@ -95,7 +95,3 @@ def main(text: str, environ: MutableMapping[str, str]) -> int:
     if environ["RANK"] == "0":
         print(json.dumps(answer), flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], os.environ))

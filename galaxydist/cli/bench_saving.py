@@ -2,10 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import get_args
 
-from galaxydist.cli.options import Commands, add_data_dir, chosen_root, positive_int
-from galaxydist.recipe.schema import ModelName
+from galaxydist.cli.options import Commands, add_data_dir, chosen_root, known_model, positive_int
 
 
 def add_saving(commands: Commands) -> None:
@@ -22,7 +20,7 @@ def add_saving(commands: Commands) -> None:
         "--every", type=positive_int, default=30, metavar="S", help="seconds between saves (default: %(default)s)"
     )
     parser.add_argument("--saves", type=positive_int, default=4, metavar="N", help="of each training (default: %(default)s)")
-    parser.add_argument("--model", choices=get_args(ModelName), default="resnet50", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--model", default="resnet50", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--image-size", type=positive_int, default=64, metavar="PIXELS", help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive_int, default=16, metavar="B", help="default: %(default)s")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="write into DIR/saving (default: under the data root)")
@@ -34,6 +32,8 @@ def run_saving(arguments: argparse.Namespace) -> None:
     """Measure and print."""
     from galaxydist.benchmarks.saving import Conditions, measure_saving
 
-    conditions = Conditions(arguments.model, arguments.image_size, arguments.batch_size, float(arguments.every), arguments.saves)
+    conditions = Conditions(
+        known_model(arguments.model), arguments.image_size, arguments.batch_size, float(arguments.every), arguments.saves
+    )
     root = arguments.folder or chosen_root(arguments) / "bench"
     measure_saving(root / "saving", conditions)

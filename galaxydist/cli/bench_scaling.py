@@ -2,10 +2,9 @@
 
 import argparse
 import os
-from typing import get_args
+import sys
 
-from galaxydist.cli.options import Commands, positive_int
-from galaxydist.recipe.schema import ModelName
+from galaxydist.cli.options import Commands, known_model, positive_int
 
 
 def add_scaling(commands: Commands) -> None:
@@ -18,7 +17,7 @@ def add_scaling(commands: Commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--processes", type=positive_int, default=2, metavar="N", help="compared with one (default: %(default)s)")
-    parser.add_argument("--model", choices=get_args(ModelName), default="resnet18", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--model", default="resnet18", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--image-size", type=positive_int, default=64, metavar="PIXELS", help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive_int, default=32, metavar="B", help="of each process (default: %(default)s)")
     parser.add_argument("--steps", type=positive_int, default=20, metavar="N", help="of each run (default: %(default)s)")
@@ -33,9 +32,16 @@ def run_scaling(arguments: argparse.Namespace) -> None:
     measure_scaling(
         os.environ,
         processes=arguments.processes,
-        model=arguments.model,
+        model=known_model(arguments.model),
         image_size=arguments.image_size,
         batch_size=arguments.batch_size,
         steps=arguments.steps,
         rounds=arguments.rounds,
     )
+
+
+if __name__ == "__main__":
+    # One process of the measurement, started by torchrun.
+    from galaxydist.benchmarks.scaling_rank import main
+
+    sys.exit(main(sys.argv[1], os.environ))

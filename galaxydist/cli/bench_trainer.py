@@ -2,10 +2,8 @@
 
 import argparse
 import os
-from typing import get_args
 
-from galaxydist.cli.options import Commands, positive_int
-from galaxydist.recipe.schema import ModelName
+from galaxydist.cli.options import Commands, known_model, positive_int
 
 
 def add_trainer(commands: Commands) -> None:
@@ -21,7 +19,6 @@ def add_trainer(commands: Commands) -> None:
     parser.add_argument(
         "--models",
         nargs="+",
-        choices=get_args(ModelName),
         default=["custom_cnn", "resnet18"],
         metavar="NAME",
         help="default: custom_cnn resnet18",
@@ -41,7 +38,7 @@ def run_trainer(arguments: argparse.Namespace) -> None:
 
     measure_trainer(
         os.environ,
-        models=arguments.models,
+        models=[known_model(name) for name in arguments.models],
         sizes=Sizes(arguments.width, arguments.image_size, arguments.batch_size),
         steps=arguments.steps,
         rounds=arguments.rounds,

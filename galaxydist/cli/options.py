@@ -3,9 +3,12 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from galaxydist.errors import UserError
+
+if TYPE_CHECKING:
+    from galaxydist.recipe.schema import ModelName  # its library takes a third of a second to import
 
 # ``add_subparsers`` returns a private type of argparse.
 Commands = Any
@@ -97,3 +100,18 @@ def survey_source(arguments: argparse.Namespace, root: Path) -> Path:
             )
         )
     return path
+
+
+def known_model(name: str) -> "ModelName":
+    """A model's name, checked.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    from typing import get_args
+
+    from galaxydist.recipe.schema import ModelName
+
+    if name not in get_args(ModelName):
+        raise UserError(f"--model {name}: there is no such model; there are {', '.join(get_args(ModelName))}")
+    return cast("ModelName", name)
