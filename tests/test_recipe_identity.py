@@ -67,9 +67,8 @@ def test_the_hash_is_of_the_result_fields_as_sorted_json_and_names_the_run() -> 
     fields = result_fields(BASE)
     assert set(fields).isdisjoint({"run.dir", "run.root", "tracker.name", "data.dir", "train.micro_batch"})
     assert (fields["optim.lr"], fields["data.manifest"], fields["name"]) == (1e-3, None, "base")
-    canonical = (
-        "{" + ",".join(f"{json.dumps(key)}:{json.dumps(fields[key], separators=(',', ':'))}" for key in sorted(fields)) + "}"
-    )
+    values = {key: json.dumps(fields[key], separators=(",", ":")) for key in sorted(fields)}
+    canonical = "{" + ",".join(f"{json.dumps(key)}:{value}" for key, value in values.items()) + "}"
     assert run_name(BASE) == f"base-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
 
 

@@ -166,7 +166,11 @@ class Update:
 
     def _seed_model(self, step: int, part: int) -> None:
         """Dropout and drop path draw from torch's generator: the same again after a resume."""
-        torch.manual_seed(int(hash64(self.seed, step, part, self.world.rank, Purpose.MODEL)) >> 1)
+        seed = int(hash64(self.seed, step, part, self.world.rank, Purpose.MODEL)) >> 1
+        # torch.manual_seed asks for every kind of device that there might be, which takes a millisecond.
+        torch.default_generator.manual_seed(seed)
+        if self.world.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
 
 class KeptStatistics:
