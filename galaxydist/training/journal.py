@@ -113,12 +113,15 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
+    def step_taken(self) -> None:
+        """One more step that the timer has seen; what it was about is known later."""
+        self._timed_steps += 1
+
     def step_done(self, agreed: Agreed, rate: float, counters: Mapping[str, float]) -> None:
         """Take in one step: ``rate`` is its learning rate, ``counters`` are written as they are. A line is written every
         ``log_every`` steps."""
         step = agreed.step + 1
         self.window.add(agreed.sums)
-        self._timed_steps += 1
         self._bar.update()
         is_due = step % self.log_every == 0 or self.schedule.ends_epoch(step)
         if is_due or step - self._first_step == MEASURED_STEPS:
@@ -130,6 +133,8 @@ class Journal:
             self.window.clear()
 
     def _measure(self, step: int) -> None:
+        if self._timed_steps == 0:
+            return  # this step was in the last measurement already
         timing = self.timer.window(self._timed_steps)
         self._timing = {**timing, **self.utilisation(timing["time/img_s_device"])}
         self._timed_steps = 0

@@ -130,6 +130,7 @@ class Loop:
         unreadable = self.state.skipped.take(step, batch)
         self.agreement.post(step, sums, Flags(stop.signal_number, is_save_due, has_failed, unreadable))
         self.state.step += 1
+        self.journal.step_taken()
         self.step_done(self.state.step)
 
     def _settle(self, leave: int) -> Flags:
