@@ -46,7 +46,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(launcher: tuple[str, ...], blob
     assert said.count("The step is left out (1 of at most 10)") == 1
     last, before = (checkpoints.read_sound(path) for path in checkpoints.list_checkpoints(run_dir / "checkpoints"))
     assert (last.step, before.step) == (3, 2)
-    assert any(name.endswith("running_var") for name in last.tensors) and "optimizer/state/0/exp_avg" in last.tensors
+    assert any(name.endswith("running_var") for name in last.tensors) and any(name.endswith("/exp_avg") for name in last.tensors)
     assert [name for name in last.tensors if not torch.equal(last.tensors[name], before.tensors[name])] == []
     (line,) = [line for line in read_metrics(run_dir) if line["step"] == 3 and "train/loss" in line]
     assert line["train/loss"] is None and line["train/nonfinite"] == 1

@@ -13,6 +13,7 @@ from galaxydist.shards.order import EpochOrder, steps_per_epoch
 from galaxydist.shards.schedule import lengthened
 from galaxydist.shards.uses import node_uses, resampled_uses, working_set
 from galaxydist.training.data import find_cache, open_manifest
+from galaxydist.training.mixing import count_pair_parts, is_mixing
 from galaxydist.training.update import count_micro_batches
 
 # Checkpoints that a run keeps: the newest two and the best; while it saves, one more.
@@ -218,13 +219,14 @@ def plan_memory(recipe: Recipe, facts: ModelFacts, job: Job) -> tuple[int, Memor
     def memory_of(passes: int) -> Memory:
         return estimate(facts, recipe, world_size=world_size, rank_batch=rank_batch, num_parts=passes)
 
+    mixes = is_mixing(recipe.train)
     if isinstance(micro_batch, int):
-        passes = count_micro_batches(batch_size, world_size, micro_batch)
-    elif job.gpu_memory is None:
+        passes = (count_pair_parts if mixes else count_micro_batches)(batch_size, world_size, micro_batch)
+    elif job.gpu_memory is None or recipe.train.strategy == "fsdp":  # which takes its share at once
         passes = 1
     else:
         budget = job.gpu_memory * 1e9
-        most = batch_size // world_size  # no pass of any process may be empty
+        most = batch_size // world_size // (2 if mixes else 1)  # no pass of any process may be empty, or part a pair
         passes = next((passes for passes in range(1, most) if memory_of(passes).total <= budget), most)
     memory = memory_of(passes)
     if job.gpu_memory is not None:

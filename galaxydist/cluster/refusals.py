@@ -5,6 +5,8 @@ from math import gcd
 from galaxydist.cluster.memory import Memory, ModelFacts
 from galaxydist.errors import UserError
 from galaxydist.recipe.schema import Recipe
+from galaxydist.training.mixing import check_world, is_mixing
+from galaxydist.training.strategy import check_strategy
 
 # Batch normalisation's error grows quickly below this many images (Wu & He 2018, arXiv:1803.08494, figure 1: 8 and fewer).
 FEW_IMAGES = 8
@@ -32,8 +34,9 @@ def refuse_world(recipe: Recipe, num_train: int, num_nodes: int, gpus_per_node: 
             f"{world_size} processes ({num_nodes} nodes x {gpus_per_node}) are more than the global batch holds "
             f"(train.batch_size={batch_size}). Use {fewer}{enough}."
         )
-    if (recipe.train.mixup > 0 or recipe.train.cutmix > 0) and world_size > 1 and batch_size % (2 * world_size):
-        raise UserError(_pairs_apart(batch_size, world_size, num_train))
+    check_strategy(recipe.train, "bf16" if recipe.train.precision == "auto" else recipe.train.precision)
+    if is_mixing(recipe.train):
+        check_world(batch_size, world_size)
 
 
 def refuse_cache(num_bytes: int, cache_size: float) -> None:
@@ -142,15 +145,3 @@ def _fewer(batch_size: int, num_nodes: int, gpus_per_node: int) -> str:
     if even:
         return f"--nodes {even} --gpus-per-node {gpus_per_node} ({even * gpus_per_node} processes; at most {batch_size} work)"
     return f"--nodes 1 --gpus-per-node {batch_size}"
-
-
-def _pairs_apart(batch_size: int, world_size: int, num_train: int) -> str:
-    lower, upper = (batch_size // (2 * world_size) + step for step in (0, 1))
-    sizes = [2 * world_size * number for number in (lower, upper) if number and 2 * world_size * number <= num_train]
-    processes = next(number for number in range(world_size, 0, -1) if batch_size % (2 * number) == 0)
-    return (
-        f"mixup and cutmix pair galaxies o and o + {batch_size // 2} of a batch, which must be on the same process: with "
-        f"{world_size} processes train.batch_size has to be a multiple of {2 * world_size} (now {batch_size}). Use "
-        + (f"train.batch_size={' or '.join(map(str, sizes))}, or " if sizes else "")
-        + (f"{processes} processes." if processes > 1 else "1 process.")
-    )

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder
 from galaxydist.training.agreement import Agreed, Sums
 from galaxydist.training.timing import StepTimer
@@ -101,6 +102,7 @@ class Journal:
         self._timed_steps = 0
         self._first_step = first_step
         self._highest_step = folder.read_tracker().get("highest_step", 0) if world.is_main else 0
+        self._error: Exception | None = None
         self._last: dict[str, float] = {}
         self._timing: dict[str, float] = {}
         self._bar = tqdm(
@@ -141,24 +143,51 @@ class Journal:
         if step - self._first_step == MEASURED_STEPS and self.world.device.type == "cpu":
             self._tell_long_run(step)
 
-    def record(self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float] | None = None) -> None:
-        """Write metrics of ``step`` to metrics.jsonl, its timing to timing.jsonl, both to the tracker."""
-        if not self.world.is_main:
+    def record(self, step: int, metrics: Mapping[str, float | None], timing: Mapping[str, float] | None = None) -> None:
+        """Write metrics of ``step`` to metrics.jsonl, its timing to timing.jsonl, both to the tracker.
+
+        What goes wrong is kept for ``raise_failure``: the other ranks are not here.
+        """
+        if not self.world.is_main or self._error is not None:
             return
+        try:
+            self._write(step, metrics, timing)
+        except (UserError, OSError) as error:
+            self._error = error
+
+    @property
+    def has_failed(self) -> bool:
+        """Something could not be written, and ``raise_failure`` would say what."""
+        return self._error is not None
+
+    def raise_failure(self) -> None:
+        """Raise on every rank what could not be written on rank 0. Every rank calls it."""
+        self.world.on_main(self._raise)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _write(self, step: int, metrics: Mapping[str, float | None], timing: Mapping[str, float] | None) -> None:
         epoch = step / self.schedule.steps_per_epoch
         self.folder.metrics.append(step, {"epoch": epoch, **metrics})
         if timing:
             self.folder.timing.append(step, timing)
-        self.tracker.log({"epoch": epoch, **metrics, **(timing or {})}, step)
+        known = {name: value for name, value in metrics.items() if value is not None}
+        self.tracker.log({"epoch": epoch, **known, **(timing or {})}, step)
         if self.tracker.run_id is not None:
-            self._highest_step = max(self._highest_step, step)
+            # A run that is killed in the validation logs this step again, with it.
+            is_complete = timing is None or not self.schedule.ends_epoch(step)
+            self._highest_step = max(self._highest_step, step if is_complete else step - 1)
             self.folder.write_tracker(run_id=self.tracker.run_id, highest_step=self._highest_step)
 
-    def epoch_done(self, step: int, validation: Mapping[str, float]) -> None:
+    def epoch_done(self, step: int, validation: Mapping[str, float | None]) -> None:
         """Say in one line how the epoch went."""
         epoch = step // self.schedule.steps_per_epoch
         parts = [f"train loss {self._last.get('train/loss', float('nan')):.4f}"]
-        parts += [f"{name.removeprefix('val/').replace('_', ' ')} {value:.4f} (val)" for name, value in validation.items()]
+        for name, value in validation.items():
+            shown = "not finite" if value is None else f"{value:.4f}"
+            parts.append(f"{name.removeprefix('val/').replace('_', ' ')} {shown} (val)")
         parts += [f"{self._timing.get('time/img_s', 0.0):,.0f} img/s"]
         self.say(f"epoch {epoch}/{self._num_epochs}: " + ", ".join(parts))
 

@@ -74,7 +74,7 @@ class Loop:
     update: Update
     journal: Journal
     saver: Saver
-    validate: Callable[[], dict[str, float]] | None
+    validate: Callable[[], dict[str, float | None]] | None
     validate_every: int
     timer: StepTimer
     watch: Watcher = field(default_factory=NoWatcher)
@@ -127,6 +127,7 @@ class Loop:
         sums = self.update(batch, step)
         self.state.nonfinite.remember(step, batch)
         is_save_due, has_failed = self.saver.flags()
+        has_failed = has_failed or self.journal.has_failed
         unreadable = self.state.skipped.take(step, batch)
         self.agreement.post(step, sums, Flags(stop.signal_number, is_save_due, has_failed, unreadable))
         self.state.step += 1
@@ -141,6 +142,7 @@ class Loop:
             agreed = self.agreement.read()
             asked = _either(asked, agreed.flags)
             if agreed.flags.has_failed:
+                self.journal.raise_failure()
                 self.saver.raise_failure()
             self._take_in(agreed)
         return asked
@@ -160,7 +162,7 @@ class Loop:
         """Validate and save where it is due; whether it was saved."""
         epoch = self.state.step // self.schedule.steps_per_epoch
         is_last = self.state.step >= self.schedule.total_steps
-        validation: dict[str, float] = {}
+        validation: dict[str, float | None] = {}
         is_best = False
         if self.validate is not None and (is_last or epoch % self.validate_every == 0):
             self.watch.beat(self.state.step, "validation")
@@ -168,6 +170,7 @@ class Loop:
                 validation = self.validate()
             is_best = self.state.stopping.update(validation[f"val/{self.state.stopping.metric}"], self.state.step)
             self.journal.record(self.state.step, validation)
+        self.journal.raise_failure()
         is_saved = is_best or self.state.stopping.should_stop or self.saver.is_due(self.state.step)
         if is_saved:
             self._save(is_best=is_best)

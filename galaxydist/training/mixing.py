@@ -96,6 +96,11 @@ def check_world(batch_size: int, world_size: int) -> None:
     raise EveryRankError(f"{text}, or set train.mixup=0 and train.cutmix=0.")
 
 
+def is_mixing(config: TrainConfig) -> bool:
+    """Whether a recipe mixes at all."""
+    return config.mix_prob > 0 and (config.mixup > 0 or config.cutmix > 0)
+
+
 @dataclass(frozen=True)
 class Draws:
     """What becomes of P pairs, in numbers.
@@ -124,11 +129,12 @@ class Mixing:
         self._mixup, self._cutmix = config.mixup, config.cutmix
         self._changed_share, self._cutmix_share = config.mix_prob, config.mix_switch
         self._seed, self._size = seed, image_size
+        self._is_on = is_mixing(config)
 
     @property
     def is_on(self) -> bool:
         """Whether the recipe mixes at all."""
-        return self._changed_share > 0 and (self._mixup > 0 or self._cutmix > 0)
+        return self._is_on
 
     def draw(self, epoch: int, pairs: Ints) -> Draws:
         """What becomes of these pairs.

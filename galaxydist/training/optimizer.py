@@ -60,7 +60,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, device: t
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, config.beta2), **fused)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, **fused)
+        sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, **fused)
+        return _with_momentum(sgd) if fused and config.momentum > 0 else sgd
     from timm.optim import create_optimizer_v2
 
     try:
@@ -76,6 +77,15 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, device: t
         if "max_lr_snapshot" in group:  # of decay by lr ** 2 / (peak of lr), where lr is the group's own
             group["max_lr_snapshot"] = config.lr * group.get("lr_scale", 1.0)
     return optimizer
+
+
+def _with_momentum(sgd: torch.optim.SGD) -> torch.optim.SGD:
+    """With buffers of zeros, from which the first step goes as from none: the fused kernel does not write the new ones where it
+    leaves the first step out."""
+    for group in sgd.param_groups:
+        for parameter in group["params"]:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from galaxydist.errors import UserError
 from galaxydist.training.sharding import cut_like
@@ -64,9 +65,18 @@ def numbered_optimizer_state(model: nn.Module, optimizer: Any, state: Mapping[st
 
 def _cut(values: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
     return {
-        key: cut_like(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
+        key: _laid_out(cut_like(value, parameter), parameter)
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+        else value
         for key, value in values.items()
     }
+
+
+def _laid_out(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """In memory as the parameter is (channels last, on its device): torch's fused kernels take no other."""
+    if isinstance(value, DTensor):
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def _names(model: nn.Module, optimizer: Any) -> dict[int, str]:

@@ -103,7 +103,7 @@ def build_parts(
     if config.sync_batchnorm and world.size > 1:
         model = synchronise_batch_norm(model)
     if config.compile:
-        compile_model(model, world.device)
+        world.together(lambda: compile_model(model, world.device))
     strategy = open_strategy(world, model, config)
     groups = [dict(group) for group in parameter_groups(strategy.model, optim.weight_decay, optim.layer_decay)]
     state = TrainingState(

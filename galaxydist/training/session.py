@@ -136,6 +136,7 @@ class Session:
             if stop_signal:
                 world.say(f"stopped by signal {stop_signal} at step {state.step}, which is saved; the same command continues it")
                 return stop_signal
+            stop.close()  # nothing is lost any more: a restart evaluates again
             metrics = judge_run(world, folder, self.recipe, manifest, "test")
             summary = {f"test/{name}": metrics[name] for name in ("accuracy", "balanced_accuracy", "loss")} if metrics else {}
             summary |= {**state.skipped.metrics(), **state.nonfinite.metrics()}
@@ -229,8 +230,17 @@ class Session:
             start_step=start_step,
         )
 
-    def _validate(self, parts: Parts, manifest: Manifest, beat: Callable[[], None]) -> dict[str, float]:
+    def _validate(self, parts: Parts, manifest: Manifest, beat: Callable[[], None]) -> dict[str, float | None]:
         average_statistics(self.world, *parts.state.modules().values())
-        with parts.strategy.judged() as model:
-            found = evaluate_split(self.world, model, manifest, "val", augment=parts.augment, recipe=self.recipe, beat=beat)
+        try:
+            with parts.strategy.judged() as model:
+                found = evaluate_split(self.world, model, manifest, "val", augment=parts.augment, recipe=self.recipe, beat=beat)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            config = self.recipe.eval
+            raise OneRankFailedError(
+                f"No memory left on rank {self.world.rank} in a validation of eval.batch_size={config.batch_size}, eval.tta="
+                f"{config.tta}: lower eval.batch_size (with resume.force=[eval.batch_size])."
+            ) from error
         return {f"val/{name}": found[name] for name in ("loss", "accuracy", "balanced_accuracy")}

@@ -95,8 +95,14 @@ class TrainingState:
                 f"The checkpoint holds {sorted(loaded)}, this run needs {sorted(expected)}. "
                 "Continue with the recipe and precision it was made with, or give another run.dir."
             )
-        for name, module in self.modules().items():
-            module.load_state_dict(loaded[name])
+        try:
+            for name, module in self.modules().items():
+                module.load_state_dict(loaded[name])
+        except (RuntimeError, KeyError) as error:
+            raise UserError(
+                f"The checkpoint's weights are not this model's ({str(error).strip().splitlines()[-1].strip()}). "
+                "Continue with the model that it was made with, or give another run.dir."
+            ) from error
         RankStatistics.restore(world, self.modules(), tensors)
         numbered = numbered_optimizer_state(self.model, self.optimizer, loaded["optimizer"])
         load_optimizer_state(self.optimizer, numbered)

@@ -93,11 +93,10 @@ class Update:
         with self.timer.part("forward_backward"):
             sums = self._backward(batch, step)
         with self.timer.part("optimizer"):
-            is_finite = self._move()
+            is_finite = self._move() & sums[0].isfinite()
             self.statistics.put_back(~is_finite)
             if self.strategy.ema is not None:
                 self.strategy.ema.update(self.strategy.model, step=step + 1)
-        is_finite = is_finite & sums[0].isfinite()
         return torch.cat([sums, (~is_finite).double().reshape(1)])
 
     def _backward(self, batch: Batch, step: int) -> torch.Tensor:

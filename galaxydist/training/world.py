@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 
 from galaxydist.cores import bound_cores, cpu_quota, fair_share
-from galaxydist.errors import EveryRankError, UserError
+from galaxydist.errors import EveryRankError, RunFailedError, UserError
 from galaxydist.training.flight import set_flight_recorder
 
 Precision = Literal["no", "bf16", "fp16", "fp64"]
@@ -60,34 +60,44 @@ class World:
             print(text, flush=True)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Rank 0 does the work; every rank gets its result, or raises its ``UserError``."""
-        answer: list[Any] = [None, None]
+        """Rank 0 does the work; every rank gets its result, or raises its ``UserError``. Another error is rank 0's own, and the
+        others, which would wait for it, fail with it."""
+        if self.size == 1:
+            return work()
+        answer: list[Any] = [None, None, None]
+        failure: Exception | None = None
         if self.is_main:
             try:
                 answer[0] = work()
             except UserError as error:
-                if self.size == 1:
-                    raise
                 answer[1] = str(error)
-        if self.size > 1:
-            broadcast_object_list(answer, from_process=0)
-            if answer[1] is not None:
-                raise EveryRankError(answer[1])
+            except Exception as error:
+                failure, answer[2] = error, f"rank 0 failed: {type(error).__name__}: {error}"
+        broadcast_object_list(answer, from_process=0)
+        if failure is not None:
+            raise failure
+        _raise_told(answer[1], answer[2])
         result: T = answer[0]
         return result
 
     def together(self, work: Callable[[], T]) -> T:
-        """Every rank does the work; if any raises ``UserError``, every rank raises the first of them."""
+        """Every rank does the work; if any raises ``UserError``, every rank raises the first of them. A rank with another error
+        raises that, and the others fail with it."""
+        if self.size == 1:
+            return work()
         done: list[T] = []
-        problem = None
+        problem: tuple[str | None, str | None] = (None, None)
+        failure: Exception | None = None
         try:
             done.append(work())
         except UserError as error:
-            if self.size == 1:
-                raise
-            problem = str(error)
-        if told := [text for text in self.gather(problem) if text]:
-            raise EveryRankError(told[0])
+            problem = (str(error), None)
+        except Exception as error:
+            failure, problem = error, (None, f"rank {self.rank} failed: {type(error).__name__}: {error}")
+        told = self.gather(problem)
+        if failure is not None:
+            raise failure
+        _raise_told(next((text for text, _ in told if text), None), next((text for _, text in told if text), None))
         return done[0]
 
     def gather(self, value: T) -> list[T]:
@@ -154,6 +164,13 @@ def enter_world(
     # Launchers set OMP_NUM_THREADS=1; the cores are there to be used.
     torch.set_num_threads(world.cores)
     return world
+
+
+def _raise_told(by_user: str | None, by_chance: str | None) -> None:
+    if by_chance is not None:
+        raise RunFailedError(by_chance)
+    if by_user is not None:
+        raise EveryRankError(by_user)
 
 
 def _share_cores(world: World) -> int:
