@@ -225,14 +225,17 @@ def assert_order(events: list[list[str]]) -> None:
 
 @contextlib.contextmanager
 def group(command: list[str], log: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """A launcher and its ranks, in a process group of their own, all gone at the end."""
+    """A launcher and its ranks (which torchrun puts into sessions of their own), all gone at the end."""
     with log.open("ab") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(process.pid)
+            for started in (launcher, *launcher.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    started.kill()
         process.wait()
 
 

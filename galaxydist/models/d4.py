@@ -25,7 +25,7 @@ def transform(x: Tensor, element: int) -> Tensor:
 @cache
 def inverse_products() -> tuple[tuple[int, ...], ...]:
     """The number of g^-1 h, for each g (row) and h."""
-    corners = torch.arange(4).view(2, 2)  # all eight views of it differ
+    corners = torch.arange(4, device="cpu").view(2, 2)  # all eight views of it differ
     views = [transform(corners, element) for element in range(ORDER)]
 
     def product(g: int, h: int) -> int:
