@@ -58,6 +58,10 @@ class Sums:
     def loss(self) -> float:
         return self.numerator / self.weight if self.weight > 0 else math.nan
 
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.count if self.count > 0 else math.nan
+
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(
             self.numerator + other.numerator,

@@ -54,7 +54,7 @@ class Window:
         self.sums = Sums()
 
     def metrics(self) -> dict[str, float]:
-        return {"train/loss": self.sums.loss, "train/accuracy": self.sums.correct / max(self.sums.count, 1.0)}
+        return {"train/loss": self.sums.loss, "train/accuracy": self.sums.accuracy}
 
     def state_dict(self) -> dict[str, Any]:
         return vars(self.sums)
