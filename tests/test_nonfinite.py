@@ -28,7 +28,7 @@ def test_all_ranks_stop_at_the_same_step_and_name_its_galaxies(blobs: Path, tmp_
     assert code == 1
     assert told.count("galaxydist: error: ") == 1 and "at step 4 (from 0)" in told and "train.on_nonfinite=skip" in told
     listed = json.loads((run_dir / "nonfinite-step-00000004.json").read_text())
-    assert listed["step"] == 4 and listed["epoch"] == 1 and len(set(listed["galaxies"])) == 24
+    assert listed["step"] == 4 and len(set(listed["galaxies"])) == 24
     assert all(name in told for name in listed["galaxies"][:8]) and "and 16 more" in told
     newest = checkpoints.load(run_dir / "checkpoints")
     assert newest is not None and newest.step == 3

@@ -39,17 +39,6 @@ class Watcher(Protocol):
     def beat(self, step: int, phase: str) -> None: ...
 
 
-class NoWatcher:
-    """Sees nothing."""
-
-    def beat(self, step: int, phase: str) -> None:
-        """Nothing."""
-
-
-def _nothing(_step: int) -> None:
-    """What a step that nobody looks at is followed by."""
-
-
 @dataclass
 class Loop:
     """What the loop moves.
@@ -77,8 +66,8 @@ class Loop:
     validate: Callable[[], dict[str, float | None]] | None
     validate_every: int
     timer: StepTimer
-    watch: Watcher = field(default_factory=NoWatcher)
-    step_done: Callable[[int], None] = _nothing
+    watch: Watcher
+    step_done: Callable[[int], None]
     agreement: Agreement = field(init=False)
 
     def __post_init__(self) -> None:

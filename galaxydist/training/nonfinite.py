@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from galaxydist.errors import RunFailedError
@@ -33,12 +34,12 @@ class Nonfinite:
     ) -> None:
         self._on_nonfinite, self._max_nonfinite = on_nonfinite, max_nonfinite
         self._folder, self._name_of = folder, name_of
-        self._batches: deque[tuple[int, Batch]] = deque(maxlen=2)
+        self._samples: deque[tuple[int, list[int]]] = deque(maxlen=2)
         self.num_steps = 0
 
     def remember(self, step: int, batch: Batch) -> None:
-        """This rank's part of the batch of a step, until two steps later."""
-        self._batches.append((step, batch))
+        """Which galaxies this rank's part of the batch of a step holds, until two steps later; the pictures are let go."""
+        self._samples.append((step, batch.samples_B.tolist()))
 
     def settle(self, world: World, step: int) -> str:
         """All ranks know that ``step`` is not finite: tell which galaxies it was about.
@@ -49,10 +50,10 @@ class Nonfinite:
         Raises:
             RunFailedError: on every rank the same.
         """
-        mine = next(batch for known, batch in self._batches if known == step)
-        samples = sorted(sample for part in world.gather(mine.samples_B.tolist()) for sample in part)
+        mine = next(samples for known, samples in self._samples if known == step)
+        samples = sorted(sample for part in world.gather(mine) for sample in part)
         path = self._folder.path / f"nonfinite-step-{step:08d}.json"
-        names = world.on_main(lambda: self._write(path, step, mine.epoch, samples))
+        names = world.on_main(lambda: self._write(path, step, samples))
         self.num_steps += 1
         more = f" and {len(samples) - len(names)} more" if len(samples) > len(names) else ""
         batch = ", ".join(names) + more
@@ -65,9 +66,10 @@ class Nonfinite:
             )
         return f"warning: {what} The step is left out ({self.num_steps} of at most {self._max_nonfinite})."
 
-    def _write(self, path: Any, step: int, epoch: int, samples: list[int]) -> list[str]:
-        write_json(path, {"step": step, "epoch": epoch, "galaxies": [self._name_of(sample) for sample in samples]})
-        return [self._name_of(sample) for sample in samples[:NAMED]]
+    def _write(self, path: Path, step: int, samples: list[int]) -> list[str]:
+        names = [self._name_of(sample) for sample in samples]
+        write_json(path, {"step": step, "galaxies": names})
+        return names[:NAMED]
 
     def metrics(self) -> dict[str, float]:
         """For the log; nothing where such steps end the run."""

@@ -109,18 +109,19 @@ class Update:
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         parts = self._parts(len(batch.labels_B))
         for number, part in enumerate(parts):
+            part_targets = targets.take(part)
             images_BCHW = self._images(batch, part, mix)
             is_last = number == len(parts) - 1
             with self.strategy.exchange(is_last=is_last):
                 self._seed_model(step, number)
                 logits_BK = self.strategy.forward(images_BCHW)
-                numerator = self.objective.summed_loss(logits_BK, targets.take(part))
+                numerator = self.objective.summed_loss(logits_BK, part_targets)
                 if work is not None and number == 0:
                     work.wait()
                 # DDP averages gradients over the ranks: times the world size it is their sum.
                 scale = (self.world.size / total_weight.clamp(min=1e-12)).to(numerator.dtype)
                 self.world.accelerator.backward(numerator * scale)
-            sums += self._count(numerator, logits_BK, targets.take(part), take(batch.weights_B, part))
+            sums += self._count(numerator, logits_BK, part_targets, take(batch.weights_B, part))
         return sums
 
     def _parts(self, length: int) -> Sequence[Part]:
