@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from galaxydist.cluster.trace import Timeline, trace_step
-from galaxydist.errors import UserError
 from galaxydist.models.build import build_model
 from galaxydist.models.groups import parameter_groups
+from galaxydist.models.memory import checkpoint_activations
 from galaxydist.recipe.schema import OptimConfig, Recipe
 from galaxydist.shards.decode import reduction
 from galaxydist.training.optimizer import build_optimizer
@@ -35,7 +35,6 @@ class ModelFacts:
         moving_average: a copy of the weights, or 0.
         largest_block: weights of the largest block of the model: what FSDP gathers at a time.
         picture: a decoded picture as it comes to the GPU.
-        has_checkpointing: whether it can compute activations again.
         has_batch_norm: whether a layer normalises over the images of a forward pass.
         timeline: of a forward and a backward pass.
     """
@@ -48,7 +47,6 @@ class ModelFacts:
     moving_average: int
     largest_block: int
     picture: int
-    has_checkpointing: bool
     has_batch_norm: bool
     timeline: Timeline
 
@@ -100,12 +98,8 @@ def weigh(recipe: Recipe, num_classes: int, stored_size: int) -> ModelFacts:
     # On "meta" rather than among fakes: timm reads numbers out of tensors while it builds.
     with torch.device("meta"):
         model = _build(recipe, num_classes)
-    has_checkpointing = _set_checkpointing(model, recipe.train.gradient_checkpointing)
-    if recipe.train.gradient_checkpointing and not has_checkpointing:
-        raise UserError(
-            f"train.gradient_checkpointing=true: {recipe.model.name} has no blocks to compute again; set it to false, and use "
-            "train.micro_batch=auto for less memory"
-        )
+    if recipe.train.gradient_checkpointing:
+        checkpoint_activations(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_trained = sum(parameter.numel() for parameter in trained)
     weights = _bytes([*model.parameters(), *model.buffers()])
@@ -120,7 +114,6 @@ def weigh(recipe: Recipe, num_classes: int, stored_size: int) -> ModelFacts:
         moving_average=weights if recipe.train.ema > 0 else 0,
         largest_block=max(_bytes(block.parameters()) for block in _blocks(model)),
         picture=3 * width**2,
-        has_checkpointing=has_checkpointing,
         has_batch_norm=any(isinstance(module, _BatchNorm) and module.training for module in model.modules()),
         timeline=trace_step(model, data.image_size, planned_precision(recipe)),
     )
@@ -177,16 +170,6 @@ def _build(recipe: Recipe, num_classes: int) -> nn.Module:
     config = recipe.model.model_copy(update={"pretrained": False, "weights": None})
     model = build_model(config, num_classes, recipe.data.image_size, say=lambda _: None)
     return model.double() if recipe.train.precision == "fp64" else model
-
-
-def _set_checkpointing(model: Any, wanted: bool) -> bool:
-    """Switch gradient checkpointing on or off; returns whether the model has it."""
-    try:
-        model.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError):
-        return False
-    model.set_grad_checkpointing(wanted)
-    return True
 
 
 def _optimizer_bytes(model: nn.Module, config: OptimConfig) -> int:

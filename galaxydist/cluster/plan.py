@@ -230,7 +230,7 @@ def plan_memory(recipe: Recipe, facts: ModelFacts, job: Job) -> tuple[int, Memor
         passes = next((passes for passes in range(1, most) if memory_of(passes).total <= budget), most)
     memory = memory_of(passes)
     if job.gpu_memory is not None:
-        refuse_memory(recipe, facts, memory, job.gpu_memory, world_size)
+        refuse_memory(recipe, memory, job.gpu_memory, world_size)
     return passes, memory
 
 

@@ -56,12 +56,11 @@ def refuse_cache(num_bytes: int, cache_size: float) -> None:
         )
 
 
-def refuse_memory(recipe: Recipe, facts: ModelFacts, memory: Memory, gpu_memory: float, world_size: int) -> None:
+def refuse_memory(recipe: Recipe, memory: Memory, gpu_memory: float, world_size: int) -> None:
     """Refuse what does not fit a GPU of so many GB.
 
     Args:
         recipe: what was asked for.
-        facts: of its model.
         memory: of the smallest pass that is possible, or that the recipe asks for.
         gpu_memory: GB of one GPU.
         world_size: processes.
@@ -87,7 +86,7 @@ def refuse_memory(recipe: Recipe, facts: ModelFacts, memory: Memory, gpu_memory:
     if isinstance(train.micro_batch, int) and memory.micro_batch > 1:
         helps.append("train.micro_batch=auto (or a smaller number)")
     if largest == "activations":
-        if facts.has_checkpointing and not train.gradient_checkpointing:
+        if not train.gradient_checkpointing:
             helps.append("train.gradient_checkpointing=true")
         helps.append(f"a smaller data.image_size (now {recipe.data.image_size})")
     if largest == "decoded pictures":

@@ -16,8 +16,8 @@ from galaxydist.training.world import World
 class Saver(Protocol):
     """Saves the training state when it is due."""
 
-    def is_due(self, step: int) -> bool:
-        """After so many steps; the same on every rank."""
+    def is_due(self, step: int, *, time_is_up: bool = False) -> bool:
+        """After so many steps, or as a clock says that all ranks know of; the same on every rank."""
         ...
 
     def flags(self) -> tuple[bool, bool]:
@@ -93,7 +93,7 @@ class Loop:
             self._take_step(batches, stop)
             asked = self._settle(leave=1)
             is_end = self.schedule.ends_epoch(self.state.step)
-            is_save_due = asked.is_save_due or self.saver.is_due(self.state.step)
+            is_save_due = self.saver.is_due(self.state.step, time_is_up=asked.is_save_due)
             if is_end or is_save_due or asked.stop_signal:
                 asked = _either(asked, self._settle(leave=0))
                 is_saved = is_end and self._end_epoch()

@@ -49,9 +49,9 @@ class Saving:
         check = lock.check if lock is not None else _nothing
         self._writer = strategy.open_saver(folder.checkpoints_dir, background=config.async_save, check=check)
 
-    def is_due(self, step: int) -> bool:
-        """After so many steps; the same on every rank."""
-        return self.policy.is_due(step)
+    def is_due(self, step: int, *, time_is_up: bool = False) -> bool:
+        """After so many steps, or as rank 0's clock says; the same on every rank."""
+        return self.policy.is_due(step, time_is_up=time_is_up)
 
     def flags(self) -> tuple[bool, bool]:
         """A save is due by ``train.save_minutes``, on rank 0; one in the background has failed."""

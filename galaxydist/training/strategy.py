@@ -14,7 +14,17 @@ from galaxydist.recipe.schema import TrainConfig
 from galaxydist.runs import checkpoints
 from galaxydist.runs.checkpoint_folder import Checkpoint
 from galaxydist.runs.saver import CheckpointSaver
+from galaxydist.runs.sharded import ShardedSaver, load_sharded, open_saving_group
 from galaxydist.training.clipping import clip_gradients
+from galaxydist.training.sharded_ema import ShardedEma
+from galaxydist.training.sharding import (
+    WholeCopy,
+    clip_sharded_gradients,
+    open_mesh,
+    part_maker,
+    set_gradient_sync,
+    shard_model,
+)
 from galaxydist.training.statistics import HasBuffers
 from galaxydist.training.world import World
 
@@ -145,10 +155,6 @@ class DividedModel:
     is_collective = True
 
     def __init__(self, world: World, model: nn.Module, config: TrainConfig) -> None:
-        from galaxydist.runs.sharded import open_saving_group
-        from galaxydist.training.sharded_ema import ShardedEma
-        from galaxydist.training.sharding import WholeCopy, open_mesh, shard_model
-
         mesh = open_mesh(world.device)
         self._whole = WholeCopy(model)
         self.model = shard_model(model, mesh)
@@ -167,14 +173,10 @@ class DividedModel:
 
     @contextmanager
     def exchange(self, *, is_last: bool) -> Iterator[None]:
-        from galaxydist.training.sharding import set_gradient_sync
-
         set_gradient_sync(self.model, is_last)
         yield
 
     def clip(self, parameters: Iterable[nn.Parameter], *, norm: float, value: float) -> torch.Tensor:
-        from galaxydist.training.sharding import clip_sharded_gradients
-
         return clip_sharded_gradients(parameters, norm=norm, value=value)
 
     def judged(self) -> AbstractContextManager[nn.Module]:
@@ -182,12 +184,7 @@ class DividedModel:
         return self._whole.filled(tensors)
 
     def open_saver(self, checkpoints_dir: Path, *, background: bool, check: Callable[[], None]) -> CheckpointSaver | None:
-        from galaxydist.runs.sharded import ShardedSaver
-
         return ShardedSaver(checkpoints_dir, group=self._saving, background=background, check=check)
 
     def load(self, checkpoints_dir: Path) -> Checkpoint | None:
-        from galaxydist.runs.sharded import load_sharded
-        from galaxydist.training.sharding import part_maker
-
         return load_sharded(checkpoints_dir, make=part_maker(self.model), group=self._loading)
