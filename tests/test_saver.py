@@ -14,14 +14,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from galaxydist.errors import UserError
 from galaxydist.runs import checkpoints
 from galaxydist.runs.save_policy import SavePolicy, SaveTimer
 from galaxydist.runs.saver import CheckpointSaver
 from galaxydist.runs.state import flatten_state
-from tests.test_checkpoints import Trainee, bits
+from tests.tensors import bits, every_kind_of_tensor
+from tests.test_checkpoints import Trainee
 
 
 def always_allowed() -> None:
@@ -55,26 +55,6 @@ def gate() -> Iterator[Gate]:
     gate = Gate()
     yield gate
     gate.opened.set()
-
-
-def every_kind_of_tensor() -> dict[str, torch.Tensor]:
-    base = torch.randn(6, 4)
-    return {
-        "model/weight": base,
-        "model/tied": base,
-        "model/rows": base[2:4],
-        "model/transposed": base.t(),
-        "model/channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-        "model/parameter": nn.Parameter(torch.randn(3)),
-        "model/expanded": torch.randn(3, 1).expand(3, 4),
-        "model/conjugate": torch.randn(3, dtype=torch.complex64).conj(),
-        "model/num_batches_tracked": torch.tensor(7),
-        "optimizer/special": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
-        "optimizer/double": torch.randn(2, dtype=torch.float64),
-        "ema/bfloat": torch.randn(5).bfloat16(),
-        "ema/nothing": torch.empty(0, 3),
-        "ema/flags": torch.tensor([True, False]),
-    }
 
 
 @pytest.mark.parametrize("background", [True, False])

@@ -19,6 +19,7 @@ from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.training.data import TrainingData, build_augment, find_cache, find_manifest, has_split
+from galaxydist.training.speed import set_tf32
 from galaxydist.training.state import evaluation_weights
 from galaxydist.training.validation import evaluate_split
 from galaxydist.training.world import World, enter_world, leave_world
@@ -160,4 +161,5 @@ def _evaluate(
     model.load_state_dict(evaluation_weights(checkpoint.tensors, checkpoint.state))
     augment = build_augment(recipe, trained_on, threads=world.cores)
     model = model.to(device=world.device, dtype=world.dtype)
+    set_tf32(recipe.train.tf32, world.device)
     return evaluate_split(world, model, manifest, split, augment=augment, recipe=recipe)
