@@ -26,7 +26,8 @@ from galaxydist.errors import EveryRankError, RunFailedError, UserError
 from galaxydist.runs import checkpoints, sharded, tensor_files
 from galaxydist.runs.checkpoint_folder import DamagedCheckpointError, encode_state, read_checkpoint
 from galaxydist.runs.sharded import ShardedSaver, load_sharded, open_saving_group, save_sharded
-from tests.test_checkpoints import Bomb, bits, flip_bit, truncate
+from tests.tensors import bits
+from tests.test_checkpoints import Bomb, flip_bit, truncate
 
 pytestmark = pytest.mark.multiprocess
 SHARDS = [f"shard-0000{rank}-model-0000{number}-of-00002.safetensors" for rank in (1, 2) for number in (1, 2)]

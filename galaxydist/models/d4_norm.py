@@ -36,13 +36,14 @@ class D4Norm(nn.Module):
             statistics = (batch.running_mean.repeat(ORDER), batch.running_var.repeat(ORDER))
             scale, offset = batch.weight.repeat(ORDER), batch.bias.repeat(ORDER)
             return nn.functional.batch_norm(x, *statistics, scale, offset, training=False, eps=batch.eps)
+        y: Tensor
         y, mean_F, var_F = _SharedNorm.apply(x, batch.weight, batch.bias, batch.eps)
         with torch.no_grad():
             count = x.numel() // len(mean_F)
             batch.running_mean.lerp_(mean_F, batch.momentum)
             batch.running_var.lerp_(var_F * (count / max(1, count - 1)), batch.momentum)
             batch.num_batches_tracked += 1
-        return y  # type: ignore[no-any-return]
+        return y
 
 
 class _SharedNorm(torch.autograd.Function):
