@@ -288,7 +288,9 @@ def test_what_the_trainer_refuses_is_refused(tmp_path: Path) -> None:
     assert "more than --galaxies" in refusal(job=Job(), shards=5, galaxies=3)
     no_val = write_shards(WithoutVal(), tmp_path / "shards", encoding="png", shard_size=16, workers=1).path
     assert "no validation split" in refusal(f"data.manifest={no_val}", "train.batch_size=24", job=Job())
-    assert "train.gradient_checkpointing" in refusal("train.gradient_checkpointing=true", job=Job())
+    both = ("train.compile=true", "train.gradient_checkpointing=true")
+    assert "do not go together in CustomCNN" in refusal(*both, "model.norm=batch", job=Job())
+    plan_of(*both, "model.norm=group", job=Job())
 
 
 def test_warnings_name_what_could_be_better() -> None:

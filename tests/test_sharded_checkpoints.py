@@ -230,6 +230,7 @@ def expect_failure(
     """All ranks raise the same, nothing is left, and the next save succeeds."""
     save(group, folder, 1)
     before = sorted(folder.rglob("*"))
+    dist.barrier()  # no rank begins the next save while another still looks
     undo = prepare(group)
     try:
         with pytest.raises(kind) as raised:

@@ -16,6 +16,7 @@ from galaxydist.models.memory import checkpoint_activations
 from galaxydist.recipe.schema import OptimConfig, Recipe
 from galaxydist.shards.decode import reduction
 from galaxydist.training.optimizer import build_optimizer
+from galaxydist.training.speed import check_compilable
 
 # What no tensor of ours shows: the CUDA context with its libraries (a constant), and workspaces of convolutions and memory that
 # torch's allocator holds in pieces too small to use (a share of what comes and goes). An allowance, not a measurement.
@@ -100,6 +101,8 @@ def weigh(recipe: Recipe, num_classes: int, stored_size: int) -> ModelFacts:
         model = _build(recipe, num_classes)
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(model)
+    if recipe.train.compile:
+        check_compilable(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_trained = sum(parameter.numel() for parameter in trained)
     weights = _bytes([*model.parameters(), *model.buffers()])

@@ -55,13 +55,22 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
         EveryRankError: what torch.compile needs is not on this machine, or the model has batch normalisation inside checkpointed
             blocks, which torch.compile does not take.
     """
+    check_compilable(model)
+    _check_compiler(device)
+    model.compile()
+
+
+def check_compilable(model: nn.Module) -> None:
+    """Refuse what torch.compile does not take, whatever the machine.
+
+    Raises:
+        EveryRankError: checkpointed blocks with batch normalisation in them.
+    """
     if has_spared_buffers(model):
         raise EveryRankError(
             f"train.compile=true and train.gradient_checkpointing=true do not go together in {type(model).__name__}, "
             "whose blocks have statistics of batch normalisation; set one of them to false"
         )
-    _check_compiler(device)
-    model.compile()
 
 
 def _check_compiler(device: torch.device) -> None:
