@@ -1,4 +1,4 @@
-"""Reading a recipe's YAML file: plain values the line that each stands on, and what is wrong with the file itself."""
+"""Reading a YAML file of settings: plain values, the line that each stands on, and what is wrong with the file itself."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,7 +35,8 @@ class Document:
 class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
     """PyYAML down to the node graph, with YAML 1.2's core schema in place of its own mixture of YAML 1.1."""
 
-    def __init__(self, stream: str) -> None:
+    def __init__(self, stream: str, noun: str) -> None:
+        self.noun = noun
         Reader.__init__(self, stream)
         Scanner.__init__(self)
         Parser.__init__(self)
@@ -44,7 +45,8 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # a few lines of differences need none, and an alias may hold itself
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used in recipes", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, f"aliases (*name) are not used in {self.noun}s", mark)
         return super().compose_node(parent, index)
 
     def resolve(self, kind: type, value: Any, implicit: Any) -> str:
@@ -62,12 +64,17 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
         return f"{_TAG}str"
 
 
-def read_document(path: Path) -> Document:
-    """The file's values; never raises for what stands in the file, only OSError where it cannot be read."""
+def read_document(path: Path, *, noun: str = "recipe", example: str = "model: {name: vit}") -> Document:
+    """The file's values; never raises for what stands in the file, only OSError where it cannot be read.
+
+    Args:
+        noun: what the file is, for the problems' texts.
+        example: a line as it may stand in such a file.
+    """
     document = Document()
     raw = path.read_bytes()
     try:
-        loader = _Loader(raw.decode("utf-8"))
+        loader = _Loader(raw.decode("utf-8"), noun)
         root = loader.get_single_node()
     except UnicodeDecodeError as error:
         document.problems.append((raw.count(b"\n", 0, error.start) + 1, "is not UTF-8 text"))
@@ -80,13 +87,13 @@ def read_document(path: Path) -> Document:
         document.problems.append((0, "is nested too deeply"))
     else:
         if isinstance(root, yaml.MappingNode):
-            _flatten(root, "", document)
+            _flatten(root, "", document, noun)
         elif root is not None and root.tag != f"{_TAG}null":
-            document.problems.append((root.start_mark.line + 1, "must be a mapping of keys to values, like 'model: {name: vit}'"))
+            document.problems.append((root.start_mark.line + 1, f"must be a mapping of keys to values, like '{example}'"))
     return document
 
 
-def _flatten(mapping: yaml.MappingNode, prefix: str, document: Document) -> None:
+def _flatten(mapping: yaml.MappingNode, prefix: str, document: Document, noun: str) -> None:
     for key_node, value_node in mapping.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != f"{_TAG}str":
@@ -101,17 +108,17 @@ def _flatten(mapping: yaml.MappingNode, prefix: str, document: Document) -> None
             continue
         document.lines[key] = line
         if isinstance(value_node, yaml.MappingNode):
-            _flatten(value_node, f"{key}.", document)
+            _flatten(value_node, f"{key}.", document, noun)
             continue
         try:
-            document.values[key] = _plain(value_node)
+            document.values[key] = _plain(value_node, noun)
         except ValueError as error:
             document.problems.append((value_node.start_mark.line + 1, f"{key}: {error}"))
 
 
-def _plain(node: yaml.Node) -> Any:
+def _plain(node: yaml.Node, noun: str) -> Any:
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(member) for member in node.value]
+        return [_plain(member, noun) for member in node.value]
     if isinstance(node, yaml.MappingNode):
         raise ValueError("a list holds plain values only")
     readers: dict[str, Callable[[str], Any]] = {
@@ -123,5 +130,5 @@ def _plain(node: yaml.Node) -> Any:
     }
     reader = readers.get(node.tag.removeprefix(_TAG))
     if reader is None:
-        raise ValueError(f"the tag {node.tag} is not used in recipes")
+        raise ValueError(f"the tag {node.tag} is not used in {noun}s")
     return reader(node.value)

@@ -1,0 +1,111 @@
+"""Configurations that lie in named files: finding the file, reading it, and laying a command line's values over it."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from galaxydist.recipe.document import read_document
+from galaxydist.recipe.draft import COMMAND_LINE, FILE_NAME, ConfigKind, Draft, Resolved, shown
+from galaxydist.recipe.fields import S
+
+
+def load_config(kind: ConfigKind[S], arguments: Sequence[str], folders: Sequence[Path]) -> Resolved[S]:
+    """The configuration of a command line.
+
+    Args:
+        arguments: ``recipe=NAME`` or ``recipe=FILE.yaml`` (the kind's argument), then ``key=value`` for any key of the schema,
+            in any order.
+        folders: where names are looked up, first one first.
+
+    Raises:
+        ConfigError: the kind's, with all problems at once and where each came from.
+    """
+    draft = Draft(kind)
+    overrides = _read_overrides(arguments, draft)
+    path = _find(overrides.pop(kind.argument, None), folders, draft)
+    if path is not None:
+        _read_file(path, draft)
+    else:
+        for key in (key for key, known in kind.schema.fields.items() if known.required):
+            draft.invalid.add(key)
+            draft.origins[key] = kind.noun
+    for key, text in overrides.items():
+        _override(key, text, draft)
+    draft.values["name"] = path.stem if path is not None else ""
+    draft.origins["name"] = FILE_NAME
+    config = draft.finish()
+    assert path is not None, "a missing file is a problem, and problems raise"
+    return Resolved(config, draft.origins, path)
+
+
+def list_files(folders: Sequence[Path]) -> dict[str, Path]:
+    """Name -> file, of every YAML file that would be found by its name."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return dict(sorted(found.items()))
+
+
+def _override(written: str, text: str, draft: Draft[S]) -> None:
+    kind = draft.kind
+    key = written.removeprefix(kind.prefix)
+    if key == written and kind.prefix:
+        draft.problems.append((COMMAND_LINE, f"{written}: no such key{kind.schema.suggest(key, prefix=kind.prefix)}"))
+    elif key == "name":
+        draft.problems.append((COMMAND_LINE, f"{written}: a {kind.noun} is named by its file; copy the file under another name"))
+    else:
+        draft.put(key, text, COMMAND_LINE, is_text=True)
+
+
+def _read_overrides(arguments: Sequence[str], draft: Draft[S]) -> dict[str, str]:
+    kind = draft.kind
+    overrides: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key or key.startswith("-"):
+            name, _, override = kind.examples
+            draft.problems.append((COMMAND_LINE, f"{argument!r} is not key=value (like {kind.argument}={name} or {override})"))
+        elif key in overrides:
+            draft.problems.append((COMMAND_LINE, f"{key} is given twice, {shown(overrides[key])} and {shown(text)}; keep one"))
+        else:
+            overrides[key] = text
+    return overrides
+
+
+def _find(name: str | None, folders: Sequence[Path], draft: Draft[S]) -> Path | None:
+    """The file, or None with a problem noted."""
+    argument, noun = draft.kind.argument, draft.kind.noun
+    known = list_files(folders)
+    listed = f"{noun}s: {', '.join(known) or 'none found'}; or {argument}=FILE.yaml"
+    if name is None:
+        draft.problems.append((COMMAND_LINE, f"{argument}=NAME is missing; {listed}"))
+        return None
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+        draft.problems.append((COMMAND_LINE, f"{argument}={name}: there is no such file; {listed}"))
+        return None
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        draft.problems.append((COMMAND_LINE, f"{argument}={name}: no such {noun}{hint} ({listed})"))
+        return None
+    return known[name]
+
+
+def _read_file(path: Path, draft: Draft[S]) -> None:
+    kind = draft.kind
+    try:
+        document = read_document(path, noun=kind.noun, example=kind.examples[1])
+    except OSError as error:
+        raise kind.error([(str(path), f"cannot be read: {error.strerror}")]) from error
+    for line, text in document.problems:
+        draft.problems.append((f"{path}:{line}" if line else str(path), text))
+    for key, value in document.values.items():
+        origin = f"{path}:{document.lines[key]}"
+        if key == "name":
+            draft.problems.append((origin, f"name: a {kind.noun} is named by its file ({path.stem}); take the line out"))
+        else:
+            draft.put(key, value, origin)
