@@ -13,9 +13,8 @@ from collections.abc import Sequence
 
 from galaxydist import __version__
 from galaxydist.cli import bench, data, evaluate, plan, recipes, weights
-from galaxydist.cli.threads import wait_politely
-from galaxydist.cli.train import EXIT_INTERRUPTED
-from galaxydist.errors import EXIT_BAD_INPUT, UserError
+from galaxydist.cores import wait_politely
+from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell counts it
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
