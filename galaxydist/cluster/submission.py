@@ -15,6 +15,7 @@ from galaxydist.cluster.profile import ClusterConfig, ResolvedCluster
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.refusals import refuse_world
 from galaxydist.cluster.request_file import JobRequest, RequestFile
+from galaxydist.cluster.scheduler import ACTIVE, read_states
 from galaxydist.cluster.shared_folder import check_shared
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.cluster.work import run_request
@@ -25,7 +26,7 @@ from galaxydist.recipe.paths import data_root, weights_dir
 from galaxydist.recipe.identity import run_name
 from galaxydist.training.data import find_cache, find_manifest, open_manifest
 
-__all__ = ["JobRequest", "build_request", "check_request", "script_of", "submit_again", "submit_requests"]
+__all__ = ["JobRequest", "build_request", "check_idle", "check_request", "script_of", "submit_again", "submit_requests"]
 
 
 def build_request(resolved: ResolvedRecipe, arguments: Sequence[str]) -> JobRequest:
@@ -58,6 +59,24 @@ def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Map
         raise UserError(f"model.weights={recipe.model.weights}: there is no such file on this machine")
     if cluster.scheduler == "slurm":
         check_shared(build_request(resolved, ()).run_dir)
+
+
+def check_idle(run_dir: Path) -> None:
+    """Refuse a run that is queued or running already.
+
+    Raises:
+        UserError: with its job.
+    """
+    jobs = JobFiles(run_dir).jobs()
+    if not jobs:
+        return
+    last = jobs[-1].job_id
+    state = read_states([last])[last].state
+    if state in ACTIVE:
+        raise UserError(
+            f"{run_dir} is {state.lower()} as job {last} already. Follow it with `galaxydist status {run_dir}`, or end it first with "
+            f"`galaxydist cancel {run_dir}`."
+        )
 
 
 def submit_requests(
