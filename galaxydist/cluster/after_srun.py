@@ -120,9 +120,7 @@ def _requeue(environ: Mapping[str, str]) -> str:
     return "" if answer.returncode == 0 else " ".join((answer.stderr or answer.stdout).split())
 
 
-def _resubmit(
-    requests: RequestFile, run_dir: Path, files: JobFiles, environ: Mapping[str, str], ending: Ending
-) -> None:
+def _resubmit(requests: RequestFile, run_dir: Path, files: JobFiles, environ: Mapping[str, str], ending: Ending) -> None:
     """Submit the run again, by the way that a user does."""
     from submitit.helpers import clean_env
 

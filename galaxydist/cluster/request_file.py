@@ -78,7 +78,8 @@ class RequestFile:
         return cls(
             path=path,
             requests=tuple(
-                JobRequest(tuple(item["arguments"]), Path(item["run_dir"]), Path(item["recipe_path"])) for item in plain["requests"]
+                JobRequest(tuple(item["arguments"]), Path(item["run_dir"]), Path(item["recipe_path"]))
+                for item in plain["requests"]
             ),
             cluster=ClusterConfig.model_validate_json(_json(plain["cluster"])),
             cluster_arguments=tuple(plain["cluster_arguments"]),
