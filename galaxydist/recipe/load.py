@@ -33,6 +33,19 @@ class RecipeError(EveryRankError):
 
 
 @dataclass(frozen=True)
+class Setting:
+    """A plain value that neither the recipe's file nor the command line gives.
+
+    Attributes:
+        value: text, number, bool, None or a list of those.
+        origin: where it stands, such as ``slurm/sweeps/galaxy10.yaml:7``.
+    """
+
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True)
 class ResolvedRecipe:
     """A recipe and where it came from.
 
@@ -118,11 +131,14 @@ def build(values: Mapping[str, Any]) -> Recipe:
     return Recipe.model_validate(nested)
 
 
-def load_recipe(arguments: Sequence[str], *, folders: Sequence[Path] | None = None) -> ResolvedRecipe:
+def load_recipe(
+    arguments: Sequence[str], *, folders: Sequence[Path] | None = None, settings: Mapping[str, Setting] | None = None
+) -> ResolvedRecipe:
     """The recipe of a command line.
 
     Args:
         arguments: ``recipe=NAME`` or ``recipe=FILE.yaml``, then ``key=value`` for any key of the schema, in any order.
+        settings: values by dotted key that stand between the recipe's file and the command line; ``recipe`` may be one.
         folders: where names are looked up, first one first; default ``./recipes``, then the recipes that ship with the package.
 
     Raises:
@@ -130,18 +146,23 @@ def load_recipe(arguments: Sequence[str], *, folders: Sequence[Path] | None = No
     """
     folders = (Path("recipes"), shipped_dir("recipes")) if folders is None else folders
     draft = Draft()
-    overrides = _read_overrides(arguments, draft)
-    path = _find(overrides.pop("recipe", None), folders, draft)
+    overrides, settings = _read_overrides(arguments, draft), dict(settings or {})
+    named = settings.pop("recipe", Setting(None, COMMAND_LINE))
+    if "recipe" in overrides:
+        named = Setting(overrides.pop("recipe"), COMMAND_LINE)
+    path = _find(named, folders, draft)
     if path is not None:
         _read_file(path, draft)
     else:
         draft.invalid.add("model.name")
         draft.origins["model.name"] = "recipe"
-    for key, text in overrides.items():
+    given = {key: setting for key, setting in settings.items() if key not in overrides}
+    given |= {key: Setting(text, COMMAND_LINE) for key, text in overrides.items()}
+    for key, setting in given.items():
         if key == "name":
-            draft.problems.append((COMMAND_LINE, "name: a recipe is named by its file; copy the file under another name"))
+            draft.problems.append((setting.origin, "name: a recipe is named by its file; copy the file under another name"))
         else:
-            draft.put(key, text, COMMAND_LINE, is_text=True)
+            draft.put(key, setting.value, setting.origin, is_text=key in overrides)
     draft.values["name"] = path.stem if path is not None else ""
     draft.origins["name"] = FILE_NAME
     recipe = draft.finish()
@@ -172,23 +193,26 @@ def _read_overrides(arguments: Sequence[str], draft: Draft) -> dict[str, str]:
     return overrides
 
 
-def _find(name: str | None, folders: Sequence[Path], draft: Draft) -> Path | None:
+def _find(named: Setting, folders: Sequence[Path], draft: Draft) -> Path | None:
     """The recipe's file, or None with a problem noted."""
-    known = list_recipes(folders)
+    known, name, origin = list_recipes(folders), named.value, named.origin
     listed = f"recipes: {', '.join(known) or 'none found'}; or recipe=FILE.yaml"
     if name is None:
-        draft.problems.append((COMMAND_LINE, f"recipe=NAME is missing; {listed}"))
+        draft.problems.append((origin, f"recipe=NAME is missing; {listed}"))
+        return None
+    if not isinstance(name, str):
+        draft.problems.append((origin, f"recipe={_shown(name)}: must be a recipe's name or file; {listed}"))
         return None
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name).expanduser()
         if path.is_file():
             return path
-        draft.problems.append((COMMAND_LINE, f"recipe={name}: there is no such file; {listed}"))
+        draft.problems.append((origin, f"recipe={name}: there is no such file; {listed}"))
         return None
     if name not in known:
         close = get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        draft.problems.append((COMMAND_LINE, f"recipe={name}: no such recipe{hint} ({listed})"))
+        draft.problems.append((origin, f"recipe={name}: no such recipe{hint} ({listed})"))
         return None
     return known[name]
 
