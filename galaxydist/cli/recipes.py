@@ -1,7 +1,6 @@
 """``galaxydist recipes``: which recipes there are, and every value of one with where it came from."""
 
 import argparse
-from typing import Any
 
 from galaxydist.cli.options import Commands
 
@@ -46,9 +45,10 @@ def _show(name: str, overrides: list[str]) -> None:
     from galaxydist.recipe.fields import recipe_fields
     from galaxydist.recipe.identity import flatten, run_name
     from galaxydist.recipe.load import load_recipe
+    from galaxydist.recipe.scalars import to_text
 
     resolved = load_recipe([f"recipe={name}", *overrides])
-    values = {key: _as_typed(value) for key, value in flatten(resolved.recipe).items()}
+    values = {key: to_text(value) for key, value in flatten(resolved.recipe).items()}
     key_width = max(map(len, values))
     value_width = min(max(map(len, values.values())), 32)
     print(f"# {resolved.path}; run folder {run_name(resolved.recipe)}; [run]: may change between restarts without another folder")
@@ -59,14 +59,3 @@ def _show(name: str, overrides: list[str]) -> None:
         kind = " [run]" if field.kind == "run" else ""
         about = f": {field.description}" if field.description else ""
         print(f"{mark} {key:{key_width}} = {text:{value_width}}  # {origin}{kind}{about}")
-
-
-def _as_typed(value: Any) -> str:
-    """A plain value as one would type it after ``key=``."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{','.join(map(str, value))}]"
-    return str(value)

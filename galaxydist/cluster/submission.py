@@ -21,9 +21,9 @@ from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.cluster.work import run_request
 from galaxydist.errors import UserError
 from galaxydist.models.published import find_weights
+from galaxydist.recipe.identity import run_name
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.paths import data_root, weights_dir
-from galaxydist.recipe.identity import run_name
 from galaxydist.training.data import find_cache, find_manifest, open_manifest
 
 __all__ = ["JobRequest", "build_request", "check_idle", "check_request", "script_of", "submit_again", "submit_requests"]

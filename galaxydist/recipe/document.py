@@ -1,6 +1,6 @@
 """Reading a YAML file of settings: plain values, the line that each stands on, and what is wrong with the file itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ class Document:
     Attributes:
         values: dotted key -> plain value (text, number, bool, None or a list of those). A section without keys is not listed.
         lines: dotted key -> line number in the file (from 1), of values and sections.
+        entries: dotted key -> the members of its list of mappings, each flattened; their problems are the document's.
         problems: (line, text), line 0 where none is known.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     lines: dict[str, int] = field(default_factory=dict)
+    entries: dict[str, list["Document"]] = field(default_factory=dict)
     problems: list[tuple[int, str]] = field(default_factory=list)
 
 
@@ -64,14 +66,33 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
         return f"{_TAG}str"
 
 
-def read_document(path: Path, *, noun: str = "recipe", example: str = "model: {name: vit}") -> Document:
+@dataclass(frozen=True)
+class _Form:
+    """What the file is, and what it may be written like beside nested mappings of plain values."""
+
+    noun: str
+    is_dotted: bool = False
+    lists: frozenset[str] = frozenset()
+
+
+def read_document(
+    path: Path,
+    *,
+    noun: str = "recipe",
+    example: str = "model: {name: vit}",
+    is_dotted: bool = False,
+    lists: Collection[str] = (),
+) -> Document:
     """The file's values; never raises for what stands in the file, only OSError where it cannot be read.
 
     Args:
+        path: the file.
         noun: what the file is, for the problems' texts.
         example: a line as it may stand in such a file.
+        is_dotted: ``optim.lr: 1`` is allowed too, and is ``optim: {lr: 1}``.
+        lists: dotted keys that hold a list of mappings.
     """
-    document = Document()
+    document, form = Document(), _Form(noun, is_dotted, frozenset(lists))
     raw = path.read_bytes()
     try:
         loader = _Loader(raw.decode("utf-8"), noun)
@@ -87,19 +108,19 @@ def read_document(path: Path, *, noun: str = "recipe", example: str = "model: {n
         document.problems.append((0, "is nested too deeply"))
     else:
         if isinstance(root, yaml.MappingNode):
-            _flatten(root, "", document, noun)
+            _flatten(root, "", document, form)
         elif root is not None and root.tag != f"{_TAG}null":
             document.problems.append((root.start_mark.line + 1, f"must be a mapping of keys to values, like '{example}'"))
     return document
 
 
-def _flatten(mapping: yaml.MappingNode, prefix: str, document: Document, noun: str) -> None:
+def _flatten(mapping: yaml.MappingNode, prefix: str, document: Document, form: _Form) -> None:
     for key_node, value_node in mapping.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != f"{_TAG}str":
             document.problems.append((line, f"the key {getattr(key_node, 'value', '')!r} must be text"))
             continue
-        if "." in key_node.value:
+        if "." in key_node.value and not form.is_dotted:
             document.problems.append((line, f"the key {key_node.value!r} has a dot: write sections as nested mappings"))
             continue
         key = prefix + key_node.value
@@ -108,12 +129,27 @@ def _flatten(mapping: yaml.MappingNode, prefix: str, document: Document, noun: s
             continue
         document.lines[key] = line
         if isinstance(value_node, yaml.MappingNode):
-            _flatten(value_node, f"{key}.", document, noun)
+            _flatten(value_node, f"{key}.", document, form)
+            continue
+        if key in form.lists and isinstance(value_node, yaml.SequenceNode):
+            _read_entries(value_node, key, document, form)
             continue
         try:
-            document.values[key] = _plain(value_node, noun)
+            document.values[key] = _plain(value_node, form.noun)
         except ValueError as error:
             document.problems.append((value_node.start_mark.line + 1, f"{key}: {error}"))
+
+
+def _read_entries(sequence: yaml.SequenceNode, key: str, document: Document, form: _Form) -> None:
+    document.entries[key] = []
+    for node in sequence.value:
+        entry = Document(problems=document.problems)
+        if isinstance(node, yaml.MappingNode):
+            _flatten(node, "", entry, _Form(form.noun, form.is_dotted))
+        else:
+            text = f"{key}: each entry is a mapping of keys to values, like {{recipe: vit, seed: 1}}"
+            document.problems.append((node.start_mark.line + 1, text))
+        document.entries[key].append(entry)
 
 
 def _plain(node: yaml.Node, noun: str) -> Any:

@@ -7,9 +7,11 @@ from pathlib import Path
 from galaxydist.recipe.checks import CHECKS
 from galaxydist.recipe.draft import ConfigError, ConfigKind
 from galaxydist.recipe.fields import RECIPE
-from galaxydist.recipe.named import list_files, load_config
+from galaxydist.recipe.named import Setting, list_files, load_config
 from galaxydist.recipe.paths import shipped_dir
 from galaxydist.recipe.schema import Recipe
+
+__all__ = ["RECIPES", "RecipeError", "ResolvedRecipe", "Setting", "list_recipes", "load_recipe"]
 
 
 class RecipeError(ConfigError):
@@ -42,17 +44,20 @@ RECIPES = ConfigKind(
 )
 
 
-def load_recipe(arguments: Sequence[str], *, folders: Sequence[Path] | None = None) -> ResolvedRecipe:
+def load_recipe(
+    arguments: Sequence[str], *, folders: Sequence[Path] | None = None, settings: Mapping[str, Setting] | None = None
+) -> ResolvedRecipe:
     """The recipe of a command line.
 
     Args:
         arguments: ``recipe=NAME`` or ``recipe=FILE.yaml``, then ``key=value`` for any key of the schema, in any order.
+        settings: values by dotted key that stand between the recipe's file and the command line; ``recipe`` may be one.
         folders: where names are looked up, first one first; default ``./recipes``, then the recipes that ship with the package.
 
     Raises:
         RecipeError: with all problems at once, and where each came from.
     """
-    resolved = load_config(RECIPES, arguments, _folders() if folders is None else folders)
+    resolved = load_config(RECIPES, arguments, _folders() if folders is None else folders, settings=settings)
     return ResolvedRecipe(resolved.config, resolved.origins, resolved.path)
 
 

@@ -1,36 +1,64 @@
 """Configurations that lie in named files: finding the file, reading it, and laying a command line's values over it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from galaxydist.recipe.document import read_document
 from galaxydist.recipe.draft import COMMAND_LINE, FILE_NAME, ConfigKind, Draft, Resolved, shown
 from galaxydist.recipe.fields import S
 
 
-def load_config(kind: ConfigKind[S], arguments: Sequence[str], folders: Sequence[Path]) -> Resolved[S]:
+@dataclass(frozen=True)
+class Setting:
+    """A plain value that neither the recipe's file nor the command line gives.
+
+    Attributes:
+        value: text, number, bool, None or a list of those.
+        origin: where it stands, such as ``slurm/sweeps/galaxy10.yaml:7``.
+    """
+
+    value: Any
+    origin: str
+
+
+def load_config(
+    kind: ConfigKind[S],
+    arguments: Sequence[str],
+    folders: Sequence[Path],
+    *,
+    settings: Mapping[str, Setting] | None = None,
+) -> Resolved[S]:
     """The configuration of a command line.
 
     Args:
         arguments: ``recipe=NAME`` or ``recipe=FILE.yaml`` (the kind's argument), then ``key=value`` for any key of the schema,
             in any order.
         folders: where names are looked up, first one first.
+        settings: values by dotted key that stand between the file and the command line; the kind's argument may be one.
 
     Raises:
         ConfigError: the kind's, with all problems at once and where each came from.
     """
     draft = Draft(kind)
-    overrides = _read_overrides(arguments, draft)
-    path = _find(overrides.pop(kind.argument, None), folders, draft)
+    overrides, between = _read_overrides(arguments, draft), dict(settings or {})
+    named = between.pop(kind.argument, Setting(None, COMMAND_LINE))
+    if kind.argument in overrides:
+        named = Setting(overrides.pop(kind.argument), COMMAND_LINE)
+    path = _find(named, folders, draft)
     if path is not None:
         _read_file(path, draft)
     else:
         for key in (key for key, known in kind.schema.fields.items() if known.required):
             draft.invalid.add(key)
             draft.origins[key] = kind.noun
+    for key, setting in between.items():
+        if key not in overrides:
+            _override(key, setting, draft, is_text=False)
     for key, text in overrides.items():
-        _override(key, text, draft)
+        _override(key, Setting(text, COMMAND_LINE), draft, is_text=True)
     draft.values["name"] = path.stem if path is not None else ""
     draft.origins["name"] = FILE_NAME
     config = draft.finish()
@@ -47,15 +75,15 @@ def list_files(folders: Sequence[Path]) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _override(written: str, text: str, draft: Draft[S]) -> None:
-    kind = draft.kind
+def _override(written: str, setting: Setting, draft: Draft[S], *, is_text: bool) -> None:
+    kind, origin = draft.kind, setting.origin
     key = written.removeprefix(kind.prefix)
     if key == written and kind.prefix:
-        draft.problems.append((COMMAND_LINE, f"{written}: no such key{kind.schema.suggest(key, prefix=kind.prefix)}"))
+        draft.problems.append((origin, f"{written}: no such key{kind.schema.suggest(key, prefix=kind.prefix)}"))
     elif key == "name":
-        draft.problems.append((COMMAND_LINE, f"{written}: a {kind.noun} is named by its file; copy the file under another name"))
+        draft.problems.append((origin, f"{written}: a {kind.noun} is named by its file; copy the file under another name"))
     else:
-        draft.put(key, text, COMMAND_LINE, is_text=True)
+        draft.put(key, setting.value, origin, is_text=is_text)
 
 
 def _read_overrides(arguments: Sequence[str], draft: Draft[S]) -> dict[str, str]:
@@ -73,24 +101,28 @@ def _read_overrides(arguments: Sequence[str], draft: Draft[S]) -> dict[str, str]
     return overrides
 
 
-def _find(name: str | None, folders: Sequence[Path], draft: Draft[S]) -> Path | None:
+def _find(named: Setting, folders: Sequence[Path], draft: Draft[S]) -> Path | None:
     """The file, or None with a problem noted."""
     argument, noun = draft.kind.argument, draft.kind.noun
+    name, origin = named.value, named.origin
     known = list_files(folders)
     listed = f"{noun}s: {', '.join(known) or 'none found'}; or {argument}=FILE.yaml"
     if name is None:
-        draft.problems.append((COMMAND_LINE, f"{argument}=NAME is missing; {listed}"))
+        draft.problems.append((origin, f"{argument}=NAME is missing; {listed}"))
+        return None
+    if not isinstance(name, str):
+        draft.problems.append((origin, f"{argument}={shown(name)}: must be a {noun}'s name or file; {listed}"))
         return None
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name).expanduser()
         if path.is_file():
             return path
-        draft.problems.append((COMMAND_LINE, f"{argument}={name}: there is no such file; {listed}"))
+        draft.problems.append((origin, f"{argument}={name}: there is no such file; {listed}"))
         return None
     if name not in known:
         close = get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        draft.problems.append((COMMAND_LINE, f"{argument}={name}: no such {noun}{hint} ({listed})"))
+        draft.problems.append((origin, f"{argument}={name}: no such {noun}{hint} ({listed})"))
         return None
     return known[name]
 

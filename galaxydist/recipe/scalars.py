@@ -62,7 +62,8 @@ def describe_type(annotation: Any) -> str:
         choices = [str(choice) for choice in get_args(annotation)]
         return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     if origin is tuple:
-        return "a list like [a,b]"
+        (member, *_) = get_args(annotation)
+        return f"a list of {', '.join(map(str, get_args(member)))}" if get_origin(member) is Literal else "a list like [a,b]"
     names: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     names |= {Path: "a path", Location: "a path or a URL"}
     return names.get(annotation, str(annotation))
@@ -82,6 +83,17 @@ def parse_text(text: str, annotation: Any) -> Any:
     if value is None:
         raise ValueError(f"must be {describe_type(annotation)}")
     return value
+
+
+def to_text(value: Any) -> str:
+    """A plain value as one would type it after ``key=``; ``parse_text`` reads it back (text with commas in a list aside)."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(to_text, value))}]"
+    return str(value)
 
 
 def from_plain(value: Any, annotation: Any) -> Any:

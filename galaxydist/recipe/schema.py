@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from galaxydist.recipe.scalars import Location
 
+Variant = Literal["original", "balanced"]
 ModelName = Literal["custom_cnn", "d4_cnn", "resnet18", "resnet26", "resnet50", "vgg16", "vgg19", "vit", "vit_scratch"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -50,7 +51,7 @@ class DataConfig(Section):
     """Which galaxies, and how they are read."""
 
     dataset: str = Field("galaxy10_decals", description="name of the data set under the data root", min_length=1)
-    variant: Literal["original", "balanced"] = Field("original", description="which frozen data set of the survey")
+    variant: Variant = Field("original", description="which frozen data set of the survey")
     conflicting: Literal["keep", "drop"] = Field("keep", description="training galaxies that stand in the source with two labels")
     manifest: Location | None = Field(
         None, description="manifest.json to use instead of the data root's: a file, or s3://, gs://, https://, hf:// or file://"
@@ -188,6 +189,9 @@ class EvalConfig(Section):
     every: Count = Field(1, description="epochs between validations")
     checkpoint: Literal["best", "last"] = Field("best", description="which checkpoint is judged on the test split")
     tta: Literal["none", "d4"] = Field("none", description="d4: mean probability over the eight flips and quarter turns")
+    variants: tuple[Variant, ...] = run_field(
+        (), "data sets of the survey on whose test splits the run is judged at its end (on its own it always is)"
+    )
 
 
 class TrackerConfig(Section):

@@ -1,0 +1,176 @@
+"""From a sweep's file to its trials: which runs there are, each resolved and checked, and where each lies."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from galaxydist.cluster.sweep_file import DECIDED, SweepError, SweepFile
+from galaxydist.errors import UserError
+from galaxydist.recipe.draft import COMMAND_LINE
+from galaxydist.recipe.identity import flatten, run_name
+from galaxydist.recipe.load import RecipeError, ResolvedRecipe, Setting, load_recipe
+from galaxydist.recipe.scalars import to_text
+
+# Trials that one problem names; the others are counted.
+NAMED = 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of a sweep, before its recipe is resolved.
+
+    Attributes:
+        label: the keys that tell it from the others, ``recipe=vit seed=1``.
+        settings: key -> value, of all keys that the sweep's file sets.
+    """
+
+    label: str
+    settings: dict[str, Setting]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep.
+
+    Attributes:
+        label: of its cell.
+        name: of its folder: the same file gives the same name, on any day and machine.
+        run_dir: its folder.
+        resolved: its recipe.
+        arguments: what launch.py would be given for it, with ``run.dir``.
+    """
+
+    label: str
+    name: str
+    run_dir: Path
+    resolved: ResolvedRecipe
+    arguments: tuple[str, ...]
+
+
+def expand(sweep: SweepFile, overridden: Sequence[str] = ()) -> list[Cell]:
+    """All points of a sweep: for each entry of the list (or once, where there is none) each point of the grid, in the file's order.
+
+    Args:
+        sweep: the file.
+        overridden: keys that the command line sets: they take the place of the file's, of a whole axis too.
+    """
+    axes = [[(key, value) for value in values] for key, values in sweep.axes.items() if key not in overridden]
+    cells = []
+    for entry in sweep.entries or ({},):
+        for point in itertools.product(*axes):
+            varied = {key: value for key, value in (*entry.items(), *point) if key not in overridden}
+            common = {key: value for key, value in sweep.common.items() if key not in overridden}
+            label = " ".join(f"{key}={to_text(setting.value)}" for key, setting in varied.items())
+            cells.append(Cell(label, common | varied))
+    return cells
+
+
+def resolve(
+    sweep: SweepFile,
+    arguments: Sequence[str] = (),
+    *,
+    check: Callable[[ResolvedRecipe], None] = lambda _: None,
+    folders: Sequence[Path] | None = None,
+) -> list[Trial]:
+    """The runs of a sweep, all of them checked.
+
+    Args:
+        sweep: the file.
+        arguments: ``key=value`` of the command line, for all runs; ``run.root=DIR`` takes the place of the sweep's root.
+        check: what else must hold for a recipe; raises UserError.
+        folders: where recipes are looked up (see ``load_recipe``).
+
+    Raises:
+        SweepError: with all problems of all trials, each once; says which trials have it.
+    """
+    problems = _Problems(sweep)
+    root, kept = sweep.root, []
+    for argument in arguments:
+        key, _, text = argument.partition("=")
+        if key == "run.root" and text:
+            root = Path(text).expanduser()
+        elif key in DECIDED and key != "run.root":
+            problems.add("", (COMMAND_LINE, f"{argument}: {DECIDED[key]}"))
+        else:
+            kept.append(argument)
+    cells = expand(sweep, [argument.partition("=")[0] for argument in kept])
+    problems.num_cells = len(cells)
+    trials = []
+    for cell in cells:
+        try:
+            trial = _resolve_cell(cell, kept, root.absolute(), folders)
+            trials.append(trial)
+            check(trial.resolved)
+        except RecipeError as error:
+            problems.add(cell.label, *error.problems)
+        except UserError as error:
+            problems.add(cell.label, ("", str(error)))
+    for problem in (*_same_runs(trials), *_same_names(trials)):
+        problems.add("", ("", problem))
+    problems.raise_if_any()
+    return trials
+
+
+def _resolve_cell(cell: Cell, arguments: Sequence[str], root: Path, folders: Sequence[Path] | None) -> Trial:
+    if "recipe" not in cell.settings and not any(argument.startswith("recipe=") for argument in arguments):
+        raise RecipeError([("", "recipe is missing: write it under set, grid or list, or give recipe=NAME")])
+    resolved = load_recipe(arguments, folders=folders, settings=cell.settings)
+    typed = tuple(f"{key}={to_text(setting.value)}" for key, setting in cell.settings.items())
+    again = load_recipe([*typed, *arguments], folders=folders).recipe
+    if again != resolved.recipe:
+        values, meant = flatten(again), flatten(resolved.recipe)
+        key = next(key for key in meant if values[key] != meant[key])
+        raise RecipeError([(resolved.origins[key], f"{key}={to_text(meant[key])}: cannot be written on a command line")])
+    run_dir = root / run_name(resolved.recipe)
+    return Trial(cell.label, run_dir.name, run_dir, resolved, (*typed, *arguments, f"run.dir={run_dir}"))
+
+
+def _same_runs(trials: Sequence[Trial]) -> Iterator[str]:
+    """Trials that would share a run folder."""
+    first: dict[str, Trial] = {}
+    for trial in trials:
+        other = first.setdefault(trial.name, trial)
+        if other is trial:
+            continue
+        mine, theirs = flatten(trial.resolved.recipe), flatten(other.resolved.recipe)
+        keys = [key for key in mine if mine[key] != theirs[key]]
+        why = f"they differ in {', '.join(keys)}, which does not change a run's numbers" if keys else "take one out"
+        yield f"two trials are the same run {trial.name}: {other.label or '(the set)'} and {trial.label or '(the set)'}; {why}"
+
+
+def _same_names(trials: Sequence[Trial]) -> Iterator[str]:
+    """Recipes of one name from several files: a submission keeps a copy of each under its name."""
+    paths: dict[str, Path] = {}
+    for trial in trials:
+        path = trial.resolved.path
+        if paths.setdefault(path.stem, path) != path:
+            yield f"two recipes have the name {path.stem}: {paths[path.stem]} and {path}; rename one"
+
+
+class _Problems:
+    """What is wrong, each once, with the trials that have it."""
+
+    def __init__(self, sweep: SweepFile) -> None:
+        self.sweep = sweep
+        self.num_cells = 0
+        self._labels: dict[tuple[str, str], list[str]] = {}
+
+    def add(self, label: str, *problems: tuple[str, str]) -> None:
+        """Notes problems of a trial; label "": of the sweep as a whole."""
+        for problem in problems:
+            self._labels.setdefault(problem, []).append(label)
+
+    def raise_if_any(self) -> None:
+        if self._labels:
+            raise SweepError(
+                self.sweep.path, [(origin, f"{text}{self._where(labels)}") for (origin, text), labels in self._labels.items()]
+            )
+
+    def _where(self, labels: Sequence[str]) -> str:
+        if not any(labels) or self.num_cells == 1:
+            return ""
+        if len(labels) == self.num_cells:
+            return f" (all {self.num_cells} trials)"
+        named = ", ".join(labels[:NAMED])
+        return f" ({named})" if len(labels) <= NAMED else f" ({len(labels)} of {self.num_cells} trials: {named}, ...)"
