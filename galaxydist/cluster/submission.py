@@ -64,11 +64,11 @@ def check_idle(run_dir: Path) -> None:
     Raises:
         UserError: with its job.
     """
-    from galaxydist.cluster.scheduler import ACTIVE, read_states
-
     jobs = JobFiles(run_dir).jobs()
     if not jobs:
         return
+    from galaxydist.cluster.scheduler import ACTIVE, read_states
+
     last = jobs[-1].job_id
     state = read_states([last])[last].state
     if state in ACTIVE:
