@@ -3,6 +3,7 @@
 import dataclasses
 import secrets
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -145,8 +146,9 @@ def _request_path(folder: Path) -> Path:
 
 
 def _executor(submission: RequestFile, parallel: int | None = None, after: str | None = None) -> JobExecutor:
-    python = submission.cluster.python or "python"
-    after_srun = f"{python} -P -m galaxydist.cluster.after_srun"
+    # Where the tasks run in a container, this does not: SLURM's programs are outside.
+    python = sys.executable if submission.cluster.container else submission.cluster.python or sys.executable
+    after_srun = f"{shlex.quote(python)} -P -m galaxydist.cluster.after_srun"
     return build_executor(
         submission.cluster,
         submission.folder,
