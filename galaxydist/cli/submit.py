@@ -57,7 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
     request = build_request(resolved, recipe_arguments)
     check_request(resolved, cluster.config, os.environ)
     if cluster.config.scheduler == "slurm":
-        pass
+        from galaxydist.cluster.partition import check_partition
+
+        check_partition(cluster.config)
     folder, name = request.run_dir / "slurm", f"{request.run_dir.name}"
     if arguments.dry_run:
         print(script_of([request], cluster, folder=folder, name=name))
