@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from galaxydist import __version__
-from galaxydist.cli import bench, data, evaluate, plan, recipes, weights
+from galaxydist.cli import bench, data, evaluate, plan, recipes, status, weights
 from galaxydist.cli.threads import wait_politely
 from galaxydist.cli.train import EXIT_INTERRUPTED
 from galaxydist.errors import EXIT_BAD_INPUT, UserError
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"galaxydist {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (data, weights, recipes, evaluate, plan, bench):
+    for module in (data, weights, recipes, evaluate, plan, status, bench):
         module.add_parser(commands)
     return parser
 
