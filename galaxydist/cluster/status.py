@@ -241,8 +241,9 @@ def _judge(
         return JobState("RUNNING", f"by {owner}", nodes=owner.host)
     if told is not None and told.state != UNKNOWN:
         return told
-    may_wait = job is not None and job.scheduler == "slurm" and (told is None or time.time() - job.time < _SETTLING_S)
-    if may_wait and not (restarts and restarts[-1].job_id == job.job_id and restarts[-1].decision == "stop"):
+    is_settling = told is None or (job is not None and time.time() - job.time < _SETTLING_S)
+    has_stopped = bool(restarts) and job is not None and restarts[-1].job_id == job.job_id and restarts[-1].decision == "stop"
+    if job is not None and job.scheduler == "slurm" and is_settling and not has_stopped:
         return JobState(UNKNOWN, told.reason if told is not None else "SLURM could not be asked")
     reason = told.reason if told is not None else ""
     if owner is not None:
