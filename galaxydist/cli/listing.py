@@ -23,6 +23,7 @@ def print_resolved(values: Mapping[str, Any], origins: Mapping[str, str], notes:
         notes: dotted key -> what to say after the origin.
     """
     from galaxydist.recipe.draft import SCHEMA_DEFAULT
+    from galaxydist.recipe.scalars import to_text
 
     texts = {key: to_text(value) for key, value in values.items()}
     key_width = max(map(len, texts))
