@@ -41,9 +41,10 @@ def _first_comment(text: str) -> str:
 
 
 def _show(name: str, overrides: list[str]) -> None:
+    from galaxydist.recipe.draft import SCHEMA_DEFAULT
     from galaxydist.recipe.fields import recipe_fields
     from galaxydist.recipe.identity import flatten, run_name
-    from galaxydist.recipe.load import SCHEMA_DEFAULT, load_recipe
+    from galaxydist.recipe.load import load_recipe
     from galaxydist.recipe.scalars import to_text
 
     resolved = load_recipe([f"recipe={name}", *overrides])

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from galaxydist.cluster.sweep_file import DECIDED, SweepError, SweepFile
 from galaxydist.errors import UserError
+from galaxydist.recipe.draft import COMMAND_LINE
 from galaxydist.recipe.identity import flatten, run_name
-from galaxydist.recipe.load import COMMAND_LINE, RecipeError, ResolvedRecipe, Setting, load_recipe
+from galaxydist.recipe.load import RecipeError, ResolvedRecipe, load_recipe
+from galaxydist.recipe.named import Setting
 from galaxydist.recipe.scalars import to_text
 
 # Trials that one problem names; the others are counted.
@@ -48,7 +50,7 @@ class Trial:
 
 
 def expand(sweep: SweepFile, overridden: Sequence[str] = ()) -> list[Cell]:
-    """All points of a sweep: for each entry of the list (or once, where there is none) each point of the grid, in the file's order.
+    """All points of a sweep in the file's order: for each entry of the list (once, where there is none) each point of the grid.
 
     Args:
         sweep: the file.
@@ -173,4 +175,3 @@ class _Problems:
             return f" (all {self.num_cells} trials)"
         named = ", ".join(labels[:NAMED])
         return f" ({named})" if len(labels) <= NAMED else f" ({len(labels)} of {self.num_cells} trials: {named}, ...)"
-

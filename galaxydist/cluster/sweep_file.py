@@ -12,8 +12,8 @@
       - {optim.lr: 1e-3, optim.warmup: 0.1}
     evaluate: [original, balanced]         # eval.variants of all runs
 
-Keys are written as on the command line, ``optim.lr``, or as in a recipe, ``optim: {lr: ...}``. A value of the list goes before one
-of ``set``; the grid shares no key with either of them.
+Keys are written as on the command line, ``optim.lr``, or as in a recipe, ``optim: {lr: ...}``. A value of the list goes before
+one of ``set``; the grid shares no key with either of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from typing import Any
 
 from galaxydist.errors import UserError
 from galaxydist.recipe.document import Document, read_document
-from galaxydist.recipe.load import Setting
+from galaxydist.recipe.named import Setting
 from galaxydist.recipe.paths import shipped_dir
 from galaxydist.recipe.scalars import to_text
 
@@ -100,7 +100,7 @@ def read_sweep(path: Path) -> SweepFile:
         SweepError: with all that is wrong with the file, and where.
     """
     try:
-        document = read_document(path, is_dotted=True, lists=("list",))
+        document = read_document(path, noun="sweep", example="grid: {seed: [0, 1]}", is_dotted=True, lists=("list",))
     except OSError as error:
         raise SweepError(path, [(str(path), f"cannot be read: {error.strerror}")]) from error
     reading = _Reading(path, document)
@@ -202,7 +202,8 @@ class _Reading:
         return {"eval.variants": Setting(value, self._at(self.document.lines["evaluate"]))}
 
     def _cluster(self) -> str | None:
-        return self._value("cluster", str, "a profile's name or file")
+        name: str | None = self._value("cluster", str, "a profile's name or file")
+        return name
 
     def _root(self) -> Path:
         text: str | None = self._value("root", str, "a folder")

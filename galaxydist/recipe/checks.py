@@ -1,28 +1,14 @@
 """Rules between fields of a recipe. Each says which keys it looks at and runs as soon as those are valid."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from galaxydist.recipe.draft import Check
 from galaxydist.recipe.fields import recipe_fields, suggest
 
 VIT_PATCH = 16  # pixels; both ViTs are /16
 ORIENTATIONS = 8  # of d4_cnn: flips and quarter turns
 OWN = ("custom_cnn", "d4_cnn")  # architectures without published weights, of any width
-
-
-@dataclass(frozen=True)
-class Check:
-    """A rule between fields.
-
-    Attributes:
-        keys: the dotted keys that it looks at; an error names where each came from.
-        problem: their values, in order -> what is wrong and what to do, or None.
-    """
-
-    keys: tuple[str, ...]
-    problem: Callable[..., str | None]
 
 
 def _start(pretrained: bool, weights: Any) -> str | None:

@@ -1,7 +1,7 @@
-"""Reading a recipe's YAML file: plain values the line that each stands on, and what is wrong with the file itself."""
+"""Reading a YAML file of settings: plain values, the line that each stands on, and what is wrong with the file itself."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class Document:
 class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
     """PyYAML down to the node graph, with YAML 1.2's core schema in place of its own mixture of YAML 1.1."""
 
-    def __init__(self, stream: str) -> None:
+    def __init__(self, stream: str, noun: str) -> None:
+        self.noun = noun
         Reader.__init__(self, stream)
         Scanner.__init__(self)
         Parser.__init__(self)
@@ -46,7 +47,8 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # a few lines of differences need none, and an alias may hold itself
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used here", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, f"aliases (*name) are not used in {self.noun}s", mark)
         return super().compose_node(parent, index)
 
     def resolve(self, kind: type, value: Any, implicit: Any) -> str:
@@ -66,24 +68,33 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
 
 @dataclass(frozen=True)
 class _Form:
-    """What a file may be written like, beside nested mappings of plain values."""
+    """What the file is called, and what may stand in it beside nested mappings of plain values."""
 
+    noun: str
     is_dotted: bool
     lists: frozenset[str]
 
 
-def read_document(path: Path, *, is_dotted: bool = False, lists: Collection[str] = ()) -> Document:
+def read_document(
+    path: Path,
+    *,
+    noun: str = "recipe",
+    example: str = "model: {name: vit}",
+    is_dotted: bool = False,
+    lists: Collection[str] = (),
+) -> Document:
     """The file's values; never raises for what stands in the file, only OSError where it cannot be read.
 
     Args:
-        path: the file.
+        noun: what the file is, for the problems' texts.
+        example: a line as it may stand in such a file.
         is_dotted: ``optim.lr: 1`` is allowed too, and is ``optim: {lr: 1}``.
         lists: dotted keys that hold a list of mappings.
     """
-    document, form = Document(), _Form(is_dotted, frozenset(lists))
+    document, form = Document(), _Form(noun, is_dotted, frozenset(lists))
     raw = path.read_bytes()
     try:
-        loader = _Loader(raw.decode("utf-8"))
+        loader = _Loader(raw.decode("utf-8"), noun)
         root = loader.get_single_node()
     except UnicodeDecodeError as error:
         document.problems.append((raw.count(b"\n", 0, error.start) + 1, "is not UTF-8 text"))
@@ -98,7 +109,7 @@ def read_document(path: Path, *, is_dotted: bool = False, lists: Collection[str]
         if isinstance(root, yaml.MappingNode):
             _flatten(root, "", document, form)
         elif root is not None and root.tag != f"{_TAG}null":
-            document.problems.append((root.start_mark.line + 1, "must be a mapping of keys to values, like 'model: {name: vit}'"))
+            document.problems.append((root.start_mark.line + 1, f"must be a mapping of keys to values, like '{example}'"))
     return document
 
 
@@ -123,7 +134,7 @@ def _flatten(mapping: yaml.MappingNode, prefix: str, document: Document, form: _
             _read_entries(value_node, key, document, form)
             continue
         try:
-            document.values[key] = _plain(value_node)
+            document.values[key] = _plain(value_node, form.noun)
         except ValueError as error:
             document.problems.append((value_node.start_mark.line + 1, f"{key}: {error}"))
 
@@ -133,16 +144,16 @@ def _read_entries(sequence: yaml.SequenceNode, key: str, document: Document, for
     for node in sequence.value:
         entry = Document(problems=document.problems)
         if isinstance(node, yaml.MappingNode):
-            _flatten(node, "", entry, _Form(form.is_dotted, frozenset()))
+            _flatten(node, "", entry, replace(form, lists=frozenset()))
         else:
             text = f"{key}: each entry is a mapping of keys to values, like {{recipe: vit, seed: 1}}"
             document.problems.append((node.start_mark.line + 1, text))
         document.entries[key].append(entry)
 
 
-def _plain(node: yaml.Node) -> Any:
+def _plain(node: yaml.Node, noun: str) -> Any:
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(member) for member in node.value]
+        return [_plain(member, noun) for member in node.value]
     if isinstance(node, yaml.MappingNode):
         raise ValueError("a list holds plain values only")
     readers: dict[str, Callable[[str], Any]] = {
@@ -154,5 +165,5 @@ def _plain(node: yaml.Node) -> Any:
     }
     reader = readers.get(node.tag.removeprefix(_TAG))
     if reader is None:
-        raise ValueError(f"the tag {node.tag} is not used here")
+        raise ValueError(f"the tag {node.tag} is not used in {noun}s")
     return reader(node.value)

@@ -1,10 +1,10 @@
-"""The schema as a flat list of dotted keys: types, defaults, kinds, and one value's check."""
+"""A schema as a flat list of dotted keys: types, defaults, kinds, one value's check, and the nearest key to a wrong one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
-from typing import Annotated, Any, Literal
+from functools import cached_property
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -12,10 +12,12 @@ from pydantic.fields import FieldInfo
 from galaxydist.recipe.scalars import describe_type
 from galaxydist.recipe.schema import Recipe, Section
 
+S = TypeVar("S", bound=Section)
+
 
 @dataclass(frozen=True)
-class RecipeField:
-    """One key of the recipe.
+class SchemaField:
+    """One key of a schema.
 
     Attributes:
         key: dotted.
@@ -53,63 +55,105 @@ class RecipeField:
             ValueError: a wrong type or out of range; says what it has to be.
         """
         try:
-            return _adapter(self.key).validate_python(value)
+            return self._adapter.validate_python(value)
         except ValidationError as error:
             raise ValueError(_in_words(error, self.annotation)) from None
 
+    @cached_property
+    def _adapter(self) -> TypeAdapter[Any]:
+        annotation: Any = Annotated[(self.annotation, *self.info.metadata)] if self.info.metadata else self.annotation
+        return TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
 
-@cache
-def recipe_fields() -> dict[str, RecipeField]:
+
+@dataclass(frozen=True)
+class Schema(Generic[S]):
+    """A section with all that is in it, by dotted keys.
+
+    Attributes:
+        root: the outermost section. A field ``name`` in it is the file's name, which nobody sets.
+    """
+
+    root: type[S]
+
+    @cached_property
+    def fields(self) -> dict[str, SchemaField]:
+        """Every field by its dotted key, in the schema's order."""
+        return dict(_walk(self.root, ""))
+
+    @cached_property
+    def sections(self) -> dict[str, tuple[str, ...]]:
+        """Dotted name of every section -> the dotted keys of its fields and subsections."""
+        sections: dict[str, tuple[str, ...]] = {}
+
+        def visit(section: type[Section], prefix: str) -> None:
+            for name, info in section.model_fields.items():
+                if _is_section(info.annotation):
+                    inner: type[Section] = info.annotation  # type: ignore[assignment]
+                    sections[prefix + name] = tuple(f"{prefix}{name}.{key}" for key in inner.model_fields)
+                    visit(inner, f"{prefix}{name}.")
+
+        visit(self.root, "")
+        return sections
+
+    def suggest(self, key: str, *, prefix: str = "") -> str:
+        """``; did you mean ...?`` for a key that is none, or nothing where no key is like it.
+
+        Args:
+            prefix: put in front of the keys that are named.
+        """
+        keys = [known for known in self.fields if known != "name"]  # which nobody sets
+        last = key.rsplit(".", 1)[-1]
+        same_name = [candidate for candidate in keys if candidate.rsplit(".", 1)[-1] == last]
+        close = get_close_matches(key, keys, n=1, cutoff=0.75)
+        if not close and not same_name:
+            by_name = {candidate.rsplit(".", 1)[-1]: candidate for candidate in keys}
+            close = [by_name[name] for name in get_close_matches(last, list(by_name), n=1, cutoff=0.75)]
+        found = same_name or close
+        return f"; did you mean {' or '.join(prefix + name for name in found)}?" if found else ""
+
+    def flatten(self, config: S) -> dict[str, Any]:
+        """Dotted key -> plain JSON value, of every field in the schema's order."""
+        values = dict(self.flat(config.model_dump(mode="json")))
+        return {key: values[key] for key in self.fields}
+
+    def flat(self, nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        """Dotted key and value, of nested plain values that may have keys which are none of the schema's."""
+        for name, value in nested.items():
+            key = f"{prefix}{name}"
+            if isinstance(value, Mapping) and (key in self.sections or key not in self.fields):
+                yield from self.flat(value, f"{key}.")
+            else:
+                yield key, value
+
+
+RECIPE = Schema(Recipe)
+
+
+def recipe_fields() -> dict[str, SchemaField]:
     """Every field of the recipe by its dotted key, in the schema's order."""
-    return dict(_walk(Recipe, ""))
+    return RECIPE.fields
 
 
-@cache
 def section_keys() -> dict[str, tuple[str, ...]]:
-    """Dotted name of every section -> the dotted keys of its fields and subsections."""
-    sections: dict[str, tuple[str, ...]] = {}
-
-    def visit(section: type[Section], prefix: str) -> None:
-        for name, info in section.model_fields.items():
-            if _is_section(info.annotation):
-                inner: type[Section] = info.annotation  # type: ignore[assignment]
-                sections[prefix + name] = tuple(f"{prefix}{name}.{key}" for key in inner.model_fields)
-                visit(inner, f"{prefix}{name}.")
-
-    visit(Recipe, "")
-    return sections
+    """Dotted name of every section of the recipe -> the dotted keys of its fields and subsections."""
+    return RECIPE.sections
 
 
 def suggest(key: str) -> str:
-    """``; did you mean ...?`` for a key that is none, or nothing where no key is like it."""
-    keys = [known for known in recipe_fields() if known != "name"]  # which nobody sets
-    last = key.rsplit(".", 1)[-1]
-    same_name = [candidate for candidate in keys if candidate.rsplit(".", 1)[-1] == last]
-    close = get_close_matches(key, keys, n=1, cutoff=0.75)
-    if not close and not same_name:
-        by_name = {candidate.rsplit(".", 1)[-1]: candidate for candidate in keys}
-        close = [by_name[name] for name in get_close_matches(last, list(by_name), n=1, cutoff=0.75)]
-    found = same_name or close
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+    """``; did you mean ...?`` for a key that the recipe does not have, or nothing where no key is like it."""
+    return RECIPE.suggest(key)
 
 
-def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, RecipeField]]:
+def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, SchemaField]]:
     for name, info in section.model_fields.items():
         if _is_section(info.annotation):
             yield from _walk(info.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
-            yield prefix + name, RecipeField(prefix + name, info)
+            yield prefix + name, SchemaField(prefix + name, info)
 
 
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
-
-
-@cache
-def _adapter(key: str) -> TypeAdapter[Any]:
-    info = recipe_fields()[key].info
-    annotation: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
-    return TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def _in_words(error: ValidationError, annotation: Any) -> str:

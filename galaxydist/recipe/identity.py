@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from galaxydist.recipe.fields import recipe_fields, section_keys
-from galaxydist.recipe.load import Draft
+from galaxydist.recipe.draft import Draft
+from galaxydist.recipe.fields import RECIPE, recipe_fields
+from galaxydist.recipe.load import RECIPES
 from galaxydist.recipe.schema import Recipe
 
 
@@ -25,16 +26,15 @@ def from_dict(plain: Mapping[str, Any], *, source: str = "stored recipe") -> Rec
     Raises:
         RecipeError: with all problems at once.
     """
-    draft = Draft()
-    for key, value in _flat(plain, ""):
+    draft = Draft(RECIPES)
+    for key, value in RECIPE.flat(plain):
         draft.put(key, value, source)
     return draft.finish()
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Dotted key -> plain JSON value, of every field in the schema's order."""
-    values = dict(_flat(to_dict(recipe), ""))
-    return {key: values[key] for key in recipe_fields()}
+    return RECIPE.flatten(recipe)
 
 
 def result_fields(recipe: Recipe) -> dict[str, Any]:
@@ -51,15 +51,6 @@ def result_hash(recipe: Recipe) -> str:
 def run_name(recipe: Recipe) -> str:
     """The name of a run's folder: ``<recipe>-<8 hex of the result fields>``."""
     return f"{recipe.name}-{result_hash(recipe)}"
-
-
-def _flat(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in nested.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and (key in section_keys() or key not in recipe_fields()):
-            yield from _flat(value, f"{key}.")
-        else:
-            yield key, value
 
 
 def _canonical(value: Any) -> Any:

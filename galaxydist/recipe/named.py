@@ -1,0 +1,147 @@
+"""Configurations that lie in named files: finding the file, reading it, and laying a command line's values over it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from galaxydist.recipe.document import read_document
+from galaxydist.recipe.draft import COMMAND_LINE, FILE_NAME, ConfigKind, Draft, Resolved, shown
+from galaxydist.recipe.fields import S
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A plain value that stands neither in the configuration's file nor on the command line.
+
+    Attributes:
+        value: text, number, bool, None or a list of those.
+        origin: where it stands, such as ``slurm/sweeps/galaxy10.yaml:7``.
+    """
+
+    value: Any
+    origin: str
+
+
+def load_config(
+    kind: ConfigKind[S], arguments: Sequence[str], folders: Sequence[Path], settings: Mapping[str, Setting] | None = None
+) -> Resolved[S]:
+    """The configuration of a command line.
+
+    Args:
+        arguments: ``recipe=NAME`` or ``recipe=FILE.yaml`` (the kind's argument), then ``key=value`` for any key of the schema,
+            in any order.
+        folders: where names are looked up, first one first.
+        settings: values by dotted key (as in the file) that stand between the file and the command line; the kind's argument may
+            be one of them.
+
+    Raises:
+        ConfigError: the kind's, with all problems at once and where each came from.
+    """
+    draft = Draft(kind)
+    overrides, settings = _read_overrides(arguments, draft), dict(settings or {})
+    named = settings.pop(kind.argument, Setting(None, COMMAND_LINE))
+    if kind.argument in overrides:
+        named = Setting(overrides.pop(kind.argument), COMMAND_LINE)
+    path = _find(named, folders, draft)
+    if path is not None:
+        _read_file(path, draft)
+    else:
+        for key in (key for key, known in kind.schema.fields.items() if known.required):
+            draft.invalid.add(key)
+            draft.origins[key] = kind.noun
+    for key, setting in settings.items():
+        if kind.prefix + key not in overrides:
+            _put(key, setting, draft)
+    for key, text in overrides.items():
+        _override(key, text, draft)
+    draft.values["name"] = path.stem if path is not None else ""
+    draft.origins["name"] = FILE_NAME
+    config = draft.finish()
+    assert path is not None, "a missing file is a problem, and problems raise"
+    return Resolved(config, draft.origins, path)
+
+
+def list_files(folders: Sequence[Path]) -> dict[str, Path]:
+    """Name -> file, of every YAML file that would be found by its name."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return dict(sorted(found.items()))
+
+
+def _override(written: str, text: str, draft: Draft[S]) -> None:
+    kind = draft.kind
+    key = written.removeprefix(kind.prefix)
+    if key == written and kind.prefix:
+        draft.problems.append((COMMAND_LINE, f"{written}: no such key{kind.schema.suggest(key, prefix=kind.prefix)}"))
+    else:
+        _put(key, Setting(text, COMMAND_LINE), draft, is_text=True)
+
+
+def _put(key: str, setting: Setting, draft: Draft[S], *, is_text: bool = False) -> None:
+    if key == "name":
+        text = (
+            f"{draft.kind.spelt(key, setting.origin)}: a {draft.kind.noun} is named by its file; copy the file under another name"
+        )
+        draft.problems.append((setting.origin, text))
+    else:
+        draft.put(key, setting.value, setting.origin, is_text=is_text)
+
+
+def _read_overrides(arguments: Sequence[str], draft: Draft[S]) -> dict[str, str]:
+    kind = draft.kind
+    overrides: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key or key.startswith("-"):
+            name, _, override = kind.examples
+            draft.problems.append((COMMAND_LINE, f"{argument!r} is not key=value (like {kind.argument}={name} or {override})"))
+        elif key in overrides:
+            draft.problems.append((COMMAND_LINE, f"{key} is given twice, {shown(overrides[key])} and {shown(text)}; keep one"))
+        else:
+            overrides[key] = text
+    return overrides
+
+
+def _find(named: Setting, folders: Sequence[Path], draft: Draft[S]) -> Path | None:
+    """The file, or None with a problem noted."""
+    argument, noun, name = draft.kind.argument, draft.kind.noun, named.value
+    known = list_files(folders)
+    listed = f"{noun}s: {', '.join(known) or 'none found'}; or {argument}=FILE.yaml"
+    if name is None:
+        draft.problems.append((named.origin, f"{argument}=NAME is missing; {listed}"))
+        return None
+    if not isinstance(name, str):
+        draft.problems.append((named.origin, f"{argument}={shown(name)}: must be the name or file of a {noun}; {listed}"))
+        return None
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+        draft.problems.append((named.origin, f"{argument}={name}: there is no such file; {listed}"))
+        return None
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        draft.problems.append((named.origin, f"{argument}={name}: no such {noun}{hint} ({listed})"))
+        return None
+    return known[name]
+
+
+def _read_file(path: Path, draft: Draft[S]) -> None:
+    kind = draft.kind
+    try:
+        document = read_document(path, noun=kind.noun, example=kind.examples[1])
+    except OSError as error:
+        raise kind.error([(str(path), f"cannot be read: {error.strerror}")]) from error
+    for line, text in document.problems:
+        draft.problems.append((f"{path}:{line}" if line else str(path), text))
+    for key, value in document.values.items():
+        origin = f"{path}:{document.lines[key]}"
+        if key == "name":
+            draft.problems.append((origin, f"name: a {kind.noun} is named by its file ({path.stem}); take the line out"))
+        else:
+            draft.put(key, value, origin)
