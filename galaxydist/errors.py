@@ -2,6 +2,8 @@
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with everything saved; the same command continues
+EXIT_INTERRUPTED = 130
 EXIT_HUNG = 70  # EX_SOFTWARE: no process went on any more, see training/watchdog.py
 
 
@@ -19,3 +21,7 @@ class RunFailedError(RuntimeError):
 
 class OneRankFailedError(RunFailedError):
     """A ``RunFailedError`` that one process alone has met: it is the one that prints it."""
+
+
+class NonfiniteError(RunFailedError):
+    """The loss or a gradient is not a number: starting again would end the same way."""

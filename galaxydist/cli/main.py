@@ -12,10 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from galaxydist import __version__
-from galaxydist.cli import bench, data, evaluate, plan, recipes, weights
-from galaxydist.cli.threads import wait_politely
-from galaxydist.cli.train import EXIT_INTERRUPTED
-from galaxydist.errors import EXIT_BAD_INPUT, UserError
+from galaxydist.cli import bench, data, evaluate, plan, recipes, submit, weights
+from galaxydist.cores import wait_politely
+from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell counts it
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -42,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"galaxydist {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (data, weights, recipes, evaluate, plan, bench):
+    for module in (data, weights, recipes, evaluate, plan, submit, bench):
         module.add_parser(commands)
     return parser
 

@@ -4,13 +4,14 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from galaxydist.errors import UserError
 from galaxydist.files import read_json, write_json
 from galaxydist.runs.metrics_log import MetricsLog
 
 FORMAT_VERSION = 1
+FailureKind = Literal["bad_input", "nonfinite", "crash"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class RunFolder:
         self.metrics_path = path / "metrics.jsonl"
         self.tracker_path = path / "tracker.json"
         self.result_path = path / "result.json"
+        self.failure_path = path / "failure.json"
         self.lock_path = path / "lock.json"
         self.checkpoints_dir = path / "checkpoints"
         self.evaluation_dir = path / "evaluation"
@@ -173,6 +175,27 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Mark the run as finished, with its result."""
         write_json(self.result_path, plain(result))
+
+    def read_failure(self) -> dict[str, Any] | None:
+        """How the last start failed; None where it did not (or left nothing behind)."""
+        if not self.failure_path.exists():
+            return None
+        content = read_json(self.failure_path)
+        return content if isinstance(content, dict) and {"kind", "step", "error"} <= set(content) else None
+
+    def write_failure(self, kind: FailureKind, step: int | None, error: str) -> None:
+        """Note how this start failed, for whoever decides whether it is started again.
+
+        Args:
+            kind: what starting again would change: nothing (``bad_input``, ``nonfinite``), or perhaps something (``crash``).
+            step: optimizer steps done, where that is known.
+            error: a line.
+        """
+        write_json(self.failure_path, {"kind": kind, "step": step, "error": error})
+
+    def clear_failure(self) -> None:
+        """A new start: what became of the last one does not count any more."""
+        self.failure_path.unlink(missing_ok=True)
 
 
 def plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from galaxydist.errors import RunFailedError
+from galaxydist.errors import NonfiniteError
 from galaxydist.files import write_json
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.reader import Batch
@@ -48,7 +48,7 @@ class Nonfinite:
             What to tell the user, where the run goes on.
 
         Raises:
-            RunFailedError: on every rank the same.
+            NonfiniteError: on every rank the same.
         """
         mine = next(samples for known, samples in self._samples if known == step)
         samples = sorted(sample for part in world.gather(mine) for sample in part)
@@ -59,9 +59,9 @@ class Nonfinite:
         batch = ", ".join(names) + more
         what = f"The loss or its gradient is not a number at step {step} (from 0), for the batch of {batch} ({path})."
         if self._on_nonfinite == "stop":
-            raise RunFailedError(f"{what} {REMEDY}")
+            raise NonfiniteError(f"{what} {REMEDY}")
         if self.num_steps > self._max_nonfinite:
-            raise RunFailedError(
+            raise NonfiniteError(
                 f"{what} These are {self.num_steps} such steps, more than train.max_nonfinite={self._max_nonfinite}. {REMEDY}"
             )
         return f"warning: {what} The step is left out ({self.num_steps} of at most {self._max_nonfinite})."

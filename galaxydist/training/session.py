@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, MutableMapping
 import torch
 from torch import nn
 
-from galaxydist.errors import OneRankFailedError
+from galaxydist.errors import NonfiniteError, OneRankFailedError, UserError
 from galaxydist.models.build import build_model
 from galaxydist.recipe.identity import to_dict
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.paths import data_root, weights_dir
-from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.runs.save_policy import SavePolicy
 from galaxydist.shards.check import check_columns
@@ -55,7 +55,10 @@ def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> int:
     config = resolved.recipe.train
     world = enter_world(config.precision, environ, timeout=collective_timeout(config.hang_timeout))
     try:
-        return Session(resolved, world, environ).run()
+        stop_signal = Session(resolved, world, environ).run()
+        # Nobody leaves while another still closes its files: a launcher may end the ranks that are a moment behind.
+        world.together(lambda: None)
+        return stop_signal
     finally:
         leave_world()
 
@@ -112,6 +115,7 @@ class Session:
         """Rank 0: the run folder, locked for this run."""
         opened, self._lock = open_run_folder(self.world, self.resolved, manifest)
         stack.callback(self._lock.release)
+        RunFolder(opened.path).clear_failure()
         return opened
 
     def _restore(self, parts: Parts, folder: RunFolder) -> None:
@@ -142,9 +146,23 @@ class Session:
             summary |= {**state.skipped.metrics(), **state.nonfinite.metrics()}
             world.on_main(lambda: folder.write_result({"step": state.step, **summary}))
             exit_code = 0
+        except Exception as error:
+            self._note_failure(folder, state.step, error)
+            raise
         finally:
             tracker.finish(summary, exit_code)
         return 0
+
+    def _note_failure(self, folder: RunFolder, step: int, error: Exception) -> None:
+        """For whoever decides whether the run is started again; by rank 0, and by a rank that alone knows what happened."""
+        if not self.world.is_main and not isinstance(error, OneRankFailedError):
+            return
+        kind: FailureKind = "nonfinite" if isinstance(error, NonfiniteError) else "crash"
+        if isinstance(error, UserError):
+            kind = "bad_input"
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        with contextlib.suppress(OSError, UserError):  # the disk may be what failed
+            folder.write_failure(kind, step, text)
 
     def _loop(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopFlag) -> int:
         """Train from where the state is; the signal that stopped it, or 0. When it returns, the last checkpoint is whole."""

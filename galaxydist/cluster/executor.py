@@ -1,0 +1,153 @@
+"""submitit's executors, told what submitit leaves out: what a crashed rank does to the others, requeueing, our own way of signals."""
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from galaxydist.cluster.profile import ClusterConfig
+from galaxydist.errors import UserError
+
+# submitit's local executor ends its tasks after a while; a laptop has no time limit.
+YEAR_MIN = 525_600
+
+
+class SlurmExecutor(submitit.SlurmExecutor):
+    """submitit's, which starts our own task (see ``task.py``) instead of submitit's."""
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return _task_command(self.python, self.folder)
+
+
+class LocalExecutor(submitit.LocalExecutor):
+    """The same for processes of this machine."""
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return _task_command(self.python, self.folder)
+
+
+def build_executor(
+    cluster: ClusterConfig,
+    folder: Path,
+    *,
+    name: str,
+    code: Path,
+    teardown: Sequence[str] = (),
+    parallel: int | None = None,
+    after: str | None = None,
+) -> submitit.Executor:
+    """The executor of a cluster profile.
+
+    Args:
+        cluster: the profile.
+        folder: where submitit keeps its files; all nodes must see it.
+        name: of the job.
+        code: the snapshot that stands first on PYTHONPATH.
+        teardown: shell lines of the batch script after ``srun``, whose exit code is in ``$?``.
+        parallel: tasks of an array that run at the same time.
+        after: a job id to wait for, however it ends.
+
+    Raises:
+        UserError: SLURM's programs are not on this machine.
+    """
+    folder = folder.absolute()
+    if cluster.scheduler == "local":
+        local = LocalExecutor(folder, python=_python(cluster))
+        local.update_parameters(
+            tasks_per_node=cluster.num_tasks,
+            gpus_per_node=cluster.gpus_per_node,
+            timeout_min=YEAR_MIN,
+            setup=_setup(cluster, code),
+        )
+        return local
+    try:
+        slurm = SlurmExecutor(folder, python=_python(cluster))
+    except RuntimeError as error:
+        raise UserError(
+            "There is no SLURM on this machine (srun is not on the PATH). Give the command on a login node of the cluster, or use "
+            "cluster=local to run on this machine."
+        ) from error
+    slurm.update_parameters(**_slurm_parameters(cluster, name, code, teardown, parallel, after))
+    return slurm
+
+
+@contextlib.contextmanager
+def explain_refusal(cluster_name: str) -> Iterator[None]:
+    """Turn what sbatch says of a job that it does not take into a UserError."""
+    try:
+        yield
+    except (FailedJobError, FailedSubmissionError) as error:
+        said = " ".join(line.strip() for line in str(error).splitlines() if "error:" in line) or str(error).strip()
+        raise UserError(
+            f"SLURM did not take the job: {said}\nChange what it names in the profile cluster={cluster_name} or on the command line "
+            f"(cluster.partition, cluster.account, cluster.qos, cluster.time, ...); `galaxydist cluster show {cluster_name}` shows "
+            "all, `sinfo` and `sacctmgr show assoc user=$USER` what there is."
+        ) from error
+
+
+def _slurm_parameters(
+    cluster: ClusterConfig, name: str, code: Path, teardown: Sequence[str], parallel: int | None, after: str | None
+) -> dict[str, Any]:
+    tasks_per_node = cluster.num_tasks // cluster.nodes
+    srun = ["--kill-on-bad-exit=1"]  # a dead rank must not leave the others waiting
+    if cluster.cpus_per_task is not None:
+        srun.append(f"--cpus-per-task={cluster.cpus_per_task}")  # srun no longer takes it from the job since SLURM 22.05
+    further: dict[str, Any] = {"requeue": True}
+    for option in cluster.extra:
+        key, equals, value = option.lstrip("-").partition("=")
+        further[key] = value if equals else True
+    if cluster.memory is not None:
+        further["mem"] = f"{int(cluster.memory * 1024)}M"
+    if cluster.reservation is not None:
+        further["reservation"] = cluster.reservation
+    asked = f"{cluster.gpu_type}:{cluster.gpus_per_node}" if cluster.gpu_type else f"{cluster.gpus_per_node}"
+    if cluster.gpus_per_node:
+        further |= {"gres": f"gpu:{asked}"} if cluster.gpu_request == "gres" else {"gpus-per-node": asked}
+    given = {
+        "job_name": name,
+        "time": cluster.time_min,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": tasks_per_node,
+        "cpus_per_task": cluster.cpus_per_task,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "exclude": cluster.exclude,
+        "nodelist": cluster.nodelist,
+        "comment": cluster.comment,
+        "dependency": f"afterany:{after}" if after else None,
+        "array_parallelism": parallel or cluster.parallel,
+        "signal_delay_s": cluster.signal_s,
+        "srun_args": srun,
+        "setup": _setup(cluster, code),
+        "teardown": list(teardown) or None,
+        "additional_parameters": further,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _python(cluster: ClusterConfig) -> str:
+    python = shlex.quote(cluster.python or sys.executable)
+    return f"{cluster.container} {python}" if cluster.container else python
+
+
+def _task_command(python: str, folder: Path) -> str:
+    return f"{python} -P -u -m galaxydist.cluster.task {shlex.quote(str(folder))}"
+
+
+def _setup(cluster: ClusterConfig, code: Path) -> list[str]:
+    """Lines of the batch script before the tasks start."""
+    lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
+    lines += [f"export {name}={shlex.quote(value)}" for name, _, value in (item.partition("=") for item in cluster.environment)]
+    if cluster.interface is not None:
+        lines += [f"export {name}={shlex.quote(cluster.interface)}" for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")]
+    # Whatever the lines of the profile do to PYTHONPATH, the snapshot comes first.
+    return [*lines, *cluster.setup, f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"']

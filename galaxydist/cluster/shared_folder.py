@@ -1,0 +1,53 @@
+"""Whether a run folder can be seen by the nodes of a job, as far as the login node can tell."""
+
+import socket
+import subprocess
+from pathlib import Path
+
+import psutil
+
+from galaxydist.errors import UserError
+
+# Every node has its own.
+OF_THE_NODE = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path("/run"))
+IN_MEMORY = {"tmpfs", "ramfs"}
+ASKING_S = 20.0
+
+
+def check_shared(run_dir: Path) -> None:
+    """Refuse a run folder that lies in a place which every machine has for itself.
+
+    A local disk that the login node exports to the nodes looks like any other from here, so it is let through: `galaxydist doctor
+    cluster=NAME` looks from the nodes.
+
+    Raises:
+        UserError: with where to put it.
+    """
+    why = _why_not(run_dir.absolute())
+    if why is not None and not _is_only_host():
+        raise UserError(
+            f"The run folder {run_dir} lies {why}, which the nodes of the cluster do not see. Put it on a file system that all of them "
+            "share, such as your home or project folder: run.root=FOLDER or run.dir=FOLDER (`galaxydist doctor cluster=NAME` "
+            "looks whether the nodes see it)."
+        )
+
+
+def _why_not(path: Path) -> str | None:
+    for place in OF_THE_NODE:
+        if path.is_relative_to(place):
+            return f"in {place}"
+    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    mount = next((parent for parent in (path, *path.parents) if parent in mounts), None)
+    return f"in memory ({mounts[mount]} at {mount})" if mount is not None and mounts[mount] in IN_MEMORY else None
+
+
+def _is_only_host() -> bool:
+    """All nodes of the cluster are this machine (a test bed), as far as SLURM says."""
+    try:
+        answer = subprocess.run(
+            ["sinfo", "--noheader", "--Node", "--format", "%n"], capture_output=True, text=True, timeout=ASKING_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    hosts = {name.partition(".")[0] for name in answer.stdout.split()}
+    return answer.returncode == 0 and hosts == {socket.gethostname().partition(".")[0]}

@@ -1,0 +1,67 @@
+"""The code that a job runs: a copy of the package and its recipes, so that what was submitted is what runs, also after a requeue."""
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from galaxydist.files import fsync_file, rename
+from galaxydist.recipe.paths import PACKAGE_DIR, shipped_dir
+
+LEFT_OUT = ("__pycache__",)
+
+
+def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
+    """Copy the imported package, and the recipes that jobs will read, into a folder named by their contents.
+
+    Args:
+        folder: of the snapshots; the same code is copied once.
+        recipe_paths: name -> file, of recipes to add to those that ship with the package, or to put in place of one of them.
+
+    Returns:
+        The snapshot, absolute, to stand first on PYTHONPATH; ``recipes/`` lies beside the package.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    files = dict(_files(recipe_paths))
+    target = (folder / _digest(files)).absolute()
+    if target.is_dir():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".code-"))
+    try:
+        for name, source in files.items():
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, path)
+        fsync_file(temporary)
+        temporary.chmod(0o755)
+        try:
+            rename(temporary, target)
+        except OSError:
+            if not target.is_dir():  # another submission made it meanwhile
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _files(recipe_paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
+    """Name in the snapshot and source of every file, in a fixed order."""
+    for path in sorted(PACKAGE_DIR.rglob("*")):
+        if path.is_file() and not set(path.parts) & set(LEFT_OUT):
+            yield str(Path("galaxydist") / path.relative_to(PACKAGE_DIR)), path
+    shipped = {path.stem: path for path in sorted(shipped_dir("recipes").glob("*.yaml"))}
+    for name, path in sorted({**shipped, **recipe_paths}.items()):
+        yield f"recipes/{name}.yaml", path
+
+
+def _digest(files: Mapping[str, Path]) -> str:
+    """12 hex digits of names and contents."""
+    digest = hashlib.sha256()
+    for name, path in files.items():
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,211 @@
+"""From requests to jobs: what is checked before anything is sent, the snapshot, the batch script, the record in the run folder."""
+
+import dataclasses
+import secrets
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import submitit
+
+from galaxydist.cluster.executor import build_executor, explain_refusal
+from galaxydist.cluster.profile import ClusterConfig, ResolvedCluster
+from galaxydist.cluster.records import JobFiles, JobRecord
+from galaxydist.cluster.refusals import refuse_world
+from galaxydist.cluster.request_file import JobRequest, RequestFile
+from galaxydist.cluster.scheduler import ACTIVE, read_states
+from galaxydist.cluster.shared_folder import check_shared
+from galaxydist.cluster.snapshot import take_snapshot
+from galaxydist.cluster.work import run_request
+from galaxydist.errors import UserError
+from galaxydist.models.published import find_weights
+from galaxydist.recipe.load import ResolvedRecipe
+from galaxydist.recipe.paths import data_root, weights_dir
+from galaxydist.recipe.identity import run_name
+from galaxydist.training.data import find_cache, find_manifest, open_manifest
+
+__all__ = ["JobRequest", "build_request", "check_idle", "check_request", "script_of", "submit_again", "submit_requests"]
+
+
+def build_request(resolved: ResolvedRecipe, arguments: Sequence[str]) -> JobRequest:
+    """The request of a command line that was read already.
+
+    Args:
+        resolved: the recipe.
+        arguments: ``recipe=NAME`` and ``key=value``.
+    """
+    recipe = resolved.recipe
+    run_dir = (recipe.run.dir or recipe.run.root / run_name(recipe)).expanduser().absolute()
+    return JobRequest(tuple(arguments), run_dir, resolved.path.absolute())
+
+
+def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Mapping[str, str]) -> None:
+    """See on this machine that a run could start: data, weights, run folder, number of processes. Nothing is written.
+
+    Raises:
+        UserError: with what to do.
+    """
+    recipe = resolved.recipe
+    root = data_root(recipe.data.dir, environ)
+    manifest = open_manifest(
+        find_manifest(recipe.data, root), find_cache(recipe.data, root), recipe, min(cluster.num_tasks, recipe.train.batch_size)
+    )
+    refuse_world(recipe, manifest.split("train").num_samples, cluster.nodes, cluster.num_tasks // cluster.nodes)
+    if recipe.model.pretrained:
+        find_weights(recipe.model, weights_dir(root))
+    if recipe.model.weights is not None and not recipe.model.weights.expanduser().is_file():
+        raise UserError(f"model.weights={recipe.model.weights}: there is no such file on this machine")
+    if cluster.scheduler == "slurm":
+        check_shared(build_request(resolved, ()).run_dir)
+
+
+def check_idle(run_dir: Path) -> None:
+    """Refuse a run that is queued or running already.
+
+    Raises:
+        UserError: with its job.
+    """
+    jobs = JobFiles(run_dir).jobs()
+    if not jobs:
+        return
+    last = jobs[-1].job_id
+    state = read_states([last])[last].state
+    if state in ACTIVE:
+        raise UserError(
+            f"{run_dir} is {state.lower()} as job {last} already. Follow it with `galaxydist status {run_dir}`, or end it first with "
+            f"`galaxydist cancel {run_dir}`."
+        )
+
+
+def submit_requests(
+    requests: Sequence[JobRequest],
+    cluster: ResolvedCluster,
+    *,
+    folder: Path,
+    name: str,
+    parallel: int | None = None,
+    after: str | None = None,
+) -> list[str]:
+    """Submit runs: one as a job, several as one array.
+
+    Args:
+        requests: the runs, checked.
+        cluster: the profile.
+        folder: of the submission's files (batch script, output, snapshot); all nodes must see it.
+        name: of the job.
+        parallel: tasks of the array that run at the same time, instead of the profile's.
+        after: a job that must have ended before.
+
+    Returns:
+        The job ids, in the order of the requests (``123`` or ``123_4``).
+
+    Raises:
+        UserError: SLURM does not take it, with its words.
+    """
+    submission = _prepare(requests, cluster, folder=folder, name=name)
+    submission.write()
+    return _send(submission, cluster_name=cluster.config.name, parallel=parallel, after=after)
+
+
+def submit_again(submission: RequestFile, run_dir: Path, *, resubmits: str) -> str:
+    """Submit one run of an earlier submission again, with the same code; for a site that does not let jobs be requeued.
+
+    Args:
+        submission: the earlier one.
+        run_dir: the run.
+        resubmits: the job that the new one replaces.
+
+    Returns:
+        The new job's id.
+    """
+    request = next(request for request in submission.requests if request.run_dir == run_dir)
+    again = dataclasses.replace(submission, path=_request_path(submission.folder), requests=(request,))
+    again.write()
+    (job_id,) = _send(again, cluster_name=submission.cluster.name, resubmits=resubmits)
+    return job_id
+
+
+def script_of(requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folder: Path, name: str) -> str:
+    """The batch script that would be submitted; nothing is written or sent."""
+    if cluster.config.scheduler == "local":
+        raise UserError("cluster=local starts processes on this machine: there is no batch script to show")
+    code = folder.absolute() / "code" / "SNAPSHOT"
+    submission = RequestFile(
+        folder.absolute() / "requests-ID.json", tuple(requests), cluster.config, cluster.arguments, code, folder.absolute(), name
+    )
+    executor = _executor(submission)
+    if len(requests) > 1:
+        executor.parameters["map_count"] = len(requests)
+    text: str = executor._make_submission_file_text(executor._submitit_command_str, "ID")
+    return text
+
+
+def _prepare(requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folder: Path, name: str) -> RequestFile:
+    folder = folder.absolute()
+    code = take_snapshot(folder / "code", {request.recipe_path.stem: request.recipe_path for request in requests})
+    return RequestFile(_request_path(folder), tuple(requests), cluster.config, cluster.arguments, code, folder, name)
+
+
+def _request_path(folder: Path) -> Path:
+    return folder / f"requests-{secrets.token_hex(4)}.json"
+
+
+def _executor(submission: RequestFile, parallel: int | None = None, after: str | None = None) -> submitit.Executor:
+    python = submission.cluster.python or "python"
+    after_srun = f"{python} -P -m galaxydist.cluster.after_srun"
+    return build_executor(
+        submission.cluster,
+        submission.folder,
+        name=submission.name,
+        code=submission.code,
+        teardown=[
+            "exit_code=$?",
+            f'{after_srun} {shlex.quote(str(submission.path))} "$exit_code"',
+            "exit $?",
+        ],
+        parallel=parallel,
+        after=after,
+    )
+
+
+def _send(
+    submission: RequestFile,
+    *,
+    cluster_name: str,
+    parallel: int | None = None,
+    after: str | None = None,
+    resubmits: str | None = None,
+) -> list[str]:
+    executor = _executor(submission, parallel, after)
+    calls = [partial(run_request, _job_arguments(request, submission.code), request.run_dir) for request in submission.requests]
+    with explain_refusal(cluster_name):
+        jobs = executor.submit_array(calls) if len(calls) > 1 else [executor.submit(calls[0])]
+    for request, job in zip(submission.requests, jobs, strict=True):
+        JobFiles(request.run_dir).append_job(_record(submission, request, job.job_id, resubmits))
+    return [job.job_id for job in jobs]
+
+
+def _job_arguments(request: JobRequest, code: Path) -> tuple[str, ...]:
+    """The same recipe from the snapshot: a file that is edited later does not change the run."""
+    kept = [argument for argument in request.arguments if not argument.startswith(("recipe=", "run.dir=", "run.root="))]
+    return (f"recipe={code / 'recipes' / request.recipe_path.name}", *kept, f"run.dir={request.run_dir}")
+
+
+def _record(submission: RequestFile, request: JobRequest, job_id: str, resubmits: str | None) -> JobRecord:
+    cluster = submission.cluster
+    return JobRecord(
+        job_id=job_id,
+        scheduler=cluster.scheduler,
+        cluster=cluster.name,
+        time=time.time(),
+        nodes=cluster.nodes,
+        tasks=cluster.num_tasks,
+        time_limit_min=cluster.time_min,
+        code=str(submission.code),
+        folder=str(submission.folder),
+        arguments=request.arguments,
+        cluster_arguments=submission.cluster_arguments,
+        resubmits=resubmits,
+    )

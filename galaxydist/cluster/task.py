@@ -1,0 +1,48 @@
+"""What ``srun`` starts on every rank: submitit's job, with our way of taking signals.
+
+submitit's own handler requeues from inside rank 0's signal handler, and counts every preemption of a job of ten minutes or less
+as a time-out. Here a signal stops the training at the end of a step, on all ranks alike, and the batch script requeues.
+
+    python -P -u -m galaxydist.cluster.task FOLDER      (-P: what lies in the working directory is not imported)
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+from galaxydist.errors import EXIT_STOPPED
+
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+
+
+def main(folder: str) -> None:
+    """Run the job that submitit keeps in ``folder``.
+
+    Args:
+        folder: submitit's.
+    """
+    # Until the training takes them over: nothing is done yet that could be lost, so there is nothing to save.
+    for number in STOP_SIGNALS:
+        signal.signal(number, _leave)
+
+    from submitit.core.job_environment import JobEnvironment
+    from submitit.core.submission import process_job
+
+    # What submitit gives its plugins to adapt to a cluster's signals.
+    JobEnvironment._handle_signals = _keep_signals
+    process_job(folder)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    os.write(2, f"galaxydist: stopped by signal {number}; everything is saved\n".encode())
+    os._exit(EXIT_STOPPED)
+
+
+def _keep_signals(_environment: Any, _paths: Any, _submission: Any) -> None:
+    """Leave the handlers as they are."""
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,109 @@
+"""One rank of a submitted run: the same training as launch.py's, with what the scheduler says of the processes."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from galaxydist.cluster.interface import find_interface
+from galaxydist.cluster.records import JobFiles
+from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, UserError
+from galaxydist.runs.folder import RunFolder
+from galaxydist.training.launch import launch
+
+LOOPBACK = "127.0.0.1"
+
+
+def run_request(arguments: tuple[str, ...], run_dir: Path) -> None:
+    """Train a run; called by submitit in every task.
+
+    It ends with exit code 0 also when a signal stopped it with everything saved: another code would make srun end the ranks that
+    are a moment behind. The batch script sees from the run folder that the run must go on.
+
+    Args:
+        arguments: ``recipe=FILE`` and ``key=value``.
+        run_dir: its run folder.
+
+    Raises:
+        SystemExit: with launch.py's exit code, where that is neither 0 nor 75.
+    """
+    if not run_dir.parent.is_dir():
+        raise UserError(f"{run_dir.parent} is not there on this node: run folders must be on a file system that all nodes share")
+    environ = os.environ
+    rank = adopt_job(environ)
+    files, folder = JobFiles(run_dir), RunFolder(run_dir)
+    if rank == 0:
+        folder.clear_failure()
+    with _output_to(files.rank_log(rank)):
+        print(describe_task(environ), flush=True)
+        code = _launch(arguments, environ)
+        if code == EXIT_BAD_INPUT:
+            folder.write_failure("bad_input", None, f"exit code {code}; logs/{files.rank_log(rank).name} says why")
+    if code not in (0, EXIT_STOPPED):
+        sys.exit(code)
+
+
+def _launch(arguments: tuple[str, ...], environ: MutableMapping[str, str]) -> int:
+    try:
+        return launch(arguments, environ)
+    except Exception:
+        traceback.print_exc()  # into the rank's own log
+        return EXIT_FAILED
+
+
+def adopt_job(environ: MutableMapping[str, str]) -> int:
+    """Give torch the variables that it reads, from what submitit knows of the job; gives this process's rank.
+
+    CUDA_VISIBLE_DEVICES stays as SLURM set it: on a shared node, submitit's would be another job's GPU.
+    """
+    from submitit import JobEnvironment
+    from submitit.helpers import TorchDistributedEnvironment
+
+    job = JobEnvironment()
+    distributed = TorchDistributedEnvironment()
+    if job.num_nodes == 1:
+        distributed.master_addr = LOOPBACK  # whatever the node's name resolves to
+    distributed.export(set_cuda_visible_devices=False, overwrite=True)
+    interface = find_interface(job.hostnames, os.environ.get("SLURMD_NODENAME", job.hostname))
+    if interface is not None:
+        environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return distributed.rank
+
+
+def describe_task(environ: MutableMapping[str, str]) -> str:
+    """A line for the log: which start of which job this is, where, and what it sees."""
+    job = environ.get("SLURM_JOB_ID", "local")
+    parts = [
+        f"job {job}, restart {environ.get('SLURM_RESTART_COUNT', '0')}",
+        f"rank {environ['RANK']} of {environ['WORLD_SIZE']}",
+        f"on {environ.get('SLURMD_NODENAME', 'this machine')}",
+        f"process {os.getpid()}",
+        f"CUDA_VISIBLE_DEVICES={environ.get('CUDA_VISIBLE_DEVICES', '')}",
+        f"interface {environ.get('GLOO_SOCKET_IFNAME', '(by name)')}",
+        f"code {Path(__file__).parents[2]}",
+    ]
+    return f"galaxydist: {', '.join(parts)}"
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """What this process and its children print goes to a file of the run, whatever executor started it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"galaxydist: output goes to {path}", flush=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    os.close(descriptor)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, number)
+            os.close(old)

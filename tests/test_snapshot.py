@@ -1,0 +1,56 @@
+"""The code that a job runs is the code that was submitted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from galaxydist.cluster import snapshot
+from galaxydist.cluster.snapshot import take_snapshot
+from galaxydist.recipe.paths import PACKAGE_DIR
+
+
+def test_a_snapshot_runs_by_itself_with_its_own_recipes(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: {name: custom_cnn}\n")
+    code = take_snapshot(tmp_path / "code", {"mine": mine})
+    assert code.is_absolute() and not list(code.rglob("__pycache__"))
+    mine.write_text("model: {name: vit}\n")
+    # From a folder with another galaxydist in it, as a checkout has: -P keeps it away.
+    (tmp_path / "galaxydist").mkdir()
+    (tmp_path / "galaxydist" / "__init__.py").write_text("raise RuntimeError('the wrong one')")
+    script = (
+        "import galaxydist, sys; from galaxydist.cli.main import main; print(galaxydist.__file__); sys.exit(main(sys.argv[1:]))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-P", "-c", script, "recipes", "mine"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(code)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.startswith(str(code)) and "custom_cnn" in answer.stdout
+    assert (code / "recipes" / "vit.yaml").is_file()
+
+
+def test_the_same_code_is_copied_once_and_other_code_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = take_snapshot(tmp_path / "code", {})
+    stamp = first.stat().st_mtime_ns
+    assert take_snapshot(tmp_path / "code", {}) == first and first.stat().st_mtime_ns == stamp
+    package = tmp_path / "changed" / "galaxydist"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("x = 1\n")
+    monkeypatch.setattr(snapshot, "PACKAGE_DIR", package)
+    second = take_snapshot(tmp_path / "code", {})
+    assert second != first and (second / "galaxydist" / "__init__.py").read_text() == "x = 1\n"
+    assert sorted(path.name for path in (tmp_path / "code").iterdir()) == sorted([first.name, second.name])
+
+
+def test_all_of_the_package_is_in_it(tmp_path: Path) -> None:
+    code = take_snapshot(tmp_path / "code", {})
+    sources = {path.relative_to(PACKAGE_DIR) for path in PACKAGE_DIR.rglob("*.py")}
+    assert {path.relative_to(code / "galaxydist") for path in (code / "galaxydist").rglob("*.py")} == sources
