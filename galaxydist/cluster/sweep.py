@@ -13,9 +13,6 @@ from galaxydist.recipe.load import RecipeError, ResolvedRecipe, load_recipe
 from galaxydist.recipe.named import Setting
 from galaxydist.recipe.scalars import to_text
 
-# Trials that one problem names; the others are counted.
-NAMED = 3
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -129,15 +126,16 @@ def _resolve_cell(cell: Cell, arguments: Sequence[str], root: Path, folders: Seq
 
 def _same_runs(trials: Sequence[Trial]) -> Iterator[str]:
     """Trials that would share a run folder."""
-    first: dict[str, Trial] = {}
+    by_name: dict[str, list[Trial]] = {}
     for trial in trials:
-        other = first.setdefault(trial.name, trial)
-        if other is trial:
-            continue
-        mine, theirs = flatten(trial.resolved.recipe), flatten(other.resolved.recipe)
-        keys = [key for key in mine if mine[key] != theirs[key]]
-        why = f"they differ in {', '.join(keys)}, which does not change a run's numbers" if keys else "take one out"
-        yield f"two trials are the same run {trial.name}: {other.label or '(the set)'} and {trial.label or '(the set)'}; {why}"
+        by_name.setdefault(trial.name, []).append(trial)
+    for name, same in by_name.items():
+        if len(same) > 1:
+            flat = [flatten(trial.resolved.recipe) for trial in same]
+            keys = [key for key in flat[0] if any(values[key] != flat[0][key] for values in flat)]
+            why = f"they differ in {', '.join(keys)}, which does not change a run's numbers: keep one" if keys else "keep one"
+            labels = " | ".join(trial.label or "(an empty entry)" for trial in same)
+            yield f"{len(same)} trials are the same run {name}: {labels}; {why}"
 
 
 def _same_names(trials: Sequence[Trial]) -> Iterator[str]:
@@ -173,5 +171,6 @@ class _Problems:
             return ""
         if len(labels) == self.num_cells:
             return f" (all {self.num_cells} trials)"
-        named = ", ".join(labels[:NAMED])
-        return f" ({named})" if len(labels) <= NAMED else f" ({len(labels)} of {self.num_cells} trials: {named}, ...)"
+        if len(labels) == 1:
+            return f" ({labels[0]})"
+        return f" ({len(labels)} of {self.num_cells} trials, the first: {labels[0]})"

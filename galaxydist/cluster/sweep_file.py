@@ -24,7 +24,7 @@ from typing import Any
 
 from galaxydist.errors import UserError
 from galaxydist.recipe.document import Document, read_document
-from galaxydist.recipe.named import Setting
+from galaxydist.recipe.named import Setting, list_files
 from galaxydist.recipe.paths import shipped_dir
 from galaxydist.recipe.scalars import to_text
 
@@ -83,14 +83,16 @@ def find_sweep(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    known: dict[str, Path] = {}
-    for folder in (Path("slurm/sweeps"), shipped_dir("slurm") / "sweeps"):
-        for candidate in sorted(folder.glob("*.yaml")):
-            known.setdefault(candidate.stem, candidate)
+    known = list_sweeps()
     if name in known:
         return known[name]
     listed = ", ".join(map(str, known.values())) or "none found"
     raise UserError(f"there is no sweep {name}; sweeps: {listed}; or give the path of a file of your own")
+
+
+def list_sweeps() -> dict[str, Path]:
+    """Name -> file of the sweeps in ``slurm/sweeps`` here and in the package."""
+    return list_files((Path("slurm/sweeps"), shipped_dir("slurm") / "sweeps"))
 
 
 def read_sweep(path: Path) -> SweepFile:
