@@ -62,7 +62,6 @@ def run(arguments: argparse.Namespace) -> None:
         cluster_arguments = [f"cluster={sweep.cluster}", *cluster_arguments]
     cluster = load_cluster(cluster_arguments)
 
-    from galaxydist.cluster.partition import check_partition
     from galaxydist.cluster.scheduler import read_states
     from galaxydist.cluster.submission import check_request
     from galaxydist.cluster.sweep import resolve
@@ -71,6 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     trials = resolve(sweep, recipe_arguments, check=lambda resolved: check_request(resolved, cluster.config, os.environ))
     if cluster.config.scheduler == "slurm":
+        from galaxydist.cluster.partition import check_partition
+
         check_partition(cluster.config)
     decisions = [decide(facts) for facts in read_facts(trials, read_states)]
     due = [trial for trial, decision in zip(trials, decisions, strict=True) if decision.is_due]

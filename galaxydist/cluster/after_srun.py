@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from galaxydist.cluster.records import JobFiles, RestartRecord
-from galaxydist.cluster.requeue import Decision, Ending, decide
 from galaxydist.cluster.request_file import RequestFile
+from galaxydist.cluster.requeue import Decision, Ending, decide
 from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock_owner import read_owner

@@ -1,4 +1,4 @@
-"""From requests to jobs: what is checked before anything is sent, the snapshot, the batch script, the record in the run folder."""
+"""From requests to jobs: what is checked before anything is sent, the snapshot, the batch script, the run folder's record."""
 
 import dataclasses
 import secrets
@@ -8,22 +8,20 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import submitit
-
-from galaxydist.cluster.executor import build_executor, explain_refusal
+from galaxydist.cluster.executor import JobExecutor, build_executor, explain_refusal
 from galaxydist.cluster.profile import ClusterConfig, ResolvedCluster
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.refusals import refuse_world
 from galaxydist.cluster.request_file import JobRequest, RequestFile
-from galaxydist.cluster.scheduler import ACTIVE, read_states
+from galaxydist.cluster.scheduler import read_states
 from galaxydist.cluster.shared_folder import check_shared
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.cluster.work import run_request
 from galaxydist.errors import UserError
 from galaxydist.models.published import find_weights
+from galaxydist.recipe.identity import run_name
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.paths import data_root, weights_dir
-from galaxydist.recipe.identity import run_name
 from galaxydist.training.data import find_cache, find_manifest, open_manifest
 
 __all__ = ["JobRequest", "build_request", "check_idle", "check_request", "script_of", "submit_again", "submit_requests"]
@@ -52,7 +50,7 @@ def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Map
     manifest = open_manifest(
         find_manifest(recipe.data, root), find_cache(recipe.data, root), recipe, min(cluster.num_tasks, recipe.train.batch_size)
     )
-    refuse_world(recipe, manifest.split("train").num_samples, cluster.nodes, cluster.num_tasks // cluster.nodes)
+    refuse_world(recipe, manifest.split("train").num_samples, cluster.nodes, cluster.tasks_on_node)
     if recipe.model.pretrained:
         find_weights(recipe.model, weights_dir(root))
     if recipe.model.weights is not None and not recipe.model.weights.expanduser().is_file():
@@ -68,14 +66,14 @@ def check_idle(run_dir: Path) -> None:
         UserError: with its job.
     """
     jobs = JobFiles(run_dir).jobs()
-    if not jobs:
+    if not jobs or jobs[-1].scheduler != "slurm":  # a process of this machine has locked the folder
         return
-    last = jobs[-1].job_id
-    state = read_states([last])[last].state
-    if state in ACTIVE:
+    job_id = jobs[-1].job_id
+    found = read_states([job_id])[job_id]
+    if found.is_active:
         raise UserError(
-            f"{run_dir} is {state.lower()} as job {last} already. Follow it with `galaxydist status {run_dir}`, or end it first with "
-            f"`galaxydist cancel {run_dir}`."
+            f"{run_dir} is {found.state.lower()} as job {job_id} already. Follow it with `galaxydist status {run_dir}`, or end "
+            f"it first with `galaxydist cancel {run_dir}`."
         )
 
 
@@ -129,17 +127,11 @@ def submit_again(submission: RequestFile, run_dir: Path, *, resubmits: str) -> s
 
 def script_of(requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folder: Path, name: str) -> str:
     """The batch script that would be submitted; nothing is written or sent."""
-    if cluster.config.scheduler == "local":
-        raise UserError("cluster=local starts processes on this machine: there is no batch script to show")
     code = folder.absolute() / "code" / "SNAPSHOT"
     submission = RequestFile(
         folder.absolute() / "requests-ID.json", tuple(requests), cluster.config, cluster.arguments, code, folder.absolute(), name
     )
-    executor = _executor(submission)
-    if len(requests) > 1:
-        executor.parameters["map_count"] = len(requests)
-    text: str = executor._make_submission_file_text(executor._submitit_command_str, "ID")
-    return text
+    return _executor(submission).script(len(requests))
 
 
 def _prepare(requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folder: Path, name: str) -> RequestFile:
@@ -152,7 +144,7 @@ def _request_path(folder: Path) -> Path:
     return folder / f"requests-{secrets.token_hex(4)}.json"
 
 
-def _executor(submission: RequestFile, parallel: int | None = None, after: str | None = None) -> submitit.Executor:
+def _executor(submission: RequestFile, parallel: int | None = None, after: str | None = None) -> JobExecutor:
     python = submission.cluster.python or "python"
     after_srun = f"{python} -P -m galaxydist.cluster.after_srun"
     return build_executor(
@@ -203,8 +195,8 @@ def _record(submission: RequestFile, request: JobRequest, job_id: str, resubmits
         nodes=cluster.nodes,
         tasks=cluster.num_tasks,
         time_limit_min=cluster.time_min,
-        code=str(submission.code),
-        folder=str(submission.folder),
+        code=submission.code,
+        folder=submission.folder,
         arguments=request.arguments,
         cluster_arguments=submission.cluster_arguments,
         resubmits=resubmits,

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from galaxydist.cluster.sweep_file import DECIDED, SweepError, SweepFile
@@ -114,14 +114,18 @@ def _resolve_cell(cell: Cell, arguments: Sequence[str], root: Path, folders: Seq
     if "recipe" not in cell.settings and not any(argument.startswith("recipe=") for argument in arguments):
         raise RecipeError([("", "recipe is missing: write it under set, grid or list, or give recipe=NAME")])
     resolved = load_recipe(arguments, folders=folders, settings=cell.settings)
-    typed = tuple(f"{key}={to_text(setting.value)}" for key, setting in cell.settings.items())
-    again = load_recipe([*typed, *arguments], folders=folders).recipe
-    if again != resolved.recipe:
-        values, meant = flatten(again), flatten(resolved.recipe)
+    run_dir = root / run_name(resolved.recipe)
+    placed = resolved.recipe.model_copy(update={"run": resolved.recipe.run.model_copy(update={"dir": run_dir})})
+    # The job reads its recipe from text again.
+    given = {argument.partition("=")[0] for argument in arguments}
+    typed = [f"{key}={to_text(setting.value)}" for key, setting in cell.settings.items() if key not in given]
+    texts = (*typed, *arguments, f"run.dir={run_dir}")
+    again = load_recipe(texts, folders=folders).recipe
+    if again != placed:
+        values, meant = flatten(again), flatten(placed)
         key = next(key for key in meant if values[key] != meant[key])
         raise RecipeError([(resolved.origins[key], f"{key}={to_text(meant[key])}: cannot be written on a command line")])
-    run_dir = root / run_name(resolved.recipe)
-    return Trial(cell.label, run_dir.name, run_dir, resolved, (*typed, *arguments, f"run.dir={run_dir}"))
+    return Trial(cell.label, run_dir.name, run_dir, replace(resolved, recipe=placed), texts)
 
 
 def _same_runs(trials: Sequence[Trial]) -> Iterator[str]:

@@ -8,14 +8,13 @@ from pathlib import Path
 import psutil
 
 from galaxydist.cluster.records import JobFiles, JobRecord
-from galaxydist.cluster.scheduler import ACTIVE, JobState
+from galaxydist.cluster.scheduler import WAITING_STATES, JobState
 from galaxydist.cluster.sweep import Trial
 from galaxydist.evaluation.report import read_evaluation
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock import STALE_SECONDS
 from galaxydist.runs.lock_owner import is_alive, pid_space, read_owner
 
-QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 LOCAL_ENDED = "ENDED"
 
 ReadStates = Callable[[Sequence[str]], Mapping[str, JobState]]
@@ -64,8 +63,8 @@ def decide(facts: TrialFacts) -> Decision:
     """What a trial needs. Submitted is what is neither done nor on its way."""
     if facts.is_finished and not facts.missing:
         return Decision("finished", False, "")
-    if facts.state is not None and facts.state.state in ACTIVE:
-        waits = facts.state.state in QUEUED
+    if facts.state is not None and facts.state.is_active:
+        waits = facts.state.state in WAITING_STATES
         return Decision(
             "queued" if waits else "running", False, f"job {facts.job_id} {facts.state.reason if waits else ''}".rstrip()
         )
@@ -104,7 +103,7 @@ def _facts_of(trial: Trial, jobs: Sequence[JobRecord], states: Mapping[str, JobS
     folder = RunFolder(trial.run_dir)
     found = [(job.job_id, _local_state(job) if job.scheduler == "local" else states[job.job_id]) for job in jobs]
     # A run that was submitted several times: the job that is on its way counts, else the last.
-    active = [(job_id, state) for job_id, state in found if state.state in ACTIVE]
+    active = [(job_id, state) for job_id, state in found if state.is_active]
     job_id, state = (active or found)[-1] if found else (None, None)
     failure = folder.read_failure()
     return TrialFacts(
@@ -131,7 +130,7 @@ def is_local_job_running(job_id: str) -> bool:
 
 def _local_state(job: JobRecord) -> JobState:
     state = "RUNNING" if is_local_job_running(job.job_id) else LOCAL_ENDED
-    return JobState(state, "", None, "this machine", 0)
+    return JobState(state, nodes="this machine")
 
 
 def _missing(trial: Trial, folder: RunFolder) -> tuple[str, ...]:

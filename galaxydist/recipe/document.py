@@ -1,7 +1,7 @@
 """Reading a YAML file of settings: plain values, the line that each stands on, and what is wrong with the file itself."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,11 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
 
 @dataclass(frozen=True)
 class _Form:
-    """What the file is called, and what may stand in it beside nested mappings of plain values."""
+    """What the file is, and what it may be written like beside nested mappings of plain values."""
 
     noun: str
-    is_dotted: bool
-    lists: frozenset[str]
+    is_dotted: bool = False
+    lists: frozenset[str] = frozenset()
 
 
 def read_document(
@@ -86,6 +86,7 @@ def read_document(
     """The file's values; never raises for what stands in the file, only OSError where it cannot be read.
 
     Args:
+        path: the file.
         noun: what the file is, for the problems' texts.
         example: a line as it may stand in such a file.
         is_dotted: ``optim.lr: 1`` is allowed too, and is ``optim: {lr: 1}``.
@@ -144,7 +145,7 @@ def _read_entries(sequence: yaml.SequenceNode, key: str, document: Document, for
     for node in sequence.value:
         entry = Document(problems=document.problems)
         if isinstance(node, yaml.MappingNode):
-            _flatten(node, "", entry, replace(form, lists=frozenset()))
+            _flatten(node, "", entry, _Form(form.noun, form.is_dotted))
         else:
             text = f"{key}: each entry is a mapping of keys to values, like {{recipe: vit, seed: 1}}"
             document.problems.append((node.start_mark.line + 1, text))

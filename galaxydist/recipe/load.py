@@ -11,6 +11,8 @@ from galaxydist.recipe.named import Setting, list_files, load_config
 from galaxydist.recipe.paths import shipped_dir
 from galaxydist.recipe.schema import Recipe
 
+__all__ = ["RECIPES", "RecipeError", "ResolvedRecipe", "Setting", "list_recipes", "load_recipe"]
+
 
 class RecipeError(ConfigError):
     """A recipe that cannot be used."""
@@ -55,7 +57,7 @@ def load_recipe(
     Raises:
         RecipeError: with all problems at once, and where each came from.
     """
-    resolved = load_config(RECIPES, arguments, _folders() if folders is None else folders, settings)
+    resolved = load_config(RECIPES, arguments, _folders() if folders is None else folders, settings=settings)
     return ResolvedRecipe(resolved.config, resolved.origins, resolved.path)
 
 

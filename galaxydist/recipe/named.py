@@ -13,7 +13,7 @@ from galaxydist.recipe.fields import S
 
 @dataclass(frozen=True)
 class Setting:
-    """A plain value that stands neither in the configuration's file nor on the command line.
+    """A plain value that neither the recipe's file nor the command line gives.
 
     Attributes:
         value: text, number, bool, None or a list of those.
@@ -25,7 +25,11 @@ class Setting:
 
 
 def load_config(
-    kind: ConfigKind[S], arguments: Sequence[str], folders: Sequence[Path], settings: Mapping[str, Setting] | None = None
+    kind: ConfigKind[S],
+    arguments: Sequence[str],
+    folders: Sequence[Path],
+    *,
+    settings: Mapping[str, Setting] | None = None,
 ) -> Resolved[S]:
     """The configuration of a command line.
 
@@ -33,15 +37,14 @@ def load_config(
         arguments: ``recipe=NAME`` or ``recipe=FILE.yaml`` (the kind's argument), then ``key=value`` for any key of the schema,
             in any order.
         folders: where names are looked up, first one first.
-        settings: values by dotted key (as in the file) that stand between the file and the command line; the kind's argument may
-            be one of them.
+        settings: values by dotted key that stand between the file and the command line; the kind's argument may be one.
 
     Raises:
         ConfigError: the kind's, with all problems at once and where each came from.
     """
     draft = Draft(kind)
-    overrides, settings = _read_overrides(arguments, draft), dict(settings or {})
-    named = settings.pop(kind.argument, Setting(None, COMMAND_LINE))
+    overrides, between = _read_overrides(arguments, draft), dict(settings or {})
+    named = between.pop(kind.argument, Setting(None, COMMAND_LINE))
     if kind.argument in overrides:
         named = Setting(overrides.pop(kind.argument), COMMAND_LINE)
     path = _find(named, folders, draft)
@@ -51,11 +54,11 @@ def load_config(
         for key in (key for key, known in kind.schema.fields.items() if known.required):
             draft.invalid.add(key)
             draft.origins[key] = kind.noun
-    for key, setting in settings.items():
-        if kind.prefix + key not in overrides:
-            _put(key, setting, draft)
+    for key, setting in between.items():
+        if key not in overrides:
+            _override(key, setting, draft, is_text=False)
     for key, text in overrides.items():
-        _override(key, text, draft)
+        _override(key, Setting(text, COMMAND_LINE), draft, is_text=True)
     draft.values["name"] = path.stem if path is not None else ""
     draft.origins["name"] = FILE_NAME
     config = draft.finish()
@@ -72,23 +75,15 @@ def list_files(folders: Sequence[Path]) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _override(written: str, text: str, draft: Draft[S]) -> None:
-    kind = draft.kind
+def _override(written: str, setting: Setting, draft: Draft[S], *, is_text: bool) -> None:
+    kind, origin = draft.kind, setting.origin
     key = written.removeprefix(kind.prefix)
     if key == written and kind.prefix:
-        draft.problems.append((COMMAND_LINE, f"{written}: no such key{kind.schema.suggest(key, prefix=kind.prefix)}"))
+        draft.problems.append((origin, f"{written}: no such key{kind.schema.suggest(key, prefix=kind.prefix)}"))
+    elif key == "name":
+        draft.problems.append((origin, f"{written}: a {kind.noun} is named by its file; copy the file under another name"))
     else:
-        _put(key, Setting(text, COMMAND_LINE), draft, is_text=True)
-
-
-def _put(key: str, setting: Setting, draft: Draft[S], *, is_text: bool = False) -> None:
-    if key == "name":
-        text = (
-            f"{draft.kind.spelt(key, setting.origin)}: a {draft.kind.noun} is named by its file; copy the file under another name"
-        )
-        draft.problems.append((setting.origin, text))
-    else:
-        draft.put(key, setting.value, setting.origin, is_text=is_text)
+        draft.put(key, setting.value, origin, is_text=is_text)
 
 
 def _read_overrides(arguments: Sequence[str], draft: Draft[S]) -> dict[str, str]:
@@ -108,25 +103,26 @@ def _read_overrides(arguments: Sequence[str], draft: Draft[S]) -> dict[str, str]
 
 def _find(named: Setting, folders: Sequence[Path], draft: Draft[S]) -> Path | None:
     """The file, or None with a problem noted."""
-    argument, noun, name = draft.kind.argument, draft.kind.noun, named.value
+    argument, noun = draft.kind.argument, draft.kind.noun
+    name, origin = named.value, named.origin
     known = list_files(folders)
     listed = f"{noun}s: {', '.join(known) or 'none found'}; or {argument}=FILE.yaml"
     if name is None:
-        draft.problems.append((named.origin, f"{argument}=NAME is missing; {listed}"))
+        draft.problems.append((origin, f"{argument}=NAME is missing; {listed}"))
         return None
     if not isinstance(name, str):
-        draft.problems.append((named.origin, f"{argument}={shown(name)}: must be the name or file of a {noun}; {listed}"))
+        draft.problems.append((origin, f"{argument}={shown(name)}: must be a {noun}'s name or file; {listed}"))
         return None
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name).expanduser()
         if path.is_file():
             return path
-        draft.problems.append((named.origin, f"{argument}={name}: there is no such file; {listed}"))
+        draft.problems.append((origin, f"{argument}={name}: there is no such file; {listed}"))
         return None
     if name not in known:
         close = get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        draft.problems.append((named.origin, f"{argument}={name}: no such {noun}{hint} ({listed})"))
+        draft.problems.append((origin, f"{argument}={name}: no such {noun}{hint} ({listed})"))
         return None
     return known[name]
 
