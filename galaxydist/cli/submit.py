@@ -22,7 +22,7 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "submit",
         help="send a run to a cluster",
-        description="Check a run on this machine, then send it to the cluster of a profile, where it survives preemption and time limits.",
+        description="Check a run on this machine, then send it to a cluster. It survives preemption and time limits.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -51,13 +51,14 @@ def run(arguments: argparse.Namespace) -> None:
     cluster = load_cluster(cluster_arguments)
     resolved = load_recipe(recipe_arguments)
 
-    from galaxydist.cluster.partition import check_partition
     from galaxydist.cluster.submission import build_request, check_idle, check_request, script_of, submit_requests
     from galaxydist.runs.folder import RunFolder
 
     request = build_request(resolved, recipe_arguments)
     check_request(resolved, cluster.config, os.environ)
     if cluster.config.scheduler == "slurm":
+        from galaxydist.cluster.partition import check_partition
+
         check_partition(cluster.config)
     folder, name = request.run_dir / "slurm", f"{request.run_dir.name}"
     if arguments.dry_run:

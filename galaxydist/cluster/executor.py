@@ -1,4 +1,4 @@
-"""submitit's executors, told what submitit leaves out: what a crashed rank does to the others, requeueing, our own way of signals."""
+"""submitit's executors, told what submitit leaves out: that a dead rank ends the others, requeueing, our own way of signals."""
 
 import contextlib
 import shlex
@@ -24,6 +24,16 @@ class SlurmExecutor(submitit.SlurmExecutor):
     def _submitit_command_str(self) -> str:
         return _task_command(self.python, self.folder)
 
+    def script(self, num_tasks: int) -> str:
+        """The batch script of so many calls, as it would be sent."""
+        array = {"map_count": num_tasks} if num_tasks > 1 else {}
+        self.parameters.update(array)
+        try:
+            return self._make_submission_file_text(self._submitit_command_str, "ID")
+        finally:
+            for key in array:
+                del self.parameters[key]
+
 
 class LocalExecutor(submitit.LocalExecutor):
     """The same for processes of this machine."""
@@ -31,6 +41,13 @@ class LocalExecutor(submitit.LocalExecutor):
     @property
     def _submitit_command_str(self) -> str:
         return _task_command(self.python, self.folder)
+
+    def script(self, num_tasks: int) -> str:  # noqa: ARG002
+        """There is none."""
+        raise UserError("cluster=local starts processes on this machine: there is no batch script to show")
+
+
+JobExecutor = SlurmExecutor | LocalExecutor
 
 
 def build_executor(
@@ -42,7 +59,7 @@ def build_executor(
     teardown: Sequence[str] = (),
     parallel: int | None = None,
     after: str | None = None,
-) -> submitit.Executor:
+) -> JobExecutor:
     """The executor of a cluster profile.
 
     Args:
@@ -71,10 +88,17 @@ def build_executor(
         slurm = SlurmExecutor(folder, python=_python(cluster))
     except RuntimeError as error:
         raise UserError(
-            "There is no SLURM on this machine (srun is not on the PATH). Give the command on a login node of the cluster, or use "
-            "cluster=local to run on this machine."
+            "There is no SLURM on this machine (srun is not on the PATH). Give the command on a login node of the cluster, or "
+            "use cluster=local to run on this machine."
         ) from error
-    slurm.update_parameters(**_slurm_parameters(cluster, name, code, teardown, parallel, after))
+    slurm.update_parameters(
+        job_name=name,
+        setup=_setup(cluster, code),
+        teardown=list(teardown) or None,
+        array_parallelism=parallel or cluster.parallel,
+        dependency=f"afterany:{after}" if after else None,
+        **_slurm_parameters(cluster),
+    )
     return slurm
 
 
@@ -86,16 +110,13 @@ def explain_refusal(cluster_name: str) -> Iterator[None]:
     except (FailedJobError, FailedSubmissionError) as error:
         said = " ".join(line.strip() for line in str(error).splitlines() if "error:" in line) or str(error).strip()
         raise UserError(
-            f"SLURM did not take the job: {said}\nChange what it names in the profile cluster={cluster_name} or on the command line "
-            f"(cluster.partition, cluster.account, cluster.qos, cluster.time, ...); `galaxydist cluster show {cluster_name}` shows "
-            "all, `sinfo` and `sacctmgr show assoc user=$USER` what there is."
+            f"SLURM did not take the job: {said}\nChange what it names in the profile {cluster_name} or on the command line "
+            f"(cluster.partition, cluster.account, cluster.qos, cluster.time, ...); `galaxydist cluster show {cluster_name}` "
+            "shows all of it, `sinfo` and `sacctmgr show assoc user=$USER` what there is."
         ) from error
 
 
-def _slurm_parameters(
-    cluster: ClusterConfig, name: str, code: Path, teardown: Sequence[str], parallel: int | None, after: str | None
-) -> dict[str, Any]:
-    tasks_per_node = cluster.num_tasks // cluster.nodes
+def _slurm_parameters(cluster: ClusterConfig) -> dict[str, Any]:
     srun = ["--kill-on-bad-exit=1"]  # a dead rank must not leave the others waiting
     if cluster.cpus_per_task is not None:
         srun.append(f"--cpus-per-task={cluster.cpus_per_task}")  # srun no longer takes it from the job since SLURM 22.05
@@ -103,18 +124,17 @@ def _slurm_parameters(
     for option in cluster.extra:
         key, equals, value = option.lstrip("-").partition("=")
         further[key] = value if equals else True
-    if cluster.memory is not None:
-        further["mem"] = f"{int(cluster.memory * 1024)}M"
+    if cluster.memory_mb is not None:
+        further["mem"] = f"{cluster.memory_mb}M"
     if cluster.reservation is not None:
         further["reservation"] = cluster.reservation
     asked = f"{cluster.gpu_type}:{cluster.gpus_per_node}" if cluster.gpu_type else f"{cluster.gpus_per_node}"
     if cluster.gpus_per_node:
         further |= {"gres": f"gpu:{asked}"} if cluster.gpu_request == "gres" else {"gpus-per-node": asked}
     given = {
-        "job_name": name,
         "time": cluster.time_min,
         "nodes": cluster.nodes,
-        "ntasks_per_node": tasks_per_node,
+        "ntasks_per_node": cluster.tasks_on_node,
         "cpus_per_task": cluster.cpus_per_task,
         "partition": cluster.partition,
         "account": cluster.account,
@@ -123,12 +143,8 @@ def _slurm_parameters(
         "exclude": cluster.exclude,
         "nodelist": cluster.nodelist,
         "comment": cluster.comment,
-        "dependency": f"afterany:{after}" if after else None,
-        "array_parallelism": parallel or cluster.parallel,
         "signal_delay_s": cluster.signal_s,
         "srun_args": srun,
-        "setup": _setup(cluster, code),
-        "teardown": list(teardown) or None,
         "additional_parameters": further,
     }
     return {key: value for key, value in given.items() if value is not None}

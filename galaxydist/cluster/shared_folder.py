@@ -26,9 +26,9 @@ def check_shared(run_dir: Path) -> None:
     why = _why_not(run_dir.absolute())
     if why is not None and not _is_only_host():
         raise UserError(
-            f"The run folder {run_dir} lies {why}, which the nodes of the cluster do not see. Put it on a file system that all of them "
-            "share, such as your home or project folder: run.root=FOLDER or run.dir=FOLDER (`galaxydist doctor cluster=NAME` "
-            "looks whether the nodes see it)."
+            f"The run folder {run_dir} lies {why}, which the nodes of the cluster do not see. Put it on a file system that all "
+            "of them share, such as your home or project folder: run.root=FOLDER or run.dir=FOLDER (`galaxydist doctor "
+            "cluster=NAME` looks whether the nodes see it)."
         )
 
 

@@ -1,4 +1,4 @@
-"""The code that a job runs: a copy of the package and its recipes, so that what was submitted is what runs, also after a requeue."""
+"""The code that a job runs: a copy of the package and its recipes. What was submitted is what runs, also after a requeue."""
 
 import hashlib
 import shutil

@@ -1,4 +1,4 @@
-"""From requests to jobs: what is checked before anything is sent, the snapshot, the batch script, the record in the run folder."""
+"""From requests to jobs: what is checked before anything is sent, the snapshot, the batch script, the run folder's record."""
 
 import dataclasses
 import secrets
@@ -8,14 +8,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import submitit
-
-from galaxydist.cluster.executor import build_executor, explain_refusal
+from galaxydist.cluster.executor import JobExecutor, build_executor, explain_refusal
 from galaxydist.cluster.profile import ClusterConfig, ResolvedCluster
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.refusals import refuse_world
 from galaxydist.cluster.request_file import JobRequest, RequestFile
-from galaxydist.cluster.scheduler import ACTIVE, read_states
 from galaxydist.cluster.shared_folder import check_shared
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.cluster.work import run_request
@@ -52,7 +49,7 @@ def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Map
     manifest = open_manifest(
         find_manifest(recipe.data, root), find_cache(recipe.data, root), recipe, min(cluster.num_tasks, recipe.train.batch_size)
     )
-    refuse_world(recipe, manifest.split("train").num_samples, cluster.nodes, cluster.num_tasks // cluster.nodes)
+    refuse_world(recipe, manifest.split("train").num_samples, cluster.nodes, cluster.tasks_on_node)
     if recipe.model.pretrained:
         find_weights(recipe.model, weights_dir(root))
     if recipe.model.weights is not None and not recipe.model.weights.expanduser().is_file():
@@ -67,6 +64,8 @@ def check_idle(run_dir: Path) -> None:
     Raises:
         UserError: with its job.
     """
+    from galaxydist.cluster.scheduler import ACTIVE, read_states
+
     jobs = JobFiles(run_dir).jobs()
     if not jobs:
         return
@@ -74,8 +73,8 @@ def check_idle(run_dir: Path) -> None:
     state = read_states([last])[last].state
     if state in ACTIVE:
         raise UserError(
-            f"{run_dir} is {state.lower()} as job {last} already. Follow it with `galaxydist status {run_dir}`, or end it first with "
-            f"`galaxydist cancel {run_dir}`."
+            f"{run_dir} is {state.lower()} as job {last} already. Follow it with `galaxydist status {run_dir}`, or end it "
+            f"first with `galaxydist cancel {run_dir}`."
         )
 
 
@@ -129,17 +128,11 @@ def submit_again(submission: RequestFile, run_dir: Path, *, resubmits: str) -> s
 
 def script_of(requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folder: Path, name: str) -> str:
     """The batch script that would be submitted; nothing is written or sent."""
-    if cluster.config.scheduler == "local":
-        raise UserError("cluster=local starts processes on this machine: there is no batch script to show")
     code = folder.absolute() / "code" / "SNAPSHOT"
     submission = RequestFile(
         folder.absolute() / "requests-ID.json", tuple(requests), cluster.config, cluster.arguments, code, folder.absolute(), name
     )
-    executor = _executor(submission)
-    if len(requests) > 1:
-        executor.parameters["map_count"] = len(requests)
-    text: str = executor._make_submission_file_text(executor._submitit_command_str, "ID")
-    return text
+    return _executor(submission).script(len(requests))
 
 
 def _prepare(requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folder: Path, name: str) -> RequestFile:
@@ -152,7 +145,7 @@ def _request_path(folder: Path) -> Path:
     return folder / f"requests-{secrets.token_hex(4)}.json"
 
 
-def _executor(submission: RequestFile, parallel: int | None = None, after: str | None = None) -> submitit.Executor:
+def _executor(submission: RequestFile, parallel: int | None = None, after: str | None = None) -> JobExecutor:
     python = submission.cluster.python or "python"
     after_srun = f"{python} -P -m galaxydist.cluster.after_srun"
     return build_executor(
@@ -203,8 +196,8 @@ def _record(submission: RequestFile, request: JobRequest, job_id: str, resubmits
         nodes=cluster.nodes,
         tasks=cluster.num_tasks,
         time_limit_min=cluster.time_min,
-        code=str(submission.code),
-        folder=str(submission.folder),
+        code=submission.code,
+        folder=submission.folder,
         arguments=request.arguments,
         cluster_arguments=submission.cluster_arguments,
         resubmits=resubmits,

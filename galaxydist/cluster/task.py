@@ -31,7 +31,7 @@ def main(folder: str) -> None:
     from submitit.core.submission import process_job
 
     # What submitit gives its plugins to adapt to a cluster's signals.
-    JobEnvironment._handle_signals = _keep_signals
+    JobEnvironment._handle_signals = _keep_signals  # type: ignore[assignment, method-assign]
     process_job(folder)
 
 
