@@ -38,22 +38,28 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_brings_its_recipes_and_tables(installed: Path, tmp_path: Path) -> None:
+def test_an_installed_wheel_brings_its_recipes_profiles_and_tables(installed: Path, tmp_path: Path) -> None:
     code = f"""
 import json, sys
 sys.path.insert(0, {str(installed)!r})
 import galaxydist
 assert galaxydist.__file__.startswith({str(installed)!r}), galaxydist.__file__
 from galaxydist.recipe.load import list_recipes, load_recipe
+from galaxydist.cluster.profile import list_clusters, load_cluster
+from galaxydist.recipe.paths import shipped_dir
 from galaxydist.surveys.official import read_official_split
 assert len(read_official_split().labels) == 17736
-print(json.dumps({{name: str(load_recipe([f"recipe={{name}}"]).path) for name in list_recipes()}}))
+found = {{"recipes": {{name: str(load_recipe([f"recipe={{name}}"]).path) for name in list_recipes()}}}}
+found["clusters"] = {{name: str(load_cluster([f"cluster={{name}}"]).path) for name in list_clusters()}}
+found["sweeps"] = {{path.stem: str(path) for path in shipped_dir("slurm").glob("sweeps/*.yaml")}}
+print(json.dumps(found))
 """
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert set(found) == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
-    assert all(Path(path).is_relative_to(installed) for path in found.values())
+    for kind, folder in (("recipes", "recipes"), ("clusters", "slurm/clusters"), ("sweeps", "slurm/sweeps")):
+        assert set(found[kind]) == {path.stem for path in (ROOT / folder).glob("*.yaml")}, kind
+        assert all(Path(path).is_relative_to(installed) for path in found[kind].values()), kind
     assert (installed / "galaxydist" / "py.typed").is_file()
     assert not list(installed.glob("tests")) and list(tmp_path.iterdir()) == []
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.local.local import LocalJob
 
+from galaxydist.cluster.output import output_to
 from galaxydist.cluster.profile import ClusterConfig
 from galaxydist.errors import UserError
 
@@ -41,6 +43,11 @@ class LocalExecutor(submitit.LocalExecutor):
     @property
     def _submitit_command_str(self) -> str:
         return _task_command(self.python, self.folder)
+
+    def _submit_command(self, command: str) -> LocalJob[Any]:
+        # What outlives this command must not keep the pipe that it prints to.
+        with output_to(Path(self.folder) / "controller.log"):
+            return super()._submit_command(command)
 
     def script(self, num_tasks: int) -> str:  # noqa: ARG002
         """There is none."""

@@ -15,7 +15,8 @@ MAX_DAYS = 365
 
 TIME_FORMS = "minutes, or HH:MM:SS, D-HH:MM:SS, D-HH (04:00:00 and 240 are four hours)"
 _TIME = re.compile(
-    r"(?:(?P<days>\d{1,4})-(?P<hours>\d{1,2})(?::(?P<minutes>\d{2})(?::(?P<seconds>\d{2}))?)?)|(?P<clock>\d{1,4}:\d{2}:\d{2})"
+    r"(?:(?P<days>\d{1,4})-(?P<hours>\d{1,2})(?::(?P<minutes>\d{2})(?::(?P<seconds>\d{2}))?)?)|(?P<clock>\d{1,4}:\d{2}:\d{2})",
+    re.ASCII,
 )
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
@@ -58,7 +59,7 @@ def read_time_s(time: int | str) -> int:
     Raises:
         ValueError: none of the forms, not more than 0, or more than a year.
     """
-    if isinstance(time, int) or re.fullmatch(r"\d{1,9}", time):
+    if isinstance(time, int) or re.fullmatch(r"[0-9]{1,9}", time):
         seconds = 60 * int(time)
     else:
         match = _TIME.fullmatch(time)
@@ -96,8 +97,8 @@ def _time_for_work(scheduler: str, time: int | str, signal_s: int) -> str | None
         return f"the processes would be told to save {signal_s} s before the end of a job of {time_s} s; make the limit longer"
     if time_s - signal_s < START_UP_S:
         return (
-            f"a start takes {START_UP_S} s, and the job is told to save and end {signal_s} s before its limit of {time_s} s, so it "
-            f"would do no step: give it {-(-(START_UP_S + signal_s) // 60)} minutes or more, or signal_s={MIN_SIGNAL_S} or more"
+            f"a start takes {START_UP_S} s, and the job is told to save and end {signal_s} s before its limit of {time_s} s, so "
+            f"no step is done: give it {-(-(START_UP_S + signal_s) // 60)} minutes or more, or signal_s={MIN_SIGNAL_S} or more"
         )
     return None
 

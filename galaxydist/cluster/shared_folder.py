@@ -45,9 +45,10 @@ def _is_only_host() -> bool:
     """All nodes of the cluster are this machine (a test bed), as far as SLURM says."""
     try:
         answer = subprocess.run(
-            ["sinfo", "--noheader", "--Node", "--format", "%n"], capture_output=True, text=True, timeout=ASKING_S, check=False
+            ["sinfo", "--noheader", "--Node", "--format", "%o %n"], capture_output=True, text=True, timeout=ASKING_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
-    hosts = {name.partition(".")[0] for name in answer.stdout.split()}
-    return answer.returncode == 0 and hosts == {socket.gethostname().partition(".")[0]}
+    nodes = [line.split() for line in answer.stdout.splitlines()]
+    own = socket.gethostname().partition(".")[0]
+    return bool(nodes) and all(node[0].startswith("127.") or node[-1].partition(".")[0] == own for node in nodes)

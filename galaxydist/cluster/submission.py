@@ -13,6 +13,7 @@ from galaxydist.cluster.profile import ClusterConfig, ResolvedCluster
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.refusals import refuse_world
 from galaxydist.cluster.request_file import JobRequest, RequestFile
+from galaxydist.cluster.scheduler import read_states
 from galaxydist.cluster.shared_folder import check_shared
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.cluster.work import run_request
@@ -64,17 +65,15 @@ def check_idle(run_dir: Path) -> None:
     Raises:
         UserError: with its job.
     """
-    from galaxydist.cluster.scheduler import ACTIVE, read_states
-
     jobs = JobFiles(run_dir).jobs()
-    if not jobs:
+    if not jobs or jobs[-1].scheduler != "slurm":  # a process of this machine has locked the folder
         return
-    last = jobs[-1].job_id
-    state = read_states([last])[last].state
-    if state in ACTIVE:
+    job_id = jobs[-1].job_id
+    found = read_states([job_id])[job_id]
+    if found.is_active:
         raise UserError(
-            f"{run_dir} is {state.lower()} as job {last} already. Follow it with `galaxydist status {run_dir}`, or end it "
-            f"first with `galaxydist cancel {run_dir}`."
+            f"{run_dir} is {found.state.lower()} as job {job_id} already. Follow it with `galaxydist status {run_dir}`, or end "
+            f"it first with `galaxydist cancel {run_dir}`."
         )
 
 

@@ -3,11 +3,11 @@
 import os
 import sys
 import traceback
-from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from galaxydist.cluster.interface import find_interface
+from galaxydist.cluster.output import output_to
 from galaxydist.cluster.records import JobFiles
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, UserError
 from galaxydist.runs.folder import RunFolder
@@ -36,7 +36,8 @@ def run_request(arguments: tuple[str, ...], run_dir: Path) -> None:
     files, folder = JobFiles(run_dir), RunFolder(run_dir)
     if rank == 0:
         folder.clear_failure()
-    with _output_to(files.rank_log(rank)):
+    print(f"galaxydist: output goes to {files.rank_log(rank)}", flush=True)
+    with output_to(files.rank_log(rank)):
         print(describe_task(environ), flush=True)
         code = _launch(arguments, environ)
         if code == EXIT_BAD_INPUT:
@@ -85,25 +86,3 @@ def describe_task(environ: MutableMapping[str, str]) -> str:
         f"code {Path(__file__).parents[2]}",
     ]
     return f"galaxydist: {', '.join(parts)}"
-
-
-@contextmanager
-def _output_to(path: Path) -> Iterator[None]:
-    """What this process and its children print goes to a file of the run, whatever executor started it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"galaxydist: output goes to {path}", flush=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(number) for number in (1, 2)]
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for number in (1, 2):
-        os.dup2(descriptor, number)
-    os.close(descriptor)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, old in zip((1, 2), kept, strict=True):
-            os.dup2(old, number)
-            os.close(old)

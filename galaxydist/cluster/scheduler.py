@@ -1,0 +1,276 @@
+"""What SLURM says of jobs, and cancelling them.
+
+submitit's own watcher is not used: it asks once in 600 s unless forced, needs accounting, and knows neither why a job waits nor
+how much time it has left. We ask ourselves, once for all jobs: squeue for what is queued, runs or has just ended, sacct for the
+rest.
+"""
+
+import os
+import pwd
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from galaxydist.errors import UserError
+
+TIMED_STATES = frozenset({"RUNNING", "COMPLETING", "SUSPENDED", "SIGNALING", "STAGE_OUT"})
+WAITING_STATES = frozenset(
+    {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESIZING", "RESV_DEL_HOLD"}
+)
+UNKNOWN = "UNKNOWN"
+TIMEOUT_S = 30.0
+
+_SQUEUE_FIELDS = "JobArrayID:|,State:|,RestartCnt:|,TimeLeft:|,NodeList:|,Reason:|"
+_SACCT_FIELDS = "JobID,State,NodeList,Reason"
+# What people set for themselves changes what these programs print; 0: ids of arrays are never shortened.
+_OWN_SETTINGS = ("SQUEUE_", "SACCT_", "SCANCEL_")
+_ENVIRONMENT = {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
+_IDS = re.compile(r"(\d+)_\[([^\]]*?)(?:%\d+)?\]")
+_CANCEL_REFUSAL = re.compile(r"Kill job error on job id (\S+?):\s*(.*)")
+_NO_SUCH_JOB = "Invalid job id"
+# Where a value is missing these stand.
+_NOTHING = frozenset({"", "None", "None assigned", "(null)", "N/A"})
+
+
+class SchedulerAwayError(UserError):
+    """SLURM cannot be asked: it is not on this machine, or does not answer."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What is known of a job.
+
+    Args:
+        state: SLURM's word, such as PENDING, RUNNING, TIMEOUT or NODE_FAIL; UNKNOWN where SLURM cannot tell.
+        reason: why it waits, who cancelled it, why its state is not known; may be empty.
+        time_left_s: seconds until its time limit; None where it does not run or has no limit.
+        nodes: where it runs or ran, such as ``n[1-2]``.
+        restarts: how often SLURM started it again; 0 where only accounting knows the job, which does not count them.
+    """
+
+    state: str
+    reason: str = ""
+    time_left_s: float | None = None
+    nodes: str = ""
+    restarts: int = 0
+
+    @property
+    def is_active(self) -> bool:
+        """It waits or runs: whatever SLURM does with it next, it is not over."""
+        return self.state in TIMED_STATES | WAITING_STATES
+
+
+def is_slurm_here() -> bool:
+    """SLURM's programs are on this machine."""
+    return all(shutil.which(name) for name in ("sbatch", "squeue", "scontrol"))
+
+
+def read_states(job_ids: Sequence[str]) -> dict[str, JobState]:
+    """Ask SLURM for many jobs at once.
+
+    Args:
+        job_ids: ``123``, or ``123_4`` for a task of an array.
+
+    Returns:
+        A state for each id. UNKNOWN, with a reason, where SLURM does not know the job: it was submitted this second, or it ended
+        and accounting is missing or away.
+
+    Raises:
+        SchedulerAwayError: slurmctld does not answer, or there is no SLURM on this machine.
+    """
+    if not job_ids:
+        return {}
+    if not is_slurm_here():
+        raise SchedulerAwayError("There is no SLURM on this machine (no squeue): ask on a login node of the cluster.")
+    whole = sorted({job_id.partition("_")[0] for job_id in job_ids}, key=lambda job_id: (len(job_id), job_id))
+    queued = parse_squeue(_ask_squeue(whole))
+    found = {job_id: state for job_id in job_ids if (state := _find(job_id, queued)) is not None}
+    rest = [job_id for job_id in job_ids if job_id not in found or found[job_id].state == "CANCELLED"]
+    for job_id, told in (_ask_sacct(rest) if rest else {}).items():
+        if job_id not in found:
+            found[job_id] = told
+        elif told.state == "CANCELLED":
+            found[job_id] = replace(found[job_id], reason=told.reason)  # squeue does not know by whom
+    return found
+
+
+def cancel_jobs(job_ids: Iterable[str]) -> dict[str, str]:
+    """End jobs, or take them from the queue.
+
+    Returns:
+        SLURM's words for each job that it did not cancel, such as one that is over.
+
+    Raises:
+        SchedulerAwayError: slurmctld does not answer.
+    """
+    ids = list(job_ids)
+    if not ids:
+        return {}
+    if not is_slurm_here():
+        raise SchedulerAwayError("There is no SLURM on this machine (no scancel): cancel on a login node of the cluster.")
+    _check_controller()
+    done = _run(["scancel", "--verbose", *ids])  # otherwise it is silent about ids that it does not know
+    refused = {job_id: words for job_id, words in _CANCEL_REFUSAL.findall(done.stderr) if job_id in ids}
+    if done.returncode != 0 and not refused:
+        raise SchedulerAwayError(f"scancel failed: {_words(done)}")
+    return refused
+
+
+def max_array_size() -> int:
+    """MaxArraySize of the cluster: array indices end one below it.
+
+    Raises:
+        SchedulerAwayError: slurmctld does not answer.
+    """
+    done = _run(["scontrol", "show", "config"])
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
+    if match is None:
+        raise SchedulerAwayError(f"scontrol does not tell MaxArraySize: {_words(done)}")
+    return int(match[1])
+
+
+def parse_squeue(text: str) -> dict[str, JobState]:
+    """States by job id, from squeue's lines in the format that is asked for here."""
+    states = {}
+    for line in text.splitlines():
+        fields = line.split("|", 5)
+        if len(fields) != 6:
+            continue
+        ids, state, restarts, left, nodes, reason = (field.strip() for field in fields)
+        reason = _clean(reason.removesuffix("|").rstrip())
+        time_left_s = parse_duration(left) if state in TIMED_STATES else None
+        known = JobState(
+            state,
+            "" if state in TIMED_STATES or state == "CANCELLED" else reason,  # what it waited for before
+            time_left_s,
+            _clean(nodes),
+            int(restarts) if restarts.isdecimal() else 0,
+        )
+        states |= dict.fromkeys(expand_ids(ids), known)
+    return states
+
+
+def parse_sacct(text: str) -> dict[str, JobState]:
+    """States by job id, from sacct's lines in the format that is asked for here."""
+    states = {}
+    for line in text.splitlines():
+        fields = line.split("|", 3)
+        if len(fields) != 4:
+            continue
+        ids, words, nodes, reason = (field.strip() for field in fields)
+        state, _, by = words.partition(" by ")
+        reason = f"by {_user_name(by)}" if by else _clean(reason)
+        if state in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED"):
+            # squeue does not know it: the record was never closed.
+            known = JobState(UNKNOWN, f"accounting says {state}, but slurmctld does not know this job", None, _clean(nodes))
+        else:
+            known = JobState(state, reason, None, _clean(nodes))
+        states |= dict.fromkeys(expand_ids(ids), known)
+    return states
+
+
+def expand_ids(text: str) -> list[str]:
+    """The ids that a line speaks of: ``12_[1-3,7%2]`` is 12_1, 12_2, 12_3 and 12_7; any other text is itself."""
+    match = _IDS.fullmatch(text)
+    if match is None:
+        return [text]
+    array, ids = match.groups()
+    found = []
+    for part in filter(None, ids.split(",")):
+        span, _, step = part.partition(":")
+        first, _, last = span.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            continue  # "...": the list was cut
+        found += [f"{array}_{index}" for index in range(int(first), int(last or first) + 1, int(step or 1))]
+    return found
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds of SLURM's ``D-HH:MM:SS``, ``HH:MM:SS`` or ``MM:SS``; None for UNLIMITED and the like."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def _find(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
+    """Of an array that was cancelled, the tasks that had not started stand together under the array's id."""
+    return states.get(job_id) or states.get(job_id.partition("_")[0])
+
+
+def _ask_squeue(job_ids: Sequence[str]) -> str:
+    _check_controller()
+    # Without the ids of tasks the command stays short, however large the arrays.
+    done = _run(["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(job_ids)}", f"--Format={_SQUEUE_FIELDS}"])
+    if done.returncode == 0 or _NO_SUCH_JOB in done.stderr:
+        return done.stdout
+    raise SchedulerAwayError(f"SLURM could not be asked. squeue: {_words(done)}")
+
+
+def _check_controller() -> None:
+    """scontrol knows at once that slurmctld is down, where the other programs try for 18 s."""
+    text = _run(["scontrol", "ping"]).stdout
+    answers = re.findall(r"^Slurmctld\(.*\) (?:at \S+ )?is (UP|DOWN)", text, re.MULTILINE)
+    if answers and "UP" not in answers:
+        raise SchedulerAwayError("SLURM could not be asked: slurmctld is down. What runs goes on; try again in a minute.")
+
+
+def _ask_sacct(job_ids: Sequence[str]) -> dict[str, JobState]:
+    """What accounting knows of jobs that squeue has forgotten."""
+    whole = sorted({job_id.partition("_")[0] for job_id in job_ids})
+    states, reason = {}, "SLURM does not know it: it was submitted just now, or its record was removed"
+    if shutil.which("sacct") is None:
+        reason = "SLURM has no accounting here (no sacct): what has ended is known from the run folder alone"
+    else:
+        try:
+            done = _run(["sacct", "-X", "-P", "-n", f"--format={_SACCT_FIELDS}", f"--jobs={','.join(whole)}"])
+            if done.returncode == 0:
+                states = parse_sacct(done.stdout)
+            elif "accounting storage is disabled" in done.stderr.lower():
+                reason = "SLURM keeps no accounting here: what has ended is known from the run folder alone"
+            else:
+                reason = f"accounting could not be asked: {_words(done)}"
+        except SchedulerAwayError as error:
+            reason = f"accounting could not be asked: {error}"
+    return {job_id: _find(job_id, states) or JobState(UNKNOWN, reason) for job_id in job_ids}
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(_OWN_SETTINGS)}
+    try:
+        return subprocess.run(
+            command,
+            env=environ | _ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise SchedulerAwayError(
+            f"SLURM could not be asked: {command[0]} did not answer within {TIMEOUT_S:.0f} s. Try again in a minute."
+        ) from None
+    except OSError as error:
+        raise SchedulerAwayError(f"SLURM could not be asked: {command[0]}: {error.strerror or error}.") from error
+
+
+def _words(done: subprocess.CompletedProcess[str]) -> str:
+    """The last thing that a program complained of."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1] if lines else f"exit code {done.returncode}"
+
+
+def _clean(text: str) -> str:
+    return "" if text in _NOTHING else text
+
+
+def _user_name(uid: str) -> str:
+    try:
+        return pwd.getpwuid(int(uid)).pw_name
+    except (KeyError, ValueError):
+        return f"user {uid}"
