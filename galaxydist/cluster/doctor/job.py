@@ -6,11 +6,12 @@ from pathlib import Path
 
 from galaxydist.cluster.doctor.check import Check, failure
 from galaxydist.cluster.doctor.merge import merge_reports
-from galaxydist.cluster.doctor.queue import LocalQueuedJob, QueuedJob, Seen, SlurmQueuedJob
+from galaxydist.cluster.doctor.queue import LocalQueuedJob, QueuedJob, SlurmQueuedJob, has_ended, is_waiting
 from galaxydist.cluster.doctor.rank import Examination, examine_task
 from galaxydist.cluster.doctor.report import RankReport, read_reports
 from galaxydist.cluster.executor import build_executor, explain_refusal
 from galaxydist.cluster.profile import ClusterConfig
+from galaxydist.cluster.scheduler import UNKNOWN, JobState
 from galaxydist.cluster.snapshot import take_snapshot
 
 # Longer than all parts of the examination take when every one of them fails by its limit.
@@ -48,24 +49,24 @@ def doctor_cluster(
     try:
         return _follow(queued, folder, short, wait_s)
     finally:
-        if not queued.look().has_ended:
+        if not has_ended(queued.look()):
             queued.end()
 
 
 def _follow(job: QueuedJob, folder: Path, cluster: ClusterConfig, wait_s: float) -> list[Check]:
     """Wait until all ranks are done or the job is no more."""
     began = started = time.monotonic()
-    seen = Seen("")
+    seen = JobState(UNKNOWN)
     while True:
         reports = read_reports(folder)
         if len(reports) == cluster.num_tasks and all(report.is_done for report in reports):
             _await_end(job)
             break
         seen, now = job.look(), time.monotonic()
-        if seen.has_ended:
+        if has_ended(seen):
             reports = _settle(folder, cluster.num_tasks)
             break
-        if reports or (seen.state and not seen.is_waiting):
+        if reports or not (is_waiting(seen) or seen.state == UNKNOWN):
             if now - started > cluster.time_min * 60 + SETTLING_S:
                 break
         elif now - began > wait_s:
@@ -82,7 +83,7 @@ def _follow(job: QueuedJob, folder: Path, cluster: ClusterConfig, wait_s: float)
 def _await_end(job: QueuedJob) -> None:
     """The ranks are done: give the job the moment that it takes to leave."""
     until = time.monotonic() + SETTLING_S
-    while time.monotonic() < until and not job.look().has_ended:
+    while time.monotonic() < until and not has_ended(job.look()):
         time.sleep(LOOK_S / 5)
 
 
@@ -93,23 +94,22 @@ def _settle(folder: Path, num_tasks: int) -> list[RankReport]:
     return reports
 
 
-def _not_started(seen: Seen, wait_s: float) -> Check:
-    state = f"{seen.state}, reason {seen.reason or 'unknown'}" if seen.state else "unknown (squeue does not answer)"
+def _not_started(seen: JobState, wait_s: float) -> Check:
     return failure(
         "job",
-        f"did not start within {wait_s:g} s: state {state}. It was cancelled",
+        f"did not start within {wait_s:g} s: state {seen.state}, reason {seen.reason or 'not told'}. It was cancelled",
         "wait longer (--wait SECONDS), ask for less (cluster.nodes, cluster.gpus_per_node) or another cluster.partition; "
         "`sinfo` shows what is free, `squeue --start` when",
     )
 
 
-def _broken_off(output: Path, seen: Seen, has_reports: bool) -> Check:
+def _broken_off(output: Path, seen: JobState, has_reports: bool) -> Check:
     """What the output of a job says that did not come to its end."""
     lines: list[str] = []
     for path in sorted(output.glob("*.err")) or sorted(output.glob("*.out")):
         told = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
         lines += [f"{path.name}: {line}" for line in told[-LAST_LINES:]]
-    text = f"state {seen.state or 'unknown'}; output in {output}"
+    text = f"state {seen.state}; output in {output}"
     if lines:
         return failure("job", "\n".join([text, *lines[: 4 * LAST_LINES]]), "the lines above say what failed on the node")
     if has_reports:
