@@ -91,6 +91,7 @@ class BedFiles:
 
     def write(self) -> "BedFiles":
         """All files, into a folder that was claimed; with free ports, which the result has."""
+        shutil.rmtree(self.folder / "logs", ignore_errors=True)
         for name in (*FOLDERS, *(f"spool/{node}" for node in self.nodes)):
             (self.folder / name).mkdir(mode=0o700, exist_ok=True)
         files = dataclasses.replace(self, ports=_free_ports(("slurmdbd", "slurmctld", *self.nodes)))
