@@ -118,7 +118,7 @@ def _print_overview(console: "Console", overview: "Overview", *, is_default: boo
         return
     with console.capture() as capture:  # rich would end the program where whoever read our output went away
         console.print(render_overview(overview, console.width))
-    print(capture.get(), end="")
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def _watch(console: "Console", folders: list[Path], interval_s: int) -> None:
