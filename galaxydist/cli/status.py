@@ -182,7 +182,7 @@ def run_logs(arguments: argparse.Namespace) -> None:
 
 
 def _no_logs(files: "JobFiles", rank: int) -> str:
-    ranks = [path.stem.removeprefix("rank-") for path in files.rank_logs()]
+    ranks = [path.stem.removeprefix("rank-") for path in files.rank_logs() if path.stat().st_size > 0]
     if ranks:
         return f"Rank {rank} of {files.run_dir} has printed nothing; there are logs of rank {', '.join(ranks)}."
     jobs = files.jobs()
