@@ -152,19 +152,31 @@ def choose_wandb_mode(environ: Mapping[str, str]) -> str:
     """``online`` where there is a key and wandb's server answers within two seconds, else ``offline``."""
     if environ.get("WANDB_MODE") in ("online", "offline"):
         return environ["WANDB_MODE"]
+    host, port = wandb_address(environ)
+    return "online" if has_wandb_key(environ, host) and is_reachable(host, port) else "offline"
+
+
+def wandb_address(environ: Mapping[str, str]) -> tuple[str, int]:
+    """Host and port of wandb's server."""
     host = environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
     name, _, port = host.partition(":")
-    if not environ.get("WANDB_API_KEY") and not _key_in_netrc(name):
-        return "offline"
-    try:
-        socket.create_connection((name, int(port or 443)), timeout=2).close()
-    except OSError:
-        return "offline"
-    return "online"
+    return name, int(port or 443)
 
 
-def _key_in_netrc(host: str) -> bool:
+def has_wandb_key(environ: Mapping[str, str], host: str) -> bool:
+    """Whether there is a key for a server: in the environment, or where ``wandb login`` puts it."""
+    if environ.get("WANDB_API_KEY"):
+        return True
     try:
         return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def is_reachable(host: str, port: int) -> bool:
+    """Whether a server takes connections within two seconds."""
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,170 @@
+"""From what the ranks found, each for itself, to one table: what is alike is one line, what differs is named by host."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from galaxydist.cluster.doctor.check import LEVELS, Check, failure, ok, warning
+from galaxydist.cluster.doctor.merge_exchange import (
+    check_addresses,
+    check_bandwidth,
+    check_clocks,
+    check_meeting,
+    check_shared_files,
+    check_signals,
+)
+from galaxydist.cluster.doctor.report import RankReport
+from galaxydist.cluster.doctor.where import name_places
+
+MOST_GROUPS = 4
+
+
+def merge_reports(reports: Sequence[RankReport], num_tasks: int, gpus_per_node: int) -> list[Check]:
+    """The table of a job.
+
+    Args:
+        reports: of the ranks that wrote one, in their order.
+        num_tasks: ranks that the job has.
+        gpus_per_node: that the profile asks for.
+    """
+    present = check_presence(reports, num_tasks)
+    if not reports:
+        return [present]
+    examined = [report for report in reports if report.checks]
+    checks = [present, *merge_checks(examined)]
+    if examined:
+        checks += [check_same_versions(examined), check_cpus(examined)]
+    if examined and gpus_per_node:
+        checks.append(check_gpu_shares(examined, gpus_per_node))
+    parts: list[Callable[[Sequence[RankReport]], Iterable[Check]]] = [
+        check_addresses,
+        check_meeting,
+        check_clocks,
+        check_shared_files,
+        check_signals,
+        check_bandwidth,
+    ]
+    for part in parts:
+        checks += part(reports)
+    return checks
+
+
+def check_presence(reports: Sequence[RankReport], num_tasks: int) -> Check:
+    """Whether every rank came to its end."""
+    absent = sorted(set(range(num_tasks)) - {report.rank for report in reports})
+    ended = [report for report in reports if not report.is_done]
+    hosts = list(dict.fromkeys(report.host for report in reports))
+    if not absent and not ended:
+        return ok("ranks", f"{num_tasks} on {', '.join(hosts)}: all came to the end")
+    parts = [f"ranks {', '.join(map(str, absent))} wrote nothing"] if absent else []
+    for report in ended:
+        parts.append(
+            f"rank {report.rank} ({report.host}) ended in the part '{report.part}'{f': {report.error}' if report.error else ''}"
+        )
+    return failure("ranks", "; ".join(parts), "the job's output, named below, says more")
+
+
+def merge_checks(reports: Sequence[RankReport]) -> list[Check]:
+    """The nodes' own checks, by name: one line where all ranks found the same."""
+    names = dict.fromkeys(check.name for report in reports for check in report.checks)
+    return [_merge_named(name, reports) for name in names]
+
+
+def _merge_named(name: str, reports: Sequence[RankReport]) -> Check:
+    found = [(report, check) for report in reports for check in report.checks if check.name == name]
+    groups: dict[Check, list[RankReport]] = {}
+    for report, check in found:
+        groups.setdefault(check, []).append(report)
+    ordered = sorted(groups, key=lambda check: -LEVELS.index(check.level))
+    worst = ordered[0]
+    if len(groups) == 1:
+        return worst
+    if len({_without_figures(check) for check in groups}) == 1 and worst.level == "ok":
+        # The same, but for figures that are never equal, such as free space.
+        return Check(name, "ok", f"{worst.text} ({name_places(groups[worst], reports)}; alike elsewhere)")
+    lines = [f"{name_places(groups[check], reports)}: {check.text}" for check in ordered[:MOST_GROUPS]]
+    if len(ordered) > MOST_GROUPS:
+        lines.append(f"and {len(ordered) - MOST_GROUPS} other answers")
+    return Check(name, worst.level, "\n".join(lines), "\n".join(dict.fromkeys(check.remedy for check in ordered if check.remedy)))
+
+
+def check_same_versions(reports: Sequence[RankReport]) -> Check:
+    """Interpreter and libraries, against what most ranks have."""
+    names = dict.fromkeys(name for report in reports for name in report.versions)
+    lines = []
+    for name in names:
+        versions: dict[str, list[RankReport]] = {}
+        for report in reports:
+            versions.setdefault(report.versions.get(name, "missing"), []).append(report)
+        if len(versions) > 1:
+            told = (f"{version} on {name_places(theirs, reports)}" for version, theirs in versions.items())
+            lines.append(f"{name}: {', '.join(told)}")
+    if lines:
+        remedy = "use one environment on a file system that all nodes share (cluster.python, cluster.container, cluster.setup)"
+        return failure("versions", "\n".join(lines), remedy)
+    shown = {name: reports[0].versions.get(name) for name in ("Python", "torch", "CUDA", "NCCL")}
+    return ok("versions", f"the same on all ranks ({', '.join(f'{name} {value}' for name, value in shown.items() if value)})")
+
+
+def check_cpus(reports: Sequence[RankReport]) -> Check:
+    """Cores that each rank may run on, against what SLURM gave it."""
+    name = "cores a rank"
+    few = [report for report in reports if report.cpus_per_task is not None and report.cores < report.cpus_per_task]
+    if few:
+        text = f"SLURM gave {few[0].cpus_per_task} to a rank, but it is bound to {few[0].cores} on {name_places(few, reports)}"
+        return warning(name, text, "srun was told another number: look at SRUN_CPUS_PER_TASK, and at --cpu-bind in cluster.extra")
+    counts = sorted({report.cores for report in reports})
+    told = " to ".join(str(count) for count in (counts if len(counts) < 3 else (counts[0], counts[-1])))
+    asked = sorted({report.cpus_per_task for report in reports if report.cpus_per_task is not None})
+    if not asked:
+        return ok(name, f"{told} (cluster.cpus_per_task is not set)")
+    free = [report for report in reports if report.cpus_per_task is not None and report.cores > report.cpus_per_task]
+    unbound = ": SLURM does not bind here, the trainer divides them among the ranks of a node" if free else ""
+    return ok(name, f"{told}, asked for {', '.join(map(str, asked))}{unbound}")
+
+
+def check_gpu_shares(reports: Sequence[RankReport], gpus_per_node: int) -> Check:
+    """Whether each rank sees GPUs of its own job only, and each one another.
+
+    Args:
+        reports: of the ranks.
+        gpus_per_node: that the profile asks for.
+    """
+    name = "GPUs a rank"
+    fence = "the site must fence GPUs (gres.conf with files, ConstrainDevices in cgroup.conf): ask its administrators"
+    blind = [report for report in reports if report.num_gpus == 0]
+    if blind:
+        text = f"none visible to torch on {name_places(blind, reports)}, where the job has {gpus_per_node} a node"
+        return failure(name, text, "see the line GPUs; cluster.gpu_request says how this cluster spells them")
+    strange = [report for report in reports if not _is_own(report)]
+    if strange:
+        report = strange[0]
+        text = (
+            f"CUDA_VISIBLE_DEVICES={report.visible_gpus or '(not set)'}, but SLURM gave GPUs {report.slurm_gpus} "
+            f"on {name_places(strange, reports)}: these may be another job's"
+        )
+        return failure(name, text, f"do not set CUDA_VISIBLE_DEVICES (profile, ~/.bashrc); else {fence}")
+    taken: dict[tuple[str, str], list[RankReport]] = {}
+    for report in reports:
+        if report.gpu is not None:
+            taken.setdefault((report.machine, report.gpu), []).append(report)
+    shared = next((theirs for theirs in taken.values() if len(theirs) > 1), None)
+    if shared is not None:
+        text = f"ranks {', '.join(str(report.rank) for report in shared)} on {shared[0].host} share one GPU"
+        return failure(name, text, "one task a GPU: set cluster.tasks_per_node to cluster.gpus_per_node (or 0)")
+    seen = sorted({report.num_gpus for report in reports})
+    return ok(name, f"each rank has one of its own ({' or '.join(map(str, seen))} visible), all of them SLURM's")
+
+
+def _is_own(report: RankReport) -> bool:
+    """CUDA_VISIBLE_DEVICES names the job's GPUs: by SLURM's numbers, or from 0 where a control group hides the others."""
+    if report.slurm_gpus is None:
+        return True
+    given = report.slurm_gpus.split(",")
+    if report.visible_gpus is None:
+        return report.num_gpus <= len(given)
+    visible = [number for number in report.visible_gpus.split(",") if number]
+    renumbered = [str(number) for number in range(len(given))]
+    return set(visible) <= set(given) or (set(visible) <= set(renumbered) and report.num_gpus <= len(given))
+
+
+def _without_figures(check: Check) -> tuple[str, str]:
+    return check.level, "".join("0" if character.isdigit() else character for character in check.text)

@@ -1,0 +1,121 @@
+"""What one rank of the doctor's job found: plain values, written as JSON after each part.
+
+So a rank that dies leaves what it knows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from galaxydist.cluster.doctor.check import Check
+from galaxydist.errors import UserError
+from galaxydist.files import read_json, write_json
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Timing:
+    """All-reduces of one backend.
+
+    Args:
+        num_bytes: of the tensor.
+        median_s: seconds of one, the slowest rank's, median over several.
+        error: why there are none.
+    """
+
+    num_bytes: int = 0
+    median_s: float = 0.0
+    error: str | None = None
+
+
+@dataclass
+class RankReport:
+    """One rank, filled in as it goes on.
+
+    Args:
+        rank, world_size: of the job.
+        host: the node, as the scheduler calls it.
+        machine: the same for processes of one machine (several nodes of a test bed are one).
+        part: what it did last; "done" at the end.
+        checks: of the node.
+        versions: name -> version, to be equal on all ranks.
+        cores: that the process may run on.
+        cpus_per_task: that SLURM gave it.
+        visible_gpus: CUDA_VISIBLE_DEVICES; None: not set.
+        slurm_gpus: SLURM_STEP_GPUS or SLURM_JOB_GPUS, of the whole node.
+        num_gpus: that torch sees.
+        gpu: the unique id of the one that this rank would train on.
+        interface: that gloo is told to use; None: the one that the machine's name resolves to.
+        address: of this rank in the rendezvous.
+        store: where the ranks met, host and port.
+        meeting_s: seconds until all had met.
+        timings: backend -> all-reduces.
+        clock_s: this clock minus rank 0's.
+        round_trip_s: within which that was measured: the clock's error is at most half of it.
+        seen_s: seconds until a file written by rank 0 was seen; None: never.
+        renamed_s: the same for a file replaced by the last rank.
+        torn: times that neither the old nor the new contents were read meanwhile.
+        signal_s: seconds until SIGUSR2 arrived; None: never.
+        signal_error: why it was not sent.
+        error: what ended the examination early.
+    """
+
+    rank: int
+    world_size: int
+    host: str
+    machine: str
+    part: str = "start"
+    checks: list[Check] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    cores: int = 0
+    cpus_per_task: int | None = None
+    visible_gpus: str | None = None
+    slurm_gpus: str | None = None
+    num_gpus: int = 0
+    gpu: str | None = None
+    interface: str | None = None
+    address: str | None = None
+    store: str = ""
+    meeting_s: float | None = None
+    timings: dict[str, Timing] = field(default_factory=dict)
+    clock_s: float | None = None
+    round_trip_s: float | None = None
+    seen_s: float | None = None
+    renamed_s: float | None = None
+    torn: int = 0
+    signal_s: float | None = None
+    signal_error: str | None = None
+    error: str | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.part == "done"
+
+    def write(self, folder: Path, part: str) -> None:
+        """Note that a part is begun, and write everything so far."""
+        self.part = part
+        write_json(folder / f"rank-{self.rank}.json", {"format": FORMAT_VERSION, **asdict(self)})
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        values = {key: value for key, value in plain.items() if key != "format"}
+        values["checks"] = [Check.from_dict(check) for check in plain["checks"]]
+        values["timings"] = {name: Timing(**timing) for name, timing in plain["timings"].items()}
+        return cls(**values)
+
+
+def read_reports(folder: Path) -> list[RankReport]:
+    """What the ranks have written so far, in their order.
+
+    Raises:
+        UserError: written by another galaxydist.
+    """
+    reports = []
+    for path in folder.glob("rank-*.json"):
+        plain = read_json(path)
+        if plain.get("format") != FORMAT_VERSION:
+            raise UserError(f"{path} was written by another galaxydist: remove {folder} and give the command again")
+        reports.append(RankReport.from_dict(plain))
+    return sorted(reports, key=lambda report: report.rank)
