@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ def note_job(trial: Trial, job_id: str, scheduler: str = "slurm") -> None:
         job_id=job_id,
         scheduler="local" if scheduler == "local" else "slurm",
         cluster="a100",
-        time=0.0,
+        time=time.time(),
         nodes=1,
         tasks=1,
         time_limit_min=60,
@@ -168,7 +169,8 @@ def test_a_lock_of_a_job_says_nothing_the_scheduler_knows_better(tmp_path: Path)
 
 def test_a_local_job_runs_while_its_process_does(tmp_path: Path) -> None:
     (trial,) = make_trials(tmp_path, 1)
-    command = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", "submitit.local._local"]
+    waits = "import sys; print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", waits, "submitit.local._local", str(trial.run_dir)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
         process.stdout.readline()
@@ -220,7 +222,22 @@ def test_chunks_hold_all_trials_in_order_and_wait_for_one_another(
     ]
 
 
-def test_ctrl_c_waits_for_the_array_that_is_being_sent(thirty: list[Trial]) -> None:
+@pytest.mark.parametrize("has_threads", [False, True])
+def test_ctrl_c_waits_for_the_array_that_is_being_sent(thirty: list[Trial], has_threads: bool) -> None:
+    """Another thread, as libraries start them, may take the signal."""
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    if has_threads:
+        thread.start()
+    try:
+        _interrupt_the_second_array(thirty)
+    finally:
+        over.set()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def _interrupt_the_second_array(trials: list[Trial]) -> None:
     heard = []
 
     def interrupt(number: int) -> None:
@@ -231,10 +248,9 @@ def test_ctrl_c_waits_for_the_array_that_is_being_sent(thirty: list[Trial]) -> N
 
     send = Sent(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        submit_arrays(thirty, send=send, chunk_size=10, parallel=2, say=lambda _: None)
+        submit_arrays(trials, send=send, chunk_size=10, parallel=2, say=lambda _: None)
     assert len(send.arrays) == 2, "the second is whole, the third was not begun"
     assert heard == ["True\n"], "what is started meanwhile does not hear it"
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_a_refusal_on_the_way_says_what_was_sent(thirty: list[Trial]) -> None:
@@ -266,7 +282,7 @@ def test_on_this_machine_only_so_many_run_at_a_time(thirty: list[Trial], count: 
         thirty[:count],
         send=send,
         parallel=parallel,
-        is_running=lambda job_id: left[job_id] > 0,
+        is_running=lambda trial: left[str(100 + thirty.index(trial))] > 0,
         judge=lambda trial: Decision("failed", True, "why") if trial is bad else Decision("finished", False, ""),
         pause=pause,
         say=said.append,
