@@ -118,7 +118,7 @@ def _print_overview(console: "Console", overview: "Overview", *, is_default: boo
         return
     with console.capture() as capture:  # rich would end the program where whoever read our output went away
         console.print(render_overview(overview, console.width))
-    print(capture.get(), end="")
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def _watch(console: "Console", folders: list[Path], interval_s: int) -> None:
@@ -182,7 +182,7 @@ def run_logs(arguments: argparse.Namespace) -> None:
 
 
 def _no_logs(files: "JobFiles", rank: int) -> str:
-    ranks = [path.stem.removeprefix("rank-") for path in files.rank_logs()]
+    ranks = [path.stem.removeprefix("rank-") for path in files.rank_logs() if path.stat().st_size > 0]
     if ranks:
         return f"Rank {rank} of {files.run_dir} has printed nothing; there are logs of rank {', '.join(ranks)}."
     jobs = files.jobs()

@@ -94,22 +94,24 @@ def _account_problems(config: ClusterConfig, site: Site, partition: Partition) -
             yield f"account={account}: this partition is for {', '.join(partition.allow_accounts)}"
         elif partition.allow_accounts is None and account in partition.deny_accounts:
             yield f"account={account}: it is shut out of this partition"
-    if config.qos is None:
-        return
     association = site.association(config.account, partition.name)
-    if site.qos and config.qos not in site.qos and site.enforces("qos"):
-        yield f"qos={config.qos}: there is no such qos; there are {', '.join(site.qos)}"
-    elif association is not None and site.enforces("qos") and association.qos and config.qos not in association.qos:
-        yield f"qos={config.qos}: account {association.account} has {', '.join(association.qos)}"
-    elif partition.allow_qos is not None and config.qos not in partition.allow_qos:
-        yield f"qos={config.qos}: this partition takes {', '.join(partition.allow_qos)}"
-    elif partition.allow_qos is None and config.qos in partition.deny_qos:
-        yield f"qos={config.qos}: it is shut out of this partition"
+    qos = config.qos or (association.usual_qos if association is not None else None)
+    if qos is None or not site.enforces("qos"):
+        return
+    given = f"qos={config.qos}" if config.qos else f"qos=null, which is {qos} for you"
+    if site.qos and qos not in site.qos:
+        yield f"{given}: there is no such qos; there are {', '.join(site.qos)}"
+    elif association is not None and association.qos and qos not in association.qos:
+        yield f"{given}: account {association.account} has {', '.join(association.qos)}"
+    elif partition.allow_qos is not None and qos not in partition.allow_qos:
+        yield f"{given}: this partition takes {', '.join(partition.allow_qos)}"
+    elif partition.allow_qos is None and qos in partition.deny_qos:
+        yield f"{given}: it is shut out of this partition"
 
 
 def _time_problems(config: ClusterConfig, site: Site, partition: Partition) -> Iterator[str]:
     association = site.association(config.account, partition.name)
-    qos = site.qos.get(config.qos or (association.default_qos if association else None) or "")
+    qos = site.qos.get(config.qos or (association.usual_qos if association is not None else None) or "")
     lifted = qos is not None and "PartitionTimeLimit" in qos.flags
     if partition.max_time_s is not None and config.time_s > partition.max_time_s and not lifted:
         yield f"time={config.time}: its longest is {time_text(partition.max_time_s)}"
@@ -133,7 +135,7 @@ def _node_problems(config: ClusterConfig, site: Site, partition: Partition) -> I
         else:
             yield problem
     count = sum(group.count for group in partition.nodes if all(fit(group) for fit in fits))
-    if count < config.nodes:
+    if count < min(config.nodes, partition.max_nodes or config.nodes):
         yield f"nodes={config.nodes}: it has {count} with all of the rest"
 
 
@@ -159,12 +161,12 @@ def _needs(config: ClusterConfig, partition: Partition) -> Iterator[tuple[str, C
         f"{config.tasks_on_node} processes need {cpus} CPUs of a node, and a job can have {most} there",
         lambda group: _least(group.cpus, cpu_limit) >= cpus,
     )
-    if config.memory_mb:
+    if config.memory_mb is not None:
         memory_mb, memory_limit = config.memory_mb, partition.max_memory_mb
         most = max(_least(group.memory_mb, memory_limit) for group in partition.nodes)
         yield (
             f"memory={config.memory:g}: a job can have {most / MB_IN_GB:.1f} GB of a node there",
-            lambda group: _least(group.memory_mb, memory_limit) >= memory_mb,
+            lambda group: _least(group.memory_mb, memory_limit) >= (memory_mb or group.memory_mb),
         )
     if config.constraint is not None and re.fullmatch(r"[\w.-]+", config.constraint):  # SLURM's own expressions it reads itself
         features = sorted({feature for group in partition.nodes for feature in group.features})

@@ -88,7 +88,8 @@ def _table(site: Site) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "# " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-    yield "# (*: the default)"
+    if site.default_partition is not None:
+        yield "# (*: the default)"
 
 
 def _identity(site: Site, partition: Partition) -> Iterator[str]:
@@ -109,10 +110,10 @@ def _identity(site: Site, partition: Partition) -> Iterator[str]:
     if association is None:
         return
     qos = _qos(site, partition, account)
-    if qos != association.default_qos and qos is not None and partition.allow_qos is not None:
+    if qos != association.usual_qos and qos is not None and partition.allow_qos is not None:
         yield _line("qos", _yaml(qos), f"this partition takes {', '.join(partition.allow_qos)}")
     elif association.qos:
-        yield _line("# qos", _yaml(association.default_qos or association.qos[0]), f"yours: {_qos_text(site, association.qos)}")
+        yield _line("# qos", _yaml(association.usual_qos or association.qos[0]), f"yours: {_qos_text(site, association.qos)}")
 
 
 def _account(site: Site, partition: Partition, accounts: tuple[str, ...]) -> tuple[bool, str | None]:
@@ -138,9 +139,9 @@ def _qos(site: Site, partition: Partition, account: str | None) -> str | None:
     association = site.association(account, partition.name)
     if association is None:
         return None
-    if partition.allow_qos is None or association.default_qos in partition.allow_qos:
-        return association.default_qos
-    return next((qos for qos in association.qos if qos in partition.allow_qos), association.default_qos)
+    if partition.allow_qos is None or association.usual_qos in partition.allow_qos:
+        return association.usual_qos
+    return next((qos for qos in association.qos if qos in partition.allow_qos), association.usual_qos)
 
 
 def _qos_text(site: Site, names: tuple[str, ...]) -> str:
@@ -179,7 +180,7 @@ def _gpus(site: Site, partition: Partition, group: NodeGroup, tasks: int) -> Ite
     if "cons_tres" in site.settings.get("SelectType", ""):
         yield _line("# gpu_request", "gres", "should --gpus-per-node be refused")
     else:
-        yield _line("gpu_request", "gres", f"{site.settings.get('SelectType', 'this cluster')} knows no --gpus-per-node")
+        yield _line("gpu_request", "gres", f"the surer spelling with {site.settings.get('SelectType', 'an unknown SelectType')}")
     kinds = sorted({kind for group in partition.nodes for kind in group.gpus} - {UNTYPED})
     if kind != UNTYPED:
         key = "gpu_type" if len(kinds) > 1 else "# gpu_type"

@@ -95,6 +95,11 @@ class Association:
     qos: tuple[str, ...]
     default_qos: str | None
 
+    @property
+    def usual_qos(self) -> str | None:
+        """What a job gets that names none; SLURM's own default is ``normal``."""
+        return self.default_qos or ("normal" if "normal" in self.qos else None)
+
 
 @dataclass(frozen=True)
 class Qos:

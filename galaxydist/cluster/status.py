@@ -26,11 +26,19 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock import STALE_SECONDS
 from galaxydist.runs.lock_owner import LockOwner, is_alive, pid_space, read_owner
 
-Group = Literal["running", "pending", "failed", "stopped", "finished"]
-GROUPS: tuple[Group, ...] = ("running", "pending", "failed", "stopped", "finished")
+Group = Literal["running", "pending", "unknown", "failed", "stopped", "finished"]
+GROUPS: tuple[Group, ...] = ("running", "pending", "unknown", "failed", "stopped", "finished")
 
 # States that a run folder tells, beside SLURM's.
 FINISHED, STOPPED, FAILED, NEW, DAMAGED = "FINISHED", "STOPPED", "FAILED", "NEW", "DAMAGED"
+_OTHER_GROUPS: dict[str, Group] = {
+    UNKNOWN: "unknown",
+    STOPPED: "stopped",
+    NEW: "stopped",
+    "CANCELLED": "stopped",
+    "COMPLETED": "stopped",  # without a result: it ended before its end, as it was told
+    FINISHED: "finished",
+}
 _DEPTH = 2
 # SLURM may not know a job for so long after its submission.
 _SETTLING_S = 60.0
@@ -111,13 +119,8 @@ class Overview:
 
 def group_of(state: str) -> Group:
     """The group of a state."""
-    if state in TIMED_STATES:
-        return "running"
-    if state in WAITING_STATES or state in (UNKNOWN, NEW):
-        return "pending"
-    if state in (STOPPED, "CANCELLED", "COMPLETED"):
-        return "stopped"
-    return "finished" if state == FINISHED else "failed"
+    found: Group = "running" if state in TIMED_STATES else "pending" if state in WAITING_STATES else "failed"
+    return _OTHER_GROUPS.get(state, found)
 
 
 def is_run(folder: Path) -> bool:

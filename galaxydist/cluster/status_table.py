@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 
 from rich.console import Group as Lines
 from rich.console import RenderableType
@@ -11,12 +12,22 @@ from rich.text import Text
 
 from galaxydist.cluster.status import GROUPS, Group, Overview, RunStatus
 
-COLORS: dict[Group, str] = {"running": "green", "pending": "yellow", "failed": "red", "stopped": "magenta", "finished": "cyan"}
+COLORS: dict[Group, str] = {
+    "running": "green",
+    "pending": "yellow",
+    "unknown": "yellow",
+    "failed": "red",
+    "stopped": "magenta",
+    "finished": "cyan",
+}
 NOTHING = "-"
 # Between two columns.
 _GAP = 2
 _LEAST_NAME = 16
 _ERROR_WIDTH = 30
+_REASON_WIDTH = 40
+# Accuracies need no name.
+_METRIC_NAMES = {"accuracy": "", "balanced_accuracy": " balanced", "loss": " loss"}
 
 
 @dataclass(frozen=True)
@@ -36,11 +47,6 @@ class Column:
     is_number: bool = False
 
 
-def state_text(status: RunStatus) -> str:
-    """The state, and why."""
-    return f"{status.state} ({status.reason})" if status.reason else status.state
-
-
 def _of(count: int, total: int | None) -> str:
     return f"{count}/{total}" if total is not None else str(count)
 
@@ -51,6 +57,11 @@ def _epoch(status: RunStatus) -> str:
     return f"{epoch}/{progress.epochs}" if progress.epochs is not None else epoch
 
 
+def _best(status: RunStatus) -> str:
+    progress = status.progress
+    return _number(progress.best, ".4f") + (_METRIC_NAMES.get(progress.metric or "", "") if progress.best is not None else "")
+
+
 def _number(value: float | None, form: str) -> str:
     return NOTHING if value is None else format(value, form)
 
@@ -59,11 +70,11 @@ COLUMNS = (
     Column("run", lambda status: status.name, 0),
     Column("job", lambda status: status.job.job_id if status.job else NOTHING, 5),
     Column("state", lambda status: status.state, 1),
-    Column("why", lambda status: status.reason or NOTHING, 8),
+    Column("why", lambda status: shorten(status.reason, _REASON_WIDTH, placeholder="...") or NOTHING, 8),
     Column("step", lambda status: _of(status.progress.step, status.progress.total_steps), 2, True),
     Column("epoch", _epoch, 9, True),
     Column("img/s", lambda status: _number(status.progress.img_s, ",.0f"), 4, True),
-    Column("best val", lambda status: _number(status.progress.best, ".4f"), 3, True),
+    Column("best val", _best, 3, True),
     Column("restarts", lambda status: str(status.restarts), 7, True),
     Column("time left", lambda status: duration_text(status.time_left_s), 6, True),
     Column("to do", lambda status: duration_text(status.to_do_s), 10, True),

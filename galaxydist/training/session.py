@@ -91,8 +91,8 @@ class Session:
         path, cache = find_manifest(self.recipe.data, self.root), find_cache(self.recipe.data, self.root)
         manifest = self.world.together(lambda: open_manifest(path, cache, self.recipe, self.world.size))
         self._others = self.world.together(lambda: self._open_others(manifest))
-        for known in (manifest, *self._others):
-            self.world.on_main(functools.partial(check_columns, known))
+        for judged in (manifest, *self._others):
+            self.world.on_main(functools.partial(check_columns, judged))
         check_parts(self.recipe, self.world)
         torch.manual_seed(self.recipe.seed)
         model = self.world.together(lambda: self._build_model(manifest))

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import PrefixStore
 
 from galaxydist.cluster.doctor.link import Link
 from galaxydist.cluster.doctor.report import Timing
-from galaxydist.files import rename, write_bytes
+from galaxydist.files import rename, unlink, write_bytes
 
 NUM_BYTES = 64_000_000
 REPEATS = 5
@@ -101,6 +101,8 @@ def look_at_shared_files(link: Link, folder: Path, *, limit_s: float = SEEING_S)
     new = bytes.fromhex(link.hear("shared/new"))
     renamed, torn = _wait_for(path, new, old, limit_s)
     link.meet("shared/second")
+    if link.rank == 0:
+        unlink(path)
     return seen, renamed, torn
 
 

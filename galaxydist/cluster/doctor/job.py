@@ -13,6 +13,7 @@ from galaxydist.cluster.executor import build_executor, explain_refusal
 from galaxydist.cluster.profile import ClusterConfig
 from galaxydist.cluster.scheduler import UNKNOWN, JobState
 from galaxydist.cluster.snapshot import take_snapshot
+from galaxydist.errors import UserError
 
 # Longer than all parts of the examination take when every one of them fails by its limit.
 JOB_MIN = 15
@@ -33,17 +34,18 @@ def doctor_cluster(
         data_dir: the data root, where it was given.
         wait_s: how long the job may wait for its start.
         say: tells the user how it goes on.
-
-    Raises:
-        UserError: SLURM does not take the job, or is not here.
     """
     folder = _new_folder(runs / "doctor", cluster.name)
     short = cluster.model_copy(update={"time": min(cluster.time_min, JOB_MIN), "extra": (*cluster.extra, "no-requeue")})
     code = take_snapshot(runs / "doctor" / "code", {})
-    executor = build_executor(short, folder / "output", name=f"doctor-{cluster.name}", code=code)
     examination = Examination(folder, data_dir, cluster.scratch, cluster.gpus_per_node)
-    with explain_refusal(cluster.name):
-        job = executor.submit(examine_task, examination)
+    try:
+        executor = build_executor(short, folder / "output", name=f"doctor-{cluster.name}", code=code)
+        with explain_refusal(cluster.name):
+            job = executor.submit(examine_task, examination)
+    except UserError as error:
+        said, _, remedy = str(error).partition("\n")
+        return [failure("job", said, remedy)]
     queued: QueuedJob = LocalQueuedJob(job) if cluster.scheduler == "local" else SlurmQueuedJob(job.job_id)
     say(f"job {job.job_id}, {cluster.num_tasks} processes on {cluster.nodes} nodes; reports go to {folder}")
     try:

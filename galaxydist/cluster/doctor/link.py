@@ -3,6 +3,7 @@ not work is found by ranks that can still say so."""
 
 import json
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -17,12 +18,14 @@ class Link:
     Args:
         store: of all ranks.
         rank, size: this process and how many there are.
+        clock: seconds since 1970.
     """
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
+    def __init__(self, store: Store, rank: int, size: int, clock: Callable[[], float] = time.time) -> None:
         self.store = store
         self.rank = rank
         self.size = size
+        self._clock = clock
 
     def set_timeout(self, seconds: float) -> None:
         """How long to wait for another rank from now on."""
@@ -66,11 +69,11 @@ class Link:
             for rank in range(1, self.size):
                 for number in range(PINGS):
                     self.hear(f"clock/{rank}/{number}/ask")
-                    self.tell(f"clock/{rank}/{number}/answer", time.time())
+                    self.tell(f"clock/{rank}/{number}/answer", self._clock())
             return 0.0, 0.0
         trips = []
         for number in range(PINGS):
-            start, began = time.time(), time.monotonic()
+            start, began = self._clock(), time.monotonic()
             self.tell(f"clock/{self.rank}/{number}/ask")
             theirs = self.hear(f"clock/{self.rank}/{number}/answer")
             trip = time.monotonic() - began

@@ -130,10 +130,6 @@ def check_gpu_shares(reports: Sequence[RankReport], gpus_per_node: int) -> Check
     """
     name = "GPUs a rank"
     fence = "the site must fence GPUs (gres.conf with files, ConstrainDevices in cgroup.conf): ask its administrators"
-    blind = [report for report in reports if report.num_gpus == 0]
-    if blind:
-        text = f"none visible to torch on {name_places(blind, reports)}, where the job has {gpus_per_node} a node"
-        return failure(name, text, "see the line GPUs; cluster.gpu_request says how this cluster spells them")
     strange = [report for report in reports if not _is_own(report)]
     if strange:
         report = strange[0]
@@ -142,6 +138,10 @@ def check_gpu_shares(reports: Sequence[RankReport], gpus_per_node: int) -> Check
             f"on {name_places(strange, reports)}: these may be another job's"
         )
         return failure(name, text, f"do not set CUDA_VISIBLE_DEVICES (profile, ~/.bashrc); else {fence}")
+    blind = [report for report in reports if report.num_gpus == 0]
+    if blind:
+        text = f"none visible to torch on {name_places(blind, reports)}, where the job has {gpus_per_node} a node"
+        return failure(name, text, "see the line GPUs; cluster.gpu_request says how this cluster spells them")
     taken: dict[tuple[str, str], list[RankReport]] = {}
     for report in reports:
         if report.gpu is not None:
