@@ -93,6 +93,7 @@ def _is_confirmed(count: int, cluster: "ResolvedCluster") -> bool:
 
 
 def _submit(due: "list[Trial]", sweep: "SweepFile", cluster: "ResolvedCluster") -> None:
+    from galaxydist.cluster.records import JobFiles
     from galaxydist.cluster.scheduler import max_array_size, read_states
     from galaxydist.cluster.submission import JobRequest, submit_requests
     from galaxydist.cluster.sweep_sending import run_here, submit_arrays
@@ -114,7 +115,7 @@ def _submit(due: "list[Trial]", sweep: "SweepFile", cluster: "ResolvedCluster") 
         due,
         send=send,
         parallel=parallel,
-        is_running=is_local_job_running,
+        is_running=lambda trial: is_local_job_running(JobFiles(trial.run_dir).jobs()[-1]),
         judge=lambda trial: decide(read_facts([trial], read_states)[0]),
         pause=lambda: time.sleep(POLL_SECONDS),
         say=say,

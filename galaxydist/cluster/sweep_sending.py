@@ -55,7 +55,7 @@ def run_here(
     *,
     send: Send,
     parallel: int,
-    is_running: Callable[[str], bool],
+    is_running: Callable[[Trial], bool],
     judge: Callable[[Trial], Decision],
     pause: Callable[[], None],
     say: Say,
@@ -66,7 +66,7 @@ def run_here(
         trials: what to run, in this order.
         send: starts one.
         parallel: trials at the same time.
-        is_running: of a job id.
+        is_running: whether a trial that was started still runs.
         judge: how a trial ended.
         pause: waits a moment.
         say: prints a line.
@@ -74,16 +74,16 @@ def run_here(
     Returns:
         The trials that did not finish.
     """
-    waiting, running, failed = deque(trials), dict[str, Trial](), list[Trial]()
+    waiting, running, failed = deque(trials), list[Trial](), list[Trial]()
     while waiting or running:
         while waiting and len(running) < parallel:
             trial = waiting.popleft()
             (job_id,) = send([build_request(trial.resolved, trial.arguments)], None, None)
-            running[job_id] = trial
+            running.append(trial)
             say(f"started  {trial.name}  {trial.label}  (process {job_id})")
         pause()
-        for job_id in [job_id for job_id in running if not is_running(job_id)]:
-            trial = running.pop(job_id)
+        for trial in [trial for trial in running if not is_running(trial)]:
+            running.remove(trial)
             decision = judge(trial)
             say(f"{decision.standing:8} {trial.name}  {trial.label}  {decision.reason}".rstrip())
             if decision.is_due:
@@ -100,10 +100,16 @@ def array_of(job_id: str) -> str:
 def _interrupt_later() -> Iterator[None]:
     """Ctrl-C waits until this is done: an array that SLURM has taken must also stand in the run folders.
 
-    What is started meanwhile does not hear SIGINT either: the terminal sends it to sbatch too.
+    What is started meanwhile does not hear SIGINT either: the terminal sends it to sbatch too, and a blocked signal stays blocked
+    in what is started. The handler is for threads of libraries, which may take the signal in the place of this one.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    heard: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if heard:
+        raise KeyboardInterrupt

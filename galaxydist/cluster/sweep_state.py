@@ -1,19 +1,17 @@
 """What is known of a sweep's trials, and what that means: which are done, which are on their way, which are to be submitted."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
+from galaxydist.cluster.local_jobs import find_controller
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.scheduler import WAITING_STATES, JobState
+from galaxydist.cluster.status import is_held
 from galaxydist.cluster.sweep import Trial
 from galaxydist.evaluation.report import read_evaluation
 from galaxydist.runs.folder import RunFolder
-from galaxydist.runs.lock import STALE_SECONDS
-from galaxydist.runs.lock_owner import is_alive, pid_space, read_owner
+from galaxydist.runs.lock_owner import read_owner
 
 LOCAL_ENDED = "ENDED"
 
@@ -117,20 +115,13 @@ def _facts_of(trial: Trial, jobs: Sequence[JobRecord], states: Mapping[str, JobS
     )
 
 
-def is_local_job_running(job_id: str) -> bool:
-    """submitit's controller of a local job still runs (a zombie does not)."""
-    try:
-        process = psutil.Process(int(job_id))
-        return process.status() != psutil.STATUS_ZOMBIE and any("submitit" in word for word in process.cmdline())
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return False  # another user's process of the same number
+def is_local_job_running(job: JobRecord) -> bool:
+    """submitit's process of a local job still runs on this machine."""
+    return find_controller(job) is not None
 
 
 def _local_state(job: JobRecord) -> JobState:
-    state = "RUNNING" if is_local_job_running(job.job_id) else LOCAL_ENDED
-    return JobState(state, nodes="this machine")
+    return JobState("RUNNING" if is_local_job_running(job) else LOCAL_ENDED)
 
 
 def _missing(trial: Trial, folder: RunFolder) -> tuple[str, ...]:
@@ -159,13 +150,7 @@ def _holder(folder: RunFolder) -> str | None:
     owner = read_owner(folder.lock_path)
     if owner is None or owner.job_id is not None:
         return None
-    if owner.pid_space and owner.pid_space == pid_space():
-        return str(owner) if is_alive(owner) else None
-    try:
-        age = time.time() - folder.lock_path.stat().st_mtime
-    except FileNotFoundError:
-        return None
-    return str(owner) if age < STALE_SECONDS else None
+    return str(owner) if is_held(owner, folder.lock_path) else None
 
 
 def _describe(failure: Mapping[str, object]) -> str:

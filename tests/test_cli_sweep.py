@@ -1,0 +1,118 @@
+"""``galaxydist sweep`` as a command: what it prints and asks, what it refuses, and a real sweep on this machine."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from galaxydist.cli.main import main
+from galaxydist.cluster.records import JobFiles
+from galaxydist.runs.folder import RunFolder
+
+SLURM_FREE = [name for name in os.environ if name.startswith("SLURM_")]
+
+
+@pytest.fixture
+def sweep(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Two runs of a few steps on the blobs."""
+    for name in SLURM_FREE:
+        monkeypatch.delenv(name)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"""cluster: local
+root: {tmp_path}/runs
+parallel: 1
+set:
+  recipe: custom_cnn
+  data: {{manifest: {blobs}, image_size: 32, num_streams: 8}}
+  train: {{batch_size: 24, epochs: 1}}
+  model.width: 4
+grid:
+  seed: [0, 1]
+"""
+    )
+    yield path
+
+
+def test_a_dry_run_shows_the_trials_and_writes_nothing(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", str(sweep), "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert [line.split()[1:] for line in shown.out.splitlines()[1:3]] == [
+        ["seed=0", "new", "submit"],
+        ["seed=1", "new", "submit"],
+    ]
+    assert "2 trials: 2 to submit (2 new)" in shown.out
+    assert "no batch script: 1 at the same time" in shown.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_batch_script_of_a_slurm_cluster(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from galaxydist.cluster.scheduler import is_slurm_here
+
+    if not is_slurm_here():
+        pytest.skip("there is no SLURM on this machine")
+    assert main(["sweep", str(sweep), "cluster=cpu", "cluster.parallel=3", "--dry-run"]) in (0, 2)
+    shown = capsys.readouterr()
+    assert "#SBATCH --array=0-1%3" in shown.out or "error" in shown.err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "2 trials would go to local, and nobody is there to ask: add --yes, or --dry-run"),
+        (["optim.lrr=1"], "optim.lrr: no such key; did you mean optim.lr? (all 2 trials)"),
+        (["data.manifest=/nowhere/manifest.json"], "(all 2 trials)"),
+        (["train.batch_size=100000"], "(all 2 trials)"),
+        (["cluster=none_such"], "cluster=none_such: no such cluster profile"),
+    ],
+)
+def test_what_it_refuses(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert main(["sweep", str(sweep), *arguments]) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err and shown.err.count("galaxydist: error") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_a_file_it_lists_the_sweeps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep"]) == 0
+    assert "galaxy10.yaml" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_sweep_on_this_machine_runs_once_and_again_what_failed(
+    sweep: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def command(*arguments: str) -> tuple[int, str]:
+        try:
+            code = main(["sweep", str(sweep), *arguments, "--yes"])
+        except SystemExit as error:
+            code = int(error.code or 0)
+        shown = capfd.readouterr()
+        return code, shown.out + shown.err
+
+    code, shown = command()
+    runs = [RunFolder(path) for path in sorted((tmp_path / "runs").glob("custom_cnn-*"))]
+    assert code == 0, shown
+    assert len(runs) == 2 and all(run.is_finished for run in runs)
+    assert shown.count("started ") == shown.count("finished custom_cnn-") == 2
+    first = {run.path.name: json.loads((run.evaluation_dir / "test.json").read_text())["accuracy"] for run in runs}
+    assert set(first) == {line.split()[1] for line in shown.splitlines() if line.startswith("started")}
+
+    code, shown = command()
+    assert code == 0 and "2 trials: 2 finished\n" in shown and "started" not in shown
+
+    runs[0].result_path.unlink()  # as if it had been killed before its end
+    code, shown = command("train.log_every=1")
+    assert code == 0 and "2 trials: 1 finished, 1 to submit (1 ended)" in shown
+    assert [len(JobFiles(run.path).jobs()) for run in runs] == [2, 1]
+    assert runs[0].is_finished
+
+    code, shown = command("train.epochs=2", "optim.lr=1e30", "train.clip_norm=0")
+    assert code == 1 and "2 of 2 trials did not finish; their logs:" in shown
