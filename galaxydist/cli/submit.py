@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     cluster = load_cluster(cluster_arguments)
     resolved = load_recipe(recipe_arguments)
 
-    from galaxydist.cluster.submission import build_request, check_idle, check_request, script_of, submit_requests
+    from galaxydist.cluster.request_checks import check_request
+    from galaxydist.cluster.submission import build_request, check_idle, script_of, submit_requests
     from galaxydist.runs.folder import RunFolder
 
     request = build_request(resolved, recipe_arguments)

@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
         cluster_arguments = [f"cluster={sweep.cluster}", *cluster_arguments]
     cluster = load_cluster(cluster_arguments)
 
+    from galaxydist.cluster.request_checks import check_request
     from galaxydist.cluster.scheduler import read_states
-    from galaxydist.cluster.submission import check_request
     from galaxydist.cluster.sweep import resolve
     from galaxydist.cluster.sweep_state import decide, read_facts
     from galaxydist.cluster.sweep_text import render_trials, summarise

@@ -1,32 +1,26 @@
-"""From requests to jobs: what is checked before anything is sent, the snapshot, the batch script, the run folder's record."""
+"""From requests to jobs: the snapshot, the batch script, the run folder's record. Light: a job sends itself again with it."""
 
 import dataclasses
 import secrets
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from galaxydist.cluster.executor import JobExecutor, build_executor, explain_refusal
-from galaxydist.cluster.profile import ClusterConfig, ResolvedCluster
+from galaxydist.cluster.profile import ResolvedCluster
 from galaxydist.cluster.records import JobFiles, JobRecord
-from galaxydist.cluster.refusals import refuse_world
 from galaxydist.cluster.request_file import JobRequest, RequestFile
 from galaxydist.cluster.scheduler import read_states
-from galaxydist.cluster.shared_folder import check_shared
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.cluster.work import run_request
 from galaxydist.errors import UserError
-from galaxydist.models.published import find_weights
 from galaxydist.recipe.identity import run_name
 from galaxydist.recipe.load import ResolvedRecipe
-from galaxydist.recipe.paths import data_root, weights_dir
-from galaxydist.shards.open import open_shards
-from galaxydist.training.data import find_cache, find_manifest, find_variant, open_manifest
 
-__all__ = ["JobRequest", "build_request", "check_idle", "check_request", "script_of", "submit_again", "submit_requests"]
+__all__ = ["JobRequest", "build_request", "check_idle", "script_of", "submit_again", "submit_requests"]
 
 
 def build_request(resolved: ResolvedRecipe, arguments: Sequence[str]) -> JobRequest:
@@ -39,28 +33,6 @@ def build_request(resolved: ResolvedRecipe, arguments: Sequence[str]) -> JobRequ
     recipe = resolved.recipe
     run_dir = (recipe.run.dir or recipe.run.root / run_name(recipe)).expanduser().absolute()
     return JobRequest(tuple(arguments), run_dir, resolved.path.absolute())
-
-
-def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Mapping[str, str]) -> None:
-    """See on this machine that a run could start: data, weights, run folder, number of processes. Nothing is written.
-
-    Raises:
-        UserError: with what to do.
-    """
-    recipe = resolved.recipe
-    root = data_root(recipe.data.dir, environ)
-    manifest = open_manifest(
-        find_manifest(recipe.data, root), find_cache(recipe.data, root), recipe, min(cluster.num_tasks, recipe.train.batch_size)
-    )
-    for variant in recipe.eval.variants:
-        open_shards(find_variant(recipe.data, root, variant), find_cache(recipe.data, root))
-    refuse_world(recipe, manifest.split("train").num_samples, cluster.nodes, cluster.tasks_on_node)
-    if recipe.model.pretrained:
-        find_weights(recipe.model, weights_dir(root))
-    if recipe.model.weights is not None and not recipe.model.weights.expanduser().is_file():
-        raise UserError(f"model.weights={recipe.model.weights}: there is no such file on this machine")
-    if cluster.scheduler == "slurm":
-        check_shared(build_request(resolved, ()).run_dir)
 
 
 def check_idle(run_dir: Path) -> None:
