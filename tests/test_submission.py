@@ -59,8 +59,9 @@ def test_the_batch_script_asks_for_what_the_profile_says(tmp_path: Path) -> None
     lines = script_of([REQUEST], profile, folder=tmp_path / "run", name="vit").splitlines()
     asked = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
     assert {
-        "partition=gpu", "account=astro", "nodes=2", "ntasks-per-node=4", "gpus-per-node=a100:4", "cpus-per-task=8", 
-        "mem=204800M", "time=1440", "signal=USR2@300", "requeue", "open-mode=append", "mail-type=END", "contiguous", "job-name=vit",
+        "partition=gpu", "account=astro", "nodes=2", "ntasks-per-node=4", "gpus-per-node=a100:4", "cpus-per-task=8",
+        "mem=204800M", "time=1440", "signal=USR2@300", "requeue", "open-mode=append", "mail-type=END", "contiguous",
+        "job-name=vit",
     } <= asked  # fmt: skip
     assert not any(option.startswith(("array", "gres", "exclude", "dependency")) for option in asked)
     order = [

@@ -1,0 +1,91 @@
+"""A sweep as a job array on a real SLURM: what was killed is sent again, what was preempted goes on by itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+from bed import Bed
+
+from galaxydist.cluster.records import JobFiles
+from tests.cluster_runs import ClusterRun, decisions
+from tests.slurm_bed import job_state, processes_left, submit, wait_for, wait_state
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+NUM_TRIALS = 12
+
+
+def write_sweep(path: Path, arguments: list[str]) -> None:
+    """The settings of ``arguments`` for all, with twelve seeds."""
+    settings = dict(argument.split("=", 1) for argument in arguments if not argument.startswith("run."))
+    lines = [f"  {key}: {value}" for key, value in settings.items()]
+    seeds = ", ".join(map(str, range(NUM_TRIALS)))
+    path.write_text("\n".join(["parallel: 2", "set:", *lines, "grid:", f"  seed: [{seeds}]", ""]))
+
+
+def statuses(run: ClusterRun) -> dict[str, str]:
+    """State by run folder, as ``galaxydist status`` has it."""
+    answer = run.galaxydist("status", "runs/sw", "--json")
+    assert answer.returncode == 0, answer.stderr
+    return {item["run"]: item["state"] for item in json.loads(answer.stdout)}
+
+
+def test_an_array_of_twelve(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
+    run = ClusterRun(slurm_bed, tmp_path, blobs, train__epochs=30)
+    write_sweep(tmp_path / "sw.yaml", run.arguments)
+    command = ("sweep", "sw.yaml", "cluster=bed", "cluster.nodes=1", "cluster.cpus_per_task=2", "--yes")
+    answer = run.galaxydist(*command)
+    assert answer.returncode == 0, answer.stderr
+    folders = sorted((tmp_path / "runs" / "sw").glob("custom_cnn-*"))
+    jobs = {JobFiles(folder).jobs()[0].job_id: folder for folder in folders}
+    array = next(iter(jobs)).partition("_")[0]
+    assert sorted(jobs) == sorted(f"{array}_{number}" for number in range(NUM_TRIALS))
+
+    # The one on n1 is preempted: it alone is requeued, by its id in the array.
+    def on_n1() -> list[str]:
+        running = slurm_bed.run("squeue", "-h", "-r", "-t", "RUNNING", "-w", "n1", "-o", "%i").split()
+        return [job for job in running if (jobs[job] / "metrics.jsonl").exists()]
+
+    (preempted, *_) = wait_for(on_n1, 120)
+    assert len(slurm_bed.run("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%i").split()) <= 2
+    other = submit(
+        slurm_bed, "sleep 1", "--partition=high", "--nodelist=n1", "--cpus-per-task=2", "--mem=1000", "--time=1", folder=tmp_path
+    )
+    wait_state(slurm_bed, other, "COMPLETED", timeout_s=90)
+    files = JobFiles(jobs[preempted])
+    (record,) = wait_for(files.restarts, 60)
+    assert (record.job_id, record.decision) == (preempted, "requeue")
+
+    # Two are killed, one that waits and one that runs.
+    waiting = f"{array}_{NUM_TRIALS - 1}"
+    running = wait_for(
+        lambda: [
+            job
+            for job in slurm_bed.run("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%i").split()
+            if job not in (preempted, other, waiting) and (jobs[job] / "metrics.jsonl").exists()
+        ],
+        120,
+    )[0]
+    slurm_bed.run("scancel", waiting, running)
+    killed = {jobs[waiting], jobs[running]}
+    shown = statuses(run)
+    assert len(shown) == NUM_TRIALS
+    assert "CANCELLED" in shown[str(jobs[waiting].relative_to(tmp_path))]
+    wait_for(lambda: not slurm_bed.run("squeue", "-h"), 400, "the end of the array")
+    unfinished = {folder for folder in folders if not (folder / "result.json").exists()}
+    assert unfinished == killed
+    assert decisions(files.restarts()) == ["requeue", "finished"]
+    shown = statuses(run)
+    assert {folder for folder in folders if shown[str(folder.relative_to(tmp_path))] != "FINISHED"} == killed
+
+    # Again: those two, and no other.
+    answer = run.galaxydist(*command)
+    assert answer.returncode == 0, answer.stderr
+    again = {folder for folder in folders if len(JobFiles(folder).jobs()) == 2}
+    assert again == killed
+    wait_for(lambda: all((folder / "result.json").exists() for folder in folders), 240, "the end of the sweep")
+    ids = [JobFiles(folder).jobs()[1].job_id for folder in sorted(killed)]
+    for job_id in ids:
+        wait_for(lambda job_id=job_id: job_state(slurm_bed, job_id) == "COMPLETED", 60)  # type: ignore[misc]
+    answer = run.galaxydist(*command)
+    assert answer.returncode == 0 and all(len(JobFiles(folder).jobs()) <= 2 for folder in folders)
+    wait_for(lambda: not processes_left(slurm_bed))
