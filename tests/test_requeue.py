@@ -36,8 +36,10 @@ def test_a_stopped_run_is_requeued_until_the_cap() -> None:
     assert decide(STOPPED, [record("stop"), record("stop"), record()], **POLICY)[0] == "requeue"
 
 
-def test_a_stop_at_the_same_step_is_no_crash() -> None:
-    assert decide(STOPPED, [record(step=7)], **POLICY)[0] == "requeue"
+@pytest.mark.parametrize("exit_code", [0, 75])
+def test_a_stop_at_the_same_step_is_no_crash(exit_code: int) -> None:
+    stopped = Ending(exit_code=exit_code, is_finished=False, failure=None, step=None)
+    assert decide(stopped, [record(step=None)], **POLICY)[0] == "requeue"
 
 
 @pytest.mark.parametrize(("kind", "text"), [("nonfinite", "not a number"), ("bad_input", "as they are")])

@@ -15,7 +15,7 @@ from tests.cluster_runs import ClusterRun, assert_equal_tensors, decisions
 from tests.runs import read_metrics
 from tests.slurm_bed import num_restarts, processes_left, submit, tidy, wait_for, wait_state
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 DOUBLE = {"train__precision": "fp64", "model__norm": "group", "model__drop_rate": 0.0}
 OTHER_JOB = ("--partition=high", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--mem=1000", "--time=1")
 
@@ -112,7 +112,6 @@ def test_a_node_dies(node: str, slurm_bed: Bed, undisturbed: ClusterRun, blobs: 
     slurm_bed.kill_node(node, down=True)
     wait_state(slurm_bed, job_id, "PENDING", "COMPLETING")
     slurm_bed.start_node(node)
-    slurm_bed.run("scontrol", "update", f"nodename={node}", "state=resume")
     run.wait_finished()
     wait_state(slurm_bed, job_id, "COMPLETED")
     assert num_restarts(slurm_bed, job_id) == 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from galaxydist.cluster.records import RestartRecord
+from galaxydist.errors import EXIT_STOPPED
 
 Decision = Literal["finished", "requeue", "resubmit", "stop"]
 # How a start ended for good, whatever is tried again (``failure.json``).
@@ -35,7 +36,7 @@ class Ending:
         """What went wrong, in a line; None after a stop with everything saved."""
         if self.failure is not None:
             return str(self.failure["error"])
-        if self.exit_code == 0:
+        if self.exit_code in (0, EXIT_STOPPED):
             return None
         if self.exit_code > 128:
             return f"a rank was ended by signal {self.exit_code - 128}"
