@@ -1,5 +1,6 @@
 """What a submitted run survives, on a real SLURM of two nodes: each event costs one requeue, and nothing of the run."""
 
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,8 @@ from tests.slurm_bed import num_restarts, processes_left, submit, tidy, wait_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 DOUBLE = {"train__precision": "fp64", "model__norm": "group", "model__drop_rate": 0.0}
+# A job of a minute has some 15 to 30 seconds until it is told to save, and starts for a part of them.
+LONG_S = 40
 OTHER_JOB = ("--partition=high", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--mem=1000", "--time=1")
 
 
@@ -68,9 +71,11 @@ def test_preemption(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_time_limit(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
+def test_time_limit(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
     """A run longer than its time limit ends by itself over several requeues, but not over more than the cap."""
-    run = ClusterRun(slurm_bed, tmp_path, blobs, train__epochs=400)
+    img_s = json.loads((undisturbed.run_dir / "timing.jsonl").read_text().splitlines()[-1])["time/img_s"]
+    epochs = int(LONG_S * img_s / 72) + 1  # of 72 galaxies
+    run = ClusterRun(slurm_bed, tmp_path, blobs, train__epochs=epochs, train__save_every=1000, eval__every=1000)
     # The least limit there is is a minute; SLURM gives the signal up to half a minute early.
     limits = ("cluster.time=1", "cluster.signal_s=30")
     job_id = run.submit(*limits, "cluster.max_requeues=1")
@@ -85,7 +90,7 @@ def test_time_limit(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
     assert ended == ["requeue"] * (len(ended) - 1) + ["finished"]
     assert num_restarts(slurm_bed, again) == len(ended) - 1 >= 1
     steps = [line["step"] for line in read_metrics(run.run_dir) if "train/loss" in line]
-    assert steps == sorted(set(steps)) and steps[-1] == 1200
+    assert steps == sorted(set(steps)) and steps[-1] == 3 * epochs
 
 
 def test_a_rank_dies(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
