@@ -1,5 +1,6 @@
 """``galaxydist status``, ``logs`` and ``cancel``, without SLURM: folders, and jobs of submitit's local executor."""
 
+import io
 import json
 import os
 import subprocess
@@ -206,6 +207,6 @@ def test_cancel_says_why_it_cannot(run_files: JobFiles, capfd: pytest.CaptureFix
 
 
 def test_several_jobs_are_not_ended_unasked(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: PTH123, SIM115
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))  # no terminal
     assert main(["cancel", "1", "2"]) == 2
     assert "This would end 2 jobs (job 1, job 2). Add --yes to do so." in capfd.readouterr().err
