@@ -71,10 +71,6 @@ def test_tasks_of_a_cancelled_array_are_told_apart(slurm_bed: "Bed", tmp_path: P
     array = submit(slurm_bed, "sleep 300", "--array=0-5%1", *ONE_NODE, folder=tmp_path)
     wait_for_state(f"{array}_0", lambda state: state.state == "RUNNING")
     assert cancel_jobs([f"{array}_3", f"{array}_9", "999999"]).keys() == {f"{array}_9", "999999"}
-    print(
-        read_states([f"{array}_{index}" for index in (0, 1, 3, 9)]),
-        slurm_bed.run("sacct", "-nPX", "-j", array, "-o", "JobID,State"),
-    )
     wait_for_state(f"{array}_3", lambda state: state == JobState("CANCELLED", "before it started"))
     states = read_states([f"{array}_{index}" for index in (0, 1, 3, 9)])
     assert [state.state for state in states.values()] == ["RUNNING", "PENDING", "CANCELLED", "CANCELLED"]
