@@ -78,6 +78,7 @@ def test_nothing_heavy_is_imported(command: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.timeout(60)
 def test_watch_looks_again(run_files: JobFiles) -> None:
     command = [sys.executable, "-m", "galaxydist.cli.main", "status", "--watch", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
@@ -124,6 +125,7 @@ def test_without_rank_logs_submitits_are_shown(run_files: JobFiles, capfd: pytes
     assert ".out" not in out
 
 
+@pytest.mark.timeout(60)
 def test_a_log_is_followed(run_files: JobFiles) -> None:
     command = [sys.executable, "-m", "galaxydist.cli.main", "logs", "vit", "--lines", "1", "--follow"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
