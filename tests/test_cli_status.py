@@ -1,5 +1,6 @@
 """``galaxydist status``, ``logs`` and ``cancel``, without SLURM: folders, and jobs of submitit's local executor."""
 
+import io
 import json
 import os
 import subprocess
@@ -77,6 +78,7 @@ def test_nothing_heavy_is_imported(command: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.timeout(60)
 def test_watch_looks_again(run_files: JobFiles) -> None:
     command = [sys.executable, "-m", "galaxydist.cli.main", "status", "--watch", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
@@ -123,6 +125,7 @@ def test_without_rank_logs_submitits_are_shown(run_files: JobFiles, capfd: pytes
     assert ".out" not in out
 
 
+@pytest.mark.timeout(60)
 def test_a_log_is_followed(run_files: JobFiles) -> None:
     command = [sys.executable, "-m", "galaxydist.cli.main", "logs", "vit", "--lines", "1", "--follow"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -206,6 +209,6 @@ def test_cancel_says_why_it_cannot(run_files: JobFiles, capfd: pytest.CaptureFix
 
 
 def test_several_jobs_are_not_ended_unasked(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: PTH123, SIM115
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))  # no terminal
     assert main(["cancel", "1", "2"]) == 2
     assert "This would end 2 jobs (job 1, job 2). Add --yes to do so." in capfd.readouterr().err

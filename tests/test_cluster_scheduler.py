@@ -10,6 +10,7 @@ from galaxydist.cluster.scheduler import (
     UNKNOWN,
     JobState,
     SchedulerAwayError,
+    _find_ended,
     cancel_jobs,
     expand_ids,
     is_slurm_here,
@@ -80,6 +81,15 @@ def test_a_record_that_was_never_closed_does_not_run() -> None:
     state = parse_sacct(SACCT)["11"]
     assert state.state == UNKNOWN
     assert "RUNNING" in state.reason
+
+
+def test_a_task_that_is_missing_in_its_array_was_cancelled() -> None:
+    states = parse_sacct("17_[1-2,4%1]|PENDING|None assigned|None\n17_0|COMPLETED|n1|None\n19|FAILED|n1|None\n20|PENDING||\n")
+    cancelled = JobState("CANCELLED", "before it started")
+    assert [_find_ended(f"17_{index}", states) for index in (0, 3, 4)] == [states["17_0"], cancelled, cancelled]
+    assert _find_ended("19", states) == states["19"]
+    assert _find_ended("19_0", states) is None  # under the array's id stands its last task
+    assert (_find_ended("20", states) or cancelled).state == UNKNOWN
 
 
 def test_lines_of_other_forms_are_passed_over() -> None:

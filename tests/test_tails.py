@@ -57,6 +57,13 @@ def test_the_lines_of_a_step_are_found(steps: list[int], wanted: int, width: int
         assert len(read_step_records(path, wanted)) == steps.count(wanted)
 
 
+def test_all_lines_of_a_step_are_found_wherever_the_search_lands(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for first in range(0, 60, 7):
+        write_steps(path, [1] * first + [2] * 50 + [3] * (60 - first), 900)
+        assert len(read_step_records(path, 2)) == 50
+
+
 def test_few_blocks_of_a_long_file_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.jsonl"
     write_steps(path, [*range(20_000)], 80)

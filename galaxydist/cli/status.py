@@ -128,18 +128,20 @@ def _watch(console: "Console", folders: list[Path], interval_s: int) -> None:
     from rich.text import Text
 
     from galaxydist.cluster.status import read_overview
-    from galaxydist.cluster.status_table import render_overview
+    from galaxydist.cluster.status_table import render_overview, summary_text
 
     def look() -> Group:
-        stamp = Text(f"{time.strftime('%H:%M:%S')}, again every {interval_s} s; Ctrl-C ends", "dim")
-        return Group(render_overview(read_overview(folders), console.width), stamp)
+        overview = read_overview(folders)
+        # On top: a long table is cut at the terminal's end.
+        stamp = f"{time.strftime('%H:%M:%S')}  {summary_text(overview.runs)}  (every {interval_s} s, Ctrl-C ends)"
+        return Group(Text(stamp, "dim"), render_overview(overview, console.width))
 
     try:
         if not console.is_terminal:
             while True:
                 console.print(look())
                 time.sleep(interval_s)
-        with Live(look(), console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        with Live(look(), console=console, auto_refresh=False) as live:
             while True:
                 time.sleep(interval_s)
                 live.update(look(), refresh=True)

@@ -30,6 +30,7 @@ _ENVIRONMENT = {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard", "LC_AL
 _IDS = re.compile(r"(\d+)_\[([^\]]*?)(?:%\d+)?\]")
 _CANCEL_REFUSAL = re.compile(r"Kill job error on job id (\S+?):\s*(.*)")
 _NO_SUCH_JOB = "Invalid job id"
+_LOST = "accounting says {}, but slurmctld does not know this job"
 # Where a value is missing these stand.
 _NOTHING = frozenset({"", "None", "None assigned", "(null)", "N/A"})
 
@@ -93,7 +94,7 @@ def read_states(job_ids: Sequence[str]) -> dict[str, JobState]:
             found[job_id] = told
         elif told.state == "CANCELLED":
             found[job_id] = replace(found[job_id], reason=told.reason)  # squeue does not know by whom
-    return found
+    return {job_id: found[job_id] for job_id in job_ids}
 
 
 def cancel_jobs(job_ids: Iterable[str]) -> dict[str, str]:
@@ -164,7 +165,7 @@ def parse_sacct(text: str) -> dict[str, JobState]:
         reason = f"by {_user_name(by)}" if by else "" if state == "CANCELLED" else _clean(reason)
         if state in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED"):
             # squeue does not know it: the record was never closed.
-            known = JobState(UNKNOWN, f"accounting says {state}, but slurmctld does not know this job", None, _clean(nodes))
+            known = JobState(UNKNOWN, _LOST.format(state), None, _clean(nodes))
         else:
             known = JobState(state, reason, None, _clean(nodes))
         states |= dict.fromkeys(expand_ids(ids), known)
@@ -235,7 +236,20 @@ def _ask_sacct(job_ids: Sequence[str]) -> dict[str, JobState]:
                 reason = f"accounting could not be asked: {_words(done)}"
         except SchedulerAwayError as error:
             reason = f"accounting could not be asked: {error}"
-    return {job_id: _find(job_id, states) or JobState(UNKNOWN, reason) for job_id in job_ids}
+    return {job_id: _find_ended(job_id, states) or JobState(UNKNOWN, reason) for job_id in job_ids}
+
+
+def _find_ended(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
+    """What accounting says of a job.
+
+    Of a task that is cancelled before it starts SLURM keeps nothing: it is missing in its array; for some seconds accounting has
+    it as waiting. Under the array's own id accounting shows its last task, which says nothing of the others.
+    """
+    found, array = states.get(job_id), job_id.partition("_")[0]
+    is_known = any(other.startswith(f"{array}_") for other in states)
+    if job_id != array and ((found is None and is_known) or (found is not None and found.reason == _LOST.format("PENDING"))):
+        return JobState("CANCELLED", "before it started")
+    return found
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
