@@ -16,6 +16,7 @@ from galaxydist.cluster.records import JobFiles, RestartRecord
 from galaxydist.cluster.request_file import RequestFile
 from galaxydist.cluster.requeue import Decision, Ending, decide
 from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError
+from galaxydist.runs.checkpoint_names import FOLDER_NAME
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock_owner import read_owner
 
@@ -82,9 +83,10 @@ def _since_submission(files: JobFiles) -> list[RestartRecord]:
 
 
 def _newest_step(folder: RunFolder) -> int | None:
-    """The last step that the metrics show."""
-    lines = folder.metrics.read()
-    return lines[-1]["step"] if lines else None
+    """The last step that a checkpoint or the metrics show."""
+    names = [FOLDER_NAME.fullmatch(path.name) for path in folder.checkpoints_dir.glob("step-*")]
+    steps = [int(name[1]) for name in names if name is not None]
+    return max([*steps, *(line["step"] for line in folder.metrics.read()[-1:])], default=None)
 
 
 def _unlock(folder: RunFolder, job_id: str) -> None:
