@@ -170,7 +170,7 @@ def test_a_local_job_runs_and_is_cancelled(local_run: tuple[JobFiles, JobRecord]
     assert main(["status", "--json"]) == 0
     (status,) = json.loads(capfd.readouterr().out)
     assert (status["state"], status["job_id"], status["scheduler"]) == ("RUNNING", job.job_id, "local")
-    assert 200 < status["time_left_s"] <= 300
+    assert status["time_left_s"] is None  # processes of this machine have no limit
     controller = psutil.Process(int(job.job_id))
     deadline = time.monotonic() + 30
     while not any("submitit.core._submit" in " ".join(child.cmdline()) for child in controller.children(recursive=True)):

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import time
 
 import psutil
 
@@ -28,11 +27,6 @@ def find_controller(job: JobRecord) -> psutil.Process | None:
     except (psutil.Error, ValueError):
         return None
     return process if is_it else None
-
-
-def time_left(job: JobRecord) -> float:
-    """Seconds until submitit ends it."""
-    return max(0.0, job.time + 60 * job.time_limit_min - time.time())
 
 
 def stop(job: JobRecord) -> bool:

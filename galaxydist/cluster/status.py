@@ -228,7 +228,7 @@ def _ask(jobs: Sequence[JobRecord]) -> tuple[dict[str, JobState], str]:
 
 def _local_state(job: JobRecord) -> JobState | None:
     is_running = local_jobs.find_controller(job) is not None
-    return JobState("RUNNING", "", local_jobs.time_left(job), socket.gethostname()) if is_running else None
+    return JobState("RUNNING", "", None, socket.gethostname()) if is_running else None
 
 
 def _judge(
