@@ -55,8 +55,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow and not slurm and not browser and not gpu"
 
+# Tests on SLURM come last, one after the other: they share one SLURM, wait most of the time, and their nodes get all cores.
 test-all: $(VENV)/installed-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not gpu"
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not gpu and not slurm"
+	$(TEST_ENV) $(BIN)/python -m pytest -m "slurm and not gpu"
 
 # What other loaders need goes into environments of their own. torch is there once: a .pth shows them what $(VENV) has, after theirs.
 PEERS := galaxydist/benchmarks/peers

@@ -29,22 +29,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bed_files import BedError, BedFiles, Settings
+from bed_namespaces import as_node, check_names
 from bed_processes import PART_VARIABLE, find_jobs, find_parts, kill_all
 
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch", "unshare")
 INSTALL = "apt-get install --no-install-recommends slurm-wlm slurmdbd munge mariadb-server"
 PATIENCE_S = 60
 OTHERS_VARIABLES = re.compile("(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SQUEUE|SACCT|SINFO)_")
-DATABASE_OPTIONS = (
-    "--no-defaults",
-    "--skip-log-bin",
-    "--skip-innodb-doublewrite",
-    "--innodb-flush-log-at-trx-commit=0",
-    "--innodb-log-file-size=4M",
-    "--innodb-buffer-pool-size=16M",
-)
-# In the namespaces of a node: its hosts file, its name, then what it runs.
-BECOME_NODE = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
+# Nothing in a bed has to survive a power failure; waiting for the disk would be most of its start.
+DATABASE_OPTIONS = ("--no-defaults", "--debug-no-sync", "--innodb-flush-method=nosync", "--innodb-log-file-size=4M")
 
 
 class Bed:
@@ -169,6 +162,9 @@ class Bed:
         self._launch("slurmctld", ["slurmctld", "-D", "-f", str(self.conf)])
         self._wait("slurmctld", lambda: _listens(self.files.ports["slurmctld"]))
         self._wait("slurmctld", lambda: " is UP" in self.run("scontrol", "ping"))
+        # After a restart it asks the nodes first.
+        for node in self.nodes:
+            self._wait("slurmctld", lambda node=node: not self.processes(node) or self.node_state(node) != "unknown")  # type: ignore[misc]
 
     def reconfigure(self, settings: Settings) -> None:
         """Restart slurmctld with these settings over ``bed_files.SETTINGS``; those given before are gone."""
@@ -180,8 +176,10 @@ class Bed:
     # What is there
 
     def node_state(self, node: str) -> str:
-        """In sinfo's words: idle, allocated, down, ...; with a ``*`` where the node does not answer."""
-        return self.run("sinfo", "-h", "-n", node, "-p", "low", "-o", "%T").strip()
+        """Such as idle, allocated, mixed, idle+completing, down, down+drain, unknown; with a ``*`` where it does not answer."""
+        # sinfo may show a state of some 20 s ago.
+        (state,) = re.findall(r"\bState=(\S+)", self.run("scontrol", "-o", "show", "node", node))
+        return str(state).lower()
 
     def processes(self, part: str | None = None) -> dict[int, str]:
         """The bed's own, command lines by process number: of one part (a node's slurmstepds are part of it), or of all."""
@@ -198,7 +196,7 @@ class Bed:
         if running := self.processes(part):
             raise BedError(f"{part} runs already: {running}")
         environ = self.environ() | {"PATH": _path(), PART_VARIABLE: f"{self.files.folder}:{part}"} | environ
-        with (self.files.folder / "logs" / f"{part}.log").open("ab") as log:
+        with (self.files.folder / "logs" / f"{part}.out").open("ab") as log:
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, cwd="/", start_new_session=True
             )
@@ -206,16 +204,11 @@ class Bed:
         return child
 
     def _launch_node(self, node: str) -> None:
-        command = ["slurmd", "-D", "-f", str(self.conf), "-N", node]
-        if _can_unshare():
-            # In its namespaces, an ordinary user is the user again: slurmd believes of a root that it may do anything.
-            user = [] if os.geteuid() == 0 else ["unshare", f"--map-user={os.getuid()}", f"--map-group={os.getgid()}"]
-            become = ["sh", "-c", BECOME_NODE, "sh", str(self.files.folder / "hosts"), node]
-            command = ["unshare", *_namespaces(), *become, *user, *command]
-        self._launch(node, command, SLURMD_NODENAME=node)
+        slurmd = ["slurmd", "-D", "-f", str(self.conf), "-N", node]
+        self._launch(node, as_node(slurmd, node, self.files.folder / "hosts"), SLURMD_NODENAME=node)
 
     def _wait_node(self, node: str) -> None:
-        self._wait(node, lambda: self.node_state(node) in {"idle", "mixed", "allocated", "completing"})
+        self._wait(node, lambda: self.node_state(node).split("+")[0] in {"idle", "mixed", "allocated"})
 
     def _wait(self, part: str | None, ready: Callable[[], bool]) -> None:
         """Until ``ready``; a ``part`` that ends instead, or a minute, is an error."""
@@ -230,7 +223,7 @@ class Bed:
             time.sleep(0.03)
 
     def _last_words(self, part: str | None) -> str:
-        log = self.files.folder / "logs" / f"{part}.log"
+        log = self.files.folder / "logs" / f"{part}.out"
         return "\n".join(log.read_text(errors="replace").splitlines()[-10:]) if log.is_file() else ""
 
 
@@ -240,35 +233,9 @@ def check_programs() -> None:
         raise BedError(f"not on this machine: {', '.join(missing)}. Install SLURM (Debian, Ubuntu): {INSTALL}")
 
 
-def check_names(nodes: Sequence[str]) -> None:
-    """Raises ``BedError`` where jobs could not resolve the names of their nodes, as rendezvous need."""
-    if not _can_unshare() and not all(_is_loopback(node) for node in nodes):
-        raise BedError(
-            f"the names {' '.join(nodes)} would not resolve: no namespaces can be made here ('unshare {' '.join(_namespaces())}' "
-            f"fails). Run as root, a container with --cap-add SYS_ADMIN; or add a line to /etc/hosts: 127.0.0.1 {' '.join(nodes)}"
-        )
-
-
 def _path() -> str:
     # Ordinary users of Debian have no /usr/sbin on their PATH.
     return os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
-
-
-def _namespaces() -> list[str]:
-    """Options of unshare for a node; to make the others, an ordinary user has to be root of a namespace of users."""
-    return ["--mount", "--uts", "--propagation=slave", *([] if os.geteuid() == 0 else ["--map-root-user"])]
-
-
-def _can_unshare() -> bool:
-    probe = ["unshare", *_namespaces(), "mount", "--bind", "/etc/hosts", "/etc/hosts"]
-    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
-
-
-def _is_loopback(name: str) -> bool:
-    try:
-        return socket.gethostbyname(name).startswith("127.")
-    except OSError:
-        return False
 
 
 def _listens(port: int) -> bool:

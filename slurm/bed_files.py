@@ -91,7 +91,8 @@ class BedFiles:
 
     def write(self) -> "BedFiles":
         """All files, into a folder that was claimed; with free ports, which the result has."""
-        for name in FOLDERS:
+        shutil.rmtree(self.folder / "logs", ignore_errors=True)
+        for name in (*FOLDERS, *(f"spool/{node}" for node in self.nodes)):
             (self.folder / name).mkdir(mode=0o700, exist_ok=True)
         files = dataclasses.replace(self, ports=_free_ports(("slurmdbd", "slurmctld", *self.nodes)))
         record = {key: value for key, value in vars(files).items() if key != "folder"}
@@ -133,7 +134,8 @@ class BedFiles:
             "SlurmdSpoolDir": f"{folder}/spool/%n",
             "SlurmctldPidFile": f"{folder}/run/slurmctld.pid",
             "SlurmdPidFile": f"{folder}/run/%n.pid",
-            "SlurmdLogFile": f"{folder}/logs/%n.steps.log",
+            "SlurmctldLogFile": f"{folder}/logs/slurmctld.log",
+            "SlurmdLogFile": f"{folder}/logs/%n.log",
         }
         shape = f"CPUs={self.cpus} Sockets=1 CoresPerSocket={self.cpus} ThreadsPerCore=1 RealMemory={5000 * self.cpus}"
         shape += f" Gres=gpu:{self.gpus}" if self.gpus else ""
@@ -156,6 +158,7 @@ class BedFiles:
             "StorageUser": "root",
             "StorageLoc": "slurm",
             "PidFile": f"{self.folder}/run/slurmdbd.pid",
+            "LogFile": f"{self.folder}/logs/slurmdbd.log",
         }
         return "".join(f"{key}={value}\n" for key, value in settings.items())
 

@@ -1,10 +1,15 @@
 """What all tests share: the real galaxies beside the checkout, where they are."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from bed import Bed
 
 # How long an example takes says how busy the machine is, not whether the code is right.
 settings.register_profile("untimed", deadline=None)
@@ -42,3 +47,31 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.blobs import BlobSurvey
 
     return write_shards(BlobSurvey(), tmp_path_factory.mktemp("blobs") / "shards", encoding="png", shard_size=16, workers=1).path
+
+
+@pytest.fixture(scope="session")
+def started_bed(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Bed]":
+    """A real SLURM of two nodes, for all tests of this process."""
+    from bed import Bed, BedError, check_programs
+
+    try:
+        check_programs()
+    except BedError as error:
+        pytest.skip(f"no SLURM: {error}")
+    bed = Bed(tmp_path_factory.mktemp("bed"))
+    bed.start()
+    yield bed
+    bed.stop()
+
+
+@pytest.fixture
+def slurm_bed(started_bed: "Bed", monkeypatch: pytest.MonkeyPatch) -> "Iterator[Bed]":
+    """The real SLURM, for a test and what it starts. Jobs that it leaves are ended, what it kills is started again."""
+    from tests.slurm_bed import tidy
+
+    environ = started_bed.environ()
+    for name in set(os.environ) - set(environ):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_CONF", environ["SLURM_CONF"])
+    yield started_bed
+    tidy(started_bed)

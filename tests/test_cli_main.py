@@ -35,6 +35,7 @@ HEAVY = [
 COMMANDS = [
     *("data fetch", "data simulate", "data export", "data shard", "data check", "data explore"),
     *("weights fetch", "recipes", "evaluate", "plan", "bench simulator"),
+    *("cluster list", "cluster show", "cluster init"),
 ]
 
 

@@ -71,7 +71,7 @@ class ClusterConfig(Section):
     extra: tuple[str, ...] = Field((), description="further options of sbatch: option=value, or option alone")
     requeue: Literal["auto", "resubmit", "never"] = Field(
         "auto",
-        description="go on after preemption, time limit or crash: by requeueing, by a new job where that is forbidden, not",
+        description="after preemption, time limit or crash: requeue the job, submit it anew (resubmit), or leave it (never)",
     )
     max_requeues: Annotated[int, Field(ge=0)] = Field(20, description="most times that a run goes on by itself")
     parallel: Count = Field(8, description="runs of a sweep at the same time")

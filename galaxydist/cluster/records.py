@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from galaxydist.errors import UserError
 from galaxydist.files import explain_full_disk, fsync_file
-from galaxydist.runs.folder import plain
+from galaxydist.runs.folder import RunFolder, plain
 
 Scheduler = Literal["slurm", "local"]
 Decision = Literal["finished", "requeue", "resubmit", "stop"]
@@ -133,6 +133,10 @@ class JobFiles:
             UserError: a line is damaged.
         """
         return list(_read_records(self.restarts_path, RestartRecord))
+
+    def failure(self) -> dict[str, Any] | None:
+        """How the last start failed, as the run folder says; None where it did not."""
+        return RunFolder(self.run_dir).read_failure()
 
     def rank_log(self, rank: int) -> Path:
         """What one rank prints, over all restarts."""

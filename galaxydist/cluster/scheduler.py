@@ -133,7 +133,7 @@ def max_array_size() -> int:
 
 def parse_squeue(text: str) -> dict[str, JobState]:
     """States by job id, from squeue's lines in the format that is asked for here."""
-    states = {}
+    states: dict[str, JobState] = {}
     for line in text.splitlines():
         fields = line.split("|", 5)
         if len(fields) != 6:
@@ -154,14 +154,14 @@ def parse_squeue(text: str) -> dict[str, JobState]:
 
 def parse_sacct(text: str) -> dict[str, JobState]:
     """States by job id, from sacct's lines in the format that is asked for here."""
-    states = {}
+    states: dict[str, JobState] = {}
     for line in text.splitlines():
         fields = line.split("|", 3)
         if len(fields) != 4:
             continue
         ids, words, nodes, reason = (field.strip() for field in fields)
         state, _, by = words.partition(" by ")
-        reason = f"by {_user_name(by)}" if by else _clean(reason)
+        reason = f"by {_user_name(by)}" if by else "" if state == "CANCELLED" else _clean(reason)
         if state in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED"):
             # squeue does not know it: the record was never closed.
             known = JobState(UNKNOWN, f"accounting says {state}, but slurmctld does not know this job", None, _clean(nodes))

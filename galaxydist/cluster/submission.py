@@ -3,6 +3,7 @@
 import dataclasses
 import secrets
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,7 +23,8 @@ from galaxydist.models.published import find_weights
 from galaxydist.recipe.identity import run_name
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.paths import data_root, weights_dir
-from galaxydist.training.data import find_cache, find_manifest, open_manifest
+from galaxydist.shards.open import open_shards
+from galaxydist.training.data import find_cache, find_manifest, find_variant, open_manifest
 
 __all__ = ["JobRequest", "build_request", "check_idle", "check_request", "script_of", "submit_again", "submit_requests"]
 
@@ -50,6 +52,8 @@ def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Map
     manifest = open_manifest(
         find_manifest(recipe.data, root), find_cache(recipe.data, root), recipe, min(cluster.num_tasks, recipe.train.batch_size)
     )
+    for variant in recipe.eval.variants:
+        open_shards(find_variant(recipe.data, root, variant), find_cache(recipe.data, root))
     refuse_world(recipe, manifest.split("train").num_samples, cluster.nodes, cluster.tasks_on_node)
     if recipe.model.pretrained:
         find_weights(recipe.model, weights_dir(root))
@@ -145,8 +149,9 @@ def _request_path(folder: Path) -> Path:
 
 
 def _executor(submission: RequestFile, parallel: int | None = None, after: str | None = None) -> JobExecutor:
-    python = submission.cluster.python or "python"
-    after_srun = f"{python} -P -m galaxydist.cluster.after_srun"
+    # Where the tasks run in a container, this does not: SLURM's programs are outside.
+    python = sys.executable if submission.cluster.container else submission.cluster.python or sys.executable
+    after_srun = f"{shlex.quote(python)} -P -m galaxydist.cluster.after_srun"
     return build_executor(
         submission.cluster,
         submission.folder,

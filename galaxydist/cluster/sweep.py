@@ -2,18 +2,16 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from galaxydist.cluster.sweep_file import DECIDED, SweepError, SweepFile
 from galaxydist.errors import UserError
 from galaxydist.recipe.draft import COMMAND_LINE
 from galaxydist.recipe.identity import flatten, run_name
-from galaxydist.recipe.load import RecipeError, ResolvedRecipe, Setting, load_recipe
+from galaxydist.recipe.load import RecipeError, ResolvedRecipe, load_recipe
+from galaxydist.recipe.named import Setting
 from galaxydist.recipe.scalars import to_text
-
-# Trials that one problem names; the others are counted.
-NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Trial:
 
 
 def expand(sweep: SweepFile, overridden: Sequence[str] = ()) -> list[Cell]:
-    """All points of a sweep: for each entry of the list (or once, where there is none) each point of the grid, in the file's order.
+    """All points of a sweep in the file's order: for each entry of the list (once, where there is none) each point of the grid.
 
     Args:
         sweep: the file.
@@ -116,27 +114,32 @@ def _resolve_cell(cell: Cell, arguments: Sequence[str], root: Path, folders: Seq
     if "recipe" not in cell.settings and not any(argument.startswith("recipe=") for argument in arguments):
         raise RecipeError([("", "recipe is missing: write it under set, grid or list, or give recipe=NAME")])
     resolved = load_recipe(arguments, folders=folders, settings=cell.settings)
-    typed = tuple(f"{key}={to_text(setting.value)}" for key, setting in cell.settings.items())
-    again = load_recipe([*typed, *arguments], folders=folders).recipe
-    if again != resolved.recipe:
-        values, meant = flatten(again), flatten(resolved.recipe)
+    run_dir = root / run_name(resolved.recipe)
+    placed = resolved.recipe.model_copy(update={"run": resolved.recipe.run.model_copy(update={"dir": run_dir})})
+    # The job reads its recipe from text again.
+    given = {argument.partition("=")[0] for argument in arguments}
+    typed = [f"{key}={to_text(setting.value)}" for key, setting in cell.settings.items() if key not in given]
+    texts = (*typed, *arguments, f"run.dir={run_dir}")
+    again = load_recipe(texts, folders=folders).recipe
+    if again != placed:
+        values, meant = flatten(again), flatten(placed)
         key = next(key for key in meant if values[key] != meant[key])
         raise RecipeError([(resolved.origins[key], f"{key}={to_text(meant[key])}: cannot be written on a command line")])
-    run_dir = root / run_name(resolved.recipe)
-    return Trial(cell.label, run_dir.name, run_dir, resolved, (*typed, *arguments, f"run.dir={run_dir}"))
+    return Trial(cell.label, run_dir.name, run_dir, replace(resolved, recipe=placed), texts)
 
 
 def _same_runs(trials: Sequence[Trial]) -> Iterator[str]:
     """Trials that would share a run folder."""
-    first: dict[str, Trial] = {}
+    by_name: dict[str, list[Trial]] = {}
     for trial in trials:
-        other = first.setdefault(trial.name, trial)
-        if other is trial:
-            continue
-        mine, theirs = flatten(trial.resolved.recipe), flatten(other.resolved.recipe)
-        keys = [key for key in mine if mine[key] != theirs[key]]
-        why = f"they differ in {', '.join(keys)}, which does not change a run's numbers" if keys else "take one out"
-        yield f"two trials are the same run {trial.name}: {other.label or '(the set)'} and {trial.label or '(the set)'}; {why}"
+        by_name.setdefault(trial.name, []).append(trial)
+    for name, same in by_name.items():
+        if len(same) > 1:
+            flat = [flatten(trial.resolved.recipe) for trial in same]
+            keys = [key for key in flat[0] if any(values[key] != flat[0][key] for values in flat)]
+            why = f"they differ in {', '.join(keys)}, which does not change a run's numbers: keep one" if keys else "keep one"
+            labels = " | ".join(trial.label or "(an empty entry)" for trial in same)
+            yield f"{len(same)} trials are the same run {name}: {labels}; {why}"
 
 
 def _same_names(trials: Sequence[Trial]) -> Iterator[str]:
@@ -172,5 +175,6 @@ class _Problems:
             return ""
         if len(labels) == self.num_cells:
             return f" (all {self.num_cells} trials)"
-        named = ", ".join(labels[:NAMED])
-        return f" ({named})" if len(labels) <= NAMED else f" ({len(labels)} of {self.num_cells} trials: {named}, ...)"
+        if len(labels) == 1:
+            return f" ({labels[0]})"
+        return f" ({len(labels)} of {self.num_cells} trials, the first: {labels[0]})"

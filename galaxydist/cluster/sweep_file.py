@@ -12,8 +12,8 @@
       - {optim.lr: 1e-3, optim.warmup: 0.1}
     evaluate: [original, balanced]         # eval.variants of all runs
 
-Keys are written as on the command line, ``optim.lr``, or as in a recipe, ``optim: {lr: ...}``. A value of the list goes before one
-of ``set``; the grid shares no key with either of them.
+Keys are written as on the command line, ``optim.lr``, or as in a recipe, ``optim: {lr: ...}``. A value of the list goes before
+one of ``set``; the grid shares no key with either of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from typing import Any
 
 from galaxydist.errors import UserError
 from galaxydist.recipe.document import Document, read_document
-from galaxydist.recipe.load import Setting
+from galaxydist.recipe.named import Setting, list_files
 from galaxydist.recipe.paths import shipped_dir
 from galaxydist.recipe.scalars import to_text
 
@@ -83,14 +83,16 @@ def find_sweep(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    known: dict[str, Path] = {}
-    for folder in (Path("slurm/sweeps"), shipped_dir("slurm") / "sweeps"):
-        for candidate in sorted(folder.glob("*.yaml")):
-            known.setdefault(candidate.stem, candidate)
+    known = list_sweeps()
     if name in known:
         return known[name]
     listed = ", ".join(map(str, known.values())) or "none found"
     raise UserError(f"there is no sweep {name}; sweeps: {listed}; or give the path of a file of your own")
+
+
+def list_sweeps() -> dict[str, Path]:
+    """Name -> file of the sweeps in ``slurm/sweeps`` here and in the package."""
+    return list_files((Path("slurm/sweeps"), shipped_dir("slurm") / "sweeps"))
 
 
 def read_sweep(path: Path) -> SweepFile:
@@ -100,7 +102,7 @@ def read_sweep(path: Path) -> SweepFile:
         SweepError: with all that is wrong with the file, and where.
     """
     try:
-        document = read_document(path, is_dotted=True, lists=("list",))
+        document = read_document(path, noun="sweep", example="grid: {seed: [0, 1]}", is_dotted=True, lists=("list",))
     except OSError as error:
         raise SweepError(path, [(str(path), f"cannot be read: {error.strerror}")]) from error
     reading = _Reading(path, document)
@@ -202,7 +204,8 @@ class _Reading:
         return {"eval.variants": Setting(value, self._at(self.document.lines["evaluate"]))}
 
     def _cluster(self) -> str | None:
-        return self._value("cluster", str, "a profile's name or file")
+        name: str | None = self._value("cluster", str, "a profile's name or file")
+        return name
 
     def _root(self) -> Path:
         text: str | None = self._value("root", str, "a folder")

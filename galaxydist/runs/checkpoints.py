@@ -7,7 +7,6 @@ number of the save); only then older ones go. ``best`` names one that stays.
 """
 
 import logging
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,13 +27,12 @@ from galaxydist.runs.checkpoint_folder import (
     read_state,
     write_checkpoint,
 )
+from galaxydist.runs.checkpoint_names import BEST, FOLDER_NAME, LATEST
 
-LATEST, BEST = "latest", "best"
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _DAMAGED_MARK = "DAMAGED"
-_FOLDER_NAME = re.compile(r"step-(\d+)-(\d+)")
 
 
 def save(
@@ -136,7 +134,7 @@ def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
     """The complete checkpoints, newest save first (not checked for damage)."""
     if not checkpoints_dir.is_dir():
         return []
-    found = [path for path in checkpoints_dir.iterdir() if _FOLDER_NAME.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in checkpoints_dir.iterdir() if FOLDER_NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: _parse(path)[1], reverse=True)
 
 
@@ -223,7 +221,7 @@ def best_path(checkpoints_dir: Path) -> Path | None:
         name = (checkpoints_dir / BEST).read_text().strip()
     except (FileNotFoundError, UnicodeDecodeError):
         name = ""
-    best = checkpoints_dir / name if _FOLDER_NAME.fullmatch(name) else None
+    best = checkpoints_dir / name if FOLDER_NAME.fullmatch(name) else None
     for path in list_checkpoints(checkpoints_dir):  # a kill may have come between a save as the best and its pointer
         if best is not None and _parse(path)[1] <= _parse(best)[1]:
             break
@@ -281,6 +279,6 @@ def _mark_damaged(path: Path) -> None:
 
 
 def _parse(path: Path) -> tuple[int, int]:
-    match = _FOLDER_NAME.fullmatch(path.name)
+    match = FOLDER_NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1]), int(match[2])

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from galaxydist.errors import UserError
 from galaxydist.models.build import input_statistics
 from galaxydist.models.weights import Statistics
 from galaxydist.recipe.paths import cache_dir, manifest_path
-from galaxydist.recipe.schema import DataConfig, Recipe
+from galaxydist.recipe.schema import DataConfig, Recipe, Variant
 from galaxydist.shards.augment import Augment
 from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.manifest import Manifest
@@ -23,6 +23,24 @@ SOURCES = {"galaxy10_decals": "galaxydist data fetch", "simulated": "galaxydist 
 def find_manifest(config: DataConfig, root: Path) -> str:
     """The manifest of the recipe's data set, a path or a URL; whether it is there is not looked at."""
     return config.manifest or str(manifest_path(root, config.dataset, config.variant, conflicting=config.conflicting))
+
+
+def find_variant(config: DataConfig, root: Path, variant: Variant) -> str:
+    """The manifest of another data set of the same survey: under the data root, or beside the folder that data.manifest names.
+
+    Raises:
+        UserError: data.manifest does not lie in a folder named by its variant, so the other cannot be found.
+    """
+    if config.manifest is None:
+        return find_manifest(config.model_copy(update={"variant": variant}), root)
+    folder, _, name = str(config.manifest).rpartition("/")
+    above, _, own = folder.rpartition("/")
+    if own not in get_args(Variant):
+        raise UserError(
+            f"eval.variants={variant}: where its shards are cannot be told from data.manifest={config.manifest}, which is not in "
+            f"a folder named {' or '.join(get_args(Variant))}. Take eval.variants out, or use the shards of the data root."
+        )
+    return f"{above}/{variant}/{name}"
 
 
 def find_cache(config: DataConfig, root: Path) -> CacheConfig:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +19,10 @@ from galaxydist.runs.lock import RunLock
 from galaxydist.runs.save_policy import SavePolicy
 from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.open import open_shards
 from galaxydist.shards.reader import Batch, TrainReader
 from galaxydist.training.agreement import StopFlag
-from galaxydist.training.data import TrainingData, find_cache, find_manifest, has_split, open_manifest
+from galaxydist.training.data import TrainingData, find_cache, find_manifest, find_variant, has_split, open_manifest
 from galaxydist.training.evaluate import judge_run
 from galaxydist.training.feed import DeviceFeed
 from galaxydist.training.flight import set_flight_recorder
@@ -78,6 +80,7 @@ class Session:
         self.world = world
         self.environ = environ
         self._lock: RunLock | None = None
+        self._others: list[Manifest] = []
         self.root = data_root(self.recipe.data.dir, environ)
 
     def run(self) -> int:
@@ -87,7 +90,9 @@ class Session:
         self.world.say(f"galaxydist: {processes}, {device}, {self.world.cores} threads each, precision {precision}")
         path, cache = find_manifest(self.recipe.data, self.root), find_cache(self.recipe.data, self.root)
         manifest = self.world.together(lambda: open_manifest(path, cache, self.recipe, self.world.size))
-        self.world.on_main(lambda: check_columns(manifest))
+        self._others = self.world.together(lambda: self._open_others(manifest))
+        for judged in (manifest, *self._others):
+            self.world.on_main(functools.partial(check_columns, judged))
         check_parts(self.recipe, self.world)
         torch.manual_seed(self.recipe.seed)
         model = self.world.together(lambda: self._build_model(manifest))
@@ -98,7 +103,7 @@ class Session:
             set_flight_recorder(self.environ, folder.stacks_dir)
             if self.world.on_main(folder.read_result) is not None:
                 self.world.say(f"{folder} is finished.")
-                judge_run(self.world, folder, self.recipe, manifest, "test")
+                self._judge(folder, manifest)
                 return 0
             parts = build_parts(self.world, self.recipe, manifest, model, folder, stored_micro_batch=opened.micro_batch)
             self._restore(parts, folder)
@@ -141,7 +146,7 @@ class Session:
                 world.say(f"stopped by signal {stop_signal} at step {state.step}, which is saved; the same command continues it")
                 return stop_signal
             stop.close()  # nothing is lost any more: a restart evaluates again
-            metrics = judge_run(world, folder, self.recipe, manifest, "test")
+            metrics = self._judge(folder, manifest)
             summary = {f"test/{name}": metrics[name] for name in ("accuracy", "balanced_accuracy", "loss")} if metrics else {}
             summary |= {**state.skipped.metrics(), **state.nonfinite.metrics()}
             world.on_main(lambda: folder.write_result({"step": state.step, **summary}))
@@ -152,6 +157,22 @@ class Session:
         finally:
             tracker.finish(summary, exit_code)
         return 0
+
+    def _judge(self, folder: RunFolder, manifest: Manifest) -> dict[str, Any] | None:
+        """The evaluation on the run's own test split; those of eval.variants are written beside it."""
+        metrics = judge_run(self.world, folder, self.recipe, manifest, "test")
+        for other in self._others:
+            judge_run(self.world, folder, self.recipe, other, "test")
+        return metrics
+
+    def _open_others(self, manifest: Manifest) -> list[Manifest]:
+        """The shards of eval.variants but the run's own: looked for before the training, not after it."""
+        data, cache = self.recipe.data, find_cache(self.recipe.data, self.root)
+        return [
+            open_shards(find_variant(data, self.root, variant), cache)
+            for variant in self.recipe.eval.variants
+            if variant != manifest.variant
+        ]
 
     def _note_failure(self, folder: RunFolder, step: int, error: Exception) -> None:
         """For whoever decides whether the run is started again; by rank 0, and by a rank that alone knows what happened."""

@@ -1,0 +1,121 @@
+"""Ending the jobs of runs."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from galaxydist.cluster import local_jobs
+from galaxydist.cluster.records import JobFiles, JobRecord
+from galaxydist.cluster.scheduler import cancel_jobs, read_states
+from galaxydist.cluster.status import find_runs, is_held
+from galaxydist.errors import UserError
+from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.lock_owner import read_owner
+
+_JOB_ID = re.compile(r"\d+(_\d+)?")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A job to end.
+
+    Args:
+        job_id: its id.
+        run: its run folder; None where the user gave the id.
+        job: what was submitted; None where the user gave the id.
+    """
+
+    job_id: str
+    run: Path | None = None
+    job: JobRecord | None = None
+
+    @property
+    def text(self) -> str:
+        """For the user."""
+        local = "local " if self.is_local else ""
+        return f"{local}job {self.job_id}" + (f" ({self.run})" if self.run is not None else "")
+
+    @property
+    def is_local(self) -> bool:
+        """submitit's local executor has it."""
+        return self.job is not None and self.job.scheduler == "local"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the user asked to end.
+
+    Args:
+        jobs: those that wait or run.
+        notes: what is to be said of the others.
+    """
+
+    jobs: tuple[Target, ...]
+    notes: tuple[str, ...]
+
+
+def find_targets(texts: Sequence[str], find_folder: Callable[[str], Path]) -> Targets:
+    """The jobs that the user means.
+
+    Args:
+        texts: run folders, folders that hold some, or SLURM's job ids (where there is no folder of that name).
+        find_folder: gives the folder that a text means.
+
+    Raises:
+        UserError: there is no such folder, or it holds no run; SLURM cannot be asked.
+    """
+    given: list[Target] = []
+    runs: dict[Path, None] = {}
+    for text in texts:
+        if _JOB_ID.fullmatch(text) and not Path(text).exists():
+            given.append(Target(text))
+            continue
+        folder = find_folder(text)
+        found = find_runs(folder)
+        if not found:
+            raise UserError(f"{folder} holds no runs. Give a run folder, a folder that holds some, or a job id.")
+        runs |= dict.fromkeys(found)
+    jobs = [Target(job.job_id, run, job) for run in runs for job in JobFiles(run).jobs()]
+    states = read_states(list(dict.fromkeys(target.job_id for target in jobs if not target.is_local)))
+    active = [target for target in jobs if _is_active(target, states[target.job_id].is_active if not target.is_local else None)]
+    by_id = {target.job_id: target for target in (*given, *active)}
+    with_job = {target.run for target in active}
+    return Targets(tuple(by_id.values()), tuple(_note(run) for run in runs if run not in with_job))
+
+
+def cancel(targets: Sequence[Target]) -> list[str]:
+    """End them.
+
+    Returns:
+        What was done, a sentence a job.
+
+    Raises:
+        SchedulerAwayError: SLURM does not answer.
+    """
+    refused = cancel_jobs(target.job_id for target in targets if not target.is_local)
+    told = []
+    for target in targets:
+        if target.is_local:
+            done = local_jobs.stop(target.job) if target.job is not None else False
+            told.append(f"{target.text}: told to save and end" if done else f"{target.text}: it has ended by itself")
+        elif target.job_id in refused:
+            told.append(f"{target.text}: not cancelled: {refused[target.job_id]}")
+        else:
+            told.append(f"{target.text}: cancelled")
+    return told
+
+
+def _is_active(target: Target, in_slurm: bool | None) -> bool:
+    if in_slurm is not None:
+        return in_slurm
+    return target.job is not None and local_jobs.find_controller(target.job) is not None
+
+
+def _note(run: Path) -> str:
+    """Why a run has nothing to cancel."""
+    folder = RunFolder(run)
+    owner = read_owner(folder.lock_path)
+    if owner is not None and is_held(owner, folder.lock_path):
+        return f"{run}: started by hand, not by galaxydist submit: end it with `kill {owner.pid}` on {owner.host}"
+    return f"{run}: {'is finished' if folder.is_finished else 'no job of it waits or runs'}"

@@ -1,0 +1,183 @@
+"""Whether a partition has what a profile asks for, seen before anything is sent."""
+
+import re
+from collections.abc import Callable, Iterator
+
+from galaxydist.cluster.profile import MB_IN_GB, ClusterConfig
+from galaxydist.cluster.site import TAKES_NO_JOBS, UNTYPED, NodeGroup, Partition, Site, SiteUnknownError, read_site
+from galaxydist.errors import UserError
+
+
+def check_partition(config: ClusterConfig, site: Site | None = None) -> None:
+    """Refuse a profile that no node of its partition can meet. Silent where SLURM does not tell, and for local runs.
+
+    Args:
+        config: the profile.
+        site: the cluster; default: this machine's SLURM is asked.
+
+    Raises:
+        UserError: with what was asked for and what there is.
+    """
+    if config.scheduler == "local":
+        return
+    if site is None:
+        try:
+            site = read_site()
+        except SiteUnknownError:
+            return  # sbatch will say what is the matter
+    names = _chosen(config, site)
+    if not names:
+        return
+    found = {name: list(_problems(config, site, site.partitions[name])) for name in names}
+    if all(found.values()):  # of several partitions SLURM takes one that can
+        raise UserError("\n".join(line for name in names for line in _lines(config, site.partitions[name], found[name])))
+
+
+def describe_group(group: NodeGroup) -> str:
+    """``2 nodes with 4 a100, 128 CPUs and 976 GB``."""
+    nodes = f"{group.count} node{'s' if group.count != 1 else ''}"
+    return f"{nodes} with {describe_gpus(group)}, {group.cpus} CPUs and {group.memory_mb // MB_IN_GB} GB"
+
+
+def describe_gpus(group: NodeGroup) -> str:
+    """``4 a100``, ``2 GPUs``, ``2 v100 and 1 t4`` or ``no GPUs``."""
+    return " and ".join(f"{count} {kind or 'GPUs'}" for kind, count in group.gpus.items()) or "no GPUs"
+
+
+def time_text(seconds: int) -> str:
+    """Seconds as SLURM writes them: ``04:00:00``, ``2-00:00:00``."""
+    days, rest = divmod(seconds, 86_400)
+    clock = f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}"
+    return f"{days}-{clock}" if days else clock
+
+
+def _chosen(config: ClusterConfig, site: Site) -> list[str]:
+    """The names of the partitions that the job may go to."""
+    if not site.partitions:
+        return []
+    there = ", ".join(name for name, partition in site.partitions.items() if not partition.hidden)
+    if config.partition is None:
+        if site.default_partition is None:
+            raise UserError(f"cluster={config.name}: {site.name} has no default partition; set cluster.partition, one of {there}")
+        return [site.default_partition.name]
+    names = [name.strip() for name in config.partition.split(",") if name.strip()]
+    unknown = [name for name in names if name not in site.partitions]
+    if unknown:
+        raise UserError(
+            f"cluster.partition={config.partition}: {site.name} has no partition {', '.join(unknown)}; it has {there}"
+        )
+    return names
+
+
+def _lines(config: ClusterConfig, partition: Partition, problems: list[str]) -> Iterator[str]:
+    yield f"Partition {partition.name} cannot run what cluster={config.name} asks for:"
+    yield from (f"  cluster.{problem}" for problem in problems)
+    yield f"It has {'; '.join(map(describe_group, partition.nodes)) or 'no nodes'}."
+
+
+def _problems(config: ClusterConfig, site: Site, partition: Partition) -> Iterator[str]:
+    if partition.state in TAKES_NO_JOBS:
+        yield f"partition={partition.name}: it takes no jobs now ({partition.state})"
+    yield from _account_problems(config, site, partition)
+    yield from _time_problems(config, site, partition)
+    yield from _node_problems(config, site, partition)
+
+
+def _account_problems(config: ClusterConfig, site: Site, partition: Partition) -> Iterator[str]:
+    accounts = site.accounts(partition.name)
+    if config.account is not None and site.enforces("associations") and accounts and config.account not in accounts:
+        yield f"account={config.account}: it is none of yours there; you have {', '.join(accounts)}"
+        return
+    account = config.account or site.default_account
+    if account is not None and site.enforces("associations"):
+        if partition.allow_accounts is not None and account not in partition.allow_accounts:
+            yield f"account={account}: this partition is for {', '.join(partition.allow_accounts)}"
+        elif partition.allow_accounts is None and account in partition.deny_accounts:
+            yield f"account={account}: it is shut out of this partition"
+    association = site.association(config.account, partition.name)
+    qos = config.qos or (association.usual_qos if association is not None else None)
+    if qos is None or not site.enforces("qos"):
+        return
+    given = f"qos={config.qos}" if config.qos else f"qos=null, which is {qos} for you"
+    if site.qos and qos not in site.qos:
+        yield f"{given}: there is no such qos; there are {', '.join(site.qos)}"
+    elif association is not None and association.qos and qos not in association.qos:
+        yield f"{given}: account {association.account} has {', '.join(association.qos)}"
+    elif partition.allow_qos is not None and qos not in partition.allow_qos:
+        yield f"{given}: this partition takes {', '.join(partition.allow_qos)}"
+    elif partition.allow_qos is None and qos in partition.deny_qos:
+        yield f"{given}: it is shut out of this partition"
+
+
+def _time_problems(config: ClusterConfig, site: Site, partition: Partition) -> Iterator[str]:
+    association = site.association(config.account, partition.name)
+    qos = site.qos.get(config.qos or (association.usual_qos if association is not None else None) or "")
+    lifted = qos is not None and "PartitionTimeLimit" in qos.flags
+    if partition.max_time_s is not None and config.time_s > partition.max_time_s and not lifted:
+        yield f"time={config.time}: its longest is {time_text(partition.max_time_s)}"
+    if qos is not None and qos.max_time_s is not None and config.time_s > qos.max_time_s and site.enforces("limits"):
+        yield f"time={config.time}: the longest of qos {qos.name} is {time_text(qos.max_time_s)}"
+
+
+def _node_problems(config: ClusterConfig, site: Site, partition: Partition) -> Iterator[str]:
+    qos = site.qos.get(config.qos or "")
+    flags = qos.flags if qos is not None else ()
+    if partition.max_nodes is not None and config.nodes > partition.max_nodes and "PartitionMaxNodes" not in flags:
+        yield f"nodes={config.nodes}: a job may have {partition.max_nodes} there"
+    if config.nodes < partition.min_nodes and "PartitionMinNodes" not in flags:
+        yield f"nodes={config.nodes}: a job must have {partition.min_nodes} there"
+    if not partition.nodes:
+        return
+    fits: list[Callable[[NodeGroup], bool]] = []
+    for problem, fit in _needs(config, partition):
+        if any(map(fit, partition.nodes)):
+            fits.append(fit)
+        else:
+            yield problem
+    count = sum(group.count for group in partition.nodes if all(fit(group) for fit in fits))
+    if count < min(config.nodes, partition.max_nodes or config.nodes):
+        yield f"nodes={config.nodes}: it has {count} with all of the rest"
+
+
+def _needs(config: ClusterConfig, partition: Partition) -> Iterator[tuple[str, Callable[[NodeGroup], bool]]]:
+    """What each node must have: (what to say where no node has it, whether nodes have it)."""
+    kind = config.gpu_type
+    if config.gpus_per_node:
+        kinds = sorted({kind for group in partition.nodes for kind in group.gpus} - {UNTYPED})
+        if kind is not None and kinds and kind not in kinds:
+            yield f"gpu_type={kind}: its nodes have {', '.join(kinds)}", lambda group: kind in group.gpus
+        else:
+            most = max(_gpus(group, kind) for group in partition.nodes)
+            what = f"at most {most}" if most else "none"
+            yield (
+                f"gpus_per_node={config.gpus_per_node}: its nodes have {what}{f' of type {kind}' if kind else ''}",
+                lambda group: _gpus(group, kind) >= config.gpus_per_node,
+            )
+    cpus = config.tasks_on_node * (config.cpus_per_task or 1)
+    cpu_limit = partition.max_cpus_per_node
+    most = max(_least(group.cpus, cpu_limit) for group in partition.nodes)
+    yield (
+        f"{'cpus_per_task' if config.cpus_per_task else 'tasks_per_node'}={config.cpus_per_task or config.tasks_per_node}: "
+        f"{config.tasks_on_node} processes need {cpus} CPUs of a node, and a job can have {most} there",
+        lambda group: _least(group.cpus, cpu_limit) >= cpus,
+    )
+    if config.memory_mb is not None:
+        memory_mb, memory_limit = config.memory_mb, partition.max_memory_mb
+        most = max(_least(group.memory_mb, memory_limit) for group in partition.nodes)
+        yield (
+            f"memory={config.memory:g}: a job can have {most / MB_IN_GB:.1f} GB of a node there",
+            lambda group: _least(group.memory_mb, memory_limit) >= (memory_mb or group.memory_mb),
+        )
+    if config.constraint is not None and re.fullmatch(r"[\w.-]+", config.constraint):  # SLURM's own expressions it reads itself
+        features = sorted({feature for group in partition.nodes for feature in group.features})
+        if features:
+            constraint = config.constraint
+            yield f"constraint={constraint}: its nodes have {', '.join(features)}", lambda group: constraint in group.features
+
+
+def _gpus(group: NodeGroup, kind: str | None) -> int:
+    return group.num_gpus if kind is None or not group.gpus.keys() - {UNTYPED} else group.gpus.get(kind, 0)
+
+
+def _least(value: int, limit: int | None) -> int:
+    return value if limit is None else min(value, limit)

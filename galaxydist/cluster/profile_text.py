@@ -1,0 +1,229 @@
+"""A commented profile for a cluster, from what its SLURM says of itself."""
+
+import json
+import re
+from collections.abc import Iterator
+
+from galaxydist.cluster.partition import describe_gpus, time_text
+from galaxydist.cluster.profile import MB_IN_GB
+from galaxydist.cluster.profile_checks import MIN_SIGNAL_S, START_UP_S
+from galaxydist.cluster.site import TAKES_NO_JOBS, UNTYPED, NodeGroup, Partition, Site
+from galaxydist.errors import UserError
+from galaxydist.recipe.scalars import BOOL, NULL
+
+DAY_S = 86_400
+# Some of a node's memory may be kept for the system; how much, SLURM does not say here.
+MEMORY_SHARE = 0.95
+SIGNAL_S = 120
+COMMENT_COLUMN = 32
+
+
+def profile_text(site: Site, name: str, partition_name: str | None = None) -> str:
+    """The text of a profile; it loads, and its partition has what it asks for.
+
+    Args:
+        site: the cluster.
+        name: of the profile.
+        partition_name: which partition; default: the one with GPUs (the cluster's default one before others), else the default.
+
+    Raises:
+        UserError: there is no such partition, or none that could be used.
+    """
+    partition = _choose(site, partition_name)
+    if not partition.nodes:
+        raise UserError(
+            f"Partition {partition.name} of {site.name} has no nodes; choose another with --partition: {_names(site)}"
+        )
+    lines = [
+        f"# Partition {partition.name} of {site.name}: what SLURM {site.settings.get('SLURM_VERSION', '')} says of it.",
+        f"# Written by `galaxydist cluster init {name}`. Look it over once; `galaxydist cluster show {name}` shows every key.",
+        "#",
+        *_table(site),
+        *_identity(site, partition),
+        *_nodes(site, partition),
+        *_time(site, partition),
+        *_preemption(site, partition),
+        "# What SLURM cannot tell:",
+        _line("# interface", "ib0", "the fast network between nodes, where it is not found"),
+        _line("# modules", "[cuda]", "to load on the nodes"),
+        _line("# container", "apptainer exec --nv image.sif", ""),
+        _line("# scratch", "$TMPDIR", "on a disk of the node's own"),
+    ]
+    return "\n".join(_plain(line) for line in lines) + "\n"
+
+
+def _choose(site: Site, wanted: str | None) -> Partition:
+    if wanted is not None:
+        if wanted not in site.partitions:
+            raise UserError(f"--partition {wanted}: {site.name} has no such partition; it has {_names(site)}")
+        return site.partitions[wanted]
+    accounts = site.accounts()
+    usable = [
+        partition
+        for partition in site.partitions.values()
+        if partition.state in ("UP", "DOWN")
+        and not partition.hidden
+        and partition.nodes
+        and _account(site, partition, accounts)[0]
+    ]
+    if not usable:
+        raise UserError(f"{site.name} has no partition that you could use; name one with --partition: {_names(site)}")
+    return max(usable, key=lambda partition: (partition.num_gpus > 0, partition.default, partition.num_gpus))
+
+
+def _names(site: Site) -> str:
+    return ", ".join(site.partitions) or "none"
+
+
+def _table(site: Site) -> Iterator[str]:
+    """All partitions as a comment, one kind of nodes a line."""
+    rows = [("partition", "nodes", "GPUs of a node", "CPUs", "memory", "longest job")]
+    for partition in site.partitions.values():
+        if not partition.hidden:
+            longest = "no limit" if partition.max_time_s is None else time_text(partition.max_time_s)
+            title = partition.name + ("*" if partition.default else "")
+            for group in partition.nodes:
+                memory = f"{group.memory_mb // MB_IN_GB} GB"
+                rows.append((title, str(group.count), describe_gpus(group), str(group.cpus), memory, longest))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "# " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+    if site.default_partition is not None:
+        yield "# (*: the default)"
+
+
+def _identity(site: Site, partition: Partition) -> Iterator[str]:
+    takes_none = partition.state in TAKES_NO_JOBS
+    yield _line("partition", _yaml(partition.name), f"it takes no jobs now ({partition.state})" if takes_none else "")
+    accounts = site.accounts(partition.name)
+    possible, account = _account(site, partition, accounts)
+    if not possible:
+        allowed = ", ".join(partition.allow_accounts or ())
+        yield _line(
+            "# account", "", f"none of yours may use this partition; {f'it is for {allowed}' if allowed else 'ask the site'}"
+        )
+    elif account is not None:
+        yield _line("account", _yaml(account), f"one that this partition takes; yours: {', '.join(accounts)}")
+    elif site.default_account is not None:
+        yield _line("# account", _yaml(site.default_account), f"your default; yours: {', '.join(accounts)}")
+    association = site.association(account, partition.name)
+    if association is None:
+        return
+    qos = _qos(site, partition, account)
+    if qos != association.usual_qos and qos is not None and partition.allow_qos is not None:
+        yield _line("qos", _yaml(qos), f"this partition takes {', '.join(partition.allow_qos)}")
+    elif association.qos:
+        yield _line("# qos", _yaml(association.usual_qos or association.qos[0]), f"yours: {_qos_text(site, association.qos)}")
+
+
+def _account(site: Site, partition: Partition, accounts: tuple[str, ...]) -> tuple[bool, str | None]:
+    """Whether the user may use the partition, and with which account (None: the default one)."""
+
+    def taken(account: str) -> bool:
+        return (
+            account in partition.allow_accounts
+            if partition.allow_accounts is not None
+            else account not in partition.deny_accounts
+        )
+
+    if not accounts or site.default_account is None or not site.enforces("associations"):
+        return True, None
+    if site.default_account in accounts and taken(site.default_account):
+        return True, None
+    fitting = next(filter(taken, accounts), None)
+    return fitting is not None, fitting
+
+
+def _qos(site: Site, partition: Partition, account: str | None) -> str | None:
+    """The qos that a job would have: the association's default, or one that the partition takes."""
+    association = site.association(account, partition.name)
+    if association is None:
+        return None
+    if partition.allow_qos is None or association.usual_qos in partition.allow_qos:
+        return association.usual_qos
+    return next((qos for qos in association.qos if qos in partition.allow_qos), association.usual_qos)
+
+
+def _qos_text(site: Site, names: tuple[str, ...]) -> str:
+    def one(name: str) -> str:
+        longest = site.qos[name].max_time_s if name in site.qos else None
+        return name if longest is None else f"{name} (at most {time_text(longest)})"
+
+    return ", ".join(map(one, names))
+
+
+def _nodes(site: Site, partition: Partition) -> Iterator[str]:
+    group = max(partition.nodes, key=lambda group: (group.count * group.num_gpus, group.count * group.cpus))
+    least = max(1, partition.min_nodes)
+    most = min(group.count, partition.max_nodes or group.count)
+    yield _line("nodes", str(least), f"a job can have {most}" if most > least else "")
+    cpus = min(group.cpus, partition.max_cpus_per_node or group.cpus)
+    tasks = min(max(group.gpus.values(), default=1), max(1, cpus))
+    if group.num_gpus:
+        yield from _gpus(site, partition, group, tasks)
+    else:
+        yield _line("tasks_per_node", "1", "processes; this partition has no GPUs")
+    share = max(1, cpus // max(group.num_gpus, 1))
+    yield _line("cpus_per_task", str(share), f"of {cpus} CPUs of a node")
+    memory_mb = min(group.memory_mb, partition.max_memory_mb or group.memory_mb)
+    memory = int(MEMORY_SHARE * memory_mb * (tasks / group.num_gpus if group.num_gpus else 1)) // MB_IN_GB
+    if memory:
+        yield _line("memory", str(memory), f"GB of each node, which has {group.memory_mb // MB_IN_GB}; 0 is all of it")
+    features = sorted({feature for group in partition.nodes for feature in group.features})
+    if features:
+        yield _line("# constraint", _yaml(features[0]), f"features of its nodes: {', '.join(features)}")
+
+
+def _gpus(site: Site, partition: Partition, group: NodeGroup, tasks: int) -> Iterator[str]:
+    kind = max(group.gpus, key=lambda kind: group.gpus[kind])
+    yield _line("gpus_per_node", str(tasks), f"a process each; a node has {describe_gpus(group)}")
+    if "cons_tres" in site.settings.get("SelectType", ""):
+        yield _line("# gpu_request", "gres", "should --gpus-per-node be refused")
+    else:
+        yield _line("gpu_request", "gres", f"the surer spelling with {site.settings.get('SelectType', 'an unknown SelectType')}")
+    kinds = sorted({kind for group in partition.nodes for kind in group.gpus} - {UNTYPED})
+    if kind != UNTYPED:
+        key = "gpu_type" if len(kinds) > 1 else "# gpu_type"
+        yield _line(key, _yaml(kind), f"there are {', '.join(kinds)}" if len(kinds) > 1 else "the only type there is")
+
+
+def _time(site: Site, partition: Partition) -> Iterator[str]:
+    association = site.association(_account(site, partition, site.accounts(partition.name))[1], partition.name)
+    qos = site.qos.get(_qos(site, partition, association.account if association else None) or "")
+    limits = {
+        "the partition allows": partition.max_time_s,
+        f"qos {qos.name} allows" if qos else "": qos.max_time_s if qos else None,
+    }
+    known = {what: limit for what, limit in limits.items() if limit}
+    seconds = max(60, min(DAY_S, *known.values()) if known else DAY_S)
+    said = ", ".join(f"{what} {time_text(limit)}" for what, limit in known.items()) or "there is no limit"
+    yield _line("time", time_text(seconds), said)
+    signal_s = max(MIN_SIGNAL_S, min(SIGNAL_S, (seconds - START_UP_S) // 2))
+    yield _line("signal_s" if signal_s != SIGNAL_S else "# signal_s", str(signal_s), "seconds before the limit at which to save")
+
+
+def _preemption(site: Site, partition: Partition) -> Iterator[str]:
+    kind = site.settings.get("PreemptType", "preempt/none").removeprefix("preempt/")
+    if partition.preempt_mode == "OFF" or kind == "none":
+        yield "# Jobs of this partition are not preempted."
+    else:
+        yield f"# Preemption ({kind}): {partition.preempt_mode}, with {partition.grace_s} s between the signal and the end."
+        if partition.grace_s < 2 * MIN_SIGNAL_S:
+            yield "# That is too short to save in: the recipe's train.save_minutes=10 bounds what is lost."
+    yield _line("# requeue", "auto", "resubmit where the site forbids `scontrol requeue`")
+
+
+def _line(key: str, value: str, comment: str) -> str:
+    start = f"{key}: {value}"
+    return f"{start:{COMMENT_COLUMN - 1}} # {comment}" if comment else start
+
+
+def _yaml(text: str) -> str:
+    """The text as a YAML value that is read back as this text."""
+    word = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", text) and not NULL.fullmatch(text) and not BOOL.fullmatch(text)
+    return text if word else json.dumps(text)
+
+
+def _plain(line: str) -> str:
+    """Without what would end a line, or a comment's line, too early."""
+    return re.sub(r"[^\x20-\x7e\u00a0-\ud7ff]", "?", line)

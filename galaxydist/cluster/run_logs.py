@@ -1,0 +1,101 @@
+"""What a run printed: the logs of its ranks, else what submitit caught."""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from galaxydist.cluster.records import JobFiles, JobRecord
+from galaxydist.runs.tails import read_tail
+
+_ERROR_BYTES = 16_384
+_MOST_RANKS = 8
+_ERROR = re.compile(rb"error|exception|fatal|killed|out of memory|segmentation fault", re.IGNORECASE)
+_LINE_BYTES = 256
+# What a progress bar or a color wrote.
+_ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def find_logs(files: JobFiles, rank: int = 0) -> list[Path]:
+    """Where the words of a rank are: its log, else (before it wrote any) what submitit caught of the newest job that left
+    something: of this task, and for rank 0 of the batch script too."""
+    log = files.rank_log(rank)
+    if _is_filled(log):
+        return [log]
+    for job in reversed(files.jobs()):
+        if found := [path for path in submitit_logs(job, rank) if _is_filled(path)]:
+            return found
+    return []
+
+
+def submitit_logs(job: JobRecord, rank: int = 0) -> list[Path]:
+    """The files in submitit's folder that a task of a job writes to, those of its batch script among them for rank 0."""
+    folders = {job.folder, Path(str(job.folder).replace("%j", job.job_id))}
+    stems = [f"{job.job_id}_{rank}_log", *([f"{job.job_id}_log"] if rank == 0 else [])]
+    return [folder / f"{stem}.{end}" for folder in sorted(folders) for stem in stems for end in ("out", "err")]
+
+
+def last_error_line(files: JobFiles, jobs: list[JobRecord]) -> str | None:
+    """The last line that looks like an error, of rank 0 first; None where no rank wrote one."""
+    logs = files.rank_logs()[:_MOST_RANKS]
+    caught = [path for job in jobs[-1:] for path in submitit_logs(job)]
+    for path in (*logs, *caught):
+        for line in reversed(read_lines(path, _ERROR_BYTES)):
+            if _ERROR.search(line):
+                return line.decode(errors="replace").strip()[:_LINE_BYTES]
+    return None
+
+
+def read_lines(path: Path, num_bytes: int, end: int | None = None) -> list[bytes]:
+    """The last lines of a log as a terminal would show them: of a progress bar its last state."""
+    lines = read_tail(path, num_bytes, whole=False, end=end)
+    return [_ESCAPES.sub(b"", line.rstrip(b"\r").rpartition(b"\r")[2]) for line in lines]
+
+
+def last_lines(path: Path, count: int, end: int) -> list[bytes]:
+    """The last ``count`` lines of a log, or all if there are fewer.
+
+    Args:
+        path: the log.
+        count: at least 1.
+        end: take it to end here, in bytes.
+    """
+    num_bytes = 65_536
+    while True:
+        lines = read_lines(path, num_bytes, end)
+        if len(lines) >= count or num_bytes >= end:
+            return lines[-count:]
+        num_bytes *= 4
+
+
+def sizes(logs: Iterable[Path]) -> dict[Path, int]:
+    """How long each log is, in bytes; 0 where it is not there."""
+    return {path: path.stat().st_size if path.exists() else 0 for path in logs}
+
+
+def follow(find: Callable[[], list[Path]], shown: Mapping[Path, int], *, poll_s: float = 0.5) -> Iterator[bytes]:
+    """What is added to logs, for ever; one that is not there yet is waited for, and one that was cut is read from its start.
+
+    Args:
+        find: gives the logs to follow, asked again and again: a run that starts again may write elsewhere.
+        shown: how much of each the user has seen, in bytes.
+        poll_s: seconds between two looks.
+    """
+    places = dict(shown)
+    while True:
+        for path, size in sizes(find()).items():
+            start = places.get(path, 0)
+            start = start if start <= size else 0
+            if size > start:
+                with path.open("rb") as file:
+                    file.seek(start)
+                    yield file.read(size - start)
+            places[path] = size
+        time.sleep(poll_s)
+
+
+def _is_filled(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False

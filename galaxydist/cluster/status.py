@@ -1,0 +1,288 @@
+"""What a user sees of runs: their state from SLURM, the rest from their folders. The tracker is never asked."""
+
+import dataclasses
+import re
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from galaxydist.cluster import local_jobs
+from galaxydist.cluster.progress import Progress, read_progress
+from galaxydist.cluster.records import JobFiles, JobRecord, RestartRecord
+from galaxydist.cluster.run_logs import last_error_line
+from galaxydist.cluster.scheduler import (
+    TIMED_STATES,
+    UNKNOWN,
+    WAITING_STATES,
+    JobState,
+    SchedulerAwayError,
+    read_states,
+)
+from galaxydist.errors import UserError
+from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.lock import STALE_SECONDS
+from galaxydist.runs.lock_owner import LockOwner, is_alive, pid_space, read_owner
+
+Group = Literal["running", "pending", "unknown", "failed", "stopped", "finished"]
+GROUPS: tuple[Group, ...] = ("running", "pending", "unknown", "failed", "stopped", "finished")
+
+# States that a run folder tells, beside SLURM's.
+FINISHED, STOPPED, FAILED, NEW, DAMAGED = "FINISHED", "STOPPED", "FAILED", "NEW", "DAMAGED"
+_OTHER_GROUPS: dict[str, Group] = {
+    UNKNOWN: "unknown",
+    STOPPED: "stopped",
+    NEW: "stopped",
+    "CANCELLED": "stopped",
+    "COMPLETED": "stopped",  # without a result: it ended before its end, as it was told
+    FINISHED: "finished",
+}
+_DEPTH = 2
+# SLURM may not know a job for so long after its submission.
+_SETTLING_S = 60.0
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One line of the table.
+
+    Args:
+        run: the run folder.
+        name: what the user calls it.
+        state: SLURM's word for its newest job; FINISHED, RUNNING, STOPPED, FAILED or NEW where only the folder tells; DAMAGED
+            where that cannot be read.
+        reason: why; may be empty.
+        job: its newest job that waits or runs, else its newest; None for a run that was started by hand.
+        nodes: where it runs or ran.
+        progress: how far it is.
+        restarts: how often it was started again after the first time, by SLURM or by us.
+        time_left_s: seconds until the job's time limit; None where it does not run or has none.
+        last_error: why it does not run as it should; None where it does.
+    """
+
+    run: Path
+    name: str
+    state: str
+    reason: str = ""
+    job: JobRecord | None = None
+    nodes: str = ""
+    progress: Progress = field(default_factory=Progress)
+    restarts: int = 0
+    time_left_s: float | None = None
+    last_error: str | None = None
+
+    @property
+    def group(self) -> Group:
+        """Which of the few things a user asks for first."""
+        return group_of(self.state)
+
+    @property
+    def to_do_s(self) -> float | None:
+        """Seconds that the rest of the training takes; None where it does not run."""
+        return self.progress.to_do_s if self.group == "running" else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for other programs."""
+        job = self.job
+        return {
+            "run": str(self.run),
+            "name": self.name,
+            "state": self.state,
+            "group": self.group,
+            "reason": self.reason,
+            "job_id": job.job_id if job else None,
+            "scheduler": job.scheduler if job else None,
+            "cluster": job.cluster if job else None,
+            "nodes": self.nodes,
+            **dataclasses.asdict(self.progress),
+            "restarts": self.restarts,
+            "time_left_s": self.time_left_s,
+            "to_do_s": self.to_do_s,
+            "last_error": self.last_error,
+        }
+
+
+@dataclass(frozen=True)
+class Overview:
+    """All runs that were asked for.
+
+    Args:
+        runs: running ones first, then those that wait, failed, were stopped, are finished.
+        trouble: why SLURM could not be asked; empty where it could.
+    """
+
+    runs: tuple[RunStatus, ...]
+    trouble: str = ""
+
+
+def group_of(state: str) -> Group:
+    """The group of a state."""
+    found: Group = "running" if state in TIMED_STATES else "pending" if state in WAITING_STATES else "failed"
+    return _OTHER_GROUPS.get(state, found)
+
+
+def is_run(folder: Path) -> bool:
+    """A run was submitted or started here."""
+    return any((folder / name).exists() for name in ("recipe.json", "jobs.jsonl", "lock.json"))
+
+
+def find_runs(folder: Path, depth: int = _DEPTH) -> list[Path]:
+    """The run folders at a folder or below it, down to two levels; links to folders are not followed."""
+    if is_run(folder):
+        return [folder]
+    if depth == 0:
+        return []
+    try:
+        inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+    except PermissionError:
+        return []
+    return [run for path in inner if not path.name.startswith(".") for run in find_runs(path, depth - 1)]
+
+
+def read_overview(folders: Sequence[Path]) -> Overview:
+    """Look at all runs in some folders; SLURM is asked once."""
+    names: dict[Path, str] = {}
+    for folder in folders:
+        for run in find_runs(folder):
+            names.setdefault(run, str(run.relative_to(folder)) if run != folder else run.name or str(run))
+    jobs, damaged = _read_jobs(names)
+    known, trouble = _ask([job for of_run in jobs.values() for job in of_run])
+    runs = [RunStatus(run, names[run], DAMAGED, last_error=text) for run, text in damaged.items()]
+    for run, of_run in jobs.items():
+        try:
+            runs.append(read_status(run, names[run], of_run, known))
+        except UserError as error:
+            runs.append(RunStatus(run, names[run], DAMAGED, last_error=str(error)))
+    return Overview(tuple(sorted(runs, key=_place)), trouble)
+
+
+def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[str, JobState]) -> RunStatus:
+    """One run.
+
+    Args:
+        run: its folder.
+        name: what the user calls it.
+        jobs: its submissions, oldest first.
+        known: what SLURM says, by job id.
+
+    Raises:
+        UserError: something in its folder is damaged.
+    """
+    folder, files = RunFolder(run), JobFiles(run)
+    restarts = files.restarts()
+    job, told = newest_job(jobs, known)
+    state = _judge(folder, files, restarts, job, told)
+    status = RunStatus(
+        run,
+        name,
+        state.state,
+        state.reason,
+        job,
+        state.nodes,
+        read_progress(folder),
+        count_restarts(restarts, {job.job_id: known[job.job_id] for job in jobs if job.job_id in known}),
+        state.time_left_s,
+    )
+    return dataclasses.replace(status, last_error=_last_error(files, restarts, list(jobs), status.group))
+
+
+def newest_job(jobs: Sequence[JobRecord], known: Mapping[str, JobState]) -> tuple[JobRecord | None, JobState | None]:
+    """The newest job that waits or runs, else the newest, with what is known of it."""
+    for job in reversed(jobs):
+        told = _local_state(job) if job.scheduler == "local" else known.get(job.job_id)
+        if told is not None and told.is_active:
+            return job, told
+    newest = jobs[-1] if jobs else None
+    return newest, known.get(newest.job_id) if newest is not None and newest.scheduler == "slurm" else None
+
+
+def count_restarts(restarts: Sequence[RestartRecord], known: Mapping[str, JobState]) -> int:
+    """How often a run was started again: SLURM counts what it did to each job of the run, we record what we asked for."""
+    counts = {job_id: state.restarts for job_id, state in known.items()}
+    for record in restarts:
+        asked = record.restart + (record.decision == "requeue")
+        counts[record.job_id] = max(counts.get(record.job_id, 0), asked)
+    return sum(counts.values()) + sum(record.decision == "resubmit" for record in restarts)
+
+
+def _read_jobs(names: Mapping[Path, str]) -> tuple[dict[Path, list[JobRecord]], dict[Path, str]]:
+    jobs: dict[Path, list[JobRecord]] = {}
+    damaged: dict[Path, str] = {}
+    for run in names:
+        try:
+            jobs[run] = JobFiles(run).jobs()
+        except UserError as error:
+            damaged[run] = str(error)
+    return jobs, damaged
+
+
+def _ask(jobs: Sequence[JobRecord]) -> tuple[dict[str, JobState], str]:
+    ids = list(dict.fromkeys(job.job_id for job in jobs if job.scheduler == "slurm"))
+    try:
+        return read_states(ids), ""
+    except SchedulerAwayError as error:
+        return {}, str(error)
+
+
+def _local_state(job: JobRecord) -> JobState | None:
+    is_running = local_jobs.find_controller(job) is not None
+    return JobState("RUNNING", "", local_jobs.time_left(job), socket.gethostname()) if is_running else None
+
+
+def _judge(
+    folder: RunFolder, files: JobFiles, restarts: Sequence[RestartRecord], job: JobRecord | None, told: JobState | None
+) -> JobState:
+    """SLURM's word where it has one, else what the folder tells."""
+    if told is not None and told.is_active:
+        return told
+    if folder.is_finished:
+        return JobState(FINISHED, nodes=told.nodes if told is not None else "")
+    owner = read_owner(folder.lock_path)
+    if owner is not None and is_held(owner, folder.lock_path):
+        return JobState("RUNNING", f"by {owner}", nodes=owner.host)
+    if told is not None and told.state != UNKNOWN:
+        return told
+    is_settling = told is None or (job is not None and time.time() - job.time < _SETTLING_S)
+    has_stopped = bool(restarts) and job is not None and restarts[-1].job_id == job.job_id and restarts[-1].decision == "stop"
+    if job is not None and job.scheduler == "slurm" and is_settling and not has_stopped:
+        return JobState(UNKNOWN, told.reason if told is not None else "SLURM could not be asked")
+    reason = told.reason if told is not None else ""
+    if owner is not None:
+        reason = f"{owner} is gone"
+    return JobState(_judge_ended(folder, files, restarts, was_locked=owner is not None), reason)
+
+
+def _judge_ended(folder: RunFolder, files: JobFiles, restarts: Sequence[RestartRecord], *, was_locked: bool) -> str:
+    """The state of a run that neither runs nor waits nor is finished."""
+    if was_locked or files.failure() is not None or (restarts and restarts[-1].decision == "stop"):
+        return FAILED
+    return STOPPED if folder.metrics_path.exists() or restarts else NEW
+
+
+def is_held(owner: LockOwner, lock_path: Path) -> bool:
+    """Whoever locked a run folder still lives: its process where that is this machine's, else its heartbeat."""
+    if owner.host == socket.gethostname() and owner.pid_space == pid_space():
+        return is_alive(owner)
+    try:
+        return time.time() - lock_path.stat().st_mtime < STALE_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _last_error(files: JobFiles, restarts: Sequence[RestartRecord], jobs: list[JobRecord], group: Group) -> str | None:
+    if group in ("running", "finished"):
+        return None
+    failure = files.failure()
+    if failure is not None and failure.get("error"):
+        return str(failure["error"])
+    if restarts and restarts[-1].decision != "finished":
+        return restarts[-1].error or restarts[-1].reason
+    return last_error_line(files, jobs) if group == "failed" else None
+
+
+def _place(status: RunStatus) -> tuple[int, list[tuple[int, str]]]:
+    """Running ones first; within a group by name, numbers by their value."""
+    parts = re.split(r"(\d+)", str(status.run))
+    return GROUPS.index(status.group), [(int(part), "") if part.isdecimal() else (0, part) for part in parts]

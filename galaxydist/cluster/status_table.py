@@ -1,0 +1,147 @@
+"""Runs as a table for a terminal of any width: what does not fit is left out, the least important first."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from textwrap import shorten
+
+from rich.console import Group as Lines
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from galaxydist.cluster.status import GROUPS, Group, Overview, RunStatus
+
+COLORS: dict[Group, str] = {
+    "running": "green",
+    "pending": "yellow",
+    "unknown": "yellow",
+    "failed": "red",
+    "stopped": "magenta",
+    "finished": "cyan",
+}
+NOTHING = "-"
+# Between two columns.
+_GAP = 2
+_LEAST_NAME = 16
+_ERROR_WIDTH = 30
+_REASON_WIDTH = 40
+# Accuracies need no name.
+_METRIC_NAMES = {"accuracy": "", "balanced_accuracy": " balanced", "loss": " loss"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column.
+
+    Args:
+        title: above it.
+        cell: what stands in it.
+        rank: columns of the highest rank are left out first.
+        is_number: stands at the right.
+    """
+
+    title: str
+    cell: Callable[[RunStatus], str]
+    rank: int
+    is_number: bool = False
+
+
+def _of(count: int, total: int | None) -> str:
+    return f"{count}/{total}" if total is not None else str(count)
+
+
+def _epoch(status: RunStatus) -> str:
+    progress = status.progress
+    epoch = f"{progress.epoch:.1f}" if progress.epoch is not None else "0"
+    return f"{epoch}/{progress.epochs}" if progress.epochs is not None else epoch
+
+
+def _best(status: RunStatus) -> str:
+    progress = status.progress
+    return _number(progress.best, ".4f") + (_METRIC_NAMES.get(progress.metric or "", "") if progress.best is not None else "")
+
+
+def _number(value: float | None, form: str) -> str:
+    return NOTHING if value is None else format(value, form)
+
+
+COLUMNS = (
+    Column("run", lambda status: status.name, 0),
+    Column("job", lambda status: status.job.job_id if status.job else NOTHING, 5),
+    Column("state", lambda status: status.state, 1),
+    Column("why", lambda status: shorten(status.reason, _REASON_WIDTH, placeholder="...") or NOTHING, 8),
+    Column("step", lambda status: _of(status.progress.step, status.progress.total_steps), 2, True),
+    Column("epoch", _epoch, 9, True),
+    Column("img/s", lambda status: _number(status.progress.img_s, ",.0f"), 4, True),
+    Column("best val", _best, 3, True),
+    Column("restarts", lambda status: str(status.restarts), 7, True),
+    Column("time left", lambda status: duration_text(status.time_left_s), 6, True),
+    Column("to do", lambda status: duration_text(status.to_do_s), 10, True),
+    Column("nodes", lambda status: status.nodes or NOTHING, 11),
+)
+
+
+def render_overview(overview: Overview, width: int) -> RenderableType:
+    """The table, what went wrong under it where it does not fit in, and how many there are of each kind.
+
+    Args:
+        overview: the runs.
+        width: of the terminal, in characters.
+    """
+    columns = fitting_columns(overview.runs, width)
+    used = sum(_width(column, overview.runs) + _GAP for column in columns)
+    failing = [status for status in overview.runs if status.last_error]
+    has_room = bool(failing) and width - used >= _ERROR_WIDTH
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
+    for column in columns:
+        justify = "right" if column.is_number else "left"
+        table.add_column(column.title, justify=justify, no_wrap=column.rank > 0, overflow="fold")  # type: ignore[arg-type]
+    if has_room:
+        table.add_column("last error", overflow="fold", min_width=_ERROR_WIDTH)
+    for status in overview.runs:
+        cells = [Text(column.cell(status), COLORS[status.group] if column.title == "state" else "") for column in columns]
+        table.add_row(*cells, *([Text(status.last_error or "")] if has_room else []))
+    lines: list[RenderableType] = [table] if overview.runs else []
+    if failing and not has_room:
+        lines += [Text(f"{status.name}: {status.last_error}", "red") for status in failing]
+    if overview.trouble:
+        lines.append(Text(overview.trouble, "bold yellow"))
+    return Lines(*lines, Text(summary_text(overview.runs)))
+
+
+def fitting_columns(runs: Sequence[RunStatus], width: int) -> list[Column]:
+    """The columns that a terminal of this width has room for; run and state always."""
+    said = [column for column in COLUMNS if column.rank <= 3 or any(column.cell(status) not in (NOTHING, "0") for status in runs)]
+    room = width - min(_width(said[0], runs), max(_LEAST_NAME, width // 3)) - _GAP
+    kept = {0}
+    for column in sorted(said, key=lambda column: column.rank)[1:]:
+        room -= _width(column, runs) + _GAP
+        if room < 0 and column.rank > 1:
+            break
+        kept.add(column.rank)
+    return [column for column in said if column.rank in kept]
+
+
+def summary_text(runs: Sequence[RunStatus]) -> str:
+    """How many runs, of which group."""
+    counts = Counter(status.group for status in runs)
+    parts = [f"{counts[group]} {group}" for group in GROUPS if counts[group]]
+    return f"{len(runs)} run{'s' * (len(runs) != 1)}: {', '.join(parts)}" if runs else "no runs"
+
+
+def duration_text(seconds: float | None) -> str:
+    """Such as ``2d 3h``, ``3h 20m``, ``12m`` or ``40s``."""
+    if seconds is None:
+        return NOTHING
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    minutes = int(seconds // 60)
+    hours, days = minutes // 60, minutes // 1440
+    if days:
+        return f"{days}d {hours % 24}h"
+    return f"{hours}h {minutes % 60:02d}m" if hours else f"{minutes}m"
+
+
+def _width(column: Column, runs: Sequence[RunStatus]) -> int:
+    return max(len(column.title), *(len(column.cell(status)) for status in runs)) if runs else len(column.title)

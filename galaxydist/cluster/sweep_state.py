@@ -1,0 +1,175 @@
+"""What is known of a sweep's trials, and what that means: which are done, which are on their way, which are to be submitted."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from galaxydist.cluster.records import JobFiles, JobRecord
+from galaxydist.cluster.scheduler import WAITING_STATES, JobState
+from galaxydist.cluster.sweep import Trial
+from galaxydist.evaluation.report import read_evaluation
+from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.lock import STALE_SECONDS
+from galaxydist.runs.lock_owner import is_alive, pid_space, read_owner
+
+LOCAL_ENDED = "ENDED"
+
+ReadStates = Callable[[Sequence[str]], Mapping[str, JobState]]
+
+
+@dataclass(frozen=True)
+class TrialFacts:
+    """What the run folder and the scheduler say of a trial.
+
+    Args:
+        is_started: the run has written its recipe.
+        is_finished: it has left its result.
+        missing: data sets of ``eval.variants`` on which it is not judged yet.
+        job_id: of the job that is queued or runs, else of the last one; None where there never was one.
+        state: of that job.
+        holder: who else works in the folder (``launch.py`` by hand); None: nobody.
+        failure: how the last start failed.
+    """
+
+    is_started: bool = False
+    is_finished: bool = False
+    missing: tuple[str, ...] = ()
+    job_id: str | None = None
+    state: JobState | None = None
+    holder: str | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a trial.
+
+    Args:
+        standing: one word: ``finished``, ``queued``, ``running``, ``new``, ``stopped``, ``unjudged``, or the state in which its
+            last job ended, such as ``failed``.
+        is_due: it is to be submitted.
+        reason: for the user.
+    """
+
+    standing: str
+    is_due: bool
+    reason: str
+
+
+def decide(facts: TrialFacts) -> Decision:
+    """What a trial needs. Submitted is what is neither done nor on its way."""
+    if facts.is_finished and not facts.missing:
+        return Decision("finished", False, "")
+    if facts.state is not None and facts.state.is_active:
+        waits = facts.state.state in WAITING_STATES
+        return Decision(
+            "queued" if waits else "running", False, f"job {facts.job_id} {facts.state.reason if waits else ''}".rstrip()
+        )
+    if facts.holder is not None:
+        return Decision("running", False, facts.holder)
+    return Decision(*_due(facts))
+
+
+def _due(facts: TrialFacts) -> tuple[str, bool, str]:
+    """The decision for a trial that is to be submitted."""
+    if facts.is_finished:
+        return "unjudged", True, f"finished, not judged on {' and '.join(facts.missing)} yet"
+    if facts.state is not None:
+        why = facts.failure or facts.state.reason or "ended before the run was finished"
+        return facts.state.state.lower(), True, f"job {facts.job_id}: {why}"
+    return ("stopped", True, facts.failure or "begun, not finished") if facts.is_started else ("new", True, "")
+
+
+def read_facts(trials: Sequence[Trial], read_states: ReadStates) -> list[TrialFacts]:
+    """The facts of trials, in their order.
+
+    Args:
+        trials: of a sweep.
+        read_states: what the scheduler says of job ids; not called where SLURM never had a job of these trials.
+
+    Raises:
+        UserError: the scheduler cannot be asked, or a file is damaged.
+    """
+    records = [JobFiles(trial.run_dir).jobs() for trial in trials]
+    slurm_ids = [record.job_id for jobs in records for record in jobs if record.scheduler == "slurm"]
+    states = dict(read_states(slurm_ids)) if slurm_ids else {}
+    return [_facts_of(trial, jobs, states) for trial, jobs in zip(trials, records, strict=True)]
+
+
+def _facts_of(trial: Trial, jobs: Sequence[JobRecord], states: Mapping[str, JobState]) -> TrialFacts:
+    folder = RunFolder(trial.run_dir)
+    found = [(job.job_id, _local_state(job) if job.scheduler == "local" else states[job.job_id]) for job in jobs]
+    # A run that was submitted several times: the job that is on its way counts, else the last.
+    active = [(job_id, state) for job_id, state in found if state.is_active]
+    job_id, state = (active or found)[-1] if found else (None, None)
+    failure = folder.read_failure()
+    return TrialFacts(
+        is_started=folder.is_started,
+        is_finished=folder.is_finished,
+        missing=_missing(trial, folder),
+        job_id=job_id,
+        state=state,
+        holder=_holder(folder),
+        failure=_describe(failure) if failure is not None else None,
+    )
+
+
+def is_local_job_running(job_id: str) -> bool:
+    """submitit's controller of a local job still runs (a zombie does not)."""
+    try:
+        process = psutil.Process(int(job_id))
+        return process.status() != psutil.STATUS_ZOMBIE and any("submitit" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return False  # another user's process of the same number
+
+
+def _local_state(job: JobRecord) -> JobState:
+    state = "RUNNING" if is_local_job_running(job.job_id) else LOCAL_ENDED
+    return JobState(state, nodes="this machine")
+
+
+def _missing(trial: Trial, folder: RunFolder) -> tuple[str, ...]:
+    """Data sets of ``eval.variants`` without an evaluation of the checkpoint that the run is judged by."""
+    recipe = trial.resolved.recipe
+    steps: dict[str, int] = {}
+    own = read_evaluation(folder.evaluation_dir, "test", recipe.eval.tta)
+    dataset = own["dataset"] if own is not None else recipe.data.dataset
+    for place in (folder.evaluation_dir, *_folders_in(folder.evaluation_dir)):
+        evaluation = read_evaluation(place, "test", recipe.eval.tta)
+        if evaluation is not None and evaluation["dataset"] == dataset:
+            steps[evaluation["variant"]] = evaluation["step"]
+    return tuple(
+        variant
+        for variant in dict.fromkeys(recipe.eval.variants)
+        if variant not in steps or (own is not None and steps[variant] != own["step"])
+    )
+
+
+def _folders_in(place: Path) -> list[Path]:
+    return sorted(path for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+
+
+def _holder(folder: RunFolder) -> str | None:
+    """A process that works in the folder. A job's is left out: of jobs the scheduler knows more."""
+    owner = read_owner(folder.lock_path)
+    if owner is None or owner.job_id is not None:
+        return None
+    if owner.pid_space and owner.pid_space == pid_space():
+        return str(owner) if is_alive(owner) else None
+    try:
+        age = time.time() - folder.lock_path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return str(owner) if age < STALE_SECONDS else None
+
+
+def _describe(failure: Mapping[str, object]) -> str:
+    step = failure.get("step")
+    where = f" at step {step}" if step is not None else ""
+    text = str(failure.get("error") or failure.get("kind"))
+    return f"{text.splitlines()[0]}{where}"
