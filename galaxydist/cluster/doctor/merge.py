@@ -59,7 +59,13 @@ def check_presence(reports: Sequence[RankReport], num_tasks: int) -> Check:
         parts.append(
             f"rank {report.rank} ({report.host}) ended in the part '{report.part}'{f': {report.error}' if report.error else ''}"
         )
-    return failure("ranks", "; ".join(parts), "the job's output, named below, says more")
+    remedy = "the job's output, named below, says more"
+    if absent and reports:
+        remedy += (
+            "; a node of which no rank wrote may not see the run folders: put them on a file system that all nodes share "
+            "(--run-root FOLDER, run.root=FOLDER for runs)"
+        )
+    return failure("ranks", "; ".join(parts), remedy)
 
 
 def merge_checks(reports: Sequence[RankReport]) -> list[Check]:

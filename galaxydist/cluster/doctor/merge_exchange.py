@@ -78,11 +78,7 @@ def check_clocks(reports: Sequence[RankReport]) -> list[Check]:
 
 def check_shared_files(reports: Sequence[RankReport]) -> list[Check]:
     """Whether a file of one rank, and its replacement, are seen by all."""
-    looked = [
-        report
-        for report in reports
-        if report.signal_s is not None or report.signal_error is not None or report.seen_s is not None
-    ]
+    looked = [report for report in reports if "shared files" in report.finished]
     if not looked:
         return []
     shared = "put the run folders on a file system that all nodes share: run.root=FOLDER"
@@ -106,7 +102,7 @@ def check_shared_files(reports: Sequence[RankReport]) -> list[Check]:
 
 def check_signals(reports: Sequence[RankReport]) -> list[Check]:
     """Whether SIGUSR2, which SLURM sends before it takes the nodes away, reaches each rank."""
-    asked = [report for report in reports if report.signal_s is not None or report.signal_error is not None]
+    asked = [report for report in reports if "signal" in report.finished]
     if not asked or all(report.signal_error == "no SLURM" for report in asked):
         return []
     error = next((report.signal_error for report in asked if report.signal_error is not None), None)

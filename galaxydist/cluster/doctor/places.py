@@ -40,10 +40,14 @@ def check_data_root(root: Path, home: Path, quota_left: float) -> Check:
     place = _nearest(root)
     if place is None or not place.is_dir():
         return failure(name, f"{root} cannot be made: {place} is not a folder", move)
-    if not os.access(place, os.W_OK | os.X_OK):
-        read_only = root.is_dir() and any(root.iterdir())
-        text = f"{root}: {place} cannot be written"
-        return warning(name, f"{text}; what is there can be read", move) if read_only else failure(name, text, move)
+    try:
+        with _own_folder(place):
+            pass
+    except OSError as error:
+        text = f"{root}: {place} cannot be written ({error.strerror})"
+        if place == root.absolute() and any(root.iterdir()):
+            return warning(name, f"{text}; what is there can be read", move)
+        return failure(name, text, move)
     in_home = root.absolute().is_relative_to(home)
     free = min(free_bytes(place), quota_left if in_home else float("inf"))
     text = f"{root}{'' if root.exists() else ' (not there yet)'}: {free / 1e9:.1f} GB free{', in HOME' if in_home else ''}"

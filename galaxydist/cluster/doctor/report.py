@@ -38,7 +38,8 @@ class RankReport:
         rank, world_size: of the job.
         host: the node, as the scheduler calls it.
         machine: the same for processes of one machine (several nodes of a test bed are one).
-        part: what it did last; "done" at the end.
+        part: what it is about; "done" at the end.
+        finished: the parts before.
         checks: of the node.
         versions: name -> version, to be equal on all ranks.
         cores: that the process may run on.
@@ -67,6 +68,7 @@ class RankReport:
     host: str
     machine: str
     part: str = "start"
+    finished: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     cores: int = 0
@@ -94,7 +96,9 @@ class RankReport:
         return self.part == "done"
 
     def write(self, folder: Path, part: str) -> None:
-        """Note that a part is begun, and write everything so far."""
+        """Note that a part is begun, and those before are finished, and write everything so far."""
+        if part != self.part:
+            self.finished.append(self.part)
         self.part = part
         write_json(folder / f"rank-{self.rank}.json", {"format": FORMAT_VERSION, **asdict(self)})
 

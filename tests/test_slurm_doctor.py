@@ -1,0 +1,111 @@
+"""The doctor on a real SLURM of two nodes: what a healthy one says, and what is said of nodes, queues and users that go wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bed import Bed
+
+from tests.slurm_bed import job_state, processes_left, submit, wait_for, wait_state
+
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(600)]
+ROOT = Path(__file__).parents[1]
+TWO_NODES = ("cluster=cpu", "cluster.nodes=2", "cluster.tasks_per_node=1", "cluster.cpus_per_task=1", "cluster.memory=2")
+
+
+def start(folder: Path, *options: str) -> "subprocess.Popen[str]":
+    """``galaxydist doctor`` for two nodes of one rank each, its run folders in ``folder``."""
+    command = [sys.executable, "-m", "galaxydist.cli.main", "doctor", *TWO_NODES, *options, "--json", "--run-root", str(folder)]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    return subprocess.Popen(command, env=environ, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, dict[str, dict[str, Any]], str]:
+    """Its exit code, the checks of the cluster by name, and what it said beside them."""
+    out, err = process.communicate(timeout=400)
+    sections = json.loads(out)["sections"] if out else {}
+    return process.returncode, {check["name"]: check for check in sections.get("cluster=cpu", [])}, err
+
+
+def job_of(said: str) -> str:
+    """The number in "job 7, 2 processes"."""
+    return said.partition("job ")[2].partition(",")[0]
+
+
+def test_two_healthy_nodes(slurm_bed: Bed, tmp_path: Path) -> None:
+    code, checks, said = finish(start(tmp_path))
+    assert code == 0, (checks, said)
+    assert checks["ranks"]["text"] == "2 on n1, n2: all came to the end"
+    assert checks["signal"]["level"] == "ok" and "SIGUSR2 from SLURM reached all ranks" in checks["signal"]["text"]
+    assert "n1" in checks["interface"]["text"] and "n2" in checks["interface"]["text"]
+    assert "asked for 1" in checks["cores a rank"]["text"]
+    for name in ("versions", "rendezvous", "clocks", "shared files", "all-reduce, gloo", "flock there"):
+        assert checks[name]["level"] == "ok", checks[name]
+    wait_state(slurm_bed, job_of(said), "COMPLETED")
+    assert not processes_left(slurm_bed)
+
+
+def test_gpus_that_slurm_gives_and_torch_does_not_see(slurm_bed: Bed, tmp_path: Path) -> None:
+    """The bed's GPUs are pretended: SLURM sets CUDA_VISIBLE_DEVICES, but there is no device."""
+    code, checks, _ = finish(start(tmp_path, "cluster.gpus_per_node=1", "cluster.interface=nosuch0"))
+    assert code == 1
+    assert checks["GPUs"]["level"] == checks["GPUs a rank"]["level"] == "failure"
+    assert "nosuch0" in checks["interface"]["text"] and "nosuch0" in checks["all-reduce, gloo"]["text"]
+    assert checks["ranks"]["level"] == checks["signal"]["level"] == "ok"
+    (report, *_) = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("doctor/cpu-*/rank-*.json")))
+    assert report["visible_gpus"] is not None and report["host"] == "n1"
+    assert not processes_left(slurm_bed)
+
+
+def test_a_job_that_does_not_start_is_explained_and_cancelled(slurm_bed: Bed, tmp_path: Path) -> None:
+    other = submit(slurm_bed, "sleep 300", "--nodes=2", "--exclusive", folder=tmp_path)
+    wait_state(slurm_bed, other, "RUNNING")
+    code, checks, said = finish(start(tmp_path / "runs", "--wait", "2"))
+    assert code == 1 and list(checks) == ["job"]
+    assert (
+        "did not start within 2 s: state PENDING, reason Resources" in checks["job"]["text"]
+        and "--wait" in checks["job"]["remedy"]
+    )
+    assert wait_state(slurm_bed, job_of(said), "CANCELLED")
+    assert job_state(slurm_bed, other) == "RUNNING"
+
+
+@pytest.mark.usefixtures("slurm_bed")
+def test_what_sbatch_refuses_is_told(tmp_path: Path) -> None:
+    code, checks, _ = finish(start(tmp_path, "cluster.partition=nosuch"))
+    assert code == 1 and "nosuch" in checks["job"]["text"] and "cluster.partition" in checks["job"]["remedy"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_doctor_cancels_its_job(slurm_bed: Bed, tmp_path: Path, number: int) -> None:
+    process = start(tmp_path)
+    job_id = wait_for(lambda: slurm_bed.run("squeue", "-h", "--me", "--states=RUNNING", "-o", "%i").strip(), 120)
+    # The line about the job comes after the submission.
+    assert process.stderr is not None and job_of(process.stderr.readline()) == job_id
+    process.send_signal(number)
+    assert finish(process)[0] == 130
+    assert wait_state(slurm_bed, job_id, "CANCELLED")
+    wait_for(lambda: not processes_left(slurm_bed))
+
+
+def test_a_folder_that_one_node_does_not_see(slurm_bed: Bed, tmp_path: Path) -> None:
+    """n2 has something else mounted where the run folders are."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (slurmd, *_) = slurm_bed.processes("n2")
+    within = ["nsenter", f"--target={slurmd}", "--mount"]
+    if subprocess.run([*within, "mount", "-t", "tmpfs", "tmpfs", str(runs)], capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        code, checks, _ = finish(start(runs))
+    finally:
+        subprocess.run([*within, "umount", str(runs)], check=True)
+    assert code == 1
+    failed = " ".join(check["text"] + check["remedy"] for check in checks.values() if check["level"] == "failure")
+    assert "ranks 1 wrote nothing" in failed and "file system that all nodes share" in failed
+    wait_for(lambda: not processes_left(slurm_bed))
