@@ -109,6 +109,13 @@ def test_gpus_of_a_node_in_all_spellings(gres: str, gpus: dict[str, int]) -> Non
     assert parse_gpus(gres) == gpus
 
 
+def test_equal_nodes_are_one_group_and_lines_that_say_nothing_are_left_out() -> None:
+    nodes = "p|2|64|9000|gpu:2|a,b\np|1|64|9000|gpu:2(S:0)|a,b\np|1|64|9000|gpu:2|c\nq|1|8+|500+|(null)|(null)\nnonsense\n"
+    site = parse_site({"partitions": "PartitionName=p MaxTime=30:00\nPartitionName=q\nNo partitions\n", "nodes": nodes})
+    assert site.partitions["p"].nodes == (NodeGroup(3, 64, 9000, {"": 2}, ("a", "b")), NodeGroup(1, 64, 9000, {"": 2}, ("c",)))
+    assert site.partitions["q"].nodes == (NodeGroup(1, 8, 500),) and site.partitions["p"].max_time_s == 1800
+
+
 @given(st.integers(1, 400 * 86_400))
 def test_times_go_round_as_slurm_prints_them(seconds: int) -> None:
     assert read_slurm_time_s(time_text(seconds)) == seconds
