@@ -128,9 +128,10 @@ def _resubmit(requests: RequestFile, run_dir: Path, files: JobFiles, environ: Ma
 
     from galaxydist.cluster.submission import submit_again
 
+    ended = job_name_of(environ)
     try:
-        with clean_env():
-            job_id = submit_again(requests, run_dir, resubmits=job_name_of(environ))
+        with clean_env():  # which empties the environment of this job's variables
+            job_id = submit_again(requests, run_dir, resubmits=ended)
     except UserError as error:
         _note(files, environ, ending, "stop", f"it could not be submitted again: {error}")
     else:
