@@ -77,7 +77,12 @@ class ClusterRun:
         assert not self.is_finished, "the run was finished before it could be disturbed"
 
     def wait_finished(self, timeout_s: float = 240) -> None:
-        wait_for(lambda: self.is_finished, timeout_s, f"the end of the run: {self.said()}")
+        def look() -> bool:
+            last = self.files.restarts()[-1:]
+            assert not last or last[0].decision != "stop", last
+            return self.is_finished
+
+        wait_for(look, timeout_s, "the end of the run")
 
     def wait_restarts(self, number: int, timeout_s: float = 150) -> list[RestartRecord]:
         """Until so many starts have ended."""

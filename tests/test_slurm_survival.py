@@ -84,7 +84,7 @@ def test_time_limit(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_pa
     assert num_restarts(slurm_bed, job_id) == 1
     wait_state(slurm_bed, job_id, "FAILED")
     again = run.submit(*limits)
-    run.wait_finished(600)
+    wait_for(lambda: run.is_finished, 600, "the end of the run")
     wait_state(slurm_bed, again, "COMPLETED")
     ended = decisions(run.files.restarts())[2:]
     assert ended == ["requeue"] * (len(ended) - 1) + ["finished"]
@@ -154,7 +154,7 @@ def test_elastic(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
     slurm_bed.run("scancel", "--signal=USR2", job_id)
     run.wait_restarts(1)
     run.submit("cluster.nodes=1")
-    run.wait_finished()
+    wait_for(lambda: run.is_finished, 240, "the end of the run")
     assert [job.tasks for job in run.files.jobs()] == [2, 1]
     ours, theirs = run.result()[0], whole.result()[0]
     for name in ours:

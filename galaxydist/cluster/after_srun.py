@@ -129,8 +129,10 @@ def _resubmit(requests: RequestFile, run_dir: Path, files: JobFiles, environ: Ma
     from galaxydist.cluster.submission import submit_again
 
     ended = job_name_of(environ)
+    where = {name: environ[name] for name in ("SLURM_CONF",) if name in environ}  # which SLURM, not which job
     try:
-        with clean_env():  # which empties the environment of this job's variables
+        with clean_env():  # without this job's variables
+            os.environ.update(where)
             job_id = submit_again(requests, run_dir, resubmits=ended)
     except UserError as error:
         _note(files, environ, ending, "stop", f"it could not be submitted again: {error}")
