@@ -92,7 +92,7 @@ class ClusterRun:
 
     def said(self) -> str:
         """The last words of all logs, for a failure's message."""
-        logs = [*self.files.rank_logs(), *sorted((self.run_dir / "slurm").glob("*log.*"))]
+        logs = [*self.files.rank_logs(), *sorted(self.files.slurm_dir.glob("*log.*"))]
         return "\n".join(f"{path.name}: {path.read_text()[-600:]}" for path in logs)
 
     def result(self) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:

@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     cluster = load_cluster(cluster_arguments)
     resolved = load_recipe(recipe_arguments)
 
+    from galaxydist.cluster.records import JobFiles
     from galaxydist.cluster.request_checks import check_request
     from galaxydist.cluster.submission import build_request, check_idle, script_of, submit_requests
     from galaxydist.runs.folder import RunFolder
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         from galaxydist.cluster.partition import check_partition
 
         check_partition(cluster.config)
-    folder, name = request.run_dir / "slurm", f"{request.run_dir.name}"
+    folder, name = JobFiles(request.run_dir).slurm_dir, request.run_dir.name
     if arguments.dry_run:
         print(script_of([request], cluster, folder=folder, name=name))
         return

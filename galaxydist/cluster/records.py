@@ -101,6 +101,7 @@ class JobFiles:
         self.jobs_path = run_dir / "jobs.jsonl"
         self.restarts_path = run_dir / "restarts.jsonl"
         self.logs_dir = run_dir / "logs"
+        self.slurm_dir = self.logs_dir / "slurm"
 
     def append_job(self, record: JobRecord) -> None:
         """Add a submission.
