@@ -135,6 +135,7 @@ def test_where_requeueing_is_forbidden_the_run_is_submitted_again(
     slurm_bed.run("scancel", "--signal=USR2", job_id)
     run.wait_finished()
     first, again = run.files.jobs()
+    wait_state(slurm_bed, again.job_id, "COMPLETED")
     assert (first.job_id, again.resubmits) == (job_id, job_id) and again.job_id != job_id
     assert decisions(run.files.restarts()) == ["requeue", "resubmit", "finished"]
     assert num_restarts(slurm_bed, job_id) == 0
@@ -150,7 +151,6 @@ def test_elastic(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
     run = ClusterRun(slurm_bed, tmp_path / "run", blobs, **DOUBLE)
     job_id = run.submit("cluster.requeue=never")
     run.wait_step(20)
-    assert run.galaxydist("submit", *run.arguments, "cluster=bed", "cluster.nodes=1").returncode == 2  # it still runs
     slurm_bed.run("scancel", "--signal=USR2", job_id)
     run.wait_restarts(1)
     run.submit("cluster.nodes=1")
@@ -160,6 +160,18 @@ def test_elastic(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
     for name in ours:
         if name.startswith("model/") and ours[name].is_floating_point():
             assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-9), name
+
+
+def test_a_queued_run_is_not_sent_twice(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
+    run = ClusterRun(slurm_bed, tmp_path, blobs)
+    job_id = run.submit("cluster.extra=[begin=now+600]")
+    answer = run.galaxydist("submit", *run.arguments, "cluster=bed")
+    assert answer.returncode == 2 and f"is pending as job {job_id} already" in answer.stderr
+    assert run.galaxydist("status", str(run.run_dir), "--json").stdout.count('"PENDING"') == 1
+    answer = run.galaxydist("cancel", str(run.run_dir))
+    assert answer.returncode == 0, answer.stderr
+    wait_state(slurm_bed, job_id, "CANCELLED")
+    assert len(run.files.jobs()) == 1
 
 
 def test_slurmctld_is_restarted(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:

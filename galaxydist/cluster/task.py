@@ -30,7 +30,11 @@ def main(folder: str) -> None:
 
     # What submitit gives its plugins to adapt to a cluster's signals.
     JobEnvironment._handle_signals = _keep_signals  # type: ignore[assignment, method-assign]
-    process_job(folder)
+    try:
+        process_job(folder)
+    finally:
+        for number in STOP_SIGNALS:  # what is told now comes too late: it must not make an end a failure
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
