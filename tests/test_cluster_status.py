@@ -141,7 +141,7 @@ def test_without_accounting_what_has_ended_is_judged_by_its_folder(finished: Pat
     unknown = JobState("UNKNOWN", "SLURM keeps no accounting here")
     files = copy_run(finished, tmp_path / "run", job_id=JOB.job_id)
     assert look(tmp_path / "run", job=unknown).state == "STOPPED"
-    files.write_failure("nonfinite", step=3, error="the loss is not finite", time=1.0)
+    RunFolder(files.run_dir).write_failure("nonfinite", 3, "the loss is not finite")
     status = look(tmp_path / "run", job=unknown)
     assert (status.state, status.reason, status.last_error) == ("FAILED", unknown.reason, "the loss is not finite")
     add_job(files, time=time.time())  # SLURM may not know it yet
@@ -179,7 +179,7 @@ def test_the_last_error_is_told_where_something_is_wrong(finished: Path, tmp_pat
     assert look(files.run_dir, job=failed).last_error == "galaxydist: error: a disk is full"
     files.append_restart(dataclasses.replace(RESTART, error=None))
     assert look(files.run_dir, job=failed).last_error == "it may go better"
-    files.write_failure("crash", step=3, error="rank 1 was killed", time=1.0)
+    RunFolder(files.run_dir).write_failure("crash", 3, "rank 1 was killed")
     assert look(files.run_dir, job=failed).last_error == "rank 1 was killed"
     assert look(files.run_dir, job=JobState("RUNNING")).last_error is None
 
@@ -222,7 +222,7 @@ def test_an_overview_has_running_ones_first_and_counts(finished: Path, tmp_path:
     for name in ("seed10", "seed2"):
         copy_run(finished, tmp_path / name, is_finished=True)
     copy_run(finished, tmp_path / "away", job_id="77")
-    copy_run(finished, tmp_path / "torn").failure_path.write_text("{")
+    (copy_run(finished, tmp_path / "torn").run_dir / "failure.json").write_text("{")
     copy_run(finished, tmp_path / "damaged").jobs_path.write_text("{}\n")
     copy_run(finished, tmp_path / "zzz")
     with RunLock(tmp_path / "zzz" / "lock.json", host=socket.gethostname(), pid=os.getpid(), clock=time.time):
