@@ -17,8 +17,8 @@ def crash(error: str, step: int) -> Ending:
     return Ending(exit_code=1, is_finished=False, failure={"kind": "crash", "step": step, "error": error}, step=step)
 
 
-def record(decision: str = "requeue", *, error: str | None = None, step: int | None = 3) -> RestartRecord:
-    return RestartRecord("1", 0, 1, step, error, decision, "", 1.0)  # type: ignore[arg-type]
+def record(decision: str = "requeue", *, error: str | None = None, step: int | None = 3, restart: int = 0) -> RestartRecord:
+    return RestartRecord("1", restart, 1, step, error, decision, "", 1.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("exit_code", [0, 1, 137])
@@ -29,8 +29,9 @@ def test_a_finished_run_is_finished_whatever_srun_says(exit_code: int) -> None:
 
 def test_a_stopped_run_is_requeued_until_the_cap() -> None:
     assert decide(STOPPED, [], **POLICY)[0] == "requeue"
-    assert decide(STOPPED, [record()] * 2, **POLICY)[0] == "requeue"
-    decision, reason = decide(STOPPED, [record()] * 3, **POLICY)
+    three = [record(restart=number) for number in range(3)]
+    assert decide(STOPPED, three[:2], **POLICY)[0] == "requeue"
+    decision, reason = decide(STOPPED, three, **POLICY)
     assert decision == "stop" and "cluster.max_requeues=3" in reason
     # what ended for good before somebody submitted it again does not count
     assert decide(STOPPED, [record("stop"), record("stop"), record()], **POLICY)[0] == "requeue"
@@ -73,13 +74,19 @@ def test_the_site_decides_how() -> None:
     assert decision == "stop" and "cluster.requeue=never" in reason
 
 
+def test_a_refused_requeue_and_the_job_sent_instead_count_once() -> None:
+    once = [record("requeue"), record("resubmit")]
+    assert decide(STOPPED, once * 3, **POLICY)[0] == "requeue"
+    assert decide(STOPPED, once, policy="auto", max_requeues=1)[0] == "stop"
+
+
 @given(
     st.integers(0, 5),
     st.lists(st.sampled_from(["requeue", "resubmit", "stop"]), max_size=20),
     st.sampled_from(["auto", "resubmit", "never"]),
 )
 def test_no_run_goes_on_for_ever(cap: int, decisions: list[str], policy: Any) -> None:
-    history = [record(decision) for decision in decisions]
+    history = [record(decision, restart=number) for number, decision in enumerate(decisions)]
     decision, _ = decide(STOPPED, history, policy=policy, max_requeues=cap)
     num_requeues = sum(decision != "stop" for decision in decisions)
     assert (decision == "stop") == (policy == "never" or num_requeues >= cap)

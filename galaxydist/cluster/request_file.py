@@ -1,5 +1,6 @@
 """What was asked for in one submission: kept beside the job, so that its batch script knows which runs it is about."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ class RequestFile:
                 JobRequest(tuple(item["arguments"]), Path(item["run_dir"]), Path(item["recipe_path"]))
                 for item in plain["requests"]
             ),
-            cluster=ClusterConfig.model_validate_json(_json(plain["cluster"])),
+            cluster=ClusterConfig.model_validate_json(json.dumps(plain["cluster"])),  # strict: paths and tuples from JSON only
             cluster_arguments=tuple(plain["cluster_arguments"]),
             code=Path(plain["code"]),
             folder=Path(plain["folder"]),
@@ -91,9 +92,3 @@ class RequestFile:
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     return {key: str(item) if isinstance(item, Path) else item for key, item in value.items()}
-
-
-def _json(value: Any) -> str:
-    import json
-
-    return json.dumps(value)  # strict models take paths and tuples from JSON only

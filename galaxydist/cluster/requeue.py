@@ -67,7 +67,8 @@ def decide(
         return "stop", f"the same crash at the same step ({ending.crash_step}) twice: {ending.error}"
     if policy == "never":
         return "stop", f"{why}; cluster.requeue=never"
-    num_requeues = sum(record.decision in ("requeue", "resubmit") for record in history)
+    # A start that SLURM would not requeue has two records, and went on once.
+    num_requeues = len({(record.job_id, record.restart) for record in history if record.decision in ("requeue", "resubmit")})
     if num_requeues >= max_requeues:
         return "stop", f"{why}; it was requeued {num_requeues} times, and cluster.max_requeues={max_requeues}"
     return ("requeue" if policy == "auto" else "resubmit"), why
