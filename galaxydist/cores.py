@@ -24,21 +24,33 @@ def cpu_quota(root: Path = Path("/")) -> float:
     Args:
         root: of the file system.
     """
+    quota = math.inf
+    for controllers, groups in control_groups(root):
+        if not controllers:
+            mounts, read = [root / "sys/fs/cgroup"], _read_max
+        elif "cpu" in controllers:
+            mounts, read = [root / "sys/fs/cgroup" / name for name in ("cpu", ",".join(controllers))], _read_cfs
+        else:
+            continue
+        quota = min([quota, *(read(mount / group) for mount in mounts for group in groups)])
+    return quota
+
+
+def control_groups(root: Path = Path("/")) -> list[tuple[tuple[str, ...], tuple[Path, ...]]]:
+    """The control groups of this process: names of the controllers (none: version 2), and the groups from its own up to the root.
+
+    Args:
+        root: of the file system.
+    """
     try:
         text = (root / "proc/self/cgroup").read_text()
     except OSError:
-        return math.inf
-    quota = math.inf
+        return []
+    found = []
     for _, controllers, path in re.findall(r"^(\d+):([^:]*):(.*)$", text, re.MULTILINE):
-        if controllers == "":
-            mounts, read = [root / "sys/fs/cgroup"], _read_max
-        elif "cpu" in controllers.split(","):
-            mounts, read = [root / "sys/fs/cgroup" / name for name in ("cpu", controllers)], _read_cfs
-        else:
-            continue
         own = Path(path.lstrip("/"))
-        quota = min([quota, *(read(mount / group) for mount in mounts for group in (own, *own.parents))])
-    return quota
+        found.append((tuple(controllers.split(",")) if controllers else (), (own, *own.parents)))
+    return found
 
 
 def available_cores(sharing: int = 1) -> int:

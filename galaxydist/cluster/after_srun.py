@@ -6,7 +6,6 @@ Light on purpose: a job that is being preempted has seconds left.
 """
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,12 +14,11 @@ from pathlib import Path
 from galaxydist.cluster.records import JobFiles, RestartRecord
 from galaxydist.cluster.request_file import RequestFile
 from galaxydist.cluster.requeue import Decision, Ending, decide
+from galaxydist.cluster.scheduler import SchedulerAwayError, ask_slurm
 from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError
 from galaxydist.runs.checkpoint_names import FOLDER_NAME
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock_owner import read_owner
-
-SCONTROL_S = 60.0
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -99,14 +97,8 @@ def _unlock(folder: RunFolder, job_id: str) -> None:
 def _is_leaving(job_id: str) -> bool:
     """SLURM has begun to end the job, so that it is cancelled, or will be requeued without us."""
     try:
-        answer = subprocess.run(
-            ["squeue", "--noheader", "--jobs", job_id, "--format", "%T"],
-            capture_output=True,
-            text=True,
-            timeout=SCONTROL_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        answer = ask_slurm(["squeue", "--noheader", "--jobs", job_id, "--format", "%T"])
+    except SchedulerAwayError:
         return False
     return answer.returncode == 0 and "RUNNING" not in answer.stdout.split()
 
@@ -114,10 +106,8 @@ def _is_leaving(job_id: str) -> bool:
 def _requeue(environ: Mapping[str, str]) -> str:
     """Requeue the job; what SLURM says against it, else nothing."""
     try:
-        answer = subprocess.run(
-            ["scontrol", "requeue", job_name_of(environ)], capture_output=True, text=True, timeout=SCONTROL_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        answer = ask_slurm(["scontrol", "requeue", job_name_of(environ)])
+    except SchedulerAwayError as error:
         return str(error)
     return "" if answer.returncode == 0 else " ".join((answer.stderr or answer.stdout).split())
 

@@ -25,7 +25,7 @@ TIMEOUT_S = 30.0
 _SQUEUE_FIELDS = "JobArrayID:|,State:|,RestartCnt:|,TimeLeft:|,NodeList:|,Reason:|"
 _SACCT_FIELDS = "JobID,State,NodeList,Reason"
 # What people set for themselves changes what these programs print; 0: ids of arrays are never shortened.
-_OWN_SETTINGS = ("SQUEUE_", "SACCT_", "SCANCEL_")
+_OWN_SETTINGS = ("SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
 _ENVIRONMENT = {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
 _IDS = re.compile(r"(\d+)_\[([^\]]*?)(?:%\d+)?\]")
 _CANCEL_REFUSAL = re.compile(r"Kill job error on job id (\S+?):\s*(.*)")
@@ -112,7 +112,7 @@ def cancel_jobs(job_ids: Iterable[str]) -> dict[str, str]:
     if not is_slurm_here():
         raise SchedulerAwayError("There is no SLURM on this machine (no scancel): cancel on a login node of the cluster.")
     _check_controller()
-    done = _run(["scancel", "--verbose", *ids])  # otherwise it is silent about ids that it does not know
+    done = ask_slurm(["scancel", "--verbose", *ids])  # otherwise it is silent about ids that it does not know
     refused = {job_id: words for job_id, words in _CANCEL_REFUSAL.findall(done.stderr) if job_id in ids}
     if done.returncode != 0 and not refused:
         raise SchedulerAwayError(f"scancel failed: {_words(done)}")
@@ -125,7 +125,7 @@ def max_array_size() -> int:
     Raises:
         SchedulerAwayError: slurmctld does not answer.
     """
-    done = _run(["scontrol", "show", "config"])
+    done = ask_slurm(["scontrol", "show", "config"])
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
     if match is None:
         raise SchedulerAwayError(f"scontrol does not tell MaxArraySize: {_words(done)}")
@@ -205,7 +205,9 @@ def _find(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
 def _ask_squeue(job_ids: Sequence[str]) -> str:
     _check_controller()
     # Without the ids of tasks the command stays short, however large the arrays.
-    done = _run(["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(job_ids)}", f"--Format={_SQUEUE_FIELDS}"])
+    done = ask_slurm(
+        ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(job_ids)}", f"--Format={_SQUEUE_FIELDS}"]
+    )
     if done.returncode == 0 or _NO_SUCH_JOB in done.stderr:
         return done.stdout
     raise SchedulerAwayError(f"SLURM could not be asked. squeue: {_words(done)}")
@@ -213,7 +215,7 @@ def _ask_squeue(job_ids: Sequence[str]) -> str:
 
 def _check_controller() -> None:
     """scontrol knows at once that slurmctld is down, where the other programs try for 18 s."""
-    text = _run(["scontrol", "ping"]).stdout
+    text = ask_slurm(["scontrol", "ping"]).stdout
     answers = re.findall(r"^Slurmctld\(.*\) (?:at \S+ )?is (UP|DOWN)", text, re.MULTILINE)
     if answers and "UP" not in answers:
         raise SchedulerAwayError("SLURM could not be asked: slurmctld is down. What runs goes on; try again in a minute.")
@@ -227,7 +229,7 @@ def _ask_sacct(job_ids: Sequence[str]) -> dict[str, JobState]:
         reason = "SLURM has no accounting here (no sacct): what has ended is known from the run folder alone"
     else:
         try:
-            done = _run(["sacct", "-X", "-P", "-n", f"--format={_SACCT_FIELDS}", f"--jobs={','.join(whole)}"])
+            done = ask_slurm(["sacct", "-X", "-P", "-n", f"--format={_SACCT_FIELDS}", f"--jobs={','.join(whole)}"])
             if done.returncode == 0:
                 states = parse_sacct(done.stdout)
             elif "accounting storage is disabled" in done.stderr.lower():
@@ -252,7 +254,12 @@ def _find_ended(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
     return found
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def ask_slurm(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """What one of SLURM's programs says, whatever its exit code; without the user's own settings of what it prints.
+
+    Raises:
+        SchedulerAwayError: there is no such program, or it does not answer.
+    """
     environ = {name: value for name, value in os.environ.items() if not name.startswith(_OWN_SETTINGS)}
     try:
         return subprocess.run(

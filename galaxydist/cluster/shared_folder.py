@@ -1,17 +1,16 @@
 """Whether a run folder can be seen by the nodes of a job, as far as the login node can tell."""
 
 import socket
-import subprocess
 from pathlib import Path
 
 import psutil
 
+from galaxydist.cluster.scheduler import SchedulerAwayError, ask_slurm
 from galaxydist.errors import UserError
 
 # Every node has its own.
 OF_THE_NODE = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path("/run"))
 IN_MEMORY = {"tmpfs", "ramfs"}
-ASKING_S = 20.0
 
 
 def check_shared(run_dir: Path) -> None:
@@ -44,10 +43,8 @@ def _why_not(path: Path) -> str | None:
 def _is_only_host() -> bool:
     """All nodes of the cluster are this machine (a test bed), as far as SLURM says."""
     try:
-        answer = subprocess.run(
-            ["sinfo", "--noheader", "--Node", "--format", "%o %n"], capture_output=True, text=True, timeout=ASKING_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        answer = ask_slurm(["sinfo", "--noheader", "--Node", "--format", "%o %n"])
+    except SchedulerAwayError:
         return False
     nodes = [line.split() for line in answer.stdout.splitlines()]
     own = socket.gethostname().partition(".")[0]

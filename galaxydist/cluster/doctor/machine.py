@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from galaxydist.cluster.doctor.check import Check, ok, warning
+from galaxydist.cores import control_groups
 
 # Below it, a run of the smallest recipes with its readers is killed or swaps.
 LEAST_MEMORY = 4e9
@@ -108,20 +109,15 @@ def memory_limit(root: Path = Path("/")) -> float:
     Args:
         root: of the file system.
     """
-    try:
-        text = (root / "proc/self/cgroup").read_text()
-    except OSError:
-        return math.inf
     left = math.inf
-    for _, controllers, path in re.findall(r"^(\d+):([^:]*):(.*)$", text, re.MULTILINE):
-        if controllers == "":
+    for controllers, groups in control_groups(root):
+        if not controllers:
             mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
+        elif "memory" in controllers:
             mount, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
-        own = Path(path.lstrip("/"))
-        left = min([left, *(_left_in(mount / group, *names) for group in (own, *own.parents))])
+        left = min([left, *(_left_in(mount / group, *names) for group in groups)])
     return left
 
 
