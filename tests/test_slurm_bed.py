@@ -22,6 +22,12 @@ SLEEPER = re.compile("(/usr/bin/|/bin/)?sleep 60[0-2]")
 LONG_JOB = 'echo "start ${SLURM_RESTART_COUNT:-0}"; sleep 600'
 
 
+@pytest.fixture
+def short_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A temporary folder in which a bed can lie: the sockets in it have names of limited length, and ``tmp_path`` has the test's."""
+    return tmp_path_factory.mktemp("bed")
+
+
 def bed_command(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BED), *map(str, arguments)]
     return subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, timeout=120, check=False)
@@ -38,16 +44,16 @@ def test_a_missing_program_is_named_with_its_remedy(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders_in_which_no_bed_can_lie_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "thesis.tex").touch()
+def test_folders_in_which_no_bed_can_lie_are_refused(short_path: Path) -> None:
+    (short_path / "used").mkdir()
+    (short_path / "used" / "thesis.tex").touch()
     for name, reason in (("used", "holds something else"), ("x" * 70, "at most 70"), ("a b", "letters")):
         with pytest.raises(BedError, match=reason):
-            BedFiles(tmp_path / name, ("n1",), 1, 0, {}).claim()
-    assert [path.name for path in tmp_path.rglob("*")] == ["used", "thesis.tex"]
+            BedFiles(short_path / name, ("n1",), 1, 0, {}).claim()
+    assert [path.name for path in short_path.rglob("*")] == ["used", "thesis.tex"]
     with pytest.raises(BedError, match="0 nodes"):
-        Bed(tmp_path / "bed", nodes=0)
-    assert bed_command("stop", tmp_path / "bed").returncode == 2
+        Bed(short_path / "bed", nodes=0)
+    assert bed_command("stop", short_path / "bed").returncode == 2
 
 
 @pytest.mark.slurm
@@ -151,9 +157,9 @@ def test_settings_of_a_site_can_be_changed(slurm_bed: Bed) -> None:
 
 
 @pytest.fixture
-def other_bed(tmp_path: Path) -> Iterator[Bed]:
+def other_bed(short_path: Path) -> Iterator[Bed]:
     """A second bed, started from the command line."""
-    folder = tmp_path / "other"
+    folder = short_path / "other"
     started = bed_command("start", folder, "--nodes", "3", "--gpus", "0")
     try:
         assert started.returncode == 0 and started.stdout == f"export SLURM_CONF={folder}/slurm.conf\n", started.stderr
@@ -182,18 +188,18 @@ def test_a_stopped_bed_leaves_no_process_and_only_its_logs(slurm_bed: Bed, other
 
 @pytest.mark.slurm
 @pytest.mark.usefixtures("slurm_bed")
-def test_a_start_that_fails_leaves_nothing_and_tells_the_daemons_last_words(tmp_path: Path) -> None:
-    bed = Bed(tmp_path / "bed", settings={"SelectType": "select/nothing"})
+def test_a_start_that_fails_leaves_nothing_and_tells_the_daemons_last_words(short_path: Path) -> None:
+    bed = Bed(short_path / "bed", settings={"SelectType": "select/nothing"})
     with pytest.raises(BedError, match=r"(?s)slurmctld has ended.*select/nothing"):
         bed.start()
-    assert bed.processes() == {} and [path.name for path in (tmp_path / "bed").iterdir()] == ["logs"]
+    assert bed.processes() == {} and [path.name for path in (short_path / "bed").iterdir()] == ["logs"]
 
 
 @pytest.mark.slurm
 @pytest.mark.usefixtures("slurm_bed")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_start_that_is_interrupted_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> None:
-    folder = tmp_path / "bed"
+def test_a_start_that_is_interrupted_leaves_nothing(short_path: Path, sent: signal.Signals) -> None:
+    folder = short_path / "bed"
     start = subprocess.Popen([sys.executable, str(BED), "start", str(folder)])
     wait_for(lambda: find_parts(folder, "mariadbd") or find_parts(folder, "slurmdbd"))
     time.sleep(0.2)
