@@ -68,7 +68,7 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     found = read_predictions(path)
     assert found.num_galaxies == count
     assert (found.info.class_names, found.info.context, found.info.units) == (INFO.class_names, CONTEXT, INFO.units)
-    assert found.info.loss_sum == 12.5 and found.info.versions["torch"] == "2"
+    assert found.info.loss == 12.5 and found.info.versions["torch"] == "2"
     assert np.array_equal(found.column("logits"), columns["logits"])
     parts = list(found.batches(["id", "sample", "label", "predicted", "redshift", "dec"], size))
     assert all(len(part["id"]) == size for part in parts[:-1])
@@ -154,7 +154,7 @@ def test_no_predictions_damaged_ones_and_foreign_ones_are_told_apart(tmp_path: P
         parquet.write_table(table.replace_schema_metadata(metadata), path)
         with pytest.raises(UserError, match=text):
             read_predictions(path)
-    content = {"format": 1, "galaxydist": "0", "classes": ["a"], "units": {}, "loss_sum": None, "versions": {}, **CONTEXT}
+    content = {"format": 1, "galaxydist": "0", "classes": ["a"], "units": {}, "loss": None, "versions": {}, **CONTEXT}
     parquet.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(content)}), path)
     with pytest.raises(UserError, match="has no column sample, split"):
         read_predictions(path)

@@ -42,14 +42,14 @@ class PredictionsInfo:
         context: what was judged on what: ``dataset``, ``variant``, ``split``, ``tta``, ``manifest_hash``, ``recipe``, ``model``,
             ``seed``, ``checkpoint``, ``step``: plain values.
         units: of the properties that have one.
-        loss_sum: the exact count's summed cross-entropy (nats); None where it is not finite.
+        loss: mean cross-entropy (nats), from the exact sum; None where it is not finite.
         versions: of galaxydist and the libraries that the numbers depend on.
     """
 
     class_names: tuple[str, ...]
     context: Mapping[str, Any]
     units: Mapping[str, str] = field(default_factory=dict)
-    loss_sum: float | None = None
+    loss: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -164,7 +164,7 @@ def _schema(info: PredictionsInfo) -> "pa.Schema":
         **info.context,
         "classes": list(info.class_names),
         "units": dict(info.units),
-        "loss_sum": info.loss_sum if info.loss_sum is not None and math.isfinite(info.loss_sum) else None,
+        "loss": info.loss if info.loss is not None and math.isfinite(info.loss) else None,
         "versions": dict(info.versions),
     }
     known = [pa.field(name, pa.float64()) for name in PROPERTIES]
@@ -275,7 +275,7 @@ def read_predictions(path: Path) -> PredictionsFile:
         info = PredictionsInfo(
             class_names=tuple(content.pop("classes")),
             units=content.pop("units"),
-            loss_sum=content.pop("loss_sum"),
+            loss=content.pop("loss"),
             versions={"galaxydist": content.pop("galaxydist"), **content.pop("versions")},
             context=content,
         )

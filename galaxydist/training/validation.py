@@ -1,5 +1,6 @@
 """Exact evaluation over a split: every galaxy is counted once, on any number of ranks."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +9,14 @@ from torch import nn
 
 from galaxydist.evaluation.counts import Counts
 from galaxydist.evaluation.metrics import metrics_from_counts
+from galaxydist.evaluation.parts import PartWriter
 from galaxydist.evaluation.views import mean_log_probabilities, views
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.augment import Augment
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.reader import EvalReader
 from galaxydist.training.feed import DeviceFeed
+from galaxydist.training.predicting import Keeper
 from galaxydist.training.speed import images_channels_last
 from galaxydist.training.world import World
 
@@ -28,6 +31,7 @@ def evaluate_split(
     augment: Augment,
     recipe: Recipe,
     beat: Callable[[], None] = lambda: None,
+    part: PartWriter | None = None,
 ) -> dict[str, Any]:
     """Accuracy, loss, per-class figures and confusion matrix of a split. All ranks take part and get the same.
 
@@ -39,14 +43,15 @@ def evaluate_split(
         augment: for its ``normalise``.
         recipe: batch size, image size and crop, and with ``eval.tta`` the views whose mean probability is judged.
         beat: called after each batch: a sign of life.
+        part: where this rank's predictions go, if they are kept.
 
     Raises:
-        UserError: a galaxy that cannot be read: an evaluation never counts fewer.
+        UserError: a galaxy that cannot be read (an evaluation never counts fewer), or a full disk.
     """
     was_training = model.training
     model.eval()
     # A rank that cannot read a galaxy takes the others along: they would wait for its counts.
-    counts = world.together(lambda: _count(world, model, manifest, split, augment=augment, recipe=recipe, beat=beat))
+    counts = world.together(lambda: _count(world, model, manifest, split, augment=augment, recipe=recipe, beat=beat, part=part))
     model.train(was_training)
     total = Counts.from_vector(world.sum(counts.vector().to(world.device)))
     total.check(manifest.splits[split].num_samples, f"the {split} split of {manifest.location}")
@@ -54,11 +59,39 @@ def evaluate_split(
 
 
 def _count(
-    world: World, model: nn.Module, manifest: Manifest, split: str, *, augment: Augment, recipe: Recipe, beat: Callable[[], None]
+    world: World,
+    model: nn.Module,
+    manifest: Manifest,
+    split: str,
+    *,
+    augment: Augment,
+    recipe: Recipe,
+    beat: Callable[[], None],
+    part: PartWriter | None,
 ) -> Counts:
     """This rank's galaxies."""
-    counts = Counts(len(manifest.class_names), world.device)
-    reader = EvalReader(
+    counts = Counts(len(manifest.class_names), world.device, keep_predictions=part is not None)
+    with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(_open_reader(world, manifest, split, recipe))
+        batches = stack.enter_context(DeviceFeed(reader, world.device))
+        keeper = stack.enter_context(Keeper(part, image_size=manifest.image_size, threads=world.cores)) if part else None
+        for batch in batches:
+            images_BCHW = augment.normalise(batch.images_BHWC).to(world.dtype)
+            if recipe.train.channels_last:
+                images_BCHW = images_channels_last(images_BCHW)
+            with world.accelerator.autocast():
+                logits_VBK = [model(view_BCHW) for view_BCHW in views(images_BCHW, recipe.eval.tta)]
+            counts.add(mean_log_probabilities(logits_VBK), batch.labels_B, batch.weights_B, batch.samples_B)
+            if keeper is not None:
+                keeper.add(batch, counts.take_predictions())
+            beat()
+        if keeper is not None:
+            keeper.finish()
+    return counts
+
+
+def _open_reader(world: World, manifest: Manifest, split: str, recipe: Recipe) -> EvalReader:
+    return EvalReader(
         manifest,
         split,
         batch_size=recipe.eval.batch_size,
@@ -72,13 +105,3 @@ def _count(
         prefetch=recipe.data.prefetch,
         pin=world.device.type == "cuda",
     )
-    with reader, DeviceFeed(reader, world.device) as batches:
-        for batch in batches:
-            images_BCHW = augment.normalise(batch.images_BHWC).to(world.dtype)
-            if recipe.train.channels_last:
-                images_BCHW = images_channels_last(images_BCHW)
-            with world.accelerator.autocast():
-                logits_VBK = [model(view_BCHW) for view_BCHW in views(images_BCHW, recipe.eval.tta)]
-            counts.add(mean_log_probabilities(logits_VBK), batch.labels_B, batch.weights_B)
-            beat()
-    return counts
