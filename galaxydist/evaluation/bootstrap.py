@@ -6,7 +6,10 @@ bits, so that equal predictions give equal intervals.
 What follows from the confusion matrix is resampled exactly: drawing N galaxies with replacement is one multinomial draw of the
 matrix's cells. What needs each galaxy (loss, calibration, top-2 accuracy) weighs each with an independent Poisson number of mean
 1 instead of the multinomial's counts, which is the same but for the resample's size (N, give or take the root of N) and is summed
-up in one pass (Hanley & MacGibbon 2006, Computer Methods and Programs in Biomedicine 83, 57). A resample of no galaxy is left out.
+up in one pass (Hanley & MacGibbon 2006, Comput Methods Programs Biomed 83, 57). A resample of no galaxy is left out.
+
+An interval of the calibration error tends to lie high: noise adds to an absolute value, and a resample has more noise than the
+galaxies themselves.
 """
 
 from collections.abc import Mapping

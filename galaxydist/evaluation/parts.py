@@ -23,7 +23,9 @@ TOGETHER = 4096
 def part_row(num_classes: int) -> np.dtype[Any]:
     """A galaxy in a part; ``size`` in pixels of the stored picture and ``sky_brightness`` are nan where unknown."""
     scores = ("logits", "<f4", (num_classes,))
-    return np.dtype([("sample", "<i8"), ("label", "<i4"), ("predicted", "<i4"), scores, ("size", "<f8"), ("sky_brightness", "<f8")])
+    return np.dtype(
+        [("sample", "<i8"), ("label", "<i4"), ("predicted", "<i4"), scores, ("size", "<f8"), ("sky_brightness", "<f8")]
+    )
 
 
 def part_path(target: Path, rank: int) -> Path:

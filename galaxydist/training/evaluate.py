@@ -4,28 +4,21 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
-from galaxydist.errors import EveryRankError, UserError
-from galaxydist.evaluation.report import read_evaluation, render_evaluation, write_evaluation
+from galaxydist.errors import UserError
 from galaxydist.evaluation.views import Views
-from galaxydist.models.build import build_model
 from galaxydist.models.weights import write_weights
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.paths import data_root
-from galaxydist.recipe.schema import Recipe
+from galaxydist.recipe.schema import Recipe, Variant
 from galaxydist.runs import checkpoints
-from galaxydist.runs.checkpoint_folder import Checkpoint
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
-from galaxydist.training.data import TrainingData, build_augment, find_cache, find_manifest, has_split
-from galaxydist.training.speed import set_tf32
+from galaxydist.training.data import TrainingData, find_cache, find_manifest, find_variant, has_split
+from galaxydist.training.judging import JUDGED, Judge, find_checkpoint
 from galaxydist.training.state import evaluation_weights
-from galaxydist.training.validation import evaluate_split
-from galaxydist.training.world import World, enter_world, leave_world
-
-# What of a checkpoint is needed to judge it.
-JUDGED = ("model", "ema")
+from galaxydist.training.world import enter_world, leave_world
 
 
 def evaluate_run(
@@ -34,6 +27,7 @@ def evaluate_run(
     environ: MutableMapping[str, str],
     *,
     manifest_path: str | Path | None = None,
+    variant: Variant | None = None,
     data_dir: Path | None = None,
     tta: Views | None = None,
 ) -> dict[str, Any]:
@@ -43,7 +37,8 @@ def evaluate_run(
         run_dir: the run folder.
         split: ``train``, ``val`` or ``test``.
         environ: the process's environment.
-        manifest_path: path or URL of the shards, where they are no longer where the run had them.
+        manifest_path: path or URL of the shards, where they are no longer where the run had them, or of other ones.
+        variant: another data set of the run's survey.
         data_dir: the data root, likewise.
         tta: instead of the recipe's ``eval.tta``; evaluations with and without lie side by side.
 
@@ -58,7 +53,9 @@ def evaluate_run(
     if tta is not None:
         recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"tta": tta})})
     root = data_root(data_dir or recipe.data.dir, environ)
-    manifest = open_shards(manifest_path or find_manifest(recipe.data, root), find_cache(recipe.data, root))
+    own_path = find_manifest(recipe.data, root)
+    path = manifest_path or (own_path if variant is None else find_variant(recipe.data, root, variant))
+    manifest = open_shards(path, find_cache(recipe.data, root))
     if not has_split(manifest, split):
         raise UserError(
             f"{manifest.location} has no galaxies in a split {split!r}. It has {', '.join(manifest.splits)}: give --split."
@@ -66,11 +63,24 @@ def evaluate_run(
     world = enter_world(recipe.train.precision, environ)
     try:
         world.on_main(lambda: check_columns(manifest))
-        metrics = judge_run(world, folder, recipe, manifest, split)
+        judge = Judge(world, folder, recipe)
+        own = world.on_main(lambda: _open_own(judge.trained_on, manifest, recipe, root))
+        metrics = judge.judge(manifest, split, own)
     finally:
         leave_world()
     assert metrics is not None
     return metrics
+
+
+def _open_own(trained_on: TrainingData, manifest: Manifest, recipe: Recipe, root: Path) -> Manifest | None:
+    """The shards that the run was trained on: those at hand, or where the recipe has them; None where they are gone."""
+    if manifest.hash == trained_on.manifest_hash:
+        return manifest
+    try:
+        own = open_shards(find_manifest(recipe.data, root), find_cache(recipe.data, root))
+    except UserError:
+        return None
+    return own if own.hash == trained_on.manifest_hash else None
 
 
 def save_weights(run_dir: Path, target: Path) -> int:
@@ -90,76 +100,8 @@ def save_weights(run_dir: Path, target: Path) -> int:
     """
     folder = RunFolder(run_dir)
     recipe = from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
-    checkpoint = checkpoints.read_sound(_find_checkpoint(folder, recipe.eval.checkpoint), groups=JUDGED)
+    checkpoint = checkpoints.read_sound(find_checkpoint(folder, recipe.eval.checkpoint), groups=JUDGED)
     trained_on = TrainingData.from_dict(checkpoint.state["data"])
     target.parent.mkdir(parents=True, exist_ok=True)
     write_weights(target, evaluation_weights(checkpoint.tensors, checkpoint.state), trained_on.statistics)
     return checkpoint.step
-
-
-def judge_run(world: World, folder: RunFolder, recipe: Recipe, manifest: Manifest, split: str) -> dict[str, Any] | None:
-    """Evaluate the checkpoint that the recipe names, unless that was done already; print the table. All ranks take part.
-
-    Returns:
-        The evaluation; None where the split has no galaxies.
-
-    Raises:
-        UserError: no checkpoint, or it was trained on other shards.
-    """
-    if not has_split(manifest, split):
-        world.say(f"no {split} split in {manifest.location}: nothing to evaluate")
-        return None
-    path = world.on_main(lambda: _find_checkpoint(folder, recipe.eval.checkpoint))
-    checkpoint = world.together(lambda: checkpoints.read_sound(path, groups=JUDGED))
-    trained_on = TrainingData.from_dict(checkpoint.state["data"])
-    if trained_on.class_names != manifest.class_names:
-        raise EveryRankError(
-            f"{folder} was trained on the classes {', '.join(trained_on.class_names)}; {manifest.location} has "
-            f"{', '.join(manifest.class_names)}. Give shards of the same classes."
-        )
-    # The run's own data set stands at the top, others each in a folder of their own.
-    is_own = trained_on.manifest_hash == manifest.hash
-    evaluation_dir = folder.evaluation_dir if is_own else folder.evaluation_dir / f"{manifest.dataset}-{manifest.variant}"
-    context = {
-        "dataset": manifest.dataset,
-        "variant": manifest.variant,
-        "split": split,
-        "tta": recipe.eval.tta,
-        "manifest_hash": manifest.hash,
-        "recipe": recipe.name,
-        "model": recipe.model.name,
-        "seed": recipe.seed,
-        "checkpoint": path.name,
-        "step": checkpoint.step,
-    }
-    known = world.on_main(lambda: read_evaluation(evaluation_dir, split, recipe.eval.tta))
-    if known is None or any(known.get(key) != value for key, value in context.items()):
-        metrics = _evaluate(world, checkpoint, trained_on, recipe=recipe, manifest=manifest, split=split)
-        known = world.on_main(lambda: write_evaluation(evaluation_dir, metrics, context, metrics_log=folder.metrics_path))
-    world.say(render_evaluation(known, evaluation_dir))
-    return known
-
-
-def _find_checkpoint(folder: RunFolder, which: str) -> Path:
-    path = checkpoints.best_path(folder.checkpoints_dir) if which == "best" else None
-    if path is None:
-        newest = checkpoints.load(folder.checkpoints_dir, groups=())
-        path = newest.path if newest is not None else None
-    if path is None:
-        raise UserError(
-            f"{folder} has no checkpoint yet: it was stopped before its first one. Train it on with the command that started it."
-        )
-    return path
-
-
-def _evaluate(
-    world: World, checkpoint: Checkpoint, trained_on: TrainingData, *, recipe: Recipe, manifest: Manifest, split: str
-) -> dict[str, Any]:
-    # The weights come from the checkpoint: those the run started from are not needed.
-    config = recipe.model.model_copy(update={"pretrained": False, "weights": None, "freeze_backbone": False})
-    model = build_model(config, manifest.num_classes, recipe.data.image_size)
-    model.load_state_dict(evaluation_weights(checkpoint.tensors, checkpoint.state))
-    augment = build_augment(recipe, trained_on, threads=world.cores)
-    model = model.to(device=world.device, dtype=world.dtype)
-    set_tf32(recipe.train.tf32, world.device)
-    return evaluate_split(world, model, manifest, split, augment=augment, recipe=recipe)

@@ -1,18 +1,27 @@
-"""Keeping what an evaluation predicts: beside each galaxy's logits how large, and on how bright a sky, it appears."""
+"""Keeping what an evaluation predicts, and beside it how large, and on how bright a sky, each galaxy appears; then one file."""
 
+import dataclasses
 from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from galaxydist.evaluation.counts import Predictions
-from galaxydist.evaluation.parts import PartWriter
+from galaxydist.evaluation.parts import PartWriter, merge_parts, part_row
+from galaxydist.evaluation.predictions import PredictionsInfo, write_predictions
 from galaxydist.shards.batches import Batch
 from galaxydist.surveys.measure import Measurements, measure_pictures
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# What of a catalogue is needed beside the predictions.
+CATALOGUE_COLUMNS = ("id", "ra", "dec", "redshift", "pxscale")
 # Pictures are measured at most so wide: a quarter of the time at 256 pixels, and sizes that are the same to a part of a pixel.
 MEASURED_WIDTH, LEAST_WIDTH = 128, 64
 
@@ -94,3 +103,38 @@ def measure(images_BHWC: NDArray[np.uint8], image_size: int) -> Measurements:
     scale = image_size / images_BHWC.shape[1]
     return Measurements(measured.size_px * scale, measured.brightness * scale**2, measured.sky)
 
+
+def merge_predictions(
+    path: Path, info: PredictionsInfo, parts: Sequence[Path], catalogue: "pa.Table", *, batch_size: int
+) -> None:
+    """One file of the parts of all processes and what the catalogue knows of the galaxies. Memory is the catalogue's.
+
+    Sizes are in arcsec where the pixel scale of every galaxy is known, else in pixels of the stored pictures.
+
+    Args:
+        path: of the file, which appears whole or not at all.
+        info: what it says of itself, but for units.
+        parts: by rank.
+        catalogue: ``CATALOGUE_COLUMNS``, a row a sample; columns that the data set does not have are left out.
+        batch_size: of the evaluation.
+
+    Raises:
+        UserError: the disk is full.
+        ValueError: a galaxy is missing, or stands twice.
+    """
+    known = {name: catalogue.column(name).to_numpy() for name in catalogue.column_names if name != "id"}
+    scale_N = np.asarray(known.pop("pxscale", np.full(len(catalogue), np.nan)), np.float64)
+    has_scale = len(scale_N) > 0 and bool((np.isfinite(scale_N) & (scale_N > 0)).all())
+    units = {"ra": "deg", "dec": "deg", "size": "arcsec" if has_scale else "pixel", "sky_brightness": "full scale"}
+
+    def blocks() -> Iterator[Mapping[str, ArrayLike]]:
+        for rows in merge_parts(parts, info.num_classes, batch_size=batch_size, num_samples=len(catalogue)):
+            here = slice(int(rows["sample"][0]), int(rows["sample"][-1]) + 1)
+            block: dict[str, Any] = {name: rows[name] for name in part_row(info.num_classes).names or ()}
+            block |= {name: np.asarray(values_N[here], np.float64) for name, values_N in known.items()}
+            block["id"] = catalogue.column("id").slice(here.start, len(rows)).to_pylist()
+            if has_scale:
+                block["size"] = rows["size"] * scale_N[here]
+            yield block
+
+    write_predictions(path, dataclasses.replace(info, units=units), blocks())

@@ -23,10 +23,10 @@ from galaxydist.shards.open import open_shards
 from galaxydist.shards.reader import Batch, TrainReader
 from galaxydist.training.agreement import StopFlag
 from galaxydist.training.data import TrainingData, find_cache, find_manifest, find_variant, has_split, open_manifest
-from galaxydist.training.evaluate import judge_run
 from galaxydist.training.feed import DeviceFeed
 from galaxydist.training.flight import set_flight_recorder
 from galaxydist.training.journal import Journal
+from galaxydist.training.judging import Judge
 from galaxydist.training.loop import Loop
 from galaxydist.training.opening import OpenedFolder, open_run_folder
 from galaxydist.training.out_of_memory import explain_out_of_memory, is_out_of_memory
@@ -160,9 +160,10 @@ class Session:
 
     def _judge(self, folder: RunFolder, manifest: Manifest) -> dict[str, Any] | None:
         """The evaluation on the run's own test split; those of eval.variants are written beside it."""
-        metrics = judge_run(self.world, folder, self.recipe, manifest, "test")
+        judge = Judge(self.world, folder, self.recipe)
+        metrics = judge.judge(manifest, "test", manifest)
         for other in self._others:
-            judge_run(self.world, folder, self.recipe, other, "test")
+            judge.judge(other, "test", manifest)
         return metrics
 
     def _open_others(self, manifest: Manifest) -> list[Manifest]:
