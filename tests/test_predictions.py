@@ -18,12 +18,11 @@ from galaxydist.evaluation.predictions import (
     METADATA_KEY,
     ROW_GROUP,
     PredictionsInfo,
-    log_softmax,
     predictions_path,
     read_predictions,
-    softmax,
     write_predictions,
 )
+from galaxydist.evaluation.probabilities import log_softmax, softmax
 
 CONTEXT = {
     "dataset": "blobs",
@@ -154,7 +153,16 @@ def test_no_predictions_damaged_ones_and_foreign_ones_are_told_apart(tmp_path: P
         parquet.write_table(table.replace_schema_metadata(metadata), path)
         with pytest.raises(UserError, match=text):
             read_predictions(path)
-    content = {"format": 1, "galaxydist": "0", "classes": ["a"], "units": {}, "loss": None, "versions": {}, **CONTEXT}
+    content = {
+        "format": 1,
+        "galaxydist": "0",
+        "classes": ["a"],
+        "units": {},
+        "loss": None,
+        "loss_without_validation": None,
+        "versions": {},
+        **CONTEXT,
+    }
     parquet.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(content)}), path)
     with pytest.raises(UserError, match="has no column sample, split"):
         read_predictions(path)

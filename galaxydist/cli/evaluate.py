@@ -1,4 +1,4 @@
-"""``galaxydist evaluate``: what a run is worth, on a split that it was not chosen on."""
+"""``galaxydist evaluate``: what a run is worth, on galaxies that it has not seen."""
 
 import argparse
 import os
@@ -40,7 +40,10 @@ def add_parser(commands: Commands) -> None:
         choices=("none", "d4"),
         help="d4: mean probability over the eight flips and quarter turns (default: the recipe's)",
     )
-    parser.add_argument("--manifest", metavar="FILE", help="the same as data.manifest=FILE: path or URL of a manifest")
+    parser.add_argument("--manifest", metavar="FILE", help="path or URL of the manifest to judge it on, as data.manifest=FILE")
+    parser.add_argument(
+        "--trained-on", metavar="FILE", help="path or URL of the manifest that the run was trained on, where that has moved"
+    )
     parser.add_argument(
         "--predictions", type=Path, metavar="FILE", help="judge stored predictions, without a run: a *-predictions.parquet"
     )
@@ -76,13 +79,14 @@ def run(arguments: argparse.Namespace) -> None:
         os.environ,
         manifest_path=keys.get("data.manifest", arguments.manifest),
         variant=keys.get("data.variant"),
+        trained_path=arguments.trained_on,
         data_dir=arguments.data_dir,
         tta=arguments.tta,
     )
 
 
 def _judge_predictions(arguments: argparse.Namespace) -> None:
-    for option in ("target", "split", "tta", "manifest", "data_dir"):
+    for option in ("target", "split", "tta", "manifest", "trained_on", "data_dir"):
         if getattr(arguments, option):
             name = "RUN" if option == "target" else f"--{option.replace('_', '-')}"
             raise UserError(f"--predictions FILE needs no {name}: what was judged stands in the file")

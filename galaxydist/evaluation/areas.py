@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.evaluation.predictions import PredictionsFile, softmax
+from galaxydist.evaluation.predictions import PredictionsFile
+from galaxydist.evaluation.probabilities import softmax
 
 Floats = NDArray[np.float64]
 

@@ -1,13 +1,12 @@
 """The predictions of an evaluation: a Parquet file with a row a galaxy, in the order of the stored samples.
 
 Any reader of Parquet opens it. Columns: ``id``, ``sample`` (stored sample number), ``split``, ``label``, ``predicted``,
-``probabilities`` and ``logits`` (K float32 each), and what is known of the galaxy, null where it is not: ``ra``, ``dec``
-(degrees), ``redshift``, ``size`` (half-light radius) and ``sky_brightness``. What was judged on what stands as JSON in the file's
-metadata under ``galaxydist``.
+``probabilities`` and ``logits`` (K float32 each), ``in_validation`` (whether the model was chosen on this galaxy; null where
+nobody has looked), and what is known of the galaxy, null where it is not: ``ra``, ``dec`` (degrees), ``redshift``, ``size``
+(half-light radius) and ``sky_brightness``. What was judged on what stands as JSON in the file's metadata under ``galaxydist``.
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from galaxydist import __version__
 from galaxydist.errors import UserError
+from galaxydist.evaluation.probabilities import softmax
 from galaxydist.files import explain_full_disk, whole_file
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ METADATA_KEY = b"galaxydist"
 # Rows that are written, and so read, together: a few MB whatever the number of galaxies.
 ROW_GROUP = 16_384
 # What may be known of a galaxy; float64, null where it is not.
+IN_VALIDATION = "in_validation"
 PROPERTIES = ("ra", "dec", "redshift", "size", "sky_brightness")
 LISTS = ("probabilities", "logits")
 
@@ -43,6 +44,7 @@ class PredictionsInfo:
             ``seed``, ``checkpoint``, ``step``: plain values.
         units: of the properties that have one.
         loss: mean cross-entropy (nats), from the exact sum; None where it is not finite.
+        loss_without_validation: the same of the galaxies that the model was not chosen on, where some were.
         versions: of galaxydist and the libraries that the numbers depend on.
     """
 
@@ -50,6 +52,7 @@ class PredictionsInfo:
     context: Mapping[str, Any]
     units: Mapping[str, str] = field(default_factory=dict)
     loss: float | None = None
+    loss_without_validation: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -60,19 +63,6 @@ class PredictionsInfo:
 def predictions_path(evaluation_dir: Path, stem: str) -> Path:
     """Where the predictions of an evaluation lie; ``stem`` as in ``report.stem_of``."""
     return evaluation_dir / f"{stem}-predictions.parquet"
-
-
-def softmax(logits_NK: NDArray[Any]) -> NDArray[np.float64]:
-    """Probabilities of logits, N x K float64."""
-    return np.exp(log_softmax(logits_NK))
-
-
-def log_softmax(logits_NK: NDArray[Any]) -> NDArray[np.float64]:
-    """Logarithms of the probabilities, N x K float64; nan in a row with a logit that is not finite."""
-    with np.errstate(invalid="ignore"):
-        shifted_NK = logits_NK.astype(np.float64) - np.max(logits_NK, axis=1, keepdims=True, initial=-np.inf)
-        log_NK: NDArray[np.float64] = shifted_NK - np.log(np.exp(shifted_NK).sum(axis=1, keepdims=True))
-    return log_NK
 
 
 def write_predictions(path: Path, info: PredictionsInfo, blocks: Iterator[Mapping[str, ArrayLike]]) -> int:
@@ -164,11 +154,14 @@ def _schema(info: PredictionsInfo) -> "pa.Schema":
         **info.context,
         "classes": list(info.class_names),
         "units": dict(info.units),
-        "loss": info.loss if info.loss is not None and math.isfinite(info.loss) else None,
+        "loss": info.loss,
+        "loss_without_validation": info.loss_without_validation,
         "versions": dict(info.versions),
     }
     known = [pa.field(name, pa.float64()) for name in PROPERTIES]
-    return pa.schema([*required, *known], metadata={METADATA_KEY: json.dumps(content, allow_nan=False)})
+    return pa.schema(
+        [*required, pa.field(IN_VALIDATION, pa.bool_()), *known], metadata={METADATA_KEY: json.dumps(content, allow_nan=False)}
+    )
 
 
 def _column(
@@ -180,9 +173,9 @@ def _column(
         return pa.array(block["id"], pa.string())
     if field.name == "split":
         return pa.array([info.context["split"]] * count, pa.string())
+    if field.nullable and field.name not in arrays:
+        return pa.nulls(count, field.type)
     if field.name in PROPERTIES:
-        if field.name not in arrays:
-            return pa.nulls(count, pa.float64())
         return pa.array(arrays[field.name].astype(np.float64), pa.float64(), from_pandas=True)  # nan becomes null
     if field.name in LISTS:
         values = arrays[field.name]
@@ -213,8 +206,8 @@ class PredictionsFile:
             batch_size: galaxies at a time; the last has fewer.
 
         Returns:
-            By name: B values; ``probabilities`` and ``logits`` B x K float32; properties float64, nan where unknown; ``id`` and
-            ``split`` as objects.
+            By name: B values; ``probabilities`` and ``logits`` B x K float32; properties float64, nan where unknown;
+            ``in_validation`` False where unknown; ``id`` and ``split`` as objects.
 
         Raises:
             UserError: the file is damaged.
@@ -276,6 +269,7 @@ def read_predictions(path: Path) -> PredictionsFile:
             class_names=tuple(content.pop("classes")),
             units=content.pop("units"),
             loss=content.pop("loss"),
+            loss_without_validation=content.pop("loss_without_validation"),
             versions={"galaxydist": content.pop("galaxydist"), **content.pop("versions")},
             context=content,
         )
@@ -300,6 +294,8 @@ def _values(array: "pa.Array", name: str, num_classes: int) -> NDArray[Any]:
     if name in LISTS:
         scores: NDArray[Any] = array.flatten().to_numpy(zero_copy_only=False)
         return scores.reshape(-1, num_classes)
+    if name == IN_VALIDATION:
+        array = array.fill_null(False)
     values: NDArray[Any] = array.to_numpy(zero_copy_only=False)
     return values.astype(np.float64) if name in PROPERTIES else values
 

@@ -9,7 +9,7 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.areas import Curve
 from galaxydist.evaluation.predictions import PredictionsFile, predictions_path, read_predictions
 from galaxydist.evaluation.summary import summarise
-from galaxydist.evaluation.text import format_headline, format_notes, format_table, title_of
+from galaxydist.evaluation.text import format_headline, format_notes, format_table, headline, title_of
 from galaxydist.files import read_json, write_json
 from galaxydist.runs.metrics_log import MetricsLog
 
@@ -173,7 +173,11 @@ def render_evaluation(evaluation: Mapping[str, Any], evaluation_dir: Path) -> st
     names = (LEARNING_CURVES, *(f"{stem}-{name}" for name in FIGURES))
     drawn = [path for name in names if (path := evaluation_dir / f"{name}.png").is_file()]
     figures = "".join(f"\n  {path}" for path in drawn)
-    lines = [title_of(evaluation), "", format_headline(evaluation), "", format_table(evaluation), "", *format_notes(evaluation)]
+    lines = [title_of(evaluation), "", format_headline(evaluation), "", format_table(evaluation), ""]
+    if (others := evaluation.get("without_validation")) is not None:
+        num_seen = evaluation["count"] - others["count"]
+        lines += [f"without the {num_seen:,} galaxies of its validation set (N = {others['count']:,}): {headline(others)}", ""]
+    lines += format_notes(evaluation)
     lines.append(f"numbers: {evaluation_dir / f'{stem}.json'}")
     predictions = predictions_path(evaluation_dir, stem)
     lines += [f"predictions of every galaxy: {predictions}"] if predictions.is_file() else []

@@ -17,7 +17,8 @@ from galaxydist.evaluation.areas import Curve, measure_areas
 from galaxydist.evaluation.calibration import DEFINITION, NUM_BINS, Reliability, Temperature, fit_temperature
 from galaxydist.evaluation.dependence import measure_dependence
 from galaxydist.evaluation.metrics import metrics_from_counts
-from galaxydist.evaluation.predictions import PredictionsFile, log_softmax
+from galaxydist.evaluation.predictions import PredictionsFile, PredictionsInfo
+from galaxydist.evaluation.probabilities import log_softmax
 
 # The logits are stored as float32: how far the mean loss from them may lie from the counted one.
 LOSS_TOLERANCE = 1e-4
@@ -57,13 +58,15 @@ def summarise(predictions: PredictionsFile, validation: PredictionsFile | None =
         )
     temperature = fit_temperature(validation) if validation is not None else None
     sums = _Sums(predictions.info.num_classes, temperature.value if temperature is not None else None)
-    for batch in predictions.batches(["label", "predicted", "logits"]):
-        sums.add(batch["label"], batch["predicted"], batch["logits"])
+    for batch in predictions.batches(["label", "predicted", "logits", "in_validation"]):
+        sums.add(batch["label"], batch["predicted"], batch["logits"], batch["in_validation"])
     confusion_KK, count = sums.confusion_KK, predictions.num_galaxies
     metrics = metrics_from_counts(confusion_KK, sums.loss_sum, count, predictions.info.class_names)
     if sums.num_nonfinite == 0 and predictions.info.loss is not None:
         _check_loss(predictions, metrics["loss"])
         metrics["loss"] = predictions.info.loss
+    if int(sums.without_KK.sum()) < count:
+        metrics["without_validation"] = sums.without_validation(predictions.info)
     against, left_out = measure_dependence(predictions)
     metrics["confusion_normalised"] = _shares(confusion_KK)
     metrics |= {"against": against, "left_out": left_out, "intervals": _intervals(confusion_KK, sums)}
@@ -83,6 +86,8 @@ class _Sums:
 
     def __init__(self, num_classes: int, temperature: float | None) -> None:
         self.confusion_KK = np.zeros((num_classes, num_classes), np.int64)
+        # Of the galaxies that the model was not chosen on.
+        self.without_KK, self._losses_without = np.zeros((num_classes, num_classes), np.int64), list[float]()
         self.num_top2 = self.num_nonfinite = 0
         self.temperature = temperature
         # Without and with the temperature.
@@ -99,13 +104,15 @@ class _Sums:
     def loss_sums(self) -> list[float]:
         return [math.fsum(parts) for parts in self._losses]
 
-    def add(self, label_B: NDArray[Any], predicted_B: NDArray[Any], logits_BK: NDArray[np.float32]) -> None:
-        num_classes = len(self.confusion_KK)
-        cells_B = label_B.astype(np.int64) * num_classes + predicted_B
-        self.confusion_KK += np.bincount(cells_B, minlength=num_classes**2).reshape(num_classes, num_classes)
+    def add(
+        self, label_B: NDArray[Any], predicted_B: NDArray[Any], logits_BK: NDArray[np.float32], seen_B: NDArray[np.bool_]
+    ) -> None:
+        self.confusion_KK += self._cells(label_B, predicted_B)
+        self.without_KK += self._cells(label_B[~seen_B], predicted_B[~seen_B])
         is_finite_B = np.isfinite(logits_BK).all(axis=1)
         self.num_nonfinite += int((~is_finite_B).sum())
         label_B, predicted_B, logits_BK = label_B[is_finite_B], predicted_B[is_finite_B], logits_BK[is_finite_B]
+        seen_B = seen_B[is_finite_B]
         is_correct_B, rows = label_B == predicted_B, np.arange(len(label_B))
         is_top2_B = in_top_two(logits_BK, label_B) | is_correct_B
         self.num_top2 += int(is_top2_B.sum())
@@ -115,10 +122,23 @@ class _Sums:
             log_BK = log_softmax(logits_BK.astype(np.float64) / scale)
             loss_B, confidence_B = -log_BK[rows, label_B], np.exp(log_BK.max(axis=1, initial=-np.inf))
             self._losses[number].append(float(loss_B.sum()))
+            if number == 0:
+                self._losses_without.append(float(loss_B[~seen_B].sum()))
             gaps_BM = np.zeros((len(rows), NUM_BINS))
             gaps_BM[rows, reliability.add(confidence_B, is_correct_B)] = is_correct_B - confidence_B
             columns += [loss_B[:, None], gaps_BM]
         self.resamples.add(np.hstack(columns))
+
+    def without_validation(self, info: PredictionsInfo) -> dict[str, Any]:
+        """The counted metrics of the galaxies that the model was not chosen on."""
+        loss_sum = math.nan if self.num_nonfinite else math.fsum(self._losses_without)
+        metrics = metrics_from_counts(self.without_KK, loss_sum, int(self.without_KK.sum()), info.class_names)
+        return {**metrics, "loss": metrics["loss"] if info.loss_without_validation is None else info.loss_without_validation}
+
+    def _cells(self, label_B: NDArray[Any], predicted_B: NDArray[Any]) -> NDArray[np.int64]:
+        num_classes = len(self.confusion_KK)
+        cells_B = label_B.astype(np.int64) * num_classes + predicted_B
+        return np.bincount(cells_B, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def in_top_two(logits_BK: NDArray[Any], label_B: NDArray[Any]) -> NDArray[np.bool_]:

@@ -9,15 +9,15 @@ from galaxydist.evaluation.views import Views
 from galaxydist.models.weights import write_weights
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.paths import data_root
-from galaxydist.recipe.schema import Recipe, Variant
+from galaxydist.recipe.schema import Variant
 from galaxydist.runs import checkpoints
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.check import check_columns
-from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.training.data import TrainingData, find_cache, find_manifest, find_variant, has_split
 from galaxydist.training.judging import JUDGED, Judge, find_checkpoint
 from galaxydist.training.state import evaluation_weights
+from galaxydist.training.trained_on import open_trained
 from galaxydist.training.world import enter_world, leave_world
 
 
@@ -28,6 +28,7 @@ def evaluate_run(
     *,
     manifest_path: str | Path | None = None,
     variant: Variant | None = None,
+    trained_path: str | Path | None = None,
     data_dir: Path | None = None,
     tta: Views | None = None,
 ) -> dict[str, Any]:
@@ -37,8 +38,9 @@ def evaluate_run(
         run_dir: the run folder.
         split: ``train``, ``val`` or ``test``.
         environ: the process's environment.
-        manifest_path: path or URL of the shards, where they are no longer where the run had them, or of other ones.
-        variant: another data set of the run's survey.
+        manifest_path: path or URL of the shards to judge it on; None: those that the run was trained on, where it had them.
+        variant: instead, another data set of the run's survey.
+        trained_path: path or URL of the shards that the run was trained on, where they are no longer where it had them.
         data_dir: the data root, likewise.
         tta: instead of the recipe's ``eval.tta``; evaluations with and without lie side by side.
 
@@ -46,16 +48,17 @@ def evaluate_run(
         The evaluation, as in its JSON file.
 
     Raises:
-        UserError: no run or no checkpoint there, no such split, other shards than the run's.
+        UserError: no run or no checkpoint there, no such split, shards of other classes, test galaxies that the run was trained
+            on.
     """
     folder = RunFolder(run_dir)
     recipe = from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
     if tta is not None:
         recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"tta": tta})})
     root = data_root(data_dir or recipe.data.dir, environ)
-    own_path = find_manifest(recipe.data, root)
-    path = manifest_path or (own_path if variant is None else find_variant(recipe.data, root, variant))
-    manifest = open_shards(path, find_cache(recipe.data, root))
+    known, cache = find_manifest(recipe.data, root), find_cache(recipe.data, root)
+    path = manifest_path or (known if variant is None else find_variant(recipe.data, root, variant))
+    manifest = open_shards(path, cache)
     if not has_split(manifest, split):
         raise UserError(
             f"{manifest.location} has no galaxies in a split {split!r}. It has {', '.join(manifest.splits)}: give --split."
@@ -63,24 +66,12 @@ def evaluate_run(
     world = enter_world(recipe.train.precision, environ)
     try:
         world.on_main(lambda: check_columns(manifest))
-        judge = Judge(world, folder, recipe)
-        own = world.on_main(lambda: _open_own(judge.trained_on, manifest, recipe, root))
-        metrics = judge.judge(manifest, split, own)
+        judge = Judge(world, folder, recipe, find_trained=lambda trained_on: open_trained(trained_on, known, trained_path, cache))
+        metrics = judge.judge(manifest, split)
     finally:
         leave_world()
     assert metrics is not None
     return metrics
-
-
-def _open_own(trained_on: TrainingData, manifest: Manifest, recipe: Recipe, root: Path) -> Manifest | None:
-    """The shards that the run was trained on: those at hand, or where the recipe has them; None where they are gone."""
-    if manifest.hash == trained_on.manifest_hash:
-        return manifest
-    try:
-        own = open_shards(find_manifest(recipe.data, root), find_cache(recipe.data, root))
-    except UserError:
-        return None
-    return own if own.hash == trained_on.manifest_hash else None
 
 
 def save_weights(run_dir: Path, target: Path) -> int:

@@ -105,7 +105,13 @@ def measure(images_BHWC: NDArray[np.uint8], image_size: int) -> Measurements:
 
 
 def merge_predictions(
-    path: Path, info: PredictionsInfo, parts: Sequence[Path], catalogue: "pa.Table", *, batch_size: int
+    path: Path,
+    info: PredictionsInfo,
+    parts: Sequence[Path],
+    catalogue: "pa.Table",
+    *,
+    batch_size: int,
+    seen_N: NDArray[np.bool_] | None = None,
 ) -> None:
     """One file of the parts of all processes and what the catalogue knows of the galaxies. Memory is the catalogue's.
 
@@ -117,6 +123,7 @@ def merge_predictions(
         parts: by rank.
         catalogue: ``CATALOGUE_COLUMNS``, a row a sample; columns that the data set does not have are left out.
         batch_size: of the evaluation.
+        seen_N: which galaxies the model was chosen on; None where nobody has looked.
 
     Raises:
         UserError: the disk is full.
@@ -133,6 +140,8 @@ def merge_predictions(
             block: dict[str, Any] = {name: rows[name] for name in part_row(info.num_classes).names or ()}
             block |= {name: np.asarray(values_N[here], np.float64) for name, values_N in known.items()}
             block["id"] = catalogue.column("id").slice(here.start, len(rows)).to_pylist()
+            if seen_N is not None:
+                block["in_validation"] = seen_N[here]
             if has_scale:
                 block["size"] = rows["size"] * scale_N[here]
             yield block

@@ -36,6 +36,7 @@ from galaxydist.training.saving import Saving
 from galaxydist.training.statistics import average_statistics
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.tracking import Tracker, start_tracker
+from galaxydist.training.trained_on import check_before_training
 from galaxydist.training.validation import evaluate_split
 from galaxydist.training.watchdog import build_watchdog, collective_timeout
 from galaxydist.training.world import World, enter_world, leave_world
@@ -93,6 +94,7 @@ class Session:
         self._others = self.world.together(lambda: self._open_others(manifest))
         for judged in (manifest, *self._others):
             self.world.on_main(functools.partial(check_columns, judged))
+            self.world.on_main(functools.partial(check_before_training, manifest, judged))
         check_parts(self.recipe, self.world)
         torch.manual_seed(self.recipe.seed)
         model = self.world.together(lambda: self._build_model(manifest))
@@ -160,10 +162,10 @@ class Session:
 
     def _judge(self, folder: RunFolder, manifest: Manifest) -> dict[str, Any] | None:
         """The evaluation on the run's own test split; those of eval.variants are written beside it."""
-        judge = Judge(self.world, folder, self.recipe)
-        metrics = judge.judge(manifest, "test", manifest)
+        judge = Judge(self.world, folder, self.recipe, find_trained=lambda _: manifest)
+        metrics = judge.judge(manifest, "test")
         for other in self._others:
-            judge.judge(other, "test", manifest)
+            judge.judge(other, "test")
         return metrics
 
     def _open_others(self, manifest: Manifest) -> list[Manifest]:
