@@ -12,8 +12,9 @@ import pytest
 
 from galaxydist.cli.main import main
 from galaxydist.cluster import scheduler
+from galaxydist.cluster.programs import SchedulerAwayError
 from galaxydist.cluster.records import JobFiles
-from galaxydist.cluster.scheduler import JobState, SchedulerAwayError, cancel_jobs, max_array_size, read_states
+from galaxydist.cluster.scheduler import JobState, cancel_jobs, max_array_size, read_states
 from tests.slurm_bed import submit, wait_for, wait_state
 from tests.status_runs import add_job
 

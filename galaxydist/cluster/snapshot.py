@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from galaxydist.files import fsync_file, rename
+from galaxydist.files import explain_full_disk, fsync_file, rename
 from galaxydist.recipe.paths import PACKAGE_DIR, shipped_dir
 
 LEFT_OUT = ("__pycache__",)
@@ -25,17 +25,25 @@ def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
     Raises:
         UserError: the disk is full.
     """
-    files = dict(_files(recipe_paths))
+    # Read once: what is edited meanwhile is not stored under the name of what was there before.
+    files = {name: source.read_bytes() for name, source in _files(recipe_paths)}
     target = (folder / _digest(files)).absolute()
     if target.is_dir():
         return target
+    with explain_full_disk(target, "Nothing was submitted."):
+        _write(files, folder, target)
+    return target
+
+
+def _write(files: Mapping[str, bytes], folder: Path, target: Path) -> None:
+    """The snapshot is whole or not there."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".code-"))
     try:
-        for name, source in files.items():
+        for name, content in files.items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, path)
+            path.write_bytes(content)
         fsync_file(temporary)
         temporary.chmod(0o755)
         try:
@@ -45,7 +53,6 @@ def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return target
 
 
 def _files(recipe_paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
@@ -58,10 +65,10 @@ def _files(recipe_paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
         yield f"recipes/{name}.yaml", path
 
 
-def _digest(files: Mapping[str, Path]) -> str:
+def _digest(files: Mapping[str, bytes]) -> str:
     """12 hex digits of names and contents."""
     digest = hashlib.sha256()
-    for name, path in files.items():
-        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
+    for name, content in files.items():
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
     return digest.hexdigest()[:12]
