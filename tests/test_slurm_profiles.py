@@ -10,7 +10,7 @@ import pytest
 from galaxydist.cli.main import main
 from galaxydist.cluster.partition import check_partition
 from galaxydist.cluster.profile import ClusterConfig, load_cluster
-from galaxydist.cluster.site import read_site
+from galaxydist.cluster.site_reading import read_site
 from galaxydist.errors import UserError
 
 if TYPE_CHECKING:
