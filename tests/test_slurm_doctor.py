@@ -52,6 +52,7 @@ def test_two_healthy_nodes(slurm_bed: Bed, tmp_path: Path) -> None:
     for name in ("versions", "rendezvous", "clocks", "shared files", "all-reduce, gloo", "flock there"):
         assert checks[name]["level"] == "ok", checks[name]
     wait_state(slurm_bed, job_of(said), "COMPLETED")
+    assert "Requeue=0" in slurm_bed.run("scontrol", "show", "job", job_of(said))
     assert not processes_left(slurm_bed)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from galaxydist.cluster.scheduler import SchedulerAwayError, ask_slurm
+from galaxydist.cluster.programs import SchedulerAwayError, ask_slurm
 from galaxydist.cluster.site import UNTYPED, Association, NodeGroup, Partition, Qos, Site
 from galaxydist.errors import UserError
 

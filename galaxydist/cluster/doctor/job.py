@@ -13,6 +13,7 @@ from galaxydist.cluster.doctor.report import RankReport, read_reports
 from galaxydist.cluster.executor import build_executor, explain_refusal
 from galaxydist.cluster.profile import ClusterConfig
 from galaxydist.cluster.scheduler import UNKNOWN, JobState
+from galaxydist.cluster.sending import plain_environment
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.errors import UserError
 
@@ -51,7 +52,7 @@ def doctor_cluster(
     examination = Examination(folder, data_dir, cluster.scratch, cluster.gpus_per_node, meeting_s)
     try:
         executor = build_executor(short, folder / "output", name=f"doctor-{cluster.name}", code=code)
-        with explain_refusal(cluster.name):
+        with plain_environment(), explain_refusal(cluster.name):
             job = executor.submit(examine_task, examination)
     except UserError as error:
         said, _, remedy = str(error).partition("\n")
