@@ -218,7 +218,7 @@ def test_slurmctld_is_away_when_a_run_must_go_on(slurm_bed: Bed, undisturbed: Cl
     slurm_bed.stop_controller()
     os.kill(run.pids("n2")[0], signal.SIGUSR2)
     run.wait_restarts(1)
-    wait_for(lambda: "not requeued yet" in run.said())
+    wait_for(lambda: "not requeued yet" in run.said(), 120, run.said())
     slurm_bed.start_controller()
     run.wait_finished()
     wait_state(slurm_bed, job_id, "COMPLETED")

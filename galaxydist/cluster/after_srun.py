@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from galaxydist.cluster.programs import SchedulerAwayError, ask_slurm, is_away
+from galaxydist.cluster.programs import SchedulerAwayError, ask_slurm, check_controller, is_away
 from galaxydist.cluster.records import Decision, JobFiles, RestartRecord
 from galaxydist.cluster.request_file import RequestFile
 from galaxydist.cluster.requeue import Ending, decide
@@ -108,6 +108,7 @@ def _own_failure(folder: RunFolder, environ: Mapping[str, str]) -> dict[str, Any
 def _is_leaving(job_id: str) -> bool:
     """SLURM has begun to end the job, so that it is cancelled, or will be requeued without us."""
     try:
+        check_controller()
         answer = ask_slurm(["squeue", "--noheader", "--jobs", job_id, "--format", "%T"])
     except SchedulerAwayError:
         return False
@@ -138,6 +139,7 @@ def requeue_patiently(job_id: str, pauses_s: Sequence[float] = PAUSES_S) -> str:
 def _requeue(job_id: str) -> str:
     """Ask for it; what SLURM says against it, else nothing."""
     try:
+        check_controller()
         answer = ask_slurm(["scontrol", "requeue", job_id])
     except SchedulerAwayError as error:
         return str(error)
