@@ -1,4 +1,4 @@
-"""The published results on Galaxy10 DECaLS that this toolkit remakes: seven models, three settings, accuracy and loss on the test set.
+"""The published results on Galaxy10 DECaLS that this toolkit remakes: seven models, three settings, test accuracy and loss.
 
 In that work the ResNets had ImageNet weights, a frozen body and a new head, the VGGs likewise with a head of three (VGG19: two)
 layers; the CNN and the ViT were trained from random weights. No repeats are given: each number is taken as that of one run.
