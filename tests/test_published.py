@@ -6,7 +6,17 @@ from typing import get_args
 import pytest
 
 from galaxydist.evaluation import published
-from galaxydist.evaluation.published import MODELS, PUBLISHED, SETTINGS, TEST_SIZES, DisplayName, Setting, published_result
+from galaxydist.evaluation.published import (
+    MODELS,
+    PUBLISHED,
+    SETTINGS,
+    TEST_SIZES,
+    DisplayName,
+    PublishedResult,
+    Setting,
+    display_name,
+    published_result,
+)
 from galaxydist.models.registry import MODEL_NAMES
 from galaxydist.surveys.official import read_official_split
 from galaxydist.surveys.split import TEST
@@ -60,10 +70,10 @@ def test_every_architecture_is_placed() -> None:
 
 @pytest.mark.parametrize("dataset", ["simulated", "galaxy10_decals_sample", "Galaxy10_DECaLS", ""])
 def test_published_numbers_stand_beside_the_real_data_alone(dataset: str) -> None:
-    assert published_result("galaxy10_decals", "resnet50", SETTINGS[0]) is not None
-    assert all(published_result(dataset, name, setting) is None for name in MODEL_NAMES for setting in SETTINGS)
-    assert published_result("galaxy10_decals", "d4_cnn", SETTINGS[0]) is None
-    assert published_result("galaxy10_decals", "vit", SETTINGS[3]) is None
+    assert all(published_result(dataset, name, setting) is None for name in MODELS for setting in SETTINGS)
+    assert published_result("galaxy10_decals", "ResNet50", SETTINGS[0]) == PublishedResult(0.5259, 1.3268, 1774)
+    assert published_result("galaxy10_decals", display_name("d4_cnn"), SETTINGS[0]) is None
+    assert published_result("galaxy10_decals", "ViT", SETTINGS[3]) is None
 
 
 def test_nothing_can_be_changed() -> None:

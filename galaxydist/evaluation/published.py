@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from galaxydist.recipe.schema import Variant
-from galaxydist.surveys.official import NAME as DATASET
+from galaxydist.surveys.official import NAME as REAL_DATASET
 
 DisplayName = Literal["ResNet50", "ResNet26", "ResNet18", "VGG16", "VGG19", "Custom CNN", "ViT"]
 RESNETS: tuple[DisplayName, ...] = ("ResNet18", "ResNet26", "ResNet50")  # by depth
@@ -94,13 +94,12 @@ def display_name(model: str) -> DisplayName | None:
     return DISPLAY_NAMES.get(model)
 
 
-def published_result(dataset: str, model: str, setting: Setting) -> PublishedResult | None:
+def published_result(dataset: str, name: DisplayName | None, setting: Setting) -> PublishedResult | None:
     """The published numbers beside a cell; None where nothing was published, and for every data set but the real Galaxy10.
 
     Args:
         dataset: the data set's name, as in its manifest.
-        model: a recipe's ``model.name``.
+        name: of the published model; None: of a model that it has not.
         setting: what it was trained and tested on.
     """
-    name = display_name(model)
-    return PUBLISHED.get((name, setting)) if dataset == DATASET and name is not None else None
+    return PUBLISHED.get((name, setting)) if dataset == REAL_DATASET and name is not None else None

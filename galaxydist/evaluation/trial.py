@@ -7,6 +7,8 @@ from pathlib import Path
 from galaxydist.evaluation.published import Setting
 from galaxydist.recipe.schema import Variant
 
+REFERENCE = "reference"
+
 
 @dataclass(frozen=True, slots=True)
 class Note:

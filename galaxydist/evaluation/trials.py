@@ -15,14 +15,13 @@ import numpy as np
 
 from galaxydist.errors import UserError
 from galaxydist.evaluation.report import read_evaluation, stem_of
-from galaxydist.evaluation.trial import Judgement, Note, Trial, Validation
+from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Trial, Validation
 from galaxydist.files import read_json
 from galaxydist.recipe.fields import recipe_fields
 from galaxydist.recipe.schema import Variant
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 
 VARIANTS: tuple[Variant, ...] = ("original", "balanced")
-REFERENCE = "reference"
 # Result fields in which the runs of one line of the matrix may differ: repeats, and the data that its columns are about.
 _COLUMNS = frozenset({"seed", "data.variant", "data.manifest", "name"})
 
