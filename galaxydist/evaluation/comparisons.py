@@ -29,13 +29,19 @@ class CellOutcomes:
 
     Args:
         ids_N: ascending.
+        labels_N: int64.
         correct_SN: bool.
         losses_SN: float64, nats.
     """
 
     ids_N: NDArray[np.str_]
+    labels_N: NDArray[np.int64]
     correct_SN: NDArray[np.bool_]
     losses_SN: NDArray[np.float64]
+
+    def is_paired(self, other: "CellOutcomes") -> bool:
+        """Whether another cell's are of the same galaxies."""
+        return np.array_equal(self.ids_N, other.ids_N)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def stack_outcomes(runs: Sequence[Outcomes]) -> CellOutcomes:
     """
     matched = match(runs)
     correct_SN = np.stack([run.correct_N for run in matched])
-    return CellOutcomes(matched[0].ids_N, correct_SN, np.stack([run.losses_N for run in matched]))
+    return CellOutcomes(matched[0].ids_N, matched[0].labels_N, correct_SN, np.stack([run.losses_N for run in matched]))
 
 
 def against_published(
@@ -142,6 +148,6 @@ def contrast(terms: Sequence[Term]) -> Difference:
 def _paired_rates(terms: Sequence[Term]) -> NDArray[np.float64] | None:
     """Each term's share of correct seeds by galaxy, terms x N; None unless all are known on the same galaxies."""
     known = [term.outcomes for term in terms if term.outcomes is not None]
-    if len(known) < len(terms) or any(not np.array_equal(one.ids_N, known[0].ids_N) for one in known[1:]):
+    if len(known) < len(terms) or not all(one.is_paired(known[0]) for one in known[1:]):
         return None
     return np.stack([one.correct_SN.mean(axis=0) for one in known])

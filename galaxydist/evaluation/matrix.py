@@ -51,12 +51,9 @@ class Row:
     def label(self) -> str:
         """What the line is called: the published model's name or ``model.name``, and the recipe where that says more."""
         name = self.display or self.model
-        parts = [
-            self.recipe if self.recipe != self.model else "",
-            "reference" if self.regime == "reference" else "",
-            self.settings,
-        ]
-        extra = ", ".join(part for part in parts if part)
+        recipe = self.recipe if self.recipe != name.lower().replace(" ", "_") else ""
+        regime = self.regime if self.regime == REFERENCE else ""
+        extra = ", ".join(part for part in (recipe, regime, self.settings) if part)
         return f"{name} ({extra})" if extra else name
 
 

@@ -11,7 +11,7 @@ from itertools import combinations
 
 import numpy as np
 
-from galaxydist.evaluation.comparisons import CellOutcomes, Term, contrast
+from galaxydist.evaluation.comparisons import NOT_PAIRED, CellOutcomes, Term, contrast
 from galaxydist.evaluation.matrix import Row, Table
 from galaxydist.evaluation.published import (
     BALANCED_TO_ORIGINAL,
@@ -26,7 +26,15 @@ from galaxydist.evaluation.published import (
     DisplayName,
     Setting,
 )
-from galaxydist.evaluation.recalls import draw_recalls, p_value, probability_worst, spread
+from galaxydist.evaluation.recalls import (
+    Floats,
+    draw_recalls,
+    linked_places,
+    outcome_correlation,
+    p_value,
+    probability_worst,
+    spread,
+)
 from galaxydist.evaluation.sampling import Difference, Estimate, from_accuracies
 from galaxydist.evaluation.trial import Trial
 from galaxydist.evaluation.verdicts import (
@@ -194,18 +202,30 @@ def balancing_is_fairer(case: Case) -> Observation:
         claim = f"recalls of {model} more even when trained on balanced, tested on original, loss of spread"
         keys = [(model, ON_ORIGINAL), (model, BALANCED_TO_ORIGINAL)]
         if checks.plan(keys, confusions=True):
-            first = len(MODELS) + 2 * number
-            draws = [spread(draw_recalls(case.evidence[key].confusions, stream=first + place)) for place, key in enumerate(keys)]
-            gains_D = draws[0] - draws[1]
-            value, error = 100 * float(gains_D.mean()), 100 * float(gains_D.std())
-            p_for, p_against = p_value(gains_D <= 0), p_value(gains_D >= 0)
-            checks.checks.append(Check(claim, value, error, "points", p_for, p_against, "draws of the recalls"))
+            checks.checks.append(_check_spread(claim, *(case.evidence[key] for key in keys), stream=len(MODELS) + 2 * number))
     cost_of_vit = {(VIT, ON_ORIGINAL): -1.0, (VIT, BALANCED_TO_ORIGINAL): 1.0}
     for model in CNNS:
         cost = {(model, ON_ORIGINAL): 1.0, (model, BALANCED_TO_ORIGINAL): -1.0}
         checks.add(f"balancing costs {model} accuracy, tested on original", cost, check_above)
         checks.add(f"balancing costs {model} more than ViT, tested on original", cost | cost_of_vit, check_above)
     return checks.judge(6, "Balancing helps fairness between classes and costs accuracy on the original test set, ViT least.")
+
+
+def _check_spread(claim: str, before: Evidence, after: Evidence, *, stream: int) -> Check:
+    """A check that the recalls are less spread after than before, on the same test set."""
+    places: tuple[Floats | None, Floats | None] = (None, None)
+    notes = (NOT_PAIRED,)
+    if before.outcomes is not None and after.outcomes is not None and before.outcomes.is_paired(after.outcomes):
+        places = linked_places(outcome_correlation(before.outcomes, after.outcomes, len(before.confusions[0])), stream=stream)
+        notes = ()
+    spreads = [
+        spread(draw_recalls(evidence.confusions, stream=stream + number, places_DK=place_DK))
+        for number, (evidence, place_DK) in enumerate(zip((before, after), places, strict=True))
+    ]
+    gains_D = spreads[0] - spreads[1]
+    p_for, p_against = p_value(gains_D <= 0), p_value(gains_D >= 0)
+    value, error = 100 * float(gains_D.mean()), 100 * float(gains_D.std())
+    return Check(claim, value, error, "points", p_for, p_against, "draws of the recalls", notes)
 
 
 def choose_rows(table: Table, regime: str) -> dict[DisplayName, Row]:

@@ -16,8 +16,8 @@ Where only each seed's mean is known, galaxy / N is replaced by its upper bound,
 (p (1 - p) / N for an accuracy p): too large by rest / N, so tests err to the side of no difference.
 
 Differences are judged by Student's t with the degrees of freedom of Welch (1938, 1947) and Satterthwaite (1946):
-nu = (sum V_j)^2 / sum (V_j^2 / nu_j) over the independent parts V_j of the variance. Simulated, a test at 5 % between our mean and
-the number of one training rejects what is equal in 4 to 6 % of cases where the seeds' variance is below a quarter of the
+nu = (sum V_j)^2 / sum (V_j^2 / nu_j) over the independent parts V_j of the variance. Simulated, a test at 5 % between our mean
+and the number of one training rejects what is equal in 4 to 6 % of cases where the seeds' variance is below a quarter of the
 galaxies'; where it is half of theirs in 8, 6 and 6 % with 2, 3 and 5 seeds, where it is as large in 10, 7 and 6 %. Two seeds are
 too few for anything but a first look.
 """

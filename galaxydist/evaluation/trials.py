@@ -16,7 +16,6 @@ import numpy as np
 from galaxydist.errors import UserError
 from galaxydist.evaluation.report import read_evaluation, stem_of
 from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Trial, Validation
-from galaxydist.files import read_json
 from galaxydist.recipe.fields import recipe_fields
 from galaxydist.recipe.schema import Variant
 from galaxydist.runs.folder import RunFolder, StoredRecipe
@@ -191,15 +190,10 @@ def _is_reference(stored: StoredRecipe) -> bool:
 
 
 def _read_validation(folder: RunFolder, metric: str, step: int) -> Validation | None:
-    """Of the judged checkpoint: from an evaluation on the validation split, else from the log. Never a number of a test split."""
-    lines: list[dict[str, Any]] = []
+    """What the log says of the judged checkpoint's validation; None where it does not say it."""
     try:
-        path = folder.evaluation_dir / "val.json"
-        known = read_json(path) if path.is_file() else {}
-        lines = [line for line in folder.metrics.read() if line["step"] == step]
+        values = [line.get(f"val/{metric}") for line in folder.metrics.read() if line["step"] == step]
     except UserError:
-        known = {}
-    values = [known.get(metric)] if isinstance(known, dict) and known.get("step") == step else []
-    values += [line.get(f"val/{metric}") for line in lines]
+        return None  # a damaged log costs the place in a ranking, no number of the matrix
     found = next((value for value in values if isinstance(value, int | float)), None)
     return None if found is None else Validation(metric, float(found), step)
