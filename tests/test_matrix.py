@@ -1,10 +1,11 @@
 """The results matrix: what stands in which cell, with which error, and beside what."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from trial_folders import write_trial
 
 from galaxydist.errors import UserError
 from galaxydist.evaluation.matrix import Table, build_tables, holm_adjusted
@@ -14,6 +15,7 @@ from galaxydist.evaluation.published import MODELS, ON_BALANCED, ON_ORIGINAL, OR
 from galaxydist.evaluation.sampling import holm
 from galaxydist.evaluation.trials import read_trials
 from galaxydist.files import read_json, write_json
+from tests.trial_folders import write_trial
 
 
 def tables_of(*folders: Path) -> list[Table]:
@@ -181,6 +183,20 @@ def test_lines_are_chosen_by_validation(tmp_path: Path) -> None:
     assert chosen["ViT"].recipe == "vit_scratch"
     assert list(chosen) == ["ViT"]
     assert choose_rows(table, "reference") == {}
+    write_trial(tmp_path / "d", ["recipe=vgg16", "train.metric=loss"], validation=0.5, accuracy={"original": 0.9})
+    write_trial(tmp_path / "e", ["recipe=vgg16", "train.metric=loss", "optim.lr=0.1"], validation=0.6, accuracy={"original": 0.2})
+    (table,) = tables_of(tmp_path / "d", tmp_path / "e")
+    row = choose_rows(table, "own")["VGG16"]
+    assert [trial.run_dir.name for trial in table.cells[row, ON_ORIGINAL].trials] == ["e"]  # the smaller loss
+
+
+def test_it_costs_no_heavy_import() -> None:
+    code = (
+        "import sys; import galaxydist.evaluation.observations, galaxydist.evaluation.trials, galaxydist.evaluation.paired; "
+        "print(sorted({'torch', 'scipy', 'pyarrow', 'matplotlib', 'sklearn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_no_runs_no_tables() -> None:

@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-from trial_folders import STEP, write_trial
 
+from galaxydist.evaluation.matrix import build_tables
 from galaxydist.evaluation.published import BALANCED_TO_ORIGINAL, ON_BALANCED, ON_ORIGINAL
 from galaxydist.evaluation.trials import read_trials
 from galaxydist.files import write_json
 from galaxydist.galaxy import GALAXY10_CLASSES
+from galaxydist.shards.write import write_shards
+from tests.blobs import BlobSurvey
+from tests.runs import quick_settings, read_evaluation, read_metrics, run_here
+from tests.trial_folders import STEP, write_trial
 
 
 def test_a_run_is_read(tmp_path: Path) -> None:
@@ -153,3 +157,26 @@ def test_forced_changes_are_said(tmp_path: Path) -> None:
     trials, notes = read_trials([run.path])
     assert len(trials) == 1
     assert "optim.lr" in notes[0].text
+
+
+def test_a_run_of_the_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The files are those that a real run leaves."""
+    for variant, num_galaxies in (("original", 120), ("balanced", 60)):
+        survey = BlobSurvey(variant=variant, num_galaxies=num_galaxies)
+        write_shards(survey, tmp_path / "shards" / variant, encoding="png", shard_size=16, workers=1)
+    manifest = tmp_path / "shards" / "original" / "manifest.json"
+    arguments = quick_settings(manifest, tmp_path / "run", train__epochs=2, eval__variants="[original,balanced]")
+    assert run_here(arguments) == 0
+    capsys.readouterr()
+    (trial,), notes = read_trials([tmp_path / "run"])
+    assert notes == []
+    assert {variant: judgement.count for variant, judgement in trial.judgements.items()} == {"original": 24, "balanced": 12}
+    own = read_evaluation(tmp_path / "run")
+    assert trial.judgements["original"].accuracy == own["accuracy"]
+    assert trial.validation is not None
+    assert trial.validation.step == own["step"]
+    validated = [line["val/accuracy"] for line in read_metrics(tmp_path / "run") if "val/accuracy" in line]
+    assert trial.validation.value == max(validated)
+    (table,) = build_tables([trial])
+    assert table.dataset == "blobs"
+    assert [cell.num_seeds for (row, _), cell in table.cells.items() if row.model] == [1, 0, 0, 1]

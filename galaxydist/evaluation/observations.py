@@ -5,11 +5,10 @@ Every observation is a claim about many comparisons that all have to hold. What 
 kept (``comparisons.py``), classes by draws of their recalls (``recalls.py``).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-
-import numpy as np
 
 from galaxydist.evaluation.comparisons import NOT_PAIRED, CellOutcomes, Term, contrast
 from galaxydist.evaluation.matrix import Row, Table
@@ -36,7 +35,7 @@ from galaxydist.evaluation.recalls import (
     spread,
 )
 from galaxydist.evaluation.sampling import Difference, Estimate, from_accuracies
-from galaxydist.evaluation.trial import Trial
+from galaxydist.evaluation.trial import Validation
 from galaxydist.evaluation.verdicts import (
     PUBLISHED_ALONE,
     Check,
@@ -117,12 +116,6 @@ class _Checks:
 
     def judge(self, number: int, statement: str) -> Observation:
         return judge(number, statement, self.case.source, self.checks, num_planned=self.num_planned, missing=list(self.missing))
-
-
-def observe(case: Case) -> list[Observation]:
-    """The six observations, in order."""
-    ask = (vit_is_best, cnn_is_close_but_drops, vggs_beat_resnets, depth_does_not_help, disturbed_is_worst, balancing_is_fairer)
-    return [question(case) for question in ask]
 
 
 def vit_is_best(case: Case) -> Observation:
@@ -211,10 +204,18 @@ def balancing_is_fairer(case: Case) -> Observation:
     return checks.judge(6, "Balancing helps fairness between classes and costs accuracy on the original test set, ViT least.")
 
 
+QUESTIONS = (vit_is_best, cnn_is_close_but_drops, vggs_beat_resnets, depth_does_not_help, disturbed_is_worst, balancing_is_fairer)
+
+
+def observe(case: Case) -> list[Observation]:
+    """The six observations, in order."""
+    return [question(case) for question in QUESTIONS]
+
+
 def _check_spread(claim: str, before: Evidence, after: Evidence, *, stream: int) -> Check:
     """A check that the recalls are less spread after than before, on the same test set."""
     places: tuple[Floats | None, Floats | None] = (None, None)
-    notes = (NOT_PAIRED,)
+    notes: tuple[str, ...] = (NOT_PAIRED,)
     if before.outcomes is not None and after.outcomes is not None and before.outcomes.is_paired(after.outcomes):
         places = linked_places(outcome_correlation(before.outcomes, after.outcomes, len(before.confusions[0])), stream=stream)
         notes = ()
@@ -238,8 +239,11 @@ def choose_rows(table: Table, regime: str) -> dict[DisplayName, Row]:
     chosen: dict[DisplayName, Row] = {}
     for name in MODELS:
         rows = [row for row in table.rows if row.display == name and row.regime == regime]
+        validations = {row: _validations(table, row) for row in rows}
+        metrics = [one.metric for found in validations.values() for one in found]
+        usual = max(metrics, key=metrics.count, default="")
         if rows:
-            chosen[name] = max(rows, key=lambda row: _mean_validation(table, row))
+            chosen[name] = max(rows, key=lambda row: _mean(validations[row], usual))
     return chosen
 
 
@@ -261,11 +265,14 @@ def published_case(class_names: tuple[str, ...]) -> Case:
     return Case(PUBLISHED_ALONE, class_names, evidence)
 
 
-def _mean_validation(table: Table, row: Row) -> float:
-    """Of its runs trained on original, else of all; larger is better."""
-    trials: dict[int, Trial] = {}
-    for setting in SETTINGS:
-        trials |= {id(trial): trial for trial in table.cells[row, setting].trials}
-    own = [trial for trial in trials.values() if trial.variant == "original"] or list(trials.values())
-    signs = [(-1.0 if trial.validation.metric == "loss" else 1.0) * trial.validation.value for trial in own if trial.validation]
-    return float(np.mean(signs)) if signs else -np.inf
+def _validations(table: Table, row: Row) -> list[Validation]:
+    """Of a line's runs trained on original, else of all."""
+    trials = {id(trial): trial for setting in SETTINGS for trial in table.cells[row, setting].trials}.values()
+    own = [trial for trial in trials if trial.variant == "original"] or trials
+    return [trial.validation for trial in own if trial.validation is not None]
+
+
+def _mean(validations: Sequence[Validation], metric: str) -> float:
+    """Larger is better; those of another metric do not count."""
+    values = [one.value for one in validations if one.metric == metric]
+    return (-1.0 if metric == "loss" else 1.0) * math.fsum(values) / len(values) if values else -math.inf
