@@ -23,7 +23,7 @@ from galaxydist.evaluation.counts import Counts
 from galaxydist.evaluation.overlap import Galaxies, check_overlap, find_overlap
 from galaxydist.evaluation.subset import SubsetCounts
 from galaxydist.galaxy import Galaxy
-from galaxydist.shards.manifest import Manifest, read_manifest
+from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.write import write_shards
 from galaxydist.surveys.names import fold_name, same_survey
 from galaxydist.surveys.official import NAME, read_official_split
