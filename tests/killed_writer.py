@@ -1,7 +1,7 @@
 """Kills a writer of shards at every change that it makes to the disk, one after the other, and has the next call finish.
 
-Run as a program: ``python killed_writer.py FOLDER overwrite|new``. Each writer is a fork of this process, which has no threads but
-pyarrow's, which minds forks.
+Run as a program: ``python killed_writer.py FOLDER overwrite|new``. Each writer is a fork of this process, which has no threads
+but those of pyarrow, which minds forks.
 It prints one line a point: the change, and whether the second call's result is byte-equal to an undisturbed one's.
 """
 
