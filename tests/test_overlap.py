@@ -305,7 +305,11 @@ def test_validation_galaxies_are_counted_with_and_without(
 
 
 def test_shards_that_the_run_was_trained_on_and_are_gone(
-    trained: tuple[Path, Path], run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: tuple[Path, Path],
+    run_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     other = write(OTHER, tmp_path / "shards")
     moved = tmp_path / "moved"
@@ -326,6 +330,7 @@ def test_shards_that_the_run_was_trained_on_and_are_gone(
         assert f"are no longer at {trained[1] / 'manifest.json'}: others stand there" in said and "--trained-on" in said
         assert judge(run_dir, "--manifest", near.path, "--trained-on", trained[1]) == 2
         assert "1 within 67 arcsec" in capsys.readouterr().err
+        assert "its galaxies are taken for those of the run" in caplog.text
         classes = write(replace(OTHER, class_names=("a", "b", "c")), tmp_path / "classes")
         assert judge(run_dir, "--manifest", near.path, "--trained-on", classes.path) == 2
         assert "has the classes a, b, c, the run was trained on round, flat, pair" in capsys.readouterr().err
