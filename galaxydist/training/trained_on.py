@@ -46,8 +46,8 @@ def open_trained(trained_on: TrainingData, known: str, given: str | Path | None,
             )
         if manifest.hash != trained_on.manifest_hash:
             _log.warning(
-                "%s %s is not the manifest that the run was trained on (%s there, %s in its checkpoint): its galaxies are taken for "
-                "those of the run",
+                "%s %s is not the manifest that the run was trained on (%s there, %s in its checkpoint): its galaxies are taken "
+                "for those of the run",
                 FLAG,
                 manifest.location,
                 manifest.hash[:12],
