@@ -20,6 +20,7 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.write import write_shards
 from galaxydist.surveys.imagefolder import open_image_folder
+from galaxydist.surveys.names import fold_name
 from galaxydist.training.session import train
 
 MODELS = ("d4_cnn", "custom_cnn", "resnet18")
@@ -151,7 +152,7 @@ def _write_folds(real_dir: Path, work_dir: Path, num_folds: int) -> list[Manifes
     manifests = []
     for fold in range(num_folds):
         survey = open_image_folder(real_dir, fold=(fold, num_folds))
-        survey = dataclasses.replace(survey, name=f"{survey.name}-fold{fold + 1}of{num_folds}")
+        survey = dataclasses.replace(survey, name=fold_name(survey.name, fold, num_folds))
         manifests.append(write_shards(survey, work_dir / f"shards-{survey.source_hash[:8]}"))
     return manifests
 

@@ -120,7 +120,7 @@ def lengthen(manifest: Manifest, out_dir: Path, num_samples: int) -> Manifest:
     num_shards, total = split.num_shards * links, split.num_samples * inside * links
     counts = tuple(count * inside * links for count in split.class_counts)
     totals = {"train": Split(total, num_shards, split.num_bytes * links, counts)}
-    long = dataclasses.replace(manifest, dir=out_dir, splits=totals, source_hash=manifest.hash)
+    long = dataclasses.replace(manifest, dir=out_dir, splits=totals, source_hash=manifest.hash, catalogues={})
     text = manifest_json(long)
     if long.path.exists() and long.path.read_bytes() == text:
         return read_manifest(out_dir)

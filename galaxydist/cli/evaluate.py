@@ -1,4 +1,4 @@
-"""``galaxydist evaluate``: what a run is worth, on a split that it was not chosen on."""
+"""``galaxydist evaluate``: what a run is worth, on galaxies that it has not seen."""
 
 import argparse
 import os
@@ -23,7 +23,10 @@ def add_parser(commands: Commands) -> None:
         choices=("none", "d4"),
         help="d4: mean probability over the eight flips and quarter turns (default: the recipe's)",
     )
-    parser.add_argument("--manifest", metavar="FILE", help="path or URL of the shards' manifest, where they have moved")
+    parser.add_argument("--manifest", metavar="FILE", help="path or URL of the manifest to judge it on (default: the run's own)")
+    parser.add_argument(
+        "--trained-on", metavar="FILE", help="path or URL of the manifest that the run was trained on, where that has moved"
+    )
     add_data_dir(parser)
     parser.set_defaults(run=run)
 
@@ -34,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from galaxydist.training.evaluate import evaluate_run
 
-    places = {"manifest_path": arguments.manifest, "data_dir": arguments.data_dir}
+    places = {"manifest_path": arguments.manifest, "trained_path": arguments.trained_on, "data_dir": arguments.data_dir}
     evaluate_run(run_dir, arguments.split, os.environ, **places, tta=arguments.tta)
 
 

@@ -109,11 +109,12 @@ def _name(arguments: argparse.Namespace, source: Path) -> str | None:
     if arguments.fold is None:
         name: str | None = arguments.name
         return name
+    from galaxydist.surveys.names import fold_name
+
     if arguments.name is not None:
         base = arguments.name
     else:
         from galaxydist.surveys.open import open_survey
 
         base = open_survey(source).name
-    number, count = arguments.fold
-    return f"{base}-fold{number + 1}of{count}"
+    return fold_name(base, *arguments.fold)

@@ -89,6 +89,9 @@ def render_evaluation(evaluation: Mapping[str, Any], evaluation_dir: Path) -> st
     drawn = [path for name in names if (path := evaluation_dir / f"{name}.png").is_file()]
     figures = "".join(f"\n  {path}" for path in drawn)
     lines = [title_of(evaluation), "", headline(evaluation), "", format_table(evaluation), ""]
+    if (others := evaluation.get("without_validation")) is not None:
+        num_seen = evaluation["count"] - others["count"]
+        lines += [f"without the {num_seen:,} galaxies of its validation set (N = {others['count']:,}): {headline(others)}", ""]
     lines.append(f"numbers: {evaluation_dir / f'{stem}.json'}")
     lines += [f"figures (also as PDF):{figures}"] if figures else []
     return "\n".join(lines)

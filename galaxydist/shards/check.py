@@ -1,10 +1,9 @@
-"""Whether shards are what their manifest says: every byte, offset, key, label and picture. Reading does not hash local shards:
-bytes that were exchanged for others which decode are found here alone."""
+"""Whether shards are what their manifest says: every byte, offset, key, label, picture and row of a catalogue. Reading does not
+hash local shards: bytes that were exchanged for others which decode are found here alone."""
 
 import hashlib
 import io
 import json
-import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ from galaxydist.cores import available_cores
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage
 from galaxydist.shards.cache import CacheConfig
+from galaxydist.shards.check_catalogue import CatalogueCheck
 from galaxydist.shards.encode import decode_picture
 from galaxydist.shards.manifest import COLUMNS, Manifest, column_name, read_manifest, shard_name
 from galaxydist.shards.open import FileReader, file_reader, open_shards
 from galaxydist.shards.parts import key_hash
-from galaxydist.shards.tar import BLOCK, Member, parse_index
+from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
 
 # Problems that are listed before the rest are only counted.
 LISTED = 20
@@ -43,6 +43,7 @@ class Checked:
 class _Shard:
     """One shard to look at, with its rows of the columns."""
 
+    split: str
     name: str
     location: str
     samples: int
@@ -74,15 +75,19 @@ def check_shards(location: str | Path, cache: CacheConfig | None = None, *, thre
     shards = [shard for split in manifest.splits for shard in _shards(manifest, split)]
     hashes: list[NDArray[np.uint64]] = []
     with (
+        CatalogueCheck(manifest, {split: manifest.shards(split)["samples"].tolist() for split in manifest.splits}) as catalogues,
         ThreadPoolExecutor(threads or available_cores()) as executor,
         tqdm(total=sum(shard.samples for shard in shards), desc="checking shards", unit="img", disable=None) as bar,
     ):
-        for shard, (found, keys) in zip(
+        problems += catalogues.problems
+        for shard, (found, metas) in zip(
             shards, executor.map(lambda shard: _check_shard(shard, manifest, read), shards), strict=True
         ):
             problems += found
-            hashes.append(np.array([key_hash(key.encode()) for key in keys], np.uint64))
+            problems += catalogues.compare(shard.split, shard.location, metas if not found else None)
+            hashes.append(np.array([key_hash(key.encode()) for key, _ in metas], np.uint64))
             bar.update(shard.samples)
+        problems += catalogues.finish()
     if not problems:
         problems += _twins(shards, hashes, read)
     if problems:
@@ -141,6 +146,7 @@ def _shards(manifest: Manifest, split: str) -> Iterator[_Shard]:
         here = slice(start, start + int(row["samples"]))
         start = here.stop
         yield _Shard(
+            split,
             shard_name(split, number),
             manifest.shard_location(split, number),
             int(row["samples"]),
@@ -152,8 +158,8 @@ def _shards(manifest: Manifest, split: str) -> Iterator[_Shard]:
         )
 
 
-def _check_shard(shard: _Shard, manifest: Manifest, read: FileReader) -> tuple[list[str], list[str]]:
-    """The problems of a shard, and its keys."""
+def _check_shard(shard: _Shard, manifest: Manifest, read: FileReader) -> tuple[list[str], list[tuple[str, bytes]]]:
+    """The problems of a shard, and the keys of its galaxies, each with its .json where that can be read."""
     try:
         data = read(shard.name, shard.sha256)
         samples = parse_index(read(shard.index_name, None).decode("ascii"))
@@ -171,15 +177,16 @@ def _check_shard(shard: _Shard, manifest: Manifest, read: FileReader) -> tuple[l
     if len(samples) != shard.samples:
         problems.append(f"shard {shard.location}: its index has {len(samples)} galaxies, the manifest {shard.samples}")
         return problems, []
-    keys = []
+    metas = []
     for number, members in enumerate(samples):
-        keys.append(members[0].name.partition(".")[0])
+        key, contents = members[0].name.partition(".")[0], {}
         try:
             contents = _contents(data, members)
             _check_sample(contents, members, shard, number, manifest)
         except (ValueError, OSError) as error:
-            problems.append(f"shard {shard.location}, galaxy {keys[-1]}: {error}")
-    return problems, keys
+            problems.append(f"shard {shard.location}, galaxy {key}: {error}")
+        metas.append((key, contents.get("json", b"")))
+    return problems, metas
 
 
 def _contents(data: bytes, members: list[Member]) -> dict[str, bytes]:
@@ -190,12 +197,7 @@ def _contents(data: bytes, members: list[Member]) -> dict[str, bytes]:
     """
     contents = {}
     for member in members:
-        try:
-            info = tarfile.TarInfo.frombuf(data[member.offset - BLOCK : member.offset], "ascii", "strict")
-        except tarfile.HeaderError as error:
-            raise ValueError(f"no file of the tar where the index says ({error})") from None
-        if (info.name, info.size) != (member.name, member.size):
-            raise ValueError(f"the index says {member.name} of {member.size} bytes, the tar {info.name} of {info.size}")
+        check_header(data[member.offset - BLOCK : member.offset], member)
         contents[member.extension] = data[member.offset : member.offset + member.size]
         if len(contents[member.extension]) != member.size:
             raise ValueError(f"{member.name} is cut short")

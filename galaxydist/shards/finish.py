@@ -1,6 +1,7 @@
-"""The end of writing: the columns and the manifest of shards that are all there."""
+"""The end of writing: the columns, the catalogues and the manifest of shards that are all there."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from numpy.typing import NDArray
 
 from galaxydist.files import whole_file
 from galaxydist.galaxy import Survey
-from galaxydist.shards.manifest import COLUMNS, SHARD_ROW, Manifest, Split, column_name, manifest_json
-from galaxydist.shards.pack import read_packed
+from galaxydist.shards.catalogue import write_catalogue
+from galaxydist.shards.catalogue_table import unite
+from galaxydist.shards.manifest import COLUMNS, SHARD_ROW, Manifest, Split, catalogue_name, column_name, manifest_json
+from galaxydist.shards.pack import Shard, read_packed, read_packed_catalogue
 from galaxydist.shards.parts import PixelSums
 from galaxydist.shards.plan import Layout, Settings
 
@@ -22,6 +25,7 @@ def finish_manifest(
     """Columns, then the manifest, into the folder that will be renamed."""
     splits: dict[str, Split] = {}
     columns: dict[str, str] = {}
+    catalogues: dict[str, str] = {}
     for split, shards in layout.items():
         table = np.zeros(len(shards), SHARD_ROW)
         num_samples = shards[-1].stop - shards[0].start if shards else 0
@@ -33,6 +37,7 @@ def finish_manifest(
             rows["lengths"][here] = packed["length"]
         for name, column in {"shards": table, **rows}.items():
             columns[column_name(split, name)] = _write_column(work_dir / column_name(split, name), column)
+        catalogues[catalogue_name(split)] = _write_catalogue(work_dir, split, shards)
         labelled = rows["labels"][rows["labels"] >= 0]
         counts = np.bincount(labelled, minlength=len(survey.class_names))
         splits[split] = Split(num_samples, len(shards), int(table["bytes"].sum()), tuple(counts.tolist()))
@@ -51,9 +56,17 @@ def finish_manifest(
         source_hash=survey.source_hash,
         columns=columns,
         settings=asdict(settings),
+        catalogues=catalogues,
     )
     with whole_file(manifest.path, manifest.path.with_suffix(".tmp")) as file:
         file.write(manifest_json(manifest))
+
+
+def _write_catalogue(work_dir: Path, split: str, shards: Sequence[Shard]) -> str:
+    """In two passes, so that one shard is held at a time: what the columns are is known only at the end of the first."""
+    schema = unite(read_packed_catalogue(work_dir / "packed", shard).schema for shard in shards)
+    tables = (read_packed_catalogue(work_dir / "packed", shard) for shard in shards)
+    return write_catalogue(work_dir / catalogue_name(split), schema, tables)
 
 
 def _write_column(path: Path, column: NDArray[Any]) -> str:

@@ -6,6 +6,7 @@
 <dir>/columns/train.labels.npy      a row a sample, in storage order: class number (-1: nobody has labelled it)
 <dir>/columns/train.offsets.npy     where the sample's picture starts in its tar, in bytes
 <dir>/columns/train.lengths.npy     bytes of the picture
+<dir>/columns/train.catalogue.parquet   id, position and extras of each sample (``catalogue.py``)
 """
 
 import hashlib
@@ -67,6 +68,7 @@ class Manifest:
         columns: SHA-256 of each column file, by its name.
         settings: what the writer was asked for.
         remote: the store, where they lie in one.
+        catalogues: SHA-256 of each catalogue file, by its name; shards made before there were any have none.
     """
 
     dir: Path
@@ -83,6 +85,7 @@ class Manifest:
     columns: Mapping[str, str] = field(repr=False)
     settings: Mapping[str, Any] = field(repr=False)
     remote: Remote | None = None
+    catalogues: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def path(self) -> Path:
@@ -163,6 +166,11 @@ def column_name(split: str, column: str) -> str:
     return f"columns/{split}.{column}.npy"
 
 
+def catalogue_name(split: str) -> str:
+    """The file name of a split's catalogue, relative to the manifest's folder."""
+    return f"columns/{split}.catalogue.parquet"
+
+
 def read_manifest(path: Path) -> Manifest:
     """Open a folder of shards.
 
@@ -223,14 +231,15 @@ def parse_manifest(text: bytes, folder: Path, location: str) -> Manifest:
             source_hash=content["source_hash"],
             columns=content["columns"],
             settings=content["settings"],
+            catalogues=dict(content.get("catalogues", {})),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{location} is damaged ({error!r}); make it anew with: galaxydist data shard") from None
 
 
 def manifest_json(manifest: Manifest) -> bytes:
     """The text of manifest.json."""
-    content = {
+    content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "dataset": manifest.dataset,
         "variant": manifest.variant,
@@ -252,6 +261,8 @@ def manifest_json(manifest: Manifest) -> bytes:
         "settings": dict(manifest.settings),
         "columns": dict(manifest.columns),
     }
+    if manifest.catalogues:
+        content["catalogues"] = dict(manifest.catalogues)
     return (json.dumps(content, indent=1) + "\n").encode()
 
 

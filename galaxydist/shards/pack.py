@@ -4,14 +4,19 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.files import whole_file
+from galaxydist.shards.catalogue_table import table_of
 from galaxydist.shards.manifest import SHARD_ROW
 from galaxydist.shards.parts import PART_ROW
 from galaxydist.shards.tar import Member, end_of_tar, index_text, sample_members
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # What the columns keep of one sample.
 PACKED_ROW = np.dtype([("offset", "<i8"), ("length", "<i4"), ("label", "<i4")])
@@ -64,6 +69,14 @@ def packed_path(packed_dir: Path, shard: Shard) -> Path:
     return packed_dir / f"{shard.name}.npz"
 
 
+def read_packed_catalogue(packed_dir: Path, shard: Shard) -> "pa.Table":
+    """A finished shard's rows of the catalogue, before those of other shards are known (see ``catalogue_table.table_of``)."""
+    import pyarrow as pa
+
+    with np.load(packed_path(packed_dir, shard)) as packed, pa.ipc.open_stream(packed["catalogue"].tobytes()) as stream:
+        return stream.read_all()
+
+
 def read_packed(packed_dir: Path, shard: Shard) -> tuple[NDArray[np.void], NDArray[np.void]]:
     """A finished shard's row of the shard table and its samples' rows of the columns."""
     with np.load(packed_path(packed_dir, shard)) as packed:
@@ -95,6 +108,7 @@ def _collect(parts: Sequence[Path], start: int, stop: int) -> dict[int, _Record]
 def _write_shard(shard: Shard, records: Iterator[_Record], task: PackTask) -> None:
     path = task.out_dir / shard.name
     samples: list[list[Member]] = []
+    metas: list[tuple[str, bytes]] = []
     rows = np.zeros(shard.stop - shard.start, PACKED_ROW)
     digest, length = hashlib.sha256(), 0
     with whole_file(path, path.with_name(path.name + ".tmp")) as file:
@@ -110,6 +124,7 @@ def _write_shard(shard: Shard, records: Iterator[_Record], task: PackTask) -> No
             image = next(member for member in members if member.extension == task.extension)
             rows[number] = (image.offset, image.size, record.label)
             samples.append(members)
+            metas.append((record.key, record.meta))
         end = end_of_tar(length)
         digest.update(end)
         file.write(end)
@@ -120,4 +135,14 @@ def _write_shard(shard: Shard, records: Iterator[_Record], task: PackTask) -> No
     table[0] = (len(samples), length + len(end), np.frombuffer(digest.digest(), np.uint8))
     packed = packed_path(task.packed_dir, shard)
     with whole_file(packed, packed.with_name(packed.name + ".tmp")) as file:
-        np.savez(file, shard=table, samples=rows)
+        np.savez(file, shard=table, samples=rows, catalogue=_catalogue(metas))
+
+
+def _catalogue(metas: list[tuple[str, bytes]]) -> NDArray[np.uint8]:
+    """The rows of the catalogue as the bytes of an Arrow stream."""
+    import pyarrow as pa
+
+    table, sink = table_of(metas), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return np.frombuffer(sink.getvalue(), np.uint8)

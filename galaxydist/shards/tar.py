@@ -68,3 +68,17 @@ def parse_index(text: str) -> list[list[Member]]:
             [Member(fields[i], int(fields[i + 1]), int(fields[i + 2]), fields[i + 3]) for i in range(0, len(fields), 4)]
         )
     return samples
+
+
+def check_header(block: bytes, member: Member) -> None:
+    """See that a block of a tar is the header of the file that its index names.
+
+    Raises:
+        ValueError: that says what is there.
+    """
+    try:
+        info = tarfile.TarInfo.frombuf(block, "ascii", "strict")
+    except tarfile.HeaderError as error:
+        raise ValueError(f"no file of the tar where the index says ({error})") from None
+    if (info.name, info.size) != (member.name, member.size):
+        raise ValueError(f"the index says {member.name} of {member.size} bytes, the tar {info.name} of {info.size}")

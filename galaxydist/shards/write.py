@@ -43,6 +43,8 @@ from galaxydist.shards.plan import Settings, pack_tasks, part_tasks, shard_layou
 
 # What a folder that is being written is made of; it is the last thing to be made in it, and the last to go.
 NOTE = "settings.json"
+# Of what is in it; a folder of another version is begun anew.
+WORK_VERSION = 2
 # Below this many galaxies, starting processes costs more than they save.
 FEW_GALAXIES = 4000
 
@@ -150,7 +152,7 @@ def _all_there(manifest: Manifest) -> bool:
                     return False
             except FileNotFoundError:
                 return False
-    return True
+    return all((manifest.dir / name).is_file() for name in manifest.catalogues)
 
 
 @contextmanager
@@ -234,7 +236,7 @@ def _resolve(survey: Survey, settings: Settings) -> Encoding:
 
 def _open_work_dir(work_dir: Path, survey: Survey, settings: Settings, encoding: Encoding) -> None:
     """Go on in a folder that a killed call left, if it was made for the same thing; else start an empty one."""
-    wanted = json.dumps([survey.source_hash, asdict(settings), asdict(encoding)])
+    wanted = json.dumps([survey.source_hash, asdict(settings), asdict(encoding), WORK_VERSION])
     note = work_dir / NOTE
     if not note.exists() or note.read_text() != wanted:
         shutil.rmtree(work_dir, ignore_errors=True)

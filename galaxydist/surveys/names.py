@@ -5,12 +5,24 @@ from collections import Counter
 from collections.abc import Sequence
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_+-]+")
+_FOLD = re.compile(r"-fold\d+of\d+$")
 _DIGITS = re.compile(r"(\d+)")
 
 
 def safe_name(text: str) -> str:
     """``text`` with everything else replaced by ``_``; never empty."""
     return _UNSAFE.sub("_", text).strip("_") or "unnamed"
+
+
+def fold_name(name: str, number: int, count: int) -> str:
+    """The data set name of fold ``number`` (0 ... n - 1) of ``count``: another data set than the whole, and than other folds."""
+    return f"{name}-fold{number + 1}of{count}"
+
+
+def same_survey(one: str, other: str) -> bool:
+    """Whether two data sets, by their names, are of one survey, so that an id means one galaxy in both: a survey's variants have
+    its name, its folds names of their own."""
+    return _FOLD.sub("", one) == _FOLD.sub("", other)
 
 
 def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:

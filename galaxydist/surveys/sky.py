@@ -56,12 +56,21 @@ def close_pairs(ra: NDArray[np.float64], dec: NDArray[np.float64], arcsec: float
     from scipy.spatial import cKDTree
 
     known = np.flatnonzero(np.isfinite(ra) & np.isfinite(dec))
-    lon, lat = np.radians(ra[known]), np.radians(dec[known])
-    vectors = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
-    chord = 2 * np.sin(np.radians(arcsec / 3600) / 2)
-    pairs = known[cKDTree(vectors).query_pairs(chord, output_type="ndarray")].reshape(-1, 2)
+    tree = cKDTree(unit_vectors(ra[known], dec[known]))
+    pairs = known[tree.query_pairs(chord(arcsec), output_type="ndarray")].reshape(-1, 2)
     pairs.sort(axis=1)
     return np.asarray(pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))], np.int64)
+
+
+def unit_vectors(ra: NDArray[np.float64], dec: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N, 3) points of the unit sphere: there is no seam at 360 degrees and no crowd at the poles. ``ra``, ``dec`` in degrees."""
+    lon, lat = np.radians(ra), np.radians(dec)
+    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
+
+
+def chord(arcsec: float) -> float:
+    """The straight distance between two points of the unit sphere that are so far apart on it."""
+    return float(2 * np.sin(np.radians(arcsec / 3600) / 2))
 
 
 def _number_by_first_row(component: NDArray[np.integer]) -> NDArray[np.int64]:

@@ -37,6 +37,7 @@ from galaxydist.training.saving import Saving
 from galaxydist.training.statistics import average_statistics
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.tracking import Tracker, start_tracker
+from galaxydist.training.trained_on import check_before_training
 from galaxydist.training.validation import evaluate_split
 from galaxydist.training.watchdog import build_watchdog, collective_timeout
 from galaxydist.training.world import World, enter_world, leave_world
@@ -94,6 +95,7 @@ class Session:
         self._others = self.world.together(lambda: self._open_others(manifest))
         for judged in (manifest, *self._others):
             self.world.on_main(functools.partial(check_columns, judged))
+            self.world.on_main(functools.partial(check_before_training, manifest, judged))
         check_parts(self.recipe, self.world)
         torch.manual_seed(self.recipe.seed)
         model = self.world.together(lambda: self._build_model(manifest))
@@ -161,9 +163,10 @@ class Session:
 
     def _judge(self, folder: RunFolder, manifest: Manifest) -> dict[str, Any] | None:
         """The evaluation on the run's own test split; those of eval.variants are written beside it."""
-        metrics = judge_run(self.world, folder, self.recipe, manifest, "test")
+        judge = functools.partial(judge_run, self.world, folder, self.recipe, split="test", find_trained=lambda _: manifest)
+        metrics = judge(manifest)
         for other in self._others:
-            judge_run(self.world, folder, self.recipe, other, "test")
+            judge(other)
         return metrics
 
     def _open_others(self, manifest: Manifest) -> list[Manifest]:

@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from galaxydist.evaluation.counts import Counts
 from galaxydist.evaluation.metrics import metrics_from_counts
+from galaxydist.evaluation.subset import SubsetCounts
 from galaxydist.evaluation.views import mean_log_probabilities, views
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.augment import Augment
@@ -28,6 +31,7 @@ def evaluate_split(
     augment: Augment,
     recipe: Recipe,
     beat: Callable[[], None] = lambda: None,
+    apart_N: NDArray[np.bool_] | None = None,
 ) -> dict[str, Any]:
     """Accuracy, loss, per-class figures and confusion matrix of a split. All ranks take part and get the same.
 
@@ -39,22 +43,44 @@ def evaluate_split(
         augment: for its ``normalise``.
         recipe: batch size, image size and crop, and with ``eval.tta`` the views whose mean probability is judged.
         beat: called after each batch: a sign of life.
+        apart_N: stored samples without which all is given a second time, as ``without_validation``; None or none: only once.
 
     Raises:
         UserError: a galaxy that cannot be read: an evaluation never counts fewer.
     """
     was_training = model.training
     model.eval()
+    without = SubsetCounts(manifest.num_classes, ~apart_N, world.device) if apart_N is not None and apart_N.any() else None
     # A rank that cannot read a galaxy takes the others along: they would wait for its counts.
-    counts = world.together(lambda: _count(world, model, manifest, split, augment=augment, recipe=recipe, beat=beat))
+    counts = world.together(
+        lambda: _count(world, model, manifest, split, augment=augment, recipe=recipe, beat=beat, without=without)
+    )
     model.train(was_training)
-    total = Counts.from_vector(world.sum(counts.vector().to(world.device)))
+    vectors = torch.stack([counts.vector(), *([without.counts.vector()] if without is not None else [])])
+    total, *others = (Counts.from_vector(vector) for vector in world.sum(vectors.to(world.device)))
     total.check(manifest.splits[split].num_samples, f"the {split} split of {manifest.location}")
+    metrics = _metrics(total, manifest)
+    for other in others:
+        assert without is not None
+        other.check(without.expected, f"the {split} split of {manifest.location} without validation galaxies")
+        metrics["without_validation"] = _metrics(other, manifest)
+    return metrics
+
+
+def _metrics(total: Counts, manifest: Manifest) -> dict[str, Any]:
     return metrics_from_counts(total.confusion_KK.numpy(), float(total.loss_sum), total.count, manifest.class_names)
 
 
 def _count(
-    world: World, model: nn.Module, manifest: Manifest, split: str, *, augment: Augment, recipe: Recipe, beat: Callable[[], None]
+    world: World,
+    model: nn.Module,
+    manifest: Manifest,
+    split: str,
+    *,
+    augment: Augment,
+    recipe: Recipe,
+    beat: Callable[[], None],
+    without: SubsetCounts | None,
 ) -> Counts:
     """This rank's galaxies."""
     counts = Counts(len(manifest.class_names), world.device)
@@ -79,6 +105,9 @@ def _count(
                 images_BCHW = images_channels_last(images_BCHW)
             with world.accelerator.autocast():
                 logits_VBK = [model(view_BCHW) for view_BCHW in views(images_BCHW, recipe.eval.tta)]
-            counts.add(mean_log_probabilities(logits_VBK), batch.labels_B, batch.weights_B)
+            counted = mean_log_probabilities(logits_VBK), batch.labels_B, batch.weights_B, batch.samples_B
+            counts.add(*counted)
+            if without is not None:
+                without.add(*counted)
             beat()
     return counts

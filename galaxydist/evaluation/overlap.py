@@ -1,0 +1,166 @@
+"""Which galaxies a model is to be judged on that it has learnt from, or was chosen on: by id, or by their place on the sky."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galaxydist.errors import UserError
+from galaxydist.surveys.names import same_survey
+from galaxydist.surveys.sky import CUTOUT_ARCSEC, chord, unit_vectors
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# What is compared of a catalogue.
+COLUMNS = ("id", "ra", "dec")
+# Galaxies of either side that are compared at a time.
+CHUNK = 1 << 20
+# Ids that a message names.
+NAMED = 5
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Galaxies:
+    """A split's galaxies.
+
+    Args:
+        table: N rows with ``id`` and, in degrees, ``ra`` and ``dec`` (null where unknown).
+        dataset: the data set's name: an id means one galaxy only within one survey.
+        what: says which these are, for messages.
+    """
+
+    table: "pa.Table"
+    dataset: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Rows of a test set that are in another set.
+
+    Args:
+        by_id: (N,) the galaxy of this id is in it.
+        by_position: (N,) a galaxy as close as the radius is in it.
+    """
+
+    by_id: Mask
+    by_position: Mask
+
+    @property
+    def rows(self) -> Mask:
+        """(N,) either."""
+        return self.by_id | self.by_position
+
+
+def find_overlap(others: "pa.Table", test: "pa.Table", *, are_one_survey: bool, radius_arcsec: float = CUTOUT_ARCSEC) -> Overlap:
+    """The test galaxies that are among others. Memory is bounded but for a few bytes a galaxy; 10^6 x 10^6 take seconds.
+
+    Args:
+        others, test: catalogues with ``id``, ``ra``, ``dec``. Rows without a position are compared by id alone.
+        are_one_survey: compare ids too: those of different surveys, often a number in a list, mean nothing to one another.
+        radius_arcsec: how close, inclusive, on the sky; by default the width of a Galaxy10 cutout, within which a galaxy shows in
+            the other's picture.
+    """
+    by_id = _among_ids(others, test) if are_one_survey else np.zeros(len(test), np.bool_)
+    return Overlap(by_id, _near(_positions(others), _positions(test), radius_arcsec))
+
+
+def check_overlap(trained: Galaxies, validation: Galaxies | None, test: Galaxies) -> Mask:
+    """See that no test galaxy was in a model's training set.
+
+    Args:
+        trained: what the model was trained on.
+        validation: what it was chosen on, where there was anything.
+        test: what it is to be judged on.
+
+    Returns:
+        (N,) which test galaxies were in its validation set.
+
+    Raises:
+        UserError: naming how many were in its training set, and some of them.
+    """
+    found = _compare(trained, test)
+    if found.rows.any():
+        raise UserError(_refusal(found, trained, test))
+    if validation is None:
+        return np.zeros(len(test.table), np.bool_)
+    return _compare(validation, test).rows
+
+
+def _refusal(found: Overlap, trained: Galaxies, test: Galaxies) -> str:
+    close = found.by_position & ~found.by_id
+    reasons = [
+        f"{int(rows.sum())} {how} ({_name_some(test.table, rows)})"
+        for rows, how in ((found.by_id, "by id"), (close, f"within {CUTOUT_ARCSEC:.0f} arcsec of one of them on the sky"))
+        if rows.any()
+    ]
+    text = (
+        f"{int(found.rows.sum())} of the {len(test.table)} galaxies of {test.what} were in the training set of this model, "
+        f"{trained.what}: {'; '.join(reasons)}. A model is not judged on galaxies that it has learnt from. Judge it on another "
+        "data set, or train it on shards of a split that keeps such galaxies together (galaxydist data shard makes such ones of "
+        "a survey file)."
+    )
+    ra, dec = _positions(test.table)
+    elsewhere = int((found.by_id & ~found.by_position & np.isfinite(ra) & np.isfinite(dec)).sum())
+    if elsewhere and trained.table.column("ra").null_count == 0:
+        text += (
+            f" {elsewhere} of these lie where no galaxy of the training set does: if they are other galaxies of the same ids, "
+            "make the shards of one of the two surveys anew under a name of its own (galaxydist data shard --name NAME)."
+        )
+    return text
+
+
+def _compare(others: Galaxies, test: Galaxies) -> Overlap:
+    return find_overlap(others.table, test.table, are_one_survey=same_survey(others.dataset, test.dataset))
+
+
+def _among_ids(others: "pa.Table", test: "pa.Table") -> Mask:
+    import pyarrow.compute as pc
+
+    ids, found = test.column("id"), np.zeros(len(test), np.bool_)
+    for start in range(0, len(others), CHUNK):
+        known = others.column("id").slice(start, CHUNK).combine_chunks()
+        found |= pc.is_in(ids, value_set=known, skip_nulls=True).to_numpy(zero_copy_only=False)
+    return found
+
+
+def _positions(table: "pa.Table") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(N,) ra and dec in degrees, nan where unknown."""
+    ra, dec = (np.asarray(table.column(name).to_numpy(), np.float64) for name in ("ra", "dec"))
+    return ra, dec
+
+
+def _near(
+    others: tuple[NDArray[np.float64], NDArray[np.float64]], test: tuple[NDArray[np.float64], NDArray[np.float64]], arcsec: float
+) -> Mask:
+    """(N,) which test positions have one of the others within a distance."""
+    from scipy.spatial import cKDTree
+
+    found = np.zeros(len(test[0]), np.bool_)
+    limit = chord(arcsec)
+    known = np.flatnonzero(np.isfinite(others[0]) & np.isfinite(others[1]))
+    for there in _chunks(known):
+        tree = cKDTree(unit_vectors(others[0][there], others[1][there]), balanced_tree=False)
+        for here in _chunks(np.flatnonzero(~found & np.isfinite(test[0]) & np.isfinite(test[1]))):
+            # The bound is exclusive, the limit inclusive.
+            distances, _ = tree.query(
+                unit_vectors(test[0][here], test[1][here]), distance_upper_bound=np.nextafter(limit, np.inf)
+            )
+            found[here] = np.isfinite(distances)
+    return found
+
+
+def _chunks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    return (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
+
+
+def _name_some(table: "pa.Table", rows: Mask) -> str:
+    import pyarrow as pa
+
+    ids = table.column("id").filter(pa.array(rows)).to_pylist()
+    return ", ".join(ids[:NAMED]) + (f" and {len(ids) - NAMED} more" if len(ids) > NAMED else "")
