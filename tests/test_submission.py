@@ -19,7 +19,7 @@ from galaxydist.errors import UserError
 from tests.runs import quick_settings
 from tests.slurm_bed import wait_for
 
-REQUEST = JobRequest(("recipe=vit",), Path("/runs/vit"), Path("/recipes/vit.yaml"))
+REQUEST = JobRequest(("recipe=vit",), Path("/runs/vit"), Path("/recipes/vit.yaml"), "vit")
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def _patches(name: str, image_size: int) -> str | None:
     if patch is None or image_size % patch == 0:
         return None
     below = image_size // patch * patch
-    return f"{name} needs a multiple of {patch} pixels; try {below or patch} or {below + patch}"
+    return f"{name} needs a multiple of {patch} pixels; try {f'{below} or ' if below else ''}{below + patch}"
 
 
 def _size(name: str, size: str) -> str | None:

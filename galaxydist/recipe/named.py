@@ -127,9 +127,8 @@ def _find(named: Setting, folders: Sequence[Path], draft: Draft[S]) -> Path | No
         return None
     if name in known:
         return known[name]
-    path = Path(name).expanduser()
     is_path = name.endswith((".yaml", ".yml")) or "/" in name
-    if is_path and path.is_file():
+    if is_path and (path := Path(name).expanduser()).is_file():
         return path
     close = get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
