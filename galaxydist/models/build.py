@@ -113,8 +113,8 @@ def _build_timm(name: str, num_classes: int, image_size: int, config: ModelConfi
 def _build_vgg(name: str, num_classes: int, config: ModelConfig) -> nn.Module:
     """VGG's convolutions under another head than the published two layers of 4,096 for 7 x 7 maps only.
 
-    Ours are the variants with batch normalisation, which train at ordinary learning rates also from random weights, under a global
-    average and one linear layer. The reference ones have neither.
+    Ours are the variants with batch normalisation, which train at ordinary learning rates also from random weights, under a
+    global average and one linear layer. The reference ones have neither.
     """
     import timm
     from timm.layers import ClassifierHead

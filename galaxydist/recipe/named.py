@@ -67,7 +67,7 @@ def load_config(
 
 
 def list_files(folders: Sequence[Path]) -> dict[str, Path]:
-    """Name -> file, of every YAML file that would be found by its name: ``vit``, or ``reference/vit`` of a folder in the folder."""
+    """Name -> file, of every YAML file that would be found by its name: ``vit``, or ``reference/vit`` for one in a subfolder."""
     found: dict[str, Path] = {}
     for folder in folders:
         for path in sorted([*folder.glob("*.yaml"), *folder.glob("[!.]*/*.yaml")]):
