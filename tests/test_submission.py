@@ -20,7 +20,7 @@ from galaxydist.recipe.paths import data_root
 from tests.runs import quick_settings
 from tests.slurm_bed import wait_for
 
-REQUEST = JobRequest(("recipe=vit",), Path("/runs/vit"), Path("/recipes/vit.yaml"))
+REQUEST = JobRequest(("recipe=vit",), Path("/runs/vit"), Path("/recipes/vit.yaml"), "vit")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from galaxydist.files import explain_full_disk, fsync_file, rename
+from galaxydist.recipe.named import list_files
 from galaxydist.recipe.paths import PACKAGE_DIR, shipped_dir
 
 LEFT_OUT = ("__pycache__",)
@@ -17,7 +18,8 @@ def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
 
     Args:
         folder: of the snapshots; the same code is copied once.
-        recipe_paths: name -> file, of recipes to add to those that ship with the package, or to put in place of one of them.
+        recipe_paths: recipe's name -> file, of recipes to add to those that ship with the package, or to put in place of one of
+            them. What is found as ``reference/vit`` is called ``reference-vit`` and lies twice then, under both names.
 
     Returns:
         The snapshot, absolute, to stand first on PYTHONPATH; ``recipes/`` lies beside the package.
@@ -60,7 +62,7 @@ def _files(recipe_paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
     for path in sorted(PACKAGE_DIR.rglob("*")):
         if path.is_file() and not set(path.parts) & set(LEFT_OUT):
             yield str(Path("galaxydist") / path.relative_to(PACKAGE_DIR)), path
-    shipped = {path.stem: path for path in sorted(shipped_dir("recipes").glob("*.yaml"))}
+    shipped = list_files([shipped_dir("recipes")])
     for name, path in sorted({**shipped, **recipe_paths}.items()):
         yield f"recipes/{name}.yaml", path
 

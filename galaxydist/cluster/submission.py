@@ -38,7 +38,7 @@ def build_request(resolved: ResolvedRecipe, arguments: Sequence[str]) -> JobRequ
     """
     recipe = resolved.recipe
     run_dir = (recipe.run.dir or recipe.run.root / run_name(recipe)).expanduser().absolute()
-    return JobRequest(tuple(arguments), run_dir, resolved.path.absolute())
+    return JobRequest(tuple(arguments), run_dir, resolved.path.absolute(), recipe.name)
 
 
 def check_idle(run_dir: Path) -> None:
@@ -134,7 +134,7 @@ def script_of(requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folde
 
 def _prepare(requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folder: Path, name: str) -> RequestFile:
     folder = folder.absolute()
-    code = take_snapshot(folder / "code", {request.recipe_path.stem: request.recipe_path for request in requests})
+    code = take_snapshot(folder / "code", {request.recipe_name: request.recipe_path for request in requests})
     config = adopt_settings(cluster.config, os.environ)
     return RequestFile(_request_path(folder), tuple(requests), config, cluster.arguments, code, folder, name)
 
@@ -209,4 +209,4 @@ def _end_unless_recorded(job_ids: Sequence[str], cluster: ClusterConfig) -> Iter
 def _job_arguments(request: JobRequest, code: Path) -> tuple[str, ...]:
     """The same recipe from the snapshot: a file that is edited later does not change the run."""
     kept = [argument for argument in request.arguments if not argument.startswith(("recipe=", "run.dir=", "run.root="))]
-    return (f"recipe={code / 'recipes' / f'{request.recipe_path.stem}.yaml'}", *kept, f"run.dir={request.run_dir}")
+    return (f"recipe={code / 'recipes' / f'{request.recipe_name}.yaml'}", *kept, f"run.dir={request.run_dir}")
