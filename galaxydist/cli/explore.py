@@ -19,8 +19,8 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "explore",
         help="what a data set looks like, as a page",
-        description="Count galaxies, look at a sample of their pictures, and write one HTML page that needs no network: examples, mean "
-        "images, pixels, sizes, sky, duplicates, damage, and a map of the pictures.",
+        description="Count galaxies, look at a sample of their pictures, and write one HTML page that needs no network: "
+        "examples, mean images, pixels, sizes, sky, duplicates, damage, and a map of the pictures.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -51,7 +51,8 @@ def add_parser(commands: Commands) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder of the page, survey.json, gallery.jpg and counts.png (default, without -o: explore/NAME/VARIANT in the data root)",
+        help="folder of the page, survey.json, gallery.jpg and counts.png "
+        "(default, without -o: explore/NAME/VARIANT in the data root)",
     )
     add_data_dir(parser)
     parser.set_defaults(run=run)

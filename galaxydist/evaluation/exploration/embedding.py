@@ -13,10 +13,10 @@ from galaxydist.evaluation.exploration.population import chance_order
 # t-SNE of these takes some ten seconds on a core.
 MAX_GALAXIES = 2000
 _LEAST_GALAXIES = 10
-_COMPONENTS = 50
+_COMPONENTS = 20
 _NEIGHBOURS = 10
 # Cells along each side of the map of pictures.
-CELLS = 26
+CELLS = 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +65,25 @@ def map_sample(looked: Looked, seed: int, features: Features | None = None) -> M
 
 
 def principal_components(pictures_mHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], str]:
-    """The first principal components of the pictures at 32 x 32 pixels in colour, and words that say so."""
+    """The first principal components of the middles of the pictures, in colour, and words that say so.
+
+    The middle half and twenty components: on real galaxies these agree best with the classes (45 % of the galaxies; whole
+    pictures 40 %, whose edges hold other galaxies and stars).
+    """
     from sklearn.decomposition import PCA
 
-    half = THUMBNAIL // 2
-    small_mD = pictures_mHWC.reshape(-1, half, 2, half, 2, 3).mean(axis=(2, 4), dtype=np.float32).reshape(len(pictures_mHWC), -1)
-    number = min(_COMPONENTS, len(small_mD) - 1)
+    middle_mD = _middle(pictures_mHWC).reshape(len(pictures_mHWC), -1).astype(np.float32)
+    number = min(_COMPONENTS, len(middle_mD) - 1)
     analysis = PCA(number, svd_solver="randomized", random_state=0)
-    features_mD = np.asarray(analysis.fit_transform(small_mD), np.float32)
+    features_mD = np.asarray(analysis.fit_transform(middle_mD), np.float32)
     explained = float(np.nan_to_num(analysis.explained_variance_ratio_.sum()))
-    return features_mD, f"{number} principal components of the {half} x {half} pictures ({100 * explained:.0f} % of their variance)"
+    words = f"{number} principal components of the pictures' middle halves at {THUMBNAIL // 2} x {THUMBNAIL // 2} pixels"
+    return features_mD, f"{words} ({100 * explained:.0f} % of their variance)"
+
+
+def _middle(pictures_mHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    quarter = THUMBNAIL // 4
+    return pictures_mHWC[..., quarter:-quarter, quarter:-quarter, :]
 
 
 def _agreement(features_mD: NDArray[np.float32], labels_m: NDArray[np.int64]) -> tuple[float, float]:
@@ -87,8 +96,8 @@ def _agreement(features_mD: NDArray[np.float32], labels_m: NDArray[np.int64]) ->
     return float((votes_mC.argmax(axis=1) == codes_m).mean()), float(np.bincount(codes_m).max() / len(codes_m))
 
 
-def picture_map(found: Map, looked: Looked, colours: dict[int, str], cell: int = 40) -> Image.Image:
-    """The map as pictures: in each cell the galaxy nearest to its middle, framed in the colour of its class.
+def picture_map(found: Map, looked: Looked, colours: dict[int, str], cell: int = 48) -> Image.Image:
+    """The map as pictures: in each cell the middle half of the galaxy nearest to it, framed in the colour of its class.
 
     Args:
         colours: label -> ``#rrggbb``.
@@ -103,7 +112,8 @@ def picture_map(found: Map, looked: Looked, colours: dict[int, str], cell: int =
     for nearest in order[np.concatenate([[True], number_m[1:] != number_m[:-1]])].tolist():
         place = int(found.places[nearest])
         frame = Image.new("RGB", (cell - 1, cell - 1), colours[int(looked.labels[place])])
-        picture = Image.fromarray(looked.thumbnails_nHWC[place]).resize((cell - 5, cell - 5), Image.Resampling.LANCZOS)
+        middle = Image.fromarray(_middle(looked.thumbnails_nHWC[place]))
+        picture = middle.resize((cell - 5, cell - 5), Image.Resampling.LANCZOS)
         frame.paste(picture, (2, 2))
         column, row = cells_m2[nearest].tolist()
         sheet.paste(frame, (column * cell, (CELLS - 1 - row) * cell))

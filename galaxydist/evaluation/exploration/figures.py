@@ -1,6 +1,6 @@
-"""The figures of the exploration page. Each is narrow enough for a phone; black is the page's text colour, the ground is clear."""
+"""The figures of the exploration page: narrow enough for a phone; black is the page's text colour, the ground is clear."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,6 @@ PETROFF = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e
 _SPLIT_COLOURS = (BLUE, ORANGE, GREEN)
 _CHANNELS = (("red", "#cc3311"), ("green", "#228833"), ("blue", "#4477aa"))
 _WIDTH = 4.4
-_BINS = 48
 # Positions further apart than this (degrees) are drawn on the whole sky.
 _WHOLE_SKY = 60
 _MOST_POINTS = 20_000
@@ -63,10 +62,10 @@ def draw_ridges(
         return None
     low, high = np.percentile(together, [0.25, 99.75])
     low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
-    edges = np.linspace(low, high, _BINS + 1)
+    edges = np.linspace(low, high, _bins(kept.values()) + 1)
     figure = _figure(0.3 * len(kept) + 0.9)
     axes = figure.subplots()
-    for row, ((name, numbers), colour) in enumerate(zip(kept.items(), colours, strict=True)):
+    for row, (numbers, colour) in enumerate(zip(kept.values(), colours, strict=True)):
         if not len(numbers):
             continue
         heights = np.histogram(np.clip(numbers, low, high), edges)[0].astype(np.float64)
@@ -93,6 +92,7 @@ def draw_histograms(histograms: Mapping[str, NDArray[np.int64]]) -> "Figure":
     rows = -(-len(histograms) // columns)
     figure = _figure(0.95 * rows + 0.6)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    highest = max((histogram_CL / histogram_CL.sum(axis=1, keepdims=True)).max() for histogram_CL in histograms.values())
     for axes, (name, histogram_CL) in zip(grid.flat, histograms.items(), strict=False):
         shares_CL = histogram_CL / histogram_CL.sum(axis=1, keepdims=True)
         for (channel, colour), shares_L in zip(_CHANNELS, shares_CL, strict=True):
@@ -100,6 +100,9 @@ def draw_histograms(histograms: Mapping[str, NDArray[np.int64]]) -> "Figure":
             axes.plot(np.arange(0.5, 256, 2), np.where(pairs > 0, pairs, np.nan), color=colour, linewidth=0.9, label=channel)
         axes.set_title(name, fontsize=7.5, pad=2)
         axes.set(yscale="log", xlim=(0, 255), xticks=(0, 64, 128, 192, 255))
+        axes.set_yticks([1e-6, 1e-4, 1e-2, 1], ["0.0001 %", "0.01 %", "1 %", "100 %"])
+        axes.minorticks_off()
+        axes.set_ylim(highest * 1e-5, highest * 2)
         _tidy(axes)
     for axes in grid.flat[len(histograms) :]:
         axes.set_axis_off()
@@ -113,7 +116,7 @@ def draw_sky(positions: Positions) -> "tuple[Figure, int]":
     """Where the galaxies lie, coloured by redshift where that is known: on the whole sky (Mollweide), or the part they fill.
 
     Returns:
-        The figure and the number of galaxies drawn: no more than 20,000, every so-manieth.
+        The figure and the number of galaxies drawn: no more than 20,000, evenly thinned.
     """
     places = np.flatnonzero(positions.known)
     places = places[:: -(-len(places) // _MOST_POINTS)]
@@ -149,6 +152,11 @@ def styled(draw: "Callable[[], Any]") -> Any:
 
     with matplotlib.rc_context({"font.size": 8.0, "axes.linewidth": 0.6, "font.family": "DejaVu Sans"}):
         return draw()
+
+
+def _bins(parts: Iterable[NDArray[np.float64]]) -> int:
+    """Of a histogram: more where classes have more galaxies (Rice's rule is 2 n^(1/3); smoothing allows twice that)."""
+    return int(np.clip(4 * max(map(len, parts)) ** (1 / 3), 12, 60))
 
 
 def _usable(numbers: NDArray[np.float64], logarithmic: bool) -> NDArray[np.float64]:

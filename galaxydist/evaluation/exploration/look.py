@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,7 +118,7 @@ def look_at(pictures: Iterable[Picture], labels_N: NDArray[np.int64], number: in
             if readable and not width:
                 width = min(MEAN_WIDTH, *_shape(readable[0])[:2])
             batches = [batch for same in _same_shapes(readable) for batch in _chunks(iter(same), _BATCH)]
-            for batch, ones in zip(batches, pool.map(lambda batch: _look(batch, width), batches), strict=True):
+            for batch, ones in zip(batches, pool.map(_look, batches, repeat(width)), strict=True):
                 for picture, one in zip(batch, ones, strict=True):
                     sums.add(int(labels_N[picture.row]), one)
                     seen.append((Picture(picture.row, picture.id, None, picture.position), one))
@@ -207,12 +207,14 @@ def _colour(image_HWC: NDArray[np.uint8], size: float, histogram_CL: NDArray[np.
     """
     if not np.isfinite(size):
         return np.nan
-    height, width = image_HWC.shape[:2]
-    y_HW, x_HW = np.ogrid[:height, :width]
-    inside_HW = np.hypot(y_HW - (height - 1) / 2, x_HW - (width - 1) / 2) <= max(size, 1.5)
+    (height, width), radius = image_HWC.shape[:2], max(size, 1.5)
+    top, left = (max(0, int(length / 2 - radius)) for length in (height, width))
+    middle_HWC = image_HWC[top : height - top, left : width - left]
+    y_HW, x_HW = np.ogrid[: middle_HWC.shape[0], : middle_HWC.shape[1]]
+    inside_HW = np.hypot(y_HW - (middle_HWC.shape[0] - 1) / 2, x_HW - (middle_HWC.shape[1] - 1) / 2) <= radius
     cumulated_CL = histogram_CL.cumsum(axis=1)
     median_C = (cumulated_CL < cumulated_CL[:, -1:] / 2).sum(axis=1)
-    light_C = image_HWC[inside_HW].mean(axis=0) - median_C
+    light_C = middle_HWC[inside_HW].mean(axis=0) - median_C
     return float(-2.5 * np.log10(light_C[2] / light_C[0])) if min(light_C[0], light_C[2]) > 0 else np.nan
 
 

@@ -15,7 +15,7 @@ KINDS = {
     "missing channel": f"one channel is constant (within {_LEAST_SPAN} levels) while another is not",
     "saturated": f"more than {100 * SATURATED_SHARE:.0f} % of the pixels are white (255 in a channel)",
     "flat rows": f"more than {100 * REPEATED_SHARE:.0f} % of the rows or of the columns have one single value: a part is missing",
-    "repeated rows": f"more than {100 * REPEATED_SHARE:.0f} % of the rows equal the row before: cut short, or resampled without care",
+    "repeated rows": f"more than {100 * REPEATED_SHARE:.0f} % of the rows equal the row before: cut short or badly resampled",
     "nothing there": "no source over the sky in the middle of the picture",
 }
 

@@ -114,13 +114,13 @@ def _examples(findings: Findings, label: int, examples: Mapping[int, list[NDArra
 
 
 def _medians(findings: Findings, seen: Mapping[int, str]) -> list[dict[str, Any]]:
-    """A line a class: quartiles of size and brightness."""
+    """A line a class: median and quartiles of size and brightness."""
     looked = findings.looked
     lines = []
     for label, name in seen.items():
         members = looked.labels == label
         sizes, brightnesses = (values[members & np.isfinite(looked.size_n)] for values in (looked.size_n, looked.brightness_n))
-        quartiles = [np.percentile(values, (25, 50, 75)).tolist() if len(values) else None for values in (sizes, brightnesses)]
+        quartiles = [np.percentile(values, (50, 25, 75)).tolist() if len(values) else None for values in (sizes, brightnesses)]
         lines.append({"name": name, "size": quartiles[0], "brightness": quartiles[1], "number": len(sizes)})
     return lines
 
