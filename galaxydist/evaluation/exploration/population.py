@@ -115,9 +115,13 @@ class Population:
         }
 
 
-def chance_order(rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """The rows in an order that depends on the seed and on each row alone."""
-    return rows[np.argsort(hash64(seed, _PURPOSE, rows), kind="stable")]
+def chance_order(rows: NDArray[np.int64], seed: int, number: int | None = None) -> NDArray[np.int64]:
+    """The rows (the first ``number`` of them) in an order that depends on the seed and on each row alone."""
+    hashes = hash64(seed, _PURPOSE, rows)
+    if number is not None and number < len(rows):
+        first = np.argpartition(hashes, number)[:number]  # of millions, a few thousand are wanted
+        rows, hashes = rows[first], hashes[first]
+    return rows[np.argsort(hashes, kind="stable")]
 
 
 def choose_sample(population: Population, number: int, seed: int) -> NDArray[np.int64]:
@@ -133,7 +137,7 @@ def choose_sample(population: Population, number: int, seed: int) -> NDArray[np.
     groups = [population.labels_N == label for label in population.groups]
     if allowed_N is not None:
         groups = [members_N & allowed_N for members_N in groups]
-    orders = sorted((chance_order(np.flatnonzero(members_N), seed) for members_N in groups), key=len)
+    orders = sorted((chance_order(np.flatnonzero(members_N), seed, number) for members_N in groups), key=len)
     chosen, left = [], number
     for place, rows in enumerate(orders):
         share = min(len(rows), left // (len(orders) - place))
