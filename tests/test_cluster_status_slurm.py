@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from galaxydist.cli.main import main
-from galaxydist.cluster import programs
+from galaxydist.cluster import programs, scheduler
 from galaxydist.cluster.programs import SchedulerAwayError
 from galaxydist.cluster.records import JobFiles
 from galaxydist.cluster.scheduler import JobState, cancel_jobs, max_array_size, read_states
