@@ -1,6 +1,7 @@
 """Kills a writer of shards at every change that it makes to the disk, one after the other, and has the next call finish.
 
-Run as a program: ``python killed_writer.py FOLDER overwrite|new``. Each writer is a fork of this process, which has no threads.
+Run as a program: ``python killed_writer.py FOLDER overwrite|new``. Each writer is a fork of this process, which has no threads
+but those of pyarrow, which minds forks.
 It prints one line a point: the change, and whether the second call's result is byte-equal to an undisturbed one's.
 """
 
@@ -11,6 +12,8 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet
 
 from galaxydist.shards.write import write_shards
 from tests.shard_surveys import MemorySurvey, draw_galaxies
@@ -68,6 +71,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 def main(base: Path, overwrite: bool) -> None:
     os.environ["TQDM_DISABLE"] = "1"
+    pyarrow.scalar(0)  # imports pandas, where that is installed: once, not in each fork
     sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
     out_dir = base / "shards"
     _, num_changes = write(base / "undisturbed")

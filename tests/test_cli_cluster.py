@@ -8,7 +8,7 @@ import pytest
 from galaxydist.cli.main import main
 from galaxydist.cluster.partition import check_partition
 from galaxydist.cluster.profile import CLUSTERS, ClusterConfig, load_cluster
-from galaxydist.cluster.site import COMMANDS, SiteUnknownError, read_site
+from galaxydist.cluster.site_reading import COMMANDS, SiteUnknownError, read_site
 
 RECORDS = Path(__file__).parent / "slurm_records"
 

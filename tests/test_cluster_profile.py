@@ -104,8 +104,10 @@ def test_all_problems_come_in_one_message_and_keys_are_named_as_they_were_writte
     [
         (
             ["cluster.time=2", "cluster.signal_s=100"],
-            "a start takes 30 s, .* 100 s before its limit of 120 s, .* give it 3 minutes",
+            "a start takes 30 s, .* 100 s before its limit of 120 s, .* give it 3 minutes or more, or signal_s=90 or less$",
         ),
+        # Less than the least signal_s would be needed: the limit alone can help.
+        (["cluster.time=00:00:35", "cluster.signal_s=10"], "before its limit of 35 s, .* give it 1 minutes or more$"),
         (["cluster.time=00:02:00"], "told to save 120 s before the end of a job of 120 s"),
         (["cluster.signal_s=9"], "must be at least 10"),
         (["cluster.scheduler=local", "cluster.nodes=2"], "one local machine"),
@@ -113,6 +115,7 @@ def test_all_problems_come_in_one_message_and_keys_are_named_as_they_were_writte
         (["cluster.scheduler=local", "cluster.extra=[exclusive]"], "local runs know nothing of it"),
         (["cluster.gpu_type=a100"], "set gpus_per_node too"),
         (["cluster.gpu_type=gpu:a100", "cluster.gpus_per_node=1"], "the type alone"),
+        (["cluster.gpu_type=a100_1g.5gb", "cluster.gpus_per_node=7"], "MIG slices, .* take gpus_per_node=1"),
         (["cluster.gpus_per_node=2", "cluster.tasks_per_node=3"], "cannot share a GPU"),
         (["cluster.gpus_per_node=4", "cluster.tasks_per_node=1"], "3 a node would stay idle; ask for 1"),
         (["cluster.cpus_per_task=0"], "at least 1"),
@@ -120,6 +123,10 @@ def test_all_problems_come_in_one_message_and_keys_are_named_as_they_were_writte
         (["cluster.environment=[A B=1]"], "'A B=1' is not NAME=VALUE"),
         (["cluster.environment=[=1]"], "is not NAME=VALUE"),
         (["cluster.environment=[A=1,A=2]"], "A is given twice"),
+        (
+            ["cluster.environment=[TORCH_HOME=$SCRATCH/x]"],
+            r"with its \$; write a line of setup instead: export TORCH_HOME=\$SCRATCH/x",
+        ),
         (["cluster.environment=[MASTER_ADDR=n1]"], "set for each process"),
         (["cluster.environment=[SLURM_CONF=x]"], "set for each process"),
         (["cluster.environment=[NCCL_SOCKET_IFNAME=ib0]", "cluster.interface=ib0"], "say the same"),

@@ -4,6 +4,7 @@
 and a restricted partition. ``plain``: select/linear, GPUs without types, no accounting, no default partition, a hidden partition.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.cluster.partition import check_partition, time_text
+from galaxydist.cluster.preemption import Preemption, find_preemption
 from galaxydist.cluster.profile import ClusterConfig, ResolvedCluster, load_cluster
 from galaxydist.cluster.profile_text import profile_text
-from galaxydist.cluster.site import (
-    COMMANDS,
-    Association,
-    NodeGroup,
-    Partition,
-    Qos,
-    Site,
-    parse_gpus,
-    parse_site,
-    read_slurm_time_s,
-)
+from galaxydist.cluster.site import Association, NodeGroup, Partition, Qos, Site
+from galaxydist.cluster.site_reading import COMMANDS, parse_gpus, parse_site, read_slurm_time_s
 from galaxydist.errors import UserError
 
 RECORDS = Path(__file__).parent / "slurm_records"
@@ -247,9 +240,11 @@ def test_comments_of_a_profile_say_what_there_is() -> None:
         "# a job can have 2",
         "# there are a100, t4, v100",
         "# features of its nodes: ib, old, rome",
-        "# Preemption (partition_prio): REQUEUE, with 120 s between the signal and the end.",
+        "# Jobs of this partition are not preempted.",  # none has a higher tier
     ):
         assert said in text
+    cpu = profile_text(recorded("typed"), "mine", "cpu")
+    assert "# Preemption (partition_prio): REQUEUE, with 0 s between the signal and the end." in cpu
     assert "too short to save in" not in text and "too short to save in" in profile_text(recorded("typed"), "mine", "cpu")
     assert "it takes no jobs now (INACTIVE)" in profile_text(recorded("typed"), "mine", "closed")
     assert "# qos: normal                   # yours: normal\n" in text
@@ -266,6 +261,34 @@ def test_a_profile_from_a_plain_cluster(tmp_path: Path) -> None:
     assert (short.time_s, short.signal_s, short.cpus_per_task) == (60, 15, 6)
 
 
+@pytest.mark.parametrize(
+    ("gres", "lines"),
+    [
+        ("gpu:1g.10gb:7", ["gpus_per_node: 1", "cpus_per_task: 9", "memory: 8"]),
+        ("gpu:a100_1g.5gb:7,gpu:a100:1", ["gpus_per_node: 1", "gpu_type: a100", "cpus_per_task: 8", "memory: 7"]),
+    ],
+)
+def test_of_slices_of_gpus_a_job_takes_one(tmp_path: Path, gres: str, lines: list[str]) -> None:
+    site = parse_site(
+        {
+            "config": "SelectType = select/cons_tres\n",
+            "partitions": "PartitionName=mig MaxTime=1:00:00 State=UP\n",
+            "nodes": f"mig|2|64|64000|{gres}|\n",
+        }
+    )
+    text = profile_text(site, "mine")
+    assert [line for line in lines if f"\n{line} " in text] == lines
+    assert ("MIG slices, of which CUDA shows a process one alone" in text) == ("gpu:a100:1" not in gres)
+    check_partition(loaded(text, tmp_path).config, site)
+
+
+def test_whole_gpus_come_before_slices() -> None:
+    nodes = "p|9|64|64000|gpu:1g.10gb:7|\np|1|32|64000|gpu:a100:4|\n"
+    site = parse_site({"partitions": "PartitionName=p State=UP\n", "nodes": nodes})
+    text = profile_text(site, "mine")
+    assert "\ngpus_per_node: 4 " in text and "\ngpu_type: a100 " in text
+
+
 def test_a_partition_that_cannot_be_used_is_said() -> None:
     site = recorded("typed")
     with pytest.raises(UserError, match="--partition nope: profbed has no such partition; it has cpu, gpu"):
@@ -276,6 +299,74 @@ def test_a_partition_that_cannot_be_used_is_said() -> None:
         profile_text(Site(site.settings, {"p": Partition("p")}), "mine", "p")
     stranger = Site(site.settings, site.partitions, "root", site.associations[2:])
     assert "none of yours may use this partition; it is for astro" in profile_text(stranger, "mine", "private")
+
+
+def test_partitions_that_are_closed_to_the_user_are_neither_chosen_nor_taken() -> None:
+    line = "PartitionName={} MaxTime=UNLIMITED State=UP AllowGroups={} RootOnly={}"
+    partitions = [("mine", "ada,physics", "NO"), ("lab", "astro,staff", "NO"), ("portal", "ALL", "YES")]
+    record = {
+        "config": "ClusterName = c\nSlurmUser = slurm(64030)\n",
+        "partitions": "\n".join(line.format(*partition) for partition in partitions),
+        "nodes": "mine|1|8|64000|gpu:1|\nlab|1|8|64000|gpu:8|\nportal|1|8|64000|gpu:4|\n",
+    }
+    known = parse_site(record)
+    ada = replace(known, user="ada", groups=("physics", "users"))
+    assert "\npartition: mine\n" in profile_text(ada, "x")
+    takes(ada, partition="mine", gpus_per_node=1)
+    said = refusal(ada, partition="lab", gpus_per_node=1)
+    assert "partition=lab: it is for the groups astro, staff, and you are in physics, users" in said
+    assert "partition=portal: only root may submit there (RootOnly=YES)" in refusal(ada, partition="portal")
+    assert "# it is for the groups astro, staff, and you are" in profile_text(ada, "x", "lab")
+    # SLURM keeps neither root nor its own user out; what is not known is left to sbatch.
+    for user, groups in (("root", ("root",)), ("slurm", ("slurm",)), ("", None)):
+        other = replace(known, user=user, groups=groups)
+        takes(other, partition="lab")
+        takes(other, partition="portal")
+        assert "\npartition: lab\n" in profile_text(other, "x")
+    takes(replace(known, user="1234", groups=None), partition="lab")
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "qos", "found"),
+    [
+        ("PreemptType = preempt/none", "GraceTime=60 PreemptMode=OFF", "", None),
+        ("", "GraceTime=60 PreemptMode=OFF", "", None),
+        ("", "GraceTime=60 PreemptMode=REQUEUE", "", Preemption("partition_prio", "REQUEUE", 60, "SIGTERM")),
+        (
+            "SlurmctldParameters = preempt_send_user_signal,x",
+            "PreemptMode=GANG,SUSPEND",
+            "",
+            Preemption("partition_prio", "SUSPEND", 0, "SIGUSR2"),
+        ),
+        # None is before the others.
+        ("", "GraceTime=60 PreemptMode=REQUEUE PriorityTier=10", "", None),
+        # As sacctmgr 22.05.8 prints them: a qos that may be preempted by another, and that other one.
+        (
+            "PreemptType = preempt/qos",
+            "GraceTime=60 PreemptMode=REQUEUE",
+            "normal|||00:01:15|cancel|\nurgent|||00:00:00|cluster|normal\n",
+            Preemption("qos", "CANCEL", 75, "SIGTERM"),
+        ),
+        (
+            "PreemptType = preempt/qos\nPreemptMode = REQUEUE",
+            "",
+            "normal|||00:00:00|cluster|\nurgent|||00:00:00|cluster|normal\n",
+            Preemption("qos", "REQUEUE", 0, "SIGTERM"),
+        ),
+        ("PreemptType = preempt/qos\nPreemptMode = REQUEUE", "", "normal|||00:00:00|cluster|\n", None),
+        ("PreemptType = preempt/qos\nPreemptMode = REQUEUE", "", "", Preemption("qos", "REQUEUE", None, "SIGTERM")),
+    ],
+)
+def test_how_jobs_are_preempted(settings: str, options: str, qos: str, found: Preemption | None) -> None:
+    tiers = "" if "PriorityTier" in options else "PriorityTier=1"
+    site = parse_site(
+        {
+            "config": settings if "PreemptType" in settings else f"PreemptType = preempt/partition_prio\n{settings}",
+            "partitions": f"PartitionName=low {options} {tiers}\nPartitionName=high PriorityTier=10\n",
+            "qos": qos,
+        }
+    )
+    assert find_preemption(site, site.partitions["low"], site.qos.get("normal")) == found
 
 
 groups = st.builds(

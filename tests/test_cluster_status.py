@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from galaxydist.cluster.active import newest_job
 from galaxydist.cluster.progress import Progress, read_progress
 from galaxydist.cluster.records import JobFiles, RestartRecord
 from galaxydist.cluster.scheduler import JobState
@@ -22,7 +23,6 @@ from galaxydist.cluster.status import (
     RunStatus,
     count_restarts,
     find_runs,
-    newest_job,
     read_overview,
     read_status,
 )
@@ -92,6 +92,43 @@ def test_another_hosts_lock_lives_by_its_heartbeat(finished: Path, tmp_path: Pat
     path.write_text(json.dumps(dataclasses.asdict(lock.owner)))
     os.utime(path, (time.time() - age_s,) * 2)
     assert look(tmp_path / "run").state == state
+
+
+@pytest.mark.parametrize("state", ["NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", "CANCELLED"])
+def test_a_heartbeat_of_a_job_that_is_over_is_not_believed(finished: Path, tmp_path: Path, state: str) -> None:
+    """The node died a moment ago: its lock looks alive for minutes, but SLURM knows."""
+    copy_run(finished, tmp_path / "run", job_id="12_3")
+    path = tmp_path / "run" / "lock.json"
+    owner = RunLock(path, host="elsewhere", pid=os.getpid(), clock=time.time, job_id="12_3").owner
+    path.write_text(json.dumps(dataclasses.asdict(owner)))
+    files = JobFiles(tmp_path / "run")
+    assert read_status(tmp_path / "run", "run", files.jobs(), {"12_3": JobState(state)}).state == state
+    assert read_status(tmp_path / "run", "run", files.jobs(), {"12_3": JobState("UNKNOWN")}).state == "RUNNING"
+    # a process of another job is another matter
+    path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(owner, job_id="99"))))
+    assert read_status(tmp_path / "run", "run", files.jobs(), {"12_3": JobState(state)}).state == "RUNNING"
+
+
+def test_a_start_that_was_refused_its_requeue_and_sent_again_is_one_restart() -> None:
+    refused, sent = RESTART, dataclasses.replace(RESTART, decision="resubmit")
+    assert count_restarts([refused, sent], {}) == 1
+    assert count_restarts([refused, sent, dataclasses.replace(RESTART, job_id="2")], {}) == 2
+
+
+def test_a_folder_that_may_not_be_read_does_not_hide_the_others(finished: Path, tmp_path: Path) -> None:
+    copy_run(finished, tmp_path / "runs" / "mine", is_finished=True)
+    copy_run(finished, tmp_path / "runs" / "theirs", is_finished=True)
+    (tmp_path / "runs" / "theirs").chmod(0)
+    code = (
+        "import os, sys; from pathlib import Path; from galaxydist.cluster.status import read_overview; "
+        "os.setuid(65534) if os.getuid() == 0 else None; "
+        "print([run.name for run in read_overview([Path(sys.argv[1])]).runs])"
+    )
+    for place in (tmp_path, *list(tmp_path.parents)[:-2]):  # another user may look in
+        place.chmod(place.stat().st_mode | 0o055)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "runs"], capture_output=True, text=True, check=False)
+    (tmp_path / "runs" / "theirs").chmod(0o755)
+    assert done.stdout == "['mine']\n", done.stderr
 
 
 def test_a_run_that_has_done_nothing_is_new(finished: Path, tmp_path: Path) -> None:

@@ -5,24 +5,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from galaxydist.cli.main import main
-from galaxydist.cluster.doctor.check import Check, failure, has_failed, ok, render, warning
+from galaxydist.cluster.doctor.check import failure, has_failed, ok, render, warning
 from galaxydist.cluster.doctor.machine import check_cores, check_memory, check_shared_memory, check_threads, memory_limit
 from galaxydist.cluster.doctor.network import check_slurm, check_wandb, interface_address, is_loopback, own_address
-from galaxydist.cluster.doctor.places import (
-    check_data_root,
-    check_run_folders,
-    check_scratch,
-    check_shards,
-    quota_left,
-    read_quota,
-)
 from galaxydist.cluster.doctor.software import (
     GpuFacts,
     check_gpus,
@@ -33,37 +23,9 @@ from galaxydist.cluster.doctor.software import (
     find_gpus,
     installed_versions,
 )
+from tests.doctor_places import levels, linux, program, small_disk
 
 INFINITY = math.inf
-# Nobody can make a file there, not even root.
-UNWRITABLE = Path("/proc")
-SHM = Path("/dev/shm")
-linux = pytest.mark.skipif(not UNWRITABLE.is_dir() or not SHM.is_dir(), reason="needs /proc and /dev/shm")
-
-
-def program(folder: Path, name: str, lines: str) -> str:
-    """A program of that name which does these shell lines."""
-    path = folder / name
-    path.write_text(f"#!/bin/sh\n{lines}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of that size."""
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False)
-    if done.returncode != 0:
-        pytest.skip("mounting is not allowed here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def levels(checks: list[Check]) -> dict[str, str]:
-    return {check.name: check.level for check in checks}
 
 
 def test_a_report_names_each_check_its_level_and_its_remedy() -> None:
@@ -183,77 +145,6 @@ def test_shared_memory(tmp_path: Path) -> None:
         check = check_shared_memory(folder)
         assert check.level == "warning" and "--shm-size" in check.remedy
     assert check_shared_memory(tmp_path / "none").level == "warning"
-
-
-@linux
-def test_the_data_root_in_and_out_of_a_small_home(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    home.mkdir()
-    assert check_data_root(home / "data", home, quota_left=1e12).level in ("ok", "warning")
-    small = check_data_root(home / "data", home, quota_left=3e9)
-    assert (
-        small.level == "warning"
-        and "in HOME" in small.text
-        and "GALAXYDIST_DATA" in small.remedy
-        and not (home / "data").exists()
-    )
-    elsewhere = check_data_root(tmp_path / "data", home, quota_left=3e9)
-    assert "HOME" not in elsewhere.text  # the quota of HOME says nothing of other places
-    assert check_data_root(UNWRITABLE / "data", home, INFINITY).level == "failure"
-    (tmp_path / "file").write_text("")
-    assert check_data_root(tmp_path / "file" / "data", home, INFINITY).level == "failure"
-    with small_disk(tmp_path / "small", "64m") as folder:
-        assert check_data_root(folder / "data", home, INFINITY).level == "warning"
-
-
-def test_quotas_are_read(tmp_path: Path) -> None:
-    # quota(1), as it prints for a limit on NFS and for a user who is over the soft one.
-    table = """Disk quotas for user ada (uid 1000):
-     Filesystem  blocks   quota   limit   grace   files   quota   limit   grace
-server:/home 8000000* 20000000 22000000       0   10000       0       0       0
-   /dev/sda1   5000000       0       0       0       1       0       0       0
-"""
-    assert read_quota(table) == 12_000_000 * 1024
-    assert read_quota("Disk quotas for user ada (uid 1000): none\n") == INFINITY
-    assert quota_left(tmp_path, program(tmp_path, "quota", "cat <<'X'\n" + table + "X")) == 12_000_000 * 1024
-    assert quota_left(tmp_path, str(tmp_path / "none")) == INFINITY
-
-
-def test_shards_that_are_there_and_the_command_that_makes_them(tmp_path: Path) -> None:
-    none = check_shards(tmp_path)
-    assert none.level == "warning" and "galaxydist data fetch" in none.remedy and "galaxydist data shard" in none.remedy
-    for name in ("simulated", "galaxy10_decals"):
-        manifest = tmp_path / "shards" / name / "original" / "manifest.json"
-        manifest.parent.mkdir(parents=True)
-        manifest.write_text("{}")
-        check = check_shards(tmp_path)
-        assert (check.level, name in check.text) == ("ok" if name == "galaxy10_decals" else "warning", True)
-
-
-@linux
-def test_scratch_space_on_a_disk_in_memory_and_nowhere(tmp_path: Path) -> None:
-    assert check_scratch(tmp_path).level in ("ok", "warning") and list(tmp_path.iterdir()) == []
-    before = set(SHM.iterdir())
-    in_memory = check_scratch(SHM)
-    assert (
-        in_memory.level == "warning"
-        and "in memory" in in_memory.text
-        and not any("doctor" in p.name for p in set(SHM.iterdir()) - before)
-    )
-    assert check_scratch(tmp_path / "none").level == "failure"
-    assert check_scratch(UNWRITABLE).level == "failure"
-
-
-@linux
-def test_what_run_folders_need_of_a_file_system(tmp_path: Path) -> None:
-    good = check_run_folders(tmp_path / "runs")
-    assert levels(good) == dict.fromkeys(("run folders", "fsync there", "rename there", "link there", "flock there"), "ok")
-    assert list((tmp_path / "runs").iterdir()) == []
-    bad = check_run_folders(UNWRITABLE / "runs")
-    assert levels(bad) == {"run folders": "failure"} and "run.root" in bad[0].remedy
-    with small_disk(tmp_path / "full", "64k") as folder:
-        (folder / "all").write_bytes(bytes(64 << 10))
-        assert has_failed(check_run_folders(folder))
 
 
 def test_wandb_with_and_without_key_and_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

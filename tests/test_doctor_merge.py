@@ -1,5 +1,7 @@
 """From the reports of ranks to one table: what is alike is said once, what differs is named by host."""
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +12,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from galaxydist.cluster.doctor.check import Check, failure, ok, warning
-from galaxydist.cluster.doctor.exchange import look_at_shared_files
+from galaxydist.cluster.doctor.exchange import SignalWatch, look_at_shared_files, look_for_signal
 from galaxydist.cluster.doctor.link import Link
 from galaxydist.cluster.doctor.merge import (
     check_cpus,
@@ -140,6 +142,14 @@ def test_cores_a_rank(changes: dict[str, dict[int, object]], level: str) -> None
         # All of the node's eight.
         ({"visible_gpus": {1: None}, "num_gpus": {1: 8}}, "failure", "(not set)"),
         ({"visible_gpus": {1: "0,1"}, "num_gpus": {1: 8}}, "failure", "another job's"),
+        # Slices and unique ids have no numbers: as many as were given.
+        (
+            {"visible_gpus": dict.fromkeys(range(4), "MIG-1,MIG-2"), "num_gpus": dict.fromkeys(range(4), 1)},
+            "ok",
+            "as many as SLURM",
+        ),
+        ({"visible_gpus": {0: "GPU-8932f937,GPU-4d2c8e5a"}}, "ok", "cannot be compared"),
+        ({"visible_gpus": {0: "MIG-1,MIG-2,MIG-3"}}, "failure", "but SLURM gave GPUs 2,3 on n1 (rank 0)"),
         ({"gpu": {1: "GPU-0"}}, "failure", "ranks 0, 1 on n1 share one GPU"),
         ({"num_gpus": {2: 0, 3: 0}}, "failure", "none visible to torch on n2"),
     ],
@@ -197,6 +207,28 @@ def test_what_ranks_find_together(
     assert bool(check.remedy) == (level != "ok")
 
 
+def test_inside_a_container_scancel_is_not_missed_as_the_sites_fault() -> None:
+    found = reports(signal_s=dict.fromkeys(range(4)), signal_error=dict.fromkeys(range(4), "sh: scancel: not found"))
+    (outside,) = check_signals(found)
+    assert "administrators" in outside.remedy
+    (inside,) = (check for check in merge_reports(found, 4, 2, in_container=True) if check.name == "signal")
+    assert inside.level == "warning" and "from inside the container (sh: scancel: not found)" in inside.text
+    assert "administrators" not in inside.remedy and "scancel --signal=USR2 JOB" in inside.remedy
+
+
+def test_one_rank_measures_nothing_between_ranks() -> None:
+    (alone, *_) = reports(machine={0: "boot-0"})
+    alone.world_size = 1
+    table = {check.name: check for check in merge_reports([alone], 1, gpus_per_node=1)}
+    assert {check.level for check in table.values()} == {"ok"}
+    assert not table.keys() & {"rendezvous", "clocks", "shared files", "all-reduce, gloo", "all-reduce, nccl"}
+    assert "not measured" in table["between ranks"].text and {"interface", "signal"} <= table.keys()
+    # What does not even work with oneself is told.
+    alone.timings = {"gloo": Timing(error="Unable to find address for: nosuch0")}
+    table = {check.name: check for check in merge_reports([alone], 1, gpus_per_node=1)}
+    assert table["all-reduce, gloo"].level == "failure" and "between ranks" not in table
+
+
 def test_without_slurm_nothing_is_said_of_its_signals() -> None:
     assert check_signals(reports(signal_s=dict.fromkeys(range(4)), signal_error=dict.fromkeys(range(4), "no SLURM"))) == []
 
@@ -249,6 +281,21 @@ def test_clocks_are_measured_against_rank_0() -> None:
     found = together(3, lambda link: link.measure_clock(), [time.time, lambda: time.time() + 100, lambda: time.time() - 7])
     offsets = [offset for offset, _ in found]  # type: ignore[attr-defined]
     assert offsets == pytest.approx([0, 100, -7], abs=1)
+
+
+def test_a_signal_from_before_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """scancel says that it has sent one, and nothing comes."""
+    (tmp_path / "scancel").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "scancel").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    environ = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}
+
+    def look(link: Link) -> tuple[float | None, str | None]:
+        watch = SignalWatch()
+        watch.note(signal.SIGUSR2, None)  # of the time limit, say
+        return look_for_signal(link, watch, environ, limit_s=0.5)
+
+    assert together(2, look) == [(None, None), (None, None)]
 
 
 def test_files_of_one_rank_are_seen_by_the_others_or_not(tmp_path: Path) -> None:

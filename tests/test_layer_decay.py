@@ -11,7 +11,10 @@ from galaxydist.recipe.schema import ModelConfig, ModelName, OptimConfig
 from galaxydist.training.optimizer import build_optimizer, set_learning_rate
 
 # Stem, blocks (of a VGG: convolutions) and head.
-LAYERS = {"custom_cnn": 9, "resnet18": 10, "resnet26": 10, "resnet50": 18, "vgg16": 14, "vgg19": 17, "vit": 14, "vit_scratch": 14}
+LAYERS = {
+    **{"custom_cnn": 9, "resnet18": 10, "resnet26": 10, "resnet50": 18, "vgg16": 14, "vgg19": 17, "vit": 14, "vit_scratch": 14},
+    **{"reference_cnn": 6, "reference_vgg16": 14, "reference_vgg19": 17, "reference_vit": 8},
+}
 
 
 def build(name: ModelName, **settings: object) -> nn.Module:

@@ -28,6 +28,10 @@ def test_registry_has_the_names_of_the_schema() -> None:
         ("vgg19", 20.0),
         ("vit", 21.6),
         ("vit_scratch", 21.6),
+        ("reference_cnn", 1.711),
+        ("reference_vit", 5.24),
+        pytest.param("reference_vgg16", 27.7, marks=pytest.mark.slow),
+        pytest.param("reference_vgg19", 32.9, marks=pytest.mark.slow),
     ],
 )
 def test_every_model_gives_finite_logits_and_gradients(name: ModelName, millions: float) -> None:
@@ -87,6 +91,10 @@ def test_drop_rates_reach_the_model() -> None:
 @pytest.mark.parametrize(
     ("config", "image_size", "words"),
     [
+        (ModelConfig(name="reference_cnn"), 24, "data.image_size=24: reference_cnn needs at least 32"),
+        (ModelConfig(name="reference_vit"), 24, "data.image_size=24: reference_vit needs at least 25"),
+        (ModelConfig(name="reference_vgg16", drop_path_rate=0.1), 64, "model.drop_path_rate=0.1"),
+        (ModelConfig(name="reference_vit", pretrained=True), 64, "reference_vit has no published weights"),
         (ModelConfig(name="vgg16"), 24, "data.image_size=24: vgg16 needs at least 32"),
         (ModelConfig(name="vgg16", drop_path_rate=0.1), 64, "model.drop_path_rate=0.1"),
         (ModelConfig(name="custom_cnn", pretrained=True), 64, "custom_cnn has no published weights"),

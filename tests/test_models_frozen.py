@@ -27,7 +27,7 @@ def train_steps(model: nn.Module, steps: int = 3) -> None:
         optimizer.step()
 
 
-QUICK = {"custom_cnn", "d4_cnn", "resnet18", "vit"}
+QUICK = {"custom_cnn", "d4_cnn", "resnet18", "vit", "reference_vit"}
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODEL_NAMES])

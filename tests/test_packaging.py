@@ -58,7 +58,8 @@ print(json.dumps(found))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     for kind, folder in (("recipes", "recipes"), ("clusters", "slurm/clusters"), ("sweeps", "slurm/sweeps")):
-        assert set(found[kind]) == {path.stem for path in (ROOT / folder).glob("*.yaml")}, kind
+        paths = [path.relative_to(ROOT / folder).with_suffix("").as_posix() for path in (ROOT / folder).rglob("*.yaml")]
+        assert set(found[kind]) == set(paths), kind
         assert all(Path(path).is_relative_to(installed) for path in found[kind].values()), kind
     assert (installed / "galaxydist" / "py.typed").is_file()
     assert not list(installed.glob("tests")) and list(tmp_path.iterdir()) == []
@@ -75,7 +76,7 @@ def test_an_installed_command_lists_recipes_in_an_empty_folder(installed: Path, 
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert {"demo", "vit"} <= {line.split()[0] for line in done.stdout.splitlines()}
+    assert {"demo", "vit", "reference/vit"} <= {line.split()[0] for line in done.stdout.splitlines()}
 
 
 def constraints() -> dict[str, Version]:
@@ -108,7 +109,7 @@ def test_no_file_names_this_machine() -> None:
     files = [
         *sources(),
         *ROOT.glob("*.*"),
-        *(ROOT / "recipes").glob("*"),
+        *(ROOT / "recipes").rglob("*"),
         *ROOT.glob("slurm/**/*.*"),
         ROOT / "Makefile",
         ROOT / ".ci" / "run",

@@ -171,6 +171,10 @@ def test_bad_override(tmp_path: Path, override: str, text: str) -> None:
         (["data.augment.rotate=d4", "data.augment.zoom=1.2"], "quarter turns keep exact pixels"),
         (["data.augment.rotate=d4", "data.augment.shift=0.1"], "quarter turns keep exact pixels"),
         (["model.name=vit_scratch", "data.image_size=72"], "try 64 or 80"),
+        (["model.name=reference_vit", "data.image_size=224"], "needs a multiple of 25 pixels; try 200 or 225"),
+        (["model.name=reference_vit", "data.image_size=20"], "pixels; try 25$"),
+        (["model.name=reference_cnn", "model.pretrained=true"], "no published weights of reference_cnn"),
+        (["model.name=reference_cnn", "model.width=64"], "reference_cnn has a fixed width"),
         (["model.size=base"], "custom_cnn has one size only"),
         (["model.name=resnet18", "model.width=64"], "resnet18 has a fixed width"),
     ],
@@ -245,6 +249,31 @@ def test_names_are_looked_up_in_order_and_files_by_path(tmp_path: Path) -> None:
     assert load_recipe(["recipe=vit"], folders=[first, second]).recipe.train.epochs == 1
     resolved = load_recipe([f"recipe={second / 'vit.yaml'}"], folders=[first])
     assert (resolved.recipe.train.epochs, resolved.recipe.name) == (2, "vit")
+
+
+def test_a_folder_in_the_folder_is_part_of_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, elsewhere = tmp_path / "recipes", tmp_path / "elsewhere"
+    for place in (folder, folder / "reference", folder / ".ipynb_checkpoints", elsewhere):
+        place.mkdir()
+        (place / "vit.yaml").write_text(PLAIN)
+    assert list_recipes([folder]) == {"reference/vit": folder / "reference" / "vit.yaml", "vit": folder / "vit.yaml"}
+    (tmp_path / "link.yaml").symlink_to(folder / "reference" / "vit.yaml")
+    (tmp_path / "linked").symlink_to(folder)
+    monkeypatch.chdir(folder / "reference")
+    for given_as, name in (
+        ("reference/vit", "reference-vit"),
+        (folder / "reference" / "vit.yaml", "reference-vit"),
+        (tmp_path / "linked" / "reference" / "vit.yaml", "reference-vit"),
+        ("../reference/vit.yaml", "reference-vit"),
+        ("vit.yaml", "reference-vit"),
+        ("vit", "vit"),
+        (elsewhere / "vit.yaml", "vit"),
+        (tmp_path / "link.yaml", "link"),
+    ):
+        resolved = load_recipe([f"recipe={given_as}"], folders=[folder])
+        assert resolved.recipe.name == name, given_as
+    with pytest.raises(RecipeError, match=r"recipe=reference/vitt: there is no such file; did you mean reference/vit\?"):
+        load_recipe(["recipe=reference/vitt"], folders=[folder])
 
 
 @given(st.lists(st.text(max_size=30), max_size=4))

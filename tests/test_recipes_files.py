@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from galaxydist.models import MODEL_NAMES, build_model, parameter_groups
-from galaxydist.recipe.load import ResolvedRecipe, load_recipe
+from galaxydist.models.registry import recipe_of
+from galaxydist.recipe.load import ResolvedRecipe, list_recipes, load_recipe
 from galaxydist.recipe.schema import ModelName, Recipe
 from galaxydist.training.optimizer import build_optimizer
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-NAMES = [path.stem for path in RECIPES]
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
+NAMES = [path.relative_to(FOLDER).with_suffix("").as_posix() for path in RECIPES]
 # The numbers of processes that the recipes are meant for.
 WORLD_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24)
 
@@ -22,10 +24,14 @@ def load(path: Path, *overrides: str) -> ResolvedRecipe:
     return load_recipe([f"recipe={path}", *overrides])
 
 
-def test_there_is_one_recipe_for_each_model_and_the_demo() -> None:
-    assert sorted(NAMES) == sorted({*get_args(ModelName), "demo"})
-    for path in RECIPES:
-        assert load(path).recipe.model.name == ("custom_cnn" if path.stem == "demo" else path.stem)
+def test_there_is_one_recipe_for_each_model_the_demo_and_the_reference_of_frozen_resnets() -> None:
+    own = {recipe_of(name): name for name in get_args(ModelName)}
+    others = {"demo": "custom_cnn", **{f"reference/resnet{depth}": f"resnet{depth}" for depth in (18, 26, 50)}}
+    assert sorted(NAMES) == sorted(own | others) == sorted(list_recipes())
+    for name, path in zip(NAMES, RECIPES, strict=True):
+        resolved = load(path)
+        assert resolved.recipe.model.name == (own | others)[name]
+        assert resolved.recipe.name == name.replace("/", "-")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
@@ -36,7 +42,7 @@ def test_a_recipe_is_short_and_holds_differences_only(path: Path) -> None:
     assert len([line for line in lines if line and not line.startswith("#")]) <= 16
     assert max(map(len, lines)) <= 130
     resolved = load(path)
-    default = Recipe.model_validate({"name": path.stem, "model": {"name": resolved.recipe.model.name}})
+    default = Recipe.model_validate({"name": resolved.recipe.name, "model": {"name": resolved.recipe.model.name}})
     for key, origin in resolved.origins.items():
         if str(path.name) in origin and key not in ("name", "model.name"):
             section, *rest = key.split(".")
@@ -61,8 +67,8 @@ def test_global_batch_divides_evenly_over_the_usual_numbers_of_processes(path: P
 def test_every_recipe_takes_two_steps(path: Path) -> None:
     """The recipe's model, optimizer, rate and smoothing; small images and a batch of two make it quick for the large ones too."""
     torch.manual_seed(0)
-    recipe = load(path, "model.pretrained=false").recipe
-    model = build_model(recipe.model, 10, 32).train()
+    recipe = load(path).recipe
+    model = build_model(recipe.model.model_copy(update={"pretrained": False}), 10, 32).train()
     groups = parameter_groups(model, recipe.optim.weight_decay, recipe.optim.layer_decay)
     optimizer = build_optimizer([dict(group) for group in groups], recipe.optim, torch.device("cpu"))
     before = [p.detach().clone() for p in model.parameters()]
@@ -79,9 +85,9 @@ def test_every_recipe_takes_two_steps(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_every_recipe_runs_at_its_own_image_size(path: Path) -> None:
-    recipe = load(path, "model.pretrained=false").recipe
+    recipe = load(path).recipe
     size = recipe.data.image_size
-    model = build_model(recipe.model, 10, size).train()
+    model = build_model(recipe.model.model_copy(update={"pretrained": False}), 10, size).train()
     assert model(torch.randn(2, 3, size, size)).shape == (2, 10)
 
 

@@ -29,7 +29,7 @@ def test_a_finished_run_is_finished_whatever_srun_says(exit_code: int) -> None:
 
 def test_a_stopped_run_is_requeued_until_the_cap() -> None:
     assert decide(STOPPED, [], **POLICY)[0] == "requeue"
-    three = [record(restart=number) for number in range(3)]
+    three = [record(restart=number, step=number) for number in range(3)]
     assert decide(STOPPED, three[:2], **POLICY)[0] == "requeue"
     decision, reason = decide(STOPPED, three, **POLICY)
     assert decision == "stop" and "cluster.max_requeues=3" in reason
@@ -68,6 +68,26 @@ def test_a_killed_rank_leaves_no_failure_behind() -> None:
     assert decide(killed, [record(error=killed.error, step=None)], **POLICY)[0] == "stop"
 
 
+@pytest.mark.parametrize("error", [None, "a"])
+def test_starts_that_come_no_further_are_not_tried_for_ever(error: str | None) -> None:
+    """A time limit shorter than start-up, for example; crashes of changing kinds too."""
+    idle = [record(error=None if error is None else f"{error}{number}", step=7, restart=number) for number in range(4)]
+    policy = {**POLICY, "max_requeues": 20}
+    decision, reason = decide(STOPPED, idle, **policy)
+    assert decision == "stop" and "5 starts in a row came no further than step 7" in reason and "cluster.time" in reason
+    assert decide(STOPPED, idle[1:], **policy)[0] == "requeue"
+    assert decide(STOPPED, [record(step=6), *idle[1:]], **policy)[0] == "requeue"
+
+
+def test_a_rank_that_ends_as_bad_input_ends_the_run_though_it_could_not_say_why() -> None:
+    assert decide(Ending(exit_code=2, is_finished=False, failure=None, step=4), [], **POLICY)[0] == "stop"
+
+
+def test_a_finished_run_that_could_not_be_judged_says_so() -> None:
+    decision, reason = decide(Ending(exit_code=1, is_finished=True, failure=None, step=9), [], **POLICY)
+    assert decision == "finished" and "exit code 1" in reason
+
+
 def test_the_site_decides_how() -> None:
     assert decide(STOPPED, [], policy="resubmit", max_requeues=3)[0] == "resubmit"
     decision, reason = decide(STOPPED, [], policy="never", max_requeues=3)
@@ -86,7 +106,7 @@ def test_a_refused_requeue_and_the_job_sent_instead_count_once() -> None:
     st.sampled_from(["auto", "resubmit", "never"]),
 )
 def test_no_run_goes_on_for_ever(cap: int, decisions: list[str], policy: Any) -> None:
-    history = [record(decision, restart=number) for number, decision in enumerate(decisions)]
+    history = [record(decision, restart=number, step=number + 8) for number, decision in enumerate(decisions)]
     decision, _ = decide(STOPPED, history, policy=policy, max_requeues=cap)
     num_requeues = sum(decision != "stop" for decision in decisions)
     assert (decision == "stop") == (policy == "never" or num_requeues >= cap)

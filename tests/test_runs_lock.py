@@ -1,5 +1,7 @@
 """The lock of a run folder: one process at a time, dead ones never in the way. With real processes."""
 
+import dataclasses
+import json
 import logging
 import multiprocessing
 import os
@@ -51,6 +53,23 @@ def end(process: subprocess.Popen[str]) -> None:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "lock.json"
+
+
+def test_a_job_waits_for_a_dead_one_but_not_for_one_that_lives(path: Path) -> None:
+    """Its predecessor was killed on another node a moment ago: nobody can say so but the heartbeat, which stands still."""
+
+    def patient() -> RunLock:
+        place = {"host": "node2", "pid": os.getpid(), "clock": time.time, "job_id": "8"}
+        return RunLock(path, **place, stale_seconds=1.5, is_patient=True)  # type: ignore[arg-type]
+
+    path.write_text(json.dumps(dataclasses.asdict(make_lock(path, job_id="7").owner)))
+    started = time.monotonic()
+    with patient() as lock:
+        assert lock.is_held and 0.5 < time.monotonic() - started < 20
+    holder = start_holder(path, job_id="7")
+    with pytest.raises(UserError, match=f"in use by process {holder.pid} on node1, job 7"):
+        patient().acquire()
+    end(holder)
 
 
 def test_a_lock_is_held_once_and_released(path: Path) -> None:

@@ -24,7 +24,7 @@ LONG_JOB = 'echo "start ${SLURM_RESTART_COUNT:-0}"; sleep 600'
 
 @pytest.fixture
 def short_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A temporary folder in which a bed can lie: the sockets in it have names of limited length, and ``tmp_path`` has the test's."""
+    """A temporary folder in which a bed can lie: names of sockets are of limited length, and ``tmp_path`` has the test's."""
     return tmp_path_factory.mktemp("bed")
 
 

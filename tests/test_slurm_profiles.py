@@ -1,6 +1,7 @@
 """On the real SLURM: a profile written from what it says, and whether our refusals are its own."""
 
 import itertools
+import os
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,10 @@ import pytest
 from galaxydist.cli.main import main
 from galaxydist.cluster.partition import check_partition
 from galaxydist.cluster.profile import ClusterConfig, load_cluster
-from galaxydist.cluster.site import read_site
+from galaxydist.cluster.records import JobFiles
+from galaxydist.cluster.site_reading import read_site
 from galaxydist.errors import UserError
+from tests.runs import quick_settings
 
 if TYPE_CHECKING:
     from bed import Bed
@@ -81,3 +84,24 @@ def test_init_while_the_controller_is_away(
     assert main(["cluster", "init", "bed"]) == 2
     assert "SLURM does not answer: `scontrol` said: " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_account_that_is_none_of_the_users(
+    slurm_bed: "Bed", blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm_bed.reconfigure({"AccountingStorageEnforce": "associations"})
+    cluster = ["cluster=cpu", "cluster.tasks_per_node=1", "cluster.cpus_per_task=1", "cluster.memory=1"]
+    words = ["submit", *quick_settings(blobs, tmp_path / "run"), *cluster, "cluster.account=nosuch"]
+    assert main(words) == 2
+    assert "cluster.account=nosuch: it is none of yours there; you have root" in capsys.readouterr().err
+    # A site that keeps its accounts to itself: sbatch has the word.
+    (tmp_path / "sacctmgr").write_text("#!/bin/sh\necho 'Access/permission denied' >&2\nexit 1\n")
+    (tmp_path / "sacctmgr").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified" in said
+    assert "cluster.account" in said.splitlines()[-1] and "`galaxydist cluster show cpu`" in said
+    assert slurm_bed.run("squeue", "--noheader") == "" and JobFiles(tmp_path / "run").jobs() == []
+    slurm_bed.reconfigure({})
+    assert "AccountingStorageEnforce = none" in slurm_bed.run("scontrol", "show", "config")

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from galaxydist.recipe.paths import PACKAGE_DIR
 from tests.cluster_runs import ClusterRun, assert_equal_tensors, decisions
 from tests.runs import read_metrics
 from tests.slurm_bed import num_restarts, processes_left, submit, tidy, wait_for, wait_state
+from tests.test_tracking import history
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 DOUBLE = {"train__precision": "fp64", "model__norm": "group", "model__drop_rate": 0.0}
@@ -31,6 +34,22 @@ def undisturbed(started_bed: Bed, blobs: Path, tmp_path_factory: pytest.TempPath
     run.wait_finished()
     yield run
     tidy(started_bed)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_left(slurm_bed: Bed) -> Iterator[None]:
+    """By themselves: before ``slurm_bed`` tidies up."""
+    yield
+    wait_for(lambda: not slurm_bed.run("squeue", "-h"), what="the end of all jobs")
+    wait_for(lambda: not processes_left(slurm_bed), what="the end of all processes of jobs")
+
+
+def shown(run: ClusterRun) -> dict[str, Any]:
+    """What ``galaxydist status`` says of a run."""
+    answer = run.galaxydist("status", str(run.run_dir), "--json")
+    assert answer.returncode == 0, answer.stderr
+    (found,) = json.loads(answer.stdout)
+    return dict(found)
 
 
 def check_same(run: ClusterRun, undisturbed: ClusterRun) -> None:
@@ -62,12 +81,15 @@ def test_preemption(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_pa
     assert run.files.restarts()[0].exit_code == 0 and run.files.restarts()[0].error is None
     check_same(run, undisturbed)
     logs = [path.read_text() for path in run.files.rank_logs()]
+    stopped, saved = re.findall(r"stopped by signal \d+ at step (\d+), which is saved|continuing .* from step (\d+)", logs[0])
+    assert stopped[0] == saved[1] and int(stopped[0]) >= 20
     assert len(logs) == 2
     for rank, log in enumerate(logs):
         assert [f"restart {number}, rank {rank} of 2, on n{rank + 1}" in log for number in (0, 1, 2)] == [True, True, False]
-    folders = [path.name for path in run.folder.rglob("offline-run-*") if path.is_dir()]
-    assert len(folders) == 2 and len({name.rpartition("-")[2] for name in folders}) == 1, folders
-    wait_for(lambda: not processes_left(slurm_bed))
+    curves = sorted(run.folder.rglob("offline-run-*/run-*.wandb"))
+    assert len(curves) == 2 and len({path.stem for path in curves}) == 1, curves
+    steps = [row["step"] for path in curves for row in history(path) if "train/loss" in row]
+    assert steps == sorted(set(steps)) and steps[-1] == 180
 
 
 @pytest.mark.slow
@@ -105,7 +127,6 @@ def test_a_rank_dies(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_p
     wait_state(slurm_bed, job_id, "COMPLETED")
     assert decisions(run.files.restarts()) == ["requeue", "finished"] and num_restarts(slurm_bed, job_id) == 1
     check_same(run, undisturbed)
-    wait_for(lambda: not processes_left(slurm_bed))
 
 
 @pytest.mark.parametrize("node", ["n1", "n2"])
@@ -119,10 +140,9 @@ def test_a_node_dies(node: str, slurm_bed: Bed, undisturbed: ClusterRun, blobs: 
     slurm_bed.start_node(node)
     run.wait_finished()
     wait_state(slurm_bed, job_id, "COMPLETED")
-    assert num_restarts(slurm_bed, job_id) == 1
+    assert num_restarts(slurm_bed, job_id) == 1 and shown(run)["restarts"] == 1
     assert "requeue" not in decisions(run.files.restarts())
     check_same(run, undisturbed)
-    wait_for(lambda: not processes_left(slurm_bed))
 
 
 def test_where_requeueing_is_forbidden_the_run_is_submitted_again(
@@ -138,7 +158,7 @@ def test_where_requeueing_is_forbidden_the_run_is_submitted_again(
     wait_state(slurm_bed, again.job_id, "COMPLETED")
     assert (first.job_id, again.resubmits) == (job_id, job_id) and again.job_id != job_id
     assert decisions(run.files.restarts()) == ["requeue", "resubmit", "finished"]
-    assert num_restarts(slurm_bed, job_id) == 0
+    assert num_restarts(slurm_bed, job_id) == num_restarts(slurm_bed, again.job_id) == 0 and shown(run)["restarts"] == 1
     assert again.code == first.code
     check_same(run, undisturbed)
 
@@ -153,9 +173,11 @@ def test_elastic(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
     run.wait_step(20)
     slurm_bed.run("scancel", "--signal=USR2", job_id)
     run.wait_restarts(1)
-    run.submit("cluster.nodes=1")
+    again = run.submit("cluster.nodes=1")
     wait_for(lambda: run.is_finished, 240, "the end of the run")
-    assert [job.tasks for job in run.files.jobs()] == [2, 1]
+    wait_state(slurm_bed, again, "COMPLETED")
+    assert [job.tasks for job in run.files.jobs()] == [2, 1] and decisions(run.files.restarts()) == ["stop", "finished"]
+    assert num_restarts(slurm_bed, job_id) == num_restarts(slurm_bed, again) == 0
     ours, theirs = run.result()[0], whole.result()[0]
     for name in ours:
         if name.startswith("model/") and ours[name].is_floating_point():
@@ -184,7 +206,24 @@ def test_slurmctld_is_restarted(slurm_bed: Bed, undisturbed: ClusterRun, blobs: 
     slurm_bed.start_controller()
     run.wait_finished()
     wait_state(slurm_bed, job_id, "COMPLETED")
-    assert decisions(run.files.restarts()) == ["finished"]
+    assert decisions(run.files.restarts()) == ["finished"] and num_restarts(slurm_bed, job_id) == 0
+    check_same(run, undisturbed)
+
+
+def test_slurmctld_is_away_when_a_run_must_go_on(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+    """The batch script waits until somebody can requeue it."""
+    run = ClusterRun(slurm_bed, tmp_path, blobs)
+    job_id = run.submit()
+    run.wait_step(20)
+    slurm_bed.stop_controller()
+    os.kill(run.pids("n2")[0], signal.SIGUSR2)
+    run.wait_restarts(1)
+    wait_for(lambda: "not requeued yet" in run.said(), 120, run.said())
+    slurm_bed.start_controller()
+    run.wait_finished()
+    wait_state(slurm_bed, job_id, "COMPLETED")
+    assert decisions(run.files.restarts()) == ["requeue", "finished"] and num_restarts(slurm_bed, job_id) == 1
+    assert len(run.files.jobs()) == 1
     check_same(run, undisturbed)
 
 
@@ -211,3 +250,5 @@ def test_two_jobs_of_one_node_see_different_gpus(slurm_bed: Bed, blobs: Path, tm
         seen.append(line.partition("CUDA_VISIBLE_DEVICES=")[2].partition(",")[0])
     # submitit's default, the local rank, would be 0 for both
     assert sorted(seen) == ["0", "1"]
+    for run in runs:
+        run.galaxydist("cancel", str(run.run_dir))

@@ -16,10 +16,11 @@ from galaxydist.cluster.request_file import JobRequest, RequestFile
 from galaxydist.cluster.shared_folder import check_shared
 from galaxydist.cluster.submission import script_of
 from galaxydist.errors import UserError
+from galaxydist.recipe.paths import data_root
 from tests.runs import quick_settings
 from tests.slurm_bed import wait_for
 
-REQUEST = JobRequest(("recipe=vit",), Path("/runs/vit"), Path("/recipes/vit.yaml"))
+REQUEST = JobRequest(("recipe=vit",), Path("/runs/vit"), Path("/recipes/vit.yaml"), "vit")
 
 
 @pytest.fixture
@@ -63,16 +64,30 @@ def test_the_batch_script_asks_for_what_the_profile_says(tmp_path: Path) -> None
         "mem=204800M", "time=1440", "signal=USR2@300", "requeue", "open-mode=append", "mail-type=END", "contiguous",
         "job-name=vit",
     } <= asked  # fmt: skip
-    assert not any(option.startswith(("array", "gres", "exclude", "dependency")) for option in asked)
+    assert not any(option.startswith(("array", "gres", "exclude", "dependency", "wckey")) for option in asked)
     order = [
         "module load cuda/12.4", "export NCCL_DEBUG=WARN", "export MESSAGE='two words'", "export GLOO_SOCKET_IFNAME=ib0",
-        "export NCCL_SOCKET_IFNAME=ib0", "ulimit -n 65536", "export PYTHONPATH=", "srun --unbuffered", "exit_code=$?",
+        "export NCCL_SOCKET_IFNAME=ib0", "ulimit -n 65536", "export PYTHONPATH=", "set +e", "srun --unbuffered", "exit_code=$?",
     ]  # fmt: skip
     places = [next(number for number, line in enumerate(lines) if line.startswith(start)) for start in order]
     assert places == sorted(places)
     (srun,) = [line for line in lines if line.startswith("srun")]
-    assert "--kill-on-bad-exit=1" in srun and "--cpus-per-task=8" in srun and " -P -u -m galaxydist.cluster.task " in srun
+    assert f"export GALAXYDIST_DATA={data_root(None, os.environ).absolute()}" in lines
+    assert (
+        "--kill-on-bad-exit=1" in srun
+        and "--export=ALL" in srun
+        and "--cpus-per-task=8" in srun
+        and " -P -u -m galaxydist.cluster.task " in srun
+    )
     assert lines[-1] == "exit $?" and "galaxydist.cluster.after_srun" in lines[-2]
+
+
+@pytest.mark.usefixtures("srun_alone")
+@pytest.mark.parametrize(("policy", "option"), [("auto", "requeue"), ("resubmit", "requeue"), ("never", "no-requeue")])
+def test_slurm_itself_requeues_unless_nobody_shall(tmp_path: Path, policy: str, option: str) -> None:
+    script = script_of([REQUEST], cluster(tmp_path, f"requeue: {policy}"), folder=tmp_path / "run", name="vit")
+    assert f"\n#SBATCH --{option}\n" in script and script.count("requeue\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("srun_alone")
@@ -112,8 +127,8 @@ def test_sbatch_is_quoted() -> None:
 def test_run_folders_of_one_machine_are_refused(tmp_path: Path) -> None:
     for place in (Path("/tmp/runs/vit"), Path("/dev/shm/vit"), tmp_path):
         with pytest.raises(UserError, match=r"file system that all of them share|run\.root=FOLDER"):
-            check_shared(place)
-    check_shared(Path(__file__).parent / "run")
+            check_shared(place, "run folder", "run.root=FOLDER")
+    check_shared(Path(__file__).parent / "run", "run folder", "run.root=FOLDER")
 
 
 def test_interface_is_the_one_with_the_route_to_another_node() -> None:

@@ -56,10 +56,29 @@ def test_galaxy10_is_seven_architectures_on_both_data_sets_with_three_seeds() ->
     }
 
 
-def test_smoke_runs_on_a_laptop() -> None:
-    sweep = read_sweep(find_sweep("smoke"))
-    assert sweep.cluster == "local" and sweep.parallel == 1
-    assert {trial.resolved.recipe.data.dataset for trial in resolve(sweep)} == {"simulated"}
+def test_reference_is_the_same_matrix_in_the_published_regimes() -> None:
+    def cells(name: str) -> list[str]:
+        return [trial.label for trial in resolve(read_sweep(find_sweep(name)))]
+
+    assert [label.replace("recipe=reference/", "recipe=") for label in cells("reference")] == cells("galaxy10")
+    assert all(label.startswith("recipe=reference/") for label in cells("reference"))
+
+
+def test_smoke_and_simulated_run_on_a_laptop() -> None:
+    for name, parallel in (("smoke", 1), ("simulated", 2)):
+        sweep = read_sweep(find_sweep(name))
+        assert sweep.cluster == "local" and sweep.parallel == parallel
+        recipes = [trial.resolved.recipe for trial in resolve(sweep)]
+        assert {recipe.data.dataset for recipe in recipes} == {"simulated"}
+        assert all(recipe.data.image_size == 32 and recipe.train.epochs == 2 for recipe in recipes)
+        assert not any(recipe.model.pretrained or recipe.model.weights for recipe in recipes)
+
+
+def test_simulated_is_seven_architectures_on_both_data_sets_with_two_seeds() -> None:
+    recipes = [trial.resolved.recipe for trial in resolve(read_sweep(find_sweep("simulated")))]
+    galaxy10 = {trial.resolved.recipe.model.name for trial in resolve(read_sweep(find_sweep("galaxy10")))}
+    assert {recipe.model.name for recipe in recipes} == galaxy10 and len(galaxy10) == 7
+    assert len(recipes) == len({(recipe.model.name, recipe.data.variant, recipe.seed) for recipe in recipes}) == 28
 
 
 def test_what_a_file_says(tmp_path: Path) -> None:

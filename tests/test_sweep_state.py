@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.scheduler import JobState
+from galaxydist.cluster.sending import signals_later
 from galaxydist.cluster.submission import JobRequest
 from galaxydist.cluster.sweep import Trial, resolve
 from galaxydist.cluster.sweep_file import read_sweep
@@ -246,10 +247,15 @@ def _interrupt_the_second_array(trials: list[Trial]) -> None:
             code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
             heard.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
-    send = Sent(interrupt)
+    sent = Sent(interrupt)
+
+    def send(requests: Sequence[JobRequest], parallel: int | None, after: str | None) -> list[str]:
+        with signals_later():  # as submit_requests does
+            return sent(requests, parallel, after)
+
     with pytest.raises(KeyboardInterrupt):
         submit_arrays(trials, send=send, chunk_size=10, parallel=2, say=lambda _: None)
-    assert len(send.arrays) == 2, "the second is whole, the third was not begun"
+    assert len(sent.arrays) == 2, "the second is whole, the third was not begun"
     assert heard == ["True\n"], "what is started meanwhile does not hear it"
 
 

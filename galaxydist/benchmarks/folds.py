@@ -13,6 +13,7 @@ from galaxydist.benchmarks.folds_cost import Cost, measure_costs
 from galaxydist.errors import UserError
 from galaxydist.evaluation.report import read_evaluation
 from galaxydist.files import read_json, write_json
+from galaxydist.models.registry import recipe_of
 from galaxydist.recipe.identity import run_name
 from galaxydist.recipe.load import ResolvedRecipe, load_recipe
 from galaxydist.recipe.schema import ModelName, Recipe
@@ -168,7 +169,7 @@ def _recipe(model: str, extra: Mapping[str, str], manifest: Manifest, work_dir: 
 
 
 def _arguments(model: str, further: Mapping[str, str]) -> list[str]:
-    values = {"recipe": model, **COMMON, **SETTINGS.get(model, {}), **further}
+    values = {"recipe": recipe_of(model), **COMMON, **SETTINGS.get(model, {}), **further}
     return [f"{key}={value}" for key, value in values.items()]
 
 

@@ -74,7 +74,7 @@ def run_init(arguments: argparse.Namespace) -> None:
     """Write a profile for the cluster of this machine."""
     from galaxydist.cluster.profile import load_cluster
     from galaxydist.cluster.profile_text import profile_text
-    from galaxydist.cluster.site import read_site
+    from galaxydist.cluster.site_reading import read_site
     from galaxydist.files import replace_bytes
 
     name = arguments.name

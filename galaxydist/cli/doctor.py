@@ -13,7 +13,7 @@ from galaxydist.errors import EXIT_FAILED, UserError
 
 EPILOG = """examples:
   galaxydist doctor                                 this machine
-  galaxydist doctor cluster=a100                    and two nodes of a cluster, as its profile asks for them
+  galaxydist doctor cluster=a100                    and nodes of a cluster, as its profile asks for them
   galaxydist doctor cluster=a100 cluster.nodes=4 --wait 3600
   galaxydist doctor cluster=local cluster.tasks_per_node=2
 

@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from galaxydist.cluster.records import JobFiles
     from galaxydist.cluster.request_checks import check_request
+    from galaxydist.cluster.sending import alone_in
     from galaxydist.cluster.submission import build_request, check_idle, script_of, submit_requests
     from galaxydist.runs.folder import RunFolder
 
@@ -69,8 +70,9 @@ def run(arguments: argparse.Namespace) -> None:
     if RunFolder(request.run_dir).is_finished:
         print(f"{request.run_dir} is finished; `galaxydist evaluate {request.run_dir}` judges it again.")
         return
-    check_idle(request.run_dir)
-    (job_id,) = submit_requests([request], cluster, folder=folder, name=name)
+    with alone_in(request.run_dir.parent):
+        check_idle(request.run_dir)
+        (job_id,) = submit_requests([request], cluster, folder=folder, name=name)
     print(
         f"submitted job {job_id} to {cluster.config.name}: {cluster.config.num_tasks} processes on {cluster.config.nodes} nodes\n"
         f"run folder  {request.run_dir}\n"

@@ -95,6 +95,7 @@ def _is_confirmed(count: int, cluster: "ResolvedCluster") -> bool:
 def _submit(due: "list[Trial]", sweep: "SweepFile", cluster: "ResolvedCluster") -> None:
     from galaxydist.cluster.records import JobFiles
     from galaxydist.cluster.scheduler import max_array_size, read_states
+    from galaxydist.cluster.sending import alone_in
     from galaxydist.cluster.submission import JobRequest, submit_requests
     from galaxydist.cluster.sweep_sending import run_here, submit_arrays
     from galaxydist.cluster.sweep_state import decide, is_local_job_running, read_facts
@@ -107,7 +108,11 @@ def _submit(due: "list[Trial]", sweep: "SweepFile", cluster: "ResolvedCluster") 
 
     say = partial(print, flush=True)
     if cluster.config.scheduler == "slurm":
-        submit_arrays(due, send=send, chunk_size=max_array_size(), parallel=parallel, say=say)
+        with alone_in(folder.parent):
+            # Another command may have sent some while this one asked.
+            decisions = [decide(facts) for facts in read_facts(due, read_states)]
+            due = [trial for trial, decision in zip(due, decisions, strict=True) if decision.is_due]
+            submit_arrays(due, send=send, chunk_size=max_array_size(), parallel=parallel, say=say)
         say(f"{parallel} run at the same time\nstop them   galaxydist cancel {folder.parent}")
         return
     say(f"{parallel} at the same time on this machine; this command waits for them. After Ctrl-C, the same command goes on.")

@@ -1,17 +1,17 @@
 """Ending the jobs of runs."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from galaxydist.cluster import local_jobs
+from galaxydist.cluster.active import find_holder
 from galaxydist.cluster.records import JobFiles, JobRecord
-from galaxydist.cluster.scheduler import cancel_jobs, read_states
-from galaxydist.cluster.status import find_runs, is_held
+from galaxydist.cluster.scheduler import JobState, cancel_jobs, read_states
+from galaxydist.cluster.status import find_runs
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder
-from galaxydist.runs.lock_owner import read_owner
 
 _JOB_ID = re.compile(r"\d+(_\d+)?")
 
@@ -81,7 +81,7 @@ def find_targets(texts: Sequence[str], find_folder: Callable[[str], Path]) -> Ta
     active = [target for target in jobs if _is_active(target, states[target.job_id].is_active if not target.is_local else None)]
     by_id = {target.job_id: target for target in (*given, *active)}
     with_job = {target.run for target in active}
-    return Targets(tuple(by_id.values()), tuple(_note(run) for run in runs if run not in with_job))
+    return Targets(tuple(by_id.values()), tuple(_note(run, states) for run in runs if run not in with_job))
 
 
 def cancel(targets: Sequence[Target]) -> list[str]:
@@ -112,10 +112,11 @@ def _is_active(target: Target, in_slurm: bool | None) -> bool:
     return target.job is not None and local_jobs.find_controller(target.job) is not None
 
 
-def _note(run: Path) -> str:
+def _note(run: Path, states: Mapping[str, JobState]) -> str:
     """Why a run has nothing to cancel."""
     folder = RunFolder(run)
-    owner = read_owner(folder.lock_path)
-    if owner is not None and is_held(owner, folder.lock_path):
-        return f"{run}: started by hand, not by galaxydist submit: end it with `kill {owner.pid}` on {owner.host}"
+    holder = find_holder(folder.lock_path, states)
+    if holder is not None:
+        end = f"kill {holder.pid}` on {holder.host}" if holder.job_id is None else f"scancel {holder.job_id}`"
+        return f"{run}: started by hand, not by galaxydist submit: end it with `{end}"
     return f"{run}: {'is finished' if folder.is_finished else 'no job of it waits or runs'}"

@@ -45,13 +45,11 @@ class LocalExecutor(submitit.LocalExecutor):
         return _task_command(self.python, self.folder)
 
     def _submit_command(self, command: str) -> LocalJob[Any]:
+        # SIGINT is blocked here (``signals_later``) and stays so in submitit's controller, which would pass a second one on and
+        # kill soon after: the tasks, which hear the terminal themselves, unblock it.
         # What outlives this command must not keep the pipe that it prints to.
         with output_to(Path(self.folder) / "controller.log"):
             return super()._submit_command(command)
-
-    def script(self, num_tasks: int) -> str:  # noqa: ARG002
-        """There is none."""
-        raise UserError("cluster=local starts processes on this machine: there is no batch script to show")
 
 
 JobExecutor = SlurmExecutor | LocalExecutor
@@ -82,13 +80,16 @@ def build_executor(
         UserError: SLURM's programs are not on this machine.
     """
     folder = folder.absolute()
+    shell = _setup(cluster, code)
     if cluster.scheduler == "local":
         local = LocalExecutor(folder, python=_python(cluster))
         local.update_parameters(
             tasks_per_node=cluster.num_tasks,
             gpus_per_node=cluster.gpus_per_node,
             timeout_min=YEAR_MIN,
-            setup=_setup(cluster, code),
+            # submitit takes the shell's number for the job's parent, so it must not give its place to what it starts, as newer
+            # shells do with the last command.
+            setup=["trap : HUP", *shell],
         )
         return local
     try:
@@ -100,7 +101,9 @@ def build_executor(
         ) from error
     slurm.update_parameters(
         job_name=name,
-        setup=_setup(cluster, code),
+        # What the profile's lines set must not end the script before it has seen how srun ended.
+        setup=[*shell, "set +e"],
+        wckey=None,  # submitit's own would be refused where keys are enforced
         teardown=list(teardown) or None,
         array_parallelism=parallel or cluster.parallel,
         dependency=f"afterany:{after}" if after else None,
@@ -127,7 +130,8 @@ def _slurm_parameters(cluster: ClusterConfig) -> dict[str, Any]:
     srun = ["--kill-on-bad-exit=1"]  # a dead rank must not leave the others waiting
     if cluster.cpus_per_task is not None:
         srun.append(f"--cpus-per-task={cluster.cpus_per_task}")  # srun no longer takes it from the job since SLURM 22.05
-    further: dict[str, Any] = {"requeue": True}
+    srun.append("--export=ALL")  # a site may have another default, and the tasks need what the script exports
+    further: dict[str, Any] = {"no-requeue" if cluster.requeue == "never" else "requeue": True}
     for option in cluster.extra:
         key, equals, value = option.lstrip("-").partition("=")
         further[key] = value if equals else True
@@ -168,7 +172,10 @@ def _task_command(python: str, folder: Path) -> str:
 
 def _setup(cluster: ClusterConfig, code: Path) -> list[str]:
     """Lines of the batch script before the tasks start."""
-    lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
+    lines = [
+        f"module load {name} || {{ echo 'galaxydist: module load' {name} failed >&2; exit 2; }}"
+        for name in map(shlex.quote, cluster.modules)
+    ]
     lines += [f"export {name}={shlex.quote(value)}" for name, _, value in (item.partition("=") for item in cluster.environment)]
     if cluster.interface is not None:
         lines += [f"export {name}={shlex.quote(cluster.interface)}" for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")]

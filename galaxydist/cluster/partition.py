@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable, Iterator
 
 from galaxydist.cluster.profile import MB_IN_GB, ClusterConfig
-from galaxydist.cluster.site import TAKES_NO_JOBS, UNTYPED, NodeGroup, Partition, Site, SiteUnknownError, read_site
+from galaxydist.cluster.site import TAKES_NO_JOBS, UNTYPED, NodeGroup, Partition, Site
+from galaxydist.cluster.site_reading import SiteUnknownError, read_site
 from galaxydist.errors import UserError
 
 
@@ -25,12 +26,34 @@ def check_partition(config: ClusterConfig, site: Site | None = None) -> None:
             site = read_site()
         except SiteUnknownError:
             return  # sbatch will say what is the matter
-    names = _chosen(config, site)
+    names = chosen_partitions(config, site)
     if not names:
         return
     found = {name: list(_problems(config, site, site.partitions[name])) for name in names}
     if all(found.values()):  # of several partitions SLURM takes one that can
         raise UserError("\n".join(line for name in names for line in _lines(config, site.partitions[name], found[name])))
+
+
+def chosen_partitions(config: ClusterConfig, site: Site) -> list[str]:
+    """The names of the partitions that the job may go to; empty where SLURM tells of none.
+
+    Raises:
+        UserError: there is no such partition, or no default one.
+    """
+    if not site.partitions:
+        return []
+    there = ", ".join(name for name, partition in site.partitions.items() if not partition.hidden)
+    if config.partition is None:
+        if site.default_partition is None:
+            raise UserError(f"cluster={config.name}: {site.name} has no default partition; set cluster.partition, one of {there}")
+        return [site.default_partition.name]
+    names = [name.strip() for name in config.partition.split(",") if name.strip()]
+    unknown = [name for name in names if name not in site.partitions]
+    if unknown:
+        raise UserError(
+            f"cluster.partition={config.partition}: {site.name} has no partition {', '.join(unknown)}; it has {there}"
+        )
+    return names
 
 
 def describe_group(group: NodeGroup) -> str:
@@ -51,24 +74,6 @@ def time_text(seconds: int) -> str:
     return f"{days}-{clock}" if days else clock
 
 
-def _chosen(config: ClusterConfig, site: Site) -> list[str]:
-    """The names of the partitions that the job may go to."""
-    if not site.partitions:
-        return []
-    there = ", ".join(name for name, partition in site.partitions.items() if not partition.hidden)
-    if config.partition is None:
-        if site.default_partition is None:
-            raise UserError(f"cluster={config.name}: {site.name} has no default partition; set cluster.partition, one of {there}")
-        return [site.default_partition.name]
-    names = [name.strip() for name in config.partition.split(",") if name.strip()]
-    unknown = [name for name in names if name not in site.partitions]
-    if unknown:
-        raise UserError(
-            f"cluster.partition={config.partition}: {site.name} has no partition {', '.join(unknown)}; it has {there}"
-        )
-    return names
-
-
 def _lines(config: ClusterConfig, partition: Partition, problems: list[str]) -> Iterator[str]:
     yield f"Partition {partition.name} cannot run what cluster={config.name} asks for:"
     yield from (f"  cluster.{problem}" for problem in problems)
@@ -78,6 +83,9 @@ def _lines(config: ClusterConfig, partition: Partition, problems: list[str]) -> 
 def _problems(config: ClusterConfig, site: Site, partition: Partition) -> Iterator[str]:
     if partition.state in TAKES_NO_JOBS:
         yield f"partition={partition.name}: it takes no jobs now ({partition.state})"
+    closed = site.closed_to_user(partition)
+    if closed:
+        yield f"partition={partition.name}: {closed}"
     yield from _account_problems(config, site, partition)
     yield from _time_problems(config, site, partition)
     yield from _node_problems(config, site, partition)
@@ -110,8 +118,7 @@ def _account_problems(config: ClusterConfig, site: Site, partition: Partition) -
 
 
 def _time_problems(config: ClusterConfig, site: Site, partition: Partition) -> Iterator[str]:
-    association = site.association(config.account, partition.name)
-    qos = site.qos.get(config.qos or (association.usual_qos if association is not None else None) or "")
+    qos = site.qos_of(config.qos, config.account, partition.name)
     lifted = qos is not None and "PartitionTimeLimit" in qos.flags
     if partition.max_time_s is not None and config.time_s > partition.max_time_s and not lifted:
         yield f"time={config.time}: its longest is {time_text(partition.max_time_s)}"

@@ -75,7 +75,11 @@ class ClusterConfig(Section):
     )
     max_requeues: Annotated[int, Field(ge=0)] = Field(20, description="most times that a run goes on by itself")
     parallel: Count = Field(8, description="runs of a sweep at the same time")
-    scratch: Path | None = Field(None, description="folder on a disk of the node's own, such as /local or $TMPDIR")
+    scratch: Path | None = Field(
+        None,
+        description="folder on a disk of the node's own, such as /local or $TMPDIR; `galaxydist doctor` looks at it, nothing "
+        "else uses it (the recipe's data.cache_dir is where runs put copies)",
+    )
 
     @property
     def time_s(self) -> int:

@@ -95,10 +95,12 @@ def _time_for_work(scheduler: str, time: int | str, signal_s: int) -> str | None
         return None  # nothing ends a local run
     if signal_s >= time_s:
         return f"the processes would be told to save {signal_s} s before the end of a job of {time_s} s; make the limit longer"
-    if time_s - signal_s < START_UP_S:
+    most = time_s - START_UP_S
+    if signal_s > most:
+        later = f", or signal_s={most} or less" if most >= MIN_SIGNAL_S else ""
         return (
             f"a start takes {START_UP_S} s, and the job is told to save and end {signal_s} s before its limit of {time_s} s, so "
-            f"no step is done: give it {-(-(START_UP_S + signal_s) // 60)} minutes or more, or signal_s={MIN_SIGNAL_S} or more"
+            f"no step is done: give it {-(-(START_UP_S + signal_s) // 60)} minutes or more{later}"
         )
     return None
 
@@ -122,7 +124,17 @@ def _gpu_type(gpu_type: str | None, gpus_per_node: int) -> str | None:
         return None
     if not re.fullmatch(r"[A-Za-z0-9_.+-]+", gpu_type):
         return "give the type alone: a100 for gpu:a100:4"
+    if gpus_per_node > 1 and is_mig(gpu_type):
+        return "its GPUs are MIG slices, and CUDA shows a process the first of a node's alone: take gpus_per_node=1"
     return None if gpus_per_node else "no GPUs are asked for; set gpus_per_node too"
+
+
+def is_mig(gpu_type: str) -> bool:
+    """Whether the type names a slice of a GPU, such as ``1g.10gb`` or ``a100_3g.20gb``.
+
+    Of slices a process can use one (NVIDIA, Multi-Instance GPU User Guide, "CUDA device enumeration").
+    """
+    return re.search(r"(^|[_.-])\d+g\.\d+gb", gpu_type) is not None
 
 
 def _tasks(tasks_per_node: int, gpus_per_node: int) -> str | None:
@@ -149,6 +161,12 @@ def _environment(environment: tuple[str, ...], interface: str | None) -> str | N
             return f"{name} and interface say the same; keep one"
         names.append(name)
     return None
+
+
+def _environment_variables(environment: tuple[str, ...]) -> str | None:
+    """Values are quoted in the batch script, so that no shell reads them."""
+    item = next((item for item in environment if "$" in item.partition("=")[2]), None)
+    return None if item is None else f"{item!r} is taken as it stands, with its $; write a line of setup instead: export {item}"
 
 
 def _extra(extra: tuple[str, ...]) -> str | None:
@@ -220,6 +238,7 @@ CHECKS = (
     Check(("gpu_type", "gpus_per_node"), _gpu_type),
     Check(("tasks_per_node", "gpus_per_node"), _tasks),
     Check(("environment", "interface"), _environment),
+    Check(("environment",), _environment_variables),
     Check(("extra",), _extra),
     Check(("extra", "gpu_request", "gpus_per_node"), _extra_gpus),
     *(Check((key,), _one_line) for key in _ONE_LINERS),

@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterator
 
 from galaxydist.cluster.partition import describe_gpus, time_text
+from galaxydist.cluster.preemption import find_preemption
 from galaxydist.cluster.profile import MB_IN_GB
-from galaxydist.cluster.profile_checks import MIN_SIGNAL_S, START_UP_S
+from galaxydist.cluster.profile_checks import MIN_SIGNAL_S, START_UP_S, is_mig
 from galaxydist.cluster.site import TAKES_NO_JOBS, UNTYPED, NodeGroup, Partition, Site
 from galaxydist.errors import UserError
 from galaxydist.recipe.scalars import BOOL, NULL
@@ -47,7 +48,7 @@ def profile_text(site: Site, name: str, partition_name: str | None = None) -> st
         _line("# interface", "ib0", "the fast network between nodes, where it is not found"),
         _line("# modules", "[cuda]", "to load on the nodes"),
         _line("# container", "apptainer exec --nv image.sif", ""),
-        _line("# scratch", "$TMPDIR", "on a disk of the node's own"),
+        _line("# scratch", "$TMPDIR", "on a disk of the node's own, for `galaxydist doctor` to look at"),
     ]
     return "\n".join(_plain(line) for line in lines) + "\n"
 
@@ -64,6 +65,8 @@ def _choose(site: Site, wanted: str | None) -> Partition:
         if partition.state in ("UP", "DOWN")
         and not partition.hidden
         and partition.nodes
+        and not partition.root_only
+        and not site.closed_to_user(partition)
         and _account(site, partition, accounts)[0]
     ]
     if not usable:
@@ -93,8 +96,8 @@ def _table(site: Site) -> Iterator[str]:
 
 
 def _identity(site: Site, partition: Partition) -> Iterator[str]:
-    takes_none = partition.state in TAKES_NO_JOBS
-    yield _line("partition", _yaml(partition.name), f"it takes no jobs now ({partition.state})" if takes_none else "")
+    takes_none = f"it takes no jobs now ({partition.state})" if partition.state in TAKES_NO_JOBS else ""
+    yield _line("partition", _yaml(partition.name), site.closed_to_user(partition) or takes_none)
     accounts = site.accounts(partition.name)
     possible, account = _account(site, partition, accounts)
     if not possible:
@@ -153,12 +156,13 @@ def _qos_text(site: Site, names: tuple[str, ...]) -> str:
 
 
 def _nodes(site: Site, partition: Partition) -> Iterator[str]:
-    group = max(partition.nodes, key=lambda group: (group.count * group.num_gpus, group.count * group.cpus))
+    group = max(partition.nodes, key=_worth)
     least = max(1, partition.min_nodes)
     most = min(group.count, partition.max_nodes or group.count)
     yield _line("nodes", str(least), f"a job can have {most}" if most > least else "")
     cpus = min(group.cpus, partition.max_cpus_per_node or group.cpus)
-    tasks = min(max(group.gpus.values(), default=1), max(1, cpus))
+    kind = _gpu_kind(group)
+    tasks = 1 if is_mig(kind) else min(group.gpus.get(kind, 1), max(1, cpus))
     if group.num_gpus:
         yield from _gpus(site, partition, group, tasks)
     else:
@@ -175,8 +179,9 @@ def _nodes(site: Site, partition: Partition) -> Iterator[str]:
 
 
 def _gpus(site: Site, partition: Partition, group: NodeGroup, tasks: int) -> Iterator[str]:
-    kind = max(group.gpus, key=lambda kind: group.gpus[kind])
-    yield _line("gpus_per_node", str(tasks), f"a process each; a node has {describe_gpus(group)}")
+    kind = _gpu_kind(group)
+    what = "MIG slices, of which CUDA shows a process one alone" if is_mig(kind) else "a process each"
+    yield _line("gpus_per_node", str(tasks), f"{what}; a node has {describe_gpus(group)}")
     if "cons_tres" in site.settings.get("SelectType", ""):
         yield _line("# gpu_request", "gres", "should --gpus-per-node be refused")
     else:
@@ -185,6 +190,17 @@ def _gpus(site: Site, partition: Partition, group: NodeGroup, tasks: int) -> Ite
     if kind != UNTYPED:
         key = "gpu_type" if len(kinds) > 1 else "# gpu_type"
         yield _line(key, _yaml(kind), f"there are {', '.join(kinds)}" if len(kinds) > 1 else "the only type there is")
+
+
+def _worth(group: NodeGroup) -> tuple[bool, int, int]:
+    """By it nodes are chosen: whole GPUs before slices, then many before few."""
+    has_whole = bool(group.num_gpus) and not is_mig(_gpu_kind(group))
+    return has_whole, group.count * group.num_gpus, group.count * group.cpus
+
+
+def _gpu_kind(group: NodeGroup) -> str:
+    """The type that a node has most of, whole GPUs before slices."""
+    return max(group.gpus, key=lambda kind: (not is_mig(kind), group.gpus[kind]), default=UNTYPED)
 
 
 def _time(site: Site, partition: Partition) -> Iterator[str]:
@@ -203,12 +219,14 @@ def _time(site: Site, partition: Partition) -> Iterator[str]:
 
 
 def _preemption(site: Site, partition: Partition) -> Iterator[str]:
-    kind = site.settings.get("PreemptType", "preempt/none").removeprefix("preempt/")
-    if partition.preempt_mode == "OFF" or kind == "none":
+    account = _account(site, partition, site.accounts(partition.name))[1]
+    found = find_preemption(site, partition, site.qos.get(_qos(site, partition, account) or ""))
+    if found is None:
         yield "# Jobs of this partition are not preempted."
     else:
-        yield f"# Preemption ({kind}): {partition.preempt_mode}, with {partition.grace_s} s between the signal and the end."
-        if partition.grace_s < 2 * MIN_SIGNAL_S:
+        grace = "an unknown time" if found.grace_s is None else f"{found.grace_s} s"
+        yield f"# Preemption ({found.kind}): {found.mode}, with {grace} between the signal and the end."
+        if found.mode != "SUSPEND" and (not found.grace_s or found.is_too_short):
             yield "# That is too short to save in: the recipe's train.save_minutes=10 bounds what is lost."
     yield _line("# requeue", "auto", "resubmit where the site forbids `scontrol requeue`")
 

@@ -1,5 +1,6 @@
 """What could not run, said before anything is started, with what would; and what runs, but not as one would like."""
 
+from collections.abc import Callable
 from math import gcd
 
 from galaxydist.cluster.memory import Memory, ModelFacts
@@ -12,8 +13,21 @@ from galaxydist.training.strategy import check_strategy
 FEW_IMAGES = 8
 
 
-def refuse_world(recipe: Recipe, num_train: int, num_nodes: int, gpus_per_node: int) -> None:
+def plan_options(num_nodes: int, gpus_per_node: int) -> str:
+    """How ``galaxydist plan`` is asked for so many processes."""
+    return f"--nodes {num_nodes} --gpus-per-node {gpus_per_node}"
+
+
+def refuse_world(
+    recipe: Recipe, num_train: int, num_nodes: int, gpus_per_node: int, *, fewer: Callable[[int, int], str] = plan_options
+) -> None:
     """Refuse numbers of processes and batch sizes that cannot go together.
+
+    Args:
+        recipe: what was asked for.
+        num_train: training galaxies.
+        num_nodes, gpus_per_node: the processes.
+        fewer: how the command that was given is asked for other numbers of nodes and processes a node.
 
     Raises:
         UserError: more processes than a batch holds, a batch larger than the training split, pairs of images on two processes.
@@ -24,7 +38,7 @@ def refuse_world(recipe: Recipe, num_train: int, num_nodes: int, gpus_per_node: 
         fits = f"{multiple} (a multiple of {world_size} processes) or less" if multiple else f"{num_train} or less"
         raise UserError(f"train.batch_size={batch_size} is more than the {num_train} training galaxies. Set it to {fits}.")
     if world_size > batch_size:
-        fewer = _fewer(batch_size, num_nodes, gpus_per_node)
+        smaller = _fewer(batch_size, num_nodes, gpus_per_node, fewer)
         enough = (
             f", or set train.batch_size={world_size} or a multiple of it"
             if world_size <= num_train
@@ -32,7 +46,7 @@ def refuse_world(recipe: Recipe, num_train: int, num_nodes: int, gpus_per_node: 
         )
         raise UserError(
             f"{world_size} processes ({num_nodes} nodes x {gpus_per_node}) are more than the global batch holds "
-            f"(train.batch_size={batch_size}). Use {fewer}{enough}."
+            f"(train.batch_size={batch_size}). Use {smaller}{enough}."
         )
     check_strategy(recipe.train, "bf16" if recipe.train.precision == "auto" else recipe.train.precision)
     if is_mixing(recipe.train):
@@ -137,10 +151,10 @@ def warn(recipe: Recipe, facts: ModelFacts, memory: Memory, *, world_size: int, 
     return found
 
 
-def _fewer(batch_size: int, num_nodes: int, gpus_per_node: int) -> str:
+def _fewer(batch_size: int, num_nodes: int, gpus_per_node: int, say: Callable[[int, int], str]) -> str:
     """The most processes that a batch allows, whole nodes where that is possible."""
     nodes = min(num_nodes, batch_size // gpus_per_node)
     even = next((n for n in range(nodes, 0, -1) if batch_size % (n * gpus_per_node) == 0), nodes)
     if even:
-        return f"--nodes {even} --gpus-per-node {gpus_per_node} ({even * gpus_per_node} processes; at most {batch_size} work)"
-    return f"--nodes 1 --gpus-per-node {batch_size}"
+        return f"{say(even, gpus_per_node)} ({even * gpus_per_node} processes; at most {batch_size} work)"
+    return say(1, batch_size)

@@ -10,7 +10,7 @@ from galaxydist.cluster.profile import ClusterConfig
 from galaxydist.errors import UserError
 from galaxydist.files import read_json, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class JobRequest:
         arguments: ``recipe=NAME`` and ``key=value``, as for launch.py.
         run_dir: its run folder.
         recipe_path: the recipe's file.
+        recipe_name: what it is called in the snapshot.
     """
 
     arguments: tuple[str, ...]
     run_dir: Path
     recipe_path: Path
+    recipe_name: str
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class RequestFile:
         return cls(
             path=path,
             requests=tuple(
-                JobRequest(tuple(item["arguments"]), Path(item["run_dir"]), Path(item["recipe_path"]))
+                JobRequest(tuple(item["arguments"]), Path(item["run_dir"]), Path(item["recipe_path"]), item["recipe_name"])
                 for item in plain["requests"]
             ),
             cluster=ClusterConfig.model_validate_json(json.dumps(plain["cluster"])),  # strict: paths and tuples from JSON only

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from galaxydist.cluster.records import RestartRecord
-from galaxydist.errors import EXIT_STOPPED
+from galaxydist.cluster.records import Decision, RestartRecord
+from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED
 
-Decision = Literal["finished", "requeue", "resubmit", "stop"]
+# Starts in a row without a step after which no other is tried: a time limit that start-up uses up, for example.
+MOST_IDLE_STARTS = 5
 # How a start ended for good, whatever is tried again (``failure.json``).
 FOR_GOOD = {
     "bad_input": "the recipe, its data or the run folder cannot be used as they are",
@@ -22,7 +23,7 @@ class Ending:
     Args:
         exit_code: srun's: the highest of its tasks', 128 + N after a signal.
         is_finished: the run has its result.
-        failure: ``failure.json`` of this start, where a rank wrote one.
+        failure: ``failure.json`` of this very start, where a rank wrote one.
         step: optimizer steps that the run folder shows.
     """
 
@@ -36,15 +37,23 @@ class Ending:
         """What went wrong, in a line; None after a stop with everything saved."""
         if self.failure is not None:
             return str(self.failure["error"])
-        if self.exit_code in (0, EXIT_STOPPED):
+        if self.exit_code in (0, EXIT_STOPPED, EXIT_INTERRUPTED):
             return None
         if self.exit_code > 128:
             return f"a rank was ended by signal {self.exit_code - 128}"
         return f"a rank ended with exit code {self.exit_code}"
 
     @property
+    def kind(self) -> str:
+        """What kind of failure; empty where nobody has noted one."""
+        if self.failure is not None:
+            return str(self.failure["kind"])
+        return "bad_input" if self.exit_code == EXIT_BAD_INPUT else ""
+
+    @property
     def crash_step(self) -> int | None:
-        return self.step if self.failure is None else self.failure["step"]
+        """The step of the failure, where that is known, else the last that the folder shows."""
+        return self.step if self.failure is None or self.failure["step"] is None else self.failure["step"]
 
 
 def decide(
@@ -59,19 +68,46 @@ def decide(
         max_requeues: ``cluster.max_requeues``.
     """
     if ending.is_finished:
-        return "finished", "the run is finished"
-    if ending.failure is not None and (reason := FOR_GOOD.get(ending.failure["kind"])):
-        return "stop", f"{reason}: it would end the same way again"
-    why = "it was told to stop, and everything is saved" if ending.error is None else ending.error
+        return "finished", "the run is finished" + (f", but {ending.error}" if ending.error else "")
+    if reason := _never_again(ending, history, policy, max_requeues):
+        return "stop", reason
+    return ("requeue" if policy == "auto" else "resubmit"), _why(ending)
+
+
+def _why(ending: Ending) -> str:
+    saved = "" if ending.step is None else f", and step {ending.step} is saved"
+    return ending.error or f"it was told to stop{saved}"
+
+
+def _never_again(ending: Ending, history: Sequence[RestartRecord], policy: str, max_requeues: int) -> str:
+    """Why the run does not go on by itself; nothing where it does."""
+    if reason := FOR_GOOD.get(ending.kind):
+        return f"{reason}: it would end the same way again"
     if ending.error is not None and history and _is_same_crash(ending, history[-1]):
-        return "stop", f"the same crash at the same step ({ending.crash_step}) twice: {ending.error}"
+        return f"the same crash at the same step ({ending.crash_step}) twice: {ending.error}"
+    if _is_idle(ending, history):
+        return (
+            f"{_why(ending)}; {MOST_IDLE_STARTS} starts in a row came no further than step {ending.crash_step or 0}. If they "
+            "ended by their time limit, make cluster.time longer; the same galaxydist submit goes on"
+        )
     if policy == "never":
-        return "stop", f"{why}; cluster.requeue=never"
+        return f"{_why(ending)}; cluster.requeue=never"
     # A start that SLURM would not requeue has two records, and went on once.
     num_requeues = len({(record.job_id, record.restart) for record in history if record.decision in ("requeue", "resubmit")})
     if num_requeues >= max_requeues:
-        return "stop", f"{why}; it was requeued {num_requeues} times, and cluster.max_requeues={max_requeues}"
-    return ("requeue" if policy == "auto" else "resubmit"), why
+        return (
+            f"{_why(ending)}; it was requeued {num_requeues} times, and cluster.max_requeues={max_requeues}; the same galaxydist "
+            "submit goes on"
+        )
+    return ""
+
+
+def _is_idle(ending: Ending, history: Sequence[RestartRecord]) -> bool:
+    """None of the last starts made a step."""
+    # A start that SLURM would not requeue has two records.
+    steps = {(record.job_id, record.restart): record.step for record in history}
+    last = list(steps.values())[-(MOST_IDLE_STARTS - 1) :]
+    return len(last) == MOST_IDLE_STARTS - 1 and set(last) == {ending.crash_step}
 
 
 def _is_same_crash(ending: Ending, before: RestartRecord) -> bool:

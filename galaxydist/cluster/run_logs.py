@@ -17,15 +17,22 @@ _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def find_logs(files: JobFiles, rank: int = 0) -> list[Path]:
-    """Where the words of a rank are: its log, else (before it wrote any) what submitit caught of the newest job that left
-    something: of this task, and for rank 0 of the batch script too."""
-    log = files.rank_log(rank)
-    if _is_filled(log):
-        return [log]
-    for job in reversed(files.jobs()):
+    """Where the words of a rank are: its log; where the newest start did not come so far as to write there (or none did), also
+    what submitit caught of the newest job that left something: of this task, and for rank 0 of the batch script too."""
+    log, jobs = files.rank_log(rank), files.jobs()
+    own = [log] if _is_filled(log) else []
+    if own and log.stat().st_mtime >= _newest_start(files, jobs):
+        return own
+    for job in reversed(jobs):
         if found := [path for path in submitit_logs(job, rank) if _is_filled(path)]:
-            return found
-    return []
+            return [*own, *found]
+    return own
+
+
+def _newest_start(files: JobFiles, jobs: list[JobRecord]) -> float:
+    """After when the newest start began, as far as the records tell: its job's submission, or the end of the start before the
+    last that has ended. Seconds since 1970."""
+    return max([job.time for job in jobs[-1:]] + [record.time for record in files.restarts()[-2:-1]], default=0.0)
 
 
 def submitit_logs(job: JobRecord, rank: int = 0) -> list[Path]:

@@ -5,38 +5,28 @@ how much time it has left. We ask ourselves, once for all jobs: squeue for what 
 rest.
 """
 
-import os
 import pwd
 import re
 import shutil
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from galaxydist.errors import UserError
+from galaxydist.cluster.programs import SchedulerAwayError, ask_slurm, check_controller, is_slurm_here, last_words
 
 TIMED_STATES = frozenset({"RUNNING", "COMPLETING", "SUSPENDED", "SIGNALING", "STAGE_OUT"})
 WAITING_STATES = frozenset(
     {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESIZING", "RESV_DEL_HOLD"}
 )
 UNKNOWN = "UNKNOWN"
-TIMEOUT_S = 30.0
 
 _SQUEUE_FIELDS = "JobArrayID:|,State:|,RestartCnt:|,TimeLeft:|,NodeList:|,Reason:|"
 _SACCT_FIELDS = "JobID,State,NodeList,Reason"
-# What people set for themselves changes what these programs print; 0: ids of arrays are never shortened.
-_OWN_SETTINGS = ("SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
-_ENVIRONMENT = {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
 _IDS = re.compile(r"(\d+)_\[([^\]]*?)(?:%\d+)?\]")
 _CANCEL_REFUSAL = re.compile(r"Kill job error on job id (\S+?):\s*(.*)")
 _NO_SUCH_JOB = "Invalid job id"
 _LOST = "accounting says {}, but slurmctld does not know this job"
 # Where a value is missing these stand.
 _NOTHING = frozenset({"", "None", "None assigned", "(null)", "N/A"})
-
-
-class SchedulerAwayError(UserError):
-    """SLURM cannot be asked: it is not on this machine, or does not answer."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +51,6 @@ class JobState:
     def is_active(self) -> bool:
         """It waits or runs: whatever SLURM does with it next, it is not over."""
         return self.state in TIMED_STATES | WAITING_STATES
-
-
-def is_slurm_here() -> bool:
-    """SLURM's programs are on this machine."""
-    return all(shutil.which(name) for name in ("sbatch", "squeue", "scontrol"))
 
 
 def read_states(job_ids: Sequence[str]) -> dict[str, JobState]:
@@ -94,6 +79,8 @@ def read_states(job_ids: Sequence[str]) -> dict[str, JobState]:
             found[job_id] = told
         elif told.state == "CANCELLED":
             found[job_id] = replace(found[job_id], reason=told.reason)  # squeue does not know by whom
+        elif told.state != UNKNOWN and job_id not in queued:  # the array was cancelled, this task had ended before
+            found[job_id] = told
     return {job_id: found[job_id] for job_id in job_ids}
 
 
@@ -111,16 +98,16 @@ def cancel_jobs(job_ids: Iterable[str]) -> dict[str, str]:
         return {}
     if not is_slurm_here():
         raise SchedulerAwayError("There is no SLURM on this machine (no scancel): cancel on a login node of the cluster.")
-    _check_controller()
+    check_controller()
     done = ask_slurm(["scancel", "--verbose", *ids])  # otherwise it is silent about ids that it does not know
     refused = {job_id: words for job_id, words in _CANCEL_REFUSAL.findall(done.stderr) if job_id in ids}
     if done.returncode != 0 and not refused:
-        raise SchedulerAwayError(f"scancel failed: {_words(done)}")
+        raise SchedulerAwayError(f"scancel failed: {last_words(done)}")
     return refused
 
 
 def max_array_size() -> int:
-    """MaxArraySize of the cluster: array indices end one below it.
+    """Most tasks of an array on this cluster, at least 1: MaxArraySize (indices end one below it) and ``max_array_tasks``.
 
     Raises:
         SchedulerAwayError: slurmctld does not answer.
@@ -128,8 +115,10 @@ def max_array_size() -> int:
     done = ask_slurm(["scontrol", "show", "config"])
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
     if match is None:
-        raise SchedulerAwayError(f"scontrol does not tell MaxArraySize: {_words(done)}")
-    return int(match[1])
+        raise SchedulerAwayError(f"scontrol does not tell MaxArraySize: {last_words(done)}")
+    # 0: the cluster takes no arrays; an array of one is a job. Some sites limit the tasks of an array, not their numbers.
+    limits = [int(match[1]), *(int(found) for found in re.findall(r"max_array_tasks=(\d+)", done.stdout))]
+    return max(1, min(limits))
 
 
 def parse_squeue(text: str) -> dict[str, JobState]:
@@ -203,22 +192,14 @@ def _find(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
 
 
 def _ask_squeue(job_ids: Sequence[str]) -> str:
-    _check_controller()
+    check_controller()
     # Without the ids of tasks the command stays short, however large the arrays.
     done = ask_slurm(
         ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(job_ids)}", f"--Format={_SQUEUE_FIELDS}"]
     )
     if done.returncode == 0 or _NO_SUCH_JOB in done.stderr:
         return done.stdout
-    raise SchedulerAwayError(f"SLURM could not be asked. squeue: {_words(done)}")
-
-
-def _check_controller() -> None:
-    """scontrol knows at once that slurmctld is down, where the other programs try for 18 s."""
-    text = ask_slurm(["scontrol", "ping"]).stdout
-    answers = re.findall(r"^Slurmctld\(.*\) (?:at \S+ )?is (UP|DOWN)", text, re.MULTILINE)
-    if answers and "UP" not in answers:
-        raise SchedulerAwayError("SLURM could not be asked: slurmctld is down. What runs goes on; try again in a minute.")
+    raise SchedulerAwayError(f"SLURM could not be asked. squeue: {last_words(done)}")
 
 
 def _ask_sacct(job_ids: Sequence[str]) -> dict[str, JobState]:
@@ -235,7 +216,7 @@ def _ask_sacct(job_ids: Sequence[str]) -> dict[str, JobState]:
             elif "accounting storage is disabled" in done.stderr.lower():
                 reason = "SLURM keeps no accounting here: what has ended is known from the run folder alone"
             else:
-                reason = f"accounting could not be asked: {_words(done)}"
+                reason = f"accounting could not be asked: {last_words(done)}"
         except SchedulerAwayError as error:
             reason = f"accounting could not be asked: {error}"
     return {job_id: _find_ended(job_id, states) or JobState(UNKNOWN, reason) for job_id in job_ids}
@@ -252,38 +233,6 @@ def _find_ended(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
     if job_id != array and ((found is None and is_known) or (found is not None and found.reason == _LOST.format("PENDING"))):
         return JobState("CANCELLED", "before it started")
     return found
-
-
-def ask_slurm(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """What one of SLURM's programs says, whatever its exit code; without the user's own settings of what it prints.
-
-    Raises:
-        SchedulerAwayError: there is no such program, or it does not answer.
-    """
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(_OWN_SETTINGS)}
-    try:
-        return subprocess.run(
-            command,
-            env=environ | _ENVIRONMENT,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise SchedulerAwayError(
-            f"SLURM could not be asked: {command[0]} did not answer within {TIMEOUT_S:.0f} s. Try again in a minute."
-        ) from None
-    except OSError as error:
-        raise SchedulerAwayError(f"SLURM could not be asked: {command[0]}: {error.strerror or error}.") from error
-
-
-def _words(done: subprocess.CompletedProcess[str]) -> str:
-    """The last thing that a program complained of."""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"exit code {done.returncode}"
 
 
 def _clean(text: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 
-from galaxydist.cluster.scheduler import SchedulerAwayError, ask_slurm
+from galaxydist.cluster.programs import SchedulerAwayError, ask_slurm
 from galaxydist.errors import UserError
 
 # Every node has its own.
@@ -13,21 +13,26 @@ OF_THE_NODE = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path("/run"))
 IN_MEMORY = {"tmpfs", "ramfs"}
 
 
-def check_shared(run_dir: Path) -> None:
-    """Refuse a run folder that lies in a place which every machine has for itself.
+def check_shared(folder: Path, what: str, remedy: str) -> None:
+    """Refuse a folder that lies in a place which every machine has for itself.
 
     A local disk that the login node exports to the nodes looks like any other from here, so it is let through: `galaxydist doctor
     cluster=NAME` looks from the nodes.
 
+    Args:
+        folder: need not exist.
+        what: for the message, such as ``run folder``.
+        remedy: keys that name another.
+
     Raises:
         UserError: with where to put it.
     """
-    why = _why_not(run_dir.absolute())
+    why = _why_not(folder.resolve())
     if why is not None and not _is_only_host():
         raise UserError(
-            f"The run folder {run_dir} lies {why}, which the nodes of the cluster do not see. Put it on a file system that all "
-            "of them share, such as your home or project folder: run.root=FOLDER or run.dir=FOLDER (`galaxydist doctor "
-            "cluster=NAME` looks whether the nodes see it)."
+            f"The {what} {folder} lies {why}, which the nodes of the cluster do not see. Put it on a file system that all "
+            f"of them share, such as your home or project folder: {remedy} (`galaxydist doctor cluster=NAME` looks whether the "
+            "nodes see it)."
         )
 
 

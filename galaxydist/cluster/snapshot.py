@@ -6,7 +6,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from galaxydist.files import fsync_file, rename
+from galaxydist.files import explain_full_disk, fsync_file, rename
+from galaxydist.recipe.named import list_files
 from galaxydist.recipe.paths import PACKAGE_DIR, shipped_dir
 
 LEFT_OUT = ("__pycache__",)
@@ -17,7 +18,8 @@ def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
 
     Args:
         folder: of the snapshots; the same code is copied once.
-        recipe_paths: name -> file, of recipes to add to those that ship with the package, or to put in place of one of them.
+        recipe_paths: recipe's name -> file, of recipes to add to those that ship with the package, or to put in place of one of
+            them. What is found as ``reference/vit`` is called ``reference-vit`` and lies twice then, under both names.
 
     Returns:
         The snapshot, absolute, to stand first on PYTHONPATH; ``recipes/`` lies beside the package.
@@ -25,17 +27,25 @@ def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
     Raises:
         UserError: the disk is full.
     """
-    files = dict(_files(recipe_paths))
+    # Read once: what is edited meanwhile is not stored under the name of what was there before.
+    files = {name: source.read_bytes() for name, source in _files(recipe_paths)}
     target = (folder / _digest(files)).absolute()
     if target.is_dir():
         return target
+    with explain_full_disk(target, "Nothing was submitted."):
+        _write(files, folder, target)
+    return target
+
+
+def _write(files: Mapping[str, bytes], folder: Path, target: Path) -> None:
+    """The snapshot is whole or not there."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".code-"))
     try:
-        for name, source in files.items():
+        for name, content in files.items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, path)
+            path.write_bytes(content)
         fsync_file(temporary)
         temporary.chmod(0o755)
         try:
@@ -45,7 +55,6 @@ def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return target
 
 
 def _files(recipe_paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
@@ -53,15 +62,15 @@ def _files(recipe_paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
     for path in sorted(PACKAGE_DIR.rglob("*")):
         if path.is_file() and not set(path.parts) & set(LEFT_OUT):
             yield str(Path("galaxydist") / path.relative_to(PACKAGE_DIR)), path
-    shipped = {path.stem: path for path in sorted(shipped_dir("recipes").glob("*.yaml"))}
+    shipped = list_files([shipped_dir("recipes")])
     for name, path in sorted({**shipped, **recipe_paths}.items()):
         yield f"recipes/{name}.yaml", path
 
 
-def _digest(files: Mapping[str, Path]) -> str:
+def _digest(files: Mapping[str, bytes]) -> str:
     """12 hex digits of names and contents."""
     digest = hashlib.sha256()
-    for name, path in files.items():
-        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
+    for name, content in files.items():
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
     return digest.hexdigest()[:12]

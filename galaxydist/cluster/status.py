@@ -2,14 +2,14 @@
 
 import dataclasses
 import re
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from galaxydist.cluster import local_jobs
+from galaxydist.cluster.active import find_holder, newest_job
+from galaxydist.cluster.programs import SchedulerAwayError
 from galaxydist.cluster.progress import Progress, read_progress
 from galaxydist.cluster.records import JobFiles, JobRecord, RestartRecord
 from galaxydist.cluster.run_logs import last_error_line
@@ -18,13 +18,11 @@ from galaxydist.cluster.scheduler import (
     UNKNOWN,
     WAITING_STATES,
     JobState,
-    SchedulerAwayError,
     read_states,
 )
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder
-from galaxydist.runs.lock import STALE_SECONDS
-from galaxydist.runs.lock_owner import LockOwner, is_alive, pid_space, read_owner
+from galaxydist.runs.lock_owner import LockOwner, read_owner
 
 Group = Literal["running", "pending", "unknown", "failed", "stopped", "finished"]
 GROUPS: tuple[Group, ...] = ("running", "pending", "unknown", "failed", "stopped", "finished")
@@ -130,11 +128,11 @@ def is_run(folder: Path) -> bool:
 
 def find_runs(folder: Path, depth: int = _DEPTH) -> list[Path]:
     """The run folders at a folder or below it, down to two levels; links to folders are not followed."""
-    if is_run(folder):
-        return [folder]
-    if depth == 0:
-        return []
     try:
+        if is_run(folder):
+            return [folder]
+        if depth == 0:
+            return []
         inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
     except PermissionError:
         return []
@@ -153,7 +151,7 @@ def read_overview(folders: Sequence[Path]) -> Overview:
     for run, of_run in jobs.items():
         try:
             runs.append(read_status(run, names[run], of_run, known))
-        except UserError as error:
+        except (UserError, PermissionError) as error:
             runs.append(RunStatus(run, names[run], DAMAGED, last_error=str(error)))
     return Overview(tuple(sorted(runs, key=_place)), trouble)
 
@@ -173,7 +171,7 @@ def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[
     folder, files = RunFolder(run), JobFiles(run)
     restarts = files.restarts()
     job, told = newest_job(jobs, known)
-    state = _judge(folder, files, restarts, job, told)
+    state = _judge(folder, restarts, job, told, find_holder(folder.lock_path, known))
     status = RunStatus(
         run,
         name,
@@ -188,23 +186,14 @@ def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[
     return dataclasses.replace(status, last_error=_last_error(files, restarts, list(jobs), status.group))
 
 
-def newest_job(jobs: Sequence[JobRecord], known: Mapping[str, JobState]) -> tuple[JobRecord | None, JobState | None]:
-    """The newest job that waits or runs, else the newest, with what is known of it."""
-    for job in reversed(jobs):
-        told = _local_state(job) if job.scheduler == "local" else known.get(job.job_id)
-        if told is not None and told.is_active:
-            return job, told
-    newest = jobs[-1] if jobs else None
-    return newest, known.get(newest.job_id) if newest is not None and newest.scheduler == "slurm" else None
-
-
 def count_restarts(restarts: Sequence[RestartRecord], known: Mapping[str, JobState]) -> int:
     """How often a run was started again: SLURM counts what it did to each job of the run, we record what we asked for."""
     counts = {job_id: state.restarts for job_id, state in known.items()}
-    for record in restarts:
-        asked = record.restart + (record.decision == "requeue")
-        counts[record.job_id] = max(counts.get(record.job_id, 0), asked)
-    return sum(counts.values()) + sum(record.decision == "resubmit" for record in restarts)
+    # A start that SLURM would not requeue has two records: the later one says what became of it.
+    last = {(record.job_id, record.restart): record.decision for record in restarts}
+    for (job_id, restart), decision in last.items():
+        counts[job_id] = max(counts.get(job_id, 0), restart + (decision == "requeue"))
+    return sum(counts.values()) + sum(decision == "resubmit" for decision in last.values())
 
 
 def _read_jobs(names: Mapping[Path, str]) -> tuple[dict[Path, list[JobRecord]], dict[Path, str]]:
@@ -213,7 +202,7 @@ def _read_jobs(names: Mapping[Path, str]) -> tuple[dict[Path, list[JobRecord]], 
     for run in names:
         try:
             jobs[run] = JobFiles(run).jobs()
-        except UserError as error:
+        except (UserError, PermissionError) as error:
             damaged[run] = str(error)
     return jobs, damaged
 
@@ -226,49 +215,37 @@ def _ask(jobs: Sequence[JobRecord]) -> tuple[dict[str, JobState], str]:
         return {}, str(error)
 
 
-def _local_state(job: JobRecord) -> JobState | None:
-    is_running = local_jobs.find_controller(job) is not None
-    return JobState("RUNNING", "", None, socket.gethostname()) if is_running else None
-
-
 def _judge(
-    folder: RunFolder, files: JobFiles, restarts: Sequence[RestartRecord], job: JobRecord | None, told: JobState | None
+    folder: RunFolder,
+    restarts: Sequence[RestartRecord],
+    job: JobRecord | None,
+    told: JobState | None,
+    holder: LockOwner | None,
 ) -> JobState:
     """SLURM's word where it has one, else what the folder tells."""
     if told is not None and told.is_active:
         return told
     if folder.is_finished:
         return JobState(FINISHED, nodes=told.nodes if told is not None else "")
-    owner = read_owner(folder.lock_path)
-    if owner is not None and is_held(owner, folder.lock_path):
-        return JobState("RUNNING", f"by {owner}", nodes=owner.host)
+    if holder is not None:
+        return JobState("RUNNING", f"by {holder}", nodes=holder.host)
     if told is not None and told.state != UNKNOWN:
         return told
     is_settling = told is None or (job is not None and time.time() - job.time < _SETTLING_S)
     has_stopped = bool(restarts) and job is not None and restarts[-1].job_id == job.job_id and restarts[-1].decision == "stop"
     if job is not None and job.scheduler == "slurm" and is_settling and not has_stopped:
         return JobState(UNKNOWN, told.reason if told is not None else "SLURM could not be asked")
-    reason = told.reason if told is not None else ""
+    reason, owner = told.reason if told is not None else "", read_owner(folder.lock_path)
     if owner is not None:
         reason = f"{owner} is gone"
-    return JobState(_judge_ended(folder, files, restarts, was_locked=owner is not None), reason)
+    return JobState(_judge_ended(folder, restarts, was_locked=owner is not None), reason)
 
 
-def _judge_ended(folder: RunFolder, files: JobFiles, restarts: Sequence[RestartRecord], *, was_locked: bool) -> str:
+def _judge_ended(folder: RunFolder, restarts: Sequence[RestartRecord], *, was_locked: bool) -> str:
     """The state of a run that neither runs nor waits nor is finished."""
-    if was_locked or files.failure() is not None or (restarts and restarts[-1].decision == "stop"):
+    if was_locked or folder.read_failure() is not None or (restarts and restarts[-1].decision == "stop"):
         return FAILED
     return STOPPED if folder.metrics_path.exists() or restarts else NEW
-
-
-def is_held(owner: LockOwner, lock_path: Path) -> bool:
-    """Whoever locked a run folder still lives: its process where that is this machine's, else its heartbeat."""
-    if owner.host == socket.gethostname() and owner.pid_space == pid_space():
-        return is_alive(owner)
-    try:
-        return time.time() - lock_path.stat().st_mtime < STALE_SECONDS
-    except FileNotFoundError:
-        return False
 
 
 def _last_error(files: JobFiles, restarts: Sequence[RestartRecord], jobs: list[JobRecord], group: Group) -> str | None:

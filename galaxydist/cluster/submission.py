@@ -1,24 +1,30 @@
 """From requests to jobs: the snapshot, the batch script, the run folder's record. Light: a job sends itself again with it."""
 
+import contextlib
 import dataclasses
+import os
 import secrets
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from galaxydist.cluster.executor import JobExecutor, build_executor, explain_refusal
-from galaxydist.cluster.profile import ResolvedCluster
+from galaxydist.cluster.active import find_holder, newest_job
+from galaxydist.cluster.executor import JobExecutor, SlurmExecutor, build_executor, explain_refusal
+from galaxydist.cluster.profile import ClusterConfig, ResolvedCluster
+from galaxydist.cluster.programs import SchedulerAwayError
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.request_file import JobRequest, RequestFile
-from galaxydist.cluster.scheduler import read_states
+from galaxydist.cluster.scheduler import cancel_jobs, read_states
+from galaxydist.cluster.sending import adopt_settings, plain_environment, signals_later
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.cluster.work import run_request
 from galaxydist.errors import UserError
 from galaxydist.recipe.identity import run_name
 from galaxydist.recipe.load import ResolvedRecipe
+from galaxydist.runs.folder import RunFolder
 
 __all__ = ["JobRequest", "build_request", "check_idle", "script_of", "submit_again", "submit_requests"]
 
@@ -32,24 +38,27 @@ def build_request(resolved: ResolvedRecipe, arguments: Sequence[str]) -> JobRequ
     """
     recipe = resolved.recipe
     run_dir = (recipe.run.dir or recipe.run.root / run_name(recipe)).expanduser().absolute()
-    return JobRequest(tuple(arguments), run_dir, resolved.path.absolute())
+    return JobRequest(tuple(arguments), run_dir, resolved.path.absolute(), recipe.name)
 
 
 def check_idle(run_dir: Path) -> None:
     """Refuse a run that is queued or running already.
 
     Raises:
-        UserError: with its job.
+        UserError: with its job, or with the process that works in its folder.
     """
-    jobs = JobFiles(run_dir).jobs()
-    if not jobs or jobs[-1].scheduler != "slurm":  # a process of this machine has locked the folder
-        return
-    job_id = jobs[-1].job_id
-    found = read_states([job_id])[job_id]
-    if found.is_active:
+    jobs, lock_path = JobFiles(run_dir).jobs(), RunFolder(run_dir).lock_path
+    states = read_states(list(dict.fromkeys(job.job_id for job in jobs if job.scheduler == "slurm")))
+    job, found = newest_job(jobs, states)
+    if job is not None and found is not None and found.is_active:
         raise UserError(
-            f"{run_dir} is {found.state.lower()} as job {job_id} already. Follow it with `galaxydist status {run_dir}`, or end "
-            f"it first with `galaxydist cancel {run_dir}`."
+            f"{run_dir} is {found.state.lower()} as job {job.job_id} already. Follow it with `galaxydist status {run_dir}`, or "
+            f"end it first with `galaxydist cancel {run_dir}`."
+        )
+    if (holder := find_holder(lock_path, states)) is not None:
+        raise UserError(
+            f"{run_dir} is in use by {holder}, which no galaxydist submit has started. Wait until that has ended, or stop it: "
+            "both would write to the same folder."
         )
 
 
@@ -80,7 +89,7 @@ def submit_requests(
     """
     submission = _prepare(requests, cluster, folder=folder, name=name)
     submission.write()
-    return _send(submission, cluster_name=cluster.config.name, parallel=parallel, after=after)
+    return _send(submission, parallel=parallel, after=after)
 
 
 def submit_again(submission: RequestFile, run_dir: Path, *, resubmits: str) -> str:
@@ -97,23 +106,37 @@ def submit_again(submission: RequestFile, run_dir: Path, *, resubmits: str) -> s
     request = next(request for request in submission.requests if request.run_dir == run_dir)
     again = dataclasses.replace(submission, path=_request_path(submission.folder), requests=(request,))
     again.write()
-    (job_id,) = _send(again, cluster_name=submission.cluster.name, resubmits=resubmits)
+    (job_id,) = _send(again, resubmits=resubmits)
     return job_id
 
 
 def script_of(requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folder: Path, name: str) -> str:
-    """The batch script that would be submitted; nothing is written or sent."""
+    """The batch script that would be submitted; nothing is written or sent.
+
+    Raises:
+        UserError: there is none for processes of this machine.
+    """
     code = folder.absolute() / "code" / "SNAPSHOT"
     submission = RequestFile(
-        folder.absolute() / "requests-ID.json", tuple(requests), cluster.config, cluster.arguments, code, folder.absolute(), name
+        folder.absolute() / "requests-ID.json",
+        tuple(requests),
+        adopt_settings(cluster.config, os.environ),
+        cluster.arguments,
+        code,
+        folder.absolute(),
+        name,
     )
-    return _executor(submission).script(len(requests))
+    executor = _executor(submission) if cluster.config.scheduler == "slurm" else None
+    if not isinstance(executor, SlurmExecutor):
+        raise UserError("cluster=local starts processes on this machine: there is no batch script to show")
+    return executor.script(len(requests))
 
 
 def _prepare(requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folder: Path, name: str) -> RequestFile:
     folder = folder.absolute()
-    code = take_snapshot(folder / "code", {request.recipe_path.stem: request.recipe_path for request in requests})
-    return RequestFile(_request_path(folder), tuple(requests), cluster.config, cluster.arguments, code, folder, name)
+    code = take_snapshot(folder / "code", {request.recipe_name: request.recipe_path for request in requests})
+    config = adopt_settings(cluster.config, os.environ)
+    return RequestFile(_request_path(folder), tuple(requests), config, cluster.arguments, code, folder, name)
 
 
 def _request_path(folder: Path) -> Path:
@@ -142,39 +165,48 @@ def _executor(submission: RequestFile, parallel: int | None = None, after: str |
 def _send(
     submission: RequestFile,
     *,
-    cluster_name: str,
     parallel: int | None = None,
     after: str | None = None,
     resubmits: str | None = None,
 ) -> list[str]:
-    executor = _executor(submission, parallel, after)
+    executor, cluster = _executor(submission, parallel, after), submission.cluster
     calls = [partial(run_request, _job_arguments(request, submission.code), request.run_dir) for request in submission.requests]
-    with explain_refusal(cluster_name):
+    sent_at = time.time()  # before a job can end
+    with signals_later(), plain_environment(), explain_refusal(cluster.name):
         jobs = executor.submit_array(calls) if len(calls) > 1 else [executor.submit(calls[0])]
-    for request, job in zip(submission.requests, jobs, strict=True):
-        JobFiles(request.run_dir).append_job(_record(submission, request, job.job_id, resubmits))
+        with _end_unless_recorded([job.job_id for job in jobs], cluster):
+            for request, job in zip(submission.requests, jobs, strict=True):
+                record = JobRecord(
+                    job_id=job.job_id,
+                    scheduler=cluster.scheduler,
+                    cluster=cluster.name,
+                    time=sent_at,
+                    nodes=cluster.nodes,
+                    tasks=cluster.num_tasks,
+                    time_limit_min=cluster.time_min,
+                    code=submission.code,
+                    folder=submission.folder,
+                    arguments=request.arguments,
+                    cluster_arguments=submission.cluster_arguments,
+                    resubmits=resubmits,
+                )
+                JobFiles(request.run_dir).append_job(record)
     return [job.job_id for job in jobs]
+
+
+@contextlib.contextmanager
+def _end_unless_recorded(job_ids: Sequence[str], cluster: ClusterConfig) -> Iterator[None]:
+    """A job that stands in no run folder would be sent a second time."""
+    try:
+        yield
+    except BaseException:
+        if cluster.scheduler == "slurm":
+            with contextlib.suppress(SchedulerAwayError):
+                cancel_jobs(job_ids)
+        raise
 
 
 def _job_arguments(request: JobRequest, code: Path) -> tuple[str, ...]:
     """The same recipe from the snapshot: a file that is edited later does not change the run."""
     kept = [argument for argument in request.arguments if not argument.startswith(("recipe=", "run.dir=", "run.root="))]
-    return (f"recipe={code / 'recipes' / request.recipe_path.name}", *kept, f"run.dir={request.run_dir}")
-
-
-def _record(submission: RequestFile, request: JobRequest, job_id: str, resubmits: str | None) -> JobRecord:
-    cluster = submission.cluster
-    return JobRecord(
-        job_id=job_id,
-        scheduler=cluster.scheduler,
-        cluster=cluster.name,
-        time=time.time(),
-        nodes=cluster.nodes,
-        tasks=cluster.num_tasks,
-        time_limit_min=cluster.time_min,
-        code=submission.code,
-        folder=submission.folder,
-        arguments=request.arguments,
-        cluster_arguments=submission.cluster_arguments,
-        resubmits=resubmits,
-    )
+    return (f"recipe={code / 'recipes' / f'{request.recipe_name}.yaml'}", *kept, f"run.dir={request.run_dir}")

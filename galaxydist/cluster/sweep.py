@@ -146,9 +146,9 @@ def _same_names(trials: Sequence[Trial]) -> Iterator[str]:
     """Recipes of one name from several files: a submission keeps a copy of each under its name."""
     paths: dict[str, Path] = {}
     for trial in trials:
-        path = trial.resolved.path
-        if paths.setdefault(path.stem, path) != path:
-            yield f"two recipes have the name {path.stem}: {paths[path.stem]} and {path}; rename one"
+        name, path = trial.resolved.recipe.name, trial.resolved.path
+        if paths.setdefault(name, path) != path:
+            yield f"two recipes have the name {name}: {paths[name]} and {path}; rename one"
 
 
 class _Problems:

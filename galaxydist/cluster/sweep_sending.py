@@ -1,9 +1,7 @@
 """Sending a sweep's trials: arrays that the cluster takes, or a few processes at a time on this machine."""
 
-import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from galaxydist.cluster.submission import JobRequest, build_request
 from galaxydist.cluster.sweep import Trial
@@ -38,8 +36,7 @@ def submit_arrays(trials: Sequence[Trial], *, send: Send, chunk_size: int, paral
         chunk = trials[start : start + chunk_size]
         after = array_of(job_ids[-1]) if job_ids else None
         try:
-            with _interrupt_later():
-                sent = send([build_request(trial.resolved, trial.arguments) for trial in chunk], parallel, after)
+            sent = send([build_request(trial.resolved, trial.arguments) for trial in chunk], parallel, after)
         except UserError as error:
             if not job_ids:
                 raise
@@ -94,22 +91,3 @@ def run_here(
 def array_of(job_id: str) -> str:
     """``123`` of ``123_4``."""
     return job_id.partition("_")[0]
-
-
-@contextmanager
-def _interrupt_later() -> Iterator[None]:
-    """Ctrl-C waits until this is done: an array that SLURM has taken must also stand in the run folders.
-
-    What is started meanwhile does not hear SIGINT either: the terminal sends it to sbatch too, and a blocked signal stays blocked
-    in what is started. The handler is for threads of libraries, which may take the signal in the place of this one.
-    """
-    heard: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-    if heard:
-        raise KeyboardInterrupt

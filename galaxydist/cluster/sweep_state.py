@@ -4,14 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from galaxydist.cluster.local_jobs import find_controller
+from galaxydist.cluster.active import find_holder, local_state, newest_job
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.scheduler import WAITING_STATES, JobState
-from galaxydist.cluster.status import is_held
 from galaxydist.cluster.sweep import Trial
 from galaxydist.evaluation.report import read_evaluation
 from galaxydist.runs.folder import RunFolder
-from galaxydist.runs.lock_owner import read_owner
 
 LOCAL_ENDED = "ENDED"
 
@@ -99,29 +97,24 @@ def read_facts(trials: Sequence[Trial], read_states: ReadStates) -> list[TrialFa
 
 def _facts_of(trial: Trial, jobs: Sequence[JobRecord], states: Mapping[str, JobState]) -> TrialFacts:
     folder = RunFolder(trial.run_dir)
-    found = [(job.job_id, _local_state(job) if job.scheduler == "local" else states[job.job_id]) for job in jobs]
-    # A run that was submitted several times: the job that is on its way counts, else the last.
-    active = [(job_id, state) for job_id, state in found if state.is_active]
-    job_id, state = (active or found)[-1] if found else (None, None)
+    job, state = newest_job(jobs, states)
+    if job is not None and state is None:
+        state = JobState(LOCAL_ENDED)
     failure = folder.read_failure()
     return TrialFacts(
         is_started=folder.is_started,
         is_finished=folder.is_finished,
         missing=_missing(trial, folder),
-        job_id=job_id,
+        job_id=job.job_id if job is not None else None,
         state=state,
-        holder=_holder(folder),
+        holder=_holder(folder, states),
         failure=_describe(failure) if failure is not None else None,
     )
 
 
 def is_local_job_running(job: JobRecord) -> bool:
     """submitit's process of a local job still runs on this machine."""
-    return find_controller(job) is not None
-
-
-def _local_state(job: JobRecord) -> JobState:
-    return JobState("RUNNING" if is_local_job_running(job) else LOCAL_ENDED)
+    return local_state(job) is not None
 
 
 def _missing(trial: Trial, folder: RunFolder) -> tuple[str, ...]:
@@ -145,12 +138,10 @@ def _folders_in(place: Path) -> list[Path]:
     return sorted(path for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
 
 
-def _holder(folder: RunFolder) -> str | None:
-    """A process that works in the folder. A job's is left out: of jobs the scheduler knows more."""
-    owner = read_owner(folder.lock_path)
-    if owner is None or owner.job_id is not None:
-        return None
-    return str(owner) if is_held(owner, folder.lock_path) else None
+def _holder(folder: RunFolder, states: Mapping[str, JobState]) -> str | None:
+    """A process that works in the folder, but none of a job that is over."""
+    holder = find_holder(folder.lock_path, states)
+    return str(holder) if holder is not None else None
 
 
 def _describe(failure: Mapping[str, object]) -> str:

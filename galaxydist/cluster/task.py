@@ -21,9 +21,10 @@ def main(folder: str) -> None:
     Args:
         folder: submitit's.
     """
-    # Until the training takes them over: nothing is done yet that could be lost, so there is nothing to save.
+    # Before the training takes them over, and after it has: nothing is done that could be lost, so there is nothing to save.
     for number in STOP_SIGNALS:
         signal.signal(number, _leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see LocalExecutor
 
     from submitit.core.job_environment import JobEnvironment
     from submitit.core.submission import process_job
@@ -39,7 +40,7 @@ def main(folder: str) -> None:
 
 def _leave(number: int, _frame: FrameType | None) -> None:
     # Not 75: srun would kill the ranks that are a moment behind. The batch script sees that the run is not finished.
-    os.write(2, f"galaxydist: stopped by signal {number} before the training began\n".encode())
+    os.write(2, f"galaxydist: stopped by signal {number} outside of the training\n".encode())
     os._exit(0)
 
 

@@ -3,17 +3,22 @@
 import os
 import sys
 import traceback
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 from galaxydist.cluster.interface import find_interface
 from galaxydist.cluster.output import output_to
 from galaxydist.cluster.records import JobFiles
-from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, UserError
-from galaxydist.runs.folder import RunFolder
+from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError
+from galaxydist.runs.folder import FailureKind, RunFolder
+from galaxydist.runs.lock_owner import job_of, restart_of, start_of
 from galaxydist.training.launch import launch
 
 LOOPBACK = "127.0.0.1"
+FIRST_PORT, NUM_PORTS = 12_000, 20_000
 
 
 def run_request(arguments: tuple[str, ...], run_dir: Path) -> None:
@@ -33,25 +38,31 @@ def run_request(arguments: tuple[str, ...], run_dir: Path) -> None:
         raise UserError(f"{run_dir.parent} is not there on this node: run folders must be on a file system that all nodes share")
     environ = os.environ
     rank = adopt_job(environ)
-    files, folder = JobFiles(run_dir), RunFolder(run_dir)
-    if rank == 0:
-        folder.clear_failure()
+    files = JobFiles(run_dir)
     print(f"galaxydist: output goes to {files.rank_log(rank)}", flush=True)
     with output_to(files.rank_log(rank)):
         print(describe_task(environ), flush=True)
-        code = _launch(arguments, environ)
-        if code == EXIT_BAD_INPUT:
-            folder.write_failure("bad_input", None, f"exit code {code}; logs/{files.rank_log(rank).name} says why")
+        code = _launch(arguments, environ, partial(_note, RunFolder(run_dir), start_of(environ), rank))
     if code not in (0, EXIT_STOPPED):
         sys.exit(code)
 
 
-def _launch(arguments: tuple[str, ...], environ: MutableMapping[str, str]) -> int:
+def _launch(arguments: tuple[str, ...], environ: MutableMapping[str, str], note: Callable[[Exception], None]) -> int:
     try:
-        return launch(arguments, environ)
-    except Exception:
+        return launch(arguments, environ, note)
+    except Exception as error:
         traceback.print_exc()  # into the rank's own log
+        note(error)
         return EXIT_FAILED
+
+
+def _note(folder: RunFolder, start: str | None, rank: int, error: Exception) -> None:
+    """For the batch script, unless the training has said it already."""
+    kind: FailureKind = "bad_input" if isinstance(error, UserError) else "crash"
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    where = f" (rank {rank})" if rank else ""
+    with suppress(OSError, UserError):  # the disk may be what failed
+        folder.write_failure(kind, None, f"{text}{where}", start=start)
 
 
 def adopt_job(environ: MutableMapping[str, str]) -> int:
@@ -63,6 +74,8 @@ def adopt_job(environ: MutableMapping[str, str]) -> int:
     from submitit.helpers import TorchDistributedEnvironment
 
     job = JobEnvironment()
+    # submitit takes over a port of the submitting shell, and gives a restart the port of the start before.
+    environ["MASTER_PORT"] = str(master_port(job.job_id, restart_of(environ)))
     distributed = TorchDistributedEnvironment()
     if job.num_nodes == 1:
         distributed.master_addr = LOOPBACK  # whatever the node's name resolves to
@@ -73,11 +86,15 @@ def adopt_job(environ: MutableMapping[str, str]) -> int:
     return distributed.rank
 
 
+def master_port(job_id: str, restart: int) -> int:
+    """A port of this start of this job, below those that Linux gives to outgoing connections (32768 and above)."""
+    return FIRST_PORT + crc32(f"{job_id}.{restart}".encode()) % NUM_PORTS
+
+
 def describe_task(environ: MutableMapping[str, str]) -> str:
     """A line for the log: which start of which job this is, where, and what it sees."""
-    job = environ.get("SLURM_JOB_ID", "local")
     parts = [
-        f"job {job}, restart {environ.get('SLURM_RESTART_COUNT', '0')}",
+        f"job {job_of(environ) or 'local'}, restart {restart_of(environ)}",
         f"rank {environ['RANK']} of {environ['WORLD_SIZE']}",
         f"on {environ.get('SLURMD_NODENAME', 'this machine')}",
         f"process {os.getpid()}",

@@ -11,6 +11,7 @@ from galaxydist.models.custom_cnn import CustomCNN
 from galaxydist.models.d4_cnn import D4CNN
 from galaxydist.models.frozen import freeze_backbone
 from galaxydist.models.published import find_weights
+from galaxydist.models.reference import VGG_HIDDEN, ReferenceCNN, build_reference_vit, build_vgg_head
 from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, check_config, timm_name
 from galaxydist.models.weights import Statistics, load_weights, read_statistics, read_weights
 from galaxydist.recipe.schema import ModelConfig
@@ -33,7 +34,8 @@ def build_model(
 
     Args:
         num_classes: K.
-        image_size: pixels of the square images; any size from 16 (vgg: 32). A ViT pads to a multiple of 16.
+        image_size: pixels of the square images; any size from 16 (reference_vit: 25; vgg and reference_cnn: 32). A ViT pads to a
+            multiple of its patch.
         weights_dir: where ``fetch_weights`` put published weights; the local Hugging Face cache is looked in after it.
         say: told what was left out of a file or changed; only one process of many need listen.
 
@@ -48,8 +50,8 @@ def build_model(
     name = timm_name(config)
     model: nn.Module
     if name is None:
-        model = _build_own(num_classes, config)
-    elif config.name.startswith("vgg"):
+        model = _build_own(num_classes, image_size, config)
+    elif "vgg" in config.name:
         model = _build_vgg(name, num_classes, config)
     else:
         model = _build_timm(name, num_classes, image_size, config)
@@ -82,8 +84,12 @@ def input_statistics(config: ModelConfig) -> Statistics | None:
     return (r, g, b), (dr, dg, db)
 
 
-def _build_own(num_classes: int, config: ModelConfig) -> nn.Module:
+def _build_own(num_classes: int, image_size: int, config: ModelConfig) -> nn.Module:
     rates = config.drop_rate, config.drop_path_rate
+    if config.name == "reference_cnn":
+        return ReferenceCNN(num_classes, config.drop_rate)
+    if config.name == "reference_vit":
+        return build_reference_vit(num_classes, image_size, *rates)
     if config.name == "d4_cnn":
         return D4CNN(num_classes, config.width, *rates)
     return CustomCNN(num_classes, config.width, *rates, norm=config.norm)
@@ -105,9 +111,10 @@ def _build_timm(name: str, num_classes: int, image_size: int, config: ModelConfi
 
 
 def _build_vgg(name: str, num_classes: int, config: ModelConfig) -> nn.Module:
-    """VGG's convolutions under a global average and one linear layer, in place of the two layers of 4,096 for 7 x 7 maps only.
+    """VGG's convolutions under another head than the published two layers of 4,096 for 7 x 7 maps only.
 
-    The variants with batch normalisation, which train at ordinary learning rates also from random weights.
+    Ours are the variants with batch normalisation, which train at ordinary learning rates also from random weights, under a
+    global average and one linear layer. The reference ones have neither.
     """
     import timm
     from timm.layers import ClassifierHead
@@ -115,7 +122,10 @@ def _build_vgg(name: str, num_classes: int, config: ModelConfig) -> nn.Module:
     # The published classifier would be 120 million parameters, made to be thrown away: mlp_ratio makes it one channel wide.
     model: Any = timm.create_model(name, num_classes=num_classes, mlp_ratio=1 / 4096)
     model.pre_logits = nn.Identity()
-    model.head = ClassifierHead(model.num_features, num_classes, pool_type="avg", drop_rate=config.drop_rate)
+    if config.name in VGG_HIDDEN:
+        model.head = build_vgg_head(config.name, model.num_features, num_classes, config.drop_rate)
+    else:
+        model.head = ClassifierHead(model.num_features, num_classes, pool_type="avg", drop_rate=config.drop_rate)
     model.head_hidden_size = model.num_features
     vgg: nn.Module = model
     return vgg

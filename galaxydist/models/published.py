@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from galaxydist.errors import UserError
-from galaxydist.models.registry import ARCHITECTURES, timm_name
+from galaxydist.models.registry import ARCHITECTURES, recipe_of, timm_name
 from galaxydist.models.weights import read_weights
 from galaxydist.recipe.schema import ModelConfig
 
@@ -21,7 +21,7 @@ def weights_file(config: ModelConfig, weights_dir: Path) -> Path:
 def fetch_command(config: ModelConfig) -> str:
     """What to type on a machine with network to get the published weights of ``config``'s architecture."""
     size = "" if config.size == "small" else f" model.size={config.size}"
-    return f"galaxydist weights fetch recipe={config.name}{size}"
+    return f"galaxydist weights fetch recipe={recipe_of(config.name)}{size}"
 
 
 def find_weights(config: ModelConfig, weights_dir: Path | None) -> Path:

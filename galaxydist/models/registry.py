@@ -20,6 +20,7 @@ class Architecture:
         has_published_weights: whether ``model.pretrained`` is possible.
         min_image_size: smallest image in pixels.
         has_drop_path: whether there are residual branches to drop.
+        recipe: name of the recipe that trains it; None: its own.
     """
 
     timm_names: dict[str, str] | None
@@ -28,6 +29,7 @@ class Architecture:
     has_published_weights: bool = True
     min_image_size: int = 16
     has_drop_path: bool = True
+    recipe: str | None = None
 
 
 _VIT_NAMES = {
@@ -38,18 +40,34 @@ _VIT_HEAD = ("head_drop", "head")
 # The classifier of the published VGGs (two layers of 4,096 on a 7 x 7 map, 120 million parameters) is replaced, see build.py.
 _VGG_UNUSED = ("pre_logits.",)
 
+
+def _vgg(name: str, recipe: str | None = None) -> Architecture:
+    return Architecture({"small": name}, ("head",), _VGG_UNUSED, min_image_size=32, has_drop_path=False, recipe=recipe)
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "custom_cnn": Architecture(None, ("drop", "head"), has_published_weights=False),
     "d4_cnn": Architecture(None, ("drop", "head"), has_published_weights=False),
     "resnet18": Architecture({"small": "resnet18.a1_in1k"}, ("fc",)),
     "resnet26": Architecture({"small": "resnet26.bt_in1k"}, ("fc",)),
     "resnet50": Architecture({"small": "resnet50.a1_in1k"}, ("fc",)),
-    "vgg16": Architecture({"small": "vgg16_bn.tv_in1k"}, ("head",), _VGG_UNUSED, min_image_size=32, has_drop_path=False),
-    "vgg19": Architecture({"small": "vgg19_bn.tv_in1k"}, ("head",), _VGG_UNUSED, min_image_size=32, has_drop_path=False),
+    "vgg16": _vgg("vgg16_bn.tv_in1k"),
+    "vgg19": _vgg("vgg19_bn.tv_in1k"),
     "vit": Architecture(_VIT_NAMES, _VIT_HEAD),
     "vit_scratch": Architecture(_VIT_NAMES, _VIT_HEAD, has_published_weights=False),
+    "reference_vgg16": _vgg("vgg16.tv_in1k", "reference/vgg16"),
+    "reference_vgg19": _vgg("vgg19.tv_in1k", "reference/vgg19"),
+    "reference_cnn": Architecture(
+        None, ("drop", "head"), has_published_weights=False, min_image_size=32, has_drop_path=False, recipe="reference/custom_cnn"
+    ),
+    "reference_vit": Architecture(None, _VIT_HEAD, has_published_weights=False, min_image_size=25, recipe="reference/vit"),
 }
 MODEL_NAMES = tuple(ARCHITECTURES)
+
+
+def recipe_of(name: str) -> str:
+    """The name of the recipe that ships for an architecture."""
+    return ARCHITECTURES[name].recipe or name
 
 
 def timm_name(config: ModelConfig) -> str | None:

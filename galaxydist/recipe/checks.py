@@ -6,9 +6,10 @@ from typing import Any
 from galaxydist.recipe.draft import Check
 from galaxydist.recipe.fields import recipe_fields, suggest
 
-VIT_PATCH = 16  # pixels; both ViTs are /16
+PATCHES = {"vit": 16, "vit_scratch": 16, "reference_vit": 25}  # pixels
 ORIENTATIONS = 8  # of d4_cnn: flips and quarter turns
-OWN = ("custom_cnn", "d4_cnn")  # architectures without published weights, of any width
+ANY_WIDTH = ("custom_cnn", "d4_cnn")
+UNPUBLISHED = (*ANY_WIDTH, "reference_cnn", "reference_vit")  # architectures without published weights
 
 
 def _start(pretrained: bool, weights: Any) -> str | None:
@@ -16,7 +17,7 @@ def _start(pretrained: bool, weights: Any) -> str | None:
 
 
 def _published(pretrained: bool, name: str) -> str | None:
-    if pretrained and name in OWN:
+    if pretrained and name in UNPUBLISHED:
         return f"there are no published weights of {name}; set model.pretrained=false"
     if pretrained and name == "vit_scratch":
         return "vit_scratch starts from random weights; use model.name=vit, or model.pretrained=false"
@@ -44,10 +45,11 @@ def _quarter_turns(rotate: str, zoom: float, shift: float) -> str | None:
 
 
 def _patches(name: str, image_size: int) -> str | None:
-    if name in ("vit", "vit_scratch") and image_size % VIT_PATCH:
-        lower = max(VIT_PATCH, image_size // VIT_PATCH * VIT_PATCH)
-        return f"{name} needs a multiple of {VIT_PATCH} pixels; try {lower} or {image_size // VIT_PATCH * VIT_PATCH + VIT_PATCH}"
-    return None
+    patch = PATCHES.get(name)
+    if patch is None or image_size % patch == 0:
+        return None
+    below = image_size // patch * patch
+    return f"{name} needs a multiple of {patch} pixels; try {f'{below} or ' if below else ''}{below + patch}"
 
 
 def _size(name: str, size: str) -> str | None:
@@ -59,7 +61,7 @@ def _width(name: str, width: int) -> str | None:
     if name == "d4_cnn" and width % ORIENTATIONS:
         lower = max(ORIENTATIONS, width // ORIENTATIONS * ORIENTATIONS)
         return f"d4_cnn needs a multiple of its {ORIENTATIONS} orientations; try {lower} or {lower + ORIENTATIONS}"
-    return f"{name} has a fixed width; leave model.width out" if width != default and name not in OWN else None
+    return f"{name} has a fixed width; leave model.width out" if width != default and name not in ANY_WIDTH else None
 
 
 def _norm(name: str, norm: str) -> str | None:

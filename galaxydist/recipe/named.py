@@ -59,7 +59,7 @@ def load_config(
             _override(key, setting, draft, is_text=False)
     for key, text in overrides.items():
         _override(key, Setting(text, COMMAND_LINE), draft, is_text=True)
-    draft.values["name"] = path.stem if path is not None else ""
+    draft.values["name"] = _name_of(path, folders) if path is not None else ""
     draft.origins["name"] = FILE_NAME
     config = draft.finish()
     assert path is not None, "a missing file is a problem, and problems raise"
@@ -67,12 +67,24 @@ def load_config(
 
 
 def list_files(folders: Sequence[Path]) -> dict[str, Path]:
-    """Name -> file, of every YAML file that would be found by its name."""
+    """Name -> file, of every YAML file that would be found by its name: ``vit``, or ``reference/vit`` for one in a subfolder."""
     found: dict[str, Path] = {}
     for folder in folders:
-        for path in sorted(folder.glob("*.yaml")):
-            found.setdefault(path.stem, path)
+        for path in sorted([*folder.glob("*.yaml"), *folder.glob("[!.]*/*.yaml")]):
+            found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
     return dict(sorted(found.items()))
+
+
+def _name_of(path: Path, folders: Sequence[Path]) -> str:
+    """What a file's configuration is called: one word for names of files, ``reference-vit`` for ``reference/vit``.
+
+    It is the same whether the file was given by its name or by its path.
+    """
+    inside = path.parent.resolve()
+    for folder in folders:
+        if inside.is_relative_to(folder.resolve()):
+            return "-".join([*inside.relative_to(folder.resolve()).parts, path.stem])
+    return path.stem
 
 
 def _override(written: str, setting: Setting, draft: Draft[S], *, is_text: bool) -> None:
@@ -113,18 +125,16 @@ def _find(named: Setting, folders: Sequence[Path], draft: Draft[S]) -> Path | No
     if not isinstance(name, str):
         draft.problems.append((origin, f"{argument}={shown(name)}: must be a {noun}'s name or file; {listed}"))
         return None
-    if name.endswith((".yaml", ".yml")) or "/" in name:
-        path = Path(name).expanduser()
-        if path.is_file():
-            return path
-        draft.problems.append((origin, f"{argument}={name}: there is no such file; {listed}"))
-        return None
-    if name not in known:
-        close = get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        draft.problems.append((origin, f"{argument}={name}: no such {noun}{hint} ({listed})"))
-        return None
-    return known[name]
+    if name in known:
+        return known[name]
+    is_path = name.endswith((".yaml", ".yml")) or "/" in name
+    if is_path and (path := Path(name).expanduser()).is_file():
+        return path
+    close = get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    what = f"there is no such file{hint}; {listed}" if is_path else f"no such {noun}{hint} ({listed})"
+    draft.problems.append((origin, f"{argument}={name}: {what}"))
+    return None
 
 
 def _read_file(path: Path, draft: Draft[S]) -> None:

@@ -12,7 +12,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from galaxydist.recipe.scalars import Location
 
 Variant = Literal["original", "balanced"]
-ModelName = Literal["custom_cnn", "d4_cnn", "resnet18", "resnet26", "resnet50", "vgg16", "vgg19", "vit", "vit_scratch"]
+ModelName = Literal[
+    "custom_cnn",
+    "d4_cnn",
+    "resnet18",
+    "resnet26",
+    "resnet50",
+    "vgg16",
+    "vgg19",
+    "vit",
+    "vit_scratch",
+    "reference_vgg16",
+    "reference_vgg19",
+    "reference_cnn",
+    "reference_vit",
+]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -220,7 +234,7 @@ class ResumeConfig(Section):
 class Recipe(Section):
     """One run, complete. Read-only: what is found out while running is kept elsewhere."""
 
-    name: str = Field(..., description="recipe name: the file's", min_length=1)
+    name: str = Field(..., description="recipe name: the file's, with that of its folder in recipes/", min_length=1)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of every random choice")
     order_version: Literal[1] = Field(1, description="version of order and chance; old runs keep theirs")
     data: DataConfig = DataConfig()

@@ -1,5 +1,6 @@
 """The run folder: where everything of one run lies, and what may change when the run goes on."""
 
+import contextlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,15 +184,21 @@ class RunFolder:
         content = read_json(self.failure_path)
         return content if isinstance(content, dict) and {"kind", "step", "error"} <= set(content) else None
 
-    def write_failure(self, kind: FailureKind, step: int | None, error: str) -> None:
-        """Note how this start failed, for whoever decides whether it is started again.
+    def write_failure(self, kind: FailureKind, step: int | None, error: str, *, start: str | None = None) -> None:
+        """Note how this start failed, for whoever decides whether it is started again. Of several that one start notes the
+        first stays: the others follow from it.
 
         Args:
             kind: what starting again would change: nothing (``bad_input``, ``nonfinite``), or perhaps something (``crash``).
             step: optimizer steps done, where that is known.
             error: a line.
+            start: of which job, see ``start_of``; None outside of a job.
         """
-        write_json(self.failure_path, {"kind": kind, "step": step, "error": error})
+        with contextlib.suppress(UserError):  # a damaged one is replaced
+            before = self.read_failure()
+            if start is not None and before is not None and before.get("start") == start:
+                return
+        write_json(self.failure_path, {"kind": kind, "step": step, "error": error, "start": start})
 
     def clear_failure(self) -> None:
         """A new start: what became of the last one does not count any more."""

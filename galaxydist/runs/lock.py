@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,6 +22,11 @@ _log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 20.0
 STALE_SECONDS = 300.0
+POLL_SECONDS = 2.0
+
+
+class InUseError(UserError):
+    """Another process has the run folder."""
 
 
 class RunLock:
@@ -37,6 +43,8 @@ class RunLock:
         clock: seconds since 1970.
         heartbeat_seconds: time between heartbeats.
         stale_seconds: age of a heartbeat from which another host's process is taken for dead.
+        is_patient: of an owner on another host that gives no sign of life, wait until its heartbeat is stale: a job that starts
+            just after another was killed must not end for that.
     """
 
     def __init__(
@@ -50,12 +58,14 @@ class RunLock:
         restart_count: int = 0,
         heartbeat_seconds: float = HEARTBEAT_SECONDS,
         stale_seconds: float = STALE_SECONDS,
+        is_patient: bool = False,
     ) -> None:
         self.path = path
         self.owner = LockOwner(host, pid, process_start(pid) or 0.0, pid_space(), job_id, restart_count, secrets.token_hex(8))
         self._clock = clock
         self._heartbeat_seconds = heartbeat_seconds
         self._stale_seconds = stale_seconds
+        self._is_patient = is_patient
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._is_lost = False
@@ -74,9 +84,7 @@ class RunLock:
             UserError: another process uses the folder, or it cannot be written.
         """
         try:
-            with explain_full_disk(self.path), _guard(self.path):
-                self._replace_dead_owner()
-                self._create()
+            self._take_when_free()
         except PermissionError as error:
             raise UserError(
                 f"The run folder {self.path.parent} cannot be written. Choose another with run.dir=FOLDER."
@@ -85,6 +93,23 @@ class RunLock:
         self._thread = threading.Thread(target=self._beat_until_stopped, name="run-lock-heartbeat", daemon=True)
         self._thread.start()
         atexit.register(self.release)
+
+    def _take_when_free(self) -> None:
+        waited_for: float | None = None  # the heartbeat that stands still
+        while True:
+            try:
+                with explain_full_disk(self.path), _guard(self.path):
+                    self._replace_dead_owner()
+                    self._create()
+                return
+            except InUseError as error:
+                heartbeat = self._heartbeat()
+                if not self._is_patient or heartbeat is None or waited_for not in (None, heartbeat) or self._is_owner_here():
+                    raise
+                if waited_for is None:
+                    _log.warning("%s This process waits for that, unless the other gives a sign of life.", error)
+                waited_for = heartbeat
+            time.sleep(min(POLL_SECONDS, self._stale_seconds))
 
     def release(self) -> None:
         """Stop the heartbeat and remove the lock file, if it is still this process's. May be called twice."""
@@ -186,17 +211,26 @@ class RunLock:
             raise self._in_use(moved)
         aside.unlink()
 
-    def _heartbeat_age(self) -> float:
-        try:
-            return self._clock() - self.path.stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
+    def _is_owner_here(self) -> bool:
+        """The owner is a process of this machine, of which it is known whether it lives."""
+        owner = read_owner(self.path)
+        return owner is not None and (owner.host, owner.pid_space) == (self.owner.host, self.owner.pid_space)
 
-    def _in_use(self, owner: LockOwner | None) -> UserError:
+    def _heartbeat(self) -> float | None:
+        try:
+            return self.path.stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    def _heartbeat_age(self) -> float:
+        heartbeat = self._heartbeat()
+        return self._clock() - heartbeat if heartbeat is not None else 0.0
+
+    def _in_use(self, owner: LockOwner | None) -> InUseError:
         age = self._heartbeat_age()
         folder = self.path.parent
         if owner is None:
-            return UserError(
+            return InUseError(
                 f"The run folder {folder} is being taken by another process just now. "
                 "Wait a minute and try again, or choose another folder with run.dir=FOLDER."
             )
@@ -204,7 +238,7 @@ class RunLock:
         wait = max(self._stale_seconds - age, 0)
         same_host = owner.host == self.owner.host and owner.pid_space == self.owner.pid_space
         gone = "" if same_host else f" If that process is gone, try again in {wait:.0f} s: the lock then counts as stale."
-        return UserError(
+        return InUseError(
             f"The run folder {folder} is in use by {owner} (last sign of life {max(age, 0):.0f} s ago). "
             f"Wait until it ends, stop it ({stop}), or choose another folder with run.dir=FOLDER.{gone}"
         )

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 
 from galaxydist.cores import wait_politely
 from galaxydist.errors import (
@@ -17,12 +17,17 @@ from galaxydist.errors import (
 )
 
 
-def launch(arguments: Sequence[str], environ: MutableMapping[str, str]) -> int:
+def launch(
+    arguments: Sequence[str],
+    environ: MutableMapping[str, str],
+    note: Callable[[Exception], None] = lambda _: None,
+) -> int:
     """Train what ``arguments`` name, and say what goes wrong, once for all ranks.
 
     Args:
         arguments: ``recipe=NAME`` and ``key=value`` overrides.
         environ: the process's environment.
+        note: told what went wrong, on the ranks that say it.
 
     Returns:
         The exit code.
@@ -36,10 +41,12 @@ def launch(arguments: Sequence[str], environ: MutableMapping[str, str]) -> int:
         if rank == 0 or not isinstance(error, EveryRankError):
             where = "" if isinstance(error, EveryRankError) or rank == 0 else f" (rank {rank})"
             print(f"galaxydist: error{where}: {error}", file=sys.stderr, flush=True)
+            note(error)
         return EXIT_BAD_INPUT
     except RunFailedError as error:
         if rank == 0 or isinstance(error, OneRankFailedError):
             print(f"galaxydist: error: {error}", file=sys.stderr, flush=True)
+            note(error)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -10,8 +10,10 @@ from typing import Any
 from galaxydist.errors import UserError
 from galaxydist.recipe.identity import flatten, result_fields, run_name
 from galaxydist.recipe.load import ResolvedRecipe
+from galaxydist.recipe.schema import Recipe
 from galaxydist.runs import checkpoints
-from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.checkpoint_folder import Checkpoint
+from galaxydist.runs.folder import RunFolder, compare_recipes
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.manifest import Manifest
 from galaxydist.training.world import World
@@ -49,6 +51,7 @@ def open_run_folder(world: World, resolved: ResolvedRecipe, manifest: Manifest) 
         clock=time.time,
         job_id=world.job_id,
         restart_count=world.restart_count,
+        is_patient=world.job_id is not None,
     )
     lock.acquire()
     try:
@@ -58,9 +61,15 @@ def open_run_folder(world: World, resolved: ResolvedRecipe, manifest: Manifest) 
         raise
 
 
-def _continue(folder: RunFolder, resolved: ResolvedRecipe, manifest: Manifest) -> dict[str, Any] | None:
-    """Compare with what the folder holds, and note the present recipe."""
-    recipe = resolved.recipe
+def check_continues(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> Checkpoint | None:
+    """See that recipe and data are those that a run folder was started with; nothing is changed.
+
+    Returns:
+        The newest checkpoint, without its tensors.
+
+    Raises:
+        UserError: naming what differs.
+    """
     newest = checkpoints.load(folder.checkpoints_dir, groups=())
     started_on = manifest.hash if newest is None else newest.state["data"]["manifest_hash"]
     if started_on != manifest.hash:
@@ -69,6 +78,16 @@ def _continue(folder: RunFolder, resolved: ResolvedRecipe, manifest: Manifest) -
             f"{manifest.hash[:12]} here). "
             "Give it the old shards with data.manifest=FILE, or start a new run with run.dir=FOLDER."
         )
+    if folder.is_started:
+        keys, force = result_fields(recipe).keys(), recipe.resume.force
+        compare_recipes(folder.read_recipe().recipe, flatten(recipe), result_keys=keys, force=force, place=str(folder))
+    return newest
+
+
+def _continue(folder: RunFolder, resolved: ResolvedRecipe, manifest: Manifest) -> dict[str, Any] | None:
+    """Compare with what the folder holds, and note the present recipe."""
+    recipe = resolved.recipe
+    newest = check_continues(folder, recipe, manifest)
     folder.continue_recipe(
         flatten(recipe),
         resolved.origins,

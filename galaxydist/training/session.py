@@ -16,6 +16,7 @@ from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.paths import data_root, weights_dir
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock
+from galaxydist.runs.lock_owner import start_of
 from galaxydist.runs.save_policy import SavePolicy
 from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest
@@ -186,7 +187,7 @@ class Session:
             kind = "bad_input"
         text = (str(error).splitlines() or [type(error).__name__])[0]
         with contextlib.suppress(OSError, UserError):  # the disk may be what failed
-            folder.write_failure(kind, step, text)
+            folder.write_failure(kind, step, text, start=start_of(self.environ))
 
     def _loop(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopFlag) -> int:
         """Train from where the state is; the signal that stopped it, or 0. When it returns, the last checkpoint is whole."""

@@ -1,5 +1,6 @@
 """What a run was trained on, for whoever judges it: no galaxy of that may be among those that it is judged on."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.training.data import TrainingData, has_split
+
+_log = logging.getLogger(__name__)
 
 # The split whose galaxies no model may have seen.
 JUDGED_SPLIT = "test"
@@ -40,6 +43,15 @@ def open_trained(trained_on: TrainingData, known: str, given: str | Path | None,
             raise UserError(
                 f"{FLAG} {manifest.location} has the classes {', '.join(manifest.class_names)}, the run was trained on "
                 f"{', '.join(trained_on.class_names)}: give the manifest of the shards that it was trained on"
+            )
+        if manifest.hash != trained_on.manifest_hash:
+            _log.warning(
+                "%s %s is not the manifest that the run was trained on (%s there, %s in its checkpoint): its galaxies are taken "
+                "for those of the run",
+                FLAG,
+                manifest.location,
+                manifest.hash[:12],
+                trained_on.manifest_hash[:12],
             )
         return manifest
     why = (

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from galaxydist.cores import bound_cores, cpu_quota, fair_share
 from galaxydist.errors import EveryRankError, RunFailedError, UserError
+from galaxydist.runs.lock_owner import job_of, restart_of
 from galaxydist.training.flight import set_flight_recorder
 
 Precision = Literal["no", "bf16", "fp16", "fp64"]
@@ -157,8 +158,8 @@ def enter_world(
         ranks_on_node=local_size,
         cores=1,
         precision=resolved,
-        job_id=environ.get("SLURM_JOB_ID"),
-        restart_count=int(environ.get("SLURM_RESTART_COUNT", "0")),
+        job_id=job_of(environ),
+        restart_count=restart_of(environ),
     )
     world = replace(world, cores=_share_cores(world))
     # Launchers set OMP_NUM_THREADS=1; the cores are there to be used.

@@ -143,25 +143,29 @@ def watch_signal() -> Iterator[SignalWatch]:
         signal.signal(signal.SIGUSR2, old)
 
 
-def look_for_signal(link: Link, watch: SignalWatch, environ: Mapping[str, str]) -> tuple[float | None, str | None]:
+def look_for_signal(
+    link: Link, watch: SignalWatch, environ: Mapping[str, str], *, limit_s: float = SIGNAL_S
+) -> tuple[float | None, str | None]:
     """Ask SLURM for the signal that it sends before a preemption or the time limit, and see when it comes.
 
     Args:
         link: of the ranks; all take part.
         watch: notes the signal; begun by all ranks before.
         environ: SLURM_JOB_ID and SLURM_STEP_ID.
+        limit_s: how long a rank waits for it.
 
     Returns:
         Seconds until it came (None: not), and why it was not sent.
     """
     if "SLURM_STEP_ID" not in environ:
         return None, "no SLURM"
+    watch.arrived = None  # one that came before, such as the time limit's, is no answer
     link.meet("signal/ready")
     start = time.monotonic()
     if link.rank == 0:
         link.tell("signal/error", _send_signal(f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"))
     error: str | None = link.hear("signal/error")
-    while error is None and watch.arrived is None and time.monotonic() - start < SIGNAL_S:
+    while error is None and watch.arrived is None and time.monotonic() - start < limit_s:
         time.sleep(LOOK_S)
     link.meet("signal/over")
     return (None if watch.arrived is None else max(watch.arrived - start, 0.0)), error

@@ -6,17 +6,21 @@ from pathlib import Path
 
 from galaxydist.cluster.doctor.check import Check, failure
 from galaxydist.cluster.doctor.merge import merge_reports
+from galaxydist.cluster.doctor.preemption import check_preemption
 from galaxydist.cluster.doctor.queue import LocalQueuedJob, QueuedJob, SlurmQueuedJob, has_ended, is_waiting
-from galaxydist.cluster.doctor.rank import Examination, examine_task
+from galaxydist.cluster.doctor.rank import MEETING_S, Examination, examine_task
 from galaxydist.cluster.doctor.report import RankReport, read_reports
 from galaxydist.cluster.executor import build_executor, explain_refusal
 from galaxydist.cluster.profile import ClusterConfig
 from galaxydist.cluster.scheduler import UNKNOWN, JobState
+from galaxydist.cluster.sending import plain_environment
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.errors import UserError
 
 # Longer than all parts of the examination take when every one of them fails by its limit.
 JOB_MIN = 15
+# The signal before the time limit is no part of the examination: as late as a profile of a minute or two has it.
+MOST_SIGNAL_S = 60
 LOOK_S = 1.0
 # A network file system may show the last reports so much later than SLURM the job's end.
 SETTLING_S = 10.0
@@ -24,7 +28,13 @@ LAST_LINES = 3
 
 
 def doctor_cluster(
-    cluster: ClusterConfig, *, runs: Path, data_dir: Path | None, wait_s: float, say: Callable[[str], None]
+    cluster: ClusterConfig,
+    *,
+    runs: Path,
+    data_dir: Path | None,
+    wait_s: float,
+    say: Callable[[str], None],
+    meeting_s: float = MEETING_S,
 ) -> list[Check]:
     """Submit a short job of the profile's size and judge what its ranks find.
 
@@ -34,14 +44,15 @@ def doctor_cluster(
         data_dir: the data root, where it was given.
         wait_s: how long the job may wait for its start.
         say: tells the user how it goes on.
+        meeting_s: how long a rank waits for the others.
     """
     folder = _new_folder(runs / "doctor", cluster.name)
-    short = cluster.model_copy(update={"time": min(cluster.time_min, JOB_MIN), "extra": (*cluster.extra, "no-requeue")})
+    short = short_profile(cluster)
     code = take_snapshot(runs / "doctor" / "code", {})
-    examination = Examination(folder, data_dir, cluster.scratch, cluster.gpus_per_node)
+    examination = Examination(folder, data_dir, cluster.scratch, cluster.gpus_per_node, meeting_s)
     try:
         executor = build_executor(short, folder / "output", name=f"doctor-{cluster.name}", code=code)
-        with explain_refusal(cluster.name):
+        with plain_environment(), explain_refusal(cluster.name):
             job = executor.submit(examine_task, examination)
     except UserError as error:
         said, _, remedy = str(error).partition("\n")
@@ -49,10 +60,21 @@ def doctor_cluster(
     queued: QueuedJob = LocalQueuedJob(job) if cluster.scheduler == "local" else SlurmQueuedJob(job.job_id)
     say(f"job {job.job_id}, {cluster.num_tasks} processes on {cluster.nodes} nodes; reports go to {folder}")
     try:
-        return _follow(queued, folder, short, wait_s)
+        return [*_follow(queued, folder, short, wait_s), *check_preemption(cluster)]
     finally:
         if not has_ended(queued.look()):
             queued.end()
+
+
+def short_profile(cluster: ClusterConfig) -> ClusterConfig:
+    """The profile for the doctor's job: short, and never requeued."""
+    return cluster.model_copy(
+        update={
+            "time": min(cluster.time_min, JOB_MIN),
+            "signal_s": min(cluster.signal_s, MOST_SIGNAL_S),
+            "requeue": "never",
+        }
+    )
 
 
 def _follow(job: QueuedJob, folder: Path, cluster: ClusterConfig, wait_s: float) -> list[Check]:
@@ -76,7 +98,7 @@ def _follow(job: QueuedJob, folder: Path, cluster: ClusterConfig, wait_s: float)
         else:
             started = now
         time.sleep(LOOK_S)
-    checks = merge_reports(reports, cluster.num_tasks, cluster.gpus_per_node)
+    checks = merge_reports(reports, cluster.num_tasks, cluster.gpus_per_node, in_container=cluster.container is not None)
     if len(reports) < cluster.num_tasks or not all(report.is_done for report in reports):
         checks.append(_broken_off(folder / "output", seen, bool(reports)))
     return checks

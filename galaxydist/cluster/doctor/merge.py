@@ -1,6 +1,6 @@
 """From what the ranks found, each for itself, to one table: what is alike is one line, what differs is named by host."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from galaxydist.cluster.doctor.check import LEVELS, Check, failure, ok, warning
 from galaxydist.cluster.doctor.merge_exchange import (
@@ -15,15 +15,24 @@ from galaxydist.cluster.doctor.report import RankReport
 from galaxydist.cluster.doctor.where import name_places
 
 MOST_GROUPS = 4
+BETWEEN_RANKS: tuple[Callable[[Sequence[RankReport]], list[Check]], ...] = (
+    check_meeting,
+    check_clocks,
+    check_shared_files,
+    check_bandwidth,
+)
 
 
-def merge_reports(reports: Sequence[RankReport], num_tasks: int, gpus_per_node: int) -> list[Check]:
+def merge_reports(
+    reports: Sequence[RankReport], num_tasks: int, gpus_per_node: int, *, in_container: bool = False
+) -> list[Check]:
     """The table of a job.
 
     Args:
         reports: of the ranks that wrote one, in their order.
         num_tasks: ranks that the job has.
         gpus_per_node: that the profile asks for.
+        in_container: the ranks run in one.
     """
     present = check_presence(reports, num_tasks)
     if not reports:
@@ -34,17 +43,15 @@ def merge_reports(reports: Sequence[RankReport], num_tasks: int, gpus_per_node: 
         checks += [check_same_versions(examined), check_cpus(examined)]
     if examined and gpus_per_node:
         checks.append(check_gpu_shares(examined, gpus_per_node))
-    parts: list[Callable[[Sequence[RankReport]], Iterable[Check]]] = [
-        check_addresses,
-        check_meeting,
-        check_clocks,
-        check_shared_files,
-        check_signals,
-        check_bandwidth,
-    ]
-    for part in parts:
-        checks += part(reports)
-    return checks
+    checks += [*check_addresses(reports), *check_signals(reports, in_container=in_container)]
+    together = [check for part in BETWEEN_RANKS for check in part(reports)]
+    return [*checks, *(together if num_tasks > 1 else _of_one_rank(together))]
+
+
+def _of_one_rank(checks: Sequence[Check]) -> list[Check]:
+    """A rank that meets itself has measured nothing; what does not work even so is told."""
+    alone = ok("between ranks", "one process: rendezvous, shared files and all-reduce are not measured (cluster.nodes=2 does)")
+    return [check for check in checks if check.level != "ok"] or [alone]
 
 
 def check_presence(reports: Sequence[RankReport], num_tasks: int) -> Check:
@@ -157,7 +164,9 @@ def check_gpu_shares(reports: Sequence[RankReport], gpus_per_node: int) -> Check
         text = f"ranks {', '.join(str(report.rank) for report in shared)} on {shared[0].host} share one GPU"
         return failure(name, text, "one task a GPU: set cluster.tasks_per_node to cluster.gpus_per_node (or 0)")
     seen = sorted({report.num_gpus for report in reports})
-    return ok(name, f"each rank has one of its own ({' or '.join(map(str, seen))} visible), all of them SLURM's")
+    counted = any(_names_uuids(report) for report in reports)
+    whose = "as many as SLURM gave (their unique ids cannot be compared)" if counted else "all of them SLURM's"
+    return ok(name, f"each rank has one of its own ({' or '.join(map(str, seen))} visible), {whose}")
 
 
 def _is_own(report: RankReport) -> bool:
@@ -168,8 +177,15 @@ def _is_own(report: RankReport) -> bool:
     if report.visible_gpus is None:
         return report.num_gpus <= len(given)
     visible = [number for number in report.visible_gpus.split(",") if number]
+    if _names_uuids(report):
+        return len(visible) <= len(given)
     renumbered = [str(number) for number in range(len(given))]
     return set(visible) <= set(given) or (set(visible) <= set(renumbered) and report.num_gpus <= len(given))
+
+
+def _names_uuids(report: RankReport) -> bool:
+    """CUDA_VISIBLE_DEVICES has unique ids, as it has for slices of GPUs (MIG-...); SLURM's variables have numbers."""
+    return any(name.startswith(("GPU-", "MIG-")) for name in (report.visible_gpus or "").split(","))
 
 
 def _without_figures(check: Check) -> tuple[str, str]:

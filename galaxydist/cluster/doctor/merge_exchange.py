@@ -100,20 +100,19 @@ def check_shared_files(reports: Sequence[RankReport]) -> list[Check]:
     return [ok("shared files", text)]
 
 
-def check_signals(reports: Sequence[RankReport]) -> list[Check]:
-    """Whether SIGUSR2, which SLURM sends before it takes the nodes away, reaches each rank."""
+def check_signals(reports: Sequence[RankReport], *, in_container: bool = False) -> list[Check]:
+    """Whether SIGUSR2, which SLURM sends before the time limit, reaches each rank; before a preemption: ``preemption.py``.
+
+    Args:
+        reports: of the ranks.
+        in_container: they run in one, which has SLURM's programs seldom.
+    """
     asked = [report for report in reports if "signal" in report.finished]
     if not asked or all(report.signal_error == "no SLURM" for report in asked):
         return []
     error = next((report.signal_error for report in asked if report.signal_error is not None), None)
     if error is not None:
-        return [
-            warning(
-                "signal",
-                f"not tried: scancel on the node says: {error}",
-                "SLURM's programs do not work on the nodes: tell its administrators",
-            )
-        ]
+        return [_not_tried(error, in_container=in_container)]
     deaf = [report for report in asked if report.signal_s is None]
     if deaf:
         text = f"SIGUSR2 did not reach {name_places(deaf, asked)}"
@@ -123,6 +122,16 @@ def check_signals(reports: Sequence[RankReport]) -> list[Check]:
         )
         return [failure("signal", text, remedy)]
     return [ok("signal", f"SIGUSR2 from SLURM reached all ranks within {max(report.signal_s or 0.0 for report in asked):.1f} s")]
+
+
+def _not_tried(error: str, *, in_container: bool) -> Check:
+    if in_container:
+        text = f"not tried: scancel cannot be called from inside the container ({error})"
+        remedy = "try it once with a run: `scancel --signal=USR2 JOB` on the login node must make it save and end"
+    else:
+        text = f"not tried: scancel on the node says: {error}"
+        remedy = "SLURM's programs do not work on the nodes: tell its administrators"
+    return warning("signal", text, remedy)
 
 
 def check_bandwidth(reports: Sequence[RankReport]) -> list[Check]:

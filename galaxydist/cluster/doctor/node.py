@@ -15,7 +15,8 @@ from galaxydist.cluster.doctor.machine import (
     num_cores,
 )
 from galaxydist.cluster.doctor.network import check_wandb
-from galaxydist.cluster.doctor.places import check_data_root, check_run_folders, check_scratch, check_shards, quota_left
+from galaxydist.cluster.doctor.places import check_data_root, check_run_folders, check_scratch, check_shards
+from galaxydist.cluster.doctor.room import quota_left
 from galaxydist.cluster.doctor.software import check_gpus, check_installation, check_matmul, find_gpus
 from galaxydist.cores import available_cores, bound_cores, cpu_quota
 
@@ -29,7 +30,7 @@ class Place:
     Args:
         data_root: the data root.
         runs: the folder of run folders.
-        scratch: of the profile; None: TMPDIR.
+        scratch: of the profile, perhaps with variables of the process; None: TMPDIR.
         gpus: that a process must see.
         ranks: processes of a job on the machine.
         devices: that a product of matrices is tried on; None: all.
@@ -66,7 +67,7 @@ def check_machine(place: Place, environ: Mapping[str, str]) -> list[Check]:
         check_shared_memory(SHARED_MEMORY),
         check_data_root(place.data_root, home, quota_left(home)),
         check_shards(place.data_root),
-        check_scratch(scratch),
+        check_scratch(scratch, environ),
         *check_run_folders(place.runs),
         check_wandb(environ),
     ]

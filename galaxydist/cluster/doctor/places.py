@@ -2,17 +2,15 @@
 
 import fcntl
 import os
-import re
 import secrets
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-import psutil
+from string import Template
 
 from galaxydist.cluster.doctor.check import Check, failure, ok, warning
+from galaxydist.cluster.doctor.room import find_mount, free_bytes
 from galaxydist.files import fsync_file, rename, write_bytes
 from galaxydist.recipe.paths import DATA_VARIABLE
 from galaxydist.recipe.schema import DataConfig
@@ -24,16 +22,15 @@ LEAST_IN_HOME = 20e9
 LEAST_ELSEWHERE = 5e9
 LEAST_SCRATCH = 5e9
 IN_MEMORY = {"tmpfs", "ramfs"}
-QUOTA_S = 10.0
 
 
-def check_data_root(root: Path, home: Path, quota_left: float) -> Check:
+def check_data_root(root: Path, home: Path, quota_left: float | None) -> Check:
     """Where data lie, how much room is left, and whether that is a HOME with a small quota.
 
     Args:
         root: the data root; it may not be there yet.
         home: the user's home folder.
-        quota_left: bytes of the user's quota on HOME's file system; infinity: none.
+        quota_left: bytes of the user's quota on HOME's file system; infinity: there is none; None: it is not known.
     """
     name = "data root"
     move = f"set {DATA_VARIABLE}=FOLDER to a large file system (project or scratch), or give --data-dir"
@@ -49,38 +46,18 @@ def check_data_root(root: Path, home: Path, quota_left: float) -> Check:
             return warning(name, f"{text}; what is there can be read", move)
         return failure(name, text, move)
     in_home = root.absolute().is_relative_to(home)
-    free = min(free_bytes(place), quota_left if in_home else float("inf"))
+    limit = quota_left if in_home and quota_left is not None else float("inf")
+    free = min(free_bytes(place), limit)
     text = f"{root}{'' if root.exists() else ' (not there yet)'}: {free / 1e9:.1f} GB free{', in HOME' if in_home else ''}"
     if free < (LEAST_IN_HOME if in_home else LEAST_ELSEWHERE):
         return warning(name, text, move)
+    if in_home and quota_left is None:
+        return warning(
+            name,
+            f"{text}, and its quota is not known here",
+            f"see what your site says of HOME's quota; where it is less than {LEAST_IN_HOME / 1e9:.0f} GB, {move}",
+        )
     return ok(name, text)
-
-
-def quota_left(home: Path, program: str = "quota") -> float:
-    """Bytes that the user may still write in HOME by its quota; infinity where there is none or nobody can tell.
-
-    Args:
-        home: the home folder.
-        program: quota(1).
-    """
-    if shutil.which(program) is None:
-        return float("inf")
-    command = [program, "--no-wrap", "--raw-grace", "--filesystem", str(home)]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=QUOTA_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return float("inf")
-    return read_quota(answer.stdout)
-
-
-def read_quota(text: str) -> float:
-    """Bytes left, from quota(1)'s table: file system, blocks of 1024 bytes (with a star when over), soft limit, hard limit."""
-    left = float("inf")
-    for used, soft, hard in re.findall(r"^\s*\S+\s+(\d+)\*?\s+(\d+)\s+(\d+)", text, re.MULTILINE):
-        limits = [int(limit) for limit in (soft, hard) if int(limit)]
-        if limits:
-            left = min(left, max(min(limits) - int(used), 0) * 1024.0)
-    return left
 
 
 def check_shards(root: Path) -> Check:
@@ -94,13 +71,22 @@ def check_shards(root: Path) -> Check:
     return warning("shards", text, f"{SOURCES[config.dataset]}, then galaxydist data shard (with the same {DATA_VARIABLE})")
 
 
-def check_scratch(folder: Path) -> Check:
+def check_scratch(told: Path, environ: Mapping[str, str]) -> Check:
     """Scratch space of a node, for caches.
 
     Args:
-        folder: the profile's, or TMPDIR.
+        told: the profile's, perhaps with variables (``$TMPDIR``, ``/local/${USER}``), or TMPDIR.
+        environ: of the process on the node, which has the variables' values.
     """
     remedy = "choose another folder (cluster.scratch, TMPDIR)"
+    try:
+        folder = Path(Template(str(told)).substitute(environ))
+    except KeyError as error:
+        return failure("scratch", f"{told}: ${error.args[0]} is not set there", f"set it (cluster.setup), or {remedy}")
+    except ValueError:
+        return failure("scratch", f"{told} cannot be read: $NAME or ${{NAME}} is replaced, nothing else", remedy)
+    if not folder.is_absolute():
+        return failure("scratch", f"{told} is {str(folder)!r} there, which is no whole path", remedy)
     try:
         with _own_folder(folder) as inside:
             write_bytes(inside / "trial", b"x" * 4096)
@@ -108,7 +94,7 @@ def check_scratch(folder: Path) -> Check:
     except OSError as error:
         return failure("scratch", f"{folder} cannot be written ({error.strerror})", remedy)
     text = f"{folder}: {free / 1e9:.1f} GB free"
-    if file_system(folder) in IN_MEMORY:
+    if find_mount(folder).kind in IN_MEMORY:
         return warning("scratch", f"{text}, in memory: what lies there is missing to the processes", remedy)
     return ok("scratch", text) if free >= LEAST_SCRATCH else warning("scratch", text, f"remove what is old, or {remedy}")
 
@@ -132,21 +118,8 @@ def check_run_folders(folder: Path) -> list[Check]:
             ]
     except OSError as error:
         return [failure("run folders", f"{folder} cannot be written ({error.strerror})", move)]
-    place = ok("run folders", f"{folder.absolute()}: {free_bytes(folder) / 1e9:.1f} GB free ({file_system(folder)})")
+    place = ok("run folders", f"{folder.absolute()}: {free_bytes(folder) / 1e9:.1f} GB free ({find_mount(folder).kind})")
     return [place, *checks]
-
-
-def free_bytes(folder: Path) -> float:
-    """What a user may still write there, without quotas."""
-    found = os.statvfs(folder)
-    return float(found.f_bavail * found.f_frsize)
-
-
-def file_system(folder: Path) -> str:
-    """The type of file system that a folder lies on, such as ``ext4``, ``nfs4``, ``lustre``."""
-    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
-    path = folder.resolve()
-    return next((mounts[parent] for parent in (path, *path.parents) if parent in mounts), "unknown")
 
 
 def _tried(name: str, attempt: Callable[[Path], str], folder: Path, bad: Callable[[str, str, str], Check], remedy: str) -> Check:

@@ -35,14 +35,16 @@ class Examination:
     Args:
         folder: of the reports; all nodes must see it.
         data_dir: the data root, where it was given.
-        scratch: of the profile.
+        scratch: of the profile, perhaps with variables of the ranks.
         gpus_per_node: that the job has.
+        meeting_s: how long a rank waits for the others.
     """
 
     folder: Path
     data_dir: Path | None
     scratch: Path | None
     gpus_per_node: int
+    meeting_s: float = MEETING_S
 
 
 def examine_task(examination: Examination) -> None:
@@ -71,7 +73,7 @@ def examine(examination: Examination, environ: Mapping[str, str]) -> RankReport:
             report.write(folder, "node")
             _look_at_node(report, examination, environ)
             report.write(folder, "rendezvous")
-            link = _join(report, environ)
+            link = _join(report, environ, examination.meeting_s)
             report.write(folder, "clocks")
             report.clock_s, report.round_trip_s = link.measure_clock()
             report.write(folder, "shared files")
@@ -117,10 +119,10 @@ def _look_at_node(report: RankReport, examination: Examination, environ: Mapping
     report.store = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
 
 
-def _join(report: RankReport, environ: Mapping[str, str]) -> Link:
+def _join(report: RankReport, environ: Mapping[str, str], meeting_s: float) -> Link:
     start = time.monotonic()
     host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-    link = open_link(host, port, report.rank, report.world_size, MEETING_S)
+    link = open_link(host, port, report.rank, report.world_size, meeting_s)
     link.meet("rendezvous")
     link.set_timeout(PART_S)
     report.meeting_s = time.monotonic() - start

@@ -1,0 +1,245 @@
+"""The results matrix: model by training data and test data, over seeds, beside the published values.
+
+A table is about one data set: real and simulated galaxies never share one, and published values stand beside the real Galaxy10
+alone. The runs of a line differ in nothing but their seed and the data of its columns.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+from galaxydist.errors import UserError
+from galaxydist.evaluation.comparisons import CellOutcomes, against_published, stack_outcomes
+from galaxydist.evaluation.outcomes import Outcomes, read_outcomes
+from galaxydist.evaluation.published import (
+    MODELS,
+    SETTINGS,
+    DisplayName,
+    PublishedResult,
+    Setting,
+    display_name,
+    published_result,
+)
+from galaxydist.evaluation.sampling import Difference, Estimate, from_accuracies, from_means, from_outcomes, holm
+from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Trial
+from galaxydist.surveys.official import NAME as REAL_DATASET
+
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of a table.
+
+    Args:
+        model: ``model.name``; empty for a published model that nobody has run.
+        recipe: the recipe's name, likewise.
+        regime: ``reference``, ``own`` or, where nothing was run, empty.
+        settings: the hash of its settings where two lines share model and recipe; else empty.
+        display: the published model that it stands beside.
+    """
+
+    model: str
+    recipe: str
+    regime: str
+    settings: str
+    display: DisplayName | None
+
+    @property
+    def label(self) -> str:
+        """What the line is called: the published model's name or ``model.name``, and the recipe where that says more."""
+        name = self.display or self.model
+        recipe = self.recipe if self.recipe != name.lower().replace(" ", "_") else ""
+        regime = self.regime if self.regime == REFERENCE else ""
+        extra = ", ".join(part for part in (recipe, regime, self.settings) if part)
+        return f"{name} ({extra})" if extra else name
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model in a setting.
+
+    Args:
+        setting: trained and tested on what.
+        trials: its runs, by seed; empty where it was not run.
+        accuracy: over seeds and galaxies; None where it was not run.
+        loss: likewise; None too where a loss was not finite.
+        published: the published values; None where there are none.
+        accuracy_test: ours minus the published accuracy.
+        loss_test: ours minus the published loss.
+        outcomes: single galaxies' outcomes; None where not all runs kept their predictions.
+        notes: what a reader should know of these numbers.
+    """
+
+    setting: Setting
+    trials: tuple[Trial, ...] = ()
+    accuracy: Estimate | None = None
+    loss: Estimate | None = None
+    published: PublishedResult | None = None
+    accuracy_test: Difference | None = None
+    loss_test: Difference | None = None
+    outcomes: CellOutcomes | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_seeds(self) -> int:
+        return len(self.trials)
+
+    @property
+    def judgements(self) -> tuple[Judgement, ...]:
+        """The evaluations of its runs."""
+        found = (trial.judged(self.setting) for trial in self.trials)
+        return tuple(judgement for judgement in found if judgement is not None)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The results on one data set.
+
+    Args:
+        dataset: its name.
+        class_names: by label.
+        rows: published models first, in the published order, then others.
+        cells: of every row and setting.
+        notes: what was left out.
+    """
+
+    dataset: str
+    class_names: tuple[str, ...]
+    rows: tuple[Row, ...]
+    cells: Mapping[tuple[Row, Setting], Cell]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_real(self) -> bool:
+        """It is about the real Galaxy10 DECaLS."""
+        return self.dataset == REAL_DATASET
+
+
+def build_tables(trials: Sequence[Trial], *, read: Callable[[Path], Outcomes] = read_outcomes) -> list[Table]:
+    """A table for each data set, the real Galaxy10's first.
+
+    Args:
+        trials: finished runs.
+        read: reads single galaxies' predictions.
+    """
+    datasets = sorted({trial.dataset for trial in trials}, key=lambda name: (name != REAL_DATASET, name))
+    return [_build_table([trial for trial in trials if trial.dataset == dataset], read) for dataset in datasets]
+
+
+def holm_adjusted(table: Table, quantity: str = "accuracy") -> dict[tuple[Row, Setting], float]:
+    """p values of the differences to the published values, adjusted for the number of cells with such a test (Holm 1979).
+
+    Args:
+        table: of the results.
+        quantity: ``accuracy`` or ``loss``: each is a family of its own.
+    """
+    tests = {key: cell.accuracy_test if quantity == "accuracy" else cell.loss_test for key, cell in table.cells.items()}
+    known = {key: test.p_value for key, test in tests.items() if test is not None}
+    return dict(zip(known, holm(list(known.values())), strict=True))
+
+
+def _build_table(trials: Sequence[Trial], read: Callable[[Path], Outcomes]) -> Table:
+    dataset, class_names = trials[0].dataset, trials[0].class_names
+    lines = _lines(trials)
+    cells: dict[tuple[Row, Setting], Cell] = {}
+    notes: list[str] = []
+    for row, members in lines.items():
+        for setting in SETTINGS:
+            published = published_result(dataset, row.display, setting)
+            judged = sorted((trial for trial in members if trial.judged(setting)), key=lambda trial: trial.seed)
+            alike, left_out = _same_test_set(judged, setting)
+            notes += [str(note) for note in left_out]
+            cells[row, setting] = _build_cell(setting, alike, published, read)
+    sizes = {(setting.test, judgement.count) for (_, setting), cell in cells.items() for judgement in cell.judgements}
+    for variant, number in Counter(variant for variant, _ in sorted(sizes)).items():
+        if number > 1:
+            counts = ", ".join(str(count) for test, count in sorted(sizes) if test == variant)
+            notes.append(f"The lines were judged on {variant} test sets of different sizes: {counts} galaxies.")
+    return Table(dataset, class_names, tuple(lines), cells, tuple(notes))
+
+
+def _lines(trials: Sequence[Trial]) -> dict[Row, list[Trial]]:
+    """The runs of each line, published models first; a published model that nobody ran has a line without runs."""
+
+    def identity(trial: Trial) -> tuple[str, str, str]:
+        return trial.model, trial.regime, trial.recipe
+
+    found: list[tuple[Row, list[Trial]]] = []
+    for (model, regime, recipe), group in groupby(sorted(trials, key=identity), key=identity):
+        members = list(group)
+        settings = {trial.settings for trial in members}
+        # Training on another variant may take other settings; two settings on one variant are two lines.
+        is_one = len({(trial.variant, trial.settings) for trial in members}) == len({trial.variant for trial in members})
+        for which in [""] if is_one else sorted(settings):
+            row = Row(model, recipe, regime, which, display_name(model))
+            found.append((row, [trial for trial in members if which in ("", trial.settings)]))
+    run = {row.display for row, _ in found}
+    found += [(Row("", "", "", "", name), []) for name in MODELS if name not in run]
+    order = {name: number for number, name in enumerate(MODELS)}
+    last = len(order)
+    found.sort(key=lambda line: (order[line[0].display] if line[0].display else last, line[0].regime != REFERENCE))
+    return dict(found)
+
+
+def _same_test_set(trials: Sequence[Trial], setting: Setting) -> tuple[list[Trial], list[Note]]:
+    """The runs judged on the shards that most were judged on: only those are repeats on the same galaxies."""
+    hashes = {id(trial): judged.manifest_hash for trial in trials if (judged := trial.judged(setting)) is not None}
+    if not hashes:
+        return [], []
+    usual = Counter(hashes.values()).most_common(1)[0][0]
+    kept = [trial for trial in trials if hashes[id(trial)] == usual]
+    text = f"left out of {setting}: it was judged on other shards than the other seeds ({usual[:8]})."
+    return kept, [Note(trial.run_dir, text) for trial in trials if hashes[id(trial)] != usual]
+
+
+def _build_cell(
+    setting: Setting, trials: Sequence[Trial], published: PublishedResult | None, read: Callable[[Path], Outcomes]
+) -> Cell:
+    cell = Cell(setting, tuple(trials), published=published)
+    if not trials:
+        return cell
+    outcomes, notes = _read_cell(cell.judgements, read)
+    accuracy, loss = _estimates(cell.judgements, outcomes)
+    if len(trials) == 1:
+        notes.append("one seed: the error between trainings is not known")
+    if loss is None:
+        notes.append("the loss of a run is not finite")
+    return replace(
+        cell,
+        accuracy=accuracy,
+        loss=loss,
+        accuracy_test=against_published(accuracy, published, "accuracy") if published else None,
+        loss_test=against_published(loss, published, "loss") if published and loss else None,
+        outcomes=outcomes,
+        notes=tuple(notes),
+    )
+
+
+def _estimates(judgements: Sequence[Judgement], outcomes: CellOutcomes | None) -> tuple[Estimate, Estimate | None]:
+    if outcomes is not None:
+        return from_outcomes(outcomes.correct_SN), from_outcomes(outcomes.losses_SN)
+    count = judgements[0].count
+    losses = [judgement.loss for judgement in judgements if judgement.loss is not None]
+    accuracy = from_accuracies([judgement.accuracy for judgement in judgements], count)
+    return accuracy, from_means(losses, count, None) if len(losses) == len(judgements) else None
+
+
+def _read_cell(judgements: Sequence[Judgement], read: Callable[[Path], Outcomes]) -> tuple[CellOutcomes | None, list[str]]:
+    """Single galaxies' outcomes where all runs have kept them and they agree with the counts."""
+    paths = [judgement.predictions_path for judgement in judgements if judgement.predictions_path is not None]
+    if len(paths) < len(judgements):
+        missing = "no run" if not paths else f"only {len(paths)} of {len(judgements)} runs"
+        return None, [f"{missing} kept predictions: the error of the test set is binomial, that of the loss not known"]
+    try:
+        stacked = stack_outcomes([read(path) for path in paths])
+    except UserError as error:
+        return None, [str(error)]
+    for judgement, correct_N, path in zip(judgements, stacked.correct_SN, paths, strict=True):
+        if len(correct_N) != judgement.count or int(correct_N.sum()) != judgement.correct:
+            found = f"{int(correct_N.sum())} of {len(correct_N)} galaxies correct"
+            counted = f"{judgement.correct} of {judgement.count}"
+            return None, [f"{path} is not used: it has {found}, the evaluation {counted}. Evaluate the run again."]
+    return stacked, []

@@ -1,0 +1,199 @@
+"""Reading finished runs from the files of their folders: recipe.json, result.json, metrics.jsonl and the evaluations.
+
+What cannot be used becomes a note, and the other runs are read on.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+import numpy as np
+
+from galaxydist.errors import UserError
+from galaxydist.evaluation.report import read_evaluation, stem_of
+from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Trial, Validation
+from galaxydist.recipe.fields import recipe_fields
+from galaxydist.recipe.schema import Variant
+from galaxydist.runs.folder import RunFolder, StoredRecipe
+
+VARIANTS: tuple[Variant, ...] = ("original", "balanced")
+# Result fields in which the runs of one line of the matrix may differ: repeats, and the data that its columns are about.
+_COLUMNS = frozenset({"seed", "data.variant", "data.manifest", "name"})
+
+
+class _Unusable(Exception):
+    """Why a run or an evaluation is left out."""
+
+
+def read_trials(run_dirs: Iterable[Path]) -> tuple[list[Trial], list[Note]]:
+    """The finished runs among some folders, and a note for everything that was left out.
+
+    Runs of one data set whose classes are others than most of its runs' are left out, and so is a second run of the same
+    settings, variant and seed: it would count as a repeat that it is not.
+
+    Args:
+        run_dirs: run folders; one given twice is read once.
+    """
+    trials: list[Trial] = []
+    notes: list[Note] = []
+    for run_dir in {path.resolve(): path for path in run_dirs}.values():
+        try:
+            trial, found = _read_trial(run_dir)
+        except (_Unusable, UserError, OSError) as error:
+            notes.append(Note(run_dir, str(error)))
+            continue
+        notes += [Note(run_dir, text) for text in found]
+        trials.append(trial)
+    kept, left_out = _comparable(trials)
+    return kept, [*notes, *left_out]
+
+
+def _comparable(trials: Sequence[Trial]) -> tuple[list[Trial], list[Note]]:
+    classes: dict[str, tuple[str, ...]] = {}
+    for dataset in dict.fromkeys(trial.dataset for trial in trials):
+        counted = Counter(trial.class_names for trial in trials if trial.dataset == dataset)
+        classes[dataset] = counted.most_common(1)[0][0]
+    kept: dict[tuple[Any, ...], Trial] = {}
+    notes: list[Note] = []
+    for trial in trials:
+        key = (trial.dataset, trial.model, trial.recipe, trial.settings, trial.variant, trial.seed)
+        if trial.class_names != classes[trial.dataset]:
+            text = (
+                f"left out: its classes ({', '.join(trial.class_names)}) are not those of the other runs on {trial.dataset} "
+                f"({', '.join(classes[trial.dataset])})."
+            )
+            notes.append(Note(trial.run_dir, text))
+        elif key in kept:
+            text = f"left out: {kept[key].run_dir} has the same settings, variant and seed ({trial.seed}); one of them counts."
+            notes.append(Note(trial.run_dir, text))
+        else:
+            kept[key] = trial
+    return list(kept.values()), notes
+
+
+def _read_trial(run_dir: Path) -> tuple[Trial, list[str]]:
+    """A run, and what of it was left out."""
+    folder = RunFolder(run_dir)
+    stored = folder.read_recipe()
+    recipe = dict(stored.recipe)
+    if folder.read_result() is None:
+        raise _Unusable("left out: the run has not finished. Give the command that started it again: it goes on.")
+    tta = str(recipe.get("eval.tta", "none"))
+    own = _read_content(folder.evaluation_dir, tta)
+    if own is None:
+        raise _Unusable(
+            f"left out: it has no evaluation {stem_of('test', tta)}.json on its own test split. "
+            f"Make one: galaxydist evaluate {run_dir}"
+        )
+    notes: list[str] = []
+    if stored.forced:
+        keys = sorted({change["key"] for entry in stored.forced for change in entry.get("changes", ())})
+        notes.append(f"resume.force changed {', '.join(keys)} in the middle of this run.")
+    try:
+        judgements = {_variant_of(own): _judgement(folder.evaluation_dir, own, tta)}
+        for place in sorted(path for path in folder.evaluation_dir.iterdir() if path.is_dir()):
+            notes += _read_other(place, own, tta, judgements)
+        trial = Trial(
+            run_dir,
+            recipe=str(own["recipe"]),
+            regime=REFERENCE if _is_reference(stored) else "own",
+            model=str(own["model"]),
+            dataset=str(own["dataset"]),
+            variant=_variant_of(own),
+            class_names=tuple(own["classes"]),
+            seed=int(recipe["seed"]),
+            settings=_settings(recipe),
+            validation=_read_validation(folder, str(recipe.get("train.metric", "accuracy")), int(own["step"])),
+            judgements=MappingProxyType(judgements),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _Unusable(f"left out: its files do not fit together ({error!r}). Make its evaluation again.") from error
+    return trial, notes
+
+
+def _read_other(place: Path, own: Mapping[str, Any], tta: str, judgements: dict[Variant, Judgement]) -> list[str]:
+    """Add the evaluation in another folder of the run's; what speaks against it."""
+    try:
+        content = _read_content(place, tta)
+        if content is None:
+            return []
+        variant = _variant_of(content)
+        what = f"its evaluation on {content['dataset']} ({variant})"
+        problem = None
+        if content["dataset"] != own["dataset"]:
+            problem = f"{what} is in no table: the run was trained on {own['dataset']}."
+        elif tuple(content["classes"]) != tuple(own["classes"]):
+            problem = f"{what} is left out: it is about other classes."
+        elif content["step"] != own["step"]:
+            problem = f"{what} is left out: it is of step {content['step']}, that on its own data of step {own['step']}."
+        elif variant in judgements:
+            problem = f"{what} in {place.name} is left out: it was trained on that variant, from other shards."
+        else:
+            judgements[variant] = _judgement(place, content, tta)
+    except (_Unusable, KeyError, TypeError, ValueError) as error:
+        problem = f"the evaluation in {place.name} is left out ({error})."
+    return [problem] if problem else []
+
+
+def _read_content(place: Path, tta: str) -> dict[str, Any] | None:
+    path = place / f"{stem_of('test', tta)}.json"
+    content = read_evaluation(place, "test", tta)
+    if content is None and path.is_file():
+        raise _Unusable(f"{path} is damaged or of another version of galaxydist. Remove it and evaluate the run again.")
+    return content
+
+
+def _variant_of(content: Mapping[str, Any]) -> Variant:
+    if content["variant"] not in VARIANTS:
+        raise ValueError(f"there is no variant {content['variant']!r}")
+    return cast(Variant, content["variant"])
+
+
+def _judgement(place: Path, content: Mapping[str, Any], tta: str) -> Judgement:
+    confusion_KK = np.asarray(content["confusion"], np.int64)
+    num_classes, count = len(content["classes"]), int(content["count"])
+    if confusion_KK.shape != (num_classes, num_classes) or confusion_KK.min() < 0 or confusion_KK.sum() != count or count < 1:
+        raise ValueError(f"its confusion matrix does not hold {count} galaxies of {num_classes} classes")
+    predictions = place / f"{stem_of('test', tta)}-predictions.parquet"
+    support_K, correct_K = confusion_KK.sum(axis=1).tolist(), confusion_KK.diagonal().tolist()
+    return Judgement(
+        dataset=str(content["dataset"]),
+        variant=_variant_of(content),
+        manifest_hash=str(content["manifest_hash"]),
+        count=count,
+        correct=sum(correct_K),
+        loss=None if content["loss"] is None else float(content["loss"]),
+        recall=tuple(right / all_ if all_ else None for right, all_ in zip(correct_K, support_K, strict=True)),
+        confusion=tuple(tuple(row) for row in confusion_KK.tolist()),
+        predictions_path=predictions if predictions.is_file() else None,
+    )
+
+
+def _settings(recipe: Mapping[str, Any]) -> str:
+    """A hash of what changes a run's numbers, without what the columns and the repeats of the matrix are about."""
+    fields = recipe_fields()
+    kept = {
+        key: value for key, value in recipe.items() if key not in _COLUMNS and not (key in fields and fields[key].kind == "run")
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
+
+
+def _is_reference(stored: StoredRecipe) -> bool:
+    """The recipe lies in a folder ``reference``, or is named so."""
+    files = {str(origin).rpartition(":")[0] for origin in stored.origins.values()}
+    name = str(stored.recipe.get("name", ""))
+    return name.startswith(REFERENCE) or any(REFERENCE in Path(file).parent.parts[-1:] for file in files if file)
+
+
+def _read_validation(folder: RunFolder, metric: str, step: int) -> Validation | None:
+    """What the log says of the judged checkpoint's validation; None where it does not say it."""
+    try:
+        values = [line.get(f"val/{metric}") for line in folder.metrics.read() if line["step"] == step]
+    except UserError:
+        return None  # a damaged log costs the place in a ranking, no number of the matrix
+    found = next((value for value in values if isinstance(value, int | float)), None)
+    return None if found is None else Validation(metric, float(found), step)

@@ -1,0 +1,91 @@
+"""The architectures of the published seven-network comparison on Galaxy10 DECaLS that differ from ours, as far as they are known.
+
+What is published: a CNN of 512, 256, 128, 128 and 64 channels without normalisation; a ViT of patches of 25 pixels on images of
+200, width 256, 6 layers and 8 heads; VGGs with their ImageNet weights frozen under a new head of three (VGG-19: two) layers. What
+is not published, the widths of these heads among it, is chosen here and says so.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from galaxydist.models.heads import MlpHead
+
+CNN_CHANNELS = (512, 256, 128, 128, 64)
+VIT_PATCH, VIT_WIDTH, VIT_LAYERS, VIT_HEADS = 25, 256, 6, 8
+# Widths of the hidden layers: ours. VGG's own 4,096 would be 120 million weights for 14,188 galaxies.
+VGG_HIDDEN = {"reference_vgg16": (512, 256), "reference_vgg19": (512,)}
+VGG_MAP = 7  # height and width of VGG's last feature map at 224 pixels, which its classifier takes whole
+
+
+class ReferenceCNN(nn.Module):
+    """Five 3 x 3 convolutions, each followed by ReLU and a pooling that halves the map, a global average and a linear layer.
+
+    Kernel, pooling and head are ours. Without normalisation the scale of the activations has to come from the first weights:
+    He et al. 2015 (arXiv:1502.01852), equation 10.
+
+    Args:
+        num_classes: K.
+        drop_rate: dropout before the linear head.
+    """
+
+    def __init__(self, num_classes: int, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for channels_in, channels_out in zip((3, *CNN_CHANNELS), CNN_CHANNELS, strict=False):
+            convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+            nn.init.zeros_(convolution.get_parameter("bias"))
+            layers += [convolution, nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*layers)
+        self.drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(CNN_CHANNELS[-1], num_classes)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Logits B x K of normalised images B x 3 x H x W, of 32 pixels or more."""
+        features_BD = self.features(images_BCHW).mean(dim=(2, 3))
+        logits_BK: Tensor = self.head(self.drop(features_BD))
+        return logits_BK
+
+    @staticmethod
+    def group_matcher(coarse: bool = False) -> dict[str, Any]:
+        """Which parameters make up a layer, as timm's models say it."""
+        return {"stem": r"^features\.0", "blocks": None if coarse else r"^features\.(\d+)"}
+
+
+def build_reference_vit(num_classes: int, image_size: int, drop_rate: float, drop_path_rate: float) -> nn.Module:
+    """timm's VisionTransformer of the published sizes, with a class token and an MLP of four times the width (ours).
+
+    Args:
+        num_classes: K.
+        image_size: pixels of the square images that the position embedding is made for; others are taken too.
+        drop_rate: dropout before the linear head.
+        drop_path_rate: stochastic depth of the last block.
+    """
+    from timm.models import VisionTransformer
+
+    vit: nn.Module = VisionTransformer(
+        img_size=image_size,
+        patch_size=VIT_PATCH,
+        num_classes=num_classes,
+        embed_dim=VIT_WIDTH,
+        depth=VIT_LAYERS,
+        num_heads=VIT_HEADS,
+        drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
+        dynamic_img_size=True,
+        dynamic_img_pad=image_size % VIT_PATCH > 0,
+    )
+    return vit
+
+
+def build_vgg_head(name: str, channels: int, num_classes: int, drop_rate: float) -> nn.Module:
+    """The new head of a reference VGG: its layers on the whole 7 x 7 map, as VGG's own classifier has it.
+
+    Args:
+        name: of the model.
+        channels: of the last feature map.
+        num_classes: K.
+        drop_rate: dropout after each hidden layer.
+    """
+    return MlpHead(channels, num_classes, VGG_HIDDEN[name], pool_size=VGG_MAP, drop_rate=drop_rate)

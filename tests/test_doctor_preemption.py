@@ -1,0 +1,81 @@
+"""What the doctor says of preemption, from a cluster's settings; and what its own job asks for."""
+
+import pytest
+
+from galaxydist.cluster.doctor.job import short_profile
+from galaxydist.cluster.doctor.preemption import check_preemption
+from galaxydist.cluster.profile import ClusterConfig
+from galaxydist.cluster.site import Site
+from galaxydist.cluster.site_reading import parse_site
+
+
+def site(low: str, settings: str = "", high: str = "PriorityTier=10") -> Site:
+    """A cluster whose jobs of ``high`` preempt those of ``low``."""
+    return parse_site(
+        {
+            "config": f"ClusterName = c\nPreemptType = preempt/partition_prio\nPreemptMode = REQUEUE\n{settings}\n",
+            "partitions": f"PartitionName=low Default=YES PriorityTier=1 {low}\nPartitionName=high {high}\n",
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("low", "profile", "level", "said"),
+    [
+        ("GraceTime=15", {}, "ok", "partition low: SLURM sends SIGTERM 15 s before it ends and requeues the job"),
+        ("GraceTime=15", {"requeue": "never"}, "ok", "15 s before it ends the job"),
+        ("GraceTime=0", {}, "warning", "no warning before preemption (GraceTime=0): SLURM ends and requeues the job at once"),
+        ("GraceTime=0 PreemptMode=CANCEL", {}, "warning", "(GraceTime=0): SLURM ends the job at once"),
+        ("GraceTime=9", {}, "warning", "9 s before it ends and requeues the job, less than the 10 s that a save needs"),
+        ("GraceTime=0 PreemptMode=OFF", {}, "ok", "partition low: its jobs are not preempted"),
+        ("GraceTime=0 PreemptMode=SUSPEND", {}, "ok", "is suspended, and goes on later"),
+        ("GraceTime=0", {"partition": "high"}, "ok", "partition high: its jobs are not preempted"),
+    ],
+)
+def test_what_a_preempted_run_can_save(low: str, profile: dict[str, str], level: str, said: str) -> None:
+    (check,) = check_preemption(ClusterConfig.model_validate({"name": "mine", **profile}), site(low))
+    assert check.name == "preemption" and check.level == level and said in check.text
+    assert ("train.save_minutes" in check.remedy) == (level == "warning")
+    assert ("submit it again" in check.remedy) == ("CANCEL" in low)
+
+
+def test_the_users_signal_is_sent_where_the_cluster_says_so() -> None:
+    (check,) = check_preemption(
+        ClusterConfig(name="mine"), site("GraceTime=60", "SlurmctldParameters = preempt_send_user_signal")
+    )
+    assert check.level == "ok" and "SIGUSR2 60 s before" in check.text
+
+
+def test_of_several_partitions_each_is_told_and_the_worst_counts() -> None:
+    (check,) = check_preemption(ClusterConfig(name="mine", partition="high,low"), site("GraceTime=0"))
+    assert check.level == "warning" and "train.save_minutes" in check.remedy
+    assert [line.partition(":")[0] for line in check.text.splitlines()] == ["partition high", "partition low"]
+
+
+def test_a_qos_without_accounting_is_not_known() -> None:
+    by_qos = site("GraceTime=60", "PreemptType = preempt/qos")
+    (check,) = check_preemption(ClusterConfig(name="mine"), by_qos)
+    assert check.level == "warning" and "does not tell how long before" in check.text
+
+
+def test_nothing_is_said_of_local_runs_and_of_partitions_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_preemption(ClusterConfig(name="mine", scheduler="local"), site("")) == []
+    assert check_preemption(ClusterConfig(name="mine", partition="nosuch"), site("")) == []
+    monkeypatch.setenv("PATH", "")
+    (check,) = check_preemption(ClusterConfig(name="mine"))
+    assert check.level == "warning" and check.text.startswith("not known: There is no SLURM on this machine")
+
+
+@pytest.mark.parametrize(
+    ("asked", "short"),
+    [
+        ({"time": "1-00", "signal_s": 1800}, (15, 60)),
+        ({"time": 2, "signal_s": 15, "requeue": "resubmit"}, (2, 15)),
+    ],
+)
+def test_the_doctors_job_is_short_told_of_its_end_late_and_never_requeued(
+    asked: dict[str, object], short: tuple[int, int]
+) -> None:
+    profile = ClusterConfig.model_validate({"name": "mine", "extra": ("exclusive",), **asked})
+    own = short_profile(profile)
+    assert (own.time_min, own.signal_s) == short and own.requeue == "never" and own.extra == ("exclusive",)
