@@ -71,7 +71,7 @@ def summarise(predictions: PredictionsFile, validation: PredictionsFile | None =
     metrics["confusion_normalised"] = _shares(confusion_KK)
     metrics |= {"against": against, "left_out": left_out, "intervals": _intervals(confusion_KK, sums)}
     if sums.num_nonfinite:
-        left_out.append(f"areas and calibration: {sums.num_nonfinite} galaxies have logits that are not finite")
+        left_out.append(f"areas and calibration: of {count:,} galaxies {sums.num_nonfinite:,} have logits that are not finite")
         return Summary(metrics, ())
     areas = measure_areas(predictions)
     metrics |= {"top2_accuracy": sums.num_top2 / count if count else None, **areas.plain()}
