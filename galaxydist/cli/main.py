@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from galaxydist import __version__
-from galaxydist.cli import bench, cluster, data, doctor, evaluate, plan, recipes, status, submit, sweep, weights
+from galaxydist.cli import bench, cluster, data, doctor, evaluate, gallery, plan, recipes, status, submit, sweep, weights
 from galaxydist.cores import wait_politely
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"galaxydist {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (data, weights, recipes, evaluate, plan, submit, sweep, status, cluster, doctor, bench):
+    for module in (data, weights, recipes, evaluate, gallery, plan, submit, sweep, status, cluster, doctor, bench):
         module.add_parser(commands)
     return parser
 
