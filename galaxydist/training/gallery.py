@@ -136,7 +136,7 @@ def _look(
     normalise = build_augment(recipe, TrainingData.from_dict(checkpoint.state["data"]), threads=threads).normalise
     predicted = {pick.sample: pick.predicted for of_class in (*picks.confident, *picks.uncertain) for pick in of_class}
     crop, size = recipe.data.crop, recipe.data.image_size
-    factor = reduction(manifest.image_size, size, crop, recipe.data.augment.zoom) if manifest.encoding == "jpeg" else 1
+    factor = reduction(manifest.image_size, size, crop, recipe.data.augment.zoom)
     seen: dict[int, Seen] = {}
     waiting: list[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]] = []
 
