@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galaxydist.cli.main import main
@@ -41,6 +41,7 @@ def columns_of(samples: np.ndarray, num_classes: int = 3) -> dict[str, Any]:
 
 
 @given(st.integers(0, 50), st.integers(1, 7), st.integers(1, 4))
+@settings(max_examples=25)
 def test_parts_of_any_number_of_processes_are_one_file(
     tmp_path_factory: pytest.TempPathFactory, num: int, batch_size: int, world_size: int
 ) -> None:
