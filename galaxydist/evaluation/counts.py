@@ -18,11 +18,13 @@ class Predictions:
     Args:
         samples_N: int64, stored sample number.
         labels_N: int64.
+        predicted_N: int64, the class that was counted: rounding to float32 can make two logits equal.
         logits_NK: float32.
     """
 
     samples_N: torch.Tensor
     labels_N: torch.Tensor
+    predicted_N: torch.Tensor
     logits_NK: torch.Tensor
 
     @property
@@ -37,13 +39,17 @@ class Predictions:
         Raises:
             ValueError: a galaxy stands in two of them.
         """
-        samples_N = torch.cat([part.samples_N for part in parts])
-        order_N = torch.argsort(samples_N)
-        samples_N = samples_N[order_N]
-        if bool((samples_N[1:] == samples_N[:-1]).any()):
+        joined = Predictions.join(parts)
+        order_N = torch.argsort(joined.samples_N)
+        merged = Predictions(*(tensor[order_N] for tensor in vars(joined).values()))
+        if bool((merged.samples_N[1:] == merged.samples_N[:-1]).any()):
             raise ValueError("a galaxy was evaluated twice")
-        labels_N, logits_NK = torch.cat([part.labels_N for part in parts]), torch.cat([part.logits_NK for part in parts])
-        return Predictions(samples_N, labels_N[order_N], logits_NK[order_N])
+        return merged
+
+    @staticmethod
+    def join(parts: "list[Predictions]") -> "Predictions":
+        """Predictions one after the other, as they come."""
+        return Predictions(*(torch.cat(tensors) for tensors in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 class Counts:
@@ -55,7 +61,7 @@ class Counts:
     Args:
         num_classes: K.
         device: where the counts lie while they are added up.
-        keep_predictions: also keep each galaxy's logits (``predictions``).
+        keep_predictions: also keep each galaxy's logits (``predictions``, ``take_predictions``).
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu", *, keep_predictions: bool = False) -> None:
@@ -69,7 +75,7 @@ class Counts:
     def add(
         self, logits_BK: torch.Tensor, labels_B: torch.Tensor, weights_B: torch.Tensor, samples_B: torch.Tensor | None = None
     ) -> None:
-        """Count one batch; does not wait for the device.
+        """Count one batch; does not wait for the device, but where predictions are kept.
 
         Args:
             logits_BK: any float type.
@@ -80,7 +86,8 @@ class Counts:
         logits_BK = logits_BK.detach().to(self._device)
         labels_B, is_counted_B = labels_B.to(self._device), weights_B.to(self._device) != 0
         labels_B = torch.where(is_counted_B, labels_B, 0)  # padding may hold any label
-        cells_B = labels_B * self.num_classes + logits_BK.argmax(dim=1)
+        predicted_B = logits_BK.argmax(dim=1)
+        cells_B = labels_B * self.num_classes + predicted_B
         self._sums.index_add_(0, cells_B, is_counted_B.long())
         loss_B = functional.cross_entropy(logits_BK.double(), labels_B, reduction="none")
         is_finite_B = loss_B.isfinite()
@@ -93,7 +100,8 @@ class Counts:
             if samples_B is None:
                 raise ValueError("samples_B is needed to keep predictions")
             kept_B = is_counted_B.cpu()
-            self._kept.append(Predictions(samples_B.cpu()[kept_B], labels_B.cpu()[kept_B], logits_BK.float().cpu()[kept_B]))
+            kept = (samples_B, labels_B, predicted_B, logits_BK.float())
+            self._kept.append(Predictions(*(tensor.cpu()[kept_B] for tensor in kept)))
 
     @property
     def confusion_KK(self) -> torch.Tensor:
@@ -114,12 +122,23 @@ class Counts:
     @property
     def predictions(self) -> Predictions:
         """This rank's kept predictions, ordered by sample number."""
+        return Predictions.merge([self._no_predictions(), *self._taken(clear=False)])
+
+    def take_predictions(self) -> Predictions:
+        """What was kept since the last call, in the order of the batches; it is kept no longer."""
+        return Predictions.join([self._no_predictions(), *self._taken(clear=True)])
+
+    def _taken(self, *, clear: bool) -> list[Predictions]:
         if self._kept is None:
             raise ValueError("made without keep_predictions")
-        empty = Predictions(
-            torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0, self.num_classes)
-        )
-        return Predictions.merge([empty, *self._kept])
+        taken = self._kept
+        if clear:
+            self._kept = []
+        return taken
+
+    def _no_predictions(self) -> Predictions:
+        none = torch.empty(0, dtype=torch.int64)
+        return Predictions(none, none, none, torch.empty(0, self.num_classes))
 
     def vector(self) -> torch.Tensor:
         """All sums as one int64 tensor of K*K + 3, on the device, for one all-reduce (sum)."""

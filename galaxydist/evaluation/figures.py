@@ -28,7 +28,7 @@ _STYLE: Any = {"font.size": 8.0, "axes.titlesize": 8.0, "figure.titlesize": 9.0,
 _Arguments = ParamSpec("_Arguments")
 
 
-def _styled(draw: "Callable[_Arguments, Figure]") -> "Callable[_Arguments, Figure]":
+def styled(draw: "Callable[_Arguments, Figure]") -> "Callable[_Arguments, Figure]":
     """Draw with our text sizes, whatever the user's matplotlibrc says."""
 
     @functools.wraps(draw)
@@ -41,7 +41,7 @@ def _styled(draw: "Callable[_Arguments, Figure]") -> "Callable[_Arguments, Figur
     return draw_styled
 
 
-@_styled
+@styled
 def draw_confusion(metrics: Mapping[str, Any], title: str) -> "Figure":
     """The confusion matrix twice: numbers of galaxies, and shares of each true class.
 
@@ -54,13 +54,13 @@ def draw_confusion(metrics: Mapping[str, Any], title: str) -> "Figure":
     support_K1 = counts_KK.sum(axis=1, keepdims=True)
     shares_KK = np.divide(counts_KK, support_K1, out=np.zeros(counts_KK.shape), where=support_K1 > 0)
     size = max(1.6, 0.33 * len(names))
-    figure = _figure(max(2 * size + 2.4, 4.0), size + 1.9)
+    figure = new_figure(max(2 * size + 2.4, 4.0), size + 1.9)
     left, right = figure.subplots(1, 2)
     _draw_matrix(left, shares_KK, [[f"{value:,}" if value else "" for value in row] for row in counts_KK], names)
     _draw_matrix(right, shares_KK, [[_share(value) for value in row] for row in shares_KK], names)
     left.set(title="galaxies", ylabel="true class", xlabel="predicted class")
     right.set(title="share of the true class (%)", xlabel="predicted class", yticklabels=[])
-    figure.suptitle(_wrap(title, figure))
+    figure.suptitle(wrapped(title, figure))
     return figure
 
 
@@ -83,7 +83,7 @@ def _share(value: float) -> str:
     return "<1" if value < 0.005 else f"{100 * value:.0f}"
 
 
-@_styled
+@styled
 def draw_per_class(metrics: Mapping[str, Any], title: str) -> "Figure":
     """Precision, recall and F1 of each class as bars, with the number of galaxies.
 
@@ -92,7 +92,7 @@ def draw_per_class(metrics: Mapping[str, Any], title: str) -> "Figure":
         title: data set, variant, split, model and number of galaxies.
     """
     per_class, num_classes = metrics["per_class"], len(metrics["classes"])
-    figure = _figure(5.4, 0.36 * num_classes + 1.2)
+    figure = new_figure(5.4, 0.36 * num_classes + 1.2)
     axes = figure.subplots()
     places_K = np.arange(num_classes)
     bars = (("precision", "precision", BLUE), ("recall", "recall", ORANGE), ("f1", "F1", GREEN))
@@ -106,11 +106,11 @@ def draw_per_class(metrics: Mapping[str, Any], title: str) -> "Figure":
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
-    figure.suptitle(_wrap(title, figure))
+    figure.suptitle(wrapped(title, figure))
     return figure
 
 
-@_styled
+@styled
 def draw_learning_curves(lines: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     """Loss, accuracy and learning rate over the steps of a run.
 
@@ -132,7 +132,7 @@ def draw_learning_curves(lines: Sequence[Mapping[str, Any]], title: str) -> "Fig
         ("learning rate", (("train/lr", "", GREY), ("lr", "", GREY))),
     )
     panels = [(label, known) for label, curves in wanted if (known := [curve for curve in curves if curve[0] in names])]
-    figure = _figure(2.6 * max(len(panels), 1) + 0.4, 2.6)
+    figure = new_figure(2.6 * max(len(panels), 1) + 0.4, 2.6)
     for axes, (label, curves) in zip(np.ravel(figure.subplots(1, max(len(panels), 1))), panels, strict=False):
         for name, legend, colour in curves:
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
@@ -145,7 +145,7 @@ def draw_learning_curves(lines: Sequence[Mapping[str, Any]], title: str) -> "Fig
         axes.locator_params(axis="x", nbins=5)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=7)
-    figure.suptitle(_wrap(title, figure))
+    figure.suptitle(wrapped(title, figure))
     return figure
 
 
@@ -170,12 +170,13 @@ def save_figure(figure: "Figure", path: Path) -> list[Path]:
     return paths
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     """An empty figure of so many inches that lays itself out."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _wrap(title: str, figure: "Figure") -> str:
+def wrapped(title: str, figure: "Figure") -> str:
+    """A title broken into lines that fit the figure's width."""
     return textwrap.fill(title.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"), int(figure.get_figwidth() * 13))

@@ -3,6 +3,19 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_HEADLINES = (
+    ("accuracy", "accuracy"),
+    ("balanced accuracy", "balanced_accuracy"),
+    ("macro F1", "macro_f1"),
+    ("weighted F1", "weighted_f1"),
+    ("top-2 accuracy", "top2_accuracy"),
+    ("loss", "loss"),
+    ("ECE", "ece"),
+    ("loss, scaled", "scaled_loss"),
+    ("ECE, scaled", "scaled_ece"),
+    ("ROC area, mean", "roc_auc"),
+    ("PR area, mean", "average_precision"),
+)
 _COLUMNS = ("precision", "recall", "F1", "galaxies")
 
 
@@ -31,6 +44,59 @@ def headline(metrics: Mapping[str, Any]) -> str:
         f"accuracy {_number(accuracy)}{error}   balanced accuracy {_number(metrics['balanced_accuracy'])}   "
         f"macro F1 {_number(metrics['macro_f1'])}   loss {_number(metrics['loss'])}"
     )
+
+
+def headline_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers that an evaluation is known by, by the names that ``intervals`` has for them.
+
+    Args:
+        metrics: from ``summarise``; what it lacks is left out.
+    """
+    calibration = metrics.get("calibration") or {}
+    scaled = calibration.get("scaled") or {}
+    nested = {"ece": calibration, "scaled_loss": scaled, "scaled_ece": scaled, "roc_auc": metrics, "average_precision": metrics}
+    keys = {"ece": "ece", "scaled_loss": "loss", "scaled_ece": "ece"}
+    found: dict[str, float | None] = {}
+    for _, name in _HEADLINES:
+        source, key = nested.get(name, metrics), keys.get(name, name)
+        if key in source:
+            value = source[key]
+            found[name] = value["macro"] if isinstance(value, Mapping) else value
+    return found
+
+
+def format_headline(metrics: Mapping[str, Any]) -> str:
+    """The headline numbers, each with its 95 % interval; of counts alone they stand in one line.
+
+    Args:
+        metrics: from ``summarise`` or ``metrics_from_counts``.
+    """
+    intervals = metrics.get("intervals")
+    if intervals is None:
+        return headline(metrics)
+    numbers, labels = headline_numbers(metrics), {name: label for label, name in _HEADLINES}
+    width = max(len(labels[name]) for name in numbers)
+    lines = []
+    for name, value in numbers.items():
+        interval = intervals.get(name)
+        said = f"   {interval[0]:.3f} to {interval[1]:.3f}" if interval is not None else ""
+        lines.append(f"{labels[name]:<{width}} {_number(value):>7}{said}")
+    lines[0] += f"   ({intervals['level']:.0%} intervals)" if intervals.get("accuracy") else ""
+    return "\n".join(lines)
+
+
+def format_notes(metrics: Mapping[str, Any]) -> list[str]:
+    """Lines about the temperature and about what could not be said; none for metrics of counts alone."""
+    lines = []
+    temperature = (metrics.get("calibration") or {}).get("temperature")
+    if temperature is not None:
+        judged = " (the very galaxies that are judged)" if temperature["fitted_on"]["split"] == metrics.get("split") else ""
+        lines.append(
+            f"scaled: logits divided by T = {temperature['value']:.3f}, fitted on {temperature['count']:,} galaxies of the "
+            f"validation split{judged}" + (", at the end of the range that was searched" if temperature["at_bound"] else "")
+        )
+    lines += [f"left out: {sentence}" for sentence in metrics.get("left_out", ())]
+    return [*lines, ""] if lines else []
 
 
 def format_table(metrics: Mapping[str, Any]) -> str:

@@ -24,10 +24,10 @@ from galaxydist.shards.open import open_shards
 from galaxydist.shards.reader import Batch, TrainReader
 from galaxydist.training.agreement import StopFlag
 from galaxydist.training.data import TrainingData, find_cache, find_manifest, find_variant, has_split, open_manifest
-from galaxydist.training.evaluate import judge_run
 from galaxydist.training.feed import DeviceFeed
 from galaxydist.training.flight import set_flight_recorder
 from galaxydist.training.journal import Journal
+from galaxydist.training.judging import Judge
 from galaxydist.training.loop import Loop
 from galaxydist.training.opening import OpenedFolder, open_run_folder
 from galaxydist.training.out_of_memory import explain_out_of_memory, is_out_of_memory
@@ -163,10 +163,10 @@ class Session:
 
     def _judge(self, folder: RunFolder, manifest: Manifest) -> dict[str, Any] | None:
         """The evaluation on the run's own test split; those of eval.variants are written beside it."""
-        judge = functools.partial(judge_run, self.world, folder, self.recipe, split="test", find_trained=lambda _: manifest)
-        metrics = judge(manifest)
+        judge = Judge(self.world, folder, self.recipe, find_trained=lambda _: manifest)
+        metrics = judge.judge(manifest, "test")
         for other in self._others:
-            judge(other)
+            judge.judge(other, "test")
         return metrics
 
     def _open_others(self, manifest: Manifest) -> list[Manifest]:

@@ -1,0 +1,210 @@
+"""How large, how bright and on what sky a galaxy appears: Petrosian photometry of the pictures themselves.
+
+Survey pictures for classification are three stretched 8-bit channels, not calibrated images, so these are numbers about the
+*picture*: they say which galaxies look small, faint or drowned in the sky, and must not be taken for magnitudes. An arcsinh
+stretch brightens outskirts, so that radii are larger than in calibrated flux.
+
+Of each picture, grey (the mean of the channels, full scale 1) is measured:
+
+1. Sky: median and standard deviation of the corners (pixels outside the inscribed circle), clipped three times at 3 sigma.
+2. Detection: smoothed pixels over sky + 1.5 sigma (SExtractor's default: Bertin & Arnouts 1996, A&AS 117, 393), in connected
+   pieces. The galaxy is the piece that holds the brightest smoothed pixel near the middle; all other pieces are masked.
+3. Petrosian radius: where the mean surface brightness at r is 0.2 of that within r (Blanton et al. 2001, AJ 121, 2358, with
+   SDSS's constants: limit 0.2, aperture of two Petrosian radii), in circles around that peak.
+4. Brightness is the light over the sky within the aperture, the size is the radius that holds half of it. Masked pixels count as
+   the mean of the others at their radius. The aperture ends where the picture does. Neighbours that touch
+   the galaxy at that brightness are not taken apart: they count as part of it.
+
+What is known of these apertures (Graham et al. 2005, AJ 130, 1535, table 1): of an exponential disc they hold 99 % of the light
+and the half-light radius is right; of a de Vaucouleurs profile they hold 82 %, and the radius comes out as 0.70 of the true one.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+PETROSIAN_LIMIT = 0.2
+APERTURE_RADII = 2.0
+DETECTION_SIGMA = 1.5
+_CLIP_SIGMA, _CLIP_ROUNDS = 3.0, 3
+# Least standard deviation of a sky, in grey levels of 8 bits: pixels are whole numbers.
+_LEAST_NOISE = 0.3
+# In widths of the picture: the smoothing, and how far from the middle the galaxy's brightest pixel may lie.
+_SMOOTHING, _CENTRAL = 1 / 128, 1 / 10
+_LEAST_SIZE = 16
+# Pictures measured together: some 100 MB at 256 x 256.
+_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one picture shows.
+
+    Args:
+        size_px: half-light radius in pixels of the picture; nan where no galaxy is found in its middle.
+        brightness: light over the sky within the aperture, as the number of white pixels that give as much; 0 without a galaxy.
+        sky: level of the sky, full scale 1.
+    """
+
+    size_px: float
+    brightness: float
+    sky: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """What N pictures show: ``size_px``, ``brightness`` and ``sky`` of :class:`Measured`, each (N,) float64."""
+
+    size_px: NDArray[np.float64]
+    brightness: NDArray[np.float64]
+    sky: NDArray[np.float64]
+
+
+def measure_picture(image_HWC: NDArray[np.uint8]) -> Measured:
+    """Half-light radius, brightness and sky of one picture; see :func:`measure_pictures`."""
+    measured = measure_pictures(image_HWC[None])
+    return Measured(float(measured.size_px[0]), float(measured.brightness[0]), float(measured.sky[0]))
+
+
+def measure_pictures(images_NHWC: NDArray[np.uint8]) -> Measurements:
+    """Half-light radii, brightnesses and skies, with bounded memory beside the pictures.
+
+    Args:
+        images_NHWC: N x H x W x 3 uint8, the galaxy in the middle; H and W at least 16.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    if images_NHWC.ndim != 4 or images_NHWC.shape[-1] != 3 or images_NHWC.dtype != np.uint8:
+        raise ValueError(f"expected N x H x W x 3 uint8 pictures, not {images_NHWC.shape} of {images_NHWC.dtype}")
+    if min(images_NHWC.shape[1:3]) < _LEAST_SIZE:
+        raise ValueError(f"pictures of {images_NHWC.shape[2]} x {images_NHWC.shape[1]} pixels are too small to measure")
+    parts = [_measure(images_NHWC[start : start + _BATCH]) for start in range(0, len(images_NHWC), _BATCH)]
+    columns = np.concatenate([np.empty((3, 0)), *parts], axis=1)
+    return Measurements(*columns)
+
+
+def _measure(images_NHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """(3, N): size, brightness, sky of a few pictures."""
+    sums_NHW = images_NHWC.sum(axis=3, dtype=np.int32)  # grey in 765 steps: whole numbers, which the sky is counted in
+    sky_N, noise_N = _sky(sums_NHW)
+    light_NHW = sums_NHW.astype(np.float32) - sky_N.astype(np.float32)[:, None, None]
+    centre_N2, masked_NHW, found_N = _detect(light_NHW, noise_N)
+    growth_NR = _growth(light_NHW, masked_NHW, centre_N2)
+    size_N, total_N = _half_light(growth_NR)
+    found_N &= total_N > 0
+    return np.stack([np.where(found_N, size_N, np.nan), np.where(found_N, total_N / 765, 0.0), sky_N / 765])
+
+
+def _sky(sums_NHW: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Clipped median and standard deviation of the corners, from histograms: grey is whole numbers."""
+    num, height, width = sums_NHW.shape
+    y_HW, x_HW = np.ogrid[:height, :width]
+    corners_HW = ((2 * y_HW + 1) / height - 1) ** 2 + ((2 * x_HW + 1) / width - 1) ** 2 > 1
+    levels = np.arange(766)
+    values_NP = sums_NHW[:, corners_HW] + 766 * np.arange(num)[:, None]
+    counts_NL = np.bincount(values_NP.ravel(), minlength=766 * num).reshape(num, 766)
+    for _ in range(_CLIP_ROUNDS + 1):
+        median_N1 = _median(counts_NL)
+        number_N1 = counts_NL.sum(axis=1, keepdims=True)
+        deviation_N1 = np.sqrt((counts_NL * (levels - median_N1) ** 2).sum(axis=1, keepdims=True) / number_N1)
+        noise_N1 = np.maximum(deviation_N1, 3 * _LEAST_NOISE)
+        counts_NL = np.where(np.abs(levels - median_N1) <= _CLIP_SIGMA * noise_N1, counts_NL, 0)
+    return median_N1[:, 0], noise_N1[:, 0]
+
+
+def _median(counts_NL: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(N, 1) medians of histograms, interpolated within the level (which reaches from -0.5 to +0.5 around it)."""
+    cumulated_NL = counts_NL.cumsum(axis=1)
+    half_N1 = cumulated_NL[:, -1:] / 2
+    level_N1 = (cumulated_NL < half_N1).sum(axis=1, keepdims=True)
+    here_N1 = np.take_along_axis(counts_NL, level_N1, axis=1)
+    below_N1 = np.take_along_axis(cumulated_NL, level_N1, axis=1) - here_N1
+    median_N1 = level_N1 - 0.5 + (half_N1 - below_N1) / here_N1
+    return np.asarray(np.clip(median_N1, 0, 765), np.float64)
+
+
+def _detect(
+    light_NHW: NDArray[np.float32], noise_N: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """(N, 2) y and x of the galaxies' peaks, N x H x W what belongs to others, and (N,) whether there is a galaxy."""
+    from scipy import ndimage
+
+    num, height, width = light_NHW.shape
+    smoothing = max(1.0, _SMOOTHING * min(height, width))
+    smooth_NHW = ndimage.gaussian_filter(light_NHW, (0, smoothing, smoothing), mode="nearest", truncate=3.0)
+    bright_NHW = smooth_NHW > (DETECTION_SIGMA * noise_N).astype(np.float32)[:, None, None]
+    within_a_picture = np.zeros((3, 3, 3), np.bool_)
+    within_a_picture[1] = True
+    pieces_NHW, _ = ndimage.label(bright_NHW, structure=within_a_picture)
+    y_HW, x_HW = np.ogrid[:height, :width]
+    distance_HW = np.hypot(y_HW - (height - 1) / 2, x_HW - (width - 1) / 2)
+    middle_HW = distance_HW <= max(2.0, _CENTRAL * min(height, width))
+    brightest_N = np.where(middle_HW, smooth_NHW, -np.inf).reshape(num, -1).argmax(axis=1)
+    piece_N = pieces_NHW.reshape(num, -1)[np.arange(num), brightest_N]
+    masked_NHW = bright_NHW & (pieces_NHW != piece_N[:, None, None])
+    return _peaks(smooth_NHW, np.stack(np.divmod(brightest_N, width), axis=1)), masked_NHW, piece_N > 0
+
+
+def _peaks(smooth_NHW: NDArray[np.float32], pixel_N2: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(N, 2) y and x of the peaks, to a part of a pixel: by a parabola along each axis through three pixels."""
+    rows = np.arange(len(smooth_NHW))
+    peak_N2 = pixel_N2.astype(np.float64)
+    for axis, step in enumerate(np.eye(2, dtype=np.int64)):
+        y3_N, x3_N = (pixel_N2[:, None, :] + step * np.array([-1, 0, 1])[:, None]).transpose(2, 0, 1)
+        before_N, here_N, after_N = smooth_NHW[rows[:, None], y3_N, x3_N].astype(np.float64).T
+        curvature_N = before_N - 2 * here_N + after_N
+        shift_N = np.divide(before_N - after_N, 2 * curvature_N, out=np.zeros(len(rows)), where=curvature_N < 0)
+        peak_N2[:, axis] += np.clip(shift_N, -0.5, 0.5)
+    return peak_N2
+
+
+def _growth(light_NHW: NDArray[np.float32], masked_NHW: NDArray[np.bool_], centre_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N, R, 2): light and pixels within the radii 0, 1, ... R - 1, up to the picture's nearest edge."""
+    num, height, width = light_NHW.shape
+    num_rings = min(height, width) // 2
+    centre = centre_N2.astype(np.float32)[:, :, None, None]
+    y_NH1, x_N1W = (np.arange(size, dtype=np.float32) for size in (height, width))
+    y_NH1, x_N1W = y_NH1[:, None] - centre[:, 0], x_N1W - centre[:, 1]
+    ring_NHW = np.minimum(np.sqrt(y_NH1**2 + x_N1W**2).astype(np.int32), num_rings)
+    ring_NHW += (num_rings + 1) * np.arange(num, dtype=np.int32)[:, None, None]
+
+    def per_ring(weights: NDArray[np.generic] | None) -> NDArray[np.float64]:
+        flat = None if weights is None else weights.ravel()
+        summed = np.bincount(ring_NHW.ravel(), flat, minlength=num * (num_rings + 1))
+        return np.asarray(summed.reshape(num, num_rings + 1)[:, :num_rings], np.float64)
+
+    seen_NR, pixels_NR = per_ring(~masked_NHW), per_ring(None)
+    light_NR = per_ring(np.where(masked_NHW, 0, light_NHW)) / np.maximum(seen_NR, 1) * pixels_NR
+    growth_NR2 = np.stack([light_NR, pixels_NR], axis=2).cumsum(axis=1)
+    return np.concatenate([np.zeros((num, 1, 2)), growth_NR2], axis=1)
+
+
+def _half_light(growth_NR2: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(N,) half-light radii in pixels, and (N,) light within the Petrosian aperture."""
+    light_NR, pixels_NR = growth_NR2[..., 0], growth_NR2[..., 1]
+    last = light_NR.shape[1] - 1
+    # The mean at r is that between r - 1 and r + 1.
+    local_NR = (light_NR[:, 2:] - light_NR[:, :-2]) / np.maximum(pixels_NR[:, 2:] - pixels_NR[:, :-2], 1)
+    within_NR = light_NR[:, 1:-1] / np.maximum(pixels_NR[:, 1:-1], 1)
+    excess_NR = local_NR - PETROSIAN_LIMIT * within_NR
+    petrosian_N = 1 + _crossing(-excess_NR, np.zeros(len(excess_NR)))
+    aperture_N = np.minimum(APERTURE_RADII * petrosian_N, last)
+    whole_N = np.floor(aperture_N).astype(np.int64)
+    rows = np.arange(len(light_NR))
+    next_N = np.minimum(whole_N + 1, last)
+    total_N = light_NR[rows, whole_N] + (aperture_N - whole_N) * (light_NR[rows, next_N] - light_NR[rows, whole_N])
+    return _crossing(light_NR, total_N / 2), total_N
+
+
+def _crossing(values_NR: NDArray[np.float64], level_N: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N,) places where the values first reach a level, linearly between columns; the last column where they never do."""
+    reached_NR = values_NR >= level_N[:, None]
+    reached_NR[:, -1] = True
+    after_N = reached_NR.argmax(axis=1)
+    before_N = np.maximum(after_N - 1, 0)
+    rows = np.arange(len(values_NR))
+    low_N, high_N = values_NR[rows, before_N], values_NR[rows, after_N]
+    step_N = np.divide(level_N - low_N, high_N - low_N, out=np.ones(len(rows)), where=high_N > low_N)
+    return np.asarray(before_N + np.clip(step_N, 0, 1) * (after_N - before_N), np.float64)

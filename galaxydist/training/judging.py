@@ -1,0 +1,245 @@
+"""One checkpoint of a run and what it is worth: predictions of every galaxy of a split, and what follows from them.
+
+All ranks predict, rank 0 does the rest. What is there already, of the same checkpoint and the same data, is not made again.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from galaxydist.errors import EveryRankError, UserError
+from galaxydist.evaluation.parts import PartWriter, part_path
+from galaxydist.evaluation.predictions import PredictionsInfo, predictions_path, read_predictions
+from galaxydist.evaluation.report import read_evaluation, render_evaluation, stem_of, write_evaluation
+from galaxydist.evaluation.summary import summarise
+from galaxydist.models.build import build_model
+from galaxydist.recipe.schema import Recipe
+from galaxydist.runs import checkpoints
+from galaxydist.runs.folder import RunFolder
+from galaxydist.shards.catalogue import read_catalogue
+from galaxydist.shards.manifest import Manifest
+from galaxydist.surveys.sky import CUTOUT_ARCSEC
+from galaxydist.training.data import TrainingData, build_augment, has_split
+from galaxydist.training.predicting import CATALOGUE_COLUMNS, merge_predictions
+from galaxydist.training.speed import set_tf32
+from galaxydist.training.state import evaluation_weights
+from galaxydist.training.trained_on import JUDGED_SPLIT, FindTrained, find_validation
+from galaxydist.training.validation import evaluate_split
+from galaxydist.training.world import World
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# What of a checkpoint is needed to judge it.
+JUDGED = ("model", "ema")
+LIBRARIES = ("torch", "timm", "numpy")
+
+
+class Judge:
+    """The checkpoint that a recipe names. All ranks make one, and call its methods together.
+
+    Args:
+        world: the processes.
+        folder: of the run.
+        recipe: of the run; its ``eval`` says which checkpoint and which views.
+        find_trained: gives rank 0 the shards that the run was trained on, where a split of others is judged.
+
+    Raises:
+        UserError: the run has no checkpoint.
+    """
+
+    def __init__(self, world: World, folder: RunFolder, recipe: Recipe, *, find_trained: FindTrained) -> None:
+        self.world, self.folder, self.recipe, self._find_trained = world, folder, recipe, find_trained
+        path = world.on_main(lambda: find_checkpoint(folder, recipe.eval.checkpoint))
+        self._checkpoint = world.together(lambda: checkpoints.read_sound(path, groups=JUDGED))
+        self.trained_on = TrainingData.from_dict(self._checkpoint.state["data"])
+        self._model: nn.Module | None = None
+        self._catalogue: pa.Table | None = None  # on rank 0, while there are parts to be merged
+
+    def judge(self, manifest: Manifest, split: str) -> dict[str, Any] | None:
+        """Evaluate a split, unless that was done already, and print the result.
+
+        Args:
+            manifest: the shards that the split is of.
+            split: ``train``, ``val`` or ``test``.
+
+        Returns:
+            The evaluation; None where the split has no galaxies. Where some of them were in the run's validation set, it has
+            ``without_validation``: the metrics of the others.
+
+        Raises:
+            UserError: other classes than the run's; test galaxies that it was trained on; a galaxy that cannot be read.
+        """
+        world = self.world
+        if not has_split(manifest, split):
+            world.say(f"no {split} split in {manifest.location}: nothing to evaluate")
+            return None
+        path = self.predict(manifest, split)
+        validation = self._validation(manifest)
+        context, evaluation_dir = self._context(manifest, split), self._dir(manifest)
+        known = world.on_main(lambda: read_evaluation(evaluation_dir, split, self.recipe.eval.tta))
+        if known is None or not _is_of(known, context) or (validation and not _has_temperature(known)):
+            known = world.on_main(lambda: self._write(path, validation, evaluation_dir, context))
+        world.say(render_evaluation(known, evaluation_dir))
+        return known
+
+    def predict(self, manifest: Manifest, split: str) -> Path:
+        """The predictions of a split, made unless they are there.
+
+        Raises:
+            UserError: other classes than the run's; test galaxies that it was trained on; a galaxy or an id that cannot be
+                read; a full disk.
+        """
+        if self.trained_on.class_names != manifest.class_names:
+            raise EveryRankError(
+                f"{self.folder} was trained on the classes {', '.join(self.trained_on.class_names)}; {manifest.location} has "
+                f"{', '.join(manifest.class_names)}. Give shards of the same classes."
+            )
+        context, world = self._context(manifest, split), self.world
+        path = predictions_path(self._dir(manifest), stem_of(split, self.recipe.eval.tta))
+        if world.on_main(lambda: _stored_context(path) == context):
+            return path
+        seen_N = world.on_main(lambda: find_validation(manifest, split, self.trained_on, self._find_trained))
+        world.on_main(lambda: self._prepare(path, manifest, split))
+        with contextlib.ExitStack() as stack:
+            part = PartWriter(part_path(path, world.rank), manifest.num_classes)
+            world.together(lambda: stack.enter_context(part))
+            metrics = self._evaluate(manifest, split, seen_N, part)
+            world.on_main(lambda: self._merge(path, manifest, context, metrics, seen_N))
+        return path
+
+    def _prepare(self, path: Path, manifest: Manifest, split: str) -> None:
+        """Rank 0, before the work: what could fail after it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._catalogue = read_catalogue(manifest, split, columns=CATALOGUE_COLUMNS)
+
+    def _merge(
+        self,
+        path: Path,
+        manifest: Manifest,
+        context: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        seen_N: NDArray[np.bool_] | None,
+    ) -> None:
+        """Rank 0: one file of all parts."""
+        info = PredictionsInfo(
+            class_names=manifest.class_names,
+            context=context,
+            loss=metrics["loss"],
+            loss_without_validation=metrics.get("without_validation", {}).get("loss"),
+            versions={name: version(name) for name in LIBRARIES},
+        )
+        parts = [part_path(path, rank) for rank in range(self.world.size)]
+        merge_predictions(path, info, parts, self._catalogue, batch_size=self.recipe.eval.batch_size, seen_N=seen_N)
+        self._catalogue = None
+
+    def _validation(self, manifest: Manifest) -> Path | None:
+        """The predictions of the run's own validation split: made if its shards are at hand, else those in the run folder."""
+        own = self.world.on_main(lambda: self._own_shards(manifest))
+        if own is not None:
+            return self.predict(own, "val") if has_split(own, "val") else None
+        path = predictions_path(self.folder.evaluation_dir, stem_of("val", self.recipe.eval.tta))
+
+        def is_usable() -> bool:
+            stored = _stored_context(path)
+            wanted: dict[str, Any] = {"split": "val", "tta": self.recipe.eval.tta, "manifest_hash": self.trained_on.manifest_hash}
+            wanted |= {"checkpoint": self._checkpoint.path.name, "step": self._checkpoint.step}
+            return stored is not None and all(stored.get(name) == value for name, value in wanted.items())
+
+        return path if self.world.on_main(is_usable) else None
+
+    def _own_shards(self, manifest: Manifest) -> Manifest | None:
+        try:
+            own = manifest if manifest.hash == self.trained_on.manifest_hash else self._find_trained(self.trained_on)
+        except UserError:
+            return None
+        return own if own.hash == self.trained_on.manifest_hash else None
+
+    def _write(self, path: Path, validation: Path | None, evaluation_dir: Path, context: Mapping[str, Any]) -> dict[str, Any]:
+        """Rank 0: the evaluation's JSON and figures."""
+        summary = summarise(read_predictions(path), read_predictions(validation) if validation is not None else None)
+        return write_evaluation(
+            evaluation_dir, summary.metrics, context, metrics_log=self.folder.metrics_path, curves=summary.curves
+        )
+
+    def _dir(self, manifest: Manifest) -> Path:
+        """The run's own data set stands at the top, others each in a folder of their own."""
+        is_own = self.trained_on.manifest_hash == manifest.hash
+        folder = self.folder.evaluation_dir
+        return folder if is_own else folder / f"{manifest.dataset}-{manifest.variant}"
+
+    def _context(self, manifest: Manifest, split: str) -> dict[str, Any]:
+        """What is judged on what."""
+        recipe = self.recipe
+        return {
+            "dataset": manifest.dataset,
+            "variant": manifest.variant,
+            "split": split,
+            "tta": recipe.eval.tta,
+            "manifest_hash": manifest.hash,
+            "recipe": recipe.name,
+            "model": recipe.model.name,
+            "seed": recipe.seed,
+            "checkpoint": self._checkpoint.path.name,
+            "step": self._checkpoint.step,
+            # Evaluations that were made before anyone looked lack these.
+            **(
+                {"trained_on_hash": self.trained_on.manifest_hash, "apart_arcsec": CUTOUT_ARCSEC} if split == JUDGED_SPLIT else {}
+            ),
+        }
+
+    def _evaluate(self, manifest: Manifest, split: str, seen_N: NDArray[np.bool_] | None, part: PartWriter) -> dict[str, Any]:
+        recipe, world = self.recipe, self.world
+        if self._model is None:
+            # The weights come from the checkpoint: those the run started from are not needed.
+            config = recipe.model.model_copy(update={"pretrained": False, "weights": None, "freeze_backbone": False})
+            model = build_model(config, manifest.num_classes, recipe.data.image_size)
+            model.load_state_dict(evaluation_weights(self._checkpoint.tensors, self._checkpoint.state))
+            self._model = model.to(device=world.device, dtype=world.dtype)
+            set_tf32(recipe.train.tf32, world.device)
+        augment = build_augment(recipe, self.trained_on, threads=world.cores)
+        return evaluate_split(world, self._model, manifest, split, augment=augment, recipe=recipe, apart_N=seen_N, part=part)
+
+
+def _stored_context(path: Path) -> Mapping[str, Any] | None:
+    """What the predictions in a file are of; None where there are none, or damaged ones, which are made again."""
+    try:
+        return read_predictions(path).info.context
+    except UserError:
+        return None
+
+
+def _is_of(evaluation: Mapping[str, Any], context: Mapping[str, Any]) -> bool:
+    return all(evaluation.get(name) == value for name, value in context.items())
+
+
+def _has_temperature(evaluation: Mapping[str, Any]) -> bool:
+    """Or cannot have one, its logits being not finite."""
+    return "calibration" not in evaluation or evaluation["calibration"]["temperature"] is not None
+
+
+def find_checkpoint(folder: RunFolder, which: str) -> Path:
+    """The checkpoint that a run is judged by.
+
+    Args:
+        folder: of the run.
+        which: ``best`` or ``last``; the last where there is no best.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = checkpoints.best_path(folder.checkpoints_dir) if which == "best" else None
+    if path is None:
+        newest = checkpoints.load(folder.checkpoints_dir, groups=())
+        path = newest.path if newest is not None else None
+    if path is None:
+        raise UserError(
+            f"{folder} has no checkpoint yet: it was stopped before its first one. Train it on with the command that started it."
+        )
+    return path
