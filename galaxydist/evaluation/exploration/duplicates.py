@@ -1,0 +1,105 @@
+"""Pictures that look the same: by a perceptual hash, confirmed on the pixels of their thumbnails.
+
+The hash (ImageHash's pHash: the signs of the 8 x 8 lowest frequencies of a 32 x 32 picture, against their median) finds copies
+that were compressed or resampled; but many galaxies are a round glow on black, so that equal hashes alone mean little. Pairs of
+near hashes therefore count only if their thumbnails correlate as well: all three channels, each less its median.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+HASH_DISTANCE = 6
+# Between copies at JPEG quality 50 (0.97 and more) and the most alike of 500,000 pairs of real galaxies (0.93): measured.
+LEAST_CORRELATION = 0.95
+# Pairs that are compared at a time.
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two pictures, by their places: Hamming distance of their hashes, correlation of their pixels, and whether all are equal."""
+
+    first: int
+    second: int
+    distance: int
+    correlation: float
+    identical: bool
+
+
+def perceptual_hash(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(8,) uint8: the 64 bits of pHash.
+
+    Args:
+        image_HWC: H x W x 3 uint8.
+    """
+    import imagehash
+
+    return np.packbits(np.asarray(imagehash.phash(Image.fromarray(image_HWC)).hash))
+
+
+def find_duplicates(
+    hash_nB: NDArray[np.uint8],
+    digests: list[bytes],
+    thumbnails_nHWC: NDArray[np.uint8],
+    *,
+    distance: int = HASH_DISTANCE,
+    correlation: float = LEAST_CORRELATION,
+) -> list[Pair]:
+    """Pairs of pictures that look the same, the most alike first.
+
+    Args:
+        hash_nB: (n, 8) uint8 perceptual hashes.
+        digests: of the pixels.
+        thumbnails_nHWC: n x H x W x 3 uint8.
+        distance: Hamming distance that hashes may have.
+        correlation: least correlation of the thumbnails.
+    """
+    pairs_P2, distance_P = near_hashes(hash_nB, distance)
+    correlation_P = _correlations(thumbnails_nHWC, pairs_P2)
+    found = []
+    for (first, second), apart, alike in zip(pairs_P2.tolist(), distance_P.tolist(), correlation_P.tolist(), strict=True):
+        identical = digests[first] == digests[second]
+        if identical or alike >= correlation:
+            found.append(Pair(first, second, apart, 1.0 if identical else alike, identical))
+    return sorted(found, key=lambda pair: (not pair.identical, -pair.correlation, pair.first, pair.second))
+
+
+def near_hashes(hash_nB: NDArray[np.uint8], distance: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(P, 2) places of all pairs within a Hamming distance, the smaller place first, and (P,) their distances.
+
+    All pairs are compared, but in blocks of machine words: 10,000 pictures take a second.
+
+    Args:
+        hash_nB: (n, 8) uint8.
+    """
+    words_n = np.ascontiguousarray(hash_nB).view(np.uint64)[:, 0] if len(hash_nB) else np.empty(0, np.uint64)
+    num, height = len(words_n), max(1, _BLOCK // max(len(words_n), 1))
+    pairs, distances = [np.empty((0, 2), np.int64)], [np.empty(0, np.int64)]
+    for start in range(0, num, height):
+        apart_hn = np.bitwise_count(words_n[start : start + height, None] ^ words_n[None, start:])
+        rows, columns = np.nonzero(apart_hn <= distance)
+        later = columns > rows
+        pairs.append(np.stack([rows[later] + start, columns[later] + start], axis=1))
+        distances.append(apart_hn[rows[later], columns[later]].astype(np.int64))
+    return np.concatenate(pairs), np.concatenate(distances)
+
+
+def _correlations(thumbnails_nHWC: NDArray[np.uint8], pairs_P2: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(P,) correlations of the pairs' pixels over each channel's median; 0 for a blank one."""
+    parts = [np.empty(0)]
+    step = max(1, _BLOCK // max(1, thumbnails_nHWC[:1].size))
+    for start in range(0, len(pairs_P2), step):
+        light = [_light(thumbnails_nHWC[pairs_P2[start : start + step, side]]) for side in (0, 1)]
+        product_P = (light[0] * light[1]).sum(axis=1)
+        norm_P = np.sqrt((light[0] ** 2).sum(axis=1) * (light[1] ** 2).sum(axis=1))
+        parts.append(np.divide(product_P, norm_P, out=np.zeros(len(norm_P)), where=norm_P > 0))
+    return np.concatenate(parts)
+
+
+def _light(pictures_PHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """(P, D) pixels less the median of their channel."""
+    pixels = pictures_PHWC.astype(np.float64)
+    return (pixels - np.median(pixels, axis=(1, 2), keepdims=True)).reshape(len(pixels), -1)

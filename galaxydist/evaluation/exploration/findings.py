@@ -1,0 +1,156 @@
+"""All that is found out about a data set, before any of it is drawn."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galaxydist.evaluation.exploration.duplicates import Pair, find_duplicates
+from galaxydist.evaluation.exploration.embedding import Features, Map, map_sample
+from galaxydist.evaluation.exploration.look import Looked, look_at
+from galaxydist.evaluation.exploration.neighbours import Neighbours, find_neighbours
+from galaxydist.evaluation.exploration.population import Population, Positions, chance_order, choose_sample
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found.
+
+    Args:
+        sample_size: galaxies that were chosen to be looked at; those that could be read are in ``looked``.
+        positions: of those galaxies whose records were read (all, or the sample).
+        neighbours: None where no position is known.
+        duplicates: pairs of places in the sample.
+        map: None where the sample is too small for one.
+    """
+
+    population: Population
+    sample_size: int
+    seed: int
+    looked: Looked
+    positions: Positions
+    neighbours: Neighbours | None
+    duplicates: list[Pair]
+    map: Map | None
+
+    def members(self, label: int) -> NDArray[np.int64]:
+        """Places in the sample of the galaxies of a class, in the order of chance."""
+        ordered = np.searchsorted(self.looked.rows, chance_order(self.looked.rows, self.seed))
+        return np.asarray(ordered[self.looked.labels[ordered] == label])
+
+    @property
+    def oddities(self) -> dict[str, int]:
+        """Kind -> number in the sample."""
+        unreadable = {"unreadable": len(self.looked.problems)} if self.looked.problems else {}
+        return unreadable | {kind: len(places) for kind, places in self.looked.oddities.items()}
+
+
+def find_all(population: Population, *, sample: int, seed: int, features: Features | None = None) -> Findings:
+    """Look at a data set.
+
+    Args:
+        population: of all galaxies.
+        sample: of how many galaxies at most the pictures are read.
+        seed: of every choice.
+        features: of thumbnails, for the map; simple ones where None.
+    """
+    rows = choose_sample(population, sample, seed)
+    looked = look_at(population.source.pictures(rows), population.labels_N, len(rows))
+    positions = population.source.positions() or Positions(looked.rows, *looked.position_n3.T)
+    return Findings(
+        population=population,
+        sample_size=len(rows),
+        seed=seed,
+        looked=looked,
+        positions=positions,
+        neighbours=find_neighbours(population, positions) if positions.known.any() else None,
+        duplicates=find_duplicates(looked.hash_nB, looked.digests, looked.thumbnails_nHWC),
+        map=map_sample(looked, seed, features),
+    )
+
+
+def pixel_statistics(looked: Looked, label: int) -> dict[str, Any]:
+    """Over the looked-at galaxies of a class: mean and deviation of each channel (R G B, full scale 1), shares of 0 and 255."""
+    shares_CL = looked.histograms[label] / looked.histograms[label].sum(axis=1, keepdims=True)
+    values_L = np.arange(256) / 255.0
+    mean_C = shares_CL @ values_L
+    std_C = np.sqrt(np.maximum(shares_CL @ values_L**2 - mean_C**2, 0))
+    return {
+        "galaxies": int((looked.labels == label).sum()),
+        "mean": mean_C.round(4).tolist(),
+        "std": std_C.round(4).tolist(),
+        "black": round(float(shares_CL[:, 0].mean()), 4),
+        "saturated": round(float(shares_CL[:, 255].mean()), 4),
+    }
+
+
+def summary(findings: Findings) -> dict[str, Any]:
+    """The findings as plain values, for ``survey.json``."""
+    population, looked = findings.population, findings.looked
+    known = {label: name for label, name in population.groups.items() if label in looked.histograms}
+    near = findings.neighbours
+    return {
+        "dataset": population.dataset,
+        "variant": population.variant,
+        "source": {"kind": population.kind, "location": population.location, "sha256": population.source_hash},
+        "class_names": list(population.groups.values()),
+        "counts": population.counts(),
+        "sample": {"chosen": findings.sample_size, "read": len(looked), "of": len(population), "seed": findings.seed},
+        "pixels": {name: pixel_statistics(looked, label) for label, name in known.items()},
+        "median": {
+            name: {
+                "half_light_radius_px": _median(looked.size_n[looked.labels == label]),
+                "brightness": _median(looked.brightness_n[looked.labels == label]),
+                "sky": _median(looked.sky_n[looked.labels == label]),
+                "colour": _median(looked.colour_n[looked.labels == label]),
+            }
+            for label, name in known.items()
+        },
+        "neighbours": None
+        if near is None
+        else {
+            "positions": int(findings.positions.known.sum()),
+            "pairs": len(near.pairs_P2),
+            "galaxies": near.num_galaxies,
+            "pairs_across_splits": int(near.across_P.sum()),
+            "places_with_two_labels": int(near.two_labels_P.sum()),
+        },
+        "duplicates": [
+            {
+                "ids": [looked.ids[pair.first], looked.ids[pair.second]],
+                "identical": pair.identical,
+                "hash_distance": pair.distance,
+                "correlation": round(pair.correlation, 4),
+            }
+            for pair in findings.duplicates
+        ],
+        "odd": {kind: [looked.ids[place] for place in places] for kind, places in looked.oddities.items()},
+        "unreadable": looked.problems,
+    }
+
+
+def label_conflicts(findings: Findings) -> int:
+    """Duplicates that carry two labels."""
+    labels = findings.looked.labels
+    return sum(1 for pair in findings.duplicates if labels[pair.first] != labels[pair.second])
+
+
+def split_leaks(findings: Findings) -> int:
+    """Duplicates whose two stand in different splits."""
+    split_n = findings.population.split_N[findings.looked.rows]
+    return sum(1 for pair in findings.duplicates if split_n[pair.first] != split_n[pair.second])
+
+
+def widths(looked: Looked) -> str:
+    """The pictures' widths in words."""
+    common = Counter(looked.widths_n.tolist()).most_common()
+    if not common:
+        return "no picture could be read"
+    return f"{common[0][0]} pixels wide" if len(common) == 1 else f"{min(common)[0]} to {max(common)[0]} pixels wide"
+
+
+def _median(values: NDArray[np.float64]) -> float | None:
+    finite = values[np.isfinite(values)]
+    return round(float(np.median(finite)), 4) if len(finite) else None

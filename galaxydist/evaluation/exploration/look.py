@@ -1,0 +1,243 @@
+"""One look at each picture of a sample: everything that the page says about pictures is taken from here. Memory holds a few
+batches of pictures, and of each galaxy only numbers and a thumbnail."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice, repeat
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from galaxydist.cores import available_cores
+from galaxydist.evaluation.exploration.duplicates import perceptual_hash
+from galaxydist.evaluation.exploration.oddities import find_oddities
+from galaxydist.evaluation.exploration.population import Picture
+from galaxydist.surveys.measure import measure_pictures
+
+THUMBNAIL = 64
+# Width of the mean images, in pixels (or the pictures' own, where that is less).
+MEAN_WIDTH = 128
+_BATCH = 32
+_LEAST_SIZE = 16  # of what can be measured
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What n readable pictures show, in the order of ``rows``.
+
+    Args:
+        rows: (n,) of the population.
+        ids: their names.
+        labels: (n,) class numbers.
+        mean_nC, black_n, white_n: mean of each channel (full scale 1), shares of pixel values that are 0 and 255.
+        size_n, brightness_n, sky_n: see :mod:`galaxydist.surveys.measure`; nan where the picture is too small for it.
+        colour_n: -2.5 log10 of blue over red light above the sky in the galaxy's middle; nan where there is none.
+        hash_nB: (n, 8) uint8 perceptual hashes.
+        digests: of the pixels: equal for identical pictures.
+        thumbnails_nHWC: (n, 64, 64, 3) uint8.
+        widths_n: of the pictures, in pixels.
+        oddities: kind -> places (0 ... n-1).
+        histograms: label -> (3, 256) numbers of pixels.
+        means: label -> H x W x 3 mean image, full scale 255.
+        position_n3: ra, dec, redshift; nan where unknown.
+        problems: id -> why it could not be read.
+    """
+
+    rows: NDArray[np.int64]
+    ids: list[str]
+    labels: NDArray[np.int64]
+    mean_nC: NDArray[np.float64]
+    black_n: NDArray[np.float64]
+    white_n: NDArray[np.float64]
+    size_n: NDArray[np.float64]
+    brightness_n: NDArray[np.float64]
+    sky_n: NDArray[np.float64]
+    colour_n: NDArray[np.float64]
+    hash_nB: NDArray[np.uint8]
+    digests: list[bytes]
+    thumbnails_nHWC: NDArray[np.uint8]
+    widths_n: NDArray[np.int64]
+    position_n3: NDArray[np.float64]
+    oddities: dict[str, list[int]]
+    histograms: dict[int, NDArray[np.int64]]
+    means: dict[int, NDArray[np.float64]]
+    problems: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _One:
+    """What one picture shows."""
+
+    numbers: tuple[float, ...]  # mean R G B, black, white, size, brightness, sky, colour, width, ra, dec, redshift
+    hash_B: NDArray[np.uint8]
+    digest: bytes
+    thumbnail_HWC: NDArray[np.uint8]
+    small_HWC: NDArray[np.uint8]
+    histogram_CL: NDArray[np.int64]
+    oddities: tuple[str, ...]
+
+
+@dataclass
+class _Sums:
+    """What is added up by class."""
+
+    histograms: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    pictures: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+
+    def add(self, label: int, one: _One) -> None:
+        self.histograms[label] = self.histograms.get(label, 0) + one.histogram_CL
+        self.pictures[label] = self.pictures.get(label, 0.0) + one.small_HWC.astype(np.float64)
+        self.counts[label] += 1
+
+
+def look_at(pictures: Iterable[Picture], labels_N: NDArray[np.int64], number: int) -> Looked:
+    """Look at pictures, on all cores.
+
+    Args:
+        pictures: read while this goes on.
+        labels_N: of the population, by row.
+        number: of pictures, for the progress bar.
+    """
+    from tqdm import tqdm
+
+    seen: list[tuple[Picture, _One]] = []
+    problems: dict[str, str] = {}
+    sums, width, cores = _Sums(), 0, available_cores()
+    with ThreadPoolExecutor(cores) as pool, tqdm(total=number, desc="look at pictures", unit="img", disable=None) as bar:
+        for window in _chunks(iter(pictures), cores * _BATCH):
+            problems |= {picture.id: picture.problem for picture in window if picture.image is None}
+            readable = [picture for picture in window if picture.image is not None]
+            if readable and not width:
+                width = min(MEAN_WIDTH, *_shape(readable[0])[:2])
+            batches = [batch for same in _same_shapes(readable) for batch in _chunks(iter(same), _BATCH)]
+            for batch, ones in zip(batches, pool.map(_look, batches, repeat(width)), strict=True):
+                for picture, one in zip(batch, ones, strict=True):
+                    sums.add(int(labels_N[picture.row]), one)
+                    seen.append((Picture(picture.row, picture.id, None, picture.position), one))
+            bar.update(len(window))
+    return _gather(sorted(seen, key=lambda pair: pair[0].row), labels_N, sums, problems)
+
+
+def _gather(seen: list[tuple[Picture, _One]], labels_N: NDArray[np.int64], sums: _Sums, problems: dict[str, str]) -> Looked:
+    rows = np.array([picture.row for picture, _ in seen], np.int64)
+    columns = np.array([one.numbers for _, one in seen], np.float64).reshape(len(seen), 13)
+    oddities: dict[str, list[int]] = {}
+    for place, (_, one) in enumerate(seen):
+        for kind in one.oddities:
+            oddities.setdefault(kind, []).append(place)
+    return Looked(
+        rows=rows,
+        ids=[picture.id for picture, _ in seen],
+        labels=labels_N[rows],
+        mean_nC=columns[:, :3],
+        black_n=columns[:, 3],
+        white_n=columns[:, 4],
+        size_n=columns[:, 5],
+        brightness_n=columns[:, 6],
+        sky_n=columns[:, 7],
+        colour_n=columns[:, 8],
+        widths_n=columns[:, 9].astype(np.int64),
+        position_n3=columns[:, 10:],
+        hash_nB=np.array([one.hash_B for _, one in seen], np.uint8).reshape(len(seen), -1),
+        digests=[one.digest for _, one in seen],
+        thumbnails_nHWC=np.array([one.thumbnail_HWC for _, one in seen], np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL, 3),
+        oddities=oddities,
+        histograms=sums.histograms,
+        means={label: total / sums.counts[label] for label, total in sums.pictures.items()},
+        problems=problems,
+    )
+
+
+def _look(batch: list[Picture], mean_width: int) -> list[_One]:
+    """What pictures of one shape show."""
+    images_BHWC = np.stack([picture.image for picture in batch if picture.image is not None])
+    if min(images_BHWC.shape[1:3]) >= _LEAST_SIZE:
+        measured = measure_pictures(images_BHWC)
+        size_B, brightness_B, sky_B = measured.size_px, measured.brightness, measured.sky
+    else:
+        size_B, brightness_B, sky_B = np.full((3, len(batch)), np.nan)
+    ones = []
+    for picture, image_HWC, size, brightness, sky in zip(batch, images_BHWC, size_B, brightness_B, sky_B, strict=True):
+        histogram_CL = np.stack([np.bincount(image_HWC[..., channel].ravel(), minlength=256) for channel in range(3)])
+        shares_CL = histogram_CL / histogram_CL.sum(axis=1, keepdims=True)
+        mean_C = shares_CL @ (np.arange(256) / 255)
+        oddities = find_oddities(image_HWC)
+        if not oddities and np.isfinite(sky) and np.isnan(size):
+            oddities = ["nothing there"]
+        place = picture.position
+        numbers = (
+            *mean_C,
+            shares_CL[:, 0].mean(),
+            shares_CL[:, 255].mean(),
+            size,
+            brightness,
+            sky,
+            _colour(image_HWC, size, histogram_CL),
+            image_HWC.shape[1],
+            place.ra,
+            place.dec,
+            place.redshift,
+        )
+        ones.append(
+            _One(
+                numbers=tuple(map(float, numbers)),
+                hash_B=perceptual_hash(image_HWC),
+                digest=hashlib.blake2b(image_HWC.tobytes(), digest_size=16).digest(),
+                thumbnail_HWC=_fit(image_HWC, THUMBNAIL),
+                small_HWC=_fit(image_HWC, mean_width),
+                histogram_CL=histogram_CL,
+                oddities=tuple(oddities),
+            )
+        )
+    return ones
+
+
+def _colour(image_HWC: NDArray[np.uint8], size: float, histogram_CL: NDArray[np.int64]) -> float:
+    """-2.5 log10 (blue / red light) within the half-light radius, over each channel's median; nan where one has no light there.
+
+    In pictures of the Legacy Surveys blue is the g band and red the z band: a colour like g - z, of stretched light.
+    """
+    if not np.isfinite(size):
+        return np.nan
+    (height, width), radius = image_HWC.shape[:2], max(size, 1.5)
+    top, left = (max(0, int(length / 2 - radius)) for length in (height, width))
+    middle_HWC = image_HWC[top : height - top, left : width - left]
+    y_HW, x_HW = np.ogrid[: middle_HWC.shape[0], : middle_HWC.shape[1]]
+    inside_HW = np.hypot(y_HW - (middle_HWC.shape[0] - 1) / 2, x_HW - (middle_HWC.shape[1] - 1) / 2) <= radius
+    cumulated_CL = histogram_CL.cumsum(axis=1)
+    median_C = (cumulated_CL < cumulated_CL[:, -1:] / 2).sum(axis=1)
+    light_C = middle_HWC[inside_HW].mean(axis=0) - median_C
+    return float(-2.5 * np.log10(light_C[2] / light_C[0])) if min(light_C[0], light_C[2]) > 0 else np.nan
+
+
+def _fit(image_HWC: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """The central square at another width."""
+    if image_HWC.shape[:2] == (width, width):
+        return image_HWC
+    return np.asarray(ImageOps.fit(Image.fromarray(image_HWC), (width, width), Image.Resampling.BOX))
+
+
+def _same_shapes(pictures: list[Picture]) -> Iterator[list[Picture]]:
+    """The pictures, those of one shape together."""
+    by_shape: dict[tuple[int, ...], list[Picture]] = {}
+    for picture in pictures:
+        by_shape.setdefault(_shape(picture), []).append(picture)
+    yield from by_shape.values()
+
+
+def _shape(picture: Picture) -> tuple[int, ...]:
+    assert picture.image is not None
+    return picture.image.shape
+
+
+def _chunks(pictures: Iterator[Picture], length: int) -> Iterator[list[Picture]]:
+    while chunk := list(islice(pictures, length)):
+        yield chunk

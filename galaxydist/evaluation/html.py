@@ -1,0 +1,81 @@
+"""Self-contained HTML pages: templates of the package, pictures and figures inside the page, nothing that is fetched."""
+
+import base64
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+TEMPLATES = Path(__file__).parent / "templates"
+# matplotlib numbers the parts of every figure alike: on one page these would be the same id many times. (What begins otherwise
+# is a hash that something in the figure refers to.)
+_NUMBERED_ID = re.compile(r' id="[A-Za-z]\w*?(?:\.\w+)?_\d+"')
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """The page of a template of ``galaxydist/evaluation/templates``; a name that the context lacks is an error."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["thousands"] = lambda number: f"{number:,}"
+    return environment.get_template(template).render(context)
+
+
+def picture_uri(picture: NDArray[np.uint8] | Image.Image, *, width: int | None = None, quality: int = 85) -> str:
+    """A picture as the data URI of a JPEG.
+
+    Args:
+        picture: H x W x 3 uint8, or Pillow's.
+        width: of the square that it is resampled to; as it is where None.
+    """
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    if width is not None and image.size != (width, width):
+        image = image.resize((width, width), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def figure_svg(figure: "Figure", description: str) -> "Markup":
+    """A figure as SVG for the inside of a page: clear ground, black drawn in the page's own text colour, text as text.
+
+    Args:
+        figure: drawn with black lines and text where they are to follow the page.
+        description: what it shows, for whoever cannot see it.
+    """
+    import matplotlib
+    from markupsafe import Markup, escape
+
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
+        figure.savefig(stream, format="svg", transparent=True, dpi=200, metadata={"Date": None, "Creator": None})
+    drawn = stream.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    head, body = drawn.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head)
+    assert box is not None, head
+    width = re.search(r'width="([\d.]+)pt"', head)
+    assert width is not None, head
+    body = _NUMBERED_ID.sub("", re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL))
+    # SVG's own default is black: text and strokes without a colour are given the page's through the attributes of <svg>.
+    body = body.replace("#000000", "currentColor").replace("stroke: black", "stroke: currentColor")
+    opening = (
+        f'<svg {box.group()} style="max-width: {float(width.group(1)) * 4 / 3:.0f}px" fill="currentColor" role="img" '
+        f'aria-label="{escape(description)}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+    return Markup(opening + body)
