@@ -1,0 +1,313 @@
+"""The results as one HTML page that needs nothing else."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from galaxydist.evaluation.html import figure_svg, render
+from galaxydist.evaluation.matrix import Row, Table
+from galaxydist.evaluation.published import SETTINGS
+from galaxydist.evaluation.results import figures
+from galaxydist.evaluation.results.across import Pairs, best_of
+from galaxydist.evaluation.results.gather import REGIMES, Findings, Results
+from galaxydist.evaluation.results.run_facts import RunFacts
+from galaxydist.evaluation.results.views import CAPTION, about, class_rows, cost_rows, ranking_rows
+from galaxydist.evaluation.results.words import (
+    NOTHING,
+    QUANTITIES,
+    describe_table,
+    interval_text,
+    number,
+    p_text,
+    percent,
+    points,
+    signed,
+)
+from galaxydist.evaluation.sampling import ALPHA
+from galaxydist.evaluation.text import readable
+from galaxydist.evaluation.verdicts import Observation
+from galaxydist.recipe.schema import Variant
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture of the gallery.
+
+    Args:
+        title: such as "disturbed, taken for merging".
+        uri: a data URI.
+        caption: such as the galaxy's id, the model, and how sure it was.
+    """
+
+    title: str
+    uri: str
+    caption: str
+
+
+def render_page(results: Results, provenance: Mapping[str, str], gallery: Sequence[Picture] = ()) -> str:
+    """The page.
+
+    Args:
+        results: to be shown.
+        provenance: ``command``, ``version``, ``versions``: what made the page.
+        gallery: mistakes of which a model was sure, and galaxies of which it was not; the section is left out without any.
+    """
+    return render(
+        "results.html",
+        {
+            "about": about(results),
+            "datasets": [_data_set(found, number) for number, found in enumerate(results.findings)],
+            "published": [_observation(one) for one in results.published],
+            "notes": results.notes,
+            "gallery": gallery,
+            "num_runs": results.num_runs,
+            "num_asked": results.num_asked,
+            "num_models": sum(len({facts.trial.model for facts in found.facts}) for found in results.findings),
+            "provenance": provenance,
+            "alpha": f"{ALPHA:g}",
+        },
+    )
+
+
+def _data_set(found: Findings, place: int) -> dict[str, Any]:
+    table = found.table
+    return {
+        "name": table.dataset,
+        "key": f"d{place}",
+        "is_real": table.is_real,
+        "caption": CAPTION[table.is_real],
+        "sizes": _sizes(table),
+        "settings": SETTINGS,
+        "lines": _matrix(table),
+        "tests": _tests(table),
+        "regimes": {REGIMES[name]: [_observation(one) for one in found.observations[name]] for name in found.observations},
+        "ranking": ranking_rows(found),
+        "curves": _curves(found),
+        "classes": _classes(table),
+        "confusions": _confusions(found),
+        "calibration": _calibration(found),
+        "pairs": [_pairs(pairs) for pairs in found.pairs],
+        "ensembles": _ensembles(found),
+        "cost": cost_rows(found),
+        "runs": [_run(facts, found) for facts in found.facts],
+    }
+
+
+def _sizes(table: Table) -> str:
+    sizes = {judged.variant: judged.count for cell in table.cells.values() for judged in cell.judgements}
+    return ", ".join(f"{variant} {count:,}" for variant, count in sorted(sizes.items(), reverse=True))
+
+
+def _matrix(table: Table) -> list[dict[str, Any]]:
+    numbers = describe_table(table)
+    return [
+        {
+            "label": row.label,
+            "cells": [
+                {
+                    "setting": str(setting),
+                    "seeds": table.cells[row, setting].num_seeds,
+                    "quantities": [(name, numbers[row, setting, name]) for name in QUANTITIES],
+                }
+                for setting in SETTINGS
+            ],
+        }
+        for row in table.rows
+    ]
+
+
+def _tests(table: Table) -> list[dict[str, Any]]:
+    """Every cell that was run, with all that its test says."""
+    numbers, found = describe_table(table), []
+    for (row, setting), cell in table.cells.items():
+        for name, estimate, test in (
+            ("accuracy", cell.accuracy, cell.accuracy_test),
+            ("loss", cell.loss, cell.loss_test),
+        ):
+            if estimate is None:
+                continue
+            said = numbers[row, setting, "accuracy" if name == "accuracy" else "loss"]
+            line = [row.label, str(setting), name, str(cell.num_seeds), f"{estimate.num_galaxies:,}", number(estimate.mean, 4)]
+            line += [number(estimate.seed_error, 4), number(estimate.standard_error, 4)]
+            if table.is_real:
+                line += [said.published or NOTHING, NOTHING if test is None else signed(test.value, 4)]
+                line += [NOTHING, NOTHING, NOTHING] if test is None else [interval_text(test), p_text(test.p_value), said.p]
+            notes = [*cell.notes, *(test.notes if test is not None else ())] if name == "accuracy" or test is not None else []
+            found.append({"cells": line, "notes": "; ".join(dict.fromkeys(notes))})
+    return found
+
+
+def _observation(one: Observation) -> dict[str, Any]:
+    checks = [
+        {
+            "claim": check.claim,
+            "value": f"{signed(check.value, 2) if check.unit else number(check.value, 2)}"
+            + ("" if check.error is None else f" ± {check.error:.2f}")
+            + (f" {check.unit}" if check.unit else ""),
+            "p_for": p_text(p_for).removeprefix("p ").removeprefix("= "),
+            "p_against": p_text(p_against).removeprefix("p ").removeprefix("= "),
+            "test": check.test,
+            "notes": "; ".join(check.notes),
+            "standing": "good" if p_for < ALPHA else "warn" if p_against < ALPHA else "",
+        }
+        for check, p_for, p_against in zip(one.checks, one.p_for, one.p_against, strict=True)
+    ]
+    return {"number": one.number, "statement": one.statement, "verdict": one.verdict, "reason": one.reason, "checks": checks}
+
+
+def _curves(found: Findings) -> list[dict[str, Any]]:
+    """A figure a line of the table."""
+    drawn = []
+    for row in found.table.rows:
+        runs = found.runs_of(row)
+        figure = figures.draw_curves([figures.Curve(facts.trial.variant, facts.lines) for facts in runs]) if runs else None
+        if figure is not None:
+            drawn.append({"label": row.label, "svg": figure_svg(figure, f"learning curves of {row.label}"), "runs": len(runs)})
+    return drawn
+
+
+def _classes(table: Table) -> list[dict[str, Any]]:
+    """A heat map a setting: models down, classes across."""
+    maps = []
+    for setting, (names, rows) in class_rows(table).items():
+        lines = [
+            {
+                "label": row.label,
+                "cells": [_share(value, is_marked=place == row.worst) for place, value in enumerate(row.values)],
+            }
+            for row in rows
+        ]
+        counts = next(judged.support for row in table.rows for judged in table.cells[row, setting].judgements)
+        heads = [f"{readable(name)} ({count:,})" for name, count in zip(names, counts, strict=True)]
+        maps.append({"setting": str(setting), "heads": heads, "lines": lines})
+    return maps
+
+
+def _share(value: float | None, *, is_marked: bool = False, title: str = "") -> dict[str, Any]:
+    text = NOTHING if value is None else f"{100 * value:.0f}"
+    return {"text": text, "share": round(100 * (value or 0.0)), "marked": is_marked, "title": title}
+
+
+def _confusions(found: Findings) -> list[dict[str, Any]]:
+    """Of each line and training variant: its best run by validation, on its own test set."""
+    names, drawn = [readable(name) for name in found.table.class_names], []
+    for row, variant in _lines_and_variants(found):
+        facts = _best(found, row, variant)
+        judged = facts.trial.judgements.get(variant) if facts is not None else None
+        if facts is None or judged is None:
+            continue
+        counts_KK = np.asarray(judged.confusion)
+        support_K1 = counts_KK.sum(axis=1, keepdims=True)
+        shares_KK = counts_KK / np.maximum(support_K1, 1)
+        lines = [
+            {
+                "label": name,
+                "cells": [
+                    {**_share(float(share)), "text": f"{100 * share:.0f}" if count else "", "title": f"{count:,} galaxies"}
+                    for share, count in zip(shares_K, counts_K, strict=True)
+                ],
+            }
+            for name, shares_K, counts_K in zip(names, shares_KK, counts_KK, strict=True)
+        ]
+        what = f"trained and tested on {variant}, seed {facts.trial.seed}, N = {judged.count:,}"
+        drawn.append({"label": row.label, "what": what, "heads": names, "lines": lines})
+    return drawn
+
+
+def _lines_and_variants(found: Findings) -> list[tuple[Row, Variant]]:
+    variants: tuple[Variant, ...] = ("original", "balanced")
+    return [(row, variant) for row in found.table.rows for variant in variants]
+
+
+def _best(found: Findings, row: Row, variant: Variant) -> RunFacts | None:
+    runs = {id(facts.trial): facts for facts in found.runs_of(row) if facts.trial.variant == variant}
+    best = best_of([facts.trial for facts in runs.values()])
+    return runs[id(best)] if best is not None else None
+
+
+def _calibration(found: Findings) -> dict[str, Any]:
+    """A line a run, and a reliability diagram a line of the table."""
+    rows = []
+    for facts in found.facts:
+        known, row = facts.calibration, found.row_of.get(facts.trial.run_dir)
+        temperature, scaled = known.get("temperature"), known.get("scaled") or {}
+        if known:
+            label = row.label if row is not None else facts.trial.model
+            values = [number(known.get("ece")), number(scaled.get("ece"))]
+            values += [number(temperature["value"] if temperature else None), number(facts.evaluation.get("loss"))]
+            rows.append([facts.name, label, facts.trial.variant, str(facts.trial.seed), *values, number(scaled.get("loss"))])
+    drawn = []
+    for row in found.table.rows:
+        best = {variant: _best(found, row, variant) for line, variant in _lines_and_variants(found) if line == row}
+        known_by = {variant: facts.calibration for variant, facts in best.items() if facts is not None and facts.calibration}
+        if known_by:
+            figure = figures.draw_reliability(known_by)
+            drawn.append({"label": row.label, "svg": figure_svg(figure, f"reliability of {row.label}")})
+    return {"rows": rows, "figures": drawn}
+
+
+def _pairs(pairs: Pairs) -> dict[str, Any]:
+    """A square of tests: the row's model minus the column's."""
+    lines = []
+    for first in pairs.rows:
+        cells = []
+        for second in pairs.rows:
+            key = (first, second) if (first, second) in pairs.tests else (second, first)
+            test = pairs.tests.get(key)
+            if test is None:
+                cells.append({"text": "", "p": "", "standing": "", "title": ""})
+                continue
+            sign = 1 if key == (first, second) else -1
+            p = pairs.adjusted[key]
+            standing = "" if p >= ALPHA else "better" if sign * test.difference > 0 else "worse"
+            title = f"N = {test.count:,}: {test}, p = {test.p_value:.3g} before the adjustment"
+            cells.append({"text": points(sign * test.difference), "p": p_text(p), "standing": standing, "title": title})
+        lines.append({"label": first.label, "run": pairs.runs[first].run_dir.name, "cells": cells})
+    return {"setting": str(pairs.setting), "heads": [row.label for row in pairs.rows], "lines": lines, "num": len(pairs.tests)}
+
+
+def _ensembles(found: Findings) -> list[list[str]]:
+    return [
+        [
+            one.row.label,
+            str(one.setting),
+            str(one.num_runs),
+            f"{one.num_galaxies:,}",
+            number(one.mean_accuracy),
+            number(one.accuracy),
+            points(one.accuracy - one.mean_accuracy),
+            number(one.mean_loss),
+            number(one.loss),
+        ]
+        for one in found.ensembles
+    ]
+
+
+def _run(facts: RunFacts, found: Findings) -> dict[str, Any]:
+    trial, row = facts.trial, found.row_of.get(facts.trial.run_dir)
+    return {
+        "name": facts.name,
+        "path": str(trial.run_dir),
+        "label": row.label if row is not None else trial.model,
+        "variant": trial.variant,
+        "seed": trial.seed,
+        "command": facts.command,
+        "recipe": facts.recipe,
+        "num_keys": facts.num_keys,
+        "forced": facts.forced,
+        "step": facts.evaluation.get("step"),
+        "judged": [
+            {
+                "what": f"{judged.dataset} ({variant})",
+                "accuracy": percent(judged.accuracy),
+                "count": judged.count,
+                "loss": number(judged.loss),
+                "hash": judged.manifest_hash[:12],
+                "kept": judged.predictions_path is not None,
+            }
+            for variant, judged in trial.judgements.items()
+        ],
+        "version": facts.evaluation.get("galaxydist", ""),
+    }

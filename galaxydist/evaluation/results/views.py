@@ -1,0 +1,131 @@
+"""Parts of a report that look alike on the page, in Markdown and in LaTeX: heads and rows of tables, and sentences."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from galaxydist.evaluation.matrix import Cell, Row, Table
+from galaxydist.evaluation.published import SETTINGS, Setting
+from galaxydist.evaluation.results.gather import Findings, Results
+from galaxydist.evaluation.results.words import NOTHING, hours_text, number, percent
+from galaxydist.evaluation.sampling import ALPHA
+from galaxydist.evaluation.trial import Trial
+from galaxydist.surveys.official import NAME as REAL_DATASET
+
+_ERRORS = "Mean over seeds ± its standard error over seeds; a number without one is of a single seed."
+# By whether the data set is the real Galaxy10.
+CAPTION = {
+    True: f"{_ERRORS} Below it the published value and ours minus published, with the standard error of that difference from "
+    "galaxies and seeds on both sides (the published number has sampling error too, and is of another split); p is adjusted for "
+    f"the number of cells (Holm), significant below {ALPHA:g}.",
+    False: f"{_ERRORS} These are not the real Galaxy10 DECaLS galaxies, so that nothing published stands beside them.",
+}
+NO_REAL = f"No run on the real Galaxy10 DECaLS ({REAL_DATASET}) is among these: the published comparison is not run."
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """Accuracies of the classes of a model in a setting: means over seeds.
+
+    Args:
+        label: the model.
+        values: by class; None for a class without galaxies.
+        worst: number of the class with the least; None where there is none.
+    """
+
+    label: str
+    values: tuple[float | None, ...]
+    worst: int | None
+
+
+def about(results: Results) -> str:
+    """What is reported, in a sentence or two."""
+    names = ", ".join(found.table.dataset for found in results.findings)
+    text = f"{_some(results.num_runs, 'run')} on {names}"
+    if left := results.num_asked - results.num_runs:
+        text += f"; {left} more could not be reported, see the notes"
+    return f"{text}. " + ("" if any(found.table.is_real for found in results.findings) else NO_REAL)
+
+
+def class_rows(table: Table) -> dict[Setting, tuple[tuple[str, ...], list[ClassRow]]]:
+    """By setting that was run: the classes' names, and a row a model."""
+    found = {}
+    for setting in SETTINGS:
+        rows = [_class_row(row, table.cells[row, setting]) for row in table.rows if table.cells[row, setting].trials]
+        if rows:
+            found[setting] = (table.class_names, rows)
+    return found
+
+
+def _class_row(row: Row, cell: Cell) -> ClassRow:
+    recalls_SK = np.array([[np.nan if value is None else value for value in one.recall] for one in cell.judgements])
+    values_K = recalls_SK.mean(axis=0)
+    worst = None if np.isnan(values_K).all() else int(np.nanargmin(values_K))
+    return ClassRow(row.label, tuple(None if np.isnan(value) else float(value) for value in values_K), worst)
+
+
+def ranking_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the ranking: the runs of each variant, best validation first."""
+    head = ["run", "rank", "trained on", "model", "seed", "validation", "value", "step", "own test set (takes no part)"]
+    rows = []
+    for ranking in found.rankings:
+        for place, trial in enumerate((*ranking.ranked, *ranking.unranked), 1):
+            is_ranked = place <= len(ranking.ranked)
+            rows.append([trial.run_dir.name, str(place) if is_ranked else NOTHING, *_ranked(found, trial)])
+    return head, rows
+
+
+def _ranked(found: Findings, trial: Trial) -> list[str]:
+    validation, own = trial.validation, trial.judgements.get(trial.variant)
+    row = found.row_of.get(trial.run_dir)
+    return [
+        trial.variant,
+        row.label if row is not None else trial.model,
+        str(trial.seed),
+        validation.metric.replace("_", " ") if validation is not None else NOTHING,
+        number(validation.value if validation is not None else None, 4),
+        f"{validation.step:,}" if validation is not None else NOTHING,
+        percent(own.accuracy if own is not None else None),
+    ]
+
+
+def cost_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of speed and cost."""
+    head = [
+        "run",
+        "model",
+        "devices",
+        "img/s",
+        "img/s a device",
+        "training time",
+        "device-hours",
+        "waits for data",
+        "memory",
+        "MFU",
+    ]
+    rows = []
+    for facts in found.facts:
+        cost, row = facts.cost, found.row_of.get(facts.trial.run_dir)
+        label = row.label if row is not None else facts.trial.model
+        if cost is None:
+            rows.append([facts.name, label, *[NOTHING] * 8])
+            continue
+        rows.append(
+            [
+                facts.name,
+                label,
+                f"{cost.devices} {cost.kind}{'s' if cost.devices > 1 else ''}",
+                f"{cost.img_s:,.0f}",
+                f"{cost.img_s / cost.devices:,.0f}",
+                hours_text(cost.hours),
+                f"{cost.device_hours:,.3g}",
+                percent(cost.data_wait),
+                NOTHING if cost.memory_gb is None else f"{cost.memory_gb:.1f} GB",
+                percent(cost.mfu),
+            ]
+        )
+    return head, rows
+
+
+def _some(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
