@@ -85,6 +85,10 @@ DISPLAY_NAMES: MappingProxyType[str, DisplayName | None] = MappingProxyType(
         "vit": "ViT",
         "vit_scratch": "ViT",
         "d4_cnn": None,
+        "reference_vgg16": "VGG16",
+        "reference_vgg19": "VGG19",
+        "reference_cnn": "Custom CNN",
+        "reference_vit": "ViT",
     }
 )
 

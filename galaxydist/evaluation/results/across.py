@@ -1,4 +1,4 @@
-"""Statistics across the runs of a table: models against each other on the same galaxies, ensembles of seeds, ranks by validation."""
+"""Statistics across the runs of a table: models paired on the same galaxies, ensembles of seeds, ranks by validation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

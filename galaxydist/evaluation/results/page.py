@@ -59,12 +59,11 @@ def render_page(results: Results, provenance: Mapping[str, str], gallery: Sequen
         {
             "about": about(results),
             "datasets": [_data_set(found, number) for number, found in enumerate(results.findings)],
-            "published": [_observation(one) for one in results.published],
+            "answers": _answers(results),
             "notes": results.notes,
             "gallery": gallery,
             "num_runs": results.num_runs,
             "num_asked": results.num_asked,
-            "num_models": sum(len({facts.trial.model for facts in found.facts}) for found in results.findings),
             "provenance": provenance,
             "alpha": f"{ALPHA:g}",
         },
@@ -82,7 +81,7 @@ def _data_set(found: Findings, place: int) -> dict[str, Any]:
         "settings": SETTINGS,
         "lines": _matrix(table),
         "tests": _tests(table),
-        "regimes": {REGIMES[name]: [_observation(one) for one in found.observations[name]] for name in found.observations},
+        "regimes": {REGIMES[name]: observations for name, observations in found.observations.items()},
         "ranking": ranking_rows(found),
         "curves": _curves(found),
         "classes": _classes(table),
@@ -137,6 +136,21 @@ def _tests(table: Table) -> list[dict[str, Any]]:
             notes = [*cell.notes, *(test.notes if test is not None else ())] if name == "accuracy" or test is not None else []
             found.append({"cells": line, "notes": "; ".join(dict.fromkeys(notes))})
     return found
+
+
+def _answers(results: Results) -> list[dict[str, Any]]:
+    """The observations by whose results answer them: ours by data set and regime, then the published numbers."""
+    found = [
+        (findings.table.dataset, REGIMES[regime], observations)
+        for findings in results.findings
+        for regime, observations in findings.observations.items()
+    ]
+    if results.published:
+        found.append(("published", "the numbers alone, as one run of each model", list(results.published)))
+    return [
+        {"where": where, "which": which, "observations": [_observation(one) for one in observations]}
+        for where, which, observations in found
+    ]
 
 
 def _observation(one: Observation) -> dict[str, Any]:
@@ -211,7 +225,7 @@ def _confusions(found: Findings) -> list[dict[str, Any]]:
             }
             for name, shares_K, counts_K in zip(names, shares_KK, counts_KK, strict=True)
         ]
-        what = f"trained and tested on {variant}, seed {facts.trial.seed}, N = {judged.count:,}"
+        what = f"trained and tested on {variant}, seed {facts.trial.seed}, {judged.count:,} galaxies"
         drawn.append({"label": row.label, "what": what, "heads": names, "lines": lines})
     return drawn
 

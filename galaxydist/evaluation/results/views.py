@@ -65,13 +65,13 @@ def _class_row(row: Row, cell: Cell) -> ClassRow:
 
 
 def ranking_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the ranking: the runs of each variant, best validation first."""
-    head = ["run", "rank", "trained on", "model", "seed", "validation", "value", "step", "own test set (takes no part)"]
+    """Head and rows of the ranking: the runs of each variant, best validation first. The last column takes no part in it."""
+    head = ["rank", "model", "run", "trained on", "seed", "validation", "value", "step", "test"]
     rows = []
     for ranking in found.rankings:
         for place, trial in enumerate((*ranking.ranked, *ranking.unranked), 1):
             is_ranked = place <= len(ranking.ranked)
-            rows.append([trial.run_dir.name, str(place) if is_ranked else NOTHING, *_ranked(found, trial)])
+            rows.append([str(place) if is_ranked else NOTHING, *_ranked(found, trial)])
     return head, rows
 
 
@@ -79,8 +79,9 @@ def _ranked(found: Findings, trial: Trial) -> list[str]:
     validation, own = trial.validation, trial.judgements.get(trial.variant)
     row = found.row_of.get(trial.run_dir)
     return [
-        trial.variant,
         row.label if row is not None else trial.model,
+        trial.run_dir.name,
+        trial.variant,
         str(trial.seed),
         validation.metric.replace("_", " ") if validation is not None else NOTHING,
         number(validation.value if validation is not None else None, 4),
