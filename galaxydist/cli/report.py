@@ -19,7 +19,7 @@ EPILOG = """examples:
   galaxydist report runs/galaxy10 -o galaxy10.html    all runs in a folder, down to two levels
   galaxydist report runs/vit-* runs/resnet50-*        some runs
 
-Beside the page lie its tables as Markdown and LaTeX: report.md, report.tex (\\usepackage{booktabs}, \\input{report}).
+Beside the page lie its tables as Markdown and LaTeX: report.md, report.tex (\\usepackage{booktabs,graphicx}, \\input{report}).
 """
 
 

@@ -33,15 +33,13 @@ class Curve:
 
 
 @styled
-def draw_curves(curves: Sequence[Curve]) -> "Figure | None":
-    """Accuracy and loss of the runs of one model: validation as lines, training as thin dotted ones. None without any line.
+def draw_curves(curves: Sequence[Curve]) -> "Figure":
+    """Accuracy and loss of the runs of one model: validation as lines, training as thin dotted ones.
 
     Args:
         curves: one a run.
     """
     lines = [line for curve in curves for line in curve.lines]
-    if not lines:
-        return None
     over = "epoch" if all("epoch" in line for line in lines) else "step"
     figure = new_figure(_WIDTH, 2.3)
     named: dict[str, Any] = {}

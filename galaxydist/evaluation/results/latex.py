@@ -1,4 +1,4 @@
-r"""The report's tables as LaTeX: ``\usepackage{booktabs}`` and ``\input{report}``, nothing else is needed."""
+r"""The report's tables as LaTeX, ready to ``\input``: they need the packages booktabs and graphicx (for turned heads)."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +43,7 @@ def render_latex(results: Results, provenance: Mapping[str, str]) -> str:
         provenance: ``command`` and ``version``.
     """
     command = " ".join(provenance["command"].split())
-    lines = [f"% Made by galaxydist {provenance['version']}: {command}", r"% Needs \usepackage{booktabs}.", ""]
+    lines = [f"% Made by galaxydist {provenance['version']}: {command}", r"% Needs \usepackage{booktabs,graphicx}.", ""]
     for found in results.findings:
         lines += _data_set(found)
     if results.published:

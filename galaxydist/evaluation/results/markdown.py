@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from galaxydist.evaluation.matrix import Table
 from galaxydist.evaluation.published import SETTINGS
 from galaxydist.evaluation.results.gather import REGIMES, Findings, Results
-from galaxydist.evaluation.results.views import CAPTION, about, class_rows, cost_rows, ranking_rows
-from galaxydist.evaluation.results.words import QUANTITIES, Numbers, Quantity, describe_table, number, points
+from galaxydist.evaluation.results.views import CAPTION, about, class_rows, cost_rows, ensemble_rows, ranking_rows
+from galaxydist.evaluation.results.words import QUANTITIES, Numbers, Quantity, describe_table, number
 from galaxydist.evaluation.text import readable
 from galaxydist.evaluation.verdicts import Observation
 
@@ -43,7 +43,7 @@ def _data_set(found: Findings) -> Iterator[str]:
         cells = [[row.label, *(number(value, 2) for value in row.values)] for row in rows]
         yield from [f"### Accuracy of each class, {setting}", "", *_table(["model", *map(readable, names)], cells), ""]
     if found.ensembles:
-        yield from ["### Ensembles of seeds", "", *_table(*_ensembles(found)), ""]
+        yield from ["### Ensembles of seeds", "", *_table(*ensemble_rows(found)), ""]
     yield from ["### Speed and cost", "", *_table(*cost_rows(found)), ""]
 
 
@@ -60,35 +60,6 @@ def _cell(numbers: Numbers) -> str:
     if numbers.difference:
         lines.append(f"{numbers.difference}, {numbers.p}{_MARKS[numbers.standing]}")
     return "<br>".join(lines)
-
-
-def _ensembles(found: Findings) -> tuple[list[str], list[list[str]]]:
-    head = [
-        "model",
-        "setting",
-        "runs",
-        "galaxies",
-        "mean accuracy",
-        "accuracy together",
-        "gain (points)",
-        "mean loss",
-        "loss together",
-    ]
-    rows = [
-        [
-            one.row.label,
-            str(one.setting),
-            str(one.num_runs),
-            f"{one.num_galaxies:,}",
-            number(one.mean_accuracy),
-            number(one.accuracy),
-            points(one.accuracy - one.mean_accuracy),
-            number(one.mean_loss),
-            number(one.loss),
-        ]
-        for one in found.ensembles
-    ]
-    return head, rows
 
 
 def _observations(observations: Iterable[Observation]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The results as one HTML page that needs nothing else."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from galaxydist.evaluation.results import figures
 from galaxydist.evaluation.results.across import Pairs, best_of
 from galaxydist.evaluation.results.gather import REGIMES, Findings, Results
 from galaxydist.evaluation.results.run_facts import RunFacts
-from galaxydist.evaluation.results.views import CAPTION, about, class_rows, cost_rows, ranking_rows
+from galaxydist.evaluation.results.views import CAPTION, about, class_rows, cost_rows, ensemble_rows, ranking_rows
 from galaxydist.evaluation.results.words import (
     NOTHING,
     QUANTITIES,
@@ -27,6 +28,7 @@ from galaxydist.evaluation.results.words import (
 )
 from galaxydist.evaluation.sampling import ALPHA
 from galaxydist.evaluation.text import readable
+from galaxydist.evaluation.trials import VARIANTS
 from galaxydist.evaluation.verdicts import Observation
 from galaxydist.recipe.schema import Variant
 
@@ -88,7 +90,7 @@ def _data_set(found: Findings, place: int) -> dict[str, Any]:
         "confusions": _confusions(found),
         "calibration": _calibration(found),
         "pairs": [_pairs(pairs) for pairs in found.pairs],
-        "ensembles": _ensembles(found),
+        "ensembles": ensemble_rows(found),
         "cost": cost_rows(found),
         "runs": [_run(facts, found) for facts in found.facts],
     }
@@ -104,6 +106,8 @@ def _matrix(table: Table) -> list[dict[str, Any]]:
     return [
         {
             "label": row.label,
+            # A line that nobody ran and that has no published values says so once.
+            "has_any": any(cell.trials or cell.published for cell in (table.cells[row, setting] for setting in SETTINGS)),
             "cells": [
                 {
                     "setting": str(setting),
@@ -175,9 +179,9 @@ def _curves(found: Findings) -> list[dict[str, Any]]:
     """A figure a line of the table."""
     drawn = []
     for row in found.table.rows:
-        runs = found.runs_of(row)
-        figure = figures.draw_curves([figures.Curve(facts.trial.variant, facts.lines) for facts in runs]) if runs else None
-        if figure is not None:
+        runs = [facts for facts in found.runs_of(row) if facts.lines]
+        if runs:
+            figure = figures.draw_curves([figures.Curve(facts.trial.variant, facts.lines) for facts in runs])
             drawn.append({"label": row.label, "svg": figure_svg(figure, f"learning curves of {row.label}"), "runs": len(runs)})
     return drawn
 
@@ -207,7 +211,7 @@ def _share(value: float | None, *, is_marked: bool = False, title: str = "") -> 
 def _confusions(found: Findings) -> list[dict[str, Any]]:
     """Of each line and training variant: its best run by validation, on its own test set."""
     names, drawn = [readable(name) for name in found.table.class_names], []
-    for row, variant in _lines_and_variants(found):
+    for row, variant in itertools.product(found.table.rows, VARIANTS):
         facts = _best(found, row, variant)
         judged = facts.trial.judgements.get(variant) if facts is not None else None
         if facts is None or judged is None:
@@ -230,11 +234,6 @@ def _confusions(found: Findings) -> list[dict[str, Any]]:
     return drawn
 
 
-def _lines_and_variants(found: Findings) -> list[tuple[Row, Variant]]:
-    variants: tuple[Variant, ...] = ("original", "balanced")
-    return [(row, variant) for row in found.table.rows for variant in variants]
-
-
 def _best(found: Findings, row: Row, variant: Variant) -> RunFacts | None:
     runs = {id(facts.trial): facts for facts in found.runs_of(row) if facts.trial.variant == variant}
     best = best_of([facts.trial for facts in runs.values()])
@@ -254,8 +253,10 @@ def _calibration(found: Findings) -> dict[str, Any]:
             rows.append([facts.name, label, facts.trial.variant, str(facts.trial.seed), *values, number(scaled.get("loss"))])
     drawn = []
     for row in found.table.rows:
-        best = {variant: _best(found, row, variant) for line, variant in _lines_and_variants(found) if line == row}
-        known_by = {variant: facts.calibration for variant, facts in best.items() if facts is not None and facts.calibration}
+        best = {variant: _best(found, row, variant) for variant in VARIANTS}
+        known_by: dict[str, Mapping[str, Any]] = {
+            variant: facts.calibration for variant, facts in best.items() if facts is not None and facts.calibration
+        }
         if known_by:
             figure = figures.draw_reliability(known_by)
             drawn.append({"label": row.label, "svg": figure_svg(figure, f"reliability of {row.label}")})
@@ -280,23 +281,6 @@ def _pairs(pairs: Pairs) -> dict[str, Any]:
             cells.append({"text": points(sign * test.difference), "p": p_text(p), "standing": standing, "title": title})
         lines.append({"label": first.label, "run": pairs.runs[first].run_dir.name, "cells": cells})
     return {"setting": str(pairs.setting), "heads": [row.label for row in pairs.rows], "lines": lines, "num": len(pairs.tests)}
-
-
-def _ensembles(found: Findings) -> list[list[str]]:
-    return [
-        [
-            one.row.label,
-            str(one.setting),
-            str(one.num_runs),
-            f"{one.num_galaxies:,}",
-            number(one.mean_accuracy),
-            number(one.accuracy),
-            points(one.accuracy - one.mean_accuracy),
-            number(one.mean_loss),
-            number(one.loss),
-        ]
-        for one in found.ensembles
-    ]
 
 
 def _run(facts: RunFacts, found: Findings) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 from galaxydist.evaluation.matrix import Cell, Row, Table
 from galaxydist.evaluation.published import SETTINGS, Setting
 from galaxydist.evaluation.results.gather import Findings, Results
-from galaxydist.evaluation.results.words import NOTHING, hours_text, number, percent
+from galaxydist.evaluation.results.words import NOTHING, hours_text, number, percent, points
 from galaxydist.evaluation.sampling import ALPHA
 from galaxydist.evaluation.trial import Trial
 from galaxydist.surveys.official import NAME as REAL_DATASET
@@ -125,6 +125,26 @@ def cost_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
                 percent(cost.mfu),
             ]
         )
+    return head, rows
+
+
+def ensemble_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the ensembles of seeds."""
+    head = ["model", "setting", "runs", "galaxies", "mean accuracy", "ensemble", "gain (points)", "mean loss", "ensemble loss"]
+    rows = [
+        [
+            one.row.label,
+            str(one.setting),
+            str(one.num_runs),
+            f"{one.num_galaxies:,}",
+            number(one.mean_accuracy),
+            number(one.accuracy),
+            points(one.accuracy - one.mean_accuracy),
+            number(one.mean_loss),
+            number(one.loss),
+        ]
+        for one in found.ensembles
+    ]
     return head, rows
 
 
