@@ -91,8 +91,9 @@ def _sweep_runs(text: str) -> list[Path]:
     from galaxydist.cluster.sweep_file import find_sweep, list_sweeps, read_sweep
 
     if not Path(text).is_file() and text not in list_sweeps():
+        nor = "" if Path(text).is_absolute() else f" (nor {Path('runs') / text})"
         raise UserError(
-            f"{text}: there is no such folder (nor runs/{text}), and no such sweep. Give a run folder, a folder that holds some, "
+            f"{text}: there is no such folder{nor}, and no such sweep. Give a run folder, a folder that holds some, "
             f"or a sweep: {', '.join(list_sweeps()) or 'none found'}."
         )
     return [trial.run_dir for trial in resolve(read_sweep(find_sweep(text)))]

@@ -14,6 +14,7 @@ from galaxydist.evaluation.results.across import (
     Pairs,
     Ranking,
     ReadOutcomes,
+    best_of,
     build_ensembles,
     compare_models,
     rank_runs,
@@ -22,6 +23,7 @@ from galaxydist.evaluation.results.run_facts import RunFacts, read_facts
 from galaxydist.evaluation.trial import REFERENCE, Note, Trial
 from galaxydist.evaluation.trials import read_trials
 from galaxydist.evaluation.verdicts import Observation
+from galaxydist.recipe.schema import Variant
 
 # Which lines of a table stand for the published models.
 REGIMES = {REFERENCE: "recipes that follow the published work", "own": "our own recipes"}
@@ -53,6 +55,12 @@ class Findings:
     def runs_of(self, row: Row) -> list[RunFacts]:
         """The runs of a line."""
         return [facts for facts in self.facts if self.row_of.get(facts.trial.run_dir) == row]
+
+    def best(self, row: Row, variant: Variant) -> RunFacts | None:
+        """The best run by validation of a line among those trained on a variant; None where there is none."""
+        runs = {id(facts.trial): facts for facts in self.runs_of(row) if facts.trial.variant == variant}
+        best = best_of([facts.trial for facts in runs.values()])
+        return runs[id(best)] if best is not None else None
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,18 @@
 """The results as one HTML page that needs nothing else."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from galaxydist.evaluation.html import figure_svg, render
-from galaxydist.evaluation.matrix import Row, Table
+from galaxydist.evaluation.matrix import Table
 from galaxydist.evaluation.published import SETTINGS
 from galaxydist.evaluation.results import figures
-from galaxydist.evaluation.results.across import Pairs, best_of
+from galaxydist.evaluation.results.across import Pairs
 from galaxydist.evaluation.results.gather import REGIMES, Findings, Results
+from galaxydist.evaluation.results.heat_maps import class_maps, confusion_maps
 from galaxydist.evaluation.results.run_facts import RunFacts
-from galaxydist.evaluation.results.views import CAPTION, about, class_rows, cost_rows, ensemble_rows, ranking_rows
+from galaxydist.evaluation.results.views import CAPTION, about, cost_rows, ensemble_rows, ranking_rows
 from galaxydist.evaluation.results.words import (
     NOTHING,
     QUANTITIES,
@@ -27,10 +25,8 @@ from galaxydist.evaluation.results.words import (
     signed,
 )
 from galaxydist.evaluation.sampling import ALPHA
-from galaxydist.evaluation.text import readable
 from galaxydist.evaluation.trials import VARIANTS
 from galaxydist.evaluation.verdicts import Observation
-from galaxydist.recipe.schema import Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +82,8 @@ def _data_set(found: Findings, place: int) -> dict[str, Any]:
         "regimes": {REGIMES[name]: observations for name, observations in found.observations.items()},
         "ranking": ranking_rows(found),
         "curves": _curves(found),
-        "classes": _classes(table),
-        "confusions": _confusions(found),
+        "classes": class_maps(table),
+        "confusions": confusion_maps(found),
         "calibration": _calibration(found),
         "pairs": [_pairs(pairs) for pairs in found.pairs],
         "ensembles": ensemble_rows(found),
@@ -186,60 +182,6 @@ def _curves(found: Findings) -> list[dict[str, Any]]:
     return drawn
 
 
-def _classes(table: Table) -> list[dict[str, Any]]:
-    """A heat map a setting: models down, classes across."""
-    maps = []
-    for setting, (names, rows) in class_rows(table).items():
-        lines = [
-            {
-                "label": row.label,
-                "cells": [_share(value, is_marked=place == row.worst) for place, value in enumerate(row.values)],
-            }
-            for row in rows
-        ]
-        counts = next(judged.support for row in table.rows for judged in table.cells[row, setting].judgements)
-        heads = [f"{readable(name)} ({count:,})" for name, count in zip(names, counts, strict=True)]
-        maps.append({"setting": str(setting), "heads": heads, "lines": lines})
-    return maps
-
-
-def _share(value: float | None, *, is_marked: bool = False, title: str = "") -> dict[str, Any]:
-    text = NOTHING if value is None else f"{100 * value:.0f}"
-    return {"text": text, "share": round(100 * (value or 0.0)), "marked": is_marked, "title": title}
-
-
-def _confusions(found: Findings) -> list[dict[str, Any]]:
-    """Of each line and training variant: its best run by validation, on its own test set."""
-    names, drawn = [readable(name) for name in found.table.class_names], []
-    for row, variant in itertools.product(found.table.rows, VARIANTS):
-        facts = _best(found, row, variant)
-        judged = facts.trial.judgements.get(variant) if facts is not None else None
-        if facts is None or judged is None:
-            continue
-        counts_KK = np.asarray(judged.confusion)
-        support_K1 = counts_KK.sum(axis=1, keepdims=True)
-        shares_KK = counts_KK / np.maximum(support_K1, 1)
-        lines = [
-            {
-                "label": name,
-                "cells": [
-                    {**_share(float(share)), "text": f"{100 * share:.0f}" if count else "", "title": f"{count:,} galaxies"}
-                    for share, count in zip(shares_K, counts_K, strict=True)
-                ],
-            }
-            for name, shares_K, counts_K in zip(names, shares_KK, counts_KK, strict=True)
-        ]
-        what = f"trained and tested on {variant}, seed {facts.trial.seed}, {judged.count:,} galaxies"
-        drawn.append({"label": row.label, "what": what, "heads": names, "lines": lines})
-    return drawn
-
-
-def _best(found: Findings, row: Row, variant: Variant) -> RunFacts | None:
-    runs = {id(facts.trial): facts for facts in found.runs_of(row) if facts.trial.variant == variant}
-    best = best_of([facts.trial for facts in runs.values()])
-    return runs[id(best)] if best is not None else None
-
-
 def _calibration(found: Findings) -> dict[str, Any]:
     """A line a run, and a reliability diagram a line of the table."""
     rows = []
@@ -253,7 +195,7 @@ def _calibration(found: Findings) -> dict[str, Any]:
             rows.append([facts.name, label, facts.trial.variant, str(facts.trial.seed), *values, number(scaled.get("loss"))])
     drawn = []
     for row in found.table.rows:
-        best = {variant: _best(found, row, variant) for variant in VARIANTS}
+        best = {variant: found.best(row, variant) for variant in VARIANTS}
         known_by: dict[str, Mapping[str, Any]] = {
             variant: facts.calibration for variant, facts in best.items() if facts is not None and facts.calibration
         }
