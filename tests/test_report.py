@@ -14,6 +14,7 @@ from galaxydist.evaluation.results.latex import escape, render_latex
 from galaxydist.evaluation.results.markdown import render_markdown
 from galaxydist.evaluation.results.page import Picture, render_page
 from galaxydist.evaluation.results.run_facts import cost_of, read_facts
+from galaxydist.evaluation.results.views import settings_of
 from galaxydist.evaluation.results.words import hours_text, p_text, signed
 from galaxydist.evaluation.trials import read_trials
 from tests.report_runs import BATCH_SIZE, write_calibration, write_logs, write_sweep
@@ -250,6 +251,17 @@ def test_ranking_is_by_validation_alone(tmp_path: Path) -> None:
     ]
     (ranking,) = gather([run.path for run in runs]).findings[0].rankings
     assert [trial.run_dir.name for trial in ranking.ranked] == ["good-val", "good-test"]
+
+
+def test_lines_of_one_recipe_are_told_apart_by_their_settings(tmp_path: Path) -> None:
+    for number, more in enumerate(([], ["optim.lr=0.5"])):
+        write_trial(tmp_path / str(number), ["recipe=resnet18", *more], dataset="simulated", accuracy={"original": 0.5})
+    found = gather(sorted(tmp_path.iterdir())).findings[0]
+    assert sorted(text.split("=")[0] for text in settings_of(found).values()) in (
+        ["optim.lr", "optim.lr"],
+        ["optim.lr", "optim.lr by default"],
+    )
+    assert "optim.lr=0.5" in settings_of(found).values()
 
 
 def test_words() -> None:

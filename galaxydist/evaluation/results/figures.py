@@ -74,7 +74,7 @@ def draw_reliability(calibrations: Mapping[str, Mapping[str, Any]]) -> "Figure":
     Args:
         calibrations: by variant, as ``summarise`` has them.
     """
-    figure = new_figure(_WIDTH, 2.6)
+    figure = new_figure(_WIDTH, 3.0)
     named: dict[str, Any] = {}
     panels = figure.subplots(1, max(2, len(calibrations)), sharey=True, squeeze=False)[0]
     for axes, (variant, calibration) in zip(panels, calibrations.items(), strict=False):

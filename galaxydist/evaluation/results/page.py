@@ -12,7 +12,7 @@ from galaxydist.evaluation.results.across import Pairs
 from galaxydist.evaluation.results.gather import REGIMES, Findings, Results
 from galaxydist.evaluation.results.heat_maps import class_maps, confusion_maps
 from galaxydist.evaluation.results.run_facts import RunFacts
-from galaxydist.evaluation.results.views import CAPTION, about, cost_rows, ensemble_rows, ranking_rows
+from galaxydist.evaluation.results.views import CAPTION, about, cost_rows, ensemble_rows, ranking_rows, settings_of
 from galaxydist.evaluation.results.words import (
     NOTHING,
     QUANTITIES,
@@ -76,6 +76,7 @@ def _data_set(found: Findings, place: int) -> dict[str, Any]:
         "is_real": table.is_real,
         "caption": CAPTION[table.is_real],
         "sizes": _sizes(table),
+        "settings_of": settings_of(found),
         "settings": SETTINGS,
         "lines": _matrix(table),
         "tests": _tests(table),

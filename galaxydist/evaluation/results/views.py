@@ -10,6 +10,7 @@ from galaxydist.evaluation.results.gather import Findings, Results
 from galaxydist.evaluation.results.words import NOTHING, hours_text, number, percent, points
 from galaxydist.evaluation.sampling import ALPHA
 from galaxydist.evaluation.trial import Trial
+from galaxydist.evaluation.trials import COLUMNS
 from galaxydist.surveys.official import NAME as REAL_DATASET
 
 _ERRORS = "Mean over seeds ± its standard error over seeds; a number without one is of a single seed."
@@ -65,8 +66,8 @@ def _class_row(row: Row, cell: Cell) -> ClassRow:
 
 
 def ranking_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the ranking: the runs of each variant, best validation first. The last column takes no part in it."""
-    head = ["rank", "model", "run", "trained on", "seed", "validation", "value", "step", "test"]
+    """Head and rows of the ranking: the runs of each variant, best validation first. The test column takes no part in it."""
+    head = ["rank", "model", "value", "validation", "trained on", "seed", "step", "test", "run"]
     rows = []
     for ranking in found.rankings:
         for place, trial in enumerate((*ranking.ranked, *ranking.unranked), 1):
@@ -80,13 +81,13 @@ def _ranked(found: Findings, trial: Trial) -> list[str]:
     row = found.row_of.get(trial.run_dir)
     return [
         row.label if row is not None else trial.model,
-        trial.run_dir.name,
+        number(validation.value if validation is not None else None, 4),
+        validation.metric.replace("_", " ") if validation is not None else NOTHING,
         trial.variant,
         str(trial.seed),
-        validation.metric.replace("_", " ") if validation is not None else NOTHING,
-        number(validation.value if validation is not None else None, 4),
         f"{validation.step:,}" if validation is not None else NOTHING,
         percent(own.accuracy if own is not None else None),
+        trial.run_dir.name,
     ]
 
 
@@ -146,6 +147,24 @@ def ensemble_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
         for one in found.ensembles
     ]
     return head, rows
+
+
+def settings_of(found: Findings) -> dict[str, str]:
+    """What tells lines of one model and recipe apart: label -> the keys that differ, where labels have a hash of settings."""
+    groups: dict[tuple[str, str, str], dict[Row, dict[str, str]]] = {}
+    for row in found.table.rows:
+        if row.settings and (runs := found.runs_of(row)):
+            recipe = {
+                key: value for key, (value, _) in runs[0].recipe.items() if key not in _COLUMNS and not key.startswith("run.")
+            }
+            groups.setdefault((row.model, row.recipe, row.regime), {})[row] = recipe
+    said = {}
+    for recipes in groups.values():
+        keys = sorted({key for recipe in recipes.values() for key in recipe})
+        differ = [key for key in keys if len({recipe.get(key) for recipe in recipes.values()}) > 1]
+        for row, recipe in recipes.items():
+            said[row.label] = ", ".join(f"{key}={recipe[key]}" if key in recipe else f"{key} by default" for key in differ)
+    return said
 
 
 def _some(count: int, thing: str) -> str:
