@@ -155,7 +155,7 @@ def settings_of(found: Findings) -> dict[str, str]:
     for row in found.table.rows:
         if row.settings and (runs := found.runs_of(row)):
             recipe = {
-                key: value for key, (value, _) in runs[0].recipe.items() if key not in _COLUMNS and not key.startswith("run.")
+                key: value for key, (value, _) in runs[0].recipe.items() if key not in COLUMNS and not key.startswith("run.")
             }
             groups.setdefault((row.model, row.recipe, row.regime), {})[row] = recipe
     said = {}
