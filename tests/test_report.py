@@ -115,7 +115,7 @@ def test_what_is_left_out_is_said(results: Results, page: Page) -> None:
     notes = page.text["notes"]
     assert re.search(r"half: left out: the run has not finished", notes)
     assert re.search(r"empty is not a run folder", notes)
-    assert re.search(r"VGG16 \(bare\) kept no predictions", notes)
+    assert re.search(r"bare: kept no predictions on original.*galaxydist evaluate \S+bare\b", notes)
     assert (results.num_asked, results.num_runs) == (19, 17)
 
 

@@ -90,10 +90,7 @@ def _compare(table: Table, setting: Setting, read: ReadOutcomes) -> Pairs:
     for row in table.rows:
         trial = best_of(table.cells[row, setting].trials)
         judged = trial.judged(setting) if trial is not None else None
-        if trial is None or judged is None:
-            continue
-        if judged.predictions_path is None:
-            notes.append(f"{row.label} ({trial.run_dir.name}) kept no predictions: it cannot be compared galaxy by galaxy.")
+        if trial is None or judged is None or judged.predictions_path is None:
             continue
         try:
             outcomes[row], runs[row] = read(judged.predictions_path), trial

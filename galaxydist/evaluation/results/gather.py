@@ -28,6 +28,8 @@ from galaxydist.recipe.schema import Variant
 # Which lines of a table stand for the published models.
 REGIMES = {REFERENCE: "recipes that follow the published work", "own": "our own recipes"}
 _NUM_NAMED = 10
+# Files of predictions that stay in memory; others are read again.
+_NUM_KEPT = 16
 
 
 @dataclass(frozen=True)
@@ -94,22 +96,32 @@ def gather(run_dirs: Iterable[Path], notes: Sequence[Note] = ()) -> Results:
     Raises:
         UserError: not one of them can be reported.
     """
-    asked = list(dict.fromkeys(run_dirs))
+    asked = list({path.resolve(): path for path in run_dirs}.values())
     trials, left_out = read_trials(asked)
     said = [str(note) for note in (*notes, *left_out)]
     if not trials:
         more = [f"and {len(said) - _NUM_NAMED} more"] if len(said) > _NUM_NAMED else []
         lines = "".join(f"\n  {text}" for text in [*said[:_NUM_NAMED], *more])
         raise UserError(f"none of these {len(asked) + len(notes)} runs can be reported:{lines}")
-    read = functools.cache(read_outcomes)
+    read = functools.lru_cache(_NUM_KEPT)(read_outcomes)
     findings = tuple(_find(table, trials, read) for table in build_tables(trials, read=read))
     for found in findings:
         said += [f"{found.table.dataset}: {text}" for text in found.table.notes]
         said += [text for pairs in found.pairs for text in pairs.notes]
-        said += [f"{facts.trial.run_dir}: {text}" for facts in found.facts for text in facts.notes]
+        said += [f"{facts.trial.run_dir}: {text}" for facts in found.facts for text in (*facts.notes, *_without(facts.trial))]
     real = next((found.table for found in findings if found.table.is_real), None)
     published = tuple(observe(published_case(real.class_names))) if real is not None else ()
     return Results(findings, published, tuple(dict.fromkeys(said)), len(asked) + len(notes))
+
+
+def _without(trial: Trial) -> list[str]:
+    """What a run cannot take part in, for want of predictions."""
+    missing = [variant for variant, judged in trial.judgements.items() if judged.predictions_path is None]
+    return [
+        f"kept no predictions on {variant}: it stands in the matrix, but not in paired tests, ensembles and calibration. "
+        f"Make them: galaxydist evaluate {trial.run_dir}{'' if variant == trial.variant else f' data.variant={variant}'}"
+        for variant in missing
+    ]
 
 
 def _find(table: Table, trials: Sequence[Trial], read: ReadOutcomes) -> Findings:

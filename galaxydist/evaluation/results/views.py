@@ -45,7 +45,7 @@ def about(results: Results) -> str:
     text = f"{_some(results.num_runs, 'run')} on {names}"
     if left := results.num_asked - results.num_runs:
         text += f"; {left} more could not be reported, see the notes"
-    return f"{text}. " + ("" if any(found.table.is_real for found in results.findings) else NO_REAL)
+    return f"{text}." + ("" if any(found.table.is_real for found in results.findings) else f" {NO_REAL}")
 
 
 def class_rows(table: Table) -> dict[Setting, tuple[tuple[str, ...], list[ClassRow]]]:
