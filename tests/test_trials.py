@@ -159,6 +159,7 @@ def test_forced_changes_are_said(tmp_path: Path) -> None:
     assert "optim.lr" in notes[0].text
 
 
+@pytest.mark.slow
 def test_a_run_of_the_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The files are those that a real run leaves."""
     for variant, num_galaxies in (("original", 120), ("balanced", 60)):
