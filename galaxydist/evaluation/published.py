@@ -89,10 +89,6 @@ DISPLAY_NAMES: MappingProxyType[str, DisplayName | None] = MappingProxyType(
         "reference_cnn": "Custom CNN",
         "reference_vit": "ViT",
         "d4_cnn": None,
-        "reference_vgg16": "VGG16",
-        "reference_vgg19": "VGG19",
-        "reference_cnn": "Custom CNN",
-        "reference_vit": "ViT",
     }
 )
 
