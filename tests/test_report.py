@@ -64,7 +64,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     runs = [run.path for run in write_sweep(root / "simulated", models=("resnet18", "custom_cnn"))]
     runs += [run.path for run in write_sweep(root / "real", models=("vit", "reference/vit"), dataset="galaxy10_decals")]
     runs.append(write_trial(root / "half", ["recipe=vgg16", "seed=7"], finished=False).path)
-    runs.append(write_trial(root / "bare", ["recipe=vgg16"], predictions=False, validation=None).path)
+    runs.append(write_trial(root / "bare", ["recipe=vgg16"], keep_predictions=False, validation=None).path)
     (root / "empty").mkdir()
     return gather([*runs, root / "empty"])
 
@@ -190,7 +190,7 @@ def test_markdown_tables_are_square(results: Results) -> None:
 
 def test_latex_tables_are_square(results: Results) -> None:
     text = render_latex(results, PROVENANCE)
-    tables = re.findall(r"\\begin\{tabular\}\{(.*)\}\n(.*?)\\end\{tabular\}", text, re.DOTALL)
+    tables = re.findall(r"\\begin\{tabular\}\{([^\n]*)\}\n(.*?)\\end\{tabular\}", text, re.DOTALL)
     assert len(tables) > 10 and text.count(r"\begin{") == text.count(r"\end{")
     for columns, body in tables:
         width = len(re.sub(r"p\{.*?\}\}?", "p", columns))
