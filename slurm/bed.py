@@ -34,6 +34,8 @@ from bed_processes import PART_VARIABLE, find_jobs, find_parts, kill_all
 
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch", "unshare")
 INSTALL = "apt-get install --no-install-recommends slurm-wlm slurmdbd munge mariadb-server"
+# A process has no environment, by which it is found, for an instant of its start; on a busy machine that may take long.
+GONE_S = 1.0
 PATIENCE_S = 60
 OTHERS_VARIABLES = re.compile("(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SQUEUE|SACCT|SINFO)_")
 # Nothing in a bed has to survive a power failure; waiting for the disk would be most of its start.
@@ -212,11 +214,13 @@ class Bed:
 
     def _wait(self, part: str | None, ready: Callable[[], bool]) -> None:
         """Until ``ready``; a ``part`` that ends instead, or a minute, is an error."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline, last_seen = time.monotonic() + PATIENCE_S, time.monotonic()
         while not ready():
             for child in self._children:
                 child.poll()
-            if part and not self.processes(part):
+            if not part or self.processes(part):
+                last_seen = time.monotonic()
+            elif time.monotonic() - last_seen > GONE_S:
                 raise BedError(f"{part} has ended:\n{self._last_words(part)}")
             if time.monotonic() > deadline:
                 raise BedError(f"{part or 'what was ended'} is not ready after {PATIENCE_S} s:\n{self._last_words(part)}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from galaxydist.cli.main import main
-from galaxydist.cluster import scheduler
+from galaxydist.cluster import programs, scheduler
 from galaxydist.cluster.programs import SchedulerAwayError
 from galaxydist.cluster.records import JobFiles
 from galaxydist.cluster.scheduler import JobState, cancel_jobs, max_array_size, read_states
@@ -153,7 +153,7 @@ def test_status_while_slurmctld_is_away(slurm_bed: "Bed", tmp_path: Path, capfd:
 
 @pytest.mark.usefixtures("slurm_bed")
 def test_a_program_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "TIMEOUT_S", 0.0001)
+    monkeypatch.setattr(programs, "TIMEOUT_S", 0.0001)
     with pytest.raises(SchedulerAwayError, match="did not answer within"):
         read_states(["1"])
 

@@ -11,12 +11,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from galaxydist.evaluation.figures import draw_confusion, draw_learning_curves, draw_per_class, save_figure
+from galaxydist.evaluation.figures_areas import draw_areas
+from galaxydist.evaluation.figures_calibration import draw_reliability
+from galaxydist.evaluation.figures_dependence import draw_dependence
 from galaxydist.evaluation.gallery import write_gallery
 from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.evaluation.report import read_evaluation, render_evaluation, write_evaluation
+from galaxydist.evaluation.summary import Summary, summarise
 from galaxydist.evaluation.text import title_of
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.runs.metrics_log import MetricsLog
+from tests.prediction_files import draw_logits, write_logits
 
 CONTEXT = {
     "dataset": "simulated",
@@ -141,6 +146,56 @@ def test_no_text_lies_on_another(metrics: dict[str, Any], log: Path, monkeypatch
     assert overlapping(draw_confusion(metrics, TITLE), monkeypatch) == []
     assert overlapping(draw_per_class(metrics, TITLE), monkeypatch) == []
     assert overlapping(draw_learning_curves(MetricsLog(log).read(), TITLE), monkeypatch) == []
+
+
+@pytest.fixture
+def summary(tmp_path: Path) -> Summary:
+    """Of 700 galaxies in Galaxy10's classes, one of them empty, with a temperature."""
+    files = {}
+    for split, seed in (("val", 1), ("test", 2)):
+        logits_NK, labels_N = draw_logits(seed, 700, 10, classes=9, sharpness=3.0)
+        known = np.abs(np.random.default_rng(seed).normal(size=700))
+        files[split] = write_logits(
+            tmp_path / f"{split}.parquet",
+            logits_NK,
+            labels_N,
+            split=split,
+            properties={"redshift": known, "size": 10 * known, "sky_brightness": known / 10},
+            units={"size": "arcsec", "sky_brightness": "full scale = 1"},
+            class_names=GALAXY10_CLASSES,
+        )
+    return summarise(files["test"], files["val"])
+
+
+def test_figures_of_predictions_say_what_they_show(summary: Summary, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = summary.metrics
+    reliability, areas = draw_reliability(metrics, TITLE), draw_areas(metrics, summary.curves, TITLE)
+    dependence = draw_dependence(metrics, TITLE)
+    for figure in (reliability, areas, dependence):
+        assert overlapping(figure, monkeypatch) == []
+        assert TITLE in " ".join(texts_of(figure)).replace("\n", " ").replace("\N{NO-BREAK SPACE}", " ")
+    ece, scaled = metrics["calibration"]["ece"], metrics["calibration"]["scaled"]["ece"]
+    said = texts_of(reliability)
+    assert f"as trained: ECE {ece:.3f}" in said
+    assert f"divided by T = {metrics['calibration']['temperature']['value']:.2f}: ECE {scaled:.3f}" in said
+    said = " ".join(texts_of(areas))
+    roc, precision = metrics["roc_auc"]["per_class"][8], metrics["average_precision"]["per_class"][8]
+    assert f"edge-on without bulge ({roc:.3f}, {precision:.3f})" in said
+    assert "edge-on with bulge" not in said, "a class without galaxies has no curve"
+    labels = ["redshift", "half-light radius (arcsec)", "sky brightness (full scale = 1)"]
+    assert [axes.get_xlabel() for axes in dependence.axes] == labels
+    alone = {**metrics, "calibration": {**metrics["calibration"], "temperature": None}}
+    assert len(draw_reliability(alone, TITLE).axes) == 2 and len(reliability.axes) == 4
+
+
+def test_curves_end_where_they_should(summary: Summary) -> None:
+    for curve in summary.curves[:9]:
+        assert curve is not None
+        assert curve.roc[:, 0].tolist() == [0, 0] and curve.roc[:, -1].tolist() == [1, 1]
+        assert curve.precision_recall[0, 0] == 0 and curve.precision_recall[0, -1] == 1
+        assert curve.roc.shape[1] <= 200 and (np.diff(curve.roc) >= 0).all()
+        assert np.trapezoid(curve.roc[1], curve.roc[0]) > 0.7
+    assert summary.curves[9] is None
 
 
 def test_curves_of_a_run_without_validation(tmp_path: Path) -> None:

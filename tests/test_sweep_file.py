@@ -65,9 +65,9 @@ def test_reference_is_the_same_matrix_in_the_published_regimes() -> None:
 
 
 def test_smoke_and_simulated_run_on_a_laptop() -> None:
-    for name in ("smoke", "simulated"):
+    for name, parallel in (("smoke", 1), ("simulated", 2)):
         sweep = read_sweep(find_sweep(name))
-        assert sweep.cluster == "local" and sweep.parallel == 1
+        assert sweep.cluster == "local" and sweep.parallel == parallel
         recipes = [trial.resolved.recipe for trial in resolve(sweep)]
         assert {recipe.data.dataset for recipe in recipes} == {"simulated"}
         assert all(recipe.data.image_size == 32 and recipe.train.epochs == 2 for recipe in recipes)

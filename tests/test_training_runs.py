@@ -6,9 +6,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.runs import checkpoints
 from tests.runs import (
     ACCELERATE,
@@ -98,13 +100,15 @@ def test_evaluation_on_two_processes_is_bit_equal(blobs: Path, tmp_path: Path) -
     done = launch((*ACCELERATE, "--num_processes", "1", "--num_machines", "1"), settings)
     assert done.returncode == 0, done.stderr
     assert "1 process," in done.stdout
-    alone = read_evaluation(run_dir)
+    alone, predictions = read_evaluation(run_dir), run_dir / "evaluation" / "test-predictions.parquet"
+    logits_NK = read_predictions(predictions).column("logits")
     (run_dir / "result.json").unlink()
-    (run_dir / "evaluation" / "test.json").unlink()
+    predictions.unlink()  # without them the evaluation is made again
     done = launch(TORCHRUN_2, settings)
     assert done.returncode == 0, done.stderr
     assert "2 processes," in done.stdout
     assert read_evaluation(run_dir)["confusion"] == alone["confusion"]
+    assert np.allclose(read_predictions(predictions).column("logits"), logits_NK, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])

@@ -67,9 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--{given[0]} goes with --predictions FILE: a run's evaluation lies in its folder")
     if not arguments.target:
         raise UserError("give a run folder, the recipe=NAME that trained it, or --predictions FILE")
-    run_dir, keys = _split_target(arguments.target)
-    if arguments.manifest is not None and keys:
-        raise UserError(f"--manifest and {'='.join(next(iter(keys.items())))} both say which data: keep one")
+    run_dir, keys = _split_target(arguments.target, arguments.manifest)
 
     from galaxydist.training.evaluate import evaluate_run
 
@@ -77,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         run_dir,
         arguments.split or "test",
         os.environ,
-        manifest_path=keys.get("data.manifest", arguments.manifest),
+        manifest_path=keys.get("data.manifest"),
         variant=keys.get("data.variant"),
         trained_path=arguments.trained_on,
         data_dir=arguments.data_dir,
@@ -97,10 +95,10 @@ def _judge_predictions(arguments: argparse.Namespace) -> None:
     print(render_evaluation(judge_predictions(arguments.predictions, arguments.validation, out_dir), out_dir))
 
 
-def _split_target(target: list[str]) -> tuple[Path, dict[str, Any]]:
+def _split_target(target: list[str], manifest: str | None) -> tuple[Path, dict[str, Any]]:
     """The run folder, and what its data is to be replaced by."""
     if any(word.startswith("recipe=") for word in target):
-        return _run_dir(target), {}
+        return _run_dir(target), {} if manifest is None else {"data.manifest": manifest}
     folders = [word for word in target if "=" not in word or Path(word).is_dir()]
     if len(folders) != 1:
         raise UserError(f"one run at a time, not {len(folders)}: {' '.join(target)}")
@@ -110,11 +108,12 @@ def _split_target(target: list[str]) -> tuple[Path, dict[str, Any]]:
             f"{unknown[0]} cannot be changed for an evaluation; with a run folder there are {', '.join(KEYS)} (with recipe=NAME "
             "all keys: they name the run that was trained so)"
         )
-    if len(keys) > 1:
-        raise UserError(f"{' and '.join(keys)} both say which data: keep one")
+    given = [*keys, *(["--manifest"] if manifest is not None else [])]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} both say which data: keep one")
     if keys.get("data.variant", "original") not in ("original", "balanced"):
         raise UserError(f"data.variant={keys['data.variant']}: there are original and balanced")
-    return _run_dir(folders), keys
+    return _run_dir(folders), keys if manifest is None else {"data.manifest": manifest}
 
 
 def _run_dir(target: list[str]) -> Path:

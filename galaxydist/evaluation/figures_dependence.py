@@ -1,6 +1,6 @@
 """Accuracy against redshift, apparent size and brightness of the sky."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,8 @@ LABELS = {"redshift": "redshift", "size": "half-light radius", "sky_brightness":
 
 @styled
 def draw_dependence(metrics: Mapping[str, Any], title: str) -> "Figure":
-    """A panel a property: accuracy in bins of equally many galaxies, with 95 % intervals and the range of each bin.
+    """A panel a property: accuracy in bins of equally many galaxies, with 95 % intervals and the range of each bin (a few
+    galaxies far out leave the panel).
 
     Args:
         metrics: from ``summarise``; ``against`` is not empty.
@@ -34,13 +35,20 @@ def draw_dependence(metrics: Mapping[str, Any], title: str) -> "Figure":
         axes.axhline(metrics["accuracy"], color=GREY, linewidth=0.8, linestyle="--", label="all galaxies")
         unit = f" ({found['unit']})" if found["unit"] else ""
         axes.set(xlabel=f"{LABELS[name]}{unit}", title=f"{found['count']:,} galaxies", ylim=(0, 1))
-        if bins[0]["low"] > 0 and bins[-1]["high"] > 10 * bins[0]["median"]:
-            axes.set_xscale("log")
-        else:
-            axes.locator_params(axis="x", nbins=5)
+        axes.set_xlim(*_limits(bins))
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(linewidth=0.4, alpha=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy")
     panels[0].legend(loc="lower left", frameon=False, fontsize=7)
     figure.suptitle(wrapped(title, figure))
     return figure
+
+
+def _limits(bins: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Where the panel ends: beyond the outer medians twice as far as these lie from their inner edges."""
+    first, last = bins[0], bins[-1]
+    left = max(first["low"], first["median"] - 2 * (first["high"] - first["median"]))
+    right = min(last["high"], last["median"] + 2 * (last["median"] - last["low"]))
+    margin = 0.03 * (right - left) or 0.5
+    return left - margin, right + margin

@@ -44,16 +44,16 @@ class PredictionsInfo:
             ``seed``, ``checkpoint``, ``step``: plain values.
         units: of the properties that have one.
         loss: mean cross-entropy (nats), from the exact sum; None where it is not finite.
-        loss_without_validation: the same of the galaxies that the model was not chosen on, where some were.
         versions: of galaxydist and the libraries that the numbers depend on.
+        loss_without_validation: the mean cross-entropy of the galaxies that the model was not chosen on, where some were.
     """
 
     class_names: tuple[str, ...]
     context: Mapping[str, Any]
     units: Mapping[str, str] = field(default_factory=dict)
     loss: float | None = None
-    loss_without_validation: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    loss_without_validation: float | None = None
 
     @property
     def num_classes(self) -> int:

@@ -132,7 +132,7 @@ def merge_predictions(
     known = {name: catalogue.column(name).to_numpy() for name in catalogue.column_names if name != "id"}
     scale_N = np.asarray(known.pop("pxscale", np.full(len(catalogue), np.nan)), np.float64)
     has_scale = len(scale_N) > 0 and bool((np.isfinite(scale_N) & (scale_N > 0)).all())
-    units = {"ra": "deg", "dec": "deg", "size": "arcsec" if has_scale else "pixel", "sky_brightness": "full scale"}
+    units = {"ra": "deg", "dec": "deg", "size": "arcsec" if has_scale else "pixel", "sky_brightness": "full scale = 1"}
 
     def blocks() -> Iterator[Mapping[str, ArrayLike]]:
         for rows in merge_parts(parts, info.num_classes, batch_size=batch_size, num_samples=len(catalogue)):
