@@ -174,7 +174,7 @@ def test_a_trained_network_looks_at_the_quadrant_that_decides() -> None:
     assert (model(new_BCHW).argmax(1) == truth_B).all()
     found = explain(model, "custom_cnn", new_BCHW, truth_B)
     shares = [in_quadrant(map_HW, quadrant) for map_HW, quadrant in zip(found.maps_BHW, chosen, strict=True)]
-    assert min(shares) > 0.6, shares
+    assert min(shares) > 0.5, shares  # most of it, where chance gives a quarter
     assert model.training  # left as it was
     assert found.method == GRAD_CAM and found.maps_BHW.shape == (16, 24, 24)
 
