@@ -171,6 +171,7 @@ def test_a_run_leaves_the_predictions_of_its_test_and_validation_galaxies(run_of
     assert not [path for path in (run_dir / "evaluation").iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again_and_what_is_missing_or_damaged_is(
     run_of_known: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

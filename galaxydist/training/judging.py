@@ -4,6 +4,7 @@ All ranks predict, rank 0 does the rest. What is there already, of the same chec
 """
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -56,7 +57,8 @@ class Judge:
     """
 
     def __init__(self, world: World, folder: RunFolder, recipe: Recipe, *, find_trained: FindTrained) -> None:
-        self.world, self.folder, self.recipe, self._find_trained = world, folder, recipe, find_trained
+        self.world, self.folder, self.recipe = world, folder, recipe
+        self._find_trained = functools.cache(find_trained)  # asked for the overlap and for the temperature
         path = world.on_main(lambda: find_checkpoint(folder, recipe.eval.checkpoint))
         self._checkpoint = world.together(lambda: checkpoints.read_sound(path, groups=JUDGED))
         self.trained_on = TrainingData.from_dict(self._checkpoint.state["data"])
