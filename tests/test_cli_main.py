@@ -34,7 +34,7 @@ HEAVY = [
 ]
 COMMANDS = [
     *("data fetch", "data simulate", "data export", "data shard", "data check", "data explore"),
-    *("weights fetch", "recipes", "evaluate", "plan", "bench simulator"),
+    *("weights fetch", "recipes", "evaluate", "gallery", "plan", "bench simulator"),
     *("cluster list", "cluster show", "cluster init"),
 ]
 

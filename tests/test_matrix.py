@@ -15,6 +15,7 @@ from galaxydist.evaluation.published import MODELS, ON_BALANCED, ON_ORIGINAL, OR
 from galaxydist.evaluation.sampling import holm
 from galaxydist.evaluation.trials import read_trials
 from galaxydist.files import read_json, write_json
+from galaxydist.recipe.load import list_recipes
 from tests.trial_folders import write_trial
 
 
@@ -104,8 +105,30 @@ def test_recipes_settings_and_models_without_published_numbers_have_lines_of_the
     assert table.rows[-1].display is None
 
 
+def test_the_reference_recipes_stand_before_ours(tmp_path: Path) -> None:
+    names = [name for name in list_recipes() if name.startswith("reference/")]
+    assert len(names) == len(MODELS)
+    for number, name in enumerate([*names, "vit", "vgg16"]):
+        write_trial(tmp_path / str(number), [f"recipe={name}"], num_galaxies=40)
+    (table,) = tables_of(*tmp_path.iterdir())
+    assert list(choose_rows(table, "reference")) == list(MODELS)
+    assert list(choose_rows(table, "own")) == ["VGG16", "ViT"]
+    assert [row.label for row in table.rows] == [
+        "ResNet50 (reference)",
+        "ResNet26 (reference)",
+        "ResNet18 (reference)",
+        "VGG16 (reference)",
+        "VGG16",
+        "VGG19 (reference)",
+        "Custom CNN (reference)",
+        "ViT (reference)",
+        "ViT",
+    ]
+    assert all(table.cells[row, ON_ORIGINAL].accuracy_test is not None for row in table.rows)
+
+
 def test_without_predictions_the_loss_is_not_tested(tmp_path: Path) -> None:
-    write_trial(tmp_path / "a", ["recipe=vgg19"], predictions=False)
+    write_trial(tmp_path / "a", ["recipe=vgg19"], keep_predictions=False)
     write_trial(tmp_path / "b", ["recipe=vgg19", "seed=1"])
     (table,) = tables_of(tmp_path / "a", tmp_path / "b")
     cell = table.cells[choose_rows(table, "own")["VGG19"], ON_ORIGINAL]
@@ -154,7 +177,7 @@ def test_test_sets_of_different_sizes_are_noted(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
-    run = write_trial(tmp_path / "a", ["recipe=vit"], predictions=False)
+    run = write_trial(tmp_path / "a", ["recipe=vit"], keep_predictions=False)
     content = read_json(run.evaluation_dir / "test.json")
     write_json(run.evaluation_dir / "test.json", content | {"loss": None})
     (table,) = tables_of(run.path)

@@ -19,6 +19,7 @@ from galaxydist.cluster.plan_text import render_plan, show_size, show_time
 from galaxydist.cluster.refusals import refuse_memory
 from galaxydist.cluster.trace import Timeline, trace_step
 from galaxydist.errors import UserError
+from galaxydist.models import registry
 from galaxydist.models.build import build_model
 from galaxydist.models.registry import MODEL_NAMES
 from galaxydist.recipe.load import load_recipe
@@ -328,5 +329,7 @@ def test_times_have_a_unit_that_suits() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_every_architecture_can_be_planned(name: str) -> None:
-    facts = weigh(recipe_of("data.image_size=64", of=(f"recipe={name}",)), 10, 256)
+    size = 100 if name == "reference_vit" else 64  # of patches of 25 pixels
+    whole = ("model.pretrained=false", "model.freeze_backbone=false")
+    facts = weigh(recipe_of(f"data.image_size={size}", *whole, of=(f"recipe={registry.recipe_of(name)}",)), 10, 256)
     assert facts.num_trained > 0 and facts.timeline.activations(8) > facts.timeline.activations(2) > 0

@@ -47,7 +47,7 @@ def test_a_run_is_read(tmp_path: Path) -> None:
 
 
 def test_runs_without_predictions_and_with_views(tmp_path: Path) -> None:
-    run = write_trial(tmp_path / "a", ["recipe=vit", "eval.tta=d4"], predictions=False)
+    run = write_trial(tmp_path / "a", ["recipe=vit", "eval.tta=d4"], keep_predictions=False)
     assert (run.evaluation_dir / "test-d4.json").is_file()
     (trial,), notes = read_trials([run.path])
     assert notes == []
@@ -180,4 +180,6 @@ def test_a_run_of_the_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert trial.validation.value == max(validated)
     (table,) = build_tables([trial])
     assert table.dataset == "blobs"
-    assert [cell.num_seeds for (row, _), cell in table.cells.items() if row.model] == [1, 0, 0, 1]
+    cells = [cell for (row, _), cell in table.cells.items() if row.model]
+    assert [cell.num_seeds for cell in cells] == [1, 0, 0, 1]
+    assert [cell.outcomes is not None for cell in cells] == [True, False, False, True]

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
-from pyarrow import parquet
 
+from galaxydist.evaluation import predictions
 from galaxydist.evaluation.metrics import metrics_from_counts
+from galaxydist.evaluation.predictions import PredictionsInfo
 from galaxydist.evaluation.report import write_evaluation
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.recipe.identity import flatten
@@ -38,7 +38,7 @@ def write_trial(
     class_names: Sequence[str] = GALAXY10_CLASSES,
     num_galaxies: int = 400,
     validation: float | None = 0.5,
-    predictions: bool = True,
+    keep_predictions: bool = True,
     finished: bool = True,
 ) -> RunFolder:
     """A run as it lies there when it has finished.
@@ -51,7 +51,7 @@ def write_trial(
         class_names: by label.
         num_galaxies: in each test set.
         validation: its validation accuracy; None: the log has none.
-        predictions: keep them.
+        keep_predictions: of the single galaxies.
         finished: write result.json.
     """
     resolved = load_recipe(list(arguments))
@@ -77,7 +77,7 @@ def write_trial(
             "checkpoint": "step-00000700-0001",
             "step": STEP,
         }
-        write_judgement(place, context, labels_N, logits_NK, class_names, predictions=predictions)
+        write_judgement(place, context, labels_N, logits_NK, class_names, keep_predictions=keep_predictions)
     if finished:
         run.write_result({"step": STEP, "test/accuracy": 0.5})
     return run
@@ -90,7 +90,7 @@ def write_judgement(
     logits_NK: NDArray[np.float32],
     class_names: Sequence[str],
     *,
-    predictions: bool = True,
+    keep_predictions: bool = True,
 ) -> None:
     """An evaluation's JSON and the single galaxies' predictions."""
     confusion_KK = np.zeros((len(class_names), len(class_names)), np.int64)
@@ -99,17 +99,20 @@ def write_judgement(
     losses_N = np.logaddexp.reduce(shifted_NK, axis=1) - shifted_NK[np.arange(len(labels_N)), labels_N]
     metrics = metrics_from_counts(confusion_KK, float(losses_N.sum()), len(labels_N), class_names)
     write_evaluation(place, metrics, context, figures=False)
-    if predictions:
+    if keep_predictions:
         stem = "test" if context["tta"] == "none" else f"test-{context['tta']}"
         write_predictions(place / f"{stem}-predictions.parquet", labels_N, logits_NK, prefix=str(context["variant"]))
 
 
 def write_predictions(path: Path, labels_N: NDArray[np.int64], logits_NK: NDArray[np.float32], *, prefix: str = "g") -> None:
-    """A file of predictions with the columns that an evaluation's has."""
-    kind = pa.list_(pa.float32(), logits_NK.shape[1])
-    table = {
-        "id": pa.array([f"{prefix}-{number}" for number in range(len(labels_N))]),
-        "label": pa.array(labels_N.astype(np.int32)),
-        "logits": pa.FixedSizeListArray.from_arrays(pa.array(logits_NK.ravel()), type=kind),
+    """A file of predictions as an evaluation writes it."""
+    count, num_classes = logits_NK.shape
+    info = PredictionsInfo(tuple(f"class{number}" for number in range(num_classes)), {"split": "test"})
+    block = {
+        "id": [f"{prefix}-{number}" for number in range(count)],
+        "sample": np.arange(count),
+        "label": labels_N,
+        "predicted": logits_NK.argmax(axis=1),
+        "logits": logits_NK,
     }
-    parquet.write_table(pa.table(table), path)
+    predictions.write_predictions(path, info, iter([block]))

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from galaxydist import __version__
-from galaxydist.cli import bench, cluster, data, doctor, evaluate, plan, recipes, status, submit, sweep, weights
+from galaxydist.cli import bench, cluster, data, doctor, evaluate, gallery, plan, recipes, report, status, submit, sweep, weights
 from galaxydist.cores import wait_politely
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 
@@ -25,6 +25,7 @@ EPILOG = """examples:
   galaxydist data shard                      shards of the real one, ready to train on
   accelerate launch launch.py recipe=vit     train (key=value is a key of the recipe, see `galaxydist recipes vit`)
   galaxydist evaluate runs/vit-0123abcd      judge a run on the test split
+  galaxydist report runs                     many runs: the results matrix as a page and as tables
 
 Data lies under --data-dir, else $GALAXYDIST_DATA, else the user's cache folder.
 """
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"galaxydist {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (data, weights, recipes, evaluate, plan, submit, sweep, status, cluster, doctor, bench):
+    for module in (data, weights, recipes, evaluate, gallery, report, plan, submit, sweep, status, cluster, doctor, bench):
         module.add_parser(commands)
     return parser
 

@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from galaxydist.evaluation.text import readable
 from galaxydist.files import replace_bytes
 
 MAX_COLUMNS = 10
+_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 _GAP, _TEXT_SIZE, _LINE = 3, 12, 14
 
 
@@ -36,18 +37,27 @@ def write_gallery(
     Raises:
         ValueError: no pictures, another suffix, or a limit that cannot be kept.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (".jpg", ".jpeg", ".png") or not any(images.values()):
+    if path.suffix.lower() not in _FORMATS or not any(images.values()):
         raise ValueError(f"{path}: a gallery needs pictures and a name in .jpg or .png")
-    width = cell
+    write_sheet(path, lambda width: _compose(images, title, width), cell=cell, max_bytes=max_bytes)
+
+
+def write_sheet(path: Path, compose: Callable[[int], Image.Image], *, cell: int, max_bytes: int) -> None:
+    """Write a picture of pictures, the larger the better within a limit.
+
+    Args:
+        path, cell, max_bytes: as in ``write_gallery``.
+        compose: the sheet with pictures of so many pixels.
+
+    Raises:
+        ValueError: another suffix, or a limit that cannot be kept.
+    """
+    kind, width = _FORMATS[path.suffix.lower()], cell
     while width >= 24:
-        sheet = _compose(images, title, width)
-        for quality in (90, 82, 74) if suffix != ".png" else (0,):
+        sheet = compose(width)
+        for quality in (90, 82, 74) if kind == "JPEG" else (None,):
             buffer = io.BytesIO()
-            if suffix == ".png":
-                sheet.save(buffer, "PNG", optimize=True)
-            else:
-                sheet.save(buffer, "JPEG", quality=quality, optimize=True)
+            sheet.save(buffer, kind, optimize=True, **({} if quality is None else {"quality": quality}))
             if buffer.tell() <= max_bytes:
                 replace_bytes(path, buffer.getvalue())
                 return

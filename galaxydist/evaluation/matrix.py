@@ -51,7 +51,8 @@ class Row:
     def label(self) -> str:
         """What the line is called: the published model's name or ``model.name``, and the recipe where that says more."""
         name = self.display or self.model
-        recipe = self.recipe if self.recipe != name.lower().replace(" ", "_") else ""
+        own = self.recipe.removeprefix(f"{REFERENCE}-")  # what the regime says already
+        recipe = own if own != name.lower().replace(" ", "_") else ""
         regime = self.regime if self.regime == REFERENCE else ""
         extra = ", ".join(part for part in (recipe, regime, self.settings) if part)
         return f"{name} ({extra})" if extra else name

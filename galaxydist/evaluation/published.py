@@ -84,6 +84,10 @@ DISPLAY_NAMES: MappingProxyType[str, DisplayName | None] = MappingProxyType(
         "custom_cnn": "Custom CNN",
         "vit": "ViT",
         "vit_scratch": "ViT",
+        "reference_vgg16": "VGG16",
+        "reference_vgg19": "VGG19",
+        "reference_cnn": "Custom CNN",
+        "reference_vit": "ViT",
         "d4_cnn": None,
     }
 )

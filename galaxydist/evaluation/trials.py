@@ -22,7 +22,7 @@ from galaxydist.runs.folder import RunFolder, StoredRecipe
 
 VARIANTS: tuple[Variant, ...] = ("original", "balanced")
 # Result fields in which the runs of one line of the matrix may differ: repeats, and the data that its columns are about.
-_COLUMNS = frozenset({"seed", "data.variant", "data.manifest", "name"})
+COLUMNS = frozenset({"seed", "data.variant", "data.manifest", "name"})
 
 
 class _Unusable(Exception):
@@ -177,7 +177,7 @@ def _settings(recipe: Mapping[str, Any]) -> str:
     """A hash of what changes a run's numbers, without what the columns and the repeats of the matrix are about."""
     fields = recipe_fields()
     kept = {
-        key: value for key, value in recipe.items() if key not in _COLUMNS and not (key in fields and fields[key].kind == "run")
+        key: value for key, value in recipe.items() if key not in COLUMNS and not (key in fields and fields[key].kind == "run")
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
 

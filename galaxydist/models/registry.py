@@ -16,6 +16,8 @@ class Architecture:
         timm_names: timm's name with the tag of its published weights, by ``model.size``; the tag is fixed here because timm's
             default tag changes between releases. None: our own.
         head: names of the modules after the backbone; ``freeze_backbone`` trains these, weights of another head are left out.
+        last_map: name of the module whose output, B x C x h x w, is the last feature map before any final pooling: what Grad-CAM
+            looks at. None: a transformer.
         unused: prefixes of published weights that the model here has no place for.
         has_published_weights: whether ``model.pretrained`` is possible.
         min_image_size: smallest image in pixels.
@@ -25,6 +27,7 @@ class Architecture:
 
     timm_names: dict[str, str] | None
     head: tuple[str, ...]
+    last_map: str | None
     unused: tuple[str, ...] = ()
     has_published_weights: bool = True
     min_image_size: int = 16
@@ -41,26 +44,32 @@ _VIT_HEAD = ("head_drop", "head")
 _VGG_UNUSED = ("pre_logits.",)
 
 
-def _vgg(name: str, recipe: str | None = None) -> Architecture:
-    return Architecture({"small": name}, ("head",), _VGG_UNUSED, min_image_size=32, has_drop_path=False, recipe=recipe)
+def _vgg(name: str, last_map: str, recipe: str | None = None) -> Architecture:
+    return Architecture({"small": name}, ("head",), last_map, _VGG_UNUSED, min_image_size=32, has_drop_path=False, recipe=recipe)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "custom_cnn": Architecture(None, ("drop", "head"), has_published_weights=False),
-    "d4_cnn": Architecture(None, ("drop", "head"), has_published_weights=False),
-    "resnet18": Architecture({"small": "resnet18.a1_in1k"}, ("fc",)),
-    "resnet26": Architecture({"small": "resnet26.bt_in1k"}, ("fc",)),
-    "resnet50": Architecture({"small": "resnet50.a1_in1k"}, ("fc",)),
-    "vgg16": _vgg("vgg16_bn.tv_in1k"),
-    "vgg19": _vgg("vgg19_bn.tv_in1k"),
-    "vit": Architecture(_VIT_NAMES, _VIT_HEAD),
-    "vit_scratch": Architecture(_VIT_NAMES, _VIT_HEAD, has_published_weights=False),
-    "reference_vgg16": _vgg("vgg16.tv_in1k", "reference/vgg16"),
-    "reference_vgg19": _vgg("vgg19.tv_in1k", "reference/vgg19"),
+    "custom_cnn": Architecture(None, ("drop", "head"), "stages", has_published_weights=False),
+    "d4_cnn": Architecture(None, ("drop", "head"), "stages", has_published_weights=False),
+    "resnet18": Architecture({"small": "resnet18.a1_in1k"}, ("fc",), "layer4"),
+    "resnet26": Architecture({"small": "resnet26.bt_in1k"}, ("fc",), "layer4"),
+    "resnet50": Architecture({"small": "resnet50.a1_in1k"}, ("fc",), "layer4"),
+    "vgg16": _vgg("vgg16_bn.tv_in1k", "features.42"),
+    "vgg19": _vgg("vgg19_bn.tv_in1k", "features.51"),
+    "vit": Architecture(_VIT_NAMES, _VIT_HEAD, None),
+    "vit_scratch": Architecture(_VIT_NAMES, _VIT_HEAD, None, has_published_weights=False),
+    "reference_vgg16": _vgg("vgg16.tv_in1k", "features.29", "reference/vgg16"),
+    "reference_vgg19": _vgg("vgg19.tv_in1k", "features.35", "reference/vgg19"),
     "reference_cnn": Architecture(
-        None, ("drop", "head"), has_published_weights=False, min_image_size=32, has_drop_path=False, recipe="reference/custom_cnn"
+        None,
+        ("drop", "head"),
+        "features.13",
+        has_published_weights=False,
+        min_image_size=32,
+        has_drop_path=False,
+        recipe="reference/custom_cnn",
     ),
-    "reference_vit": Architecture(None, _VIT_HEAD, has_published_weights=False, min_image_size=25, recipe="reference/vit"),
+    "reference_vit": Architecture(None, _VIT_HEAD, None, has_published_weights=False, min_image_size=25, recipe="reference/vit"),
 }
 MODEL_NAMES = tuple(ARCHITECTURES)
 

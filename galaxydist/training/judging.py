@@ -22,6 +22,7 @@ from galaxydist.evaluation.summary import summarise
 from galaxydist.models.build import build_model
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs import checkpoints
+from galaxydist.runs.checkpoint_folder import Checkpoint
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest
@@ -171,10 +172,7 @@ class Judge:
         )
 
     def _dir(self, manifest: Manifest) -> Path:
-        """The run's own data set stands at the top, others each in a folder of their own."""
-        is_own = self.trained_on.manifest_hash == manifest.hash
-        folder = self.folder.evaluation_dir
-        return folder if is_own else folder / f"{manifest.dataset}-{manifest.variant}"
+        return find_evaluation(self.folder, self.trained_on, manifest)
 
     def _context(self, manifest: Manifest, split: str) -> dict[str, Any]:
         """What is judged on what."""
@@ -199,11 +197,7 @@ class Judge:
     def _evaluate(self, manifest: Manifest, split: str, seen_N: NDArray[np.bool_] | None, part: PartWriter) -> dict[str, Any]:
         recipe, world = self.recipe, self.world
         if self._model is None:
-            # The weights come from the checkpoint: those the run started from are not needed.
-            config = recipe.model.model_copy(update={"pretrained": False, "weights": None, "freeze_backbone": False})
-            model = build_model(config, manifest.num_classes, recipe.data.image_size)
-            model.load_state_dict(evaluation_weights(self._checkpoint.tensors, self._checkpoint.state))
-            self._model = model.to(device=world.device, dtype=world.dtype)
+            self._model = load_judged(recipe, self._checkpoint).to(device=world.device, dtype=world.dtype)
             set_tf32(recipe.train.tf32, world.device)
         augment = build_augment(recipe, self.trained_on, threads=world.cores)
         return evaluate_split(world, self._model, manifest, split, augment=augment, recipe=recipe, apart_N=seen_N, part=part)
@@ -224,6 +218,26 @@ def _is_of(evaluation: Mapping[str, Any], context: Mapping[str, Any]) -> bool:
 def _has_temperature(evaluation: Mapping[str, Any]) -> bool:
     """Or cannot have one, its logits being not finite."""
     return "calibration" not in evaluation or evaluation["calibration"]["temperature"] is not None
+
+
+def find_evaluation(folder: RunFolder, trained_on: TrainingData, manifest: Manifest) -> Path:
+    """Where evaluations on a data set lie: the run's own stands at the top, others each in a folder of their own."""
+    is_own = trained_on.manifest_hash == manifest.hash
+    return folder.evaluation_dir if is_own else folder.evaluation_dir / f"{manifest.dataset}-{manifest.variant}"
+
+
+def load_judged(recipe: Recipe, checkpoint: Checkpoint) -> nn.Module:
+    """The model with the weights that it is judged by, on the CPU.
+
+    Args:
+        recipe: of the run.
+        checkpoint: of it, with the tensors of ``JUDGED``.
+    """
+    # The weights come from the checkpoint: those the run started from are not needed.
+    config = recipe.model.model_copy(update={"pretrained": False, "weights": None, "freeze_backbone": False})
+    model = build_model(config, len(checkpoint.state["data"]["class_names"]), recipe.data.image_size)
+    model.load_state_dict(evaluation_weights(checkpoint.tensors, checkpoint.state))
+    return model
 
 
 def find_checkpoint(folder: RunFolder, which: str) -> Path:

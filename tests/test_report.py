@@ -1,0 +1,270 @@
+"""The report of many runs: what stands in its page and tables, and what becomes of runs that cannot be reported."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from galaxydist.cli.main import main
+from galaxydist.evaluation.results.gather import Results, gather
+from galaxydist.evaluation.results.latex import escape, render_latex
+from galaxydist.evaluation.results.markdown import render_markdown
+from galaxydist.evaluation.results.page import Picture, render_page
+from galaxydist.evaluation.results.run_facts import cost_of, read_facts
+from galaxydist.evaluation.results.views import settings_of
+from galaxydist.evaluation.results.words import hours_text, p_text, signed
+from galaxydist.evaluation.trials import read_trials
+from tests.report_runs import BATCH_SIZE, write_calibration, write_logs, write_sweep
+from tests.trial_folders import STEP, write_trial
+
+PROVENANCE = {"command": "galaxydist report runs", "version": "1.2.3", "versions": "numpy 2"}
+
+
+class Page(HTMLParser):
+    """The ids of the sections, their text, and whether every tag is closed."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "input", "path", "use", "circle", "rect", "line"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text: dict[str, str] = {}
+        self._open: list[str] = []
+        self._section = ""
+        self.feed(html)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self._open.append(tag)
+        if tag == "section":
+            self._section = dict(attributes)["id"] or ""
+            self.text[self._section] = ""
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self._open.pop() == tag
+        if tag == "section":
+            self._section = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._section:
+            self.text[self._section] += data
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """A simulated sweep, the real data set with one recipe in two regimes, and what can go wrong."""
+    root = tmp_path_factory.mktemp("runs")
+    runs = [run.path for run in write_sweep(root / "simulated", models=("resnet18", "custom_cnn"))]
+    runs += [run.path for run in write_sweep(root / "real", models=("vit", "reference/vit"), dataset="galaxy10_decals")]
+    runs.append(write_trial(root / "half", ["recipe=vgg16", "seed=7"], finished=False).path)
+    runs.append(write_trial(root / "bare", ["recipe=vgg16"], keep_predictions=False, validation=None).path)
+    (root / "empty").mkdir()
+    return gather([*runs, root / "empty"])
+
+
+@pytest.fixture(scope="module")
+def html(results: Results) -> str:
+    return render_page(results, PROVENANCE)
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def test_every_data_set_has_a_table_of_its_own(results: Results, page: Page) -> None:
+    assert [found.table.dataset for found in results.findings] == ["galaxy10_decals", "simulated"]
+    real, simulated = page.text["matrix"].split("\nsimulated\n")
+    assert "published 0.7638" in real and "published" in real and "not run" in real
+    assert not re.search(r"published \d", simulated)
+    assert "not the real Galaxy10 DECaLS" in simulated
+
+
+def test_the_reference_models_stand_beside_the_published_ones(results: Results) -> None:
+    labels = [row.label for row in results.findings[0].table.rows if row.display == "ViT"]
+    assert labels == ["ViT (reference)", "ViT"]
+    assert set(results.findings[0].observations) == {"reference", "own"}
+
+
+def test_all_sections_are_there(page: Page) -> None:
+    wanted = ["matrix", "observations", "ranking", "curves", "classes", "confusion", "calibration", "pairs", "ensembles", "cost"]
+    assert list(page.text) == [*wanted, "runs", "notes", "provenance"]
+    assert all(len(text.split()) > 10 for name, text in page.text.items() if name != "notes")
+    assert "galaxydist report runs" in page.text["provenance"] and "1.2.3" in page.text["provenance"]
+    assert "0.080" in page.text["calibration"] and "1.250" in page.text["calibration"]
+    assert "launch.py recipe=vit" in page.text["runs"] and "train.batch_size=64" in page.text["runs"]
+
+
+def test_every_observation_is_answered(results: Results, page: Page) -> None:
+    for found in results.findings:
+        for observations in found.observations.values():
+            for one in observations:
+                assert one.statement in page.text["observations"]
+    verdicts = re.findall(r"\b(supported|contradicted|undecided)\b", page.text["observations"])
+    assert len(verdicts) >= 6 * 4  # real reference, real own, simulated, published
+
+
+def test_what_is_left_out_is_said(results: Results, page: Page) -> None:
+    notes = page.text["notes"]
+    assert re.search(r"half: left out: the run has not finished", notes)
+    assert re.search(r"empty is not a run folder", notes)
+    assert re.search(r"bare: kept no predictions on original.*galaxydist evaluate \S+bare\b", notes)
+    assert (results.num_asked, results.num_runs) == (19, 17)
+
+
+def test_nothing_left_to_report_is_an_error_with_the_reasons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_trial(tmp_path / "runs" / "half", ["recipe=vgg16"], finished=False)
+    assert main(["report", "half"]) == 2
+    error = capsys.readouterr().err
+    assert "the run has not finished" in error and "it goes on" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+
+
+def test_wrong_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nothing").mkdir()
+    for arguments, words in (
+        (["gone"], "no such folder"),
+        (["nothing"], "holds no run"),
+        (["nothing", "-o", "nothing"], "is a folder"),
+        (["nothing", "-o", "page.pdf"], "page.html"),
+    ):
+        assert main(["report", *arguments]) == 2
+        assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["nothing"]
+
+
+def test_a_sweep_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.yaml").write_text("grid: {recipe: [demo], seed: [0, 1]}\nroot: runs/two\n")
+    from galaxydist.cluster.sweep import resolve
+    from galaxydist.cluster.sweep_file import read_sweep
+
+    first = resolve(read_sweep(tmp_path / "two.yaml"))[0]
+    write_trial(first.run_dir, ["recipe=demo", "seed=0"], dataset="simulated", accuracy={"original": 0.5})
+    assert main(["report", "two.yaml", "-o", "out/two.html"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"two.html", "two.md", "two.tex"}
+    output = capsys.readouterr().out
+    assert "not started. Start it: galaxydist sweep two.yaml" in output and "1 run on simulated; 1 more" in output
+
+
+def test_the_page_asks_for_nothing(html: str) -> None:
+    assert not re.search(r'(?:src|href)="(?!#|data:)', html)
+    assert "<script" not in html and "@import" not in html
+
+
+def test_a_gallery_is_a_section_more_and_changes_nothing_else(results: Results, html: str) -> None:
+    pictures = [Picture("disturbed, taken for merging", "data:image/png;base64,AA==", "g-1, 99 %")]
+    with_gallery = render_page(results, PROVENANCE, pictures)
+    assert "disturbed, taken for merging" in Page(with_gallery).text["gallery"]
+    without = re.sub(r'<section id="gallery">.*?</section>\s*|<li><a href="#gallery">.*?</li>', "", with_gallery, flags=re.DOTALL)
+    assert without.split() == html.split()  # the same runs give the same page
+
+
+def test_text_from_runs_is_no_markup(tmp_path: Path) -> None:
+    names = ("<b>disturbed", "a|b", "c_d%", "e&f")
+    run = write_trial(tmp_path / "a<i>b", ["recipe=vit"], dataset="<simulated>", class_names=names, accuracy={"original": 0.5})
+    found = gather([run.path])
+    html = render_page(found, PROVENANCE)
+    assert "<b>disturbed" not in html and "a<i>b" not in html and "<simulated>" not in html
+    assert r"a\|b" in render_markdown(found, PROVENANCE)
+    assert r"c d\%" in render_latex(found, PROVENANCE)
+
+
+def test_markdown_tables_are_square(results: Results) -> None:
+    blocks = re.findall(r"(?:^\|.*\n)+", render_markdown(results, PROVENANCE), re.MULTILINE)
+    assert len(blocks) > 10
+    for block in blocks:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+
+
+def test_latex_tables_are_square(results: Results) -> None:
+    text = render_latex(results, PROVENANCE)
+    tables = re.findall(r"\\begin\{tabular\}\{([^\n]*)\}\n(.*?)\\end\{tabular\}", text, re.DOTALL)
+    assert len(tables) > 10 and text.count(r"\begin{") == text.count(r"\end{")
+    for columns, body in tables:
+        width = len(re.sub(r"p\{.*?\}\}?", "p", columns))
+        for line in body.splitlines():
+            if line.endswith(r"\\"):
+                spans = sum(int(span) - 1 for span in re.findall(r"\\multicolumn\{(\d)\}", line))
+                assert len(re.findall(r"(?<!\\)&", line)) + 1 + spans == width, line
+    labels = re.findall(r"\\label\{(.*?)\}", text)
+    assert len(set(labels)) == len(labels)
+    assert re.search(r"ViT & .*\n\\quad published & 0\.7638 \(", text)
+
+
+@given(st.text(alphabet=r"ab\&%$#_{}~^<>|±− ", max_size=20))
+def test_latex_has_no_bare_special_character(text: str) -> None:
+    plain = re.sub(
+        r"\\textbackslash\{\}|\\textasciitilde\{\}|\\textasciicircum\{\}|\\textbar\{\}|\$[^$]+\$|\\[&%$#_{}]", "", escape(text)
+    )
+    assert not set(plain) & set(r"\&%$#_{}^<>|±−")
+
+
+def test_cost_adds_up(tmp_path: Path) -> None:
+    run = write_trial(tmp_path / "run", ["recipe=vit"], validation=None)
+    write_logs(run, 0.5, devices=4)
+    cost = cost_of(run.timing.read(), BATCH_SIZE)
+    assert cost is not None and (cost.devices, cost.kind) == (4, "CPU")
+    assert cost.hours == pytest.approx(STEP * BATCH_SIZE / 400 / 3600)
+    assert cost.device_hours == pytest.approx(4 * cost.hours)
+    assert cost_of([], BATCH_SIZE) is None and cost_of([{"step": 5}], BATCH_SIZE) is None
+
+
+def test_damaged_logs_cost_only_their_part(tmp_path: Path) -> None:
+    run = write_trial(tmp_path / "run", ["recipe=vit"])
+    write_calibration(run)
+    run.timing.path.write_text("nonsense\n")
+    (trial,), _ = read_trials([run.path])
+    facts = read_facts(trial)
+    assert facts.cost is None and len(facts.notes) == 1 and "timing.jsonl" in facts.notes[0]
+    assert facts.calibration["ece"] == 0.08
+
+
+def test_the_command_makes_the_same_run(tmp_path: Path) -> None:
+    from galaxydist.recipe.identity import result_hash
+    from galaxydist.recipe.load import load_recipe
+
+    given_arguments = ["recipe=reference/vit", "seed=3", "optim.lr=0.002", "data.variant=balanced", "resume.force=[seed]"]
+    run = write_trial(tmp_path / "run", given_arguments, accuracy={"balanced": 0.5})
+    (trial,), _ = read_trials([run.path])
+    command = read_facts(trial).command
+    again = load_recipe(command.split()[3:]).recipe
+    assert result_hash(again) == result_hash(load_recipe(given_arguments).recipe) and again.data.variant == "balanced"
+    assert "resume" not in command
+
+
+def test_ranking_is_by_validation_alone(tmp_path: Path) -> None:
+    runs = [
+        write_trial(tmp_path / "good-test", ["recipe=vit"], accuracy={"original": 0.9}, validation=0.4, dataset="simulated"),
+        write_trial(tmp_path / "good-val", ["recipe=resnet18"], accuracy={"original": 0.3}, validation=0.6, dataset="simulated"),
+    ]
+    (ranking,) = gather([run.path for run in runs]).findings[0].rankings
+    assert [trial.run_dir.name for trial in ranking.ranked] == ["good-val", "good-test"]
+
+
+def test_lines_of_one_recipe_are_told_apart_by_their_settings(tmp_path: Path) -> None:
+    for number, more in enumerate(([], ["optim.lr=0.5"])):
+        write_trial(tmp_path / str(number), ["recipe=resnet18", *more], dataset="simulated", accuracy={"original": 0.5})
+    found = gather(sorted(tmp_path.iterdir())).findings[0]
+    assert sorted(text.split("=")[0] for text in settings_of(found).values()) in (
+        ["optim.lr", "optim.lr"],
+        ["optim.lr", "optim.lr by default"],
+    )
+    assert "optim.lr=0.5" in settings_of(found).values()
+
+
+def test_words() -> None:
+    assert (signed(0.0121), signed(-0.5), signed(-0.0001)) == ("+0.012", "−0.500", "0.000")
+    assert (p_text(0.0004), p_text(0.0164)) == ("p < 0.001", "p = 0.016")
+    assert (hours_text(1.25), hours_text(0.5), hours_text(0.001)) == ("1.2 h", "30.0 min", "4 s")
