@@ -8,11 +8,13 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import pytest
+from PIL import Image
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _TIMEOUT_S = 120.0
@@ -69,6 +71,34 @@ class Browser:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(timeout=30)
         shutil.rmtree(self._profile, ignore_errors=True)
+
+    def check_page(self, page: Path, folder: Path, sections: Sequence[str], look: Callable[[], None] = lambda: None) -> None:
+        """A page as a phone and, dark, a desktop show it and as it is printed: whole, within the window, quiet, and alone.
+
+        Args:
+            folder: takes ``390.png``, ``1280.png`` and ``page.pdf``.
+            sections: their ids, in order.
+            look: more to check at each width.
+        """
+        for width, dark in ((390, False), (1280, True)):
+            self.open(page, width=width, dark=dark)
+            assert self.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"scrolls sideways at {width}"
+            found = self.evaluate("[...document.querySelectorAll('section')].filter(s => s.offsetHeight > 60).map(s => s.id)")
+            assert found == list(sections)
+            assert self.evaluate("[...document.images].filter(i => !(i.complete && i.naturalWidth)).length") == 0
+            # Figures take the page's colour: their text is as bright as the page's.
+            colours = self.evaluate(
+                "[getComputedStyle(document.querySelector('figure svg text')).fill, getComputedStyle(document.body).color]"
+            )
+            assert colours[0] == colours[1]
+            look()
+            self.screenshot(folder / f"{width}.png")
+        with Image.open(folder / "390.png") as phone, Image.open(folder / "1280.png") as desktop:
+            assert phone.width == 780 and phone.height > 4000  # two dots a pixel
+            assert phone.convert("L").getpixel((4, 4)) > 240 and desktop.convert("L").getpixel((4, 4)) < 40
+        self.print_pdf(folder / "page.pdf")
+        assert self.console == []
+        assert set(self.requests) == {page.as_uri()}
 
     def open(self, path: Path, *, width: int, height: int = 900, dark: bool = False, media: str = "") -> None:
         """Show a file in a window of that width (CSS pixels), in light or dark, and wait until it is there."""

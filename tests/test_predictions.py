@@ -23,19 +23,8 @@ from galaxydist.evaluation.predictions import (
     write_predictions,
 )
 from galaxydist.evaluation.probabilities import log_softmax, softmax
+from tests.prediction_files import CONTEXT
 
-CONTEXT = {
-    "dataset": "blobs",
-    "variant": "original",
-    "split": "test",
-    "tta": "none",
-    "manifest_hash": "ab" * 32,
-    "recipe": "vit",
-    "model": "vit",
-    "seed": 3,
-    "checkpoint": "step-00000120-0003",
-    "step": 120,
-}
 INFO = PredictionsInfo(("a", "b", "c"), CONTEXT, {"size": "arcsec"}, 12.5, {"torch": "2"})
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from galaxydist.cli.options import Commands, add_data_dir, add_dataset, chosen_root, non_negative_int, positive_int, survey_source
 from galaxydist.errors import UserError
+from galaxydist.variants import VARIANTS
 
 if TYPE_CHECKING:
     from galaxydist.evaluation.exploration.findings import Findings
@@ -34,7 +35,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--from", dest="source", type=Path, metavar="PATH", help="an HDF5 file in Galaxy10's schema or a folder of pictures"
     )
-    parser.add_argument("--variant", choices=("original", "balanced"), help="default: original, or what the shards hold")
+    parser.add_argument("--variant", choices=VARIANTS, help="default: original, or what the shards hold")
     parser.add_argument(
         "--sample",
         type=positive_int,

@@ -4,10 +4,10 @@ import argparse
 import os
 from pathlib import Path
 
+from galaxydist.cli import run_target
 from galaxydist.cli.options import Commands, add_data_dir, positive_int
 from galaxydist.errors import UserError
 
-VARIANTS = ("original", "balanced")
 EPILOG = """examples:
   galaxydist evaluate runs/vit-0123abcd                             first: its predictions
   galaxydist gallery runs/vit-0123abcd                              then: evaluation/test-gallery.html in the run folder
@@ -29,7 +29,7 @@ def add_parser(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("target", nargs="+", metavar="RUN", help="a run folder [data.manifest=FILE | data.variant=NAME]")
+    parser.add_argument("target", nargs="+", metavar="RUN", help=run_target.HELP)
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default: %(default)s")
     parser.add_argument("--tta", choices=("none", "d4"), help="which evaluation (default: the recipe's)")
     parser.add_argument(
@@ -47,22 +47,19 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--per-class {arguments.per_class}: a gallery has {MOST} galaxies of a class at most")
     if arguments.out is not None and arguments.out.is_dir():
         raise UserError(f"--out {arguments.out} is a folder: give the page a name, like {arguments.out / 'gallery.html'}")
-    run_dir, keys = _split_target(arguments.target)
-    manifest = keys.get("data.manifest", arguments.manifest)
-    if len(keys) + (arguments.manifest is not None) > 1:
-        raise UserError("data.manifest, data.variant and --manifest all say which data: keep one")
+    target = run_target.read_target(arguments.target, arguments.manifest)
 
     from galaxydist.cores import available_cores
     from galaxydist.training.gallery import make_gallery
 
     page, picks = make_gallery(
-        run_dir,
+        target.run_dir,
         arguments.split,
         os.environ,
         per_class=arguments.per_class,
         page=arguments.out,
-        manifest_path=manifest,
-        variant=keys.get("data.variant"),  # type: ignore[arg-type]  # one of VARIANTS, see _split_target
+        manifest_path=target.manifest,
+        variant=target.variant,
         data_dir=arguments.data_dir,
         tta=arguments.tta,
         threads=available_cores(),
@@ -74,18 +71,3 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if picks.num_undefined:
         print(f"left out: {picks.num_undefined:,} galaxies without finite probabilities")
-
-
-def _split_target(target: list[str]) -> tuple[Path, dict[str, str]]:
-    folders = [word for word in target if "=" not in word or Path(word).is_dir()]
-    keys = dict(word.split("=", 1) for word in target if word not in folders)
-    if unknown := [key for key in keys if key not in ("data.manifest", "data.variant")]:
-        raise UserError(f"{unknown[0]} cannot be changed for a gallery; there are data.manifest and data.variant")
-    if keys.get("data.variant", VARIANTS[0]) not in VARIANTS:
-        raise UserError(f"data.variant={keys['data.variant']}: there are {' and '.join(VARIANTS)}")
-    if len(folders) != 1:
-        raise UserError(f"one run at a time, not {len(folders)}: {' '.join(target)}")
-    run_dir = Path(folders[0])
-    if not run_dir.is_dir():
-        raise UserError(f"there is no run folder {run_dir}; give one that launch.py made")
-    return run_dir, keys

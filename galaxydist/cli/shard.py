@@ -15,8 +15,7 @@ from galaxydist.cli.options import (
     survey_source,
 )
 from galaxydist.errors import UserError
-
-VARIANTS = ("original", "balanced")
+from galaxydist.variants import VARIANTS
 
 
 def add_parser(commands: Commands) -> None:

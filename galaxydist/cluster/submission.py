@@ -22,7 +22,7 @@ from galaxydist.cluster.sending import adopt_settings, plain_environment, signal
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.cluster.work import run_request
 from galaxydist.errors import UserError
-from galaxydist.recipe.identity import run_name
+from galaxydist.recipe.identity import run_path
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.runs.folder import RunFolder
 
@@ -37,7 +37,7 @@ def build_request(resolved: ResolvedRecipe, arguments: Sequence[str]) -> JobRequ
         arguments: ``recipe=NAME`` and ``key=value``.
     """
     recipe = resolved.recipe
-    run_dir = (recipe.run.dir or recipe.run.root / run_name(recipe)).expanduser().absolute()
+    run_dir = run_path(recipe).expanduser().absolute()
     return JobRequest(tuple(arguments), run_dir, resolved.path.absolute(), recipe.name)
 
 

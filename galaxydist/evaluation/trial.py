@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from galaxydist.evaluation.published import Setting
-from galaxydist.recipe.schema import Variant
+from galaxydist.variants import Variant
 
 REFERENCE = "reference"
 

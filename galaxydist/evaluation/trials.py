@@ -17,10 +17,9 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.report import read_evaluation, stem_of
 from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Trial, Validation
 from galaxydist.recipe.fields import recipe_fields
-from galaxydist.recipe.schema import Variant
 from galaxydist.runs.folder import RunFolder, StoredRecipe
+from galaxydist.variants import VARIANTS, Variant
 
-VARIANTS: tuple[Variant, ...] = ("original", "balanced")
 # Result fields in which the runs of one line of the matrix may differ: repeats, and the data that its columns are about.
 COLUMNS = frozenset({"seed", "data.variant", "data.manifest", "name"})
 

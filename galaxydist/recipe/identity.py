@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from galaxydist.recipe.draft import Draft
@@ -51,6 +52,11 @@ def result_hash(recipe: Recipe) -> str:
 def run_name(recipe: Recipe) -> str:
     """The name of a run's folder: ``<recipe>-<8 hex of the result fields>``."""
     return f"{recipe.name}-{result_hash(recipe)}"
+
+
+def run_path(recipe: Recipe) -> Path:
+    """A run's folder: the one that the recipe names, or the one of ``run_name`` among the others."""
+    return recipe.run.dir or recipe.run.root / run_name(recipe)
 
 
 def _canonical(value: Any) -> Any:

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from galaxydist.recipe.scalars import Location
+from galaxydist.variants import Variant
 
-Variant = Literal["original", "balanced"]
 ModelName = Literal[
     "custom_cnn",
     "d4_cnn",

@@ -10,11 +10,12 @@ from galaxydist.errors import UserError
 from galaxydist.models.build import input_statistics
 from galaxydist.models.weights import Statistics
 from galaxydist.recipe.paths import cache_dir, manifest_path
-from galaxydist.recipe.schema import DataConfig, Recipe, Variant
+from galaxydist.recipe.schema import DataConfig, Recipe
 from galaxydist.shards.augment import Augment
 from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
+from galaxydist.variants import Variant
 
 # What makes a data set's HDF5 file, for the message where it is missing.
 SOURCES = {"galaxy10_decals": "galaxydist data fetch", "simulated": "galaxydist data simulate"}

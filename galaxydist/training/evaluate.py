@@ -9,7 +9,6 @@ from galaxydist.evaluation.views import Views
 from galaxydist.models.weights import write_weights
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.paths import data_root
-from galaxydist.recipe.schema import Variant
 from galaxydist.runs import checkpoints
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.check import check_columns
@@ -19,6 +18,7 @@ from galaxydist.training.judging import JUDGED, Judge, find_checkpoint
 from galaxydist.training.state import evaluation_weights
 from galaxydist.training.trained_on import open_trained
 from galaxydist.training.world import enter_world, leave_world
+from galaxydist.variants import Variant
 
 
 def evaluate_run(

@@ -18,7 +18,7 @@ from galaxydist.evaluation.views import Views
 from galaxydist.models.saliency import explain, method_of
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.paths import data_root
-from galaxydist.recipe.schema import Recipe, Variant
+from galaxydist.recipe.schema import Recipe
 from galaxydist.runs import checkpoints
 from galaxydist.runs.checkpoint_folder import Checkpoint
 from galaxydist.runs.folder import RunFolder
@@ -28,6 +28,7 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.training.data import TrainingData, build_augment, find_cache, find_manifest, find_variant
 from galaxydist.training.judging import JUDGED, find_checkpoint, find_evaluation, load_judged
+from galaxydist.variants import Variant
 
 # Pictures that the model sees together.
 _TOGETHER = 8

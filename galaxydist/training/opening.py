@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from galaxydist.errors import UserError
-from galaxydist.recipe.identity import flatten, result_fields, run_name
+from galaxydist.recipe.identity import flatten, result_fields, run_path
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs import checkpoints
@@ -42,7 +42,7 @@ def open_run_folder(world: World, resolved: ResolvedRecipe, manifest: Manifest) 
         UserError: it is in use, cannot be written, or belongs to another run.
     """
     recipe = resolved.recipe
-    folder = RunFolder(recipe.run.dir or recipe.run.root / run_name(recipe))
+    folder = RunFolder(run_path(recipe))
     folder.create()
     lock = RunLock(
         folder.lock_path,

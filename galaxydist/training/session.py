@@ -11,7 +11,7 @@ from torch import nn
 
 from galaxydist.errors import NonfiniteError, OneRankFailedError, UserError
 from galaxydist.models.build import build_model
-from galaxydist.recipe.identity import to_dict
+from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.paths import data_root, weights_dir
 from galaxydist.runs.folder import FailureKind, RunFolder
@@ -93,9 +93,7 @@ class Session:
         path, cache = find_manifest(self.recipe.data, self.root), find_cache(self.recipe.data, self.root)
         manifest = self.world.together(lambda: open_manifest(path, cache, self.recipe, self.world.size))
         self._others = self.world.together(lambda: self._open_others(manifest))
-        for judged in (manifest, *self._others):
-            self.world.on_main(functools.partial(check_columns, judged))
-            self.world.on_main(functools.partial(check_before_training, manifest, judged))
+        self.world.on_main(lambda: self._check_data(manifest))
         check_parts(self.recipe, self.world)
         torch.manual_seed(self.recipe.seed)
         model = self.world.together(lambda: self._build_model(manifest))
@@ -114,6 +112,14 @@ class Session:
             tracker = start_tracker(self.world, self.recipe, folder, manifest, run_id=known, environ=self.environ)
             parts.state.tracker_run_id = tracker.run_id
             return self._train(parts, manifest, folder, tracker, stop)
+
+    def _check_data(self, manifest: Manifest) -> None:
+        """Rank 0: tell at a run's first start what would end it hours later."""
+        is_started = RunFolder(run_path(self.recipe)).is_started
+        for judged in (manifest, *self._others):
+            check_columns(judged)
+            if not is_started:
+                check_before_training(manifest, judged)
 
     def _build_model(self, manifest: Manifest) -> nn.Module:
         config, size = self.recipe.model, self.recipe.data.image_size

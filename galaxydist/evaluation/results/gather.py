@@ -23,7 +23,7 @@ from galaxydist.evaluation.results.run_facts import RunFacts, read_facts
 from galaxydist.evaluation.trial import REFERENCE, Note, Trial
 from galaxydist.evaluation.trials import read_trials
 from galaxydist.evaluation.verdicts import Observation
-from galaxydist.recipe.schema import Variant
+from galaxydist.variants import Variant
 
 # Which lines of a table stand for the published models.
 REGIMES = {REFERENCE: "recipes that follow the published work", "own": "our own recipes"}

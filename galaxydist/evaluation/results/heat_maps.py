@@ -10,7 +10,7 @@ from galaxydist.evaluation.results.gather import Findings
 from galaxydist.evaluation.results.views import class_rows
 from galaxydist.evaluation.results.words import NOTHING
 from galaxydist.evaluation.text import readable
-from galaxydist.evaluation.trials import VARIANTS
+from galaxydist.variants import VARIANTS
 
 
 def class_maps(table: Table) -> list[dict[str, Any]]:

@@ -25,8 +25,8 @@ from galaxydist.evaluation.results.words import (
     signed,
 )
 from galaxydist.evaluation.sampling import ALPHA
-from galaxydist.evaluation.trials import VARIANTS
 from galaxydist.evaluation.verdicts import Observation
+from galaxydist.variants import VARIANTS
 
 
 @dataclass(frozen=True, slots=True)
