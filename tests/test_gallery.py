@@ -71,7 +71,7 @@ def test_a_gallery_shows_what_was_chosen(run_dir: Path, capsys: pytest.CaptureFi
     ]
     assert content["saliency"] == "Grad-CAM" and content["checkpoint"]
 
-    sections = gallery_sections(evaluation_dir)
+    sections = gallery_sections(evaluation_dir / "test-predictions.parquet")
     assert [title for title, _, _ in sections] == ["Most confident mistakes", "Least certain galaxies"]
     for (_, uri, caption), kind in zip(sections, ("mistakes", "uncertain"), strict=True):
         data = (evaluation_dir / f"test-gallery-{kind}.jpg").read_bytes()
@@ -147,14 +147,14 @@ def test_other_shards_and_other_checkpoints_are_refused(
 
 def test_sections_of_no_or_an_old_gallery_are_none(run_dir: Path) -> None:
     evaluation_dir = run_dir / "evaluation"
-    assert gallery_sections(evaluation_dir) == []
+    assert gallery_sections(evaluation_dir / "test-predictions.parquet") == []
     assert main(["gallery", str(run_dir), "--per-class", "1"]) == 0
-    assert len(gallery_sections(evaluation_dir)) == 2
+    assert len(gallery_sections(evaluation_dir / "test-predictions.parquet")) == 2
     content: dict[str, Any] = json.loads((evaluation_dir / "test-gallery.json").read_text())
     (evaluation_dir / "test-gallery.json").write_text(json.dumps(content | {"step": 7}))
-    assert gallery_sections(evaluation_dir) == []
+    assert gallery_sections(evaluation_dir / "test-predictions.parquet") == []
     (evaluation_dir / "test-gallery.json").write_text("{")
-    assert gallery_sections(evaluation_dir) == []
+    assert gallery_sections(evaluation_dir / "test-predictions.parquet") == []
 
 
 def test_an_overlay_leaves_what_has_no_map() -> None:

@@ -12,11 +12,12 @@ from galaxydist.cli.main import main
 from galaxydist.evaluation.results.gather import Results, gather
 from galaxydist.evaluation.results.latex import escape, render_latex
 from galaxydist.evaluation.results.markdown import render_markdown
-from galaxydist.evaluation.results.page import Picture, render_page
+from galaxydist.evaluation.results.page import render_page
 from galaxydist.evaluation.results.run_facts import cost_of, read_facts
 from galaxydist.evaluation.results.views import settings_of
 from galaxydist.evaluation.results.words import hours_text, p_text, signed
 from galaxydist.evaluation.trials import read_trials
+from galaxydist.files import read_json, write_json
 from tests.report_runs import BATCH_SIZE, write_calibration, write_logs, write_sweep
 from tests.trial_folders import STEP, write_trial
 
@@ -94,8 +95,9 @@ def test_the_reference_models_stand_beside_the_published_ones(results: Results) 
 
 
 def test_all_sections_are_there(page: Page) -> None:
-    wanted = ["matrix", "observations", "ranking", "curves", "classes", "confusion", "calibration", "pairs", "ensembles", "cost"]
-    assert list(page.text) == [*wanted, "runs", "notes", "provenance"]
+    wanted = ["matrix", "observations", "ranking", "curves", "classes", "confusion", "calibration"]
+    wanted += ["gallery", "pairs", "ensembles", "cost", "runs"]
+    assert list(page.text) == [*wanted, "notes", "provenance"]
     assert all(len(text.split()) > 10 for name, text in page.text.items() if name != "notes")
     assert "galaxydist report runs" in page.text["provenance"] and "1.2.3" in page.text["provenance"]
     assert "0.080" in page.text["calibration"] and "1.250" in page.text["calibration"]
@@ -163,12 +165,22 @@ def test_the_page_asks_for_nothing(html: str) -> None:
     assert "<script" not in html and "@import" not in html
 
 
-def test_a_gallery_is_a_section_more_and_changes_nothing_else(results: Results, html: str) -> None:
-    pictures = [Picture("disturbed, taken for merging", "data:image/png;base64,AA==", "g-1, 99 %")]
-    with_gallery = render_page(results, PROVENANCE, pictures)
-    assert "disturbed, taken for merging" in Page(with_gallery).text["gallery"]
-    without = re.sub(r'<section id="gallery">.*?</section>\s*|<li><a href="#gallery">.*?</li>', "", with_gallery, flags=re.DOTALL)
-    assert without.split() == html.split()  # the same runs give the same page
+def test_a_gallery_that_is_not_there_is_asked_for(results: Results, html: str) -> None:
+    shown = Page(html).text["gallery"]
+    best = {facts.trial.run_dir: judged for found in results.findings for _, facts, judged in found.best_on_own()}
+    assert len(best) > 4
+    for run_dir, judged in best.items():
+        assert (f"galaxydist gallery {run_dir}" in shown) == (judged.predictions_path is not None)
+
+
+def test_what_a_run_was_validated_on_is_taken_out(tmp_path: Path) -> None:
+    run = write_trial(tmp_path / "run", ["recipe=vgg16"], accuracy={"original": 0.5, "balanced": 0.5}, num_galaxies=200)
+    assert "Without the galaxies" not in render_page(gather([run.path]), PROVENANCE)
+    path = run.evaluation_dir / "test.json"
+    content = read_json(path)
+    write_json(path, content | {"without_validation": {"count": 168, "accuracy": 0.5119, "loss": None}})
+    shown = Page(render_page(gather([run.path]), PROVENANCE)).text["matrix"]
+    assert "Without the galaxies" in shown and "32 of 200" in shown and "51.19" in shown
 
 
 def test_text_from_runs_is_no_markup(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ SECTIONS = [
     "classes",
     "confusion",
     "calibration",
+    "gallery",
     "pairs",
     "ensembles",
     "cost",

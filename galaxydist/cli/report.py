@@ -1,7 +1,10 @@
 """``galaxydist report``: the results matrix of many runs, as a page and as tables for a paper."""
 
 import argparse
+import dataclasses
+import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +21,7 @@ EPILOG = """examples:
   galaxydist report galaxy10                          all runs of the sweep slurm/sweeps/galaxy10.yaml
   galaxydist report runs/galaxy10 -o galaxy10.html    all runs in a folder, down to two levels
   galaxydist report runs/vit-* runs/resnet50-*        some runs
+  galaxydist report galaxy10 --gallery                with mistakes, and where the models look
 
 Beside the page lie its tables as Markdown and LaTeX: report.md, report.tex (\\usepackage{booktabs,graphicx}, \\input{report}).
 """
@@ -39,12 +43,18 @@ def add_parser(commands: Commands) -> None:
         "targets", nargs="+", metavar="SWEEP|RUN|FOLDER", help="a sweep's file or name, run folders, or folders that hold some"
     )
     parser.add_argument("-o", dest="page", type=Path, default=PAGE, metavar="FILE", help="the page (default: %(default)s)")
+    parser.add_argument(
+        "--gallery",
+        action="store_true",
+        help="first make the galleries of mistakes that are missing, of each model's best run by validation (needs the shards)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the report, and print what it says in short."""
     from galaxydist import __version__
+    from galaxydist.evaluation.results.gather import gather
     from galaxydist.evaluation.results.write import write_report
 
     page: Path = arguments.page
@@ -53,8 +63,12 @@ def run(arguments: argparse.Namespace) -> None:
     if page.suffix not in SUFFIXES:
         raise UserError(f"-o {page} is the HTML page; name it like {page.with_suffix('.html')} (.md and .tex lie beside it)")
     run_dirs, notes = find_runs(arguments.targets)
-    command = shlex.join(["galaxydist", "report", *arguments.targets, *(["-o", str(page)] if page != PAGE else [])])
-    results, paths = write_report(run_dirs, page, provenance={"command": command, "version": __version__}, notes=notes)
+    out = ["-o", str(page)] if page != PAGE else []
+    command = shlex.join(["galaxydist", "report", *arguments.targets, *(["--gallery"] if arguments.gallery else []), *out])
+    results = gather(run_dirs, notes)
+    if arguments.gallery:
+        results = dataclasses.replace(results, notes=(*results.notes, *_make_galleries(results)))
+    paths = write_report(results, page, provenance={"command": command, "version": __version__})
     _print(results)
     print(f"page: {paths[-1]}; tables: {', '.join(map(str, paths[:-1]))}")
 
@@ -83,6 +97,21 @@ def find_runs(targets: list[str]) -> tuple[list[Path], list["Note"]]:
         else:
             raise UserError(f"{path} holds no run, down to two levels. Give a run folder, a folder of some, or a sweep.")
     return run_dirs, notes
+
+
+def _make_galleries(results: "Results") -> Iterator[str]:
+    """Make what is missing; yields a note for each that cannot be made."""
+    from galaxydist.cores import available_cores
+    from galaxydist.evaluation.results.galleries import without_gallery
+    from galaxydist.training.gallery import make_gallery
+
+    for facts in (facts for found in results.findings for facts in without_gallery(found)):
+        run_dir = facts.trial.run_dir
+        try:
+            page, _ = make_gallery(run_dir, "test", os.environ, threads=available_cores())
+            print(f"gallery: {page}")
+        except UserError as error:
+            yield f"{run_dir}: no gallery: {error}"
 
 
 def _sweep_runs(text: str) -> list[Path]:

@@ -17,7 +17,7 @@ from galaxydist.evaluation.gallery import write_sheet
 from galaxydist.evaluation.html import picture_uri, render
 from galaxydist.evaluation.mistake_sheet import SheetCell, SheetRow, compose_sheet
 from galaxydist.evaluation.mistakes import Pick, Picks
-from galaxydist.evaluation.predictions import predictions_path, read_predictions
+from galaxydist.evaluation.predictions import PREDICTIONS, read_predictions
 from galaxydist.evaluation.report import stem_of
 from galaxydist.evaluation.text import readable, title_of
 from galaxydist.files import read_json, replace_bytes, write_json
@@ -27,6 +27,8 @@ FORMAT_VERSION = 1
 THUMBNAIL = 192
 _WIDTHS, _PAGE_BYTES = (THUMBNAIL, 144, 112, 88, 64), 5_000_000
 _SHEET_CELL, _SHEET_BYTES = 96, 600_000
+# Of the files' names, after the evaluation's.
+_GALLERY = "-gallery"
 KINDS = {
     "mistakes": (
         "Most confident mistakes",
@@ -130,23 +132,24 @@ def write_mistake_gallery(evaluation_dir: Path, gallery: Gallery, page: Path | N
     return page
 
 
-def gallery_sections(evaluation_dir: Path, split: str = "test", tta: str = "none") -> list[tuple[str, str, str]]:
+def gallery_sections(predictions: Path) -> list[tuple[str, str, str]]:
     """The sheets of a gallery that was written, for another page.
 
     Args:
-        evaluation_dir: a run folder's ``evaluation``, or the folder of another data set in it.
-        split, tta: of the evaluation.
+        predictions: the file that it was made from, beside which it lies.
 
     Returns:
         (title, data URI of a JPEG, caption) of each sheet; none where there is no gallery of the predictions that lie there.
     """
-    stem = _stem(split, tta)
+    stem = f"{predictions.name.removesuffix(PREDICTIONS)}{_GALLERY}"
     try:
-        content = read_json(evaluation_dir / f"{stem}.json")
-        context = read_predictions(predictions_path(evaluation_dir, stem_of(split, tta))).info.context
+        content = read_json(predictions.with_name(f"{stem}.json"))
+        context = read_predictions(predictions).info.context
         if content["format"] != FORMAT_VERSION or any(content.get(name) != value for name, value in context.items()):
             return []
-        return [(KINDS[kind][0], _data_uri(evaluation_dir / f"{stem}-{kind}.jpg"), content[kind]["caption"]) for kind in KINDS]
+        return [
+            (KINDS[kind][0], _data_uri(predictions.with_name(f"{stem}-{kind}.jpg")), content[kind]["caption"]) for kind in KINDS
+        ]
     except (OSError, UserError, KeyError, TypeError, AttributeError):
         return []
 
@@ -158,7 +161,7 @@ def describe(pick: Pick, class_names: Sequence[str]) -> str:
 
 
 def _stem(split: str, tta: str) -> str:
-    return f"{stem_of(split, tta)}-gallery"
+    return f"{stem_of(split, tta)}{_GALLERY}"
 
 
 def _rows(kind: str, gallery: Gallery) -> Iterator[SheetRow]:

@@ -32,6 +32,8 @@ ROW_GROUP = 16_384
 IN_VALIDATION = "in_validation"
 PROPERTIES = ("ra", "dec", "redshift", "size", "sky_brightness")
 LISTS = ("probabilities", "logits")
+# What the name of every file of predictions ends in.
+PREDICTIONS = "-predictions.parquet"
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class PredictionsInfo:
 
 def predictions_path(evaluation_dir: Path, stem: str) -> Path:
     """Where the predictions of an evaluation lie; ``stem`` as in ``report.stem_of``."""
-    return evaluation_dir / f"{stem}-predictions.parquet"
+    return evaluation_dir / f"{stem}{PREDICTIONS}"
 
 
 def write_predictions(path: Path, info: PredictionsInfo, blocks: Iterator[Mapping[str, ArrayLike]]) -> int:

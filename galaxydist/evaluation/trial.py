@@ -36,6 +36,15 @@ class Validation:
 
 
 @dataclass(frozen=True, slots=True)
+class Unseen:
+    """The galaxies of a test set that the run was not validated on: their number, accuracy, and mean cross-entropy in nats."""
+
+    count: int
+    accuracy: float
+    loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Judgement:
     """One evaluation on a test set.
 
@@ -47,6 +56,7 @@ class Judgement:
         recall: by class; None for a class without galaxies.
         confusion: K x K counts; row: true class, column: predicted class.
         predictions_path: the single galaxies' predictions, where they were kept.
+        without_validation: without the galaxies that the run was validated on; None where there are none.
     """
 
     dataset: str
@@ -58,6 +68,7 @@ class Judgement:
     recall: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
     predictions_path: Path | None
+    without_validation: "Unseen | None" = None
 
     @property
     def accuracy(self) -> float:

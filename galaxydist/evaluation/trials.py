@@ -14,8 +14,9 @@ from typing import Any, cast
 import numpy as np
 
 from galaxydist.errors import UserError
+from galaxydist.evaluation.predictions import predictions_path
 from galaxydist.evaluation.report import read_evaluation, stem_of
-from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Trial, Validation
+from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Trial, Unseen, Validation
 from galaxydist.recipe.fields import recipe_fields
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 from galaxydist.variants import VARIANTS, Variant
@@ -157,7 +158,7 @@ def _judgement(place: Path, content: Mapping[str, Any], tta: str) -> Judgement:
     num_classes, count = len(content["classes"]), int(content["count"])
     if confusion_KK.shape != (num_classes, num_classes) or confusion_KK.min() < 0 or confusion_KK.sum() != count or count < 1:
         raise ValueError(f"its confusion matrix does not hold {count} galaxies of {num_classes} classes")
-    predictions = place / f"{stem_of('test', tta)}-predictions.parquet"
+    predictions = predictions_path(place, stem_of("test", tta))
     support_K, correct_K = confusion_KK.sum(axis=1).tolist(), confusion_KK.diagonal().tolist()
     return Judgement(
         dataset=str(content["dataset"]),
@@ -169,7 +170,15 @@ def _judgement(place: Path, content: Mapping[str, Any], tta: str) -> Judgement:
         recall=tuple(right / all_ if all_ else None for right, all_ in zip(correct_K, support_K, strict=True)),
         confusion=tuple(tuple(row) for row in confusion_KK.tolist()),
         predictions_path=predictions if predictions.is_file() else None,
+        without_validation=_unseen(content),
     )
+
+
+def _unseen(content: Mapping[str, Any]) -> Unseen | None:
+    others = content.get("without_validation")
+    if others is None or not others["count"]:
+        return None
+    return Unseen(int(others["count"]), float(others["accuracy"]), None if others["loss"] is None else float(others["loss"]))
 
 
 def _settings(recipe: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """From run folders to all that a report says of them: nothing here knows of HTML, Markdown or LaTeX."""
 
 import functools
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from galaxydist.evaluation.results.across import (
     rank_runs,
 )
 from galaxydist.evaluation.results.run_facts import RunFacts, read_facts
-from galaxydist.evaluation.trial import REFERENCE, Note, Trial
+from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Trial
 from galaxydist.evaluation.trials import read_trials
 from galaxydist.evaluation.verdicts import Observation
-from galaxydist.variants import Variant
+from galaxydist.variants import VARIANTS, Variant
 
 # Which lines of a table stand for the published models.
 REGIMES = {REFERENCE: "recipes that follow the published work", "own": "our own recipes"}
@@ -63,6 +64,14 @@ class Findings:
         runs = {id(facts.trial): facts for facts in self.runs_of(row) if facts.trial.variant == variant}
         best = best_of([facts.trial for facts in runs.values()])
         return runs[id(best)] if best is not None else None
+
+    def best_on_own(self) -> Iterator[tuple[Row, RunFacts, Judgement]]:
+        """Of each line and training variant the best run by validation, judged on its own test set."""
+        for row, variant in itertools.product(self.table.rows, VARIANTS):
+            facts = self.best(row, variant)
+            judged = facts.trial.judgements.get(variant) if facts is not None else None
+            if facts is not None and judged is not None:
+                yield row, facts, judged
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
 """Heat maps of the page, which class fails where and what it is taken for: tables, so that a phone shows their numbers."""
 
-import itertools
 from typing import Any
 
 import numpy as np
 
 from galaxydist.evaluation.matrix import Table
 from galaxydist.evaluation.results.gather import Findings
+from galaxydist.evaluation.results.run_facts import RunFacts
 from galaxydist.evaluation.results.views import class_rows
 from galaxydist.evaluation.results.words import NOTHING
 from galaxydist.evaluation.text import readable
-from galaxydist.variants import VARIANTS
+from galaxydist.evaluation.trial import Judgement
 
 
 def class_maps(table: Table) -> list[dict[str, Any]]:
@@ -38,11 +38,7 @@ def _share(value: float | None, *, is_marked: bool = False, title: str = "") -> 
 def confusion_maps(found: Findings) -> list[dict[str, Any]]:
     """Of each line and training variant: its best run by validation, on its own test set."""
     names, drawn = [readable(name) for name in found.table.class_names], []
-    for row, variant in itertools.product(found.table.rows, VARIANTS):
-        facts = found.best(row, variant)
-        judged = facts.trial.judgements.get(variant) if facts is not None else None
-        if facts is None or judged is None:
-            continue
+    for row, facts, judged in found.best_on_own():
         counts_KK = np.asarray(judged.confusion)
         support_K1 = counts_KK.sum(axis=1, keepdims=True)
         shares_KK = counts_KK / np.maximum(support_K1, 1)
@@ -56,6 +52,11 @@ def confusion_maps(found: Findings) -> list[dict[str, Any]]:
             }
             for name, shares_K, counts_K in zip(names, shares_KK, counts_KK, strict=True)
         ]
-        what = f"trained and tested on {variant}, seed {facts.trial.seed}, {judged.count:,} galaxies"
+        what = own_test(facts, judged)
         drawn.append({"label": row.label, "what": what, "heads": names, "lines": lines})
     return drawn
+
+
+def own_test(facts: RunFacts, judged: Judgement) -> str:
+    """Which run this is, judged on its own test set."""
+    return f"trained and tested on {judged.variant}, seed {facts.trial.seed}, {judged.count:,} galaxies"

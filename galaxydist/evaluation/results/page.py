@@ -1,7 +1,6 @@
 """The results as one HTML page that needs nothing else."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from galaxydist.evaluation.html import figure_svg, render
@@ -9,6 +8,7 @@ from galaxydist.evaluation.matrix import Table
 from galaxydist.evaluation.published import SETTINGS
 from galaxydist.evaluation.results import figures
 from galaxydist.evaluation.results.across import Pairs
+from galaxydist.evaluation.results.galleries import galleries
 from galaxydist.evaluation.results.gather import REGIMES, Findings, Results
 from galaxydist.evaluation.results.heat_maps import class_maps, confusion_maps
 from galaxydist.evaluation.results.run_facts import RunFacts
@@ -29,28 +29,12 @@ from galaxydist.evaluation.verdicts import Observation
 from galaxydist.variants import VARIANTS
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture of the gallery.
-
-    Args:
-        title: such as "disturbed, taken for merging".
-        uri: a data URI.
-        caption: such as the galaxy's id, the model, and how sure it was.
-    """
-
-    title: str
-    uri: str
-    caption: str
-
-
-def render_page(results: Results, provenance: Mapping[str, str], gallery: Sequence[Picture] = ()) -> str:
+def render_page(results: Results, provenance: Mapping[str, str]) -> str:
     """The page.
 
     Args:
         results: to be shown.
         provenance: ``command``, ``version``, ``versions``: what made the page.
-        gallery: mistakes of which a model was sure, and galaxies of which it was not; the section is left out without any.
     """
     return render(
         "results.html",
@@ -59,7 +43,6 @@ def render_page(results: Results, provenance: Mapping[str, str], gallery: Sequen
             "datasets": [_data_set(found, number) for number, found in enumerate(results.findings)],
             "answers": _answers(results),
             "notes": results.notes,
-            "gallery": gallery,
             "num_runs": results.num_runs,
             "num_asked": results.num_asked,
             "provenance": provenance,
@@ -86,6 +69,8 @@ def _data_set(found: Findings, place: int) -> dict[str, Any]:
         "classes": class_maps(table),
         "confusions": confusion_maps(found),
         "calibration": _calibration(found),
+        "unseen": _unseen(found),
+        "galleries": galleries(found),
         "pairs": [_pairs(pairs) for pairs in found.pairs],
         "ensembles": ensemble_rows(found),
         "cost": cost_rows(found),
@@ -137,6 +122,22 @@ def _tests(table: Table) -> list[dict[str, Any]]:
             notes = [*cell.notes, *(test.notes if test is not None else ())] if name == "accuracy" or test is not None else []
             found.append({"cells": line, "notes": "; ".join(dict.fromkeys(notes))})
     return found
+
+
+def _unseen(found: Findings) -> list[list[str]]:
+    """A line for every judgement in whose test set there are galaxies that the run was validated on."""
+    return [
+        [
+            found.row_of[facts.trial.run_dir].label if facts.trial.run_dir in found.row_of else facts.trial.model,
+            f"{facts.trial.variant} on {variant}",
+            str(facts.trial.seed),
+            f"{judged.count - others.count:,} of {judged.count:,}",
+            *(percent(judged.accuracy, 2), percent(others.accuracy, 2), number(judged.loss, 4), number(others.loss, 4)),
+        ]
+        for facts in found.facts
+        for variant, judged in facts.trial.judgements.items()
+        if (others := judged.without_validation) is not None
+    ]
 
 
 def _answers(results: Results) -> list[dict[str, Any]]:
