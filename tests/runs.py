@@ -18,7 +18,7 @@ ACCELERATE_2 = (*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--num_machi
 
 
 def quick_settings(manifest: Path | str, run_dir: Path, **changes: object) -> list[str]:
-    """A run of a few seconds on the blobs: 36 steps of 24 galaxies. ``changes`` name keys with ``__`` for the dot."""
+    """A run of a few seconds on the blobs: 36 steps of 24 galaxies, no figures. ``changes`` name keys with ``__`` for the dot."""
     settings: dict[str, object] = {
         "recipe": "custom_cnn",
         "data.manifest": manifest,
@@ -30,6 +30,7 @@ def quick_settings(manifest: Path | str, run_dir: Path, **changes: object) -> li
         "train.epochs": 12,
         "train.log_every": 2,
         "eval.batch_size": 7,
+        "eval.figures": "false",
         "optim.lr": 0.01,
         "tracker.name": "none",
     }

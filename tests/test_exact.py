@@ -48,13 +48,13 @@ def uneven_blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class UnevenBlobs(BlobSurvey):
-    """A third of the round ones is left out of the training split."""
+    """A third of the round ones is left out of the training split; no test split, since what is judged is the training."""
 
     @property
     def splits(self):  # type: ignore[no-untyped-def]
         splits = dict(super().splits)
         train = splits["train"]
-        return {**splits, "train": train[~((self.labels[train] == 0) & (train % 9 == 0))]}
+        return {"val": splits["val"], "train": train[~((self.labels[train] == 0) & (train % 9 == 0))]}
 
 
 def run(manifest: Path, folder: Path, num_processes: int, changes: Mapping[str, object], kind: str = "torchrun") -> Path:
@@ -149,8 +149,8 @@ def test_divided_models_take_the_steps_of_whole_ones(uneven_blobs: Path, one_pro
 
 
 def test_a_share_that_cannot_be_paired_is_refused(uneven_blobs: Path, tmp_path: Path) -> None:
-    settings = quick_settings(uneven_blobs, tmp_path / "run", **MIXED)
-    done = subprocess.run(traced(5, tmp_path / "trace", settings), capture_output=True, text=True, timeout=280, check=False)
+    settings = quick_settings(uneven_blobs, tmp_path / "run", **{**MIXED, "train__batch_size": 50})
+    done = subprocess.run(traced(2, tmp_path / "trace", settings), capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode != 0
     assert done.stderr.count("galaxydist: error: ") == 1 and "train.batch_size" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -160,7 +160,7 @@ def test_synchronised_batch_norm_makes_world_sizes_agree(uneven_blobs: Path, tmp
     one = run(uneven_blobs, tmp_path / "one", 1, BATCH_NORM)
     local = run(uneven_blobs, tmp_path / "local", 2, {**BATCH_NORM, "train__sync_batchnorm": False})
     assert largest_difference(one, local) > 1e-6
-    for num_processes in (2, 5):
+    for num_processes in (2, 3):
         assert largest_difference(one, run(uneven_blobs, tmp_path / str(num_processes), num_processes, BATCH_NORM)) < 1e-9
 
 

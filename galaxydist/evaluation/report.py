@@ -45,7 +45,7 @@ def write_evaluation(
             ``tta`` where it is not ``none``.
         metrics_log: the run's metrics.jsonl, for the learning curves.
         curves: from ``summarise``.
-        figures: also draw.
+        figures: also draw; else those of an earlier evaluation are removed.
 
     Returns:
         What the JSON holds: context and metrics side by side.
@@ -64,6 +64,8 @@ def write_evaluation(
             from galaxydist.evaluation.figures import draw_learning_curves, save_figure
 
             save_figure(draw_learning_curves(lines, title_of(context)), evaluation_dir / LEARNING_CURVES)
+    else:
+        _write_figures(evaluation_dir, stem, {})
     write_json(evaluation_dir / f"{stem}.json", content)
     return content
 
@@ -95,6 +97,11 @@ def _write_figures(evaluation_dir: Path, stem: str, drawn: "Mapping[str, Figure]
         else:
             for suffix in (".png", ".pdf"):
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def has_figures(evaluation_dir: Path, stem: str) -> bool:
+    """Whether the figures of an evaluation were drawn; ``stem`` as in ``stem_of``."""
+    return (evaluation_dir / f"{stem}-{FIGURES[0]}.pdf").is_file()
 
 
 def stem_of(split: str, tta: str) -> str:

@@ -203,6 +203,9 @@ class EvalConfig(Section):
     every: Count = Field(1, description="epochs between validations")
     checkpoint: Literal["best", "last"] = Field("best", description="which checkpoint is judged on the test split")
     tta: Literal["none", "d4"] = Field("none", description="d4: mean probability over the eight flips and quarter turns")
+    figures: bool = run_field(
+        True, "draw the evaluation at a run's end; false saves seconds, and `galaxydist evaluate` draws later"
+    )
     variants: tuple[Variant, ...] = run_field(
         (), "data sets of the survey on whose test splits the run is judged at its end (on its own it always is)"
     )

@@ -12,6 +12,7 @@ from galaxydist.recipe.paths import data_root
 from galaxydist.runs import checkpoints
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.check import check_columns
+from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.training.data import TrainingData, find_cache, find_manifest, find_variant, has_split
 from galaxydist.training.judging import JUDGED, Judge, find_checkpoint
@@ -66,7 +67,11 @@ def evaluate_run(
     world = enter_world(recipe.train.precision, environ)
     try:
         world.on_main(lambda: check_columns(manifest))
-        judge = Judge(world, folder, recipe, find_trained=lambda trained_on: open_trained(trained_on, known, trained_path, cache))
+
+        def find_trained(trained_on: TrainingData) -> Manifest:
+            return open_trained(trained_on, known, trained_path, cache)
+
+        judge = Judge(world, folder, recipe, find_trained=find_trained, figures=True)
         metrics = judge.judge(manifest, split)
     finally:
         leave_world()

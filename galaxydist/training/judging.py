@@ -17,7 +17,7 @@ from torch import nn
 from galaxydist.errors import EveryRankError, UserError
 from galaxydist.evaluation.parts import PartWriter, part_path
 from galaxydist.evaluation.predictions import PredictionsInfo, predictions_path, read_predictions
-from galaxydist.evaluation.report import read_evaluation, render_evaluation, stem_of, write_evaluation
+from galaxydist.evaluation.report import has_figures, read_evaluation, render_evaluation, stem_of, write_evaluation
 from galaxydist.evaluation.summary import summarise
 from galaxydist.models.build import build_model
 from galaxydist.recipe.schema import Recipe
@@ -51,13 +51,17 @@ class Judge:
         folder: of the run.
         recipe: of the run; its ``eval`` says which checkpoint and which views.
         find_trained: gives rank 0 the shards that the run was trained on, where a split of others is judged.
+        figures: draw; None: as the recipe says.
 
     Raises:
         UserError: the run has no checkpoint.
     """
 
-    def __init__(self, world: World, folder: RunFolder, recipe: Recipe, *, find_trained: FindTrained) -> None:
+    def __init__(
+        self, world: World, folder: RunFolder, recipe: Recipe, *, find_trained: FindTrained, figures: bool | None = None
+    ) -> None:
         self.world, self.folder, self.recipe = world, folder, recipe
+        self._figures = recipe.eval.figures if figures is None else figures
         self._find_trained = functools.cache(find_trained)  # asked for the overlap and for the temperature
         path = world.on_main(lambda: find_checkpoint(folder, recipe.eval.checkpoint))
         self._checkpoint = world.together(lambda: checkpoints.read_sound(path, groups=JUDGED))
@@ -86,7 +90,7 @@ class Judge:
         path = self.predict(manifest, split)
         validation = self._validation(manifest)
         context, evaluation_dir = self._context(manifest, split), self._dir(manifest)
-        known = world.on_main(lambda: read_evaluation(evaluation_dir, split, self.recipe.eval.tta))
+        known = world.on_main(lambda: self._read(evaluation_dir, split))
         if known is None or not _is_of(known, context) or (validation and not _has_temperature(known)):
             known = world.on_main(lambda: self._write(path, validation, evaluation_dir, context))
         world.say(render_evaluation(known, evaluation_dir))
@@ -164,12 +168,18 @@ class Judge:
             return None
         return own if own.hash == self.trained_on.manifest_hash else None
 
+    def _read(self, evaluation_dir: Path, split: str) -> dict[str, Any] | None:
+        """Rank 0: an evaluation that was made, with its figures where they are asked for."""
+        tta = self.recipe.eval.tta
+        if self._figures and not has_figures(evaluation_dir, stem_of(split, tta)):
+            return None
+        return read_evaluation(evaluation_dir, split, tta)
+
     def _write(self, path: Path, validation: Path | None, evaluation_dir: Path, context: Mapping[str, Any]) -> dict[str, Any]:
         """Rank 0: the evaluation's JSON and figures."""
         summary = summarise(read_predictions(path), read_predictions(validation) if validation is not None else None)
-        return write_evaluation(
-            evaluation_dir, summary.metrics, context, metrics_log=self.folder.metrics_path, curves=summary.curves
-        )
+        log, curves = self.folder.metrics_path, summary.curves
+        return write_evaluation(evaluation_dir, summary.metrics, context, metrics_log=log, curves=curves, figures=self._figures)
 
     def _dir(self, manifest: Manifest) -> Path:
         return find_evaluation(self.folder, self.trained_on, manifest)
