@@ -111,11 +111,21 @@ def test_evaluation_on_two_processes_is_bit_equal(blobs: Path, tmp_path: Path) -
     assert np.allclose(read_predictions(predictions).column("logits"), logits_NK, rtol=1e-4, atol=1e-4)
 
 
+LONG = {"train__ema": 0.9, "model__drop_rate": 0.2, "train__epochs": 40}
+
+
+@pytest.fixture(scope="module")
+def whole(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody stopped."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert run_here(quick_settings(blobs, run_dir, **LONG)) == 0
+    return run_dir
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
-def test_a_stopped_run_continues_to_the_very_same_weights(number: int, blobs: Path, tmp_path: Path) -> None:
-    options = {"train__ema": 0.9, "model__drop_rate": 0.2, "train__epochs": 40}
+def test_a_stopped_run_continues_to_the_very_same_weights(number: int, blobs: Path, whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    settings = quick_settings(blobs, run_dir, **options)
+    settings = quick_settings(blobs, run_dir, **LONG)
     process = subprocess.Popen([*PYTHON, str(LAUNCH), *settings])
     try:
         wait_for_step(run_dir, 4)
@@ -127,11 +137,10 @@ def test_a_stopped_run_continues_to_the_very_same_weights(number: int, blobs: Pa
     stopped = checkpoints.load(run_dir / "checkpoints")
     assert stopped is not None and 0 < stopped.step < 120
     assert run_here(settings) == 0
-    assert run_here(quick_settings(blobs, tmp_path / "whole", **options)) == 0
-    expected, found = saved_tensors(tmp_path / "whole"), saved_tensors(run_dir)
+    expected, found = saved_tensors(whole), saved_tensors(run_dir)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-    assert read_evaluation(run_dir)["confusion"] == read_evaluation(tmp_path / "whole")["confusion"]
+    assert read_evaluation(run_dir)["confusion"] == read_evaluation(whole)["confusion"]
     steps = [line["step"] for line in read_metrics(run_dir)]
     assert steps == sorted(steps) and steps.count(120) == 2  # one line of training, one of validation
 
