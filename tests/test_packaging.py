@@ -96,6 +96,7 @@ def test_exact_versions_meet_the_lower_bounds() -> None:
     for text in [
         *project["dependencies"],
         *extras["remote"],
+        *extras["notebooks"],
         *(text for text in extras["dev"] if not text.startswith("galaxydist[")),
     ]:
         requirement = Requirement(text)
@@ -111,6 +112,7 @@ def test_no_file_names_this_machine() -> None:
         *ROOT.glob("*.*"),
         *(ROOT / "recipes").rglob("*"),
         *ROOT.glob("slurm/**/*.*"),
+        *ROOT.glob("notebooks/*.ipynb"),
         ROOT / "Makefile",
         ROOT / ".ci" / "run",
     ]
