@@ -93,11 +93,10 @@ def marked(mark: str) -> list[psutil.Process]:
     return psutil.wait_procs(found, timeout=10)[1]
 
 
-def files_of_the_project() -> dict[str, float]:
-    """All files with their times of change, without caches and hidden folders."""
-    folders = [path for path in ROOT.iterdir() if not path.name.startswith(".")]
-    paths = [path for folder in folders for path in (folder.rglob("*") if folder.is_dir() else [folder])]
-    return {str(path): path.stat().st_mtime for path in paths if path.is_file() and "__pycache__" not in path.parts}
+def files_of_the_project() -> set[str]:
+    """What lies beside the code, and beside the notebooks, where a careless notebook would write."""
+    places = (*ROOT.glob("[!.]*"), *(ROOT / "notebooks").rglob("*"))
+    return {str(path) for path in places if ".ipynb_checkpoints" not in path.parts}
 
 
 def execute(name: str, settings: str, folder: Path, kernel: AsyncKernelManager) -> dict[str, list[NotebookNode]]:
