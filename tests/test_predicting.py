@@ -178,6 +178,8 @@ def test_what_is_there_is_not_made_again_and_what_is_missing_or_damaged_is(
     folder = run_of_known[0] / "evaluation"
     predictions, written = folder / "test-predictions.parquet", folder / "test.json"
     whole, text = predictions.read_bytes(), written.read_text()
+    assert judge(run_of_known[0]) == 0  # the run was told to leave the figures to this
+    assert written.read_text() == text and (folder / "test-confusion.png").is_file()
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert judge(run_of_known[0]) == 0
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
