@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from galaxydist.evaluation.calibration import NUM_BINS
+from galaxydist.evaluation.mistake_gallery import FORMAT_VERSION, KINDS
 from galaxydist.files import read_json, write_json
 from galaxydist.runs.folder import RunFolder
 from tests.trial_folders import STEP, write_trial
@@ -74,3 +78,12 @@ def write_calibration(run: RunFolder) -> None:
         "scaled": {"loss": 0.9, "ece": 0.02, "reliability": bins},
     }
     write_json(path, {**read_json(path), "calibration": calibration})
+
+
+def write_gallery_of(run: RunFolder) -> None:
+    """A gallery of the run's own predictions, with sheets of one colour."""
+    content: dict[str, Any] = {"format": FORMAT_VERSION, "split": "test"}
+    for kind in KINDS:
+        Image.new("RGB", (800, 600), "darkslateblue").save(run.evaluation_dir / f"test-gallery-{kind}.jpg")
+        content[kind] = {"caption": f"What the sheet of {kind} shows."}
+    write_json(run.evaluation_dir / "test-gallery.json", content)

@@ -160,7 +160,7 @@ def test_synchronised_batch_norm_makes_world_sizes_agree(uneven_blobs: Path, tmp
     one = run(uneven_blobs, tmp_path / "one", 1, BATCH_NORM)
     local = run(uneven_blobs, tmp_path / "local", 2, {**BATCH_NORM, "train__sync_batchnorm": False})
     assert largest_difference(one, local) > 1e-6
-    for num_processes in (2, 3):
+    for num_processes in (2, 5):  # five have uneven shares
         assert largest_difference(one, run(uneven_blobs, tmp_path / str(num_processes), num_processes, BATCH_NORM)) < 1e-9
 
 

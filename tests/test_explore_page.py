@@ -40,4 +40,4 @@ def test_the_page_in_a_browser(page: Path, tmp_path: Path) -> None:
         assert tip[0] == "block" and "sim-" in tip[1] and tip[2] == 'url("data:'
         browser.evaluate("document.querySelector('.legend button').click()")
         assert browser.evaluate("document.querySelectorAll('#points.chosen circle.on').length") == 12
-        assert browser.console == []
+        assert browser.console == [] and set(browser.requests) == {page.as_uri()}

@@ -18,7 +18,7 @@ from galaxydist.evaluation.results.views import settings_of
 from galaxydist.evaluation.results.words import hours_text, p_text, signed
 from galaxydist.evaluation.trials import read_trials
 from galaxydist.files import read_json, write_json
-from tests.report_runs import BATCH_SIZE, write_calibration, write_logs, write_sweep
+from tests.report_runs import BATCH_SIZE, write_calibration, write_gallery_of, write_logs, write_sweep
 from tests.trial_folders import STEP, write_trial
 
 PROVENANCE = {"command": "galaxydist report runs", "version": "1.2.3", "versions": "numpy 2"}
@@ -62,7 +62,9 @@ class Page(HTMLParser):
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """A simulated sweep, the real data set with one recipe in two regimes, and what can go wrong."""
     root = tmp_path_factory.mktemp("runs")
-    runs = [run.path for run in write_sweep(root / "simulated", models=("resnet18", "custom_cnn"))]
+    simulated = write_sweep(root / "simulated", models=("resnet18", "custom_cnn"))
+    write_gallery_of(simulated[0])
+    runs = [run.path for run in simulated]
     runs += [run.path for run in write_sweep(root / "real", models=("vit", "reference/vit"), dataset="galaxy10_decals")]
     runs.append(write_trial(root / "half", ["recipe=vgg16", "seed=7"], finished=False).path)
     runs.append(write_trial(root / "bare", ["recipe=vgg16"], keep_predictions=False, validation=None).path)
@@ -165,12 +167,24 @@ def test_the_page_asks_for_nothing(html: str) -> None:
     assert "<script" not in html and "@import" not in html
 
 
-def test_a_gallery_that_is_not_there_is_asked_for(results: Results, html: str) -> None:
+def test_galleries_are_shown_and_those_that_are_not_there_asked_for(results: Results, html: str) -> None:
     shown = Page(html).text["gallery"]
     best = {facts.trial.run_dir: judged for found in results.findings for _, facts, judged in found.best_on_own()}
-    assert len(best) > 4
+    with_one = [run_dir for run_dir in best if (run_dir / "evaluation" / "test-gallery.json").exists()]
+    assert len(best) > 4 and len(with_one) == 1
     for run_dir, judged in best.items():
-        assert (f"galaxydist gallery {run_dir}" in shown) == (judged.predictions_path is not None)
+        is_missing = judged.predictions_path is not None and run_dir not in with_one
+        assert (f"galaxydist gallery {run_dir}" in shown) == is_missing
+    assert f"{with_one[0].name}, trained and tested on original" in shown
+    assert "Most confident mistakes. What the sheet of mistakes shows." in shown and "Least certain galaxies." in shown
+    assert html.count('src="data:image/jpeg;base64,') == 2
+
+
+def test_a_gallery_that_cannot_be_made_is_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_trial(tmp_path / "runs" / "a", ["recipe=vit"])
+    assert main(["report", str(tmp_path / "runs"), "--gallery", "-o", str(tmp_path / "page.html")]) == 0
+    assert f"note: {run.path}: no gallery: " in capsys.readouterr().out
+    assert "no gallery: " in Page((tmp_path / "page.html").read_text()).text["notes"]
 
 
 def test_what_a_run_was_validated_on_is_taken_out(tmp_path: Path) -> None:

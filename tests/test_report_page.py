@@ -6,7 +6,7 @@ import pytest
 
 from galaxydist.cli.main import main
 from tests.browser import Browser
-from tests.report_runs import write_sweep
+from tests.report_runs import write_gallery_of, write_sweep
 
 pytestmark = pytest.mark.browser
 
@@ -32,7 +32,7 @@ SECTIONS = [
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     write_sweep(folder / "real", dataset="galaxy10_decals", models=("resnet18", "vit"))
-    write_sweep(folder / "simulated", models=("custom_cnn",))
+    write_gallery_of(write_sweep(folder / "simulated", models=("custom_cnn",))[0])
     path = folder / "report.html"
     assert main(["report", str(folder), "-o", str(path)]) == 0
     return path
@@ -49,6 +49,7 @@ def test_the_page_in_a_browser(page: Path, tmp_path: Path) -> None:
             assert browser.evaluate(f"{tables}.length") == 0
 
         browser.check_page(page, tmp_path, SECTIONS, open_all)
+        assert browser.evaluate("document.images.length") == 2
         browser.open(page, width=800, media="print")
         heights = browser.evaluate("[...document.querySelectorAll('details.run table')].map(t => t.offsetHeight)")
         assert heights and min(heights) > 100, "what is folded on the screen is printed"

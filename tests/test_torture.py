@@ -47,7 +47,7 @@ STEPS_PER_EPOCH, STEPS = 5, 40
 
 
 class Untested(BlobSurvey):
-    """Without a test split: figures of each run would take longer than the run."""
+    """Without a test split: the evaluation of each run would take as long as the run."""
 
     @property
     def splits(self) -> Mapping[str, NDArray[np.int64]]:

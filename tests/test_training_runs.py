@@ -52,7 +52,10 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(
     assert json.loads((run_dir / "recipe.json").read_text())["recipe"]["train.epochs"] == 12
     assert not (run_dir / "lock.json").exists()
 
-    assert run_here(settings) == 0
+    figures = {"test-confusion.png", "test-classes.pdf", "learning-curves.png"}
+    assert not figures & {path.name for path in (run_dir / "evaluation").iterdir()}
+    assert run_here([*settings, "eval.figures=true"]) == 0
+    assert figures <= {path.name for path in (run_dir / "evaluation").iterdir()}
     again = capsys.readouterr().out
     assert "finished" in again and "round" in again
     assert [line["step"] for line in read_metrics(run_dir)] == steps

@@ -11,6 +11,7 @@ from galaxydist.errors import UserError
 EPILOG = """examples:
   galaxydist evaluate runs/vit-0123abcd                             first: its predictions
   galaxydist gallery runs/vit-0123abcd                              then: evaluation/test-gallery.html in the run folder
+  galaxydist gallery recipe=vit seed=1                              a run by its recipe
   galaxydist gallery runs/vit-0123abcd data.variant=balanced        of the evaluation on another data set
 """
 # Of each class and kind: more make a page that nobody reads to its end.

@@ -110,7 +110,7 @@ def _make_galleries(results: "Results") -> Iterator[str]:
         try:
             page, _ = make_gallery(run_dir, "test", os.environ, threads=available_cores())
             print(f"gallery: {page}")
-        except UserError as error:
+        except (UserError, OSError, RuntimeError) as error:  # one run's trouble is no reason to report none
             yield f"{run_dir}: no gallery: {error}"
 
 

@@ -36,7 +36,7 @@ def write_evaluation(
 
     With test-time augmentation the files are named ``<split>-<tta>``, so that they lie beside those without.
 
-    The JSON comes last and all at once: where it is, the figures are.
+    The JSON comes last and all at once: where it is, the figures are that were asked for.
 
     Args:
         evaluation_dir: the run folder's ``evaluation``; made where it is missing.
@@ -58,14 +58,16 @@ def write_evaluation(
     stem, title = stem_of(context["split"], context.get("tta", "none")), title_of(content)
     evaluation_dir.mkdir(parents=True, exist_ok=True)
     if figures:
-        _write_figures(evaluation_dir, stem, dict(_draw(metrics, curves, title)))
         lines = MetricsLog(metrics_log).read() if metrics_log is not None else []
         if lines:
             from galaxydist.evaluation.figures import draw_learning_curves, save_figure
 
             save_figure(draw_learning_curves(lines, title_of(context)), evaluation_dir / LEARNING_CURVES)
+        _write_figures(evaluation_dir, stem, dict(_draw(metrics, curves, title)))
     else:
         _write_figures(evaluation_dir, stem, {})
+        if metrics_log is not None:
+            _remove_figure(evaluation_dir / LEARNING_CURVES)
     write_json(evaluation_dir / f"{stem}.json", content)
     return content
 
@@ -87,16 +89,20 @@ def _draw(metrics: Mapping[str, Any], curves: Sequence[Curve | None], title: str
 
 
 def _write_figures(evaluation_dir: Path, stem: str, drawn: "Mapping[str, Figure]") -> None:
-    """Also removes those that an earlier evaluation had, and this one has not."""
+    """The first comes last: where it is, all are. Also removes those that an earlier evaluation had, and this one has not."""
     from galaxydist.evaluation.figures import save_figure
 
-    for name in FIGURES:
+    for name in reversed(FIGURES):
         path = evaluation_dir / f"{stem}-{name}"
         if name in drawn:
             save_figure(drawn[name], path)
         else:
-            for suffix in (".png", ".pdf"):
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            _remove_figure(path)
+
+
+def _remove_figure(path: Path) -> None:
+    for suffix in (".png", ".pdf"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 def has_figures(evaluation_dir: Path, stem: str) -> bool:

@@ -37,10 +37,10 @@ class Validation:
 
 @dataclass(frozen=True, slots=True)
 class Unseen:
-    """The galaxies of a test set that the run was not validated on: their number, accuracy, and mean cross-entropy in nats."""
+    """Galaxies of a test set that the run was not validated on: number, accuracy, mean cross-entropy in nats (None of none)."""
 
     count: int
-    accuracy: float
+    accuracy: float | None
     loss: float | None
 
 

@@ -176,9 +176,10 @@ def _judgement(place: Path, content: Mapping[str, Any], tta: str) -> Judgement:
 
 def _unseen(content: Mapping[str, Any]) -> Unseen | None:
     others = content.get("without_validation")
-    if others is None or not others["count"]:
+    if others is None:
         return None
-    return Unseen(int(others["count"]), float(others["accuracy"]), None if others["loss"] is None else float(others["loss"]))
+    accuracy, loss = (None if others[name] is None else float(others[name]) for name in ("accuracy", "loss"))
+    return Unseen(int(others["count"]), accuracy, loss)
 
 
 def _settings(recipe: Mapping[str, Any]) -> str:

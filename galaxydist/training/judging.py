@@ -90,8 +90,8 @@ class Judge:
         path = self.predict(manifest, split)
         validation = self._validation(manifest)
         context, evaluation_dir = self._context(manifest, split), self._dir(manifest)
-        known = world.on_main(lambda: self._read(evaluation_dir, split))
-        if known is None or not _is_of(known, context) or (validation and not _has_temperature(known)):
+        known = world.on_main(lambda: self._read(evaluation_dir, split, context, validation))
+        if known is None:
             known = world.on_main(lambda: self._write(path, validation, evaluation_dir, context))
         world.say(render_evaluation(known, evaluation_dir))
         return known
@@ -168,12 +168,17 @@ class Judge:
             return None
         return own if own.hash == self.trained_on.manifest_hash else None
 
-    def _read(self, evaluation_dir: Path, split: str) -> dict[str, Any] | None:
-        """Rank 0: an evaluation that was made, with its figures where they are asked for."""
+    def _read(
+        self, evaluation_dir: Path, split: str, context: Mapping[str, Any], validation: Path | None
+    ) -> dict[str, Any] | None:
+        """Rank 0: an evaluation that was made, where nothing of it can be added: a temperature, figures that are asked for."""
         tta = self.recipe.eval.tta
-        if self._figures and not has_figures(evaluation_dir, stem_of(split, tta)):
+        known = read_evaluation(evaluation_dir, split, tta)
+        if known is None or not _is_of(known, context) or (validation and not _has_temperature(known)):
             return None
-        return read_evaluation(evaluation_dir, split, tta)
+        lacks_figures = self._figures and not has_figures(evaluation_dir, stem_of(split, tta))
+        # A temperature whose galaxies are gone is worth more than figures.
+        return None if lacks_figures and (validation or not _has_temperature(known)) else known
 
     def _write(self, path: Path, validation: Path | None, evaluation_dir: Path, context: Mapping[str, Any]) -> dict[str, Any]:
         """Rank 0: the evaluation's JSON and figures."""

@@ -14,6 +14,7 @@ from galaxydist.models.build import build_model
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.paths import data_root, weights_dir
+from galaxydist.runs import checkpoints
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.runs.lock_owner import start_of
@@ -114,11 +115,13 @@ class Session:
             return self._train(parts, manifest, folder, tracker, stop)
 
     def _check_data(self, manifest: Manifest) -> None:
-        """Rank 0: tell at a run's first start what would end it hours later."""
-        is_started = RunFolder(run_path(self.recipe)).is_started
+        """Rank 0: tell before the training what would end it hours later."""
+        folder = RunFolder(run_path(self.recipe))
+        is_known = folder.is_started and bool(checkpoints.list_checkpoints(folder.checkpoints_dir))
+        known = folder.read_recipe().recipe.get("eval.variants", ()) if is_known else ()
         for judged in (manifest, *self._others):
             check_columns(judged)
-            if not is_started:
+            if not is_known or (judged is not manifest and judged.variant not in known):
                 check_before_training(manifest, judged)
 
     def _build_model(self, manifest: Manifest) -> nn.Module:
