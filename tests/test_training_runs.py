@@ -54,7 +54,7 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(
 
     figures = {"test-confusion.png", "test-classes.pdf", "learning-curves.png"}
     assert not figures & {path.name for path in (run_dir / "evaluation").iterdir()}
-    assert run_here([*settings, "eval.figures=true"]) == 0
+    assert run_here(quick_settings(blobs, run_dir, eval__figures="true")) == 0
     assert figures <= {path.name for path in (run_dir / "evaluation").iterdir()}
     again = capsys.readouterr().out
     assert "finished" in again and "round" in again
