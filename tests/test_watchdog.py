@@ -216,7 +216,8 @@ def test_a_rank_that_sleeps_is_named_once_and_all_end(tmp_path: Path) -> None:
         run.wait_for_step(4)
         since = time.monotonic()
         assert run.exit_codes() == [EXIT_HUNG] * 3
-        assert time.monotonic() - since > TIMEOUT_S - 1
+        # By the watchdog, and not by the collective, whose time-out is ten minutes more; on a busy machine it takes its time.
+        assert TIMEOUT_S - 1 < time.monotonic() - since < TIMEOUT_S + 60
         complaints = run.complaints()
     assert complaints.count("The run hangs") == 1
     assert complaints.count("behind: ") == 1 and "behind: rank 1 (" in complaints
