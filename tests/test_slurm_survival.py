@@ -22,7 +22,7 @@ from tests.test_tracking import history
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 DOUBLE = {"train__precision": "fp64", "model__norm": "group", "model__drop_rate": 0.0}
 # A job of a minute has some 15 to 30 seconds until it is told to save, and starts for a part of them.
-LONG_S = 60
+LONG_S = 30
 OTHER_JOB = ("--partition=high", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--mem=1000", "--time=1")
 
 
