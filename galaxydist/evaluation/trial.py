@@ -68,7 +68,7 @@ class Judgement:
     recall: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
     predictions_path: Path | None
-    without_validation: "Unseen | None" = None
+    without_validation: Unseen | None = None
 
     @property
     def accuracy(self) -> float:

@@ -11,13 +11,12 @@ from galaxydist.evaluation.results.run_facts import RunFacts
 
 def galleries(found: Findings) -> dict[str, Any]:
     """What was made of the best run by validation of each model and variant, and the commands for what was not."""
-    shown, missing = [], []
-    for row, facts, judged in found.best_on_own():
-        sheets = gallery_sections(judged.predictions_path) if judged.predictions_path is not None else []
-        if sheets:
-            shown.append({"label": row.label, "what": f"{facts.name}, {own_test(facts, judged)}", "sheets": sheets})
-        elif judged.predictions_path is not None:
-            missing.append(shlex.join(["galaxydist", "gallery", str(facts.trial.run_dir)]))
+    missing = [shlex.join(["galaxydist", "gallery", str(facts.trial.run_dir)]) for facts in without_gallery(found)]
+    shown = [
+        {"label": row.label, "what": f"{facts.name}, {own_test(facts, judged)}", "sheets": sheets}
+        for row, facts, judged in found.best_on_own()
+        if judged.predictions_path is not None and (sheets := gallery_sections(judged.predictions_path))
+    ]
     return {"shown": shown, "missing": missing}
 
 

@@ -52,8 +52,7 @@ def confusion_maps(found: Findings) -> list[dict[str, Any]]:
             }
             for name, shares_K, counts_K in zip(names, shares_KK, counts_KK, strict=True)
         ]
-        what = own_test(facts, judged)
-        drawn.append({"label": row.label, "what": what, "heads": names, "lines": lines})
+        drawn.append({"label": row.label, "what": own_test(facts, judged), "heads": names, "lines": lines})
     return drawn
 
 
