@@ -53,12 +53,12 @@ demo: $(VENV)/installed
 	@echo "to go on: source $(VENV)/bin/activate; export GALAXYDIST_DATA=\"$(DEMO_DATA)\"; galaxydist --help"
 
 test: $(VENV)/installed-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow and not slurm and not browser and not gpu"
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow and not slurm and not browser and not gpu and not nightly"
 
 # Tests on SLURM come last, one after the other: they share one SLURM, wait most of the time, and their nodes get all cores.
 test-all: $(VENV)/installed-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not gpu and not slurm"
-	$(TEST_ENV) $(BIN)/python -m pytest -m "slurm and not gpu"
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not gpu and not slurm and not nightly"
+	$(TEST_ENV) $(BIN)/python -m pytest -m "slurm and not gpu and not nightly"
 
 # What other loaders need goes into environments of their own. torch is there once: a .pth shows them what $(VENV) has, after theirs.
 PEERS := galaxydist/benchmarks/peers

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from galaxydist.recipe.fields import recipe_fields
-from galaxydist.recipe.identity import flatten, from_dict, result_fields, result_hash, run_name, to_dict
+from galaxydist.recipe.identity import flatten, from_dict, later_defaults, result_fields, result_hash, run_name, to_dict
 from galaxydist.recipe.load import RecipeError, load_recipe
 from galaxydist.recipe.paths import data_root, hdf5_path, manifest_path
 from galaxydist.recipe.schema import ModelConfig, Recipe
@@ -88,3 +88,42 @@ def test_data_root_and_layout(tmp_path: Path) -> None:
     assert hdf5_path(tmp_path, "simulated") == tmp_path / "hdf5" / "simulated.h5"
     expected = tmp_path / "shards" / "simulated" / "balanced-no_conflicting" / "manifest.json"
     assert manifest_path(tmp_path, "simulated", "balanced", conflicting="drop") == expected
+
+
+GOLDEN_RUN_NAMES = {
+    "custom_cnn": "custom_cnn-ccfe2628",
+    "d4_cnn": "d4_cnn-1b5d6364",
+    "demo": "demo-104b4e92",
+    "reference/custom_cnn": "reference-custom_cnn-bbccea18",
+    "reference/resnet18": "reference-resnet18-8ce39d67",
+    "reference/resnet26": "reference-resnet26-c27b33fb",
+    "reference/resnet50": "reference-resnet50-8389ac4e",
+    "reference/vgg16": "reference-vgg16-f8911c9f",
+    "reference/vgg19": "reference-vgg19-6e1f7243",
+    "reference/vit": "reference-vit-644711cd",
+    "resnet18": "resnet18-77fe901e",
+    "resnet26": "resnet26-902f9c4e",
+    "resnet50": "resnet50-9c370509",
+    "vgg16": "vgg16-d9afdcd4",
+    "vgg19": "vgg19-f9e984c8",
+    "vit": "vit-74f1d518",
+    "vit_scratch": "vit_scratch-03907593",
+}
+
+
+def test_shipped_recipes_keep_the_names_of_their_run_folders() -> None:
+    """A new result key is made with ``later_field``; otherwise all runs that exist would lose their folders."""
+    names = {name: run_name(load_recipe([f"recipe={name}"]).recipe) for name in GOLDEN_RUN_NAMES}
+    assert names == GOLDEN_RUN_NAMES
+
+
+def test_a_result_key_that_is_added_later_changes_the_hash_only_away_from_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = {key: value for key, value in result_fields(BASE).items() if key != "train.patience"}
+    canonical = json.dumps(old, sort_keys=True, separators=(",", ":"))
+    before = hashlib.sha256(canonical.encode()).hexdigest()[:8]
+    patience = recipe_fields()["train.patience"]
+    monkeypatch.setattr(patience.info, "json_schema_extra", {"later": True})
+    assert patience.kind == "result" and later_defaults() == {"train.patience": 0}
+    assert result_hash(BASE) == before
+    patient = BASE.model_copy(update={"train": BASE.train.model_copy(update={"patience": 3})})
+    assert result_hash(patient) != before

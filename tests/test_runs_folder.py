@@ -189,3 +189,12 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
     with pytest.raises(UserError, match="line 2 is damaged"):
         MetricsLog(path).read()
+
+
+def test_a_recipe_of_an_older_version_is_taken_to_have_the_defaults_of_keys_that_came_later(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.continue_recipe(RECIPE, {}, result_keys=RESULT_KEYS)
+    later = {"result_keys": {*RESULT_KEYS, "train.later"}, "defaults": {"train.later": 1}}
+    assert folder.continue_recipe({**RECIPE, "train.later": 1}, {}, **later) == []
+    with pytest.raises(UserError, match=r"train.later: 1 in the run folder, 2 now"):
+        folder.continue_recipe({**RECIPE, "train.later": 2}, {}, **later)

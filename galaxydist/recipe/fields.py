@@ -48,6 +48,12 @@ class SchemaField:
         extra = self.info.json_schema_extra
         return "run" if isinstance(extra, dict) and extra.get("kind") == "run" else "result"
 
+    @property
+    def is_later(self) -> bool:
+        """The field is left out of a run's hash at its default (see ``later_field``)."""
+        extra = self.info.json_schema_extra
+        return isinstance(extra, dict) and extra.get("later") is True
+
     def check(self, value: Any) -> Any:
         """The value as the schema keeps it (1 for a number with decimals becomes 1.0).
 

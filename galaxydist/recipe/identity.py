@@ -43,9 +43,19 @@ def result_fields(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in flatten(recipe).items() if recipe_fields()[key].kind == "result"}
 
 
+def later_defaults() -> dict[str, Any]:
+    """Dotted key -> default, of the result fields that recipes of older run folders may lack."""
+    return {key: field.default for key, field in recipe_fields().items() if field.is_later}
+
+
 def result_hash(recipe: Recipe) -> str:
-    """8 hex digits (SHA-256 of canonical JSON) that are equal exactly where all result fields are."""
-    canonical = json.dumps(_canonical(result_fields(recipe)), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """8 hex digits (SHA-256 of canonical JSON) that are equal exactly where all result fields are.
+
+    Fields that were added later count only where they differ from their default.
+    """
+    later = later_defaults()
+    fields = {key: value for key, value in result_fields(recipe).items() if key not in later or value != later[key]}
+    canonical = json.dumps(_canonical(fields), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 

@@ -1,7 +1,7 @@
 """The schema of a recipe: every key, its type, its range, its default and what it is for.
 
 A field is a *result* field (it changes the numbers of a run, and so the run's folder) unless it is made with ``run_field``
-(tracker, threads, micro-batch: it changes only how the run is carried out).
+(tracker, threads, micro-batch: it changes only how the run is carried out). A new result field is made with ``later_field``.
 """
 
 from pathlib import Path
@@ -36,6 +36,14 @@ Count = Annotated[int, Field(ge=1)]
 def run_field(default: Any, description: str, **constraints: Any) -> Any:
     """A field that changes how a run is carried out, not its numbers."""
     return Field(default, description=description, json_schema_extra={"kind": "run"}, **constraints)
+
+
+def later_field(default: Any, description: str, **constraints: Any) -> Any:
+    """A result field that did not exist when the first run folders were made.
+
+    At its default it is left out of the run's hash, so that older runs keep their folders.
+    """
+    return Field(default, description=description, json_schema_extra={"later": True}, **constraints)
 
 
 class Section(BaseModel):

@@ -127,6 +127,7 @@ class RunFolder:
         origins: Mapping[str, str],
         *,
         result_keys: Collection[str],
+        defaults: Mapping[str, Any] | None = None,
         force: Collection[str] = (),
         step: int = 0,
     ) -> list[Change]:
@@ -136,6 +137,7 @@ class RunFolder:
             recipe: value by dotted key, resolved.
             origins: where each value came from.
             result_keys: the dotted keys that change a run's numbers.
+            defaults: values of keys that the stored recipe may lack, since it is older than they are.
             force: ``resume.force``: result keys that may differ all the same.
             step: the step at which the run goes on, for the record.
 
@@ -150,7 +152,8 @@ class RunFolder:
             self.write_recipe(StoredRecipe(recipe, origins))
             return []
         stored = self.read_recipe()
-        forced = compare_recipes(stored.recipe, recipe, result_keys=result_keys, force=force, place=str(self.path))
+        known = {**(defaults or {}), **stored.recipe}
+        forced = compare_recipes(known, recipe, result_keys=result_keys, force=force, place=str(self.path))
         record = [{"step": step, "changes": [vars(change) for change in forced]}] if forced else []
         self.write_recipe(StoredRecipe(recipe, origins, [*stored.forced, *record]))
         return forced

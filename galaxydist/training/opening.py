@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from galaxydist.errors import UserError
-from galaxydist.recipe.identity import flatten, result_fields, run_path
+from galaxydist.recipe.identity import flatten, later_defaults, result_fields, run_path
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs import checkpoints
@@ -80,7 +80,8 @@ def check_continues(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> Ch
         )
     if folder.is_started:
         keys, force = result_fields(recipe).keys(), recipe.resume.force
-        compare_recipes(folder.read_recipe().recipe, flatten(recipe), result_keys=keys, force=force, place=str(folder))
+        stored = {**later_defaults(), **folder.read_recipe().recipe}
+        compare_recipes(stored, flatten(recipe), result_keys=keys, force=force, place=str(folder))
     return newest
 
 
@@ -92,6 +93,7 @@ def _continue(folder: RunFolder, resolved: ResolvedRecipe, manifest: Manifest) -
         flatten(recipe),
         resolved.origins,
         result_keys=result_fields(recipe).keys(),
+        defaults=later_defaults(),
         force=recipe.resume.force,
         step=newest.step if newest is not None else 0,
     )
