@@ -14,7 +14,7 @@ import pytest
 from galaxydist import __version__
 from galaxydist.cli import main as cli
 
-PROGRAM = [sys.executable, "-m", "galaxydist.cli.main"]
+PROGRAM = [sys.executable, "-m", "galaxydist"]
 HEAVY = [
     *(
         "torch",
@@ -80,12 +80,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([], "required"),
-        (["fly"], "invalid choice"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["trian"], "did you mean train?"),
+        (["shard"], "did you mean data shard?"),
+        (["data", "chekc"], "did you mean check?"),
+        (["submit", "recipe=demo", "--dry-rnu", "cluster=local"], "unrecognized arguments: --dry-rnu; did you mean --dry-run?"),
+        (["data", "check", "--data-dirr=x"], "did you mean --data-dir?"),
         (["data", "shard", "--fold", "4/3"], "not K/N"),
         (["data", "shard", "--quality", "101"], "more than 100"),
         (["data", "shard", "--workers", "0"], "less than 1"),
-        (["data", "shard", "--enc", "png"], "unrecognized arguments"),
+        (["data", "shard", "--enc", "png"], "unrecognized arguments: --enc; did you mean --encoding?"),
         (["data", "simulate", "--num-galaxies", "many"], "not a whole number"),
         (["data", "simulate", "--seed", "-1"], "less than 0"),
     ],
@@ -95,6 +99,52 @@ def test_bad_usage_ends_with_2(arguments: Sequence[str], text: str, capsys: pyte
         cli.main(arguments)
     assert end.value.code == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", "data", "cluster"])
+def test_a_command_without_its_subcommand_shows_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command.split()) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: galaxydist {command}".rstrip()) and "COMMAND" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "expected"),
+    [
+        ("submit recipe=demo --dry-run cluster=c2", "arguments", ["recipe=demo", "cluster=c2"]),
+        ("plan --nodes 2 vit --json optim.lr=1 --shards 3", "recipe", ["vit", "optim.lr=1"]),
+        ("evaluate --split val runs/a --tta d4 data.variant=balanced", "target", ["runs/a", "data.variant=balanced"]),
+        ("sweep --dry-run FILE --yes cluster=c2", "arguments", ["cluster=c2"]),
+    ],
+)
+def test_options_may_stand_between_the_arguments(words: str, name: str, expected: list[str]) -> None:
+    assert getattr(cli.build_parser().parse_args(words.split()), name) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("galaxydist da", "data"),
+        ("galaxydist submit recipe=demo --dr", "--dry-run"),
+        ("galaxydist train recipe=vit_s", "vit_scratch"),
+        ("galaxydist train vit train.prec", "train.precision="),
+        ("galaxydist submit vit cluster=lo", "local"),
+        ("galaxydist train vit train.precision=b", "bf16"),
+    ],
+)
+def test_a_shell_is_told_how_a_word_goes_on(line: str, word: str, tmp_path: Path) -> None:
+    """As bash asks: argcomplete's variables in the environment, the answers in a file."""
+    answers = tmp_path / "answers"
+    environ = {
+        "_ARGCOMPLETE": "1",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "_ARGCOMPLETE_COMP_WORDBREAKS": " \t\"'><=;|&(:",
+    }
+    environ |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(answers), "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    subprocess.run(PROGRAM, env={**os.environ, **environ}, check=True, timeout=120)
+    assert answers.read_text().split("\v") == [word]
+    assert "galaxydist" in run("completion", "bash").stdout
 
 
 def test_a_user_s_error_is_one_message_without_traceback(tmp_path: Path) -> None:

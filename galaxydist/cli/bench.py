@@ -25,7 +25,7 @@ from galaxydist.cli.options import Commands, add_data_dir, add_workers, non_nega
 def add_parser(commands: Commands) -> None:
     """Add the commands."""
     parser = commands.add_parser("bench", help="measured figures", description="Measured figures.", allow_abbrev=False)
-    inner = parser.add_subparsers(metavar="COMMAND", required=True)
+    inner = parser.add_subparsers(metavar="COMMAND")
     simulator = inner.add_parser(
         "simulator",
         help="how easy the simulated survey is",

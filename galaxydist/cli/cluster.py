@@ -23,7 +23,7 @@ def add_parser(commands: Commands) -> None:
         description="Cluster profiles: small YAML files that say what to ask a cluster for.",
         allow_abbrev=False,
     )
-    inner = parser.add_subparsers(metavar="COMMAND", required=True)
+    inner = parser.add_subparsers(metavar="COMMAND")
     listing = inner.add_parser("list", help="list the profiles", description="List the profiles.", allow_abbrev=False)
     listing.set_defaults(run=run_list)
     show = inner.add_parser(
@@ -66,7 +66,7 @@ def run_show(arguments: argparse.Namespace) -> None:
     resolved = load_cluster([f"cluster={name}", *arguments.overrides])
     config, schema = resolved.config, CLUSTERS.schema
     print(f"# {resolved.path}; {_size(config)}; on the command line: cluster={name} cluster.key=value")
-    notes = {key: f": {known.description}" for key, known in schema.fields.items()}
+    notes = {key: known.description for key, known in schema.fields.items()}
     print_resolved(schema.flatten(config), resolved.origins, notes)
 
 

@@ -15,7 +15,7 @@ def add_parser(commands: Commands) -> None:
         description="Survey files, exported folders and shards, all under one data root.",
         allow_abbrev=False,
     )
-    inner = parser.add_subparsers(metavar="COMMAND", required=True)
+    inner = parser.add_subparsers(metavar="COMMAND")
     _add_fetch(inner)
     simulate.add_parser(inner)
     _add_export(inner)

@@ -1,7 +1,8 @@
 """The ``galaxydist`` command: which commands there are, and how each way of ending becomes a message and an exit code.
 
 Exit codes: 0 done, 2 bad input (one message, no traceback), 130 interrupted with Ctrl-C, 141 whoever read our output went away,
-1 anything else. No command module imports a heavy library before its command runs, so that ``--help`` answers at once.
+those of a training run for ``train`` (see ``train.py``), 1 anything else. No command module imports a heavy library before its
+command runs, so that ``--help`` answers at once.
 """
 
 import argparse
@@ -12,7 +13,24 @@ import sys
 from collections.abc import Sequence
 
 from galaxydist import __version__
-from galaxydist.cli import bench, cluster, data, doctor, evaluate, gallery, plan, recipes, report, status, submit, sweep, weights
+from galaxydist.cli import (
+    bench,
+    cluster,
+    completion,
+    data,
+    doctor,
+    evaluate,
+    gallery,
+    plan,
+    recipes,
+    report,
+    status,
+    submit,
+    sweep,
+    train,
+    weights,
+)
+from galaxydist.cli.options import CommandParser
 from galaxydist.cores import wait_politely
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 
@@ -32,8 +50,8 @@ Data lies under --data-dir, else $GALAXYDIST_DATA, else the user's cache folder.
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets ``run``, a function of the parsed arguments."""
-    parser = argparse.ArgumentParser(
+    """The parser of all commands; each sets ``run``, a function of the parsed arguments that may return an exit code."""
+    parser = CommandParser(
         "galaxydist",
         description="Galaxy morphology at scale: data, training, evaluation.",
         epilog=EPILOG,
@@ -41,8 +59,24 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"galaxydist {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (data, weights, recipes, evaluate, gallery, report, plan, submit, sweep, status, cluster, doctor, bench):
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for module in (
+        data,
+        weights,
+        recipes,
+        train,
+        evaluate,
+        gallery,
+        report,
+        plan,
+        submit,
+        sweep,
+        status,
+        cluster,
+        doctor,
+        bench,
+        completion,
+    ):
         module.add_parser(commands)
     return parser
 
@@ -52,8 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="galaxydist: %(message)s", level=logging.WARNING)
     try:
         wait_politely(os.environ)
-        parsed = build_parser().parse_args(arguments)
-        parsed.run(parsed)
+        parser = build_parser()
+        if "_ARGCOMPLETE" in os.environ:  # the shell asks what could come next
+            from galaxydist.cli.completion import complete
+
+            complete(parser)
+        parsed = parser.parse_args(arguments)
+        code: int | None = parsed.run(parsed)
         sys.stdout.flush()
     except UserError as error:
         return _fail(str(error))
@@ -72,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, PermissionError):
             return _fail(f"not allowed: {error.strerror} ({error.filename}); choose another place, for example with --data-dir")
         raise
-    return 0
+    return code or 0
 
 
 def _fail(text: str) -> int:

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +14,62 @@ if TYPE_CHECKING:
 
 # ``add_subparsers`` returns a private type of argparse.
 Commands = Any
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser for commands: options may stand between the positional arguments, and a wrong name gets the nearest right one."""
+
+    _is_intermixed = False
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """Add subcommands; without one of them the command prints its help."""
+        self.set_defaults(run=lambda _: self.print_help())
+        return super().add_subparsers(**options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse; a command without subcommands takes its options anywhere and refuses arguments that it does not know."""
+        if self._subparsers is not None or self._is_intermixed:
+            return super().parse_known_args(args, namespace)
+        self._is_intermixed = True  # argparse's implementation calls this method for each of its two passes
+        try:
+            namespace, unknown = self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_intermixed = False
+        if unknown:
+            wrong = [text for text in unknown if text.startswith("-")] or unknown
+            options = [text for action in self._actions for text in action.option_strings]
+            names = [text.partition("=")[0] for text in wrong]
+            self.error(f"unrecognized arguments: {' '.join(wrong)}{_suggestion(names, options)}")
+        return namespace, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            choices = [str(choice) for choice in action.choices or ()]
+            error.message += _suggestion([str(value)], [*choices, *_subcommands(action)])
+            raise
+
+
+def _suggestion(names: Sequence[str], known: Sequence[str]) -> str:
+    """``; did you mean ...?`` with what is nearest to any of the names, or nothing. The last word of a known name counts too."""
+    by_word = {word: text for text in known for word in (text.split()[-1], text)}
+    close = [by_word[word] for name in names for word in get_close_matches(name, list(by_word), n=1)]
+    return f"; did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
+
+
+def _subcommands(action: argparse.Action) -> list[str]:
+    """``data shard`` and the like, where the choices of an argument are commands."""
+    if not isinstance(action.choices, dict):
+        return []
+    return [
+        f"{name} {inner}"
+        for name, parser in action.choices.items()
+        for nested in getattr(parser, "_actions", ())
+        if isinstance(nested.choices, dict)
+        for inner in nested.choices
+    ]
+
 
 DATASETS = {
     "galaxy10_decals": "galaxydist data fetch",

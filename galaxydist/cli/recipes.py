@@ -37,11 +37,13 @@ def _show(name: str, overrides: list[str]) -> None:
     from galaxydist.recipe.fields import recipe_fields
     from galaxydist.recipe.identity import flatten, run_name
     from galaxydist.recipe.load import load_recipe
+    from galaxydist.recipe.scalars import describe_type
 
     resolved = load_recipe([f"recipe={name}", *overrides])
-    print(f"# {resolved.path}; run folder {run_name(resolved.recipe)}; [run]: may change between restarts without another folder")
+    print(f"# {resolved.path}; run folder {run_name(resolved.recipe)}")
+    print("# *: not the default. [run]: does not change the numbers, and may change when the run is continued.")
     notes = {
-        key: (" [run]" if field.kind == "run" else "") + (f": {field.description}" if field.description else "")
+        key: f"{'[run] ' if field.kind == 'run' else ''}{field.description or describe_type(field.annotation)}"
         for key, field in recipe_fields().items()
     }
     print_resolved(flatten(resolved.recipe), resolved.origins, notes)

@@ -11,7 +11,7 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "weights", help="published weights, and a run's own", description="Weights in files.", allow_abbrev=False
     )
-    inner = parser.add_subparsers(metavar="COMMAND", required=True)
+    inner = parser.add_subparsers(metavar="COMMAND")
     fetch = inner.add_parser(
         "fetch",
         help="download the published weights that a recipe starts from",

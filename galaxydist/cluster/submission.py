@@ -208,5 +208,6 @@ def _end_unless_recorded(job_ids: Sequence[str], cluster: ClusterConfig) -> Iter
 
 def _job_arguments(request: JobRequest, code: Path) -> tuple[str, ...]:
     """The same recipe from the snapshot: a file that is edited later does not change the run."""
-    kept = [argument for argument in request.arguments if not argument.startswith(("recipe=", "run.dir=", "run.root="))]
+    replaced = ("recipe=", "run.dir=", "run.root=")
+    kept = [argument for argument in request.arguments if "=" in argument and not argument.startswith(replaced)]
     return (f"recipe={code / 'recipes' / f'{request.recipe_name}.yaml'}", *kept, f"run.dir={request.run_dir}")

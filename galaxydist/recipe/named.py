@@ -103,7 +103,9 @@ def _read_overrides(arguments: Sequence[str], draft: Draft[S]) -> dict[str, str]
     overrides: dict[str, str] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
-        if not equals or not key or key.startswith("-"):
+        if _is_bare_name(argument, kind) and kind.argument not in overrides:
+            overrides[kind.argument] = argument
+        elif not equals or not key or key.startswith("-"):
             name, _, override = kind.examples
             draft.problems.append((COMMAND_LINE, f"{argument!r} is not key=value (like {kind.argument}={name} or {override})"))
         elif key in overrides:
@@ -111,6 +113,11 @@ def _read_overrides(arguments: Sequence[str], draft: Draft[S]) -> dict[str, str]
         else:
             overrides[key] = text
     return overrides
+
+
+def _is_bare_name(argument: str, kind: ConfigKind[S]) -> bool:
+    """``vit`` for ``recipe=vit``; a key whose value was forgotten is none."""
+    return bool(argument) and "=" not in argument and not argument.startswith("-") and argument not in kind.schema.fields
 
 
 def _find(named: Setting, folders: Sequence[Path], draft: Draft[S]) -> Path | None:

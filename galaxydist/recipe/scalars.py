@@ -63,7 +63,7 @@ def describe_type(annotation: Any) -> str:
         return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     if origin is tuple:
         (member, *_) = get_args(annotation)
-        return f"a list of {', '.join(map(str, get_args(member)))}" if get_origin(member) is Literal else "a list like [a,b]"
+        return f"a list of {', '.join(map(str, get_args(member)))}" if get_origin(member) is Literal else "a list like a,b"
     names: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     names |= {Path: "a path", Location: "a path or a URL"}
     return names.get(annotation, str(annotation))
@@ -131,9 +131,10 @@ def _parse_plain(text: str, annotation: Any) -> Any:
 
 
 def _parse_list(text: str, member: Any) -> tuple[Any, ...] | None:
-    if not (text.startswith("[") and text.endswith("]")):
+    """``[a,b]``, ``a,b`` and ``a`` are lists; one bracket alone is a mistake."""
+    if text.startswith("[") != text.endswith("]"):
         return None
-    inside = text[1:-1].strip()
+    inside = (text[1:-1] if text.startswith("[") else text).strip()
     if not inside:
         return ()
     return tuple(parse_text(part.strip().strip("\"'"), member) for part in inside.split(","))

@@ -1,5 +1,6 @@
 """How the processes share a model (``train.strategy``): each has the whole of it, or each holds a part."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -115,6 +116,9 @@ class WholeModel:
         self._average = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema > 0 else None
         self.ema: Ema | None = self._average
         self.averages: HasBuffers | None = self._average.module if self._average is not None else None
+        # torch advises another argument, which Accelerate does not know, and other strides of gradients, which cost nothing here.
+        for message in ("`broadcast_buffers` is deprecated", "Grad strides do not match bucket view strides"):
+            warnings.filterwarnings("ignore", message=message)
         self._prepared: nn.Module = world.accelerator.prepare(model)
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:

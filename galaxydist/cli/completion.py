@@ -1,0 +1,77 @@
+"""``galaxydist completion``: let a shell complete commands, options, recipes, clusters, keys and run folders.
+
+argcomplete does the work: the shell calls galaxydist with ``_ARGCOMPLETE`` set, and the parser says what could come next.
+"""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from galaxydist.cli.options import Commands
+
+EPILOG = """switch it on, for this shell and for those to come:
+  eval "$(galaxydist completion bash)"
+  echo 'eval "$(galaxydist completion bash)"' >> ~/.bashrc
+  galaxydist completion fish > ~/.config/fish/completions/galaxydist.fish
+"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "completion",
+        help="shell completion",
+        description="Print the lines that let a shell complete commands, options, recipes, clusters, keys and run folders.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="bash|zsh|fish", help="the shell")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the shell's code."""
+    import argcomplete
+
+    print(argcomplete.shellcode(["galaxydist"], shell=arguments.shell))
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answer the shell's question, and end the process."""
+    import argcomplete
+
+    argcomplete.autocomplete(parser, always_complete_options="long", default_completer=_complete_word, append_space=False)
+
+
+def _complete_word(prefix: str, action: argparse.Action, **_: Any) -> list[str]:
+    """Complete one word: settings where the command takes any, files elsewhere."""
+    from argcomplete.completers import FilesCompleter
+
+    metavar = str(action.metavar or "")
+    if "=" not in metavar:
+        files: list[str] = FilesCompleter()(prefix)
+        return files
+    return [word for word in _settings(prefix, with_cluster="cluster" in metavar) if word.startswith(prefix)]
+
+
+def _settings(prefix: str, *, with_cluster: bool) -> Iterator[str]:
+    """Words of the form ``key=value`` that could stand for the prefix: keys first, and values once the key is there."""
+    from galaxydist.recipe.fields import recipe_fields
+    from galaxydist.recipe.load import list_recipes
+
+    key, equals, _ = prefix.partition("=")
+    if not equals:
+        yield from ("recipe=", *(["cluster="] if with_cluster else []))
+        yield from (f"{name}=" for name in recipe_fields() if name != "name")
+    elif key == "recipe":
+        yield from (f"recipe={name}" for name in list_recipes())
+    elif key == "cluster" and with_cluster:
+        from galaxydist.cluster.profile import list_clusters
+
+        yield from (f"cluster={name}" for name in list_clusters())
+    elif (field := recipe_fields().get(key)) is not None:
+        choices = ("true", "false") if field.annotation is bool else ()
+        if get_origin(field.annotation) is Literal:
+            choices = tuple(map(str, get_args(field.annotation)))
+        yield from (f"{key}={choice}" for choice in choices)

@@ -1,0 +1,126 @@
+"""Several processes of one training run on this machine, without another launcher: `galaxydist train --processes N`."""
+
+import contextlib
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from types import FrameType
+
+from galaxydist.errors import UserError
+from galaxydist.training.launch import launch
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+# Ranks that wait for one that has failed end by themselves, after they have told so. Whoever does not is killed.
+GRACE_S = 60.0
+
+
+def run_processes(arguments: Sequence[str], num_processes: int, environ: Mapping[str, str]) -> int:
+    """Train with several processes of this machine, and wait for them.
+
+    SIGINT, SIGTERM and SIGUSR2 are passed on to every process. The processes stop, saved, if this one is killed.
+
+    Args:
+        arguments: ``recipe=NAME`` and ``key=value`` overrides.
+        num_processes: processes to start, at least 2; each uses the GPU of its local rank.
+        environ: this process's environment.
+
+    Returns:
+        The exit code of the process that ended first with one that is not 0, or 0.
+
+    Raises:
+        UserError: this process was itself started by a launcher.
+    """
+    if int(environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"--processes {num_processes} was given inside of another launcher (WORLD_SIZE={environ['WORLD_SIZE']}). "
+            "Leave out one of them: galaxydist train --processes N needs no launcher."
+        )
+    context = multiprocessing.get_context("spawn")
+    port = _free_port()
+    ranks = [
+        context.Process(target=_run_rank, args=(list(arguments), rank, num_processes, port), name=f"rank {rank}")
+        for rank in range(num_processes)
+    ]
+    with _forwarding(ranks):
+        for process in ranks:
+            process.start()
+        return _wait(ranks)
+
+
+def _run_rank(arguments: Sequence[str], rank: int, num_processes: int, port: int) -> None:
+    """One process of the run."""
+    os.setsid()  # the terminal's Ctrl-C reaches the parent alone, which passes it on once
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(num_processes),
+        LOCAL_WORLD_SIZE=str(num_processes),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    sys.exit(launch(arguments, os.environ))
+
+
+def _stop_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def _forwarding(ranks: Sequence[SpawnProcess]) -> Iterator[None]:
+    """Pass signals on to the processes."""
+
+    def forward(number: int, _: FrameType | None) -> None:
+        for process in ranks:
+            if process.pid is not None and process.exitcode is None:
+                os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: Sequence[SpawnProcess]) -> int:
+    """Wait for all processes; once one has failed, the others have ``GRACE_S`` seconds to end."""
+    code, deadline = 0, math.inf
+    while running := [process for process in ranks if process.exitcode is None]:
+        wait([process.sentinel for process in running], None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+        for process in running:
+            if process.exitcode and not code:
+                code, deadline = _exit_code(process), time.monotonic() + GRACE_S
+        if time.monotonic() > deadline:
+            for process in running:
+                process.kill()
+            deadline = math.inf
+    return code
+
+
+def _exit_code(process: SpawnProcess) -> int:
+    """The exit code of a process, as a shell counts it where a signal ended it."""
+    assert process.exitcode is not None
+    if process.exitcode > 0:
+        return process.exitcode
+    name = signal.Signals(-process.exitcode).name
+    print(f"galaxydist: error: {process.name} was ended by {name}", file=sys.stderr, flush=True)
+    return 128 - process.exitcode
