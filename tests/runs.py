@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,11 @@ def launch(launcher: tuple[str, ...], arguments: Sequence[str]) -> subprocess.Co
     """launch.py under a launcher, to its end."""
     command = [*launcher, str(LAUNCH), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def count_errors(text: str) -> int:
+    """How often a run has told an error. The copies that torch's launcher shows in its own report are indented."""
+    return len(re.findall(r"(?m)^galaxydist: error\b", text))
 
 
 def read_evaluation(run_dir: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from galaxydist.runs import checkpoints
 from galaxydist.shards.write import write_shards
 from tests.blobs import BlobSurvey
-from tests.runs import quick_settings, read_losses, read_metrics
+from tests.runs import count_errors, quick_settings, read_losses, read_metrics
 from tests.traces import read_steps, traced
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
@@ -152,7 +152,7 @@ def test_a_share_that_cannot_be_paired_is_refused(uneven_blobs: Path, tmp_path: 
     settings = quick_settings(uneven_blobs, tmp_path / "run", **{**MIXED, "train__batch_size": 50})
     done = subprocess.run(traced(2, tmp_path / "trace", settings), capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode != 0
-    assert done.stderr.count("galaxydist: error: ") == 1 and "train.batch_size" in done.stderr
+    assert count_errors(done.stderr) == 1 and "train.batch_size" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

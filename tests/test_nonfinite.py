@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from galaxydist.runs import checkpoints
-from tests.runs import TORCHRUN_2, quick_settings, read_metrics
+from tests.runs import TORCHRUN_2, count_errors, quick_settings, read_metrics
 
 SCRIPT = Path(__file__).with_name("poisoned_launch.py")
 
@@ -26,7 +26,7 @@ def test_all_ranks_stop_at_the_same_step_and_name_its_galaxies(blobs: Path, tmp_
     run_dir = tmp_path / "run"
     code, _, told = poisoned(1, "4", quick_settings(blobs, run_dir, train__log_every=1), TORCHRUN_2)
     assert code == 1
-    assert told.count("galaxydist: error: ") == 1 and "at step 4 (from 0)" in told and "train.on_nonfinite=skip" in told
+    assert count_errors(told) == 1 and "at step 4 (from 0)" in told and "train.on_nonfinite=skip" in told
     listed = json.loads((run_dir / "nonfinite-step-00000004.json").read_text())
     assert listed["step"] == 4 and len(set(listed["galaxies"])) == 24
     assert all(name in told for name in listed["galaxies"][:8]) and "and 16 more" in told

@@ -31,7 +31,7 @@ from galaxydist.training.state import TrainingState
 from galaxydist.training.stopping import EarlyStopping
 from galaxydist.training.world import World
 from tests.damage import break_picture, shard_of, truncate
-from tests.runs import TORCHRUN_2, launch, quick_settings, read_evaluation, read_losses, read_metrics, run_here
+from tests.runs import TORCHRUN_2, count_errors, launch, quick_settings, read_evaluation, read_losses, read_metrics, run_here
 
 ROOT = Path(__file__).parents[1]
 # No batch statistics, so that any number of processes computes the same sums.
@@ -49,7 +49,7 @@ def skipped(run_dir: Path) -> dict[int, float]:
 
 def one_error(text: str) -> str:
     """The one message of a refused command."""
-    assert text.count("galaxydist: error: ") == 1, text
+    assert count_errors(text) == 1, text
     return text[text.index("galaxydist: error: ") :].split("\n", maxsplit=1)[0]
 
 

@@ -1,8 +1,12 @@
 """One process of a run, from its command line to its exit code: what launch.py and a job of the cluster do alike."""
 
+import contextlib
+import json
 import signal
 import sys
-from collections.abc import Callable, MutableMapping, Sequence
+import time
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
 
 from galaxydist.cores import wait_politely
 from galaxydist.errors import (
@@ -36,20 +40,30 @@ def launch(
     rank = int(environ.get("RANK") or environ.get("SLURM_PROCID") or 0)
     try:
         return _train(arguments, environ)
-    except UserError as error:
-        # What every rank found is said by one.
-        if rank == 0 or not isinstance(error, EveryRankError):
-            where = "" if isinstance(error, EveryRankError) or rank == 0 else f" (rank {rank})"
-            print(f"galaxydist: error{where}: {error}", file=sys.stderr, flush=True)
+    except (UserError, RunFailedError) as error:
+        # One process prints what all have found.
+        is_users = isinstance(error, UserError)
+        is_alone = not isinstance(error, EveryRankError) if is_users else isinstance(error, OneRankFailedError)
+        where = f" (rank {rank})" if rank and is_users and is_alone else ""
+        text = f"galaxydist: error{where}: {error}"
+        if rank == 0 or is_alone:
+            print(text, file=sys.stderr, flush=True)
             note(error)
-        return EXIT_BAD_INPUT
-    except RunFailedError as error:
-        if rank == 0 or isinstance(error, OneRankFailedError):
-            print(f"galaxydist: error: {error}", file=sys.stderr, flush=True)
-            note(error)
-        return EXIT_FAILED
+        _leave_for_launcher(text, environ)
+        return EXIT_BAD_INPUT if is_users else EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _leave_for_launcher(text: str, environ: Mapping[str, str]) -> None:
+    """Write an error to the file from which torch's launcher takes the last thing that it prints.
+
+    The format is that of ``torch.distributed.elastic.multiprocessing.errors.ErrorHandler``.
+    """
+    if path := environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}), encoding="utf-8")
 
 
 def _train(arguments: Sequence[str], environ: MutableMapping[str, str]) -> int:
