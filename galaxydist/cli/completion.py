@@ -32,19 +32,24 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the shell's code."""
-    import argcomplete
+    from argcomplete.shell_integration import shellcode
 
-    print(argcomplete.shellcode(["galaxydist"], shell=arguments.shell))
+    print(shellcode(["galaxydist"], shell=arguments.shell))
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
     """Answer the shell's question, and end the process."""
     import argcomplete
+    from argcomplete.completers import BaseCompleter
 
-    argcomplete.autocomplete(parser, always_complete_options="long", default_completer=_complete_word, append_space=False)
+    class Completer(BaseCompleter):
+        def __call__(self, *, prefix: str, action: argparse.Action, **_: Any) -> list[str]:
+            return _complete_word(prefix, action)
+
+    argcomplete.autocomplete(parser, always_complete_options="long", default_completer=Completer(), append_space=False)
 
 
-def _complete_word(prefix: str, action: argparse.Action, **_: Any) -> list[str]:
+def _complete_word(prefix: str, action: argparse.Action) -> list[str]:
     """Complete one word: settings where the command takes any, files elsewhere."""
     from argcomplete.completers import FilesCompleter
 
@@ -71,7 +76,7 @@ def _settings(prefix: str, *, with_cluster: bool) -> Iterator[str]:
 
         yield from (f"cluster={name}" for name in list_clusters())
     elif (field := recipe_fields().get(key)) is not None:
-        choices = ("true", "false") if field.annotation is bool else ()
+        choices: tuple[str, ...] = ("true", "false") if field.annotation is bool else ()
         if get_origin(field.annotation) is Literal:
             choices = tuple(map(str, get_args(field.annotation)))
         yield from (f"{key}={choice}" for choice in choices)

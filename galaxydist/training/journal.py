@@ -19,10 +19,6 @@ from galaxydist.training.tracking import Tracker
 from galaxydist.training.utilisation import Utilisation
 from galaxydist.training.world import World
 
-# A run that would take longer than this on a CPU is told of a smaller one.
-LONG_RUN_S = 1800.0
-MEASURED_STEPS = 3
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -100,7 +96,6 @@ class Journal:
         self.timer = timer
         self.utilisation = utilisation
         self._timed_steps = 0
-        self._first_step = first_step
         self._highest_step = folder.read_tracker().get("highest_step", 0) if world.is_main else 0
         self._error: Exception | None = None
         self._last: dict[str, float] = {}
@@ -126,22 +121,19 @@ class Journal:
         self.window.add(agreed.sums)
         self._bar.update()
         is_due = step % self.log_every == 0 or self.schedule.ends_epoch(step)
-        if is_due or step - self._first_step == MEASURED_STEPS:
-            self._measure(step)
         if is_due:
+            self._measure()
             self._last = {**self.window.metrics(), "train/lr": rate, **counters}
             self.record(step, self._last, self._timing)
             self._show(step)
             self.window.clear()
 
-    def _measure(self, step: int) -> None:
+    def _measure(self) -> None:
         if self._timed_steps == 0:
-            return  # this step was in the last measurement already
+            return  # steps are told one late: the last one was measured with the one before it
         timing = self.timer.window(self._timed_steps)
         self._timing = {**timing, **self.utilisation(timing["time/img_s_device"])}
         self._timed_steps = 0
-        if step - self._first_step == MEASURED_STEPS and self.world.device.type == "cpu":
-            self._tell_long_run(step)
 
     def record(self, step: int, metrics: Mapping[str, float | None], timing: Mapping[str, float] | None = None) -> None:
         """Write metrics of ``step`` to metrics.jsonl, its timing to timing.jsonl, both to the tracker.
@@ -206,14 +198,3 @@ class Journal:
     @property
     def _num_epochs(self) -> int:
         return self.schedule.total_steps // self.schedule.steps_per_epoch
-
-    def _tell_long_run(self, step: int) -> None:
-        """On a CPU a large recipe trains all the same, but the user is told how long it takes and what is smaller."""
-        epoch_s = self.schedule.steps_per_epoch * self.schedule.batch_size / self._timing["time/img_s"]
-        left_s = epoch_s * (self.schedule.total_steps - step) / self.schedule.steps_per_epoch
-        if left_s > LONG_RUN_S:
-            self.say(
-                f"No GPU here: one epoch takes about {epoch_s / 60:.0f} minutes on this CPU (measured over {MEASURED_STEPS} "
-                f"steps), the whole run about {left_s / 3600:.1f} hours. It goes on; a smaller one: "
-                "accelerate launch launch.py recipe=custom_cnn data.image_size=64 train.epochs=5"
-            )

@@ -24,6 +24,7 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.shards.reader import Batch, TrainReader
 from galaxydist.training.agreement import StopFlag
+from galaxydist.training.announcement import describe_end, describe_run, describe_time
 from galaxydist.training.data import TrainingData, find_cache, find_manifest, find_variant, has_split, open_manifest
 from galaxydist.training.feed import DeviceFeed
 from galaxydist.training.flight import set_flight_recorder
@@ -109,6 +110,8 @@ class Session:
                 return 0
             parts = build_parts(self.world, self.recipe, manifest, model, folder, stored_micro_batch=opened.micro_batch)
             self._restore(parts, folder)
+            if parts.state.step == 0:
+                self._announce(parts, manifest, folder)
             known = parts.state.tracker_run_id
             tracker = start_tracker(self.world, self.recipe, folder, manifest, run_id=known, environ=self.environ)
             parts.state.tracker_run_id = tracker.run_id
@@ -143,6 +146,13 @@ class Session:
             self.world.say(f"continuing {folder} from step {state.step}")
         self.world.on_main(lambda: self._cut_back(folder, state.step))
 
+    def _announce(self, parts: Parts, manifest: Manifest, folder: RunFolder) -> None:
+        model, schedule = parts.strategy.model, parts.schedule
+        self.world.say(describe_run(self.resolved, manifest, folder, model, schedule))
+        estimate = describe_time(self.world, self.resolved, model, schedule, parts.micro_batch)
+        if estimate is not None:
+            self.world.say(estimate)
+
     @staticmethod
     def _cut_back(folder: RunFolder, step: int) -> None:
         folder.metrics.cut_back(step)
@@ -163,6 +173,7 @@ class Session:
             summary |= {**state.skipped.metrics(), **state.nonfinite.metrics()}
             world.on_main(lambda: folder.write_result({"step": state.step, **summary}))
             exit_code = 0
+            world.say(describe_end(folder))
         except Exception as error:
             self._note_failure(folder, state.step, error)
             raise

@@ -1,0 +1,126 @@
+"""The lines that a new run prints before its first step: its folder, data, model, steps and estimated time; and the last ones."""
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from galaxydist.recipe.draft import COMMAND_LINE
+from galaxydist.recipe.identity import flatten
+from galaxydist.recipe.load import ResolvedRecipe
+from galaxydist.recipe.scalars import to_text
+from galaxydist.recipe.schema import Recipe
+from galaxydist.runs.folder import RunFolder
+from galaxydist.shards.manifest import Manifest
+from galaxydist.training.flops import training_flops
+from galaxydist.training.journal import Schedule
+from galaxydist.training.micro_batch import Probe, unchanged
+from galaxydist.training.out_of_memory import share_of
+from galaxydist.training.world import World
+
+# A run that would take longer than this on a CPU is told of a smaller one.
+LONG_RUN_S = 1800.0
+# The pass that is timed on a CPU has as many images as fit these operations: a second or less of one core.
+TIMED_FLOPS = 2e10
+SMALLER = {"data.image_size": 64, "train.epochs": 5}
+SMALL_RECIPE = "custom_cnn"
+
+
+def describe_run(resolved: ResolvedRecipe, manifest: Manifest, folder: RunFolder, model: nn.Module, schedule: Schedule) -> str:
+    """Return the lines that say what a new run will do, its time left out.
+
+    Args:
+        resolved: the recipe.
+        manifest: the shards.
+        folder: of the run.
+        model: as it is trained.
+        schedule: length of the run.
+    """
+    recipe = resolved.recipe
+    num_samples = {name: split.num_samples for name, split in manifest.splits.items()}
+    counts = ", ".join(f"{number:,} {name}" for name, number in num_samples.items())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    left_out = num_samples["train"] % schedule.batch_size
+    epochs = schedule.total_steps // schedule.steps_per_epoch
+    lines = {
+        "run folder": str(folder),
+        "data": f"{manifest.dataset} ({manifest.variant}), {manifest.num_classes} classes, {counts}",
+        "model": f"{recipe.model.name}, {total / 1e6:,.2f} million parameters"
+        + (f", {trained / 1e6:,.2f} million trained" if trained != total else "")
+        + f", images of {recipe.data.image_size} pixels",
+        "steps": f"{schedule.steps_per_epoch:,} an epoch, {schedule.total_steps:,} in {epochs:,} epochs, "
+        f"{schedule.batch_size:,} galaxies each"
+        + (f"; {left_out:,} galaxies are left out of each epoch, others each time" if left_out else ""),
+    }
+    return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
+
+
+def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, schedule: Schedule, micro_batch: int) -> str | None:
+    """Return a line with the estimated time of a run, from a pass that is thrown away; None where it cannot be estimated.
+
+    All ranks take part. The model, its gradients and torch's random numbers stay as they are.
+
+    Args:
+        world: the processes.
+        resolved: the recipe.
+        model: on its device; whole, and not wrapped by DistributedDataParallel.
+        schedule: length of the run.
+        micro_batch: galaxies in one forward pass of one process (0: its whole share).
+    """
+    recipe = resolved.recipe
+    if recipe.train.strategy == "fsdp" or recipe.train.compile:  # a divided model has no pass of its own; compiling takes minutes
+        return None
+    share = share_of(recipe, world.size)
+    count = min(micro_batch or share, share)
+    if world.device.type == "cpu":
+        count = max(1, min(count, int(TIMED_FLOPS / training_flops(model, recipe.data.image_size))))
+        count = max(count, min(2, share))  # batch normalisation needs two values
+    probe = Probe(world, recipe, model, ballast_bytes=0, loss=_scalar)
+    with unchanged(model, world.device):
+        probe.fits(count)  # the first pass allocates
+        start = time.perf_counter()
+        probe.fits(count)
+        seconds = time.perf_counter() - start
+    step_s = max(world.gather(seconds)) / count * share
+    epoch_s, run_s = step_s * schedule.steps_per_epoch, step_s * schedule.total_steps
+    line = f"{'time':<11} about {duration(epoch_s)} an epoch, {duration(run_s)} in all, without validation"
+    if world.device.type == "cpu" and run_s > LONG_RUN_S:
+        line += f"\nNo GPU here. It goes on; a smaller run: {smaller_command(recipe, resolved.origins)}"
+    return line
+
+
+def _scalar(logits_BK: torch.Tensor) -> torch.Tensor:
+    return logits_BK.float().logsumexp(1).sum()
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words, with two digits: ``50 seconds``, ``12 minutes``, ``3.4 hours``, ``5 days``."""
+    for unit, length, limit in (("seconds", 1.0, 100.0), ("minutes", 60.0, 100.0), ("hours", 3600.0, 48.0)):
+        if seconds < limit * length:
+            value = seconds / length
+            return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
+
+
+def smaller_command(recipe: Recipe, origins: Mapping[str, str]) -> str:
+    """Return the user's own command, changed to a run that a CPU can do.
+
+    Args:
+        recipe: the recipe.
+        origins: dotted key -> where the value came from.
+    """
+    values = flatten(recipe)
+    words = {key: values[key] for key in values if origins.get(key) == COMMAND_LINE and not key.startswith(("model.", "run."))}
+    name = recipe.name if recipe.model.name in (SMALL_RECIPE, "d4_cnn") else SMALL_RECIPE
+    words |= {key: min(limit, values[key]) for key, limit in SMALLER.items()}
+    return " ".join(["galaxydist train", f"recipe={name}", *(f"{key}={to_text(value)}" for key, value in words.items())])
+
+
+def describe_end(folder: RunFolder) -> str:
+    """Return the lines with the commands that come after a finished run."""
+    return (
+        f"its mistakes, and where it looked: galaxydist gallery {folder}\n"
+        f"beside other runs:                 galaxydist report {folder.path.parent}"
+    )
