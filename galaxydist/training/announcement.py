@@ -112,8 +112,10 @@ def smaller_command(recipe: Recipe, origins: Mapping[str, str]) -> str:
         origins: dotted key -> where the value came from.
     """
     values = flatten(recipe)
-    words = {key: values[key] for key in values if origins.get(key) == COMMAND_LINE and not key.startswith(("model.", "run."))}
-    name = recipe.name if recipe.model.name in (SMALL_RECIPE, "d4_cnn") else SMALL_RECIPE
+    is_small = recipe.model.name in (SMALL_RECIPE, "d4_cnn")
+    name = recipe.name if is_small else SMALL_RECIPE
+    of_the_model = ("model.", "run.") if is_small else ("model.", "run.", "optim.")
+    words = {key: values[key] for key in values if origins.get(key) == COMMAND_LINE and not key.startswith(of_the_model)}
     words |= {key: min(limit, values[key]) for key, limit in SMALLER.items()}
     return " ".join(["galaxydist train", f"recipe={name}", *(f"{key}={to_text(value)}" for key, value in words.items())])
 
