@@ -1,5 +1,6 @@
 # make demo: from nothing to a trained and evaluated classifier.   make test: set up and run the fast tests.
-# make test-all: all tests that need no GPU.   make check: ruff, mypy --strict, import-linter.   make clean: remove what these made.
+# make test-all: all tests that need no GPU.   make test-nightly: those that are too long for CI.
+# make check: ruff, mypy --strict, import-linter.   make clean: remove what these made.
 # make bench: install other loaders into environments of their own, and measure them and ours.   BENCH='--real DIR' gives options.
 
 VENV ?= .venv
@@ -16,13 +17,14 @@ DEMO_DATA ?= $(CURDIR)/data
 DEMO_ENV := GALAXYDIST_DATA="$(DEMO_DATA)"
 
 TEST_WORKERS ?= 2
-# Each worker keeps to one core: two that take both each are slower than one.
-TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg WANDB_SILENT=true
+# Each worker keeps to one core: two that take both each are slower than one. Neighbouring tests share fixtures, so they stay together.
+PYTEST := OMP_NUM_THREADS=1 MPLBACKEND=Agg WANDB_SILENT=true MAKEFLAGS= $(BIN)/python -m pytest
+WORKERS := -n $(TEST_WORKERS) --dist worksteal
 
-.PHONY: help install install-dev demo test test-all peers bench check format clean
+.PHONY: help install install-dev demo test test-all test-others test-slurm test-nightly peers bench check format clean
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev
@@ -53,12 +55,22 @@ demo: $(VENV)/installed
 	@echo "to go on: source $(VENV)/bin/activate; export GALAXYDIST_DATA=\"$(DEMO_DATA)\"; galaxydist --help"
 
 test: $(VENV)/installed-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow and not slurm and not browser and not gpu and not nightly"
+	$(PYTEST) $(WORKERS) -m "not slow and not slurm and not browser and not gpu and not nightly"
 
-# Tests on SLURM come last, one after the other: they share one SLURM, wait most of the time, and their nodes get all cores.
+# Tests on SLURM wait most of the time, so they run beside the others; one after the other, since they share one SLURM.
 test-all: $(VENV)/installed-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not gpu and not slurm and not nightly"
-	$(TEST_ENV) $(BIN)/python -m pytest -m "slurm and not gpu and not nightly"
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 test-others test-slurm
+
+test-others: $(VENV)/installed-dev
+	$(PYTEST) $(WORKERS) -m "not slurm and not gpu and not nightly"
+
+# Shown once it is over, so that the lines of the two do not mix.
+test-slurm: $(VENV)/installed-dev
+	@output=$$(mktemp) && { $(PYTEST) -m "slurm and not gpu and not nightly" >"$$output" 2>&1; code=$$?; \
+		echo; echo "tests on SLURM:"; cat "$$output"; rm -f "$$output"; exit $$code; }
+
+test-nightly: $(VENV)/installed-dev peers
+	$(PYTEST) -m "nightly and not gpu"
 
 # What other loaders need goes into environments of their own. torch is there once: a .pth shows them what $(VENV) has, after theirs.
 PEERS := galaxydist/benchmarks/peers

@@ -1,74 +1,177 @@
-"""Runs of launch.py in forked processes of a parent that has already imported everything, to be killed at chosen moments.
+"""Processes forked from one that has imported torch already: a run, or the ranks of one as ``torchrun`` would start them.
 
-A line of JSON on stdin starts one: ``{"arguments": [...], "log": FILE, "events": FILE or null, "kill": [TEXT, N] or null}``. The
-answer on stdout is its process number, then its exit status (-9: killed). ``events``: each announced change of the checkpoints'
-folder is written there; ``kill``: the process kills itself, with SIGKILL, right before the N-th of them, counted from the first
-whose path holds the text.
+A new interpreter needs five seconds of a processor before it can train; a forked process starts at once. That the launchers
+start the same is proved in ``test_training_runs.py``.
 """
 
+import importlib
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import connection, forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
-from galaxydist.cli.train import main
+ROOT = Path(__file__).parents[1]
+_SERVER = multiprocessing.get_context("forkserver")
+# What a run imports, at its start and on its way. Of all these only pyarrow starts a thread, which survives a fork (jemalloc's).
+PRELOADED = ("galaxydist.training.session", "galaxydist.cli.train", "cv2", "scipy.ndimage", "timm.optim", "sklearn.metrics")
+PRELOADED += ("pyarrow.parquet", "rich.progress", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "tests.traced_launch")
 
 
-def watch_disk(events: str | None, kill: list[Any] | None) -> None:
-    """Count the announced changes of the checkpoints' folder (see ``galaxydist/files.py``)."""
+@dataclass(frozen=True)
+class Ranks:
+    """Processes that were started together, and what they print."""
+
+    processes: list[BaseProcess]
+    folder: Path
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid or 0 for process in self.processes]
+
+    @property
+    def exit_codes(self) -> list[int | None]:
+        """By rank; -9: killed; None: still running."""
+        return [process.exitcode for process in self.processes]
+
+    def said(self, rank: int, stream: str = "out") -> str:
+        """What one of them wrote to ``out`` or ``err``."""
+        path = self.folder / f"{rank}.{stream}"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def text(self, stream: str = "out") -> str:
+        """What all of them wrote to ``out`` or ``err``."""
+        return "".join(self.said(rank, stream) for rank in range(len(self.processes)))
+
+    def kill(self) -> None:
+        """End them now, with SIGKILL, and what they started."""
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.join()
+
+    def wait(self, seconds: float = 280) -> list[int | None]:
+        """The exit codes, once all have left. As under torchrun, the first that fails ends the others."""
+        deadline = time.monotonic() + seconds
+        while living := [process for process in self.processes if process.is_alive()]:
+            left = deadline - time.monotonic()
+            assert left > 0, f"still running after {seconds:g} s: {self.text('err')[-3000:]}"
+            connection.wait([process.sentinel for process in living], left)
+            if any(self.exit_codes):
+                for process in living:
+                    process.terminate()
+        return self.exit_codes
+
+
+@contextmanager
+def forked(
+    work: Callable[..., int | None],
+    *arguments: object,
+    folder: Path,
+    size: int = 1,
+    launched: bool = True,
+    environ: Mapping[str, str] | None = None,
+) -> Iterator[Ranks]:
+    """Call a function in new processes, each in a session of its own; at the end all are gone, and what they started.
+
+    Args:
+        work: a function of a module; what it returns is the exit code.
+        arguments: of ``work``.
+        folder: where what they print is kept, as ``RANK.out`` and ``RANK.err``.
+        size: how many.
+        launched: with the variables of a launcher.
+        environ: more variables.
+    """
+    _start_server()
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes: list[BaseProcess] = []
+    for rank in range(size):
+        variables = {"OMP_NUM_THREADS": "1", **os.environ}
+        if launched:
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+            variables |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+        variables |= environ or {}
+        call = (work.__module__, work.__name__), arguments, variables, folder / str(rank)
+        processes.append(_SERVER.Process(target=_call, args=call))
+    ranks = Ranks(processes, folder)
+    try:
+        for process in processes:
+            process.start()
+        yield ranks
+    finally:
+        ranks.kill()
+
+
+def run_forked(work: Callable[..., int | None], *arguments: object, size: int = 1, **options: Any) -> CompletedProcess[str]:
+    """``forked``, to its end: the first exit code that is not 0, and what all ranks printed."""
+    with tempfile.TemporaryDirectory() as folder, forked(work, *arguments, folder=Path(folder), size=size, **options) as ranks:
+        codes = ranks.wait()
+        return CompletedProcess([], next((code for code in codes if code), 0), ranks.text(), ranks.text("err"))
+
+
+def train(settings: Sequence[str]) -> int:
+    """What launch.py does."""
+    from galaxydist.cli.train import main
+
+    return main(settings, {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")})
+
+
+def train_watched(settings: Sequence[str], events: Path | None = None, kill: tuple[str, int] | None = None) -> int:
+    """What launch.py does, in view of the disk.
+
+    Args:
+        settings: its arguments.
+        events: where each announced change of the checkpoints' folder is written (see ``galaxydist/files.py``).
+        kill: it kills itself with SIGKILL right before the N-th change, counted from the first whose path holds the text.
+    """
     seen = 0
-    record = Path(events).open("a", buffering=1) if events else None  # noqa: SIM115
+    record = events.open("a", buffering=1) if events else None
 
-    def hook(name: str, arguments: tuple[Any, ...]) -> None:
+    def hook(name: str, paths: tuple[Any, ...]) -> None:
         nonlocal seen
-        if not name.startswith("galaxydist.") or "/checkpoints" not in str(arguments[0]):
+        if not name.startswith("galaxydist.") or "/checkpoints" not in str(paths[0]):
             return
         if record is not None:
-            record.write(json.dumps([name, *map(str, arguments)]) + "\n")
-        if kill is not None and (seen or kill[0] in str(arguments[0])):
+            record.write(json.dumps([name, *map(str, paths)]) + "\n")
+        if kill is not None and (seen or kill[0] in str(paths[0])):
             if seen == kill[1]:
                 os.kill(os.getpid(), signal.SIGKILL)
             seen += 1
 
     sys.addaudithook(hook)
+    return train(settings)
 
 
-def run(command: dict[str, Any]) -> int:
-    """In the child: one run; its exit code."""
-    log = os.open(command["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    if command["events"] or command["kill"]:
-        watch_disk(command["events"], command["kill"])
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    return main(command["arguments"], environ)
+def _call(function: tuple[str, str], arguments: tuple[Any, ...], environ: dict[str, str], output: Path) -> None:
+    """In the new process. The function comes by name, so that its module is imported with the right environment."""
+    assert "galaxydist.training.session" in sys.modules, "the server could not import what a run needs"
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environ)
+    for number, stream in ((1, "out"), (2, "err")):
+        file = os.open(output.with_suffix(f".{stream}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, number)
+        os.close(file)
+    module, name = function
+    sys.exit(getattr(importlib.import_module(module), name)(*arguments))
 
 
-def serve() -> None:
-    """Import what a run needs, without starting a thread; then fork a process for each line."""
-    import galaxydist.training.session  # noqa: F401
-
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                code = run(json.loads(line))
-                sys.stdout.flush()
-                sys.stderr.flush()
-                import threading
-
-                for thread in threading.enumerate():
-                    if thread is not threading.main_thread() and not thread.daemon:
-                        thread.join()
-            finally:
-                os._exit(code)
-        print(pid, flush=True)
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-
-
-if __name__ == "__main__":
-    serve()
+def _start_server() -> None:
+    """Before the first process: it imports what a run needs, from here, and starts no thread."""
+    _SERVER.set_forkserver_preload([__name__, *PRELOADED])
+    with chdir(ROOT):
+        forkserver.ensure_running()

@@ -1,4 +1,4 @@
-"""A rank of a run that goes wrong, for tests of the watchdog: ``hanging_rank.py FAULT FAULTY_RANK STACKS_DIR TIMEOUT [START]``.
+"""A rank of a run that goes wrong, for tests of the watchdog: ``hanging_rank.py FAULT FAULTY_RANK STACKS_DIR TIMEOUT``.
 
 Runs under torchrun, or alone. Says ``step N`` on standard output as it goes.
 """
@@ -42,9 +42,8 @@ def go_wrong(fault: str, watchdog: Watchdog) -> None:
         work_slowly(watchdog)
 
 
-def main() -> None:
-    fault, faulty_rank, stacks_dir, timeout_s = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
-    start_s = float(sys.argv[5]) if len(sys.argv) > 5 else None
+def main(fault: str, faulty_rank: int, stacks_dir: Path, timeout_s: float, start_s: float | None = None) -> None:
+    """Take steps, until the fault comes."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
         dist.init_process_group("gloo", timeout=collective_timeout(timeout_s))
@@ -67,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]))

@@ -1,8 +1,6 @@
 """The same run on any number of processes and micro-batches: the same galaxies, augmented alike, at the same rates; in double
 precision the same losses and weights."""
 
-import json
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,8 +10,10 @@ import torch
 from galaxydist.runs import checkpoints
 from galaxydist.shards.write import write_shards
 from tests.blobs import BlobSurvey
+from tests.forked_runs import run_forked, train
 from tests.runs import count_errors, quick_settings, read_losses, read_metrics
-from tests.traces import read_steps, traced
+from tests.traced_launch import train_traced
+from tests.traces import read_steps
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
@@ -57,12 +57,10 @@ class UnevenBlobs(BlobSurvey):
         return {"val": splits["val"], "train": train[~((self.labels[train] == 0) & (train % 9 == 0))]}
 
 
-def run(manifest: Path, folder: Path, num_processes: int, changes: Mapping[str, object], kind: str = "torchrun") -> Path:
-    """A traced run through a launcher, to its end."""
+def run(manifest: Path, folder: Path, num_processes: int, changes: Mapping[str, object]) -> Path:
+    """A traced run of so many processes, to its end."""
     settings = quick_settings(manifest, folder / "run", **changes)
-    done = subprocess.run(
-        traced(num_processes, folder / "trace", settings, kind), capture_output=True, text=True, timeout=280, check=False
-    )
+    done = run_forked(train_traced, folder / "trace", settings, size=num_processes)
     assert done.returncode == 0, done.stderr
     processes = "1 process," if num_processes == 1 else f"{num_processes} processes,"
     assert processes in done.stdout
@@ -105,20 +103,18 @@ def one_process(uneven_blobs: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize(
     ("processes", "changes"),
     [
-        ((2, "accelerate"), {}),
-        ((3, "torchrun"), {}),
-        ((5, "torchrun"), {}),
-        ((1, "torchrun"), {"train__micro_batch": 24}),
-        ((1, "accelerate"), {"train__micro_batch": 12}),
-        ((2, "torchrun"), {"train__micro_batch": 5}),
+        (2, {}),
+        (3, {}),
+        (5, {}),
+        (1, {"train__micro_batch": 12}),
+        (2, {"train__micro_batch": 5}),
     ],
-    ids=["2 x 24", "3 x 16", "5 uneven", "2 micro-batches", "4 micro-batches", "2 x 5 micro-batches"],
+    ids=["2 x 24", "3 x 16", "5 uneven", "4 micro-batches", "2 x 5 micro-batches"],
 )
 def test_steps_losses_and_weights_are_those_of_one_process(
-    uneven_blobs: Path, one_process: Path, tmp_path: Path, processes: tuple[int, str], changes: Mapping[str, object]
+    uneven_blobs: Path, one_process: Path, tmp_path: Path, processes: int, changes: Mapping[str, object]
 ) -> None:
-    num_processes, kind = processes
-    other = run(uneven_blobs, tmp_path, num_processes, {**EXACT, **changes}, kind)
+    other = run(uneven_blobs, tmp_path, processes, {**EXACT, **changes})
     assert_same_steps(one_process, other)
     assert largest_difference(one_process, other) < 1e-9
 
@@ -150,7 +146,7 @@ def test_divided_models_take_the_steps_of_whole_ones(uneven_blobs: Path, one_pro
 
 def test_a_share_that_cannot_be_paired_is_refused(uneven_blobs: Path, tmp_path: Path) -> None:
     settings = quick_settings(uneven_blobs, tmp_path / "run", **{**MIXED, "train__batch_size": 50})
-    done = subprocess.run(traced(2, tmp_path / "trace", settings), capture_output=True, text=True, timeout=280, check=False)
+    done = run_forked(train, settings, size=2)
     assert done.returncode != 0
     assert count_errors(done.stderr) == 1 and "train.batch_size" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -162,11 +158,3 @@ def test_synchronised_batch_norm_makes_world_sizes_agree(uneven_blobs: Path, tmp
     assert largest_difference(one, local) > 1e-6
     for num_processes in (2, 5):  # five have uneven shares
         assert largest_difference(one, run(uneven_blobs, tmp_path / str(num_processes), num_processes, BATCH_NORM)) < 1e-9
-
-
-def test_single_precision_drifts_and_says_how_far(uneven_blobs: Path, tmp_path: Path) -> None:
-    """Not judged: rounding grows chaotically. The galaxies are the same."""
-    one = run(uneven_blobs, tmp_path / "one", 1, {**EXACT, "train__precision": "no"})
-    two = run(uneven_blobs, tmp_path / "two", 2, {**EXACT, "train__precision": "no"})
-    assert_same_steps(one, two)
-    print(json.dumps({"fp32 drift after 30 steps": largest_difference(one, two)}))

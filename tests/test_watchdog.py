@@ -2,13 +2,11 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -20,6 +18,8 @@ from galaxydist.errors import EXIT_HUNG
 from galaxydist.training import guard_process
 from galaxydist.training.heartbeats import Hang, Heartbeat, find_hang
 from galaxydist.training.watchdog import Watchdog, collective_timeout, start_allowance
+from tests.forked_runs import Ranks, forked
+from tests.hanging_rank import main as hang
 from tests.runs import TORCHRUN_2
 
 SCRIPT = Path(__file__).with_name("hanging_rank.py")
@@ -161,64 +161,46 @@ def wait_until(holds: object, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-@dataclass
-class Ranks:
-    """Processes of ``hanging_rank.py`` and what they say."""
+def wait_for_step(run: Ranks, step: int) -> None:
+    for rank in range(len(run.processes)):
+        wait_until(lambda rank=rank: f"step {step}\n" in run.said(rank))
 
-    processes: list[subprocess.Popen[bytes]]
-    folder: Path
 
-    def said(self, rank: int) -> str:
-        return (self.folder / f"{rank}.out").read_text()
-
-    def complaints(self) -> str:
-        return "".join((self.folder / f"{rank}.err").read_text() for rank in range(len(self.processes)))
-
-    def wait_for_step(self, step: int) -> None:
-        for rank in range(len(self.processes)):
-            wait_until(lambda rank=rank: f"step {step}\n" in self.said(rank))
-
-    def exit_codes(self, *but: int) -> list[int]:
-        return [process.wait(60) for rank, process in enumerate(self.processes) if rank not in but]
+def exit_codes(run: Ranks, *but: int) -> list[int | None]:
+    """Once they have left by themselves."""
+    for rank in set(range(len(run.processes))) - set(but):
+        run.processes[rank].join(60)
+    return [code for rank, code in enumerate(run.exit_codes) if rank not in but]
 
 
 @contextmanager
 def ranks(fault: str, tmp_path: Path, *, number: int, faulty: int = -1, start_s: float | None = None) -> Iterator[Ranks]:
     """Start ranks; at the end no process of theirs is left, guards included."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes, guards = [], set()
-    try:
-        for rank in range(number):
-            environ = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(SCRIPT.parents[1])}
-            environ |= {"RANK": str(rank), "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1", "TORCH_FR_BUFFER_SIZE": "100"}
-            arguments = [sys.executable, str(SCRIPT), fault, str(faulty), str(tmp_path / "stacks"), str(TIMEOUT_S)]
-            arguments += [] if start_s is None else [str(start_s)]
-            with (tmp_path / f"{rank}.out").open("w") as out, (tmp_path / f"{rank}.err").open("w") as err:
-                processes.append(subprocess.Popen(arguments, env=environ, stdout=out, stderr=err, start_new_session=True))
-        found = Ranks(processes, tmp_path)
-        found.wait_for_step(0)
-        guards = {guard for process in processes for guard in guards_of(process.pid)}
-        assert len(guards) == number
-        yield found
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        assert not psutil.wait_procs(guards, timeout=5)[1]
+    arguments = fault, faulty, tmp_path / "stacks", TIMEOUT_S, start_s
+    with forked(hang, *arguments, folder=tmp_path, size=number, environ={"TORCH_FR_BUFFER_SIZE": "100"}) as run:
+        guards = set()
+        try:
+            wait_for_step(run, 0)
+            guards = {guard for pid in run.pids for guard in guards_of(pid)}
+            assert len(guards) == number
+            yield run
+        finally:
+            for process in run.processes:
+                process.kill()
+                process.join()
+            assert not psutil.wait_procs(guards, timeout=5)[1]
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_rank_that_sleeps_is_named_once_and_all_end(tmp_path: Path) -> None:
     with ranks("sleep", tmp_path, number=3, faulty=1) as run:
-        run.wait_for_step(4)
+        wait_for_step(run, 4)
         since = time.monotonic()
-        assert run.exit_codes() == [EXIT_HUNG] * 3
+        assert exit_codes(run) == [EXIT_HUNG] * 3
         # By the watchdog, and not by the collective, whose time-out is ten minutes more; on a busy machine it takes its time.
         assert TIMEOUT_S - 1 < time.monotonic() - since < TIMEOUT_S + 60
-        complaints = run.complaints()
+        complaints = run.text("err")
     assert complaints.count("The run hangs") == 1
     assert complaints.count("behind: ") == 1 and "behind: rank 1 (" in complaints
     assert "in step 5, data, for " in complaints and "waiting: 2 in step 5, forward/backward" in complaints
@@ -232,12 +214,12 @@ def test_a_rank_that_sleeps_is_named_once_and_all_end(tmp_path: Path) -> None:
 @pytest.mark.multiprocess
 def test_a_stopped_rank_is_named_as_silent(tmp_path: Path) -> None:
     with ranks("none", tmp_path, number=3) as run:
-        run.wait_for_step(3)
-        run.processes[2].send_signal(signal.SIGSTOP)
-        assert run.exit_codes(2) == [EXIT_HUNG] * 2
-        complaints = run.complaints()
+        wait_for_step(run, 3)
+        os.kill(run.pids[2], signal.SIGSTOP)
+        assert exit_codes(run, 2) == [EXIT_HUNG] * 2
+        complaints = run.text("err")
         # The guard of a stopped process does not end it.
-        assert run.processes[2].poll() is None
+        assert run.exit_codes[2] is None
     assert complaints.count("The run hangs") == 1
     assert complaints.count("behind: ") == 1 and "behind: rank 2 (" in complaints and "silent for " in complaints
 
@@ -246,10 +228,10 @@ def test_a_stopped_rank_is_named_as_silent(tmp_path: Path) -> None:
 @pytest.mark.multiprocess
 def test_a_stopped_rank_that_holds_the_store_is_named(tmp_path: Path) -> None:
     with ranks("none", tmp_path, number=2) as run:
-        run.wait_for_step(3)
-        run.processes[0].send_signal(signal.SIGSTOP)
-        assert run.exit_codes(0) == [EXIT_HUNG]
-        complaints = run.complaints()
+        wait_for_step(run, 3)
+        os.kill(run.pids[0], signal.SIGSTOP)
+        assert exit_codes(run, 0) == [EXIT_HUNG]
+        complaints = run.text("err")
     assert "rank 1 (" in complaints and "the store of rank 0 or its launcher is gone or stopped" in complaints
 
 
@@ -258,9 +240,9 @@ def test_a_stopped_rank_that_holds_the_store_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_rank_that_keeps_the_interpreters_lock_is_dumped_and_ended(number: int, tmp_path: Path) -> None:
     with ranks("lock", tmp_path, number=number, faulty=number - 1) as run:
-        run.wait_for_step(4)
-        assert run.exit_codes() == [EXIT_HUNG] * (number - 1) + [-signal.SIGKILL]
-        complaints = run.complaints()
+        wait_for_step(run, 4)
+        assert exit_codes(run) == [EXIT_HUNG] * (number - 1) + [-signal.SIGKILL]
+        complaints = run.text("err")
     assert "hold_the_lock_in_c" in (tmp_path / "stacks" / f"rank-{number - 1:04d}.txt").read_text()
     assert f"rank {number - 1} (" in complaints and "C code has kept Python from running there for " in complaints
     if number == 2:
@@ -273,8 +255,8 @@ def test_a_rank_that_keeps_the_interpreters_lock_is_dumped_and_ended(number: int
 def test_a_slow_run_is_not_touched(fault: str, tmp_path: Path) -> None:
     """Rank 1 works longer than the timeout, with signs of life, while rank 0 waits without any; or the first step is long."""
     with ranks(fault, tmp_path, number=2, faulty=1, start_s=20 * TIMEOUT_S) as run:
-        assert run.exit_codes() == [0, 0]
-        assert "hangs" not in run.complaints()
+        assert exit_codes(run) == [0, 0]
+        assert "hangs" not in run.text("err")
     assert not (tmp_path / "stacks").exists()
 
 
@@ -283,16 +265,16 @@ def test_a_slow_run_is_not_touched(fault: str, tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_and_continued_goes_on(tmp_path: Path) -> None:
     """Stopped in the middle of two seconds without a beat, for longer than the timeout."""
     with ranks("coarse", tmp_path, number=2) as run:
-        run.wait_for_step(1)
+        wait_for_step(run, 1)
         time.sleep(0.5)
-        for process in run.processes:
-            os.killpg(process.pid, signal.SIGSTOP)
+        for pid in run.pids:
+            os.killpg(pid, signal.SIGSTOP)
         time.sleep(2.5 * TIMEOUT_S)
         steps = len(run.said(0).splitlines())
-        for process in run.processes:
-            os.killpg(process.pid, signal.SIGCONT)
-        run.wait_for_step(steps + 2)
-        assert [process.poll() for process in run.processes] == [None, None]
+        for pid in run.pids:
+            os.killpg(pid, signal.SIGCONT)
+        wait_for_step(run, steps + 2)
+        assert run.exit_codes == [None, None]
 
 
 @pytest.mark.slow

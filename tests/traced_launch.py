@@ -1,13 +1,13 @@
-"""launch.py that also writes down what each step was made of: ``torchrun ... traced_launch.py TRACE_DIR recipe=... key=value``.
+"""launch.py that also writes down what each step was made of.
 
-A line of TRACE_DIR/rank-0-PID.jsonl: step, rank, world size, the sample number and a checksum of the
+A line of FOLDER/rank-0-PID.jsonl: step, rank, world size, the sample number and a checksum of the
 augmented image at each position of the rank's part of the batch, the learning rate, this process's number.
 """
 
 import json
 import os
-import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ def trace(folder: Path) -> None:
     Augment.__call__ = traced_augment  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
-    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
-    trace(Path(sys.argv[1]))
-    sys.exit(main(sys.argv[2:], os.environ))
+def train_traced(folder: Path, settings: Sequence[str]) -> int:
+    """What launch.py does, with a line for each step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trace(folder)
+    return main(settings, os.environ)

@@ -1,15 +1,9 @@
 """What ``traced_launch.py`` wrote, put together over the ranks."""
 
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tests.runs import ACCELERATE
-
-SCRIPT = Path(__file__).with_name("traced_launch.py")
 
 
 @dataclass(frozen=True)
@@ -46,16 +40,3 @@ def read_steps(folder: Path) -> dict[int, Step]:
                 assert (taken.samples, taken.images, taken.rate) == (found[step].samples, found[step].images, found[step].rate)
             found[step] = taken
     return found
-
-
-def launcher(num_processes: int, kind: str = "torchrun") -> tuple[str, ...]:
-    """Starts so many processes of the script that follows."""
-    if kind == "torchrun":
-        return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes))
-    many = ("--multi_gpu",) if num_processes > 1 else ()
-    return (*ACCELERATE, *many, "--num_processes", str(num_processes), "--num_machines", "1", "--main_process_port", "0")
-
-
-def traced(num_processes: int, trace_dir: Path, settings: Sequence[str], kind: str = "torchrun") -> list[str]:
-    """The command line of a traced run."""
-    return [*launcher(num_processes, kind), str(SCRIPT), str(trace_dir), *settings]
