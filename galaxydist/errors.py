@@ -11,6 +11,17 @@ class UserError(ValueError):
     """Something the user gave cannot be used: the text says what is wrong, what was given and what to do."""
 
 
+class DamagedPictureError(UserError):
+    """A picture cannot be read or decoded, while others beside it can: ``reason`` names it and says why."""
+
+    @property
+    def reason(self) -> str:
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.reason}; replace or remove the file"
+
+
 class EveryRankError(UserError):
     """A ``UserError`` that every process of a run raises alike: one of them prints it."""
 

@@ -34,10 +34,12 @@ class EncodedImage:
     Args:
         data: the file's bytes.
         format: ``"jpg"`` or ``"png"``.
+        file: its name, for messages; empty where it has none.
     """
 
     data: bytes
     format: str
+    file: str = ""
 
 
 @dataclass(frozen=True, slots=True)

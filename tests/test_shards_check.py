@@ -47,7 +47,7 @@ def test_a_damaged_picture_names_shard_and_galaxy(manifest: Manifest) -> None:
     with pytest.raises(UserError) as error:
         check_shards(manifest.path)
     assert f"shard {shard}: its checksum is not the manifest's" in str(error.value)
-    assert f"shard {shard}, galaxy {first_keys(shard)[2]}: galaxy picture: its picture does not decode" in str(error.value)
+    assert f"shard {shard}, galaxy {first_keys(shard)[2]}: its picture does not decode" in str(error.value)
     assert "make the shards anew with: galaxydist data shard" in str(error.value)
 
 

@@ -9,7 +9,6 @@ until the first step. ``folds``: networks on real galaxies at equal compute.
 
 import argparse
 import os
-from pathlib import Path
 
 from galaxydist.cli.bench_folds import add_folds
 from galaxydist.cli.bench_loader import add_loader
@@ -19,7 +18,7 @@ from galaxydist.cli.bench_saving import add_saving
 from galaxydist.cli.bench_scaling import add_scaling
 from galaxydist.cli.bench_startup import add_startup
 from galaxydist.cli.bench_trainer import add_trainer
-from galaxydist.cli.options import Commands, add_data_dir, add_workers, non_negative_int, positive_int
+from galaxydist.cli.options import Commands, add_data_dir, add_workers, local_path, non_negative_int, positive_int
 
 
 def add_parser(commands: Commands) -> None:
@@ -36,7 +35,9 @@ def add_parser(commands: Commands) -> None:
         "--num-galaxies", type=positive_int, default=1000, metavar="N", help="class-balanced (default: %(default)s)"
     )
     simulator.add_argument("--seed", type=non_negative_int, default=0, metavar="S", help="default: %(default)s")
-    simulator.add_argument("--real", type=Path, metavar="DIR", help="real galaxies to measure beside them: <label>/<row>.jpg")
+    simulator.add_argument(
+        "--real", type=local_path, metavar="DIR", help="real galaxies to measure beside them: <label>/<row>.jpg"
+    )
     add_workers(simulator)
     simulator.set_defaults(run=run_simulator)
     transfer = inner.add_parser(
@@ -45,7 +46,7 @@ def add_parser(commands: Commands) -> None:
         description="Train the demo's recipe on simulated galaxies alone, test it on real ones; several seeds.",
         allow_abbrev=False,
     )
-    transfer.add_argument("--real", type=Path, required=True, metavar="DIR", help="real galaxies: <label>/<row>.jpg")
+    transfer.add_argument("--real", type=local_path, required=True, metavar="DIR", help="real galaxies: <label>/<row>.jpg")
     transfer.add_argument(
         "--num-galaxies", type=positive_int, default=3000, metavar="N", help="simulated, class-balanced (default: %(default)s)"
     )

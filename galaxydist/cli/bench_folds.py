@@ -3,9 +3,8 @@
 import argparse
 import math
 import os
-from pathlib import Path
 
-from galaxydist.cli.options import Commands, add_data_dir, chosen_root, positive_int
+from galaxydist.cli.options import Commands, add_data_dir, chosen_root, local_path, positive_int
 
 
 def add_folds(commands: Commands) -> None:
@@ -17,7 +16,7 @@ def add_folds(commands: Commands) -> None:
         "time, and test it on the rest. Prints a table and, last, a line of JSON. A second call takes up what is finished.",
         allow_abbrev=False,
     )
-    parser.add_argument("--real", type=Path, required=True, metavar="DIR", help="real galaxies: <class>/<picture>")
+    parser.add_argument("--real", type=local_path, required=True, metavar="DIR", help="real galaxies: <class>/<picture>")
     parser.add_argument(
         "--minutes", type=positive_number, default=10.0, metavar="M", help="processor minutes of a fit (default: %(default)g)"
     )

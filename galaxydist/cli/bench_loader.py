@@ -6,7 +6,7 @@ from pathlib import Path
 
 from galaxydist.benchmarks.loader_job import TASKS
 from galaxydist.benchmarks.loader_peers import PEERS
-from galaxydist.cli.options import Commands, add_data_dir, chosen_root, positive_int
+from galaxydist.cli.options import Commands, add_data_dir, chosen_root, local_path, positive_int
 
 
 def add_loader(commands: Commands) -> None:
@@ -20,15 +20,21 @@ def add_loader(commands: Commands) -> None:
         allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", type=Path, metavar="MANIFEST", help="shards to take JPEGs from (default: simulated galaxies)")
-    source.add_argument("--real", type=Path, metavar="DIR", help="a folder of JPEGs to take instead: <class>/<name>.jpg")
+    source.add_argument(
+        "--data", type=local_path, metavar="MANIFEST", help="shards to take JPEGs from (default: simulated galaxies)"
+    )
+    source.add_argument("--real", type=local_path, metavar="DIR", help="a folder of JPEGs to take instead: <class>/<name>.jpg")
     parser.add_argument("--workers", type=positive_int, metavar="N", help="workers, on N cores (default: all cores)")
     parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--images", type=positive_int, metavar="N", help="pictures in an epoch (default: 2,000 a worker)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)}")
     parser.add_argument("--peers", nargs="*", choices=peers, metavar="PEER", help=f"of {', '.join(peers)} (default: all)")
     parser.add_argument(
-        "--environments", type=Path, default=Path(), metavar="DIR", help="where .venv-bench and .venv-mosaic lie (default: here)"
+        "--environments",
+        type=local_path,
+        default=Path(),
+        metavar="DIR",
+        help="where .venv-bench and .venv-mosaic lie (default: here)",
     )
     parser.add_argument("--quick", action="store_true", help="few pictures, once: to see that it works, not to quote")
     add_data_dir(parser)

@@ -2,9 +2,8 @@
 
 import argparse
 import os
-from pathlib import Path
 
-from galaxydist.cli.options import Commands, add_data_dir, chosen_root, non_negative_int, positive_int
+from galaxydist.cli.options import Commands, add_data_dir, chosen_root, local_path, non_negative_int, positive_int
 
 
 def add_remote(commands: Commands) -> None:
@@ -17,7 +16,7 @@ def add_remote(commands: Commands) -> None:
         "were asked for, and whether the epoch is the local one. Prints a table and, last, lines of JSON.",
         allow_abbrev=False,
     )
-    parser.add_argument("--data", type=Path, metavar="MANIFEST", help="local shards to serve (default: simulated galaxies)")
+    parser.add_argument("--data", type=local_path, metavar="MANIFEST", help="local shards to serve (default: simulated galaxies)")
     parser.add_argument(
         "--images", type=positive_int, default=12_800, metavar="N", help="simulated galaxies (default: %(default)s)"
     )

@@ -1,9 +1,8 @@
 """``galaxydist bench saving``: what checkpoints cost a training."""
 
 import argparse
-from pathlib import Path
 
-from galaxydist.cli.options import Commands, add_data_dir, chosen_root, known_model, positive_int
+from galaxydist.cli.options import Commands, add_data_dir, chosen_root, known_model, local_path, positive_int
 
 
 def add_saving(commands: Commands) -> None:
@@ -23,7 +22,7 @@ def add_saving(commands: Commands) -> None:
     parser.add_argument("--model", default="resnet50", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--image-size", type=positive_int, default=64, metavar="PIXELS", help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive_int, default=16, metavar="B", help="default: %(default)s")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="write into DIR/saving (default: under the data root)")
+    parser.add_argument("--folder", type=local_path, metavar="DIR", help="write into DIR/saving (default: under the data root)")
     add_data_dir(parser)
     parser.set_defaults(run=run_saving)
 

@@ -1,10 +1,18 @@
 """``galaxydist data``: fetch and export; the other data commands have modules of their own."""
 
 import argparse
-from pathlib import Path
 
 from galaxydist.cli import check, explore, shard, simulate
-from galaxydist.cli.options import Commands, add_data_dir, add_dataset, add_workers, chosen_root, survey_source
+from galaxydist.cli.options import (
+    Commands,
+    add_data_dir,
+    add_dataset,
+    add_survey,
+    add_workers,
+    chosen_root,
+    local_path,
+    survey_source,
+)
 
 
 def add_parser(commands: Commands) -> None:
@@ -32,7 +40,11 @@ def _add_fetch(commands: Commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--from", dest="source", type=Path, metavar="FILE", help="a copy of the file on this machine, instead of the network"
+        "--from",
+        dest="source",
+        type=local_path,
+        metavar="FILE",
+        help="a copy of the file on this machine, instead of the network",
     )
     parser.add_argument("--via", choices=("astronn",), help="download through astroNN (needs galaxydist[astronn])")
     add_data_dir(parser)
@@ -47,11 +59,9 @@ def _add_export(commands: Commands) -> None:
         allow_abbrev=False,
     )
     add_dataset(parser)
+    add_survey(parser)
     parser.add_argument(
-        "--from", dest="source", type=Path, metavar="PATH", help="an HDF5 file in Galaxy10's schema or a folder of pictures"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where to write both trees (default: images/NAME in the data root)"
+        "--out", type=local_path, metavar="DIR", help="where to write both trees (default: images/NAME in the data root)"
     )
     add_workers(parser)
     add_data_dir(parser)
@@ -75,7 +85,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 
     root = chosen_root(arguments)
     source = survey_source(arguments, root)
-    out_dir = arguments.out or images_dir(root, open_survey(source).name)
-    for tree in export_image_folders(source, out_dir, workers=arguments.workers):
+    out_dir = arguments.out or images_dir(root, open_survey(source, classes=arguments.classes).name)
+    for tree in export_image_folders(source, out_dir, workers=arguments.workers, classes=arguments.classes):
         counts = ", ".join(f"{split} {number}" for split, number in tree.num_galaxies.items())
         print(f"{tree.variant} ({counts}): {tree.path}{' (there already)' if tree.was_there else ''}")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from galaxydist.cli.options import Commands, add_data_dir, non_negative_int
+from galaxydist.cli.options import Commands, add_data_dir, local_path, non_negative_int
 from galaxydist.errors import EXIT_FAILED, UserError
 
 EPILOG = """examples:
@@ -44,7 +44,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "--run-root",
-        type=Path,
+        type=local_path,
         default=Path("runs"),
         metavar="DIR",
         help="folder of run folders, where the job's reports go too (default: %(default)s)",

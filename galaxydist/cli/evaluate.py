@@ -2,10 +2,9 @@
 
 import argparse
 import os
-from pathlib import Path
 
 from galaxydist.cli import run_target
-from galaxydist.cli.options import Commands, add_data_dir
+from galaxydist.cli.options import Commands, add_data_dir, local_path
 from galaxydist.errors import UserError
 
 EPILOG = """examples:
@@ -44,15 +43,15 @@ def add_parser(commands: Commands) -> None:
         "--trained-on", metavar="FILE", help="path or URL of the manifest that the run was trained on, where that has moved"
     )
     parser.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="judge stored predictions, without a run: a *-predictions.parquet"
+        "--predictions", type=local_path, metavar="FILE", help="judge stored predictions, without a run: a *-predictions.parquet"
     )
     parser.add_argument(
         "--validation",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="with --predictions: those of the validation split, for the temperature (default: the ones beside it)",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="with --predictions: where to write (default: beside it)")
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="with --predictions: where to write (default: beside it)")
     add_data_dir(parser)
     parser.set_defaults(run=run)
 

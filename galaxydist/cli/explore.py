@@ -5,7 +5,17 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from galaxydist.cli.options import Commands, add_data_dir, add_dataset, chosen_root, non_negative_int, positive_int, survey_source
+from galaxydist.cli.options import (
+    Commands,
+    add_data_dir,
+    add_dataset,
+    add_survey,
+    chosen_root,
+    local_path,
+    non_negative_int,
+    positive_int,
+    survey_source,
+)
 from galaxydist.errors import UserError
 from galaxydist.variants import VARIANTS
 
@@ -32,9 +42,7 @@ def add_parser(commands: Commands) -> None:
         "(default: the HDF5 file of --dataset)",
     )
     add_dataset(parser)
-    parser.add_argument(
-        "--from", dest="source", type=Path, metavar="PATH", help="an HDF5 file in Galaxy10's schema or a folder of pictures"
-    )
+    add_survey(parser)
     parser.add_argument("--variant", choices=VARIANTS, help="default: original, or what the shards hold")
     parser.add_argument(
         "--sample",
@@ -47,10 +55,10 @@ def add_parser(commands: Commands) -> None:
         "--per-class", type=positive_int, default=8, metavar="N", help="galaxies of a class among the examples (default: 8)"
     )
     parser.add_argument("--seed", type=non_negative_int, default=0, metavar="S", help="of the choice of galaxies (default: 0)")
-    parser.add_argument("-o", dest="page", type=Path, metavar="FILE", help="the page alone, under this name")
+    parser.add_argument("-o", dest="page", type=local_path, metavar="FILE", help="the page alone, under this name")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="folder of the page, survey.json, gallery.jpg and counts.png "
         "(default, without -o: explore/NAME/VARIANT in the data root)",
@@ -64,14 +72,14 @@ def run(arguments: argparse.Namespace) -> None:
     from galaxydist import __version__
     from galaxydist.evaluation.exploration.opening import open_population
     from galaxydist.evaluation.explore import PAGE, explore
-    from galaxydist.recipe.paths import cache_dir
+    from galaxydist.recipe.paths import cache_dir, folder_name
     from galaxydist.shards.cache import CacheConfig
 
     root = chosen_root(arguments)
-    population = open_population(_location(arguments, root), arguments.variant, CacheConfig(cache_dir(root)))
+    population = open_population(_location(arguments, root), arguments.variant, CacheConfig(cache_dir(root)), arguments.classes)
     out_dir: Path | None = arguments.out
     if out_dir is None and arguments.page is None:
-        out_dir = root / "explore" / population.dataset / population.variant
+        out_dir = root / "explore" / folder_name(population.dataset) / folder_name(population.variant)
     page: Path = arguments.page or (out_dir or Path()) / PAGE
     if page.is_dir():
         raise UserError(f"-o {page} is a folder; give the name of a file, like {page / PAGE}, or --out {page}")
@@ -108,6 +116,7 @@ def _command(arguments: argparse.Namespace) -> str:
     else:
         words += ["--dataset", arguments.dataset]
     words += ["--variant", arguments.variant] if arguments.variant else []
+    words += ["--classes", arguments.classes] if arguments.classes else []
     words += ["--sample", str(arguments.sample), "--per-class", str(arguments.per_class), "--seed", str(arguments.seed)]
     for option, value in (("-o", arguments.page), ("--out", arguments.out), ("--data-dir", arguments.data_dir)):
         words += [option, str(value)] if value is not None else []

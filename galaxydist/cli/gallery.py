@@ -2,10 +2,9 @@
 
 import argparse
 import os
-from pathlib import Path
 
 from galaxydist.cli import run_target
-from galaxydist.cli.options import Commands, add_data_dir, positive_int
+from galaxydist.cli.options import Commands, add_data_dir, local_path, positive_int
 from galaxydist.errors import UserError
 
 EPILOG = """examples:
@@ -37,7 +36,7 @@ def add_parser(commands: Commands) -> None:
         "--per-class", type=positive_int, default=4, metavar="N", help=f"galaxies of a class and kind, up to {MOST} (default: 4)"
     )
     parser.add_argument("--manifest", metavar="FILE", help="path or URL of the manifest that it was evaluated on")
-    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="the page (default: beside the predictions)")
+    parser.add_argument("-o", "--out", type=local_path, metavar="FILE", help="the page (default: beside the predictions)")
     add_data_dir(parser)
     parser.set_defaults(run=run)
 

@@ -36,6 +36,8 @@ from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell counts it
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# A read-only file system; a file in the place of a folder, or the other way round.
+NOT_WRITABLE = {errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 
 EPILOG = """examples:
   galaxydist data simulate                   a simulated survey in Galaxy10's schema
@@ -108,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(
                 f"no space left: {error.strerror} ({error.filename or 'while writing'}); free some and give the command again"
             )
-        if isinstance(error, PermissionError):
+        if isinstance(error, PermissionError) or error.errno in NOT_WRITABLE:
             return _fail(f"not allowed: {error.strerror} ({error.filename}); choose another place, for example with --data-dir")
         raise
     return code or 0

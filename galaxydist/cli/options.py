@@ -77,10 +77,17 @@ DATASETS = {
 }
 
 
+def local_path(text: str) -> Path:
+    """An argparse type: a path on this machine. A URL is none: as a path it would lose a slash."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a URL, and this takes a path on this machine: copy the data here first")
+    return Path(text)
+
+
 def add_data_dir(parser: argparse.ArgumentParser) -> None:
     """``--data-dir``: the root of HDF5 files, shards, weights and caches."""
     parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="data root (else $GALAXYDIST_DATA, else the user's cache folder)"
+        "--data-dir", type=local_path, metavar="DIR", help="data root (else $GALAXYDIST_DATA, else the user's cache folder)"
     )
 
 
@@ -91,6 +98,18 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
         choices=tuple(DATASETS),
         default="galaxy10_decals",
         help="which survey of the data root (default: %(default)s)",
+    )
+
+
+def add_survey(parser: argparse.ArgumentParser) -> None:
+    """``--from`` and ``--classes``: a survey that lies elsewhere than under the data root."""
+    parser.add_argument(
+        "--from", dest="source", type=local_path, metavar="PATH", help="an HDF5 file in Galaxy10's schema or a folder of pictures"
+    )
+    parser.add_argument(
+        "--classes",
+        choices=("galaxy10",),
+        help="the folder's classes, named 0 to 9, are Galaxy10's labels (default: other classes)",
     )
 
 

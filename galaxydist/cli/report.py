@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from galaxydist.cli.options import Commands
+from galaxydist.cli.options import Commands, local_path
 from galaxydist.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "targets", nargs="+", metavar="SWEEP|RUN|FOLDER", help="a sweep's file or name, run folders, or folders that hold some"
     )
-    parser.add_argument("-o", dest="page", type=Path, default=PAGE, metavar="FILE", help="the page (default: %(default)s)")
+    parser.add_argument("-o", dest="page", type=local_path, default=PAGE, metavar="FILE", help="the page (default: %(default)s)")
     parser.add_argument(
         "--gallery",
         action="store_true",

@@ -1,21 +1,31 @@
 """``galaxydist data shard``: shards from a survey file or a folder of pictures."""
 
 import argparse
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from galaxydist.cli.options import (
     Commands,
     add_data_dir,
     add_dataset,
+    add_survey,
     add_workers,
     chosen_root,
     fold,
+    local_path,
     non_negative_int,
     positive_int,
     survey_source,
 )
 from galaxydist.errors import UserError
 from galaxydist.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from galaxydist.surveys.imagefolder import FolderSurvey
+
+# Endings of pictures without loss.
+LOSSLESS = {".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 
 
 def add_parser(commands: Commands) -> None:
@@ -27,9 +37,7 @@ def add_parser(commands: Commands) -> None:
         allow_abbrev=False,
     )
     add_dataset(parser)
-    parser.add_argument(
-        "--from", dest="source", type=Path, metavar="PATH", help="an HDF5 file in Galaxy10's schema or a folder of pictures"
-    )
+    add_survey(parser)
     parser.add_argument("--name", help="data set name, for data.dataset=NAME (default: the source's own)")
     parser.add_argument("--variant", choices=(*VARIANTS, "both"), default="original", help="default: %(default)s")
     parser.add_argument(
@@ -47,8 +55,16 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--seed", type=non_negative_int, default=0, metavar="S", help="of the storage order (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: shards/NAME/VARIANT in the data root)")
+    parser.add_argument(
+        "--out", type=local_path, metavar="DIR", help="folder to write (default: shards/NAME/VARIANT in the data root)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace shards of another source or with other settings")
+    parser.add_argument(
+        "--on-error", choices=("raise", "skip"), default="raise", help="damaged pictures: skip leaves them out and lists them"
+    )
+    parser.add_argument(
+        "--max-errors", type=non_negative_int, metavar="N", help="with --on-error skip: leave out so many at most (default: 100)"
+    )
     add_workers(parser)
     add_data_dir(parser)
     parser.set_defaults(run=run)
@@ -68,15 +84,25 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is not None and len(variants) > 1:
         raise UserError("--out names one folder, --variant=both writes two: leave --out away, or write one variant at a time")
 
+    if arguments.max_errors is not None and arguments.on_error != "skip":
+        raise UserError("--max-errors counts pictures that are left out: say --on-error skip as well")
+
     from galaxydist.recipe.paths import shards_dir
+    from galaxydist.shards.damaged import LEFT_OUT_NAME, count_left_out
     from galaxydist.shards.write import write_shards
+    from galaxydist.surveys.imagefolder import FolderSurvey
     from galaxydist.surveys.open import open_survey
 
     root = chosen_root(arguments)
     source = survey_source(arguments, root)
     for variant in variants:
         survey = open_survey(
-            source, variant, conflicting=arguments.conflicting, name=_name(arguments, source), fold=arguments.fold
+            source,
+            variant,
+            conflicting=arguments.conflicting,
+            name=_name(arguments, source),
+            fold=arguments.fold,
+            classes=arguments.classes,
         )
         out_dir = arguments.out or shards_dir(root, survey.name, variant, conflicting=arguments.conflicting)
         written_before = _written_at(out_dir)
@@ -90,10 +116,24 @@ def run(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             workers=arguments.workers,
             overwrite=arguments.overwrite,
+            max_errors=(100 if arguments.max_errors is None else arguments.max_errors) if arguments.on_error == "skip" else None,
         )
         counts = ", ".join(f"{name} {split.num_samples}" for name, split in manifest.splits.items())
         there = " (there already)" if written_before == _written_at(out_dir) else ""
         print(f"shards of {manifest.dataset}, {manifest.variant} ({counts}): {manifest.path}{there}")
+        if left_out := count_left_out(manifest.dir):
+            print(f"{left_out} damaged pictures are left out; they are listed in {manifest.dir / LEFT_OUT_NAME}")
+        if isinstance(survey, FolderSurvey) and arguments.encoding == "jpeg":
+            _say_lossy(survey, arguments.quality)
+
+
+def _say_lossy(survey: "FolderSurvey", quality: int) -> None:
+    """Say which pictures lose something as JPEG."""
+    endings = Counter(Path(file).suffix.lower() for file in survey.files)
+    lossless = {ending: count for ending, count in sorted(endings.items()) if ending in LOSSLESS}
+    if lossless:
+        numbers = ", ".join(f"{count} {ending}" for ending, count in lossless.items())
+        print(f"{numbers} are stored as JPEG of quality {quality}; --encoding png keeps every pixel as it is")
 
 
 def _written_at(folder: Path) -> int | None:
@@ -115,5 +155,5 @@ def _name(arguments: argparse.Namespace, source: Path) -> str | None:
     else:
         from galaxydist.surveys.open import open_survey
 
-        base = open_survey(source).name
+        base = open_survey(source, classes=arguments.classes).name
     return fold_name(base, *arguments.fold)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from galaxydist.cli.options import Commands, add_data_dir, add_workers, chosen_root, non_negative_int, positive_int
+from galaxydist.cli.options import Commands, add_data_dir, add_workers, chosen_root, local_path, non_negative_int, positive_int
 from galaxydist.errors import UserError
 
 DEFAULT_GALAXIES = 3000
@@ -21,7 +21,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--seed", type=non_negative_int, default=0, metavar="S", help="default: %(default)s")
     parser.add_argument("--balanced", action="store_true", help="equally many of each class, not Galaxy10's proportions")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="HDF5 file to write (default: hdf5/simulated.h5 in the data root)"
+        "--out", type=local_path, metavar="FILE", help="HDF5 file to write (default: hdf5/simulated.h5 in the data root)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is another survey")
     add_workers(parser)

@@ -1,9 +1,8 @@
 """``galaxydist weights``: published weights into the cache, for machines without a network; a run's own weights into a file."""
 
 import argparse
-from pathlib import Path
 
-from galaxydist.cli.options import Commands, add_data_dir, chosen_root
+from galaxydist.cli.options import Commands, add_data_dir, chosen_root, local_path
 
 
 def add_parser(commands: Commands) -> None:
@@ -27,8 +26,8 @@ def add_parser(commands: Commands) -> None:
         description="Write the weights that a run is judged by as a safetensors file, for model.weights=FILE of another run.",
         allow_abbrev=False,
     )
-    save.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
-    save.add_argument("target", type=Path, metavar="FILE", help="the .safetensors file to write")
+    save.add_argument("run_dir", type=local_path, metavar="RUN", help="a run folder")
+    save.add_argument("target", type=local_path, metavar="FILE", help="the .safetensors file to write")
     save.set_defaults(run=run_save)
 
 

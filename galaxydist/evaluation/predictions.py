@@ -3,7 +3,9 @@
 Any reader of Parquet opens it. Columns: ``id``, ``sample`` (stored sample number), ``split``, ``label``, ``predicted``,
 ``probabilities`` and ``logits`` (K float32 each), ``in_validation`` (whether the model was chosen on this galaxy; null where
 nobody has looked), and what is known of the galaxy, null where it is not: ``ra``, ``dec`` (degrees), ``redshift``, ``size``
-(half-light radius) and ``sky_brightness``. What was judged on what stands as JSON in the file's metadata under ``galaxydist``.
+(half-light radius), ``sky_brightness``, and of pictures from a folder ``source_id`` (the user's own id, of which ``id`` is made)
+and ``file``, which files of earlier versions lack. What was judged on what stands as JSON in the file's metadata under
+``galaxydist``.
 """
 
 import json
@@ -31,6 +33,8 @@ ROW_GROUP = 16_384
 # What may be known of a galaxy; float64, null where it is not.
 IN_VALIDATION = "in_validation"
 PROPERTIES = ("ra", "dec", "redshift", "size", "sky_brightness")
+# What the user calls a galaxy; text, null where nobody has said.
+NAMES = ("source_id", "file")
 LISTS = ("probabilities", "logits")
 # What the name of every file of predictions ends in.
 PREDICTIONS = "-predictions.parquet"
@@ -74,7 +78,7 @@ def write_predictions(path: Path, info: PredictionsInfo, blocks: Iterator[Mappin
         path: its name; its folder exists.
         info: what it says of itself; ``context["split"]`` is written into each row.
         blocks: galaxies in the order of their sample numbers: columns ``id``, ``sample``, ``label``, ``predicted`` (B each),
-            ``logits`` (B x K) and any of ``PROPERTIES`` (B float64, nan where unknown).
+            ``logits`` (B x K) and any of ``PROPERTIES`` (B float64, nan where unknown) and ``NAMES`` (B texts).
 
     Returns:
         Number of galaxies.
@@ -122,7 +126,7 @@ class _Writer:
     def append(self, block: Mapping[str, ArrayLike]) -> None:
         import pyarrow as pa
 
-        arrays = {name: np.asarray(values) for name, values in block.items() if name != "id"}
+        arrays = {name: np.asarray(values) for name, values in block.items() if name not in ("id", *NAMES)}
         count = len(arrays["sample"])
         arrays["probabilities"] = softmax(arrays["logits"])
         columns = [_column(field, block, arrays, self._info, count) for field in self._schema]
@@ -160,7 +164,7 @@ def _schema(info: PredictionsInfo) -> "pa.Schema":
         "loss_without_validation": info.loss_without_validation,
         "versions": dict(info.versions),
     }
-    known = [pa.field(name, pa.float64()) for name in PROPERTIES]
+    known = [pa.field(name, pa.float64()) for name in PROPERTIES] + [pa.field(name, pa.string()) for name in NAMES]
     return pa.schema(
         [*required, pa.field(IN_VALIDATION, pa.bool_()), *known], metadata={METADATA_KEY: json.dumps(content, allow_nan=False)}
     )
@@ -171,8 +175,8 @@ def _column(
 ) -> "pa.Array":
     import pyarrow as pa
 
-    if field.name == "id":
-        return pa.array(block["id"], pa.string())
+    if field.name in ("id", *NAMES) and field.name in block:
+        return pa.array(block[field.name], pa.string())
     if field.name == "split":
         return pa.array([info.context["split"]] * count, pa.string())
     if field.nullable and field.name not in arrays:
@@ -279,7 +283,8 @@ def read_predictions(path: Path) -> PredictionsFile:
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(foreign) from None
     kinds = {field.name: field.type for field in schema}
-    if wrong := [field.name for field in expected if kinds.get(field.name) != field.type]:
+    later = {name: pa.string() for name in NAMES}
+    if wrong := [field.name for field in expected if {**later, **kinds}.get(field.name) != field.type]:
         raise UserError(
             f"{path} has no column {', '.join(wrong)} of the expected type; make it anew with `galaxydist evaluate RUN`"
         )

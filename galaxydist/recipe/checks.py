@@ -5,6 +5,7 @@ from typing import Any
 
 from galaxydist.recipe.draft import Check
 from galaxydist.recipe.fields import recipe_fields, suggest
+from galaxydist.recipe.paths import is_dataset_name
 
 PATCHES = {"vit": 16, "vit_scratch": 16, "reference_vit": 25}  # pixels
 ORIENTATIONS = 8  # of d4_cnn: flips and quarter turns
@@ -94,9 +95,9 @@ def _profile(profile: str | None) -> str | None:
 
 
 def _dataset_name(dataset: str) -> str | None:
-    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", dataset):
+    if is_dataset_name(dataset):
         return None
-    return "is a folder name under the data root: letters, digits, '_', '-' and '.'; for a file elsewhere use data.manifest=FILE"
+    return "names a folder under the data root: letters, digits and any of '_-+.'; for a file elsewhere use data.manifest=FILE"
 
 
 def _forced_keys(force: tuple[str, ...]) -> str | None:

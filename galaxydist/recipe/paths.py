@@ -1,21 +1,51 @@
 """Where things lie: the data root with what is in it, and the recipes that ship with the package."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+
+from galaxydist.errors import UserError
 
 DATA_VARIABLE = "GALAXYDIST_DATA"
 PACKAGE_DIR = Path(__file__).parents[1]
 
 
-def data_root(explicit: Path | None, environ: Mapping[str, str]) -> Path:
-    """The folder of HDF5 files, shards, weights and caches: ``explicit``, else GALAXYDIST_DATA, else a user cache folder."""
-    if explicit is not None:
-        return explicit.expanduser()
-    if environ.get(DATA_VARIABLE):
-        return Path(environ[DATA_VARIABLE]).expanduser()
-    from platformdirs import user_cache_path
+_DATASET_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
 
-    return user_cache_path("galaxydist")
+
+def is_dataset_name(name: str) -> bool:
+    """Whether a data set may have this name: it names a folder under the data root, and stands in commands and recipes."""
+    return _DATASET_NAME.fullmatch(name) is not None
+
+
+def folder_name(name: str) -> str:
+    """A data set's name, which shards from anywhere may give themselves, as the name of one folder."""
+    return "_" if name in ("", ".", "..") else name.replace("/", "_")
+
+
+def data_root(explicit: Path | None, environ: Mapping[str, str]) -> Path:
+    """The folder of HDF5 files, shards, weights and caches: ``explicit``, else GALAXYDIST_DATA, else a user cache folder.
+
+    Raises:
+        UserError: it is a URL, or a file stands in its place.
+    """
+    if explicit is None and not environ.get(DATA_VARIABLE):
+        from platformdirs import user_cache_path
+
+        return user_cache_path("galaxydist")
+    given = str(explicit or environ[DATA_VARIABLE])
+    if "://" in given:
+        raise UserError(
+            f"the data root {given} is a URL; give a folder on this machine (--data-dir, data.dir or {DATA_VARIABLE})"
+        )
+    root = Path(given).expanduser()
+    for place in (root, *root.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(
+                f"the data root {root} cannot be a folder: {place} is a file; give another place (--data-dir, data.dir or "
+                f"{DATA_VARIABLE})"
+            )
+    return root
 
 
 def hdf5_path(root: Path, dataset: str) -> Path:

@@ -37,6 +37,17 @@ def read_float(text: str) -> float:
     return float(text)
 
 
+def read_path(text: str) -> Path:
+    """A path on this machine.
+
+    Raises:
+        ValueError: it is a URL.
+    """
+    if "://" in text:
+        raise ValueError("must be a path on this machine, and is a URL")
+    return Path(text).expanduser()
+
+
 def read_location(text: str) -> Location:
     """A path in its plain form; a URL stays as it is."""
     return Location(text if "://" in text else str(Path(text).expanduser()))
@@ -47,7 +58,7 @@ _READERS: dict[Any, tuple[re.Pattern[str], Callable[[str], Any]]] = {
     int: (INT, read_int),
     float: (FLOAT, read_float),
     str: (re.compile(r".*", re.DOTALL), str),
-    Path: (re.compile(r".+", re.DOTALL), lambda text: Path(text).expanduser()),
+    Path: (re.compile(r".+", re.DOTALL), read_path),
     Location: (re.compile(r".+", re.DOTALL), read_location),
 }
 
@@ -100,7 +111,7 @@ def from_plain(value: Any, annotation: Any) -> Any:
     """A value read from YAML or JSON as the schema has it: text becomes a path, a list becomes a tuple, all else stays."""
     (plain, *_) = [member for member in _union_members(annotation) if member is not NoneType]
     if plain is Path and isinstance(value, str) and value:
-        return Path(value).expanduser()
+        return read_path(value)
     if plain is Location and isinstance(value, str) and value:
         return read_location(value)
     if get_origin(plain) is tuple and isinstance(value, list):

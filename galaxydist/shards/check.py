@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from galaxydist.cores import available_cores
-from galaxydist.errors import UserError
+from galaxydist.errors import DamagedPictureError, UserError
 from galaxydist.galaxy import EncodedImage
 from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.check_catalogue import CatalogueCheck
@@ -226,7 +226,10 @@ def _check_sample(contents: dict[str, bytes], members: list[Member], shard: _Sha
 def _decode(data: bytes, encoding: str) -> NDArray[np.uint8]:
     if encoding == "raw":
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
-    return decode_picture(EncodedImage(data, encoding), "picture")
+    try:
+        return decode_picture(EncodedImage(data, encoding))
+    except DamagedPictureError as error:
+        raise ValueError(error.reason) from None
 
 
 def _twins(shards: list[_Shard], hashes: list[NDArray[np.uint64]], read: FileReader) -> list[str]:

@@ -4,6 +4,8 @@ import io
 import json
 import math
 import re
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +15,10 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from galaxydist.errors import UserError
+from galaxydist.errors import DamagedPictureError, UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
 from galaxydist.shards.tar import LONGEST_KEY
+from galaxydist.surveys.pictures import to_rgb
 
 Pixels = NDArray[np.uint8]
 
@@ -44,7 +47,8 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
     """The picture's file, its .json, and the pixels that it shows.
 
     Raises:
-        UserError: naming the galaxy, for a picture that does not decode or has another size, a key that a tar cannot hold, or
+        DamagedPictureError: naming the picture's file, or the galaxy, if it does not decode.
+        UserError: naming the galaxy, for a picture of another size, a key that a tar cannot hold, or
             a label outside the classes.
     """
     if not _KEY.fullmatch(galaxy.id) or len(galaxy.id) > LONGEST_KEY:
@@ -55,7 +59,7 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
         raise UserError(f"galaxy {galaxy.id}: label {galaxy.label} is outside 0 ... {num_classes - 1}")
     size = encoding.image_size
     source = galaxy.image if isinstance(galaxy.image, EncodedImage) else None
-    pixels = decode_picture(source, galaxy.id) if source else _check_pixels(galaxy)
+    pixels = decode_picture(source, f"galaxy {galaxy.id}: ") if source else _check_pixels(galaxy)
     meta = _meta(galaxy)
     if pixels.shape != (size, size, 3):
         if not encoding.resize:
@@ -70,22 +74,27 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
     return encode_picture(pixels, encoding.name, encoding.quality), meta, pixels
 
 
-def decode_picture(image: EncodedImage, name: str) -> Pixels:
+def decode_picture(image: EncodedImage, prefix: str = "") -> Pixels:
     """H x W x 3 uint8 RGB of a picture's file.
 
+    Args:
+        image: the file's bytes.
+        prefix: of messages, where the image has no file name.
+
     Raises:
-        UserError: naming the galaxy, if it is truncated or not a picture.
+        DamagedPictureError: if it is truncated or not a picture.
     """
+    prefix = f"{image.file}: " if image.file else prefix
     try:
         if simplejpeg.is_jpeg(image.data) and simplejpeg.decode_jpeg_header(image.data)[2] != "CMYK":
             pixels: Pixels = simplejpeg.decode_jpeg(image.data, "RGB")
             return pixels
         with Image.open(io.BytesIO(image.data)) as picture:
-            return np.asarray(picture.convert("RGB"))
+            return np.asarray(to_rgb(picture))
     except UnidentifiedImageError:
-        raise UserError(f"galaxy {name}: its picture does not decode (of no known format); replace or remove the file") from None
-    except (ValueError, OSError, SyntaxError) as error:
-        raise UserError(f"galaxy {name}: its picture does not decode ({error}); replace or remove the file") from None
+        raise DamagedPictureError(f"{prefix}its picture does not decode (of no known format)") from None
+    except (ValueError, OSError, SyntaxError, struct.error, zlib.error) as error:
+        raise DamagedPictureError(f"{prefix}its picture does not decode ({error})") from None
 
 
 def encode_picture(pixels: Pixels, encoding: str, quality: int) -> bytes:

@@ -33,13 +33,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class PackTask:
-    """Neighbouring shards, the parts to take them from, the picture's extension, and where the tars go."""
+    """Neighbouring shards, the parts to take them from, the picture's extension, where the tars go, and the places of the storage
+    order (ascending) that stay empty, since their pictures are left out: those after them move up."""
 
     shards: tuple[Shard, ...]
     parts: tuple[Path, ...]
     extension: str
     out_dir: Path
     packed_dir: Path
+    gaps: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def pack_shards(task: PackTask) -> int:
     """
     missing = [shard for shard in task.shards if not packed_path(task.packed_dir, shard).exists()]
     if missing:
-        records = _collect(task.parts, missing[0].start, missing[-1].stop)
+        records = _collect(task.parts, task.gaps, missing[0].start, missing[-1].stop)
         for shard in missing:
             _write_shard(shard, (records.pop(place) for place in range(shard.start, shard.stop)), task)
     return task.shards[-1].stop - task.shards[0].start
@@ -83,12 +85,13 @@ def read_packed(packed_dir: Path, shard: Shard) -> tuple[NDArray[np.void], NDArr
         return packed["shard"], packed["samples"]
 
 
-def _collect(parts: Sequence[Path], start: int, stop: int) -> dict[int, _Record]:
+def _collect(parts: Sequence[Path], gaps: NDArray[np.int64], start: int, stop: int) -> dict[int, _Record]:
     """The samples of places ``start`` ... ``stop - 1``: one read from each part, since a part is sorted by place."""
     records: dict[int, _Record] = {}
     for part in parts:
         table: NDArray[np.void] = np.load(part.with_suffix(".npy"))
         assert table.dtype == PART_ROW
+        table["place"] -= np.searchsorted(gaps, table["place"])
         low, high = np.searchsorted(table["place"], (start, stop))
         if low == high:
             continue

@@ -6,14 +6,17 @@ reads what a shard needs from each part in one piece; memory stays at one part a
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from galaxydist.errors import DamagedPictureError
 from galaxydist.files import whole_file
 from galaxydist.galaxy import Survey
+from galaxydist.shards.damaged import Damaged, TooManyDamagedError, read_rows
 from galaxydist.shards.encode import Encoding, Pixels, encode_galaxy
 
 # One sample in a part: its final place (over all splits), where its record starts, and the lengths of the record's pieces.
@@ -27,7 +30,8 @@ RGB = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class PartTask:
-    """Rows ``start`` ... ``stop - 1``; ``places`` has each one's final place or -1; training's are below ``num_train``."""
+    """Rows ``start`` ... ``stop - 1``; ``places`` has each one's final place or -1; training's are below ``num_train``. With more
+    than ``most_damaged`` damaged pictures the part is given up."""
 
     survey: Survey
     encoding: Encoding
@@ -36,6 +40,7 @@ class PartTask:
     places: NDArray[np.int64]
     num_train: int
     path: Path
+    most_damaged: int
 
 
 @dataclass
@@ -74,16 +79,30 @@ def write_part(task: PartTask) -> int:
 
     Returns:
         the number of rows it covers.
+
+    Raises:
+        TooManyDamagedError: it holds more damaged pictures than the task allows. What was found of them is kept.
     """
     done = task.path.with_suffix(".json")
     if done.exists():
         return task.stop - task.start
     records: list[tuple[tuple[int, ...], bytes]] = []
+    damaged: list[Damaged] = []
     sums = PixelSums()
-    for galaxy, place in zip(task.survey.read(task.start, task.stop), task.places.tolist(), strict=True):
+    rows = zip(range(task.start, task.stop), read_rows(task.survey, task.start, task.stop), task.places.tolist(), strict=True)
+    for row, galaxy, place in rows:
         if place < 0:
             continue
-        image, meta, pixels = encode_galaxy(galaxy, task.encoding, len(task.survey.class_names))
+        try:
+            if isinstance(galaxy, DamagedPictureError):
+                raise galaxy
+            image, meta, pixels = encode_galaxy(galaxy, task.encoding, len(task.survey.class_names))
+        except DamagedPictureError as error:
+            damaged.append(Damaged(row, place, error.reason))
+            if len(damaged) > task.most_damaged:
+                _write_json(task.path.with_suffix(".damaged.json"), [asdict(picture) for picture in damaged])
+                raise TooManyDamagedError from None
+            continue
         if place < task.num_train:
             sums.add(pixels)
         key = galaxy.id.encode()
@@ -91,9 +110,14 @@ def write_part(task: PartTask) -> int:
         records.append(((place, len(key), len(image), len(meta), label, key_hash(key)), key + image + meta))
     records.sort(key=lambda record: record[0][0])
     _write_records(task.path, records)
-    with whole_file(done, done.with_name(done.name + ".tmp")) as file:
-        file.write(json.dumps({"count": sums.count, "sums": sums.sums, "squares": sums.squares}).encode())
+    content = {"count": sums.count, "sums": sums.sums, "squares": sums.squares}
+    _write_json(done, {**content, "damaged": [asdict(picture) for picture in damaged]})
     return task.stop - task.start
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with whole_file(path, path.with_name(path.name + ".tmp")) as file:
+        file.write(json.dumps(content).encode())
 
 
 def _write_records(path: Path, records: list[tuple[tuple[int, ...], bytes]]) -> None:
@@ -113,6 +137,16 @@ def read_part_sums(path: Path) -> PixelSums:
     """The pixel sums of a finished part."""
     content = json.loads(path.with_suffix(".json").read_bytes())
     return PixelSums(content["count"], tuple(content["sums"]), tuple(content["squares"]))
+
+
+def read_damaged(path: Path) -> list[Damaged]:
+    """The damaged pictures of a part, in the order of their rows, as far as it was written."""
+    given_up, done = path.with_suffix(".damaged.json"), path.with_suffix(".json")
+    if done.exists():
+        found = json.loads(done.read_bytes())["damaged"]
+    else:
+        found = json.loads(given_up.read_bytes()) if given_up.exists() else []
+    return [Damaged(**picture) for picture in found]
 
 
 def key_hash(key: bytes) -> int:

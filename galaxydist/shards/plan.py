@@ -39,11 +39,12 @@ def ordered_splits(survey: Survey) -> list[tuple[str, NDArray[np.int64]]]:
     return [(name, np.asarray(survey.splits[name], np.int64)) for name in names]
 
 
-def shard_layout(survey: Survey, settings: Settings) -> Layout:
-    """The shards of each split, of nearly equal size; places run on over the splits."""
+def shard_layout(survey: Survey, settings: Settings, left_out: NDArray[np.int64]) -> Layout:
+    """The shards of each split, of nearly equal size; places run on over the splits, without those of rows that are left out."""
     layout: Layout = {}
     start = 0
-    for name, rows in ordered_splits(survey):
+    for name, all_rows in ordered_splits(survey):
+        rows = all_rows[~np.isin(all_rows, left_out)]
         size = settings.shard_size or default_shard_size(rows.size)
         few, more = divmod(rows.size, max(1, -(-rows.size // size)))
         layout[name] = []
@@ -70,7 +71,9 @@ def storage_order(survey: Survey, seed: int) -> NDArray[np.int64]:
     return places
 
 
-def part_tasks(survey: Survey, encoding: Encoding, places: NDArray[np.int64], parts_dir: Path, workers: int) -> list[PartTask]:
+def part_tasks(
+    survey: Survey, encoding: Encoding, places: NDArray[np.int64], parts_dir: Path, workers: int, *, most_damaged: int
+) -> list[PartTask]:
     """The rows in runs of whole slabs, small enough for a worker's memory and for sharing among workers."""
     raw_bytes = encoding.image_size**2 * 3
     rows = PART_BYTES // (raw_bytes if encoding.name == "raw" else max(1, raw_bytes // 4))
@@ -78,13 +81,22 @@ def part_tasks(survey: Survey, encoding: Encoding, places: NDArray[np.int64], pa
     rows = max(1, -(-rows // survey.slab_length)) * survey.slab_length
     num_train = len(survey.splits["train"])
     return [
-        PartTask(survey, encoding, start, stop, places[start:stop], num_train, parts_dir / f"{start:012d}-{stop:012d}.bin")
+        PartTask(
+            survey,
+            encoding,
+            start,
+            stop,
+            places[start:stop],
+            num_train,
+            parts_dir / f"{start:012d}-{stop:012d}.bin",
+            most_damaged,
+        )
         for start in range(0, len(places), rows)
         for stop in [min(start + rows, len(places))]
     ]
 
 
-def pack_tasks(layout: Layout, parts: Sequence[Path], encoding: str, work_dir: Path) -> list[PackTask]:
+def pack_tasks(layout: Layout, parts: Sequence[Path], encoding: str, work_dir: Path, gaps: NDArray[np.int64]) -> list[PackTask]:
     """Shards in groups of about a part's size, so that one worker's memory stays at that."""
     written = sum(part.stat().st_size for part in parts)
     total = sum(shard.stop - shard.start for shards in layout.values() for shard in shards)
@@ -94,4 +106,4 @@ def pack_tasks(layout: Layout, parts: Sequence[Path], encoding: str, work_dir: P
         if not groups or shard.stop - groups[-1][0].start > places:
             groups.append([])
         groups[-1].append(shard)
-    return [PackTask(tuple(group), tuple(parts), EXTENSIONS[encoding], work_dir, work_dir / "packed") for group in groups]
+    return [PackTask(tuple(group), tuple(parts), EXTENSIONS[encoding], work_dir, work_dir / "packed", gaps) for group in groups]

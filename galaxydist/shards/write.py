@@ -28,23 +28,28 @@ from tqdm import tqdm
 from galaxydist.cores import available_cores
 from galaxydist.errors import UserError
 from galaxydist.files import NO_SPACE, rename, whole_file
-from galaxydist.galaxy import EncodedImage, Survey
-from galaxydist.shards.encode import Encoding, decode_picture
-from galaxydist.shards.finish import finish_manifest
-from galaxydist.shards.manifest import (
-    EXTENSIONS,
-    MANIFEST_NAME,
-    Manifest,
-    read_manifest,
+from galaxydist.galaxy import Survey
+from galaxydist.shards.damaged import (
+    LEFT_OUT_NAME,
+    NAMED,
+    TooManyDamagedError,
+    check_classes_left,
+    first_picture,
+    refuse_damaged,
+    rows_of,
+    write_left_out,
 )
+from galaxydist.shards.encode import Encoding
+from galaxydist.shards.finish import finish_manifest
+from galaxydist.shards.manifest import EXTENSIONS, MANIFEST_NAME, Manifest, read_manifest
 from galaxydist.shards.pack import pack_shards
-from galaxydist.shards.parts import PixelSums, read_part_sums, write_part
+from galaxydist.shards.parts import PixelSums, read_damaged, read_part_sums, write_part
 from galaxydist.shards.plan import Settings, pack_tasks, part_tasks, shard_layout, storage_order
 
 # What a folder that is being written is made of; it is the last thing to be made in it, and the last to go.
 NOTE = "settings.json"
 # Of what is in it; a folder of another version is begun anew.
-WORK_VERSION = 2
+WORK_VERSION = 3
 # Below this many galaxies, starting processes costs more than they save.
 FEW_GALAXIES = 4000
 
@@ -62,6 +67,7 @@ def write_shards(
     seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
+    max_errors: int | None = None,
 ) -> Manifest:
     """Write a survey's splits as shards; does nothing where they already stand.
 
@@ -75,9 +81,10 @@ def write_shards(
         seed: of the random order in which they are stored.
         workers: processes; None: one for each core that this process may use.
         overwrite: replace shards that were made from another source or with other settings.
+        max_errors: leave out so many damaged pictures and list them in ``left_out.csv``; None: refuse them.
 
     Raises:
-        UserError: for such shards without ``overwrite``, a picture that does not decode, a full disk, two galaxies of one id.
+        UserError: for such shards without ``overwrite``, pictures that do not decode, a full disk, two galaxies of one id.
     """
     if encoding not in EXTENSIONS:
         raise UserError(f"encoding {encoding!r} is not one of {', '.join(EXTENSIONS)}")
@@ -94,7 +101,7 @@ def write_shards(
         raise UserError(f"{survey.name} has no training galaxies, so there is nothing to make shards of")
     with _alone(work_dir):
         try:
-            _write(survey, work_dir, settings, workers or available_cores())
+            _write(survey, work_dir, settings, workers or available_cores(), max_errors)
             _put_in_place(work_dir, out_dir)
         except OSError as error:
             shutil.rmtree(work_dir, ignore_errors=True)
@@ -173,11 +180,11 @@ def _alone(work_dir: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int) -> None:
+def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int, max_errors: int | None) -> None:
     started = time.monotonic()
     total = sum(split.size for split in survey.splits.values())
     if not _is_finished(work_dir, survey, settings):
-        _write_all(survey, work_dir, settings, workers, total)
+        _write_all(survey, work_dir, settings, workers, max_errors)
     for name in ("parts", "packed"):
         shutil.rmtree(work_dir / name, ignore_errors=True)
     (work_dir / NOTE).unlink(missing_ok=True)
@@ -185,21 +192,31 @@ def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int) -> 
     tqdm.write(f"{total} galaxies to shards in {seconds:.1f} s ({total / seconds:.0f} img/s)", file=sys.stderr)
 
 
-def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int, total: int) -> None:
+def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int, max_errors: int | None) -> None:
     """Everything up to the manifest, which is written last."""
     encoding = _resolve(survey, settings)
-    layout = shard_layout(survey, settings)
     _open_work_dir(work_dir, survey, settings, encoding)
     order = storage_order(survey, settings.seed)
-    parts = part_tasks(survey, encoding, order, work_dir / "parts", workers)
+    most_damaged = NAMED if max_errors is None else max_errors
+    parts = part_tasks(survey, encoding, order, work_dir / "parts", workers, most_damaged=most_damaged)
+    paths = [task.path for task in parts]
+    total = sum(split.size for split in survey.splits.values())
     with _executor(workers, total) as executor:
-        _run(executor, write_part, parts, "encoding galaxies", len(survey.labels))
-        _refuse_twins([task.path for task in parts])
-        packs = pack_tasks(layout, [task.path for task in parts], settings.encoding, work_dir)
-        _run(executor, pack_shards, packs, "writing shards", total)
+        with suppress(TooManyDamagedError):
+            _run(executor, write_part, parts, "encoding galaxies", len(survey.labels))
+        damaged = [picture for path in paths for picture in read_damaged(path)]
+        refuse_damaged(damaged, total, max_errors)
+        check_classes_left(survey, damaged)
+        _refuse_twins(paths)
+        layout = shard_layout(survey, settings, rows_of(damaged))
+        gaps = np.sort(np.array([picture.place for picture in damaged], np.int64))
+        packs = pack_tasks(layout, paths, settings.encoding, work_dir, gaps)
+        _run(executor, pack_shards, packs, "writing shards", total - len(damaged))
+    if damaged:
+        write_left_out(work_dir / LEFT_OUT_NAME, survey, damaged)
     sums = PixelSums()
-    for task in parts:
-        sums.merge(read_part_sums(task.path))
+    for path in paths:
+        sums.merge(read_part_sums(path))
     finish_manifest(survey, work_dir, settings, layout, image_size=encoding.image_size, sums=sums)
 
 
@@ -222,9 +239,7 @@ def _resolve(survey: Survey, settings: Settings) -> Encoding:
     """The stored size: what was asked for, else the first galaxy's."""
     if settings.image_size is not None:
         return Encoding(settings.encoding, settings.quality, settings.image_size, resize=True)
-    first = next(iter(survey.read(0, 1)))
-    image = first.image
-    pixels = decode_picture(image, first.id) if isinstance(image, EncodedImage) else np.asarray(image)
+    first, pixels = first_picture(survey)
     height, width = pixels.shape[:2]
     if height != width:
         raise UserError(

@@ -53,7 +53,9 @@ class _Tree:
         return f"{folder}/{self.survey.class_names[galaxy.label]}/{galaxy.id}.png"
 
 
-def export_image_folders(source: Path, out_dir: Path, *, workers: int | None = None) -> list[ExportedTree]:
+def export_image_folders(
+    source: Path, out_dir: Path, *, workers: int | None = None, classes: str | None = None
+) -> list[ExportedTree]:
     """Write ``Galaxy10_DECaLS/{train,val,test}/<class>/*.png`` and ``Galaxy10_DECaLS_Balanced/{train,test}/...``.
 
     Each tree appears under its name when it is whole. A tree of the same galaxies that is there already is left as it is.
@@ -62,11 +64,12 @@ def export_image_folders(source: Path, out_dir: Path, *, workers: int | None = N
         source: a survey file or a folder of pictures.
         out_dir: where the trees go.
         workers: threads that encode; the cores this process may use where None.
+        classes: ``galaxy10``: the folder's classes are Galaxy10's.
 
     Raises:
         UserError: the source cannot be used, something else stands in the way, or the disk is full.
     """
-    surveys = [open_survey(source, variant) for variant in TREES]
+    surveys = [open_survey(source, variant, classes=classes) for variant in TREES]
     out_dir.mkdir(parents=True, exist_ok=True)
     is_there = [_is_exported(survey, out_dir / TREES[survey.variant]) for survey in surveys]
     missing = [_begin(survey, out_dir) for survey, there in zip(surveys, is_there, strict=True) if not there]

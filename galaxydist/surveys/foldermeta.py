@@ -1,19 +1,29 @@
-"""What an exported picture folder says about itself: ``dataset.json`` (the data set) and ``metadata.csv`` (each galaxy)."""
+"""A picture folder's word about itself: ``dataset.json`` (the data set) and ``metadata.csv`` (each galaxy)."""
 
+import codecs
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import Galaxy
+from galaxydist.recipe.paths import is_dataset_name
 
 DATASET_FILE = "dataset.json"
 METADATA_FILE = "metadata.csv"
 FORMAT = 1
 _FIXED = ("file", "id", "split", "label", "ra", "dec")
+# What a user's own table may call the column of the pictures; `file_name` is that of Hugging Face's ImageFolder.
+_FILE_COLUMNS = ("file", "file_name", "filename", "path")
+_DECIMAL_COMMA = re.compile(r"-?\d+,\d+([eE][+-]?\d+)?")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,14 @@ class FolderRow:
     extras: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class FolderMetadata:
+    """``metadata.csv``: the row of each picture file, named relative to the folder, and whether `data export` wrote it."""
+
+    rows: Mapping[str, FolderRow]
+    is_exported: bool
+
+
 def write_info(folder: Path, info: FolderInfo) -> None:
     """Write ``dataset.json``."""
     (folder / DATASET_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
@@ -59,6 +77,8 @@ def read_info(folder: Path) -> FolderInfo | None:
         raise UserError(
             f"{path} is not a description that `galaxydist data export` wrote ({error}); remove it or export again"
         ) from error
+    if not isinstance(info.name, str) or not is_dataset_name(info.name):
+        raise UserError(f"{path}: the name {info.name!r} cannot be a data set's; give it letters, digits, _ and - only")
     if info.format != FORMAT:
         raise UserError(f"{path} has format {info.format}, this galaxydist reads {FORMAT}; export again")
     return info
@@ -71,27 +91,123 @@ def write_metadata(folder: Path, rows: Iterable[tuple[str, str, Galaxy]]) -> Non
         names: tuple[str, ...] | None = None
         for file, split, galaxy in rows:
             if names is None:
-                names = tuple(galaxy.extras)
+                names = tuple(name for name in galaxy.extras if name not in _FIXED)  # `file` is the exported one from now on
                 writer.writerow((*_FIXED, *names))
-            values = (galaxy.label, galaxy.ra, galaxy.dec, *(galaxy.extras[name] for name in names))
+            values = (galaxy.label, galaxy.ra, galaxy.dec, *(galaxy.extras.get(name) for name in names))
             writer.writerow((file, galaxy.id, split, *map(_format, values)))
 
 
-def read_metadata(folder: Path) -> Iterator[tuple[str, FolderRow]]:
-    """(file relative to the folder, row) of ``metadata.csv`` in its order; nothing where there is none, or none of ours."""
+def read_metadata(folder: Path) -> FolderMetadata:
+    """Read ``metadata.csv``: one that `data export` wrote, also after a spreadsheet saved it, or the user's own.
+
+    A user's own needs a column of picture files, named ``file``, ``file_name``, ``filename`` or ``path``; ``id``, ``split``,
+    ``ra`` and ``dec`` (decimal degrees) are known, all other columns are extras. Without such a column it is not used, and said.
+
+    Raises:
+        UserError: it is not UTF-8 text or not a table, a position is no number, a file stands in it twice.
+    """
     path = folder / METADATA_FILE
     if not path.is_file():
-        return
-    with path.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ())[: len(_FIXED)] != _FIXED:
-            return
-        for number, line in enumerate(reader, start=2):
-            try:
-                extras = {name: _parse(text) for name, text in line.items() if name not in _FIXED}
-                yield line["file"], FolderRow(line["id"], line["split"], _parse(line["ra"]), _parse(line["dec"]), extras)
-            except (TypeError, AttributeError) as error:
-                raise UserError(f"{path}, line {number}: not as `galaxydist data export` writes it; export again") from error
+        return FolderMetadata({}, is_exported=True)
+    rows: dict[str, FolderRow] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            columns = _read_header(path, stream)
+            if columns is None:
+                return FolderMetadata({}, is_exported=False)
+            cells = csv.reader(stream, delimiter=columns.delimiter)
+            for line in cells:
+                if not any(line):
+                    continue
+                where = f"{path}, line {cells.line_num + 1}"
+                file, row = columns.row(line, where)
+                if file in rows:
+                    raise UserError(f"{where}: {file} stands in it twice; remove one of the lines")
+                rows[file] = row
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path} is not UTF-8 text ({error.reason}); save it as "CSV UTF-8", or remove it') from error
+    except csv.Error as error:
+        raise UserError(f"{path} is not a table in CSV ({error}); save it anew, or remove it") from error
+    return FolderMetadata(rows, columns.is_exported)
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The columns of a table, and how its cells are to be read.
+
+    Args:
+        names: of the columns, in their order.
+        fixed: place of each known column.
+        is_exported: they are those that ``write_metadata`` writes.
+        is_loose: another program wrote the cells: ``TRUE`` is a truth value.
+        delimiter: between cells; numbers beside ``;`` may have a decimal comma.
+    """
+
+    names: tuple[str, ...]
+    fixed: Mapping[str, int]
+    is_exported: bool
+    is_loose: bool
+    delimiter: str
+
+    def row(self, cells: list[str], where: str) -> tuple[str, FolderRow]:
+        """The file and the rest of a line."""
+        if len(cells) > len(self.names) and any(cells[len(self.names) :]):
+            raise UserError(
+                f"{where}: {len(cells)} cells under {len(self.names)} columns; put cells with {self.delimiter!r} in quotes"
+            )
+        cells += [""] * (len(self.names) - len(cells))
+        known = {name: cells[place] for name, place in self.fixed.items()}
+        extras = {
+            name: self.value(cell)
+            for place, (name, cell) in enumerate(zip(self.names, cells, strict=False))
+            if name and place not in self.fixed.values() and not (self.is_exported and name in _FIXED)
+        }
+        if not isinstance(extras.get("conflicting"), bool | None):
+            raise UserError(f"{where}: conflicting={extras['conflicting']!r} is neither true nor false")
+        if not known["file"]:
+            raise UserError(f"{where}: no file; give the picture that it is about, or remove the line")
+        ra, dec = (self._degrees(name, known.get(name, ""), where) for name in ("ra", "dec"))
+        return known["file"], FolderRow(known.get("id", ""), known.get("split", ""), ra, dec, extras)
+
+    def value(self, cell: str) -> Any:
+        """A cell as a JSON value; text where it is none."""
+        if self.is_loose and cell.lower() in ("true", "false"):
+            return cell.lower() == "true"
+        if self.delimiter == ";" and _DECIMAL_COMMA.fullmatch(cell):
+            return float(cell.replace(",", "."))
+        value = _parse(cell)
+        return None if self.is_loose and isinstance(value, float) and not math.isfinite(value) else value
+
+    def _degrees(self, name: str, cell: str, where: str) -> float | None:
+        value = self.value(cell)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"{where}: {name}={cell!r} is not a number; give decimal degrees, or nothing where it is unknown")
+        return value
+
+
+def _read_header(path: Path, stream: TextIO) -> _Columns | None:
+    """The columns of a table; None, with a word about it, where none of them names pictures."""
+    with path.open("rb") as raw:
+        has_mark = raw.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    line = stream.readline()
+    delimiter = max(",;\t", key=line.count)
+    names = tuple(name.strip() for name in next(csv.reader([line], delimiter=delimiter), []))
+    if set(_FIXED) <= set(names):
+        is_loose = has_mark or line.endswith("\r\n") or delimiter != ","
+        return _Columns(names, {name: names.index(name) for name in _FIXED}, True, is_loose, delimiter)
+    lowered = [name.lower() for name in names]
+    file = next((name for name in _FILE_COLUMNS if name in lowered), None)
+    if file is None:
+        logger.warning(
+            "%s is not used: none of its columns (%s) is named %s; rename the column that names the pictures",
+            path,
+            ", ".join(names),
+            " or ".join(_FILE_COLUMNS),
+        )
+        return None
+    fixed = {"file": lowered.index(file)}
+    fixed |= {name: lowered.index(name) for name in ("id", "split", "ra", "dec") if name in lowered}
+    return _Columns(names, fixed, False, True, delimiter)
 
 
 def _format(value: Any) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.errors import UserError
+from galaxydist.errors import DamagedPictureError, UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, GALAXY10_COUNTS, SPLITS, Galaxy
 from galaxydist.surveys import official
 from galaxydist.surveys.names import safe_name
 from galaxydist.surveys.schema import COLUMNS, IMAGE_SHAPE, IMAGES, LABELS, NUM_CLASSES, SIMULATED, SURVEY_ATTRIBUTE
-from galaxydist.surveys.sky import Sky, read_sky
+from galaxydist.surveys.sky import Sky, check_positions, read_sky
 from galaxydist.surveys.split import (
     NONE,
     Codes,
@@ -158,6 +158,8 @@ def read_survey_file(path: Path) -> SurveyFile:
     except OSError as error:
         raise _unreadable(path, error) from error
     _check_labels(path, columns[LABELS])
+    ra, dec = (columns[name].astype(np.float64) for name in ("ra", "dec"))
+    check_positions(ra, dec, name=lambda row: f"{path}, row {row}")
     # Short chunks are read several at a time, long ones one at a time: each chunk is decoded once.
     slab_length = min(chunk_rows * -(-_MIN_SLAB // chunk_rows), _MAX_SLAB)
     return SurveyFile(path, columns, attributes, slab_length)
@@ -174,7 +176,7 @@ def read_images(file: SurveyFile, start: int, stop: int) -> Iterator[tuple[int, 
                 yield start, images[start:end]
                 start = end
     except OSError as error:
-        raise _unreadable(file.path, error, f"images of rows {start} ... {end - 1}") from error
+        raise DamagedPictureError(_damage(file.path, error, f"images of rows {start} ... {end - 1}")) from error
 
 
 def _check_schema(path: Path, h5: Any) -> Any:
@@ -186,7 +188,7 @@ def _check_schema(path: Path, h5: Any) -> Any:
             f"{path} has no data set {', '.join(map(repr, missing))} (it has {', '.join(sorted(h5)) or 'none'}); "
             f"Galaxy10's schema is {', '.join(wanted)}"
         )
-    images = h5[IMAGES]
+    images, *_ = [_data_set(path, h5, name) for name in wanted]
     if images.shape[1:] != IMAGE_SHAPE or images.dtype != np.uint8:
         raise UserError(f"{path}: {IMAGES!r} is {images.dtype} of shape {images.shape}; expected uint8 of shape (N, 256, 256, 3)")
     for name, dtype in COLUMNS.items():
@@ -197,6 +199,24 @@ def _check_schema(path: Path, h5: Any) -> Any:
         if column.dtype.kind not in kinds:
             raise UserError(f"{path}: {name!r} is {column.dtype}; expected {'integers' if kinds == 'iu' else 'numbers'}")
     return images
+
+
+def _data_set(path: Path, h5: Any, name: str) -> Any:
+    """A data set of a file, or a UserError where something else has its name."""
+    import h5py
+
+    try:
+        found = h5[name]
+    except (KeyError, OSError) as error:
+        link = h5.get(name, getlink=True)
+        where = f" to {link.filename}" if isinstance(link, h5py.ExternalLink) else ""
+        raise UserError(f"{path}: {name!r} is a broken link{where}; put that file in its place, or make this one anew") from error
+    if not isinstance(found, h5py.Dataset) or found.shape is None:
+        kind = "a data set without values" if isinstance(found, h5py.Dataset) else f"a {type(found).__name__.lower()}"
+        raise UserError(
+            f"{path}: {name!r} is {kind}; expected a data set, as in Galaxy10's schema: {IMAGES}, {', '.join(COLUMNS)}"
+        )
+    return found
 
 
 def _check_labels(path: Path, labels: NDArray[np.integer]) -> None:
@@ -288,6 +308,10 @@ def _plain(value: Any) -> Any:
     return None if isinstance(plain, float) and not np.isfinite(plain) else plain
 
 
-def _unreadable(path: Path, error: OSError, what: str = "the file") -> UserError:
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{_damage(path, error, 'the file')}; fetch or make the file again")
+
+
+def _damage(path: Path, error: OSError, what: str) -> str:
     state = "truncated" if "truncated" in str(error) else "truncated or damaged"
-    return UserError(f"{path} is {state}: cannot read {what} ({error}); fetch or make the file again")
+    return f"{path} is {state}: cannot read {what} ({error})"

@@ -2,9 +2,10 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from galaxydist.cores import available_cores
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, Galaxy
 from galaxydist.surveys import official
-from galaxydist.surveys.foldermeta import FolderRow, read_info, read_metadata
-from galaxydist.surveys.folderscan import PictureFile, scan_folder
+from galaxydist.surveys.foldermeta import METADATA_FILE, FolderInfo, FolderMetadata, FolderRow, read_info, read_metadata
+from galaxydist.surveys.folderscan import PictureFile, known_split, scan_folder
 from galaxydist.surveys.names import safe_name, unique_ids
 from galaxydist.surveys.pictures import read_picture
+from galaxydist.surveys.schema import SIMULATED
+from galaxydist.surveys.sky import check_positions
 from galaxydist.surveys.split import (
     NONE,
     TEST,
@@ -53,18 +56,24 @@ class FolderSurvey:
     splits: Mapping[str, NDArray[np.int64]]
     files: tuple[str, ...] = field(repr=False)
     rows: tuple[FolderRow, ...] = field(repr=False)
+    source_ids: tuple[str | None, ...] = field(repr=False)
     slab_length: int = _SLAB
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
         """The galaxies of rows ``start`` ... ``stop - 1``: RGB JPEG and PNG files as their bytes, others as pixels.
 
+        But for those that `data export` wrote, they carry their ``file`` and, as ``source_id``, the user's own id.
+
         Raises:
             UserError: a file cannot be read or is no picture (a truncated one is found where it is decoded).
         """
         for number in range(start, stop):
-            row = self.rows[number]
+            row, source_id = self.rows[number], self.source_ids[number]
+            extras = row.extras
+            if source_id is not None:
+                extras = {"source_id": source_id, **row.extras, "file": _printable(self.files[number])}
             image = read_picture(self.root / self.files[number])
-            yield Galaxy(row.id, image, int(self.labels[number]), row.ra, row.dec, row.extras)
+            yield Galaxy(row.id, image, int(self.labels[number]), row.ra, row.dec, extras)
 
     @cached_property
     def source_hash(self) -> str:
@@ -85,7 +94,15 @@ class FolderSurvey:
         return digest.hexdigest()
 
     def _file_hash(self, file: str) -> str:
-        return hashlib.sha256((self.root / file).read_bytes()).hexdigest()
+        path = self.root / file
+        try:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        except (FileNotFoundError, PermissionError) as error:  # a broken link: where pictures are read, all such are named
+            return f"unreadable ({error.strerror})"
+        except OSError as error:
+            raise UserError(
+                f"cannot read {path}: {error.strerror}; see to the disk or the file server that it lies on"
+            ) from error
 
 
 def open_image_folder(
@@ -95,6 +112,7 @@ def open_image_folder(
     conflicting: str = "keep",
     name: str | None = None,
     fold: tuple[int, int] | None = None,
+    classes: str | None = None,
 ) -> FolderSurvey:
     """Open a folder of pictures: ``[train|val|test/]<class>/...``; a split that is missing is cut from train, and said.
 
@@ -104,6 +122,7 @@ def open_image_folder(
         conflicting: ``keep`` or ``drop`` galaxies that the folder's metadata marks as standing in the source with two labels.
         name: the data set's name; the exported one, else the folder's, where None.
         fold: ``(k, n)``: fold k of an n-fold cross-validation, for a folder without splits.
+        classes: ``galaxy10``: the folders, named 0 to 9 or by name, are Galaxy10's classes.
 
     Raises:
         UserError: no pictures, an empty class, a class without training pictures, no such variant.
@@ -116,10 +135,10 @@ def open_image_folder(
     is_balanced = info is not None and info.variant == "balanced"
     if is_balanced and variant == "original":
         raise UserError(f"{root} holds the balanced variant alone; give the folder of the original one, or data.variant=balanced")
-    class_names, pictures = scan_folder(root)
-    pictures, rows = _with_metadata(root, pictures)
+    class_names, pictures = scan_folder(root, as_galaxy10=classes == "galaxy10" or _is_galaxy10(info))
+    pictures, rows, source_ids = _with_metadata(root, pictures)
     population = _population([picture.label for picture in pictures], class_names, rows)
-    codes = _folder_codes(pictures, rows)
+    codes = _folder_codes(root, pictures, rows)
     codes = _fold(root, population, codes, fold) if fold is not None else _complete(root, population, codes)
     if variant == "balanced" and not is_balanced:
         codes = split_balanced(population, codes)
@@ -135,32 +154,66 @@ def open_image_folder(
         splits=rows_by_split(codes),
         files=tuple(picture.file for picture in pictures),
         rows=tuple(rows),
+        source_ids=tuple(source_ids),
     )
 
 
-def _with_metadata(root: Path, pictures: list[PictureFile]) -> tuple[list[PictureFile], list[FolderRow]]:
-    """The pictures in the order of the folder's metadata, those that it does not list last, and what each carries."""
-    metadata = dict(read_metadata(root))
-    place = {file: number for number, file in enumerate(metadata)}
+def _is_galaxy10(info: FolderInfo | None) -> bool:
+    """Whether the folder itself says that it was exported from a survey of Galaxy10's classes."""
+    return info is not None and info.name in (official.NAME, SIMULATED)
+
+
+def _with_metadata(root: Path, pictures: list[PictureFile]) -> tuple[list[PictureFile], list[FolderRow], list[str | None]]:
+    """The pictures in the order of the folder's metadata, those that it does not list last; what each carries; the user's own id
+    of those that `data export` did not write."""
+    metadata = read_metadata(root)
+    listed = dict(metadata.rows) if metadata.is_exported else _match(metadata, pictures)
+    place = {file: number for number, file in enumerate(listed)}
     pictures = sorted(pictures, key=lambda picture: place.get(picture.file, len(place)))
-    unlisted = [picture for picture in pictures if picture.file not in place]
-    if metadata and (unlisted or len(pictures) < len(metadata)):
-        gone = len(metadata) - (len(pictures) - len(unlisted))
-        logger.warning("%s: %d pictures of its metadata are gone, %d are not in it", root, gone, len(unlisted))
-    new_ids = iter(unique_ids([picture.id_candidates() for picture in unlisted]))
-    rows = [
-        metadata.get(picture.file) or FolderRow(next(new_ids), "", None, None, {"file": picture.file}) for picture in pictures
+    num_unlisted = sum(picture.file not in place for picture in pictures)
+    gone = len(listed) - (len(pictures) - num_unlisted)
+    if listed and (num_unlisted or gone):
+        logger.warning("%s: %d pictures of its metadata are gone, %d are not in it", root, gone, num_unlisted)
+    exported = listed if metadata.is_exported else {}
+    others = [picture for picture in pictures if picture.file not in exported]
+    own_ids = [listed[picture.file].id if picture.file in listed else "" for picture in others]
+    candidates = [
+        (own_id, own_id, own_id, f"{own_id}-{picture.file}") if own_id else picture.id_candidates()
+        for picture, own_id in zip(others, own_ids, strict=True)
     ]
+    ids = dict(zip((picture.file for picture in others), unique_ids(candidates), strict=True))
+    source_ids = {
+        picture.file: own_id or _printable(Path(picture.file).stem) for picture, own_id in zip(others, own_ids, strict=True)
+    }
+    rows = []
+    for picture in pictures:
+        row = listed.get(picture.file) or FolderRow("", "", None, None, {"file": picture.file})
+        rows.append(replace(row, id=ids[picture.file]) if picture.file in ids else row)
     _check_unique(root, [row.id for row in rows])
-    return pictures, rows
+    check_positions(*_positions(rows), name=lambda number: f"{root / METADATA_FILE}, {pictures[number].file}")
+    return pictures, rows, [source_ids.get(picture.file) for picture in pictures]
+
+
+def _match(metadata: FolderMetadata, pictures: list[PictureFile]) -> dict[str, FolderRow]:
+    """The rows of a user's own table by the files of the pictures, which it may name without their folders."""
+    files = {picture.file for picture in pictures}
+    of_name: dict[str, list[str]] = {}
+    for picture in pictures:
+        of_name.setdefault(Path(picture.file).name, []).append(picture.file)
+    rows = {}
+    for given, row in metadata.rows.items():
+        file = given.replace("\\", "/").removeprefix("./")
+        if file not in files and len(found := of_name.get(file, [])) == 1:
+            file = found[0]
+        rows[file] = row
+    return rows
 
 
 def _population(labels: list[int], class_names: tuple[str, ...], rows: list[FolderRow]) -> Population:
     """The galaxies with the same keys as in the survey they were exported from, so that they are split in the same way."""
-    ra = np.array([np.nan if row.ra is None else row.ra for row in rows], np.float64)
-    dec = np.array([np.nan if row.dec is None else row.dec for row in rows], np.float64)
+    ra, dec = _positions(rows)
     source_rows = [row.extras.get("row") for row in rows]
-    if all(isinstance(number, int) for number in source_rows):
+    if all(isinstance(number, int) and number >= 0 for number in source_rows):
         keys = np.array(source_rows, np.uint64)
     else:
         digests = (hashlib.sha256(row.id.encode()).digest() for row in rows)
@@ -169,15 +222,36 @@ def _population(labels: list[int], class_names: tuple[str, ...], rows: list[Fold
     return build_population(np.array(labels, np.int64), ra, dec, class_names=class_names, seed=seed, keys=keys)
 
 
-def _folder_codes(pictures: list[PictureFile], rows: list[FolderRow]) -> Codes | None:
-    """The codes that folders and metadata give (exported balanced trees keep val inside train); None without split folders."""
+def _positions(rows: list[FolderRow]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Right ascensions and declinations in degrees, nan where unknown."""
+    ra = np.array([np.nan if row.ra is None else row.ra for row in rows], np.float64)
+    dec = np.array([np.nan if row.dec is None else row.dec for row in rows], np.float64)
+    return ra, dec
+
+
+def _folder_codes(root: Path, pictures: list[PictureFile], rows: list[FolderRow]) -> Codes | None:
+    """The codes that folders and metadata give (exported balanced trees keep val inside train); None where neither does."""
     if pictures[0].split is None:
-        return None
+        return _table_codes(root, rows)
     has_val = any(picture.split == "val" for picture in pictures)
     names = [
         row.split if picture.split == "train" and row.split == "val" and not has_val else picture.split
         for picture, row in zip(pictures, rows, strict=True)
     ]
+    return np.array([SPLITS.index(name or "train") for name in names], np.int8)
+
+
+def _table_codes(root: Path, rows: list[FolderRow]) -> Codes | None:
+    """The codes that the metadata gives where there are no split folders; None where it names no split."""
+    if not any(row.split for row in rows):
+        return None
+    names = [known_split(row.split) for row in rows]
+    if None in names:
+        row = rows[names.index(None)]
+        raise UserError(
+            f"{root / METADATA_FILE}: the split of {row.id} is {row.split!r}, which is none of train, val and test; "
+            "name one for every picture, or leave the column away"
+        )
     return np.array([SPLITS.index(name or "train") for name in names], np.int8)
 
 
@@ -209,3 +283,8 @@ def _check_unique(root: Path, ids: list[str]) -> None:
     if len(set(ids)) != len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
         raise UserError(f"{root}: two galaxies have the id {twice!r} (metadata.csv and file names); rename one, or export again")
+
+
+def _printable(text: str) -> str:
+    """A file name as text that any column holds: bytes that are not UTF-8 are spelled out."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")

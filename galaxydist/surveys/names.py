@@ -4,6 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from galaxydist.errors import UserError
+from galaxydist.recipe.paths import is_dataset_name
+
 _UNSAFE = re.compile(r"[^A-Za-z0-9_+-]+")
 _FOLD = re.compile(r"-fold\d+of\d+$")
 _DIGITS = re.compile(r"(\d+)")
@@ -12,6 +15,19 @@ _DIGITS = re.compile(r"(\d+)")
 def safe_name(text: str) -> str:
     """``text`` with everything else replaced by ``_``; never empty."""
     return _UNSAFE.sub("_", text).strip("_") or "unnamed"
+
+
+def check_name(name: str) -> None:
+    """See that a data set may be called ``name``.
+
+    Raises:
+        UserError: with a name that it may have.
+    """
+    if not is_dataset_name(name):
+        raise UserError(
+            f"the name {name!r} cannot be a data set's: it names a folder under the data root and stands in commands, so it has "
+            f"letters, digits, _, -, + and . only, and no . at its start; try {safe_name(name)}"
+        )
 
 
 def fold_name(name: str, number: int, count: int) -> str:
@@ -25,9 +41,9 @@ def same_survey(one: str, other: str) -> bool:
     return _FOLD.sub("", one) == _FOLD.sub("", other)
 
 
-def natural_key(text: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key under which ``class2`` comes before ``class10``."""
-    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in _DIGITS.split(text) if part)
+def natural_key(text: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
+    """Sort key under which ``class2`` comes before ``class10``. Two texts never share it: ``010`` comes before ``10``."""
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in _DIGITS.split(text) if part), text
 
 
 def unique_ids(candidates: Sequence[Sequence[str]]) -> list[str]:

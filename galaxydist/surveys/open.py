@@ -6,6 +6,7 @@ from galaxydist.errors import UserError
 from galaxydist.galaxy import Survey
 from galaxydist.surveys.galaxy10 import open_galaxy10
 from galaxydist.surveys.imagefolder import TREES, open_image_folder
+from galaxydist.surveys.names import check_name
 
 _CONFLICTING = ("keep", "drop")
 
@@ -17,6 +18,7 @@ def open_survey(
     conflicting: str = "keep",
     name: str | None = None,
     fold: tuple[int, int] | None = None,
+    classes: str | None = None,
 ) -> Survey:
     """Open an HDF5 file in Galaxy10's schema, or a folder of pictures.
 
@@ -26,6 +28,7 @@ def open_survey(
         conflicting: ``keep`` or ``drop`` galaxies that stand in the source with two labels (all of them are in train).
         name: the data set's name; found in the source where None.
         fold: ``(k, n)``: instead of the split, fold k (0 ... n-1) of an n-fold cross-validation: train, test, and an empty val.
+        classes: ``galaxy10``: a folder's classes, named 0 to 9 or by name, are Galaxy10's. A survey file's always are.
 
     Raises:
         UserError: nothing there, or nothing that can be used; the text says why.
@@ -37,6 +40,8 @@ def open_survey(
         raise UserError(f"conflicting={conflicting!r}; choose from {', '.join(_CONFLICTING)}")
     if fold is not None and variant != "original":
         raise UserError("a cross-validation takes the original variant; leave out variant or fold")
+    if name is not None:
+        check_name(name)
     if path.is_dir():
-        return open_image_folder(path, variant, conflicting=conflicting, name=name, fold=fold)
+        return open_image_folder(path, variant, conflicting=conflicting, name=name, fold=fold, classes=classes)
     return open_galaxy10(path, variant, conflicting=conflicting, name=name, fold=fold)

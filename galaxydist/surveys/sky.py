@@ -1,9 +1,12 @@
 """What positions on the sky say about a survey: which galaxies show in each other's pictures, and which place has two labels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from galaxydist.errors import UserError
 
 CUTOUT_ARCSEC = 256 * 0.262  # width of a Galaxy10 cutout: closer galaxies show in each other's pictures
 SAME_PLACE_ARCSEC = 1.0
@@ -45,6 +48,25 @@ def read_sky(labels: NDArray[np.integer], ra: NDArray[np.float64] | None, dec: N
     same = close_pairs(ra, dec, SAME_PLACE_ARCSEC)
     conflicting[same[labels[same[:, 0]] != labels[same[:, 1]]]] = True
     return Sky(groups, conflicting)
+
+
+def check_positions(ra: NDArray[np.float64], dec: NDArray[np.float64], *, name: Callable[[int], str]) -> None:
+    """See that positions can lie on the sky.
+
+    Args:
+        ra, dec: (N,) degrees, nan where unknown.
+        name: of a row, for the message.
+
+    Raises:
+        UserError: a declination outside -90 ... 90, or a right ascension outside -180 ... 360.
+    """
+    wrong = np.flatnonzero((np.abs(dec) > 90) | (ra < -180) | (ra > 360))
+    if len(wrong):
+        row = int(wrong[0])
+        raise UserError(
+            f"{name(row)}: ra={ra[row]:g}, dec={dec[row]:g} is no place on the sky ({len(wrong)} such of {len(ra)}): ra and dec "
+            "are degrees, from 0 to 360 and from -90 to 90, nan (or nothing) where they are unknown"
+        )
 
 
 def close_pairs(ra: NDArray[np.float64], dec: NDArray[np.float64], arcsec: float) -> NDArray[np.int64]:

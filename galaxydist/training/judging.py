@@ -20,6 +20,7 @@ from galaxydist.evaluation.predictions import PredictionsInfo, predictions_path,
 from galaxydist.evaluation.report import has_figures, read_evaluation, render_evaluation, stem_of, write_evaluation
 from galaxydist.evaluation.summary import summarise
 from galaxydist.models.build import build_model
+from galaxydist.recipe.paths import folder_name
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs import checkpoints
 from galaxydist.runs.checkpoint_folder import Checkpoint
@@ -238,7 +239,7 @@ def _has_temperature(evaluation: Mapping[str, Any]) -> bool:
 def find_evaluation(folder: RunFolder, trained_on: TrainingData, manifest: Manifest) -> Path:
     """Where evaluations on a data set lie: the run's own stands at the top, others each in a folder of their own."""
     is_own = trained_on.manifest_hash == manifest.hash
-    return folder.evaluation_dir if is_own else folder.evaluation_dir / f"{manifest.dataset}-{manifest.variant}"
+    return folder.evaluation_dir if is_own else folder.evaluation_dir / folder_name(f"{manifest.dataset}-{manifest.variant}")
 
 
 def load_judged(recipe: Recipe, checkpoint: Checkpoint) -> nn.Module:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from galaxydist.evaluation.counts import Predictions
 from galaxydist.evaluation.parts import PartWriter, merge_parts, part_row
-from galaxydist.evaluation.predictions import PredictionsInfo, write_predictions
+from galaxydist.evaluation.predictions import NAMES, PredictionsInfo, write_predictions
 from galaxydist.shards.batches import Batch
 from galaxydist.surveys.measure import Measurements, measure_pictures
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # What of a catalogue is needed beside the predictions.
-CATALOGUE_COLUMNS = ("id", "ra", "dec", "redshift", "pxscale")
+CATALOGUE_COLUMNS = ("id", "ra", "dec", "redshift", "pxscale", *NAMES)
 # Pictures are measured at most so wide: a quarter of the time at 256 pixels, and sizes that are the same to a part of a pixel.
 MEASURED_WIDTH, LEAST_WIDTH = 128, 64
 
@@ -129,7 +129,8 @@ def merge_predictions(
         UserError: the disk is full.
         ValueError: a galaxy is missing, or stands twice.
     """
-    known = {name: catalogue.column(name).to_numpy() for name in catalogue.column_names if name != "id"}
+    names = [name for name in ("id", *NAMES) if name in catalogue.column_names]
+    known = {name: catalogue.column(name).to_numpy() for name in catalogue.column_names if name not in names}
     scale_N = np.asarray(known.pop("pxscale", np.full(len(catalogue), np.nan)), np.float64)
     has_scale = len(scale_N) > 0 and bool((np.isfinite(scale_N) & (scale_N > 0)).all())
     units = {"ra": "deg", "dec": "deg", "size": "arcsec" if has_scale else "pixel", "sky_brightness": "full scale = 1"}
@@ -139,7 +140,7 @@ def merge_predictions(
             here = slice(int(rows["sample"][0]), int(rows["sample"][-1]) + 1)
             block: dict[str, Any] = {name: rows[name] for name in part_row(info.num_classes).names or ()}
             block |= {name: np.asarray(values_N[here], np.float64) for name, values_N in known.items()}
-            block["id"] = catalogue.column("id").slice(here.start, len(rows)).to_pylist()
+            block |= {name: catalogue.column(name).slice(here.start, len(rows)).to_pylist() for name in names}
             if seen_N is not None:
                 block["in_validation"] = seen_N[here]
             if has_scale:

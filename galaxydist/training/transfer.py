@@ -54,7 +54,9 @@ def measure_transfer(
         UserError: no real galaxies there, or a recipe that cannot be used.
     """
     simulated = _simulated_shards(work_dir, num_galaxies)
-    real = write_shards(split_by_row(open_image_folder(real_dir, name="real_sample", fold=(0, 2))), work_dir / "real")
+    real = write_shards(
+        split_by_row(open_image_folder(real_dir, name="real_sample", fold=(0, 2), classes="galaxy10")), work_dir / "real"
+    )
     found: dict[str, list[float]] = {"simulated": [], "tuning": [], "held_out": []}
     for seed in range(seeds):
         run_dir = work_dir / "runs" / f"seed-{seed}"

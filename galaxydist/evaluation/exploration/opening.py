@@ -13,13 +13,14 @@ from galaxydist.shards.store import is_url
 from galaxydist.surveys.open import open_survey
 
 
-def open_population(location: str, variant: str | None, cache: CacheConfig) -> Population:
+def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> Population:
     """Open a data set to look at.
 
     Args:
         location: manifest.json, its folder or its URL; an HDF5 file in Galaxy10's schema; a folder of pictures.
         variant: ``original`` or ``balanced``; ``original`` where None. Shards have one variant: another one is refused.
         cache: where the columns of shards in a store are kept.
+        classes: ``galaxy10``: a folder's classes are Galaxy10's.
 
     Raises:
         UserError: nothing there, nothing that can be used, or no galaxies in it.
@@ -33,7 +34,7 @@ def open_population(location: str, variant: str | None, cache: CacheConfig) -> P
             "or a folder with a folder of pictures for each class"
         )
     else:
-        population = survey_population(open_survey(path, variant or "original"), path)
+        population = survey_population(open_survey(path, variant or "original", classes=classes), path)
     if not len(population):
         raise UserError(f"{location} has no galaxies in any split; there is nothing to look at, make the data set anew")
     return population

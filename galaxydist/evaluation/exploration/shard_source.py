@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.errors import UserError
+from galaxydist.errors import DamagedPictureError, UserError
 from galaxydist.evaluation.exploration.population import Picture, Population, Position, Positions, chance_order
 from galaxydist.galaxy import EncodedImage
 from galaxydist.shards.encode import decode_picture
@@ -153,7 +153,10 @@ class ShardSource:
         if self._manifest.encoding == "raw":
             pixels = np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
         else:
-            pixels = decode_picture(EncodedImage(data, self._manifest.encoding), "picture")
+            try:
+                pixels = decode_picture(EncodedImage(data, self._manifest.encoding))
+            except DamagedPictureError as error:
+                raise ValueError(error.reason) from None
         size = self._manifest.image_size
         if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
             raise ValueError(f"its picture is {pixels.shape} of {pixels.dtype}, the manifest says {size} x {size} pixels")

@@ -1,0 +1,137 @@
+"""Pictures of a survey that cannot be read or decoded: found, named together, and left out where the user says so."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galaxydist.errors import DamagedPictureError, UserError
+from galaxydist.files import whole_file
+from galaxydist.galaxy import EncodedImage, Galaxy, Survey
+from galaxydist.shards.encode import Pixels, decode_picture
+
+# The list of what was left out, beside the shards' manifest.
+LEFT_OUT_NAME = "left_out.csv"
+# Pictures that a refusal names.
+NAMED = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A picture that was found damaged: its row in the survey, its place in the storage order, and what is wrong with it."""
+
+    row: int
+    place: int
+    reason: str
+
+
+class TooManyDamagedError(Exception):
+    """A part of a survey holds more damaged pictures than are of interest: the rest of it was not looked at."""
+
+
+def read_rows(survey: Survey, start: int, stop: int) -> Iterator[Galaxy | DamagedPictureError]:
+    """Rows ``start`` ... ``stop - 1`` of a survey; a damaged picture is an error in its place, and does not hide the next."""
+    while start < stop:
+        try:
+            for galaxy in survey.read(start, stop):
+                yield galaxy
+                start += 1
+        except DamagedPictureError:
+            yield _read_alone(survey, start)  # a slab that is read together fails for one damaged row in it
+            start += 1
+
+
+def _read_alone(survey: Survey, row: int) -> Galaxy | DamagedPictureError:
+    try:
+        return next(iter(survey.read(row, row + 1)))
+    except DamagedPictureError as error:
+        return error
+
+
+def first_picture(survey: Survey) -> tuple[Galaxy, Pixels]:
+    """The first galaxy whose picture is not damaged, and its pixels.
+
+    Raises:
+        UserError: there is none.
+    """
+    reason = None
+    for row in range(len(survey.labels)):
+        (galaxy,) = read_rows(survey, row, row + 1)
+        try:
+            if isinstance(galaxy, DamagedPictureError):
+                raise galaxy
+            image = galaxy.image
+            return galaxy, decode_picture(image, f"galaxy {galaxy.id}: ") if isinstance(image, EncodedImage) else np.asarray(
+                image
+            )
+        except DamagedPictureError as error:
+            reason = reason or error.reason
+    raise UserError(f"none of the {len(survey.labels)} pictures can be read; the first: {reason}")
+
+
+def refuse_damaged(damaged: Sequence[Damaged], num_galaxies: int, max_errors: int | None) -> None:
+    """Refuse more damaged pictures than the user allows.
+
+    Args:
+        damaged: in the order of their rows.
+        num_galaxies: how many pictures there are.
+        max_errors: how many may be left out; None: none.
+
+    Raises:
+        UserError: naming the first hundred.
+    """
+    if len(damaged) <= (max_errors or 0):
+        return
+    lines = [f"  {picture.reason}" for picture in damaged[:NAMED]]
+    if max_errors is None:
+        count = f"{len(damaged)} of the {num_galaxies} pictures" if len(damaged) <= NAMED else f"more than {NAMED} pictures"
+        advice = "replace or remove the files, or leave them out with --on-error skip (--max-errors N: N at most)"
+    else:
+        count = f"more than the {max_errors} pictures that --max-errors allows"
+        advice = "replace or remove the files, or allow more"
+    raise UserError("\n".join([f"{count} cannot be read:", *lines, advice]))
+
+
+def check_classes_left(survey: Survey, damaged: Sequence[Damaged]) -> None:
+    """See that each class that had training pictures still has some.
+
+    Raises:
+        UserError: naming the class.
+    """
+    train = np.asarray(survey.splits["train"], np.int64)
+    left = train[~np.isin(train, rows_of(damaged))]
+    gone = np.setdiff1d(survey.labels[train], survey.labels[left])
+    if len(gone):
+        name = survey.class_names[int(gone[0])]
+        raise UserError(f"all training pictures of the class {name!r} are damaged; replace them, or remove the class everywhere")
+
+
+def rows_of(damaged: Sequence[Damaged]) -> NDArray[np.int64]:
+    """The rows of damaged pictures."""
+    return np.array([picture.row for picture in damaged], np.int64)
+
+
+def write_left_out(path: Path, survey: Survey, damaged: Sequence[Damaged]) -> None:
+    """List pictures that were left out: split, class, and what is wrong, which begins with the file."""
+    split_of = {row: split for split, rows in survey.splits.items() for row in np.intersect1d(rows, rows_of(damaged)).tolist()}
+    text = io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("split", "class", "reason"))
+    for picture in damaged:
+        label = int(survey.labels[picture.row])
+        table.writerow((split_of[picture.row], survey.class_names[label] if label >= 0 else "", picture.reason))
+    with whole_file(path, path.with_suffix(".tmp")) as file:
+        file.write(text.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def count_left_out(folder: Path) -> int:
+    """Damaged pictures that were left out when the shards of a folder were written."""
+    path = folder / LEFT_OUT_NAME
+    if not path.is_file():
+        return 0
+    with path.open(newline="", encoding="utf-8") as file:
+        return sum(1 for _ in csv.reader(file)) - 1
