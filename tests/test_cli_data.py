@@ -1,6 +1,8 @@
 """The data commands from end to end on a small simulated survey, in this process."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +115,63 @@ def test_any_folder_and_its_folds(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert manifest.dataset == f"sq-fold{number}of3"
         held_out += manifest.splits["test"].num_samples
     assert held_out == 24
+
+
+def test_pictures_that_are_lost_or_changed_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = picture_folder(tmp_path / "squares")
+    (pictures / "red" / "broken link.png").symlink_to("/nowhere.png")
+    shard = ("data", "shard", "--from", str(pictures))
+    assert command(tmp_path, *shard) == 2
+    assert (
+        "red/broken link.png cannot be read: No such file or directory, a broken link to /nowhere.png" in capsys.readouterr().err
+    )
+    assert command(tmp_path, *shard, "--max-errors", "5") == 2
+    assert "say --on-error skip as well" in capsys.readouterr().err
+    assert command(tmp_path, *shard, "--on-error", "skip") == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / "shards" / "squares" / "original"
+    assert f"left out as damaged: 1, listed in {folder / 'left_out.csv'}" in out
+    assert "25 .png are stored as JPEG of quality 95; --encoding png keeps every pixel as it is" in out
+    assert sum(split.num_samples for split in read_manifest(folder).splits.values()) == 24
+
+
+def test_names_and_places_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = picture_folder(tmp_path / "squares")
+    for name in ("../../x", "my galaxies", "", ".hidden", "a/b"):
+        assert command(tmp_path / "root", "data", "shard", "--from", str(pictures), "--name", name) == 2
+        assert f"the name {name!r} cannot be a data set's" in capsys.readouterr().err
+    assert not (tmp_path / "root").exists()
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        for arguments in (
+            ("data", "shard", "--from", str(pictures)),
+            ("data", "check"),
+            ("data", "simulate", "--num-galaxies", "20"),
+        ):
+            assert command(root, *arguments) == 2
+            assert f"the data root {root} cannot be a folder: {tmp_path / 'file'} is a file" in capsys.readouterr().err
+    assert main(["data", "export", "--from", str(pictures), "--out", str(tmp_path / "file" / "below")]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+    for option in ("--from", "--out", "--data-dir"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["data", "shard", option, "hf://datasets/me/galaxies"])
+        assert f"{option}: hf://datasets/me/galaxies is a URL" in capsys.readouterr().err
+    assert main(["plan", "recipe=demo", "data.dir=s3://bucket/data"]) == 2
+    assert "data.dir=s3://bucket/data: must be a path on this machine, and is a URL" in capsys.readouterr().err
+
+
+def test_a_read_only_place_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, **_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    pictures = picture_folder(tmp_path / "squares")
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    for what in (("shard", "--from", str(pictures)), ("export", "--from", str(pictures)), ("simulate", "--num-galaxies", "20")):
+        assert command(tmp_path / "root", "data", *what) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert "Read-only file system" in line
 
 
 def test_fold_counts_from_one() -> None:

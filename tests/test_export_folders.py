@@ -136,7 +136,18 @@ def test_changed_exports_are_noticed(source: Path, tmp_path: Path, caplog: pytes
     write_picture(tree / "train" / "merging" / "mine.png")
     survey = open_survey(tree)
     assert "1 pictures of its metadata are gone, 1 are not in it" in caplog.text
-    assert next(survey.read(119, 120)).extras == {"file": "train/merging/mine.png"}
+    assert next(survey.read(119, 120)).extras == {"file": "train/merging/mine.png", "source_id": "mine"}
+
+
+def test_a_folder_of_pictures_that_is_exported_keeps_its_ids(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        for number in range(10):
+            write_picture(tmp_path / "mine" / name / f"J{number}.5 {name}.png", number)
+    export_image_folders(tmp_path / "mine", tmp_path / "out")
+    before, after = (open_survey(tmp_path / name) for name in ("mine", "out"))
+    found = {galaxy.id: galaxy.extras for galaxy in after.read(0, 20)}
+    assert found == {galaxy.id: {"source_id": galaxy.extras["source_id"]} for galaxy in before.read(0, 20)}
+    assert found["J3_5_a"] == {"source_id": "J3.5 a"}
 
 
 def test_the_balanced_tree_alone_is_not_the_original(out_dir: Path) -> None:
@@ -165,6 +176,6 @@ def test_metadata_keeps_types(tmp_path: Path) -> None:
     }
     galaxy = Galaxy("id", np.zeros((1, 1, 3), np.uint8), 3, 1e-7, None, extras)
     write_metadata(tmp_path, [("train/a/id.png", "val", galaxy)])
-    [(file, row)] = read_metadata(tmp_path)
+    [(file, row)] = read_metadata(tmp_path).rows.items()
     assert (file, row.id, row.split, row.ra, row.dec) == ("train/a/id.png", "id", "val", 1e-7, None)
     assert dict(row.extras) == extras

@@ -121,6 +121,7 @@ class KnownBlobs(BlobSurvey):
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
         for row, galaxy in enumerate(super().read(start, stop), start):
             extras = {"row": row, "redshift": None if row % 3 == 0 else row / 1000, "pxscale": self.pxscale}
+            extras |= {"source_id": f"Blob {row}", "file": f"blobs/Blob {row}.png"}
             yield replace(galaxy, ra=10.0 + row / 10, dec=-20.0, extras=extras)
 
 
@@ -154,6 +155,8 @@ def test_a_run_leaves_the_predictions_of_its_test_and_validation_galaxies(run_of
         assert np.array_equal(found.column("label"), rows % 3) and np.array_equal(found.column("label"), manifest.labels(split))
         assert found.column("sample").tolist() == list(range(48))
         assert np.array_equal(found.column("predicted"), found.column("logits").argmax(1))
+        assert found.column("file").tolist() == [f"blobs/Blob {row}.png" for row in rows]
+        assert found.column("source_id").tolist() == [f"Blob {row}" for row in rows]
         assert np.allclose(found.column("ra"), 10 + rows / 10) and (found.column("dec") == -20).all()
         expected = np.where(rows % 3 == 0, np.nan, rows / 1000)
         assert np.allclose(found.column("redshift"), expected, equal_nan=True)

@@ -70,6 +70,15 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
         assert set(found.column("split")) == {"test"}
 
 
+def test_files_without_the_columns_of_names_are_read(tmp_path: Path) -> None:
+    """As earlier versions wrote them."""
+    path = tmp_path / "test-predictions.parquet"
+    write_predictions(path, INFO, iter([galaxies(5)]))
+    assert read_predictions(path).column("file").tolist() == [None] * 5
+    parquet.write_table(parquet.read_table(path).drop_columns(["source_id", "file"]), path)
+    assert read_predictions(path).column("id").tolist() == galaxies(5)["id"]
+
+
 def test_files_do_not_depend_on_how_the_galaxies_came(tmp_path: Path) -> None:
     columns = galaxies(2 * ROW_GROUP + 1000)
     written = []

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,9 +189,58 @@ def test_a_truncated_picture_names_its_galaxy(tmp_path: Path) -> None:
     image = galaxies[7].image
     assert isinstance(image, EncodedImage)
     galaxies[7] = replace(galaxies[7], image=EncodedImage(image.data[: len(image.data) // 2], "jpg"))
-    with pytest.raises(UserError, match=r"galaxy g-0007\+x: its picture does not decode"):
+    with pytest.raises(UserError, match=r"1 of the 28 pictures cannot be read:\n  galaxy g-0007\+x: its picture does not decode"):
         write_shards(MemorySurvey(tuple(galaxies)), tmp_path / "shards")
     assert list(tmp_path.iterdir()) == []
+
+
+def with_damage(rows: Sequence[int], count: int = 200) -> MemorySurvey:
+    """A survey in which the pictures of some rows are cut short, as files that have names."""
+    galaxies = list(draw_galaxies(count, 16))
+    for row in rows:
+        image = as_jpeg(galaxies[row]).image
+        assert isinstance(image, EncodedImage)
+        galaxies[row] = replace(galaxies[row], image=EncodedImage(image.data[:200], "jpg", f"/data/{row}.jpg"))
+    return MemorySurvey(tuple(galaxies), class_names=("a", "b", "c"))
+
+
+def test_damaged_pictures_are_named_together_by_their_files(tmp_path: Path) -> None:
+    rows = [0, 3, 77]
+    with pytest.raises(UserError) as error:
+        write_shards(with_damage(rows), tmp_path / "shards", workers=2)
+    first, *lines, last = str(error.value).splitlines()
+    assert first == "3 of the 182 pictures cannot be read:" and "--on-error skip" in last
+    assert [line.partition(": its picture does not decode")[0] for line in lines] == [f"  /data/{row}.jpg" for row in rows]
+    with pytest.raises(UserError) as error:
+        write_shards(with_damage(range(1, 180)), tmp_path / "shards", workers=1)
+    assert str(error.value).startswith("more than 100 pictures cannot be read:\n  /data/1.jpg: ")
+    assert str(error.value).count("/data/") == 100
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_pictures_are_left_out_and_listed_on_request(tmp_path: Path) -> None:
+    rows = [0, 3, 76, 77]  # 76 is in no split
+    survey = with_damage(rows)
+    whole = stored(write_shards(with_damage([]), tmp_path / "whole", encoding="png", shard_size=8))
+    manifest = write_shards(survey, tmp_path / "some", encoding="png", shard_size=8, max_errors=3)
+    found = stored(manifest)
+    gone = {survey.galaxies[row].id for row in rows}
+    assert found == {key: value for key, value in whole.items() if key not in gone}
+    order = [key for key in whole if key not in gone]
+    assert [*found] == order, "the others keep their order"
+    assert check_shards(manifest.path).num_galaxies == len(found)
+    header, *lines = (tmp_path / "some" / "left_out.csv").read_text().splitlines()
+    assert header == "split,class,reason"
+    assert [line.partition(": its")[0] for line in lines] == ["train,a,/data/0.jpg", "test,a,/data/3.jpg", "train,c,/data/77.jpg"]
+    again = write_shards(survey, tmp_path / "some", encoding="png", shard_size=8)
+    assert again.hash == manifest.hash, "shards that are there stay"
+    with pytest.raises(UserError, match="more than the 2 pictures that --max-errors allows cannot be read"):
+        write_shards(survey, tmp_path / "few", max_errors=2)
+    with pytest.raises(UserError, match="all training pictures of the class 'a' are damaged"):
+        write_shards(with_damage(range(0, 200, 3)), tmp_path / "few", max_errors=100)
+    with pytest.raises(UserError, match=r"none of the 30 pictures can be read; the first: /data/0\.jpg: its picture"):
+        write_shards(with_damage(range(30), 30), tmp_path / "few", max_errors=100)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["some", "whole"]
 
 
 def test_pictures_of_several_sizes_need_a_size(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Any folder of pictures as a survey."""
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -12,10 +13,19 @@ from PIL import Image
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, EncodedImage
+from galaxydist.surveys import folderscan
 from galaxydist.surveys.names import natural_key, safe_name, unique_ids
 from galaxydist.surveys.open import open_survey
 from galaxydist.surveys.pictures import decode_picture, encode_png
+from tests.golden_sources import FOLDERS, METADATA, exported_folder, plain_folder, survey_file_hash
 from tests.survey_files import write_picture
+
+# Made before a galaxy carried its `source_id`, and before links, tables and endings were read as they are now.
+GOLDEN = {
+    "plain": "af1ce71c391ba714064bb021397cb777bd1ce77295b118a7cb0cc7eca8f980b0",
+    "splits": "ef4b5feaaa62e4746f0257b33bb706ffb8509183272244ef09c1a84eb48c55d7",
+    "exported": "20ff3ade83f89594dbee72951658f97883d85f5335813daea53a80a93089c666",
+}
 
 
 def class_folders(root: Path, names: tuple[str, ...] = ("class2", "class10"), count: int = 10, suffix: str = ".jpg") -> Path:
@@ -36,7 +46,7 @@ def test_class_folders_alone_are_split_and_said(tmp_path: Path, caplog: pytest.L
     assert [galaxy.label for galaxy in galaxies] == [0] * 10 + [1] * 10
     assert isinstance(galaxies[3].image, EncodedImage) and galaxies[3].image.format == "jpg"
     assert galaxies[3].image.data == (tmp_path / "my galaxies" / "class2" / "class2_3.jpg").read_bytes()
-    assert galaxies[3].extras == {"file": "class2/class2_3.jpg"} and galaxies[3].ra is None
+    assert galaxies[3].extras == {"file": "class2/class2_3.jpg", "source_id": "class2_3"} and galaxies[3].ra is None
 
 
 @pytest.mark.parametrize(
@@ -68,19 +78,29 @@ def test_adding_a_picture_moves_few_others(tmp_path: Path) -> None:
     assert len(before - test_files()) <= 1
 
 
-def test_galaxy10_names_and_numbers_get_the_official_labels(tmp_path: Path) -> None:
+def test_numbered_folders_are_galaxy10s_classes_only_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     numbers = class_folders(tmp_path / "numbers", tuple(str(label) for label in range(10)), 3, ".png")
     names = class_folders(tmp_path / "names", GALAXY10_CLASSES, 3, ".png")
-    for survey in (open_survey(numbers), open_survey(names)):
+    assert open_survey(numbers).class_names == tuple("0123456789")
+    assert "if they are Galaxy10's labels, give --classes galaxy10" in caplog.text
+    for survey in (open_survey(numbers, classes="galaxy10"), open_survey(names), open_survey(names, classes="galaxy10")):
         assert survey.class_names == GALAXY10_CLASSES
     galaxy = next(open_survey(names).read(0, 1))
     assert galaxy.extras["file"].startswith("disturbed/") and galaxy.label == 0
     with_eleven = class_folders(tmp_path / "eleven", (*GALAXY10_CLASSES, "stars"), 3, ".png")
     assert open_survey(with_eleven).class_names[0] == "barred_spiral"
+    with pytest.raises(UserError, match=r"does not have Galaxy10's classes but 'barred_spiral'.* and 6 more"):
+        open_survey(with_eleven, classes="galaxy10")
+    described = '{"name": "simulated", "variant": "original", "source_hash": "", "num_galaxies": 30}'
+    (numbers / "dataset.json").write_text(described)
+    assert open_survey(numbers).class_names == GALAXY10_CLASSES
+    (numbers / "dataset.json").write_text(described.replace("simulated", "../../x"))
+    with pytest.raises(UserError, match=r"dataset\.json: the name '\.\./\.\./x' cannot be a data set's"):
+        open_survey(numbers)
 
 
 def test_real_sample_folds(real_sample: Path) -> None:
-    survey = open_survey(real_sample, fold=(0, 3))
+    survey = open_survey(real_sample, fold=(0, 3), classes="galaxy10")
     assert survey.name == "galaxy10_decals_sample" and survey.class_names == GALAXY10_CLASSES
     assert len(survey.splits["test"]) == 333 and len(survey.splits["train"]) == 666 and len(survey.splits["val"]) == 0
     galaxy = next(survey.read(998, 999))
@@ -111,7 +131,8 @@ def test_ids_are_always_safe_and_unique(names: list[str]) -> None:
     ids = unique_ids([(name, f"x-{name}") for name in names])
     assert len({name.lower() for name in ids}) == len(ids) == len(names)
     assert all(re.fullmatch(r"[A-Za-z0-9_+-]+", name) for name in ids)
-    assert all(safe_name(name) for name in names) and sorted(names, key=natural_key)
+    assert all(safe_name(name) for name in names)
+    assert len({natural_key(name) for name in names}) == len({*names}), "two names with one key: their order would be chance"
 
 
 def test_other_formats_become_pixels(tmp_path: Path) -> None:
@@ -137,6 +158,178 @@ def test_the_source_hash_follows_pictures_and_splits(tmp_path: Path) -> None:
     write_picture(tmp_path / "class2" / "another.jpg")
     hashes.add(open_survey(tmp_path).source_hash)
     assert len(hashes) == 4 and open_survey(tmp_path).source_hash in hashes
+
+
+def test_source_hashes_of_earlier_versions_stay(tmp_path: Path) -> None:
+    assert {name: open_survey(make(tmp_path / name)).source_hash for name, make in FOLDERS.items()} == GOLDEN
+    plain = tmp_path / "plain"
+    assert open_survey(plain, "balanced").source_hash == "651a2535257345831d5bfee4f3fa5083786f7b489fc8f917c1c84e69a4deaacf"
+    folded = open_survey(plain, fold=(0, 2), name="x")
+    assert folded.source_hash == "674fbf0fc3567a126032b9b61f31bcb9d66c81338a68249b0bca4f45db496340"
+    assert survey_file_hash(tmp_path) == "4c549a2d7acdcc0c90717b90c7f93a9d9720b2372c00cd48a643dafbf26d4baa"
+
+
+def test_galaxies_keep_the_users_own_ids_and_files(tmp_path: Path) -> None:
+    galaxies = list(open_survey(plain_folder(tmp_path / "plain")).read(0, 16))
+    assert (galaxies[9].id, galaxies[9].extras["source_id"]) == ("J22_1-00_4", "J22.1-00.4")
+    assert galaxies[9].extras["file"] == "class10/part 1/J22.1-00.4.PPM"
+    exported = list(open_survey(exported_folder(tmp_path / "exported")).read(0, 8))
+    assert [galaxy.extras.get("file") for galaxy in exported] == [None] * 7 + ["train/a/later.ppm"]
+    picture = tmp_path / "plain" / "class2" / "3.ppm"
+    picture.rename(picture.with_name(os.fsdecode(b"3\xe9.ppm")))
+    odd = next(open_survey(tmp_path / "plain").read(3, 4))
+    assert (odd.id, odd.extras["source_id"], odd.extras["file"]) == ("3", "3\\xe9", "class2/3\\xe9.ppm")
+
+
+def test_the_order_does_not_hang_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for label, name in enumerate(("010", "10", "z")):
+        for number, file in enumerate(("1.png", "01.png", "2.png", "002.png")):
+            write_picture(tmp_path / name / file, 4 * label + number)
+    listed = folderscan._entries
+    found = []
+    for reverse in (False, True):
+        monkeypatch.setattr(
+            folderscan, "_entries", lambda path, way=reverse: sorted(listed(path), key=lambda entry: entry.name, reverse=way)
+        )
+        survey = open_survey(tmp_path)
+        found.append((survey.class_names, survey.files, survey.source_hash))
+    assert found[0] == found[1]
+    assert found[0][0] == ("010", "10", "z") and found[0][1][:4] == ("010/01.png", "010/1.png", "010/002.png", "010/2.png")
+
+
+def test_what_links_reach_twice_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = class_folders(tmp_path / "mine", ("a", "b"), 6)
+    pool = class_folders(tmp_path / "pool", ("p",), 3)
+    for name in ("a", "b"):
+        (root / name / "self").symlink_to(".")
+        (root / name / "up").symlink_to("../..")
+    (root / "a" / "other").symlink_to(root / "b")  # what lies in b itself stays in b
+    (root / "a" / "again.jpg").symlink_to(root / "b" / "b_1.jpg")
+    (root / "b" / "pool").symlink_to(pool)
+    (root / "b" / "pool2").symlink_to(pool / "p")
+    (root / "b" / "one.jpg").symlink_to(pool / "p" / "p_0.jpg")
+    (root / "b" / "new.jpg").symlink_to(write_picture(tmp_path / "elsewhere.jpg"))
+    survey = open_survey(root)
+    assert survey.files == (
+        *(f"a/a_{number}.jpg" for number in range(6)),
+        *(f"b/b_{number}.jpg" for number in range(6)),
+        *("b/new.jpg", "b/one.jpg", "b/pool/p/p_1.jpg", "b/pool/p/p_2.jpg"),
+    )
+    assert (
+        "each folder and picture is read once, though links lead to some again: 'a/again.jpg', 'a/other', 'a/self'" in caplog.text
+    )
+    (root / "c").symlink_to("a")
+    with pytest.raises(
+        UserError, match=r"an empty class: .*c has no pictures .*links in it lead to pictures that stand elsewhere"
+    ):
+        open_survey(root)
+
+
+@pytest.mark.parametrize("kind", ["mark", "crlf", "semicolon"])
+def test_a_table_that_a_spreadsheet_saved_says_the_same(tmp_path: Path, kind: str) -> None:
+    expected = open_survey(exported_folder(tmp_path / "before")).rows
+    lines = METADATA.replace("false", "FALSE").replace("true", "TRUE").splitlines()
+    text = "\n".join(lines)
+    if kind == "semicolon":
+        cells = [line.replace('"[1, 2]"', "[1: 2]").split(",") for line in lines]
+        decimal = [[cell.replace(".", ",") if re.fullmatch(r"-?\d+\.\d+", cell) else cell for cell in line] for line in cells]
+        text = "\n".join(";".join(line) for line in decimal).replace("[1: 2]", "[1, 2]")
+    folder = exported_folder(tmp_path / "after")
+    data = text.encode("utf-8-sig" if kind == "mark" else "utf-8")
+    (folder / "metadata.csv").write_bytes(data.replace(b"\n", b"\r\n") if kind == "crlf" else data)
+    assert open_survey(folder).rows == expected
+    assert open_survey(folder).source_hash == GOLDEN["exported"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (METADATA.replace("10.5,", "10:30:00,").encode(), r"metadata\.csv, line 2: ra='10:30:00' is not a number; give decimal"),
+        (
+            METADATA.replace(",80,", ",123,").encode(),
+            r"metadata\.csv, val/a/v\.ppm: ra=12\.5, dec=123 is no place .*\(4 such of 8\)",
+        ),
+        (METADATA.replace("false", "falsch").encode(), r"line 2: conflicting='falsch' is neither true nor false"),
+        (METADATA.replace("two words", "zwei W\xf6rter").encode("cp1252"), r"is not UTF-8 text .*save it as"),
+        ((METADATA + METADATA.splitlines()[3]).encode(), r"line 9: val/a/v\.ppm stands in it twice"),
+        (METADATA.replace("two words", "two,words").encode(), r"line 2: 11 cells under 10 columns"),
+        (METADATA.encode() + b'"', r"not a table|no file"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused(tmp_path: Path, changed: bytes, message: str) -> None:
+    folder = exported_folder(tmp_path)
+    (folder / "metadata.csv").write_bytes(changed)
+    with pytest.raises(UserError, match=message):
+        open_survey(folder)
+
+
+def test_a_table_of_the_users_own_is_read_or_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class_folders(tmp_path)
+    numbers = range(10)
+    lines = [f"class2_{n}.jpg,objid {n},{'Testing'[:4] if n < 2 else 'Valid' if n < 3 else 'train'},{n},0.5,7" for n in numbers]
+    lines += [f"./class10\\class10_{n}.jpg,SDSS {n},{'test' if n < 1 else 'train'},,,8" for n in numbers]
+    (tmp_path / "metadata.csv").write_text("\n".join(["File_Name,ID,split,RA,dec,label", *lines]))
+    survey = open_survey(tmp_path)
+    first = next(survey.read(0, 1))
+    assert (first.id, first.ra, first.dec, first.label) == ("objid_0", 0.0, 0.5, 0)
+    assert first.extras == {"source_id": "objid 0", "file": "class2/class2_0.jpg", "label": 7}
+    assert {name: rows.tolist() for name, rows in survey.splits.items() if name != "train"} == {"val": [2], "test": [0, 1, 10]}
+    assert "80/10/10" not in caplog.text
+    (tmp_path / "metadata.csv").write_text((tmp_path / "metadata.csv").read_text().replace("Valid", "maybe"))
+    with pytest.raises(UserError, match="the split of objid_2 is 'maybe', which is none of train, val and test"):
+        open_survey(tmp_path)
+    (tmp_path / "metadata.csv").write_text("galaxy,ra,dec\nclass2_0,1,2\n")
+    assert next(open_survey(tmp_path).read(0, 1)).ra is None
+    assert "metadata.csv is not used: none of its columns (galaxy, ra, dec) is named file or file_name" in caplog.text
+
+
+def test_other_endings_are_read_or_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class_folders(tmp_path, count=4)
+    for ending in ("jfif", "JPE", "jp2", "avif"):
+        picture = write_picture(tmp_path / "new" / f"{ending}.{'jpg' if ending[0] == 'J' or ending == 'jfif' else ending}")
+        picture.rename(picture.with_suffix(f".{ending}"))
+    thumbnails = tmp_path / "class10" / "@eaDir" / "class10_1.jpg"
+    thumbnails.mkdir(parents=True)
+    write_picture(thumbnails / "THUMB.jpg")
+    for file in ("a.fits", "b.FITS", "c.txt", "noend"):
+        (tmp_path / "class2" / file).touch()
+    write_picture(tmp_path / "loose.png")
+    (tmp_path / "@eaDir").mkdir()
+    survey = open_survey(tmp_path)
+    assert survey.class_names == ("class2", "class10", "new") and len(survey.files) == 12
+    assert {galaxy.image.format if isinstance(galaxy.image, EncodedImage) else "pixels" for galaxy in survey.read(8, 12)} == {
+        "jpg",
+        "pixels",
+    }
+    assert (
+        "left out: 2 .fits, 1 .png beside the class folders, 1 .txt, 1 in @eaDir, 1 without an ending (FITS is not read"
+        in caplog.text
+    )
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "1.fits").touch()
+    with pytest.raises(UserError, match=r"an empty class: .*only has no pictures \(.*\): it has 1 \.fits \(FITS is not read"):
+        open_survey(tmp_path)
+
+
+def test_pictures_are_upright_and_on_black(tmp_path: Path) -> None:
+    class_folders(tmp_path, count=5)
+    upright = np.asarray(Image.open(tmp_path / "class2" / "class2_0.jpg"))
+    mark = Image.Exif()
+    for number, orientation in enumerate((1, 6)):
+        mark[0x112] = orientation
+        Image.fromarray(upright).save(tmp_path / "class2" / f"turned{number}.png", exif=mark)
+    hidden = np.full((20, 24, 4), (255, 0, 255, 0), np.uint8)
+    hidden[5:9] = (30, 220, 30, 255)
+    hidden[9:12] = (100, 200, 50, 128)
+    Image.fromarray(hidden).save(tmp_path / "class2" / "hidden.png")
+    Image.fromarray(np.full((20, 24, 3), 7, np.uint8)).save(tmp_path / "class2" / "keyed.png", transparency=(7, 7, 7))
+    galaxies = {galaxy.id: galaxy.image for galaxy in open_survey(tmp_path).read(0, 9)}
+    assert isinstance(galaxies["turned0"], EncodedImage)
+    assert np.array_equal(galaxies["turned1"], np.rot90(upright, -1))
+    shown = galaxies["hidden"]
+    assert isinstance(shown, np.ndarray) and not shown[:5].any() and not shown[12:].any()
+    assert (shown[5:9] == (30, 220, 30)).all() and np.abs(shown[9:12].astype(int) - (50, 100, 25)).max() <= 1
+    assert isinstance(galaxies["keyed"], np.ndarray) and not galaxies["keyed"].any()
 
 
 def test_bad_folders_say_what_is_wrong(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
         there = " (there already)" if written_before == _written_at(out_dir) else ""
         print(f"shards of {manifest.dataset}, {manifest.variant} ({counts}): {manifest.path}{there}")
         if left_out := count_left_out(manifest.dir):
-            print(f"{left_out} damaged pictures are left out; they are listed in {manifest.dir / LEFT_OUT_NAME}")
+            print(f"left out as damaged: {left_out}, listed in {manifest.dir / LEFT_OUT_NAME}")
         if isinstance(survey, FolderSurvey) and arguments.encoding == "jpeg":
             _say_lossy(survey, arguments.quality)
 

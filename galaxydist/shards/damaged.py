@@ -40,6 +40,7 @@ def read_rows(survey: Survey, start: int, stop: int) -> Iterator[Galaxy | Damage
             for galaxy in survey.read(start, stop):
                 yield galaxy
                 start += 1
+            return
         except DamagedPictureError:
             yield _read_alone(survey, start)  # a slab that is read together fails for one damaged row in it
             start += 1
@@ -65,9 +66,8 @@ def first_picture(survey: Survey) -> tuple[Galaxy, Pixels]:
             if isinstance(galaxy, DamagedPictureError):
                 raise galaxy
             image = galaxy.image
-            return galaxy, decode_picture(image, f"galaxy {galaxy.id}: ") if isinstance(image, EncodedImage) else np.asarray(
-                image
-            )
+            is_file = isinstance(image, EncodedImage)
+            return galaxy, decode_picture(image, f"galaxy {galaxy.id}: ") if is_file else np.asarray(image)
         except DamagedPictureError as error:
             reason = reason or error.reason
     raise UserError(f"none of the {len(survey.labels)} pictures can be read; the first: {reason}")
