@@ -1,10 +1,10 @@
 """A split's galaxies as a table, a row a sample in storage order, so that ids and positions need not be read from the tars.
 
 <dir>/columns/<split>.catalogue.parquet: ``id`` string, ``ra`` and ``dec`` float64 (degrees, null where unknown), then those
-extras of the galaxies (``redshift``, ``pxscale``, ``row``, ``conflicting``, ``original_split``, whatever the survey has) that are
-booleans, whole numbers, numbers or strings, of one type throughout, as nullable columns. Whole and other numbers together are
-float64. Left out, but still in each sample's .json: lists and objects, columns of several types, whole numbers past 64 bits,
-columns that are null throughout.
+extras of the galaxies (``redshift``, ``pxscale``, ``row``, ``conflicting``, ``original_split``, a folder's ``file`` and
+``source_id``, whatever the survey has) that are booleans, whole numbers, numbers or strings, of one type throughout, as nullable
+columns. Whole and other numbers together are float64. Left out, but still in each sample's .json: lists and objects, columns of
+several types, whole numbers past 64 bits, columns that are null throughout.
 
 manifest.json names the files with their SHA-256 under ``catalogues``, not under ``columns``: what stands there every reader of
 this format wants on the disk, while a catalogue is fetched from a store only when somebody asks for it. Shards without it, made

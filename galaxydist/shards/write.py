@@ -184,7 +184,7 @@ def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int, max
     started = time.monotonic()
     total = sum(split.size for split in survey.splits.values())
     if not _is_finished(work_dir, survey, settings):
-        _write_all(survey, work_dir, settings, workers, max_errors)
+        total = _write_all(survey, work_dir, settings, workers, max_errors)
     for name in ("parts", "packed"):
         shutil.rmtree(work_dir / name, ignore_errors=True)
     (work_dir / NOTE).unlink(missing_ok=True)
@@ -192,8 +192,8 @@ def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int, max
     tqdm.write(f"{total} galaxies to shards in {seconds:.1f} s ({total / seconds:.0f} img/s)", file=sys.stderr)
 
 
-def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int, max_errors: int | None) -> None:
-    """Everything up to the manifest, which is written last."""
+def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int, max_errors: int | None) -> int:
+    """Everything up to the manifest, which is written last. Returns the number of galaxies in the shards."""
     encoding = _resolve(survey, settings)
     _open_work_dir(work_dir, survey, settings, encoding)
     order = storage_order(survey, settings.seed)
@@ -218,6 +218,7 @@ def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int,
     for path in paths:
         sums.merge(read_part_sums(path))
     finish_manifest(survey, work_dir, settings, layout, image_size=encoding.image_size, sums=sums)
+    return total - len(damaged)
 
 
 def _is_finished(work_dir: Path, survey: Survey, settings: Settings) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from galaxydist.errors import DamagedPictureError, UserError
+from galaxydist.errors import DamagedPictureError
 from galaxydist.galaxy import EncodedImage
 
 EXTENSIONS = frozenset(
@@ -27,8 +27,7 @@ def read_picture(path: Path) -> NDArray[np.uint8] | EncodedImage:
     Pictures that are not to be shown as they are stored (turned by their EXIF orientation, or transparent) are pixels, too.
 
     Raises:
-        DamagedPictureError: the file cannot be read or is no picture.
-        UserError: it has no 8-bit colours.
+        DamagedPictureError: the file cannot be read, is no picture or has no 8-bit colours.
     """
     try:
         data = path.read_bytes()
@@ -53,15 +52,14 @@ def decode_picture(data: bytes, name: object) -> NDArray[np.uint8]:
         name: the file, for messages.
 
     Raises:
-        DamagedPictureError: truncated, damaged or no picture.
-        UserError: no 8-bit colours.
+        DamagedPictureError: truncated, damaged, no picture, or no 8-bit colours.
     """
     try:
         with Image.open(io.BytesIO(data)) as picture:
             if picture.mode not in _EIGHT_BIT_MODES:
-                raise UserError(f"{name} has pixels of kind {picture.mode!r}; convert it to 8-bit RGB or grey first")
+                raise DamagedPictureError(f"{name} has pixels of kind {picture.mode!r}, not 8-bit RGB or grey: convert it first")
             return np.asarray(to_rgb(ImageOps.exif_transpose(picture) if _is_turned(picture, data) else picture))
-    except UserError:
+    except DamagedPictureError:
         raise
     except _UNDECODABLE as error:
         raise _undecodable(name, len(data), error) from error
