@@ -66,8 +66,9 @@ def first_picture(survey: Survey) -> tuple[Galaxy, Pixels]:
             if isinstance(galaxy, DamagedPictureError):
                 raise galaxy
             image = galaxy.image
-            is_file = isinstance(image, EncodedImage)
-            return galaxy, decode_picture(image, f"galaxy {galaxy.id}: ") if is_file else np.asarray(image)
+            if not isinstance(image, EncodedImage):
+                return galaxy, np.asarray(image)
+            return galaxy, decode_picture(image, f"galaxy {galaxy.id}: ")
         except DamagedPictureError as error:
             reason = reason or error.reason
     raise UserError(f"none of the {len(survey.labels)} pictures can be read; the first: {reason}")
