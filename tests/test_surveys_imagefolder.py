@@ -13,6 +13,7 @@ from PIL import Image
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, EncodedImage
+from galaxydist.recipe.paths import is_dataset_name
 from galaxydist.surveys import folderscan
 from galaxydist.surveys.names import natural_key, safe_name, unique_ids
 from galaxydist.surveys.open import open_survey
@@ -131,7 +132,7 @@ def test_ids_are_always_safe_and_unique(names: list[str]) -> None:
     ids = unique_ids([(name, f"x-{name}") for name in names])
     assert len({name.lower() for name in ids}) == len(ids) == len(names)
     assert all(re.fullmatch(r"[A-Za-z0-9_+-]+", name) for name in ids)
-    assert all(safe_name(name) for name in names)
+    assert all(is_dataset_name(safe_name(name)) for name in names), "a folder's name that no recipe could name"
     assert len({natural_key(name) for name in names}) == len({*names}), "two names with one key: their order would be chance"
 
 

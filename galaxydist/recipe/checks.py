@@ -97,7 +97,7 @@ def _profile(profile: str | None) -> str | None:
 def _dataset_name(dataset: str) -> str | None:
     if is_dataset_name(dataset):
         return None
-    return "names a folder under the data root: letters, digits and any of '_-+.'; for a file elsewhere use data.manifest=FILE"
+    return "is a folder name under the data root: letters, digits, _, -, + and .; for a file elsewhere use data.manifest=FILE"
 
 
 def _forced_keys(force: tuple[str, ...]) -> str | None:
