@@ -219,4 +219,4 @@ def test_threads_are_kept_on_as_many_processes(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == ""
     kept = keep_threads(world, {"threads": 2, "world_size": 1})
     assert (kept.threads, kept.cores, torch.get_num_threads()) == (2, 64, 2)  # pictures are decoded on all cores
-    assert "2 threads each, as before" in capsys.readouterr().out
+    assert "computing with 2 threads, as before" in capsys.readouterr().out

@@ -53,7 +53,10 @@ def test_a_continued_run_keeps_its_threads(blobs: Path, tmp_path: Path, capsys: 
         assert run_here([*settings, "train.threads=3"]) == 0
         assert "cpu, 3 threads each" in capsys.readouterr().out
         whole = read_tensors(tmp_path / "run")
-        for given, threads, told in (("train.threads=1", 1, "cpu, 1 threads each"), ("", 3, "3 threads each, as before")):
+        for given, threads, told in (
+            ("train.threads=1", 1, "cpu, 1 thread each"),
+            ("", 3, "computing with 3 threads, as before"),
+        ):
             cut_off(tmp_path / "run", 6)
             assert run_here([*settings, *filter(None, [given])]) == 0
             assert told in capsys.readouterr().out and torch.get_num_threads() == threads

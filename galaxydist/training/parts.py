@@ -22,6 +22,7 @@ from galaxydist.training.nonfinite import Nonfinite
 from galaxydist.training.objective import Objective, class_weights
 from galaxydist.training.optimizer import LearningRate, build_optimizer
 from galaxydist.training.optimizer_names import find_optimizer
+from galaxydist.training.out_of_memory import explained_out_of_memory
 from galaxydist.training.skipping import Skipped
 from galaxydist.training.speed import channels_last, compile_model, images_channels_last, set_tf32
 from galaxydist.training.spikes import SpikeDetector
@@ -107,7 +108,8 @@ def build_parts(
         world.together(lambda: compile_model(model, world.device))
     strategy = open_strategy(world, model, config)
     augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=world.cores)
-    strategy.settle(_example(world, recipe, augment, micro_batch))
+    with explained_out_of_memory(recipe, world, micro_batch):
+        strategy.settle(_example(world, recipe, augment, micro_batch))
     groups = [dict(group) for group in parameter_groups(strategy.model, optim.weight_decay, optim.layer_decay)]
     state = TrainingState(
         strategy.model,

@@ -32,7 +32,7 @@ from galaxydist.training.journal import Journal
 from galaxydist.training.judging import Judge
 from galaxydist.training.loop import Loop
 from galaxydist.training.opening import OpenedFolder, open_run_folder
-from galaxydist.training.out_of_memory import explain_out_of_memory, is_out_of_memory
+from galaxydist.training.out_of_memory import explained_out_of_memory, is_out_of_memory
 from galaxydist.training.parts import Parts, build_parts, build_update, check_parts
 from galaxydist.training.profiling import StepProfiler
 from galaxydist.training.saving import Saving
@@ -92,7 +92,8 @@ class Session:
         """See ``train``."""
         processes = "1 process" if self.world.size == 1 else f"{self.world.size} processes"
         device, precision = self.world.device.type, self.world.precision
-        self.world.say(f"galaxydist: {processes}, {device}, {self.world.threads} threads each, precision {precision}")
+        threads = "1 thread each" if self.world.threads == 1 else f"{self.world.threads} threads each"
+        self.world.say(f"galaxydist: {processes}, {device}, {threads}, precision {precision}")
         path, cache = find_manifest(self.recipe.data, self.root), find_cache(self.recipe.data, self.root)
         manifest = self.world.together(lambda: open_manifest(path, cache, self.recipe, self.world.size))
         self._others = self.world.together(lambda: self._open_others(manifest))
@@ -251,12 +252,8 @@ class Session:
                 watch=watch,
                 step_done=profiler.step_done,
             )
-            try:
+            with explained_out_of_memory(self.recipe, world, parts.micro_batch):
                 stop_signal = loop.run(batches, stop)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise OneRankFailedError(explain_out_of_memory(error, self.recipe, world, parts.micro_batch)) from error
             saving.finish()
         return stop_signal
 

@@ -191,7 +191,7 @@ def keep_threads(world: World, stored: Mapping[str, int] | None) -> World:
     if not stored or stored["world_size"] != world.size or world.device.type != "cpu" or stored["threads"] == world.threads:
         return world
     world.say(
-        f"galaxydist: {stored['threads']} threads each, as before, so that the numbers stay bit for bit the same "
+        f"galaxydist: computing with {stored['threads']} threads, as before, so that the numbers stay bit for bit the same "
         f"(train.threads={world.threads} takes as many as there are cores)"
     )
     return _with_threads(world, stored["threads"])
