@@ -151,6 +151,8 @@ def enter_world(
     place = find_place(environ)
     check_settings(environ)
     set_flight_recorder(environ)
+    if not environ.get("OMP_NUM_THREADS", "").isdecimal():
+        environ["OMP_NUM_THREADS"] = "1"  # torch is loaded: this is for Accelerate, which takes a plain number only (not "4,2")
     has_gpu = torch.cuda.is_available() and not wants_cpu(environ)
     resolved = resolve_precision(precision, has_gpu, torch.cuda.get_device_capability() if has_gpu else None)
     accelerator = _build_accelerator(resolved, has_gpu, environ, timeout)
