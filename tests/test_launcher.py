@@ -172,6 +172,8 @@ def test_what_accelerate_cannot_start_with_is_one_message(
         ({**SRUN, "SLURM_CPUS_PER_TASK": "8", "SLURM_NODEID": "0"}, 16),
         # In a batch script, where torchrun starts the processes that SLURM counts as tasks.
         ({"SLURM_CPUS_PER_TASK": "2", "SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "0"}, 8),
+        ({"SLURM_CPUS_PER_TASK": "2", "SLURM_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "1"}, 8),
+        ({"SLURM_CPUS_PER_TASK": "2", "SLURM_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"}, 6),
         ({"SLURM_CPUS_PER_TASK": "2", "SLURM_TASKS_PER_NODE": "4", "SLURM_NODEID": "3"}, math.inf),
         ({"SLURM_CPUS_PER_TASK": "two"}, math.inf),
     ],
