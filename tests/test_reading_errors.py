@@ -168,7 +168,7 @@ def test_a_checkpoint_that_does_not_count_the_skipped_still_loads(tmp_path: Path
         parts = EarlyStopping("loss", 0), Skipped("skip", 9), Nonfinite("stop", 0, RunFolder(tmp_path), str), SpikeDetector(8)
         return TrainingState(model, torch.optim.SGD(model.parameters()), None, None, *parts)
 
-    world = World(Accelerator(cpu=True), 0, 1, ranks_on_node=1, cores=1, precision="no", job_id=None, restart_count=0)
+    world = World(Accelerator(cpu=True), 0, 1, ranks_on_node=1, cores=1, threads=1, precision="no", job_id=None, restart_count=0)
     old = build()
     old.skipped.load_state_dict({"samples": [4, 7]})
     tensors, state = old.snapshot(world)

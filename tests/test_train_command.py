@@ -72,6 +72,11 @@ def test_a_wrong_key_is_told_once_before_processes_are_started(
 def test_inside_of_another_launcher_it_starts_no_processes(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    command = ["train", "--processes", "2", *quick_settings(blobs, tmp_path / "run")]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["train", "--processes", "2", *quick_settings(blobs, tmp_path / "run")]) == 2
+    assert main(command) == 2
+    assert "do not fit together: WORLD_SIZE=2: RANK, LOCAL_RANK" in capsys.readouterr().err
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20000"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(command) == 2
     assert "inside of another launcher (WORLD_SIZE=2)" in capsys.readouterr().err

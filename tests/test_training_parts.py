@@ -15,7 +15,7 @@ from galaxydist.training.objective import Objective, class_weights
 from galaxydist.training.optimizer import LearningRate
 from galaxydist.training.stopping import EarlyStopping
 from galaxydist.training.update import count_micro_batches, split_evenly
-from galaxydist.training.world import _tasks_on_node, resolve_precision
+from galaxydist.training.world import resolve_precision
 
 
 def test_summed_parts_give_torchs_weighted_mean() -> None:
@@ -121,10 +121,3 @@ def test_precision_follows_the_device(precision: str, has_gpu: bool, capability:
 def test_fp16_without_a_gpu_is_refused_with_the_way_out() -> None:
     with pytest.raises(UserError, match=r"train\.precision=auto"):
         resolve_precision("fp16", has_gpu=False, capability=None)
-
-
-@pytest.mark.parametrize(
-    ("text", "node", "expected"), [("4(x2),3", 0, "4"), ("4(x2),3", 1, "4"), ("4(x2),3", 2, "3"), ("1", 0, "1")]
-)
-def test_slurms_list_of_tasks_per_node(text: str, node: int, expected: str) -> None:
-    assert _tasks_on_node({"SLURM_STEP_TASKS_PER_NODE": text, "SLURM_NODEID": str(node)}) == expected

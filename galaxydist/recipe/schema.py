@@ -168,6 +168,9 @@ class TrainConfig(Section):
         False, "compute activations again instead of keeping them: less memory, a third slower"
     )
     sync_batchnorm: bool = Field(False, description="batch normalisation over the micro-batches of all processes together")
+    threads: Annotated[int, Field(ge=0)] = run_field(
+        0, "processor threads of each process (0: from its cores; a run that is continued keeps its number)"
+    )
     strategy: Literal["ddp", "fsdp"] = run_field("ddp", "a whole model on each process (ddp), or each holds a part (fsdp)")
     label_smoothing: Fraction = 0.0
     mixup: NonNegative = Field(0.0, description="mix pairs of images: factor from Beta(a, a) (0: off)")

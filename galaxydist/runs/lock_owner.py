@@ -39,13 +39,14 @@ class LockOwner:
 def job_of(environ: Mapping[str, str]) -> str | None:
     """The batch job of a process by the id that SLURM's programs take, ``123`` or ``123_4`` for a task of an array (whose
     SLURM_JOB_ID may be the id of the whole array); None outside of one."""
-    array = environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else environ.get("SLURM_JOB_ID")
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID")
 
 
 def restart_of(environ: Mapping[str, str]) -> int:
     """How often SLURM has started the job of a process again."""
-    return int(environ.get("SLURM_RESTART_COUNT", "0"))
+    count = environ.get("SLURM_RESTART_COUNT", "")
+    return int(count) if count.isdecimal() else 0
 
 
 def start_of(environ: Mapping[str, str]) -> str | None:

@@ -19,6 +19,7 @@ from galaxydist.errors import (
     RunFailedError,
     UserError,
 )
+from galaxydist.training.launcher import find_place
 
 
 def launch(
@@ -37,8 +38,9 @@ def launch(
         The exit code.
     """
     wait_politely(environ)
-    rank = int(environ.get("RANK") or environ.get("SLURM_PROCID") or 0)
+    rank = 0  # also where the launcher's variables are wrong: whoever finds that says it
     try:
+        rank = find_place(environ).rank
         return _train(arguments, environ)
     except (UserError, RunFailedError) as error:
         # One process prints what all have found.

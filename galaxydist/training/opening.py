@@ -26,10 +26,12 @@ class OpenedFolder:
     Args:
         path: the folder.
         micro_batch: what an earlier start found out about ``train.micro_batch=auto``; None where there was none.
+        threads: that an earlier start computed with, likewise: see ``keep_threads``.
     """
 
     path: Path
     micro_batch: dict[str, Any] | None
+    threads: dict[str, int] | None
 
 
 def open_run_folder(world: World, resolved: ResolvedRecipe, manifest: Manifest) -> tuple[OpenedFolder, RunLock]:
@@ -55,7 +57,8 @@ def open_run_folder(world: World, resolved: ResolvedRecipe, manifest: Manifest) 
     )
     lock.acquire()
     try:
-        return OpenedFolder(folder.path, _continue(folder, resolved, manifest)), lock
+        progress = _continue(folder, resolved, manifest)
+        return OpenedFolder(folder.path, progress.get("micro_batch"), progress.get("threads")), lock
     except BaseException:
         lock.release()
         raise
@@ -85,8 +88,8 @@ def check_continues(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> Ch
     return newest
 
 
-def _continue(folder: RunFolder, resolved: ResolvedRecipe, manifest: Manifest) -> dict[str, Any] | None:
-    """Compare with what the folder holds, and note the present recipe."""
+def _continue(folder: RunFolder, resolved: ResolvedRecipe, manifest: Manifest) -> dict[str, Any]:
+    """Compare with what the folder holds, and note the present recipe; gives the progress of the newest checkpoint."""
     recipe = resolved.recipe
     newest = check_continues(folder, recipe, manifest)
     folder.continue_recipe(
@@ -97,4 +100,5 @@ def _continue(folder: RunFolder, resolved: ResolvedRecipe, manifest: Manifest) -
         force=recipe.resume.force,
         step=newest.step if newest is not None else 0,
     )
-    return newest.state["progress"].get("micro_batch") if newest is not None else None
+    progress: dict[str, Any] = newest.state["progress"] if newest is not None else {}
+    return progress

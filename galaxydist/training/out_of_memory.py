@@ -1,10 +1,13 @@
 """Out of memory: how it is told from other errors, and what a user can do about it."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
 
+from galaxydist.errors import OneRankFailedError
 from galaxydist.recipe.schema import Recipe
 from galaxydist.training.world import World
 
@@ -16,6 +19,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
+
+
+@contextmanager
+def explained_out_of_memory(recipe: Recipe, world: World, micro_batch: int) -> Iterator[None]:
+    """Around steps of the training: a lack of memory becomes an error that says what a user can do about it.
+
+    Raises:
+        OneRankFailedError: with the text of ``explain_out_of_memory``.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OneRankFailedError(explain_out_of_memory(error, recipe, world, micro_batch)) from error
 
 
 def explain_out_of_memory(error: BaseException, recipe: Recipe, world: World, micro_batch: int) -> str:

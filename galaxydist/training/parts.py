@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from galaxydist.models.groups import parameter_groups
@@ -16,20 +17,21 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.training.data import TrainingData, build_augment
 from galaxydist.training.journal import Schedule
 from galaxydist.training.micro_batch import choose_micro_batch
-from galaxydist.training.mixing import Mixing, check_world
+from galaxydist.training.mixing import Mixing, check_world, count_pair_parts, split_pairs, take
 from galaxydist.training.nonfinite import Nonfinite
 from galaxydist.training.objective import Objective, class_weights
 from galaxydist.training.optimizer import LearningRate, build_optimizer
 from galaxydist.training.optimizer_names import find_optimizer
+from galaxydist.training.out_of_memory import explained_out_of_memory
 from galaxydist.training.skipping import Skipped
-from galaxydist.training.speed import channels_last, compile_model, set_tf32
+from galaxydist.training.speed import channels_last, compile_model, images_channels_last, set_tf32
 from galaxydist.training.spikes import SpikeDetector
 from galaxydist.training.state import TrainingState
 from galaxydist.training.stopping import EarlyStopping
 from galaxydist.training.strategy import Strategy, check_strategy, open_strategy
 from galaxydist.training.syncnorm import synchronise_batch_norm
 from galaxydist.training.timing import StepTimer
-from galaxydist.training.update import Update
+from galaxydist.training.update import Update, count_micro_batches, split_evenly
 from galaxydist.training.utilisation import Utilisation, build_utilisation
 from galaxydist.training.world import World
 
@@ -105,6 +107,9 @@ def build_parts(
     if config.compile:
         world.together(lambda: compile_model(model, world.device))
     strategy = open_strategy(world, model, config)
+    augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=world.cores)
+    with explained_out_of_memory(recipe, world, micro_batch):
+        strategy.settle(_example(world, recipe, augment, micro_batch))
     groups = [dict(group) for group in parameter_groups(strategy.model, optim.weight_decay, optim.layer_decay)]
     state = TrainingState(
         strategy.model,
@@ -118,11 +123,12 @@ def build_parts(
         ),
         spikes=SpikeDetector(config.spike_threshold),
         micro_batch=found,
+        threads={"threads": world.threads, "world_size": world.size},
     )
     return Parts(
         strategy=strategy,
         state=state,
-        augment=build_augment(recipe, TrainingData.of(manifest, recipe), threads=world.cores),
+        augment=augment,
         schedule=schedule,
         micro_batch=micro_batch,
         utilisation=utilisation,
@@ -140,6 +146,20 @@ def _micro_batch(world: World, recipe: Recipe, model: nn.Module, stored: Mapping
     unit = 2 if Mixing(recipe.train, recipe.seed, recipe.data.image_size).is_on else 1
     ballast_bytes = OPTIMIZER_TENSORS * trained_bytes
     return choose_micro_batch(world, recipe, model, stored=stored, ballast_bytes=ballast_bytes, unit=unit)
+
+
+def _example(world: World, recipe: Recipe, augment: Augment, micro_batch: int) -> torch.Tensor:
+    """Two empty images as the model sees them; where it is compiled, as many as in this rank's first pass of a step, since the
+    first shape that comes is compiled for that shape alone."""
+    config, size = recipe.train, recipe.data.image_size
+    share = len(range(world.rank, config.batch_size, world.size))
+    is_mixing = Mixing(config, recipe.seed, size).is_on
+    count_parts, split = (count_pair_parts, split_pairs) if is_mixing else (count_micro_batches, split_evenly)
+    first = split(share, count_parts(config.batch_size, world.size, micro_batch))[0]
+    count = len(take(torch.arange(share), first))
+    pixels_BHWC = torch.zeros(count if config.compile else min(2, count), size, size, 3, dtype=torch.uint8, device=world.device)
+    images_BCHW = augment(pixels_BHWC, 0, torch.arange(len(pixels_BHWC))).to(world.dtype)
+    return images_channels_last(images_BCHW) if config.channels_last else images_BCHW
 
 
 def build_update(world: World, recipe: Recipe, manifest: Manifest, parts: Parts, timer: StepTimer) -> Update:

@@ -16,6 +16,7 @@ from types import FrameType
 
 from galaxydist.errors import UserError
 from galaxydist.training.launch import launch
+from galaxydist.training.launcher import find_place
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 # Ranks that wait for one that has failed end by themselves, after they have told so. Whoever does not is killed.
@@ -36,11 +37,11 @@ def run_processes(arguments: Sequence[str], num_processes: int, environ: Mapping
         The exit code of the process that ended first with one that is not 0, or 0.
 
     Raises:
-        UserError: this process was itself started by a launcher.
+        UserError: this process was itself started by a launcher, or has a part of a launcher's variables.
     """
-    if int(environ.get("WORLD_SIZE", "1")) > 1:
+    if (size := find_place(dict(environ)).size) > 1:
         raise UserError(
-            f"--processes {num_processes} was given inside of another launcher (WORLD_SIZE={environ['WORLD_SIZE']}). "
+            f"--processes {num_processes} was given inside of another launcher (WORLD_SIZE={size}). "
             "Leave out one of them: galaxydist train --processes N needs no launcher."
         )
     context = multiprocessing.get_context("spawn")

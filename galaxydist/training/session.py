@@ -32,7 +32,7 @@ from galaxydist.training.journal import Journal
 from galaxydist.training.judging import Judge
 from galaxydist.training.loop import Loop
 from galaxydist.training.opening import OpenedFolder, open_run_folder
-from galaxydist.training.out_of_memory import explain_out_of_memory, is_out_of_memory
+from galaxydist.training.out_of_memory import explained_out_of_memory, is_out_of_memory
 from galaxydist.training.parts import Parts, build_parts, build_update, check_parts
 from galaxydist.training.profiling import StepProfiler
 from galaxydist.training.saving import Saving
@@ -42,7 +42,7 @@ from galaxydist.training.tracking import Tracker, start_tracker
 from galaxydist.training.trained_on import check_before_training
 from galaxydist.training.validation import evaluate_split
 from galaxydist.training.watchdog import build_watchdog, collective_timeout
-from galaxydist.training.world import World, enter_world, leave_world
+from galaxydist.training.world import World, enter_world, keep_threads, leave_world
 
 
 def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> int:
@@ -59,7 +59,8 @@ def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> int:
         UserError: something the user must mend; nothing was written.
     """
     config = resolved.recipe.train
-    world = enter_world(config.precision, environ, timeout=collective_timeout(config.hang_timeout))
+    timeout = collective_timeout(config.hang_timeout)
+    world = enter_world(config.precision, environ, timeout=timeout, threads=config.threads)
     try:
         stop_signal = Session(resolved, world, environ).run()
         # Nobody leaves while another still closes its files: a launcher may end the ranks that are a moment behind.
@@ -91,7 +92,8 @@ class Session:
         """See ``train``."""
         processes = "1 process" if self.world.size == 1 else f"{self.world.size} processes"
         device, precision = self.world.device.type, self.world.precision
-        self.world.say(f"galaxydist: {processes}, {device}, {self.world.cores} threads each, precision {precision}")
+        threads = "1 thread each" if self.world.threads == 1 else f"{self.world.threads} threads each"
+        self.world.say(f"galaxydist: {processes}, {device}, {threads}, precision {precision}")
         path, cache = find_manifest(self.recipe.data, self.root), find_cache(self.recipe.data, self.root)
         manifest = self.world.together(lambda: open_manifest(path, cache, self.recipe, self.world.size))
         self._others = self.world.together(lambda: self._open_others(manifest))
@@ -103,6 +105,8 @@ class Session:
             stop = stack.enter_context(StopFlag())
             opened = self.world.on_main(lambda: self._open_folder(stack, manifest))
             folder = RunFolder(opened.path)
+            if self.recipe.train.threads == 0:
+                self.world = keep_threads(self.world, opened.threads)
             set_flight_recorder(self.environ, folder.stacks_dir)
             if self.world.on_main(folder.read_result) is not None:
                 self.world.say(f"{folder} is finished.")
@@ -248,12 +252,8 @@ class Session:
                 watch=watch,
                 step_done=profiler.step_done,
             )
-            try:
+            with explained_out_of_memory(self.recipe, world, parts.micro_batch):
                 stop_signal = loop.run(batches, stop)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise OneRankFailedError(explain_out_of_memory(error, self.recipe, world, parts.micro_batch)) from error
             saving.finish()
         return stop_signal
 

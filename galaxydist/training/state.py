@@ -47,6 +47,7 @@ class TrainingState:
         spikes: the last losses.
         window: sums since the last line of metrics.jsonl.
         micro_batch: what ``train.micro_batch=auto`` found, and where.
+        threads: that each process computes with, and the number of processes.
         step: optimizer steps done.
         tracker_run_id: of the tracked run.
     """
@@ -61,6 +62,7 @@ class TrainingState:
     spikes: SpikeDetector
     window: Window = field(default_factory=Window)
     micro_batch: dict[str, Any] = field(default_factory=dict)
+    threads: dict[str, int] = field(default_factory=dict)
     step: int = 0
     tracker_run_id: str | None = None
 
@@ -77,6 +79,7 @@ class TrainingState:
             "step": self.step,
             "tracker_run_id": self.tracker_run_id,
             "micro_batch": self.micro_batch,
+            "threads": self.threads,
             **{name: part.state_dict() for name, part in self._progress().items()},
         }
         return tensors | statistics.tensors(), {"progress": progress, "described": described, "versions": library_versions()}

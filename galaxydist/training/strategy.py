@@ -17,6 +17,7 @@ from galaxydist.runs.checkpoint_folder import Checkpoint
 from galaxydist.runs.saver import CheckpointSaver
 from galaxydist.runs.sharded import ShardedSaver, load_sharded, open_saving_group
 from galaxydist.training.clipping import clip_gradients
+from galaxydist.training.micro_batch import unchanged
 from galaxydist.training.sharded_ema import ShardedEma
 from galaxydist.training.sharding import (
     WholeCopy,
@@ -58,6 +59,15 @@ class Strategy(Protocol):
 
     def exchange(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch: gradients are exchanged in the last one only."""
+        ...
+
+    def settle(self, images_BCHW: torch.Tensor) -> None:
+        """Let passes that are thrown away decide what only the first passes of a process decide, so that all later ones add up
+        gradients in one order. Nothing else changes. All ranks take part.
+
+        Args:
+            images_BCHW: of any content, in the layout and data type of a step's.
+        """
         ...
 
     def clip(self, parameters: Iterable[nn.Parameter], *, norm: float, value: float) -> torch.Tensor:
@@ -129,6 +139,15 @@ class WholeModel:
         context: AbstractContextManager[None] = nullcontext() if is_last else self.world.accelerator.no_sync(self._prepared)
         return context
 
+    def settle(self, images_BCHW: torch.Tensor) -> None:
+        """After its first backward pass DistributedDataParallel sorts the gradients anew, into other buckets, and a gradient's
+        place in a bucket decides in which order three or more processes add it up."""
+        if self.world.size == 1:
+            return
+        with unchanged(self.model, self.world.device):
+            for _ in range(2):  # it is the second forward pass that makes the new buckets
+                torch.autograd.backward(self.forward(images_BCHW).float().logsumexp(1).sum())
+
     def clip(self, parameters: Iterable[nn.Parameter], *, norm: float, value: float) -> torch.Tensor:
         return clip_gradients(parameters, norm=norm, value=value)
 
@@ -179,6 +198,9 @@ class DividedModel:
     def exchange(self, *, is_last: bool) -> Iterator[None]:
         set_gradient_sync(self.model, is_last)
         yield
+
+    def settle(self, images_BCHW: torch.Tensor) -> None:
+        """Gradients are grouped by block, from the first pass on."""
 
     def clip(self, parameters: Iterable[nn.Parameter], *, norm: float, value: float) -> torch.Tensor:
         return clip_sharded_gradients(parameters, norm=norm, value=value)

@@ -1,5 +1,7 @@
 """The world that a process belongs to: rank, number of processes, device, cores. The only place that reads the environment."""
 
+import math
+import os
 import socket
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
@@ -9,12 +11,19 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+)
 
 from galaxydist.cores import bound_cores, cpu_quota, fair_share
 from galaxydist.errors import EveryRankError, RunFailedError, UserError
 from galaxydist.runs.lock_owner import job_of, restart_of
 from galaxydist.training.flight import set_flight_recorder
+from galaxydist.training.launcher import check_settings, find_place, overruled_settings, slurm_cores, wants_cpu
 
 Precision = Literal["no", "bf16", "fp16", "fp64"]
 T = TypeVar("T")
@@ -29,6 +38,7 @@ class World:
         rank, size: this process and how many there are.
         ranks_on_node: processes on this machine.
         cores: processor cores that this process may use for itself.
+        threads: that torch computes with, the same number in all processes.
         precision: of the forward pass.
         job_id, restart_count: of the batch job, where there is one.
     """
@@ -38,6 +48,7 @@ class World:
     size: int
     ranks_on_node: int
     cores: int
+    threads: int
     precision: Precision
     job_id: str | None
     restart_count: int
@@ -117,7 +128,11 @@ class World:
 
 
 def enter_world(
-    precision: Precision | Literal["auto"], environ: MutableMapping[str, str], *, timeout: timedelta | None = None
+    precision: Precision | Literal["auto"],
+    environ: MutableMapping[str, str],
+    *,
+    timeout: timedelta | None = None,
+    threads: int = 0,
 ) -> World:
     """Join the processes that the launcher started.
 
@@ -127,27 +142,23 @@ def enter_world(
         precision: ``auto``, ``no``, ``bf16``, ``fp16`` or ``fp64``, as in the recipe.
         environ: the process's environment; torch's variables are added to it, under ``srun`` and for the flight recorder.
         timeout: of collectives; None: torch's own.
+        threads: of each process (0: as many as all of them have cores).
 
     Raises:
-        UserError: fp16 without a GPU; a launcher whose number of processes did not come about.
+        UserError: variables of a launcher that do not fit together, or that ask for what only the recipe may say; fp16 without a
+            GPU; a launcher whose number of processes did not come about.
     """
-    _adopt_srun(environ)
+    place = find_place(environ)
+    check_settings(environ)
     set_flight_recorder(environ)
-    wanted = int(environ.get("WORLD_SIZE", "1"))
-    has_gpu = torch.cuda.is_available()
+    if not environ.get("OMP_NUM_THREADS", "").isdecimal():
+        environ["OMP_NUM_THREADS"] = "1"  # torch is loaded: this is for Accelerate, which takes a plain number only (not "4,2")
+    has_gpu = torch.cuda.is_available() and not wants_cpu(environ)
     resolved = resolve_precision(precision, has_gpu, torch.cuda.get_device_capability() if has_gpu else None)
-    local_size = int(environ.get("LOCAL_WORLD_SIZE", "0")) or wanted
-    accelerator = Accelerator(
-        cpu=not has_gpu,
-        mixed_precision="no" if resolved == "fp64" else resolved,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timeout),
-        ],
-    )
-    if accelerator.num_processes != wanted:
+    accelerator = _build_accelerator(resolved, has_gpu, environ, timeout)
+    if accelerator.num_processes != place.size:
         raise EveryRankError(
-            f"The launcher asked for {wanted} processes (WORLD_SIZE), but {accelerator.num_processes} came together. "
+            f"The launcher asked for {place.size} processes (WORLD_SIZE), but {accelerator.num_processes} came together. "
             "Start the processes with torchrun --nproc-per-node N launch.py, or accelerate launch --multi_gpu --num_processes N "
             "launch.py (also on machines without a GPU)."
         )
@@ -155,16 +166,63 @@ def enter_world(
         accelerator=accelerator,
         rank=accelerator.process_index,
         size=accelerator.num_processes,
-        ranks_on_node=local_size,
+        ranks_on_node=place.local_size,
         cores=1,
+        threads=1,
         precision=resolved,
         job_id=job_of(environ),
         restart_count=restart_of(environ),
     )
-    world = replace(world, cores=_share_cores(world))
+    for text in overruled_settings(environ, resolved):
+        world.say(f"galaxydist: {text}")
+    world = replace(world, cores=threads or _share_cores(world, environ))
     # Launchers set OMP_NUM_THREADS=1; the cores are there to be used.
-    torch.set_num_threads(world.cores)
-    return world
+    return _with_threads(world, min(world.gather(world.cores)))
+
+
+def keep_threads(world: World, stored: Mapping[str, int] | None) -> World:
+    """The world with the threads that a run has computed with so far.
+
+    On a CPU sums depend in the last bits on how many threads share them. On another number of processes they change anyway, and
+    there the number of cores a process has counts.
+
+    Args:
+        world: the processes.
+        stored: ``threads`` and ``world_size`` of an earlier start, the same on all ranks; None: there was none.
+    """
+    if not stored or stored["world_size"] != world.size or world.device.type != "cpu" or stored["threads"] == world.threads:
+        return world
+    world.say(
+        f"galaxydist: computing with {stored['threads']} threads, as before, so that the numbers stay bit for bit the same "
+        f"(train.threads={world.threads} takes as many as there are cores)"
+    )
+    return _with_threads(world, stored["threads"])
+
+
+def _with_threads(world: World, threads: int) -> World:
+    torch.set_num_threads(threads)
+    return replace(world, threads=threads)
+
+
+def _build_accelerator(precision: Precision, has_gpu: bool, environ: Mapping[str, str], timeout: timedelta | None) -> Accelerator:
+    """Accelerate with all that it would otherwise read from the launcher's variables: the recipe decides."""
+    try:
+        return Accelerator(
+            cpu=not has_gpu,
+            mixed_precision="no" if precision == "fp64" else precision,
+            # The plain argument gradient_accumulation_steps does not beat the variable.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(
+                backend="no", mode="default", fullgraph=False, dynamic=False, use_regional_compilation=False
+            ),
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timeout),
+            ],
+        )
+    except (ImportError, NotImplementedError, ValueError) as error:
+        given = " ".join(f"{name}={value}" for name, value in sorted(environ.items()) if name.startswith("ACCELERATE_"))
+        raise UserError(f"Accelerate does not start: {error} (its settings in the environment: {given or 'none'})") from error
 
 
 def _raise_told(by_user: str | None, by_chance: str | None) -> None:
@@ -174,12 +232,14 @@ def _raise_told(by_user: str | None, by_chance: str | None) -> None:
         raise EveryRankError(by_user)
 
 
-def _share_cores(world: World) -> int:
+def _share_cores(world: World, environ: Mapping[str, str]) -> int:
     """This process's share of its machine's cores; all tell what they are bound to."""
-    host = socket.gethostname()
-    everywhere = world.gather((host, world.rank, bound_cores()))
+    host, mine = socket.gethostname(), bound_cores()
+    everywhere = world.gather((host, world.rank, mine))
     here = [(rank, cores) for theirs, rank, cores in everywhere if theirs == host]
-    return fair_share([cores for _, cores in here], [rank for rank, _ in here].index(world.rank), cpu_quota())
+    is_bound = len(mine) < (os.cpu_count() or 1)
+    quota = min(cpu_quota(), math.inf if is_bound else slurm_cores(environ))
+    return fair_share([cores for _, cores in here], [rank for rank, _ in here].index(world.rank), quota)
 
 
 def leave_world() -> None:
@@ -204,38 +264,3 @@ def resolve_precision(precision: Precision | Literal["auto"], has_gpu: bool, cap
             "Use train.precision=auto (fp32 on a machine without a GPU), or check nvidia-smi and CUDA_VISIBLE_DEVICES."
         )
     return precision
-
-
-def _adopt_srun(environ: MutableMapping[str, str]) -> None:
-    """Under ``srun`` with several tasks and no other launcher: give torch the variables that it reads."""
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks <= 1 or "RANK" in environ:
-        return
-    environ.update(
-        RANK=environ["SLURM_PROCID"],
-        LOCAL_RANK=environ["SLURM_LOCALID"],
-        WORLD_SIZE=str(tasks),
-        LOCAL_WORLD_SIZE=_tasks_on_node(environ),
-    )
-    environ.setdefault("MASTER_ADDR", _first_host(environ))
-    environ.setdefault("MASTER_PORT", str(20_000 + int(environ["SLURM_JOB_ID"]) % 20_000))
-
-
-def _tasks_on_node(environ: Mapping[str, str]) -> str:
-    """Tasks on this node, from SLURM's compressed list (``4(x2),3``)."""
-    counts: list[str] = []
-    for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
-        number, _, times = part.partition("(x")
-        counts += [number] * int(times.rstrip(")") or 1)
-    return counts[int(environ["SLURM_NODEID"])]
-
-
-def _first_host(environ: Mapping[str, str]) -> str:
-    """The first node of the job step, by SLURM's own parser of host lists."""
-    import subprocess
-
-    nodes = environ["SLURM_STEP_NODELIST"]
-    if "[" not in nodes:
-        return nodes.split(",")[0]
-    answer = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
-    return answer.stdout.split()[0]

@@ -130,7 +130,7 @@ def check_cpus(reports: Sequence[RankReport]) -> Check:
     if not asked:
         return ok(name, f"{told} (cluster.cpus_per_task is not set)")
     free = [report for report in reports if report.cpus_per_task is not None and report.cores > report.cpus_per_task]
-    unbound = ": SLURM does not bind here, the trainer divides them among the ranks of a node" if free else ""
+    unbound = ": SLURM does not bind here, the trainer keeps to what was asked for" if free else ""
     return ok(name, f"{told}, asked for {', '.join(map(str, asked))}{unbound}")
 
 

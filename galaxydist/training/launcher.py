@@ -1,0 +1,203 @@
+"""The variables of launchers: this process's place among those that were started, the cores that SLURM gave it, and settings of
+Accelerate's that only the recipe may make. Nothing here imports torch."""
+
+import math
+import subprocess
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+
+from galaxydist.errors import EveryRankError, UserError
+
+_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_SRUN = (
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_NODEID",
+    "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_STEP_NODELIST",
+    "SLURM_JOB_ID",
+)
+# Accelerate would make a world of several CPU processes out of these (its get_cpu_distributed_information).
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+_DIVIDES = "train.strategy=fsdp divides a model among the processes"
+_TRUE = ("1", "on", "t", "true", "y", "yes")
+# Flags that make Accelerate train in another way than the recipe says, and what to do instead.
+_REFUSED_FLAGS = {
+    "ACCELERATE_USE_DEEPSPEED": _DIVIDES,
+    "ACCELERATE_USE_FSDP": _DIVIDES,
+    "ACCELERATE_USE_MEGATRON_LM": _DIVIDES,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": _DIVIDES,
+}
+_REFUSED_VALUES = {
+    "ACCELERATE_TORCH_DEVICE": "CUDA_VISIBLE_DEVICES chooses GPUs",
+    "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "start the processes with torchrun",
+    "ACCELERATE_FP8_BACKEND": "train.precision has no 8-bit precision: use bf16",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among those that a launcher started.
+
+    Args:
+        rank: its number, from 0.
+        size: how many there are.
+        local_size: how many of them are on this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+
+
+def find_place(environ: MutableMapping[str, str]) -> Place:
+    """The place that the launcher's variables give this process; they are trusted only as a whole.
+
+    Args:
+        environ: of the process. Under ``srun`` with several tasks and no other launcher, torch's variables are added to it.
+
+    Raises:
+        UserError: some of the variables are missing, are not numbers, or contradict one another.
+    """
+    tasks = _number(environ, "SLURM_STEP_NUM_TASKS", 1)
+    if tasks > 1 and not any(name in environ for name in _NUMBERS):
+        _adopt_srun(environ, tasks)
+    rank, size = _number(environ, "RANK", 0), _number(environ, "WORLD_SIZE", 1)
+    if tasks <= 1 and (rank, size) == (0, 1) and "LOCAL_RANK" not in environ:
+        _check_alone(environ)
+        return Place()
+    given = [name for name in (*_NUMBERS, "MASTER_ADDR", "MASTER_PORT") if name in environ]
+    missing = [name for name in _NEEDED if not environ.get(name)]
+    if missing:
+        raise _unfit(environ, given, f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    local_rank, local_size = _number(environ, "LOCAL_RANK", 0), _number(environ, "LOCAL_WORLD_SIZE", size)
+    _number(environ, "MASTER_PORT", 0)
+    if rank >= size:
+        raise _unfit(environ, given, "RANK must be less than WORLD_SIZE")
+    if not local_rank < local_size <= size:
+        raise _unfit(environ, given, "LOCAL_RANK must be less than LOCAL_WORLD_SIZE, and that not more than WORLD_SIZE")
+    return Place(rank, size, local_size)
+
+
+def slurm_cores(environ: Mapping[str, str]) -> float:
+    """Cores that SLURM gave to all tasks on this node together, ``cpus_per_task`` to each; infinity where it says nothing."""
+    per_task = environ.get("SLURM_CPUS_PER_TASK", "")
+    counts = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or "1"
+    tasks = _tasks_on_node(counts, environ.get("SLURM_NODEID", "0"))
+    return int(per_task) * tasks if per_task.isdecimal() and tasks is not None else math.inf
+
+
+def wants_cpu(environ: Mapping[str, str]) -> bool:
+    """Whether the launcher was told to leave the GPUs alone (``accelerate launch --cpu``)."""
+    return environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE
+
+
+def check_settings(environ: Mapping[str, str]) -> None:
+    """Refuse settings of a launcher that make Accelerate train in another way than the recipe says.
+
+    Raises:
+        EveryRankError: names all of them.
+    """
+    refused = {name: text for name, text in _REFUSED_FLAGS.items() if environ.get(name, "").lower() in _TRUE}
+    refused |= {name: text for name, text in _REFUSED_VALUES.items() if environ.get(name, "NO") != "NO"}
+    if refused:
+        listed = "; ".join(f"{name}={environ[name]} ({remedy})" for name, remedy in refused.items())
+        raise EveryRankError(
+            f"The launcher has settings that only the recipe may make: {listed}. Take them out of the environment, or of the "
+            "file that `accelerate config` wrote (`accelerate launch --multi_gpu ...` leaves DeepSpeed and FSDP out)."
+        )
+
+
+def overruled_settings(environ: Mapping[str, str], precision: str) -> list[str]:
+    """A sentence for each setting of the launcher that has no effect, since the recipe says otherwise.
+
+    Args:
+        environ: of the process; ``accelerate launch`` always sets these variables, so only their values tell.
+        precision: the run's.
+    """
+    found = []
+    asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked not in ("no", precision):
+        found.append(f"ACCELERATE_MIXED_PRECISION={asked} has no effect: the precision is {precision} by train.precision")
+    steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":
+        found.append(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} has no effect: train.batch_size is the batch of a step, and "
+            "train.micro_batch cuts it"
+        )
+    backend = environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        found.append(f"ACCELERATE_DYNAMO_BACKEND={backend} has no effect: train.compile decides")
+    return found
+
+
+def _check_alone(environ: Mapping[str, str]) -> None:
+    """See that nothing speaks of other processes."""
+    if _number(environ, "SLURM_PROCID", 0) > 0:
+        given = [name for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS") if name in environ]
+        raise _unfit(environ, given, "this is not the first task, and SLURM_STEP_NUM_TASKS names no others")
+    several = [name for name in _OF_MPI if _number(environ, name, 1) > 1]
+    if several:
+        raise _unfit(environ, several, "mpirun is not supported, and each of its processes would train alone")
+
+
+def _unfit(environ: Mapping[str, str], names: Sequence[str], problem: str) -> UserError:
+    given = " ".join(f"{name}={environ[name]}" for name in names)
+    unset = " ".join(f"-u {name}" for name in names)
+    return UserError(
+        f"The launcher's variables do not fit together: {given}: {problem}. torchrun, accelerate launch and srun set all that "
+        f"belong together. To train in one process, take these away: env {unset} python launch.py ..."
+    )
+
+
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdecimal()):
+        raise _unfit(environ, [name], "it is not a number")
+    return int(text)
+
+
+def _adopt_srun(environ: MutableMapping[str, str], tasks: int) -> None:
+    """Give torch the variables that it reads, from those of a job step."""
+    given = ["SLURM_STEP_NUM_TASKS", *(name for name in _OF_SRUN if name in environ)]
+    missing = [name for name in _OF_SRUN if not environ.get(name)]
+    if missing:
+        raise _unfit(environ, given, f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    on_node = _tasks_on_node(environ["SLURM_STEP_TASKS_PER_NODE"], environ["SLURM_NODEID"])
+    if on_node is None:
+        raise _unfit(environ, given, "SLURM_STEP_TASKS_PER_NODE does not tell the tasks of this node")
+    if (rank := _number(environ, "SLURM_PROCID", 0)) >= tasks:
+        raise _unfit(environ, given, "SLURM_PROCID must be less than SLURM_STEP_NUM_TASKS")
+    environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(_number(environ, "SLURM_LOCALID", 0)),
+        WORLD_SIZE=str(tasks),
+        LOCAL_WORLD_SIZE=str(on_node),
+    )
+    environ.setdefault("MASTER_ADDR", _first_host(environ))
+    environ.setdefault("MASTER_PORT", str(20_000 + _number(environ, "SLURM_JOB_ID", 0) % 20_000))
+
+
+def _tasks_on_node(counts: str, node: str) -> int | None:
+    """Tasks of a node, from SLURM's compressed list (``4(x2),3``); None where it does not tell."""
+    found: list[int] = []
+    try:
+        for part in counts.split(","):
+            number, _, times = part.partition("(x")
+            found += [int(number)] * int(times.rstrip(")") or 1)
+        return found[int(node)]
+    except (ValueError, IndexError):
+        return None
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    """The first node of the job step, by SLURM's own parser of host lists."""
+    nodes = environ["SLURM_STEP_NODELIST"]
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    answer = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
+    return answer.stdout.split()[0]
