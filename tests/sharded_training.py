@@ -1,12 +1,8 @@
-"""A small training in float64, plain or sharded, for the tests of ``train.strategy=fsdp``.
-
-Run as a program by torchrun: ``sharded_training.py WORLD_SIZE FOLDER TASK ...``.
-"""
+"""A small training in float64, plain or sharded, for the tests of ``train.strategy=fsdp``."""
 
 import copy
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +263,7 @@ def train_batches(model: nn.Module, half: bool) -> None:
 TASKS: dict[str, Callable[..., None]] = {"train": train, "resume": resume, "compare": compare_with_ddp}
 
 
-def main(world_size: int, folder: Path, tasks: list[str]) -> None:
+def run_tasks(world_size: int, folder: Path, tasks: Sequence[str]) -> None:
     """Tasks are written ``name:argument:argument``."""
     torch.set_num_threads(1)
     if world_size > 1:
@@ -284,7 +280,3 @@ def main(world_size: int, folder: Path, tasks: list[str]) -> None:
 def read_final(path: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = load_file(path)
     return found
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
