@@ -1,8 +1,8 @@
 """Whole runs, in this process and through the real launchers: start, stop, continue, finish."""
 
 import json
+import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -12,11 +12,9 @@ import torch
 
 from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.runs import checkpoints
+from tests.forked_runs import forked, run_forked, train
 from tests.runs import (
-    ACCELERATE,
     ACCELERATE_2,
-    LAUNCH,
-    PYTHON,
     TORCHRUN_2,
     launch,
     quick_settings,
@@ -100,14 +98,12 @@ def test_two_processes_take_the_steps_of_one(launcher: tuple[str, ...], blobs: P
 def test_evaluation_on_two_processes_is_bit_equal(blobs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     settings = quick_settings(blobs, run_dir, train__epochs=4)
-    done = launch((*ACCELERATE, "--num_processes", "1", "--num_machines", "1"), settings)
-    assert done.returncode == 0, done.stderr
-    assert "1 process," in done.stdout
+    assert run_here(settings) == 0
     alone, predictions = read_evaluation(run_dir), run_dir / "evaluation" / "test-predictions.parquet"
     logits_NK = read_predictions(predictions).column("logits")
     (run_dir / "result.json").unlink()
     predictions.unlink()  # without them the evaluation is made again
-    done = launch(TORCHRUN_2, settings)
+    done = run_forked(train, settings, size=2)
     assert done.returncode == 0, done.stderr
     assert "2 processes," in done.stdout
     assert read_evaluation(run_dir)["confusion"] == alone["confusion"]
@@ -129,14 +125,10 @@ def whole(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stopped_run_continues_to_the_very_same_weights(number: int, blobs: Path, whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     settings = quick_settings(blobs, run_dir, **LONG)
-    process = subprocess.Popen([*PYTHON, str(LAUNCH), *settings])
-    try:
+    with forked(train, settings, folder=tmp_path / "log") as run:
         wait_for_step(run_dir, 4)
-        process.send_signal(number)
-        assert process.wait(60) == (130 if number == signal.SIGINT else 75)
-    finally:
-        process.kill()
-        process.wait()
+        os.kill(run.pids[0], number)
+        assert run.wait() == [130 if number == signal.SIGINT else 75]
     stopped = checkpoints.load(run_dir / "checkpoints")
     assert stopped is not None and 0 < stopped.step < 120
     assert run_here(settings) == 0
