@@ -208,19 +208,20 @@ def resume(folder: Path, optimizer: str, source: str) -> None:
 
 
 # Model, and what is special.
-COMPARED = (
-    ("custom_cnn", ""),
-    ("custom_cnn", "frozen"),
-    ("custom_cnn", "half"),
-    ("d4_cnn", ""),
-    ("resnet18", "checkpointed"),
-    ("vgg16", "frozen"),
-    ("vgg16", "checkpointed"),
-    ("vit", "frozen"),
-)
+COMPARED = {
+    "small": (
+        ("custom_cnn", ""),
+        ("custom_cnn", "frozen"),
+        ("custom_cnn", "half"),
+        ("d4_cnn", ""),
+        ("resnet18", "checkpointed"),
+        ("vit", "frozen"),
+    ),
+    "large": (("vgg16", "frozen"), ("vgg16", "checkpointed")),
+}
 
 
-def compare_with_ddp(folder: Path) -> None:
+def compare_with_ddp(folder: Path, size: str) -> None:
     """Networks with batch normalisation, whose statistics each process has of its own; frozen backbones; half precision;
     activations that are computed again."""
     from galaxydist.models.build import build_model
@@ -229,7 +230,7 @@ def compare_with_ddp(folder: Path) -> None:
 
     mesh = open_mesh(torch.device("cpu"))
     largest: dict[str, float] = {}
-    for name, special in COMPARED:
+    for name, special in COMPARED[size]:
         torch.manual_seed(1)
         half = special == "half"
         config = ModelConfig(name=name, width=16, freeze_backbone=special == "frozen")

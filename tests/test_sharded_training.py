@@ -118,11 +118,12 @@ def test_a_run_goes_on_without_sharding(optimizer: str, two: Path, expected: Exp
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_networks_with_batch_normalisation_train_as_with_ddp(tmp_path: Path) -> None:
-    launch(2, tmp_path, "compare")
+@pytest.mark.parametrize("size", ["small", pytest.param("large", marks=pytest.mark.nightly)])
+def test_networks_with_batch_normalisation_train_as_with_ddp(size: str, tmp_path: Path) -> None:
+    launch(2, tmp_path, f"compare:{size}")
     for rank in (0, 1):
         found = json.loads((tmp_path / f"differences-{rank}.json").read_text())
-        assert len(found) == len(COMPARED)
+        assert len(found) == len(COMPARED[size])
         assert max(found.values()) < 1e-12, found
 
 

@@ -82,9 +82,9 @@ def test_micro_batches_do_not_change_the_steps(blobs: Path, tmp_path: Path) -> N
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("launcher", [TORCHRUN_2, ACCELERATE_2], ids=["torchrun", "accelerate"])
 def test_two_processes_take_the_steps_of_one(launcher: tuple[str, ...], blobs: Path, tmp_path: Path) -> None:
-    # A ViT has no batch statistics, so that one and two processes compute the same sums; 25 is uneven between two.
-    common = {"recipe": "vit_scratch", "model__width": None, "optim__lr": 1e-4, "train__epochs": 1, "train__log_every": 1}
-    common |= {"model__drop_path_rate": 0.0, "train__batch_size": 25, "train__class_weights": "balanced"}
+    # Without batch statistics one and two processes compute the same sums; 25 is uneven between two.
+    common = {"model__norm": "group", "model__drop_rate": 0.0, "optim__lr": 1e-4, "train__epochs": 1, "train__log_every": 1}
+    common |= {"train__batch_size": 25, "train__class_weights": "balanced"}
     assert run_here(quick_settings(blobs, tmp_path / "one", **common)) == 0
     done = launch(launcher, quick_settings(blobs, tmp_path / "two", **common))
     assert done.returncode == 0, done.stderr
