@@ -308,7 +308,7 @@ def test_ctrl_c_in_the_middle_of_an_iteration_leaves_at_once(blobs: Path) -> Non
             pass
         assert psutil.Process(process.pid).children() == [], "reading needs no other process"
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=120)
         assert error.rstrip().endswith("KeyboardInterrupt")
         assert process.returncode == -signal.SIGINT
     finally:
