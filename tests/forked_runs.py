@@ -69,6 +69,7 @@ class Ranks:
             assert left > 0, f"still running after {seconds:g} s: {self.text('err')[-3000:]}"
             connection.wait([process.sentinel for process in living], left)
             if any(self.exit_codes):
+                connection.wait([process.sentinel for process in living if process.is_alive()], 0.1)  # torchrun looks as often
                 for process in living:
                     process.terminate()
         return self.exit_codes
@@ -80,7 +81,6 @@ def forked(
     *arguments: object,
     folder: Path,
     size: int = 1,
-    launched: bool = True,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Ranks]:
     """Call a function in new processes, each in a session of its own; at the end all are gone, and what they started.
@@ -89,8 +89,7 @@ def forked(
         work: a function of a module; what it returns is the exit code.
         arguments: of ``work``.
         folder: where what they print is kept, as ``RANK.out`` and ``RANK.err``.
-        size: how many.
-        launched: with the variables of a launcher.
+        size: how many; if several, with the variables of a launcher.
         environ: more variables.
     """
     _start_server()
@@ -100,8 +99,8 @@ def forked(
         port = free.getsockname()[1]
     processes: list[BaseProcess] = []
     for rank in range(size):
-        variables = {"OMP_NUM_THREADS": "1", **os.environ}
-        if launched:
+        variables = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")} | {"OMP_NUM_THREADS": "1"}
+        if size > 1:
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
             variables |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
         variables |= environ or {}
@@ -127,7 +126,7 @@ def train(settings: Sequence[str]) -> int:
     """What launch.py does."""
     from galaxydist.cli.train import main
 
-    return main(settings, {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")})
+    return main(settings, os.environ)
 
 
 def train_watched(settings: Sequence[str], events: Path | None = None, kill: tuple[str, int] | None = None) -> int:

@@ -1,11 +1,7 @@
-"""launch.py under torch's profiler, in a process of its own: prints the most bytes that were alive within an optimizer step.
-
-``python -m tests.measured_step recipe=NAME ...``: torch's allocator reports each allocation and each release of the CPU's memory.
-"""
+"""launch.py under torch's profiler: torch's allocator reports each allocation and each release of the CPU's memory."""
 
 import json
 import os
-import sys
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -16,8 +12,8 @@ from galaxydist.training.update import Update
 STEP = "measured step"
 
 
-def measure(arguments: list[str]) -> dict[str, Any]:
-    """Train, and find the peak within the steps."""
+def measure(arguments: list[str]) -> None:
+    """Train, and print the most bytes that were alive within each step."""
     take_step = Update.__call__
 
     def marked(self: Update, *given: Any, **named: Any) -> Any:
@@ -36,8 +32,4 @@ def measure(arguments: list[str]) -> dict[str, Any]:
         for number, (start, stop) in enumerate(steps):
             if start <= event.start_ns() <= stop:
                 peaks[number] = max(peaks[number], alive)
-    return {"code": code, "peaks": peaks}
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1:])))
+    print(json.dumps({"code": code, "peaks": peaks}))

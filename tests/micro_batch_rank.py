@@ -1,9 +1,8 @@
 """One rank of two whose memories differ, for tests/test_micro_batch.py. Writes ``FOLDER/RANK.json``: what is found for each
-``LIMIT_0,LIMIT_1``, and the sizes that were tried."""
+pair of limits, and the sizes that were tried."""
 
 import json
 import os
-import sys
 from pathlib import Path
 
 from galaxydist.errors import EveryRankError
@@ -13,13 +12,13 @@ from galaxydist.training.world import enter_world, leave_world
 from tests.limited_model import LimitedModel
 
 
-def main(folder: Path, limits: list[str]) -> None:
+def find_micro_batches(folder: Path, limits: list[tuple[int, int]]) -> None:
     world = enter_world("no", os.environ)
     assert world.size == 2
     recipe = load_recipe(["recipe=custom_cnn", "train.batch_size=47", "data.image_size=16"]).recipe
     answers = []
     for pair in limits:
-        model = LimitedModel(int(pair.split(",")[world.rank]))
+        model = LimitedModel(pair[world.rank])
         try:
             found: object = find_micro_batch(world, recipe, model, force=True)
         except EveryRankError as error:
@@ -27,7 +26,3 @@ def main(folder: Path, limits: list[str]) -> None:
         answers.append({"found": found, "sizes": model.sizes})
     (folder / f"{world.rank}.json").write_text(json.dumps(answers))
     leave_world()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,8 +1,8 @@
-"""launch.py whose images are not finite in some steps: ``poisoned_launch.py RANK STEP[,STEP...] recipe=... key=value``."""
+"""launch.py whose images are not finite in some steps."""
 
 import math
 import os
-import sys
+from collections.abc import Sequence
 from typing import Any
 
 from galaxydist.cli.train import main
@@ -24,6 +24,7 @@ def poison(rank: int, steps: set[int]) -> None:
     Update._images = poisoned  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
-    poison(int(sys.argv[1]), set(map(int, sys.argv[2].split(","))))
-    sys.exit(main(sys.argv[3:], os.environ))
+def train_poisoned(rank: int, steps: set[int], settings: Sequence[str]) -> int:
+    """What launch.py does, with images of one rank spoilt in these steps."""
+    poison(rank, steps)
+    return main(settings, os.environ)

@@ -1,12 +1,8 @@
-"""A small training in float64, plain or sharded, for the tests of ``train.strategy=fsdp``.
-
-Run as a program by torchrun: ``sharded_training.py WORLD_SIZE FOLDER TASK ...``.
-"""
+"""A small training in float64, plain or sharded, for the tests of ``train.strategy=fsdp``."""
 
 import copy
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,19 +208,20 @@ def resume(folder: Path, optimizer: str, source: str) -> None:
 
 
 # Model, and what is special.
-COMPARED = (
-    ("custom_cnn", ""),
-    ("custom_cnn", "frozen"),
-    ("custom_cnn", "half"),
-    ("d4_cnn", ""),
-    ("resnet18", "checkpointed"),
-    ("vgg16", "frozen"),
-    ("vgg16", "checkpointed"),
-    ("vit", "frozen"),
-)
+COMPARED = {
+    "small": (
+        ("custom_cnn", ""),
+        ("custom_cnn", "frozen"),
+        ("custom_cnn", "half"),
+        ("d4_cnn", ""),
+        ("resnet18", "checkpointed"),
+        ("vit", "frozen"),
+    ),
+    "large": (("vgg16", "frozen"), ("vgg16", "checkpointed")),
+}
 
 
-def compare_with_ddp(folder: Path) -> None:
+def compare_with_ddp(folder: Path, size: str) -> None:
     """Networks with batch normalisation, whose statistics each process has of its own; frozen backbones; half precision;
     activations that are computed again."""
     from galaxydist.models.build import build_model
@@ -233,7 +230,7 @@ def compare_with_ddp(folder: Path) -> None:
 
     mesh = open_mesh(torch.device("cpu"))
     largest: dict[str, float] = {}
-    for name, special in COMPARED:
+    for name, special in COMPARED[size]:
         torch.manual_seed(1)
         half = special == "half"
         config = ModelConfig(name=name, width=16, freeze_backbone=special == "frozen")
@@ -267,7 +264,7 @@ def train_batches(model: nn.Module, half: bool) -> None:
 TASKS: dict[str, Callable[..., None]] = {"train": train, "resume": resume, "compare": compare_with_ddp}
 
 
-def main(world_size: int, folder: Path, tasks: list[str]) -> None:
+def run_tasks(world_size: int, folder: Path, tasks: Sequence[str]) -> None:
     """Tasks are written ``name:argument:argument``."""
     torch.set_num_threads(1)
     if world_size > 1:
@@ -284,7 +281,3 @@ def main(world_size: int, folder: Path, tasks: list[str]) -> None:
 def read_final(path: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = load_file(path)
     return found
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -18,7 +18,8 @@ from galaxydist.runs import checkpoints
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.write import write_shards
 from tests.blobs import BlobSurvey
-from tests.runs import LAUNCH, PYTHON, TORCHRUN_2, count_errors, launch, quick_settings, read_metrics, run_here
+from tests.forked_runs import forked, run_forked, train
+from tests.runs import TORCHRUN_2, count_errors, launch, quick_settings, read_evaluation, read_metrics, run_here
 
 HOLD_LOCK = """
 import os, sys, time
@@ -148,40 +149,30 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("launcher", [PYTHON, TORCHRUN_2], ids=["1 process", "2 processes"])
-def test_a_disk_that_fills_up_while_saving_stops_all_processes_with_one_message(
-    launcher: tuple[str, ...], blobs: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_disk_that_fills_up_while_saving_stops_all_processes_with_one_message(size: int, blobs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    settings = quick_settings(blobs, run_dir, train__epochs=400, train__save_steps=5)
-    command = [*launcher, str(LAUNCH), *settings]
     # The largest file of a checkpoint does not fit; everything else does.
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, check=False, preexec_fn=lambda: limit_file_size(100_000)
-    )
-    assert done.returncode == (2 if launcher == PYTHON else 1)
+    done = run_forked(train_limited, 100_000, quick_settings(blobs, run_dir, train__epochs=400, train__save_steps=5), size=size)
+    assert done.returncode == 2
     assert count_errors(done.stderr) == 1 and "the file size limit is reached" in done.stderr
     assert not list((run_dir / "checkpoints").glob("*"))
     assert read_metrics(run_dir)[-1]["step"] < 40  # it did not go on without
 
 
-def limit_file_size(num_bytes: int) -> None:
+def train_limited(num_bytes: int, settings: list[str]) -> int:
+    """What launch.py does, where no file may be larger."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    return train(settings)
 
 
 def test_a_killed_run_continues(blobs: Path, tmp_path: Path) -> None:
-    from tests.runs import LAUNCH, PYTHON, read_evaluation
-
     run_dir = tmp_path / "run"
     settings = quick_settings(blobs, run_dir, train__epochs=30)
-    process = subprocess.Popen([*PYTHON, str(LAUNCH), *settings])
-    try:
-        deadline = time.monotonic() + 90
+    with forked(train, settings, folder=tmp_path / "log"):
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline and len(checkpoints.list_checkpoints(run_dir / "checkpoints")) < 2:
             time.sleep(0.02)
-    finally:
-        process.kill()
-        process.wait()
     assert checkpoints.list_checkpoints(run_dir / "checkpoints")
     assert run_here(settings) == 0
     assert read_evaluation(run_dir)["count"] == 24

@@ -81,23 +81,24 @@ def test_a_quick_run_prints_tables_and_lines_of_json(
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("peers", [{"imagefolder"}, pytest.param({"imagefolder", "webdataset"}, marks=pytest.mark.nightly)])
 def test_all_tasks_against_the_peers_that_need_no_installation(
-    source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    peers: set[str], source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--data", str(source.path), "--peers", "imagefolder", "webdataset", "--environments", str(tmp_path))
+    arguments = ("--data", str(source.path), "--peers", *sorted(peers), "--environments", str(tmp_path))
     text, results = run_quick(tmp_path, capsys, *arguments)
     assert [*results] == ["decode", "train", "resume", "memory"]
     for task in ("decode", "train"):
         speeds = results[task]
-        assert speeds["peers"].keys() == {"imagefolder", "webdataset"} and min(speeds["peers"].values()) > 0
+        assert speeds["peers"].keys() == peers and min(speeds["peers"].values()) > 0
         assert speeds["ratio_best_peer"] == pytest.approx(speeds["ours"] / max(speeds["peers"].values()), rel=2e-3)
-    assert results["decode"]["peers_with_our_decoder"].keys() == {"imagefolder", "webdataset"}
+    assert results["decode"]["peers_with_our_decoder"].keys() == peers
     assert results["resume"]["num_images"] >= 100_000
     assert len(results["memory"]["series_mb"]) == 10
     assert "every loader gives each galaxy once an epoch, equal to ours within" in text
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.multiprocess
 def test_the_installed_peers_run(source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     processes = Processes(ROOT, os.environ)

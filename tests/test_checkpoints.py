@@ -231,7 +231,7 @@ def in_child(function: Callable[..., None], *arguments: Any) -> int:
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    process.join(60)
+    process.join(240)
     assert process.exitcode is not None
     return process.exitcode
 
@@ -478,7 +478,7 @@ def test_one_rank_saves_and_any_rank_loads_alone(tmp_path: Path) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(240)
     assert [process.exitcode for process in processes] == [0, 0]
 
 

@@ -1,9 +1,6 @@
 """``galaxydist plan`` as a command: the table, the JSON, and what it refuses; and its memory beside that of real steps."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,8 @@ from galaxydist.cluster.memory import estimate, weigh
 from galaxydist.recipe.load import load_recipe
 from galaxydist.runs import checkpoints
 from galaxydist.training.update import count_micro_batches
+from tests.forked_runs import run_forked
+from tests.measured_step import measure
 from tests.runs import quick_settings, run_here
 
 SMALL = ("recipe=custom_cnn", "model.width=8", "data.image_size=32", "train.batch_size=192")
@@ -93,10 +92,10 @@ def test_a_checkpoint_is_as_large_as_was_planned(blobs: Path, tmp_path: Path, ca
     ("name", "image_size", "batch_size", "precision", "micro_batch"),
     [
         ("custom_cnn", 64, 36, "no", 0),
-        ("custom_cnn", 64, 36, "bf16", 12),
-        ("resnet18", 96, 36, "no", 0),
+        pytest.param("custom_cnn", 64, 36, "bf16", 12, marks=pytest.mark.nightly),
+        pytest.param("resnet18", 96, 36, "no", 0, marks=pytest.mark.nightly),
         ("resnet18", 96, 36, "no", 18),
-        ("vit", 64, 24, "no", 0),
+        pytest.param("vit", 64, 24, "no", 0, marks=pytest.mark.nightly),
         ("vit", 64, 24, "bf16", 12),
     ],
 )
@@ -122,8 +121,7 @@ def test_the_memory_is_that_of_a_real_step(
         train__epochs=1,
         eval__checkpoint="last",
     )
-    command = [sys.executable, "-m", "tests.measured_step", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1100, env={**os.environ})
+    done = run_forked(measure, arguments)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
     assert measured["code"] == 0 and len(measured["peaks"]) == 72 // batch_size

@@ -89,7 +89,7 @@ def test_watch_looks_again(run_files: JobFiles) -> None:
             if "1 finished" in line:
                 break
         process.send_signal(2)
-        assert process.wait(10) == 0
+        assert process.wait(120) == 0
 
 
 def test_logs_are_the_last_lines_of_a_rank(run_files: JobFiles, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
@@ -137,7 +137,7 @@ def test_a_log_is_followed(run_files: JobFiles) -> None:
         run_files.rank_log(0).write_text("anew\n")
         assert process.stdout.readline() == "anew\n"
         process.send_signal(2)
-        assert process.wait(10) == 0
+        assert process.wait(120) == 0
 
 
 @pytest.fixture(params=[(), ("true",)], ids=["process", "shell"])
@@ -161,7 +161,7 @@ def local_run(
     for process in started:
         if process.is_running():
             process.kill()
-    submitted._process.wait(30)
+    submitted._process.wait(120)
 
 
 @pytest.mark.multiprocess
@@ -179,7 +179,7 @@ def test_a_local_job_runs_and_is_cancelled(local_run: tuple[JobFiles, JobRecord]
     tasks = controller.children(recursive=True)
     assert main(["cancel", "local run's"]) == 0
     assert f"local job {job.job_id} (runs/local run's): told to save and end" in capfd.readouterr().out
-    assert psutil.wait_procs([*tasks], timeout=30)[1] == []
+    assert psutil.wait_procs([*tasks], timeout=120)[1] == []
     deadline = time.monotonic() + 30
     while local_jobs.find_controller(job) is not None:
         assert time.monotonic() < deadline

@@ -8,24 +8,24 @@ import pytest
 
 from galaxydist.cluster.doctor.check import LEVELS
 from galaxydist.cluster.doctor.merge import merge_reports
+from galaxydist.cluster.doctor.rank import Examination, examine
 from galaxydist.cluster.doctor.report import read_reports
-from tests.runs import TORCHRUN_2
-
-RANK = Path(__file__).parent / "doctor_rank.py"
+from tests.forked_runs import run_forked
 
 
-def examine(folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+def rank(folder: Path) -> None:
+    examine(Examination(folder, data_dir=folder, scratch=folder, gpus_per_node=0), os.environ)
+
+
+def examine_two(folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     """Two ranks, to their end."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-    kept |= {"PYTHONPATH": str(RANK.parents[1]), "WANDB_MODE": "offline", **environ}
-    command = [*TORCHRUN_2, str(RANK), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=kept)
+    return run_forked(rank, folder, size=2, environ={"WANDB_MODE": "offline", **environ})
 
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_two_ranks_meet_and_tell_what_they_find(tmp_path: Path) -> None:
-    done = examine(tmp_path)
+    done = examine_two(tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = found = read_reports(tmp_path)
     assert first.is_done and second.is_done and first.versions == second.versions
@@ -43,7 +43,7 @@ def test_two_ranks_meet_and_tell_what_they_find(tmp_path: Path) -> None:
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_an_interface_that_is_not_there_is_named_and_the_rest_is_still_examined(tmp_path: Path) -> None:
-    assert examine(tmp_path, GLOO_SOCKET_IFNAME="nosuch0").returncode == 0
+    assert examine_two(tmp_path, GLOO_SOCKET_IFNAME="nosuch0").returncode == 0
     table = {check.name: check for check in merge_reports(read_reports(tmp_path), 2, gpus_per_node=0)}
     assert {name for name, check in table.items() if check.level == "failure"} >= {"interface", "all-reduce, gloo"}
     assert "nosuch0" in table["interface"].text and "cluster.interface" in table["interface"].remedy

@@ -39,7 +39,7 @@ def test_a_launched_run_works_on_both_cores(blobs: Path, tmp_path: Path) -> None
     children: list[psutil.Process] = []
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline and not metrics.exists():
             time.sleep(0.1)
         children = psutil.Process(launcher.pid).children(recursive=True)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from galaxydist.training.micro_batch import choose_micro_batch, conditions, find
 from galaxydist.training.out_of_memory import explain_out_of_memory, is_out_of_memory, what_to_lower
 from galaxydist.training.update import count_micro_batches, split_evenly
 from galaxydist.training.world import World, enter_world
+from tests.forked_runs import run_forked
 from tests.limited_model import LimitedModel, raise_cpu, raise_cuda, raise_host
-from tests.runs import TORCHRUN_2
+from tests.micro_batch_rank import find_micro_batches
 
 
 @pytest.fixture
@@ -199,8 +199,7 @@ def test_a_number_in_the_recipe_is_taken_as_it_is(world: World) -> None:
 
 @pytest.mark.multiprocess
 def test_two_ranks_of_different_memory_agree(tmp_path: Path) -> None:
-    command = [*TORCHRUN_2, "-m", "tests.micro_batch_rank", str(tmp_path), "100,100", "100,7", "0,100"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = run_forked(find_micro_batches, tmp_path, [(100, 100), (100, 7), (0, 100)], size=2)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert [answer["found"] for answer in first] == [answer["found"] for answer in second]

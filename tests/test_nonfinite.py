@@ -1,30 +1,27 @@
 """Numbers that are not finite: all ranks stop at the same step and name its galaxies, or leave the step out without a trace."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from galaxydist.runs import checkpoints
-from tests.runs import TORCHRUN_2, count_errors, quick_settings, read_metrics
+from tests.forked_runs import run_forked
+from tests.poisoned_launch import train_poisoned
+from tests.runs import count_errors, quick_settings, read_metrics
 
-SCRIPT = Path(__file__).with_name("poisoned_launch.py")
 
-
-def poisoned(rank: int, steps: str, settings: list[str], launcher: tuple[str, ...] = (sys.executable,)) -> tuple[int, str, str]:
+def poisoned(rank: int, steps: set[int], settings: list[str], size: int = 1) -> tuple[int, str, str]:
     """Exit code, output and messages of a run whose images are spoilt in some steps."""
-    command = [*launcher, str(SCRIPT), str(rank), steps, *settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = run_forked(train_poisoned, rank, steps, settings, size=size)
     return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.multiprocess
 def test_all_ranks_stop_at_the_same_step_and_name_its_galaxies(blobs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    code, _, told = poisoned(1, "4", quick_settings(blobs, run_dir, train__log_every=1), TORCHRUN_2)
+    code, _, told = poisoned(1, {4}, quick_settings(blobs, run_dir, train__log_every=1), 2)
     assert code == 1
     assert count_errors(told) == 1 and "at step 4 (from 0)" in told and "train.on_nonfinite=skip" in told
     listed = json.loads((run_dir / "nonfinite-step-00000004.json").read_text())
@@ -37,11 +34,11 @@ def test_all_ranks_stop_at_the_same_step_and_name_its_galaxies(blobs: Path, tmp_
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN_2], ids=["1 process", "2 processes"])
-def test_a_step_that_is_left_out_leaves_no_trace(launcher: tuple[str, ...], blobs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_step_that_is_left_out_leaves_no_trace(size: int, blobs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     options = {"train__epochs": 1, "train__save_steps": 1, "train__on_nonfinite": "skip", "train__log_every": 1}
-    code, said, told = poisoned(0, "2", quick_settings(blobs, run_dir, **options), launcher)
+    code, said, told = poisoned(0, {2}, quick_settings(blobs, run_dir, **options), size)
     assert code == 0, told
     assert said.count("The step is left out (1 of at most 10)") == 1
     last, before = (checkpoints.read_sound(path) for path in checkpoints.list_checkpoints(run_dir / "checkpoints"))
@@ -61,9 +58,9 @@ def test_a_step_that_is_left_out_leaves_no_trace(launcher: tuple[str, ...], blob
 @pytest.mark.multiprocess
 def test_too_many_steps_left_out_stop_the_run_also_over_a_restart(blobs: Path, tmp_path: Path) -> None:
     settings = quick_settings(blobs, tmp_path / "run", train__on_nonfinite="skip", train__max_nonfinite=1, train__epochs=3)
-    code, _, told = poisoned(0, "1,7", settings)
+    code, _, told = poisoned(0, {1, 7}, settings)
     assert code == 1
     assert "at step 7 (from 0)" in told and "2 such steps, more than train.max_nonfinite=1" in told
     # The first one is remembered by the checkpoint of step 6.
-    assert "train.max_nonfinite=1" in poisoned(0, "7", settings)[2]
-    assert poisoned(0, "99", settings)[0] == 0
+    assert "train.max_nonfinite=1" in poisoned(0, {7}, settings)[2]
+    assert poisoned(0, {99}, settings)[0] == 0

@@ -90,7 +90,7 @@ def marked(mark: str) -> list[psutil.Process]:
                 found.append(process)
         except psutil.Error:
             continue
-    return psutil.wait_procs(found, timeout=10)[1]
+    return psutil.wait_procs(found, timeout=60)[1]
 
 
 def files_of_the_project() -> set[str]:

@@ -9,7 +9,8 @@ import pytest
 from galaxydist.benchmarks.fileserver import Behaviour, FileServer, every
 from galaxydist.cli.main import main
 from galaxydist.runs import checkpoints
-from tests.runs import TORCHRUN_2, launch, quick_settings, read_evaluation, read_losses, run_here
+from tests.forked_runs import run_forked, train
+from tests.runs import quick_settings, read_evaluation, read_losses, run_here
 
 
 def settings(manifest: Path | str, run_dir: Path, cache: Path, **changes: object) -> list[str]:
@@ -46,7 +47,7 @@ def test_a_run_from_a_server_is_the_local_run_bit_for_bit(blobs: Path, tmp_path:
 @pytest.mark.multiprocess
 def test_two_ranks_from_a_server(blobs: Path, tmp_path: Path) -> None:
     with FileServer(blobs.parent, Behaviour(trouble=every(10))) as server:
-        done = launch(TORCHRUN_2, settings(server.url, tmp_path / "there", tmp_path / "cache"))
+        done = run_forked(train, settings(server.url, tmp_path / "there", tmp_path / "cache"), size=2)
         assert done.returncode == 0, done.stderr
     assert read_evaluation(tmp_path / "there")["count"] == 24
     asked = {path: count - server.failures[path] for path, count in server.gets.items()}

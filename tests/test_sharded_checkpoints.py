@@ -56,7 +56,7 @@ def start(folder: Path, world_size: int, work: Callable[..., None], *arguments: 
 def run(folder: Path, world_size: int, work: Callable[..., None], *arguments: Any) -> None:
     processes = start(folder, world_size, work, *arguments)
     for process in processes:
-        process.join(60)
+        process.join(240)
     for process in processes:
         process.kill()
         process.join()
@@ -364,7 +364,7 @@ def test_killed_at_any_change_of_the_disk_a_complete_checkpoint_is_there(victim:
         folder = tmp_path / f"at-{stop_at}"
         shutil.copytree(two_saves, folder)
         processes = start(tmp_path, 2, save_watched, folder, victim, stop_at, tmp_path)
-        processes[victim].join(60)
+        processes[victim].join(240)
         assert processes[victim].exitcode == -signal.SIGKILL
         time.sleep(0.05)
         processes[1 - victim].kill()  # as a launcher does

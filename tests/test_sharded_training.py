@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from galaxydist.runs.state import flatten_state, unflatten_state
 from galaxydist.training.optimizer_state import named_optimizer_state, numbered_optimizer_state
 from galaxydist.training.sharded_ema import ShardedEma
 from galaxydist.training.sharding import repeated_blocks
+from tests.forked_runs import run_forked
 from tests.sharded_training import (
     COMPARED,
     SAVED_AT,
@@ -29,19 +28,15 @@ from tests.sharded_training import (
     build_vit,
     flatten,
     read_final,
+    run_tasks,
     unflatten,
 )
 
 Expected = tuple[Path, dict[str, dict[str, Tensor]]]
-SCRIPT = Path(__file__).with_name("sharded_training.py")
 
 
-def launch(world_size: int, *arguments: object) -> None:
-    launcher = [sys.executable]
-    if world_size > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    command = [*launcher, str(SCRIPT), str(world_size), *map(str, arguments)]
-    done = subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True, timeout=280, check=False)
+def launch(world_size: int, folder: Path, *tasks: str) -> None:
+    done = run_forked(run_tasks, world_size, folder, tasks, size=world_size)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -123,11 +118,12 @@ def test_a_run_goes_on_without_sharding(optimizer: str, two: Path, expected: Exp
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_networks_with_batch_normalisation_train_as_with_ddp(tmp_path: Path) -> None:
-    launch(2, tmp_path, "compare")
+@pytest.mark.parametrize("size", ["small", pytest.param("large", marks=pytest.mark.nightly)])
+def test_networks_with_batch_normalisation_train_as_with_ddp(size: str, tmp_path: Path) -> None:
+    launch(2, tmp_path, f"compare:{size}")
     for rank in (0, 1):
         found = json.loads((tmp_path / f"differences-{rank}.json").read_text())
-        assert len(found) == len(COMPARED)
+        assert len(found) == len(COMPARED[size])
         assert max(found.values()) < 1e-12, found
 
 

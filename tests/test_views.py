@@ -29,7 +29,8 @@ from galaxydist.training.evaluate import evaluate_run
 from galaxydist.training.validation import evaluate_split
 from galaxydist.training.world import World, enter_world
 from tests.blobs import BlobSurvey
-from tests.runs import PYTHON, TORCHRUN_2, launch, quick_settings, read_evaluation, read_metrics, run_here
+from tests.forked_runs import run_forked, train
+from tests.runs import quick_settings, read_evaluation, read_metrics, run_here
 
 
 @pytest.fixture
@@ -207,6 +208,12 @@ def test_a_recipe_that_asks_for_it_is_validated_and_judged_so(blobs: Path, tmp_p
     assert {key: one[key] for key in counted} == {key: other[key] for key in counted}
 
 
+def train_on_one_core(settings: list[str]) -> int:
+    """What launch.py does, with one thread: all ranks are on the same core."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    return train(settings)
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("batch_size", "sizes"), [(4, (1, 2, 3)), (10, (1, 3))], ids=["uneven", "an-idle-rank"])
@@ -223,9 +230,7 @@ def test_numbers_of_any_number_of_processes_are_bit_equal(tmp_path: Path, batch_
         for file in (run_dir / "evaluation").iterdir():
             file.unlink()
         # On one core all have one thread: sums within a picture are then taken in the same order.
-        core = str(max(os.sched_getaffinity(0)))
-        launcher = ("taskset", "--cpu-list", core, *(PYTHON if world_size == 1 else (*TORCHRUN_2[:-1], str(world_size))))
-        done = launch(launcher, settings)
+        done = run_forked(train_on_one_core, settings, size=world_size)
         assert done.returncode == 0, done.stderr
         assert f"galaxydist: {world_size} process" in done.stdout and "is finished" in done.stdout
         found.append(json.loads(path.read_text()))

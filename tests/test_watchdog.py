@@ -154,7 +154,7 @@ def guards_of(pid: int) -> list[psutil.Process]:
     return [child for child in psutil.Process(pid).children() if guard_process.__file__ in child.cmdline()]
 
 
-def wait_until(holds: object, seconds: float = 60.0) -> None:
+def wait_until(holds: object, seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():  # type: ignore[operator]
         assert time.monotonic() < deadline
@@ -169,7 +169,7 @@ def wait_for_step(run: Ranks, step: int) -> None:
 def exit_codes(run: Ranks, *but: int) -> list[int | None]:
     """Once they have left by themselves."""
     for rank in set(range(len(run.processes))) - set(but):
-        run.processes[rank].join(60)
+        run.processes[rank].join(240)
     return [code for rank, code in enumerate(run.exit_codes) if rank not in but]
 
 
@@ -188,7 +188,7 @@ def ranks(fault: str, tmp_path: Path, *, number: int, faulty: int = -1, start_s:
             for process in run.processes:
                 process.kill()
                 process.join()
-            assert not psutil.wait_procs(guards, timeout=5)[1]
+            assert not psutil.wait_procs(guards, timeout=60)[1]
 
 
 @pytest.mark.slow
