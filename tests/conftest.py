@@ -1,6 +1,8 @@
 """What all tests share: the real galaxies beside the checkout, where they are."""
 
+import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,17 @@ settings.load_profile("untimed")
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     _CORES = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_CORES[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(_CORES)]})
+
+# A run in the background ignores Ctrl-C, and so would every program that a test starts to send it that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what stays to the end anyway: torch, and thousands of tests."""
+    gc.collect()
+    gc.freeze()
+
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
