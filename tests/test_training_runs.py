@@ -142,7 +142,7 @@ def train_and_send(settings: list[str], number: int, step: int) -> int:
 def test_a_stopped_run_continues_to_the_very_same_weights(number: int, blobs: Path, whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     settings = quick_settings(blobs, run_dir, **LIVELY)
-    done = run_forked(train_and_send, settings, number, 7, launched=False)
+    done = run_forked(train_and_send, settings, number, 7)
     assert done.returncode == (130 if number == signal.SIGINT else 75), done.stderr
     stopped = checkpoints.load(run_dir / "checkpoints")
     assert stopped is not None and 7 <= stopped.step < LAST_STEP
