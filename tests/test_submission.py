@@ -135,10 +135,9 @@ def test_run_folders_of_one_machine_are_refused(tmp_path: Path, monkeypatch: pyt
 
     assert is_refused(Path("/tmp/runs/vit")) and is_refused(Path("/dev/shm/vit"))
     # Places and mounts of the test's own: where this clone and its temporary folders lie says nothing.
-    mounts = [
-        SimpleNamespace(mountpoint=str(place), fstype=kind) for place, kind in (("/", "nfs4"), (tmp_path / "memory", "tmpfs"))
-    ]
-    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+    mounts = {"/": "nfs4", str(tmp_path / "memory"): "tmpfs"}
+    parts = [SimpleNamespace(mountpoint=place, fstype=kind) for place, kind in mounts.items()]
+    monkeypatch.setattr("psutil.disk_partitions", lambda **_: parts)
     monkeypatch.setattr("galaxydist.cluster.shared_folder.OF_THE_NODE", (tmp_path / "own",))
     assert is_refused(tmp_path / "own" / "run") and is_refused(tmp_path / "memory" / "run")
     assert not is_refused(tmp_path / "home" / "run")
