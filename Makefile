@@ -71,6 +71,7 @@ test-slurm: $(VENV)/installed-dev
 
 test-nightly: $(VENV)/installed-dev peers
 	$(PYTEST) -m "nightly and not gpu"
+	$(PYTEST) -m "hypothesis and not nightly and not gpu" --hypothesis-profile=thorough
 
 # What other loaders need goes into environments of their own. torch is there once: a .pth shows them what $(VENV) has, after theirs.
 PEERS := galaxydist/benchmarks/peers

@@ -1,6 +1,8 @@
 """What all tests share: the real galaxies beside the checkout, where they are."""
 
+import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,14 +13,27 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from bed import Bed
 
-# How long an example takes says how busy the machine is, not whether the code is right.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# How long an example takes says how busy the machine is, not whether the code is right. make test-nightly tries more of them.
+settings.register_profile("quick", deadline=None, max_examples=30)
+settings.register_profile("thorough", deadline=None, max_examples=500)
+settings.load_profile("quick")
 
 # Workers of the test run share the cores: threads that wait for one another on cores that are busy with another worker are slow.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     _CORES = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_CORES[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(_CORES)]})
+
+# A shell's background job ignores these signals, and so would every program that a test starts and sends them to.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what stays to the end anyway: torch, and thousands of tests."""
+    gc.collect()
+    gc.freeze()
+
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

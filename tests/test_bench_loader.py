@@ -66,32 +66,24 @@ def run_quick(root: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
     return text, {result["task"]: result for result in results}
 
 
-@pytest.mark.multiprocess
-def test_a_quick_run_prints_tables_and_lines_of_json(
-    source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("--data", str(source.path), "--tasks", "decode", "--peers", "litdata", "--environments", str(tmp_path))
-    text, results = run_quick(tmp_path, capsys, *arguments)
-    assert f"not measured, since not installed in {tmp_path} (`make bench` does): LitData" in text
-    assert "limit: the decoder over bytes in memory" in text
-    (decode,) = results.values()
-    assert decode["task"] == "decode" and decode["peers"] == {} and decode["ratio_best_peer"] is None
-    assert decode["ours"] > 0 and decode["ratio_limit"] == pytest.approx(decode["ours"] / decode["limit"], rel=2e-3)
-
-
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("peers", [{"imagefolder"}, pytest.param({"imagefolder", "webdataset"}, marks=pytest.mark.nightly)])
 def test_all_tasks_against_the_peers_that_need_no_installation(
     peers: set[str], source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--data", str(source.path), "--peers", *sorted(peers), "--environments", str(tmp_path))
+    named = (*sorted(peers), "litdata")
+    arguments = ("--data", str(source.path), "--peers", *named, "--environments", str(tmp_path))
     text, results = run_quick(tmp_path, capsys, *arguments)
+    assert f"not measured, since not installed in {tmp_path} (`make bench` does): LitData" in text
+    assert "limit: the decoder over bytes in memory" in text
     assert [*results] == ["decode", "train", "resume", "memory"]
     for task in ("decode", "train"):
         speeds = results[task]
         assert speeds["peers"].keys() == peers and min(speeds["peers"].values()) > 0
         assert speeds["ratio_best_peer"] == pytest.approx(speeds["ours"] / max(speeds["peers"].values()), rel=2e-3)
+    decode = results["decode"]
+    assert decode["ours"] > 0 and decode["ratio_limit"] == pytest.approx(decode["ours"] / decode["limit"], rel=2e-3)
     assert results["decode"]["peers_with_our_decoder"].keys() == peers
     assert results["resume"]["num_images"] >= 100_000
     assert len(results["memory"]["series_mb"]) == 10
@@ -109,14 +101,20 @@ def test_the_installed_peers_run(source: Manifest, tmp_path: Path, capsys: pytes
     assert results["train"]["peers"].keys() == {peer.name for peer in PEERS}
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_peer_that_gives_other_pixels_or_misses_pictures_is_noticed(source: Manifest, tmp_path: Path) -> None:
+    """And what was made of other pictures is made anew."""
     manifest = repeated(source, tmp_path)
     num_images = manifest.split("train").num_samples
     job, processes = job_on(manifest, IMAGEFOLDER), Processes(tmp_path, os.environ)
-    prepare(processes, IMAGEFOLDER, job, "these pictures")
+    prepare(processes, IMAGEFOLDER, job, "older pictures")
     files = sorted(job.form.glob("*/*.jpg"))
     assert len(files) == num_images
+    files[0].unlink()
+    prepare(processes, IMAGEFOLDER, job, "these pictures")
+    assert check(processes, IMAGEFOLDER, job, num_images) == 0
+    assert check(processes, GALAXYDIST, job_on(manifest, GALAXYDIST), num_images) == 0
     first = files[0].read_bytes()
     files[0].write_bytes(next(data for data in map(Path.read_bytes, files) if data != first))
     prepare(processes, IMAGEFOLDER, job, "these pictures")
@@ -126,21 +124,6 @@ def test_a_peer_that_gives_other_pixels_or_misses_pictures_is_noticed(source: Ma
     files[1].unlink()
     with pytest.raises(UserError, match=f"gives {num_images - 1} pictures in an epoch of {num_images}: 1 are missing"):
         check(processes, IMAGEFOLDER, job, num_images)
-
-
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_what_was_made_of_other_pictures_is_made_anew(source: Manifest, tmp_path: Path) -> None:
-    manifest = repeated(source, tmp_path)
-    num_images = manifest.split("train").num_samples
-    job, processes = job_on(manifest, IMAGEFOLDER), Processes(tmp_path, os.environ)
-    prepare(processes, IMAGEFOLDER, job, "older pictures")
-    victim = min(job.form.glob("*/*.jpg"))
-    victim.unlink()
-    prepare(processes, IMAGEFOLDER, job, "these pictures")
-    assert victim.is_file()
-    assert check(processes, IMAGEFOLDER, job, num_images) == 0
-    assert check(processes, GALAXYDIST, job_on(manifest, GALAXYDIST), num_images) == 0
 
 
 @pytest.mark.multiprocess

@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.benchmarks.fileserver import Behaviour, FileServer, every
@@ -32,39 +33,14 @@ from galaxydist.shards.reader import Batch, EvalReader, TrainReader
 from galaxydist.shards.schedule import Schedule
 from galaxydist.shards.uses import USE
 from galaxydist.shards.write import write_shards
+from tests.cache_rank import read_as_rank
+from tests.forked_runs import forked
 from tests.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies
 
 STOP = threading.Event()
 FAR = 1 << 40
 OWN = "0123456789abcdef"
-
-# One rank of several on this machine: reads epochs, compares them with the local shards, prints a line for each batch.
-RANK = """
-import sys
-from itertools import islice
-from pathlib import Path
-import torch
-from galaxydist.shards import transfer
-from galaxydist.shards.cache import CacheConfig
-from galaxydist.shards.manifest import read_manifest
-from galaxydist.shards.open import open_shards
-from galaxydist.shards.order import EpochOrder
-from galaxydist.shards.reader import TrainReader
-transfer.FIRST_PAUSE_S = 0.01
-EpochOrder.__init__.__kwdefaults__["window"] = 8  # as in a survey many times the size of the usual window
-url, local, cache, max_bytes, rank, world_size, steps = sys.argv[1:]
-remote = open_shards(url, CacheConfig(Path(cache), int(max_bytes)))
-settings = {"seed": 5, "batch_size": 4, "num_streams": 2, "rank": int(rank), "world_size": int(world_size), "prefetch": 1}
-with (
-    TrainReader(remote, **settings, ranks_on_node=int(world_size)) as found,
-    TrainReader(read_manifest(Path(local)), **settings) as expected,
-):
-    print("open", flush=True)
-    for here, there in islice(zip(expected, found, strict=True), int(steps)):
-        assert here.samples_B.tolist() == there.samples_B.tolist()
-        assert torch.equal(here.images_BHWC, there.images_BHWC)
-        print(here.step, flush=True)
-"""
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +54,9 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfers, "FIRST_PAUSE_S", 0.001)
 
 
-def start_rank(url: str, folder: Path, cache: Path, rank: int = 0, **given: int) -> subprocess.Popen[str]:
+def rank_arguments(url: str, folder: Path, cache: Path, rank: int = 0, **given: int) -> list[str]:
     numbers = given.get("max_bytes", FAR), rank, given.get("world_size", 1), given.get("steps", 20)
-    command = [sys.executable, "-c", RANK, url, str(folder), str(cache), *map(str, numbers)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return [url, *map(str, (folder, cache, *numbers))]
 
 
 def put(data: bytes) -> Callable[[Path], None]:
@@ -125,7 +100,6 @@ def assert_same(found: list[Batch], expected: list[Batch]) -> None:
     limit=st.integers(10, 60),
     moves=st.lists(st.tuples(st.integers(0, 11), st.booleans(), st.booleans()), max_size=30),
 )
-@settings(deadline=None, max_examples=50)
 def test_the_limit_holds_and_what_is_in_use_stays(
     tmp_path_factory: pytest.TempPathFactory, limit: int, moves: list[tuple[int, bool, bool]]
 ) -> None:
@@ -192,15 +166,11 @@ def test_a_file_of_the_wrong_size_is_fetched_anew(folder: Path, tmp_path: Path) 
 def test_a_killed_fetch_leaves_nothing_that_is_taken_for_whole(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with FileServer(folder, Behaviour(block_delay_s=0.2)) as server:
-        process = start_rank(server.url, folder, cache)
-        try:
-            deadline = time.monotonic() + 240
+        with forked(read_as_rank, *rank_arguments(server.url, folder, cache), folder=tmp_path / "log") as rank:
+            deadline = time.monotonic() + 300
             while not list(cache.rglob(".train*.partial")):
-                assert time.monotonic() < deadline and process.poll() is None
+                assert time.monotonic() < deadline and rank.exit_codes == [None], rank.text("err")
                 time.sleep(0.005)
-        finally:
-            process.kill()
-            process.communicate()
         assert [path for path in hidden(cache) if path.suffix == ".partial"]
         server.behaviour = Behaviour()
         remote = open_shards(server.url, CacheConfig(cache))
@@ -224,17 +194,18 @@ def test_ranks_of_a_node_fetch_each_shard_once(folder: Path, tmp_path: Path, max
 
     watcher = threading.Thread(target=watch)
     with FileServer(folder, Behaviour(0.005, every(9))) as server:
-        ranks = [start_rank(server.url, folder, cache, r, max_bytes=max_bytes, world_size=2, steps=144) for r in range(2)]
         watcher.start()
         try:
-            printed = [rank.communicate(timeout=120)[0].split() for rank in ranks]
+            with ExitStack() as started:
+                ranks = []
+                for number in range(2):
+                    arguments = rank_arguments(server.url, folder, cache, number, max_bytes=max_bytes, world_size=2, steps=144)
+                    ranks.append(started.enter_context(forked(read_as_rank, *arguments, folder=tmp_path / str(number))))
+                assert [rank.wait() for rank in ranks] == [[0], [0]], ranks[0].text("err") + ranks[1].text("err")
         finally:
-            for rank in ranks:
-                rank.kill()
             watching.set()
             watcher.join()
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    assert printed == [["open", *(str(step) for step in range(144))]] * 2
+    assert [rank.text().split() for rank in ranks] == [["open", *(str(step) for step in range(144))]] * 2
     shards = [path.name for path in folder.glob("train-*.tar")]
     assert sum(server.failures[name] for name in shards) >= 1
     if max_bytes == FAR:
@@ -312,7 +283,7 @@ print(sorted(path.name for path in Path(cache).rglob(".*")))
 def test_files_that_may_not_be_so_large(folder: Path, tmp_path: Path) -> None:
     with FileServer(folder) as server:
         command = [sys.executable, "-c", FILL, server.url, str(tmp_path / "cache"), "limit"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert "cannot take more: files may not be so large. Free some space there" in done.stdout, done.stderr
     assert "data.cache_dir=FOLDER" in done.stdout and done.stdout.endswith("['.lock']\n")
 
@@ -332,7 +303,7 @@ def test_a_disk_that_is_nearly_full(folder: Path, tmp_path: Path, taken: int, sa
     with FileServer(folder) as server:
         script = mount + f'exec "$0" -c "$1" {server.url} {disk}/cache {taken}'
         command = ["unshare", "-rm", "sh", "-c", script, sys.executable, FILL]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     *lines, last = done.stdout.splitlines() or [""]
     assert last == "['.lock']" and "".join(lines).startswith(said.replace("DISK", str(disk))), done.stdout + done.stderr
     assert bool(lines) == bool(said)
@@ -361,7 +332,7 @@ def test_closing_ends_everything_at_once(folder: Path, tmp_path: Path) -> None:
             time.sleep(0.005)
         reader.close()
         reader.close()
-        consumer.join(timeout=120)
+        consumer.join(timeout=300)
         assert not consumer.is_alive()
         assert fetch_threads() == [] and hidden(tmp_path / "cache") == []
         assert failed and not isinstance(failed[0], UserError)
@@ -373,14 +344,15 @@ def test_ctrl_c_in_the_middle_of_a_fetch(folder: Path, tmp_path: Path) -> None:
     with FileServer(folder) as server:
         open_shards(server.url, CacheConfig(cache))
         server.behaviour = Behaviour(block_delay_s=30.0)
-        process = start_rank(server.url, folder, cache)
+        command = [sys.executable, "-m", "tests.cache_rank", *rank_arguments(server.url, folder, cache)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
         assert process.stdout is not None and process.stdout.readline() == "open\n"
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 300
         while not any(path.endswith(".tar") for path in server.gets):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=120)
+        process.communicate(timeout=300)
     assert process.returncode == -signal.SIGINT
     assert hidden(cache) == []
 
@@ -514,7 +486,7 @@ def test_the_next_epoch_is_fetched_while_this_one_is_read(folder: Path, tmp_path
         assert names[1] - names[0], "the next epoch reads other shards"
 
         def wait_for(shards: set[str]) -> bool:
-            deadline = time.monotonic() + 240
+            deadline = time.monotonic() + 300
             while not all((remote.dir / name).exists() for name in shards) and time.monotonic() < deadline:
                 time.sleep(0.05)
             time.sleep(0.2)  # until the fetching threads rest

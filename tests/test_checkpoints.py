@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -373,7 +373,6 @@ def same(a: Any, b: Any) -> bool:
 
 
 @given(states)
-@settings(max_examples=200, deadline=None)
 def test_any_state_is_taken_apart_and_put_together(state: Any) -> None:
     tensors, description = flatten_state("x", state)
     assert same(unflatten_state(json.loads(json.dumps(description, allow_nan=False)), tensors), state)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -54,10 +55,11 @@ except SystemExit as end:
 heavy = [name for name in {HEAVY!r} if name in sys.modules]
 assert not heavy, heavy
 """
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
-    print(f"galaxydist --help: {seconds:.2f} s")  # aim: 0.5 s; a busy machine is slower
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"galaxydist --help: {seconds:.2f} s of a processor")  # aim: 0.5 s
     assert done.returncode == 0, done.stderr
     assert "usage: galaxydist" in done.stdout
     assert seconds < 5
@@ -205,18 +207,18 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     target = tmp_path / "hdf5" / "simulated.h5"
     process = subprocess.Popen(
-        [*PROGRAM, "data", "simulate", "--num-galaxies", "199", "--data-dir", str(tmp_path)],
+        [*PROGRAM, "data", "simulate", "--num-galaxies", "5000", "--data-dir", str(tmp_path)],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not _bytes_begun(target.parent) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     time.sleep(0.5)  # into the drawing
-    assert process.poll() is None, "it was done before it could be interrupted"
+    assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert list(target.parent.iterdir()) == []

@@ -41,7 +41,7 @@ def count_over_ranks(logits_NK: torch.Tensor, labels_N: torch.Tensor, batch_size
 
 @given(st.integers(0, 99), st.integers(0, 40), st.integers(1, 7), st.integers(1, 8), st.integers(1, 5))
 @pytest.mark.filterwarnings("ignore:A single label was found")
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_counts_and_loss_are_bit_equal_on_any_number_of_ranks(
     seed: int, num_galaxies: int, num_classes: int, batch_size: int, world_size: int
 ) -> None:
@@ -145,7 +145,6 @@ def test_kept_predictions_are_those_of_real_galaxies_in_order() -> None:
     )
 )
 @pytest.mark.filterwarnings("ignore:A single label was found")
-@settings(max_examples=60, deadline=None)
 def test_metrics_are_those_of_scikit_learn(case: tuple[int, list[tuple[int, int]]]) -> None:
     num_classes, pairs = case
     true, predicted = [pair[0] for pair in pairs], [pair[1] for pair in pairs]

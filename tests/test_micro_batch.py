@@ -1,5 +1,6 @@
 """The largest micro-batch that fits: few tries, agreed by all ranks, stored, and nothing changed by trying."""
 
+import gc
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,9 @@ from tests.micro_batch_rank import find_micro_batches
 def world() -> Iterator[World]:
     from accelerate.state import AcceleratorState, PartialState
 
-    yield enter_world("no", {})
+    world = enter_world("no", {})
+    gc.freeze()  # each try collects garbage, which goes through all that was ever imported
+    yield world
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.evaluation.mistakes import Pick, Picks, choose_mistakes, entropies
@@ -70,7 +70,6 @@ logits = st.sampled_from([0.0, 1.0, 3.0, 8.0])
 
 
 @given(data=st.data(), per_class=st.integers(1, 5), num_classes=st.integers(2, 4))
-@settings(max_examples=40)
 def test_the_choice_is_that_of_a_sort(
     data: st.DataObject, per_class: int, num_classes: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch.nn import functional
@@ -174,7 +174,6 @@ def test_a_pair_with_an_unreadable_picture_is_left_as_it_is() -> None:
 
 
 @given(half=st.integers(1, 24), world=st.integers(1, 8), parts=st.integers(1, 8), cut=st.booleans())
-@settings(max_examples=30)
 def test_a_pair_is_mixed_alike_on_any_rank_and_in_any_part(half: int, world: int, parts: int, cut: bool) -> None:
     half *= world
     batch, images_BCHW = global_batch(2 * half)

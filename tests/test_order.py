@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -34,7 +34,6 @@ def test_permute_is_even() -> None:
     assert ((counts - 6000) ** 2 / 6000).sum() < 30  # chi square with 9 degrees of freedom: 1 in 2,000
 
 
-@settings(max_examples=150)
 @given(sizes=shard_sizes, seed=seeds, epoch=st.integers(0, 1000), num_streams=st.integers(1, 3000), window=st.integers(1, 200))
 def test_an_epoch_holds_each_sample_once_and_can_be_inverted(
     sizes: list[int], seed: int, epoch: int, num_streams: int, window: int
@@ -46,7 +45,6 @@ def test_an_epoch_holds_each_sample_once_and_can_be_inverted(
     assert np.array_equal(order.positions(samples), positions)
 
 
-@settings(max_examples=60)
 @given(sizes=shard_sizes, seed=seeds, batch_size=st.integers(1, 100), num_streams=st.integers(1, 300), data=st.data())
 def test_a_global_batch_is_the_same_for_every_number_of_processes(
     sizes: list[int], seed: int, batch_size: int, num_streams: int, data: st.DataObject
@@ -87,7 +85,6 @@ def test_extreme_sizes(sizes: list[int], num_streams: int, batch_size: int) -> N
         assert np.array_equal(np.sort(np.concatenate(dealt)), np.arange(batch_size))
 
 
-@settings(max_examples=60)
 @given(sizes=shard_sizes, seed=seeds, batch_size=st.integers(1, 100), num_streams=st.integers(1, 300))
 def test_training_drops_less_than_a_batch(sizes: list[int], seed: int, batch_size: int, num_streams: int) -> None:
     batch_size = min(batch_size, sum(sizes))
@@ -129,7 +126,6 @@ def test_a_rank_reads_whole_streams_where_the_world_divides_streams_and_batch() 
         assert {int(p) % num_streams % world_size for p in positions} == {rank}
 
 
-@settings(max_examples=60)
 @given(seed=seeds, epoch=st.integers(0, 1000), num_streams=st.integers(1, 500), num_shards=st.integers(1, 40))
 def test_epochs_and_seeds_differ(seed: int, epoch: int, num_streams: int, num_shards: int) -> None:
     """As unlike as random permutations: of 1,000 places one or so holds the same galaxy by chance."""
@@ -188,7 +184,6 @@ GOLDEN_ORDER = [24, 3, 15, 20, 21, 12, 17, 8, 22, 4, 18, 7, 23, 5, 16, 9, 0, 6, 
 GOLDEN_RESAMPLED = [7, 4, 6, 4, 5, 1, 4, 6, 4, 2]
 
 
-@settings(max_examples=80)
 @given(labels=st.lists(st.integers(-1, 6), min_size=1, max_size=400), seed=seeds, epoch=st.integers(0, 9))
 def test_resampling_is_even_over_classes_and_within_them(labels: list[int], seed: int, epoch: int) -> None:
     label = np.array(labels)

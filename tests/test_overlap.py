@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.cli.main import main
@@ -59,7 +59,6 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=60)
 @given(others=ROWS, test=ROWS, radius=st.floats(1, 120), chunk=st.integers(1, 5), are_one_survey=st.booleans())
 def test_ids_and_places_are_those_that_a_look_at_every_pair_finds(
     others: Any, test: Any, radius: float, chunk: int, are_one_survey: bool

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.errors import UserError
@@ -20,7 +20,6 @@ from tests.trial_folders import draw_logits, write_predictions
 OUTCOMES = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
 
-@settings(max_examples=40)
 @given(OUTCOMES)
 def test_mcnemar_is_the_sign_test_of_the_discordant_pairs(pairs: list[tuple[bool, bool]]) -> None:
     first, second = (np.array(column) for column in zip(*pairs, strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -49,7 +49,6 @@ def blocks(columns: dict[str, Any], cuts: list[int]) -> Iterator[dict[str, Any]]
 
 
 @given(st.integers(0, 60), st.lists(st.integers(0, 1000), max_size=5), st.integers(1, 5))
-@settings(max_examples=30)
 def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, count: int, cuts: list[int], size: int) -> None:
     path = tmp_path_factory.mktemp("written") / "test-predictions.parquet"
     columns = galaxies(count)

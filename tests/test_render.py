@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -117,7 +117,6 @@ def test_a_batch_that_is_kept_is_not_written_over() -> None:
 
 
 @given(pitch=st.floats(0.05, 60), width=st.integers(16, 2048))
-@settings(max_examples=300, deadline=None)
 def test_blurs_add_the_spread_that_is_missing(pitch: float, width: int) -> None:
     """Taps add up to 1 exactly, are symmetric, never negative and fall off to the sides; with halvings and the bilinear sample
     they spread as far as the triangle that is aimed at, wherever the width allows it."""

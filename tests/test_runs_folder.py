@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.errors import UserError
@@ -159,7 +159,6 @@ def test_metrics_come_back_as_they_were_logged(tmp_path: Path) -> None:
     keep=st.integers(-1, 21),
     half=st.sampled_from([b"", b"{", b'{"step": 4, "a"', b'{"step": 4}', b"\xff\xfe"]),
 )
-@settings(max_examples=50, deadline=None)
 def test_cutting_back_keeps_exactly_the_lines_up_to_a_step(
     steps: list[int], keep: int, half: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

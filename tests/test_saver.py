@@ -47,7 +47,7 @@ class Gate:
 
     def __call__(self) -> None:
         self.reached.set()
-        assert self.opened.wait(30)
+        assert self.opened.wait(300)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_training_goes_on_while_what_was_is_written(tmp_path: Path, gate: Gate) 
             tensors |= flatten_state(name, state)[0]
         expected = {name: bits(tensor) for name, tensor in tensors.items()}
         saver.save(1, tensors, {})
-        assert gate.reached.wait(30)
+        assert gate.reached.wait(300)
         trainee.step(1)
         assert {name: bits(tensor) for name, tensor in tensors.items()} != expected
         assert checkpoints.list_checkpoints(tmp_path) == []
@@ -102,16 +102,24 @@ def test_copies_are_made_in_the_same_memory_again(tmp_path: Path) -> None:
 
 
 def test_one_at_a_time_and_the_waiting_is_counted(tmp_path: Path, gate: Gate) -> None:
-    with build_saver(tmp_path, check=gate) as saver:
+    now, is_second = 100.0, False
+
+    def clock() -> float:
+        """Once the second save has begun to wait, the write of the first goes on, five seconds later."""
+        nonlocal now
+        was = now
+        if is_second and not gate.opened.is_set():
+            now += 5
+            gate.opened.set()
+        return was
+
+    with build_saver(tmp_path, check=gate, clock=clock) as saver:
         saver.save(1, {"model/w": torch.ones(2)}, {})
-        assert gate.reached.wait(30)
-        copied_s = saver.seconds_waited
-        opener = threading.Timer(0.3, gate.opened.set)
-        opener.start()
+        assert gate.reached.wait(300) and saver.seconds_waited == 0
+        is_second = True
         saver.save(2, {"model/w": torch.ones(2)}, {})
-        assert saver.seconds_waited - copied_s > 0.25
+        assert saver.seconds_waited == 5
         assert checkpoints.read_checkpoint(checkpoints.list_checkpoints(tmp_path)[-1]).step == 1
-        opener.join()
     assert [checkpoints.read_checkpoint(path).step for path in checkpoints.list_checkpoints(tmp_path)] == [2, 1]
 
 
@@ -150,7 +158,7 @@ def broken_write(*_: Any) -> None:
 
 
 def wait_for_failure(saver: CheckpointSaver) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 300
     while not saver.failed and time.monotonic() < deadline:
         time.sleep(0.005)
     assert saver.failed

@@ -342,6 +342,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole_and_is_continued(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shards", "undisturbed"]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("what", ["new", "overwrite"])
 def test_a_writer_killed_at_any_change_of_the_disk_is_finished_by_the_next_call(tmp_path: Path, what: str) -> None:

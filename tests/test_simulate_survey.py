@@ -6,7 +6,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.errors import UserError
@@ -64,7 +64,6 @@ def test_proportions_are_galaxy10s() -> None:
     assert class_counts(1000, balanced=True).tolist() == [100] * 10
 
 
-@settings(deadline=None)
 @given(num=st.integers(1, 30_000), balanced=st.booleans())
 def test_every_count_adds_up(num: int, balanced: bool) -> None:
     counts = class_counts(num, balanced)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -46,7 +46,6 @@ populations = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
 @given(populations)
 def test_original_keeps_counts_groups_and_conflicts(population: Population) -> None:
     codes = split_original(population)
@@ -60,7 +59,6 @@ def test_original_keeps_counts_groups_and_conflicts(population: Population) -> N
         assert np.array_equal(population.counts(codes == TEST), wanted[TEST])
 
 
-@settings(max_examples=40, deadline=None)
 @given(populations)
 def test_balanced_never_tests_what_trained_the_other(population: Population) -> None:
     original = split_original(population)
@@ -132,7 +130,6 @@ def test_rows_by_split_are_sorted_and_apart() -> None:
     assert {name: split.tolist() for name, split in rows.items()} == {"train": [0, 4], "val": [3], "test": [1]}
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32), st.floats(-89, 89))
 def test_close_pairs_equal_brute_force_everywhere_on_the_sky(seed: int, dec_centre: float) -> None:
     rng = np.random.default_rng(seed)

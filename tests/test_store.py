@@ -221,11 +221,10 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_server_that_falls_silent_is_asked_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "SILENCE_S", 0.2)
+    monkeypatch.setattr(stores, "SILENCE_S", 0.5)
 
     def silence(_path: str, number: int) -> None:
-        if number == 1:
-            time.sleep(0.6)
+        server.behaviour.delay_s = 1.5 if number == 1 else 0.0
 
     with FileServer(folder, Behaviour(trouble=silence)) as server:
         transfer(Store(server.address), "val-000000.tar", tmp_path / "x", stop=threading.Event())
@@ -236,12 +235,18 @@ def test_a_server_that_falls_silent_is_asked_again(folder: Path, tmp_path: Path,
 def test_a_transfer_can_be_stopped_in_the_middle(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(10_000_000))
     stop = threading.Event()
+
+    def stop_once_begun() -> None:
+        while not (tmp_path / "part").exists():
+            time.sleep(0.005)
+        stop.set()
+
     with FileServer(tmp_path, Behaviour(block_delay_s=0.05)) as server:
-        timer = threading.Timer(0.3, stop.set)
-        timer.start()
+        stopper = threading.Thread(target=stop_once_begun)
+        stopper.start()
         with pytest.raises(StoppedError):
             transfer(Store(server.address), "large", tmp_path / "part", stop=stop)
-        timer.join()
+        stopper.join()
     assert (tmp_path / "part").stat().st_size < 10_000_000
     with pytest.raises(StoppedError):
         transfer(Store(server.address), "large", tmp_path / "part", stop=stop)

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from submitit.core.utils import FailedJobError
@@ -124,11 +125,22 @@ def test_sbatch_is_quoted() -> None:
 
 
 @pytest.mark.usefixtures("srun_alone")
-def test_run_folders_of_one_machine_are_refused(tmp_path: Path) -> None:
-    for place in (Path("/tmp/runs/vit"), Path("/dev/shm/vit"), tmp_path):
-        with pytest.raises(UserError, match=r"file system that all of them share|run\.root=FOLDER"):
+def test_run_folders_of_one_machine_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_refused(place: Path) -> bool:
+        try:
             check_shared(place, "run folder", "run.root=FOLDER")
-    check_shared(Path(__file__).parent / "run", "run folder", "run.root=FOLDER")
+        except UserError as error:
+            return "file system that all of them share" in str(error) and "run.root=FOLDER" in str(error)
+        return False
+
+    assert is_refused(Path("/tmp/runs/vit")) and is_refused(Path("/dev/shm/vit"))
+    # Places and mounts of the test's own: where this clone and its temporary folders lie says nothing.
+    mounts = {"/": "nfs4", str(tmp_path / "memory"): "tmpfs"}
+    parts = [SimpleNamespace(mountpoint=place, fstype=kind) for place, kind in mounts.items()]
+    monkeypatch.setattr("psutil.disk_partitions", lambda **_: parts)
+    monkeypatch.setattr("galaxydist.cluster.shared_folder.OF_THE_NODE", (tmp_path / "own",))
+    assert is_refused(tmp_path / "own" / "run") and is_refused(tmp_path / "memory" / "run")
+    assert not is_refused(tmp_path / "home" / "run")
 
 
 def test_interface_is_the_one_with_the_route_to_another_node() -> None:
@@ -142,6 +154,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("galaxydist.cluster.shared_folder.OF_THE_NODE", (tmp_path,))
     good = quick_settings(blobs, tmp_path / "run")
     for words, text in (
         (good, "cluster=NAME is missing"),

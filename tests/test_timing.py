@@ -32,25 +32,21 @@ class LaggingClock:
 
 
 def test_time_goes_to_the_part_that_took_it() -> None:
+    """By the true clock: each part takes what it slept, or longer on a busy machine."""
+    slept = {"data_wait": 0.03, "forward_backward": 0.06, "checkpoint": 0.03, "validation": 0.05}
     timer = StepTimer(CPU, batch_size=10, world_size=2)
     timer.window(0)
     start = time.perf_counter()
-    with timer.part("data_wait"):
-        time.sleep(0.06)
-    with timer.part("forward_backward"):
-        time.sleep(0.12)
-    with timer.part("checkpoint"):
-        time.sleep(0.06)
-    with timer.part("validation"):
-        time.sleep(0.1)
+    for part, slept_s in slept.items():
+        with timer.part(part):
+            time.sleep(slept_s)
     told = timer.window(3)
     elapsed = time.perf_counter() - start
     assert sum(told[name] for name in SHARES) == pytest.approx(1)
-    assert told["time/data_wait"] == pytest.approx(told["time/checkpoint"], rel=0.5)
-    assert told["time/forward_backward"] == pytest.approx(0.5, abs=0.15)
+    assert all(told[f"time/{part}"] >= slept_s / elapsed for part, slept_s in slept.items() if part != "validation")
     assert told["time/optimizer"] == 0
     # Neither the validation nor the checkpoint is training time.
-    assert 30 / (elapsed - 0.16) <= told["time/img_s"] <= 30 / 0.18
+    assert 30 / (elapsed - 0.08) <= told["time/img_s"] <= 30 / 0.09
     assert told["time/img_s_device"] == told["time/img_s"] / 2
     assert 0.01 < told["memory/rss_gb"] < 100
     assert not any(name.startswith("gpu/") for name in told)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -29,7 +29,6 @@ def marked(uses: NDArray[np.void], num_shards: int, num_steps: int) -> NDArray[n
     return used[:, 1:-1]
 
 
-@settings(max_examples=150)
 @given(
     sizes=shard_sizes, num_streams=st.integers(1, 60), window=st.integers(1, 60), batch_size=st.integers(1, 70), data=st.data()
 )
