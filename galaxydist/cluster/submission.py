@@ -104,9 +104,15 @@ def submit_again(submission: RequestFile, run_dir: Path, *, resubmits: str) -> s
         The new job's id.
     """
     request = next(request for request in submission.requests if request.run_dir == run_dir)
-    again = dataclasses.replace(submission, path=_request_path(submission.folder), requests=(request,))
+    again = dataclasses.replace(
+        submission,
+        path=_request_path(submission.folder),
+        requests=(request,),
+        cluster=submission.cluster.model_copy(update={"after": None}),
+    )
     again.write()
-    (job_id,) = _send(again, resubmits=resubmits)
+    # Its ranks may be writing still.
+    (job_id,) = _send(again, after=resubmits, resubmits=resubmits)
     return job_id
 
 
@@ -146,17 +152,13 @@ def _request_path(folder: Path) -> Path:
 def _executor(submission: RequestFile, parallel: int | None = None, after: str | None = None) -> JobExecutor:
     # Where the tasks run in a container, this does not: SLURM's programs are outside.
     python = sys.executable if submission.cluster.container else submission.cluster.python or sys.executable
-    after_srun = f"{shlex.quote(python)} -P -m galaxydist.cluster.after_srun"
+    after_srun = f"{shlex.quote(python)} -P -m galaxydist.cluster.after_srun {shlex.quote(str(submission.path))}"
     return build_executor(
         submission.cluster,
         submission.folder,
         name=submission.name,
         code=submission.code,
-        teardown=[
-            "exit_code=$?",
-            f'{after_srun} {shlex.quote(str(submission.path))} "$exit_code"',
-            "exit $?",
-        ],
+        after_srun=after_srun,
         parallel=parallel,
         after=after,
     )
