@@ -68,8 +68,8 @@ def test_the_batch_script_asks_for_what_the_profile_says(tmp_path: Path) -> None
     assert not any(option.startswith(("array", "gres", "exclude", "dependency", "wckey")) for option in asked)
     order = [
         "module load cuda/12.4", "export NCCL_DEBUG=WARN", "export MESSAGE='two words'", "export GLOO_SOCKET_IFNAME=ib0",
-        "export NCCL_SOCKET_IFNAME=ib0", "ulimit -n 65536", "export PYTHONPATH=", "set +e", "trap told_to_end TERM", "srun --unbuffered",
-        'wait "$srun_pid"; exit_code=$?',
+        "export NCCL_SOCKET_IFNAME=ib0", "ulimit -n 65536", "export PYTHONPATH=", "set +e",
+        "trap told_to_end TERM", "srun --unbuffered", 'wait "$srun_pid"; exit_code=$?',
     ]  # fmt: skip
     places = [next(number for number, line in enumerate(lines) if line.startswith(start)) for start in order]
     assert places == sorted(places)

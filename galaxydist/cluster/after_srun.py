@@ -19,7 +19,7 @@ from galaxydist.cluster.programs import SchedulerAwayError, ask_slurm, check_con
 from galaxydist.cluster.records import Decision, JobFiles, RestartRecord
 from galaxydist.cluster.request_file import RequestFile
 from galaxydist.cluster.requeue import Ending, decide, reason_for_good
-from galaxydist.cluster.srun_words import TOLD_TO_END, find_death, read_own_words
+from galaxydist.cluster.srun_words import TOLD_TO_END, find_death, find_remedy, read_own_words
 from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError
 from galaxydist.runs.checkpoint_names import FOLDER_NAME
 from galaxydist.runs.folder import RunFolder
@@ -82,9 +82,7 @@ class Start:
         submitted = [job.time for job in self.files.jobs() if job.resubmits is None]
         first = max(submitted, default=0.0)
         own = (self.job_id, self.restart)
-        return [
-            record for record in self.files.restarts() if record.time >= first and (record.job_id, record.restart) != own
-        ]
+        return [record for record in self.files.restarts() if record.time >= first and (record.job_id, record.restart) != own]
 
     def note(self, ending: Ending, decision: Decision, reason: str) -> None:
         """Write down and print what was decided."""
@@ -160,6 +158,7 @@ def _decide_and_act(start: Start, ending: Ending, *, may_act: bool) -> None:
 def _read_ending(start: Start, exit_code: int, ended_by_slurm: str = "") -> Ending:
     folder = start.folder
     saved = _newest_checkpoint(folder)
+    words = read_own_words()
     logged = [int(line["step"]) for line in folder.metrics.read()[-1:]]
     step = max([*logged, *([] if saved is None else [saved])], default=None)
     return Ending(
@@ -168,7 +167,7 @@ def _read_ending(start: Start, exit_code: int, ended_by_slurm: str = "") -> Endi
         _own_failure(folder, start.environ),
         step,
         saved,
-        "" if ended_by_slurm else find_death(read_own_words()),
+        "" if ended_by_slurm else find_death(words) or find_remedy(words),
         ended_by_slurm,
     )
 

@@ -13,6 +13,7 @@ from submitit.local.local import LocalJob
 
 from galaxydist.cluster.output import output_to
 from galaxydist.cluster.profile import ClusterConfig
+from galaxydist.cluster.programs import SchedulerAwayError, is_away
 from galaxydist.cluster.srun_words import START_MARK, TOLD_TO_END
 from galaxydist.errors import UserError
 
@@ -148,6 +149,11 @@ def explain_refusal(cluster_name: str) -> Iterator[None]:
         yield
     except (FailedJobError, FailedSubmissionError) as error:
         said = " ".join(line.strip() for line in str(error).splitlines() if "error:" in line) or str(error).strip()
+        if is_away(said):
+            raise SchedulerAwayError(
+                f"SLURM could not be asked: {said}\nNothing is wrong with the run or the profile. Try again in a minute; should "
+                "slurmctld have taken the job all the same, `squeue --me` shows it."
+            ) from error
         raise UserError(
             f"SLURM did not take the job: {said}\nChange what it names in the profile {cluster_name} or on the command line "
             f"(cluster.partition, cluster.account, cluster.qos, cluster.time, ...); `galaxydist cluster show {cluster_name}` "

@@ -105,9 +105,9 @@ def _time_for_work(scheduler: str, time: int | str, signal_s: int) -> str | None
     if signal_s > most:
         later = f", or signal_s={most} or less" if most >= MIN_SIGNAL_S else ""
         return (
-            f"a start takes {START_UP_S} s, and SLURM may tell the processes to save and end {EARLY_S} s earlier than {signal_s} s "
-            f"before the limit of {time_s} s, so no step may be done: give it {-(-(START_UP_S + EARLY_S + signal_s) // 60)} minutes "
-            f"or more{later}"
+            f"a start takes {START_UP_S} s, and the processes may be told to save {EARLY_S} s earlier (by SLURM's clock) than "
+            f"{signal_s} s before the limit of {time_s} s, so that no step is done: give it "
+            f"{-(-(START_UP_S + EARLY_S + signal_s) // 60)} minutes or more{later}"
         )
     return None
 

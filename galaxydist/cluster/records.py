@@ -143,6 +143,11 @@ class JobFiles:
         """How the last start failed, as the run folder says; None where it did not."""
         return RunFolder(self.run_dir).read_failure()
 
+    def failed_at(self) -> float:
+        """When that was noted, seconds since 1970."""
+        path = RunFolder(self.run_dir).failure_path
+        return path.stat().st_mtime if path.exists() else 0.0
+
     def rank_log(self, rank: int) -> Path:
         """What one rank prints, over all restarts."""
         return self.logs_dir / f"rank-{rank}.log"

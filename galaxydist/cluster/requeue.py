@@ -107,8 +107,8 @@ def _never_again(ending: Ending, history: Sequence[RestartRecord], policy: str, 
     if idle > max_requeues:
         # Of these the first is no repetition.
         return (
-            f"{_why(ending)}; {idle} starts in a row saved no new step, and cluster.max_requeues={max_requeues}. If they ended by "
-            "their time limit, make cluster.time longer; the same galaxydist submit goes on"
+            f"{_why(ending)}; {idle} starts in a row saved no new step, and cluster.max_requeues={max_requeues}. If they ended "
+            "by their time limit, make cluster.time longer; the same galaxydist submit goes on"
         )
     return ""
 

@@ -1,4 +1,4 @@
-"""The words of ``srun``, ``slurmstepd`` and ``bash`` that tell why a job ended: which rank or node died, and what a node lacks."""
+"""What ``srun``, ``slurmstepd`` and ``bash`` say of a job's end: which rank or node died first, and what a node lacks."""
 
 import os
 import re
@@ -24,8 +24,7 @@ _SIGNALS = {signal.strsignal(number): number for number in signal.valid_signals(
 _REMEDIES = (
     (
         re.compile(r"execve\(\): (?P<what>\S+): (?:No such file|Permission denied)"),
-        "its nodes do not have {what}: set cluster.python to a Python that all of them have (cluster.container where it is inside "
-        "of one)",
+        "its nodes do not have {what}: set cluster.python to a Python that all of them have",
     ),
     (
         re.compile(r"line \d+: (?P<what>\S*python\S*): (?:No such file|command not found|Permission denied)"),

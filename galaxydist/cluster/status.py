@@ -183,7 +183,7 @@ def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[
         count_restarts(restarts, {job.job_id: known[job.job_id] for job in jobs if job.job_id in known}),
         state.time_left_s,
     )
-    return dataclasses.replace(status, last_error=_last_error(files, restarts, list(jobs), status.group))
+    return dataclasses.replace(status, last_error=_last_error(files, restarts, job, told, status.group))
 
 
 def count_restarts(restarts: Sequence[RestartRecord], known: Mapping[str, JobState]) -> int:
@@ -248,15 +248,34 @@ def _judge_ended(folder: RunFolder, restarts: Sequence[RestartRecord], *, was_lo
     return STOPPED if folder.metrics_path.exists() or restarts else NEW
 
 
-def _last_error(files: JobFiles, restarts: Sequence[RestartRecord], jobs: list[JobRecord], group: Group) -> str | None:
+def _last_error(
+    files: JobFiles, restarts: Sequence[RestartRecord], job: JobRecord | None, told: JobState | None, group: Group
+) -> str | None:
+    """Why the newest start ended as it did; what was wrong with one before says nothing of it."""
     if group in ("running", "finished"):
         return None
-    failure = files.failure()
-    if failure is not None and failure.get("error"):
+    # The start that ended last: one that waits has not begun.
+    newest = told.restarts - (group == "pending") if told is not None and told.state != UNKNOWN else 0
+    last = restarts[-1] if restarts else None
+
+    def is_newest(job_id: str, restart: int) -> bool:
+        return job is None or (job_id == job.job_id and restart >= newest) or job_id == job.resubmits
+
+    failure = files.failure() or {}
+    job_id, _, restart = str(failure.get("start") or "").rpartition(".")
+    # Of a job the records are the later word; a start by hand leaves none.
+    since = max(job.time if job is not None else 0.0, last.time if last is not None else 0.0)
+    if failure and not job_id and files.failed_at() > since:
         return str(failure["error"])
-    if restarts and restarts[-1].decision != "finished":
-        return restarts[-1].error or restarts[-1].reason
-    return last_error_line(files, jobs) if group == "failed" else None
+    if last is not None and last.decision != "finished" and is_newest(last.job_id, last.restart):
+        return last.error or last.reason
+    if group == "pending" and newest >= 0:
+        return "SLURM queued the job again itself: one of its nodes failed, or it was preempted"
+    if failure and job_id and is_newest(job_id, int(restart)):
+        return str(failure["error"])
+    if told is not None and told.state == "TIMEOUT":
+        return "it reached its time limit and could not queue itself again; the same galaxydist submit goes on"
+    return last_error_line(files, job) if group == "failed" else None
 
 
 def _place(status: RunStatus) -> tuple[int, list[tuple[int, str]]]:
