@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,24 @@ def test_what_is_wrong_is_said_before_anything_is_written(
         assert main(["submit", *words]) == 2, words
         assert text in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"bin"}
+
+
+@pytest.mark.usefixtures("srun_alone")
+@pytest.mark.parametrize("command", [["submit"], ["sweep"]])
+def test_a_run_is_checked_without_heavy_libraries(command: list[str], blobs: Path, tmp_path: Path) -> None:
+    settings = quick_settings(blobs, tmp_path / "run")
+    if command == ["sweep"]:
+        (tmp_path / "s.yaml").write_text("grid: {seed: [0, 1]}\n")
+        command = [*command, str(tmp_path / "s.yaml")]
+        settings = [setting for setting in settings if not setting.startswith("run.dir=")] + [f"run.root={tmp_path}/runs"]
+    words = [*command, *settings, "cluster=cpu", "--dry-run"]
+    code = (
+        f"import sys; from galaxydist.cli.main import main; main({words}); "
+        "print(sorted(set(sys.modules) & {'torch', 'timm', 'accelerate', 'wandb', 'matplotlib', 'scipy', 'h5py'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # The last of all checks.
+    assert "run.root=FOLDER" in done.stderr and done.stdout == "[]\n", done.stdout + done.stderr
 
 
 @pytest.mark.slow

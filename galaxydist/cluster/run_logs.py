@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from galaxydist.cluster.records import JobFiles, JobRecord
+from galaxydist.cluster.scheduler import UNKNOWN, JobState
 from galaxydist.cluster.srun_words import START_MARK, find_remedy
 from galaxydist.runs.tails import read_tail
 
@@ -43,6 +44,40 @@ def submitit_logs(job: JobRecord, rank: int = 0) -> list[Path]:
     folders = {job.folder, Path(str(job.folder).replace("%j", job.job_id))}
     stems = [f"{job.job_id}_{rank}_log", *([f"{job.job_id}_log"] if rank == 0 else [])]
     return [folder / f"{stem}.{end}" for folder in sorted(folders) for stem in stems for end in ("out", "err")]
+
+
+def explain_end(files: JobFiles, job: JobRecord | None, told: JobState | None, *, group: str) -> str | None:
+    """Why the newest start of a run ended as it did; what was wrong with one before says nothing of it.
+
+    Args:
+        files: of the run.
+        job: its newest.
+        told: what SLURM says of that.
+        group: the run's, such as ``pending`` or ``failed``.
+    """
+    # The start that ended last: one that waits has not begun.
+    newest = told.restarts - (group == "pending") if told is not None and told.state != UNKNOWN else 0
+    last = next(reversed(files.restarts()), None)
+
+    def is_newest(job_id: str, restart: int) -> bool:
+        return job is None or (job_id == job.job_id and restart >= newest) or job_id == job.resubmits
+
+    failure = files.failure() or {}
+    job_id, _, restart = str(failure.get("start") or "").rpartition(".")
+    noted = str(failure.get("error") or failure.get("kind"))
+    # A start by hand leaves no record, a job does after all of its ranks have ended.
+    since = max(job.time if job is not None else 0.0, last.time if last is not None else 0.0)
+    if failure and not job_id and files.failed_at() > since:
+        return noted
+    if last is not None and last.decision != "finished" and is_newest(last.job_id, last.restart):
+        return last.error or last.reason
+    if group == "pending" and newest >= 0:
+        return "SLURM queued the job again itself: one of its nodes failed, or it was preempted"
+    if failure and job_id and is_newest(job_id, int(restart)):
+        return noted
+    if told is not None and told.state == "TIMEOUT":
+        return "it reached its time limit and could not queue itself again; the same galaxydist submit goes on"
+    return last_error_line(files, job) if group == "failed" else None
 
 
 def last_error_line(files: JobFiles, job: JobRecord | None) -> str | None:
