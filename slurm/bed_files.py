@@ -39,7 +39,7 @@ SETTINGS: dict[str, str | int] = {
     "PreemptMode": "REQUEUE",
     "SchedulerParameters": "bf_interval=1,sched_interval=2",
     "SlurmctldParameters": "preempt_send_user_signal",
-    "KillWait": 5,
+    "KillWait": 10,
     "SlurmdTimeout": 10,
     "ReturnToService": 2,
     "GresTypes": "gpu",

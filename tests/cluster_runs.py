@@ -102,10 +102,16 @@ class ClusterRun:
         state = {key: value for key, value in found.state.items() if key not in ("recipe", "versions")}
         return dict(found.tensors), state, (self.run_dir / "metrics.jsonl").read_text()
 
+    def log(self, rank: int) -> str:
+        """What a rank has printed."""
+        path = self.files.rank_log(rank)
+        return path.read_text() if path.exists() else ""
+
     def pids(self, node: str) -> list[int]:
-        """The processes that train on a node."""
+        """The processes of this run that train on a node."""
         lines = self.bed.job_processes(node)
-        return [pid for pid, line in lines.items() if "galaxydist.cluster.task" in line and "srun" not in line.split()[0]]
+        ours = [pid for pid, line in lines.items() if "galaxydist.cluster.task" in line and str(self.files.slurm_dir) in line]
+        return [pid for pid in ours if "srun" not in lines[pid].split()[0]]
 
 
 def assert_equal_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:

@@ -58,6 +58,20 @@ def test_status_finds_runs_by_folder_and_name(words: list[str], capfd: pytest.Ca
     assert "1 run: 1 unknown" in out
 
 
+def test_runs_of_a_folder_are_named_by_what_differs(run_files: JobFiles, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = run_files.run_dir.parent / "sweep"
+    for model, variant, seed in (("vit", "original", 0), ("vit", "original", 1), ("resnet50", "balanced", 0)):
+        arguments = (f"recipe=/x/{model}.yaml", f"data.variant={variant}", "optim.lr=0.1", f"seed={seed}", f"run.dir=/{seed}")
+        add_job(JobFiles(folder / f"{model}-{seed}"), arguments=arguments)
+    assert main(["status", "runs/sweep", "--json"]) == 0
+    labels = {status["name"]: status["label"] for status in json.loads(capfd.readouterr().out)}
+    assert labels == {"vit-0": "vit original seed=0", "vit-1": "vit original seed=1", "resnet50-0": "resnet50 balanced seed=0"}
+    assert main(["status", "runs/sweep"]) == 0
+    assert "vit original seed=1" in capfd.readouterr().out
+    assert main(["status", "runs/vit", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)[0]["label"] == ""
+
+
 @pytest.mark.usefixtures("run_files")
 def test_json_is_nothing_but_json(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--json"]) == 0

@@ -116,3 +116,5 @@ def test_a_sweep_on_this_machine_runs_once_and_again_what_failed(
 
     code, shown = command("train.epochs=2", "optim.lr=1e30", "train.clip_norm=0")
     assert code == 1 and "2 of 2 trials did not finish; their logs:" in shown
+    code, shown = command("train.epochs=2", "optim.lr=1e30", "train.clip_norm=0")  # it would be the same again
+    assert code == 0 and "2 trials: 2 failed\n" in shown and "started" not in shown

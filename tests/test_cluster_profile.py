@@ -104,10 +104,10 @@ def test_all_problems_come_in_one_message_and_keys_are_named_as_they_were_writte
     [
         (
             ["cluster.time=2", "cluster.signal_s=100"],
-            "a start takes 30 s, .* 100 s before its limit of 120 s, .* give it 3 minutes or more, or signal_s=90 or less$",
+            "a start takes 30 s, .* 60 s earlier .*100 s before the limit of 120 s, .* 4 minutes or more, or signal_s=30 or",
         ),
         # Less than the least signal_s would be needed: the limit alone can help.
-        (["cluster.time=00:00:35", "cluster.signal_s=10"], "before its limit of 35 s, .* give it 1 minutes or more$"),
+        (["cluster.time=1", "cluster.signal_s=10"], "before the limit of 60 s, .* give it 2 minutes or more$"),
         (["cluster.time=00:02:00"], "told to save 120 s before the end of a job of 120 s"),
         (["cluster.signal_s=9"], "must be at least 10"),
         (["cluster.scheduler=local", "cluster.nodes=2"], "one local machine"),
@@ -136,6 +136,10 @@ def test_all_problems_come_in_one_message_and_keys_are_named_as_they_were_writte
         (["cluster.extra=[output=x]"], "output is set by galaxydist"),
         (["cluster.extra=[Mail=x]"], "not an option of sbatch"),
         (["cluster.extra=[exclusive,exclusive]"], "given twice"),
+        (["cluster.srun=[--mpi=pmix]"], "without dashes, mpi=pmix"),
+        (["cluster.srun=[cpus-per-task=3]"], "cpus-per-task has a key of its own: cpus_per_task"),
+        (["cluster.srun=[kill-on-bad-exit=0]"], "kill-on-bad-exit is set by galaxydist"),
+        (["cluster.after=my-job"], "must be the id of a job"),
         (["cluster.extra=[gres=ssd:1]", "cluster.gpu_request=gres", "cluster.gpus_per_node=1"], "take the place of the GPUs"),
         (["cluster.comment=two\nlines"], "must be one line"),
         (["cluster.partition="], "must not be empty"),
@@ -155,7 +159,10 @@ def test_what_cannot_be_meant_is_refused_alone(tmp_path: Path, overrides: list[s
 @pytest.mark.parametrize(
     "override",
     [
-        "cluster.time=1",  # with signal_s=30, the least that SLURM knows
+        "cluster.time=2",  # with signal_s=30, the least that leaves time for a step
+        "cluster.srun=[cpu-bind=cores,container-image=a b.sqsh,overlap]",
+        "cluster.after=123_4",
+        "cluster.after=afterany:123:124",
         "cluster.extra=[mail-type=END,exclusive]",
         "cluster.extra=[gres=ssd:1]",
         "cluster.scratch=$TMPDIR",

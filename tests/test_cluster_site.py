@@ -257,8 +257,8 @@ def test_a_profile_from_a_plain_cluster(tmp_path: Path) -> None:
     assert (config.partition, config.gpus_per_node, config.gpu_request, config.gpu_type) == ("batch", 2, "gres", None)
     check_partition(config, site)
     assert "secret" not in text and "account" not in text and "Jobs of this partition are not preempted." in text
-    short = loaded(profile_text(site, "mine", "short"), tmp_path).config
-    assert (short.time_s, short.signal_s, short.cpus_per_task) == (60, 15, 6)
+    with pytest.raises(UserError, match="the partition allows 00:01:00: too short to train in"):
+        profile_text(site, "mine", "short")
 
 
 @pytest.mark.parametrize(
@@ -417,6 +417,10 @@ def test_whatever_a_cluster_says_its_profile_loads_and_fits(
         associations,
         {"normal": Qos("normal", None, ())},
     )
+    if partition.max_time_s is not None and partition.max_time_s < 100:
+        with pytest.raises(UserError, match="too short to train in"):
+            profile_text(site, "mine", partition.name)
+        return
     text = profile_text(site, "mine", partition.name)
     config = loaded(text, tmp_path_factory.getbasetemp()).config
     assert config.partition == partition.name

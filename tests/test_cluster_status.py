@@ -17,6 +17,7 @@ from galaxydist.cluster.active import newest_job
 from galaxydist.cluster.progress import Progress, read_progress
 from galaxydist.cluster.records import JobFiles, RestartRecord
 from galaxydist.cluster.scheduler import JobState
+from galaxydist.cluster.srun_words import find_death
 from galaxydist.cluster.status import (
     GROUPS,
     Overview,
@@ -209,7 +210,8 @@ def test_the_last_error_is_told_where_something_is_wrong(finished: Path, tmp_pat
     failed = JobState("FAILED")
     files = copy_run(finished, tmp_path / "run", job_id=JOB.job_id)
     assert look(files.run_dir, job=failed).last_error is None
-    files.logs_dir.mkdir()
+    files.slurm_dir.mkdir(parents=True)  # as the submission did
+    assert "does not see that folder" in str(look(files.run_dir, job=failed).last_error)
     files.rank_log(1).write_bytes(b"fine\nRuntimeError: \xffirst\nstep 1\rstep 2\rValueError: last\n\x1b[31mbye\x1b[0m\n")
     assert look(files.run_dir, job=failed).last_error == "ValueError: last"
     files.rank_log(0).write_text("galaxydist: error: a disk is full\n")
@@ -219,6 +221,65 @@ def test_the_last_error_is_told_where_something_is_wrong(finished: Path, tmp_pat
     RunFolder(files.run_dir).write_failure("crash", 3, "rank 1 was killed")
     assert look(files.run_dir, job=failed).last_error == "rank 1 was killed"
     assert look(files.run_dir, job=JobState("RUNNING")).last_error is None
+
+
+def test_what_an_earlier_start_died_of_is_not_told_of_the_newest(finished: Path, tmp_path: Path) -> None:
+    files = copy_run(finished, tmp_path / "run", job_id=JOB.job_id)
+    folder = RunFolder(files.run_dir)
+    files.slurm_dir.mkdir(parents=True)
+    (files.slurm_dir / f"{JOB.job_id}_0_log.err").write_text(
+        "galaxydist: start 0\nsrun: error: n1: task 0: Killed\ngalaxydist: start 1\n"
+    )
+    files.rank_log(0).write_text(
+        f"galaxydist: job {JOB.job_id}, restart 0\nValueError: old\ngalaxydist: job {JOB.job_id}, restart 1\n"
+    )
+    folder.write_failure("crash", 3, "Connection reset by peer", start=f"{JOB.job_id}.0")
+    files.append_restart(dataclasses.replace(RESTART, error="rank 1 on n2 was ended by signal 9, SIGKILL"))
+    # While the job waits for its next start, the last one is the newest.
+    assert look(files.run_dir, job=JobState("PENDING", restarts=1)).last_error == "rank 1 on n2 was ended by signal 9, SIGKILL"
+    ended = {
+        state: look(files.run_dir, job=JobState(state, restarts=1)).last_error for state in ("TIMEOUT", "CANCELLED", "FAILED")
+    }
+    assert ended == {"TIMEOUT": ended["TIMEOUT"], "CANCELLED": None, "FAILED": None}
+    assert "time limit" in str(ended["TIMEOUT"])
+    # A start that SLURM ended and queued again by itself: the ranks that lived on blame the connection.
+    assert "one of its nodes failed" in str(look(files.run_dir, job=JobState("PENDING", restarts=2)).last_error)
+    add_job(files, job_id="5")  # another job, of which nothing is known yet
+    assert look(files.run_dir).last_error is None
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("slurmstepd: error: execve(): /opt/py: No such file or directory", "nodes do not have /opt/py: set cluster.python"),
+        ("/spool/slurm_script: line 30: /opt/python3: No such file or directory", "do not have /opt/python3: set cluster.python"),
+        ("/opt/python3: Error while finding module: No module named galaxydist", "has no galaxydist: set cluster.python"),
+        ("slurmstepd-n2: error: Could not open stdout file /r/1_1_log.out: No such file", "a node does not see /r/1_1: put"),
+    ],
+)
+def test_what_a_node_lacks_is_told_with_a_remedy(finished: Path, tmp_path: Path, said: str, remedy: str) -> None:
+    files = copy_run(finished, tmp_path / "run", job_id="7")
+    files.slurm_dir.mkdir(parents=True)
+    (files.slurm_dir / "7_0_log.err").write_text(f"galaxydist: start 0\n{said}\n")
+    status = read_status(files.run_dir, "run", files.jobs(), {"7": JobState("FAILED")})
+    assert remedy in str(status.last_error)
+
+
+def test_the_first_death_is_told_not_the_ends_that_follow() -> None:
+    killed = [
+        "srun: error: n2: task 1: Killed",
+        "srun: Terminating StepId=5.0",
+        "srun: error: n1: task 0: Exited with exit code 1",
+    ]
+    assert find_death(killed).startswith("rank 1 on n2 was ended by signal 9, SIGKILL")
+    assert find_death(killed[::-1]) == ""  # the failure that rank 0 noted says more
+    assert (
+        find_death(["srun: error: n1: tasks 0-1: Segmentation fault (core dumped)"])
+        == "rank 0 on n1 was ended by signal 11, SIGSEGV"
+    )
+    assert "raise cluster.memory" in find_death(["srun: error: n1: task 0: Out Of Memory"])
+    assert find_death(["srun: error: Node failure on n2", "srun: error: n1: task 0: Terminated"]) == "node n2 failed"
+    assert find_death(["slurmstepd-n1: error: *** STEP 8.0 ON n1 CANCELLED AT now ***", "srun: error: n1: task 0: Killed"]) == ""
 
 
 def test_the_best_validation_is_found_far_back(finished: Path, tmp_path: Path) -> None:

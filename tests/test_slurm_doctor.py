@@ -87,15 +87,19 @@ def test_what_sbatch_refuses_is_told(tmp_path: Path) -> None:
     assert code == 1 and "nosuch" in checks["job"]["text"] and "cluster.partition" in checks["job"]["remedy"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_doctor_cancels_its_job(slurm_bed: Bed, tmp_path: Path, number: int) -> None:
-    process = start(tmp_path)
-    job_id = wait_for(lambda: slurm_bed.run("squeue", "-h", "--me", "--states=RUNNING", "-o", "%i").strip(), 120)
-    # The line about the job comes after the submission.
-    assert process.stderr is not None and job_of(process.stderr.readline()) == job_id
-    process.send_signal(number)
-    assert finish(process)[0] == 130
-    assert wait_state(slurm_bed, job_id, "CANCELLED")
+def test_an_interrupted_doctor_cancels_its_job(slurm_bed: Bed, tmp_path: Path) -> None:
+    """By each of three signals, at the same time; the nodes have room for two of the jobs, so that one is waiting."""
+    doctors = [start(tmp_path / str(number)) for number in range(3)]
+    jobs = []
+    for process in doctors:
+        # The line about the job comes after the submission.
+        assert process.stderr is not None
+        jobs.append(job_of(process.stderr.readline()))
+    for job_id, process, number in zip(jobs, doctors, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), strict=True):
+        assert job_state(slurm_bed, job_id) in ("PENDING", "RUNNING")
+        process.send_signal(number)
+        assert finish(process)[0] == 130
+        assert wait_state(slurm_bed, job_id, "CANCELLED")
     wait_for(lambda: not processes_left(slurm_bed))
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from bed import Bed
 
 from galaxydist.recipe.paths import PACKAGE_DIR
 from tests.cluster_runs import ClusterRun, assert_equal_tensors, decisions
-from tests.runs import read_metrics
 from tests.slurm_bed import num_restarts, processes_left, submit, tidy, wait_for, wait_state
 from tests.test_tracking import history
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 DOUBLE = {"train__precision": "fp64", "model__norm": "group", "model__drop_rate": 0.0}
-# A job of a minute has some 15 to 30 seconds until it is told to save, and starts for a part of them.
-LONG_S = 30
+# SLURM looks at time limits every half minute.
+LONG_S = 90
+# The ranks hear nothing of what SLURM tells them: as if a step or a save took longer than they are given.
+DEAF = "cluster.container=env --block-signal=USR2,TERM"
+GOING_ON = re.compile(r"continuing .* from step (\d+)")
 OTHER_JOB = ("--partition=high", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--mem=1000", "--time=1")
 
 
@@ -92,91 +95,117 @@ def test_preemption(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_pa
     assert steps == sorted(set(steps)) and steps[-1] == 180
 
 
+def start_two(first: ClusterRun, second: ClusterRun, *words: str) -> tuple[str, str]:
+    """Both run beside one another on the two nodes, and have trained for a while; ``words`` are the second's."""
+    ids = first.submit(), second.submit(*words)
+    for run in (first, second):
+        run.wait_step(20)
+    return ids
+
+
 @pytest.mark.slow
 def test_time_limit(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
-    """A run longer than its time limit ends by itself over several requeues, but not over more than the cap."""
+    """A run that is told in time saves and queues itself again; for one that was not the batch script does, at the limit."""
     timing = map(json.loads, (undisturbed.run_dir / "timing.jsonl").read_text().splitlines())
     # As fast as it ever was: the machine may have been busy for a while.
     epochs = int(LONG_S * max(line["time/img_s"] for line in timing) / 72) + 1  # of 72 galaxies
-    run = ClusterRun(slurm_bed, tmp_path, blobs, train__epochs=epochs, train__save_every=1000, eval__every=1000)
-    # The least limit there is is a minute; SLURM gives the signal up to half a minute early.
-    limits = ("cluster.time=1", "cluster.signal_s=30")
-    job_id = run.submit(*limits, "cluster.max_requeues=1")
-    restarts = run.wait_restarts(2)
-    assert decisions(restarts) == ["requeue", "stop"] and "cluster.max_requeues=1" in restarts[-1].reason
-    assert num_restarts(slurm_bed, job_id) == 1
-    wait_state(slurm_bed, job_id, "FAILED")
-    again = run.submit(*limits)
-    wait_for(lambda: run.is_finished, 600, "the end of the run")
-    wait_state(slurm_bed, again, "COMPLETED")
-    ended = decisions(run.files.restarts())[2:]
-    assert ended == ["requeue"] * (len(ended) - 1) + ["finished"]
-    assert num_restarts(slurm_bed, again) == len(ended) - 1 >= 1
-    steps = [line["step"] for line in read_metrics(run.run_dir) if "train/loss" in line]
-    assert steps == sorted(set(steps)) and steps[-1] == 3 * epochs
+    told, late = (ClusterRun(slurm_bed, tmp_path / name, blobs, train__epochs=epochs) for name in ("told", "late"))
+    ids = start_two(told, late, DEAF)
+    for job_id in ids:
+        slurm_bed.run("scontrol", "update", f"jobid={job_id}", "timelimit=1")
+    for run, job_id in zip((told, late), ids, strict=True):
+        (record,) = run.wait_restarts(1)
+        wait_state(slurm_bed, job_id, "PENDING", "REQUEUED")
+        slurm_bed.run("scontrol", "update", f"jobid={job_id}", "timelimit=10")
+        assert (record.decision, record.exit_code, record.error) == ("requeue", 0, None)
+        assert record.reason.startswith(
+            "it was told to stop" if run is told else "the time limit came before everything was saved"
+        )
+        assert shown(run)["last_error"] == record.reason
+    for run, job_id in zip((told, late), ids, strict=True):
+        (saved,) = wait_for(lambda run=run: GOING_ON.findall(run.log(0)), 120, "going on")  # type: ignore[misc]
+        assert 20 <= int(saved) <= int(run.files.restarts()[0].step or 0)
+        run.galaxydist("cancel", str(run.run_dir))
+        wait_state(slurm_bed, job_id, "CANCELLED")
+        assert decisions(run.files.restarts()) in (["requeue"], ["requeue", "stop"])
 
 
-def test_a_rank_dies(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
-    run = ClusterRun(slurm_bed, tmp_path, blobs)
-    job_id = run.submit()
-    run.wait_step(20)
-    (victim,) = run.pids("n2")
+def test_a_preemption_that_cancels(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+    """PreemptMode=CANCEL: the batch script queues the job again, in the grace time or at its end."""
+    slurm_bed.reconfigure({"PreemptMode": "CANCEL"})
+    told, late = (
+        ClusterRun(slurm_bed, tmp_path / "told", blobs),
+        ClusterRun(slurm_bed, tmp_path / "late", blobs, train__epochs=900),
+    )
+    ids = start_two(told, late, DEAF)
+    other = submit(slurm_bed, "sleep 1", *OTHER_JOB, folder=tmp_path)
+    wait_state(slurm_bed, other, "COMPLETED", timeout_s=90)
+    told.wait_finished()
+    wait_for(lambda: GOING_ON.findall(late.log(0)), 120, "going on")
+    late.galaxydist("cancel", str(late.run_dir))
+    wait_state(slurm_bed, ids[0], "COMPLETED")
+    assert decisions(told.files.restarts()) == ["requeue", "finished"]
+    assert late.files.restarts()[0].decision == "requeue" and late.files.restarts()[0].reason.startswith("it was preempted")
+    assert [num_restarts(slurm_bed, job_id) for job_id in ids] == [1, 1]
+    check_same(told, undisturbed)
+
+
+def test_a_rank_dies_and_a_site_forbids_requeueing(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+    """Of two runs at a time: one is queued again, the other is sent again as a new job."""
+    dying, forbidden = (ClusterRun(slurm_bed, tmp_path / name, blobs) for name in ("dying", "forbidden"))
+    dying_id, forbidden_id = start_two(dying, forbidden)
+    slurm_bed.run("scontrol", "update", f"jobid={forbidden_id}", "requeue=0")
+    slurm_bed.run("scancel", "--signal=USR2", forbidden_id)
+    (victim,) = dying.pids("n2")
     os.kill(victim, signal.SIGKILL)
-    (first,) = run.wait_restarts(1, timeout_s=60)
-    assert first.decision == "requeue" and first.exit_code != 0 and first.error
-    run.wait_finished()
-    wait_state(slurm_bed, job_id, "COMPLETED")
-    assert decisions(run.files.restarts()) == ["requeue", "finished"] and num_restarts(slurm_bed, job_id) == 1
-    check_same(run, undisturbed)
+    (first,) = dying.wait_restarts(1, timeout_s=60)
+    assert first.decision == "requeue" and first.exit_code != 0
+    assert str(first.error).startswith("rank 1 on n2 was ended by signal 9, SIGKILL")
+    dying.wait_finished()
+    wait_state(slurm_bed, dying_id, "COMPLETED")
+    assert decisions(dying.files.restarts()) == ["requeue", "finished"] and num_restarts(slurm_bed, dying_id) == 1
+    check_same(dying, undisturbed)
 
-
-@pytest.mark.parametrize("node", ["n1", "n2"])
-def test_a_node_dies(node: str, slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
-    """Also the one with rank 0 and the batch script: SLURM requeues the job itself, once."""
-    run = ClusterRun(slurm_bed, tmp_path, blobs)
-    job_id = run.submit()
-    run.wait_step(20)
-    slurm_bed.kill_node(node, down=True)
-    wait_state(slurm_bed, job_id, "PENDING", "COMPLETING")
-    slurm_bed.start_node(node)
-    run.wait_finished()
-    wait_state(slurm_bed, job_id, "COMPLETED")
-    assert num_restarts(slurm_bed, job_id) == 1 and shown(run)["restarts"] == 1
-    assert "requeue" not in decisions(run.files.restarts())
-    check_same(run, undisturbed)
-
-
-def test_where_requeueing_is_forbidden_the_run_is_submitted_again(
-    slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path
-) -> None:
-    run = ClusterRun(slurm_bed, tmp_path, blobs)
-    job_id = run.submit()
-    slurm_bed.run("scontrol", "update", f"jobid={job_id}", "requeue=0")
-    run.wait_step(20)
-    slurm_bed.run("scancel", "--signal=USR2", job_id)
-    run.wait_finished()
-    first, again = run.files.jobs()
+    forbidden.wait_finished()
+    sent, again = forbidden.files.jobs()
     wait_state(slurm_bed, again.job_id, "COMPLETED")
-    assert (first.job_id, again.resubmits) == (job_id, job_id) and again.job_id != job_id
-    assert decisions(run.files.restarts()) == ["requeue", "resubmit", "finished"]
-    assert num_restarts(slurm_bed, job_id) == num_restarts(slurm_bed, again.job_id) == 0 and shown(run)["restarts"] == 1
-    assert again.code == first.code
+    assert (sent.job_id, again.resubmits) == (forbidden_id, forbidden_id) and again.job_id != forbidden_id
+    assert decisions(forbidden.files.restarts()) == ["requeue", "resubmit", "finished"]
+    assert num_restarts(slurm_bed, forbidden_id) == num_restarts(slurm_bed, again.job_id) == 0
+    assert shown(forbidden)["restarts"] == 1 and again.code == sent.code
+    check_same(forbidden, undisturbed)
+
+
+def test_nodes_die(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+    """One, then the one with rank 0 and the batch script: SLURM requeues the job itself, once each."""
+    run = ClusterRun(slurm_bed, tmp_path, blobs)
+    job_id = run.submit()
+    for number, node, said in ((0, "n2", "node n2 failed"), (1, "n1", "SLURM queued the job again itself")):
+        wait_for(lambda number=number: f"restart {number}, rank 0" in run.log(0), 120, "the next start")  # type: ignore[misc]
+        run.wait_step(run.step + 20)
+        slurm_bed.kill_node(node, down=True)
+        wait_state(slurm_bed, job_id, "PENDING")
+        assert shown(run)["last_error"].startswith(said)
+        slurm_bed.start_node(node)
+    run.wait_finished()
+    wait_state(slurm_bed, job_id, "COMPLETED")
+    assert num_restarts(slurm_bed, job_id) == 2 and shown(run)["restarts"] == 2
+    assert decisions(run.files.restarts()) == ["requeue", "finished"]
     check_same(run, undisturbed)
 
 
 def test_elastic(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
     """Two nodes, then one on the same run folder: the same galaxies in the same order, so in float64 the same weights."""
-    whole = ClusterRun(slurm_bed, tmp_path / "whole", blobs, **DOUBLE)
-    whole.submit()
-    whole.wait_finished()
-    run = ClusterRun(slurm_bed, tmp_path / "run", blobs, **DOUBLE)
+    whole, run = (ClusterRun(slurm_bed, tmp_path / name, blobs, **DOUBLE) for name in ("whole", "run"))
     job_id = run.submit("cluster.requeue=never")
+    whole.submit()
     run.wait_step(20)
     slurm_bed.run("scancel", "--signal=USR2", job_id)
     run.wait_restarts(1)
     again = run.submit("cluster.nodes=1")
     wait_for(lambda: run.is_finished, 240, "the end of the run")
     wait_state(slurm_bed, again, "COMPLETED")
+    whole.wait_finished()
     assert [job.tasks for job in run.files.jobs()] == [2, 1] and decisions(run.files.restarts()) == ["stop", "finished"]
     assert num_restarts(slurm_bed, job_id) == num_restarts(slurm_bed, again) == 0
     ours, theirs = run.result()[0], whole.result()[0]
@@ -187,37 +216,35 @@ def test_elastic(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
 
 def test_a_queued_run_is_not_sent_twice(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
     run = ClusterRun(slurm_bed, tmp_path, blobs)
-    job_id = run.submit("cluster.extra=[begin=now+600]")
+    asked = run.galaxydist("submit", *run.arguments, "cluster=bed", "--test")
+    assert asked.returncode == 0 and re.fullmatch(r"Job \d+ to start at .* in partition low\n", asked.stdout), asked
+    assert not run.run_dir.exists()
+    before = submit(slurm_bed, "true", "--begin=now+600", folder=tmp_path)
+    job_id = run.submit(f"cluster.after={before}")
+    assert f"afterok:{before}(unfulfilled)" in slurm_bed.run("scontrol", "-o", "show", "job", job_id)
     answer = run.galaxydist("submit", *run.arguments, "cluster=bed")
     assert answer.returncode == 2 and f"is pending as job {job_id} already" in answer.stderr
     assert run.galaxydist("status", str(run.run_dir), "--json").stdout.count('"PENDING"') == 1
     answer = run.galaxydist("cancel", str(run.run_dir))
     assert answer.returncode == 0, answer.stderr
     wait_state(slurm_bed, job_id, "CANCELLED")
+    slurm_bed.run("scancel", before)
     assert len(run.files.jobs()) == 1
 
 
-def test_slurmctld_is_restarted(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
-    run = ClusterRun(slurm_bed, tmp_path, blobs)
+def test_slurmctld_is_away(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+    """What runs goes on, what is asked is answered, and the batch script waits until somebody can requeue it."""
+    run, other = (ClusterRun(slurm_bed, tmp_path / name, blobs) for name in ("run", "other"))
     job_id = run.submit()
     run.wait_step(10)
     slurm_bed.stop_controller()
+    (pid, *_) = run.pids("n2")
     answer = run.galaxydist("status", str(run.run_dir))
     assert answer.returncode == 0 and "SLURM could not be asked" in " ".join(answer.stdout.split()), answer.stdout + answer.stderr
-    slurm_bed.start_controller()
-    run.wait_finished()
-    wait_state(slurm_bed, job_id, "COMPLETED")
-    assert decisions(run.files.restarts()) == ["finished"] and num_restarts(slurm_bed, job_id) == 0
-    check_same(run, undisturbed)
-
-
-def test_slurmctld_is_away_when_a_run_must_go_on(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
-    """The batch script waits until somebody can requeue it."""
-    run = ClusterRun(slurm_bed, tmp_path, blobs)
-    job_id = run.submit()
-    run.wait_step(20)
-    slurm_bed.stop_controller()
-    os.kill(run.pids("n2")[0], signal.SIGUSR2)
+    os.kill(pid, signal.SIGUSR2)
+    answer = other.galaxydist("submit", *other.arguments, "cluster=bed")
+    assert answer.returncode == 2 and "SLURM could not be asked: slurmctld is down" in answer.stderr
+    assert not other.run_dir.exists()
     run.wait_restarts(1)
     wait_for(lambda: "not requeued yet" in run.said(), 120, run.said())
     slurm_bed.start_controller()
@@ -229,14 +256,34 @@ def test_slurmctld_is_away_when_a_run_must_go_on(slurm_bed: Bed, undisturbed: Cl
 
 
 def test_what_fails_for_good_is_not_tried_again(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
-    run = ClusterRun(slurm_bed, tmp_path, blobs, optim__lr=1e30, optim__name="sgd", train__clip_norm=0, model__norm="group")
+    """A loss that is not a number, and a Python that the nodes do not have: said by status, with a remedy."""
+    changes = {"optim__lr": 1e30, "optim__name": "sgd", "train__clip_norm": 0, "model__norm": "group"}
+    run, lacking = ClusterRun(slurm_bed, tmp_path / "run", blobs, **changes), ClusterRun(slurm_bed, tmp_path / "lacking", blobs)
     job_id = run.submit()
+    lacking_id = lacking.submit("cluster.python=/nowhere/python", "cluster.srun=[cpu-bind=none]")
+    wait_state(slurm_bed, lacking_id, "FAILED")
+    assert "nodes do not have /nowhere/python: set cluster.python" in shown(lacking)["last_error"]
     (only,) = run.wait_restarts(1)
-    assert only.decision == "stop" and "not a number" in only.reason
+    assert only.decision == "stop" and only.for_good and "not a number" in only.reason
     wait_state(slurm_bed, job_id, "FAILED")
     assert num_restarts(slurm_bed, job_id) == 0
-    status = run.galaxydist("status", str(run.run_dir), "--json")
-    assert '"FAILED"' in status.stdout and "not a number" in status.stdout, status.stdout
+    assert shown(run)["state"] == "FAILED" and "not a number" in shown(run)["last_error"]
+
+
+def test_a_run_folder_that_the_node_does_not_see(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
+    run = ClusterRun(slurm_bed, tmp_path, blobs)
+    (slurmd, *_) = slurm_bed.processes("n1")
+    within = ["nsenter", f"--target={slurmd}", "--mount"]
+    run.run_dir.mkdir()
+    if subprocess.run([*within, "mount", "-t", "tmpfs", "tmpfs", run.run_dir], capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        job_id = run.submit("cluster.nodes=1", "cluster.nodelist=n1")
+        wait_state(slurm_bed, job_id, "FAILED")
+    finally:
+        subprocess.run([*within, "umount", run.run_dir], check=True)
+    said = shown(run)["last_error"]
+    assert "does not see that folder" in said and "run.root=FOLDER" in said
 
 
 def test_two_jobs_of_one_node_see_different_gpus(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +59,7 @@ def test_the_batch_script_asks_for_what_the_profile_says(tmp_path: Path) -> None
         "environment: ['NCCL_DEBUG=WARN', 'MESSAGE=two words']",
         "interface: ib0",
         "extra: [mail-type=END, contiguous]",
+        "srun: [cpu-bind=cores, 'container-image=my image.sqsh']",
     )
     lines = script_of([REQUEST], profile, folder=tmp_path / "run", name="vit").splitlines()
     asked = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
@@ -68,17 +71,20 @@ def test_the_batch_script_asks_for_what_the_profile_says(tmp_path: Path) -> None
     assert not any(option.startswith(("array", "gres", "exclude", "dependency", "wckey")) for option in asked)
     order = [
         "module load cuda/12.4", "export NCCL_DEBUG=WARN", "export MESSAGE='two words'", "export GLOO_SOCKET_IFNAME=ib0",
-        "export NCCL_SOCKET_IFNAME=ib0", "ulimit -n 65536", "export PYTHONPATH=", "set +e", "srun --unbuffered", "exit_code=$?",
+        "export NCCL_SOCKET_IFNAME=ib0", "ulimit -n 65536", "export PYTHONPATH=", "set +e",
+        "trap told_to_end TERM", "srun --unbuffered", 'wait "$srun_pid"; exit_code=$?',
     ]  # fmt: skip
     places = [next(number for number, line in enumerate(lines) if line.startswith(start)) for start in order]
     assert places == sorted(places)
-    (srun,) = [line for line in lines if line.startswith("srun")]
+    (srun,) = [line for line in lines if line.startswith("srun ")]
     assert f"export GALAXYDIST_DATA={data_root(None, os.environ).absolute()}" in lines
     assert (
         "--kill-on-bad-exit=1" in srun
         and "--export=ALL" in srun
         and "--cpus-per-task=8" in srun
+        and " --cpu-bind=cores '--container-image=my image.sqsh' " in srun
         and " -P -u -m galaxydist.cluster.task " in srun
+        and srun.endswith(" &")
     )
     assert lines[-1] == "exit $?" and "galaxydist.cluster.after_srun" in lines[-2]
 
@@ -96,7 +102,8 @@ def test_gpus_are_asked_for_as_the_cluster_spells_them(tmp_path: Path) -> None:
     for spelling, kind, option in (("gres", "v100", "gres=gpu:v100:2"), ("gres", "null", "gres=gpu:2")):
         profile = cluster(tmp_path, "gpus_per_node: 2", f"gpu_request: {spelling}", f"gpu_type: {kind}")
         assert f"#SBATCH --{option}\n" in script_of([REQUEST], profile, folder=tmp_path, name="n")
-    array = script_of([REQUEST] * 5, cluster(tmp_path, "parallel: 2"), folder=tmp_path, name="n")
+    array = script_of([REQUEST] * 5, cluster(tmp_path, "parallel: 2", "after: 7"), folder=tmp_path, name="n")
+    assert "#SBATCH --dependency=afterok:7\n" in array
     assert "#SBATCH --array=0-4%2\n" in array and "gres" not in array and "--gpus" not in array
     container = cluster(tmp_path, "container: apptainer exec --nv image.sif", "python: /opt/python")
     script = script_of([REQUEST], container, folder=tmp_path, name="n")
@@ -169,6 +176,24 @@ def test_what_is_wrong_is_said_before_anything_is_written(
         assert main(["submit", *words]) == 2, words
         assert text in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"bin"}
+
+
+@pytest.mark.usefixtures("srun_alone")
+@pytest.mark.parametrize("command", [["submit"], ["sweep"]])
+def test_a_run_is_checked_without_heavy_libraries(command: list[str], blobs: Path, tmp_path: Path) -> None:
+    settings = quick_settings(blobs, tmp_path / "run")
+    if command == ["sweep"]:
+        (tmp_path / "s.yaml").write_text("grid: {seed: [0, 1]}\n")
+        command = [*command, str(tmp_path / "s.yaml")]
+        settings = [setting for setting in settings if not setting.startswith("run.dir=")] + [f"run.root={tmp_path}/runs"]
+    words = [*command, *settings, "cluster=cpu", "--dry-run"]
+    code = (
+        f"import sys; from galaxydist.cli.main import main; main({words}); "
+        "print(sorted(set(sys.modules) & {'torch', 'timm', 'accelerate', 'wandb', 'matplotlib', 'scipy', 'h5py'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # The last of all checks.
+    assert "run.root=FOLDER" in done.stderr and done.stdout == "[]\n", done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.cluster.records import JobFiles, JobRecord
+from galaxydist.cluster.records import JobFiles, JobRecord, RestartRecord
 from galaxydist.cluster.scheduler import JobState
 from galaxydist.cluster.sending import signals_later
 from galaxydist.cluster.submission import JobRequest
@@ -131,7 +131,13 @@ def test_facts_come_from_the_folder_and_from_the_job_that_is_on_its_way(tmp_path
     facts = read_facts([first, second, third], read_states)
     assert asked == ["5", "7_0", "6", "7_1"], "one question for all"
     assert [(fact.job_id, fact.state) for fact in facts] == [("7_0", RUNNING), ("7_1", CANCELLED), (None, None)]
-    assert facts[2].failure == "The loss is not finite. at step 3" and decide(facts[2]).is_due
+    assert facts[2].failure == "The loss is not finite. at step 3" and facts[2].for_good
+    assert not decide(facts[2]).is_due and "--retry-failed" in decide(facts[2]).reason
+    assert decide(facts[2], retry_failed=True).is_due
+    # The same crash twice is no failure.json's word, but the batch script's; of an earlier job it says nothing.
+    for trial, job_id in ((second, "7_1"), (first, "5")):
+        JobFiles(trial.run_dir).append_restart(RestartRecord(job_id, 0, 1, 3, "a", "stop", "twice", 1.0, for_good=True))
+    assert [fact.for_good for fact in read_facts([second, first], read_states)] == [True, False]
 
 
 def test_a_finished_run_needs_all_its_evaluations_of_the_checkpoint_that_counts(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ EPILOG = """examples:
   galaxydist submit recipe=vit cluster=a100 cluster.nodes=2 cluster.time=04:00:00 optim.lr=1e-4
   galaxydist submit recipe=demo cluster=local               processes of this machine
   galaxydist submit recipe=vit cluster=a100 --dry-run       the batch script, and nothing else
+  galaxydist submit recipe=vit cluster=a100 --test          when and where SLURM would start it
+  galaxydist submit recipe=vit cluster=a100 cluster.after=123     once job 123 has ended well
 
 The same command again continues the run; with cluster.nodes=1 on fewer nodes.
 """
@@ -29,6 +31,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("arguments", nargs="*", metavar="recipe=NAME cluster=NAME [key=value]", help="what to run, and where")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the batch script")
+    parser.add_argument("--test", action="store_true", help="check everything and ask SLURM when the job would start")
     parser.set_defaults(run=run)
 
 
@@ -54,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     from galaxydist.cluster.records import JobFiles
     from galaxydist.cluster.request_checks import check_request
     from galaxydist.cluster.sending import alone_in
-    from galaxydist.cluster.submission import build_request, check_idle, script_of, submit_requests
+    from galaxydist.cluster.submission import ask_start, build_request, check_idle, script_of, submit_requests
     from galaxydist.runs.folder import RunFolder
 
     request = build_request(resolved, recipe_arguments)
@@ -64,8 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
 
         check_partition(cluster.config)
     folder, name = JobFiles(request.run_dir).slurm_dir, request.run_dir.name
-    if arguments.dry_run:
-        print(script_of([request], cluster, folder=folder, name=name))
+    if arguments.dry_run or arguments.test:
+        script = script_of([request], cluster, folder=folder, name=name)
+        print(ask_start(script, cluster.config.name) if arguments.test else script)
         return
     if RunFolder(request.run_dir).is_finished:
         print(f"{request.run_dir} is finished; `galaxydist evaluate {request.run_dir}` judges it again.")

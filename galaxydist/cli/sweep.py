@@ -24,7 +24,8 @@ EPILOG = """examples:
   galaxydist sweep galaxy10 cluster=a100 train.epochs=50    for all runs
   galaxydist sweep galaxy10 cluster=a100 recipe=vit         of that axis one value only
 
-The same command again submits what failed, was cancelled or was never sent, and leaves alone what is finished, queued or running.
+The same command again submits what was cut off, cancelled or never sent, and leaves alone what is finished, queued or running.
+What failed so that it would fail again (bad input, a loss that is not a number, the same crash twice) waits for --retry-failed.
 A key on the command line takes the place of the file's, of a whole axis too; run.root=DIR that of the folder of the runs.
 """
 
@@ -42,6 +43,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("file", nargs="?", metavar="FILE", help="the sweep's file, or the name of one in slurm/sweeps")
     parser.add_argument("arguments", nargs="*", metavar="cluster=NAME [key=value]", help="where to, and values for all runs")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the runs and the batch script")
+    parser.add_argument("--retry-failed", action="store_true", help="also what failed so that it would fail again")
     parser.add_argument("--yes", action="store_true", help="submit without asking")
     parser.set_defaults(run=run)
 
@@ -73,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         from galaxydist.cluster.partition import check_partition
 
         check_partition(cluster.config)
-    decisions = [decide(facts) for facts in read_facts(trials, read_states)]
+    decisions = [decide(facts, retry_failed=arguments.retry_failed) for facts in read_facts(trials, read_states)]
     due = [trial for trial, decision in zip(trials, decisions, strict=True) if decision.is_due]
     if arguments.dry_run:
         print(f"{render_trials(trials, decisions)}\n\n{sweep.path}: {summarise(decisions)}")
@@ -81,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     print(f"{sweep.path}: {summarise(decisions)}")
     if due and (arguments.yes or _is_confirmed(len(due), cluster)):
-        _submit(due, sweep, cluster)
+        _submit(due, sweep, cluster, retry_failed=arguments.retry_failed)
     print(f"runs        {trials[0].run_dir.parent}\nfollow them galaxydist status {trials[0].run_dir.parent} --watch")
 
 
@@ -92,7 +94,7 @@ def _is_confirmed(count: int, cluster: "ResolvedCluster") -> bool:
     return answer.strip().lower() in ("y", "yes")
 
 
-def _submit(due: "list[Trial]", sweep: "SweepFile", cluster: "ResolvedCluster") -> None:
+def _submit(due: "list[Trial]", sweep: "SweepFile", cluster: "ResolvedCluster", *, retry_failed: bool) -> None:
     from galaxydist.cluster.records import JobFiles
     from galaxydist.cluster.scheduler import max_array_size, read_states
     from galaxydist.cluster.sending import alone_in
@@ -110,7 +112,7 @@ def _submit(due: "list[Trial]", sweep: "SweepFile", cluster: "ResolvedCluster") 
     if cluster.config.scheduler == "slurm":
         with alone_in(folder.parent):
             # Another command may have sent some while this one asked.
-            decisions = [decide(facts) for facts in read_facts(due, read_states)]
+            decisions = [decide(facts, retry_failed=retry_failed) for facts in read_facts(due, read_states)]
             due = [trial for trial, decision in zip(due, decisions, strict=True) if decision.is_due]
             submit_arrays(due, send=send, chunk_size=max_array_size(), parallel=parallel, say=say)
         say(f"{parallel} run at the same time\nstop them   galaxydist cancel {folder.parent}")
@@ -121,7 +123,7 @@ def _submit(due: "list[Trial]", sweep: "SweepFile", cluster: "ResolvedCluster") 
         send=send,
         parallel=parallel,
         is_running=lambda trial: is_local_job_running(JobFiles(trial.run_dir).jobs()[-1]),
-        judge=lambda trial: decide(read_facts([trial], read_states)[0]),
+        judge=lambda trial: decide(read_facts([trial], read_states)[0], retry_failed=True),  # it was sent: any failure counts
         pause=lambda: time.sleep(POLL_SECONDS),
         say=say,
     )
@@ -152,4 +154,5 @@ def _show_script(due: "list[Trial]", sweep: "SweepFile", cluster: "ResolvedClust
     requests = [build_request(trial.resolved, trial.arguments) for trial in due[:size]]
     arrays = -(-len(due) // size)
     print(f"\n# the batch script{f' of the first of {arrays} arrays' if arrays > 1 else ''}")
-    print(script_of(requests, cluster, folder=due[0].run_dir.parent / "slurm", name=sweep.path.stem))
+    folder, parallel = due[0].run_dir.parent / "slurm", _parallel(sweep, cluster)
+    print(script_of(requests, cluster, folder=folder, name=sweep.path.stem, parallel=parallel))

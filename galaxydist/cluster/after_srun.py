@@ -1,6 +1,7 @@
 """The last line of a batch script: note how ``srun`` ended, and queue the job again where the run must go on.
 
     python -P -m galaxydist.cluster.after_srun REQUESTS EXIT_CODE
+    python -P -m galaxydist.cluster.after_srun REQUESTS told-to-end     (when SLURM has sent the script SIGTERM; srun still runs)
 
 Light on purpose: a job that is being preempted has seconds left.
 """
@@ -9,51 +10,166 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from galaxydist.cluster.programs import SchedulerAwayError, ask_slurm, check_controller, is_away
 from galaxydist.cluster.records import Decision, JobFiles, RestartRecord
 from galaxydist.cluster.request_file import RequestFile
-from galaxydist.cluster.requeue import Ending, decide
+from galaxydist.cluster.requeue import Ending, decide, reason_for_good
+from galaxydist.cluster.srun_words import TOLD_TO_END, find_death, find_remedy, read_own_words
 from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError
 from galaxydist.runs.checkpoint_names import FOLDER_NAME
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock_owner import job_of, read_owner, restart_of, start_of
 
-LEAVING = "SLURM is ending or requeueing the job itself"
+LEAVING = "SLURM is ending the job itself"
+QUEUED_BY_SLURM = "SLURM has queued the job again itself"
 # Between attempts while slurmctld is away: five minutes in all.
 PAUSES_S = (5.0, 10.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
+# The two times that SLURM notes of a preemption that ends the job.
+_SAME_MOMENT = timedelta(seconds=2)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The start of the run that this batch script is about.
+
+    Args:
+        requests: the submission.
+        run_dir: its run.
+        environ: of the batch script.
+    """
+
+    requests: RequestFile
+    run_dir: Path
+    environ: Mapping[str, str]
+
+    @classmethod
+    def read(cls, path: Path, environ: Mapping[str, str]) -> Self:
+        """The start, from the submission's file."""
+        requests = RequestFile.read(path)
+        return cls(requests, requests.requests[int(environ.get("SLURM_ARRAY_TASK_ID", "0"))].run_dir, environ)
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run folder."""
+        return RunFolder(self.run_dir)
+
+    @property
+    def files(self) -> JobFiles:
+        """The files about jobs in it."""
+        return JobFiles(self.run_dir)
+
+    @property
+    def job_id(self) -> str:
+        """The id by which the job is requeued: of one task of an array, where it is one."""
+        return job_name(self.environ)
+
+    @property
+    def restart(self) -> int:
+        """How often SLURM has started the job again."""
+        return restart_of(self.environ)
+
+    def own_records(self) -> list[RestartRecord]:
+        """What was noted of this start already."""
+        return [record for record in self.files.restarts() if (record.job_id, record.restart) == (self.job_id, self.restart)]
+
+    def history(self) -> list[RestartRecord]:
+        """The endings of earlier starts since the last time that somebody, not a job, submitted the run."""
+        submitted = [job.time for job in self.files.jobs() if job.resubmits is None]
+        first = max(submitted, default=0.0)
+        own = (self.job_id, self.restart)
+        return [record for record in self.files.restarts() if record.time >= first and (record.job_id, record.restart) != own]
+
+    def note(self, ending: Ending, decision: Decision, reason: str) -> None:
+        """Write down and print what was decided."""
+        record = RestartRecord(
+            job_id=self.job_id,
+            restart=self.restart,
+            exit_code=ending.exit_code,
+            step=ending.crash_step,
+            error=ending.error,
+            decision=decision,
+            reason=reason,
+            time=time.time(),
+            saved=ending.saved,
+            for_good=decision == "stop" and bool(reason_for_good(ending, self.history())),
+        )
+        self.files.append_restart(record)
+        print(f"galaxydist: srun ended with {ending.exit_code} at step {ending.step}: {decision} ({reason})", flush=True)
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """Decide and act.
 
     Args:
-        arguments: the requests' file, srun's exit code.
+        arguments: the requests' file; srun's exit code, or ``told-to-end``.
         environ: of the batch script.
 
     Returns:
         The exit code of the batch script: 0 for a run that is finished, else srun's, or 75 where that is 0.
     """
-    requests_path, exit_code = Path(arguments[0]), int(arguments[1])
-    requests = RequestFile.read(requests_path)
-    request = requests.requests[int(environ.get("SLURM_ARRAY_TASK_ID", "0"))]
-    folder, files = RunFolder(request.run_dir), JobFiles(request.run_dir)
-    _unlock(folder, job_name(environ))
-    ending = Ending(exit_code, folder.is_finished, _own_failure(folder, environ), _newest_step(folder))
-    cluster = requests.cluster
-    history = _since_submission(files)
-    decision, reason = decide(ending, history, policy=cluster.requeue, max_requeues=cluster.max_requeues)
-    if decision in ("requeue", "resubmit") and _is_leaving(job_name(environ)):
-        decision, reason = "stop", LEAVING
-    _note(files, environ, ending, decision, reason)
-    if decision == "requeue" and (refusal := requeue_patiently(job_name(environ))):
-        decision, reason = ("stop", LEAVING) if refusal == LEAVING else ("resubmit", f"SLURM does not requeue it ({refusal})")
-        _note(files, environ, ending, decision, reason)
-    if decision == "resubmit":
-        _resubmit(requests, request.run_dir, files, environ, ending)
+    start = Start.read(Path(arguments[0]), environ)
+    if arguments[1] == TOLD_TO_END:
+        _after_sigterm(start)
+        return 0
+    exit_code = int(arguments[1])
+    _unlock(start.folder, start.job_id)
+    ending = _read_ending(start, exit_code)
+    if ending.is_finished or not any(record.decision in ("requeue", "resubmit") for record in start.own_records()):
+        _act(start, ending)
     return exit_code if ending.is_finished else exit_code or EXIT_STOPPED
+
+
+def _after_sigterm(start: Start) -> None:
+    """SLURM ends the job, and the ranks may not come to save: where it would not queue the job again itself, do so now."""
+    cause = _why_slurm_ends(start)
+    if cause:
+        ending = _read_ending(start, 0, cause)
+        _decide_and_act(start, ending, may_act=True)
+
+
+def _act(start: Start, ending: Ending) -> None:
+    """What becomes of the run after srun has ended."""
+    state = _ask_job(start.job_id)
+    is_leaving = bool(state) and "RUNNING" not in state.get("JobState", "")
+    if is_leaving and not ending.is_finished and _is_queued_again(state, start.restart):
+        start.note(ending, "requeue", f"{QUEUED_BY_SLURM}{f': {ending.error}' if ending.error else ''}")
+    else:
+        _decide_and_act(start, ending, may_act=not is_leaving)
+
+
+def _decide_and_act(start: Start, ending: Ending, *, may_act: bool) -> None:
+    cluster = start.requests.cluster
+    decision, reason = decide(ending, start.history(), policy=cluster.requeue, max_requeues=cluster.max_requeues)
+    if decision in ("requeue", "resubmit") and not may_act:
+        decision, reason = "stop", LEAVING
+    start.note(ending, decision, reason)
+    if decision == "requeue" and (refusal := requeue_patiently(start.job_id, ends_anyway=bool(ending.ended_by_slurm))):
+        decision, reason = ("stop", LEAVING) if refusal == LEAVING else ("resubmit", f"SLURM does not requeue it ({refusal})")
+        start.note(ending, decision, reason)
+    if decision == "resubmit":
+        _resubmit(start, ending)
+
+
+def _read_ending(start: Start, exit_code: int, ended_by_slurm: str = "") -> Ending:
+    folder = start.folder
+    saved = _newest_checkpoint(folder)
+    words = read_own_words()
+    logged = [int(line["step"]) for line in folder.metrics.read()[-1:]]
+    step = max([*logged, *([] if saved is None else [saved])], default=None)
+    return Ending(
+        exit_code,
+        folder.is_finished,
+        _own_failure(folder, start.environ),
+        step,
+        saved,
+        "" if ended_by_slurm else find_death(words) or find_remedy(words),
+        ended_by_slurm,
+    )
 
 
 def job_name(environ: Mapping[str, str]) -> str:
@@ -63,33 +179,10 @@ def job_name(environ: Mapping[str, str]) -> str:
     return name
 
 
-def _note(files: JobFiles, environ: Mapping[str, str], ending: Ending, decision: Decision, reason: str) -> None:
-    record = RestartRecord(
-        job_id=job_name(environ),
-        restart=restart_of(environ),
-        exit_code=ending.exit_code,
-        step=ending.crash_step,
-        error=ending.error,
-        decision=decision,
-        reason=reason,
-        time=time.time(),
-    )
-    files.append_restart(record)
-    print(f"galaxydist: srun ended with {ending.exit_code} at step {ending.step}: {decision} ({reason})", flush=True)
-
-
-def _since_submission(files: JobFiles) -> list[RestartRecord]:
-    """The endings since the last time that somebody, not a job, submitted the run."""
-    submitted = [job.time for job in files.jobs() if job.resubmits is None]
-    start = max(submitted, default=0.0)
-    return [record for record in files.restarts() if record.time >= start]
-
-
-def _newest_step(folder: RunFolder) -> int | None:
-    """The last step that a checkpoint or the metrics show."""
+def _newest_checkpoint(folder: RunFolder) -> int | None:
+    """The step of the newest checkpoint."""
     names = [FOLDER_NAME.fullmatch(path.name) for path in folder.checkpoints_dir.glob("step-*")]
-    steps = [int(name[1]) for name in names if name is not None]
-    return max([*steps, *(line["step"] for line in folder.metrics.read()[-1:])], default=None)
+    return max((int(name[1]) for name in names if name is not None), default=None)
 
 
 def _unlock(folder: RunFolder, job_id: str) -> None:
@@ -105,35 +198,63 @@ def _own_failure(folder: RunFolder, environ: Mapping[str, str]) -> dict[str, Any
     return failure if failure is not None and failure.get("start") == start_of(environ) else None
 
 
-def _is_leaving(job_id: str) -> bool:
-    """SLURM has begun to end the job, so that it is cancelled, or will be requeued without us."""
+def _ask_job(job_id: str) -> dict[str, str]:
+    """What slurmctld knows of a job; nothing where it does not answer."""
     try:
         check_controller()
-        answer = ask_slurm(["squeue", "--noheader", "--jobs", job_id, "--format", "%T"])
+        answer = ask_slurm(["scontrol", "--oneliner", "show", "job", job_id])
     except SchedulerAwayError:
-        return False
-    return answer.returncode == 0 and "RUNNING" not in answer.stdout.split()
+        return {}
+    words = [word.partition("=") for word in answer.stdout.split()] if answer.returncode == 0 else []
+    return {key: value for key, equals, value in words if equals}
 
 
-def requeue_patiently(job_id: str, pauses_s: Sequence[float] = PAUSES_S) -> str:
+def _is_queued_again(state: Mapping[str, str], restart: int) -> bool:
+    """SLURM counts a start that is to come: it queues the job again by itself, after a preemption or the death of a node."""
+    return state.get("Restarts", "0").isdecimal() and int(state.get("Restarts", "0")) > restart
+
+
+def _why_slurm_ends(start: Start) -> str:
+    """Why SLURM is ending a job for good that could go on; empty where it is not, or was told to (scancel)."""
+    state = _ask_job(start.job_id)
+    if not state or "RUNNING" in state.get("JobState", "") or _is_queued_again(state, start.restart):
+        return ""
+    if state.get("Reason") == "TimeLimit":
+        return "the time limit came before everything was saved"
+    try:
+        preempted, ended = (datetime.fromisoformat(state[key]) for key in ("PreemptTime", "EndTime"))
+    except (KeyError, ValueError):
+        return ""
+    # Whoever cancels a job in the grace time before a preemption means it.
+    return "it was preempted" if abs(preempted - ended) <= _SAME_MOMENT else ""
+
+
+def _is_leaving(job_id: str) -> bool:
+    """SLURM has begun to end the job, so that it is cancelled, or will be requeued without us."""
+    state = _ask_job(job_id)
+    return bool(state) and "RUNNING" not in state.get("JobState", "")
+
+
+def requeue_patiently(job_id: str, pauses_s: Sequence[float] = PAUSES_S, *, ends_anyway: bool = False) -> str:
     """Requeue a job, also where slurmctld is away for some minutes.
 
     Args:
         job_id: the job's.
         pauses_s: between the attempts.
+        ends_anyway: SLURM has begun to end it, and is to start it again afterwards.
 
     Returns:
         Nothing where it is done, ``LEAVING`` where SLURM acts on the job already, else its words against it.
     """
     for number, pause_s in enumerate((*pauses_s, 0.0)):
-        if number and _is_leaving(job_id):
+        if number and not ends_anyway and _is_leaving(job_id):
             return ""  # an answer was lost, but the request had arrived
         words = _requeue(job_id)
         if not words or not is_away(words):
             break
         print(f"galaxydist: not requeued yet: {words}", flush=True)
         time.sleep(pause_s)
-    return LEAVING if words and not is_away(words) and _is_leaving(job_id) else words
+    return LEAVING if words and not ends_anyway and not is_away(words) and _is_leaving(job_id) else words
 
 
 def _requeue(job_id: str) -> str:
@@ -146,18 +267,18 @@ def _requeue(job_id: str) -> str:
     return "" if answer.returncode == 0 else " ".join((answer.stderr or answer.stdout).split())
 
 
-def _resubmit(requests: RequestFile, run_dir: Path, files: JobFiles, environ: Mapping[str, str], ending: Ending) -> None:
+def _resubmit(start: Start, ending: Ending) -> None:
     """Submit the run again, by the way that a user does."""
     from galaxydist.cluster.submission import submit_again
 
     for pause_s in (*PAUSES_S, None):
         try:
-            job_id = submit_again(requests, run_dir, resubmits=job_name(environ))
+            job_id = submit_again(start.requests, start.run_dir, resubmits=start.job_id)
         except UserError as error:
             if pause_s is not None and is_away(str(error)):
                 time.sleep(pause_s)
                 continue
-            _note(files, environ, ending, "stop", f"it could not be submitted again: {error}")
+            start.note(ending, "stop", f"it could not be submitted again: {error}")
         else:
             print(f"galaxydist: submitted again as job {job_id}", flush=True)
         return

@@ -3,7 +3,7 @@
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from submitit.local.local import LocalJob
 
 from galaxydist.cluster.output import output_to
 from galaxydist.cluster.profile import ClusterConfig
+from galaxydist.cluster.programs import SchedulerAwayError, is_away
+from galaxydist.cluster.srun_words import START_MARK, TOLD_TO_END
 from galaxydist.errors import UserError
 
 # submitit's local executor ends its tasks after a while; a laptop has no time limit.
@@ -20,11 +22,39 @@ YEAR_MIN = 525_600
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
-    """submitit's, which starts our own task (see ``task.py``) instead of submitit's."""
+    """submitit's, which starts our own task (see ``task.py``) instead of submitit's.
+
+    Attributes:
+        after_srun: the command that the batch script gives about how srun ended; empty: none.
+    """
+
+    after_srun: str = ""
 
     @property
     def _submitit_command_str(self) -> str:
         return _task_command(self.python, self.folder)
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        text: str = super()._make_submission_file_text(command, uid)
+        if not self.after_srun:
+            return text
+        lines = text.split("\n")
+        (number,) = [number for number, line in enumerate(lines) if line.startswith("srun ")]
+        # bash runs a trap only where it waits for nothing but what runs beside it.
+        lines[number] = "\n".join(
+            [
+                f"told_to_end() {{ trap '' TERM; {self.after_srun} {TOLD_TO_END}; }}",
+                "trap told_to_end TERM",
+                f'echo "{START_MARK}${{SLURM_RESTART_COUNT:-0}}" >&2',
+                f"{lines[number]} &",
+                "srun_pid=$!",
+                'wait "$srun_pid"; exit_code=$?',
+                'while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid"; exit_code=$?; done',
+                f'{self.after_srun} "$exit_code"',
+                "exit $?",
+            ]
+        )
+        return "\n".join(lines)
 
     def script(self, num_tasks: int) -> str:
         """The batch script of so many calls, as it would be sent."""
@@ -61,7 +91,7 @@ def build_executor(
     *,
     name: str,
     code: Path,
-    teardown: Sequence[str] = (),
+    after_srun: str = "",
     parallel: int | None = None,
     after: str | None = None,
 ) -> JobExecutor:
@@ -72,7 +102,7 @@ def build_executor(
         folder: where submitit keeps its files; all nodes must see it.
         name: of the job.
         code: the snapshot that stands first on PYTHONPATH.
-        teardown: shell lines of the batch script after ``srun``, whose exit code is in ``$?``.
+        after_srun: the command that the batch script gives about how srun ended: with its exit code, or ``told-to-end``.
         parallel: tasks of an array that run at the same time.
         after: a job id to wait for, however it ends.
 
@@ -104,11 +134,11 @@ def build_executor(
         # What the profile's lines set must not end the script before it has seen how srun ended.
         setup=[*shell, "set +e"],
         wckey=None,  # submitit's own would be refused where keys are enforced
-        teardown=list(teardown) or None,
         array_parallelism=parallel or cluster.parallel,
-        dependency=f"afterany:{after}" if after else None,
+        dependency=_dependency(cluster, after),
         **_slurm_parameters(cluster),
     )
+    slurm.after_srun = after_srun
     return slurm
 
 
@@ -119,6 +149,11 @@ def explain_refusal(cluster_name: str) -> Iterator[None]:
         yield
     except (FailedJobError, FailedSubmissionError) as error:
         said = " ".join(line.strip() for line in str(error).splitlines() if "error:" in line) or str(error).strip()
+        if is_away(said):
+            raise SchedulerAwayError(
+                f"SLURM could not be asked: {said}\nNothing is wrong with the run or the profile. Try again in a minute; should "
+                "slurmctld have taken the job all the same, `squeue --me` shows it."
+            ) from error
         raise UserError(
             f"SLURM did not take the job: {said}\nChange what it names in the profile {cluster_name} or on the command line "
             f"(cluster.partition, cluster.account, cluster.qos, cluster.time, ...); `galaxydist cluster show {cluster_name}` "
@@ -130,6 +165,7 @@ def _slurm_parameters(cluster: ClusterConfig) -> dict[str, Any]:
     srun = ["--kill-on-bad-exit=1"]  # a dead rank must not leave the others waiting
     if cluster.cpus_per_task is not None:
         srun.append(f"--cpus-per-task={cluster.cpus_per_task}")  # srun no longer takes it from the job since SLURM 22.05
+    srun += [f"--{option}" for option in cluster.srun]
     srun.append("--export=ALL")  # a site may have another default, and the tasks need what the script exports
     further: dict[str, Any] = {"no-requeue" if cluster.requeue == "never" else "requeue": True}
     for option in cluster.extra:
@@ -159,6 +195,14 @@ def _slurm_parameters(cluster: ClusterConfig) -> dict[str, Any]:
         "additional_parameters": further,
     }
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _dependency(cluster: ClusterConfig, after: str | None) -> str | None:
+    """What SLURM is told to wait for: the profile's job, and the one before in a chain."""
+    asked = None if cluster.after is None else str(cluster.after)
+    if asked is not None and ":" not in asked:
+        asked = f"afterok:{asked}"
+    return ",".join(filter(None, (asked, f"afterany:{after}" if after else None))) or None
 
 
 def _python(cluster: ClusterConfig) -> str:

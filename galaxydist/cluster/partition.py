@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from galaxydist.cluster.profile import MB_IN_GB, ClusterConfig
+from galaxydist.cluster.programs import check_controller, is_slurm_here
 from galaxydist.cluster.site import TAKES_NO_JOBS, UNTYPED, NodeGroup, Partition, Site
 from galaxydist.cluster.site_reading import SiteUnknownError, read_site
 from galaxydist.errors import UserError
@@ -17,11 +18,13 @@ def check_partition(config: ClusterConfig, site: Site | None = None) -> None:
         site: the cluster; default: this machine's SLURM is asked.
 
     Raises:
-        UserError: with what was asked for and what there is.
+        UserError: with what was asked for and what there is; or slurmctld is down.
     """
     if config.scheduler == "local":
         return
     if site is None:
+        if is_slurm_here():
+            check_controller()
         try:
             site = read_site()
         except SiteUnknownError:

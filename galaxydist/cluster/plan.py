@@ -8,12 +8,13 @@ import numpy as np
 from galaxydist.cluster.dataset import PlannedData, find_data
 from galaxydist.cluster.memory import Memory, ModelFacts, estimate, planned_precision, weigh
 from galaxydist.cluster.refusals import refuse_cache, refuse_memory, refuse_world, warn
+from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.order import EpochOrder, steps_per_epoch
 from galaxydist.shards.schedule import lengthened
 from galaxydist.shards.uses import node_uses, resampled_uses, working_set
 from galaxydist.training.data import find_cache, open_manifest
-from galaxydist.training.mixing import count_pair_parts, is_mixing
+from galaxydist.training.mixing import count_pair_parts
 from galaxydist.training.update import count_micro_batches
 
 # Checkpoints that a run keeps: the newest two and the best; while it saves, one more.

@@ -69,11 +69,20 @@ class ClusterConfig(Section):
     python: str | None = Field(None, description="python on the nodes (else the one that submits)", min_length=1)
     interface: str | None = Field(None, description="network interface between nodes, such as ib0 (else found)", min_length=1)
     extra: tuple[str, ...] = Field((), description="further options of sbatch: option=value, or option alone")
+    srun: tuple[str, ...] = Field(
+        (), description="further options of srun: option=value, or option alone, such as cpu-bind=cores or container-image=FILE"
+    )
     requeue: Literal["auto", "resubmit", "never"] = Field(
         "auto",
         description="after preemption, time limit or crash: requeue the job, submit it anew (resubmit), or leave it (never)",
     )
-    max_requeues: Annotated[int, Field(ge=0)] = Field(20, description="most times that a run goes on by itself")
+    max_requeues: Annotated[int, Field(ge=0)] = Field(
+        5, description="starts in a row without a new checkpoint after which a run no longer goes on by itself"
+    )
+    after: int | str | None = Field(
+        None,
+        description="job that must have ended well before this one starts: its id, or afterany:ID where it may end as it likes",
+    )
     parallel: Count = Field(8, description="runs of a sweep at the same time")
     scratch: Path | None = Field(
         None,

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from galaxydist.recipe.draft import Check
@@ -11,6 +12,8 @@ from galaxydist.recipe.draft import Check
 START_UP_S = 30
 # Writing a checkpoint and leaving: the least time before the limit at which processes can be told.
 MIN_SIGNAL_S = 10
+# "Due to the resolution of event handling by Slurm, the signal may be sent up to 60 seconds earlier than specified" (sbatch(1)).
+EARLY_S = 60
 MAX_DAYS = 365
 
 TIME_FORMS = "minutes, or HH:MM:SS, D-HH:MM:SS, D-HH (04:00:00 and 240 are four hours)"
@@ -20,6 +23,7 @@ _TIME = re.compile(
 )
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
+_DEPENDENCY = re.compile(r"((after|afterany|afterok|afternotok):)?[0-9]+(_[0-9]+)?(:[0-9]+(_[0-9]+)?)*", re.ASCII)
 
 # What a job's processes find out for themselves, or SLURM sets for each of them.
 SET_FOR_EACH_PROCESS = {
@@ -33,11 +37,10 @@ KEYS_OF_OPTIONS = {
     "nodelist": "nodelist", "reservation": "reservation", "comment": "comment", "nodes": "nodes", "ntasks": "tasks_per_node",
     "ntasks-per-node": "tasks_per_node", "gpus": "gpus_per_node", "gpus-per-node": "gpus_per_node",
     "gpus-per-task": "gpus_per_node", "cpus-per-task": "cpus_per_task", "mem": "memory", "time": "time", "signal": "signal_s",
-    "requeue": "requeue", "no-requeue": "requeue", "export": "environment",
+    "requeue": "requeue", "no-requeue": "requeue", "export": "environment", "dependency": "after",
 }  # fmt: skip
 OWN_OPTIONS = {
     "array",
-    "dependency",
     "output",
     "error",
     "open-mode",
@@ -48,6 +51,9 @@ OWN_OPTIONS = {
     "test-only",
     "wait",
 }
+
+
+OWN_SRUN_OPTIONS = {"output", "error", "input", "unbuffered", "kill-on-bad-exit", "multi-prog", "test-only", "job-name", "chdir"}
 
 
 def read_time_s(time: int | str) -> int:
@@ -95,12 +101,13 @@ def _time_for_work(scheduler: str, time: int | str, signal_s: int) -> str | None
         return None  # nothing ends a local run
     if signal_s >= time_s:
         return f"the processes would be told to save {signal_s} s before the end of a job of {time_s} s; make the limit longer"
-    most = time_s - START_UP_S
+    most = time_s - EARLY_S - START_UP_S
     if signal_s > most:
         later = f", or signal_s={most} or less" if most >= MIN_SIGNAL_S else ""
         return (
-            f"a start takes {START_UP_S} s, and the job is told to save and end {signal_s} s before its limit of {time_s} s, so "
-            f"no step is done: give it {-(-(START_UP_S + signal_s) // 60)} minutes or more{later}"
+            f"a start takes {START_UP_S} s, and the processes may be told to save {EARLY_S} s earlier (by SLURM's clock) than "
+            f"{signal_s} s before the limit of {time_s} s, so that no step is done: give it "
+            f"{-(-(START_UP_S + EARLY_S + signal_s) // 60)} minutes or more{later}"
         )
     return None
 
@@ -170,21 +177,35 @@ def _environment_variables(environment: tuple[str, ...]) -> str | None:
 
 
 def _extra(extra: tuple[str, ...]) -> str | None:
+    return _options(extra, "sbatch", "mail-type=END or exclusive", KEYS_OF_OPTIONS, OWN_OPTIONS)
+
+
+def _srun(srun: tuple[str, ...]) -> str | None:
+    return _options(srun, "srun", "cpu-bind=cores or container-image=FILE", KEYS_OF_OPTIONS, OWN_SRUN_OPTIONS)
+
+
+def _options(options: tuple[str, ...], program: str, examples: str, keys: Mapping[str, str], own: set[str]) -> str | None:
     seen: set[str] = set()
-    for item in extra:
+    for item in options:
         option = item.partition("=")[0]
         if option.startswith("-"):
             return f"{item!r}: write the option without dashes, {item.lstrip('-')}"
         if not _OPTION.fullmatch(option) or "\n" in item or "\0" in item:
-            return f"{item!r} is not an option of sbatch like mail-type=END or exclusive"
-        if option in KEYS_OF_OPTIONS:
-            return f"{option} has a key of its own: {KEYS_OF_OPTIONS[option]}"
-        if option in OWN_OPTIONS:
+            return f"{item!r} is not an option of {program} like {examples}"
+        if option in keys:
+            return f"{option} has a key of its own: {keys[option]}"
+        if option in own:
             return f"{option} is set by galaxydist; take it out"
         if option in seen:
             return f"{option} is given twice; keep one"
         seen.add(option)
     return None
+
+
+def _after(after: int | str | None) -> str | None:
+    if after is None or _DEPENDENCY.fullmatch(str(after)):
+        return None
+    return "must be the id of a job, such as 123 or 123_4, or afterany:123, which waits for the end of a job however it ends"
 
 
 def _extra_gpus(extra: tuple[str, ...], gpu_request: str, gpus_per_node: int) -> str | None:
@@ -228,7 +249,7 @@ _ONE_LINERS = (
     "python",
     "interface",
 )
-_SLURM_ALONE = (*_ONE_LINERS[:8], "extra")
+_SLURM_ALONE = (*_ONE_LINERS[:8], "extra", "srun", "after")
 
 CHECKS = (
     Check(("time",), _time),
@@ -240,6 +261,8 @@ CHECKS = (
     Check(("environment", "interface"), _environment),
     Check(("environment",), _environment_variables),
     Check(("extra",), _extra),
+    Check(("srun",), _srun),
+    Check(("after",), _after),
     Check(("extra", "gpu_request", "gpus_per_node"), _extra_gpus),
     *(Check((key,), _one_line) for key in _ONE_LINERS),
     Check(("modules",), _modules),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from galaxydist.cluster.partition import describe_gpus, time_text
 from galaxydist.cluster.preemption import find_preemption
 from galaxydist.cluster.profile import MB_IN_GB
-from galaxydist.cluster.profile_checks import MIN_SIGNAL_S, START_UP_S, is_mig
+from galaxydist.cluster.profile_checks import EARLY_S, MIN_SIGNAL_S, START_UP_S, is_mig
 from galaxydist.cluster.site import TAKES_NO_JOBS, UNTYPED, NodeGroup, Partition, Site
 from galaxydist.errors import UserError
 from galaxydist.recipe.scalars import BOOL, NULL
@@ -213,8 +213,13 @@ def _time(site: Site, partition: Partition) -> Iterator[str]:
     known = {what: limit for what, limit in limits.items() if limit}
     seconds = max(60, min(DAY_S, *known.values()) if known else DAY_S)
     said = ", ".join(f"{what} {time_text(limit)}" for what, limit in known.items()) or "there is no limit"
+    if seconds < START_UP_S + EARLY_S + MIN_SIGNAL_S:
+        raise UserError(
+            f"{said}: too short to train in, since a start takes {START_UP_S} s and SLURM may end it {EARLY_S + MIN_SIGNAL_S} s "
+            f"early; choose another partition with --partition: {_names(site)}"
+        )
     yield _line("time", time_text(seconds), said)
-    signal_s = max(MIN_SIGNAL_S, min(SIGNAL_S, (seconds - START_UP_S) // 2))
+    signal_s = max(MIN_SIGNAL_S, min(SIGNAL_S, (seconds - START_UP_S - EARLY_S) // 2))
     yield _line("signal_s" if signal_s != SIGNAL_S else "# signal_s", str(signal_s), "seconds before the limit at which to save")
 
 

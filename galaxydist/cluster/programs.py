@@ -29,8 +29,12 @@ def is_slurm_here() -> bool:
     return all(shutil.which(name) for name in ("sbatch", "squeue", "scontrol"))
 
 
-def ask_slurm(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def ask_slurm(command: Sequence[str], *, text: str = "") -> subprocess.CompletedProcess[str]:
     """What one of SLURM's programs says, whatever its exit code; without the user's own settings of what it prints.
+
+    Args:
+        command: the program and its arguments.
+        text: its standard input.
 
     Raises:
         SchedulerAwayError: there is no such program, or it does not answer.
@@ -40,7 +44,7 @@ def ask_slurm(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command,
             env=environ | _ENVIRONMENT,
-            stdin=subprocess.DEVNULL,
+            input=text,
             capture_output=True,
             text=True,
             errors="replace",

@@ -72,11 +72,13 @@ class RestartRecord:
         job_id: of the job.
         restart: SLURM_RESTART_COUNT, 0 the first time.
         exit_code: of srun.
-        step: optimizer steps that are saved; None where nothing is.
+        step: the step at which it ended, as far as that is known.
         error: what went wrong; None where nothing did.
         decision: what happens next.
         reason: why, in a sentence for the user.
         time: seconds since 1970.
+        saved: the step of the newest checkpoint; None where there is none (or an older galaxydist wrote the record).
+        for_good: the run would end the same way again if nobody changes anything.
     """
 
     job_id: str
@@ -87,6 +89,8 @@ class RestartRecord:
     decision: Decision
     reason: str
     time: float
+    saved: int | None = None
+    for_good: bool = False
 
 
 class JobFiles:
@@ -138,6 +142,11 @@ class JobFiles:
     def failure(self) -> dict[str, Any] | None:
         """How the last start failed, as the run folder says; None where it did not."""
         return RunFolder(self.run_dir).read_failure()
+
+    def failed_at(self) -> float:
+        """When that was noted, seconds since 1970."""
+        path = RunFolder(self.run_dir).failure_path
+        return path.stat().st_mtime if path.exists() else 0.0
 
     def rank_log(self, rank: int) -> Path:
         """What one rank prints, over all restarts."""
@@ -230,6 +239,6 @@ def _checked(name: str, hint: Any, value: Any) -> Any:
         return tuple(value)
     if hint is float and type(value) in (int, float):
         return float(value)
-    if hint in (int, str) and type(value) is hint:
+    if hint in (int, str, bool) and type(value) is hint:
         return value
     raise ValueError(f"{name}={value!r} is not {getattr(hint, '__name__', hint)}")

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from math import gcd
+from typing import TYPE_CHECKING
 
-from galaxydist.cluster.memory import Memory, ModelFacts
 from galaxydist.errors import UserError
+from galaxydist.recipe.rules import check_strategy, check_world, is_mixing
 from galaxydist.recipe.schema import Recipe
-from galaxydist.training.mixing import check_world, is_mixing
-from galaxydist.training.strategy import check_strategy
+
+if TYPE_CHECKING:  # torch
+    from galaxydist.cluster.memory import Memory, ModelFacts
 
 # Batch normalisation's error grows quickly below this many images (Wu & He 2018, arXiv:1803.08494, figure 1: 8 and fewer).
 FEW_IMAGES = 8
@@ -70,7 +72,7 @@ def refuse_cache(num_bytes: int, cache_size: float) -> None:
         )
 
 
-def refuse_memory(recipe: Recipe, memory: Memory, gpu_memory: float, world_size: int) -> None:
+def refuse_memory(recipe: Recipe, memory: "Memory", gpu_memory: float, world_size: int) -> None:
     """Refuse what does not fit a GPU of so many GB.
 
     Args:
@@ -117,7 +119,7 @@ def refuse_memory(recipe: Recipe, memory: Memory, gpu_memory: float, world_size:
     )
 
 
-def warn(recipe: Recipe, facts: ModelFacts, memory: Memory, *, world_size: int, num_nodes: int, fetches: float) -> list[str]:
+def warn(recipe: Recipe, facts: "ModelFacts", memory: "Memory", *, world_size: int, num_nodes: int, fetches: float) -> list[str]:
     """What runs, but perhaps not as it was meant.
 
     Args:

@@ -13,7 +13,7 @@ from galaxydist.recipe.paths import data_root, weights_dir
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.open import open_shards
 from galaxydist.training.data import find_cache, find_manifest, find_variant, open_manifest
-from galaxydist.training.opening import check_continues
+from galaxydist.training.opening import check_would_continue
 
 
 def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Mapping[str, str]) -> None:
@@ -35,7 +35,7 @@ def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Map
     if recipe.model.weights is not None and not recipe.model.weights.expanduser().is_file():
         raise UserError(f"model.weights={recipe.model.weights}: there is no such file on this machine")
     run_dir = build_request(resolved, ()).run_dir
-    check_continues(RunFolder(run_dir), recipe, manifest)
+    check_would_continue(RunFolder(run_dir), recipe, manifest)
     if cluster.scheduler == "slurm":
         check_shared(run_dir, "run folder", "run.root=FOLDER or run.dir=FOLDER")
         if manifest.remote is None:

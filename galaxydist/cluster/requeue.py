@@ -7,8 +7,6 @@ from typing import Any, Literal
 from galaxydist.cluster.records import Decision, RestartRecord
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_STOPPED
 
-# Starts in a row without a step after which no other is tried: a time limit that start-up uses up, for example.
-MOST_IDLE_STARTS = 5
 # How a start ended for good, whatever is tried again (``failure.json``).
 FOR_GOOD = {
     "bad_input": "the recipe, its data or the run folder cannot be used as they are",
@@ -25,18 +23,29 @@ class Ending:
         is_finished: the run has its result.
         failure: ``failure.json`` of this very start, where a rank wrote one.
         step: optimizer steps that the run folder shows.
+        saved: the step of the newest checkpoint; None where there is none.
+        death: the rank or node that died first, in a line; empty where srun named none.
+        ended_by_slurm: why SLURM is ending the job, in a line; empty where it is not.
     """
 
     exit_code: int
     is_finished: bool
     failure: Mapping[str, Any] | None
     step: int | None
+    saved: int | None = None
+    death: str = ""
+    ended_by_slurm: str = ""
 
     @property
     def error(self) -> str | None:
         """What went wrong, in a line; None after a stop with everything saved."""
+        # The ranks that live on only note that they lost the connection to the one that died.
+        if self.death and self.kind not in FOR_GOOD:
+            return self.death
         if self.failure is not None:
             return str(self.failure["error"])
+        if self.ended_by_slurm:
+            return None
         if self.exit_code in (0, EXIT_STOPPED, EXIT_INTERRUPTED):
             return None
         if self.exit_code > 128:
@@ -75,39 +84,44 @@ def decide(
 
 
 def _why(ending: Ending) -> str:
-    saved = "" if ending.step is None else f", and step {ending.step} is saved"
-    return ending.error or f"it was told to stop{saved}"
+    saved = "" if ending.saved is None else f"; step {ending.saved} is saved"
+    return ending.error or f"{ending.ended_by_slurm or 'it was told to stop'}{saved}"
 
 
-def _never_again(ending: Ending, history: Sequence[RestartRecord], policy: str, max_requeues: int) -> str:
-    """Why the run does not go on by itself; nothing where it does."""
+def reason_for_good(ending: Ending, history: Sequence[RestartRecord]) -> str:
+    """Why the run would end the same way again if nobody changes anything; empty where it might not."""
     if reason := FOR_GOOD.get(ending.kind):
         return f"{reason}: it would end the same way again"
     if ending.error is not None and history and _is_same_crash(ending, history[-1]):
         return f"the same crash at the same step ({ending.crash_step}) twice: {ending.error}"
-    if _is_idle(ending, history):
-        return (
-            f"{_why(ending)}; {MOST_IDLE_STARTS} starts in a row came no further than step {ending.crash_step or 0}. If they "
-            "ended by their time limit, make cluster.time longer; the same galaxydist submit goes on"
-        )
+    return ""
+
+
+def _never_again(ending: Ending, history: Sequence[RestartRecord], policy: str, max_requeues: int) -> str:
+    """Why the run does not go on by itself; empty where it does."""
+    if reason := reason_for_good(ending, history):
+        return reason
     if policy == "never":
         return f"{_why(ending)}; cluster.requeue=never"
-    # A start that SLURM would not requeue has two records, and went on once.
-    num_requeues = len({(record.job_id, record.restart) for record in history if record.decision in ("requeue", "resubmit")})
-    if num_requeues >= max_requeues:
+    idle = _count_idle(ending, history)
+    if idle > max_requeues:
+        # Of these the first is no repetition.
         return (
-            f"{_why(ending)}; it was requeued {num_requeues} times, and cluster.max_requeues={max_requeues}; the same galaxydist "
-            "submit goes on"
+            f"{_why(ending)}; {idle} starts in a row saved no new step, and cluster.max_requeues={max_requeues}. If they ended "
+            "by their time limit, make cluster.time longer; the same galaxydist submit goes on"
         )
     return ""
 
 
-def _is_idle(ending: Ending, history: Sequence[RestartRecord]) -> bool:
-    """None of the last starts made a step."""
+def _count_idle(ending: Ending, history: Sequence[RestartRecord]) -> int:
+    """Starts in a row, this one included, that left no newer checkpoint than those before."""
     # A start that SLURM would not requeue has two records.
-    steps = {(record.job_id, record.restart): record.step for record in history}
-    last = list(steps.values())[-(MOST_IDLE_STARTS - 1) :]
-    return len(last) == MOST_IDLE_STARTS - 1 and set(last) == {ending.crash_step}
+    starts = {(record.job_id, record.restart): record.saved for record in history}
+    best, idle = -1, 0
+    for saved in (*starts.values(), ending.saved):
+        has_progressed = saved is not None and saved > best
+        best, idle = (saved, 0) if has_progressed and saved is not None else (best, idle + 1)
+    return idle
 
 
 def _is_same_crash(ending: Ending, before: RestartRecord) -> bool:

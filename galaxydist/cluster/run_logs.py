@@ -6,9 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from galaxydist.cluster.records import JobFiles, JobRecord
+from galaxydist.cluster.scheduler import UNKNOWN, JobState
+from galaxydist.cluster.srun_words import START_MARK, find_remedy
 from galaxydist.runs.tails import read_tail
 
 _ERROR_BYTES = 16_384
+# Within so much a log names the job that wrote it.
+_MARK_BYTES = 1_000_000
 _MOST_RANKS = 8
 _ERROR = re.compile(rb"error|exception|fatal|killed|out of memory|segmentation fault", re.IGNORECASE)
 _LINE_BYTES = 256
@@ -42,15 +46,78 @@ def submitit_logs(job: JobRecord, rank: int = 0) -> list[Path]:
     return [folder / f"{stem}.{end}" for folder in sorted(folders) for stem in stems for end in ("out", "err")]
 
 
-def last_error_line(files: JobFiles, jobs: list[JobRecord]) -> str | None:
-    """The last line that looks like an error, of rank 0 first; None where no rank wrote one."""
-    logs = files.rank_logs()[:_MOST_RANKS]
-    caught = [path for job in jobs[-1:] for path in submitit_logs(job)]
+def explain_end(files: JobFiles, job: JobRecord | None, told: JobState | None, *, group: str) -> str | None:
+    """Why the newest start of a run ended as it did; what was wrong with one before says nothing of it.
+
+    Args:
+        files: of the run.
+        job: its newest.
+        told: what SLURM says of that.
+        group: the run's, such as ``pending`` or ``failed``.
+    """
+    # The start that ended last: one that waits has not begun.
+    newest = told.restarts - (group == "pending") if told is not None and told.state != UNKNOWN else 0
+    last = next(reversed(files.restarts()), None)
+
+    def is_newest(job_id: str, restart: int) -> bool:
+        return job is None or (job_id == job.job_id and restart >= newest) or job_id == job.resubmits
+
+    failure = files.failure() or {}
+    job_id, _, restart = str(failure.get("start") or "").rpartition(".")
+    noted = str(failure.get("error") or failure.get("kind"))
+    # A start by hand leaves no record, a job does after all of its ranks have ended.
+    since = max(job.time if job is not None else 0.0, last.time if last is not None else 0.0)
+    if failure and not job_id and files.failed_at() > since:
+        return noted
+    if last is not None and last.decision != "finished" and is_newest(last.job_id, last.restart):
+        return last.error or last.reason
+    if group == "pending" and newest >= 0:
+        return "SLURM queued the job again itself: one of its nodes failed, or it was preempted"
+    if failure and job_id and is_newest(job_id, int(restart)):
+        return noted
+    if told is not None and told.state == "TIMEOUT":
+        return "it reached its time limit and could not queue itself again; the same galaxydist submit goes on"
+    return last_error_line(files, job) if group == "failed" else None
+
+
+def last_error_line(files: JobFiles, job: JobRecord | None) -> str | None:
+    """What the newest start of a run died of: what its nodes lacked, with a remedy, else the last line that looks like an error,
+    of rank 0 first; None where nothing was printed.
+
+    Args:
+        files: of the run.
+        job: its newest.
+    """
+    caught = [path for rank in range(2) for path in submitit_logs(job, rank)] if job is not None else []
+    for path in caught:
+        if remedy := find_remedy([line.decode(errors="replace") for line in _newest_lines(path, START_MARK.encode())]):
+            return remedy
+    mark = b"galaxydist: job " + (f"{job.job_id}, restart".encode() if job is not None else b"")
+    logs = [path for path in files.rank_logs()[:_MOST_RANKS] if job is None or _mentions(path, mark)]
     for path in (*logs, *caught):
-        for line in reversed(read_lines(path, _ERROR_BYTES)):
+        for line in reversed(_newest_lines(path, START_MARK.encode() if path in caught else mark)):
             if _ERROR.search(line):
                 return line.decode(errors="replace").strip()[:_LINE_BYTES]
+    if job is not None and job.scheduler == "slurm" and job.folder.is_dir() and not any(path.exists() for path in caught):
+        return (
+            f"its node wrote nothing into {job.folder}: it does not see that folder, or may not write to it. Put the runs on a "
+            "file system that all nodes share (run.root=FOLDER)"
+        )
     return None
+
+
+def _newest_lines(path: Path, mark: bytes) -> list[bytes]:
+    """The end of a log, from the last start on as far as that can be seen."""
+    lines = read_lines(path, _ERROR_BYTES)
+    starts = [number for number, line in enumerate(lines) if line.startswith(mark)]
+    return lines[starts[-1] :] if starts else lines
+
+
+def _mentions(path: Path, mark: bytes) -> bool:
+    """The job has written to a rank's log: it does not say another job's words only."""
+    lines = read_lines(path, _MARK_BYTES)
+    marked = [line for line in lines if line.startswith(b"galaxydist: job ")]
+    return not marked or marked[-1].startswith(mark)
 
 
 def read_lines(path: Path, num_bytes: int, end: int | None = None) -> list[bytes]:

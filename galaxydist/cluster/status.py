@@ -12,7 +12,7 @@ from galaxydist.cluster.active import find_holder, newest_job
 from galaxydist.cluster.programs import SchedulerAwayError
 from galaxydist.cluster.progress import Progress, read_progress
 from galaxydist.cluster.records import JobFiles, JobRecord, RestartRecord
-from galaxydist.cluster.run_logs import last_error_line
+from galaxydist.cluster.run_logs import explain_end
 from galaxydist.cluster.scheduler import (
     TIMED_STATES,
     UNKNOWN,
@@ -21,6 +21,7 @@ from galaxydist.cluster.scheduler import (
     read_states,
 )
 from galaxydist.errors import UserError
+from galaxydist.recipe.scalars import to_text
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock_owner import LockOwner, read_owner
 
@@ -38,6 +39,8 @@ _OTHER_GROUPS: dict[str, Group] = {
     FINISHED: "finished",
 }
 _DEPTH = 2
+_BARE_KEYS = ("recipe", "model.name", "data.variant")
+_NAMING_KEYS = ("model.name", "data.dataset", "data.variant", "seed")
 # SLURM may not know a job for so long after its submission.
 _SETTLING_S = 60.0
 
@@ -58,6 +61,7 @@ class RunStatus:
         restarts: how often it was started again after the first time, by SLURM or by us.
         time_left_s: seconds until the job's time limit; None where it does not run or has none.
         last_error: why it does not run as it should; None where it does.
+        label: what tells it from the other runs of its folder, such as ``vit balanced seed=1``; may be empty.
     """
 
     run: Path
@@ -70,6 +74,7 @@ class RunStatus:
     restarts: int = 0
     time_left_s: float | None = None
     last_error: str | None = None
+    label: str = ""
 
     @property
     def group(self) -> Group:
@@ -87,6 +92,7 @@ class RunStatus:
         return {
             "run": str(self.run),
             "name": self.name,
+            "label": self.label,
             "state": self.state,
             "group": self.group,
             "reason": self.reason,
@@ -153,7 +159,40 @@ def read_overview(folders: Sequence[Path]) -> Overview:
             runs.append(read_status(run, names[run], of_run, known))
         except (UserError, PermissionError) as error:
             runs.append(RunStatus(run, names[run], DAMAGED, last_error=str(error)))
+    labels = label_runs({run: read_settings(run, of_run) for run, of_run in jobs.items()})
+    runs = [dataclasses.replace(status, label=labels.get(status.run, "")) for status in runs]
     return Overview(tuple(sorted(runs, key=_place)), trouble)
+
+
+def read_settings(run: Path, jobs: Sequence[JobRecord]) -> dict[str, str]:
+    """What a run was asked for, by dotted key: the words of its newest submission, and what its recipe says of model, data and
+    seed."""
+    try:
+        recipe = RunFolder(run).read_recipe().recipe if RunFolder(run).is_started else {}
+    except (UserError, PermissionError):
+        recipe = {}
+    found = {key: to_text(recipe[key]) for key in _NAMING_KEYS if recipe.get(key) is not None}
+    for argument in jobs[-1].arguments if jobs else ():
+        key, _, value = argument.partition("=")
+        if not key.startswith(("run.", "tracker.")):
+            found[key] = value
+    if "recipe" in found:  # of which the model is a part
+        found["recipe"] = Path(found["recipe"]).stem
+        found.pop("model.name", None)
+    return found
+
+
+def label_runs(settings: Mapping[Path, Mapping[str, str]]) -> dict[Path, str]:
+    """What tells each run from the others of its folder: models and variants by their names, the rest as ``seed=1``."""
+    labels: dict[Path, str] = {}
+    for folder in {run.parent for run in settings}:
+        beside = {run: own for run, own in settings.items() if run.parent == folder}
+        keys = dict.fromkeys(key for own in beside.values() for key in own)
+        differing = [key for key in keys if len({own.get(key) for own in beside.values()}) > 1]
+        for run, own in beside.items():
+            words = [own[key] if key in _BARE_KEYS else f"{key.rpartition('.')[2]}={own[key]}" for key in differing if key in own]
+            labels[run] = " ".join(words)
+    return labels
 
 
 def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[str, JobState]) -> RunStatus:
@@ -183,7 +222,7 @@ def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[
         count_restarts(restarts, {job.job_id: known[job.job_id] for job in jobs if job.job_id in known}),
         state.time_left_s,
     )
-    return dataclasses.replace(status, last_error=_last_error(files, restarts, list(jobs), status.group))
+    return dataclasses.replace(status, last_error=_last_error(files, job, told, status.group))
 
 
 def count_restarts(restarts: Sequence[RestartRecord], known: Mapping[str, JobState]) -> int:
@@ -248,15 +287,8 @@ def _judge_ended(folder: RunFolder, restarts: Sequence[RestartRecord], *, was_lo
     return STOPPED if folder.metrics_path.exists() or restarts else NEW
 
 
-def _last_error(files: JobFiles, restarts: Sequence[RestartRecord], jobs: list[JobRecord], group: Group) -> str | None:
-    if group in ("running", "finished"):
-        return None
-    failure = files.failure()
-    if failure is not None and failure.get("error"):
-        return str(failure["error"])
-    if restarts and restarts[-1].decision != "finished":
-        return restarts[-1].error or restarts[-1].reason
-    return last_error_line(files, jobs) if group == "failed" else None
+def _last_error(files: JobFiles, job: JobRecord | None, told: JobState | None, group: Group) -> str | None:
+    return None if group in ("running", "finished") else explain_end(files, job, told, group=group)
 
 
 def _place(status: RunStatus) -> tuple[int, list[tuple[int, str]]]:

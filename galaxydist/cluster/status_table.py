@@ -24,6 +24,7 @@ NOTHING = "-"
 # Between two columns.
 _GAP = 2
 _LEAST_NAME = 16
+_ALWAYS = ("run", "state", "step", "best val")
 _ERROR_WIDTH = 30
 _REASON_WIDTH = 40
 # Accuracies need no name.
@@ -68,17 +69,18 @@ def _number(value: float | None, form: str) -> str:
 
 COLUMNS = (
     Column("run", lambda status: status.name, 0),
-    Column("job", lambda status: status.job.job_id if status.job else NOTHING, 5),
+    Column("what", lambda status: status.label or NOTHING, 2),
+    Column("job", lambda status: status.job.job_id if status.job else NOTHING, 6),
     Column("state", lambda status: status.state, 1),
-    Column("why", lambda status: shorten(status.reason, _REASON_WIDTH, placeholder="...") or NOTHING, 8),
-    Column("step", lambda status: _of(status.progress.step, status.progress.total_steps), 2, True),
-    Column("epoch", _epoch, 9, True),
-    Column("img/s", lambda status: _number(status.progress.img_s, ",.0f"), 4, True),
-    Column("best val", _best, 3, True),
-    Column("restarts", lambda status: str(status.restarts), 7, True),
-    Column("time left", lambda status: duration_text(status.time_left_s), 6, True),
-    Column("to do", lambda status: duration_text(status.to_do_s), 10, True),
-    Column("nodes", lambda status: status.nodes or NOTHING, 11),
+    Column("why", lambda status: shorten(status.reason, _REASON_WIDTH, placeholder="...") or NOTHING, 9),
+    Column("step", lambda status: _of(status.progress.step, status.progress.total_steps), 3, True),
+    Column("epoch", _epoch, 10, True),
+    Column("img/s", lambda status: _number(status.progress.img_s, ",.0f"), 5, True),
+    Column("best val", _best, 4, True),
+    Column("restarts", lambda status: str(status.restarts), 8, True),
+    Column("time left", lambda status: duration_text(status.time_left_s), 7, True),
+    Column("to do", lambda status: duration_text(status.to_do_s), 11, True),
+    Column("nodes", lambda status: status.nodes or NOTHING, 12),
 )
 
 
@@ -112,7 +114,11 @@ def render_overview(overview: Overview, width: int) -> RenderableType:
 
 def fitting_columns(runs: Sequence[RunStatus], width: int) -> list[Column]:
     """The columns that a terminal of this width has room for; run and state always."""
-    said = [column for column in COLUMNS if column.rank <= 3 or any(column.cell(status) not in (NOTHING, "0") for status in runs)]
+    said = [
+        column
+        for column in COLUMNS
+        if column.title in _ALWAYS or any(column.cell(status) not in (NOTHING, "0") for status in runs)
+    ]
     room = width - min(_width(said[0], runs), max(_LEAST_NAME, width // 3)) - _GAP
     kept = {0}
     for column in sorted(said, key=lambda column: column.rank)[1:]:

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from submitit.core.utils import FailedSubmissionError
+
 from galaxydist.cluster.active import find_holder, newest_job
 from galaxydist.cluster.executor import JobExecutor, SlurmExecutor, build_executor, explain_refusal
 from galaxydist.cluster.profile import ClusterConfig, ResolvedCluster
-from galaxydist.cluster.programs import SchedulerAwayError
+from galaxydist.cluster.programs import SchedulerAwayError, ask_slurm
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.request_file import JobRequest, RequestFile
 from galaxydist.cluster.scheduler import cancel_jobs, read_states
@@ -104,14 +106,25 @@ def submit_again(submission: RequestFile, run_dir: Path, *, resubmits: str) -> s
         The new job's id.
     """
     request = next(request for request in submission.requests if request.run_dir == run_dir)
-    again = dataclasses.replace(submission, path=_request_path(submission.folder), requests=(request,))
+    again = dataclasses.replace(
+        submission,
+        path=_request_path(submission.folder),
+        requests=(request,),
+        cluster=submission.cluster.model_copy(update={"after": None}),
+    )
     again.write()
-    (job_id,) = _send(again, resubmits=resubmits)
+    # Its ranks may be writing still.
+    (job_id,) = _send(again, after=resubmits, resubmits=resubmits)
     return job_id
 
 
-def script_of(requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folder: Path, name: str) -> str:
+def script_of(
+    requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folder: Path, name: str, parallel: int | None = None
+) -> str:
     """The batch script that would be submitted; nothing is written or sent.
+
+    Args:
+        requests, cluster, folder, name, parallel: as for ``submit_requests``.
 
     Raises:
         UserError: there is none for processes of this machine.
@@ -126,7 +139,7 @@ def script_of(requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folde
         folder.absolute(),
         name,
     )
-    executor = _executor(submission) if cluster.config.scheduler == "slurm" else None
+    executor = _executor(submission, parallel) if cluster.config.scheduler == "slurm" else None
     if not isinstance(executor, SlurmExecutor):
         raise UserError("cluster=local starts processes on this machine: there is no batch script to show")
     return executor.script(len(requests))
@@ -146,17 +159,13 @@ def _request_path(folder: Path) -> Path:
 def _executor(submission: RequestFile, parallel: int | None = None, after: str | None = None) -> JobExecutor:
     # Where the tasks run in a container, this does not: SLURM's programs are outside.
     python = sys.executable if submission.cluster.container else submission.cluster.python or sys.executable
-    after_srun = f"{shlex.quote(python)} -P -m galaxydist.cluster.after_srun"
+    after_srun = f"{shlex.quote(python)} -P -m galaxydist.cluster.after_srun {shlex.quote(str(submission.path))}"
     return build_executor(
         submission.cluster,
         submission.folder,
         name=submission.name,
         code=submission.code,
-        teardown=[
-            "exit_code=$?",
-            f'{after_srun} {shlex.quote(str(submission.path))} "$exit_code"',
-            "exit $?",
-        ],
+        after_srun=after_srun,
         parallel=parallel,
         after=after,
     )
@@ -192,6 +201,20 @@ def _send(
                 )
                 JobFiles(request.run_dir).append_job(record)
     return [job.job_id for job in jobs]
+
+
+def ask_start(script: str, cluster_name: str) -> str:
+    """What sbatch says of a batch script that is not sent: when and where the job would start.
+
+    Raises:
+        UserError: SLURM would not take it, or does not answer.
+    """
+    with plain_environment():
+        done = ask_slurm(["sbatch", "--test-only"], text=script)
+    if done.returncode != 0:
+        with explain_refusal(cluster_name):
+            raise FailedSubmissionError(done.stderr)
+    return " ".join(line.removeprefix("sbatch: ") for line in (done.stderr or done.stdout).splitlines())
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from galaxydist.cluster.active import find_holder, local_state, newest_job
 from galaxydist.cluster.records import JobFiles, JobRecord
+from galaxydist.cluster.requeue import FOR_GOOD
 from galaxydist.cluster.scheduler import WAITING_STATES, JobState
 from galaxydist.cluster.sweep import Trial
 from galaxydist.evaluation.report import read_evaluation
@@ -28,6 +29,7 @@ class TrialFacts:
         state: of that job.
         holder: who else works in the folder (``launch.py`` by hand); None: nobody.
         failure: how the last start failed.
+        for_good: it would fail in the same way again if nobody changes anything.
     """
 
     is_started: bool = False
@@ -37,6 +39,7 @@ class TrialFacts:
     state: JobState | None = None
     holder: str | None = None
     failure: str | None = None
+    for_good: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,13 @@ class Decision:
     reason: str
 
 
-def decide(facts: TrialFacts) -> Decision:
-    """What a trial needs. Submitted is what is neither done nor on its way."""
+def decide(facts: TrialFacts, *, retry_failed: bool = False) -> Decision:
+    """What a trial needs. Submitted is what is neither done nor on its way.
+
+    Args:
+        facts: of the trial.
+        retry_failed: also what failed for good.
+    """
     if facts.is_finished and not facts.missing:
         return Decision("finished", False, "")
     if facts.state is not None and facts.state.is_active:
@@ -66,6 +74,8 @@ def decide(facts: TrialFacts) -> Decision:
         )
     if facts.holder is not None:
         return Decision("running", False, facts.holder)
+    if facts.for_good and not facts.is_finished and not retry_failed:
+        return Decision("failed", False, f"{facts.failure}; it would fail again (mend the cause, then --retry-failed)")
     return Decision(*_due(facts))
 
 
@@ -101,6 +111,10 @@ def _facts_of(trial: Trial, jobs: Sequence[JobRecord], states: Mapping[str, JobS
     if job is not None and state is None:
         state = JobState(LOCAL_ENDED)
     failure = folder.read_failure()
+    # Of the newest job: what an earlier one failed by was sent again since.
+    records = [record for record in JobFiles(trial.run_dir).restarts()[-1:] if job is None or record.job_id == job.job_id]
+    own_failure = failure if failure is not None and (job is None or _is_of(failure, job)) else {}
+    for_good = any(record.for_good for record in records) or own_failure.get("kind") in FOR_GOOD
     return TrialFacts(
         is_started=folder.is_started,
         is_finished=folder.is_finished,
@@ -108,7 +122,8 @@ def _facts_of(trial: Trial, jobs: Sequence[JobRecord], states: Mapping[str, JobS
         job_id=job.job_id if job is not None else None,
         state=state,
         holder=_holder(folder, states),
-        failure=_describe(failure) if failure is not None else None,
+        failure=_describe(failure) if failure is not None else next((record.error for record in records), None),
+        for_good=for_good,
     )
 
 
@@ -142,6 +157,12 @@ def _holder(folder: RunFolder, states: Mapping[str, JobState]) -> str | None:
     """A process that works in the folder, but none of a job that is over."""
     holder = find_holder(folder.lock_path, states)
     return str(holder) if holder is not None else None
+
+
+def _is_of(failure: Mapping[str, object], job: JobRecord) -> bool:
+    """The failure is of this job, or of a start without one (processes of this machine)."""
+    start = failure.get("start")
+    return start is None or str(start).rpartition(".")[0] == job.job_id
 
 
 def _describe(failure: Mapping[str, object]) -> str:

@@ -25,6 +25,6 @@ def summarise(decisions: Sequence[Decision]) -> str:
     """``42 trials: 30 finished, 8 running, 4 to submit (2 failed, 2 new)``."""
     left = Counter(decision.standing for decision in decisions if not decision.is_due)
     due = Counter(decision.standing for decision in decisions if decision.is_due)
-    parts = [f"{left[standing]} {standing}" for standing in ("finished", "running", "queued") if left[standing]]
+    parts = [f"{left[standing]} {standing}" for standing in ("finished", "running", "queued", "failed") if left[standing]]
     parts += [f"{due.total()} to submit ({', '.join(f'{count} {standing}' for standing, count in due.items())})"] if due else []
     return f"{len(decisions)} trial{'s' if len(decisions) != 1 else ''}: {', '.join(parts)}"

@@ -1,10 +1,14 @@
-"""The architectures, and how a recipe becomes a model."""
+"""The architectures, and how a recipe becomes a model. Names are imported when they are used: a login node needs no torch."""
 
-from galaxydist.models.build import build_model, input_statistics
-from galaxydist.models.groups import no_decay_names, parameter_groups
-from galaxydist.models.published import fetch_weights
-from galaxydist.models.registry import MODEL_NAMES
-from galaxydist.models.weights import write_weights
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from galaxydist.models.build import build_model, input_statistics
+    from galaxydist.models.groups import no_decay_names, parameter_groups
+    from galaxydist.models.published import fetch_weights
+    from galaxydist.models.registry import MODEL_NAMES
+    from galaxydist.models.weights import write_weights
 
 __all__ = [
     "MODEL_NAMES",
@@ -15,3 +19,18 @@ __all__ = [
     "parameter_groups",
     "write_weights",
 ]
+
+_MODULES = {
+    "build": ("build_model", "input_statistics"),
+    "groups": ("no_decay_names", "parameter_groups"),
+    "published": ("fetch_weights",),
+    "registry": ("MODEL_NAMES",),
+    "weights": ("write_weights",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

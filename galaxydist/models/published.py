@@ -7,7 +7,6 @@ from typing import Any
 
 from galaxydist.errors import UserError
 from galaxydist.models.registry import ARCHITECTURES, recipe_of, timm_name
-from galaxydist.models.weights import read_weights
 from galaxydist.recipe.schema import ModelConfig
 
 HUB_FILE = "model.safetensors"
@@ -97,6 +96,8 @@ def _verify(path: Path, etag: str | None) -> None:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != etag:
             raise UserError(f"weights {path.name}: damaged on the way (SHA-256 {found}, the hub says {etag}); try again")
+    from galaxydist.models.weights import read_weights  # torch
+
     read_weights(path)
 
 

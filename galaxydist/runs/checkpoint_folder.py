@@ -13,10 +13,10 @@ import torch
 from galaxydist.errors import UserError
 from galaxydist.files import fsync_file, write_bytes
 from galaxydist.runs import tensor_files
+from galaxydist.runs.checkpoint_names import STATE_FILE
 
 FORMAT_VERSION = 1
 SHARDED_FORMAT_VERSION = 2  # each process wrote its part: version 1, but for several files a tensor
-_STATE_FILE = "checkpoint.json"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def write_state(
     content = {**json.loads(state_text), "tensors": dict(places), "files": dict(hashes)}
     body = _dump(content | {"format": SHARDED_FORMAT_VERSION} if sharded else content)
     digest = hashlib.sha256(body.encode()).hexdigest()
-    write_bytes(folder / _STATE_FILE, f'{{"sha256": "{digest}", "content":\n{body}\n}}\n'.encode())
+    write_bytes(folder / STATE_FILE, f'{{"sha256": "{digest}", "content":\n{body}\n}}\n'.encode())
     fsync_file(folder)
 
 
@@ -158,14 +158,14 @@ def read_state(path: Path) -> dict[str, Any]:
         DamagedCheckpointError: it is missing, changed or unreadable.
     """
     try:
-        stored = json.loads((path / _STATE_FILE).read_bytes())
+        stored = json.loads((path / STATE_FILE).read_bytes())
         digest, content = stored["sha256"], stored["content"]
         if not isinstance(content, dict) or digest != hashlib.sha256(_dump(content).encode()).hexdigest():
-            raise DamagedCheckpointError(f"{_STATE_FILE} has changed since it was written: its SHA-256 differs")
+            raise DamagedCheckpointError(f"{STATE_FILE} has changed since it was written: its SHA-256 differs")
     except FileNotFoundError:
-        raise DamagedCheckpointError(f"{_STATE_FILE} is missing") from None
+        raise DamagedCheckpointError(f"{STATE_FILE} is missing") from None
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise DamagedCheckpointError(f"{_STATE_FILE} cannot be read: {error}") from error
+        raise DamagedCheckpointError(f"{STATE_FILE} cannot be read: {error}") from error
     return content
 
 

@@ -4,18 +4,19 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from galaxydist.errors import UserError
-from galaxydist.models.build import input_statistics
-from galaxydist.models.weights import Statistics
 from galaxydist.recipe.paths import cache_dir, manifest_path
 from galaxydist.recipe.schema import DataConfig, Recipe
-from galaxydist.shards.augment import Augment
 from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.variants import Variant
+
+if TYPE_CHECKING:  # checks on a login node need no torch
+    from galaxydist.models.weights import Statistics
+    from galaxydist.shards.augment import Augment
 
 # What makes a data set's HDF5 file, for the message where it is missing.
 SOURCES = {"galaxy10_decals": "galaxydist data fetch", "simulated": "galaxydist data simulate"}
@@ -121,6 +122,8 @@ class TrainingData:
     @classmethod
     def of(cls, manifest: Manifest, recipe: Recipe) -> Self:
         """With the statistics that the model's weights were published with, or the data set's own."""
+        from galaxydist.models.build import input_statistics
+
         mean, std = input_statistics(recipe.model) or (manifest.channel_mean, manifest.channel_std)
         return cls(manifest.hash, manifest.class_names, mean, std)
 
@@ -132,12 +135,14 @@ class TrainingData:
         return cls(plain["manifest_hash"], *(tuple(plain[name]) for name in ("class_names", "channel_mean", "channel_std")))
 
     @property
-    def statistics(self) -> Statistics:
+    def statistics(self) -> "Statistics":
         return self.channel_mean, self.channel_std
 
 
-def build_augment(recipe: Recipe, trained_on: TrainingData, *, threads: int) -> Augment:
+def build_augment(recipe: Recipe, trained_on: TrainingData, *, threads: int) -> "Augment":
     """Stored pixels to model input; on a CPU by so many threads."""
+    from galaxydist.shards.augment import Augment
+
     data = recipe.data
     mean, std = trained_on.channel_mean, trained_on.channel_std
     return Augment(data.augment, recipe.seed, mean, std, data.image_size, crop=data.crop, threads=threads)

@@ -17,7 +17,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from galaxydist.chance import uniform
-from galaxydist.errors import EveryRankError
+from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.shards.batches import Batch
 from galaxydist.shards.purposes import Purpose
@@ -73,32 +73,6 @@ def count_pair_parts(batch_size: int, world_size: int, micro_batch: int) -> int:
     """
     num_pairs = batch_size // (2 * world_size)
     return 1 if micro_batch == 0 else -(-num_pairs // max(1, micro_batch // 2))
-
-
-def check_world(batch_size: int, world_size: int) -> None:
-    """See that both galaxies of each pair are the same process's.
-
-    Raises:
-        EveryRankError: twice the number of processes does not divide the global batch.
-    """
-    least = 2 * world_size
-    if batch_size % least == 0:
-        return
-    sizes = [size for size in (batch_size // least * least, (batch_size // least + 1) * least) if size]
-    text = (
-        f"Mixup and cutmix pair the halves of the global batch within a process: train.batch_size={batch_size} is no multiple of "
-        f"2 x {world_size} processes. Use train.batch_size={' or '.join(map(str, sizes))}"
-    )
-    worlds = [world for world in range(1, batch_size // 2 + 1) if batch_size % (2 * world) == 0]
-    near = [*[world for world in worlds if world < world_size][-1:], *[world for world in worlds if world > world_size][:1]]
-    if near:
-        text += f", or {' or '.join(map(str, near))} process{'' if near == [1] else 'es'}"
-    raise EveryRankError(f"{text}, or set train.mixup=0 and train.cutmix=0.")
-
-
-def is_mixing(config: TrainConfig) -> bool:
-    """Whether a recipe mixes at all."""
-    return config.mix_prob > 0 and (config.mixup > 0 or config.cutmix > 0)
 
 
 @dataclass(frozen=True)

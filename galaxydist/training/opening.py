@@ -3,20 +3,23 @@
 import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from galaxydist.errors import UserError
 from galaxydist.recipe.identity import flatten, later_defaults, result_fields, run_path
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
-from galaxydist.runs import checkpoints
-from galaxydist.runs.checkpoint_folder import Checkpoint
+from galaxydist.runs.checkpoint_names import read_newest_state
 from galaxydist.runs.folder import RunFolder, compare_recipes
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.manifest import Manifest
-from galaxydist.training.world import World
+
+if TYPE_CHECKING:  # torch, which a login node need not load
+    from galaxydist.runs.checkpoint_folder import Checkpoint
+    from galaxydist.training.world import World
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class OpenedFolder:
     threads: dict[str, int] | None
 
 
-def open_run_folder(world: World, resolved: ResolvedRecipe, manifest: Manifest) -> tuple[OpenedFolder, RunLock]:
+def open_run_folder(world: "World", resolved: ResolvedRecipe, manifest: Manifest) -> tuple[OpenedFolder, RunLock]:
     """Lock the recipe's run folder, and see that recipe and data are those that it was started with. For rank 0.
 
     Returns:
@@ -64,7 +67,7 @@ def open_run_folder(world: World, resolved: ResolvedRecipe, manifest: Manifest) 
         raise
 
 
-def check_continues(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> Checkpoint | None:
+def check_continues(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> "Checkpoint | None":
     """See that recipe and data are those that a run folder was started with; nothing is changed.
 
     Returns:
@@ -73,8 +76,24 @@ def check_continues(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> Ch
     Raises:
         UserError: naming what differs.
     """
+    from galaxydist.runs import checkpoints
+
     newest = checkpoints.load(folder.checkpoints_dir, groups=())
-    started_on = manifest.hash if newest is None else newest.state["data"]["manifest_hash"]
+    _check_same_run(folder, recipe, manifest, None if newest is None else newest.state)
+    return newest
+
+
+def check_would_continue(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> None:
+    """The same before a run is sent: quick, and without a look at the checkpoints' tensors.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    _check_same_run(folder, recipe, manifest, read_newest_state(folder.checkpoints_dir))
+
+
+def _check_same_run(folder: RunFolder, recipe: Recipe, manifest: Manifest, state: Mapping[str, Any] | None) -> None:
+    started_on = manifest.hash if state is None else state["data"]["manifest_hash"]
     if started_on != manifest.hash:
         raise UserError(
             f"The run in {folder} was started on other shards than {manifest.location} (manifest {started_on[:12]} there, "
@@ -85,7 +104,6 @@ def check_continues(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> Ch
         keys, force = result_fields(recipe).keys(), recipe.resume.force
         stored = {**later_defaults(), **folder.read_recipe().recipe}
         compare_recipes(stored, flatten(recipe), result_keys=keys, force=force, place=str(folder))
-    return newest
 
 
 def _continue(folder: RunFolder, resolved: ResolvedRecipe, manifest: Manifest) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from galaxydist.models.groups import parameter_groups
 from galaxydist.models.memory import checkpoint_activations
+from galaxydist.recipe.rules import check_strategy, check_world
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.augment import Augment
@@ -17,7 +18,7 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.training.data import TrainingData, build_augment
 from galaxydist.training.journal import Schedule
 from galaxydist.training.micro_batch import choose_micro_batch
-from galaxydist.training.mixing import Mixing, check_world, count_pair_parts, split_pairs, take
+from galaxydist.training.mixing import Mixing, count_pair_parts, split_pairs, take
 from galaxydist.training.nonfinite import Nonfinite
 from galaxydist.training.objective import Objective, class_weights
 from galaxydist.training.optimizer import LearningRate, build_optimizer
@@ -28,7 +29,7 @@ from galaxydist.training.speed import channels_last, compile_model, images_chann
 from galaxydist.training.spikes import SpikeDetector
 from galaxydist.training.state import TrainingState
 from galaxydist.training.stopping import EarlyStopping
-from galaxydist.training.strategy import Strategy, check_strategy, open_strategy
+from galaxydist.training.strategy import Strategy, open_strategy
 from galaxydist.training.syncnorm import synchronise_batch_norm
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.update import Update, count_micro_batches, split_evenly

@@ -10,7 +10,6 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from galaxydist.errors import EveryRankError
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.runs import checkpoints
 from galaxydist.runs.checkpoint_folder import Checkpoint
@@ -94,25 +93,6 @@ class Strategy(Protocol):
 def open_strategy(world: World, model: nn.Module, config: TrainConfig) -> Strategy:
     """Share a model, which is on its device, among the processes. All ranks take part; rank 0's weights count."""
     return DividedModel(world, model, config) if config.strategy == "fsdp" else WholeModel(world, model, config)
-
-
-def check_strategy(config: TrainConfig, precision: str) -> None:
-    """Refuse what does not go together.
-
-    Raises:
-        EveryRankError: on every rank the same.
-    """
-    if config.strategy == "ddp":
-        return
-    problems = {
-        "train.precision=fp16": precision == "fp16"
-        and "its loss scaling would differ between the parts: use train.precision=bf16",
-        "train.compile=true": config.compile and "set it to false",
-        "train.channels_last=true": config.channels_last and "set it to false",
-    }
-    refused = [f"{key} and train.strategy=fsdp do not go together here; {remedy}" for key, remedy in problems.items() if remedy]
-    if refused:
-        raise EveryRankError("; ".join(refused))
 
 
 class WholeModel:

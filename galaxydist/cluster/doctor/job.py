@@ -73,6 +73,7 @@ def short_profile(cluster: ClusterConfig) -> ClusterConfig:
             "time": min(cluster.time_min, JOB_MIN),
             "signal_s": min(cluster.signal_s, MOST_SIGNAL_S),
             "requeue": "never",
+            "after": None,
         }
     )
 

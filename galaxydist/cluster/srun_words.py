@@ -1,0 +1,86 @@
+"""What ``srun``, ``slurmstepd`` and ``bash`` say of a job's end: which rank or node died first, and what a node lacks."""
+
+import os
+import re
+import signal
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from galaxydist.runs.tails import read_tail
+
+# The batch script prints it to its stderr at each of its starts: what stands before it is of an earlier one.
+START_MARK = "galaxydist: start "
+# The argument of ``after_srun`` when SLURM has sent the batch script SIGTERM.
+TOLD_TO_END = "told-to-end"
+# src/srun/libsrun/launch.c: task_exit and node failure messages.
+_TASKS = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: (?P<end>.+?)(?: \(core dumped\))?$")
+_NODE_FAILURE = re.compile(r"srun: error: Node failure on (\S+)")
+# From here on SLURM itself ends the tasks.
+_ENDED_BY_SLURM = re.compile(r"forcing job termination|CANCELLED AT|Job step aborted")
+_SIGNALS = {signal.strsignal(number): number for number in signal.valid_signals()}
+
+# What a job prints that cannot start -> what it means and what to do.
+_REMEDIES = (
+    (
+        re.compile(r"execve\(\): (?P<what>\S+): (?:No such file|Permission denied)"),
+        "its nodes do not have {what}: set cluster.python to a Python that all of them have",
+    ),
+    (
+        re.compile(r"line \d+: (?P<what>\S*python\S*): (?:No such file|command not found|Permission denied)"),
+        "its nodes do not have {what}: set cluster.python to a Python that all of them have",
+    ),
+    (
+        re.compile(r"No module named '?(?P<what>galaxydist|submitit|torch)\b"),
+        "the Python of its nodes has no {what}: set cluster.python to one into which galaxydist is installed",
+    ),
+    (
+        re.compile(r"[Cc]ould not open std(?:out|err) file (?P<what>\S+?)(?:_log\.\w+)?: (?:No such file|Permission denied)"),
+        "a node does not see {what}: put the runs on a file system that all nodes share (run.root=FOLDER)",
+    ),
+)
+
+
+def read_own_words() -> list[str]:
+    """What the batch script of this process and its srun have printed to their stderr since the script's start."""
+    stderr = Path("/proc/self/fd/2")
+    try:
+        if not stat.S_ISREG(os.fstat(2).st_mode):
+            return []
+        lines = [line.decode(errors="replace") for line in read_tail(stderr, whole=False)]
+    except OSError:
+        return []
+    starts = [number for number, line in enumerate(lines) if line.startswith(START_MARK)]
+    return lines[starts[-1] :] if starts else lines
+
+
+def find_death(lines: Sequence[str]) -> str:
+    """The node or rank that died first, with the signal that ended it; empty where none died (an exit code is no death).
+
+    Args:
+        lines: of one start, oldest first.
+    """
+    if failed := next((match[1] for line in lines if (match := _NODE_FAILURE.search(line))), ""):
+        return f"node {failed} failed"
+    for line in lines:
+        if _ENDED_BY_SLURM.search(line):
+            return ""
+        if match := _TASKS.search(line):
+            who = f"rank {match['rank']} on {match['node']}"
+            if match["end"] == "Out Of Memory":
+                return f"{who} took more memory than the job has: raise cluster.memory"
+            number = _SIGNALS.get(match["end"])
+            if number is None:
+                return ""
+            cause = " (no memory left, or by hand)" if number == signal.SIGKILL else ""
+            return f"{who} was ended by signal {number}, {signal.Signals(number).name}{cause}"
+    return ""
+
+
+def find_remedy(lines: Sequence[str]) -> str:
+    """What the nodes lacked, and what to do; empty where the lines tell of no such thing."""
+    for line in lines:
+        for pattern, remedy in _REMEDIES:
+            if match := pattern.search(line):
+                return remedy.format(what=match["what"])
+    return ""
