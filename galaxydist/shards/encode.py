@@ -153,9 +153,9 @@ def _same_format(source: EncodedImage, encoding: str) -> bool:
 
 
 def _meta(galaxy: Galaxy, pixels: Pixels) -> bytes:
-    own: dict[str, Any] = {"id": galaxy.id, "ra": galaxy.ra, "dec": galaxy.dec, PIXEL_HASH: hash_pixels(pixels)}
+    own: dict[str, Any] = {"id": galaxy.id, "ra": galaxy.ra, "dec": galaxy.dec}
     try:
-        return json.dumps(_plain({**own, **galaxy.extras, **own})).encode()
+        return json.dumps(_plain({**own, **galaxy.extras, **own, PIXEL_HASH: hash_pixels(pixels)})).encode()
     except TypeError as error:
         raise UserError(f"galaxy {galaxy.id}: its extras are not plain JSON values ({error})") from None
 
