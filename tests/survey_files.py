@@ -3,6 +3,7 @@
 import resource
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def write_survey(path: Path, counts: Sequence[int] = (12,) * 10, seed: int = 0, 
 
 
 def write_picture(path: Path, seed: int = 0, size: tuple[int, int] = (20, 24), mode: str = "RGB") -> Path:
-    """A small picture; its format is its name's."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    """A small picture, another one in a folder of another name; its format is its name's."""
+    pixels = np.random.default_rng([seed, zlib.crc32(path.parent.name.encode())]).integers(0, 256, (*size, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).convert(mode).save(path)
     return path

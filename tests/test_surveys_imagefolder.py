@@ -75,7 +75,7 @@ def test_adding_a_picture_moves_few_others(tmp_path: Path) -> None:
 
     class_folders(tmp_path, count=40)
     before = test_files()
-    write_picture(tmp_path / "class2" / "a_new_one.jpg")
+    write_picture(tmp_path / "class2" / "a_new_one.jpg", 99)
     assert len(before - test_files()) <= 1
 
 

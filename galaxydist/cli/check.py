@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from galaxydist.cli.options import Commands, add_data_dir, chosen_root
+from galaxydist.cli.options import Commands, add_data_dir, chosen_root, find_manifests
 from galaxydist.errors import UserError
+from galaxydist.recipe.paths import find_shards
 
 
 def add_parser(commands: Commands) -> None:
@@ -16,9 +17,12 @@ def add_parser(commands: Commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "paths", nargs="*", metavar="PATH", help="manifests or their folders, paths or URLs (default: all of the data root)"
+        "paths",
+        nargs="*",
+        metavar="NAME|PATH",
+        help="data sets of the data root, or manifests or their folders, paths or URLs (default: all of the data root)",
     )
-    parser.add_argument("--dataset", metavar="NAME", help="only this data set of the data root")
+    parser.add_argument("--dataset", metavar="NAME", help="only this data set of the data root, as NAME alone")
     add_data_dir(parser)
     parser.set_defaults(run=run)
 
@@ -28,10 +32,11 @@ def run(arguments: argparse.Namespace) -> None:
     from galaxydist.recipe.paths import cache_dir
     from galaxydist.shards.cache import CacheConfig
     from galaxydist.shards.check import check_shards
+    from galaxydist.shards.equal_pictures import describe_equal_pictures
 
     problems = []
     root = chosen_root(arguments)
-    for path in arguments.paths or _manifests(root, arguments.dataset):
+    for path in _locations(arguments.paths, root, arguments.dataset):
         try:
             checked = check_shards(path, CacheConfig(cache_dir(root)))
         except UserError as error:
@@ -42,20 +47,22 @@ def run(arguments: argparse.Namespace) -> None:
                 f"in order: {manifest.dataset}, {manifest.variant}: "
                 f"{checked.num_galaxies} galaxies in {checked.num_shards} shards ({manifest.location})"
             )
+            for line in describe_equal_pictures(manifest):
+                print(f"  {line}")
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _manifests(root: Path, dataset: str | None) -> list[Path]:
-    from galaxydist.shards.manifest import MANIFEST_NAME
-
-    folder = root / "shards"
-    found = sorted(folder.glob(f"*/*/{MANIFEST_NAME}"))
-    wanted = [path for path in found if dataset in (None, path.parents[1].name)]
-    if not wanted:
-        names = ", ".join(sorted({path.parents[1].name for path in found})) or "none"
+def _locations(given: list[str], root: Path, dataset: str | None) -> list[str | Path]:
+    """The manifests that are meant; all of the data root, or of one data set, where no place is given."""
+    names = [dataset] if dataset is not None else []
+    if given:
+        return [place for text in (*given, *names) for place in find_manifests(text, root)]
+    if dataset is not None:
+        return [*find_manifests(dataset, root)]
+    there = [path for paths in find_shards(root).values() for path in paths]
+    if not there:
         raise UserError(
-            f"no shards{f' of {dataset}' if dataset else ''} in {folder} (data sets there: {names}). "
-            "Make them with `galaxydist data shard`, or give the path of a manifest"
+            f"there are no shards in {root / 'shards'}. Make them with `galaxydist data shard`, or give the path of a manifest"
         )
-    return wanted
+    return [*there]

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from galaxydist.cli.options import (
+    DATASETS,
     Commands,
     add_data_dir,
-    add_dataset,
     add_survey,
     chosen_root,
+    find_manifests,
     local_path,
     non_negative_int,
     positive_int,
@@ -38,10 +39,15 @@ def add_parser(commands: Commands) -> None:
         "place",
         nargs="?",
         metavar="SOURCE",
-        help="a shards' manifest.json (or its folder or URL), an HDF5 file in Galaxy10's schema, or a folder of pictures "
-        "(default: the HDF5 file of --dataset)",
+        help="a data set of the data root, a shards' manifest.json (or its folder or URL), an HDF5 file in Galaxy10's schema, "
+        "or a folder of pictures (default: --dataset)",
     )
-    add_dataset(parser)
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        default="galaxy10_decals",
+        help="a survey or shards of the data root (default: %(default)s)",
+    )
     add_survey(parser)
     parser.add_argument("--variant", choices=VARIANTS, help="default: original, or what the shards hold")
     parser.add_argument(
@@ -98,12 +104,22 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _location(arguments: argparse.Namespace, root: Path) -> str:
-    """What to look at: the SOURCE, else ``--from``, else the survey of the data root."""
-    if arguments.place is None:
-        return str(survey_source(arguments, root))
-    if arguments.source is not None:
+    """The place to look at: the SOURCE, else ``--from``, else the data set of the data root: its survey file, or its shards."""
+    if arguments.place is not None and arguments.source is not None:
         raise UserError(f"two sources: {arguments.place} and --from {arguments.source}; leave one out")
-    return str(arguments.place)
+    if arguments.place is None and arguments.source is not None:
+        return str(survey_source(arguments, root))
+
+    from galaxydist.recipe.paths import find_shards, hdf5_path
+
+    given = arguments.place or arguments.dataset
+    if arguments.place is not None and ("://" in given or Path(given).exists()):
+        return str(given)
+    if (file := hdf5_path(root, given)).is_file():
+        return str(file)
+    if given in DATASETS and given not in find_shards(root):
+        return str(survey_source(argparse.Namespace(source=None, dataset=given), root))
+    return str(find_manifests(given, root, arguments.variant)[-1])  # the original variant where there are both
 
 
 def _command(arguments: argparse.Namespace) -> str:

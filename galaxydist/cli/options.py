@@ -125,6 +125,32 @@ def chosen_root(arguments: argparse.Namespace) -> Path:
     return data_root(arguments.data_dir, os.environ)
 
 
+def find_manifests(text: str, root: Path, variant: str | None = None) -> list[str | Path]:
+    """The shards that a user means: a path or URL as it is, or those of a data set of that name under the data root.
+
+    Args:
+        text: the user's word.
+        root: the data root.
+        variant: of a data set only this variant.
+
+    Raises:
+        UserError: there is neither such a path nor such a data set.
+    """
+    from galaxydist.recipe.paths import find_shards
+
+    if "://" in text or Path(text).exists():
+        return [text]
+    there = find_shards(root)
+    found = [path for path in there.get(text, []) if variant in (None, path.parent.name)]
+    if not found:
+        named = ", ".join(f"{name} ({', '.join(path.parent.name for path in paths)})" for name, paths in there.items()) or "none"
+        raise UserError(
+            f"{text}{f' ({variant})' if variant else ''}: there is no such path, and no shards of that name in {root / 'shards'} "
+            f"(data sets there: {named}). Make them with `galaxydist data shard`, or give the path of a manifest"
+        )
+    return [*found]
+
+
 def positive_int(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
     return _whole_number(text, 1)

@@ -3,10 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from galaxydist.cli.status import find_folder
 from galaxydist.errors import UserError
 from galaxydist.variants import VARIANTS, Variant
 
-HELP = "a run folder [data.manifest=FILE | data.variant=NAME], or the recipe=NAME [key=value] that trained it"
+HELP = (
+    "a run folder, or its name under ./runs [data.manifest=FILE | data.variant=NAME], "
+    "or the recipe=NAME [key=value] that trained it"
+)
 _KEYS = ("data.manifest", "data.variant")
 
 
@@ -53,10 +57,7 @@ def read_target(words: list[str], manifest: str | None) -> RunTarget:
     variant = next((known for known in VARIANTS if known == named), None)
     if named is not None and variant is None:
         raise UserError(f"data.variant={named}: there are {' and '.join(VARIANTS)}")
-    run_dir = Path(folders[0])
-    if not run_dir.is_dir():
-        raise UserError(f"there is no run folder {run_dir}; give one that launch.py made, or the recipe=NAME that it trained")
-    return RunTarget(run_dir, keys.get("data.manifest", manifest), variant)
+    return RunTarget(find_folder(folders[0]), keys.get("data.manifest", manifest), variant)
 
 
 def _trained_by(words: list[str]) -> Path:

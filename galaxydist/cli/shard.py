@@ -22,6 +22,8 @@ from galaxydist.errors import UserError
 from galaxydist.variants import VARIANTS
 
 if TYPE_CHECKING:
+    from galaxydist.galaxy import Survey
+    from galaxydist.shards.manifest import Manifest
     from galaxydist.surveys.imagefolder import FolderSurvey
 
 # Endings of pictures without loss.
@@ -44,6 +46,9 @@ def add_parser(commands: Commands) -> None:
         "--conflicting", choices=("keep", "drop"), default="keep", help="galaxies that the source has with two labels"
     )
     parser.add_argument("--fold", type=fold, metavar="K/N", help="fold K of an N-fold cross-validation: train and test, no val")
+    parser.add_argument(
+        "--val", choices=("0",), metavar="0", help="0: no validation split; what would be taken for it stays in train"
+    )
     parser.add_argument("--encoding", choices=("jpeg", "png", "raw"), default="jpeg", help="default: %(default)s")
     parser.add_argument("--quality", type=quality, default=95, metavar="Q", help="of JPEG, 1 to 100 (default: %(default)s)")
     parser.add_argument(
@@ -88,9 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--max-errors counts pictures that are left out: say --on-error skip as well")
 
     from galaxydist.recipe.paths import shards_dir
-    from galaxydist.shards.damaged import LEFT_OUT_NAME, count_left_out
     from galaxydist.shards.write import write_shards
-    from galaxydist.surveys.imagefolder import FolderSurvey
     from galaxydist.surveys.open import open_survey
 
     root = chosen_root(arguments)
@@ -103,6 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
             name=_name(arguments, source),
             fold=arguments.fold,
             classes=arguments.classes,
+            has_val=arguments.val is None,
         )
         out_dir = arguments.out or shards_dir(root, survey.name, variant, conflicting=arguments.conflicting)
         written_before = _written_at(out_dir)
@@ -121,10 +125,27 @@ def run(arguments: argparse.Namespace) -> None:
         counts = ", ".join(f"{name} {split.num_samples}" for name, split in manifest.splits.items())
         there = " (there already)" if written_before == _written_at(out_dir) else ""
         print(f"shards of {manifest.dataset}, {manifest.variant} ({counts}): {manifest.path}{there}")
-        if left_out := count_left_out(manifest.dir):
-            print(f"left out as damaged: {left_out}, listed in {manifest.dir / LEFT_OUT_NAME}")
-        if isinstance(survey, FolderSurvey) and arguments.encoding == "jpeg":
-            _say_lossy(survey, arguments.quality)
+        _say_more(survey, manifest, arguments)
+
+
+def _say_more(survey: "Survey", manifest: "Manifest", arguments: argparse.Namespace) -> None:
+    """Say what of the pictures and classes a user should know before training."""
+    from galaxydist.shards.damaged import LEFT_OUT_NAME, count_left_out
+    from galaxydist.shards.equal_pictures import describe_equal_pictures
+    from galaxydist.surveys.imagefolder import FolderSurvey
+    from galaxydist.surveys.names import mirrored_classes
+
+    if left_out := count_left_out(manifest.dir):
+        print(f"left out as damaged: {left_out}, listed in {manifest.dir / LEFT_OUT_NAME}")
+    if isinstance(survey, FolderSurvey) and arguments.encoding == "jpeg":
+        _say_lossy(survey, arguments.quality)
+    for line in describe_equal_pictures(manifest):
+        print(line)
+    if mirrored := mirrored_classes(manifest.class_names):
+        print(
+            f"the classes {', '.join(mirrored)} are mirror images of one another: train with data.augment.flip=false, without "
+            "d4_cnn and without eval.tta=d4, which take them for one"
+        )
 
 
 def _say_lossy(survey: "FolderSurvey", quality: int) -> None:

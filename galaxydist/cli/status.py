@@ -84,7 +84,7 @@ def find_folder(text: str) -> Path:
     for path in (Path(text), RUNS / text):
         if path.is_dir():
             return path
-    raise UserError(f"{text}: there is no such folder, nor {RUNS / text}. Give a run folder, or a folder that holds some.")
+    raise UserError(f"{text}: there is no such folder, nor {RUNS / text}. Give a run, or a folder that holds some.")
 
 
 def run_status(arguments: argparse.Namespace) -> None:

@@ -14,8 +14,8 @@ from galaxydist.shards.plan import default_shard_size
 from galaxydist.shards.store import is_url
 from galaxydist.surveys.official import NAME, read_official_split
 from galaxydist.surveys.split import NONE
-from galaxydist.training.data import SOURCES, has_split
 from galaxydist.training.data import find_manifest as manifest_location
+from galaxydist.training.data import has_split, shard_commands
 
 # A galaxy in a shard: 300 real Galaxy10 DECaLS cutouts of 256 x 256 pixels as JPEG of quality 95 took 27,700 bytes on average;
 # the tar adds three headers, its padding, the class and the metadata.
@@ -77,10 +77,10 @@ def find_data(config: DataConfig, root: Path, *, galaxies: int | None = None, sh
         raise UserError(
             f"{location} is a URL, and nothing is fetched for a plan: give --galaxies N (training galaxies) and --shards M"
         )
-    make = SOURCES.get(config.dataset)
+    make = "`, `".join(shard_commands(config))
     raise UserError(
         f"there are no shards of {config.dataset} ({config.variant}) at {location}, and their number is not known without: give "
-        "--galaxies N (training galaxies)" + (f", or make them (`{make}`, `galaxydist data shard`)" if make else "")
+        f"--galaxies N (training galaxies), or make them (`{make}`)"
     )
 
 

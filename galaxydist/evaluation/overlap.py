@@ -1,5 +1,6 @@
-"""Which galaxies a model is to be judged on that it has learnt from, or was chosen on: by id, or by their place on the sky."""
+"""Galaxies that a model is judged on and has learnt from, or was chosen on: by id, by place on the sky, or by their pictures."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,14 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
+from galaxydist.shards.encode import PIXEL_HASH
 from galaxydist.surveys.names import same_survey
 from galaxydist.surveys.sky import CUTOUT_ARCSEC, chord, unit_vectors
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_log = logging.getLogger(__name__)
+
 # What is compared of a catalogue.
-COLUMNS = ("id", "ra", "dec")
+COLUMNS = ("id", "ra", "dec", PIXEL_HASH)
 # Galaxies of either side that are compared at a time.
 CHUNK = 1 << 20
 # Ids that a message names.
@@ -29,7 +33,7 @@ class Galaxies:
     """A split's galaxies.
 
     Args:
-        table: N rows with ``id`` and, in degrees, ``ra`` and ``dec`` (null where unknown).
+        table: N rows with ``id`` and, in degrees, ``ra`` and ``dec`` (null where unknown); ``pixel_hash`` where shards have it.
         dataset: the data set's name: an id means one galaxy only within one survey.
         what: says which these are, for messages.
     """
@@ -46,37 +50,46 @@ class Overlap:
     Args:
         by_id: (N,) the galaxy of this id is in it.
         by_position: (N,) a galaxy as close as the radius is in it.
+        by_picture: (N,) a galaxy whose picture has the same pixels is in it.
     """
 
     by_id: Mask
     by_position: Mask
+    by_picture: Mask
 
     @property
     def rows(self) -> Mask:
-        """(N,) either."""
-        return self.by_id | self.by_position
+        """(N,) any of them."""
+        return self.by_id | self.by_position | self.by_picture
 
 
 def find_overlap(others: "pa.Table", test: "pa.Table", *, are_one_survey: bool, radius_arcsec: float = CUTOUT_ARCSEC) -> Overlap:
     """The test galaxies that are among others. Memory is bounded but for a few bytes a galaxy; 10^6 x 10^6 take seconds.
 
     Args:
-        others, test: catalogues with ``id``, ``ra``, ``dec``. Rows without a position are compared by id alone.
+        others, test: catalogues with ``id``, ``ra``, ``dec`` and, for the pictures to be compared, ``pixel_hash``. What is null
+            is not compared.
         are_one_survey: compare ids too: those of different surveys, often a number in a list, mean nothing to one another.
         radius_arcsec: how close, inclusive, on the sky; by default the width of a Galaxy10 cutout, within which a galaxy shows in
             the other's picture.
     """
-    by_id = _among_ids(others, test) if are_one_survey else np.zeros(len(test), np.bool_)
-    return Overlap(by_id, _near(_positions(others), _positions(test), radius_arcsec))
+    nothing = np.zeros(len(test), np.bool_)
+    has_pictures = PIXEL_HASH in others.column_names and PIXEL_HASH in test.column_names
+    return Overlap(
+        by_id=_among(others, test, "id") if are_one_survey else nothing,
+        by_position=_near(_positions(others), _positions(test), radius_arcsec),
+        by_picture=_among(others, test, PIXEL_HASH) if has_pictures else nothing,
+    )
 
 
-def check_overlap(trained: Galaxies, validation: Galaxies | None, test: Galaxies) -> Mask:
+def check_overlap(trained: Galaxies, validation: Galaxies | None, test: Galaxies, *, are_one_set: bool = False) -> Mask:
     """See that no test galaxy was in a model's training set.
 
     Args:
         trained: what the model was trained on.
         validation: what it was chosen on, where there was anything.
         test: what it is to be judged on.
+        are_one_set: these are splits of one data set, which stay as given: equal pictures in them are said, not refused.
 
     Returns:
         (N,) which test galaxies were in its validation set.
@@ -85,8 +98,17 @@ def check_overlap(trained: Galaxies, validation: Galaxies | None, test: Galaxies
         UserError: naming how many were in its training set, and some of them.
     """
     found = _compare(trained, test)
-    if found.rows.any():
+    if (found.by_id | found.by_position if are_one_set else found.rows).any():
         raise UserError(_refusal(found, trained, test))
+    if found.by_picture.any():
+        _log.warning(
+            "%d of the %d galaxies of %s have the picture of a training galaxy, pixel for pixel (%s): the model has learnt from "
+            "them",
+            int(found.by_picture.sum()),
+            len(test.table),
+            test.what,
+            _name_some(test.table, found.by_picture),
+        )
     if validation is None:
         return np.zeros(len(test.table), np.bool_)
     return _compare(validation, test).rows
@@ -96,7 +118,11 @@ def _refusal(found: Overlap, trained: Galaxies, test: Galaxies) -> str:
     close = found.by_position & ~found.by_id
     reasons = [
         f"{int(rows.sum())} {how} ({_name_some(test.table, rows)})"
-        for rows, how in ((found.by_id, "by id"), (close, f"within {CUTOUT_ARCSEC:.0f} arcsec of one of them on the sky"))
+        for rows, how in (
+            (found.by_id, "by id"),
+            (close, f"within {CUTOUT_ARCSEC:.0f} arcsec of one of them on the sky"),
+            (found.by_picture & ~found.by_id & ~found.by_position, "by their pictures, which are equal pixel for pixel"),
+        )
         if rows.any()
     ]
     text = (
@@ -119,13 +145,14 @@ def _compare(others: Galaxies, test: Galaxies) -> Overlap:
     return find_overlap(others.table, test.table, are_one_survey=same_survey(others.dataset, test.dataset))
 
 
-def _among_ids(others: "pa.Table", test: "pa.Table") -> Mask:
+def _among(others: "pa.Table", test: "pa.Table", column: str) -> Mask:
+    """(N,) which test values stand among the others'."""
     import pyarrow.compute as pc
 
-    ids, found = test.column("id"), np.zeros(len(test), np.bool_)
+    values, found = test.column(column), np.zeros(len(test), np.bool_)
     for start in range(0, len(others), CHUNK):
-        known = others.column("id").slice(start, CHUNK).combine_chunks()
-        found |= pc.is_in(ids, value_set=known, skip_nulls=True).to_numpy(zero_copy_only=False)
+        known = others.column(column).slice(start, CHUNK).combine_chunks()
+        found |= pc.is_in(values, value_set=known, skip_nulls=True).to_numpy(zero_copy_only=False)
     return found
 
 

@@ -63,6 +63,14 @@ def manifest_path(root: Path, dataset: str, variant: str, *, conflicting: str = 
     return shards_dir(root, dataset, variant, conflicting=conflicting) / "manifest.json"
 
 
+def find_shards(root: Path) -> dict[str, list[Path]]:
+    """The manifests of the shards under a data root, by data set."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted((root / "shards").glob("*/*/manifest.json")):
+        found.setdefault(path.parents[1].name, []).append(path)
+    return found
+
+
 def images_dir(root: Path, dataset: str) -> Path:
     """Where ``galaxydist data export`` puts a data set's ImageFolder trees."""
     return root / "images" / dataset

@@ -1,5 +1,6 @@
 """One galaxy to the bytes that a shard keeps."""
 
+import hashlib
 import io
 import json
 import math
@@ -21,6 +22,9 @@ from galaxydist.shards.tar import LONGEST_KEY
 from galaxydist.surveys.pictures import to_rgb
 
 Pixels = NDArray[np.uint8]
+
+# Of a galaxy's extras, and so of the catalogue: :func:`hash_pixels` of the picture as it came.
+PIXEL_HASH = "pixel_hash"
 
 _KEY = re.compile(r"[A-Za-z0-9_+-]+")
 
@@ -60,7 +64,7 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
     size = encoding.image_size
     source = galaxy.image if isinstance(galaxy.image, EncodedImage) else None
     pixels = decode_picture(source, f"galaxy {galaxy.id}: ") if source else _check_pixels(galaxy)
-    meta = _meta(galaxy)
+    meta = _meta(galaxy, pixels)
     if pixels.shape != (size, size, 3):
         if not encoding.resize:
             height, width = pixels.shape[:2]
@@ -109,6 +113,19 @@ def encode_picture(pixels: Pixels, encoding: str, quality: int) -> bytes:
     return stream.getvalue()
 
 
+def hash_pixels(pixels: Pixels) -> int | None:
+    """A number of 64 bits (signed) that pictures of equal pixels share, before they are resampled and compressed again.
+
+    Two different ones of ten million share theirs with a chance of 10^-5. None for a picture of one colour: it shows nothing, so
+    that two of them are not the same galaxy.
+    """
+    if (pixels == pixels[:1, :1]).all():
+        return None
+    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=8)
+    digest.update(np.ascontiguousarray(pixels))
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
 def resize_square(pixels: Pixels, size: int) -> Pixels:
     """The central square of a picture at another size, antialiased (Lanczos)."""
     height, width = pixels.shape[:2]
@@ -135,10 +152,10 @@ def _same_format(source: EncodedImage, encoding: str) -> bool:
     return False
 
 
-def _meta(galaxy: Galaxy) -> bytes:
+def _meta(galaxy: Galaxy, pixels: Pixels) -> bytes:
     own: dict[str, Any] = {"id": galaxy.id, "ra": galaxy.ra, "dec": galaxy.dec}
     try:
-        return json.dumps(_plain({**own, **galaxy.extras, **own})).encode()
+        return json.dumps(_plain({**own, **galaxy.extras, **own, PIXEL_HASH: hash_pixels(pixels)})).encode()
     except TypeError as error:
         raise UserError(f"galaxy {galaxy.id}: its extras are not plain JSON values ({error})") from None
 

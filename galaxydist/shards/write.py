@@ -49,7 +49,7 @@ from galaxydist.shards.plan import Settings, pack_tasks, part_tasks, shard_layou
 # What a folder that is being written is made of; it is the last thing to be made in it, and the last to go.
 NOTE = "settings.json"
 # Of what is in it; a folder of another version is begun anew.
-WORK_VERSION = 3
+WORK_VERSION = 4
 # Below this many galaxies, starting processes costs more than they save.
 FEW_GALAXIES = 4000
 

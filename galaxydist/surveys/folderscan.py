@@ -3,19 +3,23 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from galaxydist.errors import UserError
-from galaxydist.galaxy import GALAXY10_CLASSES
+from galaxydist.galaxy import GALAXY10_CLASSES, SPLITS
 from galaxydist.surveys.foldermeta import METADATA_FILE
 from galaxydist.surveys.names import natural_key
 from galaxydist.surveys.pictures import EXTENSIONS
 
 logger = logging.getLogger(__name__)
 
-_SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_SPLIT_FOLDERS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 _NUMBERED = {str(label) for label in range(len(GALAXY10_CLASSES))}
 _FITS = (".fits", ".fit", ".fts", ".fz")
 # Folders that file servers and desktops put beside the user's own; what is in them are thumbnails and deleted files.
@@ -61,6 +65,7 @@ def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ..
     if splits and len(splits) == len(top) and "train" not in splits.values():
         raise UserError(f"{root} has {', '.join(splits)} but no train folder; put the training pictures into {root / 'train'}")
     if "train" in splits.values():
+        _refuse_twins(root, splits)
         _warn_ignored(root, [name for name in top if name not in splits])
         class_folders = [
             (f"{folder}/{name}", name, split) for folder, split in splits.items() for name in finder.list_folders(folder)
@@ -72,6 +77,16 @@ def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ..
     pictures = [PictureFile(file, split, labels[name]) for folder, name, split in class_folders for file in found[folder]]
     order = {"train": 0, "val": 1, "test": 2, None: 0}
     return class_names, sorted(pictures, key=lambda picture: (order[picture.split], picture.label))
+
+
+def _refuse_twins(root: Path, splits: Mapping[str, str]) -> None:
+    """Two folders of one split are more likely two splits, of which one has an unlucky name, than one in two parts."""
+    for split in SPLITS:
+        if len(names := [name for name in splits if splits[name] == split]) > 1:
+            raise UserError(
+                f"{root}: the folders {', '.join(names)} would all be the {split} split; put their pictures into one folder, or "
+                "rename those that mean another split (train, val, test)"
+            )
 
 
 def known_split(name: str) -> str | None:

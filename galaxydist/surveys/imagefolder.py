@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +11,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.cores import available_cores
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, Galaxy
 from galaxydist.surveys import official
+from galaxydist.surveys.filehash import group_equal_files, hash_files
 from galaxydist.surveys.foldermeta import METADATA_FILE, FolderInfo, FolderMetadata, FolderRow, read_info, read_metadata
 from galaxydist.surveys.folderscan import PictureFile, known_split, scan_folder
 from galaxydist.surveys.names import safe_name, unique_ids
 from galaxydist.surveys.pictures import read_picture
 from galaxydist.surveys.schema import SIMULATED
-from galaxydist.surveys.sky import check_positions
+from galaxydist.surveys.sky import check_positions, join_groups
 from galaxydist.surveys.split import (
     NONE,
     TEST,
@@ -78,31 +77,17 @@ class FolderSurvey:
     @cached_property
     def source_hash(self) -> str:
         """SHA-256 over names, labels, splits and the files' bytes, read when it is first asked for."""
-        from tqdm import tqdm
+        return self.hash_of(hash_files(self.root, self.files, self.name))
 
+    def hash_of(self, digests: list[str]) -> str:
+        """``source_hash``, from the hashes of the files."""
         digest = hashlib.sha256(f"{self.name} {self.class_names}".encode())
         digest.update(self.labels.tobytes())
         for split, rows in self.splits.items():
             digest.update(split.encode() + rows.tobytes())
-        with (
-            ThreadPoolExecutor(available_cores()) as pool,
-            tqdm(total=len(self.files), desc=f"hash {self.name}", unit="picture", disable=None, delay=2.0) as bar,
-        ):
-            for row, hexdigest in zip(self.rows, pool.map(self._file_hash, self.files), strict=True):
-                digest.update(f"{row} {hexdigest}".encode())
-                bar.update()
+        for row, hexdigest in zip(self.rows, digests, strict=True):
+            digest.update(f"{row} {hexdigest}".encode())
         return digest.hexdigest()
-
-    def _file_hash(self, file: str) -> str:
-        path = self.root / file
-        try:
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-        except (FileNotFoundError, PermissionError) as error:  # a broken link: where pictures are read, all such are named
-            return f"unreadable ({error.strerror})"
-        except OSError as error:
-            raise UserError(
-                f"cannot read {path}: {error.strerror}; see to the disk or the file server that it lies on"
-            ) from error
 
 
 def open_image_folder(
@@ -113,6 +98,7 @@ def open_image_folder(
     name: str | None = None,
     fold: tuple[int, int] | None = None,
     classes: str | None = None,
+    has_val: bool = True,
 ) -> FolderSurvey:
     """Open a folder of pictures: ``[train|val|test/]<class>/...``; a split that is missing is cut from train, and said.
 
@@ -123,6 +109,7 @@ def open_image_folder(
         name: the data set's name; the exported one, else the folder's, where None.
         fold: ``(k, n)``: fold k of an n-fold cross-validation, for a folder without splits.
         classes: ``galaxy10``: the folders, named 0 to 9 or by name, are Galaxy10's classes.
+        has_val: False: no validation split; the galaxies that would be taken for it stay in train.
 
     Raises:
         UserError: no pictures, an empty class, a class without training pictures, no such variant.
@@ -138,24 +125,35 @@ def open_image_folder(
     class_names, pictures = scan_folder(root, as_galaxy10=classes == "galaxy10" or _is_galaxy10(info))
     pictures, rows, source_ids = _with_metadata(root, pictures)
     population = _population([picture.label for picture in pictures], class_names, rows)
-    codes = _folder_codes(root, pictures, rows)
-    codes = _fold(root, population, codes, fold) if fold is not None else _complete(root, population, codes)
+    given = _folder_codes(root, pictures, rows)
+    files = tuple(picture.file for picture in pictures)
+    digests: list[str] | None = None
+    if info is None and (variant == "balanced" or not _is_complete(root, given, has_val=has_val)):
+        digests = hash_files(root, files, name or root.name)
+        equal = group_equal_files(root, files, digests, population.labels)
+        population = replace(population, sky=join_groups(population.sky, equal, population.labels))
+    codes = _fold(root, population, given, fold) if fold is not None else _complete(root, population, given, has_val=has_val)
     if variant == "balanced" and not is_balanced:
         codes = split_balanced(population, codes)
+    if not has_val:
+        codes = np.where(codes == VAL, TRAIN, codes).astype(np.int8)
     if conflicting == "drop":
         marked = np.array([bool(row.extras.get("conflicting")) for row in rows])
         codes = np.where(marked | population.sky.conflicting, NONE, codes).astype(np.int8)
-    return FolderSurvey(
+    survey = FolderSurvey(
         root=root,
         name=name or (info.name if info else safe_name(root.resolve().name)),
         variant=variant,
         class_names=class_names,
         labels=np.asarray(population.labels, np.int64),
         splits=rows_by_split(codes),
-        files=tuple(picture.file for picture in pictures),
+        files=files,
         rows=tuple(rows),
         source_ids=tuple(source_ids),
     )
+    if digests is not None:
+        vars(survey)["source_hash"] = survey.hash_of(digests)  # the files are not read a second time for it
+    return survey
 
 
 def _is_galaxy10(info: FolderInfo | None) -> bool:
@@ -255,18 +253,27 @@ def _table_codes(root: Path, rows: list[FolderRow]) -> Codes | None:
     return np.array([SPLITS.index(name or "train") for name in names], np.int8)
 
 
+def _is_complete(root: Path, given: Codes | None, *, has_val: bool) -> bool:
+    """Whether the folder itself gives all splits that are wanted, so that none is cut."""
+    found = set() if given is None else set(given.tolist())
+    if VAL in found and not has_val:
+        raise UserError(f"{root} has a validation split of its own; --val 0 is for a folder without one")
+    return found.issuperset((TRAIN, VAL, TEST) if has_val else (TRAIN, TEST))
+
+
 def _fold(root: Path, population: Population, codes: Codes | None, fold: tuple[int, int]) -> Codes:
     if codes is not None:
         raise UserError(f"{root} has split folders of its own; a cross-validation needs a folder with class folders alone")
     return split_fold(population, *fold)
 
 
-def _complete(root: Path, population: Population, codes: Codes | None) -> Codes:
-    """All three splits: those that the folder lacks are cut from train, with a word about it."""
+def _complete(root: Path, population: Population, codes: Codes | None, *, has_val: bool) -> Codes:
+    """The splits that are wanted: those that the folder lacks are cut from train, with a word about it."""
     if codes is None:
-        logger.warning("%s has no train, val and test folders: its pictures are split 80/10/10 by class", root)
+        shares = "80/10/10" if has_val else "90/10 into train and test"
+        logger.warning("%s has no train, val and test folders: its pictures are split %s by class", root, shares)
         return split_original(population)
-    for target, split in ((TEST, "test"), (VAL, "val")):
+    for target, split in ((TEST, "test"), *(((VAL, "val"),) if has_val else ())):
         if not (codes == target).any():
             logger.warning("%s has no %s folder: a tenth of train, by class, is taken for it", root, split)
             codes = cut(population, codes, target)
@@ -274,7 +281,7 @@ def _complete(root: Path, population: Population, codes: Codes | None) -> Codes:
         absent = [population.class_names[label] for label in np.flatnonzero(population.counts(codes == code) == 0).tolist()]
         if absent and code == TRAIN:
             raise UserError(f"{root}: class {absent[0]!r} has no training pictures; add some or remove the class everywhere")
-        if absent:
+        if absent and (has_val or code != VAL):
             logger.warning("%s: %s has no picture of %s", root, split, ", ".join(absent))
     return codes
 

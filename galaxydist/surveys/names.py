@@ -11,6 +11,19 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_+-]+")
 _FOLD = re.compile(r"-fold\d+of\d+$")
 _DIGITS = re.compile(r"(\d+)")
 
+_OTHER_WAY = re.compile(r"(anti|counter)[ _-]*clockwise")
+# Words for the two hands of a pair.
+_HANDS = {
+    word: (kind, hand)
+    for kind, *hands in (
+        ("turn", ("clockwise", "cw"), ("anticlockwise", "acw", "ccw")),
+        ("side", ("left", "lefthanded"), ("right", "righthanded")),
+        ("letter", ("s", "swise"), ("z", "zwise")),
+    )
+    for hand, words in zip(("one", "other"), hands, strict=True)
+    for word in words
+}
+
 
 def safe_name(text: str) -> str:
     """``text`` with everything else replaced by ``_``; never empty."""
@@ -39,6 +52,18 @@ def same_survey(one: str, other: str) -> bool:
     """Whether two data sets, by their names, are of one survey, so that an id means one galaxy in both: a survey's variants have
     its name, its folds names of their own."""
     return _FOLD.sub("", one) == _FOLD.sub("", other)
+
+
+def mirrored_classes(names: Sequence[str]) -> list[str]:
+    """The classes of which another is the mirror image, by their names: clockwise and anticlockwise, left and right, S and Z."""
+    by_rest: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for name in names:
+        words = re.findall(r"[a-z]+|\d+", _OTHER_WAY.sub("anticlockwise", name.lower()))
+        hands = [_HANDS[word] for word in words if word in _HANDS]
+        if len(hands) == 1:
+            rest = tuple(hands[0][0] if word in _HANDS else word for word in words)
+            by_rest.setdefault(rest, {}).setdefault(hands[0][1], []).append(name)
+    return [name for hands in by_rest.values() if len(hands) == 2 for same in hands.values() for name in same]
 
 
 def natural_key(text: str) -> tuple[tuple[tuple[int, int, str], ...], str]:

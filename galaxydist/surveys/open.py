@@ -19,6 +19,7 @@ def open_survey(
     name: str | None = None,
     fold: tuple[int, int] | None = None,
     classes: str | None = None,
+    has_val: bool = True,
 ) -> Survey:
     """Open an HDF5 file in Galaxy10's schema, or a folder of pictures.
 
@@ -29,6 +30,7 @@ def open_survey(
         name: the data set's name; found in the source where None.
         fold: ``(k, n)``: instead of the split, fold k (0 ... n-1) of an n-fold cross-validation: train, test, and an empty val.
         classes: ``galaxy10``: a folder's classes, named 0 to 9 or by name, are Galaxy10's. A survey file's always are.
+        has_val: False: no validation split, which a folder of pictures may do without.
 
     Raises:
         UserError: nothing there, or nothing that can be used; the text says why.
@@ -43,5 +45,9 @@ def open_survey(
     if name is not None:
         check_name(name)
     if path.is_dir():
-        return open_image_folder(path, variant, conflicting=conflicting, name=name, fold=fold, classes=classes)
+        return open_image_folder(path, variant, conflicting=conflicting, name=name, fold=fold, classes=classes, has_val=has_val)
+    if not has_val:
+        raise UserError(
+            f"{path} is a survey file, whose split is frozen with its validation part; --val 0 is for folders of pictures"
+        )
     return open_galaxy10(path, variant, conflicting=conflicting, name=name, fold=fold)

@@ -37,14 +37,7 @@ def read_sky(labels: NDArray[np.integer], ra: NDArray[np.float64] | None, dec: N
     if ra is None or dec is None:
         return Sky(groups, conflicting)
     pairs = close_pairs(ra, dec, CUTOUT_ARCSEC)
-    if len(pairs):
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-
-        links = coo_array((np.ones(len(pairs), np.bool_), (pairs[:, 0], pairs[:, 1])), shape=(len(labels), len(labels)))
-        component = connected_components(links, directed=False)[1]
-        grouped = np.unique(pairs)
-        groups[grouped] = _number_by_first_row(component[grouped])
+    groups = _connect(pairs, len(labels))
     same = close_pairs(ra, dec, SAME_PLACE_ARCSEC)
     conflicting[same[labels[same[:, 0]] != labels[same[:, 1]]]] = True
     return Sky(groups, conflicting)
@@ -67,6 +60,24 @@ def check_positions(ra: NDArray[np.float64], dec: NDArray[np.float64], *, name: 
             f"{name(row)}: ra={ra[row]:g}, dec={dec[row]:g} is no place on the sky ({len(wrong)} such of {len(ra)}): ra and dec "
             "are degrees, from 0 to 360 and from -90 to 90, nan (or nothing) where they are unknown"
         )
+
+
+def join_groups(sky: Sky, equal: NDArray[np.int64], labels: NDArray[np.integer]) -> Sky:
+    """Neighbours of which those with equal pictures are of one group as well, and conflicting if they have two labels.
+
+    Args:
+        sky: what the positions say.
+        equal: (N,) a number that galaxies of equal pictures share; -1 where there is no other.
+        labels: (N,) class numbers.
+    """
+    if not (equal >= 0).any():
+        return sky
+    pairs = _pairs_of_group(equal)
+    two_labels = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]
+    is_conflicting = np.zeros(int(equal.max()) + 1, np.bool_)
+    is_conflicting[equal[two_labels[:, 0]]] = True
+    groups = _connect(np.concatenate([_pairs_of_group(sky.groups), pairs]), len(labels))
+    return Sky(groups, sky.conflicting | ((equal >= 0) & is_conflicting[equal]))
 
 
 def close_pairs(ra: NDArray[np.float64], dec: NDArray[np.float64], arcsec: float) -> NDArray[np.int64]:
@@ -93,6 +104,27 @@ def unit_vectors(ra: NDArray[np.float64], dec: NDArray[np.float64]) -> NDArray[n
 def chord(arcsec: float) -> float:
     """The straight distance between two points of the unit sphere that are so far apart on it."""
     return float(2 * np.sin(np.radians(arcsec / 3600) / 2))
+
+
+def _pairs_of_group(groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(P, 2) rows that follow one another in a group: enough of its pairs to connect it."""
+    rows = np.flatnonzero(groups >= 0)
+    rows = rows[np.argsort(groups[rows], kind="stable")]
+    return np.stack([rows[:-1], rows[1:]], axis=1)[groups[rows[:-1]] == groups[rows[1:]]]
+
+
+def _connect(pairs: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """(length,) numbers of the groups that pairs of rows make; -1 for a row in no pair."""
+    groups = np.full(length, -1, np.int64)
+    if len(pairs):
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        links = coo_array((np.ones(len(pairs), np.bool_), (pairs[:, 0], pairs[:, 1])), shape=(length, length))
+        component = connected_components(links, directed=False)[1]
+        grouped = np.unique(pairs)
+        groups[grouped] = _number_by_first_row(component[grouped])
+    return groups
 
 
 def _number_by_first_row(component: NDArray[np.integer]) -> NDArray[np.int64]:

@@ -116,8 +116,30 @@ def split_original(population: Population) -> Codes:
         num_test, num_val = left[TEST, label], left[VAL, label]
         codes[rows[:num_test]] = TEST
         codes[rows[num_test : num_test + num_val]] = VAL
+    _fill(population, codes, left)
     _check_filled(population, codes)
     return codes
+
+
+def _fill(population: Population, codes: Codes, left: NDArray[np.int64]) -> None:
+    """Whole groups to the splits that have no galaxy of a class, as long as train keeps some: classes that are all copies."""
+    for code in (TEST, VAL):
+        for label in np.flatnonzero(population.counts(codes == code) == 0).tolist():
+            for rows in _movable_groups(population, codes, label):
+                moved = population.counts(rows)
+                if (population.counts(codes == TRAIN) > moved)[moved > 0].all():
+                    codes[rows] = code
+                if population.counts(codes == code)[label] >= max(1, left[code, label]):
+                    break
+
+
+def _movable_groups(population: Population, codes: Codes, label: int) -> Iterator[Rows]:
+    """The groups that are wholly in train, have a galaxy of the class, and none with a second label; in hash order."""
+    for rows in population.groups_in_hash_order():
+        in_train = rows[codes[rows] != NONE]
+        if (codes[in_train] == TRAIN).all() and (population.labels[rows] == label).any():
+            if not population.sky.conflicting[rows].any():
+                yield in_train
 
 
 def split_counts(class_counts: NDArray[np.integer], seed: int) -> NDArray[np.int64]:
@@ -168,7 +190,8 @@ def _balanced_pools(population: Population, original: Codes, label: int) -> tupl
 def cut(population: Population, codes: Codes, target: int, fraction: float = 0.1) -> Codes:
     """New codes in which ``fraction`` of each class of train (at least one galaxy) is ``target``, VAL or TEST.
 
-    Only galaxies without neighbours in train and without a second label are moved, so that groups stay together.
+    Only galaxies without neighbours in train and without a second label are moved, so that groups stay together; whole groups of a
+    class that has no others.
     """
     groups, train = population.sky.groups, codes == TRAIN
     num_neighbours = np.bincount(groups[train & (groups >= 0)], minlength=int(groups.max(initial=0)) + 1)
@@ -176,7 +199,13 @@ def cut(population: Population, codes: Codes, target: int, fraction: float = 0.1
     new_codes = codes.copy()
     for label, count in enumerate(population.counts(train)):
         rows = population.hash_sorted(movable & (population.labels == label), _CUT_VAL if target == VAL else _CUT_TEST)
-        new_codes[rows[: max(1, round(fraction * int(count)))]] = target
+        wanted = max(1, round(fraction * int(count)))
+        new_codes[rows[:wanted]] = target
+        if not len(rows) and count:  # all are copies or neighbours of one another
+            for group in _movable_groups(population, new_codes, label):
+                if wanted > 0 and (population.counts(new_codes == TRAIN) > population.counts(group))[label]:
+                    new_codes[group] = target
+                    wanted -= len(group)
     return new_codes
 
 
@@ -219,5 +248,5 @@ def _check_filled(population: Population, codes: Codes) -> None:
         if len(empty):
             raise UserError(
                 f"class {population.class_names[empty[0]]!r} cannot be split: its galaxies have so many neighbours on the sky "
-                f"that none is left for {split}; add galaxies of this class"
+                f"or equal pictures that none is left for {split}; add galaxies of this class"
             )

@@ -3,15 +3,17 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 from galaxydist.errors import UserError
-from galaxydist.recipe.paths import cache_dir, manifest_path
+from galaxydist.recipe.paths import cache_dir, find_shards, manifest_path
 from galaxydist.recipe.schema import DataConfig, Recipe
 from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
+from galaxydist.surveys.names import mirrored_classes
 from galaxydist.variants import Variant
 
 if TYPE_CHECKING:  # checks on a login node need no torch
@@ -63,12 +65,7 @@ def open_manifest(path: str, cache: CacheConfig, recipe: Recipe, world_size: int
     """
     config = recipe.data
     if config.manifest is None and not Path(path).exists():
-        make = [SOURCES.get(config.dataset), _shard_command(config)]
-        raise UserError(
-            f"There are no shards of {config.dataset} ({config.variant}) at {path}. Make them with:\n"
-            + "\n".join(f"  {command}" for command in make if command)
-            + "\nor give other ones with data.manifest=FILE, or another data root with data.dir=FOLDER or GALAXYDIST_DATA."
-        )
+        raise UserError(_no_shards(config, Path(path)))
     manifest = open_shards(path, cache)
     path = manifest.location
     num_train = manifest.split("train").num_samples
@@ -97,6 +94,17 @@ def open_manifest(path: str, cache: CacheConfig, recipe: Recipe, world_size: int
         if recipe.train.patience:
             raise UserError(f"{path} has no validation split to stop early by. Use train.patience=0.")
     return manifest
+
+
+def mirror_warning(manifest: Manifest, recipe: Recipe) -> str:
+    """A line where classes are mirror images of one another and the recipe takes a picture and its mirror image for one."""
+    mirrored = mirrored_classes(manifest.class_names)
+    blind = {"data.augment.flip=true": recipe.data.augment.flip, "model.name=d4_cnn": recipe.model.name == "d4_cnn"}
+    blind["eval.tta=d4"] = recipe.eval.tta == "d4"
+    if not mirrored or not any(blind.values()):
+        return ""
+    keys = ", ".join(key for key, is_set in blind.items() if is_set)
+    return f"the classes {', '.join(mirrored)} are mirror images of one another, which a model cannot tell apart with {keys}"
 
 
 def has_split(manifest: Manifest, name: str) -> bool:
@@ -148,6 +156,24 @@ def build_augment(recipe: Recipe, trained_on: TrainingData, *, threads: int) -> 
     return Augment(data.augment, recipe.seed, mean, std, data.image_size, crop=data.crop, threads=threads)
 
 
-def _shard_command(config: DataConfig) -> str:
-    command = f"galaxydist data shard --dataset {config.dataset} --variant {config.variant}"
-    return command if config.conflicting == "keep" else f"{command} --conflicting drop"
+def shard_commands(config: DataConfig) -> list[str]:
+    """The commands that make the shards of a data set."""
+    options = f"--variant {config.variant}" + ("" if config.conflicting == "keep" else " --conflicting drop")
+    if config.dataset in SOURCES:
+        return [SOURCES[config.dataset], f"galaxydist data shard --dataset {config.dataset} {options}"]
+    return [f"galaxydist data shard --from FOLDER_OR_FILE --name {config.dataset} {options}"]
+
+
+def _no_shards(config: DataConfig, path: Path) -> str:
+    there = find_shards(path.parents[3])
+    named = [f"{name} ({', '.join(manifest.parent.name for manifest in found)})" for name, found in there.items()]
+    close = get_close_matches(config.dataset, list(there), n=1)
+    is_other = bool(close) and close[0] != config.dataset
+    return (
+        f"There are no shards of {config.dataset} ({config.variant}) at {path}; there are "
+        + (", ".join(named) or "none of any data set")
+        + (f"; did you mean data.dataset={close[0]}?" if is_other else ".")
+        + " Make them with:\n"
+        + "\n".join(f"  {command}" for command in shard_commands(config))
+        + "\nor give other ones with data.manifest=FILE, or another data root with data.dir=FOLDER or GALAXYDIST_DATA."
+    )

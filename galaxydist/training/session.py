@@ -25,7 +25,15 @@ from galaxydist.shards.open import open_shards
 from galaxydist.shards.reader import Batch, TrainReader
 from galaxydist.training.agreement import StopFlag
 from galaxydist.training.announcement import describe_end, describe_run, describe_time
-from galaxydist.training.data import TrainingData, find_cache, find_manifest, find_variant, has_split, open_manifest
+from galaxydist.training.data import (
+    TrainingData,
+    find_cache,
+    find_manifest,
+    find_variant,
+    has_split,
+    mirror_warning,
+    open_manifest,
+)
 from galaxydist.training.feed import DeviceFeed
 from galaxydist.training.flight import set_flight_recorder
 from galaxydist.training.journal import Journal
@@ -98,6 +106,8 @@ class Session:
         manifest = self.world.together(lambda: open_manifest(path, cache, self.recipe, self.world.size))
         self._others = self.world.together(lambda: self._open_others(manifest))
         self.world.on_main(lambda: self._check_data(manifest))
+        if warning := mirror_warning(manifest, self.recipe):
+            self.world.say(warning)
         check_parts(self.recipe, self.world)
         torch.manual_seed(self.recipe.seed)
         model = self.world.together(lambda: self._build_model(manifest))

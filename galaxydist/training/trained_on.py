@@ -11,6 +11,7 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.overlap import COLUMNS, Galaxies, check_overlap
 from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.catalogue import read_catalogue
+from galaxydist.shards.encode import PIXEL_HASH
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.training.data import TrainingData, has_split
@@ -91,7 +92,11 @@ def find_validation(
         return None
     trained = manifest if manifest.hash == trained_on.manifest_hash else find_trained(trained_on)
     validation = _galaxies(trained, "val") if has_split(trained, "val") else None
-    return check_overlap(_galaxies(trained, "train"), validation, _galaxies(manifest, split))
+    train, test = _galaxies(trained, "train"), _galaxies(manifest, split)
+    are_one_set = manifest.hash == trained_on.manifest_hash
+    if not are_one_set:
+        _say_without_hashes(train, test)
+    return check_overlap(train, validation, test, are_one_set=are_one_set)
 
 
 def check_before_training(trained: Manifest, judged: Manifest) -> None:
@@ -106,7 +111,19 @@ def check_before_training(trained: Manifest, judged: Manifest) -> None:
         UserError: test galaxies are in the training set.
     """
     if has_split(judged, JUDGED_SPLIT) and trained.catalogues and judged.catalogues:
-        check_overlap(_galaxies(trained, "train"), None, _galaxies(judged, JUDGED_SPLIT))
+        train, test = _galaxies(trained, "train"), _galaxies(judged, JUDGED_SPLIT)
+        check_overlap(train, None, test, are_one_set=judged.hash == trained.hash)
+
+
+def _say_without_hashes(*both: Galaxies) -> None:
+    """Shards of an earlier version have no hashes of their pictures."""
+    for galaxies in both:
+        if PIXEL_HASH not in galaxies.table.column_names:
+            _log.warning(
+                "%s has no hashes of its pictures (an earlier version made these shards): galaxies are compared by id and place "
+                "alone, and equal pictures under other names are not found; make the shards anew to have them compared",
+                galaxies.what,
+            )
 
 
 def _galaxies(manifest: Manifest, split: str) -> Galaxies:

@@ -12,9 +12,8 @@ from string import Template
 from galaxydist.cluster.doctor.check import Check, failure, ok, warning
 from galaxydist.cluster.doctor.room import find_mount, free_bytes
 from galaxydist.files import fsync_file, rename, write_bytes
-from galaxydist.recipe.paths import DATA_VARIABLE
+from galaxydist.recipe.paths import DATA_VARIABLE, find_shards
 from galaxydist.recipe.schema import DataConfig
-from galaxydist.shards.manifest import MANIFEST_NAME
 from galaxydist.training.data import SOURCES, find_manifest
 
 # Galaxy10 DECaLS as HDF5 (2.7 GB), its shards of both variants and weights, with room for checkpoints.
@@ -66,7 +65,7 @@ def check_shards(root: Path) -> Check:
     wanted = Path(find_manifest(config, root))
     if wanted.is_file():
         return ok("shards", f"{config.dataset} ({config.variant}): {wanted}")
-    others = sorted(f"{path.parents[1].name} ({path.parent.name})" for path in (root / "shards").glob(f"*/*/{MANIFEST_NAME}"))
+    others = [f"{name} ({path.parent.name})" for name, paths in find_shards(root).items() for path in paths]
     text = f"no {config.dataset} ({config.variant}) in {root / 'shards'}" + (f"; there: {', '.join(others)}" if others else "")
     return warning("shards", text, f"{SOURCES[config.dataset]}, then galaxydist data shard (with the same {DATA_VARIABLE})")
 
