@@ -38,7 +38,8 @@ def play(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, without: s
             if command[0] == program
         }
         path.write_text(
-            f"#!{sys.executable}\nimport pathlib, sys\n"
+            # As pip does it: a first line cannot name an interpreter whose path has a space.
+            f"#!/bin/sh\n'''exec' \"{sys.executable}\" \"$0\" \"$@\"\n' '''\nimport pathlib, sys\n"
             f"if {program == failing}: sys.exit('slurm_load_partitions: Unable to contact slurm controller (connect failure)')\n"
             f"line = ' '.join(sys.argv[1:])\n"
             f"found = [path for words, path in {answers!r}.items() if line.startswith(words)]\n"
