@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from galaxydist.errors import UserError
+from galaxydist.recipe.load import load_recipe
 from galaxydist.recipe.schema import OptimConfig
 from galaxydist.training.objective import Objective, class_weights
 from galaxydist.training.optimizer import LearningRate
+from galaxydist.training.parts import _example
 from galaxydist.training.stopping import EarlyStopping
 from galaxydist.training.update import count_micro_batches, split_evenly
 from galaxydist.training.world import resolve_precision
@@ -121,3 +125,24 @@ def test_precision_follows_the_device(precision: str, has_gpu: bool, capability:
 def test_fp16_without_a_gpu_is_refused_with_the_way_out() -> None:
     with pytest.raises(UserError, match=r"train\.precision=auto"):
         resolve_precision("fp16", has_gpu=False, capability=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank", "micro_batch", "count"),
+    [
+        (("train.batch_size=20",), 0, 0, 2),
+        (("train.batch_size=20",), 2, 1, 1),
+        (("train.batch_size=20", "train.compile=true"), 0, 0, 7),  # three ranks have 7, 7 and 6
+        (("train.batch_size=20", "train.compile=true"), 2, 0, 6),
+        (("train.batch_size=20", "train.compile=true"), 0, 4, 3),  # two parts, of 3 and 4
+        (("train.batch_size=24", "train.compile=true", "train.mixup=0.4"), 0, 4, 4),
+    ],
+)
+def test_the_first_passes_have_the_shape_of_a_steps_first(
+    settings: tuple[str, ...], rank: int, micro_batch: int, count: int
+) -> None:
+    recipe = load_recipe(["recipe=custom_cnn", "data.image_size=16", *settings])
+    world: Any = SimpleNamespace(rank=rank, size=3, device=torch.device("cpu"), dtype=torch.float64)
+    augment: Any = lambda images_BHWC, *_: images_BHWC.permute(0, 3, 1, 2).float()  # noqa: E731
+    images_BCHW = _example(world, recipe.recipe, augment, micro_batch)
+    assert (images_BCHW.shape, images_BCHW.dtype) == ((count, 3, 16, 16), torch.float64)

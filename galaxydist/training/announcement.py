@@ -75,7 +75,10 @@ def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, sche
     share = share_of(recipe, world.size)
     count = min(micro_batch or share, share)
     if world.device.type == "cpu":
-        count = max(1, min(count, int(TIMED_FLOPS / training_flops(model, recipe.data.image_size))))
+        with unchanged(model, world.device):
+            model.eval()  # while it trains, synchronised batch normalisation asks the other processes
+            flops = training_flops(model, recipe.data.image_size)
+        count = max(1, min(count, int(TIMED_FLOPS / flops)))
         count = max(count, min(2, share))  # batch normalisation needs two values
     probe = Probe(world, recipe, model, ballast_bytes=0, loss=_scalar)
     with unchanged(model, world.device):
