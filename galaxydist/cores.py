@@ -1,8 +1,14 @@
-"""How many processor cores a process may really use: what it is bound to, its container's CPU quota, and who shares both."""
+"""How many processor cores a process may really use: what it is bound to, its container's CPU quota, and who shares both; and
+what each of our processes sets at its start."""
 
+import atexit
+import contextlib
+import gc
+import io
 import math
 import os
 import re
+import sys
 from collections.abc import Collection, MutableMapping, Sequence
 from pathlib import Path
 
@@ -34,6 +40,24 @@ def cpu_quota(root: Path = Path("/")) -> float:
             continue
         quota = min([quota, *(read(mount / group) for mount in mounts for group in groups)])
     return quota
+
+
+def total_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that this machine has, or that the control groups of this process allow it, whatever is in use.
+
+    Linux's documentation: cgroup-v2.rst, "memory.max"; version 1: memory.txt, "memory.limit_in_bytes".
+
+    Args:
+        root: of the file system.
+    """
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for controllers, groups in control_groups(root):
+        if not controllers or "memory" in controllers:
+            folder, name = ("", "memory.max") if not controllers else ("memory", "memory.limit_in_bytes")
+            for group in groups:
+                with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                    found.append(int((root / "sys/fs/cgroup" / folder / group / name).read_text()))
+    return min(found)
 
 
 def control_groups(root: Path = Path("/")) -> list[tuple[tuple[str, ...], tuple[Path, ...]]]:
@@ -92,10 +116,18 @@ def _read_cfs(group: Path) -> float:
         return math.inf
 
 
-def wait_politely(environ: MutableMapping[str, str]) -> None:
-    """Let idle OpenMP threads sleep; to be called before torch is imported, which reads it.
+def set_up_process(environ: MutableMapping[str, str]) -> None:
+    """Make three settings of a process of ours; to be called before torch is imported.
 
-    Threads that spin while they wait take the cores from whatever else runs on the machine, and are then slower themselves: five
-    times on a busy machine of two cores, none on an idle one.
+    Idle OpenMP threads sleep: those that spin while they wait take the cores from whatever else runs on the machine, and are then
+    slower themselves: five times on a busy machine of two cores, none on an idle one. Text that the terminal's encoding lacks is
+    printed with backslashes, instead of failing. At its end Python does not search for garbage once more, which takes a second of
+    a core where torch is loaded.
+
+    Args:
+        environ: the process's environment, which torch reads when it is imported.
     """
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    atexit.register(gc.freeze)

@@ -52,6 +52,24 @@ def test_missing_data_names_the_commands_that_make_it(tmp_path: Path, capsys: py
     assert not run_dir.exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"train__micro_batch": 1}, "Use train.micro_batch=2 or more."),
+        ({"train__micro_batch": 2, "train__batch_size": 3}, "Use train.micro_batch=3 or more."),
+        ({"train__batch_size": 1}, "Use train.batch_size=2 or more."),
+    ],
+    ids=["micro-batch", "remainder", "share"],
+)
+def test_a_pass_of_one_galaxy_that_cannot_be_normalised_is_refused(
+    changes: Mapping[str, object], remedy: str, blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"recipe": "resnet18", "model__width": None, **changes}
+    error = refused(quick_settings(blobs, tmp_path / "run", **settings), capsys)
+    assert "resnet18 at data.image_size=32" in error and remedy in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_batch_larger_than_the_data_is_refused(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(quick_settings(blobs, tmp_path / "run", train__batch_size=73), capsys)
     assert "train.batch_size=73" in error and "72 training galaxies" in error

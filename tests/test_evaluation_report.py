@@ -188,6 +188,15 @@ def test_figures_of_predictions_say_what_they_show(summary: Summary, monkeypatch
     assert len(draw_reliability(alone, TITLE).axes) == 2 and len(reliability.axes) == 4
 
 
+def test_figures_of_many_classes_fit_an_image() -> None:
+    """Of 65,536 pixels at most."""
+    confusion_KK = np.eye(200, dtype=np.int64)
+    many = metrics_from_counts(confusion_KK, 1.0, 200, [f"class {label}" for label in range(200)])
+    for figure in (draw_confusion(many, "title"), draw_per_class(many, "title")):
+        assert max(figure.get_size_inches()) < 60
+        assert not any(axes.texts for axes in figure.axes)
+
+
 def test_curves_end_where_they_should(summary: Summary) -> None:
     for curve in summary.curves[:9]:
         assert curve is not None

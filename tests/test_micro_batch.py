@@ -14,9 +14,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from galaxydist.errors import EveryRankError
+from galaxydist.models.build import build_model
 from galaxydist.recipe.load import load_recipe
-from galaxydist.recipe.schema import Recipe
-from galaxydist.training.micro_batch import choose_micro_batch, conditions, find_micro_batch, largest_that_fits, remembered
+from galaxydist.recipe.schema import ModelConfig, Recipe
+from galaxydist.training.micro_batch import (
+    choose_micro_batch,
+    conditions,
+    find_micro_batch,
+    largest_that_fits,
+    most_on_cpu,
+    remembered,
+)
 from galaxydist.training.out_of_memory import explain_out_of_memory, is_out_of_memory, what_to_lower
 from galaxydist.training.update import count_micro_batches, split_evenly
 from galaxydist.training.world import World, enter_world
@@ -134,10 +142,22 @@ def test_pairs_stay_together(world: World) -> None:
     assert all(size % 2 == 0 for size in model.sizes)
 
 
-def test_a_cpu_is_not_tried(world: World) -> None:
-    model = LimitedModel(1)
-    assert find_micro_batch(world, build_recipe("train.batch_size=24"), model) == 24
-    assert model.sizes == []
+def test_a_cpu_takes_half_a_minutes_work_whatever_is_free() -> None:
+    """Pinned: another number would change how runs are cut that are started again."""
+    resnet18 = build_model(ModelConfig(name="resnet18"), 10, 256)
+    assert [most_on_cpu(resnet18, 256, memory) for memory in (2**31, 3 * 2**30, 2**38)] == [11, 11, 70]
+    small = build_model(ModelConfig(name="custom_cnn", width=4), 10, 64)
+    assert most_on_cpu(small, 64, 2**34) > 1000 > most_on_cpu(small, 1024, 2**34)
+
+
+def test_a_cpu_cuts_evenly_and_keeps_pairs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = build_recipe("train.batch_size=24")
+    assert find_micro_batch(world, recipe, LimitedModel(5)) == 24
+    monkeypatch.setattr("galaxydist.training.micro_batch.most_on_cpu", lambda *_: 7)
+    assert find_micro_batch(world, recipe, LimitedModel(5)) == 6
+    assert find_micro_batch(world, recipe, LimitedModel(5), unit=2) == 6
+    monkeypatch.setattr("galaxydist.training.micro_batch.most_on_cpu", lambda *_: 1)
+    assert find_micro_batch(world, recipe, LimitedModel(5), unit=2) == 2
 
 
 def test_if_not_even_one_fits_it_says_what_to_lower(world: World) -> None:
@@ -180,7 +200,7 @@ def test_only_a_lack_of_memory_is_taken_for_one() -> None:
 def test_a_restart_takes_what_was_found_if_nothing_changed(world: World) -> None:
     recipe = build_recipe("train.batch_size=24")
     found, stored = choose_micro_batch(world, recipe, LimitedModel(5))
-    assert found == 24  # a CPU is not tried
+    assert found == 24
     stored = json.loads(json.dumps({**stored, "micro_batch": 6}))
     assert choose_micro_batch(world, recipe, LimitedModel(5), stored=stored) == (6, stored)
     now = conditions(world, recipe)

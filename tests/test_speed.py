@@ -10,13 +10,20 @@ from typing import Any
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from torch import nn
 
 from galaxydist.errors import EveryRankError
 from galaxydist.models import build_model
 from galaxydist.models.memory import checkpoint_activations
 from galaxydist.recipe.schema import ModelConfig
-from galaxydist.training.speed import channels_last, compile_model, images_channels_last, set_tf32
+from galaxydist.training.speed import (
+    channels_last,
+    compile_model,
+    images_channels_last,
+    remove_broken_libraries,
+    set_tf32,
+)
 
 CPU = torch.device("cpu")
 HAS_COMPILER = any(shutil.which(name) for name in ("g++", "clang++"))
@@ -134,3 +141,30 @@ def test_compiling_checkpointed_batch_norm_is_refused() -> None:
     checkpoint_activations(model)
     with pytest.raises(EveryRankError, match="do not go together in CustomCNN"):
         compile_model(model, CPU)
+
+
+def test_what_a_killed_compilation_left_is_removed(tmp_path: Path) -> None:
+    whole = Path(torch._C.__file__).read_bytes()
+    folder = tmp_path / "ab"
+    folder.mkdir()
+    contents = {
+        "whole": whole,
+        "empty": b"",
+        "cut": whole[: len(whole) // 2],
+        "zeros": bytes(len(whole)),
+        "compiled-now": b"",
+        "foreign": b"MZ" * 40,
+    }
+    for name, content in contents.items():
+        (folder / f"{name}.main.so").write_bytes(content)
+    (folder / "empty.main.cpp").write_text("int main;")
+    (tmp_path / "locks").mkdir()
+    with FileLock(tmp_path / "locks" / "compiled-now.lock"):
+        assert [path.name for path in remove_broken_libraries(tmp_path)] == ["cut.main.so", "empty.main.so", "zeros.main.so"]
+    assert {path.name for path in folder.iterdir()} == {
+        "compiled-now.main.so",
+        "empty.main.cpp",
+        "foreign.main.so",
+        "whole.main.so",
+    }
+    assert remove_broken_libraries(tmp_path / "none") == []

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from galaxydist.errors import EXIT_BAD_INPUT, UserError
 from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.runs import checkpoints
+from galaxydist.shards.write import write_shards
+from tests.blobs import BlobSurvey
 from tests.forked_runs import run_forked, train
 from tests.runs import ACCELERATE_2, TORCHRUN_2, launch, quick_settings, read_evaluation, read_losses, read_metrics, run_here
 
@@ -77,6 +81,75 @@ def test_micro_batches_do_not_change_the_steps(blobs: Path, tmp_path: Path) -> N
     assert run_here(quick_settings(blobs, tmp_path / "parts", **common, train__micro_batch=7)) == 0
     whole, parts = read_losses(tmp_path / "whole"), read_losses(tmp_path / "parts")
     assert list(parts.values()) == pytest.approx(list(whole.values()), rel=1e-4)
+
+
+def train_speechless(settings: list[str], is_closed: bool) -> int:
+    """launch.py with a terminal that knows ASCII only, or whose reader has gone away."""
+    if is_closed:
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
+    sys.stdout = os.fdopen(1, "w", encoding="ascii", closefd=False)
+    return train(settings)
+
+
+@pytest.mark.multiprocess
+def test_printing_never_fails_a_run(tmp_path: Path) -> None:
+    survey = BlobSurvey(size=12, class_names=("r\xf6und", "flat", "\u53cc"))  # too small to be measured, too
+    shards = write_shards(survey, tmp_path / "shards", encoding="png", shard_size=16, workers=1)
+    settings = quick_settings(shards.path, tmp_path / "run", data__image_size=16, train__epochs=1)
+    done = run_forked(train_speechless, settings, False)
+    assert done.returncode == 0, done.stderr
+    assert "r\\xf6und" in done.stdout and read_evaluation(tmp_path / "run")["classes"][0] == "r\xf6und"
+    for path in (tmp_path / "run" / "result.json", tmp_path / "run" / "evaluation" / "test.json"):
+        path.unlink()
+    done = run_forked(train_speechless, settings, True)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert read_evaluation(tmp_path / "run")["count"] == 24 and (tmp_path / "run" / "result.json").exists()
+
+
+def test_what_only_the_end_needs_is_tried_before_anything_is_written(
+    blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise UserError("no such thing as figures")
+
+    monkeypatch.setattr("galaxydist.training.rehearsal.write_evaluation", fail)
+    assert run_here(quick_settings(blobs, tmp_path / "run")) == EXIT_BAD_INPUT
+    assert "no such thing as figures" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_trains_on_or_is_refused(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = {"optim__schedule": "constant", "optim__warmup": 0.0, "train__epochs": 4}
+    assert run_here(quick_settings(blobs, tmp_path / "whole", **common)) == 0
+    run_dir = tmp_path / "run"
+    assert run_here(quick_settings(blobs, run_dir, **{**common, "train__epochs": 2})) == 0
+    before = {path: path.read_bytes() for path in run_dir.rglob("*.json")}
+    refused = {"train__epochs": 1}, {"train__epochs": 2, "optim__lr": 0.02}
+    for changes, words in zip(refused, ("has trained 2 epochs", "optim.lr: 0.01 in the run folder, 0.02 now"), strict=True):
+        force = "[train.epochs,optim.lr]"
+        assert run_here(quick_settings(blobs, run_dir, **{**common, **changes}, resume__force=force)) == EXIT_BAD_INPUT
+        assert words in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in run_dir.rglob("*.json")} == before
+    settings = quick_settings(blobs, run_dir, **common, resume__force="[train.epochs]")
+    assert run_here(settings) == 0
+    assert "from step 6" in capsys.readouterr().out
+    assert json.loads((run_dir / "result.json").read_text())["step"] == 12
+    expected, found = saved_tensors(tmp_path / "whole"), saved_tensors(run_dir)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert run_here(settings) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_run_that_stopped_early_trains_on_with_more_patience(blobs: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert run_here(quick_settings(blobs, run_dir, optim__lr=1e-9, train__patience=1)) == 0
+    longer = {"optim__lr": 1e-9, "train__epochs": 20, "resume__force": "[train.epochs,train.patience]"}
+    assert run_here(quick_settings(blobs, run_dir, **longer, train__patience=1)) == EXIT_BAD_INPUT
+    assert json.loads((run_dir / "result.json").read_text())["step"] == 6
+    assert run_here(quick_settings(blobs, run_dir, **longer, train__patience=3)) == 0
+    assert json.loads((run_dir / "result.json").read_text())["step"] == 12
 
 
 @pytest.mark.multiprocess

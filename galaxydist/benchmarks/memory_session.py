@@ -19,10 +19,10 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import rank_offsets
 from galaxydist.shards.reader import Batch
 from galaxydist.shards.write import write_shards
-from galaxydist.training.agreement import StopFlag
 from galaxydist.training.parts import Parts
 from galaxydist.training.session import Session
 from galaxydist.training.state import TrainingState
+from galaxydist.training.stop_signals import StopFlag
 from galaxydist.training.tracking import Tracker
 from galaxydist.training.world import World
 

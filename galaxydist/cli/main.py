@@ -31,7 +31,7 @@ from galaxydist.cli import (
     weights,
 )
 from galaxydist.cli.options import CommandParser
-from galaxydist.cores import wait_politely
+from galaxydist.cores import set_up_process
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell counts it
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     logging.basicConfig(format="galaxydist: %(message)s", level=logging.WARNING)
     try:
-        wait_politely(os.environ)
+        set_up_process(os.environ)
         parser = build_parser()
         if "_ARGCOMPLETE" in os.environ:  # the shell asks what could come next
             from galaxydist.cli.completion import complete

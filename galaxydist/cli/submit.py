@@ -58,10 +58,9 @@ def run(arguments: argparse.Namespace) -> None:
     from galaxydist.cluster.request_checks import check_request
     from galaxydist.cluster.sending import alone_in
     from galaxydist.cluster.submission import ask_start, build_request, check_idle, script_of, submit_requests
-    from galaxydist.runs.folder import RunFolder
 
     request = build_request(resolved, recipe_arguments)
-    check_request(resolved, cluster.config, os.environ)
+    is_due = check_request(resolved, cluster.config, os.environ)
     if cluster.config.scheduler == "slurm":
         from galaxydist.cluster.partition import check_partition
 
@@ -71,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         script = script_of([request], cluster, folder=folder, name=name)
         print(ask_start(script, cluster.config.name) if arguments.test else script)
         return
-    if RunFolder(request.run_dir).is_finished:
+    if not is_due:
         print(f"{request.run_dir} is finished; `galaxydist evaluate {request.run_dir}` judges it again.")
         return
     with alone_in(request.run_dir.parent):

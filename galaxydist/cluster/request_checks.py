@@ -16,8 +16,11 @@ from galaxydist.training.data import find_cache, find_manifest, find_variant, op
 from galaxydist.training.opening import check_would_continue
 
 
-def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Mapping[str, str]) -> None:
+def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Mapping[str, str]) -> bool:
     """See on this machine that a run could start: data, weights, run folder, number of processes. Nothing is written.
+
+    Returns:
+        False where the run is finished: there is nothing to do.
 
     Raises:
         UserError: with what to do.
@@ -35,11 +38,12 @@ def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Map
     if recipe.model.weights is not None and not recipe.model.weights.expanduser().is_file():
         raise UserError(f"model.weights={recipe.model.weights}: there is no such file on this machine")
     run_dir = build_request(resolved, ()).run_dir
-    check_would_continue(RunFolder(run_dir), recipe, manifest)
+    is_due = check_would_continue(RunFolder(run_dir), recipe, manifest)
     if cluster.scheduler == "slurm":
         check_shared(run_dir, "run folder", "run.root=FOLDER or run.dir=FOLDER")
         if manifest.remote is None:
             check_shared(manifest.dir, "folder of shards", "GALAXYDIST_DATA=FOLDER, data.dir=FOLDER or data.manifest=FILE")
+    return is_due
 
 
 def _fewer(num_nodes: int, per_node: int) -> str:

@@ -68,7 +68,7 @@ def resolve(
     sweep: SweepFile,
     arguments: Sequence[str] = (),
     *,
-    check: Callable[[ResolvedRecipe], None] = lambda _: None,
+    check: Callable[[ResolvedRecipe], object] = lambda _: None,
     folders: Sequence[Path] | None = None,
 ) -> list[Trial]:
     """The runs of a sweep, all of them checked.

@@ -12,7 +12,8 @@ An interval of the calibration error tends to lie high: noise adds to an absolut
 galaxies themselves.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -23,8 +24,11 @@ Floats = NDArray[np.float64]
 LEVEL = 0.95
 RESAMPLES = 1000  # a multiple of 4: one random word weighs a galaxy in four resamples
 SEED = 0x626F6F747374  # "bootst"
+COUNTED = ("accuracy", "balanced_accuracy", "macro_f1", "weighted_f1")
 # Galaxies that are weighed together: 8 MB of weights.
 _TOGETHER = 1024
+# Values that are drawn together: 8 MB too.
+_DRAWN_TOGETHER = 1_000_000
 
 
 class GalaxyBootstrap:
@@ -70,25 +74,67 @@ def interval(values_R: Floats) -> list[float] | None:
     return [low, high]
 
 
-def resample_confusion(confusion_KK: NDArray[np.int64]) -> NDArray[np.int64]:
-    """R x K x K: as many confusion matrices of as many galaxies, each a draw with replacement."""
+@dataclass(frozen=True)
+class Resamples:
+    """What is needed of some confusion matrices, each a draw with replacement of as many galaxies.
+
+    Args:
+        support_RK: galaxies of each class.
+        predicted_RK: galaxies taken for it.
+        correct_RK: both.
+    """
+
+    support_RK: NDArray[np.int64]
+    predicted_RK: NDArray[np.int64]
+    correct_RK: NDArray[np.int64]
+
+
+def resample_confusion(confusion_KK: NDArray[np.int64]) -> Iterator[Resamples]:
+    """R draws, some at a time; none of a matrix without galaxies.
+
+    Only cells with galaxies are drawn: of a thousand classes most of the million are empty. The last cell counts as one of them,
+    since numpy gives it what is left, without a draw: so the numbers are those of drawing all cells.
+    """
     count, num_classes = int(confusion_KK.sum()), len(confusion_KK)
     if count == 0:
-        return np.zeros((0, num_classes, num_classes), np.int64)
+        return
+    cells_M = np.union1d(np.flatnonzero(confusion_KK), [confusion_KK.size - 1])
+    true_M, predicted_M = cells_M // num_classes, cells_M % num_classes
+    right = true_M == predicted_M
     generator = np.random.Generator(np.random.Philox(key=SEED))
-    drawn = generator.multinomial(count, confusion_KK.ravel() / count, size=RESAMPLES)
-    return drawn.reshape(RESAMPLES, num_classes, num_classes)
+    together = max(1, _DRAWN_TOGETHER // max(len(cells_M), num_classes))
+    for start in range(0, RESAMPLES, together):
+        size = min(together, RESAMPLES - start)
+        drawn_RM = generator.multinomial(count, confusion_KK.ravel()[cells_M] / count, size=size)
+        yield Resamples(
+            _sum_by(true_M, drawn_RM, num_classes),
+            _sum_by(predicted_M, drawn_RM, num_classes),
+            _sum_by(true_M[right], drawn_RM[:, right], num_classes),
+        )
+
+
+def _sum_by(class_M: NDArray[np.int64], drawn_RM: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
+    """R x K: sums over the cells of each class."""
+    sums_RK = np.zeros((len(drawn_RM), num_classes), np.int64)
+    order = np.argsort(class_M, kind="stable")
+    classes, starts = np.unique(class_M[order], return_index=True)
+    if len(classes):
+        sums_RK[:, classes] = np.add.reduceat(drawn_RM[:, order], starts, axis=1)
+    return sums_RK
 
 
 def count_intervals(confusion_KK: NDArray[np.int64]) -> dict[str, list[float] | None]:
     """Intervals of accuracy, balanced accuracy, macro and weighted F1."""
-    return {name: interval(values_R) for name, values_R in count_metrics(resample_confusion(confusion_KK)).items()}
+    values: dict[str, list[Floats]] = {name: [np.empty(0)] for name in COUNTED}
+    for resamples in resample_confusion(confusion_KK):
+        for name, values_R in count_metrics(resamples).items():
+            values[name].append(values_R)
+    return {name: interval(np.concatenate(values_R)) for name, values_R in values.items()}
 
 
-def count_metrics(confusion_RKK: NDArray[np.int64]) -> Mapping[str, Floats]:
-    """The same numbers as ``metrics_from_counts``, of many matrices at once; nan where that gives None."""
-    support_RK, predicted_RK = confusion_RKK.sum(axis=2), confusion_RKK.sum(axis=1)
-    correct_RK = np.diagonal(confusion_RKK, axis1=1, axis2=2)
+def count_metrics(resamples: Resamples) -> Mapping[str, Floats]:
+    """The same numbers as ``metrics_from_counts`` (``COUNTED``), of many matrices at once; nan where that gives None."""
+    support_RK, predicted_RK, correct_RK = resamples.support_RK, resamples.predicted_RK, resamples.correct_RK
     count_R = support_RK.sum(axis=1)
     f1_RK = _ratio(2 * correct_RK, support_RK + predicted_RK)
     return {

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette (2008, jfly.uni-koeln.de/color): told apart with any kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILLION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#555555"
 PNG_DPI = 160
+# Of more classes the figures have neither names nor numbers, and grow no further: no image may be wider than 65,536 pixels.
+MOST_NAMED = 60
 _STYLE: Any = {"font.size": 8.0, "axes.titlesize": 8.0, "figure.titlesize": 9.0, "pdf.fonttype": 42, "axes.linewidth": 0.6}
 
 
@@ -53,7 +55,7 @@ def draw_confusion(metrics: Mapping[str, Any], title: str) -> "Figure":
     names = [readable(name) for name in metrics["classes"]]
     support_K1 = counts_KK.sum(axis=1, keepdims=True)
     shares_KK = np.divide(counts_KK, support_K1, out=np.zeros(counts_KK.shape), where=support_K1 > 0)
-    size = max(1.6, 0.33 * len(names))
+    size = max(1.6, 0.33 * min(len(names), MOST_NAMED))
     figure = new_figure(max(2 * size + 2.4, 4.0), size + 1.9)
     left, right = figure.subplots(1, 2)
     _draw_matrix(left, shares_KK, [[f"{value:,}" if value else "" for value in row] for row in counts_KK], names)
@@ -66,6 +68,8 @@ def draw_confusion(metrics: Mapping[str, Any], title: str) -> "Figure":
 
 def _draw_matrix(axes: "Axes", shade_KK: np.ndarray[Any, Any], texts: Sequence[Sequence[str]], names: Sequence[str]) -> None:
     axes.imshow(shade_KK, cmap="Blues", vmin=0, vmax=1)
+    if len(names) > MOST_NAMED:
+        return
     size = 6 if len(names) > 6 else 8
     for row, line in enumerate(texts):
         for column, text in enumerate(line):
@@ -92,7 +96,7 @@ def draw_per_class(metrics: Mapping[str, Any], title: str) -> "Figure":
         title: data set, variant, split, model and number of galaxies.
     """
     per_class, num_classes = metrics["per_class"], len(metrics["classes"])
-    figure = new_figure(5.4, 0.36 * num_classes + 1.2)
+    figure = new_figure(5.4, 0.36 * min(num_classes, MOST_NAMED) + 1.2)
     axes = figure.subplots()
     places_K = np.arange(num_classes)
     bars = (("precision", "precision", BLUE), ("recall", "recall", ORANGE), ("f1", "F1", GREEN))
@@ -100,7 +104,8 @@ def draw_per_class(metrics: Mapping[str, Any], title: str) -> "Figure":
         values_K = [np.nan if value is None else value for value in per_class[key]]
         axes.barh(places_K + 0.26 * (number - 1), values_K, height=0.24, color=colour, label=label)
     names = [f"{readable(name)} ({support:,})" for name, support in zip(metrics["classes"], per_class["support"], strict=True)]
-    axes.set_yticks(places_K, names)
+    if num_classes <= MOST_NAMED:
+        axes.set_yticks(places_K, names)
     axes.set(xlim=(0, 1), ylim=(num_classes - 0.5, -0.5))
     axes.grid(axis="x", linewidth=0.4, alpha=0.6)
     axes.set_axisbelow(True)

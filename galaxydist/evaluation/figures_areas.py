@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from galaxydist.evaluation.areas import Curve
-from galaxydist.evaluation.figures import BLUE, GREEN, GREY, ORANGE, VERMILLION, new_figure, styled, wrapped
+from galaxydist.evaluation.figures import BLUE, GREEN, GREY, MOST_NAMED, ORANGE, VERMILLION, new_figure, styled, wrapped
 from galaxydist.evaluation.text import readable
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def draw_areas(metrics: Mapping[str, Any], curves: Sequence[Curve | None], title
         axes.set(xlim=(0, 1), ylim=(0, 1.01))
         axes.grid(linewidth=0.4, alpha=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    if left.get_legend_handles_labels()[0]:
+    if left.get_legend_handles_labels()[0] and len(curves) <= MOST_NAMED:
         figure.legend(loc="outside right center", frameon=False, fontsize=7, title="class (area left, right)", title_fontsize=7)
     figure.suptitle(wrapped(title, figure))
     return figure

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from galaxydist.models.custom_cnn import CustomCNN
 from galaxydist.models.d4_cnn import D4CNN
@@ -62,6 +64,25 @@ def build_model(
             say("model.freeze_backbone=true without model.pretrained=true or model.weights=FILE: the frozen part stays random")
         freeze_backbone(model, architecture.head)
     return model.train()
+
+
+def needs_two_images(model: nn.Module, image_size: int) -> bool:
+    """Return True where a single image cannot be trained on: batch normalisation of a map of one pixel has only one value.
+
+    Args:
+        model: in training mode; it is not changed, and nothing is computed.
+        image_size: pixels of the square images.
+    """
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return False
+    shapes = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    try:
+        torch.func.functional_call(model, shapes, (torch.empty(1, 3, image_size, image_size, device="meta"),))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        return True
+    return False
 
 
 def input_statistics(config: ModelConfig) -> Statistics | None:

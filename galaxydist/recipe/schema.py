@@ -155,7 +155,8 @@ class TrainConfig(Section):
     batch_size: Count = Field(192, description="global batch: galaxies in one optimizer step, over all processes")
     micro_batch: Literal["auto"] | Annotated[int, Field(ge=0)] = run_field(
         "auto",
-        "galaxies in one forward pass of one process (auto: the most that fit its memory; 0: its whole share of the batch); "
+        "galaxies in one forward pass of one process (auto: the most that fit the GPU's memory, on a CPU half a minute's work; "
+        "0: its whole share of the batch); "
         "smaller values accumulate gradients",
     )
     precision: Literal["auto", "no", "bf16", "fp16", "fp64"] = Field(

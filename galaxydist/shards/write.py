@@ -84,10 +84,16 @@ def write_shards(
         max_errors: leave out so many damaged pictures and list them in ``left_out.csv``; None: refuse them.
 
     Raises:
-        UserError: for such shards without ``overwrite``, pictures that do not decode, a full disk, two galaxies of one id.
+        UserError: for such shards without ``overwrite``, a class name that is no Unicode text, pictures that do not decode, a
+            full disk, two galaxies of one id.
     """
     if encoding not in EXTENSIONS:
         raise UserError(f"encoding {encoding!r} is not one of {', '.join(EXTENSIONS)}")
+    for name in survey.class_names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the class name {name!r} is no Unicode text (a folder of another encoding?); rename it") from None
     out_dir = Path(out_dir)
     settings = Settings(encoding, quality, image_size, shard_size, seed)
     work_dir = out_dir.with_name(out_dir.name + ".partial")

@@ -71,7 +71,7 @@ def measure_pictures(images_NHWC: NDArray[np.uint8]) -> Measurements:
     """Half-light radii, brightnesses and skies, with bounded memory beside the pictures.
 
     Args:
-        images_NHWC: N x H x W x 3 uint8, the galaxy in the middle; H and W at least 16.
+        images_NHWC: N x H x W x 3 uint8, the galaxy in the middle. With H or W below 16 all is nan.
 
     Raises:
         ValueError: another shape or dtype.
@@ -79,7 +79,7 @@ def measure_pictures(images_NHWC: NDArray[np.uint8]) -> Measurements:
     if images_NHWC.ndim != 4 or images_NHWC.shape[-1] != 3 or images_NHWC.dtype != np.uint8:
         raise ValueError(f"expected N x H x W x 3 uint8 pictures, not {images_NHWC.shape} of {images_NHWC.dtype}")
     if min(images_NHWC.shape[1:3]) < _LEAST_SIZE:
-        raise ValueError(f"pictures of {images_NHWC.shape[2]} x {images_NHWC.shape[1]} pixels are too small to measure")
+        return Measurements(*np.full((3, len(images_NHWC)), np.nan))
     parts = [_measure(images_NHWC[start : start + _BATCH]) for start in range(0, len(images_NHWC), _BATCH)]
     columns = np.concatenate([np.empty((3, 0)), *parts], axis=1)
     return Measurements(*columns)

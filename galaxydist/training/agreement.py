@@ -1,48 +1,19 @@
 """What all ranks must know alike of each step: its loss, whether somebody was asked to stop, whether a save is due or one has
 failed, whether the numbers are still finite, and how many galaxies could not be read.
 
-A signal handler sets a flag and nothing else. One small vector is reduced asynchronously each step and read while the next step
-is already under way, so that every rank acts on it at the same step without waiting for the others.
+One small vector is reduced asynchronously each step and read while the next step is already under way, so that every rank acts
+on it at the same step without waiting for the others. A signal within a long step: ``step_gates.py``.
 """
 
 import math
-import signal
 from collections import deque
 from dataclasses import dataclass, field
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-
-
-class StopFlag:
-    """Set by SIGINT, SIGTERM or SIGUSR2 while the context is open. A second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.signal_number = 0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopFlag":
-        for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Leave the signals to whoever had them before. May be called twice."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal_number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal_number = number
+from galaxydist.training.stop_signals import STOP_SIGNALS
 
 
 @dataclass(frozen=True)
@@ -80,12 +51,14 @@ class Flags:
         is_save_due: its clock says so.
         has_failed: a save in the background has.
         num_unreadable: galaxies that could not be read.
+        is_long: its last steps took seconds.
     """
 
     stop_signal: int = 0
     is_save_due: bool = False
     has_failed: bool = False
     num_unreadable: int = 0
+    is_long: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +104,7 @@ class Agreement:
             flags: of this rank.
         """
         known = [float(flags.stop_signal == number) for number in STOP_SIGNALS]
-        known += [float(flags.is_save_due), float(flags.has_failed), float(flags.num_unreadable)]
+        known += [float(flags.is_save_due), float(flags.has_failed), float(flags.num_unreadable), float(flags.is_long)]
         told = torch.tensor(known, dtype=torch.float64, pin_memory=self._device.type == "cuda")
         vector = torch.cat([sums, told.to(self._device, non_blocking=True)])
         work = dist.all_reduce(vector, async_op=True) if self._world_size > 1 else None
@@ -141,12 +114,12 @@ class Agreement:
         """What all ranks posted for the oldest step that has not been read."""
         posted = self._posted.popleft()
         numerator, weight, correct, count, nonfinite, *flags = posted.read()
-        *asked, save_due, failed, num_unreadable = flags
+        *asked, save_due, failed, num_unreadable, long = flags
         stop_signal = next((number for number, ranks in zip(STOP_SIGNALS, asked, strict=True) if ranks), 0)
         is_nonfinite = nonfinite != 0.0  # also where it is nan itself
         return Agreed(
             posted.step,
-            Flags(int(stop_signal), save_due > 0, failed > 0, int(num_unreadable)),
+            Flags(int(stop_signal), save_due > 0, failed > 0, int(num_unreadable), long > 0),
             is_nonfinite,
             Sums() if is_nonfinite else Sums(numerator, weight, correct, count),
         )

@@ -5,7 +5,7 @@ again to save memory does not count.
 """
 
 import re
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 # The backward pass needs the products with the weights and those with the inputs: twice the forward pass.
 BACKWARD = 2
 TERA = 1e12
+# Batch normalisation of a map of one pixel refuses to train on one image.
+COUNTED_IMAGES = 2
 
 
 def forward_flops(model: nn.Module, image_size: int) -> int:
@@ -43,6 +45,28 @@ def training_flops(model: nn.Module, image_size: int) -> int:
     return counts[""] + BACKWARD * trained
 
 
+def activation_bytes(model: nn.Module, image_size: int) -> int:
+    """Bytes of the outputs of all layers for one image: about what a forward pass keeps for the way back. Nothing is computed.
+
+    Args:
+        model, image_size: as for ``forward_flops``.
+    """
+    total = 0
+
+    def add(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal total
+        if isinstance(output, torch.Tensor):
+            total += output.numel() * output.element_size()
+
+    hooks = [module.register_forward_hook(add) for module in model.modules() if not any(module.children())]
+    try:
+        _count(model, image_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total // COUNTED_IMAGES
+
+
 def _count(model: nn.Module, image_size: int) -> dict[str, int]:
     """Forward FLOPs of each module by name; the whole model is ``""``."""
     tensors = {
@@ -50,12 +74,14 @@ def _count(model: nn.Module, image_size: int) -> dict[str, int]:
         for tensors in (model.named_parameters(), model.named_buffers())
         for name, tensor in tensors
     }
-    images_BCHW = torch.empty(1, 3, image_size, image_size, device="meta", dtype=next(model.parameters()).dtype)
+    images_BCHW = torch.empty(COUNTED_IMAGES, 3, image_size, image_size, device="meta", dtype=next(model.parameters()).dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         functional_call(model, tensors, (images_BCHW,))
     root = f"{type(model).__name__}."
-    counts = {name.removeprefix(root): sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
-    return {**counts, "": counter.get_total_flops()}
+    counts = {
+        name.removeprefix(root): sum(by_kind.values()) // COUNTED_IMAGES for name, by_kind in counter.get_flop_counts().items()
+    }
+    return {**counts, "": counter.get_total_flops() // COUNTED_IMAGES}
 
 
 class Peak(NamedTuple):

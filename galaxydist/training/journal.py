@@ -185,8 +185,8 @@ class Journal:
 
     def say(self, text: str) -> None:
         """Print a line above the bar, once."""
-        if self.world.is_main:
-            tqdm.write(text)
+        with tqdm.external_write_mode():
+            self.world.say(text)
 
     def _show(self, step: int) -> None:
         self._bar.set_description(f"epoch {min(step // self.schedule.steps_per_epoch + 1, self._num_epochs)}/{self._num_epochs}")

@@ -5,7 +5,7 @@ All ranks predict, rank 0 does the rest. What is there already, of the same chec
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,16 +53,25 @@ class Judge:
         recipe: of the run; its ``eval`` says which checkpoint and which views.
         find_trained: gives rank 0 the shards that the run was trained on, where a split of others is judged.
         figures: draw; None: as the recipe says.
+        say: told the results; None: they are printed.
 
     Raises:
         UserError: the run has no checkpoint.
     """
 
     def __init__(
-        self, world: World, folder: RunFolder, recipe: Recipe, *, find_trained: FindTrained, figures: bool | None = None
+        self,
+        world: World,
+        folder: RunFolder,
+        recipe: Recipe,
+        *,
+        find_trained: FindTrained,
+        figures: bool | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.world, self.folder, self.recipe = world, folder, recipe
         self._figures = recipe.eval.figures if figures is None else figures
+        self._say = say or world.say
         self._find_trained = functools.cache(find_trained)  # asked for the overlap and for the temperature
         path = world.on_main(lambda: find_checkpoint(folder, recipe.eval.checkpoint))
         self._checkpoint = world.together(lambda: checkpoints.read_sound(path, groups=JUDGED))
@@ -71,7 +80,7 @@ class Judge:
         self._catalogue: pa.Table | None = None  # on rank 0, while there are parts to be merged
 
     def judge(self, manifest: Manifest, split: str) -> dict[str, Any] | None:
-        """Evaluate a split, unless that was done already, and print the result.
+        """Evaluate a split, unless that was done already, and say the result.
 
         Args:
             manifest: the shards that the split is of.
@@ -86,7 +95,7 @@ class Judge:
         """
         world = self.world
         if not has_split(manifest, split):
-            world.say(f"no {split} split in {manifest.location}: nothing to evaluate")
+            self._say(f"no {split} split in {manifest.location}: nothing to evaluate")
             return None
         path = self.predict(manifest, split)
         validation = self._validation(manifest)
@@ -94,7 +103,7 @@ class Judge:
         known = world.on_main(lambda: self._read(evaluation_dir, split, context, validation))
         if known is None:
             known = world.on_main(lambda: self._write(path, validation, evaluation_dir, context))
-        world.say(render_evaluation(known, evaluation_dir))
+        self._say(render_evaluation(known, evaluation_dir))
         return known
 
     def predict(self, manifest: Manifest, split: str) -> Path:

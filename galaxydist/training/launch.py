@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
-from galaxydist.cores import wait_politely
+from galaxydist.cores import set_up_process
 from galaxydist.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -37,7 +37,7 @@ def launch(
     Returns:
         The exit code.
     """
-    wait_politely(environ)
+    set_up_process(environ)
     rank = 0  # also where the launcher's variables are wrong: whoever finds that says it
     try:
         rank = find_place(environ).rank

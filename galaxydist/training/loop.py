@@ -1,13 +1,17 @@
 """The training loop: the order of things. Each part decides for itself what it does."""
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from galaxydist.shards.reader import Batch
-from galaxydist.training.agreement import Agreed, Agreement, Flags, StopFlag
+from galaxydist.training.agreement import Agreed, Agreement, Flags
 from galaxydist.training.journal import Journal, Schedule
 from galaxydist.training.state import TrainingState
+from galaxydist.training.step_gates import LONG_STEP_S, StepAbandoned
+from galaxydist.training.stop_signals import StopFlag
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.update import Update
 from galaxydist.training.world import World
@@ -55,6 +59,7 @@ class Loop:
         timer: told where the time goes.
         watch: told that it goes on.
         step_done: called after each step, with the number of steps done.
+        clock: seconds, monotonic.
     """
 
     world: World
@@ -68,16 +73,19 @@ class Loop:
     timer: StepTimer
     watch: Watcher
     step_done: Callable[[int], None]
+    clock: Callable[[], float] = time.monotonic
     agreement: Agreement = field(init=False)
 
     def __post_init__(self) -> None:
         self.agreement = Agreement(self.world.size, self.world.device)
+        self._saved_step = self.state.step
+        self._last_step_s = math.inf  # not known yet
 
     def run(self, batches: Iterator[Batch], stop: StopFlag) -> int:
         """Train to the last step, to early stopping, or to a signal.
 
         What the ranks agree on is known one step late, so that the next step is under way meanwhile; before an epoch ends or the
-        state is saved all of it is.
+        state is saved all of it is. A step that takes seconds is left in the middle, and taken anew when the run goes on.
 
         Args:
             batches: this rank's, from the step of the state on, on the device.
@@ -90,15 +98,23 @@ class Loop:
             RunFailedError, EveryRankError: on every rank at the same step; nothing is saved.
         """
         while not self.is_done:
-            self._take_step(batches, stop)
+            started = self.clock()
+            try:
+                self._take_step(batches, stop)
+            except StepAbandoned as abandoned:
+                self._settle(leave=0)
+                self._save_changes()
+                return abandoned.signal_number
             asked = self._settle(leave=1)
+            self._last_step_s = self.clock() - started
             is_end = self.schedule.ends_epoch(self.state.step)
             is_save_due = self.saver.is_due(self.state.step, time_is_up=asked.is_save_due)
             if is_end or is_save_due or asked.stop_signal:
                 asked = _either(asked, self._settle(leave=0))
-                is_saved = is_end and self._end_epoch()
-                if (is_save_due or asked.stop_signal) and not is_saved:
-                    self._save(is_best=False)
+                if is_end:
+                    self._end_epoch()
+                if is_save_due or asked.stop_signal:
+                    self._save_changes()
             if asked.stop_signal:
                 return asked.stop_signal
         return 0
@@ -118,7 +134,8 @@ class Loop:
         is_save_due, has_failed = self.saver.flags()
         has_failed = has_failed or self.journal.has_failed
         unreadable = self.state.skipped.take(step, batch)
-        self.agreement.post(step, sums, Flags(stop.signal_number, is_save_due, has_failed, unreadable))
+        is_long = self._last_step_s >= LONG_STEP_S
+        self.agreement.post(step, sums, Flags(stop.signal_number, is_save_due, has_failed, unreadable, is_long))
         self.state.step += 1
         self.journal.step_taken()
         self.step_done(self.state.step)
@@ -137,6 +154,7 @@ class Loop:
         return asked
 
     def _take_in(self, agreed: Agreed) -> None:
+        self.update.gates.is_open = not agreed.flags.is_long
         if agreed.flags.num_unreadable:
             for text in self.state.skipped.settle(self.world, agreed.step):
                 self.journal.say(f"warning: {text}")
@@ -147,8 +165,8 @@ class Loop:
         counters = {**self.state.skipped.metrics(), **self.state.nonfinite.metrics()}
         self.journal.step_done(agreed, self.update.rate.at(agreed.step), counters)
 
-    def _end_epoch(self) -> bool:
-        """Validate and save where it is due; whether it was saved."""
+    def _end_epoch(self) -> None:
+        """Validate and save where it is due."""
         epoch = self.state.step // self.schedule.steps_per_epoch
         is_last = self.state.step >= self.schedule.total_steps
         validation: dict[str, float | None] = {}
@@ -160,16 +178,19 @@ class Loop:
             is_best = self.state.stopping.update(validation[f"val/{self.state.stopping.metric}"], self.state.step)
             self.journal.record(self.state.step, validation)
         self.journal.raise_failure()
-        is_saved = is_best or self.state.stopping.should_stop or self.saver.is_due(self.state.step)
-        if is_saved:
+        if is_best or self.state.stopping.should_stop or self.saver.is_due(self.state.step):
             self._save(is_best=is_best)
         self.journal.epoch_done(self.state.step, validation)
-        return is_saved
+
+    def _save_changes(self) -> None:
+        if self.state.step != self._saved_step:
+            self._save(is_best=False)
 
     def _save(self, *, is_best: bool) -> None:
         self.watch.beat(self.state.step, "saving")
         with self.timer.part("checkpoint"):
             self.saver.save(is_best=is_best)
+        self._saved_step = self.state.step
 
 
 def _either(first: Flags, second: Flags) -> Flags:

@@ -1,5 +1,6 @@
 """``train.micro_batch=auto``: the most galaxies of one forward pass that fit the memory of every process."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -7,14 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from galaxydist.cores import total_memory
 from galaxydist.errors import EveryRankError
 from galaxydist.recipe.schema import Recipe
+from galaxydist.training.flops import activation_bytes, training_flops
 from galaxydist.training.out_of_memory import describe_device, free_memory, is_out_of_memory, share_of, what_to_lower
 from galaxydist.training.world import World
 
 # Left free on a GPU: what a step takes beside the passes (buffers of NCCL and cuDNN, temporaries of augmentation, clipping and
 # optimizer), and pieces of memory that are too small to be used.
 MARGIN = 0.05
+
+# On a CPU a pass has no more images than these operations in training allow, half a minute of two cores; and no more than keep
+# this part of the memory, taken down to a power of two, so that machines of one kind cut alike.
+PASS_FLOPS = 1e12
+MEMORY_SHARE = 0.25
 
 _SETTINGS = ("strategy", "gradient_checkpointing", "channels_last", "compile", "sync_batchnorm")
 
@@ -62,7 +70,7 @@ def find_micro_batch(
 ) -> int:
     """Try how many galaxies fit: forward and backward of the model on empty images. All ranks take part, and agree.
 
-    A CPU is not tried: its system would rather swap, or kill the process, than refuse memory. There it is the whole share.
+    A CPU is not tried: its system would rather swap, or kill the process, than refuse memory. See ``most_on_cpu``.
     The model, its gradients and the random numbers are afterwards as they were before.
 
     Args:
@@ -83,7 +91,8 @@ def find_micro_batch(
     """
     share = share_of(recipe, world.size)
     if world.device.type == "cpu" and not force:
-        return share
+        most = min(world.gather(most_on_cpu(model, recipe.data.image_size, total_memory() // world.ranks_on_node)))
+        return largest_that_fits(share // unit, lambda count: count == 1 or count * unit <= most) * unit
     probe = Probe(world, recipe, model, ballast_bytes=ballast_bytes, loss=loss)
     with unchanged(model, world.device):
         fitting = largest_that_fits(share // unit, lambda count: probe.fits(count * unit)) * unit
@@ -97,6 +106,19 @@ def find_micro_batch(
             f"{what_to_lower(recipe, world, [])}"
         )
     return min(everywhere)
+
+
+def most_on_cpu(model: nn.Module, image_size: int, memory: int) -> int:
+    """Return the most images of a pass on a CPU, at least 1: a function of its arguments alone, since equal runs must cut alike.
+
+    Args:
+        model: as for ``find_micro_batch``.
+        image_size: pixels of the square images.
+        memory: bytes that a process may use.
+    """
+    kept = MEMORY_SHARE * 2 ** math.floor(math.log2(memory))
+    by_time = PASS_FLOPS / max(1, training_flops(model, image_size))
+    return max(1, int(min(by_time, kept / max(1, activation_bytes(model, image_size)))))
 
 
 def largest_that_fits(upper: int, fits: Callable[[int], bool]) -> int:

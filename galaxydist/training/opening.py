@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galaxydist.errors import UserError
+from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.identity import flatten, later_defaults, result_fields, run_path
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
@@ -16,6 +17,7 @@ from galaxydist.runs.checkpoint_names import read_newest_state
 from galaxydist.runs.folder import RunFolder, compare_recipes
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.manifest import Manifest
+from galaxydist.training.stopping import EarlyStopping
 
 if TYPE_CHECKING:  # torch, which a login node need not load
     from galaxydist.runs.checkpoint_folder import Checkpoint
@@ -30,11 +32,13 @@ class OpenedFolder:
         path: the folder.
         micro_batch: what an earlier start found out about ``train.micro_batch=auto``; None where there was none.
         threads: that an earlier start computed with, likewise: see ``keep_threads``.
+        is_over: the run is finished, and nothing is left to train.
     """
 
     path: Path
     micro_batch: dict[str, Any] | None
     threads: dict[str, int] | None
+    is_over: bool
 
 
 def open_run_folder(world: "World", resolved: ResolvedRecipe, manifest: Manifest) -> tuple[OpenedFolder, RunLock]:
@@ -60,8 +64,13 @@ def open_run_folder(world: "World", resolved: ResolvedRecipe, manifest: Manifest
     )
     lock.acquire()
     try:
-        progress = _continue(folder, resolved, manifest)
-        return OpenedFolder(folder.path, progress.get("micro_batch"), progress.get("threads")), lock
+        newest = _continue(folder, resolved, manifest)
+        state = newest.state if newest is not None else None
+        is_over = _is_over(folder, recipe, manifest, state)
+        if not is_over:
+            folder.result_path.unlink(missing_ok=True)
+        progress = state["progress"] if state is not None else {}
+        return OpenedFolder(folder.path, progress.get("micro_batch"), progress.get("threads"), is_over), lock
     except BaseException:
         lock.release()
         raise
@@ -74,7 +83,7 @@ def check_continues(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> "C
         The newest checkpoint, without its tensors.
 
     Raises:
-        UserError: naming what differs.
+        UserError: naming what differs; or what was changed (``resume.force``) would change nothing in the run.
     """
     from galaxydist.runs import checkpoints
 
@@ -83,13 +92,18 @@ def check_continues(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> "C
     return newest
 
 
-def check_would_continue(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> None:
+def check_would_continue(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> bool:
     """The same before a run is sent: quick, and without a look at the checkpoints' tensors.
 
+    Returns:
+        False where the run is finished, and nothing is left to train.
+
     Raises:
-        UserError: naming what differs.
+        UserError: as ``check_continues``.
     """
-    _check_same_run(folder, recipe, manifest, read_newest_state(folder.checkpoints_dir))
+    state = read_newest_state(folder.checkpoints_dir)
+    _check_same_run(folder, recipe, manifest, state)
+    return not _is_over(folder, recipe, manifest, state)
 
 
 def _check_same_run(folder: RunFolder, recipe: Recipe, manifest: Manifest, state: Mapping[str, Any] | None) -> None:
@@ -104,10 +118,54 @@ def _check_same_run(folder: RunFolder, recipe: Recipe, manifest: Manifest, state
         keys, force = result_fields(recipe).keys(), recipe.resume.force
         stored = {**later_defaults(), **folder.read_recipe().recipe}
         compare_recipes(stored, flatten(recipe), result_keys=keys, force=force, place=str(folder))
+    if state is not None:
+        _check_length(folder, recipe, manifest, state)
 
 
-def _continue(folder: RunFolder, resolved: ResolvedRecipe, manifest: Manifest) -> dict[str, Any]:
-    """Compare with what the folder holds, and note the present recipe; gives the progress of the newest checkpoint."""
+def _check_length(folder: RunFolder, recipe: Recipe, manifest: Manifest, state: Mapping[str, Any]) -> None:
+    """Refuse a recipe that the steps which were done already contradict: its result would not be what it says."""
+    done, steps_per_epoch = state["progress"]["step"], _steps_per_epoch(recipe, manifest)
+    if done > steps_per_epoch * recipe.train.epochs:
+        raise UserError(
+            f"train.epochs={recipe.train.epochs}: the run in {folder} has trained {done / steps_per_epoch:.4g} epochs already. "
+            "Give more, or start a new run with another run.dir."
+        )
+    if not _is_over(folder, recipe, manifest, state):
+        return
+    trained = {key for key in result_fields(recipe) if not key.startswith("eval.")}
+    before = {**later_defaults(), **dict(RECIPE.flat(state["recipe"]))}
+    changes = compare_recipes(before, flatten(recipe), result_keys=trained, force=trained)
+    if changes:
+        listed = "\n".join(f"  {change}" for change in changes)
+        raise UserError(
+            f"The run in {folder} is finished: no step is left in which this could change anything:\n{listed}\n"
+            "Raise train.epochs to train on (and train.patience where early stopping has ended it), or start a new run with "
+            "another run.dir."
+        )
+
+
+def _is_over(folder: RunFolder, recipe: Recipe, manifest: Manifest, state: Mapping[str, Any] | None) -> bool:
+    """The run has its result, and the recipe asks for no further step.
+
+    Args:
+        state: of its newest checkpoint.
+    """
+    result = folder.read_result()
+    if result is None:
+        return False
+    if state is None or state["progress"]["step"] < result.get("step", 0):
+        return True  # the state that the result is of is gone: there is nothing to go on from
+    stopping = EarlyStopping(recipe.train.metric, recipe.train.patience)
+    stopping.load_state_dict(state["progress"]["stopping"])
+    return stopping.should_stop or state["progress"]["step"] >= _steps_per_epoch(recipe, manifest) * recipe.train.epochs
+
+
+def _steps_per_epoch(recipe: Recipe, manifest: Manifest) -> int:
+    return manifest.splits["train"].num_samples // recipe.train.batch_size
+
+
+def _continue(folder: RunFolder, resolved: ResolvedRecipe, manifest: Manifest) -> "Checkpoint | None":
+    """Compare with what the folder holds, and note the present recipe; gives the newest checkpoint, without its tensors."""
     recipe = resolved.recipe
     newest = check_continues(folder, recipe, manifest)
     folder.continue_recipe(
@@ -118,5 +176,4 @@ def _continue(folder: RunFolder, resolved: ResolvedRecipe, manifest: Manifest) -
         force=recipe.resume.force,
         step=newest.step if newest is not None else 0,
     )
-    progress: dict[str, Any] = newest.state["progress"] if newest is not None else {}
-    return progress
+    return newest

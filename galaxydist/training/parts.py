@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from galaxydist.errors import EveryRankError
+from galaxydist.models.build import needs_two_images
 from galaxydist.models.groups import parameter_groups
 from galaxydist.models.memory import checkpoint_activations
 from galaxydist.recipe.rules import check_strategy, check_world
@@ -25,15 +28,18 @@ from galaxydist.training.optimizer import LearningRate, build_optimizer
 from galaxydist.training.optimizer_names import find_optimizer
 from galaxydist.training.out_of_memory import explained_out_of_memory
 from galaxydist.training.skipping import Skipped
-from galaxydist.training.speed import channels_last, compile_model, images_channels_last, set_tf32
+from galaxydist.training.speed import channels_last, compile_model, images_channels_last, remove_broken_libraries, set_tf32
 from galaxydist.training.spikes import SpikeDetector
 from galaxydist.training.state import TrainingState
+from galaxydist.training.step_gates import StepGates
+from galaxydist.training.stop_signals import StopFlag
 from galaxydist.training.stopping import EarlyStopping
 from galaxydist.training.strategy import Strategy, open_strategy
 from galaxydist.training.syncnorm import synchronise_batch_norm
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.update import Update, count_micro_batches, split_evenly
 from galaxydist.training.utilisation import Utilisation, build_utilisation
+from galaxydist.training.watchdog import collective_timeout
 from galaxydist.training.world import World
 
 # Tensors of a parameter's size that an optimizer keeps for it, at most: counted while the micro-batch is looked for.
@@ -73,6 +79,47 @@ def check_parts(recipe: Recipe, world: World) -> None:
         check_world(recipe.train.batch_size, world.size)
 
 
+def check_passes(recipe: Recipe, world: World, model: nn.Module) -> None:
+    """Refuse a pass of a single galaxy where the model's batch normalisation needs two, before anything is written.
+
+    Args:
+        model: built, on the CPU.
+
+    Raises:
+        EveryRankError: on every rank the same.
+    """
+    config = recipe.train
+    micro_batch = 0 if config.micro_batch == "auto" else config.micro_batch
+    if not _has_single_pass(recipe, world, model, micro_batch):
+        return
+    text = (
+        f"{recipe.model.name} at data.image_size={recipe.data.image_size} normalises over the batch what is one pixel by then, "
+        f"which takes two galaxies in each forward pass; train.batch_size={config.batch_size} on {world.size} processes with "
+        f"train.micro_batch={config.micro_batch} has passes of one."
+    )
+    if (enough := _least_micro_batch(recipe, world)) is not None:
+        raise EveryRankError(f"{text} Use train.micro_batch={enough} or more.")
+    remedy = ", or train.sync_batchnorm=true" if world.size > 1 else ""
+    raise EveryRankError(f"{text} Use train.batch_size={2 * world.size} or more{remedy}.")
+
+
+def _has_single_pass(recipe: Recipe, world: World, model: nn.Module, micro_batch: int) -> bool:
+    config = recipe.train
+    if Mixing(config, recipe.seed, recipe.data.image_size).is_on or (config.sync_batchnorm and world.size > 1):
+        return False  # there are two galaxies in any pass, or the passes of all processes count together
+    return _smallest_pass(recipe, world, micro_batch) == 1 and needs_two_images(model, recipe.data.image_size)
+
+
+def _smallest_pass(recipe: Recipe, world: World, micro_batch: int) -> int:
+    batch_size = recipe.train.batch_size
+    return batch_size // world.size // count_micro_batches(batch_size, world.size, micro_batch)
+
+
+def _least_micro_batch(recipe: Recipe, world: World) -> int | None:
+    """The least micro-batch of which no pass has a single galaxy."""
+    return next((size for size in (2, 3, 4) if _smallest_pass(recipe, world, size) > 1), None)
+
+
 def build_parts(
     world: World,
     recipe: Recipe,
@@ -107,6 +154,11 @@ def build_parts(
         model = synchronise_batch_norm(model)
     if config.compile:
         world.together(lambda: compile_model(model, world.device))
+        from torch._inductor.runtime.cache_dir_utils import cache_dir as find_cache_dir
+
+        cache_dir = Path(find_cache_dir())
+        if num_removed := sum(world.gather(len(remove_broken_libraries(cache_dir)))):
+            world.say(f"removed {num_removed} libraries from torch.compile's cache {cache_dir}: their compilation was killed")
     strategy = open_strategy(world, model, config)
     augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=world.cores)
     with explained_out_of_memory(recipe, world, micro_batch):
@@ -146,7 +198,11 @@ def _micro_batch(world: World, recipe: Recipe, model: nn.Module, stored: Mapping
     trained_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     unit = 2 if Mixing(recipe.train, recipe.seed, recipe.data.image_size).is_on else 1
     ballast_bytes = OPTIMIZER_TENSORS * trained_bytes
-    return choose_micro_batch(world, recipe, model, stored=stored, ballast_bytes=ballast_bytes, unit=unit)
+    found, to_store = choose_micro_batch(world, recipe, model, stored=stored, ballast_bytes=ballast_bytes, unit=unit)
+    if recipe.train.micro_batch == "auto" and _has_single_pass(recipe, world, model, found):
+        found = _least_micro_batch(recipe, world) or 0
+        to_store = {**to_store, "micro_batch": found}
+    return found, to_store
 
 
 def _example(world: World, recipe: Recipe, augment: Augment, micro_batch: int) -> torch.Tensor:
@@ -163,8 +219,15 @@ def _example(world: World, recipe: Recipe, augment: Augment, micro_batch: int) -
     return images_channels_last(images_BCHW) if config.channels_last else images_BCHW
 
 
-def build_update(world: World, recipe: Recipe, manifest: Manifest, parts: Parts, timer: StepTimer) -> Update:
-    """The step."""
+def build_update(world: World, recipe: Recipe, manifest: Manifest, parts: Parts, timer: StepTimer, *, stop: StopFlag) -> Update:
+    """The step. All ranks take part."""
+    is_whole = recipe.train.strategy == "ddp" and not recipe.train.compile
+    gates = StepGates(
+        world.size,
+        stop,
+        layers=parts.strategy.model if is_whole else None,
+        timeout=collective_timeout(recipe.train.hang_timeout),
+    )
     counts_K = manifest.splits["train"].class_counts
     weights_K = class_weights(recipe.train.class_weights, counts_K).to(world.device)
     mixing = Mixing(recipe.train, recipe.seed, recipe.data.image_size)
@@ -180,4 +243,5 @@ def build_update(world: World, recipe: Recipe, manifest: Manifest, parts: Parts,
         micro_batch=parts.micro_batch,
         seed=recipe.seed,
         timer=timer,
+        gates=gates,
     )

@@ -23,7 +23,6 @@ from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.shards.reader import Batch, TrainReader
-from galaxydist.training.agreement import StopFlag
 from galaxydist.training.announcement import describe_end, describe_run, describe_time
 from galaxydist.training.data import (
     TrainingData,
@@ -41,10 +40,12 @@ from galaxydist.training.judging import Judge
 from galaxydist.training.loop import Loop
 from galaxydist.training.opening import OpenedFolder, open_run_folder
 from galaxydist.training.out_of_memory import explained_out_of_memory, is_out_of_memory
-from galaxydist.training.parts import Parts, build_parts, build_update, check_parts
+from galaxydist.training.parts import Parts, build_parts, build_update, check_parts, check_passes
 from galaxydist.training.profiling import StepProfiler
+from galaxydist.training.rehearsal import rehearse_evaluation
 from galaxydist.training.saving import Saving
 from galaxydist.training.statistics import average_statistics
+from galaxydist.training.stop_signals import StopFlag, signal_name
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.tracking import Tracker, start_tracker
 from galaxydist.training.trained_on import check_before_training
@@ -111,16 +112,17 @@ class Session:
         check_parts(self.recipe, self.world)
         torch.manual_seed(self.recipe.seed)
         model = self.world.together(lambda: self._build_model(manifest))
+        check_passes(self.recipe, self.world, model)
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(StopFlag())
+            stop = stack.enter_context(StopFlag(speaks=self.world.is_main))
             opened = self.world.on_main(lambda: self._open_folder(stack, manifest))
             folder = RunFolder(opened.path)
             if self.recipe.train.threads == 0:
                 self.world = keep_threads(self.world, opened.threads)
             set_flight_recorder(self.environ, folder.stacks_dir)
-            if self.world.on_main(folder.read_result) is not None:
+            if opened.is_over:
                 self.world.say(f"{folder} is finished.")
-                self._judge(folder, manifest)
+                self._judge(folder, manifest, self.world.say)
                 return 0
             parts = build_parts(self.world, self.recipe, manifest, model, folder, stored_micro_batch=opened.micro_batch)
             self._restore(parts, folder)
@@ -140,6 +142,8 @@ class Session:
             check_columns(judged)
             if not is_known or (judged is not manifest and judged.variant not in known):
                 check_before_training(manifest, judged)
+        if not is_known and has_split(manifest, "test"):
+            rehearse_evaluation(manifest, self.recipe)
 
     def _build_model(self, manifest: Manifest) -> nn.Module:
         config, size = self.recipe.model, self.recipe.data.image_size
@@ -177,17 +181,20 @@ class Session:
         exit_code = 1
         summary: dict[str, float] = {}
         try:
-            stop_signal = self._loop(parts, manifest, folder, tracker, stop)
+            stop_signal = self._loop(parts, manifest, folder, tracker, stop) or max(world.gather(stop.signal_number))
             if stop_signal:
-                world.say(f"stopped by signal {stop_signal} at step {state.step}, which is saved; the same command continues it")
+                saved = "which is saved" if state.step else "with nothing to save yet"
+                world.say(f"stopped by {signal_name(stop_signal)} at step {state.step}, {saved}; the same command continues it")
                 return stop_signal
             stop.close()  # nothing is lost any more: a restart evaluates again
-            metrics = self._judge(folder, manifest)
+            results: list[str] = []
+            metrics = self._judge(folder, manifest, results.append)
             summary = {f"test/{name}": metrics[name] for name in ("accuracy", "balanced_accuracy", "loss")} if metrics else {}
             summary |= {**state.skipped.metrics(), **state.nonfinite.metrics()}
             world.on_main(lambda: folder.write_result({"step": state.step, **summary}))
             exit_code = 0
-            world.say(describe_end(folder))
+            for text in (*results, describe_end(folder)):
+                world.say(text)
         except Exception as error:
             self._note_failure(folder, state.step, error)
             raise
@@ -195,9 +202,9 @@ class Session:
             tracker.finish(summary, exit_code)
         return 0
 
-    def _judge(self, folder: RunFolder, manifest: Manifest) -> dict[str, Any] | None:
+    def _judge(self, folder: RunFolder, manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any] | None:
         """The evaluation on the run's own test split; those of eval.variants are written beside it."""
-        judge = Judge(self.world, folder, self.recipe, find_trained=lambda _: manifest)
+        judge = Judge(self.world, folder, self.recipe, find_trained=lambda _: manifest, say=say)
         metrics = judge.judge(manifest, "test")
         for other in self._others:
             judge.judge(other, "test")
@@ -253,7 +260,7 @@ class Session:
                 world,
                 parts.schedule,
                 state,
-                build_update(world, self.recipe, manifest, parts, timer),
+                build_update(world, self.recipe, manifest, parts, timer, stop=stop),
                 journal,
                 saving,
                 validate=validate if has_split(manifest, "val") else None,

@@ -1,7 +1,10 @@
 """What makes a step faster without another recipe: TensorFloat-32, channels last in memory, torch.compile."""
 
+import os
 import shutil
+import struct
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +61,54 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
     check_compilable(model)
     _check_compiler(device)
     model.compile()
+
+
+def remove_broken_libraries(cache_dir: Path) -> list[Path]:
+    """Remove what a killed compilation has left of its libraries: torch.compile would load them at every later start, and fail.
+
+    A library that another process compiles just now is left alone: it holds Inductor's lock of that name.
+
+    Args:
+        cache_dir: Inductor's.
+
+    Returns:
+        What was removed.
+    """
+    from filelock import FileLock, Timeout
+
+    removed = []
+    for path in sorted(cache_dir.glob("*/*.so")):
+        if not _is_broken(path):
+            continue
+        try:
+            (cache_dir / "locks").mkdir(exist_ok=True)
+            with FileLock(cache_dir / "locks" / f"{path.name.partition('.')[0]}.lock", timeout=0):
+                if _is_broken(path):
+                    path.unlink()
+                    removed.append(path)
+        except (Timeout, FileNotFoundError):
+            continue
+    return removed
+
+
+def _is_broken(library: Path) -> bool:
+    """A file that is empty, begins with zeros, or is an ELF file of 64 bits (elf(5)) that ends before its segments do."""
+    try:
+        with library.open("rb") as file:
+            header, size = file.read(64), os.fstat(file.fileno()).st_size
+            if len(header) < 64 or not any(header):
+                return True
+            if header[:5] != b"\x7fELF\x02":
+                return False  # of another system
+            (table_at,), (entry_size, num_segments) = struct.unpack_from("<Q", header, 32), struct.unpack_from("<HH", header, 54)
+            file.seek(table_at)
+            table = file.read(entry_size * num_segments)
+    except FileNotFoundError:
+        return False
+    if len(table) < entry_size * num_segments:
+        return True
+    entries = [table[start : start + entry_size] for start in range(0, len(table), entry_size)]
+    return any(struct.unpack_from("<Q", entry, 8)[0] + struct.unpack_from("<Q", entry, 32)[0] > size for entry in entries)
 
 
 def check_compilable(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """One optimizer step over one global batch, whatever the number of processes and micro-batches."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from galaxydist.training.objective import Objective, Targets
 from galaxydist.training.optimizer import LearningRate, set_learning_rate
 from galaxydist.training.speed import images_channels_last
 from galaxydist.training.statistics import ALL_STATISTICS
+from galaxydist.training.step_gates import StepAbandoned, StepGates
 from galaxydist.training.strategy import Strategy
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.world import World
@@ -28,7 +29,7 @@ class Update:
 
     The loss of a step is the sum of its numerators over all ranks and micro-batches, divided once by the sum of the weights.
     A step whose gradient is not finite is left out: weights, optimizer and batch-norm statistics stay as they were. On a GPU
-    the host does not wait to know, where the optimizer's kernels are fused.
+    the host does not wait to know, where the optimizer's kernels are fused. So do they where a gate says that the step is left.
 
     Args:
         world: the processes.
@@ -42,6 +43,7 @@ class Update:
         micro_batch: galaxies in one forward pass of one process (0: its whole share).
         seed: of the recipe.
         timer: told where the time goes.
+        gates: where a long step may be left.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Update:
         micro_batch: int,
         seed: int,
         timer: StepTimer,
+        gates: StepGates,
     ) -> None:
         self.world = world
         self.strategy = strategy
@@ -68,12 +71,14 @@ class Update:
         self.rate = rate
         self.seed = seed
         self.timer = timer
+        self.gates = gates
         self.clip_norm, self.clip_value = config.clip_norm, config.clip_value
         self.is_channels_last = config.channels_last
         count_parts = count_micro_batches if mixing is None else count_pair_parts
         self.num_parts = count_parts(config.batch_size, world.size, micro_batch)
         self.parameters = [parameter for parameter in strategy.model.parameters() if parameter.requires_grad]
-        self.statistics = KeptStatistics(strategy.model, is_needed=config.on_nonfinite == "skip")
+        self.statistics = KeptStatistics(strategy.model)
+        self.skips_nonfinite = config.on_nonfinite == "skip"
 
     def __call__(self, batch: Batch, step: int) -> torch.Tensor:
         """Take step number ``step``.
@@ -85,22 +90,30 @@ class Update:
         Returns:
             This rank's sums, float64 of shape 5: loss numerator, loss weight, correct, counted samples, and 1 where its loss or
             the gradient is not finite.
+
+        Raises:
+            StepAbandoned: on all ranks; nothing has changed.
         """
-        set_learning_rate(self.optimizer, self.rate.at(step))
         self.optimizer.zero_grad(set_to_none=True)
         self.strategy.model.train()
-        self.statistics.keep()
-        with self.timer.part("forward_backward"):
-            sums = self._backward(batch, step)
+        self.statistics.keep(is_needed=self.skips_nonfinite or not self.gates.is_open)
+        try:
+            with self.timer.part("forward_backward"), self.gates.step() as pass_gate:
+                sums = self._backward(batch, step, pass_gate)
+        except StepAbandoned:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.statistics.put_back()
+            raise
         with self.timer.part("optimizer"):
+            set_learning_rate(self.optimizer, self.rate.at(step))
             is_finite = self._move() & sums[0].isfinite()
-            self.statistics.put_back(~is_finite)
+            self.statistics.put_back(where=~is_finite)
             if self.strategy.ema is not None:
                 self.strategy.ema.update(self.strategy.model, step=step + 1)
         return torch.cat([sums, (~is_finite).double().reshape(1)])
 
-    def _backward(self, batch: Batch, step: int) -> torch.Tensor:
-        """Gradients of the global batch's loss, and this rank's sums."""
+    def _backward(self, batch: Batch, step: int, pass_gate: Callable[[], None]) -> torch.Tensor:
+        """Gradients of the global batch's loss, and this rank's sums. Gates stand before each micro-batch."""
         mix = self.mixing.prepare(batch) if self.mixing is not None else None
         targets = self.objective.targets(batch.labels_B, batch.weights_B, mix)
         total_weight = targets.total_weights_B.sum(dtype=torch.float64)
@@ -109,6 +122,7 @@ class Update:
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         parts = self._parts(len(batch.labels_B))
         for number, part in enumerate(parts):
+            pass_gate()
             part_targets = targets.take(part)
             images_BCHW = self._images(batch, part, mix)
             is_last = number == len(parts) - 1
@@ -179,20 +193,21 @@ class KeptStatistics:
 
     Args:
         model: not wrapped.
-        is_needed: if not, nothing is kept.
     """
 
-    def __init__(self, model: nn.Module, *, is_needed: bool) -> None:
-        self._buffers = [b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in ALL_STATISTICS and is_needed]
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in ALL_STATISTICS]
         self._kept: list[torch.Tensor] = []
 
-    def keep(self) -> None:
-        self._kept = [buffer.clone() for buffer in self._buffers]
+    def keep(self, *, is_needed: bool) -> None:
+        """Remember them; if they are not needed, nothing is kept and nothing will be put back."""
+        self._kept = [buffer.clone() for buffer in self._buffers] if is_needed else []
 
-    def put_back(self, condition: torch.Tensor) -> None:
-        """Where ``condition`` (a boolean scalar on the device) holds."""
-        for buffer, kept in zip(self._buffers, self._kept, strict=True):
-            buffer.copy_(torch.where(condition, kept, buffer))
+    def put_back(self, where: torch.Tensor | None = None) -> None:
+        """Those that were kept; with ``where`` (a boolean scalar on the device) only if it is true."""
+        if self._kept:
+            for buffer, kept in zip(self._buffers, self._kept, strict=True):
+                buffer.copy_(kept if where is None else torch.where(where, kept, buffer))
 
 
 def count_micro_batches(batch_size: int, world_size: int, micro_batch: int) -> int:

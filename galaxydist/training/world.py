@@ -3,9 +3,11 @@
 import math
 import os
 import socket
+import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -67,9 +69,13 @@ class World:
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Print a line, once for all ranks."""
+        """Print a line, once for all ranks. Where printing fails (a closed pipe, a full disk) nothing is printed from then on: no
+        reason to end a run."""
         if self.is_main:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except OSError:
+                sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (open as long as the process runs)
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Rank 0 does the work; every rank gets its result, or raises its ``UserError``. Another error is rank 0's own, and the

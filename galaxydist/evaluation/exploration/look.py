@@ -22,7 +22,6 @@ THUMBNAIL = 64
 # Width of the mean images, in pixels (or the pictures' own, where that is less).
 MEAN_WIDTH = 128
 _BATCH = 32
-_LEAST_SIZE = 16  # of what can be measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,13 +158,10 @@ def _gather(seen: list[tuple[Picture, _One]], labels_N: NDArray[np.int64], sums:
 def _look(batch: list[Picture], mean_width: int) -> list[_One]:
     """What pictures of one shape show."""
     images_BHWC = np.stack([picture.image for picture in batch if picture.image is not None])
-    if min(images_BHWC.shape[1:3]) >= _LEAST_SIZE:
-        measured = measure_pictures(images_BHWC)
-        size_B, brightness_B, sky_B = measured.size_px, measured.brightness, measured.sky
-    else:
-        size_B, brightness_B, sky_B = np.full((3, len(batch)), np.nan)
+    measured = measure_pictures(images_BHWC)
+    columns = measured.size_px, measured.brightness, measured.sky
     ones = []
-    for picture, image_HWC, size, brightness, sky in zip(batch, images_BHWC, size_B, brightness_B, sky_B, strict=True):
+    for picture, image_HWC, size, brightness, sky in zip(batch, images_BHWC, *columns, strict=True):
         histogram_CL = np.stack([np.bincount(image_HWC[..., channel].ravel(), minlength=256) for channel in range(3)])
         shares_CL = histogram_CL / histogram_CL.sum(axis=1, keepdims=True)
         mean_C = shares_CL @ (np.arange(256) / 255)
