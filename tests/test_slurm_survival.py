@@ -121,10 +121,12 @@ def test_time_limit(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_pa
         assert record.reason.startswith(
             "it was told to stop" if run is told else "the time limit came before everything was saved"
         )
-        assert shown(run)["last_error"] == record.reason
+        found = shown(run)
+        assert found["last_error"] == (record.reason if found["group"] == "pending" else None)
     for run, job_id in zip((told, late), ids, strict=True):
         (saved,) = wait_for(lambda run=run: GOING_ON.findall(run.log(0)), 120, "going on")  # type: ignore[misc]
-        assert 20 <= int(saved) <= int(run.files.restarts()[0].step or 0)
+        # Till its end the deaf one went on.
+        assert int(saved) >= (run.files.restarts()[0].saved or 0) >= 10
         run.galaxydist("cancel", str(run.run_dir))
         wait_state(slurm_bed, job_id, "CANCELLED")
         assert decisions(run.files.restarts()) in (["requeue"], ["requeue", "stop"])
