@@ -22,21 +22,15 @@ YEAR_MIN = 525_600
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
-    """submitit's, which starts our own task (see ``task.py``) instead of submitit's, and waits for srun in a way that a trap ends.
+    """submitit's, which starts our own task (see ``task.py``) instead of submitit's.
 
-    For an array submitit makes another of these with the same parameters: nothing else is kept in it.
+    submitit sends an array by an executor of its own class: only parameters and this command reach it.
     """
 
     @property
     def _submitit_command_str(self) -> str:
-        return _task_command(self.python, self.folder)
-
-    def _make_submission_file_text(self, command: str, uid: str) -> str:
-        text: str = super()._make_submission_file_text(command, uid)
-        if not self.parameters.get("teardown"):
-            return text
-        # bash runs a trap at once only where it waits for what runs beside it.
-        return "\n".join(f"{line} &" if line.startswith("srun ") else line for line in text.split("\n"))
+        # bash runs a trap at once only where it waits for what runs beside it (see ``_after_srun``).
+        return _task_command(self.python, self.folder) + (" &" if self.parameters.get("teardown") else "")
 
     def script(self, num_tasks: int) -> str:
         """The batch script of so many calls, as it would be sent."""
