@@ -89,15 +89,15 @@ def test_what_sbatch_refuses_is_told(tmp_path: Path) -> None:
 
 def test_an_interrupted_doctor_cancels_its_job(slurm_bed: Bed, tmp_path: Path) -> None:
     """By each of three signals, at the same time; the nodes have room for two of the jobs, so that one is waiting."""
-    doctors = [start(tmp_path / str(number)) for number in range(3)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    doctors = [start(tmp_path / str(int(number))) for number in numbers]
     jobs = []
-    for process in doctors:
+    for process, number in zip(doctors, numbers, strict=True):
         # The line about the job comes after the submission.
         assert process.stderr is not None
         jobs.append(job_of(process.stderr.readline()))
-    for job_id, process, number in zip(jobs, doctors, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), strict=True):
-        assert job_state(slurm_bed, job_id) in ("PENDING", "RUNNING")
         process.send_signal(number)
+    for job_id, process in zip(jobs, doctors, strict=True):
         assert finish(process)[0] == 130
         assert wait_state(slurm_bed, job_id, "CANCELLED")
     wait_for(lambda: not processes_left(slurm_bed))

@@ -104,6 +104,8 @@ def test_gpus_are_asked_for_as_the_cluster_spells_them(tmp_path: Path) -> None:
         assert f"#SBATCH --{option}\n" in script_of([REQUEST], profile, folder=tmp_path, name="n")
     array = script_of([REQUEST] * 5, cluster(tmp_path, "parallel: 2", "after: 7"), folder=tmp_path, name="n")
     assert "#SBATCH --dependency=afterok:7\n" in array
+    # What submitit hands on to the executor that it makes for an array.
+    assert array.count("galaxydist.cluster.after_srun") == 2 and "trap told_to_end TERM" in array
     assert "#SBATCH --array=0-4%2\n" in array and "gres" not in array and "--gpus" not in array
     container = cluster(tmp_path, "container: apptainer exec --nv image.sif", "python: /opt/python")
     script = script_of([REQUEST], container, folder=tmp_path, name="n")

@@ -24,37 +24,13 @@ YEAR_MIN = 525_600
 class SlurmExecutor(submitit.SlurmExecutor):
     """submitit's, which starts our own task (see ``task.py``) instead of submitit's.
 
-    Attributes:
-        after_srun: the command that the batch script gives about how srun ended; empty: none.
+    submitit sends an array by an executor of its own class: only parameters and this command reach it.
     """
-
-    after_srun: str = ""
 
     @property
     def _submitit_command_str(self) -> str:
-        return _task_command(self.python, self.folder)
-
-    def _make_submission_file_text(self, command: str, uid: str) -> str:
-        text: str = super()._make_submission_file_text(command, uid)
-        if not self.after_srun:
-            return text
-        lines = text.split("\n")
-        (number,) = [number for number, line in enumerate(lines) if line.startswith("srun ")]
-        # bash runs a trap only where it waits for nothing but what runs beside it.
-        lines[number] = "\n".join(
-            [
-                f"told_to_end() {{ trap '' TERM; {self.after_srun} {TOLD_TO_END}; }}",
-                "trap told_to_end TERM",
-                f'echo "{START_MARK}${{SLURM_RESTART_COUNT:-0}}" >&2',
-                f"{lines[number]} &",
-                "srun_pid=$!",
-                'wait "$srun_pid"; exit_code=$?',
-                'while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid"; exit_code=$?; done',
-                f'{self.after_srun} "$exit_code"',
-                "exit $?",
-            ]
-        )
-        return "\n".join(lines)
+        # bash runs a trap at once only where it waits for what runs beside it (see ``_after_srun``).
+        return _task_command(self.python, self.folder) + (" &" if self.parameters.get("teardown") else "")
 
     def script(self, num_tasks: int) -> str:
         """The batch script of so many calls, as it would be sent."""
@@ -132,13 +108,13 @@ def build_executor(
     slurm.update_parameters(
         job_name=name,
         # What the profile's lines set must not end the script before it has seen how srun ended.
-        setup=[*shell, "set +e"],
+        setup=[*shell, "set +e", *(_before_srun(after_srun) if after_srun else ())],
+        teardown=_after_srun(after_srun) if after_srun else None,
         wckey=None,  # submitit's own would be refused where keys are enforced
         array_parallelism=parallel or cluster.parallel,
         dependency=_dependency(cluster, after),
         **_slurm_parameters(cluster),
     )
-    slurm.after_srun = after_srun
     return slurm
 
 
@@ -195,6 +171,26 @@ def _slurm_parameters(cluster: ClusterConfig) -> dict[str, Any]:
         "additional_parameters": further,
     }
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _before_srun(command: str) -> list[str]:
+    """Shell lines: when SLURM ends the job, ``command`` is told so while srun still runs."""
+    return [
+        f"told_to_end() {{ trap '' TERM; {command} {TOLD_TO_END}; }}",
+        "trap told_to_end TERM",
+        f'echo "{START_MARK}${{SLURM_RESTART_COUNT:-0}}" >&2',
+    ]
+
+
+def _after_srun(command: str) -> list[str]:
+    """Shell lines: wait for srun, whatever comes in between, and give ``command`` its exit code."""
+    return [
+        "srun_pid=$!",
+        'wait "$srun_pid"; exit_code=$?',
+        'while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid"; exit_code=$?; done',
+        f'{command} "$exit_code"',
+        "exit $?",
+    ]
 
 
 def _dependency(cluster: ClusterConfig, after: str | None) -> str | None:
