@@ -100,7 +100,11 @@ def test_check_names_the_shard_and_the_galaxy(tmp_path: Path, capsys: pytest.Cap
     assert shard.name in captured.err and "galaxy " in captured.err
     assert command(tmp_path, "data", "check", "--dataset", "first") == 0
     assert command(tmp_path, "data", "check", "--dataset", "third") == 2
-    assert "data sets there: first, second" in capsys.readouterr().err
+    assert "data sets there: first (original), second (original)" in capsys.readouterr().err
+    assert command(tmp_path, "data", "check", "first") == 0
+    assert capsys.readouterr().out.count("in order: first") == 1
+    assert command(tmp_path, "data", "explore", "--dataset", "first", "--sample", "8") == 0
+    assert (tmp_path / "explore" / "first" / "original" / "index.html").is_file() or "page: " in capsys.readouterr().out
 
 
 def test_any_folder_and_its_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

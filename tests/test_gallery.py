@@ -114,7 +114,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_wrong_inputs_say_what_to_do(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "there is no run folder" in fails([str(tmp_path / "none")], capsys)
+    assert "there is no such folder" in fails([str(tmp_path / "none")], capsys)
     assert "is not a run folder" in fails([str(tmp_path)], capsys)
     text = fails([str(run_dir), "--split", "train"], capsys)
     assert "no predictions of the train split" in text and f"`galaxydist evaluate {run_dir} --split train`" in text

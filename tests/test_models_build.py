@@ -159,3 +159,16 @@ def test_group_normalisation_looks_at_one_image_at_a_time(width: int) -> None:
     assert logits_BK.std(dim=0).min() > 1e-3
     torch.testing.assert_close(torch.cat([model(image[None]) for image in images_BCHW]), logits_BK, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(model.eval()(images_BCHW), logits_BK, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_every_model_is_exported_with_a_free_batch(name: ModelName) -> None:
+    size = 64
+    model = build_model(ModelConfig(name=name), 3, size).eval()
+    exported = torch.export.export(
+        model, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},)
+    )
+    images_BCHW = torch.randn(5, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(images_BCHW), model(images_BCHW), rtol=1e-4, atol=1e-4)

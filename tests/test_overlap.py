@@ -23,11 +23,13 @@ from galaxydist.evaluation.counts import Counts
 from galaxydist.evaluation.overlap import Galaxies, check_overlap, find_overlap
 from galaxydist.evaluation.subset import SubsetCounts
 from galaxydist.galaxy import Galaxy
+from galaxydist.shards.equal_pictures import describe_equal_pictures
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.write import write_shards
 from galaxydist.surveys.names import fold_name, same_survey
 from galaxydist.surveys.official import NAME, read_official_split
 from galaxydist.surveys.split import TEST, TRAIN, VAL
+from galaxydist.training.trained_on import check_before_training
 from tests.blobs import BlobSurvey
 from tests.runs import quick_settings, read_evaluation, run_here
 from tests.test_shards_catalogue import make_old
@@ -350,6 +352,34 @@ def test_shards_whose_own_test_galaxies_train_are_refused_before_the_training(
     assert run_here(arguments) == 2
     assert "1 within 67 arcsec of one of them on the sky (blob-00024)" in capsys.readouterr().err
     assert (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "evaluation").exists()
+
+
+def test_equal_pictures_under_other_names_and_places_are_refused(
+    run_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Copied(PlacedBlobs):
+        def _draw(self, row: int) -> Any:
+            return super()._draw({TEST_ROW: TRAIN_ROW}.get(row, row))
+
+    other = Copied(**vars(OTHER))
+    assert judge(run_dir, "--manifest", write(other, tmp_path / "resized").path) == 2
+    assert "1 by their pictures, which are equal pixel for pixel (other-00024)" in capsys.readouterr().err
+    # A data set's own splits stay as they were given: it is said.
+    manifest = write(Copied(), tmp_path / "own")
+    assert [line.split(": ")[1] for line in describe_equal_pictures(manifest)] == [
+        f"train/blob-{TRAIN_ROW:05d} = test/blob-{TEST_ROW:05d}. A model is judged there on what it has learnt from"
+    ]
+    check_before_training(manifest, manifest)
+    assert "1 of the 24 galaxies of the test split" in caplog.text and "pixel for pixel (blob-00024)" in caplog.text
+    # Shards of an earlier version have no hashes.
+    monkeypatch.setattr("galaxydist.shards.encode.hash_pixels", lambda _: None)
+    old = write(other, tmp_path / "old")
+    assert judge(run_dir, "--manifest", old.path) == 0
+    assert "has no hashes of its pictures" in caplog.text and "has no hashes" in describe_equal_pictures(old)[0]
 
 
 def test_an_evaluation_from_before_anyone_looked_is_made_again(run_dir: Path) -> None:

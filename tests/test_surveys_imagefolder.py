@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, EncodedImage
 from galaxydist.recipe.paths import is_dataset_name
 from galaxydist.surveys import folderscan
-from galaxydist.surveys.names import natural_key, safe_name, unique_ids
+from galaxydist.surveys.imagefolder import FolderSurvey
+from galaxydist.surveys.names import mirrored_classes, natural_key, safe_name, unique_ids
 from galaxydist.surveys.open import open_survey
 from galaxydist.surveys.pictures import decode_picture, encode_png
 from tests.golden_sources import FOLDERS, METADATA, exported_folder, plain_folder, survey_file_hash
@@ -371,3 +373,57 @@ def test_truncated_and_foreign_pictures_are_named(tmp_path: Path) -> None:
     (tmp_path / "class10" / "class10_4.jpg").unlink()
     with pytest.raises(UserError, match=r"class10_4\.png has pixels of kind 'I;16'"):
         list(open_survey(tmp_path).read(0, 10))
+
+
+def test_equal_files_stay_together_in_a_new_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class_folders(tmp_path, count=30)
+    copies = {f"class2/class2_{n}.jpg": f"class2/copy_{n}.jpg" for n in range(30)}  # all of a class twice
+    copies["class10/class10_0.jpg"] = "class2/other.jpg"
+    for file, copy in copies.items():
+        shutil.copy(tmp_path / file, tmp_path / copy)
+    for number in range(2):
+        write_blank(tmp_path / "class10" / f"blank_{number}.png")
+    survey = open_survey(tmp_path)
+    assert isinstance(survey, FolderSurvey)
+    split_of = {survey.files[row]: split for split, rows in survey.splits.items() for row in rows.tolist()}
+    assert all(split_of[file] == split_of[copy] for file, copy in copies.items())
+    assert all(len(rows) for rows in survey.splits.values())
+    assert "31 pictures are copies of others, byte for byte" in caplog.text
+    assert "1 pictures stand in two classes, byte for byte: class2/other.jpg = class10/class10_0.jpg" in caplog.text
+    assert split_of["class2/other.jpg"] == "train", "a galaxy with two labels judges nobody"
+    dropped = open_survey(tmp_path, conflicting="drop")
+    assert sum(map(len, dropped.splits.values())) == len(survey.files) - 2
+    for k in range(3):
+        test = {survey.files[row] for row in open_survey(tmp_path, fold=(k, 3)).splits["test"].tolist()}
+        assert all((file in test) == (copy in test) for file, copy in copies.items())
+
+
+def write_blank(path: Path) -> None:
+    Image.new("RGB", (20, 24), (7, 7, 7)).save(path)
+
+
+def test_split_folders_have_many_names_and_each_split_one_folder(tmp_path: Path) -> None:
+    for names in (("Training", "Dev", "Testing"), ("train", "eval", "test")):
+        root = tmp_path / names[0]
+        for number, name in enumerate(names):
+            class_folders(root / name, names=("a", "b"), count=3 + number)
+        assert [len(rows) for rows in open_survey(root).splits.values()] == [6, 8, 10]
+    class_folders(root / "valid")
+    with pytest.raises(UserError, match=r"the folders eval, valid would all be the val split"):
+        open_survey(root)
+
+
+def test_no_validation_split_where_none_is_wanted(tmp_path: Path) -> None:
+    for folder in ("given/train", "given/test", "new"):
+        class_folders(tmp_path / folder)
+    for folder, sizes in (("given", [20, 0, 20]), ("new", [18, 0, 2])):
+        assert [len(rows) for rows in open_survey(tmp_path / folder, has_val=False).splits.values()] == sizes
+    class_folders(tmp_path / "given" / "val")
+    with pytest.raises(UserError, match="--val 0 is for a folder without one"):
+        open_survey(tmp_path / "given", has_val=False)
+
+
+def test_classes_that_mirror_each_other() -> None:
+    assert mirrored_classes(["clockwise", "edge", "Counter-Clockwise"]) == ["clockwise", "Counter-Clockwise"]
+    assert mirrored_classes(["S-spiral", "Z-spiral", "cw", "acw"]) == ["S-spiral", "Z-spiral", "cw", "acw"]
+    assert mirrored_classes(["clockwise", "left", "S0", "spiral", "anticlockwise_barred"]) == []

@@ -137,9 +137,9 @@ def _movable_groups(population: Population, codes: Codes, label: int) -> Iterato
     """The groups that are wholly in train, have a galaxy of the class, and none with a second label; in hash order."""
     for rows in population.groups_in_hash_order():
         in_train = rows[codes[rows] != NONE]
-        if (codes[in_train] == TRAIN).all() and (population.labels[rows] == label).any():
-            if not population.sky.conflicting[rows].any():
-                yield in_train
+        is_movable = (codes[in_train] == TRAIN).all() and not population.sky.conflicting[rows].any()
+        if is_movable and (population.labels[in_train] == label).any():
+            yield in_train
 
 
 def split_counts(class_counts: NDArray[np.integer], seed: int) -> NDArray[np.int64]:
@@ -190,8 +190,8 @@ def _balanced_pools(population: Population, original: Codes, label: int) -> tupl
 def cut(population: Population, codes: Codes, target: int, fraction: float = 0.1) -> Codes:
     """New codes in which ``fraction`` of each class of train (at least one galaxy) is ``target``, VAL or TEST.
 
-    Only galaxies without neighbours in train and without a second label are moved, so that groups stay together; whole groups of a
-    class that has no others.
+    Only galaxies without neighbours in train and without a second label are moved, so that groups stay together; whole groups
+    of a class that has no others.
     """
     groups, train = population.sky.groups, codes == TRAIN
     num_neighbours = np.bincount(groups[train & (groups >= 0)], minlength=int(groups.max(initial=0)) + 1)
