@@ -101,7 +101,7 @@ def pool_orbit(features_BD: Tensor) -> Tensor:
 
     The largest in place of the mean learned more slowly from few galaxies.
     """
-    return features_BD.unflatten(1, (ORDER, -1)).mean(dim=1)
+    return torch.unflatten(features_BD, 1, (ORDER, -1)).mean(dim=1)
 
 
 def halve(x: Tensor) -> Tensor:

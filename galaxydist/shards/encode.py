@@ -122,7 +122,7 @@ def hash_pixels(pixels: Pixels) -> int | None:
     if (pixels == pixels[:1, :1]).all():
         return None
     digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=8)
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(np.ascontiguousarray(pixels).data)
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 

@@ -110,7 +110,8 @@ def _pairs_of_group(groups: NDArray[np.int64]) -> NDArray[np.int64]:
     """(P, 2) rows that follow one another in a group: enough of its pairs to connect it."""
     rows = np.flatnonzero(groups >= 0)
     rows = rows[np.argsort(groups[rows], kind="stable")]
-    return np.stack([rows[:-1], rows[1:]], axis=1)[groups[rows[:-1]] == groups[rows[1:]]]
+    pairs: NDArray[np.int64] = np.stack([rows[:-1], rows[1:]], axis=1)[groups[rows[:-1]] == groups[rows[1:]]]
+    return pairs
 
 
 def _connect(pairs: NDArray[np.int64], length: int) -> NDArray[np.int64]:

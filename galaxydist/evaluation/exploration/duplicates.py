@@ -2,8 +2,8 @@
 
 The hash (ImageHash's pHash: the signs of the 8 x 8 lowest frequencies of a 32 x 32 picture, against their median) finds copies
 that were compressed or resampled; but many galaxies are a round glow on black, so that equal hashes mean little, and so do
-pixels that correlate. Pairs of near hashes therefore count only if the fine detail of their thumbnails correlates: the pixels less
-the mean around them, which are noise, stars and structure, cut at four deviations lest the bright middle outweigh the rest.
+pixels that correlate. Pairs of near hashes therefore count only if the fine detail of their thumbnails correlates: the pixels
+less the mean around them, which are noise, stars and structure, cut at four deviations lest the bright middle outweigh the rest.
 """
 
 from dataclasses import dataclass
@@ -111,4 +111,6 @@ def _detail(pictures_PHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
     detail = pixels - uniform_filter(pixels, (0, _SQUARE, _SQUARE, 0))
     limit = _MOST * 1.4826 * np.median(np.abs(detail), axis=(1, 2), keepdims=True)
     detail = np.clip(detail, -limit, limit)
-    return (detail - detail.mean(axis=(1, 2), keepdims=True)).reshape(len(pixels), -1)
+    detail -= detail.mean(axis=(1, 2), keepdims=True)
+    vectors: NDArray[np.float64] = detail.reshape(len(pixels), -1)
+    return vectors
