@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shlex
 import shutil
 from html import unescape
 from pathlib import Path
@@ -117,7 +118,9 @@ def test_wrong_inputs_say_what_to_do(run_dir: Path, tmp_path: Path, capsys: pyte
     assert "there is no such folder" in fails([str(tmp_path / "none")], capsys)
     assert "is not a run folder" in fails([str(tmp_path)], capsys)
     text = fails([str(run_dir), "--split", "train"], capsys)
-    assert "no predictions of the train split" in text and f"`galaxydist evaluate {run_dir} --split train`" in text
+    assert (
+        "no predictions of the train split" in text and f"`galaxydist evaluate {shlex.quote(str(run_dir))} --split train`" in text
+    )
     assert "no shards at" in fails([str(run_dir), "--manifest", str(tmp_path / "nowhere" / "manifest.json")], capsys)
     assert "50 galaxies of a class at most" in fails([str(run_dir), "--per-class", "51"], capsys)
     assert "is a folder" in fails([str(run_dir), "-o", str(tmp_path)], capsys)

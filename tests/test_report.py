@@ -1,6 +1,7 @@
 """The report of many runs: what stands in its page and tables, and what becomes of runs that cannot be reported."""
 
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_what_is_left_out_is_said(results: Results, page: Page) -> None:
     notes = page.text["notes"]
     assert re.search(r"half: left out: the run has not finished", notes)
     assert re.search(r"empty is not a run folder", notes)
-    assert re.search(r"bare: kept no predictions on original.*galaxydist evaluate \S+bare\b", notes)
+    assert re.search(r"bare: kept no predictions on original.*galaxydist evaluate [^\n]+bare\b", notes)
     assert (results.num_asked, results.num_runs) == (19, 17)
 
 
@@ -174,7 +175,7 @@ def test_galleries_are_shown_and_those_that_are_not_there_asked_for(results: Res
     assert len(best) > 4 and len(with_one) == 1
     for run_dir, judged in best.items():
         is_missing = judged.predictions_path is not None and run_dir not in with_one
-        assert (f"galaxydist gallery {run_dir}" in shown) == is_missing
+        assert (f"galaxydist gallery {shlex.quote(str(run_dir))}" in shown) == is_missing
     assert f"{with_one[0].name}, trained and tested on original" in shown
     assert "Most confident mistakes. What the sheet of mistakes shows." in shown and "Least certain galaxies." in shown
     assert html.count('src="data:image/jpeg;base64,') == 2

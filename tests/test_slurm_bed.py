@@ -25,7 +25,10 @@ LONG_JOB = 'echo "start ${SLURM_RESTART_COUNT:-0}"; sleep 600'
 @pytest.fixture
 def short_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A temporary folder in which a bed can lie: names of sockets are of limited length, and ``tmp_path`` has the test's."""
-    return tmp_path_factory.mktemp("bed")
+    folder = tmp_path_factory.mktemp("bed")
+    if re.search(r"[^\w./+-]", str(folder)) or len(str(folder)) > 60:
+        pytest.skip(f"a bed cannot lie in {folder}: set TMPDIR")
+    return folder
 
 
 def bed_command(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:

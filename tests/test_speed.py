@@ -123,11 +123,11 @@ def test_a_compiled_model_trains_as_it_does_without(kind: str) -> None:
     )
 
 
-def test_without_a_compiler_it_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_it_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config, cpp_builder
 
     cpp: Any = config.cpp
-    monkeypatch.setattr(cpp, "cxx", (str(tmp_path / "no-compiler"),))
+    monkeypatch.setattr(cpp, "cxx", ("no-such-compiler",))
     cpp_builder.cpp_compiler_search.cache_clear()
     try:
         with pytest.raises(EveryRankError, match=r"train\.compile=true needs a C\+\+ compiler"):
