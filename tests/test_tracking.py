@@ -106,7 +106,7 @@ def test_offline_files_hold_the_recipe_and_one_curve_over_a_restart(
 @pytest.mark.slow
 def test_each_step_is_stored_once_however_often_the_run_is_killed(blobs: Path, tmp_path: Path) -> None:
     run_dir, chance = tmp_path / "run", random.Random(3)
-    settings = quick_settings(blobs, run_dir, **WANDB, train__save_steps=3, train__log_every=1, train__epochs=40)
+    settings = quick_settings(blobs, run_dir, **WANDB, train__save_steps=3, train__log_every=1, train__epochs=14)
     metrics = run_dir / "metrics.jsonl"
 
     def num_lines() -> int:
@@ -116,7 +116,7 @@ def test_each_step_is_stored_once_however_often_the_run_is_killed(blobs: Path, t
     for number, stop in enumerate(stops):
         known = num_lines()
         with forked(train, settings, folder=tmp_path / f"log-{number}") as run:
-            wait_until(lambda known=known: num_lines() > known + 6)  # type: ignore[misc]
+            wait_until(lambda known=known: num_lines() > known + 4)  # type: ignore[misc]
             time.sleep(chance.uniform(0, 0.2))
             (process,) = (psutil.Process(pid) for pid in run.pids)
             if stop == "terminate all":  # as a batch system does: wandb's own process too, which loses what it has
@@ -133,7 +133,7 @@ def test_each_step_is_stored_once_however_often_the_run_is_killed(blobs: Path, t
     done = run_forked(train, settings)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_each_step_once(run_dir)
-    assert read_metrics(run_dir)[-1]["step"] == 120
+    assert read_metrics(run_dir)[-1]["step"] == 42
     assert len(offline_files(run_dir, run_id(run_dir))) + len(list(run_dir.glob("wandb-torn/*"))) == len(stops) + 1
 
 
