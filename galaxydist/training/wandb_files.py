@@ -43,7 +43,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
         message += content
         is_open = kind in (FIRST, MIDDLE)
         if not is_open:
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             record.ParseFromString(message)
             message = b""
             yield place, record
