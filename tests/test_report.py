@@ -291,6 +291,40 @@ def test_lines_of_one_recipe_are_told_apart_by_their_settings(tmp_path: Path) ->
     assert "optim.lr=0.5" in settings_of(found).values()
 
 
+def test_a_report_on_own_data_has_what_was_run_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = {"dataset": "my_survey", "class_names": ("spiral", "merger"), "accuracy": {"original": 0.5}, "num_galaxies": 60}
+    runs = {
+        "first try": ["recipe=resnet18"],
+        "lower rate": ["recipe=resnet18", "optim.lr=0.0005", "tracker.name=wandb", "train.log_every=7"],
+        "small/net": ["recipe=custom_cnn"],
+        "other/net": ["recipe=d4_cnn"],
+        "seed 0": ["recipe=vgg16"],
+        "seed 1": ["recipe=vgg16", "seed=1"],
+    }
+    for name, arguments in runs.items():
+        run = write_trial(tmp_path / "runs" / name, arguments, **own)  # type: ignore[arg-type]
+        path = run.evaluation_dir / "test.json"
+        write_json(path, read_json(path) | {"intervals": {"accuracy": [0.41, 0.59], "macro_f1": [0.4, 0.6], "loss": None}})
+    assert main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "page.html")]) == 0
+    html, markdown, latex = ((tmp_path / f"page.{ending}").read_text() for ending in ("html", "md", "tex"))
+    found = gather([tmp_path / "runs" / name for name in runs]).findings[0]
+    assert {row.label for row in found.table.rows} == {
+        *("first try", "lower rate", "VGG16"),
+        *(str(tmp_path / "runs" / name) for name in ("small/net", "other/net")),  # two folders of one name
+    }
+    assert "observations" not in Page(html).text
+    for text in (html, markdown, latex, capsys.readouterr().out):
+        assert not re.search("published|not run|Galaxy10|balanced</th>|on balanced|ViT|ResNet50", text.split("</style>")[-1])
+    # Only what changes numbers tells lines apart.
+    assert set(settings_of(found).values()) == {"optim.lr=0.0005", "optim.lr=0.02"}
+    content = read_json(tmp_path / "runs" / "seed 1" / "evaluation" / "test.json")
+    accuracy, balanced, f1 = (f"{content[name]:.3f}" for name in ("accuracy", "balanced_accuracy", "macro_f1"))
+    numbers = [f"{accuracy} [0.410, 0.590]", balanced, f"{f1} [0.400, 0.600]", f"{content['loss']:.3f}"]
+    assert f"| seed 1 | VGG16 | original | original | 1 | 60 | {' | '.join(numbers)} |" in markdown
+    assert f"seed 1 & VGG16 & original & original & 1 & 60 & {' & '.join(numbers)} \\\\" in latex
+    assert numbers[0] in Page(html).text["matrix"]
+
+
 def test_words() -> None:
     assert (signed(0.0121), signed(-0.5), signed(-0.0001)) == ("+0.012", "−0.500", "0.000")
     assert (p_text(0.0004), p_text(0.0164)) == ("p < 0.001", "p = 0.016")

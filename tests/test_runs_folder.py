@@ -93,8 +93,8 @@ def test_a_file_where_the_folder_should_be_is_refused(tmp_path: Path) -> None:
 def test_tracker_state_and_result(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert folder.read_tracker() == {}
-    folder.write_tracker(run_id="abc", highest_step=40)
-    assert folder.read_tracker() == {"run_id": "abc", "highest_step": 40}
+    folder.write_tracker(run_id="abc", stored_step=40, is_complete=False)
+    assert folder.read_tracker() == {"run_id": "abc", "stored_step": 40, "is_complete": False}
     assert folder.read_result() is None
     folder.write_result({"accuracy": 0.5, "checkpoint": Path("x")})
     assert folder.is_finished

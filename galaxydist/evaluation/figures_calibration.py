@@ -34,7 +34,8 @@ def draw_reliability(metrics: Mapping[str, Any], title: str) -> "Figure":
         _draw_counts(lower, found["reliability"])
     grid[0, 0].set_ylabel("accuracy")
     grid[1, 0].set_ylabel("galaxies")
-    grid[0, 0].legend(loc="upper left", frameon=False, fontsize=7)
+    handles = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3 if len(panels) > 1 else 1, frameon=False, fontsize=7)
     figure.suptitle(wrapped(title, figure))
     return figure
 

@@ -40,7 +40,7 @@ def draw_dependence(metrics: Mapping[str, Any], title: str) -> "Figure":
         axes.grid(linewidth=0.4, alpha=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy")
-    panels[0].legend(loc="lower left", frameon=False, fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower right", frameon=False, fontsize=7)
     figure.suptitle(wrapped(title, figure))
     return figure
 

@@ -20,6 +20,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 # is a hash that something in the figure refers to.)
 _NUMBERED_ID = re.compile(r' id="[A-Za-z]\w*?(?:\.\w+)?_\d+"')
 
+# Colours of figures that are hard to see on a dark ground, by the name under which page.css has another for it.
+_DARK_COLOURS = {"#0072b2": "--blue", "#d55e00": "--vermillion", "#009e73": "--green", "#555555": "--grey"}
+
 
 def render(template: str, context: Mapping[str, Any]) -> str:
     """The page of a template of ``galaxydist/evaluation/templates``; a name that the context lacks is an error."""
@@ -52,7 +55,8 @@ def picture_uri(picture: NDArray[np.uint8] | Image.Image, *, width: int | None =
 
 
 def figure_svg(figure: "Figure", description: str) -> "Markup":
-    """A figure as SVG for the inside of a page: clear ground, black drawn in the page's own text colour, text as text.
+    """A figure as SVG for the inside of a page: clear ground, black drawn in the page's own text colour, text as text. The page's
+    style sheet may give the figures' dark colours other values by name (``--blue``).
 
     Args:
         figure: drawn with black lines and text where they are to follow the page.
@@ -74,6 +78,8 @@ def figure_svg(figure: "Figure", description: str) -> "Markup":
     body = _NUMBERED_ID.sub("", re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL))
     # SVG's own default is black: text and strokes without a colour are given the page's through the attributes of <svg>.
     body = body.replace("#000000", "currentColor").replace("stroke: black", "stroke: currentColor")
+    for colour, name in _DARK_COLOURS.items():
+        body = body.replace(f": {colour}", f": var({name}, {colour})")
     opening = (
         f'<svg {box.group()} style="max-width: {float(width.group(1)) * 4 / 3:.0f}px" fill="currentColor" role="img" '
         f'aria-label="{escape(description)}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'

@@ -24,6 +24,7 @@ from galaxydist.evaluation.published import (
 )
 from galaxydist.evaluation.sampling import Difference, Estimate, from_accuracies, from_means, from_outcomes, holm
 from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Trial
+from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.surveys.official import NAME as REAL_DATASET
 
 NOT_RUN = "not run"
@@ -39,6 +40,7 @@ class Row:
         regime: ``reference``, ``own`` or, where nothing was run, empty.
         settings: the hash of its settings where two lines share model and recipe; else empty.
         display: the published model that it stands beside.
+        name: of its one run, on a data set of the user's own; else empty.
     """
 
     model: str
@@ -46,10 +48,13 @@ class Row:
     regime: str
     settings: str
     display: DisplayName | None
+    name: str = ""
 
     @property
     def label(self) -> str:
-        """What the line is called: the published model's name or ``model.name``, and the recipe where that says more."""
+        """The line's name: the run's, or the published model's or ``model.name``, and the recipe where that says more."""
+        if self.name:
+            return self.name
         name = self.display or self.model
         own = self.recipe.removeprefix(f"{REFERENCE}-")  # what the regime says already
         recipe = own if own != name.lower().replace(" ", "_") else ""
@@ -118,6 +123,17 @@ class Table:
         """It is about the real Galaxy10 DECaLS."""
         return self.dataset == REAL_DATASET
 
+    @property
+    def is_galaxy10(self) -> bool:
+        """Its classes are Galaxy10's, which the published models and observations are about; else it is a user's own."""
+        return self.class_names == GALAXY10_CLASSES
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Those to show: all beside Galaxy10, on a user's own data those that were run."""
+        run = {setting for (_, setting), cell in self.cells.items() if cell.trials}
+        return tuple(setting for setting in SETTINGS if self.is_galaxy10 or setting in run)
+
 
 def build_tables(trials: Sequence[Trial], *, read: Callable[[Path], Outcomes] = read_outcomes) -> list[Table]:
     """A table for each data set, the real Galaxy10's first.
@@ -144,7 +160,7 @@ def holm_adjusted(table: Table, quantity: str = "accuracy") -> dict[tuple[Row, S
 
 def _build_table(trials: Sequence[Trial], read: Callable[[Path], Outcomes]) -> Table:
     dataset, class_names = trials[0].dataset, trials[0].class_names
-    lines = _lines(trials)
+    lines = _lines(trials, is_galaxy10=class_names == GALAXY10_CLASSES)
     cells: dict[tuple[Row, Setting], Cell] = {}
     notes: list[str] = []
     for row, members in lines.items():
@@ -162,8 +178,10 @@ def _build_table(trials: Sequence[Trial], read: Callable[[Path], Outcomes]) -> T
     return Table(dataset, class_names, tuple(lines), cells, tuple(notes))
 
 
-def _lines(trials: Sequence[Trial]) -> dict[Row, list[Trial]]:
-    """The runs of each line, published models first; a published model that nobody ran has a line without runs."""
+def _lines(trials: Sequence[Trial], *, is_galaxy10: bool) -> dict[Row, list[Trial]]:
+    """The runs of each line, published models first. Beside Galaxy10 a published model that nobody ran has a line without runs;
+    on a user's own data a line of one run has its name."""
+    names = Counter(trial.name for trial in trials)
 
     def identity(trial: Trial) -> tuple[str, str, str]:
         return trial.model, trial.regime, trial.recipe
@@ -175,10 +193,14 @@ def _lines(trials: Sequence[Trial]) -> dict[Row, list[Trial]]:
         # Training on another variant may take other settings; two settings on one variant are two lines.
         is_one = len({(trial.variant, trial.settings) for trial in members}) == len({trial.variant for trial in members})
         for which in [""] if is_one else sorted(settings):
-            row = Row(model, recipe, regime, which, display_name(model))
-            found.append((row, [trial for trial in members if which in ("", trial.settings)]))
+            runs = [trial for trial in members if which in ("", trial.settings)]
+            name = ""
+            if len(runs) == 1 and not is_galaxy10:
+                (only,) = runs
+                name = only.name if names[only.name] == 1 else str(only.run_dir)
+            found.append((Row(model, recipe, regime, which, display_name(model), name), runs))
     run = {row.display for row, _ in found}
-    found += [(Row("", "", "", "", name), []) for name in MODELS if name not in run]
+    found += [(Row("", "", "", "", name), []) for name in MODELS if is_galaxy10 and name not in run]
     order = {name: number for number, name in enumerate(MODELS)}
     last = len(order)
     found.sort(key=lambda line: (order[line[0].display] if line[0].display else last, line[0].regime != REFERENCE))

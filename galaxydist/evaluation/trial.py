@@ -1,7 +1,7 @@
 """The record of one finished run: what it was trained on, what chose its checkpoint, and how it did on each test set."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from galaxydist.evaluation.published import Setting
@@ -45,6 +45,14 @@ class Unseen:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """A number of an evaluation, None where there is none, and its 95 % interval, None where it was not computed."""
+
+    value: float | None
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Judgement:
     """One evaluation on a test set.
 
@@ -57,6 +65,7 @@ class Judgement:
         confusion: K x K counts; row: true class, column: predicted class.
         predictions_path: the single galaxies' predictions, where they were kept.
         without_validation: without the galaxies that the run was validated on; None where there are none.
+        scores: by the name that the evaluation's file has for them.
     """
 
     dataset: str
@@ -69,6 +78,7 @@ class Judgement:
     confusion: tuple[tuple[int, ...], ...]
     predictions_path: Path | None
     without_validation: Unseen | None = None
+    scores: Mapping[str, Score] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
@@ -109,6 +119,11 @@ class Trial:
     settings: str
     validation: Validation | None
     judgements: Mapping[Variant, Judgement]
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.run_dir.name or str(self.run_dir)
 
     def judged(self, setting: Setting) -> Judgement | None:
         """Its evaluation in a setting, where it has that."""

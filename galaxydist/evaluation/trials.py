@@ -16,13 +16,16 @@ import numpy as np
 from galaxydist.errors import UserError
 from galaxydist.evaluation.predictions import predictions_path
 from galaxydist.evaluation.report import read_evaluation, stem_of
-from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Trial, Unseen, Validation
+from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Score, Trial, Unseen, Validation
 from galaxydist.recipe.fields import recipe_fields
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 from galaxydist.variants import VARIANTS, Variant
 
 # Result fields in which the runs of one line of the matrix may differ: repeats, and the data that its columns are about.
 COLUMNS = frozenset({"seed", "data.variant", "data.manifest", "name"})
+
+# Numbers of an evaluation that are reported for each run.
+SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "loss")
 
 
 class _Unusable(Exception):
@@ -171,7 +174,13 @@ def _judgement(place: Path, content: Mapping[str, Any], tta: str) -> Judgement:
         confusion=tuple(tuple(row) for row in confusion_KK.tolist()),
         predictions_path=predictions if predictions.is_file() else None,
         without_validation=_unseen(content),
+        scores={name: _score(content, name) for name in SCORES},
     )
+
+
+def _score(content: Mapping[str, Any], name: str) -> Score:
+    value, interval = content.get(name), (content.get("intervals") or {}).get(name)
+    return Score(None if value is None else float(value), (float(interval[0]), float(interval[1])) if interval else None)
 
 
 def _unseen(content: Mapping[str, Any]) -> Unseen | None:

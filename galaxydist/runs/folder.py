@@ -159,15 +159,21 @@ class RunFolder:
         return forced
 
     def read_tracker(self) -> dict[str, Any]:
-        """The tracker's state (``run_id``, ``highest_step``); empty where there is none yet."""
+        """The tracker's state (``run_id``, ``stored_step``, ``is_complete``); empty where there is none yet."""
         if not self.tracker_path.exists():
             return {}
         content = read_json(self.tracker_path)
         return content if isinstance(content, dict) else {}
 
-    def write_tracker(self, *, run_id: str | None, highest_step: int) -> None:
-        """Keep the tracker's run id and the highest step that it was given, so that a requeue goes on with the same curve."""
-        write_json(self.tracker_path, {"run_id": run_id, "highest_step": highest_step})
+    def write_tracker(self, *, run_id: str | None, stored_step: int, is_complete: bool) -> None:
+        """Keep the tracker's state.
+
+        Args:
+            run_id: the tracker's name for the run: a requeue goes on with the same curve.
+            stored_step: the highest step that the tracker is known to have stored.
+            is_complete: the run has ended, and the tracker has all of it.
+        """
+        write_json(self.tracker_path, {"run_id": run_id, "stored_step": stored_step, "is_complete": is_complete})
 
     def read_result(self) -> dict[str, Any] | None:
         """What the finished run left; None while it has not finished."""

@@ -96,7 +96,6 @@ class Journal:
         self.timer = timer
         self.utilisation = utilisation
         self._timed_steps = 0
-        self._highest_step = folder.read_tracker().get("highest_step", 0) if world.is_main else 0
         self._error: Exception | None = None
         self._last: dict[str, float] = {}
         self._timing: dict[str, float] = {}
@@ -165,13 +164,7 @@ class Journal:
         self.folder.metrics.append(step, {"epoch": epoch, **metrics})
         if timing:
             self.folder.timing.append(step, timing)
-        known = {name: value for name, value in metrics.items() if value is not None}
-        self.tracker.log({"epoch": epoch, **known, **(timing or {})}, step)
-        if self.tracker.run_id is not None:
-            # A run that is killed in the validation logs this step again, with it.
-            is_complete = timing is None or not self.schedule.ends_epoch(step)
-            self._highest_step = max(self._highest_step, step if is_complete else step - 1)
-            self.folder.write_tracker(run_id=self.tracker.run_id, highest_step=self._highest_step)
+        self.tracker.log({"epoch": epoch, **metrics, **(timing or {})}, step)
 
     def epoch_done(self, step: int, validation: Mapping[str, float | None]) -> None:
         """Say in one line how the epoch went."""

@@ -47,7 +47,7 @@ from galaxydist.training.saving import Saving
 from galaxydist.training.statistics import average_statistics
 from galaxydist.training.stop_signals import StopFlag, signal_name
 from galaxydist.training.timing import StepTimer
-from galaxydist.training.tracking import Tracker, start_tracker
+from galaxydist.training.tracking import Tracker, complete_tracker, start_tracker
 from galaxydist.training.trained_on import check_before_training
 from galaxydist.training.validation import evaluate_split
 from galaxydist.training.watchdog import build_watchdog, collective_timeout
@@ -123,6 +123,7 @@ class Session:
             if opened.is_over:
                 self.world.say(f"{folder} is finished.")
                 self._judge(folder, manifest, self.world.say)
+                self._say_place(complete_tracker(self.world, self.recipe, folder, manifest, environ=self.environ))
                 return 0
             parts = build_parts(self.world, self.recipe, manifest, model, folder, stored_micro_batch=opened.micro_batch)
             self._restore(parts, folder)
@@ -171,6 +172,11 @@ class Session:
         if estimate is not None:
             self.world.say(estimate)
 
+    def _say_place(self, place: str | None) -> None:
+        """Rank 0: where the tracker keeps the run."""
+        if place is not None:
+            self.world.say(place)
+
     @staticmethod
     def _cut_back(folder: RunFolder, step: int) -> None:
         folder.metrics.cut_back(step)
@@ -199,7 +205,7 @@ class Session:
             self._note_failure(folder, state.step, error)
             raise
         finally:
-            tracker.finish(summary, exit_code)
+            self._say_place(tracker.finish(summary, exit_code))
         return 0
 
     def _judge(self, folder: RunFolder, manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any] | None:

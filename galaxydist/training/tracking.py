@@ -1,10 +1,18 @@
-"""Trackers: where metrics go beside the run folder. Rank 0 holds a real one, every other rank the null one."""
+"""Trackers: where metrics go beside the run folder. Rank 0 holds a real one, every other rank the null one.
 
+metrics.jsonl is exact; every tracker is derived from it. What a tracker's program has *stored* decides what it is sent: at a
+start the rows that it lacks, later each new row once it is whole.
+"""
+
+import contextlib
+import heapq
 import logging
+import math
 import netrc
+import shlex
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +20,7 @@ from galaxydist.recipe.identity import to_dict
 from galaxydist.recipe.schema import Recipe, TrackerConfig
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
+from galaxydist.training.wandb_files import mend_files, offline_files, stored_step
 from galaxydist.training.world import World
 
 LOG = logging.getLogger(__name__)
@@ -23,9 +32,29 @@ class Tracker(Protocol):
     @property
     def run_id(self) -> str | None: ...
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+    def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
 
-    def finish(self, summary: Mapping[str, float], exit_code: int) -> None: ...
+    def finish(self, summary: Mapping[str, float], exit_code: int) -> str | None: ...
+
+
+class Sink(Protocol):
+    """A tracker's program, to which whole rows are sent in the order of their steps. It may raise anything at any time.
+
+    Attributes:
+        stored_step: the highest step whose row it had stored when it was opened; 0 where there was none.
+    """
+
+    stored_step: int
+
+    def send(self, row: Mapping[str, Any], step: int) -> None: ...
+
+    def close(self, summary: Mapping[str, float], exit_code: int) -> str:
+        """Write out everything; a line that says where it is."""
+        ...
+
+    def abandon(self) -> None:
+        """Let go of a program that has failed, silently."""
+        ...
 
 
 class NullTracker:
@@ -33,24 +62,103 @@ class NullTracker:
 
     run_id: str | None = None
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Nothing."""
 
-    def finish(self, summary: Mapping[str, float], exit_code: int) -> None:
+    def finish(self, summary: Mapping[str, float], exit_code: int) -> str | None:
         """Nothing."""
 
 
-class WandbTracker:
-    """Weights & Biases, online or offline. A failure is said once and never stops the training.
+class RunTracker:
+    """Sends the rows of a run to a sink, each step once. A failure is said once and never stops the training.
+
+    A row is whole when a higher step begins, or the run has ended well: a validation belongs to the row of its step.
+
+    Args:
+        sink: takes the rows. What it lacks of those in the run folder is sent to it at once.
+        folder: of the run, cut back to the step where it goes on.
+        run_id: the tracker's name for the run.
+    """
+
+    def __init__(self, sink: Sink, folder: RunFolder, run_id: str) -> None:
+        self.run_id: str | None = run_id
+        self._sink = sink
+        self._folder = folder
+        self._sent_step = sink.stored_step
+        self._row: dict[str, Any] = {}
+        self._row_step = 0
+        self._failed = False
+        folder.write_tracker(run_id=run_id, stored_step=sink.stored_step, is_complete=False)
+        for step, row in read_rows(folder):
+            self.log(row, step)
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Add metrics to the row of a step; what is stored already is left out, and so is what is not finite."""
+        if self._failed or step <= self._sent_step:
+            return
+        if step != self._row_step:
+            self._send()
+        self._row_step = step
+        self._row |= {name: value for name, value in metrics.items() if _is_known(value)}
+
+    def finish(self, summary: Mapping[str, float], exit_code: int) -> str | None:
+        """Close the sink. A row that may lack its validation is sent only at a good end: else the run goes on with it.
+
+        Returns:
+            At a good end, a line that says where the sink keeps the run.
+        """
+        if exit_code == 0:
+            self._send()
+        if self._failed:
+            return None
+        try:
+            place = self._sink.close(summary, exit_code)
+        except Exception as error:  # whatever a tracker does, the run goes on
+            self._fail(error)
+            return None
+        self._folder.write_tracker(run_id=self.run_id, stored_step=self._sent_step, is_complete=exit_code == 0)
+        return place if exit_code == 0 else None
+
+    def _send(self) -> None:
+        if self._failed or not self._row:
+            return
+        try:
+            self._sink.send(self._row, self._row_step)
+        except Exception as error:  # as above
+            self._fail(error)
+        self._sent_step, self._row = self._row_step, {}
+
+    def _fail(self, error: Exception) -> None:
+        self._failed = True
+        LOG.warning(
+            "the tracker failed (%s). metrics.jsonl has every number; what the tracker lacks is sent to it when the same command "
+            "is given again",
+            (str(error).splitlines() or [type(error).__name__])[0],
+        )
+        self._sink.abandon()
+
+
+def read_rows(folder: RunFolder) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of metrics.jsonl and timing.jsonl in the order of their steps; a step may have several."""
+    for line in heapq.merge(folder.metrics.read(), folder.timing.read(), key=lambda line: int(line["step"])):
+        yield line.pop("step"), line
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
+class WandbSink:
+    """Weights & Biases, online or offline.
 
     Args:
         config: project, entity, tags.
         mode: ``online`` or ``offline``.
-        folder: where wandb keeps its files.
+        folder: the run folder; wandb keeps its files below it.
         run_id: of the run to continue, or a new one.
         name: shown on the dashboard.
         recipe: the resolved recipe, stored as the run's config.
-        logged_step: the highest step logged before; steps up to it are not logged again (a curve cannot go back).
+        known_step: the highest step that was known to be stored at an earlier time: files may have been removed since.
     """
 
     def __init__(
@@ -62,19 +170,23 @@ class WandbTracker:
         run_id: str,
         name: str,
         recipe: Mapping[str, Any],
-        logged_step: int,
+        known_step: int,
     ) -> None:
         import wandb
 
-        self.run_id: str | None = run_id
-        self._logged_step = logged_step
-        self._failed = False
         folder.mkdir(parents=True, exist_ok=True)
+        for sentence in mend_files(folder, run_id):
+            LOG.warning("%s", sentence)
+        self.stored_step = max(known_step, stored_step(folder, run_id))
+        self._folder = folder
+        self._id = run_id
+        self._is_online = mode == "online"
+        logging.getLogger("asyncio").addFilter(_is_no_lost_connection)
         self._run = wandb.init(
             project=config.project,
             entity=config.entity,
             tags=list(config.tags) or None,
-            mode="online" if mode == "online" else "offline",
+            mode="online" if self._is_online else "offline",
             dir=str(folder),
             id=run_id,
             name=name,
@@ -84,68 +196,93 @@ class WandbTracker:
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        if self._is_online:
+            self.stored_step = self._run.starting_step - 1  # the server says its next step
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        if self._failed or step <= self._logged_step:
-            return
-        try:
-            self._run.log({**metrics, "step": step}, step=step)
-        except Exception as error:  # whatever a tracker does, the training goes on
-            self._fail(error)
+    def send(self, row: Mapping[str, Any], step: int) -> None:
+        """Send one whole row."""
+        self._run.log({**row, "step": step}, step=step, commit=True)
 
-    def finish(self, summary: Mapping[str, float], exit_code: int) -> None:
-        try:
-            self._run.summary.update(dict(summary))
-            self._run.finish(exit_code=exit_code)
-        except Exception as error:  # as above
-            self._fail(error)
+    def close(self, summary: Mapping[str, float], exit_code: int) -> str:
+        """Wait until all is stored."""
+        self._run.summary.update(dict(summary))
+        self._run.finish(exit_code=exit_code)
+        if self._is_online:
+            return f"wandb: {self._run.url}"
+        several = offline_files(self._folder, self._id)
+        pattern = f"{shlex.quote(str(self._folder / 'wandb'))}/offline-run-*-{self._id}*"
+        command = shlex.quote(str(several[0].parent)) if len(several) == 1 else pattern
+        return f"wandb: offline, in {self._folder / 'wandb'}; to send it: wandb sync {command}"
 
-    def _fail(self, error: Exception) -> None:
-        if not self._failed:
-            LOG.warning("wandb failed (%s); the training goes on without it, metrics.jsonl has every number", error)
-        self._failed = True
+    def abandon(self) -> None:
+        """Let go of wandb's process. Where it is gone, each of these raises, and wandb would print that at the exit."""
+        import wandb
+
+        with contextlib.suppress(Exception):
+            self._run.finish(exit_code=1)
+        with contextlib.suppress(Exception):
+            wandb.teardown(exit_code=1)
 
 
-def build_tracker(
-    config: TrackerConfig,
-    *,
-    folder: Path,
-    run_id: str,
-    name: str,
-    recipe: Mapping[str, Any],
-    logged_step: int,
-    environ: Mapping[str, str],
-) -> Tracker:
-    """The recipe's tracker, or the null tracker where it cannot be started."""
-    if config.name == "none":
-        return NullTracker()
-    mode = config.mode if config.mode != "auto" else choose_wandb_mode(environ)
-    try:
-        return WandbTracker(config, mode=mode, folder=folder, run_id=run_id, name=name, recipe=recipe, logged_step=logged_step)
-    except Exception as error:  # a tracker that fails never stops a training run
-        LOG.warning("wandb could not start (%s); metrics.jsonl has every number", error)
-        return NullTracker()
+def _is_no_lost_connection(record: logging.LogRecord) -> bool:
+    return "socket.send() raised" not in record.getMessage()  # for each line that is printed once wandb's process is gone
 
 
 def start_tracker(
     world: World, recipe: Recipe, folder: RunFolder, manifest: Manifest, *, run_id: str | None, environ: Mapping[str, str]
 ) -> Tracker:
-    """The tracker of a run: on rank 0 the recipe's, elsewhere none. It goes on with the curve ``run_id``, or the run folder's."""
-    if not world.is_main:
+    """The tracker of a run: on rank 0 the recipe's, elsewhere none. It goes on with the curve ``run_id``, or the run folder's.
+
+    Where it cannot be started there is none either: a tracker that fails never stops a training run.
+    """
+    if not world.is_main or recipe.tracker.name == "none":
         return NullTracker()
     told = to_dict(recipe)
     if manifest.remote is not None:
         told["data"]["manifest"] = manifest.location  # without what may be secret in a URL
+    try:
+        return open_tracker(recipe.tracker, folder, told, run_id=run_id, environ=environ)
+    except Exception as error:  # as above
+        LOG.warning("wandb could not start (%s); metrics.jsonl has every number", error)
+        return NullTracker()
+
+
+def open_tracker(
+    config: TrackerConfig, folder: RunFolder, recipe: Mapping[str, Any], *, run_id: str | None, environ: Mapping[str, str]
+) -> RunTracker:
+    """The tracker of a run folder, sent what it lacks.
+
+    Args:
+        config: of the tracker.
+        folder: of the run.
+        recipe: the resolved recipe, for the tracker to show.
+        run_id: of the curve to continue; None: the run folder's, or a new one.
+        environ: says whether there is a key.
+    """
     stored = folder.read_tracker()
-    return build_tracker(
-        recipe.tracker,
+    run_id = run_id or stored.get("run_id") or uuid.uuid4().hex[:8]
+    mode = config.mode if config.mode != "auto" else choose_wandb_mode(environ)
+    sink = WandbSink(
+        config,
+        mode=mode,
         folder=folder.path,
-        run_id=run_id or stored.get("run_id") or uuid.uuid4().hex[:8],
+        run_id=run_id,
         name=folder.path.name,
-        recipe=told,
-        logged_step=stored.get("highest_step", 0),
-        environ=environ,
+        recipe=recipe,
+        known_step=stored.get("stored_step", 0) if run_id == stored.get("run_id") else 0,
     )
+    return RunTracker(sink, folder, run_id)
+
+
+def complete_tracker(
+    world: World, recipe: Recipe, folder: RunFolder, manifest: Manifest, *, environ: Mapping[str, str]
+) -> str | None:
+    """Send the tracker of a finished run what it lacks, since the run was killed after its result was written."""
+    result = folder.read_result() or {}
+    if not world.is_main or folder.read_tracker().get("is_complete", True):
+        return None
+    summary = {name: value for name, value in result.items() if name != "step"}
+    return start_tracker(world, recipe, folder, manifest, run_id=None, environ=environ).finish(summary, 0)
 
 
 def choose_wandb_mode(environ: Mapping[str, str]) -> str:

@@ -46,7 +46,7 @@ def draw_curves(curves: Sequence[Curve]) -> "Figure":
     for axes, (label, validation, training) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         for curve in curves:
             colour = VARIANT_COLOURS.get(curve.variant, GREEN)
-            _draw(axes, curve.lines, over, training, color=colour, linewidth=0.7, linestyle=":", alpha=0.8)
+            _draw(axes, curve.lines, over, training, color=colour, linewidth=1.1, linestyle=":")
             drawn = _draw(axes, curve.lines, over, validation, color=colour, linewidth=1.2, marker="o", markersize=2)
             named |= {f"trained on {curve.variant}": drawn} if drawn is not None else {}
         axes.set(xlabel=over, title=label)

@@ -59,6 +59,11 @@ class Findings:
         """The runs of a line."""
         return [facts for facts in self.facts if self.row_of.get(facts.trial.run_dir) == row]
 
+    def model_of(self, trial: Trial) -> str:
+        """The model of a run, as its line calls it; ``model.name`` where the line has the run's own name."""
+        row = self.row_of.get(trial.run_dir)
+        return trial.model if row is None or row.name else row.label
+
     def best(self, row: Row, variant: Variant) -> RunFacts | None:
         """The best run by validation of a line among those trained on a variant; None where there is none."""
         runs = {id(facts.trial): facts for facts in self.runs_of(row) if facts.trial.variant == variant}
@@ -143,7 +148,7 @@ def _find(table: Table, trials: Sequence[Trial], read: ReadOutcomes) -> Findings
         return order[row] if row is not None else len(order), trial.variant != "original", trial.seed
 
     observations = {}
-    for regime in REGIMES:
+    for regime in REGIMES if table.is_galaxy10 else ():
         if rows := choose_rows(table, regime):
             observations[regime] = observe(case_of(table, rows))
     return Findings(

@@ -2,11 +2,11 @@ r"""The report's tables as LaTeX, ready to ``\input``: they need the packages bo
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 from galaxydist.evaluation.matrix import Table
-from galaxydist.evaluation.published import SETTINGS
 from galaxydist.evaluation.results.gather import Findings, Results
-from galaxydist.evaluation.results.views import CAPTION, class_rows, ranking_rows
+from galaxydist.evaluation.results.views import SCORES_CAPTION, caption_of, class_rows, ranking_rows, score_rows
 from galaxydist.evaluation.results.words import NOTHING, QUANTITIES, Numbers, Quantity, describe_table, number
 from galaxydist.evaluation.text import readable
 from galaxydist.evaluation.verdicts import Observation
@@ -54,10 +54,11 @@ def render_latex(results: Results, provenance: Mapping[str, str]) -> str:
 def _data_set(found: Findings) -> Iterator[str]:
     table, key = found.table, _key(found.table.dataset)
     for quantity in QUANTITIES:
-        caption = f"Test {quantity} on {table.dataset}. {CAPTION[table.is_real]}"
+        caption = f"Test {quantity} on {table.dataset}. {caption_of(table)}"
         if table.is_real:
             caption += " A star marks a significant difference."
-        yield from _float(caption, f"{key}-{quantity}", "lcccc", list(_matrix(table, quantity)))
+        yield from _float(caption, f"{key}-{quantity}", "l" + "c" * len(table.settings), list(_matrix(table, quantity)))
+    yield from _plain(f"Every run on {table.dataset}. {SCORES_CAPTION}", f"{key}-runs", *score_rows(found))
     for setting, (names, rows) in class_rows(table).items():
         caption = f"Accuracy of each class on {table.dataset}, {setting}: mean over seeds; each model's worst class is in bold."
         head = " & ".join(["", *(rf"\rotatebox{{90}}{{{escape(readable(name))}}}" for name in names)])
@@ -71,17 +72,26 @@ def _data_set(found: Findings) -> Iterator[str]:
         yield from _float(caption, label, "l" + "c" * len(names), [rf"{head} \\", r"\midrule", *(rf"{line} \\" for line in body)])
     for regime, observations in found.observations.items():
         yield from _observations(f"{table.dataset}, {regime} recipes", f"{key}-{regime}", observations)
-    head_words, ranked = ranking_rows(found)
-    lines = [rf"{' & '.join(map(escape, words))} \\" for words in (head_words, *ranked)]
-    caption = f"Runs on {table.dataset}, ranked by validation alone."
-    yield from _float(caption, f"{key}-ranking", "l" * len(head_words), [lines[0], r"\midrule", *lines[1:]])
+    yield from _plain(f"Runs on {table.dataset}, ranked by validation alone.", f"{key}-ranking", *ranking_rows(found))
+
+
+def _plain(caption: str, label: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    lines = [rf"{' & '.join(map(escape, words))} \\" for words in (head, *rows)]
+    yield from _float(caption, label, "l" * len(head), [lines[0], r"\midrule", *lines[1:]])
 
 
 def _matrix(table: Table, quantity: Quantity) -> Iterator[str]:
     numbers = describe_table(table)
-    yield r"& \multicolumn{2}{c}{trained on original} & \multicolumn{2}{c}{trained on balanced} \\"
-    order = sorted(SETTINGS, key=lambda setting: (setting.train != "original", setting.test != "original"))
-    yield r"\cmidrule(lr){2-3}\cmidrule(lr){4-5}"
+    order = sorted(table.settings, key=lambda setting: (setting.train != "original", setting.test != "original"))
+    first = 2
+    spans, rules = [], []
+    for train, group in groupby(order, key=lambda setting: setting.train):
+        width = len(list(group))
+        spans.append(rf"\multicolumn{{{width}}}{{c}}{{trained on {train}}}")
+        rules.append(rf"\cmidrule(lr){{{first}-{first + width - 1}}}")
+        first += width
+    yield rf"& {' & '.join(spans)} \\"
+    yield "".join(rules)
     yield " & ".join(["model", *(f"tested on {setting.test}" for setting in order)]) + r" \\"
     yield r"\midrule"
     for number_, row in enumerate(table.rows):

@@ -3,9 +3,18 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from galaxydist.evaluation.matrix import Table
-from galaxydist.evaluation.published import SETTINGS
 from galaxydist.evaluation.results.gather import REGIMES, Findings, Results
-from galaxydist.evaluation.results.views import CAPTION, about, class_rows, cost_rows, ensemble_rows, ranking_rows
+from galaxydist.evaluation.results.views import (
+    SCORES_CAPTION,
+    about,
+    caption_of,
+    class_rows,
+    cost_rows,
+    ensemble_rows,
+    ranking_rows,
+    score_rows,
+    settings_of,
+)
 from galaxydist.evaluation.results.words import QUANTITIES, Numbers, Quantity, describe_table, number
 from galaxydist.evaluation.text import readable
 from galaxydist.evaluation.verdicts import Observation
@@ -35,7 +44,14 @@ def _data_set(found: Findings) -> Iterator[str]:
     yield from [f"## {_text(table.dataset)}", ""]
     for quantity in QUANTITIES:
         yield from [f"### Test {quantity}", "", *_matrix(table, quantity), ""]
-    yield from [CAPTION[table.is_real], ""]
+    yield from [caption_of(table), "", "### Every run", "", *_table(*score_rows(found)), "", SCORES_CAPTION, ""]
+    if said := settings_of(found):
+        yield from [
+            "Lines of one recipe with other settings:",
+            "",
+            *(f"- {_text(label)}: {_text(keys)}" for label, keys in said.items()),
+            "",
+        ]
     for regime, observations in found.observations.items():
         yield from [f"### Observations, {REGIMES[regime]}", "", *_observations(observations), ""]
     yield from ["### Ranking by validation", "", *_table(*ranking_rows(found)), ""]
@@ -49,8 +65,8 @@ def _data_set(found: Findings) -> Iterator[str]:
 
 def _matrix(table: Table, quantity: Quantity) -> Iterator[str]:
     numbers = describe_table(table)
-    rows = [[row.label, *(_cell(numbers[row, setting, quantity]) for setting in SETTINGS)] for row in table.rows]
-    return _table(["model", *map(str, SETTINGS)], rows)
+    rows = [[row.label, *(_cell(numbers[row, setting, quantity]) for setting in table.settings)] for row in table.rows]
+    return _table(["model", *map(str, table.settings)], rows)
 
 
 def _cell(numbers: Numbers) -> str:

@@ -5,14 +5,22 @@ from typing import Any
 
 from galaxydist.evaluation.html import figure_svg, render
 from galaxydist.evaluation.matrix import Table
-from galaxydist.evaluation.published import SETTINGS
 from galaxydist.evaluation.results import figures
 from galaxydist.evaluation.results.across import Pairs
 from galaxydist.evaluation.results.galleries import galleries
 from galaxydist.evaluation.results.gather import REGIMES, Findings, Results
 from galaxydist.evaluation.results.heat_maps import class_maps, confusion_maps
 from galaxydist.evaluation.results.run_facts import RunFacts
-from galaxydist.evaluation.results.views import CAPTION, about, cost_rows, ensemble_rows, ranking_rows, settings_of
+from galaxydist.evaluation.results.views import (
+    SCORES_CAPTION,
+    about,
+    caption_of,
+    cost_rows,
+    ensemble_rows,
+    ranking_rows,
+    score_rows,
+    settings_of,
+)
 from galaxydist.evaluation.results.words import (
     NOTHING,
     QUANTITIES,
@@ -47,6 +55,8 @@ def render_page(results: Results, provenance: Mapping[str, str]) -> str:
             "num_asked": results.num_asked,
             "provenance": provenance,
             "alpha": f"{ALPHA:g}",
+            "scores_caption": SCORES_CAPTION,
+            "has_published": any(found.table.is_galaxy10 for found in results.findings),
         },
     )
 
@@ -57,10 +67,12 @@ def _data_set(found: Findings, place: int) -> dict[str, Any]:
         "name": table.dataset,
         "key": f"d{place}",
         "is_real": table.is_real,
-        "caption": CAPTION[table.is_real],
+        "is_galaxy10": table.is_galaxy10,
+        "caption": caption_of(table),
+        "scores": score_rows(found),
         "sizes": _sizes(table),
         "settings_of": settings_of(found),
-        "settings": SETTINGS,
+        "settings": table.settings,
         "lines": _matrix(table),
         "tests": _tests(table),
         "regimes": {REGIMES[name]: observations for name, observations in found.observations.items()},
@@ -89,14 +101,14 @@ def _matrix(table: Table) -> list[dict[str, Any]]:
         {
             "label": row.label,
             # A line that nobody ran and that has no published values says so once.
-            "has_any": any(cell.trials or cell.published for cell in (table.cells[row, setting] for setting in SETTINGS)),
+            "has_any": any(cell.trials or cell.published for cell in (table.cells[row, setting] for setting in table.settings)),
             "cells": [
                 {
                     "setting": str(setting),
                     "seeds": table.cells[row, setting].num_seeds,
                     "quantities": [(name, numbers[row, setting, name]) for name in QUANTITIES],
                 }
-                for setting in SETTINGS
+                for setting in table.settings
             ],
         }
         for row in table.rows
@@ -128,7 +140,7 @@ def _unseen(found: Findings) -> list[list[str]]:
     """A line for every judgement in whose test set there are galaxies that the run was validated on."""
     return [
         [
-            found.row_of[facts.trial.run_dir].label if facts.trial.run_dir in found.row_of else facts.trial.model,
+            found.model_of(facts.trial),
             f"{facts.trial.variant} on {variant}",
             str(facts.trial.seed),
             f"{judged.count - others.count:,} of {judged.count:,}",
@@ -188,10 +200,10 @@ def _calibration(found: Findings) -> dict[str, Any]:
     """A line a run, and a reliability diagram a line of the table."""
     rows = []
     for facts in found.facts:
-        known, row = facts.calibration, found.row_of.get(facts.trial.run_dir)
+        known = facts.calibration
         temperature, scaled = known.get("temperature"), known.get("scaled") or {}
         if known:
-            label = row.label if row is not None else facts.trial.model
+            label = found.model_of(facts.trial)
             values = [number(known.get("ece")), number(scaled.get("ece"))]
             values += [number(temperature["value"] if temperature else None), number(facts.evaluation.get("loss"))]
             rows.append([facts.name, label, facts.trial.variant, str(facts.trial.seed), *values, number(scaled.get("loss"))])
@@ -223,16 +235,16 @@ def _pairs(pairs: Pairs) -> dict[str, Any]:
             standing = "" if p >= ALPHA else "better" if sign * test.difference > 0 else "worse"
             title = f"N = {test.count:,}: {test}, p = {test.p_value:.3g} before the adjustment"
             cells.append({"text": points(sign * test.difference), "p": p_text(p), "standing": standing, "title": title})
-        lines.append({"label": first.label, "run": pairs.runs[first].run_dir.name, "cells": cells})
+        lines.append({"label": first.label, "run": pairs.runs[first].name, "cells": cells})
     return {"setting": str(pairs.setting), "heads": [row.label for row in pairs.rows], "lines": lines, "num": len(pairs.tests)}
 
 
 def _run(facts: RunFacts, found: Findings) -> dict[str, Any]:
-    trial, row = facts.trial, found.row_of.get(facts.trial.run_dir)
+    trial = facts.trial
     return {
         "name": facts.name,
         "path": str(trial.run_dir),
-        "label": row.label if row is not None else trial.model,
+        "label": found.model_of(trial),
         "variant": trial.variant,
         "seed": trial.seed,
         "command": facts.command,

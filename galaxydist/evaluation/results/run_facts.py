@@ -73,7 +73,7 @@ class RunFacts:
 
     @property
     def name(self) -> str:
-        return self.trial.run_dir.name or str(self.trial.run_dir)
+        return self.trial.name
 
     @property
     def calibration(self) -> Mapping[str, Any]:

@@ -5,22 +5,26 @@ from dataclasses import dataclass
 import numpy as np
 
 from galaxydist.evaluation.matrix import Cell, Row, Table
-from galaxydist.evaluation.published import SETTINGS, Setting
+from galaxydist.evaluation.published import Setting
 from galaxydist.evaluation.results.gather import Findings, Results
-from galaxydist.evaluation.results.words import NOTHING, hours_text, number, percent, points
+from galaxydist.evaluation.results.words import NOTHING, hours_text, number, percent, points, score_text
 from galaxydist.evaluation.sampling import ALPHA
 from galaxydist.evaluation.trial import Trial
-from galaxydist.evaluation.trials import COLUMNS
+from galaxydist.evaluation.trials import COLUMNS, SCORES
+from galaxydist.recipe.fields import recipe_fields
 from galaxydist.surveys.official import NAME as REAL_DATASET
 
 _ERRORS = "Mean over seeds ± its standard error over seeds; a number without one is of a single seed."
-# By whether the data set is the real Galaxy10.
-CAPTION = {
+_CAPTIONS = {
     True: f"{_ERRORS} Below it the published value and ours minus published, with the standard error of that difference from "
     "galaxies and seeds on both sides (the published number has sampling error too, and is of another split); p is adjusted for "
     f"the number of cells (Holm), significant below {ALPHA:g}.",
     False: f"{_ERRORS} These are not the real Galaxy10 DECaLS galaxies, so that nothing published stands beside them.",
 }
+SCORES_CAPTION = (
+    "Each run on each test set it was judged on; in brackets the 95 % interval over galaxies (percentile bootstrap), without the "
+    "error between trainings."
+)
 NO_REAL = f"No run on the real Galaxy10 DECaLS ({REAL_DATASET}) is among these: the published comparison is not run."
 
 
@@ -39,19 +43,40 @@ class ClassRow:
     worst: int | None
 
 
+def caption_of(table: Table) -> str:
+    """How the numbers of the matrix are to be read."""
+    return _CAPTIONS[table.is_real] if table.is_galaxy10 else _ERRORS
+
+
 def about(results: Results) -> str:
     """What is reported, in a sentence or two."""
     names = ", ".join(found.table.dataset for found in results.findings)
     text = f"{_some(results.num_runs, 'run')} on {names}"
     if left := results.num_asked - results.num_runs:
         text += f"; {left} more could not be reported, see the notes"
-    return f"{text}." + ("" if any(found.table.is_real for found in results.findings) else f" {NO_REAL}")
+    tables = [found.table for found in results.findings]
+    is_missed = any(table.is_galaxy10 for table in tables) and not any(table.is_real for table in tables)
+    return f"{text}. {NO_REAL}" if is_missed else f"{text}."
+
+
+def score_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of each run's numbers, with their intervals."""
+    head = ["run", "model", "trained on", "tested on", "seed", "galaxies", "accuracy", "balanced accuracy", "macro F1", "loss"]
+    rows = []
+    for facts in found.facts:
+        trial = facts.trial
+        for variant, judged in trial.judgements.items():
+            scores = [score_text(judged.scores.get(name)) for name in SCORES]
+            rows.append(
+                [trial.name, found.model_of(trial), trial.variant, variant, str(trial.seed), f"{judged.count:,}", *scores]
+            )
+    return head, rows
 
 
 def class_rows(table: Table) -> dict[Setting, tuple[tuple[str, ...], list[ClassRow]]]:
     """By setting that was run: the classes' names, and a row a model."""
     found = {}
-    for setting in SETTINGS:
+    for setting in table.settings:
         rows = [_class_row(row, table.cells[row, setting]) for row in table.rows if table.cells[row, setting].trials]
         if rows:
             found[setting] = (table.class_names, rows)
@@ -78,16 +103,15 @@ def ranking_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
 
 def _ranked(found: Findings, trial: Trial) -> list[str]:
     validation, own = trial.validation, trial.judgements.get(trial.variant)
-    row = found.row_of.get(trial.run_dir)
     return [
-        row.label if row is not None else trial.model,
+        found.model_of(trial),
         number(validation.value if validation is not None else None, 4),
         validation.metric.replace("_", " ") if validation is not None else NOTHING,
         trial.variant,
         str(trial.seed),
         f"{validation.step:,}" if validation is not None else NOTHING,
         percent(own.accuracy if own is not None else None),
-        trial.run_dir.name,
+        trial.name,
     ]
 
 
@@ -107,8 +131,7 @@ def cost_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
     ]
     rows = []
     for facts in found.facts:
-        cost, row = facts.cost, found.row_of.get(facts.trial.run_dir)
-        label = row.label if row is not None else facts.trial.model
+        cost, label = facts.cost, found.model_of(facts.trial)
         if cost is None:
             rows.append([facts.name, label, *[NOTHING] * 8])
             continue
@@ -150,12 +173,15 @@ def ensemble_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
 
 
 def settings_of(found: Findings) -> dict[str, str]:
-    """What tells lines of one model and recipe apart: label -> the keys that differ, where labels have a hash of settings."""
+    """What tells lines of one model and recipe apart: label -> the result keys that differ."""
+    fields = recipe_fields()
     groups: dict[tuple[str, str, str], dict[Row, dict[str, str]]] = {}
     for row in found.table.rows:
         if row.settings and (runs := found.runs_of(row)):
             recipe = {
-                key: value for key, (value, _) in runs[0].recipe.items() if key not in COLUMNS and not key.startswith("run.")
+                key: value
+                for key, (value, _) in runs[0].recipe.items()
+                if key not in COLUMNS and key in fields and fields[key].kind == "result"
             }
             groups.setdefault((row.model, row.recipe, row.regime), {})[row] = recipe
     said = {}

@@ -6,6 +6,7 @@ from typing import Literal
 from galaxydist.evaluation.matrix import NOT_RUN, Cell, Row, Table, holm_adjusted
 from galaxydist.evaluation.published import Setting
 from galaxydist.evaluation.sampling import ALPHA, Difference, Estimate
+from galaxydist.evaluation.trial import Score
 
 MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
@@ -39,23 +40,24 @@ def describe_table(table: Table) -> dict[tuple[Row, Setting, Quantity], Numbers]
     for quantity in QUANTITIES:
         adjusted = holm_adjusted(table, quantity)
         for (row, setting), cell in table.cells.items():
-            found[row, setting, quantity] = describe(cell, quantity, adjusted.get((row, setting)))
+            found[row, setting, quantity] = describe(cell, quantity, adjusted.get((row, setting)), is_galaxy10=table.is_galaxy10)
     return found
 
 
-def describe(cell: Cell, quantity: Quantity, adjusted_p: float | None) -> Numbers:
+def describe(cell: Cell, quantity: Quantity, adjusted_p: float | None, *, is_galaxy10: bool = True) -> Numbers:
     """A quantity of a cell.
 
     Args:
         cell: of the matrix.
         quantity: ``accuracy`` or ``loss``.
         adjusted_p: from ``holm_adjusted``; None where there is no such test.
+        is_galaxy10: what was not run is called so; a user has run what is wanted.
     """
     estimate = cell.accuracy if quantity == "accuracy" else cell.loss
     test = cell.accuracy_test if quantity == "accuracy" else cell.loss_test
     value = "" if cell.published is None else f"{getattr(cell.published, quantity):.4f}"
     if not cell.trials:
-        return Numbers(NOT_RUN, value)
+        return Numbers(NOT_RUN if is_galaxy10 else NOTHING, value)
     if estimate is None:
         return Numbers("not finite", value)
     if test is None or adjusted_p is None:
@@ -77,6 +79,14 @@ def interval_text(found: Difference) -> str:
     """The 95 % interval of a difference."""
     low, high = found.interval()
     return f"{signed(low)} to {signed(high)}"
+
+
+def score_text(score: Score | None) -> str:
+    """``0.632 [0.601, 0.660]``: a number and its 95 % interval."""
+    if score is None or score.interval is None:
+        return number(score.value if score is not None else None)
+    low, high = score.interval
+    return f"{number(score.value)} [{number(low)}, {number(high)}]"
 
 
 def number(value: float | None, digits: int = 3) -> str:
