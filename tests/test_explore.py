@@ -107,9 +107,13 @@ def test_a_survey_and_its_shards_say_the_same(tmp_path: Path, survey_path: Path,
 
 
 def test_a_url_is_read_like_a_folder_but_only_a_few_shards_of_it(tmp_path: Path, shards_path: Path) -> None:
-    here, there = explored(tmp_path, shards_path), explored(tmp_path, f"file://{shards_path}")
+    spaced = tmp_path / "a space"
+    spaced.symlink_to(shards_path.parent)
+    url = (spaced / shards_path.name).as_uri()
+    assert "%20" in url
+    here, there = explored(tmp_path, shards_path), explored(tmp_path, url)
     assert here.looked.ids == there.looked.ids and here.population.counts() == there.population.counts()
-    few = explored(tmp_path, f"file://{shards_path}", sample=10)
+    few = explored(tmp_path, url, sample=10)
     assert len(few.looked) == 10 and few.population.counts() == here.population.counts()
     shards = {
         (int(split), row // 16) for split, row in zip(few.population.split_N[few.looked.rows], few.looked.rows, strict=True)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from galaxydist.errors import UserError
 from galaxydist.shards.failures import explain
@@ -69,8 +69,8 @@ class Store:
         self._headers: dict[str, str] = {}
         if protocol == "hf":
             self._address, self._headers = _hub_address(self._folder)
-        else:
-            self._address = self._folder
+        else:  # fsspec takes the path of a file:// URL as it is written
+            self._address = unquote(self._folder) if protocol == "file" else self._folder
         self._files = _open_filesystem(self._kind)
 
     def url(self, name: str = "") -> str:
