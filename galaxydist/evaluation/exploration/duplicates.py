@@ -108,4 +108,4 @@ def _detail(pictures_PHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
     from scipy.ndimage import uniform_filter
 
     pixels = pictures_PHWC.astype(np.float64)
-    return (pixels - uniform_filter(pixels, (0, _SQUARE, _SQUARE, 0))).reshape(len(pixels), -1)
+    return np.asarray(pixels - uniform_filter(pixels, (0, _SQUARE, _SQUARE, 0))).reshape(len(pixels), -1)
