@@ -312,7 +312,7 @@ def test_predictions_that_cannot_be_judged_are_refused(tmp_path: Path, capsys: p
         (["a", "data.manifest=x", "data.variant=balanced"], "keep one"),
         (["a", "data.variant=other"], "there are original and balanced"),
         (["a", "data.manifest=x", "--manifest", "y"], "both say which data"),
-        (["no-such-run"], "there is no run folder"),
+        (["no-such-run"], "there is no such folder, nor runs/no-such-run"),
     ]
     for arguments, text in cases:
         assert main(["evaluate", *arguments]) == 2, arguments

@@ -119,6 +119,8 @@ def _location(arguments: argparse.Namespace, root: Path) -> str:
         return str(file)
     if given in DATASETS and given not in find_shards(root):
         return str(survey_source(argparse.Namespace(source=None, dataset=given), root))
+    if arguments.place is not None and given not in find_shards(root):
+        return str(given)
     return str(find_manifests(given, root, arguments.variant)[-1])  # the original variant where there are both
 
 
