@@ -48,7 +48,7 @@ def train_stopped(settings: Sequence[str], step: int, place: float, rank: int, n
     def counting_pass(self: StepGates) -> None:
         nonlocal passed
         passed += 1
-        if now == step and passed == int(place * before) and int(os.environ["RANK"]) == rank:
+        if now == step and passed == int(place * before) and int(os.environ.get("RANK", "0")) == rank:
             os.kill(os.getpid(), number)
             wait_until(lambda: self._stop.signal_number > 0)
         pass_gate(self)
