@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 
-from galaxydist.cluster.programs import SchedulerAwayError, ask_slurm
+from galaxydist.cluster.programs import ask_slurm, check_controller, is_slurm_here
 from galaxydist.errors import UserError
 
 # Every node has its own.
@@ -25,7 +25,7 @@ def check_shared(folder: Path, what: str, remedy: str) -> None:
         remedy: keys that name another.
 
     Raises:
-        UserError: with where to put it.
+        UserError: with where to put it; SchedulerAwayError: only SLURM could tell, and it does not answer.
     """
     why = _why_not(folder.resolve())
     if why is not None and not _is_only_host():
@@ -46,11 +46,11 @@ def _why_not(path: Path) -> str | None:
 
 
 def _is_only_host() -> bool:
-    """All nodes of the cluster are this machine (a test bed), as far as SLURM says."""
-    try:
-        answer = ask_slurm(["sinfo", "--noheader", "--Node", "--format", "%o %n"])
-    except SchedulerAwayError:
+    """All nodes of the cluster are this machine (a test bed). Raises SchedulerAwayError where SLURM does not say."""
+    if not is_slurm_here():
         return False
+    check_controller()
+    answer = ask_slurm(["sinfo", "--noheader", "--Node", "--format", "%o %n"])
     nodes = [line.split() for line in answer.stdout.splitlines()]
     own = socket.gethostname().partition(".")[0]
     return bool(nodes) and all(node[0].startswith("127.") or node[-1].partition(".")[0] == own for node in nodes)
