@@ -16,9 +16,9 @@ import torch
 from bed import Bed
 
 from galaxydist.recipe.paths import PACKAGE_DIR
+from galaxydist.training.wandb_files import read_history
 from tests.cluster_runs import ClusterRun, assert_equal_tensors, decisions
 from tests.slurm_bed import num_restarts, processes_left, submit, tidy, wait_for, wait_state
-from tests.test_tracking import history
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 DOUBLE = {"train__precision": "fp64", "model__norm": "group", "model__drop_rate": 0.0}
@@ -92,7 +92,7 @@ def test_preemption(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_pa
         assert [f"restart {number}, rank {rank} of 2, on n{rank + 1}" in log for number in (0, 1, 2)] == [True, True, False]
     curves = sorted(run.folder.rglob("offline-run-*/run-*.wandb"))
     assert len(curves) == 2 and len({path.stem for path in curves}) == 1, curves
-    steps = [row["step"] for path in curves for row in history(path) if "train/loss" in row]
+    steps = [step for path in curves for step, times in read_history(path).items() for _ in range(times)]
     assert steps == sorted(set(steps)) and steps[-1] == 180
 
 
