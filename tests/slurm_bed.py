@@ -24,7 +24,7 @@ class Ended:
     output: str
 
 
-def wait_for(look: Callable[[], Found], timeout_s: float = 60, what: str = "") -> Found:
+def wait_for(look: Callable[[], Found], timeout_s: float = 180, what: str = "") -> Found:
     """What ``look`` finds, as soon as that is true (not empty, not None)."""
     deadline = time.monotonic() + timeout_s
     while not (found := look()):
@@ -39,7 +39,7 @@ def submit(bed: Bed, script: str, *options: str, folder: Path) -> str:
     return bed.run("sbatch", "--parsable", *places, *options, text=f"#!/bin/bash\n{script}\n").strip()
 
 
-def run_batch(bed: Bed, script: str, *options: str, folder: Path, timeout_s: float = 60) -> Ended:
+def run_batch(bed: Bed, script: str, *options: str, folder: Path, timeout_s: float = 180) -> Ended:
     """``submit``, and wait for the end."""
     job_id = submit(bed, script, *options, folder=folder)
     state = wait_state(bed, job_id, *FINAL, timeout_s=timeout_s)
@@ -53,7 +53,7 @@ def job_state(bed: Bed, job_id: str) -> str:
     return states.get(job_id) or bed.run("sacct", "-nPX", "-j", job_id, "-o", "state").partition("\n")[0].partition(" ")[0]
 
 
-def wait_state(bed: Bed, job_id: str, *states: str, timeout_s: float = 60) -> str:
+def wait_state(bed: Bed, job_id: str, *states: str, timeout_s: float = 180) -> str:
     """Until the job is in one of ``states``; which."""
     return wait_for(lambda: state if (state := job_state(bed, job_id)) in states else "", timeout_s, f"{job_id} in {states}")
 
