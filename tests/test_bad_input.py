@@ -1,6 +1,8 @@
 """What goes wrong at the start of a run, or in the middle, has a message that says what to do, and loses nothing."""
 
+import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
+from galaxydist.cli.main import main as galaxydist
 from galaxydist.runs import checkpoints
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.write import write_shards
@@ -50,6 +54,28 @@ def test_missing_data_names_the_commands_that_make_it(tmp_path: Path, capsys: py
     error = refused(["recipe=demo", f"data.dir={tmp_path / 'data'}", "data.conflicting=drop", f"run.dir={run_dir}"], capsys)
     assert "galaxydist data simulate" in error and "--conflicting drop" in error
     assert not run_dir.exists()
+
+
+def test_a_data_set_that_is_not_there_is_made_by_the_command_that_is_advised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, run_dir = tmp_path / "data", tmp_path / "run"
+    for variant in ("balanced", "original"):
+        write_shards(BlobSurvey(30), root / "shards" / "mine" / variant, encoding="png", workers=1)
+    wanted = ["recipe=custom_cnn", f"data.dir={root}", f"run.dir={run_dir}"]
+    assert "did you mean data.dataset=mine?" in refused([*wanted, "data.dataset=mien"], capsys)
+    error = refused([*wanted, "data.dataset=nope"], capsys)
+    assert "there are mine (balanced, original)." in error and not run_dir.exists()
+
+    for number in range(40):
+        path = tmp_path / "pictures" / ("ab"[number % 2]) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(next(BlobSurvey().read(number, number + 1)).image).save(path)
+    (command,) = re.findall(r"(?m)^  galaxydist (data shard .*)", error)
+    words = shlex.split(command.replace("FOLDER_OR_FILE", shlex.quote(str(tmp_path / "pictures"))))
+    assert galaxydist([*words, "--data-dir", str(root), "--workers", "1"]) == 0
+    (place,) = re.findall(r"There are no shards of nope \(original\) at (.*?);", error)
+    assert read_manifest(Path(place)).class_names == ("a", "b")
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,9 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_wrong_inputs_say_what_to_do(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_inputs_say_what_to_do(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "there is no such folder" in fails([str(tmp_path / "none")], capsys)
     assert "is not a run folder" in fails([str(tmp_path)], capsys)
     text = fails([str(run_dir), "--split", "train"], capsys)
@@ -127,6 +129,10 @@ def test_wrong_inputs_say_what_to_do(run_dir: Path, tmp_path: Path, capsys: pyte
     assert "keep one" in fails([str(run_dir), "data.variant=balanced", "--manifest", "x"], capsys)
     assert "optim.lr cannot be changed" in fails([str(run_dir), "optim.lr=1"], capsys)
     assert "there are original and balanced" in fails([str(run_dir), "data.variant=small"], capsys)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "named").symlink_to(run_dir)
+    monkeypatch.chdir(tmp_path)
+    assert "no predictions of the train split" in fails(["named", "--split", "train"], capsys)
     assert not list((run_dir / "evaluation").glob("*gallery*"))
 
 

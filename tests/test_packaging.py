@@ -95,14 +95,42 @@ def test_exact_versions_meet_the_lower_bounds() -> None:
     extras = project["optional-dependencies"]
     for text in [
         *project["dependencies"],
-        *extras["remote"],
-        *extras["notebooks"],
+        *(text for name in ("export", "notebooks", "remote") for text in extras[name]),
         *(text for text in extras["dev"] if not text.startswith("galaxydist[")),
     ]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), text
     assert (str(pinned["torch"]), str(pinned["torchvision"])) == ("2.14.1", "0.29.1")
     assert "tensorflow" not in pinned and "astronn" not in pinned
+
+
+def resolved(requirements: list[str], *options: str) -> subprocess.CompletedProcess[str]:
+    """What pip would install; its report, as JSON, is the output."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--dry-run", "--report", "-"]
+    return subprocess.run([*pip, *options, *requirements], cwd=ROOT, capture_output=True, text=True, timeout=840, check=False)
+
+
+def versions(done: subprocess.CompletedProcess[str]) -> dict[str, Version]:
+    assert done.returncode == 0, done.stderr
+    found = [item["metadata"] for item in json.loads(done.stdout)["install"]]
+    return {canonicalize_name(metadata["name"]): Version(metadata["version"]) for metadata in found}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("wanted", [*PYPROJECT["project"]["optional-dependencies"], "gradio trackio"])
+def test_the_exact_versions_let_pip_take_current_ones_of_the_rest(wanted: str) -> None:
+    """An exact version that others exclude does not fail: pip goes back through the years to releases that do not."""
+    texts = PYPROJECT["project"]["optional-dependencies"].get(wanted, wanted.split())
+    requirements = [text for text in texts if not text.startswith("galaxydist[")]
+    names = [canonicalize_name(Requirement(text).name) for text in requirements]
+    alone = resolved(names, "--no-deps", "--ignore-installed")
+    if alone.returncode:
+        pytest.skip(f"no package index: {alone.stderr.strip().splitlines()[-1:]}")
+    newest = versions(alone)
+    chosen = constraints() | versions(resolved(requirements, "-c", "constraints.txt"))
+    for name in names:
+        # Of a version that is a date, the years.
+        assert newest[name].major - chosen[name].major <= 1, f"{name} {chosen[name]}, though there is {newest[name]}"
 
 
 def test_no_file_names_this_machine() -> None:

@@ -231,12 +231,19 @@ def test_a_run_is_judged_on_other_data_with_the_temperature_of_its_own(
     assert json.loads((tmp_path / "out" / "test.json").read_text()) == found
 
 
-def test_a_variant_is_found_beside_the_runs_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_variant_is_found_beside_the_runs_own_and_a_run_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turning = ("clockwise", "anticlockwise", "edge-on")
     for variant, num_galaxies in (("original", 120), ("balanced", 60)):
-        survey = BlobSurvey(variant=variant, num_galaxies=num_galaxies)
+        survey = BlobSurvey(variant=variant, num_galaxies=num_galaxies, class_names=turning)
         write_shards(survey, tmp_path / variant, encoding="png", workers=1)
-    assert run_here(quick_settings(tmp_path / "original" / "manifest.json", tmp_path / "run", train__epochs=1)) == 0
-    assert judge(tmp_path / "run", "data.variant=balanced") == 0
+    run_dir = tmp_path / "runs" / "named"
+    assert run_here(quick_settings(tmp_path / "original" / "manifest.json", run_dir, train__epochs=1)) == 0
+    warning = "the classes clockwise, anticlockwise are mirror images of one another"
+    assert f"{warning}, which a model cannot tell apart with data.augment.flip=true\n" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    assert judge("named", "data.variant=balanced") == 0
     assert "blobs (balanced), test split, custom_cnn, N = 12" in capsys.readouterr().out
 
 
