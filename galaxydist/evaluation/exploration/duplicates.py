@@ -108,7 +108,7 @@ def _correlations(thumbnails_nHWC: NDArray[np.uint8], pairs_P2: NDArray[np.int64
 
 
 def _detail(pictures_PHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """(P, D) brightness less its mean in the square around each pixel; JPEG keeps the detail of brightness, not that of colour."""
+    """(P, D) brightness less its mean in the square around each pixel, whose detail JPEG keeps, unlike that of colour."""
     from scipy.ndimage import uniform_filter
 
     brightness = pictures_PHWC @ _BRIGHTNESS
