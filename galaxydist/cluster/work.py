@@ -62,7 +62,9 @@ def _note(folder: RunFolder, start: str | None, rank: int, error: Exception) -> 
     text = (str(error).splitlines() or [type(error).__name__])[0]
     where = f" (rank {rank})" if rank else ""
     with suppress(OSError, UserError):  # the disk may be what failed
-        folder.write_failure(kind, None, f"{text}{where}", start=start)
+        said = folder.read_failure()
+        if said is None or said["error"] != text:
+            folder.write_failure(kind, None, f"{text}{where}", start=start)
 
 
 def adopt_job(environ: MutableMapping[str, str]) -> int:
