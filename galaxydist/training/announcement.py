@@ -1,6 +1,5 @@
 """The lines that a new run prints before its first step: its folder, data, model, steps and estimated time; and the last ones."""
 
-import time
 from collections.abc import Mapping
 
 import torch
@@ -82,10 +81,9 @@ def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, sche
         count = max(count, min(2, share))  # batch normalisation needs two values
     probe = Probe(world, recipe, model, ballast_bytes=0, loss=_scalar)
     with unchanged(model, world.device):
-        probe.fits(count)  # the first pass allocates
-        start = time.perf_counter()
-        probe.fits(count)
-        seconds = time.perf_counter() - start
+        if not min(world.gather(probe.fits(count))):  # the first pass allocates
+            return None
+        seconds = min(probe.seconds(count) for _ in range(2))
     step_s = max(world.gather(seconds)) / count * share
     epoch_s, run_s = step_s * schedule.steps_per_epoch, step_s * schedule.total_steps
     line = f"{'time':<11} about {duration(epoch_s)} an epoch, {duration(run_s)} in all, without validation"

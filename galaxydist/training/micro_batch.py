@@ -1,6 +1,7 @@
 """``train.micro_batch=auto``: the most galaxies of one forward pass that fit the memory of every process."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -184,6 +185,12 @@ class Probe:
         self._model.zero_grad(set_to_none=True)
         free_memory(self._world.device)
         return is_fitting
+
+    def seconds(self, count: int) -> float:
+        """Time that ``count`` images, which fit, take through the model and back."""
+        start = time.perf_counter()
+        self._run(count)
+        return time.perf_counter() - start
 
     def _run(self, count: int) -> None:
         device = self._world.device
