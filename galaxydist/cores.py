@@ -1,4 +1,4 @@
-"""How many processor cores a process may really use: what it is bound to, its container's CPU quota, and who shares both; and
+"""The number of processor cores that a process may use, from its binding, its container's CPU quota and who shares both; and
 what each of our processes sets at its start."""
 
 import atexit

@@ -70,11 +70,11 @@ class Start:
 
     @property
     def restart(self) -> int:
-        """How often SLURM has started the job again."""
+        """Number of times that SLURM has started the job again."""
         return restart_of(self.environ)
 
     def own_records(self) -> list[RestartRecord]:
-        """What was noted of this start already."""
+        """Records that were written about this start already."""
         return [record for record in self.files.restarts() if (record.job_id, record.restart) == (self.job_id, self.restart)]
 
     def history(self) -> list[RestartRecord]:
@@ -133,7 +133,7 @@ def _after_sigterm(start: Start) -> None:
 
 
 def _act(start: Start, ending: Ending) -> None:
-    """What becomes of the run after srun has ended."""
+    """Decide how the run goes on after srun has ended, and do it."""
     state = _ask_job(start.job_id)
     is_leaving = bool(state) and "RUNNING" not in state.get("JobState", "")
     if is_leaving and not ending.is_finished and _is_queued_again(state, start.restart):
@@ -199,7 +199,7 @@ def _own_failure(folder: RunFolder, environ: Mapping[str, str]) -> dict[str, Any
 
 
 def _ask_job(job_id: str) -> dict[str, str]:
-    """What slurmctld knows of a job; nothing where it does not answer."""
+    """Return the fields that slurmctld shows of a job; none where it does not answer."""
     try:
         check_controller()
         answer = ask_slurm(["scontrol", "--oneliner", "show", "job", job_id])

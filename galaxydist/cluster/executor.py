@@ -194,7 +194,7 @@ def _after_srun(command: str) -> list[str]:
 
 
 def _dependency(cluster: ClusterConfig, after: str | None) -> str | None:
-    """What SLURM is told to wait for: the profile's job, and the one before in a chain."""
+    """Return the jobs that SLURM is told to wait for: the profile's, and the one before in a chain."""
     asked = None if cluster.after is None else str(cluster.after)
     if asked is not None and ":" not in asked:
         asked = f"afterok:{asked}"

@@ -81,8 +81,9 @@ def explain_end(files: JobFiles, job: JobRecord | None, told: JobState | None, *
 
 
 def last_error_line(files: JobFiles, job: JobRecord | None) -> str | None:
-    """What the newest start of a run died of: what its nodes lacked, with a remedy, else the last line that looks like an error,
-    of rank 0 first; None where nothing was printed.
+    """Return the cause of the newest start's death, or None where nothing was printed.
+
+    It is what its nodes lacked, with a remedy, or else the last line that looks like an error, of rank 0 first.
 
     Args:
         files: of the run.

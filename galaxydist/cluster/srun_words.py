@@ -1,4 +1,4 @@
-"""What ``srun``, ``slurmstepd`` and ``bash`` say of a job's end: which rank or node died first, and what a node lacks."""
+"""Messages of ``srun``, ``slurmstepd`` and ``bash`` about a job's end: which rank or node died first, and what a node lacks."""
 
 import os
 import re
@@ -42,7 +42,7 @@ _REMEDIES = (
 
 
 def read_own_words() -> list[str]:
-    """What the batch script of this process and its srun have printed to their stderr since the script's start."""
+    """Return the stderr of this process's batch script and its srun since the script's start."""
     stderr = Path("/proc/self/fd/2")
     try:
         if not stat.S_ISREG(os.fstat(2).st_mode):
@@ -78,7 +78,7 @@ def find_death(lines: Sequence[str]) -> str:
 
 
 def find_remedy(lines: Sequence[str]) -> str:
-    """What the nodes lacked, and what to do; empty where the lines tell of no such thing."""
+    """Return what the nodes lacked, and what to do; empty where the lines tell of no such thing."""
     for line in lines:
         for pattern, remedy in _REMEDIES:
             if match := pattern.search(line):

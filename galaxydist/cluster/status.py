@@ -165,7 +165,7 @@ def read_overview(folders: Sequence[Path]) -> Overview:
 
 
 def read_settings(run: Path, jobs: Sequence[JobRecord]) -> dict[str, str]:
-    """What a run was asked for, by dotted key: the words of its newest submission, and what its recipe says of model, data and
+    """Return the settings of a run by dotted key: the words of its newest submission, and what its recipe says of model, data and
     seed."""
     try:
         recipe = RunFolder(run).read_recipe().recipe if RunFolder(run).is_started else {}
@@ -183,7 +183,7 @@ def read_settings(run: Path, jobs: Sequence[JobRecord]) -> dict[str, str]:
 
 
 def label_runs(settings: Mapping[Path, Mapping[str, str]]) -> dict[Path, str]:
-    """What tells each run from the others of its folder: models and variants by their names, the rest as ``seed=1``."""
+    """Return what tells each run from the others of its folder: models and variants by their names, the rest as ``seed=1``."""
     labels: dict[Path, str] = {}
     for folder in {run.parent for run in settings}:
         beside = {run: own for run, own in settings.items() if run.parent == folder}

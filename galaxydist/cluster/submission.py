@@ -204,7 +204,7 @@ def _send(
 
 
 def ask_start(script: str, cluster_name: str) -> str:
-    """What sbatch says of a batch script that is not sent: when and where the job would start.
+    """Return the words of sbatch about a batch script that is not sent: when and where the job would start.
 
     Raises:
         UserError: SLURM would not take it, or does not answer.

@@ -59,7 +59,7 @@ class Decision:
 
 
 def decide(facts: TrialFacts, *, retry_failed: bool = False) -> Decision:
-    """What a trial needs. Submitted is what is neither done nor on its way.
+    """Decide about a trial. Submitted is what is neither done nor on its way.
 
     Args:
         facts: of the trial.

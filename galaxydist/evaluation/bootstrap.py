@@ -76,7 +76,7 @@ def interval(values_R: Floats) -> list[float] | None:
 
 @dataclass(frozen=True)
 class Resamples:
-    """What is needed of some confusion matrices, each a draw with replacement of as many galaxies.
+    """The sums that are needed of some confusion matrices, each a draw with replacement of as many galaxies.
 
     Args:
         support_RK: galaxies of each class.

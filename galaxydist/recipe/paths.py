@@ -14,7 +14,7 @@ _DATASET_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
 
 
 def is_dataset_name(name: str) -> bool:
-    """Whether a data set may have this name: it names a folder under the data root, and stands in commands and recipes."""
+    """Return True if a data set may have this name. It names a folder of the data root and stands in commands and recipes."""
     return _DATASET_NAME.fullmatch(name) is not None
 
 

@@ -26,7 +26,7 @@ def check_world(batch_size: int, world_size: int) -> None:
 
 
 def is_mixing(config: TrainConfig) -> bool:
-    """Whether a recipe mixes at all."""
+    """Return True if a recipe uses mixup or cutmix."""
     return config.mix_prob > 0 and (config.mixup > 0 or config.cutmix > 0)
 
 

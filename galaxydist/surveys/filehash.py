@@ -92,7 +92,7 @@ def group_equal_files(root: Path, files: Sequence[str], digests: Sequence[str], 
 
 
 def _is_blank(path: Path) -> bool:
-    """Whether a picture has one colour, or cannot be read at all, which is said where pictures are read."""
+    """Return True if a picture has one colour, or cannot be read at all, which is said where pictures are read."""
     try:
         image = read_picture(path)
         pixels = decode_picture(image.data, path) if isinstance(image, EncodedImage) else image

@@ -157,7 +157,7 @@ def open_image_folder(
 
 
 def _is_galaxy10(info: FolderInfo | None) -> bool:
-    """Whether the folder itself says that it was exported from a survey of Galaxy10's classes."""
+    """Return True if the folder itself says that it was exported from a survey of Galaxy10's classes."""
     return info is not None and info.name in (official.NAME, SIMULATED)
 
 
@@ -254,7 +254,7 @@ def _table_codes(root: Path, rows: list[FolderRow]) -> Codes | None:
 
 
 def _is_complete(root: Path, given: Codes | None, *, has_val: bool) -> bool:
-    """Whether the folder itself gives all splits that are wanted, so that none is cut."""
+    """Return True if the folder itself gives all splits that are wanted, so that none is cut."""
     found = set() if given is None else set(given.tolist())
     if VAL in found and not has_val:
         raise UserError(f"{root} has a validation split of its own; --val 0 is for a folder without one")

@@ -73,7 +73,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _is_turned(picture: Image.Image, data: bytes) -> bool:
-    """Whether the file says that it is to be shown turned or mirrored. Most have no such mark, which a search for it tells."""
+    """Return True if the file says that it is to be shown turned or mirrored. A search for the mark tells that most do not."""
     if not any(mark in data for mark in (b"Exif", b"eXIf", b"tiff:Orientation")):
         return False
     try:

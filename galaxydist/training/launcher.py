@@ -90,7 +90,7 @@ def slurm_cores(environ: Mapping[str, str]) -> float:
 
 
 def wants_cpu(environ: Mapping[str, str]) -> bool:
-    """Whether the launcher was told to leave the GPUs alone (``accelerate launch --cpu``)."""
+    """Return True if the launcher was told to leave the GPUs alone (``accelerate launch --cpu``)."""
     return environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE
 
 

@@ -1,4 +1,4 @@
-"""What only the end of a run needs, tried before its first step: the evaluation of a few galaxies, with its numbers and figures.
+"""A trial of what only the end of a run needs, before its first step: an evaluation of a few galaxies, with numbers and figures.
 
 A library that is missing, a number of classes that a figure cannot show, a name that cannot be written: all this would else be
 found hours later, and again at every restart.

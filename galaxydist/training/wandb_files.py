@@ -50,7 +50,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def read_history(path: Path) -> dict[int, int]:
-    """How often a file holds each step's row."""
+    """Return the number of rows that a file holds of each step."""
     steps: dict[int, int] = {}
     for _, record in read_records(path):
         if record.WhichOneof("record_type") == "history":

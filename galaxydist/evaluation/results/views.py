@@ -44,7 +44,7 @@ class ClassRow:
 
 
 def caption_of(table: Table) -> str:
-    """How the numbers of the matrix are to be read."""
+    """Return the sentences that explain the numbers of the matrix."""
     return _CAPTIONS[table.is_real] if table.is_galaxy10 else _ERRORS
 
 
@@ -173,7 +173,7 @@ def ensemble_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
 
 
 def settings_of(found: Findings) -> dict[str, str]:
-    """What tells lines of one model and recipe apart: label -> the result keys that differ."""
+    """Return what tells lines of one model and recipe apart: label -> the result keys that differ."""
     fields = recipe_fields()
     groups: dict[tuple[str, str, str], dict[Row, dict[str, str]]] = {}
     for row in found.table.rows:
