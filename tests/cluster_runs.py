@@ -103,7 +103,7 @@ class ClusterRun:
         return dict(found.tensors), state, (self.run_dir / "metrics.jsonl").read_text()
 
     def log(self, rank: int) -> str:
-        """What a rank has printed."""
+        """Return the text that a rank has printed."""
         path = self.files.rank_log(rank)
         return path.read_text() if path.exists() else ""
 

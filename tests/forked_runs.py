@@ -46,12 +46,12 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
     def said(self, rank: int, stream: str = "out") -> str:
-        """What one of them wrote to ``out`` or ``err``."""
+        """Return the text that one of them wrote to ``out`` or ``err``."""
         path = self.folder / f"{rank}.{stream}"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def text(self, stream: str = "out") -> str:
-        """What all of them wrote to ``out`` or ``err``."""
+        """Return the text that all of them wrote to ``out`` or ``err``."""
         return "".join(self.said(rank, stream) for rank in range(len(self.processes)))
 
     def kill(self) -> None:
@@ -123,14 +123,14 @@ def run_forked(work: Callable[..., int | None], *arguments: object, size: int = 
 
 
 def train(settings: Sequence[str]) -> int:
-    """What launch.py does."""
+    """Train as launch.py does."""
     from galaxydist.cli.train import main
 
     return main(settings, os.environ)
 
 
 def train_watched(settings: Sequence[str], events: Path | None = None, kill: tuple[str, int] | None = None) -> int:
-    """What launch.py does, in view of the disk.
+    """Train as launch.py does, in view of the disk.
 
     Args:
         settings: its arguments.

@@ -25,6 +25,6 @@ def poison(rank: int, steps: set[int]) -> None:
 
 
 def train_poisoned(rank: int, steps: set[int], settings: Sequence[str]) -> int:
-    """What launch.py does, with images of one rank spoilt in these steps."""
+    """Train as launch.py does, with images of one rank spoilt in these steps."""
     poison(rank, steps)
     return main(settings, os.environ)

@@ -58,7 +58,7 @@ def launch(launcher: tuple[str, ...], arguments: Sequence[str]) -> subprocess.Co
 
 
 def count_errors(text: str) -> int:
-    """How often a run has told an error. The copies that torch's launcher shows in its own report are indented."""
+    """Return the number of errors that a run has told. The copies that torch's launcher shows in its own report are indented."""
     return len(re.findall(r"(?m)^galaxydist: error\b", text))
 
 

@@ -1,4 +1,4 @@
-"""What a new run says before its first step, and after its last one."""
+"""The lines that a new run prints before its first step and after its last one."""
 
 from pathlib import Path
 

@@ -105,7 +105,7 @@ def test_exact_versions_meet_the_lower_bounds() -> None:
 
 
 def resolved(requirements: list[str], *options: str) -> subprocess.CompletedProcess[str]:
-    """What pip would install; its report, as JSON, is the output."""
+    """Run pip without installing anything; its report, as JSON, is the output."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--dry-run", "--report", "-"]
     return subprocess.run([*pip, *options, *requirements], cwd=ROOT, capture_output=True, text=True, timeout=840, check=False)
 

@@ -238,7 +238,7 @@ def test_a_queued_run_is_not_sent_twice(slurm_bed: Bed, blobs: Path, tmp_path: P
 
 
 def test_slurmctld_is_away(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
-    """What runs goes on, what is asked is answered, and the batch script waits until somebody can requeue it."""
+    """A run goes on, a question is answered, and the batch script waits until somebody can requeue it."""
     run, other = (ClusterRun(slurm_bed, tmp_path / name, blobs) for name in ("run", "other"))
     job_id = run.submit()
     run.wait_step(10)

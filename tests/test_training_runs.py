@@ -197,7 +197,7 @@ def whole(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_and_send(settings: list[str], number: int, step: int) -> int:
-    """What launch.py does; in that step a signal comes."""
+    """Train as launch.py does; in that step a signal comes."""
     from galaxydist.training.update import Update
 
     take_step = Update.__call__

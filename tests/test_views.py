@@ -209,7 +209,7 @@ def test_a_recipe_that_asks_for_it_is_validated_and_judged_so(blobs: Path, tmp_p
 
 
 def train_on_one_core(settings: list[str]) -> int:
-    """What launch.py does, with one thread: all ranks are on the same core."""
+    """Train as launch.py does, with one thread: all ranks are on the same core."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     return train(settings)
 

@@ -52,7 +52,7 @@ def trace(folder: Path) -> None:
 
 
 def train_traced(folder: Path, settings: Sequence[str]) -> int:
-    """What launch.py does, with a line for each step."""
+    """Train as launch.py does, with a line for each step."""
     folder.mkdir(parents=True, exist_ok=True)
     trace(folder)
     return main(settings, os.environ)
