@@ -1,7 +1,7 @@
 """Kills a writer of shards at every change that it makes to the disk, one after the other, and has the next call finish.
 
-Run as a program: ``python killed_writer.py FOLDER overwrite|new``. Each writer is a fork of this process, which has no threads
-but those of pyarrow, which minds forks.
+Run as a program: ``python killed_writer.py FOLDER overwrite|new EVERY``; of the changes before the manifest only each EVERY-th is
+taken. Each writer is a fork of this process, which has no threads but those of pyarrow, which minds forks.
 It prints one line a point: the change, and whether the second call's result is byte-equal to an undisturbed one's.
 """
 
@@ -20,6 +20,8 @@ from tests.shard_surveys import MemorySurvey, draw_galaxies
 
 SURVEY = MemorySurvey(draw_galaxies(14, 16), slab_length=8)
 OLD = MemorySurvey(draw_galaxies(10, 16), source_hash="2" * 64)
+# From the manifest on, and some before.
+LAST_CHANGES = 25
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
@@ -69,7 +71,7 @@ def digest(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def main(base: Path, overwrite: bool) -> None:
+def main(base: Path, overwrite: bool, every: int) -> None:
     os.environ["TQDM_DISABLE"] = "1"
     pyarrow.scalar(0)  # imports pandas, where that is installed: once, not in each fork
     sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
@@ -81,7 +83,8 @@ def main(base: Path, overwrite: bool) -> None:
         write_shards(OLD, base / "old", workers=1)
 
     # What differs when shards are overwritten comes after the manifest.
-    for number in range(num_changes - 25 if overwrite else 0, num_changes + 100):
+    first = num_changes - LAST_CHANGES
+    for number in [*range(0, first, every)] * (not overwrite) + [*range(first, num_changes + 100)]:
         if overwrite:
             shutil.copytree(base / "old", out_dir)
         killed, _ = write(out_dir, kill_at=number, overwrite=overwrite)
@@ -99,4 +102,4 @@ def main(base: Path, overwrite: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] == "overwrite")
+    main(Path(sys.argv[1]), sys.argv[2] == "overwrite", int(sys.argv[3]))

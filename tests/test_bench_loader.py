@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from galaxydist.benchmarks.loader_data import RepeatedShards, lengthen, repeat_s
 from galaxydist.benchmarks.loader_job import BATCH_SIZE, Job
 from galaxydist.benchmarks.loader_peers import GALAXYDIST, PEERS, Loader, Processes, check, prepare
 from galaxydist.benchmarks.loader_pictures import stored_pictures
+from galaxydist.benchmarks.peers.imagefolder import prepare as write_folder
 from galaxydist.cli.main import main
 from galaxydist.errors import EXIT_BAD_INPUT, UserError
 from galaxydist.shards.decode import PictureReader
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.write import write_shards
+from tests.forked_runs import run_forked
 from tests.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +59,22 @@ def job_on(manifest: Manifest, loader: Loader, **changes: Any) -> Job:
     return dataclasses.replace(job, **changes)
 
 
+def do_job(module: str, job: str) -> None:
+    """What ``python -m MODULE JOB`` does, in a process that has torch loaded."""
+    sys.argv = [module, job]
+    runpy.run_module(module, run_name="__main__")
+
+
+class Forked(Processes):
+    """The same loaders in forked processes: a new interpreter takes seconds before it can read."""
+
+    def run(self, loader: Loader, job: Job) -> dict[str, Any]:
+        done = run_forked(do_job, loader.module, job.to_json())
+        assert done.returncode == 0, done.stderr[-3000:]
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+
 def run_quick(root: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, dict[str, dict[str, Any]]]:
     """What the command prints, and its lines of JSON by task: the last lines."""
     assert main(["bench", "loader", "--quick", "--workers", "1", "--data-dir", str(root), *arguments]) == 0
@@ -70,8 +90,10 @@ def run_quick(root: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("peers", [{"imagefolder"}, pytest.param({"imagefolder", "webdataset"}, marks=pytest.mark.nightly)])
 def test_all_tasks_against_the_peers_that_need_no_installation(
-    peers: set[str], source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    peers: set[str], source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if peers == {"imagefolder"}:
+        monkeypatch.setattr("galaxydist.benchmarks.loader.Processes", Forked)
     named = (*sorted(peers), "litdata")
     arguments = ("--data", str(source.path), "--peers", *named, "--environments", str(tmp_path))
     text, results = run_quick(tmp_path, capsys, *arguments)
@@ -107,7 +129,7 @@ def test_a_peer_that_gives_other_pixels_or_misses_pictures_is_noticed(source: Ma
     """And what was made of other pictures is made anew."""
     manifest = repeated(source, tmp_path)
     num_images = manifest.split("train").num_samples
-    job, processes = job_on(manifest, IMAGEFOLDER), Processes(tmp_path, os.environ)
+    job, processes = job_on(manifest, IMAGEFOLDER), Forked(tmp_path, os.environ)
     prepare(processes, IMAGEFOLDER, job, "older pictures")
     files = sorted(job.form.glob("*/*.jpg"))
     assert len(files) == num_images
@@ -124,6 +146,17 @@ def test_a_peer_that_gives_other_pixels_or_misses_pictures_is_noticed(source: Ma
     files[1].unlink()
     with pytest.raises(UserError, match=f"gives {num_images - 1} pictures in an epoch of {num_images}: 1 are missing"):
         check(processes, IMAGEFOLDER, job, num_images)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("loader", [GALAXYDIST, IMAGEFOLDER], ids=lambda loader: loader.name)
+def test_each_loader_reads_in_a_process_of_its_own(loader: Loader, source: Manifest, tmp_path: Path) -> None:
+    manifest = repeated(source, tmp_path)
+    job, processes = job_on(manifest, loader), Processes(tmp_path, os.environ)
+    if loader is IMAGEFOLDER:
+        write_folder(job)
+    assert check(processes, loader, job, manifest.split("train").num_samples) == 0
 
 
 @pytest.mark.multiprocess

@@ -11,9 +11,15 @@ import pytest
 from galaxydist.recipe.load import list_recipes
 from tests.runs import ACCELERATE, LAUNCH, quick_settings, read_losses, run_here
 
+# The other networks are of the same blocks; each takes a step in test_models_build.py or test_reference.py.
+IN_CI = ["custom_cnn", "d4_cnn", "demo", "resnet18", "vgg16", "vit"]
+IN_CI += ["reference/custom_cnn", "reference/resnet18", "reference/vit"]
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(list_recipes()))
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in IN_CI else pytest.mark.nightly) for name in sorted(list_recipes())],
+)
 def test_every_recipe_trains_two_steps_and_is_evaluated(name: str, blobs: Path, tmp_path: Path) -> None:
     # 72 training galaxies in batches of 36, at the smallest size that all architectures take; no weights can be had here.
     changes = {"recipe": name, "model__width": None, "model__pretrained": "false", "train__batch_size": 36, "train__epochs": 1}

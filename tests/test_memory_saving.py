@@ -13,9 +13,10 @@ from galaxydist.models.frozen import freeze_backbone
 from galaxydist.models.memory import checkpoint_activations, has_spared_buffers
 from galaxydist.models.registry import ARCHITECTURES
 from galaxydist.recipe.schema import ModelConfig, ModelName
+from tests.model_names import marked
 
 QUICK = {"custom_cnn", "resnet18", "vit"}
-NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODEL_NAMES]
+NAMES = marked(MODEL_NAMES, QUICK)
 
 
 def build(name: ModelName) -> nn.Module:

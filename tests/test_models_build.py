@@ -10,6 +10,7 @@ from galaxydist.errors import UserError
 from galaxydist.models import MODEL_NAMES, build_model, input_statistics, no_decay_names, parameter_groups
 from galaxydist.models.custom_cnn import CustomCNN, num_groups
 from galaxydist.recipe.schema import ModelConfig, ModelName
+from tests.model_names import DEEPER
 
 
 def test_registry_has_the_names_of_the_schema() -> None:
@@ -168,7 +169,7 @@ ONNX_IN_CI = ("custom_cnn", "d4_cnn", "resnet18", "vgg16", "vit")
 @pytest.mark.parametrize(
     ("name", "to_onnx"),
     [
-        *(pytest.param(name, name in ONNX_IN_CI, marks=pytest.mark.slow) for name in MODEL_NAMES),
+        *(pytest.param(name, name in ONNX_IN_CI, marks=pytest.mark.slow) for name in MODEL_NAMES if name not in DEEPER),
         *(pytest.param(name, True, marks=pytest.mark.nightly) for name in MODEL_NAMES if name not in ONNX_IN_CI),
     ],
 )

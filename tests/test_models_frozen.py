@@ -11,6 +11,7 @@ from torch import nn
 from galaxydist.models import MODEL_NAMES, build_model, parameter_groups
 from galaxydist.models.registry import ARCHITECTURES
 from galaxydist.recipe.schema import ModelConfig, ModelName
+from tests.model_names import marked
 
 
 def build_frozen(name: ModelName, **settings: float) -> nn.Module:
@@ -30,7 +31,7 @@ def train_steps(model: nn.Module, steps: int = 3) -> None:
 QUICK = {"custom_cnn", "d4_cnn", "resnet18", "vit", "reference_vit"}
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODEL_NAMES])
+@pytest.mark.parametrize("name", marked(MODEL_NAMES, QUICK))
 def test_frozen_parameters_and_buffers_are_bit_equal_after_training(name: ModelName) -> None:
     torch.manual_seed(0)
     model = build_frozen(name)

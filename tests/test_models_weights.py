@@ -146,12 +146,12 @@ def test_another_architectures_weights_give_a_short_message(tmp_path: Path) -> N
         (ModelConfig(name="resnet18", pretrained=True), "resnet18"),
         (ModelConfig(name="vit", pretrained=True), "vit_small_patch16_224"),
         pytest.param(ModelConfig(name="resnet26", pretrained=True), "resnet26", marks=pytest.mark.slow),
-        pytest.param(ModelConfig(name="resnet50", pretrained=True), "resnet50", marks=pytest.mark.slow),
-        pytest.param(ModelConfig(name="vit", size="base", pretrained=True), "vit_base_patch16_224", marks=pytest.mark.slow),
+        pytest.param(ModelConfig(name="resnet50", pretrained=True), "resnet50", marks=pytest.mark.nightly),
+        pytest.param(ModelConfig(name="vit", size="base", pretrained=True), "vit_base_patch16_224", marks=pytest.mark.nightly),
         pytest.param(ModelConfig(name="vgg16", pretrained=True), "vgg16_bn", marks=pytest.mark.slow),
-        pytest.param(ModelConfig(name="vgg19", pretrained=True), "vgg19_bn", marks=pytest.mark.slow),
+        pytest.param(ModelConfig(name="vgg19", pretrained=True), "vgg19_bn", marks=pytest.mark.nightly),
         pytest.param(ModelConfig(name="reference_vgg16", pretrained=True), "vgg16", marks=pytest.mark.slow),
-        pytest.param(ModelConfig(name="reference_vgg19", pretrained=True), "vgg19", marks=pytest.mark.slow),
+        pytest.param(ModelConfig(name="reference_vgg19", pretrained=True), "vgg19", marks=pytest.mark.nightly),
     ],
 )
 def test_files_in_timms_own_form_are_found_in_the_cache_and_fit(tmp_path: Path, config: ModelConfig, timm_model: str) -> None:

@@ -31,6 +31,7 @@ from galaxydist.shards.write import write_shards
 from galaxydist.surveys.official import read_official_split
 from galaxydist.training.update import count_micro_batches, split_evenly
 from tests.blobs import BlobSurvey
+from tests.model_names import marked
 
 SMALL = ("recipe=custom_cnn", "model.width=8", "data.image_size=32")
 
@@ -326,8 +327,7 @@ def test_times_have_a_unit_that_suits() -> None:
     assert [show_time(s) for s in (3.14, 600, 86_400)] == ["3.1 s", "10.0 min", "24.0 h"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", marked(MODEL_NAMES))
 def test_every_architecture_can_be_planned(name: str) -> None:
     size = 100 if name == "reference_vit" else 64  # of patches of 25 pixels
     whole = ("model.pretrained=false", "model.freeze_backbone=false")

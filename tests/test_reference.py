@@ -19,6 +19,7 @@ from galaxydist.models.reference import CNN_CHANNELS
 from galaxydist.recipe.identity import run_name
 from galaxydist.recipe.load import load_recipe
 from galaxydist.recipe.schema import ModelConfig, Recipe
+from tests.model_names import marked
 from tests.runs import quick_settings, run_here
 
 # Weights that are trained, and all. Worked out by hand from the layers; see the tests below for the CNN, the ViT and the heads.
@@ -63,7 +64,7 @@ def test_numbers_of_weights(name: str) -> None:
     assert (trained, sum(parameter.numel() for parameter in model.parameters())) == WEIGHTS[name]
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in WEIGHTS])
+@pytest.mark.parametrize("name", marked(WEIGHTS, QUICK))
 def test_a_step_at_the_recipes_own_size(name: str) -> None:
     model, size = build(name), recipe_of(name).data.image_size
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -11,14 +11,11 @@ from galaxydist.models.frozen import freeze_backbone
 from galaxydist.models.registry import ARCHITECTURES
 from galaxydist.models.saliency import GRAD_CAM, ROLLOUT, attention_rollout, explain, grad_cam, method_of
 from galaxydist.recipe.schema import ModelConfig, ModelName
+from tests.model_names import marked
 
 CONVOLUTIONAL = [name for name in MODEL_NAMES if method_of(name) == GRAD_CAM]
 TRANSFORMERS = [name for name in MODEL_NAMES if method_of(name) == ROLLOUT]
-LARGE = {"reference_vgg16", "reference_vgg19", "vgg19", "resnet50"}
-
-
-def marked(names: list[str]) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in names]
+QUICK = set(MODEL_NAMES) - {"reference_vgg16", "reference_vgg19", "vgg19", "resnet50"}
 
 
 def build(name: str, image_size: int = 64, **options: Any) -> nn.Module:
@@ -39,7 +36,7 @@ def test_transformers_are_rolled_out_and_all_others_differentiated() -> None:
     assert set(CONVOLUTIONAL) | set(TRANSFORMERS) == set(MODEL_NAMES)
 
 
-@pytest.mark.parametrize("name", marked(CONVOLUTIONAL))
+@pytest.mark.parametrize("name", marked(CONVOLUTIONAL, QUICK))
 def test_the_named_layer_gives_the_last_map(name: str) -> None:
     """No convolution comes after it, all come before; what follows only pools and classifies."""
     model = build(name)
@@ -65,7 +62,7 @@ def test_the_named_layer_gives_the_last_map(name: str) -> None:
         assert shapes[0][2:] == (4, 4)
 
 
-@pytest.mark.parametrize("name", marked(CONVOLUTIONAL))
+@pytest.mark.parametrize("name", marked(CONVOLUTIONAL, QUICK))
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_grad_cam_is_what_autograd_gives(name: str, is_frozen: bool) -> None:
     model = spread(build(name))

@@ -1,30 +1,17 @@
 """Architectures on both variants of a small simulated survey, through the commands, to a complete report."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from galaxydist.cli.main import main
 from galaxydist.evaluation.published import DISPLAY_NAMES, SETTINGS
 from galaxydist.evaluation.results.galleries import galleries
 from galaxydist.evaluation.results.gather import gather
 from galaxydist.evaluation.results.words import NOTHING
 
 ROOT = Path(__file__).parents[1]
-
-
-def command(folder: Path, *words: str) -> str:
-    """What ``galaxydist`` prints, in a process of its own."""
-    environ = {**os.environ, "GALAXYDIST_DATA": str(folder / "data"), "PYTHONPATH": str(ROOT)}
-    program = [sys.executable, "-m", "galaxydist.cli.main", *words]
-    done = subprocess.run(program, cwd=folder, env=environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
-
-
 SWEEP = ROOT / "slurm" / "sweeps" / "simulated.yaml"
 ARCHITECTURES = tuple(yaml.safe_load(SWEEP.read_text())["grid"]["recipe"])
 
@@ -38,18 +25,31 @@ ARCHITECTURES = tuple(yaml.safe_load(SWEEP.read_text())["grid"]["recipe"])
     ids=["two", "all"],
 )
 def test_architectures_on_both_variants_make_a_complete_report(
-    recipes: tuple[str, ...], num_galaxies: int, tmp_path: Path
+    recipes: tuple[str, ...],
+    num_galaxies: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    command(tmp_path, "data", "simulate", "--num-galaxies", str(num_galaxies))
-    command(tmp_path, "data", "shard", "--dataset", "simulated", "--variant", "both")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GALAXYDIST_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def command(*words: str) -> str:
+        """What ``galaxydist`` prints; only the sweep's runs are processes of their own."""
+        assert main(words) == 0, capfd.readouterr().err
+        return capfd.readouterr().out
+
+    command("data", "simulate", "--num-galaxies", str(num_galaxies))
+    command("data", "shard", "--dataset", "simulated", "--variant", "both")
     # The sweep as it is shipped, of these recipes, with one seed and one epoch of its two.
     sweep = yaml.safe_load(SWEEP.read_text())
     sweep["grid"]["recipe"] = list(recipes)
     (tmp_path / SWEEP.name).write_text(yaml.safe_dump(sweep))
-    said = command(tmp_path, "sweep", SWEEP.name, "seed=0", "train.epochs=1", "eval.figures=false", "--yes")
+    said = command("sweep", SWEEP.name, "seed=0", "train.epochs=1", "eval.figures=false", "--yes")
     trials = 2 * len(recipes)
     assert f"{trials} trials: {trials} to submit" in said and said.count("\nfinished ") == trials
-    said = command(tmp_path, "report", str(tmp_path / "runs" / "simulated"), "--gallery", "-o", "report.html")
+    said = command("report", str(tmp_path / "runs" / "simulated"), "--gallery", "-o", "report.html")
     assert said.count("gallery: ") == trials and "note: " not in said and f"{trials} runs on simulated" in said
 
     results = gather(path for path in (tmp_path / "runs" / "simulated").iterdir() if (path / "recipe.json").exists())

@@ -97,10 +97,11 @@ def take_steps(model: nn.Module, sizes: tuple[int, ...]) -> list[float]:
     return losses
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile on a CPU needs a C++ compiler, and there is none")
-@pytest.mark.parametrize("kind", ["batch norm", "checkpointed"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("batch norm", marks=pytest.mark.slow), pytest.param("checkpointed", marks=pytest.mark.nightly)]
+)
 def test_a_compiled_model_trains_as_it_does_without(kind: str) -> None:
     """Two sizes of batch: the last micro-batch may hold one image less (once: compiling takes a minute)."""
     sizes = (5, 4) if kind == "batch norm" else (5, 5)

@@ -2,13 +2,13 @@
 
 import copy
 import datetime
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +19,7 @@ from galaxydist.models.frozen import freeze_backbone
 from galaxydist.models.memory import checkpoint_activations
 from galaxydist.recipe.schema import ModelConfig
 from galaxydist.training.syncnorm import SynchronisedNorm, synchronise_batch_norm
+from tests.forked_runs import run_forked
 
 # Images of each process, by how many there are.
 SHARES = {2: [3, 5], 3: [4, 1, 2]}
@@ -81,7 +82,8 @@ def try_model(model: nn.Module, mine: slice, num: int, world_size: int) -> dict[
     return found | {f"d {name}": p.grad for name, p in bare.named_parameters() if p.grad is not None}
 
 
-def worker(rank: int, world_size: int, folder: Path) -> None:
+def worker(world_size: int, folder: Path) -> None:
+    rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world_size, timeout=limit)
@@ -131,11 +133,12 @@ def try_frozen(group: dist.ProcessGroup, mine: slice, num: int) -> dict[str, Ten
     return {}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.nightly), 3])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     """What each of 2 or 3 processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(request.param, folder), nprocs=request.param)  # type: ignore[no-untyped-call]
+    done = run_forked(worker, request.param, folder, size=request.param)
+    assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 

@@ -165,7 +165,7 @@ def test_evaluations_with_and_without_views_are_told_apart(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_both_evaluations_of_a_run_lie_side_by_side(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
-    assert run_here(quick_settings(blobs, run_dir, train__epochs=3)) == 0
+    assert run_here(quick_settings(blobs, run_dir, train__epochs=1)) == 0
     folder = run_dir / "evaluation"
     plain = (folder / "test.json").read_bytes()
     # The run was told to leave the figures to whoever asks for them.
@@ -216,17 +216,17 @@ def train_on_one_core(settings: list[str]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("batch_size", "sizes"), [(4, (1, 2, 3)), (10, (1, 3))], ids=["uneven", "an-idle-rank"])
-def test_numbers_of_any_number_of_processes_are_bit_equal(tmp_path: Path, batch_size: int, sizes: tuple[int, ...]) -> None:
-    """19 galaxies in 5 batches (3 + 2, 2 + 2 + 1) or in 2 (one of three ranks has none)."""
+@pytest.mark.parametrize(("batch_size", "size"), [(4, 2), (10, 3)], ids=["uneven", "an-idle-rank"])
+def test_numbers_of_any_number_of_processes_are_bit_equal(tmp_path: Path, batch_size: int, size: int) -> None:
+    """19 galaxies in 5 batches (3 + 2) or in 2 (one of three ranks has none)."""
     manifest = write_shards(BlobSurvey(num_galaxies=115), tmp_path / "shards", encoding="png", workers=1)
     assert manifest.splits["test"].num_samples == 19
     run_dir = tmp_path / "run"
-    settings = quick_settings(manifest.path, run_dir, train__epochs=2, eval__batch_size=batch_size, eval__tta="d4")
+    settings = quick_settings(manifest.path, run_dir, train__epochs=1, eval__batch_size=batch_size, eval__tta="d4")
     assert run_here(settings) == 0
     path = run_dir / "evaluation" / "test-d4.json"
     found, predicted = [], []
-    for world_size in sizes:
+    for world_size in (1, size):
         for file in (run_dir / "evaluation").iterdir():
             file.unlink()
         # On one core all have one thread: sums within a picture are then taken in the same order.
@@ -236,8 +236,7 @@ def test_numbers_of_any_number_of_processes_are_bit_equal(tmp_path: Path, batch_
         found.append(json.loads(path.read_text()))
         predicted.append([(path.parent / f"{split}-d4-predictions.parquet").read_bytes() for split in ("test", "val")])
         assert not [file.name for file in path.parent.iterdir() if file.name.startswith(".")]
-    assert all(one == found[0] for one in found[1:])
-    assert all(one == predicted[0] for one in predicted[1:])
+    assert found[0] == found[1] and predicted[0] == predicted[1]
     logits_NK = read_predictions(path.parent / "test-d4-predictions.parquet").column("logits")
     assert logits_NK.shape == (19, 3) and np.isfinite(logits_NK).all()
     assert found[0]["count"] == 19 and found[0]["tta"] == "d4"

@@ -5,14 +5,14 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from galaxydist.benchmarks.fileserver import Behaviour, FileServer, every
 from galaxydist.benchmarks.loader_data import find_source, repeat_source
-from galaxydist.benchmarks.remote_rank import Job, Reading
+from galaxydist.benchmarks.remote_rank import Job, Reading, read_epoch
 from galaxydist.cores import available_cores
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import Manifest, read_manifest, shard_name
@@ -67,11 +67,12 @@ def measure_remote(
     print(f"{'':17} {'to open':>8} {'1st batch':>9} {'then waits':>10}   requests for shards", flush=True)
     results = []
     for ranks in (1, 2):
-        expected = _read(str(manifest.path), root / "cache", ranks, dataclasses.replace(conditions, step_s=0.0), environ)
+        local = _jobs(str(manifest.path), root / "cache", ranks, dataclasses.replace(conditions, step_s=0.0))
+        expected = [read_epoch(job) for job in local]
         shutil.rmtree(root / "cache", ignore_errors=True)
         for state in ("cold", "warm"):
             with FileServer(manifest.dir, Behaviour(conditions.delay_s, every(conditions.fail_every))) as server:
-                found = _read(server.url, root / "cache", ranks, conditions, environ)
+                found = _read(_jobs(server.url, root / "cache", ranks, conditions), environ)
             is_exact = [reading.digest for reading in found] == [reading.digest for reading in expected]
             result = {"task": f"remote.{state}", "ranks": ranks, **_waits(found), **_requests(server, split.num_shards)}
             result |= {"is_exact": is_exact, **dataclasses.asdict(conditions)}
@@ -114,11 +115,10 @@ def _show(result: Mapping[str, Any]) -> None:
     )
 
 
-def _read(location: str, cache_dir: Path, ranks: int, conditions: Conditions, environ: Mapping[str, str]) -> list[Reading]:
-    """One epoch by processes of their own, at the same time."""
-    processes = []
-    for rank in range(ranks):
-        job = Job(
+def _jobs(location: str, cache_dir: Path, ranks: int, conditions: Conditions) -> list[Job]:
+    """One for each process."""
+    return [
+        Job(
             location=location,
             cache_dir=str(cache_dir),
             cache_bytes=1 << 40,
@@ -128,6 +128,14 @@ def _read(location: str, cache_dir: Path, ranks: int, conditions: Conditions, en
             num_streams=conditions.num_streams,
             step_s=conditions.step_s,
         )
+        for rank in range(ranks)
+    ]
+
+
+def _read(jobs: Sequence[Job], environ: Mapping[str, str]) -> list[Reading]:
+    """One epoch by processes of their own, at the same time."""
+    processes = []
+    for job in jobs:
         command = [sys.executable, "-m", "galaxydist.benchmarks.remote_rank", json.dumps(dataclasses.asdict(job))]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(environ)))
     try:

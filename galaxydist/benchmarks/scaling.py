@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from galaxydist.benchmarks.memory_session import write_noise, write_recipe
 from galaxydist.benchmarks.scaling_rank import LAST_STEPS, WARM_STEPS, Job
 from galaxydist.cores import bound_cores
 from galaxydist.errors import UserError
+from galaxydist.training.processes import free_port
+
+POLL_S, GRACE_S = 0.05, 20.0
 
 
 def measure_scaling(
@@ -83,22 +88,30 @@ def _bar(total: int) -> Any:
     return tqdm(total=total, desc="measuring", unit="run", disable=None, leave=False)
 
 
-def _run(job: Job, processes: int, environ: Mapping[str, str]) -> dict[str, Any]:
+def _run(job: Job, size: int, environ: Mapping[str, str]) -> dict[str, Any]:
     """Train by so many processes; what rank 0 answers."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *launcher, "-m", "galaxydist.cli.bench_scaling", json.dumps(dataclasses.asdict(job))]
+    command = [sys.executable, "-m", "galaxydist.cli.bench_scaling", json.dumps(dataclasses.asdict(job))]
     # The BLAS and OpenMP pools of a process are made when it starts.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**environ, "OMP_NUM_THREADS": "1"})
+    common = {**environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(size)
+    ]
+    deadline = math.inf
     try:
-        text = process.communicate()[0]
+        while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
+            if any(codes):  # the others end too, and rank 0 says why
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+            time.sleep(POLL_S)
+        if codes != [0] * size:
+            raise UserError(f"the training run by {size} processes failed: see above")
+        answers = [process.communicate()[0].splitlines() for process in processes]
     finally:
-        if process.poll() is None:
-            process.terminate()  # torchrun ends the others
+        for process in processes:
+            process.kill()
             process.wait()
-    lines = [line for line in text.splitlines() if line.startswith("{")]
-    if process.returncode or not lines:
-        raise UserError(f"the training run by {processes} processes failed: see above")
-    answer: dict[str, Any] = json.loads(lines[-1])
+    answer: dict[str, Any] = json.loads(answers[0][-1])
     return answer
 
 

@@ -121,7 +121,7 @@ def measure_startup(
         recipe: name of the recipe.
         num_galaxies: of the simulated survey.
         step: at which the run is saved that is continued, or soon after it.
-        rounds: that count, after one that warms up; medians over them are given.
+        rounds: medians over them are given. The run that is saved before them warms up what all of them read.
         overrides: further ``key=value`` of the recipe.
 
     Returns:
@@ -139,12 +139,12 @@ def measure_startup(
     runs.mkdir()
     fresh: list[Start] = []
     resumed: list[Start] = []
-    with tqdm(total=2 * rounds + 2, desc="measuring", unit="run", disable=None, leave=False) as bar:
+    with tqdm(total=2 * rounds, desc="measuring", unit="run", disable=None, leave=False) as bar:
         launch.time_to(step, runs / "saved")
         saved = checkpoints.load(RunFolder(runs / "saved").checkpoints_dir, groups=())
         assert saved is not None, "a run that is stopped is saved"
         saved_step = int(saved.state["progress"]["step"])
-        for number in range(rounds + 1):
+        for _ in range(rounds):
             fresh.append(launch.time_to(1, runs / "fresh"))
             shutil.copytree(runs / "saved", runs / "resumed")
             # What the run had written after its checkpoint is not the step that is waited for.
@@ -152,9 +152,9 @@ def measure_startup(
             resumed.append(launch.time_to(saved_step + 1, runs / "resumed"))
             for name in ("fresh", "resumed"):
                 shutil.rmtree(runs / name)
-            bar.update(2 if number else 1)
+            bar.update(2)
     shutil.rmtree(runs)
-    result: dict[str, Any] = {"task": "startup", "recipe": recipe, **_medians(fresh[1:], resumed[1:])}
+    result: dict[str, Any] = {"task": "startup", "recipe": recipe, **_medians(fresh, resumed)}
     result |= {"step": saved_step, "galaxies": num_galaxies, "rounds": rounds, "cores": available_cores()}
     _show(result)
     print(json.dumps({key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in result.items()}))

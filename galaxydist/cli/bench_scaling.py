@@ -12,7 +12,7 @@ def add_scaling(commands: Commands) -> None:
     parser = commands.add_parser(
         "scaling",
         help="how much faster several processes train than one",
-        description="The trainer on pictures in memory, by one process and by several under torchrun, in turn; each process on a "
+        description="The trainer on pictures in memory, by one process and by several, in turn; each process on a "
         "core of its own with one thread, with as many pictures in a step. Prints a line and, last, a line of JSON.",
         allow_abbrev=False,
     )
@@ -41,7 +41,7 @@ def run_scaling(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    # One process of the measurement, started by torchrun.
+    # One process of the measurement.
     from galaxydist.benchmarks.scaling_rank import main
 
     sys.exit(main(sys.argv[1], os.environ))

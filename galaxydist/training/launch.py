@@ -1,11 +1,12 @@
 """One process of a run, from its command line to its exit code: what launch.py and a job of the cluster do alike."""
 
 import contextlib
+import gc
 import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from galaxydist.cores import set_up_process
@@ -68,13 +69,27 @@ def _leave_for_launcher(text: str, environ: Mapping[str, str]) -> None:
             Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}), encoding="utf-8")
 
 
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """For the first import of what a run needs. All of it stays to the end, so that the garbage collector need not look through
+    it again and again, neither while it comes (a quarter of the time that it takes) nor later."""
+    if "galaxydist.training.session" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def _train(arguments: Sequence[str], environ: MutableMapping[str, str]) -> int:
     from galaxydist.recipe.load import load_recipe
 
     resolved = load_recipe(arguments)
-
-    from galaxydist.training.session import train
-
+    with _importing():
+        from galaxydist.training.session import train
     stop_signal = train(resolved, environ)
     if not stop_signal:
         return 0

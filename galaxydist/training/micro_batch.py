@@ -1,5 +1,6 @@
 """``train.micro_batch=auto``: the most galaxies of one forward pass that fit the memory of every process."""
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -181,8 +182,10 @@ class Probe:
             is_fitting = False
         else:
             is_fitting = True
-        # Here the error, whose frames hold the tensors, is gone.
+        # Here the error, whose frames hold the tensors, is gone, but for cycles.
         self._model.zero_grad(set_to_none=True)
+        if not is_fitting:
+            gc.collect()
         free_memory(self._world.device)
         return is_fitting
 

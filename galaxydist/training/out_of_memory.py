@@ -91,8 +91,8 @@ def describe_device(device: torch.device) -> tuple[str, int]:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what is cached, so that it counts neither for the next try nor against other processes."""
-    gc.collect()
+    """Give back what is cached, so that it counts neither for the next try nor against other processes. A CPU caches nothing."""
     if device.type == "cuda":
+        gc.collect()
         with torch.cuda.device(device):
             torch.cuda.empty_cache()

@@ -45,7 +45,7 @@ def run_processes(arguments: Sequence[str], num_processes: int, environ: Mapping
             "Leave out one of them: galaxydist train --processes N needs no launcher."
         )
     context = multiprocessing.get_context("spawn")
-    port = _free_port()
+    port = free_port()
     ranks = [
         context.Process(target=_run_rank, args=(list(arguments), rank, num_processes, port), name=f"rank {rank}")
         for rank in range(num_processes)
@@ -78,7 +78,8 @@ def _stop_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses now."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port: int = server.getsockname()[1]
