@@ -26,14 +26,8 @@ ROOT = Path(__file__).parents[1]
 _SERVER = multiprocessing.get_context("forkserver")
 # What a run imports, at its start and on its way. Of all these only pyarrow starts a thread, which survives a fork (jemalloc's).
 PRELOADED = ("galaxydist.training.session", "galaxydist.cli.train", "cv2", "scipy.ndimage", "timm.optim", "sklearn.metrics")
-PRELOADED += (
-    "pyarrow.parquet",
-    "rich.progress",
-    "PIL.JpegImagePlugin",
-    "PIL.PngImagePlugin",
-    "tests.traced_launch",
-    "tests.settled",
-)
+PRELOADED += ("pyarrow.parquet", "rich.progress", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "tests.traced_launch")
+PRELOADED += ("torch.distributed.checkpoint.hf_storage", "tests.settled")  # the last of all
 
 
 @dataclass(frozen=True)
