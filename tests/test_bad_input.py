@@ -125,15 +125,23 @@ def test_fp16_without_a_gpu_is_refused(blobs: Path, tmp_path: Path, capsys: pyte
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_more_processes_than_the_global_batch_holds(blobs: Path, tmp_path: Path) -> None:
-    done = launch(TORCHRUN_2, quick_settings(blobs, tmp_path / "run", train__batch_size=1))
+    done = run_forked(train, quick_settings(blobs, tmp_path / "run", train__batch_size=1), size=2)
+    assert done.returncode == 2
+    assert count_errors(done.stderr) == 1
+    assert "2 processes are more than the global batch holds" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_launcher_s_report_ends_with_what_is_wrong(blobs: Path, tmp_path: Path) -> None:
+    done = launch(TORCHRUN_2, [*quick_settings(blobs, tmp_path / "run"), "optim.lrr=1"])
     assert done.returncode != 0
     assert count_errors(done.stderr) == 1
-    last = done.stderr.rstrip().splitlines()[-3:]
-    assert any("galaxydist: error" in line for line in last), "the launcher report does not end with our message"
-    assert "2 processes are more than the global batch holds" in done.stderr
+    last = "".join(done.stderr.rstrip().splitlines()[-3:])
+    assert "galaxydist: error" in last and "did you mean optim.lr?" in last
     assert not (tmp_path / "run").exists()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import runpy
@@ -62,6 +63,7 @@ def job_on(manifest: Manifest, loader: Loader, **changes: Any) -> Job:
 def do_job(module: str, job: str) -> None:
     """What ``python -m MODULE JOB`` does, in a process that has torch loaded."""
     sys.argv = [module, job]
+    multiprocessing.set_start_method("fork", force=True)  # as in a new interpreter
     runpy.run_module(module, run_name="__main__")
 
 
