@@ -35,7 +35,7 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_a_stopped_comparison_goes_on_and_a_finished_one_trains_nothing(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["bench", "folds", "--real", str(pictures), "--data-dir", str(tmp_path), "--minutes", "0.02", "--folds", "2"]
+    command = ["bench", "folds", "--real", str(pictures), "--data-dir", str(tmp_path), "--minutes", "0.005", "--folds", "2"]
     command += ["--models", "d4_cnn,custom_cnn", "data.image_size=32", "model.width=8", "train.batch_size=12"]
     real_train, trained = folds.train, []
 
@@ -65,7 +65,7 @@ def test_a_stopped_comparison_goes_on_and_a_finished_one_trains_nothing(
     assert last_json(capsys) == first and len(trained) == 4
     assert (first["task"], first["num_folds"]) == ("folds", 2) and list(first["models"]) == ["d4_cnn", "custom_cnn"]
     for row in first["models"].values():
-        assert row["epochs"] == max(1, round(1.2 / (row["seconds_per_step"] * 5)))  # 60 training blobs, 5 steps an epoch
+        assert row["epochs"] == max(1, round(0.3 / (row["seconds_per_step"] * 5)))  # 60 training blobs, 5 steps an epoch
         assert len(row["processor_minutes"]) == 2 and min(row["processor_minutes"]) >= 0
         assert row["accuracy"]["mean"] == pytest.approx(sum(row["accuracy"]["folds"]) / 2)
     assert first["models"]["d4_cnn"]["behind_the_first"] == {"mean": 0, "standard_error": 0, "folds": [0, 0]}
