@@ -17,7 +17,7 @@ from galaxydist.runs.saver import CheckpointSaver
 from galaxydist.runs.sharded import ShardedSaver, load_sharded, open_saving_group
 from galaxydist.training.clipping import clip_gradients
 from galaxydist.training.ema import MovingAverage
-from galaxydist.training.micro_batch import unchanged
+from galaxydist.training.micro_batch import thrown_away_loss, unchanged
 from galaxydist.training.sharding import (
     WholeCopy,
     clip_sharded_gradients,
@@ -118,7 +118,7 @@ class WholeModel:
             return
         with unchanged(self.model, self.world.device):
             for _ in range(2):  # it is the second forward pass that makes the new buckets
-                torch.autograd.backward(self.forward(images_BCHW).float().logsumexp(1).sum())
+                torch.autograd.backward(thrown_away_loss(self.forward(images_BCHW)))
 
     def clip(self, parameters: Iterable[nn.Parameter], *, norm: float, value: float) -> torch.Tensor:
         return clip_gradients(parameters, norm=norm, value=value)
