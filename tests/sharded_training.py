@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from galaxydist.runs import checkpoints
 from galaxydist.runs.sharded import ShardedSaver, load_sharded, open_saving_group
 from galaxydist.runs.state import flatten_state, unflatten_state
+from galaxydist.training.ema import MovingAverage
 from galaxydist.training.optimizer_state import named_optimizer_state, numbered_optimizer_state
-from galaxydist.training.sharded_ema import ShardedEma
 from galaxydist.training.sharding import (
     WholeCopy,
     clip_sharded_gradients,
@@ -110,7 +110,7 @@ class Sharded:
         self.whole = WholeCopy(self.model)
         shard_model(self.model, self.mesh)
         self.optimizer = build_optimizer(self.model, optimizer)
-        self.ema = ShardedEma(self.model, EMA_DECAY)
+        self.ema = MovingAverage(self.model, EMA_DECAY)
 
     def train(self, first: int, stop: int) -> Iterator[int]:
         for step in range(first, stop):

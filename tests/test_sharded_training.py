@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from galaxydist.errors import UserError
 from galaxydist.runs import checkpoints
 from galaxydist.runs.state import flatten_state, unflatten_state
+from galaxydist.training.ema import MovingAverage
 from galaxydist.training.optimizer_state import named_optimizer_state, numbered_optimizer_state
-from galaxydist.training.sharded_ema import ShardedEma
 from galaxydist.training.sharding import repeated_blocks
 from tests.forked_runs import run_forked
 from tests.sharded_training import (
@@ -134,7 +134,7 @@ def test_networks_with_batch_normalisation_train_as_with_ddp(size: str, tmp_path
 def test_the_average_is_that_of_timm(decay: float) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3)).double()
-    ours, theirs = ShardedEma(model, decay), ModelEmaV3(model, decay=decay, use_warmup=True)
+    ours, theirs = MovingAverage(model, decay), ModelEmaV3(model, decay=decay, use_warmup=True)
     optimizer = build_optimizer(model)
     for step in range(6):
         model(torch.randn(4, 3, 6, 6, dtype=torch.float64)).square().mean().backward()
@@ -147,7 +147,7 @@ def test_the_average_is_that_of_timm(decay: float) -> None:
         for name, tensor in ours.state_dict().items():
             assert torch.equal(tensor, expected[name]), name
     assert {name for name, _ in ours.named_buffers()} == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
-    other = ShardedEma(copy.deepcopy(model), decay)
+    other = MovingAverage(copy.deepcopy(model), decay)
     other.load_state_dict(ours.state_dict())
     assert largest_difference(dict(other.state_dict()), dict(ours.state_dict())) == 0
     with pytest.raises(KeyError):

@@ -4,7 +4,6 @@ from collections import OrderedDict
 from typing import Literal
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 Norm = Literal["batch", "group"]
@@ -67,7 +66,7 @@ class Block(nn.Module):
         super().__init__()
         self.first = _conv(channels_in, channels_out, norm, kernel=3)
         self.second = _conv(channels_out, channels_out, norm, kernel=3, activation=False)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = stochastic_depth(drop_path)
         same = channels_in == channels_out
         self.shortcut = nn.Identity() if same else _conv(channels_in, channels_out, norm, kernel=1, activation=False)
         nn.init.zeros_(self.second.get_parameter("norm.weight"))
@@ -85,6 +84,16 @@ def depth_rates(last: float) -> list[float]:
     """The drop-path rate of each block: a straight line from 0 to that of the last."""
     count = sum(map(len, block_channels(1)))
     return [last * number / (count - 1) for number in range(count)]
+
+
+def stochastic_depth(rate: float) -> nn.Module:
+    """Return the layer that drops a whole branch at this rate. timm, which has it, is imported where a branch is dropped only."""
+    if rate == 0.0:
+        return nn.Identity()
+    from timm.layers import DropPath
+
+    layer: nn.Module = DropPath(rate)
+    return layer
 
 
 def _conv(

@@ -1,10 +1,9 @@
 """A small convolutional network whose logits are the same for all eight flips and quarter turns of an image."""
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
-from galaxydist.models.custom_cnn import block_channels, depth_rates
+from galaxydist.models.custom_cnn import block_channels, depth_rates, stochastic_depth
 from galaxydist.models.d4 import ORDER, D4Conv, halve, make_even, pool_orbit
 from galaxydist.models.d4_norm import D4Norm
 
@@ -53,7 +52,7 @@ class D4Block(nn.Module):
         super().__init__()
         self.first = D4Layer(D4Conv(fields_in, fields_out, 3))
         self.second = D4Layer(D4Conv(fields_out, fields_out, 3), activation=False)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = stochastic_depth(drop_path)
         same = fields_in == fields_out
         self.shortcut = nn.Identity() if same else D4Layer(D4Conv(fields_in, fields_out, 1), activation=False)
         nn.init.zeros_(self.second.norm.batch.weight)

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from galaxydist.recipe.checks import CHECKS
 from galaxydist.recipe.draft import ConfigError, ConfigKind
 from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.named import Setting, list_files, load_config
 from galaxydist.recipe.paths import shipped_dir
+from galaxydist.recipe.rules import CHECKS
 from galaxydist.recipe.schema import Recipe
 
 __all__ = ["RECIPES", "RecipeError", "ResolvedRecipe", "Setting", "list_recipes", "load_recipe"]

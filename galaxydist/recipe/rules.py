@@ -1,7 +1,140 @@
-"""Rules between a recipe and the number of processes, seen before a run is sent and again when it starts."""
+"""Rules between the keys of a recipe, and between a recipe and the number of processes.
+
+Each rule between keys names the keys that it looks at, and runs as soon as those are valid.
+"""
+
+import re
+from typing import Any
 
 from galaxydist.errors import EveryRankError
+from galaxydist.recipe.draft import Check
+from galaxydist.recipe.fields import recipe_fields, suggest
+from galaxydist.recipe.paths import is_dataset_name
 from galaxydist.recipe.schema import TrainConfig
+
+PATCHES = {"vit": 16, "vit_scratch": 16, "reference_vit": 25}  # pixels
+ORIENTATIONS = 8  # of d4_cnn: flips and quarter turns
+ANY_WIDTH = ("custom_cnn", "d4_cnn")
+UNPUBLISHED = (*ANY_WIDTH, "reference_cnn", "reference_vit")  # architectures without published weights
+
+
+def _start(pretrained: bool, weights: Any) -> str | None:
+    return "choose one: timm's published weights or your own file" if pretrained and weights is not None else None
+
+
+def _published(pretrained: bool, name: str) -> str | None:
+    if pretrained and name in UNPUBLISHED:
+        return f"there are no published weights of {name}; set model.pretrained=false"
+    if pretrained and name == "vit_scratch":
+        return "vit_scratch starts from random weights; use model.name=vit, or model.pretrained=false"
+    return None
+
+
+def _frozen(freeze: bool, pretrained: bool, weights: Any) -> str | None:
+    if freeze and not pretrained and weights is None:
+        return "a frozen backbone needs trained weights; set model.pretrained=true or model.weights=FILE"
+    return None
+
+
+def _micro_batch(micro_batch: int | str, batch_size: int) -> str | None:
+    if isinstance(micro_batch, int) and micro_batch > batch_size:
+        return (
+            f"a micro-batch of {micro_batch} is larger than the global batch of {batch_size}; use 0 for a process's whole share"
+        )
+    return None
+
+
+def _quarter_turns(rotate: str, zoom: float, shift: float) -> str | None:
+    if rotate == "d4" and (zoom > 1.0 or shift > 0.0):
+        return "quarter turns keep exact pixels, zoom and shift do not; use rotate=any or none, or zoom=1 and shift=0"
+    return None
+
+
+def _patches(name: str, image_size: int) -> str | None:
+    patch = PATCHES.get(name)
+    if patch is None or image_size % patch == 0:
+        return None
+    below = image_size // patch * patch
+    return f"{name} needs a multiple of {patch} pixels; try {f'{below} or ' if below else ''}{below + patch}"
+
+
+def _size(name: str, size: str) -> str | None:
+    return f"{name} has one size only; leave model.size out" if size != "small" and name not in ("vit", "vit_scratch") else None
+
+
+def _width(name: str, width: int) -> str | None:
+    default = recipe_fields()["model.width"].default
+    if name == "d4_cnn" and width % ORIENTATIONS:
+        lower = max(ORIENTATIONS, width // ORIENTATIONS * ORIENTATIONS)
+        return f"d4_cnn needs a multiple of its {ORIENTATIONS} orientations; try {lower} or {lower + ORIENTATIONS}"
+    return f"{name} has a fixed width; leave model.width out" if width != default and name not in ANY_WIDTH else None
+
+
+def _norm(name: str, norm: str) -> str | None:
+    return f"{name} has its own normalisation; leave model.norm out" if norm != "batch" and name != "custom_cnn" else None
+
+
+def _clip(norm: float, value: float) -> str | None:
+    return "clip by norm or by value, not by both; set one of them to 0" if norm > 0 and value > 0 else None
+
+
+def _pairs(mixup: float, cutmix: float, batch_size: int) -> str | None:
+    if (mixup > 0 or cutmix > 0) and batch_size % 2:
+        return f"mixup and cutmix pair the halves of the global batch; try {batch_size - 1 or 2} or {batch_size + 1}"
+    return None
+
+
+def _milestones(schedule: str, milestones: tuple[float, ...]) -> str | None:
+    if schedule == "step" and (not milestones or list(milestones) != sorted(set(milestones))):
+        return "the steps down need increasing shares of the run, such as [0.5,0.75]"
+    return None
+
+
+def _profile(profile: str | None) -> str | None:
+    if profile is None:
+        return None
+    match = re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", profile)
+    if match is None or not 1 <= int(match[1]) <= int(match[2] or match[1]):
+        return "give the first and the last step to trace, such as 10-20, counted from 1"
+    return None
+
+
+def _dataset_name(dataset: str) -> str | None:
+    if is_dataset_name(dataset):
+        return None
+    return "is a folder name under the data root: letters, digits, _, -, + and .; for a file elsewhere use data.manifest=FILE"
+
+
+def _forced_keys(force: tuple[str, ...]) -> str | None:
+    for key in force:
+        known = recipe_fields().get(key)
+        if known is None:
+            return f"{key!r} is no key of the recipe{suggest(key)}"
+        if known.kind == "run":
+            return f"{key} may change freely between restarts; take it out of the list"
+    return None
+
+
+CHECKS = (
+    Check(("model.pretrained", "model.weights"), _start),
+    Check(("model.pretrained", "model.name"), _published),
+    Check(("model.freeze_backbone", "model.pretrained", "model.weights"), _frozen),
+    Check(("train.micro_batch", "train.batch_size"), _micro_batch),
+    Check(("data.augment.rotate", "data.augment.zoom", "data.augment.shift"), _quarter_turns),
+    Check(("model.name", "data.image_size"), _patches),
+    Check(("model.name", "model.size"), _size),
+    Check(("model.name", "model.width"), _width),
+    Check(("model.name", "model.norm"), _norm),
+    Check(("train.clip_norm", "train.clip_value"), _clip),
+    Check(("train.mixup", "train.cutmix", "train.batch_size"), _pairs),
+    Check(("optim.schedule", "optim.milestones"), _milestones),
+    Check(("train.profile",), _profile),
+    Check(("data.dataset",), _dataset_name),
+    Check(("resume.force",), _forced_keys),
+)
+
+
+# DOC Rules between a recipe and the number of processes, seen before a run is sent and again when it starts.
 
 
 def check_world(batch_size: int, world_size: int) -> None:

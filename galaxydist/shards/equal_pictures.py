@@ -70,12 +70,16 @@ def describe_equal_pictures(manifest: Manifest) -> list[str]:
     lines = []
     if found.across:
         lines.append(
-            f"{len(found.across)} pictures are in more than one split, pixel for pixel: {_some(found.across)}. A model is judged "
-            "there on what it has learnt from: leave them out of one of the splits"
+            f"{_pictures(found.across, 'is', 'are')} in more than one split, pixel for pixel: {_some(found.across)}. A model is "
+            "judged there on what it has learnt from: leave them out of one of the splits"
         )
     if found.two_labels:
-        lines.append(f"{len(found.two_labels)} pictures have two labels, pixel for pixel: {_some(found.two_labels)}")
+        lines.append(f"{_pictures(found.two_labels, 'has', 'have')} two labels, pixel for pixel: {_some(found.two_labels)}")
     return lines
+
+
+def _pictures(groups: list[list[str]], singular: str, plural: str) -> str:
+    return f"1 picture {singular}" if len(groups) == 1 else f"{len(groups)} pictures {plural}"
 
 
 def _groups(rows: NDArray[np.void]) -> tuple[list[NDArray[np.void]], list[NDArray[np.void]]]:

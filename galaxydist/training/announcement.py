@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from galaxydist.recipe.draft import COMMAND_LINE
@@ -14,7 +13,7 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.training.flops import training_flops
 from galaxydist.training.journal import Schedule
-from galaxydist.training.micro_batch import Probe, unchanged
+from galaxydist.training.micro_batch import Probe, thrown_away_loss, unchanged
 from galaxydist.training.out_of_memory import share_of
 from galaxydist.training.world import World
 
@@ -79,7 +78,7 @@ def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, sche
             flops = training_flops(model, recipe.data.image_size)
         count = max(1, min(count, int(TIMED_FLOPS / flops)))
         count = max(count, min(2, share))  # batch normalisation needs two values
-    probe = Probe(world, recipe, model, ballast_bytes=0, loss=_scalar)
+    probe = Probe(world, recipe, model, ballast_bytes=0, loss=thrown_away_loss)
     with unchanged(model, world.device):
         if not min(world.gather(probe.fits(count))):  # the first pass allocates
             return None
@@ -90,10 +89,6 @@ def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, sche
     if world.device.type == "cpu" and run_s > LONG_RUN_S:
         line += f"\nNo GPU here. It goes on; a smaller run: {smaller_command(recipe, resolved.origins)}"
     return line
-
-
-def _scalar(logits_BK: torch.Tensor) -> torch.Tensor:
-    return logits_BK.float().logsumexp(1).sum()
 
 
 def duration(seconds: float) -> str:

@@ -60,6 +60,11 @@ def choose_micro_batch(
     return found, {**now, "micro_batch": found}
 
 
+def thrown_away_loss(logits_BK: torch.Tensor) -> torch.Tensor:
+    """Return a scalar with a gradient for every logit, for passes whose results are thrown away."""
+    return logits_BK.float().logsumexp(1).sum()
+
+
 def find_micro_batch(
     world: World,
     recipe: Recipe,
@@ -67,7 +72,7 @@ def find_micro_batch(
     *,
     ballast_bytes: int = 0,
     unit: int = 1,
-    loss: Callable[[torch.Tensor], torch.Tensor] = lambda logits_BK: logits_BK.float().logsumexp(1).sum(),
+    loss: Callable[[torch.Tensor], torch.Tensor] = thrown_away_loss,
     force: bool = False,
 ) -> int:
     """Try how many galaxies fit: forward and backward of the model on empty images. All ranks take part, and agree.

@@ -55,8 +55,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, device: t
     Raises:
         EveryRankError: no such optimizer, one that cannot work here, or settings that it does not take.
     """
-    info = find_optimizer(config.name)
-    fused = {"fused": True} if _use_fused(info.opt_class, config, device) else {}
+    fused = {"fused": True} if _use_fused(config, device) else {}
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, config.beta2), **fused)
     if config.name == "sgd":
@@ -64,6 +63,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, device: t
         return _with_momentum(sgd) if fused and config.momentum > 0 else sgd
     from timm.optim import create_optimizer_v2
 
+    info = find_optimizer(config.name)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             groups, config.name, lr=config.lr, weight_decay=0.0, momentum=config.momentum, **_options(info, config), **fused
@@ -116,19 +116,20 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     optimizer.load_state_dict({**state, "param_groups": groups})
 
 
-def _use_fused(optimizer_class: Any, config: OptimConfig, device: torch.device) -> bool:
+def _use_fused(config: OptimConfig, device: torch.device) -> bool:
     """Left out rather than set to False elsewhere: torch then chooses between its other two implementations."""
-    supported = _has_fused(optimizer_class)
+    supported = _has_fused(config.name)
     if config.fused == "on" and not supported:
-        names = [name for name in usable_names() if _has_fused(find_optimizer(name).opt_class)]
+        names = [name for name in usable_names() if _has_fused(name)]
         raise EveryRankError(
             f"optim.fused=on: there are no fused kernels of {config.name}; use optim.fused=auto, or one of {', '.join(names)}"
         )
     return supported and (config.fused == "on" or (config.fused == "auto" and device.type == "cuda"))
 
 
-def _has_fused(optimizer_class: Any) -> bool:
-    return "fused" in inspect.signature(optimizer_class).parameters
+def _has_fused(name: str) -> bool:
+    info = find_optimizer(name)
+    return info is None or "fused" in inspect.signature(info.opt_class).parameters
 
 
 def _options(info: Any, config: OptimConfig) -> dict[str, Any]:

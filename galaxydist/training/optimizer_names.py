@@ -6,6 +6,8 @@ from typing import Any
 
 from galaxydist.errors import EveryRankError
 
+# torch's own, which need no timm.
+BUILT_IN = ("adamw", "sgd")
 # In front of another name: Zhang et al. 2019, arXiv:1907.08610.
 LOOKAHEAD = "lookahead_"
 
@@ -30,13 +32,16 @@ def usable_names() -> list[str]:
 
 
 def find_optimizer(name: str) -> Any:
-    """timm's description of an optimizer (its class, and which settings that takes); of the inner one for ``lookahead_NAME``.
+    """Return timm's description of an optimizer: its class and settings; of the inner one for ``lookahead_NAME``.
 
-    Cheap: may be called before anything is built or written.
+    Cheap: may be called before anything is built or written. For ``adamw`` and ``sgd``, which are torch's, it returns None
+    and does not import timm, which takes a second.
 
     Raises:
         EveryRankError: there is none of that name, it needs another package, or it cannot work here.
     """
+    if name in BUILT_IN:
+        return None
     from timm.optim import get_optimizer_info, list_optimizers
 
     inner = name.removeprefix(LOOKAHEAD)

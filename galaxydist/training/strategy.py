@@ -1,5 +1,6 @@
 """How the processes share a model (``train.strategy``): each has the whole of it, or each holds a part."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from galaxydist.recipe.schema import TrainConfig
@@ -16,8 +16,8 @@ from galaxydist.runs.checkpoint_folder import Checkpoint
 from galaxydist.runs.saver import CheckpointSaver
 from galaxydist.runs.sharded import ShardedSaver, load_sharded, open_saving_group
 from galaxydist.training.clipping import clip_gradients
-from galaxydist.training.micro_batch import unchanged
-from galaxydist.training.sharded_ema import ShardedEma
+from galaxydist.training.ema import MovingAverage
+from galaxydist.training.micro_batch import thrown_away_loss, unchanged
 from galaxydist.training.sharding import (
     WholeCopy,
     clip_sharded_gradients,
@@ -30,14 +30,6 @@ from galaxydist.training.statistics import HasBuffers
 from galaxydist.training.world import World
 
 
-class Ema(Protocol):
-    """A moving average of a model's weights."""
-
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after optimizer step number ``step``, counted from 1."""
-        ...
-
-
 class Strategy(Protocol):
     """What differs between whole and divided models.
 
@@ -48,7 +40,7 @@ class Strategy(Protocol):
     """
 
     model: nn.Module
-    ema: Ema | None
+    ema: MovingAverage | None
     averages: HasBuffers | None
     is_collective: bool
 
@@ -103,9 +95,9 @@ class WholeModel:
     def __init__(self, world: World, model: nn.Module, config: TrainConfig) -> None:
         self.world = world
         self.model = model
-        self._average = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema > 0 else None
-        self.ema: Ema | None = self._average
-        self.averages: HasBuffers | None = self._average.module if self._average is not None else None
+        self._average = copy.deepcopy(model).eval() if config.ema > 0 else None
+        self.ema = MovingAverage(model, config.ema, self._average.state_dict()) if self._average is not None else None
+        self.averages: HasBuffers | None = self._average
         # torch advises another argument, which Accelerate does not know, and other strides of gradients, which cost nothing here.
         for message in ("`broadcast_buffers` is deprecated", "Grad strides do not match bucket view strides"):
             warnings.filterwarnings("ignore", message=message)
@@ -126,14 +118,13 @@ class WholeModel:
             return
         with unchanged(self.model, self.world.device):
             for _ in range(2):  # it is the second forward pass that makes the new buckets
-                torch.autograd.backward(self.forward(images_BCHW).float().logsumexp(1).sum())
+                torch.autograd.backward(thrown_away_loss(self.forward(images_BCHW)))
 
     def clip(self, parameters: Iterable[nn.Parameter], *, norm: float, value: float) -> torch.Tensor:
         return clip_gradients(parameters, norm=norm, value=value)
 
     def judged(self) -> AbstractContextManager[nn.Module]:
-        model: nn.Module = self.model if self._average is None else self._average.module
-        return nullcontext(model)
+        return nullcontext(self.model if self._average is None else self._average)
 
     def open_saver(self, checkpoints_dir: Path, *, background: bool, check: Callable[[], None]) -> CheckpointSaver | None:
         return CheckpointSaver(checkpoints_dir, background=background, check=check) if self.world.is_main else None
@@ -162,9 +153,8 @@ class DividedModel:
         self._whole = WholeCopy(model)
         self.model = shard_model(model, mesh)
         self._device, self._is_mixed = world.device, world.precision == "bf16"
-        average = ShardedEma(model, config.ema) if config.ema > 0 else None
-        self.ema: Ema | None = average
-        self.averages: HasBuffers | None = average
+        self.ema = MovingAverage(model, config.ema) if config.ema > 0 else None
+        self.averages: HasBuffers | None = self.ema
         # Saving happens beside the training: on a group of its own it cannot collide with the exchange of gradients.
         self._saving, self._loading = open_saving_group(), open_saving_group()
 

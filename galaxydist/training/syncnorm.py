@@ -164,9 +164,11 @@ def _others(x: Tensor) -> list[int]:
 
 
 def _is_known(module: nn.Module) -> bool:
+    if type(module).forward is _BatchNorm.forward:
+        return True
     from timm.layers import BatchNormAct2d
 
-    return type(module).forward in (_BatchNorm.forward, BatchNormAct2d.forward)
+    return type(module).forward is BatchNormAct2d.forward
 
 
 def _each_shares(model: nn.Module, kind: type[nn.Module], front: type[nn.Module], group: Any) -> nn.Module:

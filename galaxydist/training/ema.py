@@ -1,4 +1,4 @@
-"""The moving average of a sharded model's weights: each process averages what it holds, and nothing is sent."""
+"""The moving average of a model's weights: each process averages what it holds, and nothing is sent."""
 
 from collections.abc import Iterator, Mapping
 
@@ -9,21 +9,24 @@ from galaxydist.runs.sharded import own_part
 from galaxydist.training.sharding import cut_like
 
 
-class ShardedEma:
-    """What timm's ``ModelEmaV3(model, decay, use_warmup=True)`` does, for a model that cannot be copied.
+class MovingAverage:
+    """The same numbers as timm's ``ModelEmaV3(model, decay, use_warmup=True)``, also for a sharded model, which cannot be copied.
 
     All floating-point tensors of the state dict are averaged, batch-norm statistics too; others are copied. The decay is ramped
     up: ``min(decay, 1 - (1 + t)^(-2/3))`` at the t-th update after the first, which copies (timm's ``warmup_power`` and
-    ``warmup_gamma``).
+    ``warmup_gamma``). timm's own class is not used: importing
+    timm takes more than a second, which runs of our own networks do not need.
 
     Args:
         model: sharded, or not.
         decay: a step, in the end.
+        tensors: where the averages are kept, under the model's names; None: new ones, with the model's present values.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, tensors: Mapping[str, Tensor] | None = None) -> None:
         self.decay = decay
-        self._tensors: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        found = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()} if tensors is None else tensors
+        self._tensors: Mapping[str, Tensor] = found
         self._buffer_names = {name for name, _ in model.named_buffers()}
 
     def decay_at(self, step: int) -> float:
@@ -46,11 +49,6 @@ class ShardedEma:
             else:
                 average.copy_(value)
         torch._foreach_lerp_(averages, values, weight=1.0 - self.decay_at(step))
-
-    @property
-    def module(self) -> "ShardedEma":
-        """Itself: timm's class keeps the averages in a module of this name."""
-        return self
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """The averages of the model's buffers, which are whole: those of batch-norm statistics are made equal over the ranks."""
