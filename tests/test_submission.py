@@ -212,11 +212,11 @@ def test_local_jobs(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     files = JobFiles(run_dir)
     (job,) = files.jobs()
     assert f"submitted job {job.job_id} to local: 2 processes" in capsys.readouterr().out
-    wait_for((run_dir / "result.json").exists, 240, "the end of the run")
+    wait_for((run_dir / "result.json").exists, "the end of the run")
     assert json.loads((run_dir / "result.json").read_text())["step"] == 36
     for rank, log in enumerate(files.rank_logs()):
         assert f"rank {rank} of 2" in log.read_text()
     assert len(files.rank_logs()) == 2
     assert main(words) == 0
     assert "is finished" in capsys.readouterr().out and len(files.jobs()) == 1
-    wait_for(lambda: not Path(f"/proc/{job.job_id}/cmdline").exists() or not Path(f"/proc/{job.job_id}/cmdline").read_bytes(), 30)
+    wait_for(lambda: not Path(f"/proc/{job.job_id}/cmdline").exists() or not Path(f"/proc/{job.job_id}/cmdline").read_bytes())
