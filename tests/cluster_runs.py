@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import chdir
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,7 @@ class ClusterRun:
     def hold(self) -> list[int]:
         """Stop all ranks where they are, so that they do not come to the end before they are disturbed; see ``go_on``."""
         found = [pid for node in self.bed.nodes for pid in self.pids(node)]
-        for pid in found:
-            os.kill(pid, signal.SIGSTOP)
+        hold(found)
         return found
 
     def pids(self, node: str) -> list[int]:
@@ -148,18 +147,35 @@ def find_ranks(bed: Bed, node: str, folder: Path) -> list[int]:
     return [pid for pid in ours if "srun" not in lines[pid].split()[0]]
 
 
+def hold(pids: Sequence[int]) -> None:
+    """Stop processes where they are."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: all(read_process(pid).get("State", "").startswith("T") for pid in pids), "stopped processes")
+
+
 def go_on(pids: Sequence[int]) -> None:
-    """Let ranks that were stopped go on once all have been told to save: SIGUSR2 is waiting for them."""
+    """Let ranks that were stopped go on once all have been told to save."""
     wait_for(lambda: all(is_told(pid) for pid in pids), "SIGUSR2")
     for pid in pids:
-        os.kill(pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def is_told(pid: int) -> bool:
-    """A process that is stopped has been sent SIGUSR2, which it will hear once it goes on."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    pending = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
-    return any(mask >> (signal.SIGUSR2 - 1) & 1 for mask in pending)
+    """SIGUSR2 waits for a process that is stopped; or SLURM has let it go on itself, as it does before a preemption."""
+    process = read_process(pid)
+    pending = int(process.get("SigPnd", "0"), 16) | int(process.get("ShdPnd", "0"), 16)
+    return bool(pending >> (signal.SIGUSR2 - 1) & 1) or not process.get("State", "").startswith("T")
+
+
+def read_process(pid: int) -> dict[str, str]:
+    """What Linux says of a process; nothing of one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def assert_equal_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:

@@ -19,6 +19,7 @@ from tests.slurm_bed import job_state, processes_left, submit, wait_for, wait_st
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 TWO_NODES = ("cluster=cpu", "cluster.nodes=2", "cluster.tasks_per_node=1", "cluster.cpus_per_task=1", "cluster.memory=2")
+ONE_NODE = ("cluster=cpu", "cluster.nodes=1", *TWO_NODES[2:])
 
 
 def command(words: Sequence[str]) -> int:
@@ -29,17 +30,19 @@ def command(words: Sequence[str]) -> int:
 
 
 @contextmanager
-def started(bed: Bed, folder: Path, *options: str) -> Iterator[Ranks]:
-    """``galaxydist doctor`` for two nodes of one rank each, its run folders in ``folder``."""
-    words = ("doctor", *TWO_NODES, *options, "--json", "--run-root", str(folder))
+def started(bed: Bed, folder: Path, *options: str, cluster: Sequence[str] = TWO_NODES) -> Iterator[Ranks]:
+    """``galaxydist doctor`` for nodes of one rank each, its run folders in ``folder``."""
+    words = ("doctor", *cluster, *options, "--json", "--run-root", str(folder))
     environ = {"SLURM_CONF": str(bed.conf), "WANDB_MODE": "offline"}
     with forked(command, words, folder=folder / "said", environ=environ) as doctor:
         yield doctor
 
 
-def examine(bed: Bed, folder: Path, *options: str) -> tuple[int | None, dict[str, dict[str, Any]], str]:
+def examine(
+    bed: Bed, folder: Path, *options: str, cluster: Sequence[str] = TWO_NODES
+) -> tuple[int | None, dict[str, dict[str, Any]], str]:
     """Its exit code, the checks of the cluster by name, and what it said beside them."""
-    with started(bed, folder, *options) as doctor:
+    with started(bed, folder, *options, cluster=cluster) as doctor:
         (code,) = doctor.wait()
         sections = json.loads(doctor.text())["sections"]
         return code, {check["name"]: check for check in sections["cluster=cpu"]}, doctor.text("err")
@@ -69,7 +72,7 @@ def test_two_healthy_nodes(slurm_bed: Bed, tmp_path: Path) -> None:
 
 def test_gpus_that_slurm_gives_and_torch_does_not_see(slurm_bed: Bed, tmp_path: Path) -> None:
     """The bed's GPUs are pretended: SLURM sets CUDA_VISIBLE_DEVICES, but there is no device."""
-    code, checks, _ = examine(slurm_bed, tmp_path, "cluster.nodes=1", "cluster.gpus_per_node=1")
+    code, checks, _ = examine(slurm_bed, tmp_path, "cluster.gpus_per_node=1", cluster=ONE_NODE)
     assert code == 1
     assert checks["GPUs"]["level"] == checks["GPUs a rank"]["level"] == "failure"
     assert checks["ranks"]["level"] == checks["signal"]["level"] == "ok"

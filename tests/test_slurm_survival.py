@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,8 @@ def test_time_limit(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
     ids = told.submit("cluster.nodes=1"), late.submit("cluster.nodes=1", DEAF)
     for run in (told, late):
         run.wait_step(20)
-    # Nothing but time has to go by. SIGCONT comes from here to the one, to the other with what SLURM ends it with.
-    waiting = set(told.hold())
-    late.hold()
+    # Nothing but time has to go by, which needs no processor.
+    waiting, deaf = told.hold(), late.hold()
     # Told is who has more than a minute left.
     minutes = int((time.time() - told.files.jobs()[0].time) / 60) + 2
     for job_id, limit in zip(ids, (minutes, 1), strict=True):
@@ -121,9 +121,9 @@ def test_time_limit(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
     going_on = set[str]()
 
     def are_going_on() -> bool:
-        for pid in [pid for pid in waiting if is_told(pid)]:
-            os.kill(pid, signal.SIGCONT)
-            waiting.remove(pid)
+        for pid, number in [(pid, signal.SIGCONT) for pid in waiting if is_told(pid)] + [(pid, signal.SIGSTOP) for pid in deaf]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
         for job_id in set(ids) - going_on:
             if num_restarts(slurm_bed, job_id):
                 slurm_bed.run("scontrol", "update", f"jobid={job_id}", "timelimit=10")
@@ -141,7 +141,6 @@ def test_time_limit(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
         assert found["last_error"] == (record.reason if found["group"] == "pending" else None)
     (stopped,) = re.findall(r"stopped by SIGUSR2 at step (\d+), which is saved", told.log(0))
     assert told.files.restarts()[0].saved == int(stopped) >= 20
-    # Till its end the deaf one went on.
     (saved,) = wait_for(lambda: GOING_ON.findall(late.log(0)), late.said)
     assert int(saved) >= (late.files.restarts()[0].saved or 0) >= 10
     for run, job_id in zip((told, late), ids, strict=True):

@@ -10,7 +10,7 @@ import pytest
 from bed import Bed
 
 from galaxydist.cluster.records import JobFiles
-from tests.cluster_runs import ClusterRun, decisions, find_ranks, go_on
+from tests.cluster_runs import ClusterRun, decisions, find_ranks, go_on, hold
 from tests.slurm_bed import job_state, num_restarts, processes_left, submit, wait_for, wait_state
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -37,7 +37,7 @@ def is_training(run_dir: Path) -> bool:
     return (run_dir / "metrics.jsonl").exists() and not (run_dir / "result.json").exists()
 
 
-def hold(bed: Bed, jobs: Mapping[str, Path], *nodes: str, others: Sequence[str] = ()) -> tuple[str, list[int]]:
+def hold_trial(bed: Bed, jobs: Mapping[str, Path], *nodes: str, others: Sequence[str] = ()) -> tuple[str, list[int]]:
     """A trial of these nodes that trains, and its process, which is stopped: so it can be disturbed before its end.
 
     Args:
@@ -52,8 +52,7 @@ def hold(bed: Bed, jobs: Mapping[str, Path], *nodes: str, others: Sequence[str] 
             ids = bed.run("squeue", "-h", "-r", "-t", "RUNNING", "-w", node, "-o", "%i").split()
             for job in [job for job in ids if job in jobs and job not in others and is_training(jobs[job])]:
                 pids = find_ranks(bed, node, jobs[job].parent)
-                for pid in pids:
-                    os.kill(pid, signal.SIGSTOP)
+                hold(pids)
                 if pids and is_training(jobs[job]):
                     return job, pids
                 for pid in pids:
@@ -78,7 +77,7 @@ def test_a_sweep_of_two_arrays(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> N
     assert set(jobs) == {*(f"{first}_{number}" for number in range(3)), *(f"{second}_{number}" for number in range(2))}
 
     # The one on n1 is preempted: it alone is requeued, by its id in the array.
-    preempted, pids = hold(slurm_bed, jobs, "n1")
+    preempted, pids = hold_trial(slurm_bed, jobs, "n1")
     for array in (first, second):  # the nodes could not run more; a larger cluster would
         assert "ArrayTaskThrottle=2 " in slurm_bed.run("scontrol", "-o", "show", "job", array)
     shown = statuses(run)
@@ -96,7 +95,7 @@ def test_a_sweep_of_two_arrays(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> N
 
     # Two are killed, one that waits and one that runs.
     waiting = f"{second}_1"
-    running, _ = hold(slurm_bed, jobs, "n1", "n2", others=(preempted, waiting))
+    running, _ = hold_trial(slurm_bed, jobs, "n1", "n2", others=(preempted, waiting))
     slurm_bed.run("scancel", waiting, running)
     killed = {jobs[waiting], jobs[running]}
     wait_for(lambda: all(statuses(run)[jobs[job]][0] == "CANCELLED" for job in (waiting, running)), "two cancelled trials")
