@@ -148,10 +148,11 @@ def find_ranks(bed: Bed, node: str, folder: Path) -> list[int]:
 
 
 def hold(pids: Sequence[int]) -> None:
-    """Stop processes where they are."""
+    """Stop processes where they are, those that live."""
     for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    wait_for(lambda: all(read_process(pid).get("State", "").startswith("T") for pid in pids), "stopped processes")
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: all(read_process(pid).get("State", "T").startswith(("T", "Z")) for pid in pids), "stopped processes")
 
 
 def go_on(pids: Sequence[int]) -> None:
