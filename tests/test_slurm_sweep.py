@@ -66,7 +66,7 @@ def hold_trial(bed: Bed, jobs: Mapping[str, Path], *nodes: str, others: Sequence
 
 def test_a_sweep_of_two_arrays(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
     slurm_bed.reconfigure({"MaxArraySize": "3"})  # which submitit does not look at
-    run = ClusterRun(slurm_bed, tmp_path, blobs)
+    run = ClusterRun(slurm_bed, tmp_path, blobs, train__epochs=24)
     write_sweep(tmp_path / "sw.yaml", run.arguments)
     command = ("sweep", "sw.yaml", "cluster=bed", "cluster.nodes=1", "cluster.cpus_per_task=2", "--yes")
     answer = run.galaxydist(*command)
