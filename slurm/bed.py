@@ -36,7 +36,7 @@ PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld",
 INSTALL = "apt-get install --no-install-recommends slurm-wlm slurmdbd munge mariadb-server"
 # A process has no environment, by which it is found, for an instant of its start; on a busy machine that may take long.
 GONE_S = 1.0
-PATIENCE_S = 60
+PATIENCE_S = 180
 OTHERS_VARIABLES = re.compile("(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SQUEUE|SACCT|SINFO)_")
 # Nothing in a bed has to survive a power failure; waiting for the disk would be most of its start.
 DATABASE_OPTIONS = ("--no-defaults", "--debug-no-sync", "--innodb-flush-method=nosync", "--innodb-log-file-size=4M")
@@ -213,7 +213,7 @@ class Bed:
         self._wait(node, lambda: self.node_state(node).split("+")[0] in {"idle", "mixed", "allocated"})
 
     def _wait(self, part: str | None, ready: Callable[[], bool]) -> None:
-        """Until ``ready``; a ``part`` that ends instead, or a minute, is an error."""
+        """Until ``ready``; a ``part`` that ends instead, or three minutes, are an error."""
         deadline, last_seen = time.monotonic() + PATIENCE_S, time.monotonic()
         while not ready():
             for child in self._children:
@@ -224,7 +224,7 @@ class Bed:
                 raise BedError(f"{part} has ended:\n{self._last_words(part)}")
             if time.monotonic() > deadline:
                 raise BedError(f"{part or 'what was ended'} is not ready after {PATIENCE_S} s:\n{self._last_words(part)}")
-            time.sleep(0.03)
+            time.sleep(0.1)  # each look reads all of /proc
 
     def _last_words(self, part: str | None) -> str:
         log = self.files.folder / "logs" / f"{part}.out"

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import torch
 from bed import Bed
 
 from galaxydist.cluster.records import JobFiles, RestartRecord
-from galaxydist.recipe.paths import PACKAGE_DIR
 from galaxydist.runs import checkpoints
+from tests.forked_runs import run_forked, train
 from tests.runs import quick_settings
 from tests.slurm_bed import wait_for
 
@@ -24,6 +26,16 @@ memory: 1.5
 time: 10
 signal_s: 30
 """
+
+
+def command(folder: Path, words: Sequence[str]) -> int:
+    """``galaxydist`` in a folder; what sends jobs does not tell them of pytest."""
+    from galaxydist.cli.main import main
+
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        del os.environ[name]
+    with chdir(folder):
+        return main(words)
 
 
 class ClusterRun:
@@ -42,19 +54,25 @@ class ClusterRun:
         profiles = folder / "slurm" / "clusters"
         profiles.mkdir(parents=True)
         (profiles / "bed.yaml").write_text(PROFILE)
-        slow = {"train__epochs": 60, "train__save_every": 10, "eval__every": 10, "model__drop_rate": 0.1, "train__ema": 0.9}
+        slow = {"train__epochs": 40, "train__save_every": 5, "eval__every": 10, "model__drop_rate": 0.1, "train__ema": 0.9}
         self.arguments = quick_settings(manifest, self.run_dir, **{**slow, **changes})
         self.files = JobFiles(self.run_dir)
 
-    def galaxydist(self, *words: str, code: Path = PACKAGE_DIR.parent) -> subprocess.CompletedProcess[str]:
-        """A command, as on a login node; ``code``: the folder of the package."""
-        environ = {**self.bed.environ(), "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
-        for name in ("PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER"):
-            environ.pop(name, None)
-        command = [sys.executable, "-P", "-m", "galaxydist.cli.main", *words]
-        return subprocess.run(command, cwd=self.folder, env=environ, capture_output=True, text=True, timeout=240, check=False)
+    def galaxydist(self, *words: str, code: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """A command, as on a login node; ``code``: the folder of a package, for an interpreter of its own."""
+        ours = {"SLURM_CONF": str(self.bed.conf), "WANDB_SILENT": "true"}
+        if code is None:
+            return run_forked(command, self.folder, words, environ=ours)
+        environ = {**self.bed.environ(), **ours, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
+        line = [sys.executable, "-P", "-m", "galaxydist.cli.main", *words]
+        return subprocess.run(line, cwd=self.folder, env=environ, capture_output=True, text=True, timeout=300, check=False)
 
-    def submit(self, *words: str, code: Path = PACKAGE_DIR.parent) -> str:
+    def train_here(self, size: int) -> None:
+        """The whole run without SLURM, by so many processes, each with as many threads as the profile gives it cores."""
+        done = run_forked(train, [*self.arguments, "train.threads=1"], size=size)
+        assert done.returncode == 0, done.stderr
+
+    def submit(self, *words: str, code: Path | None = None) -> str:
         """``galaxydist submit``; the job's id."""
         answer = self.galaxydist("submit", *self.arguments, "cluster=bed", *words, code=code)
         assert answer.returncode == 0, answer.stderr
@@ -71,24 +89,28 @@ class ClusterRun:
     def is_finished(self) -> bool:
         return (self.run_dir / "result.json").exists()
 
-    def wait_step(self, step: int, timeout_s: float = 150) -> None:
+    def wait_step(self, step: int) -> None:
         """Until the run is past a step, but not finished."""
-        wait_for(lambda: self.step >= step or self.is_finished, timeout_s, f"step {step}: {self.said()}")
+        wait_for(lambda: self.step >= step or self.is_finished, lambda: f"step {step}: {self.said()}", longest_pause_s=0.05)
         assert not self.is_finished, "the run was finished before it could be disturbed"
 
-    def wait_finished(self, timeout_s: float = 240) -> None:
+    def wait_finished(self) -> None:
         def look() -> bool:
             last = self.files.restarts()[-1:]
             assert not last or last[0].decision != "stop", last
             return self.is_finished
 
-        wait_for(look, timeout_s, "the end of the run")
+        wait_for(look, lambda: f"the end of the run: {self.said()}")
 
-    def wait_restarts(self, number: int, timeout_s: float = 150) -> list[RestartRecord]:
+    def wait_restarts(self, number: int) -> list[RestartRecord]:
         """Until so many starts have ended."""
         return wait_for(
-            lambda: found if len(found := self.files.restarts()) >= number else [], timeout_s, f"{number} endings: {self.said()}"
+            lambda: found if len(found := self.files.restarts()) >= number else [], lambda: f"{number} endings: {self.said()}"
         )
+
+    def wait_said(self, words: str) -> None:
+        """Until rank 0 has printed them."""
+        wait_for(lambda: words in self.log(0), lambda: f"{words!r}: {self.said()}", longest_pause_s=0.05)
 
     def said(self) -> str:
         """The last words of all logs, for a failure's message."""
@@ -107,11 +129,54 @@ class ClusterRun:
         path = self.files.rank_log(rank)
         return path.read_text() if path.exists() else ""
 
+    def hold(self) -> list[int]:
+        """Stop all ranks where they are, so that they do not come to the end before they are disturbed; see ``go_on``."""
+        found = [pid for node in self.bed.nodes for pid in self.pids(node)]
+        hold(found)
+        return found
+
     def pids(self, node: str) -> list[int]:
         """The processes of this run that train on a node."""
-        lines = self.bed.job_processes(node)
-        ours = [pid for pid, line in lines.items() if "galaxydist.cluster.task" in line and str(self.files.slurm_dir) in line]
-        return [pid for pid in ours if "srun" not in lines[pid].split()[0]]
+        return find_ranks(self.bed, node, self.files.slurm_dir)
+
+
+def find_ranks(bed: Bed, node: str, folder: Path) -> list[int]:
+    """The processes that train on a node, of the submission whose files lie below a folder."""
+    lines = bed.job_processes(node)
+    ours = [pid for pid, line in lines.items() if "galaxydist.cluster.task" in line and str(folder) in line]
+    return [pid for pid in ours if "srun" not in lines[pid].split()[0]]
+
+
+def hold(pids: Sequence[int]) -> None:
+    """Stop processes where they are, those that live."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: all(read_process(pid).get("State", "T").startswith(("T", "Z")) for pid in pids), "stopped processes")
+
+
+def go_on(pids: Sequence[int]) -> None:
+    """Let ranks that were stopped go on once all have been told to save."""
+    wait_for(lambda: all(is_told(pid) for pid in pids), "SIGUSR2")
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def is_told(pid: int) -> bool:
+    """SIGUSR2 waits for a process that is stopped; or SLURM has let it go on itself, as it does before a preemption."""
+    process = read_process(pid)
+    pending = int(process.get("SigPnd", "0"), 16) | int(process.get("ShdPnd", "0"), 16)
+    return bool(pending >> (signal.SIGUSR2 - 1) & 1) or not process.get("State", "").startswith("T")
+
+
+def read_process(pid: int) -> dict[str, str]:
+    """What Linux says of a process; nothing of one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def assert_equal_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -123,7 +188,3 @@ def assert_equal_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.
 
 def decisions(records: Sequence[RestartRecord]) -> list[str]:
     return [record.decision for record in records]
-
-
-def environ_without_slurm() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}

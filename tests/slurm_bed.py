@@ -13,6 +13,8 @@ from bed_processes import kill_all
 FINAL = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"})
 
 Found = TypeVar("Found")
+# No test says how fast a machine is: a condition is waited for as long as this.
+PATIENCE_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,21 @@ class Ended:
     output: str
 
 
-def wait_for(look: Callable[[], Found], timeout_s: float = 180, what: str = "") -> Found:
-    """What ``look`` finds, as soon as that is true (not empty, not None)."""
-    deadline = time.monotonic() + timeout_s
+def wait_for(look: Callable[[], Found], what: str | Callable[[], str] = "", longest_pause_s: float = 0.3) -> Found:
+    """What ``look`` finds, as soon as that is true (not empty, not None).
+
+    Args:
+        look: asked again and again, less often as time goes by: a question to SLURM costs two processes.
+        what: is waited for, for the message of a failure.
+        longest_pause_s: between two looks.
+    """
+    deadline, pause_s = time.monotonic() + PATIENCE_S, 0.05
     while not (found := look()):
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what or 'what the test waits for'}"
-        time.sleep(0.1)
+        if time.monotonic() > deadline:
+            words = what() if callable(what) else what
+            raise AssertionError(f"not within {PATIENCE_S:g} s: {words or 'what the test waits for'}")
+        time.sleep(min(pause_s, longest_pause_s))
+        pause_s *= 1.1
     return found
 
 
@@ -39,10 +50,10 @@ def submit(bed: Bed, script: str, *options: str, folder: Path) -> str:
     return bed.run("sbatch", "--parsable", *places, *options, text=f"#!/bin/bash\n{script}\n").strip()
 
 
-def run_batch(bed: Bed, script: str, *options: str, folder: Path, timeout_s: float = 180) -> Ended:
+def run_batch(bed: Bed, script: str, *options: str, folder: Path) -> Ended:
     """``submit``, and wait for the end."""
     job_id = submit(bed, script, *options, folder=folder)
-    state = wait_state(bed, job_id, *FINAL, timeout_s=timeout_s)
+    state = wait_state(bed, job_id, *FINAL)
     return Ended(job_id, state, (folder / f"{job_id}.out").read_text())
 
 
@@ -53,9 +64,9 @@ def job_state(bed: Bed, job_id: str) -> str:
     return states.get(job_id) or bed.run("sacct", "-nPX", "-j", job_id, "-o", "state").partition("\n")[0].partition(" ")[0]
 
 
-def wait_state(bed: Bed, job_id: str, *states: str, timeout_s: float = 180) -> str:
+def wait_state(bed: Bed, job_id: str, *states: str) -> str:
     """Until the job is in one of ``states``; which."""
-    return wait_for(lambda: state if (state := job_state(bed, job_id)) in states else "", timeout_s, f"{job_id} in {states}")
+    return wait_for(lambda: state if (state := job_state(bed, job_id)) in states else "", f"{job_id} in {states}")
 
 
 def num_restarts(bed: Bed, job_id: str) -> int:
@@ -76,7 +87,7 @@ def tidy(bed: Bed) -> None:
     elif not bed.processes("slurmctld"):
         bed.start_controller()
     bed.run("scancel", "--me")
-    kill_all(lambda: {pid: line for pid, line in processes_left(bed).items() if not line.startswith("slurmstepd")}, 30)
+    kill_all(lambda: {pid: line for pid, line in processes_left(bed).items() if not line.startswith("slurmstepd")}, PATIENCE_S)
     for node in bed.nodes:
         if not any(line.startswith("slurmd ") for line in bed.processes(node).values()):
             bed.start_node(node)

@@ -26,8 +26,8 @@ ALL_CORES = ("--nodes=2", "--cpus-per-task=2", "--ntasks-per-node=1", "--mem=100
 ONE_NODE = ("--cpus-per-task=2", "--mem=100")
 
 
-def wait_for_state(job_id: str, test: Callable[[JobState], bool], timeout_s: float = 60) -> JobState:
-    return wait_for(lambda: state if test(state := read_states([job_id])[job_id]) else None, timeout_s, f"{job_id}")  # type: ignore[return-value]
+def wait_for_state(job_id: str, test: Callable[[JobState], bool]) -> JobState:
+    return wait_for(lambda: state if test(state := read_states([job_id])[job_id]) else None, job_id)  # type: ignore[return-value]
 
 
 def statuses(capfd: pytest.CaptureFixture[str], *words: str) -> dict[str, dict[str, Any]]:
@@ -139,7 +139,7 @@ def test_status_while_slurmctld_is_away(slurm_bed: "Bed", tmp_path: Path, capfd:
     start = time.monotonic()
     with pytest.raises(SchedulerAwayError, match="slurmctld is down"):
         read_states([job_id])
-    assert time.monotonic() - start < 5  # squeue itself takes 18 s to find out
+    assert time.monotonic() - start < 15  # squeue itself takes 18 s to find out
     assert main(["status", str(files.run_dir)]) == 0
     out = capfd.readouterr().out
     assert "UNKNOWN" in out

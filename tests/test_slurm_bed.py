@@ -33,7 +33,7 @@ def short_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def bed_command(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BED), *map(str, arguments)]
-    return subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, timeout=300, check=False)
 
 
 def lines_of(path: Path) -> list[str]:
@@ -66,7 +66,7 @@ def test_a_job_of_two_nodes_runs_on_both_and_their_names_resolve() -> None:
         ["srun", "-N2", "-l", "sh", "-c", "echo $SLURMD_NODENAME $(hostname) $(getent hosts n1 n2 | cut -d' ' -f1)"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
     )
     assert sorted(found.stdout.splitlines()) == ["0: n1 n1 127.0.0.1 127.0.0.1", "1: n2 n2 127.0.0.1 127.0.0.1"]
@@ -207,7 +207,7 @@ def test_a_start_that_is_interrupted_leaves_nothing(short_path: Path, sent: sign
     wait_for(lambda: find_parts(folder, "mariadbd") or find_parts(folder, "slurmdbd"))
     time.sleep(0.2)
     start.send_signal(sent)
-    assert start.wait(60) == 128 + sent
+    assert start.wait(300) == 128 + sent
     assert find_parts(folder) == {} and [path.name for path in folder.iterdir()] == ["logs"]
 
 

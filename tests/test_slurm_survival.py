@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,11 @@ from bed import Bed
 
 from galaxydist.recipe.paths import PACKAGE_DIR
 from galaxydist.training.wandb_files import read_history
-from tests.cluster_runs import ClusterRun, assert_equal_tensors, decisions
-from tests.slurm_bed import num_restarts, processes_left, submit, tidy, wait_for, wait_state
+from tests.cluster_runs import ClusterRun, assert_equal_tensors, decisions, go_on, is_told
+from tests.slurm_bed import num_restarts, processes_left, submit, wait_for, wait_state
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 DOUBLE = {"train__precision": "fp64", "model__norm": "group", "model__drop_rate": 0.0}
-# SLURM looks at time limits every half minute.
-LONG_S = 240
 # The ranks hear nothing of what SLURM tells them: as if a step or a save took longer than they are given.
 DEAF = "cluster.container=env --block-signal=USR2,TERM"
 GOING_ON = re.compile(r"continuing .* from step (\d+)")
@@ -31,13 +30,19 @@ OTHER_JOB = ("--partition=high", "--nodes=2", "--ntasks-per-node=1", "--cpus-per
 
 
 @pytest.fixture(scope="module")
-def undisturbed(started_bed: Bed, blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterRun]:
-    """The run that all others must end like."""
+def undisturbed(started_bed: Bed, blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> ClusterRun:
+    """The run that those of two nodes must end like, without SLURM."""
     run = ClusterRun(started_bed, tmp_path_factory.mktemp("undisturbed"), blobs)
-    run.submit()
-    run.wait_finished()
-    yield run
-    tidy(started_bed)
+    run.train_here(2)
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(started_bed: Bed, blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> ClusterRun:
+    """The run that those of one process must end like, without SLURM."""
+    run = ClusterRun(started_bed, tmp_path_factory.mktemp("alone"), blobs)
+    run.train_here(1)
+    return run
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +81,11 @@ def test_preemption(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_pa
         path.write_text("raise RuntimeError('this code was not submitted')\n")
     (code / "recipes" / "custom_cnn.yaml").write_text("model: {name: vit}\n")
     run.wait_step(20)
+    held = run.hold()
+    assert len(held) == 2
     other = submit(slurm_bed, "sleep 1", *OTHER_JOB, folder=tmp_path)
-    wait_state(slurm_bed, other, "COMPLETED", timeout_s=90)
+    go_on(held)
+    wait_state(slurm_bed, other, "COMPLETED")
     run.wait_finished()
     wait_state(slurm_bed, job_id, "COMPLETED")
     assert decisions(run.files.restarts()) == ["requeue", "finished"]
@@ -93,109 +101,128 @@ def test_preemption(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_pa
     curves = sorted(run.folder.rglob("offline-run-*/run-*.wandb"))
     assert len(curves) == 2 and len({path.stem for path in curves}) == 1, curves
     steps = [step for path in curves for step, times in read_history(path).items() for _ in range(times)]
-    assert steps == sorted(set(steps)) and steps[-1] == 180
-
-
-def start_two(first: ClusterRun, second: ClusterRun, *words: str) -> tuple[str, str]:
-    """Both run beside one another on the two nodes, and have trained for a while; ``words`` are the second's."""
-    ids = first.submit(), second.submit(*words)
-    for run in (first, second):
-        run.wait_step(20)
-    return ids
+    assert steps == sorted(set(steps)) and steps[-1] == 120
 
 
 @pytest.mark.slow
-def test_time_limit(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+def test_time_limit(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
     """A run that is told in time saves and queues itself again; for one that was not the batch script does, at the limit."""
-    timing = map(json.loads, (undisturbed.run_dir / "timing.jsonl").read_text().splitlines())
-    # As fast as it ever was: the machine may have been busy for a while.
-    epochs = int(LONG_S * max(line["time/img_s"] for line in timing) / 72) + 1  # of 72 galaxies
-    told, late = (ClusterRun(slurm_bed, tmp_path / name, blobs, train__epochs=epochs) for name in ("told", "late"))
-    ids = start_two(told, late, DEAF)
+    told, late = (ClusterRun(slurm_bed, tmp_path / name, blobs, train__epochs=900) for name in ("told", "late"))
+    ids = told.submit("cluster.nodes=1"), late.submit("cluster.nodes=1", DEAF)
+    for run in (told, late):
+        run.wait_step(20)
+    # Nothing but time has to go by, which needs no processor.
+    waiting, deaf = told.hold(), late.hold()
     # Told is who has more than a minute left.
     minutes = int((time.time() - told.files.jobs()[0].time) / 60) + 2
     for job_id, limit in zip(ids, (minutes, 1), strict=True):
         slurm_bed.run("scontrol", "update", f"jobid={job_id}", f"timelimit={limit}")
-    for run, job_id in ((late, ids[1]), (told, ids[0])):
-        (record,) = run.wait_restarts(1, 240)
-        wait_state(slurm_bed, job_id, "PENDING", "REQUEUED", "COMPLETING")
-        slurm_bed.run("scontrol", "update", f"jobid={job_id}", "timelimit=10")
+
+    going_on = set[str]()
+
+    def are_going_on() -> bool:
+        for pid, number in [(pid, signal.SIGCONT) for pid in waiting if is_told(pid)] + [(pid, signal.SIGSTOP) for pid in deaf]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        for job_id in set(ids) - going_on:
+            if num_restarts(slurm_bed, job_id):
+                slurm_bed.run("scontrol", "update", f"jobid={job_id}", "timelimit=10")
+                going_on.add(job_id)
+        return going_on == set(ids)
+
+    wait_for(are_going_on, lambda: told.said() + late.said())
+    for run in (told, late):
+        (record,) = run.files.restarts()
         assert (record.decision, record.exit_code, record.error) == ("requeue", 0, None)
         assert record.reason.startswith(
             "it was told to stop" if run is told else "the time limit came before everything was saved"
         )
         found = shown(run)
         assert found["last_error"] == (record.reason if found["group"] == "pending" else None)
+    (stopped,) = re.findall(r"stopped by SIGUSR2 at step (\d+), which is saved", told.log(0))
+    assert told.files.restarts()[0].saved == int(stopped) >= 20
     for run, job_id in zip((told, late), ids, strict=True):
-        (saved,) = wait_for(lambda run=run: GOING_ON.findall(run.log(0)), 120, "going on")  # type: ignore[misc]
-        # Till its end the deaf one went on.
-        assert int(saved) >= (run.files.restarts()[0].saved or 0) >= 10
+        if run is late:
+            (saved,) = wait_for(lambda: GOING_ON.findall(late.log(0)), late.said)
+            assert int(saved) >= (late.files.restarts()[0].saved or 0) >= 10
         run.galaxydist("cancel", str(run.run_dir))
         wait_state(slurm_bed, job_id, "CANCELLED")
+        assert num_restarts(slurm_bed, job_id) == 1
         assert decisions(run.files.restarts()) in (["requeue"], ["requeue", "stop"])
 
 
-def test_a_preemption_that_cancels(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+def test_two_runs_of_one_node_have_their_own_gpus_and_survive_a_preemption_that_cancels(
+    slurm_bed: Bed, alone: ClusterRun, blobs: Path, tmp_path: Path
+) -> None:
     """PreemptMode=CANCEL: the batch script queues the job again, in the grace time or at its end."""
     slurm_bed.reconfigure({"PreemptMode": "CANCEL"})
     told, late = (
         ClusterRun(slurm_bed, tmp_path / "told", blobs),
         ClusterRun(slurm_bed, tmp_path / "late", blobs, train__epochs=900),
     )
-    ids = start_two(told, late, DEAF)
+    words = ("cluster.nodes=1", "cluster.gpus_per_node=1", "cluster.gpu_request=gres", "cluster.nodelist=n1")
+    ids = late.submit(*words, DEAF), told.submit(*words)
+    held = list[int]()
+    for run in (late, told):
+        run.wait_step(20)
+        held = run.hold()
     other = submit(slurm_bed, "sleep 1", *OTHER_JOB, folder=tmp_path)
-    wait_state(slurm_bed, other, "COMPLETED", timeout_s=90)
-    told.wait_finished()
-    wait_for(lambda: GOING_ON.findall(late.log(0)), 120, "going on")
+    go_on(held)
+    late.hold()  # of the grace time nothing is wanted but its end
+    wait_state(slurm_bed, other, "COMPLETED")
+    # Of submitit's default, the local rank, both would see 0.
+    seen = [re.findall(r"restart 0, rank 0 of 1, on n1, .*CUDA_VISIBLE_DEVICES=(\w*),", run.log(0)) for run in (late, told)]
+    assert sorted(seen) == [["0"], ["1"]]
+    wait_state(slurm_bed, ids[0], "PENDING", "RUNNING")
     late.galaxydist("cancel", str(late.run_dir))
-    wait_state(slurm_bed, ids[0], "COMPLETED")
+    told.wait_finished()
+    wait_state(slurm_bed, ids[1], "COMPLETED")
     assert decisions(told.files.restarts()) == ["requeue", "finished"]
     assert late.files.restarts()[0].decision == "requeue" and late.files.restarts()[0].reason.startswith("it was preempted")
     assert [num_restarts(slurm_bed, job_id) for job_id in ids] == [1, 1]
-    check_same(told, undisturbed)
+    check_same(told, alone)
 
 
-def test_a_rank_dies_and_a_site_forbids_requeueing(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
-    """Of two runs at a time: one is queued again, the other is sent again as a new job."""
-    dying, forbidden = (ClusterRun(slurm_bed, tmp_path / name, blobs) for name in ("dying", "forbidden"))
-    dying_id, forbidden_id = start_two(dying, forbidden)
-    slurm_bed.run("scontrol", "update", f"jobid={forbidden_id}", "requeue=0")
-    slurm_bed.run("scancel", "--signal=USR2", forbidden_id)
-    (victim,) = dying.pids("n2")
-    os.kill(victim, signal.SIGKILL)
-    (first,) = dying.wait_restarts(1, timeout_s=60)
-    assert first.decision == "requeue" and first.exit_code != 0
-    assert str(first.error).startswith("rank 1 on n2 was ended by signal 9, SIGKILL")
-    dying.wait_finished()
-    wait_state(slurm_bed, dying_id, "COMPLETED")
-    assert decisions(dying.files.restarts()) == ["requeue", "finished"] and num_restarts(slurm_bed, dying_id) == 1
-    check_same(dying, undisturbed)
-
-    forbidden.wait_finished()
-    sent, again = forbidden.files.jobs()
+def test_a_site_forbids_requeueing(slurm_bed: Bed, alone: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+    """The run is sent again as a new job."""
+    run = ClusterRun(slurm_bed, tmp_path, blobs)
+    job_id = run.submit("cluster.nodes=1")
+    run.wait_step(20)
+    held = run.hold()
+    slurm_bed.run("scontrol", "update", f"jobid={job_id}", "requeue=0")
+    slurm_bed.run("scancel", "--signal=USR2", job_id)
+    go_on(held)
+    run.wait_finished()
+    sent, again = run.files.jobs()
     wait_state(slurm_bed, again.job_id, "COMPLETED")
-    assert (sent.job_id, again.resubmits) == (forbidden_id, forbidden_id) and again.job_id != forbidden_id
-    assert decisions(forbidden.files.restarts()) == ["requeue", "resubmit", "finished"]
-    assert num_restarts(slurm_bed, forbidden_id) == num_restarts(slurm_bed, again.job_id) == 0
-    assert shown(forbidden)["restarts"] == 1 and again.code == sent.code
-    check_same(forbidden, undisturbed)
+    assert (sent.job_id, again.resubmits) == (job_id, job_id) and again.job_id != job_id
+    assert decisions(run.files.restarts()) == ["requeue", "resubmit", "finished"]
+    assert num_restarts(slurm_bed, job_id) == num_restarts(slurm_bed, again.job_id) == 0
+    assert shown(run)["restarts"] == 1 and again.code == sent.code
+    check_same(run, alone)
 
 
-def test_nodes_die(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
-    """One, then the one with rank 0 and the batch script: SLURM requeues the job itself, once each."""
+def test_a_rank_and_nodes_die(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+    """A rank, then a node, then the one with rank 0 and the batch script: one requeue each, that of a node by SLURM itself."""
     run = ClusterRun(slurm_bed, tmp_path, blobs)
     job_id = run.submit()
-    for number, node, said in ((0, "n2", "node n2 failed"), (1, "n1", "SLURM queued the job again itself")):
-        wait_for(lambda number=number: f"restart {number}, rank 0" in run.log(0), 120, "the next start")  # type: ignore[misc]
-        run.wait_step(run.step + 20)
+    run.wait_step(20)
+    (victim,) = run.pids("n2")
+    os.kill(victim, signal.SIGKILL)
+    (first,) = run.wait_restarts(1)
+    assert first.decision == "requeue" and first.exit_code != 0
+    assert str(first.error).startswith("rank 1 on n2 was ended by signal 9, SIGKILL")
+    for number, node, said in ((1, "n2", "node n2 failed"), (2, "n1", "SLURM queued the job again itself")):
+        run.wait_said(f"restart {number}, rank 0")
+        run.wait_step(run.step + 15)
         slurm_bed.kill_node(node, down=True)
         wait_state(slurm_bed, job_id, "PENDING")
         assert shown(run)["last_error"].startswith(said)
         slurm_bed.start_node(node)
     run.wait_finished()
     wait_state(slurm_bed, job_id, "COMPLETED")
-    assert num_restarts(slurm_bed, job_id) == 2 and shown(run)["restarts"] == 2
-    assert decisions(run.files.restarts()) == ["requeue", "finished"]
+    assert num_restarts(slurm_bed, job_id) == 3 and shown(run)["restarts"] == 3
+    assert decisions(run.files.restarts()) == ["requeue", "requeue", "finished"]
     check_same(run, undisturbed)
 
 
@@ -203,14 +230,15 @@ def test_elastic(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
     """Two nodes, then one on the same run folder: the same galaxies in the same order, so in float64 the same weights."""
     whole, run = (ClusterRun(slurm_bed, tmp_path / name, blobs, **DOUBLE) for name in ("whole", "run"))
     job_id = run.submit("cluster.requeue=never")
-    whole.submit()
     run.wait_step(20)
+    held = run.hold()
     slurm_bed.run("scancel", "--signal=USR2", job_id)
+    go_on(held)
     run.wait_restarts(1)
     again = run.submit("cluster.nodes=1")
-    wait_for(lambda: run.is_finished, 240, "the end of the run")
+    whole.train_here(2)
+    wait_for(lambda: run.is_finished, run.said)
     wait_state(slurm_bed, again, "COMPLETED")
-    whole.wait_finished()
     assert [job.tasks for job in run.files.jobs()] == [2, 1] and decisions(run.files.restarts()) == ["stop", "finished"]
     assert num_restarts(slurm_bed, job_id) == num_restarts(slurm_bed, again) == 0
     ours, theirs = run.result()[0], whole.result()[0]
@@ -237,34 +265,35 @@ def test_a_queued_run_is_not_sent_twice(slurm_bed: Bed, blobs: Path, tmp_path: P
     assert len(run.files.jobs()) == 1
 
 
-def test_slurmctld_is_away(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+def test_slurmctld_is_away(slurm_bed: Bed, alone: ClusterRun, blobs: Path, tmp_path: Path) -> None:
     """A run goes on, a question is answered, and the batch script waits until somebody can requeue it."""
     run, other = (ClusterRun(slurm_bed, tmp_path / name, blobs) for name in ("run", "other"))
-    job_id = run.submit()
+    job_id = run.submit("cluster.nodes=1")
     run.wait_step(10)
+    held = run.hold()
     slurm_bed.stop_controller()
-    (pid, *_) = run.pids("n2")
     answer = run.galaxydist("status", str(run.run_dir))
     assert answer.returncode == 0 and "SLURM could not be asked" in " ".join(answer.stdout.split()), answer.stdout + answer.stderr
-    os.kill(pid, signal.SIGUSR2)
+    os.kill(held[0], signal.SIGUSR2)
+    go_on(held)
     answer = other.galaxydist("submit", *other.arguments, "cluster=bed")
     assert answer.returncode == 2 and "SLURM could not be asked: slurmctld is down" in answer.stderr
     assert not other.run_dir.exists()
     run.wait_restarts(1)
-    wait_for(lambda: "not requeued yet" in run.said(), 120, run.said())
+    wait_for(lambda: "not requeued yet" in run.said(), run.said)
     slurm_bed.start_controller()
     run.wait_finished()
     wait_state(slurm_bed, job_id, "COMPLETED")
     assert decisions(run.files.restarts()) == ["requeue", "finished"] and num_restarts(slurm_bed, job_id) == 1
     assert len(run.files.jobs()) == 1
-    check_same(run, undisturbed)
+    check_same(run, alone)
 
 
 def test_what_fails_for_good_is_not_tried_again(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
     """A loss that is not a number, and a Python that the nodes do not have: said by status, with a remedy."""
     changes = {"optim__lr": 1e30, "optim__name": "sgd", "train__clip_norm": 0, "model__norm": "group"}
     run, lacking = ClusterRun(slurm_bed, tmp_path / "run", blobs, **changes), ClusterRun(slurm_bed, tmp_path / "lacking", blobs)
-    job_id = run.submit()
+    job_id = run.submit("cluster.nodes=1")
     lacking_id = lacking.submit("cluster.python=/nowhere/python", "cluster.srun=[cpu-bind=none]")
     wait_state(slurm_bed, lacking_id, "FAILED")
     assert "nodes do not have /nowhere/python: set cluster.python" in shown(lacking)["last_error"]
@@ -289,19 +318,3 @@ def test_a_run_folder_that_the_node_does_not_see(slurm_bed: Bed, blobs: Path, tm
         subprocess.run([*within, "umount", run.run_dir], check=True)
     said = shown(run)["last_error"]
     assert "does not see that folder" in said and "run.root=FOLDER" in said
-
-
-def test_two_jobs_of_one_node_see_different_gpus(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
-    seen = []
-    runs = [ClusterRun(slurm_bed, tmp_path / name, blobs) for name in ("a", "b")]
-    for run in runs:
-        run.submit("cluster.nodes=1", "cluster.gpus_per_node=1", "cluster.gpu_request=gres", "cluster.nodelist=n1")
-    for run in runs:
-        run.wait_step(2)
-        assert ", on n1, " in run.files.rank_log(0).read_text()
-        (line,) = [line for line in run.files.rank_log(0).read_text().splitlines() if "CUDA_VISIBLE_DEVICES=" in line]
-        seen.append(line.partition("CUDA_VISIBLE_DEVICES=")[2].partition(",")[0])
-    # submitit's default, the local rank, would be 0 for both
-    assert sorted(seen) == ["0", "1"]
-    for run in runs:
-        run.galaxydist("cancel", str(run.run_dir))

@@ -1,21 +1,24 @@
 """A sweep as a job array on a real SLURM: what was killed is sent again, what was preempted goes on by itself."""
 
 import json
+import os
+import signal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from bed import Bed
 
 from galaxydist.cluster.records import JobFiles
-from tests.cluster_runs import ClusterRun, decisions
+from tests.cluster_runs import ClusterRun, decisions, find_ranks, go_on, hold
 from tests.slurm_bed import job_state, num_restarts, processes_left, submit, wait_for, wait_state
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
-NUM_TRIALS = 7
+NUM_TRIALS = 5
 
 
 def write_sweep(path: Path, arguments: list[str]) -> None:
-    """The settings of ``arguments`` for all, with seven seeds."""
+    """The settings of ``arguments`` for all, with five seeds."""
     settings = dict(argument.split("=", 1) for argument in arguments if not argument.startswith("run."))
     lines = [f"  {key}: {value}" for key, value in settings.items()]
     seeds = ", ".join(map(str, range(NUM_TRIALS)))
@@ -29,16 +32,41 @@ def statuses(run: ClusterRun) -> dict[Path, tuple[str, int]]:
     return {run.folder / item["run"]: (item["state"], item["restarts"]) for item in json.loads(answer.stdout)}
 
 
-def is_early(run_dir: Path) -> bool:
-    """It trains, and will do so for a while: it can be stopped before its end."""
-    path = run_dir / "metrics.jsonl"
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
-    return bool(lines) and json.loads(lines[-1])["step"] < 60
+def is_training(run_dir: Path) -> bool:
+    """It trains, and has not come to its end."""
+    return (run_dir / "metrics.jsonl").exists() and not (run_dir / "result.json").exists()
+
+
+def hold_trial(bed: Bed, jobs: Mapping[str, Path], *nodes: str, others: Sequence[str] = ()) -> tuple[str, list[int]]:
+    """A trial of these nodes that trains, and its process, which is stopped: so it can be disturbed before its end.
+
+    Args:
+        bed: the SLURM.
+        jobs: run folders by the job's number.
+        nodes: to look at.
+        others: which it shall not be.
+    """
+
+    def look() -> tuple[str, list[int]] | None:
+        for node in nodes:
+            ids = bed.run("squeue", "-h", "-r", "-t", "RUNNING", "-w", node, "-o", "%i").split()
+            for job in [job for job in ids if job in jobs and job not in others and is_training(jobs[job])]:
+                pids = find_ranks(bed, node, jobs[job].parent)
+                hold(pids)
+                if pids and is_training(jobs[job]):
+                    return job, pids
+                for pid in pids:
+                    os.kill(pid, signal.SIGCONT)
+        return None
+
+    found = wait_for(look, "a trial that trains", longest_pause_s=0.1)
+    assert found is not None
+    return found
 
 
 def test_a_sweep_of_two_arrays(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
-    slurm_bed.reconfigure({"MaxArraySize": "5"})  # which submitit does not look at
-    run = ClusterRun(slurm_bed, tmp_path, blobs, train__epochs=60)
+    slurm_bed.reconfigure({"MaxArraySize": "3"})  # which submitit does not look at
+    run = ClusterRun(slurm_bed, tmp_path, blobs, train__epochs=24)
     write_sweep(tmp_path / "sw.yaml", run.arguments)
     command = ("sweep", "sw.yaml", "cluster=bed", "cluster.nodes=1", "cluster.cpus_per_task=2", "--yes")
     answer = run.galaxydist(*command)
@@ -46,14 +74,10 @@ def test_a_sweep_of_two_arrays(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> N
     folders = sorted((tmp_path / "runs" / "sw").glob("custom_cnn-*"))
     jobs = {JobFiles(folder).jobs()[0].job_id: folder for folder in folders}
     first, second = sorted({job.partition("_")[0] for job in jobs}, key=int)
-    assert set(jobs) == {*(f"{first}_{number}" for number in range(5)), *(f"{second}_{number}" for number in range(2))}
+    assert set(jobs) == {*(f"{first}_{number}" for number in range(3)), *(f"{second}_{number}" for number in range(2))}
 
     # The one on n1 is preempted: it alone is requeued, by its id in the array.
-    def on_n1() -> list[str]:
-        running = slurm_bed.run("squeue", "-h", "-r", "-t", "RUNNING", "-w", "n1", "-o", "%i").split()
-        return [job for job in running if is_early(jobs[job])]
-
-    (preempted, *_) = wait_for(on_n1, 120)
+    preempted, pids = hold_trial(slurm_bed, jobs, "n1")
     for array in (first, second):  # the nodes could not run more; a larger cluster would
         assert "ArrayTaskThrottle=2 " in slurm_bed.run("scontrol", "-o", "show", "job", array)
     shown = statuses(run)
@@ -62,26 +86,20 @@ def test_a_sweep_of_two_arrays(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> N
     other = submit(
         slurm_bed, "sleep 1", "--partition=high", "--nodelist=n1", "--cpus-per-task=2", "--mem=1000", "--time=1", folder=tmp_path
     )
-    wait_state(slurm_bed, other, "COMPLETED", timeout_s=90)
+    go_on(pids)
+    wait_state(slurm_bed, other, "COMPLETED")
     files = JobFiles(jobs[preempted])
-    (record,) = wait_for(files.restarts, 60)
+    (record,) = wait_for(files.restarts)
     assert (record.job_id, record.decision) == (preempted, "requeue")
     assert statuses(run)[jobs[preempted]] in (("PENDING", 1), ("REQUEUED", 1), ("RUNNING", 1))
 
     # Two are killed, one that waits and one that runs.
     waiting = f"{second}_1"
-    running = wait_for(
-        lambda: [
-            job
-            for job in slurm_bed.run("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%i").split()
-            if job not in (preempted, other, waiting) and is_early(jobs[job])
-        ],
-        120,
-    )[0]
+    running, _ = hold_trial(slurm_bed, jobs, "n1", "n2", others=(preempted, waiting))
     slurm_bed.run("scancel", waiting, running)
     killed = {jobs[waiting], jobs[running]}
-    wait_for(lambda: all(statuses(run)[jobs[job]][0] == "CANCELLED" for job in (waiting, running)), 60, "two cancelled trials")
-    wait_for(lambda: not slurm_bed.run("squeue", "-h"), 400, "the end of the array")
+    wait_for(lambda: all(statuses(run)[jobs[job]][0] == "CANCELLED" for job in (waiting, running)), "two cancelled trials")
+    wait_for(lambda: not slurm_bed.run("squeue", "-h"), "the end of the array")
     unfinished = {folder for folder in folders if not (folder / "result.json").exists()}
     assert unfinished == killed
     assert decisions(files.restarts()) == ["requeue", "finished"]
@@ -95,10 +113,10 @@ def test_a_sweep_of_two_arrays(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> N
     assert answer.returncode == 0, answer.stderr
     again = {folder for folder in folders if len(JobFiles(folder).jobs()) == 2}
     assert again == killed
-    wait_for(lambda: all((folder / "result.json").exists() for folder in folders), 240, "the end of the sweep")
+    wait_for(lambda: all((folder / "result.json").exists() for folder in folders), "the end of the sweep")
     ids = [JobFiles(folder).jobs()[1].job_id for folder in sorted(killed)]
     for job_id in ids:
-        wait_for(lambda job_id=job_id: job_state(slurm_bed, job_id) == "COMPLETED", 60)  # type: ignore[misc]
+        wait_for(lambda job_id=job_id: job_state(slurm_bed, job_id) == "COMPLETED")  # type: ignore[misc]
     answer = run.galaxydist(*command)
     assert answer.returncode == 0 and all(len(JobFiles(folder).jobs()) <= 2 for folder in folders)
     wait_for(lambda: not processes_left(slurm_bed))

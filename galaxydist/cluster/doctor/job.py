@@ -13,7 +13,7 @@ from galaxydist.cluster.doctor.report import RankReport, read_reports
 from galaxydist.cluster.executor import build_executor, explain_refusal
 from galaxydist.cluster.profile import ClusterConfig
 from galaxydist.cluster.scheduler import UNKNOWN, JobState
-from galaxydist.cluster.sending import plain_environment
+from galaxydist.cluster.sending import plain_environment, signals_later
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.errors import UserError
 
@@ -50,19 +50,22 @@ def doctor_cluster(
     short = short_profile(cluster)
     code = take_snapshot(runs / "doctor" / "code", {})
     examination = Examination(folder, data_dir, cluster.scratch, cluster.gpus_per_node, meeting_s)
+    queued: QueuedJob | None = None
     try:
-        executor = build_executor(short, folder / "output", name=f"doctor-{cluster.name}", code=code)
-        with plain_environment(), explain_refusal(cluster.name):
+        # Whoever is interrupted while SLURM takes the job, or right after it, cancels it too.
+        with signals_later(), plain_environment(), explain_refusal(cluster.name):
+            executor = build_executor(short, folder / "output", name=f"doctor-{cluster.name}", code=code)
             job = executor.submit(examine_task, examination)
+            queued = LocalQueuedJob(job) if cluster.scheduler == "local" else SlurmQueuedJob(job.job_id)
+        say(f"job {job.job_id}, {cluster.num_tasks} processes on {cluster.nodes} nodes; reports go to {folder}")
+        return [*_follow(queued, folder, short, wait_s), *check_preemption(cluster)]
     except UserError as error:
+        if queued is not None:
+            raise
         said, _, remedy = str(error).partition("\n")
         return [failure("job", said, remedy)]
-    queued: QueuedJob = LocalQueuedJob(job) if cluster.scheduler == "local" else SlurmQueuedJob(job.job_id)
-    say(f"job {job.job_id}, {cluster.num_tasks} processes on {cluster.nodes} nodes; reports go to {folder}")
-    try:
-        return [*_follow(queued, folder, short, wait_s), *check_preemption(cluster)]
     finally:
-        if not has_ended(queued.look()):
+        if queued is not None and not has_ended(queued.look()):
             queued.end()
 
 
