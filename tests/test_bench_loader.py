@@ -127,6 +127,7 @@ def test_a_peer_that_gives_other_pixels_or_misses_pictures_is_noticed(source: Ma
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_process_that_fails_is_told_with_what_it_said(tmp_path: Path, source: Manifest) -> None:
     job = job_on(source, GALAXYDIST, shards_dir=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"galaxydist failed to check \(decode\); the last it said: .*nowhere"):

@@ -10,7 +10,7 @@ from galaxydist.benchmarks.fileserver import Behaviour, FileServer, every
 from galaxydist.cli.main import main
 from galaxydist.runs import checkpoints
 from tests.forked_runs import run_forked, train
-from tests.runs import quick_settings, read_evaluation, read_losses, run_here
+from tests.runs import quick_settings, read_evaluation, read_losses, run_here, without_figures
 
 
 def settings(manifest: Path | str, run_dir: Path, cache: Path, **changes: object) -> list[str]:
@@ -38,7 +38,8 @@ def test_a_run_from_a_server_is_the_local_run_bit_for_bit(blobs: Path, tmp_path:
         assert run_here(settings(server.url, tmp_path / "there", tmp_path / "cache")) == 0
         assert server.gets.total() - before <= 2
         arguments = ["evaluate", str(tmp_path / "there"), "--split", "val", "--manifest", server.url]
-        assert main(arguments) == 0
+        with without_figures():
+            assert main(arguments) == 0
     evaluation = json.loads((tmp_path / "there" / "evaluation" / "val.json").read_text())
     assert evaluation["count"] == 24
 
