@@ -69,7 +69,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture
 def server(data: bytes) -> Iterator[Server]:
     with Server(data) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         yield server
         server.shutdown()
