@@ -272,6 +272,7 @@ def written(folder: Path, **context: Any) -> PredictionsFile:
     return found
 
 
+@pytest.mark.slow
 def test_stored_predictions_are_judged_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path).path
     assert main(["evaluate", "--predictions", str(path)]) == 0
