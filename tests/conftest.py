@@ -18,6 +18,9 @@ settings.register_profile("quick", deadline=None, max_examples=30)
 settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile("quick")
 
+# As galaxydist sets it for itself, before torch is imported: threads that spin while they wait take the cores from one another.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # Workers of the test run share the cores: threads that wait for one another on cores that are busy with another worker are slow.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     _CORES = sorted(os.sched_getaffinity(0))

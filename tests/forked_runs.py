@@ -27,7 +27,8 @@ _SERVER = multiprocessing.get_context("forkserver")
 # What a run imports, at its start and on its way. Of all these only pyarrow starts a thread, which survives a fork (jemalloc's).
 PRELOADED = ("galaxydist.training.session", "galaxydist.cli.train", "cv2", "scipy.ndimage", "timm.optim", "sklearn.metrics")
 PRELOADED += ("pyarrow.parquet", "rich.progress", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "tests.traced_launch")
-PRELOADED += ("torch.distributed.checkpoint.hf_storage", "tests.settled")  # the last of all
+PRELOADED += ("torch.distributed.checkpoint.hf_storage", "torch.distributed.algorithms.ddp_comm_hooks.default_hooks")
+PRELOADED += ("tests.settled",)  # the last of all
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from galaxydist.cli.train import main
 
@@ -49,6 +52,20 @@ def run_here(arguments: Sequence[str]) -> int:
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
+
+
+@contextmanager
+def without_figures() -> Iterator[None]:
+    """Evaluations in this process draw nothing, as with ``eval.figures=false`` in training: figures take most of their time."""
+    from galaxydist.training import evaluate
+    from galaxydist.training.judging import Judge
+
+    def build(*arguments: Any, **named: Any) -> Judge:
+        return Judge(*arguments, **{**named, "figures": False})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "Judge", build)
+        yield
 
 
 def launch(launcher: tuple[str, ...], arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:

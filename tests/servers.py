@@ -36,7 +36,7 @@ def s3_server(folder: Path, log: Path) -> Iterator[str]:
 
 
 def _wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while True:
         try:
             urllib.request.urlopen(f"{address}/moto-api/", timeout=5).close()

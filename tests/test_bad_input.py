@@ -202,6 +202,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_saving_stops_all_processes_with_one_message(blobs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     settings = quick_settings(blobs, run_dir, train__epochs=400, train__save_steps=5)

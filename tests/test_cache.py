@@ -468,7 +468,7 @@ def test_the_limit_on_open_files_is_raised_or_explained(folder: Path, tmp_path: 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_more_shards_awaited_than_are_fetched_at_a_time(tmp_path: Path, threads: int) -> None:
     """A reader that was served leaves no wish behind: a fetching thread would take it up when its shard is over, and die."""
-    survey = MemorySurvey(tuple(as_jpeg(galaxy) for galaxy in draw_galaxies(400)))
+    survey = MemorySurvey(tuple(as_jpeg(galaxy) for galaxy in draw_galaxies(200)))
     local = write_shards(survey, tmp_path / "shards", shard_size=1, workers=1)
     given = {"batch_size": 8, "threads": 8, "prefetch": 1}
     with FileServer(local.dir, Behaviour(0.002)) as server:

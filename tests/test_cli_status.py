@@ -92,7 +92,6 @@ def test_nothing_heavy_is_imported(command: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.timeout(60)
 def test_watch_looks_again(run_files: JobFiles) -> None:
     command = [sys.executable, "-m", "galaxydist.cli.main", "status", "--watch", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
@@ -103,7 +102,7 @@ def test_watch_looks_again(run_files: JobFiles) -> None:
             if "1 finished" in line:
                 break
         process.send_signal(2)
-        assert process.wait(120) == 0
+        assert process.wait(300) == 0
 
 
 def test_logs_are_the_last_lines_of_a_rank(run_files: JobFiles, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
@@ -139,7 +138,6 @@ def test_without_rank_logs_submitits_are_shown(run_files: JobFiles, capfd: pytes
     assert ".out" not in out
 
 
-@pytest.mark.timeout(60)
 def test_a_log_is_followed(run_files: JobFiles) -> None:
     command = [sys.executable, "-m", "galaxydist.cli.main", "logs", "vit", "--lines", "1", "--follow"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -151,7 +149,7 @@ def test_a_log_is_followed(run_files: JobFiles) -> None:
         run_files.rank_log(0).write_text("anew\n")
         assert process.stdout.readline() == "anew\n"
         process.send_signal(2)
-        assert process.wait(120) == 0
+        assert process.wait(300) == 0
 
 
 @pytest.fixture(params=[(), ("true",)], ids=["process", "shell"])
@@ -175,7 +173,7 @@ def local_run(
     for process in started:
         if process.is_running():
             process.kill()
-    submitted._process.wait(120)
+    submitted._process.wait(300)
 
 
 @pytest.mark.multiprocess
@@ -186,7 +184,7 @@ def test_a_local_job_runs_and_is_cancelled(local_run: tuple[JobFiles, JobRecord]
     assert (status["state"], status["job_id"], status["scheduler"]) == ("RUNNING", job.job_id, "local")
     assert status["time_left_s"] is None  # processes of this machine have no limit
     controller = psutil.Process(int(job.job_id))
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not any("submitit.core._submit" in " ".join(child.cmdline()) for child in controller.children(recursive=True)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -194,7 +192,7 @@ def test_a_local_job_runs_and_is_cancelled(local_run: tuple[JobFiles, JobRecord]
     assert main(["cancel", "local run's"]) == 0
     assert f"local job {job.job_id} (runs/local run's): told to save and end" in capfd.readouterr().out
     assert psutil.wait_procs([*tasks], timeout=120)[1] == []
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while local_jobs.find_controller(job) is not None:
         assert time.monotonic() < deadline
         time.sleep(0.1)

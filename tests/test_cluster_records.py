@@ -93,7 +93,7 @@ def test_a_half_written_last_line_is_ignored_and_what_follows_is_not(tmp_path: P
 @pytest.mark.multiprocess
 def test_two_writers_never_mix_their_lines(tmp_path: Path) -> None:
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name]) for name in "ab"]
-    assert [writer.wait(60) for writer in writers] == [0, 0]
+    assert [writer.wait(300) for writer in writers] == [0, 0]
     found = [job.job_id for job in JobFiles(tmp_path).jobs()]
     for name in "ab":
         assert [job_id for job_id in found if job_id.startswith(name)] == [f"{name}_{number}" for number in range(200)]

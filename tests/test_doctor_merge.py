@@ -257,11 +257,11 @@ def test_reports_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 def together(size: int, work: Callable[[Link], object], clocks: Sequence[Callable[[], float]] | None = None) -> list[object]:
     """Ranks as threads, over a real store; what each gives."""
-    server = TCPStore("127.0.0.1", 0, size, True, timeout=timedelta(seconds=20), wait_for_workers=False)
+    server = TCPStore("127.0.0.1", 0, size, True, timeout=timedelta(seconds=300), wait_for_workers=False)
     found: list[object] = [None] * size
 
     def be(rank: int) -> None:
-        store = server if rank == 0 else TCPStore("127.0.0.1", server.port, size, False, timeout=timedelta(seconds=20))
+        store = server if rank == 0 else TCPStore("127.0.0.1", server.port, size, False, timeout=timedelta(seconds=300))
         link = Link(store, rank, size, clocks[rank]) if clocks else Link(store, rank, size)
         found[rank] = work(link)
         link.leave()
@@ -270,7 +270,7 @@ def together(size: int, work: Callable[[Link], object], clocks: Sequence[Callabl
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(300)
     assert not any(thread.is_alive() for thread in threads)
     return found
 

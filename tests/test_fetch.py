@@ -69,7 +69,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture
 def server(data: bytes) -> Iterator[Server]:
     with Server(data) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         yield server
         server.shutdown()
@@ -219,7 +219,7 @@ def test_via_astronn_calls_its_loader(server: Server, target: Path, tmp_path: Pa
     )
     environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(tmp_path / "path")}
     result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert result.returncode == 0, result.stderr
     assert target.read_bytes() == server.data

@@ -7,7 +7,7 @@ from torch import nn
 from galaxydist.models.build import build_model
 from galaxydist.models.frozen import freeze_backbone
 from galaxydist.recipe.schema import ModelConfig
-from galaxydist.training.flops import device_peak_flops, forward_flops, training_flops, utilisation
+from galaxydist.training.flops import activation_bytes, device_peak_flops, forward_flops, training_flops, utilisation
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,14 @@ def test_counting_changes_nothing() -> None:
     forward_flops(model, 64)
     assert model.training and torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_is_counted_once_for_each_image_size() -> None:
+    model, seen = build_model(ModelConfig(name="custom_cnn", width=4), 3, 32), []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    numbers = [(forward_flops(model, size), activation_bytes(model, size), training_flops(model, size)) for size in (32, 32, 64)]
+    assert len(seen) == 2 and numbers[0] == numbers[1]
+    assert numbers[2][0] > 3 * numbers[0][0] and numbers[2][1] > 3 * numbers[0][1]
 
 
 def test_a_linear_layer_alone() -> None:

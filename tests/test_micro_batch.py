@@ -1,6 +1,5 @@
 """The largest micro-batch that fits: few tries, agreed by all ranks, stored, and nothing changed by trying."""
 
-import gc
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +37,6 @@ def world() -> Iterator[World]:
     from accelerate.state import AcceleratorState, PartialState
 
     world = enter_world("no", {})
-    gc.freeze()  # each try collects garbage, which goes through all that was ever imported
     yield world
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()

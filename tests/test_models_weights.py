@@ -211,7 +211,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub() -> Iterator[tuple[type[Hub], str]]:
     handler = type("OneFileHub", (Hub,), {"body": b"", "stated_hash": ""})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     yield handler, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()

@@ -31,7 +31,7 @@ from galaxydist.surveys.official import NAME, read_official_split
 from galaxydist.surveys.split import TEST, TRAIN, VAL
 from galaxydist.training.trained_on import check_before_training
 from tests.blobs import BlobSurvey
-from tests.runs import quick_settings, read_evaluation, run_here
+from tests.runs import quick_settings, read_evaluation, run_here, without_figures
 from tests.test_shards_catalogue import make_old
 
 ARCSEC = 1 / 3600
@@ -221,7 +221,8 @@ def judge(run_dir: Path, *arguments: object) -> int:
     from accelerate.state import AcceleratorState, PartialState
 
     try:
-        return main(["evaluate", str(run_dir), *map(str, arguments)])
+        with without_figures():
+            return main(["evaluate", str(run_dir), *map(str, arguments)])
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()

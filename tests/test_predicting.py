@@ -25,7 +25,7 @@ from galaxydist.surveys.measure import measure_pictures
 from galaxydist.training.predicting import MEASURED_WIDTH, measure, merge_predictions
 from tests.blobs import BlobSurvey
 from tests.prediction_files import CONTEXT
-from tests.runs import quick_settings, read_evaluation, run_here
+from tests.runs import quick_settings, read_evaluation, run_here, without_figures
 
 
 def columns_of(samples: np.ndarray, num_classes: int = 3) -> dict[str, Any]:
@@ -217,7 +217,8 @@ def test_a_run_is_judged_on_other_data_with_the_temperature_of_its_own(
 
     survey = Others(num_galaxies=60, name="other", variant="balanced", pxscale=None)
     other = write_shards(survey, tmp_path / "shards", encoding="png", workers=1).path
-    assert judge(run_dir, f"data.manifest={other}") == 0
+    with without_figures():
+        assert judge(run_dir, f"data.manifest={other}") == 0
     assert "left out: redshift: no galaxy has it" in capsys.readouterr().out
     folder = run_dir / "evaluation" / "other-balanced"
     found = json.loads((folder / "test.json").read_text())
@@ -243,7 +244,8 @@ def test_a_variant_is_found_beside_the_runs_own_and_a_run_by_its_name(
     warning = "the classes clockwise, anticlockwise are mirror images of one another"
     assert f"{warning}, which a model cannot tell apart with data.augment.flip=true\n" in capsys.readouterr().out
     monkeypatch.chdir(tmp_path)
-    assert judge("named", "data.variant=balanced") == 0
+    with without_figures():
+        assert judge("named", "data.variant=balanced") == 0
     assert "blobs (balanced), test split, custom_cnn, N = 12" in capsys.readouterr().out
 
 

@@ -104,6 +104,7 @@ def test_one_galaxy_too_many_stops_the_run_and_keeps_its_checkpoint(
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_two_processes_skip_as_one(copy: Manifest, tmp_path: Path) -> None:
     for sample in (3, 30, 50):
         break_picture(copy, "train", sample)
@@ -117,6 +118,7 @@ def test_two_processes_skip_as_one(copy: Manifest, tmp_path: Path) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_two_processes_stop_as_one(copy: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for sample in (3, 30, 50):
         break_picture(copy, "train", sample)

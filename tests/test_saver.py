@@ -237,7 +237,7 @@ raise ZeroDivisionError
 
 @pytest.mark.multiprocess
 def test_an_interpreter_that_ends_finishes_the_write(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", ENDING, tmp_path], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run([sys.executable, "-c", ENDING, tmp_path], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
     assert load(tmp_path).step == 7 and load(tmp_path).tensors["model/w"][-1] == 2_999_999
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000007-0001"]

@@ -17,12 +17,19 @@ from galaxydist.training.evaluate import evaluate_run
 from galaxydist.training.state import evaluation_weights
 from galaxydist.training.transfer import TUNING_ROWS, split_by_row
 from tests.blobs import BlobSurvey
-from tests.runs import quick_settings, read_evaluation, run_here
+from tests.runs import quick_settings, read_evaluation, run_here, without_figures
 
 
-def test_another_run_starts_from_a_runs_weights(blobs: Path, tmp_path: Path) -> None:
-    run_dir, file = tmp_path / "run", tmp_path / "weights" / "blobs.safetensors"
+@pytest.fixture(scope="module")
+def run_dir(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 36 steps."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
     assert run_here(quick_settings(blobs, run_dir, train__ema=0.9, eval__checkpoint="last")) == 0
+    return run_dir
+
+
+def test_another_run_starts_from_a_runs_weights(run_dir: Path, blobs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "weights" / "blobs.safetensors"
     assert main(["weights", "save", str(run_dir), str(file)]) == 0
     newest = checkpoints.load(run_dir / "checkpoints")
     assert newest is not None
@@ -39,12 +46,11 @@ def test_another_run_starts_from_a_runs_weights(blobs: Path, tmp_path: Path) -> 
     assert read_evaluation(again)["accuracy"] > 0.5
 
 
-def test_a_run_is_judged_on_other_shards_beside_its_own(blobs: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    assert run_here(quick_settings(blobs, run_dir)) == 0
+def test_a_run_is_judged_on_other_shards_beside_its_own(run_dir: Path, tmp_path: Path) -> None:
     own = read_evaluation(run_dir)
     other = write_shards(BlobSurvey(name="others", num_galaxies=90), tmp_path / "others", encoding="png", workers=1)
-    judged = evaluate_run(run_dir, "test", {}, manifest_path=other.path)
+    with without_figures():
+        judged = evaluate_run(run_dir, "test", {}, manifest_path=other.path)
     assert judged["dataset"] == "others" and judged["count"] == other.splits["test"].num_samples
     assert judged["accuracy"] > 0.6
     assert (run_dir / "evaluation" / "others-original" / "test.json").exists()

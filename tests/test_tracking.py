@@ -14,8 +14,17 @@ import pytest
 
 from galaxydist.recipe.schema import TrackerConfig
 from galaxydist.runs.folder import RunFolder
+from galaxydist.training import tracking
 from galaxydist.training.tracking import RunTracker, choose_wandb_mode, open_tracker
-from galaxydist.training.wandb_files import BLOCK_SIZE, mend_files, offline_files, read_history, read_records, stored_step
+from galaxydist.training.wandb_files import (
+    BLOCK_SIZE,
+    has_ended,
+    mend_files,
+    offline_files,
+    read_history,
+    read_records,
+    stored_step,
+)
 from tests.forked_runs import forked, run_forked, train
 from tests.runs import quick_settings, read_metrics, run_here
 
@@ -196,13 +205,13 @@ def test_a_file_cut_anywhere_is_mended_and_what_it_lost_is_sent_again(tmp_path: 
     open_tracker(config, folder, {}, run_id="abc", environ={}).finish({}, 0)
     (path,) = offline_files(folder.path, "abc")
     whole = path.read_bytes()
-    assert len(whole) > 2 * BLOCK_SIZE and read_history(path) == Counter(range(1, 200))
+    assert len(whole) > 2 * BLOCK_SIZE and read_history(path) == Counter(range(1, 200)) and has_ended(path)
     ends = {0: 0} | {end: step for step, end in enumerate((e for e, r in read_records(path) if r.HasField("history")), 1)}
     chance = random.Random(0)
     for cut in [8, BLOCK_SIZE - 3, BLOCK_SIZE, BLOCK_SIZE + 3, *chance.sample(range(2000, len(whole)), 20)]:
         path.write_bytes(whole[:cut])
         held = max(step for end, step in ends.items() if end <= cut)
-        assert stored_step(folder.path, "abc") == held
+        assert stored_step(folder.path, "abc") == held and not has_ended(path)
         said = mend_files(folder.path, "abc")
         if cut == 8:
             assert "moved to" in said[0] and offline_files(folder.path, "abc") == []
@@ -218,6 +227,30 @@ def test_a_file_cut_anywhere_is_mended_and_what_it_lost_is_sent_again(tmp_path: 
     open_tracker(config, folder, {}, run_id=None, environ={}).finish({}, 0)
     assert len(offline_files(folder.path, "abc")) == 2
     assert sum((Counter(read_history(path)) for path in offline_files(folder.path, "abc")), Counter()) == Counter(range(1, 200))
+
+
+def test_a_file_is_whole_when_the_tracker_has_finished_or_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """wandb's own ``finish`` returns while its process writes: the end is waited for."""
+    asked: list[bool] = []
+
+    def ended_later(path: Path) -> bool:
+        asked.append(has_ended(path))
+        return len(asked) > 3 and asked[-1]
+
+    monkeypatch.setattr(tracking, "has_ended", ended_later)
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    folder.metrics.append(1, {"train/loss": 1.0})
+    config = TrackerConfig(name="wandb", mode="offline")
+    line = open_tracker(config, folder, {}, run_id="abc", environ={}).finish({}, 0)
+    assert line is not None and "wandb sync" in line and len(asked) > 3 and folder.read_tracker()["is_complete"]
+    monkeypatch.setattr(tracking, "has_ended", lambda _: False)
+    monkeypatch.setattr(tracking, "WRITING_S", 0.0)
+    assert open_tracker(config, folder, {}, run_id="abc", environ={}).finish({}, 0) is None
+    assert "the tracker failed (after 0 s wandb had not written the end of " in caplog.text
+    assert not folder.read_tracker()["is_complete"]
 
 
 def test_online_the_server_says_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ again to save memory does not count.
 
 import re
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -28,12 +29,12 @@ def forward_flops(model: nn.Module, image_size: int) -> int:
         model: images B x 3 x H x W in; as it is built, neither compiled nor wrapped. It stays as it is.
         image_size: H and W.
     """
-    return _count(model, image_size)[""]
+    return _count(model, image_size).flops[""]
 
 
 def training_flops(model: nn.Module, image_size: int) -> int:
     """Floating point operations of one image in training: three times the forward pass; once for frozen parts."""
-    counts = _count(model, image_size)
+    counts = _count(model, image_size).flops
     parameters = list(model.parameters())
     if all(parameter.requires_grad for parameter in parameters):
         return (1 + BACKWARD) * counts[""]
@@ -51,6 +52,28 @@ def activation_bytes(model: nn.Module, image_size: int) -> int:
     Args:
         model, image_size: as for ``forward_flops``.
     """
+    return _count(model, image_size).activation_bytes
+
+
+class _ForwardPass(NamedTuple):
+    """What one image needs: forward FLOPs of each module by name (the whole model is ``""``), bytes of all layers' outputs."""
+
+    flops: dict[str, int]
+    activation_bytes: int
+
+
+# By image size. Each count takes as long as some training steps of a small model, and a start asks three times.
+_COUNTED: WeakKeyDictionary[nn.Module, dict[int, _ForwardPass]] = WeakKeyDictionary()
+
+
+def _count(model: nn.Module, image_size: int) -> _ForwardPass:
+    known = _COUNTED.setdefault(model, {})
+    if image_size not in known:
+        known[image_size] = _count_anew(model, image_size)
+    return known[image_size]
+
+
+def _count_anew(model: nn.Module, image_size: int) -> _ForwardPass:
     total = 0
 
     def add(_layer: nn.Module, _inputs: Any, output: Any) -> None:
@@ -58,30 +81,24 @@ def activation_bytes(model: nn.Module, image_size: int) -> int:
         if isinstance(output, torch.Tensor):
             total += output.numel() * output.element_size()
 
-    hooks = [module.register_forward_hook(add) for module in model.modules() if not any(module.children())]
-    try:
-        _count(model, image_size)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return total // COUNTED_IMAGES
-
-
-def _count(model: nn.Module, image_size: int) -> dict[str, int]:
-    """Forward FLOPs of each module by name; the whole model is ``""``."""
     tensors = {
         name: tensor.detach().to("meta")
         for tensors in (model.named_parameters(), model.named_buffers())
         for name, tensor in tensors
     }
     images_BCHW = torch.empty(COUNTED_IMAGES, 3, image_size, image_size, device="meta", dtype=next(model.parameters()).dtype)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        functional_call(model, tensors, (images_BCHW,))
+    hooks = [module.register_forward_hook(add) for module in model.modules() if not any(module.children())]
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            functional_call(model, tensors, (images_BCHW,))
+    finally:
+        for hook in hooks:
+            hook.remove()
     root = f"{type(model).__name__}."
     counts = {
         name.removeprefix(root): sum(by_kind.values()) // COUNTED_IMAGES for name, by_kind in counter.get_flop_counts().items()
     }
-    return {**counts, "": counter.get_total_flops() // COUNTED_IMAGES}
+    return _ForwardPass({**counts, "": counter.get_total_flops() // COUNTED_IMAGES}, total // COUNTED_IMAGES)
 
 
 class Peak(NamedTuple):

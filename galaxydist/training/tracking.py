@@ -11,6 +11,7 @@ import math
 import netrc
 import shlex
 import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,10 +21,12 @@ from galaxydist.recipe.identity import to_dict
 from galaxydist.recipe.schema import Recipe, TrackerConfig
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
-from galaxydist.training.wandb_files import mend_files, offline_files, stored_step
+from galaxydist.training.wandb_files import has_ended, mend_files, offline_files, stored_step
 from galaxydist.training.world import World
 
 LOG = logging.getLogger(__name__)
+
+WRITING_S = 60.0  # how long wandb may take to write what it holds of a run that has ended; it takes some milliseconds
 
 
 class Tracker(Protocol):
@@ -204,11 +207,16 @@ class WandbSink:
         self._run.log({**row, "step": step}, step=step, commit=True)
 
     def close(self, summary: Mapping[str, float], exit_code: int) -> str:
-        """Wait until all is stored."""
+        """Wait until all is stored. Offline, wandb's process may still be writing when ``finish`` returns."""
         self._run.summary.update(dict(summary))
         self._run.finish(exit_code=exit_code)
         if self._is_online:
             return f"wandb: {self._run.url}"
+        file, deadline = Path(self._run.settings.sync_file), time.monotonic() + WRITING_S
+        while not has_ended(file):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"after {WRITING_S:g} s wandb had not written the end of {file}")
+            time.sleep(0.005)
         several = offline_files(self._folder, self._id)
         pattern = f"{shlex.quote(str(self._folder / 'wandb'))}/offline-run-*-{self._id}*"
         command = shlex.quote(str(several[0].parent)) if len(several) == 1 else pattern

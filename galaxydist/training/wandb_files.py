@@ -23,12 +23,27 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 TORN_DIR = "wandb-torn"
 
 
-def read_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """The whole records of a file, each with the place in the file where it ends; up to the first that is damaged or cut off."""
+def read_records(path: Path, block: int = 0) -> Iterator[tuple[int, Any]]:
+    """The whole records of a file, each with the place in the file where it ends; up to the first that is damaged or cut off.
+
+    Args:
+        path: of the file.
+        block: number of the block where the first one may begin.
+    """
     from wandb.proto import wandb_internal_pb2
 
-    data = path.read_bytes()
-    place, message, is_open = HEADER_SIZE, b"", False
+    with path.open("rb") as file:
+        file.seek(block * BLOCK_SIZE)
+        data = file.read()
+    for end, message in _read_messages(data, HEADER_SIZE if block == 0 else 0):
+        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+        record.ParseFromString(message)
+        yield block * BLOCK_SIZE + end, record
+
+
+def _read_messages(data: bytes, place: int) -> Iterator[tuple[int, bytes]]:
+    """The whole messages from a place on, each with the place where it ends. The end of one that began before is passed over."""
+    message, is_open, is_first = b"", False, True
     while place + HEADER_SIZE <= len(data):
         left = BLOCK_SIZE - place % BLOCK_SIZE
         if left < HEADER_SIZE:  # too small for a fragment: filled with zeros
@@ -37,16 +52,26 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
         checksum, length, kind = struct.unpack_from("<IHB", data, place)
         content = data[place + HEADER_SIZE : place + HEADER_SIZE + length]
         is_sound = len(content) == length and zlib.crc32(content, zlib.crc32(bytes([kind]))) == checksum
-        if not is_sound or kind not in (WHOLE, FIRST, MIDDLE, LAST) or is_open != (kind in (MIDDLE, LAST)):
+        if not is_sound or kind not in (WHOLE, FIRST, MIDDLE, LAST):
             return
         place += HEADER_SIZE + length
+        if is_first and kind in (MIDDLE, LAST):
+            continue
+        is_first = False
+        if is_open != (kind in (MIDDLE, LAST)):
+            return
         message += content
         is_open = kind in (FIRST, MIDDLE)
         if not is_open:
-            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-            record.ParseFromString(message)
+            yield place, message
             message = b""
-            yield place, record
+
+
+def has_ended(path: Path) -> bool:
+    """Whether a file holds the record that wandb writes last: it stands in the last block or begins in the one before."""
+    last_block = max(0, path.stat().st_size - 1) // BLOCK_SIZE
+    records = read_records(path, max(0, last_block - 1))
+    return any(record.WhichOneof("record_type") == "exit" for _, record in records)
 
 
 def read_history(path: Path) -> dict[int, int]:
