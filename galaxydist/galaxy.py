@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,3 +96,9 @@ class Survey(Protocol):
         Opens what it needs itself, so that processes may share a survey.
         """
         ...
+
+
+# DOC The data sets of a survey: all of its galaxies, or as many of each class as the rarest has.
+
+Variant = Literal["original", "balanced"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)

@@ -136,7 +136,7 @@ def train_watched(settings: Sequence[str], events: Path | None = None, kill: tup
 
     Args:
         settings: its arguments.
-        events: where each announced change of the checkpoints' folder is written (see ``galaxydist/files.py``).
+        events: where each announced change of the checkpoints' folder is written (see ``galaxydist/atomic_files.py``).
         kill: it kills itself with SIGKILL right before the N-th change, counted from the first whose path holds the text.
     """
     seen = 0

@@ -5,10 +5,10 @@ import json
 import os
 from pathlib import Path
 
+from galaxydist.distributed import enter_world, leave_world
 from galaxydist.errors import EveryRankError
 from galaxydist.recipe.load import load_recipe
 from galaxydist.training.micro_batch import find_micro_batch
-from galaxydist.training.world import enter_world, leave_world
 from tests.limited_model import LimitedModel
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.chance import hash64, uniform
+from galaxydist.counter_rng import hash64, uniform
 
 integers = st.integers(-(2**63), 2**64 - 1)
 

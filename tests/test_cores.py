@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.cores import available_cores, bound_cores, cpu_quota, fair_share
+from galaxydist.cpus import available_cores, bound_cores, cpu_quota, fair_share
 
 
 def lay(root: Path, contents: dict[str, str]) -> Path:
@@ -100,7 +100,7 @@ def test_shares_are_never_more_than_there_is(bound: list[frozenset[int]]) -> Non
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
 def test_a_process_bound_to_one_core_uses_one() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
-    code += "from galaxydist.cores import available_cores; print(available_cores())"
+    code += "from galaxydist.cpus import available_cores; print(available_cores())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from galaxydist.training.flight import flight_recorder_variables, set_flight_recorder, write_flight_record
+from galaxydist.distributed import flight_recorder_variables, set_flight_recorder, write_flight_record
 
 
 def test_what_is_not_set_is_set(tmp_path: Path) -> None:

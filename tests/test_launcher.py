@@ -12,11 +12,11 @@ import pytest
 import torch
 from accelerate.utils import TorchDynamoPlugin
 
+from galaxydist import job_environment
 from galaxydist.cli.train import main
+from galaxydist.distributed import World, enter_world, keep_threads
 from galaxydist.errors import EveryRankError
-from galaxydist.training import launcher
-from galaxydist.training.launcher import Place, check_settings, find_place, slurm_cores
-from galaxydist.training.world import World, enter_world, keep_threads
+from galaxydist.job_environment import Place, check_settings, find_place, slurm_cores
 from tests.runs import quick_settings, read_losses, run_here
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -107,7 +107,7 @@ def test_settings_that_make_another_trainer_are_refused_by_name_and_value(name: 
     with pytest.raises(EveryRankError) as raised:
         check_settings({name: value, "ACCELERATE_MIXED_PRECISION": "fp16"})
     assert f"{name}={value} ({remedy}" in str(raised.value)
-    for harmless in ("false", "NO") if name in launcher._REFUSED_FLAGS else ("NO",):
+    for harmless in ("false", "NO") if name in job_environment._REFUSED_FLAGS else ("NO",):
         check_settings({name: harmless})
 
 
@@ -115,9 +115,16 @@ def test_all_that_accelerate_reads_is_known() -> None:
     """After another version of Accelerate: is a new variable of its constructor one that only the recipe may set?"""
     sources = [inspect.getsource(part) for part in (accelerate.accelerator, accelerate.state, TorchDynamoPlugin)]
     found = set(re.findall(r"(?:environ\.get|from_env)\(\s*\[?\"(\w+)\"", "".join(sources)))
-    refused = launcher._REFUSED_FLAGS.keys() | launcher._REFUSED_VALUES.keys()
+    refused = job_environment._REFUSED_FLAGS.keys() | job_environment._REFUSED_VALUES.keys()
     given = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION"}
-    placing = {*launcher._NUMBERS, *launcher._OF_MPI, "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "ACCELERATE_USE_CPU"}
+    placing = {
+        *job_environment._NUMBERS,
+        *job_environment._OF_MPI,
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "OMP_NUM_THREADS",
+        "ACCELERATE_USE_CPU",
+    }
     # They change no number: where a process runs, what is checked and said, other devices, parts of what is refused.
     harmless = {"ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "FORK_LAUNCHED", "ACCELERATE_BYPASS_DEVICE_MAP"}
     harmless |= {"ACCELERATE_USE_SAGEMAKER", "ACCELERATE_DOWNCAST_BF16", "ACCELERATE_ALLOW_CP_STANDALONE", "PT_HPU_LAZY_MODE"}
@@ -188,8 +195,8 @@ def many_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from accelerate.state import AcceleratorState, PartialState
 
     before = torch.get_num_threads()
-    monkeypatch.setattr("galaxydist.training.world.bound_cores", lambda: frozenset(range(64)))
-    monkeypatch.setattr("galaxydist.training.world.cpu_quota", lambda: math.inf)
+    monkeypatch.setattr("galaxydist.distributed.bound_cores", lambda: frozenset(range(64)))
+    monkeypatch.setattr("galaxydist.distributed.cpu_quota", lambda: math.inf)
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     yield
     torch.set_num_threads(before)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from galaxydist.atomic_files import read_json, write_json
 from galaxydist.errors import UserError
 from galaxydist.evaluation.matrix import Table, build_tables, holm_adjusted
 from galaxydist.evaluation.observations import choose_rows
@@ -14,7 +15,6 @@ from galaxydist.evaluation.outcomes import Outcomes
 from galaxydist.evaluation.published import MODELS, ON_BALANCED, ON_ORIGINAL, ORIGINAL_TO_BALANCED, SETTINGS
 from galaxydist.evaluation.sampling import holm
 from galaxydist.evaluation.trials import read_trials
-from galaxydist.files import read_json, write_json
 from galaxydist.recipe.load import list_recipes
 from tests.trial_folders import write_trial
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from galaxydist.distributed import World, enter_world
 from galaxydist.errors import EveryRankError
 from galaxydist.models.build import build_model
 from galaxydist.recipe.load import load_recipe
@@ -26,7 +27,6 @@ from galaxydist.training.micro_batch import (
 )
 from galaxydist.training.out_of_memory import explain_out_of_memory, is_out_of_memory, what_to_lower
 from galaxydist.training.update import count_micro_batches, split_evenly
-from galaxydist.training.world import World, enter_world
 from tests.forked_runs import run_forked
 from tests.limited_model import LimitedModel, raise_cpu, raise_cuda, raise_host
 from tests.micro_batch_rank import find_micro_batches

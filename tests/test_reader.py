@@ -11,7 +11,7 @@ import pytest
 import simplejpeg
 import torch
 
-from galaxydist.cores import available_cores
+from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
 from galaxydist.shards.decode import PictureError, PictureReader, reduction

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from galaxydist.cli.main import main as galaxydist
+from galaxydist.distributed import World
 from galaxydist.errors import UserError
 from galaxydist.runs import checkpoints
 from galaxydist.runs.folder import RunFolder
@@ -29,7 +30,6 @@ from galaxydist.training.skipping import Skipped
 from galaxydist.training.spikes import SpikeDetector
 from galaxydist.training.state import TrainingState
 from galaxydist.training.stopping import EarlyStopping
-from galaxydist.training.world import World
 from tests.damage import break_picture, shard_of, truncate
 from tests.forked_runs import run_forked, train
 from tests.runs import count_errors, quick_settings, read_evaluation, read_losses, read_metrics, run_here

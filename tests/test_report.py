@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from galaxydist.atomic_files import read_json, write_json
 from galaxydist.cli.main import main
 from galaxydist.evaluation.results.gather import Results, gather
 from galaxydist.evaluation.results.latex import escape, render_latex
@@ -18,7 +19,6 @@ from galaxydist.evaluation.results.run_facts import cost_of, read_facts
 from galaxydist.evaluation.results.views import settings_of
 from galaxydist.evaluation.results.words import hours_text, p_text, signed
 from galaxydist.evaluation.trials import read_trials
-from galaxydist.files import read_json, write_json
 from tests.report_runs import BATCH_SIZE, write_calibration, write_gallery_of, write_logs, write_sweep
 from tests.trial_folders import STEP, write_trial
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from galaxydist.atomic_files import read_json, replace_bytes, write_json
 from galaxydist.errors import UserError
-from galaxydist.files import read_json, replace_bytes, write_json
 from galaxydist.runs.folder import RunFolder, compare_recipes
 from galaxydist.runs.metrics_log import MetricsLog
 
@@ -114,7 +114,7 @@ SMALL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from galaxydist.errors import UserError
-from galaxydist.files import replace_bytes
+from galaxydist.atomic_files import replace_bytes
 from galaxydist.runs.metrics_log import MetricsLog
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

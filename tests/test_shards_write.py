@@ -388,7 +388,7 @@ ON_ALL_CORES = "import os\nos.sched_setaffinity(0, range(os.cpu_count()))\n"
 
 def all_cores() -> int:
     """The cores of this machine, not only that of this worker of the test run."""
-    command = f"{ON_ALL_CORES}from galaxydist.cores import available_cores\nprint(available_cores())"
+    command = f"{ON_ALL_CORES}from galaxydist.cpus import available_cores\nprint(available_cores())"
     return int(subprocess.check_output([sys.executable, "-c", command], text=True, cwd=ROOT))
 
 

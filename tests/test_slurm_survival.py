@@ -16,7 +16,7 @@ import pytest
 import torch
 from bed import Bed
 
-from galaxydist.recipe.paths import PACKAGE_DIR
+from galaxydist.paths import PACKAGE_DIR
 from galaxydist.training.wandb_files import read_history
 from tests.cluster_runs import ClusterRun, assert_equal_tensors, decisions, go_on, is_told
 from tests.slurm_bed import num_restarts, processes_left, submit, wait_for, wait_state

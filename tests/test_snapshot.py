@@ -9,7 +9,7 @@ import pytest
 
 from galaxydist.cluster import snapshot
 from galaxydist.cluster.snapshot import take_snapshot
-from galaxydist.recipe.paths import PACKAGE_DIR
+from galaxydist.paths import PACKAGE_DIR
 
 
 def test_a_snapshot_runs_by_itself_with_its_own_recipes(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from galaxydist.cluster.request_file import JobRequest, RequestFile
 from galaxydist.cluster.shared_folder import check_shared
 from galaxydist.cluster.submission import script_of
 from galaxydist.errors import UserError
-from galaxydist.recipe.paths import data_root
+from galaxydist.paths import data_root
 from tests.runs import quick_settings
 from tests.slurm_bed import wait_for
 

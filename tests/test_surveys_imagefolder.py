@@ -14,7 +14,7 @@ from PIL import Image
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, EncodedImage
-from galaxydist.recipe.paths import is_dataset_name
+from galaxydist.paths import is_dataset_name
 from galaxydist.surveys import folderscan
 from galaxydist.surveys.imagefolder import FolderSurvey
 from galaxydist.surveys.names import mirrored_classes, natural_key, safe_name, unique_ids

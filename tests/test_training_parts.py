@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from galaxydist.distributed import resolve_precision
 from galaxydist.errors import UserError
 from galaxydist.recipe.load import load_recipe
 from galaxydist.recipe.schema import OptimConfig
@@ -19,7 +20,6 @@ from galaxydist.training.optimizer import LearningRate
 from galaxydist.training.parts import _example
 from galaxydist.training.stopping import EarlyStopping
 from galaxydist.training.update import count_micro_batches, split_evenly
-from galaxydist.training.world import resolve_precision
 
 
 def test_summed_parts_give_torchs_weighted_mean() -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from galaxydist.atomic_files import write_json
 from galaxydist.evaluation.matrix import build_tables
 from galaxydist.evaluation.published import BALANCED_TO_ORIGINAL, ON_BALANCED, ON_ORIGINAL
 from galaxydist.evaluation.trials import read_trials
-from galaxydist.files import write_json
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.shards.write import write_shards
 from tests.blobs import BlobSurvey

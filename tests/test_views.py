@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from galaxydist.cli.main import main
+from galaxydist.distributed import World, enter_world
 from galaxydist.errors import UserError
 from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.evaluation.predictions import read_predictions
@@ -27,7 +28,6 @@ from galaxydist.shards.write import write_shards
 from galaxydist.training.data import TrainingData, build_augment
 from galaxydist.training.evaluate import evaluate_run
 from galaxydist.training.validation import evaluate_split
-from galaxydist.training.world import World, enter_world
 from tests.blobs import BlobSurvey
 from tests.forked_runs import run_forked, train
 from tests.runs import quick_settings, read_evaluation, read_metrics, run_here

@@ -8,11 +8,11 @@ from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
 from galaxydist.benchmarks.memory_session import MemoryBatches
+from galaxydist.distributed import World
 from galaxydist.models.build import build_model
 from galaxydist.recipe.schema import Recipe
 from galaxydist.training.optimizer import LearningRate
 from galaxydist.training.parts import Parts
-from galaxydist.training.world import World
 
 
 class BareLoop:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from galaxydist.atomic_files import read_json, write_json
 from galaxydist.benchmarks.folds_cost import Cost, measure_costs
 from galaxydist.errors import UserError
 from galaxydist.evaluation.report import read_evaluation
-from galaxydist.files import read_json, write_json
 from galaxydist.models.registry import recipe_of
 from galaxydist.recipe.identity import run_name
 from galaxydist.recipe.load import ResolvedRecipe, load_recipe

@@ -10,7 +10,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from galaxydist.cores import available_cores
+from galaxydist.cpus import available_cores
 from galaxydist.models.build import build_model
 from galaxydist.models.groups import parameter_groups
 from galaxydist.recipe.schema import Recipe

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from galaxydist.distributed import World
 from galaxydist.galaxy import GALAXY10_CLASSES, Galaxy
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
@@ -24,7 +25,6 @@ from galaxydist.training.session import Session
 from galaxydist.training.state import TrainingState
 from galaxydist.training.stop_signals import StopFlag
 from galaxydist.training.tracking import Tracker
-from galaxydist.training.world import World
 
 # Different batches that are held; after them the first comes again, turned otherwise.
 HELD = 4

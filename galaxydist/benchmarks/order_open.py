@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from galaxydist.chance import hash64
+from galaxydist.counter_rng import hash64
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.shards.manifest import COLUMNS, SHARD_ROW, Manifest, Split, column_name, manifest_json, read_manifest
 from galaxydist.shards.order import EpochOrder

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.chance import hash64
+from galaxydist.counter_rng import Purpose, hash64
 from galaxydist.shards.order import EpochOrder
-from galaxydist.shards.purposes import Purpose
 from galaxydist.surveys.official import read_official_split
 from galaxydist.surveys.split import TRAIN
 

@@ -13,7 +13,7 @@ from typing import Any
 from galaxydist.benchmarks.fileserver import Behaviour, FileServer, every
 from galaxydist.benchmarks.loader_data import find_source, repeat_source
 from galaxydist.benchmarks.remote_rank import Job, Reading, read_epoch
-from galaxydist.cores import available_cores
+from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import Manifest, read_manifest, shard_name
 

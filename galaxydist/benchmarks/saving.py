@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
-from galaxydist.cores import available_cores
+from galaxydist.cpus import available_cores
 from galaxydist.models.build import build_model
 from galaxydist.models.groups import parameter_groups
 from galaxydist.recipe.schema import ModelConfig, ModelName

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from galaxydist.benchmarks.memory_session import write_noise, write_recipe
 from galaxydist.benchmarks.scaling_rank import LAST_STEPS, WARM_STEPS, Job
-from galaxydist.cores import bound_cores
+from galaxydist.cpus import bound_cores
 from galaxydist.errors import UserError
 from galaxydist.training.processes import free_port
 

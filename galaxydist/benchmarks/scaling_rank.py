@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from galaxydist.benchmarks.memory_session import MemorySession
-from galaxydist.cores import bound_cores
+from galaxydist.cpus import bound_cores
+from galaxydist.distributed import enter_world, leave_world
 from galaxydist.errors import UserError
 from galaxydist.recipe.load import load_recipe
-from galaxydist.training.world import enter_world, leave_world
 
 # Steps before the clock starts, which set up memory and connections, and steps to stop in after it.
 WARM_STEPS, LAST_STEPS = 3, 3

@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from galaxydist.cores import available_cores
+from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
-from galaxydist.recipe.paths import PACKAGE_DIR
+from galaxydist.paths import PACKAGE_DIR
 from galaxydist.runs import checkpoints
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.write import write_shards

@@ -73,7 +73,7 @@ def run_simulator(arguments: argparse.Namespace) -> None:
 
 def run_transfer(arguments: argparse.Namespace) -> None:
     """Train on simulated galaxies, test on real ones, print both."""
-    from galaxydist.recipe.paths import data_root
+    from galaxydist.paths import data_root
     from galaxydist.training.transfer import measure_transfer
 
     measure_transfer(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from galaxydist.cli.options import Commands, add_data_dir, chosen_root, find_manifests
 from galaxydist.errors import UserError
-from galaxydist.recipe.paths import find_shards
+from galaxydist.paths import find_shards
 
 
 def add_parser(commands: Commands) -> None:
@@ -29,7 +29,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check every manifest; all problems come together."""
-    from galaxydist.recipe.paths import cache_dir
+    from galaxydist.paths import cache_dir
     from galaxydist.shards.cache import CacheConfig
     from galaxydist.shards.check import check_shards
     from galaxydist.shards.equal_pictures import describe_equal_pictures

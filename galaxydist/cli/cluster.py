@@ -72,10 +72,10 @@ def run_show(arguments: argparse.Namespace) -> None:
 
 def run_init(arguments: argparse.Namespace) -> None:
     """Write a profile for the cluster of this machine."""
+    from galaxydist.atomic_files import replace_bytes
     from galaxydist.cluster.profile import load_cluster
     from galaxydist.cluster.profile_text import profile_text
     from galaxydist.cluster.site_reading import read_site
-    from galaxydist.files import replace_bytes
 
     name = arguments.name
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):

@@ -70,7 +70,7 @@ def _add_export(commands: Commands) -> None:
 
 def run_fetch(arguments: argparse.Namespace) -> None:
     """Get the official file, unless it is there."""
-    from galaxydist.recipe.paths import hdf5_path
+    from galaxydist.paths import hdf5_path
     from galaxydist.surveys.fetch import fetch_galaxy10
 
     target = hdf5_path(chosen_root(arguments), "galaxy10_decals")
@@ -79,7 +79,7 @@ def run_fetch(arguments: argparse.Namespace) -> None:
 
 def run_export(arguments: argparse.Namespace) -> None:
     """Write the trees, unless they are there."""
-    from galaxydist.recipe.paths import images_dir
+    from galaxydist.paths import images_dir
     from galaxydist.surveys.export import export_image_folders
     from galaxydist.surveys.open import open_survey
 

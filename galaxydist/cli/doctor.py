@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     from galaxydist.cluster.doctor.job import doctor_cluster
     from galaxydist.cluster.doctor.network import check_slurm
     from galaxydist.cluster.doctor.node import Place, check_machine
-    from galaxydist.recipe.paths import data_root
+    from galaxydist.paths import data_root
 
     needs_slurm = cluster is not None and cluster.scheduler == "slurm"
     place = Place(data_root=data_root(arguments.data_dir, os.environ), runs=arguments.run_root)

@@ -18,7 +18,7 @@ from galaxydist.cli.options import (
     survey_source,
 )
 from galaxydist.errors import UserError
-from galaxydist.variants import VARIANTS
+from galaxydist.galaxy import VARIANTS
 
 if TYPE_CHECKING:
     from galaxydist.evaluation.exploration.findings import Findings
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
     from galaxydist import __version__
     from galaxydist.evaluation.exploration.opening import open_population
     from galaxydist.evaluation.explore import PAGE, explore
-    from galaxydist.recipe.paths import cache_dir, folder_name
+    from galaxydist.paths import cache_dir, folder_name
     from galaxydist.shards.cache import CacheConfig
 
     root = chosen_root(arguments)
@@ -110,7 +110,7 @@ def _location(arguments: argparse.Namespace, root: Path) -> str:
     if arguments.place is None and arguments.source is not None:
         return str(survey_source(arguments, root))
 
-    from galaxydist.recipe.paths import find_shards, hdf5_path
+    from galaxydist.paths import find_shards, hdf5_path
 
     given = arguments.place or arguments.dataset
     if arguments.place is not None and ("://" in given or Path(given).exists()):

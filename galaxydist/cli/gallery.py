@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out {arguments.out} is a folder: give the page a name, like {arguments.out / 'gallery.html'}")
     target = run_target.read_target(arguments.target, arguments.manifest)
 
-    from galaxydist.cores import available_cores
+    from galaxydist.cpus import available_cores
     from galaxydist.training.gallery import make_gallery
 
     page, picks = make_gallery(

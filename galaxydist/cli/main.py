@@ -31,7 +31,7 @@ from galaxydist.cli import (
     weights,
 )
 from galaxydist.cli.options import CommandParser
-from galaxydist.cores import set_up_process
+from galaxydist.cpus import set_up_process
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell counts it

@@ -120,7 +120,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 def chosen_root(arguments: argparse.Namespace) -> Path:
     """The data root that the arguments and the environment name."""
-    from galaxydist.recipe.paths import data_root
+    from galaxydist.paths import data_root
 
     return data_root(arguments.data_dir, os.environ)
 
@@ -136,7 +136,7 @@ def find_manifests(text: str, root: Path, variant: str | None = None) -> list[st
     Raises:
         UserError: there is neither such a path nor such a data set.
     """
-    from galaxydist.recipe.paths import find_shards
+    from galaxydist.paths import find_shards
 
     if "://" in text or Path(text).exists():
         return [text]
@@ -185,7 +185,7 @@ def survey_source(arguments: argparse.Namespace, root: Path) -> Path:
     Raises:
         UserError: it is not there; names the command that makes it.
     """
-    from galaxydist.recipe.paths import hdf5_path
+    from galaxydist.paths import hdf5_path
 
     if arguments.source is not None:
         source: Path = arguments.source

@@ -101,7 +101,7 @@ def find_runs(targets: list[str]) -> tuple[list[Path], list["Note"]]:
 
 def _make_galleries(results: "Results") -> Iterator[str]:
     """Make what is missing; yields a note for each that cannot be made."""
-    from galaxydist.cores import available_cores
+    from galaxydist.cpus import available_cores
     from galaxydist.evaluation.results.galleries import without_gallery
     from galaxydist.training.gallery import make_gallery
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from galaxydist.cli.status import find_folder
 from galaxydist.errors import UserError
-from galaxydist.variants import VARIANTS, Variant
+from galaxydist.galaxy import VARIANTS, Variant
 
 HELP = (
     "a run folder, or its name under ./runs [data.manifest=FILE | data.variant=NAME], "

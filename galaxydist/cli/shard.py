@@ -19,7 +19,7 @@ from galaxydist.cli.options import (
     survey_source,
 )
 from galaxydist.errors import UserError
-from galaxydist.variants import VARIANTS
+from galaxydist.galaxy import VARIANTS
 
 if TYPE_CHECKING:
     from galaxydist.galaxy import Survey
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.max_errors is not None and arguments.on_error != "skip":
         raise UserError("--max-errors counts pictures that are left out: say --on-error skip as well")
 
-    from galaxydist.recipe.paths import shards_dir
+    from galaxydist.paths import shards_dir
     from galaxydist.shards.write import write_shards
     from galaxydist.surveys.open import open_survey
 

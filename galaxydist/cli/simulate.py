@@ -31,7 +31,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Draw the survey, unless it is there."""
-    from galaxydist.recipe.paths import hdf5_path
+    from galaxydist.paths import hdf5_path
 
     path = arguments.out or hdf5_path(chosen_root(arguments), "simulated")
     difference = _difference(path, arguments) if path.exists() else ""

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from galaxydist.atomic_files import explain_full_disk, fsync_file
 from galaxydist.errors import UserError
-from galaxydist.files import explain_full_disk, fsync_file
 from galaxydist.runs.folder import RunFolder, plain
 
 Scheduler = Literal["slurm", "local"]

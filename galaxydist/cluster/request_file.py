@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from galaxydist.atomic_files import read_json, write_json
 from galaxydist.cluster.profile import ClusterConfig
 from galaxydist.errors import UserError
-from galaxydist.files import read_json, write_json
 
 FORMAT_VERSION = 2
 

@@ -13,7 +13,7 @@ from types import FrameType
 
 from galaxydist.cluster.profile import ClusterConfig
 from galaxydist.errors import UserError
-from galaxydist.recipe.paths import DATA_VARIABLE, data_root
+from galaxydist.paths import DATA_VARIABLE, data_root
 
 LOCK_NAME = ".submitting"
 WAIT_S = 120.0

@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from galaxydist.files import explain_full_disk, fsync_file, rename
+from galaxydist.atomic_files import explain_full_disk, fsync_file, rename
+from galaxydist.paths import PACKAGE_DIR, shipped_dir
 from galaxydist.recipe.named import list_files
-from galaxydist.recipe.paths import PACKAGE_DIR, shipped_dir
 
 LEFT_OUT = ("__pycache__",)
 

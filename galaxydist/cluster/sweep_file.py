@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from galaxydist.errors import UserError
+from galaxydist.paths import shipped_dir
 from galaxydist.recipe.document import Document, read_document
 from galaxydist.recipe.named import Setting, list_files
-from galaxydist.recipe.paths import shipped_dir
 from galaxydist.recipe.scalars import to_text
 
 PARTS = ("cluster", "root", "parallel", "set", "grid", "list", "evaluate")

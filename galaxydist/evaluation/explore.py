@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from galaxydist.atomic_files import replace_bytes, write_json
 from galaxydist.evaluation.exploration.embedding import Features
 from galaxydist.evaluation.exploration.figures import draw_counts, styled
 from galaxydist.evaluation.exploration.findings import Findings, find_all, summary
@@ -14,7 +15,6 @@ from galaxydist.evaluation.exploration.population import Population
 from galaxydist.evaluation.figures import save_figure
 from galaxydist.evaluation.gallery import write_gallery
 from galaxydist.evaluation.text import readable
-from galaxydist.files import replace_bytes, write_json
 
 PAGE = "explore.html"
 GALLERY = "gallery.jpg"

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
+from galaxydist.atomic_files import replace_bytes
 from galaxydist.evaluation.text import readable
-from galaxydist.files import replace_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

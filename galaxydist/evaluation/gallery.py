@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from galaxydist.atomic_files import replace_bytes
 from galaxydist.evaluation.text import readable
-from galaxydist.files import replace_bytes
 
 MAX_COLUMNS = 10
 _FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from galaxydist import __version__
+from galaxydist.atomic_files import read_json, replace_bytes, write_json
 from galaxydist.errors import UserError
 from galaxydist.evaluation.gallery import write_sheet
 from galaxydist.evaluation.html import picture_uri, render
@@ -20,7 +21,6 @@ from galaxydist.evaluation.mistakes import Pick, Picks
 from galaxydist.evaluation.predictions import PREDICTIONS, read_predictions
 from galaxydist.evaluation.report import stem_of
 from galaxydist.evaluation.text import readable, title_of
-from galaxydist.files import read_json, replace_bytes, write_json
 
 FORMAT_VERSION = 1
 # Kept of each picture; the page's are so wide, or less, so that all together they take no more than so many bytes.

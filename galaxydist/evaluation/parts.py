@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from galaxydist.files import explain_full_disk
+from galaxydist.atomic_files import explain_full_disk
 
 # Rows that are handed on together, at least: more than a batch, less than a row group.
 TOGETHER = 4096

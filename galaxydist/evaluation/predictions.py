@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from galaxydist import __version__
+from galaxydist.atomic_files import explain_full_disk, whole_file
 from galaxydist.errors import UserError
 from galaxydist.evaluation.probabilities import softmax
-from galaxydist.files import explain_full_disk, whole_file
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from galaxydist.chance import uniform
+from galaxydist.counter_rng import uniform
 from galaxydist.evaluation.comparisons import CellOutcomes
 from galaxydist.evaluation.sampling import from_outcomes
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galaxydist import __version__
+from galaxydist.atomic_files import read_json, write_json
 from galaxydist.errors import UserError
 from galaxydist.evaluation.areas import Curve
 from galaxydist.evaluation.predictions import PredictionsFile, predictions_path, read_predictions
 from galaxydist.evaluation.summary import summarise
 from galaxydist.evaluation.text import format_headline, format_notes, format_table, headline, title_of
-from galaxydist.files import read_json, write_json
 from galaxydist.runs.metrics_log import MetricsLog
 
 if TYPE_CHECKING:

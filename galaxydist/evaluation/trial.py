@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from galaxydist.evaluation.published import Setting
-from galaxydist.variants import Variant
+from galaxydist.galaxy import Variant
 
 REFERENCE = "reference"
 

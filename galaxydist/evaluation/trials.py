@@ -17,9 +17,9 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.predictions import predictions_path
 from galaxydist.evaluation.report import read_evaluation, stem_of
 from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Score, Trial, Unseen, Validation
+from galaxydist.galaxy import VARIANTS, Variant
 from galaxydist.recipe.fields import recipe_fields
 from galaxydist.runs.folder import RunFolder, StoredRecipe
-from galaxydist.variants import VARIANTS, Variant
 
 # Result fields in which the runs of one line of the matrix may differ: repeats, and the data that its columns are about.
 COLUMNS = frozenset({"seed", "data.variant", "data.manifest", "name"})

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from galaxydist.paths import shipped_dir
 from galaxydist.recipe.draft import ConfigError, ConfigKind
 from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.named import Setting, list_files, load_config
-from galaxydist.recipe.paths import shipped_dir
 from galaxydist.recipe.rules import CHECKS
 from galaxydist.recipe.schema import Recipe
 

@@ -7,9 +7,9 @@ import re
 from typing import Any
 
 from galaxydist.errors import EveryRankError
+from galaxydist.paths import is_dataset_name
 from galaxydist.recipe.draft import Check
 from galaxydist.recipe.fields import recipe_fields, suggest
-from galaxydist.recipe.paths import is_dataset_name
 from galaxydist.recipe.schema import TrainConfig
 
 PATCHES = {"vit": 16, "vit_scratch": 16, "reference_vit": 25}  # pixels

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from galaxydist.galaxy import Variant
 from galaxydist.recipe.scalars import Location
-from galaxydist.variants import Variant
 
 ModelName = Literal[
     "custom_cnn",

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from galaxydist.atomic_files import fsync_file, write_bytes
 from galaxydist.errors import UserError
-from galaxydist.files import fsync_file, write_bytes
 from galaxydist.runs import tensor_files
 from galaxydist.runs.checkpoint_names import STATE_FILE
 

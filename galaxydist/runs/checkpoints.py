@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from galaxydist.atomic_files import explain_full_disk, rename, replace_bytes, unlink
 from galaxydist.errors import UserError
-from galaxydist.files import explain_full_disk, rename, replace_bytes, unlink
 from galaxydist.runs.checkpoint_folder import (
     Checkpoint,
     DamagedCheckpointError,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from galaxydist.atomic_files import read_json, write_json
 from galaxydist.errors import UserError
-from galaxydist.files import read_json, write_json
 from galaxydist.runs.metrics_log import MetricsLog
 
 FORMAT_VERSION = 1

@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
+from galaxydist.atomic_files import explain_full_disk
 from galaxydist.errors import UserError
-from galaxydist.files import explain_full_disk
 from galaxydist.runs.lock_owner import LockOwner, is_alive, pid_space, process_start, read_owner
 
 _log = logging.getLogger(__name__)

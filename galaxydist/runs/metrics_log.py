@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from galaxydist.atomic_files import explain_full_disk, fsync_file, replace_bytes
 from galaxydist.errors import UserError
-from galaxydist.files import explain_full_disk, fsync_file, replace_bytes
 
 Metric = float | int | str | None
 

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from galaxydist.atomic_files import fsync_file
 from galaxydist.errors import EveryRankError, RunFailedError, UserError
-from galaxydist.files import fsync_file
 from galaxydist.runs import checkpoints, tensor_files
 from galaxydist.runs.checkpoint_folder import Checkpoint, DamagedCheckpointError, read_checkpoint, sha256_of, write_state
 from galaxydist.runs.saver import CheckpointSaver

@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from galaxydist.chance import hash64, uniform
+from galaxydist.counter_rng import Purpose, hash64, uniform
 from galaxydist.recipe.schema import AugmentConfig
 from galaxydist.shards.changes import Changes, Float32s, Floats, Ints, Noise, Turn, Warp, antialias
-from galaxydist.shards.purposes import Purpose
 from galaxydist.shards.render import DeviceRenderer, resize
 from galaxydist.shards.render_cpu import CpuRenderer
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from galaxydist.atomic_files import whole_file
 from galaxydist.errors import UserError
-from galaxydist.files import whole_file
 from galaxydist.shards.cache import Cache, Wanted
 from galaxydist.shards.catalogue_table import conform, table_of, unite
 from galaxydist.shards.manifest import Manifest, catalogue_name, shard_name

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from galaxydist.cores import available_cores
+from galaxydist.cpus import available_cores
 from galaxydist.errors import DamagedPictureError, UserError
 from galaxydist.galaxy import EncodedImage
 from galaxydist.shards.cache import CacheConfig

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from galaxydist.atomic_files import whole_file
 from galaxydist.errors import DamagedPictureError, UserError
-from galaxydist.files import whole_file
 from galaxydist.galaxy import EncodedImage, Galaxy, Survey
 from galaxydist.shards.encode import Pixels, decode_picture
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.files import whole_file
+from galaxydist.atomic_files import whole_file
 from galaxydist.galaxy import Survey
 from galaxydist.shards.catalogue import write_catalogue
 from galaxydist.shards.catalogue_table import unite

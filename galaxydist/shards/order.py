@@ -17,10 +17,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from galaxydist.chance import hash64
+from galaxydist.counter_rng import Purpose, hash64
 from galaxydist.errors import UserError
 from galaxydist.shards.permute import permute, unpermute
-from galaxydist.shards.purposes import Purpose
 
 WINDOW = 4096
 

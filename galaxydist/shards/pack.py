@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.files import whole_file
+from galaxydist.atomic_files import whole_file
 from galaxydist.shards.catalogue_table import table_of
 from galaxydist.shards.manifest import SHARD_ROW
 from galaxydist.shards.parts import PART_ROW

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from galaxydist.atomic_files import whole_file
 from galaxydist.errors import DamagedPictureError
-from galaxydist.files import whole_file
 from galaxydist.galaxy import Survey
 from galaxydist.shards.damaged import Damaged, TooManyDamagedError, read_rows
 from galaxydist.shards.encode import Encoding, Pixels, encode_galaxy

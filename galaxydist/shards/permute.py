@@ -8,7 +8,7 @@ n ... ab-1 are sent through again until they fall inside (cycle walking); as ab 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from galaxydist.chance import GAMMA, mix64
+from galaxydist.counter_rng import GAMMA, mix64
 
 ROUNDS = 6
 

@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 import numpy as np
 
-from galaxydist.cores import available_cores
+from galaxydist.cpus import available_cores
 from galaxydist.shards.batches import Batch, BatchPool, Plan
 from galaxydist.shards.decode import PictureReader, reduction
 from galaxydist.shards.fetch import open_source

@@ -25,9 +25,9 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from galaxydist.cores import available_cores
+from galaxydist.atomic_files import NO_SPACE, rename, whole_file
+from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
-from galaxydist.files import NO_SPACE, rename, whole_file
 from galaxydist.galaxy import Survey
 from galaxydist.shards.damaged import (
     LEFT_OUT_NAME,

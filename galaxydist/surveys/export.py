@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.cores import available_cores
+from galaxydist.atomic_files import disk_error, remove_stale
+from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, EncodedImage, Galaxy, Survey
 from galaxydist.surveys.foldermeta import FolderInfo, read_info, write_info, write_metadata
 from galaxydist.surveys.imagefolder import TREES
 from galaxydist.surveys.open import open_survey
 from galaxydist.surveys.pictures import decode_picture, encode_png
-from galaxydist.surveys.storage import disk_error, remove_stale
 
 _BATCH = 16  # galaxies that a thread takes at a time
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from galaxydist.atomic_files import disk_error, remove_stale
 from galaxydist.errors import UserError
-from galaxydist.surveys.storage import disk_error, remove_stale
 
 logger = logging.getLogger(__name__)
 

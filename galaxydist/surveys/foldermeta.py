@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import Galaxy
-from galaxydist.recipe.paths import is_dataset_name
+from galaxydist.paths import is_dataset_name
 
 DATASET_FILE = "dataset.json"
 METADATA_FILE = "metadata.csv"

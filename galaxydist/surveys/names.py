@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from galaxydist.errors import UserError
-from galaxydist.recipe.paths import is_dataset_name
+from galaxydist.paths import is_dataset_name
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_+-]+")
 _FOLD = re.compile(r"-fold\d+of\d+$")

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from galaxydist.surveys.storage import disk_error, remove_stale
+from galaxydist.atomic_files import disk_error, remove_stale
 
 IMAGES = "images"
 LABELS = "ans"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.chance import hash64, uniform
+from galaxydist.counter_rng import hash64, uniform
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS
 from galaxydist.surveys.sky import Sky, read_sky

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from galaxydist.distributed import World
 from galaxydist.recipe.draft import COMMAND_LINE
 from galaxydist.recipe.identity import flatten
 from galaxydist.recipe.load import ResolvedRecipe
@@ -15,7 +16,6 @@ from galaxydist.training.flops import training_flops
 from galaxydist.training.journal import Schedule
 from galaxydist.training.micro_batch import Probe, thrown_away_loss, unchanged
 from galaxydist.training.out_of_memory import share_of
-from galaxydist.training.world import World
 
 # A run that would take longer than this on a CPU is told of a smaller one.
 LONG_RUN_S = 1800.0

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 from galaxydist.errors import UserError
-from galaxydist.recipe.paths import cache_dir, find_shards, manifest_path
+from galaxydist.galaxy import Variant
+from galaxydist.paths import cache_dir, find_shards, manifest_path
 from galaxydist.recipe.schema import DataConfig, Recipe
 from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.surveys.names import mirrored_classes
-from galaxydist.variants import Variant
 
 if TYPE_CHECKING:  # checks on a login node need no torch
     from galaxydist.models.weights import Statistics

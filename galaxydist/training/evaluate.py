@@ -4,11 +4,13 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
+from galaxydist.distributed import enter_world, leave_world
 from galaxydist.errors import UserError
 from galaxydist.evaluation.views import Views
+from galaxydist.galaxy import Variant
 from galaxydist.models.weights import write_weights
+from galaxydist.paths import data_root
 from galaxydist.recipe.identity import from_dict
-from galaxydist.recipe.paths import data_root
 from galaxydist.runs import checkpoints
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.check import check_columns
@@ -18,8 +20,6 @@ from galaxydist.training.data import TrainingData, find_cache, find_manifest, fi
 from galaxydist.training.judging import JUDGED, Judge, find_checkpoint
 from galaxydist.training.state import evaluation_weights
 from galaxydist.training.trained_on import open_trained
-from galaxydist.training.world import enter_world, leave_world
-from galaxydist.variants import Variant
 
 
 def evaluate_run(

@@ -15,9 +15,10 @@ from galaxydist.evaluation.overlay import overlay
 from galaxydist.evaluation.predictions import PredictionsFile, predictions_path, read_predictions
 from galaxydist.evaluation.report import stem_of
 from galaxydist.evaluation.views import Views
+from galaxydist.galaxy import Variant
 from galaxydist.models.saliency import explain, method_of
+from galaxydist.paths import data_root
 from galaxydist.recipe.identity import from_dict
-from galaxydist.recipe.paths import data_root
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs import checkpoints
 from galaxydist.runs.checkpoint_folder import Checkpoint
@@ -28,7 +29,6 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.training.data import TrainingData, build_augment, find_cache, find_manifest, find_variant
 from galaxydist.training.judging import JUDGED, find_checkpoint, find_evaluation, load_judged
-from galaxydist.variants import Variant
 
 # Pictures that the model sees together.
 _TOGETHER = 8

@@ -11,13 +11,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from galaxydist.distributed import World
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder
 from galaxydist.training.agreement import Agreed, Sums
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.tracking import Tracker
 from galaxydist.training.utilisation import Utilisation
-from galaxydist.training.world import World
 
 
 @dataclass(frozen=True)

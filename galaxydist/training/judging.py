@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from galaxydist.distributed import World
 from galaxydist.errors import EveryRankError, UserError
 from galaxydist.evaluation.parts import PartWriter, part_path
 from galaxydist.evaluation.predictions import PredictionsInfo, predictions_path, read_predictions
 from galaxydist.evaluation.report import has_figures, read_evaluation, render_evaluation, stem_of, write_evaluation
 from galaxydist.evaluation.summary import summarise
 from galaxydist.models.build import build_model
-from galaxydist.recipe.paths import folder_name
+from galaxydist.paths import folder_name
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs import checkpoints
 from galaxydist.runs.checkpoint_folder import Checkpoint
@@ -34,7 +35,6 @@ from galaxydist.training.speed import set_tf32
 from galaxydist.training.state import evaluation_weights
 from galaxydist.training.trained_on import JUDGED_SPLIT, FindTrained, find_validation
 from galaxydist.training.validation import evaluate_split
-from galaxydist.training.world import World
 
 if TYPE_CHECKING:
     import pyarrow as pa

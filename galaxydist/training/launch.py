@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
-from galaxydist.cores import set_up_process
+from galaxydist.cpus import set_up_process
 from galaxydist.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -20,7 +20,7 @@ from galaxydist.errors import (
     RunFailedError,
     UserError,
 )
-from galaxydist.training.launcher import find_place
+from galaxydist.job_environment import find_place
 
 
 def launch(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from galaxydist.distributed import World
 from galaxydist.shards.reader import Batch
 from galaxydist.training.agreement import Agreed, Agreement, Flags
 from galaxydist.training.journal import Journal, Schedule
@@ -14,7 +15,6 @@ from galaxydist.training.step_gates import LONG_STEP_S, StepAbandoned
 from galaxydist.training.stop_signals import StopFlag
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.update import Update
-from galaxydist.training.world import World
 
 
 class Saver(Protocol):

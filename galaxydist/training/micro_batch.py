@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from galaxydist.cores import total_memory
+from galaxydist.cpus import total_memory
+from galaxydist.distributed import World
 from galaxydist.errors import EveryRankError
 from galaxydist.recipe.schema import Recipe
 from galaxydist.training.flops import activation_bytes, training_flops
 from galaxydist.training.out_of_memory import describe_device, free_memory, is_out_of_memory, share_of, what_to_lower
-from galaxydist.training.world import World
 
 # Left free on a GPU: what a step takes beside the passes (buffers of NCCL and cuDNN, temporaries of augmentation, clipping and
 # optimizer), and pieces of memory that are too small to be used.

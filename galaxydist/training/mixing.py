@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from scipy.special import betaincinv
 from torch import Tensor
 
-from galaxydist.chance import uniform
+from galaxydist.counter_rng import Purpose, uniform
 from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.shards.batches import Batch
-from galaxydist.shards.purposes import Purpose
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

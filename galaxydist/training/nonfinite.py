@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from galaxydist.atomic_files import write_json
+from galaxydist.distributed import World
 from galaxydist.errors import NonfiniteError
-from galaxydist.files import write_json
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.reader import Batch
-from galaxydist.training.world import World
 
 # Galaxies that a message names; the file beside the metrics has all.
 NAMED = 8

@@ -20,8 +20,8 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.training.stopping import EarlyStopping
 
 if TYPE_CHECKING:  # torch, which a login node need not load
+    from galaxydist.distributed import World
     from galaxydist.runs.checkpoint_folder import Checkpoint
-    from galaxydist.training.world import World
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import psutil
 import torch
 
+from galaxydist.distributed import World
 from galaxydist.errors import OneRankFailedError
 from galaxydist.recipe.schema import Recipe
-from galaxydist.training.world import World
 
 _MESSAGES = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from galaxydist.distributed import World
 from galaxydist.errors import EveryRankError
 from galaxydist.models.build import needs_two_images
 from galaxydist.models.groups import parameter_groups
@@ -40,7 +41,6 @@ from galaxydist.training.timing import StepTimer
 from galaxydist.training.update import Update, count_micro_batches, split_evenly
 from galaxydist.training.utilisation import Utilisation, build_utilisation
 from galaxydist.training.watchdog import collective_timeout
-from galaxydist.training.world import World
 
 # Tensors of a parameter's size that an optimizer keeps for it, at most: counted while the micro-batch is looked for.
 OPTIMIZER_TENSORS = 2

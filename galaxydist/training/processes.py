@@ -15,8 +15,8 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 
 from galaxydist.errors import UserError
+from galaxydist.job_environment import find_place
 from galaxydist.training.launch import launch
-from galaxydist.training.launcher import find_place
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 # Ranks that wait for one that has failed end by themselves, after they have told so. Whoever does not is killed.

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from galaxydist.atomic_files import rename
 from galaxydist.errors import EveryRankError
-from galaxydist.files import rename
 
 # Larger traces are packed; the viewers open both.
 LARGEST_PLAIN = 32_000_000

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from galaxydist.chance import hash64
+from galaxydist.counter_rng import hash64
 from galaxydist.evaluation.counts import Predictions
 from galaxydist.evaluation.parts import PartWriter, part_path
 from galaxydist.evaluation.predictions import PredictionsInfo, predictions_path, read_predictions

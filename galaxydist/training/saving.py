@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
+from galaxydist.distributed import World
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.runs.save_policy import SavePolicy, SaveTimer
 from galaxydist.training.state import TrainingState
 from galaxydist.training.strategy import Strategy
-from galaxydist.training.world import World
 
 
 class Saving:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from galaxydist.distributed import World, enter_world, keep_threads, leave_world, set_flight_recorder
 from galaxydist.errors import NonfiniteError, OneRankFailedError, UserError
 from galaxydist.models.build import build_model
+from galaxydist.paths import data_root, weights_dir
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.load import ResolvedRecipe
-from galaxydist.recipe.paths import data_root, weights_dir
 from galaxydist.runs import checkpoints
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock
@@ -34,7 +35,6 @@ from galaxydist.training.data import (
     open_manifest,
 )
 from galaxydist.training.feed import DeviceFeed
-from galaxydist.training.flight import set_flight_recorder
 from galaxydist.training.journal import Journal
 from galaxydist.training.judging import Judge
 from galaxydist.training.loop import Loop
@@ -51,7 +51,6 @@ from galaxydist.training.tracking import Tracker, complete_tracker, start_tracke
 from galaxydist.training.trained_on import check_before_training
 from galaxydist.training.validation import evaluate_split
 from galaxydist.training.watchdog import build_watchdog, collective_timeout
-from galaxydist.training.world import World, enter_world, keep_threads, leave_world
 
 
 def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> int:

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from galaxydist.distributed import World
 from galaxydist.errors import EveryRankError, UserError
 from galaxydist.shards.decode import PictureError
 from galaxydist.shards.reader import Batch
-from galaxydist.training.world import World
 
 # Galaxies that are named when they are skipped; more are only counted.
 NAMED = 20

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from galaxydist.distributed import World
 from galaxydist.errors import UserError
 from galaxydist.runs.state import flatten_state, unflatten_state
 from galaxydist.training.journal import Window
@@ -19,7 +20,6 @@ from galaxydist.training.skipping import Skipped
 from galaxydist.training.spikes import SpikeDetector
 from galaxydist.training.statistics import HasBuffers, RankStatistics
 from galaxydist.training.stopping import EarlyStopping
-from galaxydist.training.world import World
 
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "galaxydist")
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 import torch
 import torch.distributed as dist
 
-from galaxydist.training.world import World
+from galaxydist.distributed import World
 
 STATISTICS = ("running_mean", "running_var")
 ALL_STATISTICS = (*STATISTICS, "num_batches_tracked")

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from galaxydist.distributed import World
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.runs import checkpoints
 from galaxydist.runs.checkpoint_folder import Checkpoint
@@ -27,7 +28,6 @@ from galaxydist.training.sharding import (
     shard_model,
 )
 from galaxydist.training.statistics import HasBuffers
-from galaxydist.training.world import World
 
 
 class Strategy(Protocol):

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from galaxydist.distributed import World
 from galaxydist.recipe.identity import to_dict
 from galaxydist.recipe.schema import Recipe, TrackerConfig
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.training.wandb_files import has_ended, mend_files, offline_files, stored_step
-from galaxydist.training.world import World
 
 LOG = logging.getLogger(__name__)
 

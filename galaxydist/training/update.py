@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from galaxydist.chance import hash64
+from galaxydist.counter_rng import Purpose, hash64
+from galaxydist.distributed import World
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.shards.augment import Augment
-from galaxydist.shards.purposes import Purpose
 from galaxydist.shards.reader import Batch
 from galaxydist.training.mixing import Mix, Mixing, Part, count_pair_parts, split_pairs, take
 from galaxydist.training.objective import Objective, Targets
@@ -21,7 +21,6 @@ from galaxydist.training.statistics import ALL_STATISTICS
 from galaxydist.training.step_gates import StepAbandoned, StepGates
 from galaxydist.training.strategy import Strategy
 from galaxydist.training.timing import StepTimer
-from galaxydist.training.world import World
 
 
 class Update:

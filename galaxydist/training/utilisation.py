@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from galaxydist.distributed import World
 from galaxydist.recipe.schema import Recipe
 from galaxydist.training.flops import device_peak_flops, training_flops, utilisation
-from galaxydist.training.world import World
 
 Utilisation = Callable[[float], dict[str, float]]
 

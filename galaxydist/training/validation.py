@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from galaxydist.distributed import World
 from galaxydist.evaluation.counts import Counts
 from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.evaluation.parts import PartWriter
@@ -21,7 +22,6 @@ from galaxydist.shards.reader import EvalReader
 from galaxydist.training.feed import DeviceFeed
 from galaxydist.training.predicting import Keeper
 from galaxydist.training.speed import images_channels_last
-from galaxydist.training.world import World
 
 
 @torch.inference_mode()

@@ -21,15 +21,14 @@ from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
+from galaxydist.distributed import World, write_flight_record
 from galaxydist.errors import EXIT_HUNG
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.runs.folder import RunFolder
-from galaxydist.training.flight import write_flight_record
 from galaxydist.training.guard import Guard
 from galaxydist.training.heartbeat_store import Answer, HeartbeatStore, KeyStore
 from galaxydist.training.heartbeats import Hang, Heartbeat
 from galaxydist.training.stacks import StacksFile
-from galaxydist.training.world import World
 
 # A step compiles and tunes kernels, opens files and connections, the first time.
 START_FACTOR = 3

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
+from galaxydist.atomic_files import rename, unlink, write_bytes
 from galaxydist.cluster.doctor.link import Link
 from galaxydist.cluster.doctor.report import Timing
-from galaxydist.files import rename, unlink, write_bytes
 
 NUM_BYTES = 64_000_000
 REPEATS = 5

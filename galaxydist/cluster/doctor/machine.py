@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from galaxydist.cluster.doctor.check import Check, ok, warning
-from galaxydist.cores import control_groups
+from galaxydist.cpus import control_groups
 
 # Below it, a run of the smallest recipes with its readers is killed or swaps.
 LEAST_MEMORY = 4e9

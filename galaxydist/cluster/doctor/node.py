@@ -18,7 +18,7 @@ from galaxydist.cluster.doctor.network import check_wandb
 from galaxydist.cluster.doctor.places import check_data_root, check_run_folders, check_scratch, check_shards
 from galaxydist.cluster.doctor.room import quota_left
 from galaxydist.cluster.doctor.software import check_gpus, check_installation, check_matmul, find_gpus
-from galaxydist.cores import available_cores, bound_cores, cpu_quota
+from galaxydist.cpus import available_cores, bound_cores, cpu_quota
 
 SHARED_MEMORY = Path("/dev/shm")
 

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from string import Template
 
+from galaxydist.atomic_files import fsync_file, rename, write_bytes
 from galaxydist.cluster.doctor.check import Check, failure, ok, warning
 from galaxydist.cluster.doctor.room import find_mount, free_bytes
-from galaxydist.files import fsync_file, rename, write_bytes
-from galaxydist.recipe.paths import DATA_VARIABLE, find_shards
+from galaxydist.paths import DATA_VARIABLE, find_shards
 from galaxydist.recipe.schema import DataConfig
 from galaxydist.training.data import SOURCES, find_manifest
 

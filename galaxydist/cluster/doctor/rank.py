@@ -18,8 +18,8 @@ from galaxydist.cluster.doctor.node import Place, check_machine
 from galaxydist.cluster.doctor.report import RankReport
 from galaxydist.cluster.doctor.software import library_versions
 from galaxydist.cluster.work import adopt_job
-from galaxydist.cores import bound_cores
-from galaxydist.recipe.paths import data_root
+from galaxydist.cpus import bound_cores
+from galaxydist.paths import data_root
 
 # The ranks start together, but torch may take a minute to load from a network file system.
 MEETING_S = 150.0

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from galaxydist.atomic_files import read_json, write_json
 from galaxydist.cluster.doctor.check import Check
 from galaxydist.errors import UserError
-from galaxydist.files import read_json, write_json
 
 FORMAT_VERSION = 1
 

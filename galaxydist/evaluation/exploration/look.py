@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from galaxydist.cores import available_cores
+from galaxydist.cpus import available_cores
 from galaxydist.evaluation.exploration.duplicates import perceptual_hash
 from galaxydist.evaluation.exploration.oddities import find_oddities
 from galaxydist.evaluation.exploration.population import Picture

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.chance import hash64
+from galaxydist.counter_rng import hash64
 
 UNLABELLED = -1
 # Tells this choice of galaxies from every other use of the same hash.

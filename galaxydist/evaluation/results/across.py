@@ -12,7 +12,7 @@ from galaxydist.evaluation.paired import McNemar, build_ensemble, compare_runs, 
 from galaxydist.evaluation.published import SETTINGS, Setting
 from galaxydist.evaluation.sampling import holm
 from galaxydist.evaluation.trial import Trial
-from galaxydist.variants import Variant
+from galaxydist.galaxy import Variant
 
 ReadOutcomes = Callable[[Path], Outcomes]
 

@@ -24,7 +24,7 @@ from galaxydist.evaluation.results.run_facts import RunFacts, read_facts
 from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Trial
 from galaxydist.evaluation.trials import read_trials
 from galaxydist.evaluation.verdicts import Observation
-from galaxydist.variants import VARIANTS, Variant
+from galaxydist.galaxy import VARIANTS, Variant
 
 # Which lines of a table stand for the published models.
 REGIMES = {REFERENCE: "recipes that follow the published work", "own": "our own recipes"}

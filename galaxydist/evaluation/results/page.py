@@ -34,7 +34,7 @@ from galaxydist.evaluation.results.words import (
 )
 from galaxydist.evaluation.sampling import ALPHA
 from galaxydist.evaluation.verdicts import Observation
-from galaxydist.variants import VARIANTS
+from galaxydist.galaxy import VARIANTS
 
 
 def render_page(results: Results, provenance: Mapping[str, str]) -> str:

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from galaxydist.atomic_files import replace_bytes
 from galaxydist.errors import UserError
 from galaxydist.evaluation.results.gather import Results
 from galaxydist.evaluation.results.latex import render_latex
 from galaxydist.evaluation.results.markdown import render_markdown
 from galaxydist.evaluation.results.page import render_page
-from galaxydist.files import replace_bytes
 
 
 def write_report(results: Results, page: Path, *, provenance: Mapping[str, str]) -> list[Path]:

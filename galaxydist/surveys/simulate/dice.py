@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from galaxydist.chance import hash64, uniform
+from galaxydist.counter_rng import hash64, uniform
 
 # What a hash is about. Numbers, not names, because they enter the
 # hash; a new purpose gets a new number, an old one keeps its own.

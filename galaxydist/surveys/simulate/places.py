@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.chance import hash64
+from galaxydist.counter_rng import hash64
 from galaxydist.galaxy import GALAXY10_COUNTS
 from galaxydist.surveys.simulate.dice import PAIRS, PLACES, TWICE, Dice
 

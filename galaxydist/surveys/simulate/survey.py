@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.cores import available_cores
+from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.surveys.schema import create_file
 from galaxydist.surveys.simulate.picture import take_picture

@@ -8,6 +8,8 @@ SplitMix64 and its constants: Steele, Lea & Flood (2014), "Fast splittable pseud
 in the form of Vigna's public-domain splitmix64.c.
 """
 
+from enum import IntEnum
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -58,3 +60,31 @@ def _as_uint64(value: ArrayLike) -> NDArray[np.uint64]:
     if array.dtype.kind not in "iub":
         raise TypeError(f"hash64 takes integers, not {array.dtype}")
     return array.astype(np.uint64)
+
+
+# DOC What a hash is for: always the last integer of a hash, so that two choices about one galaxy never share a draw.
+
+
+class Purpose(IntEnum):
+    """Numbers are part of the order's version: never change or reuse one."""
+
+    SHARDS = 1
+    WINDOW = 2
+    CLASS_DRAWS = 3
+    GALAXY_DRAWS = 4
+    POSITIONS = 5
+    STORAGE = 6
+    ANGLE = 16
+    FLIP = 17
+    ZOOM = 18
+    SHIFT_X = 19
+    SHIFT_Y = 20
+    BRIGHTNESS = 21
+    NOISE_LEVEL = 22
+    NOISE_PLACE = 23
+    NOISE_TABLE = 24
+    MIXUP_FACTOR = 32
+    CUTMIX_BOX = 33
+    MIX_CHANGED = 34
+    MIX_KIND = 35
+    MODEL = 48

@@ -8,7 +8,9 @@ of them.
 import errno
 import json
 import os
+import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,3 +138,28 @@ def read_json(path: Path) -> Any:
         raise UserError(
             f"{path} is not readable as JSON ({error}). It was damaged or edited: restore it or remove it."
         ) from error
+
+
+# DOC Writing where it may fail: what to say of a full disk, what a killed process left behind.
+
+_STALE_SECONDS = 24 * 3600.0
+
+
+def disk_error(path: Path, error: OSError) -> UserError:
+    """The UserError for an OSError while writing ``path``: full disk, quota, size limit, or the system's own words."""
+    # HDF5 hands the reason on as text alone.
+    full = error.errno in NO_SPACE or any(os.strerror(code) in str(error) for code in NO_SPACE)
+    reason = f"no room left ({error})" if full else str(error)
+    return UserError(
+        f"cannot write {path}: {reason}; nothing half-written stands under that name; free some space or choose another place"
+    )
+
+
+def remove_stale(folder: Path, pattern: str) -> None:
+    """Remove temporary files and folders of a killed process: those that nobody has touched for a day."""
+    for path in folder.glob(pattern):
+        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
