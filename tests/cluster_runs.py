@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from bed import Bed
 
+from galaxydist.checkpoints import store
 from galaxydist.cluster.records import JobFiles, RestartRecord
-from galaxydist.runs import checkpoints
 from tests.forked_runs import run_forked, train
 from tests.runs import quick_settings
 from tests.slurm_bed import wait_for
@@ -119,7 +119,7 @@ class ClusterRun:
 
     def result(self) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
         """Tensors and state of the last checkpoint, and metrics.jsonl."""
-        found = checkpoints.load(self.run_dir / "checkpoints")
+        found = store.load(self.run_dir / "checkpoints")
         assert found is not None
         state = {key: value for key, value in found.state.items() if key not in ("recipe", "versions")}
         return dict(found.tensors), state, (self.run_dir / "metrics.jsonl").read_text()

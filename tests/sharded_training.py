@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from galaxydist.runs import checkpoints
-from galaxydist.runs.sharded import ShardedSaver, load_sharded, open_saving_group
-from galaxydist.runs.state import flatten_state, unflatten_state
+from galaxydist.checkpoints import store
+from galaxydist.checkpoints.sharded import ShardedSaver, load_sharded, open_saving_group
+from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.training.ema import MovingAverage
 from galaxydist.training.optimizer_state import named_optimizer_state, numbered_optimizer_state
 from galaxydist.training.sharding import (
@@ -155,7 +155,7 @@ def flatten(states: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, described
 
 
-def unflatten(checkpoint: checkpoints.Checkpoint) -> dict[str, Any]:
+def unflatten(checkpoint: store.Checkpoint) -> dict[str, Any]:
     return {name: unflatten_state(described, checkpoint.tensors) for name, described in checkpoint.state.items()}
 
 

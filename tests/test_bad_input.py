@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from galaxydist.checkpoints import store
 from galaxydist.cli.main import main as galaxydist
-from galaxydist.runs import checkpoints
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.write import write_shards
 from tests.blobs import BlobSurvey
@@ -175,7 +175,7 @@ def test_another_recipe_or_other_shards_do_not_continue_a_run(
     assert "other shards" in error
     # What changes no number may change freely, and a forced key is taken.
     assert run_here(quick_settings(blobs, run_dir, train__epochs=2, resume__force="[train.epochs]", data__threads=1)) == 0
-    newest = checkpoints.load(run_dir / "checkpoints")
+    newest = store.load(run_dir / "checkpoints")
     assert newest is not None and newest.step == 6
 
 
@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(
     broken = {"train__clip_norm": 0, "optim__name": "sgd", "optim__lr": 1e35, "optim__warmup": 0.0}
     assert run_here(quick_settings(blobs, run_dir, **broken)) == 1
     assert "is not a number" in capsys.readouterr().err
-    assert checkpoints.list_checkpoints(run_dir / "checkpoints") == []
+    assert store.list_checkpoints(run_dir / "checkpoints") == []
     assert not (run_dir / "result.json").exists()
 
 

@@ -23,11 +23,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from galaxydist.checkpoints import store
+from galaxydist.checkpoints.async_writer import CheckpointSaver
+from galaxydist.checkpoints.store import DamagedCheckpointError, read_checkpoint
+from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.errors import UserError
-from galaxydist.runs import checkpoints
-from galaxydist.runs.checkpoint_folder import DamagedCheckpointError, read_checkpoint
-from galaxydist.runs.saver import CheckpointSaver
-from galaxydist.runs.state import flatten_state, unflatten_state
 from tests.tensors import bits, every_kind_of_tensor
 
 
@@ -36,7 +36,7 @@ def simple(step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def save_simple(folder: Path, step: int, **options: Any) -> Path:
-    return checkpoints.save(folder, step, *simple(step), **options)
+    return store.save(folder, step, *simple(step), **options)
 
 
 def save_behind(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], **options: Any) -> None:
@@ -46,7 +46,7 @@ def save_behind(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], st
 
 
 def loaded_step(folder: Path) -> int | None:
-    checkpoint = checkpoints.load(folder)
+    checkpoint = store.load(folder)
     if checkpoint is None:
         return None
     assert checkpoint.tensors["model/w"].tolist() == [checkpoint.step] * 3
@@ -56,8 +56,8 @@ def loaded_step(folder: Path) -> int | None:
 
 def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
     tensors = every_kind_of_tensor()
-    path = checkpoints.save(tmp_path, 12, tensors, {"a": [1, 0.1 + 0.2, None, "é", {"b": True}]})
-    checkpoint = checkpoints.load(tmp_path)
+    path = store.save(tmp_path, 12, tensors, {"a": [1, 0.1 + 0.2, None, "é", {"b": True}]})
+    checkpoint = store.load(tmp_path)
     assert checkpoint is not None
     assert checkpoint.step == 12
     assert checkpoint.path == path
@@ -71,8 +71,8 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_tensors_of_a_gpu_come_back_on_the_cpu(tmp_path: Path) -> None:
     tensors = {"model/w": torch.randn(50, 20, device="cuda"), "model/t": torch.randn(4, 6, device="cuda").t()}
-    checkpoints.save(tmp_path, 1, tensors, {})
-    checkpoint = checkpoints.load(tmp_path)
+    store.save(tmp_path, 1, tensors, {})
+    checkpoint = store.load(tmp_path)
     assert checkpoint is not None
     assert {name: bits(tensor) for name, tensor in checkpoint.tensors.items()} == {
         name: bits(tensor.cpu()) for name, tensor in tensors.items()
@@ -80,17 +80,17 @@ def test_tensors_of_a_gpu_come_back_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint_and_no_tensors(tmp_path: Path) -> None:
-    assert checkpoints.load(tmp_path / "nowhere") is None
-    assert checkpoints.load(tmp_path, "best") is None
-    checkpoints.save(tmp_path / "new" / "folder", 0, {}, {})
-    assert checkpoints.load(tmp_path / "new" / "folder") is not None
+    assert store.load(tmp_path / "nowhere") is None
+    assert store.load(tmp_path, "best") is None
+    store.save(tmp_path / "new" / "folder", 0, {}, {})
+    assert store.load(tmp_path / "new" / "folder") is not None
 
 
 def test_parts_can_be_read_alone(tmp_path: Path) -> None:
     path = save_simple(tmp_path, 1)
     optimizer_file = path / "model-00002-of-00002.safetensors"  # who wants the model alone does not read it
     optimizer_file.write_bytes(optimizer_file.read_bytes()[:-1] + b"x")
-    checkpoint = checkpoints.load(tmp_path, groups=("model",))
+    checkpoint = store.load(tmp_path, groups=("model",))
     assert checkpoint is not None
     assert list(checkpoint.tensors) == ["model/w"]
 
@@ -98,15 +98,15 @@ def test_parts_can_be_read_alone(tmp_path: Path) -> None:
 def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
     for step in range(1, 7):
         save_simple(tmp_path, step, keep=2, best=step in (1, 3))
-    steps = [read_checkpoint(path).step for path in checkpoints.list_checkpoints(tmp_path)]
+    steps = [read_checkpoint(path).step for path in store.list_checkpoints(tmp_path)]
     assert steps == [6, 5, 3]
-    assert (tmp_path / "latest").read_text().strip() == checkpoints.list_checkpoints(tmp_path)[0].name
-    best = checkpoints.load(tmp_path, "best")
+    assert (tmp_path / "latest").read_text().strip() == store.list_checkpoints(tmp_path)[0].name
+    best = store.load(tmp_path, "best")
     assert best is not None
     assert best.step == 3
-    checkpoints.mark_best(checkpoints.list_checkpoints(tmp_path)[0])
+    store.mark_best(store.list_checkpoints(tmp_path)[0])
     save_simple(tmp_path, 7, keep=1)
-    assert [read_checkpoint(path).step for path in checkpoints.list_checkpoints(tmp_path)] == [7, 6]
+    assert [read_checkpoint(path).step for path in store.list_checkpoints(tmp_path)] == [7, 6]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["best", "latest"]
 
 
@@ -114,7 +114,7 @@ def test_saving_the_same_or_an_earlier_step_again_replaces_what_came_after(tmp_p
     for step in (10, 20, 30, 30, 15):
         save_simple(tmp_path, step, keep=3)
         assert loaded_step(tmp_path) == step
-    assert [read_checkpoint(path).step for path in checkpoints.list_checkpoints(tmp_path)] == [15, 10]
+    assert [read_checkpoint(path).step for path in store.list_checkpoints(tmp_path)] == [15, 10]
 
 
 def truncate(path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_taken(
     assert file_name in caplog.text
     # The damaged one does not count among those that are kept.
     save_simple(tmp_path, 3)
-    assert [read_checkpoint(path).step for path in checkpoints.list_checkpoints(tmp_path)] == [3, 1]
+    assert [read_checkpoint(path).step for path in store.list_checkpoints(tmp_path)] == [3, 1]
 
 
 @pytest.mark.parametrize("pointer", ["", "step-00000099-0099\n", "../elsewhere\n", "\x00"])
@@ -155,7 +155,7 @@ def test_if_none_is_sound_the_run_does_not_silently_start_anew(tmp_path: Path) -
     for step in (1, 2):
         flip_bit(save_simple(tmp_path, step) / "model-00001-of-00002.safetensors")
     with pytest.raises(UserError) as raised:
-        checkpoints.load(tmp_path)
+        store.load(tmp_path)
     assert "All checkpoints" in str(raised.value)
     assert "step-00000001-0001: model-00001-of-00002.safetensors has changed" in str(raised.value)
 
@@ -165,7 +165,7 @@ def test_a_damaged_best_is_not_replaced_by_another(tmp_path: Path) -> None:
     save_simple(tmp_path, 2)
     flip_bit(best / "model-00001-of-00002.safetensors")
     with pytest.raises(UserError, match=r"eval\.checkpoint=last"):
-        checkpoints.load(tmp_path, "best")
+        store.load(tmp_path, "best")
 
 
 def test_a_best_whose_pointer_was_never_written_is_the_best(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_best_whose_pointer_was_never_written_is_the_best(tmp_path: Path) -> N
     save_simple(tmp_path, 2, best=True)
     save_simple(tmp_path, 3)
     (tmp_path / "best").write_bytes(pointer)  # as after a kill between the rename and the pointer
-    best = checkpoints.load(tmp_path, "best")
+    best = store.load(tmp_path, "best")
     assert best is not None
     assert best.step == 2
 
@@ -182,7 +182,7 @@ def test_a_best_whose_pointer_was_never_written_is_the_best(tmp_path: Path) -> N
 def test_state_that_json_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     for state in ({"best": float("nan")}, {"path": tmp_path}):
         with pytest.raises((ValueError, TypeError)):
-            checkpoints.save(tmp_path / "checkpoints", 1, {}, state)
+            store.save(tmp_path / "checkpoints", 1, {}, state)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -212,11 +212,11 @@ def test_a_planted_pickle_does_not_run(tmp_path: Path, place: str) -> None:
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("galaxydist.runs.checkpoint_folder.FORMAT_VERSION", 3)
+    monkeypatch.setattr("galaxydist.checkpoints.store.FORMAT_VERSION", 3)
     save_simple(tmp_path, 1)
     monkeypatch.undo()
     with pytest.raises(UserError, match="checkpoint format 3"):
-        checkpoints.load(tmp_path)
+        store.load(tmp_path)
 
 
 # ---- killed at any instant, and a full disk ----
@@ -271,7 +271,7 @@ def check_order(events: list[tuple[str, ...]]) -> int:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("save", [checkpoints.save, save_behind])
+@pytest.mark.parametrize("save", [store.save, save_behind])
 def test_killed_at_any_write_fsync_rename_or_unlink_a_complete_checkpoint_is_there(
     save: Callable[..., object], tmp_path: Path
 ) -> None:
@@ -286,7 +286,7 @@ def test_killed_at_any_write_fsync_rename_or_unlink_a_complete_checkpoint_is_the
         folder = tmp_path / str(stop_at)
         shutil.copytree(start, folder)
         assert in_child(save_watched, save, folder, stop_at, events_path) == -signal.SIGKILL
-        best = checkpoints.load(folder, "best")
+        best = store.load(folder, "best")
         assert best is not None
         assert (loaded_step(folder), best.step) == ((4, 4) if stop_at > renamed else (3, 2)), events[stop_at]
         save_simple(folder, 5)
@@ -315,7 +315,7 @@ def check_full_disk(save: Callable[..., object], folder: Path, limit: int | None
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("save", [checkpoints.save, save_behind])
+@pytest.mark.parametrize("save", [store.save, save_behind])
 def test_a_file_size_limit_leaves_the_earlier_checkpoint_in_force(save: Callable[..., object], tmp_path: Path) -> None:
     check_full_disk(save, tmp_path / "checkpoints", 100_000, tmp_path / "answer", "the file size limit is reached")
 
@@ -332,7 +332,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("save", [checkpoints.save, save_behind])
+@pytest.mark.parametrize("save", [store.save, save_behind])
 def test_a_full_disk_leaves_the_earlier_checkpoint_in_force(save: Callable[..., object], tiny_disk: Path, tmp_path: Path) -> None:
     check_full_disk(save, tiny_disk / "checkpoints", None, tmp_path / "answer", "the disk is full")
 
@@ -442,9 +442,9 @@ def test_training_goes_on_bit_for_bit_after_a_round_trip(tmp_path: Path, optimiz
     for name, state in first.states().items():
         parts, descriptions[name] = flatten_state(name, state)
         tensors |= parts
-    checkpoints.save(tmp_path, 5, tensors, descriptions)
+    store.save(tmp_path, 5, tensors, descriptions)
 
-    checkpoint = checkpoints.load(tmp_path)
+    checkpoint = store.load(tmp_path)
     assert checkpoint is not None
     second = Trainee(optimizer)
     second.load({name: unflatten_state(checkpoint.state[name], checkpoint.tensors) for name in descriptions})

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
 from galaxydist.cluster.memory import estimate, weigh
 from galaxydist.recipe.load import load_recipe
-from galaxydist.runs import checkpoints
 from galaxydist.training.update import count_micro_batches
 from tests.forked_runs import run_forked
 from tests.measured_step import measure
@@ -77,7 +77,7 @@ def test_nonsense_is_refused(flags: list[str], text: str, capsys: pytest.Capture
 def test_a_checkpoint_is_as_large_as_was_planned(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = quick_settings(blobs, tmp_path / "run", train__epochs=1, model__width=16, train__micro_batch=0)
     assert run_here(arguments) == 0
-    saved = checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")[0]
+    saved = store.list_checkpoints(tmp_path / "run" / "checkpoints")[0]
     tensors = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
     capsys.readouterr()
     assert plan(tmp_path, *arguments, "--json") == 0

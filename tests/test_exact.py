@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from galaxydist.runs import checkpoints
+from galaxydist.checkpoints import store
 from galaxydist.shards.write import write_shards
 from tests.blobs import BlobSurvey
 from tests.forked_runs import run_forked, train
@@ -69,7 +69,7 @@ def run(manifest: Path, folder: Path, num_processes: int, changes: Mapping[str, 
 
 
 def weights(folder: Path, steps: int) -> dict[str, torch.Tensor]:
-    found = checkpoints.load(folder / "run" / "checkpoints")
+    found = store.load(folder / "run" / "checkpoints")
     assert found is not None and found.step == steps
     return {name: tensor for name, tensor in found.tensors.items() if name.startswith(("model/", "ema/", "optimizer/"))}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from galaxydist.runs import checkpoints
+from galaxydist.checkpoints import store
 from tests.forked_runs import run_forked
 from tests.poisoned_launch import train_poisoned
 from tests.runs import count_errors, quick_settings, read_metrics
@@ -27,7 +27,7 @@ def test_all_ranks_stop_at_the_same_step_and_name_its_galaxies(blobs: Path, tmp_
     listed = json.loads((run_dir / "nonfinite-step-00000004.json").read_text())
     assert listed["step"] == 4 and len(set(listed["galaxies"])) == 24
     assert all(name in told for name in listed["galaxies"][:8]) and "and 16 more" in told
-    newest = checkpoints.load(run_dir / "checkpoints")
+    newest = store.load(run_dir / "checkpoints")
     assert newest is not None and newest.step == 3
     # The step after it was under way when it became known; nothing of it was written.
     assert [line["step"] for line in read_metrics(run_dir) if "train/loss" in line] == [1, 2, 3, 4]
@@ -41,7 +41,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(size: int, blobs: Path, tmp_pat
     code, said, told = poisoned(0, {2}, quick_settings(blobs, run_dir, **options), size)
     assert code == 0, told
     assert said.count("The step is left out (1 of at most 10)") == 1
-    last, before = (checkpoints.read_sound(path) for path in checkpoints.list_checkpoints(run_dir / "checkpoints"))
+    last, before = (store.read_sound(path) for path in store.list_checkpoints(run_dir / "checkpoints"))
     assert (last.step, before.step) == (3, 2)
     assert any(name.endswith("running_var") for name in last.tensors) and any(name.endswith("/exp_avg") for name in last.tensors)
     # The moving average takes in the weights of each step, also where they are those of the step before; and the validation in

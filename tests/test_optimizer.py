@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from timm.optim import get_optimizer_info, list_optimizers
 from torch import nn
 
+from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.errors import EveryRankError, UserError
 from galaxydist.recipe.schema import OptimConfig
-from galaxydist.runs.state import flatten_state, unflatten_state
 from galaxydist.training import optimizer_names
 from galaxydist.training.optimizer import LearningRate, build_optimizer, load_optimizer_state, set_learning_rate
 from galaxydist.training.optimizer_names import REFUSED, find_optimizer, usable_names

@@ -17,10 +17,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from galaxydist.checkpoints import store
 from galaxydist.cli.main import main as galaxydist
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
-from galaxydist.runs import checkpoints
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest, read_manifest
@@ -88,7 +88,7 @@ def test_one_galaxy_too_many_stops_the_run_and_keeps_its_checkpoint(
 
     def refused(**changes: object) -> str:
         assert run_here(quick_settings(copy.path, run_dir, **settings | changes)) == 2
-        newest = checkpoints.load(run_dir / "checkpoints")
+        newest = store.load(run_dir / "checkpoints")
         assert newest is not None and newest.step == 3
         return one_error(capsys.readouterr().err)
 
@@ -159,7 +159,7 @@ def test_a_batch_of_which_nothing_can_be_read(copy: Manifest, tmp_path: Path) ->
     losses = read_losses(tmp_path / "run")
     assert losses.pop(2) is None and all(np.isfinite([*losses.values()]))
     assert skipped(tmp_path / "run")[18] == 4
-    newest = checkpoints.load(tmp_path / "run" / "checkpoints")
+    newest = store.load(tmp_path / "run" / "checkpoints")
     assert newest is not None and all(tensor.isfinite().all() for tensor in newest.tensors.values() if tensor.is_floating_point())
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from galaxydist.benchmarks.fileserver import Behaviour, FileServer, every
+from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
-from galaxydist.runs import checkpoints
 from tests.forked_runs import run_forked, train
 from tests.runs import quick_settings, read_evaluation, read_losses, run_here, without_figures
 
@@ -20,7 +20,7 @@ def settings(manifest: Path | str, run_dir: Path, cache: Path, **changes: object
 def result(run_dir: Path) -> tuple[dict[int, float], dict[str, object], dict[str, bytes]]:
     """Losses, evaluation and the last checkpoint's tensors of a run."""
     evaluation = read_evaluation(run_dir)
-    newest = checkpoints.load(run_dir / "checkpoints")
+    newest = store.load(run_dir / "checkpoints")
     assert newest is not None
     return read_losses(run_dir), evaluation, {name: tensor.numpy().tobytes() for name, tensor in newest.tensors.items()}
 

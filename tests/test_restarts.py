@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from galaxydist.runs import checkpoints
+from galaxydist.checkpoints import store
 from tests.forked_runs import run_forked, train
 from tests.runs import quick_settings, read_losses, run_here
 
@@ -17,17 +17,17 @@ MIDDLE, LAST = 3, 6  # steps
 
 
 def read_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    found = checkpoints.load(run_dir / "checkpoints")
+    found = store.load(run_dir / "checkpoints")
     assert found is not None and found.step == LAST
     return dict(found.tensors)
 
 
 def cut_off(run_dir: Path, step: int) -> None:
     """Leave a run as it was after a step that was saved."""
-    for path in checkpoints.list_checkpoints(run_dir / "checkpoints"):
+    for path in store.list_checkpoints(run_dir / "checkpoints"):
         if not path.name.startswith(f"step-{step:08d}"):
             shutil.rmtree(path)
-    assert len(checkpoints.list_checkpoints(run_dir / "checkpoints")) == 1
+    assert len(store.list_checkpoints(run_dir / "checkpoints")) == 1
     (run_dir / "result.json").unlink()
 
 

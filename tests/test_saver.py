@@ -15,11 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from galaxydist.checkpoints import store
+from galaxydist.checkpoints.async_writer import CheckpointSaver
+from galaxydist.checkpoints.tensor_files import flatten_state
 from galaxydist.errors import UserError
-from galaxydist.runs import checkpoints
 from galaxydist.runs.save_policy import SavePolicy, SaveTimer
-from galaxydist.runs.saver import CheckpointSaver
-from galaxydist.runs.state import flatten_state
 from tests.tensors import bits, every_kind_of_tensor
 from tests.test_checkpoints import Trainee
 
@@ -32,8 +32,8 @@ def build_saver(folder: Path, **options: Any) -> CheckpointSaver:
     return CheckpointSaver(folder, **{"background": True, "check": always_allowed, **options})
 
 
-def load(folder: Path) -> checkpoints.Checkpoint:
-    checkpoint = checkpoints.load(folder)
+def load(folder: Path) -> store.Checkpoint:
+    checkpoint = store.load(folder)
     assert checkpoint is not None
     return checkpoint
 
@@ -70,7 +70,7 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(background: bool, tmp_path:
             found = load(tmp_path)
             assert found.step == step and found.state == {"a": [1, 0.1 + 0.2, None, {"b": True}]}
             assert {name: bits(tensor) for name, tensor in found.tensors.items()} == expected
-    best = checkpoints.load(tmp_path, "best")
+    best = store.load(tmp_path, "best")
     assert best is not None and best.step == 1
 
 
@@ -86,7 +86,7 @@ def test_training_goes_on_while_what_was_is_written(tmp_path: Path, gate: Gate) 
         assert gate.reached.wait(300)
         trainee.step(1)
         assert {name: bits(tensor) for name, tensor in tensors.items()} != expected
-        assert checkpoints.list_checkpoints(tmp_path) == []
+        assert store.list_checkpoints(tmp_path) == []
         gate.opened.set()
     assert {name: bits(tensor) for name, tensor in load(tmp_path).tensors.items()} == expected
 
@@ -119,8 +119,8 @@ def test_one_at_a_time_and_the_waiting_is_counted(tmp_path: Path, gate: Gate) ->
         is_second = True
         saver.save(2, {"model/w": torch.ones(2)}, {})
         assert saver.seconds_waited == 5
-        assert checkpoints.read_checkpoint(checkpoints.list_checkpoints(tmp_path)[-1]).step == 1
-    assert [checkpoints.read_checkpoint(path).step for path in checkpoints.list_checkpoints(tmp_path)] == [2, 1]
+        assert store.read_checkpoint(store.list_checkpoints(tmp_path)[-1]).step == 1
+    assert [store.read_checkpoint(path).step for path in store.list_checkpoints(tmp_path)] == [2, 1]
 
 
 def test_without_a_thread_it_is_written_when_save_returns(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_failed_write_is_seen_and_raised_once(tmp_path: Path, monkeypatch: pyt
     tensors = {"model/w": torch.ones(2)}
     saver.save(1, tensors, {})
     saver.wait()
-    monkeypatch.setattr(checkpoints, "write_checkpoint", broken_write)
+    monkeypatch.setattr(store, "write_checkpoint", broken_write)
     saver.save(2, tensors, {})
     wait_for_failure(saver)
     with pytest.raises(UserError, match="the disk is full"):
@@ -194,7 +194,7 @@ def test_leaving_waits_and_never_hides_why(
         saver.save(1, {"model/w": torch.ones(2)}, {})
         raise ZeroDivisionError
     assert load(tmp_path).step == 1
-    monkeypatch.setattr(checkpoints, "write_checkpoint", broken_write)
+    monkeypatch.setattr(store, "write_checkpoint", broken_write)
     with pytest.raises(ZeroDivisionError), build_saver(tmp_path) as saver:
         saver.save(2, {"model/w": torch.ones(2)}, {})
         raise ZeroDivisionError
@@ -228,7 +228,7 @@ def test_a_write_leaves_the_training_as_it_would_be(tmp_path: Path) -> None:
 ENDING = """
 import sys, torch
 from pathlib import Path
-from galaxydist.runs.saver import CheckpointSaver
+from galaxydist.checkpoints.async_writer import CheckpointSaver
 saver = CheckpointSaver(Path(sys.argv[1]), background=True, check=lambda: None)
 saver.save(7, {"model/w": torch.arange(3_000_000.0), "optimizer/m": torch.ones(3)}, {"a": 1})
 raise ZeroDivisionError
@@ -246,7 +246,7 @@ def test_an_interpreter_that_ends_finishes_the_write(tmp_path: Path) -> None:
 ENDLESS = """
 import sys, torch
 from pathlib import Path
-from galaxydist.runs.saver import CheckpointSaver
+from galaxydist.checkpoints.async_writer import CheckpointSaver
 with CheckpointSaver(Path(sys.argv[1]), background=True, check=lambda: None) as saver:
     step = 0
     while True:

@@ -22,10 +22,10 @@ import torch.distributed.checkpoint.hf_storage
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from galaxydist.checkpoints import sharded, store, tensor_files
+from galaxydist.checkpoints.sharded import ShardedSaver, load_sharded, open_saving_group, save_sharded
+from galaxydist.checkpoints.store import DamagedCheckpointError, encode_state, read_checkpoint
 from galaxydist.errors import EveryRankError, RunFailedError, UserError
-from galaxydist.runs import checkpoints, sharded, tensor_files
-from galaxydist.runs.checkpoint_folder import DamagedCheckpointError, encode_state, read_checkpoint
-from galaxydist.runs.sharded import ShardedSaver, load_sharded, open_saving_group, save_sharded
 from tests.tensors import bits
 from tests.test_checkpoints import Bomb, flip_bit, truncate
 
@@ -109,7 +109,7 @@ def save_behind(group: dist.ProcessGroup, folder: Path, steps: list[int]) -> Non
 
 def check_whole(folder: Path, step: int) -> Path:
     """One process reads it all with the ordinary reader."""
-    found = checkpoints.load(folder)
+    found = store.load(folder)
     assert found is not None
     assert (found.step, found.state) == (step, {"epoch": step})
     assert {name: bits(tensor) for name, tensor in found.tensors.items()} == {n: bits(t) for n, t in draw(step).items()}
@@ -141,14 +141,14 @@ def test_any_number_of_processes_reads_what_any_number_wrote(world_size: int, tm
 
 
 def test_parts_of_a_checkpoint_of_one_process_are_read(tmp_path: Path) -> None:
-    checkpoints.save(tmp_path / "c", 4, draw(4), {"epoch": 4})
+    store.save(tmp_path / "c", 4, draw(4), {"epoch": 4})
     run(tmp_path, 2, check_parts, tmp_path / "c", 4)
 
 
 def test_a_thread_writes_what_the_tensors_were(tmp_path: Path) -> None:
     run(tmp_path, 2, save_behind, tmp_path / "c", [1, 2, 3])
     path = check_whole(tmp_path / "c", 3)
-    assert [found.name for found in checkpoints.list_checkpoints(tmp_path / "c")] == [path.name, "step-00000002-0002"]
+    assert [found.name for found in store.list_checkpoints(tmp_path / "c")] == [path.name, "step-00000002-0002"]
 
 
 def load_nothing(group: dist.ProcessGroup, folder: Path) -> None:
@@ -369,7 +369,7 @@ def test_killed_at_any_change_of_the_disk_a_complete_checkpoint_is_there(victim:
         time.sleep(0.05)
         processes[1 - victim].kill()  # as a launcher does
         processes[1 - victim].join()
-        found = checkpoints.load(folder)
+        found = store.load(folder)
         assert found is not None
         check_whole(folder, found.step)
         steps.append(found.step)

@@ -11,9 +11,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from galaxydist.checkpoints import store
+from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.errors import UserError
-from galaxydist.runs import checkpoints
-from galaxydist.runs.state import flatten_state, unflatten_state
 from galaxydist.training.ema import MovingAverage
 from galaxydist.training.optimizer_state import named_optimizer_state, numbered_optimizer_state
 from galaxydist.training.sharding import repeated_blocks
@@ -66,7 +66,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
         plain = Plain(optimizer)
         for step in plain.train(0, STEPS):
             if step == SAVED_AT:
-                checkpoints.save(folder / f"{optimizer}-plain", step, *flatten(plain.states()))
+                store.save(folder / f"{optimizer}-plain", step, *flatten(plain.states()))
         reached[optimizer] = final_tensors(plain)
     return folder, reached
 
@@ -108,7 +108,7 @@ def test_one_process_goes_on_from_those_of_two(two: Path, expected: Expected) ->
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_run_goes_on_without_sharding(optimizer: str, two: Path, expected: Expected) -> None:
-    newest = checkpoints.load(two / f"{optimizer}-2")
+    newest = store.load(two / f"{optimizer}-2")
     assert newest is not None and list(newest.path.glob("shard-00002-*"))
     plain = Plain(optimizer)
     plain.load(unflatten(newest))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.models.weights import read_statistics, read_weights
-from galaxydist.runs import checkpoints
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.write import write_shards
 from galaxydist.surveys.imagefolder import open_image_folder
@@ -31,7 +31,7 @@ def run_dir(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_another_run_starts_from_a_runs_weights(run_dir: Path, blobs: Path, tmp_path: Path) -> None:
     file = tmp_path / "weights" / "blobs.safetensors"
     assert main(["weights", "save", str(run_dir), str(file)]) == 0
-    newest = checkpoints.load(run_dir / "checkpoints")
+    newest = store.load(run_dir / "checkpoints")
     assert newest is not None
     expected = evaluation_weights(newest.tensors, newest.state)
     found = read_weights(file)

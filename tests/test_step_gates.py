@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from galaxydist.checkpoints import store
 from galaxydist.errors import EXIT_INTERRUPTED, EXIT_STOPPED
-from galaxydist.runs import checkpoints
 from tests.forked_runs import forked, run_forked, train
 from tests.runs import quick_settings
 from tests.test_torture import LIVELY, assert_same, galaxies, wait_until  # noqa: F401
@@ -77,7 +77,7 @@ def test_a_long_step_is_left_at_any_place_and_taken_anew(
         assert stopped.returncode == (EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED), stopped.stderr
         name = "Ctrl-C" if number == signal.SIGINT else number.name
         assert f"stopped by {name} at step {step}, which is saved" in stopped.stdout
-        newest = checkpoints.load(run_dir / "checkpoints", groups=())
+        newest = store.load(run_dir / "checkpoints", groups=())
         assert newest is not None and newest.step == step
     assert run_forked(train, settings, size=size).returncode == 0
     assert_same(whole, run_dir)

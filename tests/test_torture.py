@@ -15,8 +15,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from galaxydist.checkpoints import store
 from galaxydist.errors import EXIT_STOPPED
-from galaxydist.runs import checkpoints
 from galaxydist.shards.write import write_shards
 from tests.blobs import BlobSurvey
 from tests.forked_runs import Ranks, forked, run_forked, train, train_watched
@@ -78,7 +78,7 @@ def result(run_dir: Path) -> dict[str, Any]:
     best checkpoints, their progress, metrics.jsonl, its result."""
     left: dict[str, Any] = {"metrics": (run_dir / "metrics.jsonl").read_text()}
     for which in ("latest", "best"):
-        found = checkpoints.load(run_dir / "checkpoints", which)  # type: ignore[arg-type]
+        found = store.load(run_dir / "checkpoints", which)  # type: ignore[arg-type]
         assert found is not None
         left |= {f"{which}/{name}": tensor.numpy().tobytes() for name, tensor in found.tensors.items()}
         left |= {f"{which} progress": found.state["progress"], f"{which} step": found.step}
@@ -106,7 +106,7 @@ def lines_of(path: Path) -> int:
 def test_the_undisturbed_run_is_what_the_others_are_compared_with(undisturbed: Path) -> None:
     lines = read_metrics(undisturbed)
     assert lines[-1]["step"] == STEPS and len({line["step"] for line in lines if "val/loss" in line}) == 8
-    newest = checkpoints.load(undisturbed / "checkpoints")
+    newest = store.load(undisturbed / "checkpoints")
     assert newest is not None and any(name.startswith("ema/") for name in newest.tensors)
     assert newest.state["progress"]["stopping"]["best"] is not None
 
@@ -225,7 +225,7 @@ def test_killed_and_continued_on_other_numbers_of_processes(galaxies: Path, tmp_
     assert {line["world_size"] for line in read_lines(trace)} == {1, 2, 3}
     for step, taken in one.items():
         assert (taken.samples, taken.images, taken.rate) == (other[step].samples, other[step].images, other[step].rate)
-    first, second = checkpoints.load(whole / "checkpoints"), checkpoints.load(run_dir / "checkpoints")
+    first, second = store.load(whole / "checkpoints"), store.load(run_dir / "checkpoints")
     assert first is not None and second is not None
     for name, tensor in first.tensors.items():
         assert torch.allclose(tensor, second.tensors[name], rtol=0, atol=1e-9), name
@@ -240,7 +240,7 @@ def wait_until_stopped_on_all(run: Ranks, number: int, run_dir: Path, trace: Pat
     assert run.wait() == [EXIT_STOPPED] * size
     text = run.text()
     assert f"stopped by {signal.Signals(number).name} at step" in text and text.count("stopped by") == 1
-    newest = checkpoints.load(run_dir / "checkpoints")
+    newest = store.load(run_dir / "checkpoints")
     assert newest is not None
     last = {rank: max(line["step"] for line in read_lines(trace) if line["rank"] == rank) for rank in range(size)}
     assert set(last.values()) == {newest.step - 1}
@@ -266,7 +266,7 @@ def test_two_ranks_are_stopped_and_continue_bit_for_bit(galaxies: Path, tmp_path
         wait_until(lambda: any(line["step"] >= 15 for line in read_lines(trace)))
         os.kill(run.pids[0], signal.SIGUSR2)
         wait_until_stopped_on_all(run, signal.SIGUSR2, run_dir, trace)
-    newest = checkpoints.load(run_dir / "checkpoints")
+    newest = store.load(run_dir / "checkpoints")
     assert newest is not None and 15 < newest.step < 35
     run_to_end(2, trace, settings)
     assert_same(whole, run_dir)

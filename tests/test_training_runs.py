@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from galaxydist.checkpoints import store
 from galaxydist.errors import EXIT_BAD_INPUT, UserError
 from galaxydist.evaluation.predictions import read_predictions
-from galaxydist.runs import checkpoints
 from galaxydist.shards.write import write_shards
 from tests.blobs import BlobSurvey
 from tests.forked_runs import run_forked, train
@@ -23,7 +23,7 @@ from tests.runs import ACCELERATE_2, TORCHRUN_2, launch, quick_settings, read_ev
 
 
 def saved_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    newest = checkpoints.load(run_dir / "checkpoints")
+    newest = store.load(run_dir / "checkpoints")
     assert newest is not None
     return newest.tensors
 
@@ -59,8 +59,8 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(
 def test_early_stopping_ends_the_run_with_its_best_checkpoint(blobs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert run_here(quick_settings(blobs, run_dir, optim__lr=1e-9, train__patience=2, train__metric="balanced_accuracy")) == 0
-    newest = checkpoints.load(run_dir / "checkpoints")
-    best = checkpoints.load(run_dir / "checkpoints", "best")
+    newest = store.load(run_dir / "checkpoints")
+    best = store.load(run_dir / "checkpoints", "best")
     assert newest is not None and best is not None
     # A rate of nothing: the first validation stays the best, two more are waited for.
     assert (best.step, newest.step) == (3, 9)
@@ -229,7 +229,7 @@ def test_a_stopped_run_continues_to_the_very_same_weights(number: int, blobs: Pa
     settings = quick_settings(blobs, run_dir, **LIVELY)
     done = run_forked(train_and_send, settings, number, 7)
     assert done.returncode == (130 if number == signal.SIGINT else 75), done.stderr
-    stopped = checkpoints.load(run_dir / "checkpoints")
+    stopped = store.load(run_dir / "checkpoints")
     assert stopped is not None and 7 <= stopped.step < LAST_STEP
     assert run_here(settings) == 0
     expected, found = saved_tensors(whole), saved_tensors(run_dir)

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
+from galaxydist.checkpoints.async_writer import CheckpointSaver
+from galaxydist.checkpoints.tensor_files import flatten_state
 from galaxydist.cpus import available_cores
 from galaxydist.models.build import build_model
 from galaxydist.models.groups import parameter_groups
 from galaxydist.recipe.schema import ModelConfig, ModelName
-from galaxydist.runs.saver import CheckpointSaver
-from galaxydist.runs.state import flatten_state
 
 WAIT_LIMIT = 0.05
 SIGNAL_LIMIT_S = 30.0

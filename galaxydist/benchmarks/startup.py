@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
+from galaxydist.checkpoints import store
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.paths import PACKAGE_DIR
-from galaxydist.runs import checkpoints
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.write import write_shards
 from galaxydist.surveys.open import open_survey
@@ -141,7 +141,7 @@ def measure_startup(
     resumed: list[Start] = []
     with tqdm(total=2 * rounds, desc="measuring", unit="run", disable=None, leave=False) as bar:
         launch.time_to(step, runs / "saved")
-        saved = checkpoints.load(RunFolder(runs / "saved").checkpoints_dir, groups=())
+        saved = store.load(RunFolder(runs / "saved").checkpoints_dir, groups=())
         assert saved is not None, "a run that is stopped is saved"
         saved_step = int(saved.state["progress"]["step"])
         for _ in range(rounds):

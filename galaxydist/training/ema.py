@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from galaxydist.runs.sharded import own_part
+from galaxydist.checkpoints.sharded import own_part
 from galaxydist.training.sharding import cut_like
 
 

@@ -4,6 +4,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
+from galaxydist.checkpoints import store
 from galaxydist.distributed import enter_world, leave_world
 from galaxydist.errors import UserError
 from galaxydist.evaluation.views import Views
@@ -11,7 +12,6 @@ from galaxydist.galaxy import Variant
 from galaxydist.models.weights import write_weights
 from galaxydist.paths import data_root
 from galaxydist.recipe.identity import from_dict
-from galaxydist.runs import checkpoints
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest
@@ -96,7 +96,7 @@ def save_weights(run_dir: Path, target: Path) -> int:
     """
     folder = RunFolder(run_dir)
     recipe = from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
-    checkpoint = checkpoints.read_sound(find_checkpoint(folder, recipe.eval.checkpoint), groups=JUDGED)
+    checkpoint = store.read_sound(find_checkpoint(folder, recipe.eval.checkpoint), groups=JUDGED)
     trained_on = TrainingData.from_dict(checkpoint.state["data"])
     target.parent.mkdir(parents=True, exist_ok=True)
     write_weights(target, evaluation_weights(checkpoint.tensors, checkpoint.state), trained_on.statistics)

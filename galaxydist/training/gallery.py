@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from galaxydist.checkpoints import store
+from galaxydist.checkpoints.store import Checkpoint
 from galaxydist.errors import UserError
 from galaxydist.evaluation.mistake_gallery import Gallery, Seen, write_mistake_gallery
 from galaxydist.evaluation.mistakes import Picks, choose_mistakes
@@ -20,8 +22,6 @@ from galaxydist.models.saliency import explain, method_of
 from galaxydist.paths import data_root
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.schema import Recipe
-from galaxydist.runs import checkpoints
-from galaxydist.runs.checkpoint_folder import Checkpoint
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.chosen import read_chosen
 from galaxydist.shards.decode import reduction
@@ -75,7 +75,7 @@ def make_gallery(
     root = data_root(data_dir or recipe.data.dir, environ)
     known, cache = find_manifest(recipe.data, root), find_cache(recipe.data, root)
     manifest = open_shards(manifest_path or (known if variant is None else find_variant(recipe.data, root, variant)), cache)
-    newest = checkpoints.read_sound(find_checkpoint(folder, "last"), groups=())
+    newest = store.read_sound(find_checkpoint(folder, "last"), groups=())
     evaluation_dir = find_evaluation(folder, TrainingData.from_dict(newest.state["data"]), manifest)
     command = _command(run_dir, split, tta, manifest_path, variant)
     predictions = _open_predictions(evaluation_dir, split, tta, manifest, f"galaxydist evaluate {command}")
@@ -119,13 +119,13 @@ def _open_predictions(evaluation_dir: Path, split: str, tta: str, manifest: Mani
 def _open_checkpoint(folder: RunFolder, predictions: PredictionsFile, command: str) -> Checkpoint:
     """The one that predicted."""
     name, step = (predictions.info.context.get(key) for key in ("checkpoint", "step"))
-    path = next((path for path in checkpoints.list_checkpoints(folder.checkpoints_dir) if path.name == name), None)
+    path = next((path for path in store.list_checkpoints(folder.checkpoints_dir) if path.name == name), None)
     if path is None:
         raise UserError(
             f"the predictions in {predictions.path} are of checkpoint {name} (step {step}), which is no longer in "
             f"{folder.checkpoints_dir}: predict with the present one: `{command}`"
         )
-    return checkpoints.read_sound(path, groups=JUDGED)
+    return store.read_sound(path, groups=JUDGED)
 
 
 def _look(

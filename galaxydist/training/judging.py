@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from galaxydist.checkpoints import store
+from galaxydist.checkpoints.store import Checkpoint
 from galaxydist.distributed import World
 from galaxydist.errors import EveryRankError, UserError
 from galaxydist.evaluation.parts import PartWriter, part_path
@@ -23,8 +25,6 @@ from galaxydist.evaluation.summary import summarise
 from galaxydist.models.build import build_model
 from galaxydist.paths import folder_name
 from galaxydist.recipe.schema import Recipe
-from galaxydist.runs import checkpoints
-from galaxydist.runs.checkpoint_folder import Checkpoint
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest
@@ -74,7 +74,7 @@ class Judge:
         self._say = say or world.say
         self._find_trained = functools.cache(find_trained)  # asked for the overlap and for the temperature
         path = world.on_main(lambda: find_checkpoint(folder, recipe.eval.checkpoint))
-        self._checkpoint = world.together(lambda: checkpoints.read_sound(path, groups=JUDGED))
+        self._checkpoint = world.together(lambda: store.read_sound(path, groups=JUDGED))
         self.trained_on = TrainingData.from_dict(self._checkpoint.state["data"])
         self._model: nn.Module | None = None
         self._catalogue: pa.Table | None = None  # on rank 0, while there are parts to be merged
@@ -275,9 +275,9 @@ def find_checkpoint(folder: RunFolder, which: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = checkpoints.best_path(folder.checkpoints_dir) if which == "best" else None
+    path = store.best_path(folder.checkpoints_dir) if which == "best" else None
     if path is None:
-        newest = checkpoints.load(folder.checkpoints_dir, groups=())
+        newest = store.load(folder.checkpoints_dir, groups=())
         path = newest.path if newest is not None else None
     if path is None:
         raise UserError(

@@ -20,8 +20,8 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.training.stopping import EarlyStopping
 
 if TYPE_CHECKING:  # torch, which a login node need not load
+    from galaxydist.checkpoints.store import Checkpoint
     from galaxydist.distributed import World
-    from galaxydist.runs.checkpoint_folder import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def check_continues(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> "C
     Raises:
         UserError: naming what differs; or what was changed (``resume.force``) would change nothing in the run.
     """
-    from galaxydist.runs import checkpoints
+    from galaxydist.checkpoints import store
 
-    newest = checkpoints.load(folder.checkpoints_dir, groups=())
+    newest = store.load(folder.checkpoints_dir, groups=())
     _check_same_run(folder, recipe, manifest, None if newest is None else newest.state)
     return newest
 

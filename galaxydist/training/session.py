@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from galaxydist.checkpoints import store
 from galaxydist.distributed import World, enter_world, keep_threads, leave_world, set_flight_recorder
 from galaxydist.errors import NonfiniteError, OneRankFailedError, UserError
 from galaxydist.models.build import build_model
 from galaxydist.paths import data_root, weights_dir
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.load import ResolvedRecipe
-from galaxydist.runs import checkpoints
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.runs.lock_owner import start_of
@@ -136,7 +136,7 @@ class Session:
     def _check_data(self, manifest: Manifest) -> None:
         """Rank 0: tell before the training what would end it hours later."""
         folder = RunFolder(run_path(self.recipe))
-        is_known = folder.is_started and bool(checkpoints.list_checkpoints(folder.checkpoints_dir))
+        is_known = folder.is_started and bool(store.list_checkpoints(folder.checkpoints_dir))
         known = folder.read_recipe().recipe.get("eval.variants", ()) if is_known else ()
         for judged in (manifest, *self._others):
             check_columns(judged)

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
-from galaxydist.runs.state import flatten_state, unflatten_state
 from galaxydist.training.journal import Window
 from galaxydist.training.nonfinite import Nonfinite
 from galaxydist.training.optimizer import load_optimizer_state

@@ -10,12 +10,12 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from galaxydist.checkpoints import store
+from galaxydist.checkpoints.async_writer import CheckpointSaver
+from galaxydist.checkpoints.sharded import ShardedSaver, load_sharded, open_saving_group
+from galaxydist.checkpoints.store import Checkpoint
 from galaxydist.distributed import World
 from galaxydist.recipe.schema import TrainConfig
-from galaxydist.runs import checkpoints
-from galaxydist.runs.checkpoint_folder import Checkpoint
-from galaxydist.runs.saver import CheckpointSaver
-from galaxydist.runs.sharded import ShardedSaver, load_sharded, open_saving_group
 from galaxydist.training.clipping import clip_gradients
 from galaxydist.training.ema import MovingAverage
 from galaxydist.training.micro_batch import thrown_away_loss, unchanged
@@ -134,13 +134,13 @@ class WholeModel:
         found: list[Checkpoint | None] = []
 
         def find() -> Path | None:
-            found.append(checkpoints.load(checkpoints_dir))
+            found.append(store.load(checkpoints_dir))
             return found[0].path if found[0] is not None else None
 
         path = self.world.on_main(find)
         if path is None:
             return None
-        return self.world.together(lambda: found[0] if found and found[0] else checkpoints.read_sound(path))
+        return self.world.together(lambda: found[0] if found and found[0] else store.read_sound(path))
 
 
 class DividedModel:

@@ -19,10 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from galaxydist.atomic_files import fsync_file
+from galaxydist.checkpoints import store, tensor_files
+from galaxydist.checkpoints.async_writer import CheckpointSaver
+from galaxydist.checkpoints.store import Checkpoint, DamagedCheckpointError, read_checkpoint, sha256_of, write_state
 from galaxydist.errors import EveryRankError, RunFailedError, UserError
-from galaxydist.runs import checkpoints, tensor_files
-from galaxydist.runs.checkpoint_folder import Checkpoint, DamagedCheckpointError, read_checkpoint, sha256_of, write_state
-from galaxydist.runs.saver import CheckpointSaver
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ def save_sharded(
 
     def begin() -> Path:
         check()
-        temporary = checkpoints.begin(checkpoints_dir, step)
+        temporary = store.begin(checkpoints_dir, step)
         sys.audit("galaxydist.write", str(temporary))
         temporary.mkdir()
         return temporary
@@ -81,7 +81,7 @@ def save_sharded(
         _check_seen(temporary, hashes)
         write_state(temporary, state_text, parts[0].places, hashes, sharded=True)
         check()
-        return checkpoints.publish(temporary, keep=keep, best=best)
+        return store.publish(temporary, keep=keep, best=best)
 
     temporary: Path | None = None
     try:
@@ -111,7 +111,7 @@ def load_sharded(checkpoints_dir: Path, *, make: tensor_files.TensorMaker, group
         EveryRankError: on all ranks: there are checkpoints, but none is sound.
     """
     ranks = _Ranks(group)
-    path = ranks.first(checkpoints_dir, lambda: checkpoints.newest_sound(checkpoints_dir))
+    path = ranks.first(checkpoints_dir, lambda: store.newest_sound(checkpoints_dir))
     if path is None:
         return None
     found: list[Checkpoint] = []
@@ -225,7 +225,7 @@ class _Ranks:
 
 def _attempt(checkpoints_dir: Path, work: Callable[[], T], rank: int) -> T | _Failure:
     try:
-        with checkpoints.explain_failure(checkpoints_dir):
+        with store.explain_failure(checkpoints_dir):
             return work()
     except UserError as error:
         return _Failure(str(error), by_user=True)

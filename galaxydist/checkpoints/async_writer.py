@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from galaxydist.runs import checkpoints
-from galaxydist.runs.checkpoint_folder import encode_state
-from galaxydist.runs.tensor_files import import_writer
+from galaxydist.checkpoints import store
+from galaxydist.checkpoints.store import encode_state
+from galaxydist.checkpoints.tensor_files import import_writer
 
 _log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class CheckpointSaver:
             self._error = error
 
     def _write(self, step: int, tensors: Mapping[str, torch.Tensor], state_text: str, best: bool) -> None:
-        checkpoints.save_encoded(self._checkpoints_dir, step, tensors, state_text, keep=self._keep, best=best, check=self._check)
+        store.save_encoded(self._checkpoints_dir, step, tensors, state_text, keep=self._keep, best=best, check=self._check)
 
 
 class TensorCopies:
