@@ -24,7 +24,7 @@ from accelerate.utils import (
 from galaxydist.cpus import bound_cores, cpu_quota, fair_share
 from galaxydist.errors import EveryRankError, RunFailedError, UserError
 from galaxydist.job_environment import check_settings, find_place, overruled_settings, slurm_cores, wants_cpu
-from galaxydist.runs.lock_owner import job_of, restart_of
+from galaxydist.runs.lock import job_of, restart_of
 
 # DOC torch's flight recorder: the last collectives of each rank, written when a run hangs.
 # DOC

@@ -22,7 +22,7 @@ import torch
 from galaxydist.atomic_files import explain_full_disk, fsync_file, rename, replace_bytes, unlink, write_bytes
 from galaxydist.checkpoints import tensor_files
 from galaxydist.errors import UserError
-from galaxydist.runs.checkpoint_names import BEST, FOLDER_NAME, LATEST, STATE_FILE
+from galaxydist.runs.folder import BEST, FOLDER_NAME, LATEST, STATE_FILE
 
 # DOC The files of one checkpoint: tensors in safetensors, the rest in one JSON file with the SHA-256 of everything.
 

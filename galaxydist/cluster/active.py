@@ -8,8 +8,7 @@ from pathlib import Path
 from galaxydist.cluster import local_jobs
 from galaxydist.cluster.records import JobRecord
 from galaxydist.cluster.scheduler import UNKNOWN, JobState
-from galaxydist.runs.lock import STALE_SECONDS
-from galaxydist.runs.lock_owner import LockOwner, is_alive, pid_space, read_owner
+from galaxydist.runs.lock import STALE_SECONDS, LockOwner, is_alive, pid_space, read_owner
 
 
 def newest_job(jobs: Sequence[JobRecord], known: Mapping[str, JobState]) -> tuple[JobRecord | None, JobState | None]:

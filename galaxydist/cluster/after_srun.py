@@ -21,9 +21,8 @@ from galaxydist.cluster.request_file import RequestFile
 from galaxydist.cluster.requeue import Ending, decide, reason_for_good
 from galaxydist.cluster.srun_words import TOLD_TO_END, find_death, find_remedy, read_own_words
 from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError
-from galaxydist.runs.checkpoint_names import FOLDER_NAME
-from galaxydist.runs.folder import RunFolder
-from galaxydist.runs.lock_owner import job_of, read_owner, restart_of, start_of
+from galaxydist.runs.folder import FOLDER_NAME, RunFolder
+from galaxydist.runs.lock import job_of, read_owner, restart_of, start_of
 
 LEAVING = "SLURM is ending the job itself"
 QUEUED_BY_SLURM = "SLURM has queued the job again itself"

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from galaxydist.runs.checkpoint_names import BEST, FOLDER_NAME
-from galaxydist.runs.folder import RunFolder
-from galaxydist.runs.tails import read_step_records, read_tail_records
+from galaxydist.runs.folder import BEST, FOLDER_NAME, RunFolder
+from galaxydist.runs.metrics_log import read_step_records, read_tail_records
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.scheduler import UNKNOWN, JobState
 from galaxydist.cluster.srun_words import START_MARK, find_remedy
-from galaxydist.runs.tails import read_tail
+from galaxydist.runs.metrics_log import read_tail
 
 _ERROR_BYTES = 16_384
 # Within so much a log names the job that wrote it.

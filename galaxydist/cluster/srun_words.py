@@ -7,7 +7,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from galaxydist.runs.tails import read_tail
+from galaxydist.runs.metrics_log import read_tail
 
 # The batch script prints it to its stderr at each of its starts: what stands before it is of an earlier one.
 START_MARK = "galaxydist: start "

@@ -23,7 +23,7 @@ from galaxydist.cluster.scheduler import (
 from galaxydist.errors import UserError
 from galaxydist.recipe.scalars import to_text
 from galaxydist.runs.folder import RunFolder
-from galaxydist.runs.lock_owner import LockOwner, read_owner
+from galaxydist.runs.lock import LockOwner, read_owner
 
 Group = Literal["running", "pending", "unknown", "failed", "stopped", "finished"]
 GROUPS: tuple[Group, ...] = ("running", "pending", "unknown", "failed", "stopped", "finished")

@@ -14,7 +14,7 @@ from galaxydist.cluster.output import output_to
 from galaxydist.cluster.records import JobFiles
 from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError
 from galaxydist.runs.folder import FailureKind, RunFolder
-from galaxydist.runs.lock_owner import job_of, restart_of, start_of
+from galaxydist.runs.lock import job_of, restart_of, start_of
 from galaxydist.training.launch import launch
 
 LOOPBACK = "127.0.0.1"

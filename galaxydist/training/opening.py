@@ -13,8 +13,7 @@ from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.identity import flatten, later_defaults, result_fields, run_path
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
-from galaxydist.runs.checkpoint_names import read_newest_state
-from galaxydist.runs.folder import RunFolder, compare_recipes
+from galaxydist.runs.folder import RunFolder, compare_recipes, read_newest_state
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.manifest import Manifest
 from galaxydist.training.stopping import EarlyStopping

@@ -17,8 +17,7 @@ from galaxydist.paths import data_root, weights_dir
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.load import ResolvedRecipe
 from galaxydist.runs.folder import FailureKind, RunFolder
-from galaxydist.runs.lock import RunLock
-from galaxydist.runs.lock_owner import start_of
+from galaxydist.runs.lock import RunLock, start_of
 from galaxydist.runs.save_policy import SavePolicy
 from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest
