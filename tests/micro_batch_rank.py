@@ -7,7 +7,7 @@ from pathlib import Path
 
 from galaxydist.distributed import enter_world, leave_world
 from galaxydist.errors import EveryRankError
-from galaxydist.recipe.load import load_recipe
+from galaxydist.recipe.resolve import load_recipe
 from galaxydist.training.micro_batch import find_micro_batch
 from tests.limited_model import LimitedModel
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from galaxydist.recipe.load import load_recipe
+from galaxydist.recipe.resolve import load_recipe
 from galaxydist.training import announcement
 from galaxydist.training.announcement import duration, smaller_command
 from tests.runs import quick_settings, run_here

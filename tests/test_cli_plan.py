@@ -9,7 +9,7 @@ import pytest
 from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
 from galaxydist.cluster.memory import estimate, weigh
-from galaxydist.recipe.load import load_recipe
+from galaxydist.recipe.resolve import load_recipe
 from galaxydist.training.update import count_micro_batches
 from tests.forked_runs import run_forked
 from tests.measured_step import measure

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from galaxydist.recipe.load import list_recipes
+from galaxydist.recipe.resolve import list_recipes
 from tests.runs import ACCELERATE, LAUNCH, quick_settings, read_losses, run_here
 
 # The other networks are of the same blocks; each takes a step in test_models_build.py or test_reference.py.

@@ -15,7 +15,7 @@ from galaxydist.evaluation.outcomes import Outcomes
 from galaxydist.evaluation.published import MODELS, ON_BALANCED, ON_ORIGINAL, ORIGINAL_TO_BALANCED, SETTINGS
 from galaxydist.evaluation.sampling import holm
 from galaxydist.evaluation.trials import read_trials
-from galaxydist.recipe.load import list_recipes
+from galaxydist.recipe.resolve import list_recipes
 from tests.trial_folders import write_trial
 
 

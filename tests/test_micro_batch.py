@@ -15,7 +15,7 @@ from torch import nn
 from galaxydist.distributed import World, enter_world
 from galaxydist.errors import EveryRankError
 from galaxydist.models.build import build_model
-from galaxydist.recipe.load import load_recipe
+from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import ModelConfig, Recipe
 from galaxydist.training.micro_batch import (
     choose_micro_batch,

@@ -16,7 +16,7 @@ from galaxydist.errors import UserError
 from galaxydist.models import build_model, fetch_weights, input_statistics, write_weights
 from galaxydist.models.published import fetch_command, weights_file
 from galaxydist.models.registry import ARCHITECTURES
-from galaxydist.recipe.load import load_recipe
+from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import ModelConfig
 
 CNN = ModelConfig(name="custom_cnn", width=8)

@@ -44,7 +44,7 @@ import json, sys
 sys.path.insert(0, {str(installed)!r})
 import galaxydist
 assert galaxydist.__file__.startswith({str(installed)!r}), galaxydist.__file__
-from galaxydist.recipe.load import list_recipes, load_recipe
+from galaxydist.recipe.resolve import list_recipes, load_recipe
 from galaxydist.cluster.profile import list_clusters, load_cluster
 from galaxydist.paths import shipped_dir
 from galaxydist.surveys.official import read_official_split

@@ -22,7 +22,7 @@ from galaxydist.errors import UserError
 from galaxydist.models import registry
 from galaxydist.models.build import build_model
 from galaxydist.models.registry import MODEL_NAMES
-from galaxydist.recipe.load import load_recipe
+from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.order import EpochOrder, evaluation_batches, rank_offsets

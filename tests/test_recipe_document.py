@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from galaxydist.recipe.document import read_document
+from galaxydist.recipe.yaml12 import read_document
 
 
 @pytest.mark.parametrize(

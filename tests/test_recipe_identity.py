@@ -10,7 +10,7 @@ import pytest
 from galaxydist.paths import data_root, hdf5_path, manifest_path
 from galaxydist.recipe.fields import recipe_fields
 from galaxydist.recipe.identity import flatten, from_dict, later_defaults, result_fields, result_hash, run_name, to_dict
-from galaxydist.recipe.load import RecipeError, load_recipe
+from galaxydist.recipe.resolve import RecipeError, load_recipe
 from galaxydist.recipe.schema import ModelConfig, Recipe
 
 BASE = Recipe(name="base", model=ModelConfig(name="vit"))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from galaxydist.errors import UserError
 from galaxydist.recipe.fields import recipe_fields
 from galaxydist.recipe.identity import flatten
-from galaxydist.recipe.load import RecipeError, ResolvedRecipe, list_recipes, load_recipe
+from galaxydist.recipe.resolve import RecipeError, ResolvedRecipe, list_recipes, load_recipe
 
 PLAIN = "model: {name: custom_cnn}\n"
 

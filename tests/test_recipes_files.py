@@ -9,7 +9,7 @@ from torch import nn
 
 from galaxydist.models import MODEL_NAMES, build_model, parameter_groups
 from galaxydist.models.registry import recipe_of
-from galaxydist.recipe.load import ResolvedRecipe, list_recipes, load_recipe
+from galaxydist.recipe.resolve import ResolvedRecipe, list_recipes, load_recipe
 from galaxydist.recipe.schema import ModelName, Recipe
 from galaxydist.training.optimizer import build_optimizer
 

@@ -17,7 +17,7 @@ from galaxydist.models.heads import MlpHead
 from galaxydist.models.published import weights_file
 from galaxydist.models.reference import CNN_CHANNELS
 from galaxydist.recipe.identity import run_name
-from galaxydist.recipe.load import load_recipe
+from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import ModelConfig, Recipe
 from tests.model_names import marked
 from tests.runs import quick_settings, run_here

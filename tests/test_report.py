@@ -260,7 +260,7 @@ def test_damaged_logs_cost_only_their_part(tmp_path: Path) -> None:
 
 def test_the_command_makes_the_same_run(tmp_path: Path) -> None:
     from galaxydist.recipe.identity import result_hash
-    from galaxydist.recipe.load import load_recipe
+    from galaxydist.recipe.resolve import load_recipe
 
     given_arguments = ["recipe=reference/vit", "seed=3", "optim.lr=0.002", "data.variant=balanced", "resume.force=[seed]"]
     run = write_trial(tmp_path / "run", given_arguments, accuracy={"balanced": 0.5})

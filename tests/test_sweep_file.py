@@ -11,8 +11,7 @@ from galaxydist.cluster.sweep import Trial, expand, resolve
 from galaxydist.cluster.sweep_file import SweepError, SweepFile, find_sweep, list_sweeps, read_sweep
 from galaxydist.errors import UserError
 from galaxydist.recipe.identity import run_name
-from galaxydist.recipe.load import load_recipe
-from galaxydist.recipe.named import Setting
+from galaxydist.recipe.resolve import Setting, load_recipe
 
 SHIPPED = sorted((Path(__file__).parents[1] / "slurm" / "sweeps").glob("*.yaml"))
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from galaxydist.distributed import resolve_precision
 from galaxydist.errors import UserError
-from galaxydist.recipe.load import load_recipe
+from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import OptimConfig
 from galaxydist.training.objective import Objective, class_weights
 from galaxydist.training.optimizer import LearningRate

@@ -20,7 +20,7 @@ from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.evaluation.report import read_evaluation as read_evaluation_file
 from galaxydist.evaluation.report import render_evaluation, write_evaluation
 from galaxydist.evaluation.views import mean_log_probabilities, views
-from galaxydist.recipe.load import load_recipe
+from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.reader import EvalReader

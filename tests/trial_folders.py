@@ -13,7 +13,7 @@ from galaxydist.evaluation.predictions import PredictionsInfo
 from galaxydist.evaluation.report import write_evaluation
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.recipe.identity import flatten
-from galaxydist.recipe.load import load_recipe
+from galaxydist.recipe.resolve import load_recipe
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 
 STEP = 700

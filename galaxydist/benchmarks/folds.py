@@ -15,7 +15,7 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.report import read_evaluation
 from galaxydist.models.registry import recipe_of
 from galaxydist.recipe.identity import run_name
-from galaxydist.recipe.load import ResolvedRecipe, load_recipe
+from galaxydist.recipe.resolve import ResolvedRecipe, load_recipe
 from galaxydist.recipe.schema import ModelName, Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest

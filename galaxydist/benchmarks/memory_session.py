@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from galaxydist.distributed import World
 from galaxydist.galaxy import GALAXY10_CLASSES, Galaxy
-from galaxydist.recipe.load import ResolvedRecipe
+from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest

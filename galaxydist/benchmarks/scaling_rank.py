@@ -19,7 +19,7 @@ from galaxydist.benchmarks.memory_session import MemorySession
 from galaxydist.cpus import bound_cores
 from galaxydist.distributed import enter_world, leave_world
 from galaxydist.errors import UserError
-from galaxydist.recipe.load import load_recipe
+from galaxydist.recipe.resolve import load_recipe
 
 # Steps before the clock starts, which set up memory and connections, and steps to stop in after it.
 WARM_STEPS, LAST_STEPS = 3, 3

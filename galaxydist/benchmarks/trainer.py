@@ -18,7 +18,7 @@ from galaxydist.benchmarks.bare_loop import BareLoop
 from galaxydist.benchmarks.memory_session import MemoryBatches, MemorySession, write_noise, write_recipe
 from galaxydist.distributed import World, enter_world, leave_world
 from galaxydist.errors import UserError
-from galaxydist.recipe.load import load_recipe
+from galaxydist.recipe.resolve import load_recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.training.parts import Parts
 

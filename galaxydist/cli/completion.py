@@ -63,7 +63,7 @@ def _complete_word(prefix: str, action: argparse.Action) -> list[str]:
 def _settings(prefix: str, *, with_cluster: bool) -> Iterator[str]:
     """Words of the form ``key=value`` that could stand for the prefix: keys first, and values once the key is there."""
     from galaxydist.recipe.fields import recipe_fields
-    from galaxydist.recipe.load import list_recipes
+    from galaxydist.recipe.resolve import list_recipes
 
     key, equals, _ = prefix.partition("=")
     if not equals:

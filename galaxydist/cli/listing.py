@@ -26,8 +26,8 @@ def print_resolved(values: Mapping[str, Any], origins: Mapping[str, str], notes:
         origins: dotted key -> where the value came from.
         notes: dotted key -> the description.
     """
-    from galaxydist.recipe.draft import SCHEMA_DEFAULT
-    from galaxydist.recipe.scalars import to_text
+    from galaxydist.recipe.resolve import SCHEMA_DEFAULT
+    from galaxydist.recipe.yaml12 import to_text
 
     texts = {key: to_text(value) for key, value in values.items()}
     key_width = max(map(len, texts))

@@ -57,7 +57,7 @@ def positive_number(text: str) -> float:
 def run(arguments: argparse.Namespace) -> None:
     """Work it out and print it."""
     from galaxydist.paths import data_root
-    from galaxydist.recipe.load import load_recipe
+    from galaxydist.recipe.resolve import load_recipe
 
     recipe = load_recipe(arguments.recipe).recipe
     root: Path = data_root(arguments.data_dir or recipe.data.dir, os.environ)

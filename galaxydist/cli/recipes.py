@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _list() -> None:
-    from galaxydist.recipe.load import list_recipes
+    from galaxydist.recipe.resolve import list_recipes
 
     print_files(list_recipes())
 
@@ -36,8 +36,8 @@ def _list() -> None:
 def _show(name: str, overrides: list[str]) -> None:
     from galaxydist.recipe.fields import recipe_fields
     from galaxydist.recipe.identity import flatten, run_name
-    from galaxydist.recipe.load import load_recipe
-    from galaxydist.recipe.scalars import describe_type
+    from galaxydist.recipe.resolve import load_recipe
+    from galaxydist.recipe.yaml12 import describe_type
 
     resolved = load_recipe([f"recipe={name}", *overrides])
     print(f"# {resolved.path}; run folder {run_name(resolved.recipe)}")

@@ -62,7 +62,7 @@ def read_target(words: list[str], manifest: str | None) -> RunTarget:
 
 def _trained_by(words: list[str]) -> Path:
     from galaxydist.recipe.identity import run_path
-    from galaxydist.recipe.load import load_recipe
+    from galaxydist.recipe.resolve import load_recipe
 
     path = run_path(load_recipe(words).recipe)
     if not path.is_dir():

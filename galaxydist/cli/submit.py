@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"cluster=NAME is missing; there are\n{listed}\n"
             "`galaxydist cluster init NAME` writes one for the cluster of this machine."
         )
-    from galaxydist.recipe.load import load_recipe
+    from galaxydist.recipe.resolve import load_recipe
 
     cluster = load_cluster(cluster_arguments)
     resolved = load_recipe(recipe_arguments)

@@ -134,7 +134,7 @@ def _submit(due: "list[Trial]", sweep: "SweepFile", cluster: "ResolvedCluster", 
 
 
 def _parallel(sweep: "SweepFile", cluster: "ResolvedCluster") -> int:
-    from galaxydist.recipe.draft import COMMAND_LINE
+    from galaxydist.recipe.resolve import COMMAND_LINE
 
     is_typed = cluster.origins.get("parallel") == COMMAND_LINE
     return cluster.config.parallel if is_typed or sweep.parallel is None else sweep.parallel

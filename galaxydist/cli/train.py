@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train; the exit code."""
     if arguments.processes == 1:
         return launch(arguments.recipe, os.environ)
-    from galaxydist.recipe.load import load_recipe
+    from galaxydist.recipe.resolve import load_recipe
     from galaxydist.training.processes import run_processes
 
     load_recipe(arguments.recipe)  # a mistake is told before processes are started

@@ -33,7 +33,7 @@ def add_parser(commands: Commands) -> None:
 
 def run_fetch(arguments: argparse.Namespace) -> None:
     """Download the weights, unless they are there."""
-    from galaxydist.recipe.load import load_recipe
+    from galaxydist.recipe.resolve import load_recipe
 
     recipe = load_recipe(arguments.recipe).recipe
     if arguments.data_dir is None:

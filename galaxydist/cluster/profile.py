@@ -9,9 +9,8 @@ from pydantic import Field
 
 from galaxydist.cluster.profile_checks import CHECKS, MIN_SIGNAL_S, read_time_s
 from galaxydist.paths import shipped_dir
-from galaxydist.recipe.draft import ConfigError, ConfigKind
 from galaxydist.recipe.fields import Schema
-from galaxydist.recipe.named import list_files, load_config
+from galaxydist.recipe.resolve import ConfigError, ConfigKind, list_files, load_config
 from galaxydist.recipe.schema import Count, Section
 
 MB_IN_GB = 1024  # SLURM's M and G are powers of two

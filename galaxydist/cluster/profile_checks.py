@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from galaxydist.recipe.draft import Check
+from galaxydist.recipe.resolve import Check
 
 # From the start of the job to the first step: 8 s on a laptop (`galaxydist bench startup`), longer where the nodes read Python
 # over the network.

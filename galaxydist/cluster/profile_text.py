@@ -10,7 +10,7 @@ from galaxydist.cluster.profile import MB_IN_GB
 from galaxydist.cluster.profile_checks import EARLY_S, MIN_SIGNAL_S, START_UP_S, is_mig
 from galaxydist.cluster.site import TAKES_NO_JOBS, UNTYPED, NodeGroup, Partition, Site
 from galaxydist.errors import UserError
-from galaxydist.recipe.scalars import BOOL, NULL
+from galaxydist.recipe.yaml12 import BOOL, NULL
 
 DAY_S = 86_400
 # Some of a node's memory may be kept for the system; how much, SLURM does not say here.

@@ -9,7 +9,7 @@ from galaxydist.cluster.submission import build_request
 from galaxydist.errors import UserError
 from galaxydist.models.published import find_weights
 from galaxydist.paths import data_root, weights_dir
-from galaxydist.recipe.load import ResolvedRecipe
+from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.open import open_shards
 from galaxydist.training.data import find_cache, find_manifest, find_variant, open_manifest

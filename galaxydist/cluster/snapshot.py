@@ -8,7 +8,7 @@ from pathlib import Path
 
 from galaxydist.atomic_files import explain_full_disk, fsync_file, rename
 from galaxydist.paths import PACKAGE_DIR, shipped_dir
-from galaxydist.recipe.named import list_files
+from galaxydist.recipe.resolve import list_files
 
 LEFT_OUT = ("__pycache__",)
 

@@ -21,7 +21,7 @@ from galaxydist.cluster.scheduler import (
     read_states,
 )
 from galaxydist.errors import UserError
-from galaxydist.recipe.scalars import to_text
+from galaxydist.recipe.yaml12 import to_text
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock import LockOwner, read_owner
 

@@ -25,7 +25,7 @@ from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.cluster.work import run_request
 from galaxydist.errors import UserError
 from galaxydist.recipe.identity import run_path
-from galaxydist.recipe.load import ResolvedRecipe
+from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.runs.folder import RunFolder
 
 __all__ = ["JobRequest", "build_request", "check_idle", "script_of", "submit_again", "submit_requests"]

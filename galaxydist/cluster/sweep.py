@@ -7,11 +7,9 @@ from pathlib import Path
 
 from galaxydist.cluster.sweep_file import DECIDED, SweepError, SweepFile
 from galaxydist.errors import UserError
-from galaxydist.recipe.draft import COMMAND_LINE
 from galaxydist.recipe.identity import flatten, run_name
-from galaxydist.recipe.load import RecipeError, ResolvedRecipe, load_recipe
-from galaxydist.recipe.named import Setting
-from galaxydist.recipe.scalars import to_text
+from galaxydist.recipe.resolve import COMMAND_LINE, RecipeError, ResolvedRecipe, Setting, load_recipe
+from galaxydist.recipe.yaml12 import to_text
 
 
 @dataclass(frozen=True)

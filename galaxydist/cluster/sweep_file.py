@@ -24,9 +24,8 @@ from typing import Any
 
 from galaxydist.errors import UserError
 from galaxydist.paths import shipped_dir
-from galaxydist.recipe.document import Document, read_document
-from galaxydist.recipe.named import Setting, list_files
-from galaxydist.recipe.scalars import to_text
+from galaxydist.recipe.resolve import Setting, list_files
+from galaxydist.recipe.yaml12 import Document, read_document, to_text
 
 PARTS = ("cluster", "root", "parallel", "set", "grid", "list", "evaluate")
 # Keys that a sweep decides by itself -> what to write instead.

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from galaxydist.recipe.draft import Draft
 from galaxydist.recipe.fields import RECIPE, recipe_fields
-from galaxydist.recipe.load import RECIPES
+from galaxydist.recipe.resolve import RECIPES, Draft
 from galaxydist.recipe.schema import Recipe
 
 

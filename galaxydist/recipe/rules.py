@@ -8,8 +8,8 @@ from typing import Any
 
 from galaxydist.errors import EveryRankError
 from galaxydist.paths import is_dataset_name
-from galaxydist.recipe.draft import Check
 from galaxydist.recipe.fields import recipe_fields, suggest
+from galaxydist.recipe.resolve import Check
 from galaxydist.recipe.schema import TrainConfig
 
 PATCHES = {"vit": 16, "vit_scratch": 16, "reference_vit": 25}  # pixels

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from torch import nn
 
 from galaxydist.distributed import World
-from galaxydist.recipe.draft import COMMAND_LINE
 from galaxydist.recipe.identity import flatten
-from galaxydist.recipe.load import ResolvedRecipe
-from galaxydist.recipe.scalars import to_text
+from galaxydist.recipe.resolve import COMMAND_LINE, ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
+from galaxydist.recipe.yaml12 import to_text
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.training.flops import training_flops

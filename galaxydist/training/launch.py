@@ -85,7 +85,7 @@ def _importing() -> Iterator[None]:
 
 
 def _train(arguments: Sequence[str], environ: MutableMapping[str, str]) -> int:
-    from galaxydist.recipe.load import load_recipe
+    from galaxydist.recipe.resolve import load_recipe
 
     resolved = load_recipe(arguments)
     with _importing():

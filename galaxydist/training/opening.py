@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from galaxydist.errors import UserError
 from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.identity import flatten, later_defaults, result_fields, run_path
-from galaxydist.recipe.load import ResolvedRecipe
+from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder, compare_recipes, read_newest_state
 from galaxydist.runs.lock import RunLock

@@ -15,7 +15,7 @@ from galaxydist.errors import NonfiniteError, OneRankFailedError, UserError
 from galaxydist.models.build import build_model
 from galaxydist.paths import data_root, weights_dir
 from galaxydist.recipe.identity import run_path, to_dict
-from galaxydist.recipe.load import ResolvedRecipe
+from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock, start_of
 from galaxydist.runs.save_policy import SavePolicy

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from galaxydist.errors import UserError
-from galaxydist.recipe.load import load_recipe
+from galaxydist.recipe.resolve import load_recipe
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.write import write_shards
 from galaxydist.surveys.imagefolder import FolderSurvey, open_image_folder

@@ -9,8 +9,8 @@ from typing import Any
 from galaxydist.errors import UserError
 from galaxydist.evaluation.report import read_evaluation
 from galaxydist.evaluation.trial import Trial
-from galaxydist.recipe.draft import COMMAND_LINE, SCHEMA_DEFAULT
-from galaxydist.recipe.scalars import to_text
+from galaxydist.recipe.resolve import COMMAND_LINE, SCHEMA_DEFAULT
+from galaxydist.recipe.yaml12 import to_text
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 
 # Given at the start of a run, and no property of it.
