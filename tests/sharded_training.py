@@ -225,7 +225,7 @@ def compare_with_ddp(folder: Path, size: str) -> None:
     """Networks with batch normalisation, whose statistics each process has of its own; frozen backbones; half precision;
     activations that are computed again."""
     from galaxydist.models.build import build_model
-    from galaxydist.models.memory import checkpoint_activations
+    from galaxydist.models.performance import checkpoint_activations
     from galaxydist.recipe.schema import ModelConfig
 
     mesh = open_mesh(torch.device("cpu"))

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from galaxydist.models.build import build_model
-from galaxydist.models.frozen import freeze_backbone
+from galaxydist.models.build import build_model, freeze_backbone
 from galaxydist.recipe.schema import ModelConfig
 from galaxydist.training.flops import activation_bytes, device_peak_flops, forward_flops, training_flops, utilisation
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from galaxydist.models import MODEL_NAMES, build_model, parameter_groups
-from galaxydist.models.groups import layer_depths, no_decay_names
+from galaxydist.models.param_groups import layer_depths, no_decay_names
 from galaxydist.models.registry import ARCHITECTURES
 from galaxydist.recipe.schema import ModelConfig, ModelName, OptimConfig
 from galaxydist.training.optimizer import build_optimizer, set_learning_rate

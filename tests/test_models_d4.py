@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from galaxydist.models import build_model, parameter_groups
 from galaxydist.models.custom_cnn import CustomCNN
-from galaxydist.models.d4 import ORDER, D4Conv, halve, inverse_products, make_even, transform
-from galaxydist.models.d4_cnn import D4CNN
-from galaxydist.models.d4_norm import D4Norm
+from galaxydist.models.d4_cnn import D4CNN, ORDER, D4Conv, D4Norm, halve, inverse_products, make_even, transform
 from galaxydist.recipe.schema import ModelConfig
 
 SIZES = (16, 17, 22, 33, 50, 80)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from galaxydist.errors import UserError
 from galaxydist.models import build_model, fetch_weights, input_statistics, write_weights
-from galaxydist.models.published import fetch_command, weights_file
 from galaxydist.models.registry import ARCHITECTURES
+from galaxydist.models.weights import fetch_command, weights_file
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import ModelConfig
 

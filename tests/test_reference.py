@@ -13,9 +13,8 @@ from galaxydist.cluster.submission import _job_arguments, build_request
 from galaxydist.cluster.sweep import resolve
 from galaxydist.cluster.sweep_file import read_sweep
 from galaxydist.models import build_model
-from galaxydist.models.heads import MlpHead
-from galaxydist.models.published import weights_file
-from galaxydist.models.reference import CNN_CHANNELS
+from galaxydist.models.reference import CNN_CHANNELS, MlpHead
+from galaxydist.models.weights import weights_file
 from galaxydist.recipe.identity import run_name
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import ModelConfig, Recipe

@@ -15,22 +15,22 @@ from torch import nn
 
 from galaxydist.errors import EveryRankError
 from galaxydist.models import build_model
-from galaxydist.models.memory import checkpoint_activations
-from galaxydist.recipe.schema import ModelConfig
-from galaxydist.training.speed import (
+from galaxydist.models.performance import (
     channels_last,
+    checkpoint_activations,
     compile_model,
     images_channels_last,
     remove_broken_libraries,
     set_tf32,
 )
+from galaxydist.recipe.schema import ModelConfig
 
 CPU = torch.device("cpu")
 HAS_COMPILER = any(shutil.which(name) for name in ("g++", "clang++"))
 
 SWITCHES = """
 import torch
-from galaxydist.training.speed import set_tf32
+from galaxydist.models.performance import set_tf32
 backends = torch.backends
 def read():
     new = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]

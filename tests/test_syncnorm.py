@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from galaxydist.errors import EveryRankError
 from galaxydist.models import build_model
-from galaxydist.models.frozen import freeze_backbone
-from galaxydist.models.memory import checkpoint_activations
+from galaxydist.models.build import freeze_backbone
+from galaxydist.models.performance import checkpoint_activations
 from galaxydist.recipe.schema import ModelConfig
 from galaxydist.training.syncnorm import SynchronisedNorm, synchronise_batch_norm
 from tests.forked_runs import run_forked

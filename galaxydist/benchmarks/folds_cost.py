@@ -12,7 +12,7 @@ from torch import nn
 
 from galaxydist.cpus import available_cores
 from galaxydist.models.build import build_model
-from galaxydist.models.groups import parameter_groups
+from galaxydist.models.param_groups import parameter_groups
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.reader import TrainReader

@@ -16,7 +16,7 @@ from galaxydist.checkpoints.async_writer import CheckpointSaver
 from galaxydist.checkpoints.tensor_files import flatten_state
 from galaxydist.cpus import available_cores
 from galaxydist.models.build import build_model
-from galaxydist.models.groups import parameter_groups
+from galaxydist.models.param_groups import parameter_groups
 from galaxydist.recipe.schema import ModelConfig, ModelName
 
 WAIT_LIMIT = 0.05

@@ -39,7 +39,7 @@ def run_fetch(arguments: argparse.Namespace) -> None:
     if arguments.data_dir is None:
         arguments.data_dir = recipe.data.dir
 
-    from galaxydist.models.published import fetch_weights
+    from galaxydist.models.weights import fetch_weights
     from galaxydist.paths import weights_dir
 
     print(f"weights of {recipe.model.name}: {fetch_weights(recipe.model, weights_dir(chosen_root(arguments)))}")

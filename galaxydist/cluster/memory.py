@@ -11,12 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from galaxydist.cluster.trace import Timeline, trace_step
 from galaxydist.models.build import build_model
-from galaxydist.models.groups import parameter_groups
-from galaxydist.models.memory import checkpoint_activations
+from galaxydist.models.param_groups import parameter_groups
+from galaxydist.models.performance import check_compilable, checkpoint_activations
 from galaxydist.recipe.schema import OptimConfig, Recipe
 from galaxydist.shards.decode import reduction
 from galaxydist.training.optimizer import build_optimizer
-from galaxydist.training.speed import check_compilable
 
 # What no tensor of ours shows: the CUDA context with its libraries (a constant), and workspaces of convolutions and memory that
 # torch's allocator holds in pieces too small to use (a share of what comes and goes). An allowance, not a measurement.

@@ -7,7 +7,7 @@ from galaxydist.cluster.refusals import refuse_world
 from galaxydist.cluster.shared_folder import check_shared
 from galaxydist.cluster.submission import build_request
 from galaxydist.errors import UserError
-from galaxydist.models.published import find_weights
+from galaxydist.models.weights import find_weights
 from galaxydist.paths import data_root, weights_dir
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.runs.folder import RunFolder

@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from galaxydist.models.build import build_model, input_statistics
-    from galaxydist.models.groups import no_decay_names, parameter_groups
-    from galaxydist.models.published import fetch_weights
+    from galaxydist.models.param_groups import no_decay_names, parameter_groups
     from galaxydist.models.registry import MODEL_NAMES
-    from galaxydist.models.weights import write_weights
+    from galaxydist.models.weights import fetch_weights, write_weights
 
 __all__ = [
     "MODEL_NAMES",

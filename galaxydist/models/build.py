@@ -1,7 +1,7 @@
 """From a recipe's model section to a model: images B x 3 x H x W in, logits B x K out."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,51 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from galaxydist.models.custom_cnn import CustomCNN
 from galaxydist.models.d4_cnn import D4CNN
-from galaxydist.models.frozen import freeze_backbone
-from galaxydist.models.published import find_weights
 from galaxydist.models.reference import VGG_HIDDEN, ReferenceCNN, build_reference_vit, build_vgg_head
 from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, check_config, timm_name
-from galaxydist.models.weights import Statistics, load_weights, read_statistics, read_weights
+from galaxydist.models.weights import Statistics, find_weights, load_weights, read_statistics, read_weights
 from galaxydist.recipe.schema import ModelConfig
+
+# DOC Training the head alone: what is frozen has no gradient and stays in evaluation mode, so that no statistic of it moves.
+
+
+class FrozenBackbone(nn.Module):
+    """Put in front of a model's class by ``freeze_backbone``: ``train()`` leaves everything but the head in evaluation mode.
+
+    Setting the mode once is not enough: every epoch calls ``model.train()``, and a batch-norm layer in training mode moves its
+    statistics even where its parameters have no gradient.
+    """
+
+    head_names: tuple[str, ...]
+
+    def train(self, mode: bool = True) -> "FrozenBackbone":
+        super().train(mode)
+        for module in _outside(self, self.head_names):
+            module.training = False
+        return self
+
+
+def freeze_backbone(model: nn.Module, head_names: Sequence[str]) -> None:
+    """Freeze all of ``model``, in place, except the modules named in ``head_names`` (and what is in them).
+
+    The model keeps its parameter names, and a copy of it (the moving average) stays frozen, because the class itself changes
+    and not the object's methods.
+    """
+    inside = {id(parameter) for name in head_names for parameter in model.get_submodule(name).parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in inside)
+    frozen = type(f"Frozen{type(model).__name__}", (FrozenBackbone, type(model)), {"head_names": tuple(head_names)})
+    model.__class__ = frozen
+    model.train(model.training)
+
+
+def _outside(model: nn.Module, head_names: Sequence[str]) -> Iterator[nn.Module]:
+    """The modules that neither hold a head module, nor are one, nor lie in one."""
+    for name, module in model.named_modules():
+        around = any(head == name or head.startswith(f"{name}.") or name.startswith(f"{head}.") for head in head_names)
+        if name and not around:
+            yield module
+
 
 _logger = logging.getLogger(__name__)
 

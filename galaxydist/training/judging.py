@@ -23,6 +23,7 @@ from galaxydist.evaluation.predictions import PredictionsInfo, predictions_path,
 from galaxydist.evaluation.report import has_figures, read_evaluation, render_evaluation, stem_of, write_evaluation
 from galaxydist.evaluation.summary import summarise
 from galaxydist.models.build import build_model
+from galaxydist.models.performance import set_tf32
 from galaxydist.paths import folder_name
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
@@ -31,7 +32,6 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.surveys.sky import CUTOUT_ARCSEC
 from galaxydist.training.data import TrainingData, build_augment, has_split
 from galaxydist.training.predicting import CATALOGUE_COLUMNS, merge_predictions
-from galaxydist.training.speed import set_tf32
 from galaxydist.training.state import evaluation_weights
 from galaxydist.training.trained_on import JUDGED_SPLIT, FindTrained, find_validation
 from galaxydist.training.validation import evaluate_split

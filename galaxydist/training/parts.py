@@ -11,8 +11,15 @@ from torch import nn
 from galaxydist.distributed import World
 from galaxydist.errors import EveryRankError
 from galaxydist.models.build import needs_two_images
-from galaxydist.models.groups import parameter_groups
-from galaxydist.models.memory import checkpoint_activations
+from galaxydist.models.param_groups import parameter_groups
+from galaxydist.models.performance import (
+    channels_last,
+    checkpoint_activations,
+    compile_model,
+    images_channels_last,
+    remove_broken_libraries,
+    set_tf32,
+)
 from galaxydist.recipe.rules import check_strategy, check_world
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
@@ -29,7 +36,6 @@ from galaxydist.training.optimizer import LearningRate, build_optimizer
 from galaxydist.training.optimizer_names import find_optimizer
 from galaxydist.training.out_of_memory import explained_out_of_memory
 from galaxydist.training.skipping import Skipped
-from galaxydist.training.speed import channels_last, compile_model, images_channels_last, remove_broken_libraries, set_tf32
 from galaxydist.training.spikes import SpikeDetector
 from galaxydist.training.state import TrainingState
 from galaxydist.training.step_gates import StepGates

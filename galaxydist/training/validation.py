@@ -15,13 +15,13 @@ from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.evaluation.parts import PartWriter
 from galaxydist.evaluation.subset import SubsetCounts
 from galaxydist.evaluation.views import mean_log_probabilities, views
+from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.augment import Augment
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.reader import EvalReader
 from galaxydist.training.feed import DeviceFeed
 from galaxydist.training.predicting import Keeper
-from galaxydist.training.speed import images_channels_last
 
 
 @torch.inference_mode()
