@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from galaxydist.surveys import galaxy10
-from galaxydist.surveys.schema import COLUMNS
+from galaxydist.surveys.hdf5_schema import COLUMNS
 
 METADATA = """file,id,split,label,ra,dec,row,redshift,conflicting,note
 train/b/x.ppm,g-00001,train,1,10.5,-3.25,1,0.02,false,two words

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from galaxydist.surveys.schema import create_file
+from galaxydist.surveys.hdf5_schema import create_file
 
 
 def write_survey(path: Path, counts: Sequence[int] = (12,) * 10, seed: int = 0, *, simulated: bool = True) -> NDArray[np.int64]:

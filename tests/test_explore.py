@@ -27,7 +27,7 @@ from galaxydist.evaluation.exploration.population import Picture, Population, Po
 from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.write import write_shards
-from galaxydist.surveys.open import open_survey
+from galaxydist.surveys.survey_sources import open_survey
 from tests.blobs import BlobSurvey
 from tests.survey_files import write_survey
 

@@ -14,9 +14,9 @@ from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, Galaxy, Survey
 from galaxydist.shards.write import write_shards
 from galaxydist.surveys.export import export_image_folders
-from galaxydist.surveys.foldermeta import read_metadata, write_metadata
-from galaxydist.surveys.open import open_survey
-from galaxydist.surveys.pictures import decode_picture
+from galaxydist.surveys.folder_metadata import read_metadata, write_metadata
+from galaxydist.surveys.image_files import decode_file
+from galaxydist.surveys.survey_sources import open_survey
 from tests.survey_files import run_with_file_limit, write_picture, write_survey
 
 
@@ -39,7 +39,7 @@ def contents(survey: Survey) -> Mapping[str, tuple[Any, ...]]:
     result = {}
     for row, galaxy in enumerate(survey.read(0, len(survey.labels))):
         if row in split:
-            pixels = galaxy.image if isinstance(galaxy.image, np.ndarray) else decode_picture(galaxy.image.data, galaxy.id)
+            pixels = galaxy.image if isinstance(galaxy.image, np.ndarray) else decode_file(galaxy.image.data, galaxy.id)
             result[galaxy.id] = (split[row], galaxy.label, galaxy.ra, galaxy.dec, dict(galaxy.extras), pixels.tobytes())
     return result
 

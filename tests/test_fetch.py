@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from galaxydist.errors import UserError
-from galaxydist.surveys.fetch import FILE_NAME, SHA256, URLS, fetch_galaxy10
-from galaxydist.surveys.open import open_survey
+from galaxydist.surveys.download import FILE_NAME, SHA256, URLS, fetch_galaxy10
+from galaxydist.surveys.survey_sources import open_survey
 from tests.survey_files import run_with_file_limit, write_survey
 
 BLOCK = 1 << 16
@@ -214,7 +214,7 @@ def test_via_astronn_calls_its_loader(server: Server, target: Path, tmp_path: Pa
         "    os._exit(9)  # too little memory to read all images\n"
     )
     code = (
-        "from pathlib import Path; from galaxydist.surveys.fetch import fetch_galaxy10; "
+        "from pathlib import Path; from galaxydist.surveys.download import fetch_galaxy10; "
         f"fetch_galaxy10(Path({str(target)!r}), via_astronn=True, sha256={hashlib.sha256(server.data).hexdigest()!r})"
     )
     environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(tmp_path / "path")}
@@ -229,7 +229,7 @@ def test_a_full_disk_is_not_taken_for_a_bad_address(server: Server, target: Path
     code = f"""
 from pathlib import Path
 from galaxydist.errors import UserError
-from galaxydist.surveys.fetch import fetch_galaxy10
+from galaxydist.surveys.download import fetch_galaxy10
 try:
     urls = [{server.url("a")!r}, {server.url("b")!r}]
     fetch_galaxy10(Path({str(target)!r}), urls=urls, astronn_dir=Path({str(target.parent)!r}))

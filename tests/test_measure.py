@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.special import gammaincinv
 
-from galaxydist.surveys.measure import measure_picture, measure_pictures
+from galaxydist.surveys.photometry import measure_picture, measure_pictures
 
 SKY = 20
 

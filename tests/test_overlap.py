@@ -26,8 +26,8 @@ from galaxydist.galaxy import Galaxy
 from galaxydist.shards.equal_pictures import describe_equal_pictures
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.write import write_shards
-from galaxydist.surveys.names import fold_name, same_survey
-from galaxydist.surveys.official import NAME, read_official_split
+from galaxydist.surveys.folder_scan import fold_name, same_survey
+from galaxydist.surveys.official_split import NAME, read_official_split
 from galaxydist.surveys.split import TEST, TRAIN, VAL
 from galaxydist.training.trained_on import check_before_training
 from tests.blobs import BlobSurvey

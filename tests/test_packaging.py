@@ -47,7 +47,7 @@ assert galaxydist.__file__.startswith({str(installed)!r}), galaxydist.__file__
 from galaxydist.recipe.resolve import list_recipes, load_recipe
 from galaxydist.cluster.profile import list_clusters, load_cluster
 from galaxydist.paths import shipped_dir
-from galaxydist.surveys.official import read_official_split
+from galaxydist.surveys.official_split import read_official_split
 assert len(read_official_split().labels) == 17736
 found = {{"recipes": {{name: str(load_recipe([f"recipe={{name}}"]).path) for name in list_recipes()}}}}
 found["clusters"] = {{name: str(load_cluster([f"cluster={{name}}"]).path) for name in list_clusters()}}

@@ -28,7 +28,7 @@ from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.order import EpochOrder, evaluation_batches, rank_offsets
 from galaxydist.shards.uses import shard_uses
 from galaxydist.shards.write import write_shards
-from galaxydist.surveys.official import read_official_split
+from galaxydist.surveys.official_split import read_official_split
 from galaxydist.training.update import count_micro_batches, split_evenly
 from tests.blobs import BlobSurvey
 from tests.model_names import marked

@@ -18,7 +18,7 @@ from galaxydist.evaluation.published import (
     published_result,
 )
 from galaxydist.models.registry import MODEL_NAMES
-from galaxydist.surveys.official import read_official_split
+from galaxydist.surveys.official_split import read_official_split
 from galaxydist.surveys.split import TEST
 
 # As the task lists them: (accuracy, loss) trained and tested on original / balanced and balanced / balanced and original.

@@ -28,7 +28,7 @@ from galaxydist.shards.encode import PIXEL_HASH
 from galaxydist.shards.manifest import Manifest, catalogue_name, read_manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.shards.write import write_shards
-from galaxydist.surveys.open import open_survey
+from galaxydist.surveys.survey_sources import open_survey
 from tests.damage import keys
 from tests.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies
 from tests.survey_files import write_survey

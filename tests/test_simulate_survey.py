@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_COUNTS
-from galaxydist.surveys.schema import COLUMNS, IMAGE_SHAPE
+from galaxydist.surveys.hdf5_schema import COLUMNS, IMAGE_SHAPE
 from galaxydist.surveys.simulate import simulate_survey
 from galaxydist.surveys.simulate.picture import take_picture
 from galaxydist.surveys.simulate.places import HANDFUL, Plan, class_counts, plan_survey

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.surveys.sky import close_pairs, read_sky
 from galaxydist.surveys.split import (
     NONE,
     TEST,
@@ -15,7 +14,9 @@ from galaxydist.surveys.split import (
     VAL,
     Population,
     build_population,
+    close_pairs,
     cut,
+    read_sky,
     rows_by_split,
     split_balanced,
     split_counts,

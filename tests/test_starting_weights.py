@@ -12,7 +12,7 @@ from galaxydist.errors import UserError
 from galaxydist.models.weights import read_statistics, read_weights
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.write import write_shards
-from galaxydist.surveys.imagefolder import open_image_folder
+from galaxydist.surveys.image_folder import open_image_folder
 from galaxydist.training.evaluate import evaluate_run
 from galaxydist.training.state import evaluation_weights
 from galaxydist.training.transfer import TUNING_ROWS, split_by_row

@@ -11,9 +11,9 @@ import pytest
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.surveys.galaxy10 import open_galaxy10
-from galaxydist.surveys.official import read_official_split
-from galaxydist.surveys.open import open_survey
+from galaxydist.surveys.official_split import read_official_split
 from galaxydist.surveys.split import TEST
+from galaxydist.surveys.survey_sources import open_survey
 from tests.survey_files import write_survey
 
 

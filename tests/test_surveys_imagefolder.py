@@ -15,11 +15,11 @@ from PIL import Image
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, EncodedImage
 from galaxydist.paths import is_dataset_name
-from galaxydist.surveys import folderscan
-from galaxydist.surveys.imagefolder import FolderSurvey
-from galaxydist.surveys.names import mirrored_classes, natural_key, safe_name, unique_ids
-from galaxydist.surveys.open import open_survey
-from galaxydist.surveys.pictures import decode_picture, encode_png
+from galaxydist.surveys import folder_scan
+from galaxydist.surveys.folder_scan import mirrored_classes, natural_key, safe_name, unique_ids
+from galaxydist.surveys.image_files import decode_file, encode_png
+from galaxydist.surveys.image_folder import FolderSurvey
+from galaxydist.surveys.survey_sources import open_survey
 from tests.golden_sources import FOLDERS, METADATA, exported_folder, plain_folder, survey_file_hash
 from tests.survey_files import write_picture
 
@@ -108,7 +108,7 @@ def test_real_sample_folds(real_sample: Path) -> None:
     assert len(survey.splits["test"]) == 333 and len(survey.splits["train"]) == 666 and len(survey.splits["val"]) == 0
     galaxy = next(survey.read(998, 999))
     assert galaxy.label == 9 and re.fullmatch(r"\d{5}", galaxy.id)
-    assert decode_picture(galaxy.image.data, galaxy.id).shape == (256, 256, 3)
+    assert decode_file(galaxy.image.data, galaxy.id).shape == (256, 256, 3)
 
 
 def test_names_that_collide_get_longer(tmp_path: Path) -> None:
@@ -188,11 +188,11 @@ def test_the_order_does_not_hang_on_the_file_system(tmp_path: Path, monkeypatch:
     for label, name in enumerate(("010", "10", "z")):
         for number, file in enumerate(("1.png", "01.png", "2.png", "002.png")):
             write_picture(tmp_path / name / file, 4 * label + number)
-    listed = folderscan._entries
+    listed = folder_scan._entries
     found = []
     for reverse in (False, True):
         monkeypatch.setattr(
-            folderscan, "_entries", lambda path, way=reverse: sorted(listed(path), key=lambda entry: entry.name, reverse=way)
+            folder_scan, "_entries", lambda path, way=reverse: sorted(listed(path), key=lambda entry: entry.name, reverse=way)
         )
         survey = open_survey(tmp_path)
         found.append((survey.class_names, survey.files, survey.source_hash))
@@ -364,7 +364,7 @@ def test_truncated_and_foreign_pictures_are_named(tmp_path: Path) -> None:
     class_folders(tmp_path, count=5)
     whole = (tmp_path / "class2" / "class2_0.jpg").read_bytes()
     with pytest.raises(UserError, match=r"class2_0\.jpg \(\d+ bytes\) cannot be decoded: .*[tT]runcated"):
-        decode_picture(whole[: len(whole) // 2], tmp_path / "class2" / "class2_0.jpg")
+        decode_file(whole[: len(whole) // 2], tmp_path / "class2" / "class2_0.jpg")
     for data in (b"", b"no picture", encode_png(np.zeros((4, 4, 3), np.uint8))[:20]):
         (tmp_path / "class10" / "class10_4.jpg").write_bytes(data)
         with pytest.raises(UserError, match=r"class10_4\.jpg .*cannot be decoded"):

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
-from galaxydist.surveys.schema import COLUMNS, create_file
+from galaxydist.surveys.hdf5_schema import COLUMNS, create_file
 from tests.survey_files import run_with_file_limit, write_survey
 
 

@@ -20,8 +20,8 @@ from galaxydist.recipe.schema import ModelName, Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.write import write_shards
-from galaxydist.surveys.imagefolder import open_image_folder
-from galaxydist.surveys.names import fold_name
+from galaxydist.surveys.folder_scan import fold_name
+from galaxydist.surveys.image_folder import open_image_folder
 from galaxydist.training.session import train
 
 MODELS = ("d4_cnn", "custom_cnn", "resnet18")

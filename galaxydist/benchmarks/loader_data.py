@@ -18,9 +18,9 @@ from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
 from galaxydist.shards.manifest import COLUMNS, SHARD_ROW, Manifest, Split, column_name, manifest_json, read_manifest, shard_name
 from galaxydist.shards.write import write_shards
-from galaxydist.surveys.imagefolder import open_image_folder
-from galaxydist.surveys.open import open_survey
+from galaxydist.surveys.image_folder import open_image_folder
 from galaxydist.surveys.simulate.survey import SIMULATOR_VERSION, simulate_survey
+from galaxydist.surveys.survey_sources import open_survey
 
 SIMULATED = 1000
 # As many galaxies as GZ DESI has (Walmsley et al. 2023), for the epoch that is resumed.

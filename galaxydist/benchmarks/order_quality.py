@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from galaxydist.counter_rng import Purpose, hash64
 from galaxydist.shards.order import EpochOrder
-from galaxydist.surveys.official import read_official_split
+from galaxydist.surveys.official_split import read_official_split
 from galaxydist.surveys.split import TRAIN
 
 NUM_STREAMS = 192

@@ -22,8 +22,8 @@ from galaxydist.errors import UserError
 from galaxydist.paths import PACKAGE_DIR
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.write import write_shards
-from galaxydist.surveys.open import open_survey
 from galaxydist.surveys.simulate.survey import SIMULATOR_VERSION, simulate_survey
+from galaxydist.surveys.survey_sources import open_survey
 
 LAUNCH = PACKAGE_DIR.parent / "launch.py"
 # What launch.py does, where the package is installed without it.

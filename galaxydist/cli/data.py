@@ -71,7 +71,7 @@ def _add_export(commands: Commands) -> None:
 def run_fetch(arguments: argparse.Namespace) -> None:
     """Get the official file, unless it is there."""
     from galaxydist.paths import hdf5_path
-    from galaxydist.surveys.fetch import fetch_galaxy10
+    from galaxydist.surveys.download import fetch_galaxy10
 
     target = hdf5_path(chosen_root(arguments), "galaxy10_decals")
     print(f"Galaxy10 DECaLS: {fetch_galaxy10(target, source=arguments.source, via_astronn=arguments.via == 'astronn')}")
@@ -81,7 +81,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     """Write the trees, unless they are there."""
     from galaxydist.paths import images_dir
     from galaxydist.surveys.export import export_image_folders
-    from galaxydist.surveys.open import open_survey
+    from galaxydist.surveys.survey_sources import open_survey
 
     root = chosen_root(arguments)
     source = survey_source(arguments, root)

@@ -24,7 +24,7 @@ from galaxydist.galaxy import VARIANTS
 if TYPE_CHECKING:
     from galaxydist.galaxy import Survey
     from galaxydist.shards.manifest import Manifest
-    from galaxydist.surveys.imagefolder import FolderSurvey
+    from galaxydist.surveys.image_folder import FolderSurvey
 
 # Endings of pictures without loss.
 LOSSLESS = {".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from galaxydist.paths import shards_dir
     from galaxydist.shards.write import write_shards
-    from galaxydist.surveys.open import open_survey
+    from galaxydist.surveys.survey_sources import open_survey
 
     root = chosen_root(arguments)
     source = survey_source(arguments, root)
@@ -132,8 +132,8 @@ def _say_more(survey: "Survey", manifest: "Manifest", arguments: argparse.Namesp
     """Say what of the pictures and classes a user should know before training."""
     from galaxydist.shards.damaged import LEFT_OUT_NAME, count_left_out
     from galaxydist.shards.equal_pictures import describe_equal_pictures
-    from galaxydist.surveys.imagefolder import FolderSurvey
-    from galaxydist.surveys.names import mirrored_classes
+    from galaxydist.surveys.folder_scan import mirrored_classes
+    from galaxydist.surveys.image_folder import FolderSurvey
 
     if left_out := count_left_out(manifest.dir):
         print(f"left out as damaged: {left_out}, listed in {manifest.dir / LEFT_OUT_NAME}")
@@ -169,12 +169,12 @@ def _name(arguments: argparse.Namespace, source: Path) -> str | None:
     if arguments.fold is None:
         name: str | None = arguments.name
         return name
-    from galaxydist.surveys.names import fold_name
+    from galaxydist.surveys.folder_scan import fold_name
 
     if arguments.name is not None:
         base = arguments.name
     else:
-        from galaxydist.surveys.open import open_survey
+        from galaxydist.surveys.survey_sources import open_survey
 
         base = open_survey(source, classes=arguments.classes).name
     return fold_name(base, *arguments.fold)

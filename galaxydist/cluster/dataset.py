@@ -12,7 +12,7 @@ from galaxydist.recipe.schema import DataConfig
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.plan import default_shard_size
 from galaxydist.shards.store import is_url
-from galaxydist.surveys.official import NAME, read_official_split
+from galaxydist.surveys.official_split import NAME, read_official_split
 from galaxydist.surveys.split import NONE
 from galaxydist.training.data import find_manifest as manifest_location
 from galaxydist.training.data import has_split, shard_commands

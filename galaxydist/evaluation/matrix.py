@@ -25,7 +25,7 @@ from galaxydist.evaluation.published import (
 from galaxydist.evaluation.sampling import Difference, Estimate, from_accuracies, from_means, from_outcomes, holm
 from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Trial
 from galaxydist.galaxy import GALAXY10_CLASSES
-from galaxydist.surveys.official import NAME as REAL_DATASET
+from galaxydist.surveys.official_split import NAME as REAL_DATASET
 
 NOT_RUN = "not run"
 

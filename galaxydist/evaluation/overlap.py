@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
 from galaxydist.shards.encode import PIXEL_HASH
-from galaxydist.surveys.names import same_survey
-from galaxydist.surveys.sky import CUTOUT_ARCSEC, chord, unit_vectors
+from galaxydist.surveys.folder_scan import same_survey
+from galaxydist.surveys.split import CUTOUT_ARCSEC, chord, unit_vectors
 
 if TYPE_CHECKING:
     import pyarrow as pa

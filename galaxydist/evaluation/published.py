@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from galaxydist.galaxy import Variant
-from galaxydist.surveys.official import NAME as REAL_DATASET
+from galaxydist.surveys.official_split import NAME as REAL_DATASET
 
 DisplayName = Literal["ResNet50", "ResNet26", "ResNet18", "VGG16", "VGG19", "Custom CNN", "ViT"]
 RESNETS: tuple[DisplayName, ...] = ("ResNet18", "ResNet26", "ResNet50")  # by depth

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from galaxydist.evaluation.sampling import ALPHA, Difference, holm
-from galaxydist.surveys.official import NAME as REAL_DATASET
+from galaxydist.surveys.official_split import NAME as REAL_DATASET
 
 PUBLISHED_ALONE = "published"
 NUM_NAMED = 3  # missing results that a reason names

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from galaxydist.errors import DamagedPictureError, UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
 from galaxydist.shards.tar import LONGEST_KEY
-from galaxydist.surveys.pictures import to_rgb
+from galaxydist.surveys.image_files import to_rgb
 
 Pixels = NDArray[np.uint8]
 

@@ -15,10 +15,10 @@ from galaxydist.atomic_files import disk_error, remove_stale
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, EncodedImage, Galaxy, Survey
-from galaxydist.surveys.foldermeta import FolderInfo, read_info, write_info, write_metadata
-from galaxydist.surveys.imagefolder import TREES
-from galaxydist.surveys.open import open_survey
-from galaxydist.surveys.pictures import decode_picture, encode_png
+from galaxydist.surveys.folder_metadata import FolderInfo, read_info, write_info, write_metadata
+from galaxydist.surveys.image_files import decode_file, encode_png
+from galaxydist.surveys.image_folder import TREES
+from galaxydist.surveys.survey_sources import open_survey
 
 _BATCH = 16  # galaxies that a thread takes at a time
 
@@ -177,7 +177,7 @@ def _write_batch(batch: Sequence[tuple[Galaxy, list[Path]]]) -> int:
 
 def _png(galaxy: Galaxy) -> bytes:
     if isinstance(galaxy.image, EncodedImage):
-        pixels = decode_picture(galaxy.image.data, galaxy.id)
+        pixels = decode_file(galaxy.image.data, galaxy.id)
         return galaxy.image.data if galaxy.image.format == "png" else encode_png(pixels)
     return encode_png(galaxy.image)
 

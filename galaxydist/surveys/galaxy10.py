@@ -11,16 +11,18 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import DamagedPictureError, UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, GALAXY10_COUNTS, SPLITS, Galaxy
-from galaxydist.surveys import official
-from galaxydist.surveys.names import safe_name
-from galaxydist.surveys.schema import COLUMNS, IMAGE_SHAPE, IMAGES, LABELS, NUM_CLASSES, SIMULATED, SURVEY_ATTRIBUTE
-from galaxydist.surveys.sky import Sky, check_positions, read_sky
+from galaxydist.surveys import official_split
+from galaxydist.surveys.folder_scan import safe_name
+from galaxydist.surveys.hdf5_schema import COLUMNS, IMAGE_SHAPE, IMAGES, LABELS, NUM_CLASSES, SIMULATED, SURVEY_ATTRIBUTE
 from galaxydist.surveys.split import (
     NONE,
     Codes,
     Population,
+    Sky,
     build_population,
     check_classes,
+    check_positions,
+    read_sky,
     rows_by_split,
     split_balanced,
     split_fold,
@@ -115,7 +117,7 @@ def open_galaxy10(
     """
     file = read_survey_file(path)
     found_name = _name(file)
-    population, original = _split(file, is_official=found_name == official.NAME)
+    population, original = _split(file, is_official=found_name == official_split.NAME)
     if fold is not None:
         codes = split_fold(population, *fold)
     else:
@@ -129,7 +131,7 @@ def open_galaxy10(
         labels=file.labels,
         splits=rows_by_split(codes),
         source_hash=_source_hash(file, name or found_name, codes),
-        id_prefix={official.NAME: "g10", SIMULATED: "sim"}.get(found_name, found_name),
+        id_prefix={official_split.NAME: "g10", SIMULATED: "sim"}.get(found_name, found_name),
         original=original,
         conflicting=population.sky.conflicting,
     )
@@ -232,27 +234,27 @@ def _name(file: SurveyFile) -> str:
     if file.attributes.get(SURVEY_ATTRIBUTE) == SIMULATED:
         return SIMULATED
     if _has_official_labels(file):
-        return official.NAME
+        return official_split.NAME
     stem = safe_name(file.path.stem)
     return f"{stem}_unofficial" if stem.lower().startswith("galaxy10") else stem
 
 
 def _has_official_labels(file: SurveyFile) -> bool:
     counts = np.bincount(file.labels, minlength=NUM_CLASSES)
-    return counts.tolist() == list(GALAXY10_COUNTS) and np.array_equal(file.labels, official.read_official_split().labels)
+    return counts.tolist() == list(GALAXY10_COUNTS) and np.array_equal(file.labels, official_split.read_official_split().labels)
 
 
 def _split(file: SurveyFile, *, is_official: bool) -> tuple[Population, Codes]:
     """The galaxies and their original split: the shipped one for the official file, else computed in the same way."""
     ra, dec = (file.columns[name].astype(np.float64) for name in ("ra", "dec"))
     if not is_official:
-        population = build_population(file.labels, ra, dec, class_names=GALAXY10_CLASSES, seed=official.SPLIT_SEED)
+        population = build_population(file.labels, ra, dec, class_names=GALAXY10_CLASSES, seed=official_split.SPLIT_SEED)
         check_classes(population)
         return population, split_original(population)
-    shipped = official.read_official_split()
+    shipped = official_split.read_official_split()
     _check_positions(file.path, read_sky(file.labels, ra, dec), shipped.sky)
     keys = np.arange(len(file.labels), dtype=np.uint64)
-    return Population(file.labels, GALAXY10_CLASSES, shipped.sky, keys, official.SPLIT_SEED), shipped.original
+    return Population(file.labels, GALAXY10_CLASSES, shipped.sky, keys, official_split.SPLIT_SEED), shipped.original
 
 
 def _check_positions(path: Path, found: Sky, shipped: Sky) -> None:
@@ -267,8 +269,8 @@ def _check_positions(path: Path, found: Sky, shipped: Sky) -> None:
 
 
 def _balanced(population: Population, original: Codes, name: str) -> Codes:
-    if name == official.NAME:
-        return official.read_official_split().balanced
+    if name == official_split.NAME:
+        return official_split.read_official_split().balanced
     return split_balanced(population, original)
 
 

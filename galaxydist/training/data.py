@@ -14,7 +14,7 @@ from galaxydist.recipe.schema import DataConfig, Recipe
 from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
-from galaxydist.surveys.names import mirrored_classes
+from galaxydist.surveys.folder_scan import mirrored_classes
 
 if TYPE_CHECKING:  # checks on a login node need no torch
     from galaxydist.models.weights import Statistics

@@ -29,7 +29,7 @@ from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest
-from galaxydist.surveys.sky import CUTOUT_ARCSEC
+from galaxydist.surveys.split import CUTOUT_ARCSEC
 from galaxydist.training.data import TrainingData, build_augment, has_split
 from galaxydist.training.predicting import CATALOGUE_COLUMNS, merge_predictions
 from galaxydist.training.state import evaluation_weights

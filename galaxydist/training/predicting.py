@@ -15,7 +15,7 @@ from galaxydist.evaluation.counts import Predictions
 from galaxydist.evaluation.parts import PartWriter, merge_parts, part_row
 from galaxydist.evaluation.predictions import NAMES, PredictionsInfo, write_predictions
 from galaxydist.shards.batches import Batch
-from galaxydist.surveys.measure import Measurements, measure_pictures
+from galaxydist.surveys.photometry import Measurements, measure_pictures
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -14,9 +14,9 @@ from galaxydist.errors import UserError
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.write import write_shards
-from galaxydist.surveys.imagefolder import FolderSurvey, open_image_folder
-from galaxydist.surveys.open import open_survey
+from galaxydist.surveys.image_folder import FolderSurvey, open_image_folder
 from galaxydist.surveys.simulate import simulate_survey
+from galaxydist.surveys.survey_sources import open_survey
 from galaxydist.training.evaluate import evaluate_run
 from galaxydist.training.session import train
 

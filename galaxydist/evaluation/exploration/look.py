@@ -16,7 +16,7 @@ from galaxydist.cpus import available_cores
 from galaxydist.evaluation.exploration.duplicates import perceptual_hash
 from galaxydist.evaluation.exploration.oddities import find_oddities
 from galaxydist.evaluation.exploration.population import Picture
-from galaxydist.surveys.measure import measure_pictures
+from galaxydist.surveys.photometry import measure_pictures
 
 THUMBNAIL = 64
 # Width of the mean images, in pixels (or the pictures' own, where that is less).
@@ -33,7 +33,7 @@ class Looked:
         ids: their names.
         labels: (n,) class numbers.
         mean_nC, black_n, white_n: mean of each channel (full scale 1), shares of pixel values that are 0 and 255.
-        size_n, brightness_n, sky_n: see :mod:`galaxydist.surveys.measure`; nan where the picture is too small for it.
+        size_n, brightness_n, sky_n: see :mod:`galaxydist.surveys.photometry`; nan where the picture is too small for it.
         colour_n: -2.5 log10 of blue over red light above the sky in the galaxy's middle; nan where there is none.
         hash_nB: (n, 8) uint8 perceptual hashes.
         digests: of the pixels: equal for identical pictures.

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.evaluation.exploration.population import Population, Positions
-from galaxydist.surveys.sky import CUTOUT_ARCSEC, SAME_PLACE_ARCSEC, close_pairs
+from galaxydist.surveys.split import CUTOUT_ARCSEC, SAME_PLACE_ARCSEC, close_pairs
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.manifest import MANIFEST_NAME, Manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.shards.store import is_url
-from galaxydist.surveys.open import open_survey
+from galaxydist.surveys.survey_sources import open_survey
 
 
 def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> Population:

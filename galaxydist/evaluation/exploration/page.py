@@ -13,7 +13,7 @@ from galaxydist.evaluation.exploration.look import THUMBNAIL
 from galaxydist.evaluation.exploration.oddities import KINDS
 from galaxydist.evaluation.html import figure_svg, picture_uri, render
 from galaxydist.evaluation.text import readable
-from galaxydist.surveys.sky import CUTOUT_ARCSEC
+from galaxydist.surveys.split import CUTOUT_ARCSEC
 
 # Pairs and pictures that are shown; the rest is counted.
 PAIRS_SHOWN, ODD_SHOWN, NAMES_SHOWN = 8, 8, 20

@@ -11,8 +11,8 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.exploration.population import Picture, Population, Position, Positions
 from galaxydist.galaxy import EncodedImage, Galaxy, Survey
 from galaxydist.surveys.galaxy10 import Galaxy10Survey
-from galaxydist.surveys.imagefolder import FolderSurvey
-from galaxydist.surveys.pictures import decode_picture
+from galaxydist.surveys.image_files import decode_file
+from galaxydist.surveys.image_folder import FolderSurvey
 
 # Slabs up to this length are several of the file's own chunks: single rows of them are read on their own.
 _SHORT_SLAB = 32
@@ -106,7 +106,7 @@ def _picture(row: int, galaxy: Galaxy) -> Picture:
     if not isinstance(image, EncodedImage):
         return Picture(row, galaxy.id, image, position)
     try:
-        return Picture(row, galaxy.id, decode_picture(image.data, galaxy.id), position)
+        return Picture(row, galaxy.id, decode_file(image.data, galaxy.id), position)
     except UserError as error:
         return Picture(row, galaxy.id, None, position, str(error))
 

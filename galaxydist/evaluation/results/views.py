@@ -12,7 +12,7 @@ from galaxydist.evaluation.sampling import ALPHA
 from galaxydist.evaluation.trial import Trial
 from galaxydist.evaluation.trials import COLUMNS, SCORES
 from galaxydist.recipe.fields import recipe_fields
-from galaxydist.surveys.official import NAME as REAL_DATASET
+from galaxydist.surveys.official_split import NAME as REAL_DATASET
 
 _ERRORS = "Mean over seeds ± its standard error over seeds; a number without one is of a single seed."
 _CAPTIONS = {

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
-from galaxydist.surveys.schema import create_file
+from galaxydist.surveys.hdf5_schema import create_file
 from galaxydist.surveys.simulate.picture import take_picture
 from galaxydist.surveys.simulate.places import Plan, plan_survey
 from galaxydist.surveys.simulate.scene import SIZE

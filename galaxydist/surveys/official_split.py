@@ -1,6 +1,6 @@
 """The frozen split of the official Galaxy10 DECaLS file, shipped as a small table, and the command that makes the table again.
 
-``python -m galaxydist.surveys.official POSITIONS.csv`` writes it from a table of ``row,label,ra,dec`` of the official file.
+``python -m galaxydist.surveys.official_split POSITIONS.csv`` writes it from a table of ``row,label,ra,dec`` of the official file.
 """
 
 import gzip
@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, SPLITS
-from galaxydist.surveys.sky import Sky
-from galaxydist.surveys.split import NONE, TEST, VAL, Codes, build_population, split_balanced, split_original
+from galaxydist.surveys.split import NONE, TEST, VAL, Codes, Sky, build_population, split_balanced, split_original
 
 NAME = "galaxy10_decals"
 TABLE = "galaxy10_split.csv.gz"

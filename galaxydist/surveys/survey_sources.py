@@ -4,9 +4,9 @@ from pathlib import Path
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import Survey
+from galaxydist.surveys.folder_scan import check_name
 from galaxydist.surveys.galaxy10 import open_galaxy10
-from galaxydist.surveys.imagefolder import TREES, open_image_folder
-from galaxydist.surveys.names import check_name
+from galaxydist.surveys.image_folder import TREES, open_image_folder
 
 _CONFLICTING = ("keep", "drop")
 

@@ -13,14 +13,11 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, Galaxy
-from galaxydist.surveys import official
-from galaxydist.surveys.filehash import group_equal_files, hash_files
-from galaxydist.surveys.foldermeta import METADATA_FILE, FolderInfo, FolderMetadata, FolderRow, read_info, read_metadata
-from galaxydist.surveys.folderscan import PictureFile, known_split, scan_folder
-from galaxydist.surveys.names import safe_name, unique_ids
-from galaxydist.surveys.pictures import read_picture
-from galaxydist.surveys.schema import SIMULATED
-from galaxydist.surveys.sky import check_positions, join_groups
+from galaxydist.surveys import official_split
+from galaxydist.surveys.folder_metadata import METADATA_FILE, FolderInfo, FolderMetadata, FolderRow, read_info, read_metadata
+from galaxydist.surveys.folder_scan import PictureFile, known_split, safe_name, scan_folder, unique_ids
+from galaxydist.surveys.hdf5_schema import SIMULATED
+from galaxydist.surveys.image_files import group_equal_files, hash_files, read_picture
 from galaxydist.surveys.split import (
     NONE,
     TEST,
@@ -29,7 +26,9 @@ from galaxydist.surveys.split import (
     Codes,
     Population,
     build_population,
+    check_positions,
     cut,
+    join_groups,
     rows_by_split,
     split_balanced,
     split_fold,
@@ -158,7 +157,7 @@ def open_image_folder(
 
 def _is_galaxy10(info: FolderInfo | None) -> bool:
     """Return True if the folder itself says that it was exported from a survey of Galaxy10's classes."""
-    return info is not None and info.name in (official.NAME, SIMULATED)
+    return info is not None and info.name in (official_split.NAME, SIMULATED)
 
 
 def _with_metadata(root: Path, pictures: list[PictureFile]) -> tuple[list[PictureFile], list[FolderRow], list[str | None]]:
@@ -216,7 +215,7 @@ def _population(labels: list[int], class_names: tuple[str, ...], rows: list[Fold
     else:
         digests = (hashlib.sha256(row.id.encode()).digest() for row in rows)
         keys = np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64)
-    seed = official.SPLIT_SEED
+    seed = official_split.SPLIT_SEED
     return build_population(np.array(labels, np.int64), ra, dec, class_names=class_names, seed=seed, keys=keys)
 
 
