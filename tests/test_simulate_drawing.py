@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from galaxydist.surveys.simulate import colour, profiles, sky
-from galaxydist.surveys.simulate.dice import GALAXY, Dice, pixel_normals
-from galaxydist.surveys.simulate.galaxies import LOOSE_PITCH, TIGHT_PITCH, draw_arms
+from galaxydist.surveys.simulate import components, observation
+from galaxydist.surveys.simulate.galaxy_types import LOOSE_PITCH, TIGHT_PITCH, draw_arms
 from galaxydist.surveys.simulate.morphology import draw_light
+from galaxydist.surveys.simulate.random_draws import GALAXY, Dice, pixel_normals
 from galaxydist.surveys.simulate.scene import CENTRE, MARGIN, SIZE, Scene
 
 
@@ -35,7 +35,7 @@ def test_dice_have_their_distributions() -> None:
 @pytest.mark.parametrize(("radius", "axis_ratio", "index"), [(8.0, 1.0, 1.0), (10.0, 0.5, 1.0), (6.0, 0.8, 2.5)])
 def test_a_sersic_profile_has_unit_light_half_within_its_radius(radius: float, axis_ratio: float, index: float) -> None:
     y, x = np.mgrid[-250:251, -250:251].astype(np.float32)
-    profile = profiles.sersic(x, y, radius, axis_ratio, index)
+    profile = components.sersic(x, y, radius, axis_ratio, index)
     assert profile.sum() == pytest.approx(1.0, abs=0.03)
     inside = x**2 + (y / axis_ratio) ** 2 < radius**2
     assert profile[inside].sum() / profile.sum() == pytest.approx(0.5, abs=0.03)
@@ -43,16 +43,16 @@ def test_a_sersic_profile_has_unit_light_half_within_its_radius(radius: float, a
 
 def test_edge_on_disc_bar_and_arc_have_unit_light() -> None:
     y, x = np.mgrid[-200:201, -200:201].astype(np.float32)
-    assert profiles.edge_on_disc(x, y, 12.0, 4.0).sum() == pytest.approx(1.0, abs=0.06)
-    assert profiles.bar(x, y, 20.0, 0.3).sum() == pytest.approx(1.0, abs=0.06)
-    assert profiles.arc(x, y, radius=40.0, width=4.0, start=0.5, span=1.5).sum() == pytest.approx(1.0, abs=0.2)
+    assert components.edge_on_disc(x, y, 12.0, 4.0).sum() == pytest.approx(1.0, abs=0.06)
+    assert components.bar(x, y, 20.0, 0.3).sum() == pytest.approx(1.0, abs=0.06)
+    assert components.arc(x, y, radius=40.0, width=4.0, start=0.5, span=1.5).sum() == pytest.approx(1.0, abs=0.2)
 
 
 @pytest.mark.parametrize("pitch", [10.0, 25.0])
 def test_arms_have_the_pitch_they_were_asked_for(pitch: float) -> None:
     y, x = np.mgrid[-100:101, -100:101].astype(np.float32)
     radius, theta = np.hypot(x, y) + 1e-3, np.arctan2(y, x)
-    pattern = profiles.spiral_arms(theta, np.log(radius), num_arms=2, pitch=np.radians(pitch), phase=0.3, sharpness=1.5)
+    pattern = components.spiral_arms(theta, np.log(radius), num_arms=2, pitch=np.radians(pitch), phase=0.3, sharpness=1.5)
     assert pattern[(radius > 20) & (radius < 90)].mean() == pytest.approx(1.0, abs=0.03)
     # The pattern's m = 2 phase turns with ln r as 2 / tan(pitch).
     edges = np.geomspace(20, 90, 60)
@@ -79,36 +79,36 @@ def test_tight_arms_are_tighter_than_loose_ones() -> None:
 
 
 def test_a_star_has_the_seeing_of_its_band() -> None:
-    scene = Scene(sky.DECAM_PIXEL)
+    scene = Scene(observation.DECAM_PIXEL)
     scene.add_points(np.array([0.5]), np.array([0.5]), np.ones((1, 3), np.float32))
-    blurred = sky.blur(scene.light_CHW, sky.SEEING, sky.DECAM_PIXEL)
+    blurred = observation.blur(scene.light_CHW, observation.SEEING, observation.DECAM_PIXEL)
     middle = round(CENTRE + 0.5)
-    for band, fwhm in enumerate(sky.SEEING):
+    for band, fwhm in enumerate(observation.SEEING):
         row = blurred[band, middle]
         assert blurred[band].sum() == pytest.approx(1.0, abs=1e-3)
         half = np.interp(0.5 * row[middle], row[middle : middle + 15][::-1], np.arange(15)[::-1])
-        assert 2.0 * half * sky.DECAM_PIXEL == pytest.approx(fwhm, rel=0.03)
+        assert 2.0 * half * observation.DECAM_PIXEL == pytest.approx(fwhm, rel=0.03)
 
 
 def test_sky_noise_has_its_size() -> None:
-    scene = Scene(sky.DECAM_PIXEL)
+    scene = Scene(observation.DECAM_PIXEL)
     ratios = []
     for row in range(60):
-        noisy = sky.add_noise(scene.light_CHW, Dice(1, 1, row), sky.DECAM_PIXEL, 1, row)
+        noisy = observation.add_noise(scene.light_CHW, Dice(1, 1, row), observation.DECAM_PIXEL, 1, row)
         assert noisy.shape == (3, SIZE, SIZE)
-        ratios.append(noisy.std(axis=(1, 2)) / np.array(sky.NOISE))
+        ratios.append(noisy.std(axis=(1, 2)) / np.array(observation.NOISE))
     assert np.median(ratios, axis=0) == pytest.approx([1.0, 1.0, 1.0], abs=0.1)
 
 
 def test_the_stretch_is_the_viewers() -> None:
-    black = colour.stretch(np.zeros((3, 2, 2), np.float32))
+    black = observation.stretch(np.zeros((3, 2, 2), np.float32))
     assert black == pytest.approx(np.arcsinh(0.6) / np.sqrt(20.0))
     # 0.1 nanomaggies in r alone: x = (0.03, 0.37, 0.03), I = 0.4300 / 3.
     fluxes = np.array([0.0, 0.1, 0.0], np.float32)[:, None, None]
     intensity = 0.43 / 3
     gain = np.arcsinh(20 * intensity) / (np.sqrt(20.0) * intensity)
-    assert colour.stretch(fluxes)[0, 0] == pytest.approx([0.03 * gain, min(0.37 * gain, 1.0), 0.03 * gain])
-    assert np.all(colour.stretch(np.full((3, 1, 1), 100.0, np.float32)) == 1.0)
+    assert observation.stretch(fluxes)[0, 0] == pytest.approx([0.03 * gain, min(0.37 * gain, 1.0), 0.03 * gain])
+    assert np.all(observation.stretch(np.full((3, 1, 1), 100.0, np.float32)) == 1.0)
 
 
 def test_large_galaxies_get_the_coarse_pixels() -> None:

@@ -13,9 +13,8 @@ from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_COUNTS
 from galaxydist.surveys.hdf5_schema import COLUMNS, IMAGE_SHAPE
 from galaxydist.surveys.simulate import simulate_survey
-from galaxydist.surveys.simulate.picture import take_picture
-from galaxydist.surveys.simulate.places import HANDFUL, Plan, class_counts, plan_survey
-from galaxydist.surveys.simulate.survey import draw_slab
+from galaxydist.surveys.simulate.population import HANDFUL, Plan, class_counts, plan_survey
+from galaxydist.surveys.simulate.survey import draw_slab, take_picture
 
 
 def _separation(plan: Plan, one: int, other: int) -> float:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES
-from galaxydist.surveys.simulate.places import plan_survey
+from galaxydist.surveys.simulate.population import plan_survey
 from galaxydist.surveys.simulate.survey import draw_rows
 
 # Above this (balanced accuracy, ten classes) the simulation is too easy.

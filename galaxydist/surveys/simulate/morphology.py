@@ -4,10 +4,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from galaxydist.surveys.simulate.colour import to_fluxes
-from galaxydist.surveys.simulate.dice import Dice
+from galaxydist.surveys.simulate.observation import DECAM_PIXEL, to_fluxes
+from galaxydist.surveys.simulate.random_draws import Dice
 from galaxydist.surveys.simulate.scene import Array
-from galaxydist.surveys.simulate.sky import DECAM_PIXEL
 
 (DISTURBED, MERGING, ROUND, IN_BETWEEN, CIGAR, BARRED, TIGHT_SPIRAL, LOOSE_SPIRAL, EDGE_ON, EDGE_ON_BULGE) = range(10)
 

@@ -4,6 +4,7 @@ import multiprocessing
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,9 +14,76 @@ from numpy.typing import NDArray
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.surveys.hdf5_schema import create_file
-from galaxydist.surveys.simulate.picture import take_picture
-from galaxydist.surveys.simulate.places import Plan, plan_survey
-from galaxydist.surveys.simulate.scene import SIZE
+from galaxydist.surveys.simulate import galaxy_types, observation
+from galaxydist.surveys.simulate.components import Place
+from galaxydist.surveys.simulate.morphology import (
+    CIGAR,
+    DISTURBED,
+    EDGE_ON,
+    EDGE_ON_BULGE,
+    IN_BETWEEN,
+    MERGING,
+    ROUND,
+    Light,
+    draw_light,
+)
+from galaxydist.surveys.simulate.population import Plan, plan_survey
+from galaxydist.surveys.simulate.random_draws import GALAXY, SKY, Dice
+from galaxydist.surveys.simulate.scene import SIZE, Scene
+
+# DOC One row of the simulated survey: draw the galaxy, its neighbours and its field, and take the picture.
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A row's picture (256 x 256 x 3 uint8 RGB), its redshift and its pixel scale (arcsec per pixel)."""
+
+    image: NDArray[np.uint8]
+    redshift: float
+    pixel_scale: float
+
+
+def draw_galaxy(scene: Scene, dice: Dice, light: Light, label: int, place: Place = (0.0, 0.0)) -> None:
+    """Draw a galaxy of this class at a place in pixels from the picture's centre."""
+    if label == DISTURBED:
+        galaxy_types.draw_disturbed(scene, dice, light, place)
+    elif label == MERGING:
+        galaxy_types.draw_merging(scene, dice, light, place)
+    elif label in (ROUND, IN_BETWEEN, CIGAR):
+        galaxy_types.draw_smooth(scene, dice, light, label, place)
+    elif label in (EDGE_ON, EDGE_ON_BULGE):
+        galaxy_types.draw_edge_on(scene, dice, light, label == EDGE_ON_BULGE, place)
+    else:
+        galaxy_types.draw_spiral(scene, dice, light, label, place)
+
+
+def take_picture(plan: Plan, row: int) -> Picture:
+    """The picture of a row of the plan, from the plan and the row's number alone.
+
+    A row that stands for another row's galaxy (one place, two labels) shows that galaxy; galaxies that lie within the frame are
+    drawn in it too.
+    """
+    shown = int(plan.shown[row])
+    label = int(plan.labels[shown])
+    dice = Dice(plan.seed, GALAXY, shown)
+    light = draw_light(dice, label)
+    scene = Scene(light.pixel_scale)
+    draw_galaxy(scene, dice, light, label)
+    for neighbour, east, north in plan.neighbours(shown):
+        beside = Dice(plan.seed, GALAXY, neighbour)
+        its_label = int(plan.labels[neighbour])
+        its_light = draw_light(beside, its_label)
+        its_light = its_light.at_scale(scene.pixel_scale)
+        # East is left and north is up; rows count downwards.
+        draw_galaxy(scene, beside, its_light, its_label, (-east / scene.pixel_scale, -north / scene.pixel_scale))
+    field = Dice(plan.seed, SKY, shown)
+    observation.add_background(scene, field)
+    observation.add_stars(scene, field)
+    light_CHW = observation.blur(scene.light_CHW, observation.draw_seeing(field), scene.pixel_scale)
+    observation.add_artefacts(light_CHW, field)
+    light_CHW = observation.add_noise(light_CHW, field, scene.pixel_scale, plan.seed, shown)
+    return Picture(observation.to_picture(light_CHW), light.redshift, light.pixel_scale)
+
 
 # Goes up whenever the same seed gives other galaxies; written into the file.
 SIMULATOR_VERSION = 1

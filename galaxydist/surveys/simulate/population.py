@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from galaxydist.counter_rng import hash64
 from galaxydist.galaxy import GALAXY10_COUNTS
-from galaxydist.surveys.simulate.dice import PAIRS, PLACES, TWICE, Dice
+from galaxydist.surveys.simulate.random_draws import PAIRS, PLACES, TWICE, Dice
 
 # A survey smaller than a class's share still has this many galaxies of it (fewer only where there is no room).
 HANDFUL = 6
