@@ -30,8 +30,7 @@ from galaxydist.shards.open import open_shards
 from galaxydist.shards.openfile import OpenFile
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.reader import Batch, EvalReader, TrainReader
-from galaxydist.shards.schedule import Schedule
-from galaxydist.shards.uses import USE
+from galaxydist.shards.shard_usage import USE, Schedule
 from galaxydist.shards.write import write_shards
 from tests.cache_rank import read_as_rank
 from tests.forked_runs import forked
@@ -260,7 +259,7 @@ from galaxydist.errors import UserError
 from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.fetch import open_source
 from galaxydist.shards.open import open_shards
-from galaxydist.shards.uses import evaluation_uses
+from galaxydist.shards.shard_usage import evaluation_uses
 url, cache, taken = sys.argv[1:]
 try:
     remote = open_shards(url, CacheConfig(Path(cache), threads=1))

@@ -12,8 +12,16 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.shards.order import EpochOrder, Order, ResampledOrder, evaluation_batches, rank_offsets, steps_per_epoch
-from galaxydist.shards.permute import permute, unpermute
+from galaxydist.shards.order import (
+    EpochOrder,
+    Order,
+    ResampledOrder,
+    evaluation_batches,
+    permute,
+    rank_offsets,
+    steps_per_epoch,
+    unpermute,
+)
 from galaxydist.shards.reader import Batch, TrainReader
 
 shard_sizes = st.lists(st.integers(0, 60), min_size=1, max_size=40).filter(lambda sizes: sum(sizes) > 0)

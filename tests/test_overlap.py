@@ -23,8 +23,8 @@ from galaxydist.evaluation.counts import Counts
 from galaxydist.evaluation.overlap import Galaxies, check_overlap, find_overlap
 from galaxydist.evaluation.subset import SubsetCounts
 from galaxydist.galaxy import Galaxy
-from galaxydist.shards.equal_pictures import describe_equal_pictures
 from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.verify import describe_equal_pictures
 from galaxydist.shards.write import write_shards
 from galaxydist.surveys.folder_scan import fold_name, same_survey
 from galaxydist.surveys.official_split import NAME, read_official_split

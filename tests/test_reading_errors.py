@@ -22,9 +22,9 @@ from galaxydist.cli.main import main as galaxydist
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder
-from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
+from galaxydist.shards.verify import check_columns
 from galaxydist.training.nonfinite import Nonfinite
 from galaxydist.training.skipping import Skipped
 from galaxydist.training.spikes import SpikeDetector

@@ -21,12 +21,19 @@ from galaxydist.errors import UserError
 from galaxydist.shards import catalogue as catalogues
 from galaxydist.shards import transfer as transfers
 from galaxydist.shards.cache import CacheConfig
-from galaxydist.shards.catalogue import iterate_catalogue, open_catalogue, read_catalogue, write_catalogue
-from galaxydist.shards.catalogue_table import conform, table_of, unite
-from galaxydist.shards.check import check_columns, check_shards
+from galaxydist.shards.catalogue import (
+    conform,
+    iterate_catalogue,
+    open_catalogue,
+    read_catalogue,
+    table_of,
+    unite,
+    write_catalogue,
+)
 from galaxydist.shards.encode import PIXEL_HASH
 from galaxydist.shards.manifest import Manifest, catalogue_name, read_manifest
 from galaxydist.shards.open import open_shards
+from galaxydist.shards.verify import check_columns, check_shards
 from galaxydist.shards.write import write_shards
 from galaxydist.surveys.survey_sources import open_survey
 from tests.damage import keys

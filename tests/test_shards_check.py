@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from galaxydist.errors import UserError
-from galaxydist.shards.check import check_shards
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.tar import parse_index
+from galaxydist.shards.verify import check_shards
 from galaxydist.shards.write import write_shards
 from tests.shard_surveys import MemorySurvey, draw_galaxies
 

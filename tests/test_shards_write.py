@@ -22,10 +22,10 @@ from PIL import Image
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage
 from galaxydist.shards import write
-from galaxydist.shards.check import check_shards
 from galaxydist.shards.encode import hash_pixels
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.tar import parse_index
+from galaxydist.shards.verify import check_shards
 from galaxydist.shards.write import write_shards
 from tests.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies
 

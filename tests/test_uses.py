@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from galaxydist.shards.order import EpochOrder, evaluation_batches, rank_offsets
-from galaxydist.shards.uses import USE, evaluation_uses, node_uses, resampled_uses, shard_uses, working_set
+from galaxydist.shards.shard_usage import USE, evaluation_uses, node_uses, resampled_uses, shard_uses, working_set
 
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=25).filter(lambda sizes: sum(sizes) > 0)
 

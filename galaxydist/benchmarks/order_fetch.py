@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from galaxydist.shards.order import EpochOrder
-from galaxydist.shards.uses import node_uses, shard_uses, working_set
+from galaxydist.shards.shard_usage import node_uses, shard_uses, working_set
 
 
 @dataclass(frozen=True)

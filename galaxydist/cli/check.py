@@ -31,8 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Check every manifest; all problems come together."""
     from galaxydist.paths import cache_dir
     from galaxydist.shards.cache import CacheConfig
-    from galaxydist.shards.check import check_shards
-    from galaxydist.shards.equal_pictures import describe_equal_pictures
+    from galaxydist.shards.verify import check_shards, describe_equal_pictures
 
     problems = []
     root = chosen_root(arguments)

@@ -131,7 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _say_more(survey: "Survey", manifest: "Manifest", arguments: argparse.Namespace) -> None:
     """Say what of the pictures and classes a user should know before training."""
     from galaxydist.shards.damaged import LEFT_OUT_NAME, count_left_out
-    from galaxydist.shards.equal_pictures import describe_equal_pictures
+    from galaxydist.shards.verify import describe_equal_pictures
     from galaxydist.surveys.folder_scan import mirrored_classes
     from galaxydist.surveys.image_folder import FolderSurvey
 

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from galaxydist.shards.decode import Picture, PictureReader, Pixels
 from galaxydist.shards.fetch import open_source
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.schedule import lengthened
-from galaxydist.shards.uses import evaluation_uses
+from galaxydist.shards.shard_usage import evaluation_uses, lengthened
 
 
 def read_chosen(

@@ -13,11 +13,10 @@ from galaxydist.shards.cache import Cache, Wanted, show_bytes
 from galaxydist.shards.failures import MissingError
 from galaxydist.shards.manifest import Manifest, Remote, shard_name
 from galaxydist.shards.openfile import OpenFile
-from galaxydist.shards.schedule import Schedule, Uses, lengthened
+from galaxydist.shards.shard_usage import Schedule, Uses, lengthened, working_set
 from galaxydist.shards.source import FolderSource, Source
 from galaxydist.shards.store import StoppedError, Store
 from galaxydist.shards.transfer import transfer
-from galaxydist.shards.uses import working_set
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from galaxydist.atomic_files import whole_file
 from galaxydist.galaxy import Survey
-from galaxydist.shards.catalogue import write_catalogue
-from galaxydist.shards.catalogue_table import unite
+from galaxydist.shards.catalogue import unite, write_catalogue
 from galaxydist.shards.manifest import COLUMNS, SHARD_ROW, Manifest, Split, catalogue_name, column_name, manifest_json
 from galaxydist.shards.pack import Shard, read_packed, read_packed_catalogue
 from galaxydist.shards.parts import PixelSums

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.atomic_files import whole_file
-from galaxydist.shards.catalogue_table import table_of
+from galaxydist.shards.catalogue import table_of
 from galaxydist.shards.manifest import SHARD_ROW
 from galaxydist.shards.parts import PART_ROW
 from galaxydist.shards.tar import Member, end_of_tar, index_text, sample_members

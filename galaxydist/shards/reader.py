@@ -24,8 +24,7 @@ from galaxydist.shards.order import (
     rank_offsets,
     steps_per_epoch,
 )
-from galaxydist.shards.schedule import Uses, lengthened, shifted
-from galaxydist.shards.uses import evaluation_uses, resampled_uses, shard_uses
+from galaxydist.shards.shard_usage import Uses, evaluation_uses, lengthened, resampled_uses, shard_uses, shifted
 
 __all__ = ["Batch", "EvalReader", "TrainReader", "steps_per_epoch"]
 

@@ -19,10 +19,10 @@ from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock, start_of
 from galaxydist.runs.save_policy import SavePolicy
-from galaxydist.shards.check import check_columns
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.open import open_shards
 from galaxydist.shards.reader import Batch, TrainReader
+from galaxydist.shards.verify import check_columns
 from galaxydist.training.announcement import describe_end, describe_run, describe_time
 from galaxydist.training.data import (
     TrainingData,

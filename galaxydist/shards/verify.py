@@ -1,13 +1,16 @@
 """Whether shards are what their manifest says: every byte, offset, key, label, picture and row of a catalogue. Reading does not
 hash local shards: bytes that were exchanged for others which decode are found here alone."""
 
+import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +20,94 @@ from galaxydist.cpus import available_cores
 from galaxydist.errors import DamagedPictureError, UserError
 from galaxydist.galaxy import EncodedImage
 from galaxydist.shards.cache import CacheConfig
-from galaxydist.shards.check_catalogue import CatalogueCheck
-from galaxydist.shards.encode import decode_picture
-from galaxydist.shards.manifest import COLUMNS, Manifest, column_name, read_manifest, shard_name
+from galaxydist.shards.catalogue import ID, conform, iterate_catalogue, open_catalogue, read_catalogue, table_of, unite
+from galaxydist.shards.encode import PIXEL_HASH, decode_picture
+from galaxydist.shards.manifest import COLUMNS, Manifest, catalogue_name, column_name, read_manifest, shard_name
 from galaxydist.shards.open import FileReader, file_reader, open_shards
 from galaxydist.shards.parts import key_hash
 from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+# DOC Whether the catalogues say what the samples' .json say.
+
+# Galaxies that are named for one shard.
+NAMED = 3
+
+
+class CatalogueCheck:
+    """Reads the catalogues along with the shards, in the same order, so that little of them is held.
+
+    Args:
+        manifest: of the shards.
+        lengths: split -> the number of samples in each of its shards.
+
+    Attributes:
+        problems: of the files themselves, once the check is entered.
+    """
+
+    def __init__(self, manifest: Manifest, lengths: Mapping[str, Sequence[int]]) -> None:
+        self.problems: list[str] = []
+        self._manifest, self._lengths = manifest, lengths
+        self._stack = contextlib.ExitStack()
+        self._rows: dict[str, Iterator[pa.Table]] = {}
+        self._schemas: dict[str, pa.Schema] = {}
+        self._found: dict[str, dict[str, pa.Schema]] = {}  # the different ones of the shards, in the order of their coming
+
+    def __enter__(self) -> Self:
+        for split in self._manifest.splits:
+            if self._manifest.catalogues and catalogue_name(split) not in self._manifest.catalogues:
+                self.problems.append(f"{self._manifest.location}: no checksum of {catalogue_name(split)}")
+            elif self._manifest.catalogues:
+                try:
+                    file = self._stack.enter_context(open_catalogue(self._manifest, split))
+                    self._schemas[split], self._found[split] = file.schema_arrow, {}
+                    self._rows[split] = iterate_catalogue(file, self._lengths[split])
+                except UserError as error:
+                    self.problems.append(str(error))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def compare(self, split: str, location: str, metas: Sequence[tuple[str, bytes]] | None) -> list[str]:
+        """The problems of the next shard's rows.
+
+        Args:
+            split: of the shard.
+            location: of the shard, for messages.
+            metas: its galaxies' keys and .json; None where they could not be read: its rows are passed over.
+        """
+        if split not in self._rows:
+            return []
+        rows = next(self._rows[split])
+        if metas is None:
+            self._found.pop(split, None)  # what the columns should be cannot be told any more
+            return []
+        try:
+            table = table_of(metas)
+            expected = conform(table, rows.schema)
+        except ValueError as error:
+            return [f"shard {location}: {catalogue_name(split)} cannot hold what its .json say ({error})"]
+        if split in self._found:
+            self._found[split].setdefault(table.schema.to_string(show_field_metadata=True), table.schema)
+        if rows.equals(expected):
+            return []
+        pairs = zip(rows.to_pylist(), expected.to_pylist(), strict=False)
+        others = [there[ID] for here, there in pairs if here != there]
+        named = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
+        return [f"shard {location}: the rows of {named} in {catalogue_name(split)} are not what their .json say"]
+
+    def finish(self) -> list[str]:
+        """The problems that only all shards together show: columns that are not there, too many or of another type."""
+        return [
+            f"{self._manifest.location}: the columns of {catalogue_name(split)} are not those that the .json of its galaxies have"
+            for split, found in self._found.items()
+            if unite(found.values()) != self._schemas[split]
+        ]
+
 
 # Problems that are listed before the rest are only counted.
 LISTED = 20
@@ -248,3 +333,93 @@ def _twins(shards: list[_Shard], hashes: list[NDArray[np.uint64]], read: FileRea
                 problems.append(f"galaxy {key} stands in {seen[key]} and in {shard.location}")
             seen[key] = shard.location
     return problems
+
+
+# DOC Galaxies of one data set whose pictures are equal, pixel for pixel: some in two splits, some with two labels.
+# DOC
+# DOC They are said and never moved: a split that the user or a survey gives stays as it is.
+
+# Groups of equal pictures that a message names.
+MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class EqualPictures:
+    """Groups of equal pictures, each as its galaxies' ``split/id``.
+
+    Args:
+        across: groups that stand in more than one split.
+        two_labels: groups that have more than one label.
+    """
+
+    across: list[list[str]]
+    two_labels: list[list[str]]
+
+
+def find_equal_pictures(manifest: Manifest) -> EqualPictures | None:
+    """Look at the hashes in the catalogues; None where they have none, which shards made by an earlier version do not.
+
+    Raises:
+        UserError: a catalogue that is missing or damaged.
+    """
+    splits = [name for name, split in manifest.splits.items() if split.num_samples]
+    if not manifest.catalogues:
+        return None
+    hashes = []
+    for code, split in enumerate(splits):
+        table = read_catalogue(manifest, split, (PIXEL_HASH,))
+        if not table.column_names:
+            return None
+        column = table.column(PIXEL_HASH)
+        rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+        found = np.empty(len(rows), [("hash", "<i8"), ("split", "<i4"), ("row", "<i8"), ("label", "<i4")])
+        found["hash"], found["row"] = column.drop_null().to_numpy(), rows
+        found["split"], found["label"] = code, manifest.labels(split)[rows]
+        hashes.append(found)
+    across, two_labels = _groups(np.concatenate(hashes))
+    wanted = {split for group in (*across, *two_labels) for split in group["split"].tolist()}
+    ids = {code: read_catalogue(manifest, splits[code], ("id",)).column("id") for code in wanted}
+
+    def name(group: NDArray[np.void]) -> list[str]:
+        return [f"{splits[code]}/{ids[code][row].as_py()}" for code, row in group[["split", "row"]].tolist()]
+
+    return EqualPictures([name(group) for group in across], [name(group) for group in two_labels])
+
+
+def describe_equal_pictures(manifest: Manifest) -> list[str]:
+    """Lines about a data set's equal pictures; none where all is well."""
+    found = find_equal_pictures(manifest)
+    if found is None:
+        return [
+            f"{manifest.location} has no hashes of its pictures (an earlier version made it), so that equal pictures in two "
+            "splits are not found; make the shards anew to have them compared"
+        ]
+    lines = []
+    if found.across:
+        lines.append(
+            f"{_pictures(found.across, 'is', 'are')} in more than one split, pixel for pixel: {_some(found.across)}. A model is "
+            "judged there on what it has learnt from: leave them out of one of the splits"
+        )
+    if found.two_labels:
+        lines.append(f"{_pictures(found.two_labels, 'has', 'have')} two labels, pixel for pixel: {_some(found.two_labels)}")
+    return lines
+
+
+def _pictures(groups: list[list[str]], singular: str, plural: str) -> str:
+    return f"1 picture {singular}" if len(groups) == 1 else f"{len(groups)} pictures {plural}"
+
+
+def _groups(rows: NDArray[np.void]) -> tuple[list[NDArray[np.void]], list[NDArray[np.void]]]:
+    """Groups of equal hashes that stand in several splits, and those that have several labels."""
+    rows = rows[np.argsort(rows["hash"], kind="stable")]
+    starts = np.flatnonzero(np.append(True, np.diff(rows["hash"]) != 0)) if len(rows) else np.empty(0, np.int64)
+    ends = np.append(starts[1:], len(rows))
+    several = np.flatnonzero(ends - starts > 1)
+    groups = [rows[starts[number] : ends[number]] for number in several.tolist()]
+    across = [group for group in groups if len(set(group["split"].tolist())) > 1]
+    return across, [group for group in groups if len(set(group["label"][group["label"] >= 0].tolist())) > 1]
+
+
+def _some(groups: list[list[str]]) -> str:
+    more = f" and {len(groups) - NAMED} more" if len(groups) > MOST_NAMED else ""
+    return ", ".join(" = ".join(group[:MOST_NAMED]) for group in groups[:MOST_NAMED]) + more
