@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from galaxydist.shards import transfer
-from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.shards.open import open_shards
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.reader import TrainReader
+from galaxydist.shards.remote import object_store
+from galaxydist.shards.remote.cache import CacheConfig
+from galaxydist.shards.remote.open import open_shards
 
 
 def read_as_rank(url: str, folder: str, cache: str, *numbers: str) -> None:
     """Read as one rank; the numbers are those of the command line."""
     max_bytes, rank, world_size, steps = map(int, numbers)
-    transfer.FIRST_PAUSE_S = 0.01
+    object_store.FIRST_PAUSE_S = 0.01
     EpochOrder.__init__.__kwdefaults__["window"] = 8  # as in a survey many times the size of the usual window
     remote = open_shards(url, CacheConfig(Path(cache), max_bytes))
     settings = {"seed": 5, "batch_size": 4, "num_streams": 2, "rank": rank, "world_size": world_size, "prefetch": 1}

@@ -23,13 +23,12 @@ from hypothesis import strategies as st
 
 from galaxydist.benchmarks.fileserver import Behaviour, FileServer, every
 from galaxydist.errors import UserError
-from galaxydist.shards import transfer as transfers
-from galaxydist.shards.cache import Cache, CacheConfig, Wanted
 from galaxydist.shards.manifest import Manifest, read_manifest
-from galaxydist.shards.open import open_shards
-from galaxydist.shards.openfile import OpenFile
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.reader import Batch, EvalReader, TrainReader
+from galaxydist.shards.remote import object_store as transfers
+from galaxydist.shards.remote.cache import Cache, CacheConfig, OpenFile, Wanted
+from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.shard_usage import USE, Schedule
 from galaxydist.shards.write import write_shards
 from tests.cache_rank import read_as_rank
@@ -256,9 +255,9 @@ import sys
 from contextlib import closing
 from pathlib import Path
 from galaxydist.errors import UserError
-from galaxydist.shards.cache import CacheConfig
-from galaxydist.shards.fetch import open_source
-from galaxydist.shards.open import open_shards
+from galaxydist.shards.remote.cache import CacheConfig
+from galaxydist.shards.remote.prefetcher import open_source
+from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.shard_usage import evaluation_uses
 url, cache, taken = sys.argv[1:]
 try:
@@ -440,8 +439,8 @@ import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, int(sys.argv[3])))
 from galaxydist.errors import UserError
-from galaxydist.shards.cache import CacheConfig
-from galaxydist.shards.open import open_shards
+from galaxydist.shards.remote.cache import CacheConfig
+from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.reader import TrainReader
 remote = open_shards(sys.argv[1], CacheConfig(Path(sys.argv[2]), threads=2))
 try:

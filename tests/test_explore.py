@@ -24,8 +24,8 @@ from galaxydist.evaluation.exploration.oddities import find_oddities
 from galaxydist.evaluation.exploration.opening import open_population
 from galaxydist.evaluation.exploration.page import render_page
 from galaxydist.evaluation.exploration.population import Picture, Population, Position, Positions, choose_sample
-from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.manifest import read_manifest
+from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.write import write_shards
 from galaxydist.surveys.survey_sources import open_survey
 from tests.blobs import BlobSurvey

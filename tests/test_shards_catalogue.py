@@ -19,8 +19,6 @@ from hypothesis import strategies as st
 from galaxydist.benchmarks.fileserver import Behaviour, FileServer, every
 from galaxydist.errors import UserError
 from galaxydist.shards import catalogue as catalogues
-from galaxydist.shards import transfer as transfers
-from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.catalogue import (
     conform,
     iterate_catalogue,
@@ -32,7 +30,9 @@ from galaxydist.shards.catalogue import (
 )
 from galaxydist.shards.encode import PIXEL_HASH
 from galaxydist.shards.manifest import Manifest, catalogue_name, read_manifest
-from galaxydist.shards.open import open_shards
+from galaxydist.shards.remote import object_store as transfers
+from galaxydist.shards.remote.cache import CacheConfig
+from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns, check_shards
 from galaxydist.shards.write import write_shards
 from galaxydist.surveys.survey_sources import open_survey

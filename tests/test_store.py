@@ -15,14 +15,13 @@ import torch
 
 from galaxydist.benchmarks.fileserver import TROUBLES, Behaviour, FileServer, every
 from galaxydist.errors import UserError
-from galaxydist.shards import store as stores
-from galaxydist.shards import transfer as transfers
-from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.manifest import Manifest, read_manifest
-from galaxydist.shards.open import open_shards
 from galaxydist.shards.reader import Batch, EvalReader, TrainReader
-from galaxydist.shards.store import StoppedError, Store
-from galaxydist.shards.transfer import transfer
+from galaxydist.shards.remote import object_store as stores
+from galaxydist.shards.remote import object_store as transfers
+from galaxydist.shards.remote.cache import CacheConfig
+from galaxydist.shards.remote.object_store import StoppedError, Store, transfer
+from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.write import write_shards
 from tests.servers import s3_server
 from tests.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies

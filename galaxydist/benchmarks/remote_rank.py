@@ -11,9 +11,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from galaxydist.shards.cache import CacheConfig
-from galaxydist.shards.open import open_shards
 from galaxydist.shards.reader import TrainReader
+from galaxydist.shards.remote.cache import CacheConfig
+from galaxydist.shards.remote.open import open_shards
 
 
 @dataclass(frozen=True)

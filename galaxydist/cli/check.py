@@ -30,7 +30,7 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Check every manifest; all problems come together."""
     from galaxydist.paths import cache_dir
-    from galaxydist.shards.cache import CacheConfig
+    from galaxydist.shards.remote.cache import CacheConfig
     from galaxydist.shards.verify import check_shards, describe_equal_pictures
 
     problems = []

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     from galaxydist.evaluation.exploration.opening import open_population
     from galaxydist.evaluation.explore import PAGE, explore
     from galaxydist.paths import cache_dir, folder_name
-    from galaxydist.shards.cache import CacheConfig
+    from galaxydist.shards.remote.cache import CacheConfig
 
     root = chosen_root(arguments)
     population = open_population(_location(arguments, root), arguments.variant, CacheConfig(cache_dir(root)), arguments.classes)

@@ -11,7 +11,7 @@ from galaxydist.models.weights import find_weights
 from galaxydist.paths import data_root, weights_dir
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.runs.folder import RunFolder
-from galaxydist.shards.open import open_shards
+from galaxydist.shards.remote.open import open_shards
 from galaxydist.training.data import find_cache, find_manifest, find_variant, open_manifest
 from galaxydist.training.opening import check_would_continue
 

@@ -26,14 +26,12 @@ from tqdm import tqdm
 
 from galaxydist.atomic_files import whole_file
 from galaxydist.errors import UserError
-from galaxydist.shards.cache import Cache, Wanted
 from galaxydist.shards.manifest import Manifest, catalogue_name, shard_name
-from galaxydist.shards.open import file_reader
-from galaxydist.shards.openfile import OpenFile
-from galaxydist.shards.source import FolderSource
-from galaxydist.shards.store import Store
+from galaxydist.shards.remote.cache import Cache, OpenFile, Wanted
+from galaxydist.shards.remote.object_store import Store, transfer
+from galaxydist.shards.remote.open import file_reader
+from galaxydist.shards.remote.prefetcher import FolderSource
 from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
-from galaxydist.shards.transfer import transfer
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.shards.decode import Picture, PictureReader, Pixels
-from galaxydist.shards.fetch import open_source
 from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.remote.prefetcher import open_source
 from galaxydist.shards.shard_usage import evaluation_uses, lengthened
 
 

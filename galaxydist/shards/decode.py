@@ -13,8 +13,8 @@ from PIL import Image, UnidentifiedImageError
 
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.openfile import OpenFile
-from galaxydist.shards.source import FolderSource, Source
+from galaxydist.shards.remote.cache import OpenFile
+from galaxydist.shards.remote.prefetcher import FolderSource, Source
 from galaxydist.shards.tar import BLOCK, parse_index
 
 Pixels = NDArray[np.uint8]

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.shards.cache import CacheConfig
+from galaxydist.shards.remote.cache import CacheConfig
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

@@ -12,7 +12,6 @@ import numpy as np
 from galaxydist.cpus import available_cores
 from galaxydist.shards.batches import Batch, BatchPool, Plan
 from galaxydist.shards.decode import PictureReader, reduction
-from galaxydist.shards.fetch import open_source
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import (
     ByClass,
@@ -24,6 +23,7 @@ from galaxydist.shards.order import (
     rank_offsets,
     steps_per_epoch,
 )
+from galaxydist.shards.remote.prefetcher import open_source
 from galaxydist.shards.shard_usage import Uses, evaluation_uses, lengthened, resampled_uses, shard_uses, shifted
 
 __all__ = ["Batch", "EvalReader", "TrainReader", "steps_per_epoch"]

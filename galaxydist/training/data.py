@@ -11,9 +11,9 @@ from galaxydist.errors import UserError
 from galaxydist.galaxy import Variant
 from galaxydist.paths import cache_dir, find_shards, manifest_path
 from galaxydist.recipe.schema import DataConfig, Recipe
-from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.open import open_shards
+from galaxydist.shards.remote.cache import CacheConfig
+from galaxydist.shards.remote.open import open_shards
 from galaxydist.surveys.folder_scan import mirrored_classes
 
 if TYPE_CHECKING:  # checks on a login node need no torch

@@ -14,7 +14,7 @@ from galaxydist.paths import data_root
 from galaxydist.recipe.identity import from_dict
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.open import open_shards
+from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
 from galaxydist.training.data import TrainingData, find_cache, find_manifest, find_variant, has_split
 from galaxydist.training.judging import JUDGED, Judge, find_checkpoint

@@ -26,7 +26,7 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.chosen import read_chosen
 from galaxydist.shards.decode import reduction
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.open import open_shards
+from galaxydist.shards.remote.open import open_shards
 from galaxydist.training.data import TrainingData, build_augment, find_cache, find_manifest, find_variant
 from galaxydist.training.judging import JUDGED, find_checkpoint, find_evaluation, load_judged
 

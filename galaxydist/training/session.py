@@ -20,8 +20,8 @@ from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock, start_of
 from galaxydist.runs.save_policy import SavePolicy
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.open import open_shards
 from galaxydist.shards.reader import Batch, TrainReader
+from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
 from galaxydist.training.announcement import describe_end, describe_run, describe_time
 from galaxydist.training.data import (

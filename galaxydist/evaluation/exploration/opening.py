@@ -6,10 +6,10 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.exploration.population import Population
 from galaxydist.evaluation.exploration.shard_source import shard_population
 from galaxydist.evaluation.exploration.survey_source import survey_population
-from galaxydist.shards.cache import CacheConfig
 from galaxydist.shards.manifest import MANIFEST_NAME, Manifest
-from galaxydist.shards.open import open_shards
-from galaxydist.shards.store import is_url
+from galaxydist.shards.remote.cache import CacheConfig
+from galaxydist.shards.remote.object_store import is_url
+from galaxydist.shards.remote.open import open_shards
 from galaxydist.surveys.survey_sources import open_survey
 
 

@@ -15,8 +15,8 @@ from galaxydist.evaluation.exploration.population import Picture, Population, Po
 from galaxydist.galaxy import EncodedImage
 from galaxydist.shards.encode import decode_picture
 from galaxydist.shards.manifest import Manifest, shard_name
-from galaxydist.shards.open import FileReader, file_reader
-from galaxydist.shards.openfile import OpenFile
+from galaxydist.shards.remote.cache import OpenFile
+from galaxydist.shards.remote.open import FileReader, file_reader
 from galaxydist.shards.tar import Member, parse_index
 
 # More records than these are not read for the sake of positions: each costs a read of its own.

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from galaxydist.errors import UserError
-from galaxydist.shards.cache import Cache, CacheConfig, Wanted
-from galaxydist.shards.failures import MissingError
 from galaxydist.shards.manifest import (
     COLUMNS,
     MANIFEST_NAME,
@@ -22,8 +20,8 @@ from galaxydist.shards.manifest import (
     parse_manifest,
     read_manifest,
 )
-from galaxydist.shards.store import Store, is_url
-from galaxydist.shards.transfer import ATTEMPTS, transfer
+from galaxydist.shards.remote.cache import Cache, CacheConfig, Wanted
+from galaxydist.shards.remote.object_store import ATTEMPTS, MissingError, Store, is_url, transfer
 
 # Attempts at the first file: whoever started a run is waiting for its first line.
 FIRST_ATTEMPTS = 5

@@ -25,11 +25,88 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from galaxydist.errors import UserError
-from galaxydist.shards.locks import LOCK, PARTIAL, evict, reserved_bytes, take_claim, try_lock
-from galaxydist.shards.openfile import OpenFile
-from galaxydist.shards.store import StoppedError
+from galaxydist.shards.remote.object_store import StoppedError
+
+# DOC An open file that lives as long as anyone uses it.
+
+
+class OpenFile:
+    """A descriptor that is closed when its last user lets go of it, so that a thread never reads from a closed one; and the bytes
+    that the file had when it was opened. A lock that is held on the descriptor goes with it.
+
+    Args:
+        descriptor: becomes this object's.
+    """
+
+    __slots__ = ("descriptor", "num_bytes")
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.num_bytes = os.fstat(descriptor).st_size
+
+    @classmethod
+    def at(cls, path: str) -> "OpenFile":
+        """Open a file for reading."""
+        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+# DOC Locks of the cache (flock's): they go with the process that holds them.
 
 _log = logging.getLogger(__name__)
+
+LOCK, PARTIAL = ".lock", ".partial"
+
+
+def take_claim(path: Path) -> OpenFile | None:
+    """The right to fetch a file, which one process has at a time; None if another has it."""
+    while True:
+        file = OpenFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        if not try_lock(file.descriptor, fcntl.LOCK_EX):
+            return None
+        if os.fstat(file.descriptor).st_nlink:
+            os.ftruncate(file.descriptor, 0)
+            return file
+
+
+def reserved_bytes(lock: str) -> int:
+    """The bytes that the fetch behind a lock will take; nothing is behind the lock of a process that is gone."""
+    try:
+        with Path(lock).open("r+b") as file:
+            if not try_lock(file.fileno(), fcntl.LOCK_EX):
+                text = file.read()
+                return int(text) if text.isdigit() else 0
+            if os.fstat(file.fileno()).st_nlink:
+                Path(lock.removesuffix(LOCK) + PARTIAL).unlink(missing_ok=True)
+                Path(lock).unlink()
+    except FileNotFoundError:
+        pass
+    return 0
+
+
+def evict(path: str) -> bool:
+    """Remove a file, unless anyone has it open."""
+    try:
+        file = OpenFile(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        if not try_lock(file.descriptor, fcntl.LOCK_EX):
+            return False
+        Path(path).unlink()
+    except OSError as error:
+        _log.debug("%s stays: %s", path, error)
+        return False
+    return True
+
+
+def try_lock(descriptor: int, kind: int) -> bool:
+    """Take a lock if it is to be had at once."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
 
 # Seconds between two looks at a lock that another process holds.
 POLL_S = 0.05
