@@ -61,7 +61,7 @@ def real_sample(real_data: Path) -> Path:
 @pytest.fixture(scope="session")
 def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The manifest of a small data set of drawn blobs, in three classes."""
-    from galaxydist.shards.write import write_shards
+    from galaxydist.shards.writer.writer import write_shards
     from tests.blobs import BlobSurvey
 
     return write_shards(BlobSurvey(), tmp_path_factory.mktemp("blobs") / "shards", encoding="png", shard_size=16, workers=1).path

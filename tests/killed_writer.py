@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet
 
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from tests.shard_surveys import MemorySurvey, draw_galaxies
 
 SURVEY = MemorySurvey(draw_galaxies(14, 16), slab_length=8)

@@ -19,7 +19,7 @@ from PIL import Image
 from galaxydist.checkpoints import store
 from galaxydist.cli.main import main as galaxydist
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from tests.blobs import BlobSurvey
 from tests.forked_runs import run_forked, train
 from tests.runs import TORCHRUN_2, count_errors, launch, quick_settings, read_metrics, run_here

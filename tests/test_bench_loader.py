@@ -22,7 +22,7 @@ from galaxydist.cli.main import main
 from galaxydist.errors import EXIT_BAD_INPUT, UserError
 from galaxydist.shards.decode import PictureReader
 from galaxydist.shards.manifest import Manifest, read_manifest
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from tests.forked_runs import run_forked
 from tests.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies
 

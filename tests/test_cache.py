@@ -30,7 +30,7 @@ from galaxydist.shards.remote import object_store as transfers
 from galaxydist.shards.remote.cache import Cache, CacheConfig, OpenFile, Wanted
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.shard_usage import USE, Schedule
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from tests.cache_rank import read_as_rank
 from tests.forked_runs import forked
 from tests.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from galaxydist.checkpoints import store
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from tests.blobs import BlobSurvey
 from tests.forked_runs import run_forked, train
 from tests.runs import count_errors, quick_settings, read_losses, read_metrics

@@ -26,7 +26,7 @@ from galaxydist.evaluation.exploration.page import render_page
 from galaxydist.evaluation.exploration.population import Picture, Population, Position, Positions, choose_sample
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.remote.cache import CacheConfig
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.survey_sources import open_survey
 from tests.blobs import BlobSurvey
 from tests.survey_files import write_survey

@@ -12,7 +12,7 @@ import pytest
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, Galaxy, Survey
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.export import export_image_folders
 from galaxydist.surveys.folder_metadata import read_metadata, write_metadata
 from galaxydist.surveys.image_files import decode_file

@@ -24,7 +24,7 @@ from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.shards.chosen import read_chosen
 from galaxydist.shards.decode import PictureReader
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from tests.blobs import CLASS_NAMES, BlobSurvey
 from tests.browser import Browser
 from tests.runs import quick_settings, run_here

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from galaxydist.galaxy import Galaxy
-from galaxydist.shards import plan, write
+from galaxydist.shards.writer import layout
+from galaxydist.shards.writer import writer
 
 @dataclass(frozen=True)
 class Drawn:

@@ -25,7 +25,7 @@ from galaxydist.evaluation.subset import SubsetCounts
 from galaxydist.galaxy import Galaxy
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.verify import describe_equal_pictures
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.folder_scan import fold_name, same_survey
 from galaxydist.surveys.official_split import NAME, read_official_split
 from galaxydist.surveys.split import TEST, TRAIN, VAL
@@ -377,7 +377,7 @@ def test_equal_pictures_under_other_names_and_places_are_refused(
     check_before_training(manifest, manifest)
     assert "1 of the 24 galaxies of the test split" in caplog.text and "pixel for pixel (blob-00024)" in caplog.text
     # Shards of an earlier version have no hashes.
-    monkeypatch.setattr("galaxydist.shards.encode.hash_pixels", lambda _: None)
+    monkeypatch.setattr("galaxydist.shards.writer.encode.hash_pixels", lambda _: None)
     old = write(other, tmp_path / "old")
     assert judge(run_dir, "--manifest", old.path) == 0
     assert "has no hashes of its pictures" in caplog.text and "has no hashes" in describe_equal_pictures(old)[0]

@@ -27,7 +27,7 @@ from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.order import EpochOrder, evaluation_batches, rank_offsets
 from galaxydist.shards.shard_usage import shard_uses
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.official_split import read_official_split
 from galaxydist.training.update import count_micro_batches, split_evenly
 from tests.blobs import BlobSurvey

@@ -20,7 +20,7 @@ from galaxydist.evaluation.parts import PartWriter, merge_parts, part_path
 from galaxydist.evaluation.predictions import PredictionsInfo, read_predictions
 from galaxydist.galaxy import Galaxy
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.photometry import measure_pictures
 from galaxydist.training.predicting import MEASURED_WIDTH, measure, merge_predictions
 from tests.blobs import BlobSurvey

@@ -18,7 +18,7 @@ from galaxydist.shards.decode import PictureError, PictureReader, reduction
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.reader import Batch, EvalReader, TrainReader
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from tests.damage import break_picture, keys, truncate
 from tests.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies
 

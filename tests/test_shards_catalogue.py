@@ -28,13 +28,13 @@ from galaxydist.shards.catalogue import (
     unite,
     write_catalogue,
 )
-from galaxydist.shards.encode import PIXEL_HASH
 from galaxydist.shards.manifest import Manifest, catalogue_name, read_manifest
 from galaxydist.shards.remote import object_store as transfers
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns, check_shards
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.encode import PIXEL_HASH
+from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.survey_sources import open_survey
 from tests.damage import keys
 from tests.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies

@@ -11,7 +11,7 @@ from galaxydist.errors import UserError
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.tar import parse_index
 from galaxydist.shards.verify import check_shards
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from tests.shard_surveys import MemorySurvey, draw_galaxies
 
 
@@ -86,7 +86,7 @@ def test_columns_that_disagree_with_the_tars(manifest: Manifest) -> None:
 
 def test_one_key_in_two_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer refuses twins, so it is made blind to them here."""
-    monkeypatch.setattr("galaxydist.shards.write._refuse_twins", lambda _: None)
+    monkeypatch.setattr("galaxydist.shards.writer.writer._refuse_twins", lambda _: None)
     galaxies = draw_galaxies(40)
     twins = (*galaxies[:20], *galaxies[:20])
     manifest = write_shards(MemorySurvey(twins), tmp_path / "shards", shard_size=8)

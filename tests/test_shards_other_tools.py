@@ -12,7 +12,7 @@ from PIL import Image
 
 from galaxydist.galaxy import Galaxy
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from tests.shard_surveys import MemorySurvey, draw_galaxies
 
 GALAXIES = {galaxy.id: galaxy for galaxy in draw_galaxies(60, redshift=0.05)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from galaxydist.shards.manifest import Manifest, read_manifest
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from tests.shard_surveys import MemorySurvey, draw_galaxies
 
 README = Path(__file__).parents[1] / "README.md"

@@ -21,12 +21,12 @@ from PIL import Image
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage
-from galaxydist.shards import write
-from galaxydist.shards.encode import hash_pixels
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.tar import parse_index
 from galaxydist.shards.verify import check_shards
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer import writer
+from galaxydist.shards.writer.encode import hash_pixels
+from galaxydist.shards.writer.writer import write_shards
 from tests.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,7 @@ def test_the_result_is_byte_equal_from_run_to_run_and_for_any_workers(tmp_path: 
     survey = MemorySurvey(draw_galaxies(60))
     write_shards(survey, tmp_path / "one", workers=1, shard_size=8)
     write_shards(survey, tmp_path / "three", workers=3, shard_size=8)
-    monkeypatch.setattr(write, "FEW_GALAXIES", 0)
+    monkeypatch.setattr(writer, "FEW_GALAXIES", 0)
     write_shards(survey, tmp_path / "processes", workers=2, shard_size=8)
     assert tree_digest(tmp_path / "one") == tree_digest(tmp_path / "three") == tree_digest(tmp_path / "processes")
     write_shards(survey, tmp_path / "seed", workers=1, shard_size=8, seed=1)
@@ -288,7 +288,7 @@ SLOW_WRITER = """
 import sys, time
 from pathlib import Path
 from tests.shard_surveys import MemorySurvey, draw_galaxies
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 
 class Slow(MemorySurvey):
     def read(self, start, stop):
@@ -364,7 +364,7 @@ def test_a_writer_killed_at_any_change_of_the_disk_is_finished_by_the_next_call(
 WRITER_OF_PROCESSES = """
 import os, sys, time
 from pathlib import Path
-from galaxydist.shards import write
+from galaxydist.shards.writer import writer
 from tests.shard_surveys import MemorySurvey, draw_galaxies
 
 class Meeting(MemorySurvey):

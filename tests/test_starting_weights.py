@@ -11,7 +11,7 @@ from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.models.weights import read_statistics, read_weights
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_folder import open_image_folder
 from galaxydist.training.evaluate import evaluate_run
 from galaxydist.training.state import evaluation_weights

@@ -22,7 +22,7 @@ from galaxydist.shards.remote import object_store as transfers
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.object_store import StoppedError, Store, transfer
 from galaxydist.shards.remote.open import open_shards
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from tests.servers import s3_server
 from tests.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies
 

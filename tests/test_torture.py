@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from galaxydist.checkpoints import store
 from galaxydist.errors import EXIT_STOPPED
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from tests.blobs import BlobSurvey
 from tests.forked_runs import Ranks, forked, run_forked, train, train_watched
 from tests.runs import quick_settings, read_losses, read_metrics

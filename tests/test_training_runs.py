@@ -16,7 +16,7 @@ import torch
 from galaxydist.checkpoints import store
 from galaxydist.errors import EXIT_BAD_INPUT, UserError
 from galaxydist.evaluation.predictions import read_predictions
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from tests.blobs import BlobSurvey
 from tests.forked_runs import run_forked, train
 from tests.runs import ACCELERATE_2, TORCHRUN_2, launch, quick_settings, read_evaluation, read_losses, read_metrics, run_here

@@ -10,7 +10,7 @@ from galaxydist.evaluation.matrix import build_tables
 from galaxydist.evaluation.published import BALANCED_TO_ORIGINAL, ON_BALANCED, ON_ORIGINAL
 from galaxydist.evaluation.trials import read_trials
 from galaxydist.galaxy import GALAXY10_CLASSES
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from tests.blobs import BlobSurvey
 from tests.runs import quick_settings, read_evaluation, read_metrics, run_here
 from tests.trial_folders import STEP, write_trial

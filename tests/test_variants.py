@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from tests.blobs import BlobSurvey
 from tests.runs import quick_settings, read_evaluation, run_here
 

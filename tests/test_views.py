@@ -24,7 +24,7 @@ from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.reader import EvalReader
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from galaxydist.training.data import TrainingData, build_augment
 from galaxydist.training.evaluate import evaluate_run
 from galaxydist.training.validation import evaluate_split

@@ -19,7 +19,7 @@ from galaxydist.recipe.resolve import ResolvedRecipe, load_recipe
 from galaxydist.recipe.schema import ModelName, Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.folder_scan import fold_name
 from galaxydist.surveys.image_folder import open_image_folder
 from galaxydist.training.session import train

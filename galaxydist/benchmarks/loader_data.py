@@ -17,7 +17,7 @@ from galaxydist.benchmarks.loader_pictures import StoredPicture, stored_pictures
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
 from galaxydist.shards.manifest import COLUMNS, SHARD_ROW, Manifest, Split, column_name, manifest_json, read_manifest, shard_name
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_folder import open_image_folder
 from galaxydist.surveys.simulate.survey import SIMULATOR_VERSION, simulate_survey
 from galaxydist.surveys.survey_sources import open_survey

@@ -19,7 +19,7 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import rank_offsets
 from galaxydist.shards.reader import Batch
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from galaxydist.training.parts import Parts
 from galaxydist.training.session import Session
 from galaxydist.training.state import TrainingState

@@ -21,7 +21,7 @@ from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.paths import PACKAGE_DIR
 from galaxydist.runs.folder import RunFolder
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.simulate.survey import SIMULATOR_VERSION, simulate_survey
 from galaxydist.surveys.survey_sources import open_survey
 

@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--max-errors counts pictures that are left out: say --on-error skip as well")
 
     from galaxydist.paths import shards_dir
-    from galaxydist.shards.write import write_shards
+    from galaxydist.shards.writer.writer import write_shards
     from galaxydist.surveys.survey_sources import open_survey
 
     root = chosen_root(arguments)
@@ -130,8 +130,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _say_more(survey: "Survey", manifest: "Manifest", arguments: argparse.Namespace) -> None:
     """Say what of the pictures and classes a user should know before training."""
-    from galaxydist.shards.damaged import LEFT_OUT_NAME, count_left_out
     from galaxydist.shards.verify import describe_equal_pictures
+    from galaxydist.shards.writer.damaged import LEFT_OUT_NAME, count_left_out
     from galaxydist.surveys.folder_scan import mirrored_classes
     from galaxydist.surveys.image_folder import FolderSurvey
 

@@ -10,8 +10,8 @@ from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, SPLITS
 from galaxydist.recipe.schema import DataConfig
 from galaxydist.shards.manifest import Manifest, read_manifest
-from galaxydist.shards.plan import default_shard_size
 from galaxydist.shards.remote.object_store import is_url
+from galaxydist.shards.writer.layout import default_shard_size
 from galaxydist.surveys.official_split import NAME, read_official_split
 from galaxydist.surveys.split import NONE
 from galaxydist.training.data import find_manifest as manifest_location

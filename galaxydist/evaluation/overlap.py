@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.shards.encode import PIXEL_HASH
+from galaxydist.shards.writer.encode import PIXEL_HASH
 from galaxydist.surveys.folder_scan import same_survey
 from galaxydist.surveys.split import CUTOUT_ARCSEC, chord, unit_vectors
 

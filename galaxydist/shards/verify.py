@@ -20,12 +20,12 @@ from galaxydist.cpus import available_cores
 from galaxydist.errors import DamagedPictureError, UserError
 from galaxydist.galaxy import EncodedImage
 from galaxydist.shards.catalogue import ID, conform, iterate_catalogue, open_catalogue, read_catalogue, table_of, unite
-from galaxydist.shards.encode import PIXEL_HASH, decode_picture
 from galaxydist.shards.manifest import COLUMNS, Manifest, catalogue_name, column_name, read_manifest, shard_name
-from galaxydist.shards.parts import key_hash
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
+from galaxydist.shards.writer.encode import PIXEL_HASH, decode_picture
+from galaxydist.shards.writer.stages import key_hash
 
 if TYPE_CHECKING:
     import pyarrow as pa

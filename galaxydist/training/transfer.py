@@ -13,7 +13,7 @@ import numpy as np
 from galaxydist.errors import UserError
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.write import write_shards
+from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_folder import FolderSurvey, open_image_folder
 from galaxydist.surveys.simulate import simulate_survey
 from galaxydist.surveys.survey_sources import open_survey

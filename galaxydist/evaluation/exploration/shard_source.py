@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from galaxydist.errors import DamagedPictureError, UserError
 from galaxydist.evaluation.exploration.population import Picture, Population, Position, Positions, chance_order
 from galaxydist.galaxy import EncodedImage
-from galaxydist.shards.encode import decode_picture
 from galaxydist.shards.manifest import Manifest, shard_name
 from galaxydist.shards.remote.cache import OpenFile
 from galaxydist.shards.remote.open import FileReader, file_reader
 from galaxydist.shards.tar import Member, parse_index
+from galaxydist.shards.writer.encode import decode_picture
 
 # More records than these are not read for the sake of positions: each costs a read of its own.
 RECORDS_LIMIT = 100_000

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from galaxydist.atomic_files import whole_file
 from galaxydist.errors import DamagedPictureError, UserError
 from galaxydist.galaxy import EncodedImage, Galaxy, Survey
-from galaxydist.shards.encode import Pixels, decode_picture
+from galaxydist.shards.writer.encode import Pixels, decode_picture
 
 # The list of what was left out, beside the shards' manifest.
 LEFT_OUT_NAME = "left_out.csv"

@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 
 from galaxydist.counter_rng import Purpose, hash64
 from galaxydist.galaxy import Survey
-from galaxydist.shards.encode import Encoding
 from galaxydist.shards.manifest import EXTENSIONS, shard_name
-from galaxydist.shards.pack import PackTask, Shard
-from galaxydist.shards.parts import PartTask
+from galaxydist.shards.writer.encode import Encoding
+from galaxydist.shards.writer.stages import PackTask, PartTask, Shard
 
 # Bytes that a worker holds at a time.
 PART_BYTES = 64 * 1024 * 1024

@@ -7,6 +7,7 @@ from its finished parts and shards, and the result is byte-equal to an undisturb
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -20,16 +21,30 @@ from dataclasses import asdict
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from galaxydist.atomic_files import NO_SPACE, rename, whole_file
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.galaxy import Survey
-from galaxydist.shards.damaged import (
+from galaxydist.shards.catalogue import unite, write_catalogue
+from galaxydist.shards.manifest import (
+    COLUMNS,
+    EXTENSIONS,
+    MANIFEST_NAME,
+    SHARD_ROW,
+    Manifest,
+    Split,
+    catalogue_name,
+    column_name,
+    manifest_json,
+    read_manifest,
+)
+from galaxydist.shards.writer.damaged import (
     LEFT_OUT_NAME,
     NAMED,
     TooManyDamagedError,
@@ -39,12 +54,78 @@ from galaxydist.shards.damaged import (
     rows_of,
     write_left_out,
 )
-from galaxydist.shards.encode import Encoding
-from galaxydist.shards.finish import finish_manifest
-from galaxydist.shards.manifest import EXTENSIONS, MANIFEST_NAME, Manifest, read_manifest
-from galaxydist.shards.pack import pack_shards
-from galaxydist.shards.parts import PixelSums, read_damaged, read_part_sums, write_part
-from galaxydist.shards.plan import Settings, pack_tasks, part_tasks, shard_layout, storage_order
+from galaxydist.shards.writer.encode import Encoding
+from galaxydist.shards.writer.layout import Layout, Settings, pack_tasks, part_tasks, shard_layout, storage_order
+from galaxydist.shards.writer.stages import (
+    PixelSums,
+    Shard,
+    pack_shards,
+    read_damaged,
+    read_packed,
+    read_packed_catalogue,
+    read_part_sums,
+    write_part,
+)
+
+# DOC The end of writing: the columns, the catalogues and the manifest of shards that are all there.
+
+
+def finish_manifest(
+    survey: Survey, work_dir: Path, settings: Settings, layout: Layout, *, image_size: int, sums: PixelSums
+) -> None:
+    """Columns, then the manifest, into the folder that will be renamed."""
+    splits: dict[str, Split] = {}
+    columns: dict[str, str] = {}
+    catalogues: dict[str, str] = {}
+    for split, shards in layout.items():
+        table = np.zeros(len(shards), SHARD_ROW)
+        num_samples = shards[-1].stop - shards[0].start if shards else 0
+        rows = {name: np.zeros(num_samples, dtype) for name, dtype in COLUMNS.items()}
+        for number, shard in enumerate(shards):
+            table[number : number + 1], packed = read_packed(work_dir / "packed", shard)
+            here = slice(shard.start - shards[0].start, shard.stop - shards[0].start)
+            rows["labels"][here], rows["offsets"][here] = packed["label"], packed["offset"]
+            rows["lengths"][here] = packed["length"]
+        for name, column in {"shards": table, **rows}.items():
+            columns[column_name(split, name)] = _write_column(work_dir / column_name(split, name), column)
+        catalogues[catalogue_name(split)] = _write_catalogue(work_dir, split, shards)
+        labelled = rows["labels"][rows["labels"] >= 0]
+        counts = np.bincount(labelled, minlength=len(survey.class_names))
+        splits[split] = Split(num_samples, len(shards), int(table["bytes"].sum()), tuple(counts.tolist()))
+    mean, std = sums.mean_std()
+    manifest = Manifest(
+        dir=work_dir,
+        hash="",
+        dataset=survey.name,
+        variant=survey.variant,
+        class_names=tuple(survey.class_names),
+        encoding=settings.encoding,
+        image_size=image_size,
+        splits=splits,
+        channel_mean=mean,
+        channel_std=std,
+        source_hash=survey.source_hash,
+        columns=columns,
+        settings=asdict(settings),
+        catalogues=catalogues,
+    )
+    with whole_file(manifest.path, manifest.path.with_suffix(".tmp")) as file:
+        file.write(manifest_json(manifest))
+
+
+def _write_catalogue(work_dir: Path, split: str, shards: Sequence[Shard]) -> str:
+    """In two passes, so that one shard is held at a time: what the columns are is known only at the end of the first."""
+    schema = unite(read_packed_catalogue(work_dir / "packed", shard).schema for shard in shards)
+    tables = (read_packed_catalogue(work_dir / "packed", shard) for shard in shards)
+    return write_catalogue(work_dir / catalogue_name(split), schema, tables)
+
+
+def _write_column(path: Path, column: NDArray[Any]) -> str:
+    with whole_file(path, path.with_suffix(".tmp")) as file:
+        np.save(file, column)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 
 # What a folder that is being written is made of; it is the last thing to be made in it, and the last to go.
 NOTE = "settings.json"
