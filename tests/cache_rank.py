@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from galaxydist.loading.loader import TrainReader
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.order import EpochOrder
-from galaxydist.shards.reader import TrainReader
 from galaxydist.shards.remote import object_store
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards

@@ -8,9 +8,9 @@ import simplejpeg
 import torch
 from torch import Tensor
 
+from galaxydist.loading.augment import Augment, Normalise
+from galaxydist.loading.decode import reduction
 from galaxydist.recipe.schema import AugmentConfig
-from galaxydist.shards.augment import Augment, Normalise
-from galaxydist.shards.decode import reduction
 from tests.antialias import resample_reference
 
 # Normalisation that changes nothing, so that results are grey levels.

@@ -20,7 +20,7 @@ from galaxydist.benchmarks.loader_pictures import stored_pictures
 from galaxydist.benchmarks.peers.imagefolder import prepare as write_folder
 from galaxydist.cli.main import main
 from galaxydist.errors import EXIT_BAD_INPUT, UserError
-from galaxydist.shards.decode import PictureReader
+from galaxydist.loading.decode import PictureReader
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.writer.writer import write_shards
 from tests.forked_runs import run_forked

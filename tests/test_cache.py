@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 from galaxydist.benchmarks.fileserver import Behaviour, FileServer, every
 from galaxydist.errors import UserError
+from galaxydist.loading.loader import Batch, EvalReader, TrainReader
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
-from galaxydist.shards.reader import Batch, EvalReader, TrainReader
 from galaxydist.shards.remote import object_store as transfers
 from galaxydist.shards.remote.cache import Cache, CacheConfig, OpenFile, Wanted
 from galaxydist.shards.remote.open import open_shards
@@ -441,7 +441,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (100, int(sys.argv[3])))
 from galaxydist.errors import UserError
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
-from galaxydist.shards.reader import TrainReader
+from galaxydist.loading.loader import TrainReader
 remote = open_shards(sys.argv[1], CacheConfig(Path(sys.argv[2]), threads=2))
 try:
     with TrainReader(remote, seed=0, batch_size=4, balance="resample") as reader:

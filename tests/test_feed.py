@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from galaxydist.errors import UserError
+from galaxydist.loading.device_prefetch import DeviceFeed, Event
+from galaxydist.loading.loader import Batch, Buffers, EvalReader, TrainReader
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.shards.memory import Buffers
-from galaxydist.shards.reader import Batch, EvalReader, TrainReader
-from galaxydist.training.feed import DeviceFeed, Event
 
 CPU = torch.device("cpu")
 

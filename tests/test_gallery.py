@@ -21,8 +21,7 @@ from galaxydist.evaluation.mistake_sheet import SheetCell, SheetRow, compose_she
 from galaxydist.evaluation.mistakes import choose_mistakes
 from galaxydist.evaluation.overlay import COLOUR_MAP, OPACITY, overlay
 from galaxydist.evaluation.predictions import read_predictions
-from galaxydist.shards.chosen import read_chosen
-from galaxydist.shards.decode import PictureReader
+from galaxydist.loading.decode import PictureReader, read_chosen
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
 from tests.blobs import CLASS_NAMES, BlobSurvey

@@ -54,7 +54,7 @@ import json, sys
 from pathlib import Path
 import psutil
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.shards.reader import TrainReader
+from galaxydist.loading.loader import TrainReader
 
 process, sizes = psutil.Process(), []
 with TrainReader(read_manifest(Path(sys.argv[1])), seed=0, batch_size=64, threads=2) as reader:

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from galaxydist.loading.loader import Batch
 from galaxydist.recipe.schema import TrainConfig
-from galaxydist.shards.batches import Batch
 from galaxydist.training.mixing import Mix, Mixing, split_pairs, take
 from galaxydist.training.objective import Objective
 

@@ -13,11 +13,10 @@ from scipy import stats
 from torch.nn import functional
 
 from galaxydist.errors import EveryRankError
+from galaxydist.loading.loader import Batch, TrainReader
 from galaxydist.recipe.rules import check_world
 from galaxydist.recipe.schema import TrainConfig
-from galaxydist.shards.batches import Batch
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.shards.reader import TrainReader
 from galaxydist.training.mixing import Mixing, Pairs, count_pair_parts, split_pairs, take
 from galaxydist.training.objective import Objective, Targets
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
+from galaxydist.loading.loader import Batch, TrainReader
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.order import (
     EpochOrder,
@@ -22,7 +23,6 @@ from galaxydist.shards.order import (
     steps_per_epoch,
     unpermute,
 )
-from galaxydist.shards.reader import Batch, TrainReader
 
 shard_sizes = st.lists(st.integers(0, 60), min_size=1, max_size=40).filter(lambda sizes: sum(sizes) > 0)
 seeds = st.integers(0, 2**63 - 1)

@@ -14,10 +14,10 @@ import torch
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
-from galaxydist.shards.decode import PictureError, PictureReader, reduction
+from galaxydist.loading.decode import PictureError, PictureReader, reduction
+from galaxydist.loading.loader import Batch, EvalReader, TrainReader
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
-from galaxydist.shards.reader import Batch, EvalReader, TrainReader
 from galaxydist.shards.writer.writer import write_shards
 from tests.damage import break_picture, keys, truncate
 from tests.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies

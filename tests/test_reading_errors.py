@@ -284,7 +284,7 @@ READ_FOREVER = """
 import sys
 from pathlib import Path
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.shards.reader import TrainReader
+from galaxydist.loading.loader import TrainReader
 
 with TrainReader(read_manifest(Path(sys.argv[1])), seed=0, batch_size=8, threads=3) as reader:
     for batch in reader:

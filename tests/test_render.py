@@ -11,11 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from galaxydist.loading.augment import Augment
+from galaxydist.loading.image_ops import Changes, CpuRenderer, DeviceRenderer, Warp, antialias, resize
 from galaxydist.recipe.schema import AugmentConfig
-from galaxydist.shards.augment import Augment
-from galaxydist.shards.changes import Changes, Warp, antialias
-from galaxydist.shards.render import DeviceRenderer, resize
-from galaxydist.shards.render_cpu import CpuRenderer
 from tests.antialias import mirror
 from tests.test_augment import ALL, PLAIN, pictures
 
@@ -137,5 +135,5 @@ def test_blurs_add_the_spread_that_is_missing(pitch: float, width: int) -> None:
 
 
 def test_opencv_is_loaded_when_first_used() -> None:
-    code = "import sys, galaxydist.shards.augment; sys.exit('cv2' in sys.modules)"
+    code = "import sys, galaxydist.loading.augment; sys.exit('cv2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

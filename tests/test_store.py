@@ -15,8 +15,8 @@ import torch
 
 from galaxydist.benchmarks.fileserver import TROUBLES, Behaviour, FileServer, every
 from galaxydist.errors import UserError
+from galaxydist.loading.loader import Batch, EvalReader, TrainReader
 from galaxydist.shards.manifest import Manifest, read_manifest
-from galaxydist.shards.reader import Batch, EvalReader, TrainReader
 from galaxydist.shards.remote import object_store as stores
 from galaxydist.shards.remote import object_store as transfers
 from galaxydist.shards.remote.cache import CacheConfig

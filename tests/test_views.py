@@ -20,12 +20,12 @@ from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.evaluation.report import read_evaluation as read_evaluation_file
 from galaxydist.evaluation.report import render_evaluation, write_evaluation
 from galaxydist.evaluation.views import mean_log_probabilities, views
+from galaxydist.loading.dataset import TrainingData, build_augment
+from galaxydist.loading.loader import EvalReader
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest, read_manifest
-from galaxydist.shards.reader import EvalReader
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.training.data import TrainingData, build_augment
 from galaxydist.training.evaluate import evaluate_run
 from galaxydist.training.validation import evaluate_split
 from tests.blobs import BlobSurvey

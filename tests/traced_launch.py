@@ -18,7 +18,7 @@ from galaxydist.cli.train import main
 
 def trace(folder: Path) -> None:
     """Let every step of this process write its line."""
-    from galaxydist.shards.augment import Augment
+    from galaxydist.loading.augment import Augment
     from galaxydist.training.update import Update
 
     take_step, augment = Update.__call__, Augment.__call__

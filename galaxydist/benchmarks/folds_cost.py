@@ -11,12 +11,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from galaxydist.cpus import available_cores
+from galaxydist.loading.dataset import TrainingData, build_augment
+from galaxydist.loading.loader import TrainReader
 from galaxydist.models.build import build_model
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.reader import TrainReader
-from galaxydist.training.data import TrainingData, build_augment
 from galaxydist.training.optimizer import build_optimizer
 
 # The first steps of a model are not counted: they ask for memory, and decode ahead.

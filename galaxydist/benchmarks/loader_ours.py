@@ -14,10 +14,10 @@ import torch
 from galaxydist.benchmarks.loader_job import SMALLEST_CROP, Job
 from galaxydist.benchmarks.loader_pictures import stored_pictures
 from galaxydist.benchmarks.loader_running import Answer, LoaderBatch, answer, check, measure, open_job
+from galaxydist.loading.augment import Augment
+from galaxydist.loading.loader import TrainReader
 from galaxydist.recipe.schema import AugmentConfig
-from galaxydist.shards.augment import Augment
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.shards.reader import TrainReader
 
 SEED = 1
 # Views show from SMALLEST_CROP to the whole of the picture's width, as the peers' do; rotation is on top of that.

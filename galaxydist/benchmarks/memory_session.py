@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from galaxydist.distributed import World
 from galaxydist.galaxy import GALAXY10_CLASSES, Galaxy
+from galaxydist.loading.loader import Batch
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import rank_offsets
-from galaxydist.shards.reader import Batch
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.training.parts import Parts
 from galaxydist.training.session import Session

@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, SPLITS
+from galaxydist.loading.dataset import find_manifest as manifest_location
+from galaxydist.loading.dataset import has_split, shard_commands
 from galaxydist.recipe.schema import DataConfig
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.remote.object_store import is_url
 from galaxydist.shards.writer.layout import default_shard_size
 from galaxydist.surveys.official_split import NAME, read_official_split
 from galaxydist.surveys.split import NONE
-from galaxydist.training.data import find_manifest as manifest_location
-from galaxydist.training.data import has_split, shard_commands
 
 # A galaxy in a shard: 300 real Galaxy10 DECaLS cutouts of 256 x 256 pixels as JPEG of quality 95 took 27,700 bytes on average;
 # the tar adds three headers, its padding, the class and the metadata.

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from galaxydist.cluster.trace import Timeline, trace_step
+from galaxydist.loading.decode import reduction
 from galaxydist.models.build import build_model
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.performance import check_compilable, checkpoint_activations
 from galaxydist.recipe.schema import OptimConfig, Recipe
-from galaxydist.shards.decode import reduction
 from galaxydist.training.optimizer import build_optimizer
 
 # What no tensor of ours shows: the CUDA context with its libraries (a constant), and workspaces of convolutions and memory that

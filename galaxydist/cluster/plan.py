@@ -8,11 +8,11 @@ import numpy as np
 from galaxydist.cluster.dataset import PlannedData, find_data
 from galaxydist.cluster.memory import Memory, ModelFacts, estimate, planned_precision, weigh
 from galaxydist.cluster.refusals import refuse_cache, refuse_memory, refuse_world, warn
+from galaxydist.loading.dataset import find_cache, open_manifest
 from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.order import EpochOrder, steps_per_epoch
 from galaxydist.shards.shard_usage import lengthened, node_uses, resampled_uses, working_set
-from galaxydist.training.data import find_cache, open_manifest
 from galaxydist.training.mixing import count_pair_parts
 from galaxydist.training.update import count_micro_batches
 

@@ -9,6 +9,7 @@ from galaxydist.distributed import enter_world, leave_world
 from galaxydist.errors import UserError
 from galaxydist.evaluation.views import Views
 from galaxydist.galaxy import Variant
+from galaxydist.loading.dataset import TrainingData, find_cache, find_manifest, find_variant, has_split
 from galaxydist.models.weights import write_weights
 from galaxydist.paths import data_root
 from galaxydist.recipe.identity import from_dict
@@ -16,7 +17,6 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
-from galaxydist.training.data import TrainingData, find_cache, find_manifest, find_variant, has_split
 from galaxydist.training.judging import JUDGED, Judge, find_checkpoint
 from galaxydist.training.state import evaluation_weights
 from galaxydist.training.trained_on import open_trained

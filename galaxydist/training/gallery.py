@@ -18,16 +18,15 @@ from galaxydist.evaluation.predictions import PredictionsFile, predictions_path,
 from galaxydist.evaluation.report import stem_of
 from galaxydist.evaluation.views import Views
 from galaxydist.galaxy import Variant
+from galaxydist.loading.dataset import TrainingData, build_augment, find_cache, find_manifest, find_variant
+from galaxydist.loading.decode import read_chosen, reduction
 from galaxydist.models.saliency import explain, method_of
 from galaxydist.paths import data_root
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
-from galaxydist.shards.chosen import read_chosen
-from galaxydist.shards.decode import reduction
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.open import open_shards
-from galaxydist.training.data import TrainingData, build_augment, find_cache, find_manifest, find_variant
 from galaxydist.training.judging import JUDGED, find_checkpoint, find_evaluation, load_judged
 
 # Pictures that the model sees together.

@@ -22,6 +22,7 @@ from galaxydist.evaluation.parts import PartWriter, part_path
 from galaxydist.evaluation.predictions import PredictionsInfo, predictions_path, read_predictions
 from galaxydist.evaluation.report import has_figures, read_evaluation, render_evaluation, stem_of, write_evaluation
 from galaxydist.evaluation.summary import summarise
+from galaxydist.loading.dataset import TrainingData, build_augment, has_split
 from galaxydist.models.build import build_model
 from galaxydist.models.performance import set_tf32
 from galaxydist.paths import folder_name
@@ -30,7 +31,6 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest
 from galaxydist.surveys.split import CUTOUT_ARCSEC
-from galaxydist.training.data import TrainingData, build_augment, has_split
 from galaxydist.training.predicting import CATALOGUE_COLUMNS, merge_predictions
 from galaxydist.training.state import evaluation_weights
 from galaxydist.training.trained_on import JUDGED_SPLIT, FindTrained, find_validation

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from galaxydist.distributed import World
-from galaxydist.shards.reader import Batch
+from galaxydist.loading.loader import Batch
 from galaxydist.training.agreement import Agreed, Agreement, Flags
 from galaxydist.training.journal import Journal, Schedule
 from galaxydist.training.state import TrainingState

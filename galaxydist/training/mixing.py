@@ -17,9 +17,9 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from galaxydist.counter_rng import Purpose, uniform
+from galaxydist.loading.loader import Batch
 from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import TrainConfig
-from galaxydist.shards.batches import Batch
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

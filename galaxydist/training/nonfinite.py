@@ -8,8 +8,8 @@ from typing import Any, Literal
 from galaxydist.atomic_files import write_json
 from galaxydist.distributed import World
 from galaxydist.errors import NonfiniteError
+from galaxydist.loading.loader import Batch
 from galaxydist.runs.folder import RunFolder
-from galaxydist.shards.reader import Batch
 
 # Galaxies that a message names; the file beside the metrics has all.
 NAMED = 8

@@ -10,6 +10,9 @@ from torch import nn
 
 from galaxydist.distributed import World
 from galaxydist.errors import EveryRankError
+from galaxydist.loading.augment import Augment
+from galaxydist.loading.dataset import TrainingData, build_augment
+from galaxydist.loading.decode import sample_name
 from galaxydist.models.build import needs_two_images
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.performance import (
@@ -23,10 +26,7 @@ from galaxydist.models.performance import (
 from galaxydist.recipe.rules import check_strategy, check_world
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
-from galaxydist.shards.augment import Augment
-from galaxydist.shards.decode import sample_name
 from galaxydist.shards.manifest import Manifest
-from galaxydist.training.data import TrainingData, build_augment
 from galaxydist.training.journal import Schedule
 from galaxydist.training.micro_batch import choose_micro_batch
 from galaxydist.training.mixing import Mixing, count_pair_parts, split_pairs, take

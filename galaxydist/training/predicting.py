@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from galaxydist.evaluation.counts import Predictions
 from galaxydist.evaluation.parts import PartWriter, merge_parts, part_row
 from galaxydist.evaluation.predictions import NAMES, PredictionsInfo, write_predictions
-from galaxydist.shards.batches import Batch
+from galaxydist.loading.loader import Batch
 from galaxydist.surveys.photometry import Measurements, measure_pictures
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from galaxydist.evaluation.parts import PartWriter, part_path
 from galaxydist.evaluation.predictions import PredictionsInfo, predictions_path, read_predictions
 from galaxydist.evaluation.report import render_evaluation, stem_of, write_evaluation
 from galaxydist.evaluation.summary import summarise
+from galaxydist.loading.loader import Batch
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.metrics_log import MetricsLog
-from galaxydist.shards.batches import Batch
 from galaxydist.shards.manifest import Manifest
 from galaxydist.training.predicting import Keeper, merge_predictions
 

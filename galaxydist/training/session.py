@@ -12,19 +12,7 @@ from torch import nn
 from galaxydist.checkpoints import store
 from galaxydist.distributed import World, enter_world, keep_threads, leave_world, set_flight_recorder
 from galaxydist.errors import NonfiniteError, OneRankFailedError, UserError
-from galaxydist.models.build import build_model
-from galaxydist.paths import data_root, weights_dir
-from galaxydist.recipe.identity import run_path, to_dict
-from galaxydist.recipe.resolve import ResolvedRecipe
-from galaxydist.runs.folder import FailureKind, RunFolder
-from galaxydist.runs.lock import RunLock, start_of
-from galaxydist.runs.save_policy import SavePolicy
-from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.reader import Batch, TrainReader
-from galaxydist.shards.remote.open import open_shards
-from galaxydist.shards.verify import check_columns
-from galaxydist.training.announcement import describe_end, describe_run, describe_time
-from galaxydist.training.data import (
+from galaxydist.loading.dataset import (
     TrainingData,
     find_cache,
     find_manifest,
@@ -33,7 +21,19 @@ from galaxydist.training.data import (
     mirror_warning,
     open_manifest,
 )
-from galaxydist.training.feed import DeviceFeed
+from galaxydist.loading.device_prefetch import DeviceFeed
+from galaxydist.loading.loader import Batch, TrainReader
+from galaxydist.models.build import build_model
+from galaxydist.paths import data_root, weights_dir
+from galaxydist.recipe.identity import run_path, to_dict
+from galaxydist.recipe.resolve import ResolvedRecipe
+from galaxydist.runs.folder import FailureKind, RunFolder
+from galaxydist.runs.lock import RunLock, start_of
+from galaxydist.runs.save_policy import SavePolicy
+from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.remote.open import open_shards
+from galaxydist.shards.verify import check_columns
+from galaxydist.training.announcement import describe_end, describe_run, describe_time
 from galaxydist.training.journal import Journal
 from galaxydist.training.judging import Judge
 from galaxydist.training.loop import Loop

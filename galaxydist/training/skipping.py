@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from galaxydist.distributed import World
 from galaxydist.errors import EveryRankError, UserError
-from galaxydist.shards.decode import PictureError
-from galaxydist.shards.reader import Batch
+from galaxydist.loading.decode import PictureError
+from galaxydist.loading.loader import Batch
 
 # Galaxies that are named when they are skipped; more are only counted.
 NAMED = 20

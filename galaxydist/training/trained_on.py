@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
 from galaxydist.evaluation.overlap import COLUMNS, Galaxies, check_overlap
+from galaxydist.loading.dataset import TrainingData, has_split
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.writer.encode import PIXEL_HASH
-from galaxydist.training.data import TrainingData, has_split
 
 _log = logging.getLogger(__name__)
 

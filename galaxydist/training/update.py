@@ -10,10 +10,10 @@ from torch import nn
 
 from galaxydist.counter_rng import Purpose, hash64
 from galaxydist.distributed import World
+from galaxydist.loading.augment import Augment
+from galaxydist.loading.loader import Batch
 from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.schema import TrainConfig
-from galaxydist.shards.augment import Augment
-from galaxydist.shards.reader import Batch
 from galaxydist.training.mixing import Mix, Mixing, Part, count_pair_parts, split_pairs, take
 from galaxydist.training.objective import Objective, Targets
 from galaxydist.training.optimizer import LearningRate, set_learning_rate

@@ -15,12 +15,12 @@ from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.evaluation.parts import PartWriter
 from galaxydist.evaluation.subset import SubsetCounts
 from galaxydist.evaluation.views import mean_log_probabilities, views
+from galaxydist.loading.augment import Augment
+from galaxydist.loading.device_prefetch import DeviceFeed
+from galaxydist.loading.loader import EvalReader
 from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.schema import Recipe
-from galaxydist.shards.augment import Augment
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.reader import EvalReader
-from galaxydist.training.feed import DeviceFeed
 from galaxydist.training.predicting import Keeper
 
 

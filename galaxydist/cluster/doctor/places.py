@@ -12,9 +12,9 @@ from string import Template
 from galaxydist.atomic_files import fsync_file, rename, write_bytes
 from galaxydist.cluster.doctor.check import Check, failure, ok, warning
 from galaxydist.cluster.doctor.room import find_mount, free_bytes
+from galaxydist.loading.dataset import SOURCES, find_manifest
 from galaxydist.paths import DATA_VARIABLE, find_shards
 from galaxydist.recipe.schema import DataConfig
-from galaxydist.training.data import SOURCES, find_manifest
 
 # Galaxy10 DECaLS as HDF5 (2.7 GB), its shards of both variants and weights, with room for checkpoints.
 LEAST_IN_HOME = 20e9

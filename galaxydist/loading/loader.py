@@ -3,15 +3,24 @@
 Train and evaluation readers share the pool (``BatchPool``); they differ only in which samples make up a batch.
 """
 
-from collections.abc import Iterator
+import math
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
 
 from galaxydist.cpus import available_cores
-from galaxydist.shards.batches import Batch, BatchPool, Plan
-from galaxydist.shards.decode import PictureReader, reduction
+from galaxydist.errors import UserError
+from galaxydist.loading.decode import Picture, PictureReader, reduction
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import (
     ByClass,
@@ -25,6 +34,179 @@ from galaxydist.shards.order import (
 )
 from galaxydist.shards.remote.prefetcher import open_source
 from galaxydist.shards.shard_usage import Uses, evaluation_uses, lengthened, resampled_uses, shard_uses, shifted
+
+# DOC Memory of batches, used again: a batch of fresh pages costs a fifth of the time that decoding it does.
+
+
+class Buffers:
+    """Arrays whose memory comes back by itself once nothing refers to them any more, tensors made from them included.
+
+    Args:
+        keep: how many are kept for the next taker; more are freed.
+        pin: whether a GPU is to copy from them while the host goes on: then their pages are locked.
+    """
+
+    def __init__(self, keep: int, *, pin: bool = False) -> None:
+        self._keep, self._pin = keep, pin
+        self._free: list[NDArray[np.uint8]] = []
+
+    def take(self, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
+        """An array with arbitrary contents."""
+        num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        memory = self._free.pop() if self._free else self._allocate(num_bytes)
+        if memory.nbytes < num_bytes:
+            memory = self._allocate(num_bytes)
+        array = memory[:num_bytes].view(dtype).reshape(shape)
+        weakref.finalize(array, self._give_back, memory).atexit = False
+        return array
+
+    def _allocate(self, num_bytes: int) -> NDArray[np.uint8]:
+        if not self._pin:
+            return np.empty(num_bytes, np.uint8)
+        memory: NDArray[np.uint8] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+        return memory
+
+    def _give_back(self, memory: NDArray[np.uint8]) -> None:
+        if len(self._free) < self._keep:
+            self._free.append(memory)
+
+
+# DOC A pool of threads that decodes batches ahead into uint8 memory. No worker processes, nothing to drain.
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's part of a batch: as a reader gives it on the CPU; ``DeviceFeed`` moves images, labels and weights.
+
+    Args:
+        images_BHWC: uint8, at the stored size or decoded smaller by an exact 2, 4 or 8.
+        labels_B: int64 class numbers; 0 where the weight is 0.
+        weights_B: float32, 1; 0 for a picture that could not be read (it is black), has no label, or only fills up the batch.
+        positions_B: int64 positions in the epoch's order (evaluation: in storage order).
+        samples_B: int64 stored sample numbers; -1 for what only fills up the batch.
+        epoch: of training; 0 in evaluation.
+        step: of the run in training; in evaluation the batch's number.
+        errors: of the pictures that could not be read, by stored sample number.
+    """
+
+    images_BHWC: Tensor
+    labels_B: Tensor
+    weights_B: Tensor
+    positions_B: Tensor
+    samples_B: Tensor
+    epoch: int
+    step: int
+    errors: Mapping[int, UserError] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a batch will hold; samples of -1 fill it up."""
+
+    samples: Int64
+    positions: Int64
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True)
+class _Pending:
+    plan: Plan
+    pixels: NDArray[np.uint8]
+    tasks: list["Future[list[tuple[int, UserError]]]"]
+
+
+class BatchPool:
+    """Batches decoded ahead by threads, at most ``prefetch`` of them; handed out in the order of their plans.
+
+    ``pin``: into memory that a GPU copies from while the host goes on.
+    """
+
+    def __init__(
+        self,
+        pictures: PictureReader,
+        labels: NDArray[np.int32],
+        plans: Iterator[Plan],
+        threads: int,
+        prefetch: int,
+        *,
+        pin: bool = False,
+    ) -> None:
+        self._pictures, self._labels, self._plans, self._prefetch = pictures, labels, plans, prefetch
+        self._threads = threads
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-decode")
+        self._buffers = Buffers(prefetch + 3, pin=pin)
+        self._pending: deque[_Pending] = deque()
+        self._closed = False
+        self.wait_s = 0.0
+
+    def next(self) -> Batch:
+        """The next batch; pictures that could not be read have weight 0."""
+        if self._closed:
+            raise StopIteration
+        started = time.perf_counter()
+        while len(self._pending) <= self._prefetch and (plan := next(self._plans, None)) is not None:
+            self._pending.append(self._submit(plan))
+        if not self._pending:
+            self.close()
+            raise StopIteration
+        pending = self._pending.popleft()
+        try:
+            failed = [failure for task in pending.tasks for failure in task.result()]
+        except BaseException:
+            self.close()
+            raise
+        batch = self._finish(pending, dict(failed))
+        self.wait_s += time.perf_counter() - started
+        return batch
+
+    def close(self) -> None:
+        """Stop the threads and close the files; what was decoded ahead is dropped."""
+        if not self._closed:
+            self._closed = True
+            self._pictures.close()  # first: a thread may be waiting for a shard
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._pending.clear()
+
+    def _submit(self, plan: Plan) -> _Pending:
+        size = self._pictures.size
+        pixels = self._buffers.take((plan.samples.size, size, size, 3), np.uint8)
+        real = np.flatnonzero(plan.samples >= 0)
+        pixels[real.size :] = 0
+        pictures = self._pictures.locate(plan.samples[real])
+        share = max(1, -(-len(pictures) // self._threads))
+        tasks = [
+            self._executor.submit(self._decode, pictures[first : first + share], pixels, first)
+            for first in range(0, len(pictures), share)
+        ]
+        return _Pending(plan, pixels, tasks)
+
+    def _decode(self, pictures: list[Picture], pixels: NDArray[np.uint8], first: int) -> list[tuple[int, UserError]]:
+        failures = []
+        for row, picture in enumerate(pictures, first):
+            try:
+                self._pictures.read_into(picture, pixels[row])
+            except UserError as error:
+                pixels[row] = 0
+                failures.append((row, error))
+        return failures
+
+    def _finish(self, pending: _Pending, failed: Mapping[int, UserError]) -> Batch:
+        plan = pending.plan
+        labels = np.where(plan.samples >= 0, self._labels[plan.samples], -1).astype(np.int64)
+        weights = (labels >= 0).astype(np.float32)
+        weights[[*failed]] = 0.0
+        return Batch(
+            images_BHWC=torch.from_numpy(pending.pixels),
+            labels_B=torch.from_numpy(np.where(weights > 0, labels, 0)),
+            weights_B=torch.from_numpy(weights),
+            positions_B=torch.from_numpy(plan.positions),
+            samples_B=torch.from_numpy(plan.samples),
+            epoch=plan.epoch,
+            step=plan.step,
+            errors={int(plan.samples[row]): error for row, error in failed.items()},
+        )
+
 
 __all__ = ["Batch", "EvalReader", "TrainReader", "steps_per_epoch"]
 

@@ -16,10 +16,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from galaxydist.counter_rng import Purpose, hash64, uniform
+from galaxydist.loading.image_ops import (
+    Changes,
+    CpuRenderer,
+    DeviceRenderer,
+    Float32s,
+    Floats,
+    Ints,
+    Noise,
+    Turn,
+    Warp,
+    antialias,
+    resize,
+)
 from galaxydist.recipe.schema import AugmentConfig
-from galaxydist.shards.changes import Changes, Float32s, Floats, Ints, Noise, Turn, Warp, antialias
-from galaxydist.shards.render import DeviceRenderer, resize
-from galaxydist.shards.render_cpu import CpuRenderer
 
 NOISE_TABLE_SIZE = 1 << 20
 

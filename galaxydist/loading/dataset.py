@@ -17,8 +17,8 @@ from galaxydist.shards.remote.open import open_shards
 from galaxydist.surveys.folder_scan import mirrored_classes
 
 if TYPE_CHECKING:  # checks on a login node need no torch
+    from galaxydist.loading.augment import Augment
     from galaxydist.models.weights import Statistics
-    from galaxydist.shards.augment import Augment
 
 # What makes a data set's HDF5 file, for the message where it is missing.
 SOURCES = {"galaxy10_decals": "galaxydist data fetch", "simulated": "galaxydist data simulate"}
@@ -149,7 +149,7 @@ class TrainingData:
 
 def build_augment(recipe: Recipe, trained_on: TrainingData, *, threads: int) -> "Augment":
     """Stored pixels to model input; on a CPU by so many threads."""
-    from galaxydist.shards.augment import Augment
+    from galaxydist.loading.augment import Augment
 
     data = recipe.data
     mean, std = trained_on.channel_mean, trained_on.channel_std

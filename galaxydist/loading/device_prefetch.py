@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from galaxydist.shards.reader import Batch
+from galaxydist.loading.loader import Batch
 
 
 class Event(Protocol):

@@ -1,0 +1,353 @@
+"""What is to become of each image of a batch, in numbers: the one plan that every device carries out.
+
+The filter aimed at when an image shrinks is that of PIL and torchvision (``antialias=True``): a triangle two output pixels wide.
+A bilinear sample alone is a triangle two input pixels wide. What is missing is blurred in beforehand by a few taps of the
+missing variance (a triangle that reaches to r has the variance r^2 / 6); from three input pixels to an output pixel on, whole
+pixels are averaged first. A test holds the mean difference from a float64 triangle below one grey level.
+"""
+
+import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from galaxydist.loading.loader import Buffers
+
+Floats = NDArray[np.float64]
+Float32s = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+# Input pixels to an output pixel: above the first, the image is blurred; above the second, halved until it is below.
+BLUR = 1.1
+HALVE = 3.0
+# Taps are multiples of 1/256, which 8-bit arithmetic (OpenCV's) and float32 both hold exactly.
+TAP_UNIT = 256
+NUM_TAPS = 5
+
+
+@dataclass(frozen=True)
+class Warp:
+    """Resampling through a map; what lies outside an image is its reflection.
+
+    Args:
+        maps: B x 2 x 3 from output to input coordinates (x to the right, y down; both -1 to 1 from edge to edge).
+        halvings: B, how often 2 x 2 pixels are averaged first.
+        taps: B x 5, the symmetric blur along each axis that follows; sums are 1.
+    """
+
+    maps: Floats
+    halvings: Ints
+    taps: Float32s
+
+    @property
+    def radii(self) -> Ints:
+        """B, how far each blur reaches: 0 (none), 1 or 2 pixels."""
+        return np.asarray(np.count_nonzero(self.taps, axis=1) // 2)
+
+    def matrices(self, width: int, size: int) -> Floats:
+        """The maps between centres of pixels: B x 2 x 3 from (column, row) of the output to that of the halved input.
+
+        Args:
+            width: of the images before they are halved.
+            size: output width.
+        """
+        half = width / 2.0 ** (self.halvings + 1)
+        linear = self.maps[:, :, :2] * (2 * half / size)[:, None, None]
+        offset = (self.maps[:, :, 2] + 1) * half[:, None] - 0.5 - linear.sum(2) * (size - 1) / 2
+        return np.concatenate([linear, offset[:, :, None]], axis=2)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Quarter turns (B, counter-clockwise) and then mirrors (B, left to right): the same pixels in other places."""
+
+    turns: Ints
+    mirrored: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A window of a fixed table of standard normal deviates for each image.
+
+    Args:
+        table: float32.
+        places: B, where in the table an image's C x T x T deviates start.
+        gain_BC: float32, what they are multiplied by.
+    """
+
+    table: Float32s
+    places: Ints
+    gain_BC: Float32s
+
+
+@dataclass(frozen=True)
+class Changes:
+    """``grey level * gain + shift + noise`` of images that were warped or turned and are in whole grey levels again.
+
+    Args:
+        geometry: how pixels move. For a :class:`Turn` the images have the model's size already.
+        gain_BC: float32.
+        shift_C: float32.
+        noise: if any.
+    """
+
+    geometry: Warp | Turn
+    gain_BC: Float32s
+    shift_C: Float32s
+    noise: Noise | None = None
+
+
+def antialias(pitch: Floats, width: int) -> tuple[Ints, Float32s]:
+    """How images are made ready for one bilinear sample to an output pixel: ``halvings`` and ``taps`` of a :class:`Warp`.
+
+    Args:
+        pitch: input pixels between output pixels, for each image.
+        width: of the input; it is halved only as long as that is exact.
+    """
+    halvings = np.ceil(np.log2(np.maximum(pitch, 1e-6) / HALVE)).astype(np.int64)
+    halvings = np.clip(halvings, 0, (width & -width).bit_length() - 1)
+    left = pitch / 2.0**halvings
+    # A mean over n pixels has the variance (n^2 - 1) / 12: here in units of the halved pixels.
+    variance = (left**2 - 1) / 6 - (1 - 4.0**-halvings) / 12
+    return halvings, _taps(np.where(left > BLUR, np.clip(variance, 0, 4 / 3), 0))
+
+
+def _taps(variance: Floats) -> Float32s:
+    """Up to a variance of 1/2 three taps, above two times three: from the binomial of 5 to the triangle that reaches to 3."""
+    single = variance <= 0.5
+    side = np.where(single, variance / 2, variance / 4)
+    near = np.where(single, side, 2 * side * (1 - 2 * side))
+    far = np.where(single, 0, side**2)
+    near, far = np.rint(TAP_UNIT * near), np.rint(TAP_UNIT * far)
+    return (np.stack([far, near, TAP_UNIT - 2 * (near + far), near, far], axis=1) / TAP_UNIT).astype(np.float32)
+
+
+# DOC ``Changes`` carried out by torch, a batch at a time: the way of an accelerator (it gives the same on a CPU, slowly).
+
+
+class DeviceRenderer:
+    """Images to model input where they are.
+
+    Args:
+        size: T, width that the model sees.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._noise_table: Tensor | None = None
+
+    def __call__(self, images_BHWC: Tensor, changes: Changes) -> Tensor:
+        """uint8 B x H x W x 3, H == W, to float32 B x 3 x T x T on the same device."""
+        batch = torch.empty((len(images_BHWC), 3, self._size, self._size), device=images_BHWC.device)
+        for rows, group in _groups(changes.geometry):
+            chosen = _index(rows, images_BHWC)
+            images = images_BHWC[chosen].permute(0, 3, 1, 2).float()
+            batch[chosen] = resample(images, group, self._size) if isinstance(group, Warp) else _turn(images, group)
+        batch.mul_(_column(changes.gain_BC, batch)).add_(_column(changes.shift_C[None], batch))
+        if changes.noise is not None:
+            self._add_noise(batch, changes.noise)
+        return batch
+
+    def _add_noise(self, batch_BCHW: Tensor, noise: Noise) -> None:
+        if self._noise_table is None or self._noise_table.device != batch_BCHW.device:
+            self._noise_table = torch.from_numpy(noise.table).to(batch_BCHW.device)
+        windows = self._noise_table.unfold(0, batch_BCHW[0].numel(), 1)
+        deviates = windows[torch.from_numpy(noise.places).to(batch_BCHW.device)].view(batch_BCHW.shape)
+        batch_BCHW.addcmul_(deviates, _column(noise.gain_BC, batch_BCHW))
+
+
+def resample(images_BCHW: Tensor, warp: Warp, size: int) -> Tensor:
+    """Each image through its map, in whole grey levels.
+
+    Args:
+        images_BCHW: float32, 0 to 255, of any memory format.
+        warp: with as many halvings for every image, and blurs that reach equally far.
+        size: output width.
+
+    Returns:
+        float32 B x C x size x size.
+    """
+    for _ in range(int(warp.halvings[0])):
+        images_BCHW = halve(images_BCHW)
+    radius = int(warp.radii[0])
+    if radius:
+        images_BCHW = whole(_blur(_blur(images_BCHW, warp.taps, radius, 2), warp.taps, radius, 3))
+    theta = torch.from_numpy(warp.maps.astype(np.float32)).to(images_BCHW.device)[:, None, None]
+    line = (2 * torch.arange(size, device=theta.device, dtype=torch.float32) + 1) / size - 1
+    grid = line.view(1, 1, size, 1) * theta[..., 0] + (line.view(1, size, 1, 1) * theta[..., 1] + theta[..., 2])
+    return F.grid_sample(images_BCHW, grid, mode="bilinear", padding_mode="reflection", align_corners=False).round_()
+
+
+def resize(images_BCHW: Tensor, size: int) -> Tensor:
+    """To another size, antialiased, in whole grey levels; no map involved.
+
+    Args:
+        images_BCHW: uint8, which torch resizes on a CPU alone, there ten times as fast as float32; or float32, 0 to 255. Both
+            are rounded after either axis.
+        size: output width.
+    """
+    if not images_BCHW.is_floating_point():
+        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+        return F.interpolate(images_BCHW, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    for shape in ((images_BCHW.shape[2], size), (size, size)):
+        images_BCHW = whole(F.interpolate(images_BCHW, size=shape, mode="bilinear", antialias=True, align_corners=False))
+    return images_BCHW
+
+
+def halve(images_BCHW: Tensor) -> Tensor:
+    """The mean of each 2 x 2 pixels, in whole grey levels."""
+    rows = images_BCHW[:, :, 0::2] + images_BCHW[:, :, 1::2]
+    return whole((rows[..., 0::2] + rows[..., 1::2]).mul_(0.25))
+
+
+def whole(images: Tensor) -> Tensor:
+    """Rounded to whole grey levels, halves up as OpenCV's arithmetic in whole numbers does; in place."""
+    return images.add_(0.5).floor_()
+
+
+def _blur(images_BCHW: Tensor, taps: Float32s, radius: int, axis: int) -> Tensor:
+    """Along one axis, exactly: every product and sum is a whole number of 1/65536, below 2^24 of them."""
+    middle, width = taps.shape[1] // 2, images_BCHW.shape[axis]
+    index = torch.arange(-radius, width + radius, device=images_BCHW.device)
+    mirrored = torch.where(index < 0, -1 - index, torch.where(index >= width, 2 * width - 1 - index, index))
+    padded = images_BCHW.index_select(axis, mirrored)
+    total = padded.narrow(axis, radius, width) * _column(taps[:, middle : middle + 1], images_BCHW)
+    for reach in range(1, radius + 1):
+        both = padded.narrow(axis, radius - reach, width) + padded.narrow(axis, radius + reach, width)
+        total.addcmul_(both, _column(taps[:, middle + reach : middle + reach + 1], images_BCHW))
+    return total
+
+
+def _groups(geometry: Warp | Turn) -> Iterator[tuple[Ints, Warp | Turn]]:
+    """The images that are treated alike: their rows, and what happens to them."""
+    if isinstance(geometry, Warp):
+        kinds = np.stack([geometry.halvings, geometry.radii], axis=1)
+    else:
+        kinds = np.stack([geometry.turns, geometry.mirrored], axis=1)
+    for kind in np.unique(kinds, axis=0):
+        rows = np.flatnonzero((kinds == kind).all(1))
+        if isinstance(geometry, Warp):
+            yield rows, Warp(geometry.maps[rows], geometry.halvings[rows], geometry.taps[rows])
+        else:
+            yield rows, Turn(geometry.turns[rows], geometry.mirrored[rows])
+
+
+def _turn(images_BCHW: Tensor, turn: Turn) -> Tensor:
+    turned = torch.rot90(images_BCHW, int(turn.turns[0]), (2, 3))
+    return turned.flip(3) if turn.mirrored[0] else turned
+
+
+def _index(rows: Ints, like: Tensor) -> Tensor | slice:
+    """Rows as an index; neighbouring ones as a slice, which copies nothing."""
+    if int(rows[-1]) - int(rows[0]) == rows.size - 1:
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows).to(like.device)
+
+
+def _column(values_BC: Float32s | Floats, like: Tensor) -> Tensor:
+    """A number for each channel of each image, to multiply images by."""
+    return torch.from_numpy(np.ascontiguousarray(values_BC)).to(like.device)[:, :, None, None]
+
+
+# DOC ``Changes`` carried out on a CPU by OpenCV, image by image, while an image is in the processor's cache.
+
+Pixels = NDArray[np.uint8]
+
+# Images that a thread takes in one go: few enough to share a batch among threads, enough to pay for the hand-over.
+IMAGES_PER_TASK = 8
+
+
+class CpuRenderer:
+    """Images to model input in the memory of the processor.
+
+    Args:
+        size: T, width that the model sees.
+        threads: that share a batch; the result does not depend on them.
+    """
+
+    def __init__(self, size: int, threads: int = 1) -> None:
+        self._size, self._threads = size, threads
+        self._buffers = Buffers(keep=4)
+        self._executor: ThreadPoolExecutor | None = None
+
+    def __call__(self, images_BHWC: Pixels, changes: Changes) -> Float32s:
+        """uint8 B x H x W x 3, H == W, to float32 B x 3 x T x T; its memory is used again once nothing refers to it."""
+        batch = self._buffers.take((len(images_BHWC), 3, self._size, self._size), np.float32)
+        geometry = changes.geometry
+        matrices = geometry.matrices(images_BHWC.shape[1], self._size) if isinstance(geometry, Warp) else None
+        task = functools.partial(_render, images_BHWC, changes, matrices, batch)
+        tasks = [range(first, min(first + IMAGES_PER_TASK, len(batch))) for first in range(0, len(batch), IMAGES_PER_TASK)]
+        if self._threads == 1 or len(tasks) < 2:
+            for rows in tasks:
+                task(rows)
+            return batch
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="galaxydist-augment")
+        for _ in self._executor.map(task, tasks):
+            pass
+        return batch
+
+
+@functools.cache
+def _cv2() -> Any:
+    """OpenCV without threads of its own: ours share the images."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    return cv2
+
+
+def _render(images_BHWC: Pixels, changes: Changes, matrices: Floats | None, batch_BCHW: Float32s, rows: range) -> None:
+    cv2 = _cv2()
+    size = batch_BCHW.shape[2]
+    # Four channels: OpenCV warps them in two thirds of the time that three take.
+    warped, planes = np.empty((size, size, 4), np.uint8), list(np.empty((4, size, size), np.uint8))
+    chosen = slice(rows.start, rows.stop)
+    tables = changes.gain_BC[chosen, :, None] * np.arange(256, dtype=np.float32) + changes.shift_C[:, None]
+    for row, table in zip(rows, tables, strict=True):
+        if isinstance(changes.geometry, Warp):
+            assert matrices is not None
+            picture = _soften(cv2, images_BHWC[row], int(changes.geometry.halvings[row]), changes.geometry.taps[row])
+            picture = cv2.cvtColor(picture, cv2.COLOR_RGB2RGBA)
+            flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+            cv2.warpAffine(picture, matrices[row], (size, size), dst=warped, flags=flags, borderMode=cv2.BORDER_REFLECT)
+            channels = cv2.split(warped, planes)
+        else:
+            channels = cv2.split(_turn_one(cv2, images_BHWC[row], changes.geometry, row), planes[:3])
+        for channel in range(3):
+            cv2.LUT(channels[channel], table[channel], dst=batch_BCHW[row, channel])
+        if changes.noise is not None:
+            _add_noise(cv2, batch_BCHW[row], changes, row)
+
+
+def _soften(cv2: Any, picture_HWC: Pixels, halvings: int, taps: Float32s) -> Pixels:
+    for _ in range(halvings):
+        half = picture_HWC.shape[0] // 2
+        picture_HWC = cv2.resize(picture_HWC, (half, half), interpolation=cv2.INTER_AREA)
+    if taps[2] == 1:
+        return picture_HWC
+    kernel = taps if taps[0] else taps[1:-1]
+    return cv2.sepFilter2D(picture_HWC, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT)  # type: ignore[no-any-return]
+
+
+def _turn_one(cv2: Any, picture_HWC: Pixels, turn: Turn, row: int) -> Pixels:
+    if turn.turns[row]:
+        code = (cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CLOCKWISE)[turn.turns[row] - 1]
+        picture_HWC = cv2.rotate(picture_HWC, code)
+    return cv2.flip(picture_HWC, 1) if turn.mirrored[row] else picture_HWC
+
+
+def _add_noise(cv2: Any, view_CHW: Float32s, changes: Changes, row: int) -> None:
+    noise = changes.noise
+    assert noise is not None
+    place = int(noise.places[row])
+    deviates_CHW = noise.table[place : place + view_CHW.size].reshape(view_CHW.shape)
+    for view, deviates, gain in zip(view_CHW, deviates_CHW, noise.gain_BC[row].tolist(), strict=True):
+        cv2.scaleAdd(deviates, gain, view, dst=view)
