@@ -57,14 +57,14 @@ def run_here(arguments: Sequence[str]) -> int:
 @contextmanager
 def without_figures() -> Iterator[None]:
     """Evaluations in this process draw nothing, as with ``eval.figures=false`` in training: figures take most of their time."""
-    from galaxydist.training import evaluate
-    from galaxydist.training.judging import Judge
+    from galaxydist.evaluation import evaluator
+    from galaxydist.evaluation.evaluator import Judge
 
     def build(*arguments: Any, **named: Any) -> Judge:
         return Judge(*arguments, **{**named, "figures": False})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "Judge", build)
+        patch.setattr(evaluator, "Judge", build)
         yield
 
 

@@ -10,15 +10,19 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from galaxydist.evaluation.figures import draw_confusion, draw_learning_curves, draw_per_class, save_figure
-from galaxydist.evaluation.figures_areas import draw_areas
-from galaxydist.evaluation.figures_calibration import draw_reliability
-from galaxydist.evaluation.figures_dependence import draw_dependence
 from galaxydist.evaluation.gallery import write_gallery
-from galaxydist.evaluation.metrics import metrics_from_counts
-from galaxydist.evaluation.report import read_evaluation, render_evaluation, write_evaluation
-from galaxydist.evaluation.summary import Summary, summarise
-from galaxydist.evaluation.text import title_of
+from galaxydist.evaluation.metrics import Summary, metrics_from_counts, summarise
+from galaxydist.evaluation.plots import (
+    draw_areas,
+    draw_confusion,
+    draw_dependence,
+    draw_learning_curves,
+    draw_per_class,
+    draw_reliability,
+    save_figure,
+)
+from galaxydist.evaluation.results_files import read_evaluation, render_evaluation, write_evaluation
+from galaxydist.evaluation.text_table import title_of
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.runs.metrics_log import MetricsLog
 from tests.prediction_files import draw_logits, write_logits
@@ -99,7 +103,7 @@ def test_the_json_comes_last(tmp_path: Path, metrics: dict[str, Any], monkeypatc
     def fail(*_: Any) -> None:
         raise RuntimeError("killed here")
 
-    monkeypatch.setattr("galaxydist.evaluation.report.write_json", fail)
+    monkeypatch.setattr("galaxydist.evaluation.results_files.write_json", fail)
     with pytest.raises(RuntimeError, match="killed here"):
         write_evaluation(tmp_path, metrics, CONTEXT)
     assert (tmp_path / "test-classes.pdf").exists()

@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
-from galaxydist.evaluation import overlap as overlaps
-from galaxydist.evaluation.counts import Counts
-from galaxydist.evaluation.overlap import Galaxies, check_overlap, find_overlap
-from galaxydist.evaluation.subset import SubsetCounts
+from galaxydist.evaluation import leakage as overlaps
+from galaxydist.evaluation.counts import Counts, SubsetCounts
+from galaxydist.evaluation.leakage import Galaxies, check_before_training, check_overlap, find_overlap
 from galaxydist.galaxy import Galaxy
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.verify import describe_equal_pictures
@@ -29,7 +28,6 @@ from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.folder_scan import fold_name, same_survey
 from galaxydist.surveys.official_split import NAME, read_official_split
 from galaxydist.surveys.split import TEST, TRAIN, VAL
-from galaxydist.training.trained_on import check_before_training
 from tests.blobs import BlobSurvey
 from tests.runs import quick_settings, read_evaluation, run_here, without_figures
 from tests.test_shards_catalogue import make_old

@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.evaluation.counts import Predictions
-from galaxydist.evaluation.parts import PartWriter, merge_parts, part_path
-from galaxydist.evaluation.predictions import PredictionsInfo, read_predictions
+from galaxydist.evaluation.inference import MEASURED_WIDTH, measure, merge_predictions
+from galaxydist.evaluation.predictions import PartWriter, PredictionsInfo, merge_parts, part_path, read_predictions
 from galaxydist.galaxy import Galaxy
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.photometry import measure_pictures
-from galaxydist.training.predicting import MEASURED_WIDTH, measure, merge_predictions
 from tests.blobs import BlobSurvey
 from tests.prediction_files import CONTEXT
 from tests.runs import quick_settings, read_evaluation, run_here, without_figures

@@ -18,11 +18,12 @@ from galaxydist.evaluation.predictions import (
     METADATA_KEY,
     ROW_GROUP,
     PredictionsInfo,
+    log_softmax,
     predictions_path,
     read_predictions,
+    softmax,
     write_predictions,
 )
-from galaxydist.evaluation.probabilities import log_softmax, softmax
 from tests.prediction_files import CONTEXT
 
 INFO = PredictionsInfo(("a", "b", "c"), CONTEXT, {"size": "arcsec"}, 12.5, {"torch": "2"})

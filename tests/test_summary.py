@@ -25,11 +25,8 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation import bootstrap
 from galaxydist.evaluation.calibration import HIGHEST, LOWEST, NUM_BINS, Reliability, fit_temperature
 from galaxydist.evaluation.counts import Counts
-from galaxydist.evaluation.dependence import LEAST_GALAXIES, measure_dependence
-from galaxydist.evaluation.metrics import metrics_from_counts
-from galaxydist.evaluation.predictions import PredictionsFile
-from galaxydist.evaluation.probabilities import softmax
-from galaxydist.evaluation.summary import in_top_two, summarise
+from galaxydist.evaluation.metrics import LEAST_GALAXIES, in_top_two, measure_dependence, metrics_from_counts, summarise
+from galaxydist.evaluation.predictions import PredictionsFile, softmax
 from tests.prediction_files import draw_logits, write_logits
 
 CASES = [
@@ -332,7 +329,7 @@ def written_elsewhere(folder: Path) -> Path:
 MEASURE = """
 import re, sys, time
 from pathlib import Path
-from galaxydist.evaluation.summary import summarise
+from galaxydist.evaluation.metrics import summarise
 from galaxydist.evaluation.predictions import read_predictions
 import scipy.optimize, scipy.stats, sklearn.metrics
 started = time.process_time()

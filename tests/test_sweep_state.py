@@ -24,7 +24,7 @@ from galaxydist.cluster.sweep_sending import array_of, run_here, submit_arrays
 from galaxydist.cluster.sweep_state import Decision, TrialFacts, decide, read_facts
 from galaxydist.cluster.sweep_text import render_trials, summarise
 from galaxydist.errors import UserError
-from galaxydist.evaluation.report import FORMAT_VERSION
+from galaxydist.evaluation.results_files import FORMAT_VERSION
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 from galaxydist.runs.lock import RunLock
 

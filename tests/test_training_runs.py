@@ -115,7 +115,7 @@ def test_what_only_the_end_needs_is_tried_before_anything_is_written(
     def fail(*_: object, **__: object) -> None:
         raise UserError("no such thing as figures")
 
-    monkeypatch.setattr("galaxydist.training.rehearsal.write_evaluation", fail)
+    monkeypatch.setattr("galaxydist.evaluation.evaluator.write_evaluation", fail)
     assert run_here(quick_settings(blobs, tmp_path / "run")) == EXIT_BAD_INPUT
     assert "no such thing as figures" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -15,19 +15,18 @@ from torch import nn
 from galaxydist.cli.main import main
 from galaxydist.distributed import World, enter_world
 from galaxydist.errors import UserError
+from galaxydist.evaluation.evaluator import evaluate_run
+from galaxydist.evaluation.inference import evaluate_split, mean_log_probabilities, views
 from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.evaluation.predictions import read_predictions
-from galaxydist.evaluation.report import read_evaluation as read_evaluation_file
-from galaxydist.evaluation.report import render_evaluation, write_evaluation
-from galaxydist.evaluation.views import mean_log_probabilities, views
+from galaxydist.evaluation.results_files import read_evaluation as read_evaluation_file
+from galaxydist.evaluation.results_files import render_evaluation, write_evaluation
 from galaxydist.loading.dataset import TrainingData, build_augment
 from galaxydist.loading.loader import EvalReader
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.training.evaluate import evaluate_run
-from galaxydist.training.validation import evaluate_split
 from tests.blobs import BlobSurvey
 from tests.forked_runs import run_forked, train
 from tests.runs import quick_settings, read_evaluation, read_metrics, run_here

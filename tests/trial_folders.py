@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from galaxydist.evaluation import predictions
 from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.evaluation.predictions import PredictionsInfo
-from galaxydist.evaluation.report import write_evaluation
+from galaxydist.evaluation.results_files import write_evaluation
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.recipe.identity import flatten
 from galaxydist.recipe.resolve import load_recipe

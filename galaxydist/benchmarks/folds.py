@@ -12,7 +12,7 @@ from typing import Any, get_args
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.benchmarks.folds_cost import Cost, measure_costs
 from galaxydist.errors import UserError
-from galaxydist.evaluation.report import read_evaluation
+from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.models.registry import recipe_of
 from galaxydist.recipe.identity import run_name
 from galaxydist.recipe.resolve import ResolvedRecipe, load_recipe

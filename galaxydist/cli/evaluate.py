@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("give a run folder, the recipe=NAME that trained it, or --predictions FILE")
     target = run_target.read_target(arguments.target, arguments.manifest)
 
-    from galaxydist.training.evaluate import evaluate_run
+    from galaxydist.evaluation.evaluator import evaluate_run
 
     evaluate_run(
         target.run_dir,
@@ -87,7 +87,7 @@ def _judge_predictions(arguments: argparse.Namespace) -> None:
             name = "RUN" if option == "target" else f"--{option.replace('_', '-')}"
             raise UserError(f"--predictions FILE needs no {name}: what was judged stands in the file")
 
-    from galaxydist.evaluation.report import judge_predictions, render_evaluation
+    from galaxydist.evaluation.results_files import judge_predictions, render_evaluation
 
     out_dir = arguments.out or arguments.predictions.parent
     print(render_evaluation(judge_predictions(arguments.predictions, arguments.validation, out_dir), out_dir))

@@ -47,7 +47,7 @@ def run_fetch(arguments: argparse.Namespace) -> None:
 
 def run_save(arguments: argparse.Namespace) -> None:
     """Write the run's weights."""
-    from galaxydist.training.evaluate import save_weights
+    from galaxydist.evaluation.evaluator import save_weights
 
     step = save_weights(arguments.run_dir, arguments.target)
     print(f"weights of {arguments.run_dir} at step {step}: {arguments.target}")

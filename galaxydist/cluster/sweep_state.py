@@ -9,7 +9,7 @@ from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.requeue import FOR_GOOD
 from galaxydist.cluster.scheduler import WAITING_STATES, JobState
 from galaxydist.cluster.sweep import Trial
-from galaxydist.evaluation.report import read_evaluation
+from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.runs.folder import RunFolder
 
 LOCAL_ENDED = "ENDED"

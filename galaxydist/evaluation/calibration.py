@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.evaluation.predictions import PredictionsFile
-from galaxydist.evaluation.probabilities import log_softmax
+from galaxydist.evaluation.predictions import PredictionsFile, log_softmax
 
 Floats = NDArray[np.float64]
 

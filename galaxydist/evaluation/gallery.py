@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from galaxydist.atomic_files import replace_bytes
-from galaxydist.evaluation.text import readable
+from galaxydist.evaluation.text_table import readable
 
 MAX_COLUMNS = 10
 _FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}

@@ -19,8 +19,8 @@ from galaxydist.evaluation.html import picture_uri, render
 from galaxydist.evaluation.mistake_sheet import SheetCell, SheetRow, compose_sheet
 from galaxydist.evaluation.mistakes import Pick, Picks
 from galaxydist.evaluation.predictions import PREDICTIONS, read_predictions
-from galaxydist.evaluation.report import stem_of
-from galaxydist.evaluation.text import readable, title_of
+from galaxydist.evaluation.results_files import stem_of
+from galaxydist.evaluation.text_table import readable, title_of
 
 FORMAT_VERSION = 1
 # Kept of each picture; the page's are so wide, or less, so that all together they take no more than so many bytes.

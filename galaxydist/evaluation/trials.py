@@ -15,7 +15,7 @@ import numpy as np
 
 from galaxydist.errors import UserError
 from galaxydist.evaluation.predictions import predictions_path
-from galaxydist.evaluation.report import read_evaluation, stem_of
+from galaxydist.evaluation.results_files import read_evaluation, stem_of
 from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Score, Trial, Unseen, Validation
 from galaxydist.galaxy import VARIANTS, Variant
 from galaxydist.recipe.fields import recipe_fields

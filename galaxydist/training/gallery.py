@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from galaxydist.checkpoints import store
 from galaxydist.checkpoints.store import Checkpoint
 from galaxydist.errors import UserError
+from galaxydist.evaluation.evaluator import JUDGED, find_checkpoint, find_evaluation, load_judged
+from galaxydist.evaluation.inference import Views
 from galaxydist.evaluation.mistake_gallery import Gallery, Seen, write_mistake_gallery
 from galaxydist.evaluation.mistakes import Picks, choose_mistakes
 from galaxydist.evaluation.overlay import overlay
 from galaxydist.evaluation.predictions import PredictionsFile, predictions_path, read_predictions
-from galaxydist.evaluation.report import stem_of
-from galaxydist.evaluation.views import Views
+from galaxydist.evaluation.results_files import stem_of
 from galaxydist.galaxy import Variant
 from galaxydist.loading.dataset import TrainingData, build_augment, find_cache, find_manifest, find_variant
 from galaxydist.loading.decode import read_chosen, reduction
@@ -27,7 +28,6 @@ from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.open import open_shards
-from galaxydist.training.judging import JUDGED, find_checkpoint, find_evaluation, load_judged
 
 # Pictures that the model sees together.
 _TOGETHER = 8

@@ -12,6 +12,9 @@ from torch import nn
 from galaxydist.checkpoints import store
 from galaxydist.distributed import World, enter_world, keep_threads, leave_world, set_flight_recorder
 from galaxydist.errors import NonfiniteError, OneRankFailedError, UserError
+from galaxydist.evaluation.evaluator import Judge, rehearse_evaluation
+from galaxydist.evaluation.inference import evaluate_split
+from galaxydist.evaluation.leakage import check_before_training
 from galaxydist.loading.dataset import (
     TrainingData,
     find_cache,
@@ -35,20 +38,16 @@ from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
 from galaxydist.training.announcement import describe_end, describe_run, describe_time
 from galaxydist.training.journal import Journal
-from galaxydist.training.judging import Judge
 from galaxydist.training.loop import Loop
 from galaxydist.training.opening import OpenedFolder, open_run_folder
 from galaxydist.training.out_of_memory import explained_out_of_memory, is_out_of_memory
 from galaxydist.training.parts import Parts, build_parts, build_update, check_parts, check_passes
 from galaxydist.training.profiling import StepProfiler
-from galaxydist.training.rehearsal import rehearse_evaluation
 from galaxydist.training.saving import Saving
 from galaxydist.training.statistics import average_statistics
 from galaxydist.training.stop_signals import StopFlag, signal_name
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.tracking import Tracker, complete_tracker, start_tracker
-from galaxydist.training.trained_on import check_before_training
-from galaxydist.training.validation import evaluate_split
 from galaxydist.training.watchdog import build_watchdog, collective_timeout
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from galaxydist.errors import UserError
+from galaxydist.evaluation.evaluator import evaluate_run
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_folder import FolderSurvey, open_image_folder
 from galaxydist.surveys.simulate import simulate_survey
 from galaxydist.surveys.survey_sources import open_survey
-from galaxydist.training.evaluate import evaluate_run
 from galaxydist.training.session import train
 
 # Rows of each class (the first ones) on which simulator, recipe and checkpoint may be chosen; the figure is from the others.

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.evaluation.exploration.population import UNLABELLED, Positions
-from galaxydist.evaluation.figures import BLUE, GREEN, GREY, ORANGE
+from galaxydist.evaluation.plots import BLUE, GREEN, GREY, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

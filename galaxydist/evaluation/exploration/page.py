@@ -12,7 +12,7 @@ from galaxydist.evaluation.exploration.findings import Findings, label_conflicts
 from galaxydist.evaluation.exploration.look import THUMBNAIL
 from galaxydist.evaluation.exploration.oddities import KINDS
 from galaxydist.evaluation.html import figure_svg, picture_uri, render
-from galaxydist.evaluation.text import readable
+from galaxydist.evaluation.text_table import readable
 from galaxydist.surveys.split import CUTOUT_ARCSEC
 
 # Pairs and pictures that are shown; the rest is counted.

@@ -9,7 +9,7 @@ from galaxydist.evaluation.results.gather import Findings
 from galaxydist.evaluation.results.run_facts import RunFacts
 from galaxydist.evaluation.results.views import class_rows
 from galaxydist.evaluation.results.words import NOTHING
-from galaxydist.evaluation.text import readable
+from galaxydist.evaluation.text_table import readable
 from galaxydist.evaluation.trial import Judgement
 
 

@@ -8,7 +8,7 @@ from galaxydist.evaluation.matrix import Table
 from galaxydist.evaluation.results.gather import Findings, Results
 from galaxydist.evaluation.results.views import SCORES_CAPTION, caption_of, class_rows, ranking_rows, score_rows
 from galaxydist.evaluation.results.words import NOTHING, QUANTITIES, Numbers, Quantity, describe_table, number
-from galaxydist.evaluation.text import readable
+from galaxydist.evaluation.text_table import readable
 from galaxydist.evaluation.verdicts import Observation
 
 _ESCAPES = {

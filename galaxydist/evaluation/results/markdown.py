@@ -16,7 +16,7 @@ from galaxydist.evaluation.results.views import (
     settings_of,
 )
 from galaxydist.evaluation.results.words import QUANTITIES, Numbers, Quantity, describe_table, number
-from galaxydist.evaluation.text import readable
+from galaxydist.evaluation.text_table import readable
 from galaxydist.evaluation.verdicts import Observation
 
 _MARKS = {"better": " (better)", "worse": " (worse)", "same": " (not significant)", "": ""}

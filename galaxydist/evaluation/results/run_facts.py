@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from galaxydist.errors import UserError
-from galaxydist.evaluation.report import read_evaluation
+from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.evaluation.trial import Trial
 from galaxydist.recipe.resolve import COMMAND_LINE, SCHEMA_DEFAULT
 from galaxydist.recipe.yaml12 import to_text

@@ -5,39 +5,49 @@ All ranks predict, rank 0 does the rest. What is there already, of the same chec
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, MutableMapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from galaxydist.checkpoints import store
 from galaxydist.checkpoints.store import Checkpoint
-from galaxydist.distributed import World
+from galaxydist.counter_rng import hash64
+from galaxydist.distributed import World, enter_world, leave_world
 from galaxydist.errors import EveryRankError, UserError
-from galaxydist.evaluation.parts import PartWriter, part_path
-from galaxydist.evaluation.predictions import PredictionsInfo, predictions_path, read_predictions
-from galaxydist.evaluation.report import has_figures, read_evaluation, render_evaluation, stem_of, write_evaluation
-from galaxydist.evaluation.summary import summarise
-from galaxydist.loading.dataset import TrainingData, build_augment, has_split
+from galaxydist.evaluation.counts import Predictions
+from galaxydist.evaluation.inference import CATALOGUE_COLUMNS, Keeper, Views, evaluate_split, merge_predictions
+from galaxydist.evaluation.leakage import JUDGED_SPLIT, FindTrained, find_validation, open_trained
+from galaxydist.evaluation.metrics import summarise
+from galaxydist.evaluation.predictions import PartWriter, PredictionsInfo, part_path, predictions_path, read_predictions
+from galaxydist.evaluation.results_files import has_figures, read_evaluation, render_evaluation, stem_of, write_evaluation
+from galaxydist.galaxy import Variant
+from galaxydist.loading.dataset import TrainingData, build_augment, find_cache, find_manifest, find_variant, has_split
+from galaxydist.loading.loader import Batch
 from galaxydist.models.build import build_model
 from galaxydist.models.performance import set_tf32
-from galaxydist.paths import folder_name
+from galaxydist.models.weights import write_weights
+from galaxydist.paths import data_root, folder_name
+from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.metrics_log import MetricsLog
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest
+from galaxydist.shards.remote.open import open_shards
+from galaxydist.shards.verify import check_columns
 from galaxydist.surveys.split import CUTOUT_ARCSEC
-from galaxydist.training.predicting import CATALOGUE_COLUMNS, merge_predictions
 from galaxydist.training.state import evaluation_weights
-from galaxydist.training.trained_on import JUDGED_SPLIT, FindTrained, find_validation
-from galaxydist.training.validation import evaluate_split
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
 
 # What of a checkpoint is needed to judge it.
 JUDGED = ("model", "ema")
@@ -284,3 +294,148 @@ def find_checkpoint(folder: RunFolder, which: str) -> Path:
             f"{folder} has no checkpoint yet: it was stopped before its first one. Train it on with the command that started it."
         )
     return path
+
+
+# DOC The exact evaluation of a run: the weights of one of its checkpoints on a split, as JSON, figures and a table.
+
+
+def evaluate_run(
+    run_dir: Path,
+    split: str,
+    environ: MutableMapping[str, str],
+    *,
+    manifest_path: str | Path | None = None,
+    variant: Variant | None = None,
+    trained_path: str | Path | None = None,
+    data_dir: Path | None = None,
+    tta: Views | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run of ``launch.py`` on a split, write it into the run folder and print the table.
+
+    Args:
+        run_dir: the run folder.
+        split: ``train``, ``val`` or ``test``.
+        environ: the process's environment.
+        manifest_path: path or URL of the shards to judge it on; None: those that the run was trained on, where it had them.
+        variant: instead, another data set of the run's survey.
+        trained_path: path or URL of the shards that the run was trained on, where they are no longer where it had them.
+        data_dir: the data root, likewise.
+        tta: instead of the recipe's ``eval.tta``; evaluations with and without lie side by side.
+
+    Returns:
+        The evaluation, as in its JSON file.
+
+    Raises:
+        UserError: no run or no checkpoint there, no such split, shards of other classes, test galaxies that the run was trained
+            on.
+    """
+    folder = RunFolder(run_dir)
+    recipe = from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
+    if tta is not None:
+        recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"tta": tta})})
+    root = data_root(data_dir or recipe.data.dir, environ)
+    known, cache = find_manifest(recipe.data, root), find_cache(recipe.data, root)
+    path = manifest_path or (known if variant is None else find_variant(recipe.data, root, variant))
+    manifest = open_shards(path, cache)
+    if not has_split(manifest, split):
+        raise UserError(
+            f"{manifest.location} has no galaxies in a split {split!r}. It has {', '.join(manifest.splits)}: give --split."
+        )
+    world = enter_world(recipe.train.precision, environ)
+    try:
+        world.on_main(lambda: check_columns(manifest))
+
+        def find_trained(trained_on: TrainingData) -> Manifest:
+            return open_trained(trained_on, known, trained_path, cache)
+
+        judge = Judge(world, folder, recipe, find_trained=find_trained, figures=True)
+        metrics = judge.judge(manifest, split)
+    finally:
+        leave_world()
+    assert metrics is not None
+    return metrics
+
+
+def save_weights(run_dir: Path, target: Path) -> int:
+    """Write the weights that a run is judged by as one safetensors file, for ``model.weights=FILE`` of another run.
+
+    The file carries the normalisation that the model was trained with. It appears only when it is whole.
+
+    Args:
+        run_dir: the run folder.
+        target: the file to write, replaced if it is there.
+
+    Returns:
+        The step that the weights are from.
+
+    Raises:
+        UserError: no run or no checkpoint there.
+    """
+    folder = RunFolder(run_dir)
+    recipe = from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
+    checkpoint = store.read_sound(find_checkpoint(folder, recipe.eval.checkpoint), groups=JUDGED)
+    trained_on = TrainingData.from_dict(checkpoint.state["data"])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_weights(target, evaluation_weights(checkpoint.tensors, checkpoint.state), trained_on.statistics)
+    return checkpoint.step
+
+
+# DOC A trial of what only the end of a run needs, before its first step: an evaluation of a few galaxies, with numbers and
+# DOC figures.
+# DOC
+# DOC A library that is missing, a number of classes that a figure cannot show, a name that cannot be written: all this would
+# DOC else be
+# DOC found hours later, and again at every restart.
+
+# Enough for every number and figure: properties are shown from 25 galaxies on.
+NUM_GALAXIES = 32
+
+
+def rehearse_evaluation(manifest: Manifest, recipe: Recipe) -> None:
+    """Evaluate some invented galaxies of the data set's classes in a temporary folder. For rank 0.
+
+    Args:
+        manifest: the shards.
+        recipe: of the run.
+
+    Raises:
+        UserError: the disk of temporary files is full.
+    """
+    import pyarrow as pa
+
+    numbers_N = torch.arange(NUM_GALAXIES)
+    labels_N = numbers_N * manifest.num_classes // NUM_GALAXIES
+    draws_NK = hash64(numbers_N.numpy()[:, None], np.arange(manifest.num_classes)) >> np.uint64(40)
+    logits_NK = torch.from_numpy(draws_NK.astype(np.float32) / 2**22)
+    predictions = Predictions(numbers_N, labels_N, logits_NK.argmax(1), logits_NK)
+    shape = (NUM_GALAXIES, manifest.image_size, manifest.image_size, 3)
+    images_NHWC = torch.from_numpy(np.resize(np.arange(251, dtype=np.uint8), shape))
+    batch = Batch(images_NHWC, labels_N, torch.ones(NUM_GALAXIES), numbers_N, numbers_N, epoch=0, step=0)
+    context = {
+        "dataset": manifest.dataset,
+        "variant": manifest.variant,
+        "split": "test",
+        "tta": recipe.eval.tta,
+        "manifest_hash": manifest.hash,
+        "recipe": recipe.name,
+        "model": recipe.model.name,
+    }
+    with tempfile.TemporaryDirectory(prefix="galaxydist-") as name:
+        folder = Path(name)
+        path = predictions_path(folder, stem_of("test", recipe.eval.tta))
+        with PartWriter(part_path(path, 0), manifest.num_classes) as part:
+            with Keeper(part, image_size=manifest.image_size, threads=1) as keeper:
+                keeper.add(batch, predictions)
+                keeper.finish()
+            catalogue = pa.table({"id": [f"galaxy-{number}" for number in range(NUM_GALAXIES)]})
+            info = PredictionsInfo(class_names=manifest.class_names, context=context)
+            merge_predictions(path, info, [part.path], catalogue, batch_size=NUM_GALAXIES)
+        log = MetricsLog(folder / "metrics.jsonl")
+        log.append(1, {"train/loss": 1.0, "val/loss": 1.0})
+        judged = read_predictions(path)
+        summary = summarise(judged, judged)  # also as its own validation split, for the temperature
+        # Drawing takes seconds, and a few classes with plain names are drawn in any test.
+        is_unusual = manifest.num_classes > 20 or not all(name.isascii() and name.isprintable() for name in manifest.class_names)
+        curves, figures = summary.curves, recipe.eval.figures and is_unusual
+        written = write_evaluation(folder, summary.metrics, context, metrics_log=log.path, curves=curves, figures=figures)
+        render_evaluation(written, folder)

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import numpy as np
 
 from galaxydist.atomic_files import replace_bytes
-from galaxydist.evaluation.text import readable
+from galaxydist.evaluation.metrics import Curve
+from galaxydist.evaluation.text_table import readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 # Okabe and Ito's palette (2008, jfly.uni-koeln.de/color): told apart with any kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILLION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#555555"
@@ -185,3 +187,156 @@ def new_figure(width: float, height: float) -> "Figure":
 def wrapped(title: str, figure: "Figure") -> str:
     """A title broken into lines that fit the figure's width."""
     return textwrap.fill(title.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"), int(figure.get_figwidth() * 13))
+
+
+# DOC ROC and precision-recall curves, each class against all others.
+
+# Okabe and Ito's colours that show on white, in two kinds of line: ten classes can be told apart, more begin again.
+COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, "#CC79A7")
+LINES = ("-", (0, (4, 1.5)), (0, (1, 1)))
+
+
+@styled
+def draw_areas(metrics: Mapping[str, Any], curves: Sequence[Curve | None], title: str) -> "Figure":
+    """Both kinds of curve side by side, and the areas of each class.
+
+    Args:
+        metrics: from ``summarise``, with ``roc_auc`` and ``average_precision``.
+        curves: by label.
+        title: data set, variant, split, model and number of galaxies.
+    """
+    figure = new_figure(7.6, 3.2)
+    left, right = figure.subplots(1, 2)
+    areas = zip(metrics["roc_auc"]["per_class"], metrics["average_precision"]["per_class"], strict=True)
+    for label, (name, curve, (roc, precision)) in enumerate(zip(metrics["classes"], curves, areas, strict=True)):
+        if curve is None:
+            continue
+        style: Any = {
+            "color": COLOURS[label % len(COLOURS)],
+            "linestyle": LINES[label // len(COLOURS) % len(LINES)],
+            "linewidth": 1.1,
+        }
+        left.plot(*curve.roc, **style, label=f"{readable(name)} ({roc:.3f}, {precision:.3f})")
+        right.plot(*curve.precision_recall, **style)
+    left.plot([0, 1], [0, 1], color=GREY, linewidth=0.6, linestyle="--")
+    left.set(xlabel="false positive rate", ylabel="true positive rate", title=f"ROC: mean area {_mean(metrics['roc_auc'])}")
+    title_right = f"precision-recall: mean area {_mean(metrics['average_precision'])}"
+    right.set(xlabel="recall", ylabel="precision", title=title_right)
+    for axes in (left, right):
+        axes.set(xlim=(0, 1), ylim=(0, 1.01))
+        axes.grid(linewidth=0.4, alpha=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    if left.get_legend_handles_labels()[0] and len(curves) <= MOST_NAMED:
+        figure.legend(loc="outside right center", frameon=False, fontsize=7, title="class (area left, right)", title_fontsize=7)
+    figure.suptitle(wrapped(title, figure))
+    return figure
+
+
+def _mean(areas: Mapping[str, Any]) -> str:
+    return "-" if areas["macro"] is None else f"{areas['macro']:.3f}"
+
+
+# DOC The reliability diagram: how often a model is right, against how sure it says it is.
+
+
+@styled
+def draw_reliability(metrics: Mapping[str, Any], title: str) -> "Figure":
+    """Accuracy in bins of confidence with 95 % intervals, and below it how many galaxies a bin has; beside it the same after
+    temperature scaling, where there is a temperature.
+
+    Args:
+        metrics: from ``summarise``, with ``calibration``.
+        title: data set, variant, split, model and number of galaxies.
+    """
+    calibration = metrics["calibration"]
+    panels = [("as trained", calibration)]
+    if calibration["temperature"] is not None:
+        panels.append((f"divided by T = {calibration['temperature']['value']:.2f}", calibration["scaled"]))
+    figure = new_figure(2.7 * len(panels) + 0.5, 3.6)
+    grid = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1))
+    for (name, found), upper, lower in zip(panels, *grid, strict=True):
+        _draw_bins(upper, found["reliability"])
+        ece = "-" if found["ece"] is None else f"{found['ece']:.3f}"
+        upper.set(title=f"{name}: ECE {ece}", xlim=(0, 1), ylim=(0, 1))
+        _draw_counts(lower, found["reliability"])
+    grid[0, 0].set_ylabel("accuracy")
+    grid[1, 0].set_ylabel("galaxies")
+    handles = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3 if len(panels) > 1 else 1, frameon=False, fontsize=7)
+    figure.suptitle(wrapped(title, figure))
+    return figure
+
+
+def _draw_bins(axes: "Axes", bins: Sequence[Mapping[str, Any]]) -> None:
+    from scipy import stats
+
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--", label="calibrated")
+    filled = [found for found in bins if found["count"]]
+    for number, found in enumerate(filled):
+        low, accuracy, confidence = found["low"], found["accuracy"], found["confidence"]
+        width = found["high"] - low
+        axes.bar(low, accuracy, width, align="edge", color=BLUE, alpha=0.35, linewidth=0, label="" if number else "accuracy")
+        correct = round(accuracy * found["count"])
+        interval = stats.binomtest(correct, found["count"]).proportion_ci(0.95, method="wilson")
+        axes.plot([confidence] * 2, interval, color=BLUE, linewidth=1.0)
+    label = "at its mean confidence, 95 %"
+    points = [(found["confidence"], found["accuracy"]) for found in filled]
+    axes.plot(*np.transpose(points) if points else ([], []), "o", color=BLUE, markersize=3, label=label)
+    axes.grid(linewidth=0.4, alpha=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_counts(axes: "Axes", bins: Sequence[Mapping[str, Any]]) -> None:
+    counts = [found["count"] for found in bins]
+    axes.bar(
+        [found["low"] for found in bins], counts, bins[0]["high"], align="edge", color=ORANGE, edgecolor="white", linewidth=0.4
+    )
+    axes.set(xlabel="confidence", ylim=(0, max(1, *counts) * 1.05))
+    axes.locator_params(axis="y", nbins=3, integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+# DOC Accuracy against redshift, apparent size and brightness of the sky.
+
+LABELS = {"redshift": "redshift", "size": "half-light radius", "sky_brightness": "sky brightness"}
+
+
+@styled
+def draw_dependence(metrics: Mapping[str, Any], title: str) -> "Figure":
+    """A panel a property: accuracy in bins of equally many galaxies, with 95 % intervals and the range of each bin (a few
+    galaxies far out leave the panel).
+
+    Args:
+        metrics: from ``summarise``; ``against`` is not empty.
+        title: data set, variant, split, model and number of galaxies.
+    """
+    against = metrics["against"]
+    figure = new_figure(2.4 * len(against) + 0.6, 2.7)
+    panels = figure.subplots(1, len(against), sharey=True, squeeze=False)[0]
+    for axes, (name, found) in zip(panels, against.items(), strict=True):
+        bins = found["bins"]
+        x, y = np.array([row["median"] for row in bins]), np.array([row["accuracy"] for row in bins])
+        across = np.abs(np.array([[row["low"], row["high"]] for row in bins]).T - x)
+        up = np.abs(np.array([row["interval"] for row in bins]).T - y)
+        axes.errorbar(x, y, xerr=across, color=BLUE, fmt="none", elinewidth=0.5, alpha=0.7)
+        axes.errorbar(x, y, yerr=up, color=BLUE, fmt="o", markersize=3, elinewidth=1.1)
+        axes.axhline(metrics["accuracy"], color=GREY, linewidth=0.8, linestyle="--", label="all galaxies")
+        unit = f" ({found['unit']})" if found["unit"] else ""
+        axes.set(xlabel=f"{LABELS[name]}{unit}", title=f"{found['count']:,} galaxies", ylim=(0, 1))
+        axes.set_xlim(*_limits(bins))
+        axes.locator_params(axis="x", nbins=5)
+        axes.grid(linewidth=0.4, alpha=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower right", frameon=False, fontsize=7)
+    figure.suptitle(wrapped(title, figure))
+    return figure
+
+
+def _limits(bins: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Where the panel ends: beyond the outer medians twice as far as these lie from their inner edges."""
+    first, last = bins[0], bins[-1]
+    left = max(first["low"], first["median"] - 2 * (first["high"] - first["median"]))
+    right = min(last["high"], last["median"] + 2 * (last["median"] - last["low"]))
+    margin = 0.03 * (right - left) or 0.5
+    return left - margin, right + margin

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 from galaxydist import __version__
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.errors import UserError
-from galaxydist.evaluation.areas import Curve
+from galaxydist.evaluation.metrics import Curve, summarise
 from galaxydist.evaluation.predictions import PredictionsFile, predictions_path, read_predictions
-from galaxydist.evaluation.summary import summarise
-from galaxydist.evaluation.text import format_headline, format_notes, format_table, headline, title_of
+from galaxydist.evaluation.text_table import format_headline, format_notes, format_table, headline, title_of
 from galaxydist.runs.metrics_log import MetricsLog
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def write_evaluation(
     if figures:
         lines = MetricsLog(metrics_log).read() if metrics_log is not None else []
         if lines:
-            from galaxydist.evaluation.figures import draw_learning_curves, save_figure
+            from galaxydist.evaluation.plots import draw_learning_curves, save_figure
 
             save_figure(draw_learning_curves(lines, title_of(context)), evaluation_dir / LEARNING_CURVES)
         _write_figures(evaluation_dir, stem, dict(_draw(metrics, curves, title)))
@@ -73,10 +72,7 @@ def write_evaluation(
 
 
 def _draw(metrics: Mapping[str, Any], curves: Sequence[Curve | None], title: str) -> "Iterator[tuple[str, Figure]]":
-    from galaxydist.evaluation.figures import draw_confusion, draw_per_class
-    from galaxydist.evaluation.figures_areas import draw_areas
-    from galaxydist.evaluation.figures_calibration import draw_reliability
-    from galaxydist.evaluation.figures_dependence import draw_dependence
+    from galaxydist.evaluation.plots import draw_areas, draw_confusion, draw_dependence, draw_per_class, draw_reliability
 
     yield "confusion", draw_confusion(metrics, title)
     yield "classes", draw_per_class(metrics, title)
@@ -90,7 +86,7 @@ def _draw(metrics: Mapping[str, Any], curves: Sequence[Curve | None], title: str
 
 def _write_figures(evaluation_dir: Path, stem: str, drawn: "Mapping[str, Figure]") -> None:
     """The first comes last: where it is, all are. Also removes those that an earlier evaluation had, and this one has not."""
-    from galaxydist.evaluation.figures import save_figure
+    from galaxydist.evaluation.plots import save_figure
 
     for name in reversed(FIGURES):
         path = evaluation_dir / f"{stem}-{name}"
