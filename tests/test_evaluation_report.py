@@ -10,7 +10,6 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from galaxydist.evaluation.gallery import write_gallery
 from galaxydist.evaluation.metrics import Summary, metrics_from_counts, summarise
 from galaxydist.evaluation.plots import (
     draw_areas,
@@ -24,6 +23,7 @@ from galaxydist.evaluation.plots import (
 from galaxydist.evaluation.results_files import read_evaluation, render_evaluation, write_evaluation
 from galaxydist.evaluation.text_table import title_of
 from galaxydist.galaxy import GALAXY10_CLASSES
+from galaxydist.pages.contact_sheet import write_gallery
 from galaxydist.runs.metrics_log import MetricsLog
 from tests.prediction_files import draw_logits, write_logits
 

@@ -12,9 +12,9 @@ from galaxydist.evaluation.exploration.figures import draw_counts, styled
 from galaxydist.evaluation.exploration.findings import Findings, find_all, summary
 from galaxydist.evaluation.exploration.page import render_page
 from galaxydist.evaluation.exploration.population import Population
-from galaxydist.evaluation.gallery import write_gallery
 from galaxydist.evaluation.plots import save_figure
 from galaxydist.evaluation.text_table import readable
+from galaxydist.pages.contact_sheet import write_gallery
 
 PAGE = "explore.html"
 GALLERY = "gallery.jpg"

@@ -14,13 +14,12 @@ from PIL import Image
 from galaxydist import __version__
 from galaxydist.atomic_files import read_json, replace_bytes, write_json
 from galaxydist.errors import UserError
-from galaxydist.evaluation.gallery import write_sheet
-from galaxydist.evaluation.html import picture_uri, render
-from galaxydist.evaluation.mistake_sheet import SheetCell, SheetRow, compose_sheet
 from galaxydist.evaluation.mistakes import Pick, Picks
 from galaxydist.evaluation.predictions import PREDICTIONS, read_predictions
 from galaxydist.evaluation.results_files import stem_of
 from galaxydist.evaluation.text_table import readable, title_of
+from galaxydist.pages.contact_sheet import SheetCell, SheetRow, compose_sheet, write_sheet
+from galaxydist.pages.html import picture_uri, render
 
 FORMAT_VERSION = 1
 # Kept of each picture; the page's are so wide, or less, so that all together they take no more than so many bytes.

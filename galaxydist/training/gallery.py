@@ -15,13 +15,13 @@ from galaxydist.evaluation.evaluator import JUDGED, find_checkpoint, find_evalua
 from galaxydist.evaluation.inference import Views
 from galaxydist.evaluation.mistake_gallery import Gallery, Seen, write_mistake_gallery
 from galaxydist.evaluation.mistakes import Picks, choose_mistakes
-from galaxydist.evaluation.overlay import overlay
 from galaxydist.evaluation.predictions import PredictionsFile, predictions_path, read_predictions
 from galaxydist.evaluation.results_files import stem_of
 from galaxydist.galaxy import Variant
 from galaxydist.loading.dataset import TrainingData, build_augment, find_cache, find_manifest, find_variant
 from galaxydist.loading.decode import read_chosen, reduction
 from galaxydist.models.saliency import explain, method_of
+from galaxydist.pages.contact_sheet import overlay
 from galaxydist.paths import data_root
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.schema import Recipe

@@ -11,8 +11,8 @@ from galaxydist.evaluation.exploration.embedding import picture_map, sprite
 from galaxydist.evaluation.exploration.findings import Findings, label_conflicts, pixel_statistics, split_leaks, widths
 from galaxydist.evaluation.exploration.look import THUMBNAIL
 from galaxydist.evaluation.exploration.oddities import KINDS
-from galaxydist.evaluation.html import figure_svg, picture_uri, render
 from galaxydist.evaluation.text_table import readable
+from galaxydist.pages.html import figure_svg, picture_uri, render
 from galaxydist.surveys.split import CUTOUT_ARCSEC
 
 # Pairs and pictures that are shown; the rest is counted.

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from galaxydist.evaluation.html import figure_svg, render
 from galaxydist.evaluation.matrix import Table
 from galaxydist.evaluation.results import figures
 from galaxydist.evaluation.results.across import Pairs
@@ -35,6 +34,7 @@ from galaxydist.evaluation.results.words import (
 from galaxydist.evaluation.sampling import ALPHA
 from galaxydist.evaluation.verdicts import Observation
 from galaxydist.galaxy import VARIANTS
+from galaxydist.pages.html import figure_svg, render
 
 
 def render_page(results: Results, provenance: Mapping[str, str]) -> str:

@@ -1,0 +1,201 @@
+"""Contact sheets: a few pictures of each class (or of each kind of mistake) in one image of bounded size."""
+
+import io
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from galaxydist.atomic_files import replace_bytes
+from galaxydist.evaluation.text_table import readable
+
+MAX_COLUMNS = 10
+_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
+_GAP, _TEXT_SIZE, _LINE = 3, 12, 14
+
+
+def write_gallery(
+    path: Path,
+    images: Mapping[str, Sequence[NDArray[np.uint8]]],
+    title: str,
+    *,
+    cell: int = 96,
+    max_bytes: int = 300_000,
+) -> None:
+    """Write a contact sheet: a column a class, ten columns beside each other, the next ten below.
+
+    Args:
+        path: ends in ``.jpg`` or ``.png``; its folder exists. Replaced whole or not at all.
+        images: by class name: H x W x 3 uint8 pictures of any size, shown from above in their order.
+        title: what they are pictures of, and how many there are of how many.
+        cell: width of a picture in pixels, to begin with.
+        max_bytes: the quality (JPEG), then the pictures' size is lowered until the file is no larger.
+
+    Raises:
+        ValueError: no pictures, another suffix, or a limit that cannot be kept.
+    """
+    if path.suffix.lower() not in _FORMATS or not any(images.values()):
+        raise ValueError(f"{path}: a gallery needs pictures and a name in .jpg or .png")
+    write_sheet(path, lambda width: _compose(images, title, width), cell=cell, max_bytes=max_bytes)
+
+
+def write_sheet(path: Path, compose: Callable[[int], Image.Image], *, cell: int, max_bytes: int) -> None:
+    """Write a picture of pictures, the larger the better within a limit.
+
+    Args:
+        path, cell, max_bytes: as in ``write_gallery``.
+        compose: the sheet with pictures of so many pixels.
+
+    Raises:
+        ValueError: another suffix, or a limit that cannot be kept.
+    """
+    kind, width = _FORMATS[path.suffix.lower()], cell
+    while width >= 24:
+        sheet = compose(width)
+        for quality in (90, 82, 74) if kind == "JPEG" else (None,):
+            buffer = io.BytesIO()
+            sheet.save(buffer, kind, optimize=True, **({} if quality is None else {"quality": quality}))
+            if buffer.tell() <= max_bytes:
+                replace_bytes(path, buffer.getvalue())
+                return
+        width = int(width * 0.85)
+    raise ValueError(f"{path}: so many pictures do not fit into {max_bytes} bytes")
+
+
+def _compose(images: Mapping[str, Sequence[NDArray[np.uint8]]], title: str, cell: int) -> Image.Image:
+    names = list(images)
+    bands = [names[start : start + MAX_COLUMNS] for start in range(0, len(names), MAX_COLUMNS)]
+    columns, rows = min(len(names), MAX_COLUMNS), max(len(pictures) for pictures in images.values())
+    labels = {name: textwrap.wrap(readable(name), max(cell // 6, 9), break_long_words=False) for name in names}
+    label_height = _LINE * max(len(lines) for lines in labels.values()) + 4
+    width = columns * (cell + _GAP) + _GAP
+    title_lines = textwrap.wrap(title, max(width // 7, 12))
+    title_height = _LINE * len(title_lines) + 8
+    band_height = label_height + rows * (cell + _GAP) + 4
+    sheet = Image.new("RGB", (width, title_height + band_height * len(bands)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT_SIZE)
+    for number, line in enumerate(title_lines):
+        pen.text((width / 2, 4 + _LINE * number), line, fill="black", font=font, anchor="ma")
+    for band, members in enumerate(bands):
+        top = title_height + band * band_height
+        for column, name in enumerate(members):
+            left = _GAP + column * (cell + _GAP)
+            first = label_height - 4 - _LINE * len(labels[name])  # the last line stands just above the pictures
+            for number, line in enumerate(labels[name]):
+                pen.text((left + cell / 2, top + first + _LINE * number), line, fill="black", font=font, anchor="ma")
+            for row, picture in enumerate(images[name]):
+                small = Image.fromarray(picture).resize((cell, cell), Image.Resampling.LANCZOS)
+                sheet.paste(small, (left, top + label_height + row * (cell + _GAP)))
+    return sheet
+
+
+# DOC A sheet of chosen galaxies: a row a class, each galaxy as it is and with what the model looked at, its prediction below.
+
+_SHEET_GAP, _SHEET_LINE, _TEXT, _MARGIN = 6, 14, 11, 10
+
+
+@dataclass(frozen=True, slots=True)
+class SheetCell:
+    """A galaxy: its picture and the one with the map, H x W x 3 uint8, and lines of text."""
+
+    picture: NDArray[np.uint8]
+    overlay: NDArray[np.uint8]
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SheetRow:
+    """A class: its name, a note, and its galaxies."""
+
+    name: str
+    note: str
+    cells: Sequence[SheetCell]
+
+
+def compose_sheet(rows: Sequence[SheetRow], title: str, width: int) -> Image.Image:
+    """Draw the sheet.
+
+    Args:
+        rows: those without a galaxy only get their note.
+        title: one line.
+        width: of a picture in pixels; a galaxy takes two.
+    """
+    font, bold = ImageFont.load_default(_TEXT), ImageFont.load_default(_TEXT + 2)
+    columns = max((len(row.cells) for row in rows), default=0)
+    num_lines = max((len(cell.lines) for row in rows for cell in row.cells), default=0)
+    pair = 2 * width + 2
+    across = 2 * _MARGIN + max(columns, 1) * (pair + _SHEET_GAP)
+    across = max(across, 2 * _MARGIN + 320)
+    head, foot = _SHEET_LINE + 8, num_lines * _SHEET_LINE + 6
+    heights = [head + (width + foot if row.cells else 0) for row in rows]
+    sheet = Image.new("RGB", (across, _MARGIN + _SHEET_LINE + 10 + sum(heights) + _MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((_MARGIN, _MARGIN), _shortened(title, bold, across - 2 * _MARGIN), fill="black", font=bold)
+    top = _MARGIN + _SHEET_LINE + 10
+    for row, height in zip(rows, heights, strict=True):
+        pen.line((_MARGIN, top, across - _MARGIN, top), fill="#bbbbbb")
+        pen.text((_MARGIN, top + 4), row.name, fill="black", font=bold)
+        left = _MARGIN + bold.getlength(row.name) + 10
+        pen.text((left, top + 5), _shortened(row.note, font, across - _MARGIN - left), fill="#555555", font=font)
+        for column, cell in enumerate(row.cells):
+            left, under = _MARGIN + column * (pair + _SHEET_GAP), top + head
+            for number, picture in enumerate((cell.picture, cell.overlay)):
+                small = Image.fromarray(picture).resize((width, width), Image.Resampling.LANCZOS)
+                sheet.paste(small, (left + number * (width + 2), under))
+            for number, line in enumerate(cell.lines):
+                pen.text((left, under + width + 2 + _SHEET_LINE * number), _shortened(line, font, pair), fill="black", font=font)
+        top += height
+    return sheet
+
+
+def _shortened(text: str, font: Any, width: float) -> str:
+    """With an ellipsis where it is wider than that."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+# DOC A map of saliency over a picture.
+
+# Perceptually uniform, read alike with any kind of colour vision, and green where no galaxy is (Smith & van der Walt 2015,
+# bids.github.io/colormap).
+COLOUR_MAP = "viridis"
+OPACITY = 0.6
+
+
+def overlay(picture_HWC: NDArray[np.uint8], map_TT: NDArray[np.float32], *, crop: float = 1.0) -> NDArray[np.uint8]:
+    """Lay a map over the part of a picture that the model saw: clear where the map is 0, ``OPACITY`` where it is 1.
+
+    Args:
+        picture_HWC: H x W x 3 uint8, H == W, as it is stored.
+        map_TT: 0 to 1, of the central crop, at any size.
+        crop: central fraction of the width that the model saw; what lies outside stays as it is.
+
+    Returns:
+        H x W x 3 uint8.
+    """
+    from matplotlib import colormaps
+
+    width = picture_HWC.shape[1]
+    kept = crop_width(width, crop)
+    margin = (width - kept) // 2
+    resized = Image.fromarray(np.ascontiguousarray(map_TT, np.float32)).resize((kept, kept), Image.Resampling.BILINEAR)
+    values_HW = np.zeros((width, width))
+    values_HW[margin : margin + kept, margin : margin + kept] = np.asarray(resized).clip(0, 1)
+    colours_HWC = 255 * colormaps[COLOUR_MAP](values_HW)[..., :3]
+    alpha_HW1 = OPACITY * values_HW[..., None]
+    mixed: NDArray[np.uint8] = np.rint((1 - alpha_HW1) * picture_HWC + alpha_HW1 * colours_HWC).astype(np.uint8)
+    return mixed
+
+
+def crop_width(width: int, crop: float) -> int:
+    """Pixels of the central crop's width, as ``shards.augment.Normalise`` takes it."""
+    kept = max(1, round(crop * width))
+    return kept + (width - kept) % 2
