@@ -8,7 +8,7 @@ from PIL import Image
 
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.evaluation.calibration import NUM_BINS
-from galaxydist.evaluation.mistake_gallery import FORMAT_VERSION, KINDS
+from galaxydist.gallery.gallery import FORMAT_VERSION, KINDS
 from galaxydist.runs.folder import RunFolder
 from tests.trial_folders import STEP, write_trial
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from galaxydist.benchmarks.fileserver import FileServer
 from galaxydist.cli.main import main
-from galaxydist.evaluation.mistake_gallery import _SHEET_BYTES, gallery_sections
-from galaxydist.evaluation.mistakes import choose_mistakes
 from galaxydist.evaluation.predictions import read_predictions
+from galaxydist.gallery.choose import choose_mistakes
+from galaxydist.gallery.gallery import _SHEET_BYTES, gallery_sections
 from galaxydist.loading.decode import PictureReader, read_chosen
 from galaxydist.pages.contact_sheet import COLOUR_MAP, OPACITY, SheetCell, SheetRow, compose_sheet, overlay
 from galaxydist.shards.manifest import read_manifest

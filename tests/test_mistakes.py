@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.evaluation.mistakes import Pick, Picks, choose_mistakes, entropies
 from galaxydist.evaluation.predictions import ROW_GROUP, PredictionsFile, PredictionsInfo, read_predictions, write_predictions
+from galaxydist.gallery.choose import Pick, Picks, choose_mistakes, entropies
 
 CONTEXT = {"dataset": "blobs", "variant": "original", "split": "test", "tta": "none", "model": "vit", "recipe": "vit"}
 

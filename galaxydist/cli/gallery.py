@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     target = run_target.read_target(arguments.target, arguments.manifest)
 
     from galaxydist.cpus import available_cores
-    from galaxydist.training.gallery import make_gallery
+    from galaxydist.gallery.gallery import make_gallery
 
     page, picks = make_gallery(
         target.run_dir,

@@ -103,7 +103,7 @@ def _make_galleries(results: "Results") -> Iterator[str]:
     """Make what is missing; yields a note for each that cannot be made."""
     from galaxydist.cpus import available_cores
     from galaxydist.evaluation.results.galleries import without_gallery
-    from galaxydist.training.gallery import make_gallery
+    from galaxydist.gallery.gallery import make_gallery
 
     for facts in (facts for found in results.findings for facts in without_gallery(found)):
         run_dir = facts.trial.run_dir

@@ -3,10 +3,10 @@
 import shlex
 from typing import Any
 
-from galaxydist.evaluation.mistake_gallery import gallery_sections
 from galaxydist.evaluation.results.gather import Findings
 from galaxydist.evaluation.results.heat_maps import own_test
 from galaxydist.evaluation.results.run_facts import RunFacts
+from galaxydist.gallery.gallery import gallery_sections
 
 
 def galleries(found: Findings) -> dict[str, Any]:
