@@ -9,9 +9,20 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from galaxydist.evaluation.comparisons import NOT_PAIRED, ONE_SEED, CellOutcomes, Term, against_published, contrast
-from galaxydist.evaluation.published import PublishedResult
-from galaxydist.evaluation.sampling import Difference, Estimate, from_accuracies, from_means, from_outcomes
+from galaxydist.report.published_results import PublishedResult
+from galaxydist.report.statistics import (
+    NOT_PAIRED,
+    ONE_SEED,
+    CellOutcomes,
+    Difference,
+    Estimate,
+    Term,
+    against_published,
+    contrast,
+    from_accuracies,
+    from_means,
+    from_outcomes,
+)
 
 OURS, THEIRS, TABLES = 300, 200, 2000
 Bools = NDArray[np.bool_]

@@ -9,13 +9,12 @@ import pytest
 
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.errors import UserError
-from galaxydist.evaluation.matrix import Table, build_tables, holm_adjusted
-from galaxydist.evaluation.observations import choose_rows
-from galaxydist.evaluation.outcomes import Outcomes
-from galaxydist.evaluation.published import MODELS, ON_BALANCED, ON_ORIGINAL, ORIGINAL_TO_BALANCED, SETTINGS
-from galaxydist.evaluation.sampling import holm
-from galaxydist.evaluation.trials import read_trials
 from galaxydist.recipe.resolve import list_recipes
+from galaxydist.report.claims import choose_rows
+from galaxydist.report.finished_runs import read_trials
+from galaxydist.report.matrix import Table, build_tables, holm_adjusted
+from galaxydist.report.published_results import MODELS, ON_BALANCED, ON_ORIGINAL, ORIGINAL_TO_BALANCED, SETTINGS
+from galaxydist.report.statistics import Outcomes, holm
 from tests.trial_folders import write_trial
 
 
@@ -215,7 +214,7 @@ def test_lines_are_chosen_by_validation(tmp_path: Path) -> None:
 
 def test_it_costs_no_heavy_import() -> None:
     code = (
-        "import sys; import galaxydist.evaluation.observations, galaxydist.evaluation.trials, galaxydist.evaluation.paired; "
+        "import sys; import galaxydist.report.claims, galaxydist.report.finished_runs, galaxydist.report.statistics; "
         "print(sorted({'torch', 'scipy', 'pyarrow', 'matplotlib', 'sklearn'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,26 +9,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.evaluation import observations
-from galaxydist.evaluation.comparisons import NOT_PAIRED, ONE_SEED, CellOutcomes
-from galaxydist.evaluation.matrix import build_tables
-from galaxydist.evaluation.observations import (
+from galaxydist.galaxy import GALAXY10_CLASSES
+from galaxydist.report import claims
+from galaxydist.report.claims import (
     QUESTIONS,
     Case,
+    Check,
     Evidence,
     balancing_is_fairer,
     case_of,
+    check_above,
+    check_no_gain,
+    check_within,
     choose_rows,
     disturbed_is_worst,
+    judge,
     observe,
     published_case,
     vit_is_best,
 )
-from galaxydist.evaluation.published import MODELS, PUBLISHED_SETTINGS, SETTINGS, DisplayName, Setting
-from galaxydist.evaluation.sampling import difference, from_outcomes
-from galaxydist.evaluation.trials import read_trials
-from galaxydist.evaluation.verdicts import Check, check_above, check_no_gain, check_within, judge
-from galaxydist.galaxy import GALAXY10_CLASSES
+from galaxydist.report.finished_runs import read_trials
+from galaxydist.report.matrix import build_tables
+from galaxydist.report.published_results import MODELS, PUBLISHED_SETTINGS, SETTINGS, DisplayName, Setting
+from galaxydist.report.statistics import NOT_PAIRED, ONE_SEED, CellOutcomes, difference, from_outcomes
 from tests.trial_folders import write_trial
 
 COUNT, SEEDS = 2000, 3
@@ -258,4 +261,4 @@ def test_statements_name_what_is_claimed() -> None:
     assert all(
         word in text for word, text in zip(["ViT", "close", "VGG", "depth", "Disturbed", "fairness"], statements, strict=True)
     )
-    assert observations.MARGIN == 0.03
+    assert claims.MARGIN == 0.03

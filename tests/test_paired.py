@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.errors import UserError
-from galaxydist.evaluation.outcomes import build_outcomes, match, read_outcomes
-from galaxydist.evaluation.paired import build_ensemble, compare_runs, mcnemar, rank_trials
-from galaxydist.evaluation.trial import Judgement, Trial, Validation
+from galaxydist.report.finished_runs import Judgement, Trial, Validation
+from galaxydist.report.statistics import build_ensemble, build_outcomes, compare_runs, match, mcnemar, rank_trials, read_outcomes
 from tests.trial_folders import draw_logits, write_predictions
 
 OUTCOMES = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)

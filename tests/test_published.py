@@ -5,8 +5,9 @@ from typing import get_args
 
 import pytest
 
-from galaxydist.evaluation import published
-from galaxydist.evaluation.published import (
+from galaxydist.models.registry import MODEL_NAMES
+from galaxydist.report import published_results
+from galaxydist.report.published_results import (
     MODELS,
     PUBLISHED,
     SETTINGS,
@@ -17,7 +18,6 @@ from galaxydist.evaluation.published import (
     display_name,
     published_result,
 )
-from galaxydist.models.registry import MODEL_NAMES
 from galaxydist.surveys.official_split import read_official_split
 from galaxydist.surveys.split import TEST
 
@@ -46,7 +46,7 @@ def test_every_number_and_the_order() -> None:
             assert found.count == {"original": 1774, "balanced": 660}[setting.test]
             seen += 1
     assert seen == len(PUBLISHED) == 21
-    assert tuple(settings) == published.PUBLISHED_SETTINGS == SETTINGS[:3]
+    assert tuple(settings) == published_results.PUBLISHED_SETTINGS == SETTINGS[:3]
 
 
 def test_accuracies_are_whole_galaxies() -> None:
@@ -64,8 +64,8 @@ def test_the_official_split_has_as_many_test_galaxies() -> None:
 
 def test_every_architecture_is_placed() -> None:
     """A new architecture says which published model it stands beside, or that there is none."""
-    assert set(published.DISPLAY_NAMES) == set(MODEL_NAMES)
-    assert {name for name in published.DISPLAY_NAMES.values() if name} == set(MODELS)
+    assert set(published_results.DISPLAY_NAMES) == set(MODEL_NAMES)
+    assert {name for name in published_results.DISPLAY_NAMES.values() if name} == set(MODELS)
 
 
 @pytest.mark.parametrize("dataset", ["simulated", "galaxy10_decals_sample", "Galaxy10_DECaLS", ""])

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.evaluation.comparisons import CellOutcomes
-from galaxydist.evaluation.recalls import (
+from galaxydist.report.claims import (
     draw_recalls,
     linked_places,
     outcome_correlation,
@@ -15,6 +14,7 @@ from galaxydist.evaluation.recalls import (
     probability_worst,
     spread,
 )
+from galaxydist.report.statistics import CellOutcomes
 
 
 def confusion(correct: list[int], support: list[int]) -> list[list[int]]:

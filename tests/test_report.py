@@ -11,14 +11,10 @@ from hypothesis import strategies as st
 
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.cli.main import main
-from galaxydist.evaluation.results.gather import Results, gather
-from galaxydist.evaluation.results.latex import escape, render_latex
-from galaxydist.evaluation.results.markdown import render_markdown
-from galaxydist.evaluation.results.page import render_page
-from galaxydist.evaluation.results.run_facts import cost_of, read_facts
-from galaxydist.evaluation.results.views import settings_of
-from galaxydist.evaluation.results.words import hours_text, p_text, signed
-from galaxydist.evaluation.trials import read_trials
+from galaxydist.report.collect import Results, cost_of, gather, read_facts
+from galaxydist.report.finished_runs import read_trials
+from galaxydist.report.page import render_page
+from galaxydist.report.tables import escape, hours_text, p_text, render_latex, render_markdown, settings_of, signed
 from tests.report_runs import BATCH_SIZE, write_calibration, write_gallery_of, write_logs, write_sweep
 from tests.trial_folders import STEP, write_trial
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from galaxydist.evaluation.sampling import Difference, difference, from_accuracies, from_means, from_outcomes, holm, t_tail
+from galaxydist.report.statistics import Difference, difference, from_accuracies, from_means, from_outcomes, holm, t_tail
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 

@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from galaxydist.cli.main import main
-from galaxydist.evaluation.published import DISPLAY_NAMES, SETTINGS
-from galaxydist.evaluation.results.galleries import galleries
-from galaxydist.evaluation.results.gather import gather
-from galaxydist.evaluation.results.words import NOTHING
+from galaxydist.report.collect import gather
+from galaxydist.report.page import galleries
+from galaxydist.report.published_results import DISPLAY_NAMES, SETTINGS
+from galaxydist.report.tables import NOTHING
 
 ROOT = Path(__file__).parents[1]
 SWEEP = ROOT / "slurm" / "sweeps" / "simulated.yaml"

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from galaxydist.atomic_files import write_json
-from galaxydist.evaluation.matrix import build_tables
-from galaxydist.evaluation.published import BALANCED_TO_ORIGINAL, ON_BALANCED, ON_ORIGINAL
-from galaxydist.evaluation.trials import read_trials
 from galaxydist.galaxy import GALAXY10_CLASSES
+from galaxydist.report.finished_runs import read_trials
+from galaxydist.report.matrix import build_tables
+from galaxydist.report.published_results import BALANCED_TO_ORIGINAL, ON_BALANCED, ON_ORIGINAL
 from galaxydist.shards.writer.writer import write_shards
 from tests.blobs import BlobSurvey
 from tests.runs import quick_settings, read_evaluation, read_metrics, run_here

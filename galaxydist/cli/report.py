@@ -12,8 +12,8 @@ from galaxydist.cli.options import Commands, local_path
 from galaxydist.errors import UserError
 
 if TYPE_CHECKING:
-    from galaxydist.evaluation.results.gather import Results
-    from galaxydist.evaluation.trial import Note
+    from galaxydist.report.collect import Results
+    from galaxydist.report.finished_runs import Note
 
 PAGE = Path("report.html")
 SUFFIXES = (".html", ".htm")
@@ -54,8 +54,8 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write the report, and print what it says in short."""
     from galaxydist import __version__
-    from galaxydist.evaluation.results.gather import gather
-    from galaxydist.evaluation.results.write import write_report
+    from galaxydist.report.collect import gather
+    from galaxydist.report.page import write_report
 
     page: Path = arguments.page
     if page.is_dir():
@@ -80,7 +80,7 @@ def find_runs(targets: list[str]) -> tuple[list[Path], list["Note"]]:
         UserError: a target is neither a sweep nor a folder with runs.
     """
     from galaxydist.cluster import status
-    from galaxydist.evaluation.trial import Note
+    from galaxydist.report.finished_runs import Note
 
     run_dirs: list[Path] = []
     notes: list[Note] = []
@@ -102,8 +102,8 @@ def find_runs(targets: list[str]) -> tuple[list[Path], list["Note"]]:
 def _make_galleries(results: "Results") -> Iterator[str]:
     """Make what is missing; yields a note for each that cannot be made."""
     from galaxydist.cpus import available_cores
-    from galaxydist.evaluation.results.galleries import without_gallery
     from galaxydist.gallery.gallery import make_gallery
+    from galaxydist.report.page import without_gallery
 
     for facts in (facts for found in results.findings for facts in without_gallery(found)):
         run_dir = facts.trial.run_dir
@@ -129,7 +129,7 @@ def _sweep_runs(text: str) -> list[Path]:
 
 
 def _print(results: "Results") -> None:
-    from galaxydist.evaluation.results.views import about
+    from galaxydist.report.tables import about
 
     print(about(results))
     for found in results.findings:

@@ -11,9 +11,9 @@ from itertools import groupby
 from pathlib import Path
 
 from galaxydist.errors import UserError
-from galaxydist.evaluation.comparisons import CellOutcomes, against_published, stack_outcomes
-from galaxydist.evaluation.outcomes import Outcomes, read_outcomes
-from galaxydist.evaluation.published import (
+from galaxydist.galaxy import GALAXY10_CLASSES
+from galaxydist.report.finished_runs import REFERENCE, Judgement, Note, Trial
+from galaxydist.report.published_results import (
     MODELS,
     SETTINGS,
     DisplayName,
@@ -22,9 +22,19 @@ from galaxydist.evaluation.published import (
     display_name,
     published_result,
 )
-from galaxydist.evaluation.sampling import Difference, Estimate, from_accuracies, from_means, from_outcomes, holm
-from galaxydist.evaluation.trial import REFERENCE, Judgement, Note, Trial
-from galaxydist.galaxy import GALAXY10_CLASSES
+from galaxydist.report.statistics import (
+    CellOutcomes,
+    Difference,
+    Estimate,
+    Outcomes,
+    against_published,
+    from_accuracies,
+    from_means,
+    from_outcomes,
+    holm,
+    read_outcomes,
+    stack_outcomes,
+)
 from galaxydist.surveys.official_split import NAME as REAL_DATASET
 
 NOT_RUN = "not run"

@@ -1,0 +1,460 @@
+"""From run folders to all that a report says of them: nothing here knows of HTML, Markdown or LaTeX."""
+
+import functools
+import itertools
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from galaxydist.errors import UserError
+from galaxydist.evaluation.results_files import read_evaluation
+from galaxydist.galaxy import VARIANTS, Variant
+from galaxydist.recipe.resolve import COMMAND_LINE, SCHEMA_DEFAULT
+from galaxydist.recipe.yaml12 import to_text
+from galaxydist.report.claims import Observation, case_of, choose_rows, observe, published_case
+from galaxydist.report.finished_runs import REFERENCE, Judgement, Note, Trial, read_trials
+from galaxydist.report.matrix import Row, Table, build_tables
+from galaxydist.report.published_results import SETTINGS, Setting
+from galaxydist.report.statistics import McNemar, Outcomes, build_ensemble, compare_runs, holm, rank_trials, read_outcomes
+from galaxydist.runs.folder import RunFolder, StoredRecipe
+
+# DOC Statistics across the runs of a table: models paired on the same galaxies, ensembles of seeds, ranks by validation.
+
+ReadOutcomes = Callable[[Path], Outcomes]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """McNemar's tests between the models of a setting.
+
+    Args:
+        setting: trained and tested on what.
+        rows: the models, in the table's order.
+        runs: the run that stands for each: its best by validation.
+        tests: of the first of two rows against the second.
+        adjusted: their p values, adjusted for their number (Holm).
+        notes: what was left out.
+    """
+
+    setting: Setting
+    rows: tuple[Row, ...]
+    runs: Mapping[Row, Trial]
+    tests: Mapping[tuple[Row, Row], McNemar]
+    adjusted: Mapping[tuple[Row, Row], float]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The seeds of a cell as one model: the mean of their probabilities.
+
+    Args:
+        row, setting: of the cell.
+        num_runs: seeds.
+        num_galaxies: that all of them judged.
+        mean_accuracy, mean_loss: of its runs.
+        accuracy, loss: of the ensemble.
+    """
+
+    row: Row
+    setting: Setting
+    num_runs: int
+    num_galaxies: int
+    mean_accuracy: float
+    mean_loss: float
+    accuracy: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Runs by validation.
+
+    Args:
+        variant: that they were trained on: another has another validation split.
+        metric: that chose their checkpoints.
+        ranked: best first.
+        unranked: without a validation, or chosen by another metric.
+    """
+
+    variant: Variant
+    metric: str
+    ranked: tuple[Trial, ...]
+    unranked: tuple[Trial, ...]
+
+
+def compare_models(table: Table, read: ReadOutcomes) -> list[Pairs]:
+    """The models of each setting against each other; a setting with fewer than two of them is left out."""
+    found = (_compare(table, setting, read) for setting in SETTINGS)
+    return [pairs for pairs in found if len(pairs.rows) > 1]
+
+
+def _compare(table: Table, setting: Setting, read: ReadOutcomes) -> Pairs:
+    runs: dict[Row, Trial] = {}
+    outcomes: dict[Row, Outcomes] = {}
+    notes: list[str] = []
+    for row in table.rows:
+        trial = best_of(table.cells[row, setting].trials)
+        judged = trial.judged(setting) if trial is not None else None
+        if trial is None or judged is None or judged.predictions_path is None:
+            continue
+        try:
+            outcomes[row], runs[row] = read(judged.predictions_path), trial
+        except UserError as error:
+            notes.append(str(error))
+    tests: dict[tuple[Row, Row], McNemar] = {}
+    for first, second in combinations(outcomes, 2):
+        try:
+            tests[first, second] = compare_runs(outcomes[first], outcomes[second])
+        except UserError as error:
+            notes.append(f"{first.label} and {second.label}: {error}")
+    adjusted = dict(zip(tests, holm([test.p_value for test in tests.values()]), strict=True))
+    return Pairs(setting, tuple(outcomes), runs, tests, adjusted, tuple(notes))
+
+
+def best_of(trials: Sequence[Trial]) -> Trial | None:
+    """The best run by validation; the first where none has one, None where there is no run."""
+    ranked, unranked = rank_trials(trials)
+    return next(iter([*ranked, *unranked]), None)
+
+
+def build_ensembles(table: Table, read: ReadOutcomes) -> list[Ensemble]:
+    """Of every cell with predictions of two seeds or more."""
+    found = []
+    for setting in SETTINGS:
+        for row in table.rows:
+            cell = table.cells[row, setting]
+            paths = [judged.predictions_path for judged in cell.judgements if judged.predictions_path is not None]
+            if cell.outcomes is None or len(paths) < 2:
+                continue
+            together = build_ensemble([read(path) for path in paths])
+            found.append(
+                Ensemble(
+                    row,
+                    setting,
+                    num_runs=len(paths),
+                    num_galaxies=len(together.ids_N),
+                    mean_accuracy=float(cell.outcomes.correct_SN.mean()),
+                    mean_loss=float(cell.outcomes.losses_SN.mean()),
+                    accuracy=float(together.correct_N.mean()),
+                    loss=float(together.losses_N.mean()),
+                )
+            )
+    return found
+
+
+def rank_runs(trials: Sequence[Trial]) -> list[Ranking]:
+    """The runs of a data set, by the variant that they were trained on."""
+    found = []
+    for variant in dict.fromkeys(trial.variant for trial in sorted(trials, key=lambda trial: trial.variant != "original")):
+        ranked, unranked = rank_trials([trial for trial in trials if trial.variant == variant])
+        metric = ranked[0].validation.metric if ranked and ranked[0].validation is not None else ""
+        found.append(Ranking(variant, metric, tuple(ranked), tuple(unranked)))
+    return found
+
+
+# DOC What is known of one run beside its place in the matrix: command, recipe, learning curves, calibration, speed and cost.
+
+# Given at the start of a run, and no property of it.
+_ONE_START = ("resume.",)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How fast a run was, and what it took.
+
+    Args:
+        img_s: images a second over all devices, the median of what was logged; without validations and checkpoints.
+        devices: processes, each with a device of its own.
+        kind: ``GPU`` or ``CPU``.
+        hours: of training, without validations and checkpoints: galaxies seen over speed, added up line by line; what a
+            restart did again is in there once.
+        data_wait: share of the time that was spent waiting for data.
+        memory_gb: largest that was allocated on a GPU; resident on a CPU.
+        mfu: model flops utilisation; None where it is not known.
+    """
+
+    img_s: float
+    devices: int
+    kind: str
+    hours: float
+    data_wait: float | None
+    memory_gb: float | None
+    mfu: float | None
+
+    @property
+    def device_hours(self) -> float:
+        return self.hours * self.devices
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run.
+
+    Args:
+        trial: its place in the matrix.
+        command: that trains it again.
+        recipe: every key that does not have the schema's own value -> (value, where it came from).
+        num_keys: of the whole recipe.
+        forced: what ``resume.force`` changed.
+        lines: of metrics.jsonl.
+        cost: None where its timing was not logged.
+        evaluation: on its own test set, as it was written; empty where it cannot be read.
+        notes: what of it could not be read.
+    """
+
+    trial: Trial
+    command: str
+    recipe: Mapping[str, tuple[str, str]]
+    num_keys: int
+    forced: tuple[str, ...]
+    lines: Sequence[Mapping[str, Any]]
+    cost: Cost | None
+    evaluation: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.trial.name
+
+    @property
+    def calibration(self) -> Mapping[str, Any]:
+        """Of its own test set; empty where it has none."""
+        found: Mapping[str, Any] = self.evaluation.get("calibration") or {}
+        return found
+
+
+def read_facts(trial: Trial) -> RunFacts:
+    """All that its folder says. What is damaged is left out, with a note."""
+    folder, notes = RunFolder(trial.run_dir), list[str]()
+    stored = folder.read_recipe()
+    lines, timing = (_read_lines(log, notes) for log in (folder.metrics, folder.timing))
+    evaluation = read_evaluation(folder.evaluation_dir, "test", str(stored.recipe.get("eval.tta", "none")))
+    changed = {
+        key: (to_text(value), stored.origins.get(key, ""))
+        for key, value in stored.recipe.items()
+        if stored.origins.get(key, "") != SCHEMA_DEFAULT
+    }
+    return RunFacts(
+        trial=trial,
+        command=command_of(stored),
+        recipe=changed,
+        num_keys=len(stored.recipe),
+        forced=_forced(stored),
+        lines=lines,
+        cost=cost_of(timing, int(stored.recipe.get("train.batch_size", 0))),
+        evaluation=evaluation or {},
+        notes=tuple(notes),
+    )
+
+
+def command_of(stored: StoredRecipe) -> str:
+    """The command of the run, from where each value of its recipe came from."""
+    name = str(stored.recipe.get("name", ""))
+    files = {origin.rpartition(":")[0] for origin in map(str, stored.origins.values()) if ":" in origin}
+    recipe = next((file for file in sorted(files) if file.endswith((".yaml", ".yml"))), "")
+    words = [f"recipe={_short(recipe) or name}"]
+    for key, origin in stored.origins.items():
+        if origin == COMMAND_LINE and key != "name" and not key.startswith(_ONE_START):
+            words.append(f"{key}={to_text(stored.recipe.get(key))}")
+    return "accelerate launch launch.py " + shlex.join(words)
+
+
+def _short(file: str) -> str:
+    """A recipe's file as one gives it: its name where it lies in a folder ``recipes``, else its path."""
+    _, found, inside = file.rpartition("recipes/")
+    return inside.removesuffix(".yaml") if found else file
+
+
+def cost_of(timing: Sequence[Mapping[str, Any]], batch_size: int) -> Cost | None:
+    """Speed and cost from the lines of timing.jsonl; None where there are none.
+
+    Args:
+        timing: the lines.
+        batch_size: global.
+    """
+    known = [line for line in timing if _is_number(line.get("time/img_s")) and line["time/img_s"] > 0]
+    if not known or batch_size < 1:
+        return None
+    seconds, before = 0.0, 0
+    for line in known:
+        seconds += max(0, line["step"] - before) * batch_size / line["time/img_s"]
+        before = max(before, line["step"])
+    is_gpu = any("gpu/memory_gb" in line for line in known)
+    devices = median(line["time/img_s"] / line.get("time/img_s_device", line["time/img_s"]) for line in known)
+    memory = [line[key] for line in known for key in ("gpu/memory_gb", "memory/rss_gb") if _is_number(line.get(key))]
+    return Cost(
+        img_s=median(line["time/img_s"] for line in known),
+        devices=max(1, round(devices)),
+        kind="GPU" if is_gpu else "CPU",
+        hours=seconds / 3600,
+        data_wait=_median_of(known, "time/data_wait"),
+        memory_gb=max(memory, default=None),
+        mfu=_median_of(known, "gpu/mfu"),
+    )
+
+
+def _median_of(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = [line[key] for line in lines if _is_number(line.get(key))]
+    return median(values) if values else None
+
+
+def _read_lines(log: Any, notes: list[str]) -> list[dict[str, Any]]:
+    try:
+        lines: list[dict[str, Any]] = log.read()
+    except UserError as error:
+        notes.append(str(error))
+        return []
+    return lines
+
+
+def _forced(stored: StoredRecipe) -> tuple[str, ...]:
+    return tuple(
+        f"{change['key']}: {to_text(change.get('old'))} to {to_text(change.get('new'))} at step {entry.get('step')}"
+        for entry in stored.forced
+        for change in entry.get("changes", ())
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# Which lines of a table stand for the published models.
+REGIMES = {REFERENCE: "recipes that follow the published work", "own": "our own recipes"}
+_NUM_NAMED = 10
+# Files of predictions that stay in memory; others are read again.
+_NUM_KEPT = 16
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The results on one data set.
+
+    Args:
+        table: the matrix.
+        facts: its runs, in the order of the table's lines.
+        row_of: the line of a run, by its folder.
+        observations: the six, by regime.
+        pairs: models against each other, by setting.
+        ensembles: of seeds.
+        rankings: by the variant that was trained on.
+    """
+
+    table: Table
+    facts: tuple[RunFacts, ...]
+    row_of: dict[Path, Row]
+    observations: dict[str, list[Observation]]
+    pairs: tuple[Pairs, ...]
+    ensembles: tuple[Ensemble, ...]
+    rankings: tuple[Ranking, ...]
+
+    def runs_of(self, row: Row) -> list[RunFacts]:
+        """The runs of a line."""
+        return [facts for facts in self.facts if self.row_of.get(facts.trial.run_dir) == row]
+
+    def model_of(self, trial: Trial) -> str:
+        """The model of a run, as its line calls it; ``model.name`` where the line has the run's own name."""
+        row = self.row_of.get(trial.run_dir)
+        return trial.model if row is None or row.name else row.label
+
+    def best(self, row: Row, variant: Variant) -> RunFacts | None:
+        """The best run by validation of a line among those trained on a variant; None where there is none."""
+        runs = {id(facts.trial): facts for facts in self.runs_of(row) if facts.trial.variant == variant}
+        best = best_of([facts.trial for facts in runs.values()])
+        return runs[id(best)] if best is not None else None
+
+    def best_on_own(self) -> Iterator[tuple[Row, RunFacts, Judgement]]:
+        """Of each line and training variant the best run by validation, judged on its own test set."""
+        for row, variant in itertools.product(self.table.rows, VARIANTS):
+            facts = self.best(row, variant)
+            judged = facts.trial.judgements.get(variant) if facts is not None else None
+            if facts is not None and judged is not None:
+                yield row, facts, judged
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything.
+
+    Args:
+        findings: by data set, the real Galaxy10 first.
+        published: what the published numbers alone support; empty where no run is on the real Galaxy10.
+        notes: what was left out, and why.
+        num_asked: run folders that were given.
+    """
+
+    findings: tuple[Findings, ...]
+    published: tuple[Observation, ...]
+    notes: tuple[str, ...]
+    num_asked: int
+
+    @property
+    def num_runs(self) -> int:
+        return sum(len(found.facts) for found in self.findings)
+
+
+def gather(run_dirs: Iterable[Path], notes: Sequence[Note] = ()) -> Results:
+    """Read runs and draw all conclusions.
+
+    Args:
+        run_dirs: run folders; what cannot be used becomes a note.
+        notes: what is known to be missing already.
+
+    Raises:
+        UserError: not one of them can be reported.
+    """
+    asked = list({path.resolve(): path for path in run_dirs}.values())
+    trials, left_out = read_trials(asked)
+    said = [str(note) for note in (*notes, *left_out)]
+    if not trials:
+        more = [f"and {len(said) - _NUM_NAMED} more"] if len(said) > _NUM_NAMED else []
+        lines = "".join(f"\n  {text}" for text in [*said[:_NUM_NAMED], *more])
+        raise UserError(f"none of these {len(asked) + len(notes)} runs can be reported:{lines}")
+    read = functools.lru_cache(_NUM_KEPT)(read_outcomes)
+    findings = tuple(_find(table, trials, read) for table in build_tables(trials, read=read))
+    for found in findings:
+        said += [f"{found.table.dataset}: {text}" for text in found.table.notes]
+        said += [text for pairs in found.pairs for text in pairs.notes]
+        said += [f"{facts.trial.run_dir}: {text}" for facts in found.facts for text in (*facts.notes, *_without(facts.trial))]
+    real = next((found.table for found in findings if found.table.is_real), None)
+    published = tuple(observe(published_case(real.class_names))) if real is not None else ()
+    return Results(findings, published, tuple(dict.fromkeys(said)), len(asked) + len(notes))
+
+
+def _without(trial: Trial) -> list[str]:
+    """What a run cannot take part in, for want of predictions."""
+    missing = [variant for variant, judged in trial.judgements.items() if judged.predictions_path is None]
+    return [
+        f"kept no predictions on {variant}: it stands in the matrix, but not in paired tests, ensembles and calibration. "
+        f"Make them: galaxydist evaluate {trial.run_dir}{'' if variant == trial.variant else f' data.variant={variant}'}"
+        for variant in missing
+    ]
+
+
+def _find(table: Table, trials: Sequence[Trial], read: ReadOutcomes) -> Findings:
+    own = [trial for trial in trials if trial.dataset == table.dataset]
+    row_of = {trial.run_dir: row for (row, _), cell in table.cells.items() for trial in cell.trials}
+    order = {row: number for number, row in enumerate(table.rows)}
+
+    def place(trial: Trial) -> tuple[int, bool, int]:
+        row = row_of.get(trial.run_dir)
+        return order[row] if row is not None else len(order), trial.variant != "original", trial.seed
+
+    observations = {}
+    for regime in REGIMES if table.is_galaxy10 else ():
+        if rows := choose_rows(table, regime):
+            observations[regime] = observe(case_of(table, rows))
+    return Findings(
+        table=table,
+        facts=tuple(read_facts(trial) for trial in sorted(own, key=place)),
+        row_of=row_of,
+        observations=observations,
+        pairs=tuple(compare_models(table, read)),
+        ensembles=tuple(build_ensembles(table, read)),
+        rankings=tuple(rank_runs(own)),
+    )
