@@ -16,14 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from galaxydist.cli.main import main
-from galaxydist.evaluation.exploration.duplicates import find_duplicates, near_hashes, perceptual_hash
-from galaxydist.evaluation.exploration.findings import Findings, find_all, label_conflicts, split_leaks, summary
-from galaxydist.evaluation.exploration.look import THUMBNAIL, _fit
-from galaxydist.evaluation.exploration.neighbours import find_neighbours
-from galaxydist.evaluation.exploration.oddities import find_oddities
-from galaxydist.evaluation.exploration.opening import open_population
-from galaxydist.evaluation.exploration.page import render_page
-from galaxydist.evaluation.exploration.population import Picture, Population, Position, Positions, choose_sample
+from galaxydist.explore.analysis import Findings, find_all, label_conflicts, split_leaks, summary
+from galaxydist.explore.checks import find_duplicates, find_neighbours, find_oddities, near_hashes, perceptual_hash
+from galaxydist.explore.datasets import Picture, Population, Position, Positions, choose_sample, open_population
+from galaxydist.explore.page import render_page
+from galaxydist.explore.scan import THUMBNAIL, _fit
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.writer.writer import write_shards

@@ -21,7 +21,7 @@ from galaxydist.errors import UserError
 from galaxydist.galaxy import VARIANTS
 
 if TYPE_CHECKING:
-    from galaxydist.evaluation.exploration.findings import Findings
+    from galaxydist.explore.analysis import Findings
 
 SAMPLE = 3000
 
@@ -76,8 +76,8 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Explore the data set, print its counts and say where the page is."""
     from galaxydist import __version__
-    from galaxydist.evaluation.exploration.opening import open_population
-    from galaxydist.evaluation.explore import PAGE, explore
+    from galaxydist.explore.datasets import open_population
+    from galaxydist.explore.page import PAGE, explore
     from galaxydist.paths import cache_dir, folder_name
     from galaxydist.shards.remote.cache import CacheConfig
 
@@ -142,7 +142,7 @@ def _command(arguments: argparse.Namespace) -> str:
 
 
 def _print_counts(findings: "Findings") -> None:
-    from galaxydist.evaluation.exploration.findings import pixel_statistics
+    from galaxydist.explore.analysis import pixel_statistics
 
     population, looked = findings.population, findings.looked
     counts = population.counts()

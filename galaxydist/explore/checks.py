@@ -13,6 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from galaxydist.explore.datasets import Population, Positions
+from galaxydist.surveys.split import CUTOUT_ARCSEC, SAME_PLACE_ARCSEC, close_pairs
+
 HASH_DISTANCE = 6
 # Measured on the real samples (999 of Galaxy10 DECaLS, 1,000 of SDSS): copies at JPEG quality 50 reach 0.94, those resampled to
 # half or 96 pixels 0.89; the most alike of 2,000 pairs with near hashes 0.50, of 200,000 other pairs 0.59, of 20,000 pairs with
@@ -113,3 +116,91 @@ def _detail(pictures_PHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
 
     brightness = pictures_PHWC @ _BRIGHTNESS
     return np.asarray(brightness - uniform_filter(brightness, (0, _SQUARE, _SQUARE))).reshape(len(brightness), -1)
+
+
+# DOC Galaxies that show in each other's pictures, and places on the sky that carry two labels.
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """What the positions say.
+
+    Args:
+        pairs_P2: rows of galaxies closer than a cutout's width, pairs of two labels at one place first, then the closest first.
+        separation_P: arcsec.
+        num_galaxies: in these pairs.
+        two_labels_P: whether a pair is one place with two labels.
+        across_P: whether the two stand in different splits.
+    """
+
+    pairs_P2: NDArray[np.int64]
+    separation_P: NDArray[np.float64]
+    num_galaxies: int
+    two_labels_P: NDArray[np.bool_]
+    across_P: NDArray[np.bool_]
+
+
+def find_neighbours(population: Population, positions: Positions) -> Neighbours:
+    """Pairs among the galaxies whose positions are known."""
+    pairs_P2 = close_pairs(positions.ra, positions.dec, CUTOUT_ARCSEC)
+    separation_P = _separations(positions, pairs_P2)
+    rows_P2 = positions.rows[pairs_P2].reshape(-1, 2)
+    first_P, second_P = rows_P2.T
+    two_labels_P = (separation_P <= SAME_PLACE_ARCSEC) & (population.labels_N[first_P] != population.labels_N[second_P])
+    across_P = population.split_N[first_P] != population.split_N[second_P]
+    order = np.lexsort((separation_P, ~two_labels_P))
+    return Neighbours(rows_P2[order], separation_P[order], len(np.unique(rows_P2)), two_labels_P[order], across_P[order])
+
+
+def _separations(positions: Positions, pairs_P2: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(P,) arcsec between the two, by the haversine formula, which is exact for small angles too."""
+    ra_P2, dec_P2 = np.radians(positions.ra[pairs_P2]), np.radians(positions.dec[pairs_P2])
+    half = np.sin(np.diff(dec_P2)[:, 0] / 2) ** 2
+    half += np.cos(dec_P2).prod(axis=1) * np.sin(np.diff(ra_P2)[:, 0] / 2) ** 2
+    return np.asarray(np.degrees(2 * np.arcsin(np.sqrt(half))) * 3600)
+
+
+# DOC Pictures that are not what a picture of a galaxy should be; each check is simple, and the page says what it looks for.
+
+# Grey levels (of 255) that a picture, or a channel, spans at most where nothing is in it.
+_LEAST_SPAN = 2
+SATURATED_SHARE = 0.05
+REPEATED_SHARE = 0.05
+
+# Kind -> what the page says about it.
+KINDS = {
+    "unreadable": "cannot be read or does not decode",
+    "blank": f"blank: all pixels within {_LEAST_SPAN} grey levels of one another",
+    "missing channel": f"one channel is constant (within {_LEAST_SPAN} levels) while another is not",
+    "saturated": f"more than {100 * SATURATED_SHARE:.0f} % of the pixels are white (255 in a channel)",
+    "flat rows": f"more than {100 * REPEATED_SHARE:.0f} % of the rows or of the columns have one single value: a part is missing",
+    "repeated rows": f"more than {100 * REPEATED_SHARE:.0f} % of the rows equal the row before: cut short or badly resampled",
+    "nothing there": "no source over the sky in the middle of the picture",
+}
+
+
+def find_oddities(image_HWC: NDArray[np.uint8]) -> list[str]:
+    """The kinds of oddity that the pixels alone show: none for a sound picture; a blank one is only that.
+
+    Args:
+        image_HWC: H x W x 3 uint8.
+    """
+    channels = [np.ascontiguousarray(image_HWC[..., channel]) for channel in range(3)]  # reducing over a short last axis is slow
+    spans = [int(channel_HW.max()) - int(channel_HW.min()) for channel_HW in channels]
+    if max(spans) <= _LEAST_SPAN:
+        return ["blank"]
+    found = []
+    if min(spans) <= _LEAST_SPAN:
+        found.append("missing channel")
+    white_HW = (channels[0] == 255) | (channels[1] == 255) | (channels[2] == 255)
+    if white_HW.mean() > SATURATED_SHARE:
+        found.append("saturated")
+    colour_HW = channels[0].astype(np.uint32) | channels[1].astype(np.uint32) << 8 | channels[2].astype(np.uint32) << 16
+    flat_H = (colour_HW == colour_HW[:, :1]).all(axis=1)
+    flat_W = (colour_HW == colour_HW[:1]).all(axis=0)
+    if max(flat_H.mean(), flat_W.mean()) > REPEATED_SHARE:
+        found.append("flat rows")
+    repeated = (colour_HW[1:] == colour_HW[:-1]).all(axis=1) & ~flat_H[1:]
+    if repeated.sum() > REPEATED_SHARE * len(flat_H):
+        found.append("repeated rows")
+    return found

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from galaxydist.evaluation.exploration.look import THUMBNAIL, Looked
-from galaxydist.evaluation.exploration.population import chance_order
+from galaxydist.explore.datasets import chance_order
+from galaxydist.explore.scan import THUMBNAIL, Looked
 
 # t-SNE of these takes some ten seconds on a core.
 MAX_GALAXIES = 2000

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.evaluation.exploration.duplicates import Pair, find_duplicates
-from galaxydist.evaluation.exploration.embedding import Features, Map, map_sample
-from galaxydist.evaluation.exploration.look import Looked, look_at
-from galaxydist.evaluation.exploration.neighbours import Neighbours, find_neighbours
-from galaxydist.evaluation.exploration.population import Population, Positions, chance_order, choose_sample
+from galaxydist.explore.checks import Neighbours, Pair, find_duplicates, find_neighbours
+from galaxydist.explore.datasets import Population, Positions, chance_order, choose_sample
+from galaxydist.explore.embedding import Features, Map, map_sample
+from galaxydist.explore.scan import Looked, look_at
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from galaxydist.cpus import available_cores
-from galaxydist.evaluation.exploration.duplicates import perceptual_hash
-from galaxydist.evaluation.exploration.oddities import find_oddities
-from galaxydist.evaluation.exploration.population import Picture
+from galaxydist.explore.checks import find_oddities, perceptual_hash
+from galaxydist.explore.datasets import Picture
 from galaxydist.surveys.photometry import measure_pictures
 
 THUMBNAIL = 64

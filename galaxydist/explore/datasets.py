@@ -1,0 +1,484 @@
+"""A data set as exploration sees it: what is known of all its galaxies without a picture, and the pictures of a few of them."""
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galaxydist.counter_rng import hash64
+from galaxydist.errors import DamagedPictureError, UserError
+from galaxydist.galaxy import EncodedImage, Galaxy, Survey
+from galaxydist.shards.manifest import MANIFEST_NAME, Manifest, shard_name
+from galaxydist.shards.remote.cache import CacheConfig, OpenFile
+from galaxydist.shards.remote.object_store import is_url
+from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
+from galaxydist.shards.tar import Member, parse_index
+from galaxydist.shards.writer.encode import decode_picture
+from galaxydist.surveys.galaxy10 import Galaxy10Survey
+from galaxydist.surveys.image_files import decode_file
+from galaxydist.surveys.image_folder import FolderSurvey
+from galaxydist.surveys.survey_sources import open_survey
+
+UNLABELLED = -1
+# Tells this choice of galaxies from every other use of the same hash.
+_PURPOSE = 0x6578706C6F7265  # "explore"
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a galaxy is, each nan where unknown: degrees (J2000), and redshift."""
+
+    ra: float = np.nan
+    dec: float = np.nan
+    redshift: float = np.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A galaxy that was asked for.
+
+    Args:
+        row: its number among the N galaxies.
+        id: its name in the source.
+        image: H x W x 3 uint8, or None where it cannot be read.
+        problem: why not.
+    """
+
+    row: int
+    id: str
+    image: NDArray[np.uint8] | None
+    position: Position
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """``rows`` of the galaxies that were asked, and their ``ra``, ``dec`` and ``redshift`` (nan where unknown)."""
+
+    rows: NDArray[np.int64]
+    ra: NDArray[np.float64]
+    dec: NDArray[np.float64]
+    redshift: NDArray[np.float64]
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Which have a place on the sky."""
+        return np.asarray(np.isfinite(self.ra) & np.isfinite(self.dec))
+
+
+class Source(Protocol):
+    """Where pictures and positions come from; rows are numbers among the population's N galaxies."""
+
+    def pictures(self, rows: NDArray[np.int64]) -> Iterator[Picture]:
+        """The pictures of these rows (sorted), in order; one that cannot be read is handed on with its problem."""
+        ...
+
+    def positions(self) -> Positions | None:
+        """The positions of all galaxies, if they can be had without opening (nearly) every picture's file; else None."""
+        ...
+
+    def candidates(self, number: int, seed: int) -> NDArray[np.bool_] | None:
+        """Where not all galaxies are as cheap to read: which ones to choose some ``number`` from, at random; else None."""
+        ...
+
+
+@dataclass(frozen=True)
+class Population:
+    """N galaxies that stand in a split.
+
+    Args:
+        dataset, variant: as every table and figure names them.
+        kind: what the source is, in words.
+        location: path or URL.
+        source_hash: SHA-256 (hex), empty where finding it would mean reading every picture.
+        class_names: by label.
+        labels_N: class numbers, -1 where nobody has labelled it.
+        split_names: the splits, in order.
+        split_N: numbers of ``split_names``.
+    """
+
+    dataset: str
+    variant: str
+    kind: str
+    location: str
+    source_hash: str
+    class_names: tuple[str, ...]
+    labels_N: NDArray[np.int64]
+    split_names: tuple[str, ...]
+    split_N: NDArray[np.int8]
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @property
+    def groups(self) -> Mapping[int, str]:
+        """Label -> class name of every class that has galaxies or a name; the unlabelled last, if there are any."""
+        named = dict(enumerate(self.class_names))
+        return named | ({UNLABELLED: "unlabelled"} if (self.labels_N == UNLABELLED).any() else {})
+
+    def counts(self) -> dict[str, list[int]]:
+        """Split name -> number of galaxies by group, in the order of ``groups``; exact."""
+        return {
+            name: [int(((self.labels_N == label) & (self.split_N == number)).sum()) for label in self.groups]
+            for number, name in enumerate(self.split_names)
+        }
+
+
+def chance_order(rows: NDArray[np.int64], seed: int, number: int | None = None) -> NDArray[np.int64]:
+    """The rows (the first ``number`` of them) in an order that depends on the seed and on each row alone."""
+    hashes = hash64(seed, _PURPOSE, rows)
+    if number is not None and number < len(rows):
+        first = np.argpartition(hashes, number)[:number]  # of millions, a few thousand are wanted
+        rows, hashes = rows[first], hashes[first]
+    return rows[np.argsort(hashes, kind="stable")]
+
+
+def choose_sample(population: Population, number: int, seed: int) -> NDArray[np.int64]:
+    """Sorted rows of a sample: as many of each class as of every other, as far as they go.
+
+    Args:
+        number: of galaxies, at most.
+        seed: of the choice; a larger sample of the same seed holds the smaller one of each class.
+    """
+    if number >= len(population):
+        return np.arange(len(population))
+    allowed_N = population.source.candidates(number, seed)
+    groups = [population.labels_N == label for label in population.groups]
+    if allowed_N is not None:
+        groups = [members_N & allowed_N for members_N in groups]
+    orders = sorted((chance_order(np.flatnonzero(members_N), seed, number) for members_N in groups), key=len)
+    chosen, left = [], number
+    for place, rows in enumerate(orders):
+        share = min(len(rows), left // (len(orders) - place))
+        chosen.append(rows[:share])
+        left -= share
+    return np.sort(np.concatenate(chosen))
+
+
+# DOC Shards for exploration: of a huge set only the samples that are wanted are read, of shards in a store only a few shards.
+
+# More records than these are not read for the sake of positions: each costs a read of its own.
+RECORDS_LIMIT = 100_000
+# Of shards in a store so many galaxies are fetched for each that is wanted, so that rare classes are among them.
+_FETCHED_FOR_ONE = 2
+
+# (offset, bytes wanted) -> the bytes of a tar.
+_Fetch = Callable[[int, int], bytes]
+
+
+def shard_population(manifest: Manifest) -> Population:
+    """The galaxies of a folder of shards, split by split in the order of storage."""
+    names = tuple(name for name, split in manifest.splits.items() if split.num_samples)
+    labels = [np.asarray(manifest.labels(name), np.int64) for name in names]
+    return Population(
+        dataset=manifest.dataset,
+        variant=manifest.variant,
+        kind=f"shards ({manifest.encoding}, {manifest.image_size} pixels)",
+        location=manifest.location,
+        source_hash=manifest.hash,
+        class_names=manifest.class_names,
+        labels_N=np.concatenate([*labels, np.empty(0, np.int64)]),
+        split_names=names,
+        split_N=np.repeat(np.arange(len(names)), [len(part) for part in labels]).astype(np.int8),
+        source=ShardSource(manifest, names),
+    )
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard: its split and number there, and the rows of the population that it holds."""
+
+    split: str
+    number: int
+    start: int
+    stop: int
+
+
+class ShardSource:
+    """Shards as a :class:`~galaxydist.explore.datasets.Source`."""
+
+    def __init__(self, manifest: Manifest, splits: tuple[str, ...]) -> None:
+        self._manifest = manifest
+        self._read: FileReader = file_reader(manifest)
+        tables = [manifest.shards(split)["samples"] for split in splits]
+        ends = np.cumsum(np.concatenate([*tables, np.empty(0, np.int64)])).astype(np.int64)
+        places = [(split, number) for split, table in zip(splits, tables, strict=True) for number in range(len(table))]
+        self._ends = ends
+        self._shards = [
+            _Shard(split, number, int(start), int(end))
+            for (split, number), start, end in zip(places, [0, *ends[:-1]], ends, strict=True)
+        ]
+
+    def pictures(self, rows: NDArray[np.int64]) -> Iterator[Picture]:
+        """See ``Source``."""
+        for shard, wanted in self._by_shard(rows):
+            try:
+                records = self._open(shard)
+            except UserError as error:
+                for row in wanted:
+                    yield Picture(row, f"{shard.split} {row - shard.start}", None, Position(), str(error))
+                continue
+            for row in wanted:
+                yield self._picture(records, shard, row)
+
+    def positions(self) -> Positions | None:
+        """See ``Source``."""
+        num = int(self._ends[-1]) if len(self._ends) else 0
+        if self._manifest.remote is not None or num > RECORDS_LIMIT:
+            return None
+        found = np.full((num, 3), np.nan)
+        for shard, wanted in self._by_shard(np.arange(num)):
+            try:
+                records = self._open(shard)
+            except UserError:
+                continue  # named where its pictures are wanted
+            for row in wanted:
+                position = records.position(row - shard.start)
+                found[row] = position.ra, position.dec, position.redshift
+        return Positions(np.arange(num), *found.T)
+
+    def candidates(self, number: int, seed: int) -> NDArray[np.bool_] | None:
+        """See ``Source``: shards hold galaxies in random order, so a few whole shards are a random choice."""
+        if self._manifest.remote is None:
+            return None
+        allowed_N, left = np.zeros(int(self._ends[-1]), np.bool_), _FETCHED_FOR_ONE * number
+        for place in chance_order(np.arange(len(self._shards)), seed).tolist():
+            if left <= 0:
+                break
+            shard = self._shards[place]
+            allowed_N[shard.start : shard.stop] = True
+            left -= shard.stop - shard.start
+        return allowed_N
+
+    def _by_shard(self, rows: NDArray[np.int64]) -> Iterator[tuple[_Shard, list[int]]]:
+        places = np.searchsorted(self._ends, rows, side="right")
+        for place in np.unique(places).tolist():
+            yield self._shards[place], rows[places == place].tolist()
+
+    def _open(self, shard: _Shard) -> "_Records":
+        """Raises:
+        UserError: the shard, or its index, cannot be read.
+        """
+        name = shard_name(shard.split, shard.number)
+        location = self._manifest.shard_location(shard.split, shard.number)
+        try:
+            index = parse_index(self._read(name.removesuffix(".tar") + ".idx", None).decode("ascii"))
+            if self._manifest.remote is not None:
+                data = self._read(name, self._manifest.shards(shard.split)[shard.number]["sha256"].tobytes())
+                return _Records(index, lambda offset, size: data[offset : offset + size])
+            file = OpenFile.at(str(self._manifest.shard_path(shard.split, shard.number)))
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
+            raise UserError(f"shard {location} cannot be read ({error}); {self._manifest.remedy}") from None
+        return _Records(index, lambda offset, size: os.pread(file.descriptor, size, offset))
+
+    def _picture(self, records: "_Records", shard: _Shard, row: int) -> Picture:
+        number = row - shard.start
+        key, position = records.key(number) or f"number {number}", records.position(number)
+        try:
+            image = self._decode(records.content(number, self._manifest.extension))
+        except (ValueError, OSError, KeyError) as error:
+            reason = str(error).removeprefix("galaxy picture: ")
+            location = self._manifest.shard_location(shard.split, shard.number)
+            return Picture(row, key, None, position, f"shard {location}, galaxy {key}: {reason}")
+        return Picture(row, key, image, position)
+
+    def _decode(self, data: bytes) -> NDArray[np.uint8]:
+        """Raises:
+        ValueError: it is not a picture of the manifest's size.
+        """
+        if self._manifest.encoding == "raw":
+            pixels = np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+        else:
+            try:
+                pixels = decode_picture(EncodedImage(data, self._manifest.encoding))
+            except DamagedPictureError as error:
+                raise ValueError(error.reason) from None
+        size = self._manifest.image_size
+        if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
+            raise ValueError(f"its picture is {pixels.shape} of {pixels.dtype}, the manifest says {size} x {size} pixels")
+        return pixels
+
+
+@dataclass(frozen=True)
+class _Records:
+    """The samples of an opened shard."""
+
+    index: list[list[Member]]
+    fetch: _Fetch
+
+    def key(self, number: int) -> str:
+        return self.index[number][0].name.partition(".")[0] if number < len(self.index) else ""
+
+    def content(self, number: int, extension: str) -> bytes:
+        """Raises:
+        ValueError: the index or the tar ends before.
+        """
+        members = {member.extension: member for member in self.index[number]} if number < len(self.index) else {}
+        if extension not in members:
+            raise ValueError(f"the shard's index has no .{extension} of it")
+        member = members[extension]
+        data = self.fetch(member.offset, member.size)
+        if len(data) != member.size:
+            raise ValueError("the shard is cut short")
+        return data
+
+    def position(self, number: int) -> Position:
+        """What its .json says; unknown where there is none."""
+        try:
+            record: dict[str, Any] = json.loads(self.content(number, "json"))
+            values = [record.get(name) for name in ("ra", "dec", "redshift")]
+        except (ValueError, AttributeError, OSError):
+            return Position()
+        return Position(*(float(value) if isinstance(value, int | float) else np.nan for value in values))
+
+
+# DOC Surveys (HDF5 files, folders of pictures) for exploration: only the rows that are wanted are read.
+
+# Slabs up to this length are several of the file's own chunks: single rows of them are read on their own.
+_SHORT_SLAB = 32
+
+
+def survey_population(survey: Survey, path: Path) -> Population:
+    """The galaxies of a survey that stand in a split, in the order of its rows."""
+    names = tuple(name for name, rows in survey.splits.items() if len(rows))
+    codes = np.full(len(survey.labels), -1, np.int8)
+    for number, name in enumerate(names):
+        codes[survey.splits[name]] = number
+    placed = np.flatnonzero(codes >= 0)
+    is_folder = isinstance(survey, FolderSurvey)
+    return Population(
+        dataset=survey.name,
+        variant=survey.variant,
+        kind="folder of pictures" if is_folder else "HDF5 file",
+        location=str(path),
+        source_hash="" if is_folder else survey.source_hash,
+        class_names=survey.class_names,
+        labels_N=np.asarray(survey.labels[placed], np.int64),
+        split_names=names,
+        split_N=codes[placed],
+        source=SurveySource(survey, placed),
+    )
+
+
+@dataclass(frozen=True)
+class SurveySource:
+    """A survey as a :class:`~galaxydist.explore.datasets.Source`; ``placed`` are the survey's own rows."""
+
+    survey: Survey
+    placed: NDArray[np.int64]
+
+    def pictures(self, rows: NDArray[np.int64]) -> Iterator[Picture]:
+        """See ``Source``."""
+        wanted = self.placed[rows]
+        for row, (start, stop, own) in zip(*_runs(rows, wanted, self._step()), strict=True):
+            numbers = dict(zip(own.tolist(), row.tolist(), strict=True))
+            try:
+                for number, galaxy in enumerate(self.survey.read(start, stop), start=start):
+                    if number in numbers:
+                        yield _picture(numbers.pop(number), galaxy)
+            except UserError as error:
+                for number, place in numbers.items():
+                    yield Picture(place, self._name(number), None, Position(), str(error))
+
+    def positions(self) -> Positions | None:
+        """See ``Source``."""
+        if isinstance(self.survey, Galaxy10Survey):
+            columns = self.survey.file.columns
+            found = [np.asarray(columns[name][self.placed], np.float64) for name in ("ra", "dec", "redshift")]
+        elif isinstance(self.survey, FolderSurvey):
+            rows = [self.survey.rows[number] for number in self.placed.tolist()]
+            values = [(row.ra, row.dec, row.extras.get("redshift")) for row in rows]
+            found = [*np.array([[_number(value) for value in line] for line in values], np.float64).reshape(-1, 3).T]
+        else:
+            return None
+        return Positions(np.arange(len(self.placed)), *found)
+
+    def candidates(self, number: int, seed: int) -> None:
+        """See ``Source``."""
+        del number, seed
+
+    def _step(self) -> int:
+        """Rows that are read together: a picture file on its own, so that a damaged one takes no other with it."""
+        is_folder = isinstance(self.survey, FolderSurvey)
+        return 1 if is_folder or self.survey.slab_length <= _SHORT_SLAB else self.survey.slab_length
+
+    def _name(self, number: int) -> str:
+        if isinstance(self.survey, FolderSurvey):
+            return self.survey.files[number]
+        return self.survey.galaxy_id(number) if isinstance(self.survey, Galaxy10Survey) else f"row {number}"
+
+
+_Run = tuple[int, int, NDArray[np.int64]]
+
+
+def _runs(rows: NDArray[np.int64], wanted: NDArray[np.int64], step: int) -> tuple[list[NDArray[np.int64]], list[_Run]]:
+    """For each slab that holds wanted rows: our numbers of them, and (first, stop, the survey's numbers)."""
+    if not len(wanted):
+        return [], []
+    cuts = np.flatnonzero(np.diff(wanted // step)) + 1
+    parts = np.split(wanted, cuts)
+    return np.split(rows, cuts), [(int(part[0]), int(part[-1]) + 1, part) for part in parts]
+
+
+def _picture(row: int, galaxy: Galaxy) -> Picture:
+    position = Position(*(_number(value) for value in (galaxy.ra, galaxy.dec, galaxy.extras.get("redshift"))))
+    image = galaxy.image
+    if not isinstance(image, EncodedImage):
+        return Picture(row, galaxy.id, image, position)
+    try:
+        return Picture(row, galaxy.id, decode_file(image.data, galaxy.id), position)
+    except UserError as error:
+        return Picture(row, galaxy.id, None, position, str(error))
+
+
+def _number(value: object) -> float:
+    """A number that may be missing, as a float; nan where it is, or is no number."""
+    return float(value) if isinstance(value, int | float) else np.nan
+
+
+# DOC From what the user names to a population: a manifest, a URL, an HDF5 file or a folder of pictures.
+
+
+def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> Population:
+    """Open a data set to look at.
+
+    Args:
+        location: manifest.json, its folder or its URL; an HDF5 file in Galaxy10's schema; a folder of pictures.
+        variant: ``original`` or ``balanced``; ``original`` where None. Shards have one variant: another one is refused.
+        cache: where the columns of shards in a store are kept.
+        classes: ``galaxy10``: a folder's classes are Galaxy10's.
+
+    Raises:
+        UserError: nothing there, nothing that can be used, or no galaxies in it.
+    """
+    path = Path(location)
+    if is_url(location) or path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file():
+        population = shard_population(_checked(open_shards(location, cache), variant))
+    elif not path.exists():
+        raise UserError(
+            f"there is no {location}; give a manifest.json of shards (or its folder or URL), an HDF5 file in Galaxy10's schema, "
+            "or a folder with a folder of pictures for each class"
+        )
+    else:
+        population = survey_population(open_survey(path, variant or "original", classes=classes), path)
+    if not len(population):
+        raise UserError(f"{location} has no galaxies in any split; there is nothing to look at, make the data set anew")
+    return population
+
+
+def _checked(manifest: Manifest, variant: str | None) -> Manifest:
+    if variant not in (None, manifest.variant):
+        raise UserError(
+            f"{manifest.location} holds the {manifest.variant} variant, not {variant}; "
+            "leave out --variant, or give the other variant's manifest"
+        )
+    return manifest
