@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from galaxydist.training.watchdog import Watchdog, collective_timeout, heartbeat_store
+from galaxydist.training.health.watchdog import Watchdog, collective_timeout, heartbeat_store
 
 STEPS_BEFORE = 5
 

@@ -25,9 +25,7 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.verify import check_columns
-from galaxydist.training.nonfinite import Nonfinite
-from galaxydist.training.skipping import Skipped
-from galaxydist.training.spikes import SpikeDetector
+from galaxydist.training.health.anomalies import Nonfinite, Skipped, SpikeDetector
 from galaxydist.training.state import TrainingState
 from galaxydist.training.stopping import EarlyStopping
 from tests.damage import break_picture, shard_of, truncate

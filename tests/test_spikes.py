@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.training.spikes import LEAST_KNOWN, QUIET_STEPS, SpikeDetector
+from galaxydist.training.health.anomalies import LEAST_KNOWN, QUIET_STEPS, SpikeDetector
 
 LOSSES = st.floats(1e-3, 1e3)
 

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.errors import EXIT_HUNG
-from galaxydist.training import guard_process
-from galaxydist.training.heartbeats import Hang, Heartbeat, find_hang
-from galaxydist.training.watchdog import Watchdog, collective_timeout, start_allowance
+from galaxydist.training.health import guard_process
+from galaxydist.training.health.heartbeats import Hang, Heartbeat, find_hang
+from galaxydist.training.health.watchdog import Watchdog, collective_timeout, start_allowance
 from tests.forked_runs import Ranks, forked
 from tests.hanging_rank import main as hang
 from tests.runs import TORCHRUN_2

@@ -27,16 +27,15 @@ from galaxydist.recipe.rules import check_strategy, check_world
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
+from galaxydist.training.health.anomalies import Nonfinite, Skipped, SpikeDetector
+from galaxydist.training.health.watchdog import collective_timeout
 from galaxydist.training.journal import Schedule
 from galaxydist.training.micro_batch import choose_micro_batch
 from galaxydist.training.mixing import Mixing, count_pair_parts, split_pairs, take
-from galaxydist.training.nonfinite import Nonfinite
 from galaxydist.training.objective import Objective, class_weights
 from galaxydist.training.optimizer import LearningRate, build_optimizer
 from galaxydist.training.optimizer_names import find_optimizer
 from galaxydist.training.out_of_memory import explained_out_of_memory
-from galaxydist.training.skipping import Skipped
-from galaxydist.training.spikes import SpikeDetector
 from galaxydist.training.state import TrainingState
 from galaxydist.training.step_gates import StepGates
 from galaxydist.training.stop_signals import StopFlag
@@ -46,7 +45,6 @@ from galaxydist.training.syncnorm import synchronise_batch_norm
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.update import Update, count_micro_batches, split_evenly
 from galaxydist.training.utilisation import Utilisation, build_utilisation
-from galaxydist.training.watchdog import collective_timeout
 
 # Tensors of a parameter's size that an optimizer keeps for it, at most: counted while the micro-batch is looked for.
 OPTIMIZER_TENSORS = 2

@@ -37,6 +37,7 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
 from galaxydist.training.announcement import describe_end, describe_run, describe_time
+from galaxydist.training.health.watchdog import build_watchdog, collective_timeout
 from galaxydist.training.journal import Journal
 from galaxydist.training.loop import Loop
 from galaxydist.training.opening import OpenedFolder, open_run_folder
@@ -48,7 +49,6 @@ from galaxydist.training.statistics import average_statistics
 from galaxydist.training.stop_signals import StopFlag, signal_name
 from galaxydist.training.timing import StepTimer
 from galaxydist.training.tracking import Tracker, complete_tracker, start_tracker
-from galaxydist.training.watchdog import build_watchdog, collective_timeout
 
 
 def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> int:

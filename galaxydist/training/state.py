@@ -12,12 +12,10 @@ from torch import nn
 from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
+from galaxydist.training.health.anomalies import Nonfinite, Skipped, SpikeDetector
 from galaxydist.training.journal import Window
-from galaxydist.training.nonfinite import Nonfinite
 from galaxydist.training.optimizer import load_optimizer_state
 from galaxydist.training.optimizer_state import named_optimizer_state, numbered_optimizer_state
-from galaxydist.training.skipping import Skipped
-from galaxydist.training.spikes import SpikeDetector
 from galaxydist.training.statistics import HasBuffers, RankStatistics
 from galaxydist.training.stopping import EarlyStopping
 

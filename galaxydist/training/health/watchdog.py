@@ -25,10 +25,8 @@ from galaxydist.distributed import World, write_flight_record
 from galaxydist.errors import EXIT_HUNG
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.runs.folder import RunFolder
-from galaxydist.training.guard import Guard
-from galaxydist.training.heartbeat_store import Answer, HeartbeatStore, KeyStore
-from galaxydist.training.heartbeats import Hang, Heartbeat
-from galaxydist.training.stacks import StacksFile
+from galaxydist.training.health.dumps import Guard, StacksFile
+from galaxydist.training.health.heartbeats import Answer, Hang, Heartbeat, HeartbeatStore, KeyStore
 
 # A step compiles and tunes kernels, opens files and connections, the first time.
 START_FACTOR = 3
