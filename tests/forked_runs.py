@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 _SERVER = multiprocessing.get_context("forkserver")
 # What a run imports, at its start and on its way. Of all these only pyarrow starts a thread, which survives a fork (jemalloc's).
-PRELOADED = ("galaxydist.training.session", "galaxydist.cli.train", "cv2", "scipy.ndimage", "timm.optim", "sklearn.metrics")
+PRELOADED = ("galaxydist.training.trainer", "galaxydist.cli.train", "cv2", "scipy.ndimage", "timm.optim", "sklearn.metrics")
 PRELOADED += ("pyarrow.parquet", "rich.progress", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "tests.traced_launch")
 PRELOADED += ("torch.distributed.checkpoint.hf_storage", "torch.distributed.algorithms.ddp_comm_hooks.default_hooks")
 PRELOADED += ("tests.settled",)  # the last of all
@@ -159,7 +159,7 @@ def train_watched(settings: Sequence[str], events: Path | None = None, kill: tup
 
 def _call(function: tuple[str, str], arguments: tuple[Any, ...], environ: dict[str, str], output: Path) -> None:
     """In the new process. The function comes by name, so that its module is imported with the right environment."""
-    assert "galaxydist.training.session" in sys.modules, "the server could not import what a run needs"
+    assert "galaxydist.training.trainer" in sys.modules, "the server could not import what a run needs"
     os.setsid()
     os.environ.clear()
     os.environ.update(environ)

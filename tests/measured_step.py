@@ -7,7 +7,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from galaxydist.cli.train import main
-from galaxydist.training.update import Update
+from galaxydist.training.step import Update
 
 STEP = "measured step"
 

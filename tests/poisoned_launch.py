@@ -10,7 +10,7 @@ from galaxydist.cli.train import main
 
 def poison(rank: int, steps: set[int]) -> None:
     """Spoil one pixel of the images of one rank in these steps."""
-    from galaxydist.training.update import Update
+    from galaxydist.training.step import Update
 
     images_of = Update._images
 

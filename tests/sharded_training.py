@@ -15,9 +15,7 @@ from torch.distributed.tensor import DTensor
 from galaxydist.checkpoints import store
 from galaxydist.checkpoints.sharded import ShardedSaver, load_sharded, open_saving_group
 from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
-from galaxydist.training.ema import MovingAverage
-from galaxydist.training.optimizer_state import named_optimizer_state, numbered_optimizer_state
-from galaxydist.training.sharding import (
+from galaxydist.training.fsdp import (
     WholeCopy,
     clip_sharded_gradients,
     gather,
@@ -26,6 +24,8 @@ from galaxydist.training.sharding import (
     set_gradient_sync,
     shard_model,
 )
+from galaxydist.training.optimizer import MovingAverage
+from galaxydist.training.state import named_optimizer_state, numbered_optimizer_state
 
 STEPS, SAVED_AT, BATCH = 5, 3, 13  # 13 galaxies are uneven between two and three processes
 EMA_DECAY, CLIP_NORM = 0.6, 1.5

@@ -10,7 +10,7 @@ from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
 from galaxydist.cluster.memory import estimate, weigh
 from galaxydist.recipe.resolve import load_recipe
-from galaxydist.training.update import count_micro_batches
+from galaxydist.training.step import count_micro_batches
 from tests.forked_runs import run_forked
 from tests.measured_step import measure
 from tests.runs import quick_settings, run_here

@@ -6,7 +6,7 @@ from torch import nn
 
 from galaxydist.models.build import build_model, freeze_backbone
 from galaxydist.recipe.schema import ModelConfig
-from galaxydist.training.flops import activation_bytes, device_peak_flops, forward_flops, training_flops, utilisation
+from galaxydist.training.throughput import activation_bytes, device_peak_flops, forward_flops, training_flops, utilisation
 
 
 @pytest.mark.parametrize(

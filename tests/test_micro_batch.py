@@ -20,13 +20,15 @@ from galaxydist.recipe.schema import ModelConfig, Recipe
 from galaxydist.training.micro_batch import (
     choose_micro_batch,
     conditions,
+    explain_out_of_memory,
     find_micro_batch,
+    is_out_of_memory,
     largest_that_fits,
     most_on_cpu,
     remembered,
+    what_to_lower,
 )
-from galaxydist.training.out_of_memory import explain_out_of_memory, is_out_of_memory, what_to_lower
-from galaxydist.training.update import count_micro_batches, split_evenly
+from galaxydist.training.step import count_micro_batches, split_evenly
 from tests.forked_runs import run_forked
 from tests.limited_model import LimitedModel, raise_cpu, raise_cuda, raise_host
 from tests.micro_batch_rank import find_micro_batches

@@ -8,8 +8,8 @@ from torch.nn import functional
 
 from galaxydist.loading.loader import Batch
 from galaxydist.recipe.schema import TrainConfig
-from galaxydist.training.mixing import Mix, Mixing, split_pairs, take
-from galaxydist.training.objective import Objective
+from galaxydist.training.loss import Objective
+from galaxydist.training.mixup import Mix, Mixing, split_pairs, take
 
 NUM_CLASSES = 5
 WEIGHTS_K = torch.tensor([0.5, 1.0, 2.0, 4.0, 0.25])

@@ -17,8 +17,8 @@ from galaxydist.loading.loader import Batch, TrainReader
 from galaxydist.recipe.rules import check_world
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.training.mixing import Mixing, Pairs, count_pair_parts, split_pairs, take
-from galaxydist.training.objective import Objective, Targets
+from galaxydist.training.loss import Objective, Targets
+from galaxydist.training.mixup import Mixing, Pairs, count_pair_parts, split_pairs, take
 
 SIZE = 12
 GOLDEN_SHARES = [0.140625, 0.19806410128671859, 0.171630859375, 0.657958984375, 0.23936647813648326]

@@ -17,9 +17,16 @@ from torch import nn
 from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.errors import EveryRankError, UserError
 from galaxydist.recipe.schema import OptimConfig
-from galaxydist.training import optimizer_names
-from galaxydist.training.optimizer import LearningRate, build_optimizer, load_optimizer_state, set_learning_rate
-from galaxydist.training.optimizer_names import REFUSED, find_optimizer, usable_names
+from galaxydist.training import optimizer
+from galaxydist.training.optimizer import (
+    REFUSED,
+    LearningRate,
+    build_optimizer,
+    find_optimizer,
+    load_optimizer_state,
+    set_learning_rate,
+    usable_names,
+)
 
 CPU = torch.device("cpu")
 OTHER_PACKAGES = {name for name in list_optimizers() if isinstance(get_optimizer_info(name).opt_class, str)}
@@ -99,7 +106,7 @@ def test_lookahead_survives_a_checkpoint_between_its_syncs(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(KRON))
 def test_kron_survives_a_checkpoint_where_its_package_is(name: str, stance: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its arithmetic needs the package on large layers only: here it runs without."""
-    monkeypatch.setattr(optimizer_names, "find_spec", lambda _: True)
+    monkeypatch.setattr(optimizer, "find_spec", lambda _: True)
     with torch.compiler.set_stance(stance):
         assert_a_restart_changes_nothing(name, steps=2)
 
@@ -149,7 +156,7 @@ def test_a_name_that_is_none_is_answered_with_what_there_is(name: str, words: st
 
 
 def test_kron_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizer_names, "find_spec", lambda _: None)
+    monkeypatch.setattr(optimizer, "find_spec", lambda _: None)
     with pytest.raises(EveryRankError, match="pip install opt_einsum"):
         find_optimizer("kron")
 

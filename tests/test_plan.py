@@ -29,7 +29,7 @@ from galaxydist.shards.order import EpochOrder, evaluation_batches, rank_offsets
 from galaxydist.shards.shard_usage import shard_uses
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.official_split import read_official_split
-from galaxydist.training.update import count_micro_batches, split_evenly
+from galaxydist.training.step import count_micro_batches, split_evenly
 from tests.blobs import BlobSurvey
 from tests.model_names import marked
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from galaxydist.errors import UserError
-from galaxydist.training import profiling
-from galaxydist.training.profiling import StepProfiler, parse_steps
+from galaxydist.training import profiler
+from galaxydist.training.profiler import StepProfiler, parse_steps
 
 
 def train(profiler: StepProfiler, start: int, stop: int) -> None:
@@ -84,7 +84,7 @@ def test_a_failed_run_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_large_trace_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "LARGEST_PLAIN", 100)
+    monkeypatch.setattr(profiler, "LARGEST_PLAIN", 100)
     train(StepProfiler("2-3", tmp_path, 0, say=lambda _: None), 0, 5)
     assert files(tmp_path) == ["steps-2-3.json.gz"]
     trace = json.loads(gzip.decompress((tmp_path / "profile" / "steps-2-3.json.gz").read_bytes()))
@@ -96,7 +96,7 @@ def test_a_kill_while_it_is_written_leaves_no_file_of_that_name(tmp_path: Path) 
     program = f"""
 import os, sys, torch
 from pathlib import Path
-from galaxydist.training.profiling import StepProfiler
+from galaxydist.training.profiler import StepProfiler
 sys.addaudithook(lambda event, _: os.kill(os.getpid(), 9) if event == "galaxydist.rename" else None)
 with StepProfiler("1-2", Path({str(tmp_path)!r}), 0) as profiler:
     for step in (1, 2, 3):

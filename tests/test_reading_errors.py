@@ -26,8 +26,7 @@ from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.verify import check_columns
 from galaxydist.training.health.anomalies import Nonfinite, Skipped, SpikeDetector
-from galaxydist.training.state import TrainingState
-from galaxydist.training.stopping import EarlyStopping
+from galaxydist.training.state import EarlyStopping, TrainingState
 from tests.damage import break_picture, shard_of, truncate
 from tests.forked_runs import run_forked, train
 from tests.runs import count_errors, quick_settings, read_evaluation, read_losses, read_metrics, run_here

@@ -19,7 +19,7 @@ from galaxydist.checkpoints import store
 from galaxydist.checkpoints.async_writer import CheckpointSaver
 from galaxydist.checkpoints.tensor_files import flatten_state
 from galaxydist.errors import UserError
-from galaxydist.runs.save_policy import SavePolicy, SaveTimer
+from galaxydist.training.checkpointer import SavePolicy, SaveTimer
 from tests.tensors import bits, every_kind_of_tensor
 from tests.test_checkpoints import Trainee
 

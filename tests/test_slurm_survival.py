@@ -17,7 +17,7 @@ import torch
 from bed import Bed
 
 from galaxydist.paths import PACKAGE_DIR
-from galaxydist.training.wandb_files import read_history
+from galaxydist.training.trackers import read_history
 from tests.cluster_runs import ClusterRun, assert_equal_tensors, decisions, go_on, is_told
 from tests.slurm_bed import num_restarts, processes_left, submit, wait_for, wait_state
 

@@ -33,8 +33,8 @@ def train_stopped(settings: Sequence[str], step: int, place: float, rank: int, n
         number: of the signal.
     """
     from galaxydist.training import loop
-    from galaxydist.training.step_gates import StepGates
-    from galaxydist.training.update import Update
+    from galaxydist.training.step import Update
+    from galaxydist.training.stop_signals import StepGates
 
     loop.LONG_STEP_S = 0.0
     take_step, pass_gate = Update.__call__, StepGates._pass

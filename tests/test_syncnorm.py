@@ -18,7 +18,7 @@ from galaxydist.models import build_model
 from galaxydist.models.build import freeze_backbone
 from galaxydist.models.performance import checkpoint_activations
 from galaxydist.recipe.schema import ModelConfig
-from galaxydist.training.syncnorm import SynchronisedNorm, synchronise_batch_norm
+from galaxydist.training.batch_norm import SynchronisedNorm, synchronise_batch_norm
 from tests.forked_runs import run_forked
 
 # Images of each process, by how many there are.

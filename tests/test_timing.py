@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.training.timing import PARTS, StepTimer
+from galaxydist.training.throughput import PARTS, StepTimer
 
 CPU = torch.device("cpu")
 SHARES = [f"time/{part}" for part in (*PARTS, "other")]

@@ -14,13 +14,15 @@ import pytest
 
 from galaxydist.recipe.schema import TrackerConfig
 from galaxydist.runs.folder import RunFolder
-from galaxydist.training import tracking
-from galaxydist.training.tracking import RunTracker, choose_wandb_mode, open_tracker
-from galaxydist.training.wandb_files import (
+from galaxydist.training import trackers
+from galaxydist.training.trackers import (
     BLOCK_SIZE,
+    RunTracker,
+    choose_wandb_mode,
     has_ended,
     mend_files,
     offline_files,
+    open_tracker,
     read_history,
     read_records,
     stored_step,
@@ -239,15 +241,15 @@ def test_a_file_is_whole_when_the_tracker_has_finished_or_that_is_said(
         asked.append(has_ended(path))
         return len(asked) > 3 and asked[-1]
 
-    monkeypatch.setattr(tracking, "has_ended", ended_later)
+    monkeypatch.setattr(trackers, "has_ended", ended_later)
     folder = RunFolder(tmp_path / "run")
     folder.create()
     folder.metrics.append(1, {"train/loss": 1.0})
     config = TrackerConfig(name="wandb", mode="offline")
     line = open_tracker(config, folder, {}, run_id="abc", environ={}).finish({}, 0)
     assert line is not None and "wandb sync" in line and len(asked) > 3 and folder.read_tracker()["is_complete"]
-    monkeypatch.setattr(tracking, "has_ended", lambda _: False)
-    monkeypatch.setattr(tracking, "WRITING_S", 0.0)
+    monkeypatch.setattr(trackers, "has_ended", lambda _: False)
+    monkeypatch.setattr(trackers, "WRITING_S", 0.0)
     assert open_tracker(config, folder, {}, run_id="abc", environ={}).finish({}, 0) is None
     assert "the tracker failed (after 0 s wandb had not written the end of " in caplog.text
     assert not folder.read_tracker()["is_complete"]

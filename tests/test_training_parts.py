@@ -15,11 +15,11 @@ from galaxydist.distributed import resolve_precision
 from galaxydist.errors import UserError
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import OptimConfig
-from galaxydist.training.objective import Objective, class_weights
+from galaxydist.training.loss import Objective, class_weights
 from galaxydist.training.optimizer import LearningRate
-from galaxydist.training.parts import _example
-from galaxydist.training.stopping import EarlyStopping
-from galaxydist.training.update import count_micro_batches, split_evenly
+from galaxydist.training.state import EarlyStopping
+from galaxydist.training.step import count_micro_batches, split_evenly
+from galaxydist.training.trainer import _example
 
 
 def test_summed_parts_give_torchs_weighted_mean() -> None:

@@ -210,7 +210,7 @@ def whole(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_and_send(settings: list[str], number: int, step: int) -> int:
     """Train as launch.py does; in that step a signal comes."""
-    from galaxydist.training.update import Update
+    from galaxydist.training.step import Update
 
     take_step = Update.__call__
 

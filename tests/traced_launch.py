@@ -19,7 +19,7 @@ from galaxydist.cli.train import main
 def trace(folder: Path) -> None:
     """Let every step of this process write its line."""
     from galaxydist.loading.augment import Augment
-    from galaxydist.training.update import Update
+    from galaxydist.training.step import Update
 
     take_step, augment = Update.__call__, Augment.__call__
     images: dict[int, int] = {}

@@ -12,7 +12,7 @@ from galaxydist.distributed import World
 from galaxydist.models.build import build_model
 from galaxydist.recipe.schema import Recipe
 from galaxydist.training.optimizer import LearningRate
-from galaxydist.training.parts import Parts
+from galaxydist.training.trainer import Parts
 
 
 class BareLoop:

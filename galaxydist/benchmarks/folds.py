@@ -22,7 +22,7 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.folder_scan import fold_name
 from galaxydist.surveys.image_folder import open_image_folder
-from galaxydist.training.session import train
+from galaxydist.training.trainer import train
 
 MODELS = ("d4_cnn", "custom_cnn", "resnet18")
 

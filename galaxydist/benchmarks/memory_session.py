@@ -20,11 +20,10 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import rank_offsets
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.training.parts import Parts
-from galaxydist.training.session import Session
 from galaxydist.training.state import TrainingState
 from galaxydist.training.stop_signals import StopFlag
-from galaxydist.training.tracking import Tracker
+from galaxydist.training.trackers import Tracker
+from galaxydist.training.trainer import Parts, Session
 
 # Different batches that are held; after them the first comes again, turned otherwise.
 HELD = 4

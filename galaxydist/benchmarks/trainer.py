@@ -20,7 +20,7 @@ from galaxydist.distributed import World, enter_world, leave_world
 from galaxydist.errors import UserError
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.runs.folder import RunFolder
-from galaxydist.training.parts import Parts
+from galaxydist.training.trainer import Parts
 
 MODELS = ("custom_cnn", "resnet18")
 HAVE_WIDTH = ("custom_cnn", "d4_cnn")

@@ -13,8 +13,8 @@ from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.order import EpochOrder, steps_per_epoch
 from galaxydist.shards.shard_usage import lengthened, node_uses, resampled_uses, working_set
-from galaxydist.training.mixing import count_pair_parts
-from galaxydist.training.update import count_micro_batches
+from galaxydist.training.mixup import count_pair_parts
+from galaxydist.training.step import count_micro_batches
 
 # Checkpoints that a run keeps: the newest two and the best; while it saves, one more.
 KEPT_CHECKPOINTS = 3

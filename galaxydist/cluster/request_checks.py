@@ -13,7 +13,7 @@ from galaxydist.paths import data_root, weights_dir
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.remote.open import open_shards
-from galaxydist.training.opening import check_would_continue
+from galaxydist.training.resume import check_would_continue
 
 
 def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Mapping[str, str]) -> bool:

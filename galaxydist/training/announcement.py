@@ -11,10 +11,9 @@ from galaxydist.recipe.schema import Recipe
 from galaxydist.recipe.yaml12 import to_text
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
-from galaxydist.training.flops import training_flops
-from galaxydist.training.journal import Schedule
-from galaxydist.training.micro_batch import Probe, thrown_away_loss, unchanged
-from galaxydist.training.out_of_memory import share_of
+from galaxydist.training.metric_logger import Schedule
+from galaxydist.training.micro_batch import Probe, share_of, thrown_away_loss, unchanged
+from galaxydist.training.throughput import training_flops
 
 # A run that would take longer than this on a CPU is told of a smaller one.
 LONG_RUN_S = 1800.0

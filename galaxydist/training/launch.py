@@ -73,7 +73,7 @@ def _leave_for_launcher(text: str, environ: Mapping[str, str]) -> None:
 def _importing() -> Iterator[None]:
     """For the first import of what a run needs. All of it stays to the end, so that the garbage collector need not look through
     it again and again, neither while it comes (a quarter of the time that it takes) nor later."""
-    if "galaxydist.training.session" in sys.modules or not gc.isenabled():
+    if "galaxydist.training.trainer" in sys.modules or not gc.isenabled():
         yield
         return
     gc.disable()
@@ -89,7 +89,7 @@ def _train(arguments: Sequence[str], environ: MutableMapping[str, str]) -> int:
 
     resolved = load_recipe(arguments)
     with _importing():
-        from galaxydist.training.session import train
+        from galaxydist.training.trainer import train
     stop_signal = train(resolved, environ)
     if not stop_signal:
         return 0

@@ -8,13 +8,12 @@ from typing import Protocol
 
 from galaxydist.distributed import World
 from galaxydist.loading.loader import Batch
-from galaxydist.training.agreement import Agreed, Agreement, Flags
-from galaxydist.training.journal import Journal, Schedule
+from galaxydist.training.metric_logger import Journal, Schedule
 from galaxydist.training.state import TrainingState
-from galaxydist.training.step_gates import LONG_STEP_S, StepAbandoned
-from galaxydist.training.stop_signals import StopFlag
-from galaxydist.training.timing import StepTimer
-from galaxydist.training.update import Update
+from galaxydist.training.step import Update
+from galaxydist.training.step_sync import Agreed, Agreement, Flags
+from galaxydist.training.stop_signals import LONG_STEP_S, StepAbandoned, StopFlag
+from galaxydist.training.throughput import StepTimer
 
 
 class Saver(Protocol):

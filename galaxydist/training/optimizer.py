@@ -2,15 +2,82 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from galaxydist.checkpoints.sharded import own_part
 from galaxydist.errors import EveryRankError, UserError
 from galaxydist.recipe.schema import OptimConfig
-from galaxydist.training.optimizer_names import find_optimizer, usable_names
+from galaxydist.training.fsdp import cut_like
+
+# DOC Which optimizers there are: all that timm's factory knows, less those that cannot work here, each with the reason.
+
+# torch's own, which need no timm.
+BUILT_IN = ("adamw", "sgd")
+# In front of another name: Zhang et al. 2019, arXiv:1907.08610.
+LOOKAHEAD = "lookahead_"
+
+_DTYPE = "it keeps a data type among its settings, which a checkpoint of tensors and plain text cannot hold"
+REFUSED = {
+    "adahessian": "it needs second derivatives, for which the backward pass would have to be recorded too",
+    "adafactorbv": _DTYPE,
+    "adafactorbvc": _DTYPE,
+    "cadafactorbv": _DTYPE,
+    "cadafactorbvc": _DTYPE,
+}
+# Without it torch contracts Kron's factors in an order that takes memory without end.
+_KRON_PACKAGE = "opt_einsum"
+_KRON = ("kron", "kronc", "kronw")
+
+
+def usable_names() -> list[str]:
+    """Every name that ``find_optimizer`` takes on this machine, sorted, each possible with ``lookahead_`` in front too."""
+    from timm.optim import get_optimizer_info, list_optimizers
+
+    return [name for name in list_optimizers() if _refusal(name, get_optimizer_info(name)) is None]
+
+
+def find_optimizer(name: str) -> Any:
+    """Return timm's description of an optimizer: its class and settings; of the inner one for ``lookahead_NAME``.
+
+    Cheap: may be called before anything is built or written. For ``adamw`` and ``sgd``, which are torch's, it returns None
+    and does not import timm, which takes a second.
+
+    Raises:
+        EveryRankError: there is none of that name, it needs another package, or it cannot work here.
+    """
+    if name in BUILT_IN:
+        return None
+    from timm.optim import get_optimizer_info, list_optimizers
+
+    inner = name.removeprefix(LOOKAHEAD)
+    if inner not in list_optimizers():
+        close = get_close_matches(inner.lower(), usable_names(), n=1, cutoff=0.6)
+        hint = f"; did you mean {LOOKAHEAD if inner != name else ''}{close[0]}?" if close else "."
+        raise EveryRankError(
+            f"optim.name={name}: there is no such optimizer{hint} There are {', '.join(usable_names())}; "
+            f"and {LOOKAHEAD}NAME for each of them."
+        )
+    info = get_optimizer_info(inner)
+    if (reason := _refusal(inner, info)) is not None:
+        raise EveryRankError(f"optim.name={name} cannot be used: {reason}. Take another one, such as adamw, sgd or lamb.")
+    return info
+
+
+def _refusal(name: str, info: Any) -> str | None:
+    if isinstance(info.opt_class, str):
+        package = info.opt_class.split(".")[0]
+        return f"it needs the package {package}, which galaxydist does not use (its state was never seen to survive a restart)"
+    if name in _KRON and find_spec(_KRON_PACKAGE) is None:
+        return f"it needs the package {_KRON_PACKAGE}, which is not installed (pip install {_KRON_PACKAGE})"
+    return REFUSED.get(name)
+
 
 # What the recipe decides in a parameter group: a restart under other settings keeps none of these from the checkpoint.
 SETTINGS = ("lr", "lr_scale", "weight_decay", "betas", "beta1", "momentum", "nesterov", "fused", "max_lr_snapshot")
@@ -146,3 +213,66 @@ def _options(info: Any, config: OptimConfig) -> dict[str, Any]:
     if "deterministic" in parameters:  # Kron: else it draws from the generator of dropout, which differs from rank to rank
         options["deterministic"] = True
     return options
+
+
+# DOC The moving average of a model's weights: each process averages what it holds, and nothing is sent.
+
+
+class MovingAverage:
+    """The same numbers as timm's ``ModelEmaV3(model, decay, use_warmup=True)``, also for a sharded model, which cannot be copied.
+
+    All floating-point tensors of the state dict are averaged, batch-norm statistics too; others are copied. The decay is ramped
+    up: ``min(decay, 1 - (1 + t)^(-2/3))`` at the t-th update after the first, which copies (timm's ``warmup_power`` and
+    ``warmup_gamma``). timm's own class is not used: importing
+    timm takes more than a second, which runs of our own networks do not need.
+
+    Args:
+        model: sharded, or not.
+        decay: a step, in the end.
+        tensors: where the averages are kept, under the model's names; None: new ones, with the model's present values.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, tensors: Mapping[str, Tensor] | None = None) -> None:
+        self.decay = decay
+        found = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()} if tensors is None else tensors
+        self._tensors: Mapping[str, Tensor] = found
+        self._buffer_names = {name for name, _ in model.named_buffers()}
+
+    def decay_at(self, step: int) -> float:
+        """The decay of the update after optimizer step number ``step``, counted from 1."""
+        after_first = max(0, step - 1)
+        if after_first == 0:
+            return 0.0
+        ramp: float = 1.0 - (1.0 + after_first) ** (-2 / 3)
+        return min(ramp, self.decay)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimizer step number ``step``, counted from 1."""
+        averages: list[Tensor] = []
+        values: list[Tensor] = []
+        for average, value in zip(self._tensors.values(), model.state_dict().values(), strict=True):
+            if average.is_floating_point():
+                averages.append(own_part(average))
+                values.append(own_part(value))
+            else:
+                average.copy_(value)
+        torch._foreach_lerp_(averages, values, weight=1.0 - self.decay_at(step))
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The averages of the model's buffers, which are whole: those of batch-norm statistics are made equal over the ranks."""
+        return ((name, tensor) for name, tensor in self._tensors.items() if name in self._buffer_names)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages under the model's names: the same tensors, not copies."""
+        return dict(self._tensors)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put averages back, sharded or whole. Nothing is sent.
+
+        Raises:
+            KeyError: one is missing.
+        """
+        for name, average in self._tensors.items():
+            own_part(average).copy_(own_part(cut_like(state[name], average)))

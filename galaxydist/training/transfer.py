@@ -18,7 +18,7 @@ from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_folder import FolderSurvey, open_image_folder
 from galaxydist.surveys.simulate import simulate_survey
 from galaxydist.surveys.survey_sources import open_survey
-from galaxydist.training.session import train
+from galaxydist.training.trainer import train
 
 # Rows of each class (the first ones) on which simulator, recipe and checkpoint may be chosen; the figure is from the others.
 TUNING_ROWS = 50

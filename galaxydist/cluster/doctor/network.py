@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from galaxydist.cluster.doctor.check import Check, failure, ok, warning
-from galaxydist.training.tracking import has_wandb_key, is_reachable, wandb_address
+from galaxydist.training.trackers import has_wandb_key, is_reachable, wandb_address
 
 SLURM_S = 20.0
 FIXED_MODES = ("online", "offline", "disabled")

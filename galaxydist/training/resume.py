@@ -16,7 +16,7 @@ from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder, compare_recipes, read_newest_state
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.manifest import Manifest
-from galaxydist.training.stopping import EarlyStopping
+from galaxydist.training.state import EarlyStopping
 
 if TYPE_CHECKING:  # torch, which a login node need not load
     from galaxydist.checkpoints.store import Checkpoint

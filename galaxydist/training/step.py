@@ -14,13 +14,13 @@ from galaxydist.loading.augment import Augment
 from galaxydist.loading.loader import Batch
 from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.schema import TrainConfig
-from galaxydist.training.mixing import Mix, Mixing, Part, count_pair_parts, split_pairs, take
-from galaxydist.training.objective import Objective, Targets
+from galaxydist.training.batch_norm import ALL_STATISTICS
+from galaxydist.training.ddp import Strategy
+from galaxydist.training.loss import Objective, Targets
+from galaxydist.training.mixup import Mix, Mixing, Part, count_pair_parts, split_pairs, take
 from galaxydist.training.optimizer import LearningRate, set_learning_rate
-from galaxydist.training.statistics import ALL_STATISTICS
-from galaxydist.training.step_gates import StepAbandoned, StepGates
-from galaxydist.training.strategy import Strategy
-from galaxydist.training.timing import StepTimer
+from galaxydist.training.stop_signals import StepAbandoned, StepGates
+from galaxydist.training.throughput import StepTimer
 
 
 class Update:

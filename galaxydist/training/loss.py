@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from galaxydist.training.mixing import Mix, Part, take
+from galaxydist.training.mixup import Mix, Part, take
 
 
 @dataclass(frozen=True)

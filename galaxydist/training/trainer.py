@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +13,14 @@ from torch import nn
 
 from galaxydist.checkpoints import store
 from galaxydist.distributed import World, enter_world, keep_threads, leave_world, set_flight_recorder
-from galaxydist.errors import NonfiniteError, OneRankFailedError, UserError
+from galaxydist.errors import EveryRankError, NonfiniteError, OneRankFailedError, UserError
 from galaxydist.evaluation.evaluator import Judge, rehearse_evaluation
 from galaxydist.evaluation.inference import evaluate_split
 from galaxydist.evaluation.leakage import check_before_training
+from galaxydist.loading.augment import Augment
 from galaxydist.loading.dataset import (
     TrainingData,
+    build_augment,
     find_cache,
     find_manifest,
     find_variant,
@@ -24,31 +28,254 @@ from galaxydist.loading.dataset import (
     mirror_warning,
     open_manifest,
 )
+from galaxydist.loading.decode import sample_name
 from galaxydist.loading.device_prefetch import DeviceFeed
 from galaxydist.loading.loader import Batch, TrainReader
-from galaxydist.models.build import build_model
+from galaxydist.models.build import build_model, needs_two_images
+from galaxydist.models.param_groups import parameter_groups
+from galaxydist.models.performance import (
+    channels_last,
+    checkpoint_activations,
+    compile_model,
+    images_channels_last,
+    remove_broken_libraries,
+    set_tf32,
+)
 from galaxydist.paths import data_root, weights_dir
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.resolve import ResolvedRecipe
+from galaxydist.recipe.rules import check_strategy, check_world
+from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock, start_of
-from galaxydist.runs.save_policy import SavePolicy
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
 from galaxydist.training.announcement import describe_end, describe_run, describe_time
+from galaxydist.training.batch_norm import average_statistics, synchronise_batch_norm
+from galaxydist.training.checkpointer import SavePolicy, Saving
+from galaxydist.training.ddp import Strategy, open_strategy
+from galaxydist.training.health.anomalies import Nonfinite, Skipped, SpikeDetector
 from galaxydist.training.health.watchdog import build_watchdog, collective_timeout
-from galaxydist.training.journal import Journal
 from galaxydist.training.loop import Loop
-from galaxydist.training.opening import OpenedFolder, open_run_folder
-from galaxydist.training.out_of_memory import explained_out_of_memory, is_out_of_memory
-from galaxydist.training.parts import Parts, build_parts, build_update, check_parts, check_passes
-from galaxydist.training.profiling import StepProfiler
-from galaxydist.training.saving import Saving
-from galaxydist.training.statistics import average_statistics
-from galaxydist.training.stop_signals import StopFlag, signal_name
-from galaxydist.training.timing import StepTimer
-from galaxydist.training.tracking import Tracker, complete_tracker, start_tracker
+from galaxydist.training.loss import Objective, class_weights
+from galaxydist.training.metric_logger import Journal, Schedule
+from galaxydist.training.micro_batch import choose_micro_batch, explained_out_of_memory, is_out_of_memory
+from galaxydist.training.mixup import Mixing, count_pair_parts, split_pairs, take
+from galaxydist.training.optimizer import LearningRate, build_optimizer, find_optimizer
+from galaxydist.training.profiler import StepProfiler
+from galaxydist.training.resume import OpenedFolder, open_run_folder
+from galaxydist.training.state import EarlyStopping, TrainingState
+from galaxydist.training.step import Update, count_micro_batches, split_evenly
+from galaxydist.training.stop_signals import StepGates, StopFlag, signal_name
+from galaxydist.training.throughput import StepTimer, Utilisation, build_utilisation
+from galaxydist.training.trackers import Tracker, complete_tracker, start_tracker
+
+# DOC What a recipe asks for, built: the model and its optimizer, what is saved of them, and the step that moves them.
+
+# Tensors of a parameter's size that an optimizer keeps for it, at most: counted while the micro-batch is looked for.
+OPTIMIZER_TENSORS = 2
+
+
+@dataclass
+class Parts:
+    """What is made before the loop.
+
+    Args:
+        strategy: how the processes share the model.
+        state: what is saved.
+        augment: pixels to model input.
+        schedule: length of the run.
+        micro_batch: galaxies in one forward pass of one process (0: its whole share).
+        utilisation: how much of its device the run uses.
+    """
+
+    strategy: Strategy
+    state: TrainingState
+    augment: Augment
+    schedule: Schedule
+    micro_batch: int
+    utilisation: Utilisation
+
+
+def check_parts(recipe: Recipe, world: World) -> None:
+    """Refuse what could not be built, before anything is written.
+
+    Raises:
+        EveryRankError: on every rank the same.
+    """
+    find_optimizer(recipe.optim.name)
+    check_strategy(recipe.train, world.precision)
+    if Mixing(recipe.train, recipe.seed, recipe.data.image_size).is_on:
+        check_world(recipe.train.batch_size, world.size)
+
+
+def check_passes(recipe: Recipe, world: World, model: nn.Module) -> None:
+    """Refuse a pass of a single galaxy where the model's batch normalisation needs two, before anything is written.
+
+    Args:
+        model: built, on the CPU.
+
+    Raises:
+        EveryRankError: on every rank the same.
+    """
+    config = recipe.train
+    micro_batch = 0 if config.micro_batch == "auto" else config.micro_batch
+    if not _has_single_pass(recipe, world, model, micro_batch):
+        return
+    text = (
+        f"{recipe.model.name} at data.image_size={recipe.data.image_size} normalises over the batch what is one pixel by then, "
+        f"which takes two galaxies in each forward pass; train.batch_size={config.batch_size} on {world.size} processes with "
+        f"train.micro_batch={config.micro_batch} has passes of one."
+    )
+    if (enough := _least_micro_batch(recipe, world)) is not None:
+        raise EveryRankError(f"{text} Use train.micro_batch={enough} or more.")
+    remedy = ", or train.sync_batchnorm=true" if world.size > 1 else ""
+    raise EveryRankError(f"{text} Use train.batch_size={2 * world.size} or more{remedy}.")
+
+
+def _has_single_pass(recipe: Recipe, world: World, model: nn.Module, micro_batch: int) -> bool:
+    config = recipe.train
+    if Mixing(config, recipe.seed, recipe.data.image_size).is_on or (config.sync_batchnorm and world.size > 1):
+        return False  # there are two galaxies in any pass, or the passes of all processes count together
+    return _smallest_pass(recipe, world, micro_batch) == 1 and needs_two_images(model, recipe.data.image_size)
+
+
+def _smallest_pass(recipe: Recipe, world: World, micro_batch: int) -> int:
+    batch_size = recipe.train.batch_size
+    return batch_size // world.size // count_micro_batches(batch_size, world.size, micro_batch)
+
+
+def _least_micro_batch(recipe: Recipe, world: World) -> int | None:
+    """The least micro-batch of which no pass has a single galaxy."""
+    return next((size for size in (2, 3, 4) if _smallest_pass(recipe, world, size) > 1), None)
+
+
+def build_parts(
+    world: World,
+    recipe: Recipe,
+    manifest: Manifest,
+    model: nn.Module,
+    folder: RunFolder,
+    *,
+    stored_micro_batch: Mapping[str, Any] | None,
+) -> Parts:
+    """Everything around a model, with nothing restored yet. All ranks take part.
+
+    Args:
+        world: the processes.
+        recipe: what is asked for.
+        manifest: the shards.
+        model: built, on the CPU.
+        folder: of the run.
+        stored_micro_batch: what an earlier start of the run found out.
+    """
+    config, optim = recipe.train, recipe.optim
+    steps_per_epoch = manifest.splits["train"].num_samples // config.batch_size
+    schedule = Schedule(steps_per_epoch, config.epochs * steps_per_epoch, config.batch_size)
+    set_tf32(config.tf32, world.device)
+    model = model.to(device=world.device, dtype=world.dtype)
+    if config.channels_last:
+        channels_last(model)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    utilisation = build_utilisation(world, recipe, model)
+    micro_batch, found = _micro_batch(world, recipe, model, stored_micro_batch)
+    if config.sync_batchnorm and world.size > 1:
+        model = synchronise_batch_norm(model)
+    if config.compile:
+        world.together(lambda: compile_model(model, world.device))
+        from torch._inductor.runtime.cache_dir_utils import cache_dir as find_cache_dir
+
+        cache_dir = Path(find_cache_dir())
+        if num_removed := sum(world.gather(len(remove_broken_libraries(cache_dir)))):
+            world.say(f"removed {num_removed} libraries from torch.compile's cache {cache_dir}: their compilation was killed")
+    strategy = open_strategy(world, model, config)
+    augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=world.cores)
+    with explained_out_of_memory(recipe, world, micro_batch):
+        strategy.settle(_example(world, recipe, augment, micro_batch))
+    groups = [dict(group) for group in parameter_groups(strategy.model, optim.weight_decay, optim.layer_decay)]
+    state = TrainingState(
+        strategy.model,
+        world.accelerator.prepare(build_optimizer(groups, optim, world.device)),
+        world.accelerator.scaler,
+        strategy.averages,
+        stopping=EarlyStopping(config.metric, config.patience),
+        skipped=Skipped(recipe.data.on_error, recipe.data.max_errors),
+        nonfinite=Nonfinite(
+            config.on_nonfinite, config.max_nonfinite, folder, lambda sample: sample_name(manifest, "train", sample)
+        ),
+        spikes=SpikeDetector(config.spike_threshold),
+        micro_batch=found,
+        threads={"threads": world.threads, "world_size": world.size},
+    )
+    return Parts(
+        strategy=strategy,
+        state=state,
+        augment=augment,
+        schedule=schedule,
+        micro_batch=micro_batch,
+        utilisation=utilisation,
+    )
+
+
+def _micro_batch(world: World, recipe: Recipe, model: nn.Module, stored: Mapping[str, Any] | None) -> tuple[int, dict[str, Any]]:
+    """The recipe's, or the largest that fits beside what the optimizer will keep; and what is to be stored of it.
+
+    A model that is to be divided is not tried: whole, it would need more than it will.
+    """
+    if recipe.train.strategy == "fsdp" and recipe.train.micro_batch == "auto":
+        return 0, {}
+    trained_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    unit = 2 if Mixing(recipe.train, recipe.seed, recipe.data.image_size).is_on else 1
+    ballast_bytes = OPTIMIZER_TENSORS * trained_bytes
+    found, to_store = choose_micro_batch(world, recipe, model, stored=stored, ballast_bytes=ballast_bytes, unit=unit)
+    if recipe.train.micro_batch == "auto" and _has_single_pass(recipe, world, model, found):
+        found = _least_micro_batch(recipe, world) or 0
+        to_store = {**to_store, "micro_batch": found}
+    return found, to_store
+
+
+def _example(world: World, recipe: Recipe, augment: Augment, micro_batch: int) -> torch.Tensor:
+    """Two empty images as the model sees them; where it is compiled, as many as in this rank's first pass of a step, since the
+    first shape that comes is compiled for that shape alone."""
+    config, size = recipe.train, recipe.data.image_size
+    share = len(range(world.rank, config.batch_size, world.size))
+    is_mixing = Mixing(config, recipe.seed, size).is_on
+    count_parts, split = (count_pair_parts, split_pairs) if is_mixing else (count_micro_batches, split_evenly)
+    first = split(share, count_parts(config.batch_size, world.size, micro_batch))[0]
+    count = len(take(torch.arange(share), first))
+    pixels_BHWC = torch.zeros(count if config.compile else min(2, count), size, size, 3, dtype=torch.uint8, device=world.device)
+    images_BCHW = augment(pixels_BHWC, 0, torch.arange(len(pixels_BHWC))).to(world.dtype)
+    return images_channels_last(images_BCHW) if config.channels_last else images_BCHW
+
+
+def build_update(world: World, recipe: Recipe, manifest: Manifest, parts: Parts, timer: StepTimer, *, stop: StopFlag) -> Update:
+    """The step. All ranks take part."""
+    is_whole = recipe.train.strategy == "ddp" and not recipe.train.compile
+    gates = StepGates(
+        world.size,
+        stop,
+        layers=parts.strategy.model if is_whole else None,
+        timeout=collective_timeout(recipe.train.hang_timeout),
+    )
+    counts_K = manifest.splits["train"].class_counts
+    weights_K = class_weights(recipe.train.class_weights, counts_K).to(world.device)
+    mixing = Mixing(recipe.train, recipe.seed, recipe.data.image_size)
+    return Update(
+        world,
+        parts.strategy,
+        parts.state.optimizer,
+        objective=Objective(weights_K, recipe.train.label_smoothing),
+        augment=parts.augment,
+        mixing=mixing if mixing.is_on else None,
+        rate=LearningRate(recipe.optim, parts.schedule.total_steps),
+        config=recipe.train,
+        micro_batch=parts.micro_batch,
+        seed=recipe.seed,
+        timer=timer,
+        gates=gates,
+    )
 
 
 def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> int:

@@ -14,10 +14,9 @@ from tqdm import tqdm
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder
-from galaxydist.training.agreement import Agreed, Sums
-from galaxydist.training.timing import StepTimer
-from galaxydist.training.tracking import Tracker
-from galaxydist.training.utilisation import Utilisation
+from galaxydist.training.step_sync import Agreed, Sums
+from galaxydist.training.throughput import StepTimer, Utilisation
+from galaxydist.training.trackers import Tracker
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,18 @@ from galaxydist.checkpoints.sharded import ShardedSaver, load_sharded, open_savi
 from galaxydist.checkpoints.store import Checkpoint
 from galaxydist.distributed import World
 from galaxydist.recipe.schema import TrainConfig
-from galaxydist.training.clipping import clip_gradients
-from galaxydist.training.ema import MovingAverage
-from galaxydist.training.micro_batch import thrown_away_loss, unchanged
-from galaxydist.training.sharding import (
+from galaxydist.training.batch_norm import HasBuffers
+from galaxydist.training.fsdp import (
     WholeCopy,
+    clip_gradients,
     clip_sharded_gradients,
     open_mesh,
     part_maker,
     set_gradient_sync,
     shard_model,
 )
-from galaxydist.training.statistics import HasBuffers
+from galaxydist.training.micro_batch import thrown_away_loss, unchanged
+from galaxydist.training.optimizer import MovingAverage
 
 
 class Strategy(Protocol):
