@@ -8,7 +8,7 @@ import pytest
 
 from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
-from galaxydist.cluster.memory import estimate, weigh
+from galaxydist.planner.memory import estimate, weigh
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.training.step import count_micro_batches
 from tests.forked_runs import run_forked

@@ -12,16 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from galaxydist.cluster.dataset import BYTES_PER_GALAXY, find_data
-from galaxydist.cluster.memory import ModelFacts, estimate, weigh
-from galaxydist.cluster.plan import Job, Plan, plan_memory, plan_reading, plan_run, plan_steps
-from galaxydist.cluster.plan_text import render_plan, show_size, show_time
-from galaxydist.cluster.refusals import refuse_memory
-from galaxydist.cluster.trace import Timeline, trace_step
 from galaxydist.errors import UserError
 from galaxydist.models import registry
 from galaxydist.models.build import build_model
 from galaxydist.models.registry import MODEL_NAMES
+from galaxydist.planner.estimate import BYTES_PER_GALAXY, Job, Plan, find_data, plan_memory, plan_reading, plan_run, plan_steps
+from galaxydist.planner.limits import refuse_memory
+from galaxydist.planner.memory import ModelFacts, Timeline, estimate, trace_step, weigh
+from galaxydist.planner.table import render_plan, show_size, show_time
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import read_manifest

@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe).recipe
     root: Path = data_root(arguments.data_dir or recipe.data.dir, os.environ)
 
-    from galaxydist.cluster.plan import Job, plan_run
-    from galaxydist.cluster.plan_text import render_plan
+    from galaxydist.planner.estimate import Job, plan_run
+    from galaxydist.planner.table import render_plan
 
     job = Job(arguments.nodes, arguments.gpus_per_node, arguments.img_s, arguments.gpu_memory)
     plan = plan_run(recipe, root, job, galaxies=arguments.galaxies, shards=arguments.shards)

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 
 from galaxydist.cluster.profile import ClusterConfig
-from galaxydist.cluster.refusals import refuse_world
 from galaxydist.cluster.shared_folder import check_shared
 from galaxydist.cluster.submission import build_request
 from galaxydist.errors import UserError
 from galaxydist.loading.dataset import find_cache, find_manifest, find_variant, open_manifest
 from galaxydist.models.weights import find_weights
 from galaxydist.paths import data_root, weights_dir
+from galaxydist.planner.limits import refuse_world
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.remote.open import open_shards

@@ -1,7 +1,7 @@
 """A plan as a table for people."""
 
-from galaxydist.cluster.memory import ALLOWED_BYTES, ALLOWED_SHARE
-from galaxydist.cluster.plan import KEPT_CHECKPOINTS, Plan
+from galaxydist.planner.estimate import KEPT_CHECKPOINTS, Plan
+from galaxydist.planner.memory import ALLOWED_BYTES, ALLOWED_SHARE
 
 WIDTH = 28
 

@@ -9,7 +9,7 @@ from galaxydist.recipe.rules import check_strategy, check_world, is_mixing
 from galaxydist.recipe.schema import Recipe
 
 if TYPE_CHECKING:  # torch
-    from galaxydist.cluster.memory import Memory, ModelFacts
+    from galaxydist.planner.memory import Memory, ModelFacts
 
 # Batch normalisation's error grows quickly below this many images (Wu & He 2018, arXiv:1803.08494, figure 1: 8 and fewer).
 FEW_IMAGES = 8
