@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from galaxydist.cli.main import main
-from galaxydist.cluster.partition import check_partition
+from galaxydist.cluster.partition_check import check_partition
 from galaxydist.cluster.profile import CLUSTERS, ClusterConfig, load_cluster
-from galaxydist.cluster.site_reading import COMMANDS, SiteUnknownError, read_site
+from galaxydist.cluster.site import COMMANDS, SiteUnknownError, read_site
 
 RECORDS = Path(__file__).parent / "slurm_records"
 

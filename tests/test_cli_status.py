@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from galaxydist.cli.main import main
-from galaxydist.cluster import local_jobs
+from galaxydist.cluster import running_jobs
 from galaxydist.cluster.records import JobFiles, JobRecord
 from tests.status_runs import add_job
 
@@ -193,7 +193,7 @@ def test_a_local_job_runs_and_is_cancelled(local_run: tuple[JobFiles, JobRecord]
     assert f"local job {job.job_id} (runs/local run's): told to save and end" in capfd.readouterr().out
     assert psutil.wait_procs([*tasks], timeout=120)[1] == []
     deadline = time.monotonic() + 300
-    while local_jobs.find_controller(job) is not None:
+    while running_jobs.find_controller(job) is not None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert main(["cancel", "local run's"]) == 0
@@ -205,9 +205,9 @@ def test_a_local_job_runs_and_is_cancelled(local_run: tuple[JobFiles, JobRecord]
 def test_another_process_of_that_number_is_not_the_job(here: Path) -> None:
     files = JobFiles(here / "runs" / "local")
     mine = add_job(files, job_id=str(os.getpid()), scheduler="local", time=time.time())
-    assert local_jobs.find_controller(mine) is None
-    assert not local_jobs.stop(mine)
-    assert local_jobs.find_controller(add_job(files, job_id="no number", scheduler="local")) is None
+    assert running_jobs.find_controller(mine) is None
+    assert not running_jobs.stop(mine)
+    assert running_jobs.find_controller(add_job(files, job_id="no number", scheduler="local")) is None
 
 
 def test_cancel_says_why_it_cannot(run_files: JobFiles, capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 
 from galaxydist.cluster.profile import (
     CLUSTERS,
+    MAX_DAYS,
     ClusterConfig,
     ClusterError,
     ResolvedCluster,
     list_clusters,
     load_cluster,
+    read_time_s,
     split_arguments,
 )
-from galaxydist.cluster.profile_checks import MAX_DAYS, read_time_s
 
 SHIPPED = sorted((Path(__file__).parents[1] / "slurm" / "clusters").glob("*.yaml"))
 FIELDS = CLUSTERS.schema.fields

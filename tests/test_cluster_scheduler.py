@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.cluster.programs import SchedulerAwayError, is_slurm_here
-from galaxydist.cluster.scheduler import (
+from galaxydist.cluster.slurm import (
     UNKNOWN,
     JobState,
+    SchedulerAwayError,
     _find_ended,
     cancel_jobs,
     expand_ids,
+    is_slurm_here,
     parse_duration,
     parse_sacct,
     parse_squeue,

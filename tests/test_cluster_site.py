@@ -11,12 +11,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.cluster.partition import check_partition, time_text
-from galaxydist.cluster.preemption import Preemption, find_preemption
+from galaxydist.cluster.partition_check import check_partition, time_text
 from galaxydist.cluster.profile import ClusterConfig, ResolvedCluster, load_cluster
-from galaxydist.cluster.profile_text import profile_text
-from galaxydist.cluster.site import Association, NodeGroup, Partition, Qos, Site
-from galaxydist.cluster.site_reading import COMMANDS, parse_gpus, parse_site, read_slurm_time_s
+from galaxydist.cluster.profile_init import profile_text
+from galaxydist.cluster.site import (
+    COMMANDS,
+    Association,
+    NodeGroup,
+    Partition,
+    Preemption,
+    Qos,
+    Site,
+    find_preemption,
+    parse_gpus,
+    parse_site,
+    read_slurm_time_s,
+)
 from galaxydist.errors import UserError
 
 RECORDS = Path(__file__).parent / "slurm_records"

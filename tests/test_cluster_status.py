@@ -13,18 +13,19 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from galaxydist.cluster.active import newest_job
-from galaxydist.cluster.progress import Progress, read_progress
 from galaxydist.cluster.records import JobFiles, RestartRecord
-from galaxydist.cluster.scheduler import JobState
-from galaxydist.cluster.srun_words import find_death
+from galaxydist.cluster.running_jobs import newest_job
+from galaxydist.cluster.slurm import JobState
+from galaxydist.cluster.srun_messages import find_death
 from galaxydist.cluster.status import (
     GROUPS,
     Overview,
+    Progress,
     RunStatus,
     count_restarts,
     find_runs,
     read_overview,
+    read_progress,
     read_status,
 )
 from galaxydist.cluster.status_table import duration_text, render_overview, summary_text

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from galaxydist.cli.main import main
-from galaxydist.cluster import programs, scheduler
-from galaxydist.cluster.programs import SchedulerAwayError
+from galaxydist.cluster import slurm
 from galaxydist.cluster.records import JobFiles
-from galaxydist.cluster.scheduler import JobState, cancel_jobs, max_array_size, read_states
+from galaxydist.cluster.slurm import JobState, SchedulerAwayError, cancel_jobs, max_array_size, read_states
 from tests.slurm_bed import submit, wait_for, wait_state
 from tests.status_runs import add_job
 
@@ -108,7 +107,7 @@ def test_accounting_tells_of_what_slurmctld_has_forgotten(slurm_bed: "Bed", tmp_
     wait_state(slurm_bed, f"{array}_0", "COMPLETED")
     wait_state(slurm_bed, f"{array}_1", "FAILED")
     ids = [f"{array}_0", f"{array}_1"]
-    wait_for(lambda: [state.state for state in scheduler._ask_sacct(ids).values()] == ["COMPLETED", "FAILED"])
+    wait_for(lambda: [state.state for state in slurm._ask_sacct(ids).values()] == ["COMPLETED", "FAILED"])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +152,7 @@ def test_status_while_slurmctld_is_away(slurm_bed: "Bed", tmp_path: Path, capfd:
 
 @pytest.mark.usefixtures("slurm_bed")
 def test_a_program_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "TIMEOUT_S", 0.0001)
+    monkeypatch.setattr(slurm, "TIMEOUT_S", 0.0001)
     with pytest.raises(SchedulerAwayError, match="did not answer within"):
         read_states(["1"])
 

@@ -5,8 +5,7 @@ import pytest
 from galaxydist.cluster.doctor.job import short_profile
 from galaxydist.cluster.doctor.preemption import check_preemption
 from galaxydist.cluster.profile import ClusterConfig
-from galaxydist.cluster.site import Site
-from galaxydist.cluster.site_reading import parse_site
+from galaxydist.cluster.site import Site, parse_site
 
 
 def site(low: str, settings: str = "", high: str = "PriorityTier=10") -> Site:

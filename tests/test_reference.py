@@ -9,9 +9,8 @@ from torch import nn
 
 from galaxydist.cli.main import main
 from galaxydist.cluster.snapshot import take_snapshot
-from galaxydist.cluster.submission import _job_arguments, build_request
-from galaxydist.cluster.sweep import resolve
-from galaxydist.cluster.sweep_file import read_sweep
+from galaxydist.cluster.submit import _job_arguments, build_request
+from galaxydist.cluster.sweep import read_sweep, resolve
 from galaxydist.models import build_model
 from galaxydist.models.reference import CNN_CHANNELS, MlpHead
 from galaxydist.models.weights import weights_file

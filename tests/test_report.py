@@ -148,8 +148,7 @@ def test_wrong_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_a_sweep_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.yaml").write_text("grid: {recipe: [demo], seed: [0, 1]}\nroot: runs/two\n")
-    from galaxydist.cluster.sweep import resolve
-    from galaxydist.cluster.sweep_file import read_sweep
+    from galaxydist.cluster.sweep import read_sweep, resolve
 
     first = resolve(read_sweep(tmp_path / "two.yaml"))[0]
     write_trial(first.run_dir, ["recipe=demo", "seed=0"], dataset="simulated", accuracy={"original": 0.5})

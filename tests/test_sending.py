@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from galaxydist.cluster.profile import load_cluster
-from galaxydist.cluster.sending import adopt_settings, alone_in, plain_environment
+from galaxydist.cluster.submit import adopt_settings, alone_in, plain_environment
 from galaxydist.errors import UserError
 
 HOLD = """
 import sys
 from pathlib import Path
-from galaxydist.cluster.sending import alone_in
+from galaxydist.cluster.submit import alone_in
 with alone_in(Path(sys.argv[1])):
     print("alone", flush=True)
     sys.stdin.read()
@@ -24,7 +24,7 @@ with alone_in(Path(sys.argv[1])):
 SEND = """
 import signal, sys
 from pathlib import Path
-from galaxydist.cluster.sending import signals_later
+from galaxydist.cluster.submit import signals_later
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with signals_later():
     print("sending", flush=True)

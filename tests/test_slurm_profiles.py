@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from galaxydist.cli.main import main
-from galaxydist.cluster.partition import check_partition
+from galaxydist.cluster.partition_check import check_partition
 from galaxydist.cluster.profile import ClusterConfig, load_cluster
 from galaxydist.cluster.records import JobFiles
-from galaxydist.cluster.site_reading import read_site
+from galaxydist.cluster.site import read_site
 from galaxydist.errors import UserError
 from tests.runs import quick_settings
 

@@ -12,12 +12,11 @@ from submitit.core.utils import FailedJobError
 
 from galaxydist.cli.main import main
 from galaxydist.cluster.executor import explain_refusal
-from galaxydist.cluster.interface import find_interface
+from galaxydist.cluster.preflight import check_shared
 from galaxydist.cluster.profile import ResolvedCluster, load_cluster
 from galaxydist.cluster.records import JobFiles
-from galaxydist.cluster.request_file import JobRequest, RequestFile
-from galaxydist.cluster.shared_folder import check_shared
-from galaxydist.cluster.submission import script_of
+from galaxydist.cluster.submit import JobRequest, RequestFile, script_of
+from galaxydist.cluster.worker import find_interface
 from galaxydist.errors import UserError
 from galaxydist.paths import data_root
 from tests.runs import quick_settings
@@ -86,7 +85,7 @@ def test_the_batch_script_asks_for_what_the_profile_says(tmp_path: Path) -> None
         and " -P -u -m galaxydist.cluster.task " in srun
         and srun.endswith(" &")
     )
-    assert lines[-1] == "exit $?" and "galaxydist.cluster.after_srun" in lines[-2]
+    assert lines[-1] == "exit $?" and "galaxydist.cluster.requeue" in lines[-2]
 
 
 @pytest.mark.usefixtures("srun_alone")
@@ -105,7 +104,7 @@ def test_gpus_are_asked_for_as_the_cluster_spells_them(tmp_path: Path) -> None:
     array = script_of([REQUEST] * 5, cluster(tmp_path, "parallel: 2", "after: 7"), folder=tmp_path, name="n")
     assert "#SBATCH --dependency=afterok:7\n" in array
     # What submitit hands on to the executor that it makes for an array.
-    assert array.count("galaxydist.cluster.after_srun") == 2 and "trap told_to_end TERM" in array
+    assert array.count("galaxydist.cluster.requeue") == 2 and "trap told_to_end TERM" in array
     assert "#SBATCH --array=0-4%2\n" in array and "gres" not in array and "--gpus" not in array
     container = cluster(tmp_path, "container: apptainer exec --nv image.sif", "python: /opt/python")
     script = script_of([REQUEST], container, folder=tmp_path, name="n")
@@ -147,7 +146,7 @@ def test_run_folders_of_one_machine_are_refused(tmp_path: Path, monkeypatch: pyt
     mounts = {"/": "nfs4", str(tmp_path / "memory"): "tmpfs"}
     parts = [SimpleNamespace(mountpoint=place, fstype=kind) for place, kind in mounts.items()]
     monkeypatch.setattr("psutil.disk_partitions", lambda **_: parts)
-    monkeypatch.setattr("galaxydist.cluster.shared_folder.OF_THE_NODE", (tmp_path / "own",))
+    monkeypatch.setattr("galaxydist.cluster.preflight.OF_THE_NODE", (tmp_path / "own",))
     assert is_refused(tmp_path / "own" / "run") and is_refused(tmp_path / "memory" / "run")
     assert not is_refused(tmp_path / "home" / "run")
 
@@ -163,7 +162,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("galaxydist.cluster.shared_folder.OF_THE_NODE", (tmp_path,))
+    monkeypatch.setattr("galaxydist.cluster.preflight.OF_THE_NODE", (tmp_path,))
     good = quick_settings(blobs, tmp_path / "run")
     for words, text in (
         (good, "cluster=NAME is missing"),

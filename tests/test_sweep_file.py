@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.cluster.sweep import Trial, expand, resolve
-from galaxydist.cluster.sweep_file import SweepError, SweepFile, find_sweep, list_sweeps, read_sweep
+from galaxydist.cluster.sweep import SweepError, SweepFile, Trial, expand, find_sweep, list_sweeps, read_sweep, resolve
 from galaxydist.errors import UserError
 from galaxydist.recipe.identity import run_name
 from galaxydist.recipe.resolve import Setting, load_recipe

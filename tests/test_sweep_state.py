@@ -15,14 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.cluster.records import JobFiles, JobRecord, RestartRecord
-from galaxydist.cluster.scheduler import JobState
-from galaxydist.cluster.sending import signals_later
-from galaxydist.cluster.submission import JobRequest
-from galaxydist.cluster.sweep import Trial, resolve
-from galaxydist.cluster.sweep_file import read_sweep
-from galaxydist.cluster.sweep_sending import array_of, run_here, submit_arrays
-from galaxydist.cluster.sweep_state import Decision, TrialFacts, decide, read_facts
-from galaxydist.cluster.sweep_text import render_trials, summarise
+from galaxydist.cluster.slurm import JobState
+from galaxydist.cluster.submit import JobRequest, signals_later
+from galaxydist.cluster.sweep import Trial, read_sweep, resolve
+from galaxydist.cluster.sweep_runner import (
+    Decision,
+    TrialFacts,
+    array_of,
+    decide,
+    read_facts,
+    render_trials,
+    run_here,
+    submit_arrays,
+    summarise,
+)
 from galaxydist.errors import UserError
 from galaxydist.evaluation.results_files import FORMAT_VERSION
 from galaxydist.runs.folder import RunFolder, StoredRecipe

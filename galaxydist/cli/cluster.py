@@ -74,8 +74,8 @@ def run_init(arguments: argparse.Namespace) -> None:
     """Write a profile for the cluster of this machine."""
     from galaxydist.atomic_files import replace_bytes
     from galaxydist.cluster.profile import load_cluster
-    from galaxydist.cluster.profile_text import profile_text
-    from galaxydist.cluster.site_reading import read_site
+    from galaxydist.cluster.profile_init import profile_text
+    from galaxydist.cluster.site import read_site
 
     name = arguments.name
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):

@@ -116,8 +116,7 @@ def _make_galleries(results: "Results") -> Iterator[str]:
 
 def _sweep_runs(text: str) -> list[Path]:
     """The run folders of a sweep, in its order."""
-    from galaxydist.cluster.sweep import resolve
-    from galaxydist.cluster.sweep_file import find_sweep, list_sweeps, read_sweep
+    from galaxydist.cluster.sweep import find_sweep, list_sweeps, read_sweep, resolve
 
     if not Path(text).is_file() and text not in list_sweeps():
         nor = "" if Path(text).is_absolute() else f" (nor {Path('runs') / text})"

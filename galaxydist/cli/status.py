@@ -158,8 +158,8 @@ def _console() -> "Console":
 
 def run_logs(arguments: argparse.Namespace) -> None:
     """Print the end of a log, and what is added to it."""
+    from galaxydist.cluster.logs import find_logs, follow, last_lines, sizes
     from galaxydist.cluster.records import JobFiles
-    from galaxydist.cluster.run_logs import find_logs, follow, last_lines, sizes
     from galaxydist.cluster.status import is_run
 
     folder = find_folder(arguments.folder)

@@ -54,15 +54,14 @@ def run(arguments: argparse.Namespace) -> None:
     cluster = load_cluster(cluster_arguments)
     resolved = load_recipe(recipe_arguments)
 
+    from galaxydist.cluster.preflight import check_request
     from galaxydist.cluster.records import JobFiles
-    from galaxydist.cluster.request_checks import check_request
-    from galaxydist.cluster.sending import alone_in
-    from galaxydist.cluster.submission import ask_start, build_request, check_idle, script_of, submit_requests
+    from galaxydist.cluster.submit import alone_in, ask_start, build_request, check_idle, script_of, submit_requests
 
     request = build_request(resolved, recipe_arguments)
     is_due = check_request(resolved, cluster.config, os.environ)
     if cluster.config.scheduler == "slurm":
-        from galaxydist.cluster.partition import check_partition
+        from galaxydist.cluster.partition_check import check_partition
 
         check_partition(cluster.config)
     folder, name = JobFiles(request.run_dir).slurm_dir, request.run_dir.name

@@ -13,8 +13,7 @@ from galaxydist.errors import EXIT_FAILED, UserError
 
 if TYPE_CHECKING:
     from galaxydist.cluster.profile import ResolvedCluster
-    from galaxydist.cluster.sweep import Trial
-    from galaxydist.cluster.sweep_file import SweepFile
+    from galaxydist.cluster.sweep import SweepFile, Trial
 
 POLL_SECONDS = 1.0
 EPILOG = """examples:
@@ -50,7 +49,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check a sweep, and submit what is missing of it."""
-    from galaxydist.cluster.sweep_file import find_sweep, list_sweeps, read_sweep
+    from galaxydist.cluster.sweep import find_sweep, list_sweeps, read_sweep
 
     if arguments.file is None:
         print("sweeps:", *(f"  {path}" for path in list_sweeps().values()), sep="\n")
@@ -64,15 +63,14 @@ def run(arguments: argparse.Namespace) -> None:
         cluster_arguments = [f"cluster={sweep.cluster}", *cluster_arguments]
     cluster = load_cluster(cluster_arguments)
 
-    from galaxydist.cluster.request_checks import check_request
-    from galaxydist.cluster.scheduler import read_states
+    from galaxydist.cluster.preflight import check_request
+    from galaxydist.cluster.slurm import read_states
     from galaxydist.cluster.sweep import resolve
-    from galaxydist.cluster.sweep_state import decide, read_facts
-    from galaxydist.cluster.sweep_text import render_trials, summarise
+    from galaxydist.cluster.sweep_runner import decide, read_facts, render_trials, summarise
 
     trials = resolve(sweep, recipe_arguments, check=lambda resolved: check_request(resolved, cluster.config, os.environ))
     if cluster.config.scheduler == "slurm":
-        from galaxydist.cluster.partition import check_partition
+        from galaxydist.cluster.partition_check import check_partition
 
         check_partition(cluster.config)
     decisions = [decide(facts, retry_failed=arguments.retry_failed) for facts in read_facts(trials, read_states)]
@@ -96,11 +94,9 @@ def _is_confirmed(count: int, cluster: "ResolvedCluster") -> bool:
 
 def _submit(due: "list[Trial]", sweep: "SweepFile", cluster: "ResolvedCluster", *, retry_failed: bool) -> None:
     from galaxydist.cluster.records import JobFiles
-    from galaxydist.cluster.scheduler import max_array_size, read_states
-    from galaxydist.cluster.sending import alone_in
-    from galaxydist.cluster.submission import JobRequest, submit_requests
-    from galaxydist.cluster.sweep_sending import run_here, submit_arrays
-    from galaxydist.cluster.sweep_state import decide, is_local_job_running, read_facts
+    from galaxydist.cluster.slurm import max_array_size, read_states
+    from galaxydist.cluster.submit import JobRequest, alone_in, submit_requests
+    from galaxydist.cluster.sweep_runner import decide, is_local_job_running, read_facts, run_here, submit_arrays
 
     folder = due[0].run_dir.parent / "slurm"
     parallel = _parallel(sweep, cluster)
@@ -147,8 +143,8 @@ def _show_script(due: "list[Trial]", sweep: "SweepFile", cluster: "ResolvedClust
     if cluster.config.scheduler == "local":
         print(f"\nno batch script: {_parallel(sweep, cluster)} at the same time as processes of this machine")
         return
-    from galaxydist.cluster.scheduler import max_array_size
-    from galaxydist.cluster.submission import build_request, script_of
+    from galaxydist.cluster.slurm import max_array_size
+    from galaxydist.cluster.submit import build_request, script_of
 
     size = max_array_size()
     requests = [build_request(trial.resolved, trial.arguments) for trial in due[:size]]

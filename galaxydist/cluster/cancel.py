@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from galaxydist.cluster import local_jobs
-from galaxydist.cluster.active import find_holder
+from galaxydist.cluster import running_jobs
 from galaxydist.cluster.records import JobFiles, JobRecord
-from galaxydist.cluster.scheduler import JobState, cancel_jobs, read_states
+from galaxydist.cluster.running_jobs import find_holder
+from galaxydist.cluster.slurm import JobState, cancel_jobs, read_states
 from galaxydist.cluster.status import find_runs
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder
@@ -97,7 +97,7 @@ def cancel(targets: Sequence[Target]) -> list[str]:
     told = []
     for target in targets:
         if target.is_local:
-            done = local_jobs.stop(target.job) if target.job is not None else False
+            done = running_jobs.stop(target.job) if target.job is not None else False
             told.append(f"{target.text}: told to save and end" if done else f"{target.text}: it has ended by itself")
         elif target.job_id in refused:
             told.append(f"{target.text}: not cancelled: {refused[target.job_id]}")
@@ -109,7 +109,7 @@ def cancel(targets: Sequence[Target]) -> list[str]:
 def _is_active(target: Target, in_slurm: bool | None) -> bool:
     if in_slurm is not None:
         return in_slurm
-    return target.job is not None and local_jobs.find_controller(target.job) is not None
+    return target.job is not None and running_jobs.find_controller(target.job) is not None
 
 
 def _note(run: Path, states: Mapping[str, JobState]) -> str:

@@ -11,10 +11,10 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.local.local import LocalJob
 
-from galaxydist.cluster.output import output_to
 from galaxydist.cluster.profile import ClusterConfig
-from galaxydist.cluster.programs import SchedulerAwayError, is_away
-from galaxydist.cluster.srun_words import START_MARK, TOLD_TO_END
+from galaxydist.cluster.slurm import SchedulerAwayError, is_away
+from galaxydist.cluster.srun_messages import START_MARK, TOLD_TO_END
+from galaxydist.cluster.worker import output_to
 from galaxydist.errors import UserError
 
 # submitit's local executor ends its tasks after a while; a laptop has no time limit.

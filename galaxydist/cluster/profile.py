@@ -1,5 +1,7 @@
 """Cluster profiles: what to ask a cluster for. YAML files, typed and strict like recipes; ``cluster.nodes=2`` changes one."""
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +9,276 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from galaxydist.cluster.profile_checks import CHECKS, MIN_SIGNAL_S, read_time_s
 from galaxydist.paths import shipped_dir
 from galaxydist.recipe.fields import Schema
-from galaxydist.recipe.resolve import ConfigError, ConfigKind, list_files, load_config
+from galaxydist.recipe.resolve import Check, ConfigError, ConfigKind, list_files, load_config
 from galaxydist.recipe.schema import Count, Section
+
+# DOC Rules between the fields of a cluster profile, and how a time limit is read.
+
+# From the start of the job to the first step: 8 s on a laptop (`galaxydist bench startup`), longer where the nodes read Python
+# over the network.
+START_UP_S = 30
+# Writing a checkpoint and leaving: the least time before the limit at which processes can be told.
+MIN_SIGNAL_S = 10
+# "Due to the resolution of event handling by Slurm, the signal may be sent up to 60 seconds earlier than specified" (sbatch(1)).
+EARLY_S = 60
+MAX_DAYS = 365
+
+TIME_FORMS = "minutes, or HH:MM:SS, D-HH:MM:SS, D-HH (04:00:00 and 240 are four hours)"
+_TIME = re.compile(
+    r"(?:(?P<days>\d{1,4})-(?P<hours>\d{1,2})(?::(?P<minutes>\d{2})(?::(?P<seconds>\d{2}))?)?)|(?P<clock>\d{1,4}:\d{2}:\d{2})",
+    re.ASCII,
+)
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OPTION = re.compile(r"[a-z][a-z0-9-]*")
+_DEPENDENCY = re.compile(r"((after|afterany|afterok|afternotok):)?[0-9]+(_[0-9]+)?(:[0-9]+(_[0-9]+)?)*", re.ASCII)
+
+# What a job's processes find out for themselves, or SLURM sets for each of them.
+SET_FOR_EACH_PROCESS = {
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES",
+}  # fmt: skip
+INTERFACES = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
+
+# Options of sbatch that have keys of their own, and those that galaxydist sets.
+KEYS_OF_OPTIONS = {
+    "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint", "exclude": "exclude",
+    "nodelist": "nodelist", "reservation": "reservation", "comment": "comment", "nodes": "nodes", "ntasks": "tasks_per_node",
+    "ntasks-per-node": "tasks_per_node", "gpus": "gpus_per_node", "gpus-per-node": "gpus_per_node",
+    "gpus-per-task": "gpus_per_node", "cpus-per-task": "cpus_per_task", "mem": "memory", "time": "time", "signal": "signal_s",
+    "requeue": "requeue", "no-requeue": "requeue", "export": "environment", "dependency": "after",
+}  # fmt: skip
+OWN_OPTIONS = {
+    "array",
+    "output",
+    "error",
+    "open-mode",
+    "job-name",
+    "wrap",
+    "chdir",
+    "parsable",
+    "test-only",
+    "wait",
+}
+
+
+OWN_SRUN_OPTIONS = {"output", "error", "input", "unbuffered", "kill-on-bad-exit", "multi-prog", "test-only", "job-name", "chdir"}
+
+
+def read_time_s(time: int | str) -> int:
+    """A time limit in seconds.
+
+    Args:
+        time: minutes, or text in one of SLURM's forms that cannot be misread.
+
+    Raises:
+        ValueError: none of the forms, not more than 0, or more than a year.
+    """
+    if isinstance(time, int) or re.fullmatch(r"[0-9]{1,9}", time):
+        seconds = 60 * int(time)
+    else:
+        match = _TIME.fullmatch(time)
+        if match is None:
+            hint = "; SLURM reads 4:00 as four minutes" if re.fullmatch(r"\d{1,4}:\d{2}", time) else ""
+            raise ValueError(f"must be {TIME_FORMS}{hint}")
+        parts = [int(part) for part in match["clock"].split(":")] if match["clock"] else [
+            int(match[name] or 0) for name in ("hours", "minutes", "seconds")
+        ]  # fmt: skip
+        hours, minutes, rest = parts
+        if minutes > 59 or rest > 59 or (match["days"] and hours > 23):
+            raise ValueError(f"has more minutes or seconds than 59, or more hours beside days than 23; it must be {TIME_FORMS}")
+        seconds = int(match["days"] or 0) * 86_400 + hours * 3600 + minutes * 60 + rest
+    if not 0 < seconds <= MAX_DAYS * 86_400:
+        raise ValueError(f"must be more than 0 and at most {MAX_DAYS} days")
+    return seconds
+
+
+def _time(time: int | str) -> str | None:
+    try:
+        read_time_s(time)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _time_for_work(scheduler: str, time: int | str, signal_s: int) -> str | None:
+    try:
+        time_s = read_time_s(time)
+    except ValueError:
+        return None  # said already
+    if scheduler == "local":
+        return None  # nothing ends a local run
+    if signal_s >= time_s:
+        return f"the processes would be told to save {signal_s} s before the end of a job of {time_s} s; make the limit longer"
+    most = time_s - EARLY_S - START_UP_S
+    if signal_s > most:
+        later = f", or signal_s={most} or less" if most >= MIN_SIGNAL_S else ""
+        return (
+            f"a start takes {START_UP_S} s, and the processes may be told to save {EARLY_S} s earlier (by SLURM's clock) than "
+            f"{signal_s} s before the limit of {time_s} s, so that no step is done: give it "
+            f"{-(-(START_UP_S + EARLY_S + signal_s) // 60)} minutes or more{later}"
+        )
+    return None
+
+
+def _local_nodes(scheduler: str, nodes: int) -> str | None:
+    return (
+        "there is one local machine; take nodes=1, or a profile with scheduler: slurm"
+        if scheduler == "local" and nodes > 1
+        else None
+    )
+
+
+def _only_slurm(scheduler: str, *values: object) -> str | None:
+    if scheduler == "local" and any(value is not None and value != () for value in values):
+        return "local runs know nothing of it; leave it out, or take a profile with scheduler: slurm"
+    return None
+
+
+def _gpu_type(gpu_type: str | None, gpus_per_node: int) -> str | None:
+    if gpu_type is None:
+        return None
+    if not re.fullmatch(r"[A-Za-z0-9_.+-]+", gpu_type):
+        return "give the type alone: a100 for gpu:a100:4"
+    if gpus_per_node > 1 and is_mig(gpu_type):
+        return "its GPUs are MIG slices, and CUDA shows a process the first of a node's alone: take gpus_per_node=1"
+    return None if gpus_per_node else "no GPUs are asked for; set gpus_per_node too"
+
+
+def is_mig(gpu_type: str) -> bool:
+    """Whether the type names a slice of a GPU, such as ``1g.10gb`` or ``a100_3g.20gb``.
+
+    Of slices a process can use one (NVIDIA, Multi-Instance GPU User Guide, "CUDA device enumeration").
+    """
+    return re.search(r"(^|[_.-])\d+g\.\d+gb", gpu_type) is not None
+
+
+def _tasks(tasks_per_node: int, gpus_per_node: int) -> str | None:
+    if gpus_per_node and tasks_per_node > gpus_per_node:
+        return "two processes cannot share a GPU; take 0, which is one a GPU"
+    if gpus_per_node and 0 < tasks_per_node < gpus_per_node:
+        return f"each process uses one GPU, so {gpus_per_node - tasks_per_node} a node would stay idle; ask for {tasks_per_node}"
+    return None
+
+
+def _environment(environment: tuple[str, ...], interface: str | None) -> str | None:
+    names: list[str] = []
+    for item in environment:
+        name, equals, value = item.partition("=")
+        if not equals or not _VARIABLE.fullmatch(name):
+            return f"{item!r} is not NAME=VALUE, such as NCCL_DEBUG=INFO"
+        if "\n" in value or "\0" in value:
+            return f"the value of {name} has more than one line"
+        if name in names:
+            return f"{name} is given twice; keep one"
+        if name in SET_FOR_EACH_PROCESS or name.startswith(("SLURM_", "SBATCH_")):
+            return f"{name} is set for each process of a job; take it out"
+        if name in INTERFACES and interface is not None:
+            return f"{name} and interface say the same; keep one"
+        names.append(name)
+    return None
+
+
+def _environment_variables(environment: tuple[str, ...]) -> str | None:
+    """Values are quoted in the batch script, so that no shell reads them."""
+    item = next((item for item in environment if "$" in item.partition("=")[2]), None)
+    return None if item is None else f"{item!r} is taken as it stands, with its $; write a line of setup instead: export {item}"
+
+
+def _extra(extra: tuple[str, ...]) -> str | None:
+    return _options(extra, "sbatch", "mail-type=END or exclusive", KEYS_OF_OPTIONS, OWN_OPTIONS)
+
+
+def _srun(srun: tuple[str, ...]) -> str | None:
+    return _options(srun, "srun", "cpu-bind=cores or container-image=FILE", KEYS_OF_OPTIONS, OWN_SRUN_OPTIONS)
+
+
+def _options(options: tuple[str, ...], program: str, examples: str, keys: Mapping[str, str], own: set[str]) -> str | None:
+    seen: set[str] = set()
+    for item in options:
+        option = item.partition("=")[0]
+        if option.startswith("-"):
+            return f"{item!r}: write the option without dashes, {item.lstrip('-')}"
+        if not _OPTION.fullmatch(option) or "\n" in item or "\0" in item:
+            return f"{item!r} is not an option of {program} like {examples}"
+        if option in keys:
+            return f"{option} has a key of its own: {keys[option]}"
+        if option in own:
+            return f"{option} is set by galaxydist; take it out"
+        if option in seen:
+            return f"{option} is given twice; keep one"
+        seen.add(option)
+    return None
+
+
+def _after(after: int | str | None) -> str | None:
+    if after is None or _DEPENDENCY.fullmatch(str(after)):
+        return None
+    return "must be the id of a job, such as 123 or 123_4, or afterany:123, which waits for the end of a job however it ends"
+
+
+def _extra_gpus(extra: tuple[str, ...], gpu_request: str, gpus_per_node: int) -> str | None:
+    if gpu_request == "gres" and gpus_per_node and any(item.startswith("gres=") for item in extra):
+        return "it would take the place of the GPUs' gres; use gpu_request=gpus-per-node beside another gres"
+    return None
+
+
+def _one_line(*values: str | None) -> str | None:
+    return "must be one line" if any(value is not None and re.search(r"[\n\r\0]", value) for value in values) else None
+
+
+def _modules(modules: tuple[str, ...]) -> str | None:
+    bad = next((module for module in modules if not re.fullmatch(r"\S+", module)), None)
+    return None if bad is None else f"{bad!r} is not one module; write a list like [cuda/12.4,python/3.11]"
+
+
+def _words(value: str | None) -> str | None:
+    try:
+        shlex.split(value or "")
+    except ValueError as error:
+        return f"a shell cannot read it: {error}"
+    return None
+
+
+def _scratch(scratch: Path | None) -> str | None:
+    if scratch is None or scratch.is_absolute() or str(scratch).startswith("$"):
+        return None
+    return "must be a whole path, such as /local, or begin with a variable of the job, such as $TMPDIR"
+
+
+_ONE_LINERS = (
+    "partition",
+    "account",
+    "qos",
+    "constraint",
+    "exclude",
+    "nodelist",
+    "reservation",
+    "comment",
+    "python",
+    "interface",
+)
+_SLURM_ALONE = (*_ONE_LINERS[:8], "extra", "srun", "after")
+
+CHECKS = (
+    Check(("time",), _time),
+    Check(("scheduler", "time", "signal_s"), _time_for_work),
+    Check(("scheduler", "nodes"), _local_nodes),
+    *(Check(("scheduler", key), _only_slurm) for key in _SLURM_ALONE),
+    Check(("gpu_type", "gpus_per_node"), _gpu_type),
+    Check(("tasks_per_node", "gpus_per_node"), _tasks),
+    Check(("environment", "interface"), _environment),
+    Check(("environment",), _environment_variables),
+    Check(("extra",), _extra),
+    Check(("srun",), _srun),
+    Check(("after",), _after),
+    Check(("extra", "gpu_request", "gpus_per_node"), _extra_gpus),
+    *(Check((key,), _one_line) for key in _ONE_LINERS),
+    Check(("modules",), _modules),
+    Check(("container",), _words),
+    Check(("scratch",), _scratch),
+)
+
 
 MB_IN_GB = 1024  # SLURM's M and G are powers of two
 

@@ -1,15 +1,238 @@
 """From a sweep's file to its trials: which runs there are, each resolved and checked, and where each lies."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-from galaxydist.cluster.sweep_file import DECIDED, SweepError, SweepFile
 from galaxydist.errors import UserError
+from galaxydist.paths import shipped_dir
 from galaxydist.recipe.identity import flatten, run_name
-from galaxydist.recipe.resolve import COMMAND_LINE, RecipeError, ResolvedRecipe, Setting, load_recipe
-from galaxydist.recipe.yaml12 import to_text
+from galaxydist.recipe.resolve import COMMAND_LINE, RecipeError, ResolvedRecipe, Setting, list_files, load_recipe
+from galaxydist.recipe.yaml12 import Document, read_document, to_text
+
+# DOC A sweep's YAML file: which keys take which values, and what the runs share.
+# DOC
+# DOC     cluster: a100                          # a profile; cluster=NAME on the command line goes before it
+# DOC     root: runs/galaxy10                    # where the run folders lie (default: runs/<name of this file>)
+# DOC     parallel: 8                            # how many run at the same time (default: the profile's)
+# DOC     set: {train.epochs: 30}                # for all runs
+# DOC     grid:                                  # every combination; the first key changes slowest
+# DOC       recipe: [resnet50, vit]
+# DOC       seed: [0, 1, 2]
+# DOC     list:                                  # runs one by one; where there is a grid as well, each with every point of it
+# DOC       - {optim.lr: 1e-4}
+# DOC       - {optim.lr: 1e-3, optim.warmup: 0.1}
+# DOC     evaluate: [original, balanced]         # eval.variants of all runs
+# DOC
+# DOC Keys are written as on the command line, ``optim.lr``, or as in a recipe, ``optim: {lr: ...}``. A value of the list goes
+# DOC before
+# DOC one of ``set``; the grid shares no key with either of them.
+
+PARTS = ("cluster", "root", "parallel", "set", "grid", "list", "evaluate")
+# Keys that a sweep decides by itself -> what to write instead.
+DECIDED = {
+    "run.dir": "each run's folder is named by its recipe; root: DIR says where they lie",
+    "run.root": "write root: DIR beside set and grid",
+    "cluster": "a sweep is sent to one cluster; write cluster: NAME beside set and grid",
+}
+
+
+class SweepError(UserError):
+    """A sweep that cannot be sent; the text has all problems and where each came from.
+
+    Attributes:
+        problems: (origin, text) of each.
+    """
+
+    def __init__(self, path: Path, problems: Sequence[tuple[str, str]]) -> None:
+        self.problems = tuple(problems)
+        count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+        lines = [f"  {origin}: {text}" if origin else f"  {text}" for origin, text in problems]
+        super().__init__("\n".join([f"{count} in the sweep {path}; nothing was submitted:", *lines]))
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """What a sweep's file says.
+
+    Attributes:
+        path: the file.
+        cluster: the profile that it names.
+        root: folder of the run folders.
+        parallel: runs at the same time; None: the profile's.
+        common: key -> value of all runs.
+        axes: key -> values of the grid.
+        entries: key -> value of each entry of the list.
+    """
+
+    path: Path
+    cluster: str | None
+    root: Path
+    parallel: int | None
+    common: Mapping[str, Setting]
+    axes: Mapping[str, tuple[Setting, ...]]
+    entries: tuple[Mapping[str, Setting], ...]
+
+
+def find_sweep(name: str) -> Path:
+    """The file of a sweep: a path, or the name of one in ``slurm/sweeps`` here or in the package.
+
+    Raises:
+        UserError: there is none; lists those there are.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = list_sweeps()
+    if name in known:
+        return known[name]
+    listed = ", ".join(map(str, known.values())) or "none found"
+    raise UserError(f"there is no sweep {name}; sweeps: {listed}; or give the path of a file of your own")
+
+
+def list_sweeps() -> dict[str, Path]:
+    """Name -> file of the sweeps in ``slurm/sweeps`` here and in the package."""
+    return list_files((Path("slurm/sweeps"), shipped_dir("slurm") / "sweeps"))
+
+
+def read_sweep(path: Path) -> SweepFile:
+    """Read a sweep's file. What its values mean for a recipe is not looked at yet.
+
+    Raises:
+        SweepError: with all that is wrong with the file, and where.
+    """
+    try:
+        document = read_document(path, noun="sweep", example="grid: {seed: [0, 1]}", is_dotted=True, lists=("list",))
+    except OSError as error:
+        raise SweepError(path, [(str(path), f"cannot be read: {error.strerror}")]) from error
+    reading = _Reading(path, document)
+    sweep = reading.read()
+    if reading.problems:
+        raise SweepError(path, sorted(reading.problems, key=lambda problem: _line_of(problem[0])))
+    return sweep
+
+
+class _Reading:
+    """One file's reading, and what is wrong with it."""
+
+    def __init__(self, path: Path, document: Document) -> None:
+        self.path = path
+        self.document = document
+        self.problems = [(self._at(line), text) for line, text in document.problems]
+
+    def read(self) -> SweepFile:
+        self._refuse_unknown_parts()
+        common = self._settings(self.document, "set.")
+        if "evaluate" in self.document.lines:
+            common |= self._evaluate(common)
+        axes = dict(self._axes())
+        entries = tuple(self._settings(entry, "") for entry in self.document.entries.get("list", ()))
+        if "list" in self.document.lines and not entries:
+            self._refuse("list", "list: has no entries; write one like - {recipe: vit, seed: 1}, or take it out")
+        if not {"grid", "list"} & set(self.document.lines):
+            self.problems.append((str(self.path), "a sweep needs grid: or list:, which say how its runs differ"))
+        self._refuse_shared_keys(common, axes, entries)
+        return SweepFile(self.path, self._cluster(), self._root(), self._parallel(), common, axes, entries)
+
+    def _at(self, line: int) -> str:
+        return f"{self.path}:{line}" if line else str(self.path)
+
+    def _refuse(self, key: str, text: str) -> None:
+        self.problems.append((self._at(self.document.lines[key]), text))
+
+    def _refuse_unknown_parts(self) -> None:
+        for key in self.document.lines:
+            part = key.partition(".")[0]
+            if part not in PARTS:
+                if "." not in key or part not in self.document.lines:
+                    close = get_close_matches(part, PARTS, n=1)
+                    hint = f"; did you mean {close[0]}?" if close else f"; keys of recipes stand under set, grid or list: {part}"
+                    self._refuse(key, f"{key}: a sweep has no such key{hint} (it has {', '.join(PARTS)})")
+            elif part not in ("set", "grid") and "." in key:
+                self._refuse(key, f"{key}: {part} has no keys of its own")
+            elif key in ("set", "grid") and self.document.values.get(key) is not None:
+                self._refuse(key, f"{key}={to_text(self.document.values[key])}: must be a mapping of keys to values")
+            elif key == "list" and key in self.document.values:
+                self._refuse(key, "list: must be a list of mappings, like - {recipe: vit, seed: 1}")
+
+    def _settings(self, document: Document, prefix: str) -> dict[str, Setting]:
+        found = {}
+        for written, value in document.values.items():
+            if written.startswith(prefix):
+                key = written.removeprefix(prefix)
+                found[key] = Setting(value, self._at(document.lines[written]))
+                if key in DECIDED:
+                    self.problems.append((found[key].origin, f"{key}: {DECIDED[key]}"))
+        return found
+
+    def _axes(self) -> Iterator[tuple[str, tuple[Setting, ...]]]:
+        given = [key for key in self.document.values if key.startswith("grid.")]
+        if "grid" in self.document.lines and not given and self.document.values.get("grid") is None:
+            self._refuse("grid", "grid: has no keys; write one like seed: [0, 1, 2], or take it out")
+        for key, setting in self._settings(self.document, "grid.").items():
+            values, origin = setting.value, setting.origin
+            if not isinstance(values, list):
+                shown = to_text(values)
+                self.problems.append((origin, f"{key}={shown}: a key of the grid has a list of values, like [{shown}]"))
+            elif not values:
+                self.problems.append((origin, f"{key}: has no values; give some, like [0, 1], or take the key out"))
+            else:
+                texts = [to_text(value) for value in values]
+                twice = next((text for number, text in enumerate(texts) if text in texts[:number]), None)
+                if twice is not None:
+                    self.problems.append((origin, f"{key}: {twice} stands there twice; keep one"))
+                yield key, tuple(Setting(value, origin) for value in values)
+
+    def _refuse_shared_keys(
+        self,
+        common: Mapping[str, Setting],
+        axes: Mapping[str, tuple[Setting, ...]],
+        entries: Sequence[Mapping[str, Setting]],
+    ) -> None:
+        for key, (value, *_) in axes.items():
+            for others in (common, *entries):
+                if key in others:
+                    text = f"{key}: stands in the grid too ({value.origin}), whose values would hide this one; keep one of them"
+                    self.problems.append((others[key].origin, text))
+
+    def _evaluate(self, common: Mapping[str, Setting]) -> dict[str, Setting]:
+        if "eval.variants" in common:
+            self._refuse("evaluate", f"evaluate: is eval.variants, which is set too ({common['eval.variants'].origin}); keep one")
+        value = self.document.values.get("evaluate")
+        if not isinstance(value, list):
+            self._refuse("evaluate", f"evaluate={to_text(value)}: must be a list, like [original, balanced]")
+        return {"eval.variants": Setting(value, self._at(self.document.lines["evaluate"]))}
+
+    def _cluster(self) -> str | None:
+        name: str | None = self._value("cluster", str, "a profile's name or file")
+        return name
+
+    def _root(self) -> Path:
+        text: str | None = self._value("root", str, "a folder")
+        return Path(text).expanduser() if text else Path("runs") / self.path.stem
+
+    def _parallel(self) -> int | None:
+        value: int | None = self._value("parallel", int, "a whole number of at least 1")
+        if value is not None and value < 1:
+            self._refuse("parallel", f"parallel={value}: must be a whole number of at least 1")
+        return value
+
+    def _value(self, key: str, kind: type, description: str) -> Any:
+        """The value of one of the plain keys; None where it is left out or null."""
+        value = self.document.values.get(key)
+        if value is None or (isinstance(value, kind) and not isinstance(value, bool) and value != ""):
+            return value
+        self._refuse(key, f"{key}={to_text(value)}: must be {description}")
+        return None
+
+
+def _line_of(origin: str) -> int:
+    """For sorting; 0 where the origin is the whole file."""
+    line = origin.rpartition(":")[2]
+    return int(line) if line.isdecimal() else 0
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from galaxydist.cluster.doctor.rank import MEETING_S, Examination, examine_task
 from galaxydist.cluster.doctor.report import RankReport, read_reports
 from galaxydist.cluster.executor import build_executor, explain_refusal
 from galaxydist.cluster.profile import ClusterConfig
-from galaxydist.cluster.scheduler import UNKNOWN, JobState
-from galaxydist.cluster.sending import plain_environment, signals_later
+from galaxydist.cluster.slurm import UNKNOWN, JobState
 from galaxydist.cluster.snapshot import take_snapshot
+from galaxydist.cluster.submit import plain_environment, signals_later
 from galaxydist.errors import UserError
 
 # Longer than all parts of the examination take when every one of them fails by its limit.

@@ -1,12 +1,9 @@
 """Whether a run is warned before SLURM preempts it: not tried, but read from the cluster's settings."""
 
 from galaxydist.cluster.doctor.check import LEVELS, Check, ok, warning
-from galaxydist.cluster.partition import chosen_partitions
-from galaxydist.cluster.preemption import SAVE_REMEDY, Preemption, find_preemption
-from galaxydist.cluster.profile import ClusterConfig
-from galaxydist.cluster.profile_checks import MIN_SIGNAL_S
-from galaxydist.cluster.site import Partition, Site
-from galaxydist.cluster.site_reading import SiteUnknownError, read_site
+from galaxydist.cluster.partition_check import chosen_partitions
+from galaxydist.cluster.profile import MIN_SIGNAL_S, ClusterConfig
+from galaxydist.cluster.site import SAVE_REMEDY, Partition, Preemption, Site, SiteUnknownError, find_preemption, read_site
 from galaxydist.errors import UserError
 
 NAME = "preemption"

@@ -5,8 +5,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from galaxydist.cluster.programs import SchedulerAwayError
-from galaxydist.cluster.scheduler import UNKNOWN, WAITING_STATES, JobState, cancel_jobs, read_states
+from galaxydist.cluster.slurm import UNKNOWN, WAITING_STATES, JobState, SchedulerAwayError, cancel_jobs, read_states
 
 ENDING_S = 10.0
 

@@ -17,7 +17,7 @@ from galaxydist.cluster.doctor.network import interface_address, machine_id, own
 from galaxydist.cluster.doctor.node import Place, check_machine
 from galaxydist.cluster.doctor.report import RankReport
 from galaxydist.cluster.doctor.software import library_versions
-from galaxydist.cluster.work import adopt_job
+from galaxydist.cluster.worker import adopt_job
 from galaxydist.cpus import bound_cores
 from galaxydist.paths import data_root
 

@@ -1,21 +1,84 @@
 """One rank of a submitted run: the same training as launch.py's, with what the scheduler says of the processes."""
 
 import os
+import socket
 import sys
 import traceback
-from collections.abc import Callable, MutableMapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from zlib import crc32
 
-from galaxydist.cluster.interface import find_interface
-from galaxydist.cluster.output import output_to
+import psutil
+
 from galaxydist.cluster.records import JobFiles
 from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import job_of, restart_of, start_of
 from galaxydist.training.launch import launch
+
+# DOC Which network interface the processes of several nodes reach one another by.
+
+# Nothing is sent: connecting a datagram socket only asks the kernel for the route.
+ANY_PORT = 9
+
+
+def find_interface(hostnames: Sequence[str], own_name: str) -> str | None:
+    """The interface of this node with the route to another node of the job.
+
+    gloo takes the one that the node's own name resolves to, which on Debian is the loopback (127.0.1.1).
+
+    Args:
+        hostnames: the job's nodes.
+        own_name: this node, as it is called there.
+
+    Returns:
+        Its name (``ib0``); None for a job of one node, or where it cannot be told.
+    """
+    others = [name for name in hostnames if name != own_name]
+    if not others:
+        return None
+    try:
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(others[0], ANY_PORT, type=socket.SOCK_DGRAM)
+        with socket.socket(family, kind) as route:
+            route.connect(address)
+            own_address = route.getsockname()[0]
+    except OSError:
+        return None
+    return next(
+        (
+            name
+            for name, addresses in psutil.net_if_addrs().items()
+            if own_address in (found.address.partition("%")[0] for found in addresses)
+        ),
+        None,
+    )
+
+
+# DOC Where a process and its children print.
+
+
+@contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """What this process and its children print is appended to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    os.close(descriptor)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, number)
+            os.close(old)
+
 
 LOOPBACK = "127.0.0.1"
 FIRST_PORT, NUM_PORTS = 12_000, 20_000

@@ -4,11 +4,9 @@ import json
 import re
 from collections.abc import Iterator
 
-from galaxydist.cluster.partition import describe_gpus, time_text
-from galaxydist.cluster.preemption import find_preemption
-from galaxydist.cluster.profile import MB_IN_GB
-from galaxydist.cluster.profile_checks import EARLY_S, MIN_SIGNAL_S, START_UP_S, is_mig
-from galaxydist.cluster.site import TAKES_NO_JOBS, UNTYPED, NodeGroup, Partition, Site
+from galaxydist.cluster.partition_check import describe_gpus, time_text
+from galaxydist.cluster.profile import EARLY_S, MB_IN_GB, MIN_SIGNAL_S, START_UP_S, is_mig
+from galaxydist.cluster.site import TAKES_NO_JOBS, UNTYPED, NodeGroup, Partition, Site, find_preemption
 from galaxydist.errors import UserError
 from galaxydist.recipe.yaml12 import BOOL, NULL
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from galaxydist.cluster.records import JobFiles, JobRecord
-from galaxydist.cluster.scheduler import UNKNOWN, JobState
-from galaxydist.cluster.srun_words import START_MARK, find_remedy
+from galaxydist.cluster.slurm import UNKNOWN, JobState
+from galaxydist.cluster.srun_messages import START_MARK, find_remedy
 from galaxydist.runs.metrics_log import read_tail
 
 _ERROR_BYTES = 16_384

@@ -1,14 +1,56 @@
 """Whether a run is on its way: which of its jobs waits or runs, and which process holds its folder."""
 
+import os
+import shlex
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from galaxydist.cluster import local_jobs
+import psutil
+
 from galaxydist.cluster.records import JobRecord
-from galaxydist.cluster.scheduler import UNKNOWN, JobState
+from galaxydist.cluster.slurm import UNKNOWN, JobState
 from galaxydist.runs.lock import STALE_SECONDS, LockOwner, is_alive, pid_space, read_owner
+
+# DOC Jobs of submitit's local executor: a process of this machine that starts the tasks, waits for them, and passes SIGTERM on.
+
+_CONTROLLER = "submitit.local._local"
+# A record is written when its process has started; clocks may be adjusted by a little.
+_LATEST_START_S = 5.0
+
+
+def find_controller(job: JobRecord) -> psutil.Process | None:
+    """The process that a local job's id names, while it runs on this machine: the user's, submitit's, and as old as the job."""
+    try:
+        process = psutil.Process(int(job.job_id))
+        words = " ".join(process.cmdline())
+        is_it = (
+            process.uids().real == os.getuid()
+            and process.status() != psutil.STATUS_ZOMBIE
+            and process.create_time() <= job.time + _LATEST_START_S
+            and _CONTROLLER in words
+            and (str(job.folder) in words or shlex.quote(str(job.folder)) in words)
+        )
+    except (psutil.Error, ValueError):
+        return None
+    return process if is_it else None
+
+
+def stop(job: JobRecord) -> bool:
+    """Tell a local job to save and end; False where it does not run here (any more).
+
+    Where setup lines were given, the id is a shell's, which would end without telling anybody: what it started is told.
+    """
+    process = find_controller(job)
+    if process is None:
+        return False
+    try:
+        inner = [child for child in process.children() if _CONTROLLER in " ".join(child.cmdline())]
+        (inner[0] if inner else process).terminate()
+    except psutil.NoSuchProcess:
+        return False
+    return True
 
 
 def newest_job(jobs: Sequence[JobRecord], known: Mapping[str, JobState]) -> tuple[JobRecord | None, JobState | None]:
@@ -28,7 +70,7 @@ def newest_job(jobs: Sequence[JobRecord], known: Mapping[str, JobState]) -> tupl
 
 def local_state(job: JobRecord) -> JobState | None:
     """RUNNING for a job of this machine that runs; None for one that does not."""
-    is_running = local_jobs.find_controller(job) is not None
+    is_running = find_controller(job) is not None
     return JobState("RUNNING", "", None, socket.gethostname()) if is_running else None
 
 

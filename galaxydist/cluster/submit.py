@@ -2,31 +2,226 @@
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
+import json
 import os
 import secrets
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import Any, Self
 
 from submitit.core.utils import FailedSubmissionError
 
-from galaxydist.cluster.active import find_holder, newest_job
+from galaxydist.atomic_files import read_json, write_json
 from galaxydist.cluster.executor import JobExecutor, SlurmExecutor, build_executor, explain_refusal
 from galaxydist.cluster.profile import ClusterConfig, ResolvedCluster
-from galaxydist.cluster.programs import SchedulerAwayError, ask_slurm
 from galaxydist.cluster.records import JobFiles, JobRecord
-from galaxydist.cluster.request_file import JobRequest, RequestFile
-from galaxydist.cluster.scheduler import cancel_jobs, read_states
-from galaxydist.cluster.sending import adopt_settings, plain_environment, signals_later
+from galaxydist.cluster.running_jobs import find_holder, newest_job
+from galaxydist.cluster.slurm import SchedulerAwayError, ask_slurm, cancel_jobs, read_states
 from galaxydist.cluster.snapshot import take_snapshot
-from galaxydist.cluster.work import run_request
+from galaxydist.cluster.worker import run_request
 from galaxydist.errors import UserError
+from galaxydist.paths import DATA_VARIABLE, data_root
 from galaxydist.recipe.identity import run_path
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.runs.folder import RunFolder
+
+# DOC What was asked for in one submission: kept beside the job, so that its batch script knows which runs it is about.
+
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """One run to submit.
+
+    Args:
+        arguments: ``recipe=NAME`` and ``key=value``, as for launch.py.
+        run_dir: its run folder.
+        recipe_path: the recipe's file.
+        recipe_name: what it is called in the snapshot.
+    """
+
+    arguments: tuple[str, ...]
+    run_dir: Path
+    recipe_path: Path
+    recipe_name: str
+
+
+@dataclass(frozen=True)
+class RequestFile:
+    """A submission.
+
+    Args:
+        path: where it is written.
+        requests: its runs; in an array in the order of the tasks.
+        cluster: the profile, resolved.
+        cluster_arguments: ``cluster=NAME`` and ``cluster.key=value``, for the record.
+        code: the snapshot.
+        folder: submitit's.
+        name: of the job.
+    """
+
+    path: Path
+    requests: tuple[JobRequest, ...]
+    cluster: ClusterConfig
+    cluster_arguments: tuple[str, ...]
+    code: Path
+    folder: Path
+    name: str
+
+    def write(self) -> None:
+        """Write it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        plain = {
+            "format": FORMAT_VERSION,
+            "requests": [_plain(asdict(request)) for request in self.requests],
+            "cluster": self.cluster.model_dump(mode="json"),
+            "cluster_arguments": list(self.cluster_arguments),
+            "code": str(self.code),
+            "folder": str(self.folder),
+            "name": self.name,
+        }
+        write_json(self.path, plain)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read it.
+
+        Raises:
+            UserError: it is not there or of another galaxydist: the snapshot of its submission reads it.
+        """
+        if not path.exists():
+            raise UserError(f"{path} is not there: is the folder of the runs on a file system that all nodes share?")
+        plain = read_json(path)
+        if not isinstance(plain, dict) or plain.get("format") != FORMAT_VERSION:
+            raise UserError(f"{path} is not a submission of format {FORMAT_VERSION}. Submit the run again.")
+        return cls(
+            path=path,
+            requests=tuple(
+                JobRequest(tuple(item["arguments"]), Path(item["run_dir"]), Path(item["recipe_path"]), item["recipe_name"])
+                for item in plain["requests"]
+            ),
+            cluster=ClusterConfig.model_validate_json(json.dumps(plain["cluster"])),  # strict: paths and tuples from JSON only
+            cluster_arguments=tuple(plain["cluster_arguments"]),
+            code=Path(plain["code"]),
+            folder=Path(plain["folder"]),
+            name=plain["name"],
+        )
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: str(item) if isinstance(item, Path) else item for key, item in value.items()}
+
+
+# DOC What a submission needs around it: nobody else who sends the same runs, no signal between SLURM's answer and our record of
+# DOC it,
+# DOC and no variables of the shell that would change the job.
+
+LOCK_NAME = ".submitting"
+WAIT_S = 120.0
+POLL_S = 0.5
+# sbatch takes these from the shell where the profile says nothing of them.
+_TAKEN = {
+    "partition": "SBATCH_PARTITION",
+    "account": "SBATCH_ACCOUNT",
+    "qos": "SBATCH_QOS",
+    "reservation": "SBATCH_RESERVATION",
+}
+# Which SLURM, not which job.
+_KEPT = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
+_OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "SBATCH_")
+_OF_A_RANK = frozenset({"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"})
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def alone_in(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
+    """Keep other commands from sending runs of a folder while this one looks what is queued and sends.
+
+    On a file system without locks it goes on without.
+
+    Raises:
+        UserError: another command has been at it for ``wait_s`` seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_s
+    with (folder / LOCK_NAME).open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    break
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"Another command has been submitting runs of {folder} for {wait_s:.0f} s. Wait until it has ended, or "
+                        "end it, and give the command again."
+                    ) from None
+            time.sleep(POLL_S)
+        yield
+
+
+def adopt_settings(cluster: ClusterConfig, environ: Mapping[str, str]) -> ClusterConfig:
+    """The profile, with what the user's shell says where it says nothing itself: to sbatch (SBATCH_ACCOUNT and the like), and of
+    the data root, which was looked at here. It then stands in the batch script, and the same in that of a job sent again."""
+    taken: dict[str, object] = {
+        key: environ[name] for key, name in _TAKEN.items() if getattr(cluster, key) is None and environ.get(name)
+    }
+    if not any(item.startswith(f"{DATA_VARIABLE}=") for item in cluster.environment):
+        taken["environment"] = (*cluster.environment, f"{DATA_VARIABLE}={data_root(None, environ).absolute()}")
+    return cluster.model_copy(update=taken)
+
+
+@contextmanager
+def plain_environment() -> Iterator[None]:
+    """Without variables of a job that this process is part of, and without SBATCH_*, which would win over the batch script."""
+    hidden = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if (name.startswith(_OF_A_JOB) or name in _OF_A_RANK) and name not in _KEPT
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a lost terminal wait until this is done: a job that SLURM has taken must also stand in the run folder.
+
+    What is started meanwhile does not hear SIGINT either: the terminal sends it to sbatch too, and a blocked signal stays blocked
+    in what is started. The handlers are for threads of libraries, which may take a signal in the place of this one.
+    """
+    heard: list[int] = []
+
+    def remember(number: int, _frame: FrameType | None) -> None:
+        heard.append(number)
+
+    handlers = {number: signal.signal(number, remember) for number in _SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if signal.SIGINT in heard:
+        raise KeyboardInterrupt
+    if heard:
+        os.kill(os.getpid(), heard[0])
+
 
 __all__ = ["JobRequest", "build_request", "check_idle", "script_of", "submit_again", "submit_requests"]
 
@@ -159,7 +354,7 @@ def _request_path(folder: Path) -> Path:
 def _executor(submission: RequestFile, parallel: int | None = None, after: str | None = None) -> JobExecutor:
     # Where the tasks run in a container, this does not: SLURM's programs are outside.
     python = sys.executable if submission.cluster.container else submission.cluster.python or sys.executable
-    after_srun = f"{shlex.quote(python)} -P -m galaxydist.cluster.after_srun {shlex.quote(str(submission.path))}"
+    after_srun = f"{shlex.quote(python)} -P -m galaxydist.cluster.requeue {shlex.quote(str(submission.path))}"
     return build_executor(
         submission.cluster,
         submission.folder,

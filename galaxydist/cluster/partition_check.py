@@ -4,9 +4,8 @@ import re
 from collections.abc import Callable, Iterator
 
 from galaxydist.cluster.profile import MB_IN_GB, ClusterConfig
-from galaxydist.cluster.programs import check_controller, is_slurm_here
-from galaxydist.cluster.site import TAKES_NO_JOBS, UNTYPED, NodeGroup, Partition, Site
-from galaxydist.cluster.site_reading import SiteUnknownError, read_site
+from galaxydist.cluster.site import TAKES_NO_JOBS, UNTYPED, NodeGroup, Partition, Site, SiteUnknownError, read_site
+from galaxydist.cluster.slurm import check_controller, is_slurm_here
 from galaxydist.errors import UserError
 
 
