@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from galaxydist.cluster.doctor.check import Check
+from galaxydist.doctor.check import Check
 
 # Nobody can make a file there, not even root.
 UNWRITABLE = Path("/proc")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from galaxydist.cli.main import main
-from galaxydist.cluster.doctor.check import failure, has_failed, ok, render, warning
-from galaxydist.cluster.doctor.machine import check_cores, check_memory, check_shared_memory, check_threads, memory_limit
-from galaxydist.cluster.doctor.network import check_slurm, check_wandb, interface_address, is_loopback, own_address
-from galaxydist.cluster.doctor.software import (
+from galaxydist.doctor.check import failure, has_failed, ok, render, warning
+from galaxydist.doctor.machine import check_cores, check_memory, check_shared_memory, check_threads, memory_limit
+from galaxydist.doctor.network import check_slurm, check_wandb, interface_address, is_loopback, own_address
+from galaxydist.doctor.software import (
     GpuFacts,
     check_gpus,
     check_installation,

@@ -11,26 +11,22 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from galaxydist.cluster.doctor.check import Check, failure, ok, warning
-from galaxydist.cluster.doctor.exchange import SignalWatch, look_at_shared_files, look_for_signal
-from galaxydist.cluster.doctor.link import Link
-from galaxydist.cluster.doctor.merge import (
-    check_cpus,
-    check_gpu_shares,
-    check_presence,
-    check_same_versions,
-    merge_checks,
-    merge_reports,
-)
-from galaxydist.cluster.doctor.merge_exchange import (
+from galaxydist.doctor.check import Check, RankReport, Timing, failure, ok, read_reports, warning
+from galaxydist.doctor.merge import (
     check_addresses,
     check_bandwidth,
     check_clocks,
+    check_cpus,
+    check_gpu_shares,
     check_meeting,
+    check_presence,
+    check_same_versions,
     check_shared_files,
     check_signals,
+    merge_checks,
+    merge_reports,
 )
-from galaxydist.cluster.doctor.report import RankReport, Timing, read_reports
+from galaxydist.doctor.rank import Link, SignalWatch, look_at_shared_files, look_for_signal
 from galaxydist.errors import UserError
 
 

@@ -5,9 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from galaxydist.cluster.doctor.check import has_failed, ok
-from galaxydist.cluster.doctor.places import check_data_root, check_run_folders, check_scratch, check_shards
-from galaxydist.cluster.doctor.room import Mount, quota_left, read_quota
+from galaxydist.doctor.check import has_failed, ok
+from galaxydist.doctor.machine import (
+    Mount,
+    check_data_root,
+    check_run_folders,
+    check_scratch,
+    check_shards,
+    quota_left,
+    read_quota,
+)
 from tests.doctor_places import UNWRITABLE, layered_disk, levels, linux, program, small_disk
 
 INFINITY = math.inf

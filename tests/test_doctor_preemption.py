@@ -2,10 +2,9 @@
 
 import pytest
 
-from galaxydist.cluster.doctor.job import short_profile
-from galaxydist.cluster.doctor.preemption import check_preemption
 from galaxydist.cluster.profile import ClusterConfig
 from galaxydist.cluster.site import Site, parse_site
+from galaxydist.doctor.job import check_preemption, short_profile
 
 
 def site(low: str, settings: str = "", high: str = "PriorityTier=10") -> Site:

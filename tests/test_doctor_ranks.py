@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from galaxydist.cluster.doctor.check import LEVELS
-from galaxydist.cluster.doctor.merge import merge_reports
-from galaxydist.cluster.doctor.rank import Examination, examine
-from galaxydist.cluster.doctor.report import read_reports
+from galaxydist.doctor.check import LEVELS, read_reports
+from galaxydist.doctor.merge import merge_reports
+from galaxydist.doctor.rank import Examination, examine
 from tests.forked_runs import run_forked
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from bed import Bed
 
-from galaxydist.cluster.doctor.job import doctor_cluster
 from galaxydist.cluster.profile import load_cluster
+from galaxydist.doctor.job import doctor_cluster
 from tests.forked_runs import Ranks, forked
 from tests.slurm_bed import job_state, processes_left, submit, wait_for, wait_state
 

@@ -62,10 +62,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{strange[0]}: the doctor takes cluster=NAME and cluster.key=value")
     cluster: ClusterConfig | None = load_cluster(cluster_arguments).config if cluster_arguments else None
 
-    from galaxydist.cluster.doctor.check import has_failed, render, to_dicts
-    from galaxydist.cluster.doctor.job import doctor_cluster
-    from galaxydist.cluster.doctor.network import check_slurm
-    from galaxydist.cluster.doctor.node import Place, check_machine
+    from galaxydist.doctor.check import has_failed, render, to_dicts
+    from galaxydist.doctor.job import doctor_cluster
+    from galaxydist.doctor.machine import Place, check_machine
+    from galaxydist.doctor.network import check_slurm
     from galaxydist.paths import data_root
 
     needs_slurm = cluster is not None and cluster.scheduler == "slurm"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from galaxydist.cluster.doctor.check import Check, failure, ok, warning
+from galaxydist.doctor.check import Check, failure, ok, warning
 from galaxydist.training.trackers import has_wandb_key, is_reachable, wandb_address
 
 SLURM_S = 20.0

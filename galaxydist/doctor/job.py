@@ -1,21 +1,151 @@
 """The doctor's job: submitted, awaited, merged into a table; cancelled when it does not start or the user does not wait."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
-from galaxydist.cluster.doctor.check import Check, failure
-from galaxydist.cluster.doctor.merge import merge_reports
-from galaxydist.cluster.doctor.preemption import check_preemption
-from galaxydist.cluster.doctor.queue import LocalQueuedJob, QueuedJob, SlurmQueuedJob, has_ended, is_waiting
-from galaxydist.cluster.doctor.rank import MEETING_S, Examination, examine_task
-from galaxydist.cluster.doctor.report import RankReport, read_reports
+import psutil
+
 from galaxydist.cluster.executor import build_executor, explain_refusal
-from galaxydist.cluster.profile import ClusterConfig
-from galaxydist.cluster.slurm import UNKNOWN, JobState
+from galaxydist.cluster.partition_check import chosen_partitions
+from galaxydist.cluster.profile import MIN_SIGNAL_S, ClusterConfig
+from galaxydist.cluster.site import SAVE_REMEDY, Partition, Preemption, Site, SiteUnknownError, find_preemption, read_site
+from galaxydist.cluster.slurm import UNKNOWN, WAITING_STATES, JobState, SchedulerAwayError, cancel_jobs, read_states
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.cluster.submit import plain_environment, signals_later
+from galaxydist.doctor.check import LEVELS, Check, RankReport, failure, ok, read_reports, warning
+from galaxydist.doctor.merge import merge_reports
+from galaxydist.doctor.rank import MEETING_S, Examination, examine_task
 from galaxydist.errors import UserError
+
+# DOC The doctor's job, of SLURM or of this machine: its state, and ending it with all of its processes.
+
+ENDING_S = 10.0
+
+
+class QueuedJob(Protocol):
+    """What was submitted."""
+
+    def look(self) -> JobState:
+        """Its state; UNKNOWN with a reason where it cannot be told."""
+
+    def end(self) -> None:
+        """Cancel it, if it is still there."""
+
+
+def is_waiting(state: JobState) -> bool:
+    """It has not started."""
+    return state.state in WAITING_STATES
+
+
+def has_ended(state: JobState) -> bool:
+    """It is over."""
+    return not state.is_active and state.state != UNKNOWN
+
+
+class SlurmQueuedJob:
+    """A job of SLURM.
+
+    Args:
+        job_id: its number.
+    """
+
+    def __init__(self, job_id: str) -> None:
+        self.job_id = job_id
+
+    def look(self) -> JobState:
+        try:
+            return read_states([self.job_id])[self.job_id]
+        except SchedulerAwayError as error:
+            return JobState(UNKNOWN, str(error))
+
+    def end(self) -> None:
+        with contextlib.suppress(SchedulerAwayError):
+            cancel_jobs([self.job_id])
+
+
+class LocalQueuedJob:
+    """Processes that submitit started on this machine.
+
+    Args:
+        job: submitit's.
+    """
+
+    def __init__(self, job: Any) -> None:
+        self._job = job
+
+    def look(self) -> JobState:
+        return JobState(self._job.state)
+
+    def end(self) -> None:
+        """Its shell does not hand signals on: every process of the tree gets its own."""
+        try:
+            root = psutil.Process(int(self._job.job_id))
+            tree = [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return
+        for stop in (psutil.Process.terminate, psutil.Process.kill):
+            for process in tree:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    stop(process)
+            _, tree = psutil.wait_procs(tree, timeout=ENDING_S)
+
+
+# DOC Whether a run is warned before SLURM preempts it: not tried, but read from the cluster's settings.
+
+NAME = "preemption"
+
+
+def check_preemption(cluster: ClusterConfig, site: Site | None = None) -> list[Check]:
+    """What a preempted run of this profile can save; nothing for local runs and partitions that sbatch refuses anyway.
+
+    Args:
+        cluster: the profile.
+        site: the cluster; default: this machine's SLURM is asked.
+    """
+    if cluster.scheduler == "local":
+        return []
+    try:
+        site = site or read_site()
+        names = chosen_partitions(cluster, site)
+    except SiteUnknownError as error:
+        return [warning(NAME, f"not known: {error}", "look at PreemptMode and GraceTime in `scontrol show partition`")]
+    except UserError:
+        return []
+    found = [_judge(cluster, site, site.partitions[name]) for name in names]
+    if len(found) < 2:
+        return found
+    worst = max(found, key=lambda check: LEVELS.index(check.level))
+    return [Check(NAME, worst.level, "\n".join(check.text for check in found), worst.remedy)]
+
+
+def _judge(cluster: ClusterConfig, site: Site, partition: Partition) -> Check:
+    qos = site.qos_of(cluster.qos, cluster.account, partition.name)
+    preemption = find_preemption(site, partition, qos)
+    where = f"partition {partition.name}"
+    if preemption is None:
+        return ok(NAME, f"{where}: its jobs are not preempted")
+    if preemption.mode == "SUSPEND":
+        return ok(NAME, f"{where}: a preempted job is suspended, and goes on later (PreemptMode=SUSPEND)")
+    end, remedy = _end(cluster, preemption), SAVE_REMEDY
+    if preemption.mode == "CANCEL":
+        remedy += "; then submit it again"
+    if preemption.grace_s is None:
+        return warning(NAME, f"{where}: SLURM does not tell how long before it {end} ({preemption.kind}) it says so", remedy)
+    if preemption.grace_s == 0:
+        return warning(NAME, f"{where}: no warning before preemption (GraceTime=0): SLURM {end} at once", remedy)
+    text = f"{where}: SLURM sends {preemption.signal} {preemption.grace_s} s before it {end}"
+    if preemption.is_too_short:
+        return warning(NAME, f"{text}, less than the {MIN_SIGNAL_S} s that a save needs", remedy)
+    return ok(NAME, text)
+
+
+def _end(cluster: ClusterConfig, preemption: Preemption) -> str:
+    is_requeued = preemption.mode == "REQUEUE" and cluster.requeue != "never"
+    return "ends and requeues the job" if is_requeued else "ends the job"
+
 
 # Longer than all parts of the examination take when every one of them fails by its limit.
 JOB_MIN = 15

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
-from galaxydist.cluster.doctor.check import Check, failure, ok, warning
+from galaxydist.doctor.check import Check, failure, ok, warning
 
 PACKAGE = "galaxydist"
 SMI_S = 20.0

@@ -1,0 +1,406 @@
+"""One rank of the doctor's job."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import statistics
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from galaxydist.atomic_files import rename, unlink, write_bytes
+from galaxydist.cluster.worker import adopt_job
+from galaxydist.cpus import bound_cores
+from galaxydist.doctor.check import RankReport, Timing
+from galaxydist.doctor.machine import Place, check_machine
+from galaxydist.doctor.network import interface_address, machine_id, own_address
+from galaxydist.doctor.software import library_versions
+from galaxydist.paths import data_root
+
+# DOC How the ranks of the doctor's job talk to one another: through the store of the rendezvous alone, so that a backend which
+# DOC does
+# DOC not work is found by ranks that can still say so.
+
+PINGS = 5
+
+
+class Link:
+    """A rank's end of it.
+
+    Args:
+        store: of all ranks.
+        rank, size: this process and how many there are.
+        clock: seconds since 1970.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, clock: Callable[[], float] = time.time) -> None:
+        self.store = store
+        self.rank = rank
+        self.size = size
+        self._clock = clock
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long to wait for another rank from now on."""
+        self.store.set_timeout(timedelta(seconds=seconds))
+
+    def gather(self, name: str, value: Any) -> list[Any]:
+        """What every rank gives, in the order of the ranks; all take part, once for each name.
+
+        Raises:
+            RuntimeError: a rank did not come within the store's time.
+        """
+        self.store.set(f"{name}/{self.rank}", json.dumps(value))
+        return [json.loads(self.store.get(f"{name}/{rank}")) for rank in range(self.size)]
+
+    def meet(self, name: str) -> None:
+        """Wait for all ranks."""
+        self.gather(name, None)
+
+    def tell(self, name: str, value: Any = None) -> None:
+        """Say something to all."""
+        self.store.set(name, json.dumps(value))
+
+    def hear(self, name: str) -> Any:
+        """What somebody tells, as soon as it does."""
+        return json.loads(self.store.get(name))
+
+    def leave(self) -> None:
+        """The last thing: rank 0, which keeps the store, stays until all have gone."""
+        self.tell(f"left/{self.rank}")
+        if self.rank == 0:
+            for rank in range(self.size):
+                self.hear(f"left/{rank}")
+
+    def measure_clock(self) -> tuple[float, float]:
+        """This clock minus rank 0's, and the round trip within which it was measured, in seconds.
+
+        The shortest of several round trips counts; the error is at most half of it (F. Cristian, Distributed Computing 3, 1989,
+        146-158). Rank 0 answers the ranks one by one.
+        """
+        if self.rank == 0:
+            for rank in range(1, self.size):
+                for number in range(PINGS):
+                    self.hear(f"clock/{rank}/{number}/ask")
+                    self.tell(f"clock/{rank}/{number}/answer", self._clock())
+            return 0.0, 0.0
+        trips = []
+        for number in range(PINGS):
+            start, began = self._clock(), time.monotonic()
+            self.tell(f"clock/{self.rank}/{number}/ask")
+            theirs = self.hear(f"clock/{self.rank}/{number}/answer")
+            trip = time.monotonic() - began
+            trips.append((trip, start + trip / 2 - theirs))
+        trip, offset = min(trips)
+        return offset, trip
+
+
+def open_link(host: str, port: int, rank: int, size: int, timeout_s: float) -> Link:
+    """Join the rendezvous.
+
+    Args:
+        host, port: where rank 0 is.
+        rank, size: this process and how many there are.
+        timeout_s: to wait for rank 0, and later for any other rank.
+
+    Raises:
+        RuntimeError: rank 0 cannot be reached there, or the port is taken.
+    """
+    store = TCPStore(host, port, size, rank == 0, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    return Link(store, rank, size)
+
+
+# DOC What the ranks do together: all-reduces, files that one writes and the others see, a signal from SLURM.
+
+NUM_BYTES = 64_000_000
+REPEATS = 5
+FILE_BYTES = 1 << 16
+SEEING_S = 90.0  # network file systems keep what they know of a folder for up to a minute
+SIGNAL_S = 20.0
+SCANCEL_S = 15.0
+LOOK_S = 0.02
+
+
+def time_all_reduce(link: Link, backend: str, device: torch.device, *, timeout_s: float, num_bytes: int = NUM_BYTES) -> Timing:
+    """Make a process group and add float32 tensors up.
+
+    Args:
+        link: of the ranks; all take part.
+        backend: ``gloo`` or ``nccl``.
+        device: of the tensors.
+        timeout_s: for the group and for each all-reduce.
+        num_bytes: of the tensor.
+    """
+    try:
+        store = PrefixStore(backend, link.store)
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, store=store, rank=link.rank, world_size=link.size, timeout=timeout)
+        try:
+            return _time_group(link, device, num_bytes)
+        finally:
+            dist.destroy_process_group()
+    except RuntimeError as error:
+        return Timing(error=str(error).strip().splitlines()[0])
+
+
+def _time_group(link: Link, device: torch.device, num_bytes: int) -> Timing:
+    tensor = torch.ones(num_bytes // 4, device=device)
+    seconds = []
+    for number in range(REPEATS + 1):
+        tensor.fill_(1.0)
+        dist.barrier(device_ids=[device.index or 0] if device.type == "cuda" else None)
+        start = time.perf_counter()
+        dist.all_reduce(tensor)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        mine = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
+        dist.all_reduce(mine, dist.ReduceOp.MAX)
+        if number:  # the first one connects
+            seconds.append(float(mine))
+    if not bool((tensor == link.size).all()):
+        return Timing(error="the sum over the ranks is wrong")
+    return Timing(num_bytes, statistics.median(seconds))
+
+
+def look_at_shared_files(link: Link, folder: Path, *, limit_s: float = SEEING_S) -> tuple[float | None, float | None, int]:
+    """A file that rank 0 writes, then replaces by rename from the last rank, as every rank sees it.
+
+    Args:
+        link: of the ranks; all take part.
+        folder: that they share.
+        limit_s: how long a rank looks.
+
+    Returns:
+        Seconds until it was seen, seconds until the new contents were seen (None: never), and how often anything but the old or
+        the new contents was read meanwhile.
+    """
+    path = folder / "seen-by-all"
+    if link.rank == 0:
+        old = secrets.token_bytes(FILE_BYTES)
+        write_bytes(path, old)
+        link.tell("shared/old", old.hex())
+    old = bytes.fromhex(link.hear("shared/old"))
+    seen, _ = _wait_for(path, old, None, limit_s)
+    link.meet("shared/first")
+    if link.rank == link.size - 1:
+        new = secrets.token_bytes(FILE_BYTES)
+        temporary = path.with_name("seen-by-all.tmp")
+        try:
+            write_bytes(temporary, new)
+            link.tell("shared/new", new.hex())
+            rename(temporary, path)
+        except OSError:
+            link.tell("shared/new", new.hex())
+    new = bytes.fromhex(link.hear("shared/new"))
+    renamed, torn = _wait_for(path, new, old, limit_s)
+    link.meet("shared/second")
+    if link.rank == 0:
+        unlink(path)
+    return seen, renamed, torn
+
+
+def _wait_for(path: Path, wanted: bytes, before: bytes | None, limit_s: float) -> tuple[float | None, int]:
+    """Seconds until the file has the wanted contents, and how often it had neither these nor those from before."""
+    start, strange = time.monotonic(), 0
+    while (passed := time.monotonic() - start) <= limit_s:
+        try:
+            found: bytes | None = path.read_bytes()
+        except OSError:
+            found = None
+        if found == wanted:
+            return passed, strange
+        strange += before is not None and found != before
+        time.sleep(LOOK_S)
+    return None, strange
+
+
+class SignalWatch:
+    """Notes when SIGUSR2 arrives, instead of what it would do."""
+
+    def __init__(self) -> None:
+        self.arrived: float | None = None
+
+    def note(self, _number: int, _frame: FrameType | None) -> None:
+        if self.arrived is None:
+            self.arrived = time.monotonic()
+
+
+@contextmanager
+def watch_signal() -> Iterator[SignalWatch]:
+    """While it lasts, SIGUSR2 is noted."""
+    watch = SignalWatch()
+    old = signal.signal(signal.SIGUSR2, watch.note)
+    try:
+        yield watch
+    finally:
+        signal.signal(signal.SIGUSR2, old)
+
+
+def look_for_signal(
+    link: Link, watch: SignalWatch, environ: Mapping[str, str], *, limit_s: float = SIGNAL_S
+) -> tuple[float | None, str | None]:
+    """Ask SLURM for the signal that it sends before a preemption or the time limit, and see when it comes.
+
+    Args:
+        link: of the ranks; all take part.
+        watch: notes the signal; begun by all ranks before.
+        environ: SLURM_JOB_ID and SLURM_STEP_ID.
+        limit_s: how long a rank waits for it.
+
+    Returns:
+        Seconds until it came (None: not), and why it was not sent.
+    """
+    if "SLURM_STEP_ID" not in environ:
+        return None, "no SLURM"
+    watch.arrived = None  # one that came before, such as the time limit's, is no answer
+    link.meet("signal/ready")
+    start = time.monotonic()
+    if link.rank == 0:
+        link.tell("signal/error", _send_signal(f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"))
+    error: str | None = link.hear("signal/error")
+    while error is None and watch.arrived is None and time.monotonic() - start < limit_s:
+        time.sleep(LOOK_S)
+    link.meet("signal/over")
+    return (None if watch.arrived is None else max(watch.arrived - start, 0.0)), error
+
+
+def _send_signal(step: str) -> str | None:
+    """Words of scancel where it fails. It is a process of the step itself, so it must not die of the signal."""
+    command = ["sh", "-c", 'trap "" USR2; exec scancel --signal=USR2 "$1"', "sh", step]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=SCANCEL_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None if answer.returncode == 0 else (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+
+
+# The ranks start together, but torch may take a minute to load from a network file system.
+MEETING_S = 150.0
+# Any of the parts; longer than the longest of their own limits.
+PART_S = 180.0
+GROUP_S = 60.0
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What the ranks are told.
+
+    Args:
+        folder: of the reports; all nodes must see it.
+        data_dir: the data root, where it was given.
+        scratch: of the profile, perhaps with variables of the ranks.
+        gpus_per_node: that the job has.
+        meeting_s: how long a rank waits for the others.
+    """
+
+    folder: Path
+    data_dir: Path | None
+    scratch: Path | None
+    gpus_per_node: int
+    meeting_s: float = MEETING_S
+
+
+def examine_task(examination: Examination) -> None:
+    """What submitit calls on every rank."""
+    environ = os.environ
+    adopt_job(environ)
+    examine(examination, environ)
+
+
+def examine(examination: Examination, environ: Mapping[str, str]) -> RankReport:
+    """Look at the node, then at what the ranks can do together; the report is written after each part.
+
+    Args:
+        examination: what is looked at.
+        environ: with torch's variables (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+
+    Raises:
+        RuntimeError: another rank does not answer. The report says where this one was.
+    """
+    rank = int(environ["RANK"])
+    host = environ.get("SLURMD_NODENAME") or socket.gethostname()
+    report = RankReport(rank, int(environ["WORLD_SIZE"]), host, machine_id())
+    folder = examination.folder
+    try:
+        with watch_signal() as watch:
+            report.write(folder, "node")
+            _look_at_node(report, examination, environ)
+            report.write(folder, "rendezvous")
+            link = _join(report, environ, examination.meeting_s)
+            report.write(folder, "clocks")
+            report.clock_s, report.round_trip_s = link.measure_clock()
+            report.write(folder, "shared files")
+            report.seen_s, report.renamed_s, report.torn = look_at_shared_files(link, folder)
+            report.write(folder, "signal")
+            report.signal_s, report.signal_error = look_for_signal(link, watch, environ)
+            _time_backends(report, link, folder, int(environ["LOCAL_RANK"]))
+            link.leave()
+            report.write(folder, "done")
+    except Exception as error:
+        report.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        report.write(folder, report.part)
+        traceback.print_exc()
+        raise
+    return report
+
+
+def _look_at_node(report: RankReport, examination: Examination, environ: Mapping[str, str]) -> None:
+    local_rank, ranks = int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"])
+    report.versions = library_versions()
+    report.cores = len(bound_cores())
+    given = environ.get("SLURM_CPUS_PER_TASK")
+    report.cpus_per_task = int(given) if given else None
+    report.visible_gpus = environ.get("CUDA_VISIBLE_DEVICES")
+    report.slurm_gpus = environ.get("SLURM_STEP_GPUS") or environ.get("SLURM_JOB_GPUS")
+    report.num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices: tuple[str, ...] = ()
+    if report.num_gpus:
+        number = local_rank % report.num_gpus
+        devices = (f"cuda:{number}",)
+        report.gpu = str(torch.cuda.get_device_properties(number).uuid)
+    place = Place(
+        data_root=data_root(examination.data_dir, environ),
+        runs=examination.folder,
+        scratch=examination.scratch,
+        gpus=min(examination.gpus_per_node, 1),
+        ranks=ranks,
+        devices=devices,
+    )
+    report.checks = check_machine(place, environ)
+    report.interface = environ.get("GLOO_SOCKET_IFNAME")
+    report.address = interface_address(report.interface) if report.interface else own_address(socket.gethostname())
+    report.store = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
+
+
+def _join(report: RankReport, environ: Mapping[str, str], meeting_s: float) -> Link:
+    start = time.monotonic()
+    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    link = open_link(host, port, report.rank, report.world_size, meeting_s)
+    link.meet("rendezvous")
+    link.set_timeout(PART_S)
+    report.meeting_s = time.monotonic() - start
+    return link
+
+
+def _time_backends(report: RankReport, link: Link, folder: Path, local_rank: int) -> None:
+    """gloo always, nccl where every rank has a GPU."""
+    report.write(folder, "all-reduce, gloo")
+    report.timings["gloo"] = time_all_reduce(link, "gloo", torch.device("cpu"), timeout_s=GROUP_S)
+    can_nccl = report.num_gpus > 0 and dist.is_nccl_available()
+    if all(link.gather("has a GPU", can_nccl)):
+        report.write(folder, "all-reduce, nccl")
+        device = torch.device("cuda", local_rank % report.num_gpus)
+        torch.cuda.set_device(device)
+        report.timings["nccl"] = time_all_reduce(link, "nccl", device, timeout_s=GROUP_S)
