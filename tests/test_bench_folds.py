@@ -7,9 +7,8 @@ from typing import Any
 import cv2
 import pytest
 
-from galaxydist.benchmarks import folds
-from galaxydist.benchmarks.folds import mean_and_error, measure_folds
-from galaxydist.benchmarks.folds_cost import Cost
+from galaxydist.bench import real_galaxies
+from galaxydist.bench.real_galaxies import Cost, mean_and_error, measure_folds
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from tests.blobs import CLASS_NAMES, BlobSurvey
@@ -37,7 +36,7 @@ def test_a_stopped_comparison_goes_on_and_a_finished_one_trains_nothing(
 ) -> None:
     command = ["bench", "folds", "--real", str(pictures), "--data-dir", str(tmp_path), "--minutes", "0.005", "--folds", "2"]
     command += ["--models", "d4_cnn,custom_cnn", "data.image_size=32", "model.width=8", "train.batch_size=12"]
-    real_train, trained = folds.train, []
+    real_train, trained = real_galaxies.train, []
 
     def stops_third(resolved: Any, environ: Any) -> int:
         if len(trained) == 2:
@@ -45,7 +44,7 @@ def test_a_stopped_comparison_goes_on_and_a_finished_one_trains_nothing(
         trained.append((resolved.recipe.model.name, resolved.recipe.train.epochs))
         return real_train(resolved, environ)
 
-    monkeypatch.setattr(folds, "train", stops_third)
+    monkeypatch.setattr(real_galaxies, "train", stops_third)
     assert main(command) == 130
     costs = (tmp_path / "bench" / "folds" / "costs.json").read_bytes()
 
@@ -53,7 +52,7 @@ def test_a_stopped_comparison_goes_on_and_a_finished_one_trains_nothing(
         trained.append((resolved.recipe.model.name, resolved.recipe.train.epochs))
         return real_train(resolved, environ)
 
-    monkeypatch.setattr(folds, "train", goes_on)
+    monkeypatch.setattr(real_galaxies, "train", goes_on)
     capsys.readouterr()
     assert main(command) == 0
     first = last_json(capsys)
@@ -77,7 +76,9 @@ def test_a_stopped_comparison_goes_on_and_a_finished_one_trains_nothing(
 
 def test_equal_time_is_whole_epochs(monkeypatch: pytest.MonkeyPatch, pictures: Path, tmp_path: Path) -> None:
     """A model whose step takes twice as long gets half the epochs; nothing is trained here."""
-    monkeypatch.setattr(folds, "measure_costs", lambda recipes, _: dict(zip(recipes, (Cost(0.5, 1), Cost(1.0, 1)), strict=True)))
+    monkeypatch.setattr(
+        real_galaxies, "measure_costs", lambda recipes, _: dict(zip(recipes, (Cost(0.5, 1), Cost(1.0, 1)), strict=True))
+    )
     epochs = []
 
     def look(resolved: Any, _: Any) -> int:
@@ -85,10 +86,10 @@ def test_equal_time_is_whole_epochs(monkeypatch: pytest.MonkeyPatch, pictures: P
         assert (resolved.recipe.eval.checkpoint, resolved.recipe.train.patience) == ("last", 0)
         if len(epochs) == 2:
             raise KeyboardInterrupt
-        monkeypatch.setattr(folds, "read_evaluation", lambda *_: {"accuracy": 0.5})
+        monkeypatch.setattr(real_galaxies, "read_evaluation", lambda *_: {"accuracy": 0.5})
         return 0
 
-    monkeypatch.setattr(folds, "train", look)
+    monkeypatch.setattr(real_galaxies, "train", look)
     arguments = {"minutes": 1.0, "num_folds": 2, "models": ["d4_cnn", "custom_cnn"], "overrides": ["train.batch_size=12"]}
     with pytest.raises(KeyboardInterrupt):
         measure_folds(pictures, tmp_path, {}, **arguments)

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from galaxydist.benchmarks.loader_data import RepeatedShards, lengthen, repeat_source
-from galaxydist.benchmarks.loader_job import BATCH_SIZE, Job
-from galaxydist.benchmarks.loader_peers import GALAXYDIST, PEERS, Loader, Processes, check, prepare
-from galaxydist.benchmarks.loader_pictures import stored_pictures
+from galaxydist.bench.loader_processes import GALAXYDIST, PEERS, Loader, Processes, check, prepare
+from galaxydist.bench.loader_speed import RepeatedShards, lengthen, repeat_source
+from galaxydist.bench.loader_worker import BATCH_SIZE, Job, stored_pictures
 from galaxydist.benchmarks.peers.imagefolder import prepare as write_folder
 from galaxydist.cli.main import main
 from galaxydist.errors import EXIT_BAD_INPUT, UserError
@@ -95,7 +94,7 @@ def test_all_tasks_against_the_peers_that_need_no_installation(
     peers: set[str], source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if peers == {"imagefolder"}:
-        monkeypatch.setattr("galaxydist.benchmarks.loader.Processes", Forked)
+        monkeypatch.setattr("galaxydist.bench.loader_speed.Processes", Forked)
     named = (*sorted(peers), "litdata")
     arguments = ("--data", str(source.path), "--peers", *named, "--environments", str(tmp_path))
     text, results = run_quick(tmp_path, capsys, *arguments)

@@ -9,9 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from galaxydist.benchmarks.order_fetch import Job, measure_fetches
-from galaxydist.benchmarks.order_open import measure_opening, write_sparse_shards
-from galaxydist.benchmarks.order_quality import WORLD_SIZE, galaxy10_store, measure_quality, survey_store
+from galaxydist.bench.order_speed import (
+    WORLD_SIZE,
+    Job,
+    galaxy10_store,
+    measure_fetches,
+    measure_opening,
+    measure_quality,
+    survey_store,
+    write_sparse_shards,
+)
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.order import EpochOrder
 

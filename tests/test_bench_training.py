@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState, PartialState
 
-from galaxydist.benchmarks.startup import last_step
-from galaxydist.benchmarks.trainer import bare_turns, compare_losses
+from galaxydist.bench.startup import last_step
+from galaxydist.bench.trainer_speed import bare_turns, compare_losses
 from galaxydist.cli.main import main
 
 

@@ -21,7 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.benchmarks.fileserver import Behaviour, FileServer, every
+from galaxydist.bench.flaky_server import Behaviour, FileServer, every
 from galaxydist.errors import UserError
 from galaxydist.loading.loader import Batch, EvalReader, TrainReader
 from galaxydist.shards.manifest import Manifest, read_manifest

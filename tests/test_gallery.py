@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from galaxydist.benchmarks.fileserver import FileServer
+from galaxydist.bench.flaky_server import FileServer
 from galaxydist.cli.main import main
 from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.gallery.choose import choose_mistakes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from galaxydist.benchmarks.fileserver import Behaviour, FileServer, every
+from galaxydist.bench.flaky_server import Behaviour, FileServer, every
 from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
 from tests.forked_runs import run_forked, train

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.benchmarks.fileserver import Behaviour, FileServer, every
+from galaxydist.bench.flaky_server import Behaviour, FileServer, every
 from galaxydist.errors import UserError
 from galaxydist.shards import catalogue as catalogues
 from galaxydist.shards.catalogue import (

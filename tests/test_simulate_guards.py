@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from galaxydist.bench.simulator import GUARD_LIMIT, colour_features, measure_guards, thumbnails
 from galaxydist.errors import UserError
-from galaxydist.surveys.simulate.guards import GUARD_LIMIT, colour_features, measure_guards, thumbnails
 
 
 def test_features_are_what_they_say() -> None:

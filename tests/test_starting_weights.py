@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from galaxydist.bench.simulator import TUNING_ROWS, split_by_row
 from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
@@ -15,7 +16,6 @@ from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_folder import open_image_folder
 from galaxydist.training.state import evaluation_weights
-from galaxydist.training.transfer import TUNING_ROWS, split_by_row
 from tests.blobs import BlobSurvey
 from tests.runs import quick_settings, read_evaluation, run_here, without_figures
 

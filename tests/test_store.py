@@ -13,7 +13,7 @@ import fsspec
 import pytest
 import torch
 
-from galaxydist.benchmarks.fileserver import TROUBLES, Behaviour, FileServer, every
+from galaxydist.bench.flaky_server import TROUBLES, Behaviour, FileServer, every
 from galaxydist.errors import UserError
 from galaxydist.loading.loader import Batch, EvalReader, TrainReader
 from galaxydist.shards.manifest import Manifest, read_manifest

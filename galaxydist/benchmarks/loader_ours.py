@@ -11,9 +11,17 @@ import psutil
 import simplejpeg
 import torch
 
-from galaxydist.benchmarks.loader_job import SMALLEST_CROP, Job
-from galaxydist.benchmarks.loader_pictures import stored_pictures
-from galaxydist.benchmarks.loader_running import Answer, LoaderBatch, answer, check, measure, open_job
+from galaxydist.bench.loader_worker import (
+    SMALLEST_CROP,
+    Answer,
+    Job,
+    LoaderBatch,
+    answer,
+    check,
+    measure,
+    open_job,
+    stored_pictures,
+)
 from galaxydist.loading.augment import Augment
 from galaxydist.loading.loader import TrainReader
 from galaxydist.recipe.schema import AugmentConfig

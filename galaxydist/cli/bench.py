@@ -66,15 +66,15 @@ def add_parser(commands: Commands) -> None:
 
 def run_simulator(arguments: argparse.Namespace) -> None:
     """Measure and print both guards."""
-    from galaxydist.surveys.simulate.guards import measure_guards
+    from galaxydist.bench.simulator import measure_guards
 
     measure_guards(arguments.num_galaxies, arguments.seed, real_dir=arguments.real, workers=arguments.workers)
 
 
 def run_transfer(arguments: argparse.Namespace) -> None:
     """Train on simulated galaxies, test on real ones, print both."""
+    from galaxydist.bench.simulator import measure_transfer
     from galaxydist.paths import data_root
-    from galaxydist.training.transfer import measure_transfer
 
     measure_transfer(
         arguments.real,

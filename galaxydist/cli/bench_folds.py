@@ -40,7 +40,7 @@ def positive_number(text: str) -> float:
 
 def run_folds(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    from galaxydist.benchmarks.folds import measure_folds
+    from galaxydist.bench.real_galaxies import measure_folds
 
     measure_folds(
         arguments.real,

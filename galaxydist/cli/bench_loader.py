@@ -4,8 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
-from galaxydist.benchmarks.loader_job import TASKS
-from galaxydist.benchmarks.loader_peers import PEERS
+from galaxydist.bench.loader_processes import PEERS
+from galaxydist.bench.loader_worker import TASKS
 from galaxydist.cli.options import Commands, add_data_dir, chosen_root, local_path, positive_int
 
 
@@ -43,7 +43,7 @@ def add_loader(commands: Commands) -> None:
 
 def run_loader(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    from galaxydist.benchmarks.loader import measure_loader
+    from galaxydist.bench.loader_speed import measure_loader
 
     measure_loader(
         chosen_root(arguments) / "bench" / "loader",

@@ -20,6 +20,6 @@ def add_order(commands: Commands) -> None:
 
 def run_order(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    from galaxydist.benchmarks.order import measure_order
+    from galaxydist.bench.order_speed import measure_order
 
     measure_order(quick=arguments.quick)

@@ -39,7 +39,7 @@ def add_remote(commands: Commands) -> None:
 
 def run_remote(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    from galaxydist.benchmarks.remote import Conditions, measure_remote
+    from galaxydist.bench.remote import Conditions, measure_remote
 
     conditions = Conditions(
         arguments.delay_ms / 1000,

@@ -29,7 +29,7 @@ def add_saving(commands: Commands) -> None:
 
 def run_saving(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    from galaxydist.benchmarks.saving import Conditions, measure_saving
+    from galaxydist.bench.checkpointing import Conditions, measure_saving
 
     conditions = Conditions(
         known_model(arguments.model), arguments.image_size, arguments.batch_size, float(arguments.every), arguments.saves

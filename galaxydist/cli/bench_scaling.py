@@ -27,7 +27,7 @@ def add_scaling(commands: Commands) -> None:
 
 def run_scaling(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    from galaxydist.benchmarks.scaling import measure_scaling
+    from galaxydist.bench.scaling import measure_scaling
 
     measure_scaling(
         os.environ,
@@ -42,6 +42,6 @@ def run_scaling(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     # One process of the measurement.
-    from galaxydist.benchmarks.scaling_rank import main
+    from galaxydist.bench.scaling_worker import main
 
     sys.exit(main(sys.argv[1], os.environ))

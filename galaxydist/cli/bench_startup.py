@@ -30,7 +30,7 @@ def add_startup(commands: Commands) -> None:
 
 def run_startup(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    from galaxydist.benchmarks.startup import measure_startup
+    from galaxydist.bench.startup import measure_startup
 
     measure_startup(
         chosen_root(arguments) / "bench" / "startup",

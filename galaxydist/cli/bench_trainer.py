@@ -34,7 +34,7 @@ def add_trainer(commands: Commands) -> None:
 
 def run_trainer(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    from galaxydist.benchmarks.trainer import Sizes, measure_trainer
+    from galaxydist.bench.trainer_speed import Sizes, measure_trainer
 
     measure_trainer(
         os.environ,

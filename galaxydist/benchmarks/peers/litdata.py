@@ -9,9 +9,7 @@ import torch
 from litdata.streaming.serializers import JPEGSerializer
 from torch import Tensor
 
-from galaxydist.benchmarks.loader_job import Job
-from galaxydist.benchmarks.loader_pictures import StoredPicture, stored_pictures
-from galaxydist.benchmarks.loader_running import Loader, LoaderBatch, run
+from galaxydist.bench.loader_worker import Job, Loader, LoaderBatch, StoredPicture, run, stored_pictures
 from galaxydist.benchmarks.peers.transforms import our_decoder, train_transform
 
 

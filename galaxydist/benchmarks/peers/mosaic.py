@@ -8,9 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from galaxydist.benchmarks.loader_job import Job
-from galaxydist.benchmarks.loader_pictures import stored_pictures
-from galaxydist.benchmarks.loader_running import Loader, run
+from galaxydist.bench.loader_worker import Job, Loader, run, stored_pictures
 from galaxydist.benchmarks.peers.transforms import our_decoder, train_transform
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from galaxydist.benchmarks.loader_job import SMALLEST_CROP, Job
+from galaxydist.bench.loader_worker import SMALLEST_CROP, Job
 
 
 def our_decoder(data: bytes) -> Tensor:

@@ -6,8 +6,7 @@ import webdataset
 from torch import Tensor
 from torchvision.transforms import v2
 
-from galaxydist.benchmarks.loader_job import Job
-from galaxydist.benchmarks.loader_running import Loader, run
+from galaxydist.bench.loader_worker import Job, Loader, run
 from galaxydist.benchmarks.peers.transforms import our_decoder, train_transform
 
 

@@ -1,21 +1,112 @@
-"""What the processes share that run a loader each, ours and the peers': the clock, the comparison with our pixels, the answer."""
+"""What a process that measures one loader is told, and what it answers: JSON on its command line, JSON on its last line."""
 
+import dataclasses
 import gc
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from torch import Tensor
 
-from galaxydist.benchmarks.loader_job import Job
-from galaxydist.benchmarks.loader_pictures import stored_pictures
+from galaxydist.shards.tar import parse_index
+
+TASKS = ("decode", "train", "resume", "memory")
+BATCH_SIZE = 64
+# Width of the random crops as a fraction of the picture's: from this to the whole of it.
+SMALLEST_CROP = 0.8
+
+Action = Literal["prepare", "check", "measure", "limit", "resume", "memory"]
+Task = Literal["decode", "train"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process's work.
+
+    Args:
+        action: ``prepare`` the loader's own form of the pictures; ``check`` that one epoch has every picture once, with our
+            pixels; ``measure``; and for ours alone ``limit``, ``resume``, ``memory``.
+        task: what a batch is made into.
+        shards_dir: the pictures, as our shards.
+        form_dir: the pictures in the loader's own form.
+        ours: decode with our decoder in the loader's decode hook, instead of its own.
+        cores: that the process may use.
+        workers: processes or threads that decode.
+        warmup: batches before the clock starts, beside those that are looked at.
+        batches: that are timed.
+        image_size: width of the views that ``train`` makes, in pixels.
+        mean, std: of all pixels, R G B, full scale being 1.
+        shard_size: pictures in a shard or chunk of the loader's own form.
+        step: that ``resume`` starts at.
+    """
+
+    action: Action
+    task: Task
+    shards_dir: str
+    form_dir: str
+    ours: bool
+    cores: tuple[int, ...]
+    workers: int
+    warmup: int
+    batches: int
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    shard_size: int
+    step: int = 0
+    batch_size: int = BATCH_SIZE
+
+    @property
+    def shards(self) -> Path:
+        return Path(self.shards_dir)
+
+    @property
+    def form(self) -> Path:
+        return Path(self.form_dir)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        found: dict[str, Any] = json.loads(text)
+        for key in ("cores", "mean", "std"):
+            found[key] = tuple(found[key])
+        return cls(**found)
+
+
+# DOC The pictures of a folder of shards as bytes, one after another, read through the shards' own indexes.
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPicture:
+    """One picture: its galaxy's key, the number of its class, the bytes of its file."""
+
+    key: str
+    label: int
+    data: bytes
+
+
+def stored_pictures(shards_dir: Path, split: str = "train") -> Iterator[StoredPicture]:
+    """The JPEGs of a split, in the order in which they are stored."""
+    for path in sorted(shards_dir.glob(f"{split}-*.tar")):
+        tar = path.read_bytes()
+        for members in parse_index(path.with_suffix(".idx").read_text("ascii")):
+            parts = {member.extension: tar[member.offset : member.offset + member.size] for member in members}
+            yield StoredPicture(members[0].name.partition(".")[0], int(parts.get("cls", b"-1")), parts["jpg"])
+
+
+# DOC What the processes share that run a loader each, ours and the peers': the clock, the comparison with our pixels, the
+# DOC answer.
 
 # Batches whose pixels are looked at before any is timed.
 LOOKED_AT = 3

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from galaxydist.benchmarks.memory_session import write_noise, write_recipe
-from galaxydist.benchmarks.scaling_rank import LAST_STEPS, WARM_STEPS, Job
+from galaxydist.bench.in_memory import write_noise, write_recipe
+from galaxydist.bench.scaling_worker import LAST_STEPS, WARM_STEPS, Job
 from galaxydist.cpus import bound_cores
 from galaxydist.errors import UserError
 from galaxydist.training.processes import free_port

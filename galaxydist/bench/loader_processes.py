@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from galaxydist.benchmarks.loader_job import Job
+from galaxydist.bench.loader_worker import Job
 from galaxydist.errors import UserError
 
 TIMEOUT_S = 300

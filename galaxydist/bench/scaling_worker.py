@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from galaxydist.benchmarks.memory_session import MemorySession
+from galaxydist.bench.in_memory import MemorySession
 from galaxydist.cpus import bound_cores
 from galaxydist.distributed import enter_world, leave_world
 from galaxydist.errors import UserError
