@@ -16,7 +16,7 @@ import pytest
 from galaxydist.bench.loader_processes import GALAXYDIST, PEERS, Loader, Processes, check, prepare
 from galaxydist.bench.loader_speed import RepeatedShards, lengthen, repeat_source
 from galaxydist.bench.loader_worker import BATCH_SIZE, Job, stored_pictures
-from galaxydist.benchmarks.peers.imagefolder import prepare as write_folder
+from galaxydist.bench.peers.imagefolder import prepare as write_folder
 from galaxydist.cli.main import main
 from galaxydist.errors import EXIT_BAD_INPUT, UserError
 from galaxydist.loading.decode import PictureReader

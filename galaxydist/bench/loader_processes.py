@@ -40,12 +40,12 @@ class Loader:
     is_here: bool = True
 
 
-GALAXYDIST = Loader(OURS, "galaxydist", "galaxydist.benchmarks.loader_ours")
+GALAXYDIST = Loader(OURS, "galaxydist", "galaxydist.bench.peers.galaxydist_loader")
 PEERS = (
-    Loader("imagefolder", "ImageFolder + DataLoader", "galaxydist.benchmarks.peers.imagefolder", ".venv-bench"),
-    Loader("webdataset", "WebDataset", "galaxydist.benchmarks.peers.webdataset", ".venv-bench"),
-    Loader("litdata", "LitData", "galaxydist.benchmarks.peers.litdata", ".venv-bench", is_here=False),
-    Loader("mosaic", "Mosaic Streaming", "galaxydist.benchmarks.peers.mosaic", ".venv-mosaic", is_here=False),
+    Loader("imagefolder", "ImageFolder + DataLoader", "galaxydist.bench.peers.imagefolder", ".venv-bench"),
+    Loader("webdataset", "WebDataset", "galaxydist.bench.peers.webdataset", ".venv-bench"),
+    Loader("litdata", "LitData", "galaxydist.bench.peers.litdata", ".venv-bench", is_here=False),
+    Loader("mosaic", "Mosaic Streaming", "galaxydist.bench.peers.mosaic", ".venv-mosaic", is_here=False),
 )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from galaxydist.bench.loader_worker import Job, Loader, run
-from galaxydist.benchmarks.peers.transforms import our_decoder, train_transform
+from galaxydist.bench.peers.transforms import our_decoder, train_transform
 
 
 def prepare(job: Job) -> None:

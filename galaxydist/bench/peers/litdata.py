@@ -10,7 +10,7 @@ from litdata.streaming.serializers import JPEGSerializer
 from torch import Tensor
 
 from galaxydist.bench.loader_worker import Job, Loader, LoaderBatch, StoredPicture, run, stored_pictures
-from galaxydist.benchmarks.peers.transforms import our_decoder, train_transform
+from galaxydist.bench.peers.transforms import our_decoder, train_transform
 
 
 class OurSerializer(JPEGSerializer):  # type: ignore[misc]  # litdata is not typed

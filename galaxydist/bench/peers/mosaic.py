@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from galaxydist.bench.loader_worker import Job, Loader, run, stored_pictures
-from galaxydist.benchmarks.peers.transforms import our_decoder, train_transform
+from galaxydist.bench.peers.transforms import our_decoder, train_transform
 
 
 class Galaxies(streaming.StreamingDataset):  # type: ignore[misc]  # streaming is not typed
