@@ -90,7 +90,7 @@ def _bar(total: int) -> Any:
 
 def _run(job: Job, size: int, environ: Mapping[str, str]) -> dict[str, Any]:
     """Train by so many processes; what rank 0 answers."""
-    command = [sys.executable, "-m", "galaxydist.cli.bench_scaling", json.dumps(dataclasses.asdict(job))]
+    command = [sys.executable, "-m", "galaxydist.cli.bench", json.dumps(dataclasses.asdict(job))]
     # The BLAS and OpenMP pools of a process are made when it starts.
     common = {**environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -1,6 +1,6 @@
 """One process of ``galaxydist bench scaling``: the trainer's session on pictures in memory, on one core.
 
-Run as ``python -m galaxydist.cli.bench_scaling JSON`` with the variables of a launcher; rank 0 prints a line of JSON last.
+Run as ``python -m galaxydist.cli.bench JSON`` with the variables of a launcher; rank 0 prints a line of JSON last.
 """
 
 import contextlib

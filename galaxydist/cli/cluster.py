@@ -1,21 +1,29 @@
 """``galaxydist cluster``: which cluster profiles there are, every value of one, and a new one from what SLURM says."""
 
 import argparse
+import dataclasses
+import json
+import math
+import os
 import re
+import signal
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
-from galaxydist.cli.listing import print_files, print_resolved
-from galaxydist.cli.options import Commands
-from galaxydist.errors import UserError
+from galaxydist.cli.options import Commands, add_data_dir, local_path, non_negative_int, positive_int
+from galaxydist.cli.recipes import print_files, print_resolved
+from galaxydist.errors import EXIT_FAILED, UserError
 
 if TYPE_CHECKING:
     from galaxydist.cluster.profile import ClusterConfig
 
+
 FOLDER = Path("slurm") / "clusters"
 
 
-def add_parser(commands: Commands) -> None:
+def add_cluster(commands: Commands) -> None:
     """Add the commands."""
     parser = commands.add_parser(
         "cluster",
@@ -94,3 +102,155 @@ def run_init(arguments: argparse.Namespace) -> None:
 def _size(config: "ClusterConfig") -> str:
     processes = f"{config.nodes} x {config.tasks_on_node} processes" if config.num_tasks > 1 else "one process"
     return f"{processes} {'on this machine' if config.scheduler == 'local' else f'for {config.time_min} minutes'}"
+
+
+# DOC ``galaxydist doctor``: whether this machine, and the nodes of a cluster, are ready for a run.
+
+DOCTOR_EPILOG = """examples:
+  galaxydist doctor                                 this machine
+  galaxydist doctor cluster=a100                    and nodes of a cluster, as its profile asks for them
+  galaxydist doctor cluster=a100 cluster.nodes=4 --wait 3600
+  galaxydist doctor cluster=local cluster.tasks_per_node=2
+
+Exit code 0: no failure (warnings may be there); 1: a failure; 2: bad input.
+"""
+
+
+def add_doctor(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "doctor",
+        help="is this machine, or a cluster, ready",
+        description="Look at this machine and, with a cluster, at its nodes from within a short job: software, GPUs, cores, "
+        "memory, folders, network, rendezvous, all-reduce, shared files, clocks, signals. Each line is ok, warning or failure "
+        "with its remedy.",
+        epilog=DOCTOR_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("arguments", nargs="*", metavar="cluster=NAME [cluster.key=value]", help="the cluster profile")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument(
+        "--wait",
+        type=non_negative_int,
+        default=600,
+        metavar="SECONDS",
+        help="that the job may wait for its start (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--run-root",
+        type=local_path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="folder of run folders, where the job's reports go too (default: %(default)s)",
+    )
+    add_data_dir(parser)
+    parser.set_defaults(run=run_doctor)
+
+
+def run_doctor(arguments: argparse.Namespace) -> None:
+    """Look and print; leaves with exit code 1 where there is a failure."""
+    from galaxydist.cluster.profile import ClusterConfig, load_cluster, split_arguments
+
+    strange, cluster_arguments = split_arguments(arguments.arguments)
+    if strange:
+        raise UserError(f"{strange[0]}: the doctor takes cluster=NAME and cluster.key=value")
+    cluster: ClusterConfig | None = load_cluster(cluster_arguments).config if cluster_arguments else None
+
+    from galaxydist.doctor.check import has_failed, render, to_dicts
+    from galaxydist.doctor.job import doctor_cluster
+    from galaxydist.doctor.machine import Place, check_machine
+    from galaxydist.doctor.network import check_slurm
+    from galaxydist.paths import data_root
+
+    needs_slurm = cluster is not None and cluster.scheduler == "slurm"
+    place = Place(data_root=data_root(arguments.data_dir, os.environ), runs=arguments.run_root)
+    slurm = check_slurm(is_needed=needs_slurm)
+    sections = {"this machine": [*check_machine(place, os.environ), slurm]}
+    if cluster is not None and not (needs_slurm and slurm.level == "failure"):
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _interrupt)
+        sections[f"cluster={cluster.name}"] = doctor_cluster(
+            cluster,
+            runs=arguments.run_root,
+            data_dir=None if arguments.data_dir is None else arguments.data_dir.absolute(),
+            wait_s=arguments.wait,
+            say=lambda text: print(f"galaxydist: {text}", file=sys.stderr, flush=True),
+        )
+    failed = any(has_failed(checks) for checks in sections.values())
+    if arguments.json:
+        print(
+            json.dumps({"ok": not failed, "sections": {title: to_dicts(checks) for title, checks in sections.items()}}, indent=2)
+        )
+    else:
+        print(render(sections))
+    if failed:
+        sys.exit(EXIT_FAILED)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """A lost terminal or a kill ends the doctor as Ctrl-C does: its job is cancelled."""
+    raise KeyboardInterrupt
+
+
+# DOC ``galaxydist plan``: what a run would cost; nothing is started and no GPU is needed.
+
+PLAN_EPILOG = """examples:
+  galaxydist plan recipe=vit --nodes 16 --gpus-per-node 8
+  galaxydist plan recipe=vit model.size=base train.batch_size=1024 --nodes 4 --gpus-per-node 8 --gpu-memory 80 --img-s 1800
+  galaxydist plan recipe=resnet50 --galaxies 8700000 --shards 8700 --nodes 16 --gpus-per-node 8
+
+key=value words stand together, before the options or after them.
+"""
+
+
+def add_plan(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "plan",
+        help="what a run would cost",
+        description="Steps, time, memory, shards and bytes, disk of a run. Nothing is started, no GPU is needed. "
+        "Refuses what could not run and says what would.",
+        epilog=PLAN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", nargs="+", metavar="recipe=NAME [key=value]", help="the recipe")
+    parser.add_argument("--nodes", type=positive_int, default=1, metavar="N", help="machines (default: %(default)s)")
+    parser.add_argument("--gpus-per-node", type=positive_int, default=1, metavar="G", help="GPUs of each (default: %(default)s)")
+    parser.add_argument("--img-s", type=positive_number, metavar="X", help="images a second that one GPU trains on, for the time")
+    parser.add_argument("--gpu-memory", type=positive_number, metavar="GB", help="of one GPU, in 10^9 bytes")
+    parser.add_argument(
+        "--galaxies", type=positive_int, metavar="N", help="training galaxies, instead of the shards on this machine"
+    )
+    parser.add_argument("--shards", type=positive_int, metavar="M", help="with --galaxies: how many shards hold them")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    add_data_dir(parser)
+    parser.set_defaults(run=run_plan)
+
+
+def positive_number(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not (0 < number < math.inf):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def run_plan(arguments: argparse.Namespace) -> None:
+    """Work it out and print it."""
+    from galaxydist.paths import data_root
+    from galaxydist.recipe.resolve import load_recipe
+
+    recipe = load_recipe(arguments.recipe).recipe
+    root: Path = data_root(arguments.data_dir or recipe.data.dir, os.environ)
+
+    from galaxydist.planner.estimate import Job, plan_run
+    from galaxydist.planner.table import render_plan
+
+    job = Job(arguments.nodes, arguments.gpus_per_node, arguments.img_s, arguments.gpu_memory)
+    plan = plan_run(recipe, root, job, galaxies=arguments.galaxies, shards=arguments.shards)
+    print(json.dumps(dataclasses.asdict(plan)) if arguments.json else render_plan(plan))

@@ -13,23 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from galaxydist import __version__
-from galaxydist.cli import (
-    bench,
-    cluster,
-    completion,
-    data,
-    doctor,
-    evaluate,
-    gallery,
-    plan,
-    recipes,
-    report,
-    status,
-    submit,
-    sweep,
-    train,
-    weights,
-)
+from galaxydist.cli import bench, cluster, completion, data, evaluate, jobs, recipes, train
 from galaxydist.cli.options import CommandParser
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
@@ -62,24 +46,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"galaxydist {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND")
-    for module in (
-        data,
-        weights,
-        recipes,
-        train,
-        evaluate,
-        gallery,
-        report,
-        plan,
-        submit,
-        sweep,
-        status,
-        cluster,
-        doctor,
-        bench,
-        completion,
+    for add_parser in (
+        data.add_parser,
+        recipes.add_weights,
+        recipes.add_recipes,
+        train.add_parser,
+        evaluate.add_evaluate,
+        evaluate.add_gallery,
+        evaluate.add_report,
+        cluster.add_plan,
+        jobs.add_submit,
+        jobs.add_sweep,
+        jobs.add_status,
+        cluster.add_cluster,
+        cluster.add_doctor,
+        bench.add_parser,
+        completion.add_parser,
     ):
-        module.add_parser(commands)
+        add_parser(commands)
     return parser
 
 

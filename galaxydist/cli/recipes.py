@@ -1,12 +1,118 @@
 """``galaxydist recipes``: which recipes there are, and every value of one with where it came from."""
 
 import argparse
+import re
+import shutil
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from galaxydist.cli.listing import print_files, print_resolved
-from galaxydist.cli.options import Commands
+from galaxydist.cli.options import Commands, add_data_dir, chosen_root, local_path
+
+# DOC ``galaxydist weights``: published weights into the cache, for machines without a network; a run's own weights into a file.
 
 
-def add_parser(commands: Commands) -> None:
+def add_weights(commands: Commands) -> None:
+    """Add the commands."""
+    parser = commands.add_parser(
+        "weights", help="published weights, and a run's own", description="Weights in files.", allow_abbrev=False
+    )
+    inner = parser.add_subparsers(metavar="COMMAND")
+    fetch = inner.add_parser(
+        "fetch",
+        help="download the published weights that a recipe starts from",
+        description="Download the published weights that a recipe starts from into the data root.",
+        allow_abbrev=False,
+    )
+    fetch.add_argument("recipe", nargs="+", metavar="recipe=NAME [key=value]", help="the recipe")
+    add_data_dir(fetch)
+    fetch.set_defaults(run=run_fetch)
+    save = inner.add_parser(
+        "save",
+        help="a run's weights as one file",
+        description="Write the weights that a run is judged by as a safetensors file, for model.weights=FILE of another run.",
+        allow_abbrev=False,
+    )
+    save.add_argument("run_dir", type=local_path, metavar="RUN", help="a run folder")
+    save.add_argument("target", type=local_path, metavar="FILE", help="the .safetensors file to write")
+    save.set_defaults(run=run_save)
+
+
+def run_fetch(arguments: argparse.Namespace) -> None:
+    """Download the weights, unless they are there."""
+    from galaxydist.recipe.resolve import load_recipe
+
+    recipe = load_recipe(arguments.recipe).recipe
+    if arguments.data_dir is None:
+        arguments.data_dir = recipe.data.dir
+
+    from galaxydist.models.weights import fetch_weights
+    from galaxydist.paths import weights_dir
+
+    print(f"weights of {recipe.model.name}: {fetch_weights(recipe.model, weights_dir(chosen_root(arguments)))}")
+
+
+def run_save(arguments: argparse.Namespace) -> None:
+    """Write the run's weights."""
+    from galaxydist.evaluation.evaluator import save_weights
+
+    step = save_weights(arguments.run_dir, arguments.target)
+    print(f"weights of {arguments.run_dir} at step {step}: {arguments.target}")
+
+
+# DOC How named YAML files, and one of them resolved, are listed on a terminal.
+
+MAX_WIDTH = 100  # columns, on a wider terminal too
+MAX_VALUE_WIDTH = 20  # of a value, before the columns after it move
+
+
+def print_files(files: Mapping[str, Path]) -> None:
+    """Print each name with the first sentence of the comment that its file begins with."""
+    width = max((len(name) for name in files), default=0)
+    for name, path in files.items():
+        _print_wrapped(f"{name:{width}}  ", _first_sentence(path.read_text(encoding="utf-8", errors="replace")))
+
+
+def print_resolved(values: Mapping[str, Any], origins: Mapping[str, str], notes: Mapping[str, str]) -> None:
+    """Print every key with its value, its origin where that is not the schema's default (marked by a star), and its description.
+
+    Args:
+        values: plain values by dotted key.
+        origins: dotted key -> where the value came from.
+        notes: dotted key -> the description.
+    """
+    from galaxydist.recipe.resolve import SCHEMA_DEFAULT
+    from galaxydist.recipe.yaml12 import to_text
+
+    texts = {key: to_text(value) for key, value in values.items()}
+    key_width = max(map(len, texts))
+    value_width = min(max(map(len, texts.values())), MAX_VALUE_WIDTH)
+    for key, text in texts.items():
+        is_default = origins[key] == SCHEMA_DEFAULT
+        note = notes[key] if is_default else f"({origins[key]}) {notes[key]}"
+        _print_wrapped(f"{' ' if is_default else '*'} {key:{key_width}} = {text:{value_width}}  # ", note)
+
+
+def _print_wrapped(head: str, text: str) -> None:
+    """Print the text after its head, on as many lines as it needs, all of them indented like the first."""
+    width = min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
+    hanging = re.sub(r"[^#\s]", " ", head) if head.endswith("# ") else " " * len(head)
+    room = max(width - len(head), 24)
+    lines = textwrap.wrap(text, room, break_on_hyphens=False, break_long_words=False) or [""]
+    print(f"{head}{lines[0]}".rstrip())
+    for line in lines[1:]:
+        print(f"{hanging}{line}")
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of the comment at the top of a YAML file, or nothing."""
+    comment = re.match(r"(?:[ \t]*#[^\n]*(?:\n|$))*", text)
+    words = re.sub(r"\s+", " ", re.sub(r"(?m)^[ \t]*#", "", comment.group() if comment else "")).strip()
+    return re.split(r"(?<=\.) (?=[^a-z0-9])", words, maxsplit=1)[0]
+
+
+def add_recipes(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "recipes",
@@ -16,10 +122,10 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="a recipe's name or file; without it, list them")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="shown as the run would see them")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run_recipes)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run_recipes(arguments: argparse.Namespace) -> None:
     """List the recipes, or show one."""
     if arguments.name is None:
         _list()
