@@ -74,7 +74,7 @@ test-nightly: $(VENV)/installed-dev peers
 	$(PYTEST) -m "hypothesis and not nightly and not gpu" --hypothesis-profile=thorough
 
 # What other loaders need goes into environments of their own. torch is there once: a .pth shows them what $(VENV) has, after theirs.
-PEERS := galaxydist/benchmarks/peers
+PEERS := galaxydist/bench/peers
 .venv-%/installed: $(PEERS)/%.txt $(VENV)/installed
 	@echo "installing other loaders into $(@D)"
 	rm -rf $(@D)

@@ -140,7 +140,7 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-# DOC Writing where it may fail: what to say of a full disk, what a killed process left behind.
+# Writing where it may fail: what to say of a full disk, what a killed process left behind.
 
 _STALE_SECONDS = 24 * 3600.0
 

@@ -62,7 +62,7 @@ def _as_uint64(value: ArrayLike) -> NDArray[np.uint64]:
     return array.astype(np.uint64)
 
 
-# DOC What a hash is for: always the last integer of a hash, so that two choices about one galaxy never share a draw.
+# What a hash is for: always the last integer of a hash, so that two choices about one galaxy never share a draw.
 
 
 class Purpose(IntEnum):

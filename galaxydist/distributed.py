@@ -23,12 +23,11 @@ from accelerate.utils import (
 
 from galaxydist.cpus import bound_cores, cpu_quota, fair_share
 from galaxydist.errors import EveryRankError, RunFailedError, UserError
-from galaxydist.job_environment import check_settings, find_place, overruled_settings, slurm_cores, wants_cpu
-from galaxydist.runs.lock import job_of, restart_of
+from galaxydist.job_environment import check_settings, find_place, job_of, overruled_settings, restart_of, slurm_cores, wants_cpu
 
-# DOC torch's flight recorder: the last collectives of each rank, written when a run hangs.
-# DOC
-# DOC ``torchfrtrace -p flight_rank_ FOLDER`` says which rank did not take part in which.
+# torch's flight recorder: the last collectives of each rank, written when a run hangs.
+#
+# ``torchfrtrace -p flight_rank_ FOLDER`` says which rank did not take part in which.
 
 PREFIX = "flight_rank_"
 # Collectives kept: torch 2.14's own default.

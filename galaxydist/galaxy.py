@@ -98,7 +98,7 @@ class Survey(Protocol):
         ...
 
 
-# DOC The data sets of a survey: all of its galaxies, or as many of each class as the rarest has.
+# The data sets of a survey: all of its galaxies, or as many of each class as the rarest has.
 
 Variant = Literal["original", "balanced"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)

@@ -201,3 +201,22 @@ def _first_host(environ: Mapping[str, str]) -> str:
         return nodes.split(",")[0]
     answer = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
     return answer.stdout.split()[0]
+
+
+def job_of(environ: Mapping[str, str]) -> str | None:
+    """The batch job of a process by the id that SLURM's programs take, ``123`` or ``123_4`` for a task of an array (whose
+    SLURM_JOB_ID may be the id of the whole array); None outside of one."""
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID")
+
+
+def restart_of(environ: Mapping[str, str]) -> int:
+    """How often SLURM has started the job of a process again."""
+    count = environ.get("SLURM_RESTART_COUNT", "")
+    return int(count) if count.isdecimal() else 0
+
+
+def start_of(environ: Mapping[str, str]) -> str | None:
+    """Names one start of one job, such as ``123_4.0``; None outside of a job."""
+    job_id = job_of(environ)
+    return f"{job_id}.{restart_of(environ)}" if job_id is not None else None

@@ -7,7 +7,7 @@ from pathlib import Path
 from galaxydist.errors import UserError
 
 DATA_VARIABLE = "GALAXYDIST_DATA"
-PACKAGE_DIR = Path(__file__).parents[1]
+PACKAGE_DIR = Path(__file__).parent
 
 
 _DATASET_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")

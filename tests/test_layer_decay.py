@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from galaxydist.models import MODEL_NAMES, build_model, parameter_groups
-from galaxydist.models.param_groups import layer_depths, no_decay_names
-from galaxydist.models.registry import ARCHITECTURES
+from galaxydist.models.build import build_model
+from galaxydist.models.param_groups import layer_depths, no_decay_names, parameter_groups
+from galaxydist.models.registry import ARCHITECTURES, MODEL_NAMES
 from galaxydist.recipe.schema import ModelConfig, ModelName, OptimConfig
 from galaxydist.training.optimizer import build_optimizer, set_learning_rate
 

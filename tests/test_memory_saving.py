@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from galaxydist.errors import UserError
-from galaxydist.models import MODEL_NAMES, build_model
-from galaxydist.models.build import freeze_backbone
+from galaxydist.models.build import build_model, freeze_backbone
 from galaxydist.models.performance import checkpoint_activations, has_spared_buffers
-from galaxydist.models.registry import ARCHITECTURES
+from galaxydist.models.registry import ARCHITECTURES, MODEL_NAMES
 from galaxydist.recipe.schema import ModelConfig, ModelName
 from tests.model_names import marked
 

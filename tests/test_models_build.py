@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from galaxydist.errors import UserError
-from galaxydist.models import MODEL_NAMES, build_model, input_statistics, no_decay_names, parameter_groups
+from galaxydist.models.build import build_model, input_statistics
 from galaxydist.models.custom_cnn import CustomCNN, num_groups
+from galaxydist.models.param_groups import no_decay_names, parameter_groups
+from galaxydist.models.registry import MODEL_NAMES
 from galaxydist.recipe.schema import ModelConfig, ModelName
 from tests.model_names import DEEPER
 

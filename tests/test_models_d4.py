@@ -9,9 +9,10 @@ from safetensors.torch import load, save
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from galaxydist.models import build_model, parameter_groups
+from galaxydist.models.build import build_model
 from galaxydist.models.custom_cnn import CustomCNN
 from galaxydist.models.d4_cnn import D4CNN, ORDER, D4Conv, D4Norm, halve, inverse_products, make_even, transform
+from galaxydist.models.param_groups import parameter_groups
 from galaxydist.recipe.schema import ModelConfig
 
 SIZES = (16, 17, 22, 33, 50, 80)

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from galaxydist.models import MODEL_NAMES, build_model, parameter_groups
-from galaxydist.models.registry import ARCHITECTURES
+from galaxydist.models.build import build_model
+from galaxydist.models.param_groups import parameter_groups
+from galaxydist.models.registry import ARCHITECTURES, MODEL_NAMES
 from galaxydist.recipe.schema import ModelConfig, ModelName
 from tests.model_names import marked
 

@@ -13,9 +13,9 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from galaxydist.errors import UserError
-from galaxydist.models import build_model, fetch_weights, input_statistics, write_weights
+from galaxydist.models.build import build_model, input_statistics
 from galaxydist.models.registry import ARCHITECTURES
-from galaxydist.models.weights import fetch_command, weights_file
+from galaxydist.models.weights import fetch_command, fetch_weights, weights_file, write_weights
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import ModelConfig
 

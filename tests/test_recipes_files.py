@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from galaxydist.models import MODEL_NAMES, build_model, parameter_groups
-from galaxydist.models.registry import recipe_of
+from galaxydist.models.build import build_model
+from galaxydist.models.param_groups import parameter_groups
+from galaxydist.models.registry import MODEL_NAMES, recipe_of
 from galaxydist.recipe.resolve import ResolvedRecipe, list_recipes, load_recipe
 from galaxydist.recipe.schema import ModelName, Recipe
 from galaxydist.training.optimizer import build_optimizer

@@ -11,7 +11,7 @@ from galaxydist.cli.main import main
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.cluster.submit import _job_arguments, build_request
 from galaxydist.cluster.sweep import read_sweep, resolve
-from galaxydist.models import build_model
+from galaxydist.models.build import build_model
 from galaxydist.models.reference import CNN_CHANNELS, MlpHead
 from galaxydist.models.weights import weights_file
 from galaxydist.recipe.identity import run_name

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from galaxydist.models import MODEL_NAMES, build_model
-from galaxydist.models.build import freeze_backbone
-from galaxydist.models.registry import ARCHITECTURES
+from galaxydist.models.build import build_model, freeze_backbone
+from galaxydist.models.registry import ARCHITECTURES, MODEL_NAMES
 from galaxydist.models.saliency import GRAD_CAM, ROLLOUT, attention_rollout, explain, grad_cam, method_of
 from galaxydist.recipe.schema import ModelConfig, ModelName
 from tests.model_names import marked

@@ -14,7 +14,7 @@ from filelock import FileLock
 from torch import nn
 
 from galaxydist.errors import EveryRankError
-from galaxydist.models import build_model
+from galaxydist.models.build import build_model
 from galaxydist.models.performance import (
     channels_last,
     checkpoint_activations,

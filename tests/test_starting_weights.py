@@ -10,12 +10,11 @@ from galaxydist.bench.simulator import TUNING_ROWS, split_by_row
 from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
-from galaxydist.evaluation.evaluator import evaluate_run
+from galaxydist.evaluation.evaluator import evaluate_run, evaluation_weights
 from galaxydist.models.weights import read_statistics, read_weights
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_folder import open_image_folder
-from galaxydist.training.state import evaluation_weights
 from tests.blobs import BlobSurvey
 from tests.runs import quick_settings, read_evaluation, run_here, without_figures
 

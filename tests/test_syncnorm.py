@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from galaxydist.errors import EveryRankError
-from galaxydist.models import build_model
-from galaxydist.models.build import freeze_backbone
+from galaxydist.models.build import build_model, freeze_backbone
 from galaxydist.models.performance import checkpoint_activations
 from galaxydist.recipe.schema import ModelConfig
 from galaxydist.training.batch_norm import SynchronisedNorm, synchronise_batch_norm

@@ -32,7 +32,7 @@ from galaxydist.surveys.image_folder import open_image_folder
 from galaxydist.surveys.simulate.survey import SIMULATOR_VERSION, simulate_survey
 from galaxydist.surveys.survey_sources import open_survey
 
-# DOC The pictures that loaders are compared on: as our shards, repeated under distinct keys, and as one long epoch.
+# The pictures that loaders are compared on: as our shards, repeated under distinct keys, and as one long epoch.
 
 SIMULATED = 1000
 # As many galaxies as GZ DESI has (Walmsley et al. 2023), for the epoch that is resumed.

@@ -84,7 +84,7 @@ class Job:
         return cls(**found)
 
 
-# DOC The pictures of a folder of shards as bytes, one after another, read through the shards' own indexes.
+# The pictures of a folder of shards as bytes, one after another, read through the shards' own indexes.
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +105,8 @@ def stored_pictures(shards_dir: Path, split: str = "train") -> Iterator[StoredPi
             yield StoredPicture(members[0].name.partition(".")[0], int(parts.get("cls", b"-1")), parts["jpg"])
 
 
-# DOC What the processes share that run a loader each, ours and the peers': the clock, the comparison with our pixels, the
-# DOC answer.
+# What the processes share that run a loader each, ours and the peers': the clock, the comparison with our pixels, the
+# answer.
 
 # Batches whose pixels are looked at before any is timed.
 LOOKED_AT = 3

@@ -23,7 +23,7 @@ from galaxydist.shards.shard_usage import node_uses, shard_uses, working_set
 from galaxydist.surveys.official_split import read_official_split
 from galaxydist.surveys.split import TRAIN
 
-# DOC How many shards each node of a large job fetches in an epoch, and how many it must hold at once: worked out, not read.
+# How many shards each node of a large job fetches in an epoch, and how many it must hold at once: worked out, not read.
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,10 @@ of neighbouring streams, which lie in the same shards where shards are few.
 """
 
 
-# DOC How long a new process takes from a large data set's files on disk to the galaxies of a batch.
-# DOC
-# DOC The files are real but for the columns of samples, which are all zeros and take no disk (sparse): nothing reads them to
-# DOC open.
+# How long a new process takes from a large data set's files on disk to the galaxies of a batch.
+#
+# The files are real but for the columns of samples, which are all zeros and take no disk (sparse): nothing reads them to
+# open.
 
 OPEN_LIMIT_S, MEMORY_LIMIT_MB, POSITION_LIMIT_MS = 0.5, 300, 5.0
 BATCH_SIZE = 192
@@ -288,9 +288,9 @@ def _peak_memory_mb() -> float:
     return float(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
 
 
-# DOC How well an epoch is shuffled, compared with a uniformly random permutation measured in the same way.
-# DOC
-# DOC The same galaxies in two kinds of shards: sorted by class (as Galaxy10's file is), and as our writer stores them.
+# How well an epoch is shuffled, compared with a uniformly random permutation measured in the same way.
+#
+# The same galaxies in two kinds of shards: sorted by class (as Galaxy10's file is), and as our writer stores them.
 
 NUM_STREAMS = 192
 WORLD_SIZE = 8

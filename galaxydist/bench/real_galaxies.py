@@ -34,7 +34,7 @@ from galaxydist.surveys.image_folder import open_image_folder
 from galaxydist.training.optimizer import build_optimizer
 from galaxydist.training.trainer import train
 
-# DOC What a training step of each model costs on this machine, measured with the models in turn.
+# What a training step of each model costs on this machine, measured with the models in turn.
 
 # The first steps of a model are not counted: they ask for memory, and decode ahead.
 WARM_UP = 2

@@ -21,9 +21,9 @@ from galaxydist.shards.manifest import Manifest, read_manifest, shard_name
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
 
-# DOC One process of ``galaxydist bench remote``: reads its part of an epoch as training does, and says what it waited for.
-# DOC
-# DOC Run as ``python -m galaxydist.bench.remote JSON``; prints a line of JSON.
+# One process of ``galaxydist bench remote``: reads its part of an epoch as training does, and says what it waited for.
+#
+# Run as ``python -m galaxydist.bench.remote JSON``; prints a line of JSON.
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def _read_real(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return images, np.array([int(path.parent.name) for path in paths])
 
 
-# DOC How much a simulated survey is like the sky: train on simulated galaxies alone, test on real ones.
+# How much a simulated survey is like the sky: train on simulated galaxies alone, test on real ones.
 
 # Rows of each class (the first ones) on which simulator, recipe and checkpoint may be chosen; the figure is from the others.
 TUNING_ROWS = 50

@@ -28,7 +28,7 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.training.optimizer import LearningRate
 from galaxydist.training.trainer import Parts
 
-# DOC Training as one would write it in plain PyTorch, to compare the trainer with.
+# Training as one would write it in plain PyTorch, to compare the trainer with.
 
 
 class BareLoop:

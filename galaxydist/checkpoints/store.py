@@ -24,7 +24,7 @@ from galaxydist.checkpoints import tensor_files
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import BEST, FOLDER_NAME, LATEST, STATE_FILE
 
-# DOC The files of one checkpoint: tensors in safetensors, the rest in one JSON file with the SHA-256 of everything.
+# The files of one checkpoint: tensors in safetensors, the rest in one JSON file with the SHA-256 of everything.
 
 FORMAT_VERSION = 1
 SHARDED_FORMAT_VERSION = 2  # each process wrote its part: version 1, but for several files a tensor

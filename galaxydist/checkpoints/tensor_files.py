@@ -170,7 +170,7 @@ def _ignore_single_process_warning() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-# DOC Nested state dicts as flat tensors plus plain JSON, and back, bit for bit: what a checkpoint can hold without pickle.
+# Nested state dicts as flat tensors plus plain JSON, and back, bit for bit: what a checkpoint can hold without pickle.
 
 _TAGS = ("@tensor", "@tuple", "@dict", "@float")
 

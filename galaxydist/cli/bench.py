@@ -26,7 +26,7 @@ from galaxydist.cli.options import (
     positive_int,
 )
 
-# DOC ``galaxydist bench loader``: how fast pictures become batches, against other loaders and against what decoding allows.
+# ``galaxydist bench loader``: how fast pictures become batches, against other loaders and against what decoding allows.
 
 
 def add_loader(commands: Commands) -> None:
@@ -80,7 +80,7 @@ def run_loader(arguments: argparse.Namespace) -> None:
     )
 
 
-# DOC ``galaxydist bench folds``: networks from random weights on real galaxies, at equal compute, cross-validated.
+# ``galaxydist bench folds``: networks from random weights on real galaxies, at equal compute, cross-validated.
 
 
 def add_folds(commands: Commands) -> None:
@@ -129,7 +129,7 @@ def run_folds(arguments: argparse.Namespace) -> None:
     )
 
 
-# DOC ``galaxydist bench order``: the order of reading, measured.
+# ``galaxydist bench order``: the order of reading, measured.
 
 
 def add_order(commands: Commands) -> None:
@@ -152,7 +152,7 @@ def run_order(arguments: argparse.Namespace) -> None:
     measure_order(quick=arguments.quick)
 
 
-# DOC ``galaxydist bench remote``: an epoch from a slow server that fails.
+# ``galaxydist bench remote``: an epoch from a slow server that fails.
 
 
 def add_remote(commands: Commands) -> None:
@@ -201,7 +201,7 @@ def run_remote(arguments: argparse.Namespace) -> None:
     measure_remote(root, os.environ, conditions, data=arguments.data, num_images=arguments.images)
 
 
-# DOC ``galaxydist bench saving``: what checkpoints cost a training.
+# ``galaxydist bench saving``: what checkpoints cost a training.
 
 
 def add_saving(commands: Commands) -> None:
@@ -237,7 +237,7 @@ def run_saving(arguments: argparse.Namespace) -> None:
     measure_saving(root / "saving", conditions)
 
 
-# DOC ``galaxydist bench scaling``: what further processes bring.
+# ``galaxydist bench scaling``: what further processes bring.
 
 
 def add_scaling(commands: Commands) -> None:
@@ -280,7 +280,7 @@ if __name__ == "__main__":
     sys.exit(main(sys.argv[1], os.environ))
 
 
-# DOC ``galaxydist bench startup``: how long until the first step.
+# ``galaxydist bench startup``: how long until the first step.
 
 
 def add_startup(commands: Commands) -> None:
@@ -320,7 +320,7 @@ def run_startup(arguments: argparse.Namespace) -> None:
     )
 
 
-# DOC ``galaxydist bench trainer``: what the trainer costs beside a bare loop.
+# ``galaxydist bench trainer``: what the trainer costs beside a bare loop.
 
 
 def add_trainer(commands: Commands) -> None:

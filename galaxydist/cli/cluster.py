@@ -104,7 +104,7 @@ def _size(config: "ClusterConfig") -> str:
     return f"{processes} {'on this machine' if config.scheduler == 'local' else f'for {config.time_min} minutes'}"
 
 
-# DOC ``galaxydist doctor``: whether this machine, and the nodes of a cluster, are ready for a run.
+# ``galaxydist doctor``: whether this machine, and the nodes of a cluster, are ready for a run.
 
 DOCTOR_EPILOG = """examples:
   galaxydist doctor                                 this machine
@@ -193,7 +193,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-# DOC ``galaxydist plan``: what a run would cost; nothing is started and no GPU is needed.
+# ``galaxydist plan``: what a run would cost; nothing is started and no GPU is needed.
 
 PLAN_EPILOG = """examples:
   galaxydist plan recipe=vit --nodes 16 --gpus-per-node 8

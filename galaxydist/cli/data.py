@@ -108,7 +108,7 @@ def run_export(arguments: argparse.Namespace) -> None:
         print(f"{tree.variant} ({counts}): {tree.path}{' (there already)' if tree.was_there else ''}")
 
 
-# DOC ``galaxydist data shard``: shards from a survey file or a folder of pictures.
+# ``galaxydist data shard``: shards from a survey file or a folder of pictures.
 
 # Endings of pictures without loss.
 LOSSLESS = {".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -264,7 +264,7 @@ def _name(arguments: argparse.Namespace, source: Path) -> str | None:
     return fold_name(base, *arguments.fold)
 
 
-# DOC ``galaxydist data simulate``: a simulated survey in Galaxy10's schema.
+# ``galaxydist data simulate``: a simulated survey in Galaxy10's schema.
 
 DEFAULT_GALAXIES = 3000
 
@@ -326,7 +326,7 @@ def _difference(path: Path, arguments: argparse.Namespace) -> str:
     return f"holds another survey ({'; '.join(different)})" if different else ""
 
 
-# DOC ``galaxydist data check``: whether shards are what their manifests say, byte by byte and picture by picture.
+# ``galaxydist data check``: whether shards are what their manifests say, byte by byte and picture by picture.
 
 
 def add_check(commands: Commands) -> None:
@@ -388,7 +388,7 @@ def _locations(given: list[str], root: Path, dataset: str | None) -> list[str | 
     return [*there]
 
 
-# DOC ``galaxydist data explore``: what a data set looks like, on one page.
+# ``galaxydist data explore``: what a data set looks like, on one page.
 
 SAMPLE = 3000
 

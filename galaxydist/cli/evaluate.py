@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from galaxydist.report.finished_runs import Note
 
 
-# DOC ``galaxydist report``: the results matrix of many runs, as a page and as tables for a paper.
+# ``galaxydist report``: the results matrix of many runs, as a page and as tables for a paper.
 
 PAGE = Path("report.html")
 SUFFIXES = (".html", ".htm")
@@ -146,7 +146,7 @@ def _print(results: "Results") -> None:
         print(f"note: {note}")
 
 
-# DOC What ``evaluate`` and ``gallery`` are told: a run, and the data to judge it on where that is not its own.
+# What ``evaluate`` and ``gallery`` are told: a run, and the data to judge it on where that is not its own.
 
 HELP = (
     "a run folder, or its name under ./runs [data.manifest=FILE | data.variant=NAME], "
@@ -297,7 +297,7 @@ def _judge_predictions(arguments: argparse.Namespace) -> None:
     print(render_evaluation(judge_predictions(arguments.predictions, arguments.validation, out_dir), out_dir))
 
 
-# DOC ``galaxydist gallery``: a run's most confident mistakes and least certain galaxies, and where its model looks.
+# ``galaxydist gallery``: a run's most confident mistakes and least certain galaxies, and where its model looks.
 
 GALLERY_EPILOG = """examples:
   galaxydist evaluate runs/vit-0123abcd                             first: its predictions

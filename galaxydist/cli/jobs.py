@@ -225,7 +225,7 @@ def _ask(count: int, texts: list[str]) -> None:
         raise UserError("Nothing was cancelled.")
 
 
-# DOC ``galaxydist submit``: one run as a job of the cluster.
+# ``galaxydist submit``: one run as a job of the cluster.
 
 SUBMIT_EPILOG = """examples:
   galaxydist submit                                         list the cluster profiles
@@ -305,7 +305,7 @@ def run_submit(arguments: argparse.Namespace) -> None:
     )
 
 
-# DOC ``galaxydist sweep``: many runs from one file, as arrays of the cluster; again, what is missing of them.
+# ``galaxydist sweep``: many runs from one file, as arrays of the cluster; again, what is missing of them.
 
 POLL_SECONDS = 1.0
 SWEEP_EPILOG = """examples:

@@ -10,7 +10,7 @@ from typing import Any
 
 from galaxydist.cli.options import Commands, add_data_dir, chosen_root, local_path
 
-# DOC ``galaxydist weights``: published weights into the cache, for machines without a network; a run's own weights into a file.
+# ``galaxydist weights``: published weights into the cache, for machines without a network; a run's own weights into a file.
 
 
 def add_weights(commands: Commands) -> None:
@@ -61,7 +61,7 @@ def run_save(arguments: argparse.Namespace) -> None:
     print(f"weights of {arguments.run_dir} at step {step}: {arguments.target}")
 
 
-# DOC How named YAML files, and one of them resolved, are listed on a terminal.
+# How named YAML files, and one of them resolved, are listed on a terminal.
 
 MAX_WIDTH = 100  # columns, on a wider terminal too
 MAX_VALUE_WIDTH = 20  # of a value, before the columns after it move

@@ -19,7 +19,7 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.training.resume import check_would_continue
 
-# DOC Whether a run folder can be seen by the nodes of a job, as far as the login node can tell.
+# Whether a run folder can be seen by the nodes of a job, as far as the login node can tell.
 
 # Every node has its own.
 OF_THE_NODE = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path("/run"))

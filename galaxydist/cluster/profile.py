@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from galaxydist.paths import shipped_dir
-from galaxydist.recipe.fields import Schema
-from galaxydist.recipe.resolve import Check, ConfigError, ConfigKind, list_files, load_config
+from galaxydist.recipe.fields import Check, Schema
+from galaxydist.recipe.resolve import ConfigError, ConfigKind, list_files, load_config
 from galaxydist.recipe.schema import Count, Section
 
-# DOC Rules between the fields of a cluster profile, and how a time limit is read.
+# Rules between the fields of a cluster profile, and how a time limit is read.
 
 # From the start of the job to the first step: 8 s on a laptop (`galaxydist bench startup`), longer where the nodes read Python
 # over the network.

@@ -14,8 +14,9 @@ from galaxydist.cluster.slurm import SchedulerAwayError, ask_slurm, check_contro
 from galaxydist.cluster.srun_messages import TOLD_TO_END, find_death, find_remedy, read_own_words
 from galaxydist.cluster.submit import RequestFile
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
+from galaxydist.job_environment import job_of, restart_of, start_of
 from galaxydist.runs.folder import FOLDER_NAME, RunFolder
-from galaxydist.runs.lock import job_of, read_owner, restart_of, start_of
+from galaxydist.runs.lock import read_owner
 
 # How a start ended for good, whatever is tried again (``failure.json``).
 FOR_GOOD = {
@@ -138,13 +139,13 @@ def _is_same_crash(ending: Ending, before: RestartRecord) -> bool:
     return (before.error, before.step) == (ending.error, ending.crash_step)
 
 
-# DOC The last line of a batch script: note how ``srun`` ended, and queue the job again where the run must go on.
-# DOC
-# DOC     python -P -m galaxydist.cluster.requeue REQUESTS EXIT_CODE
-# DOC     python -P -m galaxydist.cluster.requeue REQUESTS told-to-end     (when SLURM has sent the script SIGTERM; srun
-# DOC still runs)
-# DOC
-# DOC Light on purpose: a job that is being preempted has seconds left.
+# The last line of a batch script: note how ``srun`` ended, and queue the job again where the run must go on.
+#
+#     python -P -m galaxydist.cluster.requeue REQUESTS EXIT_CODE
+#     python -P -m galaxydist.cluster.requeue REQUESTS told-to-end     (when SLURM has sent the script SIGTERM; srun
+# still runs)
+#
+# Light on purpose: a job that is being preempted has seconds left.
 
 LEAVING = "SLURM is ending the job itself"
 QUEUED_BY_SLURM = "SLURM has queued the job again itself"

@@ -13,7 +13,7 @@ from galaxydist.cluster.records import JobRecord
 from galaxydist.cluster.slurm import UNKNOWN, JobState
 from galaxydist.runs.lock import STALE_SECONDS, LockOwner, is_alive, pid_space, read_owner
 
-# DOC Jobs of submitit's local executor: a process of this machine that starts the tasks, waits for them, and passes SIGTERM on.
+# Jobs of submitit's local executor: a process of this machine that starts the tasks, waits for them, and passes SIGTERM on.
 
 _CONTROLLER = "submitit.local._local"
 # A record is written when its process has started; clocks may be adjusted by a little.

@@ -182,10 +182,10 @@ class Site:
         return self.qos.get(qos or (association.usual_qos if association is not None else None) or "")
 
 
-# DOC Asking the SLURM of this machine what it is: partitions, nodes, the user's accounts and groups, qos.
-# DOC
-# DOC Reading is apart from asking: ``parse_site`` takes the text that the commands printed, so that it can be read from a
-# DOC record too.
+# Asking the SLURM of this machine what it is: partitions, nodes, the user's accounts and groups, qos.
+#
+# Reading is apart from asking: ``parse_site`` takes the text that the commands printed, so that it can be read from a
+# record too.
 
 # Name -> the command; each prints text that is made for programs, in the same form since SLURM 20.
 COMMANDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -390,10 +390,10 @@ def _names(text: str) -> tuple[str, ...] | None:
     return None if not names or names == ("ALL",) else names
 
 
-# DOC What SLURM does with a job whose nodes it gives to a more urgent one, and how long before it says so.
-# DOC
-# DOC The scheduler's own words: slurm.conf(5), PreemptType, PreemptMode, GraceTime, preempt_send_user_signal; sacctmgr(1) for
-# DOC qos.
+# What SLURM does with a job whose nodes it gives to a more urgent one, and how long before it says so.
+#
+# The scheduler's own words: slurm.conf(5), PreemptType, PreemptMode, GraceTime, preempt_send_user_signal; sacctmgr(1) for
+# qos.
 
 # The recipe's key bounds what is lost where nobody is warned, or too late.
 SAVE_REMEDY = "set train.save_minutes=10 in the recipe: at most so much is lost"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from galaxydist.errors import UserError
 
-# DOC Asking SLURM's programs, and whether anybody answered.
+# Asking SLURM's programs, and whether anybody answered.
 
 TIMEOUT_S = 30.0
 # What people set for themselves changes what these programs print; 0: ids of arrays are never shortened.

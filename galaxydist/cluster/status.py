@@ -25,7 +25,7 @@ from galaxydist.runs.folder import BEST, FOLDER_NAME, RunFolder
 from galaxydist.runs.lock import LockOwner, read_owner
 from galaxydist.runs.metrics_log import read_step_records, read_tail_records
 
-# DOC How far a run is, from its folder alone. Only the ends of its files are read.
+# How far a run is, from its folder alone. Only the ends of its files are read.
 
 
 @dataclass(frozen=True)

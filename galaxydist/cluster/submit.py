@@ -35,7 +35,7 @@ from galaxydist.recipe.identity import run_path
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.runs.folder import RunFolder
 
-# DOC What was asked for in one submission: kept beside the job, so that its batch script knows which runs it is about.
+# What was asked for in one submission: kept beside the job, so that its batch script knows which runs it is about.
 
 FORMAT_VERSION = 2
 
@@ -123,9 +123,9 @@ def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     return {key: str(item) if isinstance(item, Path) else item for key, item in value.items()}
 
 
-# DOC What a submission needs around it: nobody else who sends the same runs, no signal between SLURM's answer and our record of
-# DOC it,
-# DOC and no variables of the shell that would change the job.
+# What a submission needs around it: nobody else who sends the same runs, no signal between SLURM's answer and our record of
+# it,
+# and no variables of the shell that would change the job.
 
 LOCK_NAME = ".submitting"
 WAIT_S = 120.0

@@ -13,23 +13,23 @@ from galaxydist.recipe.identity import flatten, run_name
 from galaxydist.recipe.resolve import COMMAND_LINE, RecipeError, ResolvedRecipe, Setting, list_files, load_recipe
 from galaxydist.recipe.yaml12 import Document, read_document, to_text
 
-# DOC A sweep's YAML file: which keys take which values, and what the runs share.
-# DOC
-# DOC     cluster: a100                          # a profile; cluster=NAME on the command line goes before it
-# DOC     root: runs/galaxy10                    # where the run folders lie (default: runs/<name of this file>)
-# DOC     parallel: 8                            # how many run at the same time (default: the profile's)
-# DOC     set: {train.epochs: 30}                # for all runs
-# DOC     grid:                                  # every combination; the first key changes slowest
-# DOC       recipe: [resnet50, vit]
-# DOC       seed: [0, 1, 2]
-# DOC     list:                                  # runs one by one; where there is a grid as well, each with every point of it
-# DOC       - {optim.lr: 1e-4}
-# DOC       - {optim.lr: 1e-3, optim.warmup: 0.1}
-# DOC     evaluate: [original, balanced]         # eval.variants of all runs
-# DOC
-# DOC Keys are written as on the command line, ``optim.lr``, or as in a recipe, ``optim: {lr: ...}``. A value of the list goes
-# DOC before
-# DOC one of ``set``; the grid shares no key with either of them.
+# A sweep's YAML file: which keys take which values, and what the runs share.
+#
+#     cluster: a100                          # a profile; cluster=NAME on the command line goes before it
+#     root: runs/galaxy10                    # where the run folders lie (default: runs/<name of this file>)
+#     parallel: 8                            # how many run at the same time (default: the profile's)
+#     set: {train.epochs: 30}                # for all runs
+#     grid:                                  # every combination; the first key changes slowest
+#       recipe: [resnet50, vit]
+#       seed: [0, 1, 2]
+#     list:                                  # runs one by one; where there is a grid as well, each with every point of it
+#       - {optim.lr: 1e-4}
+#       - {optim.lr: 1e-3, optim.warmup: 0.1}
+#     evaluate: [original, balanced]         # eval.variants of all runs
+#
+# Keys are written as on the command line, ``optim.lr``, or as in a recipe, ``optim: {lr: ...}``. A value of the list goes
+# before
+# one of ``set``; the grid shares no key with either of them.
 
 PARTS = ("cluster", "root", "parallel", "set", "grid", "list", "evaluate")
 # Keys that a sweep decides by itself -> what to write instead.

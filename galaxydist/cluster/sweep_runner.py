@@ -15,7 +15,7 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.runs.folder import RunFolder
 
-# DOC What is known of a sweep's trials, and what that means: which are done, which are on their way, which are to be submitted.
+# What is known of a sweep's trials, and what that means: which are done, which are on their way, which are to be submitted.
 
 LOCAL_ENDED = "ENDED"
 
@@ -262,7 +262,7 @@ def array_of(job_id: str) -> str:
     return job_id.partition("_")[0]
 
 
-# DOC A sweep as a table for people.
+# A sweep as a table for people.
 
 
 def render_trials(trials: Sequence[Trial], decisions: Sequence[Decision]) -> str:

@@ -14,11 +14,11 @@ import psutil
 
 from galaxydist.cluster.records import JobFiles
 from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError
+from galaxydist.job_environment import job_of, restart_of, start_of
 from galaxydist.runs.folder import FailureKind, RunFolder
-from galaxydist.runs.lock import job_of, restart_of, start_of
 from galaxydist.training.launch import launch
 
-# DOC Which network interface the processes of several nodes reach one another by.
+# Which network interface the processes of several nodes reach one another by.
 
 # Nothing is sent: connecting a datagram socket only asks the kernel for the route.
 ANY_PORT = 9
@@ -56,7 +56,7 @@ def find_interface(hostnames: Sequence[str], own_name: str) -> str | None:
     )
 
 
-# DOC Where a process and its children print.
+# Where a process and its children print.
 
 
 @contextmanager

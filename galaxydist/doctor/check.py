@@ -89,9 +89,9 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-# DOC What one rank of the doctor's job found: plain values, written as JSON after each part.
-# DOC
-# DOC So a rank that dies leaves what it knows.
+# What one rank of the doctor's job found: plain values, written as JSON after each part.
+#
+# So a rank that dies leaves what it knows.
 
 FORMAT_VERSION = 1
 
@@ -206,7 +206,7 @@ def read_reports(folder: Path) -> list[RankReport]:
     return sorted(reports, key=lambda report: report.rank)
 
 
-# DOC Naming ranks by their hosts.
+# Naming ranks by their hosts.
 
 MOST_HOSTS = 4
 

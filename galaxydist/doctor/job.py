@@ -20,7 +20,7 @@ from galaxydist.doctor.merge import merge_reports
 from galaxydist.doctor.rank import MEETING_S, Examination, examine_task
 from galaxydist.errors import UserError
 
-# DOC The doctor's job, of SLURM or of this machine: its state, and ending it with all of its processes.
+# The doctor's job, of SLURM or of this machine: its state, and ending it with all of its processes.
 
 ENDING_S = 10.0
 
@@ -93,7 +93,7 @@ class LocalQueuedJob:
             _, tree = psutil.wait_procs(tree, timeout=ENDING_S)
 
 
-# DOC Whether a run is warned before SLURM preempts it: not tried, but read from the cluster's settings.
+# Whether a run is warned before SLURM preempts it: not tried, but read from the cluster's settings.
 
 NAME = "preemption"
 

@@ -25,7 +25,7 @@ from galaxydist.loading.dataset import SOURCES, find_manifest
 from galaxydist.paths import DATA_VARIABLE, find_shards
 from galaxydist.recipe.schema import DataConfig
 
-# DOC Cores, threads and memory of this process.
+# Cores, threads and memory of this process.
 
 # Below it, a run of the smallest recipes with its readers is killed or swaps.
 LEAST_MEMORY = 4e9
@@ -161,7 +161,7 @@ def _free(folder: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-# DOC How much a user may still write to a folder: its file system, its free space, the quota of HOME.
+# How much a user may still write to a folder: its file system, its free space, the quota of HOME.
 
 QUOTA_S = 10.0
 # A disk of this machine has quotas where its mount options say so; elsewhere a server keeps them.
@@ -236,7 +236,7 @@ def read_quota(text: str) -> float:
     return left
 
 
-# DOC Folders: the data root, scratch space, shards, and what the file system of the run folders can do.
+# Folders: the data root, scratch space, shards, and what the file system of the run folders can do.
 
 # Galaxy10 DECaLS as HDF5 (2.7 GB), its shards of both variants and weights, with room for checkpoints.
 LEAST_IN_HOME = 20e9

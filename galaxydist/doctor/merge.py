@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from galaxydist.doctor.check import LEVELS, Check, RankReport, Timing, failure, name_places, ok, warning
 from galaxydist.doctor.network import is_loopback
 
-# DOC Judging what the ranks found together: rendezvous, clocks, shared files, the signal, all-reduces.
+# Judging what the ranks found together: rendezvous, clocks, shared files, the signal, all-reduces.
 
 CLOCK_S = 1.0
 SLOW_S = 5.0

@@ -30,9 +30,9 @@ from galaxydist.doctor.network import interface_address, machine_id, own_address
 from galaxydist.doctor.software import library_versions
 from galaxydist.paths import data_root
 
-# DOC How the ranks of the doctor's job talk to one another: through the store of the rendezvous alone, so that a backend which
-# DOC does
-# DOC not work is found by ranks that can still say so.
+# How the ranks of the doctor's job talk to one another: through the store of the rendezvous alone, so that a backend which
+# does
+# not work is found by ranks that can still say so.
 
 PINGS = 5
 
@@ -122,7 +122,7 @@ def open_link(host: str, port: int, rank: int, size: int, timeout_s: float) -> L
     return Link(store, rank, size)
 
 
-# DOC What the ranks do together: all-reduces, files that one writes and the others see, a signal from SLURM.
+# What the ranks do together: all-reduces, files that one writes and the others see, a signal from SLURM.
 
 NUM_BYTES = 64_000_000
 REPEATS = 5

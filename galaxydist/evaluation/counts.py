@@ -173,7 +173,7 @@ class Counts:
             )
 
 
-# DOC Exact counts of some of a split's galaxies, beside those of all.
+# Exact counts of some of a split's galaxies, beside those of all.
 
 
 class SubsetCounts:

@@ -18,6 +18,7 @@ from torch import nn
 
 from galaxydist.checkpoints import store
 from galaxydist.checkpoints.store import Checkpoint
+from galaxydist.checkpoints.tensor_files import unflatten_state
 from galaxydist.counter_rng import hash64
 from galaxydist.distributed import World, enter_world, leave_world
 from galaxydist.errors import EveryRankError, UserError
@@ -43,7 +44,6 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
 from galaxydist.surveys.split import CUTOUT_ARCSEC
-from galaxydist.training.state import evaluation_weights
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -296,7 +296,7 @@ def find_checkpoint(folder: RunFolder, which: str) -> Path:
     return path
 
 
-# DOC The exact evaluation of a run: the weights of one of its checkpoints on a split, as JSON, figures and a table.
+# The exact evaluation of a run: the weights of one of its checkpoints on a split, as JSON, figures and a table.
 
 
 def evaluate_run(
@@ -380,12 +380,12 @@ def save_weights(run_dir: Path, target: Path) -> int:
     return checkpoint.step
 
 
-# DOC A trial of what only the end of a run needs, before its first step: an evaluation of a few galaxies, with numbers and
-# DOC figures.
-# DOC
-# DOC A library that is missing, a number of classes that a figure cannot show, a name that cannot be written: all this would
-# DOC else be
-# DOC found hours later, and again at every restart.
+# A trial of what only the end of a run needs, before its first step: an evaluation of a few galaxies, with numbers and
+# figures.
+#
+# A library that is missing, a number of classes that a figure cannot show, a name that cannot be written: all this would
+# else be
+# found hours later, and again at every restart.
 
 # Enough for every number and figure: properties are shown from 25 galaxies on.
 NUM_GALAXIES = 32
@@ -439,3 +439,10 @@ def rehearse_evaluation(manifest: Manifest, recipe: Recipe) -> None:
         curves, figures = summary.curves, recipe.eval.figures and is_unusual
         written = write_evaluation(folder, summary.metrics, context, metrics_log=log.path, curves=curves, figures=figures)
         render_evaluation(written, folder)
+
+
+def evaluation_weights(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The model state that a checkpoint is judged by: the moving average where there is one, else the model's own."""
+    described = state["described"]
+    weights: dict[str, torch.Tensor] = unflatten_state(described.get("ema", described["model"]), tensors)
+    return weights

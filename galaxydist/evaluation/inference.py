@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-# DOC Keeping what an evaluation predicts, and beside it how large, and on how bright a sky, each galaxy appears; then one file.
+# Keeping what an evaluation predicts, and beside it how large, and on how bright a sky, each galaxy appears; then one file.
 
 # What of a catalogue is needed beside the predictions.
 CATALOGUE_COLUMNS = ("id", "ra", "dec", "redshift", "pxscale", *NAMES)
@@ -164,9 +164,9 @@ def merge_predictions(
     write_predictions(path, dataclasses.replace(info, units=units), blocks())
 
 
-# DOC Test-time augmentation: a galaxy seen in the eight ways that flips and quarter turns allow, and its mean probabilities.
-# DOC
-# DOC The sky has no up and down: the eight views are as likely as one another, and each shows every pixel as it was stored.
+# Test-time augmentation: a galaxy seen in the eight ways that flips and quarter turns allow, and its mean probabilities.
+#
+# The sky has no up and down: the eight views are as likely as one another, and each shows every pixel as it was stored.
 
 Views = Literal["none", "d4"]
 

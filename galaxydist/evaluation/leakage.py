@@ -200,7 +200,7 @@ def _name_some(table: "pa.Table", rows: Mask) -> str:
     return ", ".join(ids[:NAMED]) + (f" and {len(ids) - NAMED} more" if len(ids) > NAMED else "")
 
 
-# DOC What a run was trained on, for whoever judges it: no galaxy of that may be among those that it is judged on.
+# What a run was trained on, for whoever judges it: no galaxy of that may be among those that it is judged on.
 
 # The split whose galaxies no model may have seen.
 JUDGED_SPLIT = "test"

@@ -83,12 +83,12 @@ def _plain(values_K: Floats) -> list[float | None]:
     return [None if math.isnan(value) else float(value) for value in values_K]
 
 
-# DOC Areas under the ROC and the precision-recall curve, each class against all others, by scikit-learn.
-# DOC
-# DOC The area under the precision-recall curve is average precision, sum of (R_n - R_(n-1)) P_n: no straight lines between the
-# DOC points,
-# DOC which would be too good (Davis & Goadrich 2006, ICML). Chance is 0.5 for ROC, the class's share of the galaxies for the
-# DOC other.
+# Areas under the ROC and the precision-recall curve, each class against all others, by scikit-learn.
+#
+# The area under the precision-recall curve is average precision, sum of (R_n - R_(n-1)) P_n: no straight lines between the
+# points,
+# which would be too good (Davis & Goadrich 2006, ICML). Chance is 0.5 for ROC, the class's share of the galaxies for the
+# other.
 
 # Probabilities that are in memory together: all classes of a small file, of a large one a few classes at a time.
 _KEPT_VALUES = 2_000_000
@@ -170,9 +170,9 @@ def _mean_of_known(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-# DOC Accuracy against what is known of the galaxies: redshift, apparent size, brightness of the sky.
-# DOC
-# DOC Bins hold equally many galaxies. Intervals are Wilson's (1927, JASA 22, 209), 95 %: a bin's accuracy is a binomial share.
+# Accuracy against what is known of the galaxies: redshift, apparent size, brightness of the sky.
+#
+# Bins hold equally many galaxies. Intervals are Wilson's (1927, JASA 22, 209), 95 %: a bin's accuracy is a binomial share.
 
 MEASURED = ("redshift", "size", "sky_brightness")
 MOST_BINS = 8
@@ -232,11 +232,11 @@ def _bins(values_N: NDArray[np.float64], is_correct_N: NDArray[np.bool_]) -> lis
     return bins
 
 
-# DOC Everything that is said about an evaluation, from its stored predictions: no model, and no memory that grows with them.
-# DOC
-# DOC Two to three passes over the file: this one, the areas', the properties'. What grows with the number of galaxies is one
-# DOC column at
-# DOC a time (8 bytes a galaxy).
+# Everything that is said about an evaluation, from its stored predictions: no model, and no memory that grows with them.
+#
+# Two to three passes over the file: this one, the areas', the properties'. What grows with the number of galaxies is one
+# column at
+# a time (8 bytes a galaxy).
 
 # The logits are stored as float32: how far the mean loss from them may lie from the counted one.
 LOSS_TOLERANCE = 1e-4

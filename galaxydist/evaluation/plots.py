@@ -189,7 +189,7 @@ def wrapped(title: str, figure: "Figure") -> str:
     return textwrap.fill(title.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"), int(figure.get_figwidth() * 13))
 
 
-# DOC ROC and precision-recall curves, each class against all others.
+# ROC and precision-recall curves, each class against all others.
 
 # Okabe and Ito's colours that show on white, in two kinds of line: ten classes can be told apart, more begin again.
 COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, "#CC79A7")
@@ -236,7 +236,7 @@ def _mean(areas: Mapping[str, Any]) -> str:
     return "-" if areas["macro"] is None else f"{areas['macro']:.3f}"
 
 
-# DOC The reliability diagram: how often a model is right, against how sure it says it is.
+# The reliability diagram: how often a model is right, against how sure it says it is.
 
 
 @styled
@@ -296,7 +296,7 @@ def _draw_counts(axes: "Axes", bins: Sequence[Mapping[str, Any]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-# DOC Accuracy against redshift, apparent size and brightness of the sky.
+# Accuracy against redshift, apparent size and brightness of the sky.
 
 LABELS = {"redshift": "redshift", "size": "half-light radius", "sky_brightness": "sky brightness"}
 

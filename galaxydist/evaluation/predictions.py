@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-# DOC What each process predicts, on its way into one file: a part a process, merged in the order of the samples.
-# DOC
-# DOC A part holds rows of fixed length in the order of its batches, so that merging maps the parts and copies: no part is ever
-# DOC in
-# DOC memory whole, nor is the result.
+# What each process predicts, on its way into one file: a part a process, merged in the order of the samples.
+#
+# A part holds rows of fixed length in the order of its batches, so that merging maps the parts and copies: no part is ever
+# in
+# memory whole, nor is the result.
 
 # Rows that are handed on together, at least: more than a batch, less than a row group.
 TOGETHER = 4096
@@ -137,7 +137,7 @@ def _map(path: Path, row: np.dtype[Any]) -> NDArray[np.void]:
     return np.memmap(path, row, mode="r") if size else np.empty(0, row)
 
 
-# DOC Probabilities of logits, in float64.
+# Probabilities of logits, in float64.
 
 
 def softmax(logits_NK: NDArray[Any]) -> NDArray[np.float64]:

@@ -118,7 +118,7 @@ def _detail(pictures_PHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
     return np.asarray(brightness - uniform_filter(brightness, (0, _SQUARE, _SQUARE))).reshape(len(brightness), -1)
 
 
-# DOC Galaxies that show in each other's pictures, and places on the sky that carry two labels.
+# Galaxies that show in each other's pictures, and places on the sky that carry two labels.
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def _separations(positions: Positions, pairs_P2: NDArray[np.int64]) -> NDArray[n
     return np.asarray(np.degrees(2 * np.arcsin(np.sqrt(half))) * 3600)
 
 
-# DOC Pictures that are not what a picture of a galaxy should be; each check is simple, and the page says what it looks for.
+# Pictures that are not what a picture of a galaxy should be; each check is simple, and the page says what it looks for.
 
 # Grey levels (of 255) that a picture, or a channel, spans at most where nothing is in it.
 _LEAST_SPAN = 2

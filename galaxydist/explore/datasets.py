@@ -162,7 +162,7 @@ def choose_sample(population: Population, number: int, seed: int) -> NDArray[np.
     return np.sort(np.concatenate(chosen))
 
 
-# DOC Shards for exploration: of a huge set only the samples that are wanted are read, of shards in a store only a few shards.
+# Shards for exploration: of a huge set only the samples that are wanted are read, of shards in a store only a few shards.
 
 # More records than these are not read for the sake of positions: each costs a read of its own.
 RECORDS_LIMIT = 100_000
@@ -341,7 +341,7 @@ class _Records:
         return Position(*(float(value) if isinstance(value, int | float) else np.nan for value in values))
 
 
-# DOC Surveys (HDF5 files, folders of pictures) for exploration: only the rows that are wanted are read.
+# Surveys (HDF5 files, folders of pictures) for exploration: only the rows that are wanted are read.
 
 # Slabs up to this length are several of the file's own chunks: single rows of them are read on their own.
 _SHORT_SLAB = 32
@@ -445,7 +445,7 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else np.nan
 
 
-# DOC From what the user names to a population: a manifest, a URL, an HDF5 file or a folder of pictures.
+# From what the user names to a population: a manifest, a URL, an HDF5 file or a folder of pictures.
 
 
 def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> Population:

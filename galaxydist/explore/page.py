@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# DOC The figures of the exploration page: narrow enough for a phone; black is the page's text colour, the ground is clear.
+# The figures of the exploration page: narrow enough for a phone; black is the page's text colour, the ground is clear.
 
 # Ten colours that are told apart with any kind of colour vision: Petroff (2021), arXiv:2107.02270, table 3.
 PETROFF = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
@@ -422,7 +422,7 @@ def _map(findings: Findings, shown: Mapping[int, str], colours: dict[int, str]) 
     }
 
 
-# DOC What a data set looks like: one page with everything on it, and beside it the numbers, a gallery and the counts as files.
+# What a data set looks like: one page with everything on it, and beside it the numbers, a gallery and the counts as files.
 
 PAGE = "explore.html"
 GALLERY = "gallery.jpg"

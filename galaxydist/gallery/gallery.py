@@ -37,7 +37,7 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.open import open_shards
 
-# DOC The gallery of an evaluation's mistakes and uncertain galaxies: a page, two sheets, and what they show as JSON.
+# The gallery of an evaluation's mistakes and uncertain galaxies: a page, two sheets, and what they show as JSON.
 
 FORMAT_VERSION = 1
 # Kept of each picture; the page's are so wide, or less, so that all together they take no more than so many bytes.

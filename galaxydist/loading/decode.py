@@ -199,8 +199,8 @@ def _decode_png(data: bytes, pixels: Pixels) -> tuple[int, ...]:
     return decoded.shape
 
 
-# DOC A few pictures of a split by their sample numbers, read where they lie; of shards in a store only those that hold them
-# DOC come.
+# A few pictures of a split by their sample numbers, read where they lie; of shards in a store only those that hold them
+# come.
 
 
 def read_chosen(

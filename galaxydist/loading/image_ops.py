@@ -129,7 +129,7 @@ def _taps(variance: Floats) -> Float32s:
     return (np.stack([far, near, TAP_UNIT - 2 * (near + far), near, far], axis=1) / TAP_UNIT).astype(np.float32)
 
 
-# DOC ``Changes`` carried out by torch, a batch at a time: the way of an accelerator (it gives the same on a CPU, slowly).
+# ``Changes`` carried out by torch, a batch at a time: the way of an accelerator (it gives the same on a CPU, slowly).
 
 
 class DeviceRenderer:
@@ -256,7 +256,7 @@ def _column(values_BC: Float32s | Floats, like: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values_BC)).to(like.device)[:, :, None, None]
 
 
-# DOC ``Changes`` carried out on a CPU by OpenCV, image by image, while an image is in the processor's cache.
+# ``Changes`` carried out on a CPU by OpenCV, image by image, while an image is in the processor's cache.
 
 Pixels = NDArray[np.uint8]
 

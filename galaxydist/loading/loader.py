@@ -35,7 +35,7 @@ from galaxydist.shards.order import (
 from galaxydist.shards.remote.prefetcher import open_source
 from galaxydist.shards.shard_usage import Uses, evaluation_uses, lengthened, resampled_uses, shard_uses, shifted
 
-# DOC Memory of batches, used again: a batch of fresh pages costs a fifth of the time that decoding it does.
+# Memory of batches, used again: a batch of fresh pages costs a fifth of the time that decoding it does.
 
 
 class Buffers:
@@ -71,7 +71,7 @@ class Buffers:
             self._free.append(memory)
 
 
-# DOC A pool of threads that decodes batches ahead into uint8 memory. No worker processes, nothing to drain.
+# A pool of threads that decodes batches ahead into uint8 memory. No worker processes, nothing to drain.
 
 
 @dataclass(frozen=True, slots=True)

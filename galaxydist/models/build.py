@@ -16,7 +16,7 @@ from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, check_config, 
 from galaxydist.models.weights import Statistics, find_weights, load_weights, read_statistics, read_weights
 from galaxydist.recipe.schema import ModelConfig
 
-# DOC Training the head alone: what is frozen has no gradient and stays in evaluation mode, so that no statistic of it moves.
+# Training the head alone: what is frozen has no gradient and stays in evaluation mode, so that no statistic of it moves.
 
 
 class FrozenBackbone(nn.Module):

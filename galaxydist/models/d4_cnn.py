@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from galaxydist.models.custom_cnn import block_channels, depth_rates, stochastic_depth
 
-# DOC The eight flips and quarter turns of a square (the group D4), and convolutions that keep track of them.
-# DOC
-# DOC A group feature map has F fields of 8 channels, one for each element g of D4. Channels are numbered orientation first (g *
-# DOC F + f).
-# DOC Turning the image by u turns each map by u and renumbers the orientations: g becomes u g (Cohen & Welling 2016,
-# DOC arXiv:1602.07576,
-# DOC sections 4 to 6). Every layer here commutes with that.
+# The eight flips and quarter turns of a square (the group D4), and convolutions that keep track of them.
+#
+# A group feature map has F fields of 8 channels, one for each element g of D4. Channels are numbered orientation first (g *
+# F + f).
+# Turning the image by u turns each map by u and renumbers the orientations: g becomes u g (Cohen & Welling 2016,
+# arXiv:1602.07576,
+# sections 4 to 6). Every layer here commutes with that.
 
 ORDER = 8
 
@@ -130,7 +130,7 @@ def _expansion(kernel: int, *, lifting: bool) -> Tensor:
     return torch.stack([transform(places[list(row)], g) for g, row in enumerate(inverse_products())]).flatten()
 
 
-# DOC Batch normalisation of group feature maps: one mean, deviation, scale and offset for the eight orientations of a field.
+# Batch normalisation of group feature maps: one mean, deviation, scale and offset for the eight orientations of a field.
 
 
 class D4Norm(nn.Module):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from galaxydist.errors import EveryRankError, UserError
 
-# DOC Gradient checkpointing: activations inside the repeated blocks are computed again in the backward pass, not kept.
+# Gradient checkpointing: activations inside the repeated blocks are computed again in the backward pass, not kept.
 
 
 def checkpoint_activations(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# DOC Heads of several layers, to be trained on a frozen backbone.
+# Heads of several layers, to be trained on a frozen backbone.
 
 
 class MlpHead(nn.Module):

@@ -169,7 +169,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-# DOC Published weights: fetched once on a machine with a network, found afterwards in the cache on any.
+# Published weights: fetched once on a machine with a network, found afterwards in the cache on any.
 
 HUB_FILE = "model.safetensors"
 

@@ -94,7 +94,7 @@ def _compose(images: Mapping[str, Sequence[NDArray[np.uint8]]], title: str, cell
     return sheet
 
 
-# DOC A sheet of chosen galaxies: a row a class, each galaxy as it is and with what the model looked at, its prediction below.
+# A sheet of chosen galaxies: a row a class, each galaxy as it is and with what the model looked at, its prediction below.
 
 _SHEET_GAP, _SHEET_LINE, _TEXT, _MARGIN = 6, 14, 11, 10
 
@@ -162,7 +162,7 @@ def _shortened(text: str, font: Any, width: float) -> str:
     return text + "…"
 
 
-# DOC A map of saliency over a picture.
+# A map of saliency over a picture.
 
 # Perceptually uniform, read alike with any kind of colour vision, and green where no galaxy is (Smith & van der Walt 2015,
 # bids.github.io/colormap).

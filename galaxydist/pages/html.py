@@ -25,7 +25,7 @@ _DARK_COLOURS = {"#0072b2": "--blue", "#d55e00": "--vermillion", "#009e73": "--g
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
-    """The page of a template of ``galaxydist/evaluation/templates``; a name that the context lacks is an error."""
+    """The page of a template of ``galaxydist/pages/templates``; a name that the context lacks is an error."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -24,7 +24,7 @@ from galaxydist.surveys.split import NONE
 from galaxydist.training.mixup import count_pair_parts
 from galaxydist.training.step import count_micro_batches
 
-# DOC How many galaxies, shards and bytes a plan reckons with: of the shards on this machine, of flags, or of the shipped split.
+# How many galaxies, shards and bytes a plan reckons with: of the shards on this machine, of flags, or of the shipped split.
 
 # A galaxy in a shard: 300 real Galaxy10 DECaLS cutouts of 256 x 256 pixels as JPEG of quality 95 took 27,700 bytes on average;
 # the tar adds three headers, its padding, the class and the metadata.

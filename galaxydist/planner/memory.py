@@ -24,12 +24,12 @@ from galaxydist.models.performance import check_compilable, checkpoint_activatio
 from galaxydist.recipe.schema import OptimConfig, Recipe
 from galaxydist.training.optimizer import build_optimizer
 
-# DOC The memory of a forward and a backward pass, moment by moment, found without any: on tensors that have shapes and no
-# DOC content.
-# DOC
-# DOC The model runs under torch's ``FakeTensorMode`` as if it were on a CPU. There attention takes the fused kernel, which
-# DOC keeps no
-# DOC matrix of tokens by tokens, and autocast keeps the same tensors in half precision as it does on a GPU.
+# The memory of a forward and a backward pass, moment by moment, found without any: on tensors that have shapes and no
+# content.
+#
+# The model runs under torch's ``FakeTensorMode`` as if it were on a CPU. There attention takes the fused kernel, which
+# keeps no
+# matrix of tokens by tokens, and autocast keeps the same tensors in half precision as it does on a GPU.
 
 Int64 = NDArray[np.int64]
 

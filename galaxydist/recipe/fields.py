@@ -1,6 +1,6 @@
 """A schema as a flat list of dotted keys: types, defaults, kinds, one value's check, and the nearest key to a wrong one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -176,3 +176,16 @@ def _in_words(error: ValidationError, annotation: Any) -> str:
     }
     template = words.get(problem["type"])
     return template.format(**context) if template else f"must be {describe_type(annotation)}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A rule between fields.
+
+    Attributes:
+        keys: the dotted keys that it looks at; an error names where each came from.
+        problem: their values, in order -> what is wrong and what to do, or None.
+    """
+
+    keys: tuple[str, ...]
+    problem: Callable[..., str | None]

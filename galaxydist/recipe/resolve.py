@@ -1,6 +1,6 @@
 """Configurations that lie in named files: finding the file, reading it, and laying a command line's values over it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,12 +8,12 @@ from typing import Any, Generic
 
 from galaxydist.errors import EveryRankError
 from galaxydist.paths import shipped_dir
-from galaxydist.recipe.fields import RECIPE, S, Schema
+from galaxydist.recipe.fields import RECIPE, Check, S, Schema
 from galaxydist.recipe.rules import CHECKS
 from galaxydist.recipe.schema import Recipe
 from galaxydist.recipe.yaml12 import from_plain, parse_text, read_document
 
-# DOC Putting one configuration together key by key: what passed, where it came from, and all that is wrong, in one message.
+# Putting one configuration together key by key: what passed, where it came from, and all that is wrong, in one message.
 
 SCHEMA_DEFAULT = "schema default"
 COMMAND_LINE = "command line"
@@ -33,19 +33,6 @@ class ConfigError(EveryRankError):
         self.problems = tuple(problems)
         count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
         super().__init__("\n".join([f"{count} in the {self.noun}:", *(f"  {origin}: {text}" for origin, text in problems)]))
-
-
-@dataclass(frozen=True)
-class Check:
-    """A rule between fields.
-
-    Attributes:
-        keys: the dotted keys that it looks at; an error names where each came from.
-        problem: their values, in order -> what is wrong and what to do, or None.
-    """
-
-    keys: tuple[str, ...]
-    problem: Callable[..., str | None]
 
 
 @dataclass(frozen=True)
@@ -327,7 +314,7 @@ def _read_file(path: Path, draft: Draft[S]) -> None:
             draft.put(key, value, origin)
 
 
-# DOC From ``recipe=vit optim.lr=1e-4`` to one checked recipe that knows where each of its values came from.
+# From ``recipe=vit optim.lr=1e-4`` to one checked recipe that knows where each of its values came from.
 
 __all__ = ["RECIPES", "RecipeError", "ResolvedRecipe", "Setting", "list_recipes", "load_recipe"]
 

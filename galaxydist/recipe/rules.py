@@ -8,8 +8,7 @@ from typing import Any
 
 from galaxydist.errors import EveryRankError
 from galaxydist.paths import is_dataset_name
-from galaxydist.recipe.fields import recipe_fields, suggest
-from galaxydist.recipe.resolve import Check
+from galaxydist.recipe.fields import Check, recipe_fields, suggest
 from galaxydist.recipe.schema import TrainConfig
 
 PATCHES = {"vit": 16, "vit_scratch": 16, "reference_vit": 25}  # pixels
@@ -134,7 +133,7 @@ CHECKS = (
 )
 
 
-# DOC Rules between a recipe and the number of processes, seen before a run is sent and again when it starts.
+# Rules between a recipe and the number of processes, seen before a run is sent and again when it starts.
 
 
 def check_world(batch_size: int, world_size: int) -> None:

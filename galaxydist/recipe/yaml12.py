@@ -14,7 +14,7 @@ from yaml.reader import Reader
 from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
-# DOC What a scalar means: YAML 1.2's core schema, and text from the command line read by a field's type.
+# What a scalar means: YAML 1.2's core schema, and text from the command line read by a field's type.
 
 # A path, or a URL, which a Path would not keep as it is.
 Location = NewType("Location", str)

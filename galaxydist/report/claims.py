@@ -44,7 +44,7 @@ from galaxydist.report.statistics import (
 )
 from galaxydist.surveys.official_split import NAME as REAL_DATASET
 
-# DOC From tests to a verdict: supported, contradicted or undecided, in words that never say more than the tests.
+# From tests to a verdict: supported, contradicted or undecided, in words that never say more than the tests.
 
 PUBLISHED_ALONE = "published"
 NUM_NAMED = 3  # missing results that a reason names
@@ -189,26 +189,26 @@ def _of_accuracy(claim: str, found: Difference, p_for: float, p_against: float, 
     return Check(claim, 100 * found.value, 100 * found.standard_error, "points", p_for, p_against, test, found.notes)
 
 
-# DOC How sure the recalls of the classes are, and what derives from them: which class is worst, how even the classes are.
-# DOC
-# DOC Neither has a closed form, so they are judged by draws. A draw takes as many seeds as there are, with replacement,
-# DOC averages their
-# DOC recalls, widens the distance to the mean of all seeds by sqrt(n / (n - 1)) (so that few seeds give their full variance:
-# DOC Rao & Wu
-# DOC 1988, JASA 83, 231), and then draws each class's recall p from Beta(p M + 1/2, (1 - p) M + 1/2) (Jeffreys' prior: Brown,
-# DOC Cai &
-# DOC DasGupta 2001, Stat. Sci. 16, 101; a plain bootstrap of a class without a mistake would never show one). The galaxies are
-# DOC those of
-# DOC one test set, so their error is drawn once, whatever the number of seeds.
-# DOC
-# DOC M is the number of galaxies in the class. Where the outcomes of several seeds are known, it is the number that gives the
-# DOC variance
-# DOC over the galaxies of their shares of correct seeds, and the seeds' deviations are lessened by what of them is no property
-# DOC of a
-# DOC seed (the rest of ``sampling.py``), which that variance holds already. Two models on the same galaxies are drawn together,
-# DOC linked
-# DOC by a normal copula (Nelsen 2006, "An Introduction to Copulas", section 2.3) with the correlation of those shares in each
-# DOC class.
+# How sure the recalls of the classes are, and what derives from them: which class is worst, how even the classes are.
+#
+# Neither has a closed form, so they are judged by draws. A draw takes as many seeds as there are, with replacement,
+# averages their
+# recalls, widens the distance to the mean of all seeds by sqrt(n / (n - 1)) (so that few seeds give their full variance:
+# Rao & Wu
+# 1988, JASA 83, 231), and then draws each class's recall p from Beta(p M + 1/2, (1 - p) M + 1/2) (Jeffreys' prior: Brown,
+# Cai &
+# DasGupta 2001, Stat. Sci. 16, 101; a plain bootstrap of a class without a mistake would never show one). The galaxies are
+# those of
+# one test set, so their error is drawn once, whatever the number of seeds.
+#
+# M is the number of galaxies in the class. Where the outcomes of several seeds are known, it is the number that gives the
+# variance
+# over the galaxies of their shares of correct seeds, and the seeds' deviations are lessened by what of them is no property
+# of a
+# seed (the rest of ``sampling.py``), which that variance holds already. Two models on the same galaxies are drawn together,
+# linked
+# by a normal copula (Nelsen 2006, "An Introduction to Copulas", section 2.3) with the correlation of those shares in each
+# class.
 
 NUM_DRAWS = 4000
 Floats = NDArray[np.float64]

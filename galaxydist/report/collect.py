@@ -22,7 +22,7 @@ from galaxydist.report.published_results import SETTINGS, Setting
 from galaxydist.report.statistics import McNemar, Outcomes, build_ensemble, compare_runs, holm, rank_trials, read_outcomes
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 
-# DOC Statistics across the runs of a table: models paired on the same galaxies, ensembles of seeds, ranks by validation.
+# Statistics across the runs of a table: models paired on the same galaxies, ensembles of seeds, ranks by validation.
 
 ReadOutcomes = Callable[[Path], Outcomes]
 
@@ -157,7 +157,7 @@ def rank_runs(trials: Sequence[Trial]) -> list[Ranking]:
     return found
 
 
-# DOC What is known of one run beside its place in the matrix: command, recipe, learning curves, calibration, speed and cost.
+# What is known of one run beside its place in the matrix: command, recipe, learning curves, calibration, speed and cost.
 
 # Given at the start of a run, and no property of it.
 _ONE_START = ("resume.",)

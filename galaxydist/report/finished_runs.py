@@ -22,7 +22,7 @@ from galaxydist.recipe.fields import recipe_fields
 from galaxydist.report.published_results import Setting
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 
-# DOC The record of one finished run: what it was trained on, what chose its checkpoint, and how it did on each test set.
+# The record of one finished run: what it was trained on, what chose its checkpoint, and how it did on each test set.
 
 REFERENCE = "reference"
 

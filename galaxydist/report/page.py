@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# DOC The figures of the results page: narrow enough for a phone; black is the page's text colour, the ground is clear.
+# The figures of the results page: narrow enough for a phone; black is the page's text colour, the ground is clear.
 
 VARIANT_COLOURS = {"original": BLUE, "balanced": VERMILLION}
 _WIDTH = 4.4
@@ -145,7 +145,7 @@ def _tidy(axes: "Axes") -> None:
     axes.tick_params(length=2, pad=2)
 
 
-# DOC Heat maps of the page, which class fails where and what it is taken for: tables, so that a phone shows their numbers.
+# Heat maps of the page, which class fails where and what it is taken for: tables, so that a phone shows their numbers.
 
 
 def class_maps(table: Table) -> list[dict[str, Any]]:
@@ -196,7 +196,7 @@ def own_test(facts: RunFacts, judged: Judgement) -> str:
     return f"trained and tested on {judged.variant}, seed {facts.trial.seed}, {judged.count:,} galaxies"
 
 
-# DOC The galleries of the runs that stand for their models: confident mistakes and uncertain galaxies, with saliency.
+# The galleries of the runs that stand for their models: confident mistakes and uncertain galaxies, with saliency.
 
 
 def galleries(found: Findings) -> dict[str, Any]:
@@ -449,7 +449,7 @@ def _run(facts: RunFacts, found: Findings) -> dict[str, Any]:
     }
 
 
-# DOC The report as files: the page, and the tables beside it in Markdown and LaTeX.
+# The report as files: the page, and the tables beside it in Markdown and LaTeX.
 
 
 def write_report(results: Results, page: Path, *, provenance: Mapping[str, str]) -> list[Path]:

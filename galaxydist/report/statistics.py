@@ -205,7 +205,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-# DOC What a run predicted for each galaxy, matched by the galaxies' ids between runs.
+# What a run predicted for each galaxy, matched by the galaxies' ids between runs.
 
 COLUMNS = ("id", "label", "logits")
 
@@ -331,7 +331,7 @@ def _intersect(left: NDArray[np.str_], right: NDArray[np.str_]) -> NDArray[np.st
     return np.intersect1d(left, right, assume_unique=True)
 
 
-# DOC Statistics across runs: two models on the same galaxies, several runs as one, and which run is best by its validation.
+# Statistics across runs: two models on the same galaxies, several runs as one, and which run is best by its validation.
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,15 +422,15 @@ def rank_trials(trials: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:
     return [trials[index] for index in ordered], [trial for index, trial in enumerate(trials) if index not in values]
 
 
-# DOC Comparisons of cells of the results matrix: with published values, and with each other on the same galaxies.
-# DOC
-# DOC The formulas and their sources stand in ``sampling.py``. What they take as independent:
-# DOC
-# DOC - Published numbers are of another split of the same 17,736 galaxies, so a tenth (balanced: a fifth) of the test galaxies
-# DOC is
-# DOC   expected in both; that this makes the two errors a little alike is left out, and makes tests err to the side of no
-# DOC difference.
-# DOC - Training a model anew brings the published number as much error as ours: its variance between seeds is taken to be ours.
+# Comparisons of cells of the results matrix: with published values, and with each other on the same galaxies.
+#
+# The formulas and their sources stand in ``sampling.py``. What they take as independent:
+#
+# - Published numbers are of another split of the same 17,736 galaxies, so a tenth (balanced: a fifth) of the test galaxies
+# is
+#   expected in both; that this makes the two errors a little alike is left out, and makes tests err to the side of no
+# difference.
+# - Training a model anew brings the published number as much error as ours: its variance between seeds is taken to be ours.
 
 ONE_SEED = "one seed: the error between trainings is not in the test"
 NOT_PAIRED = "compared as if on different galaxies (no predictions): errs to the side of no difference"

@@ -134,7 +134,7 @@ def hours_text(hours: float | None) -> str:
     return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.0f} s"
 
 
-# DOC Parts of a report that look alike on the page, in Markdown and in LaTeX: heads and rows of tables, and sentences.
+# Parts of a report that look alike on the page, in Markdown and in LaTeX: heads and rows of tables, and sentences.
 
 _ERRORS = "Mean over seeds ± its standard error over seeds; a number without one is of a single seed."
 _CAPTIONS = {
@@ -319,7 +319,7 @@ def _some(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
-# DOC The report's tables as Markdown, as GitHub renders it.
+# The report's tables as Markdown, as GitHub renders it.
 
 _MARKS = {"better": " (better)", "worse": " (worse)", "same": " (not significant)", "": ""}
 
@@ -396,7 +396,7 @@ def _text(text: str) -> str:
     return text.replace("|", r"\|").replace("_", r"\_").replace("*", r"\*").replace("\n", " ")
 
 
-# DOC r"""The report's tables as LaTeX, ready to ``\input``: they need the packages booktabs and graphicx (for turned heads).
+# r"""The report's tables as LaTeX, ready to ``\input``: they need the packages booktabs and graphicx (for turned heads).
 
 _ESCAPES = {
     "\\": r"\textbackslash{}",

@@ -259,7 +259,7 @@ def compare_recipes(
     return changes
 
 
-# DOC The names in a folder of checkpoints: known to the module that writes them, and to what must answer without torch.
+# The names in a folder of checkpoints: known to the module that writes them, and to what must answer without torch.
 
 LATEST, BEST = "latest", "best"
 STATE_FILE = "checkpoint.json"

@@ -8,7 +8,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,7 +20,7 @@ import psutil
 from galaxydist.atomic_files import explain_full_disk
 from galaxydist.errors import UserError
 
-# DOC Who holds a run folder, and whether that process still runs.
+# Who holds a run folder, and whether that process still runs.
 
 
 @dataclass(frozen=True)
@@ -48,25 +48,6 @@ class LockOwner:
     def __str__(self) -> str:
         job = f", job {self.job_id}, restart {self.restart_count}" if self.job_id is not None else ""
         return f"process {self.pid} on {self.host}{job}"
-
-
-def job_of(environ: Mapping[str, str]) -> str | None:
-    """The batch job of a process by the id that SLURM's programs take, ``123`` or ``123_4`` for a task of an array (whose
-    SLURM_JOB_ID may be the id of the whole array); None outside of one."""
-    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID")
-
-
-def restart_of(environ: Mapping[str, str]) -> int:
-    """How often SLURM has started the job of a process again."""
-    count = environ.get("SLURM_RESTART_COUNT", "")
-    return int(count) if count.isdecimal() else 0
-
-
-def start_of(environ: Mapping[str, str]) -> str | None:
-    """Names one start of one job, such as ``123_4.0``; None outside of a job."""
-    job_id = job_of(environ)
-    return f"{job_id}.{restart_of(environ)}" if job_id is not None else None
 
 
 def read_owner(path: Path) -> LockOwner | None:

@@ -113,7 +113,7 @@ class MetricsLog:
                 file.truncate(start)
 
 
-# DOC Reading little of a long file of lines: its end, or the lines of one step, so that many runs are looked at in a moment.
+# Reading little of a long file of lines: its end, or the lines of one step, so that many runs are looked at in a moment.
 
 TAIL_BYTES = 65_536
 _BLOCK = 4096

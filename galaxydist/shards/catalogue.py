@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-# DOC The .json of many galaxies as one table, column by column: what has a type, what has none, and how the tables of several
-# DOC shards
-# DOC become those of one data set.
+# The .json of many galaxies as one table, column by column: what has a type, what has none, and how the tables of several
+# shards
+# become those of one data set.
 
 ID, RA, DEC = OWN = ("id", "ra", "dec")
 

@@ -20,13 +20,13 @@ from numpy.typing import ArrayLike, NDArray
 from galaxydist.counter_rng import GAMMA, Purpose, hash64, mix64
 from galaxydist.errors import UserError
 
-# DOC Keyed permutations of 0 ... n-1 that give any place without a table.
-# DOC
-# DOC A Feistel network over mixed radices (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 5): n is
-# DOC covered by
-# DOC a x b >= n, a number is split into its two digits, and each round adds a hash of one digit to the other. Numbers that land
-# DOC in
-# DOC n ... ab-1 are sent through again until they fall inside (cycle walking); as ab - n < a, that is rare.
+# Keyed permutations of 0 ... n-1 that give any place without a table.
+#
+# A Feistel network over mixed radices (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 5): n is
+# covered by
+# a x b >= n, a number is split into its two digits, and each round adds a hash of one digit to the other. Numbers that land
+# in
+# n ... ab-1 are sent through again until they fall inside (cycle walking); as ab - n < a, that is rare.
 
 ROUNDS = 6
 

@@ -141,7 +141,7 @@ def _rows(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
     return uses
 
 
-# DOC Which shard is needed next: the uses of a run, epoch after epoch, taken one by one. Pure: no files, no threads.
+# Which shard is needed next: the uses of a run, epoch after epoch, taken one by one. Pure: no files, no threads.
 
 # Rows of ``USE``, one epoch after another; their steps count on from epoch to epoch.
 Uses = Iterator[NDArray[np.void]]

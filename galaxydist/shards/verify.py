@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-# DOC Whether the catalogues say what the samples' .json say.
+# Whether the catalogues say what the samples' .json say.
 
 # Galaxies that are named for one shard.
 NAMED = 3
@@ -335,9 +335,9 @@ def _twins(shards: list[_Shard], hashes: list[NDArray[np.uint64]], read: FileRea
     return problems
 
 
-# DOC Galaxies of one data set whose pictures are equal, pixel for pixel: some in two splits, some with two labels.
-# DOC
-# DOC They are said and never moved: a split that the user or a survey gives stays as it is.
+# Galaxies of one data set whose pictures are equal, pixel for pixel: some in two splits, some with two labels.
+#
+# They are said and never moved: a split that the user or a survey gives stays as it is.
 
 # Groups of equal pictures that a message names.
 MOST_NAMED = 5

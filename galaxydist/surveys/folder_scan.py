@@ -14,7 +14,7 @@ from galaxydist.paths import is_dataset_name
 from galaxydist.surveys.folder_metadata import METADATA_FILE
 from galaxydist.surveys.image_files import EXTENSIONS
 
-# DOC Names that shards, folders and file systems all take: letters, digits, ``_``, ``-`` and ``+`` only.
+# Names that shards, folders and file systems all take: letters, digits, ``_``, ``-`` and ``+`` only.
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_+-]+")
 _FOLD = re.compile(r"-fold\d+of\d+$")

@@ -100,7 +100,7 @@ def encode_png(image_HWC: NDArray[np.uint8]) -> bytes:
     return stream.getvalue()
 
 
-# DOC The bytes of a folder's picture files: their hashes, and which files are equal.
+# The bytes of a folder's picture files: their hashes, and which files are equal.
 
 logger = logging.getLogger(__name__)
 

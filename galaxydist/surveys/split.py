@@ -13,8 +13,8 @@ from galaxydist.counter_rng import hash64, uniform
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS
 
-# DOC What positions on the sky say about a survey: which galaxies show in each other's pictures, and which place has two
-# DOC labels.
+# What positions on the sky say about a survey: which galaxies show in each other's pictures, and which place has two
+# labels.
 
 CUTOUT_ARCSEC = 256 * 0.262  # width of a Galaxy10 cutout: closer galaxies show in each other's pictures
 SAME_PLACE_ARCSEC = 1.0

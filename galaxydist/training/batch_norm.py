@@ -101,7 +101,7 @@ def statistics_of(model: HasBuffers) -> dict[str, torch.Tensor]:
     return {name: b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in STATISTICS and b.is_floating_point()}
 
 
-# DOC Batch normalisation over the images of all processes together, also on CPUs, for which torch has none.
+# Batch normalisation over the images of all processes together, also on CPUs, for which torch has none.
 
 
 def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:

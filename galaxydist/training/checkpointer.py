@@ -12,7 +12,7 @@ from galaxydist.runs.lock import RunLock
 from galaxydist.training.ddp import Strategy
 from galaxydist.training.state import TrainingState
 
-# DOC When a checkpoint is due: by steps, by the clock, at the ends of epochs.
+# When a checkpoint is due: by steps, by the clock, at the ends of epochs.
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def part_maker(model: nn.Module) -> Callable[[str, torch.Size, torch.dtype], Ten
     return make
 
 
-# DOC Gradient clipping, and the size of the gradient, without waiting for the device.
+# Gradient clipping, and the size of the gradient, without waiting for the device.
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], *, norm: float, value: float) -> Tensor:

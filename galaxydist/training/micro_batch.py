@@ -17,7 +17,7 @@ from galaxydist.errors import EveryRankError, OneRankFailedError
 from galaxydist.recipe.schema import Recipe
 from galaxydist.training.throughput import activation_bytes, training_flops
 
-# DOC Out of memory: how it is told from other errors, and what a user can do about it.
+# Out of memory: how it is told from other errors, and what a user can do about it.
 
 _MESSAGES = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
 

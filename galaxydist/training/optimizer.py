@@ -16,7 +16,7 @@ from galaxydist.errors import EveryRankError, UserError
 from galaxydist.recipe.schema import OptimConfig
 from galaxydist.training.fsdp import cut_like
 
-# DOC Which optimizers there are: all that timm's factory knows, less those that cannot work here, each with the reason.
+# Which optimizers there are: all that timm's factory knows, less those that cannot work here, each with the reason.
 
 # torch's own, which need no timm.
 BUILT_IN = ("adamw", "sgd")
@@ -215,7 +215,7 @@ def _options(info: Any, config: OptimConfig) -> dict[str, Any]:
     return options
 
 
-# DOC The moving average of a model's weights: each process averages what it holds, and nothing is sent.
+# The moving average of a model's weights: each process averages what it holds, and nothing is sent.
 
 
 class MovingAverage:

@@ -19,7 +19,7 @@ from galaxydist.training.health.anomalies import Nonfinite, Skipped, SpikeDetect
 from galaxydist.training.metric_logger import Window
 from galaxydist.training.optimizer import load_optimizer_state
 
-# DOC An optimizer's state under the parameters' names: what goes on when the number of processes or the strategy changes.
+# An optimizer's state under the parameters' names: what goes on when the number of processes or the strategy changes.
 
 
 def named_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _names_by_group(model: nn.Module, optimizer: Any) -> list[list[str]]:
     return [[known[id(parameter)] for parameter in group["params"]] for group in groups]
 
 
-# DOC The best validation so far, and when to stop waiting for a better one.
+# The best validation so far, and when to stop waiting for a better one.
 
 
 @dataclass
@@ -258,13 +258,6 @@ class TrainingState:
             "spikes": self.spikes,
             "window": self.window,
         }
-
-
-def evaluation_weights(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The model state that a checkpoint is judged by: the moving average where there is one, else the model's own."""
-    described = state["described"]
-    weights: dict[str, torch.Tensor] = unflatten_state(described.get("ema", described["model"]), tensors)
-    return weights
 
 
 def library_versions() -> dict[str, str]:

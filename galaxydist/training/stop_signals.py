@@ -116,15 +116,15 @@ class StopFlag:
                 os.write(2, f"\ngalaxydist: {text}\n".encode())
 
 
-# DOC Leaving a long step in the middle, on all ranks at the same place.
-# DOC
-# DOC A step that takes seconds has gates: before each micro-batch, and after each layer of the model on the way forward and
-# DOC back. At a
-# DOC gate each rank tells the others whether it was asked to stop, and hears what they told at the gate before: no rank waits
-# DOC for
-# DOC another, and all leave at the same gate. The step's gradients, batch-norm statistics and everything else that it has
-# DOC changed are
-# DOC then put back (``Update``), so that it can be taken anew.
+# Leaving a long step in the middle, on all ranks at the same place.
+#
+# A step that takes seconds has gates: before each micro-batch, and after each layer of the model on the way forward and
+# back. At a
+# gate each rank tells the others whether it was asked to stop, and hears what they told at the gate before: no rank waits
+# for
+# another, and all leave at the same gate. The step's gradients, batch-norm statistics and everything else that it has
+# changed are
+# then put back (``Update``), so that it can be taken anew.
 
 # A shorter step is finished: to leave it would save nothing.
 LONG_STEP_S = 2.0

@@ -159,11 +159,11 @@ class StepTimer:
         return used
 
 
-# DOC How much of a device a model uses: model FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
-# DOC
-# DOC It is the FLOPs that the model needs for the images it is given, over the peak of the device in the same time. What is
-# DOC computed
-# DOC again to save memory does not count.
+# How much of a device a model uses: model FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+#
+# It is the FLOPs that the model needs for the images it is given, over the peak of the device in the same time. What is
+# computed
+# again to save memory does not count.
 
 # The backward pass needs the products with the weights and those with the inputs: twice the forward pass.
 BACKWARD = 2
@@ -320,7 +320,7 @@ def utilisation(images_per_second: float, flops_per_image: int, peak_flops: floa
     return images_per_second * flops_per_image / peak_flops
 
 
-# DOC How much of its device a run uses, for the log.
+# How much of its device a run uses, for the log.
 
 Utilisation = Callable[[float], dict[str, float]]
 

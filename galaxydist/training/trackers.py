@@ -28,17 +28,17 @@ from galaxydist.recipe.schema import Recipe, TrackerConfig
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 
-# DOC wandb's offline files, read back: the steps that they really hold after a run was killed.
-# DOC
-# DOC wandb writes what it is given to ``wandb/offline-run-TIME-ID/run-ID.wandb`` through a buffer of 32 KiB. A run that is
-# DOC killed
-# DOC leaves a file without its newest rows, often one of seven bytes, or one that ends within a record. At such a file ``wandb
-# DOC sync``
-# DOC gives up the whole run, so it is mended before the run goes on.
-# DOC
-# DOC A file is a header of seven bytes, then LevelDB's log format: blocks of 32 KiB; in them fragments with a checksum, a
-# DOC length and
-# DOC a kind. A record, whole or in fragments, is a protobuf message.
+# wandb's offline files, read back: the steps that they really hold after a run was killed.
+#
+# wandb writes what it is given to ``wandb/offline-run-TIME-ID/run-ID.wandb`` through a buffer of 32 KiB. A run that is
+# killed
+# leaves a file without its newest rows, often one of seven bytes, or one that ends within a record. At such a file ``wandb
+# sync``
+# gives up the whole run, so it is mended before the run goes on.
+#
+# A file is a header of seven bytes, then LevelDB's log format: blocks of 32 KiB; in them fragments with a checksum, a
+# length and
+# a kind. A record, whole or in fragments, is a protobuf message.
 
 BLOCK_SIZE = 32_768
 HEADER_SIZE = 7  # of the file, and of each fragment

@@ -17,6 +17,7 @@ from galaxydist.errors import EveryRankError, NonfiniteError, OneRankFailedError
 from galaxydist.evaluation.evaluator import Judge, rehearse_evaluation
 from galaxydist.evaluation.inference import evaluate_split
 from galaxydist.evaluation.leakage import check_before_training
+from galaxydist.job_environment import start_of
 from galaxydist.loading.augment import Augment
 from galaxydist.loading.dataset import (
     TrainingData,
@@ -47,7 +48,7 @@ from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.rules import check_strategy, check_world
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import FailureKind, RunFolder
-from galaxydist.runs.lock import RunLock, start_of
+from galaxydist.runs.lock import RunLock
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
@@ -71,7 +72,7 @@ from galaxydist.training.stop_signals import StepGates, StopFlag, signal_name
 from galaxydist.training.throughput import StepTimer, Utilisation, build_utilisation
 from galaxydist.training.trackers import Tracker, complete_tracker, start_tracker
 
-# DOC What a recipe asks for, built: the model and its optimizer, what is saved of them, and the step that moves them.
+# What a recipe asks for, built: the model and its optimizer, what is saved of them, and the step that moves them.
 
 # Tensors of a parameter's size that an optimizer keeps for it, at most: counted while the micro-batch is looked for.
 OPTIMIZER_TENSORS = 2

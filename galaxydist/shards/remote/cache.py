@@ -27,7 +27,7 @@ from pathlib import Path
 from galaxydist.errors import UserError
 from galaxydist.shards.remote.object_store import StoppedError
 
-# DOC An open file that lives as long as anyone uses it.
+# An open file that lives as long as anyone uses it.
 
 
 class OpenFile:
@@ -53,7 +53,7 @@ class OpenFile:
         os.close(self.descriptor)
 
 
-# DOC Locks of the cache (flock's): they go with the process that holds them.
+# Locks of the cache (flock's): they go with the process that holds them.
 
 _log = logging.getLogger(__name__)
 

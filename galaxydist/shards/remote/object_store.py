@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
 
-# DOC What an object store or a web server answers instead of a file: worth another attempt, or something the user must mend.
-# DOC
-# DOC The libraries have their own exceptions (botocore's, aiohttp's, gcsfs's, google-auth's); they are told apart here by HTTP
-# DOC status
-# DOC and by class name, so that nothing is imported that the store does not use.
+# What an object store or a web server answers instead of a file: worth another attempt, or something the user must mend.
+#
+# The libraries have their own exceptions (botocore's, aiohttp's, gcsfs's, google-auth's); they are told apart here by HTTP
+# status
+# and by class name, so that nothing is imported that the store does not use.
 
 # HTTP: too slow, too early, too many requests; and all 5xx.
 TRANSIENT_STATUS = {408, 425, 429}
@@ -295,7 +295,7 @@ def _wait(work: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop, stop
     future.result()
 
 
-# DOC One file from a store to the disk, for certain: attempts with growing pauses until it is what the manifest says.
+# One file from a store to the disk, for certain: attempts with growing pauses until it is what the manifest says.
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from galaxydist.shards.remote.cache import Cache, OpenFile, Wanted, show_bytes
 from galaxydist.shards.remote.object_store import MissingError, StoppedError, Store, transfer
 from galaxydist.shards.shard_usage import Schedule, Uses, lengthened, working_set
 
-# DOC Where a reader's shards come from: a folder on this machine, read in place, or a store, through the node's cache.
+# Where a reader's shards come from: a folder on this machine, read in place, or a store, through the node's cache.
 
 # Shards that are held open; fewer than the 1,024 files that a process may usually have.
 MAX_OPEN = 384

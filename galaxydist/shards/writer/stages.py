@@ -162,7 +162,7 @@ def key_hash(key: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
-# DOC Second stage of writing: the samples of a few neighbouring shards, collected from all parts, to tars and their indexes.
+# Second stage of writing: the samples of a few neighbouring shards, collected from all parts, to tars and their indexes.
 
 # What the columns keep of one sample.
 PACKED_ROW = np.dtype([("offset", "<i8"), ("length", "<i4"), ("label", "<i4")])

@@ -67,7 +67,7 @@ from galaxydist.shards.writer.stages import (
     write_part,
 )
 
-# DOC The end of writing: the columns, the catalogues and the manifest of shards that are all there.
+# The end of writing: the columns, the catalogues and the manifest of shards that are all there.
 
 
 def finish_manifest(

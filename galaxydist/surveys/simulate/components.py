@@ -8,7 +8,7 @@ from scipy.special import gamma, i0e
 from galaxydist.surveys.simulate.random_draws import Dice
 from galaxydist.surveys.simulate.scene import Array, Scene
 
-# DOC Surface-brightness profiles, each normalised to a total of 1: pure functions of coordinates in pixels.
+# Surface-brightness profiles, each normalised to a total of 1: pure functions of coordinates in pixels.
 
 # Softens a profile's cusp to what a pixel averages over; pixels, squared.
 _CUSP = 0.12

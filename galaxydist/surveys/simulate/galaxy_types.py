@@ -149,7 +149,7 @@ def draw_edge_on(scene: Scene, dice: Dice, light: Light, bulge: bool, place: Pla
     components.draw_knots(scene, dice, flat, length, light.fluxes(knots), num=dice.integer(3, 20))
 
 
-# DOC The classes that come from encounters: merging galaxies and disturbed ones.
+# The classes that come from encounters: merging galaxies and disturbed ones.
 
 
 def draw_merging(scene: Scene, dice: Dice, light: Light, place: Place) -> None:

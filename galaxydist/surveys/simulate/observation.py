@@ -11,7 +11,7 @@ from scipy.special import ndtri
 from galaxydist.surveys.simulate.random_draws import PIXELS, Dice, pixel_normals
 from galaxydist.surveys.simulate.scene import CANVAS, MARGIN, SIZE, Array, Scene
 
-# DOC From fluxes to a picture, as the Legacy Surveys' sky viewer does it.
+# From fluxes to a picture, as the Legacy Surveys' sky viewer does it.
 
 # Bands are kept in this order everywhere here; a picture's channels (red, green, blue) are z, r, g.
 BANDS = ("g", "r", "z")

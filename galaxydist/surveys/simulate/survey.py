@@ -31,7 +31,7 @@ from galaxydist.surveys.simulate.population import Plan, plan_survey
 from galaxydist.surveys.simulate.random_draws import GALAXY, SKY, Dice
 from galaxydist.surveys.simulate.scene import SIZE, Scene
 
-# DOC One row of the simulated survey: draw the galaxy, its neighbours and its field, and take the picture.
+# One row of the simulated survey: draw the galaxy, its neighbours and its field, and take the picture.
 
 
 @dataclass(frozen=True, slots=True)

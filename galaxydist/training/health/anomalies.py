@@ -97,7 +97,7 @@ class Skipped:
         return f"{len(self)} galaxies could not be read, more than data.max_errors={self._max_errors}"
 
 
-# DOC Steps whose loss or gradient is not finite: which galaxies they were about, and how many of them are too many.
+# Steps whose loss or gradient is not finite: which galaxies they were about, and how many of them are too many.
 
 # Galaxies that a message names; the file beside the metrics has all.
 MOST_NAMED = 8
@@ -170,7 +170,7 @@ class Nonfinite:
         self.num_steps = state["num_steps"]
 
 
-# DOC Warns of a loss that jumps, against what it was lately.
+# Warns of a loss that jumps, against what it was lately.
 
 WINDOW = 200
 LEAST_KNOWN = 50

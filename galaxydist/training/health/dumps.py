@@ -56,7 +56,7 @@ class StacksFile:
                 self.path.parent.rmdir()
 
 
-# DOC The process beside a rank that ends it when it cannot run Python any more; see ``guard_process.py``.
+# The process beside a rank that ends it when it cannot run Python any more; see ``guard_process.py``.
 
 
 class Guard:

@@ -153,11 +153,11 @@ def _places(beats: Iterable[Heartbeat]) -> str:
     return "; ".join(f"{count} {where}" for where, count in counts.most_common(MOST_NAMED))
 
 
-# DOC How processes tell one another their heartbeats through a c10d store, and agree that the run hangs.
-# DOC
-# DOC While all is well each rank writes one key every few seconds and reads none. Only a rank that is overdue asks; the first
-# DOC that asks
-# DOC reads all ranks' keys, the others wait for what it finds.
+# How processes tell one another their heartbeats through a c10d store, and agree that the run hangs.
+#
+# While all is well each rank writes one key every few seconds and reads none. Only a rank that is overdue asks; the first
+# that asks
+# reads all ranks' keys, the others wait for what it finds.
 
 # A rank that runs but tells nothing for so many intervals counts as silent.
 LOOKS = 4

@@ -1,1 +1,0 @@
-"""How fast and how large: measured figures, with commands that users can run."""

@@ -1,1 +1,0 @@
-"""Whether this machine, and the nodes of a cluster, are ready for a run."""
