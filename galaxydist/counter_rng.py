@@ -65,7 +65,7 @@ def _as_uint64(value: ArrayLike) -> NDArray[np.uint64]:
 # What a hash is for: always the last integer of a hash, so that two choices about one galaxy never share a draw.
 
 
-class Purpose(IntEnum):
+class Stream(IntEnum):
     """Numbers are part of the order's version: never change or reuse one."""
 
     SHARDS = 1

@@ -182,7 +182,7 @@ class World:
         return values
 
 
-def enter_world(
+def init_distributed(
     precision: Precision | Literal["auto"],
     environ: MutableMapping[str, str],
     *,
@@ -297,7 +297,7 @@ def _share_cores(world: World, environ: Mapping[str, str]) -> int:
     return fair_share([cores for _, cores in here], [rank for rank, _ in here].index(world.rank), quota)
 
 
-def leave_world() -> None:
+def shutdown_distributed() -> None:
     """Take down the process group, where there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

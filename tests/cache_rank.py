@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from galaxydist.loading.loader import TrainReader
+from galaxydist.loading.loader import TrainLoader
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.remote import object_store
@@ -25,8 +25,8 @@ def read_as_rank(url: str, folder: str, cache: str, *numbers: str) -> None:
     remote = open_shards(url, CacheConfig(Path(cache), max_bytes))
     settings = {"seed": 5, "batch_size": 4, "num_streams": 2, "rank": rank, "world_size": world_size, "prefetch": 1}
     with (
-        TrainReader(remote, **settings, ranks_on_node=world_size) as found,  # type: ignore[arg-type]
-        TrainReader(read_manifest(Path(folder)), **settings) as expected,  # type: ignore[arg-type]
+        TrainLoader(remote, **settings, ranks_on_node=world_size) as found,  # type: ignore[arg-type]
+        TrainLoader(read_manifest(Path(folder)), **settings) as expected,  # type: ignore[arg-type]
     ):
         print("open", flush=True)
         for here, there in islice(zip(expected, found, strict=True), steps):

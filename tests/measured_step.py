@@ -7,20 +7,20 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from galaxydist.cli.train import main
-from galaxydist.training.step import Update
+from galaxydist.training.step import TrainStep
 
 STEP = "measured step"
 
 
 def measure(arguments: list[str]) -> None:
     """Train, and print the most bytes that were alive within each step."""
-    take_step = Update.__call__
+    take_step = TrainStep.__call__
 
-    def marked(self: Update, *given: Any, **named: Any) -> Any:
+    def marked(self: TrainStep, *given: Any, **named: Any) -> Any:
         with record_function(STEP):
             return take_step(self, *given, **named)
 
-    Update.__call__ = marked  # type: ignore[method-assign]
+    TrainStep.__call__ = marked  # type: ignore[method-assign]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         code = main(arguments, os.environ)
     kineto: Any = profiler.profiler

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from galaxydist.distributed import enter_world, leave_world
+from galaxydist.distributed import init_distributed, shutdown_distributed
 from galaxydist.errors import EveryRankError
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.training.micro_batch import find_micro_batch
@@ -13,7 +13,7 @@ from tests.limited_model import LimitedModel
 
 
 def find_micro_batches(folder: Path, limits: list[tuple[int, int]]) -> None:
-    world = enter_world("no", os.environ)
+    world = init_distributed("no", os.environ)
     assert world.size == 2
     recipe = load_recipe(["recipe=custom_cnn", "train.batch_size=47", "data.image_size=16"]).recipe
     answers = []
@@ -25,4 +25,4 @@ def find_micro_batches(folder: Path, limits: list[tuple[int, int]]) -> None:
             found = str(error)
         answers.append({"found": found, "sizes": model.sizes})
     (folder / f"{world.rank}.json").write_text(json.dumps(answers))
-    leave_world()
+    shutdown_distributed()

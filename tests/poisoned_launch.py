@@ -10,18 +10,18 @@ from galaxydist.cli.train import main
 
 def poison(rank: int, steps: set[int]) -> None:
     """Spoil one pixel of the images of one rank in these steps."""
-    from galaxydist.training.step import Update
+    from galaxydist.training.step import TrainStep
 
-    images_of = Update._images
+    images_of = TrainStep._images
 
-    def poisoned(self: Update, batch: Any, part: Any, mix: Any) -> Any:
+    def poisoned(self: TrainStep, batch: Any, part: Any, mix: Any) -> Any:
         images_BCHW = images_of(self, batch, part, mix)
         if batch.step in steps and self.world.rank == rank:
             images_BCHW = images_BCHW.clone()
             images_BCHW[0, 0, 0, 0] = math.nan
         return images_BCHW
 
-    Update._images = poisoned  # type: ignore[method-assign]
+    TrainStep._images = poisoned  # type: ignore[method-assign]
 
 
 def train_poisoned(rank: int, steps: set[int], settings: Sequence[str]) -> int:

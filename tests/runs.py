@@ -58,10 +58,10 @@ def run_here(arguments: Sequence[str]) -> int:
 def without_figures() -> Iterator[None]:
     """Evaluations in this process draw nothing, as with ``eval.figures=false`` in training: figures take most of their time."""
     from galaxydist.evaluation import evaluator
-    from galaxydist.evaluation.evaluator import Judge
+    from galaxydist.evaluation.evaluator import Evaluator
 
-    def build(*arguments: Any, **named: Any) -> Judge:
-        return Judge(*arguments, **{**named, "figures": False})
+    def build(*arguments: Any, **named: Any) -> Evaluator:
+        return Evaluator(*arguments, **{**named, "figures": False})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluator, "Judge", build)

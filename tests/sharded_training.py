@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from galaxydist.checkpoints import store
-from galaxydist.checkpoints.sharded import ShardedSaver, load_sharded, open_saving_group
+from galaxydist.checkpoints.sharded import ShardedWriter, load_sharded, open_saving_group
 from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.training.fsdp import (
     WholeCopy,
@@ -179,7 +179,7 @@ def train(folder: Path, optimizer: str, saving: str) -> None:
     trained = Sharded(optimizer)
     group = open_saving_group()
     calls: list[int] = []
-    saver = ShardedSaver(
+    saver = ShardedWriter(
         folder / f"{optimizer}-{dist.get_world_size()}",
         group=group,
         background=saving == "background",

@@ -19,7 +19,7 @@ from galaxydist.bench.loader_worker import BATCH_SIZE, Job, stored_pictures
 from galaxydist.bench.peers.imagefolder import prepare as write_folder
 from galaxydist.cli.main import main
 from galaxydist.errors import EXIT_BAD_INPUT, UserError
-from galaxydist.loading.decode import PictureReader
+from galaxydist.loading.decode import ImageDecoder
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.writer.writer import write_shards
 from tests.forked_runs import run_forked
@@ -218,7 +218,7 @@ def test_a_long_epoch_holds_the_same_pictures_in_no_more_space(source: Manifest,
     assert split.class_counts == tuple(np.bincount(long.labels("train"), minlength=long.num_classes))
     assert long.shard_path("train", 0).samefile(source.shard_path("train", 0))
     originals = {picture.data for picture in stored_pictures(source.dir)}
-    reader = PictureReader(long, "train")
+    reader = ImageDecoder(long, "train")
     for picture in reader.locate(np.linspace(0, split.num_samples - 1, 50).astype(np.int64)):
         data = long.shard_path("train", picture.shard).read_bytes()[picture.offset : picture.offset + picture.length]
         assert data in originals

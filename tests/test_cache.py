@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 
 from galaxydist.bench.flaky_server import Behaviour, FileServer, every
 from galaxydist.errors import UserError
-from galaxydist.loading.loader import Batch, EvalReader, TrainReader
+from galaxydist.loading.loader import Batch, EvalLoader, TrainLoader
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.remote import object_store as transfers
-from galaxydist.shards.remote.cache import Cache, CacheConfig, OpenFile, Wanted
+from galaxydist.shards.remote.cache import Cache, CacheConfig, CacheEntry, SharedFile
 from galaxydist.shards.remote.open import open_shards
-from galaxydist.shards.shard_usage import USE, Schedule
+from galaxydist.shards.shard_usage import USE, FetchQueue
 from galaxydist.shards.writer.writer import write_shards
 from tests.cache_rank import read_as_rank
 from tests.forked_runs import forked
@@ -83,7 +83,7 @@ def held_bytes(cache: Path) -> int:
 
 
 def read(manifest: Manifest, steps: int, **given: object) -> list[Batch]:
-    with TrainReader(manifest, **{"seed": 5, "batch_size": 12, "num_streams": 4, **given}) as reader:  # type: ignore[arg-type]
+    with TrainLoader(manifest, **{"seed": 5, "batch_size": 12, "num_streams": 4, **given}) as reader:  # type: ignore[arg-type]
         return list(islice(reader, steps))
 
 
@@ -103,12 +103,12 @@ def test_the_limit_holds_and_what_is_in_use_stays(
 ) -> None:
     """Files of 1 to 12 bytes are opened (or not to be had) and let go in any order."""
     cache = Cache(tmp_path_factory.mktemp("limit"), limit)
-    in_use: dict[int, OpenFile] = {}
+    in_use: dict[int, SharedFile] = {}
     for number, must, let_go in moves:
         before = {int(path.stem) for path in cache.folder.rglob("*.tar")}
         held = sum(other + 1 for other in in_use)
         content = bytes([number]) * (number + 1)
-        file = cache.obtain(Wanted(f"{OWN}/{number}.tar", number + 1), put(content), stop=STOP, must=must)
+        file = cache.obtain(CacheEntry(f"{OWN}/{number}.tar", number + 1), put(content), stop=STOP, must=must)
         there = {int(path.stem) for path in cache.folder.rglob("*.tar")}
         total = sum(other + 1 for other in there)
         assert there >= in_use.keys() and there <= before | {number}
@@ -126,21 +126,21 @@ def test_the_limit_holds_and_what_is_in_use_stays(
 def test_what_was_not_used_for_the_longest_time_goes_first(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 30)
     for number in range(3):
-        assert cache.obtain(Wanted(f"{number % 2:016x}/{number}.tar", 10), put(bytes(10)), stop=STOP, must=False)
+        assert cache.obtain(CacheEntry(f"{number % 2:016x}/{number}.tar", 10), put(bytes(10)), stop=STOP, must=False)
         os.utime(tmp_path / f"{number % 2:016x}/{number}.tar", (number, number))
-    assert cache.find(Wanted(f"{0:016x}/0.tar", 10))
-    assert cache.obtain(Wanted(f"{1:016x}/3.tar", 10), put(bytes(10)), stop=STOP, must=False)
+    assert cache.find(CacheEntry(f"{0:016x}/0.tar", 10))
+    assert cache.obtain(CacheEntry(f"{1:016x}/3.tar", 10), put(bytes(10)), stop=STOP, must=False)
     assert sorted(path.stem for path in tmp_path.rglob("*.tar")) == ["0", "2", "3"]
 
 
 def test_going_over_the_limit_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(tmp_path / "cache", 10)
-    files = [cache.obtain(Wanted(f"{OWN}/{n}.tar", 6), put(b"123456"), stop=STOP, must=True) for n in range(4)]
+    files = [cache.obtain(CacheEntry(f"{OWN}/{n}.tar", 6), put(b"123456"), stop=STOP, must=True) for n in range(4)]
     assert all(files)
     assert caplog.text.count("goes over its limit") == 1 and "data.cache_size" in caplog.text
-    assert cache.obtain(Wanted(f"{OWN}/9.tar", 6), put(b"123456"), stop=STOP, must=False) is None
+    assert cache.obtain(CacheEntry(f"{OWN}/9.tar", 6), put(b"123456"), stop=STOP, must=False) is None
     files.clear()
-    assert cache.obtain(Wanted(f"{OWN}/9.tar", 6), put(b"123456"), stop=STOP, must=False) is not None
+    assert cache.obtain(CacheEntry(f"{OWN}/9.tar", 6), put(b"123456"), stop=STOP, must=False) is not None
     assert held_bytes(tmp_path / "cache") == 6
 
 
@@ -221,7 +221,7 @@ def test_resampling_and_evaluation_from_a_server(folder: Path, tmp_path: Path) -
         assert_same(read(remote, 14, balance="resample", start_step=5), read(local, 14, balance="resample", start_step=5))
         for rank in range(3):
             given = {"batch_size": 7, "rank": rank, "world_size": 3, "ranks_on_node": 3}
-            with EvalReader(remote, "test", **given) as found, EvalReader(local, "test", **given) as expected:  # type: ignore[arg-type]
+            with EvalLoader(remote, "test", **given) as found, EvalLoader(local, "test", **given) as expected:  # type: ignore[arg-type]
                 assert_same(list(found), list(expected))
     assert {path: count - server.failures[path] for path, count in server.gets.items()} == dict.fromkeys(server.gets, 1)
 
@@ -315,7 +315,7 @@ def test_closing_ends_everything_at_once(folder: Path, tmp_path: Path) -> None:
     with FileServer(folder) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache"))
         server.behaviour = Behaviour(block_delay_s=5.0)
-        reader = TrainReader(remote, seed=5, batch_size=12, num_streams=4)
+        reader = TrainLoader(remote, seed=5, batch_size=12, num_streams=4)
         failed: list[BaseException] = []
 
         def consume() -> None:
@@ -376,7 +376,7 @@ def test_uses_are_taken_in_order() -> None:
     def rows(*uses: tuple[int, int, int]) -> np.ndarray:
         return np.array([*uses], USE)
 
-    schedule = Schedule(iter([rows((4, 0, 2), (1, 0, 9), (4, 7, 9)), rows((1, 10, 12), (2, 10, 19)), rows((3, 20, 29))]))
+    schedule = FetchQueue(iter([rows((4, 0, 2), (1, 0, 9), (4, 7, 9)), rows((1, 10, 12), (2, 10, 19)), rows((3, 20, 29))]))
     assert schedule.first(-1) == 4 and schedule.take(4, -1) == 2
     assert schedule.first(-1) == 1
     assert schedule.take(4, -1) == 9  # wanted before its turn
@@ -398,7 +398,7 @@ def test_what_others_keep_beside_the_cache_is_left_alone(tmp_path: Path) -> None
         os.utime(path, (1, 1))
     cache = Cache(tmp_path, 10)
     for number in range(3):
-        assert cache.obtain(Wanted(f"{OWN}/{number}.tar", 10), put(bytes(10)), stop=STOP, must=False)
+        assert cache.obtain(CacheEntry(f"{OWN}/{number}.tar", 10), put(bytes(10)), stop=STOP, must=False)
     assert [path.read_bytes() for path in others] == [b"not a number"] * 3
     assert [path.name for path in (tmp_path / OWN).iterdir()] == ["2.tar"]
 
@@ -413,21 +413,21 @@ def test_an_error_while_room_is_made_leaves_the_file_to_the_next(tmp_path: Path,
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", no_space)
         with pytest.raises(UserError, match="the disk is full") as raised:
-            cache.obtain(Wanted(f"{OWN}/0.tar", 10), put(bytes(10)), stop=STOP, must=True)
-    assert Cache(tmp_path, 100).obtain(Wanted(f"{OWN}/0.tar", 10), put(bytes(10)), stop=STOP, must=True)
+            cache.obtain(CacheEntry(f"{OWN}/0.tar", 10), put(bytes(10)), stop=STOP, must=True)
+    assert Cache(tmp_path, 100).obtain(CacheEntry(f"{OWN}/0.tar", 10), put(bytes(10)), stop=STOP, must=True)
     assert "pwrite" not in str(raised.value)  # the error is still held, and with it what its frames hold
 
 
 def test_a_rank_without_a_batch_to_evaluate(folder: Path, tmp_path: Path) -> None:
     with FileServer(folder) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache", 10_000_000, threads=1))
-        with EvalReader(remote, "test", batch_size=64, rank=7, world_size=8) as reader:
+        with EvalLoader(remote, "test", batch_size=64, rank=7, world_size=8) as reader:
             assert len(reader) == 0 and list(reader) == []
 
 
 def test_a_reader_that_is_many_short_epochs_ahead() -> None:
     epochs = [np.array([(number % 9, number, number)], USE) for number in range(40)]
-    schedule = Schedule(iter(epochs), 10)
+    schedule = FetchQueue(iter(epochs), 10)
     assert schedule.take(8, 0) == 8
     with pytest.raises(AssertionError, match="shard 30 is read"):
         schedule.take(30, 0)
@@ -471,7 +471,7 @@ def test_more_shards_awaited_than_are_fetched_at_a_time(tmp_path: Path, threads:
     given = {"batch_size": 8, "threads": 8, "prefetch": 1}
     with FileServer(local.dir, Behaviour(0.002)) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache", FAR, threads=threads))
-        with EvalReader(remote, "test", **given) as found, EvalReader(local, "test", **given) as expected:  # type: ignore[arg-type]
+        with EvalLoader(remote, "test", **given) as found, EvalLoader(local, "test", **given) as expected:  # type: ignore[arg-type]
             assert_same(list(found), list(expected))
 
 
@@ -490,7 +490,7 @@ def test_the_next_epoch_is_fetched_while_this_one_is_read(folder: Path, tmp_path
             time.sleep(0.2)  # until the fetching threads rest
             return all((remote.dir / name).exists() for name in shards)
 
-        with TrainReader(remote, **given) as reader:  # type: ignore[arg-type]
+        with TrainLoader(remote, **given) as reader:  # type: ignore[arg-type]
             assert wait_for(names[0])
             assert len(list(islice(reader, 2))) == 2
             assert wait_for(names[1])

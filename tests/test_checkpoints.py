@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from galaxydist.checkpoints import store
-from galaxydist.checkpoints.async_writer import CheckpointSaver
+from galaxydist.checkpoints.async_writer import CheckpointWriter
 from galaxydist.checkpoints.store import DamagedCheckpointError, read_checkpoint
 from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.errors import UserError
@@ -41,7 +41,7 @@ def save_simple(folder: Path, step: int, **options: Any) -> Path:
 
 def save_behind(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], **options: Any) -> None:
     """As the training does it: a thread writes."""
-    with CheckpointSaver(folder, background=True, check=lambda: None) as saver:
+    with CheckpointWriter(folder, background=True, check=lambda: None) as saver:
         saver.save(step, tensors, state, **options)
 
 

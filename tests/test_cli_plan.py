@@ -8,7 +8,7 @@ import pytest
 
 from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
-from galaxydist.planner.memory import estimate, weigh
+from galaxydist.planner.memory import estimate, model_memory
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.training.step import count_micro_batches
 from tests.forked_runs import run_forked
@@ -127,7 +127,7 @@ def test_the_memory_is_that_of_a_real_step(
     assert measured["code"] == 0 and len(measured["peaks"]) == 72 // batch_size
     recipe = load_recipe(arguments).recipe
     passes = count_micro_batches(batch_size, 1, micro_batch)
-    memory = estimate(weigh(recipe, 3, 32), recipe, world_size=1, rank_batch=batch_size, num_parts=passes)
+    memory = estimate(model_memory(recipe, 3, 32), recipe, world_size=1, rank_batch=batch_size, num_parts=passes)
     # On a CPU there is no second copy of the pictures, and no CUDA to allow for.
     estimated = memory.total - memory.allowance - memory.pictures
     ratio = estimated / measured["peaks"][-1]  # the first step makes the optimizer's state

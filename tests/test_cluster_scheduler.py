@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from galaxydist.cluster.slurm import (
     UNKNOWN,
     JobState,
-    SchedulerAwayError,
+    SlurmUnavailableError,
     _find_ended,
     cancel_jobs,
     expand_ids,
@@ -136,7 +136,7 @@ def test_without_slurm_the_user_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     assert not is_slurm_here()
     assert read_states([]) == {}
     assert cancel_jobs([]) == {}
-    with pytest.raises(SchedulerAwayError, match="no SLURM on this machine"):
+    with pytest.raises(SlurmUnavailableError, match="no SLURM on this machine"):
         read_states(["1"])
-    with pytest.raises(SchedulerAwayError, match="no SLURM on this machine"):
+    with pytest.raises(SlurmUnavailableError, match="no SLURM on this machine"):
         cancel_jobs(["1"])

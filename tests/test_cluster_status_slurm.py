@@ -13,7 +13,7 @@ import pytest
 from galaxydist.cli.main import main
 from galaxydist.cluster import slurm
 from galaxydist.cluster.records import JobFiles
-from galaxydist.cluster.slurm import JobState, SchedulerAwayError, cancel_jobs, max_array_size, read_states
+from galaxydist.cluster.slurm import JobState, SlurmUnavailableError, cancel_jobs, max_array_size, read_states
 from tests.slurm_bed import submit, wait_for, wait_state
 from tests.status_runs import add_job
 
@@ -136,7 +136,7 @@ def test_status_while_slurmctld_is_away(slurm_bed: "Bed", tmp_path: Path, capfd:
     wait_for_state(job_id, lambda state: state.state == "RUNNING")
     slurm_bed.stop_controller()
     start = time.monotonic()
-    with pytest.raises(SchedulerAwayError, match="slurmctld is down"):
+    with pytest.raises(SlurmUnavailableError, match="slurmctld is down"):
         read_states([job_id])
     assert time.monotonic() - start < 15  # squeue itself takes 18 s to find out
     assert main(["status", str(files.run_dir)]) == 0
@@ -144,7 +144,7 @@ def test_status_while_slurmctld_is_away(slurm_bed: "Bed", tmp_path: Path, capfd:
     assert "UNKNOWN" in out
     assert "SLURM could not be asked" in out
     assert main(["cancel", str(files.run_dir)]) == 2
-    with pytest.raises(SchedulerAwayError):
+    with pytest.raises(SlurmUnavailableError):
         max_array_size()
     slurm_bed.start_controller()
     assert wait_for_state(job_id, lambda state: state.state == "RUNNING").nodes in slurm_bed.nodes
@@ -153,7 +153,7 @@ def test_status_while_slurmctld_is_away(slurm_bed: "Bed", tmp_path: Path, capfd:
 @pytest.mark.usefixtures("slurm_bed")
 def test_a_program_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "TIMEOUT_S", 0.0001)
-    with pytest.raises(SchedulerAwayError, match="did not answer within"):
+    with pytest.raises(SlurmUnavailableError, match="did not answer within"):
         read_states(["1"])
 
 

@@ -26,7 +26,7 @@ from galaxydist.doctor.merge import (
     merge_checks,
     merge_reports,
 )
-from galaxydist.doctor.rank import Link, SignalWatch, look_at_shared_files, look_for_signal
+from galaxydist.doctor.rank import RankChannel, SignalWatch, look_at_shared_files, look_for_signal
 from galaxydist.errors import UserError
 
 
@@ -251,14 +251,16 @@ def test_reports_come_back_as_they_were_written(tmp_path: Path) -> None:
         read_reports(tmp_path)
 
 
-def together(size: int, work: Callable[[Link], object], clocks: Sequence[Callable[[], float]] | None = None) -> list[object]:
+def together(
+    size: int, work: Callable[[RankChannel], object], clocks: Sequence[Callable[[], float]] | None = None
+) -> list[object]:
     """Ranks as threads, over a real store; what each gives."""
     server = TCPStore("127.0.0.1", 0, size, True, timeout=timedelta(seconds=300), wait_for_workers=False)
     found: list[object] = [None] * size
 
     def be(rank: int) -> None:
         store = server if rank == 0 else TCPStore("127.0.0.1", server.port, size, False, timeout=timedelta(seconds=300))
-        link = Link(store, rank, size, clocks[rank]) if clocks else Link(store, rank, size)
+        link = RankChannel(store, rank, size, clocks[rank]) if clocks else RankChannel(store, rank, size)
         found[rank] = work(link)
         link.leave()
 
@@ -286,7 +288,7 @@ def test_a_signal_from_before_is_no_answer(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     environ = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}
 
-    def look(link: Link) -> tuple[float | None, str | None]:
+    def look(link: RankChannel) -> tuple[float | None, str | None]:
         watch = SignalWatch()
         watch.note(signal.SIGUSR2, None)  # of the time limit, say
         return look_for_signal(link, watch, environ, limit_s=0.5)

@@ -14,7 +14,7 @@ from sklearn import metrics as reference
 from torch.nn import functional
 
 from galaxydist.errors import UserError
-from galaxydist.evaluation.counts import Counts, Predictions
+from galaxydist.evaluation.counts import BatchPredictions, Counts
 from galaxydist.evaluation.metrics import metrics_from_counts
 
 
@@ -126,13 +126,13 @@ def test_kept_predictions_are_those_of_real_galaxies_in_order() -> None:
         mine = samples_N[samples_N % 2 == rank]
         mask = (mine != 4).float()
         ranks[rank].add(logits_NK[mine], labels_N[mine], mask, mine)
-    merged = Predictions.merge([rank.predictions for rank in ranks])
+    merged = BatchPredictions.merge([rank.predictions for rank in ranks])
     assert merged.samples_N.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9]
     assert torch.equal(merged.logits_NK, logits_NK[merged.samples_N])
     assert torch.equal(merged.labels_N, labels_N[merged.samples_N])
     assert torch.allclose(merged.probabilities_NK.sum(dim=1), torch.ones(9, dtype=torch.float64))
     with pytest.raises(ValueError, match="twice"):
-        Predictions.merge([ranks[0].predictions, ranks[0].predictions])
+        BatchPredictions.merge([ranks[0].predictions, ranks[0].predictions])
     with pytest.raises(ValueError, match="keep_predictions"):
         _ = Counts(3).predictions
     with pytest.raises(ValueError, match="samples_B"):

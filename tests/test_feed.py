@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from galaxydist.errors import UserError
-from galaxydist.loading.device_prefetch import DeviceFeed, Event
-from galaxydist.loading.loader import Batch, Buffers, EvalReader, TrainReader
+from galaxydist.loading.device_prefetch import DevicePrefetcher, Event
+from galaxydist.loading.loader import Batch, BufferPool, EvalLoader, TrainLoader
 from galaxydist.shards.manifest import read_manifest
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ class LateStream:
 
 
 def read_plainly(blobs: Path, steps: int) -> list[Batch]:
-    with TrainReader(read_manifest(blobs), seed=3, batch_size=8) as reader:
+    with TrainLoader(read_manifest(blobs), seed=3, batch_size=8) as reader:
         return list(islice(reader, steps))
 
 
@@ -81,8 +81,8 @@ def test_a_reader_gets_its_memory_back_only_after_the_copy(blobs: Path, delay: i
     """Copies that come late read what the reader has decoded there, not what it decodes into the same memory next."""
     stream = LateStream(delay)
     with (
-        TrainReader(read_manifest(blobs), seed=3, batch_size=8, prefetch=1) as reader,
-        DeviceFeed(reader, CPU, stream) as feed,
+        TrainLoader(read_manifest(blobs), seed=3, batch_size=8, prefetch=1) as reader,
+        DevicePrefetcher(reader, CPU, stream) as feed,
     ):
         fed = list(islice(feed, 60))
     for batch, expected in zip(fed, read_plainly(blobs, 60), strict=True):
@@ -92,7 +92,7 @@ def test_a_reader_gets_its_memory_back_only_after_the_copy(blobs: Path, delay: i
 
 def test_one_batch_is_copied_ahead(blobs: Path) -> None:
     stream = LateStream(0)
-    with TrainReader(read_manifest(blobs), seed=3, batch_size=8) as reader, DeviceFeed(reader, CPU, stream) as feed:
+    with TrainLoader(read_manifest(blobs), seed=3, batch_size=8) as reader, DevicePrefetcher(reader, CPU, stream) as feed:
         assert stream.log == []
         next(feed)
         assert stream.log == ["start", "hand over", "start"]
@@ -101,7 +101,7 @@ def test_one_batch_is_copied_ahead(blobs: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_batches_that_were_copied(blobs: Path) -> None:
-    with TrainReader(read_manifest(blobs), seed=3, batch_size=8, prefetch=2) as reader:
+    with TrainLoader(read_manifest(blobs), seed=3, batch_size=8, prefetch=2) as reader:
         places = set()
 
         def watched() -> Iterator[Batch]:
@@ -109,7 +109,7 @@ def test_memory_does_not_grow_with_the_batches_that_were_copied(blobs: Path) -> 
                 places.add(batch.images_BHWC.data_ptr())
                 yield batch
 
-        with DeviceFeed(watched(), CPU, LateStream(1)) as feed:
+        with DevicePrefetcher(watched(), CPU, LateStream(1)) as feed:
             for _ in islice(feed, 60):
                 pass
     assert len(places) <= 8
@@ -117,7 +117,7 @@ def test_memory_does_not_grow_with_the_batches_that_were_copied(blobs: Path) -> 
 
 def test_on_a_cpu_batches_are_passed_on_as_they_are(blobs: Path) -> None:
     batches = read_plainly(blobs, 3)
-    with DeviceFeed(iter(batches), CPU) as feed:
+    with DevicePrefetcher(iter(batches), CPU) as feed:
         assert [id(batch) for batch in feed] == [id(batch) for batch in batches]
 
 
@@ -129,12 +129,12 @@ def test_the_end_and_errors_come_in_their_turn(blobs: Path, stream: LateStream |
         yield from batches
         raise UserError("the third is lost")
 
-    with DeviceFeed(failing(), CPU, stream) as feed:
+    with DevicePrefetcher(failing(), CPU, stream) as feed:
         assert [next(feed).step, next(feed).step] == [0, 1]
         with pytest.raises(UserError, match="the third is lost"):
             next(feed)
     manifest = read_manifest(blobs)
-    with EvalReader(manifest, "val", batch_size=7) as reader, DeviceFeed(reader, CPU, stream) as feed:
+    with EvalLoader(manifest, "val", batch_size=7) as reader, DevicePrefetcher(reader, CPU, stream) as feed:
         assert sum(int((batch.weights_B > 0).sum()) for batch in feed) == manifest.splits["val"].num_samples
         with pytest.raises(StopIteration):
             next(feed)
@@ -143,7 +143,7 @@ def test_the_end_and_errors_come_in_their_turn(blobs: Path, stream: LateStream |
 def test_closing_waits_for_copies_and_ends_the_feed(blobs: Path) -> None:
     batches = read_plainly(blobs, 4)
     stream = LateStream(9)
-    feed = DeviceFeed(iter(batches), CPU, stream)
+    feed = DevicePrefetcher(iter(batches), CPU, stream)
     first = next(feed)
     feed.close()
     assert_same(first, batches[0])
@@ -157,7 +157,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.gpu
 @needs_gpu
 def test_buffers_are_pinned() -> None:
-    array = Buffers(2, pin=True).take((3, 5), np.uint8)
+    array = BufferPool(2, pin=True).take((3, 5), np.uint8)
     assert torch.from_numpy(array).is_pinned()
 
 
@@ -170,8 +170,8 @@ def test_a_gpu_gets_what_plain_copies_give(blobs: Path, pin: bool) -> None:
     expected = read_plainly(blobs, 200)
     sums = []
     with (
-        TrainReader(read_manifest(blobs), seed=3, batch_size=8, prefetch=1, pin=pin) as reader,
-        DeviceFeed(reader, device) as feed,
+        TrainLoader(read_manifest(blobs), seed=3, batch_size=8, prefetch=1, pin=pin) as reader,
+        DevicePrefetcher(reader, device) as feed,
     ):
         for batch in islice(feed, 200):
             torch.cuda._sleep(2_000_000)

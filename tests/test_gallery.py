@@ -19,7 +19,7 @@ from galaxydist.cli.main import main
 from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.gallery.choose import choose_mistakes
 from galaxydist.gallery.gallery import _SHEET_BYTES, gallery_sections
-from galaxydist.loading.decode import PictureReader, read_chosen
+from galaxydist.loading.decode import ImageDecoder, read_chosen
 from galaxydist.pages.contact_sheet import COLOUR_MAP, OPACITY, SheetCell, SheetRow, compose_sheet, overlay
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
@@ -95,7 +95,7 @@ def test_shards_on_a_server(run_dir: Path, blobs: Path, tmp_path: Path, monkeypa
 
 def test_chosen_pictures_are_those_of_the_split(blobs: Path) -> None:
     manifest = read_manifest(blobs)
-    reader, samples = PictureReader(manifest, "test"), np.array([0, 5, 6, 23])
+    reader, samples = ImageDecoder(manifest, "test"), np.array([0, 5, 6, 23])
     found = dict(read_chosen(manifest, "test", samples))
     assert list(found) == samples.tolist()
     for picture in reader.locate(samples):

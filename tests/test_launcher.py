@@ -14,7 +14,7 @@ from accelerate.utils import TorchDynamoPlugin
 
 from galaxydist import job_environment
 from galaxydist.cli.train import main
-from galaxydist.distributed import World, enter_world, keep_threads
+from galaxydist.distributed import World, init_distributed, keep_threads
 from galaxydist.errors import EveryRankError
 from galaxydist.job_environment import Place, check_settings, find_place, slurm_cores
 from tests.runs import quick_settings, read_losses, run_here
@@ -205,7 +205,7 @@ def many_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def enter(environ: dict[str, str], threads: int = 0) -> World:
-    world = enter_world("no", environ, threads=threads)
+    world = init_distributed("no", environ, threads=threads)
     assert torch.get_num_threads() == world.threads
     return world
 

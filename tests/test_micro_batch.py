@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from galaxydist.distributed import World, enter_world
+from galaxydist.distributed import World, init_distributed
 from galaxydist.errors import EveryRankError
 from galaxydist.models.build import build_model
 from galaxydist.recipe.resolve import load_recipe
@@ -38,7 +38,7 @@ from tests.micro_batch_rank import find_micro_batches
 def world() -> Iterator[World]:
     from accelerate.state import AcceleratorState, PartialState
 
-    world = enter_world("no", {})
+    world = init_distributed("no", {})
     yield world
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.evaluation.predictions import ROW_GROUP, PredictionsFile, PredictionsInfo, read_predictions, write_predictions
-from galaxydist.gallery.choose import Pick, Picks, choose_mistakes, entropies
+from galaxydist.gallery.choose import SelectedGalaxy, Selection, choose_mistakes, entropies
 
 CONTEXT = {"dataset": "blobs", "variant": "original", "split": "test", "tta": "none", "model": "vit", "recipe": "vit"}
 
@@ -37,7 +37,7 @@ def write(path: Path, logits_NK: np.ndarray[Any, Any], labels_N: np.ndarray[Any,
     return read_predictions(path)
 
 
-def by_sorting(predictions: PredictionsFile, per_class: int) -> Picks:
+def by_sorting(predictions: PredictionsFile, per_class: int) -> Selection:
     """All galaxies in memory, one at a time in plain Python."""
     columns = {name: predictions.column(name) for name in ("id", "label", "predicted", "probabilities")}
     picks, undefined = [], 0
@@ -46,13 +46,13 @@ def by_sorting(predictions: PredictionsFile, per_class: int) -> Picks:
             undefined += 1
             continue
         entropy = -sum(p * math.log(p) for p in p_K if p > 0)
-        picks.append(Pick(name, row, label, predicted, p_K[predicted], p_K[label], entropy))
+        picks.append(SelectedGalaxy(name, row, label, predicted, p_K[predicted], p_K[label], entropy))
     classes = range(predictions.info.num_classes)
     wrong = sorted((pick for pick in picks if pick.is_mistake), key=lambda pick: (-pick.probability, pick.sample))
     # Sums of logarithms in another order differ in the last digits: of equal galaxies only that must not decide.
     unsure = sorted(picks, key=lambda pick: (-round(pick.entropy, 12), pick.sample))
     labels_N, predicted_N = columns["label"], columns["predicted"]
-    return Picks(
+    return Selection(
         tuple(tuple(pick for pick in wrong if pick.label == k)[:per_class] for k in classes),
         tuple(tuple(pick for pick in unsure if pick.label == k)[:per_class] for k in classes),
         tuple(int((labels_N == k).sum()) for k in classes),
@@ -61,7 +61,7 @@ def by_sorting(predictions: PredictionsFile, per_class: int) -> Picks:
     )
 
 
-def samples_of(chosen: tuple[tuple[Pick, ...], ...]) -> list[list[int]]:
+def samples_of(chosen: tuple[tuple[SelectedGalaxy, ...], ...]) -> list[list[int]]:
     return [[pick.sample for pick in picks] for picks in chosen]
 
 
@@ -123,7 +123,7 @@ def test_memory_does_not_grow_with_the_number_of_galaxies(tmp_path: Path) -> Non
 
 def test_nothing_predicted_nothing_chosen(tmp_path: Path) -> None:
     found = choose_mistakes(write(tmp_path / "p.parquet", np.empty((0, 2)), np.empty(0, int)), 3)
-    assert found == Picks(((), ()), ((), ()), (0, 0), (0, 0), 0)
+    assert found == Selection(((), ()), ((), ()), (0, 0), (0, 0), 0)
     assert found.samples().size == 0
 
 

@@ -8,18 +8,18 @@ from torch.nn import functional
 
 from galaxydist.loading.loader import Batch
 from galaxydist.recipe.schema import TrainConfig
-from galaxydist.training.loss import Objective
-from galaxydist.training.mixup import Mix, Mixing, split_pairs, take
+from galaxydist.training.loss import WeightedCrossEntropy
+from galaxydist.training.mixup import MixedBatch, Mixup, split_pairs, take
 
 NUM_CLASSES = 5
 WEIGHTS_K = torch.tensor([0.5, 1.0, 2.0, 4.0, 0.25])
 
 
-def mix_of(*partner_shares: float) -> Mix:
+def mix_of(*partner_shares: float) -> MixedBatch:
     """Mixup of pairs in these proportions."""
     numbers_P6 = torch.zeros(len(partner_shares), 6)
     numbers_P6[:, :2] = torch.tensor(partner_shares)[:, None]
-    return Mix(numbers_P6, has_boxes=False)
+    return MixedBatch(numbers_P6, has_boxes=False)
 
 
 def sample(size: int = 24, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -38,7 +38,7 @@ def shares(size: int, seed: int = 1) -> list[float]:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_without_class_weights_it_is_torchs_cross_entropy_with_soft_targets(smoothing: float) -> None:
     logits_BK, labels_B, _ = sample()
-    objective, mix = Objective(torch.ones(NUM_CLASSES), smoothing), mix_of(*shares(24))
+    objective, mix = WeightedCrossEntropy(torch.ones(NUM_CLASSES), smoothing), mix_of(*shares(24))
     targets = objective.targets(labels_B, torch.ones(24), mix)
     share_B1 = mix.partner_shares_B[:, None].double()
     onehot_BK = functional.one_hot(labels_B, NUM_CLASSES).double()
@@ -54,7 +54,7 @@ def test_without_class_weights_it_is_torchs_cross_entropy_with_soft_targets(smoo
 def test_each_label_brings_its_own_class_weight() -> None:
     logits_BK, labels_B, weights_B = sample(8)
     partner_shares = shares(8)
-    objective = Objective(WEIGHTS_K, 0.2)
+    objective = WeightedCrossEntropy(WEIGHTS_K, 0.2)
     targets = objective.targets(labels_B, weights_B, mix_of(*partner_shares))
     log_BK = logits_BK.log_softmax(1)
     smooth_BK = -(0.8 * log_BK + 0.2 * log_BK.mean(1, keepdim=True))
@@ -72,7 +72,7 @@ def test_each_label_brings_its_own_class_weight() -> None:
 def test_pairs_that_keep_themselves_give_the_very_numbers_of_no_mixing(dtype: torch.dtype) -> None:
     logits_BK, labels_B, weights_B = sample()
     logits_BK = logits_BK.to(dtype).requires_grad_()
-    objective = Objective(WEIGHTS_K, 0.1)
+    objective = WeightedCrossEntropy(WEIGHTS_K, 0.1)
     plain_weights_B = objective.weights(labels_B, weights_B)
     expected = objective.numerator(logits_BK, labels_B, plain_weights_B)
     (gradient_BK,) = torch.autograd.grad(expected, logits_BK)
@@ -87,7 +87,7 @@ def test_pairs_that_keep_themselves_give_the_very_numbers_of_no_mixing(dtype: to
 
 def test_the_label_of_the_larger_share_is_the_one_to_be_predicted() -> None:
     labels_B = torch.tensor([0, 1, 2, 3, 4, 0])
-    targets = Objective(WEIGHTS_K, 0.0).targets(labels_B, torch.ones(6), mix_of(0.3, 0.5, 0.8))
+    targets = WeightedCrossEntropy(WEIGHTS_K, 0.0).targets(labels_B, torch.ones(6), mix_of(0.3, 0.5, 0.8))
     assert targets.majority_B.tolist() == [0, 1, 0, 3, 4, 2]
 
 
@@ -115,8 +115,8 @@ def step(batch: Batch, images_BCHW: torch.Tensor, world_size: int, num_parts: in
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(144, NUM_CLASSES))
     model = model.double()
-    objective = Objective(WEIGHTS_K, 0.1)
-    mixing = Mixing(TrainConfig(mixup=0.4, cutmix=1.0, mix_prob=0.8), seed=5, image_size=8)
+    objective = WeightedCrossEntropy(WEIGHTS_K, 0.1)
+    mixing = Mixup(TrainConfig(mixup=0.4, cutmix=1.0, mix_prob=0.8), seed=5, image_size=8)
     numerator, weight = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for rank in range(world_size):
         mine = {name: getattr(batch, name)[rank::world_size] for name in ("labels_B", "weights_B", "positions_B", "samples_B")}

@@ -13,12 +13,12 @@ from scipy import stats
 from torch.nn import functional
 
 from galaxydist.errors import EveryRankError
-from galaxydist.loading.loader import Batch, TrainReader
+from galaxydist.loading.loader import Batch, TrainLoader
 from galaxydist.recipe.rules import check_world
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.training.loss import Objective, Targets
-from galaxydist.training.mixup import Mixing, Pairs, count_pair_parts, split_pairs, take
+from galaxydist.training.loss import Targets, WeightedCrossEntropy
+from galaxydist.training.mixup import Mixup, PairSlice, count_pair_parts, split_pairs, take
 
 SIZE = 12
 GOLDEN_SHARES = [0.140625, 0.19806410128671859, 0.171630859375, 0.657958984375, 0.23936647813648326]
@@ -27,8 +27,8 @@ GOLDEN_MIXUP, GOLDEN_CUTMIX = 0.6990939041972104, 0.328125
 BOTH = {"mixup": 0.4, "cutmix": 1.0, "mix_prob": 0.75}
 
 
-def mixing(seed: int = 3, size: int = SIZE, **settings: float) -> Mixing:
-    return Mixing(TrainConfig(**(settings or BOTH)), seed, size)
+def mixing(seed: int = 3, size: int = SIZE, **settings: float) -> Mixup:
+    return Mixup(TrainConfig(**(settings or BOTH)), seed, size)
 
 
 def global_batch(size: int, number: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Batch, torch.Tensor]:
@@ -52,7 +52,7 @@ def share_of(batch: Batch, rank: int, world_size: int) -> Batch:
     return Batch(**{name: getattr(batch, name)[rank::world_size] for name in names}, epoch=batch.epoch, step=batch.step)
 
 
-def mixed_by_hand(images_BCHW: torch.Tensor, batch: Batch, drawn: Mixing) -> tuple[torch.Tensor, torch.Tensor]:
+def mixed_by_hand(images_BCHW: torch.Tensor, batch: Batch, drawn: Mixup) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and soft targets of a whole global batch, one galaxy and one pixel row at a time."""
     half = len(images_BCHW) // 2
     draws = drawn.draw(batch.epoch, batch.positions_B[:half].numpy())
@@ -167,7 +167,7 @@ def test_a_pair_with_an_unreadable_picture_is_left_as_it_is() -> None:
     found_BCHW = mix(images_BCHW)
     assert torch.equal(found_BCHW[[2, 10]], images_BCHW[[2, 10]])
     assert not torch.equal(found_BCHW[[3, 11]], images_BCHW[[3, 11]])
-    targets = Objective(torch.ones(5), 0.0).targets(batch.labels_B, batch.weights_B, mix)
+    targets = WeightedCrossEntropy(torch.ones(5), 0.0).targets(batch.labels_B, batch.weights_B, mix)
     assert targets.total_weights_B[[2, 10]].tolist() == [0, 1]
     assert targets.partner_weights_B is not None and targets.partner_weights_B[[2, 10]].tolist() == [0, 0]
     assert targets.majority_B[10] == batch.labels_B[10]
@@ -179,7 +179,7 @@ def test_a_pair_is_mixed_alike_on_any_rank_and_in_any_part(half: int, world: int
     batch, images_BCHW = global_batch(2 * half)
     batch.weights_B[half // 3] = 0.0
     drawn = mixing(**(BOTH if cut else {"mixup": 0.5}))
-    objective = Objective(torch.tensor([0.5, 1.0, 2.0, 0.25, 3.0]), 0.1)
+    objective = WeightedCrossEntropy(torch.tensor([0.5, 1.0, 2.0, 0.25, 3.0]), 0.1)
     expected_BCHW = drawn.prepare(batch)(images_BCHW)
     expected = objective.targets(batch.labels_B, batch.weights_B, drawn.prepare(batch))
     check_world(2 * half, world)
@@ -213,7 +213,7 @@ def test_readers_of_all_worlds_deal_the_pairs_that_are_mixed(blobs: Path) -> Non
         pictures: dict[int, torch.Tensor] = {}
         for rank in range(world):
             common = {"seed": 1, "num_streams": 8, "threads": 1, "start_step": 4}
-            with TrainReader(manifest, batch_size=24, rank=rank, world_size=world, **common) as reader:  # type: ignore[arg-type]
+            with TrainLoader(manifest, batch_size=24, rank=rank, world_size=world, **common) as reader:  # type: ignore[arg-type]
                 batch = next(reader)
             images_BCHW = batch.images_BHWC.permute(0, 3, 1, 2).double()
             for part in split_pairs(len(images_BCHW), 2):
@@ -253,7 +253,7 @@ def test_parts_that_would_separate_a_pair_are_refused() -> None:
     mix = mixing().prepare(global_batch(8)[0])
     with pytest.raises(AssertionError, match="separate"):
         mix.take(slice(0, 4))
-    assert len(mix.take(Pairs(1, 3, 4)).partner_shares_B) == 4
+    assert len(mix.take(PairSlice(1, 3, 4)).partner_shares_B) == 4
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_refused_are_exactly_the_worlds_in_which_a_partner_is_elsewhere(batch_si
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_mixes_alike_and_is_not_waited_for() -> None:
     batch, images_BCHW = global_batch(32)
-    drawn, objective = mixing(), Objective(torch.ones(5), 0.1)
+    drawn, objective = mixing(), WeightedCrossEntropy(torch.ones(5), 0.1)
     expected = drawn.prepare(batch)(images_BCHW)
     there = Batch(
         **{name: getattr(batch, name) for name in ("images_BHWC", "positions_B", "samples_B", "epoch", "step")},

@@ -13,24 +13,24 @@ from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.report import claims
 from galaxydist.report.claims import (
     QUESTIONS,
-    Case,
-    Check,
+    ClaimTest,
     Evidence,
+    ModelEvidence,
+    answer_claims,
     balancing_is_fairer,
     case_of,
     check_above,
     check_no_gain,
     check_within,
     choose_rows,
+    decide,
     disturbed_is_worst,
-    judge,
-    observe,
     published_case,
     vit_is_best,
 )
 from galaxydist.report.finished_runs import read_trials
 from galaxydist.report.matrix import build_tables
-from galaxydist.report.published_results import MODELS, PUBLISHED_SETTINGS, SETTINGS, DisplayName, Setting
+from galaxydist.report.published_results import MODELS, PUBLISHED_SETTINGS, SETTINGS, DisplayName, TrainTest
 from galaxydist.report.statistics import NOT_PAIRED, ONE_SEED, CellOutcomes, difference, from_outcomes
 from tests.trial_folders import write_trial
 
@@ -54,13 +54,13 @@ def make_case(
     source: str = "galaxy10_decals",
     vit_worst: str = "merging",
     even_when_balanced: bool = True,
-) -> Case:
+) -> Evidence:
     """Outcomes on the same galaxies: the hardest are missed, in most seeds alike; one class is worse than the others."""
     random = np.random.default_rng(0)
     hard_N = random.permutation(COUNT // 10)[None, :].repeat(10, axis=0).T.ravel() / (COUNT / 10)  # alike in each class
     ids_N = np.array([f"g{number:05}" for number in range(COUNT)])
     labels_N = np.arange(COUNT) % 10
-    evidence: dict[tuple[DisplayName, Setting], Evidence] = {}
+    evidence: dict[tuple[DisplayName, TrainTest], ModelEvidence] = {}
     for model, levels in accuracies.items():
         for setting, level in zip(PUBLISHED_SETTINGS, levels, strict=True):
             worst = GALAXY10_CLASSES.index(vit_worst if model == "ViT" else "disturbed")
@@ -74,12 +74,12 @@ def make_case(
                 np.add.at(confusion_KK, (labels_N, np.where(correct_N, labels_N, (labels_N + 1) % 10)), 1)
                 confusions.append(tuple(tuple(row) for row in confusion_KK.tolist()))
             outcomes = CellOutcomes(ids_N, labels_N, correct_SN, np.where(correct_SN, 0.1, 2.0))
-            evidence[model, setting] = Evidence(from_outcomes(correct_SN), outcomes, tuple(confusions))
-    return Case(source, GALAXY10_CLASSES, evidence)
+            evidence[model, setting] = ModelEvidence(from_outcomes(correct_SN), outcomes, tuple(confusions))
+    return Evidence(source, GALAXY10_CLASSES, evidence)
 
 
-def verdicts(case: Case) -> list[str]:
-    return [observation.verdict for observation in observe(case)]
+def verdicts(case: Evidence) -> list[str]:
+    return [observation.verdict for observation in answer_claims(case)]
 
 
 def changed(**levels: tuple[float, float, float]) -> dict[DisplayName, tuple[float, float, float]]:
@@ -88,7 +88,7 @@ def changed(**levels: tuple[float, float, float]) -> dict[DisplayName, tuple[flo
 
 
 def test_results_that_bear_out_everything() -> None:
-    found = observe(make_case())
+    found = answer_claims(make_case())
     assert [observation.number for observation in found] == [1, 2, 3, 4, 5, 6]
     assert {observation.verdict for observation in found} == {"supported"}, [observation.reason for observation in found]
     assert [len(observation.checks) for observation in found] == [18, 2, 18, 9, 7, 19]
@@ -134,7 +134,7 @@ def test_the_worst_class() -> None:
     found = disturbed_is_worst(make_case())
     assert [round(check.value) for check in found.checks] == [1, 1, 1, 1, 1, 1, 0]
     case = make_case()
-    other = Case(case.source, tuple(f"class{number}" for number in range(10)), case.evidence)
+    other = Evidence(case.source, tuple(f"class{number}" for number in range(10)), case.evidence)
     assert disturbed_is_worst(other).verdict == "undecided"
     assert disturbed_is_worst(other).missing == ("a class disturbed",)
 
@@ -145,8 +145,8 @@ def test_classes_that_stay_uneven() -> None:
 
 def test_a_missing_cell_leaves_undecided_and_is_named() -> None:
     case = make_case()
-    without = Case(case.source, case.class_names, {key: one for key, one in case.evidence.items() if key[0] != "VGG16"})
-    found = observe(without)
+    without = Evidence(case.source, case.class_names, {key: one for key, one in case.evidence.items() if key[0] != "VGG16"})
+    found = answer_claims(without)
     assert [observation.verdict for observation in found] == [
         "undecided",
         "supported",
@@ -157,23 +157,25 @@ def test_a_missing_cell_leaves_undecided_and_is_named() -> None:
     assert found[0].missing == tuple(f"VGG16 {setting}" for setting in PUBLISHED_SETTINGS)
     assert "Not there: VGG16 trained on original, tested on original; " in found[0].reason
     assert "15 of 18 comparisons" in found[0].reason
-    assert verdicts(Case("galaxy10_decals", GALAXY10_CLASSES, {})) == ["undecided"] * 6
+    assert verdicts(Evidence("galaxy10_decals", GALAXY10_CLASSES, {})) == ["undecided"] * 6
     # What is there can still speak against it.
     against = make_case(changed(CustomCNN=(0.755, 0.62, 0.84)))
-    partly = Case(against.source, against.class_names, {key: one for key, one in against.evidence.items() if key[0] != "VGG16"})
+    partly = Evidence(
+        against.source, against.class_names, {key: one for key, one in against.evidence.items() if key[0] != "VGG16"}
+    )
     assert vit_is_best(partly).verdict == "contradicted"
 
 
 @pytest.mark.parametrize("source", ["simulated"])
 def test_other_galaxies_are_never_spoken_of_as_the_real_ones(source: str) -> None:
-    for observation in observe(make_case(source=source)):
+    for observation in answer_claims(make_case(source=source)):
         assert observation.reason.startswith(f"On {source}, which is not the real Galaxy10 DECaLS, it is supported")
         assert "On the real" not in observation.reason
 
 
 def test_what_the_published_numbers_support_themselves() -> None:
     """One run each and no predictions: only the errors of the test sets are known, and pairs are not."""
-    found = observe(published_case(GALAXY10_CLASSES))
+    found = answer_claims(published_case(GALAXY10_CLASSES))
     expected = ["undecided", "undecided", "undecided", "contradicted", "undecided", "undecided"]
     assert [observation.verdict for observation in found] == expected
     assert [sum(p < 0.05 for p in observation.p_for) for observation in found] == [17, 1, 8, 1, 0, 7]
@@ -201,7 +203,7 @@ def test_from_run_folders_to_verdicts(tmp_path: Path) -> None:
     assert list(rows) == list(MODELS)
     case = case_of(table, rows)
     assert len(case.evidence) == len(MODELS) * len(SETTINGS)
-    found = observe(case)
+    found = answer_claims(case)
     assert all(observation.missing == () for observation in found)
     assert [check.notes for check in found[0].checks] == [()] * 18
     # Every class is as hard as another here.
@@ -218,14 +220,14 @@ def test_from_run_folders_to_verdicts(tmp_path: Path) -> None:
 PROBABILITIES = st.floats(0, 1)
 
 
-def check(p_for: float, p_against: float) -> Check:
-    return Check("claim", 1.0, 0.5, "points", p_for, p_against, "t")
+def check(p_for: float, p_against: float) -> ClaimTest:
+    return ClaimTest("claim", 1.0, 0.5, "points", p_for, p_against, "t")
 
 
 @given(st.lists(st.tuples(PROBABILITIES, PROBABILITIES), max_size=12), st.integers(0, 3))
 def test_the_rule(p_values: list[tuple[float, float]], num_missing: int) -> None:
     checks = [check(*pair) for pair in p_values]
-    found = judge(1, "s", "simulated", checks, num_planned=len(checks) + num_missing, missing=["x"] * num_missing)
+    found = decide(1, "s", "simulated", checks, num_planned=len(checks) + num_missing, missing=["x"] * num_missing)
     assert len(found.p_for) == len(found.p_against) == len(checks)
     if any(p < 0.05 / len(checks) for _, p in p_values):
         assert found.verdict == "contradicted"
@@ -238,7 +240,7 @@ def test_the_rule(p_values: list[tuple[float, float]], num_missing: int) -> None
         assert found.verdict == "undecided"
     # One more comparison never makes an observation easier to support.
     if found.verdict != "supported":
-        more = judge(1, "s", "simulated", [*checks, check(0.5, 1.0)], num_planned=len(checks) + num_missing + 1)
+        more = decide(1, "s", "simulated", [*checks, check(0.5, 1.0)], num_planned=len(checks) + num_missing + 1)
         assert more.verdict != "supported"
 
 
@@ -257,7 +259,7 @@ def test_checks_and_intervals_agree(value: float, error: float, margin: float) -
 
 
 def test_statements_name_what_is_claimed() -> None:
-    statements = [observation.statement for observation in observe(Case("simulated", (), {}))]
+    statements = [observation.statement for observation in answer_claims(Evidence("simulated", (), {}))]
     assert all(
         word in text for word, text in zip(["ViT", "close", "VGG", "depth", "Disturbed", "fairness"], statements, strict=True)
     )

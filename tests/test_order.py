@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.loading.loader import Batch, TrainReader
+from galaxydist.loading.loader import Batch, TrainLoader
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.order import (
     EpochOrder,
@@ -256,7 +256,7 @@ def test_reading_order_is_unlike_storage_order() -> None:
 
 
 def read(manifest_path: Path, steps: int, **settings: object) -> list[Batch]:
-    with TrainReader(read_manifest(manifest_path), seed=3, threads=1, **settings) as reader:  # type: ignore[arg-type]
+    with TrainLoader(read_manifest(manifest_path), seed=3, threads=1, **settings) as reader:  # type: ignore[arg-type]
         return list(islice(reader, steps))
 
 

@@ -16,15 +16,24 @@ from galaxydist.errors import UserError
 from galaxydist.models import registry
 from galaxydist.models.build import build_model
 from galaxydist.models.registry import MODEL_NAMES
-from galaxydist.planner.estimate import BYTES_PER_GALAXY, Job, Plan, find_data, plan_memory, plan_reading, plan_run, plan_steps
-from galaxydist.planner.limits import refuse_memory
-from galaxydist.planner.memory import ModelFacts, Timeline, estimate, trace_step, weigh
+from galaxydist.planner.estimate import (
+    BYTES_PER_GALAXY,
+    ClusterShape,
+    Plan,
+    find_data,
+    plan_memory,
+    plan_reading,
+    plan_run,
+    plan_steps,
+)
+from galaxydist.planner.limits import check_memory
+from galaxydist.planner.memory import ModelMemory, Timeline, estimate, model_memory, trace_step
 from galaxydist.planner.table import render_plan, show_size, show_time
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.order import EpochOrder, evaluation_batches, rank_offsets
-from galaxydist.shards.shard_usage import shard_uses
+from galaxydist.shards.shard_usage import usage_of_rank
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.official_split import read_official_split
 from galaxydist.training.step import count_micro_batches, split_evenly
@@ -39,19 +48,19 @@ def recipe_of(*overrides: str, of: tuple[str, ...] = SMALL) -> Recipe:
     return load_recipe([*(text for text in of if text.partition("=")[0] not in given), *overrides]).recipe
 
 
-def plan_of(*overrides: str, root: Path = Path("nowhere"), job: Job | None = None, **given: Any) -> Plan:
-    return plan_run(recipe_of(*overrides), root, job or Job(), **given)
+def plan_of(*overrides: str, root: Path = Path("nowhere"), job: ClusterShape | None = None, **given: Any) -> Plan:
+    return plan_run(recipe_of(*overrides), root, job or ClusterShape(), **given)
 
 
 @pytest.fixture(scope="module")
-def facts() -> ModelFacts:
-    return weigh(recipe_of(), 10, 256)
+def facts() -> ModelMemory:
+    return model_memory(recipe_of(), 10, 256)
 
 
 @given(st.integers(1, 40), st.integers(0, 400), st.integers(1, 20), st.integers(0, 90), st.integers(1, 30))
 def test_steps_are_those_of_the_trainer(batch_size: int, more: int, gpus: int, num_val: int, eval_batch: int) -> None:
     recipe = recipe_of(f"train.batch_size={batch_size}", f"eval.batch_size={eval_batch}", "train.epochs=3")
-    job, num_train = Job(1, gpus, images_per_s=50.0), batch_size + more
+    job, num_train = ClusterShape(1, gpus, images_per_s=50.0), batch_size + more
     steps = plan_steps(recipe, num_train, num_val, job, 1)
     assert steps.per_epoch * batch_size + steps.dropped == num_train and 0 <= steps.dropped < batch_size
     assert steps.total == 3 * steps.per_epoch
@@ -65,25 +74,25 @@ def test_steps_are_those_of_the_trainer(batch_size: int, more: int, gpus: int, n
 
 
 @pytest.mark.parametrize(("batch_size", "gpus", "micro_batch"), [(48, 1, 0), (48, 4, 5), (50, 4, 5), (7, 4, 1)])
-def test_passes_are_those_of_the_trainer(facts: ModelFacts, batch_size: int, gpus: int, micro_batch: int) -> None:
+def test_passes_are_those_of_the_trainer(facts: ModelMemory, batch_size: int, gpus: int, micro_batch: int) -> None:
     recipe = recipe_of(f"train.batch_size={batch_size}", f"train.micro_batch={micro_batch}")
-    passes, memory = plan_memory(recipe, facts, Job(1, gpus))
+    passes, memory = plan_memory(recipe, facts, ClusterShape(1, gpus))
     assert passes == count_micro_batches(batch_size, gpus, micro_batch)
     largest = max(part.stop - part.start for part in split_evenly(-(-batch_size // gpus), passes))
     assert memory.micro_batch == largest
 
 
-def test_auto_takes_the_fewest_passes_that_fit(facts: ModelFacts) -> None:
+def test_auto_takes_the_fewest_passes_that_fit(facts: ModelMemory) -> None:
     recipe = recipe_of("train.batch_size=4096")
     totals = [estimate(facts, recipe, world_size=1, rank_batch=4096, num_parts=passes).total for passes in (1, 2, 3)]
     assert totals[0] > totals[1] > totals[2]
-    assert plan_memory(recipe, facts, Job())[0] == 1
+    assert plan_memory(recipe, facts, ClusterShape())[0] == 1
     for passes in (1, 2, 3):
-        assert plan_memory(recipe, facts, Job(gpu_memory=totals[passes - 1] / 1e9))[0] == passes
-    assert plan_memory(recipe, facts, Job(gpu_memory=totals[1] / 1e9 - 1e-6))[0] == 3
+        assert plan_memory(recipe, facts, ClusterShape(gpu_memory=totals[passes - 1] / 1e9))[0] == passes
+    assert plan_memory(recipe, facts, ClusterShape(gpu_memory=totals[1] / 1e9 - 1e-6))[0] == 3
 
 
-def test_what_is_certain_is_counted_exactly(facts: ModelFacts) -> None:
+def test_what_is_certain_is_counted_exactly(facts: ModelMemory) -> None:
     recipe = recipe_of()
     model = build_model(recipe.model, 10, 32)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -97,14 +106,14 @@ def test_what_is_certain_is_counted_exactly(facts: ModelFacts) -> None:
     optimizer.step()
     state = [tensor for values in optimizer.state.values() for tensor in values.values()]
     assert facts.optimizer == sum(tensor.numel() * tensor.element_size() for tensor in state)
-    sgd = weigh(recipe_of("optim.name=sgd", "optim.momentum=0", "train.ema=0"), 10, 256)
+    sgd = model_memory(recipe_of("optim.name=sgd", "optim.momentum=0", "train.ema=0"), 10, 256)
     assert sgd.optimizer == 0 and sgd.moving_average == 0 and sgd.checkpoint == sgd.weights
 
 
 def test_a_frozen_backbone_has_neither_gradients_nor_activations(tmp_path: Path) -> None:
     weights = tmp_path / "any.safetensors"  # a plan loads none
-    whole = weigh(recipe_of(), 10, 256)
-    frozen = weigh(recipe_of("model.freeze_backbone=true", f"model.weights={weights}"), 10, 256)
+    whole = model_memory(recipe_of(), 10, 256)
+    frozen = model_memory(recipe_of("model.freeze_backbone=true", f"model.weights={weights}"), 10, 256)
     assert frozen.num_trained == 64 * 10 + 10 and frozen.num_trained + frozen.num_frozen == whole.num_trained
     assert frozen.gradients == 4 * frozen.num_trained
     assert frozen.timeline.activations(64) < 0.5 * whole.timeline.activations(64)
@@ -129,7 +138,7 @@ def test_the_timeline_is_that_of_a_real_step() -> None:
 def activations(*overrides: str, image_size: int = 64) -> int:
     """Bytes that 32 images more add to a small ViT's step: all but what is the same for any number of them."""
     of = ("recipe=vit_scratch", f"data.image_size={image_size}", "optim.name=sgd")
-    timeline = weigh(recipe_of(*overrides, of=of), 10, 256).timeline
+    timeline = model_memory(recipe_of(*overrides, of=of), 10, 256).timeline
     return timeline.activations(64) - timeline.activations(32)
 
 
@@ -144,7 +153,7 @@ def test_precision_attention_and_checkpointing_change_the_activations() -> None:
     assert activations(image_size=128) == pytest.approx(4 * half, rel=0.1)
 
 
-def test_fsdp_divides_what_each_process_holds(facts: ModelFacts) -> None:
+def test_fsdp_divides_what_each_process_holds(facts: ModelMemory) -> None:
     ddp, fsdp = (
         estimate(facts, recipe_of(f"train.strategy={name}"), world_size=8, rank_batch=30, num_parts=1) for name in ("ddp", "fsdp")
     )
@@ -160,7 +169,7 @@ def test_fsdp_divides_what_each_process_holds(facts: ModelFacts) -> None:
 
 def test_a_manifest_on_this_machine_is_what_counts(blobs: Path) -> None:
     manifest = read_manifest(blobs)
-    plan = plan_of(f"data.manifest={blobs}", "train.batch_size=20", "data.num_streams=8", job=Job(2, 2))
+    plan = plan_of(f"data.manifest={blobs}", "train.batch_size=20", "data.num_streams=8", job=ClusterShape(2, 2))
     assert plan.steps.samples == manifest.splits["train"].num_samples == 72
     assert (plan.steps.per_epoch, plan.steps.dropped) == (3, 12)
     assert plan.reading.num_bytes == manifest.splits["train"].num_bytes
@@ -169,7 +178,7 @@ def test_a_manifest_on_this_machine_is_what_counts(blobs: Path) -> None:
     order = EpochOrder(manifest.shards("train")["samples"], seed=0, epoch=0, num_streams=8)
     sizes = manifest.shards("train")["bytes"]
     nodes = [np.concatenate([rank_offsets(20, rank, 4) for rank in ranks]) for ranks in ((0, 1), (2, 3))]
-    read = [np.unique(shard_uses(order, 20, offsets)["shard"]) for offsets in nodes]
+    read = [np.unique(usage_of_rank(order, 20, offsets)["shard"]) for offsets in nodes]
     assert plan.reading.shards_per_node_most == max(shards.size for shards in read)
     assert plan.reading.bytes_per_node_most == max(sizes[shards].sum() for shards in read)
     assert plan.reading.nodes_per_shard == sum(shards.size for shards in read) / sizes.size
@@ -195,72 +204,72 @@ def test_flags_say_how_large_another_data_set_would_be() -> None:
 def test_a_large_world_is_planned_at_once() -> None:
     recipe = recipe_of("train.batch_size=16384", "data.num_streams=192")
     data = find_data(recipe.data, Path("nowhere"), galaxies=1_000_000_000, shards=100_000)
-    reading = plan_reading(recipe, data, Job(1024, 8))
+    reading = plan_reading(recipe, data, ClusterShape(1024, 8))
     assert reading.num_shards == 100_000 and reading.nodes_per_shard > 1
-    split = plan_reading(recipe_of("train.batch_size=16384", "data.num_streams=8192"), data, Job(1024, 8))
+    split = plan_reading(recipe_of("train.batch_size=16384", "data.num_streams=8192"), data, ClusterShape(1024, 8))
     assert split.nodes_per_shard == pytest.approx(1, abs=0.1)
     assert split.shards_per_node_most < 150
 
 
 def test_resampling_reads_all_shards_on_every_node() -> None:
     recipe = recipe_of("data.balance=resample", "train.batch_size=64")
-    reading = plan_reading(recipe, find_data(recipe.data, Path("nowhere")), Job(4, 2))
+    reading = plan_reading(recipe, find_data(recipe.data, Path("nowhere")), ClusterShape(4, 2))
     assert reading.shards_per_node_least == reading.num_shards == reading.shards_held_most == reading.nodes_per_shard * 4
 
 
-def refusal(*overrides: str, job: Job, **given: Any) -> str:
+def refusal(*overrides: str, job: ClusterShape, **given: Any) -> str:
     with pytest.raises(UserError) as error:
         plan_of(*overrides, job=job, **given)
     return str(error.value)
 
 
 def test_more_processes_than_the_batch_holds() -> None:
-    said = refusal("train.batch_size=96", job=Job(16, 8))
+    said = refusal("train.batch_size=96", job=ClusterShape(16, 8))
     assert "128 processes (16 nodes x 8)" in said and "train.batch_size=96" in said
     assert "--nodes 12 --gpus-per-node 8" in said and "train.batch_size=128" in said
-    plan_of("train.batch_size=96", job=Job(12, 8))
-    plan_of("train.batch_size=128", job=Job(16, 8))
-    assert "--nodes 1 --gpus-per-node 6" in refusal("train.batch_size=6", job=Job(2, 8))
-    assert "only 50 training galaxies" in refusal("train.batch_size=40", job=Job(8, 8), galaxies=50)
+    plan_of("train.batch_size=96", job=ClusterShape(12, 8))
+    plan_of("train.batch_size=128", job=ClusterShape(16, 8))
+    assert "--nodes 1 --gpus-per-node 6" in refusal("train.batch_size=6", job=ClusterShape(2, 8))
+    assert "only 50 training galaxies" in refusal("train.batch_size=40", job=ClusterShape(8, 8), galaxies=50)
 
 
 def test_a_batch_larger_than_the_training_split() -> None:
-    said = refusal("train.batch_size=200", job=Job(1, 8), galaxies=150)
+    said = refusal("train.batch_size=200", job=ClusterShape(1, 8), galaxies=150)
     assert "more than the 150 training galaxies" in said and "144 (a multiple of 8 processes)" in said
-    plan_of("train.batch_size=144", job=Job(1, 8), galaxies=150)
+    plan_of("train.batch_size=144", job=ClusterShape(1, 8), galaxies=150)
 
 
 @pytest.mark.parametrize("kind", ["train.mixup=0.2", "train.cutmix=1.0"])
 def test_pairs_of_images_on_two_processes(kind: str) -> None:
-    said = refusal(kind, "train.batch_size=240", job=Job(2, 8))
+    said = refusal(kind, "train.batch_size=240", job=ClusterShape(2, 8))
     assert "no multiple of 2 x 16 processes" in said and "train.batch_size=224 or 256" in said and "15 or 20 processes" in said
-    plan_of(kind, "train.batch_size=224", job=Job(2, 8))
-    plan_of(kind, "train.batch_size=240", job=Job(15, 1))
-    plan_of(kind, "train.batch_size=250", job=Job(1, 1))
+    plan_of(kind, "train.batch_size=224", job=ClusterShape(2, 8))
+    plan_of(kind, "train.batch_size=240", job=ClusterShape(15, 1))
+    plan_of(kind, "train.batch_size=250", job=ClusterShape(1, 1))
 
 
 def test_what_a_gpu_cannot_hold() -> None:
     big = ("data.image_size=512", "train.batch_size=512")
-    said = refusal("train.micro_batch=0", *big, job=Job(gpu_memory=8))
+    said = refusal("train.micro_batch=0", *big, job=ClusterShape(gpu_memory=8))
     assert "a step of 512 images at a time" in said and "most of it: activations" in said
     assert "train.micro_batch=auto" in said and "data.image_size (now 512)" in said and "a GPU of" in said
     assert "train.gradient_checkpointing=true" in said
-    plan = plan_of(*big, job=Job(gpu_memory=8))
+    plan = plan_of(*big, job=ClusterShape(gpu_memory=8))
     assert plan.memory.total <= 8e9 and 1 <= plan.memory.micro_batch < 512
-    assert "of 1 image at a time" in refusal(*big, job=Job(gpu_memory=1.01))
+    assert "of 1 image at a time" in refusal(*big, job=ClusterShape(gpu_memory=1.01))
 
 
 def test_what_helps_depends_on_what_is_largest() -> None:
     zero = np.zeros(1, np.int64)
     none = Timeline(zero, zero, made=np.array([10**9]), new=zero)
     images = replace(none, per_image=np.array([2 * 10**9]))
-    facts = ModelFacts(1, 0, 10**9, 10**9, 9 * 10**9, 0, 10**8, 100, False, none)
+    facts = ModelMemory(1, 0, 10**9, 10**9, 9 * 10**9, 0, 10**8, 100, False, none)
 
-    def said(facts: ModelFacts, *overrides: str, world_size: int) -> str:
+    def said(facts: ModelMemory, *overrides: str, world_size: int) -> str:
         recipe = recipe_of(*overrides)
         memory = estimate(facts, recipe, world_size=world_size, rank_batch=4, num_parts=4)
         with pytest.raises(UserError) as error:
-            refuse_memory(recipe, memory, 1.0, world_size)
+            check_memory(recipe, memory, 1.0, world_size)
         return str(error.value)
 
     assert "optimizer state, 9.00 GB" in said(facts, world_size=8) and "; a smaller model" in said(facts, world_size=8)
@@ -278,35 +287,37 @@ class WithoutVal(BlobSurvey):
 
 
 def test_what_the_trainer_refuses_is_refused(tmp_path: Path) -> None:
-    assert "--galaxies N" in refusal("data.dataset=simulated", job=Job())
-    assert "is a URL" in refusal("data.manifest=s3://bucket/shards/manifest.json", job=Job())
+    assert "--galaxies N" in refusal("data.dataset=simulated", job=ClusterShape())
+    assert "is a URL" in refusal("data.manifest=s3://bucket/shards/manifest.json", job=ClusterShape())
     remote = ("data.manifest=s3://bucket/shards/manifest.json", "data.cache_size=0.01", "train.batch_size=64")
-    said = refusal(*remote, job=Job(), galaxies=1_000_000)
+    said = refusal(*remote, job=ClusterShape(), galaxies=1_000_000)
     assert "set data.cache_size=" in said
-    assert "no shards at" in refusal("data.manifest=elsewhere/manifest.json", job=Job())
-    assert "--galaxies" in refusal(job=Job(), shards=5)
-    assert "more than --galaxies" in refusal(job=Job(), shards=5, galaxies=3)
+    assert "no shards at" in refusal("data.manifest=elsewhere/manifest.json", job=ClusterShape())
+    assert "--galaxies" in refusal(job=ClusterShape(), shards=5)
+    assert "more than --galaxies" in refusal(job=ClusterShape(), shards=5, galaxies=3)
     no_val = write_shards(WithoutVal(), tmp_path / "shards", encoding="png", shard_size=16, workers=1).path
-    assert "no validation split" in refusal(f"data.manifest={no_val}", "train.batch_size=24", job=Job())
+    assert "no validation split" in refusal(f"data.manifest={no_val}", "train.batch_size=24", job=ClusterShape())
     both = ("train.compile=true", "train.gradient_checkpointing=true")
-    assert "do not go together in CustomCNN" in refusal(*both, "model.norm=batch", job=Job())
-    plan_of(*both, "model.norm=group", job=Job())
+    assert "do not go together in CustomCNN" in refusal(*both, "model.norm=batch", job=ClusterShape())
+    plan_of(*both, "model.norm=group", job=ClusterShape())
 
 
 def test_warnings_name_what_could_be_better() -> None:
-    uneven = " ".join(plan_of("train.batch_size=240", job=Job(16, 8)).warnings)
+    uneven = " ".join(plan_of("train.batch_size=240", job=ClusterShape(16, 8)).warnings)
     assert "some hold 2 galaxies a step, others 1" in uneven and "128 or 256" in uneven
     assert "greatest common divisor 64" in uneven and "batch normalisation sees 2 images" in uneven
-    even = plan_of("train.batch_size=256", "data.num_streams=128", "model.norm=batch", job=Job(2, 4), galaxies=1_000_000)
+    even = plan_of("train.batch_size=256", "data.num_streams=128", "model.norm=batch", job=ClusterShape(2, 4), galaxies=1_000_000)
     assert even.warnings == ()
-    few = " ".join(plan_of("train.batch_size=256", "data.num_streams=128", job=Job(2, 4)).warnings)
+    few = " ".join(plan_of("train.batch_size=256", "data.num_streams=128", job=ClusterShape(2, 4)).warnings)
     assert "crosses the network" not in few  # both are multiples of 8 already: what is few is shards
-    assert "has all 16 in use" in " ".join(plan_of("train.batch_size=192", job=Job()).warnings)
-    assert "batch norm" not in " ".join(plan_of("train.batch_size=240", "train.sync_batchnorm=true", job=Job(16, 8)).warnings)
+    assert "has all 16 in use" in " ".join(plan_of("train.batch_size=192", job=ClusterShape()).warnings)
+    assert "batch norm" not in " ".join(
+        plan_of("train.batch_size=240", "train.sync_batchnorm=true", job=ClusterShape(16, 8)).warnings
+    )
 
 
 def test_the_table_holds_every_figure() -> None:
-    plan = plan_of("train.batch_size=192", job=Job(4, 8, images_per_s=100, gpu_memory=16))
+    plan = plan_of("train.batch_size=192", job=ClusterShape(4, 8, images_per_s=100, gpu_memory=16))
     text = render_plan(plan)
     for part in ("4 nodes x 8 GPUs = 32 processes", "73 of 192: 14,188 training galaxies, 172 of", "fits 16 GB", "/s", "kept"):
         assert part in text, part
@@ -329,5 +340,5 @@ def test_times_have_a_unit_that_suits() -> None:
 def test_every_architecture_can_be_planned(name: str) -> None:
     size = 100 if name == "reference_vit" else 64  # of patches of 25 pixels
     whole = ("model.pretrained=false", "model.freeze_backbone=false")
-    facts = weigh(recipe_of(f"data.image_size={size}", *whole, of=(f"recipe={registry.recipe_of(name)}",)), 10, 256)
+    facts = model_memory(recipe_of(f"data.image_size={size}", *whole, of=(f"recipe={registry.recipe_of(name)}",)), 10, 256)
     assert facts.num_trained > 0 and facts.timeline.activations(8) > facts.timeline.activations(2) > 0

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
-from galaxydist.evaluation.counts import Predictions
+from galaxydist.evaluation.counts import BatchPredictions
 from galaxydist.evaluation.inference import MEASURED_WIDTH, measure, merge_predictions
-from galaxydist.evaluation.predictions import PartWriter, PredictionsInfo, merge_parts, part_path, read_predictions
+from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, merge_rank_files, part_path, read_predictions
 from galaxydist.galaxy import Galaxy
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
@@ -46,7 +46,7 @@ def test_parts_of_any_number_of_processes_are_one_file(
 ) -> None:
     folder = tmp_path_factory.mktemp("parts")
     target = folder / "a.parquet"
-    writers = [PartWriter(part_path(target, rank), 3) for rank in range(world_size)]
+    writers = [RankFile(part_path(target, rank), 3) for rank in range(world_size)]
     for writer in writers:
         writer.__enter__()
     for number, first in enumerate(range(0, num, batch_size)):
@@ -54,11 +54,11 @@ def test_parts_of_any_number_of_processes_are_one_file(
     for writer in writers:
         writer.finish()
     paths = [writer.path for writer in writers]
-    rows = list(merge_parts(paths, 3, batch_size=batch_size, num_samples=num))
+    rows = list(merge_rank_files(paths, 3, batch_size=batch_size, num_samples=num))
     assert np.array_equal(np.concatenate([np.empty(0, int), *(block["sample"] for block in rows)]), np.arange(num))
     for wrong in (num + 1, num - 1) if num else ():
         with pytest.raises(ValueError, match=r"are not there|more galaxies"):
-            list(merge_parts(paths, 3, batch_size=batch_size, num_samples=wrong))
+            list(merge_rank_files(paths, 3, batch_size=batch_size, num_samples=wrong))
     catalogue = pa.table({"id": [f"g{n}" for n in range(num)], "ra": np.arange(num) / 7, "pxscale": np.full(num, 0.5)})
     info = PredictionsInfo(("a", "b", "c"), CONTEXT)
     merge_predictions(target, info, paths, catalogue, batch_size=batch_size)
@@ -73,7 +73,7 @@ def test_parts_of_any_number_of_processes_are_one_file(
 
 
 def test_sizes_are_in_pixels_where_the_scale_of_any_galaxy_is_unknown(tmp_path: Path) -> None:
-    with PartWriter(part_path(tmp_path / "a.parquet", 0), 3) as part:
+    with RankFile(part_path(tmp_path / "a.parquet", 0), 3) as part:
         part.append(columns_of(np.arange(4)))
         part.finish()
         for scale in ([0.2, 0.2, None, 0.2], [0.2, 0.0, 0.2, 0.2]):
@@ -86,13 +86,13 @@ def test_sizes_are_in_pixels_where_the_scale_of_any_galaxy_is_unknown(tmp_path: 
 
 
 def test_a_part_that_is_cut_off_is_noticed(tmp_path: Path) -> None:
-    with PartWriter(tmp_path / "part", 3) as part:
+    with RankFile(tmp_path / "part", 3) as part:
         part.append(columns_of(np.arange(4)))
         part.finish()
         with part.path.open("rb+") as file:
             file.truncate(part.path.stat().st_size - 1)
         with pytest.raises(ValueError, match="is cut off"):
-            list(merge_parts([part.path], 3, batch_size=4, num_samples=4))
+            list(merge_rank_files([part.path], 3, batch_size=4, num_samples=4))
 
 
 def test_sizes_do_not_depend_on_how_small_a_picture_was_decoded() -> None:
@@ -264,11 +264,11 @@ def test_a_failure_leaves_neither_predictions_nor_parts(
 
 
 def test_predictions_of_batches_are_joined_in_their_order() -> None:
-    def part(*samples: int) -> Predictions:
+    def part(*samples: int) -> BatchPredictions:
         samples_N = torch.tensor(samples)
-        return Predictions(samples_N, samples_N, samples_N, samples_N[:, None].float())
+        return BatchPredictions(samples_N, samples_N, samples_N, samples_N[:, None].float())
 
-    assert Predictions.join([part(3, 4), part(0), part(2)]).samples_N.tolist() == [3, 4, 0, 2]
-    assert Predictions.merge([part(3, 4), part(0), part(2)]).logits_NK[:, 0].tolist() == [0, 2, 3, 4]
+    assert BatchPredictions.join([part(3, 4), part(0), part(2)]).samples_N.tolist() == [3, 4, 0, 2]
+    assert BatchPredictions.merge([part(3, 4), part(0), part(2)]).logits_NK[:, 0].tolist() == [0, 2, 3, 4]
     with pytest.raises(UserError, match="no predictions at"):
         read_predictions(Path("nowhere"))

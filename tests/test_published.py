@@ -14,7 +14,7 @@ from galaxydist.report.published_results import (
     TEST_SIZES,
     DisplayName,
     PublishedResult,
-    Setting,
+    TrainTest,
     display_name,
     published_result,
 )
@@ -37,7 +37,7 @@ def test_every_number_and_the_order() -> None:
     lines = TRANSCRIPTION.strip().splitlines()
     names = [line.split()[0].replace("_", " ") for line in lines]
     assert tuple(names) == MODELS == get_args(DisplayName)
-    settings = [Setting("original", "original"), Setting("balanced", "balanced"), Setting("balanced", "original")]
+    settings = [TrainTest("original", "original"), TrainTest("balanced", "balanced"), TrainTest("balanced", "original")]
     seen = 0
     for name, line in zip(names, lines, strict=True):
         for setting, pair in zip(settings, line.split(maxsplit=1)[1].split(" / "), strict=True):

@@ -14,8 +14,8 @@ import torch
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
-from galaxydist.loading.decode import PictureError, PictureReader, reduction
-from galaxydist.loading.loader import Batch, EvalReader, TrainReader
+from galaxydist.loading.decode import ImageDecoder, ImageError, reduction
+from galaxydist.loading.loader import Batch, EvalLoader, TrainLoader
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.writer.writer import write_shards
@@ -41,7 +41,7 @@ def copy(written: Path, tmp_path: Path) -> Manifest:
 
 
 def read(manifest: Manifest, steps: int, **settings: object) -> list[Batch]:
-    with TrainReader(manifest, **{"seed": 7, "batch_size": 16, "num_streams": 6, **settings}) as reader:  # type: ignore[arg-type]
+    with TrainLoader(manifest, **{"seed": 7, "batch_size": 16, "num_streams": 6, **settings}) as reader:  # type: ignore[arg-type]
         return list(islice(reader, steps))
 
 
@@ -96,13 +96,13 @@ def test_ranks_share_a_global_batch(manifest: Manifest, world_size: int, balance
 def test_starting_at_a_step_reads_nothing_before_it(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = read(manifest, 12)
     located: list[int] = []
-    locate = PictureReader.locate
+    locate = ImageDecoder.locate
 
-    def recorded(self: PictureReader, samples: np.ndarray) -> object:
+    def recorded(self: ImageDecoder, samples: np.ndarray) -> object:
         located.extend(samples.tolist())
         return locate(self, samples)
 
-    monkeypatch.setattr(PictureReader, "locate", recorded)
+    monkeypatch.setattr(ImageDecoder, "locate", recorded)
     late = read(manifest, 3, start_step=9, prefetch=1)
     assert [batch.step for batch in late] == [9, 10, 11]
     for batch, expected in zip(late, whole[9:], strict=True):
@@ -112,7 +112,7 @@ def test_starting_at_a_step_reads_nothing_before_it(manifest: Manifest, monkeypa
 
 
 def test_no_thread_is_left(manifest: Manifest) -> None:
-    reader = TrainReader(manifest, seed=0, batch_size=8, threads=3)
+    reader = TrainLoader(manifest, seed=0, batch_size=8, threads=3)
     next(reader)
     assert decode_threads()
     reader.close()
@@ -120,13 +120,13 @@ def test_no_thread_is_left(manifest: Manifest) -> None:
     assert decode_threads() == []
     with pytest.raises(StopIteration):
         next(reader)
-    for _ in EvalReader(manifest, "val", batch_size=4):
+    for _ in EvalLoader(manifest, "val", batch_size=4):
         pass
     assert decode_threads() == []
 
 
 def test_reading_runs_on_across_the_end_of_an_epoch(manifest: Manifest) -> None:
-    with TrainReader(manifest, seed=0, batch_size=8, prefetch=3) as reader:
+    with TrainLoader(manifest, seed=0, batch_size=8, prefetch=3) as reader:
         for batch in reader:
             ahead = [(pending.plan.epoch, pending.plan.step) for pending in reader._pool._pending]
             # Always as far ahead, at the epoch's end too: nothing is drained.
@@ -136,7 +136,7 @@ def test_reading_runs_on_across_the_end_of_an_epoch(manifest: Manifest) -> None:
 
 
 def test_memory_of_batches_is_used_again_but_never_while_in_use(manifest: Manifest) -> None:
-    reader = TrainReader(manifest, seed=0, batch_size=8, prefetch=2)
+    reader = TrainLoader(manifest, seed=0, batch_size=8, prefetch=2)
     kept = next(reader).images_BHWC[3]
     copied = kept.clone()
     places = set()
@@ -148,7 +148,7 @@ def test_memory_of_batches_is_used_again_but_never_while_in_use(manifest: Manife
 
 
 def test_waiting_is_measured(manifest: Manifest) -> None:
-    with TrainReader(manifest, seed=0, batch_size=8, prefetch=2) as reader:
+    with TrainLoader(manifest, seed=0, batch_size=8, prefetch=2) as reader:
         next(reader)
         waited, started = reader.wait_s, time.perf_counter()
         time.sleep(0.1)  # this process's own time, not that of waiting
@@ -161,7 +161,7 @@ def test_evaluation_counts_every_galaxy_once(manifest: Manifest, world_size: int
     num_samples = manifest.splits["test"].num_samples
     seen: list[int] = []
     for rank in range(world_size):
-        with EvalReader(manifest, "test", batch_size=8, rank=rank, world_size=world_size) as reader:
+        with EvalLoader(manifest, "test", batch_size=8, rank=rank, world_size=world_size) as reader:
             batches = list(reader)
             assert len(batches) == len(reader)
         for batch in batches:
@@ -204,7 +204,7 @@ def test_a_reported_picture_keeps_its_position_with_weight_0(copy: Manifest, man
 def test_evaluation_never_skips(copy: Manifest) -> None:
     _, key = break_picture(copy, "test", 3)
     with pytest.raises(UserError, match=f"galaxy {key[:6]}.*does not decode"):
-        list(EvalReader(copy, "test", batch_size=8))
+        list(EvalLoader(copy, "test", batch_size=8))
     assert decode_threads() == []
 
 
@@ -212,17 +212,17 @@ def test_evaluation_never_skips(copy: Manifest) -> None:
 def test_a_truncated_shard_is_named_with_a_galaxy_that_it_costs(copy: Manifest, num_bytes: int) -> None:
     shard = truncate(copy, "test", 3, num_bytes)
     with pytest.raises(UserError, match=rf"shard {shard}, galaxy g-.*where the manifest says \d+: it was cut short or replaced"):
-        list(EvalReader(copy, "test", batch_size=8))
+        list(EvalLoader(copy, "test", batch_size=8))
     assert decode_threads() == []
 
 
 def test_a_shard_that_is_truncated_while_it_is_read(copy: Manifest) -> None:
-    reader = PictureReader(copy, "test")
+    reader = ImageDecoder(copy, "test")
     pixels = np.empty((32, 32, 3), np.uint8)
     first, last = reader.locate(np.array([0, 3]))
     reader.read_into(first, pixels)
     truncate(copy, "test", 3, 5)
-    with pytest.raises(PictureError, match=f"galaxy {keys(copy, 'test')[3][:6]}.*the shard is cut short"):
+    with pytest.raises(ImageError, match=f"galaxy {keys(copy, 'test')[3][:6]}.*the shard is cut short"):
         reader.read_into(last, pixels)
     reader.close()
 
@@ -232,7 +232,7 @@ def test_a_missing_shard_is_named(copy: Manifest) -> None:
     with pytest.raises(UserError, match=r"shard .*train-000002.tar is missing; make the shards anew"):
         read(copy, 10)
     reported = [error for batch in read(copy, 4, on_error="report") for error in batch.errors.values()]
-    assert len(reported) == copy.shards("train")["samples"][2] and not any(isinstance(error, PictureError) for error in reported)
+    assert len(reported) == copy.shards("train")["samples"][2] and not any(isinstance(error, ImageError) for error in reported)
 
 
 def test_raw_shards_that_are_cut_or_overwritten(tmp_path: Path) -> None:
@@ -241,21 +241,21 @@ def test_raw_shards_that_are_cut_or_overwritten(tmp_path: Path) -> None:
         file.seek(int(manifest.offsets("val")[1]))
         file.write(b"not numpy")
     with pytest.raises(UserError, match=r"not a \.npy file of 32 x 32 x 3 uint8"):
-        list(EvalReader(manifest, "val", batch_size=8))
-    reader, pixels = PictureReader(manifest, "val"), np.empty((32, 32, 3), np.uint8)
+        list(EvalLoader(manifest, "val", batch_size=8))
+    reader, pixels = ImageDecoder(manifest, "val"), np.empty((32, 32, 3), np.uint8)
     first, second = reader.locate(np.array([0, 1]))
     reader.read_into(first, pixels)
     truncate(manifest, "val", 1, 1000)
-    with pytest.raises(PictureError, match=f"galaxy {keys(manifest, 'val')[1][:6]}.*cut short"):
+    with pytest.raises(ImageError, match=f"galaxy {keys(manifest, 'val')[1][:6]}.*cut short"):
         reader.read_into(second, pixels)
     reader.close()
 
 
 def test_impossible_batches_are_refused(manifest: Manifest) -> None:
     with pytest.raises(UserError, match="more than the 66 training galaxies"):
-        TrainReader(manifest, seed=0, batch_size=67)
+        TrainLoader(manifest, seed=0, batch_size=67)
     with pytest.raises(UserError, match="more processes than the global batch holds"):
-        TrainReader(manifest, seed=0, batch_size=4, world_size=5)
+        TrainLoader(manifest, seed=0, batch_size=4, world_size=5)
 
 
 @pytest.mark.parametrize(
@@ -295,5 +295,5 @@ def test_real_galaxies_at_a_reduced_scale(real_sample: Path, tmp_path: Path) -> 
 
 def test_threads_are_a_share_of_the_cores(manifest: Manifest) -> None:
     for threads, ranks_on_node, expected in [(0, 1, available_cores()), (0, 10**6, 1), (5, 2, 5)]:
-        with EvalReader(manifest, "test", batch_size=16, threads=threads, ranks_on_node=ranks_on_node) as reader:
+        with EvalLoader(manifest, "test", batch_size=16, threads=threads, ranks_on_node=ranks_on_node) as reader:
             assert reader._pool._executor._max_workers == expected

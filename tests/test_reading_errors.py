@@ -25,8 +25,8 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.verify import check_columns
-from galaxydist.training.health.anomalies import Nonfinite, Skipped, SpikeDetector
-from galaxydist.training.state import EarlyStopping, TrainingState
+from galaxydist.training.health.anomalies import LossSpikes, NonFiniteSteps, UnreadableImages
+from galaxydist.training.state import EarlyStopping, TrainState
 from tests.damage import break_picture, shard_of, truncate
 from tests.forked_runs import run_forked, train
 from tests.runs import count_errors, quick_settings, read_evaluation, read_losses, read_metrics, run_here
@@ -161,10 +161,15 @@ def test_a_batch_of_which_nothing_can_be_read(copy: Manifest, tmp_path: Path) ->
 
 
 def test_a_checkpoint_that_does_not_count_the_skipped_still_loads(tmp_path: Path) -> None:
-    def build() -> TrainingState:
+    def build() -> TrainState:
         model = nn.Linear(2, 2)
-        parts = EarlyStopping("loss", 0), Skipped("skip", 9), Nonfinite("stop", 0, RunFolder(tmp_path), str), SpikeDetector(8)
-        return TrainingState(model, torch.optim.SGD(model.parameters()), None, None, *parts)
+        parts = (
+            EarlyStopping("loss", 0),
+            UnreadableImages("skip", 9),
+            NonFiniteSteps("stop", 0, RunFolder(tmp_path), str),
+            LossSpikes(8),
+        )
+        return TrainState(model, torch.optim.SGD(model.parameters()), None, None, *parts)
 
     world = World(Accelerator(cpu=True), 0, 1, ranks_on_node=1, cores=1, threads=1, precision="no", job_id=None, restart_count=0)
     old = build()
@@ -316,14 +321,14 @@ def test_ctrl_c_in_the_middle_of_an_iteration_leaves_at_once(blobs: Path) -> Non
 def test_a_restart_with_another_policy() -> None:
     """What was skipped before is read again by a run that is to be strict from now on; a lower cap counts at once."""
     state = {"samples": [3, 5, 8]}
-    strict = Skipped("raise", 100)
+    strict = UnreadableImages("raise", 100)
     strict.load_state_dict(state)
     assert len(strict) == 0
-    lenient = Skipped("skip", 3)
+    lenient = UnreadableImages("skip", 3)
     lenient.load_state_dict(state)
     assert lenient.metrics() == {"train/skipped": 3.0}
     with pytest.raises(UserError, match=r"3 galaxies could not be read, more than data.max_errors=2 up to the checkpoint"):
-        Skipped("skip", 2).load_state_dict(state)
+        UnreadableImages("skip", 2).load_state_dict(state)
 
 
 def test_an_empty_column_or_one_that_is_gone(copy: Manifest) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from galaxydist.loading.augment import Augment
-from galaxydist.loading.image_ops import Changes, CpuRenderer, DeviceRenderer, Warp, antialias, resize
+from galaxydist.loading.image_ops import AffineWarp, ImageTransform, OpenCVBackend, TorchBackend, antialias, resize
 from galaxydist.recipe.schema import AugmentConfig
 from tests.antialias import mirror
 from tests.test_augment import ALL, PLAIN, pictures
@@ -20,12 +20,12 @@ from tests.test_augment import ALL, PLAIN, pictures
 UNCHANGED = np.array([0, 0, 1, 0, 0], np.float32)
 
 
-def moved_pixels(images_BHWC: np.ndarray, right: int, down: int) -> Changes:
+def moved_pixels(images_BHWC: np.ndarray, right: int, down: int) -> ImageTransform:
     """Whole pixels to the right and down."""
     count, width = images_BHWC.shape[:2]
     maps = np.tile(np.array([[1, 0, 2 * right / width], [0, 1, 2 * down / width]]), (count, 1, 1))
-    warp = Warp(maps, np.zeros(count, np.int64), np.tile(UNCHANGED, (count, 1)))
-    return Changes(warp, np.ones((count, 3), np.float32), np.zeros(3, np.float32))
+    warp = AffineWarp(maps, np.zeros(count, np.int64), np.tile(UNCHANGED, (count, 1)))
+    return ImageTransform(warp, np.ones((count, 3), np.float32), np.zeros(3, np.float32))
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ def test_torch_and_opencv_agree(size: int, crop: float, config: dict[str, Any]) 
     images, positions = pictures(24, 96), np.arange(24)
     augment = Augment(AugmentConfig(**config), 3, *PLAIN, size, crop=crop)
     changes = augment.changes(1, positions, 96)
-    views = images if isinstance(changes.geometry, Warp) else augment.normalise.view(images)
+    views = images if isinstance(changes.geometry, AffineWarp) else augment.normalise.view(images)
     ours = augment(images, 1, torch.from_numpy(positions))
-    difference = (DeviceRenderer(size)(views, changes) - ours).abs()
+    difference = (TorchBackend(size)(views, changes) - ours).abs()
     assert difference.mean() < 0.1
     assert difference.max() < 2.5
 
@@ -68,8 +68,8 @@ def test_outside_is_the_mirror_image_however_far(right: int, down: int) -> None:
     changes = moved_pixels(images.numpy(), right, down)
     rows, columns = mirror(np.arange(32) + down, 32), mirror(np.arange(32) + right, 32)
     expected = images.numpy()[:, rows][:, :, columns].transpose(0, 3, 1, 2)
-    assert np.abs(CpuRenderer(32)(images.numpy(), changes) - expected).max() <= 1
-    assert np.abs(DeviceRenderer(32)(images, changes).numpy() - expected).max() <= 1
+    assert np.abs(OpenCVBackend(32)(images.numpy(), changes) - expected).max() <= 1
+    assert np.abs(TorchBackend(32)(images, changes).numpy() - expected).max() <= 1
 
 
 @pytest.mark.parametrize("config", [ALL, AugmentConfig(rotate="d4", noise=0.02)])

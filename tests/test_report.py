@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.cli.main import main
-from galaxydist.report.collect import Results, cost_of, gather, read_facts
+from galaxydist.report.collect import ReportData, collect, cost_of, read_facts
 from galaxydist.report.finished_runs import read_trials
 from galaxydist.report.page import render_page
 from galaxydist.report.tables import escape, hours_text, p_text, render_latex, render_markdown, settings_of, signed
@@ -56,7 +56,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(tmp_path_factory: pytest.TempPathFactory) -> ReportData:
     """A simulated sweep, the real data set with one recipe in two regimes, and what can go wrong."""
     root = tmp_path_factory.mktemp("runs")
     simulated = write_sweep(root / "simulated", models=("resnet18", "custom_cnn"))
@@ -66,11 +66,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     runs.append(write_trial(root / "half", ["recipe=vgg16", "seed=7"], finished=False).path)
     runs.append(write_trial(root / "bare", ["recipe=vgg16"], keep_predictions=False, validation=None).path)
     (root / "empty").mkdir()
-    return gather([*runs, root / "empty"])
+    return collect([*runs, root / "empty"])
 
 
 @pytest.fixture(scope="module")
-def html(results: Results) -> str:
+def html(results: ReportData) -> str:
     return render_page(results, PROVENANCE)
 
 
@@ -79,7 +79,7 @@ def page(html: str) -> Page:
     return Page(html)
 
 
-def test_every_data_set_has_a_table_of_its_own(results: Results, page: Page) -> None:
+def test_every_data_set_has_a_table_of_its_own(results: ReportData, page: Page) -> None:
     assert [found.table.dataset for found in results.findings] == ["galaxy10_decals", "simulated"]
     real, simulated = page.text["matrix"].split("\nsimulated\n")
     assert "published 0.7638" in real and "published" in real and "not run" in real
@@ -87,7 +87,7 @@ def test_every_data_set_has_a_table_of_its_own(results: Results, page: Page) -> 
     assert "not the real Galaxy10 DECaLS" in simulated
 
 
-def test_the_reference_models_stand_beside_the_published_ones(results: Results) -> None:
+def test_the_reference_models_stand_beside_the_published_ones(results: ReportData) -> None:
     labels = [row.label for row in results.findings[0].table.rows if row.display == "ViT"]
     assert labels == ["ViT (reference)", "ViT"]
     assert set(results.findings[0].observations) == {"reference", "own"}
@@ -103,7 +103,7 @@ def test_all_sections_are_there(page: Page) -> None:
     assert "launch.py recipe=vit" in page.text["runs"] and "train.batch_size=64" in page.text["runs"]
 
 
-def test_every_observation_is_answered(results: Results, page: Page) -> None:
+def test_every_observation_is_answered(results: ReportData, page: Page) -> None:
     for found in results.findings:
         for observations in found.observations.values():
             for one in observations:
@@ -112,7 +112,7 @@ def test_every_observation_is_answered(results: Results, page: Page) -> None:
     assert len(verdicts) >= 6 * 4  # real reference, real own, simulated, published
 
 
-def test_what_is_left_out_is_said(results: Results, page: Page) -> None:
+def test_what_is_left_out_is_said(results: ReportData, page: Page) -> None:
     notes = page.text["notes"]
     assert re.search(r"half: left out: the run has not finished", notes)
     assert re.search(r"empty is not a run folder", notes)
@@ -163,7 +163,7 @@ def test_the_page_asks_for_nothing(html: str) -> None:
     assert "<script" not in html and "@import" not in html
 
 
-def test_galleries_are_shown_and_those_that_are_not_there_asked_for(results: Results, html: str) -> None:
+def test_galleries_are_shown_and_those_that_are_not_there_asked_for(results: ReportData, html: str) -> None:
     shown = Page(html).text["gallery"]
     best = {facts.trial.run_dir: judged for found in results.findings for _, facts, judged in found.best_on_own()}
     with_one = [run_dir for run_dir in best if (run_dir / "evaluation" / "test-gallery.json").exists()]
@@ -185,32 +185,32 @@ def test_a_gallery_that_cannot_be_made_is_a_note(tmp_path: Path, capsys: pytest.
 
 def test_what_a_run_was_validated_on_is_taken_out(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "run", ["recipe=vgg16"], accuracy={"original": 0.5, "balanced": 0.5}, num_galaxies=200)
-    assert "Without the galaxies" not in render_page(gather([run.path]), PROVENANCE)
+    assert "Without the galaxies" not in render_page(collect([run.path]), PROVENANCE)
     path = run.evaluation_dir / "test.json"
     content = read_json(path)
     write_json(path, content | {"without_validation": {"count": 168, "accuracy": 0.5119, "loss": None}})
-    shown = Page(render_page(gather([run.path]), PROVENANCE)).text["matrix"]
+    shown = Page(render_page(collect([run.path]), PROVENANCE)).text["matrix"]
     assert "Without the galaxies" in shown and "32 of 200" in shown and "51.19" in shown
 
 
 def test_text_from_runs_is_no_markup(tmp_path: Path) -> None:
     names = ("<b>disturbed", "a|b", "c_d%", "e&f")
     run = write_trial(tmp_path / "a<i>b", ["recipe=vit"], dataset="<simulated>", class_names=names, accuracy={"original": 0.5})
-    found = gather([run.path])
+    found = collect([run.path])
     html = render_page(found, PROVENANCE)
     assert "<b>disturbed" not in html and "a<i>b" not in html and "<simulated>" not in html
     assert r"a\|b" in render_markdown(found, PROVENANCE)
     assert r"c d\%" in render_latex(found, PROVENANCE)
 
 
-def test_markdown_tables_are_square(results: Results) -> None:
+def test_markdown_tables_are_square(results: ReportData) -> None:
     blocks = re.findall(r"(?:^\|.*\n)+", render_markdown(results, PROVENANCE), re.MULTILINE)
     assert len(blocks) > 10
     for block in blocks:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
 
-def test_latex_tables_are_square(results: Results) -> None:
+def test_latex_tables_are_square(results: ReportData) -> None:
     text = render_latex(results, PROVENANCE)
     tables = re.findall(r"\\begin\{tabular\}\{([^\n]*)\}\n(.*?)\\end\{tabular\}", text, re.DOTALL)
     assert len(tables) > 10 and text.count(r"\begin{") == text.count(r"\end{")
@@ -271,14 +271,14 @@ def test_ranking_is_by_validation_alone(tmp_path: Path) -> None:
         write_trial(tmp_path / "good-test", ["recipe=vit"], accuracy={"original": 0.9}, validation=0.4, dataset="simulated"),
         write_trial(tmp_path / "good-val", ["recipe=resnet18"], accuracy={"original": 0.3}, validation=0.6, dataset="simulated"),
     ]
-    (ranking,) = gather([run.path for run in runs]).findings[0].rankings
+    (ranking,) = collect([run.path for run in runs]).findings[0].rankings
     assert [trial.run_dir.name for trial in ranking.ranked] == ["good-val", "good-test"]
 
 
 def test_lines_of_one_recipe_are_told_apart_by_their_settings(tmp_path: Path) -> None:
     for number, more in enumerate(([], ["optim.lr=0.5"])):
         write_trial(tmp_path / str(number), ["recipe=resnet18", *more], dataset="simulated", accuracy={"original": 0.5})
-    found = gather(sorted(tmp_path.iterdir())).findings[0]
+    found = collect(sorted(tmp_path.iterdir())).findings[0]
     assert sorted(text.split("=")[0] for text in settings_of(found).values()) in (
         ["optim.lr", "optim.lr"],
         ["optim.lr", "optim.lr by default"],
@@ -302,7 +302,7 @@ def test_a_report_on_own_data_has_what_was_run_and_nothing_else(tmp_path: Path, 
         write_json(path, read_json(path) | {"intervals": {"accuracy": [0.41, 0.59], "macro_f1": [0.4, 0.6], "loss": None}})
     assert main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "page.html")]) == 0
     html, markdown, latex = ((tmp_path / f"page.{ending}").read_text() for ending in ("html", "md", "tex"))
-    found = gather([tmp_path / "runs" / name for name in runs]).findings[0]
+    found = collect([tmp_path / "runs" / name for name in runs]).findings[0]
     assert {row.label for row in found.table.rows} == {
         *("first try", "lower rate", "VGG16"),
         *(str(tmp_path / "runs" / name) for name in ("small/net", "other/net")),  # two folders of one name

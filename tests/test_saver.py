@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.checkpoints import store
-from galaxydist.checkpoints.async_writer import CheckpointSaver
+from galaxydist.checkpoints.async_writer import CheckpointWriter
 from galaxydist.checkpoints.tensor_files import flatten_state
 from galaxydist.errors import UserError
-from galaxydist.training.checkpointer import SavePolicy, SaveTimer
+from galaxydist.training.checkpointer import SaveSchedule, SaveTimer
 from tests.tensors import bits, every_kind_of_tensor
 from tests.test_checkpoints import Trainee
 
@@ -28,8 +28,8 @@ def always_allowed() -> None:
     pass
 
 
-def build_saver(folder: Path, **options: Any) -> CheckpointSaver:
-    return CheckpointSaver(folder, **{"background": True, "check": always_allowed, **options})
+def build_saver(folder: Path, **options: Any) -> CheckpointWriter:
+    return CheckpointWriter(folder, **{"background": True, "check": always_allowed, **options})
 
 
 def load(folder: Path) -> store.Checkpoint:
@@ -157,7 +157,7 @@ def broken_write(*_: Any) -> None:
     raise UserError("the disk is full")
 
 
-def wait_for_failure(saver: CheckpointSaver) -> None:
+def wait_for_failure(saver: CheckpointWriter) -> None:
     deadline = time.monotonic() + 300
     while not saver.failed and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -298,7 +298,7 @@ lengths = st.integers(1, 40)
 @given(per_epoch=lengths, epochs=lengths, every_steps=st.integers(0, 50), every_epochs=lengths)
 def test_due_by_steps_and_epochs(per_epoch: int, epochs: int, every_steps: int, every_epochs: int) -> None:
     total = per_epoch * epochs
-    policy = SavePolicy(per_epoch, total, every_steps, every_epochs)
+    policy = SaveSchedule(per_epoch, total, every_steps, every_epochs)
     due = {step for step in range(total + 1) if policy.is_due(step)}
     expected = {per_epoch * epoch for epoch in range(every_epochs, epochs + 1, every_epochs)} | {total}
     expected |= set(range(every_steps, total + 1, every_steps)) if every_steps else set()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from galaxydist.cluster.profile import load_cluster
-from galaxydist.cluster.submit import adopt_settings, alone_in, plain_environment
+from galaxydist.cluster.submit import adopt_settings, submission_lock, without_job_environment
 from galaxydist.errors import UserError
 
 HOLD = """
@@ -37,13 +37,13 @@ Path(sys.argv[1] + ".after").touch()
 def test_two_commands_do_not_send_runs_of_a_folder_at_once(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "alone\n"
-    with pytest.raises(UserError, match="Another command has been submitting"), alone_in(tmp_path, wait_s=0.2):
+    with pytest.raises(UserError, match="Another command has been submitting"), submission_lock(tmp_path, wait_s=0.2):
         pass
-    with alone_in(tmp_path / "elsewhere", wait_s=0.2):
+    with submission_lock(tmp_path / "elsewhere", wait_s=0.2):
         pass
     other.kill()  # the lock goes with the process
     other.communicate()
-    with alone_in(tmp_path, wait_s=0.2):
+    with submission_lock(tmp_path, wait_s=0.2):
         pass
 
 
@@ -62,7 +62,7 @@ def test_variables_of_a_job_and_of_sbatch_are_hidden(monkeypatch: pytest.MonkeyP
     hidden = ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SBATCH_TIMELIMIT", "SUBMITIT_EXECUTOR", "MASTER_PORT", "RANK")
     for name in hidden:
         monkeypatch.setenv(name, "1")
-    with plain_environment():
+    with without_job_environment():
         assert not set(hidden) & set(os.environ) and os.environ["SLURM_CONF"] == "/etc/slurm.conf"
     assert all(os.environ[name] == "1" for name in hidden)
 

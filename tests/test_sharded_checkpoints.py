@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from galaxydist.checkpoints import sharded, store, tensor_files
-from galaxydist.checkpoints.sharded import ShardedSaver, load_sharded, open_saving_group, save_sharded
+from galaxydist.checkpoints.sharded import ShardedWriter, load_sharded, open_saving_group, save_sharded
 from galaxydist.checkpoints.store import DamagedCheckpointError, encode_state, read_checkpoint
 from galaxydist.errors import EveryRankError, RunFailedError, UserError
 from tests.tensors import bits
@@ -96,7 +96,7 @@ def save(group: dist.ProcessGroup, folder: Path, step: int, **options: Any) -> N
 
 def save_behind(group: dist.ProcessGroup, folder: Path, steps: list[int]) -> None:
     """As the training does it: a thread writes, while the tensors change and the main group is used."""
-    with ShardedSaver(folder, group=group, background=True, check=lambda: None) as saver:
+    with ShardedWriter(folder, group=group, background=True, check=lambda: None) as saver:
         for step in steps:
             tensors = cut(draw(step), group)
             saver.save(step, tensors, {"epoch": step})
@@ -316,7 +316,7 @@ def test_if_one_rank_fails_all_raise_the_same_and_nothing_is_left(
 
 def fail_behind(group: dist.ProcessGroup, folder: Path) -> None:
     undo = limit_files(group)
-    saver = ShardedSaver(folder, group=group, background=True, check=lambda: None)
+    saver = ShardedWriter(folder, group=group, background=True, check=lambda: None)
     saver.save(1, cut(draw(1), group), {"epoch": 1})
     with pytest.raises(EveryRankError, match="the file size limit is reached"):
         saver.wait()

@@ -86,7 +86,7 @@ def test_columns_that_disagree_with_the_tars(manifest: Manifest) -> None:
 
 def test_one_key_in_two_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer refuses twins, so it is made blind to them here."""
-    monkeypatch.setattr("galaxydist.shards.writer.writer._refuse_twins", lambda _: None)
+    monkeypatch.setattr("galaxydist.shards.writer.writer._check_unique_ids", lambda _: None)
     galaxies = draw_galaxies(40)
     twins = (*galaxies[:20], *galaxies[:20])
     manifest = write_shards(MemorySurvey(twins), tmp_path / "shards", shard_size=8)

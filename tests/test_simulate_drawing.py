@@ -8,20 +8,20 @@ import pytest
 from galaxydist.surveys.simulate import components, observation
 from galaxydist.surveys.simulate.galaxy_types import LOOSE_PITCH, TIGHT_PITCH, draw_arms
 from galaxydist.surveys.simulate.morphology import draw_light
-from galaxydist.surveys.simulate.random_draws import GALAXY, Dice, pixel_normals
+from galaxydist.surveys.simulate.random_draws import GALAXY, Draws, pixel_normals
 from galaxydist.surveys.simulate.scene import CENTRE, MARGIN, SIZE, Scene
 
 
 def test_dice_are_fixed_for_ever() -> None:
-    dice = Dice(1, GALAXY, 2)
-    assert [round(dice.uniform(), 6) for _ in range(3)] == [round(value, 6) for value in Dice(1, GALAXY, 2).uniforms(3)]
-    long = Dice(1, GALAXY, 2).uniforms(1500)
-    again = Dice(1, GALAXY, 2)
+    dice = Draws(1, GALAXY, 2)
+    assert [round(dice.uniform(), 6) for _ in range(3)] == [round(value, 6) for value in Draws(1, GALAXY, 2).uniforms(3)]
+    long = Draws(1, GALAXY, 2).uniforms(1500)
+    again = Draws(1, GALAXY, 2)
     assert np.array_equal(np.concatenate([again.uniforms(7), again.uniforms(1493)]), long)
 
 
 def test_dice_have_their_distributions() -> None:
-    dice = Dice(3, GALAXY, 0)
+    dice = Draws(3, GALAXY, 0)
     normals = dice.normals(20_000)
     assert abs(normals.mean()) < 0.02
     assert abs(normals.std() - 1.0) < 0.02
@@ -63,7 +63,7 @@ def test_arms_have_the_pitch_they_were_asked_for(pitch: float) -> None:
 
 
 def test_tight_arms_are_tighter_than_loose_ones() -> None:
-    dice = Dice(1, GALAXY, 9)
+    dice = Draws(1, GALAXY, 9)
     tight = [np.degrees(draw_arms(dice, tight=True).pitch) for _ in range(50)]
     loose = [np.degrees(draw_arms(dice, tight=False).pitch) for _ in range(50)]
     assert (
@@ -94,7 +94,7 @@ def test_sky_noise_has_its_size() -> None:
     scene = Scene(observation.DECAM_PIXEL)
     ratios = []
     for row in range(60):
-        noisy = observation.add_noise(scene.light_CHW, Dice(1, 1, row), observation.DECAM_PIXEL, 1, row)
+        noisy = observation.add_noise(scene.light_CHW, Draws(1, 1, row), observation.DECAM_PIXEL, 1, row)
         assert noisy.shape == (3, SIZE, SIZE)
         ratios.append(noisy.std(axis=(1, 2)) / np.array(observation.NOISE))
     assert np.median(ratios, axis=0) == pytest.approx([1.0, 1.0, 1.0], abs=0.1)
@@ -112,15 +112,15 @@ def test_the_stretch_is_the_viewers() -> None:
 
 
 def test_large_galaxies_get_the_coarse_pixels() -> None:
-    lights = [draw_light(Dice(1, GALAXY, row), label) for label in range(10) for row in range(200)]
+    lights = [draw_light(Draws(1, GALAXY, row), label) for label in range(10) for row in range(200)]
     assert {light.pixel_scale for light in lights} == {0.262, 0.524}
     assert max(light.radius for light in lights) * 2 < SIZE / 2 + MARGIN
     assert np.mean([light.pixel_scale > 0.3 for light in lights]) < 0.1
 
 
 def test_red_and_blue_classes_and_reddening_with_redshift() -> None:
-    round_ones = [draw_light(Dice(2, GALAXY, row), 2) for row in range(400)]
-    loose_ones = [draw_light(Dice(2, GALAXY, row), 7) for row in range(400)]
+    round_ones = [draw_light(Draws(2, GALAXY, row), 2) for row in range(400)]
+    loose_ones = [draw_light(Draws(2, GALAXY, row), 7) for row in range(400)]
     assert np.median([light.green_red for light in round_ones]) > np.median([light.green_red for light in loose_ones]) + 0.15
     near, far = (np.mean([x.green_red for x in round_ones if (x.redshift > 0.1) == side]) for side in (False, True))
     assert far > near

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from galaxydist.cli.main import main
-from galaxydist.report.collect import gather
+from galaxydist.report.collect import collect
 from galaxydist.report.page import galleries
 from galaxydist.report.published_results import DISPLAY_NAMES, SETTINGS
 from galaxydist.report.tables import NOTHING
@@ -52,7 +52,7 @@ def test_architectures_on_both_variants_make_a_complete_report(
     said = command("report", str(tmp_path / "runs" / "simulated"), "--gallery", "-o", "report.html")
     assert said.count("gallery: ") == trials and "note: " not in said and f"{trials} runs on simulated" in said
 
-    results = gather(path for path in (tmp_path / "runs" / "simulated").iterdir() if (path / "recipe.json").exists())
+    results = collect(path for path in (tmp_path / "runs" / "simulated").iterdir() if (path / "recipe.json").exists())
     (found,) = results.findings
     labels = [label for name in recipes if (label := DISPLAY_NAMES[name]) is not None]
     rows = [row for row in found.table.rows if row.label in labels]

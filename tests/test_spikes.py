@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.training.health.anomalies import LEAST_KNOWN, QUIET_STEPS, SpikeDetector
+from galaxydist.training.health.anomalies import LEAST_KNOWN, QUIET_STEPS, LossSpikes
 
 LOSSES = st.floats(1e-3, 1e3)
 
@@ -19,7 +19,7 @@ def noisy(count: int, seed: int = 0) -> list[float]:
 
 
 def warnings_of(losses: list[float], threshold: float = 8.0, first: int = 1) -> list[str]:
-    detector = SpikeDetector(threshold)
+    detector = LossSpikes(threshold)
     return [told for step, loss in enumerate(losses, first) if (told := detector.update(step, loss)) is not None]
 
 
@@ -58,9 +58,9 @@ def test_a_falling_loss_is_no_jump(losses: list[float], threshold: float) -> Non
 
 @given(st.lists(st.one_of(LOSSES, st.sampled_from([math.inf, math.nan])), max_size=300), st.integers(0, 300))
 def test_a_resumed_detector_says_the_same(losses: list[float], at: int) -> None:
-    whole = SpikeDetector(3.0, quiet_steps=5)
+    whole = LossSpikes(3.0, quiet_steps=5)
     told = [whole.update(step, loss) for step, loss in enumerate(losses)]
-    first, second = SpikeDetector(3.0, quiet_steps=5), SpikeDetector(3.0, quiet_steps=5)
+    first, second = LossSpikes(3.0, quiet_steps=5), LossSpikes(3.0, quiet_steps=5)
     parts = [first.update(step, loss) for step, loss in enumerate(losses[:at])]
     second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
     parts += [second.update(step, loss) for step, loss in enumerate(losses[at:], at)]

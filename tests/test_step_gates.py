@@ -33,14 +33,14 @@ def train_stopped(settings: Sequence[str], step: int, place: float, rank: int, n
         number: of the signal.
     """
     from galaxydist.training import loop
-    from galaxydist.training.step import Update
+    from galaxydist.training.step import TrainStep
     from galaxydist.training.stop_signals import StepGates
 
     loop.LONG_STEP_S = 0.0
-    take_step, pass_gate = Update.__call__, StepGates._pass
+    take_step, pass_gate = TrainStep.__call__, StepGates._pass
     now, passed, before = -1, 0, 0
 
-    def counting_step(self: Update, batch: Any, step: int) -> Any:
+    def counting_step(self: TrainStep, batch: Any, step: int) -> Any:
         nonlocal now, passed, before
         now, passed, before = step, 0, passed
         return take_step(self, batch, step)
@@ -53,7 +53,7 @@ def train_stopped(settings: Sequence[str], step: int, place: float, rank: int, n
             wait_until(lambda: self._stop.signal_number > 0)
         pass_gate(self)
 
-    Update.__call__, StepGates._pass = counting_step, counting_pass  # type: ignore[method-assign]
+    TrainStep.__call__, StepGates._pass = counting_step, counting_pass  # type: ignore[method-assign]
     return train(settings)
 
 
@@ -89,7 +89,7 @@ def hang_in_c() -> int:
 
     stop_signals.LEAVING_S = 0.2
     mutex = ctypes.create_string_buffer(128)
-    with stop_signals.StopFlag():
+    with stop_signals.StopSignal():
         print("hangs", flush=True)
         for _ in range(2):  # the second one waits for ever, and signals do not end the wait
             ctypes.CDLL(None).pthread_mutex_lock(mutex)

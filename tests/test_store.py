@@ -15,12 +15,12 @@ import torch
 
 from galaxydist.bench.flaky_server import TROUBLES, Behaviour, FileServer, every
 from galaxydist.errors import UserError
-from galaxydist.loading.loader import Batch, EvalReader, TrainReader
+from galaxydist.loading.loader import Batch, EvalLoader, TrainLoader
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.remote import object_store as stores
 from galaxydist.shards.remote import object_store as transfers
 from galaxydist.shards.remote.cache import CacheConfig
-from galaxydist.shards.remote.object_store import StoppedError, Store, transfer
+from galaxydist.shards.remote.object_store import StoppedError, Store, download
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.writer.writer import write_shards
 from tests.servers import s3_server
@@ -61,10 +61,10 @@ def opened(url: str, tmp_path: Path) -> Manifest:
 
 
 def epoch(manifest: Manifest) -> list[Batch]:
-    with TrainReader(manifest, seed=3, batch_size=8, num_streams=3) as reader:
+    with TrainLoader(manifest, seed=3, batch_size=8, num_streams=3) as reader:
         batches = list(islice(reader, reader.steps_per_epoch))
     for split in ("val", "test"):
-        with EvalReader(manifest, split, batch_size=8) as evaluation:
+        with EvalLoader(manifest, split, batch_size=8) as evaluation:
             batches += evaluation
     return batches
 
@@ -154,11 +154,11 @@ def test_what_follows_the_question_mark_is_sent_and_not_shown(folder: Path, tmp_
     with FileServer(folder) as server:
         url = server.url.replace("http://", "http://user:secret@") + "?signature=hush"
         remote = opened(url, tmp_path)
-        with EvalReader(remote, "val", batch_size=8) as reader:
+        with EvalLoader(remote, "val", batch_size=8) as reader:
             list(reader)
         (folder_of_none := tmp_path / "none").mkdir()
         server.folder = folder_of_none
-        with pytest.raises(UserError) as error, EvalReader(remote, "test", batch_size=8) as reader:
+        with pytest.raises(UserError) as error, EvalLoader(remote, "test", batch_size=8) as reader:
             list(reader)
     assert f"shard {server.address}/test-000000.tar is missing: copy the whole folder" in str(error.value)
     assert remote.location == server.url
@@ -196,7 +196,7 @@ def test_what_may_pass_is_tried_again_and_what_stays_is_not(
 ) -> None:
     sha256 = read_manifest(folder).shards("train")["sha256"][0].tobytes()
     with FileServer(folder, Behaviour(trouble=lambda _path, _number: status)) as server, pytest.raises(UserError, match=message):
-        transfer(Store(server.address), "train-000000.tar", tmp_path / "x", stop=threading.Event(), sha256=sha256, attempts=4)
+        download(Store(server.address), "train-000000.tar", tmp_path / "x", stop=threading.Event(), sha256=sha256, attempts=4)
     # On a connection that was used before, aiohttp asks once more by itself: that failure counts, too.
     assert gets <= server.gets["train-000000.tar"] <= (gets if status != "reset" else 2 * gets)
 
@@ -226,7 +226,7 @@ def test_a_server_that_falls_silent_is_asked_again(folder: Path, tmp_path: Path,
         server.behaviour.delay_s = 1.5 if number == 1 else 0.0
 
     with FileServer(folder, Behaviour(trouble=silence)) as server:
-        transfer(Store(server.address), "val-000000.tar", tmp_path / "x", stop=threading.Event())
+        download(Store(server.address), "val-000000.tar", tmp_path / "x", stop=threading.Event())
     assert server.gets["val-000000.tar"] >= 2
     assert (tmp_path / "x").read_bytes() == (folder / "val-000000.tar").read_bytes()
 
@@ -244,11 +244,11 @@ def test_a_transfer_can_be_stopped_in_the_middle(tmp_path: Path) -> None:
         stopper = threading.Thread(target=stop_once_begun)
         stopper.start()
         with pytest.raises(StoppedError):
-            transfer(Store(server.address), "large", tmp_path / "part", stop=stop)
+            download(Store(server.address), "large", tmp_path / "part", stop=stop)
         stopper.join()
     assert (tmp_path / "part").stat().st_size < 10_000_000
     with pytest.raises(StoppedError):
-        transfer(Store(server.address), "large", tmp_path / "part", stop=stop)
+        download(Store(server.address), "large", tmp_path / "part", stop=stop)
     assert server.gets["large"] == 1
 
 

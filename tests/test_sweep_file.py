@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.cluster.sweep import SweepError, SweepFile, Trial, expand, find_sweep, list_sweeps, read_sweep, resolve
+from galaxydist.cluster.sweep import SweepError, SweepFile, SweepRun, expand, find_sweep, list_sweeps, read_sweep, resolve
 from galaxydist.errors import UserError
 from galaxydist.recipe.identity import run_name
-from galaxydist.recipe.resolve import Setting, load_recipe
+from galaxydist.recipe.resolve import Override, load_recipe
 
 SHIPPED = sorted((Path(__file__).parents[1] / "slurm" / "sweeps").glob("*.yaml"))
 
@@ -28,7 +28,7 @@ def problems(folder: Path, text: str, *arguments: str) -> list[tuple[str, str]]:
     return [(origin.removeprefix(f"{folder}/tried.yaml:"), said) for origin, said in caught.value.problems]
 
 
-def labels(trials: list[Trial]) -> list[str]:
+def labels(trials: list[SweepRun]) -> list[str]:
     return [trial.label for trial in trials]
 
 
@@ -163,9 +163,9 @@ def sweep_of(axes: dict[str, list[int]], entries: list[dict[str, int]]) -> Sweep
         None,
         Path("runs"),
         None,
-        {"recipe": Setting("vit", "made.yaml:1")},
-        {key: tuple(Setting(value, "made.yaml:2") for value in values) for key, values in axes.items()},
-        tuple({key: Setting(value, "made.yaml:3") for key, value in entry.items()} for entry in entries),
+        {"recipe": Override("vit", "made.yaml:1")},
+        {key: tuple(Override(value, "made.yaml:2") for value in values) for key, values in axes.items()},
+        tuple({key: Override(value, "made.yaml:3") for key, value in entry.items()} for entry in entries),
     )
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from galaxydist.cluster.records import JobFiles, JobRecord, RestartRecord
 from galaxydist.cluster.slurm import JobState
-from galaxydist.cluster.submit import JobRequest, signals_later
-from galaxydist.cluster.sweep import Trial, read_sweep, resolve
+from galaxydist.cluster.submit import JobRequest, deferred_signals
+from galaxydist.cluster.sweep import SweepRun, read_sweep, resolve
 from galaxydist.cluster.sweep_runner import (
     Decision,
     TrialFacts,
@@ -38,14 +38,14 @@ RUNNING, PENDING = JobState("RUNNING", "", 60.0, "n1"), JobState("PENDING", "Res
 FAILED, CANCELLED = JobState("FAILED", "NonZeroExitCode"), JobState("CANCELLED", "by user 1000")
 
 
-def make_trials(folder: Path, count: int = 2) -> list[Trial]:
+def make_trials(folder: Path, count: int = 2) -> list[SweepRun]:
     path = folder / "tried.yaml"
     seeds = ", ".join(map(str, range(count)))
     path.write_text(f"root: {folder}/runs\nset: {{recipe: vit}}\ngrid: {{seed: [{seeds}]}}\nevaluate: [original, balanced]\n")
     return resolve(read_sweep(path))
 
 
-def note_job(trial: Trial, job_id: str, scheduler: str = "slurm") -> None:
+def note_job(trial: SweepRun, job_id: str, scheduler: str = "slurm") -> None:
     record = JobRecord(
         job_id=job_id,
         scheduler="local" if scheduler == "local" else "slurm",
@@ -60,7 +60,7 @@ def note_job(trial: Trial, job_id: str, scheduler: str = "slurm") -> None:
     JobFiles(trial.run_dir).append_job(record)
 
 
-def judge_on(trial: Trial, variant: str, step: int = 10, dataset: str = "galaxy10_decals") -> None:
+def judge_on(trial: SweepRun, variant: str, step: int = 10, dataset: str = "galaxy10_decals") -> None:
     own = trial.resolved.recipe.data
     place = RunFolder(trial.run_dir).evaluation_dir
     if (dataset, variant) != (own.dataset, own.variant):
@@ -70,7 +70,7 @@ def judge_on(trial: Trial, variant: str, step: int = 10, dataset: str = "galaxy1
     (place / "test.json").write_text(json.dumps(content))
 
 
-def finish(trial: Trial) -> RunFolder:
+def finish(trial: SweepRun) -> RunFolder:
     folder = RunFolder(trial.run_dir)
     folder.create()
     folder.write_recipe(StoredRecipe({}, {}))
@@ -214,13 +214,13 @@ class Sent:
 
 
 @pytest.fixture(scope="module")
-def thirty(tmp_path_factory: pytest.TempPathFactory) -> list[Trial]:
+def thirty(tmp_path_factory: pytest.TempPathFactory) -> list[SweepRun]:
     return make_trials(tmp_path_factory.mktemp("thirty"), 30)
 
 
 @given(st.integers(0, 30), st.integers(1, 31), st.integers(1, 9))
 def test_chunks_hold_all_trials_in_order_and_wait_for_one_another(
-    thirty: list[Trial], count: int, chunk_size: int, parallel: int
+    thirty: list[SweepRun], count: int, chunk_size: int, parallel: int
 ) -> None:
     send = Sent()
     trials = thirty[:count]
@@ -236,7 +236,7 @@ def test_chunks_hold_all_trials_in_order_and_wait_for_one_another(
 
 
 @pytest.mark.parametrize("has_threads", [False, True])
-def test_ctrl_c_waits_for_the_array_that_is_being_sent(thirty: list[Trial], has_threads: bool) -> None:
+def test_ctrl_c_waits_for_the_array_that_is_being_sent(thirty: list[SweepRun], has_threads: bool) -> None:
     """Another thread, as libraries start them, may take the signal."""
     over = threading.Event()
     thread = threading.Thread(target=over.wait)
@@ -250,7 +250,7 @@ def test_ctrl_c_waits_for_the_array_that_is_being_sent(thirty: list[Trial], has_
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def _interrupt_the_second_array(trials: list[Trial]) -> None:
+def _interrupt_the_second_array(trials: list[SweepRun]) -> None:
     heard = []
 
     def interrupt(number: int) -> None:
@@ -262,7 +262,7 @@ def _interrupt_the_second_array(trials: list[Trial]) -> None:
     sent = Sent(interrupt)
 
     def send(requests: Sequence[JobRequest], parallel: int | None, after: str | None) -> list[str]:
-        with signals_later():  # as submit_requests does
+        with deferred_signals():  # as submit_requests does
             return sent(requests, parallel, after)
 
     with pytest.raises(KeyboardInterrupt):
@@ -271,7 +271,7 @@ def _interrupt_the_second_array(trials: list[Trial]) -> None:
     assert heard == ["True\n"], "what is started meanwhile does not hear it"
 
 
-def test_a_refusal_on_the_way_says_what_was_sent(thirty: list[Trial]) -> None:
+def test_a_refusal_on_the_way_says_what_was_sent(thirty: list[SweepRun]) -> None:
     def refuse(number: int) -> None:
         if number == 2:
             raise UserError("SLURM did not take the job: QOSMaxSubmitJobPerUserLimit")
@@ -281,7 +281,7 @@ def test_a_refusal_on_the_way_says_what_was_sent(thirty: list[Trial]) -> None:
 
 
 @pytest.mark.parametrize(("count", "parallel"), [(5, 1), (5, 2), (2, 9)])
-def test_on_this_machine_only_so_many_run_at_a_time(thirty: list[Trial], count: int, parallel: int) -> None:
+def test_on_this_machine_only_so_many_run_at_a_time(thirty: list[SweepRun], count: int, parallel: int) -> None:
     send, said = Sent(), list[str]()
     left: dict[str, int] = {}
     most = 0
@@ -315,7 +315,7 @@ def test_ids_of_arrays() -> None:
     assert (array_of("123_4"), array_of("123")) == ("123", "123")
 
 
-def test_the_table(thirty: list[Trial]) -> None:
+def test_the_table(thirty: list[SweepRun]) -> None:
     decisions = [Decision("finished", False, ""), Decision("failed", True, "job 7_1: loss is nan"), Decision("new", True, "")]
     lines = render_trials(thirty[:3], decisions).splitlines()
     assert lines[0].split() == ["run", "trial", "state", "action", "why"]

@@ -15,8 +15,8 @@ from galaxydist.distributed import resolve_precision
 from galaxydist.errors import UserError
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import OptimConfig
-from galaxydist.training.loss import Objective, class_weights
-from galaxydist.training.optimizer import LearningRate
+from galaxydist.training.loss import WeightedCrossEntropy, class_weights
+from galaxydist.training.optimizer import LRSchedule
 from galaxydist.training.state import EarlyStopping
 from galaxydist.training.step import count_micro_batches, split_evenly
 from galaxydist.training.trainer import _example
@@ -26,7 +26,7 @@ def test_summed_parts_give_torchs_weighted_mean() -> None:
     torch.manual_seed(0)
     logits_BK, labels_B = torch.randn(50, 4, dtype=torch.float64), torch.randint(0, 4, (50,))
     weights_K = torch.tensor([0.5, 1.0, 2.0, 4.0])
-    objective = Objective(weights_K, label_smoothing=0.0)
+    objective = WeightedCrossEntropy(weights_K, label_smoothing=0.0)
     numerator, weight = torch.zeros(()), torch.zeros(())
     for part in (slice(0, 7), slice(7, 31), slice(31, 50)):
         weights_B = objective.weights(labels_B[part], torch.ones(len(labels_B[part])))
@@ -40,13 +40,13 @@ def test_label_smoothing_mixes_with_the_uniform_distribution() -> None:
     logits_BK, labels_B = torch.randn(6, 5, dtype=torch.float64), torch.arange(5).repeat(2)[:6]
     target_BK = 0.9 * functional.one_hot(labels_B, 5).double() + 0.1 / 5
     expected = -(target_BK * logits_BK.log_softmax(1)).sum()
-    found = Objective(torch.ones(5), 0.1).numerator(logits_BK, labels_B, torch.ones(6, dtype=torch.float64))
+    found = WeightedCrossEntropy(torch.ones(5), 0.1).numerator(logits_BK, labels_B, torch.ones(6, dtype=torch.float64))
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_a_sample_of_weight_zero_has_no_part_in_the_loss() -> None:
     logits_BK, labels_B = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
-    objective = Objective(torch.ones(3), 0.1)
+    objective = WeightedCrossEntropy(torch.ones(3), 0.1)
     weights_B = objective.weights(labels_B, torch.tensor([1.0, 0.0, 1.0, 1.0]))
     kept = torch.tensor([0, 2, 3])
     expected = objective.numerator(logits_BK[kept], labels_B[kept], torch.ones(3))
@@ -64,7 +64,7 @@ def test_balanced_class_weights_give_every_class_the_same_total() -> None:
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_its_end() -> None:
     config = OptimConfig(lr=1e-2, warmup=0.1, final=0.05)
-    rate = LearningRate(config, total_steps=200)
+    rate = LRSchedule(config, total_steps=200)
     rates = [rate.at(step) for step in range(200)]
     assert all(earlier < later for earlier, later in itertools.pairwise(rates[:21]))
     assert all(earlier > later for earlier, later in itertools.pairwise(rates[20:]))
@@ -75,7 +75,7 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_its_end() -> None:
 
 
 def test_constant_schedule_keeps_the_peak() -> None:
-    rate = LearningRate(OptimConfig(lr=0.1, warmup=0.0, schedule="constant"), total_steps=10)
+    rate = LRSchedule(OptimConfig(lr=0.1, warmup=0.0, schedule="constant"), total_steps=10)
     assert {rate.at(step) for step in range(10)} == {0.1}
 
 

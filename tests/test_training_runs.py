@@ -210,16 +210,16 @@ def whole(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_and_send(settings: list[str], number: int, step: int) -> int:
     """Train as launch.py does; in that step a signal comes."""
-    from galaxydist.training.step import Update
+    from galaxydist.training.step import TrainStep
 
-    take_step = Update.__call__
+    take_step = TrainStep.__call__
 
-    def interrupted(self: Update, batch: Any, now: int) -> Any:
+    def interrupted(self: TrainStep, batch: Any, now: int) -> Any:
         if now == step:
             os.kill(os.getpid(), number)
         return take_step(self, batch, now)
 
-    Update.__call__ = interrupted  # type: ignore[method-assign]
+    TrainStep.__call__ = interrupted  # type: ignore[method-assign]
     return train(settings)
 
 

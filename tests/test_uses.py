@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from galaxydist.shards.order import EpochOrder, evaluation_batches, rank_offsets
-from galaxydist.shards.shard_usage import USE, evaluation_uses, node_uses, resampled_uses, shard_uses, working_set
+from galaxydist.shards.shard_usage import USE, evaluation_uses, peak_bytes, resampled_uses, usage_of_nodes, usage_of_rank
 
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=25).filter(lambda sizes: sum(sizes) > 0)
 
@@ -40,7 +40,7 @@ def test_uses_are_what_the_windows_say(
     offsets = np.array(data.draw(st.sets(st.integers(0, batch_size - 1), min_size=1, max_size=8).map(sorted)))
     order = EpochOrder(sizes, seed=seed, epoch=1, num_streams=num_streams, window=window)
     num_steps = sum(sizes) // batch_size
-    used = marked(shard_uses(order, batch_size, offsets), len(sizes), num_steps)
+    used = marked(usage_of_rank(order, batch_size, offsets), len(sizes), num_steps)
 
     shards = shard_of(sizes, order.samples(np.arange(sum(sizes))))
     for step in range(num_steps):
@@ -61,7 +61,7 @@ def test_a_rank_needs_only_its_own_streams_where_the_world_divides_streams_and_b
     order = EpochOrder([100] * 120, seed=2, epoch=0, num_streams=12, window=64)
     all_shards = []
     for rank in range(4):
-        uses = shard_uses(order, 24, rank_offsets(24, rank, 4))
+        uses = usage_of_rank(order, 24, rank_offsets(24, rank, 4))
         own = order.samples([p for p in range(order.num_positions) if p % 4 == rank])
         assert set(uses["shard"].tolist()) == set((own // 100).tolist())
         all_shards.extend(np.unique(uses["shard"]).tolist())
@@ -72,7 +72,7 @@ def test_a_rank_needs_only_its_own_streams_where_the_world_divides_streams_and_b
 def test_where_the_world_does_not_divide_streams_the_ranks_share_shards() -> None:
     order = EpochOrder([100] * 120, seed=2, epoch=0, num_streams=12, window=64)
     for rank in range(5):
-        assert np.unique(shard_uses(order, 25, rank_offsets(25, rank, 5))["shard"]).size == 120
+        assert np.unique(usage_of_rank(order, 25, rank_offsets(25, rank, 5))["shard"]).size == 120
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 30), st.integers(1, 40))
@@ -80,22 +80,22 @@ def test_a_node_needs_what_its_ranks_need(num_nodes: int, ranks_per_node: int, m
     world_size = num_nodes * ranks_per_node
     batch_size = world_size + more
     order = EpochOrder([7, 30, 0, 12, 25] * 6, seed=3, epoch=1, num_streams=num_streams, window=4)
-    for node, uses in enumerate(node_uses(order, batch_size, num_nodes, ranks_per_node)):
+    for node, uses in enumerate(usage_of_nodes(order, batch_size, num_nodes, ranks_per_node)):
         ranks = range(node * ranks_per_node, (node + 1) * ranks_per_node)
         offsets = np.concatenate([rank_offsets(batch_size, rank, world_size) for rank in ranks])
-        assert np.array_equal(uses, shard_uses(order, batch_size, offsets))
+        assert np.array_equal(uses, usage_of_rank(order, batch_size, offsets))
 
 
 def test_a_shard_at_a_stream_s_end_is_not_held_in_between() -> None:
     """It is the last of one stream and the first of the next: needed at the end of the epoch and at its start."""
     order = EpochOrder([100] * 15, seed=4, epoch=0, num_streams=2, window=10)
-    uses = shard_uses(order, 10, np.arange(10))
+    uses = usage_of_rank(order, 10, np.arange(10))
     (between,) = [shard for shard in range(15) if np.count_nonzero(uses["shard"] == shard) == 2]
     first, second = uses[uses["shard"] == between]
     assert (first["first_step"], second["last_step"]) == (0, 149)
     assert first["last_step"] < 20
     assert second["first_step"] > 130
-    assert working_set(uses, 7) <= 4 * 7
+    assert peak_bytes(uses, 7) <= 4 * 7
 
 
 @given(sizes=shard_sizes, batch_size=st.integers(1, 50), world_size=st.integers(1, 9))
@@ -120,7 +120,7 @@ def test_evaluation_needs_the_shards_of_its_own_batches(sizes: list[int], batch_
 def test_resampling_needs_every_shard_all_the_time() -> None:
     assert resampled_uses(3, 5).tolist() == [(0, 0, 4), (1, 0, 4), (2, 0, 4)]
     assert resampled_uses(3, 0).size == 0
-    assert working_set(resampled_uses(3, 5), [10, 20, 40]) == 70
+    assert peak_bytes(resampled_uses(3, 5), [10, 20, 40]) == 70
 
 
 @given(
@@ -130,8 +130,8 @@ def test_resampling_needs_every_shard_all_the_time() -> None:
 def test_the_working_set_is_the_most_that_one_batch_needs(rows: list[tuple[int, int, int]], sizes: list[int]) -> None:
     uses = np.array([(shard, min(span), max(span)) for shard, *span in rows], USE)
     at = [sum(sizes[row["shard"]] for row in uses if row["first_step"] <= step <= row["last_step"]) for step in range(10)]
-    assert working_set(uses, sizes) == max(at)
-    assert working_set(uses, 1) == (
+    assert peak_bytes(uses, sizes) == max(at)
+    assert peak_bytes(uses, 1) == (
         0 if not rows else max(sum(r["first_step"] <= s <= r["last_step"] for r in uses) for s in range(10))
     )
 
@@ -140,10 +140,10 @@ def test_the_working_set_is_the_most_that_one_batch_needs(rows: list[tuple[int, 
 def test_uses_of_a_large_survey_are_worked_out_at_once(num_streams: int) -> None:
     """10^9 samples in 10^5 shards; a table of samples would not fit."""
     order = EpochOrder(np.full(100_000, 10_000), seed=1, epoch=1, num_streams=num_streams)
-    uses = shard_uses(order, 1024, rank_offsets(1024, 5, 1024))
+    uses = usage_of_rank(order, 1024, rank_offsets(1024, 5, 1024))
     steps = np.array([0, 1, 500_000, 976_561])
     read = order.samples(steps * 1024 + 5) // 10_000
     for step, shard in zip(steps, read, strict=True):
         row = uses[uses["shard"] == shard]
         assert ((row["first_step"] <= step) & (step <= row["last_step"])).any()
-    assert working_set(uses, 1) <= 8
+    assert peak_bytes(uses, 1) <= 8

@@ -19,9 +19,9 @@ from galaxydist.cli.train import main
 def trace(folder: Path) -> None:
     """Let every step of this process write its line."""
     from galaxydist.loading.augment import Augment
-    from galaxydist.training.step import Update
+    from galaxydist.training.step import TrainStep
 
-    take_step, augment = Update.__call__, Augment.__call__
+    take_step, augment = TrainStep.__call__, Augment.__call__
     images: dict[int, int] = {}
 
     def traced_augment(self: Augment, images_BHWC: Any, epoch: int, positions_B: Any) -> Any:
@@ -30,7 +30,7 @@ def trace(folder: Path) -> None:
             images[position] = zlib.crc32(np.ascontiguousarray(image))
         return batch
 
-    def traced_step(self: Update, batch: Any, step: int) -> Any:
+    def traced_step(self: TrainStep, batch: Any, step: int) -> Any:
         images.clear()
         sums = take_step(self, batch, step)
         world = self.world
@@ -47,7 +47,7 @@ def trace(folder: Path) -> None:
             file.write(json.dumps(line) + "\n")
         return sums
 
-    Update.__call__ = traced_step  # type: ignore[method-assign]
+    TrainStep.__call__ = traced_step  # type: ignore[method-assign]
     Augment.__call__ = traced_augment  # type: ignore[method-assign]
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
-from galaxydist.checkpoints.async_writer import CheckpointSaver
+from galaxydist.checkpoints.async_writer import CheckpointWriter
 from galaxydist.checkpoints.tensor_files import flatten_state
 from galaxydist.cpus import available_cores
 from galaxydist.models.build import build_model
@@ -85,7 +85,7 @@ class Training:
     def __init__(self, mode: Mode, trainee: Trainee, folder: Path) -> None:
         self.mode = mode
         self._trainee = trainee
-        self.saver = CheckpointSaver(folder / mode, background=mode == "background", check=lambda: None)
+        self.saver = CheckpointWriter(folder / mode, background=mode == "background", check=lambda: None)
         self.num_steps = 0
         self.waits: list[float] = []
         self.elapsed_s = 0.0

@@ -20,10 +20,10 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import rank_offsets
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.training.state import TrainingState
-from galaxydist.training.stop_signals import StopFlag
+from galaxydist.training.state import TrainState
+from galaxydist.training.stop_signals import StopSignal
 from galaxydist.training.trackers import Tracker
-from galaxydist.training.trainer import Parts, Session
+from galaxydist.training.trainer import Parts, Trainer
 
 # Different batches that are held; after them the first comes again, turned otherwise.
 HELD = 4
@@ -121,7 +121,7 @@ class MemoryReader:
         before_step: called once before each step.
     """
 
-    def __init__(self, batches: MemoryBatches, start_step: int, state: TrainingState, before_step: Callable[[int], None]) -> None:
+    def __init__(self, batches: MemoryBatches, start_step: int, state: TrainState, before_step: Callable[[int], None]) -> None:
         self._batches, self._state, self._before_step = batches, state, before_step
         self._next, self._begun = start_step, -1
 
@@ -142,7 +142,7 @@ class MemoryReader:
         """Nothing is open."""
 
 
-class MemorySession(Session):
+class MemorySession(Trainer):
     """A training run as ``launch.py`` has it, on batches in memory. It ends as by a signal where it is told to.
 
     Args:
@@ -159,9 +159,9 @@ class MemorySession(Session):
     ) -> None:
         super().__init__(resolved, world, environ)
         self._watch = watch
-        self._running: tuple[Parts, StopFlag] | None = None
+        self._running: tuple[Parts, StopSignal] | None = None
 
-    def _loop(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopFlag) -> int:
+    def _loop(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopSignal) -> int:
         self._running = parts, stop
         return super()._loop(parts, manifest, folder, tracker, stop)
 

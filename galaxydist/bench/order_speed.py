@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.counter_rng import Purpose, hash64
+from galaxydist.counter_rng import Stream, hash64
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.shards.manifest import COLUMNS, SHARD_ROW, Manifest, Split, column_name, manifest_json, read_manifest
 from galaxydist.shards.order import EpochOrder
-from galaxydist.shards.shard_usage import node_uses, shard_uses, working_set
+from galaxydist.shards.shard_usage import peak_bytes, usage_of_nodes, usage_of_rank
 from galaxydist.surveys.official_split import read_official_split
 from galaxydist.surveys.split import TRAIN
 
@@ -79,7 +79,7 @@ def measure_fetches(job: Job, choices: Sequence[tuple[int, int]], seed: int = 0)
 
 def _measure(job: Job, num_streams: int, batch_size: int, seed: int) -> dict[str, Any]:
     order = EpochOrder(np.full(job.num_shards, job.shard_samples), seed=seed, epoch=0, num_streams=num_streams)
-    uses = node_uses(order, batch_size, job.num_nodes, job.ranks_per_node)
+    uses = usage_of_nodes(order, batch_size, job.num_nodes, job.ranks_per_node)
     fetched = [np.unique(use["shard"]).size for use in uses]
     return {
         "num_streams": num_streams,
@@ -88,8 +88,8 @@ def _measure(job: Job, num_streams: int, batch_size: int, seed: int) -> dict[str
         "divides_batch": batch_size % job.world_size == 0,
         "shards_per_node": {"min": min(fetched), "median": float(np.median(fetched)), "max": max(fetched)},
         "fetches_per_shard": sum(fetched) / job.num_shards,
-        "held_per_node": max(working_set(use, 1) for use in uses),
-        "held_by_one": working_set(shard_uses(order, batch_size, np.arange(batch_size)), 1),
+        "held_per_node": max(peak_bytes(use, 1) for use in uses),
+        "held_by_one": peak_bytes(usage_of_rank(order, batch_size, np.arange(batch_size)), 1),
     }
 
 
@@ -354,7 +354,7 @@ def measure_quality(store: Store, batch_size: int = 192, seed: int = 0) -> dict[
         more alike than that.
     """
     num_samples = store.sorted_labels.size
-    stored_rows = np.argsort(hash64(seed, 0, np.arange(num_samples), Purpose.STORAGE), kind="stable")  # what the writer does
+    stored_rows = np.argsort(hash64(seed, 0, np.arange(num_samples), Stream.STORAGE), kind="stable")  # what the writer does
     labels = {"sorted": store.sorted_labels, "written": store.sorted_labels[stored_rows]}
     random = np.random.default_rng(seed)
     drawn = [random.permutation(num_samples) for _ in range(EPOCHS)]

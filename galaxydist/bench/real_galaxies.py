@@ -19,7 +19,7 @@ from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.loading.dataset import TrainingData, build_augment
-from galaxydist.loading.loader import TrainReader
+from galaxydist.loading.loader import TrainLoader
 from galaxydist.models.build import build_model
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.registry import recipe_of
@@ -84,7 +84,7 @@ class _Trial:
         self.optimizer = build_optimizer(groups, recipe.optim, self.device)
         self.ema = ModelEmaV3(self.model, decay=train.ema) if train.ema > 0 else None
         self.augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=available_cores())
-        reader = TrainReader(
+        reader = TrainLoader(
             manifest,
             seed=recipe.seed,
             batch_size=train.batch_size,

@@ -16,7 +16,7 @@ from galaxydist.bench.flaky_server import Behaviour, FileServer, every
 from galaxydist.bench.loader_speed import find_source, repeat_source
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
-from galaxydist.loading.loader import TrainReader
+from galaxydist.loading.loader import TrainLoader
 from galaxydist.shards.manifest import Manifest, read_manifest, shard_name
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
@@ -74,7 +74,7 @@ def read_epoch(job: Job) -> Reading:
     opened = time.perf_counter()
     digest = hashlib.sha256()
     first_s = wait_s = 0.0
-    with TrainReader(
+    with TrainLoader(
         manifest,
         seed=1,
         batch_size=job.batch_size,

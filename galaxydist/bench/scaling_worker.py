@@ -17,7 +17,7 @@ import torch
 
 from galaxydist.bench.in_memory import MemorySession
 from galaxydist.cpus import bound_cores
-from galaxydist.distributed import enter_world, leave_world
+from galaxydist.distributed import init_distributed, shutdown_distributed
 from galaxydist.errors import UserError
 from galaxydist.recipe.resolve import load_recipe
 
@@ -65,14 +65,14 @@ class Clock:
 
 def train_in_memory(job: Job, environ: MutableMapping[str, str]) -> dict[str, Any]:
     """Train; how fast it went, by how many processes, on which cores."""
-    world = enter_world("auto", environ)
+    world = init_distributed("auto", environ)
     clock = Clock(world.device, job.steps)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             MemorySession(load_recipe(job.arguments), world, environ, lambda _parts, _batches: clock).run()
         everywhere = world.gather((sorted(bound_cores()), torch.get_num_threads()))
     finally:
-        leave_world()
+        shutdown_distributed()
     return {
         "images_per_s": job.num_images / clock.seconds,
         "world_size": world.size,

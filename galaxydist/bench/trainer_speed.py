@@ -19,13 +19,13 @@ from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
 from galaxydist.bench.in_memory import MemoryBatches, MemorySession, write_noise, write_recipe
-from galaxydist.distributed import World, enter_world, leave_world
+from galaxydist.distributed import World, init_distributed, shutdown_distributed
 from galaxydist.errors import UserError
 from galaxydist.models.build import build_model
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
-from galaxydist.training.optimizer import LearningRate
+from galaxydist.training.optimizer import LRSchedule
 from galaxydist.training.trainer import Parts
 
 # Training as one would write it in plain PyTorch, to compare the trainer with.
@@ -45,7 +45,7 @@ class BareLoop:
     def __init__(self, world: World, recipe: Recipe, parts: Parts, batches: MemoryBatches, num_classes: int) -> None:
         self.device, self.is_mixed = world.device, world.precision == "bf16"
         self.augment, self.batches = parts.augment, batches
-        self.rate = LearningRate(recipe.optim, parts.schedule.total_steps)
+        self.rate = LRSchedule(recipe.optim, parts.schedule.total_steps)
         self.clip_norm, self.label_smoothing = recipe.train.clip_norm, recipe.train.label_smoothing
         theirs = parts.strategy.model
         self.model = build_model(recipe.model, num_classes, recipe.data.image_size).to(world.device, world.dtype)
@@ -180,7 +180,7 @@ def measure_trainer(
         UserError: settings that the trainer does not take; fp16, for which a bare loop would need a scaler too.
         AssertionError: the two did not do the same.
     """
-    world = enter_world(precision, dict(environ))
+    world = init_distributed(precision, dict(environ))
     try:
         if world.precision == "fp16":
             raise UserError("here train.precision=auto is fp16, which the bare loop does not do: give --precision no")
@@ -188,7 +188,7 @@ def measure_trainer(
             _measure(world, environ, model, sizes or Sizes(), steps=steps, rounds=WARM_ROUNDS + rounds) for model in models
         ]
     finally:
-        leave_world()
+        shutdown_distributed()
     for result in results:
         print(json.dumps({key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in result.items()}))
     return results

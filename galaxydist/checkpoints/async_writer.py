@@ -22,7 +22,7 @@ from galaxydist.checkpoints.tensor_files import import_writer
 _log = logging.getLogger(__name__)
 
 
-class CheckpointSaver:
+class CheckpointWriter:
     """Saves checkpoints, one at a time. A context manager that waits for the last one. Use it on one rank, with the run's lock.
 
     A process killed while a checkpoint is written leaves the earlier ones, complete. An interpreter that ends first finishes the
@@ -59,7 +59,7 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def __enter__(self) -> "CheckpointSaver":
+    def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from galaxydist.atomic_files import fsync_file
 from galaxydist.checkpoints import store, tensor_files
-from galaxydist.checkpoints.async_writer import CheckpointSaver
+from galaxydist.checkpoints.async_writer import CheckpointWriter
 from galaxydist.checkpoints.store import Checkpoint, DamagedCheckpointError, read_checkpoint, sha256_of, write_state
 from galaxydist.errors import EveryRankError, RunFailedError, UserError
 
@@ -133,14 +133,14 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-class ShardedSaver(CheckpointSaver):
-    """``CheckpointSaver`` for sharded checkpoints. Every rank has one and makes the same calls in the same order.
+class ShardedWriter(CheckpointWriter):
+    """``CheckpointWriter`` for sharded checkpoints. Every rank has one and makes the same calls in the same order.
 
     A failed write is raised by all ranks in their next ``save`` or ``wait``; ``failed`` may become true some steps earlier on one
     rank than on another, so agree on it before acting.
 
     Args:
-        checkpoints_dir, background, check, options: as for ``CheckpointSaver``; ``check`` is called on rank 0.
+        checkpoints_dir, background, check, options: as for ``CheckpointWriter``; ``check`` is called on rank 0.
         group: from ``open_saving_group``; this saver's alone.
     """
 
@@ -153,7 +153,7 @@ class ShardedSaver(CheckpointSaver):
         self._layouts: dict[str, DTensor] = {}
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, best: bool = False) -> None:
-        """As ``CheckpointSaver.save``, with DTensors."""
+        """As ``CheckpointWriter.save``, with DTensors."""
         self.wait()  # the thread still uses the layouts of its save
         self._layouts = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
         super().save(step, {name: own_part(tensor) for name, tensor in tensors.items()}, state, best=best)

@@ -159,12 +159,12 @@ def run_doctor(arguments: argparse.Namespace) -> None:
 
     from galaxydist.doctor.check import has_failed, render, to_dicts
     from galaxydist.doctor.job import doctor_cluster
-    from galaxydist.doctor.machine import Place, check_machine
+    from galaxydist.doctor.machine import CheckTarget, check_machine
     from galaxydist.doctor.network import check_slurm
     from galaxydist.paths import data_root
 
     needs_slurm = cluster is not None and cluster.scheduler == "slurm"
-    place = Place(data_root=data_root(arguments.data_dir, os.environ), runs=arguments.run_root)
+    place = CheckTarget(data_root=data_root(arguments.data_dir, os.environ), runs=arguments.run_root)
     slurm = check_slurm(is_needed=needs_slurm)
     sections = {"this machine": [*check_machine(place, os.environ), slurm]}
     if cluster is not None and not (needs_slurm and slurm.level == "failure"):
@@ -248,9 +248,9 @@ def run_plan(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe).recipe
     root: Path = data_root(arguments.data_dir or recipe.data.dir, os.environ)
 
-    from galaxydist.planner.estimate import Job, plan_run
+    from galaxydist.planner.estimate import ClusterShape, plan_run
     from galaxydist.planner.table import render_plan
 
-    job = Job(arguments.nodes, arguments.gpus_per_node, arguments.img_s, arguments.gpu_memory)
+    job = ClusterShape(arguments.nodes, arguments.gpus_per_node, arguments.img_s, arguments.gpu_memory)
     plan = plan_run(recipe, root, job, galaxies=arguments.galaxies, shards=arguments.shards)
     print(json.dumps(dataclasses.asdict(plan)) if arguments.json else render_plan(plan))

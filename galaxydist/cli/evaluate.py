@@ -15,8 +15,8 @@ from galaxydist.errors import UserError
 from galaxydist.galaxy import VARIANTS, Variant
 
 if TYPE_CHECKING:
-    from galaxydist.report.collect import Results
-    from galaxydist.report.finished_runs import Note
+    from galaxydist.report.collect import ReportData
+    from galaxydist.report.finished_runs import ReportNote
 
 
 # ``galaxydist report``: the results matrix of many runs, as a page and as tables for a paper.
@@ -60,7 +60,7 @@ def add_report(commands: Commands) -> None:
 def run_report(arguments: argparse.Namespace) -> None:
     """Write the report, and print what it says in short."""
     from galaxydist import __version__
-    from galaxydist.report.collect import gather
+    from galaxydist.report.collect import collect
     from galaxydist.report.page import write_report
 
     page: Path = arguments.page
@@ -71,7 +71,7 @@ def run_report(arguments: argparse.Namespace) -> None:
     run_dirs, notes = find_runs(arguments.targets)
     out = ["-o", str(page)] if page != PAGE else []
     command = shlex.join(["galaxydist", "report", *arguments.targets, *(["--gallery"] if arguments.gallery else []), *out])
-    results = gather(run_dirs, notes)
+    results = collect(run_dirs, notes)
     if arguments.gallery:
         results = dataclasses.replace(results, notes=(*results.notes, *_make_galleries(results)))
     paths = write_report(results, page, provenance={"command": command, "version": __version__})
@@ -79,17 +79,17 @@ def run_report(arguments: argparse.Namespace) -> None:
     print(f"page: {paths[-1]}; tables: {', '.join(map(str, paths[:-1]))}")
 
 
-def find_runs(targets: list[str]) -> tuple[list[Path], list["Note"]]:
+def find_runs(targets: list[str]) -> tuple[list[Path], list["ReportNote"]]:
     """The run folders that the targets name, and a note for each run of a sweep that was never started.
 
     Raises:
         UserError: a target is neither a sweep nor a folder with runs.
     """
     from galaxydist.cluster import status
-    from galaxydist.report.finished_runs import Note
+    from galaxydist.report.finished_runs import ReportNote
 
     run_dirs: list[Path] = []
-    notes: list[Note] = []
+    notes: list[ReportNote] = []
     for text in targets:
         path = next((path for path in (Path(text), Path("runs") / text) if path.is_dir()), None)
         if path is None:
@@ -97,7 +97,7 @@ def find_runs(targets: list[str]) -> tuple[list[Path], list["Note"]]:
                 if status.is_run(run_dir):
                     run_dirs.append(run_dir)
                 else:
-                    notes.append(Note(run_dir, f"not started. Start it: galaxydist sweep {text}"))
+                    notes.append(ReportNote(run_dir, f"not started. Start it: galaxydist sweep {text}"))
         elif inside := status.find_runs(path):
             run_dirs += inside
         else:
@@ -105,7 +105,7 @@ def find_runs(targets: list[str]) -> tuple[list[Path], list["Note"]]:
     return run_dirs, notes
 
 
-def _make_galleries(results: "Results") -> Iterator[str]:
+def _make_galleries(results: "ReportData") -> Iterator[str]:
     """Make what is missing; yields a note for each that cannot be made."""
     from galaxydist.cpus import available_cores
     from galaxydist.gallery.gallery import make_gallery
@@ -133,7 +133,7 @@ def _sweep_runs(text: str) -> list[Path]:
     return [trial.run_dir for trial in resolve(read_sweep(find_sweep(text)))]
 
 
-def _print(results: "Results") -> None:
+def _print(results: "ReportData") -> None:
     from galaxydist.report.tables import about
 
     print(about(results))

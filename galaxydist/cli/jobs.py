@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from galaxydist.cluster.profile import ResolvedCluster
     from galaxydist.cluster.records import JobFiles
     from galaxydist.cluster.status import Overview
-    from galaxydist.cluster.sweep import SweepFile, Trial
+    from galaxydist.cluster.sweep import SweepFile, SweepRun
 
 
 RUNS = Path("runs")
@@ -277,7 +277,7 @@ def run_submit(arguments: argparse.Namespace) -> None:
 
     from galaxydist.cluster.preflight import check_request
     from galaxydist.cluster.records import JobFiles
-    from galaxydist.cluster.submit import alone_in, ask_start, build_request, check_idle, script_of, submit_requests
+    from galaxydist.cluster.submit import ask_start, build_request, check_idle, script_of, submission_lock, submit_requests
 
     request = build_request(resolved, recipe_arguments)
     is_due = check_request(resolved, cluster.config, os.environ)
@@ -293,7 +293,7 @@ def run_submit(arguments: argparse.Namespace) -> None:
     if not is_due:
         print(f"{request.run_dir} is finished; `galaxydist evaluate {request.run_dir}` judges it again.")
         return
-    with alone_in(request.run_dir.parent):
+    with submission_lock(request.run_dir.parent):
         check_idle(request.run_dir)
         (job_id,) = submit_requests([request], cluster, folder=folder, name=name)
     print(
@@ -384,10 +384,10 @@ def _is_confirmed(count: int, cluster: "ResolvedCluster") -> bool:
     return answer.strip().lower() in ("y", "yes")
 
 
-def _submit(due: "list[Trial]", sweep: "SweepFile", cluster: "ResolvedCluster", *, retry_failed: bool) -> None:
+def _submit(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster", *, retry_failed: bool) -> None:
     from galaxydist.cluster.records import JobFiles
     from galaxydist.cluster.slurm import max_array_size, read_states
-    from galaxydist.cluster.submit import JobRequest, alone_in, submit_requests
+    from galaxydist.cluster.submit import JobRequest, submission_lock, submit_requests
     from galaxydist.cluster.sweep_runner import decide, is_local_job_running, read_facts, run_here, submit_arrays
 
     folder = due[0].run_dir.parent / "slurm"
@@ -398,7 +398,7 @@ def _submit(due: "list[Trial]", sweep: "SweepFile", cluster: "ResolvedCluster", 
 
     say = partial(print, flush=True)
     if cluster.config.scheduler == "slurm":
-        with alone_in(folder.parent):
+        with submission_lock(folder.parent):
             # Another command may have sent some while this one asked.
             decisions = [decide(facts, retry_failed=retry_failed) for facts in read_facts(due, read_states)]
             due = [trial for trial, decision in zip(due, decisions, strict=True) if decision.is_due]
@@ -428,7 +428,7 @@ def _parallel(sweep: "SweepFile", cluster: "ResolvedCluster") -> int:
     return cluster.config.parallel if is_typed or sweep.parallel is None else sweep.parallel
 
 
-def _show_script(due: "list[Trial]", sweep: "SweepFile", cluster: "ResolvedCluster") -> None:
+def _show_script(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster") -> None:
     """The batch script of the first array."""
     if not due:
         return

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from galaxydist.cluster import running_jobs
 from galaxydist.cluster.records import JobFiles, JobRecord
-from galaxydist.cluster.running_jobs import find_holder
+from galaxydist.cluster.running_jobs import lock_holder
 from galaxydist.cluster.slurm import JobState, cancel_jobs, read_states
 from galaxydist.cluster.status import find_runs
 from galaxydist.errors import UserError
@@ -115,7 +115,7 @@ def _is_active(target: Target, in_slurm: bool | None) -> bool:
 def _note(run: Path, states: Mapping[str, JobState]) -> str:
     """Why a run has nothing to cancel."""
     folder = RunFolder(run)
-    holder = find_holder(folder.lock_path, states)
+    holder = lock_holder(folder.lock_path, states)
     if holder is not None:
         end = f"kill {holder.pid}` on {holder.host}" if holder.job_id is None else f"scancel {holder.job_id}`"
         return f"{run}: started by hand, not by galaxydist submit: end it with `{end}"

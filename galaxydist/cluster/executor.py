@@ -12,9 +12,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.local.local import LocalJob
 
 from galaxydist.cluster.profile import ClusterConfig
-from galaxydist.cluster.slurm import SchedulerAwayError, is_away
+from galaxydist.cluster.slurm import SlurmUnavailableError, is_unavailable
 from galaxydist.cluster.srun_messages import START_MARK, TOLD_TO_END
-from galaxydist.cluster.worker import output_to
+from galaxydist.cluster.worker import redirect_output
 from galaxydist.errors import UserError
 
 # submitit's local executor ends its tasks after a while; a laptop has no time limit.
@@ -54,7 +54,7 @@ class LocalExecutor(submitit.LocalExecutor):
         # SIGINT is blocked here (``signals_later``) and stays so in submitit's controller, which would pass a second one on and
         # kill soon after: the tasks, which hear the terminal themselves, unblock it.
         # What outlives this command must not keep the pipe that it prints to.
-        with output_to(Path(self.folder) / "controller.log"):
+        with redirect_output(Path(self.folder) / "controller.log"):
             return super()._submit_command(command)
 
 
@@ -125,8 +125,8 @@ def explain_refusal(cluster_name: str) -> Iterator[None]:
         yield
     except (FailedJobError, FailedSubmissionError) as error:
         said = " ".join(line.strip() for line in str(error).splitlines() if "error:" in line) or str(error).strip()
-        if is_away(said):
-            raise SchedulerAwayError(
+        if is_unavailable(said):
+            raise SlurmUnavailableError(
                 f"SLURM could not be asked: {said}\nNothing is wrong with the run or the profile. Try again in a minute; should "
                 "slurmctld have taken the job all the same, `squeue --me` shows it."
             ) from error

@@ -7,13 +7,13 @@ from pathlib import Path
 import psutil
 
 from galaxydist.cluster.profile import ClusterConfig
-from galaxydist.cluster.slurm import ask_slurm, check_controller, is_slurm_here
+from galaxydist.cluster.slurm import check_controller, is_slurm_here, run_slurm
 from galaxydist.cluster.submit import build_request
 from galaxydist.errors import UserError
 from galaxydist.loading.dataset import find_cache, find_manifest, find_variant, open_manifest
 from galaxydist.models.weights import find_weights
 from galaxydist.paths import data_root, weights_dir
-from galaxydist.planner.limits import refuse_world
+from galaxydist.planner.limits import check_processes
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.remote.open import open_shards
@@ -63,7 +63,7 @@ def _is_only_host() -> bool:
     if not is_slurm_here():
         return False
     check_controller()
-    answer = ask_slurm(["sinfo", "--noheader", "--Node", "--format", "%o %n"])
+    answer = run_slurm(["sinfo", "--noheader", "--Node", "--format", "%o %n"])
     nodes = [line.split() for line in answer.stdout.splitlines()]
     own = socket.gethostname().partition(".")[0]
     return bool(nodes) and all(node[0].startswith("127.") or node[-1].partition(".")[0] == own for node in nodes)
@@ -85,7 +85,7 @@ def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Map
     )
     for variant in recipe.eval.variants:
         open_shards(find_variant(recipe.data, root, variant), find_cache(recipe.data, root))
-    refuse_world(recipe, manifest.split("train").num_samples, cluster.nodes, cluster.tasks_on_node, fewer=_fewer)
+    check_processes(recipe, manifest.split("train").num_samples, cluster.nodes, cluster.tasks_on_node, fewer=_fewer)
     if recipe.model.pretrained:
         find_weights(recipe.model, weights_dir(root))
     if recipe.model.weights is not None and not recipe.model.weights.expanduser().is_file():

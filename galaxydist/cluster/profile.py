@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from galaxydist.paths import shipped_dir
-from galaxydist.recipe.fields import Check, Schema
-from galaxydist.recipe.resolve import ConfigError, ConfigKind, list_files, load_config
+from galaxydist.recipe.fields import CrossFieldRule, Schema
+from galaxydist.recipe.resolve import ConfigError, ConfigSpec, list_files, load_config
 from galaxydist.recipe.schema import Count, Section
 
 # Rules between the fields of a cluster profile, and how a time limit is read.
@@ -261,22 +261,22 @@ _ONE_LINERS = (
 _SLURM_ALONE = (*_ONE_LINERS[:8], "extra", "srun", "after")
 
 CHECKS = (
-    Check(("time",), _time),
-    Check(("scheduler", "time", "signal_s"), _time_for_work),
-    Check(("scheduler", "nodes"), _local_nodes),
-    *(Check(("scheduler", key), _only_slurm) for key in _SLURM_ALONE),
-    Check(("gpu_type", "gpus_per_node"), _gpu_type),
-    Check(("tasks_per_node", "gpus_per_node"), _tasks),
-    Check(("environment", "interface"), _environment),
-    Check(("environment",), _environment_variables),
-    Check(("extra",), _extra),
-    Check(("srun",), _srun),
-    Check(("after",), _after),
-    Check(("extra", "gpu_request", "gpus_per_node"), _extra_gpus),
-    *(Check((key,), _one_line) for key in _ONE_LINERS),
-    Check(("modules",), _modules),
-    Check(("container",), _words),
-    Check(("scratch",), _scratch),
+    CrossFieldRule(("time",), _time),
+    CrossFieldRule(("scheduler", "time", "signal_s"), _time_for_work),
+    CrossFieldRule(("scheduler", "nodes"), _local_nodes),
+    *(CrossFieldRule(("scheduler", key), _only_slurm) for key in _SLURM_ALONE),
+    CrossFieldRule(("gpu_type", "gpus_per_node"), _gpu_type),
+    CrossFieldRule(("tasks_per_node", "gpus_per_node"), _tasks),
+    CrossFieldRule(("environment", "interface"), _environment),
+    CrossFieldRule(("environment",), _environment_variables),
+    CrossFieldRule(("extra",), _extra),
+    CrossFieldRule(("srun",), _srun),
+    CrossFieldRule(("after",), _after),
+    CrossFieldRule(("extra", "gpu_request", "gpus_per_node"), _extra_gpus),
+    *(CrossFieldRule((key,), _one_line) for key in _ONE_LINERS),
+    CrossFieldRule(("modules",), _modules),
+    CrossFieldRule(("container",), _words),
+    CrossFieldRule(("scratch",), _scratch),
 )
 
 
@@ -399,7 +399,7 @@ class ResolvedCluster:
     arguments: tuple[str, ...] = ()
 
 
-CLUSTERS = ConfigKind(
+CLUSTERS = ConfigSpec(
     schema=Schema(ClusterConfig),
     checks=CHECKS,
     error=ClusterError,

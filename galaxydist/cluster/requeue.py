@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from galaxydist.cluster.records import Decision, JobFiles, RestartRecord
-from galaxydist.cluster.slurm import SchedulerAwayError, ask_slurm, check_controller, is_away
+from galaxydist.cluster.slurm import SlurmUnavailableError, check_controller, is_unavailable, run_slurm
 from galaxydist.cluster.srun_messages import TOLD_TO_END, find_death, find_remedy, read_own_words
 from galaxydist.cluster.submit import RequestFile
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
@@ -324,8 +324,8 @@ def _ask_job(job_id: str) -> dict[str, str]:
     """Return the fields that slurmctld shows of a job; none where it does not answer."""
     try:
         check_controller()
-        answer = ask_slurm(["scontrol", "--oneliner", "show", "job", job_id])
-    except SchedulerAwayError:
+        answer = run_slurm(["scontrol", "--oneliner", "show", "job", job_id])
+    except SlurmUnavailableError:
         return {}
     words = [word.partition("=") for word in answer.stdout.split()] if answer.returncode == 0 else []
     return {key: value for key, equals, value in words if equals}
@@ -372,19 +372,19 @@ def requeue_patiently(job_id: str, pauses_s: Sequence[float] = PAUSES_S, *, ends
         if number and not ends_anyway and _is_leaving(job_id):
             return ""  # an answer was lost, but the request had arrived
         words = _requeue(job_id)
-        if not words or not is_away(words):
+        if not words or not is_unavailable(words):
             break
         print(f"galaxydist: not requeued yet: {words}", flush=True)
         time.sleep(pause_s)
-    return LEAVING if words and not ends_anyway and not is_away(words) and _is_leaving(job_id) else words
+    return LEAVING if words and not ends_anyway and not is_unavailable(words) and _is_leaving(job_id) else words
 
 
 def _requeue(job_id: str) -> str:
     """Ask for it; what SLURM says against it, else nothing."""
     try:
         check_controller()
-        answer = ask_slurm(["scontrol", "requeue", job_id])
-    except SchedulerAwayError as error:
+        answer = run_slurm(["scontrol", "requeue", job_id])
+    except SlurmUnavailableError as error:
         return str(error)
     return "" if answer.returncode == 0 else " ".join((answer.stderr or answer.stdout).split())
 
@@ -397,7 +397,7 @@ def _resubmit(start: Start, ending: Ending) -> None:
         try:
             job_id = submit_again(start.requests, start.run_dir, resubmits=start.job_id)
         except UserError as error:
-            if pause_s is not None and is_away(str(error)):
+            if pause_s is not None and is_unavailable(str(error)):
                 time.sleep(pause_s)
                 continue
             start.note(ending, "stop", f"it could not be submitted again: {error}")

@@ -74,7 +74,7 @@ def local_state(job: JobRecord) -> JobState | None:
     return JobState("RUNNING", "", None, socket.gethostname()) if is_running else None
 
 
-def find_holder(lock_path: Path, known: Mapping[str, JobState]) -> LockOwner | None:
+def lock_holder(lock_path: Path, known: Mapping[str, JobState]) -> LockOwner | None:
     """The living process that holds a run folder.
 
     The rank of a job that SLURM knows to be over is not one, however fresh its last heartbeat.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from galaxydist.cluster.profile import MIN_SIGNAL_S
-from galaxydist.cluster.slurm import SchedulerAwayError, ask_slurm
+from galaxydist.cluster.slurm import SlurmUnavailableError, run_slurm
 from galaxydist.errors import UserError
 
 UNTYPED = ""
@@ -250,8 +250,8 @@ def _ask(command: Sequence[str]) -> str:
             "or load the module that brings SLURM's programs."
         )
     try:
-        done = ask_slurm(command)
-    except SchedulerAwayError as error:
+        done = run_slurm(command)
+    except SlurmUnavailableError as error:
         raise SiteUnknownError(str(error)) from error
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())

@@ -29,7 +29,7 @@ _AWAY = re.compile(
 )
 
 
-class SchedulerAwayError(UserError):
+class SlurmUnavailableError(UserError):
     """SLURM cannot be asked: it is not on this machine, or does not answer."""
 
 
@@ -38,7 +38,7 @@ def is_slurm_here() -> bool:
     return all(shutil.which(name) for name in ("sbatch", "squeue", "scontrol"))
 
 
-def ask_slurm(command: Sequence[str], *, text: str = "") -> subprocess.CompletedProcess[str]:
+def run_slurm(command: Sequence[str], *, text: str = "") -> subprocess.CompletedProcess[str]:
     """What one of SLURM's programs says, whatever its exit code; without the user's own settings of what it prints.
 
     Args:
@@ -61,14 +61,14 @@ def ask_slurm(command: Sequence[str], *, text: str = "") -> subprocess.Completed
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise SchedulerAwayError(
+        raise SlurmUnavailableError(
             f"SLURM could not be asked: {command[0]} did not answer within {TIMEOUT_S:.0f} s. Try again in a minute."
         ) from None
     except OSError as error:
-        raise SchedulerAwayError(f"SLURM could not be asked: {command[0]}: {error.strerror or error}.") from error
+        raise SlurmUnavailableError(f"SLURM could not be asked: {command[0]}: {error.strerror or error}.") from error
 
 
-def is_away(words: str) -> bool:
+def is_unavailable(words: str) -> bool:
     """Whether what one of SLURM's programs said means that nobody answered, not that somebody refused."""
     return _AWAY.search(words) is not None
 
@@ -81,10 +81,10 @@ def last_words(done: subprocess.CompletedProcess[str]) -> str:
 
 def check_controller() -> None:
     """scontrol knows at once that slurmctld is down, where the other programs try for 18 s."""
-    text = ask_slurm(["scontrol", "ping"]).stdout
+    text = run_slurm(["scontrol", "ping"]).stdout
     answers = re.findall(r"^Slurmctld\(.*\) (?:at \S+ )?is (UP|DOWN)", text, re.MULTILINE)
     if answers and "UP" not in answers:
-        raise SchedulerAwayError("SLURM could not be asked: slurmctld is down. What runs goes on; try again in a minute.")
+        raise SlurmUnavailableError("SLURM could not be asked: slurmctld is down. What runs goes on; try again in a minute.")
 
 
 TIMED_STATES = frozenset({"RUNNING", "COMPLETING", "SUSPENDED", "SIGNALING", "STAGE_OUT"})
@@ -143,7 +143,7 @@ def read_states(job_ids: Sequence[str]) -> dict[str, JobState]:
     if not job_ids:
         return {}
     if not is_slurm_here():
-        raise SchedulerAwayError("There is no SLURM on this machine (no squeue): ask on a login node of the cluster.")
+        raise SlurmUnavailableError("There is no SLURM on this machine (no squeue): ask on a login node of the cluster.")
     whole = sorted({job_id.partition("_")[0] for job_id in job_ids}, key=lambda job_id: (len(job_id), job_id))
     queued = parse_squeue(_ask_squeue(whole))
     found = {job_id: state for job_id in job_ids if (state := _find(job_id, queued)) is not None}
@@ -171,12 +171,12 @@ def cancel_jobs(job_ids: Iterable[str]) -> dict[str, str]:
     if not ids:
         return {}
     if not is_slurm_here():
-        raise SchedulerAwayError("There is no SLURM on this machine (no scancel): cancel on a login node of the cluster.")
+        raise SlurmUnavailableError("There is no SLURM on this machine (no scancel): cancel on a login node of the cluster.")
     check_controller()
-    done = ask_slurm(["scancel", "--verbose", *ids])  # otherwise it is silent about ids that it does not know
+    done = run_slurm(["scancel", "--verbose", *ids])  # otherwise it is silent about ids that it does not know
     refused = {job_id: words for job_id, words in _CANCEL_REFUSAL.findall(done.stderr) if job_id in ids}
     if done.returncode != 0 and not refused:
-        raise SchedulerAwayError(f"scancel failed: {last_words(done)}")
+        raise SlurmUnavailableError(f"scancel failed: {last_words(done)}")
     return refused
 
 
@@ -186,10 +186,10 @@ def max_array_size() -> int:
     Raises:
         SchedulerAwayError: slurmctld does not answer.
     """
-    done = ask_slurm(["scontrol", "show", "config"])
+    done = run_slurm(["scontrol", "show", "config"])
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
     if match is None:
-        raise SchedulerAwayError(f"scontrol does not tell MaxArraySize: {last_words(done)}")
+        raise SlurmUnavailableError(f"scontrol does not tell MaxArraySize: {last_words(done)}")
     # 0: the cluster takes no arrays; an array of one is a job. Some sites limit the tasks of an array, not their numbers.
     limits = [int(match[1]), *(int(found) for found in re.findall(r"max_array_tasks=(\d+)", done.stdout))]
     return max(1, min(limits))
@@ -268,12 +268,12 @@ def _find(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
 def _ask_squeue(job_ids: Sequence[str]) -> str:
     check_controller()
     # Without the ids of tasks the command stays short, however large the arrays.
-    done = ask_slurm(
+    done = run_slurm(
         ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(job_ids)}", f"--Format={_SQUEUE_FIELDS}"]
     )
     if done.returncode == 0 or _NO_SUCH_JOB in done.stderr:
         return done.stdout
-    raise SchedulerAwayError(f"SLURM could not be asked. squeue: {last_words(done)}")
+    raise SlurmUnavailableError(f"SLURM could not be asked. squeue: {last_words(done)}")
 
 
 def _ask_sacct(job_ids: Sequence[str]) -> dict[str, JobState]:
@@ -284,14 +284,14 @@ def _ask_sacct(job_ids: Sequence[str]) -> dict[str, JobState]:
         reason = "SLURM has no accounting here (no sacct): what has ended is known from the run folder alone"
     else:
         try:
-            done = ask_slurm(["sacct", "-X", "-P", "-n", f"--format={_SACCT_FIELDS}", f"--jobs={','.join(whole)}"])
+            done = run_slurm(["sacct", "-X", "-P", "-n", f"--format={_SACCT_FIELDS}", f"--jobs={','.join(whole)}"])
             if done.returncode == 0:
                 states = parse_sacct(done.stdout)
             elif "accounting storage is disabled" in done.stderr.lower():
                 reason = "SLURM keeps no accounting here: what has ended is known from the run folder alone"
             else:
                 reason = f"accounting could not be asked: {last_words(done)}"
-        except SchedulerAwayError as error:
+        except SlurmUnavailableError as error:
             reason = f"accounting could not be asked: {error}"
     return {job_id: _find_ended(job_id, states) or JobState(UNKNOWN, reason) for job_id in job_ids}
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from galaxydist.cluster.logs import explain_end
 from galaxydist.cluster.records import JobFiles, JobRecord, RestartRecord
-from galaxydist.cluster.running_jobs import find_holder, newest_job
+from galaxydist.cluster.running_jobs import lock_holder, newest_job
 from galaxydist.cluster.slurm import (
     TIMED_STATES,
     UNKNOWN,
     WAITING_STATES,
     JobState,
-    SchedulerAwayError,
+    SlurmUnavailableError,
     read_states,
 )
 from galaxydist.errors import UserError
@@ -307,7 +307,7 @@ def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[
     folder, files = RunFolder(run), JobFiles(run)
     restarts = files.restarts()
     job, told = newest_job(jobs, known)
-    state = _judge(folder, restarts, job, told, find_holder(folder.lock_path, known))
+    state = _judge(folder, restarts, job, told, lock_holder(folder.lock_path, known))
     status = RunStatus(
         run,
         name,
@@ -347,7 +347,7 @@ def _ask(jobs: Sequence[JobRecord]) -> tuple[dict[str, JobState], str]:
     ids = list(dict.fromkeys(job.job_id for job in jobs if job.scheduler == "slurm"))
     try:
         return read_states(ids), ""
-    except SchedulerAwayError as error:
+    except SlurmUnavailableError as error:
         return {}, str(error)
 
 

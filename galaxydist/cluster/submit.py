@@ -25,10 +25,10 @@ from galaxydist.atomic_files import read_json, write_json
 from galaxydist.cluster.executor import JobExecutor, SlurmExecutor, build_executor, explain_refusal
 from galaxydist.cluster.profile import ClusterConfig, ResolvedCluster
 from galaxydist.cluster.records import JobFiles, JobRecord
-from galaxydist.cluster.running_jobs import find_holder, newest_job
-from galaxydist.cluster.slurm import SchedulerAwayError, ask_slurm, cancel_jobs, read_states
+from galaxydist.cluster.running_jobs import lock_holder, newest_job
+from galaxydist.cluster.slurm import SlurmUnavailableError, cancel_jobs, read_states, run_slurm
 from galaxydist.cluster.snapshot import take_snapshot
-from galaxydist.cluster.worker import run_request
+from galaxydist.cluster.worker import train_task
 from galaxydist.errors import UserError
 from galaxydist.paths import DATA_VARIABLE, data_root
 from galaxydist.recipe.identity import run_path
@@ -145,7 +145,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def alone_in(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
+def submission_lock(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
     """Keep other commands from sending runs of a folder while this one looks what is queued and sends.
 
     On a file system without locks it goes on without.
@@ -184,7 +184,7 @@ def adopt_settings(cluster: ClusterConfig, environ: Mapping[str, str]) -> Cluste
 
 
 @contextmanager
-def plain_environment() -> Iterator[None]:
+def without_job_environment() -> Iterator[None]:
     """Without variables of a job that this process is part of, and without SBATCH_*, which would win over the batch script."""
     hidden = {
         name: os.environ.pop(name)
@@ -198,7 +198,7 @@ def plain_environment() -> Iterator[None]:
 
 
 @contextmanager
-def signals_later() -> Iterator[None]:
+def deferred_signals() -> Iterator[None]:
     """Ctrl-C, SIGTERM and a lost terminal wait until this is done: a job that SLURM has taken must also stand in the run folder.
 
     What is started meanwhile does not hear SIGINT either: the terminal sends it to sbatch too, and a blocked signal stays blocked
@@ -252,7 +252,7 @@ def check_idle(run_dir: Path) -> None:
             f"{run_dir} is {found.state.lower()} as job {job.job_id} already. Follow it with `galaxydist status {run_dir}`, or "
             f"end it first with `galaxydist cancel {run_dir}`."
         )
-    if (holder := find_holder(lock_path, states)) is not None:
+    if (holder := lock_holder(lock_path, states)) is not None:
         raise UserError(
             f"{run_dir} is in use by {holder}, which no galaxydist submit has started. Wait until that has ended, or stop it: "
             "both would write to the same folder."
@@ -374,9 +374,9 @@ def _send(
     resubmits: str | None = None,
 ) -> list[str]:
     executor, cluster = _executor(submission, parallel, after), submission.cluster
-    calls = [partial(run_request, _job_arguments(request, submission.code), request.run_dir) for request in submission.requests]
+    calls = [partial(train_task, _job_arguments(request, submission.code), request.run_dir) for request in submission.requests]
     sent_at = time.time()  # before a job can end
-    with signals_later(), plain_environment(), explain_refusal(cluster.name):
+    with deferred_signals(), without_job_environment(), explain_refusal(cluster.name):
         jobs = executor.submit_array(calls) if len(calls) > 1 else [executor.submit(calls[0])]
         with _end_unless_recorded([job.job_id for job in jobs], cluster):
             for request, job in zip(submission.requests, jobs, strict=True):
@@ -404,8 +404,8 @@ def ask_start(script: str, cluster_name: str) -> str:
     Raises:
         UserError: SLURM would not take it, or does not answer.
     """
-    with plain_environment():
-        done = ask_slurm(["sbatch", "--test-only"], text=script)
+    with without_job_environment():
+        done = run_slurm(["sbatch", "--test-only"], text=script)
     if done.returncode != 0:
         with explain_refusal(cluster_name):
             raise FailedSubmissionError(done.stderr)
@@ -419,7 +419,7 @@ def _end_unless_recorded(job_ids: Sequence[str], cluster: ClusterConfig) -> Iter
         yield
     except BaseException:
         if cluster.scheduler == "slurm":
-            with contextlib.suppress(SchedulerAwayError):
+            with contextlib.suppress(SlurmUnavailableError):
                 cancel_jobs(job_ids)
         raise
 

@@ -10,7 +10,7 @@ from typing import Any
 from galaxydist.errors import UserError
 from galaxydist.paths import shipped_dir
 from galaxydist.recipe.identity import flatten, run_name
-from galaxydist.recipe.resolve import COMMAND_LINE, RecipeError, ResolvedRecipe, Setting, list_files, load_recipe
+from galaxydist.recipe.resolve import COMMAND_LINE, Override, RecipeError, ResolvedRecipe, list_files, load_recipe
 from galaxydist.recipe.yaml12 import Document, read_document, to_text
 
 # A sweep's YAML file: which keys take which values, and what the runs share.
@@ -72,9 +72,9 @@ class SweepFile:
     cluster: str | None
     root: Path
     parallel: int | None
-    common: Mapping[str, Setting]
-    axes: Mapping[str, tuple[Setting, ...]]
-    entries: tuple[Mapping[str, Setting], ...]
+    common: Mapping[str, Override]
+    axes: Mapping[str, tuple[Override, ...]]
+    entries: tuple[Mapping[str, Override], ...]
 
 
 def find_sweep(name: str) -> Path:
@@ -158,17 +158,17 @@ class _Reading:
             elif key == "list" and key in self.document.values:
                 self._refuse(key, "list: must be a list of mappings, like - {recipe: vit, seed: 1}")
 
-    def _settings(self, document: Document, prefix: str) -> dict[str, Setting]:
+    def _settings(self, document: Document, prefix: str) -> dict[str, Override]:
         found = {}
         for written, value in document.values.items():
             if written.startswith(prefix):
                 key = written.removeprefix(prefix)
-                found[key] = Setting(value, self._at(document.lines[written]))
+                found[key] = Override(value, self._at(document.lines[written]))
                 if key in DECIDED:
                     self.problems.append((found[key].origin, f"{key}: {DECIDED[key]}"))
         return found
 
-    def _axes(self) -> Iterator[tuple[str, tuple[Setting, ...]]]:
+    def _axes(self) -> Iterator[tuple[str, tuple[Override, ...]]]:
         given = [key for key in self.document.values if key.startswith("grid.")]
         if "grid" in self.document.lines and not given and self.document.values.get("grid") is None:
             self._refuse("grid", "grid: has no keys; write one like seed: [0, 1, 2], or take it out")
@@ -184,13 +184,13 @@ class _Reading:
                 twice = next((text for number, text in enumerate(texts) if text in texts[:number]), None)
                 if twice is not None:
                     self.problems.append((origin, f"{key}: {twice} stands there twice; keep one"))
-                yield key, tuple(Setting(value, origin) for value in values)
+                yield key, tuple(Override(value, origin) for value in values)
 
     def _refuse_shared_keys(
         self,
-        common: Mapping[str, Setting],
-        axes: Mapping[str, tuple[Setting, ...]],
-        entries: Sequence[Mapping[str, Setting]],
+        common: Mapping[str, Override],
+        axes: Mapping[str, tuple[Override, ...]],
+        entries: Sequence[Mapping[str, Override]],
     ) -> None:
         for key, (value, *_) in axes.items():
             for others in (common, *entries):
@@ -198,13 +198,13 @@ class _Reading:
                     text = f"{key}: stands in the grid too ({value.origin}), whose values would hide this one; keep one of them"
                     self.problems.append((others[key].origin, text))
 
-    def _evaluate(self, common: Mapping[str, Setting]) -> dict[str, Setting]:
+    def _evaluate(self, common: Mapping[str, Override]) -> dict[str, Override]:
         if "eval.variants" in common:
             self._refuse("evaluate", f"evaluate: is eval.variants, which is set too ({common['eval.variants'].origin}); keep one")
         value = self.document.values.get("evaluate")
         if not isinstance(value, list):
             self._refuse("evaluate", f"evaluate={to_text(value)}: must be a list, like [original, balanced]")
-        return {"eval.variants": Setting(value, self._at(self.document.lines["evaluate"]))}
+        return {"eval.variants": Override(value, self._at(self.document.lines["evaluate"]))}
 
     def _cluster(self) -> str | None:
         name: str | None = self._value("cluster", str, "a profile's name or file")
@@ -236,7 +236,7 @@ def _line_of(origin: str) -> int:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridPoint:
     """One point of a sweep, before its recipe is resolved.
 
     Attributes:
@@ -245,11 +245,11 @@ class Cell:
     """
 
     label: str
-    settings: dict[str, Setting]
+    settings: dict[str, Override]
 
 
 @dataclass(frozen=True)
-class Trial:
+class SweepRun:
     """One run of a sweep.
 
     Attributes:
@@ -267,7 +267,7 @@ class Trial:
     arguments: tuple[str, ...]
 
 
-def expand(sweep: SweepFile, overridden: Sequence[str] = ()) -> list[Cell]:
+def expand(sweep: SweepFile, overridden: Sequence[str] = ()) -> list[GridPoint]:
     """All points of a sweep in the file's order: for each entry of the list (once, where there is none) each point of the grid.
 
     Args:
@@ -281,7 +281,7 @@ def expand(sweep: SweepFile, overridden: Sequence[str] = ()) -> list[Cell]:
             varied = {key: value for key, value in (*entry.items(), *point) if key not in overridden}
             common = {key: value for key, value in sweep.common.items() if key not in overridden}
             label = " ".join(f"{key}={to_text(setting.value)}" for key, setting in varied.items())
-            cells.append(Cell(label, common | varied))
+            cells.append(GridPoint(label, common | varied))
     return cells
 
 
@@ -291,7 +291,7 @@ def resolve(
     *,
     check: Callable[[ResolvedRecipe], object] = lambda _: None,
     folders: Sequence[Path] | None = None,
-) -> list[Trial]:
+) -> list[SweepRun]:
     """The runs of a sweep, all of them checked.
 
     Args:
@@ -331,7 +331,7 @@ def resolve(
     return trials
 
 
-def _resolve_cell(cell: Cell, arguments: Sequence[str], root: Path, folders: Sequence[Path] | None) -> Trial:
+def _resolve_cell(cell: GridPoint, arguments: Sequence[str], root: Path, folders: Sequence[Path] | None) -> SweepRun:
     if "recipe" not in cell.settings and not any(argument.startswith("recipe=") for argument in arguments):
         raise RecipeError([("", "recipe is missing: write it under set, grid or list, or give recipe=NAME")])
     resolved = load_recipe(arguments, folders=folders, settings=cell.settings)
@@ -346,12 +346,12 @@ def _resolve_cell(cell: Cell, arguments: Sequence[str], root: Path, folders: Seq
         values, meant = flatten(again), flatten(placed)
         key = next(key for key in meant if values[key] != meant[key])
         raise RecipeError([(resolved.origins[key], f"{key}={to_text(meant[key])}: cannot be written on a command line")])
-    return Trial(cell.label, run_dir.name, run_dir, replace(resolved, recipe=placed), texts)
+    return SweepRun(cell.label, run_dir.name, run_dir, replace(resolved, recipe=placed), texts)
 
 
-def _same_runs(trials: Sequence[Trial]) -> Iterator[str]:
+def _same_runs(trials: Sequence[SweepRun]) -> Iterator[str]:
     """Trials that would share a run folder."""
-    by_name: dict[str, list[Trial]] = {}
+    by_name: dict[str, list[SweepRun]] = {}
     for trial in trials:
         by_name.setdefault(trial.name, []).append(trial)
     for name, same in by_name.items():
@@ -363,7 +363,7 @@ def _same_runs(trials: Sequence[Trial]) -> Iterator[str]:
             yield f"{len(same)} trials are the same run {name}: {labels}; {why}"
 
 
-def _same_names(trials: Sequence[Trial]) -> Iterator[str]:
+def _same_names(trials: Sequence[SweepRun]) -> Iterator[str]:
     """Recipes of one name from several files: a submission keeps a copy of each under its name."""
     paths: dict[str, Path] = {}
     for trial in trials:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.requeue import FOR_GOOD
-from galaxydist.cluster.running_jobs import find_holder, local_state, newest_job
+from galaxydist.cluster.running_jobs import local_state, lock_holder, newest_job
 from galaxydist.cluster.slurm import WAITING_STATES, JobState
 from galaxydist.cluster.submit import JobRequest, build_request
-from galaxydist.cluster.sweep import Trial
+from galaxydist.cluster.sweep import SweepRun
 from galaxydist.errors import UserError
 from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.runs.folder import RunFolder
@@ -94,7 +94,7 @@ def _due(facts: TrialFacts) -> tuple[str, bool, str]:
     return ("stopped", True, facts.failure or "begun, not finished") if facts.is_started else ("new", True, "")
 
 
-def read_facts(trials: Sequence[Trial], read_states: ReadStates) -> list[TrialFacts]:
+def read_facts(trials: Sequence[SweepRun], read_states: ReadStates) -> list[TrialFacts]:
     """The facts of trials, in their order.
 
     Args:
@@ -110,7 +110,7 @@ def read_facts(trials: Sequence[Trial], read_states: ReadStates) -> list[TrialFa
     return [_facts_of(trial, jobs, states) for trial, jobs in zip(trials, records, strict=True)]
 
 
-def _facts_of(trial: Trial, jobs: Sequence[JobRecord], states: Mapping[str, JobState]) -> TrialFacts:
+def _facts_of(trial: SweepRun, jobs: Sequence[JobRecord], states: Mapping[str, JobState]) -> TrialFacts:
     folder = RunFolder(trial.run_dir)
     job, state = newest_job(jobs, states)
     if job is not None and state is None:
@@ -137,7 +137,7 @@ def is_local_job_running(job: JobRecord) -> bool:
     return local_state(job) is not None
 
 
-def _missing(trial: Trial, folder: RunFolder) -> tuple[str, ...]:
+def _missing(trial: SweepRun, folder: RunFolder) -> tuple[str, ...]:
     """Data sets of ``eval.variants`` without an evaluation of the checkpoint that the run is judged by."""
     recipe = trial.resolved.recipe
     steps: dict[str, int] = {}
@@ -160,7 +160,7 @@ def _folders_in(place: Path) -> list[Path]:
 
 def _holder(folder: RunFolder, states: Mapping[str, JobState]) -> str | None:
     """A process that works in the folder, but none of a job that is over."""
-    holder = find_holder(folder.lock_path, states)
+    holder = lock_holder(folder.lock_path, states)
     return str(holder) if holder is not None else None
 
 
@@ -182,7 +182,7 @@ Send = Callable[[Sequence[JobRequest], int | None, str | None], list[str]]
 Say = Callable[[str], None]
 
 
-def submit_arrays(trials: Sequence[Trial], *, send: Send, chunk_size: int, parallel: int, say: Say) -> list[str]:
+def submit_arrays(trials: Sequence[SweepRun], *, send: Send, chunk_size: int, parallel: int, say: Say) -> list[str]:
     """Submit trials as arrays, each waiting for the one before: no more than ``parallel`` run at any time.
 
     What was sent before an error or Ctrl-C stands in the run folders: the same command sends the rest.
@@ -217,15 +217,15 @@ def submit_arrays(trials: Sequence[Trial], *, send: Send, chunk_size: int, paral
 
 
 def run_here(
-    trials: Sequence[Trial],
+    trials: Sequence[SweepRun],
     *,
     send: Send,
     parallel: int,
-    is_running: Callable[[Trial], bool],
-    judge: Callable[[Trial], Decision],
+    is_running: Callable[[SweepRun], bool],
+    judge: Callable[[SweepRun], Decision],
     pause: Callable[[], None],
     say: Say,
-) -> list[Trial]:
+) -> list[SweepRun]:
     """Run trials on this machine, a few at a time; returns when all have ended.
 
     Args:
@@ -240,7 +240,7 @@ def run_here(
     Returns:
         The trials that did not finish.
     """
-    waiting, running, failed = deque(trials), list[Trial](), list[Trial]()
+    waiting, running, failed = deque(trials), list[SweepRun](), list[SweepRun]()
     while waiting or running:
         while waiting and len(running) < parallel:
             trial = waiting.popleft()
@@ -265,7 +265,7 @@ def array_of(job_id: str) -> str:
 # A sweep as a table for people.
 
 
-def render_trials(trials: Sequence[Trial], decisions: Sequence[Decision]) -> str:
+def render_trials(trials: Sequence[SweepRun], decisions: Sequence[Decision]) -> str:
     """A line a trial: its run, what tells it from the others, where it stands, what would happen to it."""
     head = ("run", "trial", "state", "action", "why")
     rows = [

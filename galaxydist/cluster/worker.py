@@ -60,7 +60,7 @@ def find_interface(hostnames: Sequence[str], own_name: str) -> str | None:
 
 
 @contextmanager
-def output_to(path: Path) -> Iterator[None]:
+def redirect_output(path: Path) -> Iterator[None]:
     """What this process and its children print is appended to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -84,7 +84,7 @@ LOOPBACK = "127.0.0.1"
 FIRST_PORT, NUM_PORTS = 12_000, 20_000
 
 
-def run_request(arguments: tuple[str, ...], run_dir: Path) -> None:
+def train_task(arguments: tuple[str, ...], run_dir: Path) -> None:
     """Train a run; called by submitit in every task.
 
     It ends with exit code 0 also when a signal stopped it with everything saved: another code would make srun end the ranks that
@@ -100,10 +100,10 @@ def run_request(arguments: tuple[str, ...], run_dir: Path) -> None:
     if not run_dir.parent.is_dir():
         raise UserError(f"{run_dir.parent} is not there on this node: run folders must be on a file system that all nodes share")
     environ = os.environ
-    rank = adopt_job(environ)
+    rank = set_torch_environment(environ)
     files = JobFiles(run_dir)
     print(f"galaxydist: output goes to {files.rank_log(rank)}", flush=True)
-    with output_to(files.rank_log(rank)):
+    with redirect_output(files.rank_log(rank)):
         print(describe_task(environ), flush=True)
         code = _launch(arguments, environ, partial(_note, RunFolder(run_dir), start_of(environ), rank))
     if code not in (0, EXIT_STOPPED):
@@ -130,7 +130,7 @@ def _note(folder: RunFolder, start: str | None, rank: int, error: Exception) -> 
             folder.write_failure(kind, None, f"{text}{where}", start=start)
 
 
-def adopt_job(environ: MutableMapping[str, str]) -> int:
+def set_torch_environment(environ: MutableMapping[str, str]) -> int:
     """Give torch the variables that it reads, from what submitit knows of the job; gives this process's rank.
 
     CUDA_VISIBLE_DEVICES stays as SLURM set it: on a shared node, submitit's would be another job's GPU.

@@ -12,9 +12,9 @@ from galaxydist.cluster.executor import build_executor, explain_refusal
 from galaxydist.cluster.partition_check import chosen_partitions
 from galaxydist.cluster.profile import MIN_SIGNAL_S, ClusterConfig
 from galaxydist.cluster.site import SAVE_REMEDY, Partition, Preemption, Site, SiteUnknownError, find_preemption, read_site
-from galaxydist.cluster.slurm import UNKNOWN, WAITING_STATES, JobState, SchedulerAwayError, cancel_jobs, read_states
+from galaxydist.cluster.slurm import UNKNOWN, WAITING_STATES, JobState, SlurmUnavailableError, cancel_jobs, read_states
 from galaxydist.cluster.snapshot import take_snapshot
-from galaxydist.cluster.submit import plain_environment, signals_later
+from galaxydist.cluster.submit import deferred_signals, without_job_environment
 from galaxydist.doctor.check import LEVELS, Check, RankReport, failure, ok, read_reports, warning
 from galaxydist.doctor.merge import merge_reports
 from galaxydist.doctor.rank import MEETING_S, Examination, examine_task
@@ -58,11 +58,11 @@ class SlurmQueuedJob:
     def look(self) -> JobState:
         try:
             return read_states([self.job_id])[self.job_id]
-        except SchedulerAwayError as error:
+        except SlurmUnavailableError as error:
             return JobState(UNKNOWN, str(error))
 
     def end(self) -> None:
-        with contextlib.suppress(SchedulerAwayError):
+        with contextlib.suppress(SlurmUnavailableError):
             cancel_jobs([self.job_id])
 
 
@@ -183,7 +183,7 @@ def doctor_cluster(
     queued: QueuedJob | None = None
     try:
         # Whoever is interrupted while SLURM takes the job, or right after it, cancels it too.
-        with signals_later(), plain_environment(), explain_refusal(cluster.name):
+        with deferred_signals(), without_job_environment(), explain_refusal(cluster.name):
             executor = build_executor(short, folder / "output", name=f"doctor-{cluster.name}", code=code)
             job = executor.submit(examine_task, examination)
             queued = LocalQueuedJob(job) if cluster.scheduler == "local" else SlurmQueuedJob(job.job_id)

@@ -416,7 +416,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckTarget:
     """What a machine is looked at for.
 
     Args:
@@ -436,7 +436,7 @@ class Place:
     devices: tuple[str, ...] | None = None
 
 
-def check_machine(place: Place, environ: Mapping[str, str]) -> list[Check]:
+def check_machine(place: CheckTarget, environ: Mapping[str, str]) -> list[Check]:
     """Everything of this machine and this process.
 
     Args:

@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from galaxydist.atomic_files import rename, unlink, write_bytes
-from galaxydist.cluster.worker import adopt_job
+from galaxydist.cluster.worker import set_torch_environment
 from galaxydist.cpus import bound_cores
 from galaxydist.doctor.check import RankReport, Timing
-from galaxydist.doctor.machine import Place, check_machine
+from galaxydist.doctor.machine import CheckTarget, check_machine
 from galaxydist.doctor.network import interface_address, machine_id, own_address
 from galaxydist.doctor.software import library_versions
 from galaxydist.paths import data_root
@@ -37,7 +37,7 @@ from galaxydist.paths import data_root
 PINGS = 5
 
 
-class Link:
+class RankChannel:
     """A rank's end of it.
 
     Args:
@@ -107,7 +107,7 @@ class Link:
         return offset, trip
 
 
-def open_link(host: str, port: int, rank: int, size: int, timeout_s: float) -> Link:
+def open_link(host: str, port: int, rank: int, size: int, timeout_s: float) -> RankChannel:
     """Join the rendezvous.
 
     Args:
@@ -119,7 +119,7 @@ def open_link(host: str, port: int, rank: int, size: int, timeout_s: float) -> L
         RuntimeError: rank 0 cannot be reached there, or the port is taken.
     """
     store = TCPStore(host, port, size, rank == 0, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
-    return Link(store, rank, size)
+    return RankChannel(store, rank, size)
 
 
 # What the ranks do together: all-reduces, files that one writes and the others see, a signal from SLURM.
@@ -133,7 +133,9 @@ SCANCEL_S = 15.0
 LOOK_S = 0.02
 
 
-def time_all_reduce(link: Link, backend: str, device: torch.device, *, timeout_s: float, num_bytes: int = NUM_BYTES) -> Timing:
+def time_all_reduce(
+    link: RankChannel, backend: str, device: torch.device, *, timeout_s: float, num_bytes: int = NUM_BYTES
+) -> Timing:
     """Make a process group and add float32 tensors up.
 
     Args:
@@ -155,7 +157,7 @@ def time_all_reduce(link: Link, backend: str, device: torch.device, *, timeout_s
         return Timing(error=str(error).strip().splitlines()[0])
 
 
-def _time_group(link: Link, device: torch.device, num_bytes: int) -> Timing:
+def _time_group(link: RankChannel, device: torch.device, num_bytes: int) -> Timing:
     tensor = torch.ones(num_bytes // 4, device=device)
     seconds = []
     for number in range(REPEATS + 1):
@@ -174,7 +176,7 @@ def _time_group(link: Link, device: torch.device, num_bytes: int) -> Timing:
     return Timing(num_bytes, statistics.median(seconds))
 
 
-def look_at_shared_files(link: Link, folder: Path, *, limit_s: float = SEEING_S) -> tuple[float | None, float | None, int]:
+def look_at_shared_files(link: RankChannel, folder: Path, *, limit_s: float = SEEING_S) -> tuple[float | None, float | None, int]:
     """A file that rank 0 writes, then replaces by rename from the last rank, as every rank sees it.
 
     Args:
@@ -249,7 +251,7 @@ def watch_signal() -> Iterator[SignalWatch]:
 
 
 def look_for_signal(
-    link: Link, watch: SignalWatch, environ: Mapping[str, str], *, limit_s: float = SIGNAL_S
+    link: RankChannel, watch: SignalWatch, environ: Mapping[str, str], *, limit_s: float = SIGNAL_S
 ) -> tuple[float | None, str | None]:
     """Ask SLURM for the signal that it sends before a preemption or the time limit, and see when it comes.
 
@@ -315,7 +317,7 @@ class Examination:
 def examine_task(examination: Examination) -> None:
     """What submitit calls on every rank."""
     environ = os.environ
-    adopt_job(environ)
+    set_torch_environment(environ)
     examine(examination, environ)
 
 
@@ -370,7 +372,7 @@ def _look_at_node(report: RankReport, examination: Examination, environ: Mapping
         number = local_rank % report.num_gpus
         devices = (f"cuda:{number}",)
         report.gpu = str(torch.cuda.get_device_properties(number).uuid)
-    place = Place(
+    place = CheckTarget(
         data_root=data_root(examination.data_dir, environ),
         runs=examination.folder,
         scratch=examination.scratch,
@@ -384,7 +386,7 @@ def _look_at_node(report: RankReport, examination: Examination, environ: Mapping
     report.store = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
 
 
-def _join(report: RankReport, environ: Mapping[str, str], meeting_s: float) -> Link:
+def _join(report: RankReport, environ: Mapping[str, str], meeting_s: float) -> RankChannel:
     start = time.monotonic()
     host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     link = open_link(host, port, report.rank, report.world_size, meeting_s)
@@ -394,7 +396,7 @@ def _join(report: RankReport, environ: Mapping[str, str], meeting_s: float) -> L
     return link
 
 
-def _time_backends(report: RankReport, link: Link, folder: Path, local_rank: int) -> None:
+def _time_backends(report: RankReport, link: RankChannel, folder: Path, local_rank: int) -> None:
     """gloo always, nccl where every rank has a GPU."""
     report.write(folder, "all-reduce, gloo")
     report.timings["gloo"] = time_all_reduce(link, "gloo", torch.device("cpu"), timeout_s=GROUP_S)

@@ -14,7 +14,7 @@ _FRACTION_BITS = 36  # 2^27 galaxies before a sum of fractions could overflow in
 
 
 @dataclass(frozen=True)
-class Predictions:
+class BatchPredictions:
     """The outputs for single galaxies, in the order of their stored sample numbers.
 
     Args:
@@ -35,23 +35,23 @@ class Predictions:
         return functional.softmax(self.logits_NK.double(), dim=1)
 
     @staticmethod
-    def merge(parts: "list[Predictions]") -> "Predictions":
+    def merge(parts: "list[BatchPredictions]") -> "BatchPredictions":
         """The predictions of several ranks as one, ordered by sample number.
 
         Raises:
             ValueError: a galaxy stands in two of them.
         """
-        joined = Predictions.join(parts)
+        joined = BatchPredictions.join(parts)
         order_N = torch.argsort(joined.samples_N)
-        merged = Predictions(*(tensor[order_N] for tensor in vars(joined).values()))
+        merged = BatchPredictions(*(tensor[order_N] for tensor in vars(joined).values()))
         if bool((merged.samples_N[1:] == merged.samples_N[:-1]).any()):
             raise ValueError("a galaxy was evaluated twice")
         return merged
 
     @staticmethod
-    def join(parts: "list[Predictions]") -> "Predictions":
+    def join(parts: "list[BatchPredictions]") -> "BatchPredictions":
         """Predictions one after the other, as they come."""
-        return Predictions(*(torch.cat(tensors) for tensors in zip(*(vars(part).values() for part in parts), strict=True)))
+        return BatchPredictions(*(torch.cat(tensors) for tensors in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 class Counts:
@@ -72,7 +72,7 @@ class Counts:
         self._device = torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
         # K*K cells by rows, whole nats of loss, fractions of a nat in units of 2^-36, galaxies whose loss is not finite.
         self._sums = torch.zeros(num_classes**2 + 3, dtype=torch.int64, device=self._device)
-        self._kept: list[Predictions] | None = [] if keep_predictions else None
+        self._kept: list[BatchPredictions] | None = [] if keep_predictions else None
 
     def add(
         self, logits_BK: torch.Tensor, labels_B: torch.Tensor, weights_B: torch.Tensor, samples_B: torch.Tensor | None = None
@@ -103,7 +103,7 @@ class Counts:
                 raise ValueError("samples_B is needed to keep predictions")
             kept_B = is_counted_B.cpu()
             kept = (samples_B, labels_B, predicted_B, logits_BK.float())
-            self._kept.append(Predictions(*(tensor.cpu()[kept_B] for tensor in kept)))
+            self._kept.append(BatchPredictions(*(tensor.cpu()[kept_B] for tensor in kept)))
 
     @property
     def confusion_KK(self) -> torch.Tensor:
@@ -122,15 +122,15 @@ class Counts:
         return int(self._sums[:-3].sum())
 
     @property
-    def predictions(self) -> Predictions:
+    def predictions(self) -> BatchPredictions:
         """This rank's kept predictions, ordered by sample number."""
-        return Predictions.merge([self._no_predictions(), *self._taken(clear=False)])
+        return BatchPredictions.merge([self._no_predictions(), *self._taken(clear=False)])
 
-    def take_predictions(self) -> Predictions:
+    def take_predictions(self) -> BatchPredictions:
         """What was kept since the last call, in the order of the batches; it is kept no longer."""
-        return Predictions.join([self._no_predictions(), *self._taken(clear=True)])
+        return BatchPredictions.join([self._no_predictions(), *self._taken(clear=True)])
 
-    def _taken(self, *, clear: bool) -> list[Predictions]:
+    def _taken(self, *, clear: bool) -> list[BatchPredictions]:
         if self._kept is None:
             raise ValueError("made without keep_predictions")
         taken = self._kept
@@ -138,9 +138,9 @@ class Counts:
             self._kept = []
         return taken
 
-    def _no_predictions(self) -> Predictions:
+    def _no_predictions(self) -> BatchPredictions:
         none = torch.empty(0, dtype=torch.int64)
-        return Predictions(none, none, none, torch.empty(0, self.num_classes))
+        return BatchPredictions(none, none, none, torch.empty(0, self.num_classes))
 
     def vector(self) -> torch.Tensor:
         """All sums as one int64 tensor of K*K + 3, on the device, for one all-reduce (sum)."""

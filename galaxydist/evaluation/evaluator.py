@@ -20,13 +20,13 @@ from galaxydist.checkpoints import store
 from galaxydist.checkpoints.store import Checkpoint
 from galaxydist.checkpoints.tensor_files import unflatten_state
 from galaxydist.counter_rng import hash64
-from galaxydist.distributed import World, enter_world, leave_world
+from galaxydist.distributed import World, init_distributed, shutdown_distributed
 from galaxydist.errors import EveryRankError, UserError
-from galaxydist.evaluation.counts import Predictions
-from galaxydist.evaluation.inference import CATALOGUE_COLUMNS, Keeper, Views, evaluate_split, merge_predictions
-from galaxydist.evaluation.leakage import JUDGED_SPLIT, FindTrained, find_validation, open_trained
+from galaxydist.evaluation.counts import BatchPredictions
+from galaxydist.evaluation.inference import CATALOGUE_COLUMNS, PredictionWriter, Views, evaluate_split, merge_predictions
+from galaxydist.evaluation.leakage import JUDGED_SPLIT, FindTrained, open_training_shards, validation_mask
 from galaxydist.evaluation.metrics import summarise
-from galaxydist.evaluation.predictions import PartWriter, PredictionsInfo, part_path, predictions_path, read_predictions
+from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, part_path, predictions_path, read_predictions
 from galaxydist.evaluation.results_files import has_figures, read_evaluation, render_evaluation, stem_of, write_evaluation
 from galaxydist.galaxy import Variant
 from galaxydist.loading.dataset import TrainingData, build_augment, find_cache, find_manifest, find_variant, has_split
@@ -54,7 +54,7 @@ JUDGED = ("model", "ema")
 LIBRARIES = ("torch", "timm", "numpy")
 
 
-class Judge:
+class Evaluator:
     """The checkpoint that a recipe names. All ranks make one, and call its methods together.
 
     Args:
@@ -132,10 +132,10 @@ class Judge:
         path = predictions_path(self._dir(manifest), stem_of(split, self.recipe.eval.tta))
         if world.on_main(lambda: _stored_context(path) == context):
             return path
-        seen_N = world.on_main(lambda: find_validation(manifest, split, self.trained_on, self._find_trained))
+        seen_N = world.on_main(lambda: validation_mask(manifest, split, self.trained_on, self._find_trained))
         world.on_main(lambda: self._prepare(path, manifest, split))
         with contextlib.ExitStack() as stack:
-            part = PartWriter(part_path(path, world.rank), manifest.num_classes)
+            part = RankFile(part_path(path, world.rank), manifest.num_classes)
             world.together(lambda: stack.enter_context(part))
             metrics = self._evaluate(manifest, split, seen_N, part)
             world.on_main(lambda: self._merge(path, manifest, context, metrics, seen_N))
@@ -229,7 +229,7 @@ class Judge:
             ),
         }
 
-    def _evaluate(self, manifest: Manifest, split: str, seen_N: NDArray[np.bool_] | None, part: PartWriter) -> dict[str, Any]:
+    def _evaluate(self, manifest: Manifest, split: str, seen_N: NDArray[np.bool_] | None, part: RankFile) -> dict[str, Any]:
         recipe, world = self.recipe, self.world
         if self._model is None:
             self._model = load_judged(recipe, self._checkpoint).to(device=world.device, dtype=world.dtype)
@@ -341,17 +341,17 @@ def evaluate_run(
         raise UserError(
             f"{manifest.location} has no galaxies in a split {split!r}. It has {', '.join(manifest.splits)}: give --split."
         )
-    world = enter_world(recipe.train.precision, environ)
+    world = init_distributed(recipe.train.precision, environ)
     try:
         world.on_main(lambda: check_columns(manifest))
 
         def find_trained(trained_on: TrainingData) -> Manifest:
-            return open_trained(trained_on, known, trained_path, cache)
+            return open_training_shards(trained_on, known, trained_path, cache)
 
-        judge = Judge(world, folder, recipe, find_trained=find_trained, figures=True)
+        judge = Evaluator(world, folder, recipe, find_trained=find_trained, figures=True)
         metrics = judge.judge(manifest, split)
     finally:
-        leave_world()
+        shutdown_distributed()
     assert metrics is not None
     return metrics
 
@@ -407,7 +407,7 @@ def rehearse_evaluation(manifest: Manifest, recipe: Recipe) -> None:
     labels_N = numbers_N * manifest.num_classes // NUM_GALAXIES
     draws_NK = hash64(numbers_N.numpy()[:, None], np.arange(manifest.num_classes)) >> np.uint64(40)
     logits_NK = torch.from_numpy(draws_NK.astype(np.float32) / 2**22)
-    predictions = Predictions(numbers_N, labels_N, logits_NK.argmax(1), logits_NK)
+    predictions = BatchPredictions(numbers_N, labels_N, logits_NK.argmax(1), logits_NK)
     shape = (NUM_GALAXIES, manifest.image_size, manifest.image_size, 3)
     images_NHWC = torch.from_numpy(np.resize(np.arange(251, dtype=np.uint8), shape))
     batch = Batch(images_NHWC, labels_N, torch.ones(NUM_GALAXIES), numbers_N, numbers_N, epoch=0, step=0)
@@ -423,8 +423,8 @@ def rehearse_evaluation(manifest: Manifest, recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory(prefix="galaxydist-") as name:
         folder = Path(name)
         path = predictions_path(folder, stem_of("test", recipe.eval.tta))
-        with PartWriter(part_path(path, 0), manifest.num_classes) as part:
-            with Keeper(part, image_size=manifest.image_size, threads=1) as keeper:
+        with RankFile(part_path(path, 0), manifest.num_classes) as part:
+            with PredictionWriter(part, image_size=manifest.image_size, threads=1) as keeper:
                 keeper.add(batch, predictions)
                 keeper.finish()
             catalogue = pa.table({"id": [f"galaxy-{number}" for number in range(NUM_GALAXIES)]})

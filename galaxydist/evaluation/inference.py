@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from galaxydist.distributed import World
-from galaxydist.evaluation.counts import Counts, Predictions, SubsetCounts
+from galaxydist.evaluation.counts import BatchPredictions, Counts, SubsetCounts
 from galaxydist.evaluation.metrics import metrics_from_counts
-from galaxydist.evaluation.predictions import NAMES, PartWriter, PredictionsInfo, merge_parts, part_row, write_predictions
+from galaxydist.evaluation.predictions import NAMES, PredictionsInfo, RankFile, merge_rank_files, part_row, write_predictions
 from galaxydist.loading.augment import Augment
-from galaxydist.loading.device_prefetch import DeviceFeed
-from galaxydist.loading.loader import Batch, EvalReader
+from galaxydist.loading.device_prefetch import DevicePrefetcher
+from galaxydist.loading.loader import Batch, EvalLoader
 from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest
@@ -40,7 +40,7 @@ CATALOGUE_COLUMNS = ("id", "ra", "dec", "redshift", "pxscale", *NAMES)
 MEASURED_WIDTH, LEAST_WIDTH = 128, 64
 
 
-class Keeper:
+class PredictionWriter:
     """Measures pictures beside the model, and writes one process's part. Use as a context manager.
 
     Args:
@@ -49,10 +49,10 @@ class Keeper:
         threads: that measure.
     """
 
-    def __init__(self, part: PartWriter, *, image_size: int, threads: int) -> None:
+    def __init__(self, part: RankFile, *, image_size: int, threads: int) -> None:
         self._part, self._image_size, self._most = part, image_size, threads + 1
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-measure")
-        self._pending: deque[tuple[Predictions, Future[Measurements]]] = deque()
+        self._pending: deque[tuple[BatchPredictions, Future[Measurements]]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -61,7 +61,7 @@ class Keeper:
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
 
-    def add(self, batch: Batch, predictions: Predictions) -> None:
+    def add(self, batch: Batch, predictions: BatchPredictions) -> None:
         """Keep the galaxies of a batch.
 
         Args:
@@ -150,7 +150,7 @@ def merge_predictions(
     units = {"ra": "deg", "dec": "deg", "size": "arcsec" if has_scale else "pixel", "sky_brightness": "full scale = 1"}
 
     def blocks() -> Iterator[Mapping[str, ArrayLike]]:
-        for rows in merge_parts(parts, info.num_classes, batch_size=batch_size, num_samples=len(catalogue)):
+        for rows in merge_rank_files(parts, info.num_classes, batch_size=batch_size, num_samples=len(catalogue)):
             here = slice(int(rows["sample"][0]), int(rows["sample"][-1]) + 1)
             block: dict[str, Any] = {name: rows[name] for name in part_row(info.num_classes).names or ()}
             block |= {name: np.asarray(values_N[here], np.float64) for name, values_N in known.items()}
@@ -215,7 +215,7 @@ def evaluate_split(
     recipe: Recipe,
     beat: Callable[[], None] = lambda: None,
     apart_N: NDArray[np.bool_] | None = None,
-    part: PartWriter | None = None,
+    part: RankFile | None = None,
 ) -> dict[str, Any]:
     """Accuracy, loss, per-class figures and confusion matrix of a split. All ranks take part and get the same.
 
@@ -266,14 +266,16 @@ def _count(
     recipe: Recipe,
     beat: Callable[[], None],
     without: SubsetCounts | None,
-    part: PartWriter | None,
+    part: RankFile | None,
 ) -> Counts:
     """This rank's galaxies."""
     counts = Counts(len(manifest.class_names), world.device, keep_predictions=part is not None)
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(_open_reader(world, manifest, split, recipe))
-        batches = stack.enter_context(DeviceFeed(reader, world.device))
-        keeper = stack.enter_context(Keeper(part, image_size=manifest.image_size, threads=world.cores)) if part else None
+        batches = stack.enter_context(DevicePrefetcher(reader, world.device))
+        keeper = (
+            stack.enter_context(PredictionWriter(part, image_size=manifest.image_size, threads=world.cores)) if part else None
+        )
         for batch in batches:
             images_BCHW = augment.normalise(batch.images_BHWC).to(world.dtype)
             if recipe.train.channels_last:
@@ -292,8 +294,8 @@ def _count(
     return counts
 
 
-def _open_reader(world: World, manifest: Manifest, split: str, recipe: Recipe) -> EvalReader:
-    return EvalReader(
+def _open_reader(world: World, manifest: Manifest, split: str, recipe: Recipe) -> EvalLoader:
+    return EvalLoader(
         manifest,
         split,
         batch_size=recipe.eval.batch_size,

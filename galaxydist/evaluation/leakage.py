@@ -210,7 +210,7 @@ FLAG = "--trained-on"
 FindTrained = Callable[[TrainingData], Manifest]
 
 
-def open_trained(trained_on: TrainingData, known: str, given: str | Path | None, cache: CacheConfig) -> Manifest:
+def open_training_shards(trained_on: TrainingData, known: str, given: str | Path | None, cache: CacheConfig) -> Manifest:
     """The shards that a run was trained on.
 
     Args:
@@ -256,7 +256,7 @@ def open_trained(trained_on: TrainingData, known: str, given: str | Path | None,
     return manifest
 
 
-def find_validation(
+def validation_mask(
     manifest: Manifest, split: str, trained_on: TrainingData, find_trained: FindTrained
 ) -> NDArray[np.bool_] | None:
     """See that a run may be judged on a split.

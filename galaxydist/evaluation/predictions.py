@@ -51,7 +51,7 @@ def part_path(target: Path, rank: int) -> Path:
     return target.with_name(f".{target.name}.rank-{rank}")
 
 
-class PartWriter:
+class RankFile:
     """Writes one process's part. Use as a context manager: whatever happens, the part is gone after it.
 
     Args:
@@ -97,7 +97,7 @@ class PartWriter:
             os.fsync(self._file.fileno())
 
 
-def merge_parts(paths: Sequence[Path], num_classes: int, *, batch_size: int, num_samples: int) -> Iterator[NDArray[np.void]]:
+def merge_rank_files(paths: Sequence[Path], num_classes: int, *, batch_size: int, num_samples: int) -> Iterator[NDArray[np.void]]:
     """The rows of all parts in the order of their samples, some thousand at a time.
 
     Batch j holds the samples j E ... (j + 1) E - 1 and was rank j mod W's (``shards.order.evaluation_batches``).

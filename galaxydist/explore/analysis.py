@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from galaxydist.explore.checks import Neighbours, Pair, find_duplicates, find_neighbours
 from galaxydist.explore.datasets import Population, Positions, chance_order, choose_sample
 from galaxydist.explore.embedding import Features, Map, map_sample
-from galaxydist.explore.scan import Looked, look_at
+from galaxydist.explore.scan import ImageScan, scan_images
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Findings:
     population: Population
     sample_size: int
     seed: int
-    looked: Looked
+    looked: ImageScan
     positions: Positions
     neighbours: Neighbours | None
     duplicates: list[Pair]
@@ -56,7 +56,7 @@ def find_all(population: Population, *, sample: int, seed: int, features: Featur
         features: of thumbnails, for the map; simple ones where None.
     """
     rows = choose_sample(population, sample, seed)
-    looked = look_at(population.source.pictures(rows), population.labels_N, len(rows))
+    looked = scan_images(population.source.pictures(rows), population.labels_N, len(rows))
     positions = population.source.positions() or Positions(looked.rows, *looked.position_n3.T)
     return Findings(
         population=population,
@@ -70,7 +70,7 @@ def find_all(population: Population, *, sample: int, seed: int, features: Featur
     )
 
 
-def pixel_statistics(looked: Looked, label: int) -> dict[str, Any]:
+def pixel_statistics(looked: ImageScan, label: int) -> dict[str, Any]:
     """Over the looked-at galaxies of a class: mean and deviation of each channel (R G B, full scale 1), shares of 0 and 255."""
     shares_CL = looked.histograms[label] / looked.histograms[label].sum(axis=1, keepdims=True)
     values_L = np.arange(256) / 255.0
@@ -142,7 +142,7 @@ def split_leaks(findings: Findings) -> int:
     return sum(1 for pair in findings.duplicates if split_n[pair.first] != split_n[pair.second])
 
 
-def widths(looked: Looked) -> str:
+def widths(looked: ImageScan) -> str:
     """The pictures' widths in words."""
     common = Counter(looked.widths_n.tolist()).most_common()
     if not common:

@@ -15,7 +15,7 @@ from galaxydist.counter_rng import hash64
 from galaxydist.errors import DamagedPictureError, UserError
 from galaxydist.galaxy import EncodedImage, Galaxy, Survey
 from galaxydist.shards.manifest import MANIFEST_NAME, Manifest, shard_name
-from galaxydist.shards.remote.cache import CacheConfig, OpenFile
+from galaxydist.shards.remote.cache import CacheConfig, SharedFile
 from galaxydist.shards.remote.object_store import is_url
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.tar import Member, parse_index
@@ -273,7 +273,7 @@ class ShardSource:
             if self._manifest.remote is not None:
                 data = self._read(name, self._manifest.shards(shard.split)[shard.number]["sha256"].tobytes())
                 return _Records(index, lambda offset, size: data[offset : offset + size])
-            file = OpenFile.at(str(self._manifest.shard_path(shard.split, shard.number)))
+            file = SharedFile.at(str(self._manifest.shard_path(shard.split, shard.number)))
         except UserError:
             raise
         except (OSError, ValueError) as error:

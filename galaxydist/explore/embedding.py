@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from galaxydist.explore.datasets import chance_order
-from galaxydist.explore.scan import THUMBNAIL, Looked
+from galaxydist.explore.scan import THUMBNAIL, ImageScan
 
 # t-SNE of these takes some ten seconds on a core.
 MAX_GALAXIES = 2000
@@ -42,7 +42,7 @@ class Map:
 Features = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], str]]
 
 
-def map_sample(looked: Looked, seed: int, features: Features | None = None) -> Map | None:
+def map_sample(looked: ImageScan, seed: int, features: Features | None = None) -> Map | None:
     """t-SNE (van der Maaten & Hinton 2008, JMLR 9, 2579) of at most ``MAX_GALAXIES``; None of fewer than ten.
 
     Args:
@@ -96,7 +96,7 @@ def _agreement(features_mD: NDArray[np.float32], labels_m: NDArray[np.int64]) ->
     return float((votes_mC.argmax(axis=1) == codes_m).mean()), float(np.bincount(codes_m).max() / len(codes_m))
 
 
-def picture_map(found: Map, looked: Looked, colours: dict[int, str], cell: int = 48) -> Image.Image:
+def picture_map(found: Map, looked: ImageScan, colours: dict[int, str], cell: int = 48) -> Image.Image:
     """The map as pictures: in each cell the middle half of the galaxy nearest to it, framed in the colour of its class.
 
     Args:
@@ -120,7 +120,7 @@ def picture_map(found: Map, looked: Looked, colours: dict[int, str], cell: int =
     return sheet
 
 
-def sprite(found: Map, looked: Looked, cell: int = 48) -> tuple[Image.Image, int]:
+def sprite(found: Map, looked: ImageScan, cell: int = 48) -> tuple[Image.Image, int]:
     """All pictures of the map side by side, in its order, and the number of columns."""
     columns = int(np.ceil(np.sqrt(len(found.places))))
     sheet = Image.new("RGB", (columns * cell, -(-len(found.places) // columns) * cell))

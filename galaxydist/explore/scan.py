@@ -24,7 +24,7 @@ _BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
+class ImageScan:
     """What n readable pictures show, in the order of ``rows``.
 
     Args:
@@ -70,7 +70,7 @@ class Looked:
 
 
 @dataclass(frozen=True, slots=True)
-class _One:
+class _ImageStats:
     """What one picture shows."""
 
     numbers: tuple[float, ...]  # mean R G B, black, white, size, brightness, sky, colour, width, ra, dec, redshift
@@ -90,13 +90,13 @@ class _Sums:
     pictures: dict[int, NDArray[np.float64]] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=lambda: defaultdict(int))
 
-    def add(self, label: int, one: _One) -> None:
+    def add(self, label: int, one: _ImageStats) -> None:
         self.histograms[label] = self.histograms.get(label, 0) + one.histogram_CL
         self.pictures[label] = self.pictures.get(label, 0.0) + one.small_HWC.astype(np.float64)
         self.counts[label] += 1
 
 
-def look_at(pictures: Iterable[Picture], labels_N: NDArray[np.int64], number: int) -> Looked:
+def scan_images(pictures: Iterable[Picture], labels_N: NDArray[np.int64], number: int) -> ImageScan:
     """Look at pictures, on all cores.
 
     Args:
@@ -106,7 +106,7 @@ def look_at(pictures: Iterable[Picture], labels_N: NDArray[np.int64], number: in
     """
     from tqdm import tqdm
 
-    seen: list[tuple[Picture, _One]] = []
+    seen: list[tuple[Picture, _ImageStats]] = []
     problems: dict[str, str] = {}
     sums, width, cores = _Sums(), 0, available_cores()
     with ThreadPoolExecutor(cores) as pool, tqdm(total=number, desc="look at pictures", unit="img", disable=None) as bar:
@@ -124,14 +124,16 @@ def look_at(pictures: Iterable[Picture], labels_N: NDArray[np.int64], number: in
     return _gather(sorted(seen, key=lambda pair: pair[0].row), labels_N, sums, problems)
 
 
-def _gather(seen: list[tuple[Picture, _One]], labels_N: NDArray[np.int64], sums: _Sums, problems: dict[str, str]) -> Looked:
+def _gather(
+    seen: list[tuple[Picture, _ImageStats]], labels_N: NDArray[np.int64], sums: _Sums, problems: dict[str, str]
+) -> ImageScan:
     rows = np.array([picture.row for picture, _ in seen], np.int64)
     columns = np.array([one.numbers for _, one in seen], np.float64).reshape(len(seen), 13)
     oddities: dict[str, list[int]] = {}
     for place, (_, one) in enumerate(seen):
         for kind in one.oddities:
             oddities.setdefault(kind, []).append(place)
-    return Looked(
+    return ImageScan(
         rows=rows,
         ids=[picture.id for picture, _ in seen],
         labels=labels_N[rows],
@@ -154,7 +156,7 @@ def _gather(seen: list[tuple[Picture, _One]], labels_N: NDArray[np.int64], sums:
     )
 
 
-def _look(batch: list[Picture], mean_width: int) -> list[_One]:
+def _look(batch: list[Picture], mean_width: int) -> list[_ImageStats]:
     """What pictures of one shape show."""
     images_BHWC = np.stack([picture.image for picture in batch if picture.image is not None])
     measured = measure_pictures(images_BHWC)
@@ -182,7 +184,7 @@ def _look(batch: list[Picture], mean_width: int) -> list[_One]:
             place.redshift,
         )
         ones.append(
-            _One(
+            _ImageStats(
                 numbers=tuple(map(float, numbers)),
                 hash_B=perceptual_hash(image_HWC),
                 digest=hashlib.blake2b(image_HWC.tobytes(), digest_size=16).digest(),

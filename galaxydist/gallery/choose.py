@@ -17,7 +17,7 @@ _Rows = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Pick:
+class SelectedGalaxy:
     """A galaxy that was chosen.
 
     Args:
@@ -44,7 +44,7 @@ class Pick:
 
 
 @dataclass(frozen=True, slots=True)
-class Picks:
+class Selection:
     """What was chosen, and of how many.
 
     Args:
@@ -55,8 +55,8 @@ class Picks:
         num_undefined: galaxies whose probabilities are not finite: they are in neither choice.
     """
 
-    confident: tuple[tuple[Pick, ...], ...]
-    uncertain: tuple[tuple[Pick, ...], ...]
+    confident: tuple[tuple[SelectedGalaxy, ...], ...]
+    uncertain: tuple[tuple[SelectedGalaxy, ...], ...]
     num_galaxies: tuple[int, ...]
     num_mistakes: tuple[int, ...]
     num_undefined: int
@@ -66,7 +66,7 @@ class Picks:
         return np.unique(np.array([pick.sample for picks in (*self.confident, *self.uncertain) for pick in picks], np.int64))
 
 
-def choose_mistakes(predictions: PredictionsFile, per_class: int) -> Picks:
+def choose_mistakes(predictions: PredictionsFile, per_class: int) -> Selection:
     """Choose galaxies of each true class. Memory is that of a row group and of what is chosen, whatever the number of galaxies.
 
     Args:
@@ -89,7 +89,9 @@ def choose_mistakes(predictions: PredictionsFile, per_class: int) -> Picks:
         num_undefined += int((~defined_N).sum())
         confident.add(_take(rows, defined_N & mistaken_N))
         uncertain.add(_take(rows, defined_N))
-    return Picks(confident.picks(), uncertain.picks(), tuple(num_galaxies.tolist()), tuple(num_mistakes.tolist()), num_undefined)
+    return Selection(
+        confident.picks(), uncertain.picks(), tuple(num_galaxies.tolist()), tuple(num_mistakes.tolist()), num_undefined
+    )
 
 
 def entropies(probabilities_NK: NDArray[Any]) -> NDArray[np.float64]:
@@ -115,12 +117,12 @@ class _Best:
         place = np.arange(label.size) - np.searchsorted(label, label)  # within its class
         self._kept = _take(rows, order[place < self._per_class])
 
-    def picks(self) -> tuple[tuple[Pick, ...], ...]:
-        found: list[list[Pick]] = [[] for _ in range(self._num_classes)]
+    def picks(self) -> tuple[tuple[SelectedGalaxy, ...], ...]:
+        found: list[list[SelectedGalaxy]] = [[] for _ in range(self._num_classes)]
         if self._kept is not None:
-            names = list(Pick.__dataclass_fields__)
+            names = list(SelectedGalaxy.__dataclass_fields__)
             for values in zip(*(self._kept[name].tolist() for name in names), strict=True):
-                pick = Pick(**dict(zip(names, values, strict=True)))
+                pick = SelectedGalaxy(**dict(zip(names, values, strict=True)))
                 found[pick.label].append(pick)
         return tuple(map(tuple, found))
 

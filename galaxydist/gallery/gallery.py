@@ -24,7 +24,7 @@ from galaxydist.evaluation.predictions import PREDICTIONS, PredictionsFile, pred
 from galaxydist.evaluation.results_files import stem_of
 from galaxydist.evaluation.text_table import readable, title_of
 from galaxydist.galaxy import Variant
-from galaxydist.gallery.choose import Pick, Picks, choose_mistakes
+from galaxydist.gallery.choose import SelectedGalaxy, Selection, choose_mistakes
 from galaxydist.loading.dataset import TrainingData, build_augment, find_cache, find_manifest, find_variant
 from galaxydist.loading.decode import read_chosen, reduction
 from galaxydist.models.saliency import explain, method_of
@@ -60,7 +60,7 @@ KINDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class RenderedGalaxy:
     """A chosen galaxy as it is shown.
 
     Args:
@@ -74,7 +74,7 @@ class Seen:
     peak: float
 
     @classmethod
-    def small(cls, picture: NDArray[np.uint8], overlay: NDArray[np.uint8], peak: float) -> "Seen":
+    def small(cls, picture: NDArray[np.uint8], overlay: NDArray[np.uint8], peak: float) -> "RenderedGalaxy":
         """No wider than ``THUMBNAIL``."""
         return cls(_small(picture), _small(overlay), peak)
 
@@ -92,8 +92,8 @@ class Gallery:
         command: that makes this, for the page.
     """
 
-    picks: Picks
-    seen: Mapping[int, Seen]
+    picks: Selection
+    seen: Mapping[int, RenderedGalaxy]
     context: Mapping[str, Any]
     class_names: Sequence[str]
     method: str
@@ -103,7 +103,7 @@ class Gallery:
     def title(self) -> str:
         return title_of({**self.context, "count": sum(self.picks.num_galaxies)})
 
-    def chosen(self, kind: str) -> tuple[tuple[Pick, ...], ...]:
+    def chosen(self, kind: str) -> tuple[tuple[SelectedGalaxy, ...], ...]:
         """By true class; ``kind`` is one of ``KINDS``."""
         return self.picks.confident if kind == "mistakes" else self.picks.uncertain
 
@@ -171,7 +171,7 @@ def gallery_sections(predictions: Path) -> list[tuple[str, str, str]]:
         return []
 
 
-def describe(pick: Pick, class_names: Sequence[str]) -> str:
+def describe(pick: SelectedGalaxy, class_names: Sequence[str]) -> str:
     """A galaxy in one line: id, true class, predicted class, probability."""
     true, predicted = readable(class_names[pick.label]), readable(class_names[pick.predicted])
     return f"{pick.id}: true {true}, predicted {predicted} ({_percent(pick.probability)})"
@@ -243,7 +243,7 @@ def _render(gallery: Gallery) -> str:
     )
 
 
-def _uris(seen: Mapping[int, Seen]) -> dict[int, tuple[str, str]]:
+def _uris(seen: Mapping[int, RenderedGalaxy]) -> dict[int, tuple[str, str]]:
     """Both pictures of each galaxy, by sample number, as large as the limit allows; a galaxy may stand in both choices."""
     uris: dict[int, tuple[str, str]] = {}
     for width in _WIDTHS:
@@ -301,7 +301,7 @@ def make_gallery(
     data_dir: Path | None = None,
     tta: Views | None = None,
     threads: int = 1,
-) -> tuple[Path, Picks]:
+) -> tuple[Path, Selection]:
     """Choose galaxies from the stored predictions of a run, look at them with its model, and write the gallery.
 
     Page, sheets and JSON go to where the predictions lie; see ``write_mistake_gallery``.
@@ -384,8 +384,8 @@ def _open_checkpoint(folder: RunFolder, predictions: PredictionsFile, command: s
 
 
 def _look(
-    recipe: Recipe, checkpoint: Checkpoint, manifest: Manifest, split: str, picks: Picks, *, threads: int
-) -> dict[int, Seen]:
+    recipe: Recipe, checkpoint: Checkpoint, manifest: Manifest, split: str, picks: Selection, *, threads: int
+) -> dict[int, RenderedGalaxy]:
     """The chosen galaxies by sample number, with the maps of the model for the classes that it predicts."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_judged(recipe, checkpoint).to(device).eval()
@@ -393,7 +393,7 @@ def _look(
     predicted = {pick.sample: pick.predicted for of_class in (*picks.confident, *picks.uncertain) for pick in of_class}
     crop, size = recipe.data.crop, recipe.data.image_size
     factor = reduction(manifest.image_size, size, crop, recipe.data.augment.zoom)
-    seen: dict[int, Seen] = {}
+    seen: dict[int, RenderedGalaxy] = {}
     waiting: list[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]] = []
 
     def flush() -> None:
@@ -405,7 +405,7 @@ def _look(
         found = explain(model, recipe.model.name, images_BCHW, targets_B)
         maps_BHW = found.maps_BHW.numpy()
         for sample, picture, map_HW, peak in zip(samples, pictures, maps_BHW, found.peaks_B.tolist(), strict=True):
-            seen[sample] = Seen.small(picture, overlay(picture, map_HW, crop=crop), peak)
+            seen[sample] = RenderedGalaxy.small(picture, overlay(picture, map_HW, crop=crop), peak)
         waiting.clear()
 
     for sample, (picture, decoded) in read_chosen(manifest, split, picks.samples(), (1, factor)):

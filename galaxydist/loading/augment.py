@@ -15,17 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from galaxydist.counter_rng import Purpose, hash64, uniform
+from galaxydist.counter_rng import Stream, hash64, uniform
 from galaxydist.loading.image_ops import (
-    Changes,
-    CpuRenderer,
-    DeviceRenderer,
+    AffineWarp,
     Float32s,
     Floats,
+    ImageTransform,
     Ints,
     Noise,
-    Turn,
-    Warp,
+    OpenCVBackend,
+    QuarterTurn,
+    TorchBackend,
     antialias,
     resize,
 )
@@ -57,18 +57,18 @@ class Normalise:
         self.gain_C = 1 / (255 * std)
         self.shift_C = (-np.asarray(channel_mean) / std).astype(np.float32)
         self._image_size, self._crop = image_size, crop
-        self._on_cpu, self._on_device = CpuRenderer(image_size, threads), DeviceRenderer(image_size)
+        self._on_cpu, self._on_device = OpenCVBackend(image_size, threads), TorchBackend(image_size)
 
     def __call__(self, images_BHWC: Tensor) -> Tensor:
         """uint8 B x H x W x 3 to normalised float32 B x 3 x T x T, on the same device."""
         rows = len(images_BHWC)
-        upright = Turn(np.zeros(rows, np.int64), np.zeros(rows, np.bool_))
+        upright = QuarterTurn(np.zeros(rows, np.int64), np.zeros(rows, np.bool_))
         gain_BC = np.broadcast_to(self.gain_C.astype(np.float32), (rows, 3))
-        return self.render(images_BHWC, Changes(upright, gain_BC, self.shift_C))
+        return self.render(images_BHWC, ImageTransform(upright, gain_BC, self.shift_C))
 
-    def render(self, images_BHWC: Tensor, changes: Changes) -> Tensor:
+    def render(self, images_BHWC: Tensor, changes: ImageTransform) -> Tensor:
         """Carry out changes; what is not warped is the central crop at the model's size."""
-        if isinstance(changes.geometry, Turn):
+        if isinstance(changes.geometry, QuarterTurn):
             images_BHWC = self.view(images_BHWC)
         if images_BHWC.device.type == "cpu":
             return torch.from_numpy(self._on_cpu(images_BHWC.numpy(), changes))
@@ -128,7 +128,7 @@ class Augment:
         """
         return self.normalise.render(images_BHWC, self.changes(epoch, positions_B.cpu().numpy(), images_BHWC.shape[1]))
 
-    def changes(self, epoch: int, positions: Ints, width: int) -> Changes:
+    def changes(self, epoch: int, positions: Ints, width: int) -> ImageTransform:
         """What becomes of the images at these positions.
 
         Args:
@@ -136,58 +136,58 @@ class Augment:
             width: of the images as they come, in pixels.
         """
         gain_BC = self._brightness(epoch, positions)[:, None] * self.normalise.gain_C
-        geometry: Warp | Turn
+        geometry: AffineWarp | QuarterTurn
         if self._resamples:
             maps, zoom = self.parameters(epoch, positions)
-            geometry = Warp(maps, *antialias(self._crop * width / (self._size * zoom), width))
+            geometry = AffineWarp(maps, *antialias(self._crop * width / (self._size * zoom), width))
         else:
             turns = np.rint(self._angle(epoch, positions) / (np.pi / 2)).astype(np.int64)
-            geometry = Turn(turns, self._mirrored(epoch, positions))
+            geometry = QuarterTurn(turns, self._mirrored(epoch, positions))
         noise = self._noise(epoch, positions, gain_BC)
-        return Changes(geometry, gain_BC.astype(np.float32), self.normalise.shift_C, noise)
+        return ImageTransform(geometry, gain_BC.astype(np.float32), self.normalise.shift_C, noise)
 
     def parameters(self, epoch: int, positions: Ints) -> tuple[Floats, Floats]:
         """Each image's 2 x 3 map from the model's coordinates to the stored picture's (x to the right, y down, -1 to 1 from edge
         to edge), and its zoom."""
         config = self._config
         angle, mirror = self._angle(epoch, positions), np.where(self._mirrored(epoch, positions), -1.0, 1.0)
-        zoom = np.exp(math.log(config.zoom) * (2 * self._draw(epoch, positions, Purpose.ZOOM) - 1))
+        zoom = np.exp(math.log(config.zoom) * (2 * self._draw(epoch, positions, Stream.ZOOM) - 1))
         scale = self._crop / zoom
         maps = np.empty((positions.size, 2, 3))
         maps[:, 0, 0], maps[:, 0, 1] = scale * mirror * np.cos(angle), -scale * np.sin(angle)
         maps[:, 1, 0], maps[:, 1, 1] = scale * mirror * np.sin(angle), scale * np.cos(angle)
-        for axis, purpose in enumerate((Purpose.SHIFT_X, Purpose.SHIFT_Y)):
+        for axis, purpose in enumerate((Stream.SHIFT_X, Stream.SHIFT_Y)):
             maps[:, axis, 2] = 2 * self._crop * config.shift * (2 * self._draw(epoch, positions, purpose) - 1)
         return maps, zoom
 
-    def _draw(self, epoch: int, positions: Ints, purpose: Purpose) -> Floats:
+    def _draw(self, epoch: int, positions: Ints, purpose: Stream) -> Floats:
         return uniform(self._seed, epoch, positions, purpose)
 
     def _angle(self, epoch: int, positions: Ints) -> Floats:
         if self._config.rotate == "none":
             return np.zeros(positions.shape)
-        turns = 4 * self._draw(epoch, positions, Purpose.ANGLE)
+        turns = 4 * self._draw(epoch, positions, Stream.ANGLE)
         return np.pi / 2 * (np.floor(turns) if self._config.rotate == "d4" else turns)
 
     def _mirrored(self, epoch: int, positions: Ints) -> NDArray[np.bool_]:
-        return self._config.flip & (self._draw(epoch, positions, Purpose.FLIP) < 0.5)
+        return self._config.flip & (self._draw(epoch, positions, Stream.FLIP) < 0.5)
 
     def _brightness(self, epoch: int, positions: Ints) -> Floats:
-        return 1 + self._config.brightness * (2 * self._draw(epoch, positions, Purpose.BRIGHTNESS) - 1)
+        return 1 + self._config.brightness * (2 * self._draw(epoch, positions, Stream.BRIGHTNESS) - 1)
 
     def _noise(self, epoch: int, positions: Ints, gain_BC: Floats) -> Noise | None:
         """Gaussian noise: a window of a fixed table of deviates, at a hashed place; as bright as the image."""
         if self._noise_table is None:
             return None
-        level = 255 * self._config.noise * self._draw(epoch, positions, Purpose.NOISE_LEVEL)
-        places = hash64(self._seed, epoch, positions, Purpose.NOISE_PLACE) % np.uint64(NOISE_TABLE_SIZE)
+        level = 255 * self._config.noise * self._draw(epoch, positions, Stream.NOISE_LEVEL)
+        places = hash64(self._seed, epoch, positions, Stream.NOISE_PLACE) % np.uint64(NOISE_TABLE_SIZE)
         return Noise(self._noise_table, places.astype(np.int64), (level[:, None] * gain_BC).astype(np.float32))
 
 
 def _noise_table(seed: int, length: int) -> Float32s:
     """Standard normal deviates by Box and Muller (1958), with enough repeated at the end for one image from any place."""
     half = np.arange(NOISE_TABLE_SIZE // 2)
-    radius = np.sqrt(-2 * np.log(1 - uniform(seed, 0, half, Purpose.NOISE_TABLE)))
-    angle = 2 * np.pi * uniform(seed, 1, half, Purpose.NOISE_TABLE)
+    radius = np.sqrt(-2 * np.log(1 - uniform(seed, 0, half, Stream.NOISE_TABLE)))
+    angle = 2 * np.pi * uniform(seed, 1, half, Stream.NOISE_TABLE)
     table = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)]).astype(np.float32)
     return np.resize(table, NOISE_TABLE_SIZE + length)

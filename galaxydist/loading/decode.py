@@ -14,15 +14,15 @@ from PIL import Image, UnidentifiedImageError
 
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.remote.cache import OpenFile
-from galaxydist.shards.remote.prefetcher import FolderSource, Source, open_source
-from galaxydist.shards.shard_usage import evaluation_uses, lengthened
+from galaxydist.shards.remote.cache import SharedFile
+from galaxydist.shards.remote.prefetcher import LocalShards, ShardSource, open_shard_source
+from galaxydist.shards.shard_usage import evaluation_uses, extend
 from galaxydist.shards.tar import BLOCK, parse_index
 
 Pixels = NDArray[np.uint8]
 
 
-class PictureError(UserError):
+class ImageError(UserError):
     """One picture cannot be read or decoded. With data.on_error=skip it costs that galaxy alone.
 
     Args:
@@ -36,7 +36,7 @@ class PictureError(UserError):
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class StoredImage:
     """Where a stored picture lies."""
 
     sample: int
@@ -63,7 +63,7 @@ def reduction(image_size: int, target_size: int, crop: float, max_zoom: float = 
     return 1
 
 
-class PictureReader:
+class ImageDecoder:
     """Reads the pictures of one split.
 
     Args:
@@ -72,7 +72,7 @@ class PictureReader:
         source: where the shards come from, if they do not lie in the manifest's folder; closed with this reader.
     """
 
-    def __init__(self, manifest: Manifest, split: str, factor: int = 1, source: Source | None = None) -> None:
+    def __init__(self, manifest: Manifest, split: str, factor: int = 1, source: ShardSource | None = None) -> None:
         self._manifest, self._split = manifest, split
         self._encoding = manifest.encoding
         self._factor = factor if manifest.encoding == "jpeg" else 1
@@ -81,16 +81,16 @@ class PictureReader:
         self._starts = np.concatenate([[0], np.cumsum(shards["samples"])])
         self._shard_bytes = shards["bytes"]
         self._offsets, self._lengths = manifest.offsets(split), manifest.lengths(split)
-        self._source = source or FolderSource(manifest, split)
+        self._source = source or LocalShards(manifest, split)
         self._raw_header = _raw_header(manifest.image_size)
 
-    def locate(self, samples: NDArray[np.int64]) -> list[Picture]:
+    def locate(self, samples: NDArray[np.int64]) -> list[StoredImage]:
         """Where these stored samples lie."""
         shards = np.searchsorted(self._starts, samples, side="right") - 1
         columns = samples, shards, self._offsets[samples], self._lengths[samples]
-        return [Picture(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        return [StoredImage(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
-    def read_into(self, picture: Picture, pixels: Pixels) -> None:
+    def read_into(self, picture: StoredImage, pixels: Pixels) -> None:
         """Decode a picture into ``size`` x ``size`` x 3 uint8 contiguous pixels.
 
         Raises:
@@ -109,7 +109,7 @@ class PictureReader:
             if shape != pixels.shape:
                 raise ValueError(f"{shape[1]} x {shape[0]} pixels where {self.size} x {self.size} belong")
         except (ValueError, OSError, SyntaxError) as error:
-            raise PictureError(
+            raise ImageError(
                 f"{self._name(picture)}: its picture does not decode ({error})",
                 f"look for more with: galaxydist data check {self._manifest.location}, "
                 f"then {self._manifest.remedy}, or train without it: data.on_error=skip",
@@ -131,7 +131,7 @@ class PictureReader:
         )
         return tuple(picture.shape)
 
-    def _read_raw(self, descriptor: int, picture: Picture, pixels: Pixels) -> None:
+    def _read_raw(self, descriptor: int, picture: StoredImage, pixels: Pixels) -> None:
         header = bytearray(len(self._raw_header))
         length = os.preadv(descriptor, [header, pixels.data.cast("B")], picture.offset)
         if length != picture.length:
@@ -139,7 +139,7 @@ class PictureReader:
         if header != self._raw_header:
             raise ValueError(f"not a .npy file of {self.size} x {self.size} x 3 uint8")
 
-    def _open(self, picture: Picture) -> OpenFile:
+    def _open(self, picture: StoredImage) -> SharedFile:
         file = self._source.open(picture.shard)
         if file.num_bytes != self._shard_bytes[picture.shard]:
             raise UserError(
@@ -149,7 +149,7 @@ class PictureReader:
             )
         return file
 
-    def _name(self, picture: Picture) -> str:
+    def _name(self, picture: StoredImage) -> str:
         return picture_name(self._manifest, self._split, picture.shard, picture.sample - int(self._starts[picture.shard]))
 
 
@@ -225,8 +225,8 @@ def read_chosen(
     uses = evaluation_uses(sizes, 1, 0, 1)  # batches of one sample: the steps are the sample numbers
     needed = np.unique(np.searchsorted(np.cumsum(sizes), samples, side="right"))
     uses = uses[np.isin(uses["shard"], needed)]
-    source = open_source(manifest, split, iter([uses]), iter([lengthened(uses, 1)]), steps_ahead=1, why="a few pictures")
-    readers = [PictureReader(manifest, split, factor, source) for factor in factors]
+    source = open_shard_source(manifest, split, iter([uses]), iter([extend(uses, 1)]), steps_ahead=1, why="a few pictures")
+    readers = [ImageDecoder(manifest, split, factor, source) for factor in factors]
     try:
         for picture in readers[0].locate(samples):
             yield picture.sample, tuple(_read(reader, picture) for reader in readers)
@@ -235,7 +235,7 @@ def read_chosen(
         source.close()
 
 
-def _read(reader: PictureReader, picture: Picture) -> Pixels:
+def _read(reader: ImageDecoder, picture: StoredImage) -> Pixels:
     pixels = np.empty((reader.size, reader.size, 3), np.uint8)
     reader.read_into(picture, pixels)
     return pixels

@@ -24,7 +24,7 @@ class Event(Protocol):
         ...
 
 
-class SideStream(Protocol):
+class CopyStream(Protocol):
     """A queue of copies beside the stream that computes."""
 
     def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
@@ -36,7 +36,7 @@ class SideStream(Protocol):
         ...
 
 
-class CudaSideStream:
+class CudaCopyStream:
     """A side stream of a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -69,7 +69,7 @@ class _Copying:
     event: Event
 
 
-class DeviceFeed:
+class DevicePrefetcher:
     """A reader's batches with images, labels and weights on the device; positions and sample numbers stay on the CPU.
 
     On a GPU the next batch is being copied while the current one is in use, and a reader's memory goes back to it only when the
@@ -82,9 +82,9 @@ class DeviceFeed:
         side_stream: the stream to copy on; None: a new one, where the device is a GPU.
     """
 
-    def __init__(self, batches: Iterator[Batch], device: torch.device, side_stream: SideStream | None = None) -> None:
+    def __init__(self, batches: Iterator[Batch], device: torch.device, side_stream: CopyStream | None = None) -> None:
         self._batches, self._device = batches, device
-        self._side_stream = side_stream or (CudaSideStream(device) if device.type == "cuda" else None)
+        self._side_stream = side_stream or (CudaCopyStream(device) if device.type == "cuda" else None)
         self._ahead: _Copying | None = None
         self._error: Exception | None = None
         self._in_flight: deque[_Copying] = deque()
@@ -124,7 +124,7 @@ class DeviceFeed:
         self._in_flight.clear()
         self._error = self._error or StopIteration()
 
-    def _fetch(self, side_stream: SideStream) -> None:
+    def _fetch(self, side_stream: CopyStream) -> None:
         if self._error is not None:
             return
         try:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from galaxydist.loading.loader import Buffers
+from galaxydist.loading.loader import BufferPool
 
 Floats = NDArray[np.float64]
 Float32s = NDArray[np.float32]
@@ -33,7 +33,7 @@ NUM_TAPS = 5
 
 
 @dataclass(frozen=True)
-class Warp:
+class AffineWarp:
     """Resampling through a map; what lies outside an image is its reflection.
 
     Args:
@@ -65,7 +65,7 @@ class Warp:
 
 
 @dataclass(frozen=True)
-class Turn:
+class QuarterTurn:
     """Quarter turns (B, counter-clockwise) and then mirrors (B, left to right): the same pixels in other places."""
 
     turns: Ints
@@ -88,7 +88,7 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Changes:
+class ImageTransform:
     """``grey level * gain + shift + noise`` of images that were warped or turned and are in whole grey levels again.
 
     Args:
@@ -98,7 +98,7 @@ class Changes:
         noise: if any.
     """
 
-    geometry: Warp | Turn
+    geometry: AffineWarp | QuarterTurn
     gain_BC: Float32s
     shift_C: Float32s
     noise: Noise | None = None
@@ -129,10 +129,10 @@ def _taps(variance: Floats) -> Float32s:
     return (np.stack([far, near, TAP_UNIT - 2 * (near + far), near, far], axis=1) / TAP_UNIT).astype(np.float32)
 
 
-# ``Changes`` carried out by torch, a batch at a time: the way of an accelerator (it gives the same on a CPU, slowly).
+# ``ImageTransform`` carried out by torch, a batch at a time: the way of an accelerator (it gives the same on a CPU, slowly).
 
 
-class DeviceRenderer:
+class TorchBackend:
     """Images to model input where they are.
 
     Args:
@@ -143,13 +143,13 @@ class DeviceRenderer:
         self._size = size
         self._noise_table: Tensor | None = None
 
-    def __call__(self, images_BHWC: Tensor, changes: Changes) -> Tensor:
+    def __call__(self, images_BHWC: Tensor, changes: ImageTransform) -> Tensor:
         """uint8 B x H x W x 3, H == W, to float32 B x 3 x T x T on the same device."""
         batch = torch.empty((len(images_BHWC), 3, self._size, self._size), device=images_BHWC.device)
         for rows, group in _groups(changes.geometry):
             chosen = _index(rows, images_BHWC)
             images = images_BHWC[chosen].permute(0, 3, 1, 2).float()
-            batch[chosen] = resample(images, group, self._size) if isinstance(group, Warp) else _turn(images, group)
+            batch[chosen] = resample(images, group, self._size) if isinstance(group, AffineWarp) else _turn(images, group)
         batch.mul_(_column(changes.gain_BC, batch)).add_(_column(changes.shift_C[None], batch))
         if changes.noise is not None:
             self._add_noise(batch, changes.noise)
@@ -163,7 +163,7 @@ class DeviceRenderer:
         batch_BCHW.addcmul_(deviates, _column(noise.gain_BC, batch_BCHW))
 
 
-def resample(images_BCHW: Tensor, warp: Warp, size: int) -> Tensor:
+def resample(images_BCHW: Tensor, warp: AffineWarp, size: int) -> Tensor:
     """Each image through its map, in whole grey levels.
 
     Args:
@@ -225,21 +225,21 @@ def _blur(images_BCHW: Tensor, taps: Float32s, radius: int, axis: int) -> Tensor
     return total
 
 
-def _groups(geometry: Warp | Turn) -> Iterator[tuple[Ints, Warp | Turn]]:
+def _groups(geometry: AffineWarp | QuarterTurn) -> Iterator[tuple[Ints, AffineWarp | QuarterTurn]]:
     """The images that are treated alike: their rows, and what happens to them."""
-    if isinstance(geometry, Warp):
+    if isinstance(geometry, AffineWarp):
         kinds = np.stack([geometry.halvings, geometry.radii], axis=1)
     else:
         kinds = np.stack([geometry.turns, geometry.mirrored], axis=1)
     for kind in np.unique(kinds, axis=0):
         rows = np.flatnonzero((kinds == kind).all(1))
-        if isinstance(geometry, Warp):
-            yield rows, Warp(geometry.maps[rows], geometry.halvings[rows], geometry.taps[rows])
+        if isinstance(geometry, AffineWarp):
+            yield rows, AffineWarp(geometry.maps[rows], geometry.halvings[rows], geometry.taps[rows])
         else:
-            yield rows, Turn(geometry.turns[rows], geometry.mirrored[rows])
+            yield rows, QuarterTurn(geometry.turns[rows], geometry.mirrored[rows])
 
 
-def _turn(images_BCHW: Tensor, turn: Turn) -> Tensor:
+def _turn(images_BCHW: Tensor, turn: QuarterTurn) -> Tensor:
     turned = torch.rot90(images_BCHW, int(turn.turns[0]), (2, 3))
     return turned.flip(3) if turn.mirrored[0] else turned
 
@@ -256,7 +256,7 @@ def _column(values_BC: Float32s | Floats, like: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values_BC)).to(like.device)[:, :, None, None]
 
 
-# ``Changes`` carried out on a CPU by OpenCV, image by image, while an image is in the processor's cache.
+# ``ImageTransform`` carried out on a CPU by OpenCV, image by image, while an image is in the processor's cache.
 
 Pixels = NDArray[np.uint8]
 
@@ -264,7 +264,7 @@ Pixels = NDArray[np.uint8]
 IMAGES_PER_TASK = 8
 
 
-class CpuRenderer:
+class OpenCVBackend:
     """Images to model input in the memory of the processor.
 
     Args:
@@ -274,14 +274,14 @@ class CpuRenderer:
 
     def __init__(self, size: int, threads: int = 1) -> None:
         self._size, self._threads = size, threads
-        self._buffers = Buffers(keep=4)
+        self._buffers = BufferPool(keep=4)
         self._executor: ThreadPoolExecutor | None = None
 
-    def __call__(self, images_BHWC: Pixels, changes: Changes) -> Float32s:
+    def __call__(self, images_BHWC: Pixels, changes: ImageTransform) -> Float32s:
         """uint8 B x H x W x 3, H == W, to float32 B x 3 x T x T; its memory is used again once nothing refers to it."""
         batch = self._buffers.take((len(images_BHWC), 3, self._size, self._size), np.float32)
         geometry = changes.geometry
-        matrices = geometry.matrices(images_BHWC.shape[1], self._size) if isinstance(geometry, Warp) else None
+        matrices = geometry.matrices(images_BHWC.shape[1], self._size) if isinstance(geometry, AffineWarp) else None
         task = functools.partial(_render, images_BHWC, changes, matrices, batch)
         tasks = [range(first, min(first + IMAGES_PER_TASK, len(batch))) for first in range(0, len(batch), IMAGES_PER_TASK)]
         if self._threads == 1 or len(tasks) < 2:
@@ -304,7 +304,7 @@ def _cv2() -> Any:
     return cv2
 
 
-def _render(images_BHWC: Pixels, changes: Changes, matrices: Floats | None, batch_BCHW: Float32s, rows: range) -> None:
+def _render(images_BHWC: Pixels, changes: ImageTransform, matrices: Floats | None, batch_BCHW: Float32s, rows: range) -> None:
     cv2 = _cv2()
     size = batch_BCHW.shape[2]
     # Four channels: OpenCV warps them in two thirds of the time that three take.
@@ -312,7 +312,7 @@ def _render(images_BHWC: Pixels, changes: Changes, matrices: Floats | None, batc
     chosen = slice(rows.start, rows.stop)
     tables = changes.gain_BC[chosen, :, None] * np.arange(256, dtype=np.float32) + changes.shift_C[:, None]
     for row, table in zip(rows, tables, strict=True):
-        if isinstance(changes.geometry, Warp):
+        if isinstance(changes.geometry, AffineWarp):
             assert matrices is not None
             picture = _soften(cv2, images_BHWC[row], int(changes.geometry.halvings[row]), changes.geometry.taps[row])
             picture = cv2.cvtColor(picture, cv2.COLOR_RGB2RGBA)
@@ -337,14 +337,14 @@ def _soften(cv2: Any, picture_HWC: Pixels, halvings: int, taps: Float32s) -> Pix
     return cv2.sepFilter2D(picture_HWC, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT)  # type: ignore[no-any-return]
 
 
-def _turn_one(cv2: Any, picture_HWC: Pixels, turn: Turn, row: int) -> Pixels:
+def _turn_one(cv2: Any, picture_HWC: Pixels, turn: QuarterTurn, row: int) -> Pixels:
     if turn.turns[row]:
         code = (cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CLOCKWISE)[turn.turns[row] - 1]
         picture_HWC = cv2.rotate(picture_HWC, code)
     return cv2.flip(picture_HWC, 1) if turn.mirrored[row] else picture_HWC
 
 
-def _add_noise(cv2: Any, view_CHW: Float32s, changes: Changes, row: int) -> None:
+def _add_noise(cv2: Any, view_CHW: Float32s, changes: ImageTransform, row: int) -> None:
     noise = changes.noise
     assert noise is not None
     place = int(noise.places[row])

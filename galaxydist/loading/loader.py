@@ -1,6 +1,6 @@
 """Shards to batches: a pool of threads decodes ahead into uint8 batches, in the order of ``order``. No worker processes.
 
-Train and evaluation readers share the pool (``BatchPool``); they differ only in which samples make up a batch.
+Train and evaluation readers share the pool (``DecodePool``); they differ only in which samples make up a batch.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
-from galaxydist.loading.decode import Picture, PictureReader, reduction
+from galaxydist.loading.decode import ImageDecoder, StoredImage, reduction
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import (
     ByClass,
@@ -32,13 +32,13 @@ from galaxydist.shards.order import (
     rank_offsets,
     steps_per_epoch,
 )
-from galaxydist.shards.remote.prefetcher import open_source
-from galaxydist.shards.shard_usage import Uses, evaluation_uses, lengthened, resampled_uses, shard_uses, shifted
+from galaxydist.shards.remote.prefetcher import open_shard_source
+from galaxydist.shards.shard_usage import Uses, evaluation_uses, extend, resampled_uses, shift, usage_of_rank
 
 # Memory of batches, used again: a batch of fresh pages costs a fifth of the time that decoding it does.
 
 
-class Buffers:
+class BufferPool:
     """Arrays whose memory comes back by itself once nothing refers to them any more, tensors made from them included.
 
     Args:
@@ -100,7 +100,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """What a batch will hold; samples of -1 fill it up."""
 
     samples: Int64
@@ -111,12 +111,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Pending:
-    plan: Plan
+    plan: BatchPlan
     pixels: NDArray[np.uint8]
     tasks: list["Future[list[tuple[int, UserError]]]"]
 
 
-class BatchPool:
+class DecodePool:
     """Batches decoded ahead by threads, at most ``prefetch`` of them; handed out in the order of their plans.
 
     ``pin``: into memory that a GPU copies from while the host goes on.
@@ -124,9 +124,9 @@ class BatchPool:
 
     def __init__(
         self,
-        pictures: PictureReader,
+        pictures: ImageDecoder,
         labels: NDArray[np.int32],
-        plans: Iterator[Plan],
+        plans: Iterator[BatchPlan],
         threads: int,
         prefetch: int,
         *,
@@ -135,7 +135,7 @@ class BatchPool:
         self._pictures, self._labels, self._plans, self._prefetch = pictures, labels, plans, prefetch
         self._threads = threads
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-decode")
-        self._buffers = Buffers(prefetch + 3, pin=pin)
+        self._buffers = BufferPool(prefetch + 3, pin=pin)
         self._pending: deque[_Pending] = deque()
         self._closed = False
         self.wait_s = 0.0
@@ -168,7 +168,7 @@ class BatchPool:
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._pending.clear()
 
-    def _submit(self, plan: Plan) -> _Pending:
+    def _submit(self, plan: BatchPlan) -> _Pending:
         size = self._pictures.size
         pixels = self._buffers.take((plan.samples.size, size, size, 3), np.uint8)
         real = np.flatnonzero(plan.samples >= 0)
@@ -181,7 +181,7 @@ class BatchPool:
         ]
         return _Pending(plan, pixels, tasks)
 
-    def _decode(self, pictures: list[Picture], pixels: NDArray[np.uint8], first: int) -> list[tuple[int, UserError]]:
+    def _decode(self, pictures: list[StoredImage], pixels: NDArray[np.uint8], first: int) -> list[tuple[int, UserError]]:
         failures = []
         for row, picture in enumerate(pictures, first):
             try:
@@ -208,7 +208,7 @@ class BatchPool:
         )
 
 
-__all__ = ["Batch", "EvalReader", "TrainReader", "steps_per_epoch"]
+__all__ = ["Batch", "EvalLoader", "TrainLoader", "steps_per_epoch"]
 
 # Places of the order that are looked up in one go: a batch alone costs as much as ten, and decoding waits meanwhile.
 POSITIONS_TOGETHER = 1024
@@ -217,8 +217,8 @@ POSITIONS_TOGETHER = 1024
 class _Reader:
     """What the two readers share: iteration, closing, the time spent waiting."""
 
-    _pool: BatchPool
-    _pictures: PictureReader
+    _pool: DecodePool
+    _pictures: ImageDecoder
     _raises = True
 
     @property
@@ -248,7 +248,7 @@ class _Reader:
         self.close()
 
 
-class TrainReader(_Reader):
+class TrainLoader(_Reader):
     """Endless batches of the training split, on across the ends of epochs; step s of the run is batch s mod (N div G) of epoch
     s div (N div G).
 
@@ -301,12 +301,12 @@ class TrainReader(_Reader):
         self._by_class = ByClass(manifest.labels(split)) if balance == "resample" else None
         self._raises = on_error == "raise"
         factor = reduction(manifest.image_size, image_size or manifest.image_size, crop, max_zoom)
-        source = open_source(
+        source = open_shard_source(
             manifest,
             split,
             self._uses(start_step, self._offsets),
             (
-                lengthened(uses, prefetch + 1)
+                extend(uses, prefetch + 1)
                 for uses in self._uses(start_step, _node_offsets(batch_size, rank, world_size, ranks_on_node))
             ),
             step=start_step,
@@ -314,8 +314,8 @@ class TrainReader(_Reader):
             ranks_on_node=ranks_on_node,
             why=f"data.num_streams={num_streams}" if self._by_class is None else "data.balance=resample draws from all shards",
         )
-        self._pictures = PictureReader(manifest, split, factor, source)
-        self._pool = BatchPool(
+        self._pictures = ImageDecoder(manifest, split, factor, source)
+        self._pool = DecodePool(
             self._pictures,
             manifest.labels(split),
             self._plans(start_step),
@@ -331,7 +331,7 @@ class TrainReader(_Reader):
         sizes = self._manifest.shards(self._split)["samples"]
         return EpochOrder(sizes, seed=self._seed, epoch=epoch, num_streams=self._num_streams)
 
-    def _plans(self, step: int) -> Iterator[Plan]:
+    def _plans(self, step: int) -> Iterator[BatchPlan]:
         while True:
             epoch, batch = divmod(step, self.steps_per_epoch)
             order = self.epoch_order(epoch)
@@ -340,7 +340,7 @@ class TrainReader(_Reader):
                 numbers = np.arange(first, min(first + together, self.steps_per_epoch))
                 positions_SB = numbers[:, None] * self._batch_size + self._offsets
                 for positions, samples in zip(positions_SB, order.samples(positions_SB), strict=True):
-                    yield Plan(samples, positions, epoch, step)
+                    yield BatchPlan(samples, positions, epoch, step)
                     step += 1
 
     def _uses(self, step: int, offsets: Int64) -> Uses:
@@ -349,14 +349,14 @@ class TrainReader(_Reader):
         while True:
             order = self.epoch_order(epoch)
             if isinstance(order, EpochOrder):
-                uses = shard_uses(order, self._batch_size, offsets)
+                uses = usage_of_rank(order, self._batch_size, offsets)
             else:
                 uses = resampled_uses(self._manifest.split(self._split).num_shards, self.steps_per_epoch)
-            yield shifted(uses, epoch * self.steps_per_epoch)
+            yield shift(uses, epoch * self.steps_per_epoch)
             epoch += 1
 
 
-class EvalReader(_Reader):
+class EvalLoader(_Reader):
     """The evaluation batches of one process: batch j holds stored samples j E ... (j + 1) E - 1 and goes to rank j mod W.
     The last is filled up to E with weight 0. What cannot be read raises: an evaluation never counts fewer.
 
@@ -390,17 +390,17 @@ class EvalReader(_Reader):
         self._batch_size = batch_size
         factor = reduction(manifest.image_size, image_size or manifest.image_size, crop, max_zoom)
         sizes, num_nodes = manifest.shards(split)["samples"], -(-world_size // ranks_on_node)
-        source = open_source(
+        source = open_shard_source(
             manifest,
             split,
             iter([evaluation_uses(sizes, batch_size, rank, world_size)]),
-            iter([lengthened(evaluation_uses(sizes, batch_size * ranks_on_node, 0, 1), (prefetch + 1) * num_nodes)]),
+            iter([extend(evaluation_uses(sizes, batch_size * ranks_on_node, 0, 1), (prefetch + 1) * num_nodes)]),
             steps_ahead=(prefetch + 1) * world_size,
             ranks_on_node=ranks_on_node,
             why=f"evaluation by {ranks_on_node} processes",
         )
-        self._pictures = PictureReader(manifest, split, factor, source)
-        self._pool = BatchPool(
+        self._pictures = ImageDecoder(manifest, split, factor, source)
+        self._pool = DecodePool(
             self._pictures,
             manifest.labels(split),
             self._plans(),
@@ -412,10 +412,10 @@ class EvalReader(_Reader):
     def __len__(self) -> int:
         return len(self._batches)
 
-    def _plans(self) -> Iterator[Plan]:
+    def _plans(self) -> Iterator[BatchPlan]:
         for number in self._batches:
             positions = number * self._batch_size + np.arange(self._batch_size)
-            yield Plan(np.where(positions < self.num_samples, positions, -1), positions, 0, number)
+            yield BatchPlan(np.where(positions < self.num_samples, positions, -1), positions, 0, number)
 
 
 def _node_offsets(batch_size: int, rank: int, world_size: int, ranks_on_node: int) -> Int64:

@@ -10,14 +10,14 @@ from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, SPLITS
 from galaxydist.loading.dataset import find_cache, has_split, open_manifest, shard_commands
 from galaxydist.loading.dataset import find_manifest as manifest_location
-from galaxydist.planner.limits import refuse_cache, refuse_memory, refuse_world, warn
-from galaxydist.planner.memory import Memory, ModelFacts, estimate, planned_precision, weigh
+from galaxydist.planner.limits import check_cache, check_memory, check_processes, find_warnings
+from galaxydist.planner.memory import Memory, ModelMemory, estimate, model_memory, planned_precision
 from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import DataConfig, Recipe
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder, steps_per_epoch
 from galaxydist.shards.remote.object_store import is_url
-from galaxydist.shards.shard_usage import lengthened, node_uses, resampled_uses, working_set
+from galaxydist.shards.shard_usage import extend, peak_bytes, resampled_uses, usage_of_nodes
 from galaxydist.shards.writer.layout import default_shard_size
 from galaxydist.surveys.official_split import NAME, read_official_split
 from galaxydist.surveys.split import NONE
@@ -34,7 +34,7 @@ ESTIMATED = f"bytes estimated: {BYTES_PER_GALAXY / 1000:g} kB a galaxy ({STORED_
 
 
 @dataclass(frozen=True)
-class PlannedData:
+class DatasetSize:
     """A data set as a plan sees it.
 
     Args:
@@ -61,7 +61,7 @@ class PlannedData:
         return int(self.shard_samples.sum())
 
 
-def find_data(config: DataConfig, root: Path, *, galaxies: int | None = None, shards: int | None = None) -> PlannedData:
+def find_data(config: DataConfig, root: Path, *, galaxies: int | None = None, shards: int | None = None) -> DatasetSize:
     """The data set of a recipe. Only files of this machine are opened.
 
     Args:
@@ -93,9 +93,9 @@ def find_data(config: DataConfig, root: Path, *, galaxies: int | None = None, sh
     )
 
 
-def _of_manifest(manifest: Manifest) -> PlannedData:
+def _of_manifest(manifest: Manifest) -> DatasetSize:
     table = manifest.shards("train")
-    return PlannedData(
+    return DatasetSize(
         origin=f"{manifest.dataset}, {manifest.variant} ({manifest.location})",
         shard_samples=table["samples"].astype(np.int64),
         shard_bytes=table["bytes"].astype(np.int64),
@@ -106,13 +106,13 @@ def _of_manifest(manifest: Manifest) -> PlannedData:
     )
 
 
-def _of_flags(galaxies: int, shards: int | None, *, is_remote: bool) -> PlannedData:
+def _of_flags(galaxies: int, shards: int | None, *, is_remote: bool) -> DatasetSize:
     if shards is not None and shards > galaxies:
         raise UserError(f"--shards {shards} are more than --galaxies {galaxies}: a shard holds at least one")
     return _divided(f"--galaxies {galaxies}", galaxies, shards, num_val=None, is_remote=is_remote)
 
 
-def _of_official(config: DataConfig) -> PlannedData:
+def _of_official(config: DataConfig) -> DatasetSize:
     split = read_official_split()
     codes = (split.original if config.variant == "original" else split.balanced).copy()
     train, val = SPLITS.index("train"), SPLITS.index("val")
@@ -124,11 +124,11 @@ def _of_official(config: DataConfig) -> PlannedData:
     )
 
 
-def _divided(origin: str, num_train: int, shards: int | None, *, num_val: int | None, is_remote: bool = False) -> PlannedData:
+def _divided(origin: str, num_train: int, shards: int | None, *, num_val: int | None, is_remote: bool = False) -> DatasetSize:
     """Shards of nearly equal size, as the writer makes them."""
     number = shards or -(-num_train // default_shard_size(num_train))
     samples = np.diff(np.arange(number + 1) * num_train // number).astype(np.int64)
-    return PlannedData(
+    return DatasetSize(
         origin=f"{origin}; {ESTIMATED}",
         shard_samples=samples,
         shard_bytes=samples * BYTES_PER_GALAXY,
@@ -144,7 +144,7 @@ KEPT_CHECKPOINTS = 3
 
 
 @dataclass(frozen=True)
-class Job:
+class ClusterShape:
     """The machines of a run.
 
     Args:
@@ -193,7 +193,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ShardTraffic:
     """What the nodes read of the training split in an epoch (of the first one; others differ little).
 
     Args:
@@ -236,18 +236,18 @@ class Plan:
     batch_size: int
     epochs: int
     data: str
-    job: Job
+    job: ClusterShape
     steps: Steps
     num_trained: int
     num_frozen: int
     memory: Memory
-    reading: Reading
+    reading: ShardTraffic
     checkpoint_bytes: int
     checkpoints_bytes: int
     warnings: tuple[str, ...]
 
 
-def plan_run(recipe: Recipe, root: Path, job: Job, *, galaxies: int | None = None, shards: int | None = None) -> Plan:
+def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | None = None, shards: int | None = None) -> Plan:
     """Work out what a run would cost.
 
     Args:
@@ -260,16 +260,18 @@ def plan_run(recipe: Recipe, root: Path, job: Job, *, galaxies: int | None = Non
         UserError: the run could not be; says what could.
     """
     data = find_data(recipe.data, root, galaxies=galaxies, shards=shards)
-    refuse_world(recipe, data.num_train, job.num_nodes, job.gpus_per_node)
+    check_processes(recipe, data.num_train, job.num_nodes, job.gpus_per_node)
     if data.manifest is not None:  # what the trainer itself would refuse
         open_manifest(data.manifest.location, find_cache(recipe.data, root), recipe, job.world_size)
     reading = plan_reading(recipe, data, job)
     if data.is_remote:
-        refuse_cache(reading.cache_bytes, recipe.data.cache_size)
-    facts = weigh(recipe, data.num_classes, data.stored_size)
+        check_cache(reading.cache_bytes, recipe.data.cache_size)
+    facts = model_memory(recipe, data.num_classes, data.stored_size)
     passes, memory = plan_memory(recipe, facts, job)
     kept = KEPT_CHECKPOINTS * facts.checkpoint
-    warnings = warn(recipe, facts, memory, world_size=job.world_size, num_nodes=job.num_nodes, fetches=reading.nodes_per_shard)
+    warnings = find_warnings(
+        recipe, facts, memory, world_size=job.world_size, num_nodes=job.num_nodes, fetches=reading.nodes_per_shard
+    )
     if reading.num_shards > 1 and reading.shards_held_most == reading.num_shards and recipe.data.balance == "none":
         warnings.append(
             f"so few shards that a node has all {reading.num_shards} in use at the same time: smaller ones help where they come "
@@ -295,7 +297,7 @@ def plan_run(recipe: Recipe, root: Path, job: Job, *, galaxies: int | None = Non
     )
 
 
-def plan_steps(recipe: Recipe, num_train: int, num_val: int | None, job: Job, passes: int) -> Steps:
+def plan_steps(recipe: Recipe, num_train: int, num_val: int | None, job: ClusterShape, passes: int) -> Steps:
     """Steps, samples and time.
 
     Args:
@@ -328,7 +330,7 @@ def plan_steps(recipe: Recipe, num_train: int, num_val: int | None, job: Job, pa
     )
 
 
-def plan_memory(recipe: Recipe, facts: ModelFacts, job: Job) -> tuple[int, Memory]:
+def plan_memory(recipe: Recipe, facts: ModelMemory, job: ClusterShape) -> tuple[int, Memory]:
     """Forward passes in a step, and the memory of one GPU.
 
     ``train.micro_batch=auto`` becomes the fewest passes that fit ``job.gpu_memory``, one pass where that is not given.
@@ -353,11 +355,11 @@ def plan_memory(recipe: Recipe, facts: ModelFacts, job: Job) -> tuple[int, Memor
         passes = next((passes for passes in range(1, most) if memory_of(passes).total <= budget), most)
     memory = memory_of(passes)
     if job.gpu_memory is not None:
-        refuse_memory(recipe, memory, job.gpu_memory, world_size)
+        check_memory(recipe, memory, job.gpu_memory, world_size)
     return passes, memory
 
 
-def plan_reading(recipe: Recipe, data: PlannedData, job: Job) -> Reading:
+def plan_reading(recipe: Recipe, data: DatasetSize, job: ClusterShape) -> ShardTraffic:
     """What each node reads of the training split in the first epoch."""
     batch_size = recipe.train.batch_size
     sizes = data.shard_bytes
@@ -365,21 +367,21 @@ def plan_reading(recipe: Recipe, data: PlannedData, job: Job) -> Reading:
         uses = [resampled_uses(sizes.size, steps_per_epoch(data.num_train, batch_size))] * job.num_nodes
     else:
         order = EpochOrder(data.shard_samples, seed=recipe.seed, epoch=0, num_streams=recipe.data.num_streams)
-        uses = node_uses(order, batch_size, job.num_nodes, job.gpus_per_node)
+        uses = usage_of_nodes(order, batch_size, job.num_nodes, job.gpus_per_node)
     # Nodes that read alike share an array: each is looked at once.
     different = {id(use): use for use in uses}
     read = {key: np.unique(use["shard"]) for key, use in different.items()}
     counts = [read[id(use)].size for use in uses]
     bytes_most = max(int(sizes[shards].sum()) for shards in read.values())
     epoch_s = plan_steps(recipe, data.num_train, None, job, 1).epoch_s
-    return Reading(
+    return ShardTraffic(
         num_shards=sizes.size,
         num_bytes=int(sizes.sum()),
         shards_per_node_least=min(counts),
         shards_per_node_most=max(counts),
         bytes_per_node_most=bytes_most,
         nodes_per_shard=sum(counts) / sizes.size,
-        shards_held_most=max(working_set(use, 1) for use in different.values()),
-        cache_bytes=max(working_set(lengthened(use, recipe.data.prefetch + 1), sizes) for use in different.values()),
+        shards_held_most=max(peak_bytes(use, 1) for use in different.values()),
+        cache_bytes=max(peak_bytes(extend(use, recipe.data.prefetch + 1), sizes) for use in different.values()),
         bytes_per_s=None if epoch_s is None else bytes_most / epoch_s,
     )

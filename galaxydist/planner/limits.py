@@ -9,7 +9,7 @@ from galaxydist.recipe.rules import check_strategy, check_world, is_mixing
 from galaxydist.recipe.schema import Recipe
 
 if TYPE_CHECKING:  # torch
-    from galaxydist.planner.memory import Memory, ModelFacts
+    from galaxydist.planner.memory import Memory, ModelMemory
 
 # Batch normalisation's error grows quickly below this many images (Wu & He 2018, arXiv:1803.08494, figure 1: 8 and fewer).
 FEW_IMAGES = 8
@@ -20,7 +20,7 @@ def plan_options(num_nodes: int, gpus_per_node: int) -> str:
     return f"--nodes {num_nodes} --gpus-per-node {gpus_per_node}"
 
 
-def refuse_world(
+def check_processes(
     recipe: Recipe, num_train: int, num_nodes: int, gpus_per_node: int, *, fewer: Callable[[int, int], str] = plan_options
 ) -> None:
     """Refuse numbers of processes and batch sizes that cannot go together.
@@ -55,7 +55,7 @@ def refuse_world(
         check_world(batch_size, world_size)
 
 
-def refuse_cache(num_bytes: int, cache_size: float) -> None:
+def check_cache(num_bytes: int, cache_size: float) -> None:
     """Refuse a cache that cannot hold what is read at the same time, as the reader would.
 
     Args:
@@ -72,7 +72,7 @@ def refuse_cache(num_bytes: int, cache_size: float) -> None:
         )
 
 
-def refuse_memory(recipe: Recipe, memory: "Memory", gpu_memory: float, world_size: int) -> None:
+def check_memory(recipe: Recipe, memory: "Memory", gpu_memory: float, world_size: int) -> None:
     """Refuse what does not fit a GPU of so many GB.
 
     Args:
@@ -119,7 +119,9 @@ def refuse_memory(recipe: Recipe, memory: "Memory", gpu_memory: float, world_siz
     )
 
 
-def warn(recipe: Recipe, facts: "ModelFacts", memory: "Memory", *, world_size: int, num_nodes: int, fetches: float) -> list[str]:
+def find_warnings(
+    recipe: Recipe, facts: "ModelMemory", memory: "Memory", *, world_size: int, num_nodes: int, fetches: float
+) -> list[str]:
     """What runs, but perhaps not as it was meant.
 
     Args:

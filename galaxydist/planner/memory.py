@@ -170,7 +170,7 @@ ALLOWED_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelMemory:
     """What a recipe's model and optimizer weigh, in bytes where nothing else is said.
 
     Args:
@@ -230,7 +230,7 @@ class Memory:
     per_image: int
 
 
-def weigh(recipe: Recipe, num_classes: int, stored_size: int) -> ModelFacts:
+def model_memory(recipe: Recipe, num_classes: int, stored_size: int) -> ModelMemory:
     """Build the model without memory and weights, and trace a step of it.
 
     Args:
@@ -253,7 +253,7 @@ def weigh(recipe: Recipe, num_classes: int, stored_size: int) -> ModelFacts:
     weights = _bytes([*model.parameters(), *model.buffers()])
     data = recipe.data
     width = stored_size // reduction(stored_size, data.image_size, data.crop, data.augment.zoom)
-    return ModelFacts(
+    return ModelMemory(
         num_trained=num_trained,
         num_frozen=sum(parameter.numel() for parameter in model.parameters()) - num_trained,
         weights=weights,
@@ -267,7 +267,7 @@ def weigh(recipe: Recipe, num_classes: int, stored_size: int) -> ModelFacts:
     )
 
 
-def estimate(facts: ModelFacts, recipe: Recipe, *, world_size: int, rank_batch: int, num_parts: int) -> Memory:
+def estimate(facts: ModelMemory, recipe: Recipe, *, world_size: int, rank_batch: int, num_parts: int) -> Memory:
     """The memory of the GPU that has most to do.
 
     Args:

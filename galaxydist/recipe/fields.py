@@ -179,7 +179,7 @@ def _in_words(error: ValidationError, annotation: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Check:
+class CrossFieldRule:
     """A rule between fields.
 
     Attributes:

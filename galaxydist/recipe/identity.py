@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from galaxydist.recipe.fields import RECIPE, recipe_fields
-from galaxydist.recipe.resolve import RECIPES, Draft
+from galaxydist.recipe.resolve import RECIPES, ConfigBuilder
 from galaxydist.recipe.schema import Recipe
 
 
@@ -26,7 +26,7 @@ def from_dict(plain: Mapping[str, Any], *, source: str = "stored recipe") -> Rec
     Raises:
         RecipeError: with all problems at once.
     """
-    draft = Draft(RECIPES)
+    draft = ConfigBuilder(RECIPES)
     for key, value in RECIPE.flat(plain):
         draft.put(key, value, source)
     return draft.finish()

@@ -8,7 +8,7 @@ from typing import Any, Generic
 
 from galaxydist.errors import EveryRankError
 from galaxydist.paths import shipped_dir
-from galaxydist.recipe.fields import RECIPE, Check, S, Schema
+from galaxydist.recipe.fields import RECIPE, CrossFieldRule, S, Schema
 from galaxydist.recipe.rules import CHECKS
 from galaxydist.recipe.schema import Recipe
 from galaxydist.recipe.yaml12 import from_plain, parse_text, read_document
@@ -36,7 +36,7 @@ class ConfigError(EveryRankError):
 
 
 @dataclass(frozen=True)
-class ConfigKind(Generic[S]):
+class ConfigSpec(Generic[S]):
     """What kind of configuration is read: recipes, cluster profiles.
 
     Attributes:
@@ -49,7 +49,7 @@ class ConfigKind(Generic[S]):
     """
 
     schema: Schema[S]
-    checks: tuple[Check, ...]
+    checks: tuple[CrossFieldRule, ...]
     error: type[ConfigError]
     argument: str
     examples: tuple[str, str, str]
@@ -65,7 +65,7 @@ class ConfigKind(Generic[S]):
 
 
 @dataclass(frozen=True)
-class Resolved(Generic[S]):
+class ResolvedConfig(Generic[S]):
     """A configuration and where it came from.
 
     Attributes:
@@ -80,10 +80,10 @@ class Resolved(Generic[S]):
 
 
 @dataclass
-class Draft(Generic[S]):
+class ConfigBuilder(Generic[S]):
     """A configuration that is being put together: values that passed, where they came from, and all that is wrong."""
 
-    kind: ConfigKind[S]
+    kind: ConfigSpec[S]
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     invalid: set[str] = field(default_factory=set)
@@ -166,7 +166,7 @@ def shown(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Override:
     """A plain value that neither the recipe's file nor the command line gives.
 
     Attributes:
@@ -179,12 +179,12 @@ class Setting:
 
 
 def load_config(
-    kind: ConfigKind[S],
+    kind: ConfigSpec[S],
     arguments: Sequence[str],
     folders: Sequence[Path],
     *,
-    settings: Mapping[str, Setting] | None = None,
-) -> Resolved[S]:
+    settings: Mapping[str, Override] | None = None,
+) -> ResolvedConfig[S]:
     """The configuration of a command line.
 
     Args:
@@ -196,11 +196,11 @@ def load_config(
     Raises:
         ConfigError: the kind's, with all problems at once and where each came from.
     """
-    draft = Draft(kind)
+    draft = ConfigBuilder(kind)
     overrides, between = _read_overrides(arguments, draft), dict(settings or {})
-    named = between.pop(kind.argument, Setting(None, COMMAND_LINE))
+    named = between.pop(kind.argument, Override(None, COMMAND_LINE))
     if kind.argument in overrides:
-        named = Setting(overrides.pop(kind.argument), COMMAND_LINE)
+        named = Override(overrides.pop(kind.argument), COMMAND_LINE)
     path = _find(named, folders, draft)
     if path is not None:
         _read_file(path, draft)
@@ -212,12 +212,12 @@ def load_config(
         if key not in overrides:
             _override(key, setting, draft, is_text=False)
     for key, text in overrides.items():
-        _override(key, Setting(text, COMMAND_LINE), draft, is_text=True)
+        _override(key, Override(text, COMMAND_LINE), draft, is_text=True)
     draft.values["name"] = _name_of(path, folders) if path is not None else ""
     draft.origins["name"] = FILE_NAME
     config = draft.finish()
     assert path is not None, "a missing file is a problem, and problems raise"
-    return Resolved(config, draft.origins, path)
+    return ResolvedConfig(config, draft.origins, path)
 
 
 def list_files(folders: Sequence[Path]) -> dict[str, Path]:
@@ -241,7 +241,7 @@ def _name_of(path: Path, folders: Sequence[Path]) -> str:
     return path.stem
 
 
-def _override(written: str, setting: Setting, draft: Draft[S], *, is_text: bool) -> None:
+def _override(written: str, setting: Override, draft: ConfigBuilder[S], *, is_text: bool) -> None:
     kind, origin = draft.kind, setting.origin
     key = written.removeprefix(kind.prefix)
     if key == written and kind.prefix:
@@ -252,7 +252,7 @@ def _override(written: str, setting: Setting, draft: Draft[S], *, is_text: bool)
         draft.put(key, setting.value, origin, is_text=is_text)
 
 
-def _read_overrides(arguments: Sequence[str], draft: Draft[S]) -> dict[str, str]:
+def _read_overrides(arguments: Sequence[str], draft: ConfigBuilder[S]) -> dict[str, str]:
     kind = draft.kind
     overrides: dict[str, str] = {}
     for argument in arguments:
@@ -269,12 +269,12 @@ def _read_overrides(arguments: Sequence[str], draft: Draft[S]) -> dict[str, str]
     return overrides
 
 
-def _is_bare_name(argument: str, kind: ConfigKind[S]) -> bool:
+def _is_bare_name(argument: str, kind: ConfigSpec[S]) -> bool:
     """``vit`` for ``recipe=vit``; a key whose value was forgotten is none."""
     return bool(argument) and "=" not in argument and not argument.startswith("-") and argument not in kind.schema.fields
 
 
-def _find(named: Setting, folders: Sequence[Path], draft: Draft[S]) -> Path | None:
+def _find(named: Override, folders: Sequence[Path], draft: ConfigBuilder[S]) -> Path | None:
     """The file, or None with a problem noted."""
     argument, noun = draft.kind.argument, draft.kind.noun
     name, origin = named.value, named.origin
@@ -298,7 +298,7 @@ def _find(named: Setting, folders: Sequence[Path], draft: Draft[S]) -> Path | No
     return None
 
 
-def _read_file(path: Path, draft: Draft[S]) -> None:
+def _read_file(path: Path, draft: ConfigBuilder[S]) -> None:
     kind = draft.kind
     try:
         document = read_document(path, noun=kind.noun, example=kind.examples[1])
@@ -316,7 +316,7 @@ def _read_file(path: Path, draft: Draft[S]) -> None:
 
 # From ``recipe=vit optim.lr=1e-4`` to one checked recipe that knows where each of its values came from.
 
-__all__ = ["RECIPES", "RecipeError", "ResolvedRecipe", "Setting", "list_recipes", "load_recipe"]
+__all__ = ["RECIPES", "Override", "RecipeError", "ResolvedRecipe", "list_recipes", "load_recipe"]
 
 
 class RecipeError(ConfigError):
@@ -340,7 +340,7 @@ class ResolvedRecipe:
     path: Path
 
 
-RECIPES = ConfigKind(
+RECIPES = ConfigSpec(
     schema=RECIPE,
     checks=CHECKS,
     error=RecipeError,
@@ -350,7 +350,7 @@ RECIPES = ConfigKind(
 
 
 def load_recipe(
-    arguments: Sequence[str], *, folders: Sequence[Path] | None = None, settings: Mapping[str, Setting] | None = None
+    arguments: Sequence[str], *, folders: Sequence[Path] | None = None, settings: Mapping[str, Override] | None = None
 ) -> ResolvedRecipe:
     """The recipe of a command line.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from galaxydist.errors import EveryRankError
 from galaxydist.paths import is_dataset_name
-from galaxydist.recipe.fields import Check, recipe_fields, suggest
+from galaxydist.recipe.fields import CrossFieldRule, recipe_fields, suggest
 from galaxydist.recipe.schema import TrainConfig
 
 PATCHES = {"vit": 16, "vit_scratch": 16, "reference_vit": 25}  # pixels
@@ -115,21 +115,21 @@ def _forced_keys(force: tuple[str, ...]) -> str | None:
 
 
 CHECKS = (
-    Check(("model.pretrained", "model.weights"), _start),
-    Check(("model.pretrained", "model.name"), _published),
-    Check(("model.freeze_backbone", "model.pretrained", "model.weights"), _frozen),
-    Check(("train.micro_batch", "train.batch_size"), _micro_batch),
-    Check(("data.augment.rotate", "data.augment.zoom", "data.augment.shift"), _quarter_turns),
-    Check(("model.name", "data.image_size"), _patches),
-    Check(("model.name", "model.size"), _size),
-    Check(("model.name", "model.width"), _width),
-    Check(("model.name", "model.norm"), _norm),
-    Check(("train.clip_norm", "train.clip_value"), _clip),
-    Check(("train.mixup", "train.cutmix", "train.batch_size"), _pairs),
-    Check(("optim.schedule", "optim.milestones"), _milestones),
-    Check(("train.profile",), _profile),
-    Check(("data.dataset",), _dataset_name),
-    Check(("resume.force",), _forced_keys),
+    CrossFieldRule(("model.pretrained", "model.weights"), _start),
+    CrossFieldRule(("model.pretrained", "model.name"), _published),
+    CrossFieldRule(("model.freeze_backbone", "model.pretrained", "model.weights"), _frozen),
+    CrossFieldRule(("train.micro_batch", "train.batch_size"), _micro_batch),
+    CrossFieldRule(("data.augment.rotate", "data.augment.zoom", "data.augment.shift"), _quarter_turns),
+    CrossFieldRule(("model.name", "data.image_size"), _patches),
+    CrossFieldRule(("model.name", "model.size"), _size),
+    CrossFieldRule(("model.name", "model.width"), _width),
+    CrossFieldRule(("model.name", "model.norm"), _norm),
+    CrossFieldRule(("train.clip_norm", "train.clip_value"), _clip),
+    CrossFieldRule(("train.mixup", "train.cutmix", "train.batch_size"), _pairs),
+    CrossFieldRule(("optim.schedule", "optim.milestones"), _milestones),
+    CrossFieldRule(("train.profile",), _profile),
+    CrossFieldRule(("data.dataset",), _dataset_name),
+    CrossFieldRule(("resume.force",), _forced_keys),
 )
 
 

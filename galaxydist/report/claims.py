@@ -28,7 +28,7 @@ from galaxydist.report.published_results import (
     SETTINGS,
     VGGS,
     DisplayName,
-    Setting,
+    TrainTest,
 )
 from galaxydist.report.statistics import (
     ALPHA,
@@ -52,7 +52,7 @@ Verdict = Literal["supported", "contradicted", "undecided"]
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class ClaimTest:
     """One testable part of an observation.
 
     Args:
@@ -82,7 +82,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Observation:
+class ClaimAnswer:
     """An observation of the published work, put to the test.
 
     Args:
@@ -101,43 +101,43 @@ class Observation:
     source: str
     verdict: Verdict
     reason: str
-    checks: tuple[Check, ...]
+    checks: tuple[ClaimTest, ...]
     p_for: tuple[float, ...]
     p_against: tuple[float, ...]
     missing: tuple[str, ...]
 
 
-def check_above(claim: str, found: Difference) -> Check:
+def check_above(claim: str, found: Difference) -> ClaimTest:
     """A check that a difference of accuracies lies above 0: two-sided p values, counted on the side where it fell."""
     p_for = found.p_value if found.value > 0 else 1.0
     p_against = found.p_value if found.value < 0 else 1.0
     return _of_accuracy(claim, found, p_for, p_against, found.test)
 
 
-def check_within(claim: str, found: Difference, margin: float) -> Check:
+def check_within(claim: str, found: Difference, margin: float) -> ClaimTest:
     """A check that a difference lies within a margin of 0: two one-sided tests (Schuirmann 1987, J. Pharmacokinet. 15, 657)."""
     p_for = max(found.p_above(-margin), found.p_below(margin))
     p_against = min(1.0, 2 * min(found.p_above(margin), found.p_below(-margin)))
     return _of_accuracy(claim, found, p_for, p_against, f"two one-sided t tests within {100 * margin:g} points")
 
 
-def check_no_gain(claim: str, found: Difference, margin: float) -> Check:
+def check_no_gain(claim: str, found: Difference, margin: float) -> ClaimTest:
     """A check that a difference is no gain: for it, that a gain of the margin is excluded; against it, a significant gain."""
     p_against = found.p_value if found.value > 0 else 1.0
     test = f"one-sided t test against a gain of {100 * margin:g} points; against the claim: {found.test}"
     return _of_accuracy(claim, found, found.p_below(margin), p_against, test)
 
 
-def judge(
+def decide(
     number: int,
     statement: str,
     source: str,
-    checks: Sequence[Check],
+    checks: Sequence[ClaimTest],
     *,
     num_planned: int,
     missing: Sequence[str] = (),
     alpha: float = ALPHA,
-) -> Observation:
+) -> ClaimAnswer:
     """The verdict on an observation all of whose checks have to hold.
 
     Contradicted where any check is refuted, supported where every check is there and confirmed, else undecided; p values are
@@ -171,7 +171,7 @@ def judge(
         more = f"; and {len(missing) - NUM_NAMED} more" if len(missing) > NUM_NAMED else ""
         details.append(f"Not there: {'; '.join(missing[:NUM_NAMED])}{more}.")
     reason = " ".join([f"{where_of(source)} it is {verdict}: {said}.", *details])
-    return Observation(number, statement, source, verdict, reason, tuple(checks), tuple(p_for), tuple(p_against), tuple(missing))
+    return ClaimAnswer(number, statement, source, verdict, reason, tuple(checks), tuple(p_for), tuple(p_against), tuple(missing))
 
 
 def where_of(source: str) -> str:
@@ -181,12 +181,12 @@ def where_of(source: str) -> str:
     return "On the real Galaxy10 DECaLS" if source == REAL_DATASET else f"On {source}, which is not the real Galaxy10 DECaLS,"
 
 
-def _shown(check: Check, p: float) -> str:
+def _shown(check: ClaimTest, p: float) -> str:
     return f"{check} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})."
 
 
-def _of_accuracy(claim: str, found: Difference, p_for: float, p_against: float, test: str) -> Check:
-    return Check(claim, 100 * found.value, 100 * found.standard_error, "points", p_for, p_against, test, found.notes)
+def _of_accuracy(claim: str, found: Difference, p_for: float, p_against: float, test: str) -> ClaimTest:
+    return ClaimTest(claim, 100 * found.value, 100 * found.standard_error, "points", p_for, p_against, test, found.notes)
 
 
 # How sure the recalls of the classes are, and what derives from them: which class is worst, how even the classes are.
@@ -324,7 +324,7 @@ CNN: DisplayName = "Custom CNN"
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ModelEvidence:
     """What is known of a model in a setting.
 
     Args:
@@ -339,7 +339,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Case:
+class Evidence:
     """Results of one data set, a line a model.
 
     Args:
@@ -350,20 +350,20 @@ class Case:
 
     source: str
     class_names: tuple[str, ...]
-    evidence: Mapping[tuple[DisplayName, Setting], Evidence]
+    evidence: Mapping[tuple[DisplayName, TrainTest], ModelEvidence]
 
 
 class _Checks:
     """Collects the checks of an observation, and what was missing for others."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Evidence) -> None:
         self.case = case
-        self.checks: list[Check] = []
+        self.checks: list[ClaimTest] = []
         self.num_planned = 0
         self.missing: dict[str, None] = {}
 
     def add(
-        self, claim: str, weights: Mapping[tuple[DisplayName, Setting], float], make: Callable[[str, Difference], Check]
+        self, claim: str, weights: Mapping[tuple[DisplayName, TrainTest], float], make: Callable[[str, Difference], ClaimTest]
     ) -> None:
         """A check of a weighted sum of accuracies on one test set."""
         if self.plan(list(weights)):
@@ -371,7 +371,7 @@ class _Checks:
             terms = [Term(weight, known.accuracy, known.outcomes, key[0]) for weight, key, known in found]
             self.checks.append(make(claim, contrast(terms)))
 
-    def plan(self, keys: Sequence[tuple[DisplayName, Setting]], *, confusions: bool = False) -> bool:
+    def plan(self, keys: Sequence[tuple[DisplayName, TrainTest]], *, confusions: bool = False) -> bool:
         """One more check; whether all that it needs is there. What is not is noted."""
         self.num_planned += 1
         lacks = []
@@ -384,11 +384,11 @@ class _Checks:
         self.missing |= dict.fromkeys(lacks)
         return not lacks
 
-    def judge(self, number: int, statement: str) -> Observation:
-        return judge(number, statement, self.case.source, self.checks, num_planned=self.num_planned, missing=list(self.missing))
+    def judge(self, number: int, statement: str) -> ClaimAnswer:
+        return decide(number, statement, self.case.source, self.checks, num_planned=self.num_planned, missing=list(self.missing))
 
 
-def vit_is_best(case: Case) -> Observation:
+def vit_is_best(case: Evidence) -> ClaimAnswer:
     """ViT's accuracy lies above each other model's in each of the three published settings."""
     checks = _Checks(case)
     for setting in PUBLISHED_SETTINGS:
@@ -397,7 +397,7 @@ def vit_is_best(case: Case) -> Observation:
     return checks.judge(1, "ViT is best in every setting.")
 
 
-def cnn_is_close_but_drops(case: Case) -> Observation:
+def cnn_is_close_but_drops(case: Evidence) -> ClaimAnswer:
     """On original data the two lie within ``MARGIN``; on the original test set the CNN is worse when trained on balanced data."""
     checks = _Checks(case)
     checks.add(
@@ -413,7 +413,7 @@ def cnn_is_close_but_drops(case: Case) -> Observation:
     return checks.judge(2, "The custom CNN comes close to ViT on the original data, but drops when trained on balanced data.")
 
 
-def vggs_beat_resnets(case: Case) -> Observation:
+def vggs_beat_resnets(case: Evidence) -> ClaimAnswer:
     """Each VGG's accuracy lies above each ResNet's in each of the three published settings."""
     checks = _Checks(case)
     for setting in PUBLISHED_SETTINGS:
@@ -423,7 +423,7 @@ def vggs_beat_resnets(case: Case) -> Observation:
     return checks.judge(3, "VGG-16 and VGG-19 beat the ResNets.")
 
 
-def depth_does_not_help(case: Case) -> Observation:
+def depth_does_not_help(case: Evidence) -> ClaimAnswer:
     """No deeper ResNet gains on a shallower one: supported only where gains of ``MARGIN`` are excluded, not for want of data."""
     checks = _Checks(case)
     for setting in PUBLISHED_SETTINGS:
@@ -436,7 +436,7 @@ def depth_does_not_help(case: Case) -> Observation:
     return checks.judge(4, "ResNet depth does not help.")
 
 
-def disturbed_is_worst(case: Case) -> Observation:
+def disturbed_is_worst(case: Evidence) -> ClaimAnswer:
     """Trained and tested on original, disturbed has the smallest recall of all classes in every CNN, and has not in ViT.
 
     It is the worst where all but 5 % of the draws say so; it is not where another class is significantly worse.
@@ -452,13 +452,13 @@ def disturbed_is_worst(case: Case) -> Observation:
             worst = probability_worst(recalls_DK, label)
             p_worst, p_not = max(1 / (len(recalls_DK) + 1), 1 - worst), p_not_worst(recalls_DK, label)
             p_for, p_against = (p_worst, p_not) if is_cnn else (p_not, p_worst)
-            checks.checks.append(Check(claim, worst, None, "", p_for, p_against, "draws of the recalls"))
+            checks.checks.append(ClaimTest(claim, worst, None, "", p_for, p_against, "draws of the recalls"))
     if WEAKEST_CLASS not in case.class_names:
         checks.missing[f"a class {WEAKEST_CLASS}"] = None
     return checks.judge(5, "Disturbed galaxies are the worst class of every CNN, not of ViT.")
 
 
-def balancing_is_fairer(case: Case) -> Observation:
+def balancing_is_fairer(case: Evidence) -> ClaimAnswer:
     """Balanced against original training, judged on the original test set.
 
     The classes are more even: the standard deviation of the recalls over the classes is smaller, in each model. It costs accuracy
@@ -481,12 +481,12 @@ def balancing_is_fairer(case: Case) -> Observation:
 QUESTIONS = (vit_is_best, cnn_is_close_but_drops, vggs_beat_resnets, depth_does_not_help, disturbed_is_worst, balancing_is_fairer)
 
 
-def observe(case: Case) -> list[Observation]:
+def answer_claims(case: Evidence) -> list[ClaimAnswer]:
     """The six observations, in order."""
     return [question(case) for question in QUESTIONS]
 
 
-def _check_spread(claim: str, before: Evidence, after: Evidence, *, stream: int) -> Check:
+def _check_spread(claim: str, before: ModelEvidence, after: ModelEvidence, *, stream: int) -> ClaimTest:
     """A check that the recalls are less spread after than before, on the same test set."""
     places: tuple[Floats | None, Floats | None] = (None, None)
     notes: tuple[str, ...] = (NOT_PAIRED,)
@@ -501,7 +501,7 @@ def _check_spread(claim: str, before: Evidence, after: Evidence, *, stream: int)
     # Two-sided, like those of the accuracies.
     p_for, p_against = (min(1.0, 2 * p_value(is_against_D)) for is_against_D in (gains_D <= 0, gains_D >= 0))
     value, error = 100 * float(gains_D.mean()), 100 * float(gains_D.std())
-    return Check(claim, value, error, "points", p_for, p_against, "draws of the recalls", notes)
+    return ClaimTest(claim, value, error, "points", p_for, p_against, "draws of the recalls", notes)
 
 
 def choose_rows(table: Table, regime: str) -> dict[DisplayName, Row]:
@@ -522,22 +522,22 @@ def choose_rows(table: Table, regime: str) -> dict[DisplayName, Row]:
     return chosen
 
 
-def case_of(table: Table, rows: Mapping[DisplayName, Row]) -> Case:
+def case_of(table: Table, rows: Mapping[DisplayName, Row]) -> Evidence:
     """What a table's lines say of the published models."""
-    evidence: dict[tuple[DisplayName, Setting], Evidence] = {}
+    evidence: dict[tuple[DisplayName, TrainTest], ModelEvidence] = {}
     for name, row in rows.items():
         for setting in SETTINGS:
             cell = table.cells[row, setting]
             if cell.accuracy is not None:
                 confusions = tuple(judgement.confusion for judgement in cell.judgements)
-                evidence[name, setting] = Evidence(cell.accuracy, cell.outcomes, confusions)
-    return Case(table.dataset, table.class_names, evidence)
+                evidence[name, setting] = ModelEvidence(cell.accuracy, cell.outcomes, confusions)
+    return Evidence(table.dataset, table.class_names, evidence)
 
 
-def published_case(class_names: tuple[str, ...]) -> Case:
+def published_case(class_names: tuple[str, ...]) -> Evidence:
     """The published numbers as if they were a run of each model: what do they themselves support, given their sampling error?"""
-    evidence = {key: Evidence(from_accuracies([result.accuracy], result.count)) for key, result in PUBLISHED.items()}
-    return Case(PUBLISHED_ALONE, class_names, evidence)
+    evidence = {key: ModelEvidence(from_accuracies([result.accuracy], result.count)) for key, result in PUBLISHED.items()}
+    return Evidence(PUBLISHED_ALONE, class_names, evidence)
 
 
 def _validations(table: Table, row: Row) -> list[Validation]:

@@ -15,10 +15,10 @@ from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.galaxy import VARIANTS, Variant
 from galaxydist.recipe.resolve import COMMAND_LINE, SCHEMA_DEFAULT
 from galaxydist.recipe.yaml12 import to_text
-from galaxydist.report.claims import Observation, case_of, choose_rows, observe, published_case
-from galaxydist.report.finished_runs import REFERENCE, Judgement, Note, Trial, read_trials
+from galaxydist.report.claims import ClaimAnswer, answer_claims, case_of, choose_rows, published_case
+from galaxydist.report.finished_runs import REFERENCE, FinishedRun, ReportNote, TestResult, read_trials
 from galaxydist.report.matrix import Row, Table, build_tables
-from galaxydist.report.published_results import SETTINGS, Setting
+from galaxydist.report.published_results import SETTINGS, TrainTest
 from galaxydist.report.statistics import McNemar, Outcomes, build_ensemble, compare_runs, holm, rank_trials, read_outcomes
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 
@@ -40,9 +40,9 @@ class Pairs:
         notes: what was left out.
     """
 
-    setting: Setting
+    setting: TrainTest
     rows: tuple[Row, ...]
-    runs: Mapping[Row, Trial]
+    runs: Mapping[Row, FinishedRun]
     tests: Mapping[tuple[Row, Row], McNemar]
     adjusted: Mapping[tuple[Row, Row], float]
     notes: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ class Ensemble:
     """
 
     row: Row
-    setting: Setting
+    setting: TrainTest
     num_runs: int
     num_galaxies: int
     mean_accuracy: float
@@ -83,8 +83,8 @@ class Ranking:
 
     variant: Variant
     metric: str
-    ranked: tuple[Trial, ...]
-    unranked: tuple[Trial, ...]
+    ranked: tuple[FinishedRun, ...]
+    unranked: tuple[FinishedRun, ...]
 
 
 def compare_models(table: Table, read: ReadOutcomes) -> list[Pairs]:
@@ -93,8 +93,8 @@ def compare_models(table: Table, read: ReadOutcomes) -> list[Pairs]:
     return [pairs for pairs in found if len(pairs.rows) > 1]
 
 
-def _compare(table: Table, setting: Setting, read: ReadOutcomes) -> Pairs:
-    runs: dict[Row, Trial] = {}
+def _compare(table: Table, setting: TrainTest, read: ReadOutcomes) -> Pairs:
+    runs: dict[Row, FinishedRun] = {}
     outcomes: dict[Row, Outcomes] = {}
     notes: list[str] = []
     for row in table.rows:
@@ -116,7 +116,7 @@ def _compare(table: Table, setting: Setting, read: ReadOutcomes) -> Pairs:
     return Pairs(setting, tuple(outcomes), runs, tests, adjusted, tuple(notes))
 
 
-def best_of(trials: Sequence[Trial]) -> Trial | None:
+def best_of(trials: Sequence[FinishedRun]) -> FinishedRun | None:
     """The best run by validation; the first where none has one, None where there is no run."""
     ranked, unranked = rank_trials(trials)
     return next(iter([*ranked, *unranked]), None)
@@ -147,7 +147,7 @@ def build_ensembles(table: Table, read: ReadOutcomes) -> list[Ensemble]:
     return found
 
 
-def rank_runs(trials: Sequence[Trial]) -> list[Ranking]:
+def rank_runs(trials: Sequence[FinishedRun]) -> list[Ranking]:
     """The runs of a data set, by the variant that they were trained on."""
     found = []
     for variant in dict.fromkeys(trial.variant for trial in sorted(trials, key=lambda trial: trial.variant != "original")):
@@ -207,7 +207,7 @@ class RunFacts:
         notes: what of it could not be read.
     """
 
-    trial: Trial
+    trial: FinishedRun
     command: str
     recipe: Mapping[str, tuple[str, str]]
     num_keys: int
@@ -228,7 +228,7 @@ class RunFacts:
         return found
 
 
-def read_facts(trial: Trial) -> RunFacts:
+def read_facts(trial: FinishedRun) -> RunFacts:
     """All that its folder says. What is damaged is left out, with a note."""
     folder, notes = RunFolder(trial.run_dir), list[str]()
     stored = folder.read_recipe()
@@ -332,7 +332,7 @@ _NUM_KEPT = 16
 
 
 @dataclass(frozen=True)
-class Findings:
+class DatasetResults:
     """The results on one data set.
 
     Args:
@@ -348,7 +348,7 @@ class Findings:
     table: Table
     facts: tuple[RunFacts, ...]
     row_of: dict[Path, Row]
-    observations: dict[str, list[Observation]]
+    observations: dict[str, list[ClaimAnswer]]
     pairs: tuple[Pairs, ...]
     ensembles: tuple[Ensemble, ...]
     rankings: tuple[Ranking, ...]
@@ -357,7 +357,7 @@ class Findings:
         """The runs of a line."""
         return [facts for facts in self.facts if self.row_of.get(facts.trial.run_dir) == row]
 
-    def model_of(self, trial: Trial) -> str:
+    def model_of(self, trial: FinishedRun) -> str:
         """The model of a run, as its line calls it; ``model.name`` where the line has the run's own name."""
         row = self.row_of.get(trial.run_dir)
         return trial.model if row is None or row.name else row.label
@@ -368,7 +368,7 @@ class Findings:
         best = best_of([facts.trial for facts in runs.values()])
         return runs[id(best)] if best is not None else None
 
-    def best_on_own(self) -> Iterator[tuple[Row, RunFacts, Judgement]]:
+    def best_on_own(self) -> Iterator[tuple[Row, RunFacts, TestResult]]:
         """Of each line and training variant the best run by validation, judged on its own test set."""
         for row, variant in itertools.product(self.table.rows, VARIANTS):
             facts = self.best(row, variant)
@@ -378,7 +378,7 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Results:
+class ReportData:
     """Everything.
 
     Args:
@@ -388,8 +388,8 @@ class Results:
         num_asked: run folders that were given.
     """
 
-    findings: tuple[Findings, ...]
-    published: tuple[Observation, ...]
+    findings: tuple[DatasetResults, ...]
+    published: tuple[ClaimAnswer, ...]
     notes: tuple[str, ...]
     num_asked: int
 
@@ -398,7 +398,7 @@ class Results:
         return sum(len(found.facts) for found in self.findings)
 
 
-def gather(run_dirs: Iterable[Path], notes: Sequence[Note] = ()) -> Results:
+def collect(run_dirs: Iterable[Path], notes: Sequence[ReportNote] = ()) -> ReportData:
     """Read runs and draw all conclusions.
 
     Args:
@@ -422,11 +422,11 @@ def gather(run_dirs: Iterable[Path], notes: Sequence[Note] = ()) -> Results:
         said += [text for pairs in found.pairs for text in pairs.notes]
         said += [f"{facts.trial.run_dir}: {text}" for facts in found.facts for text in (*facts.notes, *_without(facts.trial))]
     real = next((found.table for found in findings if found.table.is_real), None)
-    published = tuple(observe(published_case(real.class_names))) if real is not None else ()
-    return Results(findings, published, tuple(dict.fromkeys(said)), len(asked) + len(notes))
+    published = tuple(answer_claims(published_case(real.class_names))) if real is not None else ()
+    return ReportData(findings, published, tuple(dict.fromkeys(said)), len(asked) + len(notes))
 
 
-def _without(trial: Trial) -> list[str]:
+def _without(trial: FinishedRun) -> list[str]:
     """What a run cannot take part in, for want of predictions."""
     missing = [variant for variant, judged in trial.judgements.items() if judged.predictions_path is None]
     return [
@@ -436,20 +436,20 @@ def _without(trial: Trial) -> list[str]:
     ]
 
 
-def _find(table: Table, trials: Sequence[Trial], read: ReadOutcomes) -> Findings:
+def _find(table: Table, trials: Sequence[FinishedRun], read: ReadOutcomes) -> DatasetResults:
     own = [trial for trial in trials if trial.dataset == table.dataset]
     row_of = {trial.run_dir: row for (row, _), cell in table.cells.items() for trial in cell.trials}
     order = {row: number for number, row in enumerate(table.rows)}
 
-    def place(trial: Trial) -> tuple[int, bool, int]:
+    def place(trial: FinishedRun) -> tuple[int, bool, int]:
         row = row_of.get(trial.run_dir)
         return order[row] if row is not None else len(order), trial.variant != "original", trial.seed
 
     observations = {}
     for regime in REGIMES if table.is_galaxy10 else ():
         if rows := choose_rows(table, regime):
-            observations[regime] = observe(case_of(table, rows))
-    return Findings(
+            observations[regime] = answer_claims(case_of(table, rows))
+    return DatasetResults(
         table=table,
         facts=tuple(read_facts(trial) for trial in sorted(own, key=place)),
         row_of=row_of,

@@ -19,7 +19,7 @@ from galaxydist.evaluation.predictions import predictions_path
 from galaxydist.evaluation.results_files import read_evaluation, stem_of
 from galaxydist.galaxy import VARIANTS, Variant
 from galaxydist.recipe.fields import recipe_fields
-from galaxydist.report.published_results import Setting
+from galaxydist.report.published_results import TrainTest
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 
 # The record of one finished run: what it was trained on, what chose its checkpoint, and how it did on each test set.
@@ -28,7 +28,7 @@ REFERENCE = "reference"
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class ReportNote:
     """Why something of a run was left out, or what should be known of it.
 
     Args:
@@ -53,7 +53,7 @@ class Validation:
 
 
 @dataclass(frozen=True, slots=True)
-class Unseen:
+class WithoutValidation:
     """Galaxies of a test set that the run was not validated on: number, accuracy, mean cross-entropy in nats (None of none)."""
 
     count: int
@@ -70,7 +70,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class TestResult:
     """One evaluation on a test set.
 
     Args:
@@ -94,7 +94,7 @@ class Judgement:
     recall: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
     predictions_path: Path | None
-    without_validation: Unseen | None = None
+    without_validation: WithoutValidation | None = None
     scores: Mapping[str, Score] = field(default_factory=dict)
 
     @property
@@ -108,7 +108,7 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Trial:
+class FinishedRun:
     """One finished run.
 
     Args:
@@ -135,14 +135,14 @@ class Trial:
     seed: int
     settings: str
     validation: Validation | None
-    judgements: Mapping[Variant, Judgement]
+    judgements: Mapping[Variant, TestResult]
 
     @property
     def name(self) -> str:
         """The name of its folder."""
         return self.run_dir.name or str(self.run_dir)
 
-    def judged(self, setting: Setting) -> Judgement | None:
+    def judged(self, setting: TrainTest) -> TestResult | None:
         """Its evaluation in a setting, where it has that."""
         return self.judgements.get(setting.test) if self.variant == setting.train else None
 
@@ -158,7 +158,7 @@ class _Unusable(Exception):
     """Why a run or an evaluation is left out."""
 
 
-def read_trials(run_dirs: Iterable[Path]) -> tuple[list[Trial], list[Note]]:
+def read_trials(run_dirs: Iterable[Path]) -> tuple[list[FinishedRun], list[ReportNote]]:
     """The finished runs among some folders, and a note for everything that was left out.
 
     Runs of one data set whose classes are others than most of its runs' are left out, and so is a second run of the same
@@ -167,27 +167,27 @@ def read_trials(run_dirs: Iterable[Path]) -> tuple[list[Trial], list[Note]]:
     Args:
         run_dirs: run folders; one given twice is read once.
     """
-    trials: list[Trial] = []
-    notes: list[Note] = []
+    trials: list[FinishedRun] = []
+    notes: list[ReportNote] = []
     for run_dir in {path.resolve(): path for path in run_dirs}.values():
         try:
             trial, found = _read_trial(run_dir)
         except (_Unusable, UserError, OSError) as error:
-            notes.append(Note(run_dir, str(error)))
+            notes.append(ReportNote(run_dir, str(error)))
             continue
-        notes += [Note(run_dir, text) for text in found]
+        notes += [ReportNote(run_dir, text) for text in found]
         trials.append(trial)
     kept, left_out = _comparable(trials)
     return kept, [*notes, *left_out]
 
 
-def _comparable(trials: Sequence[Trial]) -> tuple[list[Trial], list[Note]]:
+def _comparable(trials: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[ReportNote]]:
     classes: dict[str, tuple[str, ...]] = {}
     for dataset in dict.fromkeys(trial.dataset for trial in trials):
         counted = Counter(trial.class_names for trial in trials if trial.dataset == dataset)
         classes[dataset] = counted.most_common(1)[0][0]
-    kept: dict[tuple[Any, ...], Trial] = {}
-    notes: list[Note] = []
+    kept: dict[tuple[Any, ...], FinishedRun] = {}
+    notes: list[ReportNote] = []
     for trial in trials:
         key = (trial.dataset, trial.model, trial.recipe, trial.settings, trial.variant, trial.seed)
         if trial.class_names != classes[trial.dataset]:
@@ -195,16 +195,16 @@ def _comparable(trials: Sequence[Trial]) -> tuple[list[Trial], list[Note]]:
                 f"left out: its classes ({', '.join(trial.class_names)}) are not those of the other runs on {trial.dataset} "
                 f"({', '.join(classes[trial.dataset])})."
             )
-            notes.append(Note(trial.run_dir, text))
+            notes.append(ReportNote(trial.run_dir, text))
         elif key in kept:
             text = f"left out: {kept[key].run_dir} has the same settings, variant and seed ({trial.seed}); one of them counts."
-            notes.append(Note(trial.run_dir, text))
+            notes.append(ReportNote(trial.run_dir, text))
         else:
             kept[key] = trial
     return list(kept.values()), notes
 
 
-def _read_trial(run_dir: Path) -> tuple[Trial, list[str]]:
+def _read_trial(run_dir: Path) -> tuple[FinishedRun, list[str]]:
     """A run, and what of it was left out."""
     folder = RunFolder(run_dir)
     stored = folder.read_recipe()
@@ -226,7 +226,7 @@ def _read_trial(run_dir: Path) -> tuple[Trial, list[str]]:
         judgements = {_variant_of(own): _judgement(folder.evaluation_dir, own, tta)}
         for place in sorted(path for path in folder.evaluation_dir.iterdir() if path.is_dir()):
             notes += _read_other(place, own, tta, judgements)
-        trial = Trial(
+        trial = FinishedRun(
             run_dir,
             recipe=str(own["recipe"]),
             regime=REFERENCE if _is_reference(stored) else "own",
@@ -244,7 +244,7 @@ def _read_trial(run_dir: Path) -> tuple[Trial, list[str]]:
     return trial, notes
 
 
-def _read_other(place: Path, own: Mapping[str, Any], tta: str, judgements: dict[Variant, Judgement]) -> list[str]:
+def _read_other(place: Path, own: Mapping[str, Any], tta: str, judgements: dict[Variant, TestResult]) -> list[str]:
     """Add the evaluation in another folder of the run's; what speaks against it."""
     try:
         content = _read_content(place, tta)
@@ -282,14 +282,14 @@ def _variant_of(content: Mapping[str, Any]) -> Variant:
     return cast(Variant, content["variant"])
 
 
-def _judgement(place: Path, content: Mapping[str, Any], tta: str) -> Judgement:
+def _judgement(place: Path, content: Mapping[str, Any], tta: str) -> TestResult:
     confusion_KK = np.asarray(content["confusion"], np.int64)
     num_classes, count = len(content["classes"]), int(content["count"])
     if confusion_KK.shape != (num_classes, num_classes) or confusion_KK.min() < 0 or confusion_KK.sum() != count or count < 1:
         raise ValueError(f"its confusion matrix does not hold {count} galaxies of {num_classes} classes")
     predictions = predictions_path(place, stem_of("test", tta))
     support_K, correct_K = confusion_KK.sum(axis=1).tolist(), confusion_KK.diagonal().tolist()
-    return Judgement(
+    return TestResult(
         dataset=str(content["dataset"]),
         variant=_variant_of(content),
         manifest_hash=str(content["manifest_hash"]),
@@ -309,12 +309,12 @@ def _score(content: Mapping[str, Any], name: str) -> Score:
     return Score(None if value is None else float(value), (float(interval[0]), float(interval[1])) if interval else None)
 
 
-def _unseen(content: Mapping[str, Any]) -> Unseen | None:
+def _unseen(content: Mapping[str, Any]) -> WithoutValidation | None:
     others = content.get("without_validation")
     if others is None:
         return None
     accuracy, loss = (None if others[name] is None else float(others[name]) for name in ("accuracy", "loss"))
-    return Unseen(int(others["count"]), accuracy, loss)
+    return WithoutValidation(int(others["count"]), accuracy, loss)
 
 
 def _settings(recipe: Mapping[str, Any]) -> str:

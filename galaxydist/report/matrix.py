@@ -12,13 +12,13 @@ from pathlib import Path
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES
-from galaxydist.report.finished_runs import REFERENCE, Judgement, Note, Trial
+from galaxydist.report.finished_runs import REFERENCE, FinishedRun, ReportNote, TestResult
 from galaxydist.report.published_results import (
     MODELS,
     SETTINGS,
     DisplayName,
     PublishedResult,
-    Setting,
+    TrainTest,
     display_name,
     published_result,
 )
@@ -89,8 +89,8 @@ class Cell:
         notes: what a reader should know of these numbers.
     """
 
-    setting: Setting
-    trials: tuple[Trial, ...] = ()
+    setting: TrainTest
+    trials: tuple[FinishedRun, ...] = ()
     accuracy: Estimate | None = None
     loss: Estimate | None = None
     published: PublishedResult | None = None
@@ -104,7 +104,7 @@ class Cell:
         return len(self.trials)
 
     @property
-    def judgements(self) -> tuple[Judgement, ...]:
+    def judgements(self) -> tuple[TestResult, ...]:
         """The evaluations of its runs."""
         found = (trial.judged(self.setting) for trial in self.trials)
         return tuple(judgement for judgement in found if judgement is not None)
@@ -125,7 +125,7 @@ class Table:
     dataset: str
     class_names: tuple[str, ...]
     rows: tuple[Row, ...]
-    cells: Mapping[tuple[Row, Setting], Cell]
+    cells: Mapping[tuple[Row, TrainTest], Cell]
     notes: tuple[str, ...] = ()
 
     @property
@@ -139,13 +139,13 @@ class Table:
         return self.class_names == GALAXY10_CLASSES
 
     @property
-    def settings(self) -> tuple[Setting, ...]:
+    def settings(self) -> tuple[TrainTest, ...]:
         """Those to show: all beside Galaxy10, on a user's own data those that were run."""
         run = {setting for (_, setting), cell in self.cells.items() if cell.trials}
         return tuple(setting for setting in SETTINGS if self.is_galaxy10 or setting in run)
 
 
-def build_tables(trials: Sequence[Trial], *, read: Callable[[Path], Outcomes] = read_outcomes) -> list[Table]:
+def build_tables(trials: Sequence[FinishedRun], *, read: Callable[[Path], Outcomes] = read_outcomes) -> list[Table]:
     """A table for each data set, the real Galaxy10's first.
 
     Args:
@@ -156,7 +156,7 @@ def build_tables(trials: Sequence[Trial], *, read: Callable[[Path], Outcomes] = 
     return [_build_table([trial for trial in trials if trial.dataset == dataset], read) for dataset in datasets]
 
 
-def holm_adjusted(table: Table, quantity: str = "accuracy") -> dict[tuple[Row, Setting], float]:
+def holm_adjusted(table: Table, quantity: str = "accuracy") -> dict[tuple[Row, TrainTest], float]:
     """p values of the differences to the published values, adjusted for the number of cells with such a test (Holm 1979).
 
     Args:
@@ -168,10 +168,10 @@ def holm_adjusted(table: Table, quantity: str = "accuracy") -> dict[tuple[Row, S
     return dict(zip(known, holm(list(known.values())), strict=True))
 
 
-def _build_table(trials: Sequence[Trial], read: Callable[[Path], Outcomes]) -> Table:
+def _build_table(trials: Sequence[FinishedRun], read: Callable[[Path], Outcomes]) -> Table:
     dataset, class_names = trials[0].dataset, trials[0].class_names
     lines = _lines(trials, is_galaxy10=class_names == GALAXY10_CLASSES)
-    cells: dict[tuple[Row, Setting], Cell] = {}
+    cells: dict[tuple[Row, TrainTest], Cell] = {}
     notes: list[str] = []
     for row, members in lines.items():
         for setting in SETTINGS:
@@ -188,15 +188,15 @@ def _build_table(trials: Sequence[Trial], read: Callable[[Path], Outcomes]) -> T
     return Table(dataset, class_names, tuple(lines), cells, tuple(notes))
 
 
-def _lines(trials: Sequence[Trial], *, is_galaxy10: bool) -> dict[Row, list[Trial]]:
+def _lines(trials: Sequence[FinishedRun], *, is_galaxy10: bool) -> dict[Row, list[FinishedRun]]:
     """The runs of each line, published models first. Beside Galaxy10 a published model that nobody ran has a line without runs;
     on a user's own data a line of one run has its name."""
     names = Counter(trial.name for trial in trials)
 
-    def identity(trial: Trial) -> tuple[str, str, str]:
+    def identity(trial: FinishedRun) -> tuple[str, str, str]:
         return trial.model, trial.regime, trial.recipe
 
-    found: list[tuple[Row, list[Trial]]] = []
+    found: list[tuple[Row, list[FinishedRun]]] = []
     for (model, regime, recipe), group in groupby(sorted(trials, key=identity), key=identity):
         members = list(group)
         settings = {trial.settings for trial in members}
@@ -217,7 +217,7 @@ def _lines(trials: Sequence[Trial], *, is_galaxy10: bool) -> dict[Row, list[Tria
     return dict(found)
 
 
-def _same_test_set(trials: Sequence[Trial], setting: Setting) -> tuple[list[Trial], list[Note]]:
+def _same_test_set(trials: Sequence[FinishedRun], setting: TrainTest) -> tuple[list[FinishedRun], list[ReportNote]]:
     """The runs judged on the shards that most were judged on: only those are repeats on the same galaxies."""
     hashes = {id(trial): judged.manifest_hash for trial in trials if (judged := trial.judged(setting)) is not None}
     if not hashes:
@@ -225,11 +225,11 @@ def _same_test_set(trials: Sequence[Trial], setting: Setting) -> tuple[list[Tria
     usual = Counter(hashes.values()).most_common(1)[0][0]
     kept = [trial for trial in trials if hashes[id(trial)] == usual]
     text = f"left out of {setting}: it was judged on other shards than the other seeds ({usual[:8]})."
-    return kept, [Note(trial.run_dir, text) for trial in trials if hashes[id(trial)] != usual]
+    return kept, [ReportNote(trial.run_dir, text) for trial in trials if hashes[id(trial)] != usual]
 
 
 def _build_cell(
-    setting: Setting, trials: Sequence[Trial], published: PublishedResult | None, read: Callable[[Path], Outcomes]
+    setting: TrainTest, trials: Sequence[FinishedRun], published: PublishedResult | None, read: Callable[[Path], Outcomes]
 ) -> Cell:
     cell = Cell(setting, tuple(trials), published=published)
     if not trials:
@@ -251,7 +251,7 @@ def _build_cell(
     )
 
 
-def _estimates(judgements: Sequence[Judgement], outcomes: CellOutcomes | None) -> tuple[Estimate, Estimate | None]:
+def _estimates(judgements: Sequence[TestResult], outcomes: CellOutcomes | None) -> tuple[Estimate, Estimate | None]:
     if outcomes is not None:
         return from_outcomes(outcomes.correct_SN), from_outcomes(outcomes.losses_SN)
     count = judgements[0].count
@@ -260,7 +260,7 @@ def _estimates(judgements: Sequence[Judgement], outcomes: CellOutcomes | None) -
     return accuracy, from_means(losses, count, None) if len(losses) == len(judgements) else None
 
 
-def _read_cell(judgements: Sequence[Judgement], read: Callable[[Path], Outcomes]) -> tuple[CellOutcomes | None, list[str]]:
+def _read_cell(judgements: Sequence[TestResult], read: Callable[[Path], Outcomes]) -> tuple[CellOutcomes | None, list[str]]:
     """Single galaxies' outcomes where all runs have kept them and they agree with the counts."""
     paths = [judgement.predictions_path for judgement in judgements if judgement.predictions_path is not None]
     if len(paths) < len(judgements):

@@ -15,9 +15,9 @@ from galaxydist.evaluation.text_table import readable
 from galaxydist.galaxy import VARIANTS
 from galaxydist.gallery.gallery import gallery_sections
 from galaxydist.pages.html import figure_svg, render
-from galaxydist.report.claims import Observation
-from galaxydist.report.collect import REGIMES, Findings, Pairs, Results, RunFacts
-from galaxydist.report.finished_runs import Judgement
+from galaxydist.report.claims import ClaimAnswer
+from galaxydist.report.collect import REGIMES, DatasetResults, Pairs, ReportData, RunFacts
+from galaxydist.report.finished_runs import TestResult
 from galaxydist.report.matrix import Table
 from galaxydist.report.statistics import ALPHA
 from galaxydist.report.tables import (
@@ -170,7 +170,7 @@ def _share(value: float | None, *, is_marked: bool = False, title: str = "") -> 
     return {"text": text, "share": round(100 * (value or 0.0)), "marked": is_marked, "title": title}
 
 
-def confusion_maps(found: Findings) -> list[dict[str, Any]]:
+def confusion_maps(found: DatasetResults) -> list[dict[str, Any]]:
     """Of each line and training variant: its best run by validation, on its own test set."""
     names, drawn = [readable(name) for name in found.table.class_names], []
     for row, facts, judged in found.best_on_own():
@@ -191,7 +191,7 @@ def confusion_maps(found: Findings) -> list[dict[str, Any]]:
     return drawn
 
 
-def own_test(facts: RunFacts, judged: Judgement) -> str:
+def own_test(facts: RunFacts, judged: TestResult) -> str:
     """Which run this is, judged on its own test set."""
     return f"trained and tested on {judged.variant}, seed {facts.trial.seed}, {judged.count:,} galaxies"
 
@@ -199,7 +199,7 @@ def own_test(facts: RunFacts, judged: Judgement) -> str:
 # The galleries of the runs that stand for their models: confident mistakes and uncertain galaxies, with saliency.
 
 
-def galleries(found: Findings) -> dict[str, Any]:
+def galleries(found: DatasetResults) -> dict[str, Any]:
     """What was made of the best run by validation of each model and variant, and the commands for what was not."""
     missing = [shlex.join(["galaxydist", "gallery", str(facts.trial.run_dir)]) for facts in without_gallery(found)]
     shown = [
@@ -210,7 +210,7 @@ def galleries(found: Findings) -> dict[str, Any]:
     return {"shown": shown, "missing": missing}
 
 
-def without_gallery(found: Findings) -> list[RunFacts]:
+def without_gallery(found: DatasetResults) -> list[RunFacts]:
     """The best runs by validation that kept predictions and have no gallery of them."""
     return [
         facts
@@ -219,7 +219,7 @@ def without_gallery(found: Findings) -> list[RunFacts]:
     ]
 
 
-def render_page(results: Results, provenance: Mapping[str, str]) -> str:
+def render_page(results: ReportData, provenance: Mapping[str, str]) -> str:
     """The page.
 
     Args:
@@ -243,7 +243,7 @@ def render_page(results: Results, provenance: Mapping[str, str]) -> str:
     )
 
 
-def _data_set(found: Findings, place: int) -> dict[str, Any]:
+def _data_set(found: DatasetResults, place: int) -> dict[str, Any]:
     table = found.table
     return {
         "name": table.dataset,
@@ -318,7 +318,7 @@ def _tests(table: Table) -> list[dict[str, Any]]:
     return found
 
 
-def _unseen(found: Findings) -> list[list[str]]:
+def _unseen(found: DatasetResults) -> list[list[str]]:
     """A line for every judgement in whose test set there are galaxies that the run was validated on."""
     return [
         [
@@ -334,7 +334,7 @@ def _unseen(found: Findings) -> list[list[str]]:
     ]
 
 
-def _answers(results: Results) -> list[dict[str, Any]]:
+def _answers(results: ReportData) -> list[dict[str, Any]]:
     """The observations by whose results answer them: ours by data set and regime, then the published numbers."""
     found = [
         (findings.table.dataset, REGIMES[regime], observations)
@@ -349,7 +349,7 @@ def _answers(results: Results) -> list[dict[str, Any]]:
     ]
 
 
-def _observation(one: Observation) -> dict[str, Any]:
+def _observation(one: ClaimAnswer) -> dict[str, Any]:
     checks = [
         {
             "claim": check.claim,
@@ -367,7 +367,7 @@ def _observation(one: Observation) -> dict[str, Any]:
     return {"number": one.number, "statement": one.statement, "verdict": one.verdict, "reason": one.reason, "checks": checks}
 
 
-def _curves(found: Findings) -> list[dict[str, Any]]:
+def _curves(found: DatasetResults) -> list[dict[str, Any]]:
     """A figure a line of the table."""
     drawn = []
     for row in found.table.rows:
@@ -378,7 +378,7 @@ def _curves(found: Findings) -> list[dict[str, Any]]:
     return drawn
 
 
-def _calibration(found: Findings) -> dict[str, Any]:
+def _calibration(found: DatasetResults) -> dict[str, Any]:
     """A line a run, and a reliability diagram a line of the table."""
     rows = []
     for facts in found.facts:
@@ -421,7 +421,7 @@ def _pairs(pairs: Pairs) -> dict[str, Any]:
     return {"setting": str(pairs.setting), "heads": [row.label for row in pairs.rows], "lines": lines, "num": len(pairs.tests)}
 
 
-def _run(facts: RunFacts, found: Findings) -> dict[str, Any]:
+def _run(facts: RunFacts, found: DatasetResults) -> dict[str, Any]:
     trial = facts.trial
     return {
         "name": facts.name,
@@ -452,7 +452,7 @@ def _run(facts: RunFacts, found: Findings) -> dict[str, Any]:
 # The report as files: the page, and the tables beside it in Markdown and LaTeX.
 
 
-def write_report(results: Results, page: Path, *, provenance: Mapping[str, str]) -> list[Path]:
+def write_report(results: ReportData, page: Path, *, provenance: Mapping[str, str]) -> list[Path]:
     """Write a report.
 
     Everything is made before anything is written, and each file is written whole or not at all.

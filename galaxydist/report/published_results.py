@@ -22,7 +22,7 @@ TEST_SIZES: MappingProxyType[Variant, int] = MappingProxyType({"original": 1774,
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Setting:
+class TrainTest:
     """Which variant a model was trained on, and on whose test set it was judged."""
 
     train: Variant
@@ -32,10 +32,10 @@ class Setting:
         return f"trained on {self.train}, tested on {self.test}"
 
 
-ON_ORIGINAL = Setting("original", "original")
-ON_BALANCED = Setting("balanced", "balanced")
-BALANCED_TO_ORIGINAL = Setting("balanced", "original")
-ORIGINAL_TO_BALANCED = Setting("original", "balanced")
+ON_ORIGINAL = TrainTest("original", "original")
+ON_BALANCED = TrainTest("balanced", "balanced")
+BALANCED_TO_ORIGINAL = TrainTest("balanced", "original")
+ORIGINAL_TO_BALANCED = TrainTest("original", "balanced")
 # The settings with published numbers, in the published order; the fourth, trained on original and tested on balanced, has none.
 PUBLISHED_SETTINGS = (ON_ORIGINAL, ON_BALANCED, BALANCED_TO_ORIGINAL)
 SETTINGS = (*PUBLISHED_SETTINGS, ORIGINAL_TO_BALANCED)
@@ -65,7 +65,7 @@ _VALUES: dict[DisplayName, tuple[tuple[float, float], ...]] = {
     "Custom CNN": ((0.7514, 0.8144), (0.5924, 1.1362), (0.6240, 1.0804)),
     "ViT": ((0.7638, 0.7343), (0.7500, 0.7966), (0.7694, 0.7158)),
 }
-PUBLISHED: MappingProxyType[tuple[DisplayName, Setting], PublishedResult] = MappingProxyType(
+PUBLISHED: MappingProxyType[tuple[DisplayName, TrainTest], PublishedResult] = MappingProxyType(
     {
         (model, setting): PublishedResult(*pair, TEST_SIZES[setting.test])
         for model, pairs in _VALUES.items()
@@ -98,7 +98,7 @@ def display_name(model: str) -> DisplayName | None:
     return DISPLAY_NAMES.get(model)
 
 
-def published_result(dataset: str, name: DisplayName | None, setting: Setting) -> PublishedResult | None:
+def published_result(dataset: str, name: DisplayName | None, setting: TrainTest) -> PublishedResult | None:
     """The published numbers beside a cell; None where nothing was published, and for every data set but the real Galaxy10.
 
     Args:

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.report.finished_runs import Trial
+from galaxydist.report.finished_runs import FinishedRun
 from galaxydist.report.published_results import PublishedResult
 
 ALPHA = 0.05
@@ -405,7 +405,7 @@ def build_ensemble(runs: Sequence[Outcomes]) -> Outcomes:
     return Outcomes(matched[0].ids_N, matched[0].labels_N, mean_NK, f"ensemble of {len(matched)} runs")
 
 
-def rank_trials(trials: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:
+def rank_trials(trials: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[FinishedRun]]:
     """Runs from best to worst by the validation metric that chose their checkpoints; no number of a test split takes part.
 
     Returns:

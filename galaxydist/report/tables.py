@@ -10,11 +10,11 @@ import numpy as np
 
 from galaxydist.evaluation.text_table import readable
 from galaxydist.recipe.fields import recipe_fields
-from galaxydist.report.claims import Observation
-from galaxydist.report.collect import REGIMES, Findings, Results
-from galaxydist.report.finished_runs import COLUMNS, SCORES, Score, Trial
+from galaxydist.report.claims import ClaimAnswer
+from galaxydist.report.collect import REGIMES, DatasetResults, ReportData
+from galaxydist.report.finished_runs import COLUMNS, SCORES, FinishedRun, Score
 from galaxydist.report.matrix import NOT_RUN, Cell, Row, Table, holm_adjusted
-from galaxydist.report.published_results import Setting
+from galaxydist.report.published_results import TrainTest
 from galaxydist.report.statistics import ALPHA, Difference, Estimate
 from galaxydist.surveys.official_split import NAME as REAL_DATASET
 
@@ -44,9 +44,9 @@ class Numbers:
     standing: Standing = ""
 
 
-def describe_table(table: Table) -> dict[tuple[Row, Setting, Quantity], Numbers]:
+def describe_table(table: Table) -> dict[tuple[Row, TrainTest, Quantity], Numbers]:
     """All numbers of a table. Accuracies and losses are each a family of tests."""
-    found: dict[tuple[Row, Setting, Quantity], Numbers] = {}
+    found: dict[tuple[Row, TrainTest, Quantity], Numbers] = {}
     for quantity in QUANTITIES:
         adjusted = holm_adjusted(table, quantity)
         for (row, setting), cell in table.cells.items():
@@ -170,7 +170,7 @@ def caption_of(table: Table) -> str:
     return _CAPTIONS[table.is_real] if table.is_galaxy10 else _ERRORS
 
 
-def about(results: Results) -> str:
+def about(results: ReportData) -> str:
     """What is reported, in a sentence or two."""
     names = ", ".join(found.table.dataset for found in results.findings)
     text = f"{_some(results.num_runs, 'run')} on {names}"
@@ -181,7 +181,7 @@ def about(results: Results) -> str:
     return f"{text}. {NO_REAL}" if is_missed else f"{text}."
 
 
-def score_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
+def score_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
     """Head and rows of each run's numbers, with their intervals."""
     head = ["run", "model", "trained on", "tested on", "seed", "galaxies", "accuracy", "balanced accuracy", "macro F1", "loss"]
     rows = []
@@ -195,7 +195,7 @@ def score_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def class_rows(table: Table) -> dict[Setting, tuple[tuple[str, ...], list[ClassRow]]]:
+def class_rows(table: Table) -> dict[TrainTest, tuple[tuple[str, ...], list[ClassRow]]]:
     """By setting that was run: the classes' names, and a row a model."""
     found = {}
     for setting in table.settings:
@@ -212,7 +212,7 @@ def _class_row(row: Row, cell: Cell) -> ClassRow:
     return ClassRow(row.label, tuple(None if np.isnan(value) else float(value) for value in values_K), worst)
 
 
-def ranking_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
+def ranking_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the ranking: the runs of each variant, best validation first. The test column takes no part in it."""
     head = ["rank", "model", "value", "validation", "trained on", "seed", "step", "test", "run"]
     rows = []
@@ -223,7 +223,7 @@ def ranking_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def _ranked(found: Findings, trial: Trial) -> list[str]:
+def _ranked(found: DatasetResults, trial: FinishedRun) -> list[str]:
     validation, own = trial.validation, trial.judgements.get(trial.variant)
     return [
         found.model_of(trial),
@@ -237,7 +237,7 @@ def _ranked(found: Findings, trial: Trial) -> list[str]:
     ]
 
 
-def cost_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
+def cost_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
     """Head and rows of speed and cost."""
     head = [
         "run",
@@ -274,7 +274,7 @@ def cost_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def ensemble_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
+def ensemble_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the ensembles of seeds."""
     head = ["model", "setting", "runs", "galaxies", "mean accuracy", "ensemble", "gain (points)", "mean loss", "ensemble loss"]
     rows = [
@@ -294,7 +294,7 @@ def ensemble_rows(found: Findings) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def settings_of(found: Findings) -> dict[str, str]:
+def settings_of(found: DatasetResults) -> dict[str, str]:
     """Return what tells lines of one model and recipe apart: label -> the result keys that differ."""
     fields = recipe_fields()
     groups: dict[tuple[str, str, str], dict[Row, dict[str, str]]] = {}
@@ -324,7 +324,7 @@ def _some(count: int, thing: str) -> str:
 _MARKS = {"better": " (better)", "worse": " (worse)", "same": " (not significant)", "": ""}
 
 
-def render_markdown(results: Results, provenance: Mapping[str, str]) -> str:
+def render_markdown(results: ReportData, provenance: Mapping[str, str]) -> str:
     """The tables.
 
     Args:
@@ -341,7 +341,7 @@ def render_markdown(results: Results, provenance: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _data_set_markdown(found: Findings) -> Iterator[str]:
+def _data_set_markdown(found: DatasetResults) -> Iterator[str]:
     table = found.table
     yield from [f"## {_text(table.dataset)}", ""]
     for quantity in QUANTITIES:
@@ -380,7 +380,7 @@ def _cell(numbers: Numbers) -> str:
     return "<br>".join(lines)
 
 
-def _observations_markdown(observations: Iterable[Observation]) -> Iterator[str]:
+def _observations_markdown(observations: Iterable[ClaimAnswer]) -> Iterator[str]:
     for one in observations:
         yield f"{one.number}. {one.statement} **{one.verdict}**. {_text(one.reason)}"
 
@@ -422,7 +422,7 @@ def escape(text: str) -> str:
     return _SPECIAL.sub(lambda match: _ESCAPES[match.group()], text)
 
 
-def render_latex(results: Results, provenance: Mapping[str, str]) -> str:
+def render_latex(results: ReportData, provenance: Mapping[str, str]) -> str:
     """The tables, each a float of its own with a caption and a label.
 
     Args:
@@ -438,7 +438,7 @@ def render_latex(results: Results, provenance: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _data_set_latex(found: Findings) -> Iterator[str]:
+def _data_set_latex(found: DatasetResults) -> Iterator[str]:
     table, key = found.table, _key(found.table.dataset)
     for quantity in QUANTITIES:
         caption = f"Test {quantity} on {table.dataset}. {caption_of(table)}"
@@ -498,7 +498,7 @@ def _published(cell: Numbers) -> str:
     return cell.published + (f" ({escape(difference)}{star})" if difference else "")
 
 
-def _observations_latex(where: str, key: str, observations: Sequence[Observation]) -> Iterator[str]:
+def _observations_latex(where: str, key: str, observations: Sequence[ClaimAnswer]) -> Iterator[str]:
     lines = [r" & observation & verdict \\", r"\midrule"]
     lines += [rf"{one.number} & {escape(one.statement)} & {one.verdict} \\" for one in observations]
     yield from _float(

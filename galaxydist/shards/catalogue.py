@@ -27,10 +27,10 @@ from tqdm import tqdm
 from galaxydist.atomic_files import whole_file
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import Manifest, catalogue_name, shard_name
-from galaxydist.shards.remote.cache import Cache, OpenFile, Wanted
-from galaxydist.shards.remote.object_store import Store, transfer
+from galaxydist.shards.remote.cache import Cache, CacheEntry, SharedFile
+from galaxydist.shards.remote.object_store import Store, download
 from galaxydist.shards.remote.open import file_reader
-from galaxydist.shards.remote.prefetcher import FolderSource
+from galaxydist.shards.remote.prefetcher import LocalShards
 from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
 
 if TYPE_CHECKING:
@@ -299,8 +299,8 @@ def _obtain(manifest: Manifest, name: str) -> Path:
         path.unlink(missing_ok=True)  # damaged in the cache: fetched once more
     stop, store = threading.Event(), Store(manifest.remote.url)
     Cache(manifest.remote.cache.folder, manifest.remote.cache.max_bytes).obtain(
-        Wanted(f"{manifest.dir.name}/{name}"),
-        lambda target: transfer(store, name, target, stop=stop, sha256=bytes.fromhex(expected)),
+        CacheEntry(f"{manifest.dir.name}/{name}"),
+        lambda target: download(store, name, target, stop=stop, sha256=bytes.fromhex(expected)),
         stop=stop,
         must=True,
     )
@@ -369,7 +369,7 @@ def _read_tars(manifest: Manifest, split: str) -> "pa.Table":
     return rows
 
 
-def _metas(file: OpenFile, samples: list[list[Member]]) -> Iterator[tuple[str, bytes]]:
+def _metas(file: SharedFile, samples: list[list[Member]]) -> Iterator[tuple[str, bytes]]:
     """The key and the .json of each sample of a tar.
 
     Raises:
@@ -389,12 +389,12 @@ class _Shards:
     def __init__(self, manifest: Manifest, split: str, stop: threading.Event) -> None:
         self._manifest, self._split, self._stop = manifest, split, stop
         self._table = manifest.shards(split)
-        self._folder = FolderSource(manifest, split)
+        self._folder = LocalShards(manifest, split)
         if manifest.remote is not None:
             self._store = Store(manifest.remote.url)
             self._cache = Cache(manifest.remote.cache.folder, manifest.remote.cache.max_bytes)
 
-    def open(self, number: int) -> OpenFile:
+    def open(self, number: int) -> SharedFile:
         """A tar, whole and on this machine.
 
         Raises:
@@ -405,8 +405,8 @@ class _Shards:
         name, row = shard_name(self._split, number), self._table[number]
         size, sha256 = int(row["bytes"]), row["sha256"].tobytes()
         file = self._cache.obtain(
-            Wanted(f"{self._manifest.dir.name}/{name}", size),
-            lambda path: transfer(self._store, name, path, stop=self._stop, num_bytes=size, sha256=sha256),
+            CacheEntry(f"{self._manifest.dir.name}/{name}", size),
+            lambda path: download(self._store, name, path, stop=self._stop, num_bytes=size, sha256=sha256),
             stop=self._stop,
             must=True,
         )

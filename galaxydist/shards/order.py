@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from galaxydist.counter_rng import GAMMA, Purpose, hash64, mix64
+from galaxydist.counter_rng import GAMMA, Stream, hash64, mix64
 from galaxydist.errors import UserError
 
 # Keyed permutations of 0 ... n-1 that give any place without a table.
@@ -114,7 +114,7 @@ class EpochOrder:
         self.num_streams = num_streams
         self._seed, self._epoch, self._window = seed, epoch, window
         self._length, self._longer = divmod(self.num_positions, num_streams)
-        self._shards = np.argsort(hash64(seed, epoch, np.arange(sizes.size), Purpose.SHARDS), kind="stable")
+        self._shards = np.argsort(hash64(seed, epoch, np.arange(sizes.size), Stream.SHARDS), kind="stable")
         self._stored_starts = np.cumsum(sizes) - sizes
         laid = sizes[self._shards]
         self._laid_starts = np.cumsum(laid) - laid
@@ -191,7 +191,7 @@ class EpochOrder:
         window = place // self._window
         segment_length = self._length + (stream < self._longer)
         size = np.minimum(self._window, segment_length - window * self._window)
-        key = hash64(self._seed, self._epoch, stream, window, Purpose.WINDOW)
+        key = hash64(self._seed, self._epoch, stream, window, Stream.WINDOW)
         return self._segment_start(stream) + window * self._window, size, key
 
 
@@ -212,18 +212,18 @@ class ResampledOrder:
         self._seed, self._epoch = seed, epoch
         num_classes = self._by_class.counts.size
         few, more = divmod(self.num_positions, num_classes)
-        rank = np.argsort(np.argsort(hash64(seed, epoch, np.arange(num_classes), Purpose.CLASS_DRAWS), kind="stable"))
+        rank = np.argsort(np.argsort(hash64(seed, epoch, np.arange(num_classes), Stream.CLASS_DRAWS), kind="stable"))
         draws = few + (rank < more)
         self._starts = np.cumsum(draws) - draws
 
     def samples(self, positions: ArrayLike) -> Int64:
         """The stored sample numbers at these positions (a galaxy may stand at several)."""
         position = _inside(positions, self.num_positions)
-        drawn = permute(position, self.num_positions, hash64(self._seed, self._epoch, 0, Purpose.POSITIONS))
+        drawn = permute(position, self.num_positions, hash64(self._seed, self._epoch, 0, Stream.POSITIONS))
         number = np.searchsorted(self._starts, drawn, side="right") - 1
         count = self._by_class.counts[number]
         turn, place = np.divmod(drawn - self._starts[number], count)
-        galaxy = permute(place, count, hash64(self._seed, self._epoch, number, turn, Purpose.GALAXY_DRAWS))
+        galaxy = permute(place, count, hash64(self._seed, self._epoch, number, turn, Stream.GALAXY_DRAWS))
         return np.asarray(self._by_class.samples[self._by_class.starts[number] + galaxy])
 
 

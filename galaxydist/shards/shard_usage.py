@@ -20,7 +20,7 @@ Int64 = NDArray[np.int64]
 USE = np.dtype([("shard", "<i8"), ("first_step", "<i8"), ("last_step", "<i8")])
 
 
-def shard_uses(order: EpochOrder, batch_size: int, offsets: ArrayLike) -> NDArray[np.void]:
+def usage_of_rank(order: EpochOrder, batch_size: int, offsets: ArrayLike) -> NDArray[np.void]:
     """The shards that one epoch of training needs. Costs O(shards + C) whatever the number of samples.
 
     A part of a shard in a stream counts from the first batch of the window of its first sample to the last batch of the window of
@@ -37,17 +37,17 @@ def shard_uses(order: EpochOrder, batch_size: int, offsets: ArrayLike) -> NDArra
     return _stream_uses(order, batch_size, _streams_hit(order.num_streams, batch_size, offsets))
 
 
-def node_uses(order: EpochOrder, batch_size: int, num_nodes: int, ranks_per_node: int) -> list[NDArray[np.void]]:
+def usage_of_nodes(order: EpochOrder, batch_size: int, num_nodes: int, ranks_per_node: int) -> list[NDArray[np.void]]:
     """The shards that each node needs in one epoch of training; ranks are dealt to nodes in blocks.
 
     Nodes that read the same streams share one array, so that large worlds cost little more than small ones.
 
     Args:
-        order, batch_size: as in ``shard_uses``.
+        order, batch_size: as in ``usage_of_rank``.
         num_nodes, ranks_per_node: with no more ranks than the batch holds.
 
     Returns:
-        what ``shard_uses`` gives for the offsets of each node.
+        what ``usage_of_rank`` gives for the offsets of each node.
     """
     offsets = np.arange(batch_size)
     node_of = offsets % (num_nodes * ranks_per_node) // ranks_per_node
@@ -88,7 +88,7 @@ def resampled_uses(num_shards: int, num_steps: int) -> NDArray[np.void]:
     return _rows(shard, np.zeros_like(shard), np.full_like(shard, num_steps - 1))
 
 
-def working_set(uses: NDArray[np.void], bytes_per_shard: ArrayLike) -> int:
+def peak_bytes(uses: NDArray[np.void], bytes_per_shard: ArrayLike) -> int:
     """The most bytes of shards in use at one batch.
 
     Args:
@@ -147,7 +147,7 @@ def _rows(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
 Uses = Iterator[NDArray[np.void]]
 
 
-class Schedule:
+class FetchQueue:
     """The uses that nobody has taken yet; of the coming epochs one is looked at.
 
     Args:
@@ -195,14 +195,14 @@ class Schedule:
         return True
 
 
-def shifted(uses: NDArray[np.void], steps: int) -> NDArray[Any]:
+def shift(uses: NDArray[np.void], steps: int) -> NDArray[Any]:
     """The same uses, so many steps later."""
-    later = lengthened(uses, steps)
+    later = extend(uses, steps)
     later["first_step"] += steps
     return later
 
 
-def lengthened(uses: NDArray[np.void], steps: int) -> NDArray[Any]:
+def extend(uses: NDArray[np.void], steps: int) -> NDArray[Any]:
     """The same uses, each so many steps longer."""
     longer = uses.copy()
     longer["last_step"] += steps

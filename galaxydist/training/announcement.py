@@ -11,7 +11,7 @@ from galaxydist.recipe.schema import Recipe
 from galaxydist.recipe.yaml12 import to_text
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
-from galaxydist.training.metric_logger import Schedule
+from galaxydist.training.metric_logger import RunLength
 from galaxydist.training.micro_batch import Probe, share_of, thrown_away_loss, unchanged
 from galaxydist.training.throughput import training_flops
 
@@ -23,7 +23,7 @@ SMALLER = {"data.image_size": 64, "train.epochs": 5}
 SMALL_RECIPE = "custom_cnn"
 
 
-def describe_run(resolved: ResolvedRecipe, manifest: Manifest, folder: RunFolder, model: nn.Module, schedule: Schedule) -> str:
+def describe_run(resolved: ResolvedRecipe, manifest: Manifest, folder: RunFolder, model: nn.Module, schedule: RunLength) -> str:
     """Return the lines that say what a new run will do, its time left out.
 
     Args:
@@ -53,7 +53,7 @@ def describe_run(resolved: ResolvedRecipe, manifest: Manifest, folder: RunFolder
     return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
 
 
-def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, schedule: Schedule, micro_batch: int) -> str | None:
+def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, schedule: RunLength, micro_batch: int) -> str | None:
     """Return a line with the estimated time of a run, from a pass that is thrown away; None where it cannot be estimated.
 
     All ranks take part. The model, its gradients and torch's random numbers stay as they are.

@@ -10,13 +10,13 @@ from galaxydist.recipe.schema import TrainConfig
 from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.training.ddp import Strategy
-from galaxydist.training.state import TrainingState
+from galaxydist.training.state import TrainState
 
 # When a checkpoint is due: by steps, by the clock, at the ends of epochs.
 
 
 @dataclass(frozen=True)
-class SavePolicy:
+class SaveSchedule:
     """A function of the step, and of whether time is up: the same on every rank that is told the same.
 
     Args:
@@ -65,7 +65,7 @@ class SaveTimer:
         self._since = self._clock()
 
 
-class Saving:
+class Checkpointer:
     """Checkpoints of a run, written from a copy in memory while the training goes on. A context manager: at its end what is being
     written is whole.
 
@@ -86,10 +86,10 @@ class Saving:
         world: World,
         folder: RunFolder,
         lock: RunLock | None,
-        state: TrainingState,
+        state: TrainState,
         *,
         strategy: Strategy,
-        policy: SavePolicy,
+        policy: SaveSchedule,
         context: Mapping[str, Any],
         config: TrainConfig,
         clock: Callable[[], float],

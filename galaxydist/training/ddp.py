@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from galaxydist.checkpoints import store
-from galaxydist.checkpoints.async_writer import CheckpointSaver
-from galaxydist.checkpoints.sharded import ShardedSaver, load_sharded, open_saving_group
+from galaxydist.checkpoints.async_writer import CheckpointWriter
+from galaxydist.checkpoints.sharded import ShardedWriter, load_sharded, open_saving_group
 from galaxydist.checkpoints.store import Checkpoint
 from galaxydist.distributed import World
 from galaxydist.recipe.schema import TrainConfig
@@ -69,7 +69,7 @@ class Strategy(Protocol):
         """The model that is validated, whole on every rank: the moving average where there is one. All ranks take part."""
         ...
 
-    def open_saver(self, checkpoints_dir: Path, *, background: bool, check: Callable[[], None]) -> CheckpointSaver | None:
+    def open_saver(self, checkpoints_dir: Path, *, background: bool, check: Callable[[], None]) -> CheckpointWriter | None:
         """What writes checkpoints; None on a rank that has no part in it. All ranks take part."""
         ...
 
@@ -82,12 +82,12 @@ class Strategy(Protocol):
         ...
 
 
-def open_strategy(world: World, model: nn.Module, config: TrainConfig) -> Strategy:
+def build_strategy(world: World, model: nn.Module, config: TrainConfig) -> Strategy:
     """Share a model, which is on its device, among the processes. All ranks take part; rank 0's weights count."""
-    return DividedModel(world, model, config) if config.strategy == "fsdp" else WholeModel(world, model, config)
+    return FSDPStrategy(world, model, config) if config.strategy == "fsdp" else DDPStrategy(world, model, config)
 
 
-class WholeModel:
+class DDPStrategy:
     """``ddp``: every process has the whole model, in DistributedDataParallel as Accelerate sets it up."""
 
     is_collective = False
@@ -126,8 +126,8 @@ class WholeModel:
     def judged(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.model if self._average is None else self._average)
 
-    def open_saver(self, checkpoints_dir: Path, *, background: bool, check: Callable[[], None]) -> CheckpointSaver | None:
-        return CheckpointSaver(checkpoints_dir, background=background, check=check) if self.world.is_main else None
+    def open_saver(self, checkpoints_dir: Path, *, background: bool, check: Callable[[], None]) -> CheckpointWriter | None:
+        return CheckpointWriter(checkpoints_dir, background=background, check=check) if self.world.is_main else None
 
     def load(self, checkpoints_dir: Path) -> Checkpoint | None:
         """Rank 0 says which it is, and every rank reads that one."""
@@ -143,7 +143,7 @@ class WholeModel:
         return self.world.together(lambda: found[0] if found and found[0] else store.read_sound(path))
 
 
-class DividedModel:
+class FSDPStrategy:
     """``fsdp``: every process holds a part of each parameter, of its gradient, of the optimizer's state and of the average."""
 
     is_collective = True
@@ -179,8 +179,8 @@ class DividedModel:
         tensors: Mapping[str, torch.Tensor] = (self.averages or self.model).state_dict()
         return self._whole.filled(tensors)
 
-    def open_saver(self, checkpoints_dir: Path, *, background: bool, check: Callable[[], None]) -> CheckpointSaver | None:
-        return ShardedSaver(checkpoints_dir, group=self._saving, background=background, check=check)
+    def open_saver(self, checkpoints_dir: Path, *, background: bool, check: Callable[[], None]) -> CheckpointWriter | None:
+        return ShardedWriter(checkpoints_dir, group=self._saving, background=background, check=check)
 
     def load(self, checkpoints_dir: Path) -> Checkpoint | None:
         return load_sharded(checkpoints_dir, make=part_maker(self.model), group=self._loading)

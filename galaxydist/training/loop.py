@@ -8,11 +8,11 @@ from typing import Protocol
 
 from galaxydist.distributed import World
 from galaxydist.loading.loader import Batch
-from galaxydist.training.metric_logger import Journal, Schedule
-from galaxydist.training.state import TrainingState
-from galaxydist.training.step import Update
-from galaxydist.training.step_sync import Agreed, Agreement, Flags
-from galaxydist.training.stop_signals import LONG_STEP_S, StepAbandoned, StopFlag
+from galaxydist.training.metric_logger import MetricLogger, RunLength
+from galaxydist.training.state import TrainState
+from galaxydist.training.step import TrainStep
+from galaxydist.training.step_sync import RankFlags, StepResult, StepSync
+from galaxydist.training.stop_signals import LONG_STEP_S, StepAbandoned, StopSignal
 from galaxydist.training.throughput import StepTimer
 
 
@@ -43,7 +43,7 @@ class Watcher(Protocol):
 
 
 @dataclass
-class Loop:
+class TrainLoop:
     """What the loop moves.
 
     Args:
@@ -62,10 +62,10 @@ class Loop:
     """
 
     world: World
-    schedule: Schedule
-    state: TrainingState
-    update: Update
-    journal: Journal
+    schedule: RunLength
+    state: TrainState
+    update: TrainStep
+    journal: MetricLogger
     saver: Saver
     validate: Callable[[], dict[str, float | None]] | None
     validate_every: int
@@ -73,14 +73,14 @@ class Loop:
     watch: Watcher
     step_done: Callable[[int], None]
     clock: Callable[[], float] = time.monotonic
-    agreement: Agreement = field(init=False)
+    agreement: StepSync = field(init=False)
 
     def __post_init__(self) -> None:
-        self.agreement = Agreement(self.world.size, self.world.device)
+        self.agreement = StepSync(self.world.size, self.world.device)
         self._saved_step = self.state.step
         self._last_step_s = math.inf  # not known yet
 
-    def run(self, batches: Iterator[Batch], stop: StopFlag) -> int:
+    def run(self, batches: Iterator[Batch], stop: StopSignal) -> int:
         """Train to the last step, to early stopping, or to a signal.
 
         What the ranks agree on is known one step late, so that the next step is under way meanwhile; before an epoch ends or the
@@ -122,7 +122,7 @@ class Loop:
     def is_done(self) -> bool:
         return self.state.step >= self.schedule.total_steps or self.state.stopping.should_stop
 
-    def _take_step(self, batches: Iterator[Batch], stop: StopFlag) -> None:
+    def _take_step(self, batches: Iterator[Batch], stop: StopSignal) -> None:
         step = self.state.step
         self.watch.beat(step, "data")
         with self.timer.part("data_wait"):
@@ -134,14 +134,14 @@ class Loop:
         has_failed = has_failed or self.journal.has_failed
         unreadable = self.state.skipped.take(step, batch)
         is_long = self._last_step_s >= LONG_STEP_S
-        self.agreement.post(step, sums, Flags(stop.signal_number, is_save_due, has_failed, unreadable, is_long))
+        self.agreement.post(step, sums, RankFlags(stop.signal_number, is_save_due, has_failed, unreadable, is_long))
         self.state.step += 1
         self.journal.step_taken()
         self.step_done(self.state.step)
 
-    def _settle(self, leave: int) -> Flags:
+    def _settle(self, leave: int) -> RankFlags:
         """Act on what the ranks have agreed on, of all steps but the last ``leave``; what is asked of the loop."""
-        asked = Flags()
+        asked = RankFlags()
         self.watch.beat(self.state.step, "agreement")
         while len(self.agreement) > leave:
             agreed = self.agreement.read()
@@ -152,7 +152,7 @@ class Loop:
             self._take_in(agreed)
         return asked
 
-    def _take_in(self, agreed: Agreed) -> None:
+    def _take_in(self, agreed: StepResult) -> None:
         self.update.gates.is_open = not agreed.flags.is_long
         if agreed.flags.num_unreadable:
             for text in self.state.skipped.settle(self.world, agreed.step):
@@ -192,6 +192,6 @@ class Loop:
         self._saved_step = self.state.step
 
 
-def _either(first: Flags, second: Flags) -> Flags:
+def _either(first: RankFlags, second: RankFlags) -> RankFlags:
     """What is asked by any of both."""
-    return Flags(first.stop_signal or second.stop_signal, first.is_save_due or second.is_save_due)
+    return RankFlags(first.stop_signal or second.stop_signal, first.is_save_due or second.is_save_due)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from galaxydist.training.mixup import Mix, Part, take
+from galaxydist.training.mixup import MixedBatch, Part, take
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Targets:
         return Targets(labels_B, weights_B, majority_B, take(self.partner_labels_B, part), take(self.partner_weights_B, part))
 
 
-class Objective:
+class WeightedCrossEntropy:
     """Weighted cross-entropy with label smoothing, as numerator and weight.
 
     Sample i adds ``w_i * CE_i`` to the numerator and ``w_i`` to the weight, where ``w_i`` is its own weight (0 for a
@@ -58,7 +58,7 @@ class Objective:
         self.class_weights_K = class_weights_K
         self.label_smoothing = label_smoothing
 
-    def targets(self, labels_B: torch.Tensor, sample_weights_B: torch.Tensor, mix: Mix | None = None) -> Targets:
+    def targets(self, labels_B: torch.Tensor, sample_weights_B: torch.Tensor, mix: MixedBatch | None = None) -> Targets:
         """Labels and weights of a rank's whole batch; needs no image.
 
         Args:

@@ -14,13 +14,13 @@ from tqdm import tqdm
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder
-from galaxydist.training.step_sync import Agreed, Sums
+from galaxydist.training.step_sync import LossSums, StepResult
 from galaxydist.training.throughput import StepTimer, Utilisation
 from galaxydist.training.trackers import Tracker
 
 
 @dataclass(frozen=True)
-class Schedule:
+class RunLength:
     """How long the run is."""
 
     steps_per_epoch: int
@@ -36,17 +36,17 @@ class Schedule:
         return step % self.steps_per_epoch == 0
 
 
-class Window:
+class RunningSums:
     """The sums of the steps since the last line: a part of the training state, so that a line is the same after a restart."""
 
     def __init__(self) -> None:
-        self.sums = Sums()
+        self.sums = LossSums()
 
-    def add(self, sums: Sums) -> None:
+    def add(self, sums: LossSums) -> None:
         self.sums += sums
 
     def clear(self) -> None:
-        self.sums = Sums()
+        self.sums = LossSums()
 
     def metrics(self) -> dict[str, float]:
         return {"train/loss": self.sums.loss, "train/accuracy": self.sums.accuracy}
@@ -55,10 +55,10 @@ class Window:
         return vars(self.sums)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums = Sums(**state)
+        self.sums = LossSums(**state)
 
 
-class Journal:
+class MetricLogger:
     """Rank 0 writes. Use as a context manager: the bar is closed at the end.
 
     Args:
@@ -78,9 +78,9 @@ class Journal:
         world: World,
         folder: RunFolder,
         tracker: Tracker,
-        schedule: Schedule,
+        schedule: RunLength,
         *,
-        window: Window,
+        window: RunningSums,
         timer: StepTimer,
         utilisation: Utilisation,
         first_step: int,
@@ -102,7 +102,7 @@ class Journal:
             total=schedule.total_steps, initial=first_step, unit="step", disable=not world.is_main or None, dynamic_ncols=True
         )
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "MetricLogger":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,7 +112,7 @@ class Journal:
         """One more step that the timer has seen; what it was about is known later."""
         self._timed_steps += 1
 
-    def step_done(self, agreed: Agreed, rate: float, counters: Mapping[str, float]) -> None:
+    def step_done(self, agreed: StepResult, rate: float, counters: Mapping[str, float]) -> None:
         """Take in one step: ``rate`` is its learning rate, ``counters`` are written as they are. A line is written every
         ``log_every`` steps."""
         step = agreed.step + 1

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import betaincinv
 from torch import Tensor
 
-from galaxydist.counter_rng import Purpose, uniform
+from galaxydist.counter_rng import Stream, uniform
 from galaxydist.loading.loader import Batch
 from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import TrainConfig
@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairSlice:
     """The pairs ``start`` ... ``stop - 1`` of a rank's ``num_pairs``, as rows of its batch: first all first partners, then all
     second ones. Row i of the whole batch is paired with row i + num_pairs."""
 
@@ -42,15 +42,15 @@ class Pairs:
 
 
 # What one forward pass takes of a rank's batch: consecutive rows, or whole pairs.
-Part: TypeAlias = slice | Pairs
+Part: TypeAlias = slice | PairSlice
 
 
 def take(values: Tensor, part: Part) -> Tensor:
     """The rows of a part of a rank's batch."""
-    return part.rows(values) if isinstance(part, Pairs) else values[part]
+    return part.rows(values) if isinstance(part, PairSlice) else values[part]
 
 
-def split_pairs(length: int, num_parts: int) -> list[Pairs]:
+def split_pairs(length: int, num_parts: int) -> list[PairSlice]:
     """A rank's batch of ``length`` rows in ``num_parts`` parts, pairs kept together; they differ by one pair at most.
 
     Raises:
@@ -60,7 +60,7 @@ def split_pairs(length: int, num_parts: int) -> list[Pairs]:
     if length % 2 or not 1 <= num_parts <= num_pairs:
         raise ValueError(f"{length} galaxies cannot be cut into {num_parts} parts of whole pairs")
     edges = [num_pairs * part // num_parts for part in range(num_parts + 1)]
-    return [Pairs(start, stop, num_pairs) for start, stop in itertools.pairwise(edges)]
+    return [PairSlice(start, stop, num_pairs) for start, stop in itertools.pairwise(edges)]
 
 
 def count_pair_parts(batch_size: int, world_size: int, micro_batch: int) -> int:
@@ -89,7 +89,7 @@ class Draws:
     boxes: Ints
 
 
-class Mixing:
+class Mixup:
     """Draws for the pairs of a run.
 
     Args:
@@ -116,15 +116,15 @@ class Mixing:
             epoch: of training.
             pairs: P positions in the epoch's order, of the first galaxy of each pair.
         """
-        factor = self._uniform(epoch, pairs, Purpose.MIXUP_FACTOR)
-        changed = self._uniform(epoch, pairs, Purpose.MIX_CHANGED) < self._changed_share
+        factor = self._uniform(epoch, pairs, Stream.MIXUP_FACTOR)
+        changed = self._uniform(epoch, pairs, Stream.MIX_CHANGED) < self._changed_share
         cut = changed & self._is_cut(epoch, pairs)
         blends = np.where(changed & ~cut, 1 - _beta(self._mixup, factor), 0.0)
         boxes = np.where(cut[:, None], self._boxes(epoch, pairs, 1 - _beta(self._cutmix, factor)), 0)
         areas = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
         return Draws(np.where(cut, areas / self._size**2, blends), blends, boxes)
 
-    def prepare(self, batch: Batch) -> "Mix":
+    def prepare(self, batch: Batch) -> "MixedBatch":
         """What becomes of a rank's whole batch, on the device of its weights; the host does not wait for it.
 
         A pair of which one galaxy has weight 0 (its picture is black: it could not be read) is left as it is: the other one
@@ -140,27 +140,27 @@ class Mixing:
         device = batch.weights_B.device
         numbers_P6 = numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
         is_whole_P = (batch.weights_B[:num_pairs] > 0) & (batch.weights_B[num_pairs:] > 0)
-        return Mix(numbers_P6 * is_whole_P[:, None], has_boxes=self._cutmix > 0)
+        return MixedBatch(numbers_P6 * is_whole_P[:, None], has_boxes=self._cutmix > 0)
 
-    def _uniform(self, epoch: int, pairs: Ints, purpose: Purpose) -> Floats:
+    def _uniform(self, epoch: int, pairs: Ints, purpose: Stream) -> Floats:
         return uniform(self._seed, epoch, pairs, purpose)
 
     def _is_cut(self, epoch: int, pairs: Ints) -> NDArray[np.bool_]:
         if self._mixup > 0 and self._cutmix > 0:
-            return self._uniform(epoch, pairs, Purpose.MIX_KIND) < self._cutmix_share
+            return self._uniform(epoch, pairs, Stream.MIX_KIND) < self._cutmix_share
         return np.full(pairs.shape, self._cutmix > 0)
 
     def _boxes(self, epoch: int, pairs: Ints, areas: Floats) -> Ints:
         """Squares of these shares of the image around a uniform centre, in whole pixels, cut off at the edges."""
         edges = []
         for axis in range(2):
-            centre = uniform(self._seed, epoch, pairs, axis, Purpose.CUTMIX_BOX)
+            centre = uniform(self._seed, epoch, pairs, axis, Stream.CUTMIX_BOX)
             edges += [centre - np.sqrt(areas) / 2, centre + np.sqrt(areas) / 2]
         return np.rint(np.stack(edges, axis=1) * self._size).clip(0, self._size).astype(np.int64)
 
 
 @dataclass(frozen=True)
-class Mix:
+class MixedBatch:
     """``Draws`` of a rank's P pairs on the device.
 
     Args:
@@ -180,9 +180,9 @@ class Mix:
         """The partners' values, for each galaxy of the batch."""
         return values_B.roll(len(self.numbers_P6), 0)
 
-    def take(self, part: Part) -> "Mix":
+    def take(self, part: Part) -> "MixedBatch":
         """Of a part of the batch, from ``split_pairs``."""
-        assert isinstance(part, Pairs), "a part of consecutive rows may separate the galaxies of a pair"
+        assert isinstance(part, PairSlice), "a part of consecutive rows may separate the galaxies of a pair"
         return replace(self, numbers_P6=self.numbers_P6[part.start : part.stop])
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ SETTINGS = ("lr", "lr_scale", "weight_decay", "betas", "beta1", "momentum", "nes
 
 
 @dataclass(frozen=True)
-class LearningRate:
+class LRSchedule:
     """Linear warm-up from 0, then from the peak: half a cosine or a straight line down to a fraction of it, steps, or a constant.
 
     Cosine: Loshchilov & Hutter 2017, arXiv:1608.03983, equation 5, without restarts.

@@ -15,8 +15,8 @@ from galaxydist.distributed import World
 from galaxydist.errors import UserError
 from galaxydist.training.batch_norm import HasBuffers, RankStatistics
 from galaxydist.training.fsdp import cut_like
-from galaxydist.training.health.anomalies import Nonfinite, Skipped, SpikeDetector
-from galaxydist.training.metric_logger import Window
+from galaxydist.training.health.anomalies import LossSpikes, NonFiniteSteps, UnreadableImages
+from galaxydist.training.metric_logger import RunningSums
 from galaxydist.training.optimizer import load_optimizer_state
 
 # An optimizer's state under the parameters' names: what goes on when the number of processes or the strategy changes.
@@ -154,7 +154,7 @@ class Stateful(Protocol):
 
 
 @dataclass
-class TrainingState:
+class TrainState:
     """Everything that changes while training and must survive.
 
     Args:
@@ -178,10 +178,10 @@ class TrainingState:
     scaler: Any
     averages: HasBuffers | None
     stopping: EarlyStopping
-    skipped: Skipped
-    nonfinite: Nonfinite
-    spikes: SpikeDetector
-    window: Window = field(default_factory=Window)
+    skipped: UnreadableImages
+    nonfinite: NonFiniteSteps
+    spikes: LossSpikes
+    window: RunningSums = field(default_factory=RunningSums)
     micro_batch: dict[str, Any] = field(default_factory=dict)
     threads: dict[str, int] = field(default_factory=dict)
     step: int = 0

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from galaxydist.counter_rng import Purpose, hash64
+from galaxydist.counter_rng import Stream, hash64
 from galaxydist.distributed import World
 from galaxydist.loading.augment import Augment
 from galaxydist.loading.loader import Batch
@@ -16,14 +16,14 @@ from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.training.batch_norm import ALL_STATISTICS
 from galaxydist.training.ddp import Strategy
-from galaxydist.training.loss import Objective, Targets
-from galaxydist.training.mixup import Mix, Mixing, Part, count_pair_parts, split_pairs, take
-from galaxydist.training.optimizer import LearningRate, set_learning_rate
+from galaxydist.training.loss import Targets, WeightedCrossEntropy
+from galaxydist.training.mixup import MixedBatch, Mixup, Part, count_pair_parts, split_pairs, take
+from galaxydist.training.optimizer import LRSchedule, set_learning_rate
 from galaxydist.training.stop_signals import StepAbandoned, StepGates
 from galaxydist.training.throughput import StepTimer
 
 
-class Update:
+class TrainStep:
     """Forward, backward and optimizer step.
 
     The loss of a step is the sum of its numerators over all ranks and micro-batches, divided once by the sum of the weights.
@@ -51,10 +51,10 @@ class Update:
         strategy: Strategy,
         optimizer: Any,
         *,
-        objective: Objective,
+        objective: WeightedCrossEntropy,
         augment: Augment,
-        mixing: Mixing | None,
-        rate: LearningRate,
+        mixing: Mixup | None,
+        rate: LRSchedule,
         config: TrainConfig,
         micro_batch: int,
         seed: int,
@@ -76,7 +76,7 @@ class Update:
         count_parts = count_micro_batches if mixing is None else count_pair_parts
         self.num_parts = count_parts(config.batch_size, world.size, micro_batch)
         self.parameters = [parameter for parameter in strategy.model.parameters() if parameter.requires_grad]
-        self.statistics = KeptStatistics(strategy.model)
+        self.statistics = BatchNormBackup(strategy.model)
         self.skips_nonfinite = config.on_nonfinite == "skip"
 
     def __call__(self, batch: Batch, step: int) -> torch.Tensor:
@@ -140,7 +140,7 @@ class Update:
     def _parts(self, length: int) -> Sequence[Part]:
         return split_evenly(length, self.num_parts) if self.mixing is None else split_pairs(length, self.num_parts)
 
-    def _images(self, batch: Batch, part: Part, mix: Mix | None) -> torch.Tensor:
+    def _images(self, batch: Batch, part: Part, mix: MixedBatch | None) -> torch.Tensor:
         """A part of the batch as the model sees it."""
         images_BCHW = self.augment(take(batch.images_BHWC, part), batch.epoch, take(batch.positions_B, part))
         images_BCHW = images_BCHW.to(self.world.dtype)
@@ -179,14 +179,14 @@ class Update:
 
     def _seed_model(self, step: int, part: int) -> None:
         """Dropout and drop path draw from torch's generator: the same again after a resume."""
-        seed = int(hash64(self.seed, step, part, self.world.rank, Purpose.MODEL)) >> 1
+        seed = int(hash64(self.seed, step, part, self.world.rank, Stream.MODEL)) >> 1
         # torch.manual_seed asks for every kind of device that there might be, which takes a millisecond.
         torch.default_generator.manual_seed(seed)
         if self.world.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
 
-class KeptStatistics:
+class BatchNormBackup:
     """A model's batch-norm statistics as they were before a step, to put back where the step is left out: one activation that is
     not finite would spoil them for good.
 

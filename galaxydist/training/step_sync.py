@@ -17,7 +17,7 @@ from galaxydist.training.stop_signals import STOP_SIGNALS
 
 
 @dataclass(frozen=True)
-class Sums:
+class LossSums:
     """The sums of one step over all ranks and micro-batches; ``loss`` is divided once (nan of nothing)."""
 
     numerator: float = 0.0
@@ -33,8 +33,8 @@ class Sums:
     def accuracy(self) -> float:
         return self.correct / self.count if self.count > 0 else math.nan
 
-    def __add__(self, other: "Sums") -> "Sums":
-        return Sums(
+    def __add__(self, other: "LossSums") -> "LossSums":
+        return LossSums(
             self.numerator + other.numerator,
             self.weight + other.weight,
             self.correct + other.correct,
@@ -43,7 +43,7 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Flags:
+class RankFlags:
     """What one rank has to tell of a step.
 
     Args:
@@ -62,7 +62,7 @@ class Flags:
 
 
 @dataclass(frozen=True)
-class Agreed:
+class StepResult:
     """What holds for one step on all ranks.
 
     Args:
@@ -73,12 +73,12 @@ class Agreed:
     """
 
     step: int
-    flags: Flags = field(default_factory=Flags)
+    flags: RankFlags = field(default_factory=RankFlags)
     is_nonfinite: bool = False
-    sums: Sums = Sums()
+    sums: LossSums = LossSums()
 
 
-class Agreement:
+class StepSync:
     """One vector a step (four sums, whether they are finite, and the flags), its sum over all ranks.
 
     Args:
@@ -94,7 +94,7 @@ class Agreement:
     def __len__(self) -> int:
         return len(self._posted)
 
-    def post(self, step: int, sums: torch.Tensor, flags: Flags) -> None:
+    def post(self, step: int, sums: torch.Tensor, flags: RankFlags) -> None:
         """Send what this rank knows of a step. Every rank calls it once a step.
 
         Args:
@@ -110,18 +110,18 @@ class Agreement:
         work = dist.all_reduce(vector, async_op=True) if self._world_size > 1 else None
         self._posted.append(_Posted(step, vector, work))
 
-    def read(self) -> Agreed:
+    def read(self) -> StepResult:
         """What all ranks posted for the oldest step that has not been read."""
         posted = self._posted.popleft()
         numerator, weight, correct, count, nonfinite, *flags = posted.read()
         *asked, save_due, failed, num_unreadable, long = flags
         stop_signal = next((number for number, ranks in zip(STOP_SIGNALS, asked, strict=True) if ranks), 0)
         is_nonfinite = nonfinite != 0.0  # also where it is nan itself
-        return Agreed(
+        return StepResult(
             posted.step,
-            Flags(int(stop_signal), save_due > 0, failed > 0, int(num_unreadable), long > 0),
+            RankFlags(int(stop_signal), save_due > 0, failed > 0, int(num_unreadable), long > 0),
             is_nonfinite,
-            Sums() if is_nonfinite else Sums(numerator, weight, correct, count),
+            LossSums() if is_nonfinite else LossSums(numerator, weight, correct, count),
         )
 
 

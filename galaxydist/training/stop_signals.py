@@ -34,7 +34,7 @@ def signal_name(number: int) -> str:
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
-class StopFlag:
+class StopSignal:
     """Set by Ctrl-C, SIGTERM or SIGUSR2 while the context is open. A second Ctrl-C ends the process without saving.
 
     To be opened in the main thread.
@@ -53,7 +53,7 @@ class StopFlag:
         self._interrupted_at: float | None = None
         self._leaves_at: float | None = None
 
-    def __enter__(self) -> "StopFlag":
+    def __enter__(self) -> "StopSignal":
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
         self._thread = threading.Thread(target=self._listen, name="stop-signals", daemon=True)
@@ -153,7 +153,7 @@ class StepGates:
     """
 
     def __init__(
-        self, world_size: int, stop: StopFlag, *, layers: nn.Module | None = None, timeout: timedelta | None = None
+        self, world_size: int, stop: StopSignal, *, layers: nn.Module | None = None, timeout: timedelta | None = None
     ) -> None:
         self.is_open = False
         self._stop = stop

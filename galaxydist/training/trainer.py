@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from galaxydist.checkpoints import store
-from galaxydist.distributed import World, enter_world, keep_threads, leave_world, set_flight_recorder
+from galaxydist.distributed import World, init_distributed, keep_threads, set_flight_recorder, shutdown_distributed
 from galaxydist.errors import EveryRankError, NonfiniteError, OneRankFailedError, UserError
-from galaxydist.evaluation.evaluator import Judge, rehearse_evaluation
+from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
 from galaxydist.evaluation.inference import evaluate_split
 from galaxydist.evaluation.leakage import check_before_training
 from galaxydist.job_environment import start_of
@@ -30,8 +30,8 @@ from galaxydist.loading.dataset import (
     open_manifest,
 )
 from galaxydist.loading.decode import sample_name
-from galaxydist.loading.device_prefetch import DeviceFeed
-from galaxydist.loading.loader import Batch, TrainReader
+from galaxydist.loading.device_prefetch import DevicePrefetcher
+from galaxydist.loading.loader import Batch, TrainLoader
 from galaxydist.models.build import build_model, needs_two_images
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.performance import (
@@ -54,21 +54,21 @@ from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
 from galaxydist.training.announcement import describe_end, describe_run, describe_time
 from galaxydist.training.batch_norm import average_statistics, synchronise_batch_norm
-from galaxydist.training.checkpointer import SavePolicy, Saving
-from galaxydist.training.ddp import Strategy, open_strategy
-from galaxydist.training.health.anomalies import Nonfinite, Skipped, SpikeDetector
+from galaxydist.training.checkpointer import Checkpointer, SaveSchedule
+from galaxydist.training.ddp import Strategy, build_strategy
+from galaxydist.training.health.anomalies import LossSpikes, NonFiniteSteps, UnreadableImages
 from galaxydist.training.health.watchdog import build_watchdog, collective_timeout
-from galaxydist.training.loop import Loop
-from galaxydist.training.loss import Objective, class_weights
-from galaxydist.training.metric_logger import Journal, Schedule
+from galaxydist.training.loop import TrainLoop
+from galaxydist.training.loss import WeightedCrossEntropy, class_weights
+from galaxydist.training.metric_logger import MetricLogger, RunLength
 from galaxydist.training.micro_batch import choose_micro_batch, explained_out_of_memory, is_out_of_memory
-from galaxydist.training.mixup import Mixing, count_pair_parts, split_pairs, take
-from galaxydist.training.optimizer import LearningRate, build_optimizer, find_optimizer
+from galaxydist.training.mixup import Mixup, count_pair_parts, split_pairs, take
+from galaxydist.training.optimizer import LRSchedule, build_optimizer, find_optimizer
 from galaxydist.training.profiler import StepProfiler
 from galaxydist.training.resume import OpenedFolder, open_run_folder
-from galaxydist.training.state import EarlyStopping, TrainingState
-from galaxydist.training.step import Update, count_micro_batches, split_evenly
-from galaxydist.training.stop_signals import StepGates, StopFlag, signal_name
+from galaxydist.training.state import EarlyStopping, TrainState
+from galaxydist.training.step import TrainStep, count_micro_batches, split_evenly
+from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name
 from galaxydist.training.throughput import StepTimer, Utilisation, build_utilisation
 from galaxydist.training.trackers import Tracker, complete_tracker, start_tracker
 
@@ -92,9 +92,9 @@ class Parts:
     """
 
     strategy: Strategy
-    state: TrainingState
+    state: TrainState
     augment: Augment
-    schedule: Schedule
+    schedule: RunLength
     micro_batch: int
     utilisation: Utilisation
 
@@ -107,7 +107,7 @@ def check_parts(recipe: Recipe, world: World) -> None:
     """
     find_optimizer(recipe.optim.name)
     check_strategy(recipe.train, world.precision)
-    if Mixing(recipe.train, recipe.seed, recipe.data.image_size).is_on:
+    if Mixup(recipe.train, recipe.seed, recipe.data.image_size).is_on:
         check_world(recipe.train.batch_size, world.size)
 
 
@@ -137,7 +137,7 @@ def check_passes(recipe: Recipe, world: World, model: nn.Module) -> None:
 
 def _has_single_pass(recipe: Recipe, world: World, model: nn.Module, micro_batch: int) -> bool:
     config = recipe.train
-    if Mixing(config, recipe.seed, recipe.data.image_size).is_on or (config.sync_batchnorm and world.size > 1):
+    if Mixup(config, recipe.seed, recipe.data.image_size).is_on or (config.sync_batchnorm and world.size > 1):
         return False  # there are two galaxies in any pass, or the passes of all processes count together
     return _smallest_pass(recipe, world, micro_batch) == 1 and needs_two_images(model, recipe.data.image_size)
 
@@ -173,7 +173,7 @@ def build_parts(
     """
     config, optim = recipe.train, recipe.optim
     steps_per_epoch = manifest.splits["train"].num_samples // config.batch_size
-    schedule = Schedule(steps_per_epoch, config.epochs * steps_per_epoch, config.batch_size)
+    schedule = RunLength(steps_per_epoch, config.epochs * steps_per_epoch, config.batch_size)
     set_tf32(config.tf32, world.device)
     model = model.to(device=world.device, dtype=world.dtype)
     if config.channels_last:
@@ -191,22 +191,22 @@ def build_parts(
         cache_dir = Path(find_cache_dir())
         if num_removed := sum(world.gather(len(remove_broken_libraries(cache_dir)))):
             world.say(f"removed {num_removed} libraries from torch.compile's cache {cache_dir}: their compilation was killed")
-    strategy = open_strategy(world, model, config)
+    strategy = build_strategy(world, model, config)
     augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=world.cores)
     with explained_out_of_memory(recipe, world, micro_batch):
         strategy.settle(_example(world, recipe, augment, micro_batch))
     groups = [dict(group) for group in parameter_groups(strategy.model, optim.weight_decay, optim.layer_decay)]
-    state = TrainingState(
+    state = TrainState(
         strategy.model,
         world.accelerator.prepare(build_optimizer(groups, optim, world.device)),
         world.accelerator.scaler,
         strategy.averages,
         stopping=EarlyStopping(config.metric, config.patience),
-        skipped=Skipped(recipe.data.on_error, recipe.data.max_errors),
-        nonfinite=Nonfinite(
+        skipped=UnreadableImages(recipe.data.on_error, recipe.data.max_errors),
+        nonfinite=NonFiniteSteps(
             config.on_nonfinite, config.max_nonfinite, folder, lambda sample: sample_name(manifest, "train", sample)
         ),
-        spikes=SpikeDetector(config.spike_threshold),
+        spikes=LossSpikes(config.spike_threshold),
         micro_batch=found,
         threads={"threads": world.threads, "world_size": world.size},
     )
@@ -228,7 +228,7 @@ def _micro_batch(world: World, recipe: Recipe, model: nn.Module, stored: Mapping
     if recipe.train.strategy == "fsdp" and recipe.train.micro_batch == "auto":
         return 0, {}
     trained_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    unit = 2 if Mixing(recipe.train, recipe.seed, recipe.data.image_size).is_on else 1
+    unit = 2 if Mixup(recipe.train, recipe.seed, recipe.data.image_size).is_on else 1
     ballast_bytes = OPTIMIZER_TENSORS * trained_bytes
     found, to_store = choose_micro_batch(world, recipe, model, stored=stored, ballast_bytes=ballast_bytes, unit=unit)
     if recipe.train.micro_batch == "auto" and _has_single_pass(recipe, world, model, found):
@@ -242,7 +242,7 @@ def _example(world: World, recipe: Recipe, augment: Augment, micro_batch: int) -
     first shape that comes is compiled for that shape alone."""
     config, size = recipe.train, recipe.data.image_size
     share = len(range(world.rank, config.batch_size, world.size))
-    is_mixing = Mixing(config, recipe.seed, size).is_on
+    is_mixing = Mixup(config, recipe.seed, size).is_on
     count_parts, split = (count_pair_parts, split_pairs) if is_mixing else (count_micro_batches, split_evenly)
     first = split(share, count_parts(config.batch_size, world.size, micro_batch))[0]
     count = len(take(torch.arange(share), first))
@@ -251,7 +251,9 @@ def _example(world: World, recipe: Recipe, augment: Augment, micro_batch: int) -
     return images_channels_last(images_BCHW) if config.channels_last else images_BCHW
 
 
-def build_update(world: World, recipe: Recipe, manifest: Manifest, parts: Parts, timer: StepTimer, *, stop: StopFlag) -> Update:
+def build_update(
+    world: World, recipe: Recipe, manifest: Manifest, parts: Parts, timer: StepTimer, *, stop: StopSignal
+) -> TrainStep:
     """The step. All ranks take part."""
     is_whole = recipe.train.strategy == "ddp" and not recipe.train.compile
     gates = StepGates(
@@ -262,15 +264,15 @@ def build_update(world: World, recipe: Recipe, manifest: Manifest, parts: Parts,
     )
     counts_K = manifest.splits["train"].class_counts
     weights_K = class_weights(recipe.train.class_weights, counts_K).to(world.device)
-    mixing = Mixing(recipe.train, recipe.seed, recipe.data.image_size)
-    return Update(
+    mixing = Mixup(recipe.train, recipe.seed, recipe.data.image_size)
+    return TrainStep(
         world,
         parts.strategy,
         parts.state.optimizer,
-        objective=Objective(weights_K, recipe.train.label_smoothing),
+        objective=WeightedCrossEntropy(weights_K, recipe.train.label_smoothing),
         augment=parts.augment,
         mixing=mixing if mixing.is_on else None,
-        rate=LearningRate(recipe.optim, parts.schedule.total_steps),
+        rate=LRSchedule(recipe.optim, parts.schedule.total_steps),
         config=recipe.train,
         micro_batch=parts.micro_batch,
         seed=recipe.seed,
@@ -294,17 +296,17 @@ def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> int:
     """
     config = resolved.recipe.train
     timeout = collective_timeout(config.hang_timeout)
-    world = enter_world(config.precision, environ, timeout=timeout, threads=config.threads)
+    world = init_distributed(config.precision, environ, timeout=timeout, threads=config.threads)
     try:
-        stop_signal = Session(resolved, world, environ).run()
+        stop_signal = Trainer(resolved, world, environ).run()
         # Nobody leaves while another still closes its files: a launcher may end the ranks that are a moment behind.
         world.together(lambda: None)
         return stop_signal
     finally:
-        leave_world()
+        shutdown_distributed()
 
 
-class Session:
+class Trainer:
     """One process's part in a run.
 
     Args:
@@ -339,7 +341,7 @@ class Session:
         model = self.world.together(lambda: self._build_model(manifest))
         check_passes(self.recipe, self.world, model)
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(StopFlag(speaks=self.world.is_main))
+            stop = stack.enter_context(StopSignal(speaks=self.world.is_main))
             opened = self.world.on_main(lambda: self._open_folder(stack, manifest))
             folder = RunFolder(opened.path)
             if self.recipe.train.threads == 0:
@@ -407,7 +409,7 @@ class Session:
         folder.metrics.cut_back(step)
         folder.timing.cut_back(step)
 
-    def _train(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopFlag) -> int:
+    def _train(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopSignal) -> int:
         world, state = self.world, parts.state
         exit_code = 1
         summary: dict[str, float] = {}
@@ -435,7 +437,7 @@ class Session:
 
     def _judge(self, folder: RunFolder, manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any] | None:
         """The evaluation on the run's own test split; those of eval.variants are written beside it."""
-        judge = Judge(self.world, folder, self.recipe, find_trained=lambda _: manifest, say=say)
+        judge = Evaluator(self.world, folder, self.recipe, find_trained=lambda _: manifest, say=say)
         metrics = judge.judge(manifest, "test")
         for other in self._others:
             judge.judge(other, "test")
@@ -461,17 +463,17 @@ class Session:
         with contextlib.suppress(OSError, UserError):  # the disk may be what failed
             folder.write_failure(kind, step, text, start=start_of(self.environ))
 
-    def _loop(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopFlag) -> int:
+    def _loop(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopSignal) -> int:
         """Train from where the state is; the signal that stopped it, or 0. When it returns, the last checkpoint is whole."""
         world, config, state = self.world, self.recipe.train, parts.state
         timer = StepTimer(world.device, batch_size=config.batch_size, world_size=world.size)
         with contextlib.ExitStack() as stack:
             reader = stack.enter_context(world.together(lambda: self._open_reader(manifest, state.step)))
-            batches = stack.enter_context(DeviceFeed(reader, world.device))
+            batches = stack.enter_context(DevicePrefetcher(reader, world.device))
             watch = stack.enter_context(build_watchdog(world, config, folder))
             saving = stack.enter_context(self._build_saving(parts, manifest, folder))
             journal = stack.enter_context(
-                Journal(
+                MetricLogger(
                     world,
                     folder,
                     tracker,
@@ -487,7 +489,7 @@ class Session:
                 StepProfiler(config.profile, folder.path, world.rank, start_step=state.step, say=journal.say)
             )
             validate = functools.partial(self._validate, parts, manifest, lambda: watch.beat(state.step, "validation"))
-            loop = Loop(
+            loop = TrainLoop(
                 world,
                 parts.schedule,
                 state,
@@ -505,16 +507,16 @@ class Session:
             saving.finish()
         return stop_signal
 
-    def _build_saving(self, parts: Parts, manifest: Manifest, folder: RunFolder) -> Saving:
+    def _build_saving(self, parts: Parts, manifest: Manifest, folder: RunFolder) -> Checkpointer:
         config, schedule = self.recipe.train, parts.schedule
         data = TrainingData.of(manifest, self.recipe).to_dict()
-        return Saving(
+        return Checkpointer(
             self.world,
             folder,
             self._lock,
             parts.state,
             strategy=parts.strategy,
-            policy=SavePolicy(schedule.steps_per_epoch, schedule.total_steps, config.save_steps, config.save_every),
+            policy=SaveSchedule(schedule.steps_per_epoch, schedule.total_steps, config.save_steps, config.save_every),
             context={"data": data, "order_version": self.recipe.order_version, "recipe": to_dict(self.recipe)},
             config=config,
             clock=time.monotonic,
@@ -522,7 +524,7 @@ class Session:
 
     def _open_reader(self, manifest: Manifest, start_step: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
         data = self.recipe.data
-        return TrainReader(
+        return TrainLoader(
             manifest,
             seed=self.recipe.seed,
             batch_size=self.recipe.train.batch_size,

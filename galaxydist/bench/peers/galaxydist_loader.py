@@ -23,7 +23,7 @@ from galaxydist.bench.loader_worker import (
     stored_pictures,
 )
 from galaxydist.loading.augment import Augment
-from galaxydist.loading.loader import TrainReader
+from galaxydist.loading.loader import TrainLoader
 from galaxydist.recipe.schema import AugmentConfig
 from galaxydist.shards.manifest import read_manifest
 
@@ -39,12 +39,12 @@ def build_loader(job: Job) -> Iterator[LoaderBatch]:
     manifest = read_manifest(job.shards)
     settings: dict[str, Any] = {"seed": SEED, "batch_size": job.batch_size, "threads": job.workers}
     if job.task == "decode":
-        with TrainReader(manifest, **settings) as reader:
+        with TrainLoader(manifest, **settings) as reader:
             for batch in reader:
                 yield batch.images_BHWC, batch.labels_B, []
         return
     augment = Augment(AUGMENT, SEED, job.mean, job.std, job.image_size, crop=1 / ZOOM, threads=job.workers)
-    with TrainReader(manifest, image_size=job.image_size, crop=1 / ZOOM, max_zoom=ZOOM, **settings) as reader:
+    with TrainLoader(manifest, image_size=job.image_size, crop=1 / ZOOM, max_zoom=ZOOM, **settings) as reader:
         for batch in reader:
             yield augment(batch.images_BHWC, batch.epoch, batch.positions_B), batch.labels_B, []
 
@@ -54,7 +54,7 @@ def one_epoch(job: Job) -> Iterator[LoaderBatch]:
     manifest = read_manifest(job.shards)
     keys = np.array([picture.key for picture in stored_pictures(job.shards)])
     batch_size = max(size for size in range(1, job.batch_size + 1) if keys.size % size == 0)
-    with TrainReader(manifest, seed=SEED, batch_size=batch_size, threads=job.workers) as reader:
+    with TrainLoader(manifest, seed=SEED, batch_size=batch_size, threads=job.workers) as reader:
         for batch in itertools.islice(reader, reader.steps_per_epoch):
             yield batch.images_BHWC, batch.labels_B, keys[batch.samples_B.numpy()].tolist()
 
@@ -87,7 +87,7 @@ def measure_limit(job: Job) -> Answer:
 def measure_resume(job: Job) -> Answer:
     """Seconds from nothing open to the first batch at a step."""
     started = time.perf_counter()
-    with TrainReader(
+    with TrainLoader(
         read_manifest(job.shards), seed=SEED, batch_size=job.batch_size, threads=job.workers, start_step=job.step
     ) as reader:
         next(reader)

@@ -30,7 +30,7 @@ from galaxydist.shards.remote.object_store import StoppedError
 # An open file that lives as long as anyone uses it.
 
 
-class OpenFile:
+class SharedFile:
     """A descriptor that is closed when its last user lets go of it, so that a thread never reads from a closed one; and the bytes
     that the file had when it was opened. A lock that is held on the descriptor goes with it.
 
@@ -45,7 +45,7 @@ class OpenFile:
         self.num_bytes = os.fstat(descriptor).st_size
 
     @classmethod
-    def at(cls, path: str) -> "OpenFile":
+    def at(cls, path: str) -> "SharedFile":
         """Open a file for reading."""
         return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
@@ -60,10 +60,10 @@ _log = logging.getLogger(__name__)
 LOCK, PARTIAL = ".lock", ".partial"
 
 
-def take_claim(path: Path) -> OpenFile | None:
+def try_claim(path: Path) -> SharedFile | None:
     """The right to fetch a file, which one process has at a time; None if another has it."""
     while True:
-        file = OpenFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        file = SharedFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
         if not try_lock(file.descriptor, fcntl.LOCK_EX):
             return None
         if os.fstat(file.descriptor).st_nlink:
@@ -89,7 +89,7 @@ def reserved_bytes(lock: str) -> int:
 def evict(path: str) -> bool:
     """Remove a file, unless anyone has it open."""
     try:
-        file = OpenFile(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        file = SharedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC))
         if not try_lock(file.descriptor, fcntl.LOCK_EX):
             return False
         Path(path).unlink()
@@ -138,7 +138,7 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CacheEntry:
     """A file of the cache.
 
     Args:
@@ -176,7 +176,9 @@ class Cache:
             with self._guard(threading.Event()):
                 self._scan()
 
-    def obtain(self, wanted: Wanted, fetch: Callable[[Path], None], *, stop: threading.Event, must: bool) -> OpenFile | None:
+    def obtain(
+        self, wanted: CacheEntry, fetch: Callable[[Path], None], *, stop: threading.Event, must: bool
+    ) -> SharedFile | None:
         """A file, open and locked against eviction as long as the result lives; fetched by one process if it is not there.
 
         Args:
@@ -197,7 +199,7 @@ class Cache:
                 if (found := self.find(wanted)) is not None:
                     return found
                 with self._guard(stop):
-                    claim = take_claim(self._hidden(wanted, LOCK))
+                    claim = try_claim(self._hidden(wanted, LOCK))
                     if claim is not None:
                         found, has_room = None, False
                         try:
@@ -213,12 +215,12 @@ class Cache:
                 if stop.wait(POLL_S):
                     raise StoppedError
 
-    def find(self, wanted: Wanted) -> OpenFile | None:
+    def find(self, wanted: CacheEntry) -> SharedFile | None:
         """A file that is there and whole, open and locked against eviction; it now counts as used last."""
         path = self.folder / wanted.name
         while True:
             try:
-                file = OpenFile.at(str(path))
+                file = SharedFile.at(str(path))
             except FileNotFoundError:
                 return None
             if not try_lock(file.descriptor, fcntl.LOCK_SH):
@@ -243,11 +245,11 @@ class Cache:
         columns = sum(file.size for file in files) - shards
         return min(self.max_bytes - columns, _free_bytes(self.folder) + shards)
 
-    def _fetch(self, claim: OpenFile, wanted: Wanted, fetch: Callable[[Path], None], stop: threading.Event) -> OpenFile:
+    def _fetch(self, claim: SharedFile, wanted: CacheEntry, fetch: Callable[[Path], None], stop: threading.Event) -> SharedFile:
         partial = self._hidden(wanted, PARTIAL)
         try:
             fetch(partial)
-            file = OpenFile.at(str(partial))
+            file = SharedFile.at(str(partial))
             try_lock(file.descriptor, fcntl.LOCK_SH)
             os.fsync(file.descriptor)
             with self._guard(stop):  # its bytes count as reserved or as there, never as neither
@@ -259,13 +261,13 @@ class Cache:
         _sync_folder(partial.parent)
         return file
 
-    def _give_up(self, claim: OpenFile, wanted: Wanted) -> None:
+    def _give_up(self, claim: SharedFile, wanted: CacheEntry) -> None:
         """Remove what a claim stands for, then the claim; in this order, so that a partial always has one."""
         assert claim.descriptor >= 0
         self._hidden(wanted, PARTIAL).unlink(missing_ok=True)
         self._hidden(wanted, LOCK).unlink(missing_ok=True)
 
-    def _make_room(self, claim: OpenFile, wanted: Wanted, must: bool) -> bool:
+    def _make_room(self, claim: SharedFile, wanted: CacheEntry, must: bool) -> bool:
         """Under the guard: evict until the file fits, and reserve its bytes."""
         (self.folder / wanted.name).unlink(missing_ok=True)  # it is damaged, if it is there
         num_bytes = wanted.num_bytes or 0
@@ -313,7 +315,7 @@ class Cache:
                 continue
             yield from files
 
-    def _hidden(self, wanted: Wanted, ending: str) -> Path:
+    def _hidden(self, wanted: CacheEntry, ending: str) -> Path:
         path = self.folder / wanted.name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.with_name(f".{path.name}{ending}")
@@ -321,7 +323,7 @@ class Cache:
     @contextmanager
     def _guard(self, stop: threading.Event) -> Iterator[None]:
         """One process at a time makes room."""
-        file = OpenFile(os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        file = SharedFile(os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
         while not try_lock(file.descriptor, fcntl.LOCK_EX):
             if stop.wait(POLL_S):
                 raise StoppedError

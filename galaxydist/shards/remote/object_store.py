@@ -1,6 +1,6 @@
 """Object stores and web servers through fsspec: one file at a time, by its known name. Nothing is listed, nothing is written.
 
-A ``Store`` makes one request for each attempt and never repeats one by itself: ``transfer.py`` decides whether to try again. What
+A ``Store`` makes one request for each attempt and never repeats one by itself: ``download.py`` decides whether to try again. What
 goes wrong is sorted here: ``TransientError`` may be gone in a second, ``MissingError`` and any other ``UserError`` will not.
 """
 
@@ -84,7 +84,7 @@ class MissingError(UserError):
     """The store has no such file."""
 
 
-def explain(error: Exception, url: str, kind: str) -> Exception:
+def classify_error(error: Exception, url: str, kind: str) -> Exception:
     """What an exception of a filesystem means.
 
     Args:
@@ -218,7 +218,7 @@ class Store:
         except StoppedError:
             raise
         except Exception as error:
-            explained = explain(error, self.url(name), self._kind)
+            explained = classify_error(error, self.url(name), self._kind)
             if explained is error:
                 raise
             raise explained from error
@@ -312,7 +312,7 @@ class WrongContentError(TransientError):
     """A file came, but not the one that the manifest names."""
 
 
-def transfer(
+def download(
     store: Store,
     name: str,
     path: Path,

@@ -20,8 +20,8 @@ from galaxydist.shards.manifest import (
     parse_manifest,
     read_manifest,
 )
-from galaxydist.shards.remote.cache import Cache, CacheConfig, Wanted
-from galaxydist.shards.remote.object_store import ATTEMPTS, MissingError, Store, is_url, transfer
+from galaxydist.shards.remote.cache import Cache, CacheConfig, CacheEntry
+from galaxydist.shards.remote.object_store import ATTEMPTS, MissingError, Store, download, is_url
 
 # Attempts at the first file: whoever started a run is waiting for its first line.
 FIRST_ATTEMPTS = 5
@@ -58,7 +58,7 @@ def open_shards(location: str | Path, cache: CacheConfig) -> Manifest:
             (manifest.dir / name).unlink(missing_ok=True)
         _fetch_columns(manifest, store, files, stop)
         manifest.check_lengths()
-    own = Wanted(f"{manifest.dir.name}/{MANIFEST_NAME}", len(text))
+    own = CacheEntry(f"{manifest.dir.name}/{MANIFEST_NAME}", len(text))
     files.obtain(own, lambda path: _write(path, text), stop=stop, must=True)
     return manifest
 
@@ -88,15 +88,15 @@ def _fetch_manifest(store: Store, stop: threading.Event) -> bytes:
 def _read(store: Store, name: str, stop: threading.Event, *, sha256: bytes | None = None, attempts: int = ATTEMPTS) -> bytes:
     with tempfile.TemporaryDirectory(prefix="galaxydist-") as folder:
         path = Path(folder) / "file"
-        transfer(store, name, path, stop=stop, sha256=sha256, attempts=attempts)
+        download(store, name, path, stop=stop, sha256=sha256, attempts=attempts)
         return path.read_bytes()
 
 
 def _fetch_columns(manifest: Manifest, store: Store, files: Cache, stop: threading.Event) -> None:
     def fetch(name: str) -> None:
         files.obtain(
-            Wanted(f"{manifest.dir.name}/{name}"),
-            lambda path: transfer(store, name, path, stop=stop, sha256=sums[name]),
+            CacheEntry(f"{manifest.dir.name}/{name}"),
+            lambda path: download(store, name, path, stop=stop, sha256=sums[name]),
             stop=stop,
             must=True,
         )

@@ -12,9 +12,9 @@ from typing import Protocol
 
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import Manifest, Remote, shard_name
-from galaxydist.shards.remote.cache import Cache, OpenFile, Wanted, show_bytes
-from galaxydist.shards.remote.object_store import MissingError, StoppedError, Store, transfer
-from galaxydist.shards.shard_usage import Schedule, Uses, lengthened, working_set
+from galaxydist.shards.remote.cache import Cache, CacheEntry, SharedFile, show_bytes
+from galaxydist.shards.remote.object_store import MissingError, StoppedError, Store, download
+from galaxydist.shards.shard_usage import FetchQueue, Uses, extend, peak_bytes
 
 # Where a reader's shards come from: a folder on this machine, read in place, or a store, through the node's cache.
 
@@ -22,10 +22,10 @@ from galaxydist.shards.shard_usage import Schedule, Uses, lengthened, working_se
 MAX_OPEN = 384
 
 
-class Source(Protocol):
+class ShardSource(Protocol):
     """The shards of one split."""
 
-    def open(self, shard: int) -> OpenFile:
+    def open(self, shard: int) -> SharedFile:
         """A shard, whole and on this machine; waits until it is. Any thread may call.
 
         Raises:
@@ -42,16 +42,16 @@ class Source(Protocol):
         ...
 
 
-class FolderSource:
+class LocalShards:
     """Shards that lie in the manifest's own folder: the last used are kept open, and there is nothing else to do."""
 
     def __init__(self, manifest: Manifest, split: str) -> None:
         self._manifest, self._split = manifest, split
-        self._files: OrderedDict[int, OpenFile] = OrderedDict()
+        self._files: OrderedDict[int, SharedFile] = OrderedDict()
         self._lock = threading.Lock()
 
-    def open(self, shard: int) -> OpenFile:
-        """See ``Source``."""
+    def open(self, shard: int) -> SharedFile:
+        """See ``ShardSource``."""
         with self._lock:
             file = self._files.get(shard)
             if file is not None:
@@ -65,17 +65,17 @@ class FolderSource:
         return file
 
     def advance(self, step: int) -> None:
-        """See ``Source``."""
+        """See ``ShardSource``."""
 
     def close(self) -> None:
-        """See ``Source``."""
+        """See ``ShardSource``."""
         with self._lock:
             self._files.clear()
 
-    def _open(self, shard: int) -> OpenFile:
+    def _open(self, shard: int) -> SharedFile:
         path = self._manifest.shard_path(self._split, shard)
         try:
-            return OpenFile.at(str(path))
+            return SharedFile.at(str(path))
         except FileNotFoundError:
             raise UserError(f"shard {path} is missing; make the shards anew with: galaxydist data shard") from None
         except OSError as error:
@@ -93,7 +93,7 @@ SPARE_FILES, MOST_FILES = 256, 65_536
 PAUSE_S = 0.25
 
 
-def open_source(
+def open_shard_source(
     manifest: Manifest,
     split: str,
     uses: Uses,
@@ -103,7 +103,7 @@ def open_source(
     steps_ahead: int = 0,
     ranks_on_node: int = 1,
     why: str,
-) -> Source:
+) -> ShardSource:
     """The shards of a split: in place where they lie on this machine, else fetched ahead.
 
     Args:
@@ -111,7 +111,7 @@ def open_source(
         uses: what this process needs.
         node_uses: what the processes of this machine hold together, with what they read ahead; only the first epoch is looked at.
         step: the first that is read.
-        steps_ahead: by which reading may be ahead of ``Source.advance``.
+        steps_ahead: by which reading may be ahead of ``ShardSource.advance``.
         ranks_on_node: processes that share the cache.
         why: says in the error why so much is needed at a time, and what else would help.
 
@@ -119,10 +119,10 @@ def open_source(
         UserError: the cache is too small for what is read at the same time, or cannot be used.
     """
     if manifest.remote is None:
-        return FolderSource(manifest, split)
+        return LocalShards(manifest, split)
     cache = Cache(manifest.remote.cache.folder, manifest.remote.cache.max_bytes)
     sizes = manifest.shards(split)["bytes"]
-    room, needed = cache.room, working_set(next(node_uses), sizes)
+    room, needed = cache.room, peak_bytes(next(node_uses), sizes)
     if needed > room:
         raise UserError(
             f"data.cache_size={cache.max_bytes / 1e9:g} and the disk of {cache.folder} leave {show_bytes(room)} for shards, but "
@@ -130,21 +130,21 @@ def open_source(
             f"{needed * 1.5 / 1e9:.2g} or more, on a disk that has it (data.cache_dir=FOLDER)"
         )
     first = next(uses)
-    ahead = max(int(room * AHEAD_SHARE) // ranks_on_node, working_set(lengthened(first, steps_ahead), sizes))
-    num_open = working_set(lengthened(first, steps_ahead), 1)
+    ahead = max(int(room * AHEAD_SHARE) // ranks_on_node, peak_bytes(extend(first, steps_ahead), sizes))
+    num_open = peak_bytes(extend(first, steps_ahead), 1)
     if num_open + SPARE_FILES > (limit := _raise_file_limit()):
         raise UserError(
             f"{num_open} shards of {manifest.location} are read at the same time ({why}), and this process may have {limit} "
             f"files open: raise that with `ulimit -n {2 * (num_open + SPARE_FILES)}`, or make larger shards "
             "(galaxydist data shard --shard-size N)"
         )
-    schedule = Schedule(chain([first], uses), steps_ahead)
-    return FetchedSource(manifest, split, manifest.remote, cache, schedule, step=step, ahead_bytes=ahead, max_held=limit // 3)
+    schedule = FetchQueue(chain([first], uses), steps_ahead)
+    return PrefetchedShards(manifest, split, manifest.remote, cache, schedule, step=step, ahead_bytes=ahead, max_held=limit // 3)
 
 
-class FetchedSource:
-    """See ``Source``. A few threads take the uses in order, fetch each shard (or find it in the cache) and hold it open, and so
-    safe from eviction, until the reader has passed its last step.
+class PrefetchedShards:
+    """Shards of a remote store. A few threads take the uses in order, fetch each shard (or find it in the cache) and hold it
+    open, and so safe from eviction, until the reader has passed its last step.
 
     Args:
         manifest, split, remote: which shards.
@@ -160,7 +160,7 @@ class FetchedSource:
         split: str,
         remote: Remote,
         cache: Cache,
-        schedule: Schedule,
+        schedule: FetchQueue,
         *,
         step: int,
         ahead_bytes: int,
@@ -176,7 +176,7 @@ class FetchedSource:
         self._work_due = threading.Condition(self._lock)  # for fetching threads; who takes work wakes the next
         self._stop = threading.Event()
         self._until: dict[int, int] = {}  # all that is held, fetched or put off: the step after which it is let go
-        self._held: dict[int, OpenFile] = {}
+        self._held: dict[int, SharedFile] = {}
         self._busy: set[int] = set()
         self._put_off: deque[int] = deque()  # no room: tried again
         self._wanted: dict[int, None] = {}  # a reader waits
@@ -190,8 +190,8 @@ class FetchedSource:
         for thread in self._threads:
             thread.start()
 
-    def open(self, shard: int) -> OpenFile:
-        """See ``Source``."""
+    def open(self, shard: int) -> SharedFile:
+        """See ``ShardSource``."""
         with self._lock:
             try:
                 while not self._stop.is_set():
@@ -208,7 +208,7 @@ class FetchedSource:
         raise StoppedError
 
     def advance(self, step: int) -> None:
-        """See ``Source``."""
+        """See ``ShardSource``."""
         with self._lock:
             self._step = step
             over = [shard for shard, last in self._until.items() if last <= step]
@@ -221,7 +221,7 @@ class FetchedSource:
             self._work_due.notify()  # even if none is over: a new epoch may be looked at
 
     def close(self) -> None:
-        """See ``Source``."""
+        """See ``ShardSource``."""
         self._stop.set()
         with self._lock:
             self._news.notify_all()
@@ -251,8 +251,8 @@ class FetchedSource:
         except BaseException as error:
             self._failed_with(shard, must, error)
 
-    def _obtain(self, shard: int, must: bool) -> OpenFile | None:
-        wanted = Wanted(f"{self._manifest.dir.name}/{shard_name(self._split, shard)}", self._sizes[shard])
+    def _obtain(self, shard: int, must: bool) -> SharedFile | None:
+        wanted = CacheEntry(f"{self._manifest.dir.name}/{shard_name(self._split, shard)}", self._sizes[shard])
         return self._cache.obtain(wanted, lambda path: self._fetch(shard, path), stop=self._stop, must=must)
 
     def _next(self) -> tuple[int, bool] | None:
@@ -299,7 +299,7 @@ class FetchedSource:
             return first, False
         return None
 
-    def _arrived(self, shard: int, file: OpenFile | None) -> None:
+    def _arrived(self, shard: int, file: SharedFile | None) -> None:
         with self._lock:
             self._busy.discard(shard)
             if file is None:
@@ -322,7 +322,7 @@ class FetchedSource:
     def _fetch(self, shard: int, path: Path) -> None:
         name = shard_name(self._split, shard)
         try:
-            transfer(self._store, name, path, stop=self._stop, num_bytes=self._sizes[shard], sha256=self._sums[shard].tobytes())
+            download(self._store, name, path, stop=self._stop, num_bytes=self._sizes[shard], sha256=self._sums[shard].tobytes())
         except MissingError:
             raise UserError(
                 f"shard {self._store.url(name)} is missing: copy the whole folder of shards there again, manifest.json last"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.counter_rng import Purpose, hash64
+from galaxydist.counter_rng import Stream, hash64
 from galaxydist.galaxy import Survey
 from galaxydist.shards.manifest import EXTENSIONS, shard_name
 from galaxydist.shards.writer.encode import Encoding
@@ -63,7 +63,7 @@ def storage_order(survey: Survey, seed: int) -> NDArray[np.int64]:
     places = np.full(len(survey.labels), -1, np.int64)
     start = 0
     for number, (_, rows) in enumerate(ordered_splits(survey)):
-        order = np.argsort(hash64(seed, number, rows, Purpose.STORAGE), kind="stable")
+        order = np.argsort(hash64(seed, number, rows, Stream.STORAGE), kind="stable")
         places[rows[order]] = start + np.arange(rows.size)
         start += rows.size
     return places

@@ -181,15 +181,15 @@ def write_shards(
     existing = _existing(out_dir, survey, settings, overwrite)
     if existing:
         if _replaced(work_dir).exists() or _lock_path(work_dir).exists():  # a call was killed while it tidied up
-            with suppress(UserError), _alone(work_dir):
+            with suppress(UserError), _writer_lock(work_dir):
                 shutil.rmtree(_replaced(work_dir), ignore_errors=True)
         return existing
     if len(survey.splits.get("train", ())) == 0:
         raise UserError(f"{survey.name} has no training galaxies, so there is nothing to make shards of")
-    with _alone(work_dir):
+    with _writer_lock(work_dir):
         try:
             _write(survey, work_dir, settings, workers or available_cores(), max_errors)
-            _put_in_place(work_dir, out_dir)
+            _publish(work_dir, out_dir)
         except OSError as error:
             shutil.rmtree(work_dir, ignore_errors=True)
             if error.errno in NO_SPACE:
@@ -250,7 +250,7 @@ def _all_there(manifest: Manifest) -> bool:
 
 
 @contextmanager
-def _alone(work_dir: Path) -> Iterator[None]:
+def _writer_lock(work_dir: Path) -> Iterator[None]:
     """Keep a second writer of the same shards out. The lock goes with the process, however it ends."""
     work_dir.parent.mkdir(parents=True, exist_ok=True)
     lock = _lock_path(work_dir)
@@ -294,7 +294,7 @@ def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int,
         damaged = [picture for path in paths for picture in read_damaged(path)]
         refuse_damaged(damaged, total, max_errors)
         check_classes_left(survey, damaged)
-        _refuse_twins(paths)
+        _check_unique_ids(paths)
         layout = shard_layout(survey, settings, rows_of(damaged))
         gaps = np.sort(np.array([picture.place for picture in damaged], np.int64))
         packs = pack_tasks(layout, paths, settings.encoding, work_dir, gaps)
@@ -380,7 +380,7 @@ def _run(executor: Executor, work: Callable[[Task], int], tasks: Sequence[Task],
         raise
 
 
-def _refuse_twins(parts: Sequence[Path]) -> None:
+def _check_unique_ids(parts: Sequence[Path]) -> None:
     tables = [np.load(part.with_suffix(".npy"), mmap_mode="r" if part.stat().st_size else None) for part in parts]
     hashes = np.concatenate([table["hash"] for table in tables])
     order = np.argsort(hashes, kind="stable")
@@ -399,7 +399,7 @@ def _refuse_twins(parts: Sequence[Path]) -> None:
         raise UserError(f"two galaxies have the id {keys[0]}: ids must be unique in a data set")
 
 
-def _put_in_place(work_dir: Path, out_dir: Path) -> None:
+def _publish(work_dir: Path, out_dir: Path) -> None:
     replaced = _replaced(work_dir)
     if out_dir.exists():
         shutil.rmtree(replaced, ignore_errors=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import gamma, i0e
 
-from galaxydist.surveys.simulate.random_draws import Dice
+from galaxydist.surveys.simulate.random_draws import Draws
 from galaxydist.surveys.simulate.scene import Array, Scene
 
 # Surface-brightness profiles, each normalised to a total of 1: pure functions of coordinates in pixels.
@@ -172,7 +172,7 @@ def draw_sersic(scene: Scene, at: Ellipse, radius: float, index: float, fluxes: 
 
 
 def draw_disc(
-    scene: Scene, dice: Dice, at: Ellipse, scale: float, fluxes: Array, *, arms: Arms | None, lopsided: float = 0.0
+    scene: Scene, dice: Draws, at: Ellipse, scale: float, fluxes: Array, *, arms: Arms | None, lopsided: float = 0.0
 ) -> None:
     """An inclined disc of scale length ``scale`` pixels, its arms bluer than what lies between, with dust on their inner edge."""
     window = scene.window(at.x, at.y, 7.0 * scale + 6.0)
@@ -219,7 +219,7 @@ def draw_disc(
     )
 
 
-def _frayed(dice: Dice, theta: Array, log_radius: Array, arms: Arms) -> Array:
+def _frayed(dice: Draws, theta: Array, log_radius: Array, arms: Arms) -> Array:
     """A phase that wanders over the disc, so that arms bend, fork and fade as real ones do."""
     phase = np.full(theta.shape, arms.phase, np.float32)
     for order in (1, 2, 3):
@@ -229,7 +229,7 @@ def _frayed(dice: Dice, theta: Array, log_radius: Array, arms: Arms) -> Array:
     return phase
 
 
-def _flocculent(dice: Dice, theta: Array, log_radius: Array, arms: Arms) -> Array:
+def _flocculent(dice: Draws, theta: Array, log_radius: Array, arms: Arms) -> Array:
     """Short, broken arms over the grand ones (Elmegreen & Elmegreen 1982, MNRAS 201, 1021): waves of many arms that beat."""
     waves = np.zeros(theta.shape, np.float32)
     for _ in range(3):
@@ -239,7 +239,9 @@ def _flocculent(dice: Dice, theta: Array, log_radius: Array, arms: Arms) -> Arra
     return np.asarray(1.0 + np.float32(0.3 * arms.ragged) * waves, np.float32)
 
 
-def draw_knots(scene: Scene, dice: Dice, at: Ellipse, scale: float, fluxes: Array, *, num: int, arms: Arms | None = None) -> None:
+def draw_knots(
+    scene: Scene, dice: Draws, at: Ellipse, scale: float, fluxes: Array, *, num: int, arms: Arms | None = None
+) -> None:
     """Star-forming knots (HII regions): blue points with power-law brightnesses, spread like the disc, along the arms if any."""
     if num == 0:
         return
@@ -283,7 +285,7 @@ def draw_ring(scene: Scene, at: Ellipse, radius: float, width: float, fluxes: Ar
 
 
 def draw_edge_on(
-    scene: Scene, dice: Dice, at: Ellipse, fluxes: Array, *, length: float, height: float, dust: float, warp: float
+    scene: Scene, dice: Draws, at: Ellipse, fluxes: Array, *, length: float, height: float, dust: float, warp: float
 ) -> None:
     """A disc from its side: scale length and height in pixels, a dust lane of depth ``dust``, bent by ``warp``."""
     window = scene.window(at.x, at.y, 7.0 * length + 4.0)

@@ -7,7 +7,7 @@ import numpy as np
 from galaxydist.surveys.simulate import components
 from galaxydist.surveys.simulate.components import Arms, Ellipse, Place
 from galaxydist.surveys.simulate.morphology import BARRED, CIGAR, IN_BETWEEN, LOOSE_SPIRAL, ROUND, TIGHT_SPIRAL, Light
-from galaxydist.surveys.simulate.random_draws import Dice
+from galaxydist.surveys.simulate.random_draws import Draws
 from galaxydist.surveys.simulate.scene import Array, Scene
 
 # Thickness of a disc: Holmberg's (1958) intrinsic axis ratio, as used for inclinations ever since.
@@ -20,13 +20,13 @@ TIGHT_PITCH = (7.0, 14.0)
 LOOSE_PITCH = (17.0, 34.0)
 
 
-def inclined(dice: Dice, least: float, most: float = 1.0) -> float:
+def inclined(dice: Draws, least: float, most: float = 1.0) -> float:
     """The axis ratio of a disc at a random inclination (cos i uniform between the two), after Hubble (1926)."""
     cos = dice.uniform(least, most)
     return float(np.sqrt(cos**2 * (1.0 - _DISC_THICKNESS**2) + _DISC_THICKNESS**2))
 
 
-def draw_smooth(scene: Scene, dice: Dice, light: Light, label: int, place: Place) -> None:
+def draw_smooth(scene: Scene, dice: Draws, light: Light, label: int, place: Place) -> None:
     """Ellipticals and their like: one Sersic profile, for some an outer envelope; round, in between, or cigar shaped."""
     axis_ratio, index = {
         ROUND: (dice.uniform(0.80, 1.0), float(np.exp(dice.normal(np.log(2.4), 0.45)))),
@@ -43,7 +43,7 @@ def draw_smooth(scene: Scene, dice: Dice, light: Light, label: int, place: Place
         components.draw_sersic(scene, halo, light.radius * dice.uniform(1.5, 2.5), 1.0, light.fluxes(outer, -0.05))
 
 
-def draw_spiral(scene: Scene, dice: Dice, light: Light, label: int, place: Place) -> None:
+def draw_spiral(scene: Scene, dice: Draws, light: Light, label: int, place: Place) -> None:
     """Spirals: a disc with logarithmic arms, a redder bulge, knots of young stars; with a bar, the arms start at its ends.
 
     Pitch angles: tight and loose as Kennicutt (1981, AJ 86, 1847) and Seigar & James (1998, MNRAS 299, 685) measure from Sa to
@@ -67,7 +67,7 @@ def draw_spiral(scene: Scene, dice: Dice, light: Light, label: int, place: Place
     )
 
 
-def draw_arms(dice: Dice, tight: bool) -> Arms:
+def draw_arms(dice: Draws, tight: bool) -> Arms:
     """Arms of an unbarred spiral."""
     if tight:
         num, pitch = (2, 3, 4)[dice.pick((0.65, 0.25, 0.10))], dice.uniform(*TIGHT_PITCH)
@@ -87,7 +87,7 @@ def draw_arms(dice: Dice, tight: bool) -> Arms:
     )
 
 
-def _draw_barred(scene: Scene, dice: Dice, light: Light, at: Ellipse, scale: float) -> None:
+def _draw_barred(scene: Scene, dice: Draws, light: Light, at: Ellipse, scale: float) -> None:
     bulge, bar = dice.uniform(0.05, 0.16), dice.uniform(0.1, 0.25)
     length, turn = scale * dice.uniform(1.0, 1.8), dice.uniform(0.0, np.pi)
     ring = dice.uniform(0.05, 0.15) if dice.chance(0.5) else 0.0
@@ -118,7 +118,7 @@ def _bulge_of(disc: Ellipse) -> Ellipse:
     return Ellipse(disc.x, disc.y, disc.angle, 1.0 - 0.6 * (1.0 - disc.axis_ratio))
 
 
-def draw_edge_on(scene: Scene, dice: Dice, light: Light, bulge: bool, place: Place) -> None:
+def draw_edge_on(scene: Scene, dice: Draws, light: Light, bulge: bool, place: Place) -> None:
     """Discs from the side, with a bulge or without; some without are inclined late spirals that are not quite edge-on.
 
     Scale heights of 1/8 ... 1/3 of the length, as thin and thick discs together have: Kregel, van der Kruit & de Grijs
@@ -152,7 +152,7 @@ def draw_edge_on(scene: Scene, dice: Dice, light: Light, bulge: bool, place: Pla
 # The classes that come from encounters: merging galaxies and disturbed ones.
 
 
-def draw_merging(scene: Scene, dice: Dice, light: Light, place: Place) -> None:
+def draw_merging(scene: Scene, dice: Draws, light: Light, place: Place) -> None:
     """Two (seldom three) galaxies that overlap, within a common envelope for some, with a tail or bridge for others.
 
     Mass ratios are those of major mergers, down to about 1:4 (Lotz et al. 2008, MNRAS 391, 1137).
@@ -185,7 +185,7 @@ def draw_merging(scene: Scene, dice: Dice, light: Light, place: Place) -> None:
         draw_tail(scene, dice, light, place, light.fluxes(dice.uniform(0.04, 0.15), -0.1))
 
 
-def _draw_member(scene: Scene, dice: Dice, light: Light, place: Place) -> None:
+def _draw_member(scene: Scene, dice: Draws, light: Light, place: Place) -> None:
     kind = dice.pick((0.32, 0.28, 0.20, 0.20))
     if kind == 0:
         draw_smooth(scene, dice, light, ROUND, place)
@@ -197,7 +197,7 @@ def _draw_member(scene: Scene, dice: Dice, light: Light, place: Place) -> None:
         draw_edge_on(scene, dice, light, dice.chance(0.8), place)
 
 
-def draw_tail(scene: Scene, dice: Dice, light: Light, place: Place, fluxes: Array) -> None:
+def draw_tail(scene: Scene, dice: Draws, light: Light, place: Place, fluxes: Array) -> None:
     """A tidal tail that leaves a galaxy at its edge and bends away (Toomre & Toomre 1972, ApJ 178, 623)."""
     direction, sense = dice.uniform(0.0, 2.0 * np.pi), 1.0 if dice.chance(0.5) else -1.0
     bend = light.radius * dice.uniform(1.3, 3.5)
@@ -207,7 +207,7 @@ def draw_tail(scene: Scene, dice: Dice, light: Light, place: Place, fluxes: Arra
     components.draw_arc(scene, middle, fluxes, radius=bend, width=width, start=direction, span=span)
 
 
-def draw_disturbed(scene: Scene, dice: Dice, light: Light, place: Place) -> None:
+def draw_disturbed(scene: Scene, dice: Draws, light: Light, place: Place) -> None:
     """One galaxy with tails, shells, a plume or a heavy lean to one side: what an encounter leaves.
 
     Lopsided discs: Rix & Zaritsky (1995, ApJ 447, 82).
@@ -238,7 +238,7 @@ def draw_disturbed(scene: Scene, dice: Dice, light: Light, place: Place) -> None
         components.draw_sersic(scene, plume, light.radius * dice.uniform(0.7, 1.3), 0.7, light.fluxes(debris, -0.05))
 
 
-def _draw_shells(scene: Scene, dice: Dice, light: Light, place: Place, fluxes: Array) -> None:
+def _draw_shells(scene: Scene, dice: Draws, light: Light, place: Place, fluxes: Array) -> None:
     """Shells, on alternate sides at growing radii (Malin & Carter 1983, ApJ 274, 534)."""
     num, side = dice.integer(2, 3), dice.uniform(0.0, 2.0 * np.pi)
     for i in range(num):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from galaxydist.surveys.simulate.observation import DECAM_PIXEL, to_fluxes
-from galaxydist.surveys.simulate.random_draws import Dice
+from galaxydist.surveys.simulate.random_draws import Draws
 from galaxydist.surveys.simulate.scene import Array
 
 (DISTURBED, MERGING, ROUND, IN_BETWEEN, CIGAR, BARRED, TIGHT_SPIRAL, LOOSE_SPIRAL, EDGE_ON, EDGE_ON_BULGE) = range(10)
@@ -75,7 +75,7 @@ class Light:
         return np.float32(share) * to_fluxes(magnitudes)
 
 
-def draw_light(dice: Dice, label: int) -> Light:
+def draw_light(dice: Draws, label: int) -> Light:
     """Brightness, colours, size and redshift of a galaxy of this class.
 
     Redshifts are those of the Galaxy Zoo sample (median 0.08 at r = 17, fainter is farther); colours redden with redshift as

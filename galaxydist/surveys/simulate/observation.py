@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy import fft
 from scipy.special import ndtri
 
-from galaxydist.surveys.simulate.random_draws import PIXELS, Dice, pixel_normals
+from galaxydist.surveys.simulate.random_draws import PIXELS, Draws, pixel_normals
 from galaxydist.surveys.simulate.scene import CANVAS, MARGIN, SIZE, Array, Scene
 
 # From fluxes to a picture, as the Legacy Surveys' sky viewer does it.
@@ -81,7 +81,7 @@ NOISE = (0.0016, 0.0028, 0.0060)
 _CORRELATION = 0.10
 
 
-def draw_seeing(dice: Dice) -> tuple[float, float, float]:
+def draw_seeing(dice: Draws) -> tuple[float, float, float]:
     """This picture's seeing in g, r, z (arcsec), in steps of 0.02 so that the blur's transform can be kept."""
     common = dice.normal(0.0, 0.06)
     g, r, z = (round(value * float(np.exp(common + dice.normal(0.0, 0.04))) / 0.02) * 0.02 for value in SEEING)
@@ -113,7 +113,7 @@ def moffat_transform(fwhm: float) -> NDArray[np.complex64]:
     return np.asarray(fft.rfft2((profile / profile.sum()).astype(np.float32)))
 
 
-def add_artefacts(light_CHW: Array, dice: Dice) -> None:
+def add_artefacts(light_CHW: Array, dice: Draws) -> None:
     """What goes wrong in a few pictures: a satellite's trail in one band, the glare of a bright star beyond the edge."""
     grid = np.arange(CANVAS, dtype=np.float32) - np.float32(CANVAS / 2)
     if dice.chance(0.015):
@@ -128,7 +128,7 @@ def add_artefacts(light_CHW: Array, dice: Dice) -> None:
         light_CHW += np.float32(dice.uniform(1.0, 6.0)) * np.exp(-gap / np.float32(reach)) * colour[:, None, None]
 
 
-def add_noise(light_CHW: Array, dice: Dice, pixel_scale: float, seed: int, row: int) -> Array:
+def add_noise(light_CHW: Array, dice: Draws, pixel_scale: float, seed: int, row: int) -> Array:
     """The picture's SIZE x SIZE of the scene with the sky's noise, correlated between neighbours as resampled co-adds are.
 
     Depth differs from place to place and band to band; now and then a band has a single exposure, or an edge between two depths
@@ -160,7 +160,7 @@ def add_noise(light_CHW: Array, dice: Dice, pixel_scale: float, seed: int, row: 
     return light_CHW[:, inner, inner] / np.float32(coarser**2) + noise + level[:, None, None]
 
 
-def add_stars(scene: Scene, dice: Dice) -> None:
+def add_stars(scene: Scene, dice: Draws) -> None:
     """Foreground stars: counts rise by 0.17 dex a magnitude, colours follow the stellar locus; most faint ones are red dwarfs."""
     area = (scene.pixel_scale / DECAM_PIXEL) ** 2
     num = dice.poisson(4.2 * area * np.exp(dice.normal(0.0, 0.6)))
@@ -178,7 +178,7 @@ def add_stars(scene: Scene, dice: Dice) -> None:
     scene.add_points(place[0], place[1], fluxes)
 
 
-def add_background(scene: Scene, dice: Dice) -> None:
+def add_background(scene: Scene, dice: Draws) -> None:
     """Small, faint, mostly red galaxies behind: counts after Metcalfe et al. (2001, MNRAS 323, 795), exponential discs."""
     area = (scene.pixel_scale / DECAM_PIXEL) ** 2
     num = min(dice.poisson(40.0 * min(area, 2.0) * np.exp(dice.normal(0.0, 0.35))), 140)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from galaxydist.counter_rng import hash64
 from galaxydist.galaxy import GALAXY10_COUNTS
-from galaxydist.surveys.simulate.random_draws import PAIRS, PLACES, TWICE, Dice
+from galaxydist.surveys.simulate.random_draws import PAIRS, PLACES, TWICE, Draws
 
 # A survey smaller than a class's share still has this many galaxies of it (fewer only where there is no room).
 HANDFUL = 6
@@ -68,8 +68,8 @@ def plan_survey(num_galaxies: int, seed: int, balanced: bool = False) -> Plan:
         num_pairs = min(max(2, num_galaxies // _GALAXIES_PER_PAIR), len(rest) // 2)
         pairs = rest[: 2 * num_pairs].reshape(-1, 2).astype(np.int64)
         for one, other in pairs:
-            _put_beside(ra, dec, (int(one), int(other)), Dice(seed, PAIRS, int(one), 1), _PAIR_SEPARATION)
-        _put_beside(ra, dec, (first, second), Dice(seed, TWICE, first), (0.05, 0.5))
+            _put_beside(ra, dec, (int(one), int(other)), Draws(seed, PAIRS, int(one), 1), _PAIR_SEPARATION)
+        _put_beside(ra, dec, (first, second), Draws(seed, TWICE, first), (0.05, 0.5))
         shown[second] = first
     return Plan(seed, balanced, labels, ra, dec, shown, pairs)
 
@@ -108,7 +108,7 @@ def scattered(num_galaxies: int, seed: int) -> tuple[NDArray[np.float64], NDArra
 
 
 def _put_beside(
-    ra: NDArray[np.float64], dec: NDArray[np.float64], pair: tuple[int, int], dice: Dice, separation: tuple[float, float]
+    ra: NDArray[np.float64], dec: NDArray[np.float64], pair: tuple[int, int], dice: Draws, separation: tuple[float, float]
 ) -> None:
     one, other = pair
     distance, angle = dice.uniform(*separation) / 3600.0, dice.uniform(0.0, 2.0 * np.pi)

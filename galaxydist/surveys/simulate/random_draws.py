@@ -16,7 +16,7 @@ GALAXY, SKY, PIXELS, PLACES, PAIRS, TWICE = range(101, 107)
 _BLOCK = 512
 
 
-class Dice:
+class Draws:
     """Deals random numbers that depend on the key alone, so that a galaxy is the same whoever draws it, and beside whatever.
 
     Args:

@@ -28,7 +28,7 @@ from galaxydist.surveys.simulate.morphology import (
     draw_light,
 )
 from galaxydist.surveys.simulate.population import Plan, plan_survey
-from galaxydist.surveys.simulate.random_draws import GALAXY, SKY, Dice
+from galaxydist.surveys.simulate.random_draws import GALAXY, SKY, Draws
 from galaxydist.surveys.simulate.scene import SIZE, Scene
 
 # One row of the simulated survey: draw the galaxy, its neighbours and its field, and take the picture.
@@ -43,7 +43,7 @@ class Picture:
     pixel_scale: float
 
 
-def draw_galaxy(scene: Scene, dice: Dice, light: Light, label: int, place: Place = (0.0, 0.0)) -> None:
+def draw_galaxy(scene: Scene, dice: Draws, light: Light, label: int, place: Place = (0.0, 0.0)) -> None:
     """Draw a galaxy of this class at a place in pixels from the picture's centre."""
     if label == DISTURBED:
         galaxy_types.draw_disturbed(scene, dice, light, place)
@@ -65,18 +65,18 @@ def take_picture(plan: Plan, row: int) -> Picture:
     """
     shown = int(plan.shown[row])
     label = int(plan.labels[shown])
-    dice = Dice(plan.seed, GALAXY, shown)
+    dice = Draws(plan.seed, GALAXY, shown)
     light = draw_light(dice, label)
     scene = Scene(light.pixel_scale)
     draw_galaxy(scene, dice, light, label)
     for neighbour, east, north in plan.neighbours(shown):
-        beside = Dice(plan.seed, GALAXY, neighbour)
+        beside = Draws(plan.seed, GALAXY, neighbour)
         its_label = int(plan.labels[neighbour])
         its_light = draw_light(beside, its_label)
         its_light = its_light.at_scale(scene.pixel_scale)
         # East is left and north is up; rows count downwards.
         draw_galaxy(scene, beside, its_light, its_label, (-east / scene.pixel_scale, -north / scene.pixel_scale))
-    field = Dice(plan.seed, SKY, shown)
+    field = Draws(plan.seed, SKY, shown)
     observation.add_background(scene, field)
     observation.add_stars(scene, field)
     light_CHW = observation.blur(scene.light_CHW, observation.draw_seeing(field), scene.pixel_scale)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from galaxydist.atomic_files import write_json
 from galaxydist.distributed import World
 from galaxydist.errors import EveryRankError, NonfiniteError, UserError
-from galaxydist.loading.decode import PictureError
+from galaxydist.loading.decode import ImageError
 from galaxydist.loading.loader import Batch
 from galaxydist.runs.folder import RunFolder
 
@@ -18,7 +18,7 @@ from galaxydist.runs.folder import RunFolder
 NAMED = 20
 
 
-class Skipped:
+class UnreadableImages:
     """The galaxies of a run that were given weight 0, over all ranks, epochs and restarts; a galaxy counts once.
 
     Ranks agree each step on how many new ones there are; only when there are any they tell each other which.
@@ -53,7 +53,7 @@ class Skipped:
                 too many.
         """
         mine = {
-            sample: (str(error), error.what if isinstance(error, PictureError) else None)
+            sample: (str(error), error.what if isinstance(error, ImageError) else None)
             for sample, (found_at, error) in self._found.items()
             if found_at <= step
         }
@@ -107,7 +107,7 @@ REMEDY = (
 )
 
 
-class Nonfinite:
+class NonFiniteSteps:
     """The last steps' galaxies, and the number of steps that were left out. ``remember`` and ``settle`` are called by all ranks.
 
     Args:
@@ -182,7 +182,7 @@ TINY = 1e-9
 QUIET_STEPS = 100
 
 
-class SpikeDetector:
+class LossSpikes:
     """Compares each loss with the median of the 200 before it. What it saw survives a resume, so that it says the same.
 
     Args:

@@ -59,7 +59,7 @@ class StacksFile:
 # The process beside a rank that ends it when it cannot run Python any more; see ``guard_process.py``.
 
 
-class Guard:
+class HangGuard:
     """The process of ``guard_process.py`` beside this one. Where it cannot be had (not Linux, no memory) nothing is done.
 
     Args:

@@ -25,7 +25,7 @@ from galaxydist.distributed import World, write_flight_record
 from galaxydist.errors import EXIT_HUNG
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.runs.folder import RunFolder
-from galaxydist.training.health.dumps import Guard, StacksFile
+from galaxydist.training.health.dumps import HangGuard, StacksFile
 from galaxydist.training.health.heartbeats import Answer, Hang, Heartbeat, HeartbeatStore, KeyStore
 
 # A step compiles and tunes kernels, opens files and connections, the first time.
@@ -139,7 +139,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self._timeout_s > 0:
             self._stacks = StacksFile(self._stacks_dir, self._rank)
-            self._guard = Guard(
+            self._guard = HangGuard(
                 self._tick_s,
                 f"galaxydist: rank {self._rank} ({self._host}, process {os.getpid()}) is ended; its stacks: {self._stacks.path}; "
                 "C code has kept Python from running there",
