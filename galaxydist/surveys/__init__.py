@@ -1,1 +1,1 @@
-"""Where galaxies come from: readers, the simulator, the official split, export to folders of pictures."""
+"""Sources of galaxies: survey readers, the simulator, the official split and export to image folders."""

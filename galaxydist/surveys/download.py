@@ -1,4 +1,4 @@
-"""Getting the official Galaxy10 DECaLS file: from the network, from another machine, or from what astroNN already downloaded."""
+"""Download of the official Galaxy10 DECaLS file, or a copy from a local file or astroNN's cache."""
 
 import hashlib
 import importlib.util
@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "Galaxy10_DECals.h5"
 SHA256 = "19aefc477c41bb7f77ff07599a6b82a038dc042f889a111b0d4d98bb755c1571"
 URLS = (
-    "https://zenodo.org/records/10845026/files/Galaxy10_DECals.h5",  # astroNN's address since March 2024, too
-    "https://www.astro.utoronto.ca/~hleung/shared/Galaxy10/Galaxy10_DECals.h5",  # astroNN's own, before
+    "https://zenodo.org/records/10845026/files/Galaxy10_DECals.h5",  # also astroNN's address since March 2024
+    "https://www.astro.utoronto.ca/~hleung/shared/Galaxy10/Galaxy10_DECals.h5",  # astroNN's earlier address
 )
 ASTRONN_DIR = Path("~/.astroNN/datasets")
 
 _BLOCK = 1 << 20
-_NETWORK_BLOCK = 1 << 16  # what is lost at most when a connection is cut
-_ATTEMPTS = 3  # connections in a row that bring nothing, before an address is given up
+_NETWORK_BLOCK = 1 << 16  # bytes lost at most when a connection is cut
+_ATTEMPTS = 3  # connections in a row without any data before the next address is tried
 _TIMEOUT = 30.0  # seconds without a byte
 
 
@@ -40,19 +40,19 @@ def fetch_galaxy10(
     astronn_dir: Path = ASTRONN_DIR,
     retry_seconds: float = 3.0,
 ) -> Path:
-    """Put the official file at ``target``, verified; a second call finds it there.
+    """Fetch the official file to ``target`` and verify it; a file already there is only verified.
 
     Args:
-        target: the file's place, ``<data root>/hdf5/Galaxy10_DECals.h5``.
-        source: a copy of the file on this machine, instead of the network.
-        via_astronn: let astroNN download it into its own cache first (needs the extra ``galaxydist[astronn]``).
+        target: path of the file, ``<data root>/hdf5/Galaxy10_DECals.h5``.
+        source: a local copy of the file to use instead of the network.
+        via_astronn: let astroNN download the file into its own cache first (needs the extra ``galaxydist[astronn]``).
         urls: addresses, tried in order.
-        sha256: of the whole file.
-        astronn_dir: astroNN's cache of data sets, looked into before the network.
-        retry_seconds: pause before a cut connection is tried again; it goes on where it was cut.
+        sha256: expected SHA-256 of the whole file.
+        astronn_dir: astroNN's data set cache, searched before the network.
+        retry_seconds: pause before a cut connection is resumed.
 
     Raises:
-        UserError: no address gave the file, a file has another SHA-256, astroNN is missing, or the disk is full.
+        UserError: all downloads failed, a file has another SHA-256, astroNN is missing, or the disk is full.
     """
     in_cache = astronn_dir.expanduser() / FILE_NAME
     if target.is_file():
@@ -72,7 +72,7 @@ def fetch_galaxy10(
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file, with a progress bar."""
+    """Return the SHA-256 (hex) of a file, with a progress bar."""
     from tqdm import tqdm
 
     digest = hashlib.sha256()
@@ -96,7 +96,7 @@ def _verify(path: Path, sha256: str, what_to_do: str) -> None:
 
 
 def _copy(source: Path, target: Path, sha256: str) -> Path:
-    """A verified file under its new name: a hard link where the file system allows it, else a copy."""
+    """Verify ``source`` and place it at ``target``, as a hard link if the file system allows it, else as a copy."""
     if not source.is_file():
         raise UserError(f"no file at {source}; give the path of a downloaded {FILE_NAME}")
     _verify(source, sha256, "download it again")
@@ -115,7 +115,7 @@ def _copy(source: Path, target: Path, sha256: str) -> Path:
 
 
 def _download(target: Path, urls: Sequence[str], sha256: str, retry_seconds: float) -> Path:
-    """Try each address in turn; what one has begun is not mixed with another's."""
+    """Try each address in turn; partial downloads of different addresses are never mixed."""
     import requests
 
     failures = []
@@ -123,7 +123,7 @@ def _download(target: Path, urls: Sequence[str], sha256: str, retry_seconds: flo
         try:
             _retrieve(url, target, sha256, retry_seconds)
             return target
-        except (requests.RequestException, ValueError) as error:  # pooch's word for a wrong hash is ValueError
+        except (requests.RequestException, ValueError) as error:  # pooch raises ValueError for a wrong hash
             failures.append(f"  {url}: {_reason(error)}")
             logger.warning("could not fetch %s", failures[-1].strip())
         except OSError as error:
@@ -135,7 +135,7 @@ def _download(target: Path, urls: Sequence[str], sha256: str, retry_seconds: flo
 
 
 def _retrieve(url: str, target: Path, sha256: str, retry_seconds: float) -> None:
-    """One address, through pooch; once more from the start where an earlier, cut download did not fit its continuation."""
+    """Download from one address with pooch; if a resumed file has the wrong hash, download once more from the start."""
     import pooch
 
     downloader = _ResumingDownloader(target.with_name(f".{target.name}.download"), retry_seconds)
@@ -150,7 +150,7 @@ def _retrieve(url: str, target: Path, sha256: str, retry_seconds: float) -> None
 
 
 class _ResumingDownloader:
-    """A downloader for pooch that goes on where a connection was cut, in this process or an earlier one."""
+    """A pooch downloader that resumes downloads cut in this process or an earlier one."""
 
     def __init__(self, partial: Path, retry_seconds: float) -> None:
         self._partial = partial
@@ -183,7 +183,7 @@ class _ResumingDownloader:
         return self._partial.stat().st_size if self._partial.exists() else 0
 
     def _go_on(self, url: str) -> None:
-        """Fetch what is missing; the whole file where the server does not know ranges."""
+        """Fetch the missing bytes, or the whole file if the server does not support range requests."""
         import requests
         from tqdm import tqdm
 
@@ -191,7 +191,7 @@ class _ResumingDownloader:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
         with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
             if have and response.status_code == requests.codes.requested_range_not_satisfiable:
-                return  # nothing is missing, or the file is wrong: the hash will tell
+                return  # the file is complete or wrong; the hash check decides
             response.raise_for_status()
             resumed = have > 0 and response.status_code == requests.codes.partial_content
             have = have if resumed else 0
@@ -207,7 +207,7 @@ class _ResumingDownloader:
 
 
 def _download_through_astronn(in_cache: Path) -> None:
-    """Have astroNN download into its cache. Its loader then reads all images, so it runs in a process of its own."""
+    """Run astroNN's download in a separate process, because its loader then reads all images into memory."""
     if importlib.util.find_spec("astroNN") is None:
         raise UserError(
             "--via astronn needs astroNN, which is not installed (it brings TensorFlow): pip install 'galaxydist[astronn]', "

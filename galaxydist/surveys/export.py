@@ -1,4 +1,4 @@
-"""A survey as folders of lossless PNG files that torchvision's ImageFolder reads: both variants side by side, in one pass."""
+"""Export of a survey to ImageFolder trees of lossless PNG files, both variants in one pass."""
 
 import os
 import shutil
@@ -20,12 +20,12 @@ from galaxydist.surveys.image_files import decode_file, encode_png
 from galaxydist.surveys.image_folder import TREES
 from galaxydist.surveys.survey_sources import open_survey
 
-_BATCH = 16  # galaxies that a thread takes at a time
+_BATCH = 16  # galaxies per task of a thread
 
 
 @dataclass(frozen=True, slots=True)
 class ExportedTree:
-    """One exported folder: its variant, where it is, galaxies by split, and whether it was there before."""
+    """One exported folder: its variant, path, number of galaxies by split, and ``was_there`` if it existed before."""
 
     variant: str
     path: Path
@@ -44,11 +44,11 @@ class _Tree:
     written: list[tuple[str, str, Galaxy]] = field(default_factory=list)
 
     def place(self, galaxy: Galaxy, row: int) -> str | None:
-        """The file of a galaxy relative to the tree, or None where it stands in no split of this variant."""
+        """Return a galaxy's file relative to the tree, or None if it is in no split of this variant."""
         code = int(self.split_of_row[row])
         if code < 0 or galaxy.label is None:
             return None
-        # The balanced folders keep train and test, as published; which of train validates stands in the metadata.
+        # The balanced tree has only train and test folders, as published; metadata.csv marks its validation galaxies.
         folder = "train" if SPLITS[code] == "val" and self.survey.variant == "balanced" else SPLITS[code]
         return f"{folder}/{self.survey.class_names[galaxy.label]}/{galaxy.id}.png"
 
@@ -58,16 +58,16 @@ def export_image_folders(
 ) -> list[ExportedTree]:
     """Write ``Galaxy10_DECaLS/{train,val,test}/<class>/*.png`` and ``Galaxy10_DECaLS_Balanced/{train,test}/...``.
 
-    Each tree appears under its name when it is whole. A tree of the same galaxies that is there already is left as it is.
+    Each tree appears under its name once it is complete. An existing tree of the same galaxies is left unchanged.
 
     Args:
-        source: a survey file or a folder of pictures.
-        out_dir: where the trees go.
-        workers: threads that encode; the cores this process may use where None.
+        source: a survey file or an image folder.
+        out_dir: parent folder of the trees.
+        workers: encoding threads; None for the cores available to this process.
         classes: ``galaxy10``: the folder's classes are Galaxy10's.
 
     Raises:
-        UserError: the source cannot be used, something else stands in the way, or the disk is full.
+        UserError: the source cannot be used, another file or folder has a tree's name, or the disk is full.
     """
     surveys = [open_survey(source, variant, classes=classes) for variant in TREES]
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,11 @@ def export_image_folders(
 
 
 def _is_exported(survey: Survey, target: Path) -> bool:
-    """Whether ``target`` holds this survey already; another of our trees may be replaced, anything else stands in the way."""
+    """Return True if ``target`` already holds this survey.
+
+    Raises:
+        UserError: ``target`` exists and was not written by `data export`.
+    """
     if not target.exists():
         return False
     info = read_info(target) if target.is_dir() else None
@@ -116,7 +120,7 @@ def _begin(survey: Survey, out_dir: Path) -> _Tree:
 
 
 def _write_pictures(trees: Sequence[_Tree], workers: int) -> None:
-    """Read the survey once, slab by slab, and write each galaxy wherever it belongs."""
+    """Read the survey once, slab by slab, and write each galaxy to the trees that contain it."""
     from tqdm import tqdm
 
     survey = trees[0].survey
@@ -140,7 +144,7 @@ def _write_pictures(trees: Sequence[_Tree], workers: int) -> None:
 
 
 def _batches(survey: Survey, wanted: NDArray[np.bool_]) -> Iterator[list[tuple[int, Galaxy]]]:
-    """Wanted rows with their galaxies; slabs without any are not read."""
+    """Yield batches of wanted rows with their galaxies; slabs without a wanted row are not read."""
     batch: list[tuple[int, Galaxy]] = []
     for start in range(0, len(wanted), survey.slab_length):
         stop = min(start + survey.slab_length, len(wanted))
@@ -157,7 +161,7 @@ def _batches(survey: Survey, wanted: NDArray[np.bool_]) -> Iterator[list[tuple[i
 
 
 def _plan(trees: Sequence[_Tree], row: int, galaxy: Galaxy) -> tuple[Galaxy, list[Path]]:
-    """The files that a galaxy is written to; notes it for the trees' metadata, without its pixels."""
+    """Return the files to write a galaxy to, and record it, without its pixels, for the trees' metadata."""
     files = []
     for tree in trees:
         place = tree.place(galaxy, row)
@@ -183,7 +187,7 @@ def _png(galaxy: Galaxy) -> bytes:
 
 
 def _finish(tree: _Tree) -> None:
-    """Describe the tree and give it its name, in the place of an older export."""
+    """Write the tree's metadata and rename it to its final name, replacing an older export."""
     survey = tree.survey
     write_metadata(tree.temporary, tree.written)
     write_info(tree.temporary, FolderInfo(survey.name, survey.variant, survey.source_hash, len(tree.written)))

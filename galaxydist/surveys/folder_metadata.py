@@ -1,4 +1,4 @@
-"""A picture folder's word about itself: ``dataset.json`` (the data set) and ``metadata.csv`` (each galaxy)."""
+"""Metadata files of an image folder: ``dataset.json`` (the data set) and ``metadata.csv`` (each galaxy)."""
 
 import codecs
 import csv
@@ -19,7 +19,7 @@ DATASET_FILE = "dataset.json"
 METADATA_FILE = "metadata.csv"
 FORMAT = 1
 _FIXED = ("file", "id", "split", "label", "ra", "dec")
-# What a user's own table may call the column of the pictures; `file_name` is that of Hugging Face's ImageFolder.
+# Accepted names of the file column in a user's own table; `file_name` is the one of Hugging Face's ImageFolder.
 _FILE_COLUMNS = ("file", "file_name", "filename", "path")
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+([eE][+-]?\d+)?")
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FolderInfo:
-    """``dataset.json``: written last, so a folder that has it is whole."""
+    """``dataset.json``: written last, so a folder that has it is complete."""
 
     name: str
     variant: str
@@ -39,7 +39,7 @@ class FolderInfo:
 
 @dataclass(frozen=True, slots=True)
 class FolderRow:
-    """A line of ``metadata.csv``: what a galaxy carries beside its picture."""
+    """A line of ``metadata.csv``: a galaxy's data besides its image."""
 
     id: str
     split: str
@@ -50,7 +50,7 @@ class FolderRow:
 
 @dataclass(frozen=True, slots=True)
 class FolderMetadata:
-    """``metadata.csv``: the row of each picture file, named relative to the folder, and whether `data export` wrote it."""
+    """``metadata.csv``: rows by image file relative to the folder; ``is_exported`` is True if `data export` wrote it."""
 
     rows: Mapping[str, FolderRow]
     is_exported: bool
@@ -62,10 +62,10 @@ def write_info(folder: Path, info: FolderInfo) -> None:
 
 
 def read_info(folder: Path) -> FolderInfo | None:
-    """``dataset.json`` of a folder, or None where it has none (any other ImageFolder).
+    """Read ``dataset.json`` of a folder, or return None if there is none (any other ImageFolder).
 
     Raises:
-        UserError: the file is not one of ours.
+        UserError: `data export` did not write the file.
     """
     path = folder / DATASET_FILE
     if not path.is_file():
@@ -91,20 +91,20 @@ def write_metadata(folder: Path, rows: Iterable[tuple[str, str, Galaxy]]) -> Non
         names: tuple[str, ...] | None = None
         for file, split, galaxy in rows:
             if names is None:
-                names = tuple(name for name in galaxy.extras if name not in _FIXED)  # `file` is the exported one from now on
+                names = tuple(name for name in galaxy.extras if name not in _FIXED)  # `file` now names the exported image
                 writer.writerow((*_FIXED, *names))
             values = (galaxy.label, galaxy.ra, galaxy.dec, *(galaxy.extras.get(name) for name in names))
             writer.writerow((file, galaxy.id, split, *map(_format, values)))
 
 
 def read_metadata(folder: Path) -> FolderMetadata:
-    """Read ``metadata.csv``: one that `data export` wrote, also after a spreadsheet saved it, or the user's own.
+    """Read ``metadata.csv``: one written by `data export`, possibly re-saved by a spreadsheet, or the user's own.
 
-    A user's own needs a column of picture files, named ``file``, ``file_name``, ``filename`` or ``path``; ``id``, ``split``,
-    ``ra`` and ``dec`` (decimal degrees) are known, all other columns are extras. Without such a column it is not used, and said.
+    A user's own table needs a column of image files named ``file``, ``file_name``, ``filename`` or ``path``; without one it is
+    ignored with a warning. Columns ``id``, ``split``, ``ra`` and ``dec`` (decimal degrees) are known, all others are extras.
 
     Raises:
-        UserError: it is not UTF-8 text or not a table, a position is no number, a file stands in it twice.
+        UserError: the file is not UTF-8 or not a table, a position is not a number, or an image is listed twice.
     """
     path = folder / METADATA_FILE
     if not path.is_file():
@@ -133,14 +133,14 @@ def read_metadata(folder: Path) -> FolderMetadata:
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """The columns of a table, and how its cells are to be read.
+    """The columns of a table and the rules for parsing its cells.
 
     Args:
-        names: of the columns, in their order.
-        fixed: place of each known column.
-        is_exported: they are those that ``write_metadata`` writes.
-        is_loose: another program wrote the cells: ``TRUE`` is a truth value.
-        delimiter: between cells; numbers beside ``;`` may have a decimal comma.
+        names: column names in file order.
+        fixed: index of each known column.
+        is_exported: True if the columns are those of ``write_metadata``.
+        is_loose: True if another program wrote the cells, so that ``TRUE`` is a boolean.
+        delimiter: cell separator; with ``;``, numbers may have a decimal comma.
     """
 
     names: tuple[str, ...]
@@ -150,7 +150,7 @@ class _Columns:
     delimiter: str
 
     def row(self, cells: list[str], where: str) -> tuple[str, FolderRow]:
-        """The file and the rest of a line."""
+        """Return the image file and the metadata of a line; ``where`` names the line in errors."""
         if len(cells) > len(self.names) and any(cells[len(self.names) :]):
             raise UserError(
                 f"{where}: {len(cells)} cells under {len(self.names)} columns; put cells with {self.delimiter!r} in quotes"
@@ -170,7 +170,7 @@ class _Columns:
         return known["file"], FolderRow(known.get("id", ""), known.get("split", ""), ra, dec, extras)
 
     def value(self, cell: str) -> Any:
-        """A cell as a JSON value; text where it is none."""
+        """Parse a cell as a JSON value, or return its text if it is not JSON."""
         if self.is_loose and cell.lower() in ("true", "false"):
             return cell.lower() == "true"
         if self.delimiter == ";" and _DECIMAL_COMMA.fullmatch(cell):
@@ -186,7 +186,7 @@ class _Columns:
 
 
 def _read_header(path: Path, stream: TextIO) -> _Columns | None:
-    """The columns of a table; None, with a word about it, where none of them names pictures."""
+    """Read the header line; return None, with a warning, if no column names image files."""
     with path.open("rb") as raw:
         has_mark = raw.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
     line = stream.readline()
@@ -211,7 +211,7 @@ def _read_header(path: Path, stream: TextIO) -> _Columns | None:
 
 
 def _format(value: Any) -> str:
-    """A JSON value as a cell: nothing for None, plain text where it cannot be taken for anything else."""
+    """Format a JSON value as a cell: empty for None, plain text unless it would parse as something else."""
     if value is None:
         return ""
     if isinstance(value, str) and value and _parse(value) == value:

@@ -1,4 +1,7 @@
-"""Pictures of a folder: its layout, its classes, its files in natural order, and what of it is left out."""
+"""Scan of an image folder: its layout, classes and image files in natural order; data set names and ids.
+
+Names that are valid in shards, folders and file systems have letters, digits, ``_``, ``-`` and ``+`` only.
+"""
 
 import logging
 import os
@@ -14,14 +17,12 @@ from galaxydist.paths import is_dataset_name
 from galaxydist.surveys.folder_metadata import METADATA_FILE
 from galaxydist.surveys.image_files import EXTENSIONS
 
-# Names that shards, folders and file systems all take: letters, digits, ``_``, ``-`` and ``+`` only.
-
 _UNSAFE = re.compile(r"[^A-Za-z0-9_+-]+")
 _FOLD = re.compile(r"-fold\d+of\d+$")
 _DIGITS = re.compile(r"(\d+)")
 
 _OTHER_WAY = re.compile(r"(anti|counter)[ _-]*clockwise")
-# Words for the two hands of a pair.
+# Words that distinguish two mirror-image classes: word -> (kind of pair, handedness).
 _HANDS = {
     word: (kind, hand)
     for kind, *hands in (
@@ -35,16 +36,12 @@ _HANDS = {
 
 
 def safe_name(text: str) -> str:
-    """``text`` with everything else replaced by ``_``; never empty."""
+    """Replace each run of unsafe characters of ``text`` by ``_``; the result is never empty."""
     return _UNSAFE.sub("_", text).strip("_") or "unnamed"
 
 
 def check_name(name: str) -> None:
-    """See that a data set may be called ``name``.
-
-    Raises:
-        UserError: with a name that it may have.
-    """
+    """Raise a UserError that suggests another name if ``name`` is not a valid data set name."""
     if not is_dataset_name(name):
         raise UserError(
             f"the name {name!r} cannot be a data set's: it names a folder under the data root and stands in commands, so it has "
@@ -53,18 +50,20 @@ def check_name(name: str) -> None:
 
 
 def fold_name(name: str, number: int, count: int) -> str:
-    """The data set name of fold ``number`` (0 ... n - 1) of ``count``: another data set than the whole, and than other folds."""
+    """Return the data set name of fold ``number`` (0 ... n - 1) of ``count``; each fold is a data set of its own."""
     return f"{name}-fold{number + 1}of{count}"
 
 
 def same_survey(one: str, other: str) -> bool:
-    """Whether two data sets, by their names, are of one survey, so that an id means one galaxy in both: a survey's variants have
-    its name, its folds names of their own."""
+    """Return True if two data set names belong to one survey, so that equal ids mean the same galaxy.
+
+    Variants share the survey's name; folds append a suffix to it.
+    """
     return _FOLD.sub("", one) == _FOLD.sub("", other)
 
 
 def mirrored_classes(names: Sequence[str]) -> list[str]:
-    """The classes of which another is the mirror image, by their names: clockwise and anticlockwise, left and right, S and Z."""
+    """Return the classes whose mirror image is another class, judging by names: clockwise and anticlockwise, left and right, S and Z."""
     by_rest: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for name in names:
         words = re.findall(r"[a-z]+|\d+", _OTHER_WAY.sub("anticlockwise", name.lower()))
@@ -76,18 +75,18 @@ def mirrored_classes(names: Sequence[str]) -> list[str]:
 
 
 def natural_key(text: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
-    """Sort key under which ``class2`` comes before ``class10``. Two texts never share it: ``010`` comes before ``10``."""
+    """Return a sort key that puts ``class2`` before ``class10``. It is unique for each text: ``010`` comes before ``10``."""
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in _DIGITS.split(text) if part), text
 
 
 def unique_ids(candidates: Sequence[Sequence[str]]) -> list[str]:
-    """A safe and unique id for each item, by the shortest naming scheme that keeps all apart.
+    """Return a safe and unique id for each item, by the shortest naming scheme without collisions.
 
     Args:
         candidates: for each item the same number of names, from the shortest to the most specific.
 
     Returns:
-        One id an item; where even the most specific names collide, later items get ``-2``, ``-3``, ...
+        One id per item; if even the most specific names collide, later items get ``-2``, ``-3``, ...
     """
     for scheme in zip(*candidates, strict=True):
         ids = [safe_name(name) for name in scheme]
@@ -117,39 +116,39 @@ _SPLIT_FOLDERS = {
 }
 _NUMBERED = {str(label) for label in range(len(GALAXY10_CLASSES))}
 _FITS = (".fits", ".fit", ".fts", ".fz")
-# Folders that file servers and desktops put beside the user's own; what is in them are thumbnails and deleted files.
+# Folders that file servers and desktops create; they hold thumbnails and deleted files.
 _CLUTTER = {"@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__macosx"}
-# Names that a message gives before it says how many more there are.
+# Maximum number of names in a message; the rest are counted.
 _NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
 class PictureFile:
-    """A picture: its file relative to the folder, the split its folder names (None without split folders), its class number."""
+    """An image: its file relative to the folder, the split of its folder (None without split folders), its class number."""
 
     file: str
     split: str | None
     label: int
 
     def id_candidates(self) -> tuple[str, ...]:
-        """Names for the picture, from the shortest to the most specific."""
+        """Return names for the image, from the shortest to the most specific."""
         parts = PurePosixPath(self.file).with_suffix("").parts
         return parts[-1], "-".join(parts[-2:]), "-".join(parts), self.file.replace("/", "-")
 
 
 def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ...], list[PictureFile]]:
-    """Class names and pictures of ``root/[train|val|test/]<class>/**``, classes and files in natural order.
+    """Return class names and images of ``root/[train|val|test/]<class>/**``, classes and files in natural order.
 
-    Folders that bear the names of Galaxy10's ten classes get Galaxy10's labels. A folder or file that links lead to a second
-    time is read once. A broken link is among the pictures: reading it fails, as reading a damaged picture does.
+    Folders with the names of Galaxy10's ten classes get Galaxy10's labels. A folder or file that links reach a second time is
+    read once. A broken link is listed as an image: reading it fails like reading a damaged image.
 
     Args:
         root: the folder.
-        as_galaxy10: the folders are Galaxy10's classes, by their names or by the numbers 0-9.
+        as_galaxy10: the folders are Galaxy10's classes, named by class or by the numbers 0-9.
 
     Raises:
-        UserError: no such folder, no class folders, an empty class, a single class, no train folder beside val or test, other
-            classes than Galaxy10's where they were asked for.
+        UserError: no such folder, no class folders, an empty class, a single class, val or test without a train folder, or
+            other classes than Galaxy10's with ``as_galaxy10``.
     """
     if not root.is_dir():
         raise UserError(f"no folder at {root}; give a folder with one folder of pictures for each class")
@@ -175,7 +174,7 @@ def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ..
 
 
 def _refuse_twins(root: Path, splits: Mapping[str, str]) -> None:
-    """Two folders of one split are more likely two splits, of which one has an unlucky name, than one in two parts."""
+    """Raise UserError if two folders name the same split: one of them probably means another split."""
     for split in SPLITS:
         if len(names := [name for name in splits if splits[name] == split]) > 1:
             raise UserError(
@@ -185,7 +184,7 @@ def _refuse_twins(root: Path, splits: Mapping[str, str]) -> None:
 
 
 def known_split(name: str) -> str | None:
-    """The split that a folder or a table calls ``name``: ``train``, ``val`` or ``test``; None where it is none."""
+    """Return the split (``train``, ``val`` or ``test``) that a folder or table calls ``name``, or None."""
     return _SPLIT_FOLDERS.get(name.strip().lower())
 
 
@@ -211,20 +210,20 @@ def _labels(found: set[str], root: Path, *, as_galaxy10: bool) -> tuple[tuple[st
 
 
 class _Finder:
-    """Finds the pictures of class folders: first what lies there itself, then what links lead to and was not found before."""
+    """Finds the images of class folders: first regular files, then the targets of links that were not found before."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._real_root = os.path.realpath(root)
         self._files: dict[str, list[str]] = {}
         self._links: list[tuple[str, str]] = []  # class folder, path relative to the root
-        self._twice: list[tuple[str, str]] = []  # likewise
+        self._twice: list[tuple[str, str]] = []  # likewise, for paths found before
         self._folders: set[str] = set()  # real paths
-        self._seen: set[str] | None = None  # real paths of pictures; needed from the first link on
+        self._seen: set[str] | None = None  # real paths of images; None until the first link
         self._left_out: dict[str, Counter[str]] = {}  # by class folder
 
     def list_folders(self, relative: str) -> list[str]:
-        """Names of the folders in a folder, in natural order, without hidden ones; notes pictures and tables beside them."""
+        """Return the visible subfolders of a folder in natural order, and count images and tables beside them as left out."""
         folders = []
         for entry in _entries(self._root / relative):
             if entry.name.startswith((".", "__")):
@@ -239,10 +238,10 @@ class _Finder:
         return sorted(folders, key=natural_key)
 
     def find(self, folders: Sequence[str]) -> dict[str, list[str]]:
-        """The picture files of each class folder, relative to the root, in natural order; says what is left out.
+        """Return the image files of each class folder, relative to the root, in natural order; warn about files left out.
 
         Raises:
-            UserError: a class folder without pictures, or one that cannot be read.
+            UserError: a class folder has no images or cannot be read.
         """
         self._files = {folder: [] for folder in folders}
         for folder in folders:
@@ -285,7 +284,7 @@ class _Finder:
         if self._seen is None:
             self._seen = {f"{self._real_root}/{file}" for files in self._files.values() for file in files}
         link = self._root / path
-        real = os.path.realpath(link)  # unlike Path.resolve it bears links in a circle
+        real = os.path.realpath(link)  # unlike Path.resolve, it accepts circular links
         if not Path(real).is_dir():
             self._take(folder, path, real)
         elif real in self._folders or Path(os.path.realpath(link.parent)).is_relative_to(real):
@@ -324,7 +323,7 @@ class _Finder:
             logger.warning("%s: left out: %s", self._root, _count(left_out))
 
     def _empty(self, folder: str) -> UserError:
-        """An error for a class without pictures, which says what there is instead."""
+        """Return the error for a class without images, listing the files found instead."""
         twice = [path for owner, path in self._twice if owner == folder]
         reasons = []
         if folder in self._left_out:
