@@ -63,7 +63,7 @@ def same_survey(one: str, other: str) -> bool:
 
 
 def mirrored_classes(names: Sequence[str]) -> list[str]:
-    """Return the classes whose mirror image is another class, judging by names: clockwise and anticlockwise, left and right, S and Z."""
+    """Return the classes whose mirror image is another class, by their names: (anti)clockwise, left and right, S and Z."""
     by_rest: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for name in names:
         words = re.findall(r"[a-z]+|\d+", _OTHER_WAY.sub("anticlockwise", name.lower()))

@@ -1,4 +1,4 @@
-"""A survey in Galaxy10's HDF5 schema: the official Galaxy10 DECaLS file, a simulated one, or anyone's own."""
+"""Surveys in Galaxy10's HDF5 schema: the official Galaxy10 DECaLS file, a simulated one or the user's own."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -29,15 +29,15 @@ from galaxydist.surveys.split import (
     split_original,
 )
 
-# Rows of one slab: about 6 MB where a chunk is one image, and never more than 400 MB however long the file's chunks are.
+# Limits of rows per slab: about 6 MB if a chunk is one image, and never more than 400 MB, however long the chunks are.
 _MIN_SLAB, _MAX_SLAB = 32, 2048
-# What of a file's bytes enters its hash.
+# Samples of the file's bytes that enter its hash.
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
 @dataclass(frozen=True)
 class SurveyFile:
-    """What stands in a survey file beside its images: columns by name (N values each), root attributes, rows of a slab."""
+    """A survey file without its images: columns by name (N values each), root attributes and rows per slab."""
 
     path: Path
     columns: Mapping[str, NDArray[Any]]
@@ -51,7 +51,7 @@ class SurveyFile:
 
 @dataclass(frozen=True)
 class Galaxy10Survey:
-    """A survey file as a :class:`galaxydist.galaxy.Survey`. Holds columns, never images; may be sent to other processes."""
+    """A survey file as a :class:`galaxydist.galaxy.Survey`; it holds columns but no images and can be pickled."""
 
     file: SurveyFile
     name: str
@@ -69,7 +69,7 @@ class Galaxy10Survey:
         return self.file.slab_length
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
-        """The galaxies of rows ``start`` ... ``stop - 1``, read in slabs of the file's own chunk length.
+        """Yield the galaxies of rows ``start`` ... ``stop - 1``, read in slabs of whole HDF5 chunks.
 
         Raises:
             UserError: the file's images cannot be read (truncated, damaged).
@@ -79,7 +79,7 @@ class Galaxy10Survey:
                 yield self._galaxy(first + offset, image)
 
     def galaxy_id(self, row: int) -> str:
-        """The id of the galaxy in ``row``."""
+        """Return the id of the galaxy in ``row``."""
         return f"{self.id_prefix}-{row:05d}"
 
     def _galaxy(self, row: int, image: NDArray[np.uint8]) -> Galaxy:
@@ -103,13 +103,13 @@ def open_galaxy10(
     name: str | None = None,
     fold: tuple[int, int] | None = None,
 ) -> Galaxy10Survey:
-    """Open a survey file and find or compute its split.
+    """Open a survey file, and load or compute its split.
 
     Args:
         path: an HDF5 file in Galaxy10's schema.
         variant: ``original`` or ``balanced``.
-        conflicting: ``keep`` or ``drop`` the galaxies that stand in the file with two labels.
-        name: the data set's name; found from the file where None.
+        conflicting: ``keep`` or ``drop`` the galaxies that the file lists with two labels.
+        name: the data set's name; None to take it from the file.
         fold: ``(k, n)``: instead of the split, fold k of an n-fold cross-validation.
 
     Raises:
@@ -138,7 +138,7 @@ def open_galaxy10(
 
 
 def read_survey_file(path: Path) -> SurveyFile:
-    """The columns of a survey file, checked against the schema; see :func:`open_galaxy10` for what it raises."""
+    """Read the columns of a survey file and check them against the schema; raises as :func:`open_galaxy10` does."""
     import h5py
 
     if not path.is_file():
@@ -162,13 +162,13 @@ def read_survey_file(path: Path) -> SurveyFile:
     _check_labels(path, columns[LABELS])
     ra, dec = (columns[name].astype(np.float64) for name in ("ra", "dec"))
     check_positions(ra, dec, name=lambda row: f"{path}, row {row}")
-    # Short chunks are read several at a time, long ones one at a time: each chunk is decoded once.
+    # A slab is a multiple of the chunk length (up to _MAX_SLAB), so that each chunk is decoded once.
     slab_length = min(chunk_rows * -(-_MIN_SLAB // chunk_rows), _MAX_SLAB)
     return SurveyFile(path, columns, attributes, slab_length)
 
 
 def read_images(file: SurveyFile, start: int, stop: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """(first row, B x 256 x 256 x 3 uint8) slabs of rows ``start`` ... ``stop - 1``, cut at multiples of the slab length."""
+    """Yield (first row, B x 256 x 256 x 3 uint8) for rows ``start`` ... ``stop - 1``, cut at multiples of the slab length."""
     end = stop
     try:
         with _open(file.path) as h5:
@@ -182,7 +182,7 @@ def read_images(file: SurveyFile, start: int, stop: int) -> Iterator[tuple[int, 
 
 
 def _check_schema(path: Path, h5: Any) -> Any:
-    """The image data set of a file whose data sets, shapes and dtypes are the schema's."""
+    """Check the data sets, shapes and dtypes against the schema, and return the image data set."""
     wanted = (IMAGES, *COLUMNS)
     missing = [name for name in wanted if name not in h5]
     if missing:
@@ -204,7 +204,7 @@ def _check_schema(path: Path, h5: Any) -> Any:
 
 
 def _data_set(path: Path, h5: Any, name: str) -> Any:
-    """A data set of a file, or a UserError where something else has its name."""
+    """Return a data set of a file; raise UserError if the name belongs to something else."""
     import h5py
 
     try:
@@ -245,7 +245,7 @@ def _has_official_labels(file: SurveyFile) -> bool:
 
 
 def _split(file: SurveyFile, *, is_official: bool) -> tuple[Population, Codes]:
-    """The galaxies and their original split: the shipped one for the official file, else computed in the same way."""
+    """Return the galaxies and their original split: the shipped one for the official file, else one computed in the same way."""
     ra, dec = (file.columns[name].astype(np.float64) for name in ("ra", "dec"))
     if not is_official:
         population = build_population(file.labels, ra, dec, class_names=GALAXY10_CLASSES, seed=official_split.SPLIT_SEED)
@@ -258,7 +258,7 @@ def _split(file: SurveyFile, *, is_official: bool) -> tuple[Population, Codes]:
 
 
 def _check_positions(path: Path, found: Sky, shipped: Sky) -> None:
-    """The split hangs on which galaxies are neighbours: the file's positions must give the same ones as when it was frozen."""
+    """Raise UserError if the file's positions give other neighbours than those that the frozen split is based on."""
     if np.array_equal(found.groups, shipped.groups) and np.array_equal(found.conflicting, shipped.conflicting):
         return
     row = np.flatnonzero((found.groups != shipped.groups) | (found.conflicting != shipped.conflicting))[0]
@@ -275,9 +275,9 @@ def _balanced(population: Population, original: Codes, name: str) -> Codes:
 
 
 def _source_hash(file: SurveyFile, name: str, codes: Codes) -> str:
-    """SHA-256 over name, columns, splits, attributes, the file's size and samples of its bytes, evenly spread.
+    """Return the SHA-256 of name, columns, splits, attributes, the file's size and evenly spread samples of its bytes.
 
-    Not over all its bytes: reading 2.5 GB at each opening would cost more than all that follows; `data fetch` verifies them.
+    Reading all 2.5 GB at each opening would take longer than the rest of the work; `data fetch` verifies them.
     """
     size = file.path.stat().st_size
     digest = hashlib.sha256(f"{name} {size} {sorted(file.attributes.items())}".encode())
@@ -292,7 +292,7 @@ def _source_hash(file: SurveyFile, name: str, codes: Codes) -> str:
 
 
 def _open(path: Path) -> Any:
-    """The file for reading, without a lock, which many clusters do not know, unless this process holds it open with one."""
+    """Open the file for reading without HDF5's file lock, which many clusters lack, unless this process holds one already."""
     import h5py
 
     try:
@@ -304,7 +304,7 @@ def _open(path: Path) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A numpy scalar as JSON's plain value; nan is None."""
+    """Convert a numpy scalar to a JSON value; nan becomes None."""
     plain = value.item() if isinstance(value, np.generic) else value
     plain = plain.decode(errors="replace") if isinstance(plain, bytes) else plain
     return None if isinstance(plain, float) and not np.isfinite(plain) else plain

@@ -1,4 +1,4 @@
-"""Galaxy10's HDF5 schema: which columns a survey file has, and a writer that makes such a file piece by piece."""
+"""Galaxy10's HDF5 schema: the columns of a survey file, and a writer that appends slabs of galaxies."""
 
 import contextlib
 import errno
@@ -27,18 +27,18 @@ COLUMNS: Mapping[str, np.dtype[Any]] = {
 }
 NUM_CLASSES = 10
 
-# Root attributes by which a file says where it comes from; the official file has none.
+# Root attributes that record a file's origin; the official file has none.
 SURVEY_ATTRIBUTE = "survey"
 SIMULATED = "simulated"
 
 
 class SurveyFileWriter:
-    """Writes a survey file in slabs, so that memory stays bounded; the file appears under its name only when it is whole.
+    """Writes a survey file in slabs with bounded memory; the file appears under its name only once it is complete.
 
-    Use as a context manager: leaving it normally gives the file its name, an exception removes what was written.
+    Use as a context manager: a normal exit renames the temporary file, an exception removes it.
 
-    HDF5 lays the file out, uncompressed and contiguous (its codecs save 4 to 28 % and cost two to ten times the time), and
-    the values are written past HDF5: its library crashes the process when a disk fills up under it.
+    HDF5 creates the layout, uncompressed and contiguous (its codecs save 4 to 28 % of the size and take two to ten times as
+    long). The values are then written without HDF5, because its library crashes the process when the disk fills up.
     """
 
     def __init__(self, path: Path, num_galaxies: int, attributes: Mapping[str, str | int | float]) -> None:
@@ -115,7 +115,7 @@ class SurveyFileWriter:
         except OSError as failure:
             raise disk_error(self._path, failure) from failure
         finally:
-            with contextlib.suppress(OSError):  # a full disk also fails the flush at closing
+            with contextlib.suppress(OSError):  # on a full disk, the flush in close() fails too
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
 
@@ -123,13 +123,13 @@ class SurveyFileWriter:
 def create_file(
     path: Path, num_galaxies: int, attributes: Mapping[str, str | int | float] | None = None, *, simulated: bool = True
 ) -> SurveyFileWriter:
-    """Begin a survey file of ``num_galaxies`` galaxies.
+    """Create a survey file for ``num_galaxies`` galaxies.
 
     Args:
-        path: the file's final name; it is written beside it under a temporary one.
-        num_galaxies: rows that will be appended, no more and no fewer.
-        attributes: provenance for the file's root (simulator version, seed, ...).
-        simulated: mark the file as simulated, so that nothing ever takes it for the sky.
+        path: the file's final path; it is written under a temporary name in the same folder.
+        num_galaxies: exact number of rows that will be appended.
+        attributes: root attributes with the provenance (simulator version, seed, ...).
+        simulated: mark the file as simulated, so that it is never taken for a real survey.
     """
     marks = {SURVEY_ATTRIBUTE: SIMULATED} if simulated else {}
     return SurveyFileWriter(Path(path), num_galaxies, {**marks, **(attributes or {})})
@@ -141,13 +141,13 @@ def _lay_out(
     layout: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
     attributes: Mapping[str, str | int | float],
 ) -> dict[str, int]:
-    """Make the file with all its data sets, contiguous and without values; returns where in the file each one begins."""
+    """Create the file with all its data sets, contiguous and without values; return each one's byte offset in the file."""
     import h5py
 
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    properties.set_obj_track_times(False)  # the same galaxies make the same bytes
+    properties.set_obj_track_times(False)  # equal galaxies give equal bytes
     with h5py.File(path, "w") as h5:
         for key, value in attributes.items():
             h5.attrs[key] = value
@@ -164,7 +164,7 @@ def _lay_out(
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Claim the file's room now, so that a full disk is found before any work; go on without where the file system cannot."""
+    """Reserve disk space, so that a full disk is detected before any work; do nothing if the file system cannot reserve."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except AttributeError:

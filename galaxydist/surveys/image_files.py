@@ -1,4 +1,7 @@
-"""Picture files: handed on as the bytes they are where a decoder of shards will read them, else as pixels."""
+"""Image files: reading, decoding, PNG encoding, hashes and groups of equal files.
+
+RGB JPEG and PNG files are kept as bytes, which the shard decoders read; other formats become pixels.
+"""
 
 import hashlib
 import io
@@ -22,17 +25,17 @@ EXTENSIONS = frozenset(
 )
 _PASSED_ON = {"JPEG": "jpg", "PNG": "png"}
 _EIGHT_BIT_MODES = frozenset({"RGB", "RGBA", "L", "LA", "P", "CMYK", "YCbCr", "1", "PA"})
-# What Pillow raises for damaged files of various formats.
+# Exceptions that Pillow raises for damaged files of various formats.
 _UNDECODABLE = (OSError, SyntaxError, ValueError, OverflowError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def read_picture(path: Path) -> NDArray[np.uint8] | EncodedImage:
-    """A picture file: the bytes of an RGB JPEG or PNG, unopened but for its header; H x W x 3 uint8 pixels of anything else.
+    """Read an image file: the bytes of an RGB JPEG or PNG, of which only the header is parsed, else H x W x 3 uint8 pixels.
 
-    Pictures that are not to be shown as they are stored (turned by their EXIF orientation, or transparent) are pixels, too.
+    Images that are not displayed as stored (rotated by EXIF orientation, or transparent) are returned as pixels, too.
 
     Raises:
-        DamagedPictureError: the file cannot be read, is no picture or has no 8-bit colours.
+        DamagedPictureError: the file cannot be read, is not an image or does not have 8-bit colours.
     """
     try:
         data = path.read_bytes()
@@ -50,14 +53,14 @@ def read_picture(path: Path) -> NDArray[np.uint8] | EncodedImage:
 
 
 def decode_file(data: bytes, name: object) -> NDArray[np.uint8]:
-    """H x W x 3 uint8 RGB pixels of a picture file's bytes, decoded to the end: upright, and on black where it is transparent.
+    """Decode an image file completely to H x W x 3 uint8 RGB pixels, with EXIF rotation applied and transparency on black.
 
     Args:
         data: the file's bytes.
         name: the file, for messages.
 
     Raises:
-        DamagedPictureError: truncated, damaged, no picture, or no 8-bit colours.
+        DamagedPictureError: the file is truncated, damaged, not an image, or does not have 8-bit colours.
     """
     try:
         with Image.open(io.BytesIO(data)) as picture:
@@ -71,19 +74,19 @@ def decode_file(data: bytes, name: object) -> NDArray[np.uint8]:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture in RGB, on black where it is transparent: the colours behind full transparency are arbitrary."""
+    """Convert an image to RGB, with transparency on black: the colours of fully transparent pixels are arbitrary."""
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA")).convert("RGB")
 
 
 def _is_turned(picture: Image.Image, data: bytes) -> bool:
-    """Return True if the file says that it is to be shown turned or mirrored. A search for the mark tells that most do not."""
+    """Return True if the EXIF orientation rotates or mirrors the image; a byte search rules most files out quickly."""
     if not any(mark in data for mark in (b"Exif", b"eXIf", b"tiff:Orientation")):
         return False
     try:
         return picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-    except _UNDECODABLE:  # the mark is damaged, which says nothing of the pixels
+    except _UNDECODABLE:  # damaged metadata; the pixels may still be good
         return False
 
 
@@ -93,29 +96,31 @@ def _undecodable(name: object, size: int, error: Exception) -> DamagedPictureErr
 
 
 def encode_png(image_HWC: NDArray[np.uint8]) -> bytes:
-    """A lossless PNG file of H x W x 3 uint8 pixels."""
+    """Encode H x W x 3 uint8 pixels as a lossless PNG file."""
     stream = io.BytesIO()
-    # Run-length matching: on noisy pictures smaller than zlib's default at level 1, and a quarter faster (measured).
+    # Run-length matching: for noisy images smaller than zlib's default strategy at level 1, and a quarter faster (measured).
     Image.fromarray(image_HWC).save(stream, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return stream.getvalue()
 
 
-# The bytes of a folder's picture files: their hashes, and which files are equal.
+# Hashes of image files, and groups of equal files.
 
 logger = logging.getLogger(__name__)
 
-# Begins what stands for the hash of a file that cannot be read.
+# Prefix of the text that replaces the hash of an unreadable file.
 UNREADABLE = "unreadable"
-# Groups of equal files that a message names.
+# Maximum number of groups of equal files named in a message.
 _NAMED = 5
 
 
 def hash_files(root: Path, files: Sequence[str], name: str) -> list[str]:
-    """SHA-256 (hex) of each file, on all cores; ``name`` is the data set's, for the progress bar.
+    """Return the SHA-256 (hex) of each file, computed on all cores; ``name`` labels the progress bar.
+
+    A file that is missing or may not be read gets a text that begins with ``UNREADABLE``; reading the images later reports all
+    such files.
 
     Raises:
-        UserError: a disk or a file server failed. A file that is not there or may not be read has a text that says so instead:
-            where pictures are read, all such are named.
+        UserError: a disk or a file server failed.
     """
     from tqdm import tqdm
 
@@ -142,15 +147,15 @@ def hash_files(root: Path, files: Sequence[str], name: str) -> list[str]:
 
 
 def group_equal_files(root: Path, files: Sequence[str], digests: Sequence[str], labels: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Groups of files of equal bytes, with a word about them; those with two labels are named.
+    """Group files of equal bytes, with a warning about copies and about copies with two labels.
 
     Args:
-        root, files: the folder and its picture files.
-        digests: of the files' bytes.
+        root, files: the folder and its image files.
+        digests: hashes of the files.
         labels: (N,) class numbers.
 
     Returns:
-        (N,) a number that equal files share; -1 for a file like no other, and for pictures of one colour, which show nothing.
+        (N,) group numbers, equal for equal files; -1 for a unique file and for images of a single colour, which show nothing.
     """
     groups = np.full(len(files), -1, np.int64)
     _, number_N, count = np.unique(np.array(digests, np.str_), return_inverse=True, return_counts=True)
@@ -180,7 +185,7 @@ def group_equal_files(root: Path, files: Sequence[str], digests: Sequence[str], 
 
 
 def _is_blank(path: Path) -> bool:
-    """Return True if a picture has one colour, or cannot be read at all, which is said where pictures are read."""
+    """Return True if an image has a single colour or cannot be read; reading it later reports the error."""
     try:
         image = read_picture(path)
         pixels = decode_file(image.data, path) if isinstance(image, EncodedImage) else image

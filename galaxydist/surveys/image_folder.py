@@ -1,4 +1,4 @@
-"""Any folder of pictures, sorted into class folders, as a survey; with or without train, val and test above them."""
+"""Surveys from image folders with one folder per class, with or without train, val and test above them."""
 
 import hashlib
 import logging
@@ -38,13 +38,13 @@ from galaxydist.surveys.split import (
 logger = logging.getLogger(__name__)
 
 _SLAB = 256
-# The trees that `data export` writes side by side, by variant.
+# The trees that `data export` writes, by variant.
 TREES = {"original": "Galaxy10_DECaLS", "balanced": "Galaxy10_DECaLS_Balanced"}
 
 
 @dataclass(frozen=True)
 class FolderSurvey:
-    """A picture folder as a :class:`galaxydist.galaxy.Survey`; pictures are read from their files when asked for."""
+    """An image folder as a :class:`galaxydist.galaxy.Survey`; images are read on demand."""
 
     root: Path
     name: str
@@ -58,12 +58,12 @@ class FolderSurvey:
     slab_length: int = _SLAB
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
-        """The galaxies of rows ``start`` ... ``stop - 1``: RGB JPEG and PNG files as their bytes, others as pixels.
+        """Yield the galaxies of rows ``start`` ... ``stop - 1``: RGB JPEG and PNG files as bytes, others as pixels.
 
-        But for those that `data export` wrote, they carry their ``file`` and, as ``source_id``, the user's own id.
+        Extras contain ``file`` and ``source_id``, the user's own id, except for galaxies that `data export` wrote.
 
         Raises:
-            UserError: a file cannot be read or is no picture (a truncated one is found where it is decoded).
+            UserError: a file cannot be read or is not an image (truncation is detected only by the decoder).
         """
         for number in range(start, stop):
             row, source_id = self.rows[number], self.source_ids[number]
@@ -75,11 +75,11 @@ class FolderSurvey:
 
     @cached_property
     def source_hash(self) -> str:
-        """SHA-256 over names, labels, splits and the files' bytes, read when it is first asked for."""
+        """SHA-256 of names, labels, splits and the files' bytes, which are read at first access."""
         return self.hash_of(hash_files(self.root, self.files, self.name))
 
     def hash_of(self, digests: list[str]) -> str:
-        """``source_hash``, from the hashes of the files."""
+        """Return ``source_hash``, given the hashes of the files."""
         digest = hashlib.sha256(f"{self.name} {self.class_names}".encode())
         digest.update(self.labels.tobytes())
         for split, rows in self.splits.items():
@@ -99,19 +99,19 @@ def open_image_folder(
     classes: str | None = None,
     has_val: bool = True,
 ) -> FolderSurvey:
-    """Open a folder of pictures: ``[train|val|test/]<class>/...``; a split that is missing is cut from train, and said.
+    """Open an image folder ``[train|val|test/]<class>/...``; a missing split is cut from train, with a warning.
 
     Args:
         path: the folder, or one that `data export` wrote its trees into.
         variant: ``original``, or ``balanced``: every class undersampled to the smallest.
-        conflicting: ``keep`` or ``drop`` galaxies that the folder's metadata marks as standing in the source with two labels.
-        name: the data set's name; the exported one, else the folder's, where None.
+        conflicting: ``keep`` or ``drop`` galaxies with two labels, by the folder's metadata or its positions and equal files.
+        name: the data set's name; None for the exported name, else the folder's.
         fold: ``(k, n)``: fold k of an n-fold cross-validation, for a folder without splits.
-        classes: ``galaxy10``: the folders, named 0 to 9 or by name, are Galaxy10's classes.
-        has_val: False: no validation split; the galaxies that would be taken for it stay in train.
+        classes: ``galaxy10``: the folders, named 0 to 9 or by class, are Galaxy10's classes.
+        has_val: False for no validation split; its galaxies stay in train.
 
     Raises:
-        UserError: no pictures, an empty class, a class without training pictures, no such variant.
+        UserError: no images, an empty class, a class without training images, no such variant.
     """
     if variant not in TREES:
         raise UserError(f"no variant {variant!r}; there are {', '.join(TREES)}")
@@ -151,18 +151,22 @@ def open_image_folder(
         source_ids=tuple(source_ids),
     )
     if digests is not None:
-        vars(survey)["source_hash"] = survey.hash_of(digests)  # the files are not read a second time for it
+        vars(survey)["source_hash"] = survey.hash_of(digests)  # avoids hashing the files again
     return survey
 
 
 def _is_galaxy10(info: FolderInfo | None) -> bool:
-    """Return True if the folder itself says that it was exported from a survey of Galaxy10's classes."""
+    """Return True if ``dataset.json`` names an exported survey with Galaxy10's classes."""
     return info is not None and info.name in (official_split.NAME, SIMULATED)
 
 
 def _with_metadata(root: Path, pictures: list[PictureFile]) -> tuple[list[PictureFile], list[FolderRow], list[str | None]]:
-    """The pictures in the order of the folder's metadata, those that it does not list last; what each carries; the user's own id
-    of those that `data export` did not write."""
+    """Join the images with the folder's metadata.
+
+    Returns:
+        The images in the order of the metadata, unlisted ones last; their metadata rows; and the user's own ids, None for images
+        that `data export` wrote.
+    """
     metadata = read_metadata(root)
     listed = dict(metadata.rows) if metadata.is_exported else _match(metadata, pictures)
     place = {file: number for number, file in enumerate(listed)}
@@ -192,7 +196,7 @@ def _with_metadata(root: Path, pictures: list[PictureFile]) -> tuple[list[Pictur
 
 
 def _match(metadata: FolderMetadata, pictures: list[PictureFile]) -> dict[str, FolderRow]:
-    """The rows of a user's own table by the files of the pictures, which it may name without their folders."""
+    """Return the rows of a user's own table by image file; the table may name files without their folders."""
     files = {picture.file for picture in pictures}
     of_name: dict[str, list[str]] = {}
     for picture in pictures:
@@ -207,7 +211,7 @@ def _match(metadata: FolderMetadata, pictures: list[PictureFile]) -> dict[str, F
 
 
 def _population(labels: list[int], class_names: tuple[str, ...], rows: list[FolderRow]) -> Population:
-    """The galaxies with the same keys as in the survey they were exported from, so that they are split in the same way."""
+    """Return the galaxies with the keys of the survey they were exported from, so that they are split in the same way."""
     ra, dec = _positions(rows)
     source_rows = [row.extras.get("row") for row in rows]
     if all(isinstance(number, int) and number >= 0 for number in source_rows):
@@ -220,14 +224,14 @@ def _population(labels: list[int], class_names: tuple[str, ...], rows: list[Fold
 
 
 def _positions(rows: list[FolderRow]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Right ascensions and declinations in degrees, nan where unknown."""
+    """Return right ascensions and declinations in degrees, nan where unknown."""
     ra = np.array([np.nan if row.ra is None else row.ra for row in rows], np.float64)
     dec = np.array([np.nan if row.dec is None else row.dec for row in rows], np.float64)
     return ra, dec
 
 
 def _folder_codes(root: Path, pictures: list[PictureFile], rows: list[FolderRow]) -> Codes | None:
-    """The codes that folders and metadata give (exported balanced trees keep val inside train); None where neither does."""
+    """Return the split codes that folders and metadata give, or None (exported balanced trees keep val inside train)."""
     if pictures[0].split is None:
         return _table_codes(root, rows)
     has_val = any(picture.split == "val" for picture in pictures)
@@ -239,7 +243,7 @@ def _folder_codes(root: Path, pictures: list[PictureFile], rows: list[FolderRow]
 
 
 def _table_codes(root: Path, rows: list[FolderRow]) -> Codes | None:
-    """The codes that the metadata gives where there are no split folders; None where it names no split."""
+    """Return the split codes of the metadata for a folder without split folders, or None if it names no split."""
     if not any(row.split for row in rows):
         return None
     names = [known_split(row.split) for row in rows]
@@ -253,7 +257,7 @@ def _table_codes(root: Path, rows: list[FolderRow]) -> Codes | None:
 
 
 def _is_complete(root: Path, given: Codes | None, *, has_val: bool) -> bool:
-    """Return True if the folder itself gives all splits that are wanted, so that none is cut."""
+    """Return True if the folder itself has all wanted splits, so that none must be cut from train."""
     found = set() if given is None else set(given.tolist())
     if VAL in found and not has_val:
         raise UserError(f"{root} has a validation split of its own; --val 0 is for a folder without one")
@@ -267,7 +271,7 @@ def _fold(root: Path, population: Population, codes: Codes | None, fold: tuple[i
 
 
 def _complete(root: Path, population: Population, codes: Codes | None, *, has_val: bool) -> Codes:
-    """The splits that are wanted: those that the folder lacks are cut from train, with a word about it."""
+    """Cut the wanted splits that the folder lacks from train, with a warning."""
     if codes is None:
         shares = "80/10/10" if has_val else "90/10 into train and test"
         logger.warning("%s has no train, val and test folders: its pictures are split %s by class", root, shares)
@@ -292,5 +296,5 @@ def _check_unique(root: Path, ids: list[str]) -> None:
 
 
 def _printable(text: str) -> str:
-    """A file name as text that any column holds: bytes that are not UTF-8 are spelled out."""
+    """Return a file name as valid UTF-8 text: other bytes are written as escapes."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")

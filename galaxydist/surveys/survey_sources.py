@@ -1,4 +1,4 @@
-"""One door to all surveys: a file in Galaxy10's schema or a folder of pictures."""
+"""Opening of any survey: an HDF5 file in Galaxy10's schema or an image folder."""
 
 from pathlib import Path
 
@@ -21,19 +21,19 @@ def open_survey(
     classes: str | None = None,
     has_val: bool = True,
 ) -> Survey:
-    """Open an HDF5 file in Galaxy10's schema, or a folder of pictures.
+    """Open an HDF5 file in Galaxy10's schema, or an image folder.
 
     Args:
         path: the file or folder.
-        variant: ``original`` or ``balanced``: which frozen data set.
-        conflicting: ``keep`` or ``drop`` galaxies that stand in the source with two labels (all of them are in train).
-        name: the data set's name; found in the source where None.
+        variant: ``original`` or ``balanced``.
+        conflicting: ``keep`` or ``drop`` galaxies that the source lists with two labels (all of them are in train).
+        name: the data set's name; None to take it from the source.
         fold: ``(k, n)``: instead of the split, fold k (0 ... n-1) of an n-fold cross-validation: train, test, and an empty val.
-        classes: ``galaxy10``: a folder's classes, named 0 to 9 or by name, are Galaxy10's. A survey file's always are.
-        has_val: False: no validation split, which a folder of pictures may do without.
+        classes: ``galaxy10``: the folders, named 0 to 9 or by class, are Galaxy10's classes. A survey file's always are.
+        has_val: False for no validation split; image folders only.
 
     Raises:
-        UserError: nothing there, or nothing that can be used; the text says why.
+        UserError: the source is missing or unusable, or the options contradict each other.
     """
     path = Path(path)
     if variant not in TREES:
