@@ -1,7 +1,7 @@
-"""Which galaxies of an evaluation to look at: of each class the most confident mistakes, and the least certain.
+"""Selection of galaxies for a gallery: each class's most confident mistakes and least certain galaxies.
 
-Chosen from stored predictions, read through once; ties go to the smaller sample number, so that the choice depends on nothing
-but the predictions.
+The stored predictions are read once. Ties go to the smaller sample number, so that the selection depends on the predictions
+alone.
 """
 
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ _Rows = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class SelectedGalaxy:
-    """A galaxy that was chosen.
+    """A selected galaxy.
 
     Args:
-        id: the survey's.
+        id: the survey's id.
         sample: stored sample number.
         label: true class.
         predicted: predicted class.
-        probability: of the predicted class.
-        label_probability: of the true class.
-        entropy: of the predicted probabilities, in nats: 0 for a certain prediction, log K where all K classes are as likely.
+        probability: predicted probability of the predicted class.
+        label_probability: predicted probability of the true class.
+        entropy: entropy of the probabilities in nats: 0 for a certain prediction, log K if all K classes are equally likely.
     """
 
     id: str
@@ -45,14 +45,14 @@ class SelectedGalaxy:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What was chosen, and of how many.
+    """The selected galaxies and the counts they were selected from.
 
     Args:
-        confident: by true class: galaxies taken for another class, the one with the largest probability for it first.
+        confident: by true class: misclassified galaxies, the largest predicted probability first.
         uncertain: by true class: galaxies with the largest entropy, the largest first; right or wrong.
-        num_galaxies: by true class.
-        num_mistakes: by true class.
-        num_undefined: galaxies whose probabilities are not finite: they are in neither choice.
+        num_galaxies: number of galaxies by true class.
+        num_mistakes: number of misclassified galaxies by true class.
+        num_undefined: number of galaxies whose probabilities are not finite; they are never selected.
     """
 
     confident: tuple[tuple[SelectedGalaxy, ...], ...]
@@ -62,16 +62,16 @@ class Selection:
     num_undefined: int
 
     def samples(self) -> NDArray[np.int64]:
-        """The sample numbers of all that was chosen, ascending, each once."""
+        """Return the unique sample numbers of all selected galaxies, ascending."""
         return np.unique(np.array([pick.sample for picks in (*self.confident, *self.uncertain) for pick in picks], np.int64))
 
 
 def choose_mistakes(predictions: PredictionsFile, per_class: int) -> Selection:
-    """Choose galaxies of each true class. Memory is that of a row group and of what is chosen, whatever the number of galaxies.
+    """Select galaxies of each true class; memory is bounded by a row group and the selection.
 
     Args:
-        predictions: of an evaluation.
-        per_class: how many of each class and each kind, at most.
+        predictions: the predictions of an evaluation.
+        per_class: maximum number per class and kind.
 
     Raises:
         UserError: the file is damaged.
@@ -95,7 +95,7 @@ def choose_mistakes(predictions: PredictionsFile, per_class: int) -> Selection:
 
 
 def entropies(probabilities_NK: NDArray[Any]) -> NDArray[np.float64]:
-    """Entropy in nats of each row of probabilities; nan where one is not finite."""
+    """Return the entropy in nats of each row of probabilities; nan if a probability is not finite."""
     p_NK = probabilities_NK.astype(np.float64)
     terms_NK = np.where(p_NK == 0, 0.0, p_NK * np.log(np.where(p_NK > 0, p_NK, 1.0)))
     entropy_N: NDArray[np.float64] = np.where(np.isfinite(p_NK).all(axis=1), -terms_NK.sum(axis=1), np.nan)
@@ -103,7 +103,7 @@ def entropies(probabilities_NK: NDArray[Any]) -> NDArray[np.float64]:
 
 
 class _Best:
-    """The first few of each class by a score, kept while rows come by."""
+    """Keeps the rows with the highest score of each class while batches are added."""
 
     def __init__(self, score: str, per_class: int, num_classes: int) -> None:
         self._score, self._per_class, self._num_classes = score, per_class, num_classes
@@ -114,7 +114,7 @@ class _Best:
             rows = {name: np.concatenate([self._kept[name], values]) for name, values in rows.items()}
         order = np.lexsort((rows["sample"], -rows[self._score], rows["label"]))
         label = rows["label"][order]
-        place = np.arange(label.size) - np.searchsorted(label, label)  # within its class
+        place = np.arange(label.size) - np.searchsorted(label, label)  # rank within its class
         self._kept = _take(rows, order[place < self._per_class])
 
     def picks(self) -> tuple[tuple[SelectedGalaxy, ...], ...]:

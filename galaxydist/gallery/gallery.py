@@ -1,4 +1,4 @@
-"""The gallery of a run: its most confident mistakes and least certain galaxies, and where in them its model looks."""
+"""Gallery of a run: most confident mistakes and least certain galaxies, with saliency maps of the model."""
 
 import base64
 import functools
@@ -37,14 +37,12 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.open import open_shards
 
-# The gallery of an evaluation's mistakes and uncertain galaxies: a page, two sheets, and what they show as JSON.
-
 FORMAT_VERSION = 1
-# Kept of each picture; the page's are so wide, or less, so that all together they take no more than so many bytes.
+# Image widths in pixels: the page uses the largest of _WIDTHS with which all images fit into _PAGE_BYTES.
 THUMBNAIL = 192
 _WIDTHS, _PAGE_BYTES = (THUMBNAIL, 144, 112, 88, 64), 5_000_000
 _SHEET_CELL, _SHEET_BYTES = 96, 600_000
-# Of the files' names, after the evaluation's.
+# Suffix of the file names, after the evaluation's stem.
 _GALLERY = "-gallery"
 KINDS = {
     "mistakes": (
@@ -61,12 +59,12 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class RenderedGalaxy:
-    """A chosen galaxy as it is shown.
+    """Images of a selected galaxy.
 
     Args:
-        picture: H x W x 3 uint8, as it is stored.
-        overlay: the same with the map of saliency.
-        peak: of the map, see ``models.saliency.Saliency``.
+        picture: H x W x 3 uint8, as stored.
+        overlay: the same with the saliency map.
+        peak: peak of the map, see ``models.saliency.Saliency``.
     """
 
     picture: NDArray[np.uint8]
@@ -75,21 +73,21 @@ class RenderedGalaxy:
 
     @classmethod
     def small(cls, picture: NDArray[np.uint8], overlay: NDArray[np.uint8], peak: float) -> "RenderedGalaxy":
-        """No wider than ``THUMBNAIL``."""
+        """Return the images resized to at most ``THUMBNAIL`` pixels."""
         return cls(_small(picture), _small(overlay), peak)
 
 
 @dataclass(frozen=True, slots=True)
 class Gallery:
-    """What is shown.
+    """Contents of a gallery.
 
     Args:
-        picks: what was chosen.
-        seen: by sample number, all of it.
-        context: of the predictions.
-        class_names: by label.
-        method: of the saliency.
-        command: that makes this, for the page.
+        picks: the selected galaxies.
+        seen: their images by sample number.
+        context: context of the predictions.
+        class_names: class names by label.
+        method: saliency method.
+        command: the command that makes this gallery, for the page.
     """
 
     picks: Selection
@@ -104,7 +102,7 @@ class Gallery:
         return title_of({**self.context, "count": sum(self.picks.num_galaxies)})
 
     def chosen(self, kind: str) -> tuple[tuple[SelectedGalaxy, ...], ...]:
-        """By true class; ``kind`` is one of ``KINDS``."""
+        """Return the selected galaxies of a kind (a key of ``KINDS``) by true class."""
         return self.picks.confident if kind == "mistakes" else self.picks.uncertain
 
     def name(self, label: int) -> str:
@@ -112,22 +110,21 @@ class Gallery:
 
 
 def write_mistake_gallery(evaluation_dir: Path, gallery: Gallery, page: Path | None = None) -> Path:
-    """Write ``<stem>-gallery.html``, ``<stem>-gallery-mistakes.jpg``, ``<stem>-gallery-uncertain.jpg`` and, last,
-    ``<stem>-gallery.json``.
+    """Write the page ``<stem>-gallery.html``, a contact sheet ``<stem>-gallery-<kind>.jpg`` per kind, and last the JSON file.
 
     Args:
-        evaluation_dir: where the predictions lie; it exists.
-        gallery: what is shown.
-        page: another place for the page; its folder is made.
+        evaluation_dir: existing folder of the predictions.
+        gallery: contents of the gallery.
+        page: another path for the page; its folder is created.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
         UserError: the disk is full.
     """
     context, stem = gallery.context, _stem(gallery.context["split"], gallery.context.get("tta", "none"))
-    (evaluation_dir / f"{stem}.json").unlink(missing_ok=True)  # it says that the sheets are its own
+    (evaluation_dir / f"{stem}.json").unlink(missing_ok=True)  # its presence means that the sheets belong to it
     for kind in KINDS:
         compose = functools.partial(compose_sheet, list(_rows(kind, gallery)), f"{KINDS[kind][0]}: {gallery.title}")
         write_sheet(evaluation_dir / f"{stem}-{kind}.jpg", compose, cell=_SHEET_CELL, max_bytes=_SHEET_BYTES)
@@ -150,13 +147,13 @@ def write_mistake_gallery(evaluation_dir: Path, gallery: Gallery, page: Path | N
 
 
 def gallery_sections(predictions: Path) -> list[tuple[str, str, str]]:
-    """The sheets of a gallery that was written, for another page.
+    """Return the contact sheets of a written gallery, for another page.
 
     Args:
-        predictions: the file that it was made from, beside which it lies.
+        predictions: the predictions file in the gallery's folder.
 
     Returns:
-        (title, data URI of a JPEG, caption) of each sheet; none where there is no gallery of the predictions that lie there.
+        (title, data URI of a JPEG, caption) of each sheet; empty if there is no gallery of these predictions.
     """
     stem = f"{predictions.name.removesuffix(PREDICTIONS)}{_GALLERY}"
     try:
@@ -172,7 +169,7 @@ def gallery_sections(predictions: Path) -> list[tuple[str, str, str]]:
 
 
 def describe(pick: SelectedGalaxy, class_names: Sequence[str]) -> str:
-    """A galaxy in one line: id, true class, predicted class, probability."""
+    """Describe a galaxy in one line: id, true class, predicted class, probability."""
     true, predicted = readable(class_names[pick.label]), readable(class_names[pick.predicted])
     return f"{pick.id}: true {true}, predicted {predicted} ({_percent(pick.probability)})"
 
@@ -244,7 +241,7 @@ def _render(gallery: Gallery) -> str:
 
 
 def _uris(seen: Mapping[int, RenderedGalaxy]) -> dict[int, tuple[str, str]]:
-    """Both pictures of each galaxy, by sample number, as large as the limit allows; a galaxy may stand in both choices."""
+    """Return the data URIs of both images by sample number, as large as ``_PAGE_BYTES`` allows; the page may show each twice."""
     uris: dict[int, tuple[str, str]] = {}
     for width in _WIDTHS:
         uris = {
@@ -285,7 +282,7 @@ def _data_uri(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-# Pictures that the model sees together.
+# Batch size of the model.
 _TOGETHER = 8
 
 
@@ -302,27 +299,27 @@ def make_gallery(
     tta: Views | None = None,
     threads: int = 1,
 ) -> tuple[Path, Selection]:
-    """Choose galaxies from the stored predictions of a run, look at them with its model, and write the gallery.
+    """Select galaxies from the stored predictions of a run, compute saliency maps with its model, and write the gallery.
 
-    Page, sheets and JSON go to where the predictions lie; see ``write_mistake_gallery``.
+    Page, sheets and JSON are written to the folder of the predictions; see ``write_mistake_gallery``.
 
     Args:
         run_dir: the run folder.
-        split: that was evaluated.
+        split: the evaluated split.
         environ: the process's environment.
-        per_class: galaxies of each class and kind, at most.
-        page: another place for the page.
-        manifest_path: path or URL of the shards that were evaluated on; None: those that the run was trained on.
-        variant: instead, another data set of the run's survey.
+        per_class: maximum number of galaxies per class and kind.
+        page: another path for the page.
+        manifest_path: path or URL of the manifest of the evaluated shards; None for the shards the run was trained on.
+        variant: another variant of the run's survey, instead of ``manifest_path``.
         data_dir: the data root.
-        tta: of the evaluation, where it is not the recipe's.
-        threads: that prepare pictures.
+        tta: test-time augmentation of the evaluation; None for the recipe's.
+        threads: threads that prepare images.
 
     Returns:
-        The page, and what it shows.
+        The path of the page, and the selection.
 
     Raises:
-        UserError: no run, no predictions, no shards there, predictions of other shards or of a checkpoint that is gone.
+        UserError: no run, predictions or shards; the predictions are of other shards or of a deleted checkpoint.
     """
     folder = RunFolder(run_dir)
     recipe = from_dict(folder.read_recipe().recipe, source=str(folder.recipe_path))
@@ -349,7 +346,7 @@ def make_gallery(
 
 
 def _command(run_dir: Path, split: str, tta: str, manifest_path: str | Path | None, variant: str | None) -> str:
-    """The arguments that name an evaluation, for ``evaluate`` and ``gallery``."""
+    """Return the arguments that identify an evaluation, for the commands ``evaluate`` and ``gallery``."""
     words = [str(run_dir), "--split", split]
     words += [] if tta == "none" else ["--tta", tta]
     words += [] if manifest_path is None else ["--manifest", str(manifest_path)]
@@ -372,7 +369,7 @@ def _open_predictions(evaluation_dir: Path, split: str, tta: str, manifest: Mani
 
 
 def _open_checkpoint(folder: RunFolder, predictions: PredictionsFile, command: str) -> Checkpoint:
-    """The one that predicted."""
+    """Open the checkpoint that made the predictions."""
     name, step = (predictions.info.context.get(key) for key in ("checkpoint", "step"))
     path = next((path for path in store.list_checkpoints(folder.checkpoints_dir) if path.name == name), None)
     if path is None:
@@ -386,7 +383,7 @@ def _open_checkpoint(folder: RunFolder, predictions: PredictionsFile, command: s
 def _look(
     recipe: Recipe, checkpoint: Checkpoint, manifest: Manifest, split: str, picks: Selection, *, threads: int
 ) -> dict[int, RenderedGalaxy]:
-    """The chosen galaxies by sample number, with the maps of the model for the classes that it predicts."""
+    """Render the selected galaxies, by sample number, with saliency maps of the predicted classes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_judged(recipe, checkpoint).to(device).eval()
     normalise = build_augment(recipe, TrainingData.from_dict(checkpoint.state["data"]), threads=threads).normalise

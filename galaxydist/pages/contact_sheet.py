@@ -1,4 +1,4 @@
-"""Contact sheets: a few pictures of each class (or of each kind of mistake) in one image of bounded size."""
+"""Contact sheets: a few images of each class, with or without saliency maps, in one file of bounded size."""
 
 import io
 import textwrap
@@ -27,17 +27,17 @@ def write_gallery(
     cell: int = 96,
     max_bytes: int = 300_000,
 ) -> None:
-    """Write a contact sheet: a column a class, ten columns beside each other, the next ten below.
+    """Write a contact sheet with one column per class, ten columns per band.
 
     Args:
-        path: ends in ``.jpg`` or ``.png``; its folder exists. Replaced whole or not at all.
-        images: by class name: H x W x 3 uint8 pictures of any size, shown from above in their order.
-        title: what they are pictures of, and how many there are of how many.
-        cell: width of a picture in pixels, to begin with.
-        max_bytes: the quality (JPEG), then the pictures' size is lowered until the file is no larger.
+        path: ends in ``.jpg`` or ``.png``; its folder exists. The file is replaced atomically.
+        images: by class name: H x W x 3 uint8 images of any size, from top to bottom.
+        title: contents of the sheet, with the number of images shown and in total.
+        cell: initial width of an image in pixels.
+        max_bytes: maximum file size; JPEG quality, then image size are reduced to meet it.
 
     Raises:
-        ValueError: no pictures, another suffix, or a limit that cannot be kept.
+        ValueError: no images, another suffix, or a limit that cannot be met.
     """
     if path.suffix.lower() not in _FORMATS or not any(images.values()):
         raise ValueError(f"{path}: a gallery needs pictures and a name in .jpg or .png")
@@ -45,14 +45,14 @@ def write_gallery(
 
 
 def write_sheet(path: Path, compose: Callable[[int], Image.Image], *, cell: int, max_bytes: int) -> None:
-    """Write a picture of pictures, the larger the better within a limit.
+    """Write a contact sheet as large as the size limit allows.
 
     Args:
         path, cell, max_bytes: as in ``write_gallery``.
-        compose: the sheet with pictures of so many pixels.
+        compose: draws the sheet for an image width in pixels.
 
     Raises:
-        ValueError: another suffix, or a limit that cannot be kept.
+        ValueError: a limit that cannot be met.
     """
     kind, width = _FORMATS[path.suffix.lower()], cell
     while width >= 24:
@@ -85,7 +85,7 @@ def _compose(images: Mapping[str, Sequence[NDArray[np.uint8]]], title: str, cell
         top = title_height + band * band_height
         for column, name in enumerate(members):
             left = _GAP + column * (cell + _GAP)
-            first = label_height - 4 - _LINE * len(labels[name])  # the last line stands just above the pictures
+            first = label_height - 4 - _LINE * len(labels[name])  # bottom-aligned: the last line is just above the images
             for number, line in enumerate(labels[name]):
                 pen.text((left + cell / 2, top + first + _LINE * number), line, fill="black", font=font, anchor="ma")
             for row, picture in enumerate(images[name]):
@@ -94,14 +94,14 @@ def _compose(images: Mapping[str, Sequence[NDArray[np.uint8]]], title: str, cell
     return sheet
 
 
-# A sheet of chosen galaxies: a row a class, each galaxy as it is and with what the model looked at, its prediction below.
+# Sheet of selected galaxies: one row per class; each galaxy's image, its saliency map, and its prediction below.
 
 _SHEET_GAP, _SHEET_LINE, _TEXT, _MARGIN = 6, 14, 11, 10
 
 
 @dataclass(frozen=True, slots=True)
 class SheetCell:
-    """A galaxy: its picture and the one with the map, H x W x 3 uint8, and lines of text."""
+    """A galaxy: its image and the image with the saliency map, H x W x 3 uint8, and lines of text."""
 
     picture: NDArray[np.uint8]
     overlay: NDArray[np.uint8]
@@ -121,9 +121,9 @@ def compose_sheet(rows: Sequence[SheetRow], title: str, width: int) -> Image.Ima
     """Draw the sheet.
 
     Args:
-        rows: those without a galaxy only get their note.
+        rows: one per class; a row without galaxies shows only its note.
         title: one line.
-        width: of a picture in pixels; a galaxy takes two.
+        width: width of an image in pixels; each galaxy has two images.
     """
     font, bold = ImageFont.load_default(_TEXT), ImageFont.load_default(_TEXT + 2)
     columns = max((len(row.cells) for row in rows), default=0)
@@ -154,7 +154,7 @@ def compose_sheet(rows: Sequence[SheetRow], title: str, width: int) -> Image.Ima
 
 
 def _shortened(text: str, font: Any, width: float) -> str:
-    """With an ellipsis where it is wider than that."""
+    """Shorten ``text`` with an ellipsis to at most ``width`` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -162,21 +162,21 @@ def _shortened(text: str, font: Any, width: float) -> str:
     return text + "…"
 
 
-# A map of saliency over a picture.
+# Overlay of saliency maps.
 
-# Perceptually uniform, read alike with any kind of colour vision, and green where no galaxy is (Smith & van der Walt 2015,
+# Perceptually uniform, readable with any colour vision, and green, which galaxies are not (Smith & van der Walt 2015,
 # bids.github.io/colormap).
 COLOUR_MAP = "viridis"
 OPACITY = 0.6
 
 
 def overlay(picture_HWC: NDArray[np.uint8], map_TT: NDArray[np.float32], *, crop: float = 1.0) -> NDArray[np.uint8]:
-    """Lay a map over the part of a picture that the model saw: clear where the map is 0, ``OPACITY`` where it is 1.
+    """Blend a saliency map over an image: transparent where the map is 0, ``OPACITY`` where it is 1.
 
     Args:
-        picture_HWC: H x W x 3 uint8, H == W, as it is stored.
-        map_TT: 0 to 1, of the central crop, at any size.
-        crop: central fraction of the width that the model saw; what lies outside stays as it is.
+        picture_HWC: H x W x 3 uint8, H == W, as stored.
+        map_TT: map of the central crop, 0 to 1, at any size.
+        crop: central fraction of the width that the model saw; the image outside is unchanged.
 
     Returns:
         H x W x 3 uint8.
@@ -196,6 +196,6 @@ def overlay(picture_HWC: NDArray[np.uint8], map_TT: NDArray[np.float32], *, crop
 
 
 def crop_width(width: int, crop: float) -> int:
-    """Pixels of the central crop's width, as ``shards.augment.Normalise`` takes it."""
+    """Return the width of the central crop in pixels, equal to that of ``loading.augment.Normalise``."""
     kept = max(1, round(crop * width))
     return kept + (width - kept) % 2

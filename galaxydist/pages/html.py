@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: templates of the package, pictures and figures inside the page, nothing that is fetched."""
+"""Self-contained HTML pages from the package's templates, with embedded images and figures."""
 
 import base64
 import io
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATES = Path(__file__).parent / "templates"
-# matplotlib numbers the parts of every figure alike: on one page these would be the same id many times. (What begins otherwise
-# is a hash that something in the figure refers to.)
+# matplotlib gives the parts of every figure the same numbered ids, which would be duplicates on one page. (Other ids are hashes
+# that the figure refers to.)
 _NUMBERED_ID = re.compile(r' id="[A-Za-z]\w*?(?:\.\w+)?_\d+"')
 
-# Colours of figures that are hard to see on a dark ground, by the name under which page.css has another for it.
+# Figure colours that are hard to see on a dark background -> variable of page.css that replaces them.
 _DARK_COLOURS = {"#0072b2": "--blue", "#d55e00": "--vermillion", "#009e73": "--green", "#555555": "--grey"}
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
-    """The page of a template of ``galaxydist/pages/templates``; a name that the context lacks is an error."""
+    """Render a template of ``galaxydist/pages/templates``; a name missing from the context is an error."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -40,11 +40,12 @@ def render(template: str, context: Mapping[str, Any]) -> str:
 
 
 def picture_uri(picture: NDArray[np.uint8] | Image.Image, *, width: int | None = None, quality: int = 85) -> str:
-    """A picture as the data URI of a JPEG.
+    """Return an image as the data URI of a JPEG.
 
     Args:
-        picture: H x W x 3 uint8, or Pillow's.
-        width: of the square that it is resampled to; as it is where None.
+        picture: H x W x 3 uint8, or a Pillow image.
+        width: width of the square that the image is resized to; None to keep its size.
+        quality: JPEG quality.
     """
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     if width is not None and image.size != (width, width):
@@ -55,12 +56,13 @@ def picture_uri(picture: NDArray[np.uint8] | Image.Image, *, width: int | None =
 
 
 def figure_svg(figure: "Figure", description: str) -> "Markup":
-    """A figure as SVG for the inside of a page: clear ground, black drawn in the page's own text colour, text as text. The page's
-    style sheet may give the figures' dark colours other values by name (``--blue``).
+    """Return a figure as inline SVG, with a transparent background, text as text, and black drawn in the page's text colour.
+
+    The page's style sheet may replace the figure's dark colours by name (``--blue``).
 
     Args:
-        figure: drawn with black lines and text where they are to follow the page.
-        description: what it shows, for whoever cannot see it.
+        figure: its black lines and text take the page's text colour.
+        description: text alternative for screen readers.
     """
     import matplotlib
     from markupsafe import Markup, escape
@@ -76,7 +78,7 @@ def figure_svg(figure: "Figure", description: str) -> "Markup":
     width = re.search(r'width="([\d.]+)pt"', head)
     assert width is not None, head
     body = _NUMBERED_ID.sub("", re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL))
-    # SVG's own default is black: text and strokes without a colour are given the page's through the attributes of <svg>.
+    # SVG's default colour is black. The attributes of <svg> give the page's text colour to parts without a colour of their own.
     body = body.replace("#000000", "currentColor").replace("stroke: black", "stroke: currentColor")
     for colour, name in _DARK_COLOURS.items():
         body = body.replace(f": {colour}", f": var({name}, {colour})")

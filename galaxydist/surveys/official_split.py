@@ -1,6 +1,6 @@
-"""The frozen split of the official Galaxy10 DECaLS file, shipped as a small table, and the command that makes the table again.
+"""The frozen split of the official Galaxy10 DECaLS file, shipped as a small table.
 
-``python -m galaxydist.surveys.official_split POSITIONS.csv`` writes it from a table of ``row,label,ra,dec`` of the official file.
+``python -m galaxydist.surveys.official_split POSITIONS.csv`` makes the table again from the official file's ``row,label,ra,dec``.
 """
 
 import gzip
@@ -21,10 +21,10 @@ from galaxydist.surveys.split import NONE, TEST, VAL, Codes, Sky, build_populati
 
 NAME = "galaxy10_decals"
 TABLE = "galaxy10_split.csv.gz"
-# SHA-256 of the table's text. Models are compared on this split: it never changes.
+# SHA-256 of the table's text. The split never changes, because models are compared on it.
 TABLE_SHA256 = "933b45709aa9176f90e231558c0101871ed8b8bcabb1e6133389baf3349f2290"
-# The first seed with which the tied classes of the two stratified cuts fall as in the published test set
-# (108/185/264/203/34/205/183/263/142/187); it decides which galaxies those are, too.
+# The first seed for which ties in the two stratified cuts give the class counts of the published test set
+# (108/185/264/203/34/205/183/263/142/187). It also decides which galaxies are in the test set.
 SPLIT_SEED = 95
 
 _COLUMNS = "row,label,original,balanced,conflicting,in_original_val,group"
@@ -33,7 +33,7 @@ _CODE_NAMES = {NONE: "", **dict(enumerate(SPLITS))}
 
 @dataclass(frozen=True, slots=True)
 class OfficialSplit:
-    """Labels (N,) uint8, codes of both variants (N,) int8 and the neighbours of the official file's N rows."""
+    """Labels (N,) uint8, split codes of both variants (N,) int8, and the neighbours of the official file's N rows."""
 
     labels: NDArray[np.uint8]
     original: Codes
@@ -42,7 +42,7 @@ class OfficialSplit:
 
 
 def compute_official_split(labels: NDArray[np.integer], ra: NDArray[np.float64], dec: NDArray[np.float64]) -> OfficialSplit:
-    """The split from the official file's labels and positions (degrees), in its row order."""
+    """Compute the split from the official file's labels and positions (degrees), in its row order."""
     population = build_population(labels, ra, dec, class_names=GALAXY10_CLASSES, seed=SPLIT_SEED)
     original = split_original(population)
     balanced = split_balanced(population, original)
@@ -51,7 +51,7 @@ def compute_official_split(labels: NDArray[np.integer], ra: NDArray[np.float64],
 
 @cache
 def read_official_split() -> OfficialSplit:
-    """The shipped table.
+    """Read the shipped table.
 
     Raises:
         UserError: the installed table is damaged.
@@ -70,7 +70,7 @@ def read_official_split() -> OfficialSplit:
 
 
 def format_table(split: OfficialSplit) -> bytes:
-    """The table's text: one line a row of the official file."""
+    """Return the table's text: one line per row of the official file."""
     lines = [_COLUMNS]
     for row, label in enumerate(split.labels):
         original, balanced, group = split.original[row], split.balanced[row], split.sky.groups[row]
@@ -82,7 +82,7 @@ def format_table(split: OfficialSplit) -> bytes:
 
 
 def write_table(positions_csv: Path, table_path: Path) -> str:
-    """Write the table computed from ``row,label,ra,dec`` lines in row order; returns the SHA-256 of its text."""
+    """Write the table computed from ``row,label,ra,dec`` lines in row order, and return the SHA-256 of its text."""
     columns = np.genfromtxt(positions_csv, delimiter=",", names=True)
     assert np.array_equal(columns["row"], np.arange(len(columns))), "rows must be 0 ... N-1 in order"
     text = format_table(compute_official_split(columns["label"].astype(np.uint8), columns["ra"], columns["dec"]))

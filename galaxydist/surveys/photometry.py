@@ -1,22 +1,22 @@
-"""How large, how bright and on what sky a galaxy appears: Petrosian photometry of the pictures themselves.
+"""Petrosian photometry of 8-bit images: apparent size, brightness and sky level.
 
-Survey pictures for classification are three stretched 8-bit channels, not calibrated images, so these are numbers about the
-*picture*: they say which galaxies look small, faint or drowned in the sky, and must not be taken for magnitudes. An arcsinh
-stretch brightens outskirts, so that radii are larger than in calibrated flux.
+Survey images for classification are three stretched 8-bit channels, not calibrated fluxes. The results show which galaxies look
+small, faint or lost in the sky; they are not magnitudes. An arcsinh stretch brightens outskirts, so that radii are larger than in
+calibrated flux.
 
-Of each picture, grey (the mean of the channels, full scale 1) is measured:
+The grey image (the mean of the channels, full scale 1) is measured:
 
 1. Sky: median and standard deviation of the corners (pixels outside the inscribed circle), clipped three times at 3 sigma.
 2. Detection: smoothed pixels over sky + 1.5 sigma (SExtractor's default: Bertin & Arnouts 1996, A&AS 117, 393), in connected
-   pieces. The galaxy is the piece that holds the brightest smoothed pixel near the middle; all other pieces are masked.
+   pieces. The galaxy is the piece with the brightest smoothed pixel near the image centre; all other pieces are masked.
 3. Petrosian radius: where the mean surface brightness at r is 0.2 of that within r (Blanton et al. 2001, AJ 121, 2358, with
    SDSS's constants: limit 0.2, aperture of two Petrosian radii), in circles around that peak.
-4. Brightness is the light over the sky within the aperture, the size is the radius that holds half of it. Masked pixels count as
-   the mean of the others at their radius. The aperture ends where the picture does. Neighbours that touch
-   the galaxy at that brightness are not taken apart: they count as part of it.
+4. Brightness is the light over the sky within the aperture; size is the radius that contains half of it. Masked pixels count as
+   the mean of the others at their radius. The aperture ends at the image edge. Neighbours that touch the galaxy at the detection
+   threshold are not deblended: they count as part of it.
 
-What is known of these apertures (Graham et al. 2005, AJ 130, 1535, table 1): of an exponential disc they hold 99 % of the light
-and the half-light radius is right; of a de Vaucouleurs profile they hold 82 %, and the radius comes out as 0.70 of the true one.
+Accuracy of these apertures (Graham et al. 2005, AJ 130, 1535, table 1): for an exponential disc they contain 99 % of the light
+and the half-light radius is right; for a de Vaucouleurs profile they contain 82 %, and the radius is 0.70 of the true one.
 """
 
 from dataclasses import dataclass
@@ -28,23 +28,23 @@ PETROSIAN_LIMIT = 0.2
 APERTURE_RADII = 2.0
 DETECTION_SIGMA = 1.5
 _CLIP_SIGMA, _CLIP_ROUNDS = 3.0, 3
-# Least standard deviation of a sky, in grey levels of 8 bits: pixels are whole numbers.
+# Minimum standard deviation of the sky, in 8-bit grey levels, because pixels are integers.
 _LEAST_NOISE = 0.3
-# In widths of the picture: the smoothing, and how far from the middle the galaxy's brightest pixel may lie.
+# In image widths: the smoothing sigma, and the largest distance of the galaxy's brightest pixel from the centre.
 _SMOOTHING, _CENTRAL = 1 / 128, 1 / 10
 _LEAST_SIZE = 16
-# Pictures measured together: some 100 MB at 256 x 256.
+# Images per batch: about 100 MB of memory at 256 x 256.
 _BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one picture shows.
+    """Photometry of one image.
 
     Args:
-        size_px: half-light radius in pixels of the picture; nan where no galaxy is found in its middle.
-        brightness: light over the sky within the aperture, as the number of white pixels that give as much; 0 without a galaxy.
-        sky: level of the sky, full scale 1.
+        size_px: half-light radius in pixels; nan if no galaxy is found at the centre.
+        brightness: light over the sky within the aperture, as the equivalent number of white pixels; 0 without a galaxy.
+        sky: sky level, full scale 1.
     """
 
     size_px: float
@@ -54,7 +54,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """What N pictures show: ``size_px``, ``brightness`` and ``sky`` of :class:`Measured`, each (N,) float64."""
+    """Photometry of N images: ``size_px``, ``brightness`` and ``sky`` of :class:`Measured`, each (N,) float64."""
 
     size_px: NDArray[np.float64]
     brightness: NDArray[np.float64]
@@ -62,16 +62,16 @@ class Measurements:
 
 
 def measure_picture(image_HWC: NDArray[np.uint8]) -> Measured:
-    """Half-light radius, brightness and sky of one picture; see :func:`measure_pictures`."""
+    """Measure half-light radius, brightness and sky of one image; see :func:`measure_pictures`."""
     measured = measure_pictures(image_HWC[None])
     return Measured(float(measured.size_px[0]), float(measured.brightness[0]), float(measured.sky[0]))
 
 
 def measure_pictures(images_NHWC: NDArray[np.uint8]) -> Measurements:
-    """Half-light radii, brightnesses and skies, with bounded memory beside the pictures.
+    """Measure half-light radii, brightnesses and sky levels, with bounded memory besides the images.
 
     Args:
-        images_NHWC: N x H x W x 3 uint8, the galaxy in the middle. With H or W below 16 all is nan.
+        images_NHWC: N x H x W x 3 uint8, the galaxy at the centre. All results are nan if H or W is below 16.
 
     Raises:
         ValueError: another shape or dtype.
@@ -86,8 +86,8 @@ def measure_pictures(images_NHWC: NDArray[np.uint8]) -> Measurements:
 
 
 def _measure(images_NHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """(3, N): size, brightness, sky of a few pictures."""
-    # Grey in 765 steps: whole numbers, which the sky is counted in. (numpy is slow to sum over a short last axis.)
+    """Return (3, N) sizes, brightnesses and sky levels of a batch of images."""
+    # Integer grey levels 0 ... 765 for the sky histograms. (numpy is slow to sum over a short last axis.)
     sums_NHW = images_NHWC[..., 0].astype(np.int32) + images_NHWC[..., 1] + images_NHWC[..., 2]
     sky_N, noise_N = _sky(sums_NHW)
     light_NHW = sums_NHW.astype(np.float32) - sky_N.astype(np.float32)[:, None, None]
@@ -99,7 +99,7 @@ def _measure(images_NHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def _sky(sums_NHW: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Clipped median and standard deviation of the corners, from histograms: grey is whole numbers."""
+    """Return clipped median and standard deviation of the corners, from histograms of the integer grey levels."""
     num, height, width = sums_NHW.shape
     y_HW, x_HW = np.ogrid[:height, :width]
     corners_HW = ((2 * y_HW + 1) / height - 1) ** 2 + ((2 * x_HW + 1) / width - 1) ** 2 > 1
@@ -116,7 +116,7 @@ def _sky(sums_NHW: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.f
 
 
 def _median(counts_NL: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(N, 1) medians of histograms, interpolated within the level (which reaches from -0.5 to +0.5 around it)."""
+    """Return (N, 1) medians of histograms, interpolated within the level (from -0.5 to +0.5 around it)."""
     cumulated_NL = counts_NL.cumsum(axis=1)
     half_N1 = cumulated_NL[:, -1:] / 2
     level_N1 = (cumulated_NL < half_N1).sum(axis=1, keepdims=True)
@@ -129,7 +129,7 @@ def _median(counts_NL: NDArray[np.int64]) -> NDArray[np.float64]:
 def _detect(
     light_NHW: NDArray[np.float32], noise_N: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """(N, 2) y and x of the galaxies' peaks, N x H x W what belongs to others, and (N,) whether there is a galaxy."""
+    """Return the galaxies' peaks (N, 2) as y and x, masks (N, H, W) of other objects, and (N,) True if there is a galaxy."""
     from scipy import ndimage
 
     num, height, width = light_NHW.shape
@@ -149,7 +149,7 @@ def _detect(
 
 
 def _peaks(smooth_NHW: NDArray[np.float32], pixel_N2: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(N, 2) y and x of the peaks, to a part of a pixel: by a parabola along each axis through three pixels."""
+    """Return (N, 2) subpixel y and x of the peaks, by a parabola along each axis through three pixels."""
     rows = np.arange(len(smooth_NHW))
     peak_N2 = pixel_N2.astype(np.float64)
     for axis, step in enumerate(np.eye(2, dtype=np.int64)):
@@ -162,7 +162,7 @@ def _peaks(smooth_NHW: NDArray[np.float32], pixel_N2: NDArray[np.int64]) -> NDAr
 
 
 def _growth(light_NHW: NDArray[np.float32], masked_NHW: NDArray[np.bool_], centre_N2: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N, R, 2): light and pixels within the radii 0, 1, ... R - 1, up to the picture's nearest edge."""
+    """Return (N, R, 2): light and number of pixels within the radii 0, 1, ... R - 1; R - 1 is half the shorter image side."""
     num, height, width = light_NHW.shape
     num_rings = min(height, width) // 2
     centre = centre_N2.astype(np.float32)[:, :, None, None]
@@ -183,10 +183,10 @@ def _growth(light_NHW: NDArray[np.float32], masked_NHW: NDArray[np.bool_], centr
 
 
 def _half_light(growth_NR2: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(N,) half-light radii in pixels, and (N,) light within the Petrosian aperture."""
+    """Return (N,) half-light radii in pixels, and (N,) light within the Petrosian aperture."""
     light_NR, pixels_NR = growth_NR2[..., 0], growth_NR2[..., 1]
     last = light_NR.shape[1] - 1
-    # The mean at r is that between r - 1 and r + 1.
+    # The mean surface brightness at r is taken between r - 1 and r + 1.
     local_NR = (light_NR[:, 2:] - light_NR[:, :-2]) / np.maximum(pixels_NR[:, 2:] - pixels_NR[:, :-2], 1)
     within_NR = light_NR[:, 1:-1] / np.maximum(pixels_NR[:, 1:-1], 1)
     excess_NR = local_NR - PETROSIAN_LIMIT * within_NR
@@ -200,7 +200,7 @@ def _half_light(growth_NR2: NDArray[np.float64]) -> tuple[NDArray[np.float64], N
 
 
 def _crossing(values_NR: NDArray[np.float64], level_N: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N,) places where the values first reach a level, linearly between columns; the last column where they never do."""
+    """Return (N,) column positions where the values first reach a level, interpolated linearly; the last column if they never do."""
     reached_NR = values_NR >= level_N[:, None]
     reached_NR[:, -1] = True
     after_N = reached_NR.argmax(axis=1)

@@ -1,6 +1,7 @@
-"""Which galaxy trains, validates and tests: pure functions of labels, positions and a seed.
+"""Train, validation and test splits as pure functions of labels, sky positions and a seed.
 
-A split code is 0 train, 1 val, 2 test (the order of ``galaxy.SPLITS``) or -1 for a galaxy that stands in no split.
+A split code is 0 train, 1 val, 2 test (the order of ``galaxy.SPLITS``) or -1 for a galaxy in no split. Galaxies that appear in
+each other's images form a group, and a group is never divided between splits.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,10 +14,9 @@ from galaxydist.counter_rng import hash64, uniform
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS
 
-# What positions on the sky say about a survey: which galaxies show in each other's pictures, and which place has two
-# labels.
+# Sky positions: groups of neighbours, and positions with two labels.
 
-CUTOUT_ARCSEC = 256 * 0.262  # width of a Galaxy10 cutout: closer galaxies show in each other's pictures
+CUTOUT_ARCSEC = 256 * 0.262  # width of a Galaxy10 cutout: closer galaxies appear in each other's images
 SAME_PLACE_ARCSEC = 1.0
 
 
@@ -25,8 +25,8 @@ class Sky:
     """Neighbours among N galaxies.
 
     Args:
-        groups: (N,) int64, equal for galaxies whose pictures overlap (directly or through others); -1 for a galaxy on its own.
-        conflicting: (N,) bool, True where a galaxy of another label has the same place.
+        groups: (N,) int64, equal for galaxies whose images overlap (directly or through others); -1 for an isolated galaxy.
+        conflicting: (N,) bool, True where a galaxy of another label has the same position.
     """
 
     groups: NDArray[np.int64]
@@ -34,11 +34,11 @@ class Sky:
 
 
 def read_sky(labels: NDArray[np.integer], ra: NDArray[np.float64] | None, dec: NDArray[np.float64] | None) -> Sky:
-    """Groups of galaxies closer than one cutout width, and places with two labels.
+    """Find groups of galaxies closer than one cutout width, and positions with two labels.
 
     Args:
         labels: (N,) class numbers.
-        ra, dec: (N,) degrees, nan where unknown; None where the survey has no positions.
+        ra, dec: (N,) degrees, nan where unknown; None if the survey has no positions.
     """
     groups = np.full(len(labels), -1, np.int64)
     conflicting = np.zeros(len(labels), np.bool_)
@@ -52,11 +52,11 @@ def read_sky(labels: NDArray[np.integer], ra: NDArray[np.float64] | None, dec: N
 
 
 def check_positions(ra: NDArray[np.float64], dec: NDArray[np.float64], *, name: Callable[[int], str]) -> None:
-    """See that positions can lie on the sky.
+    """Check that positions are valid sky coordinates.
 
     Args:
         ra, dec: (N,) degrees, nan where unknown.
-        name: of a row, for the message.
+        name: returns the name of a row for the message.
 
     Raises:
         UserError: a declination outside -90 ... 90, or a right ascension outside -180 ... 360.
@@ -71,11 +71,11 @@ def check_positions(ra: NDArray[np.float64], dec: NDArray[np.float64], *, name: 
 
 
 def join_groups(sky: Sky, equal: NDArray[np.int64], labels: NDArray[np.integer]) -> Sky:
-    """Neighbours of which those with equal pictures are of one group as well, and conflicting if they have two labels.
+    """Merge groups of galaxies with equal images into the groups of ``sky``, conflicting if they have two labels.
 
     Args:
-        sky: what the positions say.
-        equal: (N,) a number that galaxies of equal pictures share; -1 where there is no other.
+        sky: groups and conflicts by position.
+        equal: (N,) group numbers of equal images; -1 for a unique image.
         labels: (N,) class numbers.
     """
     if not (equal >= 0).any():
@@ -89,10 +89,11 @@ def join_groups(sky: Sky, equal: NDArray[np.int64], labels: NDArray[np.integer])
 
 
 def close_pairs(ra: NDArray[np.float64], dec: NDArray[np.float64], arcsec: float) -> NDArray[np.int64]:
-    """(P, 2) rows of all pairs within ``arcsec`` on the sky, the smaller row first, sorted.
+    """Return the (P, 2) rows of all pairs within ``arcsec`` on the sky, sorted, the smaller row first.
 
     Args:
         ra, dec: (N,) degrees; a galaxy whose position is nan has no pair.
+        arcsec: largest separation.
     """
     from scipy.spatial import cKDTree
 
@@ -104,18 +105,18 @@ def close_pairs(ra: NDArray[np.float64], dec: NDArray[np.float64], arcsec: float
 
 
 def unit_vectors(ra: NDArray[np.float64], dec: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N, 3) points of the unit sphere: there is no seam at 360 degrees and no crowd at the poles. ``ra``, ``dec`` in degrees."""
+    """Convert ``ra``, ``dec`` (degrees) to (N, 3) unit vectors, whose distances need no special case at 360 degrees or the poles."""
     lon, lat = np.radians(ra), np.radians(dec)
     return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
 
 
 def chord(arcsec: float) -> float:
-    """The straight distance between two points of the unit sphere that are so far apart on it."""
+    """Return the chord length on the unit sphere of an angle in arcsec."""
     return float(2 * np.sin(np.radians(arcsec / 3600) / 2))
 
 
 def _pairs_of_group(groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(P, 2) rows that follow one another in a group: enough of its pairs to connect it."""
+    """Return (P, 2) consecutive rows of each group: enough pairs to connect it."""
     rows = np.flatnonzero(groups >= 0)
     rows = rows[np.argsort(groups[rows], kind="stable")]
     pairs: NDArray[np.int64] = np.stack([rows[:-1], rows[1:]], axis=1)[groups[rows[:-1]] == groups[rows[1:]]]
@@ -123,7 +124,7 @@ def _pairs_of_group(groups: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _connect(pairs: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    """(length,) numbers of the groups that pairs of rows make; -1 for a row in no pair."""
+    """Return (length,) group numbers of the rows that pairs connect; -1 for a row in no pair."""
     groups = np.full(length, -1, np.int64)
     if len(pairs):
         from scipy.sparse import coo_array
@@ -137,7 +138,7 @@ def _connect(pairs: NDArray[np.int64], length: int) -> NDArray[np.int64]:
 
 
 def _number_by_first_row(component: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Components renumbered 0, 1, ... in the order in which they first occur, so that numbers do not hang on a library."""
+    """Renumber components 0, 1, ... by first occurrence, so that the numbers do not depend on scipy."""
     _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
     return np.asarray(np.argsort(np.argsort(first))[inverse], np.int64)
 
@@ -148,20 +149,20 @@ Codes = NDArray[np.int8]
 NONE, TRAIN, VAL, TEST = -1, 0, 1, 2
 MIN_PER_CLASS = 3  # one for each split
 
-# What a hash is drawn for. The numbers are part of every frozen split: never reuse one.
+# Streams of the counter-based RNG. The numbers are part of every frozen split: never reuse one.
 _TIES, _GROUPS, _SINGLES, _BALANCED_TEST, _BALANCED_TRAIN, _CUT_VAL, _CUT_TEST, _FOLDS = range(1, 9)
 
 
 @dataclass(frozen=True, slots=True)
 class Population:
-    """What a split is drawn from.
+    """The galaxies to split.
 
     Args:
         labels: (N,) class numbers.
         class_names: K names.
-        sky: groups of neighbours and conflicting places.
-        keys: (N,) uint64, what a galaxy's own hash is taken of: its row, or something that stays when other galaxies come or go.
-        seed: of every choice.
+        sky: groups of neighbours and conflicting positions.
+        keys: (N,) uint64, the hash key of each galaxy: its row, or a number that does not change when galaxies are added or removed.
+        seed: seed of every random choice.
     """
 
     labels: NDArray[np.integer]
@@ -175,16 +176,16 @@ class Population:
         return len(self.class_names)
 
     def counts(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> NDArray[np.int64]:
-        """(K,) galaxies of each class among ``rows``."""
+        """Return the (K,) number of galaxies of each class among ``rows``."""
         return np.bincount(self.labels[rows], minlength=self.num_classes)
 
     def hash_sorted(self, rows: NDArray[np.bool_] | Rows, purpose: int) -> Rows:
-        """``rows`` (numbers or a mask) in the order of their hashes for ``purpose``."""
+        """Return ``rows`` (numbers or a mask) sorted by their hashes in the RNG stream ``purpose``."""
         chosen = np.flatnonzero(rows) if rows.dtype == np.bool_ else np.asarray(rows, np.int64)
         return chosen[np.argsort(hash64(self.seed, purpose, self.keys[chosen]), kind="stable")]
 
     def groups_in_hash_order(self) -> Iterator[Rows]:
-        """The rows of each group of neighbours: groups in hash order, a group's rows by key."""
+        """Yield the rows of each group of neighbours: groups in hash order, rows of a group by key."""
         grouped = np.flatnonzero(self.sky.groups >= 0)
         if not len(grouped):
             return
@@ -204,13 +205,21 @@ def build_population(
     seed: int,
     keys: NDArray[np.uint64] | None = None,
 ) -> Population:
-    """A population from columns: ``ra``, ``dec`` in degrees (nan where unknown; None without positions); ``keys`` None: rows."""
+    """Build a population from columns.
+
+    Args:
+        labels: (N,) class numbers.
+        ra, dec: (N,) degrees, nan where unknown; None without positions.
+        class_names: K names.
+        seed: seed of every random choice.
+        keys: (N,) uint64 hash keys; None for the row numbers.
+    """
     keys = np.arange(len(labels), dtype=np.uint64) if keys is None else keys
     return Population(labels, class_names, read_sky(labels, ra, dec), keys, seed)
 
 
 def check_classes(population: Population, at_least: int = MIN_PER_CLASS) -> None:
-    """Raise UserError, naming every class with fewer galaxies than ``at_least``."""
+    """Raise a UserError that names every class with fewer galaxies than ``at_least``."""
     counts = np.bincount(population.labels, minlength=population.num_classes)
     small = [f"{name!r} has {count}" for name, count in zip(population.class_names, counts, strict=True) if count < at_least]
     if small:
@@ -222,17 +231,17 @@ def check_classes(population: Population, at_least: int = MIN_PER_CLASS) -> None
 
 
 def split_original(population: Population) -> Codes:
-    """(N,) codes of the 80/10/10 split: groups first, each whole, then single galaxies up to each class's exact counts.
+    """Return (N,) codes of the 80/10/10 split: whole groups first, then single galaxies up to each class's exact counts.
 
     Raises:
-        UserError: a class is empty or too small to stand in all three splits.
+        UserError: a class is empty or too small for all three splits.
     """
     check_classes(population)
     left = split_counts(np.bincount(population.labels, minlength=population.num_classes), population.seed)
     codes = np.full(len(population.labels), TRAIN, np.int8)
     for rows in population.groups_in_hash_order():
         if population.sky.conflicting[rows].any():
-            continue  # one galaxy with two labels may teach, but neither choose nor judge a model
+            continue  # a galaxy with two labels may train a model, but not select or test one
         draw = uniform(population.seed, _GROUPS, 1, population.keys[rows[0]])
         code = int(np.searchsorted([0.8, 0.9], draw, side="right"))
         need = population.counts(rows)
@@ -250,7 +259,7 @@ def split_original(population: Population) -> Codes:
 
 
 def _fill(population: Population, codes: Codes, left: NDArray[np.int64]) -> None:
-    """Whole groups to the splits that have no galaxy of a class, as long as train keeps some: classes that are all copies."""
+    """Move whole groups from train to splits that lack a class, as long as train keeps some: for classes without single galaxies."""
     for code in (TEST, VAL):
         for label in np.flatnonzero(population.counts(codes == code) == 0).tolist():
             for rows in _movable_groups(population, codes, label):
@@ -262,7 +271,7 @@ def _fill(population: Population, codes: Codes, left: NDArray[np.int64]) -> None
 
 
 def _movable_groups(population: Population, codes: Codes, label: int) -> Iterator[Rows]:
-    """The groups that are wholly in train, have a galaxy of the class, and none with a second label; in hash order."""
+    """Yield, in hash order, the groups that lie in train, contain the class, and have no galaxy with a second label."""
     for rows in population.groups_in_hash_order():
         in_train = rows[codes[rows] != NONE]
         is_movable = (codes[in_train] == TRAIN).all() and not population.sky.conflicting[rows].any()
@@ -271,10 +280,10 @@ def _movable_groups(population: Population, codes: Codes, label: int) -> Iterato
 
 
 def split_counts(class_counts: NDArray[np.integer], seed: int) -> NDArray[np.int64]:
-    """(3, K) galaxies of each class in train, val and test.
+    """Return (3, K) numbers of galaxies of each class in train, val and test.
 
-    Galaxy10's published test set comes from two stratified cuts, a fifth held out and half of that tested, each by largest
-    remainder with ties drawn; so does ours. A class keeps at least one galaxy in each split.
+    As for Galaxy10's published test set, two stratified cuts are made: a fifth is held out, and half of that is the test set,
+    each by largest remainder with random ties. A class keeps at least one galaxy in each split.
     """
     num_held = -(-int(class_counts.sum()) // 5)
     held = _apportion(np.asarray(class_counts, np.int64), num_held, seed)
@@ -285,10 +294,11 @@ def split_counts(class_counts: NDArray[np.integer], seed: int) -> NDArray[np.int
 
 
 def split_balanced(population: Population, original: Codes) -> Codes:
-    """(N,) codes of the balanced variant: every class cut to the smallest, a fifth test, four fifths train (a tenth of it val).
+    """Return (N,) codes of the balanced variant: every class has the size of the smallest.
 
-    The test set comes from original test, then from original val where a small class has too few; the train set from original
-    train, then from what is left of original val. So no galaxy that trains one variant tests the other.
+    A fifth is test, the rest is train, of which a tenth is val. The test set is taken from the original test set, then from the
+    original val set if a small class has too few; the train set from the original train set, then from the rest of the original
+    val set. So no galaxy that trains one variant tests the other.
     """
     smallest = int(np.bincount(population.labels, minlength=population.num_classes).min())
     pools = [_balanced_pools(population, original, label) for label in range(population.num_classes)]
@@ -307,7 +317,7 @@ def split_balanced(population: Population, original: Codes) -> Codes:
 
 
 def _balanced_pools(population: Population, original: Codes, label: int) -> tuple[Rows, Rows]:
-    """The rows of a class that the balanced test and train sets may take, in the order in which they are taken."""
+    """Return the candidate rows of a class for the balanced test and train sets, in the order in which they are taken."""
     of_class = population.labels == label
     val = population.hash_sorted(of_class & (original == VAL), _BALANCED_TEST)
     test = population.hash_sorted(of_class & (original == TEST), _BALANCED_TEST)
@@ -316,10 +326,10 @@ def _balanced_pools(population: Population, original: Codes, label: int) -> tupl
 
 
 def cut(population: Population, codes: Codes, target: int, fraction: float = 0.1) -> Codes:
-    """New codes in which ``fraction`` of each class of train (at least one galaxy) is ``target``, VAL or TEST.
+    """Return new codes with ``fraction`` of each class of train (at least one galaxy) moved to ``target``, VAL or TEST.
 
-    Only galaxies without neighbours in train and without a second label are moved, so that groups stay together; whole groups
-    of a class that has no others.
+    Only galaxies without neighbours in train and without a second label are moved, so that groups stay together. If a class has
+    no such galaxies, whole groups are moved.
     """
     groups, train = population.sky.groups, codes == TRAIN
     num_neighbours = np.bincount(groups[train & (groups >= 0)], minlength=int(groups.max(initial=0)) + 1)
@@ -338,7 +348,7 @@ def cut(population: Population, codes: Codes, target: int, fraction: float = 0.1
 
 
 def split_fold(population: Population, k: int, num_folds: int) -> Codes:
-    """(N,) codes of a stratified cross-validation: test is part ``k`` (0 ... n-1) of ``num_folds``, train the rest, val empty.
+    """Return (N,) codes of a stratified cross-validation: fold ``k`` (0 ... n-1) is test, the rest is train, val is empty.
 
     Raises:
         UserError: no such fold, or a class has fewer galaxies than folds.
@@ -358,12 +368,12 @@ def split_fold(population: Population, k: int, num_folds: int) -> Codes:
 
 
 def rows_by_split(codes: Codes) -> Mapping[str, Rows]:
-    """Split name -> its sorted rows."""
+    """Return the sorted rows of each split by name."""
     return {name: np.flatnonzero(codes == code).astype(np.int64) for code, name in enumerate(SPLITS)}
 
 
 def _apportion(counts: NDArray[np.int64], seats: int, seed: int) -> NDArray[np.int64]:
-    """``seats`` dealt out in proportion to ``counts`` by largest remainder, ties by hash."""
+    """Distribute ``seats`` in proportion to ``counts`` by largest remainder, ties by hash."""
     share, remainder = np.divmod(counts * seats, int(counts.sum()))
     ties = hash64(seed, _TIES, np.arange(len(counts)))
     share[np.lexsort((ties, -remainder))[: seats - int(share.sum())]] += 1
