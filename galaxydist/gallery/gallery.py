@@ -38,7 +38,7 @@ from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.open import open_shards
 
 FORMAT_VERSION = 1
-# Image widths in pixels: the page uses the largest of _WIDTHS with which all images fit into _PAGE_BYTES.
+# Image widths in pixels: the stored width, and the page's, the first with which all images fit into _PAGE_BYTES.
 THUMBNAIL = 192
 _WIDTHS, _PAGE_BYTES = (THUMBNAIL, 144, 112, 88, 64), 5_000_000
 _SHEET_CELL, _SHEET_BYTES = 96, 600_000

@@ -200,7 +200,7 @@ def _half_light(growth_NR2: NDArray[np.float64]) -> tuple[NDArray[np.float64], N
 
 
 def _crossing(values_NR: NDArray[np.float64], level_N: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return (N,) column positions where the values first reach a level, interpolated linearly; the last column if they never do."""
+    """Return (N,) column positions where values first reach a level, interpolated linearly; the last column if they never do."""
     reached_NR = values_NR >= level_N[:, None]
     reached_NR[:, -1] = True
     after_N = reached_NR.argmax(axis=1)

@@ -1,7 +1,7 @@
 """Train, validation and test splits as pure functions of labels, sky positions and a seed.
 
 A split code is 0 train, 1 val, 2 test (the order of ``galaxy.SPLITS``) or -1 for a galaxy in no split. Galaxies that appear in
-each other's images form a group, and a group is never divided between splits.
+each other's images, or have equal images, form a group; no group is divided between splits.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -105,7 +105,7 @@ def close_pairs(ra: NDArray[np.float64], dec: NDArray[np.float64], arcsec: float
 
 
 def unit_vectors(ra: NDArray[np.float64], dec: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Convert ``ra``, ``dec`` (degrees) to (N, 3) unit vectors, whose distances need no special case at 360 degrees or the poles."""
+    """Convert ``ra``, ``dec`` (degrees) to (N, 3) unit vectors, which need no special case at 360 degrees or the poles."""
     lon, lat = np.radians(ra), np.radians(dec)
     return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=1)
 
@@ -161,7 +161,7 @@ class Population:
         labels: (N,) class numbers.
         class_names: K names.
         sky: groups of neighbours and conflicting positions.
-        keys: (N,) uint64, the hash key of each galaxy: its row, or a number that does not change when galaxies are added or removed.
+        keys: (N,) uint64 hash keys: rows, or numbers that stay the same when galaxies are added or removed.
         seed: seed of every random choice.
     """
 
@@ -259,7 +259,7 @@ def split_original(population: Population) -> Codes:
 
 
 def _fill(population: Population, codes: Codes, left: NDArray[np.int64]) -> None:
-    """Move whole groups from train to splits that lack a class, as long as train keeps some: for classes without single galaxies."""
+    """Move whole groups from train to splits that lack a class (one without single galaxies), as long as train keeps some."""
     for code in (TEST, VAL):
         for label in np.flatnonzero(population.counts(codes == code) == 0).tolist():
             for rows in _movable_groups(population, codes, label):

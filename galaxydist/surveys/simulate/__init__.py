@@ -1,4 +1,4 @@
-"""A simulated survey in Galaxy10's schema: galaxies of the ten classes as the Legacy Surveys would picture them."""
+"""Simulated surveys in Galaxy10's schema: galaxies of the ten classes as the Legacy Surveys image them."""
 
 from galaxydist.surveys.simulate.survey import simulate_survey
 

@@ -1,4 +1,4 @@
-"""Parts of galaxies, drawn into a scene: bulges, discs with arms, bars, dust and star-forming knots, edge-on discs, tails."""
+"""Components of galaxies: bulges, discs with arms, bars, dust, star-forming knots, edge-on discs and tails."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from scipy.special import gamma, i0e
 from galaxydist.surveys.simulate.random_draws import Draws
 from galaxydist.surveys.simulate.scene import Array, Scene
 
-# Surface-brightness profiles, each normalised to a total of 1: pure functions of coordinates in pixels.
+# Surface-brightness profiles: pure functions of pixel coordinates, normalised to a total of 1.
 
-# Softens a profile's cusp to what a pixel averages over; pixels, squared.
+# Softens a central cusp to its average over a pixel; in pixels squared.
 _CUSP = 0.12
 
 
 def sersic_b(index: float) -> float:
-    """The b of a Sersic profile, so that the half-light radius holds half of the light.
+    """Return the b of a Sersic profile, for which half of the light is within the half-light radius.
 
     Ciotti & Bertin (1999, A&A 352, 447), equation 18, good to 1e-4 for n > 0.5.
     """
@@ -23,14 +23,14 @@ def sersic_b(index: float) -> float:
 
 
 def sersic(u: Array, v: Array, radius: float, axis_ratio: float, index: float, *, boxiness: float = 2.0) -> Array:
-    """A Sersic (1968) profile: exp(-b (r / R)^(1/n)); n = 1 is an exponential disc, n = 4 de Vaucouleurs' bulge.
+    """Return a Sersic (1968) profile: exp(-b (r / R)^(1/n)); n = 1 is an exponential disc, n = 4 a de Vaucouleurs bulge.
 
     Args:
         u, v: coordinates along and across the major axis.
         radius: half-light radius along the major axis.
         axis_ratio: minor over major axis.
         index: Sersic's n.
-        boxiness: exponent of the ellipses, 2 for true ones, more for boxes (Athanassoula et al. 1990, MNRAS 245, 130).
+        boxiness: exponent of the isophotes: 2 for ellipses, larger for boxy ones (Athanassoula et al. 1990, MNRAS 245, 130).
     """
     if boxiness == 2.0:
         square = u * u + (v / axis_ratio) ** 2
@@ -44,10 +44,10 @@ def sersic(u: Array, v: Array, radius: float, axis_ratio: float, index: float, *
 
 
 def edge_on_disc(u: Array, v: Array, length: float, height: float) -> Array:
-    """An exponential disc seen from its side: (R/h) K1(R/h) along, sech^2(z/z0) across.
+    """Return an edge-on exponential disc: (R/h) K1(R/h) along, sech^2(z/z0) across.
 
-    van der Kruit & Searle (1981, A&A 95, 105), equation 5; the Bessel function in the form x K1(x) = sqrt(1 + pi x / 2) exp(-x),
-    exact at both ends and 4 % off at most between; cut softly at four scale lengths, as they find discs cut.
+    van der Kruit & Searle (1981, A&A 95, 105), equation 5. The Bessel function is approximated by x K1(x) = sqrt(1 + pi x / 2)
+    exp(-x), exact at both ends and at most 4 % off between. The disc is truncated softly at four scale lengths, as they observe.
 
     Args:
         u, v: coordinates along and across the disc.
@@ -64,45 +64,45 @@ def edge_on_disc(u: Array, v: Array, length: float, height: float) -> Array:
 
 
 def bar(u: Array, v: Array, length: float, axis_ratio: float) -> Array:
-    """A bar: flat along, sharply ended, with squarish ends (a Ferrers 1877 ellipse (1 - r^2)^n with n = 1.5, exponent 2.6).
+    """Return a flat bar with sharp, squarish ends: a Ferrers (1877) profile (1 - r^2)^n, n = 1.5, superellipse exponent 2.6.
 
     Args:
         u, v: coordinates along and across the bar.
         length: half of the bar's length.
-        axis_ratio: across over along.
+        axis_ratio: width over length.
     """
     square = (np.abs(u / np.float32(length)) ** 2.6 + np.abs(v / np.float32(length * axis_ratio)) ** 2.6) ** np.float32(2 / 2.6)
     profile = np.maximum(1.0 - square, 0.0) ** np.float32(1.5)
-    # a superellipse of exponent 2.6 has 3.42 times the product of its half axes; (1 - r^2)^1.5 averages 0.4 over an ellipse
+    # a superellipse of exponent 2.6 has an area of 3.42 times the product of its half axes; the mean of (1 - r^2)^1.5 is 0.4
     return np.asarray(profile / np.float32(3.42 * 0.4 * length**2 * axis_ratio), np.float32)
 
 
 def spiral_arms(theta: Array, log_radius: Array, *, num_arms: int, pitch: float, phase: Array | float, sharpness: float) -> Array:
-    """Logarithmic spiral arms r = r0 exp(theta tan(pitch)), as a factor on the disc whose mean over a turn is 1.
+    """Return logarithmic spiral arms r = r0 exp(theta tan(pitch)), as a factor on the disc with azimuthal mean 1.
 
-    The ridge is von Mises shaped: exp(k cos(m (theta - ln r / tan(pitch)) - phase)) / I0(k).
+    The profile is a von Mises function: exp(k cos(m (theta - ln r / tan(pitch)) - phase)) / I0(k).
 
     Args:
         theta: azimuth in the disc's plane, radians.
-        log_radius: natural logarithm of the radius there.
+        log_radius: natural logarithm of the radius.
         num_arms: m.
-        pitch: pitch angle, radians; small is tightly wound.
-        phase: turns the pattern, radians; an array bends and frays the arms.
-        sharpness: k; 0 is no arm, 3 a narrow one.
+        pitch: pitch angle, radians; small for tightly wound arms.
+        phase: rotation of the pattern, radians; an array makes the arms irregular.
+        sharpness: k; 0 gives no arms, 3 narrow ones.
     """
     wave = np.cos(np.float32(num_arms) * theta - np.float32(num_arms / np.tan(pitch)) * log_radius - phase)
     return np.asarray(np.exp(np.float32(sharpness) * (wave - 1.0)) / np.float32(i0e(sharpness)), np.float32)
 
 
 def arc(u: Array, v: Array, *, radius: float, width: float, start: float, span: float) -> Array:
-    """A tidal tail or shell: light along part of a circle, fading and widening from its start.
+    """Return a tidal tail or shell: light along part of a circle that fades and widens from its start.
 
     Args:
         u, v: coordinates.
-        radius: of the circle.
+        radius: radius of the circle.
         width: Gaussian sigma at the start; twice that at the end.
         start: azimuth of the start, radians.
-        span: length in radians; the sign is the sense.
+        span: length in radians; the sign gives the direction.
     """
     distance = np.hypot(u, v)
     along = np.mod(np.sign(span) * (np.arctan2(v, u) - start), 2.0 * np.pi) / abs(span)
@@ -113,20 +113,20 @@ def arc(u: Array, v: Array, *, radius: float, width: float, start: float, span: 
     return np.asarray(profile / np.float32(abs(span) * radius * np.sqrt(2.0 * np.pi) * 0.76), np.float32)
 
 
-# Extinction in g, r, z for a depth of 1 in r: Schlafly & Finkbeiner
-# (2011, ApJ 737, 103), table 6 for DECam, R_V = 3.1: 3.237, 2.176, 1.217.
+# Extinction in g, r, z for a depth of 1 in r: Schlafly & Finkbeiner (2011, ApJ 737, 103), table 6 for DECam, R_V = 3.1: 3.237,
+# 2.176, 1.217.
 REDDENING = np.array([1.49, 1.0, 0.56], np.float32)
-# A young population against an old one of the same light in r: bluer by 0.6 in g-r and 0.5 in r-z.
+# Flux ratio in g, r, z of a young to an old stellar population of equal r flux: bluer by 0.6 in g-r and 0.5 in r-z.
 _YOUNG = np.array([1.74, 1.0, 0.63], np.float32)
 
 
-# x, y in pixels from the picture's centre.
+# x, y in pixels from the image centre.
 Place = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Ellipse:
-    """Where something lies and how: x, y pixels from the picture's centre, position angle in radians, minor over major axis."""
+    """Position and orientation: x, y in pixels from the image centre, position angle in radians, minor over major axis."""
 
     x: float
     y: float
@@ -141,12 +141,12 @@ class Arms:
     Attributes:
         num: number of arms.
         pitch: pitch angle, radians.
-        sense: +1 or -1, which way they wind.
-        phase: turns the pattern, radians.
+        sense: +1 or -1, the winding direction.
+        phase: rotation of the pattern, radians.
         sharpness: see :func:`spiral_arms`.
-        share: of the disc's light that follows the pattern.
-        ragged: how far (radians of phase) the arms wander.
-        inner: where they begin, in scale lengths.
+        share: fraction of the disc's light that follows the pattern.
+        ragged: amplitude of the arms' irregularity, radians of phase.
+        inner: radius at which the arms begin, in scale lengths.
     """
 
     num: int
@@ -160,7 +160,7 @@ class Arms:
 
 
 def draw_sersic(scene: Scene, at: Ellipse, radius: float, index: float, fluxes: Array, *, boxiness: float = 2.0) -> None:
-    """A spheroid or smooth disc of half-light radius ``radius`` pixels and total fluxes in g, r, z."""
+    """Draw a spheroid or smooth disc of half-light radius ``radius`` pixels and total fluxes in g, r, z."""
     window = scene.window(at.x, at.y, min(8.0 + radius * (3.5 + 2.5 * index), 400.0))
     if window is None:
         return
@@ -174,15 +174,15 @@ def draw_sersic(scene: Scene, at: Ellipse, radius: float, index: float, fluxes: 
 def draw_disc(
     scene: Scene, dice: Draws, at: Ellipse, scale: float, fluxes: Array, *, arms: Arms | None, lopsided: float = 0.0
 ) -> None:
-    """An inclined disc of scale length ``scale`` pixels, its arms bluer than what lies between, with dust on their inner edge."""
+    """Draw an inclined disc of scale length ``scale`` pixels, with arms bluer than the rest and dust on their inner edge."""
     window = scene.window(at.x, at.y, 7.0 * scale + 6.0)
     if window is None:
         return
     u, v = window.turned(at.angle)
     v = v / np.float32(at.axis_ratio)
     radius = np.sqrt(u * u + v * v + np.float32(0.1))
-    # Most discs bend down outside (Pohlen & Trujillo 2006, A&A 454, 759):
-    # exp(-(r/s)^k) with k of 1 ... 1.6 at the same half-light radius.
+    # Most discs steepen in the outer parts (Pohlen & Trujillo 2006, A&A 454, 759): exp(-(r/s)^k) with k = 1 ... 1.6 at the same
+    # half-light radius.
     bend = dice.uniform(1.0, 1.6)
     wide = scale * (1.0 + 1.25 * (bend - 1.0))
     base = np.exp(-((radius / np.float32(wide)) ** np.float32(bend)))
@@ -198,13 +198,13 @@ def draw_disc(
     phase = _frayed(dice, theta, log_radius, arms)
     pattern = spiral_arms(theta, log_radius, num_arms=arms.num, pitch=arms.pitch, phase=phase, sharpness=arms.sharpness)
     pattern = np.maximum(pattern * _flocculent(dice, theta, log_radius, arms), 0.0)
-    # Arms begin outside the bulge or at the bar's end.
+    # Arms begin outside the bulge or at the end of the bar.
     begun = 1.0 / (1.0 + np.exp(-(radius / np.float32(scale) - arms.inner) / 0.12))
     strength = np.float32(arms.share) * begun
     smooth = base * (1.0 - strength)
     armed = base * strength * pattern
     share = float(armed.sum() / max(float(base.sum()), 1e-12))
-    # Arms are bluer than what lies between, by so much that the disc as a whole keeps its colour.
+    # Arms are bluer and the rest redder, so that the disc as a whole keeps its colour.
     young: Array = _YOUNG ** np.float32(dice.uniform(0.2, 0.7))
     whole = np.asarray(share * young + (1.0 - share) / young, np.float32)
     scene.add(window, smooth.astype(np.float32), fluxes / (young * whole))
@@ -220,7 +220,7 @@ def draw_disc(
 
 
 def _frayed(dice: Draws, theta: Array, log_radius: Array, arms: Arms) -> Array:
-    """A phase that wanders over the disc, so that arms bend, fork and fade as real ones do."""
+    """Return a phase that varies over the disc, so that arms bend, fork and fade like real ones."""
     phase = np.full(theta.shape, arms.phase, np.float32)
     for order in (1, 2, 3):
         amplitude = arms.ragged * dice.normal(0.0, 0.9) / order**0.5
@@ -230,7 +230,7 @@ def _frayed(dice: Draws, theta: Array, log_radius: Array, arms: Arms) -> Array:
 
 
 def _flocculent(dice: Draws, theta: Array, log_radius: Array, arms: Arms) -> Array:
-    """Short, broken arms over the grand ones (Elmegreen & Elmegreen 1982, MNRAS 201, 1021): waves of many arms that beat."""
+    """Return a factor for short, broken arms (Elmegreen & Elmegreen 1982, MNRAS 201, 1021): interfering many-armed waves."""
     waves = np.zeros(theta.shape, np.float32)
     for _ in range(3):
         num = dice.integer(3, 9)
@@ -242,7 +242,7 @@ def _flocculent(dice: Draws, theta: Array, log_radius: Array, arms: Arms) -> Arr
 def draw_knots(
     scene: Scene, dice: Draws, at: Ellipse, scale: float, fluxes: Array, *, num: int, arms: Arms | None = None
 ) -> None:
-    """Star-forming knots (HII regions): blue points with power-law brightnesses, spread like the disc, along the arms if any."""
+    """Draw star-forming knots (HII regions): blue points with power-law brightnesses, along the arms if there are any."""
     if num == 0:
         return
     weight = dice.uniforms(num) ** -0.6
@@ -258,7 +258,7 @@ def draw_knots(
 
 
 def draw_bar(scene: Scene, at: Ellipse, fluxes: Array, *, length: float, thickness: float, turn: float) -> None:
-    """A bar of half-length ``length`` pixels in the plane of an inclined disc, ``turn`` radians from the disc's major axis."""
+    """Draw a bar of half-length ``length`` pixels in the plane of an inclined disc, ``turn`` radians from its major axis."""
     window = scene.window(at.x, at.y, length * 1.1 + 3.0)
     if window is None:
         return
@@ -274,7 +274,7 @@ def draw_bar(scene: Scene, at: Ellipse, fluxes: Array, *, length: float, thickne
 
 
 def draw_ring(scene: Scene, at: Ellipse, radius: float, width: float, fluxes: Array) -> None:
-    """A ring in a disc's plane (bars gather gas into one at their resonance)."""
+    """Draw a ring in a disc's plane (bars gather gas into a ring at their resonance)."""
     window = scene.window(at.x, at.y, radius + 4.0 * width + 2.0)
     if window is None:
         return
@@ -287,7 +287,7 @@ def draw_ring(scene: Scene, at: Ellipse, radius: float, width: float, fluxes: Ar
 def draw_edge_on(
     scene: Scene, dice: Draws, at: Ellipse, fluxes: Array, *, length: float, height: float, dust: float, warp: float
 ) -> None:
-    """A disc from its side: scale length and height in pixels, a dust lane of depth ``dust``, bent by ``warp``."""
+    """Draw an edge-on disc: scale length and height in pixels, a dust lane of depth ``dust``, bent by ``warp``."""
     window = scene.window(at.x, at.y, 7.0 * length + 4.0)
     if window is None:
         return
@@ -301,14 +301,14 @@ def draw_edge_on(
     )
     scene.add(window, (profile * unevenness).astype(np.float32), fluxes)
     if dust:
-        # The lane lies a little off the middle plane unless the disc is exactly edge-on; half the light is in front of it.
+        # The lane lies off the midplane unless the disc is exactly edge-on.
         offset = np.float32(height * dice.uniform(-0.5, 0.5))
         lane = np.exp(-np.abs(u) / np.float32(1.6 * length) - 0.5 * ((v - offset) / np.float32(0.45 * height)) ** 2)
         scene.dim(window, (dust * lane).astype(np.float32), REDDENING)
 
 
 def draw_arc(scene: Scene, place: Place, fluxes: Array, *, radius: float, width: float, start: float, span: float) -> None:
-    """A tail or shell: part of a circle around a place, see :func:`arc`."""
+    """Draw a tail or shell: part of a circle around ``place``, see :func:`arc`."""
     window = scene.window(*place, radius + 5.0 * width)
     if window is None:
         return

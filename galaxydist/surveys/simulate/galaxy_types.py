@@ -1,4 +1,4 @@
-"""The smooth, spiral and edge-on classes, put together from parts."""
+"""Drawing of the smooth, spiral, edge-on, merging and disturbed classes from components."""
 
 from dataclasses import replace
 
@@ -10,24 +10,24 @@ from galaxydist.surveys.simulate.morphology import BARRED, CIGAR, IN_BETWEEN, LO
 from galaxydist.surveys.simulate.random_draws import Draws
 from galaxydist.surveys.simulate.scene import Array, Scene
 
-# Thickness of a disc: Holmberg's (1958) intrinsic axis ratio, as used for inclinations ever since.
+# Intrinsic axis ratio of a disc (Holmberg 1958), the usual value for inclinations.
 _DISC_THICKNESS = 0.2
 # Half-light radius of an exponential disc, in scale lengths.
 _HALF_LIGHT = 1.678
 
-# Pitch angles in degrees of tightly and of loosely wound arms.
+# Ranges of pitch angles in degrees of tightly and loosely wound arms.
 TIGHT_PITCH = (7.0, 14.0)
 LOOSE_PITCH = (17.0, 34.0)
 
 
 def inclined(dice: Draws, least: float, most: float = 1.0) -> float:
-    """The axis ratio of a disc at a random inclination (cos i uniform between the two), after Hubble (1926)."""
+    """Return the axis ratio of a disc at a random inclination (cos i uniform in least ... most), after Hubble (1926)."""
     cos = dice.uniform(least, most)
     return float(np.sqrt(cos**2 * (1.0 - _DISC_THICKNESS**2) + _DISC_THICKNESS**2))
 
 
 def draw_smooth(scene: Scene, dice: Draws, light: Light, label: int, place: Place) -> None:
-    """Ellipticals and their like: one Sersic profile, for some an outer envelope; round, in between, or cigar shaped."""
+    """Draw a smooth galaxy (round, in-between or cigar-shaped): a Sersic profile, for some with an outer envelope."""
     axis_ratio, index = {
         ROUND: (dice.uniform(0.80, 1.0), float(np.exp(dice.normal(np.log(2.4), 0.45)))),
         IN_BETWEEN: (float(np.clip(dice.normal(0.58, 0.06), 0.45, 0.72)), float(np.exp(dice.normal(np.log(1.5), 0.35)))),
@@ -44,11 +44,10 @@ def draw_smooth(scene: Scene, dice: Draws, light: Light, label: int, place: Plac
 
 
 def draw_spiral(scene: Scene, dice: Draws, light: Light, label: int, place: Place) -> None:
-    """Spirals: a disc with logarithmic arms, a redder bulge, knots of young stars; with a bar, the arms start at its ends.
+    """Draw a spiral: a disc with logarithmic arms, a redder bulge and knots of young stars; arms start at the ends of a bar.
 
-    Pitch angles: tight and loose as Kennicutt (1981, AJ 86, 1847) and Seigar & James (1998, MNRAS 299, 685) measure from Sa to
-    Sd;
-    a bar's half-length is 1 ... 1.8 scale lengths (Erwin 2005, MNRAS 364, 283, has 0.4 ... 2.5 from late to early types).
+    Tight and loose pitch angles follow Kennicutt (1981, AJ 86, 1847) and Seigar & James (1998, MNRAS 299, 685), from Sa to Sd. The
+    half-length of a bar is 1 ... 1.8 scale lengths (Erwin 2005, MNRAS 364, 283, has 0.4 ... 2.5 from late to early types).
     """
     at = Ellipse(*place, dice.uniform(0.0, np.pi), inclined(dice, 0.45 if label == BARRED else 0.32))
     scale = light.radius / _HALF_LIGHT * 1.1
@@ -68,7 +67,7 @@ def draw_spiral(scene: Scene, dice: Draws, light: Light, label: int, place: Plac
 
 
 def draw_arms(dice: Draws, tight: bool) -> Arms:
-    """Arms of an unbarred spiral."""
+    """Draw random parameters for the arms of an unbarred spiral."""
     if tight:
         num, pitch = (2, 3, 4)[dice.pick((0.65, 0.25, 0.10))], dice.uniform(*TIGHT_PITCH)
         share, sharpness, ragged = dice.uniform(0.3, 0.75), dice.uniform(1.0, 2.2), dice.uniform(0.3, 0.9)
@@ -97,7 +96,7 @@ def _draw_barred(scene: Scene, dice: Draws, light: Light, at: Ellipse, scale: fl
         num=2,
         pitch=pitch,
         sense=sense,
-        # The arms' ridge passes through the bar's ends.
+        # The arms pass through the ends of the bar.
         phase=2.0 * float(sense * turn - np.log(length / scale) / np.tan(pitch)),
         sharpness=dice.uniform(0.8, 2.2),
         share=dice.uniform(0.2, 0.65),
@@ -119,10 +118,10 @@ def _bulge_of(disc: Ellipse) -> Ellipse:
 
 
 def draw_edge_on(scene: Scene, dice: Draws, light: Light, bulge: bool, place: Place) -> None:
-    """Discs from the side, with a bulge or without; some without are inclined late spirals that are not quite edge-on.
+    """Draw an edge-on disc with or without a bulge; some without are inclined late spirals that are not quite edge-on.
 
-    Scale heights of 1/8 ... 1/3 of the length, as thin and thick discs together have: Kregel, van der Kruit & de Grijs
-    (2002, MNRAS 334, 646).
+    Scale heights are 1/8 ... 1/3 of the scale length, as for thin and thick discs together (Kregel, van der Kruit & de Grijs
+    2002, MNRAS 334, 646).
     """
     at = Ellipse(*place, dice.uniform(0.0, np.pi), 1.0)
     if bulge:
@@ -149,11 +148,11 @@ def draw_edge_on(scene: Scene, dice: Draws, light: Light, bulge: bool, place: Pl
     components.draw_knots(scene, dice, flat, length, light.fluxes(knots), num=dice.integer(3, 20))
 
 
-# The classes that come from encounters: merging galaxies and disturbed ones.
+# Classes that result from encounters: merging and disturbed galaxies.
 
 
 def draw_merging(scene: Scene, dice: Draws, light: Light, place: Place) -> None:
-    """Two (seldom three) galaxies that overlap, within a common envelope for some, with a tail or bridge for others.
+    """Draw two (rarely three) overlapping galaxies, some with a common envelope, some with a tidal tail.
 
     Mass ratios are those of major mergers, down to about 1:4 (Lotz et al. 2008, MNRAS 391, 1137).
     """
@@ -198,17 +197,17 @@ def _draw_member(scene: Scene, dice: Draws, light: Light, place: Place) -> None:
 
 
 def draw_tail(scene: Scene, dice: Draws, light: Light, place: Place, fluxes: Array) -> None:
-    """A tidal tail that leaves a galaxy at its edge and bends away (Toomre & Toomre 1972, ApJ 178, 623)."""
+    """Draw a tidal tail that leaves a galaxy at its edge and bends away (Toomre & Toomre 1972, ApJ 178, 623)."""
     direction, sense = dice.uniform(0.0, 2.0 * np.pi), 1.0 if dice.chance(0.5) else -1.0
     bend = light.radius * dice.uniform(1.3, 3.5)
-    # The circle passes near the galaxy's centre, so that the tail starts inside the galaxy.
+    # The circle passes near the centre, so that the tail starts inside the galaxy.
     middle = _away(place, 0.6 * light.radius - bend, direction)
     width, span = light.radius * dice.uniform(0.15, 0.4), sense * dice.uniform(0.9, 2.2)
     components.draw_arc(scene, middle, fluxes, radius=bend, width=width, start=direction, span=span)
 
 
 def draw_disturbed(scene: Scene, dice: Draws, light: Light, place: Place) -> None:
-    """One galaxy with tails, shells, a plume or a heavy lean to one side: what an encounter leaves.
+    """Draw a galaxy after an encounter: a lopsided disc with tidal tails, shells or a plume.
 
     Lopsided discs: Rix & Zaritsky (1995, ApJ 447, 82).
     """
@@ -239,7 +238,7 @@ def draw_disturbed(scene: Scene, dice: Draws, light: Light, place: Place) -> Non
 
 
 def _draw_shells(scene: Scene, dice: Draws, light: Light, place: Place, fluxes: Array) -> None:
-    """Shells, on alternate sides at growing radii (Malin & Carter 1983, ApJ 274, 534)."""
+    """Draw shells on alternate sides at growing radii (Malin & Carter 1983, ApJ 274, 534)."""
     num, side = dice.integer(2, 3), dice.uniform(0.0, 2.0 * np.pi)
     for i in range(num):
         radius, span = light.radius * (1.3 + 0.7 * i + dice.uniform(0.0, 0.4)), dice.uniform(1.0, 2.0)

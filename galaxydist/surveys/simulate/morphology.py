@@ -1,4 +1,4 @@
-"""What galaxies of each class look like in the mean: brightness, size, colour, and how these hang together."""
+"""Distributions of brightness, size and colour of each class, and their correlations."""
 
 from dataclasses import dataclass, replace
 
@@ -10,14 +10,13 @@ from galaxydist.surveys.simulate.scene import Array
 
 (DISTURBED, MERGING, ROUND, IN_BETWEEN, CIGAR, BARRED, TIGHT_SPIRAL, LOOSE_SPIRAL, EDGE_ON, EDGE_ON_BULGE) = range(10)
 
-# Galaxies larger than this (half-light radius, pixels of 0.262 arcsec)
-# are shown at twice the pixel scale, as Galaxy10 shows large ones.
+# Galaxies with a larger half-light radius (pixels of 0.262 arcsec) are shown at twice the pixel scale, as in Galaxy10.
 _LARGE = 48.0
 
 
 @dataclass(frozen=True, slots=True)
 class Population:
-    """A class's distribution: r magnitude, half-light radius (0.262-arcsec pixels; slope, scatter in dex), g-r."""
+    """Distribution of a class: r magnitude, half-light radius (0.262-arcsec pixels; slope and scatter in dex), g-r."""
 
     magnitude: float
     magnitude_sigma: float
@@ -28,9 +27,9 @@ class Population:
     colour_sigma: float
 
 
-# Medians and scatters measured (isophotal, in the unstretched pictures) on the first 50 rows of each class of the real
-# sample, the half that may be tuned on. They agree with the field's: early types red at g-r = 0.9, late ones 0.4 ...
-# 0.7 (Strateva et al. 2001, AJ 122, 1861; z = 0.1), sizes that grow with luminosity (Shen et al. 2003, MNRAS 343, 978).
+# Medians and scatters measured (isophotal, in the unstretched images) on the first 50 rows of each class of the real sample, the
+# half used for tuning. They agree with the literature: early types red at g-r = 0.9, late types 0.4 ... 0.7 (Strateva et al.
+# 2001, AJ 122, 1861; z = 0.1), sizes that grow with luminosity (Shen et al. 2003, MNRAS 343, 978).
 POPULATIONS = (
     Population(17.2, 0.95, 13.0, -0.14, 0.13, 0.62, 0.19),
     Population(17.0, 0.75, 8.5, -0.20, 0.10, 0.90, 0.16),
@@ -47,14 +46,14 @@ POPULATIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Light:
-    """One galaxy's light as it reaches us.
+    """Observed photometry of one galaxy.
 
     Attributes:
-        magnitude: total r.
-        green_red, red_z: total colours, magnitudes.
+        magnitude: total r magnitude.
+        green_red, red_z: total colours g-r and r-z, magnitudes.
         radius: half-light radius, pixels of ``pixel_scale``.
-        pixel_scale: arcsec per pixel that it is shown at.
-        redshift: of the galaxy.
+        pixel_scale: arcsec per pixel of the image.
+        redshift: redshift of the galaxy.
     """
 
     magnitude: float
@@ -65,22 +64,26 @@ class Light:
     redshift: float
 
     def at_scale(self, pixel_scale: float) -> "Light":
-        """The same galaxy on pixels of another size (arcsec)."""
+        """Return the same galaxy at another pixel scale (arcsec per pixel)."""
         return replace(self, radius=self.radius * self.pixel_scale / pixel_scale, pixel_scale=pixel_scale)
 
     def fluxes(self, share: float = 1.0, redder: float = 0.0) -> Array:
-        """``share`` of the r light in g, r, z, nanomaggies; ``redder`` magnitudes in g-r than the whole (0.7 of that in r-z)."""
+        """Return the g, r, z fluxes (nanomaggies) of a component.
+
+        Args:
+            share: its fraction of the r flux.
+            redder: how much redder it is than the galaxy in g-r, magnitudes; 0.7 times that in r-z.
+        """
         green_red, red_z = self.green_red + redder, self.red_z + 0.7 * redder
         magnitudes = [self.magnitude + green_red, self.magnitude, self.magnitude - red_z]
         return np.float32(share) * to_fluxes(magnitudes)
 
 
 def draw_light(dice: Draws, label: int) -> Light:
-    """Brightness, colours, size and redshift of a galaxy of this class.
+    """Draw brightness, colours, size and redshift of a galaxy of this class.
 
-    Redshifts are those of the Galaxy Zoo sample (median 0.08 at r = 17, fainter is farther); colours redden with redshift as
-    k-corrections do,
-    red galaxies more than blue ones (Chilingarian et al. 2010, MNRAS 405, 1409: about 1.6 z and 0.6 z in g-r).
+    Redshifts follow the Galaxy Zoo sample (median 0.08 at r = 17, larger for fainter galaxies). Colours redden with redshift by the
+    k-correction, which is larger for red galaxies (Chilingarian et al. 2010, MNRAS 405, 1409: about 1.6 z, blue 0.6 z, in g-r).
     """
     population = POPULATIONS[label]
     off = dice.normal(0.0, 1.0) * population.magnitude_sigma

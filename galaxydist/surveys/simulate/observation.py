@@ -1,4 +1,7 @@
-"""What lies between a galaxy and its picture: the atmosphere's blur, the sky's noise, and everything else in the field."""
+"""Observation of a scene: seeing, sky noise, stars and background galaxies, artefacts, and the RGB stretch.
+
+Fluxes are converted to images as in the Legacy Surveys' sky viewer.
+"""
 
 from functools import lru_cache
 from typing import Any
@@ -11,33 +14,29 @@ from scipy.special import ndtri
 from galaxydist.surveys.simulate.random_draws import PIXELS, Draws, pixel_normals
 from galaxydist.surveys.simulate.scene import CANVAS, MARGIN, SIZE, Array, Scene
 
-# From fluxes to a picture, as the Legacy Surveys' sky viewer does it.
-
-# Bands are kept in this order everywhere here; a picture's channels (red, green, blue) are z, r, g.
+# Order of bands everywhere in this package; the channels of an image (red, green, blue) are z, r, g.
 BANDS = ("g", "r", "z")
 
-# The viewer's numbers: ``dr2_rgb`` and ``sdss_rgb`` in map/views.py of github.com/legacysurvey/imagine.
+# The viewer's constants: ``dr2_rgb`` and ``sdss_rgb`` in map/views.py of github.com/legacysurvey/imagine.
 SCALES_G_R_Z = np.array([6.0, 3.4, 2.2], np.float32)
 BLACK_LEVEL = 0.03
 SOFTENING_Q = 20.0
 
-# Viewer cut-outs, which Galaxy10 consists of, are JPEG of quality 75
-# with halved colour resolution (read off the sample's own tables).
+# Galaxy10 consists of viewer cutouts: JPEG of quality 75 with halved colour resolution (read from the sample's JPEG tables).
 JPEG_QUALITY = 75
 
 
 def to_fluxes(magnitudes: NDArray[Any] | list[float]) -> Array:
-    """Fluxes in nanomaggies (22.5 magnitudes is 1 nanomaggy) of AB magnitudes."""
+    """Convert AB magnitudes to fluxes in nanomaggies (magnitude 22.5 is 1 nanomaggy)."""
     return np.asarray(10.0 ** (0.4 * (22.5 - np.asarray(magnitudes, np.float64))), np.float32)
 
 
 def stretch(fluxes_CHW: Array) -> Array:
-    """The viewer's colours: asinh of the mean of the scaled bands, hues kept, saturating to white.
+    """Apply the viewer's colour stretch: asinh of the mean of the scaled bands, which keeps hues and saturates to white.
 
     With x = scale * flux + m in each band and I the mean of the positive parts of x, a channel is x * asinh(Q I) / (sqrt(Q) I),
-    cut to 0 ... 1;
-    Q = 20, m = 0.03 and scales 6.0, 3.4, 2.2 in g, r, z. After Lupton et al. (2004, PASP 116, 133), with the viewer's constants
-    (``dr2_rgb`` calling ``sdss_rgb`` in github.com/legacysurvey/imagine, map/views.py).
+    clipped to 0 ... 1; Q = 20, m = 0.03 and scales 6.0, 3.4, 2.2 in g, r, z. After Lupton et al. (2004, PASP 116, 133), with the
+    viewer's constants (``dr2_rgb`` calling ``sdss_rgb`` in github.com/legacysurvey/imagine, map/views.py).
 
     Args:
         fluxes_CHW: 3 x H x W surface brightnesses in g, r, z, nanomaggies per pixel of 0.262 arcsec.
@@ -52,7 +51,7 @@ def stretch(fluxes_CHW: Array) -> Array:
 
 
 def to_picture(fluxes_CHW: Array) -> NDArray[np.uint8]:
-    """The cut-out that the viewer would serve: stretched, 8 bits, and once through its JPEG, which smooths the colour noise.
+    """Return the cutout as the viewer serves it: stretched, 8 bits, and JPEG-compressed once, which smooths the colour noise.
 
     Args:
         fluxes_CHW: as for :func:`stretch`.
@@ -67,33 +66,32 @@ def to_picture(fluxes_CHW: Array) -> NDArray[np.uint8]:
     return np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB"), np.uint8)
 
 
-# Median seeing of the Legacy Surveys' DECam images, full width at
-# half maximum in arcsec in g, r, z (Dey et al. 2019, AJ 157, 168).
+# Median seeing of the Legacy Surveys' DECam images, FWHM in arcsec in g, r, z (Dey et al. 2019, AJ 157, 168).
 SEEING = (1.3, 1.2, 1.1)
-# Wings as ground-based images have them: Trujillo et al. (2001, MNRAS 328, 977) find Moffat exponents of 2.5 ... 4.8.
+# Wings of ground-based PSFs: Trujillo et al. (2001, MNRAS 328, 977) find Moffat exponents of 2.5 ... 4.8.
 MOFFAT_BETA = 3.2
 DECAM_PIXEL = 0.262
 
-# Sky noise per pixel of 0.262 arcsec in g, r, z, nanomaggies. DECaLS' depths (Dey et al. 2019) give the bands' order and rough
-# size; the values make the pictures' sky noise that of the real sample's tuning half.
+# Sky noise per pixel of 0.262 arcsec in g, r, z, nanomaggies. The order and rough size follow the DECaLS depths (Dey et al. 2019);
+# the values are tuned so that the images have the sky noise of the real sample's tuning half.
 NOISE = (0.0016, 0.0028, 0.0060)
-# What a pixel's noise takes from each neighbour's: co-adds are resampled, so that neighbours share some of theirs.
+# Weight of the neighbouring pixels in a pixel's noise: resampled co-adds have correlated noise.
 _CORRELATION = 0.10
 
 
 def draw_seeing(dice: Draws) -> tuple[float, float, float]:
-    """This picture's seeing in g, r, z (arcsec), in steps of 0.02 so that the blur's transform can be kept."""
+    """Draw the seeing of an image in g, r, z (FWHM, arcsec), in steps of 0.02 so that the PSF's transform can be cached."""
     common = dice.normal(0.0, 0.06)
     g, r, z = (round(value * float(np.exp(common + dice.normal(0.0, 0.04))) / 0.02) * 0.02 for value in SEEING)
     return g, r, z
 
 
 def blur(light_CHW: Array, seeing: tuple[float, float, float], pixel_scale: float) -> Array:
-    """Convolve each band with a Moffat of its seeing.
+    """Convolve each band with the Moffat PSF of its seeing.
 
     Args:
         light_CHW: 3 x CANVAS x CANVAS.
-        seeing: full width at half maximum in g, r, z, arcsec.
+        seeing: FWHM in g, r, z, arcsec.
         pixel_scale: arcsec per pixel.
     """
     blurred = np.empty_like(light_CHW)
@@ -106,7 +104,7 @@ def blur(light_CHW: Array, seeing: tuple[float, float, float], pixel_scale: floa
 
 @lru_cache(maxsize=192)
 def moffat_transform(fwhm: float) -> NDArray[np.complex64]:
-    """The transfer function (CANVAS x CANVAS/2+1) of a Moffat profile (Moffat 1969, A&A 3, 455) of this width in pixels."""
+    """Return the transfer function, CANVAS x (CANVAS/2 + 1), of a Moffat profile (1969, A&A 3, 455) of this FWHM in pixels."""
     offset = np.minimum(np.arange(CANVAS), CANVAS - np.arange(CANVAS))
     width = fwhm / (2.0 * np.sqrt(2.0 ** (1.0 / MOFFAT_BETA) - 1.0))
     profile = (1.0 + (offset[:, None] ** 2 + offset[None, :] ** 2) / width**2) ** -MOFFAT_BETA
@@ -114,7 +112,7 @@ def moffat_transform(fwhm: float) -> NDArray[np.complex64]:
 
 
 def add_artefacts(light_CHW: Array, dice: Draws) -> None:
-    """What goes wrong in a few pictures: a satellite's trail in one band, the glare of a bright star beyond the edge."""
+    """Add artefacts to a few images: a satellite trail in one band, or the glare of a bright star beyond the edge."""
     grid = np.arange(CANVAS, dtype=np.float32) - np.float32(CANVAS / 2)
     if dice.chance(0.015):
         band, angle, offset = dice.integer(0, 2), dice.uniform(0.0, np.pi), dice.uniform(-100.0, 100.0)
@@ -129,21 +127,20 @@ def add_artefacts(light_CHW: Array, dice: Draws) -> None:
 
 
 def add_noise(light_CHW: Array, dice: Draws, pixel_scale: float, seed: int, row: int) -> Array:
-    """The picture's SIZE x SIZE of the scene with the sky's noise, correlated between neighbours as resampled co-adds are.
+    """Cut the SIZE x SIZE image from the scene and add sky noise, correlated between neighbours as in resampled co-adds.
 
-    Depth differs from place to place and band to band; now and then a band has a single exposure, or an edge between two depths
-    runs through.
+    Depth varies with position and band. Some images are shallower in all bands, or have an edge between two depths.
     """
     depth = dice.normal(0.0, 0.10)
     sigma = np.array([noise * np.exp(depth + dice.normal(0.0, 0.12)) for noise in NOISE])
     if dice.chance(0.10):
         sigma *= dice.uniform(1.3, 2.2)
-    # A picture at a coarser scale shows means over camera pixels: the surface brightness stays, the noise averages out.
+    # Pixels at a coarser scale are means over camera pixels: surface brightness stays the same, noise averages out.
     coarser = pixel_scale / DECAM_PIXEL
     sigma /= coarser
     white = pixel_normals((3, SIZE + 2, SIZE + 2), seed, PIXELS, row)
     noise = np.empty((3, SIZE, SIZE), np.float32)
-    for band in range(3):  # a band at a time stays in the cache
+    for band in range(3):  # one band at a time fits the CPU cache
         rows = white[band, :-2] + white[band, 2:]
         rows *= np.float32(_CORRELATION)
         rows += white[band, 1:-1]
@@ -161,7 +158,7 @@ def add_noise(light_CHW: Array, dice: Draws, pixel_scale: float, seed: int, row:
 
 
 def add_stars(scene: Scene, dice: Draws) -> None:
-    """Foreground stars: counts rise by 0.17 dex a magnitude, colours follow the stellar locus; most faint ones are red dwarfs."""
+    """Add foreground stars: counts rise by 0.17 dex per magnitude, colours follow the stellar locus, faint ones are redder."""
     area = (scene.pixel_scale / DECAM_PIXEL) ** 2
     num = dice.poisson(4.2 * area * np.exp(dice.normal(0.0, 0.6)))
     if not num:
@@ -169,7 +166,7 @@ def add_stars(scene: Scene, dice: Draws) -> None:
     slope = 0.17
     bright, faint = 10 ** (slope * 15.0), 10 ** (slope * 23.5)
     red_mag = np.log10(bright + (faint - bright) * dice.uniforms(num)) / slope
-    # Covey et al. (2007, AJ 134, 2398): g-r runs from 0.2 (F stars) to 1.4 (M dwarfs), where it stays while r-z goes on.
+    # Covey et al. (2007, AJ 134, 2398): g-r ranges from 0.2 (F stars) to 1.4 (M dwarfs), where it saturates while r-z increases.
     temperature = np.clip(dice.uniforms(num) * 1.3 + 0.10 * (red_mag - 20.0), 0.0, 1.6)
     green_red = np.clip(0.25 + 1.15 * temperature, 0.0, 1.45)
     red_z = 0.68 * green_red - 0.10 + np.maximum(temperature - 0.75, 0.0) * 2.0 * dice.uniforms(num)
@@ -179,7 +176,7 @@ def add_stars(scene: Scene, dice: Draws) -> None:
 
 
 def add_background(scene: Scene, dice: Draws) -> None:
-    """Small, faint, mostly red galaxies behind: counts after Metcalfe et al. (2001, MNRAS 323, 795), exponential discs."""
+    """Add small, faint, mostly red background galaxies: counts after Metcalfe et al. (2001, MNRAS 323, 795), exponential discs."""
     area = (scene.pixel_scale / DECAM_PIXEL) ** 2
     num = min(dice.poisson(40.0 * min(area, 2.0) * np.exp(dice.normal(0.0, 0.35))), 140)
     slope = 0.34

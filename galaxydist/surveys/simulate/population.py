@@ -1,4 +1,4 @@
-"""The plan of a simulated survey: how many galaxies of each class, where they lie, and which of them lie together."""
+"""Plan of a simulated survey: class counts, sky positions, and pairs of neighbours."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,28 +10,29 @@ from galaxydist.counter_rng import hash64
 from galaxydist.galaxy import GALAXY10_COUNTS
 from galaxydist.surveys.simulate.random_draws import PAIRS, PLACES, TWICE, Draws
 
-# A survey smaller than a class's share still has this many galaxies of it (fewer only where there is no room).
+# Minimum number of galaxies per class, even if its share is smaller (fewer only in surveys too small for it).
 HANDFUL = 6
-# Galaxy10 has 236 pairs within a picture's width among 17,736 galaxies, one for 75.
+# Galaxy10 has 236 pairs within an image width among 17,736 galaxies: one per 75.
 _GALAXIES_PER_PAIR = 75
-# Pairs lie this far apart, arcsec: apart from each other, yet in one picture (67 arcsec).
+# Range of pair separations, arcsec: two distinct galaxies that share one image (67 arcsec wide).
 _PAIR_SEPARATION = (18.0, 55.0)
-# The part of the sky that DECaLS covers, roughly: two stretches of right ascension, one of declination.
+# Approximate DECaLS footprint in degrees: two ranges of right ascension, one of declination.
 _RIGHT_ASCENSIONS = ((112.0, 258.0), (318.0, 418.0))
 _DECLINATIONS = (-15.0, 32.0)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the survey holds, decided before anything is drawn.
+    """Contents of a survey, planned before any image is drawn.
 
     Attributes:
-        seed: of the survey.
-        balanced: equally many galaxies of each class.
-        labels: N classes, sorted as in the official file.
+        seed: seed of the survey.
+        balanced: equal number of galaxies of each class.
+        labels: N class numbers, sorted as in the official file.
         ra, dec: N positions, degrees.
-        shown: N rows whose galaxy a row shows: its own but for the second label of the galaxy that is there twice.
-        pairs: P x 2 rows that lie in each other's pictures.
+        shown: N row numbers: the row whose galaxy each image shows. It differs from the row itself only for the galaxy that is
+            listed twice, with two labels.
+        pairs: P x 2 rows that lie in each other's images.
     """
 
     seed: int
@@ -43,7 +44,7 @@ class Plan:
     pairs: NDArray[np.int64]
 
     def neighbours(self, row: int) -> Iterator[tuple[int, float, float]]:
-        """Rows that lie in this row's picture, with their offsets east and north in arcsec."""
+        """Yield the rows that lie in this row's image, with their offsets east and north in arcsec."""
         for there in self.pairs[(self.pairs == row).any(axis=1)].ravel():
             if there != row:
                 across = (self.ra[there] - self.ra[row] + 180.0) % 360.0 - 180.0
@@ -52,9 +53,9 @@ class Plan:
 
 
 def plan_survey(num_galaxies: int, seed: int, balanced: bool = False) -> Plan:
-    """Plan a survey of ``num_galaxies`` galaxies: classes in Galaxy10's proportions, or equally many of each.
+    """Plan a survey of ``num_galaxies`` galaxies: classes in Galaxy10's proportions, or an equal number of each.
 
-    From 20 galaxies on there are overlapping pairs, and exactly one place that has two labels.
+    A survey of at least 20 galaxies has overlapping pairs, and exactly one position with two labels.
     """
     labels = np.repeat(np.arange(len(GALAXY10_COUNTS)), class_counts(num_galaxies, balanced))
     ra, dec = scattered(num_galaxies, seed)
@@ -75,12 +76,12 @@ def plan_survey(num_galaxies: int, seed: int, balanced: bool = False) -> Plan:
 
 
 def class_counts(num_galaxies: int, balanced: bool = False) -> NDArray[np.int64]:
-    """How many galaxies of each class: Galaxy10's proportions (largest remainders), at least a handful each; or equal shares."""
+    """Return the number of galaxies of each class: Galaxy10's proportions with at least ``HANDFUL`` each, or equal shares."""
     num_classes = len(GALAXY10_COUNTS)
     weights = np.ones(num_classes) if balanced else np.array(GALAXY10_COUNTS, np.float64)
     least = min(HANDFUL, num_galaxies // num_classes)
     exact = np.maximum(weights / weights.sum() * num_galaxies, least)
-    # Classes above the floor share what the floor leaves them.
+    # The classes above the minimum share the galaxies that remain.
     for _ in range(num_classes):
         free = exact > least
         if not free.any():
@@ -94,7 +95,7 @@ def class_counts(num_galaxies: int, balanced: bool = False) -> NDArray[np.int64]
 
 
 def scattered(num_galaxies: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Positions (ra, dec in degrees) spread over the survey's area, each in a cell of its own, so that no two meet by chance."""
+    """Return random positions (ra, dec in degrees), each in its own cell of the footprint, so that none coincide by chance."""
     widths = [high - low for low, high in _RIGHT_ASCENSIONS]
     low, high = np.sin(np.radians(_DECLINATIONS))
     columns = int(np.ceil(np.sqrt(max(num_galaxies, 1) * 5.0)))

@@ -1,4 +1,4 @@
-"""The piece of sky that is drawn: three bands of surface brightness, onto which galaxies, stars and other light are added."""
+"""Sky patch in three bands of surface brightness, onto which galaxies, stars and other light are added."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 SIZE = 256
-# Drawn beyond the picture's edges, so that light is smeared into it as out
-# of it, and so that the Fourier transform's wrap-around stays outside.
+# Pixels drawn beyond each image edge, so that the PSF blurs light into the image as well as out of it, and so that the
+# wrap-around of the Fourier transform stays outside.
 MARGIN = 16
 CANVAS = SIZE + 2 * MARGIN
 CENTRE = CANVAS / 2 - 0.5
@@ -20,9 +20,9 @@ class Window:
     """A rectangle of the scene.
 
     Attributes:
-        rows, columns: what it covers.
+        rows, columns: slices of the scene.
         x: 1 x W, y: H x 1: pixel coordinates relative to the object's centre.
-        whole: the object's light lies inside, none beyond the canvas.
+        whole: True if the square around the object lies completely inside the canvas.
     """
 
     rows: slice
@@ -32,13 +32,13 @@ class Window:
     whole: bool
 
     def turned(self, angle: float) -> tuple[Array, Array]:
-        """Coordinates along and across an axis at this position angle (radians), H x W each."""
+        """Return coordinates along and across an axis at this position angle (radians), H x W each."""
         cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
         return self.x * cos + self.y * sin, self.y * cos - self.x * sin
 
 
 class Scene:
-    """Surface brightness in g, r, z, nanomaggies per pixel, before the atmosphere.
+    """Surface brightness in g, r, z, nanomaggies per pixel, before the PSF.
 
     Attributes:
         light_CHW: 3 x CANVAS x CANVAS float32.
@@ -50,7 +50,7 @@ class Scene:
         self.pixel_scale = pixel_scale
 
     def window(self, x: float, y: float, radius: float) -> Window | None:
-        """The square of ``radius`` pixels around the place x, y from the centre, cut to the scene; None if outside."""
+        """Return the square of half-width ``radius`` around x, y (pixels from the centre), clipped to the scene; None if outside."""
         column, row = CENTRE + x, CENTRE + y
         left, right = max(int(np.floor(column - radius)), 0), min(int(np.ceil(column + radius)) + 1, CANVAS)
         low, high = max(int(np.floor(row - radius)), 0), min(int(np.ceil(row + radius)) + 1, CANVAS)
@@ -66,17 +66,17 @@ class Scene:
         )
 
     def add(self, window: Window, profile_HW: Array, fluxes: Array) -> None:
-        """Add light: a profile whose sum is 1 (over the whole plane), times the fluxes in g, r, z (nanomaggies)."""
+        """Add a profile whose sum over the whole plane is 1, times the fluxes in g, r, z (nanomaggies)."""
         target = self.light_CHW[:, window.rows, window.columns]
         target += profile_HW * fluxes.astype(np.float32)[:, None, None]
 
     def dim(self, window: Window, depth_HW: Array, reddening: Array) -> None:
-        """Dust in front: light falls by exp(-depth * reddening), per band."""
+        """Dim the light behind dust by exp(-depth * reddening) in each band."""
         target = self.light_CHW[:, window.rows, window.columns]
         target *= np.exp(-depth_HW * reddening.astype(np.float32)[:, None, None])
 
     def add_points(self, x: NDArray[np.float64], y: NDArray[np.float64], fluxes_NC: Array) -> None:
-        """Add point sources (stars, knots) at x, y pixels from the picture's centre, shared between the four nearest pixels."""
+        """Add point sources (stars, knots) at x, y pixels from the image centre, distributed over the four nearest pixels."""
         column, row = CENTRE + x, CENTRE + y
         left, low = np.floor(column).astype(int), np.floor(row).astype(int)
         for right in (0, 1):

@@ -1,4 +1,4 @@
-"""Write a simulated survey: an HDF5 file in Galaxy10's schema, drawn on all cores."""
+"""Simulated survey files in Galaxy10's HDF5 schema, drawn on all cores."""
 
 import multiprocessing
 from collections import deque
@@ -31,12 +31,10 @@ from galaxydist.surveys.simulate.population import Plan, plan_survey
 from galaxydist.surveys.simulate.random_draws import GALAXY, SKY, Draws
 from galaxydist.surveys.simulate.scene import SIZE, Scene
 
-# One row of the simulated survey: draw the galaxy, its neighbours and its field, and take the picture.
-
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A row's picture (256 x 256 x 3 uint8 RGB), its redshift and its pixel scale (arcsec per pixel)."""
+    """A row's image (256 x 256 x 3 uint8 RGB), redshift and pixel scale (arcsec per pixel)."""
 
     image: NDArray[np.uint8]
     redshift: float
@@ -44,7 +42,7 @@ class Picture:
 
 
 def draw_galaxy(scene: Scene, dice: Draws, light: Light, label: int, place: Place = (0.0, 0.0)) -> None:
-    """Draw a galaxy of this class at a place in pixels from the picture's centre."""
+    """Draw a galaxy of this class at an x, y offset in pixels from the image centre."""
     if label == DISTURBED:
         galaxy_types.draw_disturbed(scene, dice, light, place)
     elif label == MERGING:
@@ -58,10 +56,9 @@ def draw_galaxy(scene: Scene, dice: Draws, light: Light, label: int, place: Plac
 
 
 def take_picture(plan: Plan, row: int) -> Picture:
-    """The picture of a row of the plan, from the plan and the row's number alone.
+    """Draw the image of a row, which depends on the plan and the row number alone.
 
-    A row that stands for another row's galaxy (one place, two labels) shows that galaxy; galaxies that lie within the frame are
-    drawn in it too.
+    The second row of the galaxy with two labels shows the same galaxy as the first. Neighbours within the frame are drawn too.
     """
     shown = int(plan.shown[row])
     label = int(plan.labels[shown])
@@ -85,30 +82,30 @@ def take_picture(plan: Plan, row: int) -> Picture:
     return Picture(observation.to_picture(light_CHW), light.redshift, light.pixel_scale)
 
 
-# Goes up whenever the same seed gives other galaxies; written into the file.
+# Written into the file; increase it whenever the same seed gives different galaxies.
 SIMULATOR_VERSION = 1
 _SLAB = 32
-# Fewer galaxies than this are drawn before other processes have started.
+# Fewer galaxies than this are drawn faster in one process, because starting processes takes time.
 _WORTH_PROCESSES = 200
 
 Slab = tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]
 
 
 def simulate_survey(path: Path, num_galaxies: int, seed: int, workers: int | None = None, balanced: bool = False) -> None:
-    """Write a simulated survey in Galaxy10's schema; the file appears only when it is whole.
+    """Write a simulated survey in Galaxy10's schema; the file appears only once it is complete.
 
-    The same (num_galaxies, seed, balanced) gives the same bytes, whatever the number of workers: every chance is a hash of (seed,
-    row).
+    The same (num_galaxies, seed, balanced) gives the same bytes with any number of workers, because every random number is a hash
+    of the seed and the row.
 
     Args:
-        path: the HDF5 file to write, replaced if it is there.
-        num_galaxies: at least 1; from 20 on the survey has overlapping pairs and one place with two labels.
-        seed: any integer from 0.
-        workers: processes; by default one for each core that this process may use.
-        balanced: equally many galaxies of each class instead of Galaxy10's proportions.
+        path: the HDF5 file to write or replace.
+        num_galaxies: at least 1; from 20 on the survey has overlapping pairs and one position with two labels.
+        seed: 0 to 2^63 - 1.
+        workers: processes; by default one for each core available to this process.
+        balanced: an equal number of galaxies of each class instead of Galaxy10's proportions.
 
     Raises:
-        UserError: for a number of galaxies or a seed that makes no survey, or a full disk.
+        UserError: the number of galaxies or the seed is out of range, or the disk is full.
     """
     from tqdm import tqdm
 
@@ -134,7 +131,7 @@ def simulate_survey(path: Path, num_galaxies: int, seed: int, workers: int | Non
 
 
 def draw_rows(plan: Plan, workers: int | None = None, description: str = "simulate") -> NDArray[np.uint8]:
-    """All of the plan's pictures in memory, N x 256 x 256 x 3 uint8 (197 kB each): for measurements on small surveys."""
+    """Draw all images of the plan into memory, N x 256 x 256 x 3 uint8 (197 kB each), for measurements on small surveys."""
     from tqdm import tqdm
 
     images = np.empty((len(plan.labels), SIZE, SIZE, 3), np.uint8)
@@ -148,7 +145,7 @@ def draw_rows(plan: Plan, workers: int | None = None, description: str = "simula
 
 
 def draw_slab(plan: Plan, start: int, stop: int) -> Slab:
-    """Pictures, redshifts and pixel scales of the plan's rows ``start`` ... ``stop - 1``."""
+    """Draw images, redshifts and pixel scales of the plan's rows ``start`` ... ``stop - 1``."""
     pictures = [take_picture(plan, row) for row in range(start, stop)]
     return (
         np.stack([picture.image for picture in pictures]),
@@ -158,7 +155,7 @@ def draw_slab(plan: Plan, start: int, stop: int) -> Slab:
 
 
 def _draw_planned(num_galaxies: int, seed: int, balanced: bool, start: int, stop: int) -> Slab:
-    # Each process makes the plan itself, once: sent along with each slab, a large survey's would weigh more than the slab.
+    # Each process makes the plan itself, once: the pickled plan of a large survey would be larger than a slab.
     return draw_slab(_plan_once(num_galaxies, seed, balanced), start, stop)
 
 
