@@ -1,4 +1,4 @@
-"""Selection of galaxies for a gallery: each class's most confident mistakes and least certain galaxies.
+"""Selection for a gallery: most confident mistakes and least certain galaxies of each class.
 
 The stored predictions are read once. Ties go to the smaller sample number, so that the selection depends on the predictions
 alone.

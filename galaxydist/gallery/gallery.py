@@ -1,4 +1,4 @@
-"""Gallery of a run: most confident mistakes and least certain galaxies, with saliency maps of the model."""
+"""Gallery of a run: most confident mistakes and least certain galaxies, with saliency maps."""
 
 import base64
 import functools

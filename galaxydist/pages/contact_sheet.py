@@ -1,4 +1,4 @@
-"""Contact sheets: a few images of each class, with or without saliency maps, in one file of bounded size."""
+"""Contact sheets: a few images of each class, with or without saliency maps, in one small file."""
 
 import io
 import textwrap

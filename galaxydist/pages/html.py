@@ -45,7 +45,6 @@ def picture_uri(picture: NDArray[np.uint8] | Image.Image, *, width: int | None =
     Args:
         picture: H x W x 3 uint8, or a Pillow image.
         width: width of the square that the image is resized to; None to keep its size.
-        quality: JPEG quality.
     """
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     if width is not None and image.size != (width, width):

@@ -1,4 +1,4 @@
-"""Metadata files of an image folder: ``dataset.json`` (the data set) and ``metadata.csv`` (each galaxy)."""
+"""Metadata of an image folder: ``dataset.json`` (the data set) and ``metadata.csv`` (each galaxy)."""
 
 import codecs
 import csv

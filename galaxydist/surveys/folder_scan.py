@@ -1,4 +1,4 @@
-"""Scan of an image folder: its layout, classes and image files in natural order; data set names and ids.
+"""Scan of an image folder: layout, classes and image files in natural order; names and ids.
 
 Names that are valid in shards, folders and file systems have letters, digits, ``_``, ``-`` and ``+`` only.
 """
@@ -55,10 +55,7 @@ def fold_name(name: str, number: int, count: int) -> str:
 
 
 def same_survey(one: str, other: str) -> bool:
-    """Return True if two data set names belong to one survey, so that equal ids mean the same galaxy.
-
-    Variants share the survey's name; folds append a suffix to it.
-    """
+    """Return True if two data set names, of variants or folds, belong to one survey, so that equal ids mean one galaxy."""
     return _FOLD.sub("", one) == _FOLD.sub("", other)
 
 

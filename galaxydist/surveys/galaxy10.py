@@ -1,4 +1,4 @@
-"""Surveys in Galaxy10's HDF5 schema: the official Galaxy10 DECaLS file, a simulated one or the user's own."""
+"""Surveys in Galaxy10's HDF5 schema: the official file, a simulated one or the user's own."""
 
 import hashlib
 from collections.abc import Iterator, Mapping

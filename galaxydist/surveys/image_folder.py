@@ -1,4 +1,4 @@
-"""Surveys from image folders with one folder per class, with or without train, val and test above them."""
+"""Surveys from image folders: one folder per class, with or without train, val and test above them."""
 
 import hashlib
 import logging
@@ -161,12 +161,7 @@ def _is_galaxy10(info: FolderInfo | None) -> bool:
 
 
 def _with_metadata(root: Path, pictures: list[PictureFile]) -> tuple[list[PictureFile], list[FolderRow], list[str | None]]:
-    """Join the images with the folder's metadata.
-
-    Returns:
-        The images in the order of the metadata, unlisted ones last; their metadata rows; and the user's own ids, None for images
-        that `data export` wrote.
-    """
+    """Return images in metadata order, unlisted ones last, their rows, and the user's ids (None if `data export` wrote them)."""
     metadata = read_metadata(root)
     listed = dict(metadata.rows) if metadata.is_exported else _match(metadata, pictures)
     place = {file: number for number, file in enumerate(listed)}

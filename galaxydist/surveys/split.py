@@ -93,7 +93,6 @@ def close_pairs(ra: NDArray[np.float64], dec: NDArray[np.float64], arcsec: float
 
     Args:
         ra, dec: (N,) degrees; a galaxy whose position is nan has no pair.
-        arcsec: largest separation.
     """
     from scipy.spatial import cKDTree
 
@@ -205,15 +204,7 @@ def build_population(
     seed: int,
     keys: NDArray[np.uint64] | None = None,
 ) -> Population:
-    """Build a population from columns.
-
-    Args:
-        labels: (N,) class numbers.
-        ra, dec: (N,) degrees, nan where unknown; None without positions.
-        class_names: K names.
-        seed: seed of every random choice.
-        keys: (N,) uint64 hash keys; None for the row numbers.
-    """
+    """Build a population; ``ra``, ``dec`` in degrees, nan where unknown, None without positions; default keys are the rows."""
     keys = np.arange(len(labels), dtype=np.uint64) if keys is None else keys
     return Population(labels, class_names, read_sky(labels, ra, dec), keys, seed)
 

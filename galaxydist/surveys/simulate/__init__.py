@@ -1,4 +1,4 @@
-"""Simulated surveys in Galaxy10's schema: galaxies of the ten classes as the Legacy Surveys image them."""
+"""Simulated surveys in Galaxy10's schema: the ten classes as the Legacy Surveys image them."""
 
 from galaxydist.surveys.simulate.survey import simulate_survey
 

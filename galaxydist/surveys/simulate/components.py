@@ -1,4 +1,4 @@
-"""Components of galaxies: bulges, discs with arms, bars, dust, star-forming knots, edge-on discs and tails."""
+"""Components of galaxies: bulges, discs with arms, bars, dust, knots, edge-on discs and tails."""
 
 from dataclasses import dataclass
 

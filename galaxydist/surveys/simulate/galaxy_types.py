@@ -46,8 +46,8 @@ def draw_smooth(scene: Scene, dice: Draws, light: Light, label: int, place: Plac
 def draw_spiral(scene: Scene, dice: Draws, light: Light, label: int, place: Place) -> None:
     """Draw a spiral: a disc with logarithmic arms, a redder bulge and knots of young stars; arms start at the ends of a bar.
 
-    Tight and loose pitch angles follow Kennicutt (1981, AJ 86, 1847) and Seigar & James (1998, MNRAS 299, 685), from Sa to Sd. The
-    half-length of a bar is 1 ... 1.8 scale lengths (Erwin 2005, MNRAS 364, 283, has 0.4 ... 2.5 from late to early types).
+    Tight and loose pitch angles follow Kennicutt (1981, AJ 86, 1847) and Seigar & James (1998, MNRAS 299, 685), from Sa to Sd.
+    The half-length of a bar is 1 ... 1.8 scale lengths (Erwin 2005, MNRAS 364, 283, has 0.4 ... 2.5 from late to early types).
     """
     at = Ellipse(*place, dice.uniform(0.0, np.pi), inclined(dice, 0.45 if label == BARRED else 0.32))
     scale = light.radius / _HALF_LIGHT * 1.1

@@ -68,12 +68,7 @@ class Light:
         return replace(self, radius=self.radius * self.pixel_scale / pixel_scale, pixel_scale=pixel_scale)
 
     def fluxes(self, share: float = 1.0, redder: float = 0.0) -> Array:
-        """Return the g, r, z fluxes (nanomaggies) of a component.
-
-        Args:
-            share: its fraction of the r flux.
-            redder: how much redder it is than the galaxy in g-r, magnitudes; 0.7 times that in r-z.
-        """
+        """Return g, r, z fluxes (nanomaggies) of ``share`` of the r light, ``redder`` mag in g-r (0.7 of that in r-z)."""
         green_red, red_z = self.green_red + redder, self.red_z + 0.7 * redder
         magnitudes = [self.magnitude + green_red, self.magnitude, self.magnitude - red_z]
         return np.float32(share) * to_fluxes(magnitudes)
@@ -82,8 +77,9 @@ class Light:
 def draw_light(dice: Draws, label: int) -> Light:
     """Draw brightness, colours, size and redshift of a galaxy of this class.
 
-    Redshifts follow the Galaxy Zoo sample (median 0.08 at r = 17, larger for fainter galaxies). Colours redden with redshift by the
-    k-correction, which is larger for red galaxies (Chilingarian et al. 2010, MNRAS 405, 1409: about 1.6 z, blue 0.6 z, in g-r).
+    Redshifts follow the Galaxy Zoo sample (median 0.08 at r = 17, larger for fainter galaxies). Colours redden with redshift by
+    the k-correction, which is larger for red galaxies (Chilingarian et al. 2010, MNRAS 405, 1409: in g-r about 1.6 z for red and
+    0.6 z for blue galaxies).
     """
     population = POPULATIONS[label]
     off = dice.normal(0.0, 1.0) * population.magnitude_sigma

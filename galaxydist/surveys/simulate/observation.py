@@ -1,7 +1,4 @@
-"""Observation of a scene: seeing, sky noise, stars and background galaxies, artefacts, and the RGB stretch.
-
-Fluxes are converted to images as in the Legacy Surveys' sky viewer.
-"""
+"""Observation of a scene: seeing, noise, stars, background galaxies, artefacts, and the RGB stretch."""
 
 from functools import lru_cache
 from typing import Any
@@ -32,7 +29,7 @@ def to_fluxes(magnitudes: NDArray[Any] | list[float]) -> Array:
 
 
 def stretch(fluxes_CHW: Array) -> Array:
-    """Apply the viewer's colour stretch: asinh of the mean of the scaled bands, which keeps hues and saturates to white.
+    """Apply the Legacy Surveys viewer's stretch: asinh of the mean of the scaled bands, which keeps hues and saturates to white.
 
     With x = scale * flux + m in each band and I the mean of the positive parts of x, a channel is x * asinh(Q I) / (sqrt(Q) I),
     clipped to 0 ... 1; Q = 20, m = 0.03 and scales 6.0, 3.4, 2.2 in g, r, z. After Lupton et al. (2004, PASP 116, 133), with the
@@ -72,8 +69,8 @@ SEEING = (1.3, 1.2, 1.1)
 MOFFAT_BETA = 3.2
 DECAM_PIXEL = 0.262
 
-# Sky noise per pixel of 0.262 arcsec in g, r, z, nanomaggies. The order and rough size follow the DECaLS depths (Dey et al. 2019);
-# the values are tuned so that the images have the sky noise of the real sample's tuning half.
+# Sky noise per pixel of 0.262 arcsec in g, r, z, nanomaggies. Order and size follow the DECaLS depths (Dey et al. 2019); the
+# values are tuned to the sky noise of the real sample's tuning half.
 NOISE = (0.0016, 0.0028, 0.0060)
 # Weight of the neighbouring pixels in a pixel's noise: resampled co-adds have correlated noise.
 _CORRELATION = 0.10
@@ -166,7 +163,7 @@ def add_stars(scene: Scene, dice: Draws) -> None:
     slope = 0.17
     bright, faint = 10 ** (slope * 15.0), 10 ** (slope * 23.5)
     red_mag = np.log10(bright + (faint - bright) * dice.uniforms(num)) / slope
-    # Covey et al. (2007, AJ 134, 2398): g-r ranges from 0.2 (F stars) to 1.4 (M dwarfs), where it saturates while r-z increases.
+    # Covey et al. (2007, AJ 134, 2398): g-r runs from 0.2 (F stars) to 1.4 (M dwarfs), where it saturates and r-z increases.
     temperature = np.clip(dice.uniforms(num) * 1.3 + 0.10 * (red_mag - 20.0), 0.0, 1.6)
     green_red = np.clip(0.25 + 1.15 * temperature, 0.0, 1.45)
     red_z = 0.68 * green_red - 0.10 + np.maximum(temperature - 0.75, 0.0) * 2.0 * dice.uniforms(num)
@@ -176,7 +173,7 @@ def add_stars(scene: Scene, dice: Draws) -> None:
 
 
 def add_background(scene: Scene, dice: Draws) -> None:
-    """Add small, faint, mostly red background galaxies: counts after Metcalfe et al. (2001, MNRAS 323, 795), exponential discs."""
+    """Add small, faint, mostly red background discs with the counts of Metcalfe et al. (2001, MNRAS 323, 795)."""
     area = (scene.pixel_scale / DECAM_PIXEL) ** 2
     num = min(dice.poisson(40.0 * min(area, 2.0) * np.exp(dice.normal(0.0, 0.35))), 140)
     slope = 0.34

@@ -1,4 +1,4 @@
-"""Sky patch in three bands of surface brightness, onto which galaxies, stars and other light are added."""
+"""Sky patch in three bands of surface brightness, to which galaxies, stars and other light are added."""
 
 from dataclasses import dataclass
 
@@ -50,7 +50,7 @@ class Scene:
         self.pixel_scale = pixel_scale
 
     def window(self, x: float, y: float, radius: float) -> Window | None:
-        """Return the square of half-width ``radius`` around x, y (pixels from the centre), clipped to the scene; None if outside."""
+        """Return the square of half-width ``radius`` around x, y (pixels from the centre), clipped; None if outside."""
         column, row = CENTRE + x, CENTRE + y
         left, right = max(int(np.floor(column - radius)), 0), min(int(np.ceil(column + radius)) + 1, CANVAS)
         low, high = max(int(np.floor(row - radius)), 0), min(int(np.ceil(row + radius)) + 1, CANVAS)
