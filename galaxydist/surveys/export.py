@@ -92,11 +92,7 @@ def export_image_folders(
 
 
 def _is_exported(survey: Survey, target: Path) -> bool:
-    """Return True if ``target`` already holds this survey.
-
-    Raises:
-        UserError: ``target`` exists and was not written by `data export`.
-    """
+    """Return True if ``target`` already holds this survey; raise UserError if `data export` did not write it."""
     if not target.exists():
         return False
     info = read_info(target) if target.is_dir() else None

@@ -69,7 +69,7 @@ class Galaxy10Survey:
         return self.file.slab_length
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
-        """Yield the galaxies of rows ``start`` ... ``stop - 1``, read in slabs of whole HDF5 chunks.
+        """Yield the galaxies of rows ``start`` ... ``stop - 1``, read in slabs of ``slab_length`` rows.
 
         Raises:
             UserError: the file's images cannot be read (truncated, damaged).

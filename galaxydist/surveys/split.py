@@ -285,11 +285,11 @@ def split_counts(class_counts: NDArray[np.integer], seed: int) -> NDArray[np.int
 
 
 def split_balanced(population: Population, original: Codes) -> Codes:
-    """Return (N,) codes of the balanced variant: every class has the size of the smallest.
+    """Return (N,) codes of the balanced variant: every class is cut to the size of the smallest.
 
-    A fifth is test, the rest is train, of which a tenth is val. The test set is taken from the original test set, then from the
-    original val set if a small class has too few; the train set from the original train set, then from the rest of the original
-    val set. So no galaxy that trains one variant tests the other.
+    A fifth is test, the rest is train, of which a tenth is val. The test set is taken from original test, then from original val
+    if a small class has too few; the train set from original train, then from the rest of original val. So no galaxy that trains
+    one variant tests the other.
     """
     smallest = int(np.bincount(population.labels, minlength=population.num_classes).min())
     pools = [_balanced_pools(population, original, label) for label in range(population.num_classes)]

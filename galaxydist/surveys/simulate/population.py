@@ -30,8 +30,7 @@ class Plan:
         balanced: equal number of galaxies of each class.
         labels: N class numbers, sorted as in the official file.
         ra, dec: N positions, degrees.
-        shown: N row numbers: the row whose galaxy each image shows. It differs from the row itself only for the galaxy that is
-            listed twice, with two labels.
+        shown: N rows whose galaxies the images show: the row itself, except for the second row of the galaxy with two labels.
         pairs: P x 2 rows that lie in each other's images.
     """
 

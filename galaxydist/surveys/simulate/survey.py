@@ -85,7 +85,7 @@ def take_picture(plan: Plan, row: int) -> Picture:
 # Written into the file; increase it whenever the same seed gives different galaxies.
 SIMULATOR_VERSION = 1
 _SLAB = 32
-# Fewer galaxies than this are drawn faster in one process, because starting processes takes time.
+# Fewer galaxies than this are drawn before other processes would have started.
 _WORTH_PROCESSES = 200
 
 Slab = tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]
@@ -94,8 +94,8 @@ Slab = tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]
 def simulate_survey(path: Path, num_galaxies: int, seed: int, workers: int | None = None, balanced: bool = False) -> None:
     """Write a simulated survey in Galaxy10's schema; the file appears only once it is complete.
 
-    The same (num_galaxies, seed, balanced) gives the same bytes with any number of workers, because every random number is a hash
-    of the seed and the row.
+    The same (num_galaxies, seed, balanced) gives the same bytes with any number of workers: random numbers are hashes of seed
+    and row.
 
     Args:
         path: the HDF5 file to write or replace.
