@@ -116,7 +116,7 @@ _NAMED = 5
 def hash_files(root: Path, files: Sequence[str], name: str) -> list[str]:
     """Return the SHA-256 (hex) of each file, computed on all cores; ``name`` labels the progress bar.
 
-    A file that is missing or not permitted gets a text that begins with ``UNREADABLE``; reading the images reports all such files.
+    A missing or forbidden file gets a text that begins with ``UNREADABLE``; reading the images reports all such files.
 
     Raises:
         UserError: a disk or a file server failed.
