@@ -20,7 +20,6 @@ from galaxydist.cluster.slurm import (
     read_states,
 )
 from galaxydist.errors import UserError
-from galaxydist.recipe.yaml12 import to_text
 from galaxydist.runs.folder import BEST, FOLDER_NAME, RunFolder
 from galaxydist.runs.lock import LockOwner, read_owner
 from galaxydist.runs.metrics_log import read_step_records, read_tail_records
@@ -268,6 +267,8 @@ def read_settings(run: Path, jobs: Sequence[JobRecord]) -> dict[str, str]:
         recipe = RunFolder(run).read_recipe().recipe if RunFolder(run).is_started else {}
     except (UserError, PermissionError):
         recipe = {}
+    from galaxydist.recipe.yaml12 import to_text
+
     found = {key: to_text(recipe[key]) for key in _NAMING_KEYS if recipe.get(key) is not None}
     for argument in jobs[-1].arguments if jobs else ():
         key, _, value = argument.partition("=")
