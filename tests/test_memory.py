@@ -43,8 +43,8 @@ class Drawn:
             yield Galaxy(f"d-{row:06d}", pixels, row % 2)
 
 if __name__ == "__main__":
-    write.FEW_GALAXIES, plan.PART_BYTES = 0, 8 * 1024 * 1024
-    write.write_shards(Drawn(int(sys.argv[2])), Path(sys.argv[1]), encoding="raw", shard_size=64, workers=2)
+    writer.FEW_GALAXIES, layout.PART_BYTES = 0, 8 * 1024 * 1024
+    writer.write_shards(Drawn(int(sys.argv[2])), Path(sys.argv[1]), encoding="raw", shard_size=64, workers=2)
     peaks = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(json.dumps(peaks))
 """

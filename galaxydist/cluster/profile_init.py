@@ -8,7 +8,7 @@ from galaxydist.cluster.partition_check import describe_gpus, time_text
 from galaxydist.cluster.profile import EARLY_S, MB_IN_GB, MIN_SIGNAL_S, START_UP_S, is_mig
 from galaxydist.cluster.site import TAKES_NO_JOBS, UNTYPED, NodeGroup, Partition, Site, find_preemption
 from galaxydist.errors import UserError
-from galaxydist.recipe.yaml12 import BOOL, NULL
+from galaxydist.recipe.scalars import BOOL, NULL
 
 DAY_S = 86_400
 # Some of a node's memory may be kept for the system; how much, SLURM does not say here.

@@ -267,7 +267,7 @@ def read_settings(run: Path, jobs: Sequence[JobRecord]) -> dict[str, str]:
         recipe = RunFolder(run).read_recipe().recipe if RunFolder(run).is_started else {}
     except (UserError, PermissionError):
         recipe = {}
-    from galaxydist.recipe.yaml12 import to_text
+    from galaxydist.recipe.scalars import to_text
 
     found = {key: to_text(recipe[key]) for key in _NAMING_KEYS if recipe.get(key) is not None}
     for argument in jobs[-1].arguments if jobs else ():

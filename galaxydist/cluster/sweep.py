@@ -11,7 +11,8 @@ from galaxydist.errors import UserError
 from galaxydist.paths import shipped_dir
 from galaxydist.recipe.identity import flatten, run_name
 from galaxydist.recipe.resolve import COMMAND_LINE, Override, RecipeError, ResolvedRecipe, list_files, load_recipe
-from galaxydist.recipe.yaml12 import Document, read_document, to_text
+from galaxydist.recipe.scalars import to_text
+from galaxydist.recipe.yaml12 import Document, read_document
 
 # A sweep's YAML file: which keys take which values, and what the runs share.
 #

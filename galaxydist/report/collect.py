@@ -14,7 +14,7 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.galaxy import VARIANTS, Variant
 from galaxydist.recipe.resolve import COMMAND_LINE, SCHEMA_DEFAULT
-from galaxydist.recipe.yaml12 import to_text
+from galaxydist.recipe.scalars import to_text
 from galaxydist.report.claims import ClaimAnswer, answer_claims, case_of, choose_rows, published_case
 from galaxydist.report.finished_runs import REFERENCE, FinishedRun, ReportNote, TestResult, read_trials
 from galaxydist.report.matrix import Row, Table, build_tables

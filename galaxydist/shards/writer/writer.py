@@ -9,17 +9,13 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from galaxydist.atomic_files import NO_SPACE, rename, whole_file
-from galaxydist.cpus import available_cores
+from galaxydist.cpus import available_cores, start_workers
 from galaxydist.errors import UserError
 from galaxydist.galaxy import Survey
 from galaxydist.shards.catalogue import unite, write_catalogue
@@ -350,23 +346,10 @@ def _open_work_dir(work_dir: Path, survey: Survey, settings: Settings, encoding:
 
 
 def _executor(workers: int, num_galaxies: int) -> Executor:
-    """Processes, since HDF5 and decompression hold a lock on threads; threads where starting processes is not worth it.
-    They are spawned: a fork would copy whatever threads and devices the caller has."""
+    """Processes, since HDF5 and decompression hold a lock on threads; threads where starting processes is not worth it."""
     if workers == 1 or num_galaxies < FEW_GALAXIES:
         return ThreadPoolExecutor(workers)
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_leave_with_parent)
-
-
-def _leave_with_parent() -> None:
-    """A worker whose parent is killed would wait for tasks for ever, or write the same files as the call that goes on."""
-    parent = parent_process()
-    assert parent is not None
-
-    def leave() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=leave, daemon=True).start()
+    return start_workers(workers)
 
 
 def _run(executor: Executor, work: Callable[[Task], int], tasks: Sequence[Task], what: str, total: int) -> None:

@@ -1,9 +1,8 @@
 """Write a simulated survey: an HDF5 file in Galaxy10's schema, drawn on all cores."""
 
-import multiprocessing
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.cpus import available_cores
+from galaxydist.cpus import available_cores, start_workers
 from galaxydist.errors import UserError
 from galaxydist.surveys.hdf5_schema import create_file
 from galaxydist.surveys.simulate import galaxy_types, observation
@@ -172,8 +171,7 @@ def _slabs(plan: Plan, workers: int | None) -> Iterator[Slab]:
         for start, stop in edges:
             yield draw_slab(plan, start, stop)
         return
-    # Spawned, not forked: the caller may have threads, which do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with start_workers(workers) as pool:
         waiting: deque[Future[Slab]] = deque()
         try:
             for start, stop in edges:
