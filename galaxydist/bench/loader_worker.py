@@ -30,7 +30,7 @@ Task = Literal["decode", "train"]
 
 
 @dataclass(frozen=True)
-class Job:
+class LoaderJob:
     """One process's work.
 
     Args:
@@ -117,7 +117,7 @@ Loader = Iterable[LoaderBatch]
 Answer = dict[str, Any]
 
 
-def run(prepare: Callable[[Job], None], build_loader: Callable[[Job], Loader]) -> None:
+def run(prepare: Callable[[LoaderJob], None], build_loader: Callable[[LoaderJob], Loader]) -> None:
     """Do the job of the command line with a peer's functions, and answer."""
     job = open_job()
     if job.action == "prepare":
@@ -130,9 +130,9 @@ def run(prepare: Callable[[Job], None], build_loader: Callable[[Job], Loader]) -
         answer(found)
 
 
-def open_job() -> Job:
+def open_job() -> LoaderJob:
     """The job of the command line, on its cores."""
-    job = Job.from_json(sys.argv[1])
+    job = LoaderJob.from_json(sys.argv[1])
     os.sched_setaffinity(0, job.cores)
     return job
 
@@ -142,7 +142,7 @@ def answer(found: Answer) -> None:
     print(json.dumps(found), flush=True)
 
 
-def measure(loader: Loader, job: Job) -> Answer:
+def measure(loader: Loader, job: LoaderJob) -> Answer:
     """Images per second over batches in the middle of an epoch, while the queues are as full at the end as at the start; and the
     mean and deviation of the pixels of some batches before."""
     batches = _endless(loader)
@@ -163,7 +163,7 @@ def measure(loader: Loader, job: Job) -> Answer:
     }
 
 
-def check(loader: Loader, job: Job) -> Answer:
+def check(loader: Loader, job: LoaderJob) -> Answer:
     """Compare one epoch's pixels with what our decoder makes of the shards' bytes.
 
     Returns:

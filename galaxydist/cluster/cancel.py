@@ -43,7 +43,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Targets:
+class CancelTargets:
     """What the user asked to end.
 
     Args:
@@ -55,7 +55,7 @@ class Targets:
     notes: tuple[str, ...]
 
 
-def find_targets(texts: Sequence[str], find_folder: Callable[[str], Path]) -> Targets:
+def find_targets(texts: Sequence[str], find_folder: Callable[[str], Path]) -> CancelTargets:
     """The jobs that the user means.
 
     Args:
@@ -81,7 +81,7 @@ def find_targets(texts: Sequence[str], find_folder: Callable[[str], Path]) -> Ta
     active = [target for target in jobs if _is_active(target, states[target.job_id].is_active if not target.is_local else None)]
     by_id = {target.job_id: target for target in (*given, *active)}
     with_job = {target.run for target in active}
-    return Targets(tuple(by_id.values()), tuple(_note(run, states) for run in runs if run not in with_job))
+    return CancelTargets(tuple(by_id.values()), tuple(_note(run, states) for run in runs if run not in with_job))
 
 
 def cancel(targets: Sequence[Target]) -> list[str]:

@@ -156,7 +156,7 @@ _SAME_MOMENT = timedelta(seconds=2)
 
 
 @dataclass(frozen=True)
-class Start:
+class StartedRun:
     """The start of the run that this batch script is about.
 
     Args:
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     Returns:
         The exit code of the batch script: 0 for a run that is finished, else srun's, or 75 where that is 0.
     """
-    start = Start.read(Path(arguments[0]), environ)
+    start = StartedRun.read(Path(arguments[0]), environ)
     if arguments[1] == TOLD_TO_END:
         _after_sigterm(start)
         return 0
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     return exit_code if ending.is_finished else exit_code or EXIT_STOPPED
 
 
-def _after_sigterm(start: Start) -> None:
+def _after_sigterm(start: StartedRun) -> None:
     """SLURM ends the job, and the ranks may not come to save: where it would not queue the job again itself, do so now."""
     cause = _why_slurm_ends(start)
     if cause:
@@ -254,7 +254,7 @@ def _after_sigterm(start: Start) -> None:
         _decide_and_act(start, ending, may_act=True)
 
 
-def _act(start: Start, ending: Ending) -> None:
+def _act(start: StartedRun, ending: Ending) -> None:
     """Decide how the run goes on after srun has ended, and do it."""
     state = _ask_job(start.job_id)
     is_leaving = bool(state) and "RUNNING" not in state.get("JobState", "")
@@ -264,7 +264,7 @@ def _act(start: Start, ending: Ending) -> None:
         _decide_and_act(start, ending, may_act=not is_leaving)
 
 
-def _decide_and_act(start: Start, ending: Ending, *, may_act: bool) -> None:
+def _decide_and_act(start: StartedRun, ending: Ending, *, may_act: bool) -> None:
     cluster = start.requests.cluster
     decision, reason = decide(ending, start.history(), policy=cluster.requeue, max_requeues=cluster.max_requeues)
     if decision in ("requeue", "resubmit") and not may_act:
@@ -277,7 +277,7 @@ def _decide_and_act(start: Start, ending: Ending, *, may_act: bool) -> None:
         _resubmit(start, ending)
 
 
-def _read_ending(start: Start, exit_code: int, ended_by_slurm: str = "") -> Ending:
+def _read_ending(start: StartedRun, exit_code: int, ended_by_slurm: str = "") -> Ending:
     folder = start.folder
     saved = _newest_checkpoint(folder)
     words = read_own_words()
@@ -336,7 +336,7 @@ def _is_queued_again(state: Mapping[str, str], restart: int) -> bool:
     return state.get("Restarts", "0").isdecimal() and int(state.get("Restarts", "0")) > restart
 
 
-def _why_slurm_ends(start: Start) -> str:
+def _why_slurm_ends(start: StartedRun) -> str:
     """Why SLURM is ending a job for good that could go on; empty where it is not, or was told to (scancel)."""
     state = _ask_job(start.job_id)
     if not state or "RUNNING" in state.get("JobState", "") or _is_queued_again(state, start.restart):
@@ -389,7 +389,7 @@ def _requeue(job_id: str) -> str:
     return "" if answer.returncode == 0 else " ".join((answer.stderr or answer.stdout).split())
 
 
-def _resubmit(start: Start, ending: Ending) -> None:
+def _resubmit(start: StartedRun, ending: Ending) -> None:
     """Submit the run again, by the way that a user does."""
     from galaxydist.cluster.submit import submit_again
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.explore.checks import Neighbours, Pair, find_duplicates, find_neighbours
-from galaxydist.explore.datasets import Population, Positions, chance_order, choose_sample
+from galaxydist.explore.datasets import ExploredDataset, Positions, chance_order, choose_sample
 from galaxydist.explore.embedding import Features, Map, map_sample
 from galaxydist.explore.scan import ImageScan, scan_images
 
@@ -25,7 +25,7 @@ class Findings:
         map: None where the sample is too small for one.
     """
 
-    population: Population
+    population: ExploredDataset
     sample_size: int
     seed: int
     looked: ImageScan
@@ -46,7 +46,7 @@ class Findings:
         return unreadable | {kind: len(places) for kind, places in self.looked.oddities.items()}
 
 
-def find_all(population: Population, *, sample: int, seed: int, features: Features | None = None) -> Findings:
+def find_all(population: ExploredDataset, *, sample: int, seed: int, features: Features | None = None) -> Findings:
     """Look at a data set.
 
     Args:

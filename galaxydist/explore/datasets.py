@@ -40,7 +40,7 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ExploredImage:
     """A galaxy that was asked for.
 
     Args:
@@ -72,10 +72,10 @@ class Positions:
         return np.asarray(np.isfinite(self.ra) & np.isfinite(self.dec))
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Where pictures and positions come from; rows are numbers among the population's N galaxies."""
 
-    def pictures(self, rows: NDArray[np.int64]) -> Iterator[Picture]:
+    def pictures(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         """The pictures of these rows (sorted), in order; one that cannot be read is handed on with its problem."""
         ...
 
@@ -89,7 +89,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Population:
+class ExploredDataset:
     """N galaxies that stand in a split.
 
     Args:
@@ -112,7 +112,7 @@ class Population:
     labels_N: NDArray[np.int64]
     split_names: tuple[str, ...]
     split_N: NDArray[np.int8]
-    source: Source
+    source: ImageSource
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -140,7 +140,7 @@ def chance_order(rows: NDArray[np.int64], seed: int, number: int | None = None) 
     return rows[np.argsort(hashes, kind="stable")]
 
 
-def choose_sample(population: Population, number: int, seed: int) -> NDArray[np.int64]:
+def choose_sample(population: ExploredDataset, number: int, seed: int) -> NDArray[np.int64]:
     """Sorted rows of a sample: as many of each class as of every other, as far as they go.
 
     Args:
@@ -173,11 +173,11 @@ _FETCHED_FOR_ONE = 2
 _Fetch = Callable[[int, int], bytes]
 
 
-def shard_population(manifest: Manifest) -> Population:
+def shard_population(manifest: Manifest) -> ExploredDataset:
     """The galaxies of a folder of shards, split by split in the order of storage."""
     names = tuple(name for name, split in manifest.splits.items() if split.num_samples)
     labels = [np.asarray(manifest.labels(name), np.int64) for name in names]
-    return Population(
+    return ExploredDataset(
         dataset=manifest.dataset,
         variant=manifest.variant,
         kind=f"shards ({manifest.encoding}, {manifest.image_size} pixels)",
@@ -187,7 +187,7 @@ def shard_population(manifest: Manifest) -> Population:
         labels_N=np.concatenate([*labels, np.empty(0, np.int64)]),
         split_names=names,
         split_N=np.repeat(np.arange(len(names)), [len(part) for part in labels]).astype(np.int8),
-        source=ShardSource(manifest, names),
+        source=ShardImages(manifest, names),
     )
 
 
@@ -201,7 +201,7 @@ class _Shard:
     stop: int
 
 
-class ShardSource:
+class ShardImages:
     """Shards as a :class:`~galaxydist.explore.datasets.Source`."""
 
     def __init__(self, manifest: Manifest, splits: tuple[str, ...]) -> None:
@@ -216,20 +216,20 @@ class ShardSource:
             for (split, number), start, end in zip(places, [0, *ends[:-1]], ends, strict=True)
         ]
 
-    def pictures(self, rows: NDArray[np.int64]) -> Iterator[Picture]:
-        """See ``Source``."""
+    def pictures(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
+        """See ``ImageSource``."""
         for shard, wanted in self._by_shard(rows):
             try:
                 records = self._open(shard)
             except UserError as error:
                 for row in wanted:
-                    yield Picture(row, f"{shard.split} {row - shard.start}", None, Position(), str(error))
+                    yield ExploredImage(row, f"{shard.split} {row - shard.start}", None, Position(), str(error))
                 continue
             for row in wanted:
                 yield self._picture(records, shard, row)
 
     def positions(self) -> Positions | None:
-        """See ``Source``."""
+        """See ``ImageSource``."""
         num = int(self._ends[-1]) if len(self._ends) else 0
         if self._manifest.remote is not None or num > RECORDS_LIMIT:
             return None
@@ -245,7 +245,7 @@ class ShardSource:
         return Positions(np.arange(num), *found.T)
 
     def candidates(self, number: int, seed: int) -> NDArray[np.bool_] | None:
-        """See ``Source``: shards hold galaxies in random order, so a few whole shards are a random choice."""
+        """See ``ImageSource``: shards hold galaxies in random order, so a few whole shards are a random choice."""
         if self._manifest.remote is None:
             return None
         allowed_N, left = np.zeros(int(self._ends[-1]), np.bool_), _FETCHED_FOR_ONE * number
@@ -280,7 +280,7 @@ class ShardSource:
             raise UserError(f"shard {location} cannot be read ({error}); {self._manifest.remedy}") from None
         return _Records(index, lambda offset, size: os.pread(file.descriptor, size, offset))
 
-    def _picture(self, records: "_Records", shard: _Shard, row: int) -> Picture:
+    def _picture(self, records: "_Records", shard: _Shard, row: int) -> ExploredImage:
         number = row - shard.start
         key, position = records.key(number) or f"number {number}", records.position(number)
         try:
@@ -288,8 +288,8 @@ class ShardSource:
         except (ValueError, OSError, KeyError) as error:
             reason = str(error).removeprefix("galaxy picture: ")
             location = self._manifest.shard_location(shard.split, shard.number)
-            return Picture(row, key, None, position, f"shard {location}, galaxy {key}: {reason}")
-        return Picture(row, key, image, position)
+            return ExploredImage(row, key, None, position, f"shard {location}, galaxy {key}: {reason}")
+        return ExploredImage(row, key, image, position)
 
     def _decode(self, data: bytes) -> NDArray[np.uint8]:
         """Raises:
@@ -347,7 +347,7 @@ class _Records:
 _SHORT_SLAB = 32
 
 
-def survey_population(survey: Survey, path: Path) -> Population:
+def survey_population(survey: Survey, path: Path) -> ExploredDataset:
     """The galaxies of a survey that stand in a split, in the order of its rows."""
     names = tuple(name for name, rows in survey.splits.items() if len(rows))
     codes = np.full(len(survey.labels), -1, np.int8)
@@ -355,7 +355,7 @@ def survey_population(survey: Survey, path: Path) -> Population:
         codes[survey.splits[name]] = number
     placed = np.flatnonzero(codes >= 0)
     is_folder = isinstance(survey, FolderSurvey)
-    return Population(
+    return ExploredDataset(
         dataset=survey.name,
         variant=survey.variant,
         kind="folder of pictures" if is_folder else "HDF5 file",
@@ -365,19 +365,19 @@ def survey_population(survey: Survey, path: Path) -> Population:
         labels_N=np.asarray(survey.labels[placed], np.int64),
         split_names=names,
         split_N=codes[placed],
-        source=SurveySource(survey, placed),
+        source=SurveyImages(survey, placed),
     )
 
 
 @dataclass(frozen=True)
-class SurveySource:
+class SurveyImages:
     """A survey as a :class:`~galaxydist.explore.datasets.Source`; ``placed`` are the survey's own rows."""
 
     survey: Survey
     placed: NDArray[np.int64]
 
-    def pictures(self, rows: NDArray[np.int64]) -> Iterator[Picture]:
-        """See ``Source``."""
+    def pictures(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
+        """See ``ImageSource``."""
         wanted = self.placed[rows]
         for row, (start, stop, own) in zip(*_runs(rows, wanted, self._step()), strict=True):
             numbers = dict(zip(own.tolist(), row.tolist(), strict=True))
@@ -387,10 +387,10 @@ class SurveySource:
                         yield _picture(numbers.pop(number), galaxy)
             except UserError as error:
                 for number, place in numbers.items():
-                    yield Picture(place, self._name(number), None, Position(), str(error))
+                    yield ExploredImage(place, self._name(number), None, Position(), str(error))
 
     def positions(self) -> Positions | None:
-        """See ``Source``."""
+        """See ``ImageSource``."""
         if isinstance(self.survey, Galaxy10Survey):
             columns = self.survey.file.columns
             found = [np.asarray(columns[name][self.placed], np.float64) for name in ("ra", "dec", "redshift")]
@@ -403,7 +403,7 @@ class SurveySource:
         return Positions(np.arange(len(self.placed)), *found)
 
     def candidates(self, number: int, seed: int) -> None:
-        """See ``Source``."""
+        """See ``ImageSource``."""
         del number, seed
 
     def _step(self) -> int:
@@ -429,15 +429,15 @@ def _runs(rows: NDArray[np.int64], wanted: NDArray[np.int64], step: int) -> tupl
     return np.split(rows, cuts), [(int(part[0]), int(part[-1]) + 1, part) for part in parts]
 
 
-def _picture(row: int, galaxy: Galaxy) -> Picture:
+def _picture(row: int, galaxy: Galaxy) -> ExploredImage:
     position = Position(*(_number(value) for value in (galaxy.ra, galaxy.dec, galaxy.extras.get("redshift"))))
     image = galaxy.image
     if not isinstance(image, EncodedImage):
-        return Picture(row, galaxy.id, image, position)
+        return ExploredImage(row, galaxy.id, image, position)
     try:
-        return Picture(row, galaxy.id, decode_file(image.data, galaxy.id), position)
+        return ExploredImage(row, galaxy.id, decode_file(image.data, galaxy.id), position)
     except UserError as error:
-        return Picture(row, galaxy.id, None, position, str(error))
+        return ExploredImage(row, galaxy.id, None, position, str(error))
 
 
 def _number(value: object) -> float:
@@ -448,7 +448,7 @@ def _number(value: object) -> float:
 # From what the user names to a population: a manifest, a URL, an HDF5 file or a folder of pictures.
 
 
-def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> Population:
+def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> ExploredDataset:
     """Open a data set to look at.
 
     Args:

@@ -217,7 +217,7 @@ class ShardTraffic:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a run would cost.
 
     Args:
@@ -247,7 +247,7 @@ class Plan:
     warnings: tuple[str, ...]
 
 
-def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | None = None, shards: int | None = None) -> Plan:
+def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | None = None, shards: int | None = None) -> RunPlan:
     """Work out what a run would cost.
 
     Args:
@@ -277,7 +277,7 @@ def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | N
             f"so few shards that a node has all {reading.num_shards} in use at the same time: smaller ones help where they come "
             "from a URL (galaxydist data shard --shard-size N)"
         )
-    return Plan(
+    return RunPlan(
         recipe=recipe.name,
         model=recipe.model.name if recipe.model.size == "small" else f"{recipe.model.name} ({recipe.model.size})",
         strategy=recipe.train.strategy,

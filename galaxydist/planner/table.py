@@ -1,12 +1,12 @@
 """A plan as a table for people."""
 
-from galaxydist.planner.estimate import KEPT_CHECKPOINTS, Plan
+from galaxydist.planner.estimate import KEPT_CHECKPOINTS, RunPlan
 from galaxydist.planner.memory import ALLOWED_BYTES, ALLOWED_SHARE
 
 WIDTH = 28
 
 
-def render_plan(plan: Plan) -> str:
+def render_plan(plan: RunPlan) -> str:
     """The plan, a line a figure, warnings last."""
     job, kept = plan.job, plan.checkpoints_bytes
     machines = f"{_count(job.num_nodes, 'node')} x {_count(job.gpus_per_node, 'GPU')}"
@@ -50,7 +50,7 @@ def show_time(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h"
 
 
-def _steps(plan: Plan) -> list[str]:
+def _steps(plan: RunPlan) -> list[str]:
     steps, job = plan.steps, plan.job
     least, most = steps.rank_batch_least, steps.rank_batch_most
     share = f"{least}" if least == most else f"{least} or {most}"
@@ -75,7 +75,7 @@ def _steps(plan: Plan) -> list[str]:
     return lines
 
 
-def _memory(plan: Plan) -> list[str]:
+def _memory(plan: RunPlan) -> list[str]:
     memory = plan.memory
     frozen = f", {plan.num_frozen:,} frozen" if plan.num_frozen else ""
     rows = [
@@ -99,7 +99,7 @@ def _memory(plan: Plan) -> list[str]:
     ]
 
 
-def _reading(plan: Plan) -> list[str]:
+def _reading(plan: RunPlan) -> list[str]:
     reading = plan.reading
     least, most = reading.shards_per_node_least, reading.shards_per_node_most
     span = f"{most:,}" if least == most else f"{least:,} to {most:,}"

@@ -164,7 +164,7 @@ _ONE_START = ("resume.",)
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunCost:
     """How fast a run was, and what it took.
 
     Args:
@@ -213,7 +213,7 @@ class RunFacts:
     num_keys: int
     forced: tuple[str, ...]
     lines: Sequence[Mapping[str, Any]]
-    cost: Cost | None
+    cost: RunCost | None
     evaluation: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -270,7 +270,7 @@ def _short(file: str) -> str:
     return inside.removesuffix(".yaml") if found else file
 
 
-def cost_of(timing: Sequence[Mapping[str, Any]], batch_size: int) -> Cost | None:
+def cost_of(timing: Sequence[Mapping[str, Any]], batch_size: int) -> RunCost | None:
     """Speed and cost from the lines of timing.jsonl; None where there are none.
 
     Args:
@@ -287,7 +287,7 @@ def cost_of(timing: Sequence[Mapping[str, Any]], batch_size: int) -> Cost | None
     is_gpu = any("gpu/memory_gb" in line for line in known)
     devices = median(line["time/img_s"] / line.get("time/img_s_device", line["time/img_s"]) for line in known)
     memory = [line[key] for line in known for key in ("gpu/memory_gb", "memory/rss_gb") if _is_number(line.get(key))]
-    return Cost(
+    return RunCost(
         img_s=median(line["time/img_s"] for line in known),
         devices=max(1, round(devices)),
         kind="GPU" if is_gpu else "CPU",
