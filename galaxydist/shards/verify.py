@@ -421,5 +421,5 @@ def _groups(rows: NDArray[np.void]) -> tuple[list[NDArray[np.void]], list[NDArra
 
 
 def _some(groups: list[list[str]]) -> str:
-    more = f" and {len(groups) - NAMED} more" if len(groups) > MOST_NAMED else ""
+    more = f" and {len(groups) - MOST_NAMED} more" if len(groups) > MOST_NAMED else ""
     return ", ".join(" = ".join(group[:MOST_NAMED]) for group in groups[:MOST_NAMED]) + more
