@@ -294,7 +294,7 @@ def _parse_nodes(text: str) -> dict[str, tuple[NodeGroup, ...]]:
 
 
 def parse_gpus(gres: str) -> dict[str, int]:
-    """Return GPU type -> number from a node's gres: ``{"a100": 4}`` for ``gpu:a100:4(S:0-1),nvme:1``, ``{"": 2}`` for ``gpu:2``."""
+    """Parse a node's gres into GPU type -> number: ``gpu:a100:4(S:0-1),nvme:1`` is ``{"a100": 4}``, ``gpu:2`` is ``{"": 2}``."""
     gpus: dict[str, int] = {}
     for item in re.sub(r"\([^)]*\)", "", gres).split(","):
         name, *rest = (part.strip() for part in item.split(":") if part.strip() != "no_consume")
