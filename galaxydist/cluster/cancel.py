@@ -56,7 +56,7 @@ class Targets:
 
 
 def find_targets(texts: Sequence[str], find_folder: Callable[[str], Path]) -> Targets:
-    """Find the jobs of run folders and job ids.
+    """Find the jobs to cancel, given run folders and job ids.
 
     Args:
         texts: run folders, folders that contain run folders, or SLURM job ids (if no folder has that name).

@@ -41,7 +41,7 @@ SET_FOR_EACH_PROCESS = {
 }  # fmt: skip
 INTERFACES = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
 
-# Options of sbatch that have their own key in the profile; below: options that galaxydist sets.
+# Option of sbatch -> profile key that sets it.
 KEYS_OF_OPTIONS = {
     "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint", "exclude": "exclude",
     "nodelist": "nodelist", "reservation": "reservation", "comment": "comment", "nodes": "nodes", "ntasks": "tasks_per_node",
@@ -49,6 +49,7 @@ KEYS_OF_OPTIONS = {
     "gpus-per-task": "gpus_per_node", "cpus-per-task": "cpus_per_task", "mem": "memory", "time": "time", "signal": "signal_s",
     "requeue": "requeue", "no-requeue": "requeue", "export": "environment", "dependency": "after",
 }  # fmt: skip
+# Options of sbatch, and below of srun, that galaxydist sets itself.
 OWN_OPTIONS = {
     "array",
     "output",

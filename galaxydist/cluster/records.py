@@ -36,7 +36,7 @@ class JobRecord:
     """A submission of a run.
 
     Args:
-        job_id: ``123``, or ``123_4`` for a task of an array; for ``local`` the process number of submitit's controller.
+        job_id: ``123``, or ``123_4`` for a task of an array; for ``local`` the process id of submitit's controller or its shell.
         scheduler: the scheduler that runs it.
         cluster: name of the cluster profile.
         time: of the submission, seconds since 1970.

@@ -157,7 +157,7 @@ class RunStatus:
         progress: of the training.
         restarts: number of restarts, by SLURM or by us.
         time_left_s: seconds until the job's time limit; None if the job does not run or has no limit.
-        last_error: the last error; None if the run is finished or runs, or has no error.
+        last_error: the last error; None if the run runs or is finished, or if no error is known.
         label: settings that differ from the other runs in the same folder, such as ``vit balanced seed=1``; may be empty.
     """
 
@@ -357,7 +357,7 @@ def _judge(
     told: JobState | None,
     holder: LockOwner | None,
 ) -> JobState:
-    """Return the state of a run: SLURM's if the job is active or known, else derived from the run folder."""
+    """Return SLURM's state of an active job; else the state from the run folder and its lock, or SLURM's of an ended job."""
     if told is not None and told.is_active:
         return told
     if folder.is_finished:

@@ -1,5 +1,7 @@
 """Sweep files and their expansion into runs, each with a checked recipe and a run folder.
 
+An example of a sweep file with all keys:
+
     cluster: a100                          # profile (cluster=NAME on the command line has precedence)
     root: runs/galaxy10                    # folder of the run folders (default: runs/<name of this file>)
     parallel: 8                            # most runs at the same time (default: the profile's)
@@ -266,7 +268,7 @@ class SweepRun:
 
 
 def expand(sweep: SweepFile, overridden: Sequence[str] = ()) -> list[GridPoint]:
-    """Return all points of a sweep in the file's order: each entry of the list combined with each grid point.
+    """Return all points of a sweep in the file's order: each entry of the list (if any) combined with each grid point.
 
     Args:
         sweep: the file.

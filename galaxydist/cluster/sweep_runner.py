@@ -62,7 +62,7 @@ class Decision:
 
 
 def decide(facts: TrialFacts, *, retry_failed: bool = False) -> Decision:
-    """Decide whether a run must be submitted: it must be neither finished nor queued nor running.
+    """Decide whether to submit a run: only if it is neither finished nor queued nor running.
 
     Args:
         facts: of the run.
@@ -136,7 +136,7 @@ def is_local_job_running(job: JobRecord) -> bool:
 
 
 def _missing(trial: SweepRun, folder: RunFolder) -> tuple[str, ...]:
-    """Return the variants of ``eval.variants`` without an evaluation of the run's chosen checkpoint."""
+    """Return the variants of ``eval.variants`` that lack an evaluation of the checkpoint in the run's own test evaluation."""
     recipe = trial.resolved.recipe
     steps: dict[str, int] = {}
     own = read_evaluation(folder.evaluation_dir, "test", recipe.eval.tta)
