@@ -32,7 +32,7 @@ class Target:
 
     @property
     def text(self) -> str:
-        """The job in words, for messages."""
+        """The job in words."""
         local = "local " if self.is_local else ""
         return f"{local}job {self.job_id}" + (f" ({self.run})" if self.run is not None else "")
 
@@ -56,10 +56,10 @@ class Targets:
 
 
 def find_targets(texts: Sequence[str], find_folder: Callable[[str], Path]) -> Targets:
-    """Find the jobs to cancel, given run folders and job ids.
+    """Find the jobs to cancel.
 
     Args:
-        texts: run folders, folders that contain run folders, or SLURM job ids (if no folder has that name).
+        texts: run folders, folders of runs, or SLURM job ids (if no folder has that name).
         find_folder: returns the folder for a text.
 
     Raises:
@@ -113,7 +113,7 @@ def _is_active(target: Target, in_slurm: bool | None) -> bool:
 
 
 def _note(run: Path, states: Mapping[str, JobState]) -> str:
-    """Return a message that explains why a run has no job to cancel."""
+    """Explain why a run has no job to cancel."""
     folder = RunFolder(run)
     holder = lock_holder(folder.lock_path, states)
     if holder is not None:

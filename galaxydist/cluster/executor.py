@@ -1,7 +1,6 @@
 """submitit executors of a cluster profile.
 
-They add what submitit lacks: a dead rank ends the others, the batch script decides about requeueing, and ranks handle signals
-as ``task.py`` does.
+Unlike submitit's own, they end a job with a dead rank, requeue from the batch script, and start ranks with ``task.py``.
 """
 
 import contextlib
@@ -21,14 +20,14 @@ from galaxydist.cluster.srun_messages import START_MARK, TOLD_TO_END
 from galaxydist.cluster.worker import redirect_output
 from galaxydist.errors import UserError
 
-# Time limit of local runs: submitit's local executor needs one, so it is set to a year.
+# Time limit of local runs, since submitit's local executor needs one.
 YEAR_MIN = 525_600
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
     """submitit's SLURM executor, with ``task.py`` as the command of each task.
 
-    submitit submits an array through a new executor of this class, to which only the parameters and this command are passed.
+    For an array, submitit makes a new executor of this class and passes on only the parameters and this command.
     """
 
     @property
@@ -37,7 +36,7 @@ class SlurmExecutor(submitit.SlurmExecutor):
         return _task_command(self.python, self.folder) + (" &" if self.parameters.get("teardown") else "")
 
     def script(self, num_tasks: int) -> str:
-        """Return the batch script of a job with this number of tasks (an array if more than one)."""
+        """Return the batch script of a job, or of an array of several tasks."""
         array = {"map_count": num_tasks} if num_tasks > 1 else {}
         self.parameters.update(array)
         try:
@@ -55,9 +54,9 @@ class LocalExecutor(submitit.LocalExecutor):
         return _task_command(self.python, self.folder)
 
     def _submit_command(self, command: str) -> LocalJob[Any]:
-        # SIGINT is blocked here (``deferred_signals``) and stays blocked in submitit's controller, which would pass it to the
-        # tasks a second time and kill them soon after. The tasks unblock it: they receive it from the terminal themselves.
-        # The controller outlives this command, so it must not keep this command's output pipe open.
+        # SIGINT is blocked here (``deferred_signals``) and in submitit's controller, which would pass it to the tasks a second
+        # time and soon kill them. The tasks unblock it, since they receive it from the terminal themselves.
+        # The controller outlives this command and must not keep its output pipe open.
         with redirect_output(Path(self.folder) / "controller.log"):
             return super()._submit_command(command)
 
@@ -79,7 +78,7 @@ def build_executor(
 
     Args:
         cluster: the profile.
-        folder: for submitit's files; must be visible to all nodes.
+        folder: for submitit's files; all nodes must see it.
         name: of the job.
         code: the snapshot, put first on PYTHONPATH.
         after_srun: command that the batch script runs with srun's exit code, or with ``told-to-end`` on SIGTERM.
@@ -97,8 +96,8 @@ def build_executor(
             tasks_per_node=cluster.num_tasks,
             gpus_per_node=cluster.gpus_per_node,
             timeout_min=YEAR_MIN,
-            # With setup lines, submitit's controller takes its parent's process id, the shell's, as the job id. The trap keeps
-            # newer shells from replacing themselves by their last command.
+            # submitit's job id is then the shell's process id. The trap keeps newer shells from replacing themselves by their
+            # last command.
             setup=["trap : HUP", *shell],
         )
         return local
@@ -111,7 +110,7 @@ def build_executor(
         ) from error
     slurm.update_parameters(
         job_name=name,
-        # set +e: if the profile's lines set -e, the script would end before it has srun's exit code.
+        # set +e, because after a profile's set -e the script would end before it has srun's exit code.
         setup=[*shell, "set +e", *(_before_srun(after_srun) if after_srun else ())],
         teardown=_after_srun(after_srun) if after_srun else None,
         wckey=None,  # sites that enforce wckeys would refuse submitit's default

@@ -11,7 +11,7 @@ from galaxydist.cluster.srun_messages import START_MARK, find_remedy
 from galaxydist.runs.metrics_log import read_tail
 
 _ERROR_BYTES = 16_384
-# Size of the end of a log that is searched for the job that wrote it.
+# The end of a log that is searched for the job that wrote it.
 _MARK_BYTES = 1_000_000
 _MOST_RANKS = 8
 _ERROR = re.compile(rb"error|exception|fatal|killed|out of memory|segmentation fault", re.IGNORECASE)
@@ -36,22 +36,19 @@ def find_logs(files: JobFiles, rank: int = 0) -> list[Path]:
 
 
 def _newest_start(files: JobFiles, jobs: list[JobRecord]) -> float:
-    """Return a time before the newest start, in seconds since 1970.
-
-    It is the later of its job's submission and the end of the last start but one.
-    """
+    """Return a time before the newest start: its job's submission, or the end of the last start but one."""
     return max([job.time for job in jobs[-1:]] + [record.time for record in files.restarts()[-2:-1]], default=0.0)
 
 
 def submitit_logs(job: JobRecord, rank: int = 0) -> list[Path]:
-    """Return the files in submitit's folder for the output of a task; for rank 0 also those of the batch script."""
+    """Return submitit's output files of a task; for rank 0 also those of the batch script."""
     folders = {job.folder, Path(str(job.folder).replace("%j", job.job_id))}
     stems = [f"{job.job_id}_{rank}_log", *([f"{job.job_id}_log"] if rank == 0 else [])]
     return [folder / f"{stem}.{end}" for folder in sorted(folders) for stem in stems for end in ("out", "err")]
 
 
 def explain_end(files: JobFiles, job: JobRecord | None, told: JobState | None, *, group: str) -> str | None:
-    """Return the reason why the newest start of a run ended; None if unknown. Errors of earlier starts are ignored.
+    """Explain the end of a run's newest start, ignoring errors of earlier ones; None if unknown.
 
     Args:
         files: of the run.
@@ -85,9 +82,9 @@ def explain_end(files: JobFiles, job: JobRecord | None, told: JobState | None, *
 
 
 def last_error_line(files: JobFiles, job: JobRecord | None) -> str | None:
-    """Return the cause of the newest start's end from its output; None if none is found.
+    """Find the cause of the newest start's end in its output; None if there is none.
 
-    It is the nodes' defect with a remedy, or else the last line that looks like an error, searched in rank 0's log first.
+    It is a defect of the nodes with a remedy, else the last line that looks like an error, of rank 0 first.
 
     Args:
         files: of the run.
@@ -112,7 +109,7 @@ def last_error_line(files: JobFiles, job: JobRecord | None) -> str | None:
 
 
 def _newest_lines(path: Path, mark: bytes) -> list[bytes]:
-    """Return the last lines of a log, beginning with the last start if that is among them."""
+    """Return the last lines of a log, from the last start on if that is among them."""
     lines = read_lines(path, _ERROR_BYTES)
     starts = [number for number, line in enumerate(lines) if line.startswith(mark)]
     return lines[starts[-1] :] if starts else lines
@@ -126,7 +123,7 @@ def _mentions(path: Path, mark: bytes) -> bool:
 
 
 def read_lines(path: Path, num_bytes: int, end: int | None = None) -> list[bytes]:
-    """Return the last lines of a log as a terminal would show them, with only the last state of a progress bar."""
+    """Return the last lines of a log as a terminal shows them, with a progress bar's last state."""
     lines = read_tail(path, num_bytes, whole=False, end=end)
     return [_ESCAPES.sub(b"", line.rstrip(b"\r").rpartition(b"\r")[2]) for line in lines]
 
@@ -153,11 +150,11 @@ def sizes(logs: Iterable[Path]) -> dict[Path, int]:
 
 
 def follow(find: Callable[[], list[Path]], shown: Mapping[Path, int], *, poll_s: float = 0.5) -> Iterator[bytes]:
-    """Yield new output of logs without end; wait for a log that does not exist yet, and read a truncated one from its start.
+    """Yield new output of logs without end; wait for missing logs, and read truncated ones from their start.
 
     Args:
-        find: returns the logs to follow; called at every poll, since a run that restarts may write to other files.
-        shown: number of bytes of each log that are already shown.
+        find: returns the logs to follow; called at every poll, since a restarted run may write to others.
+        shown: bytes of each log that are already shown.
         poll_s: seconds between two polls.
     """
     places = dict(shown)

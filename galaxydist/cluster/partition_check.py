@@ -1,4 +1,4 @@
-"""Checks that a partition can meet a profile's requests, made before a job is submitted."""
+"""Checks that a partition can meet a profile's requests."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -10,16 +10,16 @@ from galaxydist.errors import UserError
 
 
 def check_partition(config: ClusterConfig, site: Site | None = None) -> None:
-    """Raise an error if no node of the profile's partition meets its requests.
+    """Raise an error if a profile's partition cannot meet its requests.
 
-    Nothing is checked for local runs, or if SLURM is not installed or does not answer.
+    Nothing is checked for local runs, or if SLURM's programs are missing or fail.
 
     Args:
         config: the profile.
         site: the cluster; default: read from this machine's SLURM.
 
     Raises:
-        UserError: the partition cannot run the job (with the requests and the available resources), or slurmctld is down.
+        UserError: the partition cannot run the job, or slurmctld is down.
     """
     if config.scheduler == "local":
         return
@@ -34,12 +34,12 @@ def check_partition(config: ClusterConfig, site: Site | None = None) -> None:
     if not names:
         return
     found = {name: list(_problems(config, site, site.partitions[name])) for name in names}
-    if all(found.values()):  # of several partitions SLURM chooses one that can run the job
+    if all(found.values()):  # SLURM chooses a partition that can run the job
         raise UserError("\n".join(line for name in names for line in _lines(config, site.partitions[name], found[name])))
 
 
 def chosen_partitions(config: ClusterConfig, site: Site) -> list[str]:
-    """Return the names of the partitions that the job may run in; empty if SLURM reports no partitions.
+    """Return the partitions that the job may run in; empty if SLURM reports none.
 
     Raises:
         UserError: a partition does not exist, or there is no default partition.
@@ -151,7 +151,7 @@ def _node_problems(config: ClusterConfig, site: Site, partition: Partition) -> I
 
 
 def _needs(config: ClusterConfig, partition: Partition) -> Iterator[tuple[str, Callable[[NodeGroup], bool]]]:
-    """Yield the requirements on each node: (message if no node meets it, function that tests a node group)."""
+    """Yield the requirements on a node: (message if no node meets it, test of a node group)."""
     kind = config.gpu_type
     if config.gpus_per_node:
         kinds = sorted({kind for group in partition.nodes for kind in group.gpus} - {UNTYPED})

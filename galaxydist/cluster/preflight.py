@@ -69,13 +69,13 @@ def _is_only_host() -> bool:
 
 
 def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Mapping[str, str]) -> bool:
-    """Check on this machine that a run could start: data, weights, run folder, number of processes; write nothing.
+    """Check on this machine that a run could start; write nothing.
 
     Returns:
         False if the run is already finished.
 
     Raises:
-        UserError: the run could not start; the message says how to fix it.
+        UserError: the run could not start.
     """
     recipe = resolved.recipe
     root = data_root(recipe.data.dir, {**environ, **dict(item.split("=", 1) for item in cluster.environment)})
@@ -99,5 +99,5 @@ def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Map
 
 
 def _fewer(num_nodes: int, per_node: int) -> str:
-    """Return the profile keys that request this number of nodes and processes, for a message."""
+    """Return the profile keys for these processes, for a message."""
     return f"cluster.nodes={num_nodes} with {per_node} of cluster.gpus_per_node or cluster.tasks_per_node"

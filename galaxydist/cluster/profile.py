@@ -20,7 +20,7 @@ from galaxydist.recipe.schema import Count, Section
 # From the start of the job to the first step: 8 s on a laptop (`galaxydist bench startup`), longer if the nodes read Python
 # over the network.
 START_UP_S = 30
-# Least time between the signal and the time limit: it must suffice to write a checkpoint and exit.
+# Least time from the signal to the time limit, for writing a checkpoint and exiting.
 MIN_SIGNAL_S = 10
 # "Due to the resolution of event handling by Slurm, the signal may be sent up to 60 seconds earlier than specified" (sbatch(1)).
 EARLY_S = 60
@@ -74,7 +74,7 @@ def read_time_s(time: int | str) -> int:
         time: minutes, or text in one of SLURM's unambiguous forms.
 
     Raises:
-        ValueError: the text has none of these forms, or the time is not more than 0, or more than a year.
+        ValueError: not one of these forms, not positive, or more than a year.
     """
     if isinstance(time, int) or re.fullmatch(r"[0-9]{1,9}", time):
         seconds = 60 * int(time)
@@ -182,7 +182,7 @@ def _environment(environment: tuple[str, ...], interface: str | None) -> str | N
 
 
 def _environment_variables(environment: tuple[str, ...]) -> str | None:
-    """Refuse values with a ``$``: the batch script quotes them, so no shell would expand them."""
+    """Refuse ``$`` in values, which the batch script quotes, so that no shell expands it."""
     item = next((item for item in environment if "$" in item.partition("=")[2]), None)
     return None if item is None else f"{item!r} is taken as it stands, with its $; write a line of setup instead: export {item}"
 
@@ -370,12 +370,12 @@ class ClusterConfig(Section):
 
     @property
     def tasks_on_node(self) -> int:
-        """The number of processes on each node."""
+        """Processes on each node."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
 
     @property
     def num_tasks(self) -> int:
-        """The number of processes of a job."""
+        """Processes of a job."""
         return self.nodes * self.tasks_on_node
 
     @property
@@ -392,7 +392,7 @@ class ResolvedCluster:
         config: the values.
         origins: key -> ``schema default``, ``slurm/clusters/a100.yaml:7``, ``command line`` or ``file name``.
         path: the profile's file.
-        arguments: the ``cluster=`` and ``cluster.key=`` arguments that it was read from.
+        arguments: its ``cluster=`` and ``cluster.key=`` arguments.
     """
 
     config: ClusterConfig
@@ -416,7 +416,7 @@ def load_cluster(arguments: Sequence[str], *, folders: Sequence[Path] | None = N
 
     Args:
         arguments: ``cluster=NAME`` or ``cluster=FILE.yaml``, then ``cluster.key=value`` for any key of the profile, in any order.
-        folders: searched for names, in this order; default ``./slurm/clusters``, then the profiles shipped with the package.
+        folders: searched for names, in this order; default ``./slurm/clusters``, then the package's.
 
     Raises:
         ClusterError: lists all problems with their origins.
@@ -431,7 +431,7 @@ def list_clusters(folders: Sequence[Path] | None = None) -> dict[str, Path]:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into the recipe's and the cluster's (``cluster=NAME``, ``cluster.key=value``) arguments, in order."""
+    """Split a command line into the recipe's and the cluster's arguments, in order."""
     recipe: list[str] = []
     cluster: list[str] = []
     for argument in arguments:

@@ -11,7 +11,7 @@ from galaxydist.errors import UserError
 from galaxydist.recipe.yaml12 import BOOL, NULL
 
 DAY_S = 86_400
-# Share of a node's memory to request: part of it may be reserved for the system, and sinfo does not show how much.
+# Some of a node's memory may be reserved for the system; sinfo does not show how much.
 MEMORY_SHARE = 0.95
 SIGNAL_S = 120
 COMMENT_COLUMN = 32
@@ -77,7 +77,7 @@ def _names(site: Site) -> str:
 
 
 def _table(site: Site) -> Iterator[str]:
-    """Yield all partitions as a commented table, one line for each node group."""
+    """Yield a commented table of all partitions and their node groups."""
     rows = [("partition", "nodes", "GPUs of a node", "CPUs", "memory", "longest job")]
     for partition in site.partitions.values():
         if not partition.hidden:
@@ -118,7 +118,7 @@ def _identity(site: Site, partition: Partition) -> Iterator[str]:
 
 
 def _account(site: Site, partition: Partition, accounts: tuple[str, ...]) -> tuple[bool, str | None]:
-    """Return True and an account (None: the default) if the user may use the partition, else False and None."""
+    """Return (True, account or None for the default) if the user may use the partition, else (False, None)."""
 
     def taken(account: str) -> bool:
         return (
@@ -191,7 +191,7 @@ def _gpus(site: Site, partition: Partition, group: NodeGroup, tasks: int) -> Ite
 
 
 def _worth(group: NodeGroup) -> tuple[bool, int, int]:
-    """Return the sort key of node groups: whole GPUs before MIG slices, then by number of GPUs, then of CPUs."""
+    """Return the sort key of node groups: whole GPUs before MIG slices, then by count."""
     has_whole = bool(group.num_gpus) and not is_mig(_gpu_kind(group))
     return has_whole, group.count * group.num_gpus, group.count * group.cpus
 
@@ -240,11 +240,11 @@ def _line(key: str, value: str, comment: str) -> str:
 
 
 def _yaml(text: str) -> str:
-    """Return the text as a YAML scalar that reads back as the same text."""
+    """Return the text as a YAML scalar, quoted if needed."""
     word = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", text) and not NULL.fullmatch(text) and not BOOL.fullmatch(text)
     return text if word else json.dumps(text)
 
 
 def _plain(line: str) -> str:
-    """Replace characters that would end a line, or could not be printed, by ``?``."""
+    """Replace line breaks and unprintable characters by ``?``."""
     return re.sub(r"[^\x20-\x7e\u00a0-\ud7ff]", "?", line)

@@ -37,7 +37,7 @@ class JobRecord:
 
     Args:
         job_id: ``123``, or ``123_4`` for a task of an array; for ``local`` the process id of submitit's controller or its shell.
-        scheduler: the scheduler that runs it.
+        scheduler: its scheduler.
         cluster: name of the cluster profile.
         time: of the submission, seconds since 1970.
         nodes: number of nodes.
@@ -77,7 +77,7 @@ class RestartRecord:
         decision: the decision about the run.
         reason: of the decision, for the user.
         time: seconds since 1970.
-        saved: the step of the newest checkpoint; None if there is none (or if an older galaxydist wrote the record).
+        saved: the step of the newest checkpoint; None if there is none (or in records of an older galaxydist).
         for_good: a restart without changes would end in the same way.
     """
 
@@ -144,12 +144,12 @@ class JobFiles:
         return RunFolder(self.run_dir).read_failure()
 
     def failed_at(self) -> float:
-        """Return the time at which that failure was recorded, in seconds since 1970; 0 if there is none."""
+        """Return the time of that failure in seconds since 1970; 0 if there is none."""
         path = RunFolder(self.run_dir).failure_path
         return path.stat().st_mtime if path.exists() else 0.0
 
     def rank_log(self, rank: int) -> Path:
-        """Return the path of a rank's log, which holds its output over all restarts."""
+        """Return the path of a rank's log over all restarts."""
         return self.logs_dir / f"rank-{rank}.log"
 
     def rank_logs(self) -> list[Path]:
@@ -159,7 +159,7 @@ class JobFiles:
 
 
 def rank_of(path: Path) -> int | None:
-    """Return the rank of a log; None if the file is not a rank's log."""
+    """Return the rank of a log; None for other files."""
     number = path.name.removeprefix("rank-").removesuffix(".log")
     return int(number) if number.isascii() and number.isdecimal() else None
 
@@ -186,7 +186,7 @@ def _append(path: Path, record: JobRecord | RestartRecord) -> None:
 
 
 def _is_torn(descriptor: int) -> bool:
-    """Return True if the last line has no newline, because its writer was killed or the disk was full."""
+    """Return True if the last line has no newline (killed writer or full disk)."""
     size = os.fstat(descriptor).st_size
     return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
 
@@ -225,7 +225,7 @@ def from_plain(kind: type[Record], content: Any) -> Record:
 
 
 def _checked(name: str, hint: Any, value: Any) -> Any:
-    """Convert a JSON value to the type of a record's field."""
+    """Convert a JSON value to a field's type."""
     origin = typing.get_origin(hint)
     if origin is types.UnionType:
         if value is None:

@@ -1,9 +1,9 @@
-"""Requeue decision of a batch script after ``srun`` has ended, made from the run folder and never by a rank.
+"""Requeue decision of a batch script after srun has ended, made from the run folder, not by a rank.
 
     python -P -m galaxydist.cluster.requeue REQUESTS EXIT_CODE
     python -P -m galaxydist.cluster.requeue REQUESTS told-to-end     (SLURM has sent SIGTERM to the script; srun still runs)
 
-It imports no torch, because a job that is being preempted has only seconds left.
+It imports no torch: a preempted job has only seconds left.
 """
 
 import os
@@ -42,7 +42,7 @@ class Ending:
         step: the last optimizer step in the run folder.
         saved: the step of the newest checkpoint; None if there is none.
         death: the rank or node that died first, in one line; empty if srun reported none.
-        ended_by_slurm: the reason why SLURM is ending the job, in one line; empty if it is not.
+        ended_by_slurm: why SLURM is ending the job, in one line; empty if it is not.
     """
 
     exit_code: int
@@ -56,7 +56,7 @@ class Ending:
     @property
     def error(self) -> str | None:
         """The error in one line; None after a stop with everything saved."""
-        # The death comes first: the surviving ranks only report that they lost the connection to the dead one.
+        # Surviving ranks only report that they lost the connection to the dead one.
         if self.death and self.kind not in FOR_GOOD:
             return self.death
         if self.failure is not None:
@@ -109,7 +109,7 @@ def _why(ending: Ending) -> str:
 
 
 def reason_for_good(ending: Ending, history: Sequence[RestartRecord]) -> str:
-    """Return the reason why a restart without changes would end in the same way; empty if it might not."""
+    """Explain why a restart without changes would end in the same way; empty if it might not."""
     if reason := FOR_GOOD.get(ending.kind):
         return f"{reason}: it would end the same way again"
     if ending.error is not None and history and _is_same_crash(ending, history[-1]):
@@ -118,14 +118,14 @@ def reason_for_good(ending: Ending, history: Sequence[RestartRecord]) -> str:
 
 
 def _never_again(ending: Ending, history: Sequence[RestartRecord], policy: str, max_requeues: int) -> str:
-    """Return the reason why the run is not restarted automatically; empty if it is."""
+    """Explain why the run is not restarted automatically; empty if it is."""
     if reason := reason_for_good(ending, history):
         return reason
     if policy == "never":
         return f"{_why(ending)}; cluster.requeue=never"
     idle = _count_idle(ending, history)
     if idle > max_requeues:
-        # The comparison is ">", because the first idle start is not a repetition.
+        # ">", because the first idle start is not a repetition.
         return (
             f"{_why(ending)}; {idle} starts in a row saved no new step, and cluster.max_requeues={max_requeues}. If they ended "
             "by their time limit, make cluster.time longer; the same galaxydist submit goes on"
@@ -134,7 +134,7 @@ def _never_again(ending: Ending, history: Sequence[RestartRecord], policy: str, 
 
 
 def _count_idle(ending: Ending, history: Sequence[RestartRecord]) -> int:
-    """Return the number of consecutive starts up to this one that saved no newer checkpoint."""
+    """Count the consecutive starts up to this one without a newer checkpoint."""
     # A start has two records if SLURM refused to requeue it.
     starts = {(record.job_id, record.restart): record.saved for record in history}
     best, idle = -1, 0
@@ -188,7 +188,7 @@ class Start:
 
     @property
     def job_id(self) -> str:
-        """The id for requeueing: the job's, or that of one task of an array."""
+        """The id of the job or array task."""
         return job_name(self.environ)
 
     @property
@@ -248,7 +248,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def _after_sigterm(start: Start) -> None:
-    """Requeue or resubmit at once if SLURM is ending the job and will not requeue it: the ranks may have no time to save."""
+    """Requeue or resubmit at once if SLURM ends the job without requeueing it: ranks may have no time to save."""
     cause = _why_slurm_ends(start)
     if cause:
         ending = _read_ending(start, 0, cause)
@@ -256,7 +256,7 @@ def _after_sigterm(start: Start) -> None:
 
 
 def _act(start: Start, ending: Ending) -> None:
-    """Act on the end of srun: decide whether the run continues, unless SLURM has already requeued the job."""
+    """Decide about the run after srun has ended, unless SLURM has requeued the job."""
     state = _ask_job(start.job_id)
     is_leaving = bool(state) and "RUNNING" not in state.get("JobState", "")
     if is_leaving and not ending.is_finished and _is_queued_again(state, start.restart):
@@ -296,7 +296,7 @@ def _read_ending(start: Start, exit_code: int, ended_by_slurm: str = "") -> Endi
 
 
 def job_name(environ: Mapping[str, str]) -> str:
-    """Return the id for requeueing: the job's, or that of one task of an array."""
+    """Return the id of the job or array task."""
     name = job_of(environ)
     assert name is not None, "a batch script runs in a job"
     return name
@@ -309,14 +309,14 @@ def _newest_checkpoint(folder: RunFolder) -> int | None:
 
 
 def _unlock(folder: RunFolder, job_id: str) -> None:
-    """Remove a lock left by a killed rank of this job: srun has ended, so none of its ranks still runs."""
+    """Remove a lock left by a killed rank of this job; srun has ended, so none still runs."""
     owner = read_owner(folder.lock_path)
     if owner is not None and owner.job_id == job_id:
         folder.lock_path.unlink(missing_ok=True)
 
 
 def _own_failure(folder: RunFolder, environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return the failure of this start; ignore that of another start or job."""
+    """Return this start's failure, not that of another start or job."""
     failure = folder.read_failure()
     return failure if failure is not None and failure.get("start") == start_of(environ) else None
 
@@ -333,12 +333,12 @@ def _ask_job(job_id: str) -> dict[str, str]:
 
 
 def _is_queued_again(state: Mapping[str, str], restart: int) -> bool:
-    """Return True if SLURM has requeued the job itself (preemption, node failure): its Restarts then counts the next start."""
+    """Return True if SLURM has requeued the job itself (preemption, node failure) and counts the next start."""
     return state.get("Restarts", "0").isdecimal() and int(state.get("Restarts", "0")) > restart
 
 
 def _why_slurm_ends(start: Start) -> str:
-    """Return the reason (time limit, preemption) why SLURM ends the job without requeueing it; empty if not, or after scancel."""
+    """Explain why SLURM ends the job without requeueing it; empty if it does not, or after scancel."""
     state = _ask_job(start.job_id)
     if not state or "RUNNING" in state.get("JobState", "") or _is_queued_again(state, start.restart):
         return ""
@@ -348,12 +348,12 @@ def _why_slurm_ends(start: Start) -> str:
         preempted, ended = (datetime.fromisoformat(state[key]) for key in ("PreemptTime", "EndTime"))
     except (KeyError, ValueError):
         return ""
-    # If the times differ, a user cancelled the job during the grace time before a preemption.
+    # Different times: a user cancelled the job in the grace time before a preemption.
     return "it was preempted" if abs(preempted - ended) <= _SAME_MOMENT else ""
 
 
 def _is_leaving(job_id: str) -> bool:
-    """Return True if SLURM is already ending the job, because it was cancelled or is being requeued."""
+    """Return True if SLURM is already ending the job (cancelled or being requeued)."""
     state = _ask_job(job_id)
     return bool(state) and "RUNNING" not in state.get("JobState", "")
 
@@ -371,7 +371,7 @@ def requeue_patiently(job_id: str, pauses_s: Sequence[float] = PAUSES_S, *, ends
     """
     for number, pause_s in enumerate((*pauses_s, 0.0)):
         if number and not ends_anyway and _is_leaving(job_id):
-            return ""  # an earlier request had arrived, only its answer was lost
+            return ""  # an earlier request had arrived, but not its answer
         words = _requeue(job_id)
         if not words or not is_unavailable(words):
             break

@@ -13,17 +13,17 @@ from galaxydist.cluster.records import JobRecord
 from galaxydist.cluster.slurm import UNKNOWN, JobState
 from galaxydist.runs.lock import STALE_SECONDS, LockOwner, is_alive, pid_space, read_owner
 
-# A job of submitit's local executor is a controller process, which starts the tasks, waits for them and forwards SIGTERM.
+# submitit's process of a local job: it starts the tasks, waits for them and forwards SIGTERM.
 
 _CONTROLLER = "submitit.local._local"
-# The job's time is taken before its process starts; this allows for the delay and for small clock adjustments.
+# Largest delay of a process's start after its job's time; clocks may be adjusted a little.
 _LATEST_START_S = 5.0
 
 
 def find_controller(job: JobRecord) -> psutil.Process | None:
     """Return the running process of a local job; None if it does not run on this machine.
 
-    Since the process id may have been reused, user, command line and start time are compared too.
+    Process ids are reused, so user, command line and start time are compared too.
     """
     try:
         process = psutil.Process(int(job.job_id))
@@ -43,7 +43,7 @@ def find_controller(job: JobRecord) -> psutil.Process | None:
 def stop(job: JobRecord) -> bool:
     """Send SIGTERM to a local job, so that it saves and exits; return False if it does not run on this machine.
 
-    With setup lines, the job's process is a shell, which would end without forwarding the signal; its child is signalled instead.
+    With setup lines the process is a shell, which would not forward the signal, so its child gets it.
     """
     process = find_controller(job)
     if process is None:
@@ -72,7 +72,7 @@ def newest_job(jobs: Sequence[JobRecord], known: Mapping[str, JobState]) -> tupl
 
 
 def local_state(job: JobRecord) -> JobState | None:
-    """Return the state RUNNING for a local job that runs; None for one that does not."""
+    """Return RUNNING for a local job that runs, else None."""
     is_running = find_controller(job) is not None
     return JobState("RUNNING", "", None, socket.gethostname()) if is_running else None
 
@@ -80,7 +80,7 @@ def local_state(job: JobRecord) -> JobState | None:
 def lock_holder(lock_path: Path, known: Mapping[str, JobState]) -> LockOwner | None:
     """Return the live process that holds a run folder.
 
-    A rank whose job is over according to SLURM does not count, however recent its last heartbeat is.
+    A rank whose job is over according to SLURM does not count, however recent its heartbeat.
 
     Args:
         lock_path: the folder's lock.
@@ -96,7 +96,7 @@ def lock_holder(lock_path: Path, known: Mapping[str, JobState]) -> LockOwner | N
 
 
 def is_held(owner: LockOwner, lock_path: Path) -> bool:
-    """Return True if the owner of a lock is alive: by its process on this machine, by its heartbeat elsewhere."""
+    """Return True if a lock's owner is alive: by its process on this machine, else by its heartbeat."""
     if owner.host == socket.gethostname() and owner.pid_space == pid_space():
         return is_alive(owner)
     try:

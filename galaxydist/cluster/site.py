@@ -1,4 +1,4 @@
-"""Cluster description from SLURM: partitions with limits and nodes, the user's accounts and qos, preemption."""
+"""Cluster description from SLURM: partitions, nodes, the user's accounts and qos, preemption."""
 
 import grp
 import os
@@ -113,7 +113,7 @@ class Site:
     """A cluster as one user sees it.
 
     Attributes:
-        settings: the settings of slurm.conf, as ``scontrol show config`` prints them.
+        settings: of slurm.conf, as ``scontrol show config`` prints them.
         partitions: by name, in SLURM's order.
         default_account: the user's default account; None without accounting.
         associations: the user's associations; empty without accounting.
@@ -150,7 +150,7 @@ class Site:
         return self.user in ("root", self.settings.get("SlurmUser", "root").partition("(")[0])
 
     def closed_to_user(self, partition: Partition) -> str:
-        """Return the reason why a partition refuses the user (RootOnly, AllowGroups); empty if it does not, or if unknown."""
+        """Explain why a partition refuses the user (RootOnly, AllowGroups); empty if it does not, or if unknown."""
         if not self.user or self.may_use_all:
             return ""
         if partition.root_only:
@@ -166,7 +166,7 @@ class Site:
         return tuple(dict.fromkeys(found))
 
     def association(self, account: str | None, partition: str) -> Association | None:
-        """Return the association that a job with this account in this partition would be charged to."""
+        """Return the association that a job of this account and partition is charged to."""
         wanted = account or self.default_account
         found = [item for item in self.associations if item.account == wanted and item.partition in (None, partition)]
         return max(found, key=lambda item: item.partition is not None, default=None)
@@ -182,7 +182,7 @@ class Site:
         return self.qos.get(qos or (association.usual_qos if association is not None else None) or "")
 
 
-# ``read_site`` runs SLURM's commands; ``parse_site`` parses their output, so that recorded output can be parsed too.
+# ``parse_site`` is separate from ``read_site``, so that recorded output can be parsed too.
 
 # Name -> command. Each prints machine-readable text, in the same form since SLURM 20.
 COMMANDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -200,7 +200,7 @@ COMMANDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
     }
 )
-OPTIONAL = ("associations", "qos")  # missing if a site has no accounting or does not show it to users
+OPTIONAL = ("associations", "qos")  # a site may have no accounting, or not show it
 
 
 class SiteUnknownError(UserError):
@@ -232,7 +232,7 @@ def _user_name() -> str:
 
 
 def _groups(user: str) -> tuple[str, ...] | None:
-    """Return the user's groups from the system's database (this process may have dropped some); None if unknown."""
+    """Return all of the user's groups (this process may have dropped some); None if unknown."""
     try:
         return tuple(grp.getgrgid(number).gr_name for number in os.getgrouplist(user, os.getgid()))
     except (KeyError, OSError):
@@ -257,7 +257,7 @@ def _ask(command: Sequence[str]) -> str:
 
 
 def parse_site(outputs: Mapping[str, str]) -> Site:
-    """Parse the outputs of ``COMMANDS`` into a cluster description; a missing output leaves its fields unknown.
+    """Parse the outputs of ``COMMANDS``; fields of a missing output stay unknown.
 
     Args:
         outputs: name of a command -> its standard output.
@@ -389,7 +389,7 @@ def _names(text: str) -> tuple[str, ...] | None:
 
 # Preemption: see slurm.conf(5), PreemptType, PreemptMode, GraceTime, preempt_send_user_signal; sacctmgr(1) for qos.
 
-# This recipe key bounds the loss if a job gets no signal before a preemption, or gets it too late.
+# Bounds the loss if a preemption's signal is missing or too late.
 SAVE_REMEDY = "set train.save_minutes=10 in the recipe: at most so much is lost"
 
 
@@ -430,7 +430,7 @@ def find_preemption(site: Site, partition: Partition, qos: Qos | None) -> Preemp
         return None
     if kind == "qos":
         mode = _ending(qos.preempt_mode if qos is not None and qos.preempt_mode else site.settings.get("PreemptMode", ""))
-        # If the qos are unknown, assume that another one may preempt the job.
+        # If the qos are unknown, another one may preempt the job.
         is_last = qos is None or any(qos.name in other.preempts for other in site.qos.values())
         return Preemption(kind, mode, qos.grace_s if qos is not None else None, signal) if mode and is_last else None
     mode = _ending(partition.preempt_mode)
@@ -440,5 +440,5 @@ def find_preemption(site: Site, partition: Partition, qos: Qos | None) -> Preemp
 
 
 def _ending(mode: str) -> str:
-    """Return REQUEUE, CANCEL or SUSPEND from a PreemptMode that may also contain GANG; empty if there is none."""
+    """Return the REQUEUE, CANCEL or SUSPEND of a PreemptMode (not GANG); empty if there is none."""
     return next((word for word in mode.upper().split(",") if word in ("REQUEUE", "CANCEL", "SUSPEND")), "")

@@ -1,8 +1,7 @@
 """Job states from squeue and sacct, and cancellation of jobs with scancel.
 
-submitit's own watcher is not used: it polls only every 600 s unless forced, needs accounting, and reports neither the reason why
-a job waits nor its time left. Here one call covers all jobs: squeue for jobs that are queued, run or have just ended, sacct for
-the rest.
+submitit's own watcher is not used: it polls only every 600 s unless forced, needs accounting, and knows neither why a job waits
+nor its time left. Here one call covers all jobs: squeue for those that are queued, run or have just ended, sacct for the rest.
 """
 
 import os
@@ -16,10 +15,10 @@ from dataclasses import dataclass, replace
 from galaxydist.errors import UserError
 
 TIMEOUT_S = 30.0
-# Variables of the user that change the output of these programs are removed; SLURM_BITSTR_LEN=0: array ids are not shortened.
+# The user's settings of SLURM's output are removed; SLURM_BITSTR_LEN=0: array ids are not shortened.
 _OWN_SETTINGS = ("SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
 _ENVIRONMENT = {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
-# Messages of src/common/slurm_errno.c about failed or lost connections, a controller in standby and timeouts; and our own.
+# Connection failures, timeouts and a standby controller in src/common/slurm_errno.c; and our own messages.
 _AWAY = re.compile(
     r"unable to contact|connection (refused|reset|timed out)|socket timed out|zero bytes were transmitted|in standby mode|"
     r"communication|could not be asked|try again",
@@ -67,21 +66,18 @@ def run_slurm(command: Sequence[str], *, text: str = "") -> subprocess.Completed
 
 
 def is_unavailable(words: str) -> bool:
-    """Return True if a message of a SLURM program means that SLURM did not answer, rather than that it refused."""
+    """Return True if SLURM's message means that it did not answer, not that it refused."""
     return _AWAY.search(words) is not None
 
 
 def last_words(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the last line of a program's stderr, or its exit code if stderr is empty."""
+    """Return the last line of stderr, or the exit code if stderr is empty."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     return lines[-1] if lines else f"exit code {done.returncode}"
 
 
 def check_controller() -> None:
-    """Raise ``SlurmUnavailableError`` if slurmctld is down.
-
-    ``scontrol ping`` reports this at once, while the other programs retry for 18 s.
-    """
+    """Raise an error at once if slurmctld is down; other programs than scontrol retry for 18 s."""
     text = run_slurm(["scontrol", "ping"]).stdout
     answers = re.findall(r"^Slurmctld\(.*\) (?:at \S+ )?is (UP|DOWN)", text, re.MULTILINE)
     if answers and "UP" not in answers:
@@ -113,7 +109,7 @@ class JobState:
         reason: why the job waits, who cancelled it, or why its state is unknown; may be empty.
         time_left_s: seconds until the time limit; None if the job does not run or has no limit.
         nodes: the nodes of the job, such as ``n[1-2]``.
-        restarts: number of restarts by SLURM; 0 if only accounting knows the job, since it does not count them.
+        restarts: restarts by SLURM; 0 if only accounting knows the job, which does not count them.
     """
 
     state: str
@@ -129,14 +125,14 @@ class JobState:
 
 
 def read_states(job_ids: Sequence[str]) -> dict[str, JobState]:
-    """Return the states of many jobs, with one call of squeue and at most one of sacct.
+    """Ask SLURM for the states of many jobs at once.
 
     Args:
         job_ids: ``123``, or ``123_4`` for a task of an array.
 
     Returns:
-        A state for each id. It is UNKNOWN, with a reason, if SLURM does not know the job: it was submitted this second, or it has
-        ended and accounting is missing or does not answer.
+        A state for each id: UNKNOWN, with a reason, if the job was submitted this second, or has ended and accounting is missing
+        or does not answer.
 
     Raises:
         SlurmUnavailableError: slurmctld does not answer, or there is no SLURM on this machine.
@@ -163,7 +159,7 @@ def cancel_jobs(job_ids: Iterable[str]) -> dict[str, str]:
     """Cancel jobs that are queued or running.
 
     Returns:
-        SLURM's message for each job that it did not cancel, for example because the job is over.
+        SLURM's message for each job that it did not cancel, such as one that is over.
 
     Raises:
         SlurmUnavailableError: slurmctld does not answer.
@@ -193,13 +189,13 @@ def max_array_size() -> int:
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
     if match is None:
         raise SlurmUnavailableError(f"scontrol does not tell MaxArraySize: {last_words(done)}")
-    # 0 means that the cluster allows no arrays; one task is then sent as a job. Some sites limit the tasks but not the indices.
+    # 0: no arrays; an array of one is sent as a job. Some sites limit the tasks but not the indices.
     limits = [int(match[1]), *(int(found) for found in re.findall(r"max_array_tasks=(\d+)", done.stdout))]
     return max(1, min(limits))
 
 
 def parse_squeue(text: str) -> dict[str, JobState]:
-    """Parse squeue's output in the format ``_SQUEUE_FIELDS`` into states by job id."""
+    """Parse squeue's output (``_SQUEUE_FIELDS``) into states by job id."""
     states: dict[str, JobState] = {}
     for line in text.splitlines():
         fields = line.split("|", 5)
@@ -220,7 +216,7 @@ def parse_squeue(text: str) -> dict[str, JobState]:
 
 
 def parse_sacct(text: str) -> dict[str, JobState]:
-    """Parse sacct's output in the format ``_SACCT_FIELDS`` into states by job id."""
+    """Parse sacct's output (``_SACCT_FIELDS``) into states by job id."""
     states: dict[str, JobState] = {}
     for line in text.splitlines():
         fields = line.split("|", 3)
@@ -239,7 +235,7 @@ def parse_sacct(text: str) -> dict[str, JobState]:
 
 
 def expand_ids(text: str) -> list[str]:
-    """Expand the ids of an array: ``12_[1-3,7%2]`` gives 12_1, 12_2, 12_3 and 12_7; any other text is returned as it is."""
+    """Expand array ids: ``12_[1-3,7%2]`` gives 12_1, 12_2, 12_3 and 12_7; other text stays as it is."""
     match = _IDS.fullmatch(text)
     if match is None:
         return [text]
@@ -264,16 +260,13 @@ def parse_duration(text: str) -> float | None:
 
 
 def _find(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
-    """Return the state of a job or array task.
-
-    After an array was cancelled, squeue lists the tasks that had not started under the array's id only.
-    """
+    """Return the state of a job or task; unstarted tasks of a cancelled array are listed under its id."""
     return states.get(job_id) or states.get(job_id.partition("_")[0])
 
 
 def _ask_squeue(job_ids: Sequence[str]) -> str:
     check_controller()
-    # Array ids without task ids keep the command short, however large the arrays are.
+    # Array ids without task ids keep the command short.
     done = run_slurm(
         ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(job_ids)}", f"--Format={_SQUEUE_FIELDS}"]
     )
@@ -283,7 +276,7 @@ def _ask_squeue(job_ids: Sequence[str]) -> str:
 
 
 def _ask_sacct(job_ids: Sequence[str]) -> dict[str, JobState]:
-    """Return the states of jobs that squeue no longer lists, from accounting."""
+    """Return the states of jobs from accounting."""
     whole = sorted({job_id.partition("_")[0] for job_id in job_ids})
     states, reason = {}, "SLURM does not know it: it was submitted just now, or its record was removed"
     if shutil.which("sacct") is None:
@@ -303,10 +296,10 @@ def _ask_sacct(job_ids: Sequence[str]) -> dict[str, JobState]:
 
 
 def _find_ended(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
-    """Return the state of a job in accounting; None if accounting does not know it.
+    """Return a job's state in accounting; None if it is unknown there.
 
-    SLURM keeps no record of an array task that is cancelled before it starts: the task is missing from its array, or is listed as
-    PENDING for some seconds. The record under the array's own id is that of its last task, so it is not used for other tasks.
+    An array task that was cancelled before it started is missing from its array, or listed as PENDING for some seconds. The
+    record under the array's own id is its last task's, so it is not used for the others.
     """
     found, array = states.get(job_id), job_id.partition("_")[0]
     is_known = any(other.startswith(f"{array}_") for other in states)

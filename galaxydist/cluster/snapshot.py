@@ -1,6 +1,6 @@
 """Code snapshots: a job runs a copy of the package and its recipes.
 
-Later edits of the code therefore do not change a submitted job, not even after a requeue.
+Later edits do not change a submitted job, not even after a requeue.
 """
 
 import hashlib
@@ -17,20 +17,20 @@ LEFT_OUT = ("__pycache__",)
 
 
 def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
-    """Copy the imported package, and the recipes that jobs will read, into a folder named by a hash of their contents.
+    """Copy the imported package, and the recipes that jobs will read, into a folder named by their hash.
 
     Args:
         folder: the folder of all snapshots; the same code is copied once.
-        recipe_paths: recipe name -> file. These recipes are added to those shipped with the package, or replace them. The recipe
-            of the path ``reference/vit`` has the name ``reference-vit`` and is then stored under both names.
+        recipe_paths: recipe name -> file, added to the recipes shipped with the package, or replacing them. The recipe found as
+            ``reference/vit`` has the name ``reference-vit`` and is then stored under both names.
 
     Returns:
-        The absolute path of the snapshot, which must be first on PYTHONPATH; ``recipes/`` lies beside the package.
+        The snapshot's absolute path, to be first on PYTHONPATH; ``recipes/`` lies beside the package.
 
     Raises:
         UserError: the disk is full.
     """
-    # Each file is read once, so that an edit in the meantime cannot be stored under the hash of the old contents.
+    # Each file is read once, so that hash and contents agree even if it is edited meanwhile.
     files = {name: source.read_bytes() for name, source in _files(recipe_paths)}
     target = (folder / _digest(files)).absolute()
     if target.is_dir():
@@ -54,14 +54,14 @@ def _write(files: Mapping[str, bytes], folder: Path, target: Path) -> None:
         try:
             rename(temporary, target)
         except OSError:
-            if not target.is_dir():  # else another submission has made it in the meantime
+            if not target.is_dir():  # else another submission made it meanwhile
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _files(recipe_paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
-    """Yield the name in the snapshot and the source path of every file, in a fixed order."""
+    """Yield name in the snapshot and source of every file, in a fixed order."""
     for path in sorted(PACKAGE_DIR.rglob("*")):
         if path.is_file() and not set(path.parts) & set(LEFT_OUT):
             yield str(Path("galaxydist") / path.relative_to(PACKAGE_DIR)), path
@@ -71,7 +71,7 @@ def _files(recipe_paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
 
 
 def _digest(files: Mapping[str, bytes]) -> str:
-    """Return 12 hexadecimal digits of the SHA-256 of names and contents."""
+    """Return 12 hex digits of names and contents."""
     digest = hashlib.sha256()
     for name, content in files.items():
         digest.update(f"{name}\0{len(content)}\0".encode())

@@ -1,4 +1,4 @@
-"""State and progress of runs, from SLURM and the run folders; the tracker (wandb) is never asked."""
+"""State and progress of runs, from SLURM and the run folders, never from the tracker."""
 
 import dataclasses
 import re
@@ -25,7 +25,7 @@ from galaxydist.runs.folder import BEST, FOLDER_NAME, RunFolder
 from galaxydist.runs.lock import LockOwner, read_owner
 from galaxydist.runs.metrics_log import read_step_records, read_tail_records
 
-# Progress comes from the run folder alone, and only the ends of its files are read.
+# Progress is read from the ends of the run folder's files.
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def read_progress(folder: RunFolder) -> Progress:
 
 
 def _total_steps(line: Mapping[str, Any] | None, epochs: int | None) -> int | None:
-    """Return the steps of the whole run; step and epoch of a log line give the steps per epoch."""
+    """Return the steps of the whole run, from step and epoch of a log line."""
     if line is None or not epochs or not _is_number(line.get("epoch")) or line["epoch"] <= 0:
         return None
     steps_per_epoch: int = round(line["step"] / line["epoch"])
@@ -96,7 +96,7 @@ def _total_steps(line: Mapping[str, Any] | None, epochs: int | None) -> int | No
 
 
 def _best(folder: RunFolder, metric: str | None, lines: list[dict[str, Any]]) -> float | None:
-    """Return the best validation value: that of the checkpoint saved as the best, or a later one."""
+    """Return the best validation value: the best checkpoint's, or a later one."""
     if metric is None:
         return None
     try:
@@ -138,7 +138,7 @@ _OTHER_GROUPS: dict[str, Group] = {
 _DEPTH = 2
 _BARE_KEYS = ("recipe", "model.name", "data.variant")
 _NAMING_KEYS = ("model.name", "data.dataset", "data.variant", "seed")
-# Time after a submission during which SLURM may not know the job yet.
+# Time after a submission in which SLURM may not know the job yet.
 _SETTLING_S = 60.0
 
 
@@ -157,7 +157,7 @@ class RunStatus:
         progress: of the training.
         restarts: number of restarts, by SLURM or by us.
         time_left_s: seconds until the job's time limit; None if the job does not run or has no limit.
-        last_error: the last error; None if the run runs or is finished, or if no error is known.
+        last_error: the last error, if known, of a run that neither runs nor is finished.
         label: settings that differ from the other runs in the same folder, such as ``vit balanced seed=1``; may be empty.
     """
 
@@ -175,7 +175,6 @@ class RunStatus:
 
     @property
     def group(self) -> Group:
-        """The group of the state."""
         return group_of(self.state)
 
     @property
@@ -219,7 +218,6 @@ class Overview:
 
 
 def group_of(state: str) -> Group:
-    """Return the group of a state."""
     found: Group = "running" if state in TIMED_STATES else "pending" if state in WAITING_STATES else "failed"
     return _OTHER_GROUPS.get(state, found)
 
@@ -230,7 +228,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_runs(folder: Path, depth: int = _DEPTH) -> list[Path]:
-    """Find the run folders at or below a folder, by default down to two levels; links to folders are not followed."""
+    """Find run folders at or below a folder, by default two levels deep, without following links."""
     try:
         if is_run(folder):
             return [folder]
@@ -243,7 +241,7 @@ def find_runs(folder: Path, depth: int = _DEPTH) -> list[Path]:
 
 
 def read_overview(folders: Sequence[Path]) -> Overview:
-    """Read the status of all runs in these folders, with one query to SLURM."""
+    """Read the status of all runs in folders; SLURM is asked once."""
     names: dict[Path, str] = {}
     for folder in folders:
         for run in find_runs(folder):
@@ -262,7 +260,7 @@ def read_overview(folders: Sequence[Path]) -> Overview:
 
 
 def read_settings(run: Path, jobs: Sequence[JobRecord]) -> dict[str, str]:
-    """Return the settings of a run by dotted key: arguments of its newest submission, and the recipe's model, data and seed."""
+    """Return settings of a run by dotted key, from its newest submission and recipe (model, data, seed)."""
     try:
         recipe = RunFolder(run).read_recipe().recipe if RunFolder(run).is_started else {}
     except (UserError, PermissionError):
@@ -279,7 +277,7 @@ def read_settings(run: Path, jobs: Sequence[JobRecord]) -> dict[str, str]:
 
 
 def label_runs(settings: Mapping[Path, Mapping[str, str]]) -> dict[Path, str]:
-    """Return a label of each run with the settings that differ within its folder, such as ``vit balanced seed=1``."""
+    """Return a label of each run with the settings that differ within its folder."""
     labels: dict[Path, str] = {}
     for folder in {run.parent for run in settings}:
         beside = {run: own for run, own in settings.items() if run.parent == folder}
@@ -322,7 +320,7 @@ def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[
 
 
 def count_restarts(restarts: Sequence[RestartRecord], known: Mapping[str, JobState]) -> int:
-    """Count the restarts of a run: SLURM counts those of each job, and the run folder records those that we requested."""
+    """Count the restarts of a run: those by SLURM of each job, and those that we recorded."""
     counts = {job_id: state.restarts for job_id, state in known.items()}
     # A start has two records if SLURM refused to requeue it; the later one counts.
     last = {(record.job_id, record.restart): record.decision for record in restarts}
@@ -357,7 +355,7 @@ def _judge(
     told: JobState | None,
     holder: LockOwner | None,
 ) -> JobState:
-    """Return SLURM's state of an active job; else the state from the run folder and its lock, or SLURM's of an ended job."""
+    """Combine SLURM's state of the newest job with the run folder and its lock."""
     if told is not None and told.is_active:
         return told
     if folder.is_finished:

@@ -1,4 +1,4 @@
-"""The status table of runs for a terminal; columns that do not fit are left out, the least important first."""
+"""The status table of runs for a terminal, without the columns that do not fit."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -85,7 +85,7 @@ COLUMNS = (
 
 
 def render_overview(overview: Overview, width: int) -> RenderableType:
-    """Render the table, errors below it if they do not fit in, and the number of runs of each group.
+    """Render the table, errors that do not fit into it, and a summary.
 
     Args:
         overview: the runs.
@@ -113,7 +113,7 @@ def render_overview(overview: Overview, width: int) -> RenderableType:
 
 
 def fitting_columns(runs: Sequence[RunStatus], width: int) -> list[Column]:
-    """Return the columns that fit into this width; run and state are always included."""
+    """Return the columns that fit into a width, at least run and state."""
     said = [
         column
         for column in COLUMNS
@@ -130,7 +130,7 @@ def fitting_columns(runs: Sequence[RunStatus], width: int) -> list[Column]:
 
 
 def summary_text(runs: Sequence[RunStatus]) -> str:
-    """Return the number of runs, in total and of each group."""
+    """Return the number of runs, in all and by group."""
     counts = Counter(status.group for status in runs)
     parts = [f"{counts[group]} {group}" for group in GROUPS if counts[group]]
     return f"{len(runs)} run{'s' * (len(runs) != 1)}: {', '.join(parts)}" if runs else "no runs"

@@ -1,6 +1,6 @@
 """Submission of runs as jobs: snapshot, batch script and the run folder's record of the job.
 
-It imports no torch, since a batch script uses it to resubmit its own run.
+It imports no torch: batch scripts use it to resubmit their runs.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from galaxydist.recipe.identity import run_path
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.runs.folder import RunFolder
 
-# The request file is kept beside the job, so that the batch script knows the runs of the job.
+# The request file lies beside the job, so that the batch script knows its runs.
 
 FORMAT_VERSION = 2
 
@@ -101,7 +101,7 @@ class RequestFile:
         """Read the file.
 
         Raises:
-            UserError: the file does not exist, or has the format of another galaxydist version (only its own snapshot reads it).
+            UserError: the file does not exist, or was written by another galaxydist version.
         """
         if not path.exists():
             raise UserError(f"{path} is not there: is the folder of the runs on a file system that all nodes share?")
@@ -147,7 +147,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def submission_lock(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
-    """Lock a folder of runs, so that no other command submits them between this one's check of the queue and its submission.
+    """Keep other commands from submitting runs of a folder between this one's check and its submission.
 
     On a file system without locks nothing is locked.
 
@@ -174,9 +174,9 @@ def submission_lock(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
 
 
 def adopt_settings(cluster: ClusterConfig, environ: Mapping[str, str]) -> ClusterConfig:
-    """Return the profile with values of the user's shell for unset keys: SBATCH_ACCOUNT and similar, and the data root.
+    """Return the profile with unset keys filled from the user's shell: SBATCH_ACCOUNT and others, data root.
 
-    The batch script then contains these values, also when a job resubmits its run.
+    The batch script, also that of a resubmitted run, then contains them.
     """
     taken: dict[str, object] = {
         key: environ[name] for key, name in _TAKEN.items() if getattr(cluster, key) is None and environ.get(name)
@@ -188,7 +188,7 @@ def adopt_settings(cluster: ClusterConfig, environ: Mapping[str, str]) -> Cluste
 
 @contextmanager
 def without_job_environment() -> Iterator[None]:
-    """Hide variables of a job that this process belongs to, and SBATCH_*, which would override the batch script."""
+    """Hide variables of a surrounding job, and SBATCH_*, which would override the batch script."""
     hidden = {
         name: os.environ.pop(name)
         for name in list(os.environ)
@@ -204,8 +204,8 @@ def without_job_environment() -> Iterator[None]:
 def deferred_signals() -> Iterator[None]:
     """Defer SIGINT, SIGTERM and SIGHUP, so that every job that SLURM has accepted is also recorded in the run folder.
 
-    SIGINT is also blocked, because the terminal sends it to sbatch too, and child processes inherit the signal mask. The
-    handlers are needed as well: a thread of a library, in which SIGINT is not blocked, may receive the signal instead.
+    SIGINT is also blocked: the terminal sends it to sbatch too, and child processes inherit the signal mask. The handlers are
+    needed for threads of libraries, which may receive a signal instead of this one.
     """
     heard: list[int] = []
 
@@ -276,7 +276,7 @@ def submit_requests(
     Args:
         requests: the runs, already checked.
         cluster: the profile.
-        folder: for the submission's files (batch script, output, snapshot); must be visible to all nodes.
+        folder: for the submission's files (batch script, output, snapshot); all nodes must see it.
         name: of the job.
         parallel: most tasks of the array that run at the same time; default: the profile's.
         after: id of a job that must end first.
@@ -355,7 +355,7 @@ def _request_path(folder: Path) -> Path:
 
 
 def _executor(submission: RequestFile, parallel: int | None = None, after: str | None = None) -> JobExecutor:
-    # This command runs outside a container of the tasks, because SLURM's programs are outside.
+    # It runs outside a container of the tasks, as SLURM's programs do.
     python = sys.executable if submission.cluster.container else submission.cluster.python or sys.executable
     after_srun = f"{shlex.quote(python)} -P -m galaxydist.cluster.requeue {shlex.quote(str(submission.path))}"
     return build_executor(
@@ -378,7 +378,7 @@ def _send(
 ) -> list[str]:
     executor, cluster = _executor(submission, parallel, after), submission.cluster
     calls = [partial(train_task, _job_arguments(request, submission.code), request.run_dir) for request in submission.requests]
-    sent_at = time.time()  # taken before the submission, so that no job can end earlier
+    sent_at = time.time()  # before a job can end
     with deferred_signals(), without_job_environment(), explain_refusal(cluster.name):
         jobs = executor.submit_array(calls) if len(calls) > 1 else [executor.submit(calls[0])]
         with _end_unless_recorded([job.job_id for job in jobs], cluster):
@@ -402,7 +402,7 @@ def _send(
 
 
 def ask_start(script: str, cluster_name: str) -> str:
-    """Return the estimate of ``sbatch --test-only``: the time and nodes at which the job would start.
+    """Return sbatch's estimate (``--test-only``) of time and nodes of the job's start.
 
     Raises:
         UserError: SLURM would refuse the job, or does not answer.
@@ -417,7 +417,7 @@ def ask_start(script: str, cluster_name: str) -> str:
 
 @contextlib.contextmanager
 def _end_unless_recorded(job_ids: Sequence[str], cluster: ClusterConfig) -> Iterator[None]:
-    """Cancel the jobs if recording them fails, since an unrecorded run would be submitted a second time."""
+    """Cancel jobs that could not be recorded, since their runs would be submitted again."""
     try:
         yield
     except BaseException:
@@ -428,7 +428,7 @@ def _end_unless_recorded(job_ids: Sequence[str], cluster: ClusterConfig) -> Iter
 
 
 def _job_arguments(request: JobRequest, code: Path) -> tuple[str, ...]:
-    """Return the arguments with the recipe replaced by its copy in the snapshot, so that later edits do not change the run."""
+    """Return the arguments with the snapshot's copy of the recipe, which later edits do not change."""
     replaced = ("recipe=", "run.dir=", "run.root=")
     kept = [argument for argument in request.arguments if "=" in argument and not argument.startswith(replaced)]
     return (f"recipe={code / 'recipes' / f'{request.recipe_name}.yaml'}", *kept, f"run.dir={request.run_dir}")

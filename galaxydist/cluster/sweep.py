@@ -1,6 +1,6 @@
 """Sweep files and their expansion into runs, each with a checked recipe and a run folder.
 
-An example of a sweep file with all keys:
+A sweep file with all keys:
 
     cluster: a100                          # profile (cluster=NAME on the command line has precedence)
     root: runs/galaxy10                    # folder of the run folders (default: runs/<name of this file>)
@@ -78,7 +78,7 @@ class SweepFile:
 
 
 def find_sweep(name: str) -> Path:
-    """Return the file of a sweep, given by path, or by its name in ``slurm/sweeps`` of the working directory or the package.
+    """Return the file of a sweep, given by path or by its name in ``slurm/sweeps`` here or in the package.
 
     Raises:
         UserError: the sweep does not exist; lists the available ones.
@@ -94,7 +94,7 @@ def find_sweep(name: str) -> Path:
 
 
 def list_sweeps() -> dict[str, Path]:
-    """Return name -> file of the sweeps in ``slurm/sweeps`` of the working directory and of the package."""
+    """Return name -> file of the sweeps in ``slurm/sweeps`` here and in the package."""
     return list_files((Path("slurm/sweeps"), shipped_dir("slurm") / "sweeps"))
 
 
@@ -221,7 +221,7 @@ class _Reading:
         return value
 
     def _value(self, key: str, kind: type, description: str) -> Any:
-        """Return the value of a scalar key; None if it is missing, null or of the wrong type."""
+        """Return a scalar value; None if it is missing, null or of the wrong type."""
         value = self.document.values.get(key)
         if value is None or (isinstance(value, kind) and not isinstance(value, bool) and value != ""):
             return value
@@ -230,7 +230,7 @@ class _Reading:
 
 
 def _line_of(origin: str) -> int:
-    """Return the line number of an origin, for sorting; 0 if the origin is the whole file."""
+    """Return an origin's line, for sorting; 0 if it is the whole file."""
     line = origin.rpartition(":")[2]
     return int(line) if line.isdecimal() else 0
 
@@ -337,7 +337,7 @@ def _resolve_cell(cell: GridPoint, arguments: Sequence[str], root: Path, folders
     resolved = load_recipe(arguments, folders=folders, settings=cell.settings)
     run_dir = root / run_name(resolved.recipe)
     placed = resolved.recipe.model_copy(update={"run": resolved.recipe.run.model_copy(update={"dir": run_dir})})
-    # The job reads its recipe from these arguments, so they must give the same recipe.
+    # The job reads these arguments, so they must give the same recipe.
     given = {argument.partition("=")[0] for argument in arguments}
     typed = [f"{key}={to_text(setting.value)}" for key, setting in cell.settings.items() if key not in given]
     texts = (*typed, *arguments, f"run.dir={run_dir}")
@@ -364,7 +364,7 @@ def _same_runs(trials: Sequence[SweepRun]) -> Iterator[str]:
 
 
 def _same_names(trials: Sequence[SweepRun]) -> Iterator[str]:
-    """Yield a message for each recipe name that stands for several files: a snapshot keeps one recipe for each name."""
+    """Yield a message for each recipe name with several files: a snapshot keeps one file for each name."""
     paths: dict[str, Path] = {}
     for trial in trials:
         name, path = trial.resolved.recipe.name, trial.resolved.path

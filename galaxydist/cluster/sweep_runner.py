@@ -50,8 +50,8 @@ class Decision:
     """The decision about a run of a sweep.
 
     Args:
-        standing: the run's state: ``finished``, ``queued``, ``running``, ``new``, ``stopped``, ``unjudged`` (finished, but not
-            evaluated on all variants), or the state in which its last job ended, such as ``failed``.
+        standing: the run's state: ``finished``, ``queued``, ``running``, ``new``, ``stopped``, ``unjudged`` (not evaluated on all
+            variants), or the state in which its last job ended, such as ``failed``.
         is_due: the run must be submitted.
         reason: for the user.
     """
@@ -83,7 +83,7 @@ def decide(facts: TrialFacts, *, retry_failed: bool = False) -> Decision:
 
 
 def _due(facts: TrialFacts) -> tuple[str, bool, str]:
-    """Return standing, ``is_due`` and reason of a run that must be submitted."""
+    """Return the decision's fields for a run that must be submitted."""
     if facts.is_finished:
         return "unjudged", True, f"finished, not judged on {' and '.join(facts.missing)} yet"
     if facts.state is not None:
@@ -97,7 +97,7 @@ def read_facts(trials: Sequence[SweepRun], read_states: ReadStates) -> list[Tria
 
     Args:
         trials: runs of a sweep.
-        read_states: returns the scheduler's states of job ids; not called if none of the runs has a SLURM job.
+        read_states: returns SLURM's states of job ids; not called if no run has a SLURM job.
 
     Raises:
         UserError: the scheduler does not answer, or a file is damaged.
@@ -114,7 +114,7 @@ def _facts_of(trial: SweepRun, jobs: Sequence[JobRecord], states: Mapping[str, J
     if job is not None and state is None:
         state = JobState(LOCAL_ENDED)
     failure = folder.read_failure()
-    # Only of the newest job: after a failure of an earlier job the run was submitted again.
+    # Only of the newest job: after earlier failures the run was submitted again.
     records = [record for record in JobFiles(trial.run_dir).restarts()[-1:] if job is None or record.job_id == job.job_id]
     own_failure = failure if failure is not None and (job is None or _is_of(failure, job)) else {}
     for_good = any(record.for_good for record in records) or own_failure.get("kind") in FOR_GOOD
@@ -131,7 +131,6 @@ def _facts_of(trial: SweepRun, jobs: Sequence[JobRecord], states: Mapping[str, J
 
 
 def is_local_job_running(job: JobRecord) -> bool:
-    """Return True if a local job still runs on this machine."""
     return local_state(job) is not None
 
 
@@ -163,7 +162,7 @@ def _holder(folder: RunFolder, states: Mapping[str, JobState]) -> str | None:
 
 
 def _is_of(failure: Mapping[str, object], job: JobRecord) -> bool:
-    """Return True if the failure belongs to this job, or to a start without a job id (on this machine)."""
+    """Return True for a failure of this job, or of a start without one (on this machine)."""
     start = failure.get("start")
     return start is None or str(start).rpartition(".")[0] == job.job_id
 
@@ -256,7 +255,7 @@ def run_here(
 
 
 def array_of(job_id: str) -> str:
-    """Return the array's id of a task's id: ``123`` for ``123_4``."""
+    """Return ``123`` for ``123_4``."""
     return job_id.partition("_")[0]
 
 

@@ -18,12 +18,12 @@ from galaxydist.job_environment import job_of, restart_of, start_of
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.training.launch import launch
 
-# Port for looking up a route. Nothing is sent: connecting a datagram socket only asks the kernel for the route.
+# Nothing is sent: connecting a datagram socket only asks the kernel for the route.
 ANY_PORT = 9
 
 
 def find_interface(hostnames: Sequence[str], own_name: str) -> str | None:
-    """Find the network interface of this node with the route to another node of the job.
+    """Find this node's network interface with the route to another node of the job.
 
     By default gloo uses the interface that the node's own name resolves to, which on Debian is the loopback (127.0.1.1).
 
@@ -116,7 +116,7 @@ def _launch(arguments: tuple[str, ...], environ: MutableMapping[str, str], note:
 
 
 def _note(folder: RunFolder, start: str | None, rank: int, error: Exception) -> None:
-    """Write the failure for the batch script, unless the training has already written it."""
+    """Write the failure for the batch script, unless the training has done so."""
     kind: FailureKind = "bad_input" if isinstance(error, UserError) else "crash"
     text = (str(error).splitlines() or [type(error).__name__])[0]
     where = f" (rank {rank})" if rank else ""
@@ -127,7 +127,7 @@ def _note(folder: RunFolder, start: str | None, rank: int, error: Exception) -> 
 
 
 def set_torch_environment(environ: MutableMapping[str, str]) -> int:
-    """Set the environment variables of torch.distributed from submitit's job environment and return this process's rank.
+    """Set torch.distributed's environment variables from submitit's job and return this process's rank.
 
     CUDA_VISIBLE_DEVICES stays as SLURM set it: submitit would set the local rank, which on a shared node is another job's GPU.
     """
@@ -153,7 +153,7 @@ def master_port(job_id: str, restart: int) -> int:
 
 
 def describe_task(environ: MutableMapping[str, str]) -> str:
-    """Return a log line with the job, its restart, rank, node, process id, GPUs, interface and code."""
+    """Return a log line about this rank's job, node, GPUs, interface and code."""
     parts = [
         f"job {job_of(environ) or 'local'}, restart {restart_of(environ)}",
         f"rank {environ['RANK']} of {environ['WORLD_SIZE']}",

@@ -27,7 +27,7 @@ from galaxydist.surveys.split import NONE
 from galaxydist.training.mixup import count_pair_parts
 from galaxydist.training.step import count_micro_batches
 
-# Sizes of the data set: from the shards on this machine, from flags, or from the official split shipped with the package.
+# Data set sizes come from the shards on this machine, from flags, or from the shipped official split.
 
 # Bytes of a galaxy in a shard: 300 real Galaxy10 DECaLS cutouts of 256 x 256 pixels as JPEG of quality 95 took 27,700 bytes on
 # average; the tar file adds three headers, padding, the class and the metadata.
@@ -43,7 +43,7 @@ class DatasetSize:
     Args:
         origin: source of the numbers, in words.
         shard_samples, shard_bytes: of the training split's shards, int64, in storage order.
-        num_val: number of validation galaxies; None if unknown.
+        num_val: validation galaxies; None if unknown.
         num_classes: K.
         stored_size: width of the stored images in pixels.
         manifest: the shards' manifest, if they are on this machine.
@@ -70,10 +70,10 @@ def find_data(config: DataConfig, root: Path, *, galaxies: int | None = None, sh
     Args:
         config: the data set.
         root: the data root.
-        galaxies, shards: numbers of training galaxies and of their shards, to use instead of the shards on this machine.
+        galaxies, shards: numbers of training galaxies and shards, instead of those on this machine.
 
     Raises:
-        UserError: the flags contradict each other, the shards are damaged, or the size is unknown on this machine.
+        UserError: contradicting flags, damaged shards, or an unknown size.
     """
     location = manifest_location(config, root)
     is_remote = is_url(location)
@@ -151,7 +151,7 @@ class ClusterShape:
     """The nodes and GPUs of a run, with one process for each GPU.
 
     Args:
-        num_nodes, gpus_per_node: numbers of nodes, and of GPUs in each.
+        num_nodes, gpus_per_node: nodes, and GPUs of each.
         images_per_s: training speed of one GPU; None if unknown.
         gpu_memory: memory of one GPU in GB (10^9 bytes); None if unknown.
     """
@@ -175,7 +175,7 @@ class Steps:
         per_epoch: optimizer steps of an epoch; the incomplete last batch is dropped.
         dropped: galaxies of that batch.
         total: steps of the run, without early stopping.
-        rank_batch_least, rank_batch_most: smallest and largest number of galaxies of a rank in a step.
+        rank_batch_least, rank_batch_most: least and most galaxies of a rank in a step.
         passes: micro-batches of a rank in a step.
         validation_batches, validation_batches_most: of all ranks, and of the rank with most; None if the number of galaxies is
             unknown, 0 if there is no validation split.
@@ -197,14 +197,14 @@ class Steps:
 
 @dataclass(frozen=True)
 class ShardTraffic:
-    """Shards and bytes of the training split that the nodes read in the first epoch (other epochs differ little).
+    """Training shards and bytes that the nodes read in the first epoch (others differ little).
 
     Args:
         num_shards, num_bytes: of the split.
-        shards_per_node_least, shards_per_node_most, bytes_per_node_most: smallest and largest numbers that a node reads.
-        nodes_per_shard: number of nodes that read a shard, on average.
-        shards_held_most: largest number of shards in use on one node at the same time.
-        cache_bytes: smallest sufficient cache of a node if the shards lie at a URL, prefetch included.
+        shards_per_node_least, shards_per_node_most, bytes_per_node_most: least and most that a node reads.
+        nodes_per_shard: nodes that read a shard, on average.
+        shards_held_most: most shards in use on a node at the same time.
+        cache_bytes: least cache of a node if the shards lie at a URL, prefetch included.
         bytes_per_s: read rate of a node at the given training speed; None if that is unknown.
     """
 
@@ -257,14 +257,14 @@ def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | N
         recipe: the run.
         root: the data root, searched for the recipe's shards.
         job: nodes and GPUs.
-        galaxies, shards: numbers of training galaxies and of their shards, to use instead of the shards on this machine.
+        galaxies, shards: numbers of training galaxies and shards, instead of those on this machine.
 
     Raises:
         UserError: the run is impossible; says what to change.
     """
     data = find_data(recipe.data, root, galaxies=galaxies, shards=shards)
     check_processes(recipe, data.num_train, job.num_nodes, job.gpus_per_node)
-    if data.manifest is not None:  # raises the errors that the trainer would raise
+    if data.manifest is not None:  # raises the trainer's errors
         open_manifest(data.manifest.location, find_cache(recipe.data, root), recipe, job.world_size)
     reading = plan_reading(recipe, data, job)
     if data.is_remote:
@@ -363,7 +363,7 @@ def plan_memory(recipe: Recipe, facts: ModelMemory, job: ClusterShape) -> tuple[
 
 
 def plan_reading(recipe: Recipe, data: DatasetSize, job: ClusterShape) -> ShardTraffic:
-    """Compute the shards and bytes of the training split that each node reads in the first epoch."""
+    """Compute the training shards and bytes that the nodes read in the first epoch."""
     batch_size = recipe.train.batch_size
     sizes = data.shard_bytes
     if recipe.data.balance == "resample":

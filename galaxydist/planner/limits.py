@@ -11,29 +11,28 @@ from galaxydist.recipe.schema import Recipe
 if TYPE_CHECKING:  # torch
     from galaxydist.planner.memory import Memory, ModelMemory
 
-# Fewer images than this make batch normalisation's error grow quickly (Wu & He 2018, arXiv:1803.08494, figure 1).
+# Batch normalisation's error grows quickly below this many images (Wu & He 2018, arXiv:1803.08494, figure 1).
 FEW_IMAGES = 8
 
 
 def plan_options(num_nodes: int, gpus_per_node: int) -> str:
-    """Return the flags of ``galaxydist plan`` for this number of nodes and processes, for a message."""
+    """Return the flags of ``galaxydist plan`` for these processes."""
     return f"--nodes {num_nodes} --gpus-per-node {gpus_per_node}"
 
 
 def check_processes(
     recipe: Recipe, num_train: int, num_nodes: int, gpus_per_node: int, *, fewer: Callable[[int, int], str] = plan_options
 ) -> None:
-    """Raise an error if number of processes, batch size and training split do not fit together.
+    """Raise an error if processes, batch size and training split do not fit together.
 
     Args:
         recipe: the run.
-        num_train: number of training galaxies.
+        num_train: training galaxies.
         num_nodes, gpus_per_node: one process for each GPU.
-        fewer: returns the options that set other numbers of nodes and processes per node, for the message.
+        fewer: returns the options for other numbers of nodes and processes per node.
 
     Raises:
-        UserError: a batch has fewer images than there are processes, or is larger than the training split, or a mixup pair would
-            be split between two processes.
+        UserError: more processes than images in a batch, a batch larger than the training split, a mixup pair on two processes.
     """
     batch_size, world_size = recipe.train.batch_size, num_nodes * gpus_per_node
     if batch_size > num_train:
@@ -57,7 +56,7 @@ def check_processes(
 
 
 def check_cache(num_bytes: int, cache_size: float) -> None:
-    """Raise an error if a node's cache cannot hold the shards in use at the same time, as the data loader would.
+    """Raise the data loader's error if a node's cache cannot hold the shards in use at a time.
 
     Args:
         num_bytes: size of these shards.
@@ -74,11 +73,11 @@ def check_cache(num_bytes: int, cache_size: float) -> None:
 
 
 def check_memory(recipe: Recipe, memory: "Memory", gpu_memory: float, world_size: int) -> None:
-    """Raise an error if the memory of a training step exceeds that of a GPU.
+    """Raise an error if a training step does not fit a GPU.
 
     Args:
         recipe: the run.
-        memory: the memory with the smallest possible micro-batch, or with the recipe's.
+        memory: with the smallest possible micro-batch, or the recipe's.
         gpu_memory: memory of one GPU in GB (10^9 bytes).
         world_size: number of processes.
 
@@ -130,7 +129,7 @@ def find_warnings(
         facts: memory of its model.
         memory: of one GPU.
         world_size, num_nodes: numbers of processes and nodes.
-        fetches: number of nodes that read a shard in an epoch, on average.
+        fetches: nodes that read a shard in an epoch, on average.
     """
     batch_size, streams = recipe.train.batch_size, recipe.data.num_streams
     found = []

@@ -30,7 +30,7 @@ from galaxydist.training.optimizer import build_optimizer
 
 Int64 = NDArray[np.int64]
 
-# Batch sizes of the two traced passes, from which all others are extrapolated. Not 1: such tensors have special layouts.
+# Batch sizes of the two traced passes, from which others are extrapolated. Not 1, which has special layouts.
 FEW, MORE = 2, 4
 
 
@@ -39,10 +39,9 @@ class Timeline:
     """Bytes allocated after each operation of a forward and a backward pass, without weights and kept gradients.
 
     Args:
-        constant, per_image: int64, one entry for each operation: ``constant + per_image * B`` bytes are allocated, without the
-            gradients of weights.
+        constant, per_image: int64, one entry for each operation: ``constant + per_image * B`` bytes without gradients of weights.
         made: bytes of the gradients of weights computed so far.
-        new: bytes of the gradients of weights computed by this operation.
+        new: bytes of those computed by this operation.
     """
 
     constant: Int64
@@ -116,7 +115,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             weakref.finalize(storage, self._drop, storage.nbytes())
 
     def note_gradients(self, model: nn.Module) -> None:
-        """Find the storages that are gradients of weights; call it after the backward pass."""
+        """Find the gradients of weights; called after the backward pass."""
         for parameter in model.parameters():
             if parameter.grad is not None:
                 storage = parameter.grad.untyped_storage()
@@ -212,7 +211,7 @@ class Memory:
         allowance: for memory that cannot be computed.
         total: peak, allowance included; less than the sum of the parts if activations are freed while gradients are allocated.
         micro_batch: images in a forward pass.
-        per_image: increase of the total for each further image in a forward pass, allowance included.
+        per_image: increase of the total for each further image, allowance included.
     """
 
     weights: int
@@ -239,7 +238,7 @@ def model_memory(recipe: Recipe, num_classes: int, stored_size: int) -> ModelMem
     Raises:
         UserError: the model does not support the settings.
     """
-    # On "meta" and not in FakeTensorMode, because timm reads values from tensors while it builds a model.
+    # On "meta", not in FakeTensorMode: timm reads values from tensors while it builds.
     with torch.device("meta"):
         model = _build(recipe, num_classes)
     if recipe.train.gradient_checkpointing:
@@ -346,7 +345,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks that FSDP would gather one at a time: items of the outermost lists, and the other child modules."""
+    """Return the blocks that FSDP gathers one at a time: items of the outermost lists, and other children."""
     blocks: list[nn.Module] = []
     for child in model.children():
         inner = list(child.children()) if isinstance(child, (nn.Sequential, nn.ModuleList)) else []

@@ -33,7 +33,7 @@ def render_plan(plan: Plan) -> str:
 
 
 def show_size(num_bytes: float) -> str:
-    """Format a size with three digits in a suitable decimal unit: kB, MB, GB or TB (10^3 to 10^12 bytes)."""
+    """Format a size with three digits in kB, MB, GB or TB (10^3 to 10^12 bytes)."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= 0.9995 * size:
             value = num_bytes / size
