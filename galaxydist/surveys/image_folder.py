@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -266,11 +266,16 @@ def _fold(root: Path, population: SplitCandidates, codes: Codes | None, fold: tu
     return split_fold(population, *fold)
 
 
+@cache
+def _report_new_split(root: Path, shares: str) -> None:
+    """Log once for each folder: a command may open it several times."""
+    logger.warning("%s has no train, val and test folders: its pictures are split %s by class", root, shares)
+
+
 def _complete(root: Path, population: SplitCandidates, codes: Codes | None, *, has_val: bool) -> Codes:
     """The splits that are wanted: those that the folder lacks are cut from train, with a word about it."""
     if codes is None:
-        shares = "80/10/10" if has_val else "90/10 into train and test"
-        logger.warning("%s has no train, val and test folders: its pictures are split %s by class", root, shares)
+        _report_new_split(root, "80/10/10" if has_val else "90/10 into train and test")
         return split_original(population)
     for target, split in ((TEST, "test"), *(((VAL, "val"),) if has_val else ())):
         if not (codes == target).any():
