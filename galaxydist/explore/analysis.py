@@ -18,9 +18,7 @@ class Findings:
     """Results of the analysis.
 
     Args:
-        population: all galaxies.
         sample_size: number of galaxies in the sample, including unreadable ones.
-        seed: of the choice of galaxies and of the map.
         looked: measurements of the readable images of the sample.
         positions: of the galaxies whose records were read (all, or the sample).
         neighbours: None if no position is known.
@@ -53,7 +51,6 @@ def find_all(population: Population, *, sample: int, seed: int, features: Featur
     """Analyse a data set.
 
     Args:
-        population: all galaxies.
         sample: largest number of galaxies whose images are read.
         seed: of the choice of galaxies and of the map.
         features: of thumbnails, for the map; None: ``principal_components``.
@@ -74,10 +71,7 @@ def find_all(population: Population, *, sample: int, seed: int, features: Featur
 
 
 def pixel_statistics(looked: ImageScan, label: int) -> dict[str, Any]:
-    """Return the pixel statistics of the sample's galaxies of a class.
-
-    These are mean and standard deviation of each channel (R G B, full scale 1) and the shares of pixel values 0 and 255.
-    """
+    """Return mean and deviation of each channel (R G B, full scale 1) and shares of 0 and 255 for a class of the sample."""
     shares_CL = looked.histograms[label] / looked.histograms[label].sum(axis=1, keepdims=True)
     values_L = np.arange(256) / 255.0
     mean_C = shares_CL @ values_L
@@ -149,7 +143,6 @@ def split_leaks(findings: Findings) -> int:
 
 
 def widths(looked: ImageScan) -> str:
-    """Describe the widths of the images."""
     common = Counter(looked.widths_n.tolist()).most_common()
     if not common:
         return "no picture could be read"

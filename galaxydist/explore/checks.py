@@ -18,8 +18,8 @@ from galaxydist.surveys.split import CUTOUT_ARCSEC, SAME_PLACE_ARCSEC, close_pai
 
 HASH_DISTANCE = 6
 # Measured on real samples (999 of Galaxy10 DECaLS, 1,000 of SDSS): copies at JPEG quality 50 reach 0.94, those resampled to half
-# or to 96 pixels 0.89. The largest values of different galaxies are 0.50 in 2,000 pairs with similar hashes, 0.59 in 200,000 other
-# pairs, and 0.67 in 20,000 pairs with hashes within 12 bits. The brightness itself correlates up to 0.97 in SDSS.
+# or to 96 pixels 0.89. The maxima of different galaxies are 0.50 in 2,000 pairs with similar hashes, 0.59 in 200,000 other pairs,
+# and 0.67 in 20,000 pairs with hashes within 12 bits. The brightness itself correlates up to 0.97 in SDSS.
 LEAST_CORRELATION = 0.7
 # Weights of red, green and blue, as in JPEG.
 _BRIGHTNESS = np.array([0.299, 0.587, 0.114])
@@ -92,7 +92,6 @@ def near_hashes(hash_nB: NDArray[np.uint8], distance: int) -> tuple[NDArray[np.i
 
     Args:
         hash_nB: (n, 8) uint8.
-        distance: largest Hamming distance.
     """
     words_n = np.ascontiguousarray(hash_nB).view(np.uint64)[:, 0] if len(hash_nB) else np.empty(0, np.uint64)
     num, height = len(words_n), max(1, _BLOCK // max(len(words_n), 1))
@@ -175,7 +174,6 @@ _LEAST_SPAN = 2
 SATURATED_SHARE = 0.05
 REPEATED_SHARE = 0.05
 
-# Kind -> description on the page.
 KINDS = {
     "unreadable": "cannot be read or does not decode",
     "blank": f"blank: all pixels within {_LEAST_SPAN} grey levels of one another",

@@ -29,7 +29,7 @@ from galaxydist.surveys.image_folder import FolderSurvey
 from galaxydist.surveys.survey_sources import open_survey
 
 UNLABELLED = -1
-# RNG stream of this choice of galaxies, separate from all others.
+# RNG stream of this choice of galaxies.
 _PURPOSE = 0x6578706C6F7265  # "explore"
 
 
@@ -93,7 +93,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Population:
-    """The N galaxies of a data set that belong to a split.
+    """N galaxies of a data set, each in a split.
 
     Args:
         dataset, variant: names for tables and figures.
@@ -104,7 +104,6 @@ class Population:
         labels_N: class numbers, -1 for unlabelled galaxies.
         split_names: the splits, in order.
         split_N: indices into ``split_names``.
-        source: of images and positions.
     """
 
     dataset: str
@@ -148,7 +147,6 @@ def choose_sample(population: Population, number: int, seed: int) -> NDArray[np.
     """Choose a random sample with equal numbers of each class, as far as the classes suffice, and return its sorted rows.
 
     Args:
-        population: to choose from.
         number: largest number of galaxies.
         seed: of the choice; with the same seed, a larger sample contains the smaller one in each class.
     """
@@ -207,7 +205,7 @@ class _Shard:
 
 
 class ShardSource:
-    """Reads images and positions from shards; implements :class:`~galaxydist.explore.datasets.Source`."""
+    """Reads images and positions from shards."""
 
     def __init__(self, manifest: Manifest, splits: tuple[str, ...]) -> None:
         self._manifest = manifest
@@ -222,7 +220,6 @@ class ShardSource:
         ]
 
     def pictures(self, rows: NDArray[np.int64]) -> Iterator[Picture]:
-        """Yield the images of these rows (sorted), in order."""
         for shard, wanted in self._by_shard(rows):
             try:
                 records = self._open(shard)
@@ -382,18 +379,12 @@ def survey_population(survey: Survey, path: Path) -> Population:
 
 @dataclass(frozen=True)
 class SurveySource:
-    """Reads images and positions from a survey; implements :class:`~galaxydist.explore.datasets.Source`.
-
-    Args:
-        survey: HDF5 file or folder of images.
-        placed: (N,) row in the survey of each of the population's galaxies.
-    """
+    """Reads images and positions from a survey; ``placed`` are the survey's rows of the population's galaxies."""
 
     survey: Survey
     placed: NDArray[np.int64]
 
     def pictures(self, rows: NDArray[np.int64]) -> Iterator[Picture]:
-        """Yield the images of these rows (sorted), in order."""
         wanted = self.placed[rows]
         for row, (start, stop, own) in zip(*_runs(rows, wanted, self._step()), strict=True):
             numbers = dict(zip(own.tolist(), row.tolist(), strict=True))
@@ -406,7 +397,6 @@ class SurveySource:
                     yield Picture(place, self._name(number), None, Position(), str(error))
 
     def positions(self) -> Positions | None:
-        """Return all positions of a Galaxy10 file or an image folder; None for other surveys."""
         if isinstance(self.survey, Galaxy10Survey):
             columns = self.survey.file.columns
             found = [np.asarray(columns[name][self.placed], np.float64) for name in ("ra", "dec", "redshift")]
@@ -419,7 +409,6 @@ class SurveySource:
         return Positions(np.arange(len(self.placed)), *found)
 
     def candidates(self, number: int, seed: int) -> None:
-        """Return None: all galaxies are equally cheap to read."""
         del number, seed
 
     def _step(self) -> int:

@@ -49,7 +49,6 @@ def map_sample(looked: ImageScan, seed: int, features: Features | None = None) -
     """Map at most ``MAX_GALAXIES`` by t-SNE (van der Maaten & Hinton 2008, JMLR 9, 2579); None for fewer than ten.
 
     Args:
-        looked: the sample.
         seed: of the choice of galaxies and of t-SNE.
         features: of thumbnails; None: ``principal_components``.
     """
@@ -104,8 +103,6 @@ def picture_map(found: Map, looked: ImageScan, colours: dict[int, str], cell: in
     """Draw the map as a grid of images: each cell shows the galaxy nearest to its centre, framed in the colour of its class.
 
     Args:
-        found: the map.
-        looked: the sample.
         colours: label -> ``#rrggbb``.
         cell: width of a cell in pixels.
     """

@@ -207,7 +207,6 @@ def render_page(findings: Findings, examples: Mapping[int, list[NDArray[np.uint8
     """Render the page.
 
     Args:
-        findings: results of the analysis.
         examples: label -> images of that class, in the order of ``findings.members``.
         provenance: ``command``, ``version`` and ``versions`` that made the page.
     """
@@ -381,7 +380,7 @@ def _duplicates(findings: Findings) -> dict[str, Any]:
 
 
 def _odd(findings: Findings) -> list[dict[str, Any]]:
-    """Return an entry for each kind of odd image, in the order of ``KINDS``."""
+    """Return an entry per kind of odd image, in the order of ``KINDS``."""
     looked, numbers = findings.looked, findings.oddities
     return [
         {
@@ -442,7 +441,6 @@ def explore(
     """Analyse a data set and write the page and files.
 
     Args:
-        population: all galaxies.
         page: path of the HTML page; its folder is created if needed, and an existing file is replaced.
         out_dir: folder for ``survey.json``, ``gallery.jpg`` and ``counts.png`` (also as PDF); None: these are not written.
         provenance: ``command`` and ``version``, for the page.

@@ -44,7 +44,7 @@ from galaxydist.report.statistics import (
 )
 from galaxydist.surveys.official_split import NAME as REAL_DATASET
 
-# Verdicts: supported, contradicted or undecided. The text never claims more than the tests show.
+# Verdicts.
 
 PUBLISHED_ALONE = "published"
 NUM_NAMED = 3  # missing results listed in a reason
@@ -89,9 +89,7 @@ class ClaimAnswer:
         number: 1 to 6.
         statement: the claim.
         source: name of the data set, or ``published``.
-        verdict: outcome of the tests.
-        reason: explanation in one or two sentences that name the data set.
-        checks: the tests.
+        reason: one or two sentences that name the data set.
         p_for, p_against: of each test, adjusted for multiple testing (Holm).
         missing: results that were needed and are missing, without repeats.
     """
@@ -144,8 +142,6 @@ def decide(
     The p values for and against are adjusted separately for multiple testing (Holm).
 
     Args:
-        number: 1 to 6.
-        statement: the claim.
         source: name of the data set, or ``published``.
         checks: the tests that could be made.
         num_planned: number of tests if no result is missing.
@@ -389,9 +385,9 @@ def vit_is_best(case: Evidence) -> ClaimAnswer:
 
 
 def cnn_is_close_but_drops(case: Evidence) -> ClaimAnswer:
-    """Test claim 2: the custom CNN is close to ViT on original data, but drops when trained on balanced data.
+    """Test claim 2: the custom CNN is within ``MARGIN`` of ViT on original data.
 
-    Close: within ``MARGIN``. Drops: on the original test set, it is less accurate when trained on balanced data.
+    On the original test set, it is less accurate when trained on balanced data.
     """
     checks = _Checks(case)
     checks.add(
@@ -459,8 +455,8 @@ def disturbed_is_worst(case: Evidence) -> ClaimAnswer:
 def balancing_is_fairer(case: Evidence) -> ClaimAnswer:
     """Test claim 6: training on balanced data makes the recalls more even and costs accuracy, least for ViT.
 
-    All models are evaluated on the original test set. More even: the standard deviation of the recalls over the classes is
-    smaller, in each model. Accuracy: each CNN loses some, and more than ViT does.
+    On the original test set, the standard deviation of the recalls over the classes is smaller in each model, and each CNN loses
+    accuracy, more than ViT does.
     """
     checks = _Checks(case)
     for number, model in enumerate(MODELS):
@@ -503,12 +499,7 @@ def _check_spread(claim: str, before: ModelEvidence, after: ModelEvidence, *, st
 
 
 def choose_rows(table: Table, regime: str) -> dict[DisplayName, Row]:
-    """Choose the row that represents each published model within a regime: the best by validation, never by test results.
-
-    Args:
-        table: the results matrix.
-        regime: ``reference`` or ``own``.
-    """
+    """Choose the row for each published model in a regime (``reference`` or ``own``): best by validation, never by test."""
     chosen: dict[DisplayName, Row] = {}
     for name in MODELS:
         rows = [row for row in table.rows if row.display == name and row.regime == regime]

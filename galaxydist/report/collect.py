@@ -22,7 +22,7 @@ from galaxydist.report.published_results import SETTINGS, TrainTest
 from galaxydist.report.statistics import McNemar, Outcomes, build_ensemble, compare_runs, holm, rank_trials, read_outcomes
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 
-# Statistics across the runs of a table: paired tests between models, ensembles of seeds, ranking by validation.
+# Statistics across runs.
 
 ReadOutcomes = Callable[[Path], Outcomes]
 
@@ -157,7 +157,7 @@ def rank_runs(trials: Sequence[FinishedRun]) -> list[Ranking]:
     return found
 
 
-# Facts of one run: command, recipe, learning curves, calibration, speed and cost.
+# Facts of one run.
 
 # Keys that belong to one start of a run and not to its recipe.
 _ONE_START = ("resume.",)
@@ -196,7 +196,6 @@ class RunFacts:
     """Facts of one run.
 
     Args:
-        trial: the finished run.
         command: repeats the training.
         recipe: every key whose value is not the schema's default -> (value, origin of the value).
         num_keys: of the whole recipe.
@@ -274,8 +273,7 @@ def cost_of(timing: Sequence[Mapping[str, Any]], batch_size: int) -> Cost | None
     """Return speed and cost from the lines of timing.jsonl; None if there are none.
 
     Args:
-        timing: the lines.
-        batch_size: global batch size.
+        batch_size: global.
     """
     known = [line for line in timing if _is_number(line.get("time/img_s")) and line["time/img_s"] > 0]
     if not known or batch_size < 1:
@@ -340,8 +338,7 @@ class DatasetResults:
         facts: of its runs, in the order of the table's rows.
         row_of: row of a run, by run folder.
         observations: answers to the six claims, by regime.
-        pairs: tests between models, one entry per setting.
-        ensembles: of seeds.
+        pairs: one per setting.
         rankings: one per training variant.
     """
 
@@ -354,11 +351,10 @@ class DatasetResults:
     rankings: tuple[Ranking, ...]
 
     def runs_of(self, row: Row) -> list[RunFacts]:
-        """Return the runs of a row."""
         return [facts for facts in self.facts if self.row_of.get(facts.trial.run_dir) == row]
 
     def model_of(self, trial: FinishedRun) -> str:
-        """Return the label of the run's row; ``model.name`` if the row is named after the run or the run has no row."""
+        """Return the label of the run's row; ``model.name`` if it has no row or a row named after it."""
         row = self.row_of.get(trial.run_dir)
         return trial.model if row is None or row.name else row.label
 

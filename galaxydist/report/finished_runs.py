@@ -140,7 +140,6 @@ class FinishedRun:
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
         return self.run_dir.name or str(self.run_dir)
 
     def judged(self, setting: TrainTest) -> TestResult | None:
@@ -151,7 +150,6 @@ class FinishedRun:
 # Recipe keys that may differ between the runs of one row of the matrix: the seed, and the training data of its columns.
 COLUMNS = frozenset({"seed", "data.variant", "data.manifest", "name"})
 
-# Metrics of an evaluation that are reported for each run.
 SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "loss")
 
 

@@ -45,12 +45,11 @@ class Row:
     """Row of a table: a model with its recipe and settings.
 
     Args:
-        model: ``model.name``; empty for a published model without runs.
-        recipe: name of the recipe; empty for a published model without runs.
+        model, recipe: ``model.name`` and name of the recipe; empty for a published model without runs.
         regime: ``reference`` or ``own``; empty for a published model without runs.
         settings: hash of the settings if two rows share model and recipe; else empty.
         display: the corresponding published model; None if there is none.
-        name: name of the run if the data set is a user's own and the row has one run; else empty.
+        name: of the row's only run, on a user's own data; else empty.
     """
 
     model: str
@@ -62,7 +61,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """Name of the run; else the published model or ``model.name``, followed by recipe, regime and settings where needed."""
+        """Name of the run, or the published model or ``model.name`` with recipe, regime and settings where needed."""
         if self.name:
             return self.name
         name = self.display or self.model
@@ -80,13 +79,13 @@ class Cell:
     Args:
         setting: the train/test setting.
         trials: its runs, ordered by seed; empty if it was not run.
-        accuracy: over seeds and galaxies; None if it was not run.
-        loss: over seeds and galaxies; None if it was not run or a loss was not finite.
-        published: the published values; None if there are none.
+        accuracy: over seeds and galaxies; None without runs.
+        loss: over seeds and galaxies; None without runs or if a loss was not finite.
+        published: None if there are no published values.
         accuracy_test: ours minus the published accuracy.
         loss_test: ours minus the published loss.
         outcomes: of the single galaxies; None unless all runs kept their predictions.
-        notes: remarks on these numbers for the reader.
+        notes: remarks for the reader.
     """
 
     setting: TrainTest
@@ -105,7 +104,6 @@ class Cell:
 
     @property
     def judgements(self) -> tuple[TestResult, ...]:
-        """Evaluations of its runs."""
         found = (trial.judged(self.setting) for trial in self.trials)
         return tuple(judgement for judgement in found if judgement is not None)
 
@@ -119,7 +117,7 @@ class Table:
         class_names: by label.
         rows: published models first, in the published order, then others.
         cells: one for every row and setting.
-        notes: remarks on runs that were left out and on differing test sets.
+        notes: on runs that were left out and on differing test sets.
     """
 
     dataset: str
@@ -220,7 +218,7 @@ def _lines(trials: Sequence[FinishedRun], *, is_galaxy10: bool) -> dict[Row, lis
 
 
 def _same_test_set(trials: Sequence[FinishedRun], setting: TrainTest) -> tuple[list[FinishedRun], list[ReportNote]]:
-    """Return the runs evaluated on the most common test shards: only these are repeats on the same galaxies. Note the others."""
+    """Return the runs evaluated on the most common test shards, which alone are repeats on the same galaxies, and notes."""
     hashes = {id(trial): judged.manifest_hash for trial in trials if (judged := trial.judged(setting)) is not None}
     if not hashes:
         return [], []

@@ -220,12 +220,7 @@ def without_gallery(found: DatasetResults) -> list[RunFacts]:
 
 
 def render_page(results: ReportData, provenance: Mapping[str, str]) -> str:
-    """Render the page.
-
-    Args:
-        results: of the report.
-        provenance: ``command``, ``version`` and ``versions`` that made the page.
-    """
+    """Render the page; ``provenance`` holds ``command``, ``version`` and ``versions``."""
     return render(
         "results.html",
         {
@@ -368,7 +363,7 @@ def _observation(one: ClaimAnswer) -> dict[str, Any]:
 
 
 def _curves(found: DatasetResults) -> list[dict[str, Any]]:
-    """Return a figure of the learning curves for each row of the table."""
+    """Return a figure of learning curves per row."""
     drawn = []
     for row in found.table.rows:
         runs = [facts for facts in found.runs_of(row) if facts.lines]
@@ -379,7 +374,7 @@ def _curves(found: DatasetResults) -> list[dict[str, Any]]:
 
 
 def _calibration(found: DatasetResults) -> dict[str, Any]:
-    """Return the calibration of each run, and a reliability diagram for each row of the table."""
+    """Return the calibration of each run, and a reliability diagram per row."""
     rows = []
     for facts in found.facts:
         known = facts.calibration
@@ -455,8 +450,7 @@ def write_report(results: ReportData, page: Path, *, provenance: Mapping[str, st
     All content is rendered before the first file is written, and each file is written atomically.
 
     Args:
-        results: of the runs, from ``collect``.
-        page: path of the HTML page; its folder is created if needed. The tables are written beside it as ``.md`` and ``.tex``.
+        page: path of the HTML page, whose folder is created if needed; ``.md`` and ``.tex`` are written beside it.
         provenance: ``command`` and ``version``.
 
     Returns:

@@ -179,7 +179,7 @@ def difference(value: float, parts: Sequence[tuple[float, float]], test: str, no
 def t_tail(value: float, standard_error: float, degrees_of_freedom: float) -> float:
     """Return the probability that Student's t exceeds value / standard error.
 
-    A standard error of 0 gives 0, 1/2 or 1 by the value's sign.
+    Without error it is 0, 1/2 or 1 by the value's sign.
     """
     from scipy.special import ndtr, stdtr
 
@@ -190,7 +190,6 @@ def t_tail(value: float, standard_error: float, degrees_of_freedom: float) -> fl
 
 
 def t_quantile(probability: float, degrees_of_freedom: float) -> float:
-    """Return a quantile of Student's t."""
     from scipy.special import ndtri, stdtrit
 
     return float(ndtri(probability) if math.isinf(degrees_of_freedom) else stdtrit(degrees_of_freedom, probability))
@@ -346,7 +345,7 @@ class McNemar:
         only_first: number that only the first classifies correctly.
         only_second: number that only the second classifies correctly.
         neither: number that neither classifies correctly.
-        p_value: two-sided; null hypothesis: a discordant galaxy is equally likely to be the first's or the second's.
+        p_value: two-sided; null hypothesis: the discordant galaxies are evenly distributed over the two.
     """
 
     both: int
@@ -397,10 +396,6 @@ def compare_runs(first: Outcomes, second: Outcomes) -> McNemar:
 
 def build_ensemble(runs: Sequence[Outcomes]) -> Outcomes:
     """Return the outcomes of an ensemble: the mean of the runs' probabilities, on the galaxies that they share.
-
-    Args:
-        runs: at least one.
-
     Raises:
         UserError: the runs are of different data sets.
     """
@@ -428,9 +423,7 @@ def rank_trials(trials: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[
     return [trials[index] for index in ordered], [trial for index, trial in enumerate(trials) if index not in values]
 
 
-# Comparisons of cells of the results matrix: with published values, and with each other on the same galaxies.
-#
-# Assumptions, beside the formulas in the module's docstring:
+# Comparisons of cells with published values, and with each other on the same galaxies. Assumptions:
 #
 # - Published numbers are of another split of the same 17,736 galaxies, so a tenth (balanced: a fifth) of the test galaxies is
 #   expected in both. The small correlation of the two errors is neglected, which makes the tests conservative.

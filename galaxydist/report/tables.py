@@ -64,7 +64,7 @@ def describe(cell: Cell, quantity: Quantity, adjusted_p: float | None, *, is_gal
         cell: of the matrix.
         quantity: ``accuracy`` or ``loss``.
         adjusted_p: from ``holm_adjusted``; None if there is no test.
-        is_galaxy10: shows a cell without runs as ``not run``, else as a dash: on a user's own data no run is expected.
+        is_galaxy10: shows a cell without runs as ``not run``, else as a dash.
     """
     estimate = cell.accuracy if quantity == "accuracy" else cell.loss
     test = cell.accuracy_test if quantity == "accuracy" else cell.loss_test
@@ -89,13 +89,12 @@ def mean_text(estimate: Estimate) -> str:
 
 
 def interval_text(found: Difference) -> str:
-    """Format the 95 % interval of a difference."""
     low, high = found.interval()
     return f"{signed(low)} to {signed(high)}"
 
 
 def score_text(score: Score | None) -> str:
-    """Format a score with its 95 % interval, as ``0.632 [0.601, 0.660]``."""
+    """Format a score and its interval, as ``0.632 [0.601, 0.660]``."""
     if score is None or score.interval is None:
         return number(score.value if score is not None else None)
     low, high = score.interval
@@ -216,7 +215,7 @@ def _class_row(row: Row, cell: Cell) -> ClassRow:
 
 
 def ranking_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows of the ranking by validation, separately per training variant; the test column has no influence."""
+    """Return head and rows of the ranking by validation, per training variant; the test results have no influence."""
     head = ["rank", "model", "value", "validation", "trained on", "seed", "step", "test", "run"]
     rows = []
     for ranking in found.rankings:
@@ -241,7 +240,6 @@ def _ranked(found: DatasetResults, trial: FinishedRun) -> list[str]:
 
 
 def cost_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows of speed and cost."""
     head = [
         "run",
         "model",
@@ -278,7 +276,6 @@ def cost_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
 
 
 def ensemble_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows of the ensembles of seeds."""
     head = ["model", "setting", "runs", "galaxies", "mean accuracy", "ensemble", "gain (points)", "mean loss", "ensemble loss"]
     rows = [
         [
@@ -328,12 +325,7 @@ _MARKS = {"better": " (better)", "worse": " (worse)", "same": " (not significant
 
 
 def render_markdown(results: ReportData, provenance: Mapping[str, str]) -> str:
-    """Render the tables as Markdown.
-
-    Args:
-        results: of the report.
-        provenance: ``command`` and ``version``.
-    """
+    """Render the tables as Markdown; ``provenance`` holds ``command`` and ``version``."""
     lines = ["# Results", "", about(results), "", f"Made by galaxydist {provenance['version']}: `{provenance['command']}`", ""]
     for found in results.findings:
         lines += _data_set_markdown(found)
@@ -421,17 +413,11 @@ _STAR = "$^{*}$"
 
 
 def escape(text: str) -> str:
-    """Escape plain text for LaTeX."""
     return _SPECIAL.sub(lambda match: _ESCAPES[match.group()], text)
 
 
 def render_latex(results: ReportData, provenance: Mapping[str, str]) -> str:
-    """Render the tables as LaTeX, each in its own float with a caption and a label.
-
-    Args:
-        results: of the report.
-        provenance: ``command`` and ``version``.
-    """
+    """Render the tables as LaTeX, each in its own float; ``provenance`` holds ``command`` and ``version``."""
     command = " ".join(provenance["command"].split())
     lines = [f"% Made by galaxydist {provenance['version']}: {command}", r"% Needs \usepackage{booktabs,graphicx}.", ""]
     for found in results.findings:
