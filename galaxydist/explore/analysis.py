@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.explore.checks import Neighbours, Pair, find_duplicates, find_neighbours
-from galaxydist.explore.datasets import Population, Positions, chance_order, choose_sample
+from galaxydist.explore.datasets import ExploredDataset, Positions, chance_order, choose_sample
 from galaxydist.explore.embedding import Features, Map, map_sample
 from galaxydist.explore.scan import ImageScan, scan_images
 
@@ -26,7 +26,7 @@ class Findings:
         map: None if the sample is too small for a map.
     """
 
-    population: Population
+    population: ExploredDataset
     sample_size: int
     seed: int
     looked: ImageScan
@@ -47,7 +47,7 @@ class Findings:
         return unreadable | {kind: len(places) for kind, places in self.looked.oddities.items()}
 
 
-def find_all(population: Population, *, sample: int, seed: int, features: Features | None = None) -> Findings:
+def find_all(population: ExploredDataset, *, sample: int, seed: int, features: Features | None = None) -> Findings:
     """Analyse a data set.
 
     Args:

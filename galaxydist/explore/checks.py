@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from galaxydist.explore.datasets import Population, Positions
+from galaxydist.explore.datasets import ExploredDataset, Positions
 from galaxydist.surveys.split import CUTOUT_ARCSEC, SAME_PLACE_ARCSEC, close_pairs
 
 HASH_DISTANCE = 6
@@ -147,7 +147,7 @@ class Neighbours:
     across_P: NDArray[np.bool_]
 
 
-def find_neighbours(population: Population, positions: Positions) -> Neighbours:
+def find_neighbours(population: ExploredDataset, positions: Positions) -> Neighbours:
     """Find the pairs with overlapping cutouts among the galaxies with known positions."""
     pairs_P2 = close_pairs(positions.ra, positions.dec, CUTOUT_ARCSEC)
     separation_P = _separations(positions, pairs_P2)

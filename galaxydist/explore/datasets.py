@@ -43,7 +43,7 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ExploredImage:
     """Image of a requested galaxy.
 
     Args:
@@ -75,10 +75,10 @@ class Positions:
         return np.asarray(np.isfinite(self.ra) & np.isfinite(self.dec))
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Source of images and positions; rows are indices among the population's N galaxies."""
 
-    def pictures(self, rows: NDArray[np.int64]) -> Iterator[Picture]:
+    def pictures(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         """Yield the images of these rows (sorted), in order; an unreadable one is yielded with its problem."""
         ...
 
@@ -92,7 +92,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Population:
+class ExploredDataset:
     """N galaxies of a data set, each in a split.
 
     Args:
@@ -115,7 +115,7 @@ class Population:
     labels_N: NDArray[np.int64]
     split_names: tuple[str, ...]
     split_N: NDArray[np.int8]
-    source: Source
+    source: ImageSource
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -143,7 +143,7 @@ def chance_order(rows: NDArray[np.int64], seed: int, number: int | None = None) 
     return rows[np.argsort(hashes, kind="stable")]
 
 
-def choose_sample(population: Population, number: int, seed: int) -> NDArray[np.int64]:
+def choose_sample(population: ExploredDataset, number: int, seed: int) -> NDArray[np.int64]:
     """Choose a random sample with equal numbers of each class, as far as the classes suffice, and return its sorted rows.
 
     Args:
@@ -176,11 +176,11 @@ _FETCHED_FOR_ONE = 2
 _Fetch = Callable[[int, int], bytes]
 
 
-def shard_population(manifest: Manifest) -> Population:
+def shard_population(manifest: Manifest) -> ExploredDataset:
     """Return the galaxies of a folder of shards, split by split in the order of storage."""
     names = tuple(name for name, split in manifest.splits.items() if split.num_samples)
     labels = [np.asarray(manifest.labels(name), np.int64) for name in names]
-    return Population(
+    return ExploredDataset(
         dataset=manifest.dataset,
         variant=manifest.variant,
         kind=f"shards ({manifest.encoding}, {manifest.image_size} pixels)",
@@ -190,7 +190,7 @@ def shard_population(manifest: Manifest) -> Population:
         labels_N=np.concatenate([*labels, np.empty(0, np.int64)]),
         split_names=names,
         split_N=np.repeat(np.arange(len(names)), [len(part) for part in labels]).astype(np.int8),
-        source=ShardSource(manifest, names),
+        source=ShardImages(manifest, names),
     )
 
 
@@ -204,7 +204,7 @@ class _Shard:
     stop: int
 
 
-class ShardSource:
+class ShardImages:
     """Reads images and positions from shards."""
 
     def __init__(self, manifest: Manifest, splits: tuple[str, ...]) -> None:
@@ -219,13 +219,13 @@ class ShardSource:
             for (split, number), start, end in zip(places, [0, *ends[:-1]], ends, strict=True)
         ]
 
-    def pictures(self, rows: NDArray[np.int64]) -> Iterator[Picture]:
+    def pictures(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         for shard, wanted in self._by_shard(rows):
             try:
                 records = self._open(shard)
             except UserError as error:
                 for row in wanted:
-                    yield Picture(row, f"{shard.split} {row - shard.start}", None, Position(), str(error))
+                    yield ExploredImage(row, f"{shard.split} {row - shard.start}", None, Position(), str(error))
                 continue
             for row in wanted:
                 yield self._picture(records, shard, row)
@@ -284,7 +284,7 @@ class ShardSource:
             raise UserError(f"shard {location} cannot be read ({error}); {self._manifest.remedy}") from None
         return _Records(index, lambda offset, size: os.pread(file.descriptor, size, offset))
 
-    def _picture(self, records: "_Records", shard: _Shard, row: int) -> Picture:
+    def _picture(self, records: "_Records", shard: _Shard, row: int) -> ExploredImage:
         number = row - shard.start
         key, position = records.key(number) or f"number {number}", records.position(number)
         try:
@@ -292,8 +292,8 @@ class ShardSource:
         except (ValueError, OSError, KeyError) as error:
             reason = str(error).removeprefix("galaxy picture: ")
             location = self._manifest.shard_location(shard.split, shard.number)
-            return Picture(row, key, None, position, f"shard {location}, galaxy {key}: {reason}")
-        return Picture(row, key, image, position)
+            return ExploredImage(row, key, None, position, f"shard {location}, galaxy {key}: {reason}")
+        return ExploredImage(row, key, image, position)
 
     def _decode(self, data: bytes) -> NDArray[np.uint8]:
         """Decode an image.
@@ -355,7 +355,7 @@ class _Records:
 _SHORT_SLAB = 32
 
 
-def survey_population(survey: Survey, path: Path) -> Population:
+def survey_population(survey: Survey, path: Path) -> ExploredDataset:
     """Return the galaxies of a survey that belong to a split, in the order of its rows."""
     names = tuple(name for name, rows in survey.splits.items() if len(rows))
     codes = np.full(len(survey.labels), -1, np.int8)
@@ -363,7 +363,7 @@ def survey_population(survey: Survey, path: Path) -> Population:
         codes[survey.splits[name]] = number
     placed = np.flatnonzero(codes >= 0)
     is_folder = isinstance(survey, FolderSurvey)
-    return Population(
+    return ExploredDataset(
         dataset=survey.name,
         variant=survey.variant,
         kind="folder of pictures" if is_folder else "HDF5 file",
@@ -373,18 +373,18 @@ def survey_population(survey: Survey, path: Path) -> Population:
         labels_N=np.asarray(survey.labels[placed], np.int64),
         split_names=names,
         split_N=codes[placed],
-        source=SurveySource(survey, placed),
+        source=SurveyImages(survey, placed),
     )
 
 
 @dataclass(frozen=True)
-class SurveySource:
+class SurveyImages:
     """Reads images and positions from a survey; ``placed`` are the survey's rows of the population's galaxies."""
 
     survey: Survey
     placed: NDArray[np.int64]
 
-    def pictures(self, rows: NDArray[np.int64]) -> Iterator[Picture]:
+    def pictures(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         wanted = self.placed[rows]
         for row, (start, stop, own) in zip(*_runs(rows, wanted, self._step()), strict=True):
             numbers = dict(zip(own.tolist(), row.tolist(), strict=True))
@@ -394,7 +394,7 @@ class SurveySource:
                         yield _picture(numbers.pop(number), galaxy)
             except UserError as error:
                 for number, place in numbers.items():
-                    yield Picture(place, self._name(number), None, Position(), str(error))
+                    yield ExploredImage(place, self._name(number), None, Position(), str(error))
 
     def positions(self) -> Positions | None:
         if isinstance(self.survey, Galaxy10Survey):
@@ -434,15 +434,15 @@ def _runs(rows: NDArray[np.int64], wanted: NDArray[np.int64], step: int) -> tupl
     return np.split(rows, cuts), [(int(part[0]), int(part[-1]) + 1, part) for part in parts]
 
 
-def _picture(row: int, galaxy: Galaxy) -> Picture:
+def _picture(row: int, galaxy: Galaxy) -> ExploredImage:
     position = Position(*(_number(value) for value in (galaxy.ra, galaxy.dec, galaxy.extras.get("redshift"))))
     image = galaxy.image
     if not isinstance(image, EncodedImage):
-        return Picture(row, galaxy.id, image, position)
+        return ExploredImage(row, galaxy.id, image, position)
     try:
-        return Picture(row, galaxy.id, decode_file(image.data, galaxy.id), position)
+        return ExploredImage(row, galaxy.id, decode_file(image.data, galaxy.id), position)
     except UserError as error:
-        return Picture(row, galaxy.id, None, position, str(error))
+        return ExploredImage(row, galaxy.id, None, position, str(error))
 
 
 def _number(value: object) -> float:
@@ -450,7 +450,7 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else np.nan
 
 
-def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> Population:
+def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> ExploredDataset:
     """Open a data set for exploration.
 
     Args:

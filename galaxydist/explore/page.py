@@ -12,7 +12,7 @@ from galaxydist.evaluation.plots import BLUE, GREEN, GREY, ORANGE, save_figure
 from galaxydist.evaluation.text_table import readable
 from galaxydist.explore.analysis import Findings, find_all, label_conflicts, pixel_statistics, split_leaks, summary, widths
 from galaxydist.explore.checks import KINDS
-from galaxydist.explore.datasets import UNLABELLED, Population, Positions
+from galaxydist.explore.datasets import UNLABELLED, ExploredDataset, Positions
 from galaxydist.explore.embedding import Features, picture_map, sprite
 from galaxydist.explore.scan import THUMBNAIL
 from galaxydist.pages.contact_sheet import write_gallery
@@ -428,7 +428,7 @@ SUMMARY = "survey.json"
 
 
 def explore(
-    population: Population,
+    population: ExploredDataset,
     *,
     page: Path,
     out_dir: Path | None,

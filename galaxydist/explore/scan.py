@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from galaxydist.cpus import available_cores
 from galaxydist.explore.checks import find_oddities, perceptual_hash
-from galaxydist.explore.datasets import Picture
+from galaxydist.explore.datasets import ExploredImage
 from galaxydist.surveys.photometry import measure_pictures
 
 THUMBNAIL = 64
@@ -98,7 +98,7 @@ class _Sums:
         self.counts[label] += 1
 
 
-def scan_images(pictures: Iterable[Picture], labels_N: NDArray[np.int64], number: int) -> ImageScan:
+def scan_images(pictures: Iterable[ExploredImage], labels_N: NDArray[np.int64], number: int) -> ImageScan:
     """Measure images on all cores.
 
     Args:
@@ -108,7 +108,7 @@ def scan_images(pictures: Iterable[Picture], labels_N: NDArray[np.int64], number
     """
     from tqdm import tqdm
 
-    seen: list[tuple[Picture, _ImageStats]] = []
+    seen: list[tuple[ExploredImage, _ImageStats]] = []
     problems: dict[str, str] = {}
     sums, width, cores = _Sums(), 0, available_cores()
     with ThreadPoolExecutor(cores) as pool, tqdm(total=number, desc="look at pictures", unit="img", disable=None) as bar:
@@ -121,13 +121,13 @@ def scan_images(pictures: Iterable[Picture], labels_N: NDArray[np.int64], number
             for batch, ones in zip(batches, pool.map(_look, batches, repeat(width)), strict=True):
                 for picture, one in zip(batch, ones, strict=True):
                     sums.add(int(labels_N[picture.row]), one)
-                    seen.append((Picture(picture.row, picture.id, None, picture.position), one))
+                    seen.append((ExploredImage(picture.row, picture.id, None, picture.position), one))
             bar.update(len(window))
     return _gather(sorted(seen, key=lambda pair: pair[0].row), labels_N, sums, problems)
 
 
 def _gather(
-    seen: list[tuple[Picture, _ImageStats]], labels_N: NDArray[np.int64], sums: _Sums, problems: dict[str, str]
+    seen: list[tuple[ExploredImage, _ImageStats]], labels_N: NDArray[np.int64], sums: _Sums, problems: dict[str, str]
 ) -> ImageScan:
     rows = np.array([picture.row for picture, _ in seen], np.int64)
     columns = np.array([one.numbers for _, one in seen], np.float64).reshape(len(seen), 13)
@@ -158,7 +158,7 @@ def _gather(
     )
 
 
-def _look(batch: list[Picture], mean_width: int) -> list[_ImageStats]:
+def _look(batch: list[ExploredImage], mean_width: int) -> list[_ImageStats]:
     """Measure images of equal shape."""
     images_BHWC = np.stack([picture.image for picture in batch if picture.image is not None])
     measured = measure_pictures(images_BHWC)
@@ -224,19 +224,19 @@ def _fit(image_HWC: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
     return np.asarray(ImageOps.fit(Image.fromarray(image_HWC), (width, width), Image.Resampling.BOX))
 
 
-def _same_shapes(pictures: list[Picture]) -> Iterator[list[Picture]]:
+def _same_shapes(pictures: list[ExploredImage]) -> Iterator[list[ExploredImage]]:
     """Yield the images grouped by shape."""
-    by_shape: dict[tuple[int, ...], list[Picture]] = {}
+    by_shape: dict[tuple[int, ...], list[ExploredImage]] = {}
     for picture in pictures:
         by_shape.setdefault(_shape(picture), []).append(picture)
     yield from by_shape.values()
 
 
-def _shape(picture: Picture) -> tuple[int, ...]:
+def _shape(picture: ExploredImage) -> tuple[int, ...]:
     assert picture.image is not None
     return picture.image.shape
 
 
-def _chunks(pictures: Iterator[Picture], length: int) -> Iterator[list[Picture]]:
+def _chunks(pictures: Iterator[ExploredImage], length: int) -> Iterator[list[ExploredImage]]:
     while chunk := list(islice(pictures, length)):
         yield chunk

@@ -14,7 +14,7 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.galaxy import VARIANTS, Variant
 from galaxydist.recipe.resolve import COMMAND_LINE, SCHEMA_DEFAULT
-from galaxydist.recipe.yaml12 import to_text
+from galaxydist.recipe.scalars import to_text
 from galaxydist.report.claims import ClaimAnswer, answer_claims, case_of, choose_rows, published_case
 from galaxydist.report.finished_runs import REFERENCE, FinishedRun, ReportNote, TestResult, read_trials
 from galaxydist.report.matrix import Row, Table, build_tables
@@ -164,7 +164,7 @@ _ONE_START = ("resume.",)
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunCost:
     """Speed and cost of a run.
 
     Args:
@@ -212,7 +212,7 @@ class RunFacts:
     num_keys: int
     forced: tuple[str, ...]
     lines: Sequence[Mapping[str, Any]]
-    cost: Cost | None
+    cost: RunCost | None
     evaluation: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -269,7 +269,7 @@ def _short(file: str) -> str:
     return inside.removesuffix(".yaml") if found else file
 
 
-def cost_of(timing: Sequence[Mapping[str, Any]], batch_size: int) -> Cost | None:
+def cost_of(timing: Sequence[Mapping[str, Any]], batch_size: int) -> RunCost | None:
     """Return speed and cost from the lines of timing.jsonl; None if there are none.
 
     Args:
@@ -285,7 +285,7 @@ def cost_of(timing: Sequence[Mapping[str, Any]], batch_size: int) -> Cost | None
     is_gpu = any("gpu/memory_gb" in line for line in known)
     devices = median(line["time/img_s"] / line.get("time/img_s_device", line["time/img_s"]) for line in known)
     memory = [line[key] for line in known for key in ("gpu/memory_gb", "memory/rss_gb") if _is_number(line.get(key))]
-    return Cost(
+    return RunCost(
         img_s=median(line["time/img_s"] for line in known),
         devices=max(1, round(devices)),
         kind="GPU" if is_gpu else "CPU",

@@ -58,7 +58,7 @@ _PANELS = (("accuracy", "val/accuracy", "train/accuracy"), ("loss", "val/loss", 
 
 
 @dataclass(frozen=True)
-class Curve:
+class LearningCurve:
     """Learning curve of a run.
 
     Args:
@@ -71,7 +71,7 @@ class Curve:
 
 
 @styled
-def draw_curves(curves: Sequence[Curve]) -> "Figure":
+def draw_curves(curves: Sequence[LearningCurve]) -> "Figure":
     """Draw accuracy and loss of the runs of one model: solid lines for validation, dotted lines for training.
 
     Args:
@@ -368,7 +368,7 @@ def _curves(found: DatasetResults) -> list[dict[str, Any]]:
     for row in found.table.rows:
         runs = [facts for facts in found.runs_of(row) if facts.lines]
         if runs:
-            figure = draw_curves([Curve(facts.trial.variant, facts.lines) for facts in runs])
+            figure = draw_curves([LearningCurve(facts.trial.variant, facts.lines) for facts in runs])
             drawn.append({"label": row.label, "svg": figure_svg(figure, f"learning curves of {row.label}"), "runs": len(runs)})
     return drawn
 

@@ -24,7 +24,7 @@ from galaxydist.surveys.split import (
     TRAIN,
     VAL,
     Codes,
-    Population,
+    SplitCandidates,
     build_population,
     check_positions,
     cut,
@@ -206,7 +206,7 @@ def _match(metadata: FolderMetadata, pictures: list[PictureFile]) -> dict[str, F
     return rows
 
 
-def _population(labels: list[int], class_names: tuple[str, ...], rows: list[FolderRow]) -> Population:
+def _population(labels: list[int], class_names: tuple[str, ...], rows: list[FolderRow]) -> SplitCandidates:
     """The galaxies with the same keys as in the survey they were exported from, so that they are split in the same way."""
     ra, dec = _positions(rows)
     source_rows = [row.extras.get("row") for row in rows]
@@ -260,13 +260,13 @@ def _is_complete(root: Path, given: Codes | None, *, has_val: bool) -> bool:
     return found.issuperset((TRAIN, VAL, TEST) if has_val else (TRAIN, TEST))
 
 
-def _fold(root: Path, population: Population, codes: Codes | None, fold: tuple[int, int]) -> Codes:
+def _fold(root: Path, population: SplitCandidates, codes: Codes | None, fold: tuple[int, int]) -> Codes:
     if codes is not None:
         raise UserError(f"{root} has split folders of its own; a cross-validation needs a folder with class folders alone")
     return split_fold(population, *fold)
 
 
-def _complete(root: Path, population: Population, codes: Codes | None, *, has_val: bool) -> Codes:
+def _complete(root: Path, population: SplitCandidates, codes: Codes | None, *, has_val: bool) -> Codes:
     """The splits that are wanted: those that the folder lacks are cut from train, with a word about it."""
     if codes is None:
         shares = "80/10/10" if has_val else "90/10 into train and test"

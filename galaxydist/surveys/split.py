@@ -153,7 +153,7 @@ _TIES, _GROUPS, _SINGLES, _BALANCED_TEST, _BALANCED_TRAIN, _CUT_VAL, _CUT_TEST, 
 
 
 @dataclass(frozen=True, slots=True)
-class Population:
+class SplitCandidates:
     """What a split is drawn from.
 
     Args:
@@ -203,13 +203,13 @@ def build_population(
     class_names: Sequence[str],
     seed: int,
     keys: NDArray[np.uint64] | None = None,
-) -> Population:
+) -> SplitCandidates:
     """A population from columns: ``ra``, ``dec`` in degrees (nan where unknown; None without positions); ``keys`` None: rows."""
     keys = np.arange(len(labels), dtype=np.uint64) if keys is None else keys
-    return Population(labels, class_names, read_sky(labels, ra, dec), keys, seed)
+    return SplitCandidates(labels, class_names, read_sky(labels, ra, dec), keys, seed)
 
 
-def check_classes(population: Population, at_least: int = MIN_PER_CLASS) -> None:
+def check_classes(population: SplitCandidates, at_least: int = MIN_PER_CLASS) -> None:
     """Raise UserError, naming every class with fewer galaxies than ``at_least``."""
     counts = np.bincount(population.labels, minlength=population.num_classes)
     small = [f"{name!r} has {count}" for name, count in zip(population.class_names, counts, strict=True) if count < at_least]
@@ -221,7 +221,7 @@ def check_classes(population: Population, at_least: int = MIN_PER_CLASS) -> None
         )
 
 
-def split_original(population: Population) -> Codes:
+def split_original(population: SplitCandidates) -> Codes:
     """(N,) codes of the 80/10/10 split: groups first, each whole, then single galaxies up to each class's exact counts.
 
     Raises:
@@ -249,7 +249,7 @@ def split_original(population: Population) -> Codes:
     return codes
 
 
-def _fill(population: Population, codes: Codes, left: NDArray[np.int64]) -> None:
+def _fill(population: SplitCandidates, codes: Codes, left: NDArray[np.int64]) -> None:
     """Whole groups to the splits that have no galaxy of a class, as long as train keeps some: classes that are all copies."""
     for code in (TEST, VAL):
         for label in np.flatnonzero(population.counts(codes == code) == 0).tolist():
@@ -261,7 +261,7 @@ def _fill(population: Population, codes: Codes, left: NDArray[np.int64]) -> None
                     break
 
 
-def _movable_groups(population: Population, codes: Codes, label: int) -> Iterator[Rows]:
+def _movable_groups(population: SplitCandidates, codes: Codes, label: int) -> Iterator[Rows]:
     """The groups that are wholly in train, have a galaxy of the class, and none with a second label; in hash order."""
     for rows in population.groups_in_hash_order():
         in_train = rows[codes[rows] != NONE]
@@ -284,7 +284,7 @@ def split_counts(class_counts: NDArray[np.integer], seed: int) -> NDArray[np.int
     return np.stack([class_counts - val - test, val, test])
 
 
-def split_balanced(population: Population, original: Codes) -> Codes:
+def split_balanced(population: SplitCandidates, original: Codes) -> Codes:
     """(N,) codes of the balanced variant: every class cut to the smallest, a fifth test, four fifths train (a tenth of it val).
 
     The test set comes from original test, then from original val where a small class has too few; the train set from original
@@ -306,7 +306,7 @@ def split_balanced(population: Population, original: Codes) -> Codes:
     return cut(population, codes, VAL)
 
 
-def _balanced_pools(population: Population, original: Codes, label: int) -> tuple[Rows, Rows]:
+def _balanced_pools(population: SplitCandidates, original: Codes, label: int) -> tuple[Rows, Rows]:
     """The rows of a class that the balanced test and train sets may take, in the order in which they are taken."""
     of_class = population.labels == label
     val = population.hash_sorted(of_class & (original == VAL), _BALANCED_TEST)
@@ -315,7 +315,7 @@ def _balanced_pools(population: Population, original: Codes, label: int) -> tupl
     return np.concatenate([test, val]), np.concatenate([train, val[::-1]])
 
 
-def cut(population: Population, codes: Codes, target: int, fraction: float = 0.1) -> Codes:
+def cut(population: SplitCandidates, codes: Codes, target: int, fraction: float = 0.1) -> Codes:
     """New codes in which ``fraction`` of each class of train (at least one galaxy) is ``target``, VAL or TEST.
 
     Only galaxies without neighbours in train and without a second label are moved, so that groups stay together; whole groups
@@ -337,7 +337,7 @@ def cut(population: Population, codes: Codes, target: int, fraction: float = 0.1
     return new_codes
 
 
-def split_fold(population: Population, k: int, num_folds: int) -> Codes:
+def split_fold(population: SplitCandidates, k: int, num_folds: int) -> Codes:
     """(N,) codes of a stratified cross-validation: test is part ``k`` (0 ... n-1) of ``num_folds``, train the rest, val empty.
 
     Raises:
@@ -370,7 +370,7 @@ def _apportion(counts: NDArray[np.int64], seats: int, seed: int) -> NDArray[np.i
     return share
 
 
-def _check_filled(population: Population, codes: Codes) -> None:
+def _check_filled(population: SplitCandidates, codes: Codes) -> None:
     for code, split in enumerate(SPLITS):
         empty = np.flatnonzero(population.counts(codes == code) == 0)
         if len(empty):
