@@ -8,9 +8,15 @@ import io
 import math
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Collection, MutableMapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
 
 
 def bound_cores() -> frozenset[int]:
@@ -131,3 +137,44 @@ def set_up_process(environ: MutableMapping[str, str]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     atexit.register(gc.freeze)
+
+
+def start_workers(count: int) -> "ProcessPoolExecutor":
+    """Start processes for work on several cores.
+
+    They are spawned: a fork would copy the caller's threads, which do not survive it. They end at once, and print nothing, on
+    Ctrl-C and when the caller is killed.
+
+    Args:
+        count: of processes.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context, resource_tracker
+
+    resource_tracker.ensure_running()  # its own start would let signals through
+    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_obey_parent)
+    # A process that Ctrl-C reaches while it imports prints a traceback. The signal waits until ``_obey_parent`` has run.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for _ in range(count):
+            pool.submit(int)  # a process starts with each of the first tasks
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pool
+
+
+def _obey_parent() -> None:
+    """End with the caller: else a worker would wait for tasks for ever, or write the same files as the next call."""
+    from multiprocessing import parent_process
+    from multiprocessing.connection import wait
+
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    parent = parent_process()
+    assert parent is not None
+
+    def leave() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()

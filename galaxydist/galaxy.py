@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # the names of classes and variants are read by commands that need no numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 # Folder names of the ten Galaxy10 DECaLS classes, in the official order of the labels.
 GALAXY10_CLASSES = (
@@ -55,7 +56,7 @@ class Galaxy:
     """
 
     id: str
-    image: NDArray[np.uint8] | EncodedImage
+    image: "NDArray[np.uint8] | EncodedImage"
     label: int | None
     ra: float | None = None
     dec: float | None = None
@@ -82,9 +83,9 @@ class Survey(Protocol):
     @property
     def class_names(self) -> tuple[str, ...]: ...
     @property
-    def labels(self) -> NDArray[np.int64]: ...
+    def labels(self) -> "NDArray[np.int64]": ...
     @property
-    def splits(self) -> Mapping[str, NDArray[np.int64]]: ...
+    def splits(self) -> "Mapping[str, NDArray[np.int64]]": ...
     @property
     def source_hash(self) -> str: ...
     @property

@@ -64,7 +64,7 @@ def without_figures() -> Iterator[None]:
         return Evaluator(*arguments, **{**named, "figures": False})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluator, "Judge", build)
+        patch.setattr(evaluator, "Evaluator", build)
         yield
 
 

@@ -8,7 +8,7 @@ import cv2
 import pytest
 
 from galaxydist.bench import real_galaxies
-from galaxydist.bench.real_galaxies import Cost, mean_and_error, measure_folds
+from galaxydist.bench.real_galaxies import StepCost, mean_and_error, measure_folds
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from tests.blobs import CLASS_NAMES, BlobSurvey
@@ -77,7 +77,7 @@ def test_a_stopped_comparison_goes_on_and_a_finished_one_trains_nothing(
 def test_equal_time_is_whole_epochs(monkeypatch: pytest.MonkeyPatch, pictures: Path, tmp_path: Path) -> None:
     """A model whose step takes twice as long gets half the epochs; nothing is trained here."""
     monkeypatch.setattr(
-        real_galaxies, "measure_costs", lambda recipes, _: dict(zip(recipes, (Cost(0.5, 1), Cost(1.0, 1)), strict=True))
+        real_galaxies, "measure_costs", lambda recipes, _: dict(zip(recipes, (StepCost(0.5, 1), StepCost(1.0, 1)), strict=True))
     )
     epochs = []
 

@@ -15,7 +15,7 @@ import pytest
 
 from galaxydist.bench.loader_processes import GALAXYDIST, PEERS, Loader, Processes, check, prepare
 from galaxydist.bench.loader_speed import RepeatedShards, lengthen, repeat_source
-from galaxydist.bench.loader_worker import BATCH_SIZE, Job, stored_pictures
+from galaxydist.bench.loader_worker import BATCH_SIZE, LoaderJob, stored_pictures
 from galaxydist.bench.peers.imagefolder import prepare as write_folder
 from galaxydist.cli.main import main
 from galaxydist.errors import EXIT_BAD_INPUT, UserError
@@ -40,8 +40,8 @@ def repeated(source: Manifest, root: Path) -> Manifest:
     return repeat_source(source, root, num_images=256, least=1, shard_size=64, workers=1)
 
 
-def job_on(manifest: Manifest, loader: Loader, **changes: Any) -> Job:
-    job = Job(
+def job_on(manifest: Manifest, loader: Loader, **changes: Any) -> LoaderJob:
+    job = LoaderJob(
         action="check",
         task="decode",
         shards_dir=str(manifest.dir),
@@ -69,7 +69,7 @@ def do_job(module: str, job: str) -> None:
 class Forked(Processes):
     """The same loaders in forked processes: a new interpreter takes seconds before it can read."""
 
-    def run(self, loader: Loader, job: Job) -> dict[str, Any]:
+    def run(self, loader: Loader, job: LoaderJob) -> dict[str, Any]:
         done = run_forked(do_job, loader.module, job.to_json())
         assert done.returncode == 0, done.stderr[-3000:]
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -231,5 +231,5 @@ def test_a_long_epoch_holds_the_same_pictures_in_no_more_space(source: Manifest,
 
 def test_a_job_survives_the_way_to_its_process(source: Manifest) -> None:
     job = job_on(source, IMAGEFOLDER, step=3)
-    assert Job.from_json(job.to_json()) == job
+    assert LoaderJob.from_json(job.to_json()) == job
     assert job.batch_size == BATCH_SIZE

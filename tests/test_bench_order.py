@@ -11,7 +11,7 @@ import pytest
 
 from galaxydist.bench.order_speed import (
     WORLD_SIZE,
-    Job,
+    OpeningJob,
     galaxy10_store,
     measure_fetches,
     measure_opening,
@@ -72,7 +72,7 @@ def test_the_measures_see_a_bad_shuffle(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(("num_streams", "batch_size"), [(10, 20), (20, 30), (4, 20)])
 def test_fetches_are_those_of_the_samples_read(num_streams: int, batch_size: int) -> None:
     """Worked out sample by sample for every node: no shard has so few of its samples in a stream that none is the node's."""
-    job = Job(5, 2, 40, 500)
+    job = OpeningJob(5, 2, 40, 500)
     (found,) = measure_fetches(job, [(num_streams, batch_size)])["choices"]
     order = EpochOrder([500] * 40, seed=0, epoch=0, num_streams=num_streams)
     positions = np.arange(order.num_positions)
@@ -84,7 +84,7 @@ def test_fetches_are_those_of_the_samples_read(num_streams: int, batch_size: int
 
 @pytest.mark.parametrize(("num_streams", "batch_size", "fetches"), [(48, 48, 1), (24, 48, 2), (16, 48, 3), (48, 72, 2)])
 def test_fetches_follow_the_common_divisor(num_streams: int, batch_size: int, fetches: int) -> None:
-    (found,) = measure_fetches(Job(12, 4, 3000, 1000), [(num_streams, batch_size)])["choices"]
+    (found,) = measure_fetches(OpeningJob(12, 4, 3000, 1000), [(num_streams, batch_size)])["choices"]
     assert found["divides_streams"] == (num_streams == 48) and found["divides_batch"] == (batch_size == 48)
     assert fetches <= found["fetches_per_shard"] < fetches * 1.05
     assert found["held_per_node"] <= found["held_by_one"] < 48 * 10

@@ -256,7 +256,7 @@ from contextlib import closing
 from pathlib import Path
 from galaxydist.errors import UserError
 from galaxydist.shards.remote.cache import CacheConfig
-from galaxydist.shards.remote.prefetcher import open_source
+from galaxydist.shards.remote.prefetcher import open_shard_source
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.shard_usage import evaluation_uses
 url, cache, taken = sys.argv[1:]
@@ -268,7 +268,7 @@ try:
     else:
         (Path(cache).parent / "other").write_bytes(bytes(int(taken)))
     uses = evaluation_uses(remote.shards("train")["samples"], 8, 0, 1)
-    with closing(open_source(remote, "train", iter([uses]), iter([uses]), steps_ahead=2, why="a test")) as source:
+    with closing(open_shard_source(remote, "train", iter([uses]), iter([uses]), steps_ahead=2, why="a test")) as source:
         for use in uses:
             assert source.open(int(use["shard"])).num_bytes == remote.shards("train")["bytes"][use["shard"]]
             source.advance(int(use["last_step"]) - 1)
@@ -441,10 +441,10 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (100, int(sys.argv[3])))
 from galaxydist.errors import UserError
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
-from galaxydist.loading.loader import TrainReader
+from galaxydist.loading.loader import TrainLoader
 remote = open_shards(sys.argv[1], CacheConfig(Path(sys.argv[2]), threads=2))
 try:
-    with TrainReader(remote, seed=0, batch_size=4, balance="resample") as reader:
+    with TrainLoader(remote, seed=0, batch_size=4, balance="resample") as reader:
         next(reader)
 except UserError as error:
     print(error)

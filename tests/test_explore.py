@@ -18,7 +18,7 @@ from PIL import Image
 from galaxydist.cli.main import main
 from galaxydist.explore.analysis import Findings, find_all, label_conflicts, split_leaks, summary
 from galaxydist.explore.checks import find_duplicates, find_neighbours, find_oddities, near_hashes, perceptual_hash
-from galaxydist.explore.datasets import Picture, Population, Position, Positions, choose_sample, open_population
+from galaxydist.explore.datasets import ExploredDataset, ExploredImage, Position, Positions, choose_sample, open_population
 from galaxydist.explore.page import render_page
 from galaxydist.explore.scan import THUMBNAIL, _fit
 from galaxydist.shards.manifest import read_manifest
@@ -37,10 +37,10 @@ class Sky:
     def __init__(self, images: NDArray[np.uint8], positions: Positions | None = None) -> None:
         self.images, self._positions, self.read = images, positions, list[int]()
 
-    def pictures(self, rows: NDArray[np.int64]) -> Iterator[Picture]:
+    def pictures(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         for row in rows.tolist():
             self.read.append(row)
-            yield Picture(row, f"g{row}", self.images[row % len(self.images)], Position())
+            yield ExploredImage(row, f"g{row}", self.images[row % len(self.images)], Position())
 
     def positions(self) -> Positions | None:
         return self._positions
@@ -65,11 +65,11 @@ def drawn(num: int, seed: int = 0, size: int = 64) -> NDArray[np.uint8]:
     return np.stack(images)
 
 
-def population(labels: NDArray[np.int64], source: Sky, splits: int = 1) -> Population:
+def population(labels: NDArray[np.int64], source: Sky, splits: int = 1) -> ExploredDataset:
     names = ("train", "test")[:splits]
     split_N = (np.arange(len(labels)) % splits).astype(np.int8)
     classes = ("round_smooth", "merging", "barred_spiral")
-    return Population("drawn", "original", "test", "nowhere", "", classes, labels, names, split_N, source)
+    return ExploredDataset("drawn", "original", "test", "nowhere", "", classes, labels, names, split_N, source)
 
 
 def explored(tmp_path: Path, location: str | Path, **options: int) -> Findings:
@@ -122,7 +122,7 @@ def test_a_url_is_read_like_a_folder_but_only_a_few_shards_of_it(tmp_path: Path,
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 120), st.integers(0, 3))
 def test_a_sample_takes_the_same_number_of_every_class(sizes: list[int], number: int, seed: int) -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes)).astype(np.int64)
-    drawn_from = Population(
+    drawn_from = ExploredDataset(
         "d", "v", "k", "l", "", tuple("abcde"[: len(sizes)]), labels, ("train",), labels.astype(np.int8), Sky(drawn(1))
     )
     rows = choose_sample(drawn_from, number, seed)
@@ -215,7 +215,7 @@ def test_neighbours_in_other_splits_are_counted() -> None:
 def test_the_official_positions_have_their_known_pairs(real_data: Path) -> None:
     table = np.genfromtxt(real_data / "galaxy10_decals_positions.csv", delimiter=",", names=True)
     labels = table["label"].astype(np.int64)
-    whole = Population(
+    whole = ExploredDataset(
         "g", "o", "k", "l", "", tuple("abcdefghij"), labels, ("train",), np.zeros(len(labels), np.int8), Sky(drawn(1))
     )
     near = find_neighbours(whole, Positions(np.arange(len(labels)), table["ra"], table["dec"], np.full(len(labels), np.nan)))

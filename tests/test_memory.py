@@ -43,8 +43,8 @@ class Drawn:
             yield Galaxy(f"d-{row:06d}", pixels, row % 2)
 
 if __name__ == "__main__":
-    write.FEW_GALAXIES, plan.PART_BYTES = 0, 8 * 1024 * 1024
-    write.write_shards(Drawn(int(sys.argv[2])), Path(sys.argv[1]), encoding="raw", shard_size=64, workers=2)
+    writer.FEW_GALAXIES, layout.PART_BYTES = 0, 8 * 1024 * 1024
+    writer.write_shards(Drawn(int(sys.argv[2])), Path(sys.argv[1]), encoding="raw", shard_size=64, workers=2)
     peaks = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(json.dumps(peaks))
 """
@@ -54,10 +54,10 @@ import json, sys
 from pathlib import Path
 import psutil
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.loading.loader import TrainReader
+from galaxydist.loading.loader import TrainLoader
 
 process, sizes = psutil.Process(), []
-with TrainReader(read_manifest(Path(sys.argv[1])), seed=0, batch_size=64, threads=2) as reader:
+with TrainLoader(read_manifest(Path(sys.argv[1])), seed=0, batch_size=64, threads=2) as reader:
     for batch in reader:
         if (batch.step + 1) % reader.steps_per_epoch == 0:
             sizes.append(process.memory_info().rss / 1024**2)

@@ -17,7 +17,7 @@ from galaxydist.loading.loader import Batch, TrainLoader
 from galaxydist.recipe.rules import check_world
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.training.loss import Targets, WeightedCrossEntropy
+from galaxydist.training.loss import LossTargets, WeightedCrossEntropy
 from galaxydist.training.mixup import Mixup, PairSlice, count_pair_parts, split_pairs, take
 
 SIZE = 12
@@ -199,7 +199,7 @@ def test_a_pair_is_mixed_alike_on_any_rank_and_in_any_part(half: int, world: int
     assert sorted(seen) == list(range(2 * half))
 
 
-def same(found: Targets, expected: Targets, rows: torch.Tensor) -> bool:
+def same(found: LossTargets, expected: LossTargets, rows: torch.Tensor) -> bool:
     names = ("labels_B", "weights_B", "majority_B", "partner_labels_B", "partner_weights_B", "total_weights_B")
     return all(torch.equal(getattr(found, name), getattr(expected, name)[rows]) for name in names)
 
@@ -307,7 +307,7 @@ def test_a_gpu_mixes_alike_and_is_not_waited_for() -> None:
         mix = drawn.prepare(there)
         targets = objective.targets(there.labels_B, there.weights_B, mix)
         parts = [mix.take(part)(take(images, part)) for part in split_pairs(32, 3)]
-        loss = objective.summed_loss(parts[0].mean((2, 3)), Targets.take(targets, split_pairs(32, 3)[0]))
+        loss = objective.summed_loss(parts[0].mean((2, 3)), LossTargets.take(targets, split_pairs(32, 3)[0]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for part, found in zip(split_pairs(32, 3), parts, strict=True):

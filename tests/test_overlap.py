@@ -20,7 +20,7 @@ from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.evaluation import leakage as overlaps
 from galaxydist.evaluation.counts import Counts, SubsetCounts
-from galaxydist.evaluation.leakage import Galaxies, check_before_training, check_overlap, find_overlap
+from galaxydist.evaluation.leakage import SplitGalaxies, check_before_training, check_overlap, find_overlap
 from galaxydist.galaxy import Galaxy
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.verify import describe_equal_pictures
@@ -80,14 +80,14 @@ def test_ids_and_places_are_those_that_a_look_at_every_pair_finds(
 
 def test_ids_mean_something_within_a_survey_only() -> None:
     trained, test = table([("galaxy_000001", None, None)]), table([("galaxy_000001", None, None), ("b", 1.0, 1.0)])
-    galaxies = Galaxies(trained, "a", "x")
-    assert check_overlap(galaxies, None, Galaxies(test, "b", "y")).tolist() == [False, False]
+    galaxies = SplitGalaxies(trained, "a", "x")
+    assert check_overlap(galaxies, None, SplitGalaxies(test, "b", "y")).tolist() == [False, False]
     with pytest.raises(
         UserError, match=r"1 of the 2 galaxies of y were in the training set of this model, x: 1 by id \(galaxy_000001\)"
     ):
-        check_overlap(galaxies, None, Galaxies(test, "a", "y"))
+        check_overlap(galaxies, None, SplitGalaxies(test, "a", "y"))
     with pytest.raises(UserError, match="1 by id"):
-        check_overlap(replace(galaxies, dataset=fold_name("a", 0, 5)), None, Galaxies(test, fold_name("a", 3, 5), "y"))
+        check_overlap(replace(galaxies, dataset=fold_name("a", 0, 5)), None, SplitGalaxies(test, fold_name("a", 3, 5), "y"))
     assert same_survey("a", fold_name("a", 1, 10)) and not same_survey("a", "a-2") and not same_survey("a", "b")
 
 
@@ -96,16 +96,18 @@ def test_the_refusal_counts_and_names() -> None:
     near = [(f"n{n}", 10.0 + n, 60 * ARCSEC) for n in range(2)]
     far = [("far", 10.0, 80 * ARCSEC), ("g8", 200.0, 0.0)]
     with pytest.raises(UserError) as error:
-        check_overlap(Galaxies(table(rows), "a", "train of a"), None, Galaxies(table([*rows[:7], *near, *far]), "a", "test of b"))
+        check_overlap(
+            SplitGalaxies(table(rows), "a", "train of a"), None, SplitGalaxies(table([*rows[:7], *near, *far]), "a", "test of b")
+        )
     text = str(error.value)
     assert "10 of the 11 galaxies of test of b were in the training set of this model, train of a: " in text
     assert "8 by id (g0, g1, g2, g3, g4 and 3 more); 2 within 67 arcsec of one of them on the sky (n0, n1)." in text
     assert "1 of these lie where no galaxy of the training set does" in text and "--name NAME" in text
     assert "Judge it on another data set, or train it on shards" in text
     seen = check_overlap(
-        Galaxies(table([("z", 1.0, 1.0)]), "a", "x"),
-        Galaxies(table(rows[:1]), "a", "v"),
-        Galaxies(table([*rows[:2], *far]), "a", "y"),
+        SplitGalaxies(table([("z", 1.0, 1.0)]), "a", "x"),
+        SplitGalaxies(table(rows[:1]), "a", "v"),
+        SplitGalaxies(table([*rows[:2], *far]), "a", "y"),
     )
     assert seen.tolist() == [True, False, False, False]
 
@@ -117,10 +119,10 @@ def test_the_variants_of_galaxy10_train_no_galaxy_that_tests_either(real_data: P
         pytest.skip("../shared/data/galaxy10_decals_positions.csv is not on this machine")
     positions, split = np.genfromtxt(path, delimiter=",", names=True), read_official_split()
 
-    def galaxies(variant: str, code: int) -> Galaxies:
+    def galaxies(variant: str, code: int) -> SplitGalaxies:
         rows = np.flatnonzero(getattr(split, variant) == code)
         columns = {"id": [f"g10-{row:05d}" for row in rows], "ra": positions["ra"][rows], "dec": positions["dec"][rows]}
-        return Galaxies(pa.table(columns), NAME, variant)
+        return SplitGalaxies(pa.table(columns), NAME, variant)
 
     chosen_on = {}
     for trained in ("original", "balanced"):

@@ -17,7 +17,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "galaxydist"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-FLOORS_THAT_KNOW_THE_ENVIRONMENT = {"cli", "training", "cluster", "serving"}
+FLOORS_THAT_KNOW_THE_ENVIRONMENT = {"cli", "doctor", "training", "cluster", "serving"}
 MAX_LINES, MAX_FUNCTION = 600, 60
 
 

@@ -19,7 +19,7 @@ from galaxydist.models.registry import MODEL_NAMES
 from galaxydist.planner.estimate import (
     BYTES_PER_GALAXY,
     ClusterShape,
-    Plan,
+    RunPlan,
     find_data,
     plan_memory,
     plan_reading,
@@ -48,7 +48,7 @@ def recipe_of(*overrides: str, of: tuple[str, ...] = SMALL) -> Recipe:
     return load_recipe([*(text for text in of if text.partition("=")[0] not in given), *overrides]).recipe
 
 
-def plan_of(*overrides: str, root: Path = Path("nowhere"), job: ClusterShape | None = None, **given: Any) -> Plan:
+def plan_of(*overrides: str, root: Path = Path("nowhere"), job: ClusterShape | None = None, **given: Any) -> RunPlan:
     return plan_run(recipe_of(*overrides), root, job or ClusterShape(), **given)
 
 

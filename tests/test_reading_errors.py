@@ -26,7 +26,8 @@ from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.verify import check_columns
 from galaxydist.training.health.anomalies import LossSpikes, NonFiniteSteps, UnreadableImages
-from galaxydist.training.state import EarlyStopping, TrainState
+from galaxydist.training.resume import EarlyStopping
+from galaxydist.training.state import TrainState
 from tests.damage import break_picture, shard_of, truncate
 from tests.forked_runs import run_forked, train
 from tests.runs import count_errors, quick_settings, read_evaluation, read_losses, read_metrics, run_here
@@ -286,9 +287,9 @@ READ_FOREVER = """
 import sys
 from pathlib import Path
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.loading.loader import TrainReader
+from galaxydist.loading.loader import TrainLoader
 
-with TrainReader(read_manifest(Path(sys.argv[1])), seed=0, batch_size=8, threads=3) as reader:
+with TrainLoader(read_manifest(Path(sys.argv[1])), seed=0, batch_size=8, threads=3) as reader:
     for batch in reader:
         print(batch.step, flush=True)
 """

@@ -228,8 +228,8 @@ def test_a_write_leaves_the_training_as_it_would_be(tmp_path: Path) -> None:
 ENDING = """
 import sys, torch
 from pathlib import Path
-from galaxydist.checkpoints.async_writer import CheckpointSaver
-saver = CheckpointSaver(Path(sys.argv[1]), background=True, check=lambda: None)
+from galaxydist.checkpoints.async_writer import CheckpointWriter
+saver = CheckpointWriter(Path(sys.argv[1]), background=True, check=lambda: None)
 saver.save(7, {"model/w": torch.arange(3_000_000.0), "optimizer/m": torch.ones(3)}, {"a": 1})
 raise ZeroDivisionError
 """
@@ -246,8 +246,8 @@ def test_an_interpreter_that_ends_finishes_the_write(tmp_path: Path) -> None:
 ENDLESS = """
 import sys, torch
 from pathlib import Path
-from galaxydist.checkpoints.async_writer import CheckpointSaver
-with CheckpointSaver(Path(sys.argv[1]), background=True, check=lambda: None) as saver:
+from galaxydist.checkpoints.async_writer import CheckpointWriter
+with CheckpointWriter(Path(sys.argv[1]), background=True, check=lambda: None) as saver:
     step = 0
     while True:
         step += 1

@@ -16,17 +16,17 @@ from galaxydist.errors import UserError
 HOLD = """
 import sys
 from pathlib import Path
-from galaxydist.cluster.submit import alone_in
-with alone_in(Path(sys.argv[1])):
+from galaxydist.cluster.submit import submission_lock
+with submission_lock(Path(sys.argv[1])):
     print("alone", flush=True)
     sys.stdin.read()
 """
 SEND = """
 import signal, sys
 from pathlib import Path
-from galaxydist.cluster.submit import signals_later
+from galaxydist.cluster.submit import deferred_signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
-with signals_later():
+with deferred_signals():
     print("sending", flush=True)
     sys.stdin.readline()
     Path(sys.argv[1]).touch()

@@ -377,9 +377,9 @@ class Meeting(MemorySurvey):
         return super().read(start, stop)
 
 if __name__ == "__main__":
-    write.FEW_GALAXIES = 0
+    writer.FEW_GALAXIES = 0
     Path(sys.argv[1] + ".readers").mkdir()
-    write.write_shards(Meeting(draw_galaxies(64)), Path(sys.argv[1]), shard_size=8)
+    writer.write_shards(Meeting(draw_galaxies(64)), Path(sys.argv[1]), shard_size=8)
 """
 
 

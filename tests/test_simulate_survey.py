@@ -13,11 +13,11 @@ from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_COUNTS
 from galaxydist.surveys.hdf5_schema import COLUMNS, IMAGE_SHAPE
 from galaxydist.surveys.simulate import simulate_survey
-from galaxydist.surveys.simulate.population import HANDFUL, Plan, class_counts, plan_survey
+from galaxydist.surveys.simulate.population import HANDFUL, SurveyPlan, class_counts, plan_survey
 from galaxydist.surveys.simulate.survey import draw_slab, take_picture
 
 
-def _separation(plan: Plan, one: int, other: int) -> float:
+def _separation(plan: SurveyPlan, one: int, other: int) -> float:
     east = ((plan.ra[one] - plan.ra[other] + 180.0) % 360.0 - 180.0) * np.cos(np.radians(plan.dec[one]))
     return float(np.hypot(east, plan.dec[one] - plan.dec[other]) * 3600.0)
 
@@ -88,7 +88,7 @@ def test_one_place_has_two_labels_and_pairs_overlap(num: int) -> None:
     assert found == close
 
 
-def _near(plan: Plan, row: int) -> list[int]:
+def _near(plan: SurveyPlan, row: int) -> list[int]:
     east = ((plan.ra - plan.ra[row] + 180.0) % 360.0 - 180.0) * np.cos(np.radians(plan.dec[row]))
     close = np.hypot(east, plan.dec - plan.dec[row]) * 3600.0 < 67.0
     return [int(other) for other in np.flatnonzero(close) if other != row]

@@ -12,7 +12,7 @@ from galaxydist.surveys.split import (
     TEST,
     TRAIN,
     VAL,
-    Population,
+    SplitCandidates,
     build_population,
     close_pairs,
     cut,
@@ -25,7 +25,7 @@ from galaxydist.surveys.split import (
 )
 
 
-def crowded(counts: list[int], pair_share: float, seed: int) -> Population:
+def crowded(counts: list[int], pair_share: float, seed: int) -> SplitCandidates:
     """Galaxies of which a share sits next to another one, some of these at the very place of a galaxy of another class."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.repeat(np.arange(len(counts)), counts))
@@ -36,7 +36,7 @@ def crowded(counts: list[int], pair_share: float, seed: int) -> Population:
     return build_population(labels, ra, dec, class_names=[f"c{k}" for k in range(len(counts))], seed=seed)
 
 
-def groups_are_whole(population: Population, codes: NDArray[np.int8]) -> bool:
+def groups_are_whole(population: SplitCandidates, codes: NDArray[np.int8]) -> bool:
     groups = population.sky.groups
     inside = (groups >= 0) & (codes != NONE)
     return all(len(np.unique(codes[inside & (groups == group)])) <= 1 for group in np.unique(groups[inside]))
@@ -48,7 +48,7 @@ populations = st.builds(
 
 
 @given(populations)
-def test_original_keeps_counts_groups_and_conflicts(population: Population) -> None:
+def test_original_keeps_counts_groups_and_conflicts(population: SplitCandidates) -> None:
     codes = split_original(population)
     wanted = split_counts(np.bincount(population.labels, minlength=population.num_classes), population.seed)
     assert groups_are_whole(population, codes)
@@ -61,7 +61,7 @@ def test_original_keeps_counts_groups_and_conflicts(population: Population) -> N
 
 
 @given(populations)
-def test_balanced_never_tests_what_trained_the_other(population: Population) -> None:
+def test_balanced_never_tests_what_trained_the_other(population: SplitCandidates) -> None:
     original = split_original(population)
     balanced = split_balanced(population, original)
     for code in (TRAIN, VAL, TEST):
@@ -78,12 +78,12 @@ def test_follows_seed_and_keys_alone() -> None:
     population = crowded([50, 60, 70], 0.1, 1)
     again = crowded([50, 60, 70], 0.1, 1)
     assert np.array_equal(split_original(population), split_original(again))
-    other_seed = Population(population.labels, population.class_names, population.sky, population.keys, 2)
+    other_seed = SplitCandidates(population.labels, population.class_names, population.sky, population.keys, 2)
     assert not np.array_equal(split_original(population), split_original(other_seed))
     order = np.random.default_rng(0).permutation(len(population.labels))
     sky = read_sky(population.labels, None, None)
-    plain = Population(population.labels, population.class_names, sky, population.keys, 1)
-    mixed = Population(population.labels[order], population.class_names, sky, population.keys[order], 1)
+    plain = SplitCandidates(population.labels, population.class_names, sky, population.keys, 1)
+    mixed = SplitCandidates(population.labels[order], population.class_names, sky, population.keys[order], 1)
     assert np.array_equal(split_original(plain)[order], split_original(mixed))
 
 

@@ -17,7 +17,7 @@ from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import OptimConfig
 from galaxydist.training.loss import WeightedCrossEntropy, class_weights
 from galaxydist.training.optimizer import LRSchedule
-from galaxydist.training.state import EarlyStopping
+from galaxydist.training.resume import EarlyStopping
 from galaxydist.training.step import count_micro_batches, split_evenly
 from galaxydist.training.trainer import _example
 

@@ -27,7 +27,7 @@ Mode = Literal["none", "background", "synchronous"]
 
 
 @dataclass(frozen=True)
-class Conditions:
+class SavingConditions:
     """Of the trainings.
 
     Args:
@@ -47,7 +47,7 @@ class Conditions:
 class Trainee:
     """A model and its optimizer, which really move."""
 
-    def __init__(self, conditions: Conditions, device: torch.device) -> None:
+    def __init__(self, conditions: SavingConditions, device: torch.device) -> None:
         torch.manual_seed(0)
         self.device = device
         self.model = build_model(ModelConfig(name=conditions.model), NUM_CLASSES, conditions.image_size).to(device)
@@ -133,7 +133,7 @@ class Training:
         }
 
 
-def measure_saving(folder: Path, conditions: Conditions) -> list[dict[str, Any]]:
+def measure_saving(folder: Path, conditions: SavingConditions) -> list[dict[str, Any]]:
     """Train without saving, saving in the background, and saving synchronously; print a table and, last, lines of JSON.
 
     The three take turns, each for the time between two saves, so that whatever else the machine does meets all alike.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from galaxydist.bench.loader_worker import Job
+from galaxydist.bench.loader_worker import LoaderJob
 from galaxydist.errors import UserError
 
 TIMEOUT_S = 300
@@ -65,7 +65,7 @@ class Processes:
         """Whether it can be measured here."""
         return loader.is_here or self._is_installed(loader)
 
-    def run(self, loader: Loader, job: Job) -> dict[str, Any]:
+    def run(self, loader: Loader, job: LoaderJob) -> dict[str, Any]:
         """Do a job in a process of its own, and give its answer.
 
         Raises:
@@ -112,7 +112,7 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def prepare(processes: Processes, loader: Loader, job: Job, stamp: str) -> None:
+def prepare(processes: Processes, loader: Loader, job: LoaderJob, stamp: str) -> None:
     """Write the loader's own form of the pictures, unless it is there and was made from the same.
 
     Args:
@@ -128,7 +128,7 @@ def prepare(processes: Processes, loader: Loader, job: Job, stamp: str) -> None:
     note.write_text(stamp)
 
 
-def check(processes: Processes, loader: Loader, job: Job, num_images: int) -> int:
+def check(processes: Processes, loader: Loader, job: LoaderJob, num_images: int) -> int:
     """See that one epoch of a loader has every picture once, with our pixels.
 
     Returns:

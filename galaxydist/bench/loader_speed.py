@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from galaxydist.bench.loader_processes import GALAXYDIST, OURS, PEERS, Loader, Processes, check, prepare
-from galaxydist.bench.loader_worker import BATCH_SIZE, LOOKED_AT, TASKS, Job, StoredPicture, stored_pictures
+from galaxydist.bench.loader_worker import BATCH_SIZE, LOOKED_AT, TASKS, LoaderJob, StoredPicture, stored_pictures
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
 from galaxydist.shards.manifest import COLUMNS, SHARD_ROW, Manifest, Split, column_name, manifest_json, read_manifest, shard_name
@@ -171,7 +171,7 @@ class Bench:
     """What is measured on: the pictures, the processes, the loaders that are there."""
 
     manifest: Manifest
-    job: Job
+    job: LoaderJob
     processes: Processes
     peers: tuple[Loader, ...]
     rounds: int = 1
@@ -181,7 +181,7 @@ class Bench:
     def steps(self) -> int:
         return steps_per_epoch(self.manifest.split("train").num_samples, BATCH_SIZE)
 
-    def job_of(self, loader: Loader, **changes: Any) -> Job:
+    def job_of(self, loader: Loader, **changes: Any) -> LoaderJob:
         return replace(self.job, form_dir=str(self.manifest.dir.parent / loader.name), **changes)
 
 
@@ -251,7 +251,7 @@ def _open_bench(
     if missing:
         titles = ", ".join(peer.title for peer in missing)
         print(f"not measured, since not installed in {processes.environments.resolve()} (`make bench` does): {titles}")
-    job = Job(
+    job = LoaderJob(
         action="measure",
         task="decode",
         shards_dir=str(manifest.dir),
@@ -288,7 +288,7 @@ def _prepare_and_check(bench: Bench) -> None:
 
 def _measure_speed(bench: Bench, task: str) -> dict[str, Any]:
     """Images per second of ours, the peers, and the limit."""
-    jobs: dict[str, tuple[Loader, Job]] = {}
+    jobs: dict[str, tuple[Loader, LoaderJob]] = {}
     steps, workers = bench.steps, bench.job.workers
     ahead = AHEAD * workers
     ours = bench.job_of(GALAXYDIST, task=task, warmup=ahead, batches=min(OURS_TIMED * workers, 4 * steps))
@@ -325,7 +325,7 @@ def _with_ours(peer: Loader) -> str:
     return f"{peer.name}+decoder"
 
 
-def _in_turn(bench: Bench, jobs: Mapping[str, tuple[Loader, Job]]) -> dict[str, list[dict[str, Any]]]:
+def _in_turn(bench: Bench, jobs: Mapping[str, tuple[Loader, LoaderJob]]) -> dict[str, list[dict[str, Any]]]:
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
     with tqdm(total=bench.rounds * len(jobs), desc="measuring", unit="process", disable=None, leave=False) as bar:
         for _ in range(bench.rounds):
@@ -335,7 +335,7 @@ def _in_turn(bench: Bench, jobs: Mapping[str, tuple[Loader, Job]]) -> dict[str, 
     return answers
 
 
-def _compare_looks(jobs: Mapping[str, tuple[Loader, Job]], answers: Mapping[str, list[dict[str, Any]]]) -> None:
+def _compare_looks(jobs: Mapping[str, tuple[Loader, LoaderJob]], answers: Mapping[str, list[dict[str, Any]]]) -> None:
     """Augmented batches differ by chance, but not in shape, type, mean and deviation."""
     ours = answers[OURS][0]
     if jobs[OURS][1].task != "train":

@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Self
-
-import numpy as np
-import simplejpeg
-from numpy.typing import NDArray
-from torch import Tensor
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from galaxydist.shards.tar import parse_index
+
+if TYPE_CHECKING:  # the command that starts these processes needs neither
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 TASKS = ("decode", "train", "resume", "memory")
 BATCH_SIZE = 64
@@ -29,7 +30,7 @@ Task = Literal["decode", "train"]
 
 
 @dataclass(frozen=True)
-class Job:
+class LoaderJob:
     """One process's work.
 
     Args:
@@ -111,12 +112,12 @@ def stored_pictures(shards_dir: Path, split: str = "train") -> Iterator[StoredPi
 # Batches whose pixels are looked at before any is timed.
 LOOKED_AT = 3
 # Images (B x 3 x H x W or B x H x W x 3), labels, and the galaxies' keys.
-LoaderBatch = tuple[Tensor, Tensor, list[str]]
+LoaderBatch = tuple["Tensor", "Tensor", list[str]]
 Loader = Iterable[LoaderBatch]
 Answer = dict[str, Any]
 
 
-def run(prepare: Callable[[Job], None], build_loader: Callable[[Job], Loader]) -> None:
+def run(prepare: Callable[[LoaderJob], None], build_loader: Callable[[LoaderJob], Loader]) -> None:
     """Do the job of the command line with a peer's functions, and answer."""
     job = open_job()
     if job.action == "prepare":
@@ -129,9 +130,9 @@ def run(prepare: Callable[[Job], None], build_loader: Callable[[Job], Loader]) -
         answer(found)
 
 
-def open_job() -> Job:
+def open_job() -> LoaderJob:
     """The job of the command line, on its cores."""
-    job = Job.from_json(sys.argv[1])
+    job = LoaderJob.from_json(sys.argv[1])
     os.sched_setaffinity(0, job.cores)
     return job
 
@@ -141,7 +142,7 @@ def answer(found: Answer) -> None:
     print(json.dumps(found), flush=True)
 
 
-def measure(loader: Loader, job: Job) -> Answer:
+def measure(loader: Loader, job: LoaderJob) -> Answer:
     """Images per second over batches in the middle of an epoch, while the queues are as full at the end as at the start; and the
     mean and deviation of the pixels of some batches before."""
     batches = _endless(loader)
@@ -157,18 +158,20 @@ def measure(loader: Loader, job: Job) -> Answer:
         "images_per_s": num_images / seconds,
         "shape": sorted(images.shape),
         "dtype": str(images.dtype).removeprefix("torch."),
-        "mean": float(np.mean([mean for mean, _ in looks])),
-        "std": float(np.mean([std for _, std in looks])),
+        "mean": fmean(mean for mean, _ in looks),
+        "std": fmean(std for _, std in looks),
     }
 
 
-def check(loader: Loader, job: Job) -> Answer:
+def check(loader: Loader, job: LoaderJob) -> Answer:
     """Compare one epoch's pixels with what our decoder makes of the shards' bytes.
 
     Returns:
         ``num_images``; how many galaxies were ``missing``, how many came more than once (``repeated``); the greatest difference
         in grey levels (``worst``) and the galaxy that has it (``worst_key``).
     """
+    import simplejpeg
+
     expected = {picture.key: picture.data for picture in stored_pictures(job.shards)}
     times = dict.fromkeys(expected, 0)
     worst, worst_key = -1, ""
@@ -183,7 +186,9 @@ def check(loader: Loader, job: Job) -> Answer:
     return {"num_images": sum(times.values()), "missing": missing, "repeated": repeated, "worst": worst, "worst_key": worst_key}
 
 
-def _difference(image: NDArray[np.uint8], expected_HWC: NDArray[np.uint8]) -> int:
+def _difference(image: "NDArray[np.uint8]", expected_HWC: "NDArray[np.uint8]") -> int:
+    import numpy as np
+
     image_HWC = image if image.shape[-1] == 3 else image.transpose(1, 2, 0)
     if image_HWC.shape != expected_HWC.shape or image_HWC.dtype != np.uint8:
         return 255

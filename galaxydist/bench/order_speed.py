@@ -27,7 +27,7 @@ from galaxydist.surveys.split import TRAIN
 
 
 @dataclass(frozen=True)
-class Job:
+class OpeningJob:
     """Ranks on nodes (contiguous), and a data set of ``num_shards`` shards of ``shard_samples`` each."""
 
     num_nodes: int
@@ -40,9 +40,9 @@ class Job:
         return self.num_nodes * self.ranks_per_node
 
 
-def default_jobs() -> list[Job]:
+def default_jobs() -> list[OpeningJob]:
     """1,024 ranks in 128 nodes."""
-    return [Job(128, 8, num_shards, 10_000) for num_shards in (10_000, 100_000)]
+    return [OpeningJob(128, 8, num_shards, 10_000) for num_shards in (10_000, 100_000)]
 
 
 def default_choices(world_size: int) -> list[tuple[int, int]]:
@@ -58,7 +58,7 @@ def default_choices(world_size: int) -> list[tuple[int, int]]:
     ]
 
 
-def measure_fetches(job: Job, choices: Sequence[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
+def measure_fetches(job: OpeningJob, choices: Sequence[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
     """Shards a node fetches in an epoch, if each shard is fetched once by a node that needs it.
 
     Returns:
@@ -77,7 +77,7 @@ def measure_fetches(job: Job, choices: Sequence[tuple[int, int]], seed: int = 0)
     }
 
 
-def _measure(job: Job, num_streams: int, batch_size: int, seed: int) -> dict[str, Any]:
+def _measure(job: OpeningJob, num_streams: int, batch_size: int, seed: int) -> dict[str, Any]:
     order = EpochOrder(np.full(job.num_shards, job.shard_samples), seed=seed, epoch=0, num_streams=num_streams)
     uses = usage_of_nodes(order, batch_size, job.num_nodes, job.ranks_per_node)
     fetched = [np.unique(use["shard"]).size for use in uses]
@@ -314,7 +314,7 @@ _TITLES = {
 
 
 @dataclass(frozen=True)
-class Store:
+class StoredSurvey:
     """A training split: its name, samples in each shard, and the labels in storage order, sorted by class."""
 
     name: str
@@ -322,22 +322,22 @@ class Store:
     sorted_labels: NDArray[np.int64]
 
 
-def galaxy10_store() -> Store:
+def galaxy10_store() -> StoredSurvey:
     """Galaxy10's training split in the shards that the writer makes of it by default."""
     official = read_official_split()
     labels = np.sort(official.labels[official.original == TRAIN].astype(np.int64))
-    return Store("Galaxy10 DECaLS, train", _even_shards(labels.size, 16), labels)
+    return StoredSurvey("Galaxy10 DECaLS, train", _even_shards(labels.size, 16), labels)
 
 
-def survey_store(num_shards: int, shard_samples: int = 1000) -> Store:
+def survey_store(num_shards: int, shard_samples: int = 1000) -> StoredSurvey:
     """A survey with Galaxy10's mix of classes."""
     counts = np.bincount(galaxy10_store().sorted_labels)
     num_samples = num_shards * shard_samples
     labels = np.searchsorted(np.cumsum(counts), (np.arange(num_samples) + 0.5) / num_samples * counts.sum(), side="right")
-    return Store("survey-like", _even_shards(num_samples, num_shards), labels.astype(np.int64))
+    return StoredSurvey("survey-like", _even_shards(num_samples, num_shards), labels.astype(np.int64))
 
 
-def measure_quality(store: Store, batch_size: int = 192, seed: int = 0) -> dict[str, Any]:
+def measure_quality(store: StoredSurvey, batch_size: int = 192, seed: int = 0) -> dict[str, Any]:
     """Measure the order's first epochs on a store, and as many random permutations.
 
     Args:
@@ -429,7 +429,7 @@ def _spread(classes_RB: NDArray[np.int64], shares_K: NDArray[np.float64]) -> flo
     return float(((counts - expected) ** 2 / expected).sum(axis=1).mean() / (shares_K.size - 1))
 
 
-def _read(store: Store, seed: int, epoch: int) -> NDArray[np.int64]:
+def _read(store: StoredSurvey, seed: int, epoch: int) -> NDArray[np.int64]:
     """All samples of an epoch, in reading order."""
     order = EpochOrder(store.shard_samples, seed=seed, epoch=epoch, num_streams=NUM_STREAMS)
     starts = range(0, order.num_positions, _CHUNK)
@@ -457,7 +457,7 @@ def measure_order(*, quick: bool = False) -> list[dict[str, Any]]:
         large = {"num_shards": 1000, "repeats": 2, "num_batches": 20} if quick else {"num_shards": 100_000}
         results.append(measure_opening(Path(folder), shard_samples=10_000, **large))
     print_opening(results[-1])
-    for job in [Job(10, 8, 300, 1000)] if quick else default_jobs():
+    for job in [OpeningJob(10, 8, 300, 1000)] if quick else default_jobs():
         results.append(measure_fetches(job, default_choices(job.world_size)))
         print_fetches(results[-1])
     print(ADVICE)

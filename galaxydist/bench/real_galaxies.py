@@ -41,7 +41,7 @@ WARM_UP = 2
 
 
 @dataclass(frozen=True)
-class Cost:
+class StepCost:
     """Of one model.
 
     Args:
@@ -53,7 +53,7 @@ class Cost:
     num_parameters: int
 
 
-def measure_costs(recipes: Mapping[str, Recipe], manifest: Manifest, *, rounds: int = 8, steps: int = 2) -> dict[str, Cost]:
+def measure_costs(recipes: Mapping[str, Recipe], manifest: Manifest, *, rounds: int = 8, steps: int = 2) -> dict[str, StepCost]:
     """Train each recipe for ``rounds`` times ``steps`` steps, in turn, so that a machine that slows down slows all of them.
 
     A step is what training does: decode, augment, forward, backward, clip, optimizer, moving average.
@@ -68,7 +68,7 @@ def measure_costs(recipes: Mapping[str, Recipe], manifest: Manifest, *, rounds: 
             for trial in trials.values():
                 for _ in range(steps if number else WARM_UP):
                     trial.step(counted=number > 0)
-    return {name: Cost(statistics.median(trial.seconds), trial.num_parameters) for name, trial in trials.items()}
+    return {name: StepCost(statistics.median(trial.seconds), trial.num_parameters) for name, trial in trials.items()}
 
 
 class _Trial:
@@ -276,7 +276,7 @@ def _arguments(model: str, further: Mapping[str, str]) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def _costs(recipes: Sequence[ResolvedRecipe], manifest: Manifest, path: Path) -> dict[str, Cost]:
+def _costs(recipes: Sequence[ResolvedRecipe], manifest: Manifest, path: Path) -> dict[str, StepCost]:
     """By model, as measured now, or by an earlier call with the same settings."""
     known: dict[str, Any] = read_json(path) if path.is_file() else {}
     missing = {run_name(resolved.recipe): resolved.recipe for resolved in recipes if run_name(resolved.recipe) not in known}
@@ -284,10 +284,10 @@ def _costs(recipes: Sequence[ResolvedRecipe], manifest: Manifest, path: Path) ->
         print(f"measuring a training step of {', '.join(recipe.model.name for recipe in missing.values())}", flush=True)
         known |= {name: dataclasses.asdict(cost) for name, cost in measure_costs(missing, manifest).items()}
         write_json(path, known)
-    return {resolved.recipe.model.name: Cost(**known[run_name(resolved.recipe)]) for resolved in recipes}
+    return {resolved.recipe.model.name: StepCost(**known[run_name(resolved.recipe)]) for resolved in recipes}
 
 
-def _epochs(cost: Cost, minutes: float, recipe: Recipe, manifest: Manifest) -> int:
+def _epochs(cost: StepCost, minutes: float, recipe: Recipe, manifest: Manifest) -> int:
     steps = manifest.splits["train"].num_samples // recipe.train.batch_size
     return max(1, round(60 * minutes / (cost.seconds * max(1, steps))))
 
@@ -315,7 +315,9 @@ def _spent(path: Path) -> float:
     return float(read_json(path)["seconds"]) if path.is_file() else 0.0
 
 
-def _summary(runs: Sequence[Mapping[str, Any]], epochs: int, cost: Cost, first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _summary(
+    runs: Sequence[Mapping[str, Any]], epochs: int, cost: StepCost, first: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     found: dict[str, Any] = {"num_parameters": cost.num_parameters, "seconds_per_step": cost.seconds, "epochs": epochs}
     found["processor_minutes"] = [round(run["processor_minutes"], 2) for run in runs]
     for name in ("accuracy", "balanced_accuracy"):

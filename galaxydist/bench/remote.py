@@ -27,7 +27,7 @@ from galaxydist.shards.remote.open import open_shards
 
 
 @dataclass(frozen=True)
-class Job:
+class ReadingJob:
     """What a process reads.
 
     Args:
@@ -67,7 +67,7 @@ class Reading:
     digest: str
 
 
-def read_epoch(job: Job) -> Reading:
+def read_epoch(job: ReadingJob) -> Reading:
     """Read one epoch."""
     started = time.perf_counter()
     manifest = open_shards(job.location, CacheConfig(Path(job.cache_dir), job.cache_bytes))
@@ -97,14 +97,14 @@ def read_epoch(job: Job) -> Reading:
 
 
 if __name__ == "__main__":
-    print(json.dumps(dataclasses.asdict(read_epoch(Job(**json.loads(sys.argv[1]))))))
+    print(json.dumps(dataclasses.asdict(read_epoch(ReadingJob(**json.loads(sys.argv[1]))))))
 
 
 SHARD_SIZE = 128
 
 
 @dataclass(frozen=True)
-class Conditions:
+class RemoteConditions:
     """What is read how.
 
     Args:
@@ -122,7 +122,7 @@ class Conditions:
 
 
 def measure_remote(
-    root: Path, environ: Mapping[str, str], conditions: Conditions, *, data: Path | None = None, num_images: int = 12_800
+    root: Path, environ: Mapping[str, str], conditions: RemoteConditions, *, data: Path | None = None, num_images: int = 12_800
 ) -> list[dict[str, Any]]:
     """Print a table and, last, a line of JSON for each reading.
 
@@ -198,10 +198,10 @@ def _show(result: Mapping[str, Any]) -> None:
     )
 
 
-def _jobs(location: str, cache_dir: Path, ranks: int, conditions: Conditions) -> list[Job]:
+def _jobs(location: str, cache_dir: Path, ranks: int, conditions: RemoteConditions) -> list[ReadingJob]:
     """One for each process."""
     return [
-        Job(
+        ReadingJob(
             location=location,
             cache_dir=str(cache_dir),
             cache_bytes=1 << 40,
@@ -215,7 +215,7 @@ def _jobs(location: str, cache_dir: Path, ranks: int, conditions: Conditions) ->
     ]
 
 
-def _read(jobs: Sequence[Job], environ: Mapping[str, str]) -> list[Reading]:
+def _read(jobs: Sequence[ReadingJob], environ: Mapping[str, str]) -> list[Reading]:
     """One epoch by processes of their own, at the same time."""
     processes = []
     for job in jobs:

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from galaxydist.bench.in_memory import write_noise, write_recipe
-from galaxydist.bench.scaling_worker import LAST_STEPS, WARM_STEPS, Job
+from galaxydist.bench.scaling_worker import LAST_STEPS, WARM_STEPS, ScalingJob
 from galaxydist.cpus import bound_cores
 from galaxydist.errors import UserError
 from galaxydist.training.processes import free_port
@@ -67,7 +67,7 @@ def measure_scaling(
             for size, found in speeds.items():
                 settings |= {"train.batch_size": size * batch_size, "run.dir": work_dir / f"run-{number}-{size}"}
                 arguments = write_recipe(work_dir, model, settings)
-                job = Job(tuple(arguments), steps=steps, num_images=steps * size * batch_size, cores=tuple(cores))
+                job = ScalingJob(tuple(arguments), steps=steps, num_images=steps * size * batch_size, cores=tuple(cores))
                 answer = _run(job, size, environ)
                 assert answer["world_size"] == size, f"{size} processes were asked for, {answer['world_size']} came together"
                 answers[answer["world_size"]] = answer
@@ -88,7 +88,7 @@ def _bar(total: int) -> Any:
     return tqdm(total=total, desc="measuring", unit="run", disable=None, leave=False)
 
 
-def _run(job: Job, size: int, environ: Mapping[str, str]) -> dict[str, Any]:
+def _run(job: ScalingJob, size: int, environ: Mapping[str, str]) -> dict[str, Any]:
     """Train by so many processes; what rank 0 answers."""
     command = [sys.executable, "-m", "galaxydist.cli.bench", json.dumps(dataclasses.asdict(job))]
     # The BLAS and OpenMP pools of a process are made when it starts.

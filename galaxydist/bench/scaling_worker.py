@@ -26,7 +26,7 @@ WARM_STEPS, LAST_STEPS = 3, 3
 
 
 @dataclass(frozen=True)
-class Job:
+class ScalingJob:
     """What a process does.
 
     Args:
@@ -43,7 +43,7 @@ class Job:
 
 
 @dataclass
-class Clock:
+class StepClock:
     """Takes the time of ``steps`` steps after the first ones; called before each step."""
 
     device: torch.device
@@ -63,10 +63,10 @@ class Clock:
         return last - first
 
 
-def train_in_memory(job: Job, environ: MutableMapping[str, str]) -> dict[str, Any]:
+def train_in_memory(job: ScalingJob, environ: MutableMapping[str, str]) -> dict[str, Any]:
     """Train; how fast it went, by how many processes, on which cores."""
     world = init_distributed("auto", environ)
-    clock = Clock(world.device, job.steps)
+    clock = StepClock(world.device, job.steps)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             MemorySession(load_recipe(job.arguments), world, environ, lambda _parts, _batches: clock).run()
@@ -84,7 +84,7 @@ def train_in_memory(job: Job, environ: MutableMapping[str, str]) -> dict[str, An
 
 def main(text: str, environ: MutableMapping[str, str]) -> int:
     """Do the job; 0, or 2 for what the user must mend."""
-    job = Job(**json.loads(text))
+    job = ScalingJob(**json.loads(text))
     os.sched_setaffinity(0, {job.cores[int(environ["LOCAL_RANK"]) % len(job.cores)]})
     try:
         answer = train_in_memory(job, environ)

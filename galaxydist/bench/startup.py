@@ -35,7 +35,7 @@ PATIENCE_S = 300.0
 
 
 @dataclass(frozen=True)
-class Start:
+class StartTime:
     """Seconds by the clock, and of the process's processor time, which other work on the machine changes less."""
 
     wall_s: float
@@ -56,7 +56,7 @@ class Launch:
     environ: Mapping[str, str]
     log: Path
 
-    def time_to(self, step: int, run_dir: Path) -> "Start":
+    def time_to(self, step: int, run_dir: Path) -> "StartTime":
         """From the start of a process to the line of a step in the run's metrics; then the run is stopped.
 
         Raises:
@@ -69,7 +69,7 @@ class Launch:
                     raise UserError(f"the training run did not come to step {step}: see {self.log}")
                 time.sleep(POLL_S)
             used = psutil.Process(process.pid).cpu_times()
-            start = Start(time.perf_counter() - started, used.user + used.system)
+            start = StartTime(time.perf_counter() - started, used.user + used.system)
             process.send_signal(signal.SIGTERM)
             if process.wait(PATIENCE_S) not in GOOD_CODES:
                 raise UserError(f"the training run did not stop well: see {self.log}")
@@ -137,8 +137,8 @@ def measure_startup(
     runs = root / "runs"
     shutil.rmtree(runs, ignore_errors=True)
     runs.mkdir()
-    fresh: list[Start] = []
-    resumed: list[Start] = []
+    fresh: list[StartTime] = []
+    resumed: list[StartTime] = []
     with tqdm(total=2 * rounds, desc="measuring", unit="run", disable=None, leave=False) as bar:
         launch.time_to(step, runs / "saved")
         saved = store.load(RunFolder(runs / "saved").checkpoints_dir, groups=())
@@ -161,7 +161,7 @@ def measure_startup(
     return result
 
 
-def _medians(fresh: Sequence[Start], resumed: Sequence[Start]) -> dict[str, float]:
+def _medians(fresh: Sequence[StartTime], resumed: Sequence[StartTime]) -> dict[str, float]:
     return {
         "fresh_s": statistics.median(start.wall_s for start in fresh),
         "resume_s": statistics.median(start.wall_s for start in resumed),

@@ -188,9 +188,9 @@ def add_remote(commands: Commands) -> None:
 
 def run_remote(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    from galaxydist.bench.remote import Conditions, measure_remote
+    from galaxydist.bench.remote import RemoteConditions, measure_remote
 
-    conditions = Conditions(
+    conditions = RemoteConditions(
         arguments.delay_ms / 1000,
         arguments.fail_every,
         arguments.step_ms / 1000,
@@ -228,9 +228,9 @@ def add_saving(commands: Commands) -> None:
 
 def run_saving(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    from galaxydist.bench.checkpointing import Conditions, measure_saving
+    from galaxydist.bench.checkpointing import SavingConditions, measure_saving
 
-    conditions = Conditions(
+    conditions = SavingConditions(
         known_model(arguments.model), arguments.image_size, arguments.batch_size, float(arguments.every), arguments.saves
     )
     root = arguments.folder or chosen_root(arguments) / "bench"

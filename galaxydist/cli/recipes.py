@@ -83,7 +83,7 @@ def print_resolved(values: Mapping[str, Any], origins: Mapping[str, str], notes:
         notes: dotted key -> the description.
     """
     from galaxydist.recipe.resolve import SCHEMA_DEFAULT
-    from galaxydist.recipe.yaml12 import to_text
+    from galaxydist.recipe.scalars import to_text
 
     texts = {key: to_text(value) for key, value in values.items()}
     key_width = max(map(len, texts))
@@ -143,7 +143,7 @@ def _show(name: str, overrides: list[str]) -> None:
     from galaxydist.recipe.fields import recipe_fields
     from galaxydist.recipe.identity import flatten, run_name
     from galaxydist.recipe.resolve import load_recipe
-    from galaxydist.recipe.yaml12 import describe_type
+    from galaxydist.recipe.scalars import describe_type
 
     resolved = load_recipe([f"recipe={name}", *overrides])
     print(f"# {resolved.path}; run folder {run_name(resolved.recipe)}")

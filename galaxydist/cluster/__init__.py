@@ -1,1 +1,1 @@
-"""Jobs on many machines: what a run would cost, sending it, what becomes of it, and whether a cluster is ready."""
+"""Jobs on a SLURM cluster: profiles, submission, requeue, sweeps, status, logs and cancellation."""

@@ -1,4 +1,4 @@
-"""Ending the jobs of runs."""
+"""Cancellation of the jobs of runs."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +18,12 @@ _JOB_ID = re.compile(r"\d+(_\d+)?")
 
 @dataclass(frozen=True)
 class Target:
-    """A job to end.
+    """A job to cancel.
 
     Args:
         job_id: its id.
-        run: its run folder; None where the user gave the id.
-        job: what was submitted; None where the user gave the id.
+        run: its run folder; None if the user gave the id.
+        job: its record; None if the user gave the id.
     """
 
     job_id: str
@@ -32,38 +32,38 @@ class Target:
 
     @property
     def text(self) -> str:
-        """For the user."""
+        """The job in words."""
         local = "local " if self.is_local else ""
         return f"{local}job {self.job_id}" + (f" ({self.run})" if self.run is not None else "")
 
     @property
     def is_local(self) -> bool:
-        """submitit's local executor has it."""
+        """True for a job of submitit's local executor."""
         return self.job is not None and self.job.scheduler == "local"
 
 
 @dataclass(frozen=True)
-class Targets:
-    """What the user asked to end.
+class CancelTargets:
+    """The jobs to cancel.
 
     Args:
-        jobs: those that wait or run.
-        notes: what is to be said of the others.
+        jobs: the jobs that wait or run.
+        notes: messages about the runs without such a job.
     """
 
     jobs: tuple[Target, ...]
     notes: tuple[str, ...]
 
 
-def find_targets(texts: Sequence[str], find_folder: Callable[[str], Path]) -> Targets:
-    """The jobs that the user means.
+def find_targets(texts: Sequence[str], find_folder: Callable[[str], Path]) -> CancelTargets:
+    """Find the jobs to cancel.
 
     Args:
-        texts: run folders, folders that hold some, or SLURM's job ids (where there is no folder of that name).
-        find_folder: gives the folder that a text means.
+        texts: run folders, folders of runs, or SLURM job ids (if no folder has that name).
+        find_folder: returns the folder for a text.
 
     Raises:
-        UserError: there is no such folder, or it holds no run; SLURM cannot be asked.
+        UserError: a folder does not exist or contains no run, or SLURM does not answer.
     """
     given: list[Target] = []
     runs: dict[Path, None] = {}
@@ -81,17 +81,17 @@ def find_targets(texts: Sequence[str], find_folder: Callable[[str], Path]) -> Ta
     active = [target for target in jobs if _is_active(target, states[target.job_id].is_active if not target.is_local else None)]
     by_id = {target.job_id: target for target in (*given, *active)}
     with_job = {target.run for target in active}
-    return Targets(tuple(by_id.values()), tuple(_note(run, states) for run in runs if run not in with_job))
+    return CancelTargets(tuple(by_id.values()), tuple(_note(run, states) for run in runs if run not in with_job))
 
 
 def cancel(targets: Sequence[Target]) -> list[str]:
-    """End them.
+    """Cancel the jobs.
 
     Returns:
-        What was done, a sentence a job.
+        One message for each job.
 
     Raises:
-        SchedulerAwayError: SLURM does not answer.
+        SlurmUnavailableError: SLURM does not answer.
     """
     refused = cancel_jobs(target.job_id for target in targets if not target.is_local)
     told = []
@@ -113,7 +113,7 @@ def _is_active(target: Target, in_slurm: bool | None) -> bool:
 
 
 def _note(run: Path, states: Mapping[str, JobState]) -> str:
-    """Why a run has nothing to cancel."""
+    """Explain why a run has no job to cancel."""
     folder = RunFolder(run)
     holder = lock_holder(folder.lock_path, states)
     if holder is not None:

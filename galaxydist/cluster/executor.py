@@ -1,4 +1,7 @@
-"""submitit's executors, told what submitit leaves out: that a dead rank ends the others, requeueing, our own way of signals."""
+"""submitit executors of a cluster profile.
+
+Unlike submitit's own, they end a job with a dead rank, requeue from the batch script, and start ranks with ``task.py``.
+"""
 
 import contextlib
 import shlex
@@ -17,23 +20,23 @@ from galaxydist.cluster.srun_messages import START_MARK, TOLD_TO_END
 from galaxydist.cluster.worker import redirect_output
 from galaxydist.errors import UserError
 
-# submitit's local executor ends its tasks after a while; a laptop has no time limit.
+# Time limit of local runs, since submitit's local executor needs one.
 YEAR_MIN = 525_600
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
-    """submitit's, which starts our own task (see ``task.py``) instead of submitit's.
+    """submitit's SLURM executor, with ``task.py`` as the command of each task.
 
-    submitit sends an array by an executor of its own class: only parameters and this command reach it.
+    For an array, submitit makes a new executor of this class and passes on only the parameters and this command.
     """
 
     @property
     def _submitit_command_str(self) -> str:
-        # bash runs a trap at once only where it waits for what runs beside it (see ``_after_srun``).
+        # In the background, because bash runs a trap at once only while it is in ``wait`` (see ``_after_srun``).
         return _task_command(self.python, self.folder) + (" &" if self.parameters.get("teardown") else "")
 
     def script(self, num_tasks: int) -> str:
-        """The batch script of so many calls, as it would be sent."""
+        """Return the batch script of a job, or of an array of several tasks."""
         array = {"map_count": num_tasks} if num_tasks > 1 else {}
         self.parameters.update(array)
         try:
@@ -44,16 +47,16 @@ class SlurmExecutor(submitit.SlurmExecutor):
 
 
 class LocalExecutor(submitit.LocalExecutor):
-    """The same for processes of this machine."""
+    """submitit's local executor, with ``task.py`` as the command of each task."""
 
     @property
     def _submitit_command_str(self) -> str:
         return _task_command(self.python, self.folder)
 
     def _submit_command(self, command: str) -> LocalJob[Any]:
-        # SIGINT is blocked here (``signals_later``) and stays so in submitit's controller, which would pass a second one on and
-        # kill soon after: the tasks, which hear the terminal themselves, unblock it.
-        # What outlives this command must not keep the pipe that it prints to.
+        # SIGINT is blocked here (``deferred_signals``) and in submitit's controller, which would pass it to the tasks a second
+        # time and soon kill them. The tasks unblock it, since they receive it from the terminal themselves.
+        # The controller outlives this command and must not keep its output pipe open.
         with redirect_output(Path(self.folder) / "controller.log"):
             return super()._submit_command(command)
 
@@ -71,16 +74,16 @@ def build_executor(
     parallel: int | None = None,
     after: str | None = None,
 ) -> JobExecutor:
-    """The executor of a cluster profile.
+    """Build the executor of a cluster profile.
 
     Args:
         cluster: the profile.
-        folder: where submitit keeps its files; all nodes must see it.
+        folder: for submitit's files; all nodes must see it.
         name: of the job.
-        code: the snapshot that stands first on PYTHONPATH.
-        after_srun: the command that the batch script gives about how srun ended: with its exit code, or ``told-to-end``.
-        parallel: tasks of an array that run at the same time.
-        after: a job id to wait for, however it ends.
+        code: the snapshot, put first on PYTHONPATH.
+        after_srun: command that the batch script runs with srun's exit code, or with ``told-to-end`` on SIGTERM.
+        parallel: most tasks of an array that run at the same time.
+        after: id of a job that must end first, successful or not.
 
     Raises:
         UserError: SLURM's programs are not on this machine.
@@ -93,8 +96,8 @@ def build_executor(
             tasks_per_node=cluster.num_tasks,
             gpus_per_node=cluster.gpus_per_node,
             timeout_min=YEAR_MIN,
-            # submitit takes the shell's number for the job's parent, so it must not give its place to what it starts, as newer
-            # shells do with the last command.
+            # submitit's job id is then the shell's process id. The trap keeps newer shells from replacing themselves by their
+            # last command.
             setup=["trap : HUP", *shell],
         )
         return local
@@ -107,10 +110,10 @@ def build_executor(
         ) from error
     slurm.update_parameters(
         job_name=name,
-        # What the profile's lines set must not end the script before it has seen how srun ended.
+        # set +e, because after a profile's set -e the script would end before it has srun's exit code.
         setup=[*shell, "set +e", *(_before_srun(after_srun) if after_srun else ())],
         teardown=_after_srun(after_srun) if after_srun else None,
-        wckey=None,  # submitit's own would be refused where keys are enforced
+        wckey=None,  # sites that enforce wckeys would refuse submitit's default
         array_parallelism=parallel or cluster.parallel,
         dependency=_dependency(cluster, after),
         **_slurm_parameters(cluster),
@@ -120,7 +123,7 @@ def build_executor(
 
 @contextlib.contextmanager
 def explain_refusal(cluster_name: str) -> Iterator[None]:
-    """Turn what sbatch says of a job that it does not take into a UserError."""
+    """Turn a refusal of sbatch into a UserError with its message."""
     try:
         yield
     except (FailedJobError, FailedSubmissionError) as error:
@@ -140,9 +143,9 @@ def explain_refusal(cluster_name: str) -> Iterator[None]:
 def _slurm_parameters(cluster: ClusterConfig) -> dict[str, Any]:
     srun = ["--kill-on-bad-exit=1"]  # a dead rank must not leave the others waiting
     if cluster.cpus_per_task is not None:
-        srun.append(f"--cpus-per-task={cluster.cpus_per_task}")  # srun no longer takes it from the job since SLURM 22.05
+        srun.append(f"--cpus-per-task={cluster.cpus_per_task}")  # since SLURM 22.05 srun does not inherit it from the job
     srun += [f"--{option}" for option in cluster.srun]
-    srun.append("--export=ALL")  # a site may have another default, and the tasks need what the script exports
+    srun.append("--export=ALL")  # the tasks need the script's exports, and a site may have another default
     further: dict[str, Any] = {"no-requeue" if cluster.requeue == "never" else "requeue": True}
     for option in cluster.extra:
         key, equals, value = option.lstrip("-").partition("=")
@@ -174,7 +177,7 @@ def _slurm_parameters(cluster: ClusterConfig) -> dict[str, Any]:
 
 
 def _before_srun(command: str) -> list[str]:
-    """Shell lines: when SLURM ends the job, ``command`` is told so while srun still runs."""
+    """Return shell lines that run ``command told-to-end`` on SIGTERM, while srun still runs."""
     return [
         f"told_to_end() {{ trap '' TERM; {command} {TOLD_TO_END}; }}",
         "trap told_to_end TERM",
@@ -183,7 +186,7 @@ def _before_srun(command: str) -> list[str]:
 
 
 def _after_srun(command: str) -> list[str]:
-    """Shell lines: wait for srun, whatever comes in between, and give ``command`` its exit code."""
+    """Return shell lines that wait for srun, also across signals, and run ``command`` with its exit code."""
     return [
         "srun_pid=$!",
         'wait "$srun_pid"; exit_code=$?',
@@ -194,7 +197,7 @@ def _after_srun(command: str) -> list[str]:
 
 
 def _dependency(cluster: ClusterConfig, after: str | None) -> str | None:
-    """Return the jobs that SLURM is told to wait for: the profile's, and the one before in a chain."""
+    """Return sbatch's dependency: the profile's ``after``, and the previous job of a chain."""
     asked = None if cluster.after is None else str(cluster.after)
     if asked is not None and ":" not in asked:
         asked = f"afterok:{asked}"
@@ -211,7 +214,7 @@ def _task_command(python: str, folder: Path) -> str:
 
 
 def _setup(cluster: ClusterConfig, code: Path) -> list[str]:
-    """Lines of the batch script before the tasks start."""
+    """Return the lines of the batch script that run before the tasks start."""
     lines = [
         f"module load {name} || {{ echo 'galaxydist: module load' {name} failed >&2; exit 2; }}"
         for name in map(shlex.quote, cluster.modules)
@@ -219,5 +222,5 @@ def _setup(cluster: ClusterConfig, code: Path) -> list[str]:
     lines += [f"export {name}={shlex.quote(value)}" for name, _, value in (item.partition("=") for item in cluster.environment)]
     if cluster.interface is not None:
         lines += [f"export {name}={shlex.quote(cluster.interface)}" for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")]
-    # Whatever the lines of the profile do to PYTHONPATH, the snapshot comes first.
+    # Exported last, so that the snapshot comes first whatever the profile's lines do to PYTHONPATH.
     return [*lines, *cluster.setup, f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"']

@@ -1,4 +1,4 @@
-"""What a run printed: the logs of its ranks, else what submitit caught."""
+"""Output of a run: the logs of its ranks, else the files that submitit captured."""
 
 import re
 import time
@@ -11,18 +11,20 @@ from galaxydist.cluster.srun_messages import START_MARK, find_remedy
 from galaxydist.runs.metrics_log import read_tail
 
 _ERROR_BYTES = 16_384
-# Within so much a log names the job that wrote it.
+# The end of a log that is searched for the job that wrote it.
 _MARK_BYTES = 1_000_000
 _MOST_RANKS = 8
 _ERROR = re.compile(rb"error|exception|fatal|killed|out of memory|segmentation fault", re.IGNORECASE)
 _LINE_BYTES = 256
-# What a progress bar or a color wrote.
+# Escape sequences of progress bars and colors.
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def find_logs(files: JobFiles, rank: int = 0) -> list[Path]:
-    """Where the words of a rank are: its log; where the newest start did not come so far as to write there (or none did), also
-    what submitit caught of the newest job that left something: of this task, and for rank 0 of the batch script too."""
+    """Return the files with a rank's output: its log, and captured files if the newest start has not written to the log.
+
+    The captured files are submitit's of the newest job that has any: those of the task and, for rank 0, of the batch script.
+    """
     log, jobs = files.rank_log(rank), files.jobs()
     own = [log] if _is_filled(log) else []
     if own and log.stat().st_mtime >= _newest_start(files, jobs):
@@ -34,28 +36,27 @@ def find_logs(files: JobFiles, rank: int = 0) -> list[Path]:
 
 
 def _newest_start(files: JobFiles, jobs: list[JobRecord]) -> float:
-    """After when the newest start began, as far as the records tell: its job's submission, or the end of the start before the
-    last that has ended. Seconds since 1970."""
+    """Return a time before the newest start: its job's submission, or the end of the last start but one."""
     return max([job.time for job in jobs[-1:]] + [record.time for record in files.restarts()[-2:-1]], default=0.0)
 
 
 def submitit_logs(job: JobRecord, rank: int = 0) -> list[Path]:
-    """The files in submitit's folder that a task of a job writes to, those of its batch script among them for rank 0."""
+    """Return submitit's output files of a task; for rank 0 also those of the batch script."""
     folders = {job.folder, Path(str(job.folder).replace("%j", job.job_id))}
     stems = [f"{job.job_id}_{rank}_log", *([f"{job.job_id}_log"] if rank == 0 else [])]
     return [folder / f"{stem}.{end}" for folder in sorted(folders) for stem in stems for end in ("out", "err")]
 
 
 def explain_end(files: JobFiles, job: JobRecord | None, told: JobState | None, *, group: str) -> str | None:
-    """Why the newest start of a run ended as it did; what was wrong with one before says nothing of it.
+    """Explain the end of a run's newest start, ignoring errors of earlier ones; None if unknown.
 
     Args:
         files: of the run.
-        job: its newest.
-        told: what SLURM says of that.
-        group: the run's, such as ``pending`` or ``failed``.
+        job: the run's newest job.
+        told: that job's state from SLURM.
+        group: the run's group, such as ``pending`` or ``failed``.
     """
-    # The start that ended last: one that waits has not begun.
+    # The newest start that has ended: a pending one has not begun.
     newest = told.restarts - (group == "pending") if told is not None and told.state != UNKNOWN else 0
     last = next(reversed(files.restarts()), None)
 
@@ -65,7 +66,7 @@ def explain_end(files: JobFiles, job: JobRecord | None, told: JobState | None, *
     failure = files.failure() or {}
     job_id, _, restart = str(failure.get("start") or "").rpartition(".")
     noted = str(failure.get("error") or failure.get("kind"))
-    # A start by hand leaves no record, a job does after all of its ranks have ended.
+    # A start by hand leaves no record; a job writes its record after all its ranks have ended.
     since = max(job.time if job is not None else 0.0, last.time if last is not None else 0.0)
     if failure and not job_id and files.failed_at() > since:
         return noted
@@ -81,13 +82,13 @@ def explain_end(files: JobFiles, job: JobRecord | None, told: JobState | None, *
 
 
 def last_error_line(files: JobFiles, job: JobRecord | None) -> str | None:
-    """Return the cause of the newest start's death, or None where nothing was printed.
+    """Find the cause of the newest start's end in its output; None if there is none.
 
-    It is what its nodes lacked, with a remedy, or else the last line that looks like an error, of rank 0 first.
+    It is a defect of the nodes with a remedy, else the last line that looks like an error, of rank 0 first.
 
     Args:
         files: of the run.
-        job: its newest.
+        job: the run's newest job.
     """
     caught = [path for rank in range(2) for path in submitit_logs(job, rank)] if job is not None else []
     for path in caught:
@@ -108,32 +109,32 @@ def last_error_line(files: JobFiles, job: JobRecord | None) -> str | None:
 
 
 def _newest_lines(path: Path, mark: bytes) -> list[bytes]:
-    """The end of a log, from the last start on as far as that can be seen."""
+    """Return the last lines of a log, from the last start on if that is among them."""
     lines = read_lines(path, _ERROR_BYTES)
     starts = [number for number, line in enumerate(lines) if line.startswith(mark)]
     return lines[starts[-1] :] if starts else lines
 
 
 def _mentions(path: Path, mark: bytes) -> bool:
-    """The job has written to a rank's log: it does not say another job's words only."""
+    """Return False if the end of a log was written by another job."""
     lines = read_lines(path, _MARK_BYTES)
     marked = [line for line in lines if line.startswith(b"galaxydist: job ")]
     return not marked or marked[-1].startswith(mark)
 
 
 def read_lines(path: Path, num_bytes: int, end: int | None = None) -> list[bytes]:
-    """The last lines of a log as a terminal would show them: of a progress bar its last state."""
+    """Return the last lines of a log as a terminal shows them, with a progress bar's last state."""
     lines = read_tail(path, num_bytes, whole=False, end=end)
     return [_ESCAPES.sub(b"", line.rstrip(b"\r").rpartition(b"\r")[2]) for line in lines]
 
 
 def last_lines(path: Path, count: int, end: int) -> list[bytes]:
-    """The last ``count`` lines of a log, or all if there are fewer.
+    """Return the last ``count`` lines of a log, or all if there are fewer.
 
     Args:
         path: the log.
         count: at least 1.
-        end: take it to end here, in bytes.
+        end: size in bytes up to which the log is read.
     """
     num_bytes = 65_536
     while True:
@@ -144,17 +145,17 @@ def last_lines(path: Path, count: int, end: int) -> list[bytes]:
 
 
 def sizes(logs: Iterable[Path]) -> dict[Path, int]:
-    """How long each log is, in bytes; 0 where it is not there."""
+    """Return the size of each log in bytes; 0 if it does not exist."""
     return {path: path.stat().st_size if path.exists() else 0 for path in logs}
 
 
 def follow(find: Callable[[], list[Path]], shown: Mapping[Path, int], *, poll_s: float = 0.5) -> Iterator[bytes]:
-    """What is added to logs, for ever; one that is not there yet is waited for, and one that was cut is read from its start.
+    """Yield new output of logs without end; wait for missing logs, and read truncated ones from their start.
 
     Args:
-        find: gives the logs to follow, asked again and again: a run that starts again may write elsewhere.
-        shown: how much of each the user has seen, in bytes.
-        poll_s: seconds between two looks.
+        find: returns the logs to follow; called at every poll, since a restarted run may write to others.
+        shown: bytes of each log that are already shown.
+        poll_s: seconds between two polls.
     """
     places = dict(shown)
     while True:

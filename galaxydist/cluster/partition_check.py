@@ -1,4 +1,4 @@
-"""Whether a partition has what a profile asks for, seen before anything is sent."""
+"""Checks that a partition can meet a profile's requests."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -10,14 +10,16 @@ from galaxydist.errors import UserError
 
 
 def check_partition(config: ClusterConfig, site: Site | None = None) -> None:
-    """Refuse a profile that no node of its partition can meet. Silent where SLURM does not tell, and for local runs.
+    """Raise an error if a profile's partition cannot meet its requests.
+
+    Nothing is checked for local runs, or if SLURM's programs are missing or fail.
 
     Args:
         config: the profile.
-        site: the cluster; default: this machine's SLURM is asked.
+        site: the cluster; default: read from this machine's SLURM.
 
     Raises:
-        UserError: with what was asked for and what there is; or slurmctld is down.
+        UserError: the partition cannot run the job, or slurmctld is down.
     """
     if config.scheduler == "local":
         return
@@ -27,20 +29,20 @@ def check_partition(config: ClusterConfig, site: Site | None = None) -> None:
         try:
             site = read_site()
         except SiteUnknownError:
-            return  # sbatch will say what is the matter
+            return  # sbatch will report the cause
     names = chosen_partitions(config, site)
     if not names:
         return
     found = {name: list(_problems(config, site, site.partitions[name])) for name in names}
-    if all(found.values()):  # of several partitions SLURM takes one that can
+    if all(found.values()):  # SLURM chooses a partition that can run the job
         raise UserError("\n".join(line for name in names for line in _lines(config, site.partitions[name], found[name])))
 
 
 def chosen_partitions(config: ClusterConfig, site: Site) -> list[str]:
-    """The names of the partitions that the job may go to; empty where SLURM tells of none.
+    """Return the partitions that the job may run in; empty if SLURM reports none.
 
     Raises:
-        UserError: there is no such partition, or no default one.
+        UserError: a partition does not exist, or there is no default partition.
     """
     if not site.partitions:
         return []
@@ -59,18 +61,18 @@ def chosen_partitions(config: ClusterConfig, site: Site) -> list[str]:
 
 
 def describe_group(group: NodeGroup) -> str:
-    """``2 nodes with 4 a100, 128 CPUs and 976 GB``."""
+    """Return text such as ``2 nodes with 4 a100, 128 CPUs and 976 GB``."""
     nodes = f"{group.count} node{'s' if group.count != 1 else ''}"
     return f"{nodes} with {describe_gpus(group)}, {group.cpus} CPUs and {group.memory_mb // MB_IN_GB} GB"
 
 
 def describe_gpus(group: NodeGroup) -> str:
-    """``4 a100``, ``2 GPUs``, ``2 v100 and 1 t4`` or ``no GPUs``."""
+    """Return text such as ``4 a100``, ``2 GPUs``, ``2 v100 and 1 t4`` or ``no GPUs``."""
     return " and ".join(f"{count} {kind or 'GPUs'}" for kind, count in group.gpus.items()) or "no GPUs"
 
 
 def time_text(seconds: int) -> str:
-    """Seconds as SLURM writes them: ``04:00:00``, ``2-00:00:00``."""
+    """Format seconds as SLURM does: ``04:00:00``, ``2-00:00:00``."""
     days, rest = divmod(seconds, 86_400)
     clock = f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}"
     return f"{days}-{clock}" if days else clock
@@ -149,7 +151,7 @@ def _node_problems(config: ClusterConfig, site: Site, partition: Partition) -> I
 
 
 def _needs(config: ClusterConfig, partition: Partition) -> Iterator[tuple[str, Callable[[NodeGroup], bool]]]:
-    """What each node must have: (what to say where no node has it, whether nodes have it)."""
+    """Yield the requirements on a node: (message if no node meets it, test of a node group)."""
     kind = config.gpu_type
     if config.gpus_per_node:
         kinds = sorted({kind for group in partition.nodes for kind in group.gpus} - {UNTYPED})
@@ -177,7 +179,7 @@ def _needs(config: ClusterConfig, partition: Partition) -> Iterator[tuple[str, C
             f"memory={config.memory:g}: a job can have {most / MB_IN_GB:.1f} GB of a node there",
             lambda group: _least(group.memory_mb, memory_limit) >= (memory_mb or group.memory_mb),
         )
-    if config.constraint is not None and re.fullmatch(r"[\w.-]+", config.constraint):  # SLURM's own expressions it reads itself
+    if config.constraint is not None and re.fullmatch(r"[\w.-]+", config.constraint):  # expressions are left to SLURM
         features = sorted({feature for group in partition.nodes for feature in group.features})
         if features:
             constraint = config.constraint

@@ -1,4 +1,4 @@
-"""What is seen on the login node before a run is sent: its data, weights, folder and number of processes."""
+"""Checks on the login node before submission: data, weights, run folder, number of processes."""
 
 import socket
 from collections.abc import Mapping
@@ -19,26 +19,25 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.training.resume import check_would_continue
 
-# Whether a run folder can be seen by the nodes of a job, as far as the login node can tell.
-
-# Every node has its own.
+# Folders that are local to every node.
 OF_THE_NODE = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path("/run"))
 IN_MEMORY = {"tmpfs", "ramfs"}
 
 
 def check_shared(folder: Path, what: str, remedy: str) -> None:
-    """Refuse a folder that lies in a place which every machine has for itself.
+    """Raise an error if a folder lies on storage that is local to each machine.
 
-    A local disk that the login node exports to the nodes looks like any other from here, so it is let through: `galaxydist doctor
-    cluster=NAME` looks from the nodes.
+    A local disk of the login node is accepted, since the nodes may mount it over the network; `galaxydist doctor cluster=NAME`
+    checks this from the nodes.
 
     Args:
         folder: need not exist.
-        what: for the message, such as ``run folder``.
-        remedy: keys that name another.
+        what: name of the folder in the message, such as ``run folder``.
+        remedy: the keys that choose another folder.
 
     Raises:
-        UserError: with where to put it; SchedulerAwayError: only SLURM could tell, and it does not answer.
+        UserError: the folder is not shared.
+        SlurmUnavailableError: SLURM must be asked for the cluster's nodes, and does not answer.
     """
     why = _why_not(folder.resolve())
     if why is not None and not _is_only_host():
@@ -59,7 +58,7 @@ def _why_not(path: Path) -> str | None:
 
 
 def _is_only_host() -> bool:
-    """All nodes of the cluster are this machine (a test bed). Raises SchedulerAwayError where SLURM does not say."""
+    """Return True if this machine is every node of the cluster, as in tests; raise SlurmUnavailableError if SLURM is down."""
     if not is_slurm_here():
         return False
     check_controller()
@@ -70,13 +69,13 @@ def _is_only_host() -> bool:
 
 
 def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Mapping[str, str]) -> bool:
-    """See on this machine that a run could start: data, weights, run folder, number of processes. Nothing is written.
+    """Check on this machine that a run could start; write nothing.
 
     Returns:
-        False where the run is finished: there is nothing to do.
+        False if the run is already finished.
 
     Raises:
-        UserError: with what to do.
+        UserError: the run could not start.
     """
     recipe = resolved.recipe
     root = data_root(recipe.data.dir, {**environ, **dict(item.split("=", 1) for item in cluster.environment)})
@@ -100,5 +99,5 @@ def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Map
 
 
 def _fewer(num_nodes: int, per_node: int) -> str:
-    """How a cluster is asked for so many processes."""
+    """Return the profile keys for these processes, for a message."""
     return f"cluster.nodes={num_nodes} with {per_node} of cluster.gpus_per_node or cluster.tasks_per_node"

@@ -1,4 +1,7 @@
-"""Cluster profiles: what to ask a cluster for. YAML files, typed and strict like recipes; ``cluster.nodes=2`` changes one."""
+"""Cluster profiles: typed YAML files with the resources and settings of a job.
+
+They are as strict as recipes; ``cluster.nodes=2`` on the command line changes one value.
+"""
 
 import re
 import shlex
@@ -14,12 +17,10 @@ from galaxydist.recipe.fields import CrossFieldRule, Schema
 from galaxydist.recipe.resolve import ConfigError, ConfigSpec, list_files, load_config
 from galaxydist.recipe.schema import Count, Section
 
-# Rules between the fields of a cluster profile, and how a time limit is read.
-
-# From the start of the job to the first step: 8 s on a laptop (`galaxydist bench startup`), longer where the nodes read Python
+# From the start of the job to the first step: 8 s on a laptop (`galaxydist bench startup`), longer if the nodes read Python
 # over the network.
 START_UP_S = 30
-# Writing a checkpoint and leaving: the least time before the limit at which processes can be told.
+# Least time from the signal to the time limit, for writing a checkpoint and exiting.
 MIN_SIGNAL_S = 10
 # "Due to the resolution of event handling by Slurm, the signal may be sent up to 60 seconds earlier than specified" (sbatch(1)).
 EARLY_S = 60
@@ -34,13 +35,13 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 _DEPENDENCY = re.compile(r"((after|afterany|afterok|afternotok):)?[0-9]+(_[0-9]+)?(:[0-9]+(_[0-9]+)?)*", re.ASCII)
 
-# What a job's processes find out for themselves, or SLURM sets for each of them.
+# Set for each process by SLURM or by the process itself.
 SET_FOR_EACH_PROCESS = {
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES",
 }  # fmt: skip
 INTERFACES = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
 
-# Options of sbatch that have keys of their own, and those that galaxydist sets.
+# Option of sbatch -> profile key that sets it.
 KEYS_OF_OPTIONS = {
     "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint", "exclude": "exclude",
     "nodelist": "nodelist", "reservation": "reservation", "comment": "comment", "nodes": "nodes", "ntasks": "tasks_per_node",
@@ -48,6 +49,7 @@ KEYS_OF_OPTIONS = {
     "gpus-per-task": "gpus_per_node", "cpus-per-task": "cpus_per_task", "mem": "memory", "time": "time", "signal": "signal_s",
     "requeue": "requeue", "no-requeue": "requeue", "export": "environment", "dependency": "after",
 }  # fmt: skip
+# Options of sbatch, and below of srun, that galaxydist sets itself.
 OWN_OPTIONS = {
     "array",
     "output",
@@ -66,13 +68,13 @@ OWN_SRUN_OPTIONS = {"output", "error", "input", "unbuffered", "kill-on-bad-exit"
 
 
 def read_time_s(time: int | str) -> int:
-    """A time limit in seconds.
+    """Return a time limit in seconds.
 
     Args:
-        time: minutes, or text in one of SLURM's forms that cannot be misread.
+        time: minutes, or text in one of SLURM's unambiguous forms.
 
     Raises:
-        ValueError: none of the forms, not more than 0, or more than a year.
+        ValueError: not one of these forms, not positive, or more than a year.
     """
     if isinstance(time, int) or re.fullmatch(r"[0-9]{1,9}", time):
         seconds = 60 * int(time)
@@ -105,9 +107,9 @@ def _time_for_work(scheduler: str, time: int | str, signal_s: int) -> str | None
     try:
         time_s = read_time_s(time)
     except ValueError:
-        return None  # said already
+        return None  # _time reports it
     if scheduler == "local":
-        return None  # nothing ends a local run
+        return None  # a local run has no time limit
     if signal_s >= time_s:
         return f"the processes would be told to save {signal_s} s before the end of a job of {time_s} s; make the limit longer"
     most = time_s - EARLY_S - START_UP_S
@@ -146,9 +148,9 @@ def _gpu_type(gpu_type: str | None, gpus_per_node: int) -> str | None:
 
 
 def is_mig(gpu_type: str) -> bool:
-    """Whether the type names a slice of a GPU, such as ``1g.10gb`` or ``a100_3g.20gb``.
+    """Return True if the type names a MIG slice, such as ``1g.10gb`` or ``a100_3g.20gb``.
 
-    Of slices a process can use one (NVIDIA, Multi-Instance GPU User Guide, "CUDA device enumeration").
+    A process can use only one slice (NVIDIA, Multi-Instance GPU User Guide, "CUDA device enumeration").
     """
     return re.search(r"(^|[_.-])\d+g\.\d+gb", gpu_type) is not None
 
@@ -180,7 +182,7 @@ def _environment(environment: tuple[str, ...], interface: str | None) -> str | N
 
 
 def _environment_variables(environment: tuple[str, ...]) -> str | None:
-    """Values are quoted in the batch script, so that no shell reads them."""
+    """Refuse ``$`` in values, which the batch script quotes, so that no shell expands it."""
     item = next((item for item in environment if "$" in item.partition("=")[2]), None)
     return None if item is None else f"{item!r} is taken as it stands, with its $; write a line of setup instead: export {item}"
 
@@ -284,13 +286,13 @@ MB_IN_GB = 1024  # SLURM's M and G are powers of two
 
 
 class ClusterError(ConfigError):
-    """A cluster profile that cannot be used."""
+    """An invalid cluster profile."""
 
     noun = "cluster profile"
 
 
 class ClusterConfig(Section):
-    """What to ask a cluster for, and how its nodes are set up. Read-only."""
+    """A cluster profile: the resources to request and the setup of the nodes. Read-only."""
 
     name: str = Field(..., description="profile name: the file's", min_length=1)
     scheduler: Literal["slurm", "local"] = Field("slurm", description="local: processes of this machine, to try things")
@@ -363,7 +365,7 @@ class ClusterConfig(Section):
 
     @property
     def time_min(self) -> int:
-        """The time limit in minutes, SLURM's resolution, rounded up."""
+        """The time limit in minutes, rounded up (SLURM's resolution)."""
         return -(-self.time_s // 60)
 
     @property
@@ -378,19 +380,19 @@ class ClusterConfig(Section):
 
     @property
     def memory_mb(self) -> int | None:
-        """MB of each node as SLURM counts them; 0: all that it has; None: the cluster's default."""
+        """Memory of each node in SLURM's MB (2^20 bytes); 0: all of the node, None: the cluster's default."""
         return None if self.memory is None else round(self.memory * MB_IN_GB)
 
 
 @dataclass(frozen=True)
 class ResolvedCluster:
-    """A cluster profile and where it came from.
+    """A cluster profile and the origin of its values.
 
     Attributes:
         config: the values.
         origins: key -> ``schema default``, ``slurm/clusters/a100.yaml:7``, ``command line`` or ``file name``.
         path: the profile's file.
-        arguments: the ``cluster=`` and ``cluster.key=`` that it was read from.
+        arguments: its ``cluster=`` and ``cluster.key=`` arguments.
     """
 
     config: ClusterConfig
@@ -410,26 +412,26 @@ CLUSTERS = ConfigSpec(
 
 
 def load_cluster(arguments: Sequence[str], *, folders: Sequence[Path] | None = None) -> ResolvedCluster:
-    """The cluster profile of a command line.
+    """Load the cluster profile of a command line.
 
     Args:
         arguments: ``cluster=NAME`` or ``cluster=FILE.yaml``, then ``cluster.key=value`` for any key of the profile, in any order.
-        folders: where names are looked up, first one first; default ``./slurm/clusters``, then those that ship with the package.
+        folders: searched for names, in this order; default ``./slurm/clusters``, then the package's.
 
     Raises:
-        ClusterError: with all problems at once, and where each came from.
+        ClusterError: lists all problems with their origins.
     """
     resolved = load_config(CLUSTERS, arguments, _folders() if folders is None else folders)
     return ResolvedCluster(resolved.config, resolved.origins, resolved.path, tuple(arguments))
 
 
 def list_clusters(folders: Sequence[Path] | None = None) -> dict[str, Path]:
-    """Profile name -> file, of every profile that ``cluster=NAME`` would find."""
+    """Return profile name -> file for every profile that ``cluster=NAME`` would find."""
     return list_files(_folders() if folders is None else folders)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The recipe's arguments and the cluster's (``cluster=NAME``, ``cluster.key=value``) of a command line, in their order."""
+    """Split a command line into the recipe's and the cluster's arguments, in order."""
     recipe: list[str] = []
     cluster: list[str] = []
     for argument in arguments:

@@ -1,4 +1,4 @@
-"""A commented profile for a cluster, from what its SLURM says of itself."""
+"""A commented cluster profile, generated from the cluster's SLURM configuration."""
 
 import json
 import re
@@ -8,25 +8,25 @@ from galaxydist.cluster.partition_check import describe_gpus, time_text
 from galaxydist.cluster.profile import EARLY_S, MB_IN_GB, MIN_SIGNAL_S, START_UP_S, is_mig
 from galaxydist.cluster.site import TAKES_NO_JOBS, UNTYPED, NodeGroup, Partition, Site, find_preemption
 from galaxydist.errors import UserError
-from galaxydist.recipe.yaml12 import BOOL, NULL
+from galaxydist.recipe.scalars import BOOL, NULL
 
 DAY_S = 86_400
-# Some of a node's memory may be kept for the system; how much, SLURM does not say here.
+# Some of a node's memory may be reserved for the system; sinfo does not show how much.
 MEMORY_SHARE = 0.95
 SIGNAL_S = 120
 COMMENT_COLUMN = 32
 
 
 def profile_text(site: Site, name: str, partition_name: str | None = None) -> str:
-    """The text of a profile; it loads, and its partition has what it asks for.
+    """Return the text of a profile that loads and whose partition can run its jobs.
 
     Args:
         site: the cluster.
         name: of the profile.
-        partition_name: which partition; default: the one with GPUs (the cluster's default one before others), else the default.
+        partition_name: the partition; default: one with GPUs (preferably the cluster's default), else the cluster's default.
 
     Raises:
-        UserError: there is no such partition, or none that could be used.
+        UserError: the partition does not exist, or the user can use none.
     """
     partition = _choose(site, partition_name)
     if not partition.nodes:
@@ -77,7 +77,7 @@ def _names(site: Site) -> str:
 
 
 def _table(site: Site) -> Iterator[str]:
-    """All partitions as a comment, one kind of nodes a line."""
+    """Yield a commented table of all partitions and their node groups."""
     rows = [("partition", "nodes", "GPUs of a node", "CPUs", "memory", "longest job")]
     for partition in site.partitions.values():
         if not partition.hidden:
@@ -118,7 +118,7 @@ def _identity(site: Site, partition: Partition) -> Iterator[str]:
 
 
 def _account(site: Site, partition: Partition, accounts: tuple[str, ...]) -> tuple[bool, str | None]:
-    """Whether the user may use the partition, and with which account (None: the default one)."""
+    """Return (True, account or None for the default) if the user may use the partition, else (False, None)."""
 
     def taken(account: str) -> bool:
         return (
@@ -136,7 +136,7 @@ def _account(site: Site, partition: Partition, accounts: tuple[str, ...]) -> tup
 
 
 def _qos(site: Site, partition: Partition, account: str | None) -> str | None:
-    """The qos that a job would have: the association's default, or one that the partition takes."""
+    """Return the qos of a job: the association's default, or one that the partition allows."""
     association = site.association(account, partition.name)
     if association is None:
         return None
@@ -191,13 +191,13 @@ def _gpus(site: Site, partition: Partition, group: NodeGroup, tasks: int) -> Ite
 
 
 def _worth(group: NodeGroup) -> tuple[bool, int, int]:
-    """By it nodes are chosen: whole GPUs before slices, then many before few."""
+    """Return the sort key of node groups: whole GPUs before MIG slices, then by count."""
     has_whole = bool(group.num_gpus) and not is_mig(_gpu_kind(group))
     return has_whole, group.count * group.num_gpus, group.count * group.cpus
 
 
 def _gpu_kind(group: NodeGroup) -> str:
-    """The type that a node has most of, whole GPUs before slices."""
+    """Return the most frequent GPU type of a node; whole GPUs before MIG slices."""
     return max(group.gpus, key=lambda kind: (not is_mig(kind), group.gpus[kind]), default=UNTYPED)
 
 
@@ -240,11 +240,11 @@ def _line(key: str, value: str, comment: str) -> str:
 
 
 def _yaml(text: str) -> str:
-    """The text as a YAML value that is read back as this text."""
+    """Return the text as a YAML scalar, quoted if needed."""
     word = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", text) and not NULL.fullmatch(text) and not BOOL.fullmatch(text)
     return text if word else json.dumps(text)
 
 
 def _plain(line: str) -> str:
-    """Without what would end a line, or a comment's line, too early."""
+    """Replace line breaks and unprintable characters by ``?``."""
     return re.sub(r"[^\x20-\x7e\u00a0-\ud7ff]", "?", line)

@@ -1,7 +1,7 @@
-"""What a run folder keeps about its jobs: submissions, restarts, how the last start failed, and what each rank printed.
+"""Job files of a run folder: submissions, restarts, the last failure and the logs of the ranks.
 
-jobs.jsonl and restarts.jsonl get each line by a single write, so that two writers on one machine never mix their lines (on NFS:
-two writers on one client). A line that a crash left half-written is ignored.
+Each line of jobs.jsonl and restarts.jsonl is written by a single write, so that two writers on one machine never mix their lines
+(on NFS: two writers on one client). A line that a crash left half-written is ignored.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from galaxydist.runs.folder import RunFolder, plain
 Scheduler = Literal["slurm", "local"]
 Decision = Literal["finished", "requeue", "resubmit", "stop"]
 
-# Closes off a half-written line, so that the next one stands alone.
+# Appended to a half-written line, so that the next record starts on its own line.
 _TORN = b" #torn"
-# What a line that only was damaged is shown by.
+# Number of bytes of a damaged line that an error message shows.
 _SHOWN = 80
 
 Record = TypeVar("Record", "JobRecord", "RestartRecord")
@@ -36,18 +36,18 @@ class JobRecord:
     """A submission of a run.
 
     Args:
-        job_id: ``123``, or ``123_4`` for a task of an array; for ``local`` the process number of submitit's controller.
-        scheduler: who runs it.
+        job_id: ``123``, or ``123_4`` for a task of an array; for ``local`` the process id of submitit's controller or its shell.
+        scheduler: its scheduler.
         cluster: name of the cluster profile.
         time: of the submission, seconds since 1970.
-        nodes: machines.
-        tasks: processes, on all nodes together.
-        time_limit_min: minutes after which the scheduler ends it.
-        code: the snapshot of the code that it runs.
+        nodes: number of nodes.
+        tasks: number of processes on all nodes.
+        time_limit_min: time limit in minutes.
+        code: the code snapshot that it runs.
         folder: submitit's folder.
-        arguments: the recipe's, such as ``recipe=vit``.
-        cluster_arguments: the cluster's, such as ``cluster=a100``.
-        resubmits: the job that this one was submitted again for, by the job itself; None where somebody submitted it.
+        arguments: for the recipe, such as ``recipe=vit``.
+        cluster_arguments: for the cluster profile, such as ``cluster=a100``.
+        resubmits: the job that submitted this one as its replacement; None if a user submitted it.
     """
 
     job_id: str
@@ -66,19 +66,19 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class RestartRecord:
-    """How one start of a job ended, and what was decided then.
+    """The end of one start of a job, and the decision made then.
 
     Args:
         job_id: of the job.
-        restart: SLURM_RESTART_COUNT, 0 the first time.
+        restart: SLURM_RESTART_COUNT; 0 for the first start.
         exit_code: of srun.
-        step: the step at which it ended, as far as that is known.
-        error: what went wrong; None where nothing did.
-        decision: what happens next.
-        reason: why, in a sentence for the user.
+        step: the step at which the start ended; None if unknown.
+        error: the error; None if there was none.
+        decision: the decision about the run.
+        reason: of the decision, for the user.
         time: seconds since 1970.
-        saved: the step of the newest checkpoint; None where there is none (or an older galaxydist wrote the record).
-        for_good: the run would end the same way again if nobody changes anything.
+        saved: the step of the newest checkpoint; None if there is none (or in records of an older galaxydist).
+        for_good: a restart without changes would end in the same way.
     """
 
     job_id: str
@@ -94,7 +94,7 @@ class RestartRecord:
 
 
 class JobFiles:
-    """The files about jobs in a run folder; makes nothing until something is written.
+    """Reads and writes the job files of a run folder; creates nothing before the first write.
 
     Args:
         run_dir: the run folder.
@@ -116,7 +116,7 @@ class JobFiles:
         _append(self.jobs_path, record)
 
     def jobs(self) -> list[JobRecord]:
-        """All submissions, oldest first.
+        """Return all submissions, oldest first.
 
         Raises:
             UserError: a line is damaged.
@@ -124,7 +124,7 @@ class JobFiles:
         return list(_read_records(self.jobs_path, JobRecord))
 
     def append_restart(self, record: RestartRecord) -> None:
-        """Add how a start ended.
+        """Add the record of an ended start.
 
         Raises:
             UserError: the disk is full.
@@ -132,7 +132,7 @@ class JobFiles:
         _append(self.restarts_path, record)
 
     def restarts(self) -> list[RestartRecord]:
-        """How each start ended, oldest first.
+        """Return the records of all ended starts, oldest first.
 
         Raises:
             UserError: a line is damaged.
@@ -140,32 +140,32 @@ class JobFiles:
         return list(_read_records(self.restarts_path, RestartRecord))
 
     def failure(self) -> dict[str, Any] | None:
-        """How the last start failed, as the run folder says; None where it did not."""
+        """Return the failure of the last start; None if the run folder has none."""
         return RunFolder(self.run_dir).read_failure()
 
     def failed_at(self) -> float:
-        """When that was noted, seconds since 1970."""
+        """Return the time of that failure in seconds since 1970; 0 if there is none."""
         path = RunFolder(self.run_dir).failure_path
         return path.stat().st_mtime if path.exists() else 0.0
 
     def rank_log(self, rank: int) -> Path:
-        """What one rank prints, over all restarts."""
+        """Return the path of a rank's log over all restarts."""
         return self.logs_dir / f"rank-{rank}.log"
 
     def rank_logs(self) -> list[Path]:
-        """The logs that are there, by rank."""
+        """Return the existing logs, sorted by rank."""
         found = [path for path in self.logs_dir.glob("rank-*.log") if rank_of(path) is not None]
         return sorted(found, key=lambda path: rank_of(path) or 0)
 
 
 def rank_of(path: Path) -> int | None:
-    """The rank whose log this is; None where it is not one."""
+    """Return the rank of a log; None for other files."""
     number = path.name.removeprefix("rank-").removesuffix(".log")
     return int(number) if number.isascii() and number.isdecimal() else None
 
 
 def _append(path: Path, record: JobRecord | RestartRecord) -> None:
-    """Add a line by one write, and make it survive a power cut."""
+    """Append a line by one write, followed by fsync."""
     line = json.dumps(plain(dataclasses.asdict(record)), allow_nan=False, ensure_ascii=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
@@ -175,7 +175,7 @@ def _append(path: Path, record: JobRecord | RestartRecord) -> None:
         try:
             if _is_torn(descriptor):
                 line = _TORN + b"\n" + line
-            if os.write(descriptor, line) < len(line):  # a disk that fills up takes a part
+            if os.write(descriptor, line) < len(line):  # a full disk accepts only a part
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             sys.audit("galaxydist.fsync", str(path))
             os.fsync(descriptor)
@@ -186,7 +186,7 @@ def _append(path: Path, record: JobRecord | RestartRecord) -> None:
 
 
 def _is_torn(descriptor: int) -> bool:
-    """The last line has no end: its writer was killed, or the disk was full."""
+    """Return True if the last line has no newline (killed writer or full disk)."""
     size = os.fstat(descriptor).st_size
     return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
 
@@ -196,7 +196,7 @@ def _read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return
-    for number, line in enumerate(lines[:-1], 1):  # behind the last newline stands nothing, or a torn line
+    for number, line in enumerate(lines[:-1], 1):  # after the last newline there is nothing, or a half-written line
         if line.endswith(_TORN):
             continue
         try:
@@ -209,10 +209,10 @@ def _read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
 
 
 def from_plain(kind: type[Record], content: Any) -> Record:
-    """A record from JSON's values.
+    """Build a record from JSON values.
 
     Raises:
-        ValueError: a key is missing, or a value is of another type; the message names it.
+        ValueError: a key is missing, or a value has the wrong type; the message names the key.
     """
     if not isinstance(content, Mapping):
         raise ValueError("not an object")
@@ -220,12 +220,12 @@ def from_plain(kind: type[Record], content: Any) -> Record:
     needed = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
     if missing := sorted(needed - set(content)):
         raise ValueError(f"{', '.join(missing)} is missing")
-    # A job's snapshot may be older than the command that wrote the line: what it does not know it leaves.
+    # Unknown keys are ignored: a job's snapshot may be older than the command that wrote the line.
     return kind(**{name: _checked(name, hints[name], value) for name, value in content.items() if name in hints})
 
 
 def _checked(name: str, hint: Any, value: Any) -> Any:
-    """``value`` as the type that a record's field has."""
+    """Convert a JSON value to a field's type."""
     origin = typing.get_origin(hint)
     if origin is types.UnionType:
         if value is None:

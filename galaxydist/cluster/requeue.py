@@ -1,4 +1,10 @@
-"""Whether a job that has ended goes on: decided after ``srun``, from what the run folder says, never by a rank."""
+"""Requeue decision of a batch script after srun has ended, made from the run folder, not by a rank.
+
+    python -P -m galaxydist.cluster.requeue REQUESTS EXIT_CODE
+    python -P -m galaxydist.cluster.requeue REQUESTS told-to-end     (SLURM has sent SIGTERM to the script; srun still runs)
+
+It imports no torch: a preempted job has only seconds left.
+"""
 
 import os
 import sys
@@ -18,7 +24,7 @@ from galaxydist.job_environment import job_of, restart_of, start_of
 from galaxydist.runs.folder import FOLDER_NAME, RunFolder
 from galaxydist.runs.lock import read_owner
 
-# How a start ended for good, whatever is tried again (``failure.json``).
+# Kinds of failure (``failure.json``) that a restart cannot fix.
 FOR_GOOD = {
     "bad_input": "the recipe, its data or the run folder cannot be used as they are",
     "nonfinite": "the loss is not a number",
@@ -27,16 +33,16 @@ FOR_GOOD = {
 
 @dataclass(frozen=True)
 class Ending:
-    """How ``srun`` ended.
+    """The end of one start of a job.
 
     Args:
-        exit_code: srun's: the highest of its tasks', 128 + N after a signal.
+        exit_code: srun's exit code: the highest of its tasks, 128 + N after signal N.
         is_finished: the run has its result.
-        failure: ``failure.json`` of this very start, where a rank wrote one.
-        step: optimizer steps that the run folder shows.
-        saved: the step of the newest checkpoint; None where there is none.
-        death: the rank or node that died first, in a line; empty where srun named none.
-        ended_by_slurm: why SLURM is ending the job, in a line; empty where it is not.
+        failure: ``failure.json`` of this start, if a rank wrote one.
+        step: the last optimizer step in the run folder.
+        saved: the step of the newest checkpoint; None if there is none.
+        death: the rank or node that died first, in one line; empty if srun reported none.
+        ended_by_slurm: why SLURM is ending the job, in one line; empty if it is not.
     """
 
     exit_code: int
@@ -49,8 +55,8 @@ class Ending:
 
     @property
     def error(self) -> str | None:
-        """What went wrong, in a line; None after a stop with everything saved."""
-        # The ranks that live on only note that they lost the connection to the one that died.
+        """The error in one line; None after a stop with everything saved."""
+        # Surviving ranks only report that they lost the connection to the dead one.
         if self.death and self.kind not in FOR_GOOD:
             return self.death
         if self.failure is not None:
@@ -65,27 +71,30 @@ class Ending:
 
     @property
     def kind(self) -> str:
-        """What kind of failure; empty where nobody has noted one."""
+        """The kind of failure; empty if none was recorded."""
         if self.failure is not None:
             return str(self.failure["kind"])
         return "bad_input" if self.exit_code == EXIT_BAD_INPUT else ""
 
     @property
     def crash_step(self) -> int | None:
-        """The step of the failure, where that is known, else the last that the folder shows."""
+        """The step of the failure if known, else the last step in the run folder."""
         return self.step if self.failure is None or self.failure["step"] is None else self.failure["step"]
 
 
 def decide(
     ending: Ending, history: Sequence[RestartRecord], *, policy: Literal["auto", "resubmit", "never"], max_requeues: int
 ) -> tuple[Decision, str]:
-    """What becomes of the run, and why.
+    """Decide whether the run continues.
 
     Args:
         ending: of this start.
-        history: of the earlier ones since somebody submitted the run, oldest first.
+        history: records of the earlier starts since a user submitted the run, oldest first.
         policy: ``cluster.requeue``.
         max_requeues: ``cluster.max_requeues``.
+
+    Returns:
+        The decision and its reason.
     """
     if ending.is_finished:
         return "finished", "the run is finished" + (f", but {ending.error}" if ending.error else "")
@@ -100,7 +109,7 @@ def _why(ending: Ending) -> str:
 
 
 def reason_for_good(ending: Ending, history: Sequence[RestartRecord]) -> str:
-    """Why the run would end the same way again if nobody changes anything; empty where it might not."""
+    """Explain why a restart without changes would end in the same way; empty if it might not."""
     if reason := FOR_GOOD.get(ending.kind):
         return f"{reason}: it would end the same way again"
     if ending.error is not None and history and _is_same_crash(ending, history[-1]):
@@ -109,14 +118,14 @@ def reason_for_good(ending: Ending, history: Sequence[RestartRecord]) -> str:
 
 
 def _never_again(ending: Ending, history: Sequence[RestartRecord], policy: str, max_requeues: int) -> str:
-    """Why the run does not go on by itself; empty where it does."""
+    """Explain why the run is not restarted automatically; empty if it is."""
     if reason := reason_for_good(ending, history):
         return reason
     if policy == "never":
         return f"{_why(ending)}; cluster.requeue=never"
     idle = _count_idle(ending, history)
     if idle > max_requeues:
-        # Of these the first is no repetition.
+        # ">", because the first idle start is not a repetition.
         return (
             f"{_why(ending)}; {idle} starts in a row saved no new step, and cluster.max_requeues={max_requeues}. If they ended "
             "by their time limit, make cluster.time longer; the same galaxydist submit goes on"
@@ -125,8 +134,8 @@ def _never_again(ending: Ending, history: Sequence[RestartRecord], policy: str, 
 
 
 def _count_idle(ending: Ending, history: Sequence[RestartRecord]) -> int:
-    """Starts in a row, this one included, that left no newer checkpoint than those before."""
-    # A start that SLURM would not requeue has two records.
+    """Count the consecutive starts up to this one without a newer checkpoint."""
+    # A start has two records if SLURM refused to requeue it.
     starts = {(record.job_id, record.restart): record.saved for record in history}
     best, idle = -1, 0
     for saved in (*starts.values(), ending.saved):
@@ -139,30 +148,22 @@ def _is_same_crash(ending: Ending, before: RestartRecord) -> bool:
     return (before.error, before.step) == (ending.error, ending.crash_step)
 
 
-# The last line of a batch script: note how ``srun`` ended, and queue the job again where the run must go on.
-#
-#     python -P -m galaxydist.cluster.requeue REQUESTS EXIT_CODE
-#     python -P -m galaxydist.cluster.requeue REQUESTS told-to-end     (when SLURM has sent the script SIGTERM; srun
-# still runs)
-#
-# Light on purpose: a job that is being preempted has seconds left.
-
 LEAVING = "SLURM is ending the job itself"
 QUEUED_BY_SLURM = "SLURM has queued the job again itself"
-# Between attempts while slurmctld is away: five minutes in all.
+# Pauses between attempts while slurmctld does not answer: five minutes in total.
 PAUSES_S = (5.0, 10.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
-# The two times that SLURM notes of a preemption that ends the job.
+# Largest difference of a job's PreemptTime and EndTime if the preemption ended it.
 _SAME_MOMENT = timedelta(seconds=2)
 
 
 @dataclass(frozen=True)
-class Start:
-    """The start of the run that this batch script is about.
+class StartedRun:
+    """The start of a run that belongs to this batch script.
 
     Args:
         requests: the submission.
-        run_dir: its run.
-        environ: of the batch script.
+        run_dir: the run folder.
+        environ: environment of the batch script.
     """
 
     requests: RequestFile
@@ -171,7 +172,7 @@ class Start:
 
     @classmethod
     def read(cls, path: Path, environ: Mapping[str, str]) -> Self:
-        """The start, from the submission's file."""
+        """Read the start from the submission's file."""
         requests = RequestFile.read(path)
         return cls(requests, requests.requests[int(environ.get("SLURM_ARRAY_TASK_ID", "0"))].run_dir, environ)
 
@@ -182,12 +183,12 @@ class Start:
 
     @property
     def files(self) -> JobFiles:
-        """The files about jobs in it."""
+        """The job files in the run folder."""
         return JobFiles(self.run_dir)
 
     @property
     def job_id(self) -> str:
-        """The id by which the job is requeued: of one task of an array, where it is one."""
+        """The id of the job or array task."""
         return job_name(self.environ)
 
     @property
@@ -196,18 +197,18 @@ class Start:
         return restart_of(self.environ)
 
     def own_records(self) -> list[RestartRecord]:
-        """Records that were written about this start already."""
+        """Return the records already written about this start."""
         return [record for record in self.files.restarts() if (record.job_id, record.restart) == (self.job_id, self.restart)]
 
     def history(self) -> list[RestartRecord]:
-        """The endings of earlier starts since the last time that somebody, not a job, submitted the run."""
+        """Return the records of earlier starts since a user, not a job, last submitted the run."""
         submitted = [job.time for job in self.files.jobs() if job.resubmits is None]
         first = max(submitted, default=0.0)
         own = (self.job_id, self.restart)
         return [record for record in self.files.restarts() if record.time >= first and (record.job_id, record.restart) != own]
 
     def note(self, ending: Ending, decision: Decision, reason: str) -> None:
-        """Write down and print what was decided."""
+        """Record and print the decision."""
         record = RestartRecord(
             job_id=self.job_id,
             restart=self.restart,
@@ -225,16 +226,16 @@ class Start:
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Decide and act.
+    """Record how srun ended, then requeue, resubmit or stop.
 
     Args:
-        arguments: the requests' file; srun's exit code, or ``told-to-end``.
-        environ: of the batch script.
+        arguments: the path of the request file; srun's exit code, or ``told-to-end``.
+        environ: environment of the batch script.
 
     Returns:
-        The exit code of the batch script: 0 for a run that is finished, else srun's, or 75 where that is 0.
+        The exit code of the batch script: srun's, but 75 instead of 0 if the run is not finished.
     """
-    start = Start.read(Path(arguments[0]), environ)
+    start = StartedRun.read(Path(arguments[0]), environ)
     if arguments[1] == TOLD_TO_END:
         _after_sigterm(start)
         return 0
@@ -246,16 +247,16 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     return exit_code if ending.is_finished else exit_code or EXIT_STOPPED
 
 
-def _after_sigterm(start: Start) -> None:
-    """SLURM ends the job, and the ranks may not come to save: where it would not queue the job again itself, do so now."""
+def _after_sigterm(start: StartedRun) -> None:
+    """Requeue or resubmit at once if SLURM ends the job without requeueing it: ranks may have no time to save."""
     cause = _why_slurm_ends(start)
     if cause:
         ending = _read_ending(start, 0, cause)
         _decide_and_act(start, ending, may_act=True)
 
 
-def _act(start: Start, ending: Ending) -> None:
-    """Decide how the run goes on after srun has ended, and do it."""
+def _act(start: StartedRun, ending: Ending) -> None:
+    """Decide about the run after srun has ended, unless SLURM has requeued the job."""
     state = _ask_job(start.job_id)
     is_leaving = bool(state) and "RUNNING" not in state.get("JobState", "")
     if is_leaving and not ending.is_finished and _is_queued_again(state, start.restart):
@@ -264,7 +265,7 @@ def _act(start: Start, ending: Ending) -> None:
         _decide_and_act(start, ending, may_act=not is_leaving)
 
 
-def _decide_and_act(start: Start, ending: Ending, *, may_act: bool) -> None:
+def _decide_and_act(start: StartedRun, ending: Ending, *, may_act: bool) -> None:
     cluster = start.requests.cluster
     decision, reason = decide(ending, start.history(), policy=cluster.requeue, max_requeues=cluster.max_requeues)
     if decision in ("requeue", "resubmit") and not may_act:
@@ -277,7 +278,7 @@ def _decide_and_act(start: Start, ending: Ending, *, may_act: bool) -> None:
         _resubmit(start, ending)
 
 
-def _read_ending(start: Start, exit_code: int, ended_by_slurm: str = "") -> Ending:
+def _read_ending(start: StartedRun, exit_code: int, ended_by_slurm: str = "") -> Ending:
     folder = start.folder
     saved = _newest_checkpoint(folder)
     words = read_own_words()
@@ -295,33 +296,33 @@ def _read_ending(start: Start, exit_code: int, ended_by_slurm: str = "") -> Endi
 
 
 def job_name(environ: Mapping[str, str]) -> str:
-    """The id by which the job is requeued: of one task of an array, where it is one."""
+    """Return the id of the job or array task."""
     name = job_of(environ)
     assert name is not None, "a batch script runs in a job"
     return name
 
 
 def _newest_checkpoint(folder: RunFolder) -> int | None:
-    """The step of the newest checkpoint."""
+    """Return the step of the newest checkpoint."""
     names = [FOLDER_NAME.fullmatch(path.name) for path in folder.checkpoints_dir.glob("step-*")]
     return max((int(name[1]) for name in names if name is not None), default=None)
 
 
 def _unlock(folder: RunFolder, job_id: str) -> None:
-    """srun has ended, so no rank of this job holds the run folder, whatever a killed one left behind."""
+    """Remove a lock left by a killed rank of this job; srun has ended, so none still runs."""
     owner = read_owner(folder.lock_path)
     if owner is not None and owner.job_id == job_id:
         folder.lock_path.unlink(missing_ok=True)
 
 
 def _own_failure(folder: RunFolder, environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """How this start failed; what another start or another job left says nothing of it."""
+    """Return this start's failure, not that of another start or job."""
     failure = folder.read_failure()
     return failure if failure is not None and failure.get("start") == start_of(environ) else None
 
 
 def _ask_job(job_id: str) -> dict[str, str]:
-    """Return the fields that slurmctld shows of a job; none where it does not answer."""
+    """Return slurmctld's fields of a job; none if it does not answer."""
     try:
         check_controller()
         answer = run_slurm(["scontrol", "--oneliner", "show", "job", job_id])
@@ -332,12 +333,12 @@ def _ask_job(job_id: str) -> dict[str, str]:
 
 
 def _is_queued_again(state: Mapping[str, str], restart: int) -> bool:
-    """SLURM counts a start that is to come: it queues the job again by itself, after a preemption or the death of a node."""
+    """Return True if SLURM has requeued the job itself (preemption, node failure) and counts the next start."""
     return state.get("Restarts", "0").isdecimal() and int(state.get("Restarts", "0")) > restart
 
 
-def _why_slurm_ends(start: Start) -> str:
-    """Why SLURM is ending a job for good that could go on; empty where it is not, or was told to (scancel)."""
+def _why_slurm_ends(start: StartedRun) -> str:
+    """Explain why SLURM ends the job without requeueing it; empty if it does not, or after scancel."""
     state = _ask_job(start.job_id)
     if not state or "RUNNING" in state.get("JobState", "") or _is_queued_again(state, start.restart):
         return ""
@@ -347,30 +348,30 @@ def _why_slurm_ends(start: Start) -> str:
         preempted, ended = (datetime.fromisoformat(state[key]) for key in ("PreemptTime", "EndTime"))
     except (KeyError, ValueError):
         return ""
-    # Whoever cancels a job in the grace time before a preemption means it.
+    # Different times: a user cancelled the job in the grace time before a preemption.
     return "it was preempted" if abs(preempted - ended) <= _SAME_MOMENT else ""
 
 
 def _is_leaving(job_id: str) -> bool:
-    """SLURM has begun to end the job, so that it is cancelled, or will be requeued without us."""
+    """Return True if SLURM is already ending the job (cancelled or being requeued)."""
     state = _ask_job(job_id)
     return bool(state) and "RUNNING" not in state.get("JobState", "")
 
 
 def requeue_patiently(job_id: str, pauses_s: Sequence[float] = PAUSES_S, *, ends_anyway: bool = False) -> str:
-    """Requeue a job, also where slurmctld is away for some minutes.
+    """Requeue a job; retry if slurmctld does not answer for some minutes.
 
     Args:
-        job_id: the job's.
-        pauses_s: between the attempts.
-        ends_anyway: SLURM has begun to end it, and is to start it again afterwards.
+        job_id: the job.
+        pauses_s: pauses between the attempts.
+        ends_anyway: SLURM is already ending the job, which must start again afterwards.
 
     Returns:
-        Nothing where it is done, ``LEAVING`` where SLURM acts on the job already, else its words against it.
+        An empty string on success, ``LEAVING`` if SLURM is already ending the job, else SLURM's message.
     """
     for number, pause_s in enumerate((*pauses_s, 0.0)):
         if number and not ends_anyway and _is_leaving(job_id):
-            return ""  # an answer was lost, but the request had arrived
+            return ""  # an earlier request had arrived, but not its answer
         words = _requeue(job_id)
         if not words or not is_unavailable(words):
             break
@@ -380,7 +381,7 @@ def requeue_patiently(job_id: str, pauses_s: Sequence[float] = PAUSES_S, *, ends
 
 
 def _requeue(job_id: str) -> str:
-    """Ask for it; what SLURM says against it, else nothing."""
+    """Run ``scontrol requeue`` and return its error message; empty on success."""
     try:
         check_controller()
         answer = run_slurm(["scontrol", "requeue", job_id])
@@ -389,8 +390,8 @@ def _requeue(job_id: str) -> str:
     return "" if answer.returncode == 0 else " ".join((answer.stderr or answer.stdout).split())
 
 
-def _resubmit(start: Start, ending: Ending) -> None:
-    """Submit the run again, by the way that a user does."""
+def _resubmit(start: StartedRun, ending: Ending) -> None:
+    """Submit the run as a new job."""
     from galaxydist.cluster.submit import submit_again
 
     for pause_s in (*PAUSES_S, None):

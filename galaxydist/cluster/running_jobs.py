@@ -1,4 +1,4 @@
-"""Whether a run is on its way: which of its jobs waits or runs, and which process holds its folder."""
+"""Active jobs of a run, and the process that holds its folder."""
 
 import os
 import shlex
@@ -13,15 +13,18 @@ from galaxydist.cluster.records import JobRecord
 from galaxydist.cluster.slurm import UNKNOWN, JobState
 from galaxydist.runs.lock import STALE_SECONDS, LockOwner, is_alive, pid_space, read_owner
 
-# Jobs of submitit's local executor: a process of this machine that starts the tasks, waits for them, and passes SIGTERM on.
+# submitit's process of a local job: it starts the tasks, waits for them and forwards SIGTERM.
 
 _CONTROLLER = "submitit.local._local"
-# A record is written when its process has started; clocks may be adjusted by a little.
+# Largest delay of a process's start after its job's time; clocks may be adjusted a little.
 _LATEST_START_S = 5.0
 
 
 def find_controller(job: JobRecord) -> psutil.Process | None:
-    """The process that a local job's id names, while it runs on this machine: the user's, submitit's, and as old as the job."""
+    """Return the running process of a local job; None if it does not run on this machine.
+
+    Process ids are reused, so user, command line and start time are compared too.
+    """
     try:
         process = psutil.Process(int(job.job_id))
         words = " ".join(process.cmdline())
@@ -38,9 +41,9 @@ def find_controller(job: JobRecord) -> psutil.Process | None:
 
 
 def stop(job: JobRecord) -> bool:
-    """Tell a local job to save and end; False where it does not run here (any more).
+    """Send SIGTERM to a local job, so that it saves and exits; return False if it does not run on this machine.
 
-    Where setup lines were given, the id is a shell's, which would end without telling anybody: what it started is told.
+    With setup lines the process is a shell, which would not forward the signal, so its child gets it.
     """
     process = find_controller(job)
     if process is None:
@@ -54,11 +57,11 @@ def stop(job: JobRecord) -> bool:
 
 
 def newest_job(jobs: Sequence[JobRecord], known: Mapping[str, JobState]) -> tuple[JobRecord | None, JobState | None]:
-    """The newest job of a run that waits or runs, else the newest, with what is known of it.
+    """Return the newest job of a run that waits or runs, else the newest job, with its state (None if unknown).
 
     Args:
-        jobs: its submissions, oldest first.
-        known: what SLURM says, by job id.
+        jobs: submissions of the run, oldest first.
+        known: states from SLURM, by job id.
     """
     for job in reversed(jobs):
         told = local_state(job) if job.scheduler == "local" else known.get(job.job_id)
@@ -69,19 +72,19 @@ def newest_job(jobs: Sequence[JobRecord], known: Mapping[str, JobState]) -> tupl
 
 
 def local_state(job: JobRecord) -> JobState | None:
-    """RUNNING for a job of this machine that runs; None for one that does not."""
+    """Return RUNNING for a local job that runs, else None."""
     is_running = find_controller(job) is not None
     return JobState("RUNNING", "", None, socket.gethostname()) if is_running else None
 
 
 def lock_holder(lock_path: Path, known: Mapping[str, JobState]) -> LockOwner | None:
-    """The living process that holds a run folder.
+    """Return the live process that holds a run folder.
 
-    The rank of a job that SLURM knows to be over is not one, however fresh its last heartbeat.
+    A rank whose job is over according to SLURM does not count, however recent its heartbeat.
 
     Args:
         lock_path: the folder's lock.
-        known: what SLURM says, by job id.
+        known: states from SLURM, by job id.
     """
     owner = read_owner(lock_path)
     if owner is None:
@@ -93,7 +96,7 @@ def lock_holder(lock_path: Path, known: Mapping[str, JobState]) -> LockOwner | N
 
 
 def is_held(owner: LockOwner, lock_path: Path) -> bool:
-    """Whoever locked a run folder still lives: its process where that is this machine's, else its heartbeat."""
+    """Return True if a lock's owner is alive: by its process on this machine, else by its heartbeat."""
     if owner.host == socket.gethostname() and owner.pid_space == pid_space():
         return is_alive(owner)
     try:

@@ -1,4 +1,4 @@
-"""A cluster as its SLURM describes it to one user: partitions with their limits and nodes, accounts, qos, preemption."""
+"""Cluster description from SLURM: partitions, nodes, the user's accounts and qos, preemption."""
 
 import grp
 import os
@@ -14,19 +14,19 @@ from galaxydist.cluster.slurm import SlurmUnavailableError, run_slurm
 from galaxydist.errors import UserError
 
 UNTYPED = ""
-TAKES_NO_JOBS = ("DRAIN", "INACTIVE")  # states of a partition
+TAKES_NO_JOBS = ("DRAIN", "INACTIVE")  # states of a partition that accepts no jobs
 
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """Nodes that are alike.
+    """Identical nodes of a partition.
 
     Attributes:
-        count: how many.
-        cpus: of each.
-        memory_mb: of each, in SLURM's MB.
-        gpus: type (``""`` where this cluster has none) -> how many, of each.
-        features: for ``constraint``.
+        count: number of nodes.
+        cpus: CPUs of each node.
+        memory_mb: memory of each node in SLURM's MB.
+        gpus: GPU type (``""`` if the cluster names no types) -> number in each node.
+        features: features that ``constraint`` can name.
     """
 
     count: int
@@ -42,12 +42,12 @@ class NodeGroup:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition; None where there is no limit, or SLURM does not tell.
+    """A partition; None means no limit, or not reported by SLURM.
 
     Attributes:
-        preempt_mode: what becomes of its preempted jobs.
-        grace_s: seconds between a preemption's signal and the end.
-        tier: PriorityTier; jobs of a higher one may preempt these.
+        preempt_mode: PreemptMode of its jobs.
+        grace_s: seconds between a preemption's signal and the end of the job.
+        tier: PriorityTier; jobs of a higher tier may preempt these.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Association:
-    """What the user may charge: an account, perhaps in one partition only, with these qos."""
+    """An association of the user: an account to charge, its partition (None: any) and the allowed qos."""
 
     account: str
     partition: str | None
@@ -86,7 +86,7 @@ class Association:
 
     @property
     def usual_qos(self) -> str | None:
-        """What a job gets that names none; SLURM's own default is ``normal``."""
+        """The qos of a job that names none; SLURM's own default is ``normal``."""
         return self.default_qos or ("normal" if "normal" in self.qos else None)
 
 
@@ -95,9 +95,9 @@ class Qos:
     """A quality of service; ``flags`` may lift the partition's limits.
 
     Attributes:
-        grace_s: seconds between a preemption's signal and the end; None: SLURM does not tell.
-        preempt_mode: what becomes of a preempted job; None: the cluster's PreemptMode.
-        preempts: the qos whose jobs may be preempted by those of this one.
+        grace_s: seconds between a preemption's signal and the end of the job; None: not reported by SLURM.
+        preempt_mode: PreemptMode of its jobs; None: the cluster's PreemptMode.
+        preempts: the qos whose jobs this one may preempt.
     """
 
     name: str
@@ -110,16 +110,16 @@ class Qos:
 
 @dataclass(frozen=True)
 class Site:
-    """A cluster, as one user sees it.
+    """A cluster as one user sees it.
 
     Attributes:
-        settings: slurm.conf's, as ``scontrol show config`` has them.
+        settings: of slurm.conf, as ``scontrol show config`` prints them.
         partitions: by name, in SLURM's order.
-        default_account: the user's, None without accounting.
-        associations: the user's; empty without accounting.
+        default_account: the user's default account; None without accounting.
+        associations: the user's associations; empty without accounting.
         qos: by name; empty without accounting.
-        user: who asks; empty: not known.
-        groups: the user's; None: not known.
+        user: the user's name; empty if unknown.
+        groups: the user's groups; None if unknown.
     """
 
     settings: Mapping[str, str]
@@ -139,18 +139,18 @@ class Site:
         return next((partition for partition in self.partitions.values() if partition.default), None)
 
     def enforces(self, what: str) -> bool:
-        """Whether SLURM holds jobs to ``associations``, ``limits`` or ``qos`` (the last two include the first)."""
+        """Return True if SLURM enforces ``associations``, ``limits`` or ``qos`` (the last two include the first)."""
         enforced = set(self.settings.get("AccountingStorageEnforce", "").lower().split(","))
         implied = {"associations": {"limits", "qos", "safe", "wckeys", "all"}, "limits": {"safe", "all"}, "qos": {"all"}}
         return what in enforced or not enforced.isdisjoint(implied[what])
 
     @property
     def may_use_all(self) -> bool:
-        """The user is root or the one that slurmctld runs as, whom no partition keeps out (slurm.conf(5), AllowGroups)."""
+        """True if the user is root or SlurmUser, who may use every partition (slurm.conf(5), AllowGroups)."""
         return self.user in ("root", self.settings.get("SlurmUser", "root").partition("(")[0])
 
     def closed_to_user(self, partition: Partition) -> str:
-        """Why the user's jobs are not taken there, as far as groups say; empty: they are, or it is not known."""
+        """Explain why a partition refuses the user (RootOnly, AllowGroups); empty if it does not, or if unknown."""
         if not self.user or self.may_use_all:
             return ""
         if partition.root_only:
@@ -161,33 +161,30 @@ class Site:
         return ""
 
     def accounts(self, partition: str | None = None) -> tuple[str, ...]:
-        """The user's accounts, for one partition or for any."""
+        """Return the user's accounts for one partition, or for any."""
         found = (item.account for item in self.associations if partition is None or item.partition in (None, partition))
         return tuple(dict.fromkeys(found))
 
     def association(self, account: str | None, partition: str) -> Association | None:
-        """The one that a job of this account in this partition would be charged to."""
+        """Return the association that a job of this account and partition is charged to."""
         wanted = account or self.default_account
         found = [item for item in self.associations if item.account == wanted and item.partition in (None, partition)]
         return max(found, key=lambda item: item.partition is not None, default=None)
 
     def qos_of(self, qos: str | None, account: str | None, partition: str) -> Qos | None:
-        """What a job that names these would have; None: not known.
+        """Return the qos of a job; None if unknown.
 
         Args:
-            qos, account: that it names.
-            partition: where it goes.
+            qos, account: given in the job's profile; None: the user's default.
+            partition: the job's partition.
         """
         association = self.association(account, partition)
         return self.qos.get(qos or (association.usual_qos if association is not None else None) or "")
 
 
-# Asking the SLURM of this machine what it is: partitions, nodes, the user's accounts and groups, qos.
-#
-# Reading is apart from asking: ``parse_site`` takes the text that the commands printed, so that it can be read from a
-# record too.
+# ``parse_site`` is separate from ``read_site``, so that recorded output can be parsed too.
 
-# Name -> the command; each prints text that is made for programs, in the same form since SLURM 20.
+# Name -> command. Each prints machine-readable text, in the same form since SLURM 20.
 COMMANDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "config": ("scontrol", "show", "config"),
@@ -203,18 +200,18 @@ COMMANDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
     }
 )
-OPTIONAL = ("associations", "qos")  # a site without accounting, or one that keeps it to itself
+OPTIONAL = ("associations", "qos")  # a site may have no accounting, or not show it
 
 
 class SiteUnknownError(UserError):
-    """SLURM is not here, or does not answer."""
+    """SLURM is not installed on this machine, or does not answer."""
 
 
 def read_site() -> Site:
-    """Ask the SLURM of this machine.
+    """Read the description of this machine's cluster from SLURM.
 
     Raises:
-        SiteUnknownError: there is none, or it does not answer.
+        SiteUnknownError: there is no SLURM, or it does not answer.
     """
     user = _user_name()
     outputs: dict[str, str] = {}
@@ -235,7 +232,7 @@ def _user_name() -> str:
 
 
 def _groups(user: str) -> tuple[str, ...] | None:
-    """The user's groups by name, as the system knows them (a process may have dropped some); None: they cannot be told."""
+    """Return all of the user's groups (this process may have dropped some); None if unknown."""
     try:
         return tuple(grp.getgrgid(number).gr_name for number in os.getgrouplist(user, os.getgid()))
     except (KeyError, OSError):
@@ -260,7 +257,7 @@ def _ask(command: Sequence[str]) -> str:
 
 
 def parse_site(outputs: Mapping[str, str]) -> Site:
-    """The cluster, from what ``COMMANDS`` printed; what is missing is not known.
+    """Parse the outputs of ``COMMANDS``; fields of a missing output stay unknown.
 
     Args:
         outputs: name of a command -> its standard output.
@@ -282,7 +279,7 @@ def _parse_config(text: str) -> dict[str, str]:
 
 
 def _parse_nodes(text: str) -> dict[str, tuple[NodeGroup, ...]]:
-    """Partition -> its groups of nodes. Nodes that differ in state alone are one group."""
+    """Return partition -> node groups. Nodes that differ only in their state form one group."""
     found: dict[str, dict[tuple[object, ...], NodeGroup]] = {}
     for line in text.splitlines():
         columns = [column.strip() for column in line.split("|", maxsplit=5)]
@@ -297,7 +294,7 @@ def _parse_nodes(text: str) -> dict[str, tuple[NodeGroup, ...]]:
 
 
 def parse_gpus(gres: str) -> dict[str, int]:
-    """Type -> number of GPUs, of a node's gres: ``gpu:a100:4(S:0-1),nvme:1`` is ``{"a100": 4}``, ``gpu:2`` is ``{"": 2}``."""
+    """Parse a node's gres into GPU type -> number: ``gpu:a100:4(S:0-1),nvme:1`` is ``{"a100": 4}``, ``gpu:2`` is ``{"": 2}``."""
     gpus: dict[str, int] = {}
     for item in re.sub(r"\([^)]*\)", "", gres).split(","):
         name, *rest = (part.strip() for part in item.split(":") if part.strip() != "no_consume")
@@ -337,7 +334,7 @@ def _parse_partition(line: str, settings: Mapping[str, str]) -> Partition | None
 
 
 def _parse_associations(text: str, cluster: str | None) -> tuple[str | None, tuple[Association, ...]]:
-    """The default account on this cluster, and the associations there."""
+    """Return the user's default account and associations on this cluster."""
     default = None
     found = []
     for line in text.splitlines():
@@ -367,7 +364,7 @@ def _parse_one_qos(row: Sequence[str]) -> Qos:
 
 
 def read_slurm_time_s(text: str) -> int | None:
-    """Seconds of a time as SLURM prints it (``2-00:00:00``, ``00:30:00``, ``30:00``), None for UNLIMITED and the like."""
+    """Return the seconds of a time printed by SLURM (``2-00:00:00``, ``00:30:00``, ``30:00``); None for UNLIMITED and others."""
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if match is None:
         return None
@@ -385,17 +382,14 @@ def _limit(text: str | None) -> int | None:
 
 
 def _names(text: str) -> tuple[str, ...] | None:
-    """The members of a list with commas; None where it is ALL or nothing at all."""
+    """Return the members of a comma-separated list; None if it is ALL or empty."""
     names = tuple(name for name in text.split(",") if name and name not in ("(null)", "N/A"))
     return None if not names or names == ("ALL",) else names
 
 
-# What SLURM does with a job whose nodes it gives to a more urgent one, and how long before it says so.
-#
-# The scheduler's own words: slurm.conf(5), PreemptType, PreemptMode, GraceTime, preempt_send_user_signal; sacctmgr(1) for
-# qos.
+# Preemption: see slurm.conf(5), PreemptType, PreemptMode, GraceTime, preempt_send_user_signal; sacctmgr(1) for qos.
 
-# The recipe's key bounds what is lost where nobody is warned, or too late.
+# Bounds the loss if a preemption's signal is missing or too late.
 SAVE_REMEDY = "set train.save_minutes=10 in the recipe: at most so much is lost"
 
 
@@ -404,10 +398,10 @@ class Preemption:
     """How jobs of a partition are preempted.
 
     Attributes:
-        kind: ``partition_prio`` or ``qos``: what makes another job more urgent.
+        kind: the cluster's PreemptType: ``partition_prio`` or ``qos``.
         mode: REQUEUE, CANCEL or SUSPEND.
-        grace_s: seconds between the signal and the end; 0: no signal; None: SLURM does not tell.
-        signal: the one that begins the grace.
+        grace_s: seconds between the signal and the end of the job; 0: no signal; None: not reported by SLURM.
+        signal: the signal at the start of the grace time.
     """
 
     kind: str
@@ -417,17 +411,17 @@ class Preemption:
 
     @property
     def is_too_short(self) -> bool:
-        """There is a signal, but not the time to write a checkpoint and leave."""
+        """True if there is a signal, but too little time to write a checkpoint and exit."""
         return self.grace_s is not None and 0 < self.grace_s < MIN_SIGNAL_S
 
 
 def find_preemption(site: Site, partition: Partition, qos: Qos | None) -> Preemption | None:
-    """How jobs are preempted there; None: they are not.
+    """Return how jobs of a partition are preempted; None if they are not.
 
     Args:
         site: the cluster.
         partition: of the job.
-        qos: of the job; None: not known.
+        qos: of the job; None if unknown.
     """
     kind = site.settings.get("PreemptType", "preempt/none").removeprefix("preempt/")
     own_signal = "preempt_send_user_signal" in site.settings.get("SlurmctldParameters", "")
@@ -436,7 +430,7 @@ def find_preemption(site: Site, partition: Partition, qos: Qos | None) -> Preemp
         return None
     if kind == "qos":
         mode = _ending(qos.preempt_mode if qos is not None and qos.preempt_mode else site.settings.get("PreemptMode", ""))
-        # Without the list of qos, any may come first.
+        # If the qos are unknown, another one may preempt the job.
         is_last = qos is None or any(qos.name in other.preempts for other in site.qos.values())
         return Preemption(kind, mode, qos.grace_s if qos is not None else None, signal) if mode and is_last else None
     mode = _ending(partition.preempt_mode)
@@ -446,5 +440,5 @@ def find_preemption(site: Site, partition: Partition, qos: Qos | None) -> Preemp
 
 
 def _ending(mode: str) -> str:
-    """What becomes of the job, without what gang scheduling adds; empty: nothing."""
+    """Return the REQUEUE, CANCEL or SUSPEND of a PreemptMode (not GANG); empty if there is none."""
     return next((word for word in mode.upper().split(",") if word in ("REQUEUE", "CANCEL", "SUSPEND")), "")

@@ -1,8 +1,7 @@
-"""What SLURM says of jobs, and cancelling them.
+"""Job states from squeue and sacct, and cancellation of jobs with scancel.
 
-submitit's own watcher is not used: it asks once in 600 s unless forced, needs accounting, and knows neither why a job waits nor
-how much time it has left. We ask ourselves, once for all jobs: squeue for what is queued, runs or has just ended, sacct for the
-rest.
+submitit's own watcher is not used: it polls only every 600 s unless forced, needs accounting, and knows neither why a job waits
+nor its time left. Here one call covers all jobs: squeue for those that are queued, run or have just ended, sacct for the rest.
 """
 
 import os
@@ -15,13 +14,11 @@ from dataclasses import dataclass, replace
 
 from galaxydist.errors import UserError
 
-# Asking SLURM's programs, and whether anybody answered.
-
 TIMEOUT_S = 30.0
-# What people set for themselves changes what these programs print; 0: ids of arrays are never shortened.
+# The user's settings of SLURM's output are removed; SLURM_BITSTR_LEN=0: array ids are not shortened.
 _OWN_SETTINGS = ("SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
 _ENVIRONMENT = {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
-# Of src/common/slurm_errno.c: connect failure, controller in standby, time-outs, lost connections; and our own.
+# Connection failures, timeouts and a standby controller in src/common/slurm_errno.c; and our own messages.
 _AWAY = re.compile(
     r"unable to contact|connection (refused|reset|timed out)|socket timed out|zero bytes were transmitted|in standby mode|"
     r"communication|could not be asked|try again",
@@ -30,23 +27,23 @@ _AWAY = re.compile(
 
 
 class SlurmUnavailableError(UserError):
-    """SLURM cannot be asked: it is not on this machine, or does not answer."""
+    """SLURM is not installed on this machine, or does not answer."""
 
 
 def is_slurm_here() -> bool:
-    """SLURM's programs are on this machine."""
+    """Return True if SLURM's programs are on this machine."""
     return all(shutil.which(name) for name in ("sbatch", "squeue", "scontrol"))
 
 
 def run_slurm(command: Sequence[str], *, text: str = "") -> subprocess.CompletedProcess[str]:
-    """What one of SLURM's programs says, whatever its exit code; without the user's own settings of what it prints.
+    """Run one of SLURM's programs without the user's output settings; any exit code is returned.
 
     Args:
         command: the program and its arguments.
         text: its standard input.
 
     Raises:
-        SchedulerAwayError: there is no such program, or it does not answer.
+        SlurmUnavailableError: the program does not exist, or does not answer.
     """
     environ = {name: value for name, value in os.environ.items() if not name.startswith(_OWN_SETTINGS)}
     try:
@@ -69,18 +66,18 @@ def run_slurm(command: Sequence[str], *, text: str = "") -> subprocess.Completed
 
 
 def is_unavailable(words: str) -> bool:
-    """Whether what one of SLURM's programs said means that nobody answered, not that somebody refused."""
+    """Return True if SLURM's message means that it did not answer, not that it refused."""
     return _AWAY.search(words) is not None
 
 
 def last_words(done: subprocess.CompletedProcess[str]) -> str:
-    """The last thing that a program complained of."""
+    """Return the last line of stderr, or the exit code if stderr is empty."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     return lines[-1] if lines else f"exit code {done.returncode}"
 
 
 def check_controller() -> None:
-    """scontrol knows at once that slurmctld is down, where the other programs try for 18 s."""
+    """Raise an error at once if slurmctld is down; other programs than scontrol retry for 18 s."""
     text = run_slurm(["scontrol", "ping"]).stdout
     answers = re.findall(r"^Slurmctld\(.*\) (?:at \S+ )?is (UP|DOWN)", text, re.MULTILINE)
     if answers and "UP" not in answers:
@@ -99,20 +96,20 @@ _IDS = re.compile(r"(\d+)_\[([^\]]*?)(?:%\d+)?\]")
 _CANCEL_REFUSAL = re.compile(r"Kill job error on job id (\S+?):\s*(.*)")
 _NO_SUCH_JOB = "Invalid job id"
 _LOST = "accounting says {}, but slurmctld does not know this job"
-# Where a value is missing these stand.
+# SLURM's spellings of a missing value.
 _NOTHING = frozenset({"", "None", "None assigned", "(null)", "N/A"})
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What is known of a job.
+    """The state of a job.
 
     Args:
-        state: SLURM's word, such as PENDING, RUNNING, TIMEOUT or NODE_FAIL; UNKNOWN where SLURM cannot tell.
-        reason: why it waits, who cancelled it, why its state is not known; may be empty.
-        time_left_s: seconds until its time limit; None where it does not run or has no limit.
-        nodes: where it runs or ran, such as ``n[1-2]``.
-        restarts: how often SLURM started it again; 0 where only accounting knows the job, which does not count them.
+        state: SLURM's state, such as PENDING, RUNNING, TIMEOUT or NODE_FAIL; UNKNOWN if SLURM does not report one.
+        reason: why the job waits, who cancelled it, or why its state is unknown; may be empty.
+        time_left_s: seconds until the time limit; None if the job does not run or has no limit.
+        nodes: the nodes of the job, such as ``n[1-2]``.
+        restarts: restarts by SLURM; 0 if only accounting knows the job, which does not count them.
     """
 
     state: str
@@ -123,22 +120,22 @@ class JobState:
 
     @property
     def is_active(self) -> bool:
-        """It waits or runs: whatever SLURM does with it next, it is not over."""
+        """True if the job waits or runs."""
         return self.state in TIMED_STATES | WAITING_STATES
 
 
 def read_states(job_ids: Sequence[str]) -> dict[str, JobState]:
-    """Ask SLURM for many jobs at once.
+    """Ask SLURM for the states of many jobs at once.
 
     Args:
         job_ids: ``123``, or ``123_4`` for a task of an array.
 
     Returns:
-        A state for each id. UNKNOWN, with a reason, where SLURM does not know the job: it was submitted this second, or it ended
-        and accounting is missing or away.
+        A state for each id: UNKNOWN, with a reason, if the job was submitted this second, or has ended and accounting is missing
+        or does not answer.
 
     Raises:
-        SchedulerAwayError: slurmctld does not answer, or there is no SLURM on this machine.
+        SlurmUnavailableError: slurmctld does not answer, or there is no SLURM on this machine.
     """
     if not job_ids:
         return {}
@@ -152,20 +149,20 @@ def read_states(job_ids: Sequence[str]) -> dict[str, JobState]:
         if job_id not in found:
             found[job_id] = told
         elif told.state == "CANCELLED":
-            found[job_id] = replace(found[job_id], reason=told.reason)  # squeue does not know by whom
-        elif told.state != UNKNOWN and job_id not in queued:  # the array was cancelled, this task had ended before
+            found[job_id] = replace(found[job_id], reason=told.reason)  # squeue does not report the user who cancelled it
+        elif told.state != UNKNOWN and job_id not in queued:  # the array was cancelled after this task had ended
             found[job_id] = told
     return {job_id: found[job_id] for job_id in job_ids}
 
 
 def cancel_jobs(job_ids: Iterable[str]) -> dict[str, str]:
-    """End jobs, or take them from the queue.
+    """Cancel jobs that are queued or running.
 
     Returns:
-        SLURM's words for each job that it did not cancel, such as one that is over.
+        SLURM's message for each job that it did not cancel, such as one that is over.
 
     Raises:
-        SchedulerAwayError: slurmctld does not answer.
+        SlurmUnavailableError: slurmctld does not answer.
     """
     ids = list(job_ids)
     if not ids:
@@ -173,7 +170,7 @@ def cancel_jobs(job_ids: Iterable[str]) -> dict[str, str]:
     if not is_slurm_here():
         raise SlurmUnavailableError("There is no SLURM on this machine (no scancel): cancel on a login node of the cluster.")
     check_controller()
-    done = run_slurm(["scancel", "--verbose", *ids])  # otherwise it is silent about ids that it does not know
+    done = run_slurm(["scancel", "--verbose", *ids])  # without --verbose it does not report unknown ids
     refused = {job_id: words for job_id, words in _CANCEL_REFUSAL.findall(done.stderr) if job_id in ids}
     if done.returncode != 0 and not refused:
         raise SlurmUnavailableError(f"scancel failed: {last_words(done)}")
@@ -181,22 +178,24 @@ def cancel_jobs(job_ids: Iterable[str]) -> dict[str, str]:
 
 
 def max_array_size() -> int:
-    """Most tasks of an array on this cluster, at least 1: MaxArraySize (indices end one below it) and ``max_array_tasks``.
+    """Return the most tasks that an array may have on this cluster, at least 1.
+
+    It is the smaller of MaxArraySize (array indices stay below it) and ``max_array_tasks``.
 
     Raises:
-        SchedulerAwayError: slurmctld does not answer.
+        SlurmUnavailableError: slurmctld does not answer.
     """
     done = run_slurm(["scontrol", "show", "config"])
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
     if match is None:
         raise SlurmUnavailableError(f"scontrol does not tell MaxArraySize: {last_words(done)}")
-    # 0: the cluster takes no arrays; an array of one is a job. Some sites limit the tasks of an array, not their numbers.
+    # 0: no arrays; an array of one is sent as a job. Some sites limit the tasks but not the indices.
     limits = [int(match[1]), *(int(found) for found in re.findall(r"max_array_tasks=(\d+)", done.stdout))]
     return max(1, min(limits))
 
 
 def parse_squeue(text: str) -> dict[str, JobState]:
-    """States by job id, from squeue's lines in the format that is asked for here."""
+    """Parse squeue's output (``_SQUEUE_FIELDS``) into states by job id."""
     states: dict[str, JobState] = {}
     for line in text.splitlines():
         fields = line.split("|", 5)
@@ -207,7 +206,7 @@ def parse_squeue(text: str) -> dict[str, JobState]:
         time_left_s = parse_duration(left) if state in TIMED_STATES else None
         known = JobState(
             state,
-            "" if state in TIMED_STATES or state == "CANCELLED" else reason,  # what it waited for before
+            "" if state in TIMED_STATES or state == "CANCELLED" else reason,  # squeue still shows why the job waited before
             time_left_s,
             _clean(nodes),
             int(restarts) if restarts.isdecimal() else 0,
@@ -217,7 +216,7 @@ def parse_squeue(text: str) -> dict[str, JobState]:
 
 
 def parse_sacct(text: str) -> dict[str, JobState]:
-    """States by job id, from sacct's lines in the format that is asked for here."""
+    """Parse sacct's output (``_SACCT_FIELDS``) into states by job id."""
     states: dict[str, JobState] = {}
     for line in text.splitlines():
         fields = line.split("|", 3)
@@ -227,7 +226,7 @@ def parse_sacct(text: str) -> dict[str, JobState]:
         state, _, by = words.partition(" by ")
         reason = f"by {_user_name(by)}" if by else "" if state == "CANCELLED" else _clean(reason)
         if state in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED"):
-            # squeue does not know it: the record was never closed.
+            # squeue does not know this job, so its accounting record was never closed.
             known = JobState(UNKNOWN, _LOST.format(state), None, _clean(nodes))
         else:
             known = JobState(state, reason, None, _clean(nodes))
@@ -236,7 +235,7 @@ def parse_sacct(text: str) -> dict[str, JobState]:
 
 
 def expand_ids(text: str) -> list[str]:
-    """The ids that a line speaks of: ``12_[1-3,7%2]`` is 12_1, 12_2, 12_3 and 12_7; any other text is itself."""
+    """Expand array ids: ``12_[1-3,7%2]`` gives 12_1, 12_2, 12_3 and 12_7; other text stays as it is."""
     match = _IDS.fullmatch(text)
     if match is None:
         return [text]
@@ -246,13 +245,13 @@ def expand_ids(text: str) -> list[str]:
         span, _, step = part.partition(":")
         first, _, last = span.partition("-")
         if not (first.isdecimal() and (last or first).isdecimal()):
-            continue  # "...": the list was cut
+            continue  # "...": SLURM shortened the list
         found += [f"{array}_{index}" for index in range(int(first), int(last or first) + 1, int(step or 1))]
     return found
 
 
 def parse_duration(text: str) -> float | None:
-    """Seconds of SLURM's ``D-HH:MM:SS``, ``HH:MM:SS`` or ``MM:SS``; None for UNLIMITED and the like."""
+    """Return the seconds of ``D-HH:MM:SS``, ``HH:MM:SS`` or ``MM:SS``; None for text such as UNLIMITED."""
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if match is None:
         return None
@@ -261,13 +260,13 @@ def parse_duration(text: str) -> float | None:
 
 
 def _find(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
-    """Of an array that was cancelled, the tasks that had not started stand together under the array's id."""
+    """Return the state of a job or task; unstarted tasks of a cancelled array are listed under its id."""
     return states.get(job_id) or states.get(job_id.partition("_")[0])
 
 
 def _ask_squeue(job_ids: Sequence[str]) -> str:
     check_controller()
-    # Without the ids of tasks the command stays short, however large the arrays.
+    # Array ids without task ids keep the command short.
     done = run_slurm(
         ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(job_ids)}", f"--Format={_SQUEUE_FIELDS}"]
     )
@@ -277,7 +276,7 @@ def _ask_squeue(job_ids: Sequence[str]) -> str:
 
 
 def _ask_sacct(job_ids: Sequence[str]) -> dict[str, JobState]:
-    """What accounting knows of jobs that squeue has forgotten."""
+    """Return the states of jobs from accounting."""
     whole = sorted({job_id.partition("_")[0] for job_id in job_ids})
     states, reason = {}, "SLURM does not know it: it was submitted just now, or its record was removed"
     if shutil.which("sacct") is None:
@@ -297,10 +296,10 @@ def _ask_sacct(job_ids: Sequence[str]) -> dict[str, JobState]:
 
 
 def _find_ended(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
-    """What accounting says of a job.
+    """Return a job's state in accounting; None if it is unknown there.
 
-    Of a task that is cancelled before it starts SLURM keeps nothing: it is missing in its array; for some seconds accounting has
-    it as waiting. Under the array's own id accounting shows its last task, which says nothing of the others.
+    An array task that was cancelled before it started is missing from its array, or listed as PENDING for some seconds. The
+    record under the array's own id is its last task's, so it is not used for the others.
     """
     found, array = states.get(job_id), job_id.partition("_")[0]
     is_known = any(other.startswith(f"{array}_") for other in states)

@@ -1,4 +1,7 @@
-"""The code that a job runs: a copy of the package and its recipes. What was submitted is what runs, also after a requeue."""
+"""Code snapshots: a job runs a copy of the package and its recipes.
+
+Later edits do not change a submitted job, not even after a requeue.
+"""
 
 import hashlib
 import shutil
@@ -14,20 +17,20 @@ LEFT_OUT = ("__pycache__",)
 
 
 def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
-    """Copy the imported package, and the recipes that jobs will read, into a folder named by their contents.
+    """Copy the imported package, and the recipes that jobs will read, into a folder named by their hash.
 
     Args:
-        folder: of the snapshots; the same code is copied once.
-        recipe_paths: recipe's name -> file, of recipes to add to those that ship with the package, or to put in place of one of
-            them. What is found as ``reference/vit`` is called ``reference-vit`` and lies twice then, under both names.
+        folder: the folder of all snapshots; the same code is copied once.
+        recipe_paths: recipe name -> file, added to the recipes shipped with the package, or replacing them. The recipe found as
+            ``reference/vit`` has the name ``reference-vit`` and is then stored under both names.
 
     Returns:
-        The snapshot, absolute, to stand first on PYTHONPATH; ``recipes/`` lies beside the package.
+        The snapshot's absolute path, to be first on PYTHONPATH; ``recipes/`` lies beside the package.
 
     Raises:
         UserError: the disk is full.
     """
-    # Read once: what is edited meanwhile is not stored under the name of what was there before.
+    # Each file is read once, so that hash and contents agree even if it is edited meanwhile.
     files = {name: source.read_bytes() for name, source in _files(recipe_paths)}
     target = (folder / _digest(files)).absolute()
     if target.is_dir():
@@ -38,7 +41,7 @@ def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
 
 
 def _write(files: Mapping[str, bytes], folder: Path, target: Path) -> None:
-    """The snapshot is whole or not there."""
+    """Write the snapshot atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".code-"))
     try:
@@ -51,14 +54,14 @@ def _write(files: Mapping[str, bytes], folder: Path, target: Path) -> None:
         try:
             rename(temporary, target)
         except OSError:
-            if not target.is_dir():  # another submission made it meanwhile
+            if not target.is_dir():  # else another submission made it meanwhile
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _files(recipe_paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
-    """Name in the snapshot and source of every file, in a fixed order."""
+    """Yield name in the snapshot and source of every file, in a fixed order."""
     for path in sorted(PACKAGE_DIR.rglob("*")):
         if path.is_file() and not set(path.parts) & set(LEFT_OUT):
             yield str(Path("galaxydist") / path.relative_to(PACKAGE_DIR)), path
@@ -68,7 +71,7 @@ def _files(recipe_paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
 
 
 def _digest(files: Mapping[str, bytes]) -> str:
-    """12 hex digits of names and contents."""
+    """Return 12 hex digits of names and contents."""
     digest = hashlib.sha256()
     for name, content in files.items():
         digest.update(f"{name}\0{len(content)}\0".encode())

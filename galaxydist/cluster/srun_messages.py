@@ -1,4 +1,4 @@
-"""Messages of ``srun``, ``slurmstepd`` and ``bash`` about a job's end: which rank or node died first, and what a node lacks."""
+"""Parser of the messages of srun, slurmstepd and bash about the cause of a job's end."""
 
 import os
 import re
@@ -9,18 +9,18 @@ from pathlib import Path
 
 from galaxydist.runs.metrics_log import read_tail
 
-# The batch script prints it to its stderr at each of its starts: what stands before it is of an earlier one.
+# The batch script prints this to its stderr at every start; earlier lines belong to earlier starts.
 START_MARK = "galaxydist: start "
-# The argument of ``after_srun`` when SLURM has sent the batch script SIGTERM.
+# The argument of ``after_srun`` after SLURM has sent SIGTERM to the batch script.
 TOLD_TO_END = "told-to-end"
 # src/srun/libsrun/launch.c: task_exit and node failure messages.
 _TASKS = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: (?P<end>.+?)(?: \(core dumped\))?$")
 _NODE_FAILURE = re.compile(r"srun: error: Node failure on (\S+)")
-# From here on SLURM itself ends the tasks.
+# After such a line SLURM itself ends the tasks.
 _ENDED_BY_SLURM = re.compile(r"forcing job termination|CANCELLED AT|Job step aborted")
 _SIGNALS = {signal.strsignal(number): number for number in signal.valid_signals()}
 
-# What a job prints that cannot start -> what it means and what to do.
+# Message of a job that cannot start -> cause and remedy.
 _REMEDIES = (
     (
         re.compile(r"execve\(\): (?P<what>\S+): (?:No such file|Permission denied)"),
@@ -42,7 +42,7 @@ _REMEDIES = (
 
 
 def read_own_words() -> list[str]:
-    """Return the stderr of this process's batch script and its srun since the script's start."""
+    """Return the stderr of this batch script and its srun since the start of the script."""
     stderr = Path("/proc/self/fd/2")
     try:
         if not stat.S_ISREG(os.fstat(2).st_mode):
@@ -55,7 +55,7 @@ def read_own_words() -> list[str]:
 
 
 def find_death(lines: Sequence[str]) -> str:
-    """The node or rank that died first, with the signal that ended it; empty where none died (an exit code is no death).
+    """Return the node or rank that died first, with its signal; empty if none died (exiting with a code does not count).
 
     Args:
         lines: of one start, oldest first.
@@ -78,7 +78,7 @@ def find_death(lines: Sequence[str]) -> str:
 
 
 def find_remedy(lines: Sequence[str]) -> str:
-    """Return what the nodes lacked, and what to do; empty where the lines tell of no such thing."""
+    """Return what the nodes lacked, with a remedy; empty if the lines report nothing of the kind."""
     for line in lines:
         for pattern, remedy in _REMEDIES:
             if match := pattern.search(line):

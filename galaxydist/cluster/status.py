@@ -1,4 +1,4 @@
-"""What a user sees of runs: their state from SLURM, the rest from their folders. The tracker is never asked."""
+"""State and progress of runs, from SLURM and the run folders, never from the tracker."""
 
 import dataclasses
 import re
@@ -20,28 +20,27 @@ from galaxydist.cluster.slurm import (
     read_states,
 )
 from galaxydist.errors import UserError
-from galaxydist.recipe.yaml12 import to_text
 from galaxydist.runs.folder import BEST, FOLDER_NAME, RunFolder
 from galaxydist.runs.lock import LockOwner, read_owner
 from galaxydist.runs.metrics_log import read_step_records, read_tail_records
 
-# How far a run is, from its folder alone. Only the ends of its files are read.
+# Progress is read from the ends of the run folder's files.
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. What its folder does not tell (yet) is None.
+    """Progress of a run. Values that its folder does not contain (yet) are None.
 
     Args:
-        step: optimizer steps in its log.
-        total_steps: of the whole run, without early stopping.
-        epoch: passes over the training split.
-        epochs: of the whole run.
-        img_s: images a second, over all processes, when they were measured last.
+        step: the last logged optimizer step.
+        total_steps: steps of the whole run, without early stopping.
+        epoch: epochs done.
+        epochs: epochs of the whole run.
+        img_s: images per second over all ranks, in the last measurement.
         metric: the validation metric that chooses the best checkpoint.
         best: its best value.
         batch_size: galaxies in one step.
-        updated: when it logged last, seconds since 1970.
+        updated: time of the last log line, in seconds since 1970.
     """
 
     step: int = 0
@@ -56,14 +55,14 @@ class Progress:
 
     @property
     def to_do_s(self) -> float | None:
-        """Seconds that the rest of the training takes at the speed measured last, without validations."""
+        """Seconds of training left at the last measured speed, without validation."""
         if not (self.total_steps and self.batch_size and self.img_s):
             return None
         return max(0, self.total_steps - self.step) * self.batch_size / self.img_s
 
 
 def read_progress(folder: RunFolder) -> Progress:
-    """Read it.
+    """Read the progress of a run.
 
     Raises:
         UserError: recipe.json is damaged.
@@ -88,7 +87,7 @@ def read_progress(folder: RunFolder) -> Progress:
 
 
 def _total_steps(line: Mapping[str, Any] | None, epochs: int | None) -> int | None:
-    """Step and epoch of a line tell how many steps an epoch has."""
+    """Return the steps of the whole run, from step and epoch of a log line."""
     if line is None or not epochs or not _is_number(line.get("epoch")) or line["epoch"] <= 0:
         return None
     steps_per_epoch: int = round(line["step"] / line["epoch"])
@@ -96,7 +95,7 @@ def _total_steps(line: Mapping[str, Any] | None, epochs: int | None) -> int | No
 
 
 def _best(folder: RunFolder, metric: str | None, lines: list[dict[str, Any]]) -> float | None:
-    """The best validation: of the checkpoint that was saved as the best, or a later one."""
+    """Return the best validation value: the best checkpoint's, or a later one."""
     if metric is None:
         return None
     try:
@@ -125,40 +124,40 @@ def _is_number(value: Any) -> bool:
 Group = Literal["running", "pending", "unknown", "failed", "stopped", "finished"]
 GROUPS: tuple[Group, ...] = ("running", "pending", "unknown", "failed", "stopped", "finished")
 
-# States that a run folder tells, beside SLURM's.
+# States derived from the run folder, besides SLURM's states.
 FINISHED, STOPPED, FAILED, NEW, DAMAGED = "FINISHED", "STOPPED", "FAILED", "NEW", "DAMAGED"
 _OTHER_GROUPS: dict[str, Group] = {
     UNKNOWN: "unknown",
     STOPPED: "stopped",
     NEW: "stopped",
     "CANCELLED": "stopped",
-    "COMPLETED": "stopped",  # without a result: it ended before its end, as it was told
+    "COMPLETED": "stopped",  # without a result, so the run was stopped before its end
     FINISHED: "finished",
 }
 _DEPTH = 2
 _BARE_KEYS = ("recipe", "model.name", "data.variant")
 _NAMING_KEYS = ("model.name", "data.dataset", "data.variant", "seed")
-# SLURM may not know a job for so long after its submission.
+# Time after a submission in which SLURM may not know the job yet.
 _SETTLING_S = 60.0
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One line of the table.
+    """Status of one run: a line of the table.
 
     Args:
         run: the run folder.
-        name: what the user calls it.
-        state: SLURM's word for its newest job; FINISHED, RUNNING, STOPPED, FAILED or NEW where only the folder tells; DAMAGED
-            where that cannot be read.
-        reason: why; may be empty.
-        job: its newest job that waits or runs, else its newest; None for a run that was started by hand.
-        nodes: where it runs or ran.
-        progress: how far it is.
-        restarts: how often it was started again after the first time, by SLURM or by us.
-        time_left_s: seconds until the job's time limit; None where it does not run or has none.
-        last_error: why it does not run as it should; None where it does.
-        label: what tells it from the other runs of its folder, such as ``vit balanced seed=1``; may be empty.
+        name: name of the run in the table.
+        state: SLURM's state of its newest job; FINISHED, RUNNING, STOPPED, FAILED or NEW if derived from the folder; DAMAGED if
+            the folder cannot be read.
+        reason: of the state; may be empty.
+        job: its newest job that waits or runs, else its newest job; None for a run started by hand.
+        nodes: the nodes of the job.
+        progress: of the training.
+        restarts: number of restarts, by SLURM or by us.
+        time_left_s: seconds until the job's time limit; None if the job does not run or has no limit.
+        last_error: the last error, if known, of a run that neither runs nor is finished.
+        label: settings that differ from the other runs in the same folder, such as ``vit balanced seed=1``; may be empty.
     """
 
     run: Path
@@ -175,16 +174,15 @@ class RunStatus:
 
     @property
     def group(self) -> Group:
-        """Which of the few things a user asks for first."""
         return group_of(self.state)
 
     @property
     def to_do_s(self) -> float | None:
-        """Seconds that the rest of the training takes; None where it does not run."""
+        """Seconds of training left; None if the run does not run."""
         return self.progress.to_do_s if self.group == "running" else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for other programs."""
+        """Return the status as JSON-compatible values."""
         job = self.job
         return {
             "run": str(self.run),
@@ -207,11 +205,11 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class Overview:
-    """All runs that were asked for.
+    """The statuses of all requested runs.
 
     Args:
-        runs: running ones first, then those that wait, failed, were stopped, are finished.
-        trouble: why SLURM could not be asked; empty where it could.
+        runs: sorted by group, in the order of ``GROUPS``.
+        trouble: the error if SLURM does not answer; empty otherwise.
     """
 
     runs: tuple[RunStatus, ...]
@@ -219,18 +217,17 @@ class Overview:
 
 
 def group_of(state: str) -> Group:
-    """The group of a state."""
     found: Group = "running" if state in TIMED_STATES else "pending" if state in WAITING_STATES else "failed"
     return _OTHER_GROUPS.get(state, found)
 
 
 def is_run(folder: Path) -> bool:
-    """A run was submitted or started here."""
+    """Return True if a run was submitted or started in this folder."""
     return any((folder / name).exists() for name in ("recipe.json", "jobs.jsonl", "lock.json"))
 
 
 def find_runs(folder: Path, depth: int = _DEPTH) -> list[Path]:
-    """The run folders at a folder or below it, down to two levels; links to folders are not followed."""
+    """Find run folders at or below a folder, by default two levels deep, without following links."""
     try:
         if is_run(folder):
             return [folder]
@@ -243,7 +240,7 @@ def find_runs(folder: Path, depth: int = _DEPTH) -> list[Path]:
 
 
 def read_overview(folders: Sequence[Path]) -> Overview:
-    """Look at all runs in some folders; SLURM is asked once."""
+    """Read the status of all runs in folders; SLURM is asked once."""
     names: dict[Path, str] = {}
     for folder in folders:
         for run in find_runs(folder):
@@ -262,25 +259,26 @@ def read_overview(folders: Sequence[Path]) -> Overview:
 
 
 def read_settings(run: Path, jobs: Sequence[JobRecord]) -> dict[str, str]:
-    """Return the settings of a run by dotted key: the words of its newest submission, and what its recipe says of model, data and
-    seed."""
+    """Return settings of a run by dotted key, from its newest submission and recipe (model, data, seed)."""
     try:
         recipe = RunFolder(run).read_recipe().recipe if RunFolder(run).is_started else {}
     except (UserError, PermissionError):
         recipe = {}
+    from galaxydist.recipe.scalars import to_text
+
     found = {key: to_text(recipe[key]) for key in _NAMING_KEYS if recipe.get(key) is not None}
     for argument in jobs[-1].arguments if jobs else ():
         key, _, value = argument.partition("=")
         if not key.startswith(("run.", "tracker.")):
             found[key] = value
-    if "recipe" in found:  # of which the model is a part
+    if "recipe" in found:  # it includes the model
         found["recipe"] = Path(found["recipe"]).stem
         found.pop("model.name", None)
     return found
 
 
 def label_runs(settings: Mapping[Path, Mapping[str, str]]) -> dict[Path, str]:
-    """Return what tells each run from the others of its folder: models and variants by their names, the rest as ``seed=1``."""
+    """Return a label of each run with the settings that differ within its folder."""
     labels: dict[Path, str] = {}
     for folder in {run.parent for run in settings}:
         beside = {run: own for run, own in settings.items() if run.parent == folder}
@@ -293,16 +291,16 @@ def label_runs(settings: Mapping[Path, Mapping[str, str]]) -> dict[Path, str]:
 
 
 def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[str, JobState]) -> RunStatus:
-    """One run.
+    """Read the status of one run.
 
     Args:
-        run: its folder.
-        name: what the user calls it.
+        run: the run folder.
+        name: name of the run in the table.
         jobs: its submissions, oldest first.
-        known: what SLURM says, by job id.
+        known: states from SLURM, by job id.
 
     Raises:
-        UserError: something in its folder is damaged.
+        UserError: a file of the run folder is damaged.
     """
     folder, files = RunFolder(run), JobFiles(run)
     restarts = files.restarts()
@@ -323,9 +321,9 @@ def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[
 
 
 def count_restarts(restarts: Sequence[RestartRecord], known: Mapping[str, JobState]) -> int:
-    """How often a run was started again: SLURM counts what it did to each job of the run, we record what we asked for."""
+    """Count the restarts of a run: those by SLURM of each job, and those that we recorded."""
     counts = {job_id: state.restarts for job_id, state in known.items()}
-    # A start that SLURM would not requeue has two records: the later one says what became of it.
+    # A start has two records if SLURM refused to requeue it; the later one counts.
     last = {(record.job_id, record.restart): record.decision for record in restarts}
     for (job_id, restart), decision in last.items():
         counts[job_id] = max(counts.get(job_id, 0), restart + (decision == "requeue"))
@@ -358,7 +356,7 @@ def _judge(
     told: JobState | None,
     holder: LockOwner | None,
 ) -> JobState:
-    """SLURM's word where it has one, else what the folder tells."""
+    """Combine SLURM's state of the newest job with the run folder and its lock."""
     if told is not None and told.is_active:
         return told
     if folder.is_finished:
@@ -378,7 +376,7 @@ def _judge(
 
 
 def _judge_ended(folder: RunFolder, restarts: Sequence[RestartRecord], *, was_locked: bool) -> str:
-    """The state of a run that neither runs nor waits nor is finished."""
+    """Return the state of a run that neither runs nor waits nor is finished."""
     if was_locked or folder.read_failure() is not None or (restarts and restarts[-1].decision == "stop"):
         return FAILED
     return STOPPED if folder.metrics_path.exists() or restarts else NEW
@@ -389,6 +387,6 @@ def _last_error(files: JobFiles, job: JobRecord | None, told: JobState | None, g
 
 
 def _place(status: RunStatus) -> tuple[int, list[tuple[int, str]]]:
-    """Running ones first; within a group by name, numbers by their value."""
+    """Return the sort key of a run: by group, then by path with numbers in numeric order."""
     parts = re.split(r"(\d+)", str(status.run))
     return GROUPS.index(status.group), [(int(part), "") if part.isdecimal() else (0, part) for part in parts]

@@ -1,4 +1,4 @@
-"""Runs as a table for a terminal of any width: what does not fit is left out, the least important first."""
+"""The status table of runs for a terminal, without the columns that do not fit."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,25 +21,25 @@ COLORS: dict[Group, str] = {
     "finished": "cyan",
 }
 NOTHING = "-"
-# Between two columns.
+# Spaces between two columns.
 _GAP = 2
 _LEAST_NAME = 16
 _ALWAYS = ("run", "state", "step", "best val")
 _ERROR_WIDTH = 30
 _REASON_WIDTH = 40
-# Accuracies need no name.
+# Suffix of the best value; accuracy needs none.
 _METRIC_NAMES = {"accuracy": "", "balanced_accuracy": " balanced", "loss": " loss"}
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column.
+    """A column of the table.
 
     Args:
-        title: above it.
-        cell: what stands in it.
-        rank: columns of the highest rank are left out first.
-        is_number: stands at the right.
+        title: the heading.
+        cell: returns the text for a run.
+        rank: priority; columns of the highest rank are left out first.
+        is_number: align to the right.
     """
 
     title: str
@@ -85,7 +85,7 @@ COLUMNS = (
 
 
 def render_overview(overview: Overview, width: int) -> RenderableType:
-    """The table, what went wrong under it where it does not fit in, and how many there are of each kind.
+    """Render the table, errors that do not fit into it, and a summary.
 
     Args:
         overview: the runs.
@@ -113,7 +113,7 @@ def render_overview(overview: Overview, width: int) -> RenderableType:
 
 
 def fitting_columns(runs: Sequence[RunStatus], width: int) -> list[Column]:
-    """The columns that a terminal of this width has room for; run and state always."""
+    """Return the columns that fit into a width, at least run and state."""
     said = [
         column
         for column in COLUMNS
@@ -130,14 +130,14 @@ def fitting_columns(runs: Sequence[RunStatus], width: int) -> list[Column]:
 
 
 def summary_text(runs: Sequence[RunStatus]) -> str:
-    """How many runs, of which group."""
+    """Return the number of runs, in all and by group."""
     counts = Counter(status.group for status in runs)
     parts = [f"{counts[group]} {group}" for group in GROUPS if counts[group]]
     return f"{len(runs)} run{'s' * (len(runs) != 1)}: {', '.join(parts)}" if runs else "no runs"
 
 
 def duration_text(seconds: float | None) -> str:
-    """Such as ``2d 3h``, ``3h 20m``, ``12m`` or ``40s``."""
+    """Return text such as ``2d 3h``, ``3h 20m``, ``12m`` or ``40s``."""
     if seconds is None:
         return NOTHING
     if seconds < 60:

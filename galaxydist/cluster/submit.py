@@ -1,4 +1,7 @@
-"""From requests to jobs: the snapshot, the batch script, the run folder's record. Light: a job sends itself again with it."""
+"""Submission of runs as jobs: snapshot, batch script and the run folder's record of the job.
+
+It imports no torch: batch scripts use it to resubmit their runs.
+"""
 
 import contextlib
 import dataclasses
@@ -35,7 +38,7 @@ from galaxydist.recipe.identity import run_path
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.runs.folder import RunFolder
 
-# What was asked for in one submission: kept beside the job, so that its batch script knows which runs it is about.
+# The request file lies beside the job, so that the batch script knows its runs.
 
 FORMAT_VERSION = 2
 
@@ -48,7 +51,7 @@ class JobRequest:
         arguments: ``recipe=NAME`` and ``key=value``, as for launch.py.
         run_dir: its run folder.
         recipe_path: the recipe's file.
-        recipe_name: what it is called in the snapshot.
+        recipe_name: the recipe's name in the snapshot.
     """
 
     arguments: tuple[str, ...]
@@ -59,15 +62,15 @@ class JobRequest:
 
 @dataclass(frozen=True)
 class RequestFile:
-    """A submission.
+    """A submission and its JSON file.
 
     Args:
-        path: where it is written.
-        requests: its runs; in an array in the order of the tasks.
+        path: the file.
+        requests: the runs; in the order of the tasks if the job is an array.
         cluster: the profile, resolved.
-        cluster_arguments: ``cluster=NAME`` and ``cluster.key=value``, for the record.
+        cluster_arguments: ``cluster=NAME`` and ``cluster.key=value``, for the job's record.
         code: the snapshot.
-        folder: submitit's.
+        folder: submitit's folder.
         name: of the job.
     """
 
@@ -80,7 +83,7 @@ class RequestFile:
     name: str
 
     def write(self) -> None:
-        """Write it."""
+        """Write the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         plain = {
             "format": FORMAT_VERSION,
@@ -95,10 +98,10 @@ class RequestFile:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read it.
+        """Read the file.
 
         Raises:
-            UserError: it is not there or of another galaxydist: the snapshot of its submission reads it.
+            UserError: the file does not exist, or was written by another galaxydist version.
         """
         if not path.exists():
             raise UserError(f"{path} is not there: is the folder of the runs on a file system that all nodes share?")
@@ -123,21 +126,19 @@ def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     return {key: str(item) if isinstance(item, Path) else item for key, item in value.items()}
 
 
-# What a submission needs around it: nobody else who sends the same runs, no signal between SLURM's answer and our record of
-# it,
-# and no variables of the shell that would change the job.
+# Submission guards: a lock, deferred signals, and an environment without variables of a job.
 
 LOCK_NAME = ".submitting"
 WAIT_S = 120.0
 POLL_S = 0.5
-# sbatch takes these from the shell where the profile says nothing of them.
+# Profile key -> variable that sbatch would read if the key is not set.
 _TAKEN = {
     "partition": "SBATCH_PARTITION",
     "account": "SBATCH_ACCOUNT",
     "qos": "SBATCH_QOS",
     "reservation": "SBATCH_RESERVATION",
 }
-# Which SLURM, not which job.
+# These variables name the SLURM installation or cluster, not a job.
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
 _OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "SBATCH_")
 _OF_A_RANK = frozenset({"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"})
@@ -146,12 +147,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def submission_lock(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
-    """Keep other commands from sending runs of a folder while this one looks what is queued and sends.
+    """Keep other commands from submitting runs of a folder between this one's check and its submission.
 
-    On a file system without locks it goes on without.
+    On a file system without locks nothing is locked.
 
     Raises:
-        UserError: another command has been at it for ``wait_s`` seconds.
+        UserError: another command has held the lock for ``wait_s`` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_s
@@ -173,8 +174,10 @@ def submission_lock(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
 
 
 def adopt_settings(cluster: ClusterConfig, environ: Mapping[str, str]) -> ClusterConfig:
-    """The profile, with what the user's shell says where it says nothing itself: to sbatch (SBATCH_ACCOUNT and the like), and of
-    the data root, which was looked at here. It then stands in the batch script, and the same in that of a job sent again."""
+    """Return the profile with unset keys filled from the user's shell: SBATCH_ACCOUNT and others, data root.
+
+    The batch script, also that of a resubmitted run, then contains them.
+    """
     taken: dict[str, object] = {
         key: environ[name] for key, name in _TAKEN.items() if getattr(cluster, key) is None and environ.get(name)
     }
@@ -185,7 +188,7 @@ def adopt_settings(cluster: ClusterConfig, environ: Mapping[str, str]) -> Cluste
 
 @contextmanager
 def without_job_environment() -> Iterator[None]:
-    """Without variables of a job that this process is part of, and without SBATCH_*, which would win over the batch script."""
+    """Hide variables of a surrounding job, and SBATCH_*, which would override the batch script."""
     hidden = {
         name: os.environ.pop(name)
         for name in list(os.environ)
@@ -199,10 +202,10 @@ def without_job_environment() -> Iterator[None]:
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a lost terminal wait until this is done: a job that SLURM has taken must also stand in the run folder.
+    """Defer SIGINT, SIGTERM and SIGHUP, so that every job that SLURM has accepted is also recorded in the run folder.
 
-    What is started meanwhile does not hear SIGINT either: the terminal sends it to sbatch too, and a blocked signal stays blocked
-    in what is started. The handlers are for threads of libraries, which may take a signal in the place of this one.
+    SIGINT is also blocked: the terminal sends it to sbatch too, and child processes inherit the signal mask. The handlers are
+    needed for threads of libraries, which may receive a signal instead of this one.
     """
     heard: list[int] = []
 
@@ -227,7 +230,7 @@ __all__ = ["JobRequest", "build_request", "check_idle", "script_of", "submit_aga
 
 
 def build_request(resolved: ResolvedRecipe, arguments: Sequence[str]) -> JobRequest:
-    """The request of a command line that was read already.
+    """Build the request of a run from its resolved recipe and command line.
 
     Args:
         resolved: the recipe.
@@ -239,10 +242,10 @@ def build_request(resolved: ResolvedRecipe, arguments: Sequence[str]) -> JobRequ
 
 
 def check_idle(run_dir: Path) -> None:
-    """Refuse a run that is queued or running already.
+    """Raise an error if a run is already queued or running.
 
     Raises:
-        UserError: with its job, or with the process that works in its folder.
+        UserError: names the run's job, or the process that holds its folder.
     """
     jobs, lock_path = JobFiles(run_dir).jobs(), RunFolder(run_dir).lock_path
     states = read_states(list(dict.fromkeys(job.job_id for job in jobs if job.scheduler == "slurm")))
@@ -268,21 +271,21 @@ def submit_requests(
     parallel: int | None = None,
     after: str | None = None,
 ) -> list[str]:
-    """Submit runs: one as a job, several as one array.
+    """Submit one run as a job, or several runs as one array.
 
     Args:
-        requests: the runs, checked.
+        requests: the runs, already checked.
         cluster: the profile.
-        folder: of the submission's files (batch script, output, snapshot); all nodes must see it.
+        folder: for the submission's files (batch script, output, snapshot); all nodes must see it.
         name: of the job.
-        parallel: tasks of the array that run at the same time, instead of the profile's.
-        after: a job that must have ended before.
+        parallel: most tasks of the array that run at the same time; default: the profile's.
+        after: id of a job that must end first.
 
     Returns:
         The job ids, in the order of the requests (``123`` or ``123_4``).
 
     Raises:
-        UserError: SLURM does not take it, with its words.
+        UserError: SLURM refuses the job; contains SLURM's message.
     """
     submission = _prepare(requests, cluster, folder=folder, name=name)
     submission.write()
@@ -290,10 +293,10 @@ def submit_requests(
 
 
 def submit_again(submission: RequestFile, run_dir: Path, *, resubmits: str) -> str:
-    """Submit one run of an earlier submission again, with the same code; for a site that does not let jobs be requeued.
+    """Resubmit one run of an earlier submission with the same code, for sites that do not allow requeueing.
 
     Args:
-        submission: the earlier one.
+        submission: the earlier submission.
         run_dir: the run.
         resubmits: the job that the new one replaces.
 
@@ -308,7 +311,7 @@ def submit_again(submission: RequestFile, run_dir: Path, *, resubmits: str) -> s
         cluster=submission.cluster.model_copy(update={"after": None}),
     )
     again.write()
-    # Its ranks may be writing still.
+    # It must wait for the old job, whose ranks may still be writing.
     (job_id,) = _send(again, after=resubmits, resubmits=resubmits)
     return job_id
 
@@ -316,13 +319,13 @@ def submit_again(submission: RequestFile, run_dir: Path, *, resubmits: str) -> s
 def script_of(
     requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folder: Path, name: str, parallel: int | None = None
 ) -> str:
-    """The batch script that would be submitted; nothing is written or sent.
+    """Return the batch script of a submission without writing or submitting anything.
 
     Args:
         requests, cluster, folder, name, parallel: as for ``submit_requests``.
 
     Raises:
-        UserError: there is none for processes of this machine.
+        UserError: the profile is local, so there is no batch script.
     """
     code = folder.absolute() / "code" / "SNAPSHOT"
     submission = RequestFile(
@@ -352,7 +355,7 @@ def _request_path(folder: Path) -> Path:
 
 
 def _executor(submission: RequestFile, parallel: int | None = None, after: str | None = None) -> JobExecutor:
-    # Where the tasks run in a container, this does not: SLURM's programs are outside.
+    # It runs outside a container of the tasks, as SLURM's programs do.
     python = sys.executable if submission.cluster.container else submission.cluster.python or sys.executable
     after_srun = f"{shlex.quote(python)} -P -m galaxydist.cluster.requeue {shlex.quote(str(submission.path))}"
     return build_executor(
@@ -399,10 +402,10 @@ def _send(
 
 
 def ask_start(script: str, cluster_name: str) -> str:
-    """Return the words of sbatch about a batch script that is not sent: when and where the job would start.
+    """Return sbatch's estimate (``--test-only``) of time and nodes of the job's start.
 
     Raises:
-        UserError: SLURM would not take it, or does not answer.
+        UserError: SLURM would refuse the job, or does not answer.
     """
     with without_job_environment():
         done = run_slurm(["sbatch", "--test-only"], text=script)
@@ -414,7 +417,7 @@ def ask_start(script: str, cluster_name: str) -> str:
 
 @contextlib.contextmanager
 def _end_unless_recorded(job_ids: Sequence[str], cluster: ClusterConfig) -> Iterator[None]:
-    """A job that stands in no run folder would be sent a second time."""
+    """Cancel jobs that could not be recorded, since their runs would be submitted again."""
     try:
         yield
     except BaseException:
@@ -425,7 +428,7 @@ def _end_unless_recorded(job_ids: Sequence[str], cluster: ClusterConfig) -> Iter
 
 
 def _job_arguments(request: JobRequest, code: Path) -> tuple[str, ...]:
-    """The same recipe from the snapshot: a file that is edited later does not change the run."""
+    """Return the arguments with the snapshot's copy of the recipe, which later edits do not change."""
     replaced = ("recipe=", "run.dir=", "run.root=")
     kept = [argument for argument in request.arguments if "=" in argument and not argument.startswith(replaced)]
     return (f"recipe={code / 'recipes' / f'{request.recipe_name}.yaml'}", *kept, f"run.dir={request.run_dir}")

@@ -1,4 +1,22 @@
-"""From a sweep's file to its trials: which runs there are, each resolved and checked, and where each lies."""
+"""Sweep files and their expansion into runs, each with a checked recipe and a run folder.
+
+A sweep file with all keys:
+
+    cluster: a100                          # profile (cluster=NAME on the command line has precedence)
+    root: runs/galaxy10                    # folder of the run folders (default: runs/<name of this file>)
+    parallel: 8                            # most runs at the same time (default: the profile's)
+    set: {train.epochs: 30}                # values for all runs
+    grid:                                  # all combinations; the first key varies slowest
+      recipe: [resnet50, vit]
+      seed: [0, 1, 2]
+    list:                                  # single runs; with a grid, each entry is combined with every grid point
+      - {optim.lr: 1e-4}
+      - {optim.lr: 1e-3, optim.warmup: 0.1}
+    evaluate: [original, balanced]         # eval.variants of all runs
+
+Keys are written as on the command line, ``optim.lr``, or as in a recipe, ``optim: {lr: ...}``. A value of ``list`` has precedence
+over one of ``set``; the grid must share no key with either.
+"""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,28 +29,11 @@ from galaxydist.errors import UserError
 from galaxydist.paths import shipped_dir
 from galaxydist.recipe.identity import flatten, run_name
 from galaxydist.recipe.resolve import COMMAND_LINE, Override, RecipeError, ResolvedRecipe, list_files, load_recipe
-from galaxydist.recipe.yaml12 import Document, read_document, to_text
-
-# A sweep's YAML file: which keys take which values, and what the runs share.
-#
-#     cluster: a100                          # a profile; cluster=NAME on the command line goes before it
-#     root: runs/galaxy10                    # where the run folders lie (default: runs/<name of this file>)
-#     parallel: 8                            # how many run at the same time (default: the profile's)
-#     set: {train.epochs: 30}                # for all runs
-#     grid:                                  # every combination; the first key changes slowest
-#       recipe: [resnet50, vit]
-#       seed: [0, 1, 2]
-#     list:                                  # runs one by one; where there is a grid as well, each with every point of it
-#       - {optim.lr: 1e-4}
-#       - {optim.lr: 1e-3, optim.warmup: 0.1}
-#     evaluate: [original, balanced]         # eval.variants of all runs
-#
-# Keys are written as on the command line, ``optim.lr``, or as in a recipe, ``optim: {lr: ...}``. A value of the list goes
-# before
-# one of ``set``; the grid shares no key with either of them.
+from galaxydist.recipe.scalars import to_text
+from galaxydist.recipe.yaml12 import Document, read_document
 
 PARTS = ("cluster", "root", "parallel", "set", "grid", "list", "evaluate")
-# Keys that a sweep decides by itself -> what to write instead.
+# Keys that a sweep sets itself -> hint for the user.
 DECIDED = {
     "run.dir": "each run's folder is named by its recipe; root: DIR says where they lie",
     "run.root": "write root: DIR beside set and grid",
@@ -41,10 +42,10 @@ DECIDED = {
 
 
 class SweepError(UserError):
-    """A sweep that cannot be sent; the text has all problems and where each came from.
+    """An invalid sweep; the message lists all problems with their origins.
 
     Attributes:
-        problems: (origin, text) of each.
+        problems: (origin, text) of each problem.
     """
 
     def __init__(self, path: Path, problems: Sequence[tuple[str, str]]) -> None:
@@ -56,16 +57,16 @@ class SweepError(UserError):
 
 @dataclass(frozen=True)
 class SweepFile:
-    """What a sweep's file says.
+    """The content of a sweep file.
 
     Attributes:
         path: the file.
-        cluster: the profile that it names.
+        cluster: name of the cluster profile.
         root: folder of the run folders.
-        parallel: runs at the same time; None: the profile's.
-        common: key -> value of all runs.
+        parallel: most runs at the same time; None: the profile's.
+        common: key -> value for all runs.
         axes: key -> values of the grid.
-        entries: key -> value of each entry of the list.
+        entries: key -> value for each entry of the list.
     """
 
     path: Path
@@ -78,10 +79,10 @@ class SweepFile:
 
 
 def find_sweep(name: str) -> Path:
-    """The file of a sweep: a path, or the name of one in ``slurm/sweeps`` here or in the package.
+    """Return the file of a sweep, given by path or by its name in ``slurm/sweeps`` here or in the package.
 
     Raises:
-        UserError: there is none; lists those there are.
+        UserError: the sweep does not exist; lists the available ones.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -94,15 +95,15 @@ def find_sweep(name: str) -> Path:
 
 
 def list_sweeps() -> dict[str, Path]:
-    """Name -> file of the sweeps in ``slurm/sweeps`` here and in the package."""
+    """Return name -> file of the sweeps in ``slurm/sweeps`` here and in the package."""
     return list_files((Path("slurm/sweeps"), shipped_dir("slurm") / "sweeps"))
 
 
 def read_sweep(path: Path) -> SweepFile:
-    """Read a sweep's file. What its values mean for a recipe is not looked at yet.
+    """Read a sweep file without checking its values against the recipe schema.
 
     Raises:
-        SweepError: with all that is wrong with the file, and where.
+        SweepError: lists all problems of the file with their lines.
     """
     try:
         document = read_document(path, noun="sweep", example="grid: {seed: [0, 1]}", is_dotted=True, lists=("list",))
@@ -116,7 +117,7 @@ def read_sweep(path: Path) -> SweepFile:
 
 
 class _Reading:
-    """One file's reading, and what is wrong with it."""
+    """Reads one sweep file and collects its problems."""
 
     def __init__(self, path: Path, document: Document) -> None:
         self.path = path
@@ -221,7 +222,7 @@ class _Reading:
         return value
 
     def _value(self, key: str, kind: type, description: str) -> Any:
-        """The value of one of the plain keys; None where it is left out or null."""
+        """Return a scalar value; None if it is missing, null or of the wrong type."""
         value = self.document.values.get(key)
         if value is None or (isinstance(value, kind) and not isinstance(value, bool) and value != ""):
             return value
@@ -230,7 +231,7 @@ class _Reading:
 
 
 def _line_of(origin: str) -> int:
-    """For sorting; 0 where the origin is the whole file."""
+    """Return an origin's line, for sorting; 0 if it is the whole file."""
     line = origin.rpartition(":")[2]
     return int(line) if line.isdecimal() else 0
 
@@ -240,8 +241,8 @@ class GridPoint:
     """One point of a sweep, before its recipe is resolved.
 
     Attributes:
-        label: the keys that tell it from the others, ``recipe=vit seed=1``.
-        settings: key -> value, of all keys that the sweep's file sets.
+        label: the varied keys of this point, such as ``recipe=vit seed=1``.
+        settings: key -> value for all keys that the sweep file sets.
     """
 
     label: str
@@ -253,11 +254,11 @@ class SweepRun:
     """One run of a sweep.
 
     Attributes:
-        label: of its cell.
-        name: of its folder: the same file gives the same name, on any day and machine.
+        label: of its grid point.
+        name: of its folder; the same file gives the same name at any time and on any machine.
         run_dir: its folder.
         resolved: its recipe.
-        arguments: what launch.py would be given for it, with ``run.dir``.
+        arguments: the arguments of launch.py for this run, including ``run.dir``.
     """
 
     label: str
@@ -268,11 +269,11 @@ class SweepRun:
 
 
 def expand(sweep: SweepFile, overridden: Sequence[str] = ()) -> list[GridPoint]:
-    """All points of a sweep in the file's order: for each entry of the list (once, where there is none) each point of the grid.
+    """Return all points of a sweep in the file's order: each entry of the list (if any) combined with each grid point.
 
     Args:
         sweep: the file.
-        overridden: keys that the command line sets: they take the place of the file's, of a whole axis too.
+        overridden: keys set on the command line; they replace the file's values, also a whole axis of the grid.
     """
     axes = [[(key, value) for value in values] for key, values in sweep.axes.items() if key not in overridden]
     cells = []
@@ -292,16 +293,16 @@ def resolve(
     check: Callable[[ResolvedRecipe], object] = lambda _: None,
     folders: Sequence[Path] | None = None,
 ) -> list[SweepRun]:
-    """The runs of a sweep, all of them checked.
+    """Return the checked runs of a sweep.
 
     Args:
         sweep: the file.
-        arguments: ``key=value`` of the command line, for all runs; ``run.root=DIR`` takes the place of the sweep's root.
-        check: what else must hold for a recipe; raises UserError.
-        folders: where recipes are looked up (see ``load_recipe``).
+        arguments: ``key=value`` of the command line, for all runs; ``run.root=DIR`` replaces the sweep's root.
+        check: further check of each recipe; raises UserError.
+        folders: searched for recipes (see ``load_recipe``).
 
     Raises:
-        SweepError: with all problems of all trials, each once; says which trials have it.
+        SweepError: lists each problem once, with the runs that have it.
     """
     problems = _Problems(sweep)
     root, kept = sweep.root, []
@@ -337,7 +338,7 @@ def _resolve_cell(cell: GridPoint, arguments: Sequence[str], root: Path, folders
     resolved = load_recipe(arguments, folders=folders, settings=cell.settings)
     run_dir = root / run_name(resolved.recipe)
     placed = resolved.recipe.model_copy(update={"run": resolved.recipe.run.model_copy(update={"dir": run_dir})})
-    # The job reads its recipe from text again.
+    # The job reads these arguments, so they must give the same recipe.
     given = {argument.partition("=")[0] for argument in arguments}
     typed = [f"{key}={to_text(setting.value)}" for key, setting in cell.settings.items() if key not in given]
     texts = (*typed, *arguments, f"run.dir={run_dir}")
@@ -350,7 +351,7 @@ def _resolve_cell(cell: GridPoint, arguments: Sequence[str], root: Path, folders
 
 
 def _same_runs(trials: Sequence[SweepRun]) -> Iterator[str]:
-    """Trials that would share a run folder."""
+    """Yield a message for each run folder that several runs would share."""
     by_name: dict[str, list[SweepRun]] = {}
     for trial in trials:
         by_name.setdefault(trial.name, []).append(trial)
@@ -364,7 +365,7 @@ def _same_runs(trials: Sequence[SweepRun]) -> Iterator[str]:
 
 
 def _same_names(trials: Sequence[SweepRun]) -> Iterator[str]:
-    """Recipes of one name from several files: a submission keeps a copy of each under its name."""
+    """Yield a message for each recipe name with several files: a snapshot keeps one file for each name."""
     paths: dict[str, Path] = {}
     for trial in trials:
         name, path = trial.resolved.recipe.name, trial.resolved.path
@@ -373,7 +374,7 @@ def _same_names(trials: Sequence[SweepRun]) -> Iterator[str]:
 
 
 class _Problems:
-    """What is wrong, each once, with the trials that have it."""
+    """Collects each problem once, with the labels of the runs that have it."""
 
     def __init__(self, sweep: SweepFile) -> None:
         self.sweep = sweep
@@ -381,7 +382,7 @@ class _Problems:
         self._labels: dict[tuple[str, str], list[str]] = {}
 
     def add(self, label: str, *problems: tuple[str, str]) -> None:
-        """Notes problems of a trial; label "": of the sweep as a whole."""
+        """Add problems of a run; label "": of the whole sweep."""
         for problem in problems:
             self._labels.setdefault(problem, []).append(label)
 

@@ -1,4 +1,4 @@
-"""Sending a sweep's trials: arrays that the cluster takes, or a few processes at a time on this machine."""
+"""Submission of a sweep's unfinished runs: as SLURM arrays, or a few at a time on this machine."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +15,6 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.runs.folder import RunFolder
 
-# What is known of a sweep's trials, and what that means: which are done, which are on their way, which are to be submitted.
-
 LOCAL_ENDED = "ENDED"
 
 ReadStates = Callable[[Sequence[str]], Mapping[str, JobState]]
@@ -24,17 +22,17 @@ ReadStates = Callable[[Sequence[str]], Mapping[str, JobState]]
 
 @dataclass(frozen=True)
 class TrialFacts:
-    """What the run folder and the scheduler say of a trial.
+    """The state of a run of a sweep, from its run folder and the scheduler.
 
     Args:
         is_started: the run has written its recipe.
-        is_finished: it has left its result.
-        missing: data sets of ``eval.variants`` on which it is not judged yet.
-        job_id: of the job that is queued or runs, else of the last one; None where there never was one.
+        is_finished: the run has written its result.
+        missing: variants of ``eval.variants`` on which the run is not evaluated yet.
+        job_id: of the job that is queued or runs, else of the last job; None if there was none.
         state: of that job.
-        holder: who else works in the folder (``launch.py`` by hand); None: nobody.
-        failure: how the last start failed.
-        for_good: it would fail in the same way again if nobody changes anything.
+        holder: the process that holds the run folder (such as ``launch.py`` started by hand); None if there is none.
+        failure: the error of the last start.
+        for_good: a restart without changes would fail in the same way.
     """
 
     is_started: bool = False
@@ -49,12 +47,12 @@ class TrialFacts:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a trial.
+    """The decision about a run of a sweep.
 
     Args:
-        standing: one word: ``finished``, ``queued``, ``running``, ``new``, ``stopped``, ``unjudged``, or the state in which its
-            last job ended, such as ``failed``.
-        is_due: it is to be submitted.
+        standing: the run's state: ``finished``, ``queued``, ``running``, ``new``, ``stopped``, ``unjudged`` (not evaluated on all
+            variants), or the state in which its last job ended, such as ``failed``.
+        is_due: the run must be submitted.
         reason: for the user.
     """
 
@@ -64,11 +62,11 @@ class Decision:
 
 
 def decide(facts: TrialFacts, *, retry_failed: bool = False) -> Decision:
-    """Decide about a trial. Submitted is what is neither done nor on its way.
+    """Decide whether to submit a run: only if it is neither finished nor queued nor running.
 
     Args:
-        facts: of the trial.
-        retry_failed: also what failed for good.
+        facts: of the run.
+        retry_failed: also submit runs that would fail again without changes.
     """
     if facts.is_finished and not facts.missing:
         return Decision("finished", False, "")
@@ -85,7 +83,7 @@ def decide(facts: TrialFacts, *, retry_failed: bool = False) -> Decision:
 
 
 def _due(facts: TrialFacts) -> tuple[str, bool, str]:
-    """The decision for a trial that is to be submitted."""
+    """Return the decision's fields for a run that must be submitted."""
     if facts.is_finished:
         return "unjudged", True, f"finished, not judged on {' and '.join(facts.missing)} yet"
     if facts.state is not None:
@@ -95,14 +93,14 @@ def _due(facts: TrialFacts) -> tuple[str, bool, str]:
 
 
 def read_facts(trials: Sequence[SweepRun], read_states: ReadStates) -> list[TrialFacts]:
-    """The facts of trials, in their order.
+    """Read the facts of runs, in their order.
 
     Args:
-        trials: of a sweep.
-        read_states: what the scheduler says of job ids; not called where SLURM never had a job of these trials.
+        trials: runs of a sweep.
+        read_states: returns SLURM's states of job ids; not called if no run has a SLURM job.
 
     Raises:
-        UserError: the scheduler cannot be asked, or a file is damaged.
+        UserError: the scheduler does not answer, or a file is damaged.
     """
     records = [JobFiles(trial.run_dir).jobs() for trial in trials]
     slurm_ids = [record.job_id for jobs in records for record in jobs if record.scheduler == "slurm"]
@@ -116,7 +114,7 @@ def _facts_of(trial: SweepRun, jobs: Sequence[JobRecord], states: Mapping[str, J
     if job is not None and state is None:
         state = JobState(LOCAL_ENDED)
     failure = folder.read_failure()
-    # Of the newest job: what an earlier one failed by was sent again since.
+    # Only of the newest job: after earlier failures the run was submitted again.
     records = [record for record in JobFiles(trial.run_dir).restarts()[-1:] if job is None or record.job_id == job.job_id]
     own_failure = failure if failure is not None and (job is None or _is_of(failure, job)) else {}
     for_good = any(record.for_good for record in records) or own_failure.get("kind") in FOR_GOOD
@@ -133,12 +131,11 @@ def _facts_of(trial: SweepRun, jobs: Sequence[JobRecord], states: Mapping[str, J
 
 
 def is_local_job_running(job: JobRecord) -> bool:
-    """submitit's process of a local job still runs on this machine."""
     return local_state(job) is not None
 
 
 def _missing(trial: SweepRun, folder: RunFolder) -> tuple[str, ...]:
-    """Data sets of ``eval.variants`` without an evaluation of the checkpoint that the run is judged by."""
+    """Return the variants of ``eval.variants`` that lack an evaluation of the checkpoint in the run's own test evaluation."""
     recipe = trial.resolved.recipe
     steps: dict[str, int] = {}
     own = read_evaluation(folder.evaluation_dir, "test", recipe.eval.tta)
@@ -159,13 +156,13 @@ def _folders_in(place: Path) -> list[Path]:
 
 
 def _holder(folder: RunFolder, states: Mapping[str, JobState]) -> str | None:
-    """A process that works in the folder, but none of a job that is over."""
+    """Return the process that holds the run folder; ranks of ended jobs do not count."""
     holder = lock_holder(folder.lock_path, states)
     return str(holder) if holder is not None else None
 
 
 def _is_of(failure: Mapping[str, object], job: JobRecord) -> bool:
-    """The failure is of this job, or of a start without one (processes of this machine)."""
+    """Return True for a failure of this job, or of a start without one (on this machine)."""
     start = failure.get("start")
     return start is None or str(start).rpartition(".")[0] == job.job_id
 
@@ -177,28 +174,28 @@ def _describe(failure: Mapping[str, object]) -> str:
     return f"{text.splitlines()[0]}{where}"
 
 
-# Requests, how many run at the same time, the job to wait for -> the job ids; see ``submit_requests``.
+# (requests, most runs at the same time, job to wait for) -> job ids; see ``submit_requests``.
 Send = Callable[[Sequence[JobRequest], int | None, str | None], list[str]]
 Say = Callable[[str], None]
 
 
 def submit_arrays(trials: Sequence[SweepRun], *, send: Send, chunk_size: int, parallel: int, say: Say) -> list[str]:
-    """Submit trials as arrays, each waiting for the one before: no more than ``parallel`` run at any time.
+    """Submit runs as arrays, each waiting for the previous one, so that at most ``parallel`` run at any time.
 
-    What was sent before an error or Ctrl-C stands in the run folders: the same command sends the rest.
+    Jobs submitted before an error or Ctrl-C are recorded in the run folders, so that the same command submits the rest.
 
     Args:
-        trials: what to submit, in this order.
-        send: submits one array, and notes its jobs in the run folders.
-        chunk_size: most tasks of an array that the cluster takes.
-        parallel: trials at the same time.
+        trials: the runs to submit, in this order.
+        send: submits one array, and records its jobs in the run folders.
+        chunk_size: most tasks that the cluster allows in an array.
+        parallel: most runs at the same time.
         say: prints a line.
 
     Returns:
-        The job ids, in the order of the trials.
+        The job ids, in the order of the runs.
 
     Raises:
-        UserError: SLURM does not take an array; says what was sent before.
+        UserError: SLURM refuses an array; reports the number of runs submitted before.
     """
     job_ids: list[str] = []
     for start in range(0, len(trials), chunk_size):
@@ -226,19 +223,19 @@ def run_here(
     pause: Callable[[], None],
     say: Say,
 ) -> list[SweepRun]:
-    """Run trials on this machine, a few at a time; returns when all have ended.
+    """Run a few runs at a time on this machine until all have ended.
 
     Args:
-        trials: what to run, in this order.
-        send: starts one.
-        parallel: trials at the same time.
-        is_running: whether a trial that was started still runs.
-        judge: how a trial ended.
-        pause: waits a moment.
+        trials: the runs, in this order.
+        send: starts one run.
+        parallel: most runs at the same time.
+        is_running: returns True while a started run runs.
+        judge: returns the decision about an ended run.
+        pause: waits until the next poll.
         say: prints a line.
 
     Returns:
-        The trials that did not finish.
+        The runs that did not finish.
     """
     waiting, running, failed = deque(trials), list[SweepRun](), list[SweepRun]()
     while waiting or running:
@@ -258,15 +255,12 @@ def run_here(
 
 
 def array_of(job_id: str) -> str:
-    """``123`` of ``123_4``."""
+    """Return ``123`` for ``123_4``."""
     return job_id.partition("_")[0]
 
 
-# A sweep as a table for people.
-
-
 def render_trials(trials: Sequence[SweepRun], decisions: Sequence[Decision]) -> str:
-    """A line a trial: its run, what tells it from the others, where it stands, what would happen to it."""
+    """Return a text table with one line for each run: name, label, state, action and reason."""
     head = ("run", "trial", "state", "action", "why")
     rows = [
         (trial.name, trial.label, decision.standing, "submit" if decision.is_due else "leave", decision.reason)
@@ -280,7 +274,7 @@ def render_trials(trials: Sequence[SweepRun], decisions: Sequence[Decision]) -> 
 
 
 def summarise(decisions: Sequence[Decision]) -> str:
-    """``42 trials: 30 finished, 8 running, 4 to submit (2 failed, 2 new)``."""
+    """Return text such as ``42 trials: 30 finished, 8 running, 4 to submit (2 failed, 2 new)``."""
     left = Counter(decision.standing for decision in decisions if not decision.is_due)
     due = Counter(decision.standing for decision in decisions if decision.is_due)
     parts = [f"{left[standing]} {standing}" for standing in ("finished", "running", "queued", "failed") if left[standing]]

@@ -1,4 +1,4 @@
-"""One rank of a submitted run: the same training as launch.py's, with what the scheduler says of the processes."""
+"""One rank of a submitted run: training as in launch.py, with rank and world size from the scheduler."""
 
 import os
 import socket
@@ -18,23 +18,21 @@ from galaxydist.job_environment import job_of, restart_of, start_of
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.training.launch import launch
 
-# Which network interface the processes of several nodes reach one another by.
-
 # Nothing is sent: connecting a datagram socket only asks the kernel for the route.
 ANY_PORT = 9
 
 
 def find_interface(hostnames: Sequence[str], own_name: str) -> str | None:
-    """The interface of this node with the route to another node of the job.
+    """Find this node's network interface with the route to another node of the job.
 
-    gloo takes the one that the node's own name resolves to, which on Debian is the loopback (127.0.1.1).
+    By default gloo uses the interface that the node's own name resolves to, which on Debian is the loopback (127.0.1.1).
 
     Args:
         hostnames: the job's nodes.
-        own_name: this node, as it is called there.
+        own_name: this node's name in ``hostnames``.
 
     Returns:
-        Its name (``ib0``); None for a job of one node, or where it cannot be told.
+        The interface's name (``ib0``); None for a job of one node, or if it cannot be found.
     """
     others = [name for name in hostnames if name != own_name]
     if not others:
@@ -56,12 +54,9 @@ def find_interface(hostnames: Sequence[str], own_name: str) -> str | None:
     )
 
 
-# Where a process and its children print.
-
-
 @contextmanager
 def redirect_output(path: Path) -> Iterator[None]:
-    """What this process and its children print is appended to a file."""
+    """Append stdout and stderr of this process and its children to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -85,17 +80,18 @@ FIRST_PORT, NUM_PORTS = 12_000, 20_000
 
 
 def train_task(arguments: tuple[str, ...], run_dir: Path) -> None:
-    """Train a run; called by submitit in every task.
+    """Train a run; submitit calls this in every task.
 
-    It ends with exit code 0 also when a signal stopped it with everything saved: another code would make srun end the ranks that
-    are a moment behind. The batch script sees from the run folder that the run must go on.
+    The exit code is 0 also after a signal stopped the training and everything is saved: with another code srun would end the
+    ranks that exit a moment later. The batch script sees from the run folder that the run must continue.
 
     Args:
         arguments: ``recipe=FILE`` and ``key=value``.
         run_dir: its run folder.
 
     Raises:
-        SystemExit: with launch.py's exit code, where that is neither 0 nor 75.
+        UserError: the parent of the run folder is not visible on this node.
+        SystemExit: with launch.py's exit code, if that is neither 0 nor 75.
     """
     if not run_dir.parent.is_dir():
         raise UserError(f"{run_dir.parent} is not there on this node: run folders must be on a file system that all nodes share")
@@ -120,30 +116,30 @@ def _launch(arguments: tuple[str, ...], environ: MutableMapping[str, str], note:
 
 
 def _note(folder: RunFolder, start: str | None, rank: int, error: Exception) -> None:
-    """For the batch script, unless the training has said it already."""
+    """Write the failure for the batch script, unless the training has done so."""
     kind: FailureKind = "bad_input" if isinstance(error, UserError) else "crash"
     text = (str(error).splitlines() or [type(error).__name__])[0]
     where = f" (rank {rank})" if rank else ""
-    with suppress(OSError, UserError):  # the disk may be what failed
+    with suppress(OSError, UserError):  # the disk itself may have failed
         said = folder.read_failure()
         if said is None or said["error"] != text:
             folder.write_failure(kind, None, f"{text}{where}", start=start)
 
 
 def set_torch_environment(environ: MutableMapping[str, str]) -> int:
-    """Give torch the variables that it reads, from what submitit knows of the job; gives this process's rank.
+    """Set torch.distributed's environment variables from submitit's job and return this process's rank.
 
-    CUDA_VISIBLE_DEVICES stays as SLURM set it: on a shared node, submitit's would be another job's GPU.
+    CUDA_VISIBLE_DEVICES stays as SLURM set it: submitit would set the local rank, which on a shared node is another job's GPU.
     """
     from submitit import JobEnvironment
     from submitit.helpers import TorchDistributedEnvironment
 
     job = JobEnvironment()
-    # submitit takes over a port of the submitting shell, and gives a restart the port of the start before.
+    # submitit would use MASTER_PORT of the submitting shell, and the same port for every restart.
     environ["MASTER_PORT"] = str(master_port(job.job_id, restart_of(environ)))
     distributed = TorchDistributedEnvironment()
     if job.num_nodes == 1:
-        distributed.master_addr = LOOPBACK  # whatever the node's name resolves to
+        distributed.master_addr = LOOPBACK  # the node's name may resolve to another address
     distributed.export(set_cuda_visible_devices=False, overwrite=True)
     interface = find_interface(job.hostnames, os.environ.get("SLURMD_NODENAME", job.hostname))
     if interface is not None:
@@ -152,12 +148,12 @@ def set_torch_environment(environ: MutableMapping[str, str]) -> int:
 
 
 def master_port(job_id: str, restart: int) -> int:
-    """A port of this start of this job, below those that Linux gives to outgoing connections (32768 and above)."""
+    """Return a port for this start of this job, below Linux's ephemeral ports (32768 and above)."""
     return FIRST_PORT + crc32(f"{job_id}.{restart}".encode()) % NUM_PORTS
 
 
 def describe_task(environ: MutableMapping[str, str]) -> str:
-    """A line for the log: which start of which job this is, where, and what it sees."""
+    """Return a log line about this rank's job, node, GPUs, interface and code."""
     parts = [
         f"job {job_of(environ) or 'local'}, restart {restart_of(environ)}",
         f"rank {environ['RANK']} of {environ['WORLD_SIZE']}",

@@ -36,7 +36,7 @@ Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Galaxies:
+class SplitGalaxies:
     """A split's galaxies.
 
     Args:
@@ -89,7 +89,9 @@ def find_overlap(others: "pa.Table", test: "pa.Table", *, are_one_survey: bool, 
     )
 
 
-def check_overlap(trained: Galaxies, validation: Galaxies | None, test: Galaxies, *, are_one_set: bool = False) -> Mask:
+def check_overlap(
+    trained: SplitGalaxies, validation: SplitGalaxies | None, test: SplitGalaxies, *, are_one_set: bool = False
+) -> Mask:
     """See that no test galaxy was in a model's training set.
 
     Args:
@@ -121,7 +123,7 @@ def check_overlap(trained: Galaxies, validation: Galaxies | None, test: Galaxies
     return _compare(validation, test).rows
 
 
-def _refusal(found: Overlap, trained: Galaxies, test: Galaxies) -> str:
+def _refusal(found: Overlap, trained: SplitGalaxies, test: SplitGalaxies) -> str:
     close = found.by_position & ~found.by_id
     reasons = [
         f"{int(rows.sum())} {how} ({_name_some(test.table, rows)})"
@@ -148,7 +150,7 @@ def _refusal(found: Overlap, trained: Galaxies, test: Galaxies) -> str:
     return text
 
 
-def _compare(others: Galaxies, test: Galaxies) -> Overlap:
+def _compare(others: SplitGalaxies, test: SplitGalaxies) -> Overlap:
     return find_overlap(others.table, test.table, are_one_survey=same_survey(others.dataset, test.dataset))
 
 
@@ -299,7 +301,7 @@ def check_before_training(trained: Manifest, judged: Manifest) -> None:
         check_overlap(train, None, test, are_one_set=judged.hash == trained.hash)
 
 
-def _say_without_hashes(*both: Galaxies) -> None:
+def _say_without_hashes(*both: SplitGalaxies) -> None:
     """Shards of an earlier version have no hashes of their pictures."""
     for galaxies in both:
         if PIXEL_HASH not in galaxies.table.column_names:
@@ -310,6 +312,6 @@ def _say_without_hashes(*both: Galaxies) -> None:
             )
 
 
-def _galaxies(manifest: Manifest, split: str) -> Galaxies:
+def _galaxies(manifest: Manifest, split: str) -> SplitGalaxies:
     what = f"the {split} split of {manifest.location}"
-    return Galaxies(read_catalogue(manifest, split, COLUMNS), manifest.dataset, what)
+    return SplitGalaxies(read_catalogue(manifest, split, COLUMNS), manifest.dataset, what)

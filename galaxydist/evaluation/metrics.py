@@ -97,7 +97,7 @@ _DRAWN = 200
 
 
 @dataclass(frozen=True)
-class Curve:
+class ClassCurves:
     """One class's curves, thinned out for a figure: each a 2 x P array of x and y."""
 
     roc: Floats
@@ -110,7 +110,7 @@ class Areas:
 
     roc: Sequence[float | None]
     precision_recall: Sequence[float | None]
-    curves: Sequence[Curve | None]
+    curves: Sequence[ClassCurves | None]
 
     def plain(self) -> dict[str, Any]:
         """For JSON; ``macro`` is the mean over the classes that have an area."""
@@ -146,7 +146,7 @@ def _by_class(predictions: PredictionsFile) -> Iterator[tuple[Floats, NDArray[np
             yield scores_N, labels_N == label
 
 
-def _measure(scores_N: Floats, is_class_N: NDArray[np.bool_]) -> tuple[float | None, float | None, Curve | None]:
+def _measure(scores_N: Floats, is_class_N: NDArray[np.bool_]) -> tuple[float | None, float | None, ClassCurves | None]:
     from sklearn import metrics
 
     if is_class_N.all() or not is_class_N.any():
@@ -154,7 +154,7 @@ def _measure(scores_N: Floats, is_class_N: NDArray[np.bool_]) -> tuple[float | N
     false_rate, true_rate, _ = metrics.roc_curve(is_class_N, scores_N)
     precision, recall, _ = metrics.precision_recall_curve(is_class_N, scores_N)
     average_precision = float(-np.sum(np.diff(recall) * precision[:-1]))  # as in sklearn.metrics.average_precision_score
-    curve = Curve(_thinned(false_rate, true_rate), _thinned(recall[::-1], precision[::-1]))
+    curve = ClassCurves(_thinned(false_rate, true_rate), _thinned(recall[::-1], precision[::-1]))
     return float(metrics.auc(false_rate, true_rate)), average_precision, curve
 
 
@@ -252,7 +252,7 @@ class Summary:
     """
 
     metrics: dict[str, Any]
-    curves: tuple[Curve | None, ...]
+    curves: tuple[ClassCurves | None, ...]
 
 
 def summarise(predictions: PredictionsFile, validation: PredictionsFile | None = None) -> Summary:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import numpy as np
 
 from galaxydist.atomic_files import replace_bytes
-from galaxydist.evaluation.metrics import Curve
+from galaxydist.evaluation.metrics import ClassCurves
 from galaxydist.evaluation.text_table import readable
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ LINES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 
 
 @styled
-def draw_areas(metrics: Mapping[str, Any], curves: Sequence[Curve | None], title: str) -> "Figure":
+def draw_areas(metrics: Mapping[str, Any], curves: Sequence[ClassCurves | None], title: str) -> "Figure":
     """Both kinds of curve side by side, and the areas of each class.
 
     Args:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from galaxydist import __version__
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.errors import UserError
-from galaxydist.evaluation.metrics import Curve, summarise
+from galaxydist.evaluation.metrics import ClassCurves, summarise
 from galaxydist.evaluation.predictions import PredictionsFile, predictions_path, read_predictions
 from galaxydist.evaluation.text_table import format_headline, format_notes, format_table, headline, title_of
 from galaxydist.runs.metrics_log import MetricsLog
@@ -27,7 +27,7 @@ def write_evaluation(
     context: Mapping[str, Any],
     *,
     metrics_log: Path | None = None,
-    curves: Sequence[Curve | None] = (),
+    curves: Sequence[ClassCurves | None] = (),
     figures: bool = True,
 ) -> dict[str, Any]:
     """Write ``<split>.json`` and the figures of what the metrics hold: confusion matrix, classes, reliability, ROC and
@@ -71,7 +71,7 @@ def write_evaluation(
     return content
 
 
-def _draw(metrics: Mapping[str, Any], curves: Sequence[Curve | None], title: str) -> "Iterator[tuple[str, Figure]]":
+def _draw(metrics: Mapping[str, Any], curves: Sequence[ClassCurves | None], title: str) -> "Iterator[tuple[str, Figure]]":
     from galaxydist.evaluation.plots import draw_areas, draw_confusion, draw_dependence, draw_per_class, draw_reliability
 
     yield "confusion", draw_confusion(metrics, title)

@@ -1,4 +1,4 @@
-"""All that is found out about a data set, before any of it is drawn."""
+"""Analysis of a data set: all numbers that the exploration page shows."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,24 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.explore.checks import Neighbours, Pair, find_duplicates, find_neighbours
-from galaxydist.explore.datasets import Population, Positions, chance_order, choose_sample
+from galaxydist.explore.datasets import ExploredDataset, Positions, chance_order, choose_sample
 from galaxydist.explore.embedding import Features, Map, map_sample
 from galaxydist.explore.scan import ImageScan, scan_images
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found.
+    """Results of the analysis.
 
     Args:
-        sample_size: galaxies that were chosen to be looked at; those that could be read are in ``looked``.
-        positions: of those galaxies whose records were read (all, or the sample).
-        neighbours: None where no position is known.
-        duplicates: pairs of places in the sample.
-        map: None where the sample is too small for one.
+        sample_size: number of galaxies in the sample, including unreadable ones.
+        looked: measurements of the readable images of the sample.
+        positions: of the galaxies whose records were read (all, or the sample).
+        neighbours: None if no position is known.
+        duplicates: pairs of indices in the sample.
+        map: None if the sample is too small for a map.
     """
 
-    population: Population
+    population: ExploredDataset
     sample_size: int
     seed: int
     looked: ImageScan
@@ -35,25 +36,24 @@ class Findings:
     map: Map | None
 
     def members(self, label: int) -> NDArray[np.int64]:
-        """Places in the sample of the galaxies of a class, in the order of chance."""
+        """Return the indices in the sample of the galaxies of a class, in random order."""
         ordered = np.searchsorted(self.looked.rows, chance_order(self.looked.rows, self.seed))
         return np.asarray(ordered[self.looked.labels[ordered] == label])
 
     @property
     def oddities(self) -> dict[str, int]:
-        """Kind -> number in the sample."""
+        """Kind of odd image -> number of such images in the sample."""
         unreadable = {"unreadable": len(self.looked.problems)} if self.looked.problems else {}
         return unreadable | {kind: len(places) for kind, places in self.looked.oddities.items()}
 
 
-def find_all(population: Population, *, sample: int, seed: int, features: Features | None = None) -> Findings:
-    """Look at a data set.
+def find_all(population: ExploredDataset, *, sample: int, seed: int, features: Features | None = None) -> Findings:
+    """Analyse a data set.
 
     Args:
-        population: of all galaxies.
-        sample: of how many galaxies at most the pictures are read.
-        seed: of every choice.
-        features: of thumbnails, for the map; simple ones where None.
+        sample: largest number of galaxies whose images are read.
+        seed: of the choice of galaxies and of the map.
+        features: of thumbnails, for the map; None: ``principal_components``.
     """
     rows = choose_sample(population, sample, seed)
     looked = scan_images(population.source.pictures(rows), population.labels_N, len(rows))
@@ -71,7 +71,7 @@ def find_all(population: Population, *, sample: int, seed: int, features: Featur
 
 
 def pixel_statistics(looked: ImageScan, label: int) -> dict[str, Any]:
-    """Over the looked-at galaxies of a class: mean and deviation of each channel (R G B, full scale 1), shares of 0 and 255."""
+    """Return mean and deviation of each channel (R G B, full scale 1) and shares of 0 and 255 for a class of the sample."""
     shares_CL = looked.histograms[label] / looked.histograms[label].sum(axis=1, keepdims=True)
     values_L = np.arange(256) / 255.0
     mean_C = shares_CL @ values_L
@@ -86,7 +86,7 @@ def pixel_statistics(looked: ImageScan, label: int) -> dict[str, Any]:
 
 
 def summary(findings: Findings) -> dict[str, Any]:
-    """The findings as plain values, for ``survey.json``."""
+    """Return the results as plain values, for ``survey.json``."""
     population, looked = findings.population, findings.looked
     known = {label: name for label, name in population.groups.items() if label in looked.histograms}
     near = findings.neighbours
@@ -131,19 +131,18 @@ def summary(findings: Findings) -> dict[str, Any]:
 
 
 def label_conflicts(findings: Findings) -> int:
-    """Duplicates that carry two labels."""
+    """Return the number of duplicates with two labels."""
     labels = findings.looked.labels
     return sum(1 for pair in findings.duplicates if labels[pair.first] != labels[pair.second])
 
 
 def split_leaks(findings: Findings) -> int:
-    """Duplicates whose two stand in different splits."""
+    """Return the number of duplicates across splits."""
     split_n = findings.population.split_N[findings.looked.rows]
     return sum(1 for pair in findings.duplicates if split_n[pair.first] != split_n[pair.second])
 
 
 def widths(looked: ImageScan) -> str:
-    """The pictures' widths in words."""
     common = Counter(looked.widths_n.tolist()).most_common()
     if not common:
         return "no picture could be read"

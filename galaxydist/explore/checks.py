@@ -1,10 +1,10 @@
-"""Pictures that look the same: by a perceptual hash, confirmed on the pixels of their thumbnails.
+"""Checks of a data set: duplicate images, overlapping cutouts, conflicting labels and odd images.
 
-The hash (ImageHash's pHash: the signs of the 8 x 8 lowest frequencies of a 32 x 32 picture, against their median) finds copies
-that were compressed or resampled; but many galaxies are a round glow on black, so that equal hashes mean little, and so do
-pixels that correlate. Pairs of near hashes therefore count only if the fine detail of their thumbnails correlates: brightness
-less the mean around it, which is noise, stars and structure. Small pictures of much noise are missed where the copy was
-compressed so hard that most of the noise is lost (64 pixels: JPEG below quality 60).
+Duplicates are found by a perceptual hash and confirmed on thumbnails. The hash (ImageHash's pHash: the signs of the 8 x 8 lowest
+frequencies of a 32 x 32 image, relative to their median) also finds compressed or resampled copies. But many galaxies are round
+glows on black, so similar hashes or correlated pixels prove little. Pairs of similar hashes therefore count only if the fine
+detail of their thumbnails correlates: brightness minus its local mean, which is noise, stars and structure. Copies of small,
+noisy images are missed if strong compression removed most of the noise (64 pixels: JPEG below quality 60).
 """
 
 from dataclasses import dataclass
@@ -13,25 +13,32 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from galaxydist.explore.datasets import Population, Positions
+from galaxydist.explore.datasets import ExploredDataset, Positions
 from galaxydist.surveys.split import CUTOUT_ARCSEC, SAME_PLACE_ARCSEC, close_pairs
 
 HASH_DISTANCE = 6
-# Measured on the real samples (999 of Galaxy10 DECaLS, 1,000 of SDSS): copies at JPEG quality 50 reach 0.94, those resampled to
-# half or 96 pixels 0.89; the most alike of 2,000 pairs with near hashes 0.50, of 200,000 other pairs 0.59, of 20,000 pairs with
-# hashes within 12 bits 0.67. Their light alone reaches 0.97 in SDSS.
+# Measured on real samples (999 of Galaxy10 DECaLS, 1,000 of SDSS): copies at JPEG quality 50 reach 0.94, those resampled to half
+# or to 96 pixels 0.89. The maxima of different galaxies are 0.50 in 2,000 pairs with similar hashes, 0.59 in 200,000 other pairs,
+# and 0.67 in 20,000 pairs with hashes within 12 bits. The brightness itself correlates up to 0.97 in SDSS.
 LEAST_CORRELATION = 0.7
-# Of red, green and blue, as in JPEG.
+# Weights of red, green and blue, as in JPEG.
 _BRIGHTNESS = np.array([0.299, 0.587, 0.114])
-# Pixels of the square around each.
+# Width in pixels of the square for the local mean.
 _SQUARE = 5
-# Pairs that are compared at a time.
+# Number of elements that are compared at once.
 _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two pictures, by their places: Hamming distance of their hashes, correlation of their detail, and whether all are equal."""
+    """Pair of duplicate images.
+
+    Args:
+        first, second: indices in the sample.
+        distance: Hamming distance of their hashes.
+        correlation: of the fine detail of their thumbnails.
+        identical: True if all pixels are equal.
+    """
 
     first: int
     second: int
@@ -41,7 +48,7 @@ class Pair:
 
 
 def perceptual_hash(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(8,) uint8: the 64 bits of pHash.
+    """Return the 64 bits of pHash as (8,) uint8.
 
     Args:
         image_HWC: H x W x 3 uint8.
@@ -59,14 +66,14 @@ def find_duplicates(
     distance: int = HASH_DISTANCE,
     correlation: float = LEAST_CORRELATION,
 ) -> list[Pair]:
-    """Pairs of pictures that look the same, the most alike first.
+    """Find pairs of duplicate images, the most similar first.
 
     Args:
         hash_nB: (n, 8) uint8 perceptual hashes.
-        digests: of the pixels.
+        digests: hashes of the pixels.
         thumbnails_nHWC: n x H x W x 3 uint8.
-        distance: Hamming distance that hashes may have.
-        correlation: least correlation of the thumbnails' fine detail.
+        distance: largest Hamming distance of the perceptual hashes.
+        correlation: smallest correlation of the thumbnails' fine detail.
     """
     pairs_P2, distance_P = near_hashes(hash_nB, distance)
     correlation_P = _correlations(thumbnails_nHWC, pairs_P2)
@@ -79,9 +86,9 @@ def find_duplicates(
 
 
 def near_hashes(hash_nB: NDArray[np.uint8], distance: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(P, 2) places of all pairs within a Hamming distance, the smaller place first, and (P,) their distances.
+    """Return the indices of all pairs within a Hamming distance, (P, 2), smaller index first, and their distances, (P,).
 
-    All pairs are compared, but in blocks of machine words: 10,000 pictures take a second.
+    All pairs are compared, in blocks of machine words: 10,000 images take a second.
 
     Args:
         hash_nB: (n, 8) uint8.
@@ -99,7 +106,7 @@ def near_hashes(hash_nB: NDArray[np.uint8], distance: int) -> tuple[NDArray[np.i
 
 
 def _correlations(thumbnails_nHWC: NDArray[np.uint8], pairs_P2: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(P,) correlations of the pairs' fine detail; 0 where there is none."""
+    """Return the correlations of the pairs' fine detail, (P,); 0 for images without any."""
     parts = [np.empty(0)]
     step = max(1, _BLOCK // max(1, thumbnails_nHWC[:1].size))
     for start in range(0, len(pairs_P2), step):
@@ -111,26 +118,26 @@ def _correlations(thumbnails_nHWC: NDArray[np.uint8], pairs_P2: NDArray[np.int64
 
 
 def _detail(pictures_PHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """(P, D) brightness less its mean in the square around each pixel, whose detail JPEG keeps, unlike that of colour."""
+    """Return the brightness minus its local mean, (P, D); JPEG preserves fine detail in brightness, but not in colour."""
     from scipy.ndimage import uniform_filter
 
     brightness = pictures_PHWC @ _BRIGHTNESS
     return np.asarray(brightness - uniform_filter(brightness, (0, _SQUARE, _SQUARE))).reshape(len(brightness), -1)
 
 
-# Galaxies that show in each other's pictures, and places on the sky that carry two labels.
+# Overlapping cutouts, and sky positions with two labels.
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """What the positions say.
+    """Pairs of galaxies with overlapping cutouts.
 
     Args:
-        pairs_P2: rows of galaxies closer than a cutout's width, pairs of two labels at one place first, then the closest first.
+        pairs_P2: rows of galaxies closer than a cutout's width; pairs of two labels at one position first, then the closest.
         separation_P: arcsec.
-        num_galaxies: in these pairs.
-        two_labels_P: whether a pair is one place with two labels.
-        across_P: whether the two stand in different splits.
+        num_galaxies: number of galaxies in these pairs.
+        two_labels_P: True if both galaxies are at one position with two labels.
+        across_P: True if the galaxies are in different splits.
     """
 
     pairs_P2: NDArray[np.int64]
@@ -140,8 +147,8 @@ class Neighbours:
     across_P: NDArray[np.bool_]
 
 
-def find_neighbours(population: Population, positions: Positions) -> Neighbours:
-    """Pairs among the galaxies whose positions are known."""
+def find_neighbours(population: ExploredDataset, positions: Positions) -> Neighbours:
+    """Find the pairs with overlapping cutouts among the galaxies with known positions."""
     pairs_P2 = close_pairs(positions.ra, positions.dec, CUTOUT_ARCSEC)
     separation_P = _separations(positions, pairs_P2)
     rows_P2 = positions.rows[pairs_P2].reshape(-1, 2)
@@ -153,21 +160,20 @@ def find_neighbours(population: Population, positions: Positions) -> Neighbours:
 
 
 def _separations(positions: Positions, pairs_P2: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(P,) arcsec between the two, by the haversine formula, which is exact for small angles too."""
+    """Return the separations in arcsec, (P,), by the haversine formula, which is accurate for small angles."""
     ra_P2, dec_P2 = np.radians(positions.ra[pairs_P2]), np.radians(positions.dec[pairs_P2])
     half = np.sin(np.diff(dec_P2)[:, 0] / 2) ** 2
     half += np.cos(dec_P2).prod(axis=1) * np.sin(np.diff(ra_P2)[:, 0] / 2) ** 2
     return np.asarray(np.degrees(2 * np.arcsin(np.sqrt(half))) * 3600)
 
 
-# Pictures that are not what a picture of a galaxy should be; each check is simple, and the page says what it looks for.
+# Odd images: each check is simple and is described on the page.
 
-# Grey levels (of 255) that a picture, or a channel, spans at most where nothing is in it.
+# Largest span in grey levels (of 255) of a blank image or channel.
 _LEAST_SPAN = 2
 SATURATED_SHARE = 0.05
 REPEATED_SHARE = 0.05
 
-# Kind -> what the page says about it.
 KINDS = {
     "unreadable": "cannot be read or does not decode",
     "blank": f"blank: all pixels within {_LEAST_SPAN} grey levels of one another",
@@ -180,7 +186,7 @@ KINDS = {
 
 
 def find_oddities(image_HWC: NDArray[np.uint8]) -> list[str]:
-    """The kinds of oddity that the pixels alone show: none for a sound picture; a blank one is only that.
+    """Return the kinds of oddity found in the pixels; a blank image has no other kind.
 
     Args:
         image_HWC: H x W x 3 uint8.

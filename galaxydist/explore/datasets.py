@@ -1,4 +1,7 @@
-"""A data set as exploration sees it: what is known of all its galaxies without a picture, and the pictures of a few of them."""
+"""Data sets for exploration: labels and positions of all galaxies, and images of a sample.
+
+The images come from shards, an HDF5 file or a folder of images.
+"""
 
 import io
 import json
@@ -26,13 +29,13 @@ from galaxydist.surveys.image_folder import FolderSurvey
 from galaxydist.surveys.survey_sources import open_survey
 
 UNLABELLED = -1
-# Tells this choice of galaxies from every other use of the same hash.
+# RNG stream of this choice of galaxies.
 _PURPOSE = 0x6578706C6F7265  # "explore"
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a galaxy is, each nan where unknown: degrees (J2000), and redshift."""
+    """Sky position (degrees, J2000) and redshift of a galaxy; each is nan where unknown."""
 
     ra: float = np.nan
     dec: float = np.nan
@@ -40,14 +43,14 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A galaxy that was asked for.
+class ExploredImage:
+    """Image of a requested galaxy.
 
     Args:
-        row: its number among the N galaxies.
-        id: its name in the source.
-        image: H x W x 3 uint8, or None where it cannot be read.
-        problem: why not.
+        row: index among the population's N galaxies.
+        id: name in the source.
+        image: H x W x 3 uint8; None if it cannot be read.
+        problem: the reason why it cannot be read.
     """
 
     row: int
@@ -59,7 +62,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """``rows`` of the galaxies that were asked, and their ``ra``, ``dec`` and ``redshift`` (nan where unknown)."""
+    """Rows of the galaxies whose records were read, with their sky positions (degrees) and redshifts (nan where unknown)."""
 
     rows: NDArray[np.int64]
     ra: NDArray[np.float64]
@@ -68,39 +71,39 @@ class Positions:
 
     @property
     def known(self) -> NDArray[np.bool_]:
-        """Which have a place on the sky."""
+        """True for each galaxy with a known sky position."""
         return np.asarray(np.isfinite(self.ra) & np.isfinite(self.dec))
 
 
-class Source(Protocol):
-    """Where pictures and positions come from; rows are numbers among the population's N galaxies."""
+class ImageSource(Protocol):
+    """Source of images and positions; rows are indices among the population's N galaxies."""
 
-    def pictures(self, rows: NDArray[np.int64]) -> Iterator[Picture]:
-        """The pictures of these rows (sorted), in order; one that cannot be read is handed on with its problem."""
+    def pictures(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
+        """Yield the images of these rows (sorted), in order; an unreadable one is yielded with its problem."""
         ...
 
     def positions(self) -> Positions | None:
-        """The positions of all galaxies, if they can be had without opening (nearly) every picture's file; else None."""
+        """Return the positions of all galaxies; None if this would mean opening (nearly) every image file."""
         ...
 
     def candidates(self, number: int, seed: int) -> NDArray[np.bool_] | None:
-        """Where not all galaxies are as cheap to read: which ones to choose some ``number`` from, at random; else None."""
+        """Return a mask of the galaxies to choose a random sample of ``number`` from; None if all are equally cheap to read."""
         ...
 
 
 @dataclass(frozen=True)
-class Population:
-    """N galaxies that stand in a split.
+class ExploredDataset:
+    """N galaxies of a data set, each in a split.
 
     Args:
-        dataset, variant: as every table and figure names them.
-        kind: what the source is, in words.
+        dataset, variant: names for tables and figures.
+        kind: description of the source.
         location: path or URL.
-        source_hash: SHA-256 (hex), empty where finding it would mean reading every picture.
+        source_hash: SHA-256 (hex); empty if computing it would mean reading every image.
         class_names: by label.
-        labels_N: class numbers, -1 where nobody has labelled it.
+        labels_N: class numbers, -1 for unlabelled galaxies.
         split_names: the splits, in order.
-        split_N: numbers of ``split_names``.
+        split_N: indices into ``split_names``.
     """
 
     dataset: str
@@ -112,19 +115,19 @@ class Population:
     labels_N: NDArray[np.int64]
     split_names: tuple[str, ...]
     split_N: NDArray[np.int8]
-    source: Source
+    source: ImageSource
 
     def __len__(self) -> int:
         return len(self.labels_N)
 
     @property
     def groups(self) -> Mapping[int, str]:
-        """Label -> class name of every class that has galaxies or a name; the unlabelled last, if there are any."""
+        """Label -> class name of every class; the unlabelled last, if there are any."""
         named = dict(enumerate(self.class_names))
         return named | ({UNLABELLED: "unlabelled"} if (self.labels_N == UNLABELLED).any() else {})
 
     def counts(self) -> dict[str, list[int]]:
-        """Split name -> number of galaxies by group, in the order of ``groups``; exact."""
+        """Return split name -> number of galaxies in each group, in the order of ``groups``, over all N galaxies."""
         return {
             name: [int(((self.labels_N == label) & (self.split_N == number)).sum()) for label in self.groups]
             for number, name in enumerate(self.split_names)
@@ -132,20 +135,20 @@ class Population:
 
 
 def chance_order(rows: NDArray[np.int64], seed: int, number: int | None = None) -> NDArray[np.int64]:
-    """The rows (the first ``number`` of them) in an order that depends on the seed and on each row alone."""
+    """Return the rows (or the first ``number`` of them) in a random order given by hashes of the seed and each row."""
     hashes = hash64(seed, _PURPOSE, rows)
     if number is not None and number < len(rows):
-        first = np.argpartition(hashes, number)[:number]  # of millions, a few thousand are wanted
+        first = np.argpartition(hashes, number)[:number]  # avoids sorting millions of rows for a few thousand
         rows, hashes = rows[first], hashes[first]
     return rows[np.argsort(hashes, kind="stable")]
 
 
-def choose_sample(population: Population, number: int, seed: int) -> NDArray[np.int64]:
-    """Sorted rows of a sample: as many of each class as of every other, as far as they go.
+def choose_sample(population: ExploredDataset, number: int, seed: int) -> NDArray[np.int64]:
+    """Choose a random sample with equal numbers of each class, as far as the classes suffice, and return its sorted rows.
 
     Args:
-        number: of galaxies, at most.
-        seed: of the choice; a larger sample of the same seed holds the smaller one of each class.
+        number: largest number of galaxies.
+        seed: of the choice; with the same seed, a larger sample contains the smaller one in each class.
     """
     if number >= len(population):
         return np.arange(len(population))
@@ -162,22 +165,22 @@ def choose_sample(population: Population, number: int, seed: int) -> NDArray[np.
     return np.sort(np.concatenate(chosen))
 
 
-# Shards for exploration: of a huge set only the samples that are wanted are read, of shards in a store only a few shards.
+# Shards: only the requested samples are read; from a remote store, only a few shards are fetched.
 
-# More records than these are not read for the sake of positions: each costs a read of its own.
+# Largest number of records that are read for their positions: each costs one read.
 RECORDS_LIMIT = 100_000
-# Of shards in a store so many galaxies are fetched for each that is wanted, so that rare classes are among them.
+# Galaxies fetched from a remote store per galaxy of the sample, so that rare classes are included.
 _FETCHED_FOR_ONE = 2
 
-# (offset, bytes wanted) -> the bytes of a tar.
+# (offset, number of bytes) -> bytes of a tar.
 _Fetch = Callable[[int, int], bytes]
 
 
-def shard_population(manifest: Manifest) -> Population:
-    """The galaxies of a folder of shards, split by split in the order of storage."""
+def shard_population(manifest: Manifest) -> ExploredDataset:
+    """Return the galaxies of a folder of shards, split by split in the order of storage."""
     names = tuple(name for name, split in manifest.splits.items() if split.num_samples)
     labels = [np.asarray(manifest.labels(name), np.int64) for name in names]
-    return Population(
+    return ExploredDataset(
         dataset=manifest.dataset,
         variant=manifest.variant,
         kind=f"shards ({manifest.encoding}, {manifest.image_size} pixels)",
@@ -187,13 +190,13 @@ def shard_population(manifest: Manifest) -> Population:
         labels_N=np.concatenate([*labels, np.empty(0, np.int64)]),
         split_names=names,
         split_N=np.repeat(np.arange(len(names)), [len(part) for part in labels]).astype(np.int8),
-        source=ShardSource(manifest, names),
+        source=ShardImages(manifest, names),
     )
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard: its split and number there, and the rows of the population that it holds."""
+    """Split and number of a shard, and the range of the population's rows in it."""
 
     split: str
     number: int
@@ -201,8 +204,8 @@ class _Shard:
     stop: int
 
 
-class ShardSource:
-    """Shards as a :class:`~galaxydist.explore.datasets.Source`."""
+class ShardImages:
+    """Reads images and positions from shards."""
 
     def __init__(self, manifest: Manifest, splits: tuple[str, ...]) -> None:
         self._manifest = manifest
@@ -216,20 +219,19 @@ class ShardSource:
             for (split, number), start, end in zip(places, [0, *ends[:-1]], ends, strict=True)
         ]
 
-    def pictures(self, rows: NDArray[np.int64]) -> Iterator[Picture]:
-        """See ``Source``."""
+    def pictures(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         for shard, wanted in self._by_shard(rows):
             try:
                 records = self._open(shard)
             except UserError as error:
                 for row in wanted:
-                    yield Picture(row, f"{shard.split} {row - shard.start}", None, Position(), str(error))
+                    yield ExploredImage(row, f"{shard.split} {row - shard.start}", None, Position(), str(error))
                 continue
             for row in wanted:
                 yield self._picture(records, shard, row)
 
     def positions(self) -> Positions | None:
-        """See ``Source``."""
+        """Return all positions; None for remote shards or more than ``RECORDS_LIMIT`` galaxies."""
         num = int(self._ends[-1]) if len(self._ends) else 0
         if self._manifest.remote is not None or num > RECORDS_LIMIT:
             return None
@@ -238,14 +240,14 @@ class ShardSource:
             try:
                 records = self._open(shard)
             except UserError:
-                continue  # named where its pictures are wanted
+                continue  # reported when its images are read
             for row in wanted:
                 position = records.position(row - shard.start)
                 found[row] = position.ra, position.dec, position.redshift
         return Positions(np.arange(num), *found.T)
 
     def candidates(self, number: int, seed: int) -> NDArray[np.bool_] | None:
-        """See ``Source``: shards hold galaxies in random order, so a few whole shards are a random choice."""
+        """Return a mask of a few whole remote shards: galaxies are shuffled over shards, so these are a random sample."""
         if self._manifest.remote is None:
             return None
         allowed_N, left = np.zeros(int(self._ends[-1]), np.bool_), _FETCHED_FOR_ONE * number
@@ -263,8 +265,10 @@ class ShardSource:
             yield self._shards[place], rows[places == place].tolist()
 
     def _open(self, shard: _Shard) -> "_Records":
-        """Raises:
-        UserError: the shard, or its index, cannot be read.
+        """Open a shard.
+
+        Raises:
+            UserError: the shard or its index cannot be read.
         """
         name = shard_name(shard.split, shard.number)
         location = self._manifest.shard_location(shard.split, shard.number)
@@ -280,7 +284,7 @@ class ShardSource:
             raise UserError(f"shard {location} cannot be read ({error}); {self._manifest.remedy}") from None
         return _Records(index, lambda offset, size: os.pread(file.descriptor, size, offset))
 
-    def _picture(self, records: "_Records", shard: _Shard, row: int) -> Picture:
+    def _picture(self, records: "_Records", shard: _Shard, row: int) -> ExploredImage:
         number = row - shard.start
         key, position = records.key(number) or f"number {number}", records.position(number)
         try:
@@ -288,12 +292,14 @@ class ShardSource:
         except (ValueError, OSError, KeyError) as error:
             reason = str(error).removeprefix("galaxy picture: ")
             location = self._manifest.shard_location(shard.split, shard.number)
-            return Picture(row, key, None, position, f"shard {location}, galaxy {key}: {reason}")
-        return Picture(row, key, image, position)
+            return ExploredImage(row, key, None, position, f"shard {location}, galaxy {key}: {reason}")
+        return ExploredImage(row, key, image, position)
 
     def _decode(self, data: bytes) -> NDArray[np.uint8]:
-        """Raises:
-        ValueError: it is not a picture of the manifest's size.
+        """Decode an image.
+
+        Raises:
+            ValueError: it is damaged or has another size than the manifest.
         """
         if self._manifest.encoding == "raw":
             pixels = np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
@@ -310,7 +316,7 @@ class ShardSource:
 
 @dataclass(frozen=True)
 class _Records:
-    """The samples of an opened shard."""
+    """Samples of an open shard."""
 
     index: list[list[Member]]
     fetch: _Fetch
@@ -319,8 +325,10 @@ class _Records:
         return self.index[number][0].name.partition(".")[0] if number < len(self.index) else ""
 
     def content(self, number: int, extension: str) -> bytes:
-        """Raises:
-        ValueError: the index or the tar ends before.
+        """Return one member of a sample.
+
+        Raises:
+            ValueError: the member is not in the index, or the tar is truncated.
         """
         members = {member.extension: member for member in self.index[number]} if number < len(self.index) else {}
         if extension not in members:
@@ -332,7 +340,7 @@ class _Records:
         return data
 
     def position(self, number: int) -> Position:
-        """What its .json says; unknown where there is none."""
+        """Return the position in the sample's .json; unknown if there is none."""
         try:
             record: dict[str, Any] = json.loads(self.content(number, "json"))
             values = [record.get(name) for name in ("ra", "dec", "redshift")]
@@ -341,21 +349,21 @@ class _Records:
         return Position(*(float(value) if isinstance(value, int | float) else np.nan for value in values))
 
 
-# Surveys (HDF5 files, folders of pictures) for exploration: only the rows that are wanted are read.
+# Surveys (HDF5 files and folders of images): only the slabs with requested rows are read.
 
-# Slabs up to this length are several of the file's own chunks: single rows of them are read on their own.
+# Slabs up to this length span several HDF5 chunks, so that single rows are read instead of whole slabs.
 _SHORT_SLAB = 32
 
 
-def survey_population(survey: Survey, path: Path) -> Population:
-    """The galaxies of a survey that stand in a split, in the order of its rows."""
+def survey_population(survey: Survey, path: Path) -> ExploredDataset:
+    """Return the galaxies of a survey that belong to a split, in the order of its rows."""
     names = tuple(name for name, rows in survey.splits.items() if len(rows))
     codes = np.full(len(survey.labels), -1, np.int8)
     for number, name in enumerate(names):
         codes[survey.splits[name]] = number
     placed = np.flatnonzero(codes >= 0)
     is_folder = isinstance(survey, FolderSurvey)
-    return Population(
+    return ExploredDataset(
         dataset=survey.name,
         variant=survey.variant,
         kind="folder of pictures" if is_folder else "HDF5 file",
@@ -365,19 +373,18 @@ def survey_population(survey: Survey, path: Path) -> Population:
         labels_N=np.asarray(survey.labels[placed], np.int64),
         split_names=names,
         split_N=codes[placed],
-        source=SurveySource(survey, placed),
+        source=SurveyImages(survey, placed),
     )
 
 
 @dataclass(frozen=True)
-class SurveySource:
-    """A survey as a :class:`~galaxydist.explore.datasets.Source`; ``placed`` are the survey's own rows."""
+class SurveyImages:
+    """Reads images and positions from a survey; ``placed`` are the survey's rows of the population's galaxies."""
 
     survey: Survey
     placed: NDArray[np.int64]
 
-    def pictures(self, rows: NDArray[np.int64]) -> Iterator[Picture]:
-        """See ``Source``."""
+    def pictures(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         wanted = self.placed[rows]
         for row, (start, stop, own) in zip(*_runs(rows, wanted, self._step()), strict=True):
             numbers = dict(zip(own.tolist(), row.tolist(), strict=True))
@@ -387,10 +394,9 @@ class SurveySource:
                         yield _picture(numbers.pop(number), galaxy)
             except UserError as error:
                 for number, place in numbers.items():
-                    yield Picture(place, self._name(number), None, Position(), str(error))
+                    yield ExploredImage(place, self._name(number), None, Position(), str(error))
 
     def positions(self) -> Positions | None:
-        """See ``Source``."""
         if isinstance(self.survey, Galaxy10Survey):
             columns = self.survey.file.columns
             found = [np.asarray(columns[name][self.placed], np.float64) for name in ("ra", "dec", "redshift")]
@@ -403,11 +409,10 @@ class SurveySource:
         return Positions(np.arange(len(self.placed)), *found)
 
     def candidates(self, number: int, seed: int) -> None:
-        """See ``Source``."""
         del number, seed
 
     def _step(self) -> int:
-        """Rows that are read together: a picture file on its own, so that a damaged one takes no other with it."""
+        """Return the number of rows to read together: 1 for image files, so that a damaged file affects no other."""
         is_folder = isinstance(self.survey, FolderSurvey)
         return 1 if is_folder or self.survey.slab_length <= _SHORT_SLAB else self.survey.slab_length
 
@@ -421,7 +426,7 @@ _Run = tuple[int, int, NDArray[np.int64]]
 
 
 def _runs(rows: NDArray[np.int64], wanted: NDArray[np.int64], step: int) -> tuple[list[NDArray[np.int64]], list[_Run]]:
-    """For each slab that holds wanted rows: our numbers of them, and (first, stop, the survey's numbers)."""
+    """Return, for each slab with requested rows, the population's rows and (first, stop, the survey's rows)."""
     if not len(wanted):
         return [], []
     cuts = np.flatnonzero(np.diff(wanted // step)) + 1
@@ -429,36 +434,33 @@ def _runs(rows: NDArray[np.int64], wanted: NDArray[np.int64], step: int) -> tupl
     return np.split(rows, cuts), [(int(part[0]), int(part[-1]) + 1, part) for part in parts]
 
 
-def _picture(row: int, galaxy: Galaxy) -> Picture:
+def _picture(row: int, galaxy: Galaxy) -> ExploredImage:
     position = Position(*(_number(value) for value in (galaxy.ra, galaxy.dec, galaxy.extras.get("redshift"))))
     image = galaxy.image
     if not isinstance(image, EncodedImage):
-        return Picture(row, galaxy.id, image, position)
+        return ExploredImage(row, galaxy.id, image, position)
     try:
-        return Picture(row, galaxy.id, decode_file(image.data, galaxy.id), position)
+        return ExploredImage(row, galaxy.id, decode_file(image.data, galaxy.id), position)
     except UserError as error:
-        return Picture(row, galaxy.id, None, position, str(error))
+        return ExploredImage(row, galaxy.id, None, position, str(error))
 
 
 def _number(value: object) -> float:
-    """A number that may be missing, as a float; nan where it is, or is no number."""
+    """Return a number as a float; nan for anything else."""
     return float(value) if isinstance(value, int | float) else np.nan
 
 
-# From what the user names to a population: a manifest, a URL, an HDF5 file or a folder of pictures.
-
-
-def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> Population:
-    """Open a data set to look at.
+def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> ExploredDataset:
+    """Open a data set for exploration.
 
     Args:
-        location: manifest.json, its folder or its URL; an HDF5 file in Galaxy10's schema; a folder of pictures.
-        variant: ``original`` or ``balanced``; ``original`` where None. Shards have one variant: another one is refused.
-        cache: where the columns of shards in a store are kept.
-        classes: ``galaxy10``: a folder's classes are Galaxy10's.
+        location: manifest.json, its folder or its URL; an HDF5 file in Galaxy10's schema; a folder of images.
+        variant: ``original`` or ``balanced``; None: ``original``, or that of the shards. It must match the shards' variant.
+        cache: local cache for shards in a remote store.
+        classes: ``galaxy10`` if the classes of a folder are Galaxy10's.
 
     Raises:
-        UserError: nothing there, nothing that can be used, or no galaxies in it.
+        UserError: the location does not exist, cannot be used, or has no galaxies.
     """
     path = Path(location)
     if is_url(location) or path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file():

@@ -1,4 +1,7 @@
-"""A map of a sample: galaxies that look alike lie together. Features are simple and need no download, or are handed in."""
+"""Two-dimensional map of a sample, in which similar galaxies lie close together.
+
+The default features are principal components, which need no download.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,25 +13,25 @@ from PIL import Image
 from galaxydist.explore.datasets import chance_order
 from galaxydist.explore.scan import THUMBNAIL, ImageScan
 
-# t-SNE of these takes some ten seconds on a core.
+# t-SNE of this number takes about ten seconds on one core.
 MAX_GALAXIES = 2000
 _LEAST_GALAXIES = 10
 _COMPONENTS = 20
 _NEIGHBOURS = 10
-# Cells along each side of the map of pictures.
+# Cells along each side of the map of images.
 CELLS = 22
 
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """Where m galaxies lie.
+    """Coordinates of m galaxies on the map.
 
     Args:
-        places: (m,) places in the sample.
+        places: (m,) indices in the sample.
         xy_m2: in 0 ... 1, y upwards.
-        features: what they were placed by, in words.
-        agreement: share of the galaxies whose class is the commonest among their ten nearest others in the features.
-        by_chance: the share of the commonest class: what agreement would be if the features said nothing.
+        features: description of the features.
+        agreement: share of the galaxies whose class is the most common one among their ten nearest neighbours in feature space.
+        by_chance: share of the largest class: the agreement of uninformative features.
     """
 
     places: NDArray[np.int64]
@@ -38,16 +41,16 @@ class Map:
     by_chance: float
 
 
-# Thumbnails n x H x W x 3 uint8 -> (n, D) features, and what they are in words.
+# Thumbnails n x H x W x 3 uint8 -> (n, D) features, and a description of them.
 Features = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], str]]
 
 
 def map_sample(looked: ImageScan, seed: int, features: Features | None = None) -> Map | None:
-    """t-SNE (van der Maaten & Hinton 2008, JMLR 9, 2579) of at most ``MAX_GALAXIES``; None of fewer than ten.
+    """Map at most ``MAX_GALAXIES`` by t-SNE (van der Maaten & Hinton 2008, JMLR 9, 2579); None for fewer than ten.
 
     Args:
         seed: of the choice of galaxies and of t-SNE.
-        features: of thumbnails; their principal components where None.
+        features: of thumbnails; None: ``principal_components``.
     """
     if len(looked) < _LEAST_GALAXIES:
         return None
@@ -65,10 +68,10 @@ def map_sample(looked: ImageScan, seed: int, features: Features | None = None) -
 
 
 def principal_components(pictures_mHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], str]:
-    """The first principal components of the middles of the pictures, in colour, and words that say so.
+    """Return the first principal components of the central halves of the images, in colour, and a description of them.
 
-    The middle half and twenty components: on real galaxies these agree best with the classes (45 % of the galaxies; whole
-    pictures 40 %, whose edges hold other galaxies and stars).
+    On real galaxies, the central half and twenty components agree best with the classes (45 % of the galaxies). Whole images
+    reach 40 %, because their edges contain other galaxies and stars.
     """
     from sklearn.decomposition import PCA
 
@@ -97,11 +100,11 @@ def _agreement(features_mD: NDArray[np.float32], labels_m: NDArray[np.int64]) ->
 
 
 def picture_map(found: Map, looked: ImageScan, colours: dict[int, str], cell: int = 48) -> Image.Image:
-    """The map as pictures: in each cell the middle half of the galaxy nearest to it, framed in the colour of its class.
+    """Draw the map as a grid of images: each cell shows the galaxy nearest to its centre, framed in the colour of its class.
 
     Args:
         colours: label -> ``#rrggbb``.
-        cell: width of a picture in pixels.
+        cell: width of a cell in pixels.
     """
     sheet = Image.new("RGB", (CELLS * cell, CELLS * cell), "#101216")
     scaled_m2 = np.minimum(found.xy_m2 * CELLS, CELLS - 1e-6)
@@ -121,7 +124,7 @@ def picture_map(found: Map, looked: ImageScan, colours: dict[int, str], cell: in
 
 
 def sprite(found: Map, looked: ImageScan, cell: int = 48) -> tuple[Image.Image, int]:
-    """All pictures of the map side by side, in its order, and the number of columns."""
+    """Return one image with all thumbnails of the map, in its order, and its number of columns."""
     columns = int(np.ceil(np.sqrt(len(found.places))))
     sheet = Image.new("RGB", (columns * cell, -(-len(found.places) // columns) * cell))
     for number, place in enumerate(found.places.tolist()):

@@ -1,4 +1,4 @@
-"""The findings as one HTML page that needs nothing else."""
+"""Self-contained HTML page about a data set, and its files: numbers, gallery and counts."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from galaxydist.evaluation.plots import BLUE, GREEN, GREY, ORANGE, save_figure
 from galaxydist.evaluation.text_table import readable
 from galaxydist.explore.analysis import Findings, find_all, label_conflicts, pixel_statistics, split_leaks, summary, widths
 from galaxydist.explore.checks import KINDS
-from galaxydist.explore.datasets import UNLABELLED, Population, Positions
+from galaxydist.explore.datasets import UNLABELLED, ExploredDataset, Positions
 from galaxydist.explore.embedding import Features, picture_map, sprite
 from galaxydist.explore.scan import THUMBNAIL
 from galaxydist.pages.contact_sheet import write_gallery
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# The figures of the exploration page: narrow enough for a phone; black is the page's text colour, the ground is clear.
+# Figures: narrow enough for a phone; black becomes the page's text colour, the background is transparent.
 
-# Ten colours that are told apart with any kind of colour vision: Petroff (2021), arXiv:2107.02270, table 3.
+# Ten colours that are distinct with any kind of colour vision: Petroff (2021), arXiv:2107.02270, table 3.
 PETROFF = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
 _SPLIT_COLOURS = (BLUE, ORANGE, GREEN)
 _CHANNELS = (("red", "#cc3311"), ("green", "#228833"), ("blue", "#4477aa"))
 _WIDTH = 4.4
-# Positions further apart than this (degrees) are drawn on the whole sky.
+# Largest extent (degrees) of positions that are drawn on a partial map; larger ones are drawn on the whole sky.
 _WHOLE_SKY = 60
 _MOST_POINTS = 20_000
 
 
 def class_colours(labels: Sequence[int]) -> dict[int, str]:
-    """Label -> colour; after ten classes they begin again. The unlabelled are grey."""
+    """Return label -> colour; colours repeat after ten classes, and unlabelled galaxies are grey."""
     return {label: GREY if label == UNLABELLED else PETROFF[label % len(PETROFF)] for label in labels}
 
 
 def draw_counts(names: Sequence[str], counts: Mapping[str, Sequence[int]]) -> "Figure":
-    """Galaxies by class, stacked by split."""
+    """Draw the number of galaxies by class, stacked by split."""
     figure = _figure(0.24 * len(names) + 1.1)
     axes = figure.subplots()
     left = np.zeros(len(names))
@@ -61,13 +61,13 @@ def draw_counts(names: Sequence[str], counts: Mapping[str, Sequence[int]]) -> "F
 def draw_ridges(
     values: Mapping[str, NDArray[np.float64]], colours: Sequence[str], label: str, *, logarithmic: bool = False
 ) -> "Figure | None":
-    """The distribution of a number in each class: a filled histogram each, its median as a line. None without any value.
+    """Draw a filled histogram of a quantity for each class, with its median as a line; None without any value.
 
     Args:
         values: by class; nan is left out.
         colours: in the same order.
         label: of the axis, with the unit.
-        logarithmic: the axis; values of 0 and less are left out.
+        logarithmic: use a logarithmic axis; values of 0 and less are left out.
     """
     kept = {name: _usable(numbers, logarithmic) for name, numbers in values.items()}
     together = np.concatenate([*kept.values(), np.empty(0)])
@@ -100,7 +100,7 @@ def draw_ridges(
 
 
 def draw_histograms(histograms: Mapping[str, NDArray[np.int64]]) -> "Figure":
-    """Shares of pixels at each of 256 levels in red, green and blue, a panel a class, all on one logarithmic scale."""
+    """Draw the shares of pixels at each of 256 levels in red, green and blue: one panel per class, one logarithmic scale."""
     columns = 2
     rows = -(-len(histograms) // columns)
     figure = _figure(0.95 * rows + 0.6)
@@ -126,10 +126,10 @@ def draw_histograms(histograms: Mapping[str, NDArray[np.int64]]) -> "Figure":
 
 
 def draw_sky(positions: Positions) -> "tuple[Figure, int]":
-    """Where the galaxies lie, coloured by redshift where that is known: on the whole sky (Mollweide), or the part they fill.
+    """Draw a map of the sky positions, coloured by redshift where known: the whole sky (Mollweide), or the part they fill.
 
     Returns:
-        The figure and the number of galaxies drawn: no more than 20,000, evenly thinned.
+        The figure and the number of galaxies drawn: at most 20,000, evenly thinned.
     """
     places = np.flatnonzero(positions.known)
     places = places[:: -(-len(places) // _MOST_POINTS)]
@@ -138,7 +138,7 @@ def draw_sky(positions: Positions) -> "tuple[Figure, int]":
     figure = _figure(2.9)
     axes = figure.add_subplot(projection="mollweide" if whole else None)
     size = float(np.clip(4000 / max(len(places), 1), 1.0, 10))
-    # East is left, as it is seen from below; the middle of the map is RA 0.
+    # East is left, as seen from Earth; RA 0 is in the centre.
     x, y = (-np.radians((ra + 180) % 360 - 180), np.radians(dec)) if whole else (ra, dec)
     coloured = np.isfinite(redshift)
     style: dict[str, Any] = {"s": size, "linewidths": 0, "rasterized": True}
@@ -160,7 +160,7 @@ def draw_sky(positions: Positions) -> "tuple[Figure, int]":
 
 
 def styled(draw: "Callable[[], Any]") -> Any:
-    """Draw with the page's text sizes, whatever the user's matplotlibrc says."""
+    """Draw with the page's text sizes, independent of the user's matplotlibrc."""
     import matplotlib
 
     with matplotlib.rc_context({"font.size": 8.0, "axes.linewidth": 0.6, "font.family": "DejaVu Sans"}):
@@ -168,7 +168,7 @@ def styled(draw: "Callable[[], Any]") -> Any:
 
 
 def _bins(parts: Iterable[NDArray[np.float64]]) -> int:
-    """Of a histogram: more where classes have more galaxies (Rice's rule is 2 n^(1/3); smoothing allows twice that)."""
+    """Return the number of histogram bins for the largest class (Rice's rule is 2 n^(1/3); smoothing allows twice that)."""
     return int(np.clip(4 * max(map(len, parts)) ** (1 / 3), 12, 60))
 
 
@@ -178,7 +178,7 @@ def _usable(numbers: NDArray[np.float64], logarithmic: bool) -> NDArray[np.float
 
 
 def _power_ticks(axes: "Axes", low: float, high: float) -> None:
-    """Round numbers (1, 2, 5 of each power of ten) on an axis of logarithms."""
+    """Set ticks at round numbers (1, 2, 5 of each power of ten) on an axis of logarithms."""
     rounds = [(factor * 10.0**power) for power in range(int(np.floor(low)), int(np.ceil(high)) + 1) for factor in (1, 2, 5)]
     inside = [value for value in rounds if low <= np.log10(value) <= high]
     axes.set_xticks(np.log10(inside), [f"{value:,g}" for value in inside])
@@ -197,19 +197,18 @@ def _figure(height: float) -> "Figure":
     return Figure(figsize=(_WIDTH, height), layout="constrained")
 
 
-# Pairs and pictures that are shown; the rest is counted.
+# Largest numbers of pairs, odd images and names that are shown; the rest is only counted.
 PAIRS_SHOWN, ODD_SHOWN, NAMES_SHOWN = 8, 8, 20
-# Example pictures: so many pixels wide, and all together no more than so many bytes, or they are made smaller.
+# Example images: the first of these widths (pixels) at which all of them together stay below this number of bytes.
 _EXAMPLE_WIDTHS, _EXAMPLE_BYTES = (160, 128, 96, 64, 48), 5_000_000
 
 
 def render_page(findings: Findings, examples: Mapping[int, list[NDArray[np.uint8]]], provenance: Mapping[str, str]) -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        findings: to be shown.
-        examples: label -> pictures of that class, in the order of ``findings.members``.
-        provenance: ``command``, ``version``: what made the page.
+        examples: label -> images of that class, in the order of ``findings.members``.
+        provenance: ``command``, ``version`` and ``versions`` that made the page.
     """
     population, looked = findings.population, findings.looked
     shown = {label: readable(name) for label, name in population.groups.items()}
@@ -281,7 +280,7 @@ def _figures(findings: Findings, seen: Mapping[int, str], colours: Mapping[int, 
 
 
 def _svg(draw: Callable[[], Any], description: str) -> Any:
-    """A figure for the page; nothing where there is nothing to draw."""
+    """Return a figure as SVG; empty if there is nothing to draw."""
     figure = styled(draw)
     return "" if figure is None else styled(lambda: figure_svg(figure, description))
 
@@ -289,14 +288,14 @@ def _svg(draw: Callable[[], Any], description: str) -> Any:
 def _examples(findings: Findings, label: int, examples: Mapping[int, list[NDArray[np.uint8]]]) -> list[dict[str, str]]:
     pictures = examples.get(label, [])
     number = sum(map(len, examples.values()))
-    # A JPEG of a galaxy takes about 0.35 bytes a pixel here, and a third more as text.
+    # A JPEG of a galaxy takes about 0.35 bytes per pixel here, and a third more as base64.
     width = next((size for size in _EXAMPLE_WIDTHS if number * size**2 * 0.47 < _EXAMPLE_BYTES), _EXAMPLE_WIDTHS[-1])
     ids = [findings.looked.ids[place] for place in findings.members(label)[: len(pictures)].tolist()]
     return [{"id": name, "uri": picture_uri(picture, width=width)} for name, picture in zip(ids, pictures, strict=True)]
 
 
 def _medians(findings: Findings, seen: Mapping[int, str]) -> list[dict[str, Any]]:
-    """A line a class: median and quartiles of size and brightness."""
+    """Return a row per class: median and quartiles of size and brightness."""
     looked = findings.looked
     lines = []
     for label, name in seen.items():
@@ -381,7 +380,7 @@ def _duplicates(findings: Findings) -> dict[str, Any]:
 
 
 def _odd(findings: Findings) -> list[dict[str, Any]]:
-    """A line for each kind that was looked for, in the order of ``KINDS``."""
+    """Return an entry per kind of odd image, in the order of ``KINDS``."""
     looked, numbers = findings.looked, findings.oddities
     return [
         {
@@ -422,8 +421,6 @@ def _map(findings: Findings, shown: Mapping[int, str], colours: dict[int, str]) 
     }
 
 
-# What a data set looks like: one page with everything on it, and beside it the numbers, a gallery and the counts as files.
-
 PAGE = "explore.html"
 GALLERY = "gallery.jpg"
 GALLERY_BYTES = 600_000
@@ -431,7 +428,7 @@ SUMMARY = "survey.json"
 
 
 def explore(
-    population: Population,
+    population: ExploredDataset,
     *,
     page: Path,
     out_dir: Path | None,
@@ -441,17 +438,16 @@ def explore(
     seed: int = 0,
     features: Features | None = None,
 ) -> Findings:
-    """Look at a data set and write what was found.
+    """Analyse a data set and write the page and files.
 
     Args:
-        population: to look at.
-        page: the HTML page; its folder is made if need be, and what was there before is replaced.
-        out_dir: gets ``survey.json``, ``gallery.jpg`` and ``counts.png`` (also as PDF), unless it is None.
+        page: path of the HTML page; its folder is created if needed, and an existing file is replaced.
+        out_dir: folder for ``survey.json``, ``gallery.jpg`` and ``counts.png`` (also as PDF); None: these are not written.
         provenance: ``command`` and ``version``, for the page.
-        sample: galaxies whose pictures are read, at most.
-        per_class: galaxies of each class in the gallery.
-        seed: of the choice of galaxies.
-        features: of thumbnails, for the map.
+        sample: largest number of galaxies whose images are read.
+        per_class: number of galaxies of each class in the gallery.
+        seed: of the choice of galaxies and of the map.
+        features: of thumbnails, for the map; None: ``principal_components``.
     """
     for folder in {page.parent, *([] if out_dir is None else [out_dir])}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -465,7 +461,7 @@ def explore(
 
 
 def _read_examples(findings: Findings, per_class: int) -> dict[int, list[NDArray[np.uint8]]]:
-    """Label -> a few pictures of each class, of those that could be read."""
+    """Read a few images of each class; return label -> readable images."""
     population, looked = findings.population, findings.looked
     places = {label: findings.members(label)[:per_class] for label in population.groups}
     rows = looked.rows[np.sort(np.concatenate([*places.values()]))]

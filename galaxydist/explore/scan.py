@@ -1,5 +1,7 @@
-"""One look at each picture of a sample: everything that the page says about pictures is taken from here. Memory holds a few
-batches of pictures, and of each galaxy only numbers and a thumbnail."""
+"""Single pass over the images of a sample: statistics, hashes, thumbnails and odd images.
+
+Memory holds a few batches of images, and only numbers and a thumbnail of each galaxy.
+"""
 
 import hashlib
 from collections import defaultdict
@@ -14,35 +16,35 @@ from PIL import Image, ImageOps
 
 from galaxydist.cpus import available_cores
 from galaxydist.explore.checks import find_oddities, perceptual_hash
-from galaxydist.explore.datasets import Picture
+from galaxydist.explore.datasets import ExploredImage
 from galaxydist.surveys.photometry import measure_pictures
 
 THUMBNAIL = 64
-# Width of the mean images, in pixels (or the pictures' own, where that is less).
+# Width of the mean images in pixels; smaller images keep their own width.
 MEAN_WIDTH = 128
 _BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
 class ImageScan:
-    """What n readable pictures show, in the order of ``rows``.
+    """Measurements of n readable images, in the order of ``rows``.
 
     Args:
-        rows: (n,) of the population.
-        ids: their names.
+        rows: (n,) rows of the population.
+        ids: names of the galaxies.
         labels: (n,) class numbers.
         mean_nC, black_n, white_n: mean of each channel (full scale 1), shares of pixel values that are 0 and 255.
-        size_n, brightness_n, sky_n: see :mod:`galaxydist.surveys.photometry`; nan where the picture is too small for it.
-        colour_n: -2.5 log10 of blue over red light above the sky in the galaxy's middle; nan where there is none.
+        size_n, brightness_n, sky_n: see :mod:`galaxydist.surveys.photometry`; nan where the image is too small to measure.
+        colour_n: -2.5 log10 of blue over red light above the sky in the galaxy's centre; nan without such light.
         hash_nB: (n, 8) uint8 perceptual hashes.
-        digests: of the pixels: equal for identical pictures.
+        digests: hashes of the pixels, equal for identical images.
         thumbnails_nHWC: (n, 64, 64, 3) uint8.
-        widths_n: of the pictures, in pixels.
-        oddities: kind -> places (0 ... n-1).
+        widths_n: of the images, in pixels.
+        oddities: kind of odd image -> indices (0 ... n-1).
         histograms: label -> (3, 256) numbers of pixels.
         means: label -> H x W x 3 mean image, full scale 255.
         position_n3: ra, dec, redshift; nan where unknown.
-        problems: id -> why it could not be read.
+        problems: id -> the reason why the image could not be read.
     """
 
     rows: NDArray[np.int64]
@@ -71,7 +73,7 @@ class ImageScan:
 
 @dataclass(frozen=True, slots=True)
 class _ImageStats:
-    """What one picture shows."""
+    """Measurements of one image."""
 
     numbers: tuple[float, ...]  # mean R G B, black, white, size, brightness, sky, colour, width, ra, dec, redshift
     hash_B: NDArray[np.uint8]
@@ -84,7 +86,7 @@ class _ImageStats:
 
 @dataclass
 class _Sums:
-    """What is added up by class."""
+    """Sums over the images of each class."""
 
     histograms: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     pictures: dict[int, NDArray[np.float64]] = field(default_factory=dict)
@@ -96,17 +98,17 @@ class _Sums:
         self.counts[label] += 1
 
 
-def scan_images(pictures: Iterable[Picture], labels_N: NDArray[np.int64], number: int) -> ImageScan:
-    """Look at pictures, on all cores.
+def scan_images(pictures: Iterable[ExploredImage], labels_N: NDArray[np.int64], number: int) -> ImageScan:
+    """Measure images on all cores.
 
     Args:
-        pictures: read while this goes on.
+        pictures: read lazily.
         labels_N: of the population, by row.
-        number: of pictures, for the progress bar.
+        number: number of images, for the progress bar.
     """
     from tqdm import tqdm
 
-    seen: list[tuple[Picture, _ImageStats]] = []
+    seen: list[tuple[ExploredImage, _ImageStats]] = []
     problems: dict[str, str] = {}
     sums, width, cores = _Sums(), 0, available_cores()
     with ThreadPoolExecutor(cores) as pool, tqdm(total=number, desc="look at pictures", unit="img", disable=None) as bar:
@@ -119,13 +121,13 @@ def scan_images(pictures: Iterable[Picture], labels_N: NDArray[np.int64], number
             for batch, ones in zip(batches, pool.map(_look, batches, repeat(width)), strict=True):
                 for picture, one in zip(batch, ones, strict=True):
                     sums.add(int(labels_N[picture.row]), one)
-                    seen.append((Picture(picture.row, picture.id, None, picture.position), one))
+                    seen.append((ExploredImage(picture.row, picture.id, None, picture.position), one))
             bar.update(len(window))
     return _gather(sorted(seen, key=lambda pair: pair[0].row), labels_N, sums, problems)
 
 
 def _gather(
-    seen: list[tuple[Picture, _ImageStats]], labels_N: NDArray[np.int64], sums: _Sums, problems: dict[str, str]
+    seen: list[tuple[ExploredImage, _ImageStats]], labels_N: NDArray[np.int64], sums: _Sums, problems: dict[str, str]
 ) -> ImageScan:
     rows = np.array([picture.row for picture, _ in seen], np.int64)
     columns = np.array([one.numbers for _, one in seen], np.float64).reshape(len(seen), 13)
@@ -156,8 +158,8 @@ def _gather(
     )
 
 
-def _look(batch: list[Picture], mean_width: int) -> list[_ImageStats]:
-    """What pictures of one shape show."""
+def _look(batch: list[ExploredImage], mean_width: int) -> list[_ImageStats]:
+    """Measure images of equal shape."""
     images_BHWC = np.stack([picture.image for picture in batch if picture.image is not None])
     measured = measure_pictures(images_BHWC)
     columns = measured.size_px, measured.brightness, measured.sky
@@ -198,9 +200,9 @@ def _look(batch: list[Picture], mean_width: int) -> list[_ImageStats]:
 
 
 def _colour(image_HWC: NDArray[np.uint8], size: float, histogram_CL: NDArray[np.int64]) -> float:
-    """-2.5 log10 (blue / red light) within the half-light radius, over each channel's median; nan where one has no light there.
+    """Return -2.5 log10 (blue / red light) within the half-light radius, above each channel's median; nan if one has no light.
 
-    In pictures of the Legacy Surveys blue is the g band and red the z band: a colour like g - z, of stretched light.
+    In images of the Legacy Surveys blue is the g band and red the z band: the colour resembles g - z, but of stretched light.
     """
     if not np.isfinite(size):
         return np.nan
@@ -216,25 +218,25 @@ def _colour(image_HWC: NDArray[np.uint8], size: float, histogram_CL: NDArray[np.
 
 
 def _fit(image_HWC: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
-    """The central square at another width."""
+    """Return the central square, resized to another width."""
     if image_HWC.shape[:2] == (width, width):
         return image_HWC
     return np.asarray(ImageOps.fit(Image.fromarray(image_HWC), (width, width), Image.Resampling.BOX))
 
 
-def _same_shapes(pictures: list[Picture]) -> Iterator[list[Picture]]:
-    """The pictures, those of one shape together."""
-    by_shape: dict[tuple[int, ...], list[Picture]] = {}
+def _same_shapes(pictures: list[ExploredImage]) -> Iterator[list[ExploredImage]]:
+    """Yield the images grouped by shape."""
+    by_shape: dict[tuple[int, ...], list[ExploredImage]] = {}
     for picture in pictures:
         by_shape.setdefault(_shape(picture), []).append(picture)
     yield from by_shape.values()
 
 
-def _shape(picture: Picture) -> tuple[int, ...]:
+def _shape(picture: ExploredImage) -> tuple[int, ...]:
     assert picture.image is not None
     return picture.image.shape
 
 
-def _chunks(pictures: Iterator[Picture], length: int) -> Iterator[list[Picture]]:
+def _chunks(pictures: Iterator[ExploredImage], length: int) -> Iterator[list[ExploredImage]]:
     while chunk := list(islice(pictures, length)):
         yield chunk

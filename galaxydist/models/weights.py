@@ -5,16 +5,16 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from galaxydist.errors import UserError
 from galaxydist.models.registry import ARCHITECTURES, recipe_of, timm_name
 from galaxydist.recipe.schema import ModelConfig
+
+if TYPE_CHECKING:  # a submission looks for weights and needs no torch
+    from torch import Tensor, nn
 
 # What torch.compile and DistributedDataParallel put in front of a parameter's name.
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")
@@ -26,13 +26,15 @@ STATISTICS_KEY = "input_statistics"
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], statistics: Statistics | None = None) -> None:
+def write_weights(path: Path, tensors: Mapping[str, "Tensor"], statistics: Statistics | None = None) -> None:
     """Write a model's ``state_dict`` as safetensors, under the names of the bare model; whole or not at all.
 
     Args:
         statistics: channel mean and deviation (0..1, RGB) that the images were normalised with; whoever starts from this file
             gets them back from ``read_statistics``.
     """
+    from safetensors.torch import save_file
+
     bare = {_bare(name): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt"} | ({STATISTICS_KEY: json.dumps(statistics)} if statistics is not None else {})
     partial = path.with_name(f".{path.name}.partial")
@@ -43,7 +45,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], statistics: Statist
         partial.unlink(missing_ok=True)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, "Tensor"]:
     """The tensors of a safetensors file, without the prefixes that wrappers leave in their names. Nothing is unpickled.
 
     Raises:
@@ -63,8 +65,8 @@ def read_statistics(path: Path) -> Statistics | None:
 
 
 def load_weights(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
+    model: "nn.Module",
+    tensors: Mapping[str, "Tensor"],
     source: str,
     *,
     head_names: tuple[str, ...] = (),
@@ -97,6 +99,8 @@ def load_weights(
     _resample_positions(model, own, given, source, say)
     wanted = {name for name in own if not (head_differs and name.startswith(heads)) and not name.endswith("num_batches_tracked")}
     _refuse_misfits(own, given, wanted, source)
+    import torch
+
     with torch.no_grad():
         for name, tensor in given.items():
             own[name].copy_(tensor)
@@ -122,7 +126,7 @@ def _bare(name: str) -> str:
 
 
 def _resample_positions(
-    model: nn.Module, own: Mapping[str, Tensor], given: dict[str, Tensor], source: str, say: Callable[[str], None]
+    model: "nn.Module", own: Mapping[str, "Tensor"], given: dict[str, "Tensor"], source: str, say: Callable[[str], None]
 ) -> None:
     """Bring a ViT's position embedding (1 x tokens x D) to this model's grid of patches, in ``given``."""
     name = "pos_embed"
@@ -140,12 +144,14 @@ def _resample_positions(
     say(f"{source}: position embedding resampled from {side} x {side} to {grid[0]} x {grid[1]} patches")
 
 
-def _refuse_misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor], wanted: set[str], source: str) -> None:
+def _refuse_misfits(own: Mapping[str, "Tensor"], given: Mapping[str, "Tensor"], wanted: set[str], source: str) -> None:
     shapes = [
         f"{name} (file {tuple(given[name].shape)}, model {tuple(own[name].shape)})"
         for name in sorted(own.keys() & given.keys())
         if own[name].shape != given[name].shape
     ]
+    import torch
+
     not_finite = sorted(name for name, tensor in given.items() if not bool(torch.isfinite(tensor).all()))
     problems = [
         f"{what}: {_listed(names)}"

@@ -1,4 +1,7 @@
-"""What a run would cost: steps, samples and time, memory, shards and bytes, disk. Nothing is started and no GPU is needed."""
+"""Estimated cost of a run: steps, time, memory, shards read and disk space.
+
+Nothing is started and no GPU is needed.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +27,10 @@ from galaxydist.surveys.split import NONE
 from galaxydist.training.mixup import count_pair_parts
 from galaxydist.training.step import count_micro_batches
 
-# How many galaxies, shards and bytes a plan reckons with: of the shards on this machine, of flags, or of the shipped split.
+# Data set sizes come from the shards on this machine, from flags, or from the shipped official split.
 
-# A galaxy in a shard: 300 real Galaxy10 DECaLS cutouts of 256 x 256 pixels as JPEG of quality 95 took 27,700 bytes on average;
-# the tar adds three headers, its padding, the class and the metadata.
+# Bytes of a galaxy in a shard: 300 real Galaxy10 DECaLS cutouts of 256 x 256 pixels as JPEG of quality 95 took 27,700 bytes on
+# average; the tar file adds three headers, padding, the class and the metadata.
 BYTES_PER_GALAXY = 30_500
 STORED_SIZE = 256
 ESTIMATED = f"bytes estimated: {BYTES_PER_GALAXY / 1000:g} kB a galaxy ({STORED_SIZE} x {STORED_SIZE} JPEG of quality 95)"
@@ -35,16 +38,16 @@ ESTIMATED = f"bytes estimated: {BYTES_PER_GALAXY / 1000:g} kB a galaxy ({STORED_
 
 @dataclass(frozen=True)
 class DatasetSize:
-    """A data set as a plan sees it.
+    """Size of a data set.
 
     Args:
-        origin: where the numbers are from, in words.
-        shard_samples, shard_bytes: of the training split, int64, in storage order.
-        num_val: validation galaxies; None where nobody knows.
+        origin: source of the numbers, in words.
+        shard_samples, shard_bytes: of the training split's shards, int64, in storage order.
+        num_val: validation galaxies; None if unknown.
         num_classes: K.
-        stored_size: width of the stored pictures in pixels.
-        manifest: the shards, where they are on this machine.
-        is_remote: whether the recipe's shards lie at a URL.
+        stored_size: width of the stored images in pixels.
+        manifest: the shards' manifest, if they are on this machine.
+        is_remote: True if the recipe's shards lie at a URL.
     """
 
     origin: str
@@ -62,15 +65,15 @@ class DatasetSize:
 
 
 def find_data(config: DataConfig, root: Path, *, galaxies: int | None = None, shards: int | None = None) -> DatasetSize:
-    """The data set of a recipe. Only files of this machine are opened.
+    """Return the size of a recipe's data set; only local files are opened.
 
     Args:
-        config: which data set.
+        config: the data set.
         root: the data root.
-        galaxies, shards: instead of what is on this machine: training galaxies, and into how many shards they are divided.
+        galaxies, shards: numbers of training galaxies and shards, instead of those on this machine.
 
     Raises:
-        UserError: flags that contradict each other, damaged shards, or a data set of which nothing is known here.
+        UserError: contradicting flags, damaged shards, or an unknown size.
     """
     location = manifest_location(config, root)
     is_remote = is_url(location)
@@ -125,7 +128,7 @@ def _of_official(config: DataConfig) -> DatasetSize:
 
 
 def _divided(origin: str, num_train: int, shards: int | None, *, num_val: int | None, is_remote: bool = False) -> DatasetSize:
-    """Shards of nearly equal size, as the writer makes them."""
+    """Divide galaxies into shards of nearly equal size, as the writer does."""
     number = shards or -(-num_train // default_shard_size(num_train))
     samples = np.diff(np.arange(number + 1) * num_train // number).astype(np.int64)
     return DatasetSize(
@@ -139,18 +142,18 @@ def _divided(origin: str, num_train: int, shards: int | None, *, num_val: int | 
     )
 
 
-# Checkpoints that a run keeps: the newest two and the best; while it saves, one more.
+# Checkpoints that a run keeps: the newest two and the best. While it saves, there is one more.
 KEPT_CHECKPOINTS = 3
 
 
 @dataclass(frozen=True)
 class ClusterShape:
-    """The machines of a run.
+    """The nodes and GPUs of a run, with one process for each GPU.
 
     Args:
-        num_nodes, gpus_per_node: one process for each GPU.
-        images_per_s: of one GPU in training; None: not known.
-        gpu_memory: GB (10^9 bytes) of one GPU; None: not known.
+        num_nodes, gpus_per_node: nodes, and GPUs of each.
+        images_per_s: training speed of one GPU; None if unknown.
+        gpu_memory: memory of one GPU in GB (10^9 bytes); None if unknown.
     """
 
     num_nodes: int = 1
@@ -165,18 +168,18 @@ class ClusterShape:
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps, samples and time.
+    """Steps, samples and duration of a run.
 
     Args:
-        samples: of the training split.
-        per_epoch: optimizer steps; the incomplete last batch is dropped.
+        samples: galaxies of the training split.
+        per_epoch: optimizer steps of an epoch; the incomplete last batch is dropped.
         dropped: galaxies of that batch.
         total: steps of the run, without early stopping.
-        rank_batch_least, rank_batch_most: galaxies of one process in a step.
-        passes: forward passes of one process in a step.
-        validation_batches, validation_batches_most: of all processes, and of the one with most; None where the number of
-            galaxies is not known, 0 where there is no such split.
-        epoch_s, run_s: seconds in training steps (validation not counted); None where the speed is not known.
+        rank_batch_least, rank_batch_most: least and most galaxies of a rank in a step.
+        passes: micro-batches of a rank in a step.
+        validation_batches, validation_batches_most: of all ranks, and of the rank with most; None if the number of galaxies is
+            unknown, 0 if there is no validation split.
+        epoch_s, run_s: seconds of training steps, without validation; None if the speed is unknown.
     """
 
     samples: int
@@ -194,15 +197,15 @@ class Steps:
 
 @dataclass(frozen=True)
 class ShardTraffic:
-    """What the nodes read of the training split in an epoch (of the first one; others differ little).
+    """Training shards and bytes that the nodes read in the first epoch (others differ little).
 
     Args:
         num_shards, num_bytes: of the split.
-        shards_per_node_least, shards_per_node_most, bytes_per_node_most: that a node reads.
-        nodes_per_shard: how many nodes read a shard, on average.
-        shards_held_most: in use on one node at the same time.
-        cache_bytes: the least that a node's cache must hold if the shards lie at a URL, with what is read ahead.
-        bytes_per_s: of a node, at the given speed.
+        shards_per_node_least, shards_per_node_most, bytes_per_node_most: least and most that a node reads.
+        nodes_per_shard: nodes that read a shard, on average.
+        shards_held_most: most shards in use on a node at the same time.
+        cache_bytes: least cache of a node if the shards lie at a URL, prefetch included.
+        bytes_per_s: read rate of a node at the given training speed; None if that is unknown.
     """
 
     num_shards: int
@@ -217,16 +220,16 @@ class ShardTraffic:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run would cost.
+class RunPlan:
+    """The estimated cost of a run.
 
     Args:
-        recipe, model, strategy, precision: by name.
+        recipe, model, strategy, precision: names.
         batch_size, epochs: of the recipe.
-        data: where the numbers of galaxies and bytes are from.
-        num_trained, num_frozen: parameters.
-        checkpoint_bytes, checkpoints_bytes: of one, and of all that are kept.
-        warnings: what one may want otherwise.
+        data: source of the numbers of galaxies and bytes.
+        num_trained, num_frozen: numbers of parameters.
+        checkpoint_bytes, checkpoints_bytes: size of one checkpoint, and of all that are kept.
+        warnings: settings that may not be intended.
     """
 
     recipe: str
@@ -247,21 +250,21 @@ class Plan:
     warnings: tuple[str, ...]
 
 
-def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | None = None, shards: int | None = None) -> Plan:
-    """Work out what a run would cost.
+def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | None = None, shards: int | None = None) -> RunPlan:
+    """Estimate the cost of a run.
 
     Args:
         recipe: the run.
-        root: the data root, looked into for the recipe's shards.
-        job: the machines.
-        galaxies, shards: instead of the shards on this machine: training galaxies, and into how many shards they are divided.
+        root: the data root, searched for the recipe's shards.
+        job: nodes and GPUs.
+        galaxies, shards: numbers of training galaxies and shards, instead of those on this machine.
 
     Raises:
-        UserError: the run could not be; says what could.
+        UserError: the run is impossible; says what to change.
     """
     data = find_data(recipe.data, root, galaxies=galaxies, shards=shards)
     check_processes(recipe, data.num_train, job.num_nodes, job.gpus_per_node)
-    if data.manifest is not None:  # what the trainer itself would refuse
+    if data.manifest is not None:  # raises the trainer's errors
         open_manifest(data.manifest.location, find_cache(recipe.data, root), recipe, job.world_size)
     reading = plan_reading(recipe, data, job)
     if data.is_remote:
@@ -277,7 +280,7 @@ def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | N
             f"so few shards that a node has all {reading.num_shards} in use at the same time: smaller ones help where they come "
             "from a URL (galaxydist data shard --shard-size N)"
         )
-    return Plan(
+    return RunPlan(
         recipe=recipe.name,
         model=recipe.model.name if recipe.model.size == "small" else f"{recipe.model.name} ({recipe.model.size})",
         strategy=recipe.train.strategy,
@@ -298,22 +301,22 @@ def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | N
 
 
 def plan_steps(recipe: Recipe, num_train: int, num_val: int | None, job: ClusterShape, passes: int) -> Steps:
-    """Steps, samples and time.
+    """Compute steps, samples and duration of a run.
 
     Args:
         recipe: batch sizes and epochs.
-        num_train, num_val: galaxies of the splits; None: not known.
-        job: the machines.
-        passes: forward passes of one process in a step.
+        num_train, num_val: galaxies of the splits; None if unknown.
+        job: nodes and GPUs.
+        passes: micro-batches of a rank in a step.
 
     Raises:
-        UserError: a batch larger than the training split.
+        UserError: a batch is larger than the training split.
     """
     batch_size, world_size = recipe.train.batch_size, job.world_size
     per_epoch = steps_per_epoch(num_train, batch_size)
     most = -(-batch_size // world_size)
     batches = None if num_val is None else -(-num_val // recipe.eval.batch_size)
-    # All wait for the process with most galaxies.
+    # All ranks wait for the one with most galaxies.
     epoch_s = None if job.images_per_s is None else per_epoch * most / job.images_per_s
     return Steps(
         samples=num_train,
@@ -331,12 +334,12 @@ def plan_steps(recipe: Recipe, num_train: int, num_val: int | None, job: Cluster
 
 
 def plan_memory(recipe: Recipe, facts: ModelMemory, job: ClusterShape) -> tuple[int, Memory]:
-    """Forward passes in a step, and the memory of one GPU.
+    """Return the number of micro-batches in a step, and the memory of one GPU.
 
-    ``train.micro_batch=auto`` becomes the fewest passes that fit ``job.gpu_memory``, one pass where that is not given.
+    With ``train.micro_batch=auto`` it is the smallest number that fits into ``job.gpu_memory``, or one if that is not given.
 
     Raises:
-        UserError: no division of the batch fits.
+        UserError: no number of micro-batches fits.
     """
     batch_size, world_size, micro_batch = recipe.train.batch_size, job.world_size, recipe.train.micro_batch
     rank_batch = -(-batch_size // world_size)
@@ -347,11 +350,11 @@ def plan_memory(recipe: Recipe, facts: ModelMemory, job: ClusterShape) -> tuple[
     mixes = is_mixing(recipe.train)
     if isinstance(micro_batch, int):
         passes = (count_pair_parts if mixes else count_micro_batches)(batch_size, world_size, micro_batch)
-    elif job.gpu_memory is None or recipe.train.strategy == "fsdp":  # which takes its share at once
+    elif job.gpu_memory is None or recipe.train.strategy == "fsdp":  # FSDP with auto uses a single pass
         passes = 1
     else:
         budget = job.gpu_memory * 1e9
-        most = batch_size // world_size // (2 if mixes else 1)  # no pass of any process may be empty, or part a pair
+        most = batch_size // world_size // (2 if mixes else 1)  # no micro-batch may be empty, or split a mixup pair
         passes = next((passes for passes in range(1, most) if memory_of(passes).total <= budget), most)
     memory = memory_of(passes)
     if job.gpu_memory is not None:
@@ -360,7 +363,7 @@ def plan_memory(recipe: Recipe, facts: ModelMemory, job: ClusterShape) -> tuple[
 
 
 def plan_reading(recipe: Recipe, data: DatasetSize, job: ClusterShape) -> ShardTraffic:
-    """What each node reads of the training split in the first epoch."""
+    """Compute the training shards and bytes that the nodes read in the first epoch."""
     batch_size = recipe.train.batch_size
     sizes = data.shard_bytes
     if recipe.data.balance == "resample":
@@ -368,7 +371,7 @@ def plan_reading(recipe: Recipe, data: DatasetSize, job: ClusterShape) -> ShardT
     else:
         order = EpochOrder(data.shard_samples, seed=recipe.seed, epoch=0, num_streams=recipe.data.num_streams)
         uses = usage_of_nodes(order, batch_size, job.num_nodes, job.gpus_per_node)
-    # Nodes that read alike share an array: each is looked at once.
+    # Nodes that read the same shards share one array, which is processed once.
     different = {id(use): use for use in uses}
     read = {key: np.unique(use["shard"]) for key, use in different.items()}
     counts = [read[id(use)].size for use in uses]

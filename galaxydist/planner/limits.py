@@ -1,4 +1,4 @@
-"""What could not run, said before anything is started, with what would; and what runs, but not as one would like."""
+"""Limits of a run, checked before it starts: errors with a remedy, and warnings."""
 
 from collections.abc import Callable
 from math import gcd
@@ -11,28 +11,28 @@ from galaxydist.recipe.schema import Recipe
 if TYPE_CHECKING:  # torch
     from galaxydist.planner.memory import Memory, ModelMemory
 
-# Batch normalisation's error grows quickly below this many images (Wu & He 2018, arXiv:1803.08494, figure 1: 8 and fewer).
+# Batch normalisation's error grows quickly below this many images (Wu & He 2018, arXiv:1803.08494, figure 1).
 FEW_IMAGES = 8
 
 
 def plan_options(num_nodes: int, gpus_per_node: int) -> str:
-    """How ``galaxydist plan`` is asked for so many processes."""
+    """Return the flags of ``galaxydist plan`` for these processes."""
     return f"--nodes {num_nodes} --gpus-per-node {gpus_per_node}"
 
 
 def check_processes(
     recipe: Recipe, num_train: int, num_nodes: int, gpus_per_node: int, *, fewer: Callable[[int, int], str] = plan_options
 ) -> None:
-    """Refuse numbers of processes and batch sizes that cannot go together.
+    """Raise an error if processes, batch size and training split do not fit together.
 
     Args:
-        recipe: what was asked for.
+        recipe: the run.
         num_train: training galaxies.
-        num_nodes, gpus_per_node: the processes.
-        fewer: how the command that was given is asked for other numbers of nodes and processes a node.
+        num_nodes, gpus_per_node: one process for each GPU.
+        fewer: returns the options for other numbers of nodes and processes per node.
 
     Raises:
-        UserError: more processes than a batch holds, a batch larger than the training split, pairs of images on two processes.
+        UserError: more processes than images in a batch, a batch larger than the training split, a mixup pair on two processes.
     """
     batch_size, world_size = recipe.train.batch_size, num_nodes * gpus_per_node
     if batch_size > num_train:
@@ -56,14 +56,14 @@ def check_processes(
 
 
 def check_cache(num_bytes: int, cache_size: float) -> None:
-    """Refuse a cache that cannot hold what is read at the same time, as the reader would.
+    """Raise the data loader's error if a node's cache cannot hold the shards in use at a time.
 
     Args:
-        num_bytes: of these shards.
-        cache_size: GB of the cache of a node.
+        num_bytes: size of these shards.
+        cache_size: size of a node's cache in GB (10^9 bytes).
 
     Raises:
-        UserError: with the size that would do.
+        UserError: the cache is too small; names a sufficient size.
     """
     if num_bytes > cache_size * 1e9:
         raise UserError(
@@ -73,16 +73,16 @@ def check_cache(num_bytes: int, cache_size: float) -> None:
 
 
 def check_memory(recipe: Recipe, memory: "Memory", gpu_memory: float, world_size: int) -> None:
-    """Refuse what does not fit a GPU of so many GB.
+    """Raise an error if a training step does not fit a GPU.
 
     Args:
-        recipe: what was asked for.
-        memory: of the smallest pass that is possible, or that the recipe asks for.
-        gpu_memory: GB of one GPU.
-        world_size: processes.
+        recipe: the run.
+        memory: with the smallest possible micro-batch, or the recipe's.
+        gpu_memory: memory of one GPU in GB (10^9 bytes).
+        world_size: number of processes.
 
     Raises:
-        UserError: naming the largest part and what makes it smaller.
+        UserError: the step does not fit; names the largest part and how to reduce it.
     """
     if memory.total <= gpu_memory * 1e9:
         return
@@ -122,14 +122,14 @@ def check_memory(recipe: Recipe, memory: "Memory", gpu_memory: float, world_size
 def find_warnings(
     recipe: Recipe, facts: "ModelMemory", memory: "Memory", *, world_size: int, num_nodes: int, fetches: float
 ) -> list[str]:
-    """What runs, but perhaps not as it was meant.
+    """Return warnings about settings that work but may not be intended.
 
     Args:
-        recipe: what was asked for.
-        facts: of its model.
+        recipe: the run.
+        facts: memory of its model.
         memory: of one GPU.
-        world_size, num_nodes: the job.
-        fetches: how many nodes need each shard in an epoch, on average.
+        world_size, num_nodes: numbers of processes and nodes.
+        fetches: nodes that read a shard in an epoch, on average.
     """
     batch_size, streams = recipe.train.batch_size, recipe.data.num_streams
     found = []
@@ -156,7 +156,7 @@ def find_warnings(
 
 
 def _fewer(batch_size: int, num_nodes: int, gpus_per_node: int, say: Callable[[int, int], str]) -> str:
-    """The most processes that a batch allows, whole nodes where that is possible."""
+    """Return the options for the most processes that a batch allows, on whole nodes if possible."""
     nodes = min(num_nodes, batch_size // gpus_per_node)
     even = next((n for n in range(nodes, 0, -1) if batch_size % (n * gpus_per_node) == 0), nodes)
     if even:

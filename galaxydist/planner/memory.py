@@ -1,4 +1,8 @@
-"""The memory of one GPU in training, from the recipe alone: a sum of what is certain and a traced step."""
+"""Estimated memory of one GPU in training: weights, optimizer state and a traced training step.
+
+Forward and backward pass run under torch's ``FakeTensorMode``, on tensors with shapes but no data, as if on a CPU. Attention then
+uses the fused kernel, which keeps no matrix of tokens by tokens, and autocast keeps the same half-precision tensors as on a GPU.
+"""
 
 import weakref
 from collections import Counter
@@ -24,27 +28,20 @@ from galaxydist.models.performance import check_compilable, checkpoint_activatio
 from galaxydist.recipe.schema import OptimConfig, Recipe
 from galaxydist.training.optimizer import build_optimizer
 
-# The memory of a forward and a backward pass, moment by moment, found without any: on tensors that have shapes and no
-# content.
-#
-# The model runs under torch's ``FakeTensorMode`` as if it were on a CPU. There attention takes the fused kernel, which
-# keeps no
-# matrix of tokens by tokens, and autocast keeps the same tensors in half precision as it does on a GPU.
-
 Int64 = NDArray[np.int64]
 
-# Images of the two passes from which all others are worked out. Not 1: such tensors have layouts of their own.
+# Batch sizes of the two traced passes, from which others are extrapolated. Not 1, which has special layouts.
 FEW, MORE = 2, 4
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Bytes that are alive after each operation of a forward and a backward pass, beside weights and kept gradients.
+    """Bytes allocated after each operation of a forward and a backward pass, without weights and kept gradients.
 
     Args:
-        constant, per_image: int64, an entry an operation: ``constant + per_image * B`` bytes, gradients of weights not counted.
-        made: bytes of the gradients of weights made so far.
-        new: bytes of a gradient of a weight that is made by this operation.
+        constant, per_image: int64, one entry for each operation: ``constant + per_image * B`` bytes without gradients of weights.
+        made: bytes of the gradients of weights computed so far.
+        new: bytes of those computed by this operation.
     """
 
     constant: Int64
@@ -53,16 +50,16 @@ class Timeline:
     new: Int64
 
     def activations(self, num_images: int) -> int:
-        """The most at one moment that is neither weight nor gradient of a weight."""
+        """Return the peak bytes of all tensors except weights and their gradients."""
         return int(self._at(num_images).max())
 
     def peak(self, num_images: int, *, keeps_gradients: bool) -> int:
-        """The most at one moment, gradients included.
+        """Return the peak bytes, gradients of weights included.
 
         Args:
             num_images: in the pass.
-            keeps_gradients: gradients are there from the start (DDP's buckets, or those of an earlier micro-batch), and new ones
-                are added to them; else they come one by one while activations go.
+            keeps_gradients: gradients are allocated from the start (DDP's buckets, or those of an earlier micro-batch), and new
+                ones are added to them; else they are allocated one by one while activations are freed.
         """
         if keeps_gradients:
             return int((self._at(num_images) + self.new).max() + self.made[-1])
@@ -73,12 +70,12 @@ class Timeline:
 
 
 def trace_step(model: nn.Module, image_size: int, precision: str) -> Timeline:
-    """The timeline of a model's training step.
+    """Trace the memory of a model's training step.
 
     Args:
-        model: in training mode, on the device "meta"; of no use afterwards.
-        image_size: of its square RGB input, in pixels.
-        precision: ``bf16`` and ``fp16``: the forward pass under autocast; all others: as it is.
+        model: in training mode, on the device "meta"; cannot be used afterwards.
+        image_size: width of its square RGB input in pixels.
+        precision: ``bf16`` and ``fp16`` run the forward pass under autocast; all others run it unchanged.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
@@ -89,7 +86,7 @@ def trace_step(model: nn.Module, image_size: int, precision: str) -> Timeline:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages that are alive, after each operation; ``known`` ones are not counted."""
+    """Records the allocated bytes after each operation; the storages of ``known`` tensors are not counted."""
 
     def __init__(self, known: Sequence[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -101,7 +98,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._births[tensor.untyped_storage()] = -1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # asked for ten times as often as anything is done
+        if func is torch.ops.prim.device.default:  # called ten times as often as all other operations
             return args[0].device
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
@@ -118,7 +115,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             weakref.finalize(storage, self._drop, storage.nbytes())
 
     def note_gradients(self, model: nn.Module) -> None:
-        """After the backward pass: which of the storages are gradients of weights."""
+        """Find the gradients of weights; called after the backward pass."""
         for parameter in model.parameters():
             if parameter.grad is not None:
                 storage = parameter.grad.untyped_storage()
@@ -150,7 +147,7 @@ def _run(model: nn.Module, image_size: int, num_images: int, precision: str) -> 
     with recorder:
         with _autocast(precision):
             logits_BK = model(images_BCHW)
-        # As the trainer does: the loss in float32 at least, a sum.
+        # As in the trainer: a summed loss in float32, or float64 if the logits have that.
         logits_BK = logits_BK if logits_BK.dtype == torch.float64 else logits_BK.float()
         loss = functional.cross_entropy(logits_BK, labels_B, reduction="none").sum()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -163,25 +160,25 @@ def _autocast(precision: str) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", dtype=types[precision]) if precision in types else nullcontext()
 
 
-# What no tensor of ours shows: the CUDA context with its libraries (a constant), and workspaces of convolutions and memory that
-# torch's allocator holds in pieces too small to use (a share of what comes and goes). An allowance, not a measurement.
+# Allowance, not measured, for memory that the trace does not show: a constant for the CUDA context with its libraries, and a
+# share of the step's memory for workspaces of convolutions and fragmentation of torch's allocator.
 ALLOWED_BYTES = 1_000_000_000
 ALLOWED_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class ModelMemory:
-    """What a recipe's model and optimizer weigh, in bytes where nothing else is said.
+    """Memory of a recipe's model and optimizer, in bytes unless noted otherwise.
 
     Args:
-        num_trained, num_frozen: parameters.
+        num_trained, num_frozen: numbers of parameters.
         weights: parameters and buffers.
         gradients: of the trained parameters.
-        optimizer: its state.
+        optimizer: the optimizer's state.
         moving_average: a copy of the weights, or 0.
-        largest_block: weights of the largest block of the model: what FSDP gathers at a time.
-        picture: a decoded picture as it comes to the GPU.
-        has_batch_norm: whether a layer normalises over the images of a forward pass.
+        largest_block: weights of the model's largest block, which FSDP gathers at a time.
+        picture: one decoded image as it is copied to the GPU.
+        has_batch_norm: True if a layer uses batch statistics in training.
         timeline: of a forward and a backward pass.
     """
 
@@ -198,23 +195,23 @@ class ModelMemory:
 
     @property
     def checkpoint(self) -> int:
-        """A checkpoint: model, optimizer and moving average (the text beside them is small)."""
+        """The size of a checkpoint: model, optimizer and moving average (its text files are small)."""
         return self.weights + self.optimizer + self.moving_average
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU.
+    """Estimated bytes on one GPU.
 
     Args:
-        weights, gradients, optimizer, moving_average: that it holds, with FSDP its share of them.
-        gathered: FSDP: weights and gradients of the blocks in use.
-        pictures: decoded batches, the one in use and the next.
-        activations: the most at one moment that a forward and backward pass needs beside.
-        allowance: for what cannot be worked out.
-        total: at the worst moment, the allowance included. Less than the sum where gradients come while activations go.
-        micro_batch: images in that pass.
-        per_image: how much each image more in the pass adds to the total, the allowance for it included.
+        weights, gradients, optimizer, moving_average: held by this GPU; with FSDP its share.
+        gathered: weights and gradients of the blocks that FSDP has gathered.
+        pictures: decoded batches, the current and the next one.
+        activations: peak of all other tensors of a forward and backward pass.
+        allowance: for memory that cannot be computed.
+        total: peak, allowance included; less than the sum of the parts if activations are freed while gradients are allocated.
+        micro_batch: images in a forward pass.
+        per_image: increase of the total for each further image, allowance included.
     """
 
     weights: int
@@ -231,17 +228,17 @@ class Memory:
 
 
 def model_memory(recipe: Recipe, num_classes: int, stored_size: int) -> ModelMemory:
-    """Build the model without memory and weights, and trace a step of it.
+    """Return the memory of a recipe's model, built without data, and of a traced step.
 
     Args:
         recipe: model, optimizer, precision, image size.
         num_classes: K.
-        stored_size: width of the stored pictures in pixels.
+        stored_size: width of the stored images in pixels.
 
     Raises:
-        UserError: settings that the model cannot use.
+        UserError: the model does not support the settings.
     """
-    # On "meta" rather than among fakes: timm reads numbers out of tensors while it builds.
+    # On "meta", not in FakeTensorMode: timm reads values from tensors while it builds.
     with torch.device("meta"):
         model = _build(recipe, num_classes)
     if recipe.train.gradient_checkpointing:
@@ -268,21 +265,21 @@ def model_memory(recipe: Recipe, num_classes: int, stored_size: int) -> ModelMem
 
 
 def estimate(facts: ModelMemory, recipe: Recipe, *, world_size: int, rank_batch: int, num_parts: int) -> Memory:
-    """The memory of the GPU that has most to do.
+    """Estimate the memory of the GPU with the largest batch.
 
     Args:
-        facts: of the recipe's model.
-        recipe: the strategy.
-        world_size: processes.
-        rank_batch: the most pictures of one of them in a step.
-        num_parts: forward passes in a step.
+        facts: memory of the recipe's model.
+        recipe: its strategy is used.
+        world_size: number of processes.
+        rank_batch: largest number of images of a rank in a step.
+        num_parts: micro-batches in a step.
     """
     is_sharded = recipe.train.strategy == "fsdp" and world_size > 1
     holders = world_size if is_sharded else 1
     weights, gradients, optimizer, average = (
         -(-part // holders) for part in (facts.weights, facts.gradients, facts.optimizer, facts.moving_average)
     )
-    # The block in use and the next one, and the gradients of one before they are dealt out.
+    # Weights of the current and the next block, and the gradients of one block before reduce-scatter.
     gathered = 3 * facts.largest_block if is_sharded else 0
     pictures = 2 * rank_batch * facts.picture
     micro_batch = -(-rank_batch // num_parts)
@@ -309,19 +306,19 @@ def estimate(facts: ModelMemory, recipe: Recipe, *, world_size: int, rank_batch:
 
 
 def planned_precision(recipe: Recipe) -> str:
-    """What a plan takes ``train.precision=auto`` for: bf16, as on all GPUs of compute capability 8 and later."""
+    """Return the recipe's precision; ``auto`` is bf16, as on all GPUs of compute capability 8 and later."""
     return "bf16" if recipe.train.precision == "auto" else recipe.train.precision
 
 
 def _build(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's model without trained weights."""
+    """Build the recipe's model without loading pretrained weights."""
     config = recipe.model.model_copy(update={"pretrained": False, "weights": None})
     model = build_model(config, num_classes, recipe.data.image_size, say=lambda _: None)
     return model.double() if recipe.train.precision == "fp64" else model
 
 
 def _optimizer_bytes(model: nn.Module, config: OptimConfig) -> int:
-    """Bytes of the optimizer's state, found by one real step of it on one parameter of each shape."""
+    """Return the bytes of the optimizer's state, measured by one real step on one parameter of each shape."""
     groups = parameter_groups(model, config.weight_decay)
     counts = Counter((number, tuple(p.shape), p.dtype) for number, group in enumerate(groups) for p in group["params"])
     samples = {key: nn.Parameter(torch.zeros(key[1], dtype=key[2])) for key in counts}
@@ -348,7 +345,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The parts of a model that FSDP would gather one at a time: members of its outermost lists, and what stands beside them."""
+    """Return the blocks that FSDP gathers one at a time: items of the outermost lists, and other children."""
     blocks: list[nn.Module] = []
     for child in model.children():
         inner = list(child.children()) if isinstance(child, (nn.Sequential, nn.ModuleList)) else []

@@ -1,13 +1,13 @@
-"""A plan as a table for people."""
+"""The text table of a plan."""
 
-from galaxydist.planner.estimate import KEPT_CHECKPOINTS, Plan
+from galaxydist.planner.estimate import KEPT_CHECKPOINTS, RunPlan
 from galaxydist.planner.memory import ALLOWED_BYTES, ALLOWED_SHARE
 
 WIDTH = 28
 
 
-def render_plan(plan: Plan) -> str:
-    """The plan, a line a figure, warnings last."""
+def render_plan(plan: RunPlan) -> str:
+    """Return the plan as text: one line for each figure, then the warnings."""
     job, kept = plan.job, plan.checkpoints_bytes
     machines = f"{_count(job.num_nodes, 'node')} x {_count(job.gpus_per_node, 'GPU')}"
     processes = f"{machines} = {_count(job.world_size, 'process', 'es')}"
@@ -33,7 +33,7 @@ def render_plan(plan: Plan) -> str:
 
 
 def show_size(num_bytes: float) -> str:
-    """Three figures and the unit that suits it: kB, MB, GB or TB of 10^3 bytes and its powers."""
+    """Format a size with three digits in kB, MB, GB or TB (10^3 to 10^12 bytes)."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= 0.9995 * size:
             value = num_bytes / size
@@ -42,7 +42,7 @@ def show_size(num_bytes: float) -> str:
 
 
 def show_time(seconds: float) -> str:
-    """With the unit that suits it."""
+    """Format a duration in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     if seconds < 7200:
@@ -50,7 +50,7 @@ def show_time(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h"
 
 
-def _steps(plan: Plan) -> list[str]:
+def _steps(plan: RunPlan) -> list[str]:
     steps, job = plan.steps, plan.job
     least, most = steps.rank_batch_least, steps.rank_batch_most
     share = f"{least}" if least == most else f"{least} or {most}"
@@ -75,7 +75,7 @@ def _steps(plan: Plan) -> list[str]:
     return lines
 
 
-def _memory(plan: Plan) -> list[str]:
+def _memory(plan: RunPlan) -> list[str]:
     memory = plan.memory
     frozen = f", {plan.num_frozen:,} frozen" if plan.num_frozen else ""
     rows = [
@@ -99,7 +99,7 @@ def _memory(plan: Plan) -> list[str]:
     ]
 
 
-def _reading(plan: Plan) -> list[str]:
+def _reading(plan: RunPlan) -> list[str]:
     reading = plan.reading
     least, most = reading.shards_per_node_least, reading.shards_per_node_most
     span = f"{most:,}" if least == most else f"{least:,} to {most:,}"

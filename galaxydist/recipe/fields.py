@@ -9,8 +9,8 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from galaxydist.recipe.scalars import describe_type
 from galaxydist.recipe.schema import Recipe, Section
-from galaxydist.recipe.yaml12 import describe_type
 
 S = TypeVar("S", bound=Section)
 

@@ -10,8 +10,9 @@ from galaxydist.errors import EveryRankError
 from galaxydist.paths import shipped_dir
 from galaxydist.recipe.fields import RECIPE, CrossFieldRule, S, Schema
 from galaxydist.recipe.rules import CHECKS
+from galaxydist.recipe.scalars import from_plain, parse_text
 from galaxydist.recipe.schema import Recipe
-from galaxydist.recipe.yaml12 import from_plain, parse_text, read_document
+from galaxydist.recipe.yaml12 import read_document
 
 # Putting one configuration together key by key: what passed, where it came from, and all that is wrong, in one message.
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from galaxydist.galaxy import Variant
-from galaxydist.recipe.yaml12 import Location
+from galaxydist.recipe.scalars import Location
 
 ModelName = Literal[
     "custom_cnn",

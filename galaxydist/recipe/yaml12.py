@@ -1,11 +1,9 @@
 """Reading a YAML file of settings: plain values, the line that each stands on, and what is wrong with the file itself."""
 
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from yaml.composer import Composer
@@ -14,152 +12,7 @@ from yaml.reader import Reader
 from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
-# What a scalar means: YAML 1.2's core schema, and text from the command line read by a field's type.
-
-# A path, or a URL, which a Path would not keep as it is.
-Location = NewType("Location", str)
-
-# YAML 1.2.2, section 10.3.2 (core schema, tag resolution).
-NULL = re.compile(r"(?:null|Null|NULL|~)")
-BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)")
-INT = re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)")
-FLOAT = re.compile(r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?(?:\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN)")
-
-MAX_DIGITS = 400  # of a whole number; Python itself refuses to read more than a few thousand
-
-
-def read_int(text: str) -> int:
-    """The whole number that core-schema text stands for (``012`` is 12, ``0o14`` is 12, ``0xC`` is 12)."""
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(text)} digits is too long")
-    if text.startswith("0o"):
-        return int(text[2:], 8)
-    if text.startswith("0x"):
-        return int(text[2:], 16)
-    return int(text)
-
-
-def read_float(text: str) -> float:
-    """The number that core-schema text stands for; may be inf or nan, which the schema refuses later."""
-    lowered = text.lower()
-    if lowered.endswith((".inf", ".nan")):
-        return float(lowered.replace(".", ""))
-    return float(text)
-
-
-def read_path(text: str) -> Path:
-    """A path on this machine.
-
-    Raises:
-        ValueError: it is a URL.
-    """
-    if "://" in text:
-        raise ValueError("must be a path on this machine, and is a URL")
-    return Path(text).expanduser()
-
-
-def read_location(text: str) -> Location:
-    """A path in its plain form; a URL stays as it is."""
-    return Location(text if "://" in text else str(Path(text).expanduser()))
-
-
-_READERS: dict[Any, tuple[re.Pattern[str], Callable[[str], Any]]] = {
-    bool: (BOOL, lambda text: text.lower() == "true"),
-    int: (INT, read_int),
-    float: (FLOAT, read_float),
-    str: (re.compile(r".*", re.DOTALL), str),
-    Path: (re.compile(r".+", re.DOTALL), read_path),
-    Location: (re.compile(r".+", re.DOTALL), read_location),
-}
-
-
-def describe_type(annotation: Any) -> str:
-    """The type of a field in words, for errors and listings."""
-    members = _union_members(annotation)
-    if len(members) > 1:
-        return " or ".join("null" if member is NoneType else describe_type(member) for member in members)
-    origin = get_origin(annotation)
-    if origin is Literal:
-        choices = [str(choice) for choice in get_args(annotation)]
-        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
-    if origin is tuple:
-        (member, *_) = get_args(annotation)
-        return f"a list of {', '.join(map(str, get_args(member)))}" if get_origin(member) is Literal else "a list like a,b"
-    names: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    names |= {Path: "a path", Location: "a path or a URL"}
-    return names.get(annotation, str(annotation))
-
-
-def parse_text(text: str, annotation: Any) -> Any:
-    """The value of a field of type ``annotation`` that was written as plain text on the command line.
-
-    Raises:
-        ValueError: the text is no value of that type; says which type it has to be.
-    """
-    members = _union_members(annotation)
-    if NoneType in members and NULL.fullmatch(text):
-        return None
-    values = (_parse_plain(text, member) for member in members if member is not NoneType)
-    value = next((value for value in values if value is not None), None)
-    if value is None:
-        raise ValueError(f"must be {describe_type(annotation)}")
-    return value
-
-
-def to_text(value: Any) -> str:
-    """A plain value as one would type it after ``key=``; ``parse_text`` reads it back (text with commas in a list aside)."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(to_text, value))}]"
-    return str(value)
-
-
-def from_plain(value: Any, annotation: Any) -> Any:
-    """A value read from YAML or JSON as the schema has it: text becomes a path, a list becomes a tuple, all else stays."""
-    (plain, *_) = [member for member in _union_members(annotation) if member is not NoneType]
-    if plain is Path and isinstance(value, str) and value:
-        return read_path(value)
-    if plain is Location and isinstance(value, str) and value:
-        return read_location(value)
-    if get_origin(plain) is tuple and isinstance(value, list):
-        return tuple(value)
-    return value
-
-
-def _union_members(annotation: Any) -> tuple[Any, ...]:
-    if get_origin(annotation) in (Union, UnionType):
-        return tuple(_bare(member) for member in get_args(annotation))
-    return (annotation,)
-
-
-def _bare(annotation: Any) -> Any:
-    """Without the ranges that ``Annotated`` carries, which the schema checks."""
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-
-
-def _parse_plain(text: str, annotation: Any) -> Any:
-    """The value, or None where the text is no such value."""
-    origin = get_origin(annotation)
-    if origin is Literal:
-        return {str(choice): choice for choice in get_args(annotation)}.get(text)
-    if origin is tuple:
-        return _parse_list(text, _bare(get_args(annotation)[0]))
-    pattern, read = _READERS[annotation]
-    return read(text) if pattern.fullmatch(text) else None
-
-
-def _parse_list(text: str, member: Any) -> tuple[Any, ...] | None:
-    """``[a,b]``, ``a,b`` and ``a`` are lists; one bracket alone is a mistake."""
-    if text.startswith("[") != text.endswith("]"):
-        return None
-    inside = (text[1:-1] if text.startswith("[") else text).strip()
-    if not inside:
-        return ()
-    return tuple(parse_text(part.strip().strip("\"'"), member) for part in inside.split(","))
-
+from galaxydist.recipe.scalars import BOOL, FLOAT, INT, NULL, read_float, read_int
 
 _TAG = "tag:yaml.org,2002:"
 

@@ -1,8 +1,8 @@
-"""The six observations of the published work, each put to the test on our results.
+"""Tests of the six published claims on our results, and their verdicts.
 
-Every observation is a claim about many comparisons that all have to hold. What each means exactly is said in its function;
-``verdicts.py`` has the rule by which tests become a verdict. Accuracies are compared on the same galaxies where predictions were
-kept (``comparisons.py``), classes by draws of their recalls (``recalls.py``).
+Each claim is a set of comparisons that must all hold; its function defines them. Accuracies are compared on the same galaxies
+where predictions were kept (``statistics.py``). The recalls of the classes have no closed form and are compared by random draws
+(``draw_recalls``).
 """
 
 import math
@@ -44,26 +44,26 @@ from galaxydist.report.statistics import (
 )
 from galaxydist.surveys.official_split import NAME as REAL_DATASET
 
-# From tests to a verdict: supported, contradicted or undecided, in words that never say more than the tests.
+# Verdicts.
 
 PUBLISHED_ALONE = "published"
-NUM_NAMED = 3  # missing results that a reason names
+NUM_NAMED = 3  # missing results listed in a reason
 Verdict = Literal["supported", "contradicted", "undecided"]
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimTest:
-    """One testable part of an observation.
+    """One test of a claim.
 
     Args:
-        claim: what it says.
-        value: the number that it is about.
+        claim: the tested statement.
+        value: the measured number.
         error: its standard error; None where it has none.
-        unit: of both: ``points`` (of accuracy, per cent) or empty.
-        p_for: small where the data speak for the claim.
-        p_against: small where they speak against it.
-        test: how it was tested.
-        notes: what the test could not take into account.
+        unit: of value and error: ``points`` (of accuracy, per cent) or empty.
+        p_for: p value of the evidence for the claim; small: significant.
+        p_against: p value of the evidence against the claim; small: significant.
+        test: name of the statistical test.
+        notes: limitations of the test.
     """
 
     claim: str
@@ -83,17 +83,15 @@ class ClaimTest:
 
 @dataclass(frozen=True)
 class ClaimAnswer:
-    """An observation of the published work, put to the test.
+    """Verdict on one published claim, with its tests.
 
     Args:
         number: 1 to 6.
-        statement: the observation.
-        source: whose results these are: the data set's name, or ``published``.
-        verdict: what the tests say.
-        reason: why, in a sentence or two that name the data set.
-        checks: the tests.
-        p_for, p_against: of each check, adjusted for their number (Holm).
-        missing: the results that were not there, each once.
+        statement: the claim.
+        source: name of the data set, or ``published``.
+        reason: one or two sentences that name the data set.
+        p_for, p_against: of each test, adjusted for multiple testing (Holm).
+        missing: results that were needed and are missing, without repeats.
     """
 
     number: int
@@ -108,21 +106,21 @@ class ClaimAnswer:
 
 
 def check_above(claim: str, found: Difference) -> ClaimTest:
-    """A check that a difference of accuracies lies above 0: two-sided p values, counted on the side where it fell."""
+    """Test that a difference is above 0: its two-sided p value counts for or against the claim by its sign; the other is 1."""
     p_for = found.p_value if found.value > 0 else 1.0
     p_against = found.p_value if found.value < 0 else 1.0
     return _of_accuracy(claim, found, p_for, p_against, found.test)
 
 
 def check_within(claim: str, found: Difference, margin: float) -> ClaimTest:
-    """A check that a difference lies within a margin of 0: two one-sided tests (Schuirmann 1987, J. Pharmacokinet. 15, 657)."""
+    """Test that a difference lies within a margin of 0: two one-sided tests (Schuirmann 1987, J. Pharmacokinet. 15, 657)."""
     p_for = max(found.p_above(-margin), found.p_below(margin))
     p_against = min(1.0, 2 * min(found.p_above(margin), found.p_below(-margin)))
     return _of_accuracy(claim, found, p_for, p_against, f"two one-sided t tests within {100 * margin:g} points")
 
 
 def check_no_gain(claim: str, found: Difference, margin: float) -> ClaimTest:
-    """A check that a difference is no gain: for it, that a gain of the margin is excluded; against it, a significant gain."""
+    """Test that there is no gain: supported if a gain of ``margin`` is excluded, contradicted if the gain is significant."""
     p_against = found.p_value if found.value > 0 else 1.0
     test = f"one-sided t test against a gain of {100 * margin:g} points; against the claim: {found.test}"
     return _of_accuracy(claim, found, found.p_below(margin), p_against, test)
@@ -138,18 +136,16 @@ def decide(
     missing: Sequence[str] = (),
     alpha: float = ALPHA,
 ) -> ClaimAnswer:
-    """The verdict on an observation all of whose checks have to hold.
+    """Return the verdict on a claim that holds only if all its tests hold.
 
-    Contradicted where any check is refuted, supported where every check is there and confirmed, else undecided; p values are
-    adjusted for the number of checks (Holm), for and against separately.
+    The claim is contradicted if any test is refuted, supported if every planned test was made and confirmed, else undecided.
+    The p values for and against are adjusted separately for multiple testing (Holm).
 
     Args:
-        number: 1 to 6.
-        statement: the observation.
-        source: the data set's name, or ``published``.
-        checks: those that could be made.
-        num_planned: how many there are with all results.
-        missing: what was not there for the others.
+        source: name of the data set, or ``published``.
+        checks: the tests that could be made.
+        num_planned: number of tests if no result is missing.
+        missing: results that the other tests need.
         alpha: level of significance.
     """
     p_for, p_against = holm([check.p_for for check in checks]), holm([check.p_against for check in checks])
@@ -175,7 +171,7 @@ def decide(
 
 
 def where_of(source: str) -> str:
-    """What a verdict is about; one about other galaxies says that these are not the real Galaxy10."""
+    """Return the opening words of a verdict: they name the data set and mark all but the real Galaxy10 as not real."""
     if source == PUBLISHED_ALONE:
         return "By the published numbers alone"
     return "On the real Galaxy10 DECaLS" if source == REAL_DATASET else f"On {source}, which is not the real Galaxy10 DECaLS,"
@@ -189,26 +185,17 @@ def _of_accuracy(claim: str, found: Difference, p_for: float, p_against: float, 
     return ClaimTest(claim, 100 * found.value, 100 * found.standard_error, "points", p_for, p_against, test, found.notes)
 
 
-# How sure the recalls of the classes are, and what derives from them: which class is worst, how even the classes are.
+# Uncertainty of the recalls: the worst class and the spread of the recalls have no closed form, so they are tested by draws.
 #
-# Neither has a closed form, so they are judged by draws. A draw takes as many seeds as there are, with replacement,
-# averages their
-# recalls, widens the distance to the mean of all seeds by sqrt(n / (n - 1)) (so that few seeds give their full variance:
-# Rao & Wu
-# 1988, JASA 83, 231), and then draws each class's recall p from Beta(p M + 1/2, (1 - p) M + 1/2) (Jeffreys' prior: Brown,
-# Cai &
-# DasGupta 2001, Stat. Sci. 16, 101; a plain bootstrap of a class without a mistake would never show one). The galaxies are
-# those of
-# one test set, so their error is drawn once, whatever the number of seeds.
+# A draw resamples the n seeds with replacement, averages their recalls, and widens the distance to the mean of all seeds by
+# sqrt(n / (n - 1)), so that few seeds give their full variance (Rao & Wu 1988, JASA 83, 231). It then draws each class's recall p
+# from Beta(p M + 1/2, (1 - p) M + 1/2) (Jeffreys' prior: Brown, Cai & DasGupta 2001, Stat. Sci. 16, 101; a plain bootstrap of a
+# class without a mistake would never draw one). All seeds share one test set, so the galaxies' error is drawn once for all seeds.
 #
-# M is the number of galaxies in the class. Where the outcomes of several seeds are known, it is the number that gives the
-# variance
-# over the galaxies of their shares of correct seeds, and the seeds' deviations are lessened by what of them is no property
-# of a
-# seed (the rest of ``sampling.py``), which that variance holds already. Two models on the same galaxies are drawn together,
-# linked
-# by a normal copula (Nelsen 2006, "An Introduction to Copulas", section 2.3) with the correlation of those shares in each
-# class.
+# M is the number of galaxies in the class. Where the outcomes of several seeds are known, M is instead chosen to match the
+# variance over galaxies of the share of correct seeds. This variance already contains the residual variance of ``statistics.py``,
+# so the seeds' deviations are scaled down by it. Two models on the same galaxies are drawn jointly by a normal copula (Nelsen
+# 2006, "An Introduction to Copulas", section 2.3) with the correlation of these shares in each class.
 
 NUM_DRAWS = 4000
 Floats = NDArray[np.float64]
@@ -222,14 +209,14 @@ def draw_recalls(
     outcomes: CellOutcomes | None = None,
     places_DK: Floats | None = None,
 ) -> Floats:
-    """Recalls of the classes as they might have come out, D draws x K; nan for a class without galaxies.
+    """Draw the recalls of the classes from their sampling distribution, D draws x K; nan for a class without galaxies.
 
     Args:
         confusions_SKK: S seeds x K x K counts on one test set; row: true class.
-        stream: draws of different streams are independent; those of one are equal.
+        stream: RNG stream; different streams are independent, equal streams give equal draws.
         num_draws: D.
         outcomes: of the single galaxies, where they are known.
-        places_DK: where in its distribution each draw of the galaxies falls, 0 to 1, instead of the stream's own.
+        places_DK: quantile of each draw over the galaxies, 0 to 1; None: drawn from the stream.
     """
     from scipy.special import betaincinv
 
@@ -251,7 +238,7 @@ def draw_recalls(
 
 
 def linked_places(correlation_K: ArrayLike, *, stream: int, num_draws: int = NUM_DRAWS) -> tuple[Floats, Floats]:
-    """Places for the draws of two models on the same galaxies, D x K each, with this correlation of their normal scores."""
+    """Return quantiles for joint draws of two models on the same galaxies, D x K each, by a normal copula."""
     from scipy.special import ndtr, ndtri
 
     shared_K = np.asarray(correlation_K, np.float64)
@@ -262,7 +249,7 @@ def linked_places(correlation_K: ArrayLike, *, stream: int, num_draws: int = NUM
 
 
 def outcome_correlation(first: CellOutcomes, second: CellOutcomes, num_classes: int) -> Floats:
-    """Correlation of two models' shares of correct seeds over the galaxies of each class, K; 0 where it is not defined."""
+    """Return the correlation of two models' shares of correct seeds over the galaxies of each class, K; 0 where undefined."""
     found_K = np.zeros(num_classes)
     for label in range(num_classes):
         shares = [one.correct_SN[:, one.labels_N == label].mean(axis=0) for one in (first, second)]
@@ -272,7 +259,7 @@ def outcome_correlation(first: CellOutcomes, second: CellOutcomes, num_classes: 
 
 
 def _parts(support_K: NDArray[np.int64], num_seeds: int, outcomes: CellOutcomes | None) -> tuple[Floats, Floats]:
-    """M of the module's text, from N to n N, and the factor of the seeds' deviations, 0 to 1."""
+    """Return M (see the comment above; N to n N) and the scale of the seeds' deviations (0 to 1), K each."""
     galaxies_K, lessened_K = support_K.astype(np.float64), np.ones(len(support_K))
     if outcomes is None or num_seeds == 1:
         return galaxies_K, lessened_K
@@ -289,15 +276,15 @@ def _parts(support_K: NDArray[np.int64], num_seeds: int, outcomes: CellOutcomes 
 
 
 def probability_worst(recalls_DK: Floats, label: int) -> float:
-    """Share of the draws in which a class has the smallest recall; 0 for a class without galaxies."""
+    """Return the share of draws in which a class has the smallest recall; 0 for a class without galaxies."""
     filled_DK = np.where(np.isnan(recalls_DK), np.inf, recalls_DK)
     return float((filled_DK.argmin(axis=1) == label).mean()) if not np.isnan(recalls_DK[0, label]) else 0.0
 
 
 def p_not_worst(recalls_DK: Floats, label: int) -> float:
-    """p value of "no class has a smaller recall": small where one has significantly, whichever (Bonferroni over the others).
+    """Return the p value of "no class has a smaller recall", with a Bonferroni correction for the number of other classes.
 
-    The probability of being the worst will not do: among ten equal classes it is often below 5 % for any given one.
+    The probability of being the worst is no substitute: among ten equal classes it is often below 5 % for a given class.
     """
     others = [other for other in range(recalls_DK.shape[1]) if other != label and not np.isnan(recalls_DK[0, other])]
     if np.isnan(recalls_DK[0, label]) or not others:
@@ -306,17 +293,17 @@ def p_not_worst(recalls_DK: Floats, label: int) -> float:
 
 
 def spread(recalls_DK: Floats) -> Floats:
-    """How uneven the classes are, by draw: the standard deviation of the recalls over the classes that have galaxies."""
+    """Return the standard deviation of the recalls over the classes that have galaxies, by draw."""
     spread_D: Floats = np.nanstd(recalls_DK, axis=1)
     return spread_D
 
 
 def p_value(is_against_D: NDArray[np.bool_]) -> float:
-    """One-sided p value of draws, of which these speak against the claim; never 0 (Davison & Hinkley 1997, eq. 4.11)."""
+    """Return the one-sided p value from a mask of the draws against a claim; never 0 (Davison & Hinkley 1997, eq. 4.11)."""
     return (int(is_against_D.sum()) + 1) / (len(is_against_D) + 1)
 
 
-# Accuracies this close count as close: a good twice the published distance of custom CNN and ViT on original data, 1.24 points.
+# Largest difference of accuracies that counts as close: over twice the published 1.24 points of custom CNN and ViT on original.
 MARGIN = 0.03
 WEAKEST_CLASS = "disturbed"
 VIT: DisplayName = "ViT"
@@ -325,12 +312,12 @@ CNN: DisplayName = "Custom CNN"
 
 @dataclass(frozen=True)
 class ModelEvidence:
-    """What is known of a model in a setting.
+    """Results of a model in a train/test setting.
 
     Args:
         accuracy: over seeds and galaxies.
         outcomes: of the single galaxies, where predictions were kept.
-        confusions: one a seed; empty where they are not known.
+        confusions: one per seed; empty where they are not known.
     """
 
     accuracy: Estimate
@@ -340,12 +327,12 @@ class ModelEvidence:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Results of one data set, a line a model.
+    """Results of the published models on one data set.
 
     Args:
-        source: the data set's name, or ``published``.
+        source: name of the data set, or ``published``.
         class_names: by label.
-        evidence: by model and setting; what was not run is not there.
+        evidence: by model and setting; settings without runs are absent.
     """
 
     source: str
@@ -354,7 +341,7 @@ class Evidence:
 
 
 class _Checks:
-    """Collects the checks of an observation, and what was missing for others."""
+    """Collects the tests of a claim and the results that others lack."""
 
     def __init__(self, case: Evidence) -> None:
         self.case = case
@@ -365,14 +352,14 @@ class _Checks:
     def add(
         self, claim: str, weights: Mapping[tuple[DisplayName, TrainTest], float], make: Callable[[str, Difference], ClaimTest]
     ) -> None:
-        """A check of a weighted sum of accuracies on one test set."""
+        """Add a test of a weighted sum of accuracies on one test set."""
         if self.plan(list(weights)):
             found = [(weight, key, self.case.evidence[key]) for key, weight in weights.items()]
             terms = [Term(weight, known.accuracy, known.outcomes, key[0]) for weight, key, known in found]
             self.checks.append(make(claim, contrast(terms)))
 
     def plan(self, keys: Sequence[tuple[DisplayName, TrainTest]], *, confusions: bool = False) -> bool:
-        """One more check; whether all that it needs is there. What is not is noted."""
+        """Count one more planned test, record its missing results, and return True if there are none."""
         self.num_planned += 1
         lacks = []
         for model, setting in keys:
@@ -389,7 +376,7 @@ class _Checks:
 
 
 def vit_is_best(case: Evidence) -> ClaimAnswer:
-    """ViT's accuracy lies above each other model's in each of the three published settings."""
+    """Test claim 1: ViT has a higher accuracy than each other model in each of the three published settings."""
     checks = _Checks(case)
     for setting in PUBLISHED_SETTINGS:
         for model in CNNS:
@@ -398,7 +385,10 @@ def vit_is_best(case: Evidence) -> ClaimAnswer:
 
 
 def cnn_is_close_but_drops(case: Evidence) -> ClaimAnswer:
-    """On original data the two lie within ``MARGIN``; on the original test set the CNN is worse when trained on balanced data."""
+    """Test claim 2: the custom CNN is within ``MARGIN`` of ViT on original data.
+
+    On the original test set, it is less accurate when trained on balanced data.
+    """
     checks = _Checks(case)
     checks.add(
         f"ViT less Custom CNN within {100 * MARGIN:g} points, {ON_ORIGINAL}",
@@ -414,7 +404,7 @@ def cnn_is_close_but_drops(case: Evidence) -> ClaimAnswer:
 
 
 def vggs_beat_resnets(case: Evidence) -> ClaimAnswer:
-    """Each VGG's accuracy lies above each ResNet's in each of the three published settings."""
+    """Test claim 3: each VGG has a higher accuracy than each ResNet in each of the three published settings."""
     checks = _Checks(case)
     for setting in PUBLISHED_SETTINGS:
         for vgg in VGGS:
@@ -424,7 +414,10 @@ def vggs_beat_resnets(case: Evidence) -> ClaimAnswer:
 
 
 def depth_does_not_help(case: Evidence) -> ClaimAnswer:
-    """No deeper ResNet gains on a shallower one: supported only where gains of ``MARGIN`` are excluded, not for want of data."""
+    """Test claim 4: no deeper ResNet is more accurate than a shallower one.
+
+    It is supported only if gains of ``MARGIN`` are excluded; a lack of data is no support.
+    """
     checks = _Checks(case)
     for setting in PUBLISHED_SETTINGS:
         for shallow, deep in combinations(RESNETS, 2):
@@ -437,9 +430,10 @@ def depth_does_not_help(case: Evidence) -> ClaimAnswer:
 
 
 def disturbed_is_worst(case: Evidence) -> ClaimAnswer:
-    """Trained and tested on original, disturbed has the smallest recall of all classes in every CNN, and has not in ViT.
+    """Test claim 5: on original data, "disturbed" has the smallest recall of all classes in every CNN, but not in ViT.
 
-    It is the worst where all but 5 % of the draws say so; it is not where another class is significantly worse.
+    It counts as the worst class if it is so in more than 95 % of the draws, and as not the worst if another class is
+    significantly worse.
     """
     checks = _Checks(case)
     for number, model in enumerate(MODELS):
@@ -459,10 +453,10 @@ def disturbed_is_worst(case: Evidence) -> ClaimAnswer:
 
 
 def balancing_is_fairer(case: Evidence) -> ClaimAnswer:
-    """Balanced against original training, judged on the original test set.
+    """Test claim 6: training on balanced data makes the recalls more even and costs accuracy, least for ViT.
 
-    The classes are more even: the standard deviation of the recalls over the classes is smaller, in each model. It costs accuracy
-    in each model but ViT, and costs each of them more than ViT.
+    On the original test set, the standard deviation of the recalls over the classes is smaller in each model, and each CNN loses
+    accuracy, more than ViT does.
     """
     checks = _Checks(case)
     for number, model in enumerate(MODELS):
@@ -482,12 +476,12 @@ QUESTIONS = (vit_is_best, cnn_is_close_but_drops, vggs_beat_resnets, depth_does_
 
 
 def answer_claims(case: Evidence) -> list[ClaimAnswer]:
-    """The six observations, in order."""
+    """Test the six claims, in order."""
     return [question(case) for question in QUESTIONS]
 
 
 def _check_spread(claim: str, before: ModelEvidence, after: ModelEvidence, *, stream: int) -> ClaimTest:
-    """A check that the recalls are less spread after than before, on the same test set."""
+    """Test that the recalls are less spread after than before, on the same test set."""
     places: tuple[Floats | None, Floats | None] = (None, None)
     notes: tuple[str, ...] = (NOT_PAIRED,)
     if before.outcomes is not None and after.outcomes is not None and before.outcomes.is_paired(after.outcomes):
@@ -498,19 +492,14 @@ def _check_spread(claim: str, before: ModelEvidence, after: ModelEvidence, *, st
         for number, (evidence, place_DK) in enumerate(zip((before, after), places, strict=True))
     ]
     gains_D = spreads[0] - spreads[1]
-    # Two-sided, like those of the accuracies.
+    # Two-sided, like the tests of the accuracies.
     p_for, p_against = (min(1.0, 2 * p_value(is_against_D)) for is_against_D in (gains_D <= 0, gains_D >= 0))
     value, error = 100 * float(gains_D.mean()), 100 * float(gains_D.std())
     return ClaimTest(claim, value, error, "points", p_for, p_against, "draws of the recalls", notes)
 
 
 def choose_rows(table: Table, regime: str) -> dict[DisplayName, Row]:
-    """The line of each published model that stands for it, among those of a regime: the best by validation, never by a test.
-
-    Args:
-        table: of the results.
-        regime: ``reference`` or ``own``.
-    """
+    """Choose the row for each published model in a regime (``reference`` or ``own``): best by validation, never by test."""
     chosen: dict[DisplayName, Row] = {}
     for name in MODELS:
         rows = [row for row in table.rows if row.display == name and row.regime == regime]
@@ -523,7 +512,7 @@ def choose_rows(table: Table, regime: str) -> dict[DisplayName, Row]:
 
 
 def case_of(table: Table, rows: Mapping[DisplayName, Row]) -> Evidence:
-    """What a table's lines say of the published models."""
+    """Return the evidence in the chosen rows of a table."""
     evidence: dict[tuple[DisplayName, TrainTest], ModelEvidence] = {}
     for name, row in rows.items():
         for setting in SETTINGS:
@@ -535,19 +524,19 @@ def case_of(table: Table, rows: Mapping[DisplayName, Row]) -> Evidence:
 
 
 def published_case(class_names: tuple[str, ...]) -> Evidence:
-    """The published numbers as if they were a run of each model: what do they themselves support, given their sampling error?"""
+    """Return the published numbers as evidence, each as one run, to test the claims under their sampling error alone."""
     evidence = {key: ModelEvidence(from_accuracies([result.accuracy], result.count)) for key, result in PUBLISHED.items()}
     return Evidence(PUBLISHED_ALONE, class_names, evidence)
 
 
 def _validations(table: Table, row: Row) -> list[Validation]:
-    """Of a line's runs trained on original, else of all."""
+    """Return the validations of a row's runs trained on original, or of all its runs if there are none."""
     trials = {id(trial): trial for setting in SETTINGS for trial in table.cells[row, setting].trials}.values()
     own = [trial for trial in trials if trial.variant == "original"] or trials
     return [trial.validation for trial in own if trial.validation is not None]
 
 
 def _mean(validations: Sequence[Validation], metric: str) -> float:
-    """Larger is better; those of another metric do not count."""
+    """Return the mean of a validation metric, signed so that larger is better; other metrics are skipped."""
     values = [one.value for one in validations if one.metric == metric]
     return (-1.0 if metric == "loss" else 1.0) * math.fsum(values) / len(values) if values else -math.inf

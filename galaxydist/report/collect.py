@@ -1,4 +1,4 @@
-"""From run folders to all that a report says of them: nothing here knows of HTML, Markdown or LaTeX."""
+"""Results of a report, collected from run folders, independent of the output format."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.galaxy import VARIANTS, Variant
 from galaxydist.recipe.resolve import COMMAND_LINE, SCHEMA_DEFAULT
-from galaxydist.recipe.yaml12 import to_text
+from galaxydist.recipe.scalars import to_text
 from galaxydist.report.claims import ClaimAnswer, answer_claims, case_of, choose_rows, published_case
 from galaxydist.report.finished_runs import REFERENCE, FinishedRun, ReportNote, TestResult, read_trials
 from galaxydist.report.matrix import Row, Table, build_tables
@@ -22,7 +22,7 @@ from galaxydist.report.published_results import SETTINGS, TrainTest
 from galaxydist.report.statistics import McNemar, Outcomes, build_ensemble, compare_runs, holm, rank_trials, read_outcomes
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 
-# Statistics across the runs of a table: models paired on the same galaxies, ensembles of seeds, ranks by validation.
+# Statistics across runs.
 
 ReadOutcomes = Callable[[Path], Outcomes]
 
@@ -32,12 +32,12 @@ class Pairs:
     """McNemar's tests between the models of a setting.
 
     Args:
-        setting: trained and tested on what.
+        setting: the train/test setting.
         rows: the models, in the table's order.
-        runs: the run that stands for each: its best by validation.
+        runs: the best run by validation of each model.
         tests: of the first of two rows against the second.
-        adjusted: their p values, adjusted for their number (Holm).
-        notes: what was left out.
+        adjusted: their p values, adjusted for multiple testing (Holm).
+        notes: reasons for models or tests that were left out.
     """
 
     setting: TrainTest
@@ -50,13 +50,13 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """The seeds of a cell as one model: the mean of their probabilities.
+    """Ensemble of the seeds of a cell: the mean of their probabilities.
 
     Args:
         row, setting: of the cell.
-        num_runs: seeds.
-        num_galaxies: that all of them judged.
-        mean_accuracy, mean_loss: of its runs.
+        num_runs: number of seeds.
+        num_galaxies: number of test galaxies that they share.
+        mean_accuracy, mean_loss: of the single runs.
         accuracy, loss: of the ensemble.
     """
 
@@ -72,13 +72,13 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Runs by validation.
+    """Runs of one training variant, ranked by validation.
 
     Args:
-        variant: that they were trained on: another has another validation split.
-        metric: that chose their checkpoints.
+        variant: of the training data; variants differ in their validation split.
+        metric: validation metric that selected the checkpoints.
         ranked: best first.
-        unranked: without a validation, or chosen by another metric.
+        unranked: without a validation, or with another metric.
     """
 
     variant: Variant
@@ -88,7 +88,7 @@ class Ranking:
 
 
 def compare_models(table: Table, read: ReadOutcomes) -> list[Pairs]:
-    """The models of each setting against each other; a setting with fewer than two of them is left out."""
+    """Compare the models of each setting with each other; a setting with fewer than two models is left out."""
     found = (_compare(table, setting, read) for setting in SETTINGS)
     return [pairs for pairs in found if len(pairs.rows) > 1]
 
@@ -117,13 +117,13 @@ def _compare(table: Table, setting: TrainTest, read: ReadOutcomes) -> Pairs:
 
 
 def best_of(trials: Sequence[FinishedRun]) -> FinishedRun | None:
-    """The best run by validation; the first where none has one, None where there is no run."""
+    """Return the best run by validation; the first run if none has a validation, None if there is no run."""
     ranked, unranked = rank_trials(trials)
     return next(iter([*ranked, *unranked]), None)
 
 
 def build_ensembles(table: Table, read: ReadOutcomes) -> list[Ensemble]:
-    """Of every cell with predictions of two seeds or more."""
+    """Build the ensemble of every cell that has predictions of at least two seeds."""
     found = []
     for setting in SETTINGS:
         for row in table.rows:
@@ -148,7 +148,7 @@ def build_ensembles(table: Table, read: ReadOutcomes) -> list[Ensemble]:
 
 
 def rank_runs(trials: Sequence[FinishedRun]) -> list[Ranking]:
-    """The runs of a data set, by the variant that they were trained on."""
+    """Rank the runs of a data set, separately for each training variant."""
     found = []
     for variant in dict.fromkeys(trial.variant for trial in sorted(trials, key=lambda trial: trial.variant != "original")):
         ranked, unranked = rank_trials([trial for trial in trials if trial.variant == variant])
@@ -157,25 +157,25 @@ def rank_runs(trials: Sequence[FinishedRun]) -> list[Ranking]:
     return found
 
 
-# What is known of one run beside its place in the matrix: command, recipe, learning curves, calibration, speed and cost.
+# Facts of one run.
 
-# Given at the start of a run, and no property of it.
+# Keys that belong to one start of a run and not to its recipe.
 _ONE_START = ("resume.",)
 
 
 @dataclass(frozen=True)
-class Cost:
-    """How fast a run was, and what it took.
+class RunCost:
+    """Speed and cost of a run.
 
     Args:
-        img_s: images a second over all devices, the median of what was logged; without validations and checkpoints.
-        devices: processes, each with a device of its own.
+        img_s: images per second over all devices, median of the logged values, without validations and checkpoints.
+        devices: number of ranks, each with its own device.
         kind: ``GPU`` or ``CPU``.
-        hours: of training, without validations and checkpoints: galaxies seen over speed, added up line by line; what a
-            restart did again is in there once.
-        data_wait: share of the time that was spent waiting for data.
-        memory_gb: largest that was allocated on a GPU; resident on a CPU.
-        mfu: model flops utilisation; None where it is not known.
+        hours: of training without validations and checkpoints: galaxies over speed, summed over the log's lines; steps
+            repeated after a restart count once.
+        data_wait: share of the time spent waiting for data.
+        memory_gb: largest allocated GPU memory; on a CPU the resident memory.
+        mfu: model FLOPs utilisation; None where it is not known.
     """
 
     img_s: float
@@ -193,18 +193,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run.
+    """Facts of one run.
 
     Args:
-        trial: its place in the matrix.
-        command: that trains it again.
-        recipe: every key that does not have the schema's own value -> (value, where it came from).
+        command: repeats the training.
+        recipe: every key whose value is not the schema's default -> (value, origin of the value).
         num_keys: of the whole recipe.
-        forced: what ``resume.force`` changed.
+        forced: changes made by ``resume.force``.
         lines: of metrics.jsonl.
         cost: None where its timing was not logged.
-        evaluation: on its own test set, as it was written; empty where it cannot be read.
-        notes: what of it could not be read.
+        evaluation: content of its evaluation file on its own test set; empty where it cannot be read.
+        notes: parts of the run that could not be read.
     """
 
     trial: FinishedRun
@@ -213,7 +212,7 @@ class RunFacts:
     num_keys: int
     forced: tuple[str, ...]
     lines: Sequence[Mapping[str, Any]]
-    cost: Cost | None
+    cost: RunCost | None
     evaluation: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -223,13 +222,13 @@ class RunFacts:
 
     @property
     def calibration(self) -> Mapping[str, Any]:
-        """Of its own test set; empty where it has none."""
+        """Calibration on its own test set; empty if there is none."""
         found: Mapping[str, Any] = self.evaluation.get("calibration") or {}
         return found
 
 
 def read_facts(trial: FinishedRun) -> RunFacts:
-    """All that its folder says. What is damaged is left out, with a note."""
+    """Read the facts of a run from its folder; damaged files are left out, with a note."""
     folder, notes = RunFolder(trial.run_dir), list[str]()
     stored = folder.read_recipe()
     lines, timing = (_read_lines(log, notes) for log in (folder.metrics, folder.timing))
@@ -253,7 +252,7 @@ def read_facts(trial: FinishedRun) -> RunFacts:
 
 
 def command_of(stored: StoredRecipe) -> str:
-    """The command of the run, from where each value of its recipe came from."""
+    """Return the command of the run, reconstructed from the origin of each recipe value."""
     name = str(stored.recipe.get("name", ""))
     files = {origin.rpartition(":")[0] for origin in map(str, stored.origins.values()) if ":" in origin}
     recipe = next((file for file in sorted(files) if file.endswith((".yaml", ".yml"))), "")
@@ -265,16 +264,15 @@ def command_of(stored: StoredRecipe) -> str:
 
 
 def _short(file: str) -> str:
-    """A recipe's file as one gives it: its name where it lies in a folder ``recipes``, else its path."""
+    """Return a recipe's file as given on the command line: its name if it lies in a folder ``recipes``, else its path."""
     _, found, inside = file.rpartition("recipes/")
     return inside.removesuffix(".yaml") if found else file
 
 
-def cost_of(timing: Sequence[Mapping[str, Any]], batch_size: int) -> Cost | None:
-    """Speed and cost from the lines of timing.jsonl; None where there are none.
+def cost_of(timing: Sequence[Mapping[str, Any]], batch_size: int) -> RunCost | None:
+    """Return speed and cost from the lines of timing.jsonl; None if there are none.
 
     Args:
-        timing: the lines.
         batch_size: global.
     """
     known = [line for line in timing if _is_number(line.get("time/img_s")) and line["time/img_s"] > 0]
@@ -287,7 +285,7 @@ def cost_of(timing: Sequence[Mapping[str, Any]], batch_size: int) -> Cost | None
     is_gpu = any("gpu/memory_gb" in line for line in known)
     devices = median(line["time/img_s"] / line.get("time/img_s_device", line["time/img_s"]) for line in known)
     memory = [line[key] for line in known for key in ("gpu/memory_gb", "memory/rss_gb") if _is_number(line.get(key))]
-    return Cost(
+    return RunCost(
         img_s=median(line["time/img_s"] for line in known),
         devices=max(1, round(devices)),
         kind="GPU" if is_gpu else "CPU",
@@ -324,25 +322,24 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# Which lines of a table stand for the published models.
+# Regimes: the sets of recipes that are compared with the published models.
 REGIMES = {REFERENCE: "recipes that follow the published work", "own": "our own recipes"}
 _NUM_NAMED = 10
-# Files of predictions that stay in memory; others are read again.
+# Number of prediction files kept in memory; others are read again.
 _NUM_KEPT = 16
 
 
 @dataclass(frozen=True)
 class DatasetResults:
-    """The results on one data set.
+    """Results on one data set.
 
     Args:
-        table: the matrix.
-        facts: its runs, in the order of the table's lines.
-        row_of: the line of a run, by its folder.
-        observations: the six, by regime.
-        pairs: models against each other, by setting.
-        ensembles: of seeds.
-        rankings: by the variant that was trained on.
+        table: the results matrix.
+        facts: of its runs, in the order of the table's rows.
+        row_of: row of a run, by run folder.
+        observations: answers to the six claims, by regime.
+        pairs: one per setting.
+        rankings: one per training variant.
     """
 
     table: Table
@@ -354,22 +351,21 @@ class DatasetResults:
     rankings: tuple[Ranking, ...]
 
     def runs_of(self, row: Row) -> list[RunFacts]:
-        """The runs of a line."""
         return [facts for facts in self.facts if self.row_of.get(facts.trial.run_dir) == row]
 
     def model_of(self, trial: FinishedRun) -> str:
-        """The model of a run, as its line calls it; ``model.name`` where the line has the run's own name."""
+        """Return the label of the run's row; ``model.name`` if it has no row or a row named after it."""
         row = self.row_of.get(trial.run_dir)
         return trial.model if row is None or row.name else row.label
 
     def best(self, row: Row, variant: Variant) -> RunFacts | None:
-        """The best run by validation of a line among those trained on a variant; None where there is none."""
+        """Return the best run by validation of a row among those trained on a variant; None if there is none."""
         runs = {id(facts.trial): facts for facts in self.runs_of(row) if facts.trial.variant == variant}
         best = best_of([facts.trial for facts in runs.values()])
         return runs[id(best)] if best is not None else None
 
     def best_on_own(self) -> Iterator[tuple[Row, RunFacts, TestResult]]:
-        """Of each line and training variant the best run by validation, judged on its own test set."""
+        """Yield the best run by validation of each row and training variant, with its evaluation on its own test set."""
         for row, variant in itertools.product(self.table.rows, VARIANTS):
             facts = self.best(row, variant)
             judged = facts.trial.judgements.get(variant) if facts is not None else None
@@ -379,13 +375,13 @@ class DatasetResults:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything.
+    """All results of a report.
 
     Args:
-        findings: by data set, the real Galaxy10 first.
-        published: what the published numbers alone support; empty where no run is on the real Galaxy10.
-        notes: what was left out, and why.
-        num_asked: run folders that were given.
+        findings: one entry per data set, the real Galaxy10 first.
+        published: answers to the claims from the published numbers alone; empty if no run is on the real Galaxy10.
+        notes: remarks, and reasons for what was left out.
+        num_asked: number of run folders that were given.
     """
 
     findings: tuple[DatasetResults, ...]
@@ -399,14 +395,14 @@ class ReportData:
 
 
 def collect(run_dirs: Iterable[Path], notes: Sequence[ReportNote] = ()) -> ReportData:
-    """Read runs and draw all conclusions.
+    """Read runs and compute all results.
 
     Args:
-        run_dirs: run folders; what cannot be used becomes a note.
-        notes: what is known to be missing already.
+        run_dirs: run folders; a run that cannot be used becomes a note.
+        notes: on runs that are already known to be missing.
 
     Raises:
-        UserError: not one of them can be reported.
+        UserError: none of the runs can be reported.
     """
     asked = list({path.resolve(): path for path in run_dirs}.values())
     trials, left_out = read_trials(asked)
@@ -427,7 +423,7 @@ def collect(run_dirs: Iterable[Path], notes: Sequence[ReportNote] = ()) -> Repor
 
 
 def _without(trial: FinishedRun) -> list[str]:
-    """What a run cannot take part in, for want of predictions."""
+    """Return a note for each evaluation of a run without predictions."""
     missing = [variant for variant, judged in trial.judgements.items() if judged.predictions_path is None]
     return [
         f"kept no predictions on {variant}: it stands in the matrix, but not in paired tests, ensembles and calibration. "

@@ -1,6 +1,6 @@
-"""Reading finished runs from the files of their folders: recipe.json, result.json, metrics.jsonl and the evaluations.
+"""Finished runs, read from their folders: recipe.json, result.json, metrics.jsonl and evaluations.
 
-What cannot be used becomes a note, and the other runs are read on.
+A run or evaluation that cannot be used becomes a note; the other runs are still read.
 """
 
 import hashlib
@@ -22,17 +22,15 @@ from galaxydist.recipe.fields import recipe_fields
 from galaxydist.report.published_results import TrainTest
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 
-# The record of one finished run: what it was trained on, what chose its checkpoint, and how it did on each test set.
-
 REFERENCE = "reference"
 
 
 @dataclass(frozen=True, slots=True)
 class ReportNote:
-    """Why something of a run was left out, or what should be known of it.
+    """Remark on a run, or the reason why a part of it was left out.
 
     Args:
-        run_dir: the run.
+        run_dir: folder of the run.
         text: a sentence for the reader of a report.
     """
 
@@ -45,7 +43,7 @@ class ReportNote:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """The validation metric that chose the checkpoint, at that checkpoint; ``loss`` is better when smaller."""
+    """Value at the chosen checkpoint of the validation metric that selected it; smaller is better for ``loss``."""
 
     metric: str
     value: float
@@ -54,7 +52,10 @@ class Validation:
 
 @dataclass(frozen=True, slots=True)
 class WithoutValidation:
-    """Galaxies of a test set that the run was not validated on: number, accuracy, mean cross-entropy in nats (None of none)."""
+    """Results on the test galaxies outside the run's validation split: count, accuracy, mean cross-entropy in nats.
+
+    Accuracy and loss are None if there is no such galaxy.
+    """
 
     count: int
     accuracy: float | None
@@ -63,7 +64,7 @@ class WithoutValidation:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A number of an evaluation, None where there is none, and its 95 % interval, None where it was not computed."""
+    """Metric of an evaluation and its 95 % interval; each is None where it was not computed."""
 
     value: float | None
     interval: tuple[float, float] | None
@@ -74,15 +75,15 @@ class TestResult:
     """One evaluation on a test set.
 
     Args:
-        dataset, variant, manifest_hash: whose test set.
-        count: galaxies.
-        correct: those classified correctly.
+        dataset, variant, manifest_hash: identify the test set.
+        count: number of galaxies.
+        correct: number classified correctly.
         loss: mean cross-entropy in nats; None where it was not finite.
         recall: by class; None for a class without galaxies.
         confusion: K x K counts; row: true class, column: predicted class.
-        predictions_path: the single galaxies' predictions, where they were kept.
-        without_validation: without the galaxies that the run was validated on; None where there are none.
-        scores: by the name that the evaluation's file has for them.
+        predictions_path: file of the predictions for each galaxy; None where they were not kept.
+        without_validation: results without the galaxies of the run's validation split; None where the test set holds none.
+        scores: by their key in the evaluation's file.
     """
 
     dataset: str
@@ -103,7 +104,7 @@ class TestResult:
 
     @property
     def support(self) -> tuple[int, ...]:
-        """Galaxies of each true class."""
+        """Number of galaxies of each true class."""
         return tuple(sum(row) for row in self.confusion)
 
 
@@ -116,13 +117,13 @@ class FinishedRun:
         recipe: the recipe's name.
         regime: ``reference`` for a recipe that follows the published work, else ``own``.
         model: ``model.name``.
-        dataset: of the galaxies it was trained on.
-        variant: likewise.
+        dataset: name of the training data set.
+        variant: of the training data set.
         class_names: by label.
         seed: ``seed``.
-        settings: 8 hex digits, equal for runs that differ in seed and variant alone.
-        validation: what chose its checkpoint; None where that is not known.
-        judgements: by the variant of its data set on whose test set it was judged.
+        settings: hash of 8 hex digits, equal for runs that differ only in seed and variant.
+        validation: metric that selected its checkpoint; None where it is not known.
+        judgements: evaluations by the variant of the test set.
     """
 
     run_dir: Path
@@ -139,33 +140,31 @@ class FinishedRun:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
         return self.run_dir.name or str(self.run_dir)
 
     def judged(self, setting: TrainTest) -> TestResult | None:
-        """Its evaluation in a setting, where it has that."""
+        """Return its evaluation in a setting; None if it has none."""
         return self.judgements.get(setting.test) if self.variant == setting.train else None
 
 
-# Result fields in which the runs of one line of the matrix may differ: repeats, and the data that its columns are about.
+# Recipe keys that may differ between the runs of one row of the matrix: the seed, and the training data of its columns.
 COLUMNS = frozenset({"seed", "data.variant", "data.manifest", "name"})
 
-# Numbers of an evaluation that are reported for each run.
 SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "loss")
 
 
 class _Unusable(Exception):
-    """Why a run or an evaluation is left out."""
+    """Raised for a run or an evaluation that is left out; the message gives the reason."""
 
 
 def read_trials(run_dirs: Iterable[Path]) -> tuple[list[FinishedRun], list[ReportNote]]:
-    """The finished runs among some folders, and a note for everything that was left out.
+    """Return the finished runs among some folders, and a note for everything that was left out.
 
-    Runs of one data set whose classes are others than most of its runs' are left out, and so is a second run of the same
-    settings, variant and seed: it would count as a repeat that it is not.
+    A run is left out if its classes differ from those of most runs on its data set, or if another run has the same settings,
+    variant and seed: the two are no independent repeats.
 
     Args:
-        run_dirs: run folders; one given twice is read once.
+        run_dirs: run folders; a folder given twice is read once.
     """
     trials: list[FinishedRun] = []
     notes: list[ReportNote] = []
@@ -205,7 +204,7 @@ def _comparable(trials: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[
 
 
 def _read_trial(run_dir: Path) -> tuple[FinishedRun, list[str]]:
-    """A run, and what of it was left out."""
+    """Return a run, and notes on the parts that were left out."""
     folder = RunFolder(run_dir)
     stored = folder.read_recipe()
     recipe = dict(stored.recipe)
@@ -245,7 +244,7 @@ def _read_trial(run_dir: Path) -> tuple[FinishedRun, list[str]]:
 
 
 def _read_other(place: Path, own: Mapping[str, Any], tta: str, judgements: dict[Variant, TestResult]) -> list[str]:
-    """Add the evaluation in another folder of the run's; what speaks against it."""
+    """Add the evaluation in another folder of the run to ``judgements``; return the reason if it cannot be used."""
     try:
         content = _read_content(place, tta)
         if content is None:
@@ -318,7 +317,7 @@ def _unseen(content: Mapping[str, Any]) -> WithoutValidation | None:
 
 
 def _settings(recipe: Mapping[str, Any]) -> str:
-    """A hash of what changes a run's numbers, without what the columns and the repeats of the matrix are about."""
+    """Return a hash of the recipe keys that affect results, except those in ``COLUMNS``."""
     fields = recipe_fields()
     kept = {
         key: value for key, value in recipe.items() if key not in COLUMNS and not (key in fields and fields[key].kind == "run")
@@ -327,17 +326,17 @@ def _settings(recipe: Mapping[str, Any]) -> str:
 
 
 def _is_reference(stored: StoredRecipe) -> bool:
-    """The recipe lies in a folder ``reference``, or is named so."""
+    """Return True if the recipe's file is in a folder ``reference``, or its name begins with ``reference``."""
     files = {str(origin).rpartition(":")[0] for origin in stored.origins.values()}
     name = str(stored.recipe.get("name", ""))
     return name.startswith(REFERENCE) or any(REFERENCE in Path(file).parent.parts[-1:] for file in files if file)
 
 
 def _read_validation(folder: RunFolder, metric: str, step: int) -> Validation | None:
-    """What the log says of the judged checkpoint's validation; None where it does not say it."""
+    """Return the logged validation of the evaluated checkpoint; None if the log has none."""
     try:
         values = [line.get(f"val/{metric}") for line in folder.metrics.read() if line["step"] == step]
     except UserError:
-        return None  # a damaged log costs the place in a ranking, no number of the matrix
+        return None  # a damaged log removes the run from the ranking, but not from the matrix
     found = next((value for value in values if isinstance(value, int | float)), None)
     return None if found is None else Validation(metric, float(found), step)

@@ -1,7 +1,7 @@
-"""The results matrix: model by training data and test data, over seeds, beside the published values.
+"""Results matrix: models by train/test setting, averaged over seeds, beside the published values.
 
-A table is about one data set: real and simulated galaxies never share one, and published values stand beside the real Galaxy10
-alone. The runs of a line differ in nothing but their seed and the data of its columns.
+A table covers one data set: real and simulated galaxies never share one, and only the real Galaxy10 is compared with published
+values. The runs of a row differ only in their seed and their training data (``finished_runs.COLUMNS``).
 """
 
 from collections import Counter
@@ -42,15 +42,14 @@ NOT_RUN = "not run"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a table.
+    """Row of a table: a model with its recipe and settings.
 
     Args:
-        model: ``model.name``; empty for a published model that nobody has run.
-        recipe: the recipe's name, likewise.
-        regime: ``reference``, ``own`` or, where nothing was run, empty.
-        settings: the hash of its settings where two lines share model and recipe; else empty.
-        display: the published model that it stands beside.
-        name: of its one run, on a data set of the user's own; else empty.
+        model, recipe: ``model.name`` and name of the recipe; empty for a published model without runs.
+        regime: ``reference`` or ``own``; empty for a published model without runs.
+        settings: hash of the settings if two rows share model and recipe; else empty.
+        display: the corresponding published model; None if there is none.
+        name: of the row's only run, on a user's own data; else empty.
     """
 
     model: str
@@ -62,11 +61,11 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The line's name: the run's, or the published model's or ``model.name``, and the recipe where that says more."""
+        """Name of the run, or the published model or ``model.name`` with recipe, regime and settings where needed."""
         if self.name:
             return self.name
         name = self.display or self.model
-        own = self.recipe.removeprefix(f"{REFERENCE}-")  # what the regime says already
+        own = self.recipe.removeprefix(f"{REFERENCE}-")  # the regime already contains it
         recipe = own if own != name.lower().replace(" ", "_") else ""
         regime = self.regime if self.regime == REFERENCE else ""
         extra = ", ".join(part for part in (recipe, regime, self.settings) if part)
@@ -75,18 +74,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """A model in a setting.
+    """Results of a model in a train/test setting.
 
     Args:
-        setting: trained and tested on what.
-        trials: its runs, by seed; empty where it was not run.
-        accuracy: over seeds and galaxies; None where it was not run.
-        loss: likewise; None too where a loss was not finite.
-        published: the published values; None where there are none.
+        setting: the train/test setting.
+        trials: its runs, ordered by seed; empty if it was not run.
+        accuracy: over seeds and galaxies; None without runs.
+        loss: over seeds and galaxies; None without runs or if a loss was not finite.
+        published: None if there are no published values.
         accuracy_test: ours minus the published accuracy.
         loss_test: ours minus the published loss.
-        outcomes: single galaxies' outcomes; None where not all runs kept their predictions.
-        notes: what a reader should know of these numbers.
+        outcomes: of the single galaxies; None unless all runs kept their predictions.
+        notes: remarks for the reader.
     """
 
     setting: TrainTest
@@ -105,21 +104,20 @@ class Cell:
 
     @property
     def judgements(self) -> tuple[TestResult, ...]:
-        """The evaluations of its runs."""
         found = (trial.judged(self.setting) for trial in self.trials)
         return tuple(judgement for judgement in found if judgement is not None)
 
 
 @dataclass(frozen=True)
 class Table:
-    """The results on one data set.
+    """Results matrix of one data set.
 
     Args:
         dataset: its name.
         class_names: by label.
         rows: published models first, in the published order, then others.
-        cells: of every row and setting.
-        notes: what was left out.
+        cells: one for every row and setting.
+        notes: on runs that were left out and on differing test sets.
     """
 
     dataset: str
@@ -130,38 +128,38 @@ class Table:
 
     @property
     def is_real(self) -> bool:
-        """It is about the real Galaxy10 DECaLS."""
+        """True for the real Galaxy10 DECaLS."""
         return self.dataset == REAL_DATASET
 
     @property
     def is_galaxy10(self) -> bool:
-        """Its classes are Galaxy10's, which the published models and observations are about; else it is a user's own."""
+        """True if the classes are those of Galaxy10, as in the published work; False for a user's own data set."""
         return self.class_names == GALAXY10_CLASSES
 
     @property
     def settings(self) -> tuple[TrainTest, ...]:
-        """Those to show: all beside Galaxy10, on a user's own data those that were run."""
+        """Settings to show: all for Galaxy10 classes; on a user's own data only those with runs."""
         run = {setting for (_, setting), cell in self.cells.items() if cell.trials}
         return tuple(setting for setting in SETTINGS if self.is_galaxy10 or setting in run)
 
 
 def build_tables(trials: Sequence[FinishedRun], *, read: Callable[[Path], Outcomes] = read_outcomes) -> list[Table]:
-    """A table for each data set, the real Galaxy10's first.
+    """Build a table for each data set, the real Galaxy10 first.
 
     Args:
         trials: finished runs.
-        read: reads single galaxies' predictions.
+        read: reads a file of predictions.
     """
     datasets = sorted({trial.dataset for trial in trials}, key=lambda name: (name != REAL_DATASET, name))
     return [_build_table([trial for trial in trials if trial.dataset == dataset], read) for dataset in datasets]
 
 
 def holm_adjusted(table: Table, quantity: str = "accuracy") -> dict[tuple[Row, TrainTest], float]:
-    """p values of the differences to the published values, adjusted for the number of cells with such a test (Holm 1979).
+    """Return the p values of the differences to the published values, adjusted for the number of tested cells (Holm 1979).
 
     Args:
-        table: of the results.
-        quantity: ``accuracy`` or ``loss``: each is a family of its own.
+        table: the results matrix.
+        quantity: ``accuracy`` or ``loss``; each is a separate family of tests.
     """
     tests = {key: cell.accuracy_test if quantity == "accuracy" else cell.loss_test for key, cell in table.cells.items()}
     known = {key: test.p_value for key, test in tests.items() if test is not None}
@@ -189,8 +187,10 @@ def _build_table(trials: Sequence[FinishedRun], read: Callable[[Path], Outcomes]
 
 
 def _lines(trials: Sequence[FinishedRun], *, is_galaxy10: bool) -> dict[Row, list[FinishedRun]]:
-    """The runs of each line, published models first. Beside Galaxy10 a published model that nobody ran has a line without runs;
-    on a user's own data a line of one run has its name."""
+    """Group the runs into rows, published models first.
+
+    With Galaxy10 classes, a published model without runs gets an empty row. On a user's own data, a row of one run has its name.
+    """
     names = Counter(trial.name for trial in trials)
 
     def identity(trial: FinishedRun) -> tuple[str, str, str]:
@@ -200,7 +200,7 @@ def _lines(trials: Sequence[FinishedRun], *, is_galaxy10: bool) -> dict[Row, lis
     for (model, regime, recipe), group in groupby(sorted(trials, key=identity), key=identity):
         members = list(group)
         settings = {trial.settings for trial in members}
-        # Training on another variant may take other settings; two settings on one variant are two lines.
+        # Runs on different variants may have different settings; different settings on one variant make separate rows.
         is_one = len({(trial.variant, trial.settings) for trial in members}) == len({trial.variant for trial in members})
         for which in [""] if is_one else sorted(settings):
             runs = [trial for trial in members if which in ("", trial.settings)]
@@ -218,7 +218,7 @@ def _lines(trials: Sequence[FinishedRun], *, is_galaxy10: bool) -> dict[Row, lis
 
 
 def _same_test_set(trials: Sequence[FinishedRun], setting: TrainTest) -> tuple[list[FinishedRun], list[ReportNote]]:
-    """The runs judged on the shards that most were judged on: only those are repeats on the same galaxies."""
+    """Return the runs evaluated on the most common test shards, which alone are repeats on the same galaxies, and notes."""
     hashes = {id(trial): judged.manifest_hash for trial in trials if (judged := trial.judged(setting)) is not None}
     if not hashes:
         return [], []
@@ -261,7 +261,7 @@ def _estimates(judgements: Sequence[TestResult], outcomes: CellOutcomes | None) 
 
 
 def _read_cell(judgements: Sequence[TestResult], read: Callable[[Path], Outcomes]) -> tuple[CellOutcomes | None, list[str]]:
-    """Single galaxies' outcomes where all runs have kept them and they agree with the counts."""
+    """Return the outcomes of the single galaxies, or None and the reason: predictions are missing or disagree with the counts."""
     paths = [judgement.predictions_path for judgement in judgements if judgement.predictions_path is not None]
     if len(paths) < len(judgements):
         missing = "no run" if not paths else f"only {len(paths)} of {len(judgements)} runs"

@@ -1,4 +1,4 @@
-"""The results as one HTML page that needs nothing else."""
+"""Self-contained HTML page of a report."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -48,21 +48,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# The figures of the results page: narrow enough for a phone; black is the page's text colour, the ground is clear.
+# Figures: narrow enough for a phone; black becomes the page's text colour, the background is transparent.
 
 VARIANT_COLOURS = {"original": BLUE, "balanced": VERMILLION}
 _WIDTH = 4.4
-# Points that a curve is drawn with, at most: a page holds many runs.
+# Largest number of points per curve: a page holds many runs.
 _MOST_POINTS = 200
 _PANELS = (("accuracy", "val/accuracy", "train/accuracy"), ("loss", "val/loss", "train/loss"))
 
 
 @dataclass(frozen=True)
-class Curve:
-    """The log of a run.
+class LearningCurve:
+    """Learning curve of a run.
 
     Args:
-        variant: that it was trained on.
+        variant: of the training data.
         lines: of metrics.jsonl.
     """
 
@@ -71,11 +71,11 @@ class Curve:
 
 
 @styled
-def draw_curves(curves: Sequence[Curve]) -> "Figure":
-    """Accuracy and loss of the runs of one model: validation as lines, training as thin dotted ones.
+def draw_curves(curves: Sequence[LearningCurve]) -> "Figure":
+    """Draw accuracy and loss of the runs of one model: solid lines for validation, dotted lines for training.
 
     Args:
-        curves: one a run.
+        curves: one per run.
     """
     lines = [line for curve in curves for line in curve.lines]
     over = "epoch" if all("epoch" in line for line in lines) else "step"
@@ -107,10 +107,10 @@ def _draw(axes: "Axes", lines: Sequence[Mapping[str, Any]], over: str, name: str
 
 @styled
 def draw_reliability(calibrations: Mapping[str, Mapping[str, Any]]) -> "Figure":
-    """How often a model is right against how sure it is, as trained and after temperature scaling, a panel a training variant.
+    """Draw reliability diagrams, as trained and after temperature scaling, with a panel per training variant.
 
     Args:
-        calibrations: by variant, as ``summarise`` has them.
+        calibrations: by variant, in the format of ``summarise``.
     """
     figure = new_figure(_WIDTH, 3.0)
     named: dict[str, Any] = {}
@@ -145,11 +145,11 @@ def _tidy(axes: "Axes") -> None:
     axes.tick_params(length=2, pad=2)
 
 
-# Heat maps of the page, which class fails where and what it is taken for: tables, so that a phone shows their numbers.
+# Heat maps of the recalls and confusion matrices, made as HTML tables so that the numbers are readable on a phone.
 
 
 def class_maps(table: Table) -> list[dict[str, Any]]:
-    """A heat map a setting: models down, classes across."""
+    """Return a heat map of the recalls for each setting: a row per model, a column per class."""
     maps = []
     for setting, (names, rows) in class_rows(table).items():
         lines = [
@@ -171,7 +171,7 @@ def _share(value: float | None, *, is_marked: bool = False, title: str = "") -> 
 
 
 def confusion_maps(found: DatasetResults) -> list[dict[str, Any]]:
-    """Of each line and training variant: its best run by validation, on its own test set."""
+    """Return the confusion matrices of the best run by validation of each row and training variant, on its own test set."""
     names, drawn = [readable(name) for name in found.table.class_names], []
     for row, facts, judged in found.best_on_own():
         counts_KK = np.asarray(judged.confusion)
@@ -192,15 +192,15 @@ def confusion_maps(found: DatasetResults) -> list[dict[str, Any]]:
 
 
 def own_test(facts: RunFacts, judged: TestResult) -> str:
-    """Which run this is, judged on its own test set."""
+    """Describe a run and its evaluation on its own test set."""
     return f"trained and tested on {judged.variant}, seed {facts.trial.seed}, {judged.count:,} galaxies"
 
 
-# The galleries of the runs that stand for their models: confident mistakes and uncertain galaxies, with saliency.
+# Galleries of the best run of each model and variant: confident mistakes and uncertain galaxies, with saliency.
 
 
 def galleries(found: DatasetResults) -> dict[str, Any]:
-    """What was made of the best run by validation of each model and variant, and the commands for what was not."""
+    """Return the galleries of the best run by validation of each row and variant, and the commands for missing ones."""
     missing = [shlex.join(["galaxydist", "gallery", str(facts.trial.run_dir)]) for facts in without_gallery(found)]
     shown = [
         {"label": row.label, "what": f"{facts.name}, {own_test(facts, judged)}", "sheets": sheets}
@@ -211,7 +211,7 @@ def galleries(found: DatasetResults) -> dict[str, Any]:
 
 
 def without_gallery(found: DatasetResults) -> list[RunFacts]:
-    """The best runs by validation that kept predictions and have no gallery of them."""
+    """Return the best runs by validation that kept predictions but have no gallery."""
     return [
         facts
         for _, facts, judged in found.best_on_own()
@@ -220,12 +220,7 @@ def without_gallery(found: DatasetResults) -> list[RunFacts]:
 
 
 def render_page(results: ReportData, provenance: Mapping[str, str]) -> str:
-    """The page.
-
-    Args:
-        results: to be shown.
-        provenance: ``command``, ``version``, ``versions``: what made the page.
-    """
+    """Render the page; ``provenance`` holds ``command``, ``version`` and ``versions``."""
     return render(
         "results.html",
         {
@@ -282,7 +277,7 @@ def _matrix(table: Table) -> list[dict[str, Any]]:
     return [
         {
             "label": row.label,
-            # A line that nobody ran and that has no published values says so once.
+            # A row without runs and published values shows one note instead of its cells.
             "has_any": any(cell.trials or cell.published for cell in (table.cells[row, setting] for setting in table.settings)),
             "cells": [
                 {
@@ -298,7 +293,7 @@ def _matrix(table: Table) -> list[dict[str, Any]]:
 
 
 def _tests(table: Table) -> list[dict[str, Any]]:
-    """Every cell that was run, with all that its test says."""
+    """Return a row for every known quantity of every cell, with the results of its test."""
     numbers, found = describe_table(table), []
     for (row, setting), cell in table.cells.items():
         for name, estimate, test in (
@@ -319,7 +314,7 @@ def _tests(table: Table) -> list[dict[str, Any]]:
 
 
 def _unseen(found: DatasetResults) -> list[list[str]]:
-    """A line for every judgement in whose test set there are galaxies that the run was validated on."""
+    """Return a row for every evaluation whose test set contains galaxies of the run's validation split."""
     return [
         [
             found.model_of(facts.trial),
@@ -335,7 +330,7 @@ def _unseen(found: DatasetResults) -> list[list[str]]:
 
 
 def _answers(results: ReportData) -> list[dict[str, Any]]:
-    """The observations by whose results answer them: ours by data set and regime, then the published numbers."""
+    """Return the answers to the claims: ours by data set and regime, then those of the published numbers."""
     found = [
         (findings.table.dataset, REGIMES[regime], observations)
         for findings in results.findings
@@ -368,18 +363,18 @@ def _observation(one: ClaimAnswer) -> dict[str, Any]:
 
 
 def _curves(found: DatasetResults) -> list[dict[str, Any]]:
-    """A figure a line of the table."""
+    """Return a figure of learning curves per row."""
     drawn = []
     for row in found.table.rows:
         runs = [facts for facts in found.runs_of(row) if facts.lines]
         if runs:
-            figure = draw_curves([Curve(facts.trial.variant, facts.lines) for facts in runs])
+            figure = draw_curves([LearningCurve(facts.trial.variant, facts.lines) for facts in runs])
             drawn.append({"label": row.label, "svg": figure_svg(figure, f"learning curves of {row.label}"), "runs": len(runs)})
     return drawn
 
 
 def _calibration(found: DatasetResults) -> dict[str, Any]:
-    """A line a run, and a reliability diagram a line of the table."""
+    """Return the calibration of each run, and a reliability diagram per row."""
     rows = []
     for facts in found.facts:
         known = facts.calibration
@@ -402,7 +397,7 @@ def _calibration(found: DatasetResults) -> dict[str, Any]:
 
 
 def _pairs(pairs: Pairs) -> dict[str, Any]:
-    """A square of tests: the row's model minus the column's."""
+    """Return a square table of tests: accuracy of the row's model minus that of the column's."""
     lines = []
     for first in pairs.rows:
         cells = []
@@ -449,24 +444,20 @@ def _run(facts: RunFacts, found: DatasetResults) -> dict[str, Any]:
     }
 
 
-# The report as files: the page, and the tables beside it in Markdown and LaTeX.
-
-
 def write_report(results: ReportData, page: Path, *, provenance: Mapping[str, str]) -> list[Path]:
-    """Write a report.
+    """Write a report: the HTML page, and its tables as Markdown and LaTeX.
 
-    Everything is made before anything is written, and each file is written whole or not at all.
+    All content is rendered before the first file is written, and each file is written atomically.
 
     Args:
-        results: of the runs, from ``gather``.
-        page: the HTML page; its folder is made if need be. The tables lie beside it, with ``.md`` and ``.tex``.
+        page: path of the HTML page, whose folder is created if needed; ``.md`` and ``.tex`` are written beside it.
         provenance: ``command`` and ``version``.
 
     Returns:
-        The files, the page last.
+        The paths of the files, the page last.
 
     Raises:
-        UserError: the page cannot be there; the disk is full.
+        UserError: the folder cannot be created, or the disk is full.
     """
     known = {**provenance, "versions": _versions()}
     texts = {

@@ -1,7 +1,7 @@
-"""The published results on Galaxy10 DECaLS that this toolkit remakes: seven models, three settings, test accuracy and loss.
+"""Published test accuracies and losses on Galaxy10 DECaLS: seven models in three settings.
 
-In that work the ResNets had ImageNet weights, a frozen body and a new head, the VGGs likewise with a head of three (VGG19: two)
-layers; the CNN and the ViT were trained from random weights. No repeats are given: each number is taken as that of one run.
+In that work the ResNets had ImageNet weights, a frozen body and a new head; the VGGs too, with a head of three layers (VGG19:
+two). The CNN and the ViT were trained from random weights. No repeats are given: each number is taken as that of one run.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ VGGS: tuple[DisplayName, ...] = ("VGG16", "VGG19")
 CNNS: tuple[DisplayName, ...] = ("ResNet50", "ResNet26", "ResNet18", "VGG16", "VGG19", "Custom CNN")
 MODELS: tuple[DisplayName, ...] = (*CNNS, "ViT")
 
-# Galaxies of the published test sets.
+# Number of galaxies in the published test sets.
 TEST_SIZES: MappingProxyType[Variant, int] = MappingProxyType({"original": 1774, "balanced": 660})
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class TrainTest:
-    """Which variant a model was trained on, and on whose test set it was judged."""
+    """Train/test setting: the variant that a model was trained on, and the variant of the test set."""
 
     train: Variant
     test: Variant
@@ -36,19 +36,19 @@ ON_ORIGINAL = TrainTest("original", "original")
 ON_BALANCED = TrainTest("balanced", "balanced")
 BALANCED_TO_ORIGINAL = TrainTest("balanced", "original")
 ORIGINAL_TO_BALANCED = TrainTest("original", "balanced")
-# The settings with published numbers, in the published order; the fourth, trained on original and tested on balanced, has none.
+# Settings with published numbers, in the published order; the fourth setting, ORIGINAL_TO_BALANCED, has none.
 PUBLISHED_SETTINGS = (ON_ORIGINAL, ON_BALANCED, BALANCED_TO_ORIGINAL)
 SETTINGS = (*PUBLISHED_SETTINGS, ORIGINAL_TO_BALANCED)
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedResult:
-    """One published pair of numbers.
+    """Published accuracy and loss of one model in one setting.
 
     Args:
         accuracy: share of the test set, 0 to 1.
         loss: mean cross-entropy in nats.
-        count: galaxies in the test set.
+        count: number of galaxies in the test set.
     """
 
     accuracy: float
@@ -73,7 +73,7 @@ PUBLISHED: MappingProxyType[tuple[DisplayName, TrainTest], PublishedResult] = Ma
     }
 )
 
-# model.name of a recipe -> the published model of that architecture; None: the published work has no such model.
+# model.name of a recipe -> published model of the same architecture; None: the published work has no such model.
 DISPLAY_NAMES: MappingProxyType[str, DisplayName | None] = MappingProxyType(
     {
         "resnet50": "ResNet50",
@@ -94,16 +94,16 @@ DISPLAY_NAMES: MappingProxyType[str, DisplayName | None] = MappingProxyType(
 
 
 def display_name(model: str) -> DisplayName | None:
-    """The published model that a recipe's ``model.name`` stands beside; None where there is none."""
+    """Return the published model that corresponds to a recipe's ``model.name``; None if there is none."""
     return DISPLAY_NAMES.get(model)
 
 
 def published_result(dataset: str, name: DisplayName | None, setting: TrainTest) -> PublishedResult | None:
-    """The published numbers beside a cell; None where nothing was published, and for every data set but the real Galaxy10.
+    """Return the published numbers for a cell; None if there are none, and for every data set but the real Galaxy10.
 
     Args:
-        dataset: the data set's name, as in its manifest.
-        name: of the published model; None: of a model that it has not.
-        setting: what it was trained and tested on.
+        dataset: name of the data set, as in its manifest.
+        name: of the published model; None for a model that the published work does not have.
+        setting: the train/test setting.
     """
     return PUBLISHED.get((name, setting)) if dataset == REAL_DATASET and name is not None else None

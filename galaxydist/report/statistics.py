@@ -1,25 +1,25 @@
-"""A mean over seeds and test galaxies, the error that both bring to it, and tests between such means.
+"""Statistics of runs: means over seeds and galaxies with their errors, and tests between them.
 
-The same N galaxies are judged under all n seeds: outcome y_si = mean + seed_s + galaxy_i + rest_si, a two-way random-effects
+All n seeds are evaluated on the same N galaxies: outcome y_si = mean + seed_s + galaxy_i + rest_si, a two-way random-effects
 layout without replication (Cornfield & Tukey 1956, Ann. Math. Stat. 27, 907; Searle, Casella & McCulloch 1992, "Variance
 Components", section 4.7). The variance of the mean of all n N outcomes is
 
-    V = seed / n + galaxy / N + rest / (n N),
+    V = seed / n + galaxy / N + rest / (n N).
 
-so the error that the choice of galaxies brings does not shrink with more seeds, nor the other with more galaxies: both have to be
-in a test between two trainings (Dror et al. 2018, ACL, P18-1128; Bouthillier et al. 2021, MLSys, arXiv:2103.03098). It is
-estimated without bias from the mean squares of the rows (seeds), columns (galaxies) and the rest,
+More seeds do not reduce the error from the choice of galaxies, and more galaxies do not reduce the error from the seeds, so a
+test between two trainings must contain both (Dror et al. 2018, ACL, P18-1128; Bouthillier et al. 2021, MLSys, arXiv:2103.03098).
+An unbiased estimate uses the mean squares of the rows (seeds), columns (galaxies) and the rest,
 
     V = (MS_seeds + MS_galaxies - MS_rest) / (n N);   MS_seeds / (n N) = s^2 / n, where s is the deviation between seeds' means.
 
-Where only each seed's mean is known, galaxy / N is replaced by its upper bound, the whole variance between outcomes over N
-(p (1 - p) / N for an accuracy p): too large by rest / N, so tests err to the side of no difference.
+If only each seed's mean is known, galaxy / N is replaced by an upper bound, the total variance between outcomes over N
+(p (1 - p) / N for an accuracy p). This is too large by rest / N, so the tests are conservative.
 
-Differences are judged by Student's t with the degrees of freedom of Welch (1938, 1947) and Satterthwaite (1946):
-nu = (sum V_j)^2 / sum (V_j^2 / nu_j) over the independent parts V_j of the variance. Simulated, a test at 5 % between our mean
-and the number of one training rejects what is equal in 4 to 6 % of cases where the seeds' variance is below a quarter of the
-galaxies'; where it is half of theirs in 8, 6 and 6 % with 2, 3 and 5 seeds, where it is as large in 10, 7 and 6 %. Two seeds are
-too few for anything but a first look.
+Differences are tested by Student's t with the degrees of freedom of Welch (1938, 1947) and Satterthwaite (1946):
+nu = (sum V_j)^2 / sum (V_j^2 / nu_j) over the independent parts V_j of the variance. In simulations, a test at the 5 % level
+between our mean and the number of one training rejects equality in 4 to 6 % of cases if the seeds' variance is below a quarter
+of the galaxies'; in 8, 6 and 6 % with 2, 3 and 5 seeds if it is half of it; and in 10, 7 and 6 % if it is as large. Two seeds
+are too few for more than a first impression.
 """
 
 import math
@@ -47,9 +47,9 @@ class Estimate:
         mean: over all seeds and galaxies.
         num_seeds: n.
         num_galaxies: N, the same galaxies under all seeds.
-        galaxy_variance: what the choice of galaxies adds to the variance of ``mean``; None where nothing is known of it.
-        seed_variance: s^2 / n, what the seeds add to it (and the rest); None with a single seed.
-        rest_variance: rest / N, the part of s^2 that is no property of a seed as a whole; 0 where it is not known.
+        galaxy_variance: part of the variance of ``mean`` due to the choice of galaxies; None where unknown.
+        seed_variance: s^2 / n, the part due to the seeds and the rest; None with a single seed.
+        rest_variance: rest / N, the part of s^2 that is not due to the seed itself; 0 where unknown.
     """
 
     mean: float
@@ -66,32 +66,32 @@ class Estimate:
 
     @property
     def standard_error(self) -> float | None:
-        """Standard error over galaxies and seeds; over galaxies alone with a single seed; None where those are not known."""
+        """Standard error over galaxies and seeds (with one seed, over galaxies alone); None if ``galaxy_variance`` is None."""
         return None if self.galaxy_variance is None else math.sqrt(self.galaxy_variance + (self.seed_variance or 0.0))
 
     @property
     def between_seeds(self) -> float | None:
-        """Variance of the seeds' true means about their own: s^2 less the rest, at least 0; None with a single seed."""
+        """Variance between the true means of the seeds: s^2 minus the rest, at least 0; None with a single seed."""
         return None if self.seed_variance is None else max(0.0, self.seed_variance * self.num_seeds - self.rest_variance)
 
     @property
     def parts(self) -> list[tuple[float, float]]:
-        """The known independent parts of the variance, each with its degrees of freedom."""
+        """Known independent parts of the variance, each with its degrees of freedom."""
         parts = [] if self.galaxy_variance is None else [(self.galaxy_variance, self.num_galaxies - 1.0)]
         return parts if self.seed_variance is None else [*parts, (self.seed_variance, self.num_seeds - 1.0)]
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The difference of two means, with its test.
+    """Difference of two means, with its test.
 
     Args:
         value: the difference.
         standard_error: of the value.
-        degrees_of_freedom: of Student's t; inf where the error counts as known.
-        p_value: two-sided; of Student's t, unless ``test`` says otherwise.
-        test: how it was tested, in words.
-        notes: what the test could not take into account.
+        degrees_of_freedom: of Student's t; inf if the error is taken as known.
+        p_value: two-sided; of Student's t, unless ``test`` names another test.
+        test: name of the test.
+        notes: limitations of the test.
     """
 
     value: float
@@ -102,21 +102,21 @@ class Difference:
     notes: tuple[str, ...] = ()
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Confidence interval of the value by Student's t."""
+        """Return the confidence interval of the value by Student's t."""
         half = t_quantile(0.5 + level / 2, self.degrees_of_freedom) * self.standard_error
         return self.value - half, self.value + half
 
     def p_above(self, bound: float) -> float:
-        """One-sided p value of "not above the bound": small where the value lies significantly above it."""
+        """Return the one-sided p value of "not above the bound": small if the value is significantly above it."""
         return t_tail(self.value - bound, self.standard_error, self.degrees_of_freedom)
 
     def p_below(self, bound: float) -> float:
-        """One-sided p value of "not below the bound": small where the value lies significantly below it."""
+        """Return the one-sided p value of "not below the bound": small if the value is significantly below it."""
         return t_tail(bound - self.value, self.standard_error, self.degrees_of_freedom)
 
 
 def from_outcomes(outcomes_SN: ArrayLike) -> Estimate:
-    """The estimate from each galaxy's outcome under each seed.
+    """Return the estimate from each galaxy's outcome under each seed.
 
     Args:
         outcomes_SN: S seeds x N galaxies (the same in each row): 0 or 1 for an accuracy, nats for a loss.
@@ -141,18 +141,18 @@ def from_outcomes(outcomes_SN: ArrayLike) -> Estimate:
 
 
 def from_accuracies(accuracies_S: Sequence[float], num_galaxies: int) -> Estimate:
-    """The estimate from the seeds' accuracies alone: the galaxies' part is binomial, p (1 - p) / N (an upper bound)."""
+    """Return the estimate from the seeds' accuracies alone: the galaxies' part is binomial, p (1 - p) / N (an upper bound)."""
     mean = math.fsum(accuracies_S) / len(accuracies_S)
     return from_means(accuracies_S, num_galaxies, mean * (1 - mean))
 
 
 def from_means(means_S: Sequence[float], num_galaxies: int, variance: float | None) -> Estimate:
-    """The estimate from the seeds' means.
+    """Return the estimate from the seeds' means.
 
     Args:
-        means_S: one mean a seed.
+        means_S: one mean per seed.
         num_galaxies: N.
-        variance: between the outcomes of single galaxies under one seed, where it is known.
+        variance: between the outcomes of single galaxies under one seed; None where unknown.
     """
     num_seeds = len(means_S)
     mean = math.fsum(means_S) / num_seeds
@@ -161,13 +161,13 @@ def from_means(means_S: Sequence[float], num_galaxies: int, variance: float | No
 
 
 def difference(value: float, parts: Sequence[tuple[float, float]], test: str, notes: Sequence[str] = ()) -> Difference:
-    """A difference judged by Student's t.
+    """Test a difference by Student's t.
 
     Args:
         value: the difference.
         parts: the independent parts of its variance, each with its degrees of freedom.
-        test: what is tested how.
-        notes: what the variance lacks.
+        test: name of the test.
+        notes: sources of error that the variance lacks.
     """
     variance = math.fsum(part for part, _ in parts)
     spread = math.fsum(part**2 / freedom for part, freedom in parts)
@@ -177,7 +177,10 @@ def difference(value: float, parts: Sequence[tuple[float, float]], test: str, no
 
 
 def t_tail(value: float, standard_error: float, degrees_of_freedom: float) -> float:
-    """Probability that Student's t exceeds value / standard error. Without any error: 0, 1/2 or 1 by the value's sign."""
+    """Return the probability that Student's t exceeds value / standard error.
+
+    Without error it is 0, 1/2 or 1 by the value's sign.
+    """
     from scipy.special import ndtr, stdtr
 
     if standard_error == 0:
@@ -187,14 +190,13 @@ def t_tail(value: float, standard_error: float, degrees_of_freedom: float) -> fl
 
 
 def t_quantile(probability: float, degrees_of_freedom: float) -> float:
-    """Quantile of Student's t."""
     from scipy.special import ndtri, stdtrit
 
     return float(ndtri(probability) if math.isinf(degrees_of_freedom) else stdtrit(degrees_of_freedom, probability))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for their number, so that the chance of any false rejection stays below the level.
+    """Adjust p values for multiple testing, so that the probability of any false rejection stays below the level.
 
     Holm (1979), Scand. J. Stat. 6, 65: the i-th smallest of m times (m - i + 1), made monotone, at most 1.
     """
@@ -205,20 +207,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-# What a run predicted for each galaxy, matched by the galaxies' ids between runs.
+# Outcomes of single galaxies, matched between runs by galaxy id.
 
 COLUMNS = ("id", "label", "logits")
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """One run's predictions on a test set, ordered by id.
+    """Predictions of one run on a test set, ordered by id.
 
     Args:
         ids_N: str, unique, ascending.
         labels_N: int64.
         log_probabilities_NK: float64.
-        source: where they were read, for messages.
+        source: origin of the predictions, for messages.
     """
 
     ids_N: NDArray[np.str_]
@@ -228,24 +230,24 @@ class Outcomes:
 
     @cached_property
     def predicted_N(self) -> NDArray[np.int64]:
-        """The most probable class, the first of equals."""
+        """Most probable class of each galaxy; the first one of ties."""
         predicted_N: NDArray[np.int64] = self.log_probabilities_NK.argmax(axis=1)
         return predicted_N
 
     @cached_property
     def correct_N(self) -> NDArray[np.bool_]:
-        """Whether the most probable class is the galaxy's."""
+        """True for each galaxy whose most probable class is its label."""
         correct_N: NDArray[np.bool_] = self.predicted_N == self.labels_N
         return correct_N
 
     @cached_property
     def losses_N(self) -> NDArray[np.float64]:
-        """Plain cross-entropy in nats."""
+        """Cross-entropy of each galaxy in nats, unweighted."""
         losses_N: NDArray[np.float64] = -self.log_probabilities_NK[np.arange(len(self.labels_N)), self.labels_N]
         return losses_N
 
     def take(self, ids_M: NDArray[np.str_]) -> "Outcomes":
-        """Those of some of its galaxies (ids ascending)."""
+        """Return the outcomes of some of its galaxies (ids ascending)."""
         if len(ids_M) == len(self.ids_N):
             return self
         rows_M = np.searchsorted(self.ids_N, ids_M)
@@ -253,16 +255,16 @@ class Outcomes:
 
 
 def build_outcomes(ids: Sequence[str], labels: Sequence[int], logits: Any, *, source: str = "predictions") -> Outcomes:
-    """Outcomes from columns in any order.
+    """Build outcomes from columns in any order.
 
     Args:
-        ids: N names.
+        ids: N galaxy ids.
         labels: N class numbers.
-        logits: N x K, any float type; their softmax are the probabilities.
-        source: where they come from, for messages.
+        logits: N x K, any float type; their softmax gives the probabilities.
+        source: origin of the columns, for messages.
 
     Raises:
-        UserError: a galaxy stands there twice, a label has no column, or a number is not finite.
+        UserError: an id occurs twice, a label has no column of logits, or a logit is not finite.
     """
     from scipy.special import log_softmax
 
@@ -280,10 +282,10 @@ def build_outcomes(ids: Sequence[str], labels: Sequence[int], logits: Any, *, so
 
 
 def read_outcomes(path: Path) -> Outcomes:
-    """The outcomes in a file of predictions (Parquet with columns id, label and logits).
+    """Read the outcomes from a file of predictions (Parquet with columns id, label and logits).
 
     Raises:
-        UserError: it is missing, damaged or has other columns.
+        UserError: the file is missing, damaged or has other columns.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -303,10 +305,10 @@ def read_outcomes(path: Path) -> Outcomes:
 
 
 def match(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
-    """The outcomes of several runs on the galaxies that all of them judged, in the same order.
+    """Return the outcomes of several runs on the galaxies that they share, in the same order.
 
     Raises:
-        UserError: they share no galaxy, know other numbers of classes, or a galaxy has two labels.
+        UserError: the runs share no galaxy, differ in the number of classes, or give a galaxy different labels.
     """
     first = outcomes[0]
     shared = reduce(_intersect, (one.ids_N for one in outcomes))
@@ -326,12 +328,12 @@ def match(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
 
 
 def _intersect(left: NDArray[np.str_], right: NDArray[np.str_]) -> NDArray[np.str_]:
-    if np.array_equal(left, right):  # nearly always, and much quicker
+    if np.array_equal(left, right):  # the usual case, and much faster
         return left
     return np.intersect1d(left, right, assume_unique=True)
 
 
-# Statistics across runs: two models on the same galaxies, several runs as one, and which run is best by its validation.
+# Statistics across runs: McNemar's test, ensembles, and the ranking by validation.
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,11 +341,11 @@ class McNemar:
     """McNemar's exact test of two models on the same galaxies.
 
     Args:
-        both: galaxies that both classify correctly.
-        only_first: that the first alone does.
-        only_second: that the second alone does.
-        neither: that none does.
-        p_value: two-sided, that the discordant galaxies fall evenly on the two.
+        both: number of galaxies that both classify correctly.
+        only_first: number that only the first classifies correctly.
+        only_second: number that only the second classifies correctly.
+        neither: number that neither classifies correctly.
+        p_value: two-sided; null hypothesis: the discordant galaxies are evenly distributed over the two.
     """
 
     both: int
@@ -358,7 +360,7 @@ class McNemar:
 
     @property
     def difference(self) -> float:
-        """The first's accuracy minus the second's."""
+        """Accuracy of the first model minus that of the second."""
         return (self.only_first - self.only_second) / self.count
 
     def __str__(self) -> str:
@@ -366,11 +368,11 @@ class McNemar:
 
 
 def mcnemar(first_N: NDArray[np.bool_], second_N: NDArray[np.bool_]) -> McNemar:
-    """McNemar's test (1947, Psychometrika 12, 153), exact: of d discordant galaxies, Binomial(d, 1/2) are the first's.
+    """Run McNemar's exact test (1947, Psychometrika 12, 153): of d discordant galaxies, Binomial(d, 1/2) are the first's.
 
     Args:
-        first_N: whether the first model classifies each galaxy correctly.
-        second_N: the second, the same galaxies in the same order.
+        first_N: True for each galaxy that the first model classifies correctly.
+        second_N: the same for the second model; the same galaxies in the same order.
     """
     from scipy.stats import binomtest
 
@@ -383,20 +385,19 @@ def mcnemar(first_N: NDArray[np.bool_], second_N: NDArray[np.bool_]) -> McNemar:
 
 
 def compare_runs(first: Outcomes, second: Outcomes) -> McNemar:
-    """McNemar's test between two runs on the galaxies that both judged, matched by id.
+    """Run McNemar's test between two runs on the galaxies that they share, matched by id.
 
     Raises:
-        UserError: they are of different data sets.
+        UserError: the runs are of different data sets.
     """
     one, other = match([first, second])
     return mcnemar(one.correct_N, other.correct_N)
 
 
 def build_ensemble(runs: Sequence[Outcomes]) -> Outcomes:
-    """Several runs as one: the mean of their probabilities, on the galaxies that all judged.
-
+    """Return the outcomes of an ensemble: the mean of the runs' probabilities, on the galaxies that they share.
     Raises:
-        UserError: no run, or they are of different data sets.
+        UserError: the runs are of different data sets.
     """
     from scipy.special import logsumexp
 
@@ -406,10 +407,10 @@ def build_ensemble(runs: Sequence[Outcomes]) -> Outcomes:
 
 
 def rank_trials(trials: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[FinishedRun]]:
-    """Runs from best to worst by the validation metric that chose their checkpoints; no number of a test split takes part.
+    """Rank runs from best to worst by the validation metric that selected their checkpoints, never by test results.
 
     Returns:
-        The ranked runs, and those that cannot be ranked: without a validation, or chosen by another metric than most.
+        The ranked runs, and those that cannot be ranked: without a validation, or with another metric than most.
     """
     metrics = [trial.validation.metric for trial in trials if trial.validation is not None]
     usual = max(metrics, key=metrics.count, default=None)
@@ -422,15 +423,11 @@ def rank_trials(trials: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[
     return [trials[index] for index in ordered], [trial for index, trial in enumerate(trials) if index not in values]
 
 
-# Comparisons of cells of the results matrix: with published values, and with each other on the same galaxies.
+# Comparisons of cells with published values, and with each other on the same galaxies. Assumptions:
 #
-# The formulas and their sources stand in ``sampling.py``. What they take as independent:
-#
-# - Published numbers are of another split of the same 17,736 galaxies, so a tenth (balanced: a fifth) of the test galaxies
-# is
-#   expected in both; that this makes the two errors a little alike is left out, and makes tests err to the side of no
-# difference.
-# - Training a model anew brings the published number as much error as ours: its variance between seeds is taken to be ours.
+# - Published numbers are of another split of the same 17,736 galaxies, so a tenth (balanced: a fifth) of the test galaxies is
+#   expected in both. The small correlation of the two errors is neglected, which makes the tests conservative.
+# - The published training has the same variance between seeds as ours.
 
 ONE_SEED = "one seed: the error between trainings is not in the test"
 NOT_PAIRED = "compared as if on different galaxies (no predictions): errs to the side of no difference"
@@ -438,7 +435,7 @@ NOT_PAIRED = "compared as if on different galaxies (no predictions): errs to the
 
 @dataclass(frozen=True)
 class CellOutcomes:
-    """How each of N galaxies came out under each of S seeds.
+    """Outcomes of N galaxies under each of S seeds.
 
     Args:
         ids_N: ascending.
@@ -453,18 +450,18 @@ class CellOutcomes:
     losses_SN: NDArray[np.float64]
 
     def is_paired(self, other: "CellOutcomes") -> bool:
-        """Whether another cell's are of the same galaxies."""
+        """Return True if both cells have the same galaxies."""
         return np.array_equal(self.ids_N, other.ids_N)
 
 
 @dataclass(frozen=True)
 class Term:
-    """A cell's part in a contrast.
+    """Term of a contrast: a cell with its weight.
 
     Args:
-        weight: its factor.
+        weight: factor of its accuracy.
         estimate: of its accuracy.
-        outcomes: single galaxies', where they are known.
+        outcomes: of the single galaxies; None where they are not known.
         name: for notes.
     """
 
@@ -475,10 +472,10 @@ class Term:
 
 
 def stack_outcomes(runs: Sequence[Outcomes]) -> CellOutcomes:
-    """The outcomes of several seeds on the galaxies that all of them judged.
+    """Stack the outcomes of several seeds on the galaxies that they share.
 
     Raises:
-        UserError: they do not fit together.
+        UserError: the runs are of different data sets.
     """
     matched = match(runs)
     correct_SN = np.stack([run.correct_N for run in matched])
@@ -488,21 +485,21 @@ def stack_outcomes(runs: Sequence[Outcomes]) -> CellOutcomes:
 def against_published(
     ours: Estimate, published: PublishedResult, quantity: str, *, num_published_runs: int | None = 1
 ) -> Difference | None:
-    """Two-sample test of ours minus a published value; both have errors of their own.
+    """Test ours minus a published value by a two-sample test with the errors of both.
 
-    Ours varies by galaxies and seeds. A published accuracy p on N galaxies has the binomial variance p (1 - p) / N. Of a
-    published loss the variance between galaxies is not known: ours stands in for it, over the published N. The published number
-    is that of ``num_published_runs`` trainings, each with our variance between seeds.
+    Ours varies by galaxies and seeds. A published accuracy p on N galaxies has the binomial variance p (1 - p) / N. The variance
+    of a published loss between galaxies is not known; ours is used, divided by the published N. The published number is the mean
+    of ``num_published_runs`` trainings, each with our variance between seeds.
 
     Args:
         ours: of the accuracy or the loss.
         published: the published values.
         quantity: ``accuracy`` or ``loss``.
-        num_published_runs: trainings whose mean was published; None: their number is taken as infinite, so that the published
-            value has the error of its galaxies alone.
+        num_published_runs: number of trainings whose mean was published; None: taken as infinite, so that the published value
+            has only the error of its galaxies.
 
     Returns:
-        None where the galaxies' part of our error is not known: without predictions, a loss.
+        The difference; None if the galaxies' part of our error is not known (a loss without predictions).
     """
     if ours.galaxy_variance is None:
         return None
@@ -511,7 +508,7 @@ def against_published(
     if quantity == "accuracy":
         variance = theirs * (1 - theirs) / published.count
     else:
-        # Of one run: what the galaxies bring, and the rest.
+        # Variance of one run: the galaxies' part and the rest.
         variance = (ours.galaxy_variance + ours.rest_variance) * ours.num_galaxies / published.count
         notes.append("the published loss's variance between galaxies is not known: ours stands in for it")
     parts = [(ours.galaxy_variance, ours.num_galaxies - 1.0), (variance, published.count - 1.0)]
@@ -524,15 +521,15 @@ def against_published(
 
 
 def contrast(terms: Sequence[Term]) -> Difference:
-    """A weighted sum of accuracies on one test set, tested against 0.
+    """Test a weighted sum of accuracies on one test set against 0.
 
     With predictions the galaxies are paired: d_i = sum_k w_k (mean over seeds of model k on galaxy i) has the variance
-    sum_i (d_i - d)^2 / (N - 1), which over N holds all galaxies' shares and, doubly with the seeds' own, the rest's:
+    var(d_i) = sum_i (d_i - d)^2 / (N - 1). Both var(d_i) / N and the seeds' variances contain the rest, so it is subtracted once:
 
         V = var(d_i) / N - sum_k w_k^2 rest_k / (n_k N) + sum_k w_k^2 s_k^2 / n_k.
 
-    Two models with one seed each are judged by McNemar's exact test. Without predictions the models count as judged on different
-    galaxies, which for models that find the same galaxies difficult is too large an error.
+    The p value of two models with one seed each is that of McNemar's exact test. Without predictions the models count as
+    evaluated on different galaxies; if both find the same galaxies difficult, this overestimates the error.
     """
     value = math.fsum(term.weight * term.estimate.mean for term in terms)
     single = [term.name for term in terms if term.estimate.num_seeds == 1]
@@ -559,7 +556,7 @@ def contrast(terms: Sequence[Term]) -> Difference:
 
 
 def _paired_rates(terms: Sequence[Term]) -> NDArray[np.float64] | None:
-    """Each term's share of correct seeds by galaxy, terms x N; None unless all are known on the same galaxies."""
+    """Return each term's share of correct seeds by galaxy, terms x N; None unless all are known on the same galaxies."""
     known = [term.outcomes for term in terms if term.outcomes is not None]
     if len(known) < len(terms) or not all(one.is_paired(known[0]) for one in known[1:]):
         return None

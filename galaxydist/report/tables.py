@@ -1,4 +1,7 @@
-"""Numbers as a reader of a table wants them: with their errors, signs and p values. Unicode; LaTeX gets it translated."""
+"""Tables of a report as text, Markdown and LaTeX.
+
+Numbers are formatted once, in Unicode; ``escape`` translates them for LaTeX.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,14 +30,14 @@ Standing = Literal["", "better", "worse", "same"]
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """A quantity of a cell, in words; what there is not is empty.
+    """Formatted numbers of one quantity of a cell; missing ones are empty.
 
     Args:
-        ours: the mean, with its standard error over seeds; ``not run`` where there is no run.
+        ours: the mean, with its standard error over seeds; ``not run`` if there is no run.
         published: the published value.
         difference: ours minus published, with its standard error.
-        p: of that difference, adjusted for the number of cells.
-        standing: what is significant: ours is ``better`` or ``worse``; ``same`` where neither is.
+        p: p value of the difference, adjusted for the number of cells.
+        standing: ``better`` or ``worse`` if ours differs significantly from the published value, else ``same``.
     """
 
     ours: str
@@ -45,7 +48,7 @@ class Numbers:
 
 
 def describe_table(table: Table) -> dict[tuple[Row, TrainTest, Quantity], Numbers]:
-    """All numbers of a table. Accuracies and losses are each a family of tests."""
+    """Format all numbers of a table; accuracies and losses are separate families of tests."""
     found: dict[tuple[Row, TrainTest, Quantity], Numbers] = {}
     for quantity in QUANTITIES:
         adjusted = holm_adjusted(table, quantity)
@@ -55,13 +58,13 @@ def describe_table(table: Table) -> dict[tuple[Row, TrainTest, Quantity], Number
 
 
 def describe(cell: Cell, quantity: Quantity, adjusted_p: float | None, *, is_galaxy10: bool = True) -> Numbers:
-    """A quantity of a cell.
+    """Format one quantity of a cell.
 
     Args:
         cell: of the matrix.
         quantity: ``accuracy`` or ``loss``.
-        adjusted_p: from ``holm_adjusted``; None where there is no such test.
-        is_galaxy10: what was not run is called so; a user has run what is wanted.
+        adjusted_p: from ``holm_adjusted``; None if there is no test.
+        is_galaxy10: shows a cell without runs as ``not run``, else as a dash.
     """
     estimate = cell.accuracy if quantity == "accuracy" else cell.loss
     test = cell.accuracy_test if quantity == "accuracy" else cell.loss_test
@@ -80,19 +83,18 @@ def describe(cell: Cell, quantity: Quantity, adjusted_p: float | None, *, is_gal
 
 
 def mean_text(estimate: Estimate) -> str:
-    """``0.632 ± 0.004``: mean and standard error over seeds; the mean alone of a single seed."""
+    """Format a mean with its standard error over seeds, as ``0.632 ± 0.004``; a single seed has no error."""
     error = estimate.seed_error
     return number(estimate.mean) if error is None else f"{number(estimate.mean)} ± {error:.3f}"
 
 
 def interval_text(found: Difference) -> str:
-    """The 95 % interval of a difference."""
     low, high = found.interval()
     return f"{signed(low)} to {signed(high)}"
 
 
 def score_text(score: Score | None) -> str:
-    """``0.632 [0.601, 0.660]``: a number and its 95 % interval."""
+    """Format a score and its interval, as ``0.632 [0.601, 0.660]``."""
     if score is None or score.interval is None:
         return number(score.value if score is not None else None)
     low, high = score.interval
@@ -100,33 +102,33 @@ def score_text(score: Score | None) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """``0.632``; a dash for what there is not."""
+    """Format a number, as ``0.632``; None becomes a dash."""
     return NOTHING if value is None else f"{value:.{digits}f}".replace("-", MINUS)
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """``+0.012`` or ``−0.012``; no sign where all digits are 0."""
+    """Format a number with its sign, as ``+0.012`` or ``−0.012``; no sign if all digits are 0."""
     text = f"{value:+.{digits}f}"
     return text[1:] if float(text) == 0 else text.replace("-", MINUS)
 
 
 def points(share: float) -> str:
-    """A difference of accuracies in points (per cent): ``+1.2``."""
+    """Format a difference of accuracies in points (per cent), as ``+1.2``."""
     return signed(100 * share, 1)
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """``63.2 %``."""
+    """Format a share, as ``63.2 %``; None becomes a dash."""
     return NOTHING if share is None else f"{100 * share:.{digits}f} %"
 
 
 def p_text(p: float) -> str:
-    """``p < 0.001``, ``p = 0.016``."""
+    """Format a p value, as ``p < 0.001`` or ``p = 0.016``."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def hours_text(hours: float | None) -> str:
-    """``3.2 h``, ``12.1 min``, ``8 s``."""
+    """Format a duration, as ``3.2 h``, ``12.1 min`` or ``8 s``; None becomes a dash."""
     if hours is None:
         return NOTHING
     if hours >= 1:
@@ -134,7 +136,7 @@ def hours_text(hours: float | None) -> str:
     return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.0f} s"
 
 
-# Parts of a report that look alike on the page, in Markdown and in LaTeX: heads and rows of tables, and sentences.
+# Text, table heads and rows that the HTML page, Markdown and LaTeX share.
 
 _ERRORS = "Mean over seeds ± its standard error over seeds; a number without one is of a single seed."
 _CAPTIONS = {
@@ -152,12 +154,12 @@ NO_REAL = f"No run on the real Galaxy10 DECaLS ({REAL_DATASET}) is among these: 
 
 @dataclass(frozen=True)
 class ClassRow:
-    """Accuracies of the classes of a model in a setting: means over seeds.
+    """Recalls of the classes of a model in a setting, averaged over seeds.
 
     Args:
-        label: the model.
+        label: of the model's row.
         values: by class; None for a class without galaxies.
-        worst: number of the class with the least; None where there is none.
+        worst: index of the class with the smallest recall; None if no class has galaxies.
     """
 
     label: str
@@ -171,7 +173,7 @@ def caption_of(table: Table) -> str:
 
 
 def about(results: ReportData) -> str:
-    """What is reported, in a sentence or two."""
+    """Return one or two sentences on the content of the report."""
     names = ", ".join(found.table.dataset for found in results.findings)
     text = f"{_some(results.num_runs, 'run')} on {names}"
     if left := results.num_asked - results.num_runs:
@@ -182,7 +184,7 @@ def about(results: ReportData) -> str:
 
 
 def score_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of each run's numbers, with their intervals."""
+    """Return head and rows of the metrics of each run, with their intervals."""
     head = ["run", "model", "trained on", "tested on", "seed", "galaxies", "accuracy", "balanced accuracy", "macro F1", "loss"]
     rows = []
     for facts in found.facts:
@@ -196,7 +198,7 @@ def score_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
 
 
 def class_rows(table: Table) -> dict[TrainTest, tuple[tuple[str, ...], list[ClassRow]]]:
-    """By setting that was run: the classes' names, and a row a model."""
+    """Return the class names and a row per model, for each setting with runs."""
     found = {}
     for setting in table.settings:
         rows = [_class_row(row, table.cells[row, setting]) for row in table.rows if table.cells[row, setting].trials]
@@ -213,7 +215,7 @@ def _class_row(row: Row, cell: Cell) -> ClassRow:
 
 
 def ranking_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the ranking: the runs of each variant, best validation first. The test column takes no part in it."""
+    """Return head and rows of the ranking by validation, per training variant; the test results have no influence."""
     head = ["rank", "model", "value", "validation", "trained on", "seed", "step", "test", "run"]
     rows = []
     for ranking in found.rankings:
@@ -238,7 +240,6 @@ def _ranked(found: DatasetResults, trial: FinishedRun) -> list[str]:
 
 
 def cost_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of speed and cost."""
     head = [
         "run",
         "model",
@@ -275,7 +276,6 @@ def cost_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
 
 
 def ensemble_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the ensembles of seeds."""
     head = ["model", "setting", "runs", "galaxies", "mean accuracy", "ensemble", "gain (points)", "mean loss", "ensemble loss"]
     rows = [
         [
@@ -295,7 +295,7 @@ def ensemble_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
 
 
 def settings_of(found: DatasetResults) -> dict[str, str]:
-    """Return what tells lines of one model and recipe apart: label -> the result keys that differ."""
+    """Return label -> the recipe keys with their values that distinguish rows of the same model and recipe."""
     fields = recipe_fields()
     groups: dict[tuple[str, str, str], dict[Row, dict[str, str]]] = {}
     for row in found.table.rows:
@@ -319,18 +319,13 @@ def _some(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
-# The report's tables as Markdown, as GitHub renders it.
+# Tables in GitHub's Markdown.
 
 _MARKS = {"better": " (better)", "worse": " (worse)", "same": " (not significant)", "": ""}
 
 
 def render_markdown(results: ReportData, provenance: Mapping[str, str]) -> str:
-    """The tables.
-
-    Args:
-        results: to be shown.
-        provenance: ``command`` and ``version``.
-    """
+    """Render the tables as Markdown; ``provenance`` holds ``command`` and ``version``."""
     lines = ["# Results", "", about(results), "", f"Made by galaxydist {provenance['version']}: `{provenance['command']}`", ""]
     for found in results.findings:
         lines += _data_set_markdown(found)
@@ -396,7 +391,7 @@ def _text(text: str) -> str:
     return text.replace("|", r"\|").replace("_", r"\_").replace("*", r"\*").replace("\n", " ")
 
 
-# r"""The report's tables as LaTeX, ready to ``\input``: they need the packages booktabs and graphicx (for turned heads).
+# Tables in LaTeX for ``\input``; they need the packages booktabs and graphicx (for rotated heads).
 
 _ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -413,22 +408,16 @@ _ESCAPES = {
     "\N{NO-BREAK SPACE}": "~",
 }
 _SPECIAL = re.compile("|".join(map(re.escape, _ESCAPES)))
-# Of a difference that is significant.
+# Marks a significant difference.
 _STAR = "$^{*}$"
 
 
 def escape(text: str) -> str:
-    """Plain text for LaTeX."""
     return _SPECIAL.sub(lambda match: _ESCAPES[match.group()], text)
 
 
 def render_latex(results: ReportData, provenance: Mapping[str, str]) -> str:
-    """The tables, each a float of its own with a caption and a label.
-
-    Args:
-        results: to be shown.
-        provenance: ``command`` and ``version``.
-    """
+    """Render the tables as LaTeX, each in its own float; ``provenance`` holds ``command`` and ``version``."""
     command = " ".join(provenance["command"].split())
     lines = [f"% Made by galaxydist {provenance['version']}: {command}", r"% Needs \usepackage{booktabs,graphicx}.", ""]
     for found in results.findings:

@@ -1,1 +1,1 @@
-"""The run folder: layout, lock, metrics and checkpoints as plain state. Knows nothing of training."""
+"""The run folder: layout, lock and metrics log, independent of training."""

@@ -1,4 +1,4 @@
-"""The run folder: where everything of one run lies, and what may change when the run goes on."""
+"""Run folder: the layout of a run's files, and the recipe changes allowed when the run continues."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ FailureKind = Literal["bad_input", "nonfinite", "crash"]
 
 @dataclass(frozen=True)
 class Change:
-    """A recipe key that differs between the run folder and a new command; a value is None where the key does not exist."""
+    """A recipe key that differs between the run folder and a new command; a missing key has the value None."""
 
     key: str
     old: Any
@@ -34,8 +34,8 @@ class StoredRecipe:
 
     Args:
         recipe: value by dotted key.
-        origins: where each value came from, by dotted key.
-        forced: what ``resume.force`` changed so far: one entry a time, ``{"step": ..., "changes": [{"key", "old", "new"}]}``.
+        origins: origin of each value, by dotted key.
+        forced: earlier changes by ``resume.force``, one entry per time: ``{"step": ..., "changes": [{"key", "old", "new"}]}``.
     """
 
     recipe: Mapping[str, Any]
@@ -44,7 +44,7 @@ class StoredRecipe:
 
 
 class RunFolder:
-    """The layout of one run's folder; makes nothing until something is written.
+    """Layout of one run's folder; creates nothing until something is written.
 
     Args:
         path: the folder; it need not exist.
@@ -68,10 +68,10 @@ class RunFolder:
         return str(self.path)
 
     def create(self) -> None:
-        """Make the folder.
+        """Create the folder.
 
         Raises:
-            UserError: a file is in the way, or it may not be made there.
+            UserError: the folder cannot be created.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -82,16 +82,16 @@ class RunFolder:
 
     @property
     def is_started(self) -> bool:
-        """A run has written its recipe here."""
+        """True once a run has written its recipe here."""
         return self.recipe_path.exists()
 
     @property
     def is_finished(self) -> bool:
-        """The run has come to its end and left its result."""
+        """True once the run has finished and written its result."""
         return self.result_path.exists()
 
     def write_recipe(self, stored: StoredRecipe) -> None:
-        """Write the resolved recipe, with where each value came from and what was forced."""
+        """Write the resolved recipe with the origins of its values and the forced changes."""
         content = {
             "format": FORMAT_VERSION,
             "recipe": plain(stored.recipe),
@@ -104,7 +104,7 @@ class RunFolder:
         """Read the resolved recipe.
 
         Raises:
-            UserError: it is missing, damaged, or of a newer galaxydist.
+            UserError: it is missing, damaged, or of another format version.
         """
         if not self.recipe_path.exists():
             raise UserError(
@@ -132,18 +132,18 @@ class RunFolder:
         force: Collection[str] = (),
         step: int = 0,
     ) -> list[Change]:
-        """Take the recipe of a new command for this folder: write it the first time, compare it when the run goes on.
+        """Store the recipe of a new command; when the run continues, first compare it with the stored one.
 
         Args:
             recipe: value by dotted key, resolved.
-            origins: where each value came from.
+            origins: origin of each value.
             result_keys: the dotted keys that change a run's numbers.
-            defaults: values of keys that the stored recipe may lack, since it is older than they are.
-            force: ``resume.force``: result keys that may differ all the same.
-            step: the step at which the run goes on, for the record.
+            defaults: values of keys that the stored recipe may lack because they were added later.
+            force: result keys that may differ (``resume.force``).
+            step: the step at which the run continues, for the record.
 
         Returns:
-            The forced changes; they are recorded in recipe.json.
+            The forced changes, which are also recorded in recipe.json.
 
         Raises:
             UserError: a result key differs and is not forced.
@@ -160,63 +160,64 @@ class RunFolder:
         return forced
 
     def read_tracker(self) -> dict[str, Any]:
-        """The tracker's state (``run_id``, ``stored_step``, ``is_complete``); empty where there is none yet."""
+        """Return the tracker's state (``run_id``, ``stored_step``, ``is_complete``); empty if there is none yet."""
         if not self.tracker_path.exists():
             return {}
         content = read_json(self.tracker_path)
         return content if isinstance(content, dict) else {}
 
     def write_tracker(self, *, run_id: str | None, stored_step: int, is_complete: bool) -> None:
-        """Keep the tracker's state.
+        """Write the tracker's state.
 
         Args:
-            run_id: the tracker's name for the run: a requeue goes on with the same curve.
+            run_id: the tracker's id of the run, with which a requeued job continues the same curves.
             stored_step: the highest step that the tracker is known to have stored.
-            is_complete: the run has ended, and the tracker has all of it.
+            is_complete: True if the run has ended and the tracker has all of it.
         """
         write_json(self.tracker_path, {"run_id": run_id, "stored_step": stored_step, "is_complete": is_complete})
 
     def read_result(self) -> dict[str, Any] | None:
-        """What the finished run left; None while it has not finished."""
+        """Return the result of the run; None if it has not finished."""
         if not self.result_path.exists():
             return None
         content = read_json(self.result_path)
         return content if isinstance(content, dict) else {}
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        """Mark the run as finished, with its result."""
+        """Write the result, which marks the run as finished."""
         write_json(self.result_path, plain(result))
 
     def read_failure(self) -> dict[str, Any] | None:
-        """How the last start failed; None where it did not (or left nothing behind)."""
+        """Return the record of the last start's failure; None if there is no valid one."""
         if not self.failure_path.exists():
             return None
         content = read_json(self.failure_path)
         return content if isinstance(content, dict) and {"kind", "step", "error"} <= set(content) else None
 
     def write_failure(self, kind: FailureKind, step: int | None, error: str, *, start: str | None = None) -> None:
-        """Note how this start failed, for whoever decides whether it is started again. Of several that one start notes the
-        first stays: the others follow from it.
+        """Record how this start failed, for the decision to requeue.
+
+        Of several failures of one start the first is kept, because the others follow from it.
 
         Args:
-            kind: what starting again would change: nothing (``bad_input``, ``nonfinite``), or perhaps something (``crash``).
-            step: optimizer steps done, where that is known.
-            error: a line.
-            start: of which job, see ``start_of``; None outside of a job.
+            kind: ``bad_input`` or ``nonfinite`` if a restart would fail again, ``crash`` if it might succeed.
+            step: optimizer steps done, if known.
+            error: one line that describes the failure.
+            start: job and restart (``job_environment.start_of``); None outside of a job.
         """
-        with contextlib.suppress(UserError):  # a damaged one is replaced
+        with contextlib.suppress(UserError):  # a damaged record is replaced
             before = self.read_failure()
             if start is not None and before is not None and before.get("start") == start:
                 return
         write_json(self.failure_path, {"kind": kind, "step": step, "error": error, "start": start})
 
     def clear_failure(self) -> None:
-        """A new start: what became of the last one does not count any more."""
+        """Remove the record of the last start's failure."""
         self.failure_path.unlink(missing_ok=True)
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON gives it back (tuples are lists, paths are text), so that stored and new values compare equal."""
+    """Return ``value`` as JSON would restore it (tuples as lists, paths as text), so that stored and new values compare equal."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -234,10 +235,10 @@ def compare_recipes(
     force: Collection[str] = (),
     place: str = "the run folder",
 ) -> list[Change]:
-    """The forced changes of result keys between two resolved recipes (value by dotted key); run keys may differ freely.
+    """Return the forced changes of result keys between two resolved recipes (value by dotted key); other keys may differ.
 
     Raises:
-        UserError: result keys differ that are not in ``force``; each is listed with its old and new value.
+        UserError: result keys that are not in ``force`` differ; each is listed with its old and new value.
     """
     old_values, new_values = plain(stored), plain(new)
     missing = object()
@@ -259,16 +260,16 @@ def compare_recipes(
     return changes
 
 
-# The names in a folder of checkpoints: known to the module that writes them, and to what must answer without torch.
+# Names in the checkpoints folder, here so that they can be imported without torch.
 
 LATEST, BEST = "latest", "best"
 STATE_FILE = "checkpoint.json"
-# Step, and number of the save.
+# The step, and the number of the save.
 FOLDER_NAME = re.compile(r"step-(\d+)-(\d+)")
 
 
 def read_newest_state(checkpoints_dir: Path) -> dict[str, Any] | None:
-    """The plain values of the newest checkpoint that can be read, its files not checked; None where there is none."""
+    """Return the plain values of the newest readable checkpoint, without checking its files; None if there is none."""
     names = [match for path in checkpoints_dir.glob("step-*") if (match := FOLDER_NAME.fullmatch(path.name))]
     for match in sorted(names, key=lambda match: int(match[2]), reverse=True):
         try:

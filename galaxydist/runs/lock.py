@@ -1,4 +1,4 @@
-"""The lock of a run folder: one process at a time, and a dead one never keeps the next from starting."""
+"""Lock of a run folder: one process at a time; a dead process never blocks the next one."""
 
 import atexit
 import errno
@@ -20,21 +20,19 @@ import psutil
 from galaxydist.atomic_files import explain_full_disk
 from galaxydist.errors import UserError
 
-# Who holds a run folder, and whether that process still runs.
-
 
 @dataclass(frozen=True)
 class LockOwner:
-    """Who holds a lock.
+    """The process that holds a lock.
 
     Args:
         host: name of the machine.
-        pid: process number there.
-        process_start: when that process started, seconds since 1970: tells it from a later process of the same number.
-        pid_space: which kernel, boot and container the process number belongs to; empty where the system does not say.
-        job_id: the scheduler's job, or None.
-        restart_count: how often that job was requeued.
-        token: random, of this lock alone.
+        pid: process id on that machine.
+        process_start: start of the process, seconds since 1970; distinguishes it from a later process with the same id.
+        pid_space: identifier of the boot and the container in which the process id is valid; empty if unknown.
+        job_id: id of the scheduler's job, or None.
+        restart_count: number of times that job was requeued.
+        token: random text, unique to this lock.
     """
 
     host: str
@@ -51,7 +49,7 @@ class LockOwner:
 
 
 def read_owner(path: Path) -> LockOwner | None:
-    """The owner that a lock file names; None where there is no file or it is not a lock's."""
+    """Return the owner named in a lock file; None if there is no valid lock file."""
     try:
         content: Any = json.loads(path.read_bytes())
         return LockOwner(**{field.name: content[field.name] for field in fields(LockOwner)})
@@ -60,7 +58,7 @@ def read_owner(path: Path) -> LockOwner | None:
 
 
 def process_start(pid: int) -> float | None:
-    """When a process of this machine started, seconds since 1970; None where it does not run."""
+    """Return the start time of a process of this machine, seconds since 1970; None if it does not run."""
     try:
         return float(psutil.Process(pid).create_time())
     except psutil.Error:
@@ -68,8 +66,11 @@ def process_start(pid: int) -> float | None:
 
 
 def pid_space() -> str:
-    """Two machines may bear one name, a machine may have been restarted, containers number their processes anew: only where this
-    is equal does a process number mean the same process."""
+    """Return an identifier of this boot and process namespace, or an empty text if unknown.
+
+    Process ids mean the same process only if it is equal: two machines may share a name, a machine may have been restarted, and
+    containers number their processes separately.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -78,7 +79,7 @@ def pid_space() -> str:
 
 
 def is_alive(owner: LockOwner) -> bool:
-    """The very process that took the lock still runs on this host (a zombie does not)."""
+    """Return True if the process that took the lock still runs on this host; a zombie does not count."""
     try:
         process = psutil.Process(owner.pid)
         # The start time is computed from the boot time, which a clock adjustment may move by a little.
@@ -98,25 +99,25 @@ POLL_SECONDS = 2.0
 
 
 class InUseError(UserError):
-    """Another process has the run folder."""
+    """Another process holds the run folder."""
 
 
 class RunLock:
-    """Holds a run folder for this process, until it is released or the process ends. A context manager.
+    """Context manager that holds a run folder for this process until it is released or the process ends.
 
-    The lock file is taken over, with a warning, from a process that is gone (same host) or whose heartbeat is stale (another
-    host), and silently from an earlier restart of the same job. The heartbeat is the file's modification time, set by a thread,
-    so that it needs no space on the disk; the clocks of the hosts must agree within a minute or two.
+    The lock file is taken over, with a warning, from a dead process on the same host or from a process on another host with a
+    stale heartbeat, and without a warning from an earlier restart of the same job. The heartbeat is the file's modification time,
+    set by a thread, so that it needs no disk space; the clocks of the hosts must agree within a minute or two.
 
     Args:
         path: the lock file, in an existing folder.
         host, pid: this process.
-        job_id, restart_count: the scheduler's, where there is one.
-        clock: seconds since 1970.
+        job_id, restart_count: the scheduler's job and its number of requeues, if any.
+        clock: returns seconds since 1970.
         heartbeat_seconds: time between heartbeats.
-        stale_seconds: age of a heartbeat from which another host's process is taken for dead.
-        is_patient: of an owner on another host that gives no sign of life, wait until its heartbeat is stale: a job that starts
-            just after another was killed must not end for that.
+        stale_seconds: age of a heartbeat from which a process on another host counts as dead.
+        is_patient: if an owner on another host sends no heartbeat, wait until it is stale instead of failing: a job that starts
+            just after another one was killed must not end because of its lock.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class RunLock:
         """Take the lock and start the heartbeat.
 
         Raises:
-            UserError: another process uses the folder, or it cannot be written.
+            UserError: another process holds the folder, or it cannot be written.
         """
         try:
             self._take_when_free()
@@ -167,7 +168,7 @@ class RunLock:
         atexit.register(self.release)
 
     def _take_when_free(self) -> None:
-        waited_for: float | None = None  # the heartbeat that stands still
+        waited_for: float | None = None  # the heartbeat that does not change
         while True:
             try:
                 with explain_full_disk(self.path), _guard(self.path):
@@ -184,7 +185,7 @@ class RunLock:
             time.sleep(min(POLL_SECONDS, self._stale_seconds))
 
     def release(self) -> None:
-        """Stop the heartbeat and remove the lock file, if it is still this process's. May be called twice."""
+        """Stop the heartbeat and remove the lock file if it is still this process's; may be called twice."""
         if os.getpid() != self.owner.pid:
             return  # a forked child inherits the object, not the lock
         self._stop.set()
@@ -201,14 +202,14 @@ class RunLock:
 
     @property
     def is_held(self) -> bool:
-        """This process has the lock and nobody took it over (checked on the disk)."""
+        """True while this process holds the lock and no other has taken it over (checked on disk)."""
         return self._thread is not None and not self._is_lost and self._is_ours()
 
     def check(self) -> None:
-        """Call this before something in the run folder is changed for good.
+        """Check that the lock is still held; to be called before an irreversible change in the run folder.
 
         Raises:
-            UserError: the lock was lost: another process took it over, or somebody removed it.
+            UserError: another process took the lock over, or the lock file was removed.
         """
         if not self.is_held:
             owner = read_owner(self.path)
@@ -223,7 +224,7 @@ class RunLock:
         return owner is not None and owner.token == self.owner.token
 
     def _create(self) -> None:
-        """The lock file appears with its contents at once, and only if there is none (``link``: on network file systems too)."""
+        """Create the lock file and its contents atomically, if there is none; ``link`` does this on network file systems too."""
         temporary = self.path.with_name(f".{self.path.name}.{self.owner.token}.tmp")
         try:
             temporary.write_text(json.dumps(asdict(self.owner), indent=2) + "\n")
@@ -267,7 +268,7 @@ class RunLock:
         self._remove(owner)
 
     def _remove(self, judged: LockOwner | None) -> None:
-        """Remove exactly the lock that was judged: where the guard does not work, another process may have replaced it since."""
+        """Remove exactly the lock that was examined; without a working guard, another process may have replaced it since."""
         aside = self.path.with_name(f".{self.path.name}.{self.owner.token}.old")
         try:
             self.path.rename(aside)
@@ -284,7 +285,7 @@ class RunLock:
         aside.unlink()
 
     def _is_owner_here(self) -> bool:
-        """The owner is a process of this machine, of which it is known whether it lives."""
+        """Return True if the owner is a process of this machine, so that ``is_alive`` applies."""
         owner = read_owner(self.path)
         return owner is not None and (owner.host, owner.pid_space) == (self.owner.host, self.owner.pid_space)
 
@@ -329,7 +330,7 @@ class RunLock:
 
 @contextmanager
 def _guard(path: Path) -> Iterator[None]:
-    """Let only one process at a time judge a lock. On file systems without ``flock`` the checks in ``RunLock`` remain."""
+    """Let one process at a time examine a lock; without ``flock`` on the file system, the checks in ``RunLock`` remain."""
     import fcntl
 
     descriptor = os.open(path.with_name(f".{path.name}.guard"), os.O_RDWR | os.O_CREAT, 0o666)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line of JSON for each logged step."""
+"""Log of a run's metrics: metrics.jsonl, one line of JSON per logged step."""
 
 import json
 import math
@@ -15,10 +15,10 @@ Metric = float | int | str | None
 
 
 class MetricsLog:
-    """The log of a run's metrics: lines such as ``{"step": 20, "train/loss": 1.9}``, in the order of their steps.
+    """Log of metrics: lines such as ``{"step": 20, "train/loss": 1.9}``, in the order of their steps.
 
     Args:
-        path: the file; made with the first line.
+        path: the file; created with the first line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,10 +26,10 @@ class MetricsLog:
         self._is_checked = False
 
     def append(self, step: int, values: Mapping[str, Metric]) -> None:
-        """Add one line. nan and inf, which JSON does not have, become null.
+        """Append one line; nan and inf, which JSON lacks, become null.
 
         Raises:
-            UserError: the disk is full; the lines before are untouched.
+            UserError: the disk is full; the earlier lines are unchanged.
         """
         if not self._is_checked:
             self._cut_half_line()
@@ -43,19 +43,19 @@ class MetricsLog:
             length = file.tell()
             try:
                 written = file.write(line)
-                while written < len(line):  # a disk that fills up takes a part first and fails on the next call
+                while written < len(line):  # a disk that fills up accepts a part first and fails on the next call
                     written += file.write(line[written:])
             except OSError:
                 os.truncate(self.path, length)
                 raise
 
     def sync(self) -> None:
-        """Make the lines so far survive a power cut; call it before a checkpoint is saved that says that they are written."""
+        """Flush all lines to disk, so that they survive a power cut; to be called before a checkpoint that relies on them."""
         if self.path.exists():
             fsync_file(self.path)
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines, oldest first. A half-written last line is left out.
+        """Return all lines, oldest first, without a half-written last line.
 
         Raises:
             UserError: another line is damaged.
@@ -63,10 +63,10 @@ class MetricsLog:
         return [json.loads(line) for line in self._lines()]
 
     def cut_back(self, step: int) -> int:
-        """Remove the lines after ``step``, which will be written again by a run that goes on from there.
+        """Remove the lines after ``step``; a run that continues from there writes them again.
 
         Returns:
-            The number of lines removed, a half-written one not counted.
+            The number of lines removed, not counting a half-written one.
         """
         lines = list(self._lines())
         kept = [line for line in lines if json.loads(line)["step"] <= step]
@@ -113,18 +113,18 @@ class MetricsLog:
                 file.truncate(start)
 
 
-# Reading little of a long file of lines: its end, or the lines of one step, so that many runs are looked at in a moment.
+# Partial reads of a long file, so that the state of many runs is read quickly.
 
 TAIL_BYTES = 65_536
 _BLOCK = 4096
 
 
 def read_tail(path: Path, num_bytes: int = TAIL_BYTES, *, whole: bool = True, end: int | None = None) -> list[bytes]:
-    """The whole lines among the last ``num_bytes`` of a file; none where there is no file.
+    """Return the complete lines among the last ``num_bytes`` of a file; empty if there is no file.
 
     Args:
-        whole: leave out a half-written last one.
-        end: take the file to end here.
+        whole: leave out a half-written last line.
+        end: position taken for the end of the file.
     """
     try:
         file = path.open("rb")
@@ -140,12 +140,12 @@ def read_tail(path: Path, num_bytes: int = TAIL_BYTES, *, whole: bool = True, en
 
 
 def read_tail_records(path: Path, num_bytes: int = TAIL_BYTES) -> list[dict[str, Any]]:
-    """The same lines as JSON objects; what is none is passed over, since whoever needs all of them checks the file."""
+    """Return the lines of ``read_tail`` that are JSON objects; other lines are skipped without an error."""
     return [record for line in read_tail(path, num_bytes) if (record := _record(line)) is not None]
 
 
 def read_step_records(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of one step of a file whose ``step`` never falls, found by halving: a few blocks are read, however long it is."""
+    """Return the lines of one step, found by binary search in a file whose ``step`` never decreases."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -173,7 +173,7 @@ def read_step_records(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _step_after(file: BinaryIO, position: int) -> int | None:
-    """The step of the first whole line that begins after a position; None where it is not known."""
+    """Return the step of the first complete line that begins after a position; None if unknown."""
     file.seek(position)
     file.readline()
     record = _record(file.readline())

@@ -1,1 +1,1 @@
-"""How galaxies are stored in WebDataset shards and streamed out again."""
+"""WebDataset shards of galaxies: format, order of reading, writing and remote access."""

@@ -1,14 +1,13 @@
-"""A split's galaxies as a table, a row a sample in storage order, so that ids and positions need not be read from the tars.
+"""Catalogue of a split: ids, positions and other properties of its galaxies as a Parquet table.
 
-<dir>/columns/<split>.catalogue.parquet: ``id`` string, ``ra`` and ``dec`` float64 (degrees, null where unknown), then those
-extras of the galaxies (``redshift``, ``pxscale``, ``row``, ``conflicting``, ``original_split``, a folder's ``file`` and
-``source_id``, whatever the survey has) that are booleans, whole numbers, numbers or strings, of one type throughout, as nullable
-columns. Whole and other numbers together are float64. Left out, but still in each sample's .json: lists and objects, columns of
-several types, whole numbers past 64 bits, columns that are null throughout.
+The table has one row per sample in storage order, so that the tars need not be read. <dir>/columns/<split>.catalogue.parquet
+holds ``id`` (string), ``ra`` and ``dec`` (float64, degrees, null if unknown), then the galaxies' extras as nullable columns
+(``redshift``, ``pxscale``, ``row``, ``conflicting``, ``original_split``, an image folder's ``file`` and ``source_id``, any other
+of the survey): booleans, integers, floats or strings, of one type throughout. Integers mixed with floats become float64. Left
+out, but still in each sample's .json: lists, objects, columns of several types, integers beyond 64 bits, all-null columns.
 
-manifest.json names the files with their SHA-256 under ``catalogues``, not under ``columns``: what stands there every reader of
-this format wants on the disk, while a catalogue is fetched from a store only when somebody asks for it. Shards without it, made
-before, are read from the tars.
+manifest.json lists the files with their SHA-256 under ``catalogues``, not under ``columns``: every loader needs the columns on
+disk, but a catalogue is fetched from a store only on demand. For shards of earlier versions, the table is read from the tars.
 """
 
 import contextlib
@@ -37,26 +36,22 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-# The .json of many galaxies as one table, column by column: what has a type, what has none, and how the tables of several
-# shards
-# become those of one data set.
-
 ID, RA, DEC = OWN = ("id", "ra", "dec")
 
-# What the values of an extra are. Whole numbers are EXACT up to 2^53, where float64 begins to leave some out.
+# Kinds of values of an extra. EXACT: integers up to 2^53, all of which float64 can represent; WHOLE: larger integers.
 NOTHING, BOOLEAN, EXACT, WHOLE, FLOAT, TEXT, MIXED = "nothing", "boolean", "exact", "whole", "float", "text", "mixed"
 _KIND = b"kind"
 _EXACT_LIMIT, _WHOLE_LIMIT = 2**53, 2**63
 
 
 def table_of(metas: Iterable[tuple[str, bytes]]) -> "pa.Table":
-    """A row for each galaxy: ``id`` string, ``ra`` and ``dec`` float64 (degrees), then the extras in the order of their coming.
+    """Return a row per galaxy: ``id`` string, ``ra`` and ``dec`` float64 (degrees), then the extras in order of appearance.
 
-    A number that is not finite is null, and so is a position that is not a number. Each field's metadata has the kind of its
-    values, for :func:`unite`; a column without a type is all null.
+    Numbers that are not finite, and positions that are not numbers, become null. Each field's metadata holds the kind of its
+    values, for :func:`unite`. A column of several types is all null.
 
     Args:
-        metas: of each galaxy the key and the contents of its .json; empty where it has none.
+        metas: key of each galaxy and the contents of its .json, empty if it has none.
 
     Raises:
         ValueError: a .json is not JSON, or not an object.
@@ -79,8 +74,11 @@ def table_of(metas: Iterable[tuple[str, bytes]]) -> "pa.Table":
 
 
 def unite(schemas: Iterable["pa.Schema"]) -> "pa.Schema":
-    """The columns of all: those of :func:`table_of` whose values are of one type throughout and not null throughout. Whole
-    numbers and others together are float64, if none of the whole ones is past 2^53."""
+    """Unite the schemas of several tables of :func:`table_of`.
+
+    Columns of several types and columns that are all null are left out. Integers mixed with floats become float64, if no integer
+    is beyond 2^53.
+    """
     import pyarrow as pa
 
     kinds: dict[str, str] = {}
@@ -94,7 +92,7 @@ def unite(schemas: Iterable["pa.Schema"]) -> "pa.Schema":
 
 
 def conform(table: "pa.Table", schema: "pa.Schema") -> "pa.Table":
-    """A table of :func:`table_of` with the columns of a united schema."""
+    """Return a table of :func:`table_of` with the columns of a united schema."""
     import pyarrow as pa
 
     columns = [
@@ -140,7 +138,7 @@ def _kind(value: Any) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """JSON lets half a surrogate pair through, which no column can hold."""
+    """Return False for text with half a surrogate pair, which JSON allows and no column can hold."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -152,7 +150,7 @@ def _merge_all(kinds: Iterable[str]) -> str:
 
 
 def _merge(one: str, other: str) -> str:
-    """The kind of a column that has values of both; the order in which kinds are merged makes no difference."""
+    """Return the kind of a column that has values of both kinds; the order of merging makes no difference."""
     kinds = {one, other} - {NOTHING}
     if len(kinds) < 2:
         return kinds.pop() if kinds else NOTHING
@@ -182,21 +180,21 @@ def _array(values: Sequence[Any], kind: str) -> "pa.Array":
     return pa.nulls(len(values)) if kind in (NOTHING, MIXED) else pa.array(values, _type(kind))
 
 
-# Rows that are written, and held, at a time.
+# Rows that are written, and held in memory, at a time.
 ROW_GROUP = 65_536
-# That read the tars of a folder on this machine.
+# Threads that read the tars of a local folder.
 THREADS = 4
-# At an index from a store.
+# Attempts at a remote shard and its index.
 ATTEMPTS = 4
 
 
 def write_catalogue(path: Path, schema: "pa.Schema", tables: Iterable["pa.Table"]) -> str:
-    """Write a split's catalogue, whole or not at all; the same bytes for the same rows and the same version of pyarrow.
+    """Write a split's catalogue atomically; the same rows and version of pyarrow give the same bytes.
 
     Args:
-        path: of the file.
-        schema: from ``unite`` over the tables' schemas.
-        tables: of ``table_of``, of any lengths, in storage order.
+        path: the file.
+        schema: the tables' schemas united by ``unite``.
+        tables: tables of ``table_of``, of any lengths, in storage order.
 
     Returns:
         SHA-256 (hex) of the file.
@@ -205,7 +203,7 @@ def write_catalogue(path: Path, schema: "pa.Schema", tables: Iterable["pa.Table"
 
     with (
         whole_file(path, path.with_suffix(".tmp")) as file,
-        # Arrow's own form of the schema would add nothing that these types need.
+        # These types do not need a copy of the schema in Arrow's own form.
         pq.ParquetWriter(file, schema, version="2.6", compression="zstd", store_schema=False) as writer,
     ):
         for group in _regroup(conform(table, schema) for table in tables):
@@ -215,18 +213,17 @@ def write_catalogue(path: Path, schema: "pa.Schema", tables: Iterable["pa.Table"
 
 
 def read_catalogue(manifest: Manifest, split: str, columns: Sequence[str] | None = None) -> "pa.Table":
-    """The ids, positions and extras of a split's galaxies, a row a sample in storage order.
+    """Return the ids, positions and extras of a split's galaxies, one row per sample in storage order.
 
-    Shards that were made before there were catalogues are read from the tars, with a progress bar; those of a store come through
-    the cache.
+    Shards of earlier versions, without a catalogue, are read from the tars, with a progress bar; remote shards through the cache.
 
     Args:
-        manifest, split: which.
-        columns: names in the order wanted; those that the data set does not have are left out. None: all, beginning with
-            ``id``, ``ra``, ``dec``.
+        manifest, split: the data set and its split.
+        columns: names in the order wanted, without those that the data set lacks. None: all, beginning with ``id``, ``ra``,
+            ``dec``.
 
     Raises:
-        UserError: no such split; a file that is missing, damaged or not the manifest's.
+        UserError: no such split, or a file that is missing, damaged or has another checksum than the manifest says.
     """
     manifest.split(split)
     if catalogue_name(split) not in manifest.catalogues:
@@ -240,10 +237,10 @@ def read_catalogue(manifest: Manifest, split: str, columns: Sequence[str] | None
 
 @contextlib.contextmanager
 def open_catalogue(manifest: Manifest, split: str) -> Iterator[Any]:
-    """A split's catalogue as a ``pyarrow.parquet.ParquetFile`` that is the manifest's; of shards in a store it is fetched now.
+    """Open a split's catalogue as a ``pyarrow.parquet.ParquetFile``, fetched first for remote shards, and verify its checksum.
 
     Raises:
-        UserError: it is missing, damaged or not the manifest's.
+        UserError: it is missing, damaged or has another checksum than the manifest says.
     """
     import pyarrow.parquet as pq
 
@@ -258,7 +255,7 @@ def open_catalogue(manifest: Manifest, split: str) -> Iterator[Any]:
 
 
 def iterate_catalogue(file: Any, lengths: Iterable[int]) -> Iterator["pa.Table"]:
-    """An opened catalogue's rows in pieces of the lengths given, a row group in memory at a time."""
+    """Yield an opened catalogue's rows in tables of the given lengths, reading one row group at a time."""
     import pyarrow as pa
 
     empty = file.schema_arrow.empty_table()
@@ -271,7 +268,7 @@ def iterate_catalogue(file: Any, lengths: Iterable[int]) -> Iterator["pa.Table"]
 
 
 def _regroup(tables: Iterable["pa.Table"]) -> Iterator["pa.Table"]:
-    """The same rows in tables of ``ROW_GROUP``, so that the file does not hang on the size of the shards."""
+    """Yield the same rows in multiples of ``ROW_GROUP``, so that the file does not depend on the size of the shards."""
     import pyarrow as pa
 
     held: list[pa.Table] = []
@@ -287,7 +284,7 @@ def _regroup(tables: Iterable["pa.Table"]) -> Iterator["pa.Table"]:
 
 
 def _obtain(manifest: Manifest, name: str) -> Path:
-    """The path of a catalogue whose checksum is the manifest's."""
+    """Return the path of a local catalogue with the checksum in the manifest, fetching it for remote shards."""
     path, expected = manifest.dir / name, manifest.catalogues[name]
     if manifest.remote is None:
         if not path.is_file():
@@ -296,7 +293,7 @@ def _obtain(manifest: Manifest, name: str) -> Path:
             raise UserError(f"{path}: its checksum is not the manifest's; {manifest.remedy}")
         return path
     if path.is_file() and _sha256(path) != expected:
-        path.unlink(missing_ok=True)  # damaged in the cache: fetched once more
+        path.unlink(missing_ok=True)  # damaged in the cache: fetch it again
     stop, store = threading.Event(), Store(manifest.remote.url)
     Cache(manifest.remote.cache.folder, manifest.remote.cache.max_bytes).obtain(
         CacheEntry(f"{manifest.dir.name}/{name}"),
@@ -323,7 +320,7 @@ def _explain(manifest: Manifest, split: str) -> Iterator[None]:
 
 
 def _read_tars(manifest: Manifest, split: str) -> "pa.Table":
-    """The same table from the samples' .json, found by the index of each tar."""
+    """Read the table from the samples' .json in the tars, found by the index of each tar."""
     import pyarrow as pa
 
     stop = threading.Event()
@@ -337,7 +334,7 @@ def _read_tars(manifest: Manifest, split: str) -> "pa.Table":
         except (ValueError, OSError) as error:
             if isinstance(error, UserError):
                 raise
-            # Nothing but the tar says what an index should be: what a network did to it is mended by another look.
+            # An index has no checksum; if the network damaged it, which only the tar can show, reading it again helps.
             if manifest.remote is not None and attempt < ATTEMPTS:
                 return table(number, attempt + 1)
             shard = manifest.shard_location(split, number)
@@ -370,10 +367,10 @@ def _read_tars(manifest: Manifest, split: str) -> "pa.Table":
 
 
 def _metas(file: SharedFile, samples: list[list[Member]]) -> Iterator[tuple[str, bytes]]:
-    """The key and the .json of each sample of a tar.
+    """Yield the key and the .json of each sample of a tar.
 
     Raises:
-        ValueError: the index points elsewhere.
+        ValueError: the index does not match the tar.
     """
     for members in samples:
         key = members[0].name.partition(".")[0]
@@ -384,7 +381,7 @@ def _metas(file: SharedFile, samples: list[list[Member]]) -> Iterator[tuple[str,
 
 
 class _Shards:
-    """A split's tars: on this machine, or through the cache, where reading the pictures will find them."""
+    """A split's tars: local, or fetched into the cache, where a loader will find them."""
 
     def __init__(self, manifest: Manifest, split: str, stop: threading.Event) -> None:
         self._manifest, self._split, self._stop = manifest, split, stop
@@ -395,10 +392,10 @@ class _Shards:
             self._cache = Cache(manifest.remote.cache.folder, manifest.remote.cache.max_bytes)
 
     def open(self, number: int) -> SharedFile:
-        """A tar, whole and on this machine.
+        """Open a tar, fetching it first if it is remote.
 
         Raises:
-            UserError: naming it, if it cannot be had.
+            UserError: names the tar that cannot be opened or fetched.
         """
         if self._manifest.remote is None:
             return self._folder.open(number)

@@ -1,11 +1,11 @@
-"""What a folder of shards holds: a small manifest.json, and beside it columns that are mapped, not parsed.
+"""Manifest of a folder of shards: a small manifest.json, and columns that are memory-mapped.
 
 <dir>/manifest.json                 format version, data set, splits, class counts, encoding, pixel statistics, hashes
 <dir>/train-000000.tar, .idx ...    plain WebDataset tars, and DALI's index of each
-<dir>/columns/train.shards.npy      a row a shard: samples, bytes, SHA-256 of the tar
-<dir>/columns/train.labels.npy      a row a sample, in storage order: class number (-1: nobody has labelled it)
-<dir>/columns/train.offsets.npy     where the sample's picture starts in its tar, in bytes
-<dir>/columns/train.lengths.npy     bytes of the picture
+<dir>/columns/train.shards.npy      one row per shard: samples, bytes, SHA-256 of the tar
+<dir>/columns/train.labels.npy      one row per sample, in storage order: class number (-1: unlabelled)
+<dir>/columns/train.offsets.npy     offset of the sample's image in its tar, in bytes
+<dir>/columns/train.lengths.npy     size of the image, in bytes
 <dir>/columns/train.catalogue.parquet   id, position and extras of each sample (``catalogue.py``)
 """
 
@@ -32,7 +32,7 @@ EXTENSIONS = {"jpeg": "jpg", "png": "png", "raw": "npy"}
 
 @dataclass(frozen=True)
 class Split:
-    """One split's totals: samples, shards, bytes of all tars, galaxies by class."""
+    """Totals of one split: samples, shards, bytes of all tars, galaxies per class."""
 
     num_samples: int
     num_shards: int
@@ -42,12 +42,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Remote:
-    """Shards that lie in a store.
+    """Location of shards in a remote store.
 
     Args:
-        url: of their folder.
-        location: the manifest's URL as it may be shown.
-        cache: where they are kept on this machine.
+        url: URL of their folder.
+        location: URL of the manifest without secrets, for messages.
+        cache: cache for the shards on this machine.
     """
 
     url: str
@@ -57,18 +57,19 @@ class Remote:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A folder of shards.
+    """A folder of shards, as described by its manifest.json.
 
     Args:
-        dir: the folder; of shards in a store the one in the cache, which has the columns and those shards that were fetched.
-        hash: SHA-256 (hex) of manifest.json, which itself holds the columns' hashes, and they the shards': it names every byte.
+        dir: the folder; for remote shards the one in the cache, with the columns and the shards fetched so far.
+        hash: SHA-256 (hex) of manifest.json. It identifies every byte: manifest.json holds the hashes of the columns, and the
+            columns those of the shards.
         encoding: ``jpeg``, ``png`` or ``raw``.
-        image_size: width and height of every stored picture, in pixels.
-        channel_mean, channel_std: of the training split's pixels, R G B, full scale being 1.
+        image_size: width and height of every stored image, in pixels.
+        channel_mean, channel_std: of the training split's pixels, R G B, full scale 1.
         columns: SHA-256 of each column file, by its name.
-        settings: what the writer was asked for.
-        remote: the store, where they lie in one.
-        catalogues: SHA-256 of each catalogue file, by its name; shards made before there were any have none.
+        settings: settings of the writer.
+        remote: the store of remote shards; None for a local folder.
+        catalogues: SHA-256 of each catalogue file, by its name; empty for shards of earlier versions.
     """
 
     dir: Path
@@ -93,12 +94,12 @@ class Manifest:
 
     @property
     def location(self) -> str:
-        """Its path or URL, for messages."""
+        """Path or URL of manifest.json, for messages."""
         return str(self.path) if self.remote is None else self.remote.location
 
     @property
     def remedy(self) -> str:
-        """What to do about damage, for messages."""
+        """Advice on damaged files, for messages."""
         return (
             "make the shards anew" if self.remote is None else f"remove {self.dir}, which is fetched anew if the check is passed"
         )
@@ -112,40 +113,40 @@ class Manifest:
         return EXTENSIONS[self.encoding]
 
     def split(self, name: str) -> Split:
-        """The split of that name, or a UserError that lists the names."""
+        """Return the split of that name, or raise a UserError that lists the names."""
         if name not in self.splits:
             raise UserError(f"{self.location} has no split {name!r}; it has {', '.join(self.splits)}")
         return self.splits[name]
 
     def labels(self, split: str) -> NDArray[np.int32]:
-        """Class number of each stored sample, mapped from its file; -1 where nobody has labelled it."""
+        """Return the class number of each stored sample, -1 if unlabelled; memory-mapped."""
         return self._column(split, "labels")
 
     def offsets(self, split: str) -> NDArray[np.int64]:
-        """Where each sample's picture starts in its tar, in bytes; mapped."""
+        """Return the offset of each sample's image in its tar, in bytes; memory-mapped."""
         return self._column(split, "offsets")
 
     def lengths(self, split: str) -> NDArray[np.int32]:
-        """Bytes of each sample's picture; mapped."""
+        """Return the size of each sample's image, in bytes; memory-mapped."""
         return self._column(split, "lengths")
 
     def shards(self, split: str) -> NDArray[np.void]:
-        """The shard table: ``samples``, ``bytes``, ``sha256``; mapped."""
+        """Return the shard table (``samples``, ``bytes``, ``sha256``); memory-mapped."""
         return _map_column(self.dir / column_name(split, "shards"), SHARD_ROW, self.split(split).num_shards)
 
     def shard_path(self, split: str, number: int) -> Path:
         return self.dir / shard_name(split, number)
 
     def shard_location(self, split: str, number: int) -> str:
-        """A shard's path or URL, for messages."""
+        """Return a shard's path or URL, for messages."""
         folder = str(self.dir) if self.remote is None else self.remote.location.removesuffix(f"/{MANIFEST_NAME}")
         return f"{folder}/{shard_name(split, number)}"
 
     def check_lengths(self) -> None:
-        """See that every column is there and as long as the manifest says.
+        """Check that every column exists and is as long as the manifest says.
 
         Raises:
-            UserError: naming it.
+            UserError: names the column.
         """
         for split in self.splits:
             self.shards(split)
@@ -157,28 +158,28 @@ class Manifest:
 
 
 def shard_name(split: str, number: int) -> str:
-    """The file name of a shard."""
+    """Return the file name of a shard."""
     return f"{split}-{number:06d}.tar"
 
 
 def column_name(split: str, column: str) -> str:
-    """The file name of a column, relative to the manifest's folder."""
+    """Return the file name of a column, relative to the manifest's folder."""
     return f"columns/{split}.{column}.npy"
 
 
 def catalogue_name(split: str) -> str:
-    """The file name of a split's catalogue, relative to the manifest's folder."""
+    """Return the file name of a split's catalogue, relative to the manifest's folder."""
     return f"columns/{split}.catalogue.parquet"
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Open a folder of shards.
+    """Open a local folder of shards.
 
     Args:
         path: manifest.json or its folder.
 
     Raises:
-        UserError: nothing there, not a manifest, made by a newer version, or a column that is missing or too short.
+        UserError: nothing there, not a manifest, another format version, or a column that is missing or of another length.
     """
     path = Path(path)
     if path.is_dir():
@@ -193,15 +194,15 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def parse_manifest(text: bytes, folder: Path, location: str) -> Manifest:
-    """The manifest that a text is.
+    """Parse manifest.json.
 
     Args:
-        text: of manifest.json.
-        folder: where the columns and the shards lie.
-        location: of the text, for messages.
+        text: contents of manifest.json.
+        folder: folder of the columns and the shards.
+        location: path or URL of the text, for messages.
 
     Raises:
-        UserError: not a manifest, or made by a newer version.
+        UserError: not a manifest, damaged, or of another format version.
     """
     try:
         content = json.loads(text)
@@ -238,7 +239,7 @@ def parse_manifest(text: bytes, folder: Path, location: str) -> Manifest:
 
 
 def manifest_json(manifest: Manifest) -> bytes:
-    """The text of manifest.json."""
+    """Return the contents of manifest.json."""
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "dataset": manifest.dataset,

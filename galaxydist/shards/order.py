@@ -1,13 +1,13 @@
-"""The order of reading in training: a pure function of (seed, epoch, position), the same for any number of processes.
+"""Training order of samples: a pure function of (seed, epoch, position) for any number of processes.
 
 ``order_version`` 1. An epoch's order is a permutation of the split's N stored samples, made of C canonical streams:
 
 1. the shards are permuted (sorted by a hash) and laid end to end;
-2. the line is cut into C segments, segment i of ceil((N - i) / C) samples;
-3. inside each segment, disjoint windows of ``WINDOW`` places are permuted by a keyed Feistel network.
+2. this line is cut into C segments, segment i of ceil((N - i) / C) samples;
+3. inside each segment, disjoint windows of ``WINDOW`` samples are permuted by a keyed Feistel network.
 
-Position p is stream p mod C, place p div C, so positions are dense in 0 ... N-1 and nothing is dropped. Opening an epoch costs
-O(shards), any position then O(log shards), whatever N is.
+Position p is index p div C of stream p mod C, so positions are dense in 0 ... N-1 and no sample is dropped. Opening an epoch
+costs O(shards), and each position then O(log shards), for any N.
 
 Global batch b is positions b G ... (b + 1) G - 1; offset o in it belongs to rank o mod W.
 """
@@ -20,13 +20,11 @@ from numpy.typing import ArrayLike, NDArray
 from galaxydist.counter_rng import GAMMA, Stream, hash64, mix64
 from galaxydist.errors import UserError
 
-# Keyed permutations of 0 ... n-1 that give any place without a table.
+# Keyed permutations of 0 ... n-1, computed for any index without a table.
 #
-# A Feistel network over mixed radices (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 5): n is
-# covered by
-# a x b >= n, a number is split into its two digits, and each round adds a hash of one digit to the other. Numbers that land
-# in
-# n ... ab-1 are sent through again until they fall inside (cycle walking); as ab - n < a, that is rare.
+# A Feistel network over mixed radices (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 5): n is covered by
+# a x b >= n, a number is split into its two digits, and each round adds a hash of one digit to the other. Results in n ... ab-1
+# are permuted again until they are below n (cycle walking), which is rare because ab - n < a.
 
 ROUNDS = 6
 
@@ -34,11 +32,11 @@ Integers = NDArray[np.uint64]
 
 
 def permute(indexes: ArrayLike, sizes: ArrayLike, keys: ArrayLike) -> NDArray[np.int64]:
-    """The image of each index under the permutation of 0 ... size-1 that its key names.
+    """Map each index through the permutation of 0 ... size-1 that its key selects.
 
     Args:
         indexes: integers, each >= 0 and below its size.
-        sizes: how many numbers are permuted, per index or one for all; at least 1.
+        sizes: length of the permutation, per index or one for all; at least 1.
         keys: uint64 hashes, per index or one for all.
 
     Returns:
@@ -48,7 +46,7 @@ def permute(indexes: ArrayLike, sizes: ArrayLike, keys: ArrayLike) -> NDArray[np
 
 
 def unpermute(images: ArrayLike, sizes: ArrayLike, keys: ArrayLike) -> NDArray[np.int64]:
-    """The inverse of :func:`permute`."""
+    """Invert :func:`permute`."""
     return _walk(images, sizes, keys, range(ROUNDS - 1, -1, -1), forward=False)
 
 
@@ -88,24 +86,24 @@ Int64 = NDArray[np.int64]
 
 
 class Order(Protocol):
-    """One epoch: which stored sample stands at which position."""
+    """Order of one epoch: the stored sample at each position."""
 
     @property
     def num_positions(self) -> int: ...
 
     def samples(self, positions: ArrayLike) -> Int64:
-        """The stored sample numbers at these positions."""
+        """Return the stored sample numbers at these positions."""
         ...
 
 
 class EpochOrder:
-    """The permutation of one epoch.
+    """Permutation of the stored samples in one epoch.
 
     Args:
         shard_samples: number of samples in each shard, in storage order.
-        seed, epoch: which permutation.
-        num_streams: C, the canonical streams; fixed for a run, never derived from the number of processes.
-        window: places that are permuted together.
+        seed, epoch: select the permutation.
+        num_streams: C, the number of canonical streams; fixed for a run, never derived from the number of processes.
+        window: number of samples that are permuted together.
     """
 
     def __init__(self, shard_samples: ArrayLike, *, seed: int, epoch: int, num_streams: int = 192, window: int = WINDOW) -> None:
@@ -120,7 +118,7 @@ class EpochOrder:
         self._laid_starts = np.cumsum(laid) - laid
 
     def samples(self, positions: ArrayLike) -> Int64:
-        """The stored sample numbers at these positions.
+        """Return the stored sample numbers at these positions.
 
         Args:
             positions: integers in 0 ... N-1, of any shape.
@@ -129,7 +127,7 @@ class EpochOrder:
             int64 of the same shape.
 
         Raises:
-            IndexError: for a position outside the epoch.
+            IndexError: a position is outside the epoch.
         """
         position = _inside(positions, self.num_positions)
         stream, place = position % self.num_streams, position // self.num_streams
@@ -139,7 +137,7 @@ class EpochOrder:
         return np.asarray(self._stored_starts[self._shards[laid]] + line - self._laid_starts[laid])
 
     def positions(self, samples: ArrayLike) -> Int64:
-        """The inverse of :meth:`samples`: where each stored sample is read."""
+        """Return the position of each stored sample: the inverse of :meth:`samples`."""
         sample = _inside(samples, self.num_positions)
         shard = np.searchsorted(self._stored_starts, sample, side="right") - 1
         laid_start = np.empty_like(self._laid_starts)
@@ -156,15 +154,15 @@ class EpochOrder:
         return place * self.num_streams + stream
 
     def pieces(self, streams: ArrayLike) -> tuple[Int64, Int64, Int64, Int64]:
-        """Of which shards these streams are made.
+        """Return the parts of shards that these streams consist of.
 
         Args:
-            streams: different integers in 0 ... C-1.
+            streams: distinct integers in 0 ... C-1.
 
         Returns:
-            (shard, stream, first_place, last_place), a row for each part of a shard that lies in one of the streams. Its samples
-            stand at places of the stream from first to last: the windows that they are mixed in. Each is of some sample of these
-            windows, not always of this shard.
+            (shard, stream, first_place, last_place): one row for each part of a shard in one of the streams. Its samples lie at
+            indexes first_place ... last_place of the stream. This range covers whole windows, so it also holds samples of other
+            shards.
         """
         stream = np.asarray(streams, np.int64)
         length = self._length + (stream < self._longer)
@@ -187,7 +185,7 @@ class EpochOrder:
         return stream * self._length + np.minimum(stream, self._longer)
 
     def _windows(self, stream: Int64, place: Int64) -> tuple[Int64, Int64, NDArray[np.uint64]]:
-        """On the line: where the window of each place starts, how long it is, and the key of its permutation."""
+        """Return the window of each stream index: its start on the line of shards, its length and its permutation's key."""
         window = place // self._window
         segment_length = self._length + (stream < self._longer)
         size = np.minimum(self._window, segment_length - window * self._window)
@@ -196,14 +194,15 @@ class EpochOrder:
 
 
 class ResampledOrder:
-    """One epoch in which the classes are even: N positions, every class floor or ceil(N / K) times, and within a class every
-    galaxy floor or ceil of the same count.
+    """Order of one epoch with balanced classes, in N positions.
 
-    Needs the labels in memory, and reads shards in no useful sequence: for local or cached shards.
+    Each of the K classes is drawn floor(N / K) or ceil(N / K) times; the galaxies of a class are drawn equally often, up to one.
+    Needs the labels in memory and reads shards in random order: for local or cached shards.
 
     Args:
-        labels: N integers; galaxies with a negative label are never drawn.
-        seed, epoch: which drawing.
+        labels: N class numbers; galaxies with a negative label are never drawn.
+        seed, epoch: select the draw.
+        by_class: ``ByClass`` of the labels, if it exists already.
     """
 
     def __init__(self, labels: ArrayLike, *, seed: int, epoch: int, by_class: "ByClass | None" = None) -> None:
@@ -217,7 +216,7 @@ class ResampledOrder:
         self._starts = np.cumsum(draws) - draws
 
     def samples(self, positions: ArrayLike) -> Int64:
-        """The stored sample numbers at these positions (a galaxy may stand at several)."""
+        """Return the stored sample numbers at these positions; a galaxy may occur at several."""
         position = _inside(positions, self.num_positions)
         drawn = permute(position, self.num_positions, hash64(self._seed, self._epoch, 0, Stream.POSITIONS))
         number = np.searchsorted(self._starts, drawn, side="right") - 1
@@ -228,7 +227,7 @@ class ResampledOrder:
 
 
 class ByClass:
-    """The stored samples of each class that has any: made once for a run, used by every epoch's ResampledOrder."""
+    """Stored samples by class, without empty classes; made once per run for the ``ResampledOrder`` of every epoch."""
 
     def __init__(self, labels: ArrayLike) -> None:
         label = np.asarray(labels)
@@ -249,10 +248,10 @@ def _inside(numbers: ArrayLike, size: int) -> Int64:
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:
-    """Whole global batches in an epoch; the incomplete last one is dropped (another remainder each epoch).
+    """Return the number of whole global batches in an epoch; the incomplete last one, of other samples each epoch, is dropped.
 
     Raises:
-        UserError: if there is not one.
+        UserError: there are fewer samples than one batch.
     """
     if num_samples < batch_size:
         raise UserError(
@@ -262,10 +261,10 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
 
 
 def rank_offsets(batch_size: int, rank: int, world_size: int) -> Int64:
-    """The offsets in a global batch that belong to a rank: o with o mod W == rank.
+    """Return the offsets o in a global batch that belong to a rank: o mod W == rank.
 
     Raises:
-        UserError: if there are more processes than the batch holds.
+        UserError: there are more processes than samples in a batch.
     """
     if world_size > batch_size:
         raise UserError(
@@ -276,5 +275,5 @@ def rank_offsets(batch_size: int, rank: int, world_size: int) -> Int64:
 
 
 def evaluation_batches(num_samples: int, batch_size: int, rank: int, world_size: int) -> range:
-    """The evaluation batches of a rank: batch j holds stored samples j E ... (j + 1) E - 1 and goes to rank j mod W."""
+    """Return a rank's evaluation batches: batch j holds stored samples j E ... (j + 1) E - 1 and goes to rank j mod W."""
     return range(rank, -(-num_samples // batch_size), world_size)

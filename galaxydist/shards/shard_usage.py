@@ -1,6 +1,7 @@
-"""Which shards a process needs, from which batch to which: what a cache must hold, known before anything is read.
+"""Shard access intervals: for each shard, the first and last batch that reads it.
 
-A batch number counts the whole global batches of one epoch (training) or of one split (evaluation), from 0.
+They tell a cache in advance what it must hold. Batches are whole global batches, numbered from 0 within one epoch (training) or
+one split (evaluation). Pure: no files, no threads.
 """
 
 from collections import deque
@@ -15,39 +16,39 @@ from galaxydist.shards.order import EpochOrder
 
 Int64 = NDArray[np.int64]
 
-# A row for each stretch of batches in which a shard is needed: the shard's number in storage order, the first batch and the last.
+# One row per interval of batches that read a shard: the shard's number in storage order, the first batch and the last batch.
 # A shard may have several rows; they neither overlap nor touch.
 USE = np.dtype([("shard", "<i8"), ("first_step", "<i8"), ("last_step", "<i8")])
 
 
 def usage_of_rank(order: EpochOrder, batch_size: int, offsets: ArrayLike) -> NDArray[np.void]:
-    """The shards that one epoch of training needs. Costs O(shards + C) whatever the number of samples.
+    """Return the shard access intervals of one training epoch, in O(shards + C) for any number of samples.
 
-    A part of a shard in a stream counts from the first batch of the window of its first sample to the last batch of the window of
-    its last sample: never too narrow, and too wide by less than a window (times C / G batches) at each end.
+    The part of a shard in a stream counts from the first batch of its first sample's window to the last batch of its last
+    sample's window. An interval is never too narrow, and too wide by less than a window (times C / G batches) at each end.
 
     Args:
         order: the epoch.
-        batch_size: G.
-        offsets: in 0 ... G-1, those of a process, or of all processes that share a cache.
+        batch_size: G, the global batch size.
+        offsets: offsets in the global batch, 0 ... G-1, of one process or of all processes that share a cache.
 
     Returns:
-        rows of ``USE``, sorted by (first_step, shard); the incomplete last batch does not count.
+        rows of ``USE``, sorted by (first_step, shard), without the incomplete last batch.
     """
     return _stream_uses(order, batch_size, _streams_hit(order.num_streams, batch_size, offsets))
 
 
 def usage_of_nodes(order: EpochOrder, batch_size: int, num_nodes: int, ranks_per_node: int) -> list[NDArray[np.void]]:
-    """The shards that each node needs in one epoch of training; ranks are dealt to nodes in blocks.
+    """Return each node's shard access intervals for one training epoch; ranks are assigned to nodes in blocks.
 
-    Nodes that read the same streams share one array, so that large worlds cost little more than small ones.
+    Nodes that read the same streams share one array, so that a large world size costs little more than a small one.
 
     Args:
         order, batch_size: as in ``usage_of_rank``.
-        num_nodes, ranks_per_node: with no more ranks than the batch holds.
+        num_nodes, ranks_per_node: the world; at most one rank per sample of a batch.
 
     Returns:
-        what ``usage_of_rank`` gives for the offsets of each node.
+        the result of ``usage_of_rank`` for the offsets of each node.
     """
     offsets = np.arange(batch_size)
     node_of = offsets % (num_nodes * ranks_per_node) // ranks_per_node
@@ -63,11 +64,13 @@ def usage_of_nodes(order: EpochOrder, batch_size: int, num_nodes: int, ranks_per
 
 
 def evaluation_uses(shard_samples: ArrayLike, batch_size: int, rank: int, world_size: int) -> NDArray[np.void]:
-    """The shards that a process needs to evaluate a split: batch j holds stored samples j E ... (j + 1) E - 1, rank j mod W.
+    """Return the shard access intervals of a process that evaluates its share of a split.
+
+    Batch j holds stored samples j E ... (j + 1) E - 1 and goes to rank j mod W.
 
     Args:
         shard_samples: number of samples in each shard, in storage order.
-        batch_size: E.
+        batch_size: E, the evaluation batch size.
         rank, world_size: the process.
 
     Returns:
@@ -83,17 +86,17 @@ def evaluation_uses(shard_samples: ArrayLike, batch_size: int, rank: int, world_
 
 
 def resampled_uses(num_shards: int, num_steps: int) -> NDArray[np.void]:
-    """With ``data.balance=resample`` any batch may draw from any shard: all shards, for all batches."""
+    """Return one interval per shard over all batches: with ``data.balance=resample`` any batch may read any shard."""
     shard = np.arange(num_shards if num_steps else 0)
     return _rows(shard, np.zeros_like(shard), np.full_like(shard, num_steps - 1))
 
 
 def peak_bytes(uses: NDArray[np.void], bytes_per_shard: ArrayLike) -> int:
-    """The most bytes of shards in use at one batch.
+    """Return the largest size of the shards in use at any one batch, in bytes.
 
     Args:
         uses: rows of ``USE``.
-        bytes_per_shard: of all shards, in storage order; or one number for all.
+        bytes_per_shard: size of each shard, in storage order, or one size for all.
     """
     size = np.asarray(bytes_per_shard, np.int64)
     size = size[uses["shard"]] if size.ndim else np.full(uses.size, size)
@@ -113,7 +116,7 @@ def _stream_uses(order: EpochOrder, batch_size: int, streams: Int64) -> NDArray[
 
 
 def _streams_hit(num_streams: int, batch_size: int, offsets: ArrayLike) -> Int64:
-    """The streams (b G + o) mod C over all batches b: those that leave an offset's remainder modulo gcd(G, C)."""
+    """Return the streams (b G + o) mod C over all batches b: those congruent to an offset o modulo gcd(G, C)."""
     period = gcd(batch_size, num_streams)
     hit = np.zeros(period, bool)
     hit[np.asarray(offsets, np.int64) % period] = True
@@ -121,10 +124,10 @@ def _streams_hit(num_streams: int, batch_size: int, offsets: ArrayLike) -> Int64
 
 
 def _joined(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
-    """Rows of ``USE`` in which what overlaps or touches is one."""
+    """Return rows of ``USE`` in which overlapping or touching intervals of a shard are merged."""
     order = np.lexsort((first, shard))
     shard, first, last = shard[order], first[order], last[order]
-    # Shards in sequence, each above all before it: one running maximum serves all.
+    # Shift each shard's steps above those of the shards before it, so that one running maximum serves all shards.
     base = shard * (last.max(initial=0) + 1)
     reached = np.maximum.accumulate(base + last) - base
     begins = np.ones(shard.size, bool)
@@ -141,18 +144,16 @@ def _rows(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
     return uses
 
 
-# Which shard is needed next: the uses of a run, epoch after epoch, taken one by one. Pure: no files, no threads.
-
-# Rows of ``USE``, one epoch after another; their steps count on from epoch to epoch.
+# Rows of ``USE``, one array per epoch; the step numbers continue from epoch to epoch.
 Uses = Iterator[NDArray[np.void]]
 
 
 class FetchQueue:
-    """The uses that nobody has taken yet; of the coming epochs one is looked at.
+    """Queue of the shard access intervals that have not been taken yet; looks one epoch ahead.
 
     Args:
-        uses: epoch after epoch, or the one of an evaluation.
-        steps_ahead: that a reader may be of the last step that it has finished.
+        uses: the intervals of epoch after epoch, or of one evaluation.
+        steps_ahead: number of steps that a loader may be ahead of the last step that it has finished.
     """
 
     def __init__(self, uses: Uses, steps_ahead: int = 1) -> None:
@@ -162,7 +163,7 @@ class FetchQueue:
         self._newest_begins = -1  # the step at which the newest of these epochs begins
 
     def first(self, step: int) -> int | None:
-        """The shard that is needed first of all after ``step``; None where the current epoch and the next are taken."""
+        """Return the shard that is needed first after ``step``; None if the current and the next epoch are taken."""
         while self._epochs or (step >= self._newest_begins and self._load()):
             rows, taken = self._epochs[0]
             while self._place < rows.size and (taken[self._place] or rows["last_step"][self._place] <= step):
@@ -174,7 +175,7 @@ class FetchQueue:
         return None
 
     def take(self, shard: int, step: int) -> int:
-        """Take the shard's first use that is not over: the step after which it is no longer needed."""
+        """Take the shard's first interval that ends after ``step`` and return the interval's last step."""
         number = 0
         while number < len(self._epochs) or (self._newest_begins <= step + self._steps_ahead and self._load()):
             rows, taken = self._epochs[number]
@@ -196,14 +197,14 @@ class FetchQueue:
 
 
 def shift(uses: NDArray[np.void], steps: int) -> NDArray[Any]:
-    """The same uses, so many steps later."""
+    """Return the intervals moved later by ``steps`` steps."""
     later = extend(uses, steps)
     later["first_step"] += steps
     return later
 
 
 def extend(uses: NDArray[np.void], steps: int) -> NDArray[Any]:
-    """The same uses, each so many steps longer."""
+    """Return the intervals lengthened at the end by ``steps`` steps."""
     longer = uses.copy()
     longer["last_step"] += steps
     return longer

@@ -1,7 +1,7 @@
-"""Tar members and DALI's index of them, as bytes.
+"""Tar members of WebDataset shards, and DALI's index of them.
 
-The tars are what webdataset's own writer makes with a fixed time, owner and mode (a test compares them); that writer is not used
-because importing it imports torch, seconds in each of the processes that write.
+The tars equal those of webdataset's own writer with fixed time, owner and mode (a test compares them). That writer is not used
+because it imports torch, which takes seconds in each writing process.
 """
 
 import tarfile
@@ -16,7 +16,7 @@ LONGEST_KEY = 95
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file of a tar: ``extension`` is all after the name's first dot, ``offset`` where its content starts, in bytes."""
+    """One file of a tar: ``extension`` is the part after the name's first dot, ``offset`` the first byte of the content."""
 
     extension: str
     offset: int
@@ -25,7 +25,7 @@ class Member:
 
 
 def sample_members(key: str, contents: Mapping[str, bytes], start: int) -> tuple[list[Member], list[bytes]]:
-    """One sample's members for a tar that is ``start`` bytes long, and the pieces to append to it."""
+    """Return one sample's members for a tar that is ``start`` bytes long, and the pieces to append to it."""
     members, pieces = [], []
     for extension in sorted(contents):
         content = contents[extension]
@@ -38,22 +38,22 @@ def sample_members(key: str, contents: Mapping[str, bytes], start: int) -> tuple
 
 
 def end_of_tar(length: int) -> bytes:
-    """What ends a tar of that many bytes: two empty blocks, then zeros up to a whole record."""
+    """Return the end of a tar of ``length`` bytes: two empty blocks, then zeros up to a whole record."""
     return b"\0" * (2 * BLOCK + (-(length + 2 * BLOCK) % tarfile.RECORDSIZE))
 
 
 def index_text(samples: list[list[Member]]) -> str:
-    """DALI's index (tools/wds2idx.py, version 1.2): a line a sample, of ``extension offset size name`` for each of its files."""
+    """Return DALI's index (tools/wds2idx.py, version 1.2): per sample a line of ``extension offset size name`` per file."""
     lines = [f"{INDEX_VERSION} {len(samples)}"]
     lines += [" ".join(f"{m.extension} {m.offset} {m.size} {m.name}" for m in members) for members in samples]
     return "\n".join(lines) + "\n"
 
 
 def parse_index(text: str) -> list[list[Member]]:
-    """The samples of an index.
+    """Return the samples of an index.
 
     Raises:
-        ValueError: if it is not one, or has another number of lines than it says.
+        ValueError: the text is not an index, or its number of lines differs from its header.
     """
     head, *lines = text.splitlines()
     version, count = head.split(" ")
@@ -71,10 +71,10 @@ def parse_index(text: str) -> list[list[Member]]:
 
 
 def check_header(block: bytes, member: Member) -> None:
-    """See that a block of a tar is the header of the file that its index names.
+    """Check that a block of a tar is the header of the file that the index names.
 
     Raises:
-        ValueError: that says what is there.
+        ValueError: describes the difference.
     """
     try:
         info = tarfile.TarInfo.frombuf(block, "ascii", "strict")

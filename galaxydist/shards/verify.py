@@ -1,5 +1,8 @@
-"""Whether shards are what their manifest says: every byte, offset, key, label, picture and row of a catalogue. Reading does not
-hash local shards: bytes that were exchanged for others which decode are found here alone."""
+"""Verification of shards against their manifest: bytes, offsets, keys, labels, images, catalogues.
+
+Also finds equal images in one data set. Loaders do not hash local shards: damage after which an image still decodes is found only
+here.
+"""
 
 import contextlib
 import hashlib
@@ -31,21 +34,19 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-# Whether the catalogues say what the samples' .json say.
-
-# Galaxies that are named for one shard.
+# Galaxies of a shard that a message names.
 NAMED = 3
 
 
 class CatalogueCheck:
-    """Reads the catalogues along with the shards, in the same order, so that little of them is held.
+    """Compares the catalogues with the samples' .json, shard by shard, so that little of a catalogue is in memory.
 
     Args:
-        manifest: of the shards.
+        manifest: manifest of the shards.
         lengths: split -> the number of samples in each of its shards.
 
     Attributes:
-        problems: of the files themselves, once the check is entered.
+        problems: problems of the catalogue files themselves, filled on entering the context.
     """
 
     def __init__(self, manifest: Manifest, lengths: Mapping[str, Sequence[int]]) -> None:
@@ -54,7 +55,7 @@ class CatalogueCheck:
         self._stack = contextlib.ExitStack()
         self._rows: dict[str, Iterator[pa.Table]] = {}
         self._schemas: dict[str, pa.Schema] = {}
-        self._found: dict[str, dict[str, pa.Schema]] = {}  # the different ones of the shards, in the order of their coming
+        self._found: dict[str, dict[str, pa.Schema]] = {}  # distinct schemas of the shards, in order of appearance
 
     def __enter__(self) -> Self:
         for split in self._manifest.splits:
@@ -73,18 +74,17 @@ class CatalogueCheck:
         self._stack.close()
 
     def compare(self, split: str, location: str, metas: Sequence[tuple[str, bytes]] | None) -> list[str]:
-        """The problems of the next shard's rows.
+        """Return the problems of the next shard's rows.
 
         Args:
-            split: of the shard.
-            location: of the shard, for messages.
-            metas: its galaxies' keys and .json; None where they could not be read: its rows are passed over.
+            split, location: of the shard; the location is for messages.
+            metas: keys and .json of its galaxies; None if they could not be read: its rows are then skipped.
         """
         if split not in self._rows:
             return []
         rows = next(self._rows[split])
         if metas is None:
-            self._found.pop(split, None)  # what the columns should be cannot be told any more
+            self._found.pop(split, None)  # the expected columns are no longer known
             return []
         try:
             table = table_of(metas)
@@ -101,7 +101,7 @@ class CatalogueCheck:
         return [f"shard {location}: the rows of {named} in {catalogue_name(split)} are not what their .json say"]
 
     def finish(self) -> list[str]:
-        """The problems that only all shards together show: columns that are not there, too many or of another type."""
+        """Return the problems found only over all shards: columns that are missing, superfluous or of another type."""
         return [
             f"{self._manifest.location}: the columns of {catalogue_name(split)} are not those that the .json of its galaxies have"
             for split, found in self._found.items()
@@ -109,15 +109,15 @@ class CatalogueCheck:
         ]
 
 
-# Problems that are listed before the rest are only counted.
+# Problems that are listed; the rest are only counted.
 LISTED = 20
-# Columns of some thirty million galaxies.
+# Columns up to this total size, for some thirty million galaxies, are hashed by ``check_columns``.
 QUICK_BYTES = 512 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found to be in order."""
+    """The manifest and size of a data set that passed the check."""
 
     manifest: Manifest
     num_shards: int
@@ -126,7 +126,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class _Shard:
-    """One shard to look at, with its rows of the columns."""
+    """One shard to check, with its rows of the columns."""
 
     split: str
     name: str
@@ -144,15 +144,15 @@ class _Shard:
 
 
 def check_shards(location: str | Path, cache: CacheConfig | None = None, *, threads: int = 0) -> Checked:
-    """Read and decode everything.
+    """Read, hash and decode all shards and compare them with the manifest.
 
     Args:
-        location: manifest.json or its folder, a path or a URL. What is at a URL is fetched to be looked at, and not kept.
-        cache: where the columns of a URL are kept.
-        threads: 0: one for each core that this process may use.
+        location: manifest.json or its folder, a path or a URL. Shards at a URL are fetched for the check and not kept.
+        cache: cache for the columns and catalogues of a URL; None: ``location`` is a path.
+        threads: number of threads; 0: one for each core that this process may use.
 
     Raises:
-        UserError: naming each shard, and where it can be told each galaxy, that is wrong.
+        UserError: lists the damaged shards and, where known, the galaxies.
     """
     manifest = read_manifest(Path(location)) if cache is None else open_shards(location, cache)
     read = file_reader(manifest)
@@ -187,11 +187,10 @@ def check_shards(location: str | Path, cache: CacheConfig | None = None, *, thre
 
 
 def check_columns(manifest: Manifest) -> None:
-    """See that the labels and offsets are those that the manifest was written with; of more than ``QUICK_BYTES`` nothing is read,
-    so that this is done in a second at most.
+    """Compare the columns' checksums with the manifest, unless they exceed ``QUICK_BYTES``, so that it takes a second at most.
 
     Raises:
-        UserError: naming the column.
+        UserError: names the column.
     """
     paths = [manifest.dir / name for name in manifest.columns]
     if sum(path.stat().st_size for path in paths if path.is_file()) > QUICK_BYTES:
@@ -244,7 +243,7 @@ def _shards(manifest: Manifest, split: str) -> Iterator[_Shard]:
 
 
 def _check_shard(shard: _Shard, manifest: Manifest, read: FileReader) -> tuple[list[str], list[tuple[str, bytes]]]:
-    """The problems of a shard, and the keys of its galaxies, each with its .json where that can be read."""
+    """Return the problems of a shard, and the keys of its galaxies with their .json (empty if unreadable)."""
     try:
         data = read(shard.name, shard.sha256)
         samples = parse_index(read(shard.index_name, None).decode("ascii"))
@@ -275,10 +274,10 @@ def _check_shard(shard: _Shard, manifest: Manifest, read: FileReader) -> tuple[l
 
 
 def _contents(data: bytes, members: list[Member]) -> dict[str, bytes]:
-    """A sample's files by extension, read where the index says.
+    """Return a sample's files by extension, read at the offsets in the index.
 
     Raises:
-        ValueError: if they are not there.
+        ValueError: a file is not there or cut short.
     """
     contents = {}
     for member in members:
@@ -290,8 +289,10 @@ def _contents(data: bytes, members: list[Member]) -> dict[str, bytes]:
 
 
 def _check_sample(contents: dict[str, bytes], members: list[Member], shard: _Shard, number: int, manifest: Manifest) -> None:
-    """Raises:
-    ValueError: that says what is wrong.
+    """Compare one sample with the columns, its index and the manifest.
+
+    Raises:
+        ValueError: describes the problem.
     """
     label = int(shard.labels[number])
     if set(contents) != {manifest.extension, "json"} | ({"cls"} if label >= 0 else set()):
@@ -318,7 +319,7 @@ def _decode(data: bytes, encoding: str) -> NDArray[np.uint8]:
 
 
 def _twins(shards: list[_Shard], hashes: list[NDArray[np.uint64]], read: FileReader) -> list[str]:
-    """Keys that stand twice; the hashes only say where to look."""
+    """Return a problem for each key that occurs twice; the hashes only limit the shards that are searched."""
     together = np.concatenate([*hashes, np.zeros(0, np.uint64)])
     numbers, counts = np.unique(together, return_counts=True)
     suspects = {*numbers[counts > 1].tolist()}
@@ -335,21 +336,19 @@ def _twins(shards: list[_Shard], hashes: list[NDArray[np.uint64]], read: FileRea
     return problems
 
 
-# Galaxies of one data set whose pictures are equal, pixel for pixel: some in two splits, some with two labels.
-#
-# They are said and never moved: a split that the user or a survey gives stays as it is.
+# Equal images are only reported, never moved: a split that the user or a survey gives stays as it is.
 
-# Groups of equal pictures that a message names.
+# Groups of equal images, and galaxies of each, that a message names.
 MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
 class EqualPictures:
-    """Groups of equal pictures, each as its galaxies' ``split/id``.
+    """Groups of galaxies whose images are equal pixel for pixel, each galaxy as ``split/id``.
 
     Args:
-        across: groups that stand in more than one split.
-        two_labels: groups that have more than one label.
+        across: groups in more than one split.
+        two_labels: groups with more than one label.
     """
 
     across: list[list[str]]
@@ -357,10 +356,10 @@ class EqualPictures:
 
 
 def find_equal_pictures(manifest: Manifest) -> EqualPictures | None:
-    """Look at the hashes in the catalogues; None where they have none, which shards made by an earlier version do not.
+    """Find equal images by the hashes in the catalogues; return None for shards of an earlier version without hashes.
 
     Raises:
-        UserError: a catalogue that is missing or damaged.
+        UserError: a catalogue is missing or damaged.
     """
     splits = [name for name, split in manifest.splits.items() if split.num_samples]
     if not manifest.catalogues:
@@ -387,7 +386,7 @@ def find_equal_pictures(manifest: Manifest) -> EqualPictures | None:
 
 
 def describe_equal_pictures(manifest: Manifest) -> list[str]:
-    """Lines about a data set's equal pictures; none where all is well."""
+    """Return lines that report equal images of a data set, or that it has no hashes; empty if all is well."""
     found = find_equal_pictures(manifest)
     if found is None:
         return [
@@ -410,7 +409,7 @@ def _pictures(groups: list[list[str]], singular: str, plural: str) -> str:
 
 
 def _groups(rows: NDArray[np.void]) -> tuple[list[NDArray[np.void]], list[NDArray[np.void]]]:
-    """Groups of equal hashes that stand in several splits, and those that have several labels."""
+    """Return the groups of equal hashes in several splits, and those with several labels."""
     rows = rows[np.argsort(rows["hash"], kind="stable")]
     starts = np.flatnonzero(np.append(True, np.diff(rows["hash"]) != 0)) if len(rows) else np.empty(0, np.int64)
     ends = np.append(starts[1:], len(rows))
@@ -421,5 +420,5 @@ def _groups(rows: NDArray[np.void]) -> tuple[list[NDArray[np.void]], list[NDArra
 
 
 def _some(groups: list[list[str]]) -> str:
-    more = f" and {len(groups) - NAMED} more" if len(groups) > MOST_NAMED else ""
+    more = f" and {len(groups) - MOST_NAMED} more" if len(groups) > MOST_NAMED else ""
     return ", ".join(" = ".join(group[:MOST_NAMED]) for group in groups[:MOST_NAMED]) + more

@@ -17,8 +17,8 @@ from galaxydist.surveys.hdf5_schema import COLUMNS, IMAGE_SHAPE, IMAGES, LABELS,
 from galaxydist.surveys.split import (
     NONE,
     Codes,
-    Population,
     Sky,
+    SplitCandidates,
     build_population,
     check_classes,
     check_positions,
@@ -244,7 +244,7 @@ def _has_official_labels(file: SurveyFile) -> bool:
     return counts.tolist() == list(GALAXY10_COUNTS) and np.array_equal(file.labels, official_split.read_official_split().labels)
 
 
-def _split(file: SurveyFile, *, is_official: bool) -> tuple[Population, Codes]:
+def _split(file: SurveyFile, *, is_official: bool) -> tuple[SplitCandidates, Codes]:
     """Return the galaxies and their original split: the shipped one for the official file, else one computed in the same way."""
     ra, dec = (file.columns[name].astype(np.float64) for name in ("ra", "dec"))
     if not is_official:
@@ -254,7 +254,7 @@ def _split(file: SurveyFile, *, is_official: bool) -> tuple[Population, Codes]:
     shipped = official_split.read_official_split()
     _check_positions(file.path, read_sky(file.labels, ra, dec), shipped.sky)
     keys = np.arange(len(file.labels), dtype=np.uint64)
-    return Population(file.labels, GALAXY10_CLASSES, shipped.sky, keys, official_split.SPLIT_SEED), shipped.original
+    return SplitCandidates(file.labels, GALAXY10_CLASSES, shipped.sky, keys, official_split.SPLIT_SEED), shipped.original
 
 
 def _check_positions(path: Path, found: Sky, shipped: Sky) -> None:
@@ -268,7 +268,7 @@ def _check_positions(path: Path, found: Sky, shipped: Sky) -> None:
     )
 
 
-def _balanced(population: Population, original: Codes, name: str) -> Codes:
+def _balanced(population: SplitCandidates, original: Codes, name: str) -> Codes:
     if name == official_split.NAME:
         return official_split.read_official_split().balanced
     return split_balanced(population, original)

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from galaxydist.surveys.split import (
     TRAIN,
     VAL,
     Codes,
-    Population,
+    SplitCandidates,
     build_population,
     check_positions,
     cut,
@@ -205,7 +205,7 @@ def _match(metadata: FolderMetadata, pictures: list[PictureFile]) -> dict[str, F
     return rows
 
 
-def _population(labels: list[int], class_names: tuple[str, ...], rows: list[FolderRow]) -> Population:
+def _population(labels: list[int], class_names: tuple[str, ...], rows: list[FolderRow]) -> SplitCandidates:
     """Return the galaxies with the keys of the survey they were exported from, so that they are split in the same way."""
     ra, dec = _positions(rows)
     source_rows = [row.extras.get("row") for row in rows]
@@ -259,17 +259,22 @@ def _is_complete(root: Path, given: Codes | None, *, has_val: bool) -> bool:
     return found.issuperset((TRAIN, VAL, TEST) if has_val else (TRAIN, TEST))
 
 
-def _fold(root: Path, population: Population, codes: Codes | None, fold: tuple[int, int]) -> Codes:
+def _fold(root: Path, population: SplitCandidates, codes: Codes | None, fold: tuple[int, int]) -> Codes:
     if codes is not None:
         raise UserError(f"{root} has split folders of its own; a cross-validation needs a folder with class folders alone")
     return split_fold(population, *fold)
 
 
-def _complete(root: Path, population: Population, codes: Codes | None, *, has_val: bool) -> Codes:
+@cache
+def _report_new_split(root: Path, shares: str) -> None:
+    """Log once for each folder: a command may open it several times."""
+    logger.warning("%s has no train, val and test folders: its pictures are split %s by class", root, shares)
+
+
+def _complete(root: Path, population: SplitCandidates, codes: Codes | None, *, has_val: bool) -> Codes:
     """Cut the wanted splits that the folder lacks from train, with a warning."""
     if codes is None:
-        shares = "80/10/10" if has_val else "90/10 into train and test"
-        logger.warning("%s has no train, val and test folders: its pictures are split %s by class", root, shares)
+        _report_new_split(root, "80/10/10" if has_val else "90/10 into train and test")
         return split_original(population)
     for target, split in ((TEST, "test"), *(((VAL, "val"),) if has_val else ())):
         if not (codes == target).any():

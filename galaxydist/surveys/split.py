@@ -153,7 +153,7 @@ _TIES, _GROUPS, _SINGLES, _BALANCED_TEST, _BALANCED_TRAIN, _CUT_VAL, _CUT_TEST, 
 
 
 @dataclass(frozen=True, slots=True)
-class Population:
+class SplitCandidates:
     """The galaxies to split.
 
     Args:
@@ -203,13 +203,13 @@ def build_population(
     class_names: Sequence[str],
     seed: int,
     keys: NDArray[np.uint64] | None = None,
-) -> Population:
+) -> SplitCandidates:
     """Build a population; ``ra``, ``dec`` in degrees, nan where unknown, None without positions; default keys are the rows."""
     keys = np.arange(len(labels), dtype=np.uint64) if keys is None else keys
-    return Population(labels, class_names, read_sky(labels, ra, dec), keys, seed)
+    return SplitCandidates(labels, class_names, read_sky(labels, ra, dec), keys, seed)
 
 
-def check_classes(population: Population, at_least: int = MIN_PER_CLASS) -> None:
+def check_classes(population: SplitCandidates, at_least: int = MIN_PER_CLASS) -> None:
     """Raise a UserError that names every class with fewer galaxies than ``at_least``."""
     counts = np.bincount(population.labels, minlength=population.num_classes)
     small = [f"{name!r} has {count}" for name, count in zip(population.class_names, counts, strict=True) if count < at_least]
@@ -221,7 +221,7 @@ def check_classes(population: Population, at_least: int = MIN_PER_CLASS) -> None
         )
 
 
-def split_original(population: Population) -> Codes:
+def split_original(population: SplitCandidates) -> Codes:
     """Return (N,) codes of the 80/10/10 split: whole groups first, then single galaxies up to each class's exact counts.
 
     Raises:
@@ -249,7 +249,7 @@ def split_original(population: Population) -> Codes:
     return codes
 
 
-def _fill(population: Population, codes: Codes, left: NDArray[np.int64]) -> None:
+def _fill(population: SplitCandidates, codes: Codes, left: NDArray[np.int64]) -> None:
     """Move whole groups from train to splits that lack a class (one without single galaxies), as long as train keeps some."""
     for code in (TEST, VAL):
         for label in np.flatnonzero(population.counts(codes == code) == 0).tolist():
@@ -261,7 +261,7 @@ def _fill(population: Population, codes: Codes, left: NDArray[np.int64]) -> None
                     break
 
 
-def _movable_groups(population: Population, codes: Codes, label: int) -> Iterator[Rows]:
+def _movable_groups(population: SplitCandidates, codes: Codes, label: int) -> Iterator[Rows]:
     """Yield, in hash order, the groups that lie in train, contain the class, and have no galaxy with a second label."""
     for rows in population.groups_in_hash_order():
         in_train = rows[codes[rows] != NONE]
@@ -284,7 +284,7 @@ def split_counts(class_counts: NDArray[np.integer], seed: int) -> NDArray[np.int
     return np.stack([class_counts - val - test, val, test])
 
 
-def split_balanced(population: Population, original: Codes) -> Codes:
+def split_balanced(population: SplitCandidates, original: Codes) -> Codes:
     """Return (N,) codes of the balanced variant: every class is cut to the size of the smallest.
 
     A fifth is test, the rest is train, of which a tenth is val. The test set is taken from original test, then from original val
@@ -307,7 +307,7 @@ def split_balanced(population: Population, original: Codes) -> Codes:
     return cut(population, codes, VAL)
 
 
-def _balanced_pools(population: Population, original: Codes, label: int) -> tuple[Rows, Rows]:
+def _balanced_pools(population: SplitCandidates, original: Codes, label: int) -> tuple[Rows, Rows]:
     """Return the candidate rows of a class for the balanced test and train sets, in the order in which they are taken."""
     of_class = population.labels == label
     val = population.hash_sorted(of_class & (original == VAL), _BALANCED_TEST)
@@ -316,7 +316,7 @@ def _balanced_pools(population: Population, original: Codes, label: int) -> tupl
     return np.concatenate([test, val]), np.concatenate([train, val[::-1]])
 
 
-def cut(population: Population, codes: Codes, target: int, fraction: float = 0.1) -> Codes:
+def cut(population: SplitCandidates, codes: Codes, target: int, fraction: float = 0.1) -> Codes:
     """Return new codes with ``fraction`` of each class of train (at least one galaxy) moved to ``target``, VAL or TEST.
 
     Only galaxies without neighbours in train and without a second label are moved, so that groups stay together. If a class has
@@ -338,7 +338,7 @@ def cut(population: Population, codes: Codes, target: int, fraction: float = 0.1
     return new_codes
 
 
-def split_fold(population: Population, k: int, num_folds: int) -> Codes:
+def split_fold(population: SplitCandidates, k: int, num_folds: int) -> Codes:
     """Return (N,) codes of a stratified cross-validation: fold ``k`` (0 ... n-1) is test, the rest is train, val is empty.
 
     Raises:
@@ -371,7 +371,7 @@ def _apportion(counts: NDArray[np.int64], seats: int, seed: int) -> NDArray[np.i
     return share
 
 
-def _check_filled(population: Population, codes: Codes) -> None:
+def _check_filled(population: SplitCandidates, codes: Codes) -> None:
     for code, split in enumerate(SPLITS):
         empty = np.flatnonzero(population.counts(codes == code) == 0)
         if len(empty):

@@ -7,8 +7,8 @@ from torch import nn
 from galaxydist.distributed import World
 from galaxydist.recipe.identity import flatten
 from galaxydist.recipe.resolve import COMMAND_LINE, ResolvedRecipe
+from galaxydist.recipe.scalars import to_text
 from galaxydist.recipe.schema import Recipe
-from galaxydist.recipe.yaml12 import to_text
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.training.metric_logger import RunLength

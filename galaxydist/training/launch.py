@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
+from galaxydist.atomic_files import replace_bytes
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import (
     EXIT_BAD_INPUT,
@@ -21,6 +22,9 @@ from galaxydist.errors import (
     UserError,
 )
 from galaxydist.job_environment import find_place
+
+# A launcher ends all ranks as soon as one has left. Rank 0 prints what all have found, and may come to it this much later.
+PRINTING_S = 3.0
 
 
 def launch(
@@ -53,6 +57,8 @@ def launch(
             print(text, file=sys.stderr, flush=True)
             note(error)
         _leave_for_launcher(text, environ)
+        if rank and not is_alone:
+            time.sleep(PRINTING_S)
         return EXIT_BAD_INPUT if is_users else EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -65,8 +71,9 @@ def _leave_for_launcher(text: str, environ: Mapping[str, str]) -> None:
     """
     if path := environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}), encoding="utf-8")
+        with contextlib.suppress(OSError, UserError):
+            # Whole or not there: the launcher may read it while it ends this process.
+            replace_bytes(Path(path), json.dumps({"message": {"message": text, "extraInfo": details}}).encode())
 
 
 @contextlib.contextmanager

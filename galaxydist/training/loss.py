@@ -11,7 +11,7 @@ from galaxydist.training.mixup import MixedBatch, Part, take
 
 
 @dataclass(frozen=True)
-class Targets:
+class LossTargets:
     """What the galaxies of a batch are to be taken for, and what that weighs in the loss.
 
     Args:
@@ -32,12 +32,12 @@ class Targets:
         """The weight of every galaxy, float32: their sum over all ranks is what the numerators are divided by."""
         return self.weights_B if self.partner_weights_B is None else self.weights_B + self.partner_weights_B
 
-    def take(self, part: Part) -> "Targets":
+    def take(self, part: Part) -> "LossTargets":
         """Of a part of the batch."""
         labels_B, weights_B, majority_B = (take(values, part) for values in (self.labels_B, self.weights_B, self.majority_B))
         if self.partner_labels_B is None or self.partner_weights_B is None:
-            return Targets(labels_B, weights_B, majority_B)
-        return Targets(labels_B, weights_B, majority_B, take(self.partner_labels_B, part), take(self.partner_weights_B, part))
+            return LossTargets(labels_B, weights_B, majority_B)
+        return LossTargets(labels_B, weights_B, majority_B, take(self.partner_labels_B, part), take(self.partner_weights_B, part))
 
 
 class WeightedCrossEntropy:
@@ -58,7 +58,7 @@ class WeightedCrossEntropy:
         self.class_weights_K = class_weights_K
         self.label_smoothing = label_smoothing
 
-    def targets(self, labels_B: torch.Tensor, sample_weights_B: torch.Tensor, mix: MixedBatch | None = None) -> Targets:
+    def targets(self, labels_B: torch.Tensor, sample_weights_B: torch.Tensor, mix: MixedBatch | None = None) -> LossTargets:
         """Labels and weights of a rank's whole batch; needs no image.
 
         Args:
@@ -68,17 +68,17 @@ class WeightedCrossEntropy:
         """
         weights_B = self.weights(labels_B, sample_weights_B)
         if mix is None:
-            return Targets(labels_B, weights_B, labels_B)
+            return LossTargets(labels_B, weights_B, labels_B)
         partner_labels_B, shares_B = mix.partners(labels_B), mix.partner_shares_B
         partner_weights_B = self.weights(partner_labels_B, sample_weights_B) * shares_B
         majority_B = torch.where(shares_B > 0.5, partner_labels_B, labels_B)
-        return Targets(labels_B, weights_B * (1 - shares_B), majority_B, partner_labels_B, partner_weights_B)
+        return LossTargets(labels_B, weights_B * (1 - shares_B), majority_B, partner_labels_B, partner_weights_B)
 
     def weights(self, labels_B: torch.Tensor, sample_weights_B: torch.Tensor) -> torch.Tensor:
         """The weight of every sample that is not mixed, float32 of shape B."""
         return self.class_weights_K[labels_B] * sample_weights_B
 
-    def summed_loss(self, logits_BK: torch.Tensor, targets: Targets) -> torch.Tensor:
+    def summed_loss(self, logits_BK: torch.Tensor, targets: LossTargets) -> torch.Tensor:
         """The numerator of mixed or unmixed samples, as ``numerator``."""
         own = self.numerator(logits_BK, targets.labels_B, targets.weights_B)
         if targets.partner_labels_B is None or targets.partner_weights_B is None:

@@ -75,7 +75,7 @@ def count_pair_parts(batch_size: int, world_size: int, micro_batch: int) -> int:
 
 
 @dataclass(frozen=True)
-class Draws:
+class MixupDraws:
     """What becomes of P pairs, in numbers.
 
     Args:
@@ -109,7 +109,7 @@ class Mixup:
         """Whether the recipe mixes at all."""
         return self._is_on
 
-    def draw(self, epoch: int, pairs: Ints) -> Draws:
+    def draw(self, epoch: int, pairs: Ints) -> MixupDraws:
         """What becomes of these pairs.
 
         Args:
@@ -122,7 +122,7 @@ class Mixup:
         blends = np.where(changed & ~cut, 1 - _beta(self._mixup, factor), 0.0)
         boxes = np.where(cut[:, None], self._boxes(epoch, pairs, 1 - _beta(self._cutmix, factor)), 0)
         areas = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])
-        return Draws(np.where(cut, areas / self._size**2, blends), blends, boxes)
+        return MixupDraws(np.where(cut, areas / self._size**2, blends), blends, boxes)
 
     def prepare(self, batch: Batch) -> "MixedBatch":
         """What becomes of a rank's whole batch, on the device of its weights; the host does not wait for it.
@@ -161,7 +161,7 @@ class Mixup:
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """``Draws`` of a rank's P pairs on the device.
+    """``MixupDraws`` of a rank's P pairs on the device.
 
     Args:
         numbers_P6: float32; partner's share of the label, of the pixels outside the box, and the box's four edges.

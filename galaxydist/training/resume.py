@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from galaxydist.errors import UserError
 from galaxydist.recipe.fields import RECIPE
@@ -16,7 +16,6 @@ from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder, compare_recipes, read_newest_state
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.manifest import Manifest
-from galaxydist.training.state import EarlyStopping
 
 if TYPE_CHECKING:  # torch, which a login node need not load
     from galaxydist.checkpoints.store import Checkpoint
@@ -176,3 +175,41 @@ def _continue(folder: RunFolder, resolved: ResolvedRecipe, manifest: Manifest) -
         step=newest.step if newest is not None else 0,
     )
     return newest
+
+
+@dataclass
+class EarlyStopping:
+    """Keeps the best value of one validation metric.
+
+    Args:
+        metric: ``loss`` is better when smaller, the others when larger.
+        patience: validations without a better value after which to stop (0: never).
+    """
+
+    metric: Literal["accuracy", "balanced_accuracy", "loss"]
+    patience: int
+    best: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+
+    def update(self, value: float | None, step: int) -> bool:
+        """Take in a new validation. True if it is the best so far (equal is not; nor is None, of a loss that is not finite)."""
+        better = value is not None and (self.best is None or (value < self.best if self.metric == "loss" else value > self.best))
+        if better:
+            self.best, self.best_step, self.waited = value, step, 0
+        else:
+            self.waited += 1
+        return better
+
+    @property
+    def should_stop(self) -> bool:
+        return self.patience > 0 and self.waited >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metric": self.metric, "best": self.best, "best_step": self.best_step, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on; with another metric than before (``resume.force``) from the beginning."""
+        if state.get("metric", self.metric) != self.metric:
+            return
+        self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]

@@ -16,7 +16,7 @@ from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.training.batch_norm import ALL_STATISTICS
 from galaxydist.training.ddp import Strategy
-from galaxydist.training.loss import Targets, WeightedCrossEntropy
+from galaxydist.training.loss import LossTargets, WeightedCrossEntropy
 from galaxydist.training.mixup import MixedBatch, Mixup, Part, count_pair_parts, split_pairs, take
 from galaxydist.training.optimizer import LRSchedule, set_learning_rate
 from galaxydist.training.stop_signals import StepAbandoned, StepGates
@@ -170,7 +170,7 @@ class TrainStep:
 
     @staticmethod
     def _count(
-        numerator: torch.Tensor, logits_BK: torch.Tensor, targets: Targets, sample_weights_B: torch.Tensor
+        numerator: torch.Tensor, logits_BK: torch.Tensor, targets: LossTargets, sample_weights_B: torch.Tensor
     ) -> torch.Tensor:
         present_B = sample_weights_B > 0
         correct = ((logits_BK.detach().argmax(1) == targets.majority_B) & present_B).sum()

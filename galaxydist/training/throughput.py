@@ -27,7 +27,7 @@ GB = 1e9
 MOST_PENDING = 64
 
 
-class Clock(Protocol):
+class DeviceClock(Protocol):
     """Points in time, which may lie ahead: a GPU comes to them when it has done what it was given before."""
 
     def stamp(self) -> Any:
@@ -86,7 +86,7 @@ class StepTimer:
         clock: else the device's.
     """
 
-    def __init__(self, device: torch.device, *, batch_size: int, world_size: int, clock: Clock | None = None) -> None:
+    def __init__(self, device: torch.device, *, batch_size: int, world_size: int, clock: DeviceClock | None = None) -> None:
         self._device = device
         self._batch_size = batch_size
         self._world_size = world_size

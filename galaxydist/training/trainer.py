@@ -65,8 +65,8 @@ from galaxydist.training.micro_batch import choose_micro_batch, explained_out_of
 from galaxydist.training.mixup import Mixup, count_pair_parts, split_pairs, take
 from galaxydist.training.optimizer import LRSchedule, build_optimizer, find_optimizer
 from galaxydist.training.profiler import StepProfiler
-from galaxydist.training.resume import OpenedFolder, open_run_folder
-from galaxydist.training.state import EarlyStopping, TrainState
+from galaxydist.training.resume import EarlyStopping, OpenedFolder, open_run_folder
+from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, count_micro_batches, split_evenly
 from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name
 from galaxydist.training.throughput import StepTimer, Utilisation, build_utilisation

@@ -14,8 +14,8 @@ import torch
 from galaxydist.bench.loader_worker import (
     SMALLEST_CROP,
     Answer,
-    Job,
     LoaderBatch,
+    LoaderJob,
     answer,
     check,
     measure,
@@ -34,7 +34,7 @@ AUGMENT = AugmentConfig(rotate="any", flip=True, zoom=ZOOM, shift=0.05)
 MEMORY_EPOCHS = 10
 
 
-def build_loader(job: Job) -> Iterator[LoaderBatch]:
+def build_loader(job: LoaderJob) -> Iterator[LoaderBatch]:
     """Training batches as a run reads them; the galaxies' keys are left out, since a run knows their numbers."""
     manifest = read_manifest(job.shards)
     settings: dict[str, Any] = {"seed": SEED, "batch_size": job.batch_size, "threads": job.workers}
@@ -49,7 +49,7 @@ def build_loader(job: Job) -> Iterator[LoaderBatch]:
             yield augment(batch.images_BHWC, batch.epoch, batch.positions_B), batch.labels_B, []
 
 
-def one_epoch(job: Job) -> Iterator[LoaderBatch]:
+def one_epoch(job: LoaderJob) -> Iterator[LoaderBatch]:
     """Every galaxy once, with its key: in batches of a size that leaves no remainder."""
     manifest = read_manifest(job.shards)
     keys = np.array([picture.key for picture in stored_pictures(job.shards)])
@@ -59,7 +59,7 @@ def one_epoch(job: Job) -> Iterator[LoaderBatch]:
             yield batch.images_BHWC, batch.labels_B, keys[batch.samples_B.numpy()].tolist()
 
 
-def measure_limit(job: Job) -> Answer:
+def measure_limit(job: LoaderJob) -> Answer:
     """The same decoder over bytes in memory: no files, no order, no batches handed over."""
     data = [picture.data for picture in stored_pictures(job.shards)]
     size = read_manifest(job.shards).image_size
@@ -84,7 +84,7 @@ def measure_limit(job: Job) -> Answer:
     return {"images_per_s": (stop - start) / (times[1] - times[0])}
 
 
-def measure_resume(job: Job) -> Answer:
+def measure_resume(job: LoaderJob) -> Answer:
     """Seconds from nothing open to the first batch at a step."""
     started = time.perf_counter()
     with TrainLoader(
@@ -94,7 +94,7 @@ def measure_resume(job: Job) -> Answer:
         return {"seconds": time.perf_counter() - started}
 
 
-def measure_memory(job: Job) -> Answer:
+def measure_memory(job: LoaderJob) -> Answer:
     """Resident bytes of this process and its children at the end of each of ten epochs."""
     process = psutil.Process()
     series = []

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from galaxydist.bench.loader_worker import Job, Loader, run, stored_pictures
+from galaxydist.bench.loader_worker import Loader, LoaderJob, run, stored_pictures
 from galaxydist.bench.peers.transforms import our_decoder, train_transform
 
 
@@ -20,7 +20,7 @@ class KeyedFolder(ImageFolder):  # type: ignore[misc]  # torchvision is not type
         return image, label, Path(self.samples[index][0]).stem
 
 
-def prepare(job: Job) -> None:
+def prepare(job: LoaderJob) -> None:
     """Write the pictures as ``<class>/<key>.jpg``."""
     for picture in stored_pictures(job.shards):
         folder = job.form / f"{picture.label:03d}"
@@ -28,7 +28,7 @@ def prepare(job: Job) -> None:
         (folder / f"{picture.key}.jpg").write_bytes(picture.data)
 
 
-def build_loader(job: Job) -> Loader:
+def build_loader(job: LoaderJob) -> Loader:
     """One epoch at a time, shuffled, as torch's documentation has it."""
     options: dict[str, Any] = {"loader": lambda path: our_decoder(Path(path).read_bytes())} if job.ours else {}
     if job.task == "train":

@@ -9,7 +9,7 @@ import torch
 from litdata.streaming.serializers import JPEGSerializer
 from torch import Tensor
 
-from galaxydist.bench.loader_worker import Job, Loader, LoaderBatch, StoredPicture, run, stored_pictures
+from galaxydist.bench.loader_worker import Loader, LoaderBatch, LoaderJob, StoredPicture, run, stored_pictures
 from galaxydist.bench.peers.transforms import our_decoder, train_transform
 
 
@@ -20,7 +20,7 @@ class OurSerializer(JPEGSerializer):  # type: ignore[misc]  # litdata is not typ
         return our_decoder(bytes(data))
 
 
-def prepare(job: Job) -> None:
+def prepare(job: LoaderJob) -> None:
     """Chunks that hold the bytes of the files."""
     litdata.optimize(
         fn=_sample,
@@ -37,7 +37,7 @@ def _sample(picture: StoredPicture) -> dict[str, Any]:
     return {"image": image, "label": picture.label, "key": picture.key}
 
 
-def build_loader(job: Job) -> Loader:
+def build_loader(job: LoaderJob) -> Loader:
     """One epoch at a time, shuffled, as LitData's documentation has it; its own decoder is torchvision's."""
     options: dict[str, Any] = {"serializers": {"jpeg": OurSerializer()}} if job.ours else {}
     if job.task == "train":

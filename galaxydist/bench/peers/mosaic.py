@@ -8,14 +8,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from galaxydist.bench.loader_worker import Job, Loader, run, stored_pictures
+from galaxydist.bench.loader_worker import Loader, LoaderJob, run, stored_pictures
 from galaxydist.bench.peers.transforms import our_decoder, train_transform
 
 
-class Galaxies(streaming.StreamingDataset):  # type: ignore[misc]  # streaming is not typed
+class StreamedGalaxies(streaming.StreamingDataset):  # type: ignore[misc]  # streaming is not typed
     """Decodes where Mosaic's documentation decodes: in ``__getitem__``."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: LoaderJob) -> None:
         super().__init__(local=str(job.form), shuffle=True, batch_size=job.batch_size)
         self._ours = job.ours
         self._transform = train_transform(job) if job.task == "train" else (None if job.ours else v2.PILToTensor())
@@ -26,7 +26,7 @@ class Galaxies(streaming.StreamingDataset):  # type: ignore[misc]  # streaming i
         return self._transform(image) if self._transform else image, sample["label"], sample["key"]
 
 
-def prepare(job: Job) -> None:
+def prepare(job: LoaderJob) -> None:
     """Shards that hold the bytes of the files."""
     columns = {"image": "bytes", "label": "int", "key": "str"}
     pictures = list(stored_pictures(job.shards))
@@ -36,9 +36,9 @@ def prepare(job: Job) -> None:
             writer.write({"image": picture.data, "label": picture.label, "key": picture.key})
 
 
-def build_loader(job: Job) -> Loader:
+def build_loader(job: LoaderJob) -> Loader:
     """One epoch at a time, shuffled, as Mosaic's documentation has it."""
-    return DataLoader(Galaxies(job), batch_size=job.batch_size, num_workers=job.workers, persistent_workers=True)
+    return DataLoader(StreamedGalaxies(job), batch_size=job.batch_size, num_workers=job.workers, persistent_workers=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from galaxydist.bench.loader_worker import SMALLEST_CROP, Job
+from galaxydist.bench.loader_worker import SMALLEST_CROP, LoaderJob
 
 
 def our_decoder(data: bytes) -> Tensor:
@@ -16,7 +16,7 @@ def our_decoder(data: bytes) -> Tensor:
     return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB"))
 
 
-def train_transform(job: Job) -> Callable[[Any], Tensor]:
+def train_transform(job: LoaderJob) -> Callable[[Any], Tensor]:
     """Random zoom-crop, mirrors, normalisation, of a PIL picture or a uint8 tensor (3 x H x W, or H x W x 3 from our decoder)."""
     transform: Callable[[Any], Tensor] = v2.Compose(
         [

@@ -6,15 +6,15 @@ import webdataset
 from torch import Tensor
 from torchvision.transforms import v2
 
-from galaxydist.bench.loader_worker import Job, Loader, run
+from galaxydist.bench.loader_worker import Loader, LoaderJob, run
 from galaxydist.bench.peers.transforms import our_decoder, train_transform
 
 
-def prepare(job: Job) -> None:
+def prepare(job: LoaderJob) -> None:
     """Nothing: it reads the shards as they are."""
 
 
-def build_loader(job: Job) -> Loader:
+def build_loader(job: LoaderJob) -> Loader:
     """One epoch at a time, as WebDataset's documentation has it: batches are made in the workers."""
     transform = train_transform(job) if job.task == "train" else (_same if job.ours else v2.PILToTensor())
     dataset = (

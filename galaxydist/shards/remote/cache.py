@@ -1,15 +1,15 @@
-"""A folder of files fetched from stores, shared by all processes of a node, and by several runs.
+"""Node-local cache of files from remote stores, shared by all processes and runs on a node.
 
-<cache>/<first 16 hex of the manifest's hash>/train-000000.tar    a whole file; whoever uses it holds a shared lock on it
-                                              .train-000000.tar.lock       being fetched by whoever holds its lock; says how many
-                                                                           bytes it will take
-                                              .train-000000.tar.partial    what has come of it
-<cache>/.lock                                 held while room is made and taken
+<cache>/<first 16 hex of the manifest's hash>/train-000000.tar    a complete file; its users hold a shared lock on it
+                                              .train-000000.tar.lock       locked by the process that fetches the file; holds the
+                                                                           number of bytes that the file will take
+                                              .train-000000.tar.partial    the part fetched so far
+<cache>/.lock                                 locked by the process that makes and reserves room
 
-All locks are flock's: they go with the process that held them, so a crash leaves nothing to clean up but names. A file is whole
-when it has its name: it is checked against the manifest's SHA-256 and synced to the disk before it is renamed, and its size is
-looked at each time it is opened. (Damage done to it later shows as a picture that does not decode.) What has not been opened for
-the longest time goes first when room is needed; what any process has open never goes.
+All locks are ``flock`` locks, released when their process ends, so that a crash leaves only file names to clean up. A file with
+its final name is complete: it is checked against the manifest's SHA-256 and synced to disk before it is renamed, and its size is
+checked each time it is opened. (Later damage shows as an image that does not decode.) When room is needed, the shard that was
+opened least recently is evicted first; a file that any process has open is never evicted.
 """
 
 import errno
@@ -27,15 +27,14 @@ from pathlib import Path
 from galaxydist.errors import UserError
 from galaxydist.shards.remote.object_store import StoppedError
 
-# An open file that lives as long as anyone uses it.
-
 
 class SharedFile:
-    """A descriptor that is closed when its last user lets go of it, so that a thread never reads from a closed one; and the bytes
-    that the file had when it was opened. A lock that is held on the descriptor goes with it.
+    """An open file that is closed with its last reference, so that no thread reads from a closed descriptor.
+
+    A lock on the descriptor is released with it. ``num_bytes`` is the size of the file when it was opened.
 
     Args:
-        descriptor: becomes this object's.
+        descriptor: is owned by this object from now on.
     """
 
     __slots__ = ("descriptor", "num_bytes")
@@ -53,15 +52,13 @@ class SharedFile:
         os.close(self.descriptor)
 
 
-# Locks of the cache (flock's): they go with the process that holds them.
-
 _log = logging.getLogger(__name__)
 
 LOCK, PARTIAL = ".lock", ".partial"
 
 
 def try_claim(path: Path) -> SharedFile | None:
-    """The right to fetch a file, which one process has at a time; None if another has it."""
+    """Return the lock that lets one process at a time fetch a file, or None if another process holds it."""
     while True:
         file = SharedFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
         if not try_lock(file.descriptor, fcntl.LOCK_EX):
@@ -72,7 +69,7 @@ def try_claim(path: Path) -> SharedFile | None:
 
 
 def reserved_bytes(lock: str) -> int:
-    """The bytes that the fetch behind a lock will take; nothing is behind the lock of a process that is gone."""
+    """Return the bytes reserved by the fetch that holds a lock file; if its process has ended, remove its files and return 0."""
     try:
         with Path(lock).open("r+b") as file:
             if not try_lock(file.fileno(), fcntl.LOCK_EX):
@@ -87,7 +84,7 @@ def reserved_bytes(lock: str) -> int:
 
 
 def evict(path: str) -> bool:
-    """Remove a file, unless anyone has it open."""
+    """Remove a file unless a process has it open; return True if it is removed."""
     try:
         file = SharedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC))
         if not try_lock(file.descriptor, fcntl.LOCK_EX):
@@ -100,7 +97,7 @@ def evict(path: str) -> bool:
 
 
 def try_lock(descriptor: int, kind: int) -> bool:
-    """Take a lock if it is to be had at once."""
+    """Take a lock without waiting; return False if another process holds it."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -108,9 +105,9 @@ def try_lock(descriptor: int, kind: int) -> bool:
     return True
 
 
-# Seconds between two looks at a lock that another process holds.
+# Seconds between attempts at a lock that another process holds.
 POLL_S = 0.05
-# Left free on the disk: what other programs need to go on.
+# Disk space left free for other programs: this many bytes or this share of the disk, whichever is less.
 SPARE_BYTES = 256 * 1024 * 1024
 SPARE_SHARE = 0.01
 
@@ -124,12 +121,12 @@ COLUMNS_DIR = "columns"
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Where and how a process keeps what it fetches.
+    """Settings of the cache.
 
     Args:
-        folder: of the cache.
-        max_bytes: that it may take.
-        threads: that fetch at the same time, in each process.
+        folder: folder of the cache.
+        max_bytes: largest size of the cache.
+        threads: number of concurrent fetches in each process.
     """
 
     folder: Path
@@ -143,7 +140,7 @@ class CacheEntry:
 
     Args:
         name: ``<folder>/<file>`` or ``<folder>/columns/<file>``.
-        num_bytes: of the whole file; None where that is not known before.
+        num_bytes: size of the whole file; None if it is not known in advance.
     """
 
     name: str
@@ -158,14 +155,14 @@ class _Found:
 
 
 class Cache:
-    """One process's view of the folder.
+    """Access of one process to the cache.
 
     Args:
-        folder: made if it is not there.
-        max_bytes: that all files in it may take.
+        folder: folder of the cache; created if it does not exist.
+        max_bytes: largest total size of the files in it.
 
     Raises:
-        UserError: it cannot be made or written, or stands on a file system without locks.
+        UserError: the folder cannot be created or written, or its file system has no locks.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -179,20 +176,20 @@ class Cache:
     def obtain(
         self, wanted: CacheEntry, fetch: Callable[[Path], None], *, stop: threading.Event, must: bool
     ) -> SharedFile | None:
-        """A file, open and locked against eviction as long as the result lives; fetched by one process if it is not there.
+        """Return a file, open and locked against eviction as long as the result lives; one process fetches a missing file.
 
         Args:
-            wanted: which.
-            fetch: puts the right file at the path it is given, or raises.
-            stop: when it is set, waiting ends.
-            must: make it fit by going over the limit, if all else is in use.
+            wanted: the file.
+            fetch: writes the right file to the path that it is given, or raises.
+            stop: ends waiting when it is set.
+            must: exceed the size limit if all other files are in use.
 
         Returns:
-            None where it is not there and there is no room for it now.
+            None if the file is missing and there is no room for it now.
 
         Raises:
             StoppedError: ``stop`` was set.
-            UserError: the folder cannot be written, or its disk is full; or what ``fetch`` raises.
+            UserError: the folder cannot be written, or its disk is full. Errors of ``fetch`` pass through.
         """
         with self._explain():
             while True:
@@ -216,7 +213,7 @@ class Cache:
                     raise StoppedError
 
     def find(self, wanted: CacheEntry) -> SharedFile | None:
-        """A file that is there and whole, open and locked against eviction; it now counts as used last."""
+        """Return a complete file, open and locked against eviction, and mark it as used; None if there is none."""
         path = self.folder / wanted.name
         while True:
             try:
@@ -224,12 +221,12 @@ class Cache:
             except FileNotFoundError:
                 return None
             if not try_lock(file.descriptor, fcntl.LOCK_SH):
-                continue  # being evicted, which is quick
+                continue  # is being evicted, which is quick
             status = os.fstat(file.descriptor)
             if status.st_nlink == 0:
                 continue  # was evicted
             if wanted.num_bytes not in (None, status.st_size):
-                return None  # damaged: fetched anew
+                return None  # damaged: will be fetched again
             try:
                 os.utime(file.descriptor)
             except PermissionError:
@@ -238,7 +235,7 @@ class Cache:
 
     @property
     def room(self) -> int:
-        """Bytes of shards that the cache may hold: its limit, or less where the disk is smaller, without the columns in it."""
+        """Bytes of shards that the cache may hold: its size limit without the columns in it, or less on a smaller disk."""
         with self._guard(threading.Event()):
             files, _ = self._scan()
         shards = sum(file.size for file in files if file.path.endswith(SHARD_ENDING))
@@ -252,7 +249,7 @@ class Cache:
             file = SharedFile.at(str(partial))
             try_lock(file.descriptor, fcntl.LOCK_SH)
             os.fsync(file.descriptor)
-            with self._guard(stop):  # its bytes count as reserved or as there, never as neither
+            with self._guard(stop):  # so that its bytes always count as reserved or as present
                 partial.replace(self.folder / wanted.name)
                 self._give_up(claim, wanted)
         except BaseException:
@@ -262,14 +259,14 @@ class Cache:
         return file
 
     def _give_up(self, claim: SharedFile, wanted: CacheEntry) -> None:
-        """Remove what a claim stands for, then the claim; in this order, so that a partial always has one."""
+        """Remove a claim's partial file, then its lock file; in this order, so that each partial file has a lock file."""
         assert claim.descriptor >= 0
         self._hidden(wanted, PARTIAL).unlink(missing_ok=True)
         self._hidden(wanted, LOCK).unlink(missing_ok=True)
 
     def _make_room(self, claim: SharedFile, wanted: CacheEntry, must: bool) -> bool:
-        """Under the guard: evict until the file fits, and reserve its bytes."""
-        (self.folder / wanted.name).unlink(missing_ok=True)  # it is damaged, if it is there
+        """Evict shards until the file fits, and reserve its bytes; the caller holds the guard."""
+        (self.folder / wanted.name).unlink(missing_ok=True)  # if it exists, it is damaged
         num_bytes = wanted.num_bytes or 0
         files, reserved = self._scan()
         room = min(self.max_bytes - reserved - sum(file.size for file in files), _free_bytes(self.folder) - reserved)
@@ -291,7 +288,7 @@ class Cache:
         return True
 
     def _scan(self) -> tuple[list["_Found"], int]:
-        """The whole files, and the bytes that the fetches under way will take; what a crash left of one is removed."""
+        """Return the complete files and the bytes reserved by running fetches; remove what crashed fetches left."""
         found, reserved = [], 0
         for entry in self._entries():
             if not entry.name.startswith("."):
@@ -304,7 +301,7 @@ class Cache:
         return found, reserved
 
     def _entries(self) -> Iterator["os.DirEntry[str]"]:
-        """The files in folders of our own making; what else lies beside them is not ours to count or remove."""
+        """Yield the files in the cache's own subfolders; other files beside them are neither counted nor removed."""
         with os.scandir(self.folder) as entries:
             own = [entry.path for entry in entries if OWN_FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
         for folder in (path for name in own for path in (name, f"{name}/{COLUMNS_DIR}")):
@@ -322,7 +319,7 @@ class Cache:
 
     @contextmanager
     def _guard(self, stop: threading.Event) -> Iterator[None]:
-        """One process at a time makes room."""
+        """Let one process at a time make room."""
         file = SharedFile(os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
         while not try_lock(file.descriptor, fcntl.LOCK_EX):
             if stop.wait(POLL_S):
@@ -354,7 +351,7 @@ class Cache:
 
 
 def show_bytes(num_bytes: float) -> str:
-    """A size in the unit that data.cache_size has."""
+    """Return a size as text in GB, the unit of ``data.cache_size``."""
     return f"{num_bytes / 1e9:.3g} GB"
 
 

@@ -1,7 +1,7 @@
-"""Object stores and web servers through fsspec: one file at a time, by its known name. Nothing is listed, nothing is written.
+"""Downloads from object stores and web servers through fsspec, one file at a time by its name.
 
-A ``Store`` makes one request for each attempt and never repeats one by itself: ``download.py`` decides whether to try again. What
-goes wrong is sorted here: ``TransientError`` may be gone in a second, ``MissingError`` and any other ``UserError`` will not.
+Nothing is listed and nothing is written. A ``Store`` makes one request per attempt and never repeats it; ``download`` decides
+about retries. Errors are classified: a ``TransientError`` may pass, a ``MissingError`` or any other ``UserError`` will not.
 """
 
 import asyncio
@@ -22,18 +22,15 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
 
-# What an object store or a web server answers instead of a file: worth another attempt, or something the user must mend.
-#
-# The libraries have their own exceptions (botocore's, aiohttp's, gcsfs's, google-auth's); they are told apart here by HTTP
-# status
-# and by class name, so that nothing is imported that the store does not use.
+# The exceptions of botocore, aiohttp, gcsfs and google-auth are recognised by HTTP status and class name, so that no library is
+# imported that the store does not use.
 
-# HTTP: too slow, too early, too many requests; and all 5xx.
+# HTTP: timeout, too early, too many requests; all 5xx are transient too.
 TRANSIENT_STATUS = {408, 425, 429}
 MISSING_STATUS = {404, 410}
 FORBIDDEN_STATUS = {401, 403, 407}
 
-# botocore's, aiohttp's, google-auth's and gcsfs's words for a network that failed; base classes count.
+# Network errors of botocore, aiohttp, google-auth and gcsfs, and of Python; subclasses count too.
 TRANSIENT_CLASSES = {
     "ChecksumError",
     "ClientConnectionError",
@@ -50,7 +47,7 @@ TRANSIENT_CLASSES = {
     "TimeoutError",
     "TransportError",
 }
-# A subclass of these that another attempt does not mend.
+# Subclasses of these for which another attempt does not help.
 LASTING_CLASSES = {"ClientConnectorCertificateError"}
 CREDENTIAL_CLASSES = {
     "CredentialRetrievalError",
@@ -77,7 +74,7 @@ WHAT_TO_SET = {
 
 
 class TransientError(Exception):
-    """An attempt that failed for a reason that may be gone at the next one."""
+    """A failed attempt whose cause may be gone at the next one."""
 
 
 class MissingError(UserError):
@@ -85,15 +82,15 @@ class MissingError(UserError):
 
 
 def classify_error(error: Exception, url: str, kind: str) -> Exception:
-    """What an exception of a filesystem means.
+    """Return the exception to raise for an error of a filesystem.
 
     Args:
-        error: as it came.
-        url: of the file, for the message.
-        kind: ``s3``, ``gs``, ``http`` or ``file``: what the user can set.
+        error: the original exception.
+        url: URL of the file, for the message.
+        kind: ``s3``, ``gs``, ``http`` or ``file``: selects the advice in the message.
 
     Returns:
-        ``TransientError``, ``MissingError``, another ``UserError``, or the error itself where the local disk is the reason.
+        ``TransientError``, ``MissingError``, another ``UserError``, or the error itself if the local disk is the cause.
     """
     names = {base.__name__ for base in type(error).__mro__}
     status = _status(error)
@@ -116,12 +113,12 @@ def classify_error(error: Exception, url: str, kind: str) -> Exception:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an exception, where there was an answer."""
+    """Return the HTTP status behind an exception, or None if there was no response."""
     for name in ("status", "code"):  # aiohttp's; gcsfs's
         found = getattr(error, name, None)
         if isinstance(found, int | str) and str(found).isdecimal():
             return int(found)
-    for one in (error, error.__cause__):  # botocore's; s3fs wraps it in one of Python's
+    for one in (error, error.__cause__):  # botocore's; s3fs wraps it in a built-in exception
         response = getattr(one, "response", None)
         if isinstance(response, dict):
             found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -129,7 +126,7 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
-# Protocol -> (what it goes through, the package that brings that).
+# Protocol -> (kind of filesystem, package that provides it).
 PROTOCOLS = {
     "s3": ("s3", "s3fs"),
     "s3a": ("s3", "s3fs"),
@@ -142,27 +139,27 @@ PROTOCOLS = {
 }
 
 CONNECT_S = 20.0
-# Seconds without a byte until an attempt is given up.
+# Seconds without data after which an attempt is given up.
 SILENCE_S = 60.0
 
 
 class StoppedError(Exception):
-    """Whoever waited for a file wants it no longer."""
+    """The caller stopped waiting for a file."""
 
 
 def is_url(location: str | Path) -> bool:
-    """Whether a location is a URL (of any protocol) and not a path."""
+    """Return True for a URL (of any protocol), False for a path."""
     return isinstance(location, str) and "://" in location
 
 
 class Store:
-    """A folder of files somewhere else.
+    """A remote folder of files.
 
     Args:
-        url: of the folder; what follows a ``?`` is added to the address of each file (and shown in no message).
+        url: URL of the folder; its query (``?...``) is added to the address of each file and shown in no message.
 
     Raises:
-        UserError: an unknown protocol, or the package that speaks it is missing.
+        UserError: the protocol is unknown, or its package is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -182,12 +179,12 @@ class Store:
         self._headers: dict[str, str] = {}
         if protocol == "hf":
             self._address, self._headers = _hub_address(self._folder)
-        else:  # fsspec takes the path of a file:// URL as it is written
+        else:  # fsspec does not unquote the path of a file:// URL
             self._address = unquote(self._folder) if protocol == "file" else self._folder
         self._files = _open_filesystem(self._kind)
 
     def url(self, name: str = "") -> str:
-        """The URL of a file for a message: without the query, which may hold a secret, and without a password."""
+        """Return the URL of a file for messages, without the query, which may hold a secret, and without a password."""
         protocol, _, rest = self._folder.partition("://")
         host, slash, path = rest.partition("/")
         shown = f"{protocol}://{host.rpartition('@')[2]}{slash}{path}"
@@ -197,19 +194,19 @@ class Store:
         """Copy a file of the store to ``path``, in one attempt.
 
         Args:
-            name: relative to the folder.
-            path: is written over; after an error it may hold a part, or be gone.
-            stop: when it is set, the attempt ends.
+            name: file name relative to the folder.
+            path: is overwritten; after an error it may be incomplete or missing.
+            stop: ends the attempt when it is set.
 
         Raises:
             StoppedError: ``stop`` was set.
-            TransientError: worth another attempt.
+            TransientError: another attempt may succeed.
             MissingError: the store has no such file.
-            UserError: not allowed, no credentials, or another reason that stays.
+            UserError: access denied, no credentials, or another lasting error.
             OSError: the local file cannot be written.
         """
         with path.open("wb"):
-            pass  # what is wrong here is not the store's fault
+            pass  # an error here is the local disk's, not the store's
         try:
             if self._kind == "file":
                 self._files.get_file(f"{self._address}/{name}", str(path))
@@ -228,7 +225,7 @@ class Store:
             address = f"{self._address}/{quote(name)}{self._query}"
             await self._files._get_file(address, path, **({"headers": self._headers} if self._headers else {}))
         elif self._kind == "gs":
-            # gcsfs repeats a request six times by itself: this is the function under that.
+            # gcsfs repeats a failed request six times; call the function beneath the retries.
             once = getattr(self._files._get_file_request, "__wrapped__", None)
             if once is None:
                 await self._files._get_file(f"{self._address}/{name}", path, concurrency=1)
@@ -239,8 +236,11 @@ class Store:
 
 
 def _open_filesystem(kind: str) -> Any:
-    """A filesystem of our own (not fsspec's shared one, which others may have set up), that does not repeat what fails and does
-    not wait for ever. The user's fsspec configuration (files, ``FSSPEC_...``) still counts, and goes first."""
+    """Return a new fsspec filesystem without retries and with timeouts.
+
+    fsspec's shared instance is not used, since other code may have configured it. The user's fsspec configuration (files,
+    ``FSSPEC_...``) takes precedence.
+    """
     import fsspec
 
     if kind == "file":
@@ -257,7 +257,7 @@ def _open_filesystem(kind: str) -> Any:
 
     patience = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
     if kind == "gs":
-        # The class that gcsfs registers asks over gRPC what kind of bucket it is, for a minute where that port is closed.
+        # The class that gcsfs registers asks for the kind of bucket over gRPC, which takes a minute if that port is closed.
         from gcsfs.core import GCSFileSystem
 
         own = {**fsspec.config.conf.get("gcs", {}), **fsspec.config.conf.get("gs", {})}
@@ -269,8 +269,11 @@ def _open_filesystem(kind: str) -> Any:
 
 
 def _hub_address(url: str) -> tuple[str, dict[str, str]]:
-    """Where the Hugging Face Hub serves the files of ``hf://[datasets/|spaces/|buckets/]NAMESPACE/NAME[@REVISION][/FOLDER]``,
-    and the headers that a private one asks for. (Its own filesystem looks up each file before it is read.)"""
+    """Return the HTTP address and headers of a folder on the Hugging Face Hub.
+
+    The URL is ``hf://[datasets/|spaces/|buckets/]NAMESPACE/NAME[@REVISION][/FOLDER]``. The Hub's own fsspec filesystem is not
+    used, since it looks up each file before reading it.
+    """
     from huggingface_hub import constants, get_token
 
     parts = url.removeprefix("hf://").strip("/").split("/")
@@ -286,7 +289,7 @@ def _hub_address(url: str) -> tuple[str, dict[str, str]]:
 
 
 def _wait(work: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop, stop: threading.Event) -> None:
-    """Run on fsspec's own thread until it is done, or cancel it when ``stop`` is set."""
+    """Run a coroutine on fsspec's own thread until it is done; cancel it when ``stop`` is set."""
     future = asyncio.run_coroutine_threadsafe(work, loop)
     while not concurrent.futures.wait([future], timeout=0.1).done:
         if stop.is_set():
@@ -295,21 +298,19 @@ def _wait(work: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop, stop
     future.result()
 
 
-# One file from a store to the disk, for certain: attempts with growing pauses until it is what the manifest says.
-
 _log = logging.getLogger(__name__)
 
-# The pause before attempt n + 1 is drawn from 0 to FIRST_PAUSE_S x 2^n, so that a thousand readers do not come back at once.
+# The pause before attempt n + 1 is drawn from 0 to FIRST_PAUSE_S x 2^n, so that a thousand processes do not retry at once.
 ATTEMPTS = 10
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 30.0
-# Whole files that are not what the manifest says, until that is believed.
+# Number of complete files with wrong contents after which a download fails.
 WRONG_CONTENTS = 4
 QUIET_ATTEMPTS = 3
 
 
 class WrongContentError(TransientError):
-    """A file came, but not the one that the manifest names."""
+    """A downloaded file differs from the manifest."""
 
 
 def download(
@@ -322,20 +323,22 @@ def download(
     sha256: bytes | None = None,
     attempts: int = ATTEMPTS,
 ) -> None:
-    """Copy a file of a store to ``path`` and see that it is the right one. The number of requests is 1 plus the failures.
+    """Copy a file of a store to ``path`` and verify it, with growing pauses between attempts.
+
+    The number of requests is 1 plus the failures.
 
     Args:
-        store, name: which file.
-        path: is written over; after an error it may hold a part, or be gone.
-        stop: when it is set, attempts and pauses end.
-        num_bytes, sha256: what the file must be, where that is known.
-        attempts: until a network that fails is given up.
+        store, name: the file.
+        path: is overwritten; after an error it may be incomplete or missing.
+        stop: ends attempts and pauses when it is set.
+        num_bytes, sha256: expected size and digest of the file, if known.
+        attempts: largest number of attempts.
 
     Raises:
         StoppedError: ``stop`` was set.
         MissingError: the store has no such file.
-        UserError: it cannot be had, or stays another file than the manifest says.
-        OSError: the local disk.
+        UserError: the file cannot be fetched, or keeps differing from the manifest.
+        OSError: the local file cannot be written.
     """
     from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
     from tenacity.nap import sleep_using_event

@@ -1,5 +1,8 @@
-"""Opening shards wherever they lie: a folder on this machine is read in place; of a folder at a URL the manifest and the columns
-are fetched into the node's cache, which the shards then come through."""
+"""Opening of local and remote shards.
+
+A local folder is read in place. For a folder at a URL, the manifest and the columns are fetched into the node's cache, and later
+the shards too.
+"""
 
 import re
 import tempfile
@@ -23,11 +26,11 @@ from galaxydist.shards.manifest import (
 from galaxydist.shards.remote.cache import Cache, CacheConfig, CacheEntry
 from galaxydist.shards.remote.object_store import ATTEMPTS, MissingError, Store, download, is_url
 
-# Attempts at the first file: whoever started a run is waiting for its first line.
+# Attempts at the manifest: fewer than at other files, since the user is waiting for the first line of output.
 FIRST_ATTEMPTS = 5
 HASH_LENGTH = 16
 
-# A file's name, and its SHA-256 where that is known -> what is in it.
+# A file's name, and its SHA-256 if known -> its contents.
 FileReader = Callable[[str, bytes | None], bytes]
 
 
@@ -35,11 +38,11 @@ def open_shards(location: str | Path, cache: CacheConfig) -> Manifest:
     """Open a folder of shards.
 
     Args:
-        location: manifest.json or its folder; a path, or a URL that fsspec knows.
-        cache: where files of a URL are kept.
+        location: manifest.json or its folder; a path or a URL.
+        cache: cache for the files of a URL.
 
     Raises:
-        UserError: nothing there, no access, not a manifest, made by a newer version, or columns that are not its own.
+        UserError: nothing there, no access, not a manifest, another format version, or columns that do not match it.
     """
     if not is_url(location):
         return read_manifest(Path(location))
@@ -53,7 +56,7 @@ def open_shards(location: str | Path, cache: CacheConfig) -> Manifest:
     _fetch_columns(manifest, store, files, stop)
     try:
         manifest.check_lengths()
-    except UserError:  # damaged in the cache: once more
+    except UserError:  # damaged in the cache: fetch them again
         for name in _columns(manifest):
             (manifest.dir / name).unlink(missing_ok=True)
         _fetch_columns(manifest, store, files, stop)
@@ -64,10 +67,10 @@ def open_shards(location: str | Path, cache: CacheConfig) -> Manifest:
 
 
 def file_reader(manifest: Manifest) -> FileReader:
-    """A function that reads a whole file of a folder of shards by its name, from where it lies (not from the cache).
+    """Return a function that reads a whole file of a folder of shards by its name, bypassing the cache.
 
-    It raises OSError or UserError where the file cannot be had. On the way from a store the checksum is looked at, so that what
-    the network did is mended.
+    The function raises OSError or UserError if the file cannot be read. A remote file is compared with its checksum and fetched
+    again if the network damaged it.
     """
     if manifest.remote is None:
         return lambda name, _: (manifest.dir / name).read_bytes()
@@ -122,7 +125,7 @@ def _columns(manifest: Manifest) -> list[str]:
 
 
 def _folder_url(url: str) -> str:
-    """The folder of a manifest's URL; what follows a ``?`` stays."""
+    """Return the folder of a manifest's URL, with the query (``?...``) kept."""
     place, question_mark, query = url.partition("?")
     if place.endswith(f"/{MANIFEST_NAME}"):
         place = place.removesuffix(MANIFEST_NAME)

@@ -1,4 +1,4 @@
-"""Shards fetched from a store ahead of use, in the order of use, through the node's cache."""
+"""Sources of a loader's shards: a local folder, or a remote store prefetched through the cache."""
 
 import errno
 import logging
@@ -16,34 +16,32 @@ from galaxydist.shards.remote.cache import Cache, CacheEntry, SharedFile, show_b
 from galaxydist.shards.remote.object_store import MissingError, StoppedError, Store, download
 from galaxydist.shards.shard_usage import FetchQueue, Uses, extend, peak_bytes
 
-# Where a reader's shards come from: a folder on this machine, read in place, or a store, through the node's cache.
-
-# Shards that are held open; fewer than the 1,024 files that a process may usually have.
+# Local shards that are kept open; fewer than the 1,024 open files that a process is usually allowed.
 MAX_OPEN = 384
 
 
 class ShardSource(Protocol):
-    """The shards of one split."""
+    """Source of the shards of one split."""
 
     def open(self, shard: int) -> SharedFile:
-        """A shard, whole and on this machine; waits until it is. Any thread may call.
+        """Open a shard, waiting until it is complete and local; may be called from any thread.
 
         Raises:
-            UserError: naming it, if it is missing or cannot be had.
+            UserError: names the shard that is missing or cannot be fetched.
         """
         ...
 
     def advance(self, step: int) -> None:
-        """All batches up to this one have been read."""
+        """Report that all batches up to this step have been read."""
         ...
 
     def close(self) -> None:
-        """Let go of everything; whoever waits in ``open`` is sent away with an error. May be called twice."""
+        """Release all shards and end waiting calls of ``open`` with an error; may be called twice."""
         ...
 
 
 class LocalShards:
-    """Shards that lie in the manifest's own folder: the last used are kept open, and there is nothing else to do."""
+    """Shards in the manifest's own folder; the most recently used ones are kept open."""
 
     def __init__(self, manifest: Manifest, split: str) -> None:
         self._manifest, self._split = manifest, split
@@ -51,7 +49,7 @@ class LocalShards:
         self._lock = threading.Lock()
 
     def open(self, shard: int) -> SharedFile:
-        """See ``ShardSource``."""
+        """Open a shard, or return it if it is still open."""
         with self._lock:
             file = self._files.get(shard)
             if file is not None:
@@ -65,10 +63,10 @@ class LocalShards:
         return file
 
     def advance(self, step: int) -> None:
-        """See ``ShardSource``."""
+        """Do nothing: only the number of open files is limited."""
 
     def close(self) -> None:
-        """See ``ShardSource``."""
+        """Release all shards."""
         with self._lock:
             self._files.clear()
 
@@ -85,11 +83,11 @@ class LocalShards:
 
 _log = logging.getLogger(__name__)
 
-# Of the cache, what shards fetched ahead may fill; the rest is for what is read beside (validation).
+# Share of the cache that shards fetched ahead may fill; the rest is for other reading (validation).
 AHEAD_SHARE = 7 / 8
-# Files that a process may need beside shards, and the most that it asks the system for.
+# Open files that a process may need besides shards, and the highest limit that it requests.
 SPARE_FILES, MOST_FILES = 256, 65_536
-# Seconds until room is looked for again, where there was none for a shard that is not needed yet.
+# Seconds before a shard that found no room, and is not needed yet, is tried again.
 PAUSE_S = 0.25
 
 
@@ -104,19 +102,20 @@ def open_shard_source(
     ranks_on_node: int = 1,
     why: str,
 ) -> ShardSource:
-    """The shards of a split: in place where they lie on this machine, else fetched ahead.
+    """Return the source of a split's shards: local shards are read in place, remote ones fetched ahead.
 
     Args:
-        manifest, split: which.
-        uses: what this process needs.
-        node_uses: what the processes of this machine hold together, with what they read ahead; only the first epoch is looked at.
-        step: the first that is read.
-        steps_ahead: by which reading may be ahead of ``ShardSource.advance``.
-        ranks_on_node: processes that share the cache.
-        why: says in the error why so much is needed at a time, and what else would help.
+        manifest, split: the data set and its split.
+        uses: shard access intervals of this process.
+        node_uses: intervals of all processes on this node together, with their read-ahead; only the first epoch is used.
+        step: the first step that is read.
+        steps_ahead: number of steps that reading may be ahead of ``ShardSource.advance``.
+        ranks_on_node: number of processes that share the cache.
+        why: text for the error: why so many shards are needed at a time, and other remedies.
 
     Raises:
-        UserError: the cache is too small for what is read at the same time, or cannot be used.
+        UserError: the cache or the limit on open files is too small for the shards read at the same time, or the cache cannot
+            be used.
     """
     if manifest.remote is None:
         return LocalShards(manifest, split)
@@ -143,15 +142,17 @@ def open_shard_source(
 
 
 class PrefetchedShards:
-    """Shards of a remote store. A few threads take the uses in order, fetch each shard (or find it in the cache) and hold it
-    open, and so safe from eviction, until the reader has passed its last step.
+    """Shards of a remote store, fetched ahead of use.
+
+    A few threads take the access intervals in order, fetch each shard (or find it in the cache) and hold it open, and so safe
+    from eviction, until the loader has passed the interval's last step.
 
     Args:
-        manifest, split, remote: which shards.
-        cache: of this node.
-        schedule: what this process needs.
-        step: the first that is read.
-        ahead_bytes, max_held: of shards held at a time, and how many; more only where a reader waits for one.
+        manifest, split, remote: the data set, its split and its store.
+        cache: cache of this node.
+        schedule: access intervals of this process.
+        step: the first step that is read.
+        ahead_bytes, max_held: largest size and number of the shards held at a time; exceeded only if ``open`` waits for one.
     """
 
     def __init__(
@@ -172,16 +173,16 @@ class PrefetchedShards:
         self._sizes, self._sums = table["bytes"].tolist(), table["sha256"]
         self._schedule, self._step, self._ahead_bytes, self._max_held = schedule, step - 1, ahead_bytes, max_held
         self._lock = threading.Lock()
-        self._news = threading.Condition(self._lock)  # for readers: a shard is there, or never will be
-        self._work_due = threading.Condition(self._lock)  # for fetching threads; who takes work wakes the next
+        self._news = threading.Condition(self._lock)  # wakes callers of ``open``: a shard has arrived or failed
+        self._work_due = threading.Condition(self._lock)  # wakes a fetching thread; the one that takes work wakes the next
         self._stop = threading.Event()
-        self._until: dict[int, int] = {}  # all that is held, fetched or put off: the step after which it is let go
+        self._until: dict[int, int] = {}  # shard held, being fetched or put off -> the step after which it is released
         self._held: dict[int, SharedFile] = {}
         self._busy: set[int] = set()
-        self._put_off: deque[int] = deque()  # no room: tried again
-        self._wanted: dict[int, None] = {}  # a reader waits
+        self._put_off: deque[int] = deque()  # shards that found no room, to be tried again
+        self._wanted: dict[int, None] = {}  # shards that a caller of ``open`` waits for
         self._failed: dict[int, BaseException] = {}
-        self._broken: BaseException | None = None  # a thread died of an error of ours: no reader may wait for it
+        self._broken: BaseException | None = None  # unexpected error that ended a thread: ``open`` raises it
         self._pause_until = 0.0
         self._threads = [
             threading.Thread(target=self._work, name=f"galaxydist-fetch-{number}", daemon=True)
@@ -191,7 +192,7 @@ class PrefetchedShards:
             thread.start()
 
     def open(self, shard: int) -> SharedFile:
-        """See ``ShardSource``."""
+        """Return a shard, waiting until it has been fetched."""
         with self._lock:
             try:
                 while not self._stop.is_set():
@@ -208,7 +209,7 @@ class PrefetchedShards:
         raise StoppedError
 
     def advance(self, step: int) -> None:
-        """See ``ShardSource``."""
+        """Release the shards that are not needed after ``step``."""
         with self._lock:
             self._step = step
             over = [shard for shard, last in self._until.items() if last <= step]
@@ -218,10 +219,10 @@ class PrefetchedShards:
                 self._failed.pop(shard, None)
             if over:
                 self._pause_until = 0.0
-            self._work_due.notify()  # even if none is over: a new epoch may be looked at
+            self._work_due.notify()  # even if none is released: the queue may now load a new epoch
 
     def close(self) -> None:
-        """See ``ShardSource``."""
+        """Stop the threads, end waiting calls of ``open`` with an error, and release all shards."""
         self._stop.set()
         with self._lock:
             self._news.notify_all()
@@ -245,7 +246,7 @@ class PrefetchedShards:
 
     def _carry_out(self, shard: int, must: bool) -> None:
         try:
-            self._arrived(shard, self._obtain(shard, must))  # no name here: while this thread waits, it would hold the file
+            self._arrived(shard, self._obtain(shard, must))  # no variable: it would keep the file open while this thread waits
         except StoppedError:
             raise
         except BaseException as error:
@@ -256,7 +257,7 @@ class PrefetchedShards:
         return self._cache.obtain(wanted, lambda path: self._fetch(shard, path), stop=self._stop, must=must)
 
     def _next(self) -> tuple[int, bool] | None:
-        """The next shard to fetch, and whether a reader waits for it; waits until there is one. None at the end."""
+        """Wait for the next shard to fetch; return it with True if ``open`` waits for it, or None at the end."""
         with self._lock:
             while not self._stop.is_set():
                 now = time.monotonic()
@@ -310,13 +311,13 @@ class PrefetchedShards:
             self._news.notify_all()
 
     def _failed_with(self, shard: int, must: bool, error: BaseException) -> None:
-        """A shard that nobody waits for yet is tried once more when it is needed."""
+        """Record a failed fetch; a shard that ``open`` does not wait for yet is tried again when it is needed."""
         if not must:
             _log.warning("fetching ahead: %s (it is tried again when it is needed)", error)
         with self._lock:
             self._busy.discard(shard)
             if must:
-                self._failed[shard] = error.with_traceback(None)  # its frames would hold files and locks
+                self._failed[shard] = error.with_traceback(None)  # its frames would keep files and locks
             self._news.notify_all()
 
     def _fetch(self, shard: int, path: Path) -> None:
@@ -330,7 +331,7 @@ class PrefetchedShards:
 
 
 def _raise_file_limit() -> int:
-    """Files that this process may have open: as many as it may allow itself, since each shard in use is one."""
+    """Raise the limit on open files as far as allowed and return it: each shard in use is an open file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,4 +1,4 @@
-"""Pictures of a survey that cannot be read or decoded: found, named together, and left out where the user says so."""
+"""Damaged images of a survey: found, reported together, and left out if the user allows it."""
 
 import csv
 import io
@@ -14,15 +14,15 @@ from galaxydist.errors import DamagedPictureError, UserError
 from galaxydist.galaxy import EncodedImage, Galaxy, Survey
 from galaxydist.shards.writer.encode import Pixels, decode_picture
 
-# The list of what was left out, beside the shards' manifest.
+# The list of the images left out, beside the shards' manifest.
 LEFT_OUT_NAME = "left_out.csv"
-# Pictures that a refusal names.
+# Damaged images that an error message names.
 NAMED = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """A picture that was found damaged: its row in the survey, its place in the storage order, and what is wrong with it."""
+    """A damaged image: its row in the survey, its index in the storage order, and the reason."""
 
     row: int
     place: int
@@ -30,11 +30,11 @@ class Damaged:
 
 
 class TooManyDamagedError(Exception):
-    """A part of a survey holds more damaged pictures than are of interest: the rest of it was not looked at."""
+    """A part of a survey holds too many damaged images; the rest of the part was not read."""
 
 
 def read_rows(survey: Survey, start: int, stop: int) -> Iterator[Galaxy | DamagedPictureError]:
-    """Rows ``start`` ... ``stop - 1`` of a survey; a damaged picture is an error in its place, and does not hide the next."""
+    """Yield rows ``start`` ... ``stop - 1`` of a survey, with an error instead of each damaged image."""
     while start < stop:
         try:
             for galaxy in survey.read(start, stop):
@@ -42,7 +42,7 @@ def read_rows(survey: Survey, start: int, stop: int) -> Iterator[Galaxy | Damage
                 start += 1
             return
         except DamagedPictureError:
-            yield _read_alone(survey, start)  # a slab that is read together fails for one damaged row in it
+            yield _read_alone(survey, start)  # one damaged row fails the whole slab that is read with it
             start += 1
 
 
@@ -54,10 +54,10 @@ def _read_alone(survey: Survey, row: int) -> Galaxy | DamagedPictureError:
 
 
 def first_picture(survey: Survey) -> tuple[Galaxy, Pixels]:
-    """The first galaxy whose picture is not damaged, and its pixels.
+    """Return the first galaxy with an undamaged image, and its pixels.
 
     Raises:
-        UserError: there is none.
+        UserError: all images are damaged.
     """
     reason = None
     for row in range(len(survey.labels)):
@@ -75,15 +75,15 @@ def first_picture(survey: Survey) -> tuple[Galaxy, Pixels]:
 
 
 def refuse_damaged(damaged: Sequence[Damaged], num_galaxies: int, max_errors: int | None) -> None:
-    """Refuse more damaged pictures than the user allows.
+    """Raise an error if more images are damaged than the user allows.
 
     Args:
-        damaged: in the order of their rows.
-        num_galaxies: how many pictures there are.
-        max_errors: how many may be left out; None: none.
+        damaged: the damaged images, in the order of their rows.
+        num_galaxies: number of all images.
+        max_errors: number of images that may be left out; None: none.
 
     Raises:
-        UserError: naming the first hundred.
+        UserError: names the first hundred.
     """
     if len(damaged) <= (max_errors or 0):
         return
@@ -98,10 +98,10 @@ def refuse_damaged(damaged: Sequence[Damaged], num_galaxies: int, max_errors: in
 
 
 def check_classes_left(survey: Survey, damaged: Sequence[Damaged]) -> None:
-    """See that each class that had training pictures still has some.
+    """Check that each class with training images has undamaged ones.
 
     Raises:
-        UserError: naming the class.
+        UserError: names the class that has none.
     """
     train = np.asarray(survey.splits["train"], np.int64)
     left = train[~np.isin(train, rows_of(damaged))]
@@ -112,12 +112,12 @@ def check_classes_left(survey: Survey, damaged: Sequence[Damaged]) -> None:
 
 
 def rows_of(damaged: Sequence[Damaged]) -> NDArray[np.int64]:
-    """The rows of damaged pictures."""
+    """Return the rows of damaged images."""
     return np.array([picture.row for picture in damaged], np.int64)
 
 
 def write_left_out(path: Path, survey: Survey, damaged: Sequence[Damaged]) -> None:
-    """List pictures that were left out: split, class, and what is wrong, which begins with the file."""
+    """Write the list of the images left out: split, class, and reason, which begins with the file name."""
     split_of = {row: split for split, rows in survey.splits.items() for row in np.intersect1d(rows, rows_of(damaged)).tolist()}
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
@@ -130,7 +130,7 @@ def write_left_out(path: Path, survey: Survey, damaged: Sequence[Damaged]) -> No
 
 
 def count_left_out(folder: Path) -> int:
-    """Damaged pictures that were left out when the shards of a folder were written."""
+    """Return the number of damaged images that were left out of the shards of a folder."""
     path = folder / LEFT_OUT_NAME
     if not path.is_file():
         return 0

@@ -1,4 +1,4 @@
-"""One galaxy to the bytes that a shard keeps."""
+"""Encoding of one galaxy to the bytes stored in a shard."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ from galaxydist.surveys.image_files import to_rgb
 
 Pixels = NDArray[np.uint8]
 
-# Of a galaxy's extras, and so of the catalogue: :func:`hash_pixels` of the picture as it came.
+# Name in a galaxy's extras, and so in the catalogue, of :func:`hash_pixels` of the original image.
 PIXEL_HASH = "pixel_hash"
 
 _KEY = re.compile(r"[A-Za-z0-9_+-]+")
@@ -31,14 +31,14 @@ _KEY = re.compile(r"[A-Za-z0-9_+-]+")
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How pictures are stored.
+    """Storage format of images.
 
     Args:
         name: ``jpeg``, ``png`` or ``raw`` (a uint8 .npy).
-        quality: of JPEG, 1 to 100; colour is kept at full resolution (4:4:4), since it is evidence.
-        image_size: pixels of the square; other pictures are cut to their central square and resampled if ``resize``,
-            else refused.
-        resize: whether the user asked for that size.
+        quality: JPEG quality, 1 to 100; colour is stored at full resolution (4:4:4), since it is evidence for the class.
+        image_size: side of the square in pixels; images of another size are cut to their central square and resampled if
+            ``resize``, else rejected.
+        resize: True if the user gave that size.
     """
 
     name: str
@@ -48,12 +48,11 @@ class Encoding:
 
 
 def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple[bytes, bytes, Pixels]:
-    """The picture's file, its .json, and the pixels that it shows.
+    """Return the image file to store, the contents of the .json, and the image's pixels.
 
     Raises:
-        DamagedPictureError: naming the picture's file, or the galaxy, if it does not decode.
-        UserError: naming the galaxy, for a picture of another size, a key that a tar cannot hold, or
-            a label outside the classes.
+        DamagedPictureError: the image does not decode; names its file or the galaxy.
+        UserError: an image of another size, a key that a tar cannot hold, or a label outside the classes; names the galaxy.
     """
     if not _KEY.fullmatch(galaxy.id) or len(galaxy.id) > LONGEST_KEY:
         raise UserError(
@@ -79,14 +78,14 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
 
 
 def decode_picture(image: EncodedImage, prefix: str = "") -> Pixels:
-    """H x W x 3 uint8 RGB of a picture's file.
+    """Decode an image file to H x W x 3 uint8 RGB pixels.
 
     Args:
-        image: the file's bytes.
-        prefix: of messages, where the image has no file name.
+        image: the encoded image.
+        prefix: start of error messages if the image has no file name.
 
     Raises:
-        DamagedPictureError: if it is truncated or not a picture.
+        DamagedPictureError: the file is truncated or not an image.
     """
     prefix = f"{image.file}: " if image.file else prefix
     try:
@@ -102,7 +101,7 @@ def decode_picture(image: EncodedImage, prefix: str = "") -> Pixels:
 
 
 def encode_picture(pixels: Pixels, encoding: str, quality: int) -> bytes:
-    """The file of H x W x 3 uint8 RGB pixels, the same bytes for the same pixels."""
+    """Encode H x W x 3 uint8 RGB pixels to an image file, with the same bytes for the same pixels."""
     if encoding == "jpeg":
         return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "444"))
     stream = io.BytesIO()
@@ -114,10 +113,10 @@ def encode_picture(pixels: Pixels, encoding: str, quality: int) -> bytes:
 
 
 def hash_pixels(pixels: Pixels) -> int | None:
-    """A number of 64 bits (signed) that pictures of equal pixels share, before they are resampled and compressed again.
+    """Return a signed 64-bit hash of an image's pixels, to be taken before resampling and compression.
 
-    Two different ones of ten million share theirs with a chance of 10^-5. None for a picture of one colour: it shows nothing, so
-    that two of them are not the same galaxy.
+    Among ten million different images, two share a hash with a probability below 10^-5. None for an image of one colour: it shows
+    nothing, so two of them are not the same galaxy.
     """
     if (pixels == pixels[:1, :1]).all():
         return None
@@ -127,7 +126,7 @@ def hash_pixels(pixels: Pixels) -> int | None:
 
 
 def resize_square(pixels: Pixels, size: int) -> Pixels:
-    """The central square of a picture at another size, antialiased (Lanczos)."""
+    """Return the central square of an image, resampled to ``size`` pixels with antialiasing (Lanczos)."""
     height, width = pixels.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -143,7 +142,7 @@ def _check_pixels(galaxy: Galaxy) -> Pixels:
 
 
 def _same_format(source: EncodedImage, encoding: str) -> bool:
-    """Whether the source's bytes can be stored as they are: the format asked for, three channels of eight bits."""
+    """Return True if the source's bytes can be stored unchanged: the same format, three channels of eight bits."""
     if encoding == "jpeg":
         return bool(simplejpeg.is_jpeg(source.data)) and simplejpeg.decode_jpeg_header(source.data)[2] == "YCbCr"
     if encoding == "png" and source.format == "png":
@@ -161,7 +160,7 @@ def _meta(galaxy: Galaxy, pixels: Pixels) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: unknown numbers become null. numpy's numbers become Python's."""
+    """Convert to JSON values: NaN and infinity, which JSON lacks, become null; numpy numbers become Python numbers."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

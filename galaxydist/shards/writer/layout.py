@@ -1,4 +1,4 @@
-"""What writing will do, decided before it starts: where every galaxy goes, and the tasks of the two stages."""
+"""Layout of shards before writing: the storage index of every galaxy, and the tasks of both stages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from galaxydist.shards.manifest import EXTENSIONS, shard_name
 from galaxydist.shards.writer.encode import Encoding
 from galaxydist.shards.writer.stages import PackTask, PartTask, Shard
 
-# Bytes that a worker holds at a time.
+# Bytes that a worker holds in memory at a time.
 PART_BYTES = 64 * 1024 * 1024
 
 # The shards of each split.
@@ -22,7 +22,7 @@ Layout = dict[str, list[Shard]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for; together with the source's hash it decides every byte."""
+    """The user's settings of the writer; together with the source's hash they determine every byte."""
 
     encoding: str
     quality: int
@@ -32,13 +32,13 @@ class Settings:
 
 
 def ordered_splits(survey: Survey) -> list[tuple[str, NDArray[np.int64]]]:
-    """The splits that hold galaxies, training first."""
+    """Return the splits and their rows, training first."""
     names = sorted(survey.splits, key=lambda name: (name != "train", [*survey.splits].index(name)))
     return [(name, np.asarray(survey.splits[name], np.int64)) for name in names]
 
 
 def shard_layout(survey: Survey, settings: Settings, left_out: NDArray[np.int64]) -> Layout:
-    """The shards of each split, of nearly equal size; places run on over the splits, without those of rows that are left out."""
+    """Return the shards of each split, of nearly equal size; storage indexes continue over the splits, without rows left out."""
     layout: Layout = {}
     start = 0
     for name, all_rows in ordered_splits(survey):
@@ -54,12 +54,12 @@ def shard_layout(survey: Survey, settings: Settings, left_out: NDArray[np.int64]
 
 
 def default_shard_size(num_samples: int) -> int:
-    """Galaxies in a shard of a split of so many, where nobody says: 64 to 1,024, so that a small split still has several."""
+    """Return the default number of galaxies in a shard: 64 to 1,024, so that a small split still has several shards."""
     return min(max(-(-num_samples // 16), 64), 1024)
 
 
 def storage_order(survey: Survey, seed: int) -> NDArray[np.int64]:
-    """The final place of every row, -1 for rows of no split: within each split sorted by a hash."""
+    """Return the storage index of every row, -1 for rows of no split; each split is sorted by a hash."""
     places = np.full(len(survey.labels), -1, np.int64)
     start = 0
     for number, (_, rows) in enumerate(ordered_splits(survey)):
@@ -72,7 +72,7 @@ def storage_order(survey: Survey, seed: int) -> NDArray[np.int64]:
 def part_tasks(
     survey: Survey, encoding: Encoding, places: NDArray[np.int64], parts_dir: Path, workers: int, *, most_damaged: int
 ) -> list[PartTask]:
-    """The rows in runs of whole slabs, small enough for a worker's memory and for sharing among workers."""
+    """Divide the rows into tasks of whole slabs, small enough for a worker's memory and for sharing among workers."""
     raw_bytes = encoding.image_size**2 * 3
     rows = PART_BYTES // (raw_bytes if encoding.name == "raw" else max(1, raw_bytes // 4))
     rows = min(rows, -(-len(places) // (4 * workers)))
@@ -95,7 +95,7 @@ def part_tasks(
 
 
 def pack_tasks(layout: Layout, parts: Sequence[Path], encoding: str, work_dir: Path, gaps: NDArray[np.int64]) -> list[PackTask]:
-    """Shards in groups of about a part's size, so that one worker's memory stays at that."""
+    """Group the shards into tasks of about ``PART_BYTES``, which limits each worker's memory."""
     written = sum(part.stat().st_size for part in parts)
     total = sum(shard.stop - shard.start for shards in layout.values() for shard in shards)
     places = max(1, PART_BYTES * total // max(1, written))

@@ -1,7 +1,7 @@
-"""First stage of writing: rows of the source, in storage order, to encoded samples sorted by where they will be stored.
+"""Two stages of writing shards: encode rows of a survey to parts, then pack parts into tars.
 
-A part is a run of consecutive rows. Its file holds their samples in the order of their final places, so that the second stage
-reads what a shard needs from each part in one piece; memory stays at one part a worker, whatever the source's size.
+A part is a range of consecutive rows of the survey. Its file holds the encoded samples sorted by storage index, so that the
+second stage reads a shard's samples from each part in one piece. Each worker holds one part in memory, for a survey of any size.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-# One sample in a part: its final place (over all splits), where its record starts, and the lengths of the record's pieces.
+# One sample in a part: its storage index (over all splits), the offset of its record, and the lengths of the record's pieces.
 PART_ROW = np.dtype(
     [("place", "<i8"), ("offset", "<i8"), ("key", "<i4"), ("image", "<i4"), ("meta", "<i4"), ("label", "<i4"), ("hash", "<u8")]
 )
@@ -38,8 +38,11 @@ RGB = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class PartTask:
-    """Rows ``start`` ... ``stop - 1``; ``places`` has each one's final place or -1; training's are below ``num_train``. With more
-    than ``most_damaged`` damaged pictures the part is given up."""
+    """First-stage task for one part: rows ``start`` ... ``stop - 1`` of a survey.
+
+    ``places`` holds each row's storage index, or -1 to skip it; training samples have indexes below ``num_train``. With more than
+    ``most_damaged`` damaged images the part is given up.
+    """
 
     survey: Survey
     encoding: Encoding
@@ -53,7 +56,7 @@ class PartTask:
 
 @dataclass
 class PixelSums:
-    """Exact sums over training pixels, by channel: 3 integers each."""
+    """Exact sums over training pixels, one integer per channel."""
 
     count: int = 0
     sums: tuple[int, ...] = (0, 0, 0)
@@ -73,7 +76,7 @@ class PixelSums:
         self.squares = tuple(a + b for a, b in zip(self.squares, other.squares, strict=True))
 
     def mean_std(self) -> tuple[RGB, RGB]:
-        """Mean and standard deviation by channel, full scale being 1."""
+        """Return the mean and standard deviation per channel, full scale 1."""
         count = max(1, self.count)
         mean = [s / count for s in self.sums]
         variance = [(q - s * s / count) / count for s, q in zip(self.sums, self.squares, strict=True)]
@@ -83,13 +86,13 @@ class PixelSums:
 
 
 def write_part(task: PartTask) -> int:
-    """Encode a part, unless an earlier call finished it; its .json stands last and says that it is whole.
+    """Encode a part, unless an earlier call finished it; its .json is written last and marks it as complete.
 
     Returns:
-        the number of rows it covers.
+        the number of rows that the part covers.
 
     Raises:
-        TooManyDamagedError: it holds more damaged pictures than the task allows. What was found of them is kept.
+        TooManyDamagedError: more images are damaged than the task allows. The damaged images found so far are recorded.
     """
     done = task.path.with_suffix(".json")
     if done.exists():
@@ -142,13 +145,13 @@ def _write_records(path: Path, records: list[tuple[tuple[int, ...], bytes]]) -> 
 
 
 def read_part_sums(path: Path) -> PixelSums:
-    """The pixel sums of a finished part."""
+    """Return the pixel sums of a finished part."""
     content = json.loads(path.with_suffix(".json").read_bytes())
     return PixelSums(content["count"], tuple(content["sums"]), tuple(content["squares"]))
 
 
 def read_damaged(path: Path) -> list[Damaged]:
-    """The damaged pictures of a part, in the order of their rows, as far as it was written."""
+    """Return the damaged images found in a part, finished or given up, in the order of their rows."""
     given_up, done = path.with_suffix(".damaged.json"), path.with_suffix(".json")
     if done.exists():
         found = json.loads(done.read_bytes())["damaged"]
@@ -158,19 +161,19 @@ def read_damaged(path: Path) -> list[Damaged]:
 
 
 def key_hash(key: bytes) -> int:
-    """64 bits that two different keys of one data set share with a chance of 10^-6 at ten million keys."""
+    """Return a 64-bit hash of a key; among ten million keys, two share a hash with a probability of the order of 10^-6."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
-# Second stage of writing: the samples of a few neighbouring shards, collected from all parts, to tars and their indexes.
+# Second stage: collect the samples of a few neighbouring shards from all parts, and write tars and indexes.
 
-# What the columns keep of one sample.
+# One sample's values in the columns.
 PACKED_ROW = np.dtype([("offset", "<i8"), ("length", "<i4"), ("label", "<i4")])
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar to be made: its name, and the places ``start`` ... ``stop - 1`` (over all splits) that it holds."""
+    """A tar to write: its name, and its storage indexes ``start`` ... ``stop - 1`` (over all splits)."""
 
     name: str
     start: int
@@ -179,8 +182,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class PackTask:
-    """Neighbouring shards, the parts to take them from, the picture's extension, where the tars go, and the places of the storage
-    order (ascending) that stay empty, since their pictures are left out: those after them move up."""
+    """Second-stage task: neighbouring shards to write to ``out_dir`` from the samples in ``parts``.
+
+    ``gaps`` are the storage indexes (ascending) of images that are left out; the indexes after them move up.
+    """
 
     shards: tuple[Shard, ...]
     parts: tuple[Path, ...]
@@ -199,10 +204,10 @@ class _Record:
 
 
 def pack_shards(task: PackTask) -> int:
-    """Write the shards of a task, but those that an earlier call finished.
+    """Write the shards of a task that no earlier call finished.
 
     Returns:
-        the number of samples in them.
+        the number of samples in all shards of the task.
     """
     missing = [shard for shard in task.shards if not packed_path(task.packed_dir, shard).exists()]
     if missing:
@@ -213,12 +218,12 @@ def pack_shards(task: PackTask) -> int:
 
 
 def packed_path(packed_dir: Path, shard: Shard) -> Path:
-    """Where a finished shard's rows of the columns wait until all are there."""
+    """Return the path of a finished shard's column rows, kept until all shards are finished."""
     return packed_dir / f"{shard.name}.npz"
 
 
 def read_packed_catalogue(packed_dir: Path, shard: Shard) -> "pa.Table":
-    """A finished shard's rows of the catalogue, before those of other shards are known (see ``catalogue_table.table_of``)."""
+    """Return a finished shard's catalogue rows, as ``catalogue.table_of`` made them."""
     import pyarrow as pa
 
     with np.load(packed_path(packed_dir, shard)) as packed, pa.ipc.open_stream(packed["catalogue"].tobytes()) as stream:
@@ -226,13 +231,13 @@ def read_packed_catalogue(packed_dir: Path, shard: Shard) -> "pa.Table":
 
 
 def read_packed(packed_dir: Path, shard: Shard) -> tuple[NDArray[np.void], NDArray[np.void]]:
-    """A finished shard's row of the shard table and its samples' rows of the columns."""
+    """Return a finished shard's row of the shard table, and its samples' rows of the columns."""
     with np.load(packed_path(packed_dir, shard)) as packed:
         return packed["shard"], packed["samples"]
 
 
 def _collect(parts: Sequence[Path], gaps: NDArray[np.int64], start: int, stop: int) -> dict[int, _Record]:
-    """The samples of places ``start`` ... ``stop - 1``: one read from each part, since a part is sorted by place."""
+    """Return the samples of storage indexes ``start`` ... ``stop - 1``, with one read per part, since parts are sorted."""
     records: dict[int, _Record] = {}
     for part in parts:
         table: NDArray[np.void] = np.load(part.with_suffix(".npy"))
@@ -288,7 +293,7 @@ def _write_shard(shard: Shard, records: Iterator[_Record], task: PackTask) -> No
 
 
 def _catalogue(metas: list[tuple[str, bytes]]) -> NDArray[np.uint8]:
-    """The rows of the catalogue as the bytes of an Arrow stream."""
+    """Return the catalogue rows as the bytes of an Arrow stream."""
     import pyarrow as pa
 
     table, sink = table_of(metas), pa.BufferOutputStream()

@@ -1,25 +1,21 @@
-"""A survey to shards: plain WebDataset tars in a seeded random order, an index of each, columns and a manifest.
+"""Writer of shards: WebDataset tars in a seeded random order, their indexes, columns and a manifest.
 
-Two stages over all cores, in a folder beside the place asked for, which gets its name last: rows to encoded parts (``parts``),
-parts to tars (``pack``). A call that was killed leaves only that folder; the next call with the same source and settings goes on
-from its finished parts and shards, and the result is byte-equal to an undisturbed one's.
+Two stages use all cores: encode rows to parts, then pack parts into tars (``stages.py``). They write to a folder beside the
+target, which is renamed last. A killed call leaves only that folder; the next call with the same source and settings continues
+from its finished parts and shards, and the result is byte-identical to an uninterrupted one.
 """
 
 import errno
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from galaxydist.atomic_files import NO_SPACE, rename, whole_file
-from galaxydist.cpus import available_cores
+from galaxydist.cpus import available_cores, start_workers
 from galaxydist.errors import UserError
 from galaxydist.galaxy import Survey
 from galaxydist.shards.catalogue import unite, write_catalogue
@@ -67,13 +63,11 @@ from galaxydist.shards.writer.stages import (
     write_part,
 )
 
-# The end of writing: the columns, the catalogues and the manifest of shards that are all there.
-
 
 def finish_manifest(
     survey: Survey, work_dir: Path, settings: Settings, layout: Layout, *, image_size: int, sums: PixelSums
 ) -> None:
-    """Columns, then the manifest, into the folder that will be renamed."""
+    """Write the columns, the catalogues and then the manifest into the work folder, once all shards are finished."""
     splits: dict[str, Split] = {}
     columns: dict[str, str] = {}
     catalogues: dict[str, str] = {}
@@ -114,7 +108,7 @@ def finish_manifest(
 
 
 def _write_catalogue(work_dir: Path, split: str, shards: Sequence[Shard]) -> str:
-    """In two passes, so that one shard is held at a time: what the columns are is known only at the end of the first."""
+    """Write a split's catalogue in two passes, the first for the schema, so that memory holds one shard at a time."""
     schema = unite(read_packed_catalogue(work_dir / "packed", shard).schema for shard in shards)
     tables = (read_packed_catalogue(work_dir / "packed", shard) for shard in shards)
     return write_catalogue(work_dir / catalogue_name(split), schema, tables)
@@ -127,11 +121,11 @@ def _write_column(path: Path, column: NDArray[Any]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# What a folder that is being written is made of; it is the last thing to be made in it, and the last to go.
+# Source and settings of an unfinished work folder; created last and removed last.
 NOTE = "settings.json"
-# Of what is in it; a folder of another version is begun anew.
+# Version of the work folder's contents; a folder of another version is started again.
 WORK_VERSION = 4
-# Below this many galaxies, starting processes costs more than they save.
+# Below this many galaxies, starting processes costs more than it saves.
 FEW_GALAXIES = 4000
 
 Task = TypeVar("Task")
@@ -150,23 +144,23 @@ def write_shards(
     overwrite: bool = False,
     max_errors: int | None = None,
 ) -> Manifest:
-    """Write a survey's splits as shards; does nothing where they already stand.
+    """Write a survey's splits as shards; do nothing if they exist already.
 
     Args:
-        survey: where the galaxies come from; rows in no split are left out.
-        out_dir: the folder to make.
+        survey: source of the galaxies; rows in no split are left out.
+        out_dir: the folder to create.
         encoding: ``jpeg``, ``png`` (lossless) or ``raw`` (uint8 .npy: largest, fastest to read).
-        quality: of JPEG; a JPEG source of the right size is copied byte for byte.
-        image_size: pixels of the stored square; None: the source's own size, which must then be one square for all.
-        shard_size: galaxies in a shard; None: 64 to 1,024, so that a small split still has several shards.
-        seed: of the random order in which they are stored.
-        workers: processes; None: one for each core that this process may use.
+        quality: JPEG quality; a JPEG source of the right size is copied byte for byte.
+        image_size: side of the stored square in pixels; None: the source's own size, which must be the same square for all.
+        shard_size: galaxies per shard; None: 64 to 1,024, so that a small split still has several shards.
+        seed: seed of the random storage order.
+        workers: number of processes; None: one for each core that this process may use.
         overwrite: replace shards that were made from another source or with other settings.
-        max_errors: leave out so many damaged pictures and list them in ``left_out.csv``; None: refuse them.
+        max_errors: largest number of damaged images to leave out and list in ``left_out.csv``; None: none.
 
     Raises:
-        UserError: for such shards without ``overwrite``, a class name that is no Unicode text, pictures that do not decode, a
-            full disk, two galaxies of one id.
+        UserError: other shards exist and ``overwrite`` is not set, a class name is not valid Unicode, images do not decode, the
+            disk is full, or two galaxies have the same id.
     """
     if encoding not in EXTENSIONS:
         raise UserError(f"encoding {encoding!r} is not one of {', '.join(EXTENSIONS)}")
@@ -180,7 +174,7 @@ def write_shards(
     work_dir = out_dir.with_name(out_dir.name + ".partial")
     existing = _existing(out_dir, survey, settings, overwrite)
     if existing:
-        if _replaced(work_dir).exists() or _lock_path(work_dir).exists():  # a call was killed while it tidied up
+        if _replaced(work_dir).exists() or _lock_path(work_dir).exists():  # a call was killed during its cleanup
             with suppress(UserError), _writer_lock(work_dir):
                 shutil.rmtree(_replaced(work_dir), ignore_errors=True)
         return existing
@@ -210,7 +204,7 @@ def write_shards(
 
 
 def _existing(out_dir: Path, survey: Survey, settings: Settings, overwrite: bool) -> Manifest | None:
-    """The manifest of finished shards of this source and these settings; None where there is nothing to keep."""
+    """Return the manifest of finished shards of this source and these settings; None if there is nothing to keep."""
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return None
     if not (out_dir / MANIFEST_NAME).exists():
@@ -251,14 +245,14 @@ def _all_there(manifest: Manifest) -> bool:
 
 @contextmanager
 def _writer_lock(work_dir: Path) -> Iterator[None]:
-    """Keep a second writer of the same shards out. The lock goes with the process, however it ends."""
+    """Keep out a second writer of the same shards; the lock is released however the process ends."""
     work_dir.parent.mkdir(parents=True, exist_ok=True)
     lock = _lock_path(work_dir)
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            # Elsewhere the file system has no locks: go on without.
+            # After any other error the file system has no locks: continue without.
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise UserError(f"another process is writing {work_dir}; wait for it") from None
         try:
@@ -280,7 +274,7 @@ def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int, max
 
 
 def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int, max_errors: int | None) -> int:
-    """Everything up to the manifest, which is written last. Returns the number of galaxies in the shards."""
+    """Write everything, the manifest last, and return the number of galaxies in the shards."""
     encoding = _resolve(survey, settings)
     _open_work_dir(work_dir, survey, settings, encoding)
     order = storage_order(survey, settings.seed)
@@ -309,7 +303,7 @@ def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int,
 
 
 def _is_finished(work_dir: Path, survey: Survey, settings: Settings) -> bool:
-    """Whether a call that was killed had only the tidying left to do."""
+    """Return True if a killed call had only the cleanup left to do."""
     if not (work_dir / MANIFEST_NAME).exists():
         return False
     try:
@@ -319,12 +313,12 @@ def _is_finished(work_dir: Path, survey: Survey, settings: Settings) -> bool:
 
 
 def _is_of(manifest: Manifest, survey: Survey, settings: Settings) -> bool:
-    """Whether shards were made of this source with these settings."""
+    """Return True if the shards were made from this source with these settings."""
     return manifest.source_hash == survey.source_hash and dict(manifest.settings) == asdict(settings)
 
 
 def _resolve(survey: Survey, settings: Settings) -> Encoding:
-    """The stored size: what was asked for, else the first galaxy's."""
+    """Return the encoding with the requested image size, else with that of the first galaxy."""
     if settings.image_size is not None:
         return Encoding(settings.encoding, settings.quality, settings.image_size, resize=True)
     first, pixels = first_picture(survey)
@@ -338,7 +332,7 @@ def _resolve(survey: Survey, settings: Settings) -> Encoding:
 
 
 def _open_work_dir(work_dir: Path, survey: Survey, settings: Settings, encoding: Encoding) -> None:
-    """Go on in a folder that a killed call left, if it was made for the same thing; else start an empty one."""
+    """Keep the work folder of a killed call with the same source and settings, else create an empty one."""
     wanted = json.dumps([survey.source_hash, asdict(settings), asdict(encoding), WORK_VERSION])
     note = work_dir / NOTE
     if not note.exists() or note.read_text() != wanted:
@@ -350,23 +344,13 @@ def _open_work_dir(work_dir: Path, survey: Survey, settings: Settings, encoding:
 
 
 def _executor(workers: int, num_galaxies: int) -> Executor:
-    """Processes, since HDF5 and decompression hold a lock on threads; threads where starting processes is not worth it.
-    They are spawned: a fork would copy whatever threads and devices the caller has."""
+    """Return a pool of processes, or of threads if starting processes is not worth it.
+
+    HDF5 and decompression hold a lock that keeps threads from running in parallel.
+    """
     if workers == 1 or num_galaxies < FEW_GALAXIES:
         return ThreadPoolExecutor(workers)
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_leave_with_parent)
-
-
-def _leave_with_parent() -> None:
-    """A worker whose parent is killed would wait for tasks for ever, or write the same files as the call that goes on."""
-    parent = parent_process()
-    assert parent is not None
-
-    def leave() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=leave, daemon=True).start()
+    return start_workers(workers)
 
 
 def _run(executor: Executor, work: Callable[[Task], int], tasks: Sequence[Task], what: str, total: int) -> None:
@@ -409,7 +393,7 @@ def _publish(work_dir: Path, out_dir: Path) -> None:
 
 
 def _replaced(work_dir: Path) -> Path:
-    """Where the shards that are overwritten wait until the new ones stand in their place."""
+    """Return the path that holds the overwritten shards until the new ones are in place."""
     return work_dir.with_name(work_dir.name + ".old")
 
 

@@ -15,7 +15,7 @@ _LARGE = 48.0
 
 
 @dataclass(frozen=True, slots=True)
-class Population:
+class ClassDistribution:
     """Distribution of a class: r magnitude, half-light radius (0.262-arcsec pixels; slope and scatter in dex), g-r."""
 
     magnitude: float
@@ -31,16 +31,16 @@ class Population:
 # half used for tuning. They agree with the literature: early types red at g-r = 0.9, late types 0.4 ... 0.7 (Strateva et al.
 # 2001, AJ 122, 1861; z = 0.1), sizes that grow with luminosity (Shen et al. 2003, MNRAS 343, 978).
 POPULATIONS = (
-    Population(17.2, 0.95, 13.0, -0.14, 0.13, 0.62, 0.19),
-    Population(17.0, 0.75, 8.5, -0.20, 0.10, 0.90, 0.16),
-    Population(17.3, 0.75, 7.0, -0.22, 0.09, 0.86, 0.17),
-    Population(18.2, 0.70, 5.0, -0.14, 0.08, 0.66, 0.15),
-    Population(17.7, 0.75, 10.0, -0.15, 0.09, 0.65, 0.13),
-    Population(16.2, 0.80, 21.0, -0.16, 0.08, 0.78, 0.12),
-    Population(16.6, 0.60, 20.0, -0.15, 0.10, 0.73, 0.12),
-    Population(17.0, 0.70, 13.0, -0.18, 0.11, 0.66, 0.15),
-    Population(16.95, 0.95, 18.5, -0.15, 0.12, 0.63, 0.14),
-    Population(17.1, 0.75, 14.5, -0.20, 0.10, 0.89, 0.12),
+    ClassDistribution(17.2, 0.95, 13.0, -0.14, 0.13, 0.62, 0.19),
+    ClassDistribution(17.0, 0.75, 8.5, -0.20, 0.10, 0.90, 0.16),
+    ClassDistribution(17.3, 0.75, 7.0, -0.22, 0.09, 0.86, 0.17),
+    ClassDistribution(18.2, 0.70, 5.0, -0.14, 0.08, 0.66, 0.15),
+    ClassDistribution(17.7, 0.75, 10.0, -0.15, 0.09, 0.65, 0.13),
+    ClassDistribution(16.2, 0.80, 21.0, -0.16, 0.08, 0.78, 0.12),
+    ClassDistribution(16.6, 0.60, 20.0, -0.15, 0.10, 0.73, 0.12),
+    ClassDistribution(17.0, 0.70, 13.0, -0.18, 0.11, 0.66, 0.15),
+    ClassDistribution(16.95, 0.95, 18.5, -0.15, 0.12, 0.63, 0.14),
+    ClassDistribution(17.1, 0.75, 14.5, -0.20, 0.10, 0.89, 0.12),
 )
 
 

@@ -22,7 +22,7 @@ _DECLINATIONS = (-15.0, 32.0)
 
 
 @dataclass(frozen=True)
-class Plan:
+class SurveyPlan:
     """Contents of a survey, planned before any image is drawn.
 
     Attributes:
@@ -51,7 +51,7 @@ class Plan:
                 yield int(there), float(east), float((self.dec[there] - self.dec[row]) * 3600.0)
 
 
-def plan_survey(num_galaxies: int, seed: int, balanced: bool = False) -> Plan:
+def plan_survey(num_galaxies: int, seed: int, balanced: bool = False) -> SurveyPlan:
     """Plan a survey of ``num_galaxies`` galaxies: classes in Galaxy10's proportions, or an equal number of each.
 
     A survey of at least 20 galaxies has overlapping pairs, and exactly one position with two labels.
@@ -71,7 +71,7 @@ def plan_survey(num_galaxies: int, seed: int, balanced: bool = False) -> Plan:
             _put_beside(ra, dec, (int(one), int(other)), Draws(seed, PAIRS, int(one), 1), _PAIR_SEPARATION)
         _put_beside(ra, dec, (first, second), Draws(seed, TWICE, first), (0.05, 0.5))
         shown[second] = first
-    return Plan(seed, balanced, labels, ra, dec, shown, pairs)
+    return SurveyPlan(seed, balanced, labels, ra, dec, shown, pairs)
 
 
 def class_counts(num_galaxies: int, balanced: bool = False) -> NDArray[np.int64]:

@@ -1,9 +1,8 @@
 """Simulated survey files in Galaxy10's HDF5 schema, drawn on all cores."""
 
-import multiprocessing
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.cpus import available_cores
+from galaxydist.cpus import available_cores, start_workers
 from galaxydist.errors import UserError
 from galaxydist.surveys.hdf5_schema import create_file
 from galaxydist.surveys.simulate import galaxy_types, observation
@@ -27,13 +26,13 @@ from galaxydist.surveys.simulate.morphology import (
     Light,
     draw_light,
 )
-from galaxydist.surveys.simulate.population import Plan, plan_survey
+from galaxydist.surveys.simulate.population import SurveyPlan, plan_survey
 from galaxydist.surveys.simulate.random_draws import GALAXY, SKY, Draws
 from galaxydist.surveys.simulate.scene import SIZE, Scene
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class SimulatedImage:
     """A row's image (256 x 256 x 3 uint8 RGB), redshift and pixel scale (arcsec per pixel)."""
 
     image: NDArray[np.uint8]
@@ -55,7 +54,7 @@ def draw_galaxy(scene: Scene, dice: Draws, light: Light, label: int, place: Plac
         galaxy_types.draw_spiral(scene, dice, light, label, place)
 
 
-def take_picture(plan: Plan, row: int) -> Picture:
+def take_picture(plan: SurveyPlan, row: int) -> SimulatedImage:
     """Draw the image of a row, which depends on the plan and the row number alone.
 
     The second row of the galaxy with two labels shows the same galaxy as the first. Neighbours within the frame are drawn too.
@@ -79,7 +78,7 @@ def take_picture(plan: Plan, row: int) -> Picture:
     light_CHW = observation.blur(scene.light_CHW, observation.draw_seeing(field), scene.pixel_scale)
     observation.add_artefacts(light_CHW, field)
     light_CHW = observation.add_noise(light_CHW, field, scene.pixel_scale, plan.seed, shown)
-    return Picture(observation.to_picture(light_CHW), light.redshift, light.pixel_scale)
+    return SimulatedImage(observation.to_picture(light_CHW), light.redshift, light.pixel_scale)
 
 
 # Written into the file; increase it whenever the same seed gives different galaxies.
@@ -130,7 +129,7 @@ def simulate_survey(path: Path, num_galaxies: int, seed: int, workers: int | Non
             start = stop
 
 
-def draw_rows(plan: Plan, workers: int | None = None, description: str = "simulate") -> NDArray[np.uint8]:
+def draw_rows(plan: SurveyPlan, workers: int | None = None, description: str = "simulate") -> NDArray[np.uint8]:
     """Draw all images of the plan into memory, N x 256 x 256 x 3 uint8 (197 kB each), for measurements on small surveys."""
     from tqdm import tqdm
 
@@ -144,7 +143,7 @@ def draw_rows(plan: Plan, workers: int | None = None, description: str = "simula
     return images
 
 
-def draw_slab(plan: Plan, start: int, stop: int) -> Slab:
+def draw_slab(plan: SurveyPlan, start: int, stop: int) -> Slab:
     """Draw images, redshifts and pixel scales of the plan's rows ``start`` ... ``stop - 1``."""
     pictures = [take_picture(plan, row) for row in range(start, stop)]
     return (
@@ -162,15 +161,14 @@ def _draw_planned(num_galaxies: int, seed: int, balanced: bool, start: int, stop
 _plan_once = lru_cache(maxsize=1)(plan_survey)
 
 
-def _slabs(plan: Plan, workers: int | None) -> Iterator[Slab]:
+def _slabs(plan: SurveyPlan, workers: int | None) -> Iterator[Slab]:
     workers = workers or (available_cores() if len(plan.labels) >= _WORTH_PROCESSES else 1)
     edges = [(start, min(start + _SLAB, len(plan.labels))) for start in range(0, len(plan.labels), _SLAB)]
     if workers == 1:
         for start, stop in edges:
             yield draw_slab(plan, start, stop)
         return
-    # Spawned, not forked: the caller may have threads, which do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with start_workers(workers) as pool:
         waiting: deque[Future[Slab]] = deque()
         try:
             for start, stop in edges:
