@@ -1,6 +1,7 @@
-"""Counter-based random numbers: each is a hash of (seed, epoch, position, stream), without a generator state.
+"""Counter-based random numbers: each one is a hash of (seed, epoch, position, stream).
 
-The streams of numpy's and torch's generators may change between versions; the values of this hash are fixed by a test.
+There is no generator state. The streams of numpy's and torch's generators may change between versions; the values of this hash
+are fixed by a test.
 
 ``hash64(a)`` is the first output of SplitMix64 seeded with a; further integers are chained in by exclusive or:
 ``h(a) = mix(a + GAMMA)``, ``h(a, b) = mix((h(a) ^ b) + GAMMA)``, and so on, all modulo 2^64.

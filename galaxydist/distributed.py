@@ -179,7 +179,7 @@ class World:
         return done[0]
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, in rank order. All ranks must call it."""
+        """Return the values of all ranks, in rank order; all ranks must call it."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -187,7 +187,7 @@ class World:
         return values
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over all ranks, in place. All ranks must call it."""
+        """Sum a tensor over all ranks, in place; all ranks must call it."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
@@ -299,7 +299,7 @@ def _raise_told(by_user: str | None, by_chance: str | None) -> None:
 
 
 def _share_cores(world: World, environ: Mapping[str, str]) -> int:
-    """Return this process's share of its machine's cores. All ranks must call it."""
+    """Return this process's share of its machine's cores; all ranks must call it."""
     host, mine = socket.gethostname(), bound_cores()
     everywhere = world.gather((host, world.rank, mine))
     here = [(rank, cores) for theirs, rank, cores in everywhere if theirs == host]

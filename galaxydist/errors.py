@@ -30,7 +30,7 @@ class EveryRankError(UserError):
 
 
 class RunFailedError(RuntimeError):
-    """Error that ends a run and that no earlier check could detect. All ranks raise it at the same step."""
+    """Error that ends a run and that no earlier check could detect; all ranks raise it at the same step."""
 
 
 class OneRankFailedError(RunFailedError):

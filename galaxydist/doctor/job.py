@@ -98,7 +98,7 @@ NAME = "preemption"
 
 
 def check_preemption(cluster: ClusterConfig, site: Site | None = None) -> list[Check]:
-    """Check in the cluster's settings that SLURM warns a run of this profile before it preempts it.
+    """Check in the cluster's settings that SLURM sends a signal to a run of this profile before preempting it.
 
     Args:
         cluster: the profile.
@@ -151,7 +151,7 @@ def _end(cluster: ClusterConfig, preemption: Preemption) -> str:
 
 # Longer than all parts of the examination if each one times out.
 JOB_MIN = 15
-# SLURM's signal before the time limit must not interrupt the examination: one minute before the end at most.
+# SLURM's signal before the time limit must not interrupt the examination, so it comes at most this long before the end.
 MOST_SIGNAL_S = 60
 LOOK_S = 1.0
 # On a network file system the last reports may appear this much later than the end of the job.

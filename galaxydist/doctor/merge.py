@@ -1,4 +1,7 @@
-"""Merges the reports of all ranks into one table: equal results are one line, different ones are listed by host."""
+"""Merge of the reports of all ranks into one table.
+
+Equal results become one line; different ones are listed by host.
+"""
 
 from collections.abc import Callable, Sequence
 

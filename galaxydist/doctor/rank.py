@@ -55,7 +55,7 @@ class RankChannel:
         self.store.set_timeout(timedelta(seconds=seconds))
 
     def gather(self, name: str, value: Any) -> list[Any]:
-        """Return the values of all ranks, in rank order. All ranks must call it, once for each name.
+        """Return the values of all ranks, in rank order; all ranks must call it, once for each name.
 
         Raises:
             RuntimeError: a rank did not call it within the store's timeout.
@@ -134,7 +134,7 @@ LOOK_S = 0.02
 def time_all_reduce(
     link: RankChannel, backend: str, device: torch.device, *, timeout_s: float, num_bytes: int = NUM_BYTES
 ) -> Timing:
-    """Create a process group and time all-reduces of a float32 tensor. All ranks must call it.
+    """Create a process group and time all-reduces of a float32 tensor; all ranks must call it.
 
     Args:
         link: channel between the ranks.
@@ -175,7 +175,7 @@ def _time_group(link: RankChannel, device: torch.device, num_bytes: int) -> Timi
 
 
 def look_at_shared_files(link: RankChannel, folder: Path, *, limit_s: float = SEEING_S) -> tuple[float | None, float | None, int]:
-    """Write a file on rank 0, replace it on the last rank, and time when this rank sees both. All ranks must call it.
+    """Write a file on rank 0, replace it on the last rank, and time when this rank sees both; all ranks must call it.
 
     Args:
         link: channel between the ranks.
@@ -251,7 +251,7 @@ def watch_signal() -> Iterator[SignalWatch]:
 def look_for_signal(
     link: RankChannel, watch: SignalWatch, environ: Mapping[str, str], *, limit_s: float = SIGNAL_S
 ) -> tuple[float | None, str | None]:
-    """Make SLURM send SIGUSR2 to the job step, as before the time limit, and wait for it. All ranks must call it.
+    """Make SLURM send SIGUSR2 to the job step, as before the time limit, and wait for it; all ranks must call it.
 
     Args:
         link: channel between the ranks.

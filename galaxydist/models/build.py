@@ -1,4 +1,4 @@
-"""Builds the model of a recipe: images B x 3 x H x W in, logits B x K out."""
+"""Construction of a recipe's model: images B x 3 x H x W in, logits B x K out."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Small convolutional network whose logits are invariant under the eight flips and quarter turns of an image.
+"""Small convolutional network with logits that are invariant under flips and quarter turns.
 
 A group feature map has F fields of 8 channels, one channel for each element g of the group D4. Channels are numbered orientation
 first (g * F + f). Turning the image by u turns each map by u and renumbers the orientations: g becomes u g (Cohen & Welling 2016,

@@ -1,4 +1,4 @@
-"""Performance options of a model: gradient checkpointing, TensorFloat-32, channels last, torch.compile."""
+"""Performance options of a model: gradient checkpointing, TF32, channels last, torch.compile."""
 
 import contextlib
 import os

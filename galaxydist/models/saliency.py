@@ -81,7 +81,7 @@ def grad_cam(model: nn.Module, layer: nn.Module, images_BCHW: Tensor, targets_B:
     from captum.attr import LayerGradCam
 
     with _evaluating(model):
-        images = images_BCHW.detach().requires_grad_()  # the parameters before the layer may be frozen
+        images = images_BCHW.detach().requires_grad_()  # if all parameters before the layer are frozen, gradients need this input
         maps_B1hw: Tensor = LayerGradCam(model, layer).attribute(images, targets_B, relu_attributions=True)
     return maps_B1hw.detach()[:, 0].float()
 

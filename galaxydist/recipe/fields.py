@@ -1,4 +1,4 @@
-"""A schema as flat dotted keys: types, defaults, kinds, validation of one value, and suggestions for wrong keys."""
+"""A schema as flat dotted keys: types, defaults, kinds, validation, and suggestions for wrong keys."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Loading of configurations: named files, overrides from the command line, and the origin of each value.
+"""Loading of configurations: named files, command-line overrides, and the origin of each value.
 
 All problems of a configuration are reported in one error.
 """
