@@ -1,4 +1,4 @@
-"""``python -m galaxydist``: the same as the command ``galaxydist``."""
+"""Entry point of ``python -m galaxydist``, the same as the command ``galaxydist``."""
 
 import sys
 

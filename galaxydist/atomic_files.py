@@ -1,8 +1,7 @@
-"""Writing files so that a crash, a kill or a full disk never leaves a half-written one that looks whole.
+"""Atomic file writes: a crash, a kill or a full disk never leaves a partial file that looks complete.
 
-Each step that changes the disk is announced as a ``sys.audit`` event (``galaxydist.write``, ``galaxydist.fsync``,
-``galaxydist.rename``, ``galaxydist.unlink``, each with the path), so that a test can watch their order or kill the process at any
-of them.
+Each change of the disk raises a ``sys.audit`` event (``galaxydist.write``, ``galaxydist.fsync``, ``galaxydist.rename``,
+``galaxydist.unlink``, each with the path), so that a test can check their order or kill the process at any of them.
 """
 
 import errno
@@ -30,8 +29,8 @@ def explain_full_disk(path: Path, kept: str = "") -> Iterator[None]:
     """Turn a full disk, a used-up quota or a file size limit into a UserError.
 
     Args:
-        path: what is being written.
-        kept: a sentence about what is still there.
+        path: the file that is being written.
+        kept: a sentence about the contents that are still there.
     """
     try:
         yield
@@ -43,13 +42,13 @@ def explain_full_disk(path: Path, kept: str = "") -> Iterator[None]:
 
 
 def fsync_file(path: Path) -> None:
-    """Make the contents of a file, or the names in a folder, survive a power cut."""
+    """Flush the contents of a file, or the names in a folder, to the disk."""
     sys.audit("galaxydist.fsync", str(path))
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot fsync a folder; there the rename itself is synchronous.
+        # Some network file systems cannot fsync a folder; their renames are synchronous.
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.EBADF, errno.ENOTSUP)):
             raise
     finally:
@@ -57,20 +56,20 @@ def fsync_file(path: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename and make the new name survive a power cut; an existing file of that name is replaced at once."""
+    """Rename a file and flush the folder; an existing file of that name is replaced atomically."""
     sys.audit("galaxydist.rename", str(source), str(target))
     source.replace(target)
     fsync_file(target.parent)
 
 
 def unlink(path: Path) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file if it exists."""
     sys.audit("galaxydist.unlink", str(path))
     path.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a new file and fsync it. For a file that may be there already use ``replace_bytes``."""
+    """Write a new file and fsync it; use ``replace_bytes`` for a file that may exist."""
     sys.audit("galaxydist.write", str(path))
     with path.open("wb") as file:
         file.write(data)
@@ -81,11 +80,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def whole_file(path: Path, temporary: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which gets its name when it is whole and would survive a power cut; if the writing fails it is removed.
+    """Open a temporary file for writing; rename it after fsync, or remove it if the writing fails.
 
     Args:
-        path: its name; what has this name before is replaced at once.
-        temporary: its name till then. What a killed process left there is overwritten.
+        path: the final name; an existing file is replaced atomically.
+        temporary: the name until then; a leftover of a killed process is overwritten.
     """
     try:
         sys.audit("galaxydist.write", str(temporary))
@@ -101,7 +100,7 @@ def whole_file(path: Path, temporary: Path) -> Iterator[BinaryIO]:
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that its old or its new contents are there at any time, never a part.
+    """Write a file atomically: at any time it holds either its old or its new contents.
 
     Raises:
         UserError: the disk is full; the old contents are still there.
@@ -113,7 +112,7 @@ def replace_bytes(path: Path, data: bytes) -> None:
 
 
 def to_json(value: Any) -> str:
-    """JSON text of plain values, readable, keys in their own order.
+    """Return indented JSON text of plain values, keys in their own order.
 
     Raises:
         ValueError: nan or inf, which JSON does not have.
@@ -122,7 +121,7 @@ def to_json(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, whole or not at all (see ``replace_bytes``)."""
+    """Write ``value`` as JSON, atomically (see ``replace_bytes``)."""
     replace_bytes(path, to_json(value).encode())
 
 
@@ -130,7 +129,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: it is not JSON.
+        UserError: the file is not JSON.
     """
     try:
         return json.loads(path.read_bytes())
@@ -140,14 +139,14 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-# Writing where it may fail: what to say of a full disk, what a killed process left behind.
+# Disk errors, and leftovers of killed processes.
 
 _STALE_SECONDS = 24 * 3600.0
 
 
 def disk_error(path: Path, error: OSError) -> UserError:
-    """The UserError for an OSError while writing ``path``: full disk, quota, size limit, or the system's own words."""
-    # HDF5 hands the reason on as text alone.
+    """Return the UserError for an OSError while writing ``path``: full disk, quota, size limit, or the system's message."""
+    # HDF5 passes the reason on as text only.
     full = error.errno in NO_SPACE or any(os.strerror(code) in str(error) for code in NO_SPACE)
     reason = f"no room left ({error})" if full else str(error)
     return UserError(
@@ -156,7 +155,7 @@ def disk_error(path: Path, error: OSError) -> UserError:
 
 
 def remove_stale(folder: Path, pattern: str) -> None:
-    """Remove temporary files and folders of a killed process: those that nobody has touched for a day."""
+    """Remove temporary files and folders that have not changed for a day: leftovers of killed processes."""
     for path in folder.glob(pattern):
         if time.time() - path.stat().st_mtime > _STALE_SECONDS:
             if path.is_dir():

@@ -1,6 +1,7 @@
-"""Chance: every random choice is a hash of what it is about (seed, epoch, position, purpose), never the next draw of a generator.
+"""Counter-based random numbers: each one is a hash of (seed, epoch, position, stream).
 
-numpy's and torch's generators promise no stable stream between versions; this hash is ours and its values are fixed by a test.
+There is no generator state. The streams of numpy's and torch's generators may change between versions; the values of this hash
+are fixed by a test.
 
 ``hash64(a)`` is the first output of SplitMix64 seeded with a; further integers are chained in by exclusive or:
 ``h(a) = mix(a + GAMMA)``, ``h(a, b) = mix((h(a) ^ b) + GAMMA)``, and so on, all modulo 2^64.
@@ -20,7 +21,7 @@ _MODULUS = 1 << 64
 
 
 def mix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser: a bijection of the 64-bit integers in which each input bit flips half of the output bits."""
+    """Apply SplitMix64's finaliser, a bijection of uint64: each input bit flips half of the output bits on average."""
     with np.errstate(over="ignore"):
         state = (state ^ (state >> np.uint64(30))) * _FIRST
         state = (state ^ (state >> np.uint64(27))) * _SECOND
@@ -28,16 +29,16 @@ def mix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def hash64(*integers: ArrayLike) -> NDArray[np.uint64]:
-    """A random-looking 64-bit number for each tuple of integers.
+    """Return a 64-bit hash of each tuple of integers.
 
     Args:
         integers: one or more integers or integer arrays, broadcast against each other; each modulo 2^64, so -1 is 2^64 - 1.
 
     Returns:
-        uint64 of the broadcast shape (a 0-d array for plain integers: ``int()`` it).
+        uint64 of the broadcast shape (a 0-d array for plain integers).
 
     Raises:
-        TypeError: for anything that is not an integer.
+        TypeError: a value is not an integer.
     """
     if not integers:
         raise TypeError("hash64 needs at least one integer")
@@ -49,7 +50,7 @@ def hash64(*integers: ArrayLike) -> NDArray[np.uint64]:
 
 
 def uniform(*integers: ArrayLike) -> NDArray[np.float64]:
-    """A uniform float64 in [0, 1) for each tuple of integers: the upper 53 bits of :func:`hash64`."""
+    """Return a uniform float64 in [0, 1) for each tuple of integers: the upper 53 bits of :func:`hash64`."""
     return np.asarray((hash64(*integers) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
@@ -62,11 +63,11 @@ def _as_uint64(value: ArrayLike) -> NDArray[np.uint64]:
     return array.astype(np.uint64)
 
 
-# What a hash is for: always the last integer of a hash, so that two choices about one galaxy never share a draw.
-
-
 class Stream(IntEnum):
-    """Numbers are part of the order's version: never change or reuse one."""
+    """Random streams: the last integer of every hash, so that two random choices for one galaxy are independent.
+
+    The numbers are part of ``order_version``: never change or reuse one.
+    """
 
     SHARDS = 1
     WINDOW = 2

@@ -1,5 +1,7 @@
-"""The number of processor cores that a process may use, from its binding, its container's CPU quota and who shares both; and
-what each of our processes sets at its start."""
+"""CPU cores and memory of a process, settings at its start, and worker processes.
+
+The cores follow from the CPU binding, the container's CPU quota, and the processes that share both.
+"""
 
 import atexit
 import contextlib
@@ -20,21 +22,21 @@ if TYPE_CHECKING:
 
 
 def bound_cores() -> frozenset[int]:
-    """The cores that this process may run on; where the system does not tell, all of them."""
+    """Return the cores that this process may run on; all cores where the system does not report a binding."""
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))
 
 
 def cpu_quota(root: Path = Path("/")) -> float:
-    """CPU time a second that the control groups of this process allow it, in cores; infinity where there is no limit.
+    """Return the CPU quota of this process's control groups in cores; infinity where there is no limit.
 
-    A container of two CPUs on a node of 64 cores sees all 64, but more than two busy threads are stopped for part of the time.
-    The limit may stand at any group from the process's own up to the root. Linux's documentation: cgroup-v2.rst, "cpu.max";
-    sched-bwc.rst, "cpu.cfs_quota_us" (version 1).
+    A container of two CPUs on a node of 64 cores sees all 64, but more than two busy threads are throttled. Any group from the
+    process's own up to the root may set the limit. Linux's documentation: cgroup-v2.rst, "cpu.max"; sched-bwc.rst,
+    "cpu.cfs_quota_us" (version 1).
 
     Args:
-        root: of the file system.
+        root: the root of the file system.
     """
     quota = math.inf
     for controllers, groups in control_groups(root):
@@ -49,28 +51,29 @@ def cpu_quota(root: Path = Path("/")) -> float:
 
 
 def total_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that this machine has, or that the control groups of this process allow it, whatever is in use.
+    """Return the bytes of memory that this machine has, or fewer if the control groups of this process allow fewer.
 
-    Linux's documentation: cgroup-v2.rst, "memory.max"; version 1: memory.txt, "memory.limit_in_bytes".
+    Memory in use counts too. Linux's documentation: cgroup-v2.rst, "memory.max"; version 1: memory.txt,
+    "memory.limit_in_bytes".
 
     Args:
-        root: of the file system.
+        root: the root of the file system.
     """
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for controllers, groups in control_groups(root):
         if not controllers or "memory" in controllers:
             folder, name = ("", "memory.max") if not controllers else ("memory", "memory.limit_in_bytes")
             for group in groups:
-                with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                with contextlib.suppress(OSError, ValueError):  # missing, or "max"
                     found.append(int((root / "sys/fs/cgroup" / folder / group / name).read_text()))
     return min(found)
 
 
 def control_groups(root: Path = Path("/")) -> list[tuple[tuple[str, ...], tuple[Path, ...]]]:
-    """The control groups of this process: names of the controllers (none: version 2), and the groups from its own up to the root.
+    """Return the control groups of this process: controller names (none: version 2), and the groups from its own to the root.
 
     Args:
-        root: of the file system.
+        root: the root of the file system.
     """
     try:
         text = (root / "proc/self/cgroup").read_text()
@@ -84,28 +87,28 @@ def control_groups(root: Path = Path("/")) -> list[tuple[tuple[str, ...], tuple[
 
 
 def available_cores(sharing: int = 1) -> int:
-    """Cores that this process may use for itself, at least 1, where it shares them with so many processes (itself counted)."""
+    """Return the number of cores for this process, at least 1, if ``sharing`` processes (itself included) share them."""
     return fair_share([bound_cores()] * sharing, 0, cpu_quota())
 
 
 def fair_share(bound: Sequence[Collection[int]], number: int, quota: float) -> int:
-    """Cores for one of the processes of a machine, at least 1.
+    """Return the number of cores for one of the processes of a machine, at least 1.
 
-    Launchers bind processes to cores of their own (``srun``) or leave all of them on all cores (``torchrun``): each core is
-    shared by those that are bound to it, the quota by all.
+    Launchers bind each process to its own cores (``srun``) or all processes to all cores (``torchrun``). The processes bound to
+    a core share it; all processes share the quota.
 
     Args:
-        bound: the cores that each of the processes may run on.
-        number: which of them.
-        quota: of all of them together, in cores.
+        bound: the cores that each process may run on.
+        number: the index of the process in ``bound``.
+        quota: CPU quota of all processes together, in cores.
     """
     shares = sum(1 / sum(core in theirs for theirs in bound) for core in bound[number])
-    # Thirds do not add up to one: a hair more before rounding down.
+    # Three floating-point thirds may sum to less than one, so a small value is added before rounding down.
     return max(1, math.floor(min(shares, math.ceil(quota) / len(bound) if math.isfinite(quota) else shares) + 1e-6))
 
 
 def _read_max(group: Path) -> float:
-    """Version 2: "200000 100000", or "max 100000"."""
+    """Return the quota of a version 2 group in cores, from ``200000 100000`` or ``max 100000``."""
     try:
         allowed, period = (group / "cpu.max").read_text().split()
         return math.inf if allowed == "max" else int(allowed) / int(period)
@@ -114,7 +117,7 @@ def _read_max(group: Path) -> float:
 
 
 def _read_cfs(group: Path) -> float:
-    """Version 1: two files; -1 is no limit."""
+    """Return the quota of a version 1 group in cores, from two files; -1 means no limit."""
     try:
         allowed, period = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
         return allowed / period if allowed > 0 else math.inf
@@ -123,12 +126,11 @@ def _read_cfs(group: Path) -> float:
 
 
 def set_up_process(environ: MutableMapping[str, str]) -> None:
-    """Make three settings of a process of ours; to be called before torch is imported.
+    """Set OpenMP's wait policy, the encoding errors of stdout and the garbage collection at exit; call it before importing torch.
 
-    Idle OpenMP threads sleep: those that spin while they wait take the cores from whatever else runs on the machine, and are then
-    slower themselves: five times on a busy machine of two cores, none on an idle one. Text that the terminal's encoding lacks is
-    printed with backslashes, instead of failing. At its end Python does not search for garbage once more, which takes a second of
-    a core where torch is loaded.
+    Idle OpenMP threads sleep: threads that spin take cores from other programs and slow themselves down (five times on a busy
+    machine of two cores, not at all on an idle one). Characters that the terminal cannot encode are printed with backslashes.
+    Python skips the garbage collection at exit, which takes one second once torch is loaded.
 
     Args:
         environ: the process's environment, which torch reads when it is imported.
@@ -140,31 +142,31 @@ def set_up_process(environ: MutableMapping[str, str]) -> None:
 
 
 def start_workers(count: int) -> "ProcessPoolExecutor":
-    """Start processes for work on several cores.
+    """Start a pool of worker processes.
 
-    They are spawned: a fork would copy the caller's threads, which do not survive it. They end at once, and print nothing, on
-    Ctrl-C and when the caller is killed.
+    They are spawned because threads do not survive a fork. They exit at once and print nothing on Ctrl-C and when the caller is
+    killed.
 
     Args:
-        count: of processes.
+        count: number of processes.
     """
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context, resource_tracker
 
-    resource_tracker.ensure_running()  # its own start would let signals through
+    resource_tracker.ensure_running()  # started later, it would unblock the signal
     pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_obey_parent)
-    # A process that Ctrl-C reaches while it imports prints a traceback. The signal waits until ``_obey_parent`` has run.
+    # Ctrl-C during a worker's imports would print a traceback: the signal is blocked until ``_obey_parent`` has run.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for _ in range(count):
-            pool.submit(int)  # a process starts with each of the first tasks
+            pool.submit(int)  # each of the first tasks starts a process
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return pool
 
 
 def _obey_parent() -> None:
-    """End with the caller: else a worker would wait for tasks for ever, or write the same files as the next call."""
+    """Exit when the parent process ends; otherwise a worker would wait forever, or write the same files as the next call."""
     from multiprocessing import parent_process
     from multiprocessing.connection import wait
 

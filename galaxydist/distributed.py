@@ -1,4 +1,8 @@
-"""The world that a process belongs to: rank, number of processes, device, cores. The only place that reads the environment."""
+"""Distributed setup of a process: rank, world size, device, cores, precision and collectives.
+
+Only this module reads the process environment. The flight recorder of torch holds the last collectives of each rank; it is
+written when a run hangs, and ``torchfrtrace -p flight_rank_ FOLDER`` prints which rank missed which collective.
+"""
 
 import math
 import os
@@ -25,34 +29,31 @@ from galaxydist.cpus import bound_cores, cpu_quota, fair_share
 from galaxydist.errors import EveryRankError, RunFailedError, UserError
 from galaxydist.job_environment import check_settings, find_place, job_of, overruled_settings, restart_of, slurm_cores, wants_cpu
 
-# torch's flight recorder: the last collectives of each rank, written when a run hangs.
-#
-# ``torchfrtrace -p flight_rank_ FOLDER`` says which rank did not take part in which.
-
 PREFIX = "flight_rank_"
-# Collectives kept: torch 2.14's own default.
+# Number of collectives to keep: the default of torch 2.14.
 BUFFER_SIZE = 2000
-# As torch 2.11 and later read them: the new name, and the older ones that also count. Whichever of them is set decides.
+# Variable names that torch 2.11 and later read: the new name, then older ones.
 BUFFER_NAMES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 FILE_NAMES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 DUMP_NAMES = ("TORCH_NCCL_DUMP_ON_TIMEOUT",)
 
 
 def flight_recorder_variables(folder: Path | None = None) -> dict[tuple[str, ...], str]:
-    """What torch is to be told, by all the names that a variable goes under.
+    """Return the variables of torch's flight recorder: all names of a variable -> value.
 
     Args:
-        folder: where torch's own watchdog writes when a collective times out (``flight_rank_3``); None: torch's own place.
+        folder: folder of the files that torch's watchdog writes when a collective times out (``flight_rank_3``); None: torch's
+            default.
     """
     wanted = {BUFFER_NAMES: str(BUFFER_SIZE), DUMP_NAMES: "1"}
     return wanted if folder is None else {**wanted, FILE_NAMES: str(folder.absolute() / PREFIX)}
 
 
 def set_flight_recorder(environ: MutableMapping[str, str], folder: Path | None = None) -> None:
-    """Set the variables that the user has not set, under any of their names.
+    """Set the flight recorder variables that the user has not set under any of their names.
 
-    Called before the process group is made. It may be called again with a folder once the run folder is known: torch reads the
-    file's name when it writes the first.
+    Call it before the process group is created. It may be called again with a folder once the run folder is known: torch reads
+    the file name when it first writes a record.
     """
     for names, value in flight_recorder_variables(folder).items():
         if not any(name in environ for name in names):
@@ -60,10 +61,10 @@ def set_flight_recorder(environ: MutableMapping[str, str], folder: Path | None =
 
 
 def write_flight_record(folder: Path, rank: int) -> Path | None:
-    """Write the collectives of this process where torch's own watchdog would.
+    """Write the flight record of this process under the file name that torch's watchdog uses.
 
     Returns:
-        The file, or None where nothing was recorded.
+        The file, or None if nothing was recorded.
     """
     if not dist.is_initialized():
         return None
@@ -82,16 +83,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """What a process knows of the processes around it.
+    """Describes this process among all processes of a run, and runs collectives.
 
     Args:
         accelerator: Hugging Face's Accelerator, which moves the model and scales the gradients.
-        rank, size: this process and how many there are.
+        rank, size: rank of this process and world size.
         ranks_on_node: processes on this machine.
-        cores: processor cores that this process may use for itself.
-        threads: that torch computes with, the same number in all processes.
-        precision: of the forward pass.
-        job_id, restart_count: of the batch job, where there is one.
+        cores: CPU cores for this process alone.
+        threads: number of torch's threads, the same in all processes.
+        precision: precision of the forward pass.
+        job_id, restart_count: the batch job, if there is one.
     """
 
     accelerator: Accelerator
@@ -110,7 +111,7 @@ class World:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and images (mixed precision casts within the forward pass)."""
+        """Data type of weights and images (mixed precision casts within the forward pass)."""
         return torch.float64 if self.precision == "fp64" else torch.float32
 
     @property
@@ -118,17 +119,23 @@ class World:
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Print a line, once for all ranks. Where printing fails (a closed pipe, a full disk) nothing is printed from then on: no
-        reason to end a run."""
+        """Print a line on rank 0.
+
+        A closed pipe or a full disk does not end the run: after the first failure nothing more is printed.
+        """
         if self.is_main:
             try:
                 print(text, flush=True)
             except OSError:
-                sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (open as long as the process runs)
+                sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (stays open until the process ends)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Rank 0 does the work; every rank gets its result, or raises its ``UserError``. Another error is rank 0's own, and the
-        others, which would wait for it, fail with it."""
+        """Run a function on rank 0 and broadcast its result.
+
+        Raises:
+            UserError: raised on all ranks if the function raises one.
+            RunFailedError: on the other ranks if rank 0 fails with another error, which rank 0 itself raises unchanged.
+        """
         if self.size == 1:
             return work()
         answer: list[Any] = [None, None, None]
@@ -148,8 +155,12 @@ class World:
         return result
 
     def together(self, work: Callable[[], T]) -> T:
-        """Every rank does the work; if any raises ``UserError``, every rank raises the first of them. A rank with another error
-        raises that, and the others fail with it."""
+        """Run a function on all ranks and return this rank's result.
+
+        Raises:
+            UserError: raised on all ranks if any rank raises one: the one of the lowest rank.
+            RunFailedError: on the other ranks if a rank fails with another error, which that rank raises unchanged.
+        """
         if self.size == 1:
             return work()
         done: list[T] = []
@@ -168,7 +179,7 @@ class World:
         return done[0]
 
     def gather(self, value: T) -> list[T]:
-        """What every rank gives, in the order of the ranks. All ranks take part."""
+        """Return the values of all ranks, in rank order; all ranks must call it."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -176,7 +187,7 @@ class World:
         return values
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The element-wise sum over all ranks, in place. All ranks take part."""
+        """Sum a tensor over all ranks, in place; all ranks must call it."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
@@ -189,25 +200,25 @@ def init_distributed(
     timeout: timedelta | None = None,
     threads: int = 0,
 ) -> World:
-    """Join the processes that the launcher started.
+    """Create the process group and return the ``World`` of this process.
 
     Works under ``python``, ``accelerate launch``, ``torchrun`` and ``srun``.
 
     Args:
         precision: ``auto``, ``no``, ``bf16``, ``fp16`` or ``fp64``, as in the recipe.
-        environ: the process's environment; torch's variables are added to it, under ``srun`` and for the flight recorder.
-        timeout: of collectives; None: torch's own.
-        threads: of each process (0: as many as all of them have cores).
+        environ: the process's environment; torch's variables are added to it under ``srun`` and for the flight recorder.
+        timeout: timeout of collectives; None: torch's default.
+        threads: threads of each process (0: the smallest number of cores of any process).
 
     Raises:
-        UserError: variables of a launcher that do not fit together, or that ask for what only the recipe may say; fp16 without a
-            GPU; a launcher whose number of processes did not come about.
+        UserError: launcher variables that contradict each other or set what only the recipe may set; fp16 without a GPU; a number
+            of processes that differs from WORLD_SIZE.
     """
     place = find_place(environ)
     check_settings(environ)
     set_flight_recorder(environ)
     if not environ.get("OMP_NUM_THREADS", "").isdecimal():
-        environ["OMP_NUM_THREADS"] = "1"  # torch is loaded: this is for Accelerate, which takes a plain number only (not "4,2")
+        environ["OMP_NUM_THREADS"] = "1"  # for Accelerate, which accepts a plain number only (not "4,2"); torch is already loaded
     has_gpu = torch.cuda.is_available() and not wants_cpu(environ)
     resolved = resolve_precision(precision, has_gpu, torch.cuda.get_device_capability() if has_gpu else None)
     accelerator = _build_accelerator(resolved, has_gpu, environ, timeout)
@@ -231,18 +242,18 @@ def init_distributed(
     for text in overruled_settings(environ, resolved):
         world.say(f"galaxydist: {text}")
     world = replace(world, cores=threads or _share_cores(world, environ))
-    # Launchers set OMP_NUM_THREADS=1; the cores are there to be used.
+    # Launchers set OMP_NUM_THREADS=1, which would leave the other cores idle.
     return _with_threads(world, min(world.gather(world.cores)))
 
 
 def keep_threads(world: World, stored: Mapping[str, int] | None) -> World:
-    """The world with the threads that a run has computed with so far.
+    """Return the world with the number of threads of the run's earlier starts.
 
-    On a CPU sums depend in the last bits on how many threads share them. On another number of processes they change anyway, and
-    there the number of cores a process has counts.
+    On a CPU the last bits of a sum depend on the number of threads. With another world size the sums change anyway, and the
+    threads follow from the cores.
 
     Args:
-        world: the processes.
+        world: the current processes.
         stored: ``threads`` and ``world_size`` of an earlier start, the same on all ranks; None: there was none.
     """
     if not stored or stored["world_size"] != world.size or world.device.type != "cpu" or stored["threads"] == world.threads:
@@ -260,12 +271,12 @@ def _with_threads(world: World, threads: int) -> World:
 
 
 def _build_accelerator(precision: Precision, has_gpu: bool, environ: Mapping[str, str], timeout: timedelta | None) -> Accelerator:
-    """Accelerate with all that it would otherwise read from the launcher's variables: the recipe decides."""
+    """Build the Accelerator with explicit values for all settings that it would otherwise read from the launcher's variables."""
     try:
         return Accelerator(
             cpu=not has_gpu,
             mixed_precision="no" if precision == "fp64" else precision,
-            # The plain argument gradient_accumulation_steps does not beat the variable.
+            # The environment variable would override the plain argument gradient_accumulation_steps.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dynamo_plugin=TorchDynamoPlugin(
                 backend="no", mode="default", fullgraph=False, dynamic=False, use_regional_compilation=False
@@ -288,7 +299,7 @@ def _raise_told(by_user: str | None, by_chance: str | None) -> None:
 
 
 def _share_cores(world: World, environ: Mapping[str, str]) -> int:
-    """This process's share of its machine's cores; all tell what they are bound to."""
+    """Return this process's share of its machine's cores; all ranks must call it."""
     host, mine = socket.gethostname(), bound_cores()
     everywhere = world.gather((host, world.rank, mine))
     here = [(rank, cores) for theirs, rank, cores in everywhere if theirs == host]
@@ -298,13 +309,13 @@ def _share_cores(world: World, environ: Mapping[str, str]) -> int:
 
 
 def shutdown_distributed() -> None:
-    """Take down the process group, where there is one."""
+    """Destroy the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def resolve_precision(precision: Precision | Literal["auto"], has_gpu: bool, capability: tuple[int, int] | None) -> Precision:
-    """``auto`` becomes bf16 on compute capability 8 and later, fp16 on older GPUs, fp32 without one.
+    """Resolve ``auto``: bf16 from compute capability 8 on, fp16 on older GPUs, fp32 without a GPU.
 
     Raises:
         UserError: fp16 without a GPU.

@@ -1,18 +1,21 @@
-"""The errors that a user can mend. The command line prints their text alone and leaves with exit code 2."""
+"""Errors that a user can fix, errors that end a run, and exit codes.
+
+The command line prints the text of a ``UserError`` without a traceback and exits with code 2.
+"""
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal with everything saved; the same command continues
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues the run
 EXIT_INTERRUPTED = 130
-EXIT_HUNG = 70  # EX_SOFTWARE: no process went on any more, see training/watchdog.py
+EXIT_HUNG = 70  # EX_SOFTWARE: the run hung, see training/health/watchdog.py
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used: the text says what is wrong, what was given and what to do."""
+    """Error in the user's input: the text states what is wrong, what was given and what to do."""
 
 
 class DamagedPictureError(UserError):
-    """A picture cannot be read or decoded, while others beside it can: ``reason`` names it and says why."""
+    """Error of a single image that cannot be read or decoded; ``reason`` names the image and the cause."""
 
     @property
     def reason(self) -> str:
@@ -23,16 +26,16 @@ class DamagedPictureError(UserError):
 
 
 class EveryRankError(UserError):
-    """A ``UserError`` that every process of a run raises alike: one of them prints it."""
+    """``UserError`` that all ranks of a run raise alike; one rank prints it."""
 
 
 class RunFailedError(RuntimeError):
-    """A run that cannot go on, which no check before it could have seen. Every process raises it at the same step."""
+    """Error that ends a run and that no earlier check could detect; all ranks raise it at the same step."""
 
 
 class OneRankFailedError(RunFailedError):
-    """A ``RunFailedError`` that one process alone has met: it is the one that prints it."""
+    """``RunFailedError`` of a single rank, which prints it itself."""
 
 
 class NonfiniteError(RunFailedError):
-    """The loss or a gradient is not a number: starting again would end the same way."""
+    """Error of a loss or gradient that is not finite: a restart would fail in the same way."""

@@ -1,10 +1,10 @@
-"""The record of one galaxy, which every stage passes on, and what a survey of galaxies offers to the stages after it."""
+"""Record of one galaxy, and the protocol of a survey."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-if TYPE_CHECKING:  # the names of classes and variants are read by commands that need no numpy
+if TYPE_CHECKING:  # commands that only read class and variant names import no numpy
     import numpy as np
     from numpy.typing import NDArray
 
@@ -22,7 +22,7 @@ GALAXY10_CLASSES = (
     "edge_on_with_bulge",
 )
 
-# The official file's class counts, in the order of the labels.
+# Class counts of the official file, in the order of the labels.
 GALAXY10_COUNTS = (1081, 1853, 2645, 2027, 334, 2043, 1829, 2628, 1423, 1873)
 
 SPLITS = ("train", "val", "test")
@@ -30,12 +30,12 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """A picture as the bytes of its file, for copying without a second encoding.
+    """An image as the bytes of its file, for copying without re-encoding.
 
     Args:
         data: the file's bytes.
         format: ``"jpg"`` or ``"png"``.
-        file: its name, for messages; empty where it has none.
+        file: the file's name, for messages; may be empty.
     """
 
     data: bytes
@@ -49,10 +49,10 @@ class Galaxy:
 
     Args:
         id: unique in its survey; letters, digits, ``_``, ``-`` and ``+`` only (WebDataset cuts a name at its first dot).
-        image: H x W x 3 uint8 RGB pixels, or the bytes of the picture's file.
-        label: class number, or None where nobody has labelled it.
+        image: H x W x 3 uint8 RGB pixels, or the bytes of the image file.
+        label: class number, or None if unlabelled.
         ra, dec: position on the sky in degrees (J2000), or None.
-        extras: everything else worth keeping (redshift, pixel scale, the survey's own name): plain JSON values.
+        extras: other properties (redshift, pixel scale, the survey's own name): plain JSON values.
     """
 
     id: str
@@ -64,15 +64,15 @@ class Galaxy:
 
 
 class Survey(Protocol):
-    """Where galaxies come from. Rows are numbered 0 ... N-1 in storage order.
+    """A source of galaxies; rows are numbered 0 ... N-1 in storage order.
 
     Attributes:
-        name: the data set's name, which every table and figure carries (``galaxy10_decals``, ``simulated``, a folder's name).
+        name: the data set's name in tables and figures (``galaxy10_decals``, ``simulated``, a folder's name).
         variant: ``original`` or ``balanced``.
         class_names: by label.
         labels: N int64, the label of every row.
-        splits: split name -> sorted int64 rows. A row may stand in no split (the balanced variant leaves most out), never in two.
-        source_hash: SHA-256 (hex) that changes whenever the source's galaxies, labels or splits do.
+        splits: split name -> sorted int64 rows. A row is in one split or in none (the balanced variant leaves most out).
+        source_hash: SHA-256 (hex) of the source's galaxies, labels and splits.
         slab_length: number of consecutive rows that are cheapest to read together.
     """
 
@@ -92,14 +92,13 @@ class Survey(Protocol):
     def slab_length(self) -> int: ...
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
-        """The galaxies of rows ``start`` ... ``stop - 1``, in order.
+        """Yield the galaxies of rows ``start`` ... ``stop - 1``, in order.
 
-        Opens what it needs itself, so that processes may share a survey.
+        It opens its own files, so that processes may share a survey.
         """
         ...
 
 
-# The data sets of a survey: all of its galaxies, or as many of each class as the rarest has.
-
+# Variants of a survey: all galaxies, or an equal number of each class.
 Variant = Literal["original", "balanced"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)

@@ -1,5 +1,7 @@
-"""The variables of launchers: this process's place among those that were started, the cores that SLURM gave it, and settings of
-Accelerate's that only the recipe may make. Nothing here imports torch."""
+"""Environment variables of launchers: ranks, SLURM's cores, job ids, and Accelerate's settings.
+
+This module does not import torch.
+"""
 
 import math
 import subprocess
@@ -18,12 +20,12 @@ _OF_SRUN = (
     "SLURM_STEP_NODELIST",
     "SLURM_JOB_ID",
 )
-# Accelerate would make a world of several CPU processes out of these (its get_cpu_distributed_information).
+# From these, Accelerate would set up several CPU processes (get_cpu_distributed_information).
 _OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 _DIVIDES = "train.strategy=fsdp divides a model among the processes"
 _TRUE = ("1", "on", "t", "true", "y", "yes")
-# Flags that make Accelerate train in another way than the recipe says, and what to do instead.
+# Settings that would make Accelerate deviate from the recipe, and what to do instead.
 _REFUSED_FLAGS = {
     "ACCELERATE_USE_DEEPSPEED": _DIVIDES,
     "ACCELERATE_USE_FSDP": _DIVIDES,
@@ -39,12 +41,12 @@ _REFUSED_VALUES = {
 
 @dataclass(frozen=True)
 class Place:
-    """A process among those that a launcher started.
+    """Rank and world size that a launcher gave to this process.
 
     Args:
-        rank: its number, from 0.
-        size: how many there are.
-        local_size: how many of them are on this machine.
+        rank: rank, from 0.
+        size: world size.
+        local_size: processes on this machine.
     """
 
     rank: int = 0
@@ -53,13 +55,13 @@ class Place:
 
 
 def find_place(environ: MutableMapping[str, str]) -> Place:
-    """The place that the launcher's variables give this process; they are trusted only as a whole.
+    """Return this process's rank and world size from the launcher's variables, which must be complete.
 
     Args:
-        environ: of the process. Under ``srun`` with several tasks and no other launcher, torch's variables are added to it.
+        environ: the process's environment. Under ``srun`` with several tasks and no other launcher, torch's variables are added.
 
     Raises:
-        UserError: some of the variables are missing, are not numbers, or contradict one another.
+        UserError: variables are missing, are not numbers, or contradict one another.
     """
     tasks = _number(environ, "SLURM_STEP_NUM_TASKS", 1)
     if tasks > 1 and not any(name in environ for name in _NUMBERS):
@@ -82,7 +84,7 @@ def find_place(environ: MutableMapping[str, str]) -> Place:
 
 
 def slurm_cores(environ: Mapping[str, str]) -> float:
-    """Cores that SLURM gave to all tasks on this node together, ``cpus_per_task`` to each; infinity where it says nothing."""
+    """Return the cores that SLURM gave to all tasks on this node together; infinity if the variables do not state it."""
     per_task = environ.get("SLURM_CPUS_PER_TASK", "")
     counts = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or "1"
     tasks = _tasks_on_node(counts, environ.get("SLURM_NODEID", "0"))
@@ -90,15 +92,15 @@ def slurm_cores(environ: Mapping[str, str]) -> float:
 
 
 def wants_cpu(environ: Mapping[str, str]) -> bool:
-    """Return True if the launcher was told to leave the GPUs alone (``accelerate launch --cpu``)."""
+    """Return True if the launcher asks for CPU training (``accelerate launch --cpu``)."""
     return environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE
 
 
 def check_settings(environ: Mapping[str, str]) -> None:
-    """Refuse settings of a launcher that make Accelerate train in another way than the recipe says.
+    """Refuse launcher settings that would make Accelerate deviate from the recipe.
 
     Raises:
-        EveryRankError: names all of them.
+        EveryRankError: such settings are present; the text names all of them.
     """
     refused = {name: text for name, text in _REFUSED_FLAGS.items() if environ.get(name, "").lower() in _TRUE}
     refused |= {name: text for name, text in _REFUSED_VALUES.items() if environ.get(name, "NO") != "NO"}
@@ -111,11 +113,11 @@ def check_settings(environ: Mapping[str, str]) -> None:
 
 
 def overruled_settings(environ: Mapping[str, str], precision: str) -> list[str]:
-    """A sentence for each setting of the launcher that has no effect, since the recipe says otherwise.
+    """Return a sentence for each launcher setting that the recipe overrides.
 
     Args:
-        environ: of the process; ``accelerate launch`` always sets these variables, so only their values tell.
-        precision: the run's.
+        environ: the process's environment; ``accelerate launch`` always sets these variables, so their values are compared.
+        precision: precision of the run.
     """
     found = []
     asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
@@ -134,7 +136,7 @@ def overruled_settings(environ: Mapping[str, str], precision: str) -> list[str]:
 
 
 def _check_alone(environ: Mapping[str, str]) -> None:
-    """See that nothing speaks of other processes."""
+    """Raise ``UserError`` if the variables of SLURM or MPI name other processes."""
     if _number(environ, "SLURM_PROCID", 0) > 0:
         given = [name for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS") if name in environ]
         raise _unfit(environ, given, "this is not the first task, and SLURM_STEP_NUM_TASKS names no others")
@@ -162,7 +164,7 @@ def _number(environ: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _adopt_srun(environ: MutableMapping[str, str], tasks: int) -> None:
-    """Give torch the variables that it reads, from those of a job step."""
+    """Set torch's variables from those of a SLURM job step."""
     given = ["SLURM_STEP_NUM_TASKS", *(name for name in _OF_SRUN if name in environ)]
     missing = [name for name in _OF_SRUN if not environ.get(name)]
     if missing:
@@ -183,7 +185,7 @@ def _adopt_srun(environ: MutableMapping[str, str], tasks: int) -> None:
 
 
 def _tasks_on_node(counts: str, node: str) -> int | None:
-    """Tasks of a node, from SLURM's compressed list (``4(x2),3``); None where it does not tell."""
+    """Return the tasks of a node from SLURM's compressed list (``4(x2),3``), or None if the list is malformed or too short."""
     found: list[int] = []
     try:
         for part in counts.split(","):
@@ -195,7 +197,7 @@ def _tasks_on_node(counts: str, node: str) -> int | None:
 
 
 def _first_host(environ: Mapping[str, str]) -> str:
-    """The first node of the job step, by SLURM's own parser of host lists."""
+    """Return the first node of the job step; scontrol expands the host list."""
     nodes = environ["SLURM_STEP_NODELIST"]
     if "[" not in nodes:
         return nodes.split(",")[0]
@@ -204,19 +206,21 @@ def _first_host(environ: Mapping[str, str]) -> str:
 
 
 def job_of(environ: Mapping[str, str]) -> str | None:
-    """The batch job of a process by the id that SLURM's programs take, ``123`` or ``123_4`` for a task of an array (whose
-    SLURM_JOB_ID may be the id of the whole array); None outside of one."""
+    """Return the id of the process's batch job, ``123`` or ``123_4`` for an array task; None outside a job.
+
+    The SLURM_JOB_ID of an array task may be the id of the whole array.
+    """
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID")
 
 
 def restart_of(environ: Mapping[str, str]) -> int:
-    """How often SLURM has started the job of a process again."""
+    """Return how often SLURM has restarted the process's job."""
     count = environ.get("SLURM_RESTART_COUNT", "")
     return int(count) if count.isdecimal() else 0
 
 
 def start_of(environ: Mapping[str, str]) -> str | None:
-    """Names one start of one job, such as ``123_4.0``; None outside of a job."""
+    """Return the id of one start of a job, such as ``123_4.0``; None outside a job."""
     job_id = job_of(environ)
     return f"{job_id}.{restart_of(environ)}" if job_id is not None else None

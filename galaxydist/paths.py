@@ -1,4 +1,4 @@
-"""Where things lie: the data root with what is in it, and the recipes that ship with the package."""
+"""Paths under the data root, and of the recipes that ship with the package."""
 
 import re
 from collections.abc import Mapping
@@ -14,20 +14,22 @@ _DATASET_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
 
 
 def is_dataset_name(name: str) -> bool:
-    """Return True if a data set may have this name. It names a folder of the data root and stands in commands and recipes."""
+    """Return True if a data set may have this name, which is used in folder names, commands and recipes."""
     return _DATASET_NAME.fullmatch(name) is not None
 
 
 def folder_name(name: str) -> str:
-    """A data set's name, which shards from anywhere may give themselves, as the name of one folder."""
+    """Return a folder name for the data set's name in a manifest, which may be any text."""
     return "_" if name in ("", ".", "..") else name.replace("/", "_")
 
 
 def data_root(explicit: Path | None, environ: Mapping[str, str]) -> Path:
-    """The folder of HDF5 files, shards, weights and caches: ``explicit``, else GALAXYDIST_DATA, else a user cache folder.
+    """Return the data root, which holds HDF5 files, shards, weights and caches.
+
+    It is ``explicit``, else GALAXYDIST_DATA, else a user cache folder.
 
     Raises:
-        UserError: it is a URL, or a file stands in its place.
+        UserError: the data root is a URL, or it or one of its parents is a file.
     """
     if explicit is None and not environ.get(DATA_VARIABLE):
         from platformdirs import user_cache_path
@@ -49,22 +51,22 @@ def data_root(explicit: Path | None, environ: Mapping[str, str]) -> Path:
 
 
 def hdf5_path(root: Path, dataset: str) -> Path:
-    """The HDF5 file of a survey: ``<root>/hdf5/Galaxy10_DECals.h5`` (its official name) or ``<root>/hdf5/<dataset>.h5``."""
+    """Return the HDF5 file of a survey: ``<root>/hdf5/Galaxy10_DECals.h5`` (official name) or ``<root>/hdf5/<dataset>.h5``."""
     return root / "hdf5" / ("Galaxy10_DECals.h5" if dataset == "galaxy10_decals" else f"{dataset}.h5")
 
 
 def shards_dir(root: Path, dataset: str, variant: str, *, conflicting: str = "keep") -> Path:
-    """The folder of a data set's shards: ``<root>/shards/<dataset>/<variant>[-no_conflicting]``."""
+    """Return the folder of a data set's shards: ``<root>/shards/<dataset>/<variant>[-no_conflicting]``."""
     return root / "shards" / dataset / (variant if conflicting == "keep" else f"{variant}-no_conflicting")
 
 
 def manifest_path(root: Path, dataset: str, variant: str, *, conflicting: str = "keep") -> Path:
-    """The manifest of a data set's shards."""
+    """Return the path of the manifest of a data set's shards."""
     return shards_dir(root, dataset, variant, conflicting=conflicting) / "manifest.json"
 
 
 def find_shards(root: Path) -> dict[str, list[Path]]:
-    """The manifests of the shards under a data root, by data set."""
+    """Return the manifests under a data root, by data set."""
     found: dict[str, list[Path]] = {}
     for path in sorted((root / "shards").glob("*/*/manifest.json")):
         found.setdefault(path.parents[1].name, []).append(path)
@@ -72,21 +74,21 @@ def find_shards(root: Path) -> dict[str, list[Path]]:
 
 
 def images_dir(root: Path, dataset: str) -> Path:
-    """Where ``galaxydist data export`` puts a data set's ImageFolder trees."""
+    """Return the folder of a data set's ImageFolder trees, written by ``galaxydist data export``."""
     return root / "images" / dataset
 
 
 def weights_dir(root: Path) -> Path:
-    """Where ``galaxydist weights fetch`` puts pretrained weights."""
+    """Return the folder of pretrained weights, written by ``galaxydist weights fetch``."""
     return root / "weights"
 
 
 def cache_dir(root: Path) -> Path:
-    """Where files of stores are kept, unless data.cache_dir says otherwise."""
+    """Return the default cache folder of remote shards (see ``data.cache_dir``)."""
     return root / "cache"
 
 
 def shipped_dir(name: str) -> Path:
-    """A folder that ships with the package (``recipes``): inside an installed wheel, or beside the package in a checkout."""
+    """Return a folder that ships with the package (``recipes``): in an installed wheel, or beside the package in a checkout."""
     installed = PACKAGE_DIR / name
     return installed if installed.is_dir() else PACKAGE_DIR.parent / name

@@ -1,4 +1,7 @@
-"""What a check found, and how it is told."""
+"""Results of the doctor's checks, rank reports, and their text.
+
+Each rank writes its report as JSON after every part, so that the report of a rank that dies shows how far it came.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,13 +17,13 @@ LEVELS: tuple[Level, ...] = ("ok", "warning", "failure")
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report.
+    """Result of one check: one line of the report.
 
     Args:
-        name: what was looked at.
-        level: how it is.
-        text: what was found.
-        remedy: what to do; empty where all is well.
+        name: subject of the check.
+        level: severity.
+        text: result of the check.
+        remedy: what to do; empty for a passed check.
     """
 
     name: str
@@ -34,37 +37,37 @@ class Check:
 
 
 def ok(name: str, text: str) -> Check:
-    """All is well."""
+    """Return a passed check."""
     return Check(name, "ok", text)
 
 
 def warning(name: str, text: str, remedy: str) -> Check:
-    """A run starts, but is slow or lacks something."""
+    """Return a warning: a run starts, but is slow or lacks something."""
     return Check(name, "warning", text, remedy)
 
 
 def failure(name: str, text: str, remedy: str) -> Check:
-    """A run would not start, or not survive."""
+    """Return a failed check: a run would not start, or would end early."""
     return Check(name, "failure", text, remedy)
 
 
 def has_failed(checks: Iterable[Check]) -> bool:
-    """Whether any of them is a failure."""
+    """Return True if any check is a failure."""
     return any(check.level == "failure" for check in checks)
 
 
 def worst_first(checks: Iterable[Check]) -> list[Check]:
-    """By level, in their order."""
+    """Sort checks by level, worst first; checks of one level keep their order."""
     return sorted(checks, key=lambda check: -LEVELS.index(check.level))
 
 
 def to_dicts(checks: Iterable[Check]) -> list[dict[str, Any]]:
-    """As JSON has it."""
+    """Convert checks to plain JSON values."""
     return [asdict(check) for check in checks]
 
 
 def render(sections: Mapping[str, Iterable[Check]]) -> str:
-    """The report as text: a title a section, a line a check, its remedy below.
+    """Format the report as text: a title per section, a line per check with its remedy below, and a count of the levels.
 
     Args:
         sections: title -> checks.
@@ -89,21 +92,17 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-# What one rank of the doctor's job found: plain values, written as JSON after each part.
-#
-# So a rank that dies leaves what it knows.
-
 FORMAT_VERSION = 1
 
 
 @dataclass
 class Timing:
-    """All-reduces of one backend.
+    """Times of all-reduces with one backend.
 
     Args:
-        num_bytes: of the tensor.
-        median_s: seconds of one, the slowest rank's, median over several.
-        error: why there are none.
+        num_bytes: size of the tensor.
+        median_s: seconds of one all-reduce on its slowest rank, median over several.
+        error: reason of a failed measurement.
     """
 
     num_bytes: int = 0
@@ -113,35 +112,35 @@ class Timing:
 
 @dataclass
 class RankReport:
-    """One rank, filled in as it goes on.
+    """Results of one rank, filled in part by part.
 
     Args:
-        rank, world_size: of the job.
-        host: the node, as the scheduler calls it.
-        machine: the same for processes of one machine (several nodes of a test bed are one).
-        part: what it is about; "done" at the end.
-        finished: the parts before.
-        checks: of the node.
-        versions: name -> version, to be equal on all ranks.
-        cores: that the process may run on.
-        cpus_per_task: that SLURM gave it.
+        rank, world_size: rank and world size of the job.
+        host: the node's name in the scheduler.
+        machine: id of the machine, equal for all its processes (several nodes of a mini cluster are one machine).
+        part: the current part; "done" at the end.
+        finished: the earlier parts.
+        checks: checks of the node.
+        versions: name -> version; must be equal on all ranks.
+        cores: cores that the process may run on.
+        cpus_per_task: cores that SLURM gave to the task.
         visible_gpus: CUDA_VISIBLE_DEVICES; None: not set.
-        slurm_gpus: SLURM_STEP_GPUS or SLURM_JOB_GPUS, of the whole node.
-        num_gpus: that torch sees.
-        gpu: the unique id of the one that this rank would train on.
-        interface: that gloo is told to use; None: the one that the machine's name resolves to.
-        address: of this rank in the rendezvous.
-        store: where the ranks met, host and port.
-        meeting_s: seconds until all had met.
-        timings: backend -> all-reduces.
-        clock_s: this clock minus rank 0's.
-        round_trip_s: within which that was measured: the clock's error is at most half of it.
-        seen_s: seconds until a file written by rank 0 was seen; None: never.
-        renamed_s: the same for a file replaced by the last rank.
-        torn: times that neither the old nor the new contents were read meanwhile.
+        slurm_gpus: SLURM_STEP_GPUS or SLURM_JOB_GPUS, for the whole node.
+        num_gpus: GPUs that torch sees.
+        gpu: unique id of the GPU that this rank would train on.
+        interface: gloo's network interface; None: the one that the host name resolves to.
+        address: network address of this rank.
+        store: host and port of the rendezvous.
+        meeting_s: seconds until all ranks had joined the rendezvous.
+        timings: backend -> times of all-reduces.
+        clock_s: this clock minus rank 0's, in seconds.
+        round_trip_s: round trip of the clock measurement, in seconds; its error is at most half of it.
+        seen_s: seconds until this rank saw a file written by rank 0; None: never.
+        renamed_s: seconds until this rank saw the contents replaced by the last rank; None: never.
+        torn: number of reads that returned neither the old nor the new contents.
         signal_s: seconds until SIGUSR2 arrived; None: never.
-        signal_error: why it was not sent.
-        error: what ended the examination early.
+        signal_error: reason why the signal was not sent.
+        error: error that ended the examination early.
     """
 
     rank: int
@@ -177,7 +176,7 @@ class RankReport:
         return self.part == "done"
 
     def write(self, folder: Path, part: str) -> None:
-        """Note that a part is begun, and those before are finished, and write everything so far."""
+        """Start a part, mark the previous one as finished, and write the report."""
         if part != self.part:
             self.finished.append(self.part)
         self.part = part
@@ -192,10 +191,10 @@ class RankReport:
 
 
 def read_reports(folder: Path) -> list[RankReport]:
-    """What the ranks have written so far, in their order.
+    """Read the reports written so far, in rank order.
 
     Raises:
-        UserError: written by another galaxydist.
+        UserError: a report was written by another version of galaxydist.
     """
     reports = []
     for path in folder.glob("rank-*.json"):
@@ -206,17 +205,15 @@ def read_reports(folder: Path) -> list[RankReport]:
     return sorted(reports, key=lambda report: report.rank)
 
 
-# Naming ranks by their hosts.
-
 MOST_HOSTS = 4
 
 
 def name_places(some: Sequence[RankReport], every: Sequence[RankReport]) -> str:
-    """Where some of the ranks are: "n1, n2", or "n1 (rank 3)" where not all ranks of a host are meant.
+    """Describe ranks by their hosts: "n1, n2", or "n1 (rank 3)" if only some ranks of a host are meant.
 
     Args:
-        some: the ranks.
-        every: all of them.
+        some: the ranks to describe.
+        every: all ranks.
     """
     if len(some) == len(every):
         return "all ranks" if len(every) > 1 else f"{every[0].host}"

@@ -1,4 +1,7 @@
-"""The doctor's job: submitted, awaited, merged into a table; cancelled when it does not start or the user does not wait."""
+"""The doctor's job: submission, waiting, merged report, and the cluster's preemption settings.
+
+The job is cancelled if it does not start in time or the user interrupts the command.
+"""
 
 import contextlib
 import time
@@ -20,36 +23,34 @@ from galaxydist.doctor.merge import merge_reports
 from galaxydist.doctor.rank import MEETING_S, Examination, examine_task
 from galaxydist.errors import UserError
 
-# The doctor's job, of SLURM or of this machine: its state, and ending it with all of its processes.
-
 ENDING_S = 10.0
 
 
 class QueuedJob(Protocol):
-    """What was submitted."""
+    """A submitted job."""
 
     def look(self) -> JobState:
-        """Its state; UNKNOWN with a reason where it cannot be told."""
+        """Return the job's state; UNKNOWN with a reason if it cannot be determined."""
 
     def end(self) -> None:
-        """Cancel it, if it is still there."""
+        """Cancel the job if it still exists."""
 
 
 def is_waiting(state: JobState) -> bool:
-    """It has not started."""
+    """Return True if the job has not started."""
     return state.state in WAITING_STATES
 
 
 def has_ended(state: JobState) -> bool:
-    """It is over."""
+    """Return True if the job has ended."""
     return not state.is_active and state.state != UNKNOWN
 
 
 class SlurmQueuedJob:
-    """A job of SLURM.
+    """A SLURM job.
 
     Args:
-        job_id: its number.
+        job_id: SLURM's job id.
     """
 
     def __init__(self, job_id: str) -> None:
@@ -70,7 +71,7 @@ class LocalQueuedJob:
     """Processes that submitit started on this machine.
 
     Args:
-        job: submitit's.
+        job: submitit's local job.
     """
 
     def __init__(self, job: Any) -> None:
@@ -80,7 +81,7 @@ class LocalQueuedJob:
         return JobState(self._job.state)
 
     def end(self) -> None:
-        """Its shell does not hand signals on: every process of the tree gets its own."""
+        """Signal every process of the job's process tree, because its shell does not forward signals."""
         try:
             root = psutil.Process(int(self._job.job_id))
             tree = [root, *root.children(recursive=True)]
@@ -93,17 +94,18 @@ class LocalQueuedJob:
             _, tree = psutil.wait_procs(tree, timeout=ENDING_S)
 
 
-# Whether a run is warned before SLURM preempts it: not tried, but read from the cluster's settings.
-
 NAME = "preemption"
 
 
 def check_preemption(cluster: ClusterConfig, site: Site | None = None) -> list[Check]:
-    """What a preempted run of this profile can save; nothing for local runs and partitions that sbatch refuses anyway.
+    """Check in the cluster's settings that SLURM sends a signal to a run of this profile before preempting it.
 
     Args:
         cluster: the profile.
-        site: the cluster; default: this machine's SLURM is asked.
+        site: the cluster description; default: from this machine's SLURM.
+
+    Returns:
+        One check; none for local runs, and none for partitions that sbatch refuses anyway.
     """
     if cluster.scheduler == "local":
         return []
@@ -147,12 +149,12 @@ def _end(cluster: ClusterConfig, preemption: Preemption) -> str:
     return "ends and requeues the job" if is_requeued else "ends the job"
 
 
-# Longer than all parts of the examination take when every one of them fails by its limit.
+# Longer than all parts of the examination if each one times out.
 JOB_MIN = 15
-# The signal before the time limit is no part of the examination: as late as a profile of a minute or two has it.
+# SLURM's signal before the time limit must not interrupt the examination, so it comes at most this long before the end.
 MOST_SIGNAL_S = 60
 LOOK_S = 1.0
-# A network file system may show the last reports so much later than SLURM the job's end.
+# On a network file system the last reports may appear this much later than the end of the job.
 SETTLING_S = 10.0
 LAST_LINES = 3
 
@@ -166,15 +168,15 @@ def doctor_cluster(
     say: Callable[[str], None],
     meeting_s: float = MEETING_S,
 ) -> list[Check]:
-    """Submit a short job of the profile's size and judge what its ranks find.
+    """Submit a short job of the profile's size and return the checks of its ranks.
 
     Args:
         cluster: the profile.
-        runs: the folder of run folders; the reports go to ``doctor/`` in it.
-        data_dir: the data root, where it was given.
-        wait_s: how long the job may wait for its start.
-        say: tells the user how it goes on.
-        meeting_s: how long a rank waits for the others.
+        runs: the folder of run folders; the reports go to its subfolder ``doctor/``.
+        data_dir: the data root, if given.
+        wait_s: seconds that the job may wait for its start.
+        say: prints progress.
+        meeting_s: seconds that a rank waits for the others.
     """
     folder = _new_folder(runs / "doctor", cluster.name)
     short = short_profile(cluster)
@@ -182,7 +184,7 @@ def doctor_cluster(
     examination = Examination(folder, data_dir, cluster.scratch, cluster.gpus_per_node, meeting_s)
     queued: QueuedJob | None = None
     try:
-        # Whoever is interrupted while SLURM takes the job, or right after it, cancels it too.
+        # An interrupt during or right after the submission must cancel the job too.
         with deferred_signals(), without_job_environment(), explain_refusal(cluster.name):
             executor = build_executor(short, folder / "output", name=f"doctor-{cluster.name}", code=code)
             job = executor.submit(examine_task, examination)
@@ -200,7 +202,7 @@ def doctor_cluster(
 
 
 def short_profile(cluster: ClusterConfig) -> ClusterConfig:
-    """The profile for the doctor's job: short, and never requeued."""
+    """Return the profile of the doctor's job: short, and never requeued."""
     return cluster.model_copy(
         update={
             "time": min(cluster.time_min, JOB_MIN),
@@ -212,7 +214,7 @@ def short_profile(cluster: ClusterConfig) -> ClusterConfig:
 
 
 def _follow(job: QueuedJob, folder: Path, cluster: ClusterConfig, wait_s: float) -> list[Check]:
-    """Wait until all ranks are done or the job is no more."""
+    """Wait until all ranks are done or the job has ended, and merge the reports."""
     began = started = time.monotonic()
     seen = JobState(UNKNOWN)
     while True:
@@ -239,7 +241,7 @@ def _follow(job: QueuedJob, folder: Path, cluster: ClusterConfig, wait_s: float)
 
 
 def _await_end(job: QueuedJob) -> None:
-    """The ranks are done: give the job the moment that it takes to leave."""
+    """Wait a few seconds for the job to end after its ranks are done."""
     until = time.monotonic() + SETTLING_S
     while time.monotonic() < until and not has_ended(job.look()):
         time.sleep(LOOK_S / 5)
@@ -262,7 +264,7 @@ def _not_started(seen: JobState, wait_s: float) -> Check:
 
 
 def _broken_off(output: Path, seen: JobState, has_reports: bool) -> Check:
-    """What the output of a job says that did not come to its end."""
+    """Return the failure of a job that ended early, with the last lines of its output."""
     lines: list[str] = []
     for path in sorted(output.glob("*.err")) or sorted(output.glob("*.out")):
         told = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
@@ -280,7 +282,7 @@ def _broken_off(output: Path, seen: JobState, has_reports: bool) -> Check:
 
 
 def _new_folder(parent: Path, name: str) -> Path:
-    """A folder of this examination's own."""
+    """Create a new folder for this examination."""
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1000):
         folder = (parent / (stem if number == 0 else f"{stem}-{number}")).absolute()

@@ -1,4 +1,7 @@
-"""The checks of one machine, put together: on the one that the command is given on, and on each node of a job."""
+"""Checks of one machine: cores, threads, memory, disk space and folders.
+
+They run on the machine where the command is given, and on each node of the doctor's job.
+"""
 
 import fcntl
 import math
@@ -25,27 +28,25 @@ from galaxydist.loading.dataset import SOURCES, find_manifest
 from galaxydist.paths import DATA_VARIABLE, find_shards
 from galaxydist.recipe.schema import DataConfig
 
-# Cores, threads and memory of this process.
-
-# Below it, a run of the smallest recipes with its readers is killed or swaps.
+# With less memory, even a run of the smallest recipes is killed or swaps.
 LEAST_MEMORY = 4e9
-# NCCL passes pieces of some MB between the GPUs of a node through it; a container's default is 64 MB.
+# NCCL exchanges buffers of some MB between the GPUs of a node through shared memory; a container's default is 64 MB.
 LEAST_SHARED = 0.5e9
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-# They bind the threads of every process of a node to the same first cores.
+# Variables that bind the threads of all processes of a node to the same first cores.
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 HARMLESS_BINDING = {"", "false", "none", "disabled"}
-# "max" in version 1 is the largest number of pages.
+# Control groups version 1 state no limit as a number of bytes close to 2^63.
 NO_LIMIT = 1 << 60
 
 
 def check_cores(bound: int, quota: float, on_machine: int) -> Check:
-    """Cores that this process may use.
+    """Check the number of cores that this process may use.
 
     Args:
-        bound: that it may run on.
-        quota: that its container allows, in cores; infinity: all.
-        on_machine: that there are.
+        bound: cores that the process may run on.
+        quota: CPU quota of the container, in cores; infinity: no limit.
+        on_machine: cores of the machine.
     """
     allowed = f", of which its container allows {quota:g} at a time" if math.isfinite(quota) else ""
     text = f"{bound} of the machine's {on_machine}{allowed}"
@@ -58,11 +59,11 @@ def check_cores(bound: int, quota: float, on_machine: int) -> Check:
 
 
 def check_threads(environ: Mapping[str, str], cores: int) -> Check:
-    """Variables that decide how many threads libraries start, and where they run.
+    """Check the variables that set the number and the binding of the libraries' threads.
 
     Args:
         environ: the environment.
-        cores: that the process may use.
+        cores: cores that the process may use.
     """
     counts = {name: environ[name] for name in THREAD_COUNTS if name in environ}
     told = ", ".join(f"{name}={value}" for name, value in counts.items()) or "no variable limits them (the trainer counts cores)"
@@ -83,12 +84,12 @@ def check_threads(environ: Mapping[str, str], cores: int) -> Check:
 
 
 def check_memory(available: float, limit: float, ranks: int = 1) -> Check:
-    """Memory of the machine that is free, and what the container or the job allows.
+    """Check the free memory of the machine, the container and the job.
 
     Args:
-        available: bytes free.
-        limit: bytes that the control groups of this process still allow; infinity: all.
-        ranks: processes that share them.
+        available: free bytes.
+        limit: bytes that the control groups of this process still allow; infinity: no limit.
+        ranks: processes that share the memory.
     """
     allowed = f", of which the container or the job allows {limit / 1e9:.1f} GB" if math.isfinite(limit) else ""
     text = f"{available / 1e9:.1f} GB free{allowed}"
@@ -100,10 +101,10 @@ def check_memory(available: float, limit: float, ranks: int = 1) -> Check:
 
 
 def check_shared_memory(folder: Path) -> Check:
-    """``/dev/shm``, through which processes of a node exchange.
+    """Check the free space of ``/dev/shm``, the shared memory of the processes of a node.
 
     Args:
-        folder: where it is mounted.
+        folder: its mount point.
     """
     try:
         free = _free(folder)
@@ -118,12 +119,12 @@ def check_shared_memory(folder: Path) -> Check:
 
 
 def memory_limit(root: Path = Path("/")) -> float:
-    """Bytes that the control groups of this process still allow it; infinity where there is no limit.
+    """Return the bytes that the control groups of this process still allow; infinity where there is no limit.
 
     Linux's documentation: cgroup-v2.rst, "memory.max"; version 1: memory.txt, "memory.limit_in_bytes".
 
     Args:
-        root: of the file system.
+        root: the root of the file system.
     """
     left = math.inf
     for controllers, groups in control_groups(root):
@@ -138,12 +139,12 @@ def memory_limit(root: Path = Path("/")) -> float:
 
 
 def available_memory() -> float:
-    """Bytes of this machine that are free or can be freed."""
+    """Return the bytes of memory of this machine that are free or can be freed."""
     return float(psutil.virtual_memory().available)
 
 
 def num_cores() -> int:
-    """Of this machine."""
+    """Return the number of cores of this machine."""
     return os.cpu_count() or 1
 
 
@@ -156,24 +157,24 @@ def _left_in(group: Path, limit_name: str, used_name: str) -> float:
 
 
 def _free(folder: Path) -> int:
-    """Bytes that a user may still write there."""
+    """Return the free bytes of the folder's file system."""
     found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize
 
 
-# How much a user may still write to a folder: its file system, its free space, the quota of HOME.
+# Disk space: file systems, free bytes, quota of HOME.
 
 QUOTA_S = 10.0
-# A disk of this machine has quotas where its mount options say so; elsewhere a server keeps them.
+# Local file systems, whose mount options show quotas; the quotas of network file systems are on their servers.
 LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "overlay", "tmpfs", "apfs"}
 
 
 class Mount(NamedTuple):
-    """What a folder lies on.
+    """A mounted file system.
 
     Attributes:
-        kind: the type of file system, such as ``ext4``, ``nfs4``, ``lustre``; ``unknown``.
-        options: that it is mounted with, between commas.
+        kind: type of the file system, such as ``ext4``, ``nfs4``, ``lustre``; or ``unknown``.
+        options: mount options, separated by commas.
     """
 
     kind: str
@@ -186,28 +187,28 @@ class Mount(NamedTuple):
 
 
 def free_bytes(folder: Path) -> float:
-    """What a user may still write there, without quotas."""
+    """Return the free bytes of the folder's file system, without quotas."""
     found = os.statvfs(folder)
     return float(found.f_bavail * found.f_frsize)
 
 
 def find_mount(folder: Path) -> Mount:
-    """The file system that a folder lies on."""
+    """Return the file system of a folder."""
     mounts = {Path(part.mountpoint): Mount(part.fstype, part.opts) for part in psutil.disk_partitions(all=True)}
     path = folder.resolve()
     return next((mounts[parent] for parent in (path, *path.parents) if parent in mounts), Mount("unknown"))
 
 
 def quota_left(home: Path, program: str = "quota", mount: Mount | None = None) -> float | None:
-    """Bytes that the user may still write in HOME by its quota.
+    """Return the bytes that the quota of HOME still allows.
 
     Args:
         home: the home folder.
-        program: quota(1), which knows the quotas of disks and of NFS, not those of Lustre, GPFS and the like.
-        mount: what HOME lies on; default: it is looked up.
+        program: quota(1), which reports the quotas of local disks and NFS, but not of Lustre, GPFS and the like.
+        mount: the file system of HOME; default: it is looked up.
 
     Returns:
-        Infinity where there is no quota; None where nobody can tell.
+        Infinity if there is no quota; None if it is unknown.
     """
     mount = mount or find_mount(home)
     if mount.is_without_quota:
@@ -221,13 +222,13 @@ def quota_left(home: Path, program: str = "quota", mount: Mount | None = None) -
     except (OSError, subprocess.TimeoutExpired):
         return None
     left = read_quota(answer.stdout)
-    # It says "none" too where the server did not answer, and complains beside that.
+    # quota(1) also prints "none" when the server does not answer, together with an error message.
     is_told = left < float("inf") or (bool(answer.stdout.strip()) and not answer.stderr.strip())
     return left if is_told else None
 
 
 def read_quota(text: str) -> float:
-    """Bytes left, from quota(1)'s table: file system, blocks of 1024 bytes (with a star when over), soft limit, hard limit."""
+    """Return the bytes left by quota(1)'s table: file system, 1024-byte blocks (starred above the limit), soft and hard limit."""
     left = float("inf")
     for used, soft, hard in re.findall(r"^\s*\S+\s+(\d+)\*?\s+(\d+)\s+(\d+)", text, re.MULTILINE):
         limits = [int(limit) for limit in (soft, hard) if int(limit)]
@@ -236,9 +237,9 @@ def read_quota(text: str) -> float:
     return left
 
 
-# Folders: the data root, scratch space, shards, and what the file system of the run folders can do.
+# Folders: the data root, shards, scratch space and run folders.
 
-# Galaxy10 DECaLS as HDF5 (2.7 GB), its shards of both variants and weights, with room for checkpoints.
+# Galaxy10 DECaLS as HDF5 (2.7 GB), shards of both variants, weights and some checkpoints.
 LEAST_IN_HOME = 20e9
 LEAST_ELSEWHERE = 5e9
 LEAST_SCRATCH = 5e9
@@ -246,12 +247,12 @@ IN_MEMORY = {"tmpfs", "ramfs"}
 
 
 def check_data_root(root: Path, home: Path, quota_left: float | None) -> Check:
-    """Where data lie, how much room is left, and whether that is a HOME with a small quota.
+    """Check that the data root can be written, and its free space or, in HOME, the quota.
 
     Args:
-        root: the data root; it may not be there yet.
+        root: the data root; it need not exist.
         home: the user's home folder.
-        quota_left: bytes of the user's quota on HOME's file system; infinity: there is none; None: it is not known.
+        quota_left: bytes left of the user's quota on HOME's file system; infinity: no quota; None: unknown.
     """
     name = "data root"
     move = f"set {DATA_VARIABLE}=FOLDER to a large file system (project or scratch), or give --data-dir"
@@ -282,7 +283,7 @@ def check_data_root(root: Path, home: Path, quota_left: float | None) -> Check:
 
 
 def check_shards(root: Path) -> Check:
-    """Whether shards of the data set that recipes use by default lie in the data root."""
+    """Check that the data root has shards of the recipes' default data set."""
     config = DataConfig()
     wanted = Path(find_manifest(config, root))
     if wanted.is_file():
@@ -293,11 +294,11 @@ def check_shards(root: Path) -> Check:
 
 
 def check_scratch(told: Path, environ: Mapping[str, str]) -> Check:
-    """Scratch space of a node, for caches.
+    """Check the scratch space of a node, which holds the caches.
 
     Args:
-        told: the profile's, perhaps with variables (``$TMPDIR``, ``/local/${USER}``), or TMPDIR.
-        environ: of the process on the node, which has the variables' values.
+        told: scratch folder of the profile, may contain variables (``$TMPDIR``, ``/local/${USER}``); or TMPDIR.
+        environ: environment of the process on the node, with the variables' values.
     """
     remedy = "choose another folder (cluster.scratch, TMPDIR)"
     try:
@@ -321,10 +322,10 @@ def check_scratch(told: Path, environ: Mapping[str, str]) -> Check:
 
 
 def check_run_folders(folder: Path) -> list[Check]:
-    """What run folders need of their file system: writing, fsync, rename over a file, link, flock.
+    """Check that the file system of the run folders supports writing, fsync, rename over a file, link and flock.
 
     Args:
-        folder: of the run folders; made if it is not there.
+        folder: the folder of the run folders; created if missing.
     """
     move = "put the run folders on another file system: run.root=FOLDER"
     weaker = "locks of run folders are weaker here: do not start the same run twice. Or run.root=FOLDER on another file system"
@@ -344,7 +345,7 @@ def check_run_folders(folder: Path) -> list[Check]:
 
 
 def _tried(name: str, attempt: Callable[[Path], str], folder: Path, bad: Callable[[str, str, str], Check], remedy: str) -> Check:
-    """One operation, done for real; what it answers is wrong with it."""
+    """Run one file operation and return its check; ``attempt`` returns the problem, or an empty text."""
     try:
         problem = attempt(folder)
     except OSError as error:
@@ -359,7 +360,7 @@ def _try_fsync(folder: Path) -> str:
 
 
 def _try_rename(folder: Path) -> str:
-    """Over an existing file, which a reader has open."""
+    """Rename a file over an existing one that is open for reading."""
     path, new = folder / "rename", folder / "rename.tmp"
     write_bytes(path, b"old")
     write_bytes(new, b"new")
@@ -375,7 +376,7 @@ def _try_rename(folder: Path) -> str:
 
 
 def _try_link(folder: Path) -> str:
-    """The second to link the same name must fail: so a lock is taken once."""
+    """Link the same name twice: the second attempt must fail, because run-folder locks rely on it."""
     path, name = folder / "link", folder / "link.name"
     path.write_bytes(b"x")
     os.link(path, name)
@@ -398,7 +399,7 @@ def _try_flock(folder: Path) -> str:
 
 @contextmanager
 def _own_folder(folder: Path) -> Iterator[Path]:
-    """A folder to try things in, removed afterwards."""
+    """Create a temporary folder for the tests, and remove it afterwards."""
     inside = folder / f".doctor-{secrets.token_hex(6)}"
     inside.mkdir()
     try:
@@ -408,7 +409,7 @@ def _own_folder(folder: Path) -> Iterator[Path]:
 
 
 def _nearest(path: Path) -> Path | None:
-    """The path itself or the first of its parents that is there."""
+    """Return the path itself or its nearest parent that exists."""
     return next((parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists()), None)
 
 
@@ -417,15 +418,15 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class CheckTarget:
-    """What a machine is looked at for.
+    """Folders and resources to check on a machine.
 
     Args:
         data_root: the data root.
         runs: the folder of run folders.
-        scratch: of the profile, perhaps with variables of the process; None: TMPDIR.
-        gpus: that a process must see.
+        scratch: scratch folder of the profile, may contain environment variables; None: TMPDIR.
+        gpus: GPUs that a process must see.
         ranks: processes of a job on the machine.
-        devices: that a product of matrices is tried on; None: all.
+        devices: devices for the matrix product; None: all GPUs.
     """
 
     data_root: Path
@@ -437,10 +438,10 @@ class CheckTarget:
 
 
 def check_machine(place: CheckTarget, environ: Mapping[str, str]) -> list[Check]:
-    """Everything of this machine and this process.
+    """Run all checks of this machine and this process.
 
     Args:
-        place: what it is looked at for.
+        place: the folders and resources to check.
         environ: the process's environment.
     """
     gpus = find_gpus()

@@ -1,21 +1,24 @@
-"""From what the ranks found, each for itself, to one table: what is alike is one line, what differs is named by host."""
+"""Merge of the reports of all ranks into one table.
+
+Equal results become one line; different ones are listed by host.
+"""
 
 from collections.abc import Callable, Sequence
 
 from galaxydist.doctor.check import LEVELS, Check, RankReport, Timing, failure, name_places, ok, warning
 from galaxydist.doctor.network import is_loopback
 
-# Judging what the ranks found together: rendezvous, clocks, shared files, the signal, all-reduces.
+# Checks between ranks: rendezvous, clocks, shared files, the signal, all-reduces.
 
 CLOCK_S = 1.0
 SLOW_S = 5.0
-# Of busbw, see ``check_bandwidth``. Ethernet of 1 Gbit/s carries 0.125 GB/s, InfiniBand and RoCE from 5 GB/s on.
+# Bus bandwidth in GB/s, see ``check_bandwidth``. Ethernet of 1 Gbit/s carries 0.125 GB/s, InfiniBand and RoCE at least 5 GB/s.
 SLOW_NCCL = 2.0
 SLOW_GLOO = 0.1
 
 
 def check_addresses(reports: Sequence[RankReport]) -> list[Check]:
-    """By which interface and address each rank is reached."""
+    """Check the network interface and address of each rank."""
     known = [report for report in reports if report.store]
     if not known:
         return []
@@ -46,7 +49,7 @@ def _by(report: RankReport) -> str:
 
 
 def check_meeting(reports: Sequence[RankReport]) -> list[Check]:
-    """Whether the ranks found one another."""
+    """Check that all ranks joined the rendezvous."""
     tried = [report for report in reports if report.store]
     apart = [report for report in tried if report.meeting_s is None]
     if not tried:
@@ -59,11 +62,11 @@ def check_meeting(reports: Sequence[RankReport]) -> list[Check]:
 
 
 def check_clocks(reports: Sequence[RankReport]) -> list[Check]:
-    """Clocks against rank 0's."""
+    """Compare the clocks with rank 0's."""
     known = [report for report in reports if report.clock_s is not None]
     if len(known) < 2:
         return []
-    # What the way there and back leaves open cannot be held against a clock.
+    # Subtract the error of the measurement, half of the round trip.
     sure = {report.rank: max(abs(report.clock_s or 0.0) - (report.round_trip_s or 0.0) / 2, 0.0) for report in known}
     off = [report for report in known if sure[report.rank] > CLOCK_S]
     if off:
@@ -77,7 +80,7 @@ def check_clocks(reports: Sequence[RankReport]) -> list[Check]:
 
 
 def check_shared_files(reports: Sequence[RankReport]) -> list[Check]:
-    """Whether a file of one rank, and its replacement, are seen by all."""
+    """Check that all ranks see a file of one rank, and its replacement."""
     looked = [report for report in reports if "shared files" in report.finished]
     if not looked:
         return []
@@ -101,11 +104,11 @@ def check_shared_files(reports: Sequence[RankReport]) -> list[Check]:
 
 
 def check_signals(reports: Sequence[RankReport], *, in_container: bool = False) -> list[Check]:
-    """Whether SIGUSR2, which SLURM sends before the time limit, reaches each rank; before a preemption: ``preemption.py``.
+    """Check that SIGUSR2, which SLURM sends before the time limit, reaches each rank; see ``check_preemption`` for preemption.
 
     Args:
-        reports: of the ranks.
-        in_container: they run in one, which has SLURM's programs seldom.
+        reports: reports of the ranks.
+        in_container: the ranks run in a container, which seldom has SLURM's programs.
     """
     asked = [report for report in reports if "signal" in report.finished]
     if not asked or all(report.signal_error == "no SLURM" for report in asked):
@@ -135,9 +138,9 @@ def _not_tried(error: str, *, in_container: bool) -> Check:
 
 
 def check_bandwidth(reports: Sequence[RankReport]) -> list[Check]:
-    """All-reduces of each backend.
+    """Check the all-reduce bandwidth of each backend.
 
-    Algorithm bandwidth is bytes of the tensor / seconds; bus bandwidth is that times 2 (n - 1) / n for n ranks, which does not
+    Algorithm bandwidth is bytes of the tensor / seconds. Bus bandwidth is that times 2 (n - 1) / n for n ranks; it does not
     depend on n where a link is the limit (NVIDIA/nccl-tests, doc/PERFORMANCE.md).
     """
     return [_judge(backend, reports) for backend in dict.fromkeys(name for report in reports for name in report.timings)]
@@ -177,13 +180,13 @@ BETWEEN_RANKS: tuple[Callable[[Sequence[RankReport]], list[Check]], ...] = (
 def merge_reports(
     reports: Sequence[RankReport], num_tasks: int, gpus_per_node: int, *, in_container: bool = False
 ) -> list[Check]:
-    """The table of a job.
+    """Merge the reports of a job into its checks.
 
     Args:
-        reports: of the ranks that wrote one, in their order.
-        num_tasks: ranks that the job has.
-        gpus_per_node: that the profile asks for.
-        in_container: the ranks run in one.
+        reports: the reports that were written, in rank order.
+        num_tasks: number of ranks of the job.
+        gpus_per_node: GPUs per node in the profile.
+        in_container: the ranks run in a container.
     """
     present = check_presence(reports, num_tasks)
     if not reports:
@@ -200,13 +203,13 @@ def merge_reports(
 
 
 def _of_one_rank(checks: Sequence[Check]) -> list[Check]:
-    """A rank that meets itself has measured nothing; what does not work even so is told."""
+    """With a single process, replace passed rank-to-rank checks by one note and keep the others."""
     alone = ok("between ranks", "one process: rendezvous, shared files and all-reduce are not measured (cluster.nodes=2 does)")
     return [check for check in checks if check.level != "ok"] or [alone]
 
 
 def check_presence(reports: Sequence[RankReport], num_tasks: int) -> Check:
-    """Whether every rank came to its end."""
+    """Check that every rank wrote a report and finished."""
     absent = sorted(set(range(num_tasks)) - {report.rank for report in reports})
     ended = [report for report in reports if not report.is_done]
     hosts = list(dict.fromkeys(report.host for report in reports))
@@ -227,7 +230,7 @@ def check_presence(reports: Sequence[RankReport], num_tasks: int) -> Check:
 
 
 def merge_checks(reports: Sequence[RankReport]) -> list[Check]:
-    """The nodes' own checks, by name: one line where all ranks found the same."""
+    """Merge the nodes' own checks by name: one line if all ranks have the same result."""
     names = dict.fromkeys(check.name for report in reports for check in report.checks)
     return [_merge_named(name, reports) for name in names]
 
@@ -242,7 +245,7 @@ def _merge_named(name: str, reports: Sequence[RankReport]) -> Check:
     if len(groups) == 1:
         return worst
     if len({_without_figures(check) for check in groups}) == 1 and worst.level == "ok":
-        # The same, but for figures that are never equal, such as free space.
+        # Equal except for numbers such as free space, which always differ.
         return Check(name, "ok", f"{worst.text} ({name_places(groups[worst], reports)}; alike elsewhere)")
     lines = [f"{name_places(groups[check], reports)}: {check.text}" for check in ordered[:MOST_GROUPS]]
     if len(ordered) > MOST_GROUPS:
@@ -251,7 +254,7 @@ def _merge_named(name: str, reports: Sequence[RankReport]) -> Check:
 
 
 def check_same_versions(reports: Sequence[RankReport]) -> Check:
-    """Interpreter and libraries, against what most ranks have."""
+    """Check that interpreter and libraries have the same versions on all ranks."""
     names = dict.fromkeys(name for report in reports for name in report.versions)
     lines = []
     for name in names:
@@ -269,7 +272,7 @@ def check_same_versions(reports: Sequence[RankReport]) -> Check:
 
 
 def check_cpus(reports: Sequence[RankReport]) -> Check:
-    """Cores that each rank may run on, against what SLURM gave it."""
+    """Compare the cores that each rank may run on with the cores that SLURM gave it."""
     name = "cores a rank"
     few = [report for report in reports if report.cpus_per_task is not None and report.cores < report.cpus_per_task]
     if few:
@@ -286,11 +289,11 @@ def check_cpus(reports: Sequence[RankReport]) -> Check:
 
 
 def check_gpu_shares(reports: Sequence[RankReport], gpus_per_node: int) -> Check:
-    """Whether each rank sees GPUs of its own job only, and each one another.
+    """Check that each rank sees only GPUs of its own job, and that no two ranks use the same GPU.
 
     Args:
-        reports: of the ranks.
-        gpus_per_node: that the profile asks for.
+        reports: reports of the ranks.
+        gpus_per_node: GPUs per node in the profile.
     """
     name = "GPUs a rank"
     fence = "the site must fence GPUs (gres.conf with files, ConstrainDevices in cgroup.conf): ask its administrators"
@@ -321,7 +324,7 @@ def check_gpu_shares(reports: Sequence[RankReport], gpus_per_node: int) -> Check
 
 
 def _is_own(report: RankReport) -> bool:
-    """CUDA_VISIBLE_DEVICES names the job's GPUs: by SLURM's numbers, or from 0 where a control group hides the others."""
+    """Return True if CUDA_VISIBLE_DEVICES has the job's GPUs: SLURM's numbers, or from 0 if a control group hides the others."""
     if report.slurm_gpus is None:
         return True
     given = report.slurm_gpus.split(",")
@@ -335,7 +338,7 @@ def _is_own(report: RankReport) -> bool:
 
 
 def _names_uuids(report: RankReport) -> bool:
-    """CUDA_VISIBLE_DEVICES has unique ids, as it has for slices of GPUs (MIG-...); SLURM's variables have numbers."""
+    """Return True if CUDA_VISIBLE_DEVICES has unique ids, as for MIG slices; SLURM's variables have numbers."""
     return any(name.startswith(("GPU-", "MIG-")) for name in (report.visible_gpus or "").split(","))
 
 

@@ -1,4 +1,4 @@
-"""What can be reached from this machine: wandb's server, SLURM, and the machine by its own name."""
+"""Network checks of this machine: wandb's server, SLURM, and its own addresses."""
 
 import ipaddress
 import shutil
@@ -17,10 +17,10 @@ FIXED_MODES = ("online", "offline", "disabled")
 
 
 def check_wandb(environ: Mapping[str, str]) -> Check:
-    """Whether runs with tracker.name=wandb are tracked online. No part of the key is told.
+    """Check that runs with tracker.name=wandb are tracked online; the report has no part of the key.
 
     Args:
-        environ: WANDB_MODE, WANDB_API_KEY, WANDB_BASE_URL.
+        environ: may have WANDB_MODE, WANDB_API_KEY and WANDB_BASE_URL.
     """
     name, later = "wandb", "runs are tracked offline; `wandb sync` in their folders sends them later"
     if environ.get("WANDB_MODE") in FIXED_MODES:
@@ -36,11 +36,11 @@ def check_wandb(environ: Mapping[str, str]) -> Check:
 
 
 def check_slurm(*, is_needed: bool, program: str = "sinfo") -> Check:
-    """Whether SLURM's programs are here and its controller answers.
+    """Check that SLURM's programs are installed and its controller answers.
 
     Args:
-        is_needed: jobs are to be submitted from here.
-        program: the one that is asked.
+        is_needed: jobs will be submitted from this machine.
+        program: the SLURM program to call.
     """
     bad = failure if is_needed else warning
     if shutil.which(program) is None:
@@ -69,7 +69,7 @@ def check_slurm(*, is_needed: bool, program: str = "sinfo") -> Check:
 
 
 def own_address(hostname: str) -> str | None:
-    """The address that a name resolves to, as gloo and c10d take it; None: it does not."""
+    """Return the address that a host name resolves to, as gloo and c10d resolve it; None if it does not resolve."""
     try:
         return str(socket.getaddrinfo(hostname, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError:
@@ -77,10 +77,10 @@ def own_address(hostname: str) -> str | None:
 
 
 def interface_address(name: str) -> str | None:
-    """The first IPv4 address of an interface, else IPv6; None: it has none, or there is no such interface.
+    """Return the first IPv4 address of an interface, else the first IPv6 address; None if there is neither.
 
     Args:
-        name: ``ib0``; of a list the first.
+        name: the interface, such as ``ib0``; of a list the first is used.
     """
     found = psutil.net_if_addrs().get(name.split(",", maxsplit=1)[0].lstrip("=^"), [])
     for family in (socket.AF_INET, socket.AF_INET6):
@@ -91,12 +91,12 @@ def interface_address(name: str) -> str | None:
 
 
 def is_loopback(address: str) -> bool:
-    """Only this machine is reached by it."""
+    """Return True for a loopback address."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def machine_id() -> str:
-    """What tells this machine from others, also where several "nodes" are one: the kernel's boot."""
+    """Return the kernel's boot id, which is the same for several SLURM nodes on one machine; else the host name."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

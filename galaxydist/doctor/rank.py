@@ -1,4 +1,4 @@
-"""One rank of the doctor's job."""
+"""Examination by one rank of the doctor's job: its node, then the connections between the ranks."""
 
 import json
 import os
@@ -30,20 +30,18 @@ from galaxydist.doctor.network import interface_address, machine_id, own_address
 from galaxydist.doctor.software import library_versions
 from galaxydist.paths import data_root
 
-# How the ranks of the doctor's job talk to one another: through the store of the rendezvous alone, so that a backend which
-# does
-# not work is found by ranks that can still say so.
+# Ranks exchange results through the rendezvous store only, so that they can report a broken backend.
 
 PINGS = 5
 
 
 class RankChannel:
-    """A rank's end of it.
+    """Exchanges JSON values between ranks through the rendezvous store.
 
     Args:
-        store: of all ranks.
-        rank, size: this process and how many there are.
-        clock: seconds since 1970.
+        store: the store of all ranks.
+        rank, size: rank and world size.
+        clock: returns seconds since 1970.
     """
 
     def __init__(self, store: Store, rank: int, size: int, clock: Callable[[], float] = time.time) -> None:
@@ -53,14 +51,14 @@ class RankChannel:
         self._clock = clock
 
     def set_timeout(self, seconds: float) -> None:
-        """How long to wait for another rank from now on."""
+        """Set how long later calls wait for another rank."""
         self.store.set_timeout(timedelta(seconds=seconds))
 
     def gather(self, name: str, value: Any) -> list[Any]:
-        """What every rank gives, in the order of the ranks; all take part, once for each name.
+        """Return the values of all ranks, in rank order; all ranks must call it, once for each name.
 
         Raises:
-            RuntimeError: a rank did not come within the store's time.
+            RuntimeError: a rank did not call it within the store's timeout.
         """
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
         return [json.loads(self.store.get(f"{name}/{rank}")) for rank in range(self.size)]
@@ -70,24 +68,24 @@ class RankChannel:
         self.gather(name, None)
 
     def tell(self, name: str, value: Any = None) -> None:
-        """Say something to all."""
+        """Set a key that every rank can read."""
         self.store.set(name, json.dumps(value))
 
     def hear(self, name: str) -> Any:
-        """What somebody tells, as soon as it does."""
+        """Wait for a key and return its value."""
         return json.loads(self.store.get(name))
 
     def leave(self) -> None:
-        """The last thing: rank 0, which keeps the store, stays until all have gone."""
+        """Leave the channel: rank 0, which hosts the store, waits until all ranks have left."""
         self.tell(f"left/{self.rank}")
         if self.rank == 0:
             for rank in range(self.size):
                 self.hear(f"left/{rank}")
 
     def measure_clock(self) -> tuple[float, float]:
-        """This clock minus rank 0's, and the round trip within which it was measured, in seconds.
+        """Return this clock minus rank 0's, and the round trip of the measurement, in seconds.
 
-        The shortest of several round trips counts; the error is at most half of it (F. Cristian, Distributed Computing 3, 1989,
+        The shortest of several round trips is used; the error is at most half of it (F. Cristian, Distributed Computing 3, 1989,
         146-158). Rank 0 answers the ranks one by one.
         """
         if self.rank == 0:
@@ -111,23 +109,23 @@ def open_link(host: str, port: int, rank: int, size: int, timeout_s: float) -> R
     """Join the rendezvous.
 
     Args:
-        host, port: where rank 0 is.
-        rank, size: this process and how many there are.
-        timeout_s: to wait for rank 0, and later for any other rank.
+        host, port: address of rank 0.
+        rank, size: rank and world size.
+        timeout_s: seconds to wait for rank 0, and later for any other rank.
 
     Raises:
-        RuntimeError: rank 0 cannot be reached there, or the port is taken.
+        RuntimeError: rank 0 cannot be reached, or the port is in use.
     """
     store = TCPStore(host, port, size, rank == 0, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
     return RankChannel(store, rank, size)
 
 
-# What the ranks do together: all-reduces, files that one writes and the others see, a signal from SLURM.
+# Tests between ranks: all-reduces, shared files, SLURM's signal.
 
 NUM_BYTES = 64_000_000
 REPEATS = 5
 FILE_BYTES = 1 << 16
-SEEING_S = 90.0  # network file systems keep what they know of a folder for up to a minute
+SEEING_S = 90.0  # network file systems cache folder contents for up to a minute
 SIGNAL_S = 20.0
 SCANCEL_S = 15.0
 LOOK_S = 0.02
@@ -136,14 +134,14 @@ LOOK_S = 0.02
 def time_all_reduce(
     link: RankChannel, backend: str, device: torch.device, *, timeout_s: float, num_bytes: int = NUM_BYTES
 ) -> Timing:
-    """Make a process group and add float32 tensors up.
+    """Create a process group and time all-reduces of a float32 tensor; all ranks must call it.
 
     Args:
-        link: of the ranks; all take part.
+        link: channel between the ranks.
         backend: ``gloo`` or ``nccl``.
-        device: of the tensors.
-        timeout_s: for the group and for each all-reduce.
-        num_bytes: of the tensor.
+        device: device of the tensor.
+        timeout_s: timeout of the process group and of each all-reduce, in seconds.
+        num_bytes: size of the tensor.
     """
     try:
         store = PrefixStore(backend, link.store)
@@ -169,7 +167,7 @@ def _time_group(link: RankChannel, device: torch.device, num_bytes: int) -> Timi
             torch.cuda.synchronize(device)
         mine = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
         dist.all_reduce(mine, dist.ReduceOp.MAX)
-        if number:  # the first one connects
+        if number:  # the first all-reduce also opens the connections
             seconds.append(float(mine))
     if not bool((tensor == link.size).all()):
         return Timing(error="the sum over the ranks is wrong")
@@ -177,16 +175,16 @@ def _time_group(link: RankChannel, device: torch.device, num_bytes: int) -> Timi
 
 
 def look_at_shared_files(link: RankChannel, folder: Path, *, limit_s: float = SEEING_S) -> tuple[float | None, float | None, int]:
-    """A file that rank 0 writes, then replaces by rename from the last rank, as every rank sees it.
+    """Write a file on rank 0, replace it on the last rank, and time when this rank sees both; all ranks must call it.
 
     Args:
-        link: of the ranks; all take part.
-        folder: that they share.
-        limit_s: how long a rank looks.
+        link: channel between the ranks.
+        folder: a shared folder.
+        limit_s: seconds that a rank waits for each of the contents.
 
     Returns:
-        Seconds until it was seen, seconds until the new contents were seen (None: never), and how often anything but the old or
-        the new contents was read meanwhile.
+        Seconds until the file was seen, seconds until the new contents were seen (None: never), and the number of reads that
+        returned neither the old nor the new contents.
     """
     path = folder / "seen-by-all"
     if link.rank == 0:
@@ -214,7 +212,7 @@ def look_at_shared_files(link: RankChannel, folder: Path, *, limit_s: float = SE
 
 
 def _wait_for(path: Path, wanted: bytes, before: bytes | None, limit_s: float) -> tuple[float | None, int]:
-    """Seconds until the file has the wanted contents, and how often it had neither these nor those from before."""
+    """Return the seconds until a file has the wanted contents, and the number of reads that gave neither these nor ``before``."""
     start, strange = time.monotonic(), 0
     while (passed := time.monotonic() - start) <= limit_s:
         try:
@@ -229,7 +227,7 @@ def _wait_for(path: Path, wanted: bytes, before: bytes | None, limit_s: float) -
 
 
 class SignalWatch:
-    """Notes when SIGUSR2 arrives, instead of what it would do."""
+    """Records the arrival time of SIGUSR2."""
 
     def __init__(self) -> None:
         self.arrived: float | None = None
@@ -241,7 +239,7 @@ class SignalWatch:
 
 @contextmanager
 def watch_signal() -> Iterator[SignalWatch]:
-    """While it lasts, SIGUSR2 is noted."""
+    """Replace the handler of SIGUSR2 by one that records its arrival."""
     watch = SignalWatch()
     old = signal.signal(signal.SIGUSR2, watch.note)
     try:
@@ -253,20 +251,20 @@ def watch_signal() -> Iterator[SignalWatch]:
 def look_for_signal(
     link: RankChannel, watch: SignalWatch, environ: Mapping[str, str], *, limit_s: float = SIGNAL_S
 ) -> tuple[float | None, str | None]:
-    """Ask SLURM for the signal that it sends before a preemption or the time limit, and see when it comes.
+    """Make SLURM send SIGUSR2 to the job step, as before the time limit, and wait for it; all ranks must call it.
 
     Args:
-        link: of the ranks; all take part.
-        watch: notes the signal; begun by all ranks before.
-        environ: SLURM_JOB_ID and SLURM_STEP_ID.
-        limit_s: how long a rank waits for it.
+        link: channel between the ranks.
+        watch: records the signal; active on all ranks.
+        environ: has SLURM_JOB_ID and SLURM_STEP_ID.
+        limit_s: seconds that a rank waits for the signal.
 
     Returns:
-        Seconds until it came (None: not), and why it was not sent.
+        Seconds until the signal arrived (None: never), and the reason if it was not sent.
     """
     if "SLURM_STEP_ID" not in environ:
         return None, "no SLURM"
-    watch.arrived = None  # one that came before, such as the time limit's, is no answer
+    watch.arrived = None  # ignore earlier signals, such as the one before the time limit
     link.meet("signal/ready")
     start = time.monotonic()
     if link.rank == 0:
@@ -279,7 +277,10 @@ def look_for_signal(
 
 
 def _send_signal(step: str) -> str | None:
-    """Words of scancel where it fails. It is a process of the step itself, so it must not die of the signal."""
+    """Send SIGUSR2 with scancel and return its error message, if any.
+
+    scancel belongs to the step too, so it ignores the signal.
+    """
     command = ["sh", "-c", 'trap "" USR2; exec scancel --signal=USR2 "$1"', "sh", step]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=SCANCEL_S, check=False)
@@ -288,23 +289,23 @@ def _send_signal(step: str) -> str | None:
     return None if answer.returncode == 0 else (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
 
 
-# The ranks start together, but torch may take a minute to load from a network file system.
+# The ranks start at the same time, but torch may take a minute to load from a network file system.
 MEETING_S = 150.0
-# Any of the parts; longer than the longest of their own limits.
+# Limit of one part; longer than the longest limit inside a part.
 PART_S = 180.0
 GROUP_S = 60.0
 
 
 @dataclass(frozen=True)
 class Examination:
-    """What the ranks are told.
+    """Settings of the examination, passed to all ranks.
 
     Args:
-        folder: of the reports; all nodes must see it.
-        data_dir: the data root, where it was given.
-        scratch: of the profile, perhaps with variables of the ranks.
-        gpus_per_node: that the job has.
-        meeting_s: how long a rank waits for the others.
+        folder: folder of the reports, visible on all nodes.
+        data_dir: the data root, if given.
+        scratch: scratch folder of the profile, may contain environment variables of the ranks.
+        gpus_per_node: GPUs of the job per node.
+        meeting_s: seconds that a rank waits for the others.
     """
 
     folder: Path
@@ -315,21 +316,21 @@ class Examination:
 
 
 def examine_task(examination: Examination) -> None:
-    """What submitit calls on every rank."""
+    """Run the examination on one rank; submitit calls it on every rank."""
     environ = os.environ
     set_torch_environment(environ)
     examine(examination, environ)
 
 
 def examine(examination: Examination, environ: Mapping[str, str]) -> RankReport:
-    """Look at the node, then at what the ranks can do together; the report is written after each part.
+    """Check the node, then test the connections between the ranks; the report is written after each part.
 
     Args:
-        examination: what is looked at.
-        environ: with torch's variables (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+        examination: the settings.
+        environ: the environment with torch's variables (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
     Raises:
-        RuntimeError: another rank does not answer. The report says where this one was.
+        RuntimeError: another rank does not answer. The report has the part in which this rank failed.
     """
     rank = int(environ["RANK"])
     host = environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -397,7 +398,7 @@ def _join(report: RankReport, environ: Mapping[str, str], meeting_s: float) -> R
 
 
 def _time_backends(report: RankReport, link: RankChannel, folder: Path, local_rank: int) -> None:
-    """gloo always, nccl where every rank has a GPU."""
+    """Time all-reduces with gloo, and with NCCL if every rank has a GPU."""
     report.write(folder, "all-reduce, gloo")
     report.timings["gloo"] = time_all_reduce(link, "gloo", torch.device("cpu"), timeout_s=GROUP_S)
     can_nccl = report.num_gpus > 0 and dist.is_nccl_available()

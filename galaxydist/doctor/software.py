@@ -1,4 +1,4 @@
-"""Python, libraries, torch and GPUs of this process."""
+"""Checks of Python, libraries, torch and GPUs of this process."""
 
 import importlib.metadata
 import platform
@@ -16,20 +16,20 @@ from galaxydist.doctor.check import Check, failure, ok, warning
 
 PACKAGE = "galaxydist"
 SMI_S = 20.0
-# Whole numbers of float32 are exact: the product must be equal, bit by bit, in whatever order it is summed.
+# Integers in float32 are exact, so the product must be bitwise equal in any order of summation.
 MATMUL_SIZE = 256
 
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """What torch and the driver say of GPUs.
+    """GPUs as reported by torch and the driver.
 
     Args:
-        built_for: the CUDA version of torch's build; None for a build without.
-        names: of the GPUs that torch sees.
-        problem: torch's words where it was built for CUDA and cannot use it.
-        driver: lines of nvidia-smi, a GPU each (name, driver version); None where there is no nvidia-smi.
-        driver_problem: its words where it failed.
+        built_for: CUDA version of torch's build; None for a build without CUDA.
+        names: names of the GPUs that torch sees.
+        problem: torch's error message if it was built for CUDA and cannot use it.
+        driver: GPU names from nvidia-smi; None if there is no nvidia-smi.
+        driver_problem: error message of nvidia-smi if it failed.
     """
 
     built_for: str | None
@@ -40,11 +40,11 @@ class GpuFacts:
 
 
 def check_python(version: Sequence[int], needed: str) -> Check:
-    """The interpreter against the package's ``requires-python``.
+    """Check the interpreter against the package's ``requires-python``.
 
     Args:
         version: major, minor, micro.
-        needed: such as ">=3.11".
+        needed: version specifier, such as ">=3.11".
     """
     here = ".".join(str(number) for number in version[:3])
     if Requirement(f"python{needed}").specifier.contains(here):
@@ -53,10 +53,10 @@ def check_python(version: Sequence[int], needed: str) -> Check:
 
 
 def installed_versions(requirements: Iterable[str]) -> dict[str, str | None]:
-    """The installed version of what each requirement names; None: not installed.
+    """Return the installed version of each required package; None: not installed.
 
     Args:
-        requirements: as in pyproject.toml; those with an extra are left out.
+        requirements: as in pyproject.toml; requirements of extras are left out.
     """
     found: dict[str, str | None] = {}
     for requirement in _needed(requirements):
@@ -68,11 +68,11 @@ def installed_versions(requirements: Iterable[str]) -> dict[str, str | None]:
 
 
 def check_versions(requirements: Iterable[str], installed: Mapping[str, str | None]) -> Check:
-    """Libraries against the lower bounds of pyproject.toml.
+    """Check the libraries against the version bounds of pyproject.toml.
 
     Args:
         requirements: as in pyproject.toml.
-        installed: of ``installed_versions``.
+        installed: result of ``installed_versions``.
     """
     needed = _needed(requirements)
     wrong = [
@@ -91,7 +91,7 @@ def check_versions(requirements: Iterable[str], installed: Mapping[str, str | No
 
 
 def check_installation() -> list[Check]:
-    """Python and libraries of this process."""
+    """Check Python and the libraries of this process."""
     try:
         metadata = importlib.metadata.metadata(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -110,7 +110,7 @@ def check_installation() -> list[Check]:
 
 
 def find_gpus(smi: str = "nvidia-smi") -> GpuFacts:
-    """Ask torch and the driver.
+    """Query torch and the driver for GPUs.
 
     Args:
         smi: the driver's program.
@@ -127,11 +127,11 @@ def find_gpus(smi: str = "nvidia-smi") -> GpuFacts:
 
 
 def check_gpus(facts: GpuFacts, wanted: int) -> Check:
-    """Whether torch can use the GPUs of this machine.
+    """Check that torch can use the GPUs of this machine.
 
     Args:
-        facts: of ``find_gpus``.
-        wanted: GPUs that must be there (0: they may be absent, as on a login node).
+        facts: result of ``find_gpus``.
+        wanted: number of GPUs that torch must see (0: none needed, as on a login node).
     """
     build = "built without CUDA" if facts.built_for is None else f"built for CUDA {facts.built_for}"
     if facts.driver_problem is not None:
@@ -163,10 +163,10 @@ def check_gpus(facts: GpuFacts, wanted: int) -> Check:
 
 
 def check_matmul(device: str) -> Check:
-    """A product of matrices on a device, compared with the CPU's.
+    """Compare a matrix product on a device with the CPU's result.
 
     Args:
-        device: such as ``cuda:0``.
+        device: device name, such as ``cuda:0``.
     """
     name = f"matmul on {device}"
     generator = torch.Generator().manual_seed(0)
@@ -184,7 +184,7 @@ def check_matmul(device: str) -> Check:
 
 
 def library_versions() -> dict[str, str]:
-    """What must be the same on all ranks: interpreter, libraries, CUDA, NCCL."""
+    """Return the versions that must be equal on all ranks: interpreter, libraries, CUDA, NCCL."""
     from galaxydist import __version__
 
     try:
@@ -206,7 +206,7 @@ def _needed(requirements: Iterable[str]) -> list[Requirement]:
 
 
 def _ask_driver(smi: str) -> tuple[tuple[str, ...] | None, str | None]:
-    """GPUs and their driver, or the words of a driver that is broken."""
+    """Return the GPU names from nvidia-smi, and its error message if it fails."""
     if shutil.which(smi) is None:
         return None, None
     command = [smi, "--query-gpu=name,driver_version", "--format=csv,noheader"]

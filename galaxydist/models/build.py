@@ -1,4 +1,4 @@
-"""From a recipe's model section to a model: images B x 3 x H x W in, logits B x K out."""
+"""Construction of a recipe's model: images B x 3 x H x W in, logits B x K out."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +16,14 @@ from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, check_config, 
 from galaxydist.models.weights import Statistics, find_weights, load_weights, read_statistics, read_weights
 from galaxydist.recipe.schema import ModelConfig
 
-# Training the head alone: what is frozen has no gradient and stays in evaluation mode, so that no statistic of it moves.
+# Frozen backbone: no gradients, and evaluation mode, so that batch-norm statistics do not change.
 
 
 class FrozenBackbone(nn.Module):
-    """Put in front of a model's class by ``freeze_backbone``: ``train()`` leaves everything but the head in evaluation mode.
+    """First base class of a frozen model: ``train()`` leaves everything but the head in evaluation mode.
 
-    Setting the mode once is not enough: every epoch calls ``model.train()``, and a batch-norm layer in training mode moves its
-    statistics even where its parameters have no gradient.
+    ``freeze_backbone`` adds it. Setting the mode once is not enough: every epoch calls ``model.train()``, and a batch-norm layer
+    in training mode updates its statistics even if its parameters have no gradient.
     """
 
     head_names: tuple[str, ...]
@@ -36,10 +36,10 @@ class FrozenBackbone(nn.Module):
 
 
 def freeze_backbone(model: nn.Module, head_names: Sequence[str]) -> None:
-    """Freeze all of ``model``, in place, except the modules named in ``head_names`` (and what is in them).
+    """Freeze ``model`` in place, except the modules in ``head_names`` and their submodules.
 
-    The model keeps its parameter names, and a copy of it (the moving average) stays frozen, because the class itself changes
-    and not the object's methods.
+    The model's class is changed, not the methods of the object, so that parameter names stay and a copy (the moving average) is
+    frozen too.
     """
     inside = {id(parameter) for name in head_names for parameter in model.get_submodule(name).parameters()}
     for parameter in model.parameters():
@@ -50,7 +50,7 @@ def freeze_backbone(model: nn.Module, head_names: Sequence[str]) -> None:
 
 
 def _outside(model: nn.Module, head_names: Sequence[str]) -> Iterator[nn.Module]:
-    """The modules that neither hold a head module, nor are one, nor lie in one."""
+    """Yield the modules that neither contain a head module, nor are one, nor are inside one."""
     for name, module in model.named_modules():
         around = any(head == name or head.startswith(f"{name}.") or name.startswith(f"{head}.") for head in head_names)
         if name and not around:
@@ -68,24 +68,24 @@ def build_model(
     weights_dir: Path | None = None,
     say: Callable[[str], None] = _logger.warning,
 ) -> nn.Module:
-    """The model that ``config`` asks for, on the CPU, in float32 and training mode, with its weights in place.
+    """Build the model of ``config`` with its weights, on the CPU, in float32 and training mode.
 
-    New weights are drawn from torch's generator: seed it before. Nothing here waits for a network; call ``fetch_weights`` before,
-    on one process, where the machine may have one.
+    New weights are drawn from torch's generator: seed it before. Published weights are not downloaded: call ``fetch_weights`` on
+    one process before.
 
     Args:
         num_classes: K.
         image_size: pixels of the square images; any size from 16 (reference_vit: 25; vgg and reference_cnn: 32). A ViT pads to a
             multiple of its patch.
-        weights_dir: where ``fetch_weights`` put published weights; the local Hugging Face cache is looked in after it.
-        say: told what was left out of a file or changed; only one process of many need listen.
+        weights_dir: folder of published weights (see ``fetch_weights``); the local Hugging Face cache is searched after it.
+        say: prints which weights were left out or changed; may do nothing on all ranks but one.
 
     Raises:
-        UserError: for settings that the architecture cannot use, and for weights that are missing or do not fit.
+        UserError: settings that the architecture cannot use, or weights that are missing or do not fit.
     """
     check_config(config, image_size)
     architecture = ARCHITECTURES[config.name]
-    # Looked for first: an error about weights should not wait for a large model.
+    # Read the weights first, so that an error about them does not wait for a large model.
     path = config.weights or (find_weights(config, weights_dir) if config.pretrained else None)
     tensors = None if path is None else read_weights(path)
     name = timm_name(config)
@@ -106,10 +106,10 @@ def build_model(
 
 
 def needs_two_images(model: nn.Module, image_size: int) -> bool:
-    """Return True where a single image cannot be trained on: batch normalisation of a map of one pixel has only one value.
+    """Return True if training needs at least two images: batch normalisation would see one value per channel of one image.
 
     Args:
-        model: in training mode; it is not changed, and nothing is computed.
+        model: in training mode; it is not changed, because it runs on the meta device.
         image_size: pixels of the square images.
     """
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
@@ -125,12 +125,13 @@ def needs_two_images(model: nn.Module, image_size: int) -> bool:
 
 
 def input_statistics(config: ModelConfig) -> Statistics | None:
-    """Channel mean and deviation (0..1, RGB) that the model's images are normalised with, or None for the data set's own.
+    """Return the channel mean and standard deviation (0..1, RGB) of the images that the weights were trained with.
 
-    Weights expect what they were trained with: published ones say it in timm, a file of ours in its metadata; other files do not.
+    timm has them for published weights, and our weight files in their metadata. For random weights and other files the result is
+    None: use the data set's own.
 
     Raises:
-        UserError: where ``model.weights`` cannot be read.
+        UserError: ``model.weights`` cannot be read.
     """
     name = timm_name(config)
     if config.weights is not None:
@@ -160,7 +161,7 @@ def _build_timm(name: str, num_classes: int, image_size: int, config: ModelConfi
 
     options: dict[str, Any] = {}
     if config.name.startswith("vit"):
-        # The position embedding is made for the recipe's size; other sizes (the app's) are resampled as they come.
+        # The position embedding has the recipe's image size; for other sizes (in the app) it is resampled at run time.
         options = {"img_size": image_size, "dynamic_img_size": True, "dynamic_img_pad": image_size % PATCH_SIZE > 0}
     if config.name == "vit_scratch":
         # Without pretraining the average of all tokens learns faster than a class token (Beyer et al. 2022, arXiv:2205.01580).
@@ -171,15 +172,15 @@ def _build_timm(name: str, num_classes: int, image_size: int, config: ModelConfi
 
 
 def _build_vgg(name: str, num_classes: int, config: ModelConfig) -> nn.Module:
-    """VGG's convolutions under another head than the published two layers of 4,096 for 7 x 7 maps only.
+    """Build a VGG with a new head in place of the published classifier (two layers of 4,096, for 7 x 7 maps only).
 
-    Ours are the variants with batch normalisation, which train at ordinary learning rates also from random weights, under a
-    global average and one linear layer. The reference ones have neither.
+    ``vgg16`` and ``vgg19`` have batch normalisation, with which they train from random weights at ordinary learning rates, a
+    global average and one linear layer. The reference VGGs have neither.
     """
     import timm
     from timm.layers import ClassifierHead
 
-    # The published classifier would be 120 million parameters, made to be thrown away: mlp_ratio makes it one channel wide.
+    # The published classifier has 120 million parameters and is replaced below: mlp_ratio makes it one channel wide.
     model: Any = timm.create_model(name, num_classes=num_classes, mlp_ratio=1 / 4096)
     model.pre_logits = nn.Identity()
     if config.name in VGG_HIDDEN:

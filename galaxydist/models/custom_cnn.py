@@ -1,4 +1,4 @@
-"""The project's own small convolutional network, made for 64 to 80 pixel galaxies on a CPU."""
+"""Small residual network for galaxy images of 64 to 80 pixels, trainable on a CPU."""
 
 from collections import OrderedDict
 from typing import Literal
@@ -7,23 +7,23 @@ import torch
 from torch import Tensor, nn
 
 Norm = Literal["batch", "group"]
-# Wu & He 2018, arXiv:1803.08494, table 3: 32 groups are best, down to 2 channels each little is lost. Here 4 channels or more, so
-# that a group has a spread also where the map is a single place.
+# Wu & He 2018, arXiv:1803.08494, table 3: 32 groups are best, and groups of only 2 channels lose little. A group has 4 channels
+# or more here, so that its variance is defined even on a map of one pixel.
 MOST_GROUPS, LEAST_CHANNELS = 32, 4
 
 
 class CustomCNN(nn.Module):
-    """A stem, seven residual blocks in four stages, and a global average, so that any image of 16 pixels or more fits.
+    """A stem, seven residual blocks in four stages, a global average and a linear head, for images from 16 pixels on.
 
-    The stem halves the image at once (the layers at full size would cost more than all others together), each later stage halves
-    the map and doubles the channels: ``width``, 2, 4 and 8 times ``width``.
+    The stem halves the image, because layers at full size would cost more than all others together. Each later stage halves the
+    map and doubles the channels: ``width``, 2, 4 and 8 times ``width``.
 
     Args:
         num_classes: K.
         width: channels of the stem and the first stage.
         drop_rate: dropout before the linear head.
-        drop_path_rate: stochastic depth of the last block (Huang et al. 2016, arXiv:1603.09382), growing linearly from the first.
-        norm: ``batch``, or ``group``, with which an image's logits depend on no other image.
+        drop_path_rate: stochastic depth of the last block (Huang et al. 2016, arXiv:1603.09382), growing linearly from 0.
+        norm: ``batch`` or ``group``; with ``group`` the logits of an image do not depend on other images.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class CustomCNN(nn.Module):
         self.head = nn.Linear(8 * width, num_classes)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits B x K of normalised images B x 3 x H x W."""
-        # Channels last in memory makes a training step 1.2 to 1.3 times as fast on a CPU; the logits are the same.
+        """Return logits B x K of normalised images B x 3 x H x W."""
+        # The channels-last layout makes a training step 1.2 to 1.3 times as fast on a CPU; the logits are the same.
         x = images_BCHW.contiguous(memory_format=torch.channels_last)
         features_BD = self.stages(self.stem(x)).mean(dim=(2, 3))
         logits_BK: Tensor = self.head(self.drop(features_BD))
@@ -57,9 +57,10 @@ class CustomCNN(nn.Module):
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut (He et al. 2016, arXiv:1512.03385).
+    """Residual block of two 3 x 3 convolutions and a shortcut (He et al. 2016, arXiv:1512.03385).
 
-    The branch starts at zero, so that the network is shallow at first (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
+    The last scale of the branch starts at zero, so that the block is the shortcut at first (Goyal et al. 2017, arXiv:1706.02677,
+    section 5.1).
     """
 
     def __init__(self, channels_in: int, channels_out: int, norm: Norm, drop_path: float = 0.0) -> None:
@@ -76,18 +77,18 @@ class Block(nn.Module):
 
 
 def block_channels(width: int) -> list[list[tuple[int, int]]]:
-    """Channels that go into and come out of each block, by stage."""
+    """Return the input and output channels of each block, by stage."""
     return [[(width, width)], *([(n, 2 * n), (2 * n, 2 * n)] for n in (width, 2 * width, 4 * width))]
 
 
 def depth_rates(last: float) -> list[float]:
-    """The drop-path rate of each block: a straight line from 0 to that of the last."""
+    """Return the drop-path rate of each block, growing linearly from 0 to ``last``."""
     count = sum(map(len, block_channels(1)))
     return [last * number / (count - 1) for number in range(count)]
 
 
 def stochastic_depth(rate: float) -> nn.Module:
-    """Return the layer that drops a whole branch at this rate. timm, which has it, is imported where a branch is dropped only."""
+    """Return a layer that drops a whole branch at this rate; timm is imported only if the rate is not 0."""
     if rate == 0.0:
         return nn.Identity()
     from timm.layers import DropPath
@@ -99,7 +100,7 @@ def stochastic_depth(rate: float) -> nn.Module:
 def _conv(
     channels_in: int, channels_out: int, norm: Norm, *, kernel: int, stride: int = 1, activation: bool = True
 ) -> nn.Sequential:
-    """Convolution, normalisation and, where asked, ReLU; the normalisation has the only offset."""
+    """Return a convolution without bias, its normalisation and, if ``activation``, a ReLU."""
     convolution = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
     layers: list[tuple[str, nn.Module]] = [("conv", convolution), ("norm", _norm(channels_out, norm))]
     if activation:
@@ -112,6 +113,6 @@ def _norm(channels: int, norm: Norm) -> nn.Module:
 
 
 def num_groups(channels: int) -> int:
-    """Groups of equal size for any number of channels: as many as the limits allow."""
+    """Return the number of equal groups for group normalisation: the largest that the limits above allow."""
     largest = min(MOST_GROUPS, max(1, channels // LEAST_CHANNELS))
     return next(number for number in range(largest, 0, -1) if channels % number == 0)

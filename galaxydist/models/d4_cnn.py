@@ -1,4 +1,9 @@
-"""A small convolutional network whose logits are the same for all eight flips and quarter turns of an image."""
+"""Small convolutional network with logits that are invariant under flips and quarter turns.
+
+A group feature map has F fields of 8 channels, one channel for each element g of the group D4. Channels are numbered orientation
+first (g * F + f). Turning the image by u turns each map by u and renumbers the orientations: g becomes u g (Cohen & Welling 2016,
+arXiv:1602.07576, sections 4 to 6). Every layer here commutes with that.
+"""
 
 import math
 from functools import cache
@@ -9,19 +14,11 @@ from torch import Tensor, nn
 
 from galaxydist.models.custom_cnn import block_channels, depth_rates, stochastic_depth
 
-# The eight flips and quarter turns of a square (the group D4), and convolutions that keep track of them.
-#
-# A group feature map has F fields of 8 channels, one for each element g of D4. Channels are numbered orientation first (g *
-# F + f).
-# Turning the image by u turns each map by u and renumbers the orientations: g becomes u g (Cohen & Welling 2016,
-# arXiv:1602.07576,
-# sections 4 to 6). Every layer here commutes with that.
-
 ORDER = 8
 
 
 def transform(x: Tensor, element: int) -> Tensor:
-    """``x``, ... x H x W, under one of the eight elements: mirrored along W from 4 on, then ``element % 4`` quarter turns."""
+    """Transform ``x``, ... x H x W, by one element of D4: flip along W from element 4 on, then ``element % 4`` quarter turns."""
     if element >= 4:
         x = x.flip(-1)
     return torch.rot90(x, element % 4, dims=(-2, -1))
@@ -29,8 +26,8 @@ def transform(x: Tensor, element: int) -> Tensor:
 
 @cache
 def inverse_products() -> tuple[tuple[int, ...], ...]:
-    """The number of g^-1 h, for each g (row) and h."""
-    corners = torch.arange(4, device="cpu").view(2, 2)  # all eight views of it differ
+    """Return the element number of g^-1 h for each g (row) and h."""
+    corners = torch.arange(4, device="cpu").view(2, 2)  # its eight transforms all differ
     views = [transform(corners, element) for element in range(ORDER)]
 
     def product(g: int, h: int) -> int:
@@ -41,14 +38,14 @@ def inverse_products() -> tuple[tuple[int, ...], ...]:
 
 
 class D4Conv(nn.Module):
-    """Cross-correlation over D4 and the plane, without offset: one ordinary convolution with an expanded kernel.
+    """Cross-correlation over D4 and the plane, without bias: one ordinary convolution with an expanded kernel.
 
-    The expanded kernel holds eight views of each weight: for output orientation g and input orientation h the weight of g^-1 h,
-    transformed by g (the paper's equation 11; equation 10 where the input is an image). Outside of training the expanded kernel
-    is kept until the weights change.
+    The expanded kernel holds eight transforms of each weight: for output orientation g and input orientation h the weight of
+    g^-1 h, transformed by g (the paper's equation 11; equation 10 where the input is an image). Outside of training the expanded
+    kernel is cached until the weights change.
 
     Args:
-        fields_in: fields of the input, or channels of an image where ``lifting``.
+        fields_in: fields of the input, or channels of the image if ``lifting``.
         fields_out: fields of the output; it has 8 times as many channels.
         kernel: width in pixels; ``kernel // 2`` pixels of padding, one less for even widths with a stride of 2.
         stride: 1 with odd kernels, 2 with even ones on maps of even size: only these are symmetric.
@@ -62,18 +59,18 @@ class D4Conv(nn.Module):
         assert (kernel % 2, stride) in ((1, 1), (0, 2)), "would not be symmetric"
         self.stride, self.padding, self.lifting = stride, (kernel - 1) // 2, lifting
         orientations = (1,) if lifting else (ORDER,)
-        # An image is a map that does not depend on the orientation: one weight then serves all.
+        # An image has no orientation axis, so one weight serves all orientations.
         self.weight = nn.Parameter(torch.empty(fields_out, fields_in, *orientations, kernel, kernel))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d does; the fan-in of the expanded kernel is the same
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as in nn.Conv2d; the expanded kernel has the same fan-in
         self.register_buffer("index", _expansion(kernel, lifting=lifting), persistent=False)
         self._kept: tuple[tuple[Any, ...], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """B x (8 ``fields_in``) x H x W, or images where ``lifting``, to B x (8 ``fields_out``) x H x W (over ``stride``)."""
+        """Map B x (8 ``fields_in``) x H x W (images if ``lifting``) to B x (8 ``fields_out``) x H / stride x W / stride."""
         return nn.functional.conv2d(x, self._kernel(), stride=self.stride, padding=self.padding)
 
     def expand(self) -> Tensor:
-        """The kernel of the ordinary convolution, (8 ``fields_out``) x (8 ``fields_in``) x k x k; differentiable."""
+        """Return the kernel of the ordinary convolution, (8 ``fields_out``) x (8 ``fields_in``) x k x k; differentiable."""
         out, inside, *_, side = self.weight.shape
         views = self.weight.flatten(2).index_select(2, self.index).view(out, inside, ORDER, -1, side, side)
         orientations = views.shape[3]
@@ -84,7 +81,7 @@ class D4Conv(nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the kept kernel: copies and pickles expand their own."""
+        """Return the state without the cached kernel, which copies and pickles compute again."""
         return self.__dict__ | {"_kept": None}
 
     def _kernel(self) -> Tensor:
@@ -92,37 +89,37 @@ class D4Conv(nn.Module):
         is_learning = self.training or (torch.is_grad_enabled() and weight.requires_grad)
         if is_learning or torch.compiler.is_compiling() or weight.is_inference():
             return self.expand()
-        # The version counts changes in place; another storage or type comes with .to().
+        # The version counts in-place changes; .to() changes storage, dtype or device.
         state = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
         if self._kept is None or self._kept[0] != state:
-            # Not in inference mode, or the kernel could not be used for training the layers after a frozen backbone.
+            # A kernel from inference mode could not be used later to train the layers after a frozen backbone.
             with torch.inference_mode(False), torch.no_grad():
                 self._kept = (state, self.expand())
         return self._kept[1]
 
 
 def pool_orbit(features_BD: Tensor) -> Tensor:
-    """Averages over the plane, B x (8 F), to B x F: the mean over the orientations, which no flip or turn changes.
+    """Average features B x (8 F) over the orientations: B x F, invariant under flips and turns.
 
-    The largest in place of the mean learned more slowly from few galaxies.
+    The maximum instead of the mean learned more slowly from few galaxies.
     """
     return torch.unflatten(features_BD, 1, (ORDER, -1)).mean(dim=1)
 
 
 def halve(x: Tensor) -> Tensor:
-    """The largest of each 2 x 2 places; where a side is odd, of 3 that overlap by one. Both are symmetric about the centre."""
+    """Max-pool by 2: windows of 2 pixels on an even side, overlapping windows of 3 on an odd side; both are symmetric."""
     height, width = x.shape[2:]
     return nn.functional.max_pool2d(x, (2 + height % 2, 2 + width % 2), stride=2)
 
 
 def make_even(x: Tensor) -> Tensor:
-    """Means of two neighbours along each odd side, which becomes one shorter: no crop or padding of one pixel is symmetric."""
+    """Average neighbouring pixels along odd sides, which become one shorter; a crop or padding by one pixel is not symmetric."""
     height, width = x.shape[2:]
     return nn.functional.avg_pool2d(x, (1 + height % 2, 1 + width % 2), stride=1) if height % 2 or width % 2 else x
 
 
 def _expansion(kernel: int, *, lifting: bool) -> Tensor:
-    """Which of a weight's numbers stand in each of the eight views of it, flat."""
+    """Return the flat indices of a weight's elements in its eight transforms."""
     if lifting:
         places = torch.arange(kernel**2).view(kernel, kernel)
         return torch.stack([transform(places, g) for g in range(ORDER)]).flatten()
@@ -130,15 +127,12 @@ def _expansion(kernel: int, *, lifting: bool) -> Tensor:
     return torch.stack([transform(places[list(row)], g) for g, row in enumerate(inverse_products())]).flatten()
 
 
-# Batch normalisation of group feature maps: one mean, deviation, scale and offset for the eight orientations of a field.
-
-
 class D4Norm(nn.Module):
-    """Batch normalisation over the images, the plane and the orientations.
+    """Batch normalisation over the images, the plane and the eight orientations of a field.
 
-    Parameters and running statistics are those of an ``nn.BatchNorm2d`` over B x F x H x (8 W), which does the work on a GPU, and
-    which may be replaced by its synchronised twin. On a CPU it is slow with few fields (they do not fill a vector register), so
-    that there the same is done with torch's kernels for 8 F channels.
+    Parameters and running statistics are those of an ``nn.BatchNorm2d`` over B x F x H x (8 W), which runs on a GPU and may be
+    replaced by ``nn.SyncBatchNorm``. On a CPU it is slow with few fields (they do not fill a vector register), so torch's
+    kernels for 8 F channels compute the same there.
     """
 
     def __init__(self, fields: int) -> None:
@@ -146,7 +140,7 @@ class D4Norm(nn.Module):
         self.batch = nn.BatchNorm2d(fields)
 
     def forward(self, x: Tensor) -> Tensor:
-        """B x (8 F) x H x W, channels last in memory, to the same."""
+        """Normalise B x (8 F) x H x W, channels last in memory; shape and layout stay."""
         plain = type(self.batch) is nn.BatchNorm2d and x.device.type == "cpu" and x.dtype == self.batch.weight.dtype
         if plain and not torch.compiler.is_compiling():
             return self._normalise(x)
@@ -172,7 +166,7 @@ class D4Norm(nn.Module):
 
 
 class _SharedNorm(torch.autograd.Function):
-    """Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1 and the gradients of section 3, over 8 channels at once."""
+    """Batch normalisation over 8 channels at once (Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1 and section 3)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale_F: Tensor, offset_F: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,10 +184,11 @@ class _SharedNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, scale_C, mean_C, var_C = ctx.saved_tensors
         fixed = (scale_C, mean_C, var_C, None, None, False, ctx.eps, [True, True, True])
-        # As if mean and deviation were constants; the sums over each channel come with it.
+        # The gradient for constant mean and deviation, and the sums over each channel.
         grad_x, grad_scale_C, grad_offset_C = torch.ops.aten.native_batch_norm_backward(gradients[0], x, *fixed)
         grad_scale_F, grad_offset_F = (part.view(ORDER, -1).sum(0) for part in (grad_scale_C, grad_offset_C))
-        # What they depend on x is linear in x: less scale / (N deviation) times (sum of g + (x - mean) / deviation sum of g x').
+        # The gradient through mean and deviation, with x' = (x - mean) / deviation:
+        # -scale / (N deviation) (sum of g + x' sum of (g x')). It is linear in x, so one batch_norm call computes it.
         count = x.numel() // len(grad_scale_F)
         inverse_C = (var_C + ctx.eps).rsqrt()
         slope_C = -scale_C * inverse_C.square() * grad_scale_F.repeat(ORDER) / count
@@ -203,10 +198,10 @@ class _SharedNorm(torch.autograd.Function):
 
 
 class D4CNN(nn.Module):
-    """The stages of ``CustomCNN`` with convolutions over D4: equal channels and equal work, an eighth of the weights.
+    """The stages of ``CustomCNN`` with convolutions over D4: same channels and computation, an eighth of the weights.
 
-    The invariance is exact (up to rounding) for square or other images of any size from 16 pixels; an image with an odd side is
-    made even first, by the means of neighbours. Sky rotations by other angles are learned from augmentation.
+    The invariance is exact (up to rounding) for images of any size from 16 pixels on; an odd side is made even first
+    (``make_even``). Rotations by other angles are learned from augmentation.
 
     Args:
         num_classes: K.
@@ -231,8 +226,8 @@ class D4CNN(nn.Module):
         self.head = nn.Linear(8 * fields, num_classes)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits B x K of normalised images B x 3 x H x W."""
-        # The normalisation shares its statistics between channels that lie beside each other in memory this way.
+        """Return logits B x K of normalised images B x 3 x H x W."""
+        # D4Norm expects the channels-last layout.
         x = make_even(images_BCHW).contiguous(memory_format=torch.channels_last)
         features_BD = self.stages(self.stem(x)).mean(dim=(2, 3))
         logits_BK: Tensor = self.head(self.drop(pool_orbit(features_BD)))
@@ -240,7 +235,7 @@ class D4CNN(nn.Module):
 
 
 class D4Block(nn.Module):
-    """``custom_cnn.Block`` over D4: two 3 x 3 convolutions beside a shortcut; the branch starts at zero."""
+    """``custom_cnn.Block`` over D4: two 3 x 3 convolutions and a shortcut; the branch starts at zero."""
 
     def __init__(self, fields_in: int, fields_out: int, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -256,7 +251,7 @@ class D4Block(nn.Module):
 
 
 class D4Layer(nn.Module):
-    """Convolution, batch normalisation and, where asked, ReLU."""
+    """D4 convolution, batch normalisation and, if ``activation``, a ReLU."""
 
     def __init__(self, conv: D4Conv, *, activation: bool = True) -> None:
         super().__init__()
@@ -270,7 +265,7 @@ class D4Layer(nn.Module):
 
 
 class Halve(nn.Module):
-    """Half the height and width."""
+    """Module form of ``halve``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return halve(x)

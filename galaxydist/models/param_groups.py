@@ -1,4 +1,4 @@
-"""Which parameters the optimizer moves, and which of them decay."""
+"""Parameter groups of the optimizer: weight decay, and learning rates by layer."""
 
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
@@ -7,22 +7,22 @@ from torch import nn
 
 
 class ParameterGroup(TypedDict):
-    """One of the optimizer's parameter groups; ``lr_scale`` is what the learning rate is multiplied by (layer decay)."""
+    """A parameter group of the optimizer; ``lr_scale`` is the group's factor of the learning rate (layer decay)."""
 
     params: list[nn.Parameter]
     weight_decay: float
     lr_scale: NotRequired[float]
 
 
-# Of our own networks: the stem, each block of ``stages``, and what no pattern finds is the head.
+# Layers of our own networks: the stem, each block of ``stages``; parameters without a match are the head.
 _OWN_LAYERS = {"stem": r"^stem", "blocks": r"^stages\.(\d+)(?:\.(\d+))?"}
 
 
 def no_decay_names(model: nn.Module) -> set[str]:
-    """Names of the trained parameters without weight decay: biases, normalisation, and what the architecture itself exempts.
+    """Return the names of trained parameters without weight decay: biases, normalisation, and the architecture's exceptions.
 
-    Decay pulls towards zero, which for a scale or an offset is no simpler model. ViTs exempt their position embedding and class
-    token too (timm's ``no_weight_decay``).
+    A scale or an offset closer to zero does not make the model simpler. ViTs also exempt their position embedding and class token
+    (timm's ``no_weight_decay``).
     """
     architecture: Any = model
     exempt: set[str] = architecture.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
@@ -30,10 +30,10 @@ def no_decay_names(model: nn.Module) -> set[str]:
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
-    """How deep each parameter lies, counted from the head (0) down to the stem.
+    """Return the layer depth of each parameter, counted from the head (0) to the stem.
 
-    The layers are timm's (``group_matcher``) where the model has them. A layer of vectors alone is none: it is the normalisation
-    of the convolution before it (timm counts the two apart in a VGG, which would decay each convolution twice).
+    Layers follow timm's ``group_matcher`` if the model has one. A layer that has only vectors is a normalisation and joins the
+    convolution before it: timm counts the two as separate layers in a VGG, which would decay each convolution twice.
     """
     from timm.models import group_parameters
 
@@ -51,11 +51,11 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[ParameterGroup]:
-    """The trained parameters of ``model`` for an optimizer: those that decay, then those that do not; each in the model's order.
+    """Return the optimizer's groups of trained parameters: with weight decay, then without, each in the model's order.
 
-    With ``layer_decay`` below 1 there are two such groups for every layer, from the stem to the head, and the rate of each is
-    scaled by ``layer_decay ** depth`` (BEiT, Bao et al. 2021, arXiv:2106.08254). Frozen parameters are in none, and a
-    group that would be empty is left out.
+    With ``layer_decay`` below 1 there are two such groups for every layer, from the stem to the head, and the learning rate of
+    each is scaled by ``layer_decay ** depth`` (BEiT, Bao et al. 2021, arXiv:2106.08254). Frozen parameters and empty groups are
+    left out.
     """
     exempt = no_decay_names(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

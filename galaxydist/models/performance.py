@@ -1,4 +1,4 @@
-"""What makes a step faster without another recipe: TensorFloat-32, channels last in memory, torch.compile."""
+"""Performance options of a model: gradient checkpointing, TF32, channels last, torch.compile."""
 
 import contextlib
 import os
@@ -16,18 +16,19 @@ from torch.utils.checkpoint import checkpoint
 
 from galaxydist.errors import EveryRankError, UserError
 
-# Gradient checkpointing: activations inside the repeated blocks are computed again in the backward pass, not kept.
+# Gradient checkpointing: the backward pass computes activations inside the repeated blocks again instead of storing them.
 
 
 def checkpoint_activations(model: nn.Module) -> int:
-    """Let the repeated blocks of ``model`` keep their inputs alone while training, in place (Chen et al. 2016, arXiv:1604.06174).
+    """Checkpoint the repeated blocks of ``model`` in place, so that training stores only their inputs.
 
-    Blocks are those of a ViT, of a ResNet's layers, of the stages of our own networks; a VGG is cut after each pooling. Loss,
-    gradients, dropout and batch-norm statistics are bit for bit what they are without. Names of parameters stay, and a copy of
-    the model (the moving average) is checkpointed too, because the classes of the blocks change and not their methods.
+    Chen et al. 2016, arXiv:1604.06174. Blocks are those of a ViT, of a ResNet's layers and of the stages of our own networks; a
+    VGG is cut after each pooling. Loss, gradients, dropout and batch-norm statistics stay bitwise the same. The classes of the
+    blocks are changed, not their methods, so that parameter names stay and a copy of the model (the moving average) is
+    checkpointed too.
 
     Returns:
-        How many parts are computed again.
+        The number of checkpointed parts.
 
     Raises:
         UserError: the model has no such blocks.
@@ -45,7 +46,7 @@ def checkpoint_activations(model: nn.Module) -> int:
 
 
 class CheckpointedBlock(nn.Module):
-    """Put in front of a block's class by ``checkpoint_activations``."""
+    """First base class of a checkpointed block, added by ``checkpoint_activations``."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.training and torch.is_grad_enabled()):
@@ -54,7 +55,7 @@ class CheckpointedBlock(nn.Module):
 
 
 class CheckpointedFeatures(nn.Sequential):
-    """A flat sequence of layers, cut after each pooling: what lies between two is the smallest part worth keeping."""
+    """A flat sequence of layers, checkpointed in segments that end after each pooling; smaller segments are not worthwhile."""
 
     def forward(self, x: Tensor) -> Tensor:
         for segment in _segments(self):
@@ -64,7 +65,7 @@ class CheckpointedFeatures(nn.Sequential):
 
 
 def has_spared_buffers(model: nn.Module) -> bool:
-    """Whether ``checkpoint_activations`` has found blocks whose buffers (batch-norm statistics) a repetition must not move."""
+    """Return True if checkpointed blocks have buffers (batch-norm statistics), which the recomputation must not change."""
     parts = (module for module in model.modules() if isinstance(module, (CheckpointedBlock, CheckpointedFeatures)))
     return any(True for part in parts for _ in part.buffers())
 
@@ -97,7 +98,7 @@ def _run(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 def _checkpoint(modules: Sequence[nn.Module], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``function`` runs ``modules``; without buffers in them this is what torch.compile can take too."""
+    """Checkpoint ``function``, which runs ``modules``; torch.compile supports it only if they have no buffers."""
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
     if any(True for module in modules for _ in module.buffers()):
         options["context_fn"] = partial(_contexts, modules)
@@ -108,13 +109,13 @@ Context = contextlib.AbstractContextManager[None]
 
 
 def _contexts(modules: Sequence[nn.Module]) -> tuple[Context, Context]:
-    """For the forward pass, and for its repetition."""
+    """Return the contexts of the forward pass and of its recomputation."""
     return contextlib.nullcontext(), _spare_buffers(modules)
 
 
 @contextlib.contextmanager
 def _spare_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Batch norm moves its statistics in every forward pass: the repetition moves copies, which are thrown away."""
+    """Replace buffers by copies, because batch norm updates its statistics in every forward pass, and restore them afterwards."""
     inside = [inner for module in modules for inner in module.modules()]
     kept = [(inner, name, buffer) for inner in inside for name, buffer in inner._buffers.items() if buffer is not None]
     try:
@@ -126,17 +127,17 @@ def _spare_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
             inner._buffers[name] = buffer
 
 
-# Inductor's kernels for GPUs come from Triton, which works from this compute capability on.
+# Smallest compute capability that Triton, which compiles Inductor's GPU kernels, supports.
 _TRITON_CAPABILITY = (7, 0)
 
 
 def set_tf32(enabled: bool, device: torch.device) -> None:
-    """Compute float32 matrix products and convolutions of a GPU by TensorFloat-32 (10 bits of mantissa), or in full float32.
+    """Compute float32 matrix products and convolutions on a GPU in TensorFloat-32 (10 bits of mantissa), or in full float32.
 
-    Nothing changes on a CPU: there the same switch could choose kernels of less precision too.
+    Nothing changes on a CPU, where the same setting could also choose kernels of lower precision.
 
-    Each is switched by torch's older name as well as by ``fp32_precision``: in torch 2.14 whoever reads the older one back, such
-    as torch.compile, stops with an error where only the newer was set (pytorch/pytorch#166387).
+    Both torch's older settings and ``fp32_precision`` are set: in torch 2.14, code that reads the older ones, such as
+    torch.compile, raises an error if only the newer ones were set (pytorch/pytorch#166387).
     """
     if device.type != "cuda":
         return
@@ -149,27 +150,27 @@ def set_tf32(enabled: bool, device: torch.device) -> None:
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """Lay the weights of convolutions out as B H W C in memory, in place; shapes and names stay.
+    """Convert convolution weights to the channels-last layout, in place; shapes and names stay.
 
-    The images must come in the same layout: ``images_channels_last``.
+    The images must have the same layout: ``images_channels_last``.
     """
     return model.to(memory_format=torch.channels_last)
 
 
 def images_channels_last(images_BCHW: Tensor) -> Tensor:
-    """The same images with channels as the fastest axis in memory; shape B x 3 x H x W as before."""
+    """Return the images in the channels-last layout; the shape stays B x 3 x H x W."""
     return images_BCHW.contiguous(memory_format=torch.channels_last)
 
 
 def compile_model(model: nn.Module, device: torch.device) -> None:
-    """Compile ``model`` in place, on its first call; before it is wrapped for several processes.
+    """Compile ``model`` in place, at its first call; to be called before DDP wraps the model.
 
-    Names of parameters stay (there is no ``_orig_mod``); copies of the model are not compiled. A batch of another size is
-    compiled once more, then for any size. Gradients are exchanged between processes after the whole backward pass, not during it.
+    Parameter names stay (there is no ``_orig_mod``); copies of the model are not compiled. The second batch size leads to one
+    more compilation, which is valid for any size. Gradients are reduced after the whole backward pass, not during it.
 
     Raises:
-        EveryRankError: what torch.compile needs is not on this machine, or the model has batch normalisation inside checkpointed
-            blocks, which torch.compile does not take.
+        EveryRankError: torch.compile lacks a compiler on this machine, or the model has batch normalisation inside checkpointed
+            blocks, which torch.compile does not support.
     """
     check_compilable(model)
     _check_compiler(device)
@@ -177,15 +178,15 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
 
 
 def remove_broken_libraries(cache_dir: Path) -> list[Path]:
-    """Remove what a killed compilation has left of its libraries: torch.compile would load them at every later start, and fail.
+    """Remove incomplete libraries of a killed compilation, which torch.compile would load at every later start and fail.
 
-    A library that another process compiles just now is left alone: it holds Inductor's lock of that name.
+    A library that another process is compiling is not touched: that process holds Inductor's lock of the same name.
 
     Args:
-        cache_dir: Inductor's.
+        cache_dir: Inductor's cache folder.
 
     Returns:
-        What was removed.
+        The removed files.
     """
     from filelock import FileLock, Timeout
 
@@ -205,14 +206,14 @@ def remove_broken_libraries(cache_dir: Path) -> list[Path]:
 
 
 def _is_broken(library: Path) -> bool:
-    """A file that is empty, begins with zeros, or is an ELF file of 64 bits (elf(5)) that ends before its segments do."""
+    """Return True for a file that is too short, begins with zeros, or is a 64-bit ELF file (elf(5)) with truncated segments."""
     try:
         with library.open("rb") as file:
             header, size = file.read(64), os.fstat(file.fileno()).st_size
             if len(header) < 64 or not any(header):
                 return True
             if header[:5] != b"\x7fELF\x02":
-                return False  # of another system
+                return False  # a format of another operating system
             (table_at,), (entry_size, num_segments) = struct.unpack_from("<Q", header, 32), struct.unpack_from("<HH", header, 54)
             file.seek(table_at)
             table = file.read(entry_size * num_segments)
@@ -225,10 +226,10 @@ def _is_broken(library: Path) -> bool:
 
 
 def check_compilable(model: nn.Module) -> None:
-    """Refuse what torch.compile does not take, whatever the machine.
+    """Refuse a model that torch.compile does not support on any machine.
 
     Raises:
-        EveryRankError: checkpointed blocks with batch normalisation in them.
+        EveryRankError: the model has checkpointed blocks with batch normalisation.
     """
     if has_spared_buffers(model):
         raise EveryRankError(
@@ -238,7 +239,7 @@ def check_compilable(model: nn.Module) -> None:
 
 
 def _check_compiler(device: torch.device) -> None:
-    """Asked here, since otherwise torch fails in the middle of the first step."""
+    """Raise ``EveryRankError`` if torch.compile lacks a compiler; torch itself would fail in the first step."""
     if device.type == "cuda":
         if find_spec("triton") is None:
             raise _unavailable("the package triton, which torch for GPUs brings along on Linux")

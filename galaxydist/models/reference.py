@@ -1,8 +1,8 @@
-"""The architectures of the published seven-network comparison on Galaxy10 DECaLS that differ from ours, as far as they are known.
+"""Architectures of the published seven-network comparison on Galaxy10 DECaLS that differ from ours.
 
-What is published: a CNN of 512, 256, 128, 128 and 64 channels without normalisation; a ViT of patches of 25 pixels on images of
-200, width 256, 6 layers and 8 heads; VGGs with their ImageNet weights frozen under a new head of three (VGG-19: two) layers. What
-is not published, the widths of these heads among it, is chosen here and says so.
+Published are: a CNN of 512, 256, 128, 128 and 64 channels without normalisation; a ViT with patches of 25 pixels on images of 200
+pixels, width 256, 6 layers and 8 heads; VGGs with frozen ImageNet weights and a new head of three (VGG-19: two) layers.
+Everything else, such as the widths of these heads, is our choice and marked as "ours".
 """
 
 from collections.abc import Sequence
@@ -10,18 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Heads of several layers, to be trained on a frozen backbone.
-
 
 class MlpHead(nn.Module):
-    """Linear layers with ReLU and dropout between them, on a feature map of one size.
+    """Head of linear layers with ReLU and dropout between them, on a feature map of fixed size.
 
     Args:
         channels: C of the feature map.
         num_classes: K.
-        hidden: widths of the layers before the last one; without any, the head is a single linear layer.
-        pool_size: height and width to which maps of other sizes are averaged.
-        drop_rate: dropout after each hidden layer; where there is none, before the single layer.
+        hidden: widths of the hidden layers; if empty, the head is a single linear layer.
+        pool_size: height and width to which feature maps are averaged.
+        drop_rate: dropout after each hidden layer, or before the single layer.
     """
 
     def __init__(
@@ -38,23 +36,23 @@ class MlpHead(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(width, num_classes))
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Logits B x K of feature maps B x C x H x W."""
+        """Return logits B x K of feature maps B x C x H x W."""
         logits_BK: Tensor = self.layers(self.flatten(self.pool(features_BCHW)))
         return logits_BK
 
 
 CNN_CHANNELS = (512, 256, 128, 128, 64)
 VIT_PATCH, VIT_WIDTH, VIT_LAYERS, VIT_HEADS = 25, 256, 6, 8
-# Widths of the hidden layers: ours. VGG's own 4,096 would be 120 million weights for 14,188 galaxies.
+# Widths of the hidden layers (ours). VGG's own 4,096 would mean 120 million weights for 14,188 galaxies.
 VGG_HIDDEN = {"reference_vgg16": (512, 256), "reference_vgg19": (512,)}
-VGG_MAP = 7  # height and width of VGG's last feature map at 224 pixels, which its classifier takes whole
+VGG_MAP = 7  # height and width of VGG's last feature map at 224 pixels, which its classifier flattens
 
 
 class ReferenceCNN(nn.Module):
     """Five 3 x 3 convolutions, each followed by ReLU and a pooling that halves the map, a global average and a linear layer.
 
-    Kernel, pooling and head are ours. Without normalisation the scale of the activations has to come from the first weights:
-    He et al. 2015 (arXiv:1502.01852), equation 10.
+    Kernel, pooling and head are ours. Without normalisation the initial weights set the scale of the activations: He et al. 2015
+    (arXiv:1502.01852), equation 10.
 
     Args:
         num_classes: K.
@@ -74,23 +72,23 @@ class ReferenceCNN(nn.Module):
         self.head = nn.Linear(CNN_CHANNELS[-1], num_classes)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits B x K of normalised images B x 3 x H x W, of 32 pixels or more."""
+        """Return logits B x K of normalised images B x 3 x H x W, of 32 pixels or more."""
         features_BD = self.features(images_BCHW).mean(dim=(2, 3))
         logits_BK: Tensor = self.head(self.drop(features_BD))
         return logits_BK
 
     @staticmethod
     def group_matcher(coarse: bool = False) -> dict[str, Any]:
-        """Which parameters make up a layer, as timm's models say it."""
+        """Return the name patterns of the layers, in timm's format."""
         return {"stem": r"^features\.0", "blocks": None if coarse else r"^features\.(\d+)"}
 
 
 def build_reference_vit(num_classes: int, image_size: int, drop_rate: float, drop_path_rate: float) -> nn.Module:
-    """timm's VisionTransformer of the published sizes, with a class token and an MLP of four times the width (ours).
+    """Build timm's VisionTransformer of the published sizes, with a class token and an MLP of four times the width (ours).
 
     Args:
         num_classes: K.
-        image_size: pixels of the square images that the position embedding is made for; others are taken too.
+        image_size: pixels of the square images of the position embedding; it is resampled for other sizes.
         drop_rate: dropout before the linear head.
         drop_path_rate: stochastic depth of the last block.
     """
@@ -112,11 +110,11 @@ def build_reference_vit(num_classes: int, image_size: int, drop_rate: float, dro
 
 
 def build_vgg_head(name: str, channels: int, num_classes: int, drop_rate: float) -> nn.Module:
-    """The new head of a reference VGG: its layers on the whole 7 x 7 map, as VGG's own classifier has it.
+    """Build the new head of a reference VGG, on the whole 7 x 7 map like VGG's own classifier.
 
     Args:
-        name: of the model.
-        channels: of the last feature map.
+        name: name of the model.
+        channels: channels of the last feature map.
         num_classes: K.
         drop_rate: dropout after each hidden layer.
     """

@@ -1,4 +1,4 @@
-"""Which architectures there are, where they come from, and which part of each is its head."""
+"""Registry of the architectures: timm names, heads, last feature maps and limits."""
 
 from dataclasses import dataclass
 
@@ -10,19 +10,19 @@ PATCH_SIZE = 16
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What is known of an architecture before it is built.
+    """Properties of an architecture that are needed before it is built.
 
     Args:
-        timm_names: timm's name with the tag of its published weights, by ``model.size``; the tag is fixed here because timm's
-            default tag changes between releases. None: our own.
-        head: names of the modules after the backbone; ``freeze_backbone`` trains these, weights of another head are left out.
-        last_map: name of the module whose output, B x C x h x w, is the last feature map before any final pooling: what Grad-CAM
-            looks at. None: a transformer.
-        unused: prefixes of published weights that the model here has no place for.
-        has_published_weights: whether ``model.pretrained`` is possible.
+        timm_names: timm's name with the tag of its published weights, by ``model.size``; the tag is fixed because timm's default
+            tag changes between releases. None: an architecture of our own.
+        head: names of the modules after the backbone; ``freeze_backbone`` trains these, and weights of another head are left out.
+        last_map: name of the module whose output, B x C x h x w, is the last feature map before any final pooling, for Grad-CAM.
+            None: a transformer.
+        unused: name prefixes of published weights that the model here does not have.
+        has_published_weights: ``model.pretrained`` is possible.
         min_image_size: smallest image in pixels.
-        has_drop_path: whether there are residual branches to drop.
-        recipe: name of the recipe that trains it; None: its own.
+        has_drop_path: the model has residual branches to drop.
+        recipe: name of the recipe that trains it; None: the name of the architecture.
     """
 
     timm_names: dict[str, str] | None
@@ -40,7 +40,7 @@ _VIT_NAMES = {
     "base": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
 }
 _VIT_HEAD = ("head_drop", "head")
-# The classifier of the published VGGs (two layers of 4,096 on a 7 x 7 map, 120 million parameters) is replaced, see build.py.
+# Published classifier of the VGGs (two layers of 4,096 on a 7 x 7 map, 120 million parameters), replaced in build.py.
 _VGG_UNUSED = ("pre_logits.",)
 
 
@@ -75,21 +75,21 @@ MODEL_NAMES = tuple(ARCHITECTURES)
 
 
 def recipe_of(name: str) -> str:
-    """The name of the recipe that ships for an architecture."""
+    """Return the name of the shipped recipe of an architecture."""
     return ARCHITECTURES[name].recipe or name
 
 
 def timm_name(config: ModelConfig) -> str | None:
-    """timm's ``name.tag`` of the architecture that ``config`` asks for, or None for our own."""
+    """Return timm's ``name.tag`` of the architecture in ``config``, or None for our own."""
     names = ARCHITECTURES[config.name].timm_names
     return None if names is None else names.get(config.size, names["small"])
 
 
 def check_config(config: ModelConfig, image_size: int) -> None:
-    """Refuse what this architecture cannot do. What a recipe can know without its facts, ``recipe/checks.py`` has refused before.
+    """Refuse settings that the architecture does not support; ``recipe/rules.py`` checks the rules that need no registry.
 
     Raises:
-        UserError: with every setting that does not fit, not only the first.
+        UserError: settings do not fit the architecture; the text lists all of them.
     """
     architecture = ARCHITECTURES[config.name]
     problems = []

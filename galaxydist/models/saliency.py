@@ -1,4 +1,4 @@
-"""Where in a picture a model looks: Grad-CAM for convolutional networks, attention rollout for vision transformers."""
+"""Saliency maps: Grad-CAM for convolutional networks, attention rollout for vision transformers."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,13 +16,13 @@ GRAD_CAM, ROLLOUT = "Grad-CAM", "attention rollout"
 
 @dataclass(frozen=True, slots=True)
 class Saliency:
-    """Where a model looked.
+    """Saliency maps of a batch of images.
 
     Args:
         method: ``GRAD_CAM`` or ``ROLLOUT``.
-        maps_BHW: float32 on the CPU, as large as the images, 0 to 1. Grad-CAM: 1 is the largest value of each map, 0 no evidence
-            for the class; a map without any is 0 everywhere. Rollout: from the least to the most attended place.
-        peaks_B: each map's largest value over its mean, before that: 1 is a map without structure; 0 one that is 0 everywhere.
+        maps_BHW: float32 on the CPU, as large as the images, 0 to 1. Grad-CAM: 1 is the largest value of each map, 0 means no
+            evidence for the class; a map without evidence is 0 everywhere. Rollout: 0 is the least, 1 the most attended pixel.
+        peaks_B: maximum over mean of each map before scaling: 1 for a flat map, 0 for a map that is 0 everywhere.
     """
 
     method: str
@@ -31,25 +31,25 @@ class Saliency:
 
 
 def method_of(name: str) -> str:
-    """How an architecture of the registry is looked into."""
+    """Return the saliency method of an architecture of the registry."""
     return ROLLOUT if ARCHITECTURES[name].last_map is None else GRAD_CAM
 
 
 def explain(model: nn.Module, name: str, images_BCHW: Tensor, targets_B: Tensor) -> Saliency:
-    """Where a model looks in images.
+    """Compute the saliency maps of a model for images.
 
     Args:
-        model: of ``build_model``; its mode and its gradients are left as they are.
-        name: its architecture's.
-        images_BCHW: normalised, on the model's device.
-        targets_B: the class that Grad-CAM finds evidence for in each image; rollout does not depend on it.
+        model: from ``build_model``; its mode and its gradients do not change.
+        name: name of its architecture.
+        images_BCHW: normalised images on the model's device.
+        targets_B: class for which Grad-CAM shows the evidence in each image; rollout does not depend on it.
     """
     height, width = images_BCHW.shape[2:]
     layer_name = ARCHITECTURES[name].last_map
     if layer_name is None:
         size = patch_size(model)
         raw_Bhw = attention_rollout(model, images_BCHW)
-        # The last row and column of patches may reach over the image, which is padded there.
+        # The last row and column of patches may extend beyond the image, which the model pads.
         padded = raw_Bhw.shape[1] * size[0], raw_Bhw.shape[2] * size[1]
         maps_BHW = _resized(raw_Bhw, padded)[:, :height, :width]
         floor_B = maps_BHW.amin(dim=(1, 2))
@@ -66,36 +66,38 @@ def explain(model: nn.Module, name: str, images_BCHW: Tensor, targets_B: Tensor)
 
 
 def grad_cam(model: nn.Module, layer: nn.Module, images_BCHW: Tensor, targets_B: Tensor) -> Tensor:
-    """Selvaraju et al. 2017, arXiv:1610.02391, equations 1 and 2: the layer's maps, weighted by the mean gradient of the class's
-    logit over each, added up, and what is positive of that.
+    """Compute Grad-CAM maps (Selvaraju et al. 2017, arXiv:1610.02391, equations 1 and 2).
+
+    Each feature map of the layer is weighted by the mean gradient of the class's logit over it; the result is the positive part
+    of the sum.
 
     Args:
-        layer: of the model, whose output is B x C x h x w.
+        layer: a layer of the model with output B x C x h x w.
         targets_B: class numbers.
 
     Returns:
-        B x h x w, not scaled.
+        Unscaled maps, B x h x w.
     """
     from captum.attr import LayerGradCam
 
     with _evaluating(model):
-        images = images_BCHW.detach().requires_grad_()  # the way to the layer may be frozen
+        images = images_BCHW.detach().requires_grad_()  # if all parameters before the layer are frozen, gradients need this input
         maps_B1hw: Tensor = LayerGradCam(model, layer).attribute(images, targets_B, relu_attributions=True)
     return maps_B1hw.detach()[:, 0].float()
 
 
 @torch.no_grad()
 def attention_rollout(model: nn.Module, images_BCHW: Tensor) -> Tensor:
-    """Abnar & Zuidema 2020, arXiv:2005.00928, section 3: the product over the layers of (A + I) / 2, A being the attention
-    weights, averaged over the heads, and I standing for the residual connection.
+    """Compute attention rollout maps (Abnar & Zuidema 2020, arXiv:2005.00928, section 3).
 
-    Of the product, the class token's row where the model classifies that token, else the mean of all patches' rows.
+    The rollout is the product over the layers of (A + I) / 2: A are the attention weights, averaged over the heads, and I is the
+    residual connection. The map is the class token's row if the model classifies that token, else the mean of the patches' rows.
 
     Args:
         model: timm's VisionTransformer.
 
     Returns:
-        B x h x w: the share of each patch; they add up to 1 but for what stays on the class token.
+        B x h x w: the share of each patch; the shares and that of the class token add up to 1.
     """
     vit: Any = model
     with _evaluating(model), _attention(vit) as weights:
@@ -113,7 +115,7 @@ def attention_rollout(model: nn.Module, images_BCHW: Tensor) -> Tensor:
 
 
 def patch_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of a ViT's patches in pixels."""
+    """Return the height and width of a ViT's patches in pixels."""
     vit: Any = model
     height, width = vit.patch_embed.patch_size
     return int(height), int(width)
@@ -121,9 +123,11 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
 
 @contextmanager
 def _attention(vit: Any) -> Iterator[list[Tensor]]:
-    """Collects the attention weights, B x heads x N x N, of each block in turn. They exist only where attention is computed step
-    by step and not by one fused kernel (timm's ``set_fused_attn`` says so for models that are built after it; a built model
-    keeps it in each block), and are the input of the dropout on them."""
+    """Collect the attention weights, B x heads x N x N, of each block in turn.
+
+    A fused attention kernel does not return them, so it is switched off in each block (timm's ``set_fused_attn`` only affects
+    models that are built later). The weights are the input of the attention dropout.
+    """
     layers, weights = [block.attn for block in vit.blocks], []
     fused = [layer.fused_attn for layer in layers]
 

@@ -1,4 +1,7 @@
-"""Weights in files: safetensors, and making them fit a model with another head or another image size."""
+"""Model weights in safetensors files: reading, writing, loading into a model, and published weights.
+
+Published weights are downloaded once on a machine with a network; all machines find them in the cache.
+"""
 
 import hashlib
 import json
@@ -13,25 +16,24 @@ from galaxydist.errors import UserError
 from galaxydist.models.registry import ARCHITECTURES, recipe_of, timm_name
 from galaxydist.recipe.schema import ModelConfig
 
-if TYPE_CHECKING:  # a submission looks for weights and needs no torch
+if TYPE_CHECKING:  # a submission checks for weights without importing torch
     from torch import Tensor, nn
 
-# What torch.compile and DistributedDataParallel put in front of a parameter's name.
+# Prefixes that torch.compile and DistributedDataParallel add to parameter names.
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")
-# Names listed in a message before it says "and N more".
+# Number of names in a message before "and N more".
 NAMES_SHOWN = 5
-# Where a file that we wrote says how the images were normalised.
+# Metadata key of the image normalisation in files that we write.
 STATISTICS_KEY = "input_statistics"
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 def write_weights(path: Path, tensors: Mapping[str, "Tensor"], statistics: Statistics | None = None) -> None:
-    """Write a model's ``state_dict`` as safetensors, under the names of the bare model; whole or not at all.
+    """Write a model's ``state_dict`` as safetensors, atomically and without the name prefixes of wrappers.
 
     Args:
-        statistics: channel mean and deviation (0..1, RGB) that the images were normalised with; whoever starts from this file
-            gets them back from ``read_statistics``.
+        statistics: channel mean and standard deviation (0..1, RGB) of the image normalisation, for ``read_statistics``.
     """
     from safetensors.torch import save_file
 
@@ -46,17 +48,17 @@ def write_weights(path: Path, tensors: Mapping[str, "Tensor"], statistics: Stati
 
 
 def read_weights(path: Path) -> dict[str, "Tensor"]:
-    """The tensors of a safetensors file, without the prefixes that wrappers leave in their names. Nothing is unpickled.
+    """Read the tensors of a safetensors file, without name prefixes of wrappers; nothing is unpickled.
 
     Raises:
-        UserError: where there is no such file, or it is not (whole) safetensors.
+        UserError: the file does not exist, or it is not a complete safetensors file.
     """
     tensors: dict[str, Tensor] = _read(path, lambda file: {_bare(name): file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return tensors
 
 
 def read_statistics(path: Path) -> Statistics | None:
-    """The channel mean and deviation that ``write_weights`` put into a file; None in a file from elsewhere."""
+    """Read the channel mean and standard deviation that ``write_weights`` stored; None for other files."""
     text = _read(path, lambda file: (file.metadata() or {}).get(STATISTICS_KEY))
     if text is None:
         return None
@@ -73,17 +75,17 @@ def load_weights(
     unused: tuple[str, ...] = (),
     say: Callable[[str], None],
 ) -> None:
-    """Copy ``tensors`` into ``model``, in place; a head of another shape stays as it is, a position embedding is resampled.
+    """Copy ``tensors`` into ``model`` in place; a head of another shape is left out, a position embedding is resampled.
 
     Args:
-        tensors: by parameter or buffer name; any float type.
+        tensors: tensors of any float type, by parameter or buffer name.
         source: the file, for messages.
-        head_names: modules that need not fit.
-        unused: prefixes of names that need no place in the model.
-        say: told of everything that was left out or changed.
+        head_names: modules whose weights may be of another shape.
+        unused: name prefixes of tensors to ignore.
+        say: prints everything that was left out or changed.
 
     Raises:
-        UserError: naming what is missing, left over, of another shape, or not finite. The model is then unchanged.
+        UserError: tensors are missing, superfluous, of another shape or not finite; the text names them. The model is unchanged.
     """
     own = model.state_dict()
     given = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
@@ -128,7 +130,7 @@ def _bare(name: str) -> str:
 def _resample_positions(
     model: "nn.Module", own: Mapping[str, "Tensor"], given: dict[str, "Tensor"], source: str, say: Callable[[str], None]
 ) -> None:
-    """Bring a ViT's position embedding (1 x tokens x D) to this model's grid of patches, in ``given``."""
+    """Resample a ViT's position embedding (1 x tokens x D) in ``given`` to this model's grid of patches."""
     name = "pos_embed"
     if name not in own or name not in given or own[name].shape == given[name].shape or given[name].ndim != 3:
         return
@@ -175,27 +177,27 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-# Published weights: fetched once on a machine with a network, found afterwards in the cache on any.
+# Published weights.
 
 HUB_FILE = "model.safetensors"
 
 
 def weights_file(config: ModelConfig, weights_dir: Path) -> Path:
-    """Where the cache keeps the published weights of ``config``'s architecture: named by timm's name and tag."""
+    """Return the cache path of the published weights of ``config``'s architecture, with timm's name and tag."""
     return weights_dir / f"{_published_name(config)}.safetensors"
 
 
 def fetch_command(config: ModelConfig) -> str:
-    """What to type on a machine with network to get the published weights of ``config``'s architecture."""
+    """Return the command that downloads the published weights of ``config``'s architecture."""
     size = "" if config.size == "small" else f" model.size={config.size}"
     return f"galaxydist weights fetch recipe={recipe_of(config.name)}{size}"
 
 
 def find_weights(config: ModelConfig, weights_dir: Path | None) -> Path:
-    """The published weights on this machine: in ``weights_dir``, else in the local Hugging Face cache. Never the network.
+    """Find the published weights on this machine: in ``weights_dir``, else in the local Hugging Face cache.
 
     Raises:
-        UserError: where they are in neither, with the commands that help.
+        UserError: the weights are in neither; the text has the command to download them.
     """
     places = []
     if weights_dir is not None:
@@ -218,19 +220,19 @@ def find_weights(config: ModelConfig, weights_dir: Path | None) -> Path:
 
 
 def fetch_weights(config: ModelConfig, weights_dir: Path, *, timeout: float = 10.0, endpoint: str | None = None) -> Path:
-    """Download the published weights of ``config``'s architecture into ``weights_dir``, unless they are there.
+    """Download the published weights of ``config``'s architecture into ``weights_dir``, unless they exist.
 
-    Run it on one process of a machine. ``config.pretrained`` need not be set.
+    Call it in one process of a machine. ``config.pretrained`` need not be set.
 
     Args:
-        timeout: seconds to wait for the hub's answer before giving up; the download itself may take as long as it moves.
-        endpoint: the hub's address, if not the public one.
+        timeout: seconds to wait for the hub's answer; the download itself may take longer.
+        endpoint: the hub's address; default: the public hub.
 
     Returns:
-        The file. It appears under its name only when it is whole and its SHA-256 is the one that the hub states.
+        The file, which gets its name only when it is complete and has the SHA-256 that the hub states.
 
     Raises:
-        UserError: where the architecture has no published weights, the hub does not answer, or the file is damaged.
+        UserError: the architecture has no published weights, the hub does not answer, or the file is damaged.
     """
     path = weights_file(config, weights_dir)
     if path.is_file():
@@ -240,7 +242,7 @@ def fetch_weights(config: ModelConfig, weights_dir: Path, *, timeout: float = 10
     weights_dir.mkdir(parents=True, exist_ok=True)
     repo = _hub_id(config)
     try:
-        # Asked first, once and with a short timeout: the download itself would retry for minutes where there is no network.
+        # One request with a short timeout first: without a network, the download would retry for minutes.
         metadata: Any = get_hf_file_metadata(hf_hub_url(repo, HUB_FILE, endpoint=endpoint), timeout=timeout)
         with tempfile.TemporaryDirectory(dir=weights_dir, prefix=".fetch-") as folder:
             download = hf_hub_download(repo, HUB_FILE, local_dir=folder, revision=metadata.commit_hash, endpoint=endpoint)
@@ -248,7 +250,7 @@ def fetch_weights(config: ModelConfig, weights_dir: Path, *, timeout: float = 10
             Path(download).replace(path)
     except UserError:
         raise
-    except Exception as error:  # the hub's library changed its transport, and so its errors, with every major version
+    except Exception as error:  # the exceptions of huggingface_hub differ between its major versions
         raise UserError(
             f"weights {path.stem}: could not be downloaded from {endpoint or 'the Hugging Face hub'} into {weights_dir} "
             f"({type(error).__name__}: {error}). Run `{fetch_command(config)}` on a machine with network and copy {path.name} "
@@ -258,7 +260,7 @@ def fetch_weights(config: ModelConfig, weights_dir: Path, *, timeout: float = 10
 
 
 def _verify(path: Path, etag: str | None) -> None:
-    """The hub's etag of a large file is its SHA-256; a small one's is something else and says nothing."""
+    """Compare a file with the hub's etag, which for large files is the SHA-256; etags of small files are ignored."""
     if etag is not None and len(etag) == 64:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,1 +1,1 @@
-"""The typed recipe: its schema, loading it from YAML and ``key=value``, its identity, and where data lies."""
+"""Typed recipes: schema, loading from YAML and ``key=value``, rules, and identity of a run."""

@@ -1,4 +1,4 @@
-"""A schema as a flat list of dotted keys: types, defaults, kinds, one value's check, and the nearest key to a wrong one."""
+"""A schema as flat dotted keys: types, defaults, kinds, validation, and suggestions for wrong keys."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class SchemaField:
     """One key of a schema.
 
     Attributes:
-        key: dotted.
-        kind: ``result`` (it changes the numbers of a run) or ``run``.
+        key: the dotted key.
+        kind: ``result`` (the field changes the numbers of a run) or ``run``.
     """
 
     key: str
@@ -50,15 +50,15 @@ class SchemaField:
 
     @property
     def is_later(self) -> bool:
-        """The field is left out of a run's hash at its default (see ``later_field``)."""
+        """True for a field that is left out of a run's hash at its default (see ``later_field``)."""
         extra = self.info.json_schema_extra
         return isinstance(extra, dict) and extra.get("later") is True
 
     def check(self, value: Any) -> Any:
-        """The value as the schema keeps it (1 for a number with decimals becomes 1.0).
+        """Validate a value and return it in the field's type (1 for a float field becomes 1.0).
 
         Raises:
-            ValueError: a wrong type or out of range; says what it has to be.
+            ValueError: a wrong type or out of range; the text states what is allowed.
         """
         try:
             return self._adapter.validate_python(value)
@@ -73,22 +73,22 @@ class SchemaField:
 
 @dataclass(frozen=True)
 class Schema(Generic[S]):
-    """A section with all that is in it, by dotted keys.
+    """A section and all its fields, by dotted keys.
 
     Attributes:
-        root: the outermost section. A field ``name`` in it is the file's name, which nobody sets.
+        root: the outermost section. Its field ``name``, if any, is the file's name and cannot be set.
     """
 
     root: type[S]
 
     @cached_property
     def fields(self) -> dict[str, SchemaField]:
-        """Every field by its dotted key, in the schema's order."""
+        """All fields by their dotted keys, in the schema's order."""
         return dict(_walk(self.root, ""))
 
     @cached_property
     def sections(self) -> dict[str, tuple[str, ...]]:
-        """Dotted name of every section -> the dotted keys of its fields and subsections."""
+        """The dotted name of each section -> the dotted keys of its fields and subsections."""
         sections: dict[str, tuple[str, ...]] = {}
 
         def visit(section: type[Section], prefix: str) -> None:
@@ -102,12 +102,12 @@ class Schema(Generic[S]):
         return sections
 
     def suggest(self, key: str, *, prefix: str = "") -> str:
-        """``; did you mean ...?`` for a key that is none, or nothing where no key is like it.
+        """Return ``; did you mean ...?`` for an unknown key, or an empty text if no key is similar.
 
         Args:
-            prefix: put in front of the keys that are named.
+            prefix: prefix of the suggested keys.
         """
-        keys = [known for known in self.fields if known != "name"]  # which nobody sets
+        keys = [known for known in self.fields if known != "name"]  # cannot be set
         last = key.rsplit(".", 1)[-1]
         same_name = [candidate for candidate in keys if candidate.rsplit(".", 1)[-1] == last]
         close = get_close_matches(key, keys, n=1, cutoff=0.75)
@@ -118,12 +118,12 @@ class Schema(Generic[S]):
         return f"; did you mean {' or '.join(prefix + name for name in found)}?" if found else ""
 
     def flatten(self, config: S) -> dict[str, Any]:
-        """Dotted key -> plain JSON value, of every field in the schema's order."""
+        """Return dotted key -> plain JSON value of all fields, in the schema's order."""
         values = dict(self.flat(config.model_dump(mode="json")))
         return {key: values[key] for key in self.fields}
 
     def flat(self, nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        """Dotted key and value, of nested plain values that may have keys which are none of the schema's."""
+        """Yield dotted keys and values of nested plain values, which may have keys that are not in the schema."""
         for name, value in nested.items():
             key = f"{prefix}{name}"
             if isinstance(value, Mapping) and (key in self.sections or key not in self.fields):
@@ -136,17 +136,17 @@ RECIPE = Schema(Recipe)
 
 
 def recipe_fields() -> dict[str, SchemaField]:
-    """Every field of the recipe by its dotted key, in the schema's order."""
+    """Return all fields of the recipe by their dotted keys, in the schema's order."""
     return RECIPE.fields
 
 
 def section_keys() -> dict[str, tuple[str, ...]]:
-    """Dotted name of every section of the recipe -> the dotted keys of its fields and subsections."""
+    """Return the dotted name of each section of the recipe -> the dotted keys of its fields and subsections."""
     return RECIPE.sections
 
 
 def suggest(key: str) -> str:
-    """``; did you mean ...?`` for a key that the recipe does not have, or nothing where no key is like it."""
+    """Return ``; did you mean ...?`` for an unknown key of the recipe, or an empty text if no key is similar."""
     return RECIPE.suggest(key)
 
 
@@ -163,7 +163,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _in_words(error: ValidationError, annotation: Any) -> str:
-    """Pydantic's first complaint in our words."""
+    """Return pydantic's first error as a plain phrase."""
     (problem, *_) = error.errors(include_url=False)
     context = problem.get("ctx", {})
     words = {
@@ -183,8 +183,8 @@ class CrossFieldRule:
     """A rule between fields.
 
     Attributes:
-        keys: the dotted keys that it looks at; an error names where each came from.
-        problem: their values, in order -> what is wrong and what to do, or None.
+        keys: the dotted keys of the fields; an error names the origin of each.
+        problem: takes their values in this order and returns the problem with its remedy, or None.
     """
 
     keys: tuple[str, ...]

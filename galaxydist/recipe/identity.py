@@ -1,4 +1,4 @@
-"""A recipe as plain JSON, and the short name that its result fields give a run."""
+"""A recipe as plain JSON, and the run name from the hash of its result fields."""
 
 import hashlib
 import json
@@ -12,19 +12,19 @@ from galaxydist.recipe.schema import Recipe
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as nested plain JSON values; ``from_dict`` reads it back."""
+    """Return the recipe as nested plain JSON values; ``from_dict`` is the inverse."""
     plain: dict[str, Any] = recipe.model_dump(mode="json")
     return plain
 
 
 def from_dict(plain: Mapping[str, Any], *, source: str = "stored recipe") -> Recipe:
-    """A recipe from the plain values of ``to_dict``, checked like any other.
+    """Build a recipe from the plain values of ``to_dict``, with all checks.
 
     Args:
-        source: where the values were found; errors name it.
+        source: origin of the values, for error messages.
 
     Raises:
-        RecipeError: with all problems at once.
+        RecipeError: the values are invalid; the text lists all problems.
     """
     draft = ConfigBuilder(RECIPES)
     for key, value in RECIPE.flat(plain):
@@ -33,24 +33,24 @@ def from_dict(plain: Mapping[str, Any], *, source: str = "stored recipe") -> Rec
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
-    """Dotted key -> plain JSON value, of every field in the schema's order."""
+    """Return dotted key -> plain JSON value of all fields, in the schema's order."""
     return RECIPE.flatten(recipe)
 
 
 def result_fields(recipe: Recipe) -> dict[str, Any]:
-    """Dotted key -> plain JSON value, of the fields that change a run's numbers."""
+    """Return dotted key -> plain JSON value of the fields that change a run's numbers."""
     return {key: value for key, value in flatten(recipe).items() if recipe_fields()[key].kind == "result"}
 
 
 def later_defaults() -> dict[str, Any]:
-    """Dotted key -> default, of the result fields that recipes of older run folders may lack."""
+    """Return dotted key -> default of the result fields that recipes of older run folders may lack."""
     return {key: field.default for key, field in recipe_fields().items() if field.is_later}
 
 
 def result_hash(recipe: Recipe) -> str:
-    """8 hex digits (SHA-256 of canonical JSON) that are equal exactly where all result fields are.
+    """Return the first 8 hex digits of the SHA-256 of the result fields as canonical JSON.
 
-    Fields that were added later count only where they differ from their default.
+    Fields that were added later are included only if they differ from their default.
     """
     later = later_defaults()
     fields = {key: value for key, value in result_fields(recipe).items() if key not in later or value != later[key]}
@@ -59,17 +59,17 @@ def result_hash(recipe: Recipe) -> str:
 
 
 def run_name(recipe: Recipe) -> str:
-    """The name of a run's folder: ``<recipe>-<8 hex of the result fields>``."""
+    """Return the name of a run's folder: ``<recipe>-<8 hex of the result fields>``."""
     return f"{recipe.name}-{result_hash(recipe)}"
 
 
 def run_path(recipe: Recipe) -> Path:
-    """A run's folder: the one that the recipe names, or the one of ``run_name`` among the others."""
+    """Return a run's folder: ``run.dir`` if set, else ``run_name`` in ``run.root``."""
     return recipe.run.dir or recipe.run.root / run_name(recipe)
 
 
 def _canonical(value: Any) -> Any:
-    """-0.0 is 0.0; whole and decimal numbers are already told apart by the schema."""
+    """Replace -0.0 by 0.0; the schema already distinguishes ints from floats."""
     if isinstance(value, dict):
         return {key: _canonical(member) for key, member in value.items()}
     if isinstance(value, list):

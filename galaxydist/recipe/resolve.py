@@ -1,4 +1,7 @@
-"""Configurations that lie in named files: finding the file, reading it, and laying a command line's values over it."""
+"""Loading of configurations: named files, command-line overrides, and the origin of each value.
+
+All problems of a configuration are reported in one error.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,18 +17,16 @@ from galaxydist.recipe.scalars import from_plain, parse_text
 from galaxydist.recipe.schema import Recipe
 from galaxydist.recipe.yaml12 import read_document
 
-# Putting one configuration together key by key: what passed, where it came from, and all that is wrong, in one message.
-
 SCHEMA_DEFAULT = "schema default"
 COMMAND_LINE = "command line"
 FILE_NAME = "file name"
 
 
 class ConfigError(EveryRankError):
-    """A recipe, or another file of settings, that cannot be used; the text has all problems and where each came from.
+    """Error of a recipe or another configuration; the text lists all problems with their origins.
 
     Attributes:
-        problems: (origin, text) of each.
+        problems: (origin, text) of each problem.
     """
 
     noun = "settings"
@@ -38,14 +39,14 @@ class ConfigError(EveryRankError):
 
 @dataclass(frozen=True)
 class ConfigSpec(Generic[S]):
-    """What kind of configuration is read: recipes, cluster profiles.
+    """A kind of configuration, such as recipes or cluster profiles.
 
     Attributes:
         schema: its keys.
-        checks: the rules between them.
-        error: raised with all problems; its ``noun`` says what the thing is called.
-        argument: what names the file on the command line, ``recipe`` for ``recipe=vit``.
-        prefix: what stands before a key on the command line and not in the file (``cluster.``, or nothing).
+        checks: the rules between the keys.
+        error: its error class; ``noun`` is the name of the kind in messages.
+        argument: command-line argument that names the file, ``recipe`` for ``recipe=vit``.
+        prefix: prefix of the keys on the command line, but not in the file (``cluster.``, or empty).
         examples: a name, a line of a file and a ``key=value``, for messages.
     """
 
@@ -61,13 +62,13 @@ class ConfigSpec(Generic[S]):
         return self.error.noun
 
     def spelt(self, key: str, origin: str) -> str:
-        """The key as it is written at the place where its value came from."""
+        """Return the key as it is written at the origin of its value."""
         return self.prefix + key if origin == COMMAND_LINE else key
 
 
 @dataclass(frozen=True)
 class ResolvedConfig(Generic[S]):
-    """A configuration and where it came from.
+    """A configuration with the origin of each value.
 
     Attributes:
         config: the values.
@@ -82,7 +83,7 @@ class ResolvedConfig(Generic[S]):
 
 @dataclass
 class ConfigBuilder(Generic[S]):
-    """A configuration that is being put together: values that passed, where they came from, and all that is wrong."""
+    """Collects valid values, their origins and all problems, and builds the configuration."""
 
     kind: ConfigSpec[S]
     values: dict[str, Any] = field(default_factory=dict)
@@ -91,7 +92,7 @@ class ConfigBuilder(Generic[S]):
     problems: list[tuple[str, str]] = field(default_factory=list)
 
     def put(self, key: str, value: Any, origin: str, *, is_text: bool = False) -> None:
-        """Sets one key, or notes what is wrong. ``is_text``: the value is text, to be read by the field's type."""
+        """Set one key, or record its problem; with ``is_text`` the value is parsed by the field's type."""
         known = self.kind.schema.fields.get(key)
         if known is None:
             self._refuse_key(key, value, origin)
@@ -109,14 +110,14 @@ class ConfigBuilder(Generic[S]):
         schema = self.kind.schema
         written = self.kind.spelt(key, origin)
         if key in schema.sections:
-            if value is not None:  # "optim:" with nothing but comments under it is a section without differences
+            if value is not None:  # "optim:" with only comments under it is an empty section
                 keys = ", ".join(self.kind.spelt(name, origin) for name in schema.sections[key])
                 self.problems.append((origin, f"{written} is a section; set its keys: {keys}"))
         else:
             self.problems.append((origin, f"{written}: no such key{schema.suggest(key, prefix=self.kind.spelt('', origin))}"))
 
     def finish(self) -> S:
-        """The configuration, after the checks between fields. Raises the kind's error with everything that is wrong."""
+        """Run the checks between fields and return the configuration, or raise the kind's error with all problems."""
         for key, known in self.kind.schema.fields.items():
             if key in self.origins:
                 continue
@@ -143,7 +144,7 @@ class ConfigBuilder(Generic[S]):
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted key as sections in sections."""
+    """Convert values by dotted key to nested sections."""
     nested: dict[str, Any] = {}
     for key, value in values.items():
         *sections, name = key.split(".")
@@ -155,7 +156,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value as one would type it, shortened."""
+    """Format a value as on the command line, shortened to 60 characters."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -168,11 +169,11 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Override:
-    """A plain value that neither the recipe's file nor the command line gives.
+    """A plain value with its origin, such as a value of a sweep's file.
 
     Attributes:
         value: text, number, bool, None or a list of those.
-        origin: where it stands, such as ``slurm/sweeps/galaxy10.yaml:7``.
+        origin: file and line, such as ``slurm/sweeps/galaxy10.yaml:7``, or ``command line``.
     """
 
     value: Any
@@ -186,16 +187,17 @@ def load_config(
     *,
     settings: Mapping[str, Override] | None = None,
 ) -> ResolvedConfig[S]:
-    """The configuration of a command line.
+    """Load the configuration of a command line.
 
     Args:
-        arguments: ``recipe=NAME`` or ``recipe=FILE.yaml`` (the kind's argument), then ``key=value`` for any key of the schema,
-            in any order.
-        folders: where names are looked up, first one first.
-        settings: values by dotted key that stand between the file and the command line; the kind's argument may be one.
+        arguments: ``recipe=NAME`` or ``recipe=FILE.yaml`` (the kind's argument) and ``key=value`` for any key of the schema, in
+            any order.
+        folders: folders of named files, in order of priority.
+        settings: values by dotted key that override the file and are overridden by the command line; may have the kind's
+            argument.
 
     Raises:
-        ConfigError: the kind's, with all problems at once and where each came from.
+        ConfigError: the configuration is invalid; the text lists all problems with their origins.
     """
     draft = ConfigBuilder(kind)
     overrides, between = _read_overrides(arguments, draft), dict(settings or {})
@@ -222,7 +224,7 @@ def load_config(
 
 
 def list_files(folders: Sequence[Path]) -> dict[str, Path]:
-    """Name -> file, of every YAML file that would be found by its name: ``vit``, or ``reference/vit`` for one in a subfolder."""
+    """Return name -> file of all YAML files that can be given by name: ``vit``, or ``reference/vit`` in a subfolder."""
     found: dict[str, Path] = {}
     for folder in folders:
         for path in sorted([*folder.glob("*.yaml"), *folder.glob("[!.]*/*.yaml")]):
@@ -231,9 +233,9 @@ def list_files(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def _name_of(path: Path, folders: Sequence[Path]) -> str:
-    """What a file's configuration is called: one word for names of files, ``reference-vit`` for ``reference/vit``.
+    """Return the name of a file's configuration without slashes: ``reference-vit`` for ``reference/vit``.
 
-    It is the same whether the file was given by its name or by its path.
+    It does not depend on whether the file was given by its name or by its path.
     """
     inside = path.parent.resolve()
     for folder in folders:
@@ -271,12 +273,12 @@ def _read_overrides(arguments: Sequence[str], draft: ConfigBuilder[S]) -> dict[s
 
 
 def _is_bare_name(argument: str, kind: ConfigSpec[S]) -> bool:
-    """``vit`` for ``recipe=vit``; a key whose value was forgotten is none."""
+    """Return True for an argument like ``vit``, short for ``recipe=vit``; a key without a value is not a name."""
     return bool(argument) and "=" not in argument and not argument.startswith("-") and argument not in kind.schema.fields
 
 
 def _find(named: Override, folders: Sequence[Path], draft: ConfigBuilder[S]) -> Path | None:
-    """The file, or None with a problem noted."""
+    """Return the file, or record a problem and return None."""
     argument, noun = draft.kind.argument, draft.kind.noun
     name, origin = named.value, named.origin
     known = list_files(folders)
@@ -315,20 +317,20 @@ def _read_file(path: Path, draft: ConfigBuilder[S]) -> None:
             draft.put(key, value, origin)
 
 
-# From ``recipe=vit optim.lr=1e-4`` to one checked recipe that knows where each of its values came from.
+# Recipes.
 
 __all__ = ["RECIPES", "Override", "RecipeError", "ResolvedRecipe", "list_recipes", "load_recipe"]
 
 
 class RecipeError(ConfigError):
-    """A recipe that cannot be used."""
+    """Error of an invalid recipe."""
 
     noun = "recipe"
 
 
 @dataclass(frozen=True)
 class ResolvedRecipe:
-    """A recipe and where it came from.
+    """A recipe with the origin of each value.
 
     Attributes:
         recipe: the values.
@@ -353,22 +355,23 @@ RECIPES = ConfigSpec(
 def load_recipe(
     arguments: Sequence[str], *, folders: Sequence[Path] | None = None, settings: Mapping[str, Override] | None = None
 ) -> ResolvedRecipe:
-    """The recipe of a command line.
+    """Load the recipe of a command line.
 
     Args:
-        arguments: ``recipe=NAME`` or ``recipe=FILE.yaml``, then ``key=value`` for any key of the schema, in any order.
-        settings: values by dotted key that stand between the recipe's file and the command line; ``recipe`` may be one.
-        folders: where names are looked up, first one first; default ``./recipes``, then the recipes that ship with the package.
+        arguments: ``recipe=NAME`` or ``recipe=FILE.yaml`` and ``key=value`` for any key of the schema, in any order.
+        settings: values by dotted key that override the recipe's file and are overridden by the command line; may contain
+            ``recipe``.
+        folders: folders of recipes, in order of priority; default ``./recipes``, then the shipped recipes.
 
     Raises:
-        RecipeError: with all problems at once, and where each came from.
+        RecipeError: the recipe is invalid; the text lists all problems with their origins.
     """
     resolved = load_config(RECIPES, arguments, _folders() if folders is None else folders, settings=settings)
     return ResolvedRecipe(resolved.config, resolved.origins, resolved.path)
 
 
 def list_recipes(folders: Sequence[Path] | None = None) -> dict[str, Path]:
-    """Recipe name -> file, of every recipe that ``recipe=NAME`` would find."""
+    """Return recipe name -> file of all recipes that can be given as ``recipe=NAME``."""
     return list_files(_folders() if folders is None else folders)
 
 

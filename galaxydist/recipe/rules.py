@@ -1,6 +1,6 @@
 """Rules between the keys of a recipe, and between a recipe and the number of processes.
 
-Each rule between keys names the keys that it looks at, and runs as soon as those are valid.
+Each rule between keys names its keys and runs if they are valid.
 """
 
 import re
@@ -12,7 +12,7 @@ from galaxydist.recipe.fields import CrossFieldRule, recipe_fields, suggest
 from galaxydist.recipe.schema import TrainConfig
 
 PATCHES = {"vit": 16, "vit_scratch": 16, "reference_vit": 25}  # pixels
-ORIENTATIONS = 8  # of d4_cnn: flips and quarter turns
+ORIENTATIONS = 8  # flips and quarter turns of d4_cnn
 ANY_WIDTH = ("custom_cnn", "d4_cnn")
 UNPUBLISHED = (*ANY_WIDTH, "reference_cnn", "reference_vit")  # architectures without published weights
 
@@ -133,14 +133,14 @@ CHECKS = (
 )
 
 
-# Rules between a recipe and the number of processes, seen before a run is sent and again when it starts.
+# Rules between a recipe and the number of processes, checked at submission and again at the start of a run.
 
 
 def check_world(batch_size: int, world_size: int) -> None:
-    """See that both galaxies of each pair are the same process's.
+    """Check that mixup and cutmix can pair galaxies within each process.
 
     Raises:
-        EveryRankError: twice the number of processes does not divide the global batch.
+        EveryRankError: the global batch is not a multiple of twice the number of processes.
     """
     least = 2 * world_size
     if batch_size % least == 0:
@@ -163,10 +163,10 @@ def is_mixing(config: TrainConfig) -> bool:
 
 
 def check_strategy(config: TrainConfig, precision: str) -> None:
-    """Refuse what does not go together.
+    """Refuse settings that FSDP does not support here.
 
     Raises:
-        EveryRankError: on every rank the same.
+        EveryRankError: such settings are present; the text lists all of them.
     """
     if config.strategy == "ddp":
         return

@@ -1,4 +1,4 @@
-"""Scalars of settings: YAML 1.2's core schema, and text from the command line, read by a field's type."""
+"""Parsing of scalars: YAML 1.2's core schema, and command-line text by a field's type."""
 
 import re
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin
 
-# A path, or a URL, which a Path would not keep as it is.
+# A path or a URL; a Path would change the URL's double slash.
 Location = NewType("Location", str)
 
 # YAML 1.2.2, section 10.3.2 (core schema, tag resolution).
@@ -15,11 +15,11 @@ BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)")
 INT = re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)")
 FLOAT = re.compile(r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?(?:\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN)")
 
-MAX_DIGITS = 400  # of a whole number; Python itself refuses to read more than a few thousand
+MAX_DIGITS = 400  # of an integer; Python itself refuses integers of more than a few thousand digits
 
 
 def read_int(text: str) -> int:
-    """The whole number that core-schema text stands for (``012`` is 12, ``0o14`` is 12, ``0xC`` is 12)."""
+    """Parse an integer of the core schema (``012`` is 12, ``0o14`` is 12, ``0xC`` is 12)."""
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits is too long")
     if text.startswith("0o"):
@@ -30,7 +30,7 @@ def read_int(text: str) -> int:
 
 
 def read_float(text: str) -> float:
-    """The number that core-schema text stands for; may be inf or nan, which the schema refuses later."""
+    """Parse a float of the core schema; it may be inf or nan, which the schema refuses later."""
     lowered = text.lower()
     if lowered.endswith((".inf", ".nan")):
         return float(lowered.replace(".", ""))
@@ -38,10 +38,10 @@ def read_float(text: str) -> float:
 
 
 def read_path(text: str) -> Path:
-    """A path on this machine.
+    """Parse a path on this machine.
 
     Raises:
-        ValueError: it is a URL.
+        ValueError: the text is a URL.
     """
     if "://" in text:
         raise ValueError("must be a path on this machine, and is a URL")
@@ -49,7 +49,7 @@ def read_path(text: str) -> Path:
 
 
 def read_location(text: str) -> Location:
-    """A path in its plain form; a URL stays as it is."""
+    """Parse a path or a URL; a path is normalised, a URL stays unchanged."""
     return Location(text if "://" in text else str(Path(text).expanduser()))
 
 
@@ -64,7 +64,7 @@ _READERS: dict[Any, tuple[re.Pattern[str], Callable[[str], Any]]] = {
 
 
 def describe_type(annotation: Any) -> str:
-    """The type of a field in words, for errors and listings."""
+    """Describe the type of a field in words, for errors and listings."""
     members = _union_members(annotation)
     if len(members) > 1:
         return " or ".join("null" if member is NoneType else describe_type(member) for member in members)
@@ -81,10 +81,10 @@ def describe_type(annotation: Any) -> str:
 
 
 def parse_text(text: str, annotation: Any) -> Any:
-    """The value of a field of type ``annotation`` that was written as plain text on the command line.
+    """Parse command-line text as a value of type ``annotation``.
 
     Raises:
-        ValueError: the text is no value of that type; says which type it has to be.
+        ValueError: the text is not a value of that type; the message names the type.
     """
     members = _union_members(annotation)
     if NoneType in members and NULL.fullmatch(text):
@@ -97,7 +97,7 @@ def parse_text(text: str, annotation: Any) -> Any:
 
 
 def to_text(value: Any) -> str:
-    """A plain value as one would type it after ``key=``; ``parse_text`` reads it back (text with commas in a list aside)."""
+    """Format a plain value for ``key=``; ``parse_text`` reads it back, except for lists of texts with commas."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -108,7 +108,7 @@ def to_text(value: Any) -> str:
 
 
 def from_plain(value: Any, annotation: Any) -> Any:
-    """A value read from YAML or JSON as the schema has it: text becomes a path, a list becomes a tuple, all else stays."""
+    """Convert a value from YAML or JSON to the schema's type: text to a path, a list to a tuple; other values stay."""
     (plain, *_) = [member for member in _union_members(annotation) if member is not NoneType]
     if plain is Path and isinstance(value, str) and value:
         return read_path(value)
@@ -126,12 +126,12 @@ def _union_members(annotation: Any) -> tuple[Any, ...]:
 
 
 def _bare(annotation: Any) -> Any:
-    """Without the ranges that ``Annotated`` carries, which the schema checks."""
+    """Return the type without its ``Annotated`` constraints, which the schema checks."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _parse_plain(text: str, annotation: Any) -> Any:
-    """The value, or None where the text is no such value."""
+    """Parse text as one type; return None if it is not a value of that type."""
     origin = get_origin(annotation)
     if origin is Literal:
         return {str(choice): choice for choice in get_args(annotation)}.get(text)
@@ -142,7 +142,7 @@ def _parse_plain(text: str, annotation: Any) -> Any:
 
 
 def _parse_list(text: str, member: Any) -> tuple[Any, ...] | None:
-    """``[a,b]``, ``a,b`` and ``a`` are lists; one bracket alone is a mistake."""
+    """Parse a list: ``[a,b]``, ``a,b`` or ``a``; return None if only one bracket is present."""
     if text.startswith("[") != text.endswith("]"):
         return None
     inside = (text[1:-1] if text.startswith("[") else text).strip()

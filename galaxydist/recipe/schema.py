@@ -1,7 +1,7 @@
-"""The schema of a recipe: every key, its type, its range, its default and what it is for.
+"""Schema of a recipe: the type, range, default and description of every key.
 
-A field is a *result* field (it changes the numbers of a run, and so the run's folder) unless it is made with ``run_field``
-(tracker, threads, micro-batch: it changes only how the run is carried out). A new result field is made with ``later_field``.
+A field is a *result* field, which changes the numbers of a run and so the run's folder, unless it is defined with ``run_field``
+(tracker, threads, micro-batch: it changes only the execution). New result fields are defined with ``later_field``.
 """
 
 from pathlib import Path
@@ -34,12 +34,12 @@ Count = Annotated[int, Field(ge=1)]
 
 
 def run_field(default: Any, description: str, **constraints: Any) -> Any:
-    """A field that changes how a run is carried out, not its numbers."""
+    """Define a field that changes the execution of a run, but not its numbers."""
     return Field(default, description=description, json_schema_extra={"kind": "run"}, **constraints)
 
 
 def later_field(default: Any, description: str, **constraints: Any) -> Any:
-    """A result field that did not exist when the first run folders were made.
+    """Define a result field that did not exist when the first run folders were created.
 
     At its default it is left out of the run's hash, so that older runs keep their folders.
     """
@@ -47,13 +47,13 @@ def later_field(default: Any, description: str, **constraints: Any) -> Any:
 
 
 class Section(BaseModel):
-    """A part of the recipe: read-only, unknown keys refused, nan and inf refused."""
+    """A section of the recipe: read-only, without unknown keys, nan or inf."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class AugmentConfig(Section):
-    """Random changes to a training image; all in one resampling. Every draw is a hash of (seed, epoch, position, purpose)."""
+    """Random augmentation of training images, in one resampling; random numbers are from ``counter_rng``."""
 
     rotate: Literal["none", "d4", "any"] = Field(
         "any", description="none; quarter turns, exact pixels (d4); or any angle, resampled with reflected edges"
@@ -70,7 +70,7 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
-    """Which galaxies, and how they are read."""
+    """Data set and data loading."""
 
     dataset: str = Field("galaxy10_decals", description="name of the data set under the data root", min_length=1)
     variant: Variant = Field("original", description="which frozen data set of the survey")
@@ -110,7 +110,7 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The architecture."""
+    """Architecture and initial weights."""
 
     name: ModelName = Field(..., description="architecture")
     size: Literal["small", "base"] = Field("small", description="vit and vit_scratch: ViT-S/16 or ViT-B/16")
@@ -149,7 +149,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """The loop."""
+    """The training loop."""
 
     epochs: Count = Field(30, description="passes over the training split")
     batch_size: Count = Field(192, description="global batch: galaxies in one optimizer step, over all processes")
@@ -224,7 +224,7 @@ class EvalConfig(Section):
 
 
 class TrackerConfig(Section):
-    """Where metrics go beside metrics.jsonl."""
+    """Experiment tracker, in addition to metrics.jsonl."""
 
     name: Literal["none", "wandb"] = run_field("none", "tracker")
     mode: Literal["auto", "online", "offline"] = run_field("auto", "auto: online with a key and a network, else offline")
@@ -241,13 +241,13 @@ class RunConfig(Section):
 
 
 class ResumeConfig(Section):
-    """What may change when a run is continued."""
+    """Changes that a continued run may make."""
 
     force: tuple[str, ...] = run_field((), "result keys that may differ from the run folder's")
 
 
 class Recipe(Section):
-    """One run, complete. Read-only: what is found out while running is kept elsewhere."""
+    """All settings of one run; read-only: values that are determined during the run are not stored here."""
 
     name: str = Field(..., description="recipe name: the file's, with that of its folder in recipes/", min_length=1)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of every random choice")

@@ -1,4 +1,4 @@
-"""Reading a YAML file of settings: plain values, the line that each stands on, and what is wrong with the file itself."""
+"""Reader of YAML 1.2 configuration files: plain values, their line numbers, and problems of the file."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -22,10 +22,10 @@ class Document:
     """A YAML mapping of mappings, flattened.
 
     Attributes:
-        values: dotted key -> plain value (text, number, bool, None or a list of those). A section without keys is not listed.
+        values: dotted key -> plain value (text, number, bool, None or a list of those), without sections.
         lines: dotted key -> line number in the file (from 1), of values and sections.
-        entries: dotted key -> the members of its list of mappings, each flattened; their problems are the document's.
-        problems: (line, text), line 0 where none is known.
+        entries: dotted key -> the members of its list of mappings, each flattened; they share the document's problems.
+        problems: (line, text); line 0 if unknown.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Document:
 
 
 class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
-    """PyYAML down to the node graph, with YAML 1.2's core schema in place of its own mixture of YAML 1.1."""
+    """PyYAML up to the node graph, with YAML 1.2's core schema instead of PyYAML's YAML 1.1 types."""
 
     def __init__(self, stream: str, noun: str) -> None:
         self.noun = noun
@@ -46,7 +46,7 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
         BaseResolver.__init__(self)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # a few lines of differences need none, and an alias may hold itself
+        if self.check_event(yaml.AliasEvent):  # short files need no aliases, and an alias may contain itself
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, f"aliases (*name) are not used in {self.noun}s", mark)
         return super().compose_node(parent, index)
@@ -68,7 +68,7 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
 
 @dataclass(frozen=True)
 class _Form:
-    """What the file is, and what it may be written like beside nested mappings of plain values."""
+    """Kind of the file, and allowed syntax in addition to nested mappings of plain values (see ``read_document``)."""
 
     noun: str
     is_dotted: bool = False
@@ -83,14 +83,17 @@ def read_document(
     is_dotted: bool = False,
     lists: Collection[str] = (),
 ) -> Document:
-    """The file's values; never raises for what stands in the file, only OSError where it cannot be read.
+    """Read a YAML file; errors in its contents become the document's problems.
 
     Args:
         path: the file.
-        noun: what the file is, for the problems' texts.
-        example: a line as it may stand in such a file.
-        is_dotted: ``optim.lr: 1`` is allowed too, and is ``optim: {lr: 1}``.
-        lists: dotted keys that hold a list of mappings.
+        noun: kind of the file, for the problems' texts.
+        example: a valid line of such a file, for the problems' texts.
+        is_dotted: also allow ``optim.lr: 1`` for ``optim: {lr: 1}``.
+        lists: dotted keys of lists of mappings.
+
+    Raises:
+        OSError: the file cannot be read.
     """
     document, form = Document(), _Form(noun, is_dotted, frozenset(lists))
     raw = path.read_bytes()
