@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.errors import UserError
-from galaxydist.report.finished_runs import FinishedRun, TestResult, Validation
+from galaxydist.report.finished_runs import FinishedRun, SplitResult, Validation
 from galaxydist.report.statistics import build_ensemble, build_outcomes, compare_runs, match, mcnemar, rank_trials, read_outcomes
 from tests.trial_folders import draw_logits, write_predictions
 
@@ -119,10 +119,10 @@ def test_an_ensemble_is_the_mean_probability() -> None:
     assert build_ensemble(runs[:1]).log_probabilities_NK == pytest.approx(runs[0].log_probabilities_NK)
 
 
-class Sealed(Mapping[Any, TestResult]):
+class Sealed(Mapping[Any, SplitResult]):
     """Test numbers that nobody may look at."""
 
-    def __getitem__(self, key: Any) -> TestResult:
+    def __getitem__(self, key: Any) -> SplitResult:
         raise AssertionError("a test number was read")
 
     def __iter__(self) -> Iterator[Any]:
@@ -132,7 +132,7 @@ class Sealed(Mapping[Any, TestResult]):
         raise AssertionError("a test number was read")
 
 
-def trial(name: str, validation: Validation | None, judgements: Mapping[Any, TestResult] = MappingProxyType({})) -> FinishedRun:
+def trial(name: str, validation: Validation | None, judgements: Mapping[Any, SplitResult] = MappingProxyType({})) -> FinishedRun:
     return FinishedRun(Path(name), "r", "own", "vit", "simulated", "original", ("a",), 0, "", validation, judgements)
 
 

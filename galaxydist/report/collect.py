@@ -16,7 +16,7 @@ from galaxydist.galaxy import VARIANTS, Variant
 from galaxydist.recipe.resolve import COMMAND_LINE, SCHEMA_DEFAULT
 from galaxydist.recipe.scalars import to_text
 from galaxydist.report.claims import ClaimAnswer, answer_claims, case_of, choose_rows, published_case
-from galaxydist.report.finished_runs import REFERENCE, FinishedRun, ReportNote, TestResult, read_trials
+from galaxydist.report.finished_runs import REFERENCE, FinishedRun, ReportNote, SplitResult, read_trials
 from galaxydist.report.matrix import Row, Table, build_tables
 from galaxydist.report.published_results import SETTINGS, TrainTest
 from galaxydist.report.statistics import McNemar, Outcomes, build_ensemble, compare_runs, holm, rank_trials, read_outcomes
@@ -364,7 +364,7 @@ class DatasetResults:
         best = best_of([facts.trial for facts in runs.values()])
         return runs[id(best)] if best is not None else None
 
-    def best_on_own(self) -> Iterator[tuple[Row, RunFacts, TestResult]]:
+    def best_on_own(self) -> Iterator[tuple[Row, RunFacts, SplitResult]]:
         """Yield the best run by validation of each row and training variant, with its evaluation on its own test set."""
         for row, variant in itertools.product(self.table.rows, VARIANTS):
             facts = self.best(row, variant)

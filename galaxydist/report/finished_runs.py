@@ -71,7 +71,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class TestResult:
+class SplitResult:
     """One evaluation on a test set.
 
     Args:
@@ -136,13 +136,13 @@ class FinishedRun:
     seed: int
     settings: str
     validation: Validation | None
-    judgements: Mapping[Variant, TestResult]
+    judgements: Mapping[Variant, SplitResult]
 
     @property
     def name(self) -> str:
         return self.run_dir.name or str(self.run_dir)
 
-    def judged(self, setting: TrainTest) -> TestResult | None:
+    def judged(self, setting: TrainTest) -> SplitResult | None:
         """Return its evaluation in a setting; None if it has none."""
         return self.judgements.get(setting.test) if self.variant == setting.train else None
 
@@ -243,7 +243,7 @@ def _read_trial(run_dir: Path) -> tuple[FinishedRun, list[str]]:
     return trial, notes
 
 
-def _read_other(place: Path, own: Mapping[str, Any], tta: str, judgements: dict[Variant, TestResult]) -> list[str]:
+def _read_other(place: Path, own: Mapping[str, Any], tta: str, judgements: dict[Variant, SplitResult]) -> list[str]:
     """Add the evaluation in another folder of the run to ``judgements``; return the reason if it cannot be used."""
     try:
         content = _read_content(place, tta)
@@ -281,14 +281,14 @@ def _variant_of(content: Mapping[str, Any]) -> Variant:
     return cast(Variant, content["variant"])
 
 
-def _judgement(place: Path, content: Mapping[str, Any], tta: str) -> TestResult:
+def _judgement(place: Path, content: Mapping[str, Any], tta: str) -> SplitResult:
     confusion_KK = np.asarray(content["confusion"], np.int64)
     num_classes, count = len(content["classes"]), int(content["count"])
     if confusion_KK.shape != (num_classes, num_classes) or confusion_KK.min() < 0 or confusion_KK.sum() != count or count < 1:
         raise ValueError(f"its confusion matrix does not hold {count} galaxies of {num_classes} classes")
     predictions = predictions_path(place, stem_of("test", tta))
     support_K, correct_K = confusion_KK.sum(axis=1).tolist(), confusion_KK.diagonal().tolist()
-    return TestResult(
+    return SplitResult(
         dataset=str(content["dataset"]),
         variant=_variant_of(content),
         manifest_hash=str(content["manifest_hash"]),

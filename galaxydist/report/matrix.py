@@ -12,7 +12,7 @@ from pathlib import Path
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES
-from galaxydist.report.finished_runs import REFERENCE, FinishedRun, ReportNote, TestResult
+from galaxydist.report.finished_runs import REFERENCE, FinishedRun, ReportNote, SplitResult
 from galaxydist.report.published_results import (
     MODELS,
     SETTINGS,
@@ -103,7 +103,7 @@ class Cell:
         return len(self.trials)
 
     @property
-    def judgements(self) -> tuple[TestResult, ...]:
+    def judgements(self) -> tuple[SplitResult, ...]:
         found = (trial.judged(self.setting) for trial in self.trials)
         return tuple(judgement for judgement in found if judgement is not None)
 
@@ -251,7 +251,7 @@ def _build_cell(
     )
 
 
-def _estimates(judgements: Sequence[TestResult], outcomes: CellOutcomes | None) -> tuple[Estimate, Estimate | None]:
+def _estimates(judgements: Sequence[SplitResult], outcomes: CellOutcomes | None) -> tuple[Estimate, Estimate | None]:
     if outcomes is not None:
         return from_outcomes(outcomes.correct_SN), from_outcomes(outcomes.losses_SN)
     count = judgements[0].count
@@ -260,7 +260,7 @@ def _estimates(judgements: Sequence[TestResult], outcomes: CellOutcomes | None) 
     return accuracy, from_means(losses, count, None) if len(losses) == len(judgements) else None
 
 
-def _read_cell(judgements: Sequence[TestResult], read: Callable[[Path], Outcomes]) -> tuple[CellOutcomes | None, list[str]]:
+def _read_cell(judgements: Sequence[SplitResult], read: Callable[[Path], Outcomes]) -> tuple[CellOutcomes | None, list[str]]:
     """Return the outcomes of the single galaxies, or None and the reason: predictions are missing or disagree with the counts."""
     paths = [judgement.predictions_path for judgement in judgements if judgement.predictions_path is not None]
     if len(paths) < len(judgements):

@@ -17,7 +17,7 @@ from galaxydist.gallery.gallery import gallery_sections
 from galaxydist.pages.html import figure_svg, render
 from galaxydist.report.claims import ClaimAnswer
 from galaxydist.report.collect import REGIMES, DatasetResults, Pairs, ReportData, RunFacts
-from galaxydist.report.finished_runs import TestResult
+from galaxydist.report.finished_runs import SplitResult
 from galaxydist.report.matrix import Table
 from galaxydist.report.statistics import ALPHA
 from galaxydist.report.tables import (
@@ -191,7 +191,7 @@ def confusion_maps(found: DatasetResults) -> list[dict[str, Any]]:
     return drawn
 
 
-def own_test(facts: RunFacts, judged: TestResult) -> str:
+def own_test(facts: RunFacts, judged: SplitResult) -> str:
     """Describe a run and its evaluation on its own test set."""
     return f"trained and tested on {judged.variant}, seed {facts.trial.seed}, {judged.count:,} galaxies"
 
