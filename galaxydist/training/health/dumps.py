@@ -1,4 +1,4 @@
-"""The stacks of a process's threads, written where a user finds them after a hang."""
+"""Stack dumps of a rank after a hang, and the process that kills a rank that cannot run Python."""
 
 import contextlib
 import faulthandler
@@ -14,17 +14,19 @@ from typing import TextIO
 
 from galaxydist.training.health import guard_process
 
-# Nothing else uses the last of the real-time signals. (macOS has none: no guard there.)
+# Nothing else uses the last real-time signal. (macOS has none, so there is no guard.)
 DUMP_SIGNAL = int(getattr(signal, "SIGRTMAX", 0))
 
 
 class StacksFile:
-    """``rank-0003.txt`` of a rank. Opened at once, since opening a file may be what hangs; removed at the end if nothing was
-    written. What an earlier hang left there is kept, and new stacks are added to it.
+    """The stacks file of a rank, such as ``rank-0003.txt``.
+
+    It is opened at once, since opening a file later may hang, and removed at the end if it is empty. New stacks are appended
+    to those of an earlier hang.
 
     Args:
-        folder: made if it is not there.
-        rank: of this process.
+        folder: created if missing.
+        rank: rank of this process.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -36,7 +38,7 @@ class StacksFile:
 
     def dump(self, title: str) -> None:
         """Write the stacks of all threads, the main thread's first."""
-        # faulthandler stops after a hundred threads and comes to the main thread last.
+        # faulthandler stops after a hundred threads and writes the main thread last.
         main = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(main)) if main is not None else ""
         when = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -56,15 +58,12 @@ class StacksFile:
                 self.path.parent.rmdir()
 
 
-# The process beside a rank that ends it when it cannot run Python any more; see ``guard_process.py``.
-
-
 class HangGuard:
-    """The process of ``guard_process.py`` beside this one. Where it cannot be had (not Linux, no memory) nothing is done.
+    """Start and feed ``guard_process.py``; do nothing where it cannot start (not Linux, no memory).
 
     Args:
-        tick_s: seconds between two looks.
-        message: what it says when it ends this process.
+        tick_s: seconds between two checks.
+        message: printed when the guard kills this process.
     """
 
     def __init__(self, tick_s: float, message: str) -> None:
@@ -81,13 +80,13 @@ class HangGuard:
         os.set_blocking(self._process.stdin.fileno(), False)
 
     def feed(self, allowed_s: float) -> None:
-        """Say that Python runs here, and for how long it may be silent from now on."""
+        """Report that Python runs here, and the seconds until the next report is due."""
         if self._process is not None and self._process.stdin is not None:
-            with contextlib.suppress(BlockingIOError, BrokenPipeError):  # it is stopped, or was killed
+            with contextlib.suppress(BlockingIOError, BrokenPipeError):  # the guard is stopped or was killed
                 os.write(self._process.stdin.fileno(), b"%.3f\n" % allowed_s)
 
     def close(self) -> None:
-        """End it."""
+        """Stop the guard process."""
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
             try:

@@ -1,11 +1,11 @@
-"""A small process beside each rank, which ends it when it cannot run Python any more. Started by ``guard.py`` as a script.
+"""A small process beside each rank that kills the rank when it can no longer run Python.
 
-A thread of the rank writes a line to our standard input every few seconds: the seconds it may stay away. C code that never lets
-go of the interpreter's lock silences that thread, and with it everything in the process that could notice. A timer inside the
-process (``faulthandler.dump_traceback_later``) would notice, but it counts on while a process is stopped, and ends a healthy one
-as soon as it is continued. This process counts only while it runs itself and the rank is not stopped.
+``dumps.HangGuard`` starts it as a script. A thread of the rank writes a line to its standard input every few seconds: the
+seconds until the next line is due. C code that never releases the GIL stops that thread and every other check inside the rank.
+A timer inside the rank (``faulthandler.dump_traceback_later``) would notice, but it also counts while the rank is stopped and
+would kill a healthy rank as soon as it continues. This process counts only while it runs and the rank is not stopped.
 
-It ends by itself when the rank has ended. Only the standard library is used, so that it stays small.
+It exits when the rank has exited. It imports only the standard library, to stay small.
 """
 
 import os
@@ -15,20 +15,20 @@ import sys
 import time
 from pathlib import Path
 
-# Signals to the whole process group are the rank's business; we end with it.
+# The rank handles signals to the process group; this process exits with the rank.
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
-# Time for the stacks to be written, or for the rank to come back.
+# Time for the rank to write its stacks or to recover.
 LAST_CHANCE_S = 1.0
 
 
 def watch(pid: int, dump_signal: int, tick_s: float, message: str) -> None:
-    """Read lines until there are none, and end the process ``pid`` when they stay away too long.
+    """Read lines until end of file, and kill the process ``pid`` when no line arrives in time.
 
     Args:
-        pid: of the rank, our parent.
-        dump_signal: makes it write its stacks.
-        tick_s: seconds between two looks.
-        message: said once when the rank is ended.
+        pid: process id of the rank, the parent process.
+        dump_signal: signal that makes the rank write its stacks.
+        tick_s: seconds between two checks.
+        message: printed to standard error when the rank is killed.
     """
     allowed_s, silent_s, last = float("inf"), 0.0, time.monotonic()
     while True:
@@ -53,7 +53,7 @@ def watch(pid: int, dump_signal: int, tick_s: float, message: str) -> None:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process is stopped by a signal or a debugger."""
+    """Return True if a process is stopped by a signal or a debugger."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
     except (OSError, IndexError):
