@@ -1,7 +1,6 @@
-"""Checkpoints written beside the training: the tensors are copied, then a thread writes the copies to the disk.
+"""Asynchronous checkpoint writer: copies the tensors, then writes the copies in a thread.
 
-One process holds everything that a checkpoint needs and writes all of it, so the thread talks to no other process: it has no
-process group, and nothing can collide with the collectives of the training.
+A single process writes the whole checkpoint, so the thread needs no process group and cannot disturb the training's collectives.
 """
 
 import logging
@@ -23,21 +22,21 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Saves checkpoints, one at a time. A context manager that waits for the last one. Use it on one rank, with the run's lock.
+    """Saves checkpoints one at a time, on the one rank that holds the run's lock.
 
-    A process killed while a checkpoint is written leaves the earlier ones, complete. An interpreter that ends first finishes the
-    writing. What is written is bit for bit what ``checkpoints.save`` writes.
+    Leaving the context waits for the last write. If the process is killed during a write, the earlier checkpoints stay complete.
+    An interpreter that exits finishes the write first. The files are identical to those of ``store.save``.
 
     Args:
-        checkpoints_dir: folder of the run's checkpoints; made where it is missing.
-        background: copy the tensors and write in a thread; else ``save`` returns when the checkpoint is on the disk.
-        check: raises where this process may write to the run folder no longer (``RunLock.check``). Called in the thread, right
+        checkpoints_dir: folder of the run's checkpoints; created if missing.
+        background: copy the tensors and write in a thread; otherwise ``save`` returns once the checkpoint is on disk.
+        check: raises if this process may no longer write to the run folder (``RunLock.check``). Called in the writing thread
             before a write begins and before it becomes the newest checkpoint.
-        keep: how many of the newest checkpoints to keep.
-        clock: seconds, for ``seconds_waited``.
+        keep: number of newest checkpoints to keep.
+        clock: returns the time in seconds, for ``seconds_waited``.
 
     Attributes:
-        seconds_waited: how long all calls together took: copying, waiting for a write, writing where ``background`` is False.
+        seconds_waited: total time spent in calls: copying, waiting for a write, and writing if ``background`` is False.
     """
 
     def __init__(
@@ -73,20 +72,20 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """A write has failed, and ``save`` or ``wait`` would raise why. Costs nothing: ask every step."""
+        """True if a write has failed and ``save`` or ``wait`` would raise its error; cheap enough to check every step."""
         return self._error is not None
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, best: bool = False) -> None:
-        """Save a checkpoint: when this returns, the tensors may be changed again by work on the current stream of their device.
+        """Save a checkpoint, after waiting for a write in progress.
 
-        Waits for a write that is still going on.
+        Once this returns, work on the current stream of the tensors' device may change them again.
 
         Args:
-            step, tensors, state, best: as for ``checkpoints.save``.
+            step, tensors, state, best: as for ``store.save``.
 
         Raises:
             ValueError, TypeError: ``state`` is not plain JSON; nothing is written.
-            UserError: the last write failed (and this checkpoint is not written), or this one did where ``background`` is False.
+            UserError: the last write failed (and this checkpoint is not written), or this one did and ``background`` is False.
         """
         with self._timed():
             state_text = encode_state(step, state, best=best)
@@ -102,10 +101,10 @@ class CheckpointWriter:
             self._thread.start()
 
     def wait(self) -> None:
-        """Return when the write that is going on, if any, is complete.
+        """Wait until the write in progress, if any, is complete.
 
         Raises:
-            UserError: it failed: the disk is full, or the lock was lost. Raised once. The earlier checkpoints are untouched.
+            UserError: the write failed (disk full, lock lost). Raised once. The earlier checkpoints are untouched.
         """
         with self._timed():
             self._join()
@@ -127,7 +126,7 @@ class CheckpointWriter:
             raise error
 
     def _write_copies(self, step: int, copies: dict[str, torch.Tensor], state_text: str, best: bool) -> None:
-        """In the thread."""
+        """Write the copies in the thread, and keep an error for the next ``save`` or ``wait``."""
         try:
             with self._copies.finished():
                 self._write(step, copies, state_text, best)
@@ -139,10 +138,10 @@ class CheckpointWriter:
 
 
 class TensorCopies:
-    """Copies of tensors in memory of the host that is used again, so that nothing is allocated from the second time on.
+    """Copies tensors into reused host buffers, so that later copies of the same tensors allocate no memory.
 
-    Tensors of a CUDA device go to pinned memory, by their device's current stream: the host does not wait. Torch rounds pinned
-    memory up to a power of two a tensor.
+    CUDA tensors are copied into pinned memory on their device's current stream, without blocking the host. PyTorch rounds the
+    pinned memory of each tensor up to a power of two.
     """
 
     def __init__(self) -> None:
@@ -151,13 +150,13 @@ class TensorCopies:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copy tensors, each into contiguous memory of its own. What was taken before is overwritten.
+        """Copy each tensor into its own buffer, overwriting the earlier copies.
 
         Args:
             tensors: by name, any device and layout; they may share memory.
 
         Returns:
-            The copies by name, on the CPU. Those of CUDA tensors are complete inside ``finished``.
+            The copies by name, on the CPU. Copies of CUDA tensors are complete only inside ``finished``.
         """
         self._buffers = {name: self._buffer(name, tensor) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
@@ -170,10 +169,10 @@ class TensorCopies:
 
     @contextmanager
     def finished(self) -> Iterator[None]:
-        """Wait until the copies are complete. For a thread of its own.
+        """Wait until the copies are complete; call it in the writing thread.
 
-        Inside, torch's current stream is an idle one of the same device: torch's writer waits for the current stream, which
-        would else be that of the training; and a thread that names no device would take memory on the first one.
+        Inside the context, the current stream is an idle one of the same device. PyTorch's writer waits for the current stream,
+        which would otherwise be the training's, and a thread that sets no device would allocate memory on device 0.
         """
         with ExitStack() as stack:
             for device, event in self._copied.items():

@@ -1,4 +1,7 @@
-"""Tensors in safetensors files, through ``torch.distributed.checkpoint``, whose default storage would unpickle."""
+"""Tensors and state dicts in safetensors files, written and read without pickle.
+
+Uses ``torch.distributed.checkpoint``, whose default storage would unpickle. Nested state dicts become flat tensors plus JSON.
+"""
 
 import math
 import re
@@ -11,30 +14,33 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Gives what a tensor of this name, shape and dtype is read into.
+# Allocates the tensor to read into, from a name, a shape and a dtype.
 TensorMaker = Callable[[str, torch.Size, torch.dtype], torch.Tensor]
 
 _MAX_FILE_BYTES = 1 << 30  # a file is built up in memory before it is written
 
 
 def import_writer() -> None:
-    """Import what ``write_tensors`` needs. Before it is called in a thread: two threads that import parts of torch at the same
-    time may find them half made, and an interpreter that is ending imports nothing more."""
+    """Import the modules of ``write_tensors`` before it is called in a thread.
+
+    Two threads that import parts of torch at the same time may see half-initialised modules, and an exiting interpreter cannot
+    import.
+    """
     import torch.distributed.checkpoint.hf_storage
     import torch.distributed.checkpoint.state_dict_saver  # noqa: F401
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Write tensors into an existing folder, from this process alone: no process group takes part.
+    """Write tensors into an existing folder, from this process alone and without a process group.
 
     Args:
-        folder: where the files go.
+        folder: output folder.
         tensors: by name, any device and layout.
 
     Returns:
-        The file of each tensor.
+        The file name of each tensor.
     """
-    # Imported here: it takes most of a second, and a run that starts anew needs it only when it saves.
+    # Imported here because it takes most of a second, and a new run needs it only at its first save.
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -49,16 +55,18 @@ def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str
 
 
 def write_own_parts(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> dict[str, str]:
-    """Write tensors into an existing folder that all processes see: each writes its parts of DTensors into files of its own, and
-    one of them each other tensor. All ranks of the group take part, and raise the same error.
+    """Write tensors from all ranks of a group into an existing shared folder.
+
+    Each rank writes its shards of DTensors into its own files; every other tensor is written by one rank. All ranks raise the
+    same error.
 
     Args:
-        folder: where the files go.
+        folder: output folder.
         tensors: by name, the same names on all ranks; contiguous and without shared memory (``separate``).
-        group: of the gloo backend, used for nothing else at the same time.
+        group: a gloo process group that nothing else uses at the same time.
 
     Returns:
-        The file of each tensor, without the part of the name that tells the processes' files apart (``without_shard``).
+        The file name of each tensor, without the prefix of the rank (``without_shard``).
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -73,12 +81,12 @@ def write_own_parts(folder: Path, tensors: Mapping[str, torch.Tensor], group: di
 
 
 def own_files(folder: Path, rank: int) -> list[Path]:
-    """The files that a rank of the group wrote by ``write_own_parts``."""
+    """Return the files that a rank of the group wrote with ``write_own_parts``."""
     return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
 
 
 def without_shard(file_name: str) -> str:
-    """``shard-00002-model-00001-of-00003.safetensors`` without ``shard-00002-``; other names as they are."""
+    """Remove the prefix ``shard-00002-`` from a file name; return other names unchanged."""
     return re.sub(r"^shard-\d+-", "", file_name)
 
 
@@ -92,15 +100,15 @@ def whole_on_cpu(_name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Ten
 
 
 def read_tensors(folder: Path, places: Mapping[str, str], make: TensorMaker = whole_on_cpu) -> dict[str, torch.Tensor]:
-    """Read tensors, in this process alone, from files that one or several processes wrote.
+    """Read tensors in this process alone, from files that one or several processes wrote.
 
     Args:
-        folder: where the files are.
-        places: the tensors wanted, with the file of each.
-        make: what each is read into; of a DTensor this process's part is read, however it was cut up when it was written.
+        folder: folder of the files.
+        places: the file name of each tensor to read.
+        make: allocates each tensor. For a DTensor only this process's shard is read, however it was sharded when written.
 
     Raises:
-        ValueError: one is missing.
+        ValueError: a tensor is missing.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -116,7 +124,7 @@ def read_tensors(folder: Path, places: Mapping[str, str], make: TensorMaker = wh
     tensors: dict[str, torch.Tensor] = {}
     for name in places:
         described = known[name]
-        assert isinstance(described, TensorStorageMetadata)  # the safetensors reader knows no others
+        assert isinstance(described, TensorStorageMetadata)  # the only kind that the safetensors reader returns
         tensors[name] = make(name, described.size, described.properties.dtype)
     with original_errors():
         dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
@@ -125,7 +133,7 @@ def read_tensors(folder: Path, places: Mapping[str, str], make: TensorMaker = wh
 
 @contextmanager
 def original_errors() -> Iterator[None]:
-    """``CheckpointException`` is no ``Exception`` and hides what happened: raise that instead."""
+    """Raise the original error instead of ``CheckpointException``, which hides it and is not an ``Exception``."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -137,7 +145,7 @@ def original_errors() -> Iterator[None]:
 
 
 def _file_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """A new file for each first part of the names, and whenever one is full."""
+    """Assign each tensor a file number: a new file for each first part of the names, and whenever one is full."""
     numbers: dict[str, int] = {}
     number, size, group = 0, 0, None
     for name in sorted(tensors):
@@ -150,8 +158,11 @@ def _file_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """safetensors takes only contiguous tensors that share no memory (tied weights, views of one buffer): copy the others. It
-    writes the memory of a lazy conjugate or negative as it stands: compute those."""
+    """Return contiguous tensors that share no memory, as safetensors requires, copying where needed.
+
+    Tied weights and views of one buffer share memory. Lazy conjugates and negatives are computed, because safetensors would
+    write their underlying memory unchanged.
+    """
     separate: dict[str, torch.Tensor] = {}
     used: set[tuple[torch.device, int]] = set()
     for name, tensor in tensors.items():
@@ -166,17 +177,17 @@ def separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _ignore_single_process_warning() -> None:
-    # Not warnings.catch_warnings: a save may run in a thread, and that changes the filters of all threads.
+    # Not warnings.catch_warnings: a save may run in a thread, and catch_warnings changes the filters of all threads.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-# Nested state dicts as flat tensors plus plain JSON, and back, bit for bit: what a checkpoint can hold without pickle.
+# Nested state dicts as flat tensors plus JSON, and back, bit for bit.
 
 _TAGS = ("@tensor", "@tuple", "@dict", "@float")
 
 
 def flatten_state(prefix: str, state: Any) -> tuple[dict[str, torch.Tensor], Any]:
-    """Take a state dict (of an optimizer, a gradient scaler, an EMA) apart.
+    """Split a state dict (of an optimizer, a gradient scaler, an EMA) into tensors and a JSON-able description.
 
     Args:
         prefix: first part of the tensors' names, such as ``"optimizer"``.
@@ -187,7 +198,7 @@ def flatten_state(prefix: str, state: Any) -> tuple[dict[str, torch.Tensor], Any
         for ``unflatten_state``.
 
     Raises:
-        TypeError: something else stands in the state; the message names its place.
+        TypeError: the state holds another type; the message names its key path.
     """
     tensors: dict[str, torch.Tensor] = {}
     return tensors, _flatten(prefix, state, tensors)
@@ -221,7 +232,7 @@ def _flatten(name: str, value: Any, tensors: dict[str, torch.Tensor]) -> Any:  #
 
 
 def unflatten_state(description: Any, tensors: Mapping[str, torch.Tensor]) -> Any:  # noqa: PLR0911
-    """Put a state dict together again from what ``flatten_state`` gave (``tensors`` may hold others as well).
+    """Rebuild a state dict from the results of ``flatten_state``; ``tensors`` may hold others as well.
 
     Raises:
         KeyError: a tensor is missing.

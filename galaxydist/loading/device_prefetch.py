@@ -1,4 +1,4 @@
-"""Batches on their way to the device: copied from pinned memory on a stream of their own, one ahead of the batch in use."""
+"""Device prefetch: copies the next batch from pinned memory on a side stream."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,23 +16,23 @@ class Event(Protocol):
     """The end of a copy."""
 
     def query(self) -> bool:
-        """Whether it has come."""
+        """Return True once the copy is complete."""
         ...
 
     def synchronize(self) -> None:
-        """Wait for it."""
+        """Block until the copy is complete."""
         ...
 
 
 class CopyStream(Protocol):
-    """A queue of copies beside the stream that computes."""
+    """A queue of copies that run beside the compute stream."""
 
     def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
-        """Begin to copy; the sources must stay as they are until the event."""
+        """Start copying; the sources must not change until the event."""
         ...
 
     def hand_over(self, copies: Sequence[Tensor], event: Event) -> None:
-        """Let the current stream wait for the copies, and keep their memory from being used again before it is done with them."""
+        """Make the current stream wait for the copies, and keep their memory from reuse until it has finished with them."""
         ...
 
 
@@ -44,7 +44,7 @@ class CudaCopyStream:
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
-        # From memory that is not pinned the host would wait for each copy.
+        # Copies from unpinned memory would block the host.
         pinned = [tensor if tensor.is_pinned() else tensor.pin_memory() for tensor in tensors]
         with torch.cuda.stream(self._stream):
             copies = [tensor.to(self._device, non_blocking=True) for tensor in pinned]
@@ -62,7 +62,7 @@ class CudaCopyStream:
 
 @dataclass(frozen=True)
 class _Copying:
-    """A batch on the device, where it comes from, and the end of the copy."""
+    """A batch on the device, its source batch, and the event at the end of the copy."""
 
     batch: Batch
     source: Batch
@@ -70,16 +70,16 @@ class _Copying:
 
 
 class DevicePrefetcher:
-    """A reader's batches with images, labels and weights on the device; positions and sample numbers stay on the CPU.
+    """Copies a loader's images, labels and weights to the device; positions and sample numbers stay on the CPU.
 
-    On a GPU the next batch is being copied while the current one is in use, and a reader's memory goes back to it only when the
-    copy from it has ended. On a CPU the batches are passed on as they are. An error of the reader is raised in its turn, after
-    the batches before it. Use as a context manager, within the reader's.
+    On a GPU the next batch is copied while the current one is in use, and the loader's memory is released only after the copy.
+    On a CPU the batches pass unchanged. An error of the loader is raised after the batches before it. Use as a context manager
+    inside the loader's.
 
     Args:
-        batches: from a reader; best one that decodes into pinned memory (``pin``).
-        device: where to.
-        side_stream: the stream to copy on; None: a new one, where the device is a GPU.
+        batches: from a loader, preferably one that decodes into pinned memory (``pin``).
+        device: target device.
+        side_stream: the stream to copy on; None creates one if the device is a GPU.
     """
 
     def __init__(self, batches: Iterator[Batch], device: torch.device, side_stream: CopyStream | None = None) -> None:
@@ -115,7 +115,7 @@ class DevicePrefetcher:
         self.close()
 
     def close(self) -> None:
-        """Wait for the copies that are under way, and let go of the reader's memory."""
+        """Wait for the copies in progress, and release the loader's memory."""
         if self._ahead is not None:
             self._in_flight.append(self._ahead)
             self._ahead = None
@@ -129,7 +129,7 @@ class DevicePrefetcher:
             return
         try:
             source = next(self._batches)
-        except Exception as error:  # in its turn
+        except Exception as error:  # raised after the batches before it
             self._error = error
             return
         copies, event = side_stream.start(_moving(source))
