@@ -129,7 +129,7 @@ class World:
             except OSError:
                 sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (stays open until the process ends)
 
-    def on_main(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         """Run a function on rank 0 and broadcast its result.
 
         Raises:
@@ -150,11 +150,11 @@ class World:
         broadcast_object_list(answer, from_process=0)
         if failure is not None:
             raise failure
-        _raise_told(answer[1], answer[2])
+        _raise_shared(answer[1], answer[2])
         result: T = answer[0]
         return result
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_on_all(self, work: Callable[[], T]) -> T:
         """Run a function on all ranks and return this rank's result.
 
         Raises:
@@ -172,13 +172,13 @@ class World:
             problem = (str(error), None)
         except Exception as error:
             failure, problem = error, (None, f"rank {self.rank} failed: {type(error).__name__}: {error}")
-        told = self.gather(problem)
+        problems = self.all_gather(problem)
         if failure is not None:
             raise failure
-        _raise_told(next((text for text, _ in told if text), None), next((text for _, text in told if text), None))
+        _raise_shared(next((text for text, _ in problems if text), None), next((text for _, text in problems if text), None))
         return done[0]
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in rank order; all ranks must call it."""
         if self.size == 1:
             return [value]
@@ -186,7 +186,12 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
+    def barrier(self) -> None:
+        """Wait until all ranks have called it."""
+        if self.size > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place; all ranks must call it."""
         if self.size > 1:
             dist.all_reduce(values)
@@ -243,7 +248,7 @@ def init_distributed(
         world.say(f"galaxydist: {text}")
     world = replace(world, cores=threads or _share_cores(world, environ))
     # Launchers set OMP_NUM_THREADS=1, which would leave the other cores idle.
-    return _with_threads(world, min(world.gather(world.cores)))
+    return _with_threads(world, min(world.all_gather(world.cores)))
 
 
 def keep_threads(world: World, stored: Mapping[str, int] | None) -> World:
@@ -291,17 +296,17 @@ def _build_accelerator(precision: Precision, has_gpu: bool, environ: Mapping[str
         raise UserError(f"Accelerate does not start: {error} (its settings in the environment: {given or 'none'})") from error
 
 
-def _raise_told(by_user: str | None, by_chance: str | None) -> None:
-    if by_chance is not None:
-        raise RunFailedError(by_chance)
-    if by_user is not None:
-        raise EveryRankError(by_user)
+def _raise_shared(user_error: str | None, other_error: str | None) -> None:
+    if other_error is not None:
+        raise RunFailedError(other_error)
+    if user_error is not None:
+        raise EveryRankError(user_error)
 
 
 def _share_cores(world: World, environ: Mapping[str, str]) -> int:
     """Return this process's share of its machine's cores; all ranks must call it."""
     host, mine = socket.gethostname(), bound_cores()
-    everywhere = world.gather((host, world.rank, mine))
+    everywhere = world.all_gather((host, world.rank, mine))
     here = [(rank, cores) for theirs, rank, cores in everywhere if theirs == host]
     is_bound = len(mine) < (os.cpu_count() or 1)
     quota = min(cpu_quota(), math.inf if is_bound else slurm_cores(environ))

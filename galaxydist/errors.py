@@ -14,7 +14,7 @@ class UserError(ValueError):
     """Error in the user's input: the text states what is wrong, what was given and what to do."""
 
 
-class DamagedPictureError(UserError):
+class DamagedImageError(UserError):
     """Error of a single image that cannot be read or decoded; ``reason`` names the image and the cause."""
 
     @property

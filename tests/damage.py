@@ -23,7 +23,7 @@ def shard_of(manifest: Manifest, split: str, sample: int) -> Path:
     return manifest.shard_path(split, int(np.searchsorted(ends, sample, side="right")))
 
 
-def break_picture(manifest: Manifest, split: str, sample: int) -> tuple[Path, str]:
+def break_image(manifest: Manifest, split: str, sample: int) -> tuple[Path, str]:
     """Overwrite the second half of a JPEG, or a PNG's header (what stands in its middle is not always missed); shard and key."""
     shard = shard_of(manifest, split, sample)
     offset, length = int(manifest.offsets(split)[sample]), int(manifest.lengths(split)[sample])
@@ -35,7 +35,7 @@ def break_picture(manifest: Manifest, split: str, sample: int) -> tuple[Path, st
 
 
 def truncate(manifest: Manifest, split: str, sample: int, num_bytes: int = 0) -> Path:
-    """Cut the shard of a sample so that ``num_bytes`` of its picture are left."""
+    """Cut the shard of a sample so that ``num_bytes`` of its image are left."""
     shard = shard_of(manifest, split, sample)
     with shard.open("r+b") as file:
         file.truncate(int(manifest.offsets(split)[sample]) + num_bytes)

@@ -21,7 +21,7 @@ val/b/w2.ppm,g-00006,val,1,15.5,80,6,0.1,false,x
 
 
 def write_ppm(path: Path, seed: int) -> None:
-    """A picture whose bytes hang on no library: 4 x 4 pixels."""
+    """An image whose bytes hang on no library: 4 x 4 pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = bytes((seed * 37 + place * 11) % 256 for place in range(48))
     path.write_bytes(b"P6 4 4 255\n" + pixels)
@@ -45,7 +45,7 @@ def split_folder(root: Path) -> Path:
 
 
 def exported_folder(root: Path) -> Path:
-    """As `data export` writes it, and a picture that came later."""
+    """As `data export` writes it, and an image that came later."""
     for number, line in enumerate(METADATA.splitlines()[1:]):
         write_ppm(root / line.split(",")[0], number)
     write_ppm(root / "train" / "a" / "later.ppm", 99)

@@ -1,4 +1,4 @@
-"""Surveys for the tests of shards: pictures in memory, from pixels or from JPEG files."""
+"""Surveys for the tests of shards: images in memory, from pixels or from JPEG files."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ class MemorySurvey:
 
 
 def draw_galaxies(count: int, size: int = 32, **extras: Any) -> tuple[Galaxy, ...]:
-    """Smooth coloured pictures, each another; labels 0, 1, 2 in turn."""
+    """Smooth coloured images, each another; labels 0, 1, 2 in turn."""
     y_HW, x_HW = np.mgrid[:size, :size] / size
     galaxies = []
     for row in range(count):

@@ -1,4 +1,4 @@
-"""Small survey files and picture folders to test with, and a run in which files may not grow."""
+"""Small survey files and image folders to test with, and a run in which files may not grow."""
 
 import resource
 import subprocess
@@ -39,8 +39,8 @@ def write_survey(path: Path, counts: Sequence[int] = (12,) * 10, seed: int = 0, 
     return labels
 
 
-def write_picture(path: Path, seed: int = 0, size: tuple[int, int] = (20, 24), mode: str = "RGB") -> Path:
-    """A small picture, another one in a folder of another name; its format is its name's."""
+def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (20, 24), mode: str = "RGB") -> Path:
+    """A small image, another one in a folder of another name; its format is its name's."""
     pixels = np.random.default_rng([seed, zlib.crc32(path.parent.name.encode())]).integers(0, 256, (*size, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).convert(mode).save(path)

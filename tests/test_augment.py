@@ -18,8 +18,8 @@ PLAIN = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
 ALL = AugmentConfig(rotate="any", zoom=1.3, shift=0.06, brightness=0.1, noise=0.02)
 
 
-def pictures(count: int, width: int, seed: int = 0) -> Tensor:
-    """Smooth random pictures with some noise."""
+def random_images(count: int, width: int, seed: int = 0) -> Tensor:
+    """Smooth random images with some noise."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[:width, :width] / width
     images = []
@@ -68,7 +68,7 @@ def test_within_one_grey_level_of_a_float64_reference(size: int, zoom: float, cr
 
 
 def test_an_image_is_the_same_in_any_batch_and_another_at_each_position_and_epoch() -> None:
-    images = pictures(40, 64)
+    images = random_images(40, 64)
     augment = Augment(ALL, 1, *PLAIN, 40)
     positions = list(range(100, 140))
     whole = levels(augment, images, positions).clone()
@@ -97,7 +97,7 @@ GOLDEN_ZOOM = [0.9613553, 1.2874032]
 
 
 def test_quarter_turns_move_pixels_and_change_none() -> None:
-    images = pictures(32, 24)
+    images = random_images(32, 24)
     augment = Augment(AugmentConfig(rotate="d4"), 0, *PLAIN, 24)
     views = levels(augment, images).numpy()
     kinds = set()
@@ -112,14 +112,14 @@ def test_quarter_turns_move_pixels_and_change_none() -> None:
 @pytest.mark.parametrize("rotate", ["d4", "none"])
 def test_exact_turns_are_those_of_the_resampled_mode(rotate: str) -> None:
     """A shift too small to matter takes the other way through the code."""
-    images = pictures(32, 32)
+    images = random_images(32, 32)
     exact = levels(Augment(AugmentConfig(rotate=rotate), 4, *PLAIN, 32), images)  # type: ignore[arg-type]
     sampled = levels(Augment(AugmentConfig(rotate=rotate, shift=1e-6), 4, *PLAIN, 32), images)  # type: ignore[arg-type]
     assert (exact - sampled).abs().max() < 0.05
 
 
 def test_nothing_asked_for_is_the_view_of_evaluation() -> None:
-    images = pictures(5, 64)
+    images = random_images(5, 64)
     augment = Augment(AugmentConfig(rotate="none", flip=False), 0, *PLAIN, 40, crop=0.9)
     assert torch.equal(levels(augment, images), levels(augment.normalise, images))
 
@@ -145,7 +145,7 @@ def test_angles_mirrors_zooms_and_shifts_are_spread_as_they_should_be() -> None:
 
 
 def test_brightness_is_one_factor_for_all_channels() -> None:
-    images = pictures(50, 16)
+    images = random_images(50, 16)
     config = AugmentConfig(rotate="none", flip=False, brightness=0.2)
     factors = levels(Augment(config, 0, *PLAIN, 16), images) / images.clamp(min=1)
     factors = factors.masked_fill(images == 0, torch.nan).reshape(50, -1)
@@ -170,7 +170,7 @@ def test_noise_is_gaussian_and_differs_between_images() -> None:
 
 
 def test_normalisation_gives_mean_0_and_deviation_1() -> None:
-    images = pictures(60, 32)
+    images = random_images(60, 32)
     mean = (images / 255.0).mean((0, 1, 2)).tolist()
     std = (images / 255.0).std((0, 1, 2)).tolist()
     views = Normalise(mean, std, 32)(images)
@@ -214,7 +214,7 @@ def test_reduced_decoding_changes_an_augmented_view_by_less_than_a_grey_level(re
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_up_to_rounding() -> None:
-    images = pictures(20, 96)
+    images = random_images(20, 96)
     for size in (24, 40, 90):
         for config in (ALL, AugmentConfig(rotate="d4", noise=0.02)):
             augment = Augment(config, 1, *PLAIN, size, crop=0.9)

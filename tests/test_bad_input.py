@@ -68,11 +68,11 @@ def test_a_data_set_that_is_not_there_is_made_by_the_command_that_is_advised(
     assert "there are mine (balanced, original)." in error and not run_dir.exists()
 
     for number in range(40):
-        path = tmp_path / "pictures" / ("ab"[number % 2]) / f"{number}.png"
+        path = tmp_path / "images" / ("ab"[number % 2]) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(next(BlobSurvey().read(number, number + 1)).image).save(path)
     (command,) = re.findall(r"(?m)^  galaxydist (data shard .*)", error)
-    words = shlex.split(command.replace("FOLDER_OR_FILE", shlex.quote(str(tmp_path / "pictures"))))
+    words = shlex.split(command.replace("FOLDER_OR_FILE", shlex.quote(str(tmp_path / "images"))))
     assert galaxydist([*words, "--data-dir", str(root), "--workers", "1"]) == 0
     (place,) = re.findall(r"There are no shards of nope \(original\) at (.*?);", error)
     assert read_manifest(Path(place)).class_names == ("a", "b")

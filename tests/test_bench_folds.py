@@ -15,9 +15,9 @@ from tests.blobs import CLASS_NAMES, BlobSurvey
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 blobs in class folders."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for name in CLASS_NAMES:
         (folder / name).mkdir()
     for number, galaxy in enumerate(BlobSurvey().read(0, 120)):
@@ -32,9 +32,9 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_stopped_comparison_goes_on_and_a_finished_one_trains_nothing(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["bench", "folds", "--real", str(pictures), "--data-dir", str(tmp_path), "--minutes", "0.005", "--folds", "2"]
+    command = ["bench", "folds", "--real", str(images), "--data-dir", str(tmp_path), "--minutes", "0.005", "--folds", "2"]
     command += ["--models", "d4_cnn,custom_cnn", "data.image_size=32", "model.width=8", "train.batch_size=12"]
     real_train, trained = real_galaxies.train, []
 
@@ -74,7 +74,7 @@ def test_a_stopped_comparison_goes_on_and_a_finished_one_trains_nothing(
     assert len(tests) == 4 and sum(test["count"] for test in tests) == 240, "every galaxy is tested once a model"
 
 
-def test_equal_time_is_whole_epochs(monkeypatch: pytest.MonkeyPatch, pictures: Path, tmp_path: Path) -> None:
+def test_equal_time_is_whole_epochs(monkeypatch: pytest.MonkeyPatch, images: Path, tmp_path: Path) -> None:
     """A model whose step takes twice as long gets half the epochs; nothing is trained here."""
     monkeypatch.setattr(
         real_galaxies, "measure_costs", lambda recipes, _: dict(zip(recipes, (StepCost(0.5, 1), StepCost(1.0, 1)), strict=True))
@@ -92,7 +92,7 @@ def test_equal_time_is_whole_epochs(monkeypatch: pytest.MonkeyPatch, pictures: P
     monkeypatch.setattr(real_galaxies, "train", look)
     arguments = {"minutes": 1.0, "num_folds": 2, "models": ["d4_cnn", "custom_cnn"], "overrides": ["train.batch_size=12"]}
     with pytest.raises(KeyboardInterrupt):
-        measure_folds(pictures, tmp_path, {}, **arguments)
+        measure_folds(images, tmp_path, {}, **arguments)
     assert epochs == [24, 12]
 
 
@@ -112,10 +112,10 @@ def test_standard_error() -> None:
     ],
 )
 def test_what_cannot_be_compared_is_said_first(
-    models: list[str], overrides: list[str], words: str, pictures: Path, tmp_path: Path
+    models: list[str], overrides: list[str], words: str, images: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=words):
-        measure_folds(pictures, tmp_path / "work", {}, models=models, overrides=overrides)
+        measure_folds(images, tmp_path / "work", {}, models=models, overrides=overrides)
     assert not (tmp_path / "work").exists()
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from galaxydist.bench.loader_processes import GALAXYDIST, PEERS, Loader, Processes, check, prepare
 from galaxydist.bench.loader_speed import RepeatedShards, lengthen, repeat_source
-from galaxydist.bench.loader_worker import BATCH_SIZE, LoaderJob, stored_pictures
+from galaxydist.bench.loader_worker import BATCH_SIZE, LoaderJob, stored_jpegs
 from galaxydist.bench.peers.imagefolder import prepare as write_folder
 from galaxydist.cli.main import main
 from galaxydist.errors import EXIT_BAD_INPUT, UserError
@@ -126,26 +126,26 @@ def test_the_installed_peers_run(source: Manifest, tmp_path: Path, capsys: pytes
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_peer_that_gives_other_pixels_or_misses_pictures_is_noticed(source: Manifest, tmp_path: Path) -> None:
-    """And what was made of other pictures is made anew."""
+def test_a_peer_that_gives_other_pixels_or_misses_images_is_noticed(source: Manifest, tmp_path: Path) -> None:
+    """And what was made of other images is made anew."""
     manifest = repeated(source, tmp_path)
     num_images = manifest.split("train").num_samples
     job, processes = job_on(manifest, IMAGEFOLDER), Forked(tmp_path, os.environ)
-    prepare(processes, IMAGEFOLDER, job, "older pictures")
+    prepare(processes, IMAGEFOLDER, job, "older images")
     files = sorted(job.form.glob("*/*.jpg"))
     assert len(files) == num_images
     files[0].unlink()
-    prepare(processes, IMAGEFOLDER, job, "these pictures")
+    prepare(processes, IMAGEFOLDER, job, "these images")
     assert check(processes, IMAGEFOLDER, job, num_images) == 0
     assert check(processes, GALAXYDIST, job_on(manifest, GALAXYDIST), num_images) == 0
     first = files[0].read_bytes()
     files[0].write_bytes(next(data for data in map(Path.read_bytes, files) if data != first))
-    prepare(processes, IMAGEFOLDER, job, "these pictures")
-    with pytest.raises(UserError, match=re.escape(f"gives other pictures than galaxydist: galaxy {files[0].stem} differs by")):
+    prepare(processes, IMAGEFOLDER, job, "these images")
+    with pytest.raises(UserError, match=re.escape(f"gives other images than galaxydist: galaxy {files[0].stem} differs by")):
         check(processes, IMAGEFOLDER, job, num_images)
     files[0].write_bytes(first)
     files[1].unlink()
-    with pytest.raises(UserError, match=f"gives {num_images - 1} pictures in an epoch of {num_images}: 1 are missing"):
+    with pytest.raises(UserError, match=f"gives {num_images - 1} images in an epoch of {num_images}: 1 are missing"):
         check(processes, IMAGEFOLDER, job, num_images)
 
 
@@ -187,40 +187,40 @@ def test_what_cannot_be_measured_is_refused(
 
 def test_only_jpeg_is_compared(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "loader", "--data-dir", str(tmp_path), "--data", str(blobs)]) == EXIT_BAD_INPUT
-    assert "holds png pictures, and loaders are compared on JPEG" in capsys.readouterr().err
+    assert "holds png images, and loaders are compared on JPEG" in capsys.readouterr().err
 
 
-def test_repeated_pictures_have_the_same_bytes_and_keys_of_their_own(source: Manifest, tmp_path: Path) -> None:
-    originals = {picture.key: picture for picture in stored_pictures(source.dir)}
+def test_repeated_images_have_the_same_bytes_and_keys_of_their_own(source: Manifest, tmp_path: Path) -> None:
+    originals = {image.key: image for image in stored_jpegs(source.dir)}
     manifest = repeated(source, tmp_path)
-    copies = list(stored_pictures(manifest.dir))
-    assert len({picture.key for picture in copies}) == len(copies) == manifest.split("train").num_samples
+    copies = list(stored_jpegs(manifest.dir))
+    assert len({image.key for image in copies}) == len(copies) == manifest.split("train").num_samples
     times = len(copies) // len(originals)
     assert times >= 2
-    for picture in copies:
-        key, _, copy = picture.key.rpartition("-")
+    for image in copies:
+        key, _, copy = image.key.rpartition("-")
         assert int(copy) < times
-        assert (picture.data, picture.label) == (originals[key].data, originals[key].label)
+        assert (image.data, image.label) == (originals[key].data, originals[key].label)
 
 
-def test_a_longer_survey_is_cut_to_the_pictures_that_are_wanted(source: Manifest) -> None:
+def test_a_longer_survey_is_cut_to_the_images_that_are_wanted(source: Manifest) -> None:
     few = RepeatedShards(source.dir, "few", source.class_names, source.hash, count=10, times=1)
-    whole = [picture.key for picture in stored_pictures(source.dir)]
+    whole = [image.key for image in stored_jpegs(source.dir)]
     assert [galaxy.id for galaxy in few.read(0, 10)] == [f"{key}-0" for key in whole[:10]]
     assert len(few.labels) == 10
     assert dataclasses.replace(few, times=2).source_hash != few.source_hash
 
 
-def test_a_long_epoch_holds_the_same_pictures_in_no_more_space(source: Manifest, tmp_path: Path) -> None:
+def test_a_long_epoch_holds_the_same_images_in_no_more_space(source: Manifest, tmp_path: Path) -> None:
     long = lengthen(source, tmp_path / "long", 20_000)
     split = long.split("train")
     assert split.num_samples >= 20_000
     assert split.class_counts == tuple(np.bincount(long.labels("train"), minlength=long.num_classes))
     assert long.shard_path("train", 0).samefile(source.shard_path("train", 0))
-    originals = {picture.data for picture in stored_pictures(source.dir)}
+    originals = {image.data for image in stored_jpegs(source.dir)}
     reader = ImageDecoder(long, "train")
-    for picture in reader.locate(np.linspace(0, split.num_samples - 1, 50).astype(np.int64)):
-        data = long.shard_path("train", picture.shard).read_bytes()[picture.offset : picture.offset + picture.length]
+    for image in reader.locate(np.linspace(0, split.num_samples - 1, 50).astype(np.int64)):
+        data = long.shard_path("train", image.shard).read_bytes()[image.offset : image.offset + image.length]
         assert data in originals
     reader.close()
     kept = long.path.stat().st_mtime_ns

@@ -28,7 +28,7 @@ def command(root: Path, *arguments: str) -> int:
     return main([*arguments, "--data-dir", str(root)])
 
 
-def picture_folder(folder: Path, per_class: int = 12) -> Path:
+def image_folder(folder: Path, per_class: int = 12) -> Path:
     """A folder of two classes of coloured squares."""
     dice = np.random.default_rng(0)
     for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
@@ -85,8 +85,8 @@ def test_check_names_the_shard_and_the_galaxy(tmp_path: Path, capsys: pytest.Cap
     assert command(tmp_path, "data", "check") == 2
     assert "Make them with `galaxydist data shard`" in capsys.readouterr().err
     for name in ("first", "second"):
-        pictures = picture_folder(tmp_path / name)
-        assert command(tmp_path, "data", "shard", "--from", str(pictures), "--encoding", "png") == 0
+        images = image_folder(tmp_path / name)
+        assert command(tmp_path, "data", "shard", "--from", str(images), "--encoding", "png") == 0
     assert command(tmp_path, "data", "check") == 0
     assert capsys.readouterr().out.count("in order: ") == 2
     shard = sorted((tmp_path / "shards" / "second" / "original").rglob("*.tar"))[0]
@@ -108,23 +108,23 @@ def test_check_names_the_shard_and_the_galaxy(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_any_folder_and_its_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pictures = picture_folder(tmp_path / "squares")
-    assert command(tmp_path, "data", "shard", "--from", str(pictures), "--encoding", "png") == 0
+    images = image_folder(tmp_path / "squares")
+    assert command(tmp_path, "data", "shard", "--from", str(images), "--encoding", "png") == 0
     assert "shards of squares, original" in capsys.readouterr().out
     assert read_manifest(tmp_path / "shards" / "squares" / "original").class_names == ("blue", "red")
     held_out = 0
     for number in (1, 2, 3):
-        assert command(tmp_path, "data", "shard", "--from", str(pictures), "--name", "sq", "--fold", f"{number}/3") == 0
+        assert command(tmp_path, "data", "shard", "--from", str(images), "--name", "sq", "--fold", f"{number}/3") == 0
         manifest = read_manifest(tmp_path / "shards" / f"sq-fold{number}of3" / "original")
         assert manifest.dataset == f"sq-fold{number}of3"
         held_out += manifest.splits["test"].num_samples
     assert held_out == 24
 
 
-def test_pictures_that_are_lost_or_changed_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pictures = picture_folder(tmp_path / "squares")
-    (pictures / "red" / "broken link.png").symlink_to("/nowhere.png")
-    shard = ("data", "shard", "--from", str(pictures))
+def test_images_that_are_lost_or_changed_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = image_folder(tmp_path / "squares")
+    (images / "red" / "broken link.png").symlink_to("/nowhere.png")
+    shard = ("data", "shard", "--from", str(images))
     assert command(tmp_path, *shard) == 2
     assert (
         "red/broken link.png cannot be read: No such file or directory, a broken link to /nowhere.png" in capsys.readouterr().err
@@ -140,21 +140,21 @@ def test_pictures_that_are_lost_or_changed_are_said(tmp_path: Path, capsys: pyte
 
 
 def test_names_and_places_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pictures = picture_folder(tmp_path / "squares")
+    images = image_folder(tmp_path / "squares")
     for name in ("../../x", "my galaxies", "", ".hidden", "a/b"):
-        assert command(tmp_path / "root", "data", "shard", "--from", str(pictures), "--name", name) == 2
+        assert command(tmp_path / "root", "data", "shard", "--from", str(images), "--name", name) == 2
         assert f"the name {name!r} cannot be a data set's" in capsys.readouterr().err
     assert not (tmp_path / "root").exists()
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "file", tmp_path / "file" / "below"):
         for arguments in (
-            ("data", "shard", "--from", str(pictures)),
+            ("data", "shard", "--from", str(images)),
             ("data", "check"),
             ("data", "simulate", "--num-galaxies", "20"),
         ):
             assert command(root, *arguments) == 2
             assert f"the data root {root} cannot be a folder: {tmp_path / 'file'} is a file" in capsys.readouterr().err
-    assert main(["data", "export", "--from", str(pictures), "--out", str(tmp_path / "file" / "below")]) == 2
+    assert main(["data", "export", "--from", str(images), "--out", str(tmp_path / "file" / "below")]) == 2
     assert "Not a directory" in capsys.readouterr().err
     for option in ("--from", "--out", "--data-dir"):
         with pytest.raises(SystemExit, match="2"):
@@ -170,9 +170,9 @@ def test_a_read_only_place_is_one_line(
     def refuse(path: Path, **_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    pictures = picture_folder(tmp_path / "squares")
+    images = image_folder(tmp_path / "squares")
     monkeypatch.setattr(Path, "mkdir", refuse)
-    for what in (("shard", "--from", str(pictures)), ("export", "--from", str(pictures)), ("simulate", "--num-galaxies", "20")):
+    for what in (("shard", "--from", str(images)), ("export", "--from", str(images)), ("simulate", "--num-galaxies", "20")):
         assert command(tmp_path / "root", "data", *what) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
         assert "Read-only file system" in line

@@ -128,8 +128,8 @@ def test_the_memory_is_that_of_a_real_step(
     recipe = load_recipe(arguments).recipe
     passes = count_micro_batches(batch_size, 1, micro_batch)
     memory = estimate(model_memory(recipe, 3, 32), recipe, world_size=1, rank_batch=batch_size, num_parts=passes)
-    # On a CPU there is no second copy of the pictures, and no CUDA to allow for.
-    estimated = memory.total - memory.allowance - memory.pictures
+    # On a CPU there is no second copy of the images, and no CUDA to allow for.
+    estimated = memory.total - memory.allowance - memory.images
     ratio = estimated / measured["peaks"][-1]  # the first step makes the optimizer's state
     print(f"{name} {image_size} px, {batch_size} images in {passes}, {precision}: {estimated / 1e6:.1f} MB, ratio {ratio:.3f}")
     assert 0.85 < ratio < 1.15

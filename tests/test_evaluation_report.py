@@ -72,9 +72,9 @@ def test_an_evaluation_is_written_with_its_figures_and_read_back(tmp_path: Path,
     expected = {"test.json", *(f"{stem}.{suffix}" for stem in stems for suffix in ("png", "pdf"))}
     assert {path.name for path in folder.iterdir()} == expected
     for stem in stems:
-        with Image.open(folder / f"{stem}.png") as picture:
-            assert min(picture.size) > 300
-            assert len(picture.convert("L").histogram()) == 256
+        with Image.open(folder / f"{stem}.png") as image:
+            assert min(image.size) > 300
+            assert len(image.convert("L").histogram()) == 256
         assert (folder / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
     text = render_evaluation(written, folder)
     assert TITLE in text
@@ -226,25 +226,25 @@ def test_equal_figures_are_equal_files(tmp_path: Path, metrics: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_a_gallery_of_noisy_pictures_stays_small(tmp_path: Path, suffix: str) -> None:
+def test_a_gallery_of_noisy_images_stays_small(tmp_path: Path, suffix: str) -> None:
     rng = np.random.default_rng(0)
     images = {f"class_{i}": [rng.integers(0, 256, (80, 90, 3), dtype=np.uint8) for _ in range(3)] for i in range(13)}
     images["class_4"] = []
     path = tmp_path / f"gallery{suffix}"
     write_gallery(path, images, "noise: three of each class", max_bytes=150_000)
     assert path.stat().st_size <= 150_000
-    with Image.open(path) as picture:
-        assert picture.width > picture.height > 100
+    with Image.open(path) as image:
+        assert image.width > image.height > 100
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_gallery_that_cannot_be_made(tmp_path: Path) -> None:
-    picture = np.zeros((10, 10, 3), np.uint8)
-    for path, images in ((tmp_path / "a.gif", {"a": [picture]}), (tmp_path / "a.png", {"a": []})):
-        with pytest.raises(ValueError, match="a gallery needs pictures"):
+    image = np.zeros((10, 10, 3), np.uint8)
+    for path, images in ((tmp_path / "a.gif", {"a": [image]}), (tmp_path / "a.png", {"a": []})):
+        with pytest.raises(ValueError, match="a gallery needs images"):
             write_gallery(path, images, "t")
     with pytest.raises(ValueError, match="do not fit"):
-        write_gallery(tmp_path / "a.png", {"a": [picture]}, "t", max_bytes=10)
+        write_gallery(tmp_path / "a.png", {"a": [image]}, "t", max_bytes=10)
 
 
 def test_a_gallery_of_real_galaxies(real_sample: Path, tmp_path: Path) -> None:
@@ -255,5 +255,5 @@ def test_a_gallery_of_real_galaxies(real_sample: Path, tmp_path: Path) -> None:
     path = tmp_path / "classes.jpg"
     write_gallery(path, images, "Galaxy10 DECaLS: four galaxies of each class")
     assert path.stat().st_size < 300_000
-    with Image.open(path) as picture:
-        assert picture.width > 900
+    with Image.open(path) as image:
+        assert image.width > 900

@@ -35,12 +35,12 @@ class Sky:
     """A source of drawn galaxies, which remembers what was read."""
 
     def __init__(self, images: NDArray[np.uint8], positions: Positions | None = None) -> None:
-        self.images, self._positions, self.read = images, positions, list[int]()
+        self.pixels, self._positions, self.read = images, positions, list[int]()
 
-    def pictures(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
+    def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         for row in rows.tolist():
             self.read.append(row)
-            yield ExploredImage(row, f"g{row}", self.images[row % len(self.images)], Position())
+            yield ExploredImage(row, f"g{row}", self.pixels[row % len(self.pixels)], Position())
 
     def positions(self) -> Positions | None:
         return self._positions
@@ -222,7 +222,7 @@ def test_the_official_positions_have_their_known_pairs(real_data: Path) -> None:
     assert (len(near.pairs_P2), int(near.two_labels_P.sum())) == (236, 59)
 
 
-def test_damaged_pictures_in_shards_are_named_and_the_rest_goes_on(
+def test_damaged_images_in_shards_are_named_and_the_rest_goes_on(
     tmp_path: Path, survey_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = write_shards(open_survey(survey_path), tmp_path / "s", encoding="png", image_size=64, shard_size=16, workers=1)
@@ -242,20 +242,20 @@ def test_damaged_pictures_in_shards_are_named_and_the_rest_goes_on(
 
 def test_a_damaged_file_in_a_folder_is_named(tmp_path: Path) -> None:
     for number, image in enumerate(drawn(24)):
-        path = tmp_path / "pictures" / ("left", "right")[number % 2] / f"{number}.png"
+        path = tmp_path / "images" / ("left", "right")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
-    (tmp_path / "pictures" / "left" / "0.png").write_bytes(b"not a picture")
-    cut = tmp_path / "pictures" / "left" / "2.png"
+    (tmp_path / "images" / "left" / "0.png").write_bytes(b"not an image")
+    cut = tmp_path / "images" / "left" / "2.png"
     cut.write_bytes(cut.read_bytes()[:2000])
-    found = explored(tmp_path, tmp_path / "pictures")
+    found = explored(tmp_path, tmp_path / "images")
     assert set(found.looked.problems) == {"left/0.png", "2"} and len(found.looked) == 22
     page = render_page(found, {}, PROVENANCE)
     assert "cannot be decoded" in page and "has no positions on the sky" in page
     json.dumps(summary(found), allow_nan=False)
 
 
-def test_pictures_without_labels_or_positions(tmp_path: Path, blobs: Path) -> None:
+def test_images_without_labels_or_positions(tmp_path: Path, blobs: Path) -> None:
     found = explored(tmp_path, blobs)
     assert len(found.looked) == sum(split.num_samples for split in read_manifest(blobs).splits.values())
     assert tuple(found.population.class_names) == BlobSurvey().class_names
@@ -308,7 +308,7 @@ def test_wrong_sources_get_one_message(tmp_path: Path, shards_path: Path, capsys
         (["nowhere.h5"], "give a manifest.json of shards"),
         ([str(tmp_path / "notes.txt")], "is not an HDF5 file"),
         ([str(tmp_path / "other.h5")], "has no data set 'images'"),
-        ([str(tmp_path / "empty")], "one folder of pictures for each class"),
+        ([str(tmp_path / "empty")], "one folder of images for each class"),
         ([str(tmp_path / "manifest.json")], "is not a manifest of shards"),
         ([str(shards_path), "--variant", "balanced"], "leave out --variant"),
         ([str(shards_path), "--from", "x"], "leave one out"),

@@ -17,7 +17,7 @@ from galaxydist.surveys.export import export_image_folders
 from galaxydist.surveys.folder_metadata import read_metadata, write_metadata
 from galaxydist.surveys.image_files import decode_file
 from galaxydist.surveys.survey_sources import open_survey
-from tests.survey_files import run_with_file_limit, write_picture, write_survey
+from tests.survey_files import run_with_file_limit, write_image, write_survey
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_another_source_takes_the_place_of_an_older_export(source: Path, out_dir
 
 
 def test_nothing_foreign_is_replaced(source: Path, tmp_path: Path) -> None:
-    write_picture(tmp_path / "Galaxy10_DECaLS" / "train" / "mine" / "1.png")
+    write_image(tmp_path / "Galaxy10_DECaLS" / "train" / "mine" / "1.png")
     with pytest.raises(UserError, match="in the way"):
         export_image_folders(source, tmp_path)
     assert (tmp_path / "Galaxy10_DECaLS" / "train" / "mine" / "1.png").exists()
@@ -133,16 +133,16 @@ def test_changed_exports_are_noticed(source: Path, tmp_path: Path, caplog: pytes
     export_image_folders(source, tmp_path)
     tree = tmp_path / "Galaxy10_DECaLS"
     next((tree / "train" / "merging").iterdir()).unlink()
-    write_picture(tree / "train" / "merging" / "mine.png")
+    write_image(tree / "train" / "merging" / "mine.png")
     survey = open_survey(tree)
-    assert "1 pictures of its metadata are gone, 1 are not in it" in caplog.text
+    assert "1 images of its metadata are gone, 1 are not in it" in caplog.text
     assert next(survey.read(119, 120)).extras == {"file": "train/merging/mine.png", "source_id": "mine"}
 
 
-def test_a_folder_of_pictures_that_is_exported_keeps_its_ids(tmp_path: Path) -> None:
+def test_a_folder_of_images_that_is_exported_keeps_its_ids(tmp_path: Path) -> None:
     for name in ("a", "b"):
         for number in range(10):
-            write_picture(tmp_path / "mine" / name / f"J{number}.5 {name}.png", number)
+            write_image(tmp_path / "mine" / name / f"J{number}.5 {name}.png", number)
     export_image_folders(tmp_path / "mine", tmp_path / "out")
     before, after = (open_survey(tmp_path / name) for name in ("mine", "out"))
     found = {galaxy.id: galaxy.extras for galaxy in after.read(0, 20)}
@@ -157,7 +157,7 @@ def test_the_balanced_tree_alone_is_not_the_original(out_dir: Path) -> None:
 
 def test_foreign_descriptions_are_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        write_picture(tmp_path / name / "1.png")
+        write_image(tmp_path / name / "1.png")
     for text in ("{", "[]", json.dumps({"name": "x"})):
         (tmp_path / "dataset.json").write_text(text)
         with pytest.raises(UserError, match=r"dataset\.json is not a description"):

@@ -41,7 +41,7 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def pictures_of(page: str) -> list[Image.Image]:
+def images_of(page: str) -> list[Image.Image]:
     return [
         Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"data:image/jpeg;base64,([A-Za-z0-9+/=]+)", page)
     ]
@@ -61,7 +61,7 @@ def test_a_gallery_shows_what_was_chosen(run_dir: Path, capsys: pytest.CaptureFi
     for pick in shown:
         assert f"{pick.id}: true {CLASS_NAMES[pick.label]}, predicted {CLASS_NAMES[pick.predicted]} (" in unescape(page)
         assert pick.id in words
-    assert len(pictures_of(page)) == 2 * len(shown)
+    assert len(images_of(page)) == 2 * len(shown)
     assert re.search(r"https?://", re.sub(r'data:[^"]+', "", page)) is None and "<script" not in page
 
     content = json.loads((evaluation_dir / "test-gallery.json").read_text())
@@ -93,15 +93,15 @@ def test_shards_on_a_server(run_dir: Path, blobs: Path, tmp_path: Path, monkeypa
     assert "blob-" in (tmp_path / "pages" / "there.html").read_text()
 
 
-def test_chosen_pictures_are_those_of_the_split(blobs: Path) -> None:
+def test_chosen_images_are_those_of_the_split(blobs: Path) -> None:
     manifest = read_manifest(blobs)
     reader, samples = ImageDecoder(manifest, "test"), np.array([0, 5, 6, 23])
     found = dict(read_chosen(manifest, "test", samples))
     assert list(found) == samples.tolist()
-    for picture in reader.locate(samples):
+    for image in reader.locate(samples):
         expected = np.empty((32, 32, 3), np.uint8)
-        reader.read_into(picture, expected)
-        assert (found[picture.sample][0] == expected).all()
+        reader.read_into(image, expected)
+        assert (found[image.sample][0] == expected).all()
     reader.close()
     assert list(read_chosen(manifest, "test", np.empty(0, np.int64))) == []
 
@@ -168,14 +168,14 @@ def test_an_overlay_leaves_what_has_no_map() -> None:
     from matplotlib import colormaps
 
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert (overlay(picture, np.zeros((16, 16), np.float32)) == picture).all()
-    covered = overlay(picture, np.ones((16, 16), np.float32), crop=0.5)
+    image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert (overlay(image, np.zeros((16, 16), np.float32)) == image).all()
+    covered = overlay(image, np.ones((16, 16), np.float32), crop=0.5)
     inside = np.zeros((64, 64), bool)
     inside[16:48, 16:48] = True
-    assert (covered[~inside] == picture[~inside]).all()
+    assert (covered[~inside] == image[~inside]).all()
     top = 255 * np.array(colormaps[COLOUR_MAP](1.0)[:3])
-    assert np.abs(covered[inside] - ((1 - OPACITY) * picture[inside] + OPACITY * top)).max() <= 0.5 + 1e-9
+    assert np.abs(covered[inside] - ((1 - OPACITY) * image[inside] + OPACITY * top)).max() <= 0.5 + 1e-9
 
 
 def test_a_sheet_of_any_rows() -> None:

@@ -227,5 +227,5 @@ def test_threads_are_kept_on_as_many_processes(capsys: pytest.CaptureFixture[str
         assert keep_threads(world, stored) is world
     assert capsys.readouterr().out == ""
     kept = keep_threads(world, {"threads": 2, "world_size": 1})
-    assert (kept.threads, kept.cores, torch.get_num_threads()) == (2, 64, 2)  # pictures are decoded on all cores
+    assert (kept.threads, kept.cores, torch.get_num_threads()) == (2, 64, 2)  # images are decoded on all cores
     assert "computing with 2 threads, as before" in capsys.readouterr().out

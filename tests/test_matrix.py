@@ -59,14 +59,14 @@ def test_cells_average_over_seeds_beside_the_published_values(tmp_path: Path) ->
 def test_simulated_and_real_galaxies_share_no_table(tmp_path: Path) -> None:
     write_trial(tmp_path / "sim", ["recipe=vit"], dataset="simulated")
     write_trial(tmp_path / "real", ["recipe=vit"])
-    write_trial(tmp_path / "folder", ["recipe=vit"], dataset="my_pictures")
+    write_trial(tmp_path / "folder", ["recipe=vit"], dataset="my_images")
     tables = tables_of(*tmp_path.iterdir())
-    assert [table.dataset for table in tables] == ["galaxy10_decals", "my_pictures", "simulated"]
+    assert [table.dataset for table in tables] == ["galaxy10_decals", "my_images", "simulated"]
     assert [table.is_real for table in tables] == [True, False, False]
     for table in tables:
         found = [cell for cell in table.cells.values() if cell.trials]
         assert {trial.run_dir.name for cell in found for trial in cell.trials} == {
-            {"galaxy10_decals": "real", "my_pictures": "folder", "simulated": "sim"}[table.dataset]
+            {"galaxy10_decals": "real", "my_images": "folder", "simulated": "sim"}[table.dataset]
         }
         if not table.is_real:
             assert all(cell.published is None and cell.accuracy_test is None for cell in table.cells.values())

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Pictures are drawn when they are read, parts are small, so that a small survey already has more than its workers hold at a time.
+# Images are drawn when they are read, parts are small, so that a small survey already has more than its workers hold at a time.
 WRITE = """
 import json, resource, sys
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ def run(script: Path, text: str, *arguments: object) -> list[float]:
 def test_writing_four_times_as_much_takes_no_more_memory(tmp_path: Path) -> None:
     few = run(tmp_path / "write.py", WRITE, tmp_path / "few", 1500)
     many = run(tmp_path / "write.py", WRITE, tmp_path / "many", 6000)
-    print(f"peak MB of the parent and of the largest worker: {few} for 74 MB of pictures, {many} for 295 MB")
+    print(f"peak MB of the parent and of the largest worker: {few} for 74 MB of images, {many} for 295 MB")
     assert all(after < before + 30 for before, after in zip(few, many, strict=True)), (few, many)
 
 

@@ -159,7 +159,7 @@ def test_images_and_targets_are_those_made_by_hand(settings: dict[str, float], d
     assert channels_last.is_contiguous(memory_format=torch.channels_last) and torch.equal(channels_last, found_BCHW)
 
 
-def test_a_pair_with_an_unreadable_picture_is_left_as_it_is() -> None:
+def test_a_pair_with_an_unreadable_image_is_left_as_it_is() -> None:
     batch, images_BCHW = global_batch(16)
     batch.weights_B[2], batch.labels_B[2], images_BCHW[2] = 0.0, 0, -9.0
     drawn = mixing(mixup=1.0)
@@ -205,12 +205,12 @@ def same(found: LossTargets, expected: LossTargets, rows: torch.Tensor) -> bool:
 
 
 def test_readers_of_all_worlds_deal_the_pairs_that_are_mixed(blobs: Path) -> None:
-    """The real readers: one step's mixed pictures of 24 galaxies by position, from 1, 2, 3, 4 and 6 processes."""
+    """The real readers: one step's mixed images of 24 galaxies by position, from 1, 2, 3, 4 and 6 processes."""
     manifest = read_manifest(blobs)
     drawn = mixing(size=32)
     found: list[dict[int, torch.Tensor]] = []
     for world in (1, 2, 3, 4, 6):
-        pictures: dict[int, torch.Tensor] = {}
+        images: dict[int, torch.Tensor] = {}
         for rank in range(world):
             common = {"seed": 1, "num_streams": 8, "threads": 1, "start_step": 4}
             with TrainLoader(manifest, batch_size=24, rank=rank, world_size=world, **common) as reader:  # type: ignore[arg-type]
@@ -218,12 +218,12 @@ def test_readers_of_all_worlds_deal_the_pairs_that_are_mixed(blobs: Path) -> Non
             images_BCHW = batch.images_BHWC.permute(0, 3, 1, 2).double()
             for part in split_pairs(len(images_BCHW), 2):
                 mixed_BCHW = drawn.prepare(batch).take(part)(take(images_BCHW, part))
-                pictures |= dict(zip(take(batch.positions_B, part).tolist(), mixed_BCHW, strict=True))
-        found.append(pictures)
+                images |= dict(zip(take(batch.positions_B, part).tolist(), mixed_BCHW, strict=True))
+        found.append(images)
     assert sorted(found[0]) == list(range(24, 48))
-    for pictures in found[1:]:
-        assert pictures.keys() == found[0].keys()
-        assert all(torch.equal(pictures[position], found[0][position]) for position in pictures)
+    for images in found[1:]:
+        assert images.keys() == found[0].keys()
+        assert all(torch.equal(images[position], found[0][position]) for position in images)
 
 
 @given(pairs=st.integers(1, 200), world=st.integers(1, 20), micro=st.integers(0, 300))

@@ -45,13 +45,13 @@ def turn_map(x: Tensor, u: int) -> Tensor:
 
 
 def test_the_eight_elements_are_a_group() -> None:
-    picture = torch.arange(9).view(3, 3)
+    image = torch.arange(9).view(3, 3)
     products = inverse_products()
-    assert len({tuple(transform(picture, g).flatten().tolist()) for g in range(ORDER)}) == ORDER
+    assert len({tuple(transform(image, g).flatten().tolist()) for g in range(ORDER)}) == ORDER
     for g in range(ORDER):
         assert sorted(products[g]) == list(range(ORDER))
         for h in range(ORDER):
-            assert torch.equal(transform(transform(picture, products[g][h]), g), transform(picture, h))
+            assert torch.equal(transform(transform(image, products[g][h]), g), transform(image, h))
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

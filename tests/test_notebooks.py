@@ -112,7 +112,7 @@ def execute(name: str, settings: str, folder: Path, kernel: AsyncKernelManager) 
 
 
 def figures(outputs: dict[str, list[NotebookNode]]) -> dict[str, set[str]]:
-    """Cell id -> kinds of pictures that it shows."""
+    """Cell id -> kinds of images that it shows."""
     kinds = {cell: {kind for output in shown for kind in output.get("data", {})} for cell, shown in outputs.items()}
     return {cell: found & {"image/png", "image/jpeg"} for cell, found in kinds.items() if found & {"image/png", "image/jpeg"}}
 
@@ -135,7 +135,7 @@ def test_explore(tmp_path: Path, kernel: AsyncKernelManager) -> None:
     shown = figures(outputs)
     assert set(shown) >= {"counts", "examples", "sizes", "redshift", "sky", "pairs", "map"}
     assert all("image/png" in shown[cell] for cell in ("counts", "sizes", "redshift", "sky", "map"))
-    assert "150 galaxies, 150 pictures read" in printed(outputs["look"])
+    assert "150 galaxies, 150 images read" in printed(outputs["look"])
     assert "'pairs_across_splits': 0" in printed(outputs["overlaps"])
     named = named_files("explore")
     assert named == {"explore.html", "survey.json", "gallery.jpg"}

@@ -261,9 +261,9 @@ def read(manifest_path: Path, steps: int, **settings: object) -> list[Batch]:
 
 
 def contents(batch: Batch) -> NDArray[np.int64]:
-    """(4, B): position, sample, label, and a sum that tells pictures apart."""
-    pictures = batch.images_BHWC.numpy().astype(np.int64).sum(axis=(1, 2, 3))
-    return np.stack([batch.positions_B.numpy(), batch.samples_B.numpy(), batch.labels_B.numpy(), pictures])
+    """(4, B): position, sample, label, and a sum that tells images apart."""
+    images = batch.images_BHWC.numpy().astype(np.int64).sum(axis=(1, 2, 3))
+    return np.stack([batch.positions_B.numpy(), batch.samples_B.numpy(), batch.labels_B.numpy(), images])
 
 
 @pytest.mark.parametrize("balance", ["none", "resample"])

@@ -23,7 +23,7 @@ from galaxydist.evaluation.counts import Counts, SubsetCounts
 from galaxydist.evaluation.leakage import SplitGalaxies, check_before_training, check_overlap, find_overlap
 from galaxydist.galaxy import Galaxy
 from galaxydist.shards.manifest import Manifest
-from galaxydist.shards.verify import describe_equal_pictures
+from galaxydist.shards.verify import describe_equal_images
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.folder_scan import fold_name, same_survey
 from galaxydist.surveys.official_split import NAME, read_official_split
@@ -355,7 +355,7 @@ def test_shards_whose_own_test_galaxies_train_are_refused_before_the_training(
     assert (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "evaluation").exists()
 
 
-def test_equal_pictures_under_other_names_and_places_are_refused(
+def test_equal_images_under_other_names_and_places_are_refused(
     run_dir: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -368,10 +368,10 @@ def test_equal_pictures_under_other_names_and_places_are_refused(
 
     other = Copied(**vars(OTHER))
     assert judge(run_dir, "--manifest", write(other, tmp_path / "resized").path) == 2
-    assert "1 by their pictures, which are equal pixel for pixel (other-00024)" in capsys.readouterr().err
+    assert "1 by their images, which are equal pixel for pixel (other-00024)" in capsys.readouterr().err
     # A data set's own splits stay as they were given: it is said.
     manifest = write(Copied(), tmp_path / "own")
-    assert [line.split(": ")[1] for line in describe_equal_pictures(manifest)] == [
+    assert [line.split(": ")[1] for line in describe_equal_images(manifest)] == [
         f"train/blob-{TRAIN_ROW:05d} = test/blob-{TEST_ROW:05d}. A model is judged there on what it has learnt from"
     ]
     check_before_training(manifest, manifest)
@@ -380,7 +380,7 @@ def test_equal_pictures_under_other_names_and_places_are_refused(
     monkeypatch.setattr("galaxydist.shards.writer.encode.hash_pixels", lambda _: None)
     old = write(other, tmp_path / "old")
     assert judge(run_dir, "--manifest", old.path) == 0
-    assert "has no hashes of its pictures" in caplog.text and "has no hashes" in describe_equal_pictures(old)[0]
+    assert "has no hashes of its images" in caplog.text and "has no hashes" in describe_equal_images(old)[0]
 
 
 def test_an_evaluation_from_before_anyone_looked_is_made_again(run_dir: Path) -> None:

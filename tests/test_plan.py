@@ -100,7 +100,7 @@ def test_what_is_certain_is_counted_exactly(facts: ModelMemory) -> None:
     assert (facts.num_trained, facts.num_frozen) == (num_parameters, 0)
     assert facts.weights == facts.moving_average == 4 * num_parameters + buffers
     assert facts.gradients == 4 * num_parameters
-    assert facts.has_batch_norm and facts.picture == 3 * 64**2  # decoded at a quarter of 256
+    assert facts.has_batch_norm and facts.image == 3 * 64**2  # decoded at a quarter of 256
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.zeros(2, 3, 32, 32)).sum().backward()
     optimizer.step()
@@ -162,7 +162,7 @@ def test_fsdp_divides_what_each_process_holds(facts: ModelMemory) -> None:
     assert ddp.gathered == 0 < fsdp.gathered
     alone = estimate(facts, recipe_of("train.strategy=fsdp"), world_size=1, rank_batch=30, num_parts=1)
     assert alone.weights == ddp.weights and alone.gathered == 0
-    parts = ("weights", "gradients", "optimizer", "moving_average", "gathered", "pictures", "activations", "allowance")
+    parts = ("weights", "gradients", "optimizer", "moving_average", "gathered", "images", "activations", "allowance")
     for memory in (ddp, fsdp):
         assert memory.total == sum(getattr(memory, part) for part in parts)
 

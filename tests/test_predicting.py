@@ -21,7 +21,7 @@ from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, merge_r
 from galaxydist.galaxy import Galaxy
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.surveys.photometry import measure_pictures
+from galaxydist.surveys.photometry import measure_images
 from tests.blobs import BlobSurvey
 from tests.prediction_files import CONTEXT
 from tests.runs import quick_settings, read_evaluation, run_here, without_figures
@@ -95,12 +95,12 @@ def test_a_part_that_is_cut_off_is_noticed(tmp_path: Path) -> None:
             list(merge_rank_files([part.path], 3, batch_size=4, num_samples=4))
 
 
-def test_sizes_do_not_depend_on_how_small_a_picture_was_decoded() -> None:
+def test_sizes_do_not_depend_on_how_small_an_image_was_decoded() -> None:
     y_HW, x_HW = np.mgrid[:256, :256] - 127.5
     for radius in (12.0, 30.0):
         light_HW = 20 + 180 * np.exp(-1.678 * np.hypot(x_HW, y_HW) / radius)
         whole = np.repeat(light_HW[None, :, :, None], 3, axis=3)
-        full = measure_pictures(np.rint(whole).astype(np.uint8))
+        full = measure_images(np.rint(whole).astype(np.uint8))
         assert full.size_px[0] == pytest.approx(radius, rel=0.1)
         for factor in (1, 2, 4):
             small = whole.reshape(1, 256 // factor, factor, 256 // factor, factor, 3).mean(axis=(2, 4))
@@ -159,8 +159,8 @@ def test_a_run_leaves_the_predictions_of_its_test_and_validation_galaxies(run_of
         assert np.allclose(found.column("ra"), 10 + rows / 10) and (found.column("dec") == -20).all()
         expected = np.where(rows % 3 == 0, np.nan, rows / 1000)
         assert np.allclose(found.column("redshift"), expected, equal_nan=True)
-        pictures = np.stack([survey._draw(row) for row in rows])
-        assert np.allclose(found.column("size"), measure_pictures(pictures).size_px * 0.262, equal_nan=True)
+        images = np.stack([survey._draw(row) for row in rows])
+        assert np.allclose(found.column("size"), measure_images(images).size_px * 0.262, equal_nan=True)
         assert found.info.units["size"] == "arcsec" and found.info.versions["torch"] == torch.__version__.split("+")[0]
         assert found.info.context["step"] == evaluation["step"] and found.info.class_names == manifest.class_names
     confusion_KK = np.zeros((3, 3), int)

@@ -1,4 +1,4 @@
-"""Reading: the right pictures at the right positions, whatever the number of processes; errors that name their galaxy."""
+"""Reading: the right images at the right positions, whatever the number of processes; errors that name their galaxy."""
 
 import shutil
 import threading
@@ -19,7 +19,7 @@ from galaxydist.loading.loader import Batch, EvalLoader, TrainLoader
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.writer.writer import write_shards
-from tests.damage import break_picture, keys, truncate
+from tests.damage import break_image, keys, truncate
 from tests.shard_surveys import MemorySurvey, as_jpeg, draw_galaxies
 
 SURVEY = MemorySurvey(tuple(as_jpeg(galaxy) for galaxy in draw_galaxies(120)))
@@ -175,17 +175,17 @@ def test_evaluation_counts_every_galaxy_once(manifest: Manifest, world_size: int
     assert sorted(seen) == list(range(num_samples))
 
 
-def test_a_damaged_picture_surfaces_in_the_consumer(copy: Manifest) -> None:
-    shard, key = break_picture(copy, "train", 20)
+def test_a_damaged_image_surfaces_in_the_consumer(copy: Manifest) -> None:
+    shard, key = break_image(copy, "train", 20)
     with pytest.raises(UserError) as error:
         read(copy, 10)
-    assert f"shard {shard}, galaxy {key}: its picture does not decode" in str(error.value)
+    assert f"shard {shard}, galaxy {key}: its image does not decode" in str(error.value)
     assert "data.on_error=skip" in str(error.value)
     assert decode_threads() == []
 
 
-def test_a_reported_picture_keeps_its_position_with_weight_0(copy: Manifest, manifest: Manifest) -> None:
-    shard, key = break_picture(copy, "train", 20)
+def test_a_reported_image_keeps_its_position_with_weight_0(copy: Manifest, manifest: Manifest) -> None:
+    shard, key = break_image(copy, "train", 20)
     steps = copy.splits["train"].num_samples // 16
     whole, skipped = read(manifest, 2 * steps), read(copy, 2 * steps, on_error="report")
     hit = 0
@@ -202,13 +202,13 @@ def test_a_reported_picture_keeps_its_position_with_weight_0(copy: Manifest, man
 
 
 def test_evaluation_never_skips(copy: Manifest) -> None:
-    _, key = break_picture(copy, "test", 3)
+    _, key = break_image(copy, "test", 3)
     with pytest.raises(UserError, match=f"galaxy {key[:6]}.*does not decode"):
         list(EvalLoader(copy, "test", batch_size=8))
     assert decode_threads() == []
 
 
-@pytest.mark.parametrize("num_bytes", [0, 5], ids=["between two pictures", "in a picture"])
+@pytest.mark.parametrize("num_bytes", [0, 5], ids=["between two images", "in an image"])
 def test_a_truncated_shard_is_named_with_a_galaxy_that_it_costs(copy: Manifest, num_bytes: int) -> None:
     shard = truncate(copy, "test", 3, num_bytes)
     with pytest.raises(UserError, match=rf"shard {shard}, galaxy g-.*where the manifest says \d+: it was cut short or replaced"):

@@ -28,7 +28,7 @@ from galaxydist.shards.verify import check_columns
 from galaxydist.training.health.anomalies import LossSpikes, NonFiniteSteps, UnreadableImages
 from galaxydist.training.resume import EarlyStopping
 from galaxydist.training.state import TrainState
-from tests.damage import break_picture, shard_of, truncate
+from tests.damage import break_image, shard_of, truncate
 from tests.forked_runs import run_forked, train
 from tests.runs import count_errors, quick_settings, read_evaluation, read_losses, read_metrics, run_here
 
@@ -55,13 +55,13 @@ def one_error(text: str) -> str:
 def test_skipped_galaxies_are_counted_once_over_epochs_and_restarts(
     copy: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damaged = [break_picture(copy, "train", sample) for sample in (3, 30, 50)]
+    damaged = [break_image(copy, "train", sample) for sample in (3, 30, 50)]
     run_dir = tmp_path / "run"
     settings = {"train__epochs": 2, "data__on_error": "skip", "data__max_errors": 3, "train__log_every": 1}
     assert run_here(quick_settings(copy.path, run_dir, **settings)) == 0
     told = capsys.readouterr().out
     for shard, key in damaged:
-        assert told.count(f"warning: skipped: shard {shard}, galaxy {key}: its picture does not decode") == 1
+        assert told.count(f"warning: skipped: shard {shard}, galaxy {key}: its image does not decode") == 1
     assert skipped(run_dir)[6] == 3 and sorted(skipped(run_dir).values()) == [*skipped(run_dir).values()]
     assert json.loads((run_dir / "result.json").read_text())["train/skipped"] == 3
     assert read_evaluation(run_dir)["count"] == 24
@@ -81,7 +81,7 @@ def test_one_galaxy_too_many_stops_the_run_and_keeps_its_checkpoint(
     assert run_here(quick_settings(copy.path, run_dir, **settings | {"train__epochs": 1})) == 0
     (run_dir / "result.json").unlink()
     settings |= {"resume__force": "[train.epochs]"}
-    damaged = [break_picture(copy, "train", sample) for sample in (3, 30, 50)]
+    damaged = [break_image(copy, "train", sample) for sample in (3, 30, 50)]
     capsys.readouterr()
 
     def refused(**changes: object) -> str:
@@ -91,7 +91,7 @@ def test_one_galaxy_too_many_stops_the_run_and_keeps_its_checkpoint(
         return one_error(capsys.readouterr().err)
 
     error = refused()
-    assert any(f"shard {shard}, galaxy {key}: its picture does not decode" in error for shard, key in damaged)
+    assert any(f"shard {shard}, galaxy {key}: its image does not decode" in error for shard, key in damaged)
     assert "data.on_error=skip" in error
     error = refused(data__on_error="skip")
     assert "3 galaxies could not be read, more than data.max_errors=2; the last: shard" in error
@@ -105,7 +105,7 @@ def test_one_galaxy_too_many_stops_the_run_and_keeps_its_checkpoint(
 @pytest.mark.slow
 def test_two_processes_skip_as_one(copy: Manifest, tmp_path: Path) -> None:
     for sample in (3, 30, 50):
-        break_picture(copy, "train", sample)
+        break_image(copy, "train", sample)
     settings = {**NOTHING_SHARED, "train__epochs": 2, "train__batch_size": 36, "data__on_error": "skip"}
     assert run_here(quick_settings(copy.path, tmp_path / "one", **settings)) == 0
     done = run_forked(train, quick_settings(copy.path, tmp_path / "two", **settings), size=2)
@@ -119,7 +119,7 @@ def test_two_processes_skip_as_one(copy: Manifest, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_stop_as_one(copy: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for sample in (3, 30, 50):
-        break_picture(copy, "train", sample)
+        break_image(copy, "train", sample)
     settings = {**NOTHING_SHARED, "train__epochs": 2, "train__batch_size": 25, "data__on_error": "skip", "data__max_errors": 1}
     capsys.readouterr()
     assert run_here(quick_settings(copy.path, tmp_path / "one-stopped", **settings)) == 2
@@ -131,11 +131,11 @@ def test_two_processes_stop_as_one(copy: Manifest, tmp_path: Path, capsys: pytes
 
 @pytest.mark.multiprocess
 def test_an_error_of_one_rank_in_an_evaluation_stops_the_others(copy: Manifest, tmp_path: Path) -> None:
-    shard, key = break_picture(copy, "val", 11)  # batch 1, and so the second rank's
+    shard, key = break_image(copy, "val", 11)  # batch 1, and so the second rank's
     settings = {**NOTHING_SHARED, "train__epochs": 1, "data__on_error": "skip"}
     done = run_forked(train, quick_settings(copy.path, tmp_path / "run", **settings), size=2)
     assert done.returncode == 2
-    assert f"shard {shard}, galaxy {key}: its picture does not decode" in one_error(done.stderr)
+    assert f"shard {shard}, galaxy {key}: its image does not decode" in one_error(done.stderr)
 
 
 @pytest.mark.multiprocess
@@ -151,7 +151,7 @@ def test_a_shard_that_is_missing_stops_all_ranks_even_when_skipping(copy: Manife
 def test_a_batch_of_which_nothing_can_be_read(copy: Manifest, tmp_path: Path) -> None:
     order = EpochOrder(copy.shards("train")["samples"], seed=0, epoch=0, num_streams=8)
     for sample in order.samples(np.arange(4, 8)).tolist():
-        break_picture(copy, "train", sample)
+        break_image(copy, "train", sample)
     settings = {"train__epochs": 1, "train__batch_size": 4, "train__log_every": 1, "data__on_error": "skip"}
     assert run_here(quick_settings(copy.path, tmp_path / "run", **settings)) == 0
     losses = read_losses(tmp_path / "run")
@@ -209,12 +209,12 @@ def cut_a_shard(manifest: Manifest) -> str:
     return f"{truncate(manifest, 'test', 20)}, galaxy blob-"
 
 
-def cut_a_picture(manifest: Manifest) -> str:
+def cut_an_image(manifest: Manifest) -> str:
     return f"{truncate(manifest, 'test', 20, 40)}, galaxy blob-"
 
 
 def break_one(manifest: Manifest) -> str:
-    return "{}, galaxy {}: ".format(*break_picture(manifest, "test", 5))
+    return "{}, galaxy {}: ".format(*break_image(manifest, "test", 5))
 
 
 def newer_format(manifest: Manifest) -> str:
@@ -237,7 +237,7 @@ DAMAGES: list[Callable[[Manifest], str]] = [
     point_elsewhere,
     lose_a_shard,
     cut_a_shard,
-    cut_a_picture,
+    cut_an_image,
     break_one,
     newer_format,
     no_json,
@@ -270,14 +270,14 @@ def test_a_damaged_test_split_is_never_judged_and_is_found_by_check(
 
 
 def test_a_shard_of_other_bytes_that_still_decode_is_found_by_check(copy: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
-    """Local shards are not hashed whenever they are read: a picture that was exchanged for another is found here."""
+    """Local shards are not hashed whenever they are read: an image that was exchanged for another is found here."""
     offsets, lengths = copy.offsets("train"), copy.lengths("train")
     shard = shard_of(copy, "train", 0)
     content = bytearray(shard.read_bytes())
     # The shorter of two neighbours, filled up, in the longer one's place: a PNG may be followed by anything.
     short, long = sorted((0, 1), key=lambda sample: int(lengths[sample]))
-    picture = bytes(content[offsets[short] : offsets[short] + lengths[short]]).ljust(int(lengths[long]), b"\0")
-    content[offsets[long] : offsets[long] + lengths[long]] = picture
+    image = bytes(content[offsets[short] : offsets[short] + lengths[short]]).ljust(int(lengths[long]), b"\0")
+    content[offsets[long] : offsets[long] + lengths[long]] = image
     shard.write_bytes(content)
     assert galaxydist(["data", "check", str(copy.path)]) == 2
     assert f"shard {shard}: its checksum is not the manifest's" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from galaxydist.loading.augment import Augment
 from galaxydist.loading.image_ops import AffineWarp, ImageTransform, OpenCVBackend, TorchBackend, antialias, resize
 from galaxydist.recipe.schema import AugmentConfig
 from tests.antialias import mirror
-from tests.test_augment import ALL, PLAIN, pictures
+from tests.test_augment import ALL, PLAIN, random_images
 
 UNCHANGED = np.array([0, 0, 1, 0, 0], np.float32)
 
@@ -43,7 +43,7 @@ def moved_pixels(images_BHWC: np.ndarray, right: int, down: int) -> ImageTransfo
 )
 def test_torch_and_opencv_agree(size: int, crop: float, config: dict[str, Any]) -> None:
     """But for roundings that fall the other way. (OpenCV 4 places samples on 1/32 pixels.)"""
-    images, positions = pictures(24, 96), np.arange(24)
+    images, positions = random_images(24, 96), np.arange(24)
     augment = Augment(AugmentConfig(**config), 3, *PLAIN, size, crop=crop)
     changes = augment.changes(1, positions, 96)
     views = images if isinstance(changes.geometry, AffineWarp) else augment.normalise.view(images)
@@ -56,7 +56,7 @@ def test_torch_and_opencv_agree(size: int, crop: float, config: dict[str, Any]) 
 @pytest.mark.parametrize("size", [20, 40, 64, 75, 130])
 def test_evaluation_resizes_whole_numbers_and_floats_alike(size: int) -> None:
     """A CPU takes the first, an accelerator the second."""
-    images = pictures(10, 96).permute(0, 3, 1, 2)
+    images = random_images(10, 96).permute(0, 3, 1, 2)
     difference = (resize(images, size).float() - resize(images.float(), size)).abs()
     assert difference.mean() < 0.1
     assert difference.max() < 2.5
@@ -64,7 +64,7 @@ def test_evaluation_resizes_whole_numbers_and_floats_alike(size: int) -> None:
 
 @pytest.mark.parametrize(("right", "down"), [(0, 0), (-5, 3), (31, -33), (64, 65), (-200, 1000), (12_345, -9_999)])
 def test_outside_is_the_mirror_image_however_far(right: int, down: int) -> None:
-    images = pictures(3, 32)
+    images = random_images(3, 32)
     changes = moved_pixels(images.numpy(), right, down)
     rows, columns = mirror(np.arange(32) + down, 32), mirror(np.arange(32) + right, 32)
     expected = images.numpy()[:, rows][:, :, columns].transpose(0, 3, 1, 2)
@@ -75,7 +75,7 @@ def test_outside_is_the_mirror_image_however_far(right: int, down: int) -> None:
 @pytest.mark.parametrize("config", [ALL, AugmentConfig(rotate="d4", noise=0.02)])
 @pytest.mark.parametrize("count", [1, 8, 21])
 def test_threads_do_not_matter(config: AugmentConfig, count: int) -> None:
-    images, positions = pictures(count, 48), torch.arange(count)
+    images, positions = random_images(count, 48), torch.arange(count)
     one, four = (Augment(config, 1, *PLAIN, 40, threads=threads) for threads in (1, 4))
     for epoch in range(3):
         assert torch.equal(one(images, epoch, positions), four(images, epoch, positions))
@@ -97,7 +97,7 @@ def scattered(images: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("config", [ALL, AugmentConfig(rotate="d4"), AugmentConfig(rotate="none", flip=False, zoom=3.0)])
 @pytest.mark.parametrize("size", [40, 64])
 def test_the_layout_in_memory_does_not_matter(config: AugmentConfig, size: int) -> None:
-    images, positions = pictures(10, 64), torch.arange(10)
+    images, positions = random_images(10, 64), torch.arange(10)
     augment = Augment(config, 1, *PLAIN, size)
     expected, view = augment(images, 0, positions), augment.normalise(images)
     for strange in scattered(images):
@@ -107,7 +107,7 @@ def test_the_layout_in_memory_does_not_matter(config: AugmentConfig, size: int) 
 
 
 def test_a_batch_that_is_kept_is_not_written_over() -> None:
-    images, positions = pictures(6, 32), torch.arange(6)
+    images, positions = random_images(6, 32), torch.arange(6)
     augment = Augment(ALL, 1, *PLAIN, 24)
     kept = [augment(images, epoch, positions) for epoch in range(12)]
     for epoch, batch in enumerate(kept):

@@ -220,7 +220,7 @@ def test_no_evidence_is_a_map_of_zeros() -> None:
     assert not found.maps_BHW.any() and found.peaks_B.tolist() == [0]
 
 
-def test_the_map_of_a_turned_picture_is_the_turned_map() -> None:
+def test_the_map_of_a_turned_image_is_the_turned_map() -> None:
     """Of a network that cannot tell them apart."""
     model = spread(build("d4_cnn", 64, width=8))
     images_BCHW, targets_B = torch.randn(1, 3, 64, 64).expand(5, -1, -1, -1), torch.arange(5)

@@ -40,14 +40,14 @@ def test_what_is_in_order_passes(manifest: Manifest) -> None:
     assert check_shards(manifest.dir).num_shards == sum(split.num_shards for split in manifest.splits.values())
 
 
-def test_a_damaged_picture_names_shard_and_galaxy(manifest: Manifest) -> None:
+def test_a_damaged_image_names_shard_and_galaxy(manifest: Manifest) -> None:
     shard = manifest.shard_path("train", 1)
     place = int(manifest.shards("train")["samples"][0]) + 2
     overwrite(shard, int(manifest.offsets("train")[place]), b"\0" * 200)
     with pytest.raises(UserError) as error:
         check_shards(manifest.path)
     assert f"shard {shard}: its checksum is not the manifest's" in str(error.value)
-    assert f"shard {shard}, galaxy {first_keys(shard)[2]}: its picture does not decode" in str(error.value)
+    assert f"shard {shard}, galaxy {first_keys(shard)[2]}: its image does not decode" in str(error.value)
     assert "make the shards anew with: galaxydist data shard" in str(error.value)
 
 

@@ -86,8 +86,8 @@ def test_the_index_leads_dali_to_every_component(manifest: Manifest) -> None:
                     assert tar[offset - 512 : offset].startswith(name.encode() + b"\0"), "its header stands right before"
                 assert contents.keys() == {manifest.extension, "cls", "json"}
                 assert int(contents["cls"]) == labels[row] == GALAXIES[key].label
-                picture = io.BytesIO(contents[manifest.extension])
-                pixels = np.load(picture) if manifest.encoding == "raw" else np.asarray(Image.open(picture))
+                image = io.BytesIO(contents[manifest.extension])
+                pixels = np.load(image) if manifest.encoding == "raw" else np.asarray(Image.open(image))
                 assert_shows(pixels, GALAXIES[key], manifest.encoding)
                 row += 1
         assert row == totals.num_samples

@@ -180,18 +180,18 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "shards" / "thesis.tex").exists()
 
 
-def test_a_truncated_picture_names_its_galaxy(tmp_path: Path) -> None:
+def test_a_truncated_image_names_its_galaxy(tmp_path: Path) -> None:
     galaxies = [as_jpeg(galaxy) for galaxy in draw_galaxies(30)]
     image = galaxies[7].image
     assert isinstance(image, EncodedImage)
     galaxies[7] = replace(galaxies[7], image=EncodedImage(image.data[: len(image.data) // 2], "jpg"))
-    with pytest.raises(UserError, match=r"1 of the 28 pictures cannot be read:\n  galaxy g-0007\+x: its picture does not decode"):
+    with pytest.raises(UserError, match=r"1 of the 28 images cannot be read:\n  galaxy g-0007\+x: its image does not decode"):
         write_shards(MemorySurvey(tuple(galaxies)), tmp_path / "shards")
     assert list(tmp_path.iterdir()) == []
 
 
 def with_damage(rows: Sequence[int], count: int = 200) -> MemorySurvey:
-    """A survey in which the pictures of some rows are cut short, as files that have names."""
+    """A survey in which the images of some rows are cut short, as files that have names."""
     galaxies = list(draw_galaxies(count, 16))
     for row in rows:
         image = as_jpeg(galaxies[row]).image
@@ -200,21 +200,21 @@ def with_damage(rows: Sequence[int], count: int = 200) -> MemorySurvey:
     return MemorySurvey(tuple(galaxies), class_names=("a", "b", "c"))
 
 
-def test_damaged_pictures_are_named_together_by_their_files(tmp_path: Path) -> None:
+def test_damaged_images_are_named_together_by_their_files(tmp_path: Path) -> None:
     rows = [0, 3, 77]
     with pytest.raises(UserError) as error:
         write_shards(with_damage(rows), tmp_path / "shards", workers=2)
     first, *lines, last = str(error.value).splitlines()
-    assert first == "3 of the 182 pictures cannot be read:" and "--on-error skip" in last
-    assert [line.partition(": its picture does not decode")[0] for line in lines] == [f"  /data/{row}.jpg" for row in rows]
+    assert first == "3 of the 182 images cannot be read:" and "--on-error skip" in last
+    assert [line.partition(": its image does not decode")[0] for line in lines] == [f"  /data/{row}.jpg" for row in rows]
     with pytest.raises(UserError) as error:
         write_shards(with_damage(range(1, 180)), tmp_path / "shards", workers=1)
-    assert str(error.value).startswith("more than 100 pictures cannot be read:\n  /data/1.jpg: ")
+    assert str(error.value).startswith("more than 100 images cannot be read:\n  /data/1.jpg: ")
     assert str(error.value).count("/data/") == 100
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_pictures_are_left_out_and_listed_on_request(tmp_path: Path) -> None:
+def test_damaged_images_are_left_out_and_listed_on_request(tmp_path: Path) -> None:
     rows = [0, 3, 76, 77]  # 76 is in no split
     survey = with_damage(rows)
     whole = stored(write_shards(with_damage([]), tmp_path / "whole", encoding="png", shard_size=8))
@@ -230,16 +230,16 @@ def test_damaged_pictures_are_left_out_and_listed_on_request(tmp_path: Path) -> 
     assert [line.partition(": its")[0] for line in lines] == ["train,a,/data/0.jpg", "test,a,/data/3.jpg", "train,c,/data/77.jpg"]
     again = write_shards(survey, tmp_path / "some", encoding="png", shard_size=8)
     assert again.hash == manifest.hash, "shards that are there stay"
-    with pytest.raises(UserError, match="more than the 2 pictures that --max-errors allows cannot be read"):
+    with pytest.raises(UserError, match="more than the 2 images that --max-errors allows cannot be read"):
         write_shards(survey, tmp_path / "few", max_errors=2)
-    with pytest.raises(UserError, match="all training pictures of the class 'a' are damaged"):
+    with pytest.raises(UserError, match="all training images of the class 'a' are damaged"):
         write_shards(with_damage(range(0, 200, 3)), tmp_path / "few", max_errors=100)
-    with pytest.raises(UserError, match=r"none of the 30 pictures can be read; the first: /data/0\.jpg: its picture"):
+    with pytest.raises(UserError, match=r"none of the 30 images can be read; the first: /data/0\.jpg: its image"):
         write_shards(with_damage(range(30), 30), tmp_path / "few", max_errors=100)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["some", "whole"]
 
 
-def test_pictures_of_several_sizes_need_a_size(tmp_path: Path) -> None:
+def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
     galaxies = list(draw_galaxies(20, 32))
     wide = np.zeros((40, 60, 3), np.uint8)
     wide[:, 10:50] = 200
@@ -258,7 +258,7 @@ def test_pictures_of_several_sizes_need_a_size(tmp_path: Path) -> None:
         ({"id": "J2232.27-0054"}, "cannot name a file"),
         ({"id": "g-0001+x"}, r"two galaxies have the id g-0001\+x"),
         ({"label": 3}, "label 3 is outside 0 ... 2"),
-        ({"image": np.zeros((32, 32), np.uint8)}, "a picture is H x W x 3 uint8"),
+        ({"image": np.zeros((32, 32), np.uint8)}, "an image is H x W x 3 uint8"),
         ({"extras": {"x": {1, 2}}}, "not plain JSON"),
     ],
 )

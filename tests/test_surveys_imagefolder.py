@@ -1,4 +1,4 @@
-"""Any folder of pictures as a survey."""
+"""Any folder of images as a survey."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ from galaxydist.surveys.image_files import decode_file, encode_png
 from galaxydist.surveys.image_folder import FolderSurvey
 from galaxydist.surveys.survey_sources import open_survey
 from tests.golden_sources import FOLDERS, METADATA, exported_folder, plain_folder, survey_file_hash
-from tests.survey_files import write_picture
+from tests.survey_files import write_image
 
 # Made before a galaxy carried its `source_id`, and before links, tables and endings were read as they are now.
 GOLDEN = {
@@ -34,7 +34,7 @@ GOLDEN = {
 def class_folders(root: Path, names: tuple[str, ...] = ("class2", "class10"), count: int = 10, suffix: str = ".jpg") -> Path:
     for name in names:
         for number in range(count):
-            write_picture(root / name / f"{name}_{number}{suffix}", number)
+            write_image(root / name / f"{name}_{number}{suffix}", number)
     return root
 
 
@@ -69,7 +69,7 @@ def test_missing_splits_are_cut_from_train_and_said(
     assert caplog.text.count("a tenth of train") == 3 - len(present)
 
 
-def test_adding_a_picture_moves_few_others(tmp_path: Path) -> None:
+def test_adding_an_image_moves_few_others(tmp_path: Path) -> None:
     def test_files() -> set[str]:
         survey = open_survey(tmp_path)
         galaxies = list(survey.read(0, len(survey.labels)))
@@ -77,7 +77,7 @@ def test_adding_a_picture_moves_few_others(tmp_path: Path) -> None:
 
     class_folders(tmp_path, count=40)
     before = test_files()
-    write_picture(tmp_path / "class2" / "a_new_one.jpg", 99)
+    write_image(tmp_path / "class2" / "a_new_one.jpg", 99)
     assert len(before - test_files()) <= 1
 
 
@@ -113,7 +113,7 @@ def test_real_sample_folds(real_sample: Path) -> None:
 
 def test_names_that_collide_get_longer(tmp_path: Path) -> None:
     for file in ("train/a/1.png", "train/b/1.png", "val/a/1.png", "train/a/J22.5-00.4.png", "train/b/sub dir/x.y.png"):
-        write_picture(tmp_path / file)
+        write_image(tmp_path / file)
     for file in (
         "train/a/2.png",
         "train/b/2.png",
@@ -122,7 +122,7 @@ def test_names_that_collide_get_longer(tmp_path: Path) -> None:
         "train/a/notes.txt",
         "__MACOSX/a/1.png",
     ):
-        write_picture(tmp_path / file) if file.endswith("png") else (tmp_path / file).write_text("")
+        write_image(tmp_path / file) if file.endswith("png") else (tmp_path / file).write_text("")
     survey = open_survey(tmp_path)
     ids = [galaxy.id for galaxy in survey.read(0, len(survey.labels))]
     assert len(ids) == len(set(ids)) == 8
@@ -140,9 +140,9 @@ def test_ids_are_always_safe_and_unique(names: list[str]) -> None:
 
 def test_other_formats_become_pixels(tmp_path: Path) -> None:
     class_folders(tmp_path, count=5)
-    pixels = np.asarray(Image.open(write_picture(tmp_path / "class2" / "a.bmp", 7)))
+    pixels = np.asarray(Image.open(write_image(tmp_path / "class2" / "a.bmp", 7)))
     for name, mode in (("grey.png", "L"), ("alpha.png", "RGBA"), ("cmyk.jpg", "CMYK"), ("palette.png", "P")):
-        write_picture(tmp_path / "class2" / name, 7, mode=mode)
+        write_image(tmp_path / "class2" / name, 7, mode=mode)
     survey = open_survey(tmp_path)
     galaxies = {galaxy.id: galaxy for galaxy in survey.read(0, len(survey.labels))}
     assert np.array_equal(galaxies["a"].image, pixels) and np.array_equal(galaxies["alpha"].image, pixels)
@@ -151,14 +151,14 @@ def test_other_formats_become_pixels(tmp_path: Path) -> None:
         assert isinstance(image, np.ndarray) and image.shape == (20, 24, 3) and image.dtype == np.uint8
 
 
-def test_the_source_hash_follows_pictures_and_splits(tmp_path: Path) -> None:
+def test_the_source_hash_follows_images_and_splits(tmp_path: Path) -> None:
     class_folders(tmp_path)
     hashes = {open_survey(tmp_path).source_hash, open_survey(tmp_path, fold=(0, 2)).source_hash}
     data = bytearray((tmp_path / "class2" / "class2_0.jpg").read_bytes())
     data[-5] ^= 1
     (tmp_path / "class2" / "class2_0.jpg").write_bytes(data)
     hashes.add(open_survey(tmp_path).source_hash)
-    write_picture(tmp_path / "class2" / "another.jpg")
+    write_image(tmp_path / "class2" / "another.jpg")
     hashes.add(open_survey(tmp_path).source_hash)
     assert len(hashes) == 4 and open_survey(tmp_path).source_hash in hashes
 
@@ -178,8 +178,8 @@ def test_galaxies_keep_the_users_own_ids_and_files(tmp_path: Path) -> None:
     assert galaxies[9].extras["file"] == "class10/part 1/J22.1-00.4.PPM"
     exported = list(open_survey(exported_folder(tmp_path / "exported")).read(0, 8))
     assert [galaxy.extras.get("file") for galaxy in exported] == [None] * 7 + ["train/a/later.ppm"]
-    picture = tmp_path / "plain" / "class2" / "3.ppm"
-    picture.rename(picture.with_name(os.fsdecode(b"3\xe9.ppm")))
+    image = tmp_path / "plain" / "class2" / "3.ppm"
+    image.rename(image.with_name(os.fsdecode(b"3\xe9.ppm")))
     odd = next(open_survey(tmp_path / "plain").read(3, 4))
     assert (odd.id, odd.extras["source_id"], odd.extras["file"]) == ("3", "3\\xe9", "class2/3\\xe9.ppm")
 
@@ -187,7 +187,7 @@ def test_galaxies_keep_the_users_own_ids_and_files(tmp_path: Path) -> None:
 def test_the_order_does_not_hang_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for label, name in enumerate(("010", "10", "z")):
         for number, file in enumerate(("1.png", "01.png", "2.png", "002.png")):
-            write_picture(tmp_path / name / file, 4 * label + number)
+            write_image(tmp_path / name / file, 4 * label + number)
     listed = folder_scan._entries
     found = []
     for reverse in (False, True):
@@ -211,7 +211,7 @@ def test_what_links_reach_twice_is_read_once(tmp_path: Path, caplog: pytest.LogC
     (root / "b" / "pool").symlink_to(pool)
     (root / "b" / "pool2").symlink_to(pool / "p")
     (root / "b" / "one.jpg").symlink_to(pool / "p" / "p_0.jpg")
-    (root / "b" / "new.jpg").symlink_to(write_picture(tmp_path / "elsewhere.jpg"))
+    (root / "b" / "new.jpg").symlink_to(write_image(tmp_path / "elsewhere.jpg"))
     survey = open_survey(root)
     assert survey.files == (
         *(f"a/a_{number}.jpg" for number in range(6)),
@@ -219,12 +219,10 @@ def test_what_links_reach_twice_is_read_once(tmp_path: Path, caplog: pytest.LogC
         *("b/new.jpg", "b/one.jpg", "b/pool/p/p_1.jpg", "b/pool/p/p_2.jpg"),
     )
     assert (
-        "each folder and picture is read once, though links lead to some again: 'a/again.jpg', 'a/other', 'a/self'" in caplog.text
+        "each folder and image is read once, though links lead to some again: 'a/again.jpg', 'a/other', 'a/self'" in caplog.text
     )
     (root / "c").symlink_to("a")
-    with pytest.raises(
-        UserError, match=r"an empty class: .*c has no pictures .*links in it lead to pictures that stand elsewhere"
-    ):
+    with pytest.raises(UserError, match=r"an empty class: .*c has no images .*links in it lead to images that stand elsewhere"):
         open_survey(root)
 
 
@@ -289,14 +287,14 @@ def test_a_table_of_the_users_own_is_read_or_said(tmp_path: Path, caplog: pytest
 def test_other_endings_are_read_or_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class_folders(tmp_path, count=4)
     for ending in ("jfif", "JPE", "jp2", "avif"):
-        picture = write_picture(tmp_path / "new" / f"{ending}.{'jpg' if ending[0] == 'J' or ending == 'jfif' else ending}")
-        picture.rename(picture.with_suffix(f".{ending}"))
+        image = write_image(tmp_path / "new" / f"{ending}.{'jpg' if ending[0] == 'J' or ending == 'jfif' else ending}")
+        image.rename(image.with_suffix(f".{ending}"))
     thumbnails = tmp_path / "class10" / "@eaDir" / "class10_1.jpg"
     thumbnails.mkdir(parents=True)
-    write_picture(thumbnails / "THUMB.jpg")
+    write_image(thumbnails / "THUMB.jpg")
     for file in ("a.fits", "b.FITS", "c.txt", "noend"):
         (tmp_path / "class2" / file).touch()
-    write_picture(tmp_path / "loose.png")
+    write_image(tmp_path / "loose.png")
     (tmp_path / "@eaDir").mkdir()
     survey = open_survey(tmp_path)
     assert survey.class_names == ("class2", "class10", "new") and len(survey.files) == 12
@@ -310,11 +308,11 @@ def test_other_endings_are_read_or_counted(tmp_path: Path, caplog: pytest.LogCap
     )
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "1.fits").touch()
-    with pytest.raises(UserError, match=r"an empty class: .*only has no pictures \(.*\): it has 1 \.fits \(FITS is not read"):
+    with pytest.raises(UserError, match=r"an empty class: .*only has no images \(.*\): it has 1 \.fits \(FITS is not read"):
         open_survey(tmp_path)
 
 
-def test_pictures_are_upright_and_on_black(tmp_path: Path) -> None:
+def test_images_are_upright_and_on_black(tmp_path: Path) -> None:
     class_folders(tmp_path, count=5)
     upright = np.asarray(Image.open(tmp_path / "class2" / "class2_0.jpg"))
     mark = Image.Exif()
@@ -339,16 +337,16 @@ def test_bad_folders_say_what_is_wrong(tmp_path: Path) -> None:
     for folder in ("nothing", "one/a", "splits/val/a", "empty/a", "empty/b", "twice/train/a"):
         (tmp_path / folder).mkdir(parents=True)
     for file in ("one/a/1.png", "splits/val/a/1.png", "empty/a/1.png", "few/a/1.png", "few/b/1.png", "few/b/2.png"):
-        write_picture(tmp_path / file)
+        write_image(tmp_path / file)
     for file in ("gone/train/a/1.png", "gone/train/a/2.png", "gone/train/a/3.png", "gone/test/a/1.png", "gone/test/b/1.png"):
-        write_picture(tmp_path / file)
+        write_image(tmp_path / file)
     for folder, message in (
-        ("nothing", "has no class folder; expected one folder of pictures for each class"),
+        ("nothing", "has no class folder; expected one folder of images for each class"),
         ("one", "has the class 'a' alone"),
         ("splits", "has val but no train folder"),
-        ("empty", "an empty class: .*empty/b has no pictures"),
+        ("empty", "an empty class: .*empty/b has no images"),
         ("few", "'a' has 1, 'b' has 2"),
-        ("gone", "class 'b' has no training pictures"),
+        ("gone", "class 'b' has no training images"),
     ):
         with pytest.raises(UserError, match=message):
             open_survey(tmp_path / folder)
@@ -360,12 +358,12 @@ def test_own_splits_and_folds_exclude_each_other(tmp_path: Path) -> None:
         open_survey(tmp_path, fold=(0, 3))
 
 
-def test_truncated_and_foreign_pictures_are_named(tmp_path: Path) -> None:
+def test_truncated_and_foreign_images_are_named(tmp_path: Path) -> None:
     class_folders(tmp_path, count=5)
     whole = (tmp_path / "class2" / "class2_0.jpg").read_bytes()
     with pytest.raises(UserError, match=r"class2_0\.jpg \(\d+ bytes\) cannot be decoded: .*[tT]runcated"):
         decode_file(whole[: len(whole) // 2], tmp_path / "class2" / "class2_0.jpg")
-    for data in (b"", b"no picture", encode_png(np.zeros((4, 4, 3), np.uint8))[:20]):
+    for data in (b"", b"no image", encode_png(np.zeros((4, 4, 3), np.uint8))[:20]):
         (tmp_path / "class10" / "class10_4.jpg").write_bytes(data)
         with pytest.raises(UserError, match=r"class10_4\.jpg .*cannot be decoded"):
             list(open_survey(tmp_path).read(0, 10))
@@ -388,8 +386,8 @@ def test_equal_files_stay_together_in_a_new_split(tmp_path: Path, caplog: pytest
     split_of = {survey.files[row]: split for split, rows in survey.splits.items() for row in rows.tolist()}
     assert all(split_of[file] == split_of[copy] for file, copy in copies.items())
     assert all(len(rows) for rows in survey.splits.values())
-    assert "31 pictures are copies of others, byte for byte" in caplog.text
-    assert "1 pictures stand in two classes, byte for byte: class2/other.jpg = class10/class10_0.jpg" in caplog.text
+    assert "31 images are copies of others, byte for byte" in caplog.text
+    assert "1 images stand in two classes, byte for byte: class2/other.jpg = class10/class10_0.jpg" in caplog.text
     assert split_of["class2/other.jpg"] == "train", "a galaxy with two labels judges nobody"
     dropped = open_survey(tmp_path, conflicting="drop")
     assert sum(map(len, dropped.splits.values())) == len(survey.files) - 2

@@ -228,7 +228,7 @@ def test_numbers_of_any_number_of_processes_are_bit_equal(tmp_path: Path, batch_
     for world_size in (1, size):
         for file in (run_dir / "evaluation").iterdir():
             file.unlink()
-        # On one core all have one thread: sums within a picture are then taken in the same order.
+        # On one core all have one thread: sums within an image are then taken in the same order.
         done = run_forked(train_on_one_core, settings, size=world_size)
         assert done.returncode == 0, done.stderr
         assert f"galaxydist: {world_size} process" in done.stdout and "is finished" in done.stdout

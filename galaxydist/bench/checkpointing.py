@@ -32,7 +32,7 @@ class SavingConditions:
 
     Args:
         model: architecture, trained by AdamW.
-        image_size, batch_size: of random pictures; they set how long a step takes.
+        image_size, batch_size: of random images; they set how long a step takes.
         every_s: seconds between saves.
         num_saves: of each training.
     """

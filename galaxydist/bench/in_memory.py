@@ -1,4 +1,4 @@
-"""Training on pictures in memory: the trainer's own session, all but the reader. For benchmarks that are not about reading."""
+"""Training on images in memory: the trainer's own session, all but the reader. For benchmarks that are not about reading."""
 
 import hashlib
 import signal
@@ -27,7 +27,7 @@ from galaxydist.training.trainer import Parts, Trainer
 
 # Different batches that are held; after them the first comes again, turned otherwise.
 HELD = 4
-# Width of the pictures on the disk, which nobody reads.
+# Width of the images on the disk, which nobody reads.
 STORED_SIZE = 16
 
 # Called before each step with its number; whether the run is to end.
@@ -84,7 +84,7 @@ class MemoryBatches:
     """One rank's batches: noise that was drawn once, at the positions of the epochs.
 
     Args:
-        recipe: seed, batch and width of the pictures.
+        recipe: seed, batch and width of the images.
         rank, world_size: of the process.
         num_samples: of an epoch.
         num_classes: of the labels.

@@ -113,10 +113,10 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def prepare(processes: Processes, loader: Loader, job: LoaderJob, stamp: str) -> None:
-    """Write the loader's own form of the pictures, unless it is there and was made from the same.
+    """Write the loader's own form of the images, unless it is there and was made from the same.
 
     Args:
-        stamp: names the pictures and how they are written; kept beside the form, last.
+        stamp: names the images and how they are written; kept beside the form, last.
     """
     note = job.form.with_suffix(".json")
     if note.exists() and note.read_text() == stamp and job.form.is_dir():
@@ -129,7 +129,7 @@ def prepare(processes: Processes, loader: Loader, job: LoaderJob, stamp: str) ->
 
 
 def check(processes: Processes, loader: Loader, job: LoaderJob, num_images: int) -> int:
-    """See that one epoch of a loader has every picture once, with our pixels.
+    """See that one epoch of a loader has every image once, with our pixels.
 
     Returns:
         The greatest difference, in grey levels.
@@ -142,12 +142,12 @@ def check(processes: Processes, loader: Loader, job: LoaderJob, num_images: int)
     again = f"remove {job.form.parent} and give the command again"
     if found["worst"] > TOLERANCE:
         raise UserError(
-            f"{told} gives other pictures than galaxydist: galaxy {found['worst_key']} differs by {found['worst']} grey levels, "
+            f"{told} gives other images than galaxydist: galaxy {found['worst_key']} differs by {found['worst']} grey levels, "
             f"more than {TOLERANCE}; {again}"
         )
     if found["missing"] or found["repeated"] or found["num_images"] != num_images:
         raise UserError(
-            f"{told} gives {found['num_images']} pictures in an epoch of {num_images}: {found['missing']} are missing, "
+            f"{told} gives {found['num_images']} images in an epoch of {num_images}: {found['missing']} are missing, "
             f"{found['repeated']} come more than once; {again}"
         )
     return int(found["worst"])

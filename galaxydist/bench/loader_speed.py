@@ -1,4 +1,4 @@
-"""``galaxydist bench loader``: our loader against others and against what decoding allows, on the same pictures and cores.
+"""``galaxydist bench loader``: our loader against others and against what decoding allows, on the same images and cores.
 
 Every measurement is a process of its own; they run in turn, several rounds of them, and the figures are medians. Before any is
 timed, each loader's pixels are compared with ours.
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from galaxydist.bench.loader_processes import GALAXYDIST, OURS, PEERS, Loader, Processes, check, prepare
-from galaxydist.bench.loader_worker import BATCH_SIZE, LOOKED_AT, TASKS, LoaderJob, StoredPicture, stored_pictures
+from galaxydist.bench.loader_worker import BATCH_SIZE, LOOKED_AT, TASKS, LoaderJob, StoredJPEG, stored_jpegs
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
 from galaxydist.shards.manifest import COLUMNS, SHARD_ROW, Manifest, Split, column_name, manifest_json, read_manifest, shard_name
@@ -32,7 +32,7 @@ from galaxydist.surveys.image_folder import open_image_folder
 from galaxydist.surveys.simulate.survey import SIMULATOR_VERSION, simulate_survey
 from galaxydist.surveys.survey_sources import open_survey
 
-# The pictures that loaders are compared on: as our shards, repeated under distinct keys, and as one long epoch.
+# The images that loaders are compared on: as our shards, repeated under distinct keys, and as one long epoch.
 
 SIMULATED = 1000
 # As many galaxies as GZ DESI has (Walmsley et al. 2023), for the epoch that is resumed.
@@ -41,7 +41,7 @@ LONG_EPOCH = 8_700_000
 
 @dataclass(frozen=True)
 class RepeatedShards:
-    """The first ``count`` training pictures of some shards, ``times`` over, each time with keys of its own."""
+    """The first ``count`` training images of some shards, ``times`` over, each time with keys of its own."""
 
     shards_dir: Path
     name: str
@@ -53,12 +53,12 @@ class RepeatedShards:
     slab_length: int = 256
 
     @cached_property
-    def _pictures(self) -> list[StoredPicture]:
-        return list(islice(stored_pictures(self.shards_dir), self.count))
+    def _images(self) -> list[StoredJPEG]:
+        return list(islice(stored_jpegs(self.shards_dir), self.count))
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        return np.tile(np.array([picture.label for picture in self._pictures], np.int64), self.times)
+        return np.tile(np.array([image.label for image in self._images], np.int64), self.times)
 
     @property
     def splits(self) -> Mapping[str, NDArray[np.int64]]:
@@ -71,27 +71,27 @@ class RepeatedShards:
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
         for row in range(start, stop):
             copy, number = divmod(row, self.count)
-            picture = self._pictures[number]
-            yield Galaxy(f"{picture.key}-{copy}", EncodedImage(picture.data, "jpg"), picture.label)
+            image = self._images[number]
+            yield Galaxy(f"{image.key}-{copy}", EncodedImage(image.data, "jpg"), image.label)
 
 
 def find_source(root: Path, *, data: Path | None, real: Path | None, workers: int) -> Manifest:
-    """The shards that the pictures are taken from.
+    """The shards that the images are taken from.
 
     Args:
         root: folder of the benchmark's files.
         data: a manifest.
-        real: a folder of pictures, ``<class>/<name>.jpg``.
+        real: a folder of images, ``<class>/<name>.jpg``.
         workers: processes that write.
 
     Raises:
-        UserError: nothing there, or pictures that are not JPEG.
+        UserError: nothing there, or images that are not JPEG.
     """
     if data is not None:
         manifest = read_manifest(data)
         if manifest.encoding != "jpeg":
             raise UserError(
-                f"{manifest.path} holds {manifest.encoding} pictures, and loaders are compared on JPEG: "
+                f"{manifest.path} holds {manifest.encoding} images, and loaders are compared on JPEG: "
                 "make shards with: galaxydist data shard --encoding jpeg"
             )
         return manifest
@@ -109,7 +109,7 @@ def find_source(root: Path, *, data: Path | None, real: Path | None, workers: in
 
 
 def repeat_source(source: Manifest, root: Path, *, num_images: int, least: int, shard_size: int, workers: int) -> Manifest:
-    """Shards of about ``num_images`` training pictures of a source, each repeated as often as that takes, and of the ``least``
+    """Shards of about ``num_images`` training images of a source, each repeated as often as that takes, and of the ``least``
     number in any case; in a folder of their own for each source and number."""
     count = min(source.split("train").num_samples, num_images)
     times = max(round(num_images / count), -(-least // count))
@@ -119,10 +119,10 @@ def repeat_source(source: Manifest, root: Path, *, num_images: int, least: int, 
 
 
 def lengthen(manifest: Manifest, out_dir: Path, num_samples: int) -> Manifest:
-    """Shards of the same pictures over and over, in hard links to the same tars: an epoch of about ``num_samples``.
+    """Shards of the same images over and over, in hard links to the same tars: an epoch of about ``num_samples``.
 
     Args:
-        manifest: whose train split holds the pictures.
+        manifest: whose train split holds the images.
         out_dir: replaced, unless it was made from these shards.
         num_samples: at least as many are listed.
     """
@@ -151,7 +151,7 @@ def lengthen(manifest: Manifest, out_dir: Path, num_samples: int) -> Manifest:
     return read_manifest(out_dir)
 
 
-# Pictures in an epoch.
+# Images in an epoch.
 IMAGES_PER_WORKER = 2000
 SHARDS_PER_WORKER = 8
 # Batches ahead in a peer's queue for each worker (torch's DataLoader): none of them may be among those that are timed, which are
@@ -168,7 +168,7 @@ ALIKE = 0.15
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured on: the pictures, the processes, the loaders that are there."""
+    """What is measured on: the images, the processes, the loaders that are there."""
 
     manifest: Manifest
     job: LoaderJob
@@ -202,7 +202,7 @@ def measure_loader(
     """Print tables, and last a line of JSON for each task.
 
     Args:
-        root: folder for the pictures in every loader's form; kept for the next time.
+        root: folder for the images in every loader's form; kept for the next time.
         environ: environment variables of the processes.
         environments: folder with the peers' virtual environments.
         data, real: a manifest, or a folder ``<class>/<name>.jpg``; neither: simulated galaxies.
@@ -211,13 +211,13 @@ def measure_loader(
         rounds: of all measurements.
         tasks: of ``TASKS``.
         peers: names; None: all that are installed.
-        quick: few pictures, once: to see that it works, not to quote.
+        quick: few images, once: to see that it works, not to quote.
 
     Returns:
         What the lines of JSON hold.
 
     Raises:
-        UserError: no such data; a loader that does not run, or gives other pictures than ours.
+        UserError: no such data; a loader that does not run, or gives other images than ours.
     """
     cores = sorted(os.sched_getaffinity(0))
     workers = workers or len(cores)

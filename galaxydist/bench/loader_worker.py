@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the command that starts these processes needs neither
 
 TASKS = ("decode", "train", "resume", "memory")
 BATCH_SIZE = 64
-# Width of the random crops as a fraction of the picture's: from this to the whole of it.
+# Width of the random crops as a fraction of the image's: from this to the whole of it.
 SMALLEST_CROP = 0.8
 
 Action = Literal["prepare", "check", "measure", "limit", "resume", "memory"]
@@ -34,11 +34,11 @@ class LoaderJob:
     """One process's work.
 
     Args:
-        action: ``prepare`` the loader's own form of the pictures; ``check`` that one epoch has every picture once, with our
+        action: ``prepare`` the loader's own form of the images; ``check`` that one epoch has every image once, with our
             pixels; ``measure``; and for ours alone ``limit``, ``resume``, ``memory``.
         task: what a batch is made into.
-        shards_dir: the pictures, as our shards.
-        form_dir: the pictures in the loader's own form.
+        shards_dir: the images, as our shards.
+        form_dir: the images in the loader's own form.
         ours: decode with our decoder in the loader's decode hook, instead of its own.
         cores: that the process may use.
         workers: processes or threads that decode.
@@ -46,7 +46,7 @@ class LoaderJob:
         batches: that are timed.
         image_size: width of the views that ``train`` makes, in pixels.
         mean, std: of all pixels, R G B, full scale being 1.
-        shard_size: pictures in a shard or chunk of the loader's own form.
+        shard_size: images in a shard or chunk of the loader's own form.
         step: that ``resume`` starts at.
     """
 
@@ -85,25 +85,25 @@ class LoaderJob:
         return cls(**found)
 
 
-# The pictures of a folder of shards as bytes, one after another, read through the shards' own indexes.
+# The images of a folder of shards as bytes, one after another, read through the shards' own indexes.
 
 
 @dataclass(frozen=True, slots=True)
-class StoredPicture:
-    """One picture: its galaxy's key, the number of its class, the bytes of its file."""
+class StoredJPEG:
+    """One image: its galaxy's key, the number of its class, the bytes of its file."""
 
     key: str
     label: int
     data: bytes
 
 
-def stored_pictures(shards_dir: Path, split: str = "train") -> Iterator[StoredPicture]:
+def stored_jpegs(shards_dir: Path, split: str = "train") -> Iterator[StoredJPEG]:
     """The JPEGs of a split, in the order in which they are stored."""
     for path in sorted(shards_dir.glob(f"{split}-*.tar")):
         tar = path.read_bytes()
         for members in parse_index(path.with_suffix(".idx").read_text("ascii")):
             parts = {member.extension: tar[member.offset : member.offset + member.size] for member in members}
-            yield StoredPicture(members[0].name.partition(".")[0], int(parts.get("cls", b"-1")), parts["jpg"])
+            yield StoredJPEG(members[0].name.partition(".")[0], int(parts.get("cls", b"-1")), parts["jpg"])
 
 
 # What the processes share that run a loader each, ours and the peers': the clock, the comparison with our pixels, the
@@ -172,7 +172,7 @@ def check(loader: Loader, job: LoaderJob) -> Answer:
     """
     import simplejpeg
 
-    expected = {picture.key: picture.data for picture in stored_pictures(job.shards)}
+    expected = {stored.key: stored.data for stored in stored_jpegs(job.shards)}
     times = dict.fromkeys(expected, 0)
     worst, worst_key = -1, ""
     for images, _, keys in loader:

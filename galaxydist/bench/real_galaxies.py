@@ -193,7 +193,7 @@ def measure_folds(
     finished, in whatever state it ended.
 
     Args:
-        real_dir: ``<class>/<picture>``, without split folders.
+        real_dir: ``<class>/<image>``, without split folders.
         work_dir: where shards, costs and runs are kept.
         environ: the process's environment.
         minutes: of a fit: processor time on a CPU, time on a GPU.
@@ -205,7 +205,7 @@ def measure_folds(
         What the JSON line holds.
 
     Raises:
-        UserError: no pictures there, or a model or setting that cannot be used, before anything is trained; stopped by a signal.
+        UserError: no images there, or a model or setting that cannot be used, before anything is trained; stopped by a signal.
     """
     extra = _read_overrides(overrides)
     models = MODELS if models is None else models
@@ -252,7 +252,7 @@ def _check_models(models: Sequence[str], extra: Mapping[str, str]) -> None:
 
 
 def _write_folds(real_dir: Path, work_dir: Path, num_folds: int) -> list[Manifest]:
-    """The shards of each fold, in a folder of the pictures' hash; found again by a second call."""
+    """The shards of each fold, in a folder of the images' hash; found again by a second call."""
     manifests = []
     for fold in range(num_folds):
         survey = open_image_folder(real_dir, fold=(fold, num_folds))

@@ -57,7 +57,7 @@ class Reading:
         first_s: from there to the first batch.
         wait_s: spent waiting for all later batches.
         epoch_s: from the first batch to the end.
-        digest: of all pictures and their numbers, in the order in which they came.
+        digest: of all images and their numbers, in the order in which they came.
     """
 
     open_s: float

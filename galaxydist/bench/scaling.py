@@ -1,4 +1,4 @@
-"""``galaxydist bench scaling``: pictures per second of one process and of several, each on a core of its own, in turn."""
+"""``galaxydist bench scaling``: images per second of one process and of several, each on a core of its own, in turn."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def measure_scaling(
         environ: environment variables of the processes.
         processes: how many are compared with one.
         model: name in the recipe.
-        image_size: of the pictures, in pixels.
+        image_size: of the images, in pixels.
         batch_size: of each process.
         steps: that are timed, in each round.
         rounds: medians over them are given.

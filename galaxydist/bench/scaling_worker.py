@@ -1,4 +1,4 @@
-"""One process of ``galaxydist bench scaling``: the trainer's session on pictures in memory, on one core.
+"""One process of ``galaxydist bench scaling``: the trainer's session on images in memory, on one core.
 
 Run as ``python -m galaxydist.cli.bench JSON`` with the variables of a launcher; rank 0 prints a line of JSON last.
 """
@@ -70,7 +70,7 @@ def train_in_memory(job: ScalingJob, environ: MutableMapping[str, str]) -> dict[
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             MemorySession(load_recipe(job.arguments), world, environ, lambda _parts, _batches: clock).run()
-        everywhere = world.gather((sorted(bound_cores()), torch.get_num_threads()))
+        everywhere = world.all_gather((sorted(bound_cores()), torch.get_num_threads()))
     finally:
         shutdown_distributed()
     return {

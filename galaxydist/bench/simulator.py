@@ -34,7 +34,7 @@ _THUMBNAIL = 16
 _FOLDS = 5
 _TITLES = {
     "colour": "colour and brightness, logistic regression",
-    "colour_centre": "the same in the picture's middle half",
+    "colour_centre": "the same in the image's middle half",
     "thumbnail": "16 x 16 pixels, random forest",
 }
 
@@ -51,7 +51,7 @@ def colour_features(images_BHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def thumbnails(images_BHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """B x 768: the pictures averaged down to 16 x 16 pixels, three channels."""
+    """B x 768: the images averaged down to 16 x 16 pixels, three channels."""
     size = images_BHWC.shape[1] // _THUMBNAIL
     blocks = images_BHWC.reshape(len(images_BHWC), _THUMBNAIL, size, _THUMBNAIL, size, 3)
     return np.asarray(blocks.mean(axis=(2, 4)).reshape(len(images_BHWC), -1), np.float64)
@@ -72,7 +72,7 @@ def guard_accuracies(images_BHWC: NDArray[np.uint8], labels_B: NDArray[np.int64]
 
     Returns:
         ``colour``: logistic regression on :func:`colour_features`.
-        ``colour_centre``: the same on the pictures' middle halves, where the galaxy is.
+        ``colour_centre``: the same on the images' middle halves, where the galaxy is.
         ``thumbnail``: random forest on :func:`thumbnails`.
     """
     from sklearn.ensemble import RandomForestClassifier
@@ -112,7 +112,7 @@ def measure_guards(
         ``{"num_galaxies", "seed", "limit", "simulated": {guard: accuracy}, "real": ... or None, "passed"}``.
 
     Raises:
-        UserError: too few galaxies for five folds, or no pictures in ``real_dir``.
+        UserError: too few galaxies for five folds, or no images in ``real_dir``.
     """
     if num_galaxies < len(GALAXY10_CLASSES) * _FOLDS:
         raise UserError(f"the guards need at least {len(GALAXY10_CLASSES) * _FOLDS} galaxies, not {num_galaxies}")
@@ -141,7 +141,7 @@ def _read_real(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
     paths = sorted(path for label in range(len(GALAXY10_CLASSES)) for path in (folder / str(label)).glob("*.jpg"))
     if not paths:
-        raise UserError(f"no pictures in {folder}: expected <label>/<row>.jpg with labels 0 ... 9")
+        raise UserError(f"no images in {folder}: expected <label>/<row>.jpg with labels 0 ... 9")
     images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
     return images, np.array([int(path.parent.name) for path in paths])
 

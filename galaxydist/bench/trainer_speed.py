@@ -75,7 +75,7 @@ MODELS = ("custom_cnn", "resnet18")
 HAVE_WIDTH = ("custom_cnn", "d4_cnn")
 # The rounds before them only warm up.
 WARM_ROUNDS = 1
-# Pictures in a batch, by device and model.
+# Images in a batch, by device and model.
 BATCH_SIZES = {"cpu": {"custom_cnn": 48, "resnet18": 32}, "cuda": {"custom_cnn": 192, "resnet18": 192}}
 IMAGE_SIZES = {"cpu": 64, "cuda": 224}
 # Both loops sum the same numbers in another order, and what is rounded otherwise grows from step to step.
@@ -88,7 +88,7 @@ class Sizes:
 
     Args:
         width: of the models that have one.
-        image_size: of the pictures, stored and seen, in pixels.
+        image_size: of the images, stored and seen, in pixels.
         batch_size: of a step.
     """
 
@@ -168,7 +168,7 @@ def measure_trainer(
     Args:
         environ: environment variables.
         models: names in the recipe.
-        sizes: of model, pictures and batch.
+        sizes: of model, images and batch.
         steps: of a turn.
         rounds: turns of each loop that count; medians over them are given.
         precision: as in the recipe.

@@ -1,7 +1,7 @@
 """``galaxydist bench``: measured figures.
 
 ``simulator``: how easy the simulated survey is for classifiers that see no shapes. ``transfer``: how much it is like the sky.
-``loader``: how fast pictures become batches. ``order``: how well and how fast galaxies are shuffled.
+``loader``: how fast images become batches. ``order``: how well and how fast galaxies are shuffled.
 ``remote``: how an epoch comes from a slow server that fails. ``saving``: how long a training waits for its checkpoints.
 ``trainer``: what the trainer's loop costs beside a bare one. ``scaling``: what further processes bring. ``startup``: how long
 until the first step. ``folds``: networks on real galaxies at equal compute.
@@ -26,7 +26,7 @@ from galaxydist.cli.options import (
     positive_int,
 )
 
-# ``galaxydist bench loader``: how fast pictures become batches, against other loaders and against what decoding allows.
+# ``galaxydist bench loader``: how fast images become batches, against other loaders and against what decoding allows.
 
 
 def add_loader(commands: Commands) -> None:
@@ -34,8 +34,8 @@ def add_loader(commands: Commands) -> None:
     peers = [peer.name for peer in PEERS]
     parser = commands.add_parser(
         "loader",
-        help="how fast pictures become batches, against other loaders",
-        description="Our loader, other loaders and the bare decoder on the same pictures and cores, in turn. Prints tables and, "
+        help="how fast images become batches, against other loaders",
+        description="Our loader, other loaders and the bare decoder on the same images and cores, in turn. Prints tables and, "
         "last, a line of JSON for each task. `make bench` installs the other loaders into environments of their own.",
         allow_abbrev=False,
     )
@@ -46,7 +46,7 @@ def add_loader(commands: Commands) -> None:
     source.add_argument("--real", type=local_path, metavar="DIR", help="a folder of JPEGs to take instead: <class>/<name>.jpg")
     parser.add_argument("--workers", type=positive_int, metavar="N", help="workers, on N cores (default: all cores)")
     parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="default: %(default)s")
-    parser.add_argument("--images", type=positive_int, metavar="N", help="pictures in an epoch (default: 2,000 a worker)")
+    parser.add_argument("--images", type=positive_int, metavar="N", help="images in an epoch (default: 2,000 a worker)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)}")
     parser.add_argument("--peers", nargs="*", choices=peers, metavar="PEER", help=f"of {', '.join(peers)} (default: all)")
     parser.add_argument(
@@ -56,7 +56,7 @@ def add_loader(commands: Commands) -> None:
         metavar="DIR",
         help="where .venv-bench and .venv-mosaic lie (default: here)",
     )
-    parser.add_argument("--quick", action="store_true", help="few pictures, once: to see that it works, not to quote")
+    parser.add_argument("--quick", action="store_true", help="few images, once: to see that it works, not to quote")
     add_data_dir(parser)
     parser.set_defaults(run=run_loader)
 
@@ -92,7 +92,7 @@ def add_folds(commands: Commands) -> None:
         "time, and test it on the rest. Prints a table and, last, a line of JSON. A second call takes up what is finished.",
         allow_abbrev=False,
     )
-    parser.add_argument("--real", type=local_path, required=True, metavar="DIR", help="real galaxies: <class>/<picture>")
+    parser.add_argument("--real", type=local_path, required=True, metavar="DIR", help="real galaxies: <class>/<image>")
     parser.add_argument(
         "--minutes", type=positive_number, default=10.0, metavar="M", help="processor minutes of a fit (default: %(default)g)"
     )
@@ -209,7 +209,7 @@ def add_saving(commands: Commands) -> None:
     parser = commands.add_parser(
         "saving",
         help="how long a training waits for its checkpoints",
-        description="Train on random pictures without saving, saving in the background and saving synchronously, taking turns. "
+        description="Train on random images without saving, saving in the background and saving synchronously, taking turns. "
         "Says which share of the time the training waits, how much slower its steps are, and how long a save on a signal takes. "
         "Prints a table and, last, lines of JSON.",
         allow_abbrev=False,
@@ -245,8 +245,8 @@ def add_scaling(commands: Commands) -> None:
     parser = commands.add_parser(
         "scaling",
         help="how much faster several processes train than one",
-        description="The trainer on pictures in memory, by one process and by several, in turn; each process on a "
-        "core of its own with one thread, with as many pictures in a step. Prints a line and, last, a line of JSON.",
+        description="The trainer on images in memory, by one process and by several, in turn; each process on a "
+        "core of its own with one thread, with as many images in a step. Prints a line and, last, a line of JSON.",
         allow_abbrev=False,
     )
     parser.add_argument("--processes", type=positive_int, default=2, metavar="N", help="compared with one (default: %(default)s)")
@@ -329,7 +329,7 @@ def add_trainer(commands: Commands) -> None:
         "trainer",
         help="how fast the trainer is beside a bare PyTorch loop",
         description="The trainer's loop with the default checks, timers, metrics and tracker (wandb, offline) against a bare "
-        "PyTorch loop with the same model, tensors and optimizer; in turn within one process, on pictures in memory. Prints a "
+        "PyTorch loop with the same model, tensors and optimizer; in turn within one process, on images in memory. Prints a "
         "line and, last, a line of JSON for each model.",
         allow_abbrev=False,
     )

@@ -108,9 +108,9 @@ def run_export(arguments: argparse.Namespace) -> None:
         print(f"{tree.variant} ({counts}): {tree.path}{' (there already)' if tree.was_there else ''}")
 
 
-# ``galaxydist data shard``: shards from a survey file or a folder of pictures.
+# ``galaxydist data shard``: shards from a survey file or a folder of images.
 
-# Endings of pictures without loss.
+# Endings of images without loss.
 LOSSLESS = {".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 
 
@@ -118,7 +118,7 @@ def add_shard(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "shard",
-        help="survey file or folder of pictures to shards",
+        help="survey file or folder of images to shards",
         description="Write a survey as shards (plain WebDataset tars), an index and a manifest: what a recipe trains on.",
         allow_abbrev=False,
     )
@@ -149,7 +149,7 @@ def add_shard(commands: Commands) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace shards of another source or with other settings")
     parser.add_argument(
-        "--on-error", choices=("raise", "skip"), default="raise", help="damaged pictures: skip leaves them out and lists them"
+        "--on-error", choices=("raise", "skip"), default="raise", help="damaged images: skip leaves them out and lists them"
     )
     parser.add_argument(
         "--max-errors", type=non_negative_int, metavar="N", help="with --on-error skip: leave out so many at most (default: 100)"
@@ -174,7 +174,7 @@ def run_shard(arguments: argparse.Namespace) -> None:
         raise UserError("--out names one folder, --variant=both writes two: leave --out away, or write one variant at a time")
 
     if arguments.max_errors is not None and arguments.on_error != "skip":
-        raise UserError("--max-errors counts pictures that are left out: say --on-error skip as well")
+        raise UserError("--max-errors counts images that are left out: say --on-error skip as well")
 
     from galaxydist.paths import shards_dir
     from galaxydist.shards.writer.writer import write_shards
@@ -213,8 +213,8 @@ def run_shard(arguments: argparse.Namespace) -> None:
 
 
 def _say_more(survey: "Survey", manifest: "Manifest", arguments: argparse.Namespace) -> None:
-    """Say what of the pictures and classes a user should know before training."""
-    from galaxydist.shards.verify import describe_equal_pictures
+    """Say what of the images and classes a user should know before training."""
+    from galaxydist.shards.verify import describe_equal_images
     from galaxydist.shards.writer.damaged import LEFT_OUT_NAME, count_left_out
     from galaxydist.surveys.folder_scan import mirrored_classes
     from galaxydist.surveys.image_folder import FolderSurvey
@@ -223,7 +223,7 @@ def _say_more(survey: "Survey", manifest: "Manifest", arguments: argparse.Namesp
         print(f"left out as damaged: {left_out}, listed in {manifest.dir / LEFT_OUT_NAME}")
     if isinstance(survey, FolderSurvey) and arguments.encoding == "jpeg":
         _say_lossy(survey, arguments.quality)
-    for line in describe_equal_pictures(manifest):
+    for line in describe_equal_images(manifest):
         print(line)
     if mirrored := mirrored_classes(manifest.class_names):
         print(
@@ -233,7 +233,7 @@ def _say_more(survey: "Survey", manifest: "Manifest", arguments: argparse.Namesp
 
 
 def _say_lossy(survey: "FolderSurvey", quality: int) -> None:
-    """Say which pictures lose something as JPEG."""
+    """Say which images lose something as JPEG."""
     endings = Counter(Path(file).suffix.lower() for file in survey.files)
     lossless = {ending: count for ending, count in sorted(endings.items()) if ending in LOSSLESS}
     if lossless:
@@ -326,7 +326,7 @@ def _difference(path: Path, arguments: argparse.Namespace) -> str:
     return f"holds another survey ({'; '.join(different)})" if different else ""
 
 
-# ``galaxydist data check``: whether shards are what their manifests say, byte by byte and picture by picture.
+# ``galaxydist data check``: whether shards are what their manifests say, byte by byte and image by image.
 
 
 def add_check(commands: Commands) -> None:
@@ -334,7 +334,7 @@ def add_check(commands: Commands) -> None:
     parser = commands.add_parser(
         "check",
         help="verify shards",
-        description="Verify counts, checksums and labels and decode every picture; name the shard and galaxy that is wrong.",
+        description="Verify counts, checksums and labels and decode every image; name the shard and galaxy that is wrong.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -352,7 +352,7 @@ def run_check(arguments: argparse.Namespace) -> None:
     """Check every manifest; all problems come together."""
     from galaxydist.paths import cache_dir
     from galaxydist.shards.remote.cache import CacheConfig
-    from galaxydist.shards.verify import check_shards, describe_equal_pictures
+    from galaxydist.shards.verify import check_shards, describe_equal_images
 
     problems = []
     root = chosen_root(arguments)
@@ -367,7 +367,7 @@ def run_check(arguments: argparse.Namespace) -> None:
                 f"in order: {manifest.dataset}, {manifest.variant}: "
                 f"{checked.num_galaxies} galaxies in {checked.num_shards} shards ({manifest.location})"
             )
-            for line in describe_equal_pictures(manifest):
+            for line in describe_equal_images(manifest):
                 print(f"  {line}")
     if problems:
         raise UserError("\n".join(problems))
@@ -398,8 +398,8 @@ def add_explore(commands: Commands) -> None:
     parser = commands.add_parser(
         "explore",
         help="what a data set looks like, as a page",
-        description="Count galaxies, look at a sample of their pictures, and write one HTML page that needs no network: "
-        "examples, mean images, pixels, sizes, sky, duplicates, damage, and a map of the pictures.",
+        description="Count galaxies, look at a sample of their images, and write one HTML page that needs no network: "
+        "examples, mean images, pixels, sizes, sky, duplicates, damage, and a map of the images.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -407,7 +407,7 @@ def add_explore(commands: Commands) -> None:
         nargs="?",
         metavar="SOURCE",
         help="a data set of the data root, a shards' manifest.json (or its folder or URL), an HDF5 file in Galaxy10's schema, "
-        "or a folder of pictures (default: --dataset)",
+        "or a folder of images (default: --dataset)",
     )
     parser.add_argument(
         "--dataset",
@@ -422,7 +422,7 @@ def add_explore(commands: Commands) -> None:
         type=positive_int,
         default=SAMPLE,
         metavar="N",
-        help="galaxies whose pictures are read, the same number of each class as far as it goes (default: %(default)s)",
+        help="galaxies whose images are read, the same number of each class as far as it goes (default: %(default)s)",
     )
     parser.add_argument(
         "--per-class", type=positive_int, default=8, metavar="N", help="galaxies of a class among the examples (default: 8)"
@@ -526,7 +526,7 @@ def _print_counts(findings: "Findings") -> None:
 
 def _print_findings(findings: "Findings") -> None:
     read, chosen, near = len(findings.looked), findings.sample_size, findings.neighbours
-    print(f"pictures: {read} of {len(findings.population)} looked at; {len(findings.duplicates)} pairs look the same")
+    print(f"images: {read} of {len(findings.population)} looked at; {len(findings.duplicates)} pairs look the same")
     for kind, number in findings.oddities.items():
         print(f"  {kind}: {number} of {chosen}")
     for problem in [*findings.looked.problems.values()][:5]:

@@ -104,7 +104,7 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
 def add_survey(parser: argparse.ArgumentParser) -> None:
     """``--from`` and ``--classes``: a survey that lies elsewhere than under the data root."""
     parser.add_argument(
-        "--from", dest="source", type=local_path, metavar="PATH", help="an HDF5 file in Galaxy10's schema or a folder of pictures"
+        "--from", dest="source", type=local_path, metavar="PATH", help="an HDF5 file in Galaxy10's schema or a folder of images"
     )
     parser.add_argument(
         "--classes",

@@ -82,7 +82,7 @@ class Counts:
         Args:
             logits_BK: any float type.
             labels_B: int64, 0 ... K-1.
-            weights_B: 1 for a galaxy, 0 for padding or a picture that was skipped.
+            weights_B: 1 for a galaxy, 0 for padding or an image that was skipped.
             samples_B: stored sample numbers, needed where predictions are kept.
         """
         logits_BK = logits_BK.detach().to(self._device)
@@ -169,7 +169,7 @@ class Counts:
         if self.count != expected:
             raise UserError(
                 f"{self.count} galaxies were counted in {what}, but its manifest has {expected}. The shards and the manifest do "
-                "not belong together, or pictures could not be read: verify them with `galaxydist data check`."
+                "not belong together, or images could not be read: verify them with `galaxydist data check`."
             )
 
 

@@ -83,8 +83,8 @@ class Evaluator:
         self._figures = recipe.eval.figures if figures is None else figures
         self._say = say or world.say
         self._find_trained = functools.cache(find_trained)  # asked for the overlap and for the temperature
-        path = world.on_main(lambda: find_checkpoint(folder, recipe.eval.checkpoint))
-        self._checkpoint = world.together(lambda: store.read_sound(path, groups=JUDGED))
+        path = world.run_on_main(lambda: find_checkpoint(folder, recipe.eval.checkpoint))
+        self._checkpoint = world.run_on_all(lambda: store.read_sound(path, groups=JUDGED))
         self.trained_on = TrainingData.from_dict(self._checkpoint.state["data"])
         self._model: nn.Module | None = None
         self._catalogue: pa.Table | None = None  # on rank 0, while there are parts to be merged
@@ -110,9 +110,9 @@ class Evaluator:
         path = self.predict(manifest, split)
         validation = self._validation(manifest)
         context, evaluation_dir = self._context(manifest, split), self._dir(manifest)
-        known = world.on_main(lambda: self._read(evaluation_dir, split, context, validation))
+        known = world.run_on_main(lambda: self._read(evaluation_dir, split, context, validation))
         if known is None:
-            known = world.on_main(lambda: self._write(path, validation, evaluation_dir, context))
+            known = world.run_on_main(lambda: self._write(path, validation, evaluation_dir, context))
         self._say(render_evaluation(known, evaluation_dir))
         return known
 
@@ -130,15 +130,15 @@ class Evaluator:
             )
         context, world = self._context(manifest, split), self.world
         path = predictions_path(self._dir(manifest), stem_of(split, self.recipe.eval.tta))
-        if world.on_main(lambda: _stored_context(path) == context):
+        if world.run_on_main(lambda: _stored_context(path) == context):
             return path
-        seen_N = world.on_main(lambda: validation_mask(manifest, split, self.trained_on, self._find_trained))
-        world.on_main(lambda: self._prepare(path, manifest, split))
+        seen_N = world.run_on_main(lambda: validation_mask(manifest, split, self.trained_on, self._find_trained))
+        world.run_on_main(lambda: self._prepare(path, manifest, split))
         with contextlib.ExitStack() as stack:
             part = RankFile(part_path(path, world.rank), manifest.num_classes)
-            world.together(lambda: stack.enter_context(part))
+            world.run_on_all(lambda: stack.enter_context(part))
             metrics = self._evaluate(manifest, split, seen_N, part)
-            world.on_main(lambda: self._merge(path, manifest, context, metrics, seen_N))
+            world.run_on_main(lambda: self._merge(path, manifest, context, metrics, seen_N))
         return path
 
     def _prepare(self, path: Path, manifest: Manifest, split: str) -> None:
@@ -168,7 +168,7 @@ class Evaluator:
 
     def _validation(self, manifest: Manifest) -> Path | None:
         """The predictions of the run's own validation split: made if its shards are at hand, else those in the run folder."""
-        own = self.world.on_main(lambda: self._own_shards(manifest))
+        own = self.world.run_on_main(lambda: self._own_shards(manifest))
         if own is not None:
             return self.predict(own, "val") if has_split(own, "val") else None
         path = predictions_path(self.folder.evaluation_dir, stem_of("val", self.recipe.eval.tta))
@@ -179,7 +179,7 @@ class Evaluator:
             wanted |= {"checkpoint": self._checkpoint.path.name, "step": self._checkpoint.step}
             return stored is not None and all(stored.get(name) == value for name, value in wanted.items())
 
-        return path if self.world.on_main(is_usable) else None
+        return path if self.world.run_on_main(is_usable) else None
 
     def _own_shards(self, manifest: Manifest) -> Manifest | None:
         try:
@@ -343,7 +343,7 @@ def evaluate_run(
         )
     world = init_distributed(recipe.train.precision, environ)
     try:
-        world.on_main(lambda: check_columns(manifest))
+        world.run_on_main(lambda: check_columns(manifest))
 
         def find_trained(trained_on: TrainingData) -> Manifest:
             return open_training_shards(trained_on, known, trained_path, cache)

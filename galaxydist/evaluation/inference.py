@@ -26,7 +26,7 @@ from galaxydist.loading.loader import Batch, EvalLoader
 from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest
-from galaxydist.surveys.photometry import Measurements, measure_pictures
+from galaxydist.surveys.photometry import Measurements, measure_images
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 
 # What of a catalogue is needed beside the predictions.
 CATALOGUE_COLUMNS = ("id", "ra", "dec", "redshift", "pxscale", *NAMES)
-# Pictures are measured at most so wide: a quarter of the time at 256 pixels, and sizes that are the same to a part of a pixel.
+# Images are measured at most so wide: a quarter of the time at 256 pixels, and sizes that are the same to a part of a pixel.
 MEASURED_WIDTH, LEAST_WIDTH = 128, 64
 
 
 class PredictionWriter:
-    """Measures pictures beside the model, and writes one process's part. Use as a context manager.
+    """Measures images beside the model, and writes one process's part. Use as a context manager.
 
     Args:
         part: to write to.
-        image_size: width of the stored pictures in pixels: sizes are in these, however small a picture was decoded.
+        image_size: width of the stored images in pixels: sizes are in these, however small an image was decoded.
         threads: that measure.
     """
 
@@ -102,18 +102,18 @@ class PredictionWriter:
 
 
 def measure(images_BHWC: NDArray[np.uint8], image_size: int) -> Measurements:
-    """Half-light radii in pixels of the stored pictures, brightnesses and skies.
+    """Half-light radii in pixels of the stored images, brightnesses and skies.
 
     Args:
         images_BHWC: uint8, square.
-        image_size: width of the stored pictures.
+        image_size: width of the stored images.
     """
     num, width = images_BHWC.shape[:2]
     factor = next(factor for factor in range(-(-width // MEASURED_WIDTH), width + 1) if width % factor == 0)
     if factor > 1 and width // factor >= LEAST_WIDTH:
         blocks = images_BHWC.reshape(num, width // factor, factor, width // factor, factor, 3)
         images_BHWC = np.rint(blocks.mean(axis=(2, 4), dtype=np.float32)).astype(np.uint8)
-    measured = measure_pictures(images_BHWC)
+    measured = measure_images(images_BHWC)
     scale = image_size / images_BHWC.shape[1]
     return Measurements(measured.size_px * scale, measured.brightness * scale**2, measured.sky)
 
@@ -129,7 +129,7 @@ def merge_predictions(
 ) -> None:
     """One file of the parts of all processes and what the catalogue knows of the galaxies. Memory is the catalogue's.
 
-    Sizes are in arcsec where the pixel scale of every galaxy is known, else in pixels of the stored pictures.
+    Sizes are in arcsec where the pixel scale of every galaxy is known, else in pixels of the stored images.
 
     Args:
         path: of the file, which appears whole or not at all.
@@ -237,12 +237,12 @@ def evaluate_split(
     model.eval()
     without = SubsetCounts(manifest.num_classes, ~apart_N, world.device) if apart_N is not None and apart_N.any() else None
     # A rank that cannot read a galaxy takes the others along: they would wait for its counts.
-    counts = world.together(
+    counts = world.run_on_all(
         lambda: _count(world, model, manifest, split, augment=augment, recipe=recipe, beat=beat, without=without, part=part)
     )
     model.train(was_training)
     vectors = torch.stack([counts.vector(), *([without.counts.vector()] if without is not None else [])])
-    total, *others = (Counts.from_vector(vector) for vector in world.sum(vectors.to(world.device)))
+    total, *others = (Counts.from_vector(vector) for vector in world.all_reduce(vectors.to(world.device)))
     total.check(manifest.splits[split].num_samples, f"the {split} split of {manifest.location}")
     metrics = _metrics(total, manifest)
     for other in others:

@@ -1,4 +1,4 @@
-"""Galaxies that a model is judged on and has learnt from, or was chosen on: by id, by place on the sky, or by their pictures."""
+"""Galaxies that a model is judged on and has learnt from, or was chosen on: by id, by place on the sky, or by their images."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -57,35 +57,35 @@ class Overlap:
     Args:
         by_id: (N,) the galaxy of this id is in it.
         by_position: (N,) a galaxy as close as the radius is in it.
-        by_picture: (N,) a galaxy whose picture has the same pixels is in it.
+        by_image: (N,) a galaxy whose image has the same pixels is in it.
     """
 
     by_id: Mask
     by_position: Mask
-    by_picture: Mask
+    by_image: Mask
 
     @property
     def rows(self) -> Mask:
         """(N,) any of them."""
-        return self.by_id | self.by_position | self.by_picture
+        return self.by_id | self.by_position | self.by_image
 
 
 def find_overlap(others: "pa.Table", test: "pa.Table", *, are_one_survey: bool, radius_arcsec: float = CUTOUT_ARCSEC) -> Overlap:
     """The test galaxies that are among others. Memory is bounded but for a few bytes a galaxy; 10^6 x 10^6 take seconds.
 
     Args:
-        others, test: catalogues with ``id``, ``ra``, ``dec`` and, for the pictures to be compared, ``pixel_hash``. What is null
+        others, test: catalogues with ``id``, ``ra``, ``dec`` and, for the images to be compared, ``pixel_hash``. What is null
             is not compared.
         are_one_survey: compare ids too: those of different surveys, often a number in a list, mean nothing to one another.
         radius_arcsec: how close, inclusive, on the sky; by default the width of a Galaxy10 cutout, within which a galaxy shows in
-            the other's picture.
+            the other's image.
     """
     nothing = np.zeros(len(test), np.bool_)
-    has_pictures = PIXEL_HASH in others.column_names and PIXEL_HASH in test.column_names
+    has_images = PIXEL_HASH in others.column_names and PIXEL_HASH in test.column_names
     return Overlap(
         by_id=_among(others, test, "id") if are_one_survey else nothing,
         by_position=_near(_positions(others), _positions(test), radius_arcsec),
-        by_picture=_among(others, test, PIXEL_HASH) if has_pictures else nothing,
+        by_image=_among(others, test, PIXEL_HASH) if has_images else nothing,
     )
 
 
@@ -98,7 +98,7 @@ def check_overlap(
         trained: what the model was trained on.
         validation: what it was chosen on, where there was anything.
         test: what it is to be judged on.
-        are_one_set: these are splits of one data set, which stay as given: equal pictures in them are said, not refused.
+        are_one_set: these are splits of one data set, which stay as given: equal images in them are said, not refused.
 
     Returns:
         (N,) which test galaxies were in its validation set.
@@ -109,14 +109,14 @@ def check_overlap(
     found = _compare(trained, test)
     if (found.by_id | found.by_position if are_one_set else found.rows).any():
         raise UserError(_refusal(found, trained, test))
-    if found.by_picture.any():
+    if found.by_image.any():
         _log.warning(
-            "%d of the %d galaxies of %s have the picture of a training galaxy, pixel for pixel (%s): the model has learnt from "
+            "%d of the %d galaxies of %s have the image of a training galaxy, pixel for pixel (%s): the model has learnt from "
             "them",
-            int(found.by_picture.sum()),
+            int(found.by_image.sum()),
             len(test.table),
             test.what,
-            _name_some(test.table, found.by_picture),
+            _name_some(test.table, found.by_image),
         )
     if validation is None:
         return np.zeros(len(test.table), np.bool_)
@@ -130,7 +130,7 @@ def _refusal(found: Overlap, trained: SplitGalaxies, test: SplitGalaxies) -> str
         for rows, how in (
             (found.by_id, "by id"),
             (close, f"within {CUTOUT_ARCSEC:.0f} arcsec of one of them on the sky"),
-            (found.by_picture & ~found.by_id & ~found.by_position, "by their pictures, which are equal pixel for pixel"),
+            (found.by_image & ~found.by_id & ~found.by_position, "by their images, which are equal pixel for pixel"),
         )
         if rows.any()
     ]
@@ -302,12 +302,12 @@ def check_before_training(trained: Manifest, judged: Manifest) -> None:
 
 
 def _say_without_hashes(*both: SplitGalaxies) -> None:
-    """Shards of an earlier version have no hashes of their pictures."""
+    """Shards of an earlier version have no hashes of their images."""
     for galaxies in both:
         if PIXEL_HASH not in galaxies.table.column_names:
             _log.warning(
-                "%s has no hashes of its pictures (an earlier version made these shards): galaxies are compared by id and place "
-                "alone, and equal pictures under other names are not found; make the shards anew to have them compared",
+                "%s has no hashes of its images (an earlier version made these shards): galaxies are compared by id and place "
+                "alone, and equal images under other names are not found; make the shards anew to have them compared",
                 galaxies.what,
             )
 

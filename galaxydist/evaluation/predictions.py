@@ -3,7 +3,7 @@
 Any reader of Parquet opens it. Columns: ``id``, ``sample`` (stored sample number), ``split``, ``label``, ``predicted``,
 ``probabilities`` and ``logits`` (K float32 each), ``in_validation`` (whether the model was chosen on this galaxy; null where
 nobody has looked), and what is known of the galaxy, null where it is not: ``ra``, ``dec`` (degrees), ``redshift``, ``size``
-(half-light radius), ``sky_brightness``, and of pictures from a folder ``source_id`` (the user's own id, of which ``id`` is made)
+(half-light radius), ``sky_brightness``, and of images from a folder ``source_id`` (the user's own id, of which ``id`` is made)
 and ``file``, which files of earlier versions lack. What was judged on what stands as JSON in the file's metadata under
 ``galaxydist``.
 """
@@ -39,7 +39,7 @@ TOGETHER = 4096
 
 
 def part_row(num_classes: int) -> np.dtype[Any]:
-    """A galaxy in a part; ``size`` in pixels of the stored picture and ``sky_brightness`` are nan where unknown."""
+    """A galaxy in a part; ``size`` in pixels of the stored image and ``sky_brightness`` are nan where unknown."""
     scores = ("logits", "<f4", (num_classes,))
     return np.dtype(
         [("sample", "<i8"), ("label", "<i4"), ("predicted", "<i4"), scores, ("size", "<f8"), ("sky_brightness", "<f8")]

@@ -56,7 +56,7 @@ def find_all(population: ExploredDataset, *, sample: int, seed: int, features: F
         features: of thumbnails, for the map; None: ``principal_components``.
     """
     rows = choose_sample(population, sample, seed)
-    looked = scan_images(population.source.pictures(rows), population.labels_N, len(rows))
+    looked = scan_images(population.source.images(rows), population.labels_N, len(rows))
     positions = population.source.positions() or Positions(looked.rows, *looked.position_n3.T)
     return Findings(
         population=population,
@@ -145,7 +145,7 @@ def split_leaks(findings: Findings) -> int:
 def widths(looked: ImageScan) -> str:
     common = Counter(looked.widths_n.tolist()).most_common()
     if not common:
-        return "no picture could be read"
+        return "no image could be read"
     return f"{common[0][0]} pixels wide" if len(common) == 1 else f"{min(common)[0]} to {max(common)[0]} pixels wide"
 
 

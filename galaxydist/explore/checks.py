@@ -117,11 +117,11 @@ def _correlations(thumbnails_nHWC: NDArray[np.uint8], pairs_P2: NDArray[np.int64
     return np.concatenate(parts)
 
 
-def _detail(pictures_PHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
+def _detail(images_PHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Return the brightness minus its local mean, (P, D); JPEG preserves fine detail in brightness, but not in colour."""
     from scipy.ndimage import uniform_filter
 
-    brightness = pictures_PHWC @ _BRIGHTNESS
+    brightness = images_PHWC @ _BRIGHTNESS
     return np.asarray(brightness - uniform_filter(brightness, (0, _SQUARE, _SQUARE))).reshape(len(brightness), -1)
 
 
@@ -181,7 +181,7 @@ KINDS = {
     "saturated": f"more than {100 * SATURATED_SHARE:.0f} % of the pixels are white (255 in a channel)",
     "flat rows": f"more than {100 * REPEATED_SHARE:.0f} % of the rows or of the columns have one single value: a part is missing",
     "repeated rows": f"more than {100 * REPEATED_SHARE:.0f} % of the rows equal the row before: cut short or badly resampled",
-    "nothing there": "no source over the sky in the middle of the picture",
+    "nothing there": "no source over the sky in the middle of the image",
 }
 
 

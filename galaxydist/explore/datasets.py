@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.counter_rng import hash64
-from galaxydist.errors import DamagedPictureError, UserError
+from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage, Galaxy, Survey
 from galaxydist.shards.manifest import MANIFEST_NAME, Manifest, shard_name
 from galaxydist.shards.remote.cache import CacheConfig, SharedFile
 from galaxydist.shards.remote.object_store import is_url
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.tar import Member, parse_index
-from galaxydist.shards.writer.encode import decode_picture
+from galaxydist.shards.writer.encode import decode_image
 from galaxydist.surveys.galaxy10 import Galaxy10Survey
 from galaxydist.surveys.image_files import decode_file
 from galaxydist.surveys.image_folder import FolderSurvey
@@ -78,7 +78,7 @@ class Positions:
 class ImageSource(Protocol):
     """Source of images and positions; rows are indices among the population's N galaxies."""
 
-    def pictures(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
+    def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         """Yield the images of these rows (sorted), in order; an unreadable one is yielded with its problem."""
         ...
 
@@ -219,7 +219,7 @@ class ShardImages:
             for (split, number), start, end in zip(places, [0, *ends[:-1]], ends, strict=True)
         ]
 
-    def pictures(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
+    def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         for shard, wanted in self._by_shard(rows):
             try:
                 records = self._open(shard)
@@ -228,7 +228,7 @@ class ShardImages:
                     yield ExploredImage(row, f"{shard.split} {row - shard.start}", None, Position(), str(error))
                 continue
             for row in wanted:
-                yield self._picture(records, shard, row)
+                yield self._image(records, shard, row)
 
     def positions(self) -> Positions | None:
         """Return all positions; None for remote shards or more than ``RECORDS_LIMIT`` galaxies."""
@@ -284,13 +284,13 @@ class ShardImages:
             raise UserError(f"shard {location} cannot be read ({error}); {self._manifest.remedy}") from None
         return _Records(index, lambda offset, size: os.pread(file.descriptor, size, offset))
 
-    def _picture(self, records: "_Records", shard: _Shard, row: int) -> ExploredImage:
+    def _image(self, records: "_Records", shard: _Shard, row: int) -> ExploredImage:
         number = row - shard.start
         key, position = records.key(number) or f"number {number}", records.position(number)
         try:
             image = self._decode(records.content(number, self._manifest.extension))
         except (ValueError, OSError, KeyError) as error:
-            reason = str(error).removeprefix("galaxy picture: ")
+            reason = str(error).removeprefix("galaxy image: ")
             location = self._manifest.shard_location(shard.split, shard.number)
             return ExploredImage(row, key, None, position, f"shard {location}, galaxy {key}: {reason}")
         return ExploredImage(row, key, image, position)
@@ -305,12 +305,12 @@ class ShardImages:
             pixels = np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
         else:
             try:
-                pixels = decode_picture(EncodedImage(data, self._manifest.encoding))
-            except DamagedPictureError as error:
+                pixels = decode_image(EncodedImage(data, self._manifest.encoding))
+            except DamagedImageError as error:
                 raise ValueError(error.reason) from None
         size = self._manifest.image_size
         if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
-            raise ValueError(f"its picture is {pixels.shape} of {pixels.dtype}, the manifest says {size} x {size} pixels")
+            raise ValueError(f"its image is {pixels.shape} of {pixels.dtype}, the manifest says {size} x {size} pixels")
         return pixels
 
 
@@ -366,7 +366,7 @@ def survey_population(survey: Survey, path: Path) -> ExploredDataset:
     return ExploredDataset(
         dataset=survey.name,
         variant=survey.variant,
-        kind="folder of pictures" if is_folder else "HDF5 file",
+        kind="folder of images" if is_folder else "HDF5 file",
         location=str(path),
         source_hash="" if is_folder else survey.source_hash,
         class_names=survey.class_names,
@@ -384,14 +384,14 @@ class SurveyImages:
     survey: Survey
     placed: NDArray[np.int64]
 
-    def pictures(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
+    def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         wanted = self.placed[rows]
         for row, (start, stop, own) in zip(*_runs(rows, wanted, self._step()), strict=True):
             numbers = dict(zip(own.tolist(), row.tolist(), strict=True))
             try:
                 for number, galaxy in enumerate(self.survey.read(start, stop), start=start):
                     if number in numbers:
-                        yield _picture(numbers.pop(number), galaxy)
+                        yield _image(numbers.pop(number), galaxy)
             except UserError as error:
                 for number, place in numbers.items():
                     yield ExploredImage(place, self._name(number), None, Position(), str(error))
@@ -434,7 +434,7 @@ def _runs(rows: NDArray[np.int64], wanted: NDArray[np.int64], step: int) -> tupl
     return np.split(rows, cuts), [(int(part[0]), int(part[-1]) + 1, part) for part in parts]
 
 
-def _picture(row: int, galaxy: Galaxy) -> ExploredImage:
+def _image(row: int, galaxy: Galaxy) -> ExploredImage:
     position = Position(*(_number(value) for value in (galaxy.ra, galaxy.dec, galaxy.extras.get("redshift"))))
     image = galaxy.image
     if not isinstance(image, EncodedImage):
@@ -468,7 +468,7 @@ def open_population(location: str, variant: str | None, cache: CacheConfig, clas
     elif not path.exists():
         raise UserError(
             f"there is no {location}; give a manifest.json of shards (or its folder or URL), an HDF5 file in Galaxy10's schema, "
-            "or a folder with a folder of pictures for each class"
+            "or a folder with a folder of images for each class"
         )
     else:
         population = survey_population(open_survey(path, variant or "original", classes=classes), path)

@@ -67,7 +67,7 @@ def map_sample(looked: ImageScan, seed: int, features: Features | None = None) -
     return Map(places, np.asarray(xy_m2, np.float64), named, agreement, by_chance)
 
 
-def principal_components(pictures_mHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], str]:
+def principal_components(images_mHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], str]:
     """Return the first principal components of the central halves of the images, in colour, and a description of them.
 
     On real galaxies, the central half and twenty components agree best with the classes (45 % of the galaxies). Whole images
@@ -75,18 +75,18 @@ def principal_components(pictures_mHWC: NDArray[np.uint8]) -> tuple[NDArray[np.f
     """
     from sklearn.decomposition import PCA
 
-    middle_mD = _middle(pictures_mHWC).reshape(len(pictures_mHWC), -1).astype(np.float32)
+    middle_mD = _middle(images_mHWC).reshape(len(images_mHWC), -1).astype(np.float32)
     number = min(_COMPONENTS, len(middle_mD) - 1)
     analysis = PCA(number, svd_solver="randomized", random_state=0)
     features_mD = np.asarray(analysis.fit_transform(middle_mD), np.float32)
     explained = float(np.nan_to_num(analysis.explained_variance_ratio_.sum()))
-    words = f"{number} principal components of the pictures' middle halves at {THUMBNAIL // 2} x {THUMBNAIL // 2} pixels"
+    words = f"{number} principal components of the images' middle halves at {THUMBNAIL // 2} x {THUMBNAIL // 2} pixels"
     return features_mD, f"{words} ({100 * explained:.0f} % of their variance)"
 
 
-def _middle(pictures_mHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _middle(images_mHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     quarter = THUMBNAIL // 4
-    return pictures_mHWC[..., quarter:-quarter, quarter:-quarter, :]
+    return images_mHWC[..., quarter:-quarter, quarter:-quarter, :]
 
 
 def _agreement(features_mD: NDArray[np.float32], labels_m: NDArray[np.int64]) -> tuple[float, float]:
@@ -99,7 +99,7 @@ def _agreement(features_mD: NDArray[np.float32], labels_m: NDArray[np.int64]) ->
     return float((votes_mC.argmax(axis=1) == codes_m).mean()), float(np.bincount(codes_m).max() / len(codes_m))
 
 
-def picture_map(found: Map, looked: ImageScan, colours: dict[int, str], cell: int = 48) -> Image.Image:
+def image_map(found: Map, looked: ImageScan, colours: dict[int, str], cell: int = 48) -> Image.Image:
     """Draw the map as a grid of images: each cell shows the galaxy nearest to its centre, framed in the colour of its class.
 
     Args:
@@ -116,8 +116,8 @@ def picture_map(found: Map, looked: ImageScan, colours: dict[int, str], cell: in
         place = int(found.places[nearest])
         frame = Image.new("RGB", (cell - 1, cell - 1), colours[int(looked.labels[place])])
         middle = Image.fromarray(_middle(looked.thumbnails_nHWC[place]))
-        picture = middle.resize((cell - 5, cell - 5), Image.Resampling.LANCZOS)
-        frame.paste(picture, (2, 2))
+        image = middle.resize((cell - 5, cell - 5), Image.Resampling.LANCZOS)
+        frame.paste(image, (2, 2))
         column, row = cells_m2[nearest].tolist()
         sheet.paste(frame, (column * cell, (CELLS - 1 - row) * cell))
     return sheet
@@ -128,6 +128,6 @@ def sprite(found: Map, looked: ImageScan, cell: int = 48) -> tuple[Image.Image, 
     columns = int(np.ceil(np.sqrt(len(found.places))))
     sheet = Image.new("RGB", (columns * cell, -(-len(found.places) // columns) * cell))
     for number, place in enumerate(found.places.tolist()):
-        picture = Image.fromarray(looked.thumbnails_nHWC[place]).resize((cell, cell), Image.Resampling.LANCZOS)
-        sheet.paste(picture, (number % columns * cell, number // columns * cell))
+        image = Image.fromarray(looked.thumbnails_nHWC[place]).resize((cell, cell), Image.Resampling.LANCZOS)
+        sheet.paste(image, (number % columns * cell, number // columns * cell))
     return sheet, columns

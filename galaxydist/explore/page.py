@@ -13,10 +13,10 @@ from galaxydist.evaluation.text_table import readable
 from galaxydist.explore.analysis import Findings, find_all, label_conflicts, pixel_statistics, split_leaks, summary, widths
 from galaxydist.explore.checks import KINDS
 from galaxydist.explore.datasets import UNLABELLED, ExploredDataset, Positions
-from galaxydist.explore.embedding import Features, picture_map, sprite
+from galaxydist.explore.embedding import Features, image_map, sprite
 from galaxydist.explore.scan import THUMBNAIL
 from galaxydist.pages.contact_sheet import write_gallery
-from galaxydist.pages.html import figure_svg, picture_uri, render
+from galaxydist.pages.html import figure_svg, image_uri, render
 from galaxydist.surveys.split import CUTOUT_ARCSEC
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def render_page(findings: Findings, examples: Mapping[int, list[NDArray[np.uint8
                     "looked": int((looked.labels == label).sum()),
                     "pixels": pixel_statistics(looked, label) if label in seen else None,
                     "examples": _examples(findings, label, examples),
-                    "mean": picture_uri(looked.means[label].round().astype(np.uint8), quality=90) if label in seen else "",
+                    "mean": image_uri(looked.means[label].round().astype(np.uint8), quality=90) if label in seen else "",
                 }
                 for place, (label, name) in enumerate(shown.items())
             ],
@@ -286,12 +286,12 @@ def _svg(draw: Callable[[], Any], description: str) -> Any:
 
 
 def _examples(findings: Findings, label: int, examples: Mapping[int, list[NDArray[np.uint8]]]) -> list[dict[str, str]]:
-    pictures = examples.get(label, [])
+    images = examples.get(label, [])
     number = sum(map(len, examples.values()))
     # A JPEG of a galaxy takes about 0.35 bytes per pixel here, and a third more as base64.
     width = next((size for size in _EXAMPLE_WIDTHS if number * size**2 * 0.47 < _EXAMPLE_BYTES), _EXAMPLE_WIDTHS[-1])
-    ids = [findings.looked.ids[place] for place in findings.members(label)[: len(pictures)].tolist()]
-    return [{"id": name, "uri": picture_uri(picture, width=width)} for name, picture in zip(ids, pictures, strict=True)]
+    ids = [findings.looked.ids[place] for place in findings.members(label)[: len(images)].tolist()]
+    return [{"id": name, "uri": image_uri(image, width=width)} for name, image in zip(ids, images, strict=True)]
 
 
 def _medians(findings: Findings, seen: Mapping[int, str]) -> list[dict[str, Any]]:
@@ -319,15 +319,15 @@ def _sky(findings: Findings) -> dict[str, Any] | None:
 
     figure = _svg(draw, "map of the galaxies on the sky")
     rows = near.pairs_P2[:PAIRS_SHOWN]
-    pictures = {picture.row: picture for picture in population.source.pictures(np.unique(rows))}
+    images = {image.row: image for image in population.source.images(np.unique(rows))}
     names = [readable(name) for name in population.groups.values()]
     numbers = {label: number for number, label in enumerate(population.groups)}
 
     def side(row: int) -> dict[str, str]:
-        picture = pictures[row]
+        image = images[row]
         return {
-            "id": picture.id,
-            "uri": picture_uri(picture.image, width=128) if picture.image is not None else "",
+            "id": image.id,
+            "uri": image_uri(image.image, width=128) if image.image is not None else "",
             "name": names[numbers[int(population.labels_N[row])]],
             "split": population.split_names[population.split_N[row]],
         }
@@ -357,7 +357,7 @@ def _duplicates(findings: Findings) -> dict[str, Any]:
     def side(place: int) -> dict[str, str]:
         return {
             "id": looked.ids[place],
-            "uri": picture_uri(looked.thumbnails_nHWC[place], width=2 * THUMBNAIL),
+            "uri": image_uri(looked.thumbnails_nHWC[place], width=2 * THUMBNAIL),
             "name": readable(population.groups[int(looked.labels[place])]),
             "split": population.split_names[population.split_N[looked.rows[place]]],
         }
@@ -389,7 +389,7 @@ def _odd(findings: Findings) -> list[dict[str, Any]]:
             "number": numbers.get(kind, 0),
             "problems": list(looked.problems.values())[:NAMES_SHOWN] if kind == "unreadable" else [],
             "shown": [
-                {"id": looked.ids[place], "uri": picture_uri(looked.thumbnails_nHWC[place], width=96)}
+                {"id": looked.ids[place], "uri": image_uri(looked.thumbnails_nHWC[place], width=96)}
                 for place in looked.oddities.get(kind, [])[:ODD_SHOWN]
             ],
         }
@@ -410,8 +410,8 @@ def _map(findings: Findings, shown: Mapping[int, str], colours: dict[int, str]) 
         "features": found.features,
         "agreement": f"{100 * found.agreement:.0f}",
         "by_chance": f"{100 * found.by_chance:.0f}",
-        "pictures": picture_uri(picture_map(found, looked, colours), quality=80),
-        "sprite": picture_uri(sheet, quality=75),
+        "images": image_uri(image_map(found, looked, colours), quality=80),
+        "sprite": image_uri(sheet, quality=75),
         "columns": columns,
         "cell": sheet.width // columns,
         "points": [
@@ -465,10 +465,10 @@ def _read_examples(findings: Findings, per_class: int) -> dict[int, list[NDArray
     population, looked = findings.population, findings.looked
     places = {label: findings.members(label)[:per_class] for label in population.groups}
     rows = looked.rows[np.sort(np.concatenate([*places.values()]))]
-    pictures = {picture.row: picture.image for picture in population.source.pictures(rows)}
+    by_row = {item.row: item.image for item in population.source.images(rows)}
     found: dict[int, list[NDArray[np.uint8]]] = {}
     for label, chosen in places.items():
-        images = [pictures[row] for row in looked.rows[chosen].tolist()]
+        images = [by_row[row] for row in looked.rows[chosen].tolist()]
         found[label] = [image for image in images if image is not None]
     return found
 
@@ -477,7 +477,7 @@ def _write_files(findings: Findings, examples: Mapping[int, list[NDArray[np.uint
     population = findings.population
     write_json(folder / SUMMARY, summary(findings))
     title = f"{population.dataset} ({population.variant}), N = {len(population):,}"
-    images = {population.groups[label]: pictures for label, pictures in examples.items() if pictures}
+    images = {population.groups[label]: members for label, members in examples.items() if members}
     if images:
         write_gallery(folder / GALLERY, images, title, max_bytes=GALLERY_BYTES)
     names = [readable(name) for name in population.groups.values()]

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from galaxydist.cpus import available_cores
 from galaxydist.explore.checks import find_oddities, perceptual_hash
 from galaxydist.explore.datasets import ExploredImage
-from galaxydist.surveys.photometry import measure_pictures
+from galaxydist.surveys.photometry import measure_images
 
 THUMBNAIL = 64
 # Width of the mean images in pixels; smaller images keep their own width.
@@ -89,20 +89,20 @@ class _Sums:
     """Sums over the images of each class."""
 
     histograms: dict[int, NDArray[np.int64]] = field(default_factory=dict)
-    pictures: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    images: dict[int, NDArray[np.float64]] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, label: int, one: _ImageStats) -> None:
         self.histograms[label] = self.histograms.get(label, 0) + one.histogram_CL
-        self.pictures[label] = self.pictures.get(label, 0.0) + one.small_HWC.astype(np.float64)
+        self.images[label] = self.images.get(label, 0.0) + one.small_HWC.astype(np.float64)
         self.counts[label] += 1
 
 
-def scan_images(pictures: Iterable[ExploredImage], labels_N: NDArray[np.int64], number: int) -> ImageScan:
+def scan_images(images: Iterable[ExploredImage], labels_N: NDArray[np.int64], number: int) -> ImageScan:
     """Measure images on all cores.
 
     Args:
-        pictures: read lazily.
+        images: read lazily.
         labels_N: of the population, by row.
         number: number of images, for the progress bar.
     """
@@ -111,17 +111,17 @@ def scan_images(pictures: Iterable[ExploredImage], labels_N: NDArray[np.int64], 
     seen: list[tuple[ExploredImage, _ImageStats]] = []
     problems: dict[str, str] = {}
     sums, width, cores = _Sums(), 0, available_cores()
-    with ThreadPoolExecutor(cores) as pool, tqdm(total=number, desc="look at pictures", unit="img", disable=None) as bar:
-        for window in _chunks(iter(pictures), cores * _BATCH):
-            problems |= {picture.id: picture.problem for picture in window if picture.image is None}
-            readable = [picture for picture in window if picture.image is not None]
+    with ThreadPoolExecutor(cores) as pool, tqdm(total=number, desc="look at images", unit="img", disable=None) as bar:
+        for window in _chunks(iter(images), cores * _BATCH):
+            problems |= {image.id: image.problem for image in window if image.image is None}
+            readable = [image for image in window if image.image is not None]
             if readable and not width:
                 width = min(MEAN_WIDTH, *_shape(readable[0])[:2])
             batches = [batch for same in _same_shapes(readable) for batch in _chunks(iter(same), _BATCH)]
             for batch, ones in zip(batches, pool.map(_look, batches, repeat(width)), strict=True):
-                for picture, one in zip(batch, ones, strict=True):
-                    sums.add(int(labels_N[picture.row]), one)
-                    seen.append((ExploredImage(picture.row, picture.id, None, picture.position), one))
+                for image, one in zip(batch, ones, strict=True):
+                    sums.add(int(labels_N[image.row]), one)
+                    seen.append((ExploredImage(image.row, image.id, None, image.position), one))
             bar.update(len(window))
     return _gather(sorted(seen, key=lambda pair: pair[0].row), labels_N, sums, problems)
 
@@ -129,7 +129,7 @@ def scan_images(pictures: Iterable[ExploredImage], labels_N: NDArray[np.int64], 
 def _gather(
     seen: list[tuple[ExploredImage, _ImageStats]], labels_N: NDArray[np.int64], sums: _Sums, problems: dict[str, str]
 ) -> ImageScan:
-    rows = np.array([picture.row for picture, _ in seen], np.int64)
+    rows = np.array([image.row for image, _ in seen], np.int64)
     columns = np.array([one.numbers for _, one in seen], np.float64).reshape(len(seen), 13)
     oddities: dict[str, list[int]] = {}
     for place, (_, one) in enumerate(seen):
@@ -137,7 +137,7 @@ def _gather(
             oddities.setdefault(kind, []).append(place)
     return ImageScan(
         rows=rows,
-        ids=[picture.id for picture, _ in seen],
+        ids=[image.id for image, _ in seen],
         labels=labels_N[rows],
         mean_nC=columns[:, :3],
         black_n=columns[:, 3],
@@ -153,25 +153,25 @@ def _gather(
         thumbnails_nHWC=np.array([one.thumbnail_HWC for _, one in seen], np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL, 3),
         oddities=oddities,
         histograms=sums.histograms,
-        means={label: total / sums.counts[label] for label, total in sums.pictures.items()},
+        means={label: total / sums.counts[label] for label, total in sums.images.items()},
         problems=problems,
     )
 
 
 def _look(batch: list[ExploredImage], mean_width: int) -> list[_ImageStats]:
     """Measure images of equal shape."""
-    images_BHWC = np.stack([picture.image for picture in batch if picture.image is not None])
-    measured = measure_pictures(images_BHWC)
+    images_BHWC = np.stack([image.image for image in batch if image.image is not None])
+    measured = measure_images(images_BHWC)
     columns = measured.size_px, measured.brightness, measured.sky
     ones = []
-    for picture, image_HWC, size, brightness, sky in zip(batch, images_BHWC, *columns, strict=True):
+    for image, image_HWC, size, brightness, sky in zip(batch, images_BHWC, *columns, strict=True):
         histogram_CL = np.stack([np.bincount(image_HWC[..., channel].ravel(), minlength=256) for channel in range(3)])
         shares_CL = histogram_CL / histogram_CL.sum(axis=1, keepdims=True)
         mean_C = shares_CL @ (np.arange(256) / 255)
         oddities = find_oddities(image_HWC)
         if not oddities and np.isfinite(sky) and np.isnan(size):
             oddities = ["nothing there"]
-        place = picture.position
+        place = image.position
         numbers = (
             *mean_C,
             shares_CL[:, 0].mean(),
@@ -224,19 +224,19 @@ def _fit(image_HWC: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
     return np.asarray(ImageOps.fit(Image.fromarray(image_HWC), (width, width), Image.Resampling.BOX))
 
 
-def _same_shapes(pictures: list[ExploredImage]) -> Iterator[list[ExploredImage]]:
+def _same_shapes(images: list[ExploredImage]) -> Iterator[list[ExploredImage]]:
     """Yield the images grouped by shape."""
     by_shape: dict[tuple[int, ...], list[ExploredImage]] = {}
-    for picture in pictures:
-        by_shape.setdefault(_shape(picture), []).append(picture)
+    for image in images:
+        by_shape.setdefault(_shape(image), []).append(image)
     yield from by_shape.values()
 
 
-def _shape(picture: ExploredImage) -> tuple[int, ...]:
-    assert picture.image is not None
-    return picture.image.shape
+def _shape(image: ExploredImage) -> tuple[int, ...]:
+    assert image.image is not None
+    return image.image.shape
 
 
-def _chunks(pictures: Iterator[ExploredImage], length: int) -> Iterator[list[ExploredImage]]:
-    while chunk := list(islice(pictures, length)):
+def _chunks(images: Iterator[ExploredImage], length: int) -> Iterator[list[ExploredImage]]:
+    while chunk := list(islice(images, length)):
         yield chunk

@@ -29,7 +29,7 @@ from galaxydist.loading.dataset import TrainingData, build_augment, find_cache, 
 from galaxydist.loading.decode import read_chosen, reduction
 from galaxydist.models.saliency import explain, method_of
 from galaxydist.pages.contact_sheet import SheetCell, SheetRow, compose_sheet, overlay, write_sheet
-from galaxydist.pages.html import picture_uri, render
+from galaxydist.pages.html import image_uri, render
 from galaxydist.paths import data_root
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.schema import Recipe
@@ -62,19 +62,19 @@ class RenderedGalaxy:
     """Images of a selected galaxy.
 
     Args:
-        picture: H x W x 3 uint8, as stored.
+        image: H x W x 3 uint8, as stored.
         overlay: the same with the saliency map.
         peak: peak of the map, see ``models.saliency.Saliency``.
     """
 
-    picture: NDArray[np.uint8]
+    image: NDArray[np.uint8]
     overlay: NDArray[np.uint8]
     peak: float
 
     @classmethod
-    def small(cls, picture: NDArray[np.uint8], overlay: NDArray[np.uint8], peak: float) -> "RenderedGalaxy":
+    def small(cls, image: NDArray[np.uint8], overlay: NDArray[np.uint8], peak: float) -> "RenderedGalaxy":
         """Return the images resized to at most ``THUMBNAIL`` pixels."""
-        return cls(_small(picture), _small(overlay), peak)
+        return cls(_small(image), _small(overlay), peak)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,7 @@ def _rows(kind: str, gallery: Gallery) -> Iterator[SheetRow]:
             said = f"{'predicted' if pick.is_mistake else 'right:'} {gallery.name(pick.predicted)}"
             entropy = f", entropy {pick.entropy:.2f}" if kind == "uncertain" else ""
             seen = gallery.seen[pick.sample]
-            cells.append(SheetCell(seen.picture, seen.overlay, (pick.id, said, _percent(pick.probability) + entropy)))
+            cells.append(SheetCell(seen.image, seen.overlay, (pick.id, said, _percent(pick.probability) + entropy)))
         yield SheetRow(gallery.name(label), _note(kind, label, gallery), cells)
 
 
@@ -245,8 +245,7 @@ def _uris(seen: Mapping[int, RenderedGalaxy]) -> dict[int, tuple[str, str]]:
     uris: dict[int, tuple[str, str]] = {}
     for width in _WIDTHS:
         uris = {
-            sample: (picture_uri(found.picture, width=width), picture_uri(found.overlay, width=width))
-            for sample, found in seen.items()
+            sample: (image_uri(found.image, width=width), image_uri(found.overlay, width=width)) for sample, found in seen.items()
         }
         if 2 * sum(len(one) + len(other) for one, other in uris.values()) <= _PAGE_BYTES:
             break
@@ -272,10 +271,10 @@ def _percent(probability: float) -> str:
     return f"{share:.0f} %" if share < 99.5 else ("> 99.9 %" if share > 99.9 else f"{share:.1f} %")
 
 
-def _small(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    if picture.shape[1] <= THUMBNAIL:
-        return picture
-    return np.asarray(Image.fromarray(picture).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS))
+def _small(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if image.shape[1] <= THUMBNAIL:
+        return image
+    return np.asarray(Image.fromarray(image).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS))
 
 
 def _data_uri(path: Path) -> str:
@@ -396,17 +395,17 @@ def _look(
     def flush() -> None:
         if not waiting:
             return
-        samples, pictures, decoded = zip(*waiting, strict=True)
+        samples, images, decoded = zip(*waiting, strict=True)
         images_BCHW = normalise(torch.from_numpy(np.stack(decoded)).to(device))
         targets_B = torch.tensor([predicted[sample] for sample in samples], device=device)
         found = explain(model, recipe.model.name, images_BCHW, targets_B)
         maps_BHW = found.maps_BHW.numpy()
-        for sample, picture, map_HW, peak in zip(samples, pictures, maps_BHW, found.peaks_B.tolist(), strict=True):
-            seen[sample] = RenderedGalaxy.small(picture, overlay(picture, map_HW, crop=crop), peak)
+        for sample, image, map_HW, peak in zip(samples, images, maps_BHW, found.peaks_B.tolist(), strict=True):
+            seen[sample] = RenderedGalaxy.small(image, overlay(image, map_HW, crop=crop), peak)
         waiting.clear()
 
-    for sample, (picture, decoded) in read_chosen(manifest, split, picks.samples(), (1, factor)):
-        waiting.append((sample, picture, decoded))
+    for sample, (image, decoded) in read_chosen(manifest, split, picks.samples(), (1, factor)):
+        waiting.append((sample, image, decoded))
         if len(waiting) == _TOGETHER:
             flush()
     flush()

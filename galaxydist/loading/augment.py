@@ -147,7 +147,7 @@ class Augment:
         return ImageTransform(geometry, gain_BC.astype(np.float32), self.normalise.shift_C, noise)
 
     def parameters(self, epoch: int, positions: Ints) -> tuple[Floats, Floats]:
-        """Each image's 2 x 3 map from the model's coordinates to the stored picture's (x to the right, y down, -1 to 1 from edge
+        """Each image's 2 x 3 map from the model's coordinates to the stored image's (x to the right, y down, -1 to 1 from edge
         to edge), and its zoom."""
         config = self._config
         angle, mirror = self._angle(epoch, positions), np.where(self._mirrored(epoch, positions), -1.0, 1.0)

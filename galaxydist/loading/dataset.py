@@ -97,7 +97,7 @@ def open_manifest(path: str, cache: CacheConfig, recipe: Recipe, world_size: int
 
 
 def mirror_warning(manifest: Manifest, recipe: Recipe) -> str:
-    """A line where classes are mirror images of one another and the recipe takes a picture and its mirror image for one."""
+    """A line where classes are mirror images of one another and the recipe takes an image and its mirror image for one."""
     mirrored = mirrored_classes(manifest.class_names)
     blind = {"data.augment.flip=true": recipe.data.augment.flip, "model.name=d4_cnn": recipe.model.name == "d4_cnn"}
     blind["eval.tta=d4"] = recipe.eval.tta == "d4"

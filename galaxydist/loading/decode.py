@@ -1,4 +1,4 @@
-"""Stored pictures to pixels: positioned reads of local tars, decoded straight into the place of the batch. All of it without
+"""Stored images to pixels: positioned reads of local tars, decoded straight into the place of the batch. All of it without
 Python's lock, so that threads do the work of processes."""
 
 import io
@@ -23,7 +23,7 @@ Pixels = NDArray[np.uint8]
 
 
 class ImageError(UserError):
-    """One picture cannot be read or decoded. With data.on_error=skip it costs that galaxy alone.
+    """One image cannot be read or decoded. With data.on_error=skip it costs that galaxy alone.
 
     Args:
         what: names shard and galaxy, and says why.
@@ -37,7 +37,7 @@ class ImageError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """Where a stored picture lies."""
+    """Where a stored image lies."""
 
     sample: int
     shard: int
@@ -46,7 +46,7 @@ class StoredImage:
 
 
 def reduction(image_size: int, target_size: int, crop: float, max_zoom: float = 1.0) -> int:
-    """The factor by which pictures may be decoded smaller without losing what the model sees: 1, 2, 4 or 8.
+    """The factor by which images may be decoded smaller without losing what the model sees: 1, 2, 4 or 8.
 
     libjpeg's reduced decoding is a mean over whole pixels, and so is the first step of our antialiasing (``changes``), which
     wants at least 1.5 pixels to one that the model sees; at the greatest zoom there must be one.
@@ -64,7 +64,7 @@ def reduction(image_size: int, target_size: int, crop: float, max_zoom: float = 
 
 
 class ImageDecoder:
-    """Reads the pictures of one split.
+    """Reads the images of one split.
 
     Args:
         manifest, split: which.
@@ -90,27 +90,27 @@ class ImageDecoder:
         columns = samples, shards, self._offsets[samples], self._lengths[samples]
         return [StoredImage(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
-    def read_into(self, picture: StoredImage, pixels: Pixels) -> None:
-        """Decode a picture into ``size`` x ``size`` x 3 uint8 contiguous pixels.
+    def read_into(self, image: StoredImage, pixels: Pixels) -> None:
+        """Decode an image into ``size`` x ``size`` x 3 uint8 contiguous pixels.
 
         Raises:
-            PictureError: naming shard and galaxy, if it is cut short, does not decode or has another size.
+            ImageError: naming shard and galaxy, if it is cut short, does not decode or has another size.
             UserError: if the shard is missing, cannot be opened or is not the manifest's by its size.
         """
-        file = self._open(picture)
+        file = self._open(image)
         try:
             if self._encoding == "raw":
-                self._read_raw(file.descriptor, picture, pixels)
+                self._read_raw(file.descriptor, image, pixels)
                 return
-            data = os.pread(file.descriptor, picture.length, picture.offset)
-            if len(data) != picture.length:
+            data = os.pread(file.descriptor, image.length, image.offset)
+            if len(data) != image.length:
                 raise ValueError("the shard is cut short")
             shape = self._decode_jpeg(data, pixels) if self._encoding == "jpeg" else _decode_png(data, pixels)
             if shape != pixels.shape:
                 raise ValueError(f"{shape[1]} x {shape[0]} pixels where {self.size} x {self.size} belong")
         except (ValueError, OSError, SyntaxError) as error:
             raise ImageError(
-                f"{self._name(picture)}: its picture does not decode ({error})",
+                f"{self._name(image)}: its image does not decode ({error})",
                 f"look for more with: galaxydist data check {self._manifest.location}, "
                 f"then {self._manifest.remedy}, or train without it: data.on_error=skip",
             ) from None
@@ -126,34 +126,34 @@ class ImageDecoder:
     def _decode_jpeg(self, data: bytes, pixels: Pixels) -> tuple[int, ...]:
         if self._factor == 1:
             return tuple(simplejpeg.decode_jpeg(data, "RGB", buffer=pixels).shape)
-        picture = simplejpeg.decode_jpeg(
+        image = simplejpeg.decode_jpeg(
             data, "RGB", min_height=self.size, min_width=self.size, min_factor=self._factor, buffer=pixels
         )
-        return tuple(picture.shape)
+        return tuple(image.shape)
 
-    def _read_raw(self, descriptor: int, picture: StoredImage, pixels: Pixels) -> None:
+    def _read_raw(self, descriptor: int, image: StoredImage, pixels: Pixels) -> None:
         header = bytearray(len(self._raw_header))
-        length = os.preadv(descriptor, [header, pixels.data.cast("B")], picture.offset)
-        if length != picture.length:
+        length = os.preadv(descriptor, [header, pixels.data.cast("B")], image.offset)
+        if length != image.length:
             raise ValueError("the shard is cut short")
         if header != self._raw_header:
             raise ValueError(f"not a .npy file of {self.size} x {self.size} x 3 uint8")
 
-    def _open(self, picture: StoredImage) -> SharedFile:
-        file = self._source.open(picture.shard)
-        if file.num_bytes != self._shard_bytes[picture.shard]:
+    def _open(self, image: StoredImage) -> SharedFile:
+        file = self._source.open(image.shard)
+        if file.num_bytes != self._shard_bytes[image.shard]:
             raise UserError(
-                f"{self._name(picture)}: the shard has {file.num_bytes} bytes where the manifest says "
-                f"{self._shard_bytes[picture.shard]}: it was cut short or replaced. See what is wrong with: "
+                f"{self._name(image)}: the shard has {file.num_bytes} bytes where the manifest says "
+                f"{self._shard_bytes[image.shard]}: it was cut short or replaced. See what is wrong with: "
                 f"galaxydist data check {self._manifest.location}; then copy it anew, or make the shards anew"
             )
         return file
 
-    def _name(self, picture: StoredImage) -> str:
-        return picture_name(self._manifest, self._split, picture.shard, picture.sample - int(self._starts[picture.shard]))
+    def _name(self, image: StoredImage) -> str:
+        return image_name(self._manifest, self._split, image.shard, image.sample - int(self._starts[image.shard]))
 
 
-def picture_name(manifest: Manifest, split: str, shard: int, number: int) -> str:
+def image_name(manifest: Manifest, split: str, shard: int, number: int) -> str:
     """``shard PATH, galaxy KEY`` for an error message; the key is read from the shard's index, or else from the shard."""
     path = manifest.shard_path(split, shard)
     try:
@@ -168,11 +168,11 @@ def sample_name(manifest: Manifest, split: str, sample: int) -> str:
     ends = np.cumsum(manifest.shards(split)["samples"])
     shard = int(np.searchsorted(ends, sample, side="right"))
     start = int(ends[shard - 1]) if shard else 0
-    return picture_name(manifest, split, shard, sample - start).rsplit(" ", 1)[-1]
+    return image_name(manifest, split, shard, sample - start).rsplit(" ", 1)[-1]
 
 
 def _key_in_tar(manifest: Manifest, split: str, shard: int, number: int) -> str:
-    """The key as the header before the picture has it; empty where there is no header."""
+    """The key as the header before the image has it; empty where there is no header."""
     sample = int(manifest.shards(split)["samples"][:shard].sum()) + number
     try:
         with manifest.shard_path(split, shard).open("rb") as file:
@@ -190,8 +190,8 @@ def _raw_header(image_size: int) -> bytes:
 
 def _decode_png(data: bytes, pixels: Pixels) -> tuple[int, ...]:
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            decoded = np.asarray(picture.convert("RGB"))
+        with Image.open(io.BytesIO(data)) as image:
+            decoded = np.asarray(image.convert("RGB"))
     except UnidentifiedImageError:
         raise ValueError("not a PNG file") from None
     if decoded.shape == pixels.shape:
@@ -199,19 +199,19 @@ def _decode_png(data: bytes, pixels: Pixels) -> tuple[int, ...]:
     return decoded.shape
 
 
-# A few pictures of a split by their sample numbers, read where they lie; of shards in a store only those that hold them
+# A few images of a split by their sample numbers, read where they lie; of shards in a store only those that hold them
 # come.
 
 
 def read_chosen(
     manifest: Manifest, split: str, samples: NDArray[np.int64], factors: Sequence[int] = (1,)
 ) -> Iterator[tuple[int, tuple[Pixels, ...]]]:
-    """Decode pictures.
+    """Decode images.
 
     Args:
         manifest, split: of which.
         samples: stored sample numbers, ascending, each once.
-        factors: decode each picture once for every one of these, by so much smaller (see ``decode.reduction``).
+        factors: decode each image once for every one of these, by so much smaller (see ``decode.reduction``).
 
     Returns:
         in turn: sample number, and for each factor H x W x 3 uint8 pixels.
@@ -225,17 +225,17 @@ def read_chosen(
     uses = evaluation_uses(sizes, 1, 0, 1)  # batches of one sample: the steps are the sample numbers
     needed = np.unique(np.searchsorted(np.cumsum(sizes), samples, side="right"))
     uses = uses[np.isin(uses["shard"], needed)]
-    source = open_shard_source(manifest, split, iter([uses]), iter([extend(uses, 1)]), steps_ahead=1, why="a few pictures")
+    source = open_shard_source(manifest, split, iter([uses]), iter([extend(uses, 1)]), steps_ahead=1, why="a few images")
     readers = [ImageDecoder(manifest, split, factor, source) for factor in factors]
     try:
-        for picture in readers[0].locate(samples):
-            yield picture.sample, tuple(_read(reader, picture) for reader in readers)
-            source.advance(picture.sample)
+        for image in readers[0].locate(samples):
+            yield image.sample, tuple(_read(reader, image) for reader in readers)
+            source.advance(image.sample)
     finally:
         source.close()
 
 
-def _read(reader: ImageDecoder, picture: StoredImage) -> Pixels:
+def _read(reader: ImageDecoder, image: StoredImage) -> Pixels:
     pixels = np.empty((reader.size, reader.size, 3), np.uint8)
-    reader.read_into(picture, pixels)
+    reader.read_into(image, pixels)
     return pixels

@@ -314,10 +314,10 @@ def _render(images_BHWC: Pixels, changes: ImageTransform, matrices: Floats | Non
     for row, table in zip(rows, tables, strict=True):
         if isinstance(changes.geometry, AffineWarp):
             assert matrices is not None
-            picture = _soften(cv2, images_BHWC[row], int(changes.geometry.halvings[row]), changes.geometry.taps[row])
-            picture = cv2.cvtColor(picture, cv2.COLOR_RGB2RGBA)
+            image = _soften(cv2, images_BHWC[row], int(changes.geometry.halvings[row]), changes.geometry.taps[row])
+            image = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
             flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-            cv2.warpAffine(picture, matrices[row], (size, size), dst=warped, flags=flags, borderMode=cv2.BORDER_REFLECT)
+            cv2.warpAffine(image, matrices[row], (size, size), dst=warped, flags=flags, borderMode=cv2.BORDER_REFLECT)
             channels = cv2.split(warped, planes)
         else:
             channels = cv2.split(_turn_one(cv2, images_BHWC[row], changes.geometry, row), planes[:3])
@@ -327,21 +327,21 @@ def _render(images_BHWC: Pixels, changes: ImageTransform, matrices: Floats | Non
             _add_noise(cv2, batch_BCHW[row], changes, row)
 
 
-def _soften(cv2: Any, picture_HWC: Pixels, halvings: int, taps: Float32s) -> Pixels:
+def _soften(cv2: Any, image_HWC: Pixels, halvings: int, taps: Float32s) -> Pixels:
     for _ in range(halvings):
-        half = picture_HWC.shape[0] // 2
-        picture_HWC = cv2.resize(picture_HWC, (half, half), interpolation=cv2.INTER_AREA)
+        half = image_HWC.shape[0] // 2
+        image_HWC = cv2.resize(image_HWC, (half, half), interpolation=cv2.INTER_AREA)
     if taps[2] == 1:
-        return picture_HWC
+        return image_HWC
     kernel = taps if taps[0] else taps[1:-1]
-    return cv2.sepFilter2D(picture_HWC, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT)  # type: ignore[no-any-return]
+    return cv2.sepFilter2D(image_HWC, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT)  # type: ignore[no-any-return]
 
 
-def _turn_one(cv2: Any, picture_HWC: Pixels, turn: QuarterTurn, row: int) -> Pixels:
+def _turn_one(cv2: Any, image_HWC: Pixels, turn: QuarterTurn, row: int) -> Pixels:
     if turn.turns[row]:
         code = (cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CLOCKWISE)[turn.turns[row] - 1]
-        picture_HWC = cv2.rotate(picture_HWC, code)
-    return cv2.flip(picture_HWC, 1) if turn.mirrored[row] else picture_HWC
+        image_HWC = cv2.rotate(image_HWC, code)
+    return cv2.flip(image_HWC, 1) if turn.mirrored[row] else image_HWC
 
 
 def _add_noise(cv2: Any, view_CHW: Float32s, changes: ImageTransform, row: int) -> None:

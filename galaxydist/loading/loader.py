@@ -81,12 +81,12 @@ class Batch:
     Args:
         images_BHWC: uint8, at the stored size or decoded smaller by an exact 2, 4 or 8.
         labels_B: int64 class numbers; 0 where the weight is 0.
-        weights_B: float32, 1; 0 for a picture that could not be read (it is black), has no label, or only fills up the batch.
+        weights_B: float32, 1; 0 for an image that could not be read (it is black), has no label, or only fills up the batch.
         positions_B: int64 positions in the epoch's order (evaluation: in storage order).
         samples_B: int64 stored sample numbers; -1 for what only fills up the batch.
         epoch: of training; 0 in evaluation.
         step: of the run in training; in evaluation the batch's number.
-        errors: of the pictures that could not be read, by stored sample number.
+        errors: of the images that could not be read, by stored sample number.
     """
 
     images_BHWC: Tensor
@@ -124,7 +124,7 @@ class DecodePool:
 
     def __init__(
         self,
-        pictures: ImageDecoder,
+        images: ImageDecoder,
         labels: NDArray[np.int32],
         plans: Iterator[BatchPlan],
         threads: int,
@@ -132,7 +132,7 @@ class DecodePool:
         *,
         pin: bool = False,
     ) -> None:
-        self._pictures, self._labels, self._plans, self._prefetch = pictures, labels, plans, prefetch
+        self._images, self._labels, self._plans, self._prefetch = images, labels, plans, prefetch
         self._threads = threads
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-decode")
         self._buffers = BufferPool(prefetch + 3, pin=pin)
@@ -141,7 +141,7 @@ class DecodePool:
         self.wait_s = 0.0
 
     def next(self) -> Batch:
-        """The next batch; pictures that could not be read have weight 0."""
+        """The next batch; images that could not be read have weight 0."""
         if self._closed:
             raise StopIteration
         started = time.perf_counter()
@@ -164,28 +164,28 @@ class DecodePool:
         """Stop the threads and close the files; what was decoded ahead is dropped."""
         if not self._closed:
             self._closed = True
-            self._pictures.close()  # first: a thread may be waiting for a shard
+            self._images.close()  # first: a thread may be waiting for a shard
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._pending.clear()
 
     def _submit(self, plan: BatchPlan) -> _Pending:
-        size = self._pictures.size
+        size = self._images.size
         pixels = self._buffers.take((plan.samples.size, size, size, 3), np.uint8)
         real = np.flatnonzero(plan.samples >= 0)
         pixels[real.size :] = 0
-        pictures = self._pictures.locate(plan.samples[real])
-        share = max(1, -(-len(pictures) // self._threads))
+        images = self._images.locate(plan.samples[real])
+        share = max(1, -(-len(images) // self._threads))
         tasks = [
-            self._executor.submit(self._decode, pictures[first : first + share], pixels, first)
-            for first in range(0, len(pictures), share)
+            self._executor.submit(self._decode, images[first : first + share], pixels, first)
+            for first in range(0, len(images), share)
         ]
         return _Pending(plan, pixels, tasks)
 
-    def _decode(self, pictures: list[StoredImage], pixels: NDArray[np.uint8], first: int) -> list[tuple[int, UserError]]:
+    def _decode(self, images: list[StoredImage], pixels: NDArray[np.uint8], first: int) -> list[tuple[int, UserError]]:
         failures = []
-        for row, picture in enumerate(pictures, first):
+        for row, image in enumerate(images, first):
             try:
-                self._pictures.read_into(picture, pixels[row])
+                self._images.read_into(image, pixels[row])
             except UserError as error:
                 pixels[row] = 0
                 failures.append((row, error))
@@ -218,7 +218,7 @@ class _Reader:
     """What the two readers share: iteration, closing, the time spent waiting."""
 
     _pool: DecodePool
-    _pictures: ImageDecoder
+    _images: ImageDecoder
     _raises = True
 
     @property
@@ -231,7 +231,7 @@ class _Reader:
 
     def __next__(self) -> Batch:
         batch = self._pool.next()
-        self._pictures.advance(batch.step)
+        self._images.advance(batch.step)
         if batch.errors and self._raises:
             self.close()
             raise next(iter(batch.errors.values()))
@@ -258,9 +258,9 @@ class TrainLoader(_Reader):
         batch_size: G, the global batch.
         rank, world_size: this process; it gets the offsets o of a global batch with o mod W == rank.
         num_streams: canonical streams of the order.
-        image_size, crop, max_zoom: what the model will see of a picture: says how much smaller it may be decoded.
+        image_size, crop, max_zoom: what the model will see of an image: says how much smaller it may be decoded.
         balance: ``none``, or ``resample`` for even classes.
-        on_error: ``raise`` what cannot be read; or ``report``: such a picture keeps its position with weight 0, its error
+        on_error: ``raise`` what cannot be read; or ``report``: such an image keeps its position with weight 0, its error
             stands in the batch's ``errors``, and the caller decides, with the other processes, whether to go on.
         threads: that decode; 0: this process's share of the cores.
         ranks_on_node: processes that share the cores and the cache of this machine: those of rank div ranks_on_node.
@@ -314,9 +314,9 @@ class TrainLoader(_Reader):
             ranks_on_node=ranks_on_node,
             why=f"data.num_streams={num_streams}" if self._by_class is None else "data.balance=resample draws from all shards",
         )
-        self._pictures = ImageDecoder(manifest, split, factor, source)
+        self._images = ImageDecoder(manifest, split, factor, source)
         self._pool = DecodePool(
-            self._pictures,
+            self._images,
             manifest.labels(split),
             self._plans(start_step),
             threads or available_cores(ranks_on_node),
@@ -364,7 +364,7 @@ class EvalLoader(_Reader):
         manifest, split: which galaxies.
         batch_size: E, fixed in the recipe.
         rank, world_size: this process.
-        image_size, crop: what the model will see of a picture.
+        image_size, crop: what the model will see of an image.
         max_zoom: the training reader's, so that both decode at the same scale.
         threads, ranks_on_node, prefetch, pin: as in :class:`TrainReader`.
     """
@@ -399,9 +399,9 @@ class EvalLoader(_Reader):
             ranks_on_node=ranks_on_node,
             why=f"evaluation by {ranks_on_node} processes",
         )
-        self._pictures = ImageDecoder(manifest, split, factor, source)
+        self._images = ImageDecoder(manifest, split, factor, source)
         self._pool = DecodePool(
-            self._pictures,
+            self._images,
             manifest.labels(split),
             self._plans(),
             threads or available_cores(ranks_on_node),

@@ -40,7 +40,7 @@ def write_gallery(
         ValueError: no images, another suffix, or a limit that cannot be met.
     """
     if path.suffix.lower() not in _FORMATS or not any(images.values()):
-        raise ValueError(f"{path}: a gallery needs pictures and a name in .jpg or .png")
+        raise ValueError(f"{path}: a gallery needs images and a name in .jpg or .png")
     write_sheet(path, lambda width: _compose(images, title, width), cell=cell, max_bytes=max_bytes)
 
 
@@ -64,13 +64,13 @@ def write_sheet(path: Path, compose: Callable[[int], Image.Image], *, cell: int,
                 replace_bytes(path, buffer.getvalue())
                 return
         width = int(width * 0.85)
-    raise ValueError(f"{path}: so many pictures do not fit into {max_bytes} bytes")
+    raise ValueError(f"{path}: so many images do not fit into {max_bytes} bytes")
 
 
 def _compose(images: Mapping[str, Sequence[NDArray[np.uint8]]], title: str, cell: int) -> Image.Image:
     names = list(images)
     bands = [names[start : start + MAX_COLUMNS] for start in range(0, len(names), MAX_COLUMNS)]
-    columns, rows = min(len(names), MAX_COLUMNS), max(len(pictures) for pictures in images.values())
+    columns, rows = min(len(names), MAX_COLUMNS), max(len(members) for members in images.values())
     labels = {name: textwrap.wrap(readable(name), max(cell // 6, 9), break_long_words=False) for name in names}
     label_height = _LINE * max(len(lines) for lines in labels.values()) + 4
     width = columns * (cell + _GAP) + _GAP
@@ -88,8 +88,8 @@ def _compose(images: Mapping[str, Sequence[NDArray[np.uint8]]], title: str, cell
             first = label_height - 4 - _LINE * len(labels[name])  # bottom-aligned: the last line is just above the images
             for number, line in enumerate(labels[name]):
                 pen.text((left + cell / 2, top + first + _LINE * number), line, fill="black", font=font, anchor="ma")
-            for row, picture in enumerate(images[name]):
-                small = Image.fromarray(picture).resize((cell, cell), Image.Resampling.LANCZOS)
+            for row, image in enumerate(images[name]):
+                small = Image.fromarray(image).resize((cell, cell), Image.Resampling.LANCZOS)
                 sheet.paste(small, (left, top + label_height + row * (cell + _GAP)))
     return sheet
 
@@ -103,7 +103,7 @@ _SHEET_GAP, _SHEET_LINE, _TEXT, _MARGIN = 6, 14, 11, 10
 class SheetCell:
     """A galaxy: its image and the image with the saliency map, H x W x 3 uint8, and lines of text."""
 
-    picture: NDArray[np.uint8]
+    image: NDArray[np.uint8]
     overlay: NDArray[np.uint8]
     lines: tuple[str, ...]
 
@@ -144,8 +144,8 @@ def compose_sheet(rows: Sequence[SheetRow], title: str, width: int) -> Image.Ima
         pen.text((left, top + 5), _shortened(row.note, font, across - _MARGIN - left), fill="#555555", font=font)
         for column, cell in enumerate(row.cells):
             left, under = _MARGIN + column * (pair + _SHEET_GAP), top + head
-            for number, picture in enumerate((cell.picture, cell.overlay)):
-                small = Image.fromarray(picture).resize((width, width), Image.Resampling.LANCZOS)
+            for number, image in enumerate((cell.image, cell.overlay)):
+                small = Image.fromarray(image).resize((width, width), Image.Resampling.LANCZOS)
                 sheet.paste(small, (left + number * (width + 2), under))
             for number, line in enumerate(cell.lines):
                 pen.text((left, under + width + 2 + _SHEET_LINE * number), _shortened(line, font, pair), fill="black", font=font)
@@ -170,11 +170,11 @@ COLOUR_MAP = "viridis"
 OPACITY = 0.6
 
 
-def overlay(picture_HWC: NDArray[np.uint8], map_TT: NDArray[np.float32], *, crop: float = 1.0) -> NDArray[np.uint8]:
+def overlay(image_HWC: NDArray[np.uint8], map_TT: NDArray[np.float32], *, crop: float = 1.0) -> NDArray[np.uint8]:
     """Blend a saliency map over an image: transparent where the map is 0, ``OPACITY`` where it is 1.
 
     Args:
-        picture_HWC: H x W x 3 uint8, H == W, as stored.
+        image_HWC: H x W x 3 uint8, H == W, as stored.
         map_TT: map of the central crop, 0 to 1, at any size.
         crop: central fraction of the width that the model saw; the image outside is unchanged.
 
@@ -183,7 +183,7 @@ def overlay(picture_HWC: NDArray[np.uint8], map_TT: NDArray[np.float32], *, crop
     """
     from matplotlib import colormaps
 
-    width = picture_HWC.shape[1]
+    width = image_HWC.shape[1]
     kept = crop_width(width, crop)
     margin = (width - kept) // 2
     resized = Image.fromarray(np.ascontiguousarray(map_TT, np.float32)).resize((kept, kept), Image.Resampling.BILINEAR)
@@ -191,7 +191,7 @@ def overlay(picture_HWC: NDArray[np.uint8], map_TT: NDArray[np.float32], *, crop
     values_HW[margin : margin + kept, margin : margin + kept] = np.asarray(resized).clip(0, 1)
     colours_HWC = 255 * colormaps[COLOUR_MAP](values_HW)[..., :3]
     alpha_HW1 = OPACITY * values_HW[..., None]
-    mixed: NDArray[np.uint8] = np.rint((1 - alpha_HW1) * picture_HWC + alpha_HW1 * colours_HWC).astype(np.uint8)
+    mixed: NDArray[np.uint8] = np.rint((1 - alpha_HW1) * image_HWC + alpha_HW1 * colours_HWC).astype(np.uint8)
     return mixed
 
 

@@ -39,18 +39,18 @@ def render(template: str, context: Mapping[str, Any]) -> str:
     return environment.get_template(template).render(context)
 
 
-def picture_uri(picture: NDArray[np.uint8] | Image.Image, *, width: int | None = None, quality: int = 85) -> str:
+def image_uri(image: NDArray[np.uint8] | Image.Image, *, width: int | None = None, quality: int = 85) -> str:
     """Return an image as the data URI of a JPEG.
 
     Args:
-        picture: H x W x 3 uint8, or a Pillow image.
+        image: H x W x 3 uint8, or a Pillow image.
         width: width of the square that the image is resized to; None to keep its size.
     """
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    if width is not None and image.size != (width, width):
-        image = image.resize((width, width), Image.Resampling.LANCZOS)
+    sized = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    if width is not None and sized.size != (width, width):
+        sized = sized.resize((width, width), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=quality, optimize=True)
+    sized.save(stream, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 

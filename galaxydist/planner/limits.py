@@ -92,7 +92,7 @@ def check_memory(recipe: Recipe, memory: "Memory", gpu_memory: float, world_size
         "optimizer state": memory.optimizer,
         "moving average": memory.moving_average,
         "blocks gathered by fsdp": memory.gathered,
-        "decoded pictures": memory.pictures,
+        "decoded images": memory.images,
         "activations": memory.activations,
         "allowance for CUDA": memory.allowance,
     }
@@ -105,7 +105,7 @@ def check_memory(recipe: Recipe, memory: "Memory", gpu_memory: float, world_size
         if not train.gradient_checkpointing:
             helps.append("train.gradient_checkpointing=true")
         helps.append(f"a smaller data.image_size (now {recipe.data.image_size})")
-    if largest == "decoded pictures":
+    if largest == "decoded images":
         helps.append("more GPUs, or a smaller train.batch_size")
     if largest in ("weights", "gradients", "optimizer state", "moving average"):
         if train.strategy != "fsdp" and world_size > 1:

@@ -177,7 +177,7 @@ class ModelMemory:
         optimizer: the optimizer's state.
         moving_average: a copy of the weights, or 0.
         largest_block: weights of the model's largest block, which FSDP gathers at a time.
-        picture: one decoded image as it is copied to the GPU.
+        image: one decoded image as it is copied to the GPU.
         has_batch_norm: True if a layer uses batch statistics in training.
         timeline: of a forward and a backward pass.
     """
@@ -189,7 +189,7 @@ class ModelMemory:
     optimizer: int
     moving_average: int
     largest_block: int
-    picture: int
+    image: int
     has_batch_norm: bool
     timeline: Timeline
 
@@ -206,7 +206,7 @@ class Memory:
     Args:
         weights, gradients, optimizer, moving_average: held by this GPU; with FSDP its share.
         gathered: weights and gradients of the blocks that FSDP has gathered.
-        pictures: decoded batches, the current and the next one.
+        images: decoded batches, the current and the next one.
         activations: peak of all other tensors of a forward and backward pass.
         allowance: for memory that cannot be computed.
         total: peak, allowance included; less than the sum of the parts if activations are freed while gradients are allocated.
@@ -219,7 +219,7 @@ class Memory:
     optimizer: int
     moving_average: int
     gathered: int
-    pictures: int
+    images: int
     activations: int
     allowance: int
     total: int
@@ -258,7 +258,7 @@ def model_memory(recipe: Recipe, num_classes: int, stored_size: int) -> ModelMem
         optimizer=_optimizer_bytes(model, recipe.optim),
         moving_average=weights if recipe.train.ema > 0 else 0,
         largest_block=max(_bytes(block.parameters()) for block in _blocks(model)),
-        picture=3 * width**2,
+        image=3 * width**2,
         has_batch_norm=any(isinstance(module, _BatchNorm) and module.training for module in model.modules()),
         timeline=trace_step(model, data.image_size, planned_precision(recipe)),
     )
@@ -281,7 +281,7 @@ def estimate(facts: ModelMemory, recipe: Recipe, *, world_size: int, rank_batch:
     )
     # Weights of the current and the next block, and the gradients of one block before reduce-scatter.
     gathered = 3 * facts.largest_block if is_sharded else 0
-    pictures = 2 * rank_batch * facts.picture
+    images = 2 * rank_batch * facts.image
     micro_batch = -(-rank_batch // num_parts)
     keeps_gradients = world_size > 1 or num_parts > 1
     step = facts.timeline.peak(micro_batch, keeps_gradients=keeps_gradients)
@@ -296,10 +296,10 @@ def estimate(facts: ModelMemory, recipe: Recipe, *, world_size: int, rank_batch:
         optimizer=optimizer,
         moving_average=average,
         gathered=gathered,
-        pictures=pictures,
+        images=images,
         activations=step - gradients if keeps_gradients else facts.timeline.activations(micro_batch),
         allowance=allowance,
-        total=weights + optimizer + average + gathered + pictures + step + allowance,
+        total=weights + optimizer + average + gathered + images + step + allowance,
         micro_batch=micro_batch,
         per_image=int(more * (1 + ALLOWED_SHARE)),
     )

@@ -84,7 +84,7 @@ def _memory(plan: RunPlan) -> list[str]:
         ("optimizer", memory.optimizer, ""),
         ("moving average", memory.moving_average, ""),
         ("gathered blocks", memory.gathered, "estimated"),
-        ("pictures", memory.pictures, "decoded batches, this and the next"),
+        ("images", memory.images, "decoded batches, this and the next"),
         ("activations", memory.activations, f"{memory.micro_batch} at a time"),
         ("allowance", memory.allowance, f"{show_size(ALLOWED_BYTES)} for CUDA and {ALLOWED_SHARE:.0%} of what comes and goes"),
     ]

@@ -94,7 +94,7 @@ class DataConfig(Section):
         "number lets each shard be fetched by one node (galaxydist bench order)",
     )
     on_error: Literal["raise", "skip"] = run_field(
-        "raise", "a training picture that cannot be read: stop, or give it weight 0 (evaluation always stops)"
+        "raise", "a training image that cannot be read: stop, or give it weight 0 (evaluation always stops)"
     )
     max_errors: Annotated[int, Field(ge=0)] = run_field(
         100, "with on_error=skip, stop once more galaxies than this cannot be read, over the whole run"

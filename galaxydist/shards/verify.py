@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from galaxydist.cpus import available_cores
-from galaxydist.errors import DamagedPictureError, UserError
+from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage
 from galaxydist.shards.catalogue import ID, conform, iterate_catalogue, open_catalogue, read_catalogue, table_of, unite
 from galaxydist.shards.manifest import COLUMNS, Manifest, catalogue_name, column_name, read_manifest, shard_name
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
-from galaxydist.shards.writer.encode import PIXEL_HASH, decode_picture
+from galaxydist.shards.writer.encode import PIXEL_HASH, decode_image
 from galaxydist.shards.writer.stages import key_hash
 
 if TYPE_CHECKING:
@@ -306,15 +306,15 @@ def _check_sample(contents: dict[str, bytes], members: list[Member], shard: _Sha
     pixels = _decode(contents[manifest.extension], manifest.encoding)
     size = manifest.image_size
     if pixels.shape != (size, size, 3):
-        raise ValueError(f"its picture is {pixels.shape}, the manifest says {size} pixels")
+        raise ValueError(f"its image is {pixels.shape}, the manifest says {size} pixels")
 
 
 def _decode(data: bytes, encoding: str) -> NDArray[np.uint8]:
     if encoding == "raw":
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
     try:
-        return decode_picture(EncodedImage(data, encoding))
-    except DamagedPictureError as error:
+        return decode_image(EncodedImage(data, encoding))
+    except DamagedImageError as error:
         raise ValueError(error.reason) from None
 
 
@@ -343,7 +343,7 @@ MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
-class EqualPictures:
+class EqualImages:
     """Groups of galaxies whose images are equal pixel for pixel, each galaxy as ``split/id``.
 
     Args:
@@ -355,7 +355,7 @@ class EqualPictures:
     two_labels: list[list[str]]
 
 
-def find_equal_pictures(manifest: Manifest) -> EqualPictures | None:
+def find_equal_images(manifest: Manifest) -> EqualImages | None:
     """Find equal images by the hashes in the catalogues; return None for shards of an earlier version without hashes.
 
     Raises:
@@ -382,30 +382,30 @@ def find_equal_pictures(manifest: Manifest) -> EqualPictures | None:
     def name(group: NDArray[np.void]) -> list[str]:
         return [f"{splits[code]}/{ids[code][row].as_py()}" for code, row in group[["split", "row"]].tolist()]
 
-    return EqualPictures([name(group) for group in across], [name(group) for group in two_labels])
+    return EqualImages([name(group) for group in across], [name(group) for group in two_labels])
 
 
-def describe_equal_pictures(manifest: Manifest) -> list[str]:
+def describe_equal_images(manifest: Manifest) -> list[str]:
     """Return lines that report equal images of a data set, or that it has no hashes; empty if all is well."""
-    found = find_equal_pictures(manifest)
+    found = find_equal_images(manifest)
     if found is None:
         return [
-            f"{manifest.location} has no hashes of its pictures (an earlier version made it), so that equal pictures in two "
+            f"{manifest.location} has no hashes of its images (an earlier version made it), so that equal images in two "
             "splits are not found; make the shards anew to have them compared"
         ]
     lines = []
     if found.across:
         lines.append(
-            f"{_pictures(found.across, 'is', 'are')} in more than one split, pixel for pixel: {_some(found.across)}. A model is "
+            f"{_images(found.across, 'is', 'are')} in more than one split, pixel for pixel: {_some(found.across)}. A model is "
             "judged there on what it has learnt from: leave them out of one of the splits"
         )
     if found.two_labels:
-        lines.append(f"{_pictures(found.two_labels, 'has', 'have')} two labels, pixel for pixel: {_some(found.two_labels)}")
+        lines.append(f"{_images(found.two_labels, 'has', 'have')} two labels, pixel for pixel: {_some(found.two_labels)}")
     return lines
 
 
-def _pictures(groups: list[list[str]], singular: str, plural: str) -> str:
-    return f"1 picture {singular}" if len(groups) == 1 else f"{len(groups)} pictures {plural}"
+def _images(groups: list[list[str]], singular: str, plural: str) -> str:
+    return f"1 image {singular}" if len(groups) == 1 else f"{len(groups)} images {plural}"
 
 
 def _groups(rows: NDArray[np.void]) -> tuple[list[NDArray[np.void]], list[NDArray[np.void]]]:

@@ -75,7 +75,7 @@ def export_image_folders(
     missing = [_begin(survey, out_dir) for survey, there in zip(surveys, is_there, strict=True) if not there]
     try:
         if missing:
-            _write_pictures(missing, workers or available_cores())
+            _write_images(missing, workers or available_cores())
         for tree in missing:
             _finish(tree)
     except OSError as error:
@@ -115,7 +115,7 @@ def _begin(survey: Survey, out_dir: Path) -> _Tree:
     return _Tree(survey, target, temporary, split_of_row)
 
 
-def _write_pictures(trees: Sequence[_Tree], workers: int) -> None:
+def _write_images(trees: Sequence[_Tree], workers: int) -> None:
     """Read the survey once, slab by slab, and write each galaxy to the trees that contain it."""
     from tqdm import tqdm
 

@@ -165,7 +165,7 @@ class _Columns:
         if not isinstance(extras.get("conflicting"), bool | None):
             raise UserError(f"{where}: conflicting={extras['conflicting']!r} is neither true nor false")
         if not known["file"]:
-            raise UserError(f"{where}: no file; give the picture that it is about, or remove the line")
+            raise UserError(f"{where}: no file; give the image that it is about, or remove the line")
         ra, dec = (self._degrees(name, known.get(name, ""), where) for name in ("ra", "dec"))
         return known["file"], FolderRow(known.get("id", ""), known.get("split", ""), ra, dec, extras)
 
@@ -199,7 +199,7 @@ def _read_header(path: Path, stream: TextIO) -> _Columns | None:
     file = next((name for name in _FILE_COLUMNS if name in lowered), None)
     if file is None:
         logger.warning(
-            "%s is not used: none of its columns (%s) is named %s; rename the column that names the pictures",
+            "%s is not used: none of its columns (%s) is named %s; rename the column that names the images",
             path,
             ", ".join(names),
             " or ".join(_FILE_COLUMNS),

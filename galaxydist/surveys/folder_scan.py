@@ -120,7 +120,7 @@ _NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
-class PictureFile:
+class ImageFile:
     """An image: its file relative to the folder, the split of its folder (None without split folders), its class number."""
 
     file: str
@@ -133,7 +133,7 @@ class PictureFile:
         return parts[-1], "-".join(parts[-2:]), "-".join(parts), self.file.replace("/", "-")
 
 
-def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ...], list[PictureFile]]:
+def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ...], list[ImageFile]]:
     """Return class names and images of ``root/[train|val|test/]<class>/**``, classes and files in natural order.
 
     Folders with the names of Galaxy10's ten classes get Galaxy10's labels. A folder or file that links reach a second time is
@@ -148,13 +148,13 @@ def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ..
             other classes than Galaxy10's with ``as_galaxy10``.
     """
     if not root.is_dir():
-        raise UserError(f"no folder at {root}; give a folder with one folder of pictures for each class")
+        raise UserError(f"no folder at {root}; give a folder with one folder of images for each class")
     finder = _Finder(root)
     top = finder.list_folders("")
     class_folders: list[tuple[str, str, str | None]]
     splits = {name: _SPLIT_FOLDERS[name.lower()] for name in top if name.lower() in _SPLIT_FOLDERS}
     if splits and len(splits) == len(top) and "train" not in splits.values():
-        raise UserError(f"{root} has {', '.join(splits)} but no train folder; put the training pictures into {root / 'train'}")
+        raise UserError(f"{root} has {', '.join(splits)} but no train folder; put the training images into {root / 'train'}")
     if "train" in splits.values():
         _refuse_twins(root, splits)
         _warn_ignored(root, [name for name in top if name not in splits])
@@ -165,9 +165,9 @@ def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ..
         class_folders = [(name, name, None) for name in top]
     class_names, labels = _labels({name for _, name, _ in class_folders}, root, as_galaxy10=as_galaxy10)
     found = finder.find([folder for folder, _, _ in class_folders])
-    pictures = [PictureFile(file, split, labels[name]) for folder, name, split in class_folders for file in found[folder]]
+    images = [ImageFile(file, split, labels[name]) for folder, name, split in class_folders for file in found[folder]]
     order = {"train": 0, "val": 1, "test": 2, None: 0}
-    return class_names, sorted(pictures, key=lambda picture: (order[picture.split], picture.label))
+    return class_names, sorted(images, key=lambda image: (order[image.split], image.label))
 
 
 def _refuse_twins(root: Path, splits: Mapping[str, str]) -> None:
@@ -175,7 +175,7 @@ def _refuse_twins(root: Path, splits: Mapping[str, str]) -> None:
     for split in SPLITS:
         if len(names := [name for name in splits if splits[name] == split]) > 1:
             raise UserError(
-                f"{root}: the folders {', '.join(names)} would all be the {split} split; put their pictures into one folder, or "
+                f"{root}: the folders {', '.join(names)} would all be the {split} split; put their images into one folder, or "
                 "rename those that mean another split (train, val, test)"
             )
 
@@ -189,7 +189,7 @@ def _labels(found: set[str], root: Path, *, as_galaxy10: bool) -> tuple[tuple[st
     if len(found) < 2:
         raise UserError(
             f"{root} has {'no class folder' if not found else f'the class {next(iter(found))!r} alone'}; "
-            "expected one folder of pictures for each class, at least two, or such folders inside train, val and test"
+            "expected one folder of images for each class, at least two, or such folders inside train, val and test"
         )
     if found == set(GALAXY10_CLASSES):
         return GALAXY10_CLASSES, {name: label for label, name in enumerate(GALAXY10_CLASSES)}
@@ -311,7 +311,7 @@ class _Finder:
     def _say(self) -> None:
         if self._twice:
             logger.warning(
-                "%s: each folder and picture is read once, though links lead to some again: %s",
+                "%s: each folder and image is read once, though links lead to some again: %s",
                 self._root,
                 _some([path for _, path in self._twice]),
             )
@@ -326,10 +326,10 @@ class _Finder:
         if folder in self._left_out:
             reasons.append(f"it has {_count(self._left_out[folder])}")
         if twice:
-            reasons.append(f"links in it lead to pictures that stand elsewhere in {self._root}, as {_some(twice)}")
+            reasons.append(f"links in it lead to images that stand elsewhere in {self._root}, as {_some(twice)}")
         reason = f": {'; '.join(reasons)}" if reasons else ""
         return UserError(
-            f"an empty class: {self._root / folder} has no pictures ({', '.join(sorted(EXTENSIONS))}){reason}; "
+            f"an empty class: {self._root / folder} has no images ({', '.join(sorted(EXTENSIONS))}){reason}; "
             "add some or remove the folder"
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.errors import DamagedPictureError, UserError
+from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, GALAXY10_COUNTS, SPLITS, Galaxy
 from galaxydist.surveys import official_split
 from galaxydist.surveys.folder_scan import safe_name
@@ -178,7 +178,7 @@ def read_images(file: SurveyFile, start: int, stop: int) -> Iterator[tuple[int, 
                 yield start, images[start:end]
                 start = end
     except OSError as error:
-        raise DamagedPictureError(_damage(file.path, error, f"images of rows {start} ... {end - 1}")) from error
+        raise DamagedImageError(_damage(file.path, error, f"images of rows {start} ... {end - 1}")) from error
 
 
 def _check_schema(path: Path, h5: Any) -> Any:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from galaxydist.cpus import available_cores
-from galaxydist.errors import DamagedPictureError, UserError
+from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage
 
 EXTENSIONS = frozenset(
@@ -29,24 +29,24 @@ _EIGHT_BIT_MODES = frozenset({"RGB", "RGBA", "L", "LA", "P", "CMYK", "YCbCr", "1
 _UNDECODABLE = (OSError, SyntaxError, ValueError, OverflowError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
-def read_picture(path: Path) -> NDArray[np.uint8] | EncodedImage:
+def read_image(path: Path) -> NDArray[np.uint8] | EncodedImage:
     """Read an image file: the bytes of an RGB JPEG or PNG, of which only the header is parsed, else H x W x 3 uint8 pixels.
 
     Images that are not displayed as stored (rotated by EXIF orientation, or transparent) are returned as pixels, too.
 
     Raises:
-        DamagedPictureError: the file cannot be read, is not an image or does not have 8-bit colours.
+        DamagedImageError: the file cannot be read, is not an image or does not have 8-bit colours.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         target = f", a broken link to {path.readlink()}" if path.is_symlink() and not path.exists() else ""
-        raise DamagedPictureError(f"{path} cannot be read: {error.strerror}{target}") from error
+        raise DamagedImageError(f"{path} cannot be read: {error.strerror}{target}") from error
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            is_plain = picture.mode == "RGB" and not picture.has_transparency_data and not _is_turned(picture, data)
-            if is_plain and picture.format in _PASSED_ON:
-                return EncodedImage(data, _PASSED_ON[picture.format], str(path))
+        with Image.open(io.BytesIO(data)) as image:
+            is_plain = image.mode == "RGB" and not image.has_transparency_data and not _is_turned(image, data)
+            if is_plain and image.format in _PASSED_ON:
+                return EncodedImage(data, _PASSED_ON[image.format], str(path))
     except _UNDECODABLE as error:
         raise _undecodable(path, len(data), error) from error
     return decode_file(data, path)
@@ -60,39 +60,39 @@ def decode_file(data: bytes, name: object) -> NDArray[np.uint8]:
         name: the file, for messages.
 
     Raises:
-        DamagedPictureError: the file is truncated, damaged, not an image, or does not have 8-bit colours.
+        DamagedImageError: the file is truncated, damaged, not an image, or does not have 8-bit colours.
     """
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.mode not in _EIGHT_BIT_MODES:
-                raise DamagedPictureError(f"{name} has pixels of kind {picture.mode!r}, not 8-bit RGB or grey: convert it first")
-            return np.asarray(to_rgb(ImageOps.exif_transpose(picture) if _is_turned(picture, data) else picture))
-    except DamagedPictureError:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode not in _EIGHT_BIT_MODES:
+                raise DamagedImageError(f"{name} has pixels of kind {image.mode!r}, not 8-bit RGB or grey: convert it first")
+            return np.asarray(to_rgb(ImageOps.exif_transpose(image) if _is_turned(image, data) else image))
+    except DamagedImageError:
         raise
     except _UNDECODABLE as error:
         raise _undecodable(name, len(data), error) from error
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to RGB, with transparency on black: the colours of fully transparent pixels are arbitrary."""
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA")).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA")).convert("RGB")
 
 
-def _is_turned(picture: Image.Image, data: bytes) -> bool:
+def _is_turned(image: Image.Image, data: bytes) -> bool:
     """Return True if the EXIF orientation rotates or mirrors the image; a byte search rules most files out quickly."""
     if not any(mark in data for mark in (b"Exif", b"eXIf", b"tiff:Orientation")):
         return False
     try:
-        return picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
     except _UNDECODABLE:  # damaged metadata; the pixels may still be good
         return False
 
 
-def _undecodable(name: object, size: int, error: Exception) -> DamagedPictureError:
-    reason = "no picture that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
-    return DamagedPictureError(f"{name} ({size} bytes) cannot be decoded: {reason}")
+def _undecodable(name: object, size: int, error: Exception) -> DamagedImageError:
+    reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+    return DamagedImageError(f"{name} ({size} bytes) cannot be decoded: {reason}")
 
 
 def encode_png(image_HWC: NDArray[np.uint8]) -> bytes:
@@ -136,7 +136,7 @@ def hash_files(root: Path, files: Sequence[str], name: str) -> list[str]:
 
     with (
         ThreadPoolExecutor(available_cores()) as pool,
-        tqdm(total=len(files), desc=f"hash {name}", unit="picture", disable=None, delay=2.0) as bar,
+        tqdm(total=len(files), desc=f"hash {name}", unit="image", disable=None, delay=2.0) as bar,
     ):
         digests = []
         for digest in pool.map(one, files):
@@ -168,14 +168,14 @@ def group_equal_files(root: Path, files: Sequence[str], digests: Sequence[str], 
     if found:
         copies = sum(len(rows) - 1 for rows in found)
         logger.warning(
-            "%s: %d pictures are copies of others, byte for byte (%s); they stay together",
+            "%s: %d images are copies of others, byte for byte (%s); they stay together",
             root,
             copies,
             _some(files, found),
         )
     if two_labels:
         logger.warning(
-            "%s: %d pictures stand in two classes, byte for byte: %s; --conflicting drop leaves them out",
+            "%s: %d images stand in two classes, byte for byte: %s; --conflicting drop leaves them out",
             root,
             len(two_labels),
             _some(files, two_labels),
@@ -186,7 +186,7 @@ def group_equal_files(root: Path, files: Sequence[str], digests: Sequence[str], 
 def _is_blank(path: Path) -> bool:
     """Return True if an image has a single colour or cannot be read; reading it later reports the error."""
     try:
-        image = read_picture(path)
+        image = read_image(path)
         pixels = decode_file(image.data, path) if isinstance(image, EncodedImage) else image
     except UserError:
         return True

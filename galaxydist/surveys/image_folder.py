@@ -15,9 +15,9 @@ from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, Galaxy
 from galaxydist.surveys import official_split
 from galaxydist.surveys.folder_metadata import METADATA_FILE, FolderInfo, FolderMetadata, FolderRow, read_info, read_metadata
-from galaxydist.surveys.folder_scan import PictureFile, known_split, safe_name, scan_folder, unique_ids
+from galaxydist.surveys.folder_scan import ImageFile, known_split, safe_name, scan_folder, unique_ids
 from galaxydist.surveys.hdf5_schema import SIMULATED
-from galaxydist.surveys.image_files import group_equal_files, hash_files, read_picture
+from galaxydist.surveys.image_files import group_equal_files, hash_files, read_image
 from galaxydist.surveys.split import (
     NONE,
     TEST,
@@ -70,7 +70,7 @@ class FolderSurvey:
             extras = row.extras
             if source_id is not None:
                 extras = {"source_id": source_id, **row.extras, "file": _printable(self.files[number])}
-            image = read_picture(self.root / self.files[number])
+            image = read_image(self.root / self.files[number])
             yield Galaxy(row.id, image, int(self.labels[number]), row.ra, row.dec, extras)
 
     @cached_property
@@ -121,11 +121,11 @@ def open_image_folder(
     is_balanced = info is not None and info.variant == "balanced"
     if is_balanced and variant == "original":
         raise UserError(f"{root} holds the balanced variant alone; give the folder of the original one, or data.variant=balanced")
-    class_names, pictures = scan_folder(root, as_galaxy10=classes == "galaxy10" or _is_galaxy10(info))
-    pictures, rows, source_ids = _with_metadata(root, pictures)
-    population = _population([picture.label for picture in pictures], class_names, rows)
-    given = _folder_codes(root, pictures, rows)
-    files = tuple(picture.file for picture in pictures)
+    class_names, images = scan_folder(root, as_galaxy10=classes == "galaxy10" or _is_galaxy10(info))
+    images, rows, source_ids = _with_metadata(root, images)
+    population = _population([image.label for image in images], class_names, rows)
+    given = _folder_codes(root, images, rows)
+    files = tuple(image.file for image in images)
     digests: list[str] | None = None
     if info is None and (variant == "balanced" or not _is_complete(root, given, has_val=has_val)):
         digests = hash_files(root, files, name or root.name)
@@ -160,42 +160,40 @@ def _is_galaxy10(info: FolderInfo | None) -> bool:
     return info is not None and info.name in (official_split.NAME, SIMULATED)
 
 
-def _with_metadata(root: Path, pictures: list[PictureFile]) -> tuple[list[PictureFile], list[FolderRow], list[str | None]]:
+def _with_metadata(root: Path, images: list[ImageFile]) -> tuple[list[ImageFile], list[FolderRow], list[str | None]]:
     """Return images in metadata order, unlisted ones last, their rows, and the user's ids (None if `data export` wrote them)."""
     metadata = read_metadata(root)
-    listed = dict(metadata.rows) if metadata.is_exported else _match(metadata, pictures)
+    listed = dict(metadata.rows) if metadata.is_exported else _match(metadata, images)
     place = {file: number for number, file in enumerate(listed)}
-    pictures = sorted(pictures, key=lambda picture: place.get(picture.file, len(place)))
-    num_unlisted = sum(picture.file not in place for picture in pictures)
-    gone = len(listed) - (len(pictures) - num_unlisted)
+    images = sorted(images, key=lambda image: place.get(image.file, len(place)))
+    num_unlisted = sum(image.file not in place for image in images)
+    gone = len(listed) - (len(images) - num_unlisted)
     if listed and (num_unlisted or gone):
-        logger.warning("%s: %d pictures of its metadata are gone, %d are not in it", root, gone, num_unlisted)
+        logger.warning("%s: %d images of its metadata are gone, %d are not in it", root, gone, num_unlisted)
     exported = listed if metadata.is_exported else {}
-    others = [picture for picture in pictures if picture.file not in exported]
-    own_ids = [listed[picture.file].id if picture.file in listed else "" for picture in others]
+    others = [image for image in images if image.file not in exported]
+    own_ids = [listed[image.file].id if image.file in listed else "" for image in others]
     candidates = [
-        (own_id, own_id, own_id, f"{own_id}-{picture.file}") if own_id else picture.id_candidates()
-        for picture, own_id in zip(others, own_ids, strict=True)
+        (own_id, own_id, own_id, f"{own_id}-{image.file}") if own_id else image.id_candidates()
+        for image, own_id in zip(others, own_ids, strict=True)
     ]
-    ids = dict(zip((picture.file for picture in others), unique_ids(candidates), strict=True))
-    source_ids = {
-        picture.file: own_id or _printable(Path(picture.file).stem) for picture, own_id in zip(others, own_ids, strict=True)
-    }
+    ids = dict(zip((image.file for image in others), unique_ids(candidates), strict=True))
+    source_ids = {image.file: own_id or _printable(Path(image.file).stem) for image, own_id in zip(others, own_ids, strict=True)}
     rows = []
-    for picture in pictures:
-        row = listed.get(picture.file) or FolderRow("", "", None, None, {"file": picture.file})
-        rows.append(replace(row, id=ids[picture.file]) if picture.file in ids else row)
+    for image in images:
+        row = listed.get(image.file) or FolderRow("", "", None, None, {"file": image.file})
+        rows.append(replace(row, id=ids[image.file]) if image.file in ids else row)
     _check_unique(root, [row.id for row in rows])
-    check_positions(*_positions(rows), name=lambda number: f"{root / METADATA_FILE}, {pictures[number].file}")
-    return pictures, rows, [source_ids.get(picture.file) for picture in pictures]
+    check_positions(*_positions(rows), name=lambda number: f"{root / METADATA_FILE}, {images[number].file}")
+    return images, rows, [source_ids.get(image.file) for image in images]
 
 
-def _match(metadata: FolderMetadata, pictures: list[PictureFile]) -> dict[str, FolderRow]:
+def _match(metadata: FolderMetadata, images: list[ImageFile]) -> dict[str, FolderRow]:
     """Return the rows of a user's own table by image file; the table may name files without their folders."""
-    files = {picture.file for picture in pictures}
+    files = {image.file for image in images}
     of_name: dict[str, list[str]] = {}
-    for picture in pictures:
-        of_name.setdefault(Path(picture.file).name, []).append(picture.file)
+    for image in images:
+        of_name.setdefault(Path(image.file).name, []).append(image.file)
     rows = {}
     for given, row in metadata.rows.items():
         file = given.replace("\\", "/").removeprefix("./")
@@ -225,14 +223,14 @@ def _positions(rows: list[FolderRow]) -> tuple[NDArray[np.float64], NDArray[np.f
     return ra, dec
 
 
-def _folder_codes(root: Path, pictures: list[PictureFile], rows: list[FolderRow]) -> Codes | None:
+def _folder_codes(root: Path, images: list[ImageFile], rows: list[FolderRow]) -> Codes | None:
     """Return the split codes that folders and metadata give, or None (exported balanced trees keep val inside train)."""
-    if pictures[0].split is None:
+    if images[0].split is None:
         return _table_codes(root, rows)
-    has_val = any(picture.split == "val" for picture in pictures)
+    has_val = any(image.split == "val" for image in images)
     names = [
-        row.split if picture.split == "train" and row.split == "val" and not has_val else picture.split
-        for picture, row in zip(pictures, rows, strict=True)
+        row.split if image.split == "train" and row.split == "val" and not has_val else image.split
+        for image, row in zip(images, rows, strict=True)
     ]
     return np.array([SPLITS.index(name or "train") for name in names], np.int8)
 
@@ -246,7 +244,7 @@ def _table_codes(root: Path, rows: list[FolderRow]) -> Codes | None:
         row = rows[names.index(None)]
         raise UserError(
             f"{root / METADATA_FILE}: the split of {row.id} is {row.split!r}, which is none of train, val and test; "
-            "name one for every picture, or leave the column away"
+            "name one for every image, or leave the column away"
         )
     return np.array([SPLITS.index(name or "train") for name in names], np.int8)
 
@@ -268,7 +266,7 @@ def _fold(root: Path, population: SplitCandidates, codes: Codes | None, fold: tu
 @cache
 def _report_new_split(root: Path, shares: str) -> None:
     """Log once for each folder: a command may open it several times."""
-    logger.warning("%s has no train, val and test folders: its pictures are split %s by class", root, shares)
+    logger.warning("%s has no train, val and test folders: its images are split %s by class", root, shares)
 
 
 def _complete(root: Path, population: SplitCandidates, codes: Codes | None, *, has_val: bool) -> Codes:
@@ -283,9 +281,9 @@ def _complete(root: Path, population: SplitCandidates, codes: Codes | None, *, h
     for code, split in enumerate(SPLITS):
         absent = [population.class_names[label] for label in np.flatnonzero(population.counts(codes == code) == 0).tolist()]
         if absent and code == TRAIN:
-            raise UserError(f"{root}: class {absent[0]!r} has no training pictures; add some or remove the class everywhere")
+            raise UserError(f"{root}: class {absent[0]!r} has no training images; add some or remove the class everywhere")
         if absent and (has_val or code != VAL):
-            logger.warning("%s: %s has no picture of %s", root, split, ", ".join(absent))
+            logger.warning("%s: %s has no image of %s", root, split, ", ".join(absent))
     return codes
 
 

@@ -61,13 +61,13 @@ class Measurements:
     sky: NDArray[np.float64]
 
 
-def measure_picture(image_HWC: NDArray[np.uint8]) -> Measured:
-    """Measure half-light radius, brightness and sky of one image; see :func:`measure_pictures`."""
-    measured = measure_pictures(image_HWC[None])
+def measure_image(image_HWC: NDArray[np.uint8]) -> Measured:
+    """Measure half-light radius, brightness and sky of one image; see :func:`measure_images`."""
+    measured = measure_images(image_HWC[None])
     return Measured(float(measured.size_px[0]), float(measured.brightness[0]), float(measured.sky[0]))
 
 
-def measure_pictures(images_NHWC: NDArray[np.uint8]) -> Measurements:
+def measure_images(images_NHWC: NDArray[np.uint8]) -> Measurements:
     """Measure half-light radii, brightnesses and sky levels, with bounded memory besides the images.
 
     Args:
@@ -77,7 +77,7 @@ def measure_pictures(images_NHWC: NDArray[np.uint8]) -> Measurements:
         ValueError: another shape or dtype.
     """
     if images_NHWC.ndim != 4 or images_NHWC.shape[-1] != 3 or images_NHWC.dtype != np.uint8:
-        raise ValueError(f"expected N x H x W x 3 uint8 pictures, not {images_NHWC.shape} of {images_NHWC.dtype}")
+        raise ValueError(f"expected N x H x W x 3 uint8 images, not {images_NHWC.shape} of {images_NHWC.dtype}")
     if min(images_NHWC.shape[1:3]) < _LEAST_SIZE:
         return Measurements(*np.full((3, len(images_NHWC)), np.nan))
     parts = [_measure(images_NHWC[start : start + _BATCH]) for start in range(0, len(images_NHWC), _BATCH)]
@@ -136,9 +136,9 @@ def _detect(
     smoothing = max(1.0, _SMOOTHING * min(height, width))
     smooth_NHW = ndimage.gaussian_filter(light_NHW, (0, smoothing, smoothing), mode="nearest", truncate=3.0)
     bright_NHW = smooth_NHW > (DETECTION_SIGMA * noise_N).astype(np.float32)[:, None, None]
-    within_a_picture = np.zeros((3, 3, 3), np.bool_)
-    within_a_picture[1] = True
-    pieces_NHW, _ = ndimage.label(bright_NHW, structure=within_a_picture)
+    within_an_image = np.zeros((3, 3, 3), np.bool_)
+    within_an_image[1] = True
+    pieces_NHW, _ = ndimage.label(bright_NHW, structure=within_an_image)
     y_HW, x_HW = np.ogrid[:height, :width]
     distance_HW = np.hypot(y_HW - (height - 1) / 2, x_HW - (width - 1) / 2)
     middle_HW = distance_HW <= max(2.0, _CENTRAL * min(height, width))

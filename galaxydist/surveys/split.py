@@ -377,5 +377,5 @@ def _check_filled(population: SplitCandidates, codes: Codes) -> None:
         if len(empty):
             raise UserError(
                 f"class {population.class_names[empty[0]]!r} cannot be split: its galaxies have so many neighbours on the sky "
-                f"or equal pictures that none is left for {split}; add galaxies of this class"
+                f"or equal images that none is left for {split}; add galaxies of this class"
             )

@@ -48,6 +48,6 @@ def open_survey(
         return open_image_folder(path, variant, conflicting=conflicting, name=name, fold=fold, classes=classes, has_val=has_val)
     if not has_val:
         raise UserError(
-            f"{path} is a survey file, whose split is frozen with its validation part; --val 0 is for folders of pictures"
+            f"{path} is a survey file, whose split is frozen with its validation part; --val 0 is for folders of images"
         )
     return open_galaxy10(path, variant, conflicting=conflicting, name=name, fold=fold)

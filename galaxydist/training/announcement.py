@@ -78,10 +78,10 @@ def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, sche
         count = max(count, min(2, share))  # batch normalisation needs two values
     probe = Probe(world, recipe, model, ballast_bytes=0, loss=thrown_away_loss)
     with unchanged(model, world.device):
-        if not min(world.gather(probe.fits(count))):  # the first pass allocates
+        if not min(world.all_gather(probe.fits(count))):  # the first pass allocates
             return None
         seconds = min(probe.seconds(count) for _ in range(2))
-    step_s = max(world.gather(seconds)) / count * share
+    step_s = max(world.all_gather(seconds)) / count * share
     epoch_s, run_s = step_s * schedule.steps_per_epoch, step_s * schedule.total_steps
     line = f"{'time':<11} about {duration(epoch_s)} an epoch, {duration(run_s)} in all, without validation"
     if world.device.type == "cpu" and run_s > LONG_RUN_S:

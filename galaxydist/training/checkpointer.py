@@ -131,9 +131,9 @@ class Checkpointer:
     def _by_writers(self, work: Callable[[], None]) -> None:
         """Those that write do the work; an error is raised on every rank."""
         if self._is_collective:
-            self.world.together(work)
+            self.world.run_on_all(work)
         else:
-            self.world.on_main(work)
+            self.world.run_on_main(work)
 
     def _wait(self) -> None:
         assert self._writer is not None

@@ -137,10 +137,10 @@ class DDPStrategy:
             found.append(store.load(checkpoints_dir))
             return found[0].path if found[0] is not None else None
 
-        path = self.world.on_main(find)
+        path = self.world.run_on_main(find)
         if path is None:
             return None
-        return self.world.together(lambda: found[0] if found and found[0] else store.read_sound(path))
+        return self.world.run_on_all(lambda: found[0] if found and found[0] else store.read_sound(path))
 
 
 class FSDPStrategy:

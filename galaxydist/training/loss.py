@@ -44,7 +44,7 @@ class WeightedCrossEntropy:
     """Weighted cross-entropy with label smoothing, as numerator and weight.
 
     Sample i adds ``w_i * CE_i`` to the numerator and ``w_i`` to the weight, where ``w_i`` is its own weight (0 for a
-    picture that could not be read) times its class's. Label smoothing e mixes the one-hot target with the uniform
+    image that could not be read) times its class's. Label smoothing e mixes the one-hot target with the uniform
     distribution: ``(1 - e) onehot + e / K`` (Szegedy et al. 2016, arXiv:1512.00567, section 7). A sample mixed with another, of
     which lam is its own, adds ``lam w_i CE_i + (1 - lam) w'_i CE'_i`` and ``lam w_i + (1 - lam) w'_i``, where ``w'_i`` and
     ``CE'_i`` are those of the other's class.

@@ -152,7 +152,7 @@ class MetricLogger:
 
     def raise_failure(self) -> None:
         """Raise on every rank what could not be written on rank 0. Every rank calls it."""
-        self.world.on_main(self._raise)
+        self.world.run_on_main(self._raise)
 
     def _raise(self) -> None:
         if self._error is not None:

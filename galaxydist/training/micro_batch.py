@@ -190,12 +190,12 @@ def find_micro_batch(
     """
     share = share_of(recipe, world.size)
     if world.device.type == "cpu" and not force:
-        most = min(world.gather(most_on_cpu(model, recipe.data.image_size, total_memory() // world.ranks_on_node)))
+        most = min(world.all_gather(most_on_cpu(model, recipe.data.image_size, total_memory() // world.ranks_on_node)))
         return largest_that_fits(share // unit, lambda count: count == 1 or count * unit <= most) * unit
     probe = Probe(world, recipe, model, ballast_bytes=ballast_bytes, loss=loss)
     with unchanged(model, world.device):
         fitting = largest_that_fits(share // unit, lambda count: probe.fits(count * unit)) * unit
-    everywhere = world.gather(fitting)
+    everywhere = world.all_gather(fitting)
     if min(everywhere) == 0:
         name, memory = describe_device(world.device)
         ranks = ", ".join(str(rank) for rank, count in enumerate(everywhere) if count == 0)
@@ -334,7 +334,7 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def conditions(world: World, recipe: Recipe) -> dict[str, Any]:
     """What a micro-batch was found under, in plain JSON values: for ``remembered``. All ranks take part."""
-    devices = world.gather(list(describe_device(world.device)))
+    devices = world.all_gather(list(describe_device(world.device)))
     return {
         "share": share_of(recipe, world.size),
         "world_size": world.size,

@@ -127,8 +127,8 @@ class Mixup:
     def prepare(self, batch: Batch) -> "MixedBatch":
         """What becomes of a rank's whole batch, on the device of its weights; the host does not wait for it.
 
-        A pair of which one galaxy has weight 0 (its picture is black: it could not be read) is left as it is: the other one
-        keeps its own picture and label.
+        A pair of which one galaxy has weight 0 (its image is black: it could not be read) is left as it is: the other one
+        keeps its own image and label.
 
         Args:
             batch: an even number of galaxies, as ``check_world`` makes sure.

@@ -185,11 +185,11 @@ def build_parts(
     if config.sync_batchnorm and world.size > 1:
         model = synchronise_batch_norm(model)
     if config.compile:
-        world.together(lambda: compile_model(model, world.device))
+        world.run_on_all(lambda: compile_model(model, world.device))
         from torch._inductor.runtime.cache_dir_utils import cache_dir as find_cache_dir
 
         cache_dir = Path(find_cache_dir())
-        if num_removed := sum(world.gather(len(remove_broken_libraries(cache_dir)))):
+        if num_removed := sum(world.all_gather(len(remove_broken_libraries(cache_dir)))):
             world.say(f"removed {num_removed} libraries from torch.compile's cache {cache_dir}: their compilation was killed")
     strategy = build_strategy(world, model, config)
     augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=world.cores)
@@ -300,7 +300,7 @@ def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> int:
     try:
         stop_signal = Trainer(resolved, world, environ).run()
         # Nobody leaves while another still closes its files: a launcher may end the ranks that are a moment behind.
-        world.together(lambda: None)
+        world.barrier()
         return stop_signal
     finally:
         shutdown_distributed()
@@ -331,18 +331,18 @@ class Trainer:
         threads = "1 thread each" if self.world.threads == 1 else f"{self.world.threads} threads each"
         self.world.say(f"galaxydist: {processes}, {device}, {threads}, precision {precision}")
         path, cache = find_manifest(self.recipe.data, self.root), find_cache(self.recipe.data, self.root)
-        manifest = self.world.together(lambda: open_manifest(path, cache, self.recipe, self.world.size))
-        self._others = self.world.together(lambda: self._open_others(manifest))
-        self.world.on_main(lambda: self._check_data(manifest))
+        manifest = self.world.run_on_all(lambda: open_manifest(path, cache, self.recipe, self.world.size))
+        self._others = self.world.run_on_all(lambda: self._open_others(manifest))
+        self.world.run_on_main(lambda: self._check_data(manifest))
         if warning := mirror_warning(manifest, self.recipe):
             self.world.say(warning)
         check_parts(self.recipe, self.world)
         torch.manual_seed(self.recipe.seed)
-        model = self.world.together(lambda: self._build_model(manifest))
+        model = self.world.run_on_all(lambda: self._build_model(manifest))
         check_passes(self.recipe, self.world, model)
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopSignal(speaks=self.world.is_main))
-            opened = self.world.on_main(lambda: self._open_folder(stack, manifest))
+            opened = self.world.run_on_main(lambda: self._open_folder(stack, manifest))
             folder = RunFolder(opened.path)
             if self.recipe.train.threads == 0:
                 self.world = keep_threads(self.world, opened.threads)
@@ -388,9 +388,9 @@ class Trainer:
         """Go on from the newest sound checkpoint, where there is one."""
         found, state = parts.strategy.load(folder.checkpoints_dir), parts.state
         if found is not None:
-            self.world.together(lambda: state.restore(self.world, found.tensors, found.state))
+            self.world.run_on_all(lambda: state.restore(self.world, found.tensors, found.state))
             self.world.say(f"continuing {folder} from step {state.step}")
-        self.world.on_main(lambda: self._cut_back(folder, state.step))
+        self.world.run_on_main(lambda: self._cut_back(folder, state.step))
 
     def _announce(self, parts: Parts, manifest: Manifest, folder: RunFolder) -> None:
         model, schedule = parts.strategy.model, parts.schedule
@@ -414,7 +414,7 @@ class Trainer:
         exit_code = 1
         summary: dict[str, float] = {}
         try:
-            stop_signal = self._loop(parts, manifest, folder, tracker, stop) or max(world.gather(stop.signal_number))
+            stop_signal = self._loop(parts, manifest, folder, tracker, stop) or max(world.all_gather(stop.signal_number))
             if stop_signal:
                 saved = "which is saved" if state.step else "with nothing to save yet"
                 world.say(f"stopped by {signal_name(stop_signal)} at step {state.step}, {saved}; the same command continues it")
@@ -424,7 +424,7 @@ class Trainer:
             metrics = self._judge(folder, manifest, results.append)
             summary = {f"test/{name}": metrics[name] for name in ("accuracy", "balanced_accuracy", "loss")} if metrics else {}
             summary |= {**state.skipped.metrics(), **state.nonfinite.metrics()}
-            world.on_main(lambda: folder.write_result({"step": state.step, **summary}))
+            world.run_on_main(lambda: folder.write_result({"step": state.step, **summary}))
             exit_code = 0
             for text in (*results, describe_end(folder)):
                 world.say(text)
@@ -468,7 +468,7 @@ class Trainer:
         world, config, state = self.world, self.recipe.train, parts.state
         timer = StepTimer(world.device, batch_size=config.batch_size, world_size=world.size)
         with contextlib.ExitStack() as stack:
-            reader = stack.enter_context(world.together(lambda: self._open_reader(manifest, state.step)))
+            reader = stack.enter_context(world.run_on_all(lambda: self._open_reader(manifest, state.step)))
             batches = stack.enter_context(DevicePrefetcher(reader, world.device))
             watch = stack.enter_context(build_watchdog(world, config, folder))
             saving = stack.enter_context(self._build_saving(parts, manifest, folder))

@@ -20,7 +20,7 @@ from galaxydist.bench.loader_worker import (
     check,
     measure,
     open_job,
-    stored_pictures,
+    stored_jpegs,
 )
 from galaxydist.loading.augment import Augment
 from galaxydist.loading.loader import TrainLoader
@@ -28,7 +28,7 @@ from galaxydist.recipe.schema import AugmentConfig
 from galaxydist.shards.manifest import read_manifest
 
 SEED = 1
-# Views show from SMALLEST_CROP to the whole of the picture's width, as the peers' do; rotation is on top of that.
+# Views show from SMALLEST_CROP to the whole of the image's width, as the peers' do; rotation is on top of that.
 ZOOM = SMALLEST_CROP**-0.5
 AUGMENT = AugmentConfig(rotate="any", flip=True, zoom=ZOOM, shift=0.05)
 MEMORY_EPOCHS = 10
@@ -52,7 +52,7 @@ def build_loader(job: LoaderJob) -> Iterator[LoaderBatch]:
 def one_epoch(job: LoaderJob) -> Iterator[LoaderBatch]:
     """Every galaxy once, with its key: in batches of a size that leaves no remainder."""
     manifest = read_manifest(job.shards)
-    keys = np.array([picture.key for picture in stored_pictures(job.shards)])
+    keys = np.array([image.key for image in stored_jpegs(job.shards)])
     batch_size = max(size for size in range(1, job.batch_size + 1) if keys.size % size == 0)
     with TrainLoader(manifest, seed=SEED, batch_size=batch_size, threads=job.workers) as reader:
         for batch in itertools.islice(reader, reader.steps_per_epoch):
@@ -61,7 +61,7 @@ def one_epoch(job: LoaderJob) -> Iterator[LoaderBatch]:
 
 def measure_limit(job: LoaderJob) -> Answer:
     """The same decoder over bytes in memory: no files, no order, no batches handed over."""
-    data = [picture.data for picture in stored_pictures(job.shards)]
+    data = [image.data for image in stored_jpegs(job.shards)]
     size = read_manifest(job.shards).image_size
     start, stop = job.warmup * job.batch_size, (job.warmup + job.batches) * job.batch_size
     numbers = itertools.count()

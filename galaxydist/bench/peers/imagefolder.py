@@ -1,4 +1,4 @@
-"""torchvision's ImageFolder behind torch's DataLoader: a folder a class, a file a picture, a process a worker."""
+"""torchvision's ImageFolder behind torch's DataLoader: a folder a class, a file an image, a process a worker."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from galaxydist.bench.loader_worker import Loader, LoaderJob, run, stored_pictures
+from galaxydist.bench.loader_worker import Loader, LoaderJob, run, stored_jpegs
 from galaxydist.bench.peers.transforms import our_decoder, train_transform
 
 
@@ -21,11 +21,11 @@ class KeyedFolder(ImageFolder):  # type: ignore[misc]  # torchvision is not type
 
 
 def prepare(job: LoaderJob) -> None:
-    """Write the pictures as ``<class>/<key>.jpg``."""
-    for picture in stored_pictures(job.shards):
-        folder = job.form / f"{picture.label:03d}"
+    """Write the images as ``<class>/<key>.jpg``."""
+    for image in stored_jpegs(job.shards):
+        folder = job.form / f"{image.label:03d}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{picture.key}.jpg").write_bytes(picture.data)
+        (folder / f"{image.key}.jpg").write_bytes(image.data)
 
 
 def build_loader(job: LoaderJob) -> Loader:

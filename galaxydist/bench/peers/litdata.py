@@ -9,7 +9,7 @@ import torch
 from litdata.streaming.serializers import JPEGSerializer
 from torch import Tensor
 
-from galaxydist.bench.loader_worker import Loader, LoaderBatch, LoaderJob, StoredPicture, run, stored_pictures
+from galaxydist.bench.loader_worker import Loader, LoaderBatch, LoaderJob, StoredJPEG, run, stored_jpegs
 from galaxydist.bench.peers.transforms import our_decoder, train_transform
 
 
@@ -24,7 +24,7 @@ def prepare(job: LoaderJob) -> None:
     """Chunks that hold the bytes of the files."""
     litdata.optimize(
         fn=_sample,
-        inputs=list(stored_pictures(job.shards)),
+        inputs=list(stored_jpegs(job.shards)),
         output_dir=str(job.form),
         chunk_size=job.shard_size,
         num_workers=job.workers,
@@ -32,9 +32,9 @@ def prepare(job: LoaderJob) -> None:
     )
 
 
-def _sample(picture: StoredPicture) -> dict[str, Any]:
-    image = litdata.Jpeg(bytes=picture.data, max_quality=None)
-    return {"image": image, "label": picture.label, "key": picture.key}
+def _sample(stored: StoredJPEG) -> dict[str, Any]:
+    image = litdata.Jpeg(bytes=stored.data, max_quality=None)
+    return {"image": image, "label": stored.label, "key": stored.key}
 
 
 def build_loader(job: LoaderJob) -> Loader:

@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from galaxydist.bench.loader_worker import Loader, LoaderJob, run, stored_pictures
+from galaxydist.bench.loader_worker import Loader, LoaderJob, run, stored_jpegs
 from galaxydist.bench.peers.transforms import our_decoder, train_transform
 
 
@@ -29,11 +29,11 @@ class StreamedGalaxies(streaming.StreamingDataset):  # type: ignore[misc]  # str
 def prepare(job: LoaderJob) -> None:
     """Shards that hold the bytes of the files."""
     columns = {"image": "bytes", "label": "int", "key": "str"}
-    pictures = list(stored_pictures(job.shards))
-    mean_bytes = sum(len(picture.data) for picture in pictures) // len(pictures)
+    images = list(stored_jpegs(job.shards))
+    mean_bytes = sum(len(image.data) for image in images) // len(images)
     with streaming.MDSWriter(out=str(job.form), columns=columns, size_limit=job.shard_size * mean_bytes) as writer:
-        for picture in pictures:
-            writer.write({"image": picture.data, "label": picture.label, "key": picture.key})
+        for image in images:
+            writer.write({"image": image.data, "label": image.label, "key": image.key})
 
 
 def build_loader(job: LoaderJob) -> Loader:

@@ -17,7 +17,7 @@ def our_decoder(data: bytes) -> Tensor:
 
 
 def train_transform(job: LoaderJob) -> Callable[[Any], Tensor]:
-    """Random zoom-crop, mirrors, normalisation, of a PIL picture or a uint8 tensor (3 x H x W, or H x W x 3 from our decoder)."""
+    """Random zoom-crop, mirrors, normalisation, of a PIL image or a uint8 tensor (3 x H x W, or H x W x 3 from our decoder)."""
     transform: Callable[[Any], Tensor] = v2.Compose(
         [
             v2.Lambda(channels_first) if job.ours else v2.PILToTensor(),

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.atomic_files import whole_file
-from galaxydist.errors import DamagedPictureError, UserError
+from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage, Galaxy, Survey
-from galaxydist.shards.writer.encode import Pixels, decode_picture
+from galaxydist.shards.writer.encode import Pixels, decode_image
 
 # The list of the images left out, beside the shards' manifest.
 LEFT_OUT_NAME = "left_out.csv"
@@ -33,7 +33,7 @@ class TooManyDamagedError(Exception):
     """A part of a survey holds too many damaged images; the rest of the part was not read."""
 
 
-def read_rows(survey: Survey, start: int, stop: int) -> Iterator[Galaxy | DamagedPictureError]:
+def read_rows(survey: Survey, start: int, stop: int) -> Iterator[Galaxy | DamagedImageError]:
     """Yield rows ``start`` ... ``stop - 1`` of a survey, with an error instead of each damaged image."""
     while start < stop:
         try:
@@ -41,19 +41,19 @@ def read_rows(survey: Survey, start: int, stop: int) -> Iterator[Galaxy | Damage
                 yield galaxy
                 start += 1
             return
-        except DamagedPictureError:
+        except DamagedImageError:
             yield _read_alone(survey, start)  # one damaged row fails the whole slab that is read with it
             start += 1
 
 
-def _read_alone(survey: Survey, row: int) -> Galaxy | DamagedPictureError:
+def _read_alone(survey: Survey, row: int) -> Galaxy | DamagedImageError:
     try:
         return next(iter(survey.read(row, row + 1)))
-    except DamagedPictureError as error:
+    except DamagedImageError as error:
         return error
 
 
-def first_picture(survey: Survey) -> tuple[Galaxy, Pixels]:
+def first_image(survey: Survey) -> tuple[Galaxy, Pixels]:
     """Return the first galaxy with an undamaged image, and its pixels.
 
     Raises:
@@ -63,15 +63,15 @@ def first_picture(survey: Survey) -> tuple[Galaxy, Pixels]:
     for row in range(len(survey.labels)):
         (galaxy,) = read_rows(survey, row, row + 1)
         try:
-            if isinstance(galaxy, DamagedPictureError):
+            if isinstance(galaxy, DamagedImageError):
                 raise galaxy
             image = galaxy.image
             if not isinstance(image, EncodedImage):
                 return galaxy, np.asarray(image)
-            return galaxy, decode_picture(image, f"galaxy {galaxy.id}: ")
-        except DamagedPictureError as error:
+            return galaxy, decode_image(image, f"galaxy {galaxy.id}: ")
+        except DamagedImageError as error:
             reason = reason or error.reason
-    raise UserError(f"none of the {len(survey.labels)} pictures can be read; the first: {reason}")
+    raise UserError(f"none of the {len(survey.labels)} images can be read; the first: {reason}")
 
 
 def refuse_damaged(damaged: Sequence[Damaged], num_galaxies: int, max_errors: int | None) -> None:
@@ -87,12 +87,12 @@ def refuse_damaged(damaged: Sequence[Damaged], num_galaxies: int, max_errors: in
     """
     if len(damaged) <= (max_errors or 0):
         return
-    lines = [f"  {picture.reason}" for picture in damaged[:NAMED]]
+    lines = [f"  {image.reason}" for image in damaged[:NAMED]]
     if max_errors is None:
-        count = f"{len(damaged)} of the {num_galaxies} pictures" if len(damaged) <= NAMED else f"more than {NAMED} pictures"
+        count = f"{len(damaged)} of the {num_galaxies} images" if len(damaged) <= NAMED else f"more than {NAMED} images"
         advice = "replace or remove the files, or leave them out with --on-error skip (--max-errors N: N at most)"
     else:
-        count = f"more than the {max_errors} pictures that --max-errors allows"
+        count = f"more than the {max_errors} images that --max-errors allows"
         advice = "replace or remove the files, or allow more"
     raise UserError("\n".join([f"{count} cannot be read:", *lines, advice]))
 
@@ -108,12 +108,12 @@ def check_classes_left(survey: Survey, damaged: Sequence[Damaged]) -> None:
     gone = np.setdiff1d(survey.labels[train], survey.labels[left])
     if len(gone):
         name = survey.class_names[int(gone[0])]
-        raise UserError(f"all training pictures of the class {name!r} are damaged; replace them, or remove the class everywhere")
+        raise UserError(f"all training images of the class {name!r} are damaged; replace them, or remove the class everywhere")
 
 
 def rows_of(damaged: Sequence[Damaged]) -> NDArray[np.int64]:
     """Return the rows of damaged images."""
-    return np.array([picture.row for picture in damaged], np.int64)
+    return np.array([image.row for image in damaged], np.int64)
 
 
 def write_left_out(path: Path, survey: Survey, damaged: Sequence[Damaged]) -> None:
@@ -122,9 +122,9 @@ def write_left_out(path: Path, survey: Survey, damaged: Sequence[Damaged]) -> No
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("split", "class", "reason"))
-    for picture in damaged:
-        label = int(survey.labels[picture.row])
-        table.writerow((split_of[picture.row], survey.class_names[label] if label >= 0 else "", picture.reason))
+    for image in damaged:
+        label = int(survey.labels[image.row])
+        table.writerow((split_of[image.row], survey.class_names[label] if label >= 0 else "", image.reason))
     with whole_file(path, path.with_suffix(".tmp")) as file:
         file.write(text.getvalue().encode("utf-8", "backslashreplace"))
 

@@ -16,7 +16,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from galaxydist.errors import DamagedPictureError, UserError
+from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
 from galaxydist.shards.tar import LONGEST_KEY
 from galaxydist.surveys.image_files import to_rgb
@@ -51,7 +51,7 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
     """Return the image file to store, the contents of the .json, and the image's pixels.
 
     Raises:
-        DamagedPictureError: the image does not decode; names its file or the galaxy.
+        DamagedImageError: the image does not decode; names its file or the galaxy.
         UserError: an image of another size, a key that a tar cannot hold, or a label outside the classes; names the galaxy.
     """
     if not _KEY.fullmatch(galaxy.id) or len(galaxy.id) > LONGEST_KEY:
@@ -62,7 +62,7 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
         raise UserError(f"galaxy {galaxy.id}: label {galaxy.label} is outside 0 ... {num_classes - 1}")
     size = encoding.image_size
     source = galaxy.image if isinstance(galaxy.image, EncodedImage) else None
-    pixels = decode_picture(source, f"galaxy {galaxy.id}: ") if source else _check_pixels(galaxy)
+    pixels = decode_image(source, f"galaxy {galaxy.id}: ") if source else _check_pixels(galaxy)
     meta = _meta(galaxy, pixels)
     if pixels.shape != (size, size, 3):
         if not encoding.resize:
@@ -74,10 +74,10 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
         pixels = resize_square(pixels, size)
     elif source and _same_format(source, encoding.name):
         return source.data, meta, pixels
-    return encode_picture(pixels, encoding.name, encoding.quality), meta, pixels
+    return encode_image(pixels, encoding.name, encoding.quality), meta, pixels
 
 
-def decode_picture(image: EncodedImage, prefix: str = "") -> Pixels:
+def decode_image(image: EncodedImage, prefix: str = "") -> Pixels:
     """Decode an image file to H x W x 3 uint8 RGB pixels.
 
     Args:
@@ -85,22 +85,22 @@ def decode_picture(image: EncodedImage, prefix: str = "") -> Pixels:
         prefix: start of error messages if the image has no file name.
 
     Raises:
-        DamagedPictureError: the file is truncated or not an image.
+        DamagedImageError: the file is truncated or not an image.
     """
     prefix = f"{image.file}: " if image.file else prefix
     try:
         if simplejpeg.is_jpeg(image.data) and simplejpeg.decode_jpeg_header(image.data)[2] != "CMYK":
             pixels: Pixels = simplejpeg.decode_jpeg(image.data, "RGB")
             return pixels
-        with Image.open(io.BytesIO(image.data)) as picture:
-            return np.asarray(to_rgb(picture))
+        with Image.open(io.BytesIO(image.data)) as opened:
+            return np.asarray(to_rgb(opened))
     except UnidentifiedImageError:
-        raise DamagedPictureError(f"{prefix}its picture does not decode (of no known format)") from None
+        raise DamagedImageError(f"{prefix}its image does not decode (of no known format)") from None
     except (ValueError, OSError, SyntaxError, struct.error, zlib.error) as error:
-        raise DamagedPictureError(f"{prefix}its picture does not decode ({error})") from None
+        raise DamagedImageError(f"{prefix}its image does not decode ({error})") from None
 
 
-def encode_picture(pixels: Pixels, encoding: str, quality: int) -> bytes:
+def encode_image(pixels: Pixels, encoding: str, quality: int) -> bytes:
     """Encode H x W x 3 uint8 RGB pixels to an image file, with the same bytes for the same pixels."""
     if encoding == "jpeg":
         return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "444"))
@@ -137,7 +137,7 @@ def resize_square(pixels: Pixels, size: int) -> Pixels:
 def _check_pixels(galaxy: Galaxy) -> Pixels:
     pixels = np.asarray(galaxy.image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise UserError(f"galaxy {galaxy.id}: a picture is H x W x 3 uint8, not {pixels.shape} {pixels.dtype}")
+        raise UserError(f"galaxy {galaxy.id}: an image is H x W x 3 uint8, not {pixels.shape} {pixels.dtype}")
     return pixels
 
 
@@ -146,8 +146,8 @@ def _same_format(source: EncodedImage, encoding: str) -> bool:
     if encoding == "jpeg":
         return bool(simplejpeg.is_jpeg(source.data)) and simplejpeg.decode_jpeg_header(source.data)[2] == "YCbCr"
     if encoding == "png" and source.format == "png":
-        with Image.open(io.BytesIO(source.data)) as picture:
-            return picture.format == "PNG" and picture.mode == "RGB"
+        with Image.open(io.BytesIO(source.data)) as image:
+            return image.format == "PNG" and image.mode == "RGB"
     return False
 
 

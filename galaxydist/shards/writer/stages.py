@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.atomic_files import whole_file
-from galaxydist.errors import DamagedPictureError
+from galaxydist.errors import DamagedImageError
 from galaxydist.galaxy import Survey
 from galaxydist.shards.catalogue import table_of
 from galaxydist.shards.manifest import SHARD_ROW
@@ -105,13 +105,13 @@ def write_part(task: PartTask) -> int:
         if place < 0:
             continue
         try:
-            if isinstance(galaxy, DamagedPictureError):
+            if isinstance(galaxy, DamagedImageError):
                 raise galaxy
             image, meta, pixels = encode_galaxy(galaxy, task.encoding, len(task.survey.class_names))
-        except DamagedPictureError as error:
+        except DamagedImageError as error:
             damaged.append(Damaged(row, place, error.reason))
             if len(damaged) > task.most_damaged:
-                _write_json(task.path.with_suffix(".damaged.json"), [asdict(picture) for picture in damaged])
+                _write_json(task.path.with_suffix(".damaged.json"), [asdict(item) for item in damaged])
                 raise TooManyDamagedError from None
             continue
         if place < task.num_train:
@@ -122,7 +122,7 @@ def write_part(task: PartTask) -> int:
     records.sort(key=lambda record: record[0][0])
     _write_records(task.path, records)
     content = {"count": sums.count, "sums": sums.sums, "squares": sums.squares}
-    _write_json(done, {**content, "damaged": [asdict(picture) for picture in damaged]})
+    _write_json(done, {**content, "damaged": [asdict(item) for item in damaged]})
     return task.stop - task.start
 
 
@@ -157,7 +157,7 @@ def read_damaged(path: Path) -> list[Damaged]:
         found = json.loads(done.read_bytes())["damaged"]
     else:
         found = json.loads(given_up.read_bytes()) if given_up.exists() else []
-    return [Damaged(**picture) for picture in found]
+    return [Damaged(**image) for image in found]
 
 
 def key_hash(key: bytes) -> int:

@@ -45,7 +45,7 @@ from galaxydist.shards.writer.damaged import (
     NAMED,
     TooManyDamagedError,
     check_classes_left,
-    first_picture,
+    first_image,
     refuse_damaged,
     rows_of,
     write_left_out,
@@ -285,12 +285,12 @@ def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int,
     with _executor(workers, total) as executor:
         with suppress(TooManyDamagedError):
             _run(executor, write_part, parts, "encoding galaxies", len(survey.labels))
-        damaged = [picture for path in paths for picture in read_damaged(path)]
+        damaged = [image for path in paths for image in read_damaged(path)]
         refuse_damaged(damaged, total, max_errors)
         check_classes_left(survey, damaged)
         _check_unique_ids(paths)
         layout = shard_layout(survey, settings, rows_of(damaged))
-        gaps = np.sort(np.array([picture.place for picture in damaged], np.int64))
+        gaps = np.sort(np.array([image.place for image in damaged], np.int64))
         packs = pack_tasks(layout, paths, settings.encoding, work_dir, gaps)
         _run(executor, pack_shards, packs, "writing shards", total - len(damaged))
     if damaged:
@@ -321,7 +321,7 @@ def _resolve(survey: Survey, settings: Settings) -> Encoding:
     """Return the encoding with the requested image size, else with that of the first galaxy."""
     if settings.image_size is not None:
         return Encoding(settings.encoding, settings.quality, settings.image_size, resize=True)
-    first, pixels = first_picture(survey)
+    first, pixels = first_image(survey)
     height, width = pixels.shape[:2]
     if height != width:
         raise UserError(

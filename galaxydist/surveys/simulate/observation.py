@@ -47,7 +47,7 @@ def stretch(fluxes_CHW: Array) -> Array:
     return np.asarray(np.clip(np.moveaxis(scaled[::-1] * gain, 0, -1), 0.0, 1.0))
 
 
-def to_picture(fluxes_CHW: Array) -> NDArray[np.uint8]:
+def to_image(fluxes_CHW: Array) -> NDArray[np.uint8]:
     """Return the cutout as the viewer serves it: stretched, 8 bits, and JPEG-compressed once, which smooths the colour noise.
 
     Args:

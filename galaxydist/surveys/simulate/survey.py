@@ -54,7 +54,7 @@ def draw_galaxy(scene: Scene, dice: Draws, light: Light, label: int, place: Plac
         galaxy_types.draw_spiral(scene, dice, light, label, place)
 
 
-def take_picture(plan: SurveyPlan, row: int) -> SimulatedImage:
+def take_image(plan: SurveyPlan, row: int) -> SimulatedImage:
     """Draw the image of a row, which depends on the plan and the row number alone.
 
     The second row of the galaxy with two labels shows the same galaxy as the first. Neighbours within the frame are drawn too.
@@ -78,7 +78,7 @@ def take_picture(plan: SurveyPlan, row: int) -> SimulatedImage:
     light_CHW = observation.blur(scene.light_CHW, observation.draw_seeing(field), scene.pixel_scale)
     observation.add_artefacts(light_CHW, field)
     light_CHW = observation.add_noise(light_CHW, field, scene.pixel_scale, plan.seed, shown)
-    return SimulatedImage(observation.to_picture(light_CHW), light.redshift, light.pixel_scale)
+    return SimulatedImage(observation.to_image(light_CHW), light.redshift, light.pixel_scale)
 
 
 # Written into the file; increase it whenever the same seed gives different galaxies.
@@ -145,11 +145,11 @@ def draw_rows(plan: SurveyPlan, workers: int | None = None, description: str = "
 
 def draw_slab(plan: SurveyPlan, start: int, stop: int) -> Slab:
     """Draw images, redshifts and pixel scales of the plan's rows ``start`` ... ``stop - 1``."""
-    pictures = [take_picture(plan, row) for row in range(start, stop)]
+    images = [take_image(plan, row) for row in range(start, stop)]
     return (
-        np.stack([picture.image for picture in pictures]),
-        np.array([picture.redshift for picture in pictures]),
-        np.array([picture.pixel_scale for picture in pictures]),
+        np.stack([image.image for image in images]),
+        np.array([image.redshift for image in images]),
+        np.array([image.pixel_scale for image in images]),
     )
 
 

@@ -59,7 +59,7 @@ class UnreadableImages:
         }
         self._found = {sample: found for sample, found in self._found.items() if sample not in mine}
         everything: dict[int, tuple[str, str | None]] = {}
-        for theirs in world.gather(mine):
+        for theirs in world.all_gather(mine):
             everything |= theirs
         found = {sample: told for sample, told in sorted(everything.items()) if sample not in self._samples}
         for text, what in found.values():
@@ -126,7 +126,7 @@ class NonFiniteSteps:
         self.num_steps = 0
 
     def remember(self, step: int, batch: Batch) -> None:
-        """Which galaxies this rank's part of the batch of a step holds, until two steps later; the pictures are let go."""
+        """Which galaxies this rank's part of the batch of a step holds, until two steps later; the images are let go."""
         self._samples.append((step, batch.samples_B.tolist()))
 
     def settle(self, world: World, step: int) -> str:
@@ -139,9 +139,9 @@ class NonFiniteSteps:
             NonfiniteError: on every rank the same.
         """
         mine = next(samples for known, samples in self._samples if known == step)
-        samples = sorted(sample for part in world.gather(mine) for sample in part)
+        samples = sorted(sample for part in world.all_gather(mine) for sample in part)
         path = self._folder.path / f"nonfinite-step-{step:08d}.json"
-        names = world.on_main(lambda: self._write(path, step, samples))
+        names = world.run_on_main(lambda: self._write(path, step, samples))
         self.num_steps += 1
         more = f" and {len(samples) - len(names)} more" if len(samples) > len(names) else ""
         batch = ", ".join(names) + more
