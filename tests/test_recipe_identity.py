@@ -40,6 +40,12 @@ def test_a_stored_recipe_is_checked() -> None:
     assert "model.name is missing" in texts
 
 
+def test_a_stored_recipe_may_name_an_optimizer_of_an_older_version() -> None:
+    plain = to_dict(BASE)
+    plain["optim"]["name"] = "lookahead_adopt"
+    assert from_dict(plain).optim.name == "lookahead_adopt"
+
+
 def test_run_fields_leave_the_hash_alone_and_result_fields_change_it(tmp_path: Path) -> None:
     base = result_hash(changed(folder=tmp_path))
     assert len(base) == 8 and int(base, 16) >= 0

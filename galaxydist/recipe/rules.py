@@ -4,6 +4,7 @@ Each rule between keys names its keys and runs if they are valid.
 """
 
 import re
+from difflib import get_close_matches
 from typing import Any
 
 from galaxydist.errors import EveryRankError
@@ -15,6 +16,7 @@ PATCHES = {"vit": 16, "vit_scratch": 16, "reference_vit": 25}  # pixels
 ORIENTATIONS = 8  # flips and quarter turns of d4_cnn
 ANY_WIDTH = ("custom_cnn", "d4_cnn")
 UNPUBLISHED = (*ANY_WIDTH, "reference_cnn", "reference_vit")  # architectures without published weights
+OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "muon", "adan")
 
 
 def _start(pretrained: bool, weights: Any) -> str | None:
@@ -133,7 +135,21 @@ CHECKS = (
 )
 
 
-# Rules between a recipe and the number of processes, checked at submission and again at the start of a run.
+# Rules of a run's start, checked at submission and again before training.
+
+
+def check_optimizer(name: str) -> None:
+    """Refuse an unknown optimizer.
+
+    The schema accepts any name, so that run folders of older versions, which had more optimizers, can be read and evaluated.
+
+    Raises:
+        EveryRankError: the optimizer is not one of ``OPTIMIZERS``; the text lists them.
+    """
+    if name not in OPTIMIZERS:
+        close = get_close_matches(name.lower(), OPTIMIZERS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else "."
+        raise EveryRankError(f"optim.name={name}: there is no such optimizer{hint} There are {', '.join(OPTIMIZERS)}.")
 
 
 def check_world(batch_size: int, world_size: int) -> None:

@@ -104,7 +104,7 @@ class TrainStep:
             self.statistics.put_back()
             raise
         with self.timer.part("optimizer"):
-            set_learning_rate(self.optimizer, self.rate.at(step))
+            set_learning_rate(self.optimizer, self.rate(step))
             is_finite = self._move() & sums[0].isfinite()
             self.statistics.put_back(where=~is_finite)
             if self.strategy.ema is not None:
