@@ -62,20 +62,20 @@ def _complete_word(prefix: str, action: argparse.Action) -> list[str]:
 
 def _settings(prefix: str, *, with_cluster: bool) -> Iterator[str]:
     """Words of the form ``key=value`` that could stand for the prefix: keys first, and values once the key is there."""
-    from galaxydist.recipe.fields import recipe_fields
+    from galaxydist.recipe.fields import RECIPE
     from galaxydist.recipe.resolve import list_recipes
 
     key, equals, _ = prefix.partition("=")
     if not equals:
         yield from ("recipe=", *(["cluster="] if with_cluster else []))
-        yield from (f"{name}=" for name in recipe_fields() if name != "name")
+        yield from (f"{name}=" for name in RECIPE.fields if name != "name")
     elif key == "recipe":
         yield from (f"recipe={name}" for name in list_recipes())
     elif key == "cluster" and with_cluster:
         from galaxydist.cluster.profile import list_clusters
 
         yield from (f"cluster={name}" for name in list_clusters())
-    elif (field := recipe_fields().get(key)) is not None:
+    elif (field := RECIPE.fields.get(key)) is not None:
         choices: tuple[str, ...] = ("true", "false") if field.annotation is bool else ()
         if get_origin(field.annotation) is Literal:
             choices = tuple(map(str, get_args(field.annotation)))

@@ -140,7 +140,7 @@ def _list() -> None:
 
 
 def _show(name: str, overrides: list[str]) -> None:
-    from galaxydist.recipe.fields import recipe_fields
+    from galaxydist.recipe.fields import RECIPE
     from galaxydist.recipe.identity import flatten, run_name
     from galaxydist.recipe.resolve import load_recipe
     from galaxydist.recipe.scalars import describe_type
@@ -150,6 +150,6 @@ def _show(name: str, overrides: list[str]) -> None:
     print("# *: not the default. [run]: does not change the numbers, and may change when the run is continued.")
     notes = {
         key: f"{'[run] ' if field.kind == 'run' else ''}{field.description or describe_type(field.annotation)}"
-        for key, field in recipe_fields().items()
+        for key, field in RECIPE.fields.items()
     }
     print_resolved(flatten(resolved.recipe), resolved.origins, notes)

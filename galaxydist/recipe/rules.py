@@ -9,7 +9,7 @@ from typing import Any
 
 from galaxydist.errors import EveryRankError
 from galaxydist.paths import is_dataset_name
-from galaxydist.recipe.fields import CrossFieldRule, recipe_fields, suggest
+from galaxydist.recipe.fields import RECIPE, CrossFieldRule
 from galaxydist.recipe.schema import TrainConfig
 
 PATCHES = {"vit": 16, "vit_scratch": 16, "reference_vit": 25}  # pixels
@@ -64,7 +64,7 @@ def _size(name: str, size: str) -> str | None:
 
 
 def _width(name: str, width: int) -> str | None:
-    default = recipe_fields()["model.width"].default
+    default = RECIPE.fields["model.width"].default
     if name == "d4_cnn" and width % ORIENTATIONS:
         lower = max(ORIENTATIONS, width // ORIENTATIONS * ORIENTATIONS)
         return f"d4_cnn needs a multiple of its {ORIENTATIONS} orientations; try {lower} or {lower + ORIENTATIONS}"
@@ -108,15 +108,15 @@ def _dataset_name(dataset: str) -> str | None:
 
 def _forced_keys(force: tuple[str, ...]) -> str | None:
     for key in force:
-        known = recipe_fields().get(key)
+        known = RECIPE.fields.get(key)
         if known is None:
-            return f"{key!r} is no key of the recipe{suggest(key)}"
+            return f"{key!r} is no key of the recipe{RECIPE.suggest(key)}"
         if known.kind == "run":
             return f"{key} may change freely between restarts; take it out of the list"
     return None
 
 
-CHECKS = (
+RULES = (
     CrossFieldRule(("model.pretrained", "model.weights"), _start),
     CrossFieldRule(("model.pretrained", "model.name"), _published),
     CrossFieldRule(("model.freeze_backbone", "model.pretrained", "model.weights"), _frozen),
