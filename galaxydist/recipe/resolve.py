@@ -316,6 +316,7 @@ class RecipeError(ConfigError):
     noun = "recipe"
 
 
+@dataclass(frozen=True)
 class ResolvedRecipe(ResolvedConfig[Recipe]):
     """A recipe with the origin of each value."""
 
