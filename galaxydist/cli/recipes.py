@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from galaxydist.cli.options import Commands, add_data_dir, chosen_root, local_path
+from galaxydist.errors import UserError
 
 # ``galaxydist weights``: published weights into the cache, for machines without a network; a run's own weights into a file.
 
@@ -69,9 +70,11 @@ MAX_VALUE_WIDTH = 20  # of a value, before the columns after it move
 
 def print_files(files: Mapping[str, Path]) -> None:
     """Print each name with the first sentence of the comment that its file begins with."""
+    from galaxydist.recipe.reference_page import first_sentence
+
     width = max((len(name) for name in files), default=0)
     for name, path in files.items():
-        _print_wrapped(f"{name:{width}}  ", _first_sentence(path.read_text(encoding="utf-8", errors="replace")))
+        _print_wrapped(f"{name:{width}}  ", first_sentence(path))
 
 
 def print_resolved(values: Mapping[str, Any], origins: Mapping[str, str], notes: Mapping[str, str]) -> None:
@@ -105,51 +108,43 @@ def _print_wrapped(head: str, text: str) -> None:
         print(f"{hanging}{line}")
 
 
-def _first_sentence(text: str) -> str:
-    """The first sentence of the comment at the top of a YAML file, or nothing."""
-    comment = re.match(r"(?:[ \t]*#[^\n]*(?:\n|$))*", text)
-    words = re.sub(r"\s+", " ", re.sub(r"(?m)^[ \t]*#", "", comment.group() if comment else "")).strip()
-    return re.split(r"(?<=\.) (?=[^a-z0-9])", words, maxsplit=1)[0]
-
-
 def add_recipes(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "recipes",
-        help="list the recipes, or show one resolved",
-        description="List the recipes, or show one resolved.",
+        help="list the recipes, or show all values of one",
+        description="List the recipes, or show all values of one with their origins.",
         allow_abbrev=False,
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a recipe's name or file; without it, list them")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="shown as the run would see them")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="name or file of a recipe (default: list all recipes)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the recipe")
+    parser.add_argument("--markdown", action="store_true", help="print a reference page of all keys and shipped recipes")
     parser.set_defaults(run=run_recipes)
 
 
 def run_recipes(arguments: argparse.Namespace) -> None:
     """List the recipes, or show one."""
-    if arguments.name is None:
-        _list()
+    if arguments.markdown:
+        from galaxydist.recipe.reference_page import render_reference
+
+        if arguments.name is not None:
+            raise UserError(f"--markdown describes all recipes; leave {arguments.name} out")
+        print(render_reference(), end="")
+    elif arguments.name is None:
+        from galaxydist.recipe.resolve import list_recipes
+
+        print_files(list_recipes())
     else:
         _show(arguments.name.removeprefix("recipe="), arguments.overrides)
-
-
-def _list() -> None:
-    from galaxydist.recipe.resolve import list_recipes
-
-    print_files(list_recipes())
 
 
 def _show(name: str, overrides: list[str]) -> None:
     from galaxydist.recipe.fields import RECIPE
     from galaxydist.recipe.identity import flatten, run_name
     from galaxydist.recipe.resolve import load_recipe
-    from galaxydist.recipe.scalars import describe_type
 
     resolved = load_recipe([f"recipe={name}", *overrides])
     print(f"# {resolved.path}; run folder {run_name(resolved.recipe)}")
     print("# *: not the default. [run]: does not change the numbers, and may change when the run is continued.")
-    notes = {
-        key: f"{'[run] ' if field.kind == 'run' else ''}{field.description or describe_type(field.annotation)}"
-        for key, field in RECIPE.fields.items()
-    }
+    notes = {key: f"{'[run] ' if field.kind == 'run' else ''}{field.description}" for key, field in RECIPE.fields.items()}
     print_resolved(flatten(resolved.recipe), resolved.origins, notes)

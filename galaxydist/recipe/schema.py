@@ -53,7 +53,7 @@ class Section(BaseModel):
 
 
 class AugmentConfig(Section):
-    """Random augmentation of training images, in one resampling; random numbers are from ``counter_rng``."""
+    """Random augmentation of training images, in one resampling."""
 
     rotate: Literal["none", "d4", "any"] = Field(
         "any",
@@ -290,7 +290,7 @@ class TrackerConfig(Section):
 class RunConfig(Section):
     """The run folder."""
 
-    dir: Path | None = run_field(None, "run folder (default: <run.root>/<recipe>-<8 hex digits of the result keys>)")
+    dir: Path | None = run_field(None, "run folder (default: RECIPE-HASH in run.root, with a hash of the result keys)")
     root: Path = run_field(Path("runs"), "folder that contains the run folders")
 
 
