@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from galaxydist.errors import first_line
 from galaxydist.recipe.scalars import BOOL, FLOAT, INT, NULL, read_float, read_int
 
 _TAG = "tag:yaml.org,2002:"
@@ -96,7 +97,7 @@ def read_document(
         mark = error.problem_mark or error.context_mark
         document.problems.append((mark.line + 1 if mark else 0, f"cannot be read as YAML: {error.problem or error.context}"))
     except yaml.YAMLError as error:
-        document.problems.append((0, f"cannot be read as YAML: {str(error).splitlines()[0]}"))
+        document.problems.append((0, f"cannot be read as YAML: {first_line(error)}"))
     except RecursionError:
         document.problems.append((0, "is nested too deeply"))
     else:
