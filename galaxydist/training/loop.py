@@ -1,5 +1,6 @@
 """The training loop: the order of things. Each part decides for itself what it does."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from galaxydist.training.step import TrainStep
 from galaxydist.training.step_sync import RankFlags, StepResult, StepSync
 from galaxydist.training.stop_signals import LONG_STEP_S, StepAbandoned, StopSignal
 from galaxydist.training.throughput import StepTimer
+
+logger = logging.getLogger(__name__)
 
 
 class Saver(Protocol):
@@ -156,11 +159,11 @@ class TrainLoop:
         self.update.gates.is_open = not agreed.flags.is_long
         if agreed.flags.num_unreadable:
             for text in self.state.skipped.sync(self.world, agreed.step):
-                self.journal.say(f"warning: {text}")
+                logger.warning("%s", text)
         if agreed.is_nonfinite:
-            self.journal.say(self.state.nonfinite.sync(self.world, agreed.step))
+            logger.warning("%s", self.state.nonfinite.sync(self.world, agreed.step))
         elif warning := self.state.spikes.update(agreed.step, agreed.sums.loss):
-            self.journal.say(f"warning: {warning}")
+            logger.warning("%s", warning)
         counters = {**self.state.skipped.metrics(), **self.state.nonfinite.metrics()}
         self.journal.step_done(agreed, self.update.rate.at(agreed.step), counters)
 

@@ -152,7 +152,7 @@ class NonFiniteSteps:
             raise NonfiniteError(
                 f"{what} These are {self.num_steps} such steps, more than train.max_nonfinite={self._max_nonfinite}. {REMEDY}"
             )
-        return f"warning: {what} The step is left out ({self.num_steps} of at most {self._max_nonfinite})."
+        return f"{what} The step is left out ({self.num_steps} of at most {self._max_nonfinite})."
 
     def _write(self, path: Path, step: int, samples: list[int]) -> list[str]:
         names = [self._name_of(sample) for sample in samples]
