@@ -208,8 +208,8 @@ def add_plan(commands: Commands) -> None:
     parser = commands.add_parser(
         "plan",
         help="what a run would cost",
-        description="Steps, time, memory, shards and bytes, disk of a run. Nothing is started, no GPU is needed. "
-        "Refuses what could not run and says what would.",
+        description="Steps, time, memory, shards and bytes, disk of a run. Nothing is started, no GPU is needed. Refuses what "
+        "could not run and says what would.",
         epilog=PLAN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

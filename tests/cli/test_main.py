@@ -173,16 +173,16 @@ def test_other_ends(
     def fail(_: object) -> None:
         raise error
 
-    monkeypatch.setattr("galaxydist.cli.recipes._list", lambda: fail(None))
+    monkeypatch.setattr("galaxydist.cli.recipes.print_files", fail)
     assert cli.main(["recipes"]) == code
     assert text in capsys.readouterr().err
 
 
 def test_our_own_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail(_: object) -> None:
         raise OSError(errno.EIO, "a disk that fails")
 
-    monkeypatch.setattr("galaxydist.cli.recipes._list", fail)
+    monkeypatch.setattr("galaxydist.cli.recipes.print_files", fail)
     with pytest.raises(OSError, match="a disk that fails"):
         cli.main(["recipes"])
 
