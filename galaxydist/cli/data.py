@@ -497,5 +497,5 @@ def _print_findings(findings: "Findings") -> None:
     if near is not None:
         print(
             f"sky: {len(near.pairs_P2)} overlapping pairs among {int(findings.positions.known.sum())} positions, "
-            f"{int(near.across_P.sum())} across splits; {int(near.two_labels_P.sum())} places with two labels"
+            f"{int(near.across_P.sum())} across splits; {int(near.two_labels_P.sum())} positions with two labels"
         )

@@ -18,8 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from galaxydist.errors import EveryRankError, UserError
 
-Context = contextlib.AbstractContextManager[None]
-
 # Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174): activations inside the repeated blocks are not stored, but computed
 # again in the backward pass. timm's set_grad_checkpointing is not used: it does not support VGG, and its second forward pass
 # updates the batch-norm statistics of a ResNet a second time.
@@ -94,16 +92,11 @@ def _run(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 def _checkpoint(modules: Sequence[nn.Module], function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Checkpoint ``function``, which runs ``modules``; torch.compile supports it only if they have no buffers."""
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
-    if any(True for module in modules for _ in module.buffers()):
-        options["context_fn"] = partial(_contexts, modules)
-    result: Tensor = checkpoint(function, x, **options)
+    options: dict[str, Any] = {}
+    if any(True for module in modules for _ in module.buffers()):  # contexts of the forward pass and of its recomputation
+        options["context_fn"] = lambda: (contextlib.nullcontext(), _spare_buffers(modules))
+    result: Tensor = checkpoint(function, x, use_reentrant=False, **options)
     return result
-
-
-def _contexts(modules: Sequence[nn.Module]) -> tuple[Context, Context]:
-    """Return the contexts of the forward pass and of its recomputation."""
-    return contextlib.nullcontext(), _spare_buffers(modules)
 
 
 @contextlib.contextmanager

@@ -200,21 +200,21 @@ def find_weights(config: ModelConfig, weights_dir: Path | None) -> Path:
     Raises:
         UserError: the weights are in neither; the text has the command to download them.
     """
-    places = []
+    searched = []
     if weights_dir is not None:
         path = weights_file(config, weights_dir)
         if path.is_file():
             return path
-        places.append(str(path))
+        searched.append(str(path))
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(_hub_id(config), HUB_FILE)
     if isinstance(cached, str):
         return Path(cached)
-    places.append("the Hugging Face cache")
+    searched.append("the Hugging Face cache")
     raise UserError(
         f"model.pretrained=true, but the published weights {_published_name(config)} are not on this machine "
-        f"(looked in {' and '.join(places)}). Either run, on a machine with network and the same data root,\n"
+        f"(looked in {' and '.join(searched)}). Either run, on a machine with network and the same data root,\n"
         f"  {fetch_command(config)}\n"
         "or start from random weights: model.pretrained=false; model.weights=FILE loads a safetensors file of your own"
     )
@@ -266,7 +266,7 @@ def _verify(path: Path, etag: str | None) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != etag:
-            raise UserError(f"weights {path.name}: damaged on the way (SHA-256 {found}, the hub says {etag}); try again")
+            raise UserError(f"weights {path.name}: damaged on the way (SHA-256 {found}, the hub states {etag}); try again")
 
     read_weights(path)
 
