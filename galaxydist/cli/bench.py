@@ -31,16 +31,9 @@ from galaxydist.cli.options import (
 def add_parser(commands: Commands) -> None:
     """Add the commands."""
     inner = add_group(commands, "bench", "measurements of speed, data quality and cost")
-    _add_simulator(inner)
-    _add_transfer(inner)
-    _add_loader(inner)
-    _add_order(inner)
-    _add_remote(inner)
-    _add_saving(inner)
-    _add_trainer(inner)
-    _add_scaling(inner)
-    _add_startup(inner)
-    _add_folds(inner)
+    measurements = (_add_simulator, _add_transfer, _add_loader, _add_order, _add_remote, _add_saving, _add_trainer)
+    for add in (*measurements, _add_scaling, _add_startup, _add_folds):
+        add(inner)
 
 
 def add_int(parser: argparse.ArgumentParser, option: str, default: int, metavar: str, help: str) -> None:

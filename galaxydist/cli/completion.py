@@ -33,16 +33,12 @@ def run(arguments: argparse.Namespace) -> None:
 def complete(parser: argparse.ArgumentParser) -> None:
     """Print the completions that the shell asks for, and end the process."""
     import argcomplete
-    from argcomplete.completers import BaseCompleter
 
-    class Completer(BaseCompleter):
-        def __call__(self, *, prefix: str, action: argparse.Action, **_: Any) -> list[str]:
-            return _complete_word(prefix, action)
-
-    argcomplete.autocomplete(parser, always_complete_options="long", default_completer=Completer(), append_space=False)
+    completer: Any = _complete_word
+    argcomplete.autocomplete(parser, always_complete_options="long", default_completer=completer, append_space=False)
 
 
-def _complete_word(prefix: str, action: argparse.Action) -> list[str]:
+def _complete_word(prefix: str, action: argparse.Action, **_: Any) -> list[str]:
     """Return the completions of one word: ``key=value`` for commands that take such arguments, else files."""
     from argcomplete.completers import FilesCompleter
 

@@ -39,12 +39,8 @@ LOSSLESS = {".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 def add_parser(commands: Commands) -> None:
     """Add all data commands."""
     inner = add_group(commands, "data", "survey files, exported folders and shards in the data root")
-    _add_fetch(inner)
-    _add_simulate(inner)
-    _add_export(inner)
-    _add_shard(inner)
-    _add_check(inner)
-    _add_explore(inner)
+    for add in (_add_fetch, _add_simulate, _add_export, _add_shard, _add_check, _add_explore):
+        add(inner)
 
 
 def _add_fetch(commands: Commands) -> None:

@@ -66,7 +66,9 @@ def run_report(arguments: argparse.Namespace) -> None:
     if page.is_dir():
         raise UserError(f"-o {page} is a folder; give the name of a file, like {page / PAGE}")
     if page.suffix not in SUFFIXES:
-        raise UserError(f"-o {page} is the HTML page; name it like {page.with_suffix('.html')} (.md and .tex are written beside it)")
+        raise UserError(
+            f"-o {page} is the HTML page; name it like {page.with_suffix('.html')} (.md and .tex are written beside it)"
+        )
     run_dirs, notes = find_runs(arguments.targets)
     results = collect(run_dirs, notes)
     if arguments.gallery:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from galaxydist.models.custom_cnn import CustomCNN
 from galaxydist.models.d4_cnn import D4CNN
-from galaxydist.models.reference import VGG_HIDDEN, ReferenceCNN, build_reference_vit, build_vgg_head
+from galaxydist.models.reference import VGG_HIDDEN, VGG_MAP, MlpHead, ReferenceCNN, build_reference_vit
 from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, check_config, timm_name
 from galaxydist.models.weights import Statistics, find_weights, load_weights, read_statistics, read_weights
 from galaxydist.recipe.schema import ModelConfig
@@ -190,8 +190,8 @@ def _build_vgg(name: str, num_classes: int, config: ModelConfig) -> nn.Module:
     # The published classifier has 120 million parameters and is replaced below: mlp_ratio makes it one channel wide.
     model: Any = timm.create_model(name, num_classes=num_classes, mlp_ratio=1 / 4096)
     model.pre_logits = nn.Identity()
-    if config.name in VGG_HIDDEN:
-        model.head = build_vgg_head(config.name, model.num_features, num_classes, config.drop_rate)
+    if hidden := VGG_HIDDEN.get(config.name):  # on the whole 7 x 7 map, like VGG's own classifier
+        model.head = MlpHead(model.num_features, num_classes, hidden, pool_size=VGG_MAP, drop_rate=config.drop_rate)
     else:
         model.head = ClassifierHead(model.num_features, num_classes, pool_type="avg", drop_rate=config.drop_rate)
     model.head_hidden_size = model.num_features

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from galaxydist.atomic_files import replace_bytes
 from galaxydist.errors import UserError
 from galaxydist.models.registry import ARCHITECTURES, recipe_of, timm_name
 from galaxydist.recipe.schema import ModelConfig
@@ -38,16 +39,11 @@ def write_weights(path: Path, tensors: Mapping[str, "Tensor"], statistics: Stati
     Args:
         statistics: channel mean and standard deviation (0..1, RGB) of the image normalisation, for ``read_statistics``.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     bare = {_bare(name): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt"} | ({STATISTICS_KEY: json.dumps(statistics)} if statistics is not None else {})
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(bare, partial, metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_bytes(path, save(bare, metadata))
 
 
 def read_weights(path: Path) -> dict[str, "Tensor"]:
