@@ -210,7 +210,7 @@ def _trained_by(words: list[str]) -> Path:
 
 EVALUATE_EPILOG = """examples:
   galaxydist evaluate runs/vit-0123abcd                             on the test split of its own data set
-  galaxydist evaluate runs/vit-0123abcd data.variant=balanced       on another data set of the survey
+  galaxydist evaluate runs/vit-0123abcd data.variant=balanced       on another variant of the survey
   galaxydist evaluate runs/vit-0123abcd data.manifest=FILE --tta d4
   galaxydist evaluate --predictions runs/vit-0123abcd/evaluation/test-predictions.parquet
 """

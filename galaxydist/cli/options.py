@@ -157,7 +157,7 @@ def add_survey(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes",
         choices=("galaxy10",),
-        help="class names of a folder with the classes 0 to 9 (default: the names of its folders)",
+        help="galaxy10: the folders 0 to 9 are the classes of Galaxy10 (default: each folder is a class of its own)",
     )
 
 
