@@ -36,6 +36,7 @@ SHORT = {
     "models/param_groups.py": "a subject of its own",
     "recipe/identity.py": "a subject of its own",
     "surveys/survey_sources.py": "tables of images come here",
+    "version.py": "read by the build",
     "training/health/guard_process.py": "a script that imports nothing of the package",
 }
 # Each folder that has one calls its HTML page so.

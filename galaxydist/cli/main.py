@@ -12,11 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from galaxydist import __version__
 from galaxydist.cli import bench, cluster, completion, data, evaluate, jobs, recipes, train
 from galaxydist.cli.options import CommandParser
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
+from galaxydist.version import __version__
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell counts it
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
