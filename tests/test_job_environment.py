@@ -112,7 +112,7 @@ def test_settings_that_make_another_trainer_are_refused_by_name_and_value(name: 
 
 
 def test_all_that_accelerate_reads_is_known() -> None:
-    """After another version of Accelerate: is a new variable of its constructor one that only the recipe may set?"""
+    """If this fails after an update of Accelerate, decide whether a new variable of its constructor is the recipe's to set."""
     sources = [inspect.getsource(part) for part in (accelerate.accelerator, accelerate.state, TorchDynamoPlugin)]
     found = set(re.findall(r"(?:environ\.get|from_env)\(\s*\[?\"(\w+)\"", "".join(sources)))
     refused = job_environment._REFUSED_FLAGS.keys() | job_environment._REFUSED_VALUES.keys()

@@ -1,5 +1,7 @@
-"""A run that is continued ends bit for bit where the undisturbed one does: also where three or more processes add up gradients,
-which depends on DDP's buckets, and where there are now more or fewer cores."""
+"""A continued run ends bit for bit where the undisturbed one does.
+
+This includes three and more processes, where the order of additions depends on DDP's buckets, and another number of cores.
+"""
 
 import shutil
 from pathlib import Path

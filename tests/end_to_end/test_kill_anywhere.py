@@ -118,8 +118,11 @@ def test_killed_between_validation_and_save_and_at_the_changes_of_the_disk_in_it
 
 
 def turning_points(events: list[list[str]]) -> list[int]:
-    """Changes before which the folder tells a continued run different things: nothing is written; the tensors are; all is; the
-    new checkpoint has its name; the pointer has it too; the old checkpoint is removed in part."""
+    """Return the numbers of the changes before which a continued run finds different things in the folder.
+
+    They are: nothing is written; the tensors are; all is; the new checkpoint has its name; the pointer has it too; the old
+    checkpoint is removed in part.
+    """
     changes = [(name.removeprefix("galaxydist."), Path(paths[-1]).name) for name, *paths in events]
     described = changes.index(("write", "checkpoint.json"))
     renamed = next(number for number, (kind, name) in enumerate(changes) if kind == "rename" and name.startswith("step-"))

@@ -1,5 +1,7 @@
-"""The same run on any number of processes and micro-batches: the same galaxies, augmented alike, at the same rates; in double
-precision the same losses and weights."""
+"""The same run on any number of processes and micro-batches.
+
+Galaxies, augmentations and learning rates are equal; in double precision losses and weights are too.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

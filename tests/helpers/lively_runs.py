@@ -37,8 +37,10 @@ class Untested(BlobSurvey):
 
 
 def result(run_dir: Path) -> dict[str, Any]:
-    """All that a run leaves which does not depend on when it was stopped or how fast it was: bits of every tensor of its last and
-    best checkpoints, their progress, metrics.jsonl, its result."""
+    """Return all that a run leaves, but for what depends on when it was stopped or how fast it was.
+
+    These are the bits of every tensor of its last and best checkpoints, their progress, metrics.jsonl and its result.
+    """
     left: dict[str, Any] = {"metrics": (run_dir / "metrics.jsonl").read_text()}
     for which in ("latest", "best"):
         found = store.load(run_dir / "checkpoints", which)  # type: ignore[arg-type]

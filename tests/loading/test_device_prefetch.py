@@ -35,8 +35,10 @@ class LateEvent:
 
 
 class LateStream:
-    """Copies as late as it may, ``delay`` batches after the consumer was told that it can queue work on them; and from an
-    address, as a device does: that keeps nobody from using the memory for something else."""
+    """Copies as late as it may: ``delay`` batches after the consumer could queue work on them.
+
+    It copies from an address, as a device does, so nothing keeps the memory from being used for something else.
+    """
 
     def __init__(self, delay: int) -> None:
         self._delay = delay

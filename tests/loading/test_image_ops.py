@@ -41,7 +41,7 @@ def moved_pixels(images_BHWC: np.ndarray, right: int, down: int) -> ImageTransfo
     ],
 )
 def test_torch_and_opencv_agree(size: int, crop: float, config: dict[str, Any]) -> None:
-    """But for roundings that fall the other way. (OpenCV 4 places samples on 1/32 pixels.)"""
+    """They agree but for roundings that fall the other way; OpenCV 4 places samples on 1/32 pixels."""
     images, positions = random_images(24, 96), np.arange(24)
     augment = Augment(AugmentConfig(**config), 3, *PLAIN, size, crop=crop)
     changes = augment.changes(1, positions, 96)
@@ -115,8 +115,10 @@ def test_a_batch_that_is_kept_is_not_written_over() -> None:
 
 @given(pitch=st.floats(0.05, 60), width=st.integers(16, 2048))
 def test_blurs_add_the_spread_that_is_missing(pitch: float, width: int) -> None:
-    """Taps add up to 1 exactly, are symmetric, never negative and fall off to the sides; with halvings and the bilinear sample
-    they spread as far as the triangle that is aimed at, wherever the width allows it."""
+    """Taps add up to 1 exactly, are symmetric, never negative and fall off to the sides.
+
+    With halvings and the bilinear sample they spread as far as the triangle filter, wherever the width allows it.
+    """
     halvings, taps = antialias(np.array([pitch]), width)
     factor, weights = 2 ** int(halvings[0]), taps[0].astype(np.float64)
     assert width % factor == 0

@@ -140,8 +140,11 @@ class TinyNetwork(nn.Module):
 
 
 def planted(count: int, size: int = 24) -> tuple[Tensor, Tensor, list[int]]:
-    """Noise with a square in one quadrant whose channel, first or last, is the class, and one of the middle channel, which means
-    nothing, in the opposite quadrant. Images, classes, quadrants."""
+    """Return images, classes and quadrants of noise with two squares.
+
+    The channel of the square in the quadrant, first or last, is the class; a square of the middle channel in the opposite
+    quadrant means nothing.
+    """
     labels_B, chosen = torch.arange(count) % 2, (torch.arange(count) // 2 % 4).tolist()
     images_BCHW = 0.2 * torch.randn(count, 3, size, size)
     for image, label, quadrant in zip(images_BCHW, labels_B.tolist(), chosen, strict=True):

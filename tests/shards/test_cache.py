@@ -67,8 +67,10 @@ def hidden(cache: Path) -> list[Path]:
 
 
 def held_bytes(cache: Path) -> int:
-    """What the files take on the disk, parts of them too, at one instant: nothing new is begun while the lock is held, and what
-    gets its name meanwhile is counted once."""
+    """Return the bytes on the disk of all files and parts of files at one instant.
+
+    Nothing new is begun while the lock is held, and a file that gets its name meanwhile is counted once.
+    """
     sizes = {}
     with (cache / ".lock").open("r+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

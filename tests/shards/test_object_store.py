@@ -1,5 +1,7 @@
-"""Shards read from stores: real servers on loopback, plain GETs of known names, and every failure sorted into what passes and
-what the user must mend."""
+"""Shards read from stores: real servers on loopback, plain GETs of known names.
+
+Every failure is either tried again or given to the user to mend.
+"""
 
 import os
 import sys

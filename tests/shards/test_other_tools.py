@@ -57,9 +57,12 @@ def test_datasets_reads_every_galaxy_once(
 
 
 def read_dali_index(path: Path) -> list[list[tuple[str, int, int, str]]]:
-    """As DALI reads it, written from its documentation (fn.readers.webdataset, "The format of the index file") and from
-    what its reader asks of version 1.2: first the version and the number of samples; then a line a sample, with the extension,
-    offset and size of each component, and, since 1.2, its file's name. Fields are parted by white space."""
+    """Read an index as DALI does.
+
+    Written from its documentation (fn.readers.webdataset, "The format of the index file") and from its reader of version 1.2:
+    first the version and the number of samples; then a line a sample, with the extension, offset and size of each component,
+    and, since 1.2, its file's name. Fields are separated by white space.
+    """
     head, *lines = path.read_text("ascii").splitlines()
     version, count = re.fullmatch(r"(v\d+\.\d+) (\d+)", head).groups()  # type: ignore[union-attr]
     assert version == "v1.2" and int(count) == len(lines)

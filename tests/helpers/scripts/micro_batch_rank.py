@@ -1,5 +1,7 @@
-"""One rank of two whose memories differ, for the tests of micro-batches. Writes ``FOLDER/RANK.json``: what is found for each
-pair of limits, and the sizes that were tried."""
+"""One rank of two whose memories differ, for the tests of micro-batches.
+
+It writes ``FOLDER/RANK.json``: the micro-batch found for each pair of limits, and the sizes that were tried.
+"""
 
 import json
 import os

@@ -222,8 +222,10 @@ COMPARED = {
 
 
 def compare_with_ddp(folder: Path, size: str) -> None:
-    """Networks with batch normalisation, whose statistics each process has of its own; frozen backbones; half precision;
-    activations that are computed again."""
+    """Train networks with batch normalisation, frozen backbones, half precision, and activation checkpointing.
+
+    Each process has batch statistics of its own.
+    """
     from galaxydist.models.build import build_model
     from galaxydist.models.performance import checkpoint_activations
     from galaxydist.recipe.schema import ModelConfig
