@@ -1,7 +1,9 @@
 """The README and the pages of ``docs/``: short, true to the tree, without broken links, and with commands that run."""
 
+import argparse
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,26 @@ import yaml
 
 import galaxydist
 from galaxydist.cli.main import build_parser
+from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.resolve import load_recipe
 from tests.helpers.shell_blocks import Block, commands, read_blocks, run_pages
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+# Any option, and those of accelerate, torchrun, srun and timeout.
+OTHER_OPTIONS = {
+    "--flag",
+    "--multi_gpu",
+    "--multi",
+    "--num",
+    "--quiet",
+    "--nproc-per-node",
+    "--ntasks-per-node",
+    "--gpus-per-node",
+    "--preserve-status",
+    "--signal",
+}
 # Commands whose words are a recipe and its overrides.
 RECIPE_COMMANDS = ("train", "submit", "plan", "evaluate", "gallery", "launch.py")
 
@@ -63,6 +79,28 @@ def test_commands_of_the_pages_parse(page: Path) -> None:
         command = words[0] if name == "galaxydist" else name
         if command in RECIPE_COMMANDS and any(word.startswith("recipe=") for word in words):
             load_recipe([word for word in words if "=" in word and not word.startswith(("cluster", "--"))])
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+def test_keys_and_options_of_the_pages_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    keys = {
+        key
+        for key in re.findall(r"\b(\w+\.\w+)=", text) + re.findall(r"`(\w+\.\w+)`", text)
+        if key.split(".")[0] in RECIPE.sections
+    }
+    assert keys <= set(RECIPE.fields)
+    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - OTHER_OPTIONS
+    assert options <= set(all_options(build_parser()))
+
+
+def all_options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Yield the options of a parser and of its sub-commands."""
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from all_options(inner)
 
 
 def test_commands_are_found_in_a_block() -> None:
