@@ -145,7 +145,7 @@ def test_explore(tmp_path: Path, kernel: AsyncKernelManager) -> None:
     assert set(shown) == {"counts", "examples", "redshift", "batch"}
     assert "150 of 150 looked at" in printed(outputs["look"]) and "text/html" in outputs["page"][0].data
     assert "'pairs_across_splits': 0" in printed(outputs["overlaps"])
-    assert "same galaxies: True" in printed(outputs["processes"])
+    assert "same galaxies: True" in printed(outputs["steps"])
     named = named_files("explore")
     assert named == {"explore.html", "survey.json", "gallery.jpg", "counts.png", "manifest.json"}
     assert all(list((folder / "output" / "explore").rglob(file)) for file in named)
