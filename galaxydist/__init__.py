@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 from galaxydist.version import __version__
 
 if TYPE_CHECKING:
-    from galaxydist.api import evaluate, open_shards, train, write_shards
+    from galaxydist.api import evaluate, open_shards, simulate_survey, train, write_shards
     from galaxydist.loading.loader import EvalLoader, TrainLoader
     from galaxydist.models.build import build_model
     from galaxydist.recipe.resolve import load_recipe
-    from galaxydist.surveys.simulate.survey import simulate_survey
 
 __all__ = [
     "EvalLoader",
@@ -35,7 +34,7 @@ _MODULES = {
     "evaluate": "galaxydist.api",
     "load_recipe": "galaxydist.recipe.resolve",
     "open_shards": "galaxydist.api",
-    "simulate_survey": "galaxydist.surveys.simulate.survey",
+    "simulate_survey": "galaxydist.api",
     "train": "galaxydist.api",
     "write_shards": "galaxydist.api",
 }

@@ -6,7 +6,7 @@
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import EXIT_STOPPED
@@ -14,9 +14,36 @@ from galaxydist.paths import cache_dir as default_cache_dir
 from galaxydist.paths import data_root
 
 if TYPE_CHECKING:
-    from galaxydist.evaluation.inference import Views
     from galaxydist.recipe.resolve import ResolvedRecipe
     from galaxydist.shards.manifest import Manifest
+
+
+def simulate_survey(
+    path: str | Path, num_galaxies: int, seed: int = 0, *, balanced: bool = False, workers: int | None = None
+) -> Path:
+    """Write a simulated survey, an HDF5 file in Galaxy10's schema: 256 x 256 pixels, positions, redshifts, ten classes.
+
+    The same number, seed and ``balanced`` give the same bytes with any number of workers.
+
+    Args:
+        path: the file to write or replace; it appears only once it is complete.
+        num_galaxies: at least 1.
+        seed: 0 to 2^63 - 1.
+        balanced: an equal number of galaxies of each class instead of Galaxy10's proportions.
+        workers: number of processes; None: one for each core that this process may use.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: the number of galaxies or the seed is out of range, or the disk is full.
+    """
+    from galaxydist.surveys.simulate.survey import simulate_survey as simulate
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    simulate(path, num_galaxies, seed, workers, balanced)
+    return path
 
 
 def write_shards(
@@ -105,7 +132,7 @@ def train(recipe: "ResolvedRecipe") -> Path:
 
 
 def evaluate(
-    run: str | Path, split: str = "test", *, manifest: str | Path | None = None, tta: "Views | None" = None
+    run: str | Path, split: str = "test", *, manifest: str | Path | None = None, tta: Literal["none", "d4"] | None = None
 ) -> dict[str, Any]:
     """Evaluate a run on a split, counting every galaxy once, and write predictions, metrics and figures into its folder.
 
