@@ -416,11 +416,11 @@ def _add_explore(commands: Commands) -> None:
 
 def run_explore(arguments: argparse.Namespace) -> None:
     """Explore the data set, and print its counts and the path of the page."""
-    from galaxydist import __version__
     from galaxydist.explore.datasets import open_population
     from galaxydist.explore.page import PAGE, explore
     from galaxydist.paths import cache_dir, folder_name
     from galaxydist.shards.remote.cache import CacheConfig
+    from galaxydist.version import __version__
 
     root = chosen_root(arguments)
     population = open_population(_location(arguments, root), arguments.variant, CacheConfig(cache_dir(root)), arguments.classes)

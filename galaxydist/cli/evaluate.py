@@ -58,9 +58,9 @@ def add_report(commands: Commands) -> None:
 
 def run_report(arguments: argparse.Namespace) -> None:
     """Write the report, and print a summary."""
-    from galaxydist import __version__
     from galaxydist.report.collect import collect
     from galaxydist.report.page import write_report
+    from galaxydist.version import __version__
 
     page: Path = arguments.page
     if page.is_dir():

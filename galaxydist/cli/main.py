@@ -14,13 +14,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
 
-from galaxydist import __version__
 from galaxydist.atomic_files import NO_SPACE
 from galaxydist.cli import bench, cluster, data, evaluate, jobs, recipes, train
 from galaxydist.cli.options import CommandParser, Commands, HelpFormatter, add_command
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 from galaxydist.log import set_up_logging
+from galaxydist.version import __version__
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 # A read-only file system, a file in place of a folder, or a folder in place of a file.

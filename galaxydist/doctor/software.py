@@ -186,7 +186,7 @@ def check_matmul(device: str) -> Check:
 
 def library_versions() -> dict[str, str]:
     """Return the versions that must be equal on all ranks: interpreter, libraries, CUDA, NCCL."""
-    from galaxydist import __version__
+    from galaxydist.version import __version__
 
     try:
         requirements = importlib.metadata.requires(PACKAGE) or []

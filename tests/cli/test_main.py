@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from galaxydist import __version__
 from galaxydist.cli import main as cli
+from galaxydist.version import __version__
 
 PROGRAM = [sys.executable, "-m", "galaxydist"]
 HEAVY = [
