@@ -50,7 +50,7 @@ def test_a_dry_run_shows_the_trials_and_writes_nothing(sweep: Path, tmp_path: Pa
 
 
 @pytest.mark.slurm
-@pytest.mark.usefixtures("slurm_bed")
+@pytest.mark.usefixtures("mini_cluster")
 def test_the_batch_script_of_a_slurm_cluster(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ("partition=low", "nodes=1", "tasks_per_node=1", "cpus_per_task=1", "memory=1", "parallel=1")
     assert main(["sweep", str(sweep), "cluster=cpu", *(f"cluster.{word}" for word in small), "--dry-run"]) == 0
