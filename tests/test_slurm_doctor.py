@@ -56,13 +56,13 @@ def job_of(said: str) -> str:
 def test_two_healthy_nodes(mini_cluster: MiniCluster, tmp_path: Path) -> None:
     code, checks, said = examine(mini_cluster, tmp_path)
     assert code == 0, (checks, said)
-    assert checks["ranks"]["text"] == "2 on n1, n2: all came to the end"
+    assert checks["ranks"]["text"] == "2 on n1, n2: all finished"
     assert checks["signal"]["level"] == "ok" and "SIGUSR2 from SLURM reached all ranks" in checks["signal"]["text"]
     # The mini cluster's settings: a grace of 15 s and preempt_send_user_signal.
     assert checks["preemption"]["level"] == "ok"
     assert checks["preemption"]["text"] == "partition low: SLURM sends SIGUSR2 15 s before it ends and requeues the job"
     assert "n1" in checks["interface"]["text"] and "n2" in checks["interface"]["text"]
-    assert "asked for 1" in checks["cores a rank"]["text"]
+    assert "requested 1" in checks["cores a rank"]["text"]
     for name in ("versions", "rendezvous", "clocks", "shared files", "all-reduce, gloo", "flock there"):
         assert checks[name]["level"] == "ok", checks[name]
     wait_state(mini_cluster, job_of(said), "COMPLETED")
@@ -130,5 +130,5 @@ def test_a_folder_that_one_node_does_not_see(mini_cluster: MiniCluster, tmp_path
     finally:
         subprocess.run([*within, "umount", str(runs)], check=True)
     failed = " ".join(check.text + check.remedy for check in found if check.level == "failure")
-    assert "ranks 1 wrote nothing" in failed and "file system that all nodes share" in failed
+    assert "ranks 1 wrote no report" in failed and "file system that all nodes share" in failed
     wait_for(lambda: not processes_left(mini_cluster))

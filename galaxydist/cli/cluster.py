@@ -122,7 +122,7 @@ def add_doctor(commands: Commands) -> None:
         "doctor",
         help="is this machine, or a cluster, ready",
         description="Look at this machine and, with a cluster, at its nodes from within a short job: software, GPUs, cores, "
-        "memory, folders, network, rendezvous, all-reduce, shared files, clocks, signals. Each line is ok, warning or failure "
+        "folders, network, rendezvous, all-reduce, shared files, clocks, signals. Each line is ok, warning or failure "
         "with its remedy.",
         epilog=DOCTOR_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -160,14 +160,11 @@ def run_doctor(arguments: argparse.Namespace) -> None:
     from galaxydist.doctor.check import has_failed, render, to_dicts
     from galaxydist.doctor.job import doctor_cluster
     from galaxydist.doctor.machine import CheckTarget, check_machine
-    from galaxydist.doctor.network import check_slurm
     from galaxydist.paths import data_root
 
-    needs_slurm = cluster is not None and cluster.scheduler == "slurm"
-    place = CheckTarget(data_root=data_root(arguments.data_dir, os.environ), runs=arguments.run_root)
-    slurm = check_slurm(is_needed=needs_slurm)
-    sections = {"this machine": [*check_machine(place, os.environ), slurm]}
-    if cluster is not None and not (needs_slurm and slurm.level == "failure"):
+    target = CheckTarget(data_root=data_root(arguments.data_dir, os.environ), runs=arguments.run_root)
+    sections = {"this machine": check_machine(target, os.environ)}
+    if cluster is not None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _interrupt)
         sections[f"cluster={cluster.name}"] = doctor_cluster(

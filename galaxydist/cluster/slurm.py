@@ -70,7 +70,7 @@ def is_unavailable(words: str) -> bool:
     return _AWAY.search(words) is not None
 
 
-def last_words(done: subprocess.CompletedProcess[str]) -> str:
+def last_message(done: subprocess.CompletedProcess[str]) -> str:
     """Return the last line of stderr, or the exit code if stderr is empty."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     return lines[-1] if lines else f"exit code {done.returncode}"
@@ -173,7 +173,7 @@ def cancel_jobs(job_ids: Iterable[str]) -> dict[str, str]:
     done = run_slurm(["scancel", "--verbose", *ids])  # without --verbose it does not report unknown ids
     refused = {job_id: words for job_id, words in _CANCEL_REFUSAL.findall(done.stderr) if job_id in ids}
     if done.returncode != 0 and not refused:
-        raise SlurmUnavailableError(f"scancel failed: {last_words(done)}")
+        raise SlurmUnavailableError(f"scancel failed: {last_message(done)}")
     return refused
 
 
@@ -188,7 +188,7 @@ def max_array_size() -> int:
     done = run_slurm(["scontrol", "show", "config"])
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
     if match is None:
-        raise SlurmUnavailableError(f"scontrol does not tell MaxArraySize: {last_words(done)}")
+        raise SlurmUnavailableError(f"scontrol does not tell MaxArraySize: {last_message(done)}")
     # 0: no arrays; an array of one is sent as a job. Some sites limit the tasks but not the indices.
     limits = [int(match[1]), *(int(found) for found in re.findall(r"max_array_tasks=(\d+)", done.stdout))]
     return max(1, min(limits))
@@ -272,7 +272,7 @@ def _ask_squeue(job_ids: Sequence[str]) -> str:
     )
     if done.returncode == 0 or _NO_SUCH_JOB in done.stderr:
         return done.stdout
-    raise SlurmUnavailableError(f"SLURM could not be asked. squeue: {last_words(done)}")
+    raise SlurmUnavailableError(f"SLURM could not be asked. squeue: {last_message(done)}")
 
 
 def _ask_sacct(job_ids: Sequence[str]) -> dict[str, JobState]:
@@ -289,7 +289,7 @@ def _ask_sacct(job_ids: Sequence[str]) -> dict[str, JobState]:
             elif "accounting storage is disabled" in done.stderr.lower():
                 reason = "SLURM keeps no accounting here: what has ended is known from the run folder alone"
             else:
-                reason = f"accounting could not be asked: {last_words(done)}"
+                reason = f"accounting could not be asked: {last_message(done)}"
         except SlurmUnavailableError as error:
             reason = f"accounting could not be asked: {error}"
     return {job_id: _find_ended(job_id, states) or JobState(UNKNOWN, reason) for job_id in job_ids}
