@@ -62,7 +62,7 @@ def real_sample(real_data: Path) -> Path:
 def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The manifest of a small data set of drawn blobs, in three classes."""
     from galaxydist.shards.writer.writer import write_shards
-    from tests.blobs import BlobSurvey
+    from tests.helpers.blobs import BlobSurvey
 
     return write_shards(BlobSurvey(), tmp_path_factory.mktemp("blobs") / "shards", encoding="png", shard_size=16, workers=1).path
 
@@ -85,7 +85,7 @@ def started_cluster(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[MiniC
 @pytest.fixture
 def mini_cluster(started_cluster: "MiniCluster", monkeypatch: pytest.MonkeyPatch) -> "Iterator[MiniCluster]":
     """The real SLURM for one test; jobs that it leaves are cancelled, and daemons that it kills are started again."""
-    from tests.slurm_bed import tidy
+    from tests.helpers.slurm_bed import tidy
 
     environ = started_cluster.environ()
     for name in set(os.environ) - set(environ):
