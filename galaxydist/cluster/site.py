@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from galaxydist.cluster.profile import MIN_SIGNAL_S
-from galaxydist.cluster.slurm import SlurmUnavailableError, run_slurm
+from galaxydist.cluster.slurm import SlurmUnavailableError, parse_duration, run_slurm
 from galaxydist.errors import UserError
 
 UNTYPED = ""
@@ -316,7 +316,7 @@ def _parse_partition(line: str, settings: Mapping[str, str]) -> Partition | None
         default=values.get("Default") == "YES",
         hidden=values.get("Hidden") == "YES",
         state=values.get("State", "UP"),
-        max_time_s=read_slurm_time_s(values.get("MaxTime", "")),
+        max_time_s=parse_duration(values.get("MaxTime", "")),
         min_nodes=_limit(values.get("MinNodes")) or 0,
         max_nodes=_limit(values.get("MaxNodes")),
         max_cpus_per_node=_limit(values.get("MaxCPUsPerNode")),
@@ -355,21 +355,12 @@ def _parse_one_qos(row: Sequence[str]) -> Qos:
     grace, mode, preempts = row[3:6] if len(row) >= 6 else ("", "", "")
     return Qos(
         row[0],
-        read_slurm_time_s(row[1]),
+        parse_duration(row[1]),
         _names(row[2]) or (),
-        grace_s=read_slurm_time_s(grace),
+        grace_s=parse_duration(grace),
         preempt_mode=None if mode.lower() in ("", "cluster", "off") else mode.upper(),
         preempts=_names(preempts) or (),
     )
-
-
-def read_slurm_time_s(text: str) -> int | None:
-    """Return the seconds of a time printed by SLURM (``2-00:00:00``, ``00:30:00``, ``30:00``); None for UNLIMITED and others."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if match is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return days * 86_400 + hours * 3600 + minutes * 60 + seconds
 
 
 def _leading(text: str) -> int:

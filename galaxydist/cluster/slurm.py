@@ -250,13 +250,13 @@ def expand_ids(text: str) -> list[str]:
     return found
 
 
-def parse_duration(text: str) -> float | None:
+def parse_duration(text: str) -> int | None:
     """Return the seconds of ``D-HH:MM:SS``, ``HH:MM:SS`` or ``MM:SS``; None for text such as UNLIMITED."""
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if match is None:
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _find(job_id: str, states: Mapping[str, JobState]) -> JobState | None:

@@ -5,8 +5,6 @@ It imports no torch: batch scripts use it to resubmit their runs.
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
 import os
 import secrets
@@ -16,12 +14,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
 
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 from submitit.core.utils import FailedSubmissionError
 
 from galaxydist.atomic_files import read_json, write_json
@@ -85,45 +84,23 @@ class RequestFile:
     def write(self) -> None:
         """Write the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        plain = {
-            "format": FORMAT_VERSION,
-            "requests": [_plain(asdict(request)) for request in self.requests],
-            "cluster": self.cluster.model_dump(mode="json"),
-            "cluster_arguments": list(self.cluster_arguments),
-            "code": str(self.code),
-            "folder": str(self.folder),
-            "name": self.name,
-        }
-        write_json(self.path, plain)
+        content = TypeAdapter(RequestFile).dump_python(self, mode="json", exclude={"path"})
+        write_json(self.path, {"format": FORMAT_VERSION, **content})
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path) -> "RequestFile":
         """Read the file.
 
         Raises:
             UserError: the file does not exist, or was written by another galaxydist version.
         """
         if not path.exists():
-            raise UserError(f"{path} is not there: is the folder of the runs on a file system that all nodes share?")
-        plain = read_json(path)
-        if not isinstance(plain, dict) or plain.get("format") != FORMAT_VERSION:
+            raise UserError(f"{path} does not exist: is the folder of the runs on a file system that all nodes share?")
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
             raise UserError(f"{path} is not a submission of format {FORMAT_VERSION}. Submit the run again.")
-        return cls(
-            path=path,
-            requests=tuple(
-                JobRequest(tuple(item["arguments"]), Path(item["run_dir"]), Path(item["recipe_path"]), item["recipe_name"])
-                for item in plain["requests"]
-            ),
-            cluster=ClusterConfig.model_validate_json(json.dumps(plain["cluster"])),  # strict: paths and tuples from JSON only
-            cluster_arguments=tuple(plain["cluster_arguments"]),
-            code=Path(plain["code"]),
-            folder=Path(plain["folder"]),
-            name=plain["name"],
-        )
-
-
-def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: str(item) if isinstance(item, Path) else item for key, item in value.items()}
+        # From JSON text, because the profile is strict: it takes paths and tuples from JSON only.
+        return TypeAdapter(RequestFile).validate_json(json.dumps({**content, "path": str(path)}))
 
 
 # Submission guards: a lock, deferred signals, and an environment without variables of a job.
@@ -155,22 +132,20 @@ def submission_lock(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
         UserError: another command has held the lock for ``wait_s`` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + wait_s
-    with (folder / LOCK_NAME).open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    break
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"Another command has been submitting runs of {folder} for {wait_s:.0f} s. Wait until it has ended, or "
-                        "end it, and give the command again."
-                    ) from None
-            time.sleep(POLL_S)
+    lock = FileLock(folder / LOCK_NAME, timeout=wait_s, poll_interval=POLL_S)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"Another command has been submitting runs of {folder} for {wait_s:.0f} s. Wait until it has ended, or end it, and "
+            "run the command again."
+        ) from None
+    except (OSError, NotImplementedError):
+        pass  # no locks on this file system
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def adopt_settings(cluster: ClusterConfig, environ: Mapping[str, str]) -> ClusterConfig:

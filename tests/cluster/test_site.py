@@ -26,8 +26,8 @@ from galaxydist.cluster.site import (
     find_preemption,
     parse_gpus,
     parse_site,
-    read_slurm_time_s,
 )
+from galaxydist.cluster.slurm import parse_duration
 from galaxydist.errors import UserError
 
 RECORDS = Path(__file__).parents[1] / "data" / "slurm_records"
@@ -122,7 +122,7 @@ def test_equal_nodes_are_one_group_and_lines_that_say_nothing_are_left_out() -> 
 
 @given(st.integers(1, 400 * 86_400))
 def test_times_go_round_as_slurm_prints_them(seconds: int) -> None:
-    assert read_slurm_time_s(time_text(seconds)) == seconds
+    assert parse_duration(time_text(seconds)) == seconds
 
 
 @given(st.dictionaries(st.sampled_from(sorted(COMMANDS)), st.text(max_size=200)))
