@@ -14,7 +14,7 @@ from galaxydist.cluster.slurm import SlurmUnavailableError, parse_duration, run_
 from galaxydist.errors import UserError
 
 UNTYPED = ""
-TAKES_NO_JOBS = ("DRAIN", "INACTIVE")  # states of a partition that accepts no jobs
+CLOSED_STATES = ("DRAIN", "INACTIVE")  # states of a partition that accepts no jobs
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,11 @@ class Site:
     def default_partition(self) -> Partition | None:
         return next((partition for partition in self.partitions.values() if partition.default), None)
 
-    def enforces(self, what: str) -> bool:
+    def enforces(self, limit: str) -> bool:
         """Return True if SLURM enforces ``associations``, ``limits`` or ``qos`` (the last two include the first)."""
         enforced = set(self.settings.get("AccountingStorageEnforce", "").lower().split(","))
         implied = {"associations": {"limits", "qos", "safe", "wckeys", "all"}, "limits": {"safe", "all"}, "qos": {"all"}}
-        return what in enforced or not enforced.isdisjoint(implied[what])
+        return limit in enforced or not enforced.isdisjoint(implied[limit])
 
     @property
     def may_use_all(self) -> bool:
@@ -217,7 +217,7 @@ def read_site() -> Site:
     outputs: dict[str, str] = {}
     for name, command in COMMANDS.items():
         try:
-            outputs[name] = _ask([part.format(user=user) for part in command])
+            outputs[name] = _run([part.format(user=user) for part in command])
         except SiteUnknownError:
             if name not in OPTIONAL:
                 raise
@@ -239,7 +239,7 @@ def _groups(user: str) -> tuple[str, ...] | None:
         return None
 
 
-def _ask(command: Sequence[str]) -> str:
+def _run(command: Sequence[str]) -> str:
     program = command[0]
     if shutil.which(program) is None:
         raise SiteUnknownError(
@@ -251,8 +251,8 @@ def _ask(command: Sequence[str]) -> str:
     except SlurmUnavailableError as error:
         raise SiteUnknownError(str(error)) from error
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
-        raise SiteUnknownError(f"SLURM does not answer: `{program}` said: {said}. See `scontrol ping`, and try again later.")
+        message = " ".join((done.stderr or done.stdout).split())
+        raise SiteUnknownError(f"SLURM does not answer: `{program}` failed: {message}. See `scontrol ping`, and try again later.")
     return done.stdout
 
 
@@ -381,12 +381,12 @@ def _names(text: str) -> tuple[str, ...] | None:
 # Preemption: see slurm.conf(5), PreemptType, PreemptMode, GraceTime, preempt_send_user_signal; sacctmgr(1) for qos.
 
 # Bounds the loss if a preemption's signal is missing or too late.
-SAVE_REMEDY = "set train.save_minutes=10 in the recipe: at most so much is lost"
+SAVE_REMEDY = "set train.save_minutes=10 in the recipe: then at most 10 minutes are lost"
 
 
 @dataclass(frozen=True)
 class Preemption:
-    """How jobs of a partition are preempted.
+    """Preemption of the jobs of a partition.
 
     Attributes:
         kind: the cluster's PreemptType: ``partition_prio`` or ``qos``.

@@ -121,7 +121,7 @@ def test_init_makes_the_folder_and_serves_a_site_without_accounting(tmp_path: Pa
             {"without": "scontrol"},
             "There is no SLURM on this machine (scontrol is not on the PATH). Give the command on a login node",
         ),
-        ({"failing": "sinfo"}, "`sinfo` said: slurm_load_partitions: Unable to contact slurm controller"),
+        ({"failing": "sinfo"}, "`sinfo` failed: slurm_load_partitions: Unable to contact slurm controller"),
     ],
 )
 def test_init_without_slurm_says_so_and_writes_nothing(

@@ -93,7 +93,7 @@ def test_an_account_that_is_none_of_the_users(
     cluster = ["cluster=cpu", "cluster.tasks_per_node=1", "cluster.cpus_per_task=1", "cluster.memory=1"]
     words = ["submit", *quick_settings(blobs, tmp_path / "run"), *cluster, "cluster.account=nosuch"]
     assert main(words) == 2
-    assert "cluster.account=nosuch: it is none of yours there; you have root" in capsys.readouterr().err
+    assert "cluster.account=nosuch: it is not one of your accounts there; you have root" in capsys.readouterr().err
     # A site that keeps its accounts to itself: sbatch has the word.
     (tmp_path / "sacctmgr").write_text("#!/bin/sh\necho 'Access/permission denied' >&2\nexit 1\n")
     (tmp_path / "sacctmgr").chmod(0o755)
