@@ -105,8 +105,8 @@ def run_status(arguments: argparse.Namespace) -> None:
     if arguments.json:
         overview = read_overview(folders)
         print(json.dumps([status.to_dict() for status in overview.runs], indent=2))
-        if overview.trouble:
-            print(f"galaxydist: {overview.trouble}", file=sys.stderr)
+        if overview.slurm_error:
+            print(f"galaxydist: {overview.slurm_error}", file=sys.stderr)
         return
     console = _console()
     if arguments.watch is None:

@@ -9,13 +9,12 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator
+import types
+import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
 
 from galaxydist.atomic_files import explain_full_disk, fsync_file
 from galaxydist.errors import UserError
@@ -201,26 +200,45 @@ def _read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
         if line.endswith(_TORN):
             continue
         try:
-            yield parse_record(kind, line)
-        except ValidationError as error:
-            first = error.errors()[0]
+            yield from_plain(kind, json.loads(line))
+        except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}, line {number} is damaged ({'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}): "
-                f"{line[:_SHOWN].decode(errors='replace')!r}. "
+                f"{path}, line {number} is damaged ({error}): {line[:_SHOWN].decode(errors='replace')!r}. "
                 "It was edited, or written by another version of galaxydist: restore or remove that line."
             ) from error
 
 
-def parse_record(kind: type[Record], line: bytes) -> Record:
-    """Parse a line; unknown keys are ignored, because a job's snapshot may be older than the command that wrote the line.
+def from_plain(kind: type[Record], content: Any) -> Record:
+    """Build a record from JSON values.
 
     Raises:
-        ValidationError: it is not JSON, a key is missing, or a value has the wrong type.
+        ValueError: a key is missing, or a value has the wrong type; the message names the key.
     """
-    record: Record = _adapter(kind).validate_json(line, strict=True)
-    return record
+    if not isinstance(content, Mapping):
+        raise ValueError("not an object")
+    hints = typing.get_type_hints(kind)
+    needed = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+    if missing := sorted(needed - set(content)):
+        raise ValueError(f"{', '.join(missing)} is missing")
+    # Unknown keys are ignored: a job's snapshot may be older than the command that wrote the line.
+    return kind(**{name: _checked(name, hints[name], value) for name, value in content.items() if name in hints})
 
 
-@cache
-def _adapter(kind: type[Record]) -> TypeAdapter[Record]:
-    return TypeAdapter(kind)
+def _checked(name: str, hint: Any, value: Any) -> Any:
+    """Convert a JSON value to a field's type."""
+    origin = typing.get_origin(hint)
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    if origin is Literal and value in typing.get_args(hint):
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if origin is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    raise ValueError(f"{name}={value!r} is not {getattr(hint, '__name__', hint)}")

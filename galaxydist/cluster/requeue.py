@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 
 from galaxydist.cluster.records import Decision, JobFiles, RestartRecord
 from galaxydist.cluster.slurm import SlurmUnavailableError, check_controller, is_unavailable, run_slurm
-from galaxydist.cluster.srun_messages import TOLD_TO_END, find_death, find_remedy, read_own_words
+from galaxydist.cluster.srun_messages import TOLD_TO_END, find_death, find_remedy, read_own_stderr
 from galaxydist.cluster.submit import RequestFile
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from galaxydist.job_environment import job_of, restart_of, start_of
@@ -98,14 +98,14 @@ def decide(
     """
     if ending.is_finished:
         return "finished", "the run is finished" + (f", but {ending.error}" if ending.error else "")
-    if reason := _never_again(ending, history, policy, max_requeues):
+    if reason := _stop_reason(ending, history, policy, max_requeues):
         return "stop", reason
-    return ("requeue" if policy == "auto" else "resubmit"), _why(ending)
+    return ("requeue" if policy == "auto" else "resubmit"), _reason(ending)
 
 
-def _why(ending: Ending) -> str:
+def _reason(ending: Ending) -> str:
     saved = "" if ending.saved is None else f"; step {ending.saved} is saved"
-    return ending.error or f"{ending.ended_by_slurm or 'it was told to stop'}{saved}"
+    return ending.error or f"{ending.ended_by_slurm or 'it was stopped by a signal'}{saved}"
 
 
 def reason_for_good(ending: Ending, history: Sequence[RestartRecord]) -> str:
@@ -117,18 +117,18 @@ def reason_for_good(ending: Ending, history: Sequence[RestartRecord]) -> str:
     return ""
 
 
-def _never_again(ending: Ending, history: Sequence[RestartRecord], policy: str, max_requeues: int) -> str:
+def _stop_reason(ending: Ending, history: Sequence[RestartRecord], policy: str, max_requeues: int) -> str:
     """Explain why the run is not restarted automatically; empty if it is."""
     if reason := reason_for_good(ending, history):
         return reason
     if policy == "never":
-        return f"{_why(ending)}; cluster.requeue=never"
+        return f"{_reason(ending)}; cluster.requeue=never"
     idle = _count_idle(ending, history)
     if idle > max_requeues:
         # ">", because the first idle start is not a repetition.
         return (
-            f"{_why(ending)}; {idle} starts in a row saved no new step, and cluster.max_requeues={max_requeues}. If they ended "
-            "by their time limit, make cluster.time longer; the same galaxydist submit goes on"
+            f"{_reason(ending)}; {idle} consecutive starts saved no new step, and cluster.max_requeues={max_requeues}. If they "
+            "reached their time limit, raise cluster.time; the same galaxydist submit continues the run"
         )
     return ""
 
@@ -148,9 +148,9 @@ def _is_same_crash(ending: Ending, before: RestartRecord) -> bool:
     return (before.error, before.step) == (ending.error, ending.crash_step)
 
 
-LEAVING = "SLURM is ending the job itself"
-QUEUED_BY_SLURM = "SLURM has queued the job again itself"
-# Pauses between attempts while slurmctld does not answer: five minutes in total.
+LEAVING = "SLURM itself is ending the job"
+QUEUED_BY_SLURM = "SLURM itself has requeued the job"
+# Pauses between attempts while slurmctld does not answer, in total five minutes.
 PAUSES_S = (5.0, 10.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
 # Largest difference of a job's PreemptTime and EndTime if the preemption ended it.
 _SAME_MOMENT = timedelta(seconds=2)
@@ -207,7 +207,7 @@ class StartedRun:
         own = (self.job_id, self.restart)
         return [record for record in self.files.restarts() if record.time >= first and (record.job_id, record.restart) != own]
 
-    def note(self, ending: Ending, decision: Decision, reason: str) -> None:
+    def write_record(self, ending: Ending, decision: Decision, reason: str) -> None:
         """Record and print the decision."""
         record = RestartRecord(
             job_id=self.job_id,
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def _after_sigterm(start: StartedRun) -> None:
     """Requeue or resubmit at once if SLURM ends the job without requeueing it: ranks may have no time to save."""
-    cause = _why_slurm_ends(start)
+    cause = _find_slurm_cause(start)
     if cause:
         ending = _read_ending(start, 0, cause)
         _decide_and_act(start, ending, may_act=True)
@@ -257,10 +257,10 @@ def _after_sigterm(start: StartedRun) -> None:
 
 def _act(start: StartedRun, ending: Ending) -> None:
     """Decide about the run after srun has ended, unless SLURM has requeued the job."""
-    state = _ask_job(start.job_id)
+    state = _read_job(start.job_id)
     is_leaving = bool(state) and "RUNNING" not in state.get("JobState", "")
     if is_leaving and not ending.is_finished and _is_queued_again(state, start.restart):
-        start.note(ending, "requeue", f"{QUEUED_BY_SLURM}{f': {ending.error}' if ending.error else ''}")
+        start.write_record(ending, "requeue", f"{QUEUED_BY_SLURM}{f': {ending.error}' if ending.error else ''}")
     else:
         _decide_and_act(start, ending, may_act=not is_leaving)
 
@@ -270,10 +270,10 @@ def _decide_and_act(start: StartedRun, ending: Ending, *, may_act: bool) -> None
     decision, reason = decide(ending, start.history(), policy=cluster.requeue, max_requeues=cluster.max_requeues)
     if decision in ("requeue", "resubmit") and not may_act:
         decision, reason = "stop", LEAVING
-    start.note(ending, decision, reason)
+    start.write_record(ending, decision, reason)
     if decision == "requeue" and (refusal := requeue_patiently(start.job_id, ends_anyway=bool(ending.ended_by_slurm))):
         decision, reason = ("stop", LEAVING) if refusal == LEAVING else ("resubmit", f"SLURM does not requeue it ({refusal})")
-        start.note(ending, decision, reason)
+        start.write_record(ending, decision, reason)
     if decision == "resubmit":
         _resubmit(start, ending)
 
@@ -281,7 +281,7 @@ def _decide_and_act(start: StartedRun, ending: Ending, *, may_act: bool) -> None
 def _read_ending(start: StartedRun, exit_code: int, ended_by_slurm: str = "") -> Ending:
     folder = start.folder
     saved = _newest_checkpoint(folder)
-    words = read_own_words()
+    stderr = read_own_stderr()
     logged = [int(line["step"]) for line in folder.metrics.read()[-1:]]
     step = max([*logged, *([] if saved is None else [saved])], default=None)
     return Ending(
@@ -290,7 +290,7 @@ def _read_ending(start: StartedRun, exit_code: int, ended_by_slurm: str = "") ->
         _own_failure(folder, start.environ),
         step,
         saved,
-        "" if ended_by_slurm else find_death(words) or find_remedy(words),
+        "" if ended_by_slurm else find_death(stderr) or find_remedy(stderr),
         ended_by_slurm,
     )
 
@@ -321,15 +321,15 @@ def _own_failure(folder: RunFolder, environ: Mapping[str, str]) -> dict[str, Any
     return failure if failure is not None and failure.get("start") == start_of(environ) else None
 
 
-def _ask_job(job_id: str) -> dict[str, str]:
-    """Return slurmctld's fields of a job; none if it does not answer."""
+def _read_job(job_id: str) -> dict[str, str]:
+    """Return slurmctld's fields of a job; empty if it does not answer."""
     try:
         check_controller()
         answer = run_slurm(["scontrol", "--oneliner", "show", "job", job_id])
     except SlurmUnavailableError:
         return {}
-    words = [word.partition("=") for word in answer.stdout.split()] if answer.returncode == 0 else []
-    return {key: value for key, equals, value in words if equals}
+    fields = [word.partition("=") for word in answer.stdout.split()] if answer.returncode == 0 else []
+    return {key: value for key, equals, value in fields if equals}
 
 
 def _is_queued_again(state: Mapping[str, str], restart: int) -> bool:
@@ -337,13 +337,13 @@ def _is_queued_again(state: Mapping[str, str], restart: int) -> bool:
     return state.get("Restarts", "0").isdecimal() and int(state.get("Restarts", "0")) > restart
 
 
-def _why_slurm_ends(start: StartedRun) -> str:
+def _find_slurm_cause(start: StartedRun) -> str:
     """Explain why SLURM ends the job without requeueing it; empty if it does not, or after scancel."""
-    state = _ask_job(start.job_id)
+    state = _read_job(start.job_id)
     if not state or "RUNNING" in state.get("JobState", "") or _is_queued_again(state, start.restart):
         return ""
     if state.get("Reason") == "TimeLimit":
-        return "the time limit came before everything was saved"
+        return "the time limit was reached before everything was saved"
     try:
         preempted, ended = (datetime.fromisoformat(state[key]) for key in ("PreemptTime", "EndTime"))
     except (KeyError, ValueError):
@@ -354,7 +354,7 @@ def _why_slurm_ends(start: StartedRun) -> str:
 
 def _is_leaving(job_id: str) -> bool:
     """Return True if SLURM is already ending the job (cancelled or being requeued)."""
-    state = _ask_job(job_id)
+    state = _read_job(job_id)
     return bool(state) and "RUNNING" not in state.get("JobState", "")
 
 
@@ -372,12 +372,12 @@ def requeue_patiently(job_id: str, pauses_s: Sequence[float] = PAUSES_S, *, ends
     for number, pause_s in enumerate((*pauses_s, 0.0)):
         if number and not ends_anyway and _is_leaving(job_id):
             return ""  # an earlier request had arrived, but not its answer
-        words = _requeue(job_id)
-        if not words or not is_unavailable(words):
+        refusal = _requeue(job_id)
+        if not refusal or not is_unavailable(refusal):
             break
-        print(f"galaxydist: not requeued yet: {words}", flush=True)
+        print(f"galaxydist: not requeued yet: {refusal}", flush=True)
         time.sleep(pause_s)
-    return LEAVING if words and not ends_anyway and not is_unavailable(words) and _is_leaving(job_id) else words
+    return LEAVING if refusal and not ends_anyway and not is_unavailable(refusal) and _is_leaving(job_id) else refusal
 
 
 def _requeue(job_id: str) -> str:
@@ -401,7 +401,7 @@ def _resubmit(start: StartedRun, ending: Ending) -> None:
             if pause_s is not None and is_unavailable(str(error)):
                 time.sleep(pause_s)
                 continue
-            start.note(ending, "stop", f"it could not be submitted again: {error}")
+            start.write_record(ending, "stop", f"it could not be submitted again: {error}")
         else:
             print(f"galaxydist: submitted again as job {job_id}", flush=True)
         return

@@ -109,14 +109,14 @@ LOCK_NAME = ".submitting"
 WAIT_S = 120.0
 POLL_S = 0.5
 # Profile key -> variable that sbatch would read if the key is not set.
-_TAKEN = {
+_ADOPTED = {
     "partition": "SBATCH_PARTITION",
     "account": "SBATCH_ACCOUNT",
     "qos": "SBATCH_QOS",
     "reservation": "SBATCH_RESERVATION",
 }
 # These variables name the SLURM installation or cluster, not a job.
-_KEPT = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
+_INSTALLATION = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
 _OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "SBATCH_")
 _OF_A_RANK = frozenset({"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"})
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -153,12 +153,12 @@ def adopt_settings(cluster: ClusterConfig, environ: Mapping[str, str]) -> Cluste
 
     The batch script, also that of a resubmitted run, then contains them.
     """
-    taken: dict[str, object] = {
-        key: environ[name] for key, name in _TAKEN.items() if getattr(cluster, key) is None and environ.get(name)
+    adopted: dict[str, object] = {
+        key: environ[name] for key, name in _ADOPTED.items() if getattr(cluster, key) is None and environ.get(name)
     }
     if not any(item.startswith(f"{DATA_VARIABLE}=") for item in cluster.environment):
-        taken["environment"] = (*cluster.environment, f"{DATA_VARIABLE}={data_root(None, environ).absolute()}")
-    return cluster.model_copy(update=taken)
+        adopted["environment"] = (*cluster.environment, f"{DATA_VARIABLE}={data_root(None, environ).absolute()}")
+    return cluster.model_copy(update=adopted)
 
 
 @contextmanager
@@ -167,7 +167,7 @@ def without_job_environment() -> Iterator[None]:
     hidden = {
         name: os.environ.pop(name)
         for name in list(os.environ)
-        if (name.startswith(_OF_A_JOB) or name in _OF_A_RANK) and name not in _KEPT
+        if (name.startswith(_OF_A_JOB) or name in _OF_A_RANK) and name not in _INSTALLATION
     }
     try:
         yield
@@ -182,10 +182,10 @@ def deferred_signals() -> Iterator[None]:
     SIGINT is also blocked: the terminal sends it to sbatch too, and child processes inherit the signal mask. The handlers are
     needed for threads of libraries, which may receive a signal instead of this one.
     """
-    heard: list[int] = []
+    received: list[int] = []
 
     def remember(number: int, _frame: FrameType | None) -> None:
-        heard.append(number)
+        received.append(number)
 
     handlers = {number: signal.signal(number, remember) for number in _SIGNALS}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -195,10 +195,10 @@ def deferred_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if signal.SIGINT in heard:
+    if signal.SIGINT in received:
         raise KeyboardInterrupt
-    if heard:
-        os.kill(os.getpid(), heard[0])
+    if received:
+        os.kill(os.getpid(), received[0])
 
 
 __all__ = ["JobRequest", "build_request", "check_idle", "script_of", "submit_again", "submit_requests"]
@@ -227,12 +227,12 @@ def check_idle(run_dir: Path) -> None:
     job, found = newest_job(jobs, states)
     if job is not None and found is not None and found.is_active:
         raise UserError(
-            f"{run_dir} is {found.state.lower()} as job {job.job_id} already. Follow it with `galaxydist status {run_dir}`, or "
-            f"end it first with `galaxydist cancel {run_dir}`."
+            f"{run_dir} is already {found.state.lower()} as job {job.job_id}. Follow it with `galaxydist status {run_dir}`, or "
+            f"cancel it first with `galaxydist cancel {run_dir}`."
         )
     if (holder := lock_holder(lock_path, states)) is not None:
         raise UserError(
-            f"{run_dir} is in use by {holder}, which no galaxydist submit has started. Wait until that has ended, or stop it: "
+            f"{run_dir} is in use by {holder}, which was not started by galaxydist submit. Wait until it has ended, or stop it: "
             "both would write to the same folder."
         )
 
@@ -253,7 +253,7 @@ def submit_requests(
         cluster: the profile.
         folder: for the submission's files (batch script, output, snapshot); all nodes must see it.
         name: of the job.
-        parallel: most tasks of the array that run at the same time; default: the profile's.
+        parallel: most tasks of the array that run at a time; default: the profile's.
         after: id of a job that must end first.
 
     Returns:
@@ -314,7 +314,7 @@ def script_of(
     )
     executor = _executor(submission, parallel) if cluster.config.scheduler == "slurm" else None
     if not isinstance(executor, SlurmExecutor):
-        raise UserError("cluster=local starts processes on this machine: there is no batch script to show")
+        raise UserError("cluster=local starts processes on this machine, without a batch script")
     return executor.script(len(requests))
 
 
@@ -330,7 +330,7 @@ def _request_path(folder: Path) -> Path:
 
 
 def _executor(submission: RequestFile, parallel: int | None = None, after: str | None = None) -> JobExecutor:
-    # It runs outside a container of the tasks, as SLURM's programs do.
+    # It runs outside the container of the tasks, like SLURM's programs.
     python = sys.executable if submission.cluster.container else submission.cluster.python or sys.executable
     after_srun = f"{shlex.quote(python)} -P -m galaxydist.cluster.requeue {shlex.quote(str(submission.path))}"
     return build_executor(

@@ -256,7 +256,7 @@ def test_comments_of_a_profile_say_what_there_is() -> None:
         assert said in text
     cpu = profile_text(recorded("typed"), "mine", "cpu")
     assert "# Preemption (partition_prio): REQUEUE, with 0 s between the signal and the end." in cpu
-    assert "too short to save in" not in text and "too short to save in" in profile_text(recorded("typed"), "mine", "cpu")
+    assert "too short for a save" not in text and "too short for a save" in profile_text(recorded("typed"), "mine", "cpu")
     assert "it accepts no jobs now (INACTIVE)" in profile_text(recorded("typed"), "mine", "closed")
     assert "# qos: normal                   # yours: normal\n" in text
 

@@ -114,7 +114,7 @@ def test_accounting_tells_of_what_slurmctld_has_forgotten(mini_cluster: "MiniClu
     ("setting", "words"),
     [
         ("AccountingStorageType=accounting_storage/none", "SLURM keeps no accounting here"),
-        ("AccountingStoragePort=1", "accounting could not be asked"),
+        ("AccountingStoragePort=1", "accounting did not answer"),
     ],
 )
 def test_without_accounting_the_reason_is_told(
@@ -142,7 +142,7 @@ def test_status_while_slurmctld_is_away(mini_cluster: "MiniCluster", tmp_path: P
     assert main(["status", str(files.run_dir)]) == 0
     out = capfd.readouterr().out
     assert "UNKNOWN" in out
-    assert "SLURM could not be asked" in out
+    assert "SLURM did not answer" in out
     assert main(["cancel", str(files.run_dir)]) == 2
     with pytest.raises(SlurmUnavailableError):
         max_array_size()

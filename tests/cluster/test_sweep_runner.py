@@ -284,7 +284,7 @@ def _interrupt_the_second_array(runs: list[SweepRun]) -> None:
 def test_a_refusal_on_the_way_says_what_was_sent(thirty: list[SweepRun]) -> None:
     def refuse(number: int) -> None:
         if number == 2:
-            raise UserError("SLURM did not take the job: QOSMaxSubmitJobPerUserLimit")
+            raise UserError("SLURM did not accept the job: QOSMaxSubmitJobPerUserLimit")
 
     with pytest.raises(UserError, match="QOSMaxSubmitJobPerUserLimit\n20 of 30 runs were submitted before; they stay"):
         submit_arrays(thirty, send=Sent(refuse), chunk_size=10, parallel=2, say=lambda _: None)

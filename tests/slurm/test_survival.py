@@ -135,7 +135,7 @@ def test_time_limit(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> N
         (record,) = run.files.restarts()
         assert (record.decision, record.exit_code, record.error) == ("requeue", 0, None)
         assert record.reason.startswith(
-            "it was told to stop" if run is told else "the time limit came before everything was saved"
+            "it was stopped by a signal" if run is told else "the time limit was reached before everything was saved"
         )
         found = shown(run)
         assert found["last_error"] == (record.reason if found["group"] == "pending" else None)
@@ -212,7 +212,7 @@ def test_a_rank_and_nodes_die(mini_cluster: MiniCluster, undisturbed: ClusterRun
     (first,) = run.wait_restarts(1)
     assert first.decision == "requeue" and first.exit_code != 0
     assert str(first.error).startswith("rank 1 on n2 was ended by signal 9, SIGKILL")
-    for number, node, said in ((1, "n2", "node n2 failed"), (2, "n1", "SLURM queued the job again itself")):
+    for number, node, said in ((1, "n2", "node n2 failed"), (2, "n1", "SLURM requeued the job itself")):
         run.wait_said(f"restart {number}, rank 0")
         run.wait_step(run.step + 15)
         mini_cluster.kill_node(node, down=True)
@@ -273,11 +273,11 @@ def test_slurmctld_is_away(mini_cluster: MiniCluster, alone: ClusterRun, blobs: 
     held = run.hold()
     mini_cluster.stop_controller()
     answer = run.galaxydist("status", str(run.run_dir))
-    assert answer.returncode == 0 and "SLURM could not be asked" in " ".join(answer.stdout.split()), answer.stdout + answer.stderr
+    assert answer.returncode == 0 and "SLURM did not answer" in " ".join(answer.stdout.split()), answer.stdout + answer.stderr
     os.kill(held[0], signal.SIGUSR2)
     go_on(held)
     answer = other.galaxydist("submit", *other.arguments, "cluster=mini")
-    assert answer.returncode == 2 and "SLURM could not be asked: slurmctld is down" in answer.stderr
+    assert answer.returncode == 2 and "SLURM did not answer: slurmctld is down" in answer.stderr
     assert not other.run_dir.exists()
     run.wait_restarts(1)
     wait_for(lambda: "not requeued yet" in run.said(), run.said)
