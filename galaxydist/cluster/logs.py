@@ -8,6 +8,7 @@ from pathlib import Path
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.slurm import UNKNOWN, JobState
 from galaxydist.cluster.srun_messages import START_MARK, find_remedy
+from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.metrics_log import read_tail
 
 _ERROR_BYTES = 16_384
@@ -63,12 +64,13 @@ def explain_end(files: JobFiles, job: JobRecord | None, job_state: JobState | No
     def is_newest(job_id: str, restart: int) -> bool:
         return job is None or (job_id == job.job_id and restart >= newest) or job_id == job.resubmits
 
-    failure = files.failure() or {}
+    folder = RunFolder(files.run_dir)
+    failure = folder.read_failure() or {}
     job_id, _, restart = str(failure.get("start") or "").rpartition(".")
     error = str(failure.get("error") or failure.get("kind"))
     # A start by hand leaves no record; a job writes its record after all its ranks have ended.
     since = max(job.time if job is not None else 0.0, last.time if last is not None else 0.0)
-    if failure and not job_id and files.failed_at() > since:
+    if failure and not job_id and folder.failure_path.stat().st_mtime > since:
         return error
     if last is not None and last.decision != "finished" and is_newest(last.job_id, last.restart):
         return last.error or last.reason

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Iterator
 
 from galaxydist.cluster.profile import MB_IN_GB, ClusterConfig
-from galaxydist.cluster.site import CLOSED_STATES, UNTYPED, NodeGroup, Partition, Site, SiteUnknownError, read_site
-from galaxydist.cluster.slurm import check_controller, is_slurm_here
+from galaxydist.cluster.site import CLOSED_STATES, UNTYPED, NodeGroup, Partition, Site, read_site
+from galaxydist.cluster.slurm import SlurmUnavailableError, check_controller, is_slurm_here
 from galaxydist.errors import UserError
 
 
@@ -28,7 +28,7 @@ def check_partition(config: ClusterConfig, site: Site | None = None) -> None:
             check_controller()
         try:
             site = read_site()
-        except SiteUnknownError:
+        except SlurmUnavailableError:
             return  # sbatch will report the cause
     names = chosen_partitions(config, site)
     if not names:

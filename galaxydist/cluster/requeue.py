@@ -189,7 +189,9 @@ class StartedRun:
     @property
     def job_id(self) -> str:
         """The id of the job or array task."""
-        return job_name(self.environ)
+        job_id = job_of(self.environ)
+        assert job_id is not None, "a batch script runs in a job"
+        return job_id
 
     @property
     def restart(self) -> int:
@@ -198,14 +200,15 @@ class StartedRun:
 
     def own_records(self) -> list[RestartRecord]:
         """Return the records already written about this start."""
-        return [record for record in self.files.restarts() if (record.job_id, record.restart) == (self.job_id, self.restart)]
+        return [record for record in self.files.restarts() if self._is_own(record)]
 
     def history(self) -> list[RestartRecord]:
         """Return the records of earlier starts since a user, not a job, last submitted the run."""
-        submitted = [job.time for job in self.files.jobs() if job.resubmits is None]
-        first = max(submitted, default=0.0)
-        own = (self.job_id, self.restart)
-        return [record for record in self.files.restarts() if record.time >= first and (record.job_id, record.restart) != own]
+        first = max((job.time for job in self.files.jobs() if job.resubmits is None), default=0.0)
+        return [record for record in self.files.restarts() if record.time >= first and not self._is_own(record)]
+
+    def _is_own(self, record: RestartRecord) -> bool:
+        return (record.job_id, record.restart) == (self.job_id, self.restart)
 
     def write_record(self, ending: Ending, decision: Decision, reason: str) -> None:
         """Record and print the decision."""
@@ -293,13 +296,6 @@ def _read_ending(start: StartedRun, exit_code: int, ended_by_slurm: str = "") ->
         "" if ended_by_slurm else find_death(stderr) or find_remedy(stderr),
         ended_by_slurm,
     )
-
-
-def job_name(environ: Mapping[str, str]) -> str:
-    """Return the id of the job or array task."""
-    name = job_of(environ)
-    assert name is not None, "a batch script runs in a job"
-    return name
 
 
 def _newest_checkpoint(folder: RunFolder) -> int | None:

@@ -11,7 +11,6 @@ from types import MappingProxyType
 
 from galaxydist.cluster.profile import MIN_SIGNAL_S
 from galaxydist.cluster.slurm import SlurmUnavailableError, parse_duration, run_slurm
-from galaxydist.errors import UserError
 
 UNTYPED = ""
 CLOSED_STATES = ("DRAIN", "INACTIVE")  # states of a partition that accepts no jobs
@@ -203,22 +202,18 @@ COMMANDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 OPTIONAL = ("associations", "qos")  # a site may have no accounting, or not show it
 
 
-class SiteUnknownError(UserError):
-    """SLURM is not installed on this machine, or does not answer."""
-
-
 def read_site() -> Site:
     """Read the description of this machine's cluster from SLURM.
 
     Raises:
-        SiteUnknownError: there is no SLURM, or it does not answer.
+        SlurmUnavailableError: there is no SLURM, or it does not answer.
     """
     user = _user_name()
     outputs: dict[str, str] = {}
     for name, command in COMMANDS.items():
         try:
             outputs[name] = _run([part.format(user=user) for part in command])
-        except SiteUnknownError:
+        except SlurmUnavailableError:
             if name not in OPTIONAL:
                 raise
     return replace(parse_site(outputs), user=user, groups=_groups(user))
@@ -242,17 +237,16 @@ def _groups(user: str) -> tuple[str, ...] | None:
 def _run(command: Sequence[str]) -> str:
     program = command[0]
     if shutil.which(program) is None:
-        raise SiteUnknownError(
-            f"There is no SLURM on this machine ({program} is not on the PATH). Give the command on a login node of a cluster, "
+        raise SlurmUnavailableError(
+            f"There is no SLURM on this machine ({program} is not on the PATH). Use a login node of a cluster, "
             "or load the module that brings SLURM's programs."
         )
-    try:
-        done = run_slurm(command)
-    except SlurmUnavailableError as error:
-        raise SiteUnknownError(str(error)) from error
+    done = run_slurm(command)
     if done.returncode:
         message = " ".join((done.stderr or done.stdout).split())
-        raise SiteUnknownError(f"SLURM does not answer: `{program}` failed: {message}. See `scontrol ping`, and try again later.")
+        raise SlurmUnavailableError(
+            f"SLURM does not answer: `{program}` failed: {message}. See `scontrol ping`, and try again later."
+        )
     return done.stdout
 
 

@@ -262,7 +262,8 @@ def submit_requests(
     Raises:
         UserError: SLURM refuses the job; contains SLURM's message.
     """
-    submission = _prepare(requests, cluster, folder=folder, name=name)
+    code = take_snapshot(folder.absolute() / "code", {request.recipe_name: request.recipe_path for request in requests})
+    submission = _build_submission(requests, cluster, folder.absolute(), code, name)
     submission.write()
     return _send(submission, parallel=parallel, after=after)
 
@@ -302,25 +303,18 @@ def script_of(
     Raises:
         UserError: the profile is local, so there is no batch script.
     """
-    code = folder.absolute() / "code" / "SNAPSHOT"
-    submission = RequestFile(
-        folder.absolute() / "requests-ID.json",
-        tuple(requests),
-        adopt_settings(cluster.config, os.environ),
-        cluster.arguments,
-        code,
-        folder.absolute(),
-        name,
-    )
+    folder = folder.absolute()
+    submission = _build_submission(requests, cluster, folder, folder / "code" / "SNAPSHOT", name)
+    submission = dataclasses.replace(submission, path=folder / "requests-ID.json")
     executor = _executor(submission, parallel) if cluster.config.scheduler == "slurm" else None
     if not isinstance(executor, SlurmExecutor):
         raise UserError("cluster=local starts processes on this machine, without a batch script")
     return executor.script(len(requests))
 
 
-def _prepare(requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folder: Path, name: str) -> RequestFile:
-    folder = folder.absolute()
-    code = take_snapshot(folder / "code", {request.recipe_name: request.recipe_path for request in requests})
+def _build_submission(
+    requests: Sequence[JobRequest], cluster: ResolvedCluster, folder: Path, code: Path, name: str
+) -> RequestFile:
     config = adopt_settings(cluster.config, os.environ)
     return RequestFile(_request_path(folder), tuple(requests), config, cluster.arguments, code, folder, name)
 

@@ -14,7 +14,7 @@ import psutil
 from galaxydist.cluster.executor import build_executor, explain_refusal
 from galaxydist.cluster.partition_check import chosen_partitions
 from galaxydist.cluster.profile import MIN_SIGNAL_S, ClusterConfig
-from galaxydist.cluster.site import SAVE_REMEDY, Partition, Site, SiteUnknownError, find_preemption, read_site
+from galaxydist.cluster.site import SAVE_REMEDY, Partition, Site, find_preemption, read_site
 from galaxydist.cluster.slurm import UNKNOWN, WAITING_STATES, JobState, SlurmUnavailableError, cancel_jobs, read_states
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.cluster.submit import deferred_signals, without_job_environment
@@ -92,7 +92,7 @@ def check_preemption(cluster: ClusterConfig, site: Site | None = None) -> list[C
     try:
         site = site or read_site()
         names = chosen_partitions(cluster, site)
-    except SiteUnknownError as error:
+    except SlurmUnavailableError as error:
         return [warning(NAME, f"unknown: {error}", "see PreemptMode and GraceTime in `scontrol show partition`")]
     except UserError:
         return []
