@@ -1,5 +1,6 @@
 """Submission of a sweep's unfinished runs, as SLURM arrays or a few at a time on this machine."""
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from galaxydist.cluster.sweep import SweepRun
 from galaxydist.errors import UserError
 from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.runs.folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 # State of a local job whose process has ended.
 LOCAL_ENDED = "ENDED"
@@ -167,10 +170,9 @@ def _describe(failure: Mapping[str, object]) -> str:
 
 # (requests, most runs at a time, job to wait for) -> job ids; see ``submit_requests``.
 Send = Callable[[Sequence[JobRequest], int | None, str | None], list[str]]
-Say = Callable[[str], None]
 
 
-def submit_arrays(runs: Sequence[SweepRun], *, send: Send, chunk_size: int, parallel: int, say: Say) -> list[str]:
+def submit_arrays(runs: Sequence[SweepRun], *, send: Send, chunk_size: int, parallel: int) -> list[str]:
     """Submit runs as arrays, each waiting for the previous one, so that at most ``parallel`` run at any time.
 
     Jobs submitted before an error or Ctrl-C are recorded in the run folders, so that the same command submits the rest.
@@ -180,7 +182,6 @@ def submit_arrays(runs: Sequence[SweepRun], *, send: Send, chunk_size: int, para
         send: submits one array, and records its jobs in the run folders.
         chunk_size: most tasks that the cluster allows in an array.
         parallel: most runs at a time.
-        say: prints a line.
 
     Returns:
         The job ids, in the order of the runs.
@@ -199,7 +200,8 @@ def submit_arrays(runs: Sequence[SweepRun], *, send: Send, chunk_size: int, para
                 raise
             raise UserError(f"{error}\n{len(job_ids)} of {len(runs)} runs were submitted before; they stay.") from error
         job_ids += sent
-        say(f"submitted job {array_of(sent[0])}: {count_runs(len(chunk))}{f', after job {after}' if after else ''}")
+        waits = f", after job {after}" if after else ""
+        logger.info("submitted job %s: %s%s", array_of(sent[0]), count_runs(len(chunk)), waits)
     return job_ids
 
 
@@ -211,7 +213,6 @@ def run_here(
     is_running: Callable[[SweepRun], bool],
     decide_again: Callable[[SweepRun], SweepDecision],
     pause: Callable[[], None],
-    say: Say,
 ) -> list[SweepRun]:
     """Run a few runs at a time on this machine until all have ended.
 
@@ -222,7 +223,6 @@ def run_here(
         is_running: returns True while a started run runs.
         decide_again: returns the decision about an ended run.
         pause: waits until the next poll.
-        say: prints a line.
 
     Returns:
         The runs that did not finish.
@@ -233,12 +233,12 @@ def run_here(
             run = waiting.popleft()
             (job_id,) = send([build_request(run.resolved, run.arguments)], None, None)
             running.append(run)
-            say(f"started  {run.name}  {run.label}  (process {job_id})")
+            logger.info("started  %s  %s  (process %s)", run.name, run.label, job_id)
         pause()
         for run in [run for run in running if not is_running(run)]:
             running.remove(run)
             decision = decide_again(run)
-            say(f"{decision.state:8} {run.name}  {run.label}  {decision.reason}".rstrip())
+            logger.info(f"{decision.state:8} {run.name}  {run.label}  {decision.reason}".rstrip())
             if decision.is_due:
                 failed.append(run)
     return failed
