@@ -120,7 +120,7 @@ def test_init_makes_the_folder_and_serves_a_site_without_accounting(tmp_path: Pa
     [
         (
             {"without": "scontrol"},
-            "There is no SLURM on this machine (scontrol is not on the PATH). Give the command on a login node",
+            "There is no SLURM on this machine (scontrol is not on the PATH). Use a login node",
         ),
         ({"failing": "sinfo"}, "`sinfo` failed: slurm_load_partitions: Unable to contact slurm controller"),
     ],
