@@ -273,7 +273,7 @@ def test_what_helps_depends_on_what_is_largest() -> None:
         return str(error.value)
 
     assert "optimizer state, 9.00 GB" in said(facts, world_size=8) and "; a smaller model" in said(facts, world_size=8)
-    assert "helps: train.strategy=fsdp" in said(facts, world_size=8)
+    assert "Remedies: train.strategy=fsdp" in said(facts, world_size=8)
     assert "more GPUs with train.strategy=fsdp" in said(facts, "train.strategy=fsdp", world_size=2)
     assert "train.gradient_checkpointing=true" in said(replace(facts, optimizer=0, timeline=images), world_size=8)
 
@@ -304,12 +304,12 @@ def test_what_the_trainer_refuses_is_refused(tmp_path: Path) -> None:
 
 def test_warnings_name_what_could_be_better() -> None:
     uneven = " ".join(plan_of("train.batch_size=240", job=ClusterShape(16, 8)).warnings)
-    assert "some hold 2 galaxies a step, others 1" in uneven and "128 or 256" in uneven
+    assert "some process 2 galaxies a step, others 1" in uneven and "128 or 256" in uneven
     assert "greatest common divisor 64" in uneven and "batch normalisation sees 2 images" in uneven
     even = plan_of("train.batch_size=256", "data.num_streams=128", "model.norm=batch", job=ClusterShape(2, 4), galaxies=1_000_000)
     assert even.warnings == ()
     few = " ".join(plan_of("train.batch_size=256", "data.num_streams=128", job=ClusterShape(2, 4)).warnings)
-    assert "crosses the network" not in few  # both are multiples of 8 already: what is few is shards
+    assert "is fetched as often" not in few  # both are multiples of 8 already: what is few is shards
     assert "has all 16 in use" in " ".join(plan_of("train.batch_size=192", job=ClusterShape()).warnings)
     assert "batch norm" not in " ".join(
         plan_of("train.batch_size=240", "train.sync_batchnorm=true", job=ClusterShape(16, 8)).warnings
