@@ -78,7 +78,7 @@ def find_targets(texts: Sequence[str], find_folder: Callable[[str], Path]) -> Ca
         runs |= dict.fromkeys(found)
     jobs = [Target(job.job_id, run, job) for run in runs for job in JobFiles(run).jobs()]
     states = read_states(list(dict.fromkeys(target.job_id for target in jobs if not target.is_local)))
-    active = [target for target in jobs if _is_active(target, states[target.job_id].is_active if not target.is_local else None)]
+    active = [target for target in jobs if _is_active(target, states)]
     by_id = {target.job_id: target for target in (*given, *active)}
     with_job = {target.run for target in active}
     return CancelTargets(tuple(by_id.values()), tuple(_note(run, states) for run in runs if run not in with_job))
@@ -106,10 +106,10 @@ def cancel(targets: Sequence[Target]) -> list[str]:
     return messages
 
 
-def _is_active(target: Target, in_slurm: bool | None) -> bool:
-    if in_slurm is not None:
-        return in_slurm
-    return target.job is not None and running_jobs.find_controller(target.job) is not None
+def _is_active(target: Target, states: Mapping[str, JobState]) -> bool:
+    if target.job is not None and target.is_local:
+        return running_jobs.find_controller(target.job) is not None
+    return states[target.job_id].is_active
 
 
 def _note(run: Path, states: Mapping[str, JobState]) -> str:

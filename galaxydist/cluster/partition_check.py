@@ -168,18 +168,18 @@ def _requirements(config: ClusterConfig, partition: Partition) -> Iterator[tuple
             )
     cpus = config.tasks_on_node * (config.cpus_per_task or 1)
     cpu_limit = partition.max_cpus_per_node
-    most = max(_least(group.cpus, cpu_limit) for group in partition.nodes)
+    most = max(min(group.cpus, cpu_limit or group.cpus) for group in partition.nodes)
     yield (
         f"{'cpus_per_task' if config.cpus_per_task else 'tasks_per_node'}={config.cpus_per_task or config.tasks_per_node}: "
         f"{config.tasks_on_node} processes need {cpus} CPUs of a node, and a job can have at most {most} there",
-        lambda group: _least(group.cpus, cpu_limit) >= cpus,
+        lambda group: min(group.cpus, cpu_limit or group.cpus) >= cpus,
     )
     if config.memory_mb is not None:
         memory_mb, memory_limit = config.memory_mb, partition.max_memory_mb
-        most = max(_least(group.memory_mb, memory_limit) for group in partition.nodes)
+        most = max(min(group.memory_mb, memory_limit or group.memory_mb) for group in partition.nodes)
         yield (
             f"memory={config.memory:g}: a job can have at most {most / MB_IN_GB:.1f} GB of a node there",
-            lambda group: _least(group.memory_mb, memory_limit) >= (memory_mb or group.memory_mb),
+            lambda group: min(group.memory_mb, memory_limit or group.memory_mb) >= (memory_mb or group.memory_mb),
         )
     if config.constraint is not None and re.fullmatch(r"[\w.-]+", config.constraint):  # expressions are left to SLURM
         features = sorted({feature for group in partition.nodes for feature in group.features})
@@ -190,7 +190,3 @@ def _requirements(config: ClusterConfig, partition: Partition) -> Iterator[tuple
 
 def _gpus(group: NodeGroup, kind: str | None) -> int:
     return group.num_gpus if kind is None or not group.gpus.keys() - {UNTYPED} else group.gpus.get(kind, 0)
-
-
-def _least(value: int, limit: int | None) -> int:
-    return value if limit is None else min(value, limit)

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -178,15 +179,7 @@ def _environment_variables(environment: tuple[str, ...]) -> str | None:
     )
 
 
-def _extra(extra: tuple[str, ...]) -> str | None:
-    return _options(extra, "sbatch", "mail-type=END or exclusive", KEYS_OF_OPTIONS, OWN_OPTIONS)
-
-
-def _srun(srun: tuple[str, ...]) -> str | None:
-    return _options(srun, "srun", "cpu-bind=cores or container-image=FILE", KEYS_OF_OPTIONS, OWN_SRUN_OPTIONS)
-
-
-def _options(options: tuple[str, ...], program: str, examples: str, keys: Mapping[str, str], own: set[str]) -> str | None:
+def _options(options: tuple[str, ...], *, program: str, examples: str, own: set[str]) -> str | None:
     seen: set[str] = set()
     for item in options:
         option = item.partition("=")[0]
@@ -194,8 +187,8 @@ def _options(options: tuple[str, ...], program: str, examples: str, keys: Mappin
             return f"{item!r}: write the option without dashes, {item.lstrip('-')}"
         if not _OPTION.fullmatch(option) or "\n" in item or "\0" in item:
             return f"{item!r} is not an option of {program} like {examples}"
-        if option in keys:
-            return f"{option} has its own key: {keys[option]}"
+        if option in KEYS_OF_OPTIONS:
+            return f"{option} has its own key: {KEYS_OF_OPTIONS[option]}"
         if option in own:
             return f"{option} is set by galaxydist; remove it"
         if option in seen:
@@ -243,6 +236,9 @@ _ONE_LINERS = (
     "partition", "account", "qos", "constraint", "exclude", "nodelist", "reservation", "comment", "python", "interface",
 )  # fmt: skip
 _SLURM_ONLY = (*_ONE_LINERS[:8], "extra", "srun", "after")
+
+_extra = partial(_options, program="sbatch", examples="mail-type=END or exclusive", own=OWN_OPTIONS)
+_srun = partial(_options, program="srun", examples="cpu-bind=cores or container-image=FILE", own=OWN_SRUN_OPTIONS)
 
 CHECKS = (
     CrossFieldRule(("time",), _time),

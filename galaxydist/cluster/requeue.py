@@ -29,7 +29,7 @@ from galaxydist.runs.lock import read_owner
 logger = logging.getLogger(__name__)
 
 # Kinds of failure (``failure.json``) that a restart cannot fix.
-FOR_GOOD = {
+PERMANENT_FAILURES = {
     "bad_input": "the recipe, its data or the run folder cannot be used as they are",
     "nonfinite": "the loss is not a number",
 }
@@ -61,7 +61,7 @@ class Ending:
     def error(self) -> str | None:
         """The error in one line; None after a stop with everything saved."""
         # Surviving ranks only report that they lost the connection to the dead one.
-        if self.death and self.kind not in FOR_GOOD:
+        if self.death and self.kind not in PERMANENT_FAILURES:
             return self.death
         if self.failure is not None:
             return str(self.failure["error"])
@@ -112,9 +112,9 @@ def _reason(ending: Ending) -> str:
     return ending.error or f"{ending.ended_by_slurm or 'it was stopped by a signal'}{saved}"
 
 
-def reason_for_good(ending: Ending, history: Sequence[RestartRecord]) -> str:
-    """Explain why a restart without changes would end in the same way; empty if it might not."""
-    if reason := FOR_GOOD.get(ending.kind):
+def _permanent_reason(ending: Ending, history: Sequence[RestartRecord]) -> str:
+    """Explain why a restart without changes would fail in the same way; empty if it might not."""
+    if reason := PERMANENT_FAILURES.get(ending.kind):
         return f"{reason}: it would end the same way again"
     if ending.error is not None and history and _is_same_crash(ending, history[-1]):
         return f"the same crash at the same step ({ending.crash_step}) twice: {ending.error}"
@@ -123,7 +123,7 @@ def reason_for_good(ending: Ending, history: Sequence[RestartRecord]) -> str:
 
 def _stop_reason(ending: Ending, history: Sequence[RestartRecord], policy: str, max_requeues: int) -> str:
     """Explain why the run is not restarted automatically; empty if it is."""
-    if reason := reason_for_good(ending, history):
+    if reason := _permanent_reason(ending, history):
         return reason
     if policy == "never":
         return f"{_reason(ending)}; cluster.requeue=never"
@@ -226,7 +226,7 @@ class StartedRun:
             reason=reason,
             time=time.time(),
             saved=ending.saved,
-            for_good=decision == "stop" and bool(reason_for_good(ending, self.history())),
+            for_good=decision == "stop" and bool(_permanent_reason(ending, self.history())),
         )
         self.files.append_restart(record)
         logger.info("galaxydist: srun ended with %d at step %s: %s (%s)", ending.exit_code, ending.step, decision, reason)

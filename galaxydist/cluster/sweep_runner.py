@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from galaxydist.cluster.records import JobFiles, JobRecord
-from galaxydist.cluster.requeue import FOR_GOOD
+from galaxydist.cluster.requeue import PERMANENT_FAILURES
 from galaxydist.cluster.running_jobs import local_state, lock_holder, newest_job
 from galaxydist.cluster.slurm import WAITING_STATES, JobState
 from galaxydist.cluster.submit import JobRequest, build_request
@@ -131,7 +131,7 @@ def _read_run_state(run: SweepRun, jobs: Sequence[JobRecord], job_states: Mappin
         job_state=job_state,
         holder=str(holder) if holder is not None else None,
         failure=_describe(failure) if failure is not None else next((record.error for record in records), None),
-        for_good=any(record.for_good for record in records) or own_failure.get("kind") in FOR_GOOD,
+        for_good=any(record.for_good for record in records) or own_failure.get("kind") in PERMANENT_FAILURES,
     )
 
 

@@ -82,12 +82,11 @@ def render(sections: Mapping[str, Iterable[Check]]) -> str:
             lines += [f"{'':{width + 13}}{line}" for line in rest]
             lines += [f"{'':{width + 13}}-> {line}" for line in check.remedy.splitlines()]
     counts = {level: sum(check.level == level for check in every) for level in LEVELS}
-    lines.append(f"{counts['ok']} ok, {_count(counts['warning'], 'warning')}, {_count(counts['failure'], 'failure')}")
+    plural = {level: "" if count == 1 else "s" for level, count in counts.items()}
+    lines.append(
+        f"{counts['ok']} ok, {counts['warning']} warning{plural['warning']}, {counts['failure']} failure{plural['failure']}"
+    )
     return "\n".join(lines)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 FORMAT_VERSION = 2

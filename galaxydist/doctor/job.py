@@ -5,6 +5,7 @@ The job is cancelled if it does not start in time or the user interrupts the com
 
 import contextlib
 import logging
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -262,13 +263,8 @@ def _ended_early(output: Path, state: JobState, has_reports: bool) -> Check:
 
 
 def _new_folder(parent: Path, name: str) -> Path:
-    """Create a new folder for this examination."""
-    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in range(1000):
-        folder = (parent / (stem if number == 0 else f"{stem}-{number}")).absolute()
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError(f"{parent} is full of {stem}")
+    """Create a new folder for the reports of this job, which other users may read."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-", dir=parent.absolute()))
+    folder.chmod(0o755)
+    return folder

@@ -62,7 +62,7 @@ class DatasetSize:
         return int(self.shard_samples.sum())
 
 
-def find_data(config: DataConfig, root: Path, *, galaxies: int | None = None, shards: int | None = None) -> DatasetSize:
+def find_dataset_size(config: DataConfig, root: Path, *, galaxies: int | None = None, shards: int | None = None) -> DatasetSize:
     """Return the size of a recipe's data set; only local files are opened.
 
     Args:
@@ -76,7 +76,9 @@ def find_data(config: DataConfig, root: Path, *, galaxies: int | None = None, sh
     location = manifest_location(config, root)
     is_remote = is_url(location)
     if galaxies is not None:
-        return _of_flags(galaxies, shards, is_remote=is_remote)
+        if shards is not None and shards > galaxies:
+            raise UserError(f"--shards {shards} are more than --galaxies {galaxies}: a shard holds at least one")
+        return _divided(f"--galaxies {galaxies}", galaxies, shards, num_val=None, is_remote=is_remote)
     if shards is not None:
         raise UserError(f"--shards {shards} needs --galaxies: give --galaxies N (training galaxies) too, or neither")
     if not is_remote and (config.manifest is not None or Path(location).exists()):
@@ -103,12 +105,6 @@ def _of_manifest(manifest: Manifest) -> DatasetSize:
         stored_size=manifest.image_size,
         manifest=manifest,
     )
-
-
-def _of_flags(galaxies: int, shards: int | None, *, is_remote: bool) -> DatasetSize:
-    if shards is not None and shards > galaxies:
-        raise UserError(f"--shards {shards} are more than --galaxies {galaxies}: a shard holds at least one")
-    return _divided(f"--galaxies {galaxies}", galaxies, shards, num_val=None, is_remote=is_remote)
 
 
 def _of_official(config: DataConfig) -> DatasetSize:
@@ -258,11 +254,11 @@ def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | N
     Raises:
         UserError: the run is impossible; says what to change.
     """
-    data = find_data(recipe.data, root, galaxies=galaxies, shards=shards)
+    data = find_dataset_size(recipe.data, root, galaxies=galaxies, shards=shards)
     check_processes(recipe, data.num_train, job.num_nodes, job.gpus_per_node)
     if data.manifest is not None:  # raises the trainer's errors
         open_manifest(data.manifest.location, find_cache(recipe.data, root), recipe, job.world_size)
-    reading = plan_reading(recipe, data, job)
+    reading = plan_shard_traffic(recipe, data, job)
     if data.is_remote:
         check_cache(reading.cache_bytes, recipe.data.cache_size)
     model = model_memory(recipe, data.num_classes, data.stored_size)
@@ -358,7 +354,7 @@ def plan_memory(recipe: Recipe, model: ModelMemory, job: ClusterShape) -> tuple[
     return passes, memory
 
 
-def plan_reading(recipe: Recipe, data: DatasetSize, job: ClusterShape) -> ShardTraffic:
+def plan_shard_traffic(recipe: Recipe, data: DatasetSize, job: ClusterShape) -> ShardTraffic:
     """Compute the training shards and bytes that the nodes read in the first epoch."""
     batch_size = recipe.train.batch_size
     sizes = data.shard_bytes

@@ -107,7 +107,7 @@ def test_accounting_tells_of_what_slurmctld_has_forgotten(mini_cluster: "MiniClu
     wait_state(mini_cluster, f"{array}_0", "COMPLETED")
     wait_state(mini_cluster, f"{array}_1", "FAILED")
     ids = [f"{array}_0", f"{array}_1"]
-    wait_for(lambda: [state.state for state in slurm._ask_sacct(ids).values()] == ["COMPLETED", "FAILED"])
+    wait_for(lambda: [state.state for state in slurm._read_accounting(ids).values()] == ["COMPLETED", "FAILED"])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_status_while_slurmctld_is_away(mini_cluster: "MiniCluster", tmp_path: P
 @pytest.mark.usefixtures("mini_cluster")
 def test_a_program_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "TIMEOUT_S", 0.0001)
-    with pytest.raises(SlurmUnavailableError, match="did not answer within"):
+    with pytest.raises(SlurmUnavailableError, match="did not finish within"):
         read_states(["1"])
 
 

@@ -82,7 +82,7 @@ def test_init_while_the_controller_is_away(
     monkeypatch.chdir(tmp_path)
     mini_cluster.stop_controller()
     assert main(["cluster", "init", "mini"]) == 2
-    assert "SLURM does not answer: `scontrol` said: " in capsys.readouterr().err
+    assert "SLURM does not answer: `scontrol` failed: " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
