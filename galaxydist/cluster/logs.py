@@ -173,7 +173,4 @@ def follow(find: Callable[[], list[Path]], shown: Mapping[Path, int], *, poll_s:
 
 
 def _is_filled(path: Path) -> bool:
-    try:
-        return path.stat().st_size > 0
-    except FileNotFoundError:
-        return False
+    return path.is_file() and path.stat().st_size > 0

@@ -116,7 +116,8 @@ def _permanent_reason(ending: Ending, history: Sequence[RestartRecord]) -> str:
     """Explain why a restart without changes would fail in the same way; empty if it might not."""
     if reason := PERMANENT_FAILURES.get(ending.kind):
         return f"{reason}: it would end the same way again"
-    if ending.error is not None and history and _is_same_crash(ending, history[-1]):
+    last = (history[-1].error, history[-1].step) if history else None
+    if ending.error is not None and last == (ending.error, ending.crash_step):
         return f"the same crash at the same step ({ending.crash_step}) twice: {ending.error}"
     return ""
 
@@ -146,10 +147,6 @@ def _count_idle(ending: Ending, history: Sequence[RestartRecord]) -> int:
         has_progressed = saved is not None and saved > best
         best, idle = (saved, 0) if has_progressed and saved is not None else (best, idle + 1)
     return idle
-
-
-def _is_same_crash(ending: Ending, before: RestartRecord) -> bool:
-    return (before.error, before.step) == (ending.error, ending.crash_step)
 
 
 LEAVING = "SLURM itself is ending the job"

@@ -80,7 +80,7 @@ def read_progress(folder: RunFolder) -> Progress:
         metric=metric,
         best=_best(folder, metric, lines),
         batch_size=batch_size,
-        updated=_modified(folder.metrics_path),
+        updated=folder.metrics_path.stat().st_mtime if folder.metrics_path.exists() else None,
     )
 
 
@@ -106,13 +106,6 @@ def _best(folder: RunFolder, metric: str | None, lines: list[dict[str, Any]]) ->
         return None
     best: float = min(values) if metric == "loss" else max(values)
     return best
-
-
-def _modified(path: Path) -> float | None:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return None
 
 
 def _is_number(value: Any) -> bool:

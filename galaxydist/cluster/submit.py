@@ -201,9 +201,6 @@ def deferred_signals() -> Iterator[None]:
         os.kill(os.getpid(), received[0])
 
 
-__all__ = ["JobRequest", "build_request", "check_idle", "script_of", "submit_again", "submit_requests"]
-
-
 def build_request(resolved: ResolvedRecipe, arguments: Sequence[str]) -> JobRequest:
     """Build the request of a run from its resolved recipe and command line.
 

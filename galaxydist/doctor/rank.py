@@ -49,10 +49,6 @@ class RankChannel:
         self.size = size
         self._clock = clock
 
-    def set_timeout(self, seconds: float) -> None:
-        """Set how long later calls wait for another rank."""
-        self.store.set_timeout(timedelta(seconds=seconds))
-
     def gather(self, name: str, value: Any) -> list[Any]:
         """Return the values of all ranks, in rank order; all ranks must call it, once for each name.
 
@@ -102,21 +98,6 @@ class RankChannel:
             trips.append((trip, start + trip / 2 - reference))
         trip, offset = min(trips)
         return offset, trip
-
-
-def open_channel(host: str, port: int, rank: int, size: int, timeout_s: float) -> RankChannel:
-    """Join the rendezvous.
-
-    Args:
-        host, port: address of rank 0.
-        rank, size: rank and world size.
-        timeout_s: seconds to wait for rank 0, and later for any other rank.
-
-    Raises:
-        RuntimeError: rank 0 cannot be reached, or the port is in use.
-    """
-    store = TCPStore(host, port, size, rank == 0, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
-    return RankChannel(store, rank, size)
 
 
 # Tests between ranks: all-reduces, shared files, SLURM's signal.
@@ -368,11 +349,15 @@ def _check_node(report: RankReport, examination: Examination, environ: Mapping[s
 
 
 def _join(report: RankReport, environ: Mapping[str, str], meeting_s: float) -> RankChannel:
+    """Join the rendezvous; raise RuntimeError if rank 0 cannot be reached or its port is in use."""
     start = time.monotonic()
     host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-    channel = open_channel(host, port, report.rank, report.world_size, meeting_s)
+    is_server = report.rank == 0
+    timeout = timedelta(seconds=meeting_s)
+    store = TCPStore(host, port, report.world_size, is_server, timeout=timeout, wait_for_workers=False)
+    channel = RankChannel(store, report.rank, report.world_size)
     channel.barrier("rendezvous")
-    channel.set_timeout(PART_S)
+    store.set_timeout(timedelta(seconds=PART_S))
     report.meeting_s = time.monotonic() - start
     return channel
 
