@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -162,10 +163,9 @@ def library_versions() -> dict[str, str]:
     """Return the versions that must be equal on all ranks: interpreter, libraries, CUDA, NCCL."""
     from galaxydist import __version__
 
-    try:
+    requirements: list[str] = []
+    with suppress(importlib.metadata.PackageNotFoundError):
         requirements = importlib.metadata.requires(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        requirements = []
     found = {"Python": platform.python_version(), PACKAGE: __version__}
     found |= {name: version or "missing" for name, version in installed_versions(requirements).items()}
     found["torch"] = str(torch.__version__)
