@@ -22,8 +22,8 @@ from galaxydist.planner.estimate import (
     RunPlan,
     find_dataset_size,
     plan_memory,
-    plan_shard_traffic,
     plan_run,
+    plan_shard_traffic,
     plan_steps,
 )
 from galaxydist.planner.limits import check_memory
