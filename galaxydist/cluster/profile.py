@@ -381,7 +381,7 @@ class ResolvedCluster:
 
 CLUSTERS = ConfigSpec(
     schema=Schema(ClusterConfig),
-    checks=CHECKS,
+    rules=CHECKS,
     error=ClusterError,
     argument="cluster",
     examples=("a100", "nodes: 2", "cluster.nodes=2"),

@@ -340,7 +340,7 @@ def _resolve_point(point: GridPoint, arguments: Sequence[str], root: Path, folde
         values, expected = flatten(again), flatten(recipe)
         key = next(key for key in expected if values[key] != expected[key])
         raise RecipeError([(resolved.origins[key], f"{key}={to_text(expected[key])}: cannot be written on a command line")])
-    return SweepRun(point.label, run_dir.name, run_dir, replace(resolved, recipe=recipe), texts)
+    return SweepRun(point.label, run_dir.name, run_dir, replace(resolved, config=recipe), texts)
 
 
 def _same_folders(runs: Sequence[SweepRun]) -> Iterator[str]:

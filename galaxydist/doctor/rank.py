@@ -26,6 +26,7 @@ from galaxydist.cpus import bound_cores
 from galaxydist.doctor.check import RankReport, Timing
 from galaxydist.doctor.machine import CheckTarget, check_machine, interface_address, machine_id, own_address
 from galaxydist.doctor.software import library_versions
+from galaxydist.errors import first_line
 from galaxydist.paths import data_root
 
 # Round trips of a clock measurement.
@@ -130,7 +131,7 @@ def time_all_reduce(
         finally:
             dist.destroy_process_group()
     except RuntimeError as error:
-        return Timing(error=str(error).strip().splitlines()[0])
+        return Timing(error=first_line(error))
 
 
 def _time_group(channel: RankChannel, device: torch.device, num_bytes: int) -> Timing:
@@ -318,8 +319,7 @@ def examine(examination: Examination, environ: Mapping[str, str]) -> RankReport:
             channel.close()
             report.write(folder, "done")
     except Exception as error:
-        text = str(error).strip().partition("\n")[0]
-        report.error = f"{type(error).__name__}: {text}"
+        report.error = f"{type(error).__name__}: {first_line(error)}"
         report.write(folder, report.part)
         traceback.print_exc()
         raise

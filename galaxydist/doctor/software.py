@@ -14,6 +14,7 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 
 from galaxydist.doctor.check import Check, failure, ok, warning
+from galaxydist.errors import first_line
 
 PACKAGE = "galaxydist"
 SMI_S = 20.0
@@ -119,7 +120,7 @@ def find_gpus(smi: str = "nvidia-smi") -> GpuFacts:
         try:
             torch.zeros(1, device="cuda")
         except (RuntimeError, AssertionError) as error:
-            problem = str(error).splitlines()[0]
+            problem = first_line(error)
     names = tuple(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())) if problem is None else ()
     driver, driver_problem = _query_driver(smi)
     return GpuFacts(torch.version.cuda, names, problem, driver, driver_problem)
@@ -161,7 +162,7 @@ def check_gpus(facts: GpuFacts, wanted: int) -> Check:
 
 def library_versions() -> dict[str, str]:
     """Return the versions that must be equal on all ranks: interpreter, libraries, CUDA, NCCL."""
-    from galaxydist import __version__
+    from galaxydist.version import __version__
 
     requirements: list[str] = []
     with suppress(importlib.metadata.PackageNotFoundError):
