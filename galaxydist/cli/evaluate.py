@@ -129,7 +129,7 @@ def _sweep_runs(text: str) -> list[Path]:
             f"{text}: there is no such folder{nor}, and no such sweep. Give a run folder, a folder of runs, "
             f"or a sweep: {', '.join(list_sweeps()) or 'none found'}."
         )
-    return [trial.run_dir for trial in resolve(read_sweep(find_sweep(text)))]
+    return [run.run_dir for run in resolve(read_sweep(find_sweep(text)))]
 
 
 def _print(results: "ReportData") -> None:
