@@ -76,7 +76,8 @@ def _draw_matrix(axes: "Axes", shade_KK: np.ndarray[Any, Any], texts: Sequence[S
     for row, line in enumerate(texts):
         for column, text in enumerate(line):
             colour = "white" if shade_KK[row, column] > 0.55 else "black"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size if len(text) < 5 else size - 1)
+            fontsize = size if len(text) < 5 else size - 1
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=fontsize, in_layout=False)
     places = range(len(names))
     axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(places, names)
@@ -167,13 +168,18 @@ def save_figure(figure: "Figure", path: Path) -> list[Path]:
     """
     import matplotlib
 
-    paths = []
-    for suffix, metadata in ((".png", {}), (".pdf", {"CreationDate": None})):  # no date: equal figures are equal files
-        buffer = io.BytesIO()
-        with matplotlib.rc_context(_STYLE):
-            figure.savefig(buffer, format=suffix[1:], dpi=PNG_DPI, bbox_inches="tight", pad_inches=0.05, metadata=metadata)
-        paths.append(path.with_name(path.name + suffix))
-        replace_bytes(paths[-1], buffer.getvalue())
+    paths = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "pdf")]
+    with matplotlib.rc_context(_STYLE):
+        # Lay out and measure once: savefig does both anew for each format, which takes longer than drawing.
+        figure.set_dpi(PNG_DPI)
+        if (layout := figure.get_layout_engine()) is not None:
+            layout.execute(figure)
+        cropped = figure.get_tightbbox().padded(0.05)
+        figure.set_layout_engine(None)
+        for target, metadata in zip(paths, ({}, {"CreationDate": None}), strict=True):  # no date: equal figures are equal files
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=target.suffix[1:], dpi=PNG_DPI, bbox_inches=cropped, metadata=metadata)
+            replace_bytes(target, buffer.getvalue())
     return paths
 
 
