@@ -12,12 +12,12 @@ from PIL import Image
 
 from galaxydist.evaluation.metrics import Summary, metrics_from_counts, summarise
 from galaxydist.evaluation.plots import (
-    draw_areas,
+    draw_accuracy_by_property,
     draw_confusion,
-    draw_dependence,
     draw_learning_curves,
     draw_per_class,
     draw_reliability,
+    draw_roc_and_pr,
     save_figure,
 )
 from galaxydist.evaluation.results_files import read_evaluation, render_evaluation, write_evaluation
@@ -173,8 +173,8 @@ def summary(tmp_path: Path) -> Summary:
 
 def test_figures_of_predictions_say_what_they_show(summary: Summary, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = summary.metrics
-    reliability, areas = draw_reliability(metrics, TITLE), draw_areas(metrics, summary.curves, TITLE)
-    dependence = draw_dependence(metrics, TITLE)
+    reliability, areas = draw_reliability(metrics, TITLE), draw_roc_and_pr(metrics, summary.curves, TITLE)
+    dependence = draw_accuracy_by_property(metrics, TITLE)
     for figure in (reliability, areas, dependence):
         assert overlapping(figure, monkeypatch) == []
         assert TITLE in " ".join(texts_of(figure)).replace("\n", " ").replace("\N{NO-BREAK SPACE}", " ")

@@ -14,10 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galaxydist.cli.main import main
-from galaxydist.errors import UserError
-from galaxydist.evaluation.counts import BatchPredictions
 from galaxydist.evaluation.inference import MEASURED_WIDTH, measure, merge_predictions
-from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, merge_rank_files, part_path, read_predictions
+from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, merge_rank_files, rank_file_path, read_predictions
 from galaxydist.galaxy import Galaxy
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
@@ -46,7 +44,7 @@ def test_parts_of_any_number_of_processes_are_one_file(
 ) -> None:
     folder = tmp_path_factory.mktemp("parts")
     target = folder / "a.parquet"
-    writers = [RankFile(part_path(target, rank), 3) for rank in range(world_size)]
+    writers = [RankFile(rank_file_path(target, rank), 3) for rank in range(world_size)]
     for writer in writers:
         writer.__enter__()
     for number, first in enumerate(range(0, num, batch_size)):
@@ -73,7 +71,7 @@ def test_parts_of_any_number_of_processes_are_one_file(
 
 
 def test_sizes_are_in_pixels_where_the_scale_of_any_galaxy_is_unknown(tmp_path: Path) -> None:
-    with RankFile(part_path(tmp_path / "a.parquet", 0), 3) as part:
+    with RankFile(rank_file_path(tmp_path / "a.parquet", 0), 3) as part:
         part.append(columns_of(np.arange(4)))
         part.finish()
         for scale in ([0.2, 0.2, None, 0.2], [0.2, 0.0, 0.2, 0.2]):
@@ -195,7 +193,7 @@ def test_what_is_there_is_not_made_again_and_what_is_missing_or_damaged_is(
     assert written.read_text() == text and predictions.stat().st_mtime_ns == before, "numbers again, predictions not"
     assert judge(run_of_known[0], "--split", "val") == 0
     said = capsys.readouterr().out
-    assert "48 galaxies of the validation split (the very galaxies that are judged)" in said
+    assert "48 galaxies of the validation split (the evaluated galaxies themselves)" in said
     assert json.loads((folder / "val.json").read_text())["count"] == 48
     # Without the model: the same numbers.
     out = run_of_known[0].parent / "out"
@@ -261,14 +259,3 @@ def test_a_failure_leaves_neither_predictions_nor_parts(
     assert "galaxy" in capsys.readouterr().err
     folder = run_of_known[0] / "evaluation" / "torn-original"
     assert list(folder.iterdir()) == []
-
-
-def test_predictions_of_batches_are_joined_in_their_order() -> None:
-    def part(*samples: int) -> BatchPredictions:
-        samples_N = torch.tensor(samples)
-        return BatchPredictions(samples_N, samples_N, samples_N, samples_N[:, None].float())
-
-    assert BatchPredictions.join([part(3, 4), part(0), part(2)]).samples_N.tolist() == [3, 4, 0, 2]
-    assert BatchPredictions.merge([part(3, 4), part(0), part(2)]).logits_NK[:, 0].tolist() == [0, 2, 3, 4]
-    with pytest.raises(UserError, match="no predictions at"):
-        read_predictions(Path("nowhere"))

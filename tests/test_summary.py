@@ -25,7 +25,7 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation import bootstrap
 from galaxydist.evaluation.calibration import HIGHEST, LOWEST, NUM_BINS, Reliability, fit_temperature
 from galaxydist.evaluation.counts import Counts
-from galaxydist.evaluation.metrics import LEAST_GALAXIES, in_top_two, measure_dependence, metrics_from_counts, summarise
+from galaxydist.evaluation.metrics import LEAST_GALAXIES, accuracy_by_property, in_top_two, metrics_from_counts, summarise
 from galaxydist.evaluation.predictions import PredictionsFile, softmax
 from tests.prediction_files import draw_logits, write_logits
 
@@ -244,7 +244,7 @@ def test_accuracy_against_properties_in_bins_of_equally_many(tmp_path: Path) -> 
     tied_N = np.where(np.arange(num) < 900, 0.5, 0.7)
     properties = {"size": size_N, "redshift": few_N, "sky_brightness": tied_N}
     units = {"size": "arcsec"}
-    found, left_out = measure_dependence(
+    found, left_out = accuracy_by_property(
         write_logits(tmp_path / "a.parquet", logits_NK, labels_N, properties=properties, units=units)
     )
     assert list(found) == ["size", "sky_brightness"] and left_out == ["redshift: only 24 galaxies have it"]
@@ -255,7 +255,7 @@ def test_accuracy_against_properties_in_bins_of_equally_many(tmp_path: Path) -> 
     low, high = stats.binomtest(125, 125).proportion_ci(0.95, "wilson")
     assert bins[-1]["interval"] == [low, high]
     assert sum(row["count"] for row in found["sky_brightness"]["bins"]) == num
-    none, left_out = measure_dependence(write_logits(tmp_path / "b.parquet", logits_NK, labels_N))
+    none, left_out = accuracy_by_property(write_logits(tmp_path / "b.parquet", logits_NK, labels_N))
     assert none == {} and left_out[0] == "redshift: no galaxy has it"
 
 

@@ -16,7 +16,7 @@ from galaxydist.cli.main import main
 from galaxydist.distributed import World, init_distributed
 from galaxydist.errors import UserError
 from galaxydist.evaluation.evaluator import evaluate_run
-from galaxydist.evaluation.inference import evaluate_split, mean_log_probabilities, views
+from galaxydist.evaluation.inference import evaluate_split, mean_log_probabilities, tta_images
 from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.evaluation.results_files import read_evaluation as read_evaluation_file
@@ -68,20 +68,20 @@ def judge(world: World, model: nn.Module, manifest: Manifest, tta: str, split: s
 
 def test_the_views_are_all_flips_and_quarter_turns() -> None:
     images_BCHW = torch.randn(2, 3, 5, 5)
-    found = list(views(images_BCHW, "d4"))
+    found = list(tta_images(images_BCHW, "d4"))
     assert found[0] is images_BCHW
     quarters = [images_BCHW.numpy()]
     for _ in range(3):
         quarters.append(np.rot90(quarters[-1], axes=(2, 3)))
     expected = {image.tobytes() for quarter in quarters for image in (quarter, quarter[..., ::-1])}
     assert {view.numpy().tobytes() for view in found} == expected and len(expected) == 8
-    assert [view is images_BCHW for view in views(images_BCHW, "none")] == [True]
+    assert [view is images_BCHW for view in tta_images(images_BCHW, "none")] == [True]
 
 
 def test_views_keep_the_memory_format() -> None:
     images_BCHW = torch.randn(2, 3, 6, 6)
     last_BCHW = images_BCHW.to(memory_format=torch.channels_last)
-    for view, other in zip(views(images_BCHW, "d4"), views(last_BCHW, "d4"), strict=True):
+    for view, other in zip(tta_images(images_BCHW, "d4"), tta_images(last_BCHW, "d4"), strict=True):
         assert view.is_contiguous() and other.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(view, other)
 

@@ -271,18 +271,10 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         raise UserError("give a run folder, the recipe=NAME that trained it, or --predictions FILE")
     target = read_target(arguments.target, arguments.manifest)
 
-    from galaxydist.evaluation.evaluator import evaluate_run
+    from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run
 
-    evaluate_run(
-        target.run_dir,
-        arguments.split or "test",
-        os.environ,
-        manifest_path=target.manifest,
-        variant=target.variant,
-        trained_path=arguments.trained_on,
-        data_dir=arguments.data_dir,
-        tta=arguments.tta,
-    )
+    data = EvaluationData(target.manifest, target.variant, arguments.trained_on, arguments.data_dir)
+    evaluate_run(target.run_dir, arguments.split or "test", os.environ, data, tta=arguments.tta)
 
 
 def _judge_predictions(arguments: argparse.Namespace) -> None:
@@ -291,10 +283,10 @@ def _judge_predictions(arguments: argparse.Namespace) -> None:
             name = "RUN" if option == "target" else f"--{option.replace('_', '-')}"
             raise UserError(f"--predictions FILE needs no {name}: what was judged stands in the file")
 
-    from galaxydist.evaluation.results_files import judge_predictions, render_evaluation
+    from galaxydist.evaluation.results_files import evaluate_predictions, render_evaluation
 
     out_dir = arguments.out or arguments.predictions.parent
-    print(render_evaluation(judge_predictions(arguments.predictions, arguments.validation, out_dir), out_dir))
+    print(render_evaluation(evaluate_predictions(arguments.predictions, arguments.validation, out_dir), out_dir))
 
 
 # ``galaxydist gallery``: a run's most confident mistakes and least certain galaxies, and where its model looks.
