@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.evaluation.predictions import ROW_GROUP, PredictionsFile, PredictionsInfo, read_predictions, write_predictions
-from galaxydist.gallery.choose import SelectedGalaxy, Selection, choose_mistakes, entropies
+from galaxydist.gallery.choose import SelectedGalaxy, Selection, choose_mistakes
 
 CONTEXT = {"dataset": "blobs", "variant": "original", "split": "test", "tta": "none", "model": "vit", "recipe": "vit"}
 
@@ -104,7 +104,7 @@ def test_many_row_groups_ties_and_undefined(tmp_path: Path) -> None:
     assert (first.id, first.label, first.predicted, first.is_mistake) == ("galaxy-20", 2, 1, True)
     assert first.probability == pytest.approx(1) and found.uncertain[0][0].entropy == pytest.approx(math.log(3))
     chosen = {pick.sample for picks in (*found.confident, *found.uncertain) for pick in picks}
-    assert found.samples().tolist() == sorted(chosen)
+    assert list(found.predicted_classes()) == sorted(chosen)
 
 
 def test_memory_does_not_grow_with_the_number_of_galaxies(tmp_path: Path) -> None:
@@ -124,9 +124,4 @@ def test_memory_does_not_grow_with_the_number_of_galaxies(tmp_path: Path) -> Non
 def test_nothing_predicted_nothing_chosen(tmp_path: Path) -> None:
     found = choose_mistakes(write(tmp_path / "p.parquet", np.empty((0, 2)), np.empty(0, int)), 3)
     assert found == Selection(((), ()), ((), ()), (0, 0), (0, 0), 0)
-    assert found.samples().size == 0
-
-
-def test_entropies() -> None:
-    found_N = entropies(np.array([[1, 0], [0.5, 0.5], [np.nan, 1], [np.inf, 0]]))
-    assert found_N[:2] == pytest.approx([0, math.log(2)]) and np.isnan(found_N[2:]).all()
+    assert found.predicted_classes() == {}

@@ -107,14 +107,13 @@ def find_runs(targets: list[str]) -> tuple[list[Path], list["ReportNote"]]:
 
 def _make_galleries(results: "ReportData") -> Iterator[str]:
     """Make what is missing; yields a note for each that cannot be made."""
-    from galaxydist.cpus import available_cores
     from galaxydist.gallery.gallery import make_gallery
     from galaxydist.report.page import without_gallery
 
     for facts in (facts for found in results.findings for facts in without_gallery(found)):
         run_dir = facts.trial.run_dir
         try:
-            page, _ = make_gallery(run_dir, "test", os.environ, threads=available_cores())
+            page, _ = make_gallery(run_dir, "test", os.environ)
             print(f"gallery: {page}")
         except (UserError, OSError, RuntimeError) as error:  # one run's trouble is no reason to report none
             yield f"{run_dir}: no gallery: {error}"
@@ -333,20 +332,18 @@ def run_gallery(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out {arguments.out} is a folder: give the page a name, like {arguments.out / 'gallery.html'}")
     target = read_target(arguments.target, arguments.manifest)
 
-    from galaxydist.cpus import available_cores
+    from galaxydist.evaluation.evaluator import EvaluationData
     from galaxydist.gallery.gallery import make_gallery
 
+    data = EvaluationData(target.manifest, target.variant, data_dir=arguments.data_dir)
     page, picks = make_gallery(
         target.run_dir,
         arguments.split,
         os.environ,
+        data,
         per_class=arguments.per_class,
         page=arguments.out,
-        manifest_path=target.manifest,
-        variant=target.variant,
-        data_dir=arguments.data_dir,
         tta=arguments.tta,
-        threads=available_cores(),
     )
     shown = sum(map(len, picks.confident)), sum(map(len, picks.uncertain))
     print(
