@@ -125,9 +125,6 @@ def _detail(images_PHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
     return np.asarray(brightness - uniform_filter(brightness, (0, _SQUARE, _SQUARE))).reshape(len(brightness), -1)
 
 
-# Overlapping cutouts, and sky positions with two labels.
-
-
 @dataclass(frozen=True, slots=True)
 class Neighbours:
     """Pairs of galaxies with overlapping cutouts.
@@ -167,26 +164,25 @@ def _separations(positions: Positions, pairs_P2: NDArray[np.int64]) -> NDArray[n
     return np.asarray(np.degrees(2 * np.arcsin(np.sqrt(half))) * 3600)
 
 
-# Odd images: each check is simple and is described on the page.
-
+# Odd images. Each check is simple and is described on the page.
 # Largest span in grey levels (of 255) of a blank image or channel.
 _LEAST_SPAN = 2
 SATURATED_SHARE = 0.05
 REPEATED_SHARE = 0.05
 
-KINDS = {
+ODD_KINDS = {
     "unreadable": "cannot be read or does not decode",
     "blank": f"blank: all pixels within {_LEAST_SPAN} grey levels of one another",
     "missing channel": f"one channel is constant (within {_LEAST_SPAN} levels) while another is not",
     "saturated": f"more than {100 * SATURATED_SHARE:.0f} % of the pixels are white (255 in a channel)",
-    "flat rows": f"more than {100 * REPEATED_SHARE:.0f} % of the rows or of the columns have one single value: a part is missing",
-    "repeated rows": f"more than {100 * REPEATED_SHARE:.0f} % of the rows equal the row before: cut short or badly resampled",
-    "nothing there": "no source over the sky in the middle of the image",
+    "flat rows": f"more than {100 * REPEATED_SHARE:.0f} % of the rows or of the columns have a single value: a part is missing",
+    "repeated rows": f"more than {100 * REPEATED_SHARE:.0f} % of the rows equal the row before: truncated or badly resampled",
+    "nothing there": "no source above the sky in the middle of the image",
 }
 
 
-def find_oddities(image_HWC: NDArray[np.uint8]) -> list[str]:
-    """Return the kinds of oddity found in the pixels; a blank image has no other kind.
+def odd_kinds(image_HWC: NDArray[np.uint8]) -> list[str]:
+    """Return the kinds of ``ODD_KINDS`` that the pixels show; a blank image has no other kind.
 
     Args:
         image_HWC: H x W x 3 uint8.

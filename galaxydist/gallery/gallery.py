@@ -213,7 +213,7 @@ def _render_page(gallery: Gallery) -> str:
             "peak": _peak(gallery.images[galaxy.sample].peak, gallery.method),
         }
 
-    sections = [
+    galleries = [
         {
             "kind": kind,
             "title": title,
@@ -229,7 +229,8 @@ def _render_page(gallery: Gallery) -> str:
         "mistakes.html",
         {
             "title": gallery.title,
-            "sections": sections,
+            "sections": [*((kind, title) for kind, (title, _) in KINDS.items()), ("reading", "How to read it")],
+            "galleries": galleries,
             "uris": _uris(gallery.images),
             "num_undefined": selection.num_undefined,
             "context": context,
