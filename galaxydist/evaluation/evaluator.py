@@ -5,8 +5,9 @@ All ranks predict; rank 0 does the rest. Results of the same checkpoint and the 
 
 import contextlib
 import functools
+import logging
 import tempfile
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ from galaxydist.evaluation.results_files import has_figures, read_evaluation, re
 from galaxydist.galaxy import Variant
 from galaxydist.loading.dataset import TrainingData, build_augment, find_cache, find_manifest, find_variant, has_split
 from galaxydist.loading.loader import Batch
+from galaxydist.log import results
 from galaxydist.models.build import build_model
 from galaxydist.models.performance import set_tf32
 from galaxydist.models.weights import write_weights
@@ -49,6 +51,7 @@ from galaxydist.surveys.split import CUTOUT_ARCSEC
 if TYPE_CHECKING:
     import pyarrow as pa
 
+logger = logging.getLogger(__name__)
 
 # Groups of a checkpoint's tensors that its evaluation needs.
 MODEL_GROUPS = ("model", "ema")
@@ -66,7 +69,6 @@ class Evaluator:
         recipe: of the run; its ``eval`` chooses the checkpoint and the test-time augmentation.
         find_training_shards: called on rank 0 if other shards than those of the training are evaluated.
         figures: draw figures; None for the recipe's setting.
-        print_result: receives the text of each result; None to print it.
 
     Raises:
         UserError: the run has no checkpoint.
@@ -80,11 +82,9 @@ class Evaluator:
         *,
         find_training_shards: FindTrainingShards,
         figures: bool | None = None,
-        print_result: Callable[[str], None] | None = None,
     ) -> None:
         self.world, self.folder, self.recipe = world, folder, recipe
         self._figures = recipe.eval.figures if figures is None else figures
-        self._print = print_result or world.say
         self._find_training_shards = functools.cache(find_training_shards)  # for the overlap and for the temperature
         path = world.run_on_main(lambda: find_checkpoint(folder, recipe.eval.checkpoint))
         self._checkpoint = world.run_on_all(lambda: store.read_sound(path, groups=MODEL_GROUPS))
@@ -107,7 +107,7 @@ class Evaluator:
             UserError: other classes than the run's; test galaxies that it was trained on; a galaxy that cannot be read.
         """
         if not has_split(manifest, split):
-            self._print(f"no {split} split in {manifest.location}: nothing to evaluate")
+            logger.info("no %s split in %s: nothing to evaluate", split, manifest.location)
             return None
         path, validation = self.predict(manifest, split), self._validation_predictions(manifest)
         context, evaluation_dir = self._context(manifest, split), find_evaluation_dir(self.folder, self.trained_on, manifest)
@@ -123,7 +123,7 @@ class Evaluator:
             )
 
         evaluation = self.world.run_on_main(load_or_write)
-        self._print(render_evaluation(evaluation, evaluation_dir))
+        results.info("%s", render_evaluation(evaluation, evaluation_dir))
         return evaluation
 
     def predict(self, manifest: Manifest, split: str) -> Path:
