@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # The compared columns of a catalogue.
 COLUMNS = ("id", "ra", "dec", PIXEL_HASH)
@@ -120,7 +120,7 @@ def check_overlap(
     if (found.by_id | found.by_position if are_one_set else found.rows).any():
         raise UserError(_refusal(found, trained, test))
     if found.by_image.any():
-        _log.warning(
+        logger.warning(
             "%d of the %d galaxies of %s have the image of a training galaxy, pixel for pixel (%s): the model was trained on "
             "them",
             int(found.by_image.sum()),
@@ -224,7 +224,7 @@ def open_training_shards(trained_on: TrainingData, known: str, given: str | Path
                 f"{', '.join(trained_on.class_names)}: give the manifest of the shards that it was trained on"
             )
         if manifest.hash != trained_on.manifest_hash:
-            _log.warning(
+            logger.warning(
                 "%s %s is not the manifest that the run was trained on (its hash is %s, the checkpoint has %s): its galaxies are "
                 "used as those of the run",
                 FLAG,
@@ -274,7 +274,7 @@ def validation_mask(
     train, test = SplitGalaxies.read(trained, "train"), SplitGalaxies.read(manifest, split)
     for galaxies in () if are_one_set else (train, test):
         if PIXEL_HASH not in galaxies.table.column_names:
-            _log.warning(
+            logger.warning(
                 "%s has no hashes of its images (an earlier version made these shards): galaxies are compared by id and position "
                 "only, and equal images under other names are not found; make the shards again to compare them",
                 galaxies.what,

@@ -32,8 +32,10 @@ def write_evaluation(
     curves: Sequence[ClassCurves | None] = (),
     figures: bool = True,
 ) -> dict[str, Any]:
-    """Write ``<split>.json`` and figures: confusion matrix, classes, reliability, ROC and precision-recall curves, accuracy by
-    property, learning curves; each only if the metrics have it.
+    """Write ``<split>.json`` and the figures of an evaluation.
+
+    Figures, each only if the metrics have it: confusion matrix, classes, reliability, ROC and precision-recall curves, accuracy
+    by property; and the learning curves of the run.
 
     With test-time augmentation the files are named ``<split>-<tta>``, so that both evaluations can be kept. The JSON file is
     written last and atomically: if it exists, so do the requested figures.

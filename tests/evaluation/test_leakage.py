@@ -103,7 +103,7 @@ def test_the_refusal_counts_and_names() -> None:
     assert "10 of the 11 galaxies of test of b were in the training set of this model, train of a: " in text
     assert "8 by id (g0, g1, g2, g3, g4 and 3 more); 2 within 67 arcsec of one of them on the sky (n0, n1)." in text
     assert "1 of these are far from every galaxy of the training set" in text and "--name NAME" in text
-    assert "Judge it on another data set, or train it on shards" in text
+    assert "Evaluate it on another data set, or train it on shards" in text
     seen = check_overlap(
         SplitGalaxies(table([("z", 1.0, 1.0)]), "a", "x"),
         SplitGalaxies(table(rows[:1]), "a", "v"),
