@@ -31,7 +31,7 @@ def title_of(evaluation: Mapping[str, Any]) -> str:
     if "count" not in evaluation:
         return f"{data}, {named}"
     tta = evaluation.get("tta", "none")
-    averaged = "" if tta == "none" else f", {tta.upper()} views averaged"
+    averaged = "" if tta == "none" else f", averaged over {tta.upper()}"
     return f"{data}, {evaluation['split']} split, {named}{averaged}, N = {evaluation['count']:,}"
 
 

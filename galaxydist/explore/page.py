@@ -15,7 +15,7 @@ from galaxydist.explore.checks import ODD_KINDS
 from galaxydist.explore.datasets import UNLABELLED, ExploredDataset, Positions
 from galaxydist.explore.embedding import Features, image_map, sprite
 from galaxydist.explore.scan import THUMBNAIL
-from galaxydist.pages.contact_sheet import write_gallery
+from galaxydist.pages.contact_sheet import write_class_sheet
 from galaxydist.pages.html import figure_svg, image_uri, render
 from galaxydist.surveys.split import CUTOUT_ARCSEC
 
@@ -142,7 +142,7 @@ def draw_sky(positions: Positions) -> "tuple[Figure, int]":
     figure = new_figure(_WIDTH, 2.9)
     axes = figure.add_subplot(projection="mollweide" if whole else None)
     size = float(np.clip(4000 / max(len(drawn), 1), 1.0, 10))
-    # East is left, as seen from Earth; RA 0 is in the centre.
+    # East is left, as scanned from Earth; RA 0 is in the centre.
     x, y = (-np.radians((ra + 180) % 360 - 180), np.radians(dec)) if whole else (ra, dec)
     coloured = np.isfinite(redshift)
     style: dict[str, Any] = {"s": size, "linewidths": 0, "rasterized": True}
@@ -202,7 +202,7 @@ def render_page(findings: Findings, examples: Mapping[int, list[NDArray[np.uint8
     """
     population, scan = findings.population, findings.scan
     shown = {label: readable(name) for label, name in population.groups.items()}
-    seen = {label: name for label, name in shown.items() if label in scan.histograms}
+    scanned = {label: name for label, name in shown.items() if label in scan.histograms}
     colours = class_colours(list(shown))
     counts = population.counts()
     return render(
@@ -225,33 +225,33 @@ def render_page(findings: Findings, examples: Mapping[int, list[NDArray[np.uint8
                     "counts": [values[row] for values in counts.values()],
                     "all": sum(values[row] for values in counts.values()),
                     "scanned": int((scan.labels == label).sum()),
-                    "pixels": pixel_statistics(scan, label) if label in seen else None,
+                    "pixels": pixel_statistics(scan, label) if label in scanned else None,
                     "examples": _examples(findings, label, examples),
-                    "mean": image_uri(scan.means[label].round().astype(np.uint8), quality=90) if label in seen else "",
+                    "mean": image_uri(scan.means[label].round().astype(np.uint8), quality=90) if label in scanned else "",
                 }
                 for row, (label, name) in enumerate(shown.items())
             ],
             "counts": counts,
-            "figures": _figures(findings, seen, colours),
+            "figures": _figures(findings, scanned, colours),
             "sky": _sky(findings),
             "duplicates": _duplicates(findings),
             "odd": _odd(findings),
             "map": _map(findings, shown, colours),
             "cutout": f"{CUTOUT_ARCSEC:.0f}",
-            "medians": _medians(findings, seen),
+            "medians": _medians(findings, scanned),
         },
     )
 
 
-def _figures(findings: Findings, seen: Mapping[int, str], colours: Mapping[int, str]) -> dict[str, Any]:
+def _figures(findings: Findings, scanned: Mapping[int, str], colours: Mapping[int, str]) -> dict[str, Any]:
     scan, population = findings.scan, findings.population
     shown = [readable(name) for name in population.groups.values()]
-    in_order = [colours[label] for label in seen]
+    in_order = [colours[label] for label in scanned]
     redshift_N = np.full(len(population), np.nan)
     redshift_N[findings.positions.rows] = findings.positions.redshift
 
     def ridges(values_n: NDArray[np.float64], labels_n: NDArray[np.int64], label: str, *, logarithmic: bool = False) -> Any:
-        values = {name: values_n[labels_n == number] for number, name in seen.items()}
+        values = {name: values_n[labels_n == number] for number, name in scanned.items()}
         return _svg(draw_ridges(values, in_order, label, logarithmic=logarithmic), f"{label} by class")
 
     labels_n = scan.labels
@@ -263,7 +263,7 @@ def _figures(findings: Findings, seen: Mapping[int, str], colours: Mapping[int, 
         "colour": ridges(scan.colour_n, labels_n, "colour, blue minus red (mag, stretched light)"),
         "redshift": ridges(redshift_N, population.labels_N, "redshift"),
         "histograms": _svg(
-            draw_histograms({name: scan.histograms[label] for label, name in seen.items()}) if seen else None,
+            draw_histograms({name: scan.histograms[label] for label, name in scanned.items()}) if scanned else None,
             "shares of pixel values in red, green and blue, by class",
         ),
     }
@@ -294,11 +294,11 @@ def _examples(findings: Findings, label: int, examples: Mapping[int, list[NDArra
     return [{"id": name, "uri": image_uri(image, width=width)} for name, image in zip(ids, images, strict=True)]
 
 
-def _medians(findings: Findings, seen: Mapping[int, str]) -> list[dict[str, Any]]:
+def _medians(findings: Findings, scanned: Mapping[int, str]) -> list[dict[str, Any]]:
     """Return a row per class: median and quartiles of size and brightness."""
     scan = findings.scan
     lines = []
-    for label, name in seen.items():
+    for label, name in scanned.items():
         members = scan.labels == label
         sizes, brightnesses = (values[members & np.isfinite(scan.size_n)] for values in (scan.size_n, scan.brightness_n))
         quartiles = [np.percentile(values, (50, 25, 75)).tolist() if len(values) else None for values in (sizes, brightnesses)]
@@ -449,7 +449,7 @@ def _write_files(findings: Findings, examples: Mapping[int, list[NDArray[np.uint
     title = f"{population.dataset} ({population.variant}), N = {len(population):,}"
     images = {population.groups[label]: members for label, members in examples.items() if members}
     if images:
-        write_gallery(folder / GALLERY, images, title, max_bytes=GALLERY_BYTES)
+        write_class_sheet(folder / GALLERY, images, title, max_bytes=GALLERY_BYTES)
     names = [readable(name) for name in population.groups.values()]
     save_figure(draw_counts(names, population.counts(), title), folder / "counts")
 

@@ -158,7 +158,7 @@ def test_evaluations_with_and_without_views_are_told_apart(tmp_path: Path) -> No
     for evaluation, stem, others in ((plain, "test", "test-d4"), (averaged, "test-d4", "test")):
         said = render_evaluation(evaluation, tmp_path)
         assert f"{stem}.json" in said and f"{tmp_path}/{stem}-confusion.png" in said
-        assert f"{others}-confusion.png" not in said and ("D4 views averaged" in said) == (stem == "test-d4")
+        assert f"{others}-confusion.png" not in said and ("averaged over D4" in said) == (stem == "test-d4")
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ def test_both_evaluations_of_a_run_lie_side_by_side(blobs: Path, tmp_path: Path,
     capsys.readouterr()
     assert main(["evaluate", str(run_dir), "--tta", "d4"]) == 0
     said = capsys.readouterr().out
-    assert "D4 views averaged, N = 24" in said
+    assert "averaged over D4, N = 24" in said
     assert all(str(folder / f"test-d4{end}") in said for end in (".json", "-confusion.png", "-classes.png"))
     averaged = json.loads((folder / "test-d4.json").read_text())
     assert averaged["tta"] == "d4" and averaged["loss"] != json.loads(plain)["loss"] and averaged["count"] == 24
