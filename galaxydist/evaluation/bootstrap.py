@@ -13,7 +13,6 @@ galaxies themselves.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -73,19 +72,8 @@ def interval(values_R: Floats) -> list[float] | None:
     return [low, high]
 
 
-@dataclass(frozen=True)
-class Resamples:
-    """Sums of R resampled confusion matrices.
-
-    Args:
-        support_RK: number of galaxies of each class.
-        predicted_RK: number of galaxies predicted as it.
-        correct_RK: number of galaxies of each class predicted as it.
-    """
-
-    support_RK: NDArray[np.int64]
-    predicted_RK: NDArray[np.int64]
-    correct_RK: NDArray[np.int64]
+# R resampled confusion matrices: number of galaxies of each class, predicted as it, and both (R x K each).
+Resamples = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
 def resample_confusion(confusion_KK: NDArray[np.int64]) -> Iterator[Resamples]:
@@ -99,41 +87,37 @@ def resample_confusion(confusion_KK: NDArray[np.int64]) -> Iterator[Resamples]:
         return
     cells_M = np.union1d(np.flatnonzero(confusion_KK), [confusion_KK.size - 1])
     true_M, predicted_M = cells_M // num_classes, cells_M % num_classes
-    right = true_M == predicted_M
+    is_right_M = true_M == predicted_M
     generator = np.random.Generator(np.random.Philox(key=SEED))
     at_once = max(1, _DRAWN_AT_ONCE // max(len(cells_M), num_classes))
     for start in range(0, RESAMPLES, at_once):
         size = min(at_once, RESAMPLES - start)
         drawn_RM = generator.multinomial(count, confusion_KK.ravel()[cells_M] / count, size=size)
-        yield Resamples(
-            _sum_by(true_M, drawn_RM, num_classes),
-            _sum_by(predicted_M, drawn_RM, num_classes),
-            _sum_by(true_M[right], drawn_RM[:, right], num_classes),
-        )
+        true_RK, predicted_RK = _sum_by(true_M, drawn_RM, num_classes), _sum_by(predicted_M, drawn_RM, num_classes)
+        yield true_RK, predicted_RK, _sum_by(true_M[is_right_M], drawn_RM[:, is_right_M], num_classes)
 
 
 def _sum_by(class_M: NDArray[np.int64], drawn_RM: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
     """Return the sums over the cells of each class, R x K."""
-    sums_RK = np.zeros((len(drawn_RM), num_classes), np.int64)
-    order = np.argsort(class_M, kind="stable")
-    classes, starts = np.unique(class_M[order], return_index=True)
-    if len(classes):
-        sums_RK[:, classes] = np.add.reduceat(drawn_RM[:, order], starts, axis=1)
-    return sums_RK
+    from scipy import sparse
+
+    cells = class_M, np.arange(len(class_M))
+    return np.asarray((sparse.csr_array((np.ones_like(class_M), cells), (num_classes, len(class_M))) @ drawn_RM.T).T)
 
 
 def count_intervals(confusion_KK: NDArray[np.int64]) -> dict[str, list[float] | None]:
     """Return the intervals of accuracy, balanced accuracy, macro and weighted F1."""
     values: dict[str, list[Floats]] = {name: [np.empty(0)] for name in COUNTED}
     for resamples in resample_confusion(confusion_KK):
-        for name, values_R in count_metrics(resamples).items():
+        for name, values_R in count_metrics(*resamples).items():
             values[name].append(values_R)
     return {name: interval(np.concatenate(values_R)) for name, values_R in values.items()}
 
 
-def count_metrics(resamples: Resamples) -> Mapping[str, Floats]:
+def count_metrics(
+    support_RK: NDArray[np.int64], predicted_RK: NDArray[np.int64], correct_RK: NDArray[np.int64]
+) -> Mapping[str, Floats]:
     """Return the metrics ``COUNTED`` of many matrices at once, as ``metrics_from_counts`` does; nan where that gives None."""
-    support_RK, predicted_RK, correct_RK = resamples.support_RK, resamples.predicted_RK, resamples.correct_RK
     count_R = support_RK.sum(axis=1)
     f1_RK = ratio(2 * correct_RK, support_RK + predicted_RK)
     return {

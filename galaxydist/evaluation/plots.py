@@ -191,7 +191,7 @@ def draw_learning_curves(lines: Sequence[Mapping[str, Any]], title: str) -> "Fig
                 ("val/balanced_accuracy", "validation, balanced", GREEN),
             ),
         ),
-        ("learning rate", (("train/lr", "", GREY), ("lr", "", GREY))),
+        ("learning rate", (("train/lr", "", GREY),)),
     )
     panels = [(label, known) for label, curves in wanted if (known := [curve for curve in curves if curve[0] in names])]
     columns = max(len(panels), 1)

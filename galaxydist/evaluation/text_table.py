@@ -1,20 +1,22 @@
 """Result of an evaluation as text: title, headline numbers, notes and a table of classes."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# Label, name in ``intervals``, keys of the value in an evaluation.
 _HEADLINES = (
-    ("accuracy", "accuracy"),
-    ("balanced accuracy", "balanced_accuracy"),
-    ("macro F1", "macro_f1"),
-    ("weighted F1", "weighted_f1"),
-    ("top-2 accuracy", "top2_accuracy"),
-    ("loss", "loss"),
-    ("ECE", "ece"),
-    ("loss, scaled", "scaled_loss"),
-    ("ECE, scaled", "scaled_ece"),
-    ("ROC area, mean", "roc_auc"),
-    ("PR area, mean", "average_precision"),
+    ("accuracy", "accuracy", ("accuracy",)),
+    ("balanced accuracy", "balanced_accuracy", ("balanced_accuracy",)),
+    ("macro F1", "macro_f1", ("macro_f1",)),
+    ("weighted F1", "weighted_f1", ("weighted_f1",)),
+    ("top-2 accuracy", "top2_accuracy", ("top2_accuracy",)),
+    ("loss", "loss", ("loss",)),
+    ("ECE", "ece", ("calibration", "ece")),
+    ("loss, scaled", "scaled_loss", ("calibration", "scaled", "loss")),
+    ("ECE, scaled", "scaled_ece", ("calibration", "scaled", "ece")),
+    ("ROC area, mean", "roc_auc", ("roc_auc", "macro")),
+    ("PR area, mean", "average_precision", ("average_precision", "macro")),
 )
 _COLUMNS = ("precision", "recall", "F1", "galaxies")
 
@@ -45,25 +47,6 @@ def headline(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def headline_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the headline numbers by their names in ``intervals``; missing ones are left out.
-
-    Args:
-        metrics: from ``summarise``.
-    """
-    calibration = metrics.get("calibration") or {}
-    scaled = calibration.get("scaled") or {}
-    nested = {"ece": calibration, "scaled_loss": scaled, "scaled_ece": scaled, "roc_auc": metrics, "average_precision": metrics}
-    keys = {"ece": "ece", "scaled_loss": "loss", "scaled_ece": "ece"}
-    found: dict[str, float | None] = {}
-    for _, name in _HEADLINES:
-        source, key = nested.get(name, metrics), keys.get(name, name)
-        if key in source:
-            value = source[key]
-            found[name] = value["macro"] if isinstance(value, Mapping) else value
-    return found
-
-
 def format_headline(metrics: Mapping[str, Any]) -> str:
     """Format the headline numbers, each with its 95 % interval; in one line if there are no intervals.
 
@@ -73,13 +56,14 @@ def format_headline(metrics: Mapping[str, Any]) -> str:
     intervals = metrics.get("intervals")
     if intervals is None:
         return headline(metrics)
-    numbers, labels = headline_numbers(metrics), {name: label for label, name in _HEADLINES}
-    width = max(len(labels[name]) for name in numbers)
+    width = max(len(label) for label, _, _ in _HEADLINES)
     lines = []
-    for name, value in numbers.items():
-        interval = intervals.get(name)
-        between = f"   {interval[0]:.3f} to {interval[1]:.3f}" if interval is not None else ""
-        lines.append(f"{labels[name]:<{width}} {_number(value):>7}{between}")
+    for label, name, (*outer, key) in _HEADLINES:
+        values: Mapping[str, Any] = functools.reduce(lambda values, key: values.get(key) or {}, outer, metrics)
+        if key in values:
+            interval = intervals.get(name)
+            between = f"   {interval[0]:.3f} to {interval[1]:.3f}" if interval is not None else ""
+            lines.append(f"{label:<{width}} {_number(values[key]):>7}{between}")
     lines[0] += f"   ({intervals['level']:.0%} intervals)" if intervals.get("accuracy") else ""
     return "\n".join(lines)
 

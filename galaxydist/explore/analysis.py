@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from galaxydist.explore.checks import Neighbours, Pair, find_duplicates, find_neighbours
 from galaxydist.explore.datasets import ExploredDataset, Positions, choose_sample, random_order
-from galaxydist.explore.embedding import Features, Map, map_sample
+from galaxydist.explore.embedding import Map, map_sample
 from galaxydist.explore.scan import ImageScan, scan_images
 
 
@@ -47,13 +47,12 @@ class Findings:
         return unreadable | {kind: len(indices) for kind, indices in self.scan.odd_images.items()}
 
 
-def analyse(population: ExploredDataset, *, sample: int, seed: int, features: Features | None = None) -> Findings:
+def analyse(population: ExploredDataset, *, sample: int, seed: int) -> Findings:
     """Analyse a data set.
 
     Args:
         sample: largest number of galaxies whose images are read.
         seed: of the choice of galaxies and of the map.
-        features: of thumbnails, for the map; None: ``principal_components``.
     """
     rows = choose_sample(population, sample, seed)
     scan = scan_images(population.source.images(rows), population.labels_N, len(rows))
@@ -66,7 +65,7 @@ def analyse(population: ExploredDataset, *, sample: int, seed: int, features: Fe
         positions=positions,
         neighbours=find_neighbours(population, positions) if positions.known.any() else None,
         duplicates=find_duplicates(scan.hash_nB, scan.digests, scan.thumbnails_nHWC),
-        map=map_sample(scan, seed, features),
+        map=map_sample(scan, seed),
     )
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from galaxydist.explore.datasets import ExploredDataset, Positions
-from galaxydist.surveys.split import CUTOUT_ARCSEC, SAME_PLACE_ARCSEC, close_pairs
+from galaxydist.surveys.split import CUTOUT_ARCSEC, SAME_PLACE_ARCSEC, close_pairs, unit_vectors
 
 HASH_DISTANCE = 6
 # Measured on real samples (999 of Galaxy10 DECaLS, 1,000 of SDSS): copies at JPEG quality 50 reach 0.94, those resampled to half
@@ -64,7 +64,6 @@ def find_duplicates(
     thumbnails_nHWC: NDArray[np.uint8],
     *,
     distance: int = HASH_DISTANCE,
-    correlation: float = LEAST_CORRELATION,
 ) -> list[Pair]:
     """Find pairs of duplicate images, the most similar first.
 
@@ -73,14 +72,13 @@ def find_duplicates(
         digests: hashes of the pixels.
         thumbnails_nHWC: n x H x W x 3 uint8.
         distance: largest Hamming distance of the perceptual hashes.
-        correlation: smallest correlation of the thumbnails' fine detail.
     """
     pairs_P2, distance_P = near_hashes(hash_nB, distance)
     correlation_P = _correlations(thumbnails_nHWC, pairs_P2)
     found = []
     for (first, second), apart, alike in zip(pairs_P2.tolist(), distance_P.tolist(), correlation_P.tolist(), strict=True):
         identical = digests[first] == digests[second] and bool(np.ptp(thumbnails_nHWC[first], axis=(0, 1)).any())
-        if identical or alike >= correlation:
+        if identical or alike >= LEAST_CORRELATION:
             found.append(Pair(first, second, apart, 1.0 if identical else alike, identical))
     return sorted(found, key=lambda pair: (not pair.identical, -pair.correlation, pair.first, pair.second))
 
@@ -157,11 +155,9 @@ def find_neighbours(population: ExploredDataset, positions: Positions) -> Neighb
 
 
 def _separations(positions: Positions, pairs_P2: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the separations in arcsec, (P,), by the haversine formula, which is accurate for small angles."""
-    ra_P2, dec_P2 = np.radians(positions.ra[pairs_P2]), np.radians(positions.dec[pairs_P2])
-    half = np.sin(np.diff(dec_P2)[:, 0] / 2) ** 2
-    half += np.cos(dec_P2).prod(axis=1) * np.sin(np.diff(ra_P2)[:, 0] / 2) ** 2
-    return np.asarray(np.degrees(2 * np.arcsin(np.sqrt(half))) * 3600)
+    """Return the separations in arcsec, (P,), from chord lengths, which are accurate for small angles."""
+    first, second = (unit_vectors(positions.ra[pairs_P2[:, side]], positions.dec[pairs_P2[:, side]]) for side in (0, 1))
+    return np.asarray(np.degrees(2 * np.arcsin(np.linalg.norm(first - second, axis=1) / 2)) * 3600)
 
 
 # Odd images. Each check is simple and is described on the page.

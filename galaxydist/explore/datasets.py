@@ -37,13 +37,9 @@ UNLABELLED = -1
 _PURPOSE = 0x6578706C6F7265  # "explore"
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Sky position (degrees, J2000) and redshift of a galaxy; each is nan where unknown."""
-
-    ra: float = np.nan
-    dec: float = np.nan
-    redshift: float = np.nan
+# Sky position (degrees, J2000) and redshift of a galaxy; each is nan where unknown.
+Position = tuple[float, float, float]
+UNKNOWN: Position = (np.nan, np.nan, np.nan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +222,7 @@ class ShardImages:
                 records = self._open(shard)
             except UserError as error:
                 for row in wanted:
-                    yield ExploredImage(row, f"{shard.split} {row - shard.start}", None, Position(), str(error))
+                    yield ExploredImage(row, f"{shard.split} {row - shard.start}", None, UNKNOWN, str(error))
                 continue
             for row in wanted:
                 yield self._image(records, shard, row)
@@ -252,10 +248,10 @@ class ShardImages:
         if self._manifest.remote is None:
             return None
         allowed_N, left = np.zeros(int(self._ends[-1]), np.bool_), _FETCHED_PER_GALAXY * number
-        for number_of_shard in random_order(np.arange(len(self._shards)), seed).tolist():
+        for shard_number in random_order(np.arange(len(self._shards)), seed).tolist():
             if left <= 0:
                 break
-            shard = self._shards[number_of_shard]
+            shard = self._shards[shard_number]
             allowed_N[shard.start : shard.stop] = True
             left -= shard.stop - shard.start
         return allowed_N
@@ -344,10 +340,9 @@ class _Records:
         """Return the position in the sample's .json; unknown if there is none."""
         try:
             record: dict[str, Any] = json.loads(self.content(number, "json"))
-            values = [record.get(name) for name in ("ra", "dec", "redshift")]
+            return _position(*(record.get(name) for name in ("ra", "dec", "redshift")))
         except (ValueError, AttributeError, OSError):
-            return Position()
-        return Position(*(float(value) if isinstance(value, int | float) else np.nan for value in values))
+            return UNKNOWN
 
 
 def _column(table: "pa.Table", name: str) -> NDArray[np.float64]:
@@ -409,7 +404,7 @@ class SurveyImages:
                         yield _image(pending.pop(number), galaxy)
             except UserError as error:
                 for number, row in pending.items():
-                    yield ExploredImage(row, self._name(number), None, Position(), str(error))
+                    yield ExploredImage(row, self._name(number), None, UNKNOWN, str(error))
 
     def positions(self) -> Positions | None:
         if isinstance(self.survey, Galaxy10Survey):
@@ -417,8 +412,8 @@ class SurveyImages:
             found = [np.asarray(columns[name][self.numbers_N], np.float64) for name in ("ra", "dec", "redshift")]
         elif isinstance(self.survey, FolderSurvey):
             rows = [self.survey.rows[number] for number in self.numbers_N.tolist()]
-            values = [(row.ra, row.dec, row.extras.get("redshift")) for row in rows]
-            found = [*np.array([[_number(value) for value in line] for line in values], np.float64).reshape(-1, 3).T]
+            values = [_position(row.ra, row.dec, row.extras.get("redshift")) for row in rows]
+            found = [*np.array(values, np.float64).reshape(-1, 3).T]
         else:
             return None
         return Positions(np.arange(len(self.numbers_N)), *found)
@@ -438,7 +433,7 @@ class SurveyImages:
 
 
 def _image(row: int, galaxy: Galaxy) -> ExploredImage:
-    position = Position(*(_number(value) for value in (galaxy.ra, galaxy.dec, galaxy.extras.get("redshift"))))
+    position = _position(galaxy.ra, galaxy.dec, galaxy.extras.get("redshift"))
     image = galaxy.image
     if not isinstance(image, EncodedImage):
         return ExploredImage(row, galaxy.id, image, position)
@@ -448,9 +443,10 @@ def _image(row: int, galaxy: Galaxy) -> ExploredImage:
         return ExploredImage(row, galaxy.id, None, position, str(error))
 
 
-def _number(value: object) -> float:
-    """Return a number as a float; nan for anything else."""
-    return float(value) if isinstance(value, int | float) else np.nan
+def _position(*values: object) -> Position:
+    """Return ra, dec and redshift as floats; nan for anything but a number."""
+    ra, dec, redshift = (float(value) if isinstance(value, int | float) else np.nan for value in values)
+    return ra, dec, redshift
 
 
 def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> ExploredDataset:

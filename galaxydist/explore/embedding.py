@@ -1,9 +1,8 @@
 """Two-dimensional map of a sample, in which similar galaxies lie close together.
 
-The default features are principal components, which need no download.
+The features are principal components, which need no download.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,23 +40,18 @@ class Map:
     by_chance: float
 
 
-# Thumbnails n x H x W x 3 uint8 -> (n, D) features, and a description of them.
-Features = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], str]]
-
-
-def map_sample(scan: ImageScan, seed: int, features: Features | None = None) -> Map | None:
+def map_sample(scan: ImageScan, seed: int) -> Map | None:
     """Map at most ``MAX_GALAXIES`` by t-SNE (van der Maaten & Hinton 2008, JMLR 9, 2579); None for fewer than ten.
 
     Args:
         seed: of the choice of galaxies and of t-SNE.
-        features: of thumbnails; None: ``principal_components``.
     """
     if len(scan) < _LEAST_GALAXIES:
         return None
     from sklearn.manifold import TSNE
 
     indices = np.sort(np.searchsorted(scan.rows, random_order(scan.rows, seed)[:MAX_GALAXIES]))
-    features_mD, description = (features or principal_components)(scan.thumbnails_nHWC[indices])
+    features_mD, description = principal_components(scan.thumbnails_nHWC[indices])
     perplexity = min(30.0, (len(indices) - 1) / 3)
     xy_m2 = TSNE(2, perplexity=perplexity, init="pca", random_state=seed % 2**32).fit_transform(features_mD)
     xy_m2 = (xy_m2 - xy_m2.min(axis=0)) / np.maximum(np.ptp(xy_m2, axis=0), 1e-9)

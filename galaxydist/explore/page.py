@@ -13,7 +13,7 @@ from galaxydist.evaluation.text_table import readable
 from galaxydist.explore.analysis import Findings, analyse, label_conflicts, pixel_statistics, split_leaks, summary, widths
 from galaxydist.explore.checks import ODD_KINDS
 from galaxydist.explore.datasets import UNLABELLED, ExploredDataset, Positions
-from galaxydist.explore.embedding import Features, image_map, sprite
+from galaxydist.explore.embedding import image_map, sprite
 from galaxydist.explore.scan import THUMBNAIL
 from galaxydist.pages.contact_sheet import write_class_sheet
 from galaxydist.pages.html import figure_svg, image_uri, render
@@ -409,7 +409,6 @@ def explore(
     sample: int,
     per_class: int = 8,
     seed: int = 0,
-    features: Features | None = None,
 ) -> Findings:
     """Analyse a data set and write the page and files.
 
@@ -420,11 +419,10 @@ def explore(
         sample: largest number of galaxies whose images are read.
         per_class: number of galaxies of each class in the gallery.
         seed: of the choice of galaxies and of the map.
-        features: of thumbnails, for the map; None: ``principal_components``.
     """
     for folder in {page.parent, *([] if out_dir is None else [out_dir])}:
         folder.mkdir(parents=True, exist_ok=True)
-    findings = analyse(population, sample=sample, seed=seed, features=features)
+    findings = analyse(population, sample=sample, seed=seed)
     examples = _read_examples(findings, per_class)
     if out_dir is not None:
         _write_files(findings, examples, out_dir)

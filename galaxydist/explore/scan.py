@@ -156,7 +156,6 @@ def _measure(batch: list[ExploredImage], mean_width: int) -> list[_ImageStats]:
         kinds = odd_kinds(image_HWC)
         if not kinds and np.isfinite(sky) and np.isnan(size):
             kinds = ["nothing there"]
-        position = image.position
         numbers = (
             *mean_C,
             shares_CL[:, 0].mean(),
@@ -166,9 +165,7 @@ def _measure(batch: list[ExploredImage], mean_width: int) -> list[_ImageStats]:
             sky,
             _colour(image_HWC, size, histogram_CL),
             image_HWC.shape[1],
-            position.ra,
-            position.dec,
-            position.redshift,
+            *image.position,
         )
         ones.append(
             _ImageStats(

@@ -171,7 +171,7 @@ def test_resampled_counts_give_the_metrics_of_each_resample(count: int, num_clas
     shares = confusion_KK.ravel() / max(1, count)
     drawn_RKK = generator.multinomial(count, shares, size=bootstrap.RESAMPLES).reshape(-1, num_classes, num_classes)
     names = [str(label) for label in range(num_classes)]
-    found = [bootstrap.count_metrics(resamples) for resamples in bootstrap.resample_confusion(confusion_KK)]
+    found = [bootstrap.count_metrics(*resamples) for resamples in bootstrap.resample_confusion(confusion_KK)]
     assert bool(found) == (count > 0)
     for metrics in found:
         assert metrics.keys() == set(bootstrap.COUNTED)

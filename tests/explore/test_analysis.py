@@ -18,7 +18,7 @@ from PIL import Image
 from galaxydist.cli.main import main
 from galaxydist.explore.analysis import Findings, analyse, label_conflicts, split_leaks, summary
 from galaxydist.explore.checks import find_duplicates, find_neighbours, near_hashes, odd_kinds, perceptual_hash
-from galaxydist.explore.datasets import ExploredDataset, ExploredImage, Position, Positions, choose_sample, open_population
+from galaxydist.explore.datasets import UNKNOWN, ExploredDataset, ExploredImage, Positions, choose_sample, open_population
 from galaxydist.explore.page import render_page
 from galaxydist.explore.scan import THUMBNAIL, _fit
 from galaxydist.shards.manifest import read_manifest
@@ -40,7 +40,7 @@ class Sky:
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         for row in rows.tolist():
             self.read.append(row)
-            yield ExploredImage(row, f"g{row}", self.pixels[row % len(self.pixels)], Position())
+            yield ExploredImage(row, f"g{row}", self.pixels[row % len(self.pixels)], UNKNOWN)
 
     def positions(self) -> Positions | None:
         return self._positions
