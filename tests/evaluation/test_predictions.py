@@ -115,7 +115,7 @@ def test_a_failure_leaves_the_file_that_was_there(tmp_path: Path) -> None:
     assert path.read_bytes() == b"old"
 
 
-def test_no_predictions_damaged_ones_and_foreign_ones_are_told_apart(tmp_path: Path) -> None:
+def test_no_predictions_damaged_ones_and_foreign_ones_are_distinguished(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     with pytest.raises(UserError, match=r"no predictions at .*galaxydist evaluate"):
         read_predictions(path)

@@ -115,11 +115,11 @@ def test_figures_say_what_they_show(metrics: dict[str, Any], log: Path) -> None:
     assert title == TITLE
     confusion, classes = draw_confusion(metrics, title), draw_per_class(metrics, title)
     for figure in (confusion, classes):
-        said = " ".join(texts_of(figure)).replace("\n", " ").replace("\N{NO-BREAK SPACE}", " ")
-        assert TITLE in said
-        assert all(name in said for name in ("edge-on without bulge", "unbarred tight spiral", "disturbed"))
-    said = texts_of(confusion)
-    assert str(metrics["confusion"][0][0]) in said
+        texts = " ".join(texts_of(figure)).replace("\n", " ").replace("\N{NO-BREAK SPACE}", " ")
+        assert TITLE in texts
+        assert all(name in texts for name in ("edge-on without bulge", "unbarred tight spiral", "disturbed"))
+    texts = texts_of(confusion)
+    assert str(metrics["confusion"][0][0]) in texts
     assert len(confusion.axes) == 2
     curves = draw_learning_curves(MetricsLog(log).read(), "simulated (original), custom_cnn")
     assert [axes.get_ylabel() for axes in curves.axes] == ["loss", "accuracy", "learning rate"]
@@ -179,13 +179,13 @@ def test_figures_of_predictions_say_what_they_show(summary: Summary, monkeypatch
         assert overlapping(figure, monkeypatch) == []
         assert TITLE in " ".join(texts_of(figure)).replace("\n", " ").replace("\N{NO-BREAK SPACE}", " ")
     ece, scaled = metrics["calibration"]["ece"], metrics["calibration"]["scaled"]["ece"]
-    said = texts_of(reliability)
-    assert f"as trained: ECE {ece:.3f}" in said
-    assert f"divided by T = {metrics['calibration']['temperature']['value']:.2f}: ECE {scaled:.3f}" in said
-    said = " ".join(texts_of(areas))
+    texts = texts_of(reliability)
+    assert f"as trained: ECE {ece:.3f}" in texts
+    assert f"divided by T = {metrics['calibration']['temperature']['value']:.2f}: ECE {scaled:.3f}" in texts
+    texts = " ".join(texts_of(areas))
     roc, precision = metrics["roc_auc"]["per_class"][8], metrics["average_precision"]["per_class"][8]
-    assert f"edge-on without bulge ({roc:.3f}, {precision:.3f})" in said
-    assert "edge-on with bulge" not in said, "a class without galaxies has no curve"
+    assert f"edge-on without bulge ({roc:.3f}, {precision:.3f})" in texts
+    assert "edge-on with bulge" not in texts, "a class without galaxies has no curve"
     labels = ["redshift", "half-light radius (arcsec)", "sky brightness (full scale = 1)"]
     assert [axes.get_xlabel() for axes in dependence.axes] == labels
     alone = {**metrics, "calibration": {**metrics["calibration"], "temperature": None}}

@@ -50,7 +50,7 @@ class Sky:
 
 
 def drawn(num: int, seed: int = 0, size: int = 64) -> NDArray[np.uint8]:
-    """Galaxies of all kinds of places, widths, angles and colours on a noisy sky."""
+    """Galaxies of all kinds of positions, widths, angles and colours on a noisy sky."""
     dice = np.random.default_rng(seed)
     y_HW, x_HW = np.mgrid[:size, :size] - size / 2
     images = []
@@ -185,7 +185,7 @@ def test_real_galaxies_have_no_duplicates_but_their_copies(real_data: Path, surv
     assert {(pair.first, pair.second) for pair in found} == {(5, most), (9, most + 1)}
 
 
-def test_each_kind_of_oddity_is_told() -> None:
+def test_each_kind_of_odd_image_is_named() -> None:
     sound = drawn(1)[0]
     assert odd_kinds(sound) == []
     flat, repeated, channel, white = (sound.copy() for _ in range(4))
@@ -232,8 +232,8 @@ def test_damaged_images_in_shards_are_named_and_the_rest_goes_on(
     second.unlink()
     page = tmp_path / "page.html"
     assert main(["data", "explore", str(shards.dir), "-o", str(page), "--data-dir", str(tmp_path / "root")]) == 0
-    text, told = page.read_text(), capsys.readouterr().out
-    assert "unreadable: 17 of 120" in told and "103 of 120 looked at" in told
+    text, printed = page.read_text(), capsys.readouterr().out
+    assert "unreadable: 17 of 120" in printed and "103 of 120 looked at" in printed
     assert f"shard {first}, galaxy sim-" in text and f"shard {second} cannot be read" in text
     assert not (tmp_path / "root" / "explore").exists()
 
