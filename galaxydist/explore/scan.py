@@ -32,7 +32,6 @@ class ImageScan:
         rows: (n,) rows of the data set.
         ids: names of the galaxies.
         labels: (n,) class numbers.
-        mean_nC, black_n, white_n: mean of each channel (full scale 1), shares of pixel values that are 0 and 255.
         size_n, brightness_n, sky_n: see :mod:`galaxydist.surveys.photometry`; nan where the image is too small to measure.
         colour_n: -2.5 log10 of blue over red light above the sky in the galaxy's centre; nan without such light.
         hash_nB: (n, 8) uint8 perceptual hashes.
@@ -49,9 +48,6 @@ class ImageScan:
     rows: NDArray[np.int64]
     ids: list[str]
     labels: NDArray[np.int64]
-    mean_nC: NDArray[np.float64]
-    black_n: NDArray[np.float64]
-    white_n: NDArray[np.float64]
     size_n: NDArray[np.float64]
     brightness_n: NDArray[np.float64]
     sky_n: NDArray[np.float64]
@@ -74,7 +70,7 @@ class ImageScan:
 class _ImageStats:
     """Measurements of one image."""
 
-    numbers: tuple[float, ...]  # mean R G B, black, white, size, brightness, sky, colour, width, ra, dec, redshift
+    numbers: tuple[float, ...]  # size, brightness, sky, colour, width, ra, dec, redshift
     hash_B: NDArray[np.uint8]
     digest: bytes
     thumbnail_HWC: NDArray[np.uint8]
@@ -110,11 +106,12 @@ def scan_images(images: Iterable[ExploredImage], labels_N: NDArray[np.int64], nu
                     label = int(labels_N[image.row])
                     histograms[label] = histograms.get(label, 0) + one.histogram_CL
                     totals[label] = totals.get(label, np.zeros(())) + one.small_HWC.astype(np.float64)
-                    scanned.append((replace(image, image=None), one))
+                    # Only numbers and thumbnails stay in memory.
+                    scanned.append((replace(image, image=None), replace(one, small_HWC=one.thumbnail_HWC)))
             bar.update(len(window))
     scanned.sort(key=lambda pair: pair[0].row)
     rows = np.array([image.row for image, _ in scanned], np.int64)
-    columns = np.array([one.numbers for _, one in scanned], np.float64).reshape(len(scanned), 13)
+    columns = np.array([one.numbers for _, one in scanned], np.float64).reshape(len(scanned), 8)
     odd_images: dict[str, list[int]] = {}
     for index, (_, one) in enumerate(scanned):
         for kind in one.odd_kinds:
@@ -124,15 +121,12 @@ def scan_images(images: Iterable[ExploredImage], labels_N: NDArray[np.int64], nu
         rows=rows,
         ids=[image.id for image, _ in scanned],
         labels=labels,
-        mean_nC=columns[:, :3],
-        black_n=columns[:, 3],
-        white_n=columns[:, 4],
-        size_n=columns[:, 5],
-        brightness_n=columns[:, 6],
-        sky_n=columns[:, 7],
-        colour_n=columns[:, 8],
-        widths_n=columns[:, 9].astype(np.int64),
-        position_n3=columns[:, 10:],
+        size_n=columns[:, 0],
+        brightness_n=columns[:, 1],
+        sky_n=columns[:, 2],
+        colour_n=columns[:, 3],
+        widths_n=columns[:, 4].astype(np.int64),
+        position_n3=columns[:, 5:],
         hash_nB=np.array([one.hash_B for _, one in scanned], np.uint8).reshape(len(scanned), -1),
         digests=[one.digest for _, one in scanned],
         thumbnails_nHWC=np.array([one.thumbnail_HWC for _, one in scanned], np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL, 3),
@@ -151,22 +145,11 @@ def _measure(batch: list[ExploredImage], mean_width: int) -> list[_ImageStats]:
     ones = []
     for image, image_HWC, size, brightness, sky in zip(batch, images_BHWC, *columns, strict=True):
         histogram_CL = np.stack([np.bincount(image_HWC[..., channel].ravel(), minlength=256) for channel in range(3)])
-        shares_CL = histogram_CL / histogram_CL.sum(axis=1, keepdims=True)
-        mean_C = shares_CL @ (np.arange(256) / 255)
         kinds = odd_kinds(image_HWC)
         if not kinds and np.isfinite(sky) and np.isnan(size):
             kinds = ["nothing there"]
-        numbers = (
-            *mean_C,
-            shares_CL[:, 0].mean(),
-            shares_CL[:, 255].mean(),
-            size,
-            brightness,
-            sky,
-            _colour(image_HWC, size, histogram_CL),
-            image_HWC.shape[1],
-            *image.position,
-        )
+        colour = _colour(image_HWC, size, histogram_CL)
+        numbers = (size, brightness, sky, colour, image_HWC.shape[1], *image.position)
         ones.append(
             _ImageStats(
                 numbers=tuple(map(float, numbers)),
