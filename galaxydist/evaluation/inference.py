@@ -23,6 +23,7 @@ from galaxydist.evaluation.predictions import NAMES, PredictionsInfo, RankFile, 
 from galaxydist.loading.augment import Augment
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch, EvalLoader
+from galaxydist.models.build import evaluation_mode
 from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest
@@ -225,8 +226,6 @@ def evaluate_split(
     Raises:
         UserError: a galaxy cannot be read (an evaluation never counts fewer), or the disk is full.
     """
-    was_training = model.training
-    model.eval()
     counters = [Counts(manifest.num_classes, world.device)]
     whole = f"the {split} split of {manifest.location}"
     expected = {whole: manifest.splits[split].num_samples}
@@ -258,8 +257,8 @@ def evaluate_split(
             if writer is not None:
                 writer.finish()
 
-    world.run_on_all(count)  # a rank that cannot read a galaxy also stops the ranks that would wait for its counts
-    model.train(was_training)
+    with evaluation_mode(model):
+        world.run_on_all(count)  # a rank that cannot read a galaxy also stops the ranks that would wait for its counts
     vectors = world.all_reduce(torch.stack([counter.vector() for counter in counters]).to(world.device))
     found: list[dict[str, Any]] = []
     for vector, (what, number) in zip(vectors, expected.items(), strict=True):

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from galaxydist import __version__
 from galaxydist.atomic_files import read_json, replace_bytes, write_json
 from galaxydist.checkpoints import store
 from galaxydist.checkpoints.store import Checkpoint
@@ -37,6 +36,7 @@ from galaxydist.loading.decode import read_chosen, reduction
 from galaxydist.models.saliency import explain, method_of
 from galaxydist.pages.contact_sheet import SheetCell, SheetRow, compose_sheet, overlay, write_sheet
 from galaxydist.pages.html import image_uri, jpeg_uri, render
+from galaxydist.version import __version__
 
 FORMAT_VERSION = 1
 # Image widths in pixels: the rendered width, and the page's, the first with which all images fit into _PAGE_BYTES.
