@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.loading.loader import Batch, TrainLoader
+from galaxydist.loading.loader import Batch, DecodeOptions, RankInfo, TrainLoader
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.order import (
     EpochOrder,
@@ -217,7 +217,7 @@ def test_a_batch_larger_than_the_split_is_refused() -> None:
 
 
 def test_more_processes_than_the_batch_holds_are_refused() -> None:
-    with pytest.raises(UserError, match=r"9 processes are more processes than the global batch holds .*=8"):
+    with pytest.raises(UserError, match=r"9 processes are more than the global batch holds .*=8"):
         rank_offsets(8, 0, 9)
 
 
@@ -256,7 +256,7 @@ def test_reading_order_is_unlike_storage_order() -> None:
 
 
 def read(manifest_path: Path, steps: int, **settings: object) -> list[Batch]:
-    with TrainLoader(read_manifest(manifest_path), seed=3, threads=1, **settings) as reader:  # type: ignore[arg-type]
+    with TrainLoader(read_manifest(manifest_path), seed=3, decode=DecodeOptions(threads=1), **settings) as reader:  # type: ignore[arg-type]
         return list(islice(reader, steps))
 
 
@@ -279,7 +279,7 @@ def test_readers_of_any_number_of_processes_share_each_batch(
     for world_size in sorted({w for w in (2, 3, 5, batch_size) if 1 < w <= min(batch_size, 24)}):
         dealt = [np.full_like(whole, -1) for whole in alone]
         for rank in range(world_size):
-            for step, batch in enumerate(read(blobs, steps, rank=rank, world_size=world_size, **settings)):
+            for step, batch in enumerate(read(blobs, steps, ranks=RankInfo(rank, world_size), **settings)):
                 assert batch.step == step and batch.epoch == step // (72 // batch_size)
                 dealt[step][:, rank_offsets(batch_size, rank, world_size)] = contents(batch)
         assert np.array_equal(dealt, alone)
@@ -297,7 +297,7 @@ def test_reading_resumes_exactly_anywhere(blobs: Path, balance: str) -> None:
         assert [(batch.step, batch.epoch) for batch in late] == [(step, step // 3) for step in range(start, 8)]
         assert all(np.array_equal(contents(batch), expected) for batch, expected in zip(late, whole[start:], strict=True))
         for rank in range(3):
-            late = read(blobs, 8 - start, start_step=start, rank=rank, world_size=3, **settings)
+            late = read(blobs, 8 - start, start_step=start, ranks=RankInfo(rank, 3), **settings)
             mine = rank_offsets(20, rank, 3)
             assert all(np.array_equal(contents(b), expected[:, mine]) for b, expected in zip(late, whole[start:], strict=True))
 

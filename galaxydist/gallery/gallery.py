@@ -26,7 +26,7 @@ from galaxydist.evaluation.text_table import readable, title_of
 from galaxydist.galaxy import Variant
 from galaxydist.gallery.choose import SelectedGalaxy, Selection, choose_mistakes
 from galaxydist.loading.dataset import TrainingData, build_augment, find_cache, find_manifest, find_variant
-from galaxydist.loading.decode import read_chosen, reduction
+from galaxydist.loading.decode import read_samples, reduction
 from galaxydist.models.saliency import explain, method_of
 from galaxydist.pages.contact_sheet import SheetCell, SheetRow, compose_sheet, overlay, write_sheet
 from galaxydist.pages.html import image_uri, render
@@ -404,7 +404,7 @@ def _look(
             seen[sample] = RenderedGalaxy.small(image, overlay(image, map_HW, crop=crop), peak)
         waiting.clear()
 
-    for sample, (image, decoded) in read_chosen(manifest, split, picks.samples(), (1, factor)):
+    for sample, (image, decoded) in read_samples(manifest, split, picks.samples(), (1, factor)):
         waiting.append((sample, image, decoded))
         if len(waiting) == _TOGETHER:
             flush()

@@ -26,10 +26,9 @@ from tqdm import tqdm
 from galaxydist.atomic_files import whole_file
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import Manifest, catalogue_name, shard_name
-from galaxydist.shards.remote.cache import Cache, CacheEntry, SharedFile
-from galaxydist.shards.remote.object_store import Store, download
+from galaxydist.shards.remote.cache import SharedFile
 from galaxydist.shards.remote.open import file_reader
-from galaxydist.shards.remote.prefetcher import LocalShards
+from galaxydist.shards.remote.prefetcher import LocalShards, fetch_shard
 from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
 
 if TYPE_CHECKING:
@@ -294,13 +293,7 @@ def _obtain(manifest: Manifest, name: str) -> Path:
         return path
     if path.is_file() and _sha256(path) != expected:
         path.unlink(missing_ok=True)  # damaged in the cache: fetch it again
-    stop, store = threading.Event(), Store(manifest.remote.url)
-    Cache(manifest.remote.cache.folder, manifest.remote.cache.max_bytes).obtain(
-        CacheEntry(f"{manifest.dir.name}/{name}"),
-        lambda target: download(store, name, target, stop=stop, sha256=bytes.fromhex(expected)),
-        stop=stop,
-        must=True,
-    )
+    manifest.remote_folder(threading.Event()).get(name, sha256=bytes.fromhex(expected))
     return path
 
 
@@ -324,11 +317,14 @@ def _read_tars(manifest: Manifest, split: str) -> "pa.Table":
     import pyarrow as pa
 
     stop = threading.Event()
-    read, source = file_reader(manifest), _Shards(manifest, split, stop)
+    read, local = file_reader(manifest), LocalShards(manifest, split)
+    folder = manifest.remote_folder(stop) if manifest.remote is not None else None
 
     def table(number: int, attempt: int = 1) -> pa.Table:
         name = shard_name(split, number).removesuffix(".tar") + ".idx"
-        file = source.open(number)
+        # A remote shard is fetched into the cache, where a loader will find it.
+        file = local.open(number) if folder is None else fetch_shard(manifest, folder, split, number, allow_over_limit=True)
+        assert file is not None
         try:
             return table_of(_metas(file, parse_index(read(name, None).decode("ascii"))))
         except (ValueError, OSError) as error:
@@ -378,34 +374,3 @@ def _metas(file: SharedFile, samples: list[list[Member]]) -> Iterator[tuple[str,
         data = os.pread(file.descriptor, BLOCK + (member.size if member.extension == "json" else 0), member.offset - BLOCK)
         check_header(data[:BLOCK], member)
         yield key, data[BLOCK:]
-
-
-class _Shards:
-    """A split's tars: local, or fetched into the cache, where a loader will find them."""
-
-    def __init__(self, manifest: Manifest, split: str, stop: threading.Event) -> None:
-        self._manifest, self._split, self._stop = manifest, split, stop
-        self._table = manifest.shards(split)
-        self._folder = LocalShards(manifest, split)
-        if manifest.remote is not None:
-            self._store = Store(manifest.remote.url)
-            self._cache = Cache(manifest.remote.cache.folder, manifest.remote.cache.max_bytes)
-
-    def open(self, number: int) -> SharedFile:
-        """Open a tar, fetching it first if it is remote.
-
-        Raises:
-            UserError: names the tar that cannot be opened or fetched.
-        """
-        if self._manifest.remote is None:
-            return self._folder.open(number)
-        name, row = shard_name(self._split, number), self._table[number]
-        size, sha256 = int(row["bytes"]), row["sha256"].tobytes()
-        file = self._cache.obtain(
-            CacheEntry(f"{self._manifest.dir.name}/{name}", size),
-            lambda path: download(self._store, name, path, stop=self._stop, num_bytes=size, sha256=sha256),
-            stop=self._stop,
-            must=True,
-        )
-        assert file is not None
-        return file

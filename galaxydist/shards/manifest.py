@@ -11,6 +11,7 @@
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.shards.remote.cache import CacheConfig
+from galaxydist.shards.remote.cache import Cache, CacheConfig, RemoteFolder
+from galaxydist.shards.remote.object_store import Store
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -141,6 +143,12 @@ class Manifest:
         """Return a shard's path or URL, for messages."""
         folder = str(self.dir) if self.remote is None else self.remote.location.removesuffix(f"/{MANIFEST_NAME}")
         return f"{folder}/{shard_name(split, number)}"
+
+    def remote_folder(self, stop: threading.Event) -> RemoteFolder:
+        """Return the access to a remote data set's files; ``stop`` ends fetching when it is set."""
+        assert self.remote is not None
+        cache = Cache(self.remote.cache.folder, self.remote.cache.max_bytes)
+        return RemoteFolder(Store(self.remote.url), cache, self.dir.name, stop)
 
     def check_lengths(self) -> None:
         """Check that every column exists and is as long as the manifest says.

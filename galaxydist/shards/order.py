@@ -130,9 +130,9 @@ class EpochOrder:
             IndexError: a position is outside the epoch.
         """
         position = _inside(positions, self.num_positions)
-        stream, place = position % self.num_streams, position // self.num_streams
-        start, size, key = self._windows(stream, place)
-        line = start + permute(place % self._window, size, key)
+        stream, index = position % self.num_streams, position // self.num_streams
+        start, size, key = self._windows(stream, index)
+        line = start + permute(index % self._window, size, key)
         laid = np.searchsorted(self._laid_starts, line, side="right") - 1
         return np.asarray(self._stored_starts[self._shards[laid]] + line - self._laid_starts[laid])
 
@@ -150,8 +150,8 @@ class EpochOrder:
             self._longer + (line - long_part) // max(1, self._length),
         )
         start, size, key = self._windows(stream, line - self._segment_start(stream))
-        place = start - self._segment_start(stream) + unpermute(line - start, size, key)
-        return place * self.num_streams + stream
+        index = start - self._segment_start(stream) + unpermute(line - start, size, key)
+        return index * self.num_streams + stream
 
     def pieces(self, streams: ArrayLike) -> tuple[Int64, Int64, Int64, Int64]:
         """Return the parts of shards that these streams consist of.
@@ -160,8 +160,8 @@ class EpochOrder:
             streams: distinct integers in 0 ... C-1.
 
         Returns:
-            (shard, stream, first_place, last_place): one row for each part of a shard in one of the streams. Its samples lie at
-            indexes first_place ... last_place of the stream. This range covers whole windows, so it also holds samples of other
+            (shard, stream, first_index, last_index): one row for each part of a shard in one of the streams. Its samples lie at
+            indexes first_index ... last_index of the stream. This range covers whole windows, so it also holds samples of other
             shards.
         """
         stream = np.asarray(streams, np.int64)
@@ -175,18 +175,18 @@ class EpochOrder:
         laid_stops = np.append(self._laid_starts[1:], self.num_positions)
         filled = laid_stops[laid] > self._laid_starts[laid]
         row, laid = row[filled], laid[filled]
-        first_place = np.maximum(self._laid_starts[laid] - start[row], 0)
-        last_place = np.minimum(laid_stops[laid] - start[row], length[row]) - 1
-        first_place -= first_place % self._window
-        last_place = np.minimum((last_place // self._window + 1) * self._window, length[row]) - 1
-        return self._shards[laid], stream[row], first_place, last_place
+        first_index = np.maximum(self._laid_starts[laid] - start[row], 0)
+        last_index = np.minimum(laid_stops[laid] - start[row], length[row]) - 1
+        first_index -= first_index % self._window
+        last_index = np.minimum((last_index // self._window + 1) * self._window, length[row]) - 1
+        return self._shards[laid], stream[row], first_index, last_index
 
     def _segment_start(self, stream: Int64) -> Int64:
         return stream * self._length + np.minimum(stream, self._longer)
 
-    def _windows(self, stream: Int64, place: Int64) -> tuple[Int64, Int64, NDArray[np.uint64]]:
+    def _windows(self, stream: Int64, index: Int64) -> tuple[Int64, Int64, NDArray[np.uint64]]:
         """Return the window of each stream index: its start on the line of shards, its length and its permutation's key."""
-        window = place // self._window
+        window = index // self._window
         segment_length = self._length + (stream < self._longer)
         size = np.minimum(self._window, segment_length - window * self._window)
         key = hash64(self._seed, self._epoch, stream, window, Stream.WINDOW)
@@ -221,8 +221,8 @@ class ResampledOrder:
         drawn = permute(position, self.num_positions, hash64(self._seed, self._epoch, 0, Stream.POSITIONS))
         number = np.searchsorted(self._starts, drawn, side="right") - 1
         count = self._by_class.counts[number]
-        turn, place = np.divmod(drawn - self._starts[number], count)
-        galaxy = permute(place, count, hash64(self._seed, self._epoch, number, turn, Stream.GALAXY_DRAWS))
+        turn, index = np.divmod(drawn - self._starts[number], count)
+        galaxy = permute(index, count, hash64(self._seed, self._epoch, number, turn, Stream.GALAXY_DRAWS))
         return np.asarray(self._by_class.samples[self._by_class.starts[number] + galaxy])
 
 
@@ -268,7 +268,7 @@ def rank_offsets(batch_size: int, rank: int, world_size: int) -> Int64:
     """
     if world_size > batch_size:
         raise UserError(
-            f"{world_size} processes are more processes than the global batch holds (train.batch_size={batch_size}): "
+            f"{world_size} processes are more than the global batch holds (train.batch_size={batch_size}): "
             f"start {batch_size} or fewer, or set train.batch_size to {world_size} or more"
         )
     return np.arange(rank, batch_size, world_size, dtype=np.int64)

@@ -31,7 +31,7 @@ from galaxydist.loading.dataset import (
 )
 from galaxydist.loading.decode import sample_name
 from galaxydist.loading.device_prefetch import DevicePrefetcher
-from galaxydist.loading.loader import Batch, TrainLoader
+from galaxydist.loading.loader import Batch, DecodeOptions, RankInfo, TrainLoader
 from galaxydist.models.build import build_model, needs_two_images
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.performance import (
@@ -528,18 +528,11 @@ class Trainer:
             manifest,
             seed=self.recipe.seed,
             batch_size=self.recipe.train.batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
             num_streams=data.num_streams,
-            image_size=data.image_size,
-            crop=data.crop,
-            max_zoom=data.augment.zoom,
             balance=data.balance,
+            ranks=RankInfo(self.world.rank, self.world.size, self.world.ranks_on_node),
+            decode=DecodeOptions.of(data, threads=self.world.cores, pin=self.world.device.type == "cuda"),
             on_error="report",
-            threads=data.threads or self.world.cores,
-            ranks_on_node=self.world.ranks_on_node,
-            prefetch=data.prefetch,
-            pin=self.world.device.type == "cuda",
             start_step=start_step,
         )
 

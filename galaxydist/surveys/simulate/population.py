@@ -108,9 +108,9 @@ def scattered(num_galaxies: int, seed: int) -> tuple[NDArray[np.float64], NDArra
 
 
 def _put_beside(
-    ra: NDArray[np.float64], dec: NDArray[np.float64], pair: tuple[int, int], dice: Draws, separation: tuple[float, float]
+    ra: NDArray[np.float64], dec: NDArray[np.float64], pair: tuple[int, int], draws: Draws, separation: tuple[float, float]
 ) -> None:
     one, other = pair
-    distance, angle = dice.uniform(*separation) / 3600.0, dice.uniform(0.0, 2.0 * np.pi)
+    distance, angle = draws.uniform(*separation) / 3600.0, draws.uniform(0.0, 2.0 * np.pi)
     dec[other] = dec[one] + distance * np.sin(angle)
     ra[other] = (ra[one] + distance * np.cos(angle) / np.cos(np.radians(dec[one]))) % 360.0

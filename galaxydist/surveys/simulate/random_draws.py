@@ -47,7 +47,7 @@ class Draws:
         """Return a normal deviate, clipped at 3 sigma."""
         return float(mean + sigma * self.normals(1)[0])
 
-    def chance(self, probability: float) -> bool:
+    def bernoulli(self, probability: float) -> bool:
         """Return True with this probability."""
         return self.uniform() < probability
 

@@ -40,18 +40,18 @@ class SimulatedImage:
     pixel_scale: float
 
 
-def draw_galaxy(scene: Scene, dice: Draws, light: Light, label: int, place: Place = (0.0, 0.0)) -> None:
+def draw_galaxy(scene: Scene, draws: Draws, light: Light, label: int, place: Place = (0.0, 0.0)) -> None:
     """Draw a galaxy of this class at an x, y offset in pixels from the image centre."""
     if label == DISTURBED:
-        galaxy_types.draw_disturbed(scene, dice, light, place)
+        galaxy_types.draw_disturbed(scene, draws, light, place)
     elif label == MERGING:
-        galaxy_types.draw_merging(scene, dice, light, place)
+        galaxy_types.draw_merging(scene, draws, light, place)
     elif label in (ROUND, IN_BETWEEN, CIGAR):
-        galaxy_types.draw_smooth(scene, dice, light, label, place)
+        galaxy_types.draw_smooth(scene, draws, light, label, place)
     elif label in (EDGE_ON, EDGE_ON_BULGE):
-        galaxy_types.draw_edge_on(scene, dice, light, label == EDGE_ON_BULGE, place)
+        galaxy_types.draw_edge_on(scene, draws, light, label == EDGE_ON_BULGE, place)
     else:
-        galaxy_types.draw_spiral(scene, dice, light, label, place)
+        galaxy_types.draw_spiral(scene, draws, light, label, place)
 
 
 def take_image(plan: SurveyPlan, row: int) -> SimulatedImage:
@@ -61,10 +61,10 @@ def take_image(plan: SurveyPlan, row: int) -> SimulatedImage:
     """
     shown = int(plan.shown[row])
     label = int(plan.labels[shown])
-    dice = Draws(plan.seed, GALAXY, shown)
-    light = draw_light(dice, label)
+    draws = Draws(plan.seed, GALAXY, shown)
+    light = draw_light(draws, label)
     scene = Scene(light.pixel_scale)
-    draw_galaxy(scene, dice, light, label)
+    draw_galaxy(scene, draws, light, label)
     for neighbour, east, north in plan.neighbours(shown):
         beside = Draws(plan.seed, GALAXY, neighbour)
         its_label = int(plan.labels[neighbour])
