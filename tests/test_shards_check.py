@@ -90,7 +90,7 @@ def test_one_key_in_two_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     galaxies = draw_galaxies(40)
     twins = (*galaxies[:20], *galaxies[:20])
     manifest = write_shards(MemorySurvey(twins), tmp_path / "shards", shard_size=8)
-    with pytest.raises(UserError, match=r"galaxy g-0000\+x stands in .*\.tar and in .*\.tar"):
+    with pytest.raises(UserError, match=r"galaxy g-0000\+x is in .*\.tar and in .*\.tar"):
         check_shards(manifest.path)
 
 

@@ -64,8 +64,9 @@ class BufferPool:
         num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         memory = self._free.pop() if self._free else None
         if memory is None or memory.nbytes < num_bytes:
-            pinned = torch.empty(num_bytes * self._pin, dtype=torch.uint8, pin_memory=self._pin)
-            memory = pinned.numpy() if self._pin else np.empty(num_bytes, np.uint8)
+            memory = (
+                torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy() if self._pin else np.empty(num_bytes, np.uint8)
+            )
         array = memory[:num_bytes].view(dtype).reshape(shape)
         weakref.finalize(array, self._give_back, memory).atexit = False
         return array

@@ -13,26 +13,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from galaxydist.cpus import available_cores
-from galaxydist.errors import DamagedImageError, UserError
+from galaxydist.errors import DamagedImageError, UserError, name_some
 from galaxydist.galaxy import EncodedImage
 from galaxydist.shards.catalogue import ID, conform, iterate_catalogue, open_catalogue, read_catalogue, table_of, unite
-from galaxydist.shards.manifest import COLUMNS, Manifest, catalogue_name, column_name, read_manifest, shard_name
+from galaxydist.shards.manifest import COLUMNS, Manifest, catalogue_name, column_name, file_sha256, read_manifest, shard_name
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
 from galaxydist.shards.writer.encode import PIXEL_HASH, decode_image
 from galaxydist.shards.writer.stages import key_hash
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 
 # Galaxies of a shard that a message names.
 NAMED = 3
@@ -90,33 +87,32 @@ class CatalogueCheck:
             table = table_of(metas)
             expected = conform(table, rows.schema)
         except ValueError as error:
-            return [f"shard {location}: {catalogue_name(split)} cannot hold what its .json say ({error})"]
+            return [f"shard {location}: a .json has values that {catalogue_name(split)} cannot hold ({error})"]
         if split in self._found:
             self._found[split].setdefault(table.schema.to_string(show_field_metadata=True), table.schema)
         if rows.equals(expected):
             return []
         pairs = zip(rows.to_pylist(), expected.to_pylist(), strict=False)
-        others = [there[ID] for here, there in pairs if here != there]
-        named = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
-        return [f"shard {location}: the rows of {named} in {catalogue_name(split)} are not what their .json say"]
+        names = name_some([wanted[ID] for row, wanted in pairs if row != wanted], NAMED)
+        return [f"shard {location}: the rows of {names} in {catalogue_name(split)} differ from their .json"]
 
     def finish(self) -> list[str]:
         """Return the problems found only over all shards: columns that are missing, superfluous or of another type."""
         return [
-            f"{self._manifest.location}: the columns of {catalogue_name(split)} are not those that the .json of its galaxies have"
+            f"{self._manifest.location}: the columns of {catalogue_name(split)} are not those of its galaxies' .json"
             for split, found in self._found.items()
             if unite(found.values()) != self._schemas[split]
         ]
 
 
-# Problems that are listed; the rest are only counted.
+# Problems listed in an error; the others are counted.
 LISTED = 20
 # Columns up to this total size, for some thirty million galaxies, are hashed by ``check_columns``.
 QUICK_BYTES = 512 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Checked:
+class VerifiedShards:
     """The manifest and size of a data set that passed the check."""
 
     manifest: Manifest
@@ -143,7 +139,7 @@ class _Shard:
         return self.name.removesuffix(".tar") + ".idx"
 
 
-def check_shards(location: str | Path, cache: CacheConfig | None = None, *, threads: int = 0) -> Checked:
+def check_shards(location: str | Path, cache: CacheConfig | None = None, *, threads: int = 0) -> VerifiedShards:
     """Read, hash and decode all shards and compare them with the manifest.
 
     Args:
@@ -174,7 +170,7 @@ def check_shards(location: str | Path, cache: CacheConfig | None = None, *, thre
             bar.update(shard.samples)
         problems += catalogues.finish()
     if not problems:
-        problems += _twins(shards, hashes, read)
+        problems += _duplicate_keys(shards, hashes, read)
     if problems:
         more = f"\n... and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise UserError(
@@ -183,7 +179,7 @@ def check_shards(location: str | Path, cache: CacheConfig | None = None, *, thre
             + more
             + ("\nRemove the folder and make the shards anew with: galaxydist data shard" if manifest.remote is None else "")
         )
-    return Checked(manifest, len(shards), sum(shard.samples for shard in shards))
+    return VerifiedShards(manifest, len(shards), sum(shard.samples for shard in shards))
 
 
 def check_columns(manifest: Manifest) -> None:
@@ -204,10 +200,8 @@ def _check_digests(manifest: Manifest) -> Iterator[str]:
         path = manifest.dir / name
         if not path.is_file():
             yield f"{path}: missing, though the manifest names it"
-            continue
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                yield f"{path}: its checksum is not the manifest's"
+        elif file_sha256(path) != expected:
+            yield f"{path}: its checksum is not the manifest's"
 
 
 def _check_columns(manifest: Manifest) -> Iterator[str]:
@@ -218,17 +212,17 @@ def _check_columns(manifest: Manifest) -> Iterator[str]:
                 yield f"{manifest.location}: no checksum of {column_name(name, column)}"
         table, labels = manifest.shards(name), manifest.labels(name)
         if int(table["samples"].sum()) != split.num_samples or int(table["bytes"].sum()) != split.num_bytes:
-            yield f"{manifest.location}: split {name}: totals are not the sums over its shards"
+            yield f"{manifest.location}: split {name}: its totals are not the sums over its shards"
         counts = np.bincount(labels[labels >= 0], minlength=manifest.num_classes)
         if tuple(counts.tolist()) != split.class_counts:
-            yield f"{manifest.location}: split {name}: class counts are not those of its labels"
+            yield f"{manifest.location}: split {name}: its class counts are not those of its labels"
 
 
 def _shards(manifest: Manifest, split: str) -> Iterator[_Shard]:
     start = 0
     for number, row in enumerate(manifest.shards(split)):
-        here = slice(start, start + int(row["samples"]))
-        start = here.stop
+        rows = slice(start, start + int(row["samples"]))
+        start = rows.stop
         yield _Shard(
             split,
             shard_name(split, number),
@@ -236,9 +230,9 @@ def _shards(manifest: Manifest, split: str) -> Iterator[_Shard]:
             int(row["samples"]),
             int(row["bytes"]),
             row["sha256"].tobytes(),
-            manifest.labels(split)[here],
-            manifest.offsets(split)[here],
-            manifest.lengths(split)[here],
+            manifest.labels(split)[rows],
+            manifest.offsets(split)[rows],
+            manifest.lengths(split)[rows],
         )
 
 
@@ -277,14 +271,14 @@ def _contents(data: bytes, members: list[Member]) -> dict[str, bytes]:
     """Return a sample's files by extension, read at the offsets in the index.
 
     Raises:
-        ValueError: a file is not there or cut short.
+        ValueError: a file is missing or truncated.
     """
     contents = {}
     for member in members:
         check_header(data[member.offset - BLOCK : member.offset], member)
         contents[member.extension] = data[member.offset : member.offset + member.size]
         if len(contents[member.extension]) != member.size:
-            raise ValueError(f"{member.name} is cut short")
+            raise ValueError(f"{member.name} is truncated")
     return contents
 
 
@@ -299,9 +293,9 @@ def _check_sample(contents: dict[str, bytes], members: list[Member], shard: _Sha
         raise ValueError(f"has the files {sorted(contents)}")
     image = next(member for member in members if member.extension == manifest.extension)
     if (image.offset, image.size) != (int(shard.offsets[number]), int(shard.lengths[number])):
-        raise ValueError("its column row points elsewhere than its index")
+        raise ValueError("its offset or length in the columns is not that in its index")
     if label >= 0 and contents["cls"] != str(label).encode():
-        raise ValueError(f"its .cls says {contents['cls'].decode(errors='replace')}, the label column {label}")
+        raise ValueError(f"its .cls is {contents['cls'].decode(errors='replace')}, its label in the columns {label}")
     json.loads(contents["json"])
     pixels = _decode(contents[manifest.extension], manifest.encoding)
     size = manifest.image_size
@@ -318,10 +312,9 @@ def _decode(data: bytes, encoding: str) -> NDArray[np.uint8]:
         raise ValueError(error.reason) from None
 
 
-def _twins(shards: list[_Shard], hashes: list[NDArray[np.uint64]], read: FileReader) -> list[str]:
+def _duplicate_keys(shards: list[_Shard], hashes: list[NDArray[np.uint64]], read: FileReader) -> list[str]:
     """Return a problem for each key that occurs twice; the hashes only limit the shards that are searched."""
-    together = np.concatenate([*hashes, np.zeros(0, np.uint64)])
-    numbers, counts = np.unique(together, return_counts=True)
+    numbers, counts = np.unique(np.concatenate([*hashes, np.zeros(0, np.uint64)]), return_counts=True)
     suspects = {*numbers[counts > 1].tolist()}
     seen: dict[str, str] = {}
     problems = []
@@ -331,12 +324,12 @@ def _twins(shards: list[_Shard], hashes: list[NDArray[np.uint64]], read: FileRea
         for members in parse_index(read(shard.index_name, None).decode("ascii")):
             key = members[0].name.partition(".")[0]
             if key in seen:
-                problems.append(f"galaxy {key} stands in {seen[key]} and in {shard.location}")
+                problems.append(f"galaxy {key} is in {seen[key]} and in {shard.location}")
             seen[key] = shard.location
     return problems
 
 
-# Equal images are only reported, never moved: a split that the user or a survey gives stays as it is.
+# Equal images are only reported, never moved: a split given by the user or a survey stays unchanged.
 
 # Groups of equal images, and galaxies of each, that a message names.
 MOST_NAMED = 5
@@ -386,21 +379,21 @@ def find_equal_images(manifest: Manifest) -> EqualImages | None:
 
 
 def describe_equal_images(manifest: Manifest) -> list[str]:
-    """Return lines that report equal images of a data set, or that it has no hashes; empty if all is well."""
+    """Return warnings about equal images of a data set, or about missing hashes; empty if there is nothing to report."""
     found = find_equal_images(manifest)
     if found is None:
         return [
-            f"{manifest.location} has no hashes of its images (an earlier version made it), so that equal images in two "
-            "splits are not found; make the shards anew to have them compared"
+            f"{manifest.location} has no hashes of its images (an earlier version wrote it), so that equal images in two "
+            "splits cannot be found; make the shards anew to compare them"
         ]
     lines = []
     if found.across:
         lines.append(
-            f"{_images(found.across, 'is', 'are')} in more than one split, pixel for pixel: {_some(found.across)}. A model is "
-            "judged there on what it has learnt from: leave them out of one of the splits"
+            f"{_images(found.across, 'is', 'are')} in more than one split, pixel for pixel: {_names(found.across)}. A model "
+            "would be evaluated on images that it has learnt from: remove them from one of the splits"
         )
     if found.two_labels:
-        lines.append(f"{_images(found.two_labels, 'has', 'have')} two labels, pixel for pixel: {_some(found.two_labels)}")
+        lines.append(f"{_images(found.two_labels, 'has', 'have')} two labels, pixel for pixel: {_names(found.two_labels)}")
     return lines
 
 
@@ -411,14 +404,11 @@ def _images(groups: list[list[str]], singular: str, plural: str) -> str:
 def _groups(rows: NDArray[np.void]) -> tuple[list[NDArray[np.void]], list[NDArray[np.void]]]:
     """Return the groups of equal hashes in several splits, and those with several labels."""
     rows = rows[np.argsort(rows["hash"], kind="stable")]
-    starts = np.flatnonzero(np.append(True, np.diff(rows["hash"]) != 0)) if len(rows) else np.empty(0, np.int64)
-    ends = np.append(starts[1:], len(rows))
-    several = np.flatnonzero(ends - starts > 1)
-    groups = [rows[starts[number] : ends[number]] for number in several.tolist()]
+    edges = np.concatenate([[0], np.flatnonzero(np.diff(rows["hash"])) + 1, [len(rows)]])
+    groups = [rows[edges[number] : edges[number + 1]] for number in np.flatnonzero(np.diff(edges) > 1).tolist()]
     across = [group for group in groups if len(set(group["split"].tolist())) > 1]
     return across, [group for group in groups if len(set(group["label"][group["label"] >= 0].tolist())) > 1]
 
 
-def _some(groups: list[list[str]]) -> str:
-    more = f" and {len(groups) - MOST_NAMED} more" if len(groups) > MOST_NAMED else ""
-    return ", ".join(" = ".join(group[:MOST_NAMED]) for group in groups[:MOST_NAMED]) + more
+def _names(groups: list[list[str]]) -> str:
+    return name_some([" = ".join(group[:MOST_NAMED]) for group in groups], MOST_NAMED)
