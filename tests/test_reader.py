@@ -254,7 +254,7 @@ def test_raw_shards_that_are_cut_or_overwritten(tmp_path: Path) -> None:
 def test_impossible_batches_are_refused(manifest: Manifest) -> None:
     with pytest.raises(UserError, match="more than the 66 training galaxies"):
         TrainLoader(manifest, seed=0, batch_size=67)
-    with pytest.raises(UserError, match="more processes than the global batch holds"):
+    with pytest.raises(UserError, match="processes are more than the global batch holds"):
         TrainLoader(manifest, seed=0, batch_size=4, ranks=RankInfo(world_size=5))
 
 

@@ -19,7 +19,7 @@ from galaxydist.surveys.split import (
     Codes,
     Sky,
     SplitCandidates,
-    build_population,
+    build_candidates,
     check_classes,
     check_positions,
     read_sky,
@@ -117,13 +117,17 @@ def open_galaxy10(
     """
     file = read_survey_file(path)
     found_name = _name(file)
-    population, original = _split(file, is_official=found_name == official_split.NAME)
+    galaxies, original = _split(file, is_official=found_name == official_split.NAME)
     if fold is not None:
-        codes = split_fold(population, *fold)
+        codes = split_fold(galaxies, *fold)
+    elif variant == "original":
+        codes = original
+    elif found_name == official_split.NAME:
+        codes = official_split.read_official_split().balanced
     else:
-        codes = original if variant == "original" else _balanced(population, original, found_name)
+        codes = split_balanced(galaxies, original)
     if conflicting == "drop":
-        codes = np.where(population.sky.conflicting, NONE, codes).astype(np.int8)
+        codes = np.where(galaxies.sky.conflicting, NONE, codes).astype(np.int8)
     return Galaxy10Survey(
         file=file,
         name=name or found_name,
@@ -133,7 +137,7 @@ def open_galaxy10(
         source_hash=_source_hash(file, name or found_name, codes),
         id_prefix={official_split.NAME: "g10", SIMULATED: "sim"}.get(found_name, found_name),
         original=original,
-        conflicting=population.sky.conflicting,
+        conflicting=galaxies.sky.conflicting,
     )
 
 
@@ -158,7 +162,7 @@ def read_survey_file(path: Path) -> SurveyFile:
             chunk_rows = images.chunks[0] if images.chunks else 1
             attributes = {key: _plain(value) for key, value in h5.attrs.items()}
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise UserError(f"{_damage(path, error, 'the file')}; fetch or make the file again") from error
     _check_labels(path, columns[LABELS])
     ra, dec = (columns[name].astype(np.float64) for name in ("ra", "dec"))
     check_positions(ra, dec, name=lambda row: f"{path}, row {row}")
@@ -211,8 +215,8 @@ def _data_set(path: Path, h5: Any, name: str) -> Any:
         found = h5[name]
     except (KeyError, OSError) as error:
         link = h5.get(name, getlink=True)
-        where = f" to {link.filename}" if isinstance(link, h5py.ExternalLink) else ""
-        raise UserError(f"{path}: {name!r} is a broken link{where}; put that file in its place, or make this one anew") from error
+        target = f" to {link.filename}" if isinstance(link, h5py.ExternalLink) else ""
+        raise UserError(f"{path}: {name!r} is a broken link{target}; restore that file, or make this one anew") from error
     if not isinstance(found, h5py.Dataset) or found.shape is None:
         kind = "a data set without values" if isinstance(found, h5py.Dataset) else f"a {type(found).__name__.lower()}"
         raise UserError(
@@ -225,7 +229,7 @@ def _check_labels(path: Path, labels: NDArray[np.integer]) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= NUM_CLASSES))
     if len(wrong):
         raise UserError(
-            f"{path}: {len(wrong)} of {len(labels)} labels lie outside 0-9, the first in row {wrong[0]} ({labels[wrong[0]]}); "
+            f"{path}: {len(wrong)} of {len(labels)} labels are outside 0-9, the first in row {wrong[0]} ({labels[wrong[0]]}); "
             "'ans' must hold Galaxy10's class numbers"
         )
 
@@ -248,9 +252,9 @@ def _split(file: SurveyFile, *, is_official: bool) -> tuple[SplitCandidates, Cod
     """Return the galaxies and their original split: the shipped one for the official file, else one computed in the same way."""
     ra, dec = (file.columns[name].astype(np.float64) for name in ("ra", "dec"))
     if not is_official:
-        population = build_population(file.labels, ra, dec, class_names=GALAXY10_CLASSES, seed=official_split.SPLIT_SEED)
-        check_classes(population)
-        return population, split_original(population)
+        galaxies = build_candidates(file.labels, ra, dec, class_names=GALAXY10_CLASSES, seed=official_split.SPLIT_SEED)
+        check_classes(galaxies)
+        return galaxies, split_original(galaxies)
     shipped = official_split.read_official_split()
     _check_positions(file.path, read_sky(file.labels, ra, dec), shipped.sky)
     keys = np.arange(len(file.labels), dtype=np.uint64)
@@ -266,12 +270,6 @@ def _check_positions(path: Path, found: Sky, shipped: Sky) -> None:
         f"{path} has the labels of the official Galaxy10 but not its positions: row {row} has other neighbours "
         "on the sky than the official file's; the file is damaged or changed, fetch it again with `galaxydist data fetch`"
     )
-
-
-def _balanced(population: SplitCandidates, original: Codes, name: str) -> Codes:
-    if name == official_split.NAME:
-        return official_split.read_official_split().balanced
-    return split_balanced(population, original)
 
 
 def _source_hash(file: SurveyFile, name: str, codes: Codes) -> str:
@@ -308,10 +306,6 @@ def _plain(value: Any) -> Any:
     plain = value.item() if isinstance(value, np.generic) else value
     plain = plain.decode(errors="replace") if isinstance(plain, bytes) else plain
     return None if isinstance(plain, float) and not np.isfinite(plain) else plain
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{_damage(path, error, 'the file')}; fetch or make the file again")
 
 
 def _damage(path: Path, error: OSError, what: str) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, SPLITS
-from galaxydist.surveys.split import NONE, TEST, VAL, Codes, Sky, build_population, split_balanced, split_original
+from galaxydist.surveys.split import NONE, TEST, VAL, Codes, Sky, build_candidates, split_balanced, split_original
 
 NAME = "galaxy10_decals"
 TABLE = "galaxy10_split.csv.gz"
@@ -43,10 +43,10 @@ class OfficialSplit:
 
 def compute_official_split(labels: NDArray[np.integer], ra: NDArray[np.float64], dec: NDArray[np.float64]) -> OfficialSplit:
     """Compute the split from the official file's labels and positions (degrees), in its row order."""
-    population = build_population(labels, ra, dec, class_names=GALAXY10_CLASSES, seed=SPLIT_SEED)
-    original = split_original(population)
-    balanced = split_balanced(population, original)
-    return OfficialSplit(np.asarray(labels, np.uint8), original, balanced, population.sky)
+    galaxies = build_candidates(labels, ra, dec, class_names=GALAXY10_CLASSES, seed=SPLIT_SEED)
+    original = split_original(galaxies)
+    balanced = split_balanced(galaxies, original)
+    return OfficialSplit(np.asarray(labels, np.uint8), original, balanced, galaxies.sky)
 
 
 @cache

@@ -121,7 +121,7 @@ _YOUNG = np.array([1.74, 1.0, 0.63], np.float32)
 
 
 # x, y in pixels from the image centre.
-Place = tuple[float, float]
+Position = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,9 +309,9 @@ def draw_edge_on(
         scene.dim(window, (dust * lane).astype(np.float32), REDDENING)
 
 
-def draw_arc(scene: Scene, place: Place, fluxes: Array, *, radius: float, width: float, start: float, span: float) -> None:
-    """Draw a tail or shell: part of a circle around ``place``, see :func:`arc`."""
-    window = scene.window(*place, radius + 5.0 * width)
+def draw_arc(scene: Scene, position: Position, fluxes: Array, *, radius: float, width: float, start: float, span: float) -> None:
+    """Draw a tail or shell: part of a circle around ``position``, see :func:`arc`."""
+    window = scene.window(*position, radius + 5.0 * width)
     if window is None:
         return
     u, v = window.turned(0.0)

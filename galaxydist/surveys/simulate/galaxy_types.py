@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from galaxydist.surveys.simulate import components
-from galaxydist.surveys.simulate.components import Arms, Ellipse, Place
+from galaxydist.surveys.simulate.components import Arms, Ellipse, Position
 from galaxydist.surveys.simulate.morphology import BARRED, CIGAR, IN_BETWEEN, LOOSE_SPIRAL, ROUND, TIGHT_SPIRAL, Light
 from galaxydist.surveys.simulate.random_draws import Draws
 from galaxydist.surveys.simulate.scene import Array, Scene
@@ -26,7 +26,7 @@ def inclined(draws: Draws, least: float, most: float = 1.0) -> float:
     return float(np.sqrt(cos**2 * (1.0 - _DISC_THICKNESS**2) + _DISC_THICKNESS**2))
 
 
-def draw_smooth(scene: Scene, draws: Draws, light: Light, label: int, place: Place) -> None:
+def draw_smooth(scene: Scene, draws: Draws, light: Light, label: int, position: Position) -> None:
     """Draw a smooth galaxy (round, in-between or cigar-shaped): a Sersic profile, for some with an outer envelope."""
     axis_ratio, index = {
         ROUND: (draws.uniform(0.80, 1.0), float(np.exp(draws.normal(np.log(2.4), 0.45)))),
@@ -34,22 +34,22 @@ def draw_smooth(scene: Scene, draws: Draws, light: Light, label: int, place: Pla
         CIGAR: (float(np.clip(draws.normal(0.34, 0.05), 0.2, 0.45)), float(np.exp(draws.normal(np.log(1.0), 0.25)))),
     }[label]
     index = float(np.clip(index, 0.6, 5.5))
-    at = Ellipse(*place, draws.uniform(0.0, np.pi), axis_ratio)
+    at = Ellipse(*position, draws.uniform(0.0, np.pi), axis_ratio)
     boxiness = float(np.clip(draws.normal(2.0, 0.1), 1.8, 2.4))
     outer = draws.uniform(0.1, 0.4) if draws.bernoulli(0.35) and label != CIGAR else 0.0
     components.draw_sersic(scene, at, light.radius, index, light.fluxes(1.0 - outer, 0.02), boxiness=boxiness)
     if outer:
-        halo = Ellipse(*place, at.angle + draws.normal(0.0, 0.2), min(axis_ratio * 1.1, 1.0))
+        halo = Ellipse(*position, at.angle + draws.normal(0.0, 0.2), min(axis_ratio * 1.1, 1.0))
         components.draw_sersic(scene, halo, light.radius * draws.uniform(1.5, 2.5), 1.0, light.fluxes(outer, -0.05))
 
 
-def draw_spiral(scene: Scene, draws: Draws, light: Light, label: int, place: Place) -> None:
+def draw_spiral(scene: Scene, draws: Draws, light: Light, label: int, position: Position) -> None:
     """Draw a spiral: a disc with logarithmic arms, a redder bulge and knots of young stars; arms start at the ends of a bar.
 
     Tight and loose pitch angles follow Kennicutt (1981, AJ 86, 1847) and Seigar & James (1998, MNRAS 299, 685), from Sa to Sd.
     The half-length of a bar is 1 ... 1.8 scale lengths (Erwin 2005, MNRAS 364, 283, has 0.4 ... 2.5 from late to early types).
     """
-    at = Ellipse(*place, draws.uniform(0.0, np.pi), inclined(draws, 0.45 if label == BARRED else 0.32))
+    at = Ellipse(*position, draws.uniform(0.0, np.pi), inclined(draws, 0.45 if label == BARRED else 0.32))
     scale = light.radius / _HALF_LIGHT * 1.1
     if label == BARRED:
         _draw_barred(scene, draws, light, at, scale)
@@ -117,17 +117,17 @@ def _bulge_of(disc: Ellipse) -> Ellipse:
     return Ellipse(disc.x, disc.y, disc.angle, 1.0 - 0.6 * (1.0 - disc.axis_ratio))
 
 
-def draw_edge_on(scene: Scene, draws: Draws, light: Light, bulge: bool, place: Place) -> None:
+def draw_edge_on(scene: Scene, draws: Draws, light: Light, bulge: bool, position: Position) -> None:
     """Draw an edge-on disc with or without a bulge; some without are inclined late spirals that are not quite edge-on.
 
     Scale heights are 1/8 ... 1/3 of the scale length, as for thin and thick discs together (Kregel, van der Kruit & de Grijs
     2002, MNRAS 334, 646).
     """
-    at = Ellipse(*place, draws.uniform(0.0, np.pi), 1.0)
+    at = Ellipse(*position, draws.uniform(0.0, np.pi), 1.0)
     if bulge:
         length = light.radius / 1.35
         share, redder = draws.uniform(0.22, 0.5), draws.uniform(0.0, 0.1)
-        round_part, boxiness = Ellipse(*place, at.angle, draws.uniform(0.5, 0.9)), draws.uniform(1.9, 2.6)
+        round_part, boxiness = Ellipse(*position, at.angle, draws.uniform(0.5, 0.9)), draws.uniform(1.9, 2.6)
         radius, index = length * draws.uniform(0.3, 0.5), draws.uniform(1.5, 3.5)
         components.draw_sersic(scene, round_part, radius, index, light.fluxes(share, redder), boxiness=boxiness)
         disc, height = light.fluxes(1.0 - share, -redder * share), length * draws.uniform(0.18, 0.36)
@@ -135,7 +135,7 @@ def draw_edge_on(scene: Scene, draws: Draws, light: Light, bulge: bool, place: P
         components.draw_edge_on(scene, draws, at, disc, length=length, height=height, dust=dust, warp=warp)
         return
     if draws.bernoulli(0.25):
-        tilted, scale = Ellipse(*place, at.angle, draws.uniform(0.16, 0.32)), light.radius / _HALF_LIGHT * 1.15
+        tilted, scale = Ellipse(*position, at.angle, draws.uniform(0.16, 0.32)), light.radius / _HALF_LIGHT * 1.15
         arms, knots = draw_arms(draws, tight=False), draws.uniform(0.0, 0.12)
         components.draw_disc(scene, draws, tilted, scale, light.fluxes(1.0 - knots), arms=arms, lopsided=draws.uniform(0.0, 0.4))
         components.draw_knots(scene, draws, tilted, scale, light.fluxes(knots), num=draws.integer(5, 30), arms=arms)
@@ -144,14 +144,14 @@ def draw_edge_on(scene: Scene, draws: Draws, light: Light, bulge: bool, place: P
     height, disc = length * draws.uniform(0.12, 0.28), light.fluxes(1.0 - knots)
     dust, warp = (draws.uniform(0.2, 1.5) if draws.bernoulli(0.3) else 0.0), draws.normal(0.0, 0.08)
     components.draw_edge_on(scene, draws, at, disc, length=length, height=height, dust=dust, warp=warp)
-    flat = Ellipse(*place, at.angle, 0.05)
+    flat = Ellipse(*position, at.angle, 0.05)
     components.draw_knots(scene, draws, flat, length, light.fluxes(knots), num=draws.integer(3, 20))
 
 
 # Classes that result from encounters: merging and disturbed galaxies.
 
 
-def draw_merging(scene: Scene, draws: Draws, light: Light, place: Place) -> None:
+def draw_merging(scene: Scene, draws: Draws, light: Light, position: Position) -> None:
     """Draw two (rarely three) overlapping galaxies, some with a common envelope, some with a tidal tail.
 
     Mass ratios are those of major mergers, down to about 1:4 (Lotz et al. 2008, MNRAS 391, 1137).
@@ -161,12 +161,12 @@ def draw_merging(scene: Scene, draws: Draws, light: Light, place: Place) -> None
     envelope = draws.uniform(0.08, 0.35) if draws.bernoulli(0.6) else 0.0
     shares *= (1.0 - envelope) / shares.sum()
     direction = draws.uniform(0.0, 2.0 * np.pi)
-    member = place
+    member = position
     for i, share in enumerate(shares):
         if i:
             distance = light.radius * np.exp(draws.normal(np.log(2.4), 0.45)) + 5.0
             direction += draws.normal(0.0, 0.8)
-            member = _away(place, distance, direction)
+            member = _away(position, distance, direction)
         other = draws.normal(0.0, 0.12)
         part = replace(
             light,
@@ -177,41 +177,41 @@ def draw_merging(scene: Scene, draws: Draws, light: Light, place: Place) -> None
         )
         _draw_member(scene, draws, part, member)
     if envelope:
-        middle = ((place[0] + member[0]) / 2, (place[1] + member[1]) / 2)
+        middle = ((position[0] + member[0]) / 2, (position[1] + member[1]) / 2)
         halo = Ellipse(*middle, direction, draws.uniform(0.5, 0.9))
         components.draw_sersic(scene, halo, light.radius * draws.uniform(2.0, 3.5), 1.0, light.fluxes(envelope))
     if draws.bernoulli(0.45):
-        draw_tail(scene, draws, light, place, light.fluxes(draws.uniform(0.04, 0.15), -0.1))
+        draw_tail(scene, draws, light, position, light.fluxes(draws.uniform(0.04, 0.15), -0.1))
 
 
-def _draw_member(scene: Scene, draws: Draws, light: Light, place: Place) -> None:
+def _draw_member(scene: Scene, draws: Draws, light: Light, position: Position) -> None:
     kind = draws.pick((0.32, 0.28, 0.20, 0.20))
     if kind == 0:
-        draw_smooth(scene, draws, light, ROUND, place)
+        draw_smooth(scene, draws, light, ROUND, position)
     elif kind == 1:
-        draw_smooth(scene, draws, light, IN_BETWEEN, place)
+        draw_smooth(scene, draws, light, IN_BETWEEN, position)
     elif kind == 2:
-        draw_spiral(scene, draws, light, TIGHT_SPIRAL if draws.bernoulli(0.5) else LOOSE_SPIRAL, place)
+        draw_spiral(scene, draws, light, TIGHT_SPIRAL if draws.bernoulli(0.5) else LOOSE_SPIRAL, position)
     else:
-        draw_edge_on(scene, draws, light, draws.bernoulli(0.8), place)
+        draw_edge_on(scene, draws, light, draws.bernoulli(0.8), position)
 
 
-def draw_tail(scene: Scene, draws: Draws, light: Light, place: Place, fluxes: Array) -> None:
+def draw_tail(scene: Scene, draws: Draws, light: Light, position: Position, fluxes: Array) -> None:
     """Draw a tidal tail that leaves a galaxy at its edge and bends away (Toomre & Toomre 1972, ApJ 178, 623)."""
     direction, sense = draws.uniform(0.0, 2.0 * np.pi), 1.0 if draws.bernoulli(0.5) else -1.0
     bend = light.radius * draws.uniform(1.3, 3.5)
     # The circle passes near the centre, so that the tail starts inside the galaxy.
-    middle = _away(place, 0.6 * light.radius - bend, direction)
+    middle = _away(position, 0.6 * light.radius - bend, direction)
     width, span = light.radius * draws.uniform(0.15, 0.4), sense * draws.uniform(0.9, 2.2)
     components.draw_arc(scene, middle, fluxes, radius=bend, width=width, start=direction, span=span)
 
 
-def draw_disturbed(scene: Scene, draws: Draws, light: Light, place: Place) -> None:
+def draw_disturbed(scene: Scene, draws: Draws, light: Light, position: Position) -> None:
     """Draw a galaxy after an encounter: a lopsided disc with tidal tails, shells or a plume.
 
     Lopsided discs: Rix & Zaritsky (1995, ApJ 447, 82).
     """
-    at = Ellipse(*place, draws.uniform(0.0, np.pi), inclined(draws, 0.15))
+    at = Ellipse(*position, draws.uniform(0.0, np.pi), inclined(draws, 0.15))
     early = draws.bernoulli(0.35)
     debris, knots = draws.uniform(0.18, 0.4), (0.0 if early else draws.uniform(0.0, 0.12))
     core = draws.uniform(0.5, 0.75) if early else draws.uniform(0.08, 0.3)
@@ -220,33 +220,33 @@ def draw_disturbed(scene: Scene, draws: Draws, light: Light, place: Place) -> No
     arms = draw_arms(draws, tight=False) if not early and draws.bernoulli(0.4) else None
     components.draw_disc(scene, draws, at, scale, disc, arms=arms, lopsided=draws.uniform(0.5, 0.95))
     shift = draws.normals(2) * 0.2 * scale
-    rounder = Ellipse(place[0] + shift[0], place[1] + shift[1], at.angle, 0.5 + 0.5 * at.axis_ratio)
+    rounder = Ellipse(position[0] + shift[0], position[1] + shift[1], at.angle, 0.5 + 0.5 * at.axis_ratio)
     components.draw_sersic(scene, rounder, scale * (0.9 if early else 0.4), draws.uniform(1.5, 3.5), light.fluxes(core, 0.05))
     components.draw_knots(scene, draws, at, scale, light.fluxes(knots), num=draws.integer(3, 15))
     kind = draws.pick((0.65, 0.20, 0.15))
     if kind == 0:
         tails = 2 if draws.bernoulli(0.35) else 1
         for _ in range(tails):
-            draw_tail(scene, draws, light, place, light.fluxes(debris / tails, -0.08))
+            draw_tail(scene, draws, light, position, light.fluxes(debris / tails, -0.08))
     elif kind == 1:
-        _draw_shells(scene, draws, light, place, light.fluxes(debris))
+        _draw_shells(scene, draws, light, position, light.fluxes(debris))
     else:
         lean = draws.uniform(0.0, 2.0 * np.pi)
-        beside = _away(place, light.radius * draws.uniform(0.8, 1.8), lean)
+        beside = _away(position, light.radius * draws.uniform(0.8, 1.8), lean)
         plume = Ellipse(*beside, lean + draws.normal(0.0, 0.5), draws.uniform(0.3, 0.7))
         components.draw_sersic(scene, plume, light.radius * draws.uniform(0.7, 1.3), 0.7, light.fluxes(debris, -0.05))
 
 
-def _draw_shells(scene: Scene, draws: Draws, light: Light, place: Place, fluxes: Array) -> None:
+def _draw_shells(scene: Scene, draws: Draws, light: Light, position: Position, fluxes: Array) -> None:
     """Draw shells on alternate sides at growing radii (Malin & Carter 1983, ApJ 274, 534)."""
     num, side = draws.integer(2, 3), draws.uniform(0.0, 2.0 * np.pi)
     for i in range(num):
         radius, span = light.radius * (1.3 + 0.7 * i + draws.uniform(0.0, 0.4)), draws.uniform(1.0, 2.0)
         start = side + np.pi * (i % 2) - span / 2
         components.draw_arc(
-            scene, place, fluxes / np.float32(num), radius=radius, width=0.07 * radius + 0.6, start=start, span=span
+            scene, position, fluxes / np.float32(num), radius=radius, width=0.07 * radius + 0.6, start=start, span=span
         )
 
 
-def _away(place: Place, distance: float, direction: float) -> Place:
-    return place[0] + float(distance * np.cos(direction)), place[1] + float(distance * np.sin(direction))
+def _away(position: Position, distance: float, direction: float) -> Position:
+    return position[0] + float(distance * np.cos(direction)), position[1] + float(distance * np.sin(direction))

@@ -167,9 +167,9 @@ def add_stars(scene: Scene, draws: Draws) -> None:
     temperature = np.clip(draws.uniforms(num) * 1.3 + 0.10 * (red_mag - 20.0), 0.0, 1.6)
     green_red = np.clip(0.25 + 1.15 * temperature, 0.0, 1.45)
     red_z = 0.68 * green_red - 0.10 + np.maximum(temperature - 0.75, 0.0) * 2.0 * draws.uniforms(num)
-    place = (draws.uniforms(2 * num).reshape(2, num) - 0.5) * CANVAS
+    position = (draws.uniforms(2 * num).reshape(2, num) - 0.5) * CANVAS
     fluxes = to_fluxes(np.stack([red_mag + green_red, red_mag, red_mag - red_z], axis=1))
-    scene.add_points(place[0], place[1], fluxes)
+    scene.add_points(position[0], position[1], fluxes)
 
 
 def add_background(scene: Scene, draws: Draws) -> None:
@@ -184,10 +184,10 @@ def add_background(scene: Scene, draws: Draws) -> None:
     red_z = np.where(reds, 0.20, 0.05) + 0.75 * green_red + 0.12 * ndtri(0.01 + 0.98 * draws.uniforms(num))
     size = np.exp(np.log(0.45) - 0.14 * (red_mag - 22.0) + 0.3 * ndtri(0.01 + 0.98 * draws.uniforms(num))) / scene.pixel_scale
     axis_ratio, angle = 0.25 + 0.75 * draws.uniforms(num), np.pi * draws.uniforms(num)
-    place = (draws.uniforms(2 * num).reshape(2, num) - 0.5) * CANVAS
+    position = (draws.uniforms(2 * num).reshape(2, num) - 0.5) * CANVAS
     fluxes = to_fluxes(np.stack([red_mag + green_red, red_mag, red_mag - red_z], axis=1))
     for i in range(num):
-        window = scene.window(place[0, i], place[1, i], min(4.0 * size[i] + 2.0, 24.0))
+        window = scene.window(position[0, i], position[1, i], min(4.0 * size[i] + 2.0, 24.0))
         if window is None:
             continue
         u, v = window.turned(angle[i])

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from galaxydist.counter_rng import hash64
 from galaxydist.galaxy import GALAXY10_COUNTS
-from galaxydist.surveys.simulate.random_draws import PAIRS, PLACES, TWICE, Draws
+from galaxydist.surveys.simulate.random_draws import PAIRS, POSITIONS, TWICE, Draws
 
 # Minimum number of galaxies per class, even if its share is smaller (fewer only in surveys too small for it).
 HANDFUL = 6
@@ -99,8 +99,8 @@ def scattered(num_galaxies: int, seed: int) -> tuple[NDArray[np.float64], NDArra
     low, high = np.sin(np.radians(_DECLINATIONS))
     columns = int(np.ceil(np.sqrt(max(num_galaxies, 1) * 5.0)))
     rows = -(-max(num_galaxies, 1) // columns) + 1
-    cell = np.argsort(hash64(seed, PLACES, np.arange(columns * rows)), kind="stable")[:num_galaxies]
-    inside = 0.05 + 0.9 * (hash64(seed, PLACES, np.arange(2 * num_galaxies), 1).astype(np.float64) / 2.0**64)
+    cell = np.argsort(hash64(seed, POSITIONS, np.arange(columns * rows)), kind="stable")[:num_galaxies]
+    inside = 0.05 + 0.9 * (hash64(seed, POSITIONS, np.arange(2 * num_galaxies), 1).astype(np.float64) / 2.0**64)
     along = (cell % columns + inside[:num_galaxies]) / columns * sum(widths)
     ra = np.where(along < widths[0], _RIGHT_ASCENSIONS[0][0] + along, _RIGHT_ASCENSIONS[1][0] + along - widths[0]) % 360.0
     dec = np.degrees(np.arcsin(low + (high - low) * (cell // columns + inside[num_galaxies:]) / rows))

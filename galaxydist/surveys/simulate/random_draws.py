@@ -10,7 +10,7 @@ from scipy.special import ndtri
 from galaxydist.counter_rng import hash64, uniform
 
 # RNG streams. The numbers enter the hash: an existing stream keeps its number, a new one gets a new number.
-GALAXY, SKY, PIXELS, PLACES, PAIRS, TWICE = range(101, 107)
+GALAXY, SKY, PIXELS, POSITIONS, PAIRS, TWICE = range(101, 107)
 
 _BLOCK = 512
 

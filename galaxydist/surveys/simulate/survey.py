@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from galaxydist.cpus import available_cores, start_workers
 from galaxydist.errors import UserError
-from galaxydist.surveys.hdf5_schema import create_file
+from galaxydist.surveys.hdf5_schema import SurveyFileWriter
 from galaxydist.surveys.simulate import galaxy_types, observation
-from galaxydist.surveys.simulate.components import Place
+from galaxydist.surveys.simulate.components import Position
 from galaxydist.surveys.simulate.morphology import (
     CIGAR,
     DISTURBED,
@@ -40,18 +40,18 @@ class SimulatedImage:
     pixel_scale: float
 
 
-def draw_galaxy(scene: Scene, draws: Draws, light: Light, label: int, place: Place = (0.0, 0.0)) -> None:
+def draw_galaxy(scene: Scene, draws: Draws, light: Light, label: int, position: Position = (0.0, 0.0)) -> None:
     """Draw a galaxy of this class at an x, y offset in pixels from the image centre."""
     if label == DISTURBED:
-        galaxy_types.draw_disturbed(scene, draws, light, place)
+        galaxy_types.draw_disturbed(scene, draws, light, position)
     elif label == MERGING:
-        galaxy_types.draw_merging(scene, draws, light, place)
+        galaxy_types.draw_merging(scene, draws, light, position)
     elif label in (ROUND, IN_BETWEEN, CIGAR):
-        galaxy_types.draw_smooth(scene, draws, light, label, place)
+        galaxy_types.draw_smooth(scene, draws, light, label, position)
     elif label in (EDGE_ON, EDGE_ON_BULGE):
-        galaxy_types.draw_edge_on(scene, draws, light, label == EDGE_ON_BULGE, place)
+        galaxy_types.draw_edge_on(scene, draws, light, label == EDGE_ON_BULGE, position)
     else:
-        galaxy_types.draw_spiral(scene, draws, light, label, place)
+        galaxy_types.draw_spiral(scene, draws, light, label, position)
 
 
 def take_image(plan: SurveyPlan, row: int) -> SimulatedImage:
@@ -115,7 +115,7 @@ def simulate_survey(path: Path, num_galaxies: int, seed: int, workers: int | Non
     plan = plan_survey(num_galaxies, seed, balanced)
     attributes = {"simulator_version": SIMULATOR_VERSION, "seed": seed, "num_galaxies": num_galaxies, "balanced": int(balanced)}
     with (
-        create_file(path, num_galaxies, attributes) as file,
+        SurveyFileWriter(path, num_galaxies, attributes) as file,
         tqdm(total=num_galaxies, unit="galaxy", desc="simulate", disable=None) as bar,
     ):
         start = 0
