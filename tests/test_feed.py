@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from galaxydist.errors import UserError
-from galaxydist.loading.device_prefetch import DevicePrefetcher, Event
+from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch, BufferPool, DecodeOptions, EvalLoader, TrainLoader
 from galaxydist.shards.manifest import read_manifest
 
@@ -44,7 +44,7 @@ class LateStream:
         self.log: list[str] = []
         self.most_waiting = 0
 
-    def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
+    def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], LateEvent]:
         copies = [torch.full_like(tensor, 77) for tensor in tensors]
         event = LateEvent(self)
         self._queue.append(([tensor.data_ptr() for tensor in tensors], copies, event))
@@ -52,7 +52,7 @@ class LateStream:
         self.log.append("start")
         return copies, event
 
-    def hand_over(self, copies: Sequence[Tensor], event: Event) -> None:
+    def hand_over(self, copies: Sequence[Tensor], event: LateEvent) -> None:
         self.log.append("hand over")
         assert len(copies) == 3 and not event.query()
         if len(self._queue) > self._delay:

@@ -21,7 +21,6 @@ from galaxydist.shards.order import (
     permute,
     rank_offsets,
     steps_per_epoch,
-    unpermute,
 )
 
 shard_sizes = st.lists(st.integers(0, 60), min_size=1, max_size=40).filter(lambda sizes: sum(sizes) > 0)
@@ -29,11 +28,10 @@ seeds = st.integers(0, 2**63 - 1)
 
 
 @given(size=st.integers(1, 700), key=st.integers(0, 2**64 - 1))
-def test_permute_is_a_permutation_with_an_inverse(size: int, key: int) -> None:
+def test_permute_is_a_permutation(size: int, key: int) -> None:
     indexes = np.arange(size)
     images = permute(indexes, size, np.uint64(key))
     assert np.array_equal(np.sort(images), indexes)
-    assert np.array_equal(unpermute(images, size, np.uint64(key)), indexes)
 
 
 def test_permute_is_even() -> None:
@@ -43,14 +41,11 @@ def test_permute_is_even() -> None:
 
 
 @given(sizes=shard_sizes, seed=seeds, epoch=st.integers(0, 1000), num_streams=st.integers(1, 3000), window=st.integers(1, 200))
-def test_an_epoch_holds_each_sample_once_and_can_be_inverted(
-    sizes: list[int], seed: int, epoch: int, num_streams: int, window: int
-) -> None:
+def test_an_epoch_holds_each_sample_once(sizes: list[int], seed: int, epoch: int, num_streams: int, window: int) -> None:
     order = EpochOrder(sizes, seed=seed, epoch=epoch, num_streams=num_streams, window=window)
     positions = np.arange(sum(sizes))
     samples = order.samples(positions)
     assert np.array_equal(np.sort(samples), positions)
-    assert np.array_equal(order.positions(samples), positions)
 
 
 @given(sizes=shard_sizes, seed=seeds, batch_size=st.integers(1, 100), num_streams=st.integers(1, 300), data=st.data())
@@ -87,7 +82,6 @@ def test_extreme_sizes(sizes: list[int], num_streams: int, batch_size: int) -> N
     order = EpochOrder(sizes, seed=8, epoch=2, num_streams=num_streams)
     positions = np.arange(sum(sizes))
     assert np.array_equal(np.sort(order.samples(positions)), positions)
-    assert np.array_equal(order.positions(order.samples(positions)), positions)
     for world_size in {1, min(2, batch_size), min(3, batch_size), batch_size}:
         dealt = [rank_offsets(batch_size, rank, world_size) for rank in range(world_size)]
         assert np.array_equal(np.sort(np.concatenate(dealt)), np.arange(batch_size))
@@ -238,7 +232,7 @@ def test_evaluation_deals_every_batch_once(num_samples: int, batch_size: int, wo
 def test_a_hundred_thousand_shards_open_at_once() -> None:
     order = EpochOrder(np.full(100_000, 10_000), seed=1, epoch=1)
     samples = order.samples(10**9 - 1 - np.arange(256))
-    assert np.array_equal(order.positions(samples), 10**9 - 1 - np.arange(256))
+    assert np.unique(samples).size == 256 and samples.min() >= 0 and samples.max() < 10**9
 
 
 def test_reading_order_is_unlike_storage_order() -> None:

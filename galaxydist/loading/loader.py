@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -173,7 +172,7 @@ class _Pending:
 POSITIONS_AT_A_TIME = 1024
 
 
-class _Loader:
+class _Loader(Iterator[Batch]):
     """Iterates over batches, at most ``prefetch`` of which are decoded ahead, in the order of their plans."""
 
     def __init__(self, manifest: Manifest, split: str, source: ShardSource, ranks: RankInfo, decode: DecodeOptions) -> None:
@@ -190,9 +189,6 @@ class _Loader:
         self._closed = False
         # Seconds that the caller has waited for batches.
         self.wait_s = 0.0
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Batch:
         if self._closed:
@@ -217,7 +213,7 @@ class _Loader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:

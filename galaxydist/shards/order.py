@@ -12,27 +12,25 @@ costs O(shards), and each position then O(log shards), for any N.
 Global batch b is positions b G ... (b + 1) G - 1; offset o in it belongs to rank o mod W.
 """
 
-from typing import Protocol
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from galaxydist.counter_rng import GAMMA, Stream, hash64, mix64
 from galaxydist.errors import UserError
 
-# Keyed permutations of 0 ... n-1, computed for any index without a table.
-#
-# A Feistel network over mixed radices (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 5): n is covered by
-# a x b >= n, a number is split into its two digits, and each round adds a hash of one digit to the other. Results in n ... ab-1
-# are permuted again until they are below n (cycle walking), which is rare because ab - n < a.
-
-ROUNDS = 6
-
+Int64 = NDArray[np.int64]
 Integers = NDArray[np.uint64]
 
+WINDOW = 4096
+ROUNDS = 6
 
-def permute(indexes: ArrayLike, sizes: ArrayLike, keys: ArrayLike) -> NDArray[np.int64]:
-    """Map each index through the permutation of 0 ... size-1 that its key selects.
+
+def permute(indexes: ArrayLike, sizes: ArrayLike, keys: ArrayLike) -> Int64:
+    """Map each index through the permutation of 0 ... size-1 that its key selects, without a table.
+
+    A Feistel network over mixed radices (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 5): n is covered
+    by a x b >= n, a number is split into its two digits, and each round adds a hash of one digit to the other. Results in
+    n ... ab-1 are permuted again until they are below n (cycle walking), which is rare because ab - n < a.
 
     Args:
         indexes: integers, each >= 0 and below its size.
@@ -42,58 +40,31 @@ def permute(indexes: ArrayLike, sizes: ArrayLike, keys: ArrayLike) -> NDArray[np
     Returns:
         int64 of the broadcast shape.
     """
-    return _walk(indexes, sizes, keys, range(ROUNDS), forward=True)
-
-
-def unpermute(images: ArrayLike, sizes: ArrayLike, keys: ArrayLike) -> NDArray[np.int64]:
-    """Invert :func:`permute`."""
-    return _walk(images, sizes, keys, range(ROUNDS - 1, -1, -1), forward=False)
-
-
-def _walk(values: ArrayLike, sizes: ArrayLike, keys: ArrayLike, rounds: range, *, forward: bool) -> NDArray[np.int64]:
     value, size, key = np.broadcast_arrays(
-        np.asarray(values).astype(np.uint64), np.asarray(sizes).astype(np.uint64), np.asarray(keys, np.uint64)
+        np.asarray(indexes).astype(np.uint64), np.asarray(sizes).astype(np.uint64), np.asarray(keys, np.uint64)
     )
     shape = value.shape
     value, size, key = value.reshape(-1), size.reshape(-1), key.reshape(-1)
     first = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.uint64)
     second = (size + first - np.uint64(1)) // first
-    value = _rounds(value, first, second, key, rounds=rounds, forward=forward)
+    value = _rounds(value, first, second, key)
     outside = np.flatnonzero(value >= size)
     while outside.size:
-        value[outside] = _rounds(value[outside], first[outside], second[outside], key[outside], rounds=rounds, forward=forward)
+        value[outside] = _rounds(value[outside], first[outside], second[outside], key[outside])
         outside = outside[value[outside] >= size[outside]]
     return value.astype(np.int64).reshape(shape)
 
 
-def _rounds(value: Integers, first: Integers, second: Integers, key: Integers, *, rounds: range, forward: bool) -> Integers:
+def _rounds(value: Integers, first: Integers, second: Integers, key: Integers) -> Integers:
     left, right = value // second, value % second
     with np.errstate(over="ignore"):
-        for number in rounds:
+        for number in range(ROUNDS):
             constant = np.uint64(number + 1) * GAMMA
             if number % 2 == 0:
-                change = mix64((key ^ right) + constant) % first
-                left = (left + (change if forward else first - change)) % first
+                left = (left + mix64((key ^ right) + constant) % first) % first
             else:
-                change = mix64((key ^ left) + constant) % second
-                right = (right + (change if forward else second - change)) % second
+                right = (right + mix64((key ^ left) + constant) % second) % second
         return left * second + right
-
-
-WINDOW = 4096
-
-Int64 = NDArray[np.int64]
-
-
-class Order(Protocol):
-    """Order of one epoch: the stored sample at each position."""
-
-    @property
-    def num_positions(self) -> int: ...
-
-    def samples(self, positions: ArrayLike) -> Int64:
-        """Return the stored sample numbers at these positions."""
-        ...
 
 
 class EpochOrder:
@@ -135,23 +106,6 @@ class EpochOrder:
         line = start + permute(index % self._window, size, key)
         laid = np.searchsorted(self._laid_starts, line, side="right") - 1
         return np.asarray(self._stored_starts[self._shards[laid]] + line - self._laid_starts[laid])
-
-    def positions(self, samples: ArrayLike) -> Int64:
-        """Return the position of each stored sample: the inverse of :meth:`samples`."""
-        sample = _inside(samples, self.num_positions)
-        shard = np.searchsorted(self._stored_starts, sample, side="right") - 1
-        laid_start = np.empty_like(self._laid_starts)
-        laid_start[self._shards] = self._laid_starts
-        line = laid_start[shard] + sample - self._stored_starts[shard]
-        long_part = self._longer * (self._length + 1)
-        stream = np.where(
-            line < long_part,
-            line // (self._length + 1),
-            self._longer + (line - long_part) // max(1, self._length),
-        )
-        start, size, key = self._windows(stream, line - self._segment_start(stream))
-        index = start - self._segment_start(stream) + unpermute(line - start, size, key)
-        return index * self.num_streams + stream
 
     def pieces(self, streams: ArrayLike) -> tuple[Int64, Int64, Int64, Int64]:
         """Return the parts of shards that these streams consist of.
@@ -238,6 +192,10 @@ class ByClass:
         self.starts: Int64 = np.cumsum(self.counts) - self.counts
         if self.counts.size == 0:
             raise UserError("data.balance=resample needs labelled galaxies, and the training split has none")
+
+
+# The order of one epoch.
+Order = EpochOrder | ResampledOrder
 
 
 def _inside(numbers: ArrayLike, size: int) -> Int64:

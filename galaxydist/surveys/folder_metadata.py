@@ -179,9 +179,7 @@ class _Columns:
     def _degrees(self, name: str, cell: str, location: str) -> float | None:
         value = self.value(cell)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise UserError(
-                f"{location}: {name}={cell!r} is not a number; give decimal degrees, or an empty cell"
-            )
+            raise UserError(f"{location}: {name}={cell!r} is not a number; give decimal degrees, or an empty cell")
         return value
 
 

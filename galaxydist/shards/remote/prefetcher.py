@@ -8,7 +8,6 @@ import time
 from collections import deque
 from functools import lru_cache, partial
 from itertools import chain
-from typing import Protocol
 
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import Manifest, shard_name
@@ -20,26 +19,6 @@ from galaxydist.shards.shard_usage import FetchQueue, Intervals, extend, peak_by
 MAX_OPEN = 384
 
 
-class ShardSource(Protocol):
-    """Source of the shards of one split."""
-
-    def open(self, shard: int) -> SharedFile:
-        """Open a shard, waiting until it is complete and local; may be called from any thread.
-
-        Raises:
-            UserError: names the shard that is missing or cannot be fetched.
-        """
-        ...
-
-    def advance(self, step: int) -> None:
-        """Report that all batches up to this step have been read."""
-        ...
-
-    def close(self) -> None:
-        """Release all shards and end waiting calls of ``open`` with an error; may be called twice."""
-        ...
-
-
 class LocalShards:
     """Shards in the manifest's own folder; the most recently used ones are kept open."""
 
@@ -47,14 +26,18 @@ class LocalShards:
         self._open = lru_cache(MAX_OPEN)(partial(_open_local, manifest, split))
 
     def open(self, shard: int) -> SharedFile:
-        """Open a shard, or return it if it is still open."""
+        """Open a shard, or return it if it is still open; may be called from any thread.
+
+        Raises:
+            UserError: the shard is missing or cannot be opened.
+        """
         return self._open(shard)
 
     def advance(self, step: int) -> None:
         """Do nothing: only the number of open files is limited."""
 
     def close(self) -> None:
-        """Release all shards."""
+        """Release all shards; may be called twice."""
         self._open.cache_clear()
 
 
@@ -104,7 +87,7 @@ def open_shard_source(
     steps_ahead: int = 0,
     ranks_on_node: int = 1,
     why: str,
-) -> ShardSource:
+) -> "ShardSource":
     """Return the source of a split's shards: local shards are read in place, remote ones fetched ahead.
 
     Args:
@@ -195,7 +178,12 @@ class PrefetchedShards:
             thread.start()
 
     def open(self, shard: int) -> SharedFile:
-        """Return a shard, waiting until it has been fetched."""
+        """Return a shard, waiting until it has been fetched; may be called from any thread.
+
+        Raises:
+            UserError: the shard is missing or cannot be fetched.
+            StoppedError: the source was closed.
+        """
         with self._lock:
             try:
                 while not self._stop.is_set():
@@ -212,7 +200,7 @@ class PrefetchedShards:
         raise StoppedError
 
     def advance(self, step: int) -> None:
-        """Release the shards that are not needed after ``step``."""
+        """Release the shards that are not needed after ``step``; all batches up to it have been read."""
         with self._lock:
             self._step = step
             over = [shard for shard, last in self._until.items() if last <= step]
@@ -225,7 +213,7 @@ class PrefetchedShards:
             self._work_due.notify()  # even if none is released: the queue may now load a new epoch
 
     def close(self) -> None:
-        """Stop the threads, end waiting calls of ``open`` with an error, and release all shards."""
+        """Stop the threads, end waiting calls of ``open`` with an error, and release all shards; may be called twice."""
         self._stop.set()
         with self._lock:
             self._changed.notify_all()
@@ -319,6 +307,10 @@ class PrefetchedShards:
             if is_awaited:
                 self._failed[shard] = error.with_traceback(None)  # its frames would keep files and locks
             self._changed.notify_all()
+
+
+# Source of the shards of one split.
+ShardSource = LocalShards | PrefetchedShards
 
 
 def _raise_file_limit() -> int:
