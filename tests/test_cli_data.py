@@ -53,7 +53,7 @@ def test_simulate_leaves_a_foreign_file_alone(tmp_path: Path, capsys: pytest.Cap
     path = tmp_path / "notes.h5"
     path.write_text("not a survey")
     assert main(["data", "simulate", "--num-galaxies", "20", "--out", str(path)]) == 2
-    assert "did not write it" in capsys.readouterr().err and path.read_text() == "not a survey"
+    assert "is in the way" in capsys.readouterr().err and path.read_text() == "not a survey"
     assert main(["data", "simulate", "--num-galaxies", "20", "--out", str(path), "--overwrite"]) == 0
 
 

@@ -96,7 +96,7 @@ def test_another_source_takes_the_place_of_an_older_export(source: Path, out_dir
 
 def test_nothing_foreign_is_replaced(source: Path, tmp_path: Path) -> None:
     write_image(tmp_path / "Galaxy10_DECaLS" / "train" / "mine" / "1.png")
-    with pytest.raises(UserError, match="in the way"):
+    with pytest.raises(UserError, match="did not write it"):
         export_image_folders(source, tmp_path)
     assert (tmp_path / "Galaxy10_DECaLS" / "train" / "mine" / "1.png").exists()
 

@@ -66,7 +66,7 @@ def test_missing_splits_are_cut_from_train_and_said(
         if folder in present:
             galaxies = list(survey.read(0, len(survey.labels)))
             assert {galaxies[row].extras["file"].split("/")[0] for row in survey.splits[name]} == {folder}
-    assert caplog.text.count("a tenth of train") == 3 - len(present)
+    assert caplog.text.count("a tenth of each class of train") == 3 - len(present)
 
 
 def test_adding_an_image_moves_few_others(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_table_that_a_spreadsheet_saved_says_the_same(tmp_path: Path, kind: st
         (METADATA.replace("10.5,", "10:30:00,").encode(), r"metadata\.csv, line 2: ra='10:30:00' is not a number; give decimal"),
         (
             METADATA.replace(",80,", ",123,").encode(),
-            r"metadata\.csv, val/a/v\.ppm: ra=12\.5, dec=123 is no place .*\(4 such of 8\)",
+            r"metadata\.csv, val/a/v\.ppm: ra=12\.5, dec=123 is not a sky position \(4 of 8 are",
         ),
         (METADATA.replace("false", "falsch").encode(), r"line 2: conflicting='falsch' is neither true nor false"),
         (METADATA.replace("two words", "zwei W\xf6rter").encode("cp1252"), r"is not UTF-8 text .*save it as"),

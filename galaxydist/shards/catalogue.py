@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from galaxydist.atomic_files import whole_file
 from galaxydist.errors import UserError
-from galaxydist.shards.manifest import Manifest, catalogue_name, file_sha256, shard_name
+from galaxydist.shards.manifest import Manifest, catalogue_name, file_sha256, index_name, shard_name
 from galaxydist.shards.remote.cache import SharedFile
 from galaxydist.shards.remote.open import file_reader
 from galaxydist.shards.remote.prefetcher import LocalShards, fetch_shard
@@ -258,14 +258,15 @@ def _read_tars(manifest: Manifest, split: str) -> pa.Table:
     stop = threading.Event()
     read, local = file_reader(manifest), LocalShards(manifest, split)
     folder = manifest.remote_folder(stop) if manifest.remote is not None else None
+    rows = manifest.shards(split)
 
     def table(number: int, attempt: int = 1) -> pa.Table:
-        name = shard_name(split, number).removesuffix(".tar") + ".idx"
+        name = shard_name(split, number)
         # A remote shard is fetched into the cache, where a loader will find it.
-        file = local.open(number) if folder is None else fetch_shard(manifest, folder, split, number, allow_over_limit=True)
+        file = fetch_shard(folder, name, rows[number], allow_over_limit=True) if folder else local.open(number)
         assert file is not None
         try:
-            return table_of(_metas(file, parse_index(read(name, None).decode("ascii"))))
+            return table_of(_metas(file, parse_index(read(index_name(name), None).decode("ascii"))))
         except (ValueError, OSError) as error:
             if isinstance(error, UserError):
                 raise
@@ -295,10 +296,10 @@ def _read_tars(manifest: Manifest, split: str) -> pa.Table:
     schema = unite(found.schema for found in tables)
     if not tables:
         return schema.empty_table()
-    rows = pa.concat_tables([conform(found, schema) for found in tables]).combine_chunks()
-    if len(rows) != total:
-        raise UserError(f"{manifest.location}: the indexes of {split} name {len(rows)} galaxies, the manifest {total}")
-    return rows
+    united = pa.concat_tables([conform(found, schema) for found in tables]).combine_chunks()
+    if len(united) != total:
+        raise UserError(f"{manifest.location}: the indexes of {split} list {len(united)} galaxies, the manifest {total}")
+    return united
 
 
 def _metas(file: SharedFile, samples: list[list[Member]]) -> Iterator[tuple[str, bytes]]:

@@ -176,6 +176,11 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
+def index_name(shard: str) -> str:
+    """Return the file name of a shard's index."""
+    return shard.removesuffix(".tar") + ".idx"
+
+
 def column_name(split: str, column: str) -> str:
     """Return the file name of a column, relative to the manifest's folder."""
     return f"columns/{split}.{column}.npy"

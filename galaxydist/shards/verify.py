@@ -7,16 +7,19 @@ here.
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -24,7 +27,16 @@ from galaxydist.cpus import available_cores
 from galaxydist.errors import DamagedImageError, UserError, name_some
 from galaxydist.galaxy import EncodedImage
 from galaxydist.shards.catalogue import ID, conform, iterate_catalogue, open_catalogue, read_catalogue, table_of, unite
-from galaxydist.shards.manifest import COLUMNS, Manifest, catalogue_name, column_name, file_sha256, read_manifest, shard_name
+from galaxydist.shards.manifest import (
+    COLUMNS,
+    Manifest,
+    catalogue_name,
+    column_name,
+    file_sha256,
+    index_name,
+    read_manifest,
+    shard_name,
+)
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
@@ -134,10 +146,6 @@ class _Shard:
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int32]
 
-    @property
-    def index_name(self) -> str:
-        return self.name.removesuffix(".tar") + ".idx"
-
 
 def check_shards(location: str | Path, cache: CacheConfig | None = None, *, threads: int = 0) -> VerifiedShards:
     """Read, hash and decode all shards and compare them with the manifest.
@@ -240,13 +248,13 @@ def _check_shard(shard: _Shard, manifest: Manifest, read: FileReader) -> tuple[l
     """Return the problems of a shard, and the keys of its galaxies with their .json (empty if unreadable)."""
     try:
         data = read(shard.name, shard.sha256)
-        samples = parse_index(read(shard.index_name, None).decode("ascii"))
+        samples = parse_index(read(index_name(shard.name), None).decode("ascii"))
     except OSError as error:
         return [f"{error.filename}: {error.strerror}"], []
     except UserError as error:
         return [str(error)], []
     except ValueError as error:
-        return [f"{shard.location.removesuffix(shard.name)}{shard.index_name}: damaged index ({error})"], []
+        return [f"{shard.location.removesuffix(shard.name)}{index_name(shard.name)}: damaged index ({error})"], []
     problems = []
     if len(data) != shard.num_bytes:
         problems.append(f"shard {shard.location}: {len(data)} bytes where the manifest says {shard.num_bytes}")
@@ -321,7 +329,7 @@ def _duplicate_keys(shards: list[_Shard], hashes: list[NDArray[np.uint64]], read
     for shard, found in zip(shards, hashes, strict=True):
         if suspects.isdisjoint(found.tolist()):
             continue
-        for members in parse_index(read(shard.index_name, None).decode("ascii")):
+        for members in parse_index(read(index_name(shard.name), None).decode("ascii")):
             key = members[0].name.partition(".")[0]
             if key in seen:
                 problems.append(f"galaxy {key} is in {seen[key]} and in {shard.location}")
@@ -354,28 +362,27 @@ def find_equal_images(manifest: Manifest) -> EqualImages | None:
     Raises:
         UserError: a catalogue is missing or damaged.
     """
-    splits = [name for name, split in manifest.splits.items() if split.num_samples]
     if not manifest.catalogues:
         return None
-    hashes = []
-    for code, split in enumerate(splits):
-        table = read_catalogue(manifest, split, (PIXEL_HASH,))
-        if not table.column_names:
+    tables = []
+    for name in (name for name, split in manifest.splits.items() if split.num_samples):
+        table = read_catalogue(manifest, name, (ID, PIXEL_HASH))
+        if PIXEL_HASH not in table.column_names:
             return None
-        column = table.column(PIXEL_HASH)
-        rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
-        found = np.empty(len(rows), [("hash", "<i8"), ("split", "<i4"), ("row", "<i8"), ("label", "<i4")])
-        found["hash"], found["row"] = column.drop_null().to_numpy(), rows
-        found["split"], found["label"] = code, manifest.labels(split)[rows]
-        hashes.append(found)
-    across, two_labels = _groups(np.concatenate(hashes))
-    wanted = {split for group in (*across, *two_labels) for split in group["split"].tolist()}
-    ids = {code: read_catalogue(manifest, splits[code], ("id",)).column("id") for code in wanted}
-
-    def name(group: NDArray[np.void]) -> list[str]:
-        return [f"{splits[code]}/{ids[code][row].as_py()}" for code, row in group[["split", "row"]].tolist()]
-
-    return EqualImages([name(group) for group in across], [name(group) for group in two_labels])
+        columns = {"hash": table[PIXEL_HASH], "split": pa.repeat(name, len(table)), "id": table[ID]}
+        tables.append(pa.table({**columns, "label": manifest.labels(name)}))
+    rows = pa.concat_tables(tables).filter(pc.field("hash").is_valid())
+    counts = rows.group_by("hash").aggregate([([], "count_all")]).filter(pc.field("count_all") > 1)
+    rows = rows.filter(pc.is_in(rows["hash"], counts["hash"])).sort_by("hash")
+    found = EqualImages([], [])
+    for _, members in itertools.groupby(rows.to_pylist(), itemgetter("hash")):
+        group = list(members)
+        names = [f"{row['split']}/{row['id']}" for row in group]
+        if len({row["split"] for row in group}) > 1:
+            found.across.append(names)
+        if len({row["label"] for row in group if row["label"] >= 0}) > 1:
+            found.two_labels.append(names)
+    return found
 
 
 def describe_equal_images(manifest: Manifest) -> list[str]:
@@ -399,15 +406,6 @@ def describe_equal_images(manifest: Manifest) -> list[str]:
 
 def _images(groups: list[list[str]], singular: str, plural: str) -> str:
     return f"1 image {singular}" if len(groups) == 1 else f"{len(groups)} images {plural}"
-
-
-def _groups(rows: NDArray[np.void]) -> tuple[list[NDArray[np.void]], list[NDArray[np.void]]]:
-    """Return the groups of equal hashes in several splits, and those with several labels."""
-    rows = rows[np.argsort(rows["hash"], kind="stable")]
-    edges = np.concatenate([[0], np.flatnonzero(np.diff(rows["hash"])) + 1, [len(rows)]])
-    groups = [rows[edges[number] : edges[number + 1]] for number in np.flatnonzero(np.diff(edges) > 1).tolist()]
-    across = [group for group in groups if len(set(group["split"].tolist())) > 1]
-    return across, [group for group in groups if len(set(group["label"][group["label"] >= 0].tolist())) > 1]
 
 
 def _names(groups: list[list[str]]) -> str:

@@ -2,9 +2,8 @@
 
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.atomic_files import disk_error, remove_stale
-from galaxydist.cpus import available_cores
+from galaxydist.cpus import available_cores, bounded_map
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, EncodedImage, Galaxy, Survey
 from galaxydist.surveys.folder_metadata import FolderInfo, read_info, write_info, write_metadata
@@ -120,22 +119,13 @@ def _write_images(trees: Sequence[_Tree], workers: int) -> None:
 
     survey = trees[0].survey
     wanted = np.any([tree.split_of_row >= 0 for tree in trees], axis=0)
-    pending: deque[Future[int]] = deque()
     with (
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=int(wanted.sum()), desc=f"export {survey.name}", unit="galaxy", disable=None) as bar,
     ):
-        try:
-            for batch in _batches(survey, wanted):
-                files = [_plan(trees, row, galaxy) for row, galaxy in batch]
-                pending.append(pool.submit(_write_batch, files))
-                while len(pending) > 2 * workers:
-                    bar.update(pending.popleft().result())
-            while pending:
-                bar.update(pending.popleft().result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        tasks = (([_plan(trees, row, galaxy) for row, galaxy in batch],) for batch in _batches(survey, wanted))
+        for written in bounded_map(pool, _write_batch, tasks, 2 * workers):
+            bar.update(written)
 
 
 def _batches(survey: Survey, wanted: NDArray[np.bool_]) -> Iterator[list[tuple[int, Galaxy]]]:

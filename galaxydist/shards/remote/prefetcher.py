@@ -9,6 +9,8 @@ from collections import deque
 from functools import lru_cache, partial
 from itertools import chain
 
+import numpy as np
+
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import Manifest, shard_name
 from galaxydist.shards.remote.cache import RemoteFolder, SharedFile, show_bytes
@@ -52,15 +54,21 @@ def _open_local(manifest: Manifest, split: str, shard: int) -> SharedFile:
         raise UserError(f"shard {path} cannot be opened ({error.strerror}){hint}") from None
 
 
-def fetch_shard(manifest: Manifest, folder: RemoteFolder, split: str, shard: int, *, allow_over_limit: bool) -> SharedFile | None:
+def fetch_shard(folder: RemoteFolder, name: str, row: np.void, *, allow_over_limit: bool) -> SharedFile | None:
     """Return a remote shard from the cache, fetched if it is missing; None if it does not fit now.
+
+    Args:
+        folder: access to the data set's remote files.
+        name: file name of the shard.
+        row: the shard's row of the shard table.
+        allow_over_limit: as in ``Cache.get_or_fetch``.
 
     Raises:
         UserError: the shard is missing in the store or cannot be fetched.
     """
-    name, row = shard_name(split, shard), manifest.shards(split)[shard]
+    sha256, num_bytes = row["sha256"].tobytes(), int(row["bytes"])
     try:
-        return folder.get(name, sha256=row["sha256"].tobytes(), num_bytes=int(row["bytes"]), allow_over_limit=allow_over_limit)
+        return folder.get(name, sha256=sha256, num_bytes=num_bytes, allow_over_limit=allow_over_limit)
     except MissingError:
         raise UserError(
             f"shard {folder.store.url(name)} is missing: copy the whole folder of shards again, manifest.json last"
@@ -155,8 +163,8 @@ class PrefetchedShards:
         max_held: int,
     ) -> None:
         assert manifest.remote is not None
-        self._fetch = partial(fetch_shard, manifest, folder, split)
-        self._sizes = manifest.shards(split)["bytes"].tolist()
+        self._folder, self._split, self._table = folder, split, manifest.shards(split)
+        self._sizes = self._table["bytes"].tolist()
         self._queue, self._step, self._ahead_bytes, self._max_held = queue, step - 1, ahead_bytes, max_held
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # wakes callers of ``open``: a shard was fetched or failed
@@ -237,8 +245,9 @@ class PrefetchedShards:
 
     def _fetch_task(self, shard: int, is_awaited: bool) -> None:
         try:
-            # Without a variable, which would keep the file open while this thread waits.
-            self._hold(shard, self._fetch(shard, allow_over_limit=is_awaited))
+            name, row = shard_name(self._split, shard), self._table[shard]
+            # Without a variable for the file, which would keep it open while this thread waits.
+            self._hold(shard, fetch_shard(self._folder, name, row, allow_over_limit=is_awaited))
         except StoppedError:
             raise
         except BaseException as error:

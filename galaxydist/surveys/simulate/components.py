@@ -162,8 +162,6 @@ class Arms:
 def draw_sersic(scene: Scene, at: Ellipse, radius: float, index: float, fluxes: Array, *, boxiness: float = 2.0) -> None:
     """Draw a spheroid or smooth disc of half-light radius ``radius`` pixels and total fluxes in g, r, z."""
     window = scene.window(at.x, at.y, min(8.0 + radius * (3.5 + 2.5 * index), 400.0))
-    if window is None:
-        return
     u, v = window.turned(at.angle)
     profile = sersic(u, v, radius, at.axis_ratio, index, boxiness=boxiness)
     if window.whole:
@@ -176,8 +174,8 @@ def draw_disc(
 ) -> None:
     """Draw an inclined disc of scale length ``scale`` pixels, with arms bluer than the rest and dust on their inner edge."""
     window = scene.window(at.x, at.y, 7.0 * scale + 6.0)
-    if window is None:
-        return
+    if window.is_empty:
+        return  # draws nothing, so that later random numbers stay the same
     u, v = window.turned(at.angle)
     v = v / np.float32(at.axis_ratio)
     radius = np.sqrt(u * u + v * v + np.float32(0.1))
@@ -262,8 +260,6 @@ def draw_knots(
 def draw_bar(scene: Scene, at: Ellipse, fluxes: Array, *, length: float, thickness: float, turn: float) -> None:
     """Draw a bar of half-length ``length`` pixels in the plane of an inclined disc, ``turn`` radians from its major axis."""
     window = scene.window(at.x, at.y, length * 1.1 + 3.0)
-    if window is None:
-        return
     u, v = window.turned(at.angle)
     v = v / np.float32(max(at.axis_ratio, 0.3))
     cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
@@ -278,8 +274,6 @@ def draw_bar(scene: Scene, at: Ellipse, fluxes: Array, *, length: float, thickne
 def draw_ring(scene: Scene, at: Ellipse, radius: float, width: float, fluxes: Array) -> None:
     """Draw a ring in a disc's plane (bars gather gas into a ring at their resonance)."""
     window = scene.window(at.x, at.y, radius + 4.0 * width + 2.0)
-    if window is None:
-        return
     u, v = window.turned(at.angle)
     distance = np.hypot(u, v / np.float32(at.axis_ratio)) - np.float32(radius)
     profile = np.exp(-0.5 * (distance / np.float32(width)) ** 2) / np.float32((2 * np.pi) ** 1.5 * radius * width * at.axis_ratio)
@@ -291,8 +285,8 @@ def draw_edge_on(
 ) -> None:
     """Draw an edge-on disc: scale length and height in pixels, a dust lane of depth ``dust``, bent by ``warp``."""
     window = scene.window(at.x, at.y, 7.0 * length + 4.0)
-    if window is None:
-        return
+    if window.is_empty:
+        return  # draws nothing, so that later random numbers stay the same
     u, v = window.turned(at.angle)
     v = v - np.float32(warp / (9.0 * length)) * u * u - np.float32(draws.normal(0.0, 0.3) * abs(warp) / (60.0 * length**2)) * u**3
     profile = edge_on_disc(u, v, length, height)
@@ -312,7 +306,5 @@ def draw_edge_on(
 def draw_arc(scene: Scene, position: Position, fluxes: Array, *, radius: float, width: float, start: float, span: float) -> None:
     """Draw a tail or shell: part of a circle around ``position``, see :func:`arc`."""
     window = scene.window(*position, radius + 5.0 * width)
-    if window is None:
-        return
     u, v = window.turned(0.0)
     scene.add(window, arc(u, v, radius=radius, width=width, start=start, span=span), fluxes)

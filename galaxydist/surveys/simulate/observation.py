@@ -188,8 +188,6 @@ def add_background(scene: Scene, draws: Draws) -> None:
     fluxes = to_fluxes(np.stack([red_mag + green_red, red_mag, red_mag - red_z], axis=1))
     for i in range(num):
         window = scene.window(position[0, i], position[1, i], min(4.0 * size[i] + 2.0, 24.0))
-        if window is None:
-            continue
         u, v = window.turned(angle[i])
         profile = np.exp(-1.68 / size[i] * np.sqrt(u * u + (v / axis_ratio[i]) ** 2 + 0.3)).astype(np.float32)
         scene.add(
