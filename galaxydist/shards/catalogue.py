@@ -11,13 +11,13 @@ disk, but a catalogue is fetched from a store only on demand. For shards of earl
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def table_of(metas: Iterable[tuple[str, bytes]]) -> pa.Table:
     for name in names:
         values = [row.get(name) for _, row in rows]
         values = [None if isinstance(value, float) and not math.isfinite(value) else value for value in values]
-        kind = reduce(_merge, {*map(_kind, values)}, NOTHING)
+        kind = _merge({*map(_kind, values)})
         fields.append(pa.field(name, TYPES.get(kind, "null"), metadata={_KIND: kind}))
         columns.append(pa.array(values, TYPES[kind]) if kind in TYPES else pa.nulls(len(values)))
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))
@@ -82,7 +82,7 @@ def unite(schemas: Iterable[pa.Schema]) -> pa.Schema:
     for schema in schemas:
         for field in schema:
             if field.name not in OWN:
-                kinds[field.name] = _merge(kinds.get(field.name, NOTHING), field.metadata[_KIND].decode())
+                kinds[field.name] = _merge({kinds.get(field.name, NOTHING), field.metadata[_KIND].decode()})
     return pa.schema([*OWN_FIELDS, *(pa.field(name, TYPES[kind]) for name, kind in kinds.items() if kind in TYPES)])
 
 
@@ -126,14 +126,12 @@ def _is_unicode(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _merge(one: str, other: str) -> str:
-    """Return the kind of a column that has values of both kinds; the order of merging makes no difference."""
-    kinds = {one, other} - {NOTHING}
+def _merge(kinds: set[str]) -> str:
+    """Return the kind of a column that has values of all these kinds."""
+    kinds = kinds - {NOTHING}
     if len(kinds) < 2:
         return kinds.pop() if kinds else NOTHING
-    if kinds == {EXACT, WHOLE}:
-        return WHOLE
-    return FLOAT if kinds == {EXACT, FLOAT} else MIXED
+    return {frozenset({EXACT, WHOLE}): WHOLE, frozenset({EXACT, FLOAT}): FLOAT}.get(frozenset(kinds), MIXED)
 
 
 # Rows written and held in memory at a time.
@@ -160,7 +158,9 @@ def write_catalogue(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -
         # These types do not need a copy of the schema in Arrow's own form.
         pq.ParquetWriter(file, schema, version="2.6", compression="zstd", store_schema=False) as writer,
     ):
-        for group in _regroup(conform(table, schema) for table in tables):
+        # Groups of a fixed size, so that the file does not depend on the size of the shards.
+        groups = _rechunk((conform(table, schema) for table in tables), schema, itertools.repeat(ROW_GROUP))
+        for group in itertools.takewhile(len, groups):
             writer.write_table(group, row_group_size=ROW_GROUP)
     return file_sha256(path)
 
@@ -206,28 +206,19 @@ def open_catalogue(manifest: Manifest, split: str) -> Iterator[Any]:
 
 
 def iterate_catalogue(file: Any, lengths: Iterable[int]) -> Iterator[pa.Table]:
-    """Yield an opened catalogue's rows in tables of the given lengths, reading one row group at a time."""
-    empty = file.schema_arrow.empty_table()
-    batches, held = file.iter_batches(ROW_GROUP), empty
+    """Return an iterator over an opened catalogue's rows in tables of the given lengths, reading one row group at a time."""
+    tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(ROW_GROUP))
+    return _rechunk(tables, file.schema_arrow, lengths)
+
+
+def _rechunk(tables: Iterator[pa.Table], schema: pa.Schema, lengths: Iterable[int]) -> Iterator[pa.Table]:
+    """Yield the rows of tables in tables of the given lengths, shorter ones once the rows run out."""
+    held = schema.empty_table()
     for length in lengths:
-        while len(held) < length and (batch := next(batches, None)) is not None:
-            held = pa.concat_tables([held, pa.Table.from_batches([batch])])
-        yield held.slice(0, length)
+        while len(held) < length and (table := next(tables, None)) is not None:
+            held = pa.concat_tables([held, table])
+        yield held.slice(0, length).combine_chunks()
         held = held.slice(length)
-
-
-def _regroup(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Yield the same rows in multiples of ``ROW_GROUP``, so that the file does not depend on the size of the shards."""
-    held: list[pa.Table] = []
-    for table in tables:
-        held.append(table)
-        if sum(map(len, held)) >= ROW_GROUP:
-            rows = pa.concat_tables(held)
-            whole = len(rows) // ROW_GROUP * ROW_GROUP
-            yield rows.slice(0, whole).combine_chunks()
-            held = [rows.slice(whole).combine_chunks()]
-    if sum(map(len, held)):
-        yield pa.concat_tables(held).combine_chunks()
 
 
 def _catalogue_path(manifest: Manifest, name: str) -> Path:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,8 @@ PART_ROW = np.dtype(
 
 
 RGB = tuple[float, float, float]
+# Exact sums over training pixels, (7,) int64: count, R G B sums, R G B sums of squares.
+PixelSums = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -52,35 +54,24 @@ class PartTask:
     most_damaged: int
 
 
-@dataclass
-class PixelSums:
-    """Exact sums over training pixels, one integer per channel."""
+def pixel_sums(pixels: Pixels) -> PixelSums:
+    """Return the number of an image's pixels, and the sums and the sums of squares of its channels."""
+    height, width, channels = pixels.shape
+    rows = pixels.reshape(height, width * channels)
+    sums = np.add.reduce(rows, axis=0, dtype=np.uint32).reshape(width, channels).sum(0, dtype=np.int64)
+    squared = np.multiply(rows, rows, dtype=np.uint16)
+    squares = np.add.reduce(squared, axis=0, dtype=np.uint32).reshape(width, channels).sum(0, dtype=np.int64)
+    return np.array([height * width, *sums, *squares])
 
-    count: int = 0
-    sums: tuple[int, ...] = (0, 0, 0)
-    squares: tuple[int, ...] = (0, 0, 0)
 
-    def add(self, pixels: Pixels) -> None:
-        height, width, channels = pixels.shape
-        rows = pixels.reshape(height, width * channels)
-        sums = np.add.reduce(rows, axis=0, dtype=np.uint32).reshape(width, channels).sum(0, dtype=np.int64)
-        squared = np.multiply(rows, rows, dtype=np.uint16)
-        squares = np.add.reduce(squared, axis=0, dtype=np.uint32).reshape(width, channels).sum(0, dtype=np.int64)
-        self.merge(PixelSums(height * width, tuple(sums.tolist()), tuple(squares.tolist())))
-
-    def merge(self, other: "PixelSums") -> None:
-        self.count += other.count
-        self.sums = tuple(a + b for a, b in zip(self.sums, other.sums, strict=True))
-        self.squares = tuple(a + b for a, b in zip(self.squares, other.squares, strict=True))
-
-    def mean_std(self) -> tuple[RGB, RGB]:
-        """Return the mean and standard deviation per channel, full scale 1."""
-        count = max(1, self.count)
-        mean = [s / count for s in self.sums]
-        variance = [(q - s * s / count) / count for s, q in zip(self.sums, self.squares, strict=True)]
-        red, green, blue = (round(m / 255, 6) for m in mean)
-        deviation_red, deviation_green, deviation_blue = (round(max(v, 0.0) ** 0.5 / 255, 6) for v in variance)
-        return (red, green, blue), (deviation_red, deviation_green, deviation_blue)
+def channel_statistics(total: PixelSums) -> tuple[RGB, RGB]:
+    """Return the mean and the standard deviation of each channel, full scale 1."""
+    count, *sums = total.tolist()  # Python's integers: exact
+    count = max(1, count)
+    variances = [(square - plain * plain / count) / count for plain, square in zip(sums[:3], sums[3:], strict=True)]
+    mean = tuple(round(plain / count / 255, 6) for plain in sums[:3])
+    std = tuple(round(max(variance, 0.0) ** 0.5 / 255, 6) for variance in variances)
+    return cast(RGB, mean), cast(RGB, std)
 
 
 def write_part(task: PartTask) -> int:
@@ -97,7 +88,7 @@ def write_part(task: PartTask) -> int:
         return task.stop - task.start
     records: list[tuple[tuple[int, ...], bytes]] = []
     damaged: list[DamagedImage] = []
-    sums = PixelSums()
+    sums = np.zeros(7, np.int64)
     galaxies = read_rows(task.survey, task.start, task.stop)
     for row, galaxy, index in zip(range(task.start, task.stop), galaxies, task.indexes.tolist(), strict=True):
         if index < 0:
@@ -113,13 +104,13 @@ def write_part(task: PartTask) -> int:
                 raise TooManyDamagedError from None
             continue
         if index < task.num_train:
-            sums.add(pixels)
+            sums += pixel_sums(pixels)
         key = galaxy.id.encode()
         label = -1 if galaxy.label is None else galaxy.label
         records.append(((index, len(key), len(image), len(meta), label, key_hash(key)), key + image + meta))
     records.sort(key=lambda record: record[0][0])
     _write_records(task.path, records)
-    write_json(finished, {**asdict(sums), "damaged": [asdict(image) for image in damaged]})
+    write_json(finished, {"sums": sums.tolist(), "damaged": [asdict(image) for image in damaged]})
     return task.stop - task.start
 
 
@@ -148,8 +139,7 @@ def _write_records(path: Path, records: list[tuple[tuple[int, ...], bytes]]) -> 
 
 def read_part_sums(path: Path) -> PixelSums:
     """Return the pixel sums of a finished part."""
-    content = json.loads(path.with_suffix(".json").read_bytes())
-    return PixelSums(content["count"], tuple(content["sums"]), tuple(content["squares"]))
+    return np.array(json.loads(path.with_suffix(".json").read_bytes())["sums"], np.int64)
 
 
 def read_damaged(path: Path) -> list[DamagedImage]:

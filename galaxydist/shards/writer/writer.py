@@ -54,6 +54,7 @@ from galaxydist.shards.writer.layout import Layout, Settings, pack_tasks, part_t
 from galaxydist.shards.writer.stages import (
     PixelSums,
     Shard,
+    channel_statistics,
     pack_shards,
     read_damaged,
     read_packed,
@@ -89,7 +90,7 @@ def finish_manifest(
         labelled = rows["labels"][rows["labels"] >= 0]
         counts = np.bincount(labelled, minlength=len(survey.class_names))
         splits[split] = Split(num_samples, len(shards), int(table["bytes"].sum()), tuple(counts.tolist()))
-    mean, std = sums.mean_std()
+    mean, std = channel_statistics(sums)
     manifest = Manifest(
         dir=work_dir,
         hash="",
@@ -205,13 +206,12 @@ def _existing(out_dir: Path, survey: Survey, settings: Settings, overwrite: bool
         return None
     if not (out_dir / MANIFEST_NAME).exists():
         raise UserError(f"{out_dir} exists and holds no shards: choose another folder, or remove it")
-    if overwrite:
-        try:
-            manifest = read_manifest(out_dir)
-        except UserError:
-            return None
-    else:
+    try:
         manifest = read_manifest(out_dir)
+    except UserError:
+        if overwrite:
+            return None
+        raise
     if _is_of(manifest, survey, settings):
         if _is_complete(manifest):
             return manifest
@@ -293,9 +293,7 @@ def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int,
         _run(executor, pack_shards, packs, "writing shards", total - len(damaged))
     if damaged:
         write_left_out(work_dir / LEFT_OUT_NAME, survey, damaged)
-    sums = PixelSums()
-    for path in paths:
-        sums.merge(read_part_sums(path))
+    sums = np.sum([read_part_sums(path) for path in paths], axis=0)
     finish_manifest(survey, work_dir, settings, layout, image_size=encoding.image_size, sums=sums)
     return total - len(damaged)
 
