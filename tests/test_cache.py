@@ -368,7 +368,7 @@ def test_a_missing_or_changed_shard_reaches_the_reader(folder: Path, tmp_path: P
     with FileServer(served) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache"))
         missing = rf"shard {server.address}/train-000002.tar is missing: copy the whole folder of shards again"
-        changed = rf"{server.address}/train-000004.tar is not what its manifest says: its SHA-256 is"
+        changed = rf"{server.address}/train-000004.tar differs from its manifest: its SHA-256 is"
         with pytest.raises(UserError, match=f"{missing}|{changed}"):
             read(remote, 12)
         reported = {str(error) for batch in read(remote, 12, on_error="report") for error in batch.errors.values()}

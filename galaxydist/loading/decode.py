@@ -28,13 +28,13 @@ class ImageError(UserError):
     """Error of one image that cannot be read or decoded; with data.on_error=skip only that galaxy is lost.
 
     Args:
-        what: shard, galaxy and cause.
+        problem: shard, galaxy and cause.
         hint: advice to the user.
     """
 
-    def __init__(self, what: str, hint: str) -> None:
-        super().__init__(f"{what}; {hint}")
-        self.what = what
+    def __init__(self, problem: str, hint: str) -> None:
+        super().__init__(f"{problem}; {hint}")
+        self.problem = problem
 
 
 @dataclass(frozen=True, slots=True)

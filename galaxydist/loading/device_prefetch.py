@@ -68,14 +68,15 @@ class DevicePrefetcher(AbstractContextManager["DevicePrefetcher"], Iterator[Batc
 
     def __next__(self) -> Batch:
         if self._side_stream is None:
-            return self._moved(next(self._batches))
+            batch = next(self._batches)
+            return batch if self._device.type == "cpu" else _with(batch, [tensor.to(self._device) for tensor in _tensors(batch)])
         if self._ahead is None:
             self._fetch(self._side_stream)
         copying, self._ahead = self._ahead, None
         if copying is None:
             assert self._error is not None
             raise self._error
-        self._side_stream.hand_over(_moving(copying.batch), copying.event)
+        self._side_stream.hand_over(_tensors(copying.batch), copying.event)
         while self._in_flight and self._in_flight[0].event.query():  # type: ignore[no-untyped-call]
             self._in_flight.popleft()
         self._in_flight.append(copying)
@@ -103,14 +104,11 @@ class DevicePrefetcher(AbstractContextManager["DevicePrefetcher"], Iterator[Batc
         except Exception as error:  # raised after the batches before it
             self._error = error
             return
-        copies, event = side_stream.start(_moving(source))
+        copies, event = side_stream.start(_tensors(source))
         self._ahead = _Copying(_with(source, copies), source, event)
 
-    def _moved(self, batch: Batch) -> Batch:
-        return batch if self._device.type == "cpu" else _with(batch, [tensor.to(self._device) for tensor in _moving(batch)])
 
-
-def _moving(batch: Batch) -> list[Tensor]:
+def _tensors(batch: Batch) -> list[Tensor]:
     return [batch.images_BHWC, batch.labels_B, batch.weights_B]
 
 

@@ -57,7 +57,7 @@ def table_of(metas: Iterable[tuple[str, bytes]]) -> pa.Table:
         ValueError: a .json is not JSON, or not an object.
     """
     rows = [(key, _parse(meta)) for key, meta in metas]
-    names = dict.fromkeys(name for _, row in rows for name in row if name not in OWN and _is_unicode(name))
+    names = dict.fromkeys(name for _, row in rows for name in row if name not in OWN and is_unicode(name))
     fields = [*OWN_FIELDS]
     columns = [
         pa.array([row[ID] if isinstance(row.get(ID), str) else key for key, row in rows], pa.string()),
@@ -118,10 +118,10 @@ def _kind(value: Any) -> str:
         return WHOLE if -_WHOLE_LIMIT <= value < _WHOLE_LIMIT else MIXED
     if isinstance(value, float):
         return FLOAT
-    return TEXT if isinstance(value, str) and _is_unicode(value) else MIXED
+    return TEXT if isinstance(value, str) and is_unicode(value) else MIXED
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Return False for text with half a surrogate pair, which JSON allows and no column can hold."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 

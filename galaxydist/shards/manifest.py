@@ -102,9 +102,7 @@ class Manifest:
     @property
     def remedy(self) -> str:
         """Advice on damaged files, for messages."""
-        return (
-            "make the shards anew" if self.remote is None else f"remove {self.dir}, which is fetched anew if the check is passed"
-        )
+        return "make the shards anew" if self.remote is None else f"remove {self.dir}, which is fetched again if the check passes"
 
     @property
     def num_classes(self) -> int:

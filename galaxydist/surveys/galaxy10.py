@@ -237,15 +237,11 @@ def _check_labels(path: Path, labels: NDArray[np.integer]) -> None:
 def _name(file: SurveyFile) -> str:
     if file.attributes.get(SURVEY_ATTRIBUTE) == SIMULATED:
         return SIMULATED
-    if _has_official_labels(file):
+    counts = np.bincount(file.labels, minlength=NUM_CLASSES).tolist()
+    if counts == list(GALAXY10_COUNTS) and np.array_equal(file.labels, official_split.read_official_split().labels):
         return official_split.NAME
     stem = safe_name(file.path.stem)
     return f"{stem}_unofficial" if stem.lower().startswith("galaxy10") else stem
-
-
-def _has_official_labels(file: SurveyFile) -> bool:
-    counts = np.bincount(file.labels, minlength=NUM_CLASSES)
-    return counts.tolist() == list(GALAXY10_COUNTS) and np.array_equal(file.labels, official_split.read_official_split().labels)
 
 
 def _split(file: SurveyFile, *, is_official: bool) -> tuple[SplitCandidates, Codes]:
@@ -256,12 +252,12 @@ def _split(file: SurveyFile, *, is_official: bool) -> tuple[SplitCandidates, Cod
         check_classes(galaxies)
         return galaxies, split_original(galaxies)
     shipped = official_split.read_official_split()
-    _check_positions(file.path, read_sky(file.labels, ra, dec), shipped.sky)
+    _check_official_sky(file.path, read_sky(file.labels, ra, dec), shipped.sky)
     keys = np.arange(len(file.labels), dtype=np.uint64)
     return SplitCandidates(file.labels, GALAXY10_CLASSES, shipped.sky, keys, official_split.SPLIT_SEED), shipped.original
 
 
-def _check_positions(path: Path, found: Sky, shipped: Sky) -> None:
+def _check_official_sky(path: Path, found: Sky, shipped: Sky) -> None:
     """Raise UserError if the file's positions give other neighbours than those that the frozen split is based on."""
     if np.array_equal(found.groups, shipped.groups) and np.array_equal(found.conflicting, shipped.conflicting):
         return
@@ -308,6 +304,6 @@ def _plain(value: Any) -> Any:
     return None if isinstance(plain, float) and not np.isfinite(plain) else plain
 
 
-def _damage(path: Path, error: OSError, what: str) -> str:
+def _damage(path: Path, error: OSError, part: str) -> str:
     state = "truncated" if "truncated" in str(error) else "truncated or damaged"
-    return f"{path} is {state}: cannot read {what} ({error})"
+    return f"{path} is {state}: cannot read {part} ({error})"

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, Galaxy
 from galaxydist.surveys import official_split
-from galaxydist.surveys.folder_metadata import METADATA_FILE, FolderInfo, FolderMetadata, FolderRow, read_info, read_metadata
+from galaxydist.surveys.folder_metadata import METADATA_FILE, FolderMetadata, FolderRow, read_info, read_metadata
 from galaxydist.surveys.folder_scan import ImageFile, known_split, safe_name, scan_folder, unique_ids
 from galaxydist.surveys.hdf5_schema import SIMULATED
 from galaxydist.surveys.image_files import group_equal_files, hash_files, read_image
@@ -111,16 +112,15 @@ def open_image_folder(
         has_val: False for no validation split; its galaxies stay in train.
 
     Raises:
-        UserError: no images, an empty class, a class without training images, no such variant.
+        UserError: no images, an empty class, a class without training images.
     """
-    if variant not in TREES:
-        raise UserError(f"no variant {variant!r}; there are {', '.join(TREES)}")
     root = next((tree for tree in (path / TREES[variant], path / TREES["original"]) if tree.is_dir()), path)
     info = read_info(root)
     is_balanced = info is not None and info.variant == "balanced"
     if is_balanced and variant == "original":
         raise UserError(f"{root} holds only the balanced variant; give the folder of the original one, or data.variant=balanced")
-    class_names, images = scan_folder(root, as_galaxy10=classes == "galaxy10" or _is_galaxy10(info))
+    is_galaxy10 = classes == "galaxy10" or (info is not None and info.name in (official_split.NAME, SIMULATED))
+    class_names, images = scan_folder(root, as_galaxy10=is_galaxy10)
     images, rows, source_ids = _with_metadata(root, images)
     galaxies = _candidates([image.label for image in images], class_names, rows)
     given = _folder_codes(root, images, rows)
@@ -130,7 +130,12 @@ def open_image_folder(
         digests = hash_files(root, files, name or root.name)
         equal = group_equal_files(root, files, digests, galaxies.labels)
         galaxies = replace(galaxies, sky=join_groups(galaxies.sky, equal, galaxies.labels))
-    codes = _fold(root, galaxies, given, fold) if fold is not None else _complete(root, galaxies, given, has_val=has_val)
+    if fold is None:
+        codes = _complete(root, galaxies, given, has_val=has_val)
+    elif given is None:
+        codes = split_fold(galaxies, *fold)
+    else:
+        raise UserError(f"{root} has split folders of its own; a cross-validation needs a folder with class folders only")
     if variant == "balanced" and not is_balanced:
         codes = split_balanced(galaxies, codes)
     if not has_val:
@@ -152,11 +157,6 @@ def open_image_folder(
     if digests is not None:
         vars(survey)["source_hash"] = survey.hash_of(digests)  # avoids hashing the files again
     return survey
-
-
-def _is_galaxy10(info: FolderInfo | None) -> bool:
-    """Return True if ``dataset.json`` names an exported survey with Galaxy10's classes."""
-    return info is not None and info.name in (official_split.NAME, SIMULATED)
 
 
 def _with_metadata(root: Path, images: list[ImageFile]) -> tuple[list[ImageFile], list[FolderRow], list[str | None]]:
@@ -182,7 +182,10 @@ def _with_metadata(root: Path, images: list[ImageFile]) -> tuple[list[ImageFile]
     for image in images:
         row = listed.get(image.file) or FolderRow("", "", None, None, {"file": image.file})
         rows.append(replace(row, id=ids[image.file]) if image.file in ids else row)
-    _check_unique(root, [row.id for row in rows])
+    if twice := [name for name, count in Counter(row.id for row in rows).items() if count > 1]:
+        raise UserError(
+            f"{root}: two galaxies have the id {twice[0]!r} (metadata.csv and file names); rename one, or export again"
+        )
     check_positions(*_positions(rows), name=lambda number: f"{root / METADATA_FILE}, {images[number].file}")
     return images, rows, [source_ids.get(image.file) for image in images]
 
@@ -256,12 +259,6 @@ def _is_complete(root: Path, given: Codes | None, *, has_val: bool) -> bool:
     return found.issuperset((TRAIN, VAL, TEST) if has_val else (TRAIN, TEST))
 
 
-def _fold(root: Path, galaxies: SplitCandidates, codes: Codes | None, fold: tuple[int, int]) -> Codes:
-    if codes is not None:
-        raise UserError(f"{root} has split folders of its own; a cross-validation needs a folder with class folders only")
-    return split_fold(galaxies, *fold)
-
-
 @cache
 def _report_new_split(root: Path, shares: str) -> None:
     """Log once for each folder: a command may open it several times."""
@@ -284,12 +281,6 @@ def _complete(root: Path, galaxies: SplitCandidates, codes: Codes | None, *, has
         if absent and (has_val or code != VAL):
             logger.warning("%s: %s has no images of %s", root, split, ", ".join(absent))
     return codes
-
-
-def _check_unique(root: Path, ids: list[str]) -> None:
-    if len(set(ids)) != len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise UserError(f"{root}: two galaxies have the id {twice!r} (metadata.csv and file names); rename one, or export again")
 
 
 def _printable(text: str) -> str:

@@ -41,14 +41,6 @@ class OfficialSplit:
     sky: Sky
 
 
-def compute_official_split(labels: NDArray[np.integer], ra: NDArray[np.float64], dec: NDArray[np.float64]) -> OfficialSplit:
-    """Compute the split from the official file's labels and positions (degrees), in its row order."""
-    galaxies = build_candidates(labels, ra, dec, class_names=GALAXY10_CLASSES, seed=SPLIT_SEED)
-    original = split_original(galaxies)
-    balanced = split_balanced(galaxies, original)
-    return OfficialSplit(np.asarray(labels, np.uint8), original, balanced, galaxies.sky)
-
-
 @cache
 def read_official_split() -> OfficialSplit:
     """Read the shipped table.
@@ -85,7 +77,10 @@ def write_table(positions_csv: Path, table_path: Path) -> str:
     """Write the table computed from ``row,label,ra,dec`` lines in row order, and return the SHA-256 of its text."""
     columns = np.genfromtxt(positions_csv, delimiter=",", names=True)
     assert np.array_equal(columns["row"], np.arange(len(columns))), "rows must be 0 ... N-1 in order"
-    text = format_table(compute_official_split(columns["label"].astype(np.uint8), columns["ra"], columns["dec"]))
+    labels = columns["label"].astype(np.uint8)
+    galaxies = build_candidates(labels, columns["ra"], columns["dec"], class_names=GALAXY10_CLASSES, seed=SPLIT_SEED)
+    original = split_original(galaxies)
+    text = format_table(OfficialSplit(labels, original, split_balanced(galaxies, original), galaxies.sky))
     table_path.write_bytes(gzip.compress(text, 9, mtime=0))
     return hashlib.sha256(text).hexdigest()
 

@@ -11,8 +11,8 @@ its final name is complete: it is checked against the manifest's SHA-256 and syn
 checked each time it is opened. (Later damage shows as an image that does not decode.) When space is needed, the shard that was
 opened least recently is evicted first; a file that any process has open is never evicted.
 
-``filelock`` is not used: it has no shared locks on the files themselves, cannot tell a file system without locks, and on some of
-them falls back to lock files that outlive a killed process.
+``filelock`` is not used: it has no shared locks on the files themselves, does not report a file system without locks, and on
+some of them falls back to lock files that outlive a killed process.
 """
 
 import errno
@@ -23,7 +23,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,22 +38,19 @@ class SharedFile:
     A lock on the descriptor is released with it. ``num_bytes`` is the size of the file when it was opened.
 
     Args:
-        descriptor: an open descriptor, which this object takes over.
+        path: the file.
+        flags: flags of ``os.open``; by default the file is opened for reading.
     """
 
     __slots__ = ("descriptor", "num_bytes")
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.num_bytes = os.fstat(descriptor).st_size
-
-    @classmethod
-    def at(cls, path: str) -> "SharedFile":
-        """Open a file for reading."""
-        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    def __init__(self, path: Path | str, flags: int = os.O_RDONLY) -> None:
+        self.descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        self.num_bytes = os.fstat(self.descriptor).st_size
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        if hasattr(self, "descriptor"):  # missing if the file could not be opened
+            os.close(self.descriptor)
 
 
 _log = logging.getLogger(__name__)
@@ -64,7 +61,7 @@ LOCK, PARTIAL = ".lock", ".partial"
 def try_claim(path: Path) -> SharedFile | None:
     """Return the lock that lets one process at a time fetch a file, or None if another process holds it."""
     while True:
-        file = SharedFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        file = SharedFile(path, os.O_RDWR | os.O_CREAT)
         if not try_lock(file.descriptor, fcntl.LOCK_EX):
             return None
         if os.fstat(file.descriptor).st_nlink:
@@ -90,12 +87,11 @@ def reserved_bytes(lock: str) -> int:
 def evict(path: str) -> bool:
     """Remove a file unless a process has it open; return True if it is removed."""
     try:
-        file = SharedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        file = SharedFile(path, os.O_RDWR)
         if not try_lock(file.descriptor, fcntl.LOCK_EX):
             return False
         Path(path).unlink()
-    except OSError as error:
-        _log.debug("%s is not evicted: %s", path, error)
+    except OSError:
         return False
     return True
 
@@ -220,7 +216,7 @@ class Cache:
         path = self.folder / entry.name
         while True:
             try:
-                file = SharedFile.at(str(path))
+                file = SharedFile(path)
             except FileNotFoundError:
                 return None
             if not try_lock(file.descriptor, fcntl.LOCK_SH):
@@ -230,10 +226,8 @@ class Cache:
                 continue  # was evicted
             if entry.num_bytes not in (None, status.st_size):
                 return None  # damaged: will be fetched again
-            try:
+            with suppress(PermissionError):  # the file may belong to another user
                 os.utime(file.descriptor)
-            except PermissionError:
-                _log.debug("%s belongs to another user", path)
             return file
 
     @property
@@ -249,7 +243,7 @@ class Cache:
         partial = self._hidden(entry, PARTIAL)
         try:
             fetch(partial)
-            file = SharedFile.at(str(partial))
+            file = SharedFile(partial)
             try_lock(file.descriptor, fcntl.LOCK_SH)
             os.fsync(file.descriptor)
             with self._lock(stop):  # so that its bytes always count as reserved or as present
@@ -322,7 +316,7 @@ class Cache:
     @contextmanager
     def _lock(self, stop: threading.Event) -> Iterator[None]:
         """Let one process at a time evict files and reserve space."""
-        file = SharedFile(os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        file = SharedFile(self.folder / LOCK, os.O_RDWR | os.O_CREAT)
         while not try_lock(file.descriptor, fcntl.LOCK_EX):
             if stop.wait(POLL_S):
                 raise StoppedError

@@ -46,7 +46,7 @@ class LocalShards:
 def _open_local(manifest: Manifest, split: str, shard: int) -> SharedFile:
     path = manifest.shard_path(split, shard)
     try:
-        return SharedFile.at(str(path))
+        return SharedFile(path)
     except FileNotFoundError:
         raise UserError(f"shard {path} is missing; make the shards anew with: galaxydist data shard") from None
     except OSError as error:

@@ -14,7 +14,7 @@ from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor, as_
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -24,7 +24,7 @@ from galaxydist.atomic_files import NO_SPACE, rename, whole_file
 from galaxydist.cpus import available_cores, start_workers
 from galaxydist.errors import UserError
 from galaxydist.galaxy import Survey
-from galaxydist.shards.catalogue import unite, write_catalogue
+from galaxydist.shards.catalogue import is_unicode, unite, write_catalogue
 from galaxydist.shards.manifest import (
     COLUMNS,
     EXTENSIONS,
@@ -53,7 +53,6 @@ from galaxydist.shards.writer.encode import Encoding
 from galaxydist.shards.writer.layout import Layout, Settings, pack_tasks, part_tasks, shard_layout, storage_order
 from galaxydist.shards.writer.stages import (
     PixelSums,
-    Shard,
     channel_statistics,
     pack_shards,
     read_damaged,
@@ -86,7 +85,10 @@ def finish_manifest(
             path = work_dir / column_name(split, name)
             write_array(path, column)
             columns[column_name(split, name)] = file_sha256(path)
-        catalogues[catalogue_name(split)] = _write_catalogue(work_dir, split, shards)
+        # Two passes over the shards, the first for the schema, so that memory holds one at a time.
+        schema = unite(read_packed_catalogue(work_dir / "packed", shard).schema for shard in shards)
+        tables = (read_packed_catalogue(work_dir / "packed", shard) for shard in shards)
+        catalogues[catalogue_name(split)] = write_catalogue(work_dir / catalogue_name(split), schema, tables)
         labelled = rows["labels"][rows["labels"] >= 0]
         counts = np.bincount(labelled, minlength=len(survey.class_names))
         splits[split] = Split(num_samples, len(shards), int(table["bytes"].sum()), tuple(counts.tolist()))
@@ -111,21 +113,12 @@ def finish_manifest(
         file.write(manifest_json(manifest))
 
 
-def _write_catalogue(work_dir: Path, split: str, shards: Sequence[Shard]) -> str:
-    """Write a split's catalogue in two passes, the first for the schema, so that memory holds one shard at a time."""
-    schema = unite(read_packed_catalogue(work_dir / "packed", shard).schema for shard in shards)
-    tables = (read_packed_catalogue(work_dir / "packed", shard) for shard in shards)
-    return write_catalogue(work_dir / catalogue_name(split), schema, tables)
-
-
 # Source and settings of an unfinished work folder; created last and removed last.
 SETTINGS_FILE = "settings.json"
 # Version of the work folder's contents; a folder of another version is started again.
 WORK_VERSION = 5
 # Below this many galaxies, starting processes costs more than it saves.
 FEW_GALAXIES = 4000
-
-Task = TypeVar("Task")
 
 
 def write_shards(
@@ -161,11 +154,8 @@ def write_shards(
     """
     if encoding not in EXTENSIONS:
         raise UserError(f"encoding {encoding!r} is not one of {', '.join(EXTENSIONS)}")
-    for name in survey.class_names:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"the class name {name!r} is not valid Unicode (a folder of another encoding?); rename it") from None
+    if invalid := [name for name in survey.class_names if not is_unicode(name)]:
+        raise UserError(f"the class name {invalid[0]!r} is not valid Unicode (a folder of another encoding?); rename it")
     out_dir = Path(out_dir)
     settings = Settings(encoding, quality, image_size, shard_size, seed)
     work_dir = out_dir.with_name(out_dir.name + ".partial")
@@ -346,10 +336,10 @@ def _executor(workers: int, num_galaxies: int) -> Executor:
     return start_workers(workers)
 
 
-def _run(executor: Executor, work: Callable[[Task], int], tasks: Sequence[Task], what: str, total: int) -> None:
+def _run(executor: Executor, work: Callable[[Any], int], tasks: Sequence[Any], description: str, total: int) -> None:
     futures = [executor.submit(work, task) for task in tasks]
     try:
-        with tqdm(total=total, desc=what, unit="img", disable=None) as bar:
+        with tqdm(total=total, desc=description, unit="img", disable=None) as bar:
             for future in as_completed(futures):
                 bar.update(future.result())
     except BaseException:
