@@ -3,11 +3,13 @@
 Both release Python's lock, so that threads do the work of processes.
 """
 
+import contextlib
 import io
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -148,36 +150,28 @@ class ImageDecoder:
         return file
 
     def _name(self, image: StoredImage) -> str:
-        return image_name(self._manifest, self._split, image.shard, image.sample - int(self._starts[image.shard]))
+        number = image.sample - int(self._starts[image.shard])
+        key = _read_key(self._manifest.shard_path(self._split, image.shard), number, image.offset)
+        return f"shard {self._manifest.shard_location(self._split, image.shard)}, galaxy {key}"
 
 
-def image_name(manifest: Manifest, split: str, shard: int, number: int) -> str:
-    """Return ``shard PATH, galaxy KEY`` for an error message, with the key from the shard's index, else from the shard."""
-    path = manifest.shard_path(split, shard)
-    try:
-        key = parse_index(path.with_suffix(".idx").read_text("ascii"))[number][0].name.partition(".")[0]
-    except (OSError, ValueError, IndexError):
-        key = _key_in_tar(manifest, split, shard, number) or f"number {number}"
-    return f"shard {manifest.shard_location(split, shard)}, galaxy {key}"
-
-
-def sample_name(manifest: Manifest, split: str, sample: int) -> str:
-    """Return the key of a stored sample."""
-    ends = np.cumsum(manifest.shards(split)["samples"])
+def sample_key(manifest: Manifest, split: str, sample: int) -> str:
+    """Return the key of a stored sample; ``number N`` if it cannot be read."""
+    sizes = manifest.shards(split)["samples"]
+    ends = np.cumsum(sizes)
     shard = int(np.searchsorted(ends, sample, side="right"))
-    start = int(ends[shard - 1]) if shard else 0
-    return image_name(manifest, split, shard, sample - start).rsplit(" ", 1)[-1]
+    number = sample - int(ends[shard] - sizes[shard])
+    return _read_key(manifest.shard_path(split, shard), number, int(manifest.offsets(split)[sample]))
 
 
-def _key_in_tar(manifest: Manifest, split: str, shard: int, number: int) -> str:
-    """Return the key in the tar header before the image; empty if there is no header."""
-    sample = int(manifest.shards(split)["samples"][:shard].sum()) + number
-    try:
-        with manifest.shard_path(split, shard).open("rb") as file:
-            file.seek(int(manifest.offsets(split)[sample]) - BLOCK)
-            return tarfile.TarInfo.frombuf(file.read(BLOCK), "ascii", "strict").name.partition(".")[0]
-    except (OSError, tarfile.HeaderError):
-        return ""
+def _read_key(shard: Path, number: int, offset: int) -> str:
+    """Return the key of a shard's sample from its index, else from the tar header before the image."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return parse_index(shard.with_suffix(".idx").read_text("ascii"))[number][0].name.partition(".")[0]
+    with contextlib.suppress(OSError, tarfile.HeaderError), shard.open("rb") as file:
+        file.seek(offset - BLOCK)
+        return tarfile.TarInfo.frombuf(file.read(BLOCK), "ascii", "strict").name.partition(".")[0]
+    return f"number {number}"
 
 
 def _raw_header(image_size: int) -> bytes:

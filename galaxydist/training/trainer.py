@@ -29,7 +29,7 @@ from galaxydist.loading.dataset import (
     mirror_warning,
     open_manifest,
 )
-from galaxydist.loading.decode import sample_name
+from galaxydist.loading.decode import sample_key
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch, DecodeOptions, RankInfo, TrainLoader
 from galaxydist.models.build import build_model, needs_two_images
@@ -204,7 +204,7 @@ def build_parts(
         stopping=EarlyStopping(config.metric, config.patience),
         skipped=UnreadableImages(recipe.data.on_error, recipe.data.max_errors),
         nonfinite=NonFiniteSteps(
-            config.on_nonfinite, config.max_nonfinite, folder, lambda sample: sample_name(manifest, "train", sample)
+            config.on_nonfinite, config.max_nonfinite, folder, lambda sample: sample_key(manifest, "train", sample)
         ),
         spikes=LossSpikes(config.spike_threshold),
         micro_batch=found,

@@ -6,6 +6,8 @@ import resource
 import threading
 import time
 from collections import deque
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import chain
 
@@ -67,12 +69,10 @@ def fetch_shard(folder: RemoteFolder, name: str, row: np.void, *, allow_over_lim
         UserError: the shard is missing in the store or cannot be fetched.
     """
     sha256, num_bytes = row["sha256"].tobytes(), int(row["bytes"])
-    try:
+    # The error is raised outside the handler: as its context, the first one would keep the cache's frames, and so their locks.
+    with suppress(MissingError):
         return folder.get(name, sha256=sha256, num_bytes=num_bytes, allow_over_limit=allow_over_limit)
-    except MissingError:
-        raise UserError(
-            f"shard {folder.store.url(name)} is missing: copy the whole folder of shards again, manifest.json last"
-        ) from None
+    raise UserError(f"shard {folder.store.url(name)} is missing: copy the whole folder of shards again, manifest.json last")
 
 
 _log = logging.getLogger(__name__)
@@ -137,10 +137,10 @@ def open_shard_source(
 
 
 class PrefetchedShards:
-    """Shards of a remote store, fetched ahead of use.
+    """Shards of a remote store, fetched ahead of use by a few threads.
 
-    A few threads take the access intervals in order, fetch each shard (or find it in the cache) and hold it open, and so safe
-    from eviction, until the loader has passed the interval's last step.
+    The access intervals are taken in order. Each shard is fetched (or found in the cache) and held open, and so safe from
+    eviction, until the loader has passed the interval's last step.
 
     Args:
         manifest, split, folder: the data set, its split and the access to its remote files.
@@ -166,24 +166,15 @@ class PrefetchedShards:
         self._folder, self._split, self._table = folder, split, manifest.shards(split)
         self._sizes = self._table["bytes"].tolist()
         self._queue, self._step, self._ahead_bytes, self._max_held = queue, step - 1, ahead_bytes, max_held
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)  # wakes callers of ``open``: a shard was fetched or failed
-        self._work_due = threading.Condition(self._lock)  # wakes a fetching thread; the one that takes work wakes the next
         self._stop = stop
+        self._lock = threading.RLock()
         self._until: dict[int, int] = {}  # shard held, being fetched or postponed -> the step after which it is released
-        self._held: dict[int, SharedFile] = {}
-        self._busy: set[int] = set()
+        self._files: dict[int, Future[SharedFile | None]] = {}  # shards held, being fetched, or failed when ``open`` waited
         self._postponed: deque[int] = deque()  # shards that did not fit, to be tried again
-        self._awaited: dict[int, None] = {}  # shards that a caller of ``open`` waits for
-        self._failed: dict[int, BaseException] = {}
-        self._broken: BaseException | None = None  # unexpected error that ended a thread: ``open`` raises it
         self._pause_until = 0.0
-        self._threads = [
-            threading.Thread(target=self._work, name=f"galaxydist-fetch-{number}", daemon=True)
-            for number in range(manifest.remote.cache.threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._num_fetching, self._num_threads = 0, manifest.remote.cache.threads
+        self._executor = ThreadPoolExecutor(self._num_threads, thread_name_prefix="galaxydist-fetch")
+        self._fetch_ahead()
 
     def open(self, shard: int) -> SharedFile:
         """Return a shard, waiting until it has been fetched; may be called from any thread.
@@ -192,130 +183,89 @@ class PrefetchedShards:
             UserError: the shard is missing or cannot be fetched.
             StoppedError: the source was closed.
         """
-        with self._lock:
+        while True:
+            with self._lock:
+                if self._stop.is_set():
+                    raise StoppedError
+                future = self._files.get(shard) or self._submit(shard, is_awaited=True)
             try:
-                while not self._stop.is_set():
-                    if (file := self._held.get(shard)) is not None:
-                        return file
-                    if (error := self._failed.get(shard) or self._broken) is not None:
-                        raise error
-                    if shard not in self._awaited:
-                        self._awaited[shard] = None
-                        self._work_due.notify()
-                    self._changed.wait()
-            finally:
-                self._awaited.pop(shard, None)
-        raise StoppedError
+                file = future.result()
+            except CancelledError:
+                raise StoppedError from None
+            if file is not None:
+                return file
 
     def advance(self, step: int) -> None:
         """Release the shards that are not needed after ``step``; all batches up to it have been read."""
         with self._lock:
             self._step = step
-            over = [shard for shard, last in self._until.items() if last <= step]
-            for shard in over:
+            for shard in [shard for shard, last in self._until.items() if last <= step]:
                 del self._until[shard]
-                self._held.pop(shard, None)
-                self._failed.pop(shard, None)
-            if over:
+                self._files.pop(shard, None)
                 self._pause_until = 0.0
-            self._work_due.notify()  # even if none is released: the queue may now load a new epoch
+            self._fetch_ahead()  # even if none is released: the queue may now load a new epoch
 
     def close(self) -> None:
         """Stop the threads, end waiting calls of ``open`` with an error, and release all shards; may be called twice."""
-        self._stop.set()
         with self._lock:
-            self._changed.notify_all()
-            self._work_due.notify_all()
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
-        with self._lock:
-            self._held.clear()
+            self._stop.set()
+        self._executor.shutdown(cancel_futures=True)
+        self._files.clear()
 
-    def _work(self) -> None:
-        try:
-            while (task := self._next()) is not None:
-                self._fetch_task(*task)
-        except StoppedError:
-            return
-        except BaseException as error:
-            with self._lock:
-                self._broken = error
-                self._changed.notify_all()
+    def _submit(self, shard: int, *, is_awaited: bool) -> "Future[SharedFile | None]":
+        """Start fetching a shard; the caller holds the lock."""
+        if shard in self._postponed:
+            self._postponed.remove(shard)
+        if shard not in self._until:
+            self._until[shard] = self._queue.take(shard, self._step)
+        self._num_fetching += 1
+        self._files[shard] = future = self._executor.submit(self._fetch, shard, is_awaited)
+        future.add_done_callback(self._continue)
+        return future
 
-    def _fetch_task(self, shard: int, is_awaited: bool) -> None:
+    def _fetch(self, shard: int, is_awaited: bool) -> SharedFile | None:
+        """Return the shard; None if it did not fit or failed while ``open`` did not wait for it: ``open`` will try again."""
         try:
-            name, row = shard_name(self._split, shard), self._table[shard]
-            # Without a variable for the file, which would keep it open while this thread waits.
-            self._hold(shard, fetch_shard(self._folder, name, row, allow_over_limit=is_awaited))
+            file = fetch_shard(self._folder, shard_name(self._split, shard), self._table[shard], allow_over_limit=is_awaited)
+            does_not_fit = file is None
         except StoppedError:
             raise
         except BaseException as error:
-            self._record_failure(shard, is_awaited, error)
+            if is_awaited:
+                raise error.with_traceback(None) from error.__cause__  # its frames would keep files and locks
+            _log.warning("fetching ahead: %s (it is tried again when it is needed)", error)
+            file, does_not_fit = None, False
+        if file is None:
+            with self._lock:
+                self._files.pop(shard, None)
+                if does_not_fit:
+                    self._postponed.append(shard)
+                    self._pause_until = time.monotonic() + PAUSE_S
+        return file
 
-    def _next(self) -> tuple[int, bool] | None:
-        """Wait for the next shard to fetch; return it with True if ``open`` waits for it, or None at the end."""
+    def _continue(self, _: "Future[SharedFile | None]") -> None:
         with self._lock:
-            while not self._stop.is_set():
-                now = time.monotonic()
-                task = self._next_awaited() or self._next_ahead(now)
-                if task is not None:
-                    self._busy.add(task[0])
-                    self._work_due.notify()
-                    return task
-                pause = self._pause_until - now
-                self._work_due.wait(pause if pause > 0 else None)
-        return None
+            self._num_fetching -= 1
+            self._fetch_ahead()
 
-    def _next_awaited(self) -> tuple[int, bool] | None:
-        for shard in self._awaited:
-            if shard in self._busy or shard in self._held or shard in self._failed:
-                continue
-            if shard in self._postponed:
-                self._postponed.remove(shard)
-            if shard not in self._until:
-                self._until[shard] = self._queue.take(shard, self._step)
-            return shard, True
-        return None
+    def _fetch_ahead(self) -> None:
+        """Start fetching the next shards, as long as a thread is free; the caller holds the lock."""
+        while not self._stop.is_set() and self._num_fetching < self._num_threads and (shard := self._next()) is not None:
+            self._submit(shard, is_awaited=False)
 
-    def _next_ahead(self, now: float) -> tuple[int, bool] | None:
-        if now < self._pause_until:
+    def _next(self) -> int | None:
+        """Return the next shard to fetch ahead; None if there is none now."""
+        if time.monotonic() < self._pause_until:
             return None
         while self._postponed:
-            shard = self._postponed.popleft()
-            if shard in self._until:
-                return shard, False
+            if (shard := self._postponed.popleft()) in self._until:
+                return shard
         while (first := self._queue.first(self._step)) is not None:
-            if first in self._until:
-                self._until[first] = max(self._until[first], self._queue.take(first, self._step))
-                continue
-            if sum(self._sizes[shard] for shard in self._until) + self._sizes[first] > self._ahead_bytes:
-                return None
-            if len(self._until) >= self._max_held:
-                return None
-            self._until[first] = self._queue.take(first, self._step)
-            return first, False
+            if first not in self._until:
+                num_bytes = sum(self._sizes[held] for held in self._until) + self._sizes[first]
+                return first if num_bytes <= self._ahead_bytes and len(self._until) < self._max_held else None
+            self._until[first] = max(self._until[first], self._queue.take(first, self._step))
         return None
-
-    def _hold(self, shard: int, file: SharedFile | None) -> None:
-        with self._lock:
-            self._busy.discard(shard)
-            if file is None:
-                self._postponed.append(shard)
-                self._pause_until = time.monotonic() + PAUSE_S
-            elif shard in self._until:
-                self._held[shard] = file
-            self._changed.notify_all()
-
-    def _record_failure(self, shard: int, is_awaited: bool, error: BaseException) -> None:
-        """Record a failed fetch; a shard that ``open`` does not wait for yet is tried again when it is needed."""
-        if not is_awaited:
-            _log.warning("fetching ahead: %s (it is tried again when it is needed)", error)
-        with self._lock:
-            self._busy.discard(shard)
-            if is_awaited:
-                self._failed[shard] = error.with_traceback(None)  # its frames would keep files and locks
-            self._changed.notify_all()
 
 
 # Source of the shards of one split.
