@@ -14,8 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -53,34 +51,28 @@ class CatalogueCheck:
     Args:
         manifest: manifest of the shards.
         lengths: split -> the number of samples in each of its shards.
+        stack: closes the catalogues.
 
     Attributes:
-        problems: problems of the catalogue files themselves, filled on entering the context.
+        problems: problems of the catalogue files themselves.
     """
 
-    def __init__(self, manifest: Manifest, lengths: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, manifest: Manifest, lengths: Mapping[str, Sequence[int]], stack: contextlib.ExitStack) -> None:
         self.problems: list[str] = []
-        self._manifest, self._lengths = manifest, lengths
-        self._stack = contextlib.ExitStack()
+        self._manifest = manifest
         self._rows: dict[str, Iterator[pa.Table]] = {}
         self._schemas: dict[str, pa.Schema] = {}
         self._found: dict[str, dict[str, pa.Schema]] = {}  # distinct schemas of the shards, in order of appearance
-
-    def __enter__(self) -> Self:
-        for split in self._manifest.splits:
-            if self._manifest.catalogues and catalogue_name(split) not in self._manifest.catalogues:
-                self.problems.append(f"{self._manifest.location}: no checksum of {catalogue_name(split)}")
-            elif self._manifest.catalogues:
-                try:
-                    file = self._stack.enter_context(open_catalogue(self._manifest, split))
-                    self._schemas[split], self._found[split] = file.schema_arrow, {}
-                    self._rows[split] = iterate_catalogue(file, self._lengths[split])
-                except UserError as error:
-                    self.problems.append(str(error))
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
+        for split in manifest.splits if manifest.catalogues else ():
+            if catalogue_name(split) not in manifest.catalogues:
+                self.problems.append(f"{manifest.location}: no checksum of {catalogue_name(split)}")
+                continue
+            try:
+                file = stack.enter_context(open_catalogue(manifest, split))
+                self._schemas[split], self._found[split] = file.schema_arrow, {}
+                self._rows[split] = iterate_catalogue(file, lengths[split])
+            except UserError as error:
+                self.problems.append(str(error))
 
     def compare(self, split: str, location: str, metas: Sequence[tuple[str, bytes]] | None) -> list[str]:
         """Return the problems of the next shard's rows.
@@ -164,10 +156,12 @@ def check_shards(location: str | Path, cache: CacheConfig | None = None, *, thre
     shards = [shard for split in manifest.splits for shard in _shards(manifest, split)]
     hashes: list[NDArray[np.uint64]] = []
     with (
-        CatalogueCheck(manifest, {split: manifest.shards(split)["samples"].tolist() for split in manifest.splits}) as catalogues,
+        contextlib.ExitStack() as stack,
         ThreadPoolExecutor(threads or available_cores()) as executor,
         tqdm(total=sum(shard.samples for shard in shards), desc="checking shards", unit="img", disable=None) as bar,
     ):
+        lengths = {split: manifest.shards(split)["samples"].tolist() for split in manifest.splits}
+        catalogues = CatalogueCheck(manifest, lengths, stack)
         problems += catalogues.problems
         for shard, (found, metas) in zip(
             shards, executor.map(lambda shard: _check_shard(shard, manifest, read), shards), strict=True

@@ -60,13 +60,10 @@ class Galaxy10Survey:
     splits: Mapping[str, NDArray[np.int64]]
     source_hash: str
     id_prefix: str
+    slab_length: int
     original: Codes = field(repr=False)
     conflicting: NDArray[np.bool_] = field(repr=False)
     class_names: tuple[str, ...] = GALAXY10_CLASSES
-
-    @property
-    def slab_length(self) -> int:
-        return self.file.slab_length
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
         """Yield the galaxies of rows ``start`` ... ``stop - 1``, read in slabs of ``slab_length`` rows.
@@ -135,6 +132,7 @@ def open_galaxy10(
         labels=file.labels,
         splits=rows_by_split(codes),
         source_hash=_source_hash(file, name or found_name, codes),
+        slab_length=file.slab_length,
         id_prefix={official_split.NAME: "g10", SIMULATED: "sim"}.get(found_name, found_name),
         original=original,
         conflicting=galaxies.sky.conflicting,

@@ -86,4 +86,4 @@ def write_table(positions_csv: Path, table_path: Path) -> str:
 
 
 if __name__ == "__main__":
-    print("SHA-256 of the table:", write_table(Path(sys.argv[1]), Path(__file__).with_name(TABLE)))
+    sys.stdout.write(f"SHA-256 of the table: {write_table(Path(sys.argv[1]), Path(__file__).with_name(TABLE))}\n")

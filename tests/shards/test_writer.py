@@ -364,6 +364,7 @@ def test_a_writer_killed_at_any_change_of_the_disk_is_finished_by_the_next_call(
 WRITER_OF_PROCESSES = """
 import os, sys, time
 from pathlib import Path
+from galaxydist.log import set_up_logging
 from galaxydist.shards.writer import writer
 from tests.helpers.shard_surveys import MemorySurvey, draw_galaxies
 
@@ -377,6 +378,7 @@ class Meeting(MemorySurvey):
         return super().read(start, stop)
 
 if __name__ == "__main__":
+    set_up_logging()
     writer.FEW_GALAXIES = 0
     Path(sys.argv[1] + ".readers").mkdir()
     writer.write_shards(Meeting(draw_galaxies(64)), Path(sys.argv[1]), shard_size=8)

@@ -53,7 +53,7 @@ class SharedFile:
             os.close(self.descriptor)
 
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LOCK, PARTIAL = ".lock", ".partial"
 
@@ -275,7 +275,7 @@ class Cache:
             return False
         if free < num_bytes and num_bytes and not self._has_warned:
             self._has_warned = True
-            _log.warning(
+            logger.warning(
                 "the cache %s exceeds its limit (data.cache_size, or the free disk) by %s: all other files in it are in use",
                 self.folder,
                 show_bytes(num_bytes - free),

@@ -298,7 +298,7 @@ def _wait(work: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop, stop
     future.result()
 
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # The pause before attempt n + 1 is drawn from 0 to FIRST_PAUSE_S x 2^n, so that a thousand processes do not retry at once.
 ATTEMPTS = 10
@@ -392,4 +392,4 @@ def _verify(path: Path, num_bytes: int | None, sha256: bytes | None) -> None:
 def _log_retry(url: str, state: "RetryCallState") -> None:
     level = logging.DEBUG if state.attempt_number <= QUIET_ATTEMPTS else logging.WARNING
     error = state.outcome.exception() if state.outcome is not None else None
-    _log.log(level, "%s: attempt %d failed (%s); it is tried again", url, state.attempt_number, error)
+    logger.log(level, "%s: attempt %d failed (%s); it is tried again", url, state.attempt_number, error)

@@ -75,7 +75,7 @@ def fetch_shard(folder: RemoteFolder, name: str, row: np.void, *, allow_over_lim
     raise UserError(f"shard {folder.store.url(name)} is missing: copy the whole folder of shards again, manifest.json last")
 
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Share of the cache that shards fetched ahead may fill; the rest is for other reading (validation).
 AHEAD_SHARE = 7 / 8
@@ -233,7 +233,7 @@ class PrefetchedShards:
         except BaseException as error:
             if is_awaited:
                 raise error.with_traceback(None) from error.__cause__  # its frames would keep files and locks
-            _log.warning("fetching ahead: %s (it is tried again when it is needed)", error)
+            logger.warning("fetching ahead: %s (it is tried again when it is needed)", error)
             file, does_not_fit = None, False
         if file is None:
             with self._lock:

@@ -6,8 +6,8 @@ from its finished parts and shards, and the result is byte-identical to an unint
 """
 
 import json
+import logging
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor, as_completed
@@ -112,6 +112,8 @@ def finish_manifest(
     with whole_file(manifest.path, manifest.path.with_suffix(".tmp")) as file:
         file.write(manifest_json(manifest))
 
+
+logger = logging.getLogger(__name__)
 
 # Source and settings of an unfinished work folder; created last and removed last.
 SETTINGS_FILE = "settings.json"
@@ -258,7 +260,7 @@ def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int, max
         shutil.rmtree(work_dir / name, ignore_errors=True)
     (work_dir / SETTINGS_FILE).unlink(missing_ok=True)
     seconds = time.monotonic() - started
-    tqdm.write(f"{total} galaxies to shards in {seconds:.1f} s ({total / seconds:.0f} img/s)", file=sys.stderr)
+    logger.info("%d galaxies to shards in %.1f s (%.0f img/s)", total, seconds, total / seconds)
 
 
 def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int, max_errors: int | None) -> int:

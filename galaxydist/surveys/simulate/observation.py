@@ -11,8 +11,7 @@ from scipy.special import ndtri
 from galaxydist.surveys.simulate.random_draws import PIXELS, Draws, pixel_normals
 from galaxydist.surveys.simulate.scene import CANVAS, MARGIN, SIZE, Array, Scene
 
-# Order of bands everywhere in this package; the channels of an image (red, green, blue) are z, r, g.
-BANDS = ("g", "r", "z")
+# The order of bands in this folder is g, r, z; the channels of an image (red, green, blue) are z, r, g.
 
 # The viewer's constants: ``dr2_rgb`` and ``sdss_rgb`` in map/views.py of github.com/legacysurvey/imagine.
 SCALES_G_R_Z = np.array([6.0, 3.4, 2.2], np.float32)
