@@ -246,9 +246,8 @@ def _explain(manifest: Manifest, split: str) -> Iterator[None]:
 
 def _read_tars(manifest: Manifest, split: str) -> pa.Table:
     """Read the table from the samples' .json in the tars, found by the index of each tar."""
-    stop = threading.Event()
     read, local = file_reader(manifest), LocalShards(manifest, split)
-    folder = manifest.remote_folder(stop) if manifest.remote is not None else None
+    folder = manifest.remote_folder(threading.Event()) if manifest.remote is not None else None
     rows = manifest.shards(split)
 
     def table(number: int, attempt: int = 1) -> pa.Table:
@@ -281,7 +280,8 @@ def _read_tars(manifest: Manifest, split: str) -> pa.Table:
                 tables.append(found)
                 bar.update(len(found))
         except BaseException:
-            stop.set()
+            if folder is not None:
+                folder.stop.set()
             executor.shutdown(cancel_futures=True)
             raise
     schema = unite(found.schema for found in tables)

@@ -53,14 +53,10 @@ def usage_of_nodes(order: EpochOrder, batch_size: int, num_nodes: int, ranks_per
     offsets = np.arange(batch_size)
     node_of = offsets % (num_nodes * ranks_per_node) // ranks_per_node
     by_node = np.split(np.argsort(node_of, kind="stable"), np.cumsum(np.bincount(node_of, minlength=num_nodes))[:-1])
-    known: dict[bytes, NDArray[np.void]] = {}
-    intervals = []
-    for own in by_node:
-        streams = _streams_hit(order.num_streams, batch_size, own)
-        if (key := streams.tobytes()) not in known:
-            known[key] = _usage_of_streams(order, batch_size, streams)
-        intervals.append(known[key])
-    return intervals
+    streams = [_streams_hit(order.num_streams, batch_size, own) for own in by_node]
+    different = {hit.tobytes(): hit for hit in streams}
+    usage = {key: _usage_of_streams(order, batch_size, hit) for key, hit in different.items()}
+    return [usage[hit.tobytes()] for hit in streams]
 
 
 def usage_of_evaluation(shard_samples: ArrayLike, batch_size: int, rank: int, world_size: int) -> NDArray[np.void]:

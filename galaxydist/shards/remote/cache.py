@@ -367,13 +367,13 @@ class RemoteFolder:
     """
 
     def __init__(self, store: Store, cache: Cache, name: str, stop: threading.Event) -> None:
-        self.store, self.cache, self._name, self._stop = store, cache, name, stop
+        self.store, self.cache, self.stop, self._name = store, cache, stop, name
 
     def get(self, name: str, *, sha256: bytes, num_bytes: int | None = None, allow_over_limit: bool = True) -> SharedFile | None:
         """Return a verified file, as ``Cache.get_or_fetch`` does; errors are those of ``download``."""
         return self.cache.get_or_fetch(
             CacheEntry(f"{self._name}/{name}", num_bytes),
-            lambda path: download(self.store, name, path, stop=self._stop, num_bytes=num_bytes, sha256=sha256),
-            stop=self._stop,
+            lambda path: download(self.store, name, path, stop=self.stop, num_bytes=num_bytes, sha256=sha256),
+            stop=self.stop,
             allow_over_limit=allow_over_limit,
         )

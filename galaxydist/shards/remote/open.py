@@ -54,13 +54,13 @@ def open_shards(location: str | Path, cache: CacheConfig) -> Manifest:
     remote = Remote(url, store.url(MANIFEST_NAME), cache)
     manifest = replace(manifest, dir=cache.folder / manifest.hash[:HASH_LENGTH], remote=remote)
     folder = RemoteFolder(store, files, manifest.dir.name, stop)
-    _fetch_columns(manifest, folder, stop)
+    _fetch_columns(manifest, folder)
     try:
         manifest.check_lengths()
     except UserError:  # damaged in the cache: fetch them again
         for name in _columns(manifest):
             (manifest.dir / name).unlink(missing_ok=True)
-        _fetch_columns(manifest, folder, stop)
+        _fetch_columns(manifest, folder)
         manifest.check_lengths()
     own = CacheEntry(f"{manifest.dir.name}/{MANIFEST_NAME}", len(text))
     files.get_or_fetch(own, lambda path: path.write_bytes(text), stop=stop, allow_over_limit=True)
@@ -96,7 +96,7 @@ def _read(store: Store, name: str, stop: threading.Event, *, sha256: bytes | Non
         return path.read_bytes()
 
 
-def _fetch_columns(manifest: Manifest, folder: RemoteFolder, stop: threading.Event) -> None:
+def _fetch_columns(manifest: Manifest, folder: RemoteFolder) -> None:
     names = _columns(manifest)
     try:
         sums = {name: bytes.fromhex(manifest.columns[name]) for name in names}
@@ -109,7 +109,7 @@ def _fetch_columns(manifest: Manifest, folder: RemoteFolder, stop: threading.Eve
         try:
             list(executor.map(lambda name: folder.get(name, sha256=sums[name]), names))
         except BaseException:
-            stop.set()
+            folder.stop.set()
             raise
 
 

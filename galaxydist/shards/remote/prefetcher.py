@@ -113,8 +113,7 @@ def open_shard_source(
     """
     if manifest.remote is None:
         return LocalShards(manifest, split)
-    stop = threading.Event()
-    folder, sizes = manifest.remote_folder(stop), manifest.shards(split)["bytes"]
+    folder, sizes = manifest.remote_folder(threading.Event()), manifest.shards(split)["bytes"]
     cache = folder.cache
     capacity, needed = cache.shard_capacity, peak_bytes(next(node_intervals), sizes)
     if needed > capacity:
@@ -133,7 +132,7 @@ def open_shard_source(
             "(galaxydist data shard --shard-size N)"
         )
     queue = FetchQueue(chain([first], intervals), steps_ahead)
-    return PrefetchedShards(manifest, split, folder, stop, queue, step=step, ahead_bytes=ahead, max_held=limit // 3)
+    return PrefetchedShards(manifest, split, folder, queue, step=step, ahead_bytes=ahead, max_held=limit // 3)
 
 
 class PrefetchedShards:
@@ -143,8 +142,8 @@ class PrefetchedShards:
     eviction, until the loader has passed the interval's last step.
 
     Args:
-        manifest, split, folder: the data set, its split and the access to its remote files.
-        stop: the folder's event, which ``close`` sets.
+        manifest, split: the data set and its split.
+        folder: access to its remote files; its event ``stop`` is set by ``close``.
         queue: access intervals of this process.
         step: the first step that is read.
         ahead_bytes, max_held: largest size and number of the shards held at a time; exceeded only if ``open`` waits for one.
@@ -155,7 +154,6 @@ class PrefetchedShards:
         manifest: Manifest,
         split: str,
         folder: RemoteFolder,
-        stop: threading.Event,
         queue: FetchQueue,
         *,
         step: int,
@@ -166,7 +164,7 @@ class PrefetchedShards:
         self._folder, self._split, self._table = folder, split, manifest.shards(split)
         self._sizes = self._table["bytes"].tolist()
         self._queue, self._step, self._ahead_bytes, self._max_held = queue, step - 1, ahead_bytes, max_held
-        self._stop = stop
+        self._stop = folder.stop
         self._lock = threading.RLock()
         self._until: dict[int, int] = {}  # shard held, being fetched or postponed -> the step after which it is released
         self._files: dict[int, Future[SharedFile | None]] = {}  # shards held, being fetched, or failed when ``open`` waited
