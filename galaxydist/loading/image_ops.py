@@ -261,7 +261,7 @@ class OpenCVBackend:
     def __init__(self, size: int, threads: int = 1) -> None:
         self._size, self._threads = size, threads
         self._buffers = BufferPool(keep=4)
-        self._executor: ThreadPoolExecutor | None = None
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-augment")
 
     def __call__(self, images_BHWC: Pixels, transform: ImageTransform) -> Float32s:
         """Convert uint8 B x H x W x 3, H == W, to float32 B x 3 x T x T, whose memory is reused once nothing refers to it."""
@@ -274,8 +274,6 @@ class OpenCVBackend:
             for rows in tasks:
                 task(rows)
             return batch
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="galaxydist-augment")
         for _ in self._executor.map(task, tasks):
             pass
         return batch

@@ -100,7 +100,7 @@ class EpochOrder:
         Raises:
             IndexError: a position is outside the epoch.
         """
-        position = _inside(positions, self.num_positions)
+        position = _check_range(positions, self.num_positions)
         stream, index = position % self.num_streams, position // self.num_streams
         start, size, key = self._windows(stream, index)
         line = start + permute(index % self._window, size, key)
@@ -171,7 +171,7 @@ class ResampledOrder:
 
     def samples(self, positions: ArrayLike) -> Int64:
         """Return the stored sample numbers at these positions; a galaxy may occur at several."""
-        position = _inside(positions, self.num_positions)
+        position = _check_range(positions, self.num_positions)
         drawn = permute(position, self.num_positions, hash64(self._seed, self._epoch, 0, Stream.POSITIONS))
         number = np.searchsorted(self._starts, drawn, side="right") - 1
         count = self._by_class.counts[number]
@@ -198,7 +198,7 @@ class ByClass:
 Order = EpochOrder | ResampledOrder
 
 
-def _inside(numbers: ArrayLike, size: int) -> Int64:
+def _check_range(numbers: ArrayLike, size: int) -> Int64:
     number = np.asarray(numbers, np.int64)
     if number.size and (number.min() < 0 or number.max() >= size):
         raise IndexError(f"{number.min()} ... {number.max()} is not in 0 ... {size - 1}")

@@ -35,7 +35,7 @@ def usage_of_rank(order: EpochOrder, batch_size: int, offsets: ArrayLike) -> NDA
     Returns:
         rows of ``INTERVAL``, sorted by (first_step, shard), without the incomplete last batch.
     """
-    return _usage_of_streams(order, batch_size, _streams_hit(order.num_streams, batch_size, offsets))
+    return _usage_of_streams(order, batch_size, _streams_of_offsets(order.num_streams, batch_size, offsets))
 
 
 def usage_of_nodes(order: EpochOrder, batch_size: int, num_nodes: int, ranks_per_node: int) -> list[NDArray[np.void]]:
@@ -53,7 +53,7 @@ def usage_of_nodes(order: EpochOrder, batch_size: int, num_nodes: int, ranks_per
     offsets = np.arange(batch_size)
     node_of = offsets % (num_nodes * ranks_per_node) // ranks_per_node
     by_node = np.split(np.argsort(node_of, kind="stable"), np.cumsum(np.bincount(node_of, minlength=num_nodes))[:-1])
-    streams = [_streams_hit(order.num_streams, batch_size, own) for own in by_node]
+    streams = [_streams_of_offsets(order.num_streams, batch_size, own) for own in by_node]
     different = {hit.tobytes(): hit for hit in streams}
     usage = {key: _usage_of_streams(order, batch_size, hit) for key, hit in different.items()}
     return [usage[hit.tobytes()] for hit in streams]
@@ -78,13 +78,13 @@ def usage_of_evaluation(shard_samples: ArrayLike, batch_size: int, rank: int, wo
     first += (rank - first) % world_size
     last -= (last - rank) % world_size
     shard = np.flatnonzero((size > 0) & (first <= last))
-    return _rows(shard, first[shard], last[shard])
+    return _sorted_intervals(shard, first[shard], last[shard])
 
 
 def usage_of_resampling(num_shards: int, num_steps: int) -> NDArray[np.void]:
     """Return one interval per shard over all batches: with ``data.balance=resample`` any batch may read any shard."""
     shard = np.arange(num_shards if num_steps else 0)
-    return _rows(shard, np.zeros_like(shard), np.full_like(shard, num_steps - 1))
+    return _sorted_intervals(shard, np.zeros_like(shard), np.full_like(shard, num_steps - 1))
 
 
 def peak_bytes(intervals: NDArray[np.void], bytes_per_shard: ArrayLike) -> int:
@@ -108,10 +108,10 @@ def _usage_of_streams(order: EpochOrder, batch_size: int, streams: Int64) -> NDA
     first = (first_index * order.num_streams + stream) // batch_size
     last = (last_index * order.num_streams + stream) // batch_size
     read = first < num_steps
-    return _joined(shard[read], first[read], np.minimum(last[read], num_steps - 1))
+    return _merge_intervals(shard[read], first[read], np.minimum(last[read], num_steps - 1))
 
 
-def _streams_hit(num_streams: int, batch_size: int, offsets: ArrayLike) -> Int64:
+def _streams_of_offsets(num_streams: int, batch_size: int, offsets: ArrayLike) -> Int64:
     """Return the streams (b G + o) mod C over all batches b: those congruent to an offset o modulo gcd(G, C)."""
     period = gcd(batch_size, num_streams)
     hit = np.zeros(period, bool)
@@ -119,7 +119,7 @@ def _streams_hit(num_streams: int, batch_size: int, offsets: ArrayLike) -> Int64
     return np.flatnonzero(np.tile(hit, num_streams // period))
 
 
-def _joined(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
+def _merge_intervals(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
     """Return rows of ``INTERVAL`` in which overlapping or touching intervals of a shard are merged."""
     order = np.lexsort((first, shard))
     shard, first, last = shard[order], first[order], last[order]
@@ -130,10 +130,10 @@ def _joined(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
     begins[1:] = (shard[1:] != shard[:-1]) | (first[1:] > reached[:-1] + 1)
     start = np.flatnonzero(begins)
     stop = np.append(start[1:], shard.size)[: start.size]
-    return _rows(shard[start], first[start], reached[stop - 1])
+    return _sorted_intervals(shard[start], first[start], reached[stop - 1])
 
 
-def _rows(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
+def _sorted_intervals(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
     order = np.lexsort((shard, first))
     intervals = np.empty(shard.size, INTERVAL)
     intervals["shard"], intervals["first_step"], intervals["last_step"] = shard[order], first[order], last[order]

@@ -71,12 +71,12 @@ def export_image_folders(
     surveys = [open_survey(source, variant, classes=classes) for variant in TREES]
     out_dir.mkdir(parents=True, exist_ok=True)
     exists = [_is_exported(survey, out_dir / TREES[survey.variant]) for survey in surveys]
-    missing = [_begin(survey, out_dir) for survey, existed in zip(surveys, exists, strict=True) if not existed]
+    missing = [_start_tree(survey, out_dir) for survey, existed in zip(surveys, exists, strict=True) if not existed]
     try:
         if missing:
             _write_images(missing, workers or available_cores())
         for tree in missing:
-            _finish(tree)
+            _publish_tree(tree)
     except OSError as error:
         raise disk_error(out_dir, error) from error
     finally:
@@ -100,7 +100,7 @@ def _is_exported(survey: Survey, target: Path) -> bool:
     return info.source_hash == survey.source_hash
 
 
-def _begin(survey: Survey, out_dir: Path) -> _Tree:
+def _start_tree(survey: Survey, out_dir: Path) -> _Tree:
     target = out_dir / TREES[survey.variant]
     temporary = out_dir / f".{target.name}.{os.getpid()}.partial"
     remove_stale(out_dir, f".{target.name}.*.partial")
@@ -123,7 +123,7 @@ def _write_images(trees: Sequence[_Tree], workers: int) -> None:
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=int(wanted.sum()), desc=f"export {survey.name}", unit="galaxy", disable=None) as bar,
     ):
-        tasks = (([_plan(trees, row, galaxy) for row, galaxy in batch],) for batch in _batches(survey, wanted))
+        tasks = (([_plan_files(trees, row, galaxy) for row, galaxy in batch],) for batch in _batches(survey, wanted))
         for written in bounded_map(pool, _write_batch, tasks, 2 * workers):
             bar.update(written)
 
@@ -145,7 +145,7 @@ def _batches(survey: Survey, wanted: NDArray[np.bool_]) -> Iterator[list[tuple[i
         yield batch
 
 
-def _plan(trees: Sequence[_Tree], row: int, galaxy: Galaxy) -> tuple[Galaxy, list[Path]]:
+def _plan_files(trees: Sequence[_Tree], row: int, galaxy: Galaxy) -> tuple[Galaxy, list[Path]]:
     """Return the files to write a galaxy to, and record it, without its pixels, for the trees' metadata."""
     files = []
     for tree in trees:
@@ -167,7 +167,7 @@ def _write_batch(batch: Sequence[tuple[Galaxy, list[Path]]]) -> int:
     return len(batch)
 
 
-def _finish(tree: _Tree) -> None:
+def _publish_tree(tree: _Tree) -> None:
     """Write the tree's metadata and rename it to its final name, replacing an older export."""
     survey = tree.survey
     write_metadata(tree.temporary, tree.written)

@@ -251,12 +251,12 @@ def split_original(galaxies: SplitCandidates) -> Codes:
         num_test, num_val = left[TEST, label], left[VAL, label]
         codes[rows[:num_test]] = TEST
         codes[rows[num_test : num_test + num_val]] = VAL
-    _fill(galaxies, codes, left)
-    _check_filled(galaxies, codes)
+    _fill_empty_splits(galaxies, codes, left)
+    _check_no_empty_split(galaxies, codes)
     return codes
 
 
-def _fill(galaxies: SplitCandidates, codes: Codes, left: NDArray[np.int64]) -> None:
+def _fill_empty_splits(galaxies: SplitCandidates, codes: Codes, left: NDArray[np.int64]) -> None:
     """Move whole groups from train to splits that lack a class (one without single galaxies), as long as train keeps some."""
     for code in (TEST, VAL):
         for label in np.flatnonzero(galaxies.counts(codes == code) == 0).tolist():
@@ -378,7 +378,7 @@ def _apportion(counts: NDArray[np.int64], seats: int, seed: int) -> NDArray[np.i
     return share
 
 
-def _check_filled(galaxies: SplitCandidates, codes: Codes) -> None:
+def _check_no_empty_split(galaxies: SplitCandidates, codes: Codes) -> None:
     for code, split in enumerate(SPLITS):
         empty = np.flatnonzero(galaxies.counts(codes == code) == 0)
         if len(empty):

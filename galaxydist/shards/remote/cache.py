@@ -147,7 +147,7 @@ class CacheEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _CachedFile:
     path: str
     size: int
     used_ns: int
@@ -283,13 +283,13 @@ class Cache:
         os.pwrite(claim.descriptor, str(num_bytes).encode(), 0)
         return True
 
-    def _scan(self) -> tuple[list["_Found"], int]:
+    def _scan(self) -> tuple[list["_CachedFile"], int]:
         """Return the complete files and the bytes reserved by running fetches; remove the leftovers of crashed fetches."""
         found, reserved = [], 0
         for entry in self._entries():
             if not entry.name.startswith("."):
                 status = entry.stat()
-                found.append(_Found(entry.path, status.st_size, status.st_mtime_ns))
+                found.append(_CachedFile(entry.path, status.st_size, status.st_mtime_ns))
             elif entry.name.endswith(LOCK):
                 reserved += reserved_bytes(entry.path)
             elif entry.name.endswith(PARTIAL) and not Path(entry.path.removesuffix(PARTIAL) + LOCK).exists():

@@ -57,7 +57,7 @@ def plan_survey(num_galaxies: int, seed: int, balanced: bool = False) -> SurveyP
     A survey of at least 20 galaxies has overlapping pairs, and exactly one position with two labels.
     """
     labels = np.repeat(np.arange(len(GALAXY10_COUNTS)), class_counts(num_galaxies, balanced))
-    ra, dec = scattered(num_galaxies, seed)
+    ra, dec = random_positions(num_galaxies, seed)
     shown = np.arange(num_galaxies)
     pairs = np.zeros((0, 2), np.int64)
     if num_galaxies >= 20:
@@ -68,8 +68,8 @@ def plan_survey(num_galaxies: int, seed: int, balanced: bool = False) -> SurveyP
         num_pairs = min(max(2, num_galaxies // _GALAXIES_PER_PAIR), len(rest) // 2)
         pairs = rest[: 2 * num_pairs].reshape(-1, 2).astype(np.int64)
         for one, other in pairs:
-            _put_beside(ra, dec, (int(one), int(other)), Draws(seed, PAIRS, int(one), 1), _PAIR_SEPARATION)
-        _put_beside(ra, dec, (first, second), Draws(seed, TWICE, first), (0.05, 0.5))
+            _move_beside(ra, dec, (int(one), int(other)), Draws(seed, PAIRS, int(one), 1), _PAIR_SEPARATION)
+        _move_beside(ra, dec, (first, second), Draws(seed, TWICE, first), (0.05, 0.5))
         shown[second] = first
     return SurveyPlan(seed, balanced, labels, ra, dec, shown, pairs)
 
@@ -93,7 +93,7 @@ def class_counts(num_galaxies: int, balanced: bool = False) -> NDArray[np.int64]
     return counts
 
 
-def scattered(num_galaxies: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def random_positions(num_galaxies: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return random positions (ra, dec in degrees), each in its own cell of the footprint, so that none coincide by chance."""
     widths = [high - low for low, high in _RIGHT_ASCENSIONS]
     low, high = np.sin(np.radians(_DECLINATIONS))
@@ -107,7 +107,7 @@ def scattered(num_galaxies: int, seed: int) -> tuple[NDArray[np.float64], NDArra
     return ra, dec
 
 
-def _put_beside(
+def _move_beside(
     ra: NDArray[np.float64], dec: NDArray[np.float64], pair: tuple[int, int], draws: Draws, separation: tuple[float, float]
 ) -> None:
     one, other = pair

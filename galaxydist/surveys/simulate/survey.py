@@ -53,7 +53,7 @@ def draw_galaxy(scene: Scene, draws: Draws, light: Light, label: int, position: 
         galaxy_types.draw_spiral(scene, draws, light, label, position)
 
 
-def take_image(plan: SurveyPlan, row: int) -> SimulatedImage:
+def draw_image(plan: SurveyPlan, row: int) -> SimulatedImage:
     """Draw the image of a row, which depends on the plan and the row number alone.
 
     The second row of the galaxy with two labels shows the same galaxy as the first. Neighbours within the frame are drawn too.
@@ -128,7 +128,7 @@ def draw_rows(plan: SurveyPlan, workers: int | None = None, description: str = "
 
 def draw_slab(plan: SurveyPlan, start: int, stop: int) -> Slab:
     """Draw images, redshifts and pixel scales of the plan's rows ``start`` ... ``stop - 1``."""
-    images = [take_image(plan, row) for row in range(start, stop)]
+    images = [draw_image(plan, row) for row in range(start, stop)]
     return (
         np.stack([image.image for image in images]),
         np.array([image.redshift for image in images]),
