@@ -184,7 +184,7 @@ def test_what_astronn_downloaded_is_used(server: Server, target: Path, tmp_path:
     assert len(server.requests) == 1
     target.unlink()
     (cache / FILE_NAME).write_bytes(server.data)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         fetch(server, target, "a", astronn_dir=cache)
     assert len(server.requests) == 1 and "found astroNN's download" in caplog.text
     assert target.read_bytes() == server.data
