@@ -337,25 +337,40 @@ def _duplicate_keys(shards: list[_Shard], hashes: list[NDArray[np.uint64]], read
 MOST_NAMED = 5
 
 
-@dataclass(frozen=True)
-class EqualImages:
-    """Groups of galaxies whose images are equal pixel for pixel, each galaxy as ``split/id``.
-
-    Args:
-        across: groups in more than one split.
-        two_labels: groups with more than one label.
-    """
-
-    across: list[list[str]]
-    two_labels: list[list[str]]
-
-
-def find_equal_images(manifest: Manifest) -> EqualImages | None:
-    """Find equal images by the hashes in the catalogues; return None for shards of an earlier version without hashes.
+def describe_equal_images(manifest: Manifest) -> list[str]:
+    """Return warnings about images that are equal pixel for pixel, or about missing hashes; empty without either.
 
     Raises:
         UserError: a catalogue is missing or damaged.
     """
+    rows = _repeated_images(manifest)
+    if rows is None:
+        return [
+            f"{manifest.location} has no hashes of its images (an earlier version wrote it), so that equal images in two "
+            "splits cannot be found; make the shards anew to compare them"
+        ]
+    across: list[str] = []
+    two_labels: list[str] = []
+    for _, members in itertools.groupby(rows.to_pylist(), itemgetter("hash")):
+        group = list(members)
+        names = " = ".join(f"{row['split']}/{row['id']}" for row in group[:MOST_NAMED])
+        if len({row["split"] for row in group}) > 1:
+            across.append(names)
+        if len({row["label"] for row in group if row["label"] >= 0}) > 1:
+            two_labels.append(names)
+    lines = []
+    if across:
+        lines.append(
+            f"{_images(across, 'is', 'are')} in more than one split, pixel for pixel: {name_some(across, MOST_NAMED)}. A model "
+            "would be evaluated on images that it has learnt from: remove them from one of the splits"
+        )
+    if two_labels:
+        lines.append(f"{_images(two_labels, 'has', 'have')} two labels, pixel for pixel: {name_some(two_labels, MOST_NAMED)}")
+    return lines
+
+
+def _repeated_images(manifest: Manifest) -> pa.Table | None:
+    """Return hash, split, id and label of the galaxies whose image hash occurs again; None if the catalogues have no hashes."""
     if not manifest.catalogues:
         return None
     tables = []
@@ -367,40 +382,8 @@ def find_equal_images(manifest: Manifest) -> EqualImages | None:
         tables.append(pa.table({**columns, "label": manifest.labels(name)}))
     rows = pa.concat_tables(tables).filter(pc.field("hash").is_valid())
     counts = rows.group_by("hash").aggregate([([], "count_all")]).filter(pc.field("count_all") > 1)
-    rows = rows.filter(pc.is_in(rows["hash"], counts["hash"])).sort_by("hash")
-    found = EqualImages([], [])
-    for _, members in itertools.groupby(rows.to_pylist(), itemgetter("hash")):
-        group = list(members)
-        names = [f"{row['split']}/{row['id']}" for row in group]
-        if len({row["split"] for row in group}) > 1:
-            found.across.append(names)
-        if len({row["label"] for row in group if row["label"] >= 0}) > 1:
-            found.two_labels.append(names)
-    return found
+    return rows.filter(pc.is_in(rows["hash"], counts["hash"])).sort_by("hash")
 
 
-def describe_equal_images(manifest: Manifest) -> list[str]:
-    """Return warnings about equal images of a data set, or about missing hashes; empty if there is nothing to report."""
-    found = find_equal_images(manifest)
-    if found is None:
-        return [
-            f"{manifest.location} has no hashes of its images (an earlier version wrote it), so that equal images in two "
-            "splits cannot be found; make the shards anew to compare them"
-        ]
-    lines = []
-    if found.across:
-        lines.append(
-            f"{_images(found.across, 'is', 'are')} in more than one split, pixel for pixel: {_names(found.across)}. A model "
-            "would be evaluated on images that it has learnt from: remove them from one of the splits"
-        )
-    if found.two_labels:
-        lines.append(f"{_images(found.two_labels, 'has', 'have')} two labels, pixel for pixel: {_names(found.two_labels)}")
-    return lines
-
-
-def _images(groups: list[list[str]], singular: str, plural: str) -> str:
+def _images(groups: list[str], singular: str, plural: str) -> str:
     return f"1 image {singular}" if len(groups) == 1 else f"{len(groups)} images {plural}"
-
-
-def _names(groups: list[list[str]]) -> str:
-    return name_some([" = ".join(group[:MOST_NAMED]) for group in groups], MOST_NAMED)
