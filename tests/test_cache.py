@@ -282,7 +282,7 @@ def test_files_that_may_not_be_so_large(folder: Path, tmp_path: Path) -> None:
     with FileServer(folder) as server:
         command = [sys.executable, "-c", FILL, server.url, str(tmp_path / "cache"), "limit"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert "cannot take more: files may not be so large. Free some space there" in done.stdout, done.stderr
+    assert "cannot take more: the file size limit is reached. Free some space there" in done.stdout, done.stderr
     assert "data.cache_dir=FOLDER" in done.stdout and done.stdout.endswith("['.lock']\n")
 
 

@@ -13,13 +13,13 @@ import sys
 from collections.abc import Sequence
 
 from galaxydist import __version__
+from galaxydist.atomic_files import NO_SPACE
 from galaxydist.cli import bench, cluster, completion, data, evaluate, jobs, recipes, train
 from galaxydist.cli.options import CommandParser
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell counts it
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # A read-only file system; a file in the place of a folder, or the other way round.
 NOT_WRITABLE = {errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except OSError as error:
-        if error.errno in DISK_FULL:
+        if error.errno in NO_SPACE:
             return _fail(
                 f"no space left: {error.strerror} ({error.filename or 'while writing'}); free some and give the command again"
             )

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from galaxydist.atomic_files import NO_SPACE, fsync_file
 from galaxydist.errors import UserError
 from galaxydist.shards.remote.object_store import StoppedError
 
@@ -111,7 +112,6 @@ POLL_S = 0.05
 SPARE_BYTES = 256 * 1024 * 1024
 SPARE_SHARE = 0.01
 
-NO_SPACE = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "files may not be so large"}
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 SHARD_ENDING = ".tar"
 # Each data set has a folder of its own, named by its manifest's hash.
@@ -255,7 +255,7 @@ class Cache:
         except BaseException:
             self._give_up(claim, wanted)
             raise
-        _sync_folder(partial.parent)
+        fsync_file(partial.parent)
         return file
 
     def _give_up(self, claim: SharedFile, wanted: CacheEntry) -> None:
@@ -358,14 +358,3 @@ def show_bytes(num_bytes: float) -> str:
 def _free_bytes(folder: Path) -> int:
     usage = shutil.disk_usage(folder)
     return usage.free - min(SPARE_BYTES, int(usage.total * SPARE_SHARE))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
