@@ -4,9 +4,9 @@ A single process writes the whole checkpoint, so the thread needs no process gro
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -55,25 +55,27 @@ class CheckpointWriter:
         self._keep = keep
         self._clock = clock
         self._copies = TensorCopies()
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")  # starts no thread before the first write
+        self._write_in_progress: Future[None] | None = None
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            self.wait()
-            return
         try:
             self.wait()
         except Exception as write_error:
+            if error is None:
+                raise
             _log.error("a checkpoint could not be written either: %s", write_error)
+        finally:
+            self._executor.shutdown()
 
     @property
     def failed(self) -> bool:
         """True if a write has failed and ``save`` or ``wait`` would raise its error; cheap enough to check every step."""
-        return self._error is not None
+        write = self._write_in_progress
+        return write is not None and write.done() and write.exception() is not None
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, best: bool = False) -> None:
         """Save a checkpoint, after waiting for a write in progress.
@@ -95,10 +97,7 @@ class CheckpointWriter:
                 return
             import_writer()
             copies = self._copies.take(tensors)
-            self._thread = threading.Thread(
-                target=self._write_copies, args=(step, copies, state_text, best), name="checkpoint-writer", daemon=False
-            )
-            self._thread.start()
+            self._write_in_progress = self._executor.submit(self._write_copies, step, copies, state_text, best)
 
     def wait(self) -> None:
         """Wait until the write in progress, if any, is complete.
@@ -118,20 +117,13 @@ class CheckpointWriter:
             self.seconds_waited += self._clock() - began
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        write, self._write_in_progress = self._write_in_progress, None
+        if write is not None:
+            write.result()
 
     def _write_copies(self, step: int, copies: dict[str, torch.Tensor], state_text: str, best: bool) -> None:
-        """Write the copies in the thread, and keep an error for the next ``save`` or ``wait``."""
-        try:
-            with self._copies.finished():
-                self._write(step, copies, state_text, best)
-        except BaseException as error:
-            self._error = error
+        with self._copies.finished():
+            self._write(step, copies, state_text, best)
 
     def _write(self, step: int, tensors: Mapping[str, torch.Tensor], state_text: str, best: bool) -> None:
         store.save_encoded(self._checkpoints_dir, step, tensors, state_text, keep=self._keep, best=best, check=self._check)
