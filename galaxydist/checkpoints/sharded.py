@@ -85,7 +85,7 @@ def save_sharded(
     def write() -> tuple[dict[str, str], dict[str, str]]:
         with explained():
             # All ranks are inside this at the same time, and the writer raises the same error on all of them.
-            files = tensor_files.write_own_parts(temporary, tensors, group)
+            files = tensor_files.write_tensors(temporary, tensors, group)
             return files, _sync_and_hash(tensor_files.own_files(temporary, rank))
 
     def complete() -> Path:
