@@ -161,10 +161,7 @@ class RunFolder:
 
     def read_tracker(self) -> dict[str, Any]:
         """Return the tracker's state (``run_id``, ``stored_step``, ``is_complete``); empty if there is none yet."""
-        if not self.tracker_path.exists():
-            return {}
-        content = read_json(self.tracker_path)
-        return content if isinstance(content, dict) else {}
+        return _read_object(self.tracker_path) or {}
 
     def write_tracker(self, *, run_id: str | None, stored_step: int, is_complete: bool) -> None:
         """Write the tracker's state.
@@ -178,10 +175,7 @@ class RunFolder:
 
     def read_result(self) -> dict[str, Any] | None:
         """Return the result of the run; None if it has not finished."""
-        if not self.result_path.exists():
-            return None
-        content = read_json(self.result_path)
-        return content if isinstance(content, dict) else {}
+        return _read_object(self.result_path)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write the result, which marks the run as finished."""
@@ -189,10 +183,8 @@ class RunFolder:
 
     def read_failure(self) -> dict[str, Any] | None:
         """Return the record of the last start's failure; None if there is no valid one."""
-        if not self.failure_path.exists():
-            return None
-        content = read_json(self.failure_path)
-        return content if isinstance(content, dict) and {"kind", "step", "error"} <= set(content) else None
+        content = _read_object(self.failure_path) or {}
+        return content if {"kind", "step", "error"} <= content.keys() else None
 
     def write_failure(self, kind: FailureKind, step: int | None, error: str, *, start: str | None = None) -> None:
         """Record how this start failed, for the decision to requeue.
@@ -214,6 +206,14 @@ class RunFolder:
     def clear_failure(self) -> None:
         """Remove the record of the last start's failure."""
         self.failure_path.unlink(missing_ok=True)
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file, empty if the file holds another value; None if there is no file."""
+    if not path.exists():
+        return None
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}
 
 
 def plain(value: Any) -> Any:
@@ -260,11 +260,10 @@ def compare_recipes(
     return changes
 
 
-# Names in the checkpoints folder, here so that they can be imported without torch.
-
+# Names in the checkpoints folder, defined here so that they can be imported without torch.
 LATEST, BEST = "latest", "best"
 STATE_FILE = "checkpoint.json"
-# The step, and the number of the save.
+# Groups: the step, the number of the save.
 FOLDER_NAME = re.compile(r"step-(\d+)-(\d+)")
 
 

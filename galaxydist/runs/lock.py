@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -96,6 +96,7 @@ _log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 20.0
 STALE_SECONDS = 300.0
 POLL_SECONDS = 2.0
+GUARD_SECONDS = 10.0
 
 
 class InUseError(UserError):
@@ -171,16 +172,21 @@ class RunLock:
         waited_for: float | None = None  # the heartbeat that does not change
         while True:
             try:
-                with explain_full_disk(self.path), _guard(self.path):
+                with explain_full_disk(self.path), _examining(self.path):
                     self._replace_dead_owner()
                     self._create()
                 return
             except InUseError as error:
                 heartbeat = self._heartbeat()
-                if not self._is_patient or heartbeat is None or waited_for not in (None, heartbeat) or self._is_owner_here():
+                if (
+                    not self._is_patient
+                    or heartbeat is None
+                    or waited_for not in (None, heartbeat)
+                    or self._is_here(read_owner(self.path))
+                ):
                     raise
                 if waited_for is None:
-                    _log.warning("%s This process waits for that, unless the other gives a sign of life.", error)
+                    _log.warning("%s This process waits for that, unless the other sends a heartbeat.", error)
                 waited_for = heartbeat
             time.sleep(min(POLL_SECONDS, self._stale_seconds))
 
@@ -194,7 +200,7 @@ class RunLock:
             self._thread = None
         atexit.unregister(self.release)
         try:
-            with _guard(self.path):
+            with _examining(self.path):
                 if self._is_ours():
                     self.path.unlink()
         except OSError as error:
@@ -257,7 +263,7 @@ class RunLock:
             _log.warning("the lock %s is damaged and old: it is replaced", self.path)
         elif owner.job_id is not None and owner.job_id == self.owner.job_id and owner.restart_count < self.owner.restart_count:
             _log.info("restart %d of job %s goes on in %s", self.owner.restart_count, owner.job_id, self.path.parent)
-        elif owner.host == self.owner.host and owner.pid_space == self.owner.pid_space:
+        elif self._is_here(owner):
             if is_alive(owner):
                 raise self._in_use(owner)
             _log.warning("%s left a lock in %s and is gone: it is taken over", owner, self.path.parent)
@@ -267,7 +273,7 @@ class RunLock:
             raise self._in_use(owner)
         self._remove(owner)
 
-    def _remove(self, judged: LockOwner | None) -> None:
+    def _remove(self, examined: LockOwner | None) -> None:
         """Remove exactly the lock that was examined; without a working guard, another process may have replaced it since."""
         aside = self.path.with_name(f".{self.path.name}.{self.owner.token}.old")
         try:
@@ -275,7 +281,7 @@ class RunLock:
         except FileNotFoundError:
             return
         moved = read_owner(aside)
-        if moved is not None and (judged is None or moved.token != judged.token):
+        if moved is not None and (examined is None or moved.token != examined.token):
             try:
                 os.link(aside, self.path)
             except FileExistsError:
@@ -284,9 +290,8 @@ class RunLock:
             raise self._in_use(moved)
         aside.unlink()
 
-    def _is_owner_here(self) -> bool:
+    def _is_here(self, owner: LockOwner | None) -> bool:
         """Return True if the owner is a process of this machine, so that ``is_alive`` applies."""
-        owner = read_owner(self.path)
         return owner is not None and (owner.host, owner.pid_space) == (self.owner.host, self.owner.pid_space)
 
     def _heartbeat(self) -> float | None:
@@ -309,10 +314,11 @@ class RunLock:
             )
         stop = f"scancel {owner.job_id}" if owner.job_id is not None else f"kill {owner.pid} on {owner.host}"
         wait = max(self._stale_seconds - age, 0)
-        same_host = owner.host == self.owner.host and owner.pid_space == self.owner.pid_space
-        gone = "" if same_host else f" If that process is gone, try again in {wait:.0f} s: the lock then counts as stale."
+        gone = (
+            "" if self._is_here(owner) else f" If that process is gone, try again in {wait:.0f} s: the lock then counts as stale."
+        )
         return InUseError(
-            f"The run folder {folder} is in use by {owner} (last sign of life {max(age, 0):.0f} s ago). "
+            f"The run folder {folder} is in use by {owner} (last heartbeat {max(age, 0):.0f} s ago). "
             f"Wait until it ends, stop it ({stop}), or choose another folder with run.dir=FOLDER.{gone}"
         )
 
@@ -321,7 +327,7 @@ class RunLock:
             try:
                 if not self._is_ours():
                     self._is_lost = True
-                    _log.error("the lock %s was taken by %s", self.path, read_owner(self.path) or "nobody: it was removed")
+                    _log.error("the lock %s was taken by %s", self.path, read_owner(self.path) or "no process: it was removed")
                     return
                 self._touch(self.path)
             except OSError as error:
@@ -329,16 +335,14 @@ class RunLock:
 
 
 @contextmanager
-def _guard(path: Path) -> Iterator[None]:
+def _examining(path: Path) -> Iterator[None]:
     """Let one process at a time examine a lock; without ``flock`` on the file system, the checks in ``RunLock`` remain."""
-    import fcntl
+    from filelock import FileLock
 
-    descriptor = os.open(path.with_name(f".{path.name}.guard"), os.O_RDWR | os.O_CREAT, 0o666)
+    guard = FileLock(path.with_name(f".{path.name}.guard"), timeout=GUARD_SECONDS)
+    with suppress(OSError, NotImplementedError):  # no flock there, or its holder hangs
+        guard.acquire()
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            _log.debug("no flock on %s: %s", path, error)
         yield
     finally:
-        os.close(descriptor)
+        guard.release()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -95,22 +96,13 @@ class MetricsLog:
                 yield line.rstrip(b"\n")
 
     def _cut_half_line(self) -> None:
-        if not self.path.exists():
+        """Remove the line that a killed process left incomplete."""
+        if not self.path.exists() or (size := self.path.stat().st_size) == 0:
             return
-        with self.path.open("rb+") as file:
-            data_end = file.seek(0, os.SEEK_END)
-            start = data_end
-            while start > 0:
-                step = min(start, 4096)
-                block_start = start - step
-                file.seek(block_start)
-                position = file.read(step).rfind(b"\n")
-                if position >= 0:
-                    start = block_start + position + 1
-                    break
-                start = block_start
-            if start != data_end:
-                file.truncate(start)
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = content.rfind(b"\n") + 1
+        if end < size:
+            os.truncate(self.path, end)
 
 
 # Partial reads of a long file, so that the state of many runs is read quickly.
