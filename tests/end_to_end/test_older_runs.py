@@ -14,9 +14,9 @@ from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.gallery.choose import choose_mistakes
 from galaxydist.runs.folder import RunFolder
 from galaxydist.training.optimizer import find_optimizer
-from tests.runs import quick_settings, read_losses, run_here, without_figures
+from tests.helpers.runs import quick_settings, read_losses, run_here, without_figures
 
-ARCHIVE = Path(__file__).parent / "data" / "before_redesign" / "runs.tar.xz"
+ARCHIVE = Path(__file__).parents[1] / "data" / "before_redesign" / "runs.tar.xz"
 # The command of `stopped` and `continued`.
 SETTINGS: dict[str, object] = {
     "data__dataset": "blobs",
