@@ -12,7 +12,7 @@ from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.training.metric_logger import RunLength
-from galaxydist.training.micro_batch import Probe, share_of, thrown_away_loss, unchanged
+from galaxydist.training.micro_batch import Probe, share_of, unchanged
 from galaxydist.training.throughput import training_flops
 
 # A run that would take longer than this on a CPU is told of a smaller one.
@@ -76,7 +76,7 @@ def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, sche
             flops = training_flops(model, recipe.data.image_size)
         count = max(1, min(count, int(TIMED_FLOPS / flops)))
         count = max(count, min(2, share))  # batch normalisation needs two values
-    probe = Probe(world, recipe, model, ballast_bytes=0, loss=thrown_away_loss)
+    probe = Probe(world, recipe, model)
     with unchanged(model, world.device):
         if not min(world.all_gather(probe.fits(count))):  # the first pass allocates
             return None
