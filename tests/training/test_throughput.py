@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.training.throughput import PARTS, StepTimer
+from galaxydist.training.throughput import PARTS, HostClock, StepTimer
 
 CPU = torch.device("cpu")
 SHARES = [f"time/{part}" for part in (*PARTS, "other")]
 
 
-class LaggingClock:
+class LaggingClock(HostClock):
     """A device that has come to ``now`` and has been given work up to ``given``."""
 
     def __init__(self) -> None:
