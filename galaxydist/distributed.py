@@ -26,7 +26,7 @@ from accelerate.utils import (
 
 from galaxydist.cpus import bound_cores, cpu_quota, fair_share
 from galaxydist.errors import EveryRankError, RunFailedError, UserError
-from galaxydist.job_environment import check_settings, find_place, job_of, overruled_settings, restart_of, slurm_cores, wants_cpu
+from galaxydist.job_environment import check_settings, find_rank, job_of, overruled_settings, restart_of, slurm_cores, wants_cpu
 from galaxydist.log import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ def init_distributed(
         UserError: launcher variables that contradict each other or set what only the recipe may set; fp16 without a GPU; a number
             of processes that differs from WORLD_SIZE.
     """
-    place = find_place(environ)
+    launched = find_rank(environ)
     check_settings(environ)
     set_flight_recorder(environ)
     if not environ.get("OMP_NUM_THREADS", "").isdecimal():
@@ -243,9 +243,9 @@ def init_distributed(
     has_gpu = torch.cuda.is_available() and not wants_cpu(environ)
     resolved = resolve_precision(precision, has_gpu, torch.cuda.get_device_capability() if has_gpu else None)
     accelerator = _build_accelerator(resolved, has_gpu, environ, timeout)
-    if accelerator.num_processes != place.size:
+    if accelerator.num_processes != launched.size:
         raise EveryRankError(
-            f"The launcher asked for {place.size} processes (WORLD_SIZE), but {accelerator.num_processes} came together. "
+            f"The launcher asked for {launched.size} processes (WORLD_SIZE), but {accelerator.num_processes} came together. "
             "Start the processes with torchrun --nproc-per-node N launch.py, or accelerate launch --multi_gpu --num_processes N "
             "launch.py (also on machines without a GPU)."
         )
@@ -254,7 +254,7 @@ def init_distributed(
         accelerator=accelerator,
         rank=accelerator.process_index,
         size=accelerator.num_processes,
-        ranks_on_node=place.local_size,
+        ranks_on_node=launched.local_size,
         cores=1,
         threads=1,
         precision=resolved,

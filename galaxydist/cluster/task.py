@@ -12,7 +12,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+from galaxydist.job_environment import SCHEDULER_SIGNALS
 
 
 def main(folder: str) -> None:
@@ -22,7 +22,7 @@ def main(folder: str) -> None:
         folder: submitit's folder.
     """
     # These handlers are active before and after the training, which installs its own; outside it there is nothing to save.
-    for number in STOP_SIGNALS:
+    for number in SCHEDULER_SIGNALS:
         signal.signal(number, _leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # LocalExecutor blocks it
 
@@ -34,7 +34,7 @@ def main(folder: str) -> None:
     try:
         process_job(folder)
     finally:
-        for number in STOP_SIGNALS:  # a signal that arrives now must not turn a normal exit into a failure
+        for number in SCHEDULER_SIGNALS:  # a signal that arrives now must not turn a normal exit into a failure
             signal.signal(number, signal.SIG_IGN)
 
 
