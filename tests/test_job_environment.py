@@ -119,7 +119,7 @@ def test_all_that_accelerate_reads_is_known() -> None:
     given = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION"}
     placing = {
         *job_environment._NUMBERS,
-        *job_environment._OF_MPI,
+        *job_environment._MPI_VARIABLES,
         "MASTER_ADDR",
         "MASTER_PORT",
         "OMP_NUM_THREADS",

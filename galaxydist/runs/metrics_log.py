@@ -155,11 +155,11 @@ def _seek_line(file: BinaryIO, position: int) -> None:
         file.readline()
 
 
-def _step_after(file: BinaryIO, position: int) -> float:
-    """Return the step of the first line that begins at a position or after it; infinity if it is unknown."""
+def _step_after(file: BinaryIO, position: int) -> int:
+    """Return the step of the first line that begins at a position or after it; the largest integer if it is unknown."""
     _seek_line(file, position)
     step = (_record(file.readline()) or {}).get("step")
-    return step if isinstance(step, int) else math.inf
+    return step if isinstance(step, int) else sys.maxsize
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The lines that a new run prints before its first step: its folder, data, model, steps and estimated time; and the last ones."""
+"""Summary of a run before its first step (folder, data, model, steps, time) and after its last one."""
 
 from collections.abc import Mapping
 
@@ -15,22 +15,22 @@ from galaxydist.training.metric_logger import RunLength
 from galaxydist.training.micro_batch import Probe, share_of, unchanged
 from galaxydist.training.throughput import training_flops
 
-# A run that would take longer than this on a CPU is told of a smaller one.
+# If a run would take longer than this on a CPU, the summary suggests a smaller one.
 LONG_RUN_S = 1800.0
-# The pass that is timed on a CPU has as many images as fit these operations: a second or less of one core.
+# Floating point operations of the pass that is timed on a CPU: a second or less of one core.
 TIMED_FLOPS = 2e10
 SMALLER = {"data.image_size": 64, "train.epochs": 5}
 SMALL_RECIPE = "custom_cnn"
 
 
 def describe_run(resolved: ResolvedRecipe, manifest: Manifest, folder: RunFolder, model: nn.Module, schedule: RunLength) -> str:
-    """Return the lines that say what a new run will do, its time left out.
+    """Return the lines that describe a new run, except its time.
 
     Args:
         resolved: the recipe.
         manifest: the shards.
-        folder: of the run.
-        model: as it is trained.
+        folder: the run folder.
+        model: the model to be trained.
         schedule: length of the run.
     """
     recipe = resolved.recipe
@@ -54,25 +54,27 @@ def describe_run(resolved: ResolvedRecipe, manifest: Manifest, folder: RunFolder
 
 
 def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, schedule: RunLength, micro_batch: int) -> str | None:
-    """Return a line with the estimated time of a run, from a pass that is thrown away; None where it cannot be estimated.
+    """Return a line with the estimated time of a run, from a pass whose results are discarded; None if it cannot be estimated.
 
-    All ranks take part. The model, its gradients and torch's random numbers stay as they are.
+    All ranks must call it. The model, its gradients and torch's random numbers are unchanged.
 
     Args:
         world: the processes.
         resolved: the recipe.
-        model: on its device; whole, and not wrapped by DistributedDataParallel.
+        model: on its device; neither sharded nor wrapped by DistributedDataParallel.
         schedule: length of the run.
-        micro_batch: galaxies in one forward pass of one process (0: its whole share).
+        micro_batch: galaxies in one forward pass of one process (0: the whole share of the rank).
     """
     recipe = resolved.recipe
-    if recipe.train.strategy == "fsdp" or recipe.train.compile:  # a divided model has no pass of its own; compiling takes minutes
+    if (
+        recipe.train.strategy == "fsdp" or recipe.train.compile
+    ):  # a sharded model cannot run on one rank alone; compiling takes minutes
         return None
     share = share_of(recipe, world.size)
     count = min(micro_batch or share, share)
     if world.device.type == "cpu":
         with unchanged(model, world.device):
-            model.eval()  # while it trains, synchronised batch normalisation asks the other processes
+            model.eval()  # in training mode, synchronised batch normalisation communicates
             flops = training_flops(model, recipe.data.image_size)
         count = max(1, min(count, int(TIMED_FLOPS / flops)))
         count = max(count, min(2, share))  # batch normalisation needs two values
@@ -99,11 +101,11 @@ def duration(seconds: float) -> str:
 
 
 def smaller_command(recipe: Recipe, origins: Mapping[str, str]) -> str:
-    """Return the user's own command, changed to a run that a CPU can do.
+    """Return the user's command, changed to a run that is feasible on a CPU.
 
     Args:
         recipe: the recipe.
-        origins: dotted key -> where the value came from.
+        origins: dotted key -> origin of the value.
     """
     values = flatten(recipe)
     is_small = recipe.model.name in (SMALL_RECIPE, "d4_cnn")
