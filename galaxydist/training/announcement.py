@@ -68,7 +68,7 @@ def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, sche
     recipe = resolved.recipe
     if (
         recipe.train.strategy == "fsdp" or recipe.train.compile
-    ):  # a sharded model cannot run on one rank alone; compiling takes minutes
+    ):  # a sharded model cannot run on one rank alone; compiling is slow
         return None
     share = share_of(recipe, world.size)
     count = min(micro_batch or share, share)
