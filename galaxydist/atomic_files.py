@@ -121,7 +121,7 @@ def replace_bytes(path: Path, data: bytes) -> None:
         UserError: the disk is full; the old contents are still there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    kept = "What it held before is unchanged." if path.exists() else ""
+    kept = "Its earlier contents are unchanged." if path.exists() else ""
     with explain_full_disk(path, kept), whole_file(path, temporary) as file:
         file.write(data)
 

@@ -39,3 +39,8 @@ class OneRankFailedError(RunFailedError):
 
 class NonfiniteError(RunFailedError):
     """Error of a loss or gradient that is not finite: a restart would fail in the same way."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the name of its class if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

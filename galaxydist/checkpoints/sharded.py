@@ -1,4 +1,4 @@
-"""Sharded checkpoints: each rank writes its own part, and any number of ranks reads them, whole or in parts.
+"""Sharded checkpoints: each rank writes its own part, and any number of ranks reads them.
 
 All ranks take part in a save, in this order: rank 0 creates the temporary folder; every rank writes its part, fsyncs it and
 hashes it; rank 0 writes ``checkpoint.json`` and renames the folder. If any rank fails, rank 0 removes the folder, and all ranks
@@ -136,7 +136,7 @@ def load_sharded(checkpoints_dir: Path, *, make: tensor_files.TensorMaker, group
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a DTensor, or the whole of another tensor; the memory is shared."""
+    """Return this rank's part of a DTensor, or another tensor itself; the memory is shared."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 

@@ -13,7 +13,7 @@ from zlib import crc32
 import psutil
 
 from galaxydist.cluster.records import JobFiles
-from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError
+from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError, first_line
 from galaxydist.job_environment import job_of, restart_of, start_of
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.training.launch import launch
@@ -118,7 +118,7 @@ def _launch(arguments: tuple[str, ...], environ: MutableMapping[str, str], note:
 def _note(folder: RunFolder, start: str | None, rank: int, error: Exception) -> None:
     """Write the failure for the batch script, unless the training has done so."""
     kind: FailureKind = "bad_input" if isinstance(error, UserError) else "crash"
-    text = (str(error).splitlines() or [type(error).__name__])[0]
+    text = first_line(error)
     where = f" (rank {rank})" if rank else ""
     with suppress(OSError, UserError):  # the disk itself may have failed
         said = folder.read_failure()

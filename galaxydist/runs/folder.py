@@ -154,7 +154,7 @@ class RunFolder:
             return []
         stored = self.read_recipe()
         known = {**(defaults or {}), **stored.recipe}
-        forced = compare_recipes(known, recipe, result_keys=result_keys, force=force, place=str(self.path))
+        forced = compare_recipes(known, recipe, result_keys=result_keys, force=force, name=str(self.path))
         record = [{"step": step, "changes": [vars(change) for change in forced]}] if forced else []
         self.write_recipe(StoredRecipe(recipe, origins, [*stored.forced, *record]))
         return forced
@@ -233,7 +233,7 @@ def compare_recipes(
     *,
     result_keys: Collection[str],
     force: Collection[str] = (),
-    place: str = "the run folder",
+    name: str = "the run folder",
 ) -> list[Change]:
     """Return the forced changes of result keys between two resolved recipes (value by dotted key); other keys may differ.
 
@@ -253,7 +253,7 @@ def compare_recipes(
         listed = "\n".join(f"  {change}" for change in refused)
         keys = ",".join(sorted({*force, *(change.key for change in refused)}))
         raise UserError(
-            f"{place} belongs to a run with other values of keys that change its numbers:\n{listed}\n"
+            f"{name} belongs to a run with other values of keys that change its numbers:\n{listed}\n"
             f"Give the old values to continue it, another run.dir to start a new run, or resume.force=[{keys}] to continue it "
             "all the same (this is recorded)."
         )

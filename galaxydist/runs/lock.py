@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -54,14 +54,6 @@ def read_owner(path: Path) -> LockOwner | None:
         content: Any = json.loads(path.read_bytes())
         return LockOwner(**{field.name: content[field.name] for field in fields(LockOwner)})
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-
-
-def process_start(pid: int) -> float | None:
-    """Return the start time of a process of this machine, seconds since 1970; None if it does not run."""
-    try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.Error:
         return None
 
 
@@ -135,7 +127,8 @@ class RunLock:
         is_patient: bool = False,
     ) -> None:
         self.path = path
-        self.owner = LockOwner(host, pid, process_start(pid) or 0.0, pid_space(), job_id, restart_count, secrets.token_hex(8))
+        started = psutil.Process(pid).create_time()
+        self.owner = LockOwner(host, pid, started, pid_space(), job_id, restart_count, secrets.token_hex(8))
         self._clock = clock
         self._heartbeat_seconds = heartbeat_seconds
         self._stale_seconds = stale_seconds
@@ -144,7 +137,7 @@ class RunLock:
         self._thread: threading.Thread | None = None
         self._is_lost = False
 
-    def __enter__(self) -> "RunLock":
+    def __enter__(self) -> Self:
         self.acquire()
         return self
 
@@ -262,7 +255,7 @@ class RunLock:
                 raise self._in_use(None)
             _log.warning("the lock %s is damaged and old: it is replaced", self.path)
         elif owner.job_id is not None and owner.job_id == self.owner.job_id and owner.restart_count < self.owner.restart_count:
-            _log.debug("restart %d of job %s goes on in %s", self.owner.restart_count, owner.job_id, self.path.parent)
+            _log.debug("restart %d of job %s continues in %s", self.owner.restart_count, owner.job_id, self.path.parent)
         elif self._is_here(owner):
             if is_alive(owner):
                 raise self._in_use(owner)

@@ -66,9 +66,7 @@ def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, sche
         micro_batch: galaxies in one forward pass of one process (0: the whole share of the rank).
     """
     recipe = resolved.recipe
-    if (
-        recipe.train.strategy == "fsdp" or recipe.train.compile
-    ):  # a sharded model cannot run on one rank alone; compiling is slow
+    if recipe.train.strategy == "fsdp" or recipe.train.compile:  # a sharded model cannot run on one rank alone; compiling is slow
         return None
     share = share_of(recipe, world.size)
     count = min(micro_batch or share, share)
@@ -87,7 +85,7 @@ def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, sche
     epoch_s, run_s = step_s * schedule.steps_per_epoch, step_s * schedule.total_steps
     line = f"{'time':<11} about {duration(epoch_s)} an epoch, {duration(run_s)} in all, without validation"
     if world.device.type == "cpu" and run_s > LONG_RUN_S:
-        line += f"\nNo GPU here. It goes on; a smaller run: {smaller_command(recipe, resolved.origins)}"
+        line += f"\nThere is no GPU here. The run continues; a smaller run: {smaller_command(recipe, resolved.origins)}"
     return line
 
 
@@ -119,6 +117,6 @@ def smaller_command(recipe: Recipe, origins: Mapping[str, str]) -> str:
 def describe_end(folder: RunFolder) -> str:
     """Return the lines with the commands that come after a finished run."""
     return (
-        f"its mistakes, and where it looked: galaxydist gallery {folder}\n"
-        f"beside other runs:                 galaxydist report {folder.path.parent}"
+        f"its mistakes, with saliency maps: galaxydist gallery {folder}\n"
+        f"beside other runs:                galaxydist report {folder.path.parent}"
     )

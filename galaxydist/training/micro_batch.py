@@ -1,4 +1,4 @@
-"""Micro-batch of ``train.micro_batch=auto``: the largest that fits on every rank; out-of-memory errors."""
+"""Largest micro-batch that fits on every rank (``train.micro_batch=auto``); out-of-memory errors."""
 
 import gc
 import math

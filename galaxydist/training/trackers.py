@@ -1,4 +1,4 @@
-"""Experiment trackers: they get the metrics of a run from its folder; only rank 0 has one that sends anything.
+"""Experiment trackers: send the metrics of a run folder to wandb, from rank 0 only.
 
 metrics.jsonl is exact, and every tracker is derived from it. The steps that the tracker's program has *stored* decide what it is
 sent: at a start the rows that it lacks, later each new row once it is complete.
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from galaxydist.distributed import World
+from galaxydist.errors import first_line
 from galaxydist.recipe.identity import to_dict
 from galaxydist.recipe.schema import Recipe, TrackerConfig
 from galaxydist.runs.folder import RunFolder
@@ -231,7 +232,7 @@ class RunTracker(Tracker):
         LOG.warning(
             "the tracker failed (%s). metrics.jsonl has every number; what the tracker lacks is sent to it when the same command "
             "is given again",
-            (str(error).splitlines() or [type(error).__name__])[0],
+            first_line(error),
         )
         self._sink.abandon()
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from galaxydist.checkpoints import store
 from galaxydist.distributed import World, init_distributed, keep_threads, set_flight_recorder, shutdown_distributed
-from galaxydist.errors import EveryRankError, NonfiniteError, OneRankFailedError, UserError
+from galaxydist.errors import EveryRankError, NonfiniteError, OneRankFailedError, UserError, first_line
 from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
 from galaxydist.evaluation.inference import evaluate_split
 from galaxydist.evaluation.leakage import check_before_training
@@ -462,7 +462,7 @@ class Trainer:
         kind: FailureKind = "nonfinite" if isinstance(error, NonfiniteError) else "crash"
         if isinstance(error, UserError):
             kind = "bad_input"
-        text = (str(error).splitlines() or [type(error).__name__])[0]
+        text = first_line(error)
         with contextlib.suppress(OSError, UserError):  # the disk may be what failed
             folder.write_failure(kind, step, text, start=start_of(self.environ))
 

@@ -102,7 +102,7 @@ class UnreadableImages:
         if self._on_error == "skip":
             self._samples = set(state["samples"])
             if len(self) > self._max_errors:
-                raise UserError(f"{self._too_many()} up to the checkpoint; raise data.max_errors to go on")
+                raise UserError(f"{self._too_many()} up to the checkpoint; raise data.max_errors to continue")
 
     def _too_many(self) -> str:
         return f"{len(self)} galaxies could not be read, more than data.max_errors={self._max_errors}"

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
+from galaxydist.errors import first_line
+
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
@@ -119,8 +121,8 @@ class Hang:
             now: seconds since 1970.
         """
         behind = self.behind
-        processes = "its process does not go on" if self.world_size == 1 else f"none of its {self.world_size} processes goes on"
-        lines = [f"The run hangs: {processes} ({setting})."]
+        subject = f"none of its {self.world_size} processes makes" if self.world_size > 1 else "its process does not make any"
+        lines = [f"The run hangs: {subject} progress ({setting})."]
         if len(behind) == self.world_size > 1 and not self.silent:
             longest = max(self.heartbeats.values(), key=lambda beat: beat.idle_s)
             lines.append(f"  all are {_count_positions(self.heartbeats.values())}; {longest} longest, {longest.idle_s:.0f} s")
@@ -213,12 +215,12 @@ class HeartbeatStore:
 
     @property
     def observation_s(self) -> float:
-        """Seconds that it takes to find a rank silent."""
+        """Return the seconds that it takes to find a rank silent."""
         return self._num_readings * self._interval_s
 
     @property
     def max_wait_s(self) -> float:
-        """Seconds after which a store that has given no verdict counts as lost."""
+        """Return the seconds after which a store without a verdict counts as lost."""
         return 3 * self.observation_s + 2.0
 
     def request_verdict(self) -> None:
@@ -257,7 +259,7 @@ class HeartbeatStore:
                 self._wait()
             self._send()
         except Exception as error:  # the store is gone; the type of the error depends on the backend
-            self._lost = Verdict("lost", error=(str(error).splitlines() or [type(error).__name__])[0])
+            self._lost = Verdict("lost", error=first_line(error))
 
     def _send(self) -> None:
         self._serial += 1
