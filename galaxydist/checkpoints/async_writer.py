@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -23,6 +24,7 @@ from galaxydist.checkpoints.tensor_files import import_writer
 _log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class CheckpointWriter:
     """Saves checkpoints one at a time, on the one rank that holds the run's lock.
 
@@ -41,26 +43,19 @@ class CheckpointWriter:
         seconds_waited: total time spent in calls: copying, waiting for a write, and writing if ``background`` is False.
     """
 
-    def __init__(
-        self,
-        checkpoints_dir: Path,
-        *,
-        background: bool,
-        check: Callable[[], None],
-        keep: int = 2,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.seconds_waited = 0.0
-        self._checkpoints_dir = checkpoints_dir
-        self._background = background
-        self._check = check
-        self._keep = keep
-        self._clock = clock
+    checkpoints_dir: Path
+    background: bool
+    check: Callable[[], None]
+    keep: int = 2
+    clock: Callable[[], float] = time.monotonic
+    seconds_waited: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
         self._copies = TensorCopies()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")  # starts no thread before the first write
         self._write_in_progress: Future[None] | None = None
 
-    def __enter__(self) -> "CheckpointWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -94,7 +89,7 @@ class CheckpointWriter:
         with self._timed():
             state_text = encode_state(step, state, best=best)
             self._join()
-            if not self._background:
+            if not self.background:
                 self._write(step, tensors, state_text, best)
                 return
             import_writer()
@@ -112,11 +107,11 @@ class CheckpointWriter:
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        began = self._clock()
+        began = self.clock()
         try:
             yield
         finally:
-            self.seconds_waited += self._clock() - began
+            self.seconds_waited += self.clock() - began
 
     def _join(self) -> None:
         write, self._write_in_progress = self._write_in_progress, None
@@ -128,7 +123,7 @@ class CheckpointWriter:
             self._write(step, copies, state_text, best)
 
     def _write(self, step: int, tensors: Mapping[str, torch.Tensor], state_text: str, best: bool) -> None:
-        store.save_encoded(self._checkpoints_dir, step, tensors, state_text, keep=self._keep, best=best, check=self._check)
+        store.save_encoded(self.checkpoints_dir, step, tensors, state_text, keep=self.keep, best=best, check=self.check)
 
 
 class TensorCopies:

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -140,6 +141,7 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+@dataclass(eq=False)
 class ShardedWriter(CheckpointWriter):
     """``CheckpointWriter`` for sharded checkpoints. Every rank has one and makes the same calls in the same order.
 
@@ -147,16 +149,15 @@ class ShardedWriter(CheckpointWriter):
     rank than on another, so the ranks must agree on it before they act.
 
     Args:
-        checkpoints_dir, background, check, options: as for ``CheckpointWriter``; ``check`` is called on rank 0.
+        checkpoints_dir, background, check, keep, clock: as for ``CheckpointWriter``; ``check`` is called on rank 0.
         group: from ``open_saving_group``; nothing else may use it.
     """
 
-    def __init__(
-        self, checkpoints_dir: Path, *, group: dist.ProcessGroup, background: bool, check: Callable[[], None], **options: Any
-    ) -> None:
-        super().__init__(checkpoints_dir, background=background, check=check, **options)
-        self._group = group
-        self._mesh = DeviceMesh.from_group(group, "cpu")
+    group: dist.ProcessGroup = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._mesh = DeviceMesh.from_group(self.group, "cpu")
         self._layouts: dict[str, DTensor] = {}
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, best: bool = False) -> None:
@@ -166,17 +167,17 @@ class ShardedWriter(CheckpointWriter):
         super().save(step, {name: own_part(tensor) for name, tensor in tensors.items()}, state, best=best)
 
     def _write(self, step: int, tensors: Mapping[str, torch.Tensor], state_text: str, best: bool) -> None:
-        if not self._background:
+        if not self.background:
             tensors = tensor_files.separate(tensors)
         save_sharded(
-            self._checkpoints_dir,
+            self.checkpoints_dir,
             step,
             {name: self._as_dtensor(name, tensor.cpu()) for name, tensor in tensors.items()},
             state_text,
-            group=self._group,
-            keep=self._keep,
+            group=self.group,
+            keep=self.keep,
             best=best,
-            check=self._check,
+            check=self.check,
         )
 
     def _as_dtensor(self, name: str, part: torch.Tensor) -> torch.Tensor:

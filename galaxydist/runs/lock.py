@@ -95,6 +95,7 @@ class InUseError(UserError):
     """Another process holds the run folder."""
 
 
+@dataclass(eq=False)
 class RunLock:
     """Context manager that holds a run folder for this process until it is released or the process ends.
 
@@ -113,26 +114,19 @@ class RunLock:
             just after another one was killed must not end because of its lock.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        host: str,
-        pid: int,
-        clock: Callable[[], float],
-        job_id: str | None = None,
-        restart_count: int = 0,
-        heartbeat_seconds: float = HEARTBEAT_SECONDS,
-        stale_seconds: float = STALE_SECONDS,
-        is_patient: bool = False,
-    ) -> None:
-        self.path = path
-        started = psutil.Process(pid).create_time()
-        self.owner = LockOwner(host, pid, started, pid_space(), job_id, restart_count, secrets.token_hex(8))
-        self._clock = clock
-        self._heartbeat_seconds = heartbeat_seconds
-        self._stale_seconds = stale_seconds
-        self._is_patient = is_patient
+    path: Path
+    host: str
+    pid: int
+    clock: Callable[[], float]
+    job_id: str | None = None
+    restart_count: int = 0
+    heartbeat_seconds: float = HEARTBEAT_SECONDS
+    stale_seconds: float = STALE_SECONDS
+    is_patient: bool = False
+
+    def __post_init__(self) -> None:
+        started = psutil.Process(self.pid).create_time()
+        self.owner = LockOwner(self.host, self.pid, started, pid_space(), self.job_id, self.restart_count, secrets.token_hex(8))
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._is_lost = False
@@ -172,7 +166,7 @@ class RunLock:
             except InUseError as error:
                 heartbeat = self._heartbeat()
                 if (
-                    not self._is_patient
+                    not self.is_patient
                     or heartbeat is None
                     or waited_for not in (None, heartbeat)
                     or self._is_here(read_owner(self.path))
@@ -181,7 +175,7 @@ class RunLock:
                 if waited_for is None:
                     _log.warning("%s This process waits for that, unless the other sends a heartbeat.", error)
                 waited_for = heartbeat
-            time.sleep(min(POLL_SECONDS, self._stale_seconds))
+            time.sleep(min(POLL_SECONDS, self.stale_seconds))
 
     def release(self) -> None:
         """Stop the heartbeat and remove the lock file if it is still this process's; may be called twice."""
@@ -242,7 +236,7 @@ class RunLock:
             temporary.unlink(missing_ok=True)
 
     def _touch(self, path: Path) -> None:
-        now = self._clock()
+        now = self.clock()
         os.utime(path, (now, now))
 
     def _replace_dead_owner(self) -> None:
@@ -251,7 +245,7 @@ class RunLock:
         owner = read_owner(self.path)
         age = self._heartbeat_age()
         if owner is None:
-            if age < self._stale_seconds:
+            if age < self.stale_seconds:
                 raise self._in_use(None)
             _log.warning("the lock %s is damaged and old: it is replaced", self.path)
         elif owner.job_id is not None and owner.job_id == self.owner.job_id and owner.restart_count < self.owner.restart_count:
@@ -260,7 +254,7 @@ class RunLock:
             if is_alive(owner):
                 raise self._in_use(owner)
             _log.warning("%s left a lock in %s and is gone: it is taken over", owner, self.path.parent)
-        elif age >= self._stale_seconds:
+        elif age >= self.stale_seconds:
             _log.warning("%s, which holds %s, has not been heard of for %.0f s: it is taken over", owner, self.path.parent, age)
         else:
             raise self._in_use(owner)
@@ -295,7 +289,7 @@ class RunLock:
 
     def _heartbeat_age(self) -> float:
         heartbeat = self._heartbeat()
-        return self._clock() - heartbeat if heartbeat is not None else 0.0
+        return self.clock() - heartbeat if heartbeat is not None else 0.0
 
     def _in_use(self, owner: LockOwner | None) -> InUseError:
         age = self._heartbeat_age()
@@ -306,7 +300,7 @@ class RunLock:
                 "Wait a minute and try again, or choose another folder with run.dir=FOLDER."
             )
         stop = f"scancel {owner.job_id}" if owner.job_id is not None else f"kill {owner.pid} on {owner.host}"
-        wait = max(self._stale_seconds - age, 0)
+        wait = max(self.stale_seconds - age, 0)
         gone = (
             "" if self._is_here(owner) else f" If that process is gone, try again in {wait:.0f} s: the lock then counts as stale."
         )
@@ -316,7 +310,7 @@ class RunLock:
         )
 
     def _beat_until_stopped(self) -> None:
-        while not self._stop.wait(self._heartbeat_seconds):
+        while not self._stop.wait(self.heartbeat_seconds):
             try:
                 if not self._is_ours():
                     self._is_lost = True

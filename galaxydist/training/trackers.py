@@ -20,8 +20,9 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from galaxydist.distributed import World
 from galaxydist.errors import first_line
@@ -29,6 +30,8 @@ from galaxydist.recipe.identity import to_dict
 from galaxydist.recipe.schema import Recipe, TrackerConfig
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
+
+WandbMode = Literal["online", "offline"]
 
 LOG = logging.getLogger(__name__)
 
@@ -247,6 +250,7 @@ def _is_known(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
+@dataclass(eq=False, kw_only=True)
 class WandbSink:
     """Weights & Biases, online or offline.
 
@@ -260,42 +264,37 @@ class WandbSink:
         known_step: the highest step that an earlier start knew to be stored; its files may have been removed since.
     """
 
-    def __init__(
-        self,
-        config: TrackerConfig,
-        *,
-        mode: str,
-        folder: Path,
-        run_id: str,
-        name: str,
-        recipe: Mapping[str, Any],
-        known_step: int,
-    ) -> None:
+    config: TrackerConfig
+    mode: WandbMode
+    folder: Path
+    run_id: str
+    name: str
+    recipe: Mapping[str, Any]
+    known_step: int
+
+    def __post_init__(self) -> None:
         import wandb
 
-        folder.mkdir(parents=True, exist_ok=True)
-        for sentence in mend_files(folder, run_id):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for sentence in mend_files(self.folder, self.run_id):
             LOG.warning("%s", sentence)
-        self.stored_step = max(known_step, stored_step(folder, run_id))
-        self._folder = folder
-        self._id = run_id
-        self._is_online = mode == "online"
+        self.stored_step = max(self.known_step, stored_step(self.folder, self.run_id))
         logging.getLogger("asyncio").addFilter(_is_no_lost_connection)
         self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            tags=list(config.tags) or None,
-            mode="online" if self._is_online else "offline",
-            dir=str(folder),
-            id=run_id,
-            name=name,
+            project=self.config.project,
+            entity=self.config.entity,
+            tags=list(self.config.tags) or None,
+            mode=self.mode,
+            dir=str(self.folder),
+            id=self.run_id,
+            name=self.name,
             resume="allow",
-            config=dict(recipe),
+            config=dict(self.recipe),
             settings=wandb.Settings(silent=True, init_timeout=60),
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        if self._is_online:
+        if self.mode == "online":
             self.stored_step = self._run.starting_step - 1  # the server gives its next step
 
     def send(self, row: Mapping[str, Any], step: int) -> None:
@@ -306,17 +305,17 @@ class WandbSink:
         """Wait until all rows are stored; offline, wandb's process may still be writing when its ``finish`` returns."""
         self._run.summary.update(dict(summary))
         self._run.finish(exit_code=exit_code)
-        if self._is_online:
+        if self.mode == "online":
             return f"wandb: {self._run.url}"
         file, deadline = Path(self._run.settings.sync_file), time.monotonic() + WRITING_S
         while not has_ended(file):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"after {WRITING_S:g} s wandb had not written the end of {file}")
             time.sleep(0.005)
-        several = offline_files(self._folder, self._id)
-        pattern = f"{shlex.quote(str(self._folder / 'wandb'))}/offline-run-*-{self._id}*"
+        several = offline_files(self.folder, self.run_id)
+        pattern = f"{shlex.quote(str(self.folder / 'wandb'))}/offline-run-*-{self.run_id}*"
         command = shlex.quote(str(several[0].parent)) if len(several) == 1 else pattern
-        return f"wandb: offline, in {self._folder / 'wandb'}; to send it: wandb sync {command}"
+        return f"wandb: offline, in {self.folder / 'wandb'}; to send it: wandb sync {command}"
 
     def abandon(self) -> None:
         """End wandb's process; if it is gone, each of these calls raises, which wandb would otherwise print at exit."""
@@ -367,7 +366,7 @@ def open_tracker(
     run_id = run_id or stored.get("run_id") or uuid.uuid4().hex[:8]
     mode = config.mode if config.mode != "auto" else choose_wandb_mode(environ)
     sink = WandbSink(
-        config,
+        config=config,
         mode=mode,
         folder=folder.path,
         run_id=run_id,
@@ -389,10 +388,10 @@ def complete_tracker(
     return start_tracker(world, recipe, folder, manifest, run_id=None, environ=environ).finish(summary, 0)
 
 
-def choose_wandb_mode(environ: Mapping[str, str]) -> str:
+def choose_wandb_mode(environ: Mapping[str, str]) -> WandbMode:
     """Return ``online`` if there is a key and wandb's server answers within two seconds, else ``offline``."""
-    if environ.get("WANDB_MODE") in ("online", "offline"):
-        return environ["WANDB_MODE"]
+    if (mode := environ.get("WANDB_MODE")) in ("online", "offline"):
+        return cast(WandbMode, mode)
     host, port = wandb_address(environ)
     return "online" if has_wandb_key(environ, host) and is_reachable(host, port) else "offline"
 

@@ -184,6 +184,7 @@ class Verdict:
     error: str = ""
 
 
+@dataclass(eq=False)
 class HeartbeatStore:
     """Exchanges heartbeats through the process group's store, in a thread; no method makes another thread wait.
 
@@ -194,16 +195,16 @@ class HeartbeatStore:
         interval_s: seconds between two heartbeats.
     """
 
-    def __init__(
-        self, store: "Store", heartbeat: Callable[[int], Heartbeat], *, rank: int, world_size: int, interval_s: float
-    ) -> None:
+    store: "Store"
+    heartbeat: Callable[[int], Heartbeat]
+    rank: int
+    world_size: int
+    interval_s: float
+
+    def __post_init__(self) -> None:
         # Commands on one connection wait for one another, and the main thread's command may be the one that hangs.
-        self._store = store.clone()
-        self._heartbeat = heartbeat
-        self._rank = rank
-        self._world_size = world_size
-        self._interval_s = interval_s
-        self._num_readings = max(MIN_READINGS, round(MIN_OBSERVATION_S / interval_s))
+        self._store = self.store.clone()
+        self._num_readings = max(MIN_READINGS, round(MIN_OBSERVATION_S / self.interval_s))
         self._serial = 0
         self._requested = threading.Event()
         self._wake = threading.Event()
@@ -216,7 +217,7 @@ class HeartbeatStore:
     @property
     def observation_s(self) -> float:
         """Return the seconds that it takes to find a rank silent."""
-        return self._num_readings * self._interval_s
+        return self._num_readings * self.interval_s
 
     @property
     def max_wait_s(self) -> float:
@@ -263,10 +264,10 @@ class HeartbeatStore:
 
     def _send(self) -> None:
         self._serial += 1
-        self._store.set(f"rank/{self._rank}", self._heartbeat(self._serial).to_json())
+        self._store.set(f"rank/{self.rank}", self.heartbeat(self._serial).to_json())
 
     def _wait(self) -> None:
-        self._wake.wait(self._interval_s)
+        self._wake.wait(self.interval_s)
         self._wake.clear()
 
     def _find_verdict(self) -> Verdict:
@@ -304,12 +305,12 @@ class HeartbeatStore:
             self._wait()
             self._send()
             after = self._read()
-            if self._closing or not silent_ranks(before, after, self._world_size):
+            if self._closing or not silent_ranks(before, after, self.world_size):
                 break
-        return find_hang(before, after, self._world_size)
+        return find_hang(before, after, self.world_size)
 
     def _read(self) -> Heartbeats:
-        keys = ((rank, f"rank/{rank}") for rank in range(self._world_size))
+        keys = ((rank, f"rank/{rank}") for rank in range(self.world_size))
         return {rank: Heartbeat.from_json(self._store.get(key)) for rank, key in keys if self._store.check([key])}
 
     def _count_exits(self, num_living: int, at_most_s: float) -> None:
