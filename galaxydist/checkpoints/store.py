@@ -12,7 +12,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -111,7 +111,7 @@ def read_checkpoint(
         path: folder of the checkpoint.
         groups: first parts of the names of the tensors to read; None: all tensors.
         make: allocates each tensor; for a DTensor only this rank's part is read.
-        verify: False if another rank has just verified all files (``check_files``).
+        verify: False if another rank has just verified all files (``verify_files``).
 
     Raises:
         DamagedCheckpointError: a file is missing, changed or unreadable; the message names it.
@@ -128,10 +128,11 @@ def read_checkpoint(
     return Checkpoint(content["step"], tensors, content["state"], path)
 
 
-def check_files(path: Path) -> None:
-    """Verify the SHA-256 of all files of a checkpoint folder; raises the errors of ``read_checkpoint``."""
+def verify_files(path: Path) -> Path:
+    """Verify the SHA-256 of all files of a checkpoint folder and return the folder; raises the errors of ``read_checkpoint``."""
     content = _read_supported_state(path)
     _verify(path, content, _file_names(content, None).values())
+    return path
 
 
 def _read_supported_state(path: Path) -> dict[str, Any]:
@@ -325,12 +326,7 @@ def newest_sound(checkpoints_dir: Path) -> Path | None:
     Raises:
         UserError: all checkpoints are damaged.
     """
-
-    def check(path: Path) -> Path:
-        check_files(path)
-        return path
-
-    return _first_sound(checkpoints_dir, check)
+    return _first_sound(checkpoints_dir, verify_files)
 
 
 def _first_sound(checkpoints_dir: Path, read: Callable[[Path], T]) -> T | None:
@@ -382,16 +378,10 @@ def best_path(checkpoints_dir: Path) -> Path | None:
     for path in list_checkpoints(checkpoints_dir):  # the process may have been killed before it wrote the pointer
         if best is not None and _parse(path)[1] <= _parse(best)[1]:
             break
-        if _was_saved_as_best(path):
-            return path
+        with suppress(DamagedCheckpointError):
+            if read_state(path).get("best"):
+                return path
     return best
-
-
-def _was_saved_as_best(path: Path) -> bool:
-    try:
-        return bool(read_state(path).get("best"))
-    except DamagedCheckpointError:
-        return False
 
 
 def _prune(checkpoints_dir: Path, newest: Path, keep: int) -> None:

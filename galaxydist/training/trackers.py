@@ -48,27 +48,18 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 TORN_DIR = "wandb-torn"
 
 
-def read_records(path: Path, block: int = 0) -> Iterator[tuple[int, Any]]:
-    """Yield the complete records of a file, each with its end position, up to the first damaged or incomplete one.
-
-    Args:
-        path: an offline file.
-        block: number of the block from which to read.
-    """
+def read_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the complete records of an offline file, each with its end position, up to the first damaged or incomplete one."""
     from wandb.proto import wandb_internal_pb2
 
-    with path.open("rb") as file:
-        file.seek(block * BLOCK_SIZE)
-        data = file.read()
-    for end, message in _read_messages(data, HEADER_SIZE if block == 0 else 0):
+    for end, message in _read_messages(path.read_bytes()):
         record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         record.ParseFromString(message)
-        yield block * BLOCK_SIZE + end, record
+        yield end, record
 
 
-def _read_messages(data: bytes, position: int) -> Iterator[tuple[int, bytes]]:
-    """Yield the complete messages from a position on, each with its end; skip the end of a message that began before."""
-    message, is_open, is_first = b"", False, True
+def _read_messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    message, is_open, position = b"", False, HEADER_SIZE
     while position + HEADER_SIZE <= len(data):
         left = BLOCK_SIZE - position % BLOCK_SIZE
         if left < HEADER_SIZE:  # too small for a fragment: filled with zeros
@@ -77,26 +68,19 @@ def _read_messages(data: bytes, position: int) -> Iterator[tuple[int, bytes]]:
         checksum, length, kind = struct.unpack_from("<IHB", data, position)
         content = data[position + HEADER_SIZE : position + HEADER_SIZE + length]
         is_sound = len(content) == length and zlib.crc32(content, zlib.crc32(bytes([kind]))) == checksum
-        if not is_sound or kind not in (WHOLE, FIRST, MIDDLE, LAST):
+        if not is_sound or is_open != (kind in (MIDDLE, LAST)):
             return
         position += HEADER_SIZE + length
-        if is_first and kind in (MIDDLE, LAST):
-            continue
-        is_first = False
-        if is_open != (kind in (MIDDLE, LAST)):
-            return
         message += content
-        is_open = kind in (FIRST, MIDDLE)
+        is_open = kind in (FIRST, MIDDLE)  # a first fragment at the end of a block may be empty
         if not is_open:
             yield position, message
             message = b""
 
 
 def has_ended(path: Path) -> bool:
-    """Return True if a file holds the record that wandb writes last, which ends in the last block."""
-    last_block = max(0, path.stat().st_size - 1) // BLOCK_SIZE
-    records = read_records(path, max(0, last_block - 1))
-    return any(record.WhichOneof("record_type") == "exit" for _, record in records)
+    """Return True if a file holds the record that wandb writes last."""
+    return any(record.WhichOneof("record_type") == "exit" for _, record in read_records(path))
 
 
 def read_history(path: Path) -> Counter[int]:
@@ -311,7 +295,7 @@ class WandbSink:
         while not has_ended(file):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"after {WRITING_S:g} s wandb had not written the end of {file}")
-            time.sleep(0.005)
+            time.sleep(0.02)
         several = offline_files(self.folder, self.run_id)
         pattern = f"{shlex.quote(str(self.folder / 'wandb'))}/offline-run-*-{self.run_id}*"
         command = shlex.quote(str(several[0].parent)) if len(several) == 1 else pattern
@@ -415,8 +399,6 @@ def has_wandb_key(environ: Mapping[str, str], host: str) -> bool:
 
 def is_reachable(host: str, port: int) -> bool:
     """Return True if a server accepts a connection within two seconds."""
-    try:
-        socket.create_connection((host, port), timeout=2).close()
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=2):
+        return True
+    return False
