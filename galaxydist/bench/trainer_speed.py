@@ -61,7 +61,7 @@ class BareLoop:
             images_BCHW = self.augment(batch.images_BHWC.to(self.device, non_blocking=True), batch.epoch, batch.positions_B)
             labels_B = batch.labels_B.to(self.device, non_blocking=True)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate.at(step)
+                group["lr"] = self.rate(step)
             self.optimizer.zero_grad()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_mixed):
                 loss = functional.cross_entropy(self.model(images_BCHW), labels_B, label_smoothing=self.label_smoothing)

@@ -1,15 +1,15 @@
-"""``galaxydist completion``: let a shell complete commands, options, recipes, clusters, keys and run folders.
+"""``galaxydist completion``: shell completion of commands, options, recipes, clusters, keys and run folders.
 
-argcomplete does the work: the shell calls galaxydist with ``_ARGCOMPLETE`` set, and the parser says what could come next.
+It uses argcomplete: the shell calls galaxydist with ``_ARGCOMPLETE`` set, and the parser answers with the possible words.
 """
 
 import argparse
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
-from galaxydist.cli.options import Commands
+from galaxydist.cli.options import Commands, add_command
 
-EPILOG = """switch it on, for this shell and for those to come:
+EPILOG = """to turn it on in this shell, and in all shells:
   eval "$(galaxydist completion bash)"
   echo 'eval "$(galaxydist completion bash)"' >> ~/.bashrc
   galaxydist completion fish > ~/.config/fish/completions/galaxydist.fish
@@ -18,39 +18,28 @@ EPILOG = """switch it on, for this shell and for those to come:
 
 def add_parser(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add_parser(
-        "completion",
-        help="shell completion",
-        description="Print the lines that let a shell complete commands, options, recipes, clusters, keys and run folders.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="bash|zsh|fish", help="the shell")
-    parser.set_defaults(run=run)
+    description = "Print the shell code that completes commands, options, recipes, clusters, keys and run folders."
+    parser = add_command(commands, "completion", run, "shell completion", description=description, epilog=EPILOG)
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="bash|zsh|fish", help="name of the shell")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the shell's code."""
+    """Print the shell code."""
     from argcomplete.shell_integration import shellcode
 
     print(shellcode(["galaxydist"], shell=arguments.shell))
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Answer the shell's question, and end the process."""
+    """Print the completions that the shell asks for, and end the process."""
     import argcomplete
-    from argcomplete.completers import BaseCompleter
 
-    class Completer(BaseCompleter):
-        def __call__(self, *, prefix: str, action: argparse.Action, **_: Any) -> list[str]:
-            return _complete_word(prefix, action)
-
-    argcomplete.autocomplete(parser, always_complete_options="long", default_completer=Completer(), append_space=False)
+    completer: Any = _complete_word
+    argcomplete.autocomplete(parser, always_complete_options="long", default_completer=completer, append_space=False)
 
 
-def _complete_word(prefix: str, action: argparse.Action) -> list[str]:
-    """Complete one word: settings where the command takes any, files elsewhere."""
+def _complete_word(prefix: str, action: argparse.Action, **_: Any) -> list[str]:
+    """Return the completions of one word: ``key=value`` for commands that take such arguments, else files."""
     from argcomplete.completers import FilesCompleter
 
     metavar = str(action.metavar or "")
@@ -61,21 +50,21 @@ def _complete_word(prefix: str, action: argparse.Action) -> list[str]:
 
 
 def _settings(prefix: str, *, with_cluster: bool) -> Iterator[str]:
-    """Words of the form ``key=value`` that could stand for the prefix: keys first, and values once the key is there."""
-    from galaxydist.recipe.fields import recipe_fields
+    """Yield ``key=`` for the beginning of a key, and ``key=value`` for a complete key."""
+    from galaxydist.recipe.fields import RECIPE
     from galaxydist.recipe.resolve import list_recipes
 
     key, equals, _ = prefix.partition("=")
     if not equals:
         yield from ("recipe=", *(["cluster="] if with_cluster else []))
-        yield from (f"{name}=" for name in recipe_fields() if name != "name")
+        yield from (f"{name}=" for name in RECIPE.fields if name != "name")
     elif key == "recipe":
         yield from (f"recipe={name}" for name in list_recipes())
     elif key == "cluster" and with_cluster:
         from galaxydist.cluster.profile import list_clusters
 
         yield from (f"cluster={name}" for name in list_clusters())
-    elif (field := recipe_fields().get(key)) is not None:
+    elif (field := RECIPE.fields.get(key)) is not None:
         choices: tuple[str, ...] = ("true", "false") if field.annotation is bool else ()
         if get_origin(field.annotation) is Literal:
             choices = tuple(map(str, get_args(field.annotation)))

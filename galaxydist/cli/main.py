@@ -1,47 +1,48 @@
-"""The ``galaxydist`` command: which commands there are, and how each way of ending becomes a message and an exit code.
+"""The ``galaxydist`` command: its subcommands, error messages and exit codes.
 
-Exit codes: 0 done, 2 bad input (one message, no traceback), 130 interrupted with Ctrl-C, 141 whoever read our output went away,
-those of a training run for ``train`` (see ``train.py``), 1 anything else. No command module imports a heavy library before its
+Exit codes: 0 finished, 2 bad input (one message, no traceback), 130 interrupted with Ctrl-C, 141 standard output was closed,
+those of a training run for ``train`` (see ``train.py``), 1 anything else. Command modules import heavy libraries only when their
 command runs, so that ``--help`` answers at once.
 """
 
 import argparse
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
-from galaxydist import __version__
 from galaxydist.atomic_files import NO_SPACE
 from galaxydist.cli import bench, cluster, completion, data, evaluate, jobs, recipes, train
-from galaxydist.cli.options import CommandParser
+from galaxydist.cli.options import CommandParser, HelpFormatter
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 from galaxydist.log import set_up_logging
+from galaxydist.version import __version__
 
-EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell counts it
-# A read-only file system; a file in the place of a folder, or the other way round.
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
+# A read-only file system, a file in place of a folder, or a folder in place of a file.
 NOT_WRITABLE = {errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 
 EPILOG = """examples:
-  galaxydist data simulate                   a simulated survey in Galaxy10's schema
-  galaxydist data fetch                      the real Galaxy10 DECaLS (2.5 GB)
-  galaxydist data shard                      shards of the real one, ready to train on
-  accelerate launch launch.py recipe=vit     train (key=value is a key of the recipe, see `galaxydist recipes vit`)
-  galaxydist evaluate runs/vit-0123abcd      judge a run on the test split
-  galaxydist report runs                     many runs: the results matrix as a page and as tables
+  galaxydist data simulate                   make a simulated survey in Galaxy10's schema
+  galaxydist data fetch                      download the real Galaxy10 DECaLS (2.5 GB)
+  galaxydist data shard                      write the real survey as shards, ready for training
+  accelerate launch launch.py recipe=vit     train (key=value changes a recipe key, see `galaxydist recipes vit`)
+  galaxydist evaluate runs/vit-0123abcd      evaluate a run on the test split
+  galaxydist report runs                     compare many runs: the results matrix as a page and as tables
 
-Data lies under --data-dir, else $GALAXYDIST_DATA, else the user's cache folder.
+Data is stored in --data-dir, else $GALAXYDIST_DATA, else the user's cache folder.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets ``run``, a function of the parsed arguments that may return an exit code."""
+    """Build the parser of all commands; each sets ``run``, a function of the parsed arguments that may return an exit code."""
     parser = CommandParser(
         "galaxydist",
-        description="Galaxy morphology at scale: data, training, evaluation.",
+        description="Distributed training for galaxy morphology: data, training, evaluation.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"galaxydist {__version__}")
@@ -73,11 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         set_up_process(os.environ)
         parser = build_parser()
-        if "_ARGCOMPLETE" in os.environ:  # the shell asks what could come next
+        if "_ARGCOMPLETE" in os.environ:  # a shell requests completions
             from galaxydist.cli.completion import complete
 
             complete(parser)
-        parsed = parser.parse_args(arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        parsed = parser.parse_args(words)
+        parsed.command = shlex.join(["galaxydist", *words])  # for the provenance of pages
         code: int | None = parsed.run(parsed)
         sys.stdout.flush()
     except UserError as error:
@@ -86,16 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("galaxydist: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more on its way out; give it a place to flush to.
+        # Python flushes stdout once more at exit, which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.errno in NO_SPACE:
-            return _fail(
-                f"no space left: {error.strerror} ({error.filename or 'while writing'}); free some and give the command again"
-            )
+            return _fail(f"no space left: {error.strerror} ({error.filename or 'while writing'}); free some and try again")
         if isinstance(error, PermissionError) or error.errno in NOT_WRITABLE:
-            return _fail(f"not allowed: {error.strerror} ({error.filename}); choose another place, for example with --data-dir")
+            return _fail(f"not allowed: {error.strerror} ({error.filename}); choose another folder, for example with --data-dir")
         raise
     return code or 0
 

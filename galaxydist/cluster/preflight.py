@@ -15,6 +15,7 @@ from galaxydist.models.weights import find_weights
 from galaxydist.paths import data_root, weights_dir
 from galaxydist.planner.limits import check_processes
 from galaxydist.recipe.resolve import ResolvedRecipe
+from galaxydist.recipe.rules import check_optimizer
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.training.resume import check_would_continue
@@ -91,6 +92,8 @@ def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Map
         raise UserError(f"model.weights={recipe.model.weights}: there is no such file on this machine")
     run_dir = build_request(resolved, ()).run_dir
     is_due = check_would_continue(RunFolder(run_dir), recipe, manifest)
+    if is_due:
+        check_optimizer(recipe.optim.name)
     if cluster.scheduler == "slurm":
         check_shared(run_dir, "run folder", "run.root=FOLDER or run.dir=FOLDER")
         if manifest.remote is None:

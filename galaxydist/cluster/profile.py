@@ -403,7 +403,7 @@ class ResolvedCluster:
 
 CLUSTERS = ConfigSpec(
     schema=Schema(ClusterConfig),
-    checks=CHECKS,
+    rules=CHECKS,
     error=ClusterError,
     argument="cluster",
     examples=("a100", "nodes: 2", "cluster.nodes=2"),

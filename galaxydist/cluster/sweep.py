@@ -347,7 +347,7 @@ def _resolve_cell(cell: GridPoint, arguments: Sequence[str], root: Path, folders
         values, meant = flatten(again), flatten(placed)
         key = next(key for key in meant if values[key] != meant[key])
         raise RecipeError([(resolved.origins[key], f"{key}={to_text(meant[key])}: cannot be written on a command line")])
-    return SweepRun(cell.label, run_dir.name, run_dir, replace(resolved, recipe=placed), texts)
+    return SweepRun(cell.label, run_dir.name, run_dir, replace(resolved, config=placed), texts)
 
 
 def _same_runs(trials: Sequence[SweepRun]) -> Iterator[str]:

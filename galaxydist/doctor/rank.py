@@ -28,6 +28,7 @@ from galaxydist.doctor.check import RankReport, Timing
 from galaxydist.doctor.machine import CheckTarget, check_machine
 from galaxydist.doctor.network import interface_address, machine_id, own_address
 from galaxydist.doctor.software import library_versions
+from galaxydist.errors import first_line
 from galaxydist.paths import data_root
 
 # Ranks exchange results through the rendezvous store only, so that they can report a broken backend.
@@ -152,7 +153,7 @@ def time_all_reduce(
         finally:
             dist.destroy_process_group()
     except RuntimeError as error:
-        return Timing(error=str(error).strip().splitlines()[0])
+        return Timing(error=first_line(error))
 
 
 def _time_group(link: RankChannel, device: torch.device, num_bytes: int) -> Timing:
@@ -352,7 +353,7 @@ def examine(examination: Examination, environ: Mapping[str, str]) -> RankReport:
             link.leave()
             report.write(folder, "done")
     except Exception as error:
-        report.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        report.error = f"{type(error).__name__}: {first_line(error)}"
         report.write(folder, report.part)
         traceback.print_exc()
         raise

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 
 from galaxydist.doctor.check import Check, failure, ok, warning
+from galaxydist.errors import first_line
 
 PACKAGE = "galaxydist"
 SMI_S = 20.0
@@ -120,7 +121,7 @@ def find_gpus(smi: str = "nvidia-smi") -> GpuFacts:
         try:
             torch.zeros(1, device="cuda")
         except (RuntimeError, AssertionError) as error:
-            problem = str(error).splitlines()[0]
+            problem = first_line(error)
     names = tuple(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())) if problem is None else ()
     driver, driver_problem = _ask_driver(smi)
     return GpuFacts(torch.version.cuda, names, problem, driver, driver_problem)
@@ -174,7 +175,7 @@ def check_matmul(device: str) -> Check:
     try:
         product = (left.to(device) @ right.to(device)).cpu()
     except (RuntimeError, AssertionError) as error:
-        text = str(error).splitlines()[0]
+        text = first_line(error)
         return failure(name, text, "free the GPU or take another; `nvidia-smi` names who uses it and its errors (dmesg: Xid)")
     if not torch.equal(product, left @ right):
         return failure(
@@ -185,7 +186,7 @@ def check_matmul(device: str) -> Check:
 
 def library_versions() -> dict[str, str]:
     """Return the versions that must be equal on all ranks: interpreter, libraries, CUDA, NCCL."""
-    from galaxydist import __version__
+    from galaxydist.version import __version__
 
     try:
         requirements = importlib.metadata.requires(PACKAGE) or []

@@ -23,6 +23,7 @@ from galaxydist.evaluation.predictions import NAMES, PredictionsInfo, RankFile, 
 from galaxydist.loading.augment import Augment
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch, EvalLoader
+from galaxydist.models.build import evaluation_mode
 from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest
@@ -233,14 +234,12 @@ def evaluate_split(
     Raises:
         UserError: a galaxy that cannot be read (an evaluation never counts fewer), or a full disk.
     """
-    was_training = model.training
-    model.eval()
     without = SubsetCounts(manifest.num_classes, ~apart_N, world.device) if apart_N is not None and apart_N.any() else None
     # A rank that cannot read a galaxy takes the others along: they would wait for its counts.
-    counts = world.run_on_all(
-        lambda: _count(world, model, manifest, split, augment=augment, recipe=recipe, beat=beat, without=without, part=part)
-    )
-    model.train(was_training)
+    with evaluation_mode(model):
+        counts = world.run_on_all(
+            lambda: _count(world, model, manifest, split, augment=augment, recipe=recipe, beat=beat, without=without, part=part)
+        )
     vectors = torch.stack([counts.vector(), *([without.counts.vector()] if without is not None else [])])
     total, *others = (Counts.from_vector(vector) for vector in world.all_reduce(vectors.to(world.device)))
     total.check(manifest.splits[split].num_samples, f"the {split} split of {manifest.location}")

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from galaxydist import __version__
 from galaxydist.atomic_files import explain_full_disk, whole_file
 from galaxydist.errors import UserError
+from galaxydist.version import __version__
 
 if TYPE_CHECKING:
     import pyarrow as pa

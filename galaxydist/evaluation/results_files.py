@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from galaxydist import __version__
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.errors import UserError
 from galaxydist.evaluation.metrics import ClassCurves, summarise
 from galaxydist.evaluation.predictions import PredictionsFile, predictions_path, read_predictions
 from galaxydist.evaluation.text_table import format_headline, format_notes, format_table, headline, title_of
 from galaxydist.runs.metrics_log import MetricsLog
+from galaxydist.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from galaxydist import __version__
 from galaxydist.atomic_files import read_json, replace_bytes, write_json
 from galaxydist.checkpoints import store
 from galaxydist.checkpoints.store import Checkpoint
@@ -36,6 +35,7 @@ from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.open import open_shards
+from galaxydist.version import __version__
 
 FORMAT_VERSION = 1
 # Image widths in pixels: the stored width, and the page's, the first with which all images fit into _PAGE_BYTES.

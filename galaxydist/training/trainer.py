@@ -47,7 +47,7 @@ from galaxydist.models.performance import (
 from galaxydist.paths import data_root, weights_dir
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.resolve import ResolvedRecipe
-from galaxydist.recipe.rules import check_strategy, check_world
+from galaxydist.recipe.rules import check_optimizer, check_strategy, check_world
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock
@@ -65,7 +65,7 @@ from galaxydist.training.loss import WeightedCrossEntropy, class_weights
 from galaxydist.training.metric_logger import MetricLogger, RunLength
 from galaxydist.training.micro_batch import choose_micro_batch, explained_out_of_memory, is_out_of_memory
 from galaxydist.training.mixup import Mixup, count_pair_parts, split_pairs, take
-from galaxydist.training.optimizer import LRSchedule, build_optimizer, find_optimizer
+from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
 from galaxydist.training.resume import EarlyStopping, OpenedFolder, open_run_folder
 from galaxydist.training.state import TrainState
@@ -109,7 +109,7 @@ def check_parts(recipe: Recipe, world: World) -> None:
     Raises:
         EveryRankError: on every rank the same.
     """
-    find_optimizer(recipe.optim.name)
+    check_optimizer(recipe.optim.name)
     check_strategy(recipe.train, world.precision)
     if Mixup(recipe.train, recipe.seed, recipe.data.image_size).is_on:
         check_world(recipe.train.batch_size, world.size)

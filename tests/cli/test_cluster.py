@@ -80,9 +80,9 @@ def test_show_one_resolved_with_origins(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["show", "mine", "cluster.ndoes=2"], "cluster.ndoes: no such key; did you mean cluster.nodes?"),
         (["show", "min"], "no such cluster profile; did you mean mine?"),
-        (["init", "a/b"], "is no name for a profile"),
-        (["init", "new.yaml"], "is no name for a profile"),
-        (["init", "mine"], "there is a slurm/clusters/mine.yaml already; take another name, or --overwrite"),
+        (["init", "a/b"], "is not a valid name of a profile"),
+        (["init", "new.yaml"], "is not a valid name of a profile"),
+        (["init", "mine"], "slurm/clusters/mine.yaml exists; choose another name, or --overwrite"),
     ],
 )
 def test_bad_input(arguments: list[str], text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ def test_the_batch_script_of_a_slurm_cluster(sweep: Path, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "2 trials would go to local, and nobody is there to ask: add --yes, or --dry-run"),
+        ([], "2 runs would go to local, and stdin is no terminal: add --yes, or --dry-run"),
         (["optim.lrr=1"], "optim.lrr: no such key; did you mean optim.lr? (all 2 trials)"),
         (["data.manifest=/nowhere/manifest.json"], "(all 2 trials)"),
         (["train.batch_size=100000"], "(all 2 trials)"),

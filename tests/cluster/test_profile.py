@@ -86,7 +86,7 @@ def test_all_problems_come_in_one_message_and_keys_are_named_as_they_were_writte
     assert list(caught.value.problems) == [
         ("command line", "'--fast' is not key=value (like cluster=a100 or cluster.nodes=2)"),
         ("command line", "cluster.nodes is given twice, 1 and 2; keep one"),
-        (f"{here}:4", "partition stands here again, first on line 3: keep one"),
+        (f"{here}:4", "partition is set again here, first on line 3: keep one"),
         (f"{here}:1", "ndoes: no such key; did you mean nodes?"),
         (f"{here}:2", "gpus_per_node=four: must be a whole number"),
         (f"{here}:5", "tasks_per_node=-1: must be at least 0"),

@@ -309,7 +309,7 @@ def test_predictions_that_cannot_be_judged_are_refused(tmp_path: Path, capsys: p
         (["a", "optim.lr=1"], "optim.lr cannot be changed"),
         (["a", "data.manifest=x", "data.variant=balanced"], "keep one"),
         (["a", "data.variant=other"], "there are original and balanced"),
-        (["a", "data.manifest=x", "--manifest", "y"], "both say which data"),
+        (["a", "data.manifest=x", "--manifest", "y"], "both name the data"),
         (["no-such-run"], "there is no such folder, nor runs/no-such-run"),
     ]
     for arguments, text in cases:

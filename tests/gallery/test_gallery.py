@@ -122,7 +122,7 @@ def test_wrong_inputs_say_what_to_do(
         "no predictions of the train split" in text and f"`galaxydist evaluate {shlex.quote(str(run_dir))} --split train`" in text
     )
     assert "no shards at" in fails([str(run_dir), "--manifest", str(tmp_path / "nowhere" / "manifest.json")], capsys)
-    assert "50 galaxies of a class at most" in fails([str(run_dir), "--per-class", "51"], capsys)
+    assert "at most 50 galaxies of each class" in fails([str(run_dir), "--per-class", "51"], capsys)
     assert "is a folder" in fails([str(run_dir), "-o", str(tmp_path)], capsys)
     assert "keep one" in fails([str(run_dir), "data.variant=balanced", "--manifest", "x"], capsys)
     assert "optim.lr cannot be changed" in fails([str(run_dir), "optim.lr=1"], capsys)
