@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from galaxydist.training.stop_signals import STOP_SIGNALS
+from galaxydist.job_environment import STOP_SIGNALS
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import nn
 
 from galaxydist.errors import EXIT_INTERRUPTED
+from galaxydist.job_environment import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 # A launcher may pass on the Ctrl-C that the terminal has sent to this process too: so soon after the first it is the same one.
 ECHO_S = 1.0
 # After the second Ctrl-C the process closes what it has open; then it ends, wherever it is.

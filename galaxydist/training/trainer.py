@@ -30,9 +30,9 @@ from galaxydist.loading.dataset import (
     mirror_warning,
     open_manifest,
 )
-from galaxydist.loading.decode import sample_name
+from galaxydist.loading.decode import sample_key
 from galaxydist.loading.device_prefetch import DevicePrefetcher
-from galaxydist.loading.loader import Batch, TrainLoader
+from galaxydist.loading.loader import Batch, DecodeOptions, RankInfo, TrainLoader
 from galaxydist.log import results
 from galaxydist.models.build import build_model, needs_two_images
 from galaxydist.models.param_groups import parameter_groups
@@ -210,7 +210,7 @@ def build_parts(
         stopping=EarlyStopping(config.metric, config.patience),
         skipped=UnreadableImages(recipe.data.on_error, recipe.data.max_errors),
         nonfinite=NonFiniteSteps(
-            config.on_nonfinite, config.max_nonfinite, folder, lambda sample: sample_name(manifest, "train", sample)
+            config.on_nonfinite, config.max_nonfinite, folder, lambda sample: sample_key(manifest, "train", sample)
         ),
         spikes=LossSpikes(config.spike_threshold),
         micro_batch=found,
@@ -440,10 +440,10 @@ class Trainer:
 
     def _judge(self, folder: RunFolder, manifest: Manifest) -> dict[str, Any] | None:
         """The evaluation on the run's own test split; those of eval.variants are written beside it."""
-        judge = Evaluator(self.world, folder, self.recipe, find_trained=lambda _: manifest)
-        metrics = judge.judge(manifest, "test")
+        evaluator = Evaluator(self.world, folder, self.recipe, find_training_shards=lambda _: manifest)
+        metrics = evaluator.evaluate(manifest, "test")
         for other in self._others:
-            judge.judge(other, "test")
+            evaluator.evaluate(other, "test")
         return metrics
 
     def _open_others(self, manifest: Manifest) -> list[Manifest]:
@@ -529,18 +529,11 @@ class Trainer:
             manifest,
             seed=self.recipe.seed,
             batch_size=self.recipe.train.batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
             num_streams=data.num_streams,
-            image_size=data.image_size,
-            crop=data.crop,
-            max_zoom=data.augment.zoom,
             balance=data.balance,
+            ranks=RankInfo(self.world.rank, self.world.size, self.world.ranks_on_node),
+            decode=DecodeOptions.of(data, threads=self.world.cores, pin=self.world.device.type == "cuda"),
             on_error="report",
-            threads=data.threads or self.world.cores,
-            ranks_on_node=self.world.ranks_on_node,
-            prefetch=data.prefetch,
-            pin=self.world.device.type == "cuda",
             start_step=start_step,
         )
 
