@@ -440,10 +440,10 @@ class Trainer:
 
     def _judge(self, folder: RunFolder, manifest: Manifest) -> dict[str, Any] | None:
         """The evaluation on the run's own test split; those of eval.variants are written beside it."""
-        judge = Evaluator(self.world, folder, self.recipe, find_trained=lambda _: manifest)
-        metrics = judge.judge(manifest, "test")
+        evaluator = Evaluator(self.world, folder, self.recipe, find_training_shards=lambda _: manifest)
+        metrics = evaluator.evaluate(manifest, "test")
         for other in self._others:
-            judge.judge(other, "test")
+            evaluator.evaluate(other, "test")
         return metrics
 
     def _open_others(self, manifest: Manifest) -> list[Manifest]:
