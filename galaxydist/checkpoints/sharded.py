@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from galaxydist.atomic_files import fsync_file
 from galaxydist.checkpoints import store, tensor_files
@@ -131,6 +131,13 @@ def load_sharded(checkpoints_dir: Path, *, make: tensor_files.TensorMaker, group
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor: the same memory."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Shard a whole tensor as ``like`` is, on its device, in its own dtype; nothing is sent, since every rank has the whole."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 class ShardedWriter(CheckpointWriter):

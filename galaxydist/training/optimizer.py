@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galaxydist.checkpoints.sharded import own_part
+from galaxydist.checkpoints.sharded import own_part, shard_like
 from galaxydist.errors import EveryRankError, UserError
 from galaxydist.recipe.schema import OptimConfig
-from galaxydist.training.fsdp import cut_like
 
 # Which optimizers there are: all that timm's factory knows, less those that cannot work here, each with the reason.
 
@@ -93,7 +92,7 @@ class LRSchedule:
     config: OptimConfig
     total_steps: int
 
-    def at(self, step: int) -> float:
+    def __call__(self, step: int) -> float:
         """The rate that update number ``step`` (from 0) uses."""
         config = self.config
         warmup_steps = round(config.warmup * self.total_steps)
@@ -275,4 +274,4 @@ class MovingAverage:
             KeyError: one is missing.
         """
         for name, average in self._tensors.items():
-            own_part(average).copy_(own_part(cut_like(state[name], average)))
+            own_part(average).copy_(own_part(shard_like(state[name], average)))

@@ -273,23 +273,23 @@ def test_the_state_of_other_groups_is_refused() -> None:
 
 def test_linear_schedule_falls_in_a_straight_line() -> None:
     rate = LRSchedule(OptimConfig(lr=1e-2, warmup=0.1, final=0.05, schedule="linear"), total_steps=200)
-    assert rate.at(20) == pytest.approx(1e-2) and rate.at(19) < 1e-2
-    assert rate.at(110) == pytest.approx(1e-2 * (1 + 0.05) / 2)
-    falls = [rate.at(step) - rate.at(step + 1) for step in range(20, 200)]
+    assert rate(20) == pytest.approx(1e-2) and rate(19) < 1e-2
+    assert rate(110) == pytest.approx(1e-2 * (1 + 0.05) / 2)
+    falls = [rate(step) - rate(step + 1) for step in range(20, 200)]
     assert falls == pytest.approx([1e-2 * 0.95 / 180] * 180)
-    assert rate.at(200) == rate.at(300) == pytest.approx(5e-4)
+    assert rate(200) == rate(300) == pytest.approx(5e-4)
 
 
 def test_step_schedule_falls_at_its_milestones() -> None:
     config = OptimConfig(lr=0.1, warmup=0.0, schedule="step", milestones=(0.5, 0.75), gamma=0.1)
     rate = LRSchedule(config, total_steps=100)
-    assert [rate.at(step) for step in (0, 49, 50, 74, 75, 99)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert [rate(step) for step in (0, 49, 50, 74, 75, 99)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
 def test_a_milestone_inside_the_warm_up_counts_after_it() -> None:
     config = OptimConfig(lr=0.1, warmup=0.2, schedule="step", milestones=(0.1, 0.5), gamma=0.5)
     rate = LRSchedule(config, total_steps=100)
-    assert [rate.at(step) for step in (19, 20, 50)] == pytest.approx([0.1 * 20 / 21, 0.05, 0.025])
+    assert [rate(step) for step in (19, 20, 50)] == pytest.approx([0.1 * 20 / 21, 0.05, 0.025])
 
 
 @given(
@@ -302,7 +302,7 @@ def test_every_schedule_stays_between_zero_and_its_peak_and_never_rises_after_th
     schedule: str, total: int, warmup: float, final: float
 ) -> None:
     config = OptimConfig.model_validate({"lr": 0.3, "schedule": schedule, "warmup": warmup, "final": final})
-    rates = [LRSchedule(config, total).at(step) for step in range(total + 1)]
+    rates = [LRSchedule(config, total)(step) for step in range(total + 1)]
     assert all(0 <= rate <= 0.3 * (1 + 1e-12) for rate in rates)
     fallen = rates[round(warmup * total) :]
     assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(fallen))
