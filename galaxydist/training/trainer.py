@@ -207,7 +207,7 @@ class Trainer:
     def open_run_folder(self) -> Iterator[None]:
         """Lock the run folder, and handle stop signals while it is open."""
         with contextlib.ExitStack() as stack:
-            self.stop = stack.enter_context(StopSignal(speaks=self.world.is_main))
+            self.stop = stack.enter_context(StopSignal(is_verbose=self.world.is_main))
 
             def lock() -> tuple[Path, dict[str, Any], bool]:
                 folder = RunFolder(run_path(self.recipe))
