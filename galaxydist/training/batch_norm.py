@@ -6,7 +6,7 @@ run continues with each process's own, so that the steps at which it was saved d
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,58 +32,37 @@ class HasBuffers(Protocol):
     def load_state_dict(self, state: Any, /) -> Any: ...
 
 
-@dataclass(frozen=True)
-class RankStatistics:
-    """The batch-norm statistics of all ranks.
+def gather_statistics(world: World, modules: Mapping[str, HasBuffers]) -> dict[str, Tensor]:
+    """Gather the batch-norm statistics of models, given by name. All ranks take part.
 
-    Args:
-        means: mean over the ranks, by model and name in its state dict; empty for one process.
-        rows: W x n float64, the concatenated statistics of each rank, by model.
+    Returns:
+        W x n float64 by name in a checkpoint: the concatenated statistics of each rank. Empty for one process.
     """
-
-    means: Mapping[str, Mapping[str, Tensor]]
-    rows: Mapping[str, Tensor]
-
-    @classmethod
-    def of(cls, world: World, modules: Mapping[str, HasBuffers]) -> Self:
-        """Gather the statistics of models, given by name. All ranks take part."""
-        means: dict[str, dict[str, Tensor]] = {}
-        rows: dict[str, Tensor] = {}
-        for name, module in modules.items():
-            buffers = statistics_of(module)
-            if world.size == 1 or not buffers:
-                continue
-            own = _flatten(buffers)
+    rows: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        if world.size > 1 and statistics_of(module):
+            own = _flatten(statistics_of(module))
             gathered = [torch.empty_like(own) for _ in range(world.size)]
             dist.all_gather(gathered, own)
-            rows[name] = torch.stack(gathered)
-            means[name] = {key: mean.to(buffers[key].dtype) for key, mean in _split(rows[name].mean(dim=0), buffers)}
-        return cls(means, rows)
+            rows[f"{GROUP}/{name}"] = torch.stack(gathered)
+    return rows
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the ranks' own statistics under their names in a checkpoint."""
-        return {f"{GROUP}/{name}": rows for name, rows in self.rows.items()}
 
-    @staticmethod
-    @torch.no_grad()
-    def restore(world: World, modules: Mapping[str, HasBuffers], tensors: Mapping[str, Tensor]) -> None:
-        """Copy this rank's own statistics into the models, if a checkpoint holds those of as many ranks."""
-        for name, module in modules.items():
-            rows_Wn = tensors.get(f"{GROUP}/{name}")
-            if rows_Wn is not None and len(rows_Wn) == world.size:
-                buffers = statistics_of(module)
-                for key, values in _split(rows_Wn[world.rank], buffers):
-                    buffers[key].copy_(values)
+@torch.no_grad()
+def restore_statistics(world: World, modules: Mapping[str, HasBuffers], tensors: Mapping[str, Tensor]) -> None:
+    """Copy this rank's own statistics into the models, if a checkpoint holds those of as many ranks."""
+    for name, module in modules.items():
+        rows_Wn = tensors.get(f"{GROUP}/{name}")
+        if rows_Wn is not None and len(rows_Wn) == world.size:
+            _copy(rows_Wn[world.rank], module)
 
 
 @torch.no_grad()
 def average_statistics(world: World, *models: HasBuffers) -> None:
     """Set the statistics of models to their mean over the ranks. All ranks take part."""
-    buffers = {f"{number}.{name}": b for number, model in enumerate(models) for name, b in statistics_of(model).items()}
-    if world.size == 1 or not buffers:
-        return
-    for key, mean in _split(world.all_reduce(_flatten(buffers)) / world.size, buffers):
-        buffers[key].copy_(mean)
+    for model in models:
+        if world.size > 1 and statistics_of(model):
+            _copy(world.all_reduce(_flatten(statistics_of(model))) / world.size, model)
 
 
 def statistics_of(model: HasBuffers) -> dict[str, Tensor]:
@@ -91,14 +70,21 @@ def statistics_of(model: HasBuffers) -> dict[str, Tensor]:
     return {name: b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in STATISTICS and b.is_floating_point()}
 
 
+def split_statistics(flat: Tensor, model: HasBuffers) -> dict[str, Tensor]:
+    """Split concatenated statistics of a model into tensors of the shapes of its own, by name."""
+    buffers = statistics_of(model)
+    parts = torch.split(flat, [buffer.numel() for buffer in buffers.values()])
+    return {name: part.view_as(buffer) for (name, buffer), part in zip(buffers.items(), parts, strict=True)}
+
+
 def _flatten(buffers: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([buffer.flatten().double() for buffer in buffers.values()])
 
 
-def _split(flat: Tensor, buffers: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parts of a flattened tensor with the names and shapes of the buffers."""
-    parts = torch.split(flat, [buffer.numel() for buffer in buffers.values()])
-    return ((name, part.view_as(buffer)) for (name, buffer), part in zip(buffers.items(), parts, strict=True))
+def _copy(flat: Tensor, model: HasBuffers) -> None:
+    buffers = statistics_of(model)
+    for name, values in split_statistics(flat, model).items():
+        buffers[name].copy_(values)
 
 
 class BatchNormBackup:

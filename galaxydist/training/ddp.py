@@ -37,11 +37,9 @@ class Strategy(Protocol):
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Return the logits of a micro-batch, computed in the precision of the run."""
-        ...
 
     def gradient_sync(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Return a context for a micro-batch; gradients are reduced over the ranks in the last one of a step only."""
-        ...
 
     def warm_up(self, images_BCHW: torch.Tensor) -> None:
         """Run passes that fix the order in which gradients are added, so that all later steps use one order.
@@ -51,18 +49,15 @@ class Strategy(Protocol):
         Args:
             images_BCHW: any images in the memory format and dtype of a step's.
         """
-        ...
 
     def eval_model(self) -> AbstractContextManager[nn.Module]:
         """Return a context with the model to evaluate, whole on every rank: the moving average if there is one.
 
         All ranks take part.
         """
-        ...
 
     def open_writer(self, checkpoints_dir: Path, *, background: bool, check: Callable[[], None]) -> CheckpointWriter:
         """Return this rank's writer of checkpoints; without ``is_collective`` only rank 0 may save with it."""
-        ...
 
     def load(self, checkpoints_dir: Path) -> Checkpoint | None:
         """Return the newest sound checkpoint, the same on all ranks; None if there is none. All ranks take part.
@@ -70,7 +65,6 @@ class Strategy(Protocol):
         Raises:
             UserError: on all ranks: no checkpoint is sound.
         """
-        ...
 
 
 class DDPStrategy:

@@ -8,7 +8,6 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -40,31 +39,6 @@ class RunLength:
         return step % self.steps_per_epoch == 0
 
 
-class RunningSums:
-    """Loss sums of the steps since the last line of metrics.jsonl.
-
-    They are part of the training state, so that a line is the same after a restart.
-    """
-
-    def __init__(self) -> None:
-        self.sums = LossSums()
-
-    def add(self, sums: LossSums) -> None:
-        self.sums += sums
-
-    def clear(self) -> None:
-        self.sums = LossSums()
-
-    def metrics(self) -> dict[str, float]:
-        return {"train/loss": self.sums.loss, "train/accuracy": self.sums.accuracy}
-
-    def state_dict(self) -> dict[str, Any]:
-        return vars(self.sums)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums = LossSums(**state)
-
-
 @dataclass
 class MetricLogger:
     """Writes the metrics on rank 0. A context manager: the progress bar is closed at the end.
@@ -85,7 +59,7 @@ class MetricLogger:
     folder: RunFolder
     tracker: Tracker
     length: RunLength
-    sums: RunningSums
+    sums: LossSums
     timer: StepTimer
     utilisation: Utilisation
     first_step: int
@@ -132,10 +106,10 @@ class MetricLogger:
         is_due = step % self.log_every == 0 or self.length.ends_epoch(step)
         if is_due:
             self._measure()
-            self._last = {**self.sums.metrics(), "train/lr": rate, **counters}
+            self._last = {"train/loss": self.sums.loss, "train/accuracy": self.sums.accuracy, "train/lr": rate, **counters}
             self.record(step, self._last, self._timing)
             self._show(step)
-            self.sums.clear()
+            self.sums.load_state_dict(LossSums().state_dict())
 
     def _measure(self) -> None:
         if self._timed_steps == 0:

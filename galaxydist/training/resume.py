@@ -17,7 +17,6 @@ from galaxydist.runs.lock import RunLock
 from galaxydist.shards.manifest import Manifest
 
 if TYPE_CHECKING:  # torch, which a login node need not load
-    from galaxydist.checkpoints.store import Checkpoint
     from galaxydist.distributed import World
 
 
@@ -33,6 +32,7 @@ def lock_run_folder(
     Raises:
         UserError: the folder is in use, cannot be written, or belongs to another run.
     """
+    recipe = resolved.recipe
     folder.create()
     lock = RunLock(
         folder.lock_path,
@@ -45,9 +45,20 @@ def lock_run_folder(
     )
     lock.acquire()
     try:
-        newest = _continue(folder, resolved, manifest)
+        from galaxydist.checkpoints import store
+
+        newest = store.load(folder.checkpoints_dir, groups=())
         state = newest.state if newest is not None else None
-        is_finished = _is_finished(folder, resolved.recipe, manifest, state)
+        _check_same_run(folder, recipe, manifest, state)
+        folder.continue_recipe(
+            flatten(recipe),
+            resolved.origins,
+            result_keys=result_fields(recipe).keys(),
+            defaults=later_defaults(),
+            force=recipe.resume.force,
+            step=newest.step if newest is not None else 0,
+        )
+        is_finished = _is_finished(folder, recipe, manifest, state)
         if not is_finished:
             folder.result_path.unlink(missing_ok=True)
         return lock, state["progress"] if state is not None else {}, is_finished
@@ -56,31 +67,17 @@ def lock_run_folder(
         raise
 
 
-def check_continues(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> "Checkpoint | None":
-    """Check that a run folder was started with this recipe and these shards, without changing it.
-
-    Returns:
-        The newest checkpoint, without its tensors; None if there is none.
-
-    Raises:
-        UserError: other shards or another recipe, with the differences; or changes (``resume.force``) without effect, since no
-            step is left.
-    """
-    from galaxydist.checkpoints import store
-
-    newest = store.load(folder.checkpoints_dir, groups=())
-    _check_same_run(folder, recipe, manifest, None if newest is None else newest.state)
-    return newest
-
-
 def check_would_continue(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> bool:
-    """Check the same before a submission, quickly and without reading the checkpoints' tensors.
+    """Check before a submission that a run folder was started with this recipe and these shards, without changing it.
+
+    It reads no tensors of the checkpoints, and imports no torch.
 
     Returns:
         False if the run is finished, with no step left to train.
 
     Raises:
-        UserError: as for ``check_continues``.
+        UserError: other shards or another recipe, with the differences; or changes (``resume.force``) without effect, since no
+            step is left.
     """
     state = read_newest_state(folder.checkpoints_dir)
     _check_same_run(folder, recipe, manifest, state)
@@ -143,21 +140,6 @@ def _is_finished(folder: RunFolder, recipe: Recipe, manifest: Manifest, state: M
 
 def _steps_per_epoch(recipe: Recipe, manifest: Manifest) -> int:
     return manifest.splits["train"].num_samples // recipe.train.batch_size
-
-
-def _continue(folder: RunFolder, resolved: ResolvedRecipe, manifest: Manifest) -> "Checkpoint | None":
-    """Check the folder, write the present recipe into it, and return the newest checkpoint without its tensors."""
-    recipe = resolved.recipe
-    newest = check_continues(folder, recipe, manifest)
-    folder.continue_recipe(
-        flatten(recipe),
-        resolved.origins,
-        result_keys=result_fields(recipe).keys(),
-        defaults=later_defaults(),
-        force=recipe.resume.force,
-        step=newest.step if newest is not None else 0,
-    )
-    return newest
 
 
 @dataclass

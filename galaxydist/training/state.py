@@ -15,11 +15,11 @@ from galaxydist.checkpoints.sharded import shard_like
 from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
-from galaxydist.training.batch_norm import HasBuffers, RankStatistics
+from galaxydist.training.batch_norm import GROUP, HasBuffers, gather_statistics, restore_statistics, split_statistics
 from galaxydist.training.health.anomalies import LossSpikes, NonFiniteSteps, UnreadableImages
-from galaxydist.training.metric_logger import RunningSums
 from galaxydist.training.optimizer import load_optimizer_state
 from galaxydist.training.resume import EarlyStopping
+from galaxydist.training.step_sync import LossSums
 
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "galaxydist")
 
@@ -133,7 +133,7 @@ class TrainState:
     skipped: UnreadableImages
     nonfinite: NonFiniteSteps
     spikes: LossSpikes
-    window: RunningSums = field(default_factory=RunningSums)
+    window: LossSums = field(default_factory=LossSums)
     micro_batch: dict[str, Any] = field(default_factory=dict)
     threads: dict[str, int] = field(default_factory=dict)
     step: int = 0
@@ -144,11 +144,14 @@ class TrainState:
 
         The batch-norm statistics of the models are the means over the ranks; the ranks' own are saved beside them.
         """
-        statistics = RankStatistics.of(world, self.modules())
+        rows = gather_statistics(world, self.modules())
         tensors: dict[str, Tensor] = {}
         described: dict[str, Any] = {}
         for name, state in self._state_dicts().items():
-            found, described[name] = flatten_state(name, {**state, **statistics.means.get(name, {})})
+            if (rows_Wn := rows.get(f"{GROUP}/{name}")) is not None:
+                means = split_statistics(rows_Wn.mean(dim=0), self.modules()[name])
+                state |= {key: mean.to(state[key].dtype) for key, mean in means.items()}
+            found, described[name] = flatten_state(name, state)
             tensors |= found
         progress = {
             "step": self.step,
@@ -157,7 +160,7 @@ class TrainState:
             "threads": self.threads,
             **{name: part.state_dict() for name, part in self._progress().items()},
         }
-        return tensors | statistics.tensors(), {"progress": progress, "described": described, "versions": library_versions()}
+        return tensors | rows, {"progress": progress, "described": described, "versions": library_versions()}
 
     def from_checkpoint(self, world: World, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Restore the state of ``to_checkpoint``.
@@ -182,7 +185,7 @@ class TrainState:
                 f"The checkpoint's weights are not this model's ({str(error).strip().splitlines()[-1].strip()}). "
                 "Continue with the model that it was made with, or give another run.dir."
             ) from error
-        RankStatistics.restore(world, self.modules(), tensors)
+        restore_statistics(world, self.modules(), tensors)
         numbered = numbered_optimizer_state(self.model, self.optimizer, loaded["optimizer"])
         load_optimizer_state(self.optimizer, numbered)
         if self.scaler is not None:

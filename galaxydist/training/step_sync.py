@@ -6,7 +6,8 @@ step without waiting for the others. ``StepGates`` handles a signal within a lon
 
 import math
 from collections import deque
-from dataclasses import astuple, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ import torch.distributed as dist
 from galaxydist.training.stop_signals import STOP_SIGNALS
 
 
-@dataclass(frozen=True)
+@dataclass
 class LossSums:
-    """Sums of a step over all ranks and micro-batches; ``loss`` and ``accuracy`` divide them once (nan without samples)."""
+    """Sums of steps over all ranks and micro-batches; ``loss`` and ``accuracy`` divide them once (nan without samples).
+
+    The sums since the last line of metrics.jsonl are part of the training state, so that a line is the same after a restart.
+    """
 
     numerator: float = 0.0
     weight: float = 0.0
@@ -32,8 +36,14 @@ class LossSums:
     def accuracy(self) -> float:
         return self.correct / self.count if self.count > 0 else math.nan
 
-    def __add__(self, other: "LossSums") -> "LossSums":
-        return LossSums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def add(self, other: "LossSums") -> None:
+        self.load_state_dict({name: value + getattr(other, name) for name, value in vars(self).items()})
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        vars(self).update(state)
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ class StepResult:
     step: int
     flags: RankFlags = field(default_factory=RankFlags)
     is_nonfinite: bool = False
-    sums: LossSums = LossSums()
+    sums: LossSums = field(default_factory=LossSums)
 
 
 class StepSync:

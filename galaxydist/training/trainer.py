@@ -18,7 +18,6 @@ from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
 from galaxydist.evaluation.inference import evaluate_split
 from galaxydist.evaluation.leakage import check_before_training
 from galaxydist.job_environment import start_of
-from galaxydist.loading.augment import Augment
 from galaxydist.loading.dataset import (
     TrainingData,
     build_augment,
@@ -48,13 +47,12 @@ from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.rules import check_strategy, check_world, is_mixing
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock
-from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
 from galaxydist.training.announcement import describe_end, describe_run, describe_time
 from galaxydist.training.batch_norm import average_statistics, synchronise_batch_norm
 from galaxydist.training.checkpointer import Checkpointer, SaveSchedule, SaveTimer
-from galaxydist.training.ddp import DDPStrategy, Strategy
+from galaxydist.training.ddp import DDPStrategy
 from galaxydist.training.fsdp import FSDPStrategy
 from galaxydist.training.health.anomalies import LossSpikes, NonFiniteSteps, UnreadableImages
 from galaxydist.training.health.watchdog import Watchdog, build_watchdog, collective_timeout
@@ -69,8 +67,8 @@ from galaxydist.training.resume import EarlyStopping, lock_run_folder
 from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
 from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name
-from galaxydist.training.throughput import StepTimer, Utilisation, build_utilisation
-from galaxydist.training.trackers import Tracker, complete_tracker, start_tracker
+from galaxydist.training.throughput import StepTimer, build_utilisation
+from galaxydist.training.trackers import complete_tracker, start_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -123,21 +121,6 @@ class Trainer:
         checkpointer: saves ``state``.
         tracker: the run's tracker, on rank 0.
     """
-
-    manifest: Manifest
-    other_manifests: list[Manifest]
-    model: nn.Module
-    run_folder: RunFolder
-    stop: StopSignal
-    is_finished: bool
-    length: RunLength
-    strategy: Strategy
-    augment: Augment
-    utilisation: Utilisation
-    state: TrainState
-    step: TrainStep
-    checkpointer: Checkpointer
-    tracker: Tracker
 
     def __init__(self, resolved: ResolvedRecipe, world: World, environ: MutableMapping[str, str]) -> None:
         self.resolved, self.recipe = resolved, resolved.recipe
@@ -348,16 +331,13 @@ class Trainer:
         if found is not None:
             self.world.run_on_all(lambda: self.state.from_checkpoint(self.world, found.tensors, found.state))
             logger.info("continuing %s from step %d", self.run_folder, self.state.step)
-        self.world.run_on_main(self._cut_back)
+        for log in (self.run_folder.metrics, self.run_folder.timing):
+            self.world.run_on_main(partial(log.cut_back, self.state.step))
         if self.state.step == 0:
             logger.info("%s", describe_run(self.resolved, self.manifest, self.run_folder, self.model, self.length))
             estimate = describe_time(self.world, self.resolved, self.model, self.length, self.step.micro_batch)
             if estimate is not None:
                 logger.info("%s", estimate)
-
-    def _cut_back(self) -> None:
-        for log in (self.run_folder.metrics, self.run_folder.timing):
-            log.cut_back(self.state.step)
 
     @contextlib.contextmanager
     def open_tracker(self) -> Iterator[None]:
