@@ -118,7 +118,7 @@ def figures(outputs: dict[str, list[NotebookNode]]) -> dict[str, set[str]]:
 
 
 def printed(outputs: list[NotebookNode]) -> str:
-    return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
 def named_files(name: str) -> set[str]:
