@@ -125,8 +125,12 @@ class MetricLogger:
         """
         if not self.world.is_main or self._error is not None:
             return
+        values = {"epoch": step / self.length.steps_per_epoch, **metrics}
         try:
-            self._write(step, metrics, timing)
+            self.folder.metrics.append(step, values)
+            if timing:
+                self.folder.timing.append(step, timing)
+            self.tracker.log({**values, **(timing or {})}, step)
         except (UserError, OSError) as error:
             self._error = error
 
@@ -142,13 +146,6 @@ class MetricLogger:
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
-
-    def _write(self, step: int, metrics: Mapping[str, float | None], timing: Mapping[str, float] | None) -> None:
-        epoch = step / self.length.steps_per_epoch
-        self.folder.metrics.append(step, {"epoch": epoch, **metrics})
-        if timing:
-            self.folder.timing.append(step, timing)
-        self.tracker.log({"epoch": epoch, **metrics, **(timing or {})}, step)
 
     def epoch_done(self, step: int, validation: Mapping[str, float | None]) -> None:
         """Log one line about an epoch."""

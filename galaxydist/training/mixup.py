@@ -51,6 +51,12 @@ def take(values: Tensor, part: Part) -> Tensor:
     return part.rows(values) if isinstance(part, PairSlice) else values[part]
 
 
+def split_evenly(length: int, num_parts: int) -> list[slice]:
+    """Return ``num_parts`` slices of 0 ... length-1 whose sizes differ by at most one."""
+    edges = [length * part // num_parts for part in range(num_parts + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
 def split_pairs(length: int, num_parts: int) -> list[PairSlice]:
     """Split a rank's batch of ``length`` rows into ``num_parts`` parts of whole pairs, which differ by at most one pair.
 
@@ -60,8 +66,7 @@ def split_pairs(length: int, num_parts: int) -> list[PairSlice]:
     num_pairs = length // 2
     if length % 2 or not 1 <= num_parts <= num_pairs:
         raise ValueError(f"{length} galaxies cannot be cut into {num_parts} parts of whole pairs")
-    edges = [num_pairs * part // num_parts for part in range(num_parts + 1)]
-    return [PairSlice(start, stop, num_pairs) for start, stop in itertools.pairwise(edges)]
+    return [PairSlice(part.start, part.stop, num_pairs) for part in split_evenly(num_pairs, num_parts)]
 
 
 def count_pair_parts(batch_size: int, world_size: int, micro_batch: int) -> int:

@@ -1,6 +1,5 @@
 """One optimizer step over a global batch, on any number of processes and in any number of micro-batches."""
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ from galaxydist.recipe.schema import Recipe, TrainConfig
 from galaxydist.training.batch_norm import BatchNormBackup
 from galaxydist.training.ddp import Strategy
 from galaxydist.training.loss import LossTargets, WeightedCrossEntropy
-from galaxydist.training.mixup import MixedBatch, Mixup, Part, count_pair_parts, split_pairs, take
+from galaxydist.training.mixup import MixedBatch, Mixup, Part, count_pair_parts, split_evenly, split_pairs, take
 from galaxydist.training.optimizer import LRSchedule, set_learning_rate
 from galaxydist.training.stop_signals import StepAbandoned, StepGates
 from galaxydist.training.throughput import StepTimer
@@ -232,12 +231,6 @@ def count_micro_batches(batch_size: int, world_size: int, micro_batch: int) -> i
         return 1
     largest = -(-batch_size // world_size)
     return min(-(-largest // micro_batch), batch_size // world_size)
-
-
-def split_evenly(length: int, num_parts: int) -> Sequence[slice]:
-    """Return ``num_parts`` slices of 0 ... length-1 whose sizes differ by at most one."""
-    edges = [length * part // num_parts for part in range(num_parts + 1)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def split_batch(config: TrainConfig, world_size: int, micro_batch: int, length: int, *, in_pairs: bool) -> Sequence[Part]:

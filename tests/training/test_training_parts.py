@@ -16,9 +16,10 @@ from galaxydist.errors import UserError
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import OptimConfig
 from galaxydist.training.loss import WeightedCrossEntropy, class_weights
+from galaxydist.training.mixup import split_evenly
 from galaxydist.training.optimizer import LRSchedule
 from galaxydist.training.resume import EarlyStopping
-from galaxydist.training.step import count_micro_batches, example_images, split_evenly
+from galaxydist.training.step import count_micro_batches, example_images
 
 
 def test_summed_parts_give_torchs_weighted_mean() -> None:
