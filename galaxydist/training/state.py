@@ -56,10 +56,8 @@ def numbered_optimizer_state(model: nn.Module, optimizer: Any, state: Mapping[st
     """
     names = _names(model, optimizer)
     saved = [name for group in state["param_groups"] for name in group["params"]]
-    if all(isinstance(number, int) for number in saved):
-        saved_names: dict[Any, str] = dict(names)
-    else:
-        saved_names = {name: name for name in saved}
+    has_numbers = all(isinstance(number, int) for number in saved)
+    saved_names: dict[Any, str] = names if has_numbers else {name: name for name in saved}
     if set(saved_names.values()) != set(names.values()) or set(saved) != set(saved_names):
         different = sorted(set(saved_names.values()) ^ set(names.values())) or ["their number"]
         raise UserError(

@@ -6,9 +6,8 @@ step without waiting for the others. ``StepGates`` handles a signal within a lon
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,7 +92,7 @@ class StepSync:
     def __init__(self, world_size: int, device: torch.device) -> None:
         self._world_size = world_size
         self._device = device
-        self._posted: deque[_Posted] = deque()
+        self._posted: deque[tuple[int, torch.Tensor, Callable[[], object]]] = deque()
 
     def __len__(self) -> int:
         return len(self._posted)
@@ -111,46 +110,27 @@ class StepSync:
         flags_vector = torch.tensor(values, dtype=torch.float64, pin_memory=self._device.type == "cuda")
         vector = torch.cat([sums, flags_vector.to(self._device, non_blocking=True)])
         work = dist.all_reduce(vector, async_op=True) if self._world_size > 1 else None
-        self._posted.append(_Posted(step, vector, work))
+        wait: Callable[[], object] = work.wait if work is not None else lambda: None
+        if self._device.type == "cuda":
+            wait()  # the stream waits, not the host
+            # The result is copied to the host at once, so that reading it does not wait for later steps.
+            on_host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+            vector, wait = on_host, copied.synchronize
+        self._posted.append((step, vector, wait))
 
     def read(self) -> StepResult:
         """Return the result of the oldest step that has not been read."""
-        posted = self._posted.popleft()
-        numerator, weight, correct, count, nonfinite, *flags = posted.read()
+        step, vector, wait = self._posted.popleft()
+        wait()
+        numerator, weight, correct, count, nonfinite, *flags = vector.tolist()
         *signals, save_due, failed, num_unreadable, long = flags
         stop_signal = next((number for number, ranks in zip(STOP_SIGNALS, signals, strict=True) if ranks), 0)
         is_nonfinite = nonfinite != 0.0  # true for nan too
         return StepResult(
-            posted.step,
+            step,
             RankFlags(int(stop_signal), save_due > 0, failed > 0, int(num_unreadable), long > 0),
             is_nonfinite,
             LossSums() if is_nonfinite else LossSums(numerator, weight, correct, count),
         )
-
-
-class _Posted:
-    """A vector in an asynchronous reduction.
-
-    On a GPU the result is copied to the host at once, so that reading it does not wait for later steps.
-    """
-
-    def __init__(self, step: int, vector: torch.Tensor, work: Any) -> None:
-        self.step = step
-        self._work = work
-        self._copied: Any = None
-        self._values = vector
-        if vector.device.type == "cuda":
-            if work is not None:
-                work.wait()  # the stream waits, not the host
-            self._values = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
-            self._values.copy_(vector, non_blocking=True)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
-
-    def read(self) -> list[float]:
-        if self._copied is not None:
-            self._copied.synchronize()
-        elif self._work is not None:
-            self._work.wait()
-        values: list[float] = self._values.tolist()
-        return values
