@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.evaluation.evaluator import evaluate_run
+from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.shards.manifest import Manifest
@@ -193,8 +193,8 @@ def measure_transfer(
             raise UserError(f"stopped; the same command continues with {run_dir}")
         evaluations = {
             "simulated": evaluate_run(run_dir, "test", environ),
-            "tuning": evaluate_run(run_dir, "train", environ, manifest_path=real.path),
-            "held_out": evaluate_run(run_dir, "test", environ, manifest_path=real.path),
+            "tuning": evaluate_run(run_dir, "train", environ, EvaluationData(real.path)),
+            "held_out": evaluate_run(run_dir, "test", environ, EvaluationData(real.path)),
         }
         for name, evaluation in evaluations.items():
             found[name].append(evaluation["balanced_accuracy"])

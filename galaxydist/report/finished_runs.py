@@ -18,7 +18,7 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.predictions import predictions_path
 from galaxydist.evaluation.results_files import read_evaluation, stem_of
 from galaxydist.galaxy import VARIANTS, Variant
-from galaxydist.recipe.fields import recipe_fields
+from galaxydist.recipe.fields import RECIPE
 from galaxydist.report.published_results import TrainTest
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 
@@ -318,7 +318,7 @@ def _unseen(content: Mapping[str, Any]) -> WithoutValidation | None:
 
 def _settings(recipe: Mapping[str, Any]) -> str:
     """Return a hash of the recipe keys that affect results, except those in ``COLUMNS``."""
-    fields = recipe_fields()
+    fields = RECIPE.fields
     kept = {
         key: value for key, value in recipe.items() if key not in COLUMNS and not (key in fields and fields[key].kind == "run")
     }

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from galaxydist.errors import UserError
+from galaxydist.errors import UserError, first_line
 from galaxydist.report.finished_runs import FinishedRun
 from galaxydist.report.published_results import PublishedResult
 
@@ -297,7 +297,7 @@ def read_outcomes(path: Path) -> Outcomes:
         logits_NK = scores.reshape(table.num_rows, -1) if table.num_rows else np.empty((0, 1))
         ids, labels = columns["id"].to_pylist(), columns["label"].to_numpy(zero_copy_only=False)
     except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{path} cannot be read as predictions ({reason}). Make it again with `galaxydist evaluate RUN`."
         ) from error

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from galaxydist.evaluation.text_table import readable
-from galaxydist.recipe.fields import recipe_fields
+from galaxydist.recipe.fields import RECIPE
 from galaxydist.report.claims import ClaimAnswer
 from galaxydist.report.collect import REGIMES, DatasetResults, ReportData
 from galaxydist.report.finished_runs import COLUMNS, SCORES, FinishedRun, Score
@@ -296,7 +296,7 @@ def ensemble_rows(found: DatasetResults) -> tuple[list[str], list[list[str]]]:
 
 def settings_of(found: DatasetResults) -> dict[str, str]:
     """Return label -> the recipe keys with their values that distinguish rows of the same model and recipe."""
-    fields = recipe_fields()
+    fields = RECIPE.fields
     groups: dict[tuple[str, str, str], dict[Row, dict[str, str]]] = {}
     for row in found.table.rows:
         if row.settings and (runs := found.runs_of(row)):

@@ -15,7 +15,7 @@ from galaxydist.distributed import World
 from galaxydist.errors import EveryRankError
 from galaxydist.loading.augment import Augment
 from galaxydist.loading.loader import Batch
-from galaxydist.models.build import needs_two_images
+from galaxydist.models.build import needs_two_images, set_train_mode
 from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import Recipe, TrainConfig
@@ -86,7 +86,7 @@ class TrainStep:
             StepAbandoned: on all ranks; nothing has changed.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        self.strategy.model.train()
+        set_train_mode(self.strategy.model)
         self.statistics.keep(is_needed=self.config.on_nonfinite == "skip" or not self.gates.is_open)
         try:
             with self.timer.part("forward_backward"), self.gates.step() as pass_gate:

@@ -13,7 +13,7 @@ from torch import nn
 
 from galaxydist.checkpoints import store
 from galaxydist.distributed import World, init_distributed, keep_threads, set_flight_recorder, shutdown_distributed
-from galaxydist.errors import NonfiniteError, OneRankFailedError, UserError
+from galaxydist.errors import NonfiniteError, OneRankFailedError, UserError, first_line
 from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
 from galaxydist.evaluation.inference import evaluate_split
 from galaxydist.evaluation.leakage import check_before_training
@@ -28,9 +28,9 @@ from galaxydist.loading.dataset import (
     mirror_warning,
     open_manifest,
 )
-from galaxydist.loading.decode import sample_name
+from galaxydist.loading.decode import sample_key
 from galaxydist.loading.device_prefetch import DevicePrefetcher
-from galaxydist.loading.loader import Batch, TrainLoader
+from galaxydist.loading.loader import Batch, DecodeOptions, RankInfo, TrainLoader
 from galaxydist.log import results
 from galaxydist.models.build import build_model
 from galaxydist.models.param_groups import parameter_groups
@@ -44,7 +44,7 @@ from galaxydist.models.performance import (
 from galaxydist.paths import data_root, weights_dir
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.resolve import ResolvedRecipe
-from galaxydist.recipe.rules import check_strategy, check_world, is_mixing
+from galaxydist.recipe.rules import check_optimizer, check_strategy, check_world, is_mixing
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.remote.open import open_shards
@@ -61,7 +61,7 @@ from galaxydist.training.loss import WeightedCrossEntropy, class_weights
 from galaxydist.training.metric_logger import MetricLogger, RunLength
 from galaxydist.training.micro_batch import choose_micro_batch, explained_out_of_memory, is_out_of_memory
 from galaxydist.training.mixup import Mixup
-from galaxydist.training.optimizer import LRSchedule, build_optimizer, find_optimizer
+from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
 from galaxydist.training.resume import EarlyStopping, lock_run_folder
 from galaxydist.training.state import TrainState
@@ -162,7 +162,7 @@ class Trainer:
         world.run_on_main(self._check_data)
         if warning := mirror_warning(self.manifest, recipe):
             logger.warning("%s", warning)
-        find_optimizer(recipe.optim.name)
+        check_optimizer(recipe.optim.name)
         check_strategy(recipe.train, world.precision)
         if is_mixing(recipe.train):
             check_world(recipe.train.batch_size, world.size)
@@ -294,7 +294,7 @@ class Trainer:
             stopping=EarlyStopping(config.metric, config.patience),
             skipped=UnreadableImages(recipe.data.on_error, recipe.data.max_errors),
             nonfinite=NonFiniteSteps(
-                config.on_nonfinite, config.max_nonfinite, self.run_folder, partial(sample_name, self.manifest, "train")
+                config.on_nonfinite, config.max_nonfinite, self.run_folder, partial(sample_key, self.manifest, "train")
             ),
             spikes=LossSpikes(config.spike_threshold),
             micro_batch=micro_batch,
@@ -366,7 +366,7 @@ class Trainer:
         kind: FailureKind = "nonfinite" if isinstance(error, NonfiniteError) else "crash"
         if isinstance(error, UserError):
             kind = "bad_input"
-        text = (str(error).splitlines() or [type(error).__name__])[0]
+        text = first_line(error)
         with contextlib.suppress(OSError, UserError):  # the disk may be what failed
             self.run_folder.write_failure(kind, self.state.step, text, start=start_of(self.environ))
 
@@ -403,18 +403,11 @@ class Trainer:
             self.manifest,
             seed=self.recipe.seed,
             batch_size=self.recipe.train.batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            ranks=RankInfo(self.world.rank, self.world.size, self.world.ranks_on_node),
+            decode=DecodeOptions.of(data, threads=self.world.cores, pin=self.world.device.type == "cuda"),
             num_streams=data.num_streams,
-            image_size=data.image_size,
-            crop=data.crop,
-            max_zoom=data.augment.zoom,
             balance=data.balance,
             on_error="report",
-            threads=data.threads or self.world.cores,
-            ranks_on_node=self.world.ranks_on_node,
-            prefetch=data.prefetch,
-            pin=self.world.device.type == "cuda",
             start_step=self.state.step,
         )
 
@@ -473,8 +466,8 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any] | None:
         """Evaluate the test splits of the run's shards and of ``eval.variants``, and return the metrics of the former."""
-        evaluator = Evaluator(self.world, self.run_folder, self.recipe, find_trained=lambda _: self.manifest)
-        metrics, *_ = [evaluator.judge(manifest, "test") for manifest in (self.manifest, *self.other_manifests)]
+        evaluator = Evaluator(self.world, self.run_folder, self.recipe, find_training_shards=lambda _: self.manifest)
+        metrics, *_ = [evaluator.evaluate(manifest, "test") for manifest in (self.manifest, *self.other_manifests)]
         return metrics
 
     def finish(self, metrics: dict[str, Any] | None) -> None:

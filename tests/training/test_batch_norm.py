@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from galaxydist.errors import EveryRankError
-from galaxydist.models.build import build_model, freeze_backbone
+from galaxydist.models.build import build_model, freeze_backbone, set_train_mode
 from galaxydist.models.performance import checkpoint_activations
 from galaxydist.recipe.schema import ModelConfig
 from galaxydist.training.batch_norm import SynchronisedNorm, synchronise_batch_norm
@@ -123,7 +123,8 @@ def try_frozen(mine: slice, num: int) -> dict[str, Tensor]:
     model = model_of("custom_cnn")
     freeze_backbone(model, ("head",))
     before = {name: value.clone() for name, value in model.named_buffers()}
-    model = synchronise_batch_norm(model).train()
+    model = synchronise_batch_norm(model)
+    set_train_mode(model)
     try_model(model, mine, num, 1)
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
     return {}
