@@ -21,9 +21,8 @@ from galaxydist.recipe.resolve import load_recipe
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_folder import FolderSurvey, open_image_folder
-from galaxydist.surveys.simulate import simulate_survey
 from galaxydist.surveys.simulate.population import plan_survey
-from galaxydist.surveys.simulate.survey import draw_rows
+from galaxydist.surveys.simulate.survey import draw_rows, simulate_survey
 from galaxydist.surveys.survey_sources import open_survey
 from galaxydist.training.trainer import train
 

@@ -13,7 +13,7 @@ from scipy import stats
 from torch.nn import functional
 
 from galaxydist.errors import EveryRankError
-from galaxydist.loading.loader import Batch, TrainLoader
+from galaxydist.loading.loader import Batch, DecodeOptions, RankInfo, TrainLoader
 from galaxydist.recipe.rules import check_world, is_mixing
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.shards.manifest import read_manifest
@@ -211,8 +211,8 @@ def test_readers_of_all_worlds_deal_the_pairs_that_are_mixed(blobs: Path) -> Non
     for world in (1, 2, 3, 4, 6):
         images: dict[int, torch.Tensor] = {}
         for rank in range(world):
-            common = {"seed": 1, "num_streams": 8, "threads": 1, "start_step": 4}
-            with TrainLoader(manifest, batch_size=24, rank=rank, world_size=world, **common) as reader:  # type: ignore[arg-type]
+            common = {"seed": 1, "num_streams": 8, "decode": DecodeOptions(threads=1), "start_step": 4}
+            with TrainLoader(manifest, batch_size=24, ranks=RankInfo(rank, world), **common) as reader:  # type: ignore[arg-type]
                 batch = next(reader)
             images_BCHW = batch.images_BHWC.permute(0, 3, 1, 2).double()
             for part in split_pairs(len(images_BCHW), 2):

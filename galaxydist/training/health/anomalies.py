@@ -53,7 +53,7 @@ class UnreadableImages:
                 too many.
         """
         mine = {
-            sample: (str(error), error.what if isinstance(error, ImageError) else None)
+            sample: (str(error), error.problem if isinstance(error, ImageError) else None)
             for sample, (found_at, error) in self._found.items()
             if found_at <= step
         }
