@@ -105,7 +105,7 @@ def fair_share(bound: Sequence[Collection[int]], number: int, quota: float) -> i
         number: the index of the process in ``bound``.
         quota: CPU quota of all processes together, in cores.
     """
-    shares = sum(1 / sum(core in theirs for theirs in bound) for core in bound[number])
+    shares = sum(1 / sum(core in cores for cores in bound) for core in bound[number])
     # Three floating-point thirds may sum to less than one, so a small value is added before rounding down.
     return max(1, math.floor(min(shares, math.ceil(quota) / len(bound) if math.isfinite(quota) else shares) + 1e-6))
 

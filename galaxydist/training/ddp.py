@@ -16,7 +16,7 @@ from galaxydist.checkpoints.store import Checkpoint
 from galaxydist.distributed import World
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.training.batch_norm import HasBuffers
-from galaxydist.training.micro_batch import thrown_away_loss, unchanged
+from galaxydist.training.micro_batch import dummy_loss, unchanged
 from galaxydist.training.optimizer import MovingAverage
 
 
@@ -101,7 +101,7 @@ class DDPStrategy:
             return
         with unchanged(self.model, self.world.device):
             for _ in range(2):  # the second forward pass rebuilds the buckets
-                torch.autograd.backward(thrown_away_loss(self.forward(images_BCHW)))
+                torch.autograd.backward(dummy_loss(self.forward(images_BCHW)))
 
     def eval_model(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.model if self._average is None else self._average)

@@ -22,7 +22,7 @@ from galaxydist.errors import (
     RunFailedError,
     UserError,
 )
-from galaxydist.job_environment import find_place
+from galaxydist.job_environment import find_rank
 from galaxydist.log import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def launch(
     set_up_logging()
     rank = 0  # also if the launcher's variables are wrong: each process that finds this logs it
     try:
-        rank = find_place(environ).rank
+        rank = find_rank(environ).rank
         set_up_logging(rank)
         from galaxydist.recipe.resolve import load_recipe  # not above: `galaxydist --help` imports this module
 

@@ -16,7 +16,7 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 
 from galaxydist.errors import UserError
-from galaxydist.job_environment import find_place
+from galaxydist.job_environment import find_rank
 from galaxydist.training.launch import launch
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def run_processes(arguments: Sequence[str], num_processes: int, environ: Mapping
     Raises:
         UserError: this process was itself started by a launcher, or has some of a launcher's variables.
     """
-    if (size := find_place(dict(environ)).size) > 1:
+    if (size := find_rank(dict(environ)).size) > 1:
         raise UserError(
             f"--processes {num_processes} was given inside of another launcher (WORLD_SIZE={size}). "
             "Leave out one of them: galaxydist train --processes N needs no launcher."

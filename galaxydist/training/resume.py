@@ -95,7 +95,7 @@ def _check_same_run(folder: RunFolder, recipe: Recipe, manifest: Manifest, state
     if folder.is_started:
         keys, force = result_fields(recipe).keys(), recipe.resume.force
         stored = {**later_defaults(), **folder.read_recipe().recipe}
-        compare_recipes(stored, flatten(recipe), result_keys=keys, force=force, place=str(folder))
+        compare_recipes(stored, flatten(recipe), result_keys=keys, force=force, name=str(folder))
     if state is not None:
         _check_length(folder, recipe, manifest, state)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from galaxydist.training.stop_signals import STOP_SIGNALS
+from galaxydist.job_environment import STOP_SIGNALS
 
 
 @dataclass

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import nn
 
 from galaxydist.errors import EXIT_INTERRUPTED
+from galaxydist.job_environment import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 # The terminal sends Ctrl-C to the launcher too, which may forward it: a second one within this time is the same one.
 ECHO_S = 1.0
 # Time in which the process may close its files after the second Ctrl-C.
