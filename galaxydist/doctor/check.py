@@ -6,7 +6,7 @@ Each rank writes its report as JSON after every part, so that the report of a ra
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import TypeAdapter
 
@@ -57,11 +57,6 @@ def has_failed(checks: Iterable[Check]) -> bool:
 def worst_first(checks: Iterable[Check]) -> list[Check]:
     """Sort checks by level, worst first; checks of one level keep their order."""
     return sorted(checks, key=lambda check: -LEVELS.index(check.level))
-
-
-def to_dicts(checks: Iterable[Check]) -> list[dict[str, Any]]:
-    """Convert checks to plain JSON values."""
-    return [asdict(check) for check in checks]
 
 
 def render(sections: Mapping[str, Iterable[Check]]) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,8 @@ def check_preemption(cluster: ClusterConfig, site: Site | None = None) -> list[C
     except UserError:
         return []
     found = [_check_partition(cluster, site, site.partitions[name]) for name in names]
-    if len(found) < 2:
-        return found
-    worst = worst_first(found)[0]
-    return [Check(NAME, worst.level, "\n".join(check.text for check in found), worst.remedy)]
+    # Of several partitions, the level and remedy of the worst.
+    return [replace(worst, text="\n".join(check.text for check in found)) for worst in worst_first(found)[:1]]
 
 
 def _check_partition(cluster: ClusterConfig, site: Site, partition: Partition) -> Check:

@@ -103,7 +103,7 @@ def check_data_root(root: Path, home: Path) -> Check:
         return failure(name, f"{root} cannot be made: {nearest} is not a folder", remedy)
     try:
         with _temporary_folder(nearest):
-            free = _free_bytes(nearest)
+            free = shutil.disk_usage(nearest).free
     except OSError as error:
         text = f"{root}: {nearest} cannot be written ({error.strerror})"
         if nearest == root.absolute() and any(root.iterdir()):
@@ -143,7 +143,7 @@ def check_scratch(path: Path, environ: Mapping[str, str]) -> Check:
         return failure("scratch", f"{path} is {str(folder)!r} there, which is not an absolute path", remedy)
     try:
         with _temporary_folder(folder):
-            free = _free_bytes(folder)
+            free = shutil.disk_usage(folder).free
     except OSError as error:
         return failure("scratch", f"{folder} cannot be written ({error.strerror})", remedy)
     text = f"{folder}: {free / 1e9:.1f} GB free"
@@ -170,7 +170,7 @@ def check_run_folders(folder: Path) -> list[Check]:
             ]
     except OSError as error:
         return [failure("run folders", f"{folder} cannot be written ({error.strerror})", remedy)]
-    space = f"{_free_bytes(folder) / 1e9:.1f} GB free ({file_system(folder) or 'unknown'})"
+    space = f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free ({file_system(folder) or 'unknown'})"
     return [ok("run folders", f"{folder.absolute()}: {space}"), *checks]
 
 
@@ -226,11 +226,6 @@ def _temporary_folder(parent: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free_bytes(folder: Path) -> int:
-    """Return the bytes of the folder's file system that are free for ordinary users."""
-    return shutil.disk_usage(folder).free
 
 
 def check_wandb(environ: Mapping[str, str]) -> Check:

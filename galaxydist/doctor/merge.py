@@ -3,7 +3,7 @@
 Equal results become one line; different ones are listed by host.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from galaxydist.doctor.check import Check, RankReport, Timing, describe_ranks, failure, ok, warning, worst_first
 from galaxydist.doctor.machine import is_loopback
@@ -168,14 +168,6 @@ def _check_backend(backend: str, reports: Sequence[RankReport]) -> Check:
     return ok(name, text)
 
 
-BETWEEN_RANKS: tuple[Callable[[Sequence[RankReport]], list[Check]], ...] = (
-    check_meeting,
-    check_clocks,
-    check_shared_files,
-    check_bandwidth,
-)
-
-
 def merge_reports(
     reports: Sequence[RankReport], num_tasks: int, gpus_per_node: int, *, in_container: bool = False
 ) -> list[Check]:
@@ -197,7 +189,7 @@ def merge_reports(
     if examined and gpus_per_node:
         checks.append(check_gpu_shares(examined, gpus_per_node))
     checks += [*check_addresses(reports), *check_signals(reports, in_container=in_container)]
-    together = [check for part in BETWEEN_RANKS for check in part(reports)]
+    together = [*check_meeting(reports), *check_clocks(reports), *check_shared_files(reports), *check_bandwidth(reports)]
     return [*checks, *(together if num_tasks > 1 else _of_one_rank(together))]
 
 
