@@ -12,6 +12,7 @@ from galaxydist.cli.jobs import find_folder
 from galaxydist.cli.options import Commands, add_command, add_data_dir, local_path, positive_int
 from galaxydist.errors import UserError
 from galaxydist.galaxy import VARIANTS, Variant
+from galaxydist.version import __version__
 
 if TYPE_CHECKING:
     from galaxydist.report.collect import ReportData
@@ -60,7 +61,6 @@ def run_report(arguments: argparse.Namespace) -> None:
     """Write the report, and print a summary."""
     from galaxydist.report.collect import collect
     from galaxydist.report.page import write_report
-    from galaxydist.version import __version__
 
     page: Path = arguments.page
     if page.is_dir():
