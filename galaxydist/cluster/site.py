@@ -2,12 +2,13 @@
 
 import grp
 import os
-import pwd
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+import psutil
 
 from galaxydist.cluster.profile import MIN_SIGNAL_S
 from galaxydist.cluster.slurm import SlurmUnavailableError, parse_duration, run_slurm
@@ -208,7 +209,7 @@ def read_site() -> Site:
     Raises:
         SlurmUnavailableError: there is no SLURM, or it does not answer.
     """
-    user = _user_name()
+    user = psutil.Process().username()  # the user id if it has no name, as in some containers
     outputs: dict[str, str] = {}
     for name, command in COMMANDS.items():
         try:
@@ -217,13 +218,6 @@ def read_site() -> Site:
             if name not in OPTIONAL:
                 raise
     return replace(parse_site(outputs), user=user, groups=_groups(user))
-
-
-def _user_name() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a user id without a name, as in some containers
-        return str(os.getuid())
 
 
 def _groups(user: str) -> tuple[str, ...] | None:
@@ -342,15 +336,15 @@ def _parse_associations(text: str, cluster: str | None) -> tuple[str | None, tup
 
 def _parse_qos(text: str) -> dict[str, Qos]:
     rows = [[column.strip() for column in line.split("|")] for line in text.splitlines()]
-    return {row[0]: _parse_one_qos(row) for row in rows if len(row) >= 3}
+    return {row[0]: _parse_one_qos(row) for row in rows if len(row) >= 6}
 
 
 def _parse_one_qos(row: Sequence[str]) -> Qos:
-    grace, mode, preempts = row[3:6] if len(row) >= 6 else ("", "", "")
+    name, limit, flags, grace, mode, preempts, *_ = row
     return Qos(
-        row[0],
-        parse_duration(row[1]),
-        _names(row[2]) or (),
+        name,
+        parse_duration(limit),
+        _names(flags) or (),
         grace_s=parse_duration(grace),
         preempt_mode=None if mode.lower() in ("", "cluster", "off") else mode.upper(),
         preempts=_names(preempts) or (),

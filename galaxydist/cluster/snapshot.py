@@ -13,8 +13,6 @@ from galaxydist.atomic_files import explain_full_disk, fsync_file, rename
 from galaxydist.paths import PACKAGE_DIR, shipped_dir
 from galaxydist.recipe.resolve import list_files
 
-LEFT_OUT = ("__pycache__",)
-
 
 def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
     """Copy the imported package, and the recipes that jobs will read, into a folder named by their hash.
@@ -63,7 +61,7 @@ def _write(files: Mapping[str, bytes], folder: Path, target: Path) -> None:
 def _files(recipe_paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
     """Yield name in the snapshot and source of every file, in a fixed order."""
     for path in sorted(PACKAGE_DIR.rglob("*")):
-        if path.is_file() and not set(path.parts) & set(LEFT_OUT):
+        if path.is_file() and "__pycache__" not in path.parts:
             yield str(Path("galaxydist") / path.relative_to(PACKAGE_DIR)), path
     shipped = list_files([shipped_dir("recipes")])
     for name, path in sorted({**shipped, **recipe_paths}.items()):

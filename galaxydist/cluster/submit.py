@@ -3,7 +3,6 @@
 It imports no torch: batch scripts use it to resubmit their runs.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -13,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -381,14 +380,14 @@ def ask_start(script: str, cluster_name: str) -> str:
     return " ".join(line.removeprefix("sbatch: ") for line in (done.stderr or done.stdout).splitlines())
 
 
-@contextlib.contextmanager
+@contextmanager
 def _end_unless_recorded(job_ids: Sequence[str], cluster: ClusterConfig) -> Iterator[None]:
     """Cancel jobs that could not be recorded, since their runs would be submitted again."""
     try:
         yield
     except BaseException:
         if cluster.scheduler == "slurm":
-            with contextlib.suppress(SlurmUnavailableError):
+            with suppress(SlurmUnavailableError):
                 cancel_jobs(job_ids)
         raise
 
