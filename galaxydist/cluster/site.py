@@ -3,7 +3,6 @@
 import grp
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -11,7 +10,7 @@ from types import MappingProxyType
 import psutil
 
 from galaxydist.cluster.profile import MIN_SIGNAL_S
-from galaxydist.cluster.slurm import SlurmUnavailableError, parse_duration, run_slurm
+from galaxydist.cluster.slurm import SlurmUnavailableError, parse_duration, run_slurm, split_rows
 
 UNTYPED = ""
 CLOSED_STATES = ("DRAIN", "INACTIVE")  # states of a partition that accepts no jobs
@@ -229,17 +228,11 @@ def _groups(user: str) -> tuple[str, ...] | None:
 
 
 def _run(command: Sequence[str]) -> str:
-    program = command[0]
-    if shutil.which(program) is None:
-        raise SlurmUnavailableError(
-            f"There is no SLURM on this machine ({program} is not on the PATH). Use a login node of a cluster, "
-            "or load the module that brings SLURM's programs."
-        )
     done = run_slurm(command)
     if done.returncode:
         message = " ".join((done.stderr or done.stdout).split())
         raise SlurmUnavailableError(
-            f"SLURM does not answer: `{program}` failed: {message}. See `scontrol ping`, and try again later."
+            f"SLURM does not answer: `{command[0]}` failed: {message}. See `scontrol ping`, and try again later."
         )
     return done.stdout
 
@@ -269,11 +262,7 @@ def _parse_config(text: str) -> dict[str, str]:
 def _parse_nodes(text: str) -> dict[str, tuple[NodeGroup, ...]]:
     """Return partition -> node groups. Nodes that differ only in their state form one group."""
     found: dict[str, dict[tuple[object, ...], NodeGroup]] = {}
-    for line in text.splitlines():
-        columns = [column.strip() for column in line.split("|", maxsplit=5)]
-        if len(columns) < 6:
-            continue
-        name, count, cpus, memory, gres, features = columns
+    for name, count, cpus, memory, gres, features in split_rows(text, 6):
         group = NodeGroup(_leading(count), _leading(cpus), _leading(memory), parse_gpus(gres), _names(features) or ())
         key = (group.cpus, group.memory_mb, tuple(group.gpus.items()), group.features)
         groups = found.setdefault(name, {})
@@ -325,30 +314,25 @@ def _parse_associations(text: str, cluster: str | None) -> tuple[str | None, tup
     """Return the user's default account and associations on this cluster."""
     default = None
     found = []
-    for line in text.splitlines():
-        columns = [column.strip() for column in line.split("|")]
-        if len(columns) < 6 or (cluster is not None and columns[0].lower() != cluster.lower()) or not columns[2]:
-            continue
-        default = columns[1] or default
-        found.append(Association(columns[2], columns[3] or None, _names(columns[4]) or (), columns[5] or None))
+    for its_cluster, its_default, account, partition, qos, default_qos in split_rows(text, 6):
+        if account and (cluster is None or its_cluster.lower() == cluster.lower()):
+            default = its_default or default
+            found.append(Association(account, partition or None, _names(qos) or (), default_qos or None))
     return default, tuple(found)
 
 
 def _parse_qos(text: str) -> dict[str, Qos]:
-    rows = [[column.strip() for column in line.split("|")] for line in text.splitlines()]
-    return {row[0]: _parse_one_qos(row) for row in rows if len(row) >= 6}
-
-
-def _parse_one_qos(row: Sequence[str]) -> Qos:
-    name, limit, flags, grace, mode, preempts, *_ = row
-    return Qos(
-        name,
-        parse_duration(limit),
-        _names(flags) or (),
-        grace_s=parse_duration(grace),
-        preempt_mode=None if mode.lower() in ("", "cluster", "off") else mode.upper(),
-        preempts=_names(preempts) or (),
-    )
+    found = {}
+    for name, limit, flags, grace, mode, preempts in split_rows(text, 6):
+        found[name] = Qos(
+            name,
+            parse_duration(limit),
+            _names(flags) or (),
+            grace_s=parse_duration(grace),
+            preempt_mode=None if mode.lower() in ("", "cluster", "off") else mode.upper(),
+            preempts=_names(preempts) or (),
+        )
+    return found
 
 
 def _leading(text: str) -> int:
