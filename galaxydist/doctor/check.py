@@ -11,7 +11,6 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from galaxydist.atomic_files import read_json, write_json
-from galaxydist.errors import UserError
 
 Level = Literal["ok", "warning", "failure"]
 LEVELS: tuple[Level, ...] = ("ok", "warning", "failure")
@@ -174,17 +173,9 @@ class RankReport:
 
 
 def read_reports(folder: Path) -> list[RankReport]:
-    """Read the reports written so far, in rank order.
-
-    Raises:
-        UserError: a report was written by another version of galaxydist.
-    """
-    reports = []
-    for path in folder.glob("rank-*.json"):
-        plain = read_json(path)
-        if plain.get("format") != FORMAT_VERSION:
-            raise UserError(f"{path} was written by another galaxydist: remove {folder} and run the command again")
-        reports.append(TypeAdapter(RankReport).validate_python(plain))
+    """Read the reports written so far, in rank order."""
+    adapter = TypeAdapter(RankReport)
+    reports = [adapter.validate_python(read_json(path)) for path in folder.glob("rank-*.json")]
     return sorted(reports, key=lambda report: report.rank)
 
 

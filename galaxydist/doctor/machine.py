@@ -7,9 +7,9 @@ import fcntl
 import ipaddress
 import math
 import os
-import secrets
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -219,13 +219,9 @@ def _flock_problem(folder: Path) -> str:
 @contextmanager
 def _temporary_folder(parent: Path) -> Iterator[Path]:
     """Create a folder with a file for the tests, and remove it afterwards."""
-    folder = parent / f".doctor-{secrets.token_hex(6)}"
-    folder.mkdir()
-    try:
-        write_bytes(folder / "written", b"x" * 4096)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=parent, ignore_cleanup_errors=True) as name:
+        write_bytes(Path(name) / "written", b"x" * 4096)
+        yield Path(name)
 
 
 def check_wandb(environ: Mapping[str, str]) -> Check:
@@ -262,11 +258,9 @@ def interface_address(name: str) -> str | None:
         name: the interface, such as ``ib0``; of a list the first is used.
     """
     found = psutil.net_if_addrs().get(name.split(",", maxsplit=1)[0].lstrip("=^"), [])
-    for family in (socket.AF_INET, socket.AF_INET6):
-        for address in found:
-            if address.family == family:
-                return address.address.partition("%")[0]
-    return None
+    by_family = {address.family: address.address for address in reversed(found)}  # the first address of each
+    address = by_family.get(socket.AF_INET) or by_family.get(socket.AF_INET6)
+    return address.partition("%")[0] if address else None
 
 
 def is_loopback(address: str) -> bool:
