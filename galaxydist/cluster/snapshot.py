@@ -4,7 +4,6 @@ Later edits do not change a submitted job, not even after a requeue.
 """
 
 import hashlib
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,8 +40,8 @@ def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
 def _write(files: Mapping[str, bytes], folder: Path, target: Path) -> None:
     """Write the snapshot atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".code-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix=".code-", dir=folder, ignore_cleanup_errors=True) as temporary_name:
+        temporary = Path(temporary_name)
         for name, content in files.items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,8 +53,6 @@ def _write(files: Mapping[str, bytes], folder: Path, target: Path) -> None:
         except OSError:
             if not target.is_dir():  # else another submission made it meanwhile
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _files(recipe_paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
