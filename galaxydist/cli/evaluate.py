@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,33 +150,18 @@ TARGET_HELP = (
 _KEYS = ("data.manifest", "data.variant")
 
 
-@dataclass(frozen=True)
-class RunTarget:
-    """A run and the data to evaluate it on.
-
-    Args:
-        run_dir: the run folder, which exists.
-        manifest: path or URL of other data; None for the run's own data, or ``variant``.
-        variant: another variant of the run's survey.
-    """
-
-    run_dir: Path
-    manifest: str | None = None
-    variant: Variant | None = None
-
-
-def read_target(words: list[str], manifest: str | None) -> RunTarget:
-    """Return the target of a command line.
+def read_target(words: list[str], manifest: str | None) -> tuple[Path, str | None, Variant | None]:
+    """Return the run folder of a command line, and the manifest and variant to evaluate it on (None: the run's own).
 
     Args:
         words: run folder and keys, or recipe and keys (``TARGET_HELP``).
-        manifest: the option ``--manifest``.
+        manifest: the option ``--manifest``, a path or URL.
 
     Raises:
         UserError: no run or several runs, an unknown key, or two keys for the data.
     """
     if any(word.startswith("recipe=") for word in words):
-        return RunTarget(_trained_by(words), manifest)
+        return _trained_by(words), manifest, None
     folders = [word for word in words if "=" not in word or Path(word).is_dir()]
     if len(folders) != 1:
         raise UserError(f"one run at a time, not {len(folders)}: {' '.join(words)}")
@@ -194,7 +178,7 @@ def read_target(words: list[str], manifest: str | None) -> RunTarget:
     variant = next((known for known in VARIANTS if known == named), None)
     if named is not None and variant is None:
         raise UserError(f"data.variant={named}: there are {' and '.join(VARIANTS)}")
-    return RunTarget(find_folder(folders[0]), keys.get("data.manifest", manifest), variant)
+    return find_folder(folders[0]), keys.get("data.manifest", manifest), variant
 
 
 def _trained_by(words: list[str]) -> Path:
@@ -258,21 +242,21 @@ def add_evaluate(commands: Commands) -> None:
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a run, or stored predictions, and print the table."""
     if arguments.predictions is not None:
-        _judge_predictions(arguments)
+        _evaluate_predictions(arguments)
         return
     if given := [option for option in ("validation", "out") if getattr(arguments, option) is not None]:
         raise UserError(f"--{given[0]} goes with --predictions FILE: the evaluation of a run is in its folder")
     if not arguments.target:
         raise UserError("give a run folder, the recipe=NAME that trained it, or --predictions FILE")
-    target = read_target(arguments.target, arguments.manifest)
+    run_dir, manifest, variant = read_target(arguments.target, arguments.manifest)
 
     from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run
 
-    data = EvaluationData(target.manifest, target.variant, arguments.trained_on, arguments.data_dir)
-    evaluate_run(target.run_dir, arguments.split or "test", os.environ, data, tta=arguments.tta)
+    data = EvaluationData(manifest, variant, arguments.trained_on, arguments.data_dir)
+    evaluate_run(run_dir, arguments.split or "test", os.environ, data, tta=arguments.tta)
 
 
-def _judge_predictions(arguments: argparse.Namespace) -> None:
+def _evaluate_predictions(arguments: argparse.Namespace) -> None:
     for option in ("target", "split", "tta", "manifest", "trained_on", "data_dir"):
         if getattr(arguments, option):
             name = "RUN" if option == "target" else f"--{option.replace('_', '-')}"
@@ -326,14 +310,14 @@ def run_gallery(arguments: argparse.Namespace) -> None:
         raise UserError(f"--per-class {arguments.per_class}: a gallery has at most {MOST} galaxies of each class")
     if arguments.out is not None and arguments.out.is_dir():
         raise UserError(f"--out {arguments.out} is a folder: give the page a name, like {arguments.out / 'gallery.html'}")
-    target = read_target(arguments.target, arguments.manifest)
+    run_dir, manifest, variant = read_target(arguments.target, arguments.manifest)
 
     from galaxydist.evaluation.evaluator import EvaluationData
     from galaxydist.gallery.gallery import make_gallery
 
-    data = EvaluationData(target.manifest, target.variant, data_dir=arguments.data_dir)
+    data = EvaluationData(manifest, variant, data_dir=arguments.data_dir)
     page, picks = make_gallery(
-        target.run_dir,
+        run_dir,
         arguments.split,
         os.environ,
         data,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from galaxydist.errors import UserError
 from galaxydist.paths import data_root, find_shards, hdf5_path
@@ -266,8 +266,6 @@ def known_model(name: str) -> "ModelName":
     Raises:
         UserError: there is no such model.
     """
-    from typing import get_args
-
     from galaxydist.recipe.schema import ModelName
 
     if name not in get_args(ModelName):
