@@ -151,7 +151,6 @@ def _count_idle(ending: Ending, history: Sequence[RestartRecord]) -> int:
 
 
 LEAVING = "SLURM itself is ending the job"
-QUEUED_BY_SLURM = "SLURM itself has requeued the job"
 # Pauses between attempts while slurmctld does not answer, in total five minutes.
 PAUSES_S = (5.0, 10.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
 # Largest difference of a job's PreemptTime and EndTime if the preemption ended it.
@@ -265,7 +264,8 @@ def _act(start: StartedRun, ending: Ending) -> None:
     state = _read_job(start.job_id)
     is_leaving = _is_leaving(state)
     if is_leaving and not ending.is_finished and _is_queued_again(state, start.restart):
-        start.write_record(ending, "requeue", f"{QUEUED_BY_SLURM}{f': {ending.error}' if ending.error else ''}")
+        cause = f": {ending.error}" if ending.error else ""
+        start.write_record(ending, "requeue", f"SLURM itself has requeued the job{cause}")
     else:
         _decide_and_act(start, ending, may_act=not is_leaving)
 

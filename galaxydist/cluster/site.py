@@ -143,14 +143,10 @@ class Site:
         implied = {"associations": {"limits", "qos", "safe", "wckeys", "all"}, "limits": {"safe", "all"}, "qos": {"all"}}
         return limit in enforced or not enforced.isdisjoint(implied[limit])
 
-    @property
-    def may_use_all(self) -> bool:
-        """True if the user is root or SlurmUser, who may use every partition (slurm.conf(5), AllowGroups)."""
-        return self.user in ("root", self.settings.get("SlurmUser", "root").partition("(")[0])
-
     def closed_to_user(self, partition: Partition) -> str:
         """Explain why a partition refuses the user (RootOnly, AllowGroups); empty if it does not, or if unknown."""
-        if not self.user or self.may_use_all:
+        slurm_user = self.settings.get("SlurmUser", "root").partition("(")[0]
+        if self.user in ("", "root", slurm_user):  # root and SlurmUser may use every partition (slurm.conf(5), AllowGroups)
             return ""
         if partition.root_only:
             return "only root may submit there (RootOnly=YES)"
