@@ -150,11 +150,8 @@ def _qos(site: Site, partition: Partition, account: str | None) -> str | None:
 
 
 def _qos_text(site: Site, names: tuple[str, ...]) -> str:
-    def one(name: str) -> str:
-        longest = site.qos[name].max_time_s if name in site.qos else None
-        return name if longest is None else f"{name} (at most {time_text(longest)})"
-
-    return ", ".join(map(one, names))
+    limits = {name: site.qos[name].max_time_s if name in site.qos else None for name in names}
+    return ", ".join(name if limit is None else f"{name} (at most {time_text(limit)})" for name, limit in limits.items())
 
 
 def _nodes(site: Site, partition: Partition) -> Iterator[str]:

@@ -9,13 +9,12 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator
+import types
+import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from typing import Any, Literal, TypeVar
 
 from galaxydist.atomic_files import explain_full_disk, fsync_file
 from galaxydist.errors import UserError
@@ -94,10 +93,6 @@ class RestartRecord:
     for_good: bool = False
 
 
-_JOBS = TypeAdapter(JobRecord)
-_RESTARTS = TypeAdapter(RestartRecord)
-
-
 class JobFiles:
     """Reads and writes the job files of a run folder; creates nothing before the first write.
 
@@ -126,7 +121,7 @@ class JobFiles:
         Raises:
             UserError: a line is damaged.
         """
-        return list(_read_records(self.jobs_path, _JOBS))
+        return list(_read_records(self.jobs_path, JobRecord))
 
     def append_restart(self, record: RestartRecord) -> None:
         """Add the record of an ended start.
@@ -142,7 +137,7 @@ class JobFiles:
         Raises:
             UserError: a line is damaged.
         """
-        return list(_read_records(self.restarts_path, _RESTARTS))
+        return list(_read_records(self.restarts_path, RestartRecord))
 
     def rank_log(self, rank: int) -> Path:
         """Return the path of a rank's log over all restarts."""
@@ -181,7 +176,7 @@ def _is_torn(descriptor: int) -> bool:
     return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
 
 
-def _read_records(path: Path, adapter: TypeAdapter[Record]) -> Iterator[Record]:
+def _read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -190,19 +185,45 @@ def _read_records(path: Path, adapter: TypeAdapter[Record]) -> Iterator[Record]:
         if line.endswith(_TORN):
             continue
         try:
-            # Unknown keys are ignored: a job's snapshot may be older than the command that wrote the line.
-            yield adapter.validate_json(line, strict=True)
-        except ValidationError as error:
-            problems = "; ".join(map(_explain, error.errors()))
+            yield from_plain(kind, json.loads(line))
+        except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}, line {number} is damaged ({problems}): {line[:_SHOWN].decode(errors='replace')!r}. "
+                f"{path}, line {number} is damaged ({error}): {line[:_SHOWN].decode(errors='replace')!r}. "
                 "It was edited, or written by another version of galaxydist: restore or remove that line."
             ) from error
 
 
-def _explain(problem: ErrorDetails) -> str:
-    """Describe a problem of a record with its key and value."""
-    key = ".".join(map(str, problem["loc"]))
-    if not key or problem["type"] == "missing":
-        return f"{key} {problem['msg']}".lstrip()
-    return f"{key}={problem['input']!r}: {problem['msg']}"
+def from_plain(kind: type[Record], content: Any) -> Record:
+    """Build a record from JSON values.
+
+    Raises:
+        ValueError: a key is missing, or a value has the wrong type; the message names the key.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError("not an object")
+    hints = typing.get_type_hints(kind)
+    needed = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+    if missing := sorted(needed - set(content)):
+        raise ValueError(f"{', '.join(missing)} is missing")
+    # Unknown keys are ignored: a job's snapshot may be older than the command that wrote the line.
+    return kind(**{name: _checked(name, hints[name], value) for name, value in content.items() if name in hints})
+
+
+def _checked(name: str, hint: Any, value: Any) -> Any:
+    """Convert a JSON value to a field's type."""
+    origin = typing.get_origin(hint)
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    if origin is Literal and value in typing.get_args(hint):
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if origin is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    raise ValueError(f"{name}={value!r} is not {getattr(hint, '__name__', hint)}")

@@ -383,8 +383,7 @@ def find_preemption(site: Site, partition: Partition, qos: Qos | None) -> Preemp
         qos: of the job; None if unknown.
     """
     kind = site.settings.get("PreemptType", "preempt/none").removeprefix("preempt/")
-    own_signal = "preempt_send_user_signal" in site.settings.get("SlurmctldParameters", "")
-    signal = "SIGUSR2" if own_signal else "SIGTERM"
+    signal = "SIGUSR2" if "preempt_send_user_signal" in site.settings.get("SlurmctldParameters", "") else "SIGTERM"
     if kind == "none":
         return None
     if kind == "qos":

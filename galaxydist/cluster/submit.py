@@ -346,7 +346,7 @@ def _send(
     sent_at = time.time()  # before a job can end
     with deferred_signals(), without_job_environment(), explain_refusal(cluster.name):
         jobs = executor.submit_array(calls) if len(calls) > 1 else [executor.submit(calls[0])]
-        with _end_unless_recorded([job.job_id for job in jobs], cluster):
+        try:
             for request, job in zip(submission.requests, jobs, strict=True):
                 record = JobRecord(
                     job_id=job.job_id,
@@ -363,6 +363,12 @@ def _send(
                     resubmits=resubmits,
                 )
                 JobFiles(request.run_dir).append_job(record)
+        except BaseException:
+            # The runs would be submitted again.
+            if cluster.scheduler == "slurm":
+                with suppress(SlurmUnavailableError):
+                    cancel_jobs(job.job_id for job in jobs)
+            raise
     return [job.job_id for job in jobs]
 
 
@@ -378,18 +384,6 @@ def ask_start(script: str, cluster_name: str) -> str:
         with explain_refusal(cluster_name):
             raise FailedSubmissionError(done.stderr)
     return " ".join(line.removeprefix("sbatch: ") for line in (done.stderr or done.stdout).splitlines())
-
-
-@contextmanager
-def _end_unless_recorded(job_ids: Sequence[str], cluster: ClusterConfig) -> Iterator[None]:
-    """Cancel jobs that could not be recorded, since their runs would be submitted again."""
-    try:
-        yield
-    except BaseException:
-        if cluster.scheduler == "slurm":
-            with suppress(SlurmUnavailableError):
-                cancel_jobs(job_ids)
-        raise
 
 
 def _job_arguments(request: JobRequest, code: Path) -> tuple[str, ...]:

@@ -114,7 +114,13 @@ def check_signals(reports: Sequence[RankReport], *, in_container: bool = False) 
         return []
     error = next((report.signal_error for report in tested if report.signal_error is not None), None)
     if error is not None:
-        return [_not_sent(error, in_container=in_container)]
+        if in_container:
+            text = f"not tested: scancel cannot be called from inside the container ({error})"
+            remedy = "test it once with a run: after `scancel --signal=USR2 JOB` on the login node it must save and exit"
+        else:
+            text = f"not tested: scancel failed on the node: {error}"
+            remedy = "SLURM's programs do not work on the nodes: inform the administrators"
+        return [warning("signal", text, remedy)]
     missing = [report for report in tested if report.signal_s is None]
     if missing:
         text = f"SIGUSR2 did not reach {describe_ranks(missing, tested)}"
@@ -124,16 +130,6 @@ def check_signals(reports: Sequence[RankReport], *, in_container: bool = False) 
         )
         return [failure("signal", text, remedy)]
     return [ok("signal", f"SIGUSR2 from SLURM reached all ranks within {max(report.signal_s or 0.0 for report in tested):.1f} s")]
-
-
-def _not_sent(error: str, *, in_container: bool) -> Check:
-    if in_container:
-        text = f"not tested: scancel cannot be called from inside the container ({error})"
-        remedy = "test it once with a run: after `scancel --signal=USR2 JOB` on the login node it must save and exit"
-    else:
-        text = f"not tested: scancel failed on the node: {error}"
-        remedy = "SLURM's programs do not work on the nodes: inform the administrators"
-    return warning("signal", text, remedy)
 
 
 def check_bandwidth(reports: Sequence[RankReport]) -> list[Check]:

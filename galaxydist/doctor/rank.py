@@ -340,9 +340,14 @@ def _join(report: RankReport, environ: Mapping[str, str], meeting_s: float) -> R
     """Join the rendezvous; raise RuntimeError if rank 0 cannot be reached or its port is in use."""
     start = time.monotonic()
     host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-    is_server = report.rank == 0
-    timeout = timedelta(seconds=meeting_s)
-    store = TCPStore(host, port, report.world_size, is_server, timeout=timeout, wait_for_workers=False)
+    store = TCPStore(
+        host,
+        port,
+        report.world_size,
+        is_master=report.rank == 0,
+        timeout=timedelta(seconds=meeting_s),
+        wait_for_workers=False,
+    )
     channel = RankChannel(store, report.rank, report.world_size)
     channel.barrier("rendezvous")
     store.set_timeout(timedelta(seconds=PART_S))
@@ -354,8 +359,7 @@ def _time_backends(report: RankReport, channel: RankChannel, folder: Path, local
     """Time all-reduces with gloo, and with NCCL if every rank has a GPU."""
     report.write(folder, "all-reduce, gloo")
     report.timings["gloo"] = time_all_reduce(channel, "gloo", torch.device("cpu"), timeout_s=GROUP_S)
-    can_nccl = report.num_gpus > 0 and dist.is_nccl_available()
-    if all(channel.gather("has a GPU", can_nccl)):
+    if all(channel.gather("has a GPU", report.num_gpus > 0 and dist.is_nccl_available())):
         report.write(folder, "all-reduce, nccl")
         device = torch.device("cuda", local_rank % report.num_gpus)
         torch.cuda.set_device(device)

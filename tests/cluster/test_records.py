@@ -4,14 +4,13 @@ import dataclasses
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.cluster.records import JobFiles, RestartRecord
+from galaxydist.cluster.records import JobFiles, RestartRecord, from_plain
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import plain
 from tests.helpers.status_runs import FULL_RECORD
@@ -62,11 +61,9 @@ text = st.text(max_size=20)
     )
 )
 def test_any_record_is_one_line_that_reads_back(record: RestartRecord) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        files = JobFiles(Path(folder))
-        files.append_restart(record)
-        assert files.restarts_path.read_bytes().count(b"\n") == 1
-        assert files.restarts() == [record]
+    line = json.dumps(plain(dataclasses.asdict(record)), ensure_ascii=False)
+    assert "\n" not in line
+    assert from_plain(RestartRecord, json.loads(line)) == record
 
 
 @pytest.mark.parametrize("cut", [1, 2, 30])
@@ -94,11 +91,11 @@ def test_two_writers_never_mix_their_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"nodes": "2"}, "nodes='2': Input should be a valid integer"),
-        ({"nodes": True}, "nodes=True: Input should be a valid integer"),
+        ({"nodes": "2"}, "nodes='2' is not int"),
+        ({"nodes": True}, "nodes=True is not int"),
         ({"scheduler": "pbs"}, "scheduler='pbs'"),
         ({"arguments": "recipe=vit"}, "arguments='recipe=vit'"),
-        ({"job_id": None}, "job_id=None: Input should be a valid string"),
+        ({"job_id": None}, "job_id=None is not str"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, change: dict[str, object], words: str) -> None:
