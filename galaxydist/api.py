@@ -148,6 +148,6 @@ def evaluate(
     Raises:
         UserError: no run or checkpoint in the folder, no such split, other classes, or test galaxies that the run was trained on.
     """
-    from galaxydist.evaluation.evaluator import evaluate_run
+    from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run
 
-    return evaluate_run(Path(run), split, os.environ, manifest_path=manifest, tta=tta)
+    return evaluate_run(Path(run), split, os.environ, EvaluationData(manifest), tta=tta)

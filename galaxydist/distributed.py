@@ -1,7 +1,7 @@
 """Distributed setup of a process: rank, world size, device, cores, precision and collectives.
 
-Only this module reads the process environment. The flight recorder of torch holds the last collectives of each rank; it is
-written when a run hangs, and ``torchfrtrace -p flight_rank_ FOLDER`` prints which rank missed which collective.
+torch's flight recorder holds the last collectives of each rank; it is written if a run hangs, and
+``torchfrtrace -p flight_rank_ FOLDER`` prints which rank missed which collective.
 """
 
 import logging
@@ -317,12 +317,11 @@ def _build_accelerator(precision: Precision, has_gpu: bool, environ: Mapping[str
 
 def _share_cores(world: World, environ: Mapping[str, str]) -> int:
     """Return this process's share of its machine's cores; all ranks must call it."""
-    host, mine = socket.gethostname(), bound_cores()
-    everywhere = world.all_gather((host, world.rank, mine))
-    here = [(rank, cores) for theirs, rank, cores in everywhere if theirs == host]
-    is_bound = len(mine) < (os.cpu_count() or 1)
+    host, own_cores = socket.gethostname(), bound_cores()
+    on_node = {rank: cores for name, rank, cores in world.all_gather((host, world.rank, own_cores)) if name == host}
+    is_bound = len(own_cores) < (os.cpu_count() or 1)
     quota = min(cpu_quota(), math.inf if is_bound else slurm_cores(environ))
-    return fair_share([cores for _, cores in here], [rank for rank, _ in here].index(world.rank), quota)
+    return fair_share([*on_node.values()], [*on_node].index(world.rank), quota)
 
 
 def shutdown_distributed() -> None:

@@ -16,14 +16,10 @@ from galaxydist.galaxy import GALAXY10_CLASSES, Galaxy
 from galaxydist.loading.loader import Batch
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
-from galaxydist.runs.folder import RunFolder
-from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import rank_offsets
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.training.state import TrainState
-from galaxydist.training.stop_signals import StopSignal
-from galaxydist.training.trackers import Tracker
-from galaxydist.training.trainer import Parts, Trainer
+from galaxydist.training.trainer import Trainer
 
 # Different batches that are held; after them the first comes again, turned otherwise.
 HELD = 4
@@ -142,12 +138,12 @@ class MemoryReader:
         """Nothing is open."""
 
 
-class MemorySession(Trainer):
-    """A training run as ``launch.py`` has it, on batches in memory. It ends as by a signal where it is told to.
+class MemoryTrainer(Trainer):
+    """Trains as ``launch.py`` does, but on batches in memory, and stops as after a signal when ``Watch`` returns True.
 
     Args:
-        resolved, world, environ: as in :class:`Session`.
-        watch: makes, from the parts and the batches of the run, what is called before each step.
+        resolved, world, environ: as for ``Trainer``.
+        watch: makes the function that is called before each step, from the trainer and the batches.
     """
 
     def __init__(
@@ -155,31 +151,24 @@ class MemorySession(Trainer):
         resolved: ResolvedRecipe,
         world: World,
         environ: MutableMapping[str, str],
-        watch: Callable[[Parts, MemoryBatches], Watch],
+        watch: Callable[[Trainer, MemoryBatches], Watch],
     ) -> None:
         super().__init__(resolved, world, environ)
         self._watch = watch
-        self._running: tuple[Parts, StopSignal] | None = None
 
-    def _loop(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopSignal) -> int:
-        self._running = parts, stop
-        return super()._loop(parts, manifest, folder, tracker, stop)
-
-    def _open_reader(self, manifest: Manifest, start_step: int) -> MemoryReader:
-        assert self._running is not None, "the reader is opened within the loop"
-        parts, stop = self._running
+    def open_loader(self) -> MemoryReader:
         batches = MemoryBatches(
             self.recipe,
             self.world.rank,
             self.world.size,
-            num_samples=manifest.split("train").num_samples,
-            num_classes=manifest.num_classes,
+            num_samples=self.manifest.split("train").num_samples,
+            num_classes=self.manifest.num_classes,
             pin=self.world.device.type == "cuda",
         )
-        is_over = self._watch(parts, batches)
+        is_over = self._watch(self, batches)
 
         def before_step(step: int) -> None:
             if is_over(step):
-                stop.signal_number = signal.SIGTERM
+                self.stop.signal_number = signal.SIGTERM
 
-        return MemoryReader(batches, start_step, parts.state, before_step)
+        return MemoryReader(batches, self.state.step, self.state, before_step)

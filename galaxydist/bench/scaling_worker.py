@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from galaxydist.bench.in_memory import MemorySession
+from galaxydist.bench.in_memory import MemoryTrainer
 from galaxydist.cpus import bound_cores
 from galaxydist.distributed import init_distributed, shutdown_distributed
 from galaxydist.errors import UserError
@@ -69,7 +69,7 @@ def train_in_memory(job: ScalingJob, environ: MutableMapping[str, str]) -> dict[
     clock = StepClock(world.device, job.steps)
     try:
         with contextlib.redirect_stdout(io.StringIO()) as quiet, contextlib.redirect_stderr(quiet):
-            MemorySession(load_recipe(job.arguments), world, environ, lambda _parts, _batches: clock).run()
+            MemoryTrainer(load_recipe(job.arguments), world, environ, lambda _trainer, _batches: clock).run()
         everywhere = world.all_gather((sorted(bound_cores()), torch.get_num_threads()))
     finally:
         shutdown_distributed()

@@ -15,15 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.evaluation.evaluator import evaluate_run
+from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_folder import FolderSurvey, open_image_folder
-from galaxydist.surveys.simulate import simulate_survey
 from galaxydist.surveys.simulate.population import plan_survey
-from galaxydist.surveys.simulate.survey import draw_rows
+from galaxydist.surveys.simulate.survey import draw_rows, simulate_survey
 from galaxydist.surveys.survey_sources import open_survey
 from galaxydist.training.trainer import train
 
@@ -193,8 +192,8 @@ def measure_transfer(
             raise UserError(f"stopped; the same command continues with {run_dir}")
         evaluations = {
             "simulated": evaluate_run(run_dir, "test", environ),
-            "tuning": evaluate_run(run_dir, "train", environ, manifest_path=real.path),
-            "held_out": evaluate_run(run_dir, "test", environ, manifest_path=real.path),
+            "tuning": evaluate_run(run_dir, "train", environ, EvaluationData(real.path)),
+            "held_out": evaluate_run(run_dir, "test", environ, EvaluationData(real.path)),
         }
         for name, evaluation in evaluations.items():
             found[name].append(evaluation["balanced_accuracy"])

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
-from galaxydist.bench.in_memory import MemoryBatches, MemorySession, write_noise, write_recipe
+from galaxydist.bench.in_memory import MemoryBatches, MemoryTrainer, write_noise, write_recipe
 from galaxydist.distributed import World, init_distributed, shutdown_distributed
 from galaxydist.errors import UserError
 from galaxydist.models.build import build_model
@@ -26,7 +26,7 @@ from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.training.optimizer import LRSchedule
-from galaxydist.training.trainer import Parts
+from galaxydist.training.trainer import Trainer
 
 # Training as one would write it in plain PyTorch, to compare the trainer with.
 
@@ -37,21 +37,21 @@ class BareLoop:
     Args:
         world: the device and the precision.
         recipe: of the run.
-        parts: of the run, before its first step.
+        trainer: of the run, before its first step.
         batches: of the run.
         num_classes: K.
     """
 
-    def __init__(self, world: World, recipe: Recipe, parts: Parts, batches: MemoryBatches, num_classes: int) -> None:
+    def __init__(self, world: World, recipe: Recipe, trainer: Trainer, batches: MemoryBatches, num_classes: int) -> None:
         self.device, self.is_mixed = world.device, world.precision == "bf16"
-        self.augment, self.batches = parts.augment, batches
-        self.rate = LRSchedule(recipe.optim, parts.schedule.total_steps)
+        self.augment, self.batches = trainer.augment, batches
+        self.rate = LRSchedule(recipe.optim, trainer.length.total_steps)
         self.clip_norm, self.label_smoothing = recipe.train.clip_norm, recipe.train.label_smoothing
-        theirs = parts.strategy.model
+        theirs = trainer.model
         self.model = build_model(recipe.model, num_classes, recipe.data.image_size).to(world.device, world.dtype)
         self.model.load_state_dict(theirs.state_dict())
         ours = {id(old): new for old, new in zip(theirs.parameters(), self.model.parameters(), strict=True)}
-        self.optimizer: torch.optim.Optimizer = copy.deepcopy(parts.state.optimizer.optimizer, ours)
+        self.optimizer: torch.optim.Optimizer = copy.deepcopy(trainer.state.optimizer.optimizer, ours)
         self.losses: list[Tensor] = []
 
     def run(self, steps: range) -> None:
@@ -217,13 +217,13 @@ def _measure(
             settings["model.width"] = sizes.width
         resolved = load_recipe(write_recipe(Path(name), model, settings))
 
-        def watch(parts: Parts, batches: MemoryBatches) -> Turns:
-            turns.append(Turns(BareLoop(world, resolved.recipe, parts, batches, num_classes=10), steps, rounds))
+        def watch(trainer: Trainer, batches: MemoryBatches) -> Turns:
+            turns.append(Turns(BareLoop(world, resolved.recipe, trainer, batches, num_classes=10), steps, rounds))
             return turns[0]
 
         # The trainer's figures count our pauses.
         with contextlib.redirect_stdout(io.StringIO()) as quiet, contextlib.redirect_stderr(quiet):
-            MemorySession(resolved, world, environ, watch).run()
+            MemoryTrainer(resolved, world, environ, watch).run()
         world.accelerator.free_memory()
         lines = [line for line in folder.metrics.read() if line["step"] <= steps * rounds]
         has_tracker = "run_id" in folder.read_tracker()

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from galaxydist.atomic_files import fsync_file
 from galaxydist.checkpoints import store, tensor_files
@@ -139,6 +139,13 @@ def load_sharded(checkpoints_dir: Path, *, make: tensor_files.TensorMaker, group
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a DTensor, or another tensor itself; the memory is shared."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Shard a whole tensor as ``like`` is, on its device, in its own dtype; nothing is sent, since every rank has the whole."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 @dataclass(eq=False)

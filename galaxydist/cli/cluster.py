@@ -149,14 +149,11 @@ def run_doctor(arguments: argparse.Namespace) -> None:
     from galaxydist.doctor.check import has_failed, render, to_dicts
     from galaxydist.doctor.job import doctor_cluster
     from galaxydist.doctor.machine import CheckTarget, check_machine
-    from galaxydist.doctor.network import check_slurm
     from galaxydist.paths import data_root
 
-    needs_slurm = cluster is not None and cluster.scheduler == "slurm"
-    place = CheckTarget(data_root=data_root(arguments.data_dir, os.environ), runs=arguments.run_root)
-    slurm = check_slurm(is_needed=needs_slurm)
-    sections = {"this machine": [*check_machine(place, os.environ), slurm]}
-    if cluster is not None and not (needs_slurm and slurm.level == "failure"):
+    target = CheckTarget(data_root=data_root(arguments.data_dir, os.environ), runs=arguments.run_root)
+    sections = {"this machine": check_machine(target, os.environ)}
+    if cluster is not None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _interrupt)
         sections[f"cluster={cluster.name}"] = doctor_cluster(

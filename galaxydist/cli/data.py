@@ -95,7 +95,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     out_dir = arguments.out or images_dir(root, open_survey(source, classes=arguments.classes).name)
     for tree in export_image_folders(source, out_dir, workers=arguments.workers, classes=arguments.classes):
         counts = ", ".join(f"{split} {number}" for split, number in tree.num_galaxies.items())
-        print(f"{tree.variant} ({counts}): {tree.path}{' (there already)' if tree.was_there else ''}")
+        print(f"{tree.variant} ({counts}): {tree.path}{' (there already)' if tree.existed else ''}")
 
 
 def _add_shard(commands: Commands) -> None:
@@ -470,25 +470,25 @@ def _location(arguments: argparse.Namespace, root: Path) -> str:
 def _print_counts(findings: "Findings") -> None:
     from galaxydist.explore.analysis import pixel_statistics
 
-    population, looked = findings.population, findings.looked
+    population, scan = findings.population, findings.scan
     counts = population.counts()
     width = max(map(len, population.groups.values()))
     print(f"{population.dataset}, {population.variant}")
     print("  ".join([f"{'class':{width}}", *(f"{split:>6}" for split in counts), "mean R G B       "]))
     for index, (label, name) in enumerate(population.groups.items()):
         numbers = [f"{values[index]:6d}" for values in counts.values()]
-        known = label in looked.histograms
-        mean = " ".join(f"{value:.3f}" for value in pixel_statistics(looked, label)["mean"]) if known else "-"
+        known = label in scan.histograms
+        mean = " ".join(f"{value:.3f}" for value in pixel_statistics(scan, label)["mean"]) if known else "-"
         print("  ".join([f"{name:{width}}", *numbers, mean]))
     print("  ".join([f"{'all':{width}}", *(f"{sum(values):6d}" for values in counts.values())]))
 
 
 def _print_findings(findings: "Findings") -> None:
-    read, chosen, near = len(findings.looked), findings.sample_size, findings.neighbours
+    read, chosen, near = len(findings.scan), findings.sample_size, findings.neighbours
     print(f"images: {read} of {len(findings.population)} looked at; {len(findings.duplicates)} pairs look the same")
-    for kind, number in findings.oddities.items():
+    for kind, number in findings.odd_images.items():
         print(f"  {kind}: {number} of {chosen}")
-    for problem in [*findings.looked.problems.values()][:5]:
+    for problem in [*findings.scan.problems.values()][:5]:
         print(f"    {problem}")
     if near is not None:
         print(

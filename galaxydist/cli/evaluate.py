@@ -106,14 +106,13 @@ def find_runs(targets: list[str]) -> tuple[list[Path], list["ReportNote"]]:
 
 def _make_galleries(results: "ReportData") -> Iterator[str]:
     """Make the missing galleries, and yield a note for each that cannot be made."""
-    from galaxydist.cpus import available_cores
     from galaxydist.gallery.gallery import make_gallery
     from galaxydist.report.page import without_gallery
 
     for facts in (facts for found in results.findings for facts in without_gallery(found)):
         run_dir = facts.trial.run_dir
         try:
-            page, _ = make_gallery(run_dir, "test", os.environ, threads=available_cores())
+            page, _ = make_gallery(run_dir, "test", os.environ)
             print(f"gallery: {page}")
         except (UserError, OSError, RuntimeError) as error:  # the report does not need the gallery
             yield f"{run_dir}: no gallery: {error}"
@@ -129,7 +128,7 @@ def _sweep_runs(text: str) -> list[Path]:
             f"{text}: there is no such folder{nor}, and no such sweep. Give a run folder, a folder of runs, "
             f"or a sweep: {', '.join(list_sweeps()) or 'none found'}."
         )
-    return [trial.run_dir for trial in resolve(read_sweep(find_sweep(text)))]
+    return [run.run_dir for run in resolve(read_sweep(find_sweep(text)))]
 
 
 def _print(results: "ReportData") -> None:
@@ -267,18 +266,10 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         raise UserError("give a run folder, the recipe=NAME that trained it, or --predictions FILE")
     target = read_target(arguments.target, arguments.manifest)
 
-    from galaxydist.evaluation.evaluator import evaluate_run
+    from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run
 
-    evaluate_run(
-        target.run_dir,
-        arguments.split or "test",
-        os.environ,
-        manifest_path=target.manifest,
-        variant=target.variant,
-        trained_path=arguments.trained_on,
-        data_dir=arguments.data_dir,
-        tta=arguments.tta,
-    )
+    data = EvaluationData(target.manifest, target.variant, arguments.trained_on, arguments.data_dir)
+    evaluate_run(target.run_dir, arguments.split or "test", os.environ, data, tta=arguments.tta)
 
 
 def _judge_predictions(arguments: argparse.Namespace) -> None:
@@ -287,10 +278,10 @@ def _judge_predictions(arguments: argparse.Namespace) -> None:
             name = "RUN" if option == "target" else f"--{option.replace('_', '-')}"
             raise UserError(f"--predictions FILE needs no {name}: the file contains it")
 
-    from galaxydist.evaluation.results_files import judge_predictions, render_evaluation
+    from galaxydist.evaluation.results_files import evaluate_predictions, render_evaluation
 
     out_dir = arguments.out or arguments.predictions.parent
-    print(render_evaluation(judge_predictions(arguments.predictions, arguments.validation, out_dir), out_dir))
+    print(render_evaluation(evaluate_predictions(arguments.predictions, arguments.validation, out_dir), out_dir))
 
 
 GALLERY_EPILOG = """examples:
@@ -337,20 +328,18 @@ def run_gallery(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out {arguments.out} is a folder: give the page a name, like {arguments.out / 'gallery.html'}")
     target = read_target(arguments.target, arguments.manifest)
 
-    from galaxydist.cpus import available_cores
+    from galaxydist.evaluation.evaluator import EvaluationData
     from galaxydist.gallery.gallery import make_gallery
 
+    data = EvaluationData(target.manifest, target.variant, data_dir=arguments.data_dir)
     page, picks = make_gallery(
         target.run_dir,
         arguments.split,
         os.environ,
+        data,
         per_class=arguments.per_class,
         page=arguments.out,
-        manifest_path=target.manifest,
-        variant=target.variant,
-        data_dir=arguments.data_dir,
         tta=arguments.tta,
-        threads=available_cores(),
     )
     shown = sum(map(len, picks.confident)), sum(map(len, picks.uncertain))
     print(

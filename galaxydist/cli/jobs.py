@@ -96,8 +96,8 @@ def run_status(arguments: argparse.Namespace) -> None:
     if arguments.json:
         overview = read_overview(folders)
         print(json.dumps([status.to_dict() for status in overview.runs], indent=2))
-        if overview.trouble:
-            print(f"galaxydist: {overview.trouble}", file=sys.stderr)
+        if overview.slurm_error:
+            print(f"galaxydist: {overview.slurm_error}", file=sys.stderr)
         return
     console = _console()
     if arguments.watch is None:
@@ -343,17 +343,17 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     from galaxydist.cluster.preflight import check_request
     from galaxydist.cluster.slurm import read_states
     from galaxydist.cluster.sweep import resolve
-    from galaxydist.cluster.sweep_runner import decide, read_facts, render_trials, summarise
+    from galaxydist.cluster.sweep_runner import decide, read_run_states, render_runs, summarise
 
-    trials = resolve(sweep, recipe_arguments, check=lambda resolved: check_request(resolved, cluster.config, os.environ))
+    runs = resolve(sweep, recipe_arguments, check=lambda resolved: check_request(resolved, cluster.config, os.environ))
     if cluster.config.scheduler == "slurm":
         from galaxydist.cluster.partition_check import check_partition
 
         check_partition(cluster.config)
-    decisions = [decide(facts, retry_failed=arguments.retry_failed) for facts in read_facts(trials, read_states)]
-    due = [trial for trial, decision in zip(trials, decisions, strict=True) if decision.is_due]
+    decisions = [decide(facts, retry_failed=arguments.retry_failed) for facts in read_run_states(runs, read_states)]
+    due = [run for run, decision in zip(runs, decisions, strict=True) if decision.is_due]
     if arguments.dry_run:
-        print(f"{render_trials(trials, decisions)}\n\n{sweep.path}: {summarise(decisions)}")
+        print(f"{render_runs(runs, decisions)}\n\n{sweep.path}: {summarise(decisions)}")
         _show_script(due, sweep, cluster)
         return
     print(f"{sweep.path}: {summarise(decisions)}")
@@ -361,14 +361,14 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     refusal = f"{len(due)} runs would go to {name}, and stdin is no terminal: add --yes, or --dry-run"
     if due and (arguments.yes or confirm(f"submit {len(due)} to {name}?", refusal)):
         _submit(due, sweep, cluster, retry_failed=arguments.retry_failed)
-    print(f"runs        {trials[0].run_dir.parent}\nfollow them galaxydist status {trials[0].run_dir.parent} --watch")
+    print(f"runs        {runs[0].run_dir.parent}\nfollow them galaxydist status {runs[0].run_dir.parent} --watch")
 
 
 def _submit(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster", *, retry_failed: bool) -> None:
     from galaxydist.cluster.records import JobFiles
     from galaxydist.cluster.slurm import max_array_size, read_states
     from galaxydist.cluster.submit import JobRequest, submission_lock, submit_requests
-    from galaxydist.cluster.sweep_runner import decide, is_local_job_running, read_facts, run_here, submit_arrays
+    from galaxydist.cluster.sweep_runner import decide, is_local_job_running, read_run_states, run_here, submit_arrays
 
     folder = due[0].run_dir.parent / "slurm"
     parallel = _parallel(sweep, cluster)
@@ -379,8 +379,8 @@ def _submit(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster
     if cluster.config.scheduler == "slurm":
         with submission_lock(folder.parent):
             # Another command may have submitted some of them in the meantime.
-            decisions = [decide(facts, retry_failed=retry_failed) for facts in read_facts(due, read_states)]
-            due = [trial for trial, decision in zip(due, decisions, strict=True) if decision.is_due]
+            decisions = [decide(facts, retry_failed=retry_failed) for facts in read_run_states(due, read_states)]
+            due = [run for run, decision in zip(due, decisions, strict=True) if decision.is_due]
             submit_arrays(due, send=send, chunk_size=max_array_size(), parallel=parallel)
         print(f"{parallel} run at the same time\nstop them   galaxydist cancel {folder.parent}")
         return
@@ -392,13 +392,13 @@ def _submit(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster
         due,
         send=send,
         parallel=parallel,
-        is_running=lambda trial: is_local_job_running(JobFiles(trial.run_dir).jobs()[-1]),
-        judge=lambda trial: decide(read_facts([trial], read_states)[0], retry_failed=True),  # it was sent: any failure counts
+        is_running=lambda run: is_local_job_running(JobFiles(run.run_dir).jobs()[-1]),
+        decide_again=lambda run: decide(read_run_states([run], read_states)[0], retry_failed=True),  # any failure counts
         pause=lambda: time.sleep(POLL_S),
     )
     if failed:
-        logs = "\n".join(f"  {trial.run_dir / 'logs'}" for trial in failed)
-        print(f"{len(failed)} of {len(due)} trials did not finish; their logs:\n{logs}", file=sys.stderr)
+        logs = "\n".join(f"  {run.run_dir / 'logs'}" for run in failed)
+        print(f"{len(failed)} of {len(due)} runs did not finish; their logs:\n{logs}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
 
 
@@ -420,7 +420,7 @@ def _show_script(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCl
     from galaxydist.cluster.submit import build_request, script_of
 
     size = max_array_size()
-    requests = [build_request(trial.resolved, trial.arguments) for trial in due[:size]]
+    requests = [build_request(run.resolved, run.arguments) for run in due[:size]]
     arrays = -(-len(due) // size)
     print(f"\n# the batch script{f' of the first of {arrays} arrays' if arrays > 1 else ''}")
     folder, parallel = due[0].run_dir.parent / "slurm", _parallel(sweep, cluster)

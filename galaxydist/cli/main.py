@@ -2,7 +2,8 @@
 
 Exit codes: 0 finished, 2 bad input (one message, no traceback), 130 interrupted with Ctrl-C, 141 standard output was closed,
 those of a training run for ``train`` (see ``train.py``), 1 anything else. Command modules import heavy libraries only when their
-command runs, so that ``--help`` answers at once.
+command runs, so that ``--help`` answers at once. Shell completion uses argcomplete: the shell calls galaxydist with
+``_ARGCOMPLETE`` set, and the parser answers with the possible words.
 """
 
 import argparse
@@ -10,11 +11,12 @@ import errno
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args, get_origin
 
 from galaxydist.atomic_files import NO_SPACE
-from galaxydist.cli import bench, cluster, completion, data, evaluate, jobs, recipes, train
-from galaxydist.cli.options import CommandParser, HelpFormatter
+from galaxydist.cli import bench, cluster, data, evaluate, jobs, recipes, train
+from galaxydist.cli.options import CommandParser, Commands, HelpFormatter, add_command
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 from galaxydist.log import set_up_logging
@@ -33,6 +35,11 @@ EPILOG = """examples:
   galaxydist report runs                     compare many runs: the results matrix as a page and as tables
 
 Data is stored in --data-dir, else $GALAXYDIST_DATA, else the user's cache folder.
+"""
+COMPLETION_EPILOG = """to turn it on in this shell, and in all shells:
+  eval "$(galaxydist completion bash)"
+  echo 'eval "$(galaxydist completion bash)"' >> ~/.bashrc
+  galaxydist completion fish > ~/.config/fish/completions/galaxydist.fish
 """
 
 
@@ -62,10 +69,67 @@ def build_parser() -> argparse.ArgumentParser:
         cluster.add_cluster,
         cluster.add_doctor,
         bench.add_parser,
-        completion.add_parser,
+        add_completion,
     ):
         add_parser(commands)
     return parser
+
+
+def add_completion(commands: Commands) -> None:
+    """Add the command."""
+    description = "Print the shell code that completes commands, options, recipes, clusters, keys and run folders."
+    parser = add_command(
+        commands, "completion", print_completion, "shell completion", description=description, epilog=COMPLETION_EPILOG
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="bash|zsh|fish", help="name of the shell")
+
+
+def print_completion(arguments: argparse.Namespace) -> None:
+    """Print the shell code."""
+    from argcomplete.shell_integration import shellcode
+
+    print(shellcode(["galaxydist"], shell=arguments.shell))
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Print the completions that the shell asks for, and end the process."""
+    import argcomplete
+
+    completer: Any = _complete_word
+    argcomplete.autocomplete(parser, always_complete_options="long", default_completer=completer, append_space=False)
+
+
+def _complete_word(prefix: str, action: argparse.Action, **_: Any) -> list[str]:
+    """Return the completions of one word: ``key=value`` for commands that take such arguments, else files."""
+    from argcomplete.completers import FilesCompleter
+
+    metavar = str(action.metavar or "")
+    if "=" not in metavar:
+        files: list[str] = FilesCompleter()(prefix)
+        return files
+    return [word for word in _settings(prefix, with_cluster="cluster" in metavar) if word.startswith(prefix)]
+
+
+def _settings(prefix: str, *, with_cluster: bool) -> Iterator[str]:
+    """Yield ``key=`` for the beginning of a key, and ``key=value`` for a complete key."""
+    from galaxydist.recipe.fields import RECIPE
+    from galaxydist.recipe.resolve import list_recipes
+
+    key, equals, _ = prefix.partition("=")
+    if not equals:
+        yield from ("recipe=", *(["cluster="] if with_cluster else []))
+        yield from (f"{name}=" for name in RECIPE.fields if name != "name")
+    elif key == "recipe":
+        yield from (f"recipe={name}" for name in list_recipes())
+    elif key == "cluster" and with_cluster:
+        from galaxydist.cluster.profile import list_clusters
+
+        yield from (f"cluster={name}" for name in list_clusters())
+    elif (field := RECIPE.fields.get(key)) is not None:
+        choices: tuple[str, ...] = ("true", "false") if field.annotation is bool else ()
+        if get_origin(field.annotation) is Literal:
+            choices = tuple(map(str, get_args(field.annotation)))
+        yield from (f"{key}={choice}" for choice in choices)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,8 +139,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         set_up_process(os.environ)
         parser = build_parser()
         if "_ARGCOMPLETE" in os.environ:  # a shell requests completions
-            from galaxydist.cli.completion import complete
-
             complete(parser)
         words = sys.argv[1:] if arguments is None else arguments
         parsed = parser.parse_args(words)

@@ -29,7 +29,7 @@ def main(folder: str) -> None:
     from submitit.core.job_environment import JobEnvironment
     from submitit.core.submission import process_job
 
-    # submitit's hook with which its plugins adapt to a cluster's signals.
+    # The hook with which submitit's plugins adapt to the signals of a cluster.
     JobEnvironment._handle_signals = _keep_signals  # type: ignore[assignment, method-assign]
     try:
         process_job(folder)

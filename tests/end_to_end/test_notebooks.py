@@ -162,7 +162,7 @@ def test_train_and_evaluate(tmp_path: Path, kernel: AsyncKernelManager) -> None:
     assert set(shown) == {"curves", "metrics", "confusion", "calibration", "gallery"}
     assert all(shown[cell] == {"image/png"} for cell in ("curves", "metrics", "confusion", "calibration"))
     assert "train.epochs = 1   (command line)" in printed(outputs["recipe"])
-    assert "epoch 1/1" in printed(outputs["train"]) and "D4 views averaged" in printed(outputs["evaluate-again"])
+    assert "epoch 1/1" in printed(outputs["train"]) and "averaged over D4" in printed(outputs["evaluate-again"])
     assert "accuracy" in printed(outputs["metrics"]) and "1 run on simulated" in printed(outputs["report"])
     (run_dir,) = (folder / "output" / "train" / "simulated-150" / "runs").iterdir()
     assert json.loads((run_dir / "evaluation" / "test.json").read_text())["count"] == 15

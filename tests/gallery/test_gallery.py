@@ -19,7 +19,7 @@ from galaxydist.cli.main import main
 from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.gallery.choose import choose_mistakes
 from galaxydist.gallery.gallery import _SHEET_BYTES, gallery_sections
-from galaxydist.loading.decode import ImageDecoder, read_chosen
+from galaxydist.loading.decode import ImageDecoder, read_samples
 from galaxydist.pages.contact_sheet import COLOUR_MAP, OPACITY, SheetCell, SheetRow, compose_sheet, overlay
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
@@ -50,23 +50,23 @@ def images_of(page: str) -> list[Image.Image]:
 def test_a_gallery_shows_what_was_chosen(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gallery", str(run_dir), "--per-class", "3"]) == 0
     evaluation_dir = run_dir / "evaluation"
-    picks = choose_mistakes(read_predictions(evaluation_dir / "test-predictions.parquet"), 3)
-    assert sum(picks.num_mistakes) > 0
-    shown = [pick for of_class in (*picks.confident, *picks.uncertain) for pick in of_class]
+    selection = choose_mistakes(read_predictions(evaluation_dir / "test-predictions.parquet"), 3)
+    assert sum(selection.num_mistakes) > 0
+    shown = [galaxy for of_class in (*selection.confident, *selection.uncertain) for galaxy in of_class]
     text = capsys.readouterr().out
-    assert f"of {sum(picks.num_mistakes)} mistakes" in text and str(evaluation_dir / "test-gallery.html") in text
+    assert f"of {sum(selection.num_mistakes)} mistakes" in text and str(evaluation_dir / "test-gallery.html") in text
 
     page = (evaluation_dir / "test-gallery.html").read_text()
     words = unescape(re.sub(r"<[^>]+>", " ", page))
-    for pick in shown:
-        assert f"{pick.id}: true {CLASS_NAMES[pick.label]}, predicted {CLASS_NAMES[pick.predicted]} (" in unescape(page)
-        assert pick.id in words
+    for galaxy in shown:
+        assert f"{galaxy.id}: true {CLASS_NAMES[galaxy.label]}, predicted {CLASS_NAMES[galaxy.predicted]} (" in unescape(page)
+        assert galaxy.id in words
     assert len(images_of(page)) == 2 * len(shown)
     assert re.search(r"https?://", re.sub(r'data:[^"]+', "", page)) is None and "<script" not in page
 
     content = json.loads((evaluation_dir / "test-gallery.json").read_text())
-    assert [[pick["sample"] for pick in of_class] for of_class in content["mistakes"]["chosen"]] == [
-        [pick.sample for pick in of_class] for of_class in picks.confident
+    assert [[galaxy["sample"] for galaxy in of_class] for of_class in content["mistakes"]["chosen"]] == [
+        [galaxy.sample for galaxy in of_class] for of_class in selection.confident
     ]
     assert content["saliency"] == "Grad-CAM" and content["checkpoint"]
 
@@ -96,14 +96,14 @@ def test_shards_on_a_server(run_dir: Path, blobs: Path, tmp_path: Path, monkeypa
 def test_chosen_images_are_those_of_the_split(blobs: Path) -> None:
     manifest = read_manifest(blobs)
     reader, samples = ImageDecoder(manifest, "test"), np.array([0, 5, 6, 23])
-    found = dict(read_chosen(manifest, "test", samples))
+    found = dict(read_samples(manifest, "test", samples))
     assert list(found) == samples.tolist()
     for image in reader.locate(samples):
         expected = np.empty((32, 32, 3), np.uint8)
         reader.read_into(image, expected)
         assert (found[image.sample][0] == expected).all()
     reader.close()
-    assert list(read_chosen(manifest, "test", np.empty(0, np.int64))) == []
+    assert list(read_samples(manifest, "test", np.empty(0, np.int64))) == []
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -28,7 +28,8 @@ from galaxydist.training.micro_batch import (
     reusable_micro_batch,
     suggest_savings,
 )
-from galaxydist.training.step import count_micro_batches, split_evenly
+from galaxydist.training.mixup import split_evenly
+from galaxydist.training.step import count_micro_batches
 from tests.helpers.forked_runs import run_forked
 from tests.helpers.scripts.limited_model import LimitedModel, raise_cpu, raise_cuda, raise_host
 from tests.helpers.scripts.micro_batch_rank import find_micro_batches

@@ -70,11 +70,11 @@ class UnreadableImages:
         """
         due = {sample: error for sample, (recorded_at, error) in self._found.items() if recorded_at <= step}
         self._found = {sample: found for sample, found in self._found.items() if sample not in due}
-        own = {sample: (str(error), error.what if isinstance(error, ImageError) else None) for sample, error in due.items()}
+        own = {sample: (str(error), error.problem if isinstance(error, ImageError) else None) for sample, error in due.items()}
         everywhere = {sample: found for of_rank in world.all_gather(own) for sample, found in of_rank.items()}
         new = {sample: found for sample, found in sorted(everywhere.items()) if sample not in self._samples}
-        for text, what in new.values():
-            if what is None or self._on_error == "raise":
+        for text, problem in new.values():
+            if problem is None or self._on_error == "raise":
                 raise EveryRankError(text)
         before = len(self)
         self._samples |= new.keys()
