@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from galaxydist.errors import UserError
 from galaxydist.report.finished_runs import FinishedRun, SplitResult, Validation
-from galaxydist.report.statistics import build_ensemble, build_outcomes, compare_runs, match, mcnemar, rank_trials, read_outcomes
+from galaxydist.report.statistics import (
+    build_ensemble,
+    build_outcomes,
+    compare_runs,
+    match,
+    mcnemar,
+    rank_by_validation,
+    read_outcomes,
+)
 from tests.trial_folders import draw_logits, write_predictions
 
 OUTCOMES = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
@@ -139,9 +147,11 @@ def trial(name: str, validation: Validation | None, judgements: Mapping[Any, Spl
 def test_runs_are_ranked_by_validation_and_by_nothing_else() -> None:
     values = {"worst": 0.4, "best": 0.9, "middle": 0.6}
     runs = [trial(name, Validation("accuracy", value, 1), Sealed()) for name, value in values.items()]
-    ranked, unranked = rank_trials([*runs, trial("none", None, Sealed()), trial("other", Validation("loss", 0.1, 1), Sealed())])
+    ranked, unranked = rank_by_validation(
+        [*runs, trial("none", None, Sealed()), trial("other", Validation("loss", 0.1, 1), Sealed())]
+    )
     assert [one.run_dir.name for one in ranked] == ["best", "middle", "worst"]
     assert [one.run_dir.name for one in unranked] == ["none", "other"]
     losses = [trial(name, Validation("loss", value, 1), Sealed()) for name, value in values.items()]
-    assert [one.run_dir.name for one in rank_trials(losses)[0]] == ["worst", "middle", "best"]
-    assert rank_trials([]) == ([], [])
+    assert [one.run_dir.name for one in rank_by_validation(losses)[0]] == ["worst", "middle", "best"]
+    assert rank_by_validation([]) == ([], [])
