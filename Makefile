@@ -1,6 +1,6 @@
 # make demo: from nothing to a trained and evaluated classifier.   make test: set up and run the fast tests.
 # make test-all: all tests that need no GPU.   make test-nightly: those that are too long for CI.
-# make check: ruff, mypy --strict, import-linter.   make clean: remove what these made.
+# make check: ruff, mypy --strict, import-linter, rules of layout.   make clean: remove what these made.
 # make bench: install other loaders into environments of their own, and measure them and ours.   BENCH='--real DIR' gives options.
 
 VENV ?= .venv
@@ -94,6 +94,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(PYTEST) -q tests/test_layout.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

@@ -62,7 +62,7 @@ def real_sample(real_data: Path) -> Path:
 def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The manifest of a small data set of drawn blobs, in three classes."""
     from galaxydist.shards.writer.writer import write_shards
-    from tests.blobs import BlobSurvey
+    from tests.helpers.blobs import BlobSurvey
 
     return write_shards(BlobSurvey(), tmp_path_factory.mktemp("blobs") / "shards", encoding="png", shard_size=16, workers=1).path
 
@@ -85,7 +85,7 @@ def started_bed(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Bed]":
 @pytest.fixture
 def slurm_bed(started_bed: "Bed", monkeypatch: pytest.MonkeyPatch) -> "Iterator[Bed]":
     """The real SLURM, for a test and what it starts. Jobs that it leaves are ended, what it kills is started again."""
-    from tests.slurm_bed import tidy
+    from tests.helpers.slurm_bed import tidy
 
     environ = started_bed.environ()
     for name in set(os.environ) - set(environ):

@@ -1,0 +1,201 @@
+"""The doctor's single checks, each where all is well and where it is not: on real folders, ports and programs where possible."""
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from galaxydist.cli.main import main
+from galaxydist.doctor.check import failure, has_failed, ok, render, warning
+from galaxydist.doctor.machine import check_cores, check_memory, check_shared_memory, check_threads, memory_limit
+from galaxydist.doctor.network import check_slurm, check_wandb, interface_address, is_loopback, own_address
+from galaxydist.doctor.software import (
+    GpuFacts,
+    check_gpus,
+    check_installation,
+    check_matmul,
+    check_python,
+    check_versions,
+    find_gpus,
+    installed_versions,
+)
+from tests.helpers.scripts.doctor_places import levels, linux, program, small_disk
+
+INFINITY = math.inf
+
+
+def test_a_report_names_each_check_its_level_and_its_remedy() -> None:
+    text = render(
+        {"here": [ok("cores", "4"), warning("memory", "1 GB\nof 2", "buy more")], "there": [failure("disk", "full", "rm")]}
+    )
+    assert text.splitlines() == [
+        "here:",
+        "  ok       cores   4",
+        "  warning  memory  1 GB",
+        "                   of 2",
+        "                   -> buy more",
+        "there:",
+        "  failure  disk    full",
+        "                   -> rm",
+        "1 ok, 1 warning, 1 failure",
+    ]
+    assert has_failed([ok("a", ""), failure("b", "", "")]) and not has_failed([ok("a", ""), warning("b", "", "")])
+
+
+def test_python_and_libraries_against_lower_bounds() -> None:
+    assert check_python((3, 12, 1), ">=3.11").level == "ok"
+    assert check_python((3, 10, 9), ">=3.11").level == "failure"
+    needed = ["numpy>=2.0", "pytest", "s3fs>=1; extra == 'remote'", "pywin32; sys_platform == 'win32'"]
+    installed = installed_versions(needed)
+    assert set(installed) == {"numpy", "pytest"}
+    assert check_versions(needed, installed).level == "ok"
+    old = check_versions(["numpy>=999", "no-such-library>=1"], installed_versions(["numpy>=999", "no-such-library>=1"]))
+    assert old.level == "failure" and "no-such-library is missing" in old.text and "numpy 2" in old.text and "pip" in old.remedy
+    assert levels(check_installation()) == {"Python": "ok", "libraries": "ok"}
+
+
+def test_gpus_that_torch_can_and_cannot_use() -> None:
+    nothing = GpuFacts("13.0", (), None, None, None)
+    assert check_gpus(nothing, 0).level == "ok"
+    assert check_gpus(nothing, 1).level == "failure"
+    two = GpuFacts("13.0", ("H100", "H100"), None, ("NVIDIA H100", "NVIDIA H100"), None)
+    assert check_gpus(two, 2) == ok("GPUs", "2 visible: 2 x H100 (torch built for CUDA 13.0)")
+    assert check_gpus(two, 4).level == "failure"
+    cpu_build = check_gpus(GpuFacts(None, (), None, ("NVIDIA H100",), None), 0)
+    assert cpu_build.level == "failure" and "built without CUDA" in cpu_build.text and "pytorch.org" in cpu_build.remedy
+    old = check_gpus(GpuFacts("13.0", (), "The NVIDIA driver on your system is too old", ("NVIDIA H100",), None), 0)
+    assert old.level == "failure" and "too old" in old.text and "driver" in old.remedy
+    assert check_gpus(GpuFacts("13.0", (), None, None, "Driver/library version mismatch"), 0).level == "failure"
+
+
+def test_what_the_driver_says_is_read(tmp_path: Path) -> None:
+    good = program(tmp_path, "smi-good", "echo 'NVIDIA H100, 570.10'; echo 'NVIDIA H100, 570.10'")
+    assert find_gpus(good).driver == ("NVIDIA H100", "NVIDIA H100")
+    broken = program(tmp_path, "smi-broken", "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
+    assert find_gpus(broken).driver_problem == "Failed to initialize NVML: Driver/library version mismatch"
+    empty = find_gpus(program(tmp_path, "smi-empty", "echo 'No devices were found'; exit 6"))
+    assert (empty.driver, empty.driver_problem) == ((), None)
+    absent = find_gpus(str(tmp_path / "none"))
+    assert (absent.driver, absent.driver_problem) == (None, None)
+
+
+def test_a_product_on_a_device_that_is_there_and_one_that_is_not() -> None:
+    assert check_matmul("cpu").level == "ok"
+    assert check_matmul("cuda:99").level == "failure"
+    # Holds shapes but no numbers: what it computes is not the product.
+    assert check_matmul("meta").level == "failure"
+
+
+@pytest.mark.parametrize(
+    ("bound", "quota", "level"), [(8, INFINITY, "ok"), (8, 8.0, "ok"), (8, 2.0, "warning"), (1, INFINITY, "warning")]
+)
+def test_cores(bound: int, quota: float, level: str) -> None:
+    check = check_cores(bound, quota, 64)
+    assert check.level == level and f"{bound} of the machine's 64" in check.text and bool(check.remedy) == (level != "ok")
+
+
+@pytest.mark.parametrize(
+    ("environ", "level", "remedy"),
+    [
+        ({}, "ok", ""),
+        ({"OMP_NUM_THREADS": "4", "OMP_PROC_BIND": "false"}, "ok", ""),
+        ({"OMP_NUM_THREADS": "4,2"}, "ok", ""),
+        ({"OMP_NUM_THREADS": "many"}, "warning", "unset OMP_NUM_THREADS"),
+        ({"MKL_NUM_THREADS": "64"}, "warning", "unset MKL_NUM_THREADS"),
+        ({"OMP_PROC_BIND": "close"}, "warning", "unset OMP_PROC_BIND"),
+        ({"OMP_WAIT_POLICY": "active"}, "warning", "unset OMP_WAIT_POLICY"),
+    ],
+)
+def test_threads(environ: dict[str, str], level: str, remedy: str) -> None:
+    check = check_threads(environ, cores=4)
+    assert (check.level, check.remedy) == (level, remedy)
+
+
+def test_memory_and_what_a_container_allows(tmp_path: Path) -> None:
+    assert check_memory(64e9, INFINITY).level == "ok"
+    assert check_memory(64e9, 2e9).level == "warning"
+    assert check_memory(16e9, INFINITY, ranks=2).level == "ok"
+    assert check_memory(16e9, INFINITY, ranks=8).level == "warning"
+    files = {
+        "proc/self/cgroup": "0::/job/step\n",
+        "sys/fs/cgroup/job/step/memory.max": "max\n",
+        "sys/fs/cgroup/job/step/memory.current": "5\n",
+        "sys/fs/cgroup/job/memory.max": "1000\n",
+        "sys/fs/cgroup/job/memory.current": "400\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert memory_limit(tmp_path) == 600
+    (tmp_path / "sys/fs/cgroup/job/memory.max").unlink()
+    assert memory_limit(tmp_path) == INFINITY
+
+
+@linux
+def test_shared_memory(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "large", "600m") as folder:
+        assert check_shared_memory(folder).level == "ok"
+        (folder / "left by a dead process").write_bytes(bytes(200_000_000))
+        assert check_shared_memory(folder).level == "warning"
+    with small_disk(tmp_path / "as in a container", "64m") as folder:
+        check = check_shared_memory(folder)
+        assert check.level == "warning" and "--shm-size" in check.remedy
+    assert check_shared_memory(tmp_path / "none").level == "warning"
+
+
+def test_wandb_with_and_without_key_and_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NETRC", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        keyed = check_wandb({**here, "WANDB_API_KEY": "a-very-secret-key"})
+        assert keyed.level == "ok" and "secret" not in keyed.text + keyed.remedy
+        keyless = check_wandb(here)
+        assert keyless.level == "warning" and "no key" in keyless.text and "wandb login" in keyless.remedy
+    closed = check_wandb({**here, "WANDB_API_KEY": "a-very-secret-key"})
+    assert closed.level == "warning" and "offline" in closed.text and "secret" not in closed.text + closed.remedy
+    assert check_wandb({"WANDB_MODE": "offline"}).level == "ok"
+
+
+def test_slurm_that_answers_that_does_not_and_none(tmp_path: Path) -> None:
+    absent = str(tmp_path / "none")
+    assert check_slurm(is_needed=False, program=absent).level == "ok"
+    assert check_slurm(is_needed=True, program=absent).level == "failure"
+    good = check_slurm(is_needed=True, program=program(tmp_path, "good", "echo 'low* 2'; echo 'low* 1'; echo 'high 3'"))
+    assert good == ok("SLURM", "answers; nodes by partition: low* 3, high 3")
+    away = program(tmp_path, "away", "echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1")
+    assert check_slurm(is_needed=True, program=away).level == "failure"
+    assert check_slurm(is_needed=False, program=away).level == "warning"
+
+
+@linux
+def test_names_addresses_and_interfaces() -> None:
+    assert own_address("localhost") is not None and own_address("no-such-host.invalid") is None
+    assert interface_address("lo") == "127.0.0.1" and interface_address("nosuch0") is None
+    assert is_loopback("127.0.1.1") and is_loopback("::1") and not is_loopback("192.0.2.7") and not is_loopback("fe80::1%eth0")
+
+
+def test_the_command_refuses_what_it_cannot_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "recipe=vit"]) == 2
+    assert main(["doctor", "cluster=no-such-cluster"]) == 2
+    assert "no-such-cluster" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_on_this_machine(tmp_path: Path) -> None:
+    environ = {**os.environ, "WANDB_MODE": "offline", "TMPDIR": str(tmp_path)}
+    environ.pop("SLURM_CONF", None)
+
+    def doctor(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "galaxydist.cli.main", "doctor", "--run-root", str(tmp_path / "runs"), *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environ)
+
+    good = doctor("--data-dir", str(tmp_path / "data"), "--json")
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert good.stdout.startswith('{\n  "ok": true')
+    bad = doctor("--data-dir", "/proc/data")
+    assert bad.returncode == 1 and "failure  data root" in bad.stdout and bad.stdout.rstrip().endswith("1 failure")

@@ -1,0 +1,274 @@
+"""From a run to its file of predictions: parts of processes, sizes and skies, what is made again and what is not."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from galaxydist.cli.main import main
+from galaxydist.errors import UserError
+from galaxydist.evaluation.counts import BatchPredictions
+from galaxydist.evaluation.inference import MEASURED_WIDTH, measure, merge_predictions
+from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, merge_rank_files, part_path, read_predictions
+from galaxydist.galaxy import Galaxy
+from galaxydist.shards.manifest import read_manifest
+from galaxydist.shards.writer.writer import write_shards
+from galaxydist.surveys.photometry import measure_images
+from tests.helpers.blobs import BlobSurvey
+from tests.helpers.prediction_files import CONTEXT
+from tests.helpers.runs import quick_settings, read_evaluation, run_here, without_figures
+
+
+def columns_of(samples: np.ndarray, num_classes: int = 3) -> dict[str, Any]:
+    rng = np.random.default_rng(len(samples))
+    return {
+        "sample": samples,
+        "label": samples % num_classes,
+        "predicted": samples % 2,
+        "logits": rng.normal(size=(len(samples), num_classes)).astype(np.float32),
+        "size": np.where(samples % 5 == 0, np.nan, samples / 10),
+        "sky_brightness": samples / 100,
+    }
+
+
+@given(st.integers(0, 50), st.integers(1, 7), st.integers(1, 4))
+@settings(max_examples=25)
+def test_parts_of_any_number_of_processes_are_one_file(
+    tmp_path_factory: pytest.TempPathFactory, num: int, batch_size: int, world_size: int
+) -> None:
+    folder = tmp_path_factory.mktemp("parts")
+    target = folder / "a.parquet"
+    writers = [RankFile(part_path(target, rank), 3) for rank in range(world_size)]
+    for writer in writers:
+        writer.__enter__()
+    for number, first in enumerate(range(0, num, batch_size)):
+        writers[number % world_size].append(columns_of(np.arange(first, min(first + batch_size, num))))
+    for writer in writers:
+        writer.finish()
+    paths = [writer.path for writer in writers]
+    rows = list(merge_rank_files(paths, 3, batch_size=batch_size, num_samples=num))
+    assert np.array_equal(np.concatenate([np.empty(0, int), *(block["sample"] for block in rows)]), np.arange(num))
+    for wrong in (num + 1, num - 1) if num else ():
+        with pytest.raises(ValueError, match=r"are not there|more galaxies"):
+            list(merge_rank_files(paths, 3, batch_size=batch_size, num_samples=wrong))
+    catalogue = pa.table({"id": [f"g{n}" for n in range(num)], "ra": np.arange(num) / 7, "pxscale": np.full(num, 0.5)})
+    info = PredictionsInfo(("a", "b", "c"), CONTEXT)
+    merge_predictions(target, info, paths, catalogue, batch_size=batch_size)
+    found = read_predictions(target)
+    assert found.column("id").tolist() == catalogue.column("id").to_pylist()
+    assert np.array_equal(found.column("ra"), np.arange(num) / 7)
+    assert np.array_equal(found.column("size"), np.where(np.arange(num) % 5 == 0, np.nan, np.arange(num) / 20), equal_nan=True)
+    assert found.info.units["size"] == ("arcsec" if num else "pixel")
+    for writer in writers:
+        writer.__exit__(None, None, None)
+    assert [path.name for path in folder.iterdir()] == ["a.parquet"]
+
+
+def test_sizes_are_in_pixels_where_the_scale_of_any_galaxy_is_unknown(tmp_path: Path) -> None:
+    with RankFile(part_path(tmp_path / "a.parquet", 0), 3) as part:
+        part.append(columns_of(np.arange(4)))
+        part.finish()
+        for scale in ([0.2, 0.2, None, 0.2], [0.2, 0.0, 0.2, 0.2]):
+            catalogue = pa.table({"id": ["a", "b", "c", "d"], "pxscale": scale})
+            merge_predictions(
+                tmp_path / "a.parquet", PredictionsInfo(tuple("abc"), CONTEXT), [part.path], catalogue, batch_size=4
+            )
+            found = read_predictions(tmp_path / "a.parquet")
+            assert found.info.units["size"] == "pixel" and found.column("size")[1:].tolist() == [0.1, 0.2, 0.3]
+
+
+def test_a_part_that_is_cut_off_is_noticed(tmp_path: Path) -> None:
+    with RankFile(tmp_path / "part", 3) as part:
+        part.append(columns_of(np.arange(4)))
+        part.finish()
+        with part.path.open("rb+") as file:
+            file.truncate(part.path.stat().st_size - 1)
+        with pytest.raises(ValueError, match="is cut off"):
+            list(merge_rank_files([part.path], 3, batch_size=4, num_samples=4))
+
+
+def test_sizes_do_not_depend_on_how_small_an_image_was_decoded() -> None:
+    y_HW, x_HW = np.mgrid[:256, :256] - 127.5
+    for radius in (12.0, 30.0):
+        light_HW = 20 + 180 * np.exp(-1.678 * np.hypot(x_HW, y_HW) / radius)
+        whole = np.repeat(light_HW[None, :, :, None], 3, axis=3)
+        full = measure_images(np.rint(whole).astype(np.uint8))
+        assert full.size_px[0] == pytest.approx(radius, rel=0.1)
+        for factor in (1, 2, 4):
+            small = whole.reshape(1, 256 // factor, factor, 256 // factor, factor, 3).mean(axis=(2, 4))
+            found = measure(np.rint(small).astype(np.uint8), 256)
+            assert found.size_px[0] == pytest.approx(full.size_px[0], rel=0.08), (radius, factor)
+            assert found.sky[0] == pytest.approx(full.sky[0], abs=0.01)
+    odd = np.zeros((2, 131, 131, 3), np.uint8)  # no whole number of pixels makes it smaller
+    assert MEASURED_WIDTH < 131 and len(measure(odd, 131).size_px) == 2
+
+
+@dataclass(frozen=True)
+class KnownBlobs(BlobSurvey):
+    """Blobs with places on the sky, redshifts (a third unknown) and a pixel scale."""
+
+    pxscale: float | None = 0.262
+
+    def read(self, start: int, stop: int) -> Iterator[Galaxy]:
+        for row, galaxy in enumerate(super().read(start, stop), start):
+            extras = {"row": row, "redshift": None if row % 3 == 0 else row / 1000, "pxscale": self.pxscale}
+            extras |= {"source_id": f"Blob {row}", "file": f"blobs/Blob {row}.png"}
+            yield replace(galaxy, ra=10.0 + row / 10, dec=-20.0, extras=extras)
+
+
+@pytest.fixture(scope="module")
+def run_of_known(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of one epoch on 200 galaxies, and its manifest."""
+    folder = tmp_path_factory.mktemp("known")
+    path = write_shards(KnownBlobs(num_galaxies=240), folder / "shards", encoding="png", shard_size=16, workers=1).path
+    assert run_here(quick_settings(path, folder / "run", train__epochs=3)) == 0
+    return folder / "run", path
+
+
+def judge(*arguments: object) -> int:
+    from accelerate.state import AcceleratorState, PartialState
+
+    try:
+        return main(["evaluate", *map(str, arguments)])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+
+
+def test_a_run_leaves_the_predictions_of_its_test_and_validation_galaxies(run_of_known: tuple[Path, Path]) -> None:
+    run_dir, manifest_path = run_of_known
+    manifest, survey = read_manifest(manifest_path), KnownBlobs(num_galaxies=240)
+    evaluation = read_evaluation(run_dir)
+    for split in ("test", "val"):
+        found = read_predictions(run_dir / "evaluation" / f"{split}-predictions.parquet")
+        rows = np.array([int(name.removeprefix("blob-")) for name in found.column("id")])
+        assert sorted(rows) == survey.splits[split].tolist()
+        assert np.array_equal(found.column("label"), rows % 3) and np.array_equal(found.column("label"), manifest.labels(split))
+        assert found.column("sample").tolist() == list(range(48))
+        assert np.array_equal(found.column("predicted"), found.column("logits").argmax(1))
+        assert found.column("file").tolist() == [f"blobs/Blob {row}.png" for row in rows]
+        assert found.column("source_id").tolist() == [f"Blob {row}" for row in rows]
+        assert np.allclose(found.column("ra"), 10 + rows / 10) and (found.column("dec") == -20).all()
+        expected = np.where(rows % 3 == 0, np.nan, rows / 1000)
+        assert np.allclose(found.column("redshift"), expected, equal_nan=True)
+        images = np.stack([survey._draw(row) for row in rows])
+        assert np.allclose(found.column("size"), measure_images(images).size_px * 0.262, equal_nan=True)
+        assert found.info.units["size"] == "arcsec" and found.info.versions["torch"] == torch.__version__.split("+")[0]
+        assert found.info.context["step"] == evaluation["step"] and found.info.class_names == manifest.class_names
+    confusion_KK = np.zeros((3, 3), int)
+    test = read_predictions(run_dir / "evaluation" / "test-predictions.parquet")
+    np.add.at(confusion_KK, (test.column("label"), test.column("predicted")), 1)
+    assert evaluation["confusion"] == confusion_KK.tolist() and evaluation["loss"] == test.info.loss
+    assert evaluation["calibration"]["temperature"]["count"] == 48
+    assert list(evaluation["against"]) == ["redshift", "size", "sky_brightness"]
+    assert not (run_dir / "evaluation" / "val.json").exists()
+    assert not [path for path in (run_dir / "evaluation").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_what_is_there_is_not_made_again_and_what_is_missing_or_damaged_is(
+    run_of_known: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_of_known[0] / "evaluation"
+    predictions, written = folder / "test-predictions.parquet", folder / "test.json"
+    whole, text = predictions.read_bytes(), written.read_text()
+    assert judge(run_of_known[0]) == 0  # the run was told to leave the figures to this
+    assert written.read_text() == text and (folder / "test-confusion.png").is_file()
+    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert judge(run_of_known[0]) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+    for damage in (None, whole[:-30]):
+        predictions.unlink() if damage is None else predictions.write_bytes(damage)
+        assert judge(run_of_known[0]) == 0
+        assert predictions.read_bytes() == whole and written.read_text() == text
+    written.write_text(json.dumps({**json.loads(text), "format": 1}))
+    before = predictions.stat().st_mtime_ns
+    assert judge(run_of_known[0]) == 0
+    assert written.read_text() == text and predictions.stat().st_mtime_ns == before, "numbers again, predictions not"
+    assert judge(run_of_known[0], "--split", "val") == 0
+    said = capsys.readouterr().out
+    assert "48 galaxies of the validation split (the very galaxies that are judged)" in said
+    assert json.loads((folder / "val.json").read_text())["count"] == 48
+    # Without the model: the same numbers.
+    out = run_of_known[0].parent / "out"
+    assert main(["evaluate", "--predictions", str(predictions), "--out", str(out)]) == 0
+    assert (out / "test.json").read_text() == text
+
+
+def test_a_run_is_judged_on_other_data_with_the_temperature_of_its_own(
+    run_of_known: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, manifest_path = run_of_known
+
+    @dataclass(frozen=True)
+    class Others(KnownBlobs):
+        def read(self, start: int, stop: int) -> Iterator[Galaxy]:
+            for galaxy in super().read(start, stop):
+                yield replace(galaxy, id=f"other{galaxy.id}", ra=200 + (galaxy.ra or 0), extras={})
+
+    survey = Others(num_galaxies=60, name="other", variant="balanced", pxscale=None)
+    other = write_shards(survey, tmp_path / "shards", encoding="png", workers=1).path
+    with without_figures():
+        assert judge(run_dir, f"data.manifest={other}") == 0
+    assert "left out: redshift: no galaxy has it" in capsys.readouterr().out
+    folder = run_dir / "evaluation" / "other-balanced"
+    found = json.loads((folder / "test.json").read_text())
+    assert found["count"] == 12 and found["variant"] == "balanced"
+    fitted = found["calibration"]["temperature"]
+    assert fitted["fitted_on"]["manifest_hash"] == read_manifest(manifest_path).hash and fitted["count"] == 48
+    assert fitted["value"] == read_evaluation(run_dir)["calibration"]["temperature"]["value"]
+    assert read_predictions(folder / "test-predictions.parquet").info.units["size"] == "pixel"
+    # By its predictions alone: the validation split's lie in the folder above.
+    assert main(["evaluate", "--predictions", str(folder / "test-predictions.parquet"), "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "test.json").read_text()) == found
+
+
+def test_a_variant_is_found_beside_the_runs_own_and_a_run_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turning = ("clockwise", "anticlockwise", "edge-on")
+    for variant, num_galaxies in (("original", 120), ("balanced", 60)):
+        survey = BlobSurvey(variant=variant, num_galaxies=num_galaxies, class_names=turning)
+        write_shards(survey, tmp_path / variant, encoding="png", workers=1)
+    run_dir = tmp_path / "runs" / "named"
+    assert run_here(quick_settings(tmp_path / "original" / "manifest.json", run_dir, train__epochs=1)) == 0
+    warning = "the classes clockwise, anticlockwise are mirror images of one another"
+    assert f"{warning}, which a model cannot tell apart with data.augment.flip=true\n" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    with without_figures():
+        assert judge("named", "data.variant=balanced") == 0
+    assert "blobs (balanced), test split, custom_cnn, N = 12" in capsys.readouterr().out
+
+
+def test_a_failure_leaves_neither_predictions_nor_parts(
+    run_of_known: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_shards(KnownBlobs(num_galaxies=60, name="torn"), tmp_path / "shards", encoding="png", workers=1)
+    shard = manifest.shard_path("train", 0)
+    offset = int(manifest.offsets("train")[20])
+    with shard.open("rb+") as file:
+        file.seek(offset)
+        file.write(b"\0" * 200)
+    assert judge(run_of_known[0], f"data.manifest={manifest.path}", "--split", "train") == 2
+    assert "galaxy" in capsys.readouterr().err
+    folder = run_of_known[0] / "evaluation" / "torn-original"
+    assert list(folder.iterdir()) == []
+
+
+def test_predictions_of_batches_are_joined_in_their_order() -> None:
+    def part(*samples: int) -> BatchPredictions:
+        samples_N = torch.tensor(samples)
+        return BatchPredictions(samples_N, samples_N, samples_N, samples_N[:, None].float())
+
+    assert BatchPredictions.join([part(3, 4), part(0), part(2)]).samples_N.tolist() == [3, 4, 0, 2]
+    assert BatchPredictions.merge([part(3, 4), part(0), part(2)]).logits_NK[:, 0].tolist() == [0, 2, 3, 4]
+    with pytest.raises(UserError, match="no predictions at"):
+        read_predictions(Path("nowhere"))

@@ -1,0 +1,187 @@
+"""The way to the device: the reader's batches in their order, and no memory used again before a copy from it has ended."""
+
+import ctypes
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from galaxydist.errors import UserError
+from galaxydist.loading.device_prefetch import DevicePrefetcher, Event
+from galaxydist.loading.loader import Batch, BufferPool, EvalLoader, TrainLoader
+from galaxydist.shards.manifest import read_manifest
+
+CPU = torch.device("cpu")
+
+
+class LateEvent:
+    """The end of copies that a ``LateStream`` makes when it comes to them."""
+
+    def __init__(self, stream: "LateStream") -> None:
+        self.has_come = False
+        self._stream = stream
+
+    def query(self) -> bool:
+        return self.has_come
+
+    def synchronize(self) -> None:
+        while not self.has_come:
+            self._stream.copy_one()
+
+
+class LateStream:
+    """Copies as late as it may: ``delay`` batches after the consumer could queue work on them.
+
+    It copies from an address, as a device does, so nothing keeps the memory from being used for something else.
+    """
+
+    def __init__(self, delay: int) -> None:
+        self._delay = delay
+        self._queue: deque[tuple[list[int], list[Tensor], LateEvent]] = deque()
+        self.log: list[str] = []
+        self.most_waiting = 0
+
+    def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
+        copies = [torch.full_like(tensor, 77) for tensor in tensors]
+        event = LateEvent(self)
+        self._queue.append(([tensor.data_ptr() for tensor in tensors], copies, event))
+        self.most_waiting = max(self.most_waiting, len(self._queue))
+        self.log.append("start")
+        return copies, event
+
+    def hand_over(self, copies: Sequence[Tensor], event: Event) -> None:
+        self.log.append("hand over")
+        assert len(copies) == 3 and not event.query()
+        if len(self._queue) > self._delay:
+            self.copy_one()
+
+    def copy_one(self) -> None:
+        addresses, copies, event = self._queue.popleft()
+        for address, copy in zip(addresses, copies, strict=True):
+            ctypes.memmove(copy.data_ptr(), address, copy.nbytes)
+        event.has_come = True
+
+
+def read_plainly(blobs: Path, steps: int) -> list[Batch]:
+    with TrainLoader(read_manifest(blobs), seed=3, batch_size=8) as reader:
+        return list(islice(reader, steps))
+
+
+def assert_same(found: Batch, expected: Batch) -> None:
+    for name in ("images_BHWC", "labels_B", "weights_B", "positions_B", "samples_B"):
+        assert torch.equal(getattr(found, name).cpu(), getattr(expected, name)), name
+    assert (found.epoch, found.step) == (expected.epoch, expected.step)
+
+
+@pytest.mark.parametrize("delay", [0, 1, 5])
+def test_a_reader_gets_its_memory_back_only_after_the_copy(blobs: Path, delay: int) -> None:
+    """Copies that come late read what the reader has decoded there, not what it decodes into the same memory next."""
+    stream = LateStream(delay)
+    with (
+        TrainLoader(read_manifest(blobs), seed=3, batch_size=8, prefetch=1) as reader,
+        DevicePrefetcher(reader, CPU, stream) as feed,
+    ):
+        fed = list(islice(feed, 60))
+    for batch, expected in zip(fed, read_plainly(blobs, 60), strict=True):
+        assert_same(batch, expected)
+    assert stream.most_waiting == delay + 1
+
+
+def test_one_batch_is_copied_ahead(blobs: Path) -> None:
+    stream = LateStream(0)
+    with TrainLoader(read_manifest(blobs), seed=3, batch_size=8) as reader, DevicePrefetcher(reader, CPU, stream) as feed:
+        assert stream.log == []
+        next(feed)
+        assert stream.log == ["start", "hand over", "start"]
+        next(feed)
+        assert stream.log == ["start", "hand over", "start", "hand over", "start"]
+
+
+def test_memory_does_not_grow_with_the_batches_that_were_copied(blobs: Path) -> None:
+    with TrainLoader(read_manifest(blobs), seed=3, batch_size=8, prefetch=2) as reader:
+        places = set()
+
+        def watched() -> Iterator[Batch]:
+            for batch in reader:
+                places.add(batch.images_BHWC.data_ptr())
+                yield batch
+
+        with DevicePrefetcher(watched(), CPU, LateStream(1)) as feed:
+            for _ in islice(feed, 60):
+                pass
+    assert len(places) <= 8
+
+
+def test_on_a_cpu_batches_are_passed_on_as_they_are(blobs: Path) -> None:
+    batches = read_plainly(blobs, 3)
+    with DevicePrefetcher(iter(batches), CPU) as feed:
+        assert [id(batch) for batch in feed] == [id(batch) for batch in batches]
+
+
+@pytest.mark.parametrize("stream", [None, LateStream(0)], ids=["cpu", "side stream"])
+def test_the_end_and_errors_come_in_their_turn(blobs: Path, stream: LateStream | None) -> None:
+    batches = read_plainly(blobs, 2)
+
+    def failing() -> Iterator[Batch]:
+        yield from batches
+        raise UserError("the third is lost")
+
+    with DevicePrefetcher(failing(), CPU, stream) as feed:
+        assert [next(feed).step, next(feed).step] == [0, 1]
+        with pytest.raises(UserError, match="the third is lost"):
+            next(feed)
+    manifest = read_manifest(blobs)
+    with EvalLoader(manifest, "val", batch_size=7) as reader, DevicePrefetcher(reader, CPU, stream) as feed:
+        assert sum(int((batch.weights_B > 0).sum()) for batch in feed) == manifest.splits["val"].num_samples
+        with pytest.raises(StopIteration):
+            next(feed)
+
+
+def test_closing_waits_for_copies_and_ends_the_feed(blobs: Path) -> None:
+    batches = read_plainly(blobs, 4)
+    stream = LateStream(9)
+    feed = DevicePrefetcher(iter(batches), CPU, stream)
+    first = next(feed)
+    feed.close()
+    assert_same(first, batches[0])
+    with pytest.raises(StopIteration):
+        next(feed)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_buffers_are_pinned() -> None:
+    array = BufferPool(2, pin=True).take((3, 5), np.uint8)
+    assert torch.from_numpy(array).is_pinned()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("pin", [True, False])
+def test_a_gpu_gets_what_plain_copies_give(blobs: Path, pin: bool) -> None:
+    """Over many batches, with the host far ahead of the device, few buffers, and the device's memory in demand."""
+    device = torch.device("cuda")
+    expected = read_plainly(blobs, 200)
+    sums = []
+    with (
+        TrainLoader(read_manifest(blobs), seed=3, batch_size=8, prefetch=1, pin=pin) as reader,
+        DevicePrefetcher(reader, device) as feed,
+    ):
+        for batch in islice(feed, 200):
+            torch.cuda._sleep(2_000_000)
+            assert batch.images_BHWC.device.type == batch.labels_B.device.type == batch.weights_B.device.type == "cuda"
+            assert batch.positions_B.device.type == "cpu"
+            # Work that is still queued when the batch is let go of, and memory for its results.
+            weighted = batch.images_BHWC.double() * batch.weights_B[:, None, None, None]
+            sums.append((weighted.sum(), (weighted**2).sum(), batch.labels_B.sum()))
+    for found, batch in zip(sums, expected, strict=True):
+        images = batch.images_BHWC.double()
+        assert [value.item() for value in found] == [images.sum(), (images**2).sum(), batch.labels_B.sum()]

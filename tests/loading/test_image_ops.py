@@ -1,0 +1,140 @@
+"""The two ways in which changes are carried out, OpenCV's on a CPU and torch's elsewhere: one result."""
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from galaxydist.loading.augment import Augment
+from galaxydist.loading.image_ops import AffineWarp, ImageTransform, OpenCVBackend, TorchBackend, antialias, resize
+from galaxydist.recipe.schema import AugmentConfig
+from tests.helpers.antialias import ALL, PLAIN, mirror, random_images
+
+UNCHANGED = np.array([0, 0, 1, 0, 0], np.float32)
+
+
+def moved_pixels(images_BHWC: np.ndarray, right: int, down: int) -> ImageTransform:
+    """Whole pixels to the right and down."""
+    count, width = images_BHWC.shape[:2]
+    maps = np.tile(np.array([[1, 0, 2 * right / width], [0, 1, 2 * down / width]]), (count, 1, 1))
+    warp = AffineWarp(maps, np.zeros(count, np.int64), np.tile(UNCHANGED, (count, 1)))
+    return ImageTransform(warp, np.ones((count, 3), np.float32), np.zeros(3, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "config"),
+    [
+        (96, 1.0, {"zoom": 1.2, "shift": 0.05}),
+        (80, 0.9, {"zoom": 1.1}),
+        (64, 1.0, {"zoom": 1.6, "shift": 0.5, "brightness": 0.2, "noise": 0.05}),
+        (48, 1.0, {"zoom": 1.0, "flip": False}),
+        (30, 1.0, {"zoom": 1.3}),
+        (20, 1.0, {"zoom": 2.0}),
+        (48, 0.9, {"rotate": "d4", "noise": 0.02}),
+        (96, 1.0, {"rotate": "none", "brightness": 0.3}),
+    ],
+)
+def test_torch_and_opencv_agree(size: int, crop: float, config: dict[str, Any]) -> None:
+    """They agree but for roundings that fall the other way; OpenCV 4 places samples on 1/32 pixels."""
+    images, positions = random_images(24, 96), np.arange(24)
+    augment = Augment(AugmentConfig(**config), 3, *PLAIN, size, crop=crop)
+    changes = augment.changes(1, positions, 96)
+    views = images if isinstance(changes.geometry, AffineWarp) else augment.normalise.view(images)
+    ours = augment(images, 1, torch.from_numpy(positions))
+    difference = (TorchBackend(size)(views, changes) - ours).abs()
+    assert difference.mean() < 0.1
+    assert difference.max() < 2.5
+
+
+@pytest.mark.parametrize("size", [20, 40, 64, 75, 130])
+def test_evaluation_resizes_whole_numbers_and_floats_alike(size: int) -> None:
+    """A CPU takes the first, an accelerator the second."""
+    images = random_images(10, 96).permute(0, 3, 1, 2)
+    difference = (resize(images, size).float() - resize(images.float(), size)).abs()
+    assert difference.mean() < 0.1
+    assert difference.max() < 2.5
+
+
+@pytest.mark.parametrize(("right", "down"), [(0, 0), (-5, 3), (31, -33), (64, 65), (-200, 1000), (12_345, -9_999)])
+def test_outside_is_the_mirror_image_however_far(right: int, down: int) -> None:
+    images = random_images(3, 32)
+    changes = moved_pixels(images.numpy(), right, down)
+    rows, columns = mirror(np.arange(32) + down, 32), mirror(np.arange(32) + right, 32)
+    expected = images.numpy()[:, rows][:, :, columns].transpose(0, 3, 1, 2)
+    assert np.abs(OpenCVBackend(32)(images.numpy(), changes) - expected).max() <= 1
+    assert np.abs(TorchBackend(32)(images, changes).numpy() - expected).max() <= 1
+
+
+@pytest.mark.parametrize("config", [ALL, AugmentConfig(rotate="d4", noise=0.02)])
+@pytest.mark.parametrize("count", [1, 8, 21])
+def test_threads_do_not_matter(config: AugmentConfig, count: int) -> None:
+    images, positions = random_images(count, 48), torch.arange(count)
+    one, four = (Augment(config, 1, *PLAIN, 40, threads=threads) for threads in (1, 4))
+    for epoch in range(3):
+        assert torch.equal(one(images, epoch, positions), four(images, epoch, positions))
+        assert torch.equal(one.normalise(images), four.normalise(images))
+
+
+def scattered(images: Tensor) -> list[Tensor]:
+    """The same images, differently laid out in memory."""
+    count, width = images.shape[:2]
+    wide = torch.zeros((2 * count, width + 7, width + 3, 3), dtype=torch.uint8)
+    wide[::2, 5 : width + 5, 2 : width + 2] = images
+    return [
+        wide[::2, 5 : width + 5, 2 : width + 2],
+        images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        images.transpose(1, 2).contiguous().transpose(1, 2),
+    ]
+
+
+@pytest.mark.parametrize("config", [ALL, AugmentConfig(rotate="d4"), AugmentConfig(rotate="none", flip=False, zoom=3.0)])
+@pytest.mark.parametrize("size", [40, 64])
+def test_the_layout_in_memory_does_not_matter(config: AugmentConfig, size: int) -> None:
+    images, positions = random_images(10, 64), torch.arange(10)
+    augment = Augment(config, 1, *PLAIN, size)
+    expected, view = augment(images, 0, positions), augment.normalise(images)
+    for strange in scattered(images):
+        assert not strange.is_contiguous()
+        assert torch.equal(augment(strange, 0, positions), expected)
+        assert torch.equal(augment.normalise(strange), view)
+
+
+def test_a_batch_that_is_kept_is_not_written_over() -> None:
+    images, positions = random_images(6, 32), torch.arange(6)
+    augment = Augment(ALL, 1, *PLAIN, 24)
+    kept = [augment(images, epoch, positions) for epoch in range(12)]
+    for epoch, batch in enumerate(kept):
+        assert torch.equal(batch, Augment(ALL, 1, *PLAIN, 24)(images, epoch, positions))
+
+
+@given(pitch=st.floats(0.05, 60), width=st.integers(16, 2048))
+def test_blurs_add_the_spread_that_is_missing(pitch: float, width: int) -> None:
+    """Taps add up to 1 exactly, are symmetric, never negative and fall off to the sides.
+
+    With halvings and the bilinear sample they spread as far as the triangle filter, wherever the width allows it.
+    """
+    halvings, taps = antialias(np.array([pitch]), width)
+    factor, weights = 2 ** int(halvings[0]), taps[0].astype(np.float64)
+    assert width % factor == 0
+    assert weights.sum() == 1
+    assert np.array_equal(weights, weights[::-1])
+    assert weights[2] >= weights[1] >= weights[0] >= 0
+    assert np.array_equal(weights * 256, np.rint(weights * 256))
+    if pitch <= 1.1:
+        assert factor == 1
+        assert weights[2] == 1
+    elif pitch / factor <= 3:
+        blur = (weights * np.arange(-2, 3) ** 2).sum()
+        spread = factor**2 * (blur + 1 / 6) + (factor**2 - 1) / 12
+        assert spread == pytest.approx(pitch**2 / 6, abs=0.02 * factor**2)
+
+
+def test_opencv_is_loaded_when_first_used() -> None:
+    code = "import sys, galaxydist.loading.augment; sys.exit('cv2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

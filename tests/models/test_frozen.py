@@ -1,0 +1,90 @@
+"""With model.freeze_backbone=true only the head moves: parameters and buffers of the rest stay bit-equal."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from galaxydist.models.build import build_model
+from galaxydist.models.param_groups import parameter_groups
+from galaxydist.models.registry import ARCHITECTURES, MODEL_NAMES
+from galaxydist.recipe.schema import ModelConfig, ModelName
+from tests.helpers.model_names import marked
+
+
+def build_frozen(name: ModelName, **settings: float) -> nn.Module:
+    return build_model(ModelConfig(name=name, freeze_backbone=True, **settings), 4, 32, say=lambda _: None)  # type: ignore[arg-type]
+
+
+def train_steps(model: nn.Module, steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=0.01)
+    for _ in range(steps):
+        model.train()  # as every epoch does
+        loss = nn.functional.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 3]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+QUICK = {"custom_cnn", "d4_cnn", "resnet18", "vit", "reference_vit"}
+
+
+@pytest.mark.parametrize("name", marked(MODEL_NAMES, QUICK))
+def test_frozen_parameters_and_buffers_are_bit_equal_after_training(name: ModelName) -> None:
+    torch.manual_seed(0)
+    model = build_frozen(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    train_steps(model)
+    heads = tuple(f"{head}." for head in ARCHITECTURES[name].head)
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == {key for key in before if key.startswith(heads)}
+    assert {key for key, p in model.named_parameters() if p.requires_grad} == moved
+
+
+def test_without_freezing_everything_moves() -> None:
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(name="custom_cnn", width=8), 4, 32)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    train_steps(model)
+    assert all(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_frozen_part_stays_in_evaluation_mode_and_the_head_does_not() -> None:
+    model = build_frozen("vit", drop_rate=0.2, drop_path_rate=0.3).train()
+    assert model.training
+    assert model.get_submodule("head_drop").training
+    assert not model.get_submodule("blocks").training
+    assert not any(m.training for m in model.get_submodule("blocks").modules())
+    assert not any(m.training for m in model.eval().modules())
+
+
+def test_frozen_features_are_deterministic_in_training_mode() -> None:
+    model = build_frozen("vit", drop_path_rate=0.5).train()
+    images_BCHW = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(images_BCHW), model(images_BCHW))
+
+
+def test_a_copy_stays_frozen() -> None:
+    """The moving average of the weights is a deep copy."""
+    original = build_frozen("resnet18")
+    twin = copy.deepcopy(original)
+    assert list(twin.state_dict()) == list(original.state_dict())
+    before = {key: value.clone() for key, value in twin.state_dict().items() if not key.startswith("fc.")}
+    train_steps(twin, steps=1)
+    assert all(torch.equal(twin.state_dict()[key], value) for key, value in before.items())
+    assert torch.equal(original.state_dict()["fc.weight"], original.state_dict()["fc.weight"])
+
+
+def test_random_frozen_backbone_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    config = ModelConfig(name="custom_cnn", width=8, freeze_backbone=True)
+    model = build_model(config, 4, 32, say=said.append)
+    assert len(said) == 1
+    assert "model.weights=FILE" in said[0]
+
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    build_model(config.model_copy(update={"weights": tmp_path / "weights.safetensors"}), 4, 32, say=said.append)
+    assert len(said) == 1

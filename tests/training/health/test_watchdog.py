@@ -1,0 +1,290 @@
+"""The watchdog, on real processes that hang, are stopped, keep the interpreter's lock, or are merely slow."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from galaxydist.errors import EXIT_HUNG
+from galaxydist.training.health import guard_process
+from galaxydist.training.health.heartbeats import Hang, Heartbeat, find_hang
+from galaxydist.training.health.watchdog import Watchdog, collective_timeout, start_allowance
+from tests.helpers.forked_runs import Ranks, forked
+from tests.helpers.runs import TORCHRUN_2
+from tests.helpers.scripts.hanging_rank import main as hang
+
+SCRIPT = Path(__file__).parents[2] / "helpers" / "scripts" / "hanging_rank.py"
+TIMEOUT_S = 3.0
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, as the guard does")
+
+
+def heartbeat(rank: int, step: int = 5, place: int = 0, *, beats: int = 9, overdue: bool = True, serial: int = 1) -> Heartbeat:
+    phase = ("data", "forward/backward", "optimizer")[place]
+    return Heartbeat(rank, f"node{rank}", 100 + rank, step, phase, place, beats, 61.0, overdue, serial, 1000.0)
+
+
+def told(*beats: Heartbeat) -> dict[int, Heartbeat]:
+    return {beat.rank: beat for beat in beats}
+
+
+def later(heard: dict[int, Heartbeat], *silent: int) -> dict[int, Heartbeat]:
+    """What the same ranks told a while later, without having gone on."""
+    changes = {rank: (beat.serial + (rank not in silent)) for rank, beat in heard.items()}
+    return {rank: heartbeat(rank, beat.step, beat.place, serial=changes[rank]) for rank, beat in heard.items()}
+
+
+def test_the_rank_with_the_earliest_place_is_behind() -> None:
+    heard = told(heartbeat(0, 5, 1), heartbeat(1, 5, 0), heartbeat(2, 5, 1))
+    hang = find_hang(heard, later(heard), 3)
+    assert hang is not None and hang.behind == (1,)
+    message = hang.message(setting="train.hang_timeout=60", stacks="stacks/rank-*.txt", now=1000.0)
+    assert "behind: rank 1 (node1, process 101) in step 5, data, for 61 s" in message
+    assert "waiting: 2 in step 5, forward/backward" in message
+    heard = told(heartbeat(0, 4, 2), heartbeat(1, 5, 0))
+    hang = find_hang(heard, later(heard), 2)
+    assert hang is not None and hang.behind == (0,)
+
+
+def test_silent_ranks_are_behind() -> None:
+    heard = told(heartbeat(0, 5, 1), heartbeat(2, 6, 1))
+    hang = find_hang(heard, later(heard, 2), 3)
+    assert hang is not None and hang.silent == hang.behind == (1, 2) and hang.num_living == 1
+    message = hang.message(setting="", stacks="", now=1070.0)
+    assert "behind: rank 1, which was never heard of" in message
+    assert "behind: rank 2 (node2, process 102) in step 6, forward/backward: silent for 70 s" in message
+
+
+def test_a_rank_that_left_is_behind_and_says_how() -> None:
+    heard = told(heartbeat(0), Heartbeat(1, "b", 7, 5, "data", 0, 9, 0.0, False, 3, 1000.0, "failed with OSError"))
+    hang = find_hang(heard, {**later(heard), 1: heard[1]}, 2)
+    assert hang is not None
+    assert "rank 1 (b, process 7) in step 5, data, where it failed with OSError 5 s ago" in hang.message(
+        setting="", stacks="", now=1005.0
+    )
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.booleans(), st.booleans(), st.booleans()), min_size=1))
+def test_a_run_hangs_only_if_nobody_works(ranks: list[tuple[int, int, bool, bool, bool]]) -> None:
+    before = told(*(heartbeat(rank, step, place) for rank, (step, place, *_) in enumerate(ranks)))
+    after = {}
+    works = False
+    for rank, (step, place, runs, moves, overdue) in enumerate(ranks):
+        moved = runs and moves
+        after[rank] = heartbeat(rank, step, place, beats=9 + moved, overdue=overdue, serial=1 + runs)
+        works |= runs and (moves or not overdue)
+    hang = find_hang(before, after, len(ranks))
+    assert (hang is None) == works
+    if hang is not None:
+        silent = {rank for rank, (_, _, runs, *_) in enumerate(ranks) if not runs}
+        first = min((step, place) for step, place, *_ in ranks)
+        assert set(hang.behind) == (silent or {r for r, (step, place, *_) in enumerate(ranks) if (step, place) == first})
+
+
+def test_the_message_stays_short_with_thousands_of_ranks() -> None:
+    heard = told(*(heartbeat(rank, 5, rank % 2) for rank in range(4096)))
+    assert len(Hang(heard, (), 4096).message(setting="", stacks="", now=0.0)) < 8000
+    level = told(*(heartbeat(rank) for rank in range(4096)))
+    assert len(Hang(level, (), 4096).message(setting="", stacks="", now=0.0)) < 500
+
+
+def test_heartbeats_survive_the_store() -> None:
+    beat = heartbeat(3)
+    assert Heartbeat.from_json(beat.to_json()) == beat
+
+
+def test_off_means_off(tmp_path: Path) -> None:
+    before = len(psutil.Process().children())
+    with Watchdog(0, 1, 0.0, None, tmp_path / "stacks") as watchdog:
+        watchdog.beat(0, "data")
+        assert len(psutil.Process().children()) == before
+    assert not (tmp_path / "stacks").exists()
+
+
+def test_a_clean_end_leaves_nothing(tmp_path: Path) -> None:
+    with Watchdog(0, 1, 60.0, None, tmp_path / "stacks") as watchdog:
+        watchdog.beat(0, "data")
+        assert (tmp_path / "stacks" / "rank-0000.txt").exists()
+        guards = guards_of(os.getpid())
+        assert len(guards) == 1
+    assert not (tmp_path / "stacks").exists()
+    assert not guards_of(os.getpid())
+
+
+def test_stacks_of_an_earlier_hang_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "rank-0000.txt").write_text("earlier")
+    with Watchdog(0, 1, 60.0, None, tmp_path):
+        pass
+    assert (tmp_path / "rank-0000.txt").read_text() == "earlier"
+
+
+def test_collectives_outlast_the_watchdog() -> None:
+    assert collective_timeout(0) is None
+    for timeout_s in (10.0, 1800.0):
+        given_s = collective_timeout(timeout_s)
+        assert given_s is not None and given_s.total_seconds() > start_allowance(timeout_s) > timeout_s
+
+
+def test_the_clock_stands_still_while_the_machine_is_suspended() -> None:
+    """CLOCK_MONOTONIC does not count suspend on Linux (clock_gettime(2)); CLOCK_BOOTTIME would."""
+    assert "CLOCK_MONOTONIC" in time.get_clock_info("monotonic").implementation
+
+
+def test_the_guard_sees_stopped_processes() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        assert not guard_process.is_stopped(process.pid)
+        process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: guard_process.is_stopped(process.pid))
+    finally:
+        process.kill()
+        process.wait()
+    assert not guard_process.is_stopped(process.pid)
+
+
+def guards_of(pid: int) -> list[psutil.Process]:
+    return [child for child in psutil.Process(pid).children() if guard_process.__file__ in child.cmdline()]
+
+
+def wait_until(holds: object, seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def wait_for_step(run: Ranks, step: int) -> None:
+    for rank in range(len(run.processes)):
+        wait_until(lambda rank=rank: f"step {step}\n" in run.said(rank))
+
+
+def exit_codes(run: Ranks, *but: int) -> list[int | None]:
+    """Once they have left by themselves."""
+    for rank in set(range(len(run.processes))) - set(but):
+        run.processes[rank].join(240)
+    return [code for rank, code in enumerate(run.exit_codes) if rank not in but]
+
+
+@contextmanager
+def ranks(fault: str, tmp_path: Path, *, number: int, faulty: int = -1, start_s: float | None = None) -> Iterator[Ranks]:
+    """Start ranks; at the end no process of theirs is left, guards included."""
+    arguments = fault, faulty, tmp_path / "stacks", TIMEOUT_S, start_s
+    with forked(hang, *arguments, folder=tmp_path, size=number, environ={"TORCH_FR_BUFFER_SIZE": "100"}) as run:
+        guards = set()
+        try:
+            wait_for_step(run, 0)
+            guards = {guard for pid in run.pids for guard in guards_of(pid)}
+            assert len(guards) == number
+            yield run
+        finally:
+            for process in run.processes:
+                process.kill()
+                process.join()
+            assert not psutil.wait_procs(guards, timeout=60)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_rank_that_sleeps_is_named_once_and_all_end(tmp_path: Path) -> None:
+    with ranks("sleep", tmp_path, number=3, faulty=1) as run:
+        wait_for_step(run, 4)
+        since = time.monotonic()
+        assert exit_codes(run) == [EXIT_HUNG] * 3
+        # By the watchdog, and not by the collective, whose time-out is ten minutes more; on a busy machine it takes its time.
+        assert TIMEOUT_S - 1 < time.monotonic() - since < TIMEOUT_S + 60
+        complaints = run.text("err")
+    assert complaints.count("The run hangs") == 1
+    assert complaints.count("behind: ") == 1 and "behind: rank 1 (" in complaints
+    assert "in step 5, data, for " in complaints and "waiting: 2 in step 5, forward/backward" in complaints
+    texts = [(tmp_path / "stacks" / f"rank-{rank:04d}.txt").read_text() for rank in range(3)]
+    assert "sleep_forever_in_data" in texts[1] and "sleep_forever_in_data" not in texts[0] + texts[2]
+    assert "all_reduce" in texts[0] and "all_reduce" in texts[2]
+    assert all(b"gloo:all_reduce" in (tmp_path / "stacks" / f"flight_rank_{rank}").read_bytes() for rank in range(3))
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_stopped_rank_is_named_as_silent(tmp_path: Path) -> None:
+    with ranks("none", tmp_path, number=3) as run:
+        wait_for_step(run, 3)
+        os.kill(run.pids[2], signal.SIGSTOP)
+        assert exit_codes(run, 2) == [EXIT_HUNG] * 2
+        complaints = run.text("err")
+        # The guard of a stopped process does not end it.
+        assert run.exit_codes[2] is None
+    assert complaints.count("The run hangs") == 1
+    assert complaints.count("behind: ") == 1 and "behind: rank 2 (" in complaints and "silent for " in complaints
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_stopped_rank_that_holds_the_store_is_named(tmp_path: Path) -> None:
+    with ranks("none", tmp_path, number=2) as run:
+        wait_for_step(run, 3)
+        os.kill(run.pids[0], signal.SIGSTOP)
+        assert exit_codes(run, 0) == [EXIT_HUNG]
+        complaints = run.text("err")
+    assert "rank 1 (" in complaints and "the store of rank 0 or its launcher is gone or stopped" in complaints
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_rank_that_keeps_the_interpreters_lock_is_dumped_and_ended(number: int, tmp_path: Path) -> None:
+    with ranks("lock", tmp_path, number=number, faulty=number - 1) as run:
+        wait_for_step(run, 4)
+        assert exit_codes(run) == [EXIT_HUNG] * (number - 1) + [-signal.SIGKILL]
+        complaints = run.text("err")
+    assert "hold_the_lock_in_c" in (tmp_path / "stacks" / f"rank-{number - 1:04d}.txt").read_text()
+    assert f"rank {number - 1} (" in complaints and "C code has kept Python from running there for " in complaints
+    if number == 2:
+        assert "behind: rank 1 (" in complaints and "silent for" in complaints
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("fault", ["slow", "start"])
+def test_a_slow_run_is_not_touched(fault: str, tmp_path: Path) -> None:
+    """Rank 1 works longer than the timeout, with signs of life, while rank 0 waits without any; or the first step is long."""
+    with ranks(fault, tmp_path, number=2, faulty=1, start_s=20 * TIMEOUT_S) as run:
+        assert exit_codes(run) == [0, 0]
+        assert "hangs" not in run.text("err")
+    assert not (tmp_path / "stacks").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_run_that_was_stopped_and_continued_goes_on(tmp_path: Path) -> None:
+    """Stopped in the middle of two seconds without a beat, for longer than the timeout."""
+    with ranks("coarse", tmp_path, number=2) as run:
+        wait_for_step(run, 1)
+        time.sleep(0.5)
+        for pid in run.pids:
+            os.killpg(pid, signal.SIGSTOP)
+        time.sleep(2.5 * TIMEOUT_S)
+        steps = len(run.said(0).splitlines())
+        for pid in run.pids:
+            os.killpg(pid, signal.SIGCONT)
+        wait_for_step(run, steps + 2)
+        assert run.exit_codes == [None, None]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_under_torchrun_all_stacks_are_written_before_it_ends_the_others(tmp_path: Path) -> None:
+    command = [*TORCHRUN_2, str(SCRIPT), "sleep", "1", str(tmp_path / "stacks"), str(TIMEOUT_S)]
+    environ = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[3])}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("The run hangs") == 1 and "behind: rank 1 (" in done.stderr
+    assert "exitcode  : 70" in done.stderr
+    assert "sleep_forever_in_data" in (tmp_path / "stacks" / "rank-0001.txt").read_text()
+    assert "all_reduce" in (tmp_path / "stacks" / "rank-0000.txt").read_text()

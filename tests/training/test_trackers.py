@@ -1,0 +1,307 @@
+"""wandb's own offline files, read back: config, metrics on ``step``, each step once however often the run was killed."""
+
+import json
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from galaxydist.recipe.schema import TrackerConfig
+from galaxydist.runs.folder import RunFolder
+from galaxydist.training import trackers
+from galaxydist.training.trackers import (
+    BLOCK_SIZE,
+    RunTracker,
+    choose_wandb_mode,
+    has_ended,
+    mend_files,
+    offline_files,
+    open_tracker,
+    read_history,
+    read_records,
+    stored_step,
+)
+from tests.helpers.forked_runs import forked, run_forked, train
+from tests.helpers.runs import quick_settings, read_metrics, run_here
+
+WANDB = {"tracker__name": "wandb", "tracker__mode": "offline"}
+
+
+def run_id(run_dir: Path) -> str:
+    return str(json.loads((run_dir / "tracker.json").read_text())["run_id"])
+
+
+def records(path: Path, kind: str) -> list[Any]:
+    """The records of a kind."""
+    return [getattr(record, kind) for _, record in read_records(path) if record.WhichOneof("record_type") == kind]
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of all offline files of a run, in the order in which ``wandb sync`` sends them."""
+    rows = [row.item for path in offline_files(run_dir, run_id(run_dir)) for row in records(path, "history")]
+    return [{item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json) for item in row} for row in rows]
+
+
+def assert_each_step_once(run_dir: Path) -> None:
+    """The files together hold what metrics.jsonl holds, a row for each step; and each is one that ``wandb sync`` takes whole."""
+    expected: dict[int, dict[str, Any]] = {}
+    for line in read_metrics(run_dir):
+        expected.setdefault(line["step"], {}).update(line)
+    rows = read_rows(run_dir)
+    assert [row["step"] for row in rows] == list(expected)
+    for row in rows:
+        assert {name: row[name] for name in expected[row["step"]]} == expected[row["step"]]
+    for path in offline_files(run_dir, run_id(run_dir)):
+        assert records(path, "run")
+        assert max(end for end, _ in read_records(path)) == path.stat().st_size
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come so far in time"
+        time.sleep(0.005)
+
+
+@pytest.fixture(autouse=True)
+def _no_wandb_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # this process's own, which a forked run would use
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_offline_files_hold_the_recipe_and_one_curve_over_a_restart(
+    blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "my run"
+    settings = quick_settings(blobs, run_dir, tracker__name="wandb", tracker__project="blobs", train__epochs=4)
+    assert run_here(settings) == 0
+    (path,) = offline_files(run_dir, run_id(run_dir))
+    (run,) = records(path, "run")
+    assert run.project == "blobs" and run.run_id == run_id(run_dir)
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["train"]["epochs"] == 4 and config["model"]["name"] == "custom_cnn"
+    assert_each_step_once(run_dir)
+    rows = read_rows(run_dir)
+    assert rows[-1]["step"] == 12 and {"val/accuracy", "val/loss", "time/img_s"} <= rows[-1].keys()
+    assert f"wandb sync '{path.parent}'" in capsys.readouterr().out
+
+    # Killed after its result was written and before wandb had all: the same command sends the rest, here all.
+    path.write_bytes(path.read_bytes()[:7])
+    RunFolder(run_dir).write_tracker(run_id=run_id(run_dir), stored_step=0, is_complete=False)
+    assert run_here(settings) == 0
+    assert_each_step_once(run_dir)
+    assert offline_files(run_dir, run_id(run_dir)) != [path] and list((run_dir / "wandb-torn").iterdir())
+    (summary,) = [r for r in records(offline_files(run_dir, run_id(run_dir))[0], "summary") if "test/" in str(r)]
+    assert "test/accuracy" in str(summary)
+
+    # The run is set back to before its end: it continues the same curve and logs no step twice.
+    (run_dir / "result.json").unlink()
+    newest = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
+    newest.rename(run_dir / "set-aside")
+    capsys.readouterr()
+    assert run_here(settings) == 0
+    assert len(offline_files(run_dir, run_id(run_dir))) == 2
+    assert_each_step_once(run_dir)
+    assert f"wandb sync '{run_dir}/wandb'/offline-run-*-{run_id(run_dir)}" in capsys.readouterr().out
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_each_step_is_stored_once_however_often_the_run_is_killed(blobs: Path, tmp_path: Path) -> None:
+    run_dir, chance = tmp_path / "run", random.Random(3)
+    settings = quick_settings(blobs, run_dir, **WANDB, train__save_steps=3, train__log_every=1, train__epochs=14)
+    metrics = run_dir / "metrics.jsonl"
+
+    def num_lines() -> int:
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    stops = ["kill", "terminate", "kill", "terminate all"]
+    for number, stop in enumerate(stops):
+        known = num_lines()
+        with forked(train, settings, folder=tmp_path / f"log-{number}") as run:
+            wait_until(lambda known=known: num_lines() > known + 4)  # type: ignore[misc]
+            time.sleep(chance.uniform(0, 0.2))
+            (process,) = (psutil.Process(pid) for pid in run.pids)
+            if stop == "terminate all":  # as a batch system does: wandb's own process too, which loses what it has
+                for child in process.children(recursive=True):
+                    child.send_signal(signal.SIGTERM)
+            if stop == "kill":
+                run.kill()
+            else:
+                process.terminate()
+                wait_until(lambda run=run: run.exit_codes != [None])  # type: ignore[misc]
+        assert run.exit_codes != [0], "it was done before the last kill came"
+        assert "Traceback" not in run.text("err") and "socket.send" not in run.text("err")
+    assert "the tracker failed" in run.text("err")
+    done = run_forked(train, settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_each_step_once(run_dir)
+    assert read_metrics(run_dir)[-1]["step"] == 42
+    assert len(offline_files(run_dir, run_id(run_dir))) + len(list(run_dir.glob("wandb-torn/*"))) == len(stops) + 1
+
+
+class ListSink:
+    """Keeps rows in a list; its program may break."""
+
+    def __init__(self, stored_step: int = 0, *, breaks_at: int = 1000) -> None:
+        self.stored_step = stored_step
+        self.breaks_at = breaks_at
+        self.rows: list[tuple[int, dict[str, Any]]] = []
+        self.is_abandoned = False
+
+    def send(self, row: Mapping[str, Any], step: int) -> None:
+        if step >= self.breaks_at:
+            raise BrokenPipeError("the server\nis away")
+        self.rows.append((step, dict(row)))
+
+    def close(self, summary: Mapping[str, float], exit_code: int) -> str:
+        return "there" if exit_code == 0 and not summary else "elsewhere"
+
+    def abandon(self) -> None:
+        self.is_abandoned = True
+
+
+def test_a_sink_is_sent_what_it_lacks_and_each_row_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = RunFolder(tmp_path)
+    for step in (2, 4, 6):
+        folder.metrics.append(step, {"train/loss": 1 / step})
+        folder.timing.append(step, {"time/img_s": 100.0 * step})
+    folder.metrics.append(6, {"val/loss": None, "val/accuracy": 0.5})
+    sink = ListSink(stored_step=2)
+    tracker = RunTracker(sink, folder, "abc")
+    whole = [(4, {"train/loss": 0.25, "time/img_s": 400.0})]
+    assert sink.rows == whole  # of step 6 more may come
+    tracker.log({"train/loss": 0.1, "train/lr": float("nan")}, 8)
+    whole += [(6, {"train/loss": 1 / 6, "time/img_s": 600.0, "val/accuracy": 0.5})]
+    assert sink.rows == whole
+    # Stopped: the row of step 8 may lack its validation; the next start sends it.
+    assert tracker.finish({}, 1) is None and sink.rows == whole
+    assert folder.read_tracker() == {"run_id": "abc", "stored_step": 6, "is_complete": False}
+    folder.metrics.append(8, {"train/loss": 0.1})
+    sink = ListSink(stored_step=6)
+    assert RunTracker(sink, folder, "abc").finish({}, 0) == "there" and sink.rows == [(8, {"train/loss": 0.1})]
+    assert folder.read_tracker() == {"run_id": "abc", "stored_step": 8, "is_complete": True}
+
+    sink = ListSink(breaks_at=6)
+    tracker = RunTracker(sink, folder, "abc")
+    tracker.log({"train/loss": 0.1}, 10)
+    assert tracker.finish({}, 0) is None and [step for step, _ in sink.rows] == [2, 4] and sink.is_abandoned
+    assert caplog.text.count("the tracker failed (the server). metrics.jsonl has every number") == 1
+    assert folder.read_tracker() == {"run_id": "abc", "stored_step": 0, "is_complete": False}
+
+
+def test_a_file_cut_anywhere_is_mended_and_what_it_lost_is_sent_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    for step in range(1, 200):
+        folder.metrics.append(step, {"train/loss": 1 / step, "name/" + "x" * 200: 1.0})
+    config = TrackerConfig(name="wandb", mode="offline")
+    open_tracker(config, folder, {}, run_id="abc", environ={}).finish({}, 0)
+    (path,) = offline_files(folder.path, "abc")
+    whole = path.read_bytes()
+    assert len(whole) > 2 * BLOCK_SIZE and read_history(path) == Counter(range(1, 200)) and has_ended(path)
+    ends = {0: 0} | {end: step for step, end in enumerate((e for e, r in read_records(path) if r.HasField("history")), 1)}
+    chance = random.Random(0)
+    for cut in [8, BLOCK_SIZE - 3, BLOCK_SIZE, BLOCK_SIZE + 3, *chance.sample(range(2000, len(whole)), 20)]:
+        path.write_bytes(whole[:cut])
+        held = max(step for end, step in ends.items() if end <= cut)
+        assert stored_step(folder.path, "abc") == held and not has_ended(path)
+        said = mend_files(folder.path, "abc")
+        if cut == 8:
+            assert "moved to" in said[0] and offline_files(folder.path, "abc") == []
+            path.parent.mkdir()
+            continue
+        assert stored_step(folder.path, "abc") == held and mend_files(folder.path, "abc") == []
+        assert whole.startswith(path.read_bytes()) and (bool(said) == (path.stat().st_size < cut))
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1  # a bad disk: what follows cannot be trusted
+    path.write_bytes(damaged)
+    assert 0 < stored_step(folder.path, "abc") < 150
+    RunFolder(folder.path).write_tracker(run_id="abc", stored_step=0, is_complete=False)
+    open_tracker(config, folder, {}, run_id=None, environ={}).finish({}, 0)
+    assert len(offline_files(folder.path, "abc")) == 2
+    assert sum((Counter(read_history(path)) for path in offline_files(folder.path, "abc")), Counter()) == Counter(range(1, 200))
+
+
+def test_a_file_is_whole_when_the_tracker_has_finished_or_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """wandb's own ``finish`` returns while its process writes: the end is waited for."""
+    asked: list[bool] = []
+
+    def ended_later(path: Path) -> bool:
+        asked.append(has_ended(path))
+        return len(asked) > 3 and asked[-1]
+
+    monkeypatch.setattr(trackers, "has_ended", ended_later)
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    folder.metrics.append(1, {"train/loss": 1.0})
+    config = TrackerConfig(name="wandb", mode="offline")
+    line = open_tracker(config, folder, {}, run_id="abc", environ={}).finish({}, 0)
+    assert line is not None and "wandb sync" in line and len(asked) > 3 and folder.read_tracker()["is_complete"]
+    monkeypatch.setattr(trackers, "has_ended", lambda _: False)
+    monkeypatch.setattr(trackers, "WRITING_S", 0.0)
+    assert open_tracker(config, folder, {}, run_id="abc", environ={}).finish({}, 0) is None
+    assert "the tracker failed (after 0 s wandb had not written the end of " in caplog.text
+    assert not folder.read_tracker()["is_complete"]
+
+
+def test_online_the_server_says_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    class Run:
+        starting_step = 5
+        url = "https://wandb.example/abc"
+
+        def __init__(self) -> None:
+            self.summary: dict[str, float] = {}
+            self.rows: list[int] = []
+
+        def define_metric(self, *_: str, **__: str) -> None: ...
+
+        def log(self, row: dict[str, Any], *, step: int, commit: bool) -> None:
+            assert commit and row["step"] == step
+            self.rows.append(step)
+
+        def finish(self, exit_code: int) -> None: ...
+
+    run = Run()
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    for step in range(2, 11, 2):
+        folder.metrics.append(step, {"train/loss": 1 / step})
+    folder.write_tracker(run_id="abc", stored_step=8, is_complete=False)  # it was never sent, or was lost there
+    tracker = open_tracker(TrackerConfig(name="wandb", mode="online"), folder, {}, run_id=None, environ={})
+    assert tracker.run_id == "abc" and tracker.finish({}, 0) == f"wandb: {run.url}" and run.rows == [6, 8, 10]
+
+
+def test_without_a_key_wandb_stays_offline(tmp_path: Path) -> None:
+    assert choose_wandb_mode({"HOME": str(tmp_path)}) == "offline"
+
+
+def test_a_key_without_a_server_stays_offline() -> None:
+    # Port 9 of this machine: nobody listens.
+    assert choose_wandb_mode({"WANDB_API_KEY": "x" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}) == "offline"
+
+
+def test_a_tracker_that_cannot_start_does_not_stop_the_training(
+    blobs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def fail(**_: object) -> None:
+        raise OSError("no room for wandb")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    assert run_here(quick_settings(blobs, tmp_path / "run", **WANDB, train__epochs=1)) == 0
+    assert "wandb could not start (no room for wandb)" in caplog.text
