@@ -351,6 +351,7 @@ def compare_runs(first: Outcomes, second: Outcomes) -> McNemar:
 
 def build_ensemble(runs: Sequence[Outcomes]) -> Outcomes:
     """Return the outcomes of an ensemble: the mean of the runs' probabilities, on the galaxies that they share.
+
     Raises:
         UserError: the runs are of different data sets.
     """
@@ -439,7 +440,9 @@ def draw_recalls(outcomes: CellOutcomes, num_classes: int, *, stream: int) -> tu
     deviation_RS = _seed_weights(len(counted) - 1, stream) - 1 / (len(counted) - 1)
     recalls_RSK = np.where(support_RK[0] > 0, correct_RSK / np.maximum(support_RK, 1)[:, None], np.nan)
     accuracy_RS = correct_RSK.sum(axis=2) / support_RK.sum(axis=1)[:, None]
-    return accuracy_RS.mean(axis=1) + deviation_RS @ accuracy_RS[0], recalls_RSK.mean(axis=1) + deviation_RS @ recalls_RSK[0]
+    accuracy_R: Floats = accuracy_RS.mean(axis=1) + deviation_RS @ accuracy_RS[0]
+    recalls_RK: Floats = recalls_RSK.mean(axis=1) + deviation_RS @ recalls_RSK[0]
+    return accuracy_R, recalls_RK
 
 
 def draw_accuracy(accuracies_S: Sequence[float], num_galaxies: int, *, stream: int) -> Floats:
@@ -450,7 +453,8 @@ def draw_accuracy(accuracies_S: Sequence[float], num_galaxies: int, *, stream: i
     """
     random, mean = np.random.default_rng([stream, 1]), fmean(accuracies_S)
     galaxies_R = random.binomial(num_galaxies, mean, RESAMPLES) / num_galaxies - mean
-    return _seed_weights(len(accuracies_S), stream) @ np.asarray(accuracies_S) + np.concatenate([[0.0], galaxies_R])
+    seeds_R: Floats = _seed_weights(len(accuracies_S), stream) @ np.asarray(accuracies_S)
+    return seeds_R + np.concatenate([[0.0], galaxies_R])
 
 
 def _seed_weights(num_seeds: int, stream: int) -> Floats:
