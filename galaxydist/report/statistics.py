@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from galaxydist.errors import UserError
 from galaxydist.evaluation.bootstrap import RESAMPLES, GalaxyBootstrap
+from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.report.finished_runs import FinishedRun
 from galaxydist.report.published_results import PublishedResult
 
@@ -164,8 +165,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 # Outcomes of single galaxies, matched between runs by galaxy id.
 
-PREDICTION_COLUMNS = ("id", "label", "logits")
-
 
 @dataclass(frozen=True)
 class Outcomes:
@@ -237,26 +236,14 @@ def build_outcomes(ids: Sequence[str], labels: Sequence[int], logits: Any, *, so
 
 
 def read_outcomes(path: Path) -> Outcomes:
-    """Read the outcomes from a file of predictions (Parquet with columns id, label and logits).
+    """Read the outcomes from a file of predictions.
 
     Raises:
-        UserError: the file is missing, damaged or has other columns.
+        UserError: the file is missing, damaged or of another format.
     """
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        table = parquet.read_table(path, columns=list(PREDICTION_COLUMNS))
-        columns = {name: table.column(name).combine_chunks() for name in PREDICTION_COLUMNS}
-        scores = columns["logits"].flatten().to_numpy(zero_copy_only=False)
-        logits_NK = scores.reshape(table.num_rows, -1) if table.num_rows else np.empty((0, 1))
-        ids, labels = columns["id"].to_pylist(), columns["label"].to_numpy(zero_copy_only=False)
-    except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} cannot be read as predictions ({reason}). Make it again with `galaxydist evaluate RUN`."
-        ) from error
-    return build_outcomes(ids, labels, logits_NK, source=str(path))
+    file = read_predictions(path)
+    ids, labels, logits = (file.column(name) for name in ("id", "label", "logits"))
+    return build_outcomes(ids.tolist(), labels.tolist(), logits, source=str(path))
 
 
 def match(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
@@ -296,22 +283,16 @@ class McNemar:
     """McNemar's exact test of two models on the same galaxies.
 
     Args:
-        both: number of galaxies that both classify correctly.
+        count: number of galaxies.
         only_first: number that only the first classifies correctly.
         only_second: number that only the second classifies correctly.
-        neither: number that neither classifies correctly.
         p_value: two-sided; null hypothesis: the discordant galaxies are evenly distributed over the two.
     """
 
-    both: int
+    count: int
     only_first: int
     only_second: int
-    neither: int
     p_value: float
-
-    @property
-    def count(self) -> int:
-        return self.both + self.only_first + self.only_second + self.neither
 
     @property
     def difference(self) -> float:
@@ -331,12 +312,10 @@ def mcnemar(first_N: NDArray[np.bool_], second_N: NDArray[np.bool_]) -> McNemar:
     """
     from scipy.stats import binomtest
 
-    if first_N.shape != second_N.shape:
-        raise ValueError(f"outcomes of {len(first_N)} and {len(second_N)} galaxies are not paired")
     only_first, only_second = int((first_N & ~second_N).sum()), int((~first_N & second_N).sum())
-    both, discordant = int((first_N & second_N).sum()), only_first + only_second
+    discordant = only_first + only_second
     p_value = float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
-    return McNemar(both, only_first, only_second, len(first_N) - both - discordant, p_value)
+    return McNemar(len(first_N), only_first, only_second, p_value)
 
 
 def compare_runs(first: Outcomes, second: Outcomes) -> McNemar:

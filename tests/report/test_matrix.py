@@ -154,7 +154,7 @@ def test_predictions_that_are_not_the_evaluations_are_not_used(tmp_path: Path) -
     assert "is not used: it has" in first.notes[0]
     assert "one seed" in first.notes[1]
     assert second.outcomes is None
-    assert "cannot be read as predictions" in second.notes[0]
+    assert "is damaged" in second.notes[0]
     assert second.accuracy is not None
 
 

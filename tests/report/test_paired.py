@@ -37,15 +37,11 @@ def test_mcnemar_is_the_sign_test_of_the_discordant_pairs(pairs: list[tuple[bool
     assert (swapped.p_value, swapped.difference) == pytest.approx((found.p_value, -found.difference))
     assert found.difference == pytest.approx(first.mean() - second.mean())
     assert found.count == len(pairs)
-    assert found.both == sum(one and other for one, other in pairs)
-    assert found.neither == sum(not one and not other for one, other in pairs)
 
 
-def test_the_text_of_mcnemars_test_and_unpaired_outcomes() -> None:
+def test_the_text_of_mcnemars_test() -> None:
     found = mcnemar(np.array([True, True, False]), np.array([False, True, False]))
     assert str(found) == "McNemar's exact test (1 to 0 discordant galaxies)"
-    with pytest.raises(ValueError, match="not paired"):
-        mcnemar(np.array([True]), np.array([True, False]))
 
 
 @given(st.integers(1, 30), st.integers(0, 2**32 - 1))
@@ -98,9 +94,9 @@ def test_predictions_are_read_from_their_file(tmp_path: Path) -> None:
     assert np.array_equal(found.log_probabilities_NK, expected.log_probabilities_NK)
     assert np.array_equal(found.labels_N, expected.labels_N)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"cannot be read as predictions .*`galaxydist evaluate RUN`"):
+    with pytest.raises(UserError, match=r"is damaged .*`galaxydist evaluate RUN`"):
         read_outcomes(path)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="there are no predictions at"):
         read_outcomes(tmp_path / "missing.parquet")
 
 
@@ -110,7 +106,7 @@ def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
 
     path = tmp_path / "other.parquet"
     parquet.write_table(pa.table({"id": ["a"], "label": [1]}), path)
-    with pytest.raises(UserError, match="cannot be read as predictions"):
+    with pytest.raises(UserError, match="is not a file of predictions that galaxydist wrote"):
         read_outcomes(path)
 
 
