@@ -4,10 +4,10 @@ Only this module reads the process environment. The flight recorder of torch hol
 written when a run hangs, and ``torchfrtrace -p flight_rank_ FOLDER`` prints which rank missed which collective.
 """
 
+import logging
 import math
 import os
 import socket
-import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -28,6 +28,9 @@ from accelerate.utils import (
 from galaxydist.cpus import bound_cores, cpu_quota, fair_share
 from galaxydist.errors import EveryRankError, RunFailedError, UserError
 from galaxydist.job_environment import check_settings, find_place, job_of, overruled_settings, restart_of, slurm_cores, wants_cpu
+from galaxydist.log import set_up_logging
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "flight_rank_"
 # Number of collectives to keep: the default of torch 2.14.
@@ -117,17 +120,6 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    def say(self, text: str) -> None:
-        """Print a line on rank 0.
-
-        A closed pipe or a full disk does not end the run: after the first failure nothing more is printed.
-        """
-        if self.is_main:
-            try:
-                print(text, flush=True)
-            except OSError:
-                sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (stays open until the process ends)
 
     def run_on_main(self, work: Callable[[], T]) -> T:
         """Run a function on rank 0 and broadcast its result.
@@ -233,6 +225,7 @@ def init_distributed(
             "Start the processes with torchrun --nproc-per-node N launch.py, or accelerate launch --multi_gpu --num_processes N "
             "launch.py (also on machines without a GPU)."
         )
+    set_up_logging(accelerator.process_index)
     world = World(
         accelerator=accelerator,
         rank=accelerator.process_index,
@@ -245,7 +238,7 @@ def init_distributed(
         restart_count=restart_of(environ),
     )
     for text in overruled_settings(environ, resolved):
-        world.say(f"galaxydist: {text}")
+        logger.warning("%s", text)
     world = replace(world, cores=threads or _share_cores(world, environ))
     # Launchers set OMP_NUM_THREADS=1, which would leave the other cores idle.
     return _with_threads(world, min(world.all_gather(world.cores)))
@@ -263,9 +256,11 @@ def keep_threads(world: World, stored: Mapping[str, int] | None) -> World:
     """
     if not stored or stored["world_size"] != world.size or world.device.type != "cpu" or stored["threads"] == world.threads:
         return world
-    world.say(
-        f"galaxydist: computing with {stored['threads']} threads, as before, so that the numbers stay bit for bit the same "
-        f"(train.threads={world.threads} takes as many as there are cores)"
+    logger.info(
+        "computing with %d threads, as before, so that the numbers stay bit for bit the same (train.threads=%d takes as many as "
+        "there are cores)",
+        stored["threads"],
+        world.threads,
     )
     return _with_threads(world, stored["threads"])
 

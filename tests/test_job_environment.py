@@ -142,18 +142,18 @@ def test_the_recipe_decides_what_the_launcher_set_too(
         return read_losses(tmp_path / name)
 
     plain = losses("plain")
-    assert "has no effect" not in capsys.readouterr().out
+    assert "has no effect" not in capsys.readouterr().err
     # As `accelerate launch` always sets them.
     for name, value in {"BACKEND": "NO", "MODE": "default", "USE_FULLGRAPH": "False", "USE_DYNAMIC": "False"}.items():
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert losses("launched") == plain
-    assert "has no effect" not in capsys.readouterr().out
+    assert "has no effect" not in capsys.readouterr().err
     for name, value in {"GRADIENT_ACCUMULATION_STEPS": "4", "MIXED_PRECISION": "bf16", "DYNAMO_BACKEND": "INDUCTOR"}.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_FULLGRAPH", "perhaps")
     assert losses("overruled") == plain
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "ACCELERATE_MIXED_PRECISION=bf16 has no effect: the precision is no by train.precision" in said
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 has no effect: train.batch_size" in said
     assert "ACCELERATE_DYNAMO_BACKEND=INDUCTOR has no effect: train.compile" in said
@@ -225,7 +225,7 @@ def test_threads_are_kept_on_as_many_processes(capsys: pytest.CaptureFixture[str
     world = enter({})
     for stored in (None, {}, {"threads": 64, "world_size": 1}, {"threads": 2, "world_size": 8}):
         assert keep_threads(world, stored) is world
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     kept = keep_threads(world, {"threads": 2, "world_size": 1})
     assert (kept.threads, kept.cores, torch.get_num_threads()) == (2, 64, 2)  # images are decoded on all cores
-    assert "computing with 2 threads, as before" in capsys.readouterr().out
+    assert "computing with 2 threads, as before" in capsys.readouterr().err

@@ -25,6 +25,7 @@ SHORT = {
     "cluster/snapshot.py": "the code that a job runs",
     "cluster/task.py": "entry point of a rank",
     "errors.py": "ground floor",
+    "log.py": "ground floor",
     "models/param_groups.py": "a subject of its own",
     "recipe/identity.py": "a subject of its own",
     "surveys/survey_sources.py": "tables of images come here",

@@ -68,7 +68,7 @@ def train_in_memory(job: ScalingJob, environ: MutableMapping[str, str]) -> dict[
     world = init_distributed("auto", environ)
     clock = StepClock(world.device, job.steps)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()) as quiet, contextlib.redirect_stderr(quiet):
             MemorySession(load_recipe(job.arguments), world, environ, lambda _parts, _batches: clock).run()
         everywhere = world.all_gather((sorted(bound_cores()), torch.get_num_threads()))
     finally:

@@ -221,7 +221,8 @@ def _measure(
             turns.append(Turns(BareLoop(world, resolved.recipe, parts, batches, num_classes=10), steps, rounds))
             return turns[0]
 
-        with contextlib.redirect_stdout(io.StringIO()):  # its figures count our pauses
+        # The trainer's figures count our pauses.
+        with contextlib.redirect_stdout(io.StringIO()) as quiet, contextlib.redirect_stderr(quiet):
             MemorySession(resolved, world, environ, watch).run()
         world.accelerator.free_memory()
         lines = [line for line in folder.metrics.read() if line["step"] <= steps * rounds]

@@ -175,7 +175,6 @@ def run_doctor(arguments: argparse.Namespace) -> None:
             runs=arguments.run_root,
             data_dir=None if arguments.data_dir is None else arguments.data_dir.absolute(),
             wait_s=arguments.wait,
-            say=lambda text: print(f"galaxydist: {text}", file=sys.stderr, flush=True),
         )
     failed = any(has_failed(checks) for checks in sections.values())
     if arguments.json:

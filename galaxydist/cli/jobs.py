@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -396,16 +395,18 @@ def _submit(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster
     def send(requests: "Sequence[JobRequest]", at_once: int | None, after: str | None) -> list[str]:
         return submit_requests(requests, cluster, folder=folder, name=sweep.path.stem, parallel=at_once, after=after)
 
-    say = partial(print, flush=True)
     if cluster.config.scheduler == "slurm":
         with submission_lock(folder.parent):
             # Another command may have sent some while this one asked.
             decisions = [decide(facts, retry_failed=retry_failed) for facts in read_facts(due, read_states)]
             due = [trial for trial, decision in zip(due, decisions, strict=True) if decision.is_due]
-            submit_arrays(due, send=send, chunk_size=max_array_size(), parallel=parallel, say=say)
-        say(f"{parallel} run at the same time\nstop them   galaxydist cancel {folder.parent}")
+            submit_arrays(due, send=send, chunk_size=max_array_size(), parallel=parallel)
+        print(f"{parallel} run at the same time\nstop them   galaxydist cancel {folder.parent}")
         return
-    say(f"{parallel} at the same time on this machine; this command waits for them. After Ctrl-C, the same command goes on.")
+    print(
+        f"{parallel} at the same time on this machine; this command waits for them. After Ctrl-C, the same command goes on.",
+        flush=True,
+    )
     failed = run_here(
         due,
         send=send,
@@ -413,7 +414,6 @@ def _submit(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster
         is_running=lambda trial: is_local_job_running(JobFiles(trial.run_dir).jobs()[-1]),
         judge=lambda trial: decide(read_facts([trial], read_states)[0], retry_failed=True),  # it was sent: any failure counts
         pause=lambda: time.sleep(POLL_SECONDS),
-        say=say,
     )
     if failed:
         logs = "\n".join(f"  {trial.run_dir / 'logs'}" for trial in failed)

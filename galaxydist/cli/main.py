@@ -7,7 +7,6 @@ command runs, so that ``--help`` answers at once.
 
 import argparse
 import errno
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from galaxydist.cli import bench, cluster, completion, data, evaluate, jobs, rec
 from galaxydist.cli.options import CommandParser
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
+from galaxydist.log import set_up_logging
 
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell counts it
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    logging.basicConfig(format="galaxydist: %(message)s", level=logging.WARNING)
+    set_up_logging()
     try:
         set_up_process(os.environ)
         parser = build_parser()

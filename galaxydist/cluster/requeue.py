@@ -6,6 +6,7 @@
 It imports no torch: a preempted job has only seconds left.
 """
 
+import logging
 import os
 import sys
 import time
@@ -21,8 +22,11 @@ from galaxydist.cluster.srun_messages import TOLD_TO_END, find_death, find_remed
 from galaxydist.cluster.submit import RequestFile
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from galaxydist.job_environment import job_of, restart_of, start_of
+from galaxydist.log import set_up_logging
 from galaxydist.runs.folder import FOLDER_NAME, RunFolder
 from galaxydist.runs.lock import read_owner
+
+logger = logging.getLogger(__name__)
 
 # Kinds of failure (``failure.json``) that a restart cannot fix.
 FOR_GOOD = {
@@ -222,7 +226,7 @@ class StartedRun:
             for_good=decision == "stop" and bool(reason_for_good(ending, self.history())),
         )
         self.files.append_restart(record)
-        print(f"galaxydist: srun ended with {ending.exit_code} at step {ending.step}: {decision} ({reason})", flush=True)
+        logger.info("galaxydist: srun ended with %d at step %s: %s (%s)", ending.exit_code, ending.step, decision, reason)
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -375,7 +379,7 @@ def requeue_patiently(job_id: str, pauses_s: Sequence[float] = PAUSES_S, *, ends
         words = _requeue(job_id)
         if not words or not is_unavailable(words):
             break
-        print(f"galaxydist: not requeued yet: {words}", flush=True)
+        logger.info("galaxydist: not requeued yet: %s", words)
         time.sleep(pause_s)
     return LEAVING if words and not ends_anyway and not is_unavailable(words) and _is_leaving(job_id) else words
 
@@ -403,13 +407,14 @@ def _resubmit(start: StartedRun, ending: Ending) -> None:
                 continue
             start.note(ending, "stop", f"it could not be submitted again: {error}")
         else:
-            print(f"galaxydist: submitted again as job {job_id}", flush=True)
+            logger.info("galaxydist: submitted again as job %s", job_id)
         return
 
 
 if __name__ == "__main__":
+    set_up_logging()
     try:
         sys.exit(main(sys.argv[1:], os.environ))
     except UserError as problem:
-        print(f"galaxydist: error: {problem}", file=sys.stderr, flush=True)
+        logger.error("%s", problem)
         sys.exit(EXIT_FAILED)

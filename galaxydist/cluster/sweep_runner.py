@@ -1,5 +1,6 @@
 """Submission of a sweep's unfinished runs: as SLURM arrays, or a few at a time on this machine."""
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from galaxydist.cluster.sweep import SweepRun
 from galaxydist.errors import UserError
 from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.runs.folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 LOCAL_ENDED = "ENDED"
 
@@ -176,10 +179,9 @@ def _describe(failure: Mapping[str, object]) -> str:
 
 # (requests, most runs at the same time, job to wait for) -> job ids; see ``submit_requests``.
 Send = Callable[[Sequence[JobRequest], int | None, str | None], list[str]]
-Say = Callable[[str], None]
 
 
-def submit_arrays(trials: Sequence[SweepRun], *, send: Send, chunk_size: int, parallel: int, say: Say) -> list[str]:
+def submit_arrays(trials: Sequence[SweepRun], *, send: Send, chunk_size: int, parallel: int) -> list[str]:
     """Submit runs as arrays, each waiting for the previous one, so that at most ``parallel`` run at any time.
 
     Jobs submitted before an error or Ctrl-C are recorded in the run folders, so that the same command submits the rest.
@@ -189,7 +191,6 @@ def submit_arrays(trials: Sequence[SweepRun], *, send: Send, chunk_size: int, pa
         send: submits one array, and records its jobs in the run folders.
         chunk_size: most tasks that the cluster allows in an array.
         parallel: most runs at the same time.
-        say: prints a line.
 
     Returns:
         The job ids, in the order of the runs.
@@ -209,7 +210,7 @@ def submit_arrays(trials: Sequence[SweepRun], *, send: Send, chunk_size: int, pa
             raise UserError(f"{error}\n{len(job_ids)} of {len(trials)} trials were submitted before; they stay.") from error
         job_ids += sent
         waits = f", after job {after}" if after else ""
-        say(f"submitted job {array_of(sent[0])}: {len(chunk)} trial{'s' if len(chunk) > 1 else ''}{waits}")
+        logger.info("submitted job %s: %d trial%s%s", array_of(sent[0]), len(chunk), "s" if len(chunk) > 1 else "", waits)
     return job_ids
 
 
@@ -221,7 +222,6 @@ def run_here(
     is_running: Callable[[SweepRun], bool],
     judge: Callable[[SweepRun], Decision],
     pause: Callable[[], None],
-    say: Say,
 ) -> list[SweepRun]:
     """Run a few runs at a time on this machine until all have ended.
 
@@ -232,7 +232,6 @@ def run_here(
         is_running: returns True while a started run runs.
         judge: returns the decision about an ended run.
         pause: waits until the next poll.
-        say: prints a line.
 
     Returns:
         The runs that did not finish.
@@ -243,12 +242,12 @@ def run_here(
             trial = waiting.popleft()
             (job_id,) = send([build_request(trial.resolved, trial.arguments)], None, None)
             running.append(trial)
-            say(f"started  {trial.name}  {trial.label}  (process {job_id})")
+            logger.info("started  %s  %s  (process %s)", trial.name, trial.label, job_id)
         pause()
         for trial in [trial for trial in running if not is_running(trial)]:
             running.remove(trial)
             decision = judge(trial)
-            say(f"{decision.standing:8} {trial.name}  {trial.label}  {decision.reason}".rstrip())
+            logger.info(f"{decision.standing:8} {trial.name}  {trial.label}  {decision.reason}".rstrip())
             if decision.is_due:
                 failed.append(trial)
     return failed

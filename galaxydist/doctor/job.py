@@ -4,8 +4,8 @@ The job is cancelled if it does not start in time or the user interrupts the com
 """
 
 import contextlib
+import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ from galaxydist.doctor.check import LEVELS, Check, RankReport, failure, ok, read
 from galaxydist.doctor.merge import merge_reports
 from galaxydist.doctor.rank import MEETING_S, Examination, examine_task
 from galaxydist.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 ENDING_S = 10.0
 
@@ -165,7 +167,6 @@ def doctor_cluster(
     runs: Path,
     data_dir: Path | None,
     wait_s: float,
-    say: Callable[[str], None],
     meeting_s: float = MEETING_S,
 ) -> list[Check]:
     """Submit a short job of the profile's size and return the checks of its ranks.
@@ -175,7 +176,6 @@ def doctor_cluster(
         runs: the folder of run folders; the reports go to its subfolder ``doctor/``.
         data_dir: the data root, if given.
         wait_s: seconds that the job may wait for its start.
-        say: prints progress.
         meeting_s: seconds that a rank waits for the others.
     """
     folder = _new_folder(runs / "doctor", cluster.name)
@@ -189,7 +189,7 @@ def doctor_cluster(
             executor = build_executor(short, folder / "output", name=f"doctor-{cluster.name}", code=code)
             job = executor.submit(examine_task, examination)
             queued = LocalQueuedJob(job) if cluster.scheduler == "local" else SlurmQueuedJob(job.job_id)
-        say(f"job {job.job_id}, {cluster.num_tasks} processes on {cluster.nodes} nodes; reports go to {folder}")
+        logger.info("job %s, %d processes on %d nodes; reports go to %s", job.job_id, cluster.num_tasks, cluster.nodes, folder)
         return [*_follow(queued, folder, short, wait_s), *check_preemption(cluster)]
     except UserError as error:
         if queued is not None:

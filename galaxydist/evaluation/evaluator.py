@@ -5,8 +5,9 @@ All ranks predict, rank 0 does the rest. What is there already, of the same chec
 
 import contextlib
 import functools
+import logging
 import tempfile
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from galaxydist.evaluation.results_files import has_figures, read_evaluation, re
 from galaxydist.galaxy import Variant
 from galaxydist.loading.dataset import TrainingData, build_augment, find_cache, find_manifest, find_variant, has_split
 from galaxydist.loading.loader import Batch
+from galaxydist.log import results
 from galaxydist.models.build import build_model
 from galaxydist.models.performance import set_tf32
 from galaxydist.models.weights import write_weights
@@ -48,6 +50,7 @@ from galaxydist.surveys.split import CUTOUT_ARCSEC
 if TYPE_CHECKING:
     import pyarrow as pa
 
+logger = logging.getLogger(__name__)
 
 # What of a checkpoint is needed to judge it.
 JUDGED = ("model", "ema")
@@ -63,7 +66,6 @@ class Evaluator:
         recipe: of the run; its ``eval`` says which checkpoint and which views.
         find_trained: gives rank 0 the shards that the run was trained on, where a split of others is judged.
         figures: draw; None: as the recipe says.
-        say: told the results; None: they are printed.
 
     Raises:
         UserError: the run has no checkpoint.
@@ -77,11 +79,9 @@ class Evaluator:
         *,
         find_trained: FindTrained,
         figures: bool | None = None,
-        say: Callable[[str], None] | None = None,
     ) -> None:
         self.world, self.folder, self.recipe = world, folder, recipe
         self._figures = recipe.eval.figures if figures is None else figures
-        self._say = say or world.say
         self._find_trained = functools.cache(find_trained)  # asked for the overlap and for the temperature
         path = world.run_on_main(lambda: find_checkpoint(folder, recipe.eval.checkpoint))
         self._checkpoint = world.run_on_all(lambda: store.read_sound(path, groups=JUDGED))
@@ -105,7 +105,7 @@ class Evaluator:
         """
         world = self.world
         if not has_split(manifest, split):
-            self._say(f"no {split} split in {manifest.location}: nothing to evaluate")
+            logger.info("no %s split in %s: nothing to evaluate", split, manifest.location)
             return None
         path = self.predict(manifest, split)
         validation = self._validation(manifest)
@@ -113,7 +113,7 @@ class Evaluator:
         known = world.run_on_main(lambda: self._read(evaluation_dir, split, context, validation))
         if known is None:
             known = world.run_on_main(lambda: self._write(path, validation, evaluation_dir, context))
-        self._say(render_evaluation(known, evaluation_dir))
+        results.info("%s", render_evaluation(known, evaluation_dir))
         return known
 
     def predict(self, manifest: Manifest, split: str) -> Path:

@@ -1,7 +1,7 @@
 """Construction of a recipe's model: images B x 3 x H x W in, logits B x K out."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,6 @@ def build_model(
     image_size: int,
     *,
     weights_dir: Path | None = None,
-    say: Callable[[str], None] = _logger.warning,
 ) -> nn.Module:
     """Build the model of ``config`` with its weights, on the CPU, in float32 and training mode.
 
@@ -78,7 +77,6 @@ def build_model(
         image_size: pixels of the square images; any size from 16 (reference_vit: 25; vgg and reference_cnn: 32). A ViT pads to a
             multiple of its patch.
         weights_dir: folder of published weights (see ``fetch_weights``); the local Hugging Face cache is searched after it.
-        say: prints which weights were left out or changed; may do nothing on all ranks but one.
 
     Raises:
         UserError: settings that the architecture cannot use, or weights that are missing or do not fit.
@@ -97,10 +95,12 @@ def build_model(
     else:
         model = _build_timm(name, num_classes, image_size, config)
     if tensors is not None:
-        load_weights(model, tensors, str(path), head_names=architecture.head, unused=architecture.unused, say=say)
+        load_weights(model, tensors, str(path), head_names=architecture.head, unused=architecture.unused)
     if config.freeze_backbone:
         if tensors is None:
-            say("model.freeze_backbone=true without model.pretrained=true or model.weights=FILE: the frozen part stays random")
+            _logger.warning(
+                "model.freeze_backbone=true without model.pretrained=true or model.weights=FILE: the frozen part stays random"
+            )
         freeze_backbone(model, architecture.head)
     return model.train()
 

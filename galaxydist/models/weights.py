@@ -5,6 +5,7 @@ Published weights are downloaded once on a machine with a network; all machines 
 
 import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from galaxydist.recipe.schema import ModelConfig
 
 if TYPE_CHECKING:  # a submission checks for weights without importing torch
     from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 # Prefixes that torch.compile and DistributedDataParallel add to parameter names.
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")
@@ -73,7 +76,6 @@ def load_weights(
     *,
     head_names: tuple[str, ...] = (),
     unused: tuple[str, ...] = (),
-    say: Callable[[str], None],
 ) -> None:
     """Copy ``tensors`` into ``model`` in place; a head of another shape is left out, a position embedding is resampled.
 
@@ -82,7 +84,6 @@ def load_weights(
         source: the file, for messages.
         head_names: modules whose weights may be of another shape.
         unused: name prefixes of tensors to ignore.
-        say: prints everything that was left out or changed.
 
     Raises:
         UserError: tensors are missing, superfluous, of another shape or not finite; the text names them. The model is unchanged.
@@ -96,9 +97,11 @@ def load_weights(
         if name.startswith(heads)
     )
     if head_differs:
-        say(f"{source}: its head does not fit this model's classes and is left out; the new head starts from random weights")
+        logger.warning(
+            "%s: its head does not fit this model's classes and is left out; the new head starts from random weights", source
+        )
         given = {name: tensor for name, tensor in given.items() if not name.startswith(heads)}
-    _resample_positions(model, own, given, source, say)
+    _resample_positions(model, own, given, source)
     wanted = {name for name in own if not (head_differs and name.startswith(heads)) and not name.endswith("num_batches_tracked")}
     _refuse_misfits(own, given, wanted, source)
     import torch
@@ -127,9 +130,7 @@ def _bare(name: str) -> str:
     return name
 
 
-def _resample_positions(
-    model: "nn.Module", own: Mapping[str, "Tensor"], given: dict[str, "Tensor"], source: str, say: Callable[[str], None]
-) -> None:
+def _resample_positions(model: "nn.Module", own: Mapping[str, "Tensor"], given: dict[str, "Tensor"], source: str) -> None:
     """Resample a ViT's position embedding (1 x tokens x D) in ``given`` to this model's grid of patches."""
     name = "pos_embed"
     if name not in own or name not in given or own[name].shape == given[name].shape or given[name].ndim != 3:
@@ -143,7 +144,7 @@ def _resample_positions(
     embed: Any = model.patch_embed
     grid = list(embed.grid_size)
     given[name] = resample_abs_pos_embed(given[name].float(), new_size=grid, num_prefix_tokens=num_prefix)
-    say(f"{source}: position embedding resampled from {side} x {side} to {grid[0]} x {grid[1]} patches")
+    logger.info("%s: position embedding resampled from %d x %d to %d x %d patches", source, side, side, *grid)
 
 
 def _refuse_misfits(own: Mapping[str, "Tensor"], given: Mapping[str, "Tensor"], wanted: set[str], source: str) -> None:

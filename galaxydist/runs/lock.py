@@ -256,7 +256,7 @@ class RunLock:
                 raise self._in_use(None)
             _log.warning("the lock %s is damaged and old: it is replaced", self.path)
         elif owner.job_id is not None and owner.job_id == self.owner.job_id and owner.restart_count < self.owner.restart_count:
-            _log.info("restart %d of job %s goes on in %s", self.owner.restart_count, owner.job_id, self.path.parent)
+            _log.debug("restart %d of job %s goes on in %s", self.owner.restart_count, owner.job_id, self.path.parent)
         elif owner.host == self.owner.host and owner.pid_space == self.owner.pid_space:
             if is_alive(owner):
                 raise self._in_use(owner)

@@ -66,7 +66,7 @@ def fetch_galaxy10(
         _download_through_astronn(in_cache)
         return _copy(in_cache, target, sha256)
     if in_cache.is_file() and file_sha256(in_cache) == sha256:
-        logger.warning("found astroNN's download %s", in_cache)
+        logger.info("found astroNN's download %s", in_cache)
         return _copy(in_cache, target, sha256)
     return _download(target, urls, sha256, retry_seconds)
 

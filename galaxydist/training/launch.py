@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import logging
 import signal
 import sys
 import time
@@ -22,6 +23,9 @@ from galaxydist.errors import (
     UserError,
 )
 from galaxydist.job_environment import find_place
+from galaxydist.log import set_up_logging
+
+logger = logging.getLogger(__name__)
 
 # A launcher ends all ranks as soon as one has left. Rank 0 prints what all have found, and may come to it this much later.
 PRINTING_S = 3.0
@@ -43,20 +47,20 @@ def launch(
         The exit code.
     """
     set_up_process(environ)
-    rank = 0  # also where the launcher's variables are wrong: whoever finds that says it
+    set_up_logging()
+    rank = 0  # also where the launcher's variables are wrong: each process that finds this logs it
     try:
         rank = find_place(environ).rank
+        set_up_logging(rank)
         return _train(arguments, environ)
     except (UserError, RunFailedError) as error:
         # One process prints what all have found.
         is_users = isinstance(error, UserError)
         is_alone = not isinstance(error, EveryRankError) if is_users else isinstance(error, OneRankFailedError)
-        where = f" (rank {rank})" if rank and is_users and is_alone else ""
-        text = f"galaxydist: error{where}: {error}"
         if rank == 0 or is_alone:
-            print(text, file=sys.stderr, flush=True)
+            logger.error("%s", error)
             note(error)
-        _leave_for_launcher(text, environ)
+        _leave_for_launcher(f"galaxydist: error: {error}", environ)
         if rank and not is_alone:
             time.sleep(PRINTING_S)
         return EXIT_BAD_INPUT if is_users else EXIT_FAILED

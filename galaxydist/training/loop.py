@@ -1,5 +1,6 @@
 """The training loop: the order of things. Each part decides for itself what it does."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from galaxydist.training.step import TrainStep
 from galaxydist.training.step_sync import RankFlags, StepResult, StepSync
 from galaxydist.training.stop_signals import LONG_STEP_S, StepAbandoned, StopSignal
 from galaxydist.training.throughput import StepTimer
+
+logger = logging.getLogger(__name__)
 
 
 class Saver(Protocol):
@@ -129,10 +132,10 @@ class TrainLoop:
             batch = next(batches)
         self.watch.beat(step, "forward and backward")
         sums = self.update(batch, step)
-        self.state.nonfinite.remember(step, batch)
+        self.state.nonfinite.record(step, batch)
         is_save_due, has_failed = self.saver.flags()
         has_failed = has_failed or self.journal.has_failed
-        unreadable = self.state.skipped.take(step, batch)
+        unreadable = self.state.skipped.record(step, batch)
         is_long = self._last_step_s >= LONG_STEP_S
         self.agreement.post(step, sums, RankFlags(stop.signal_number, is_save_due, has_failed, unreadable, is_long))
         self.state.step += 1
@@ -155,12 +158,12 @@ class TrainLoop:
     def _take_in(self, agreed: StepResult) -> None:
         self.update.gates.is_open = not agreed.flags.is_long
         if agreed.flags.num_unreadable:
-            for text in self.state.skipped.settle(self.world, agreed.step):
-                self.journal.say(f"warning: {text}")
+            for text in self.state.skipped.sync(self.world, agreed.step):
+                logger.warning("%s", text)
         if agreed.is_nonfinite:
-            self.journal.say(self.state.nonfinite.settle(self.world, agreed.step))
+            logger.warning("%s", self.state.nonfinite.sync(self.world, agreed.step))
         elif warning := self.state.spikes.update(agreed.step, agreed.sums.loss):
-            self.journal.say(f"warning: {warning}")
+            logger.warning("%s", warning)
         counters = {**self.state.skipped.metrics(), **self.state.nonfinite.metrics()}
         self.journal.step_done(agreed, self.update.rate.at(agreed.step), counters)
 

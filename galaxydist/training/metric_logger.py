@@ -5,11 +5,14 @@ metrics.jsonl holds what the recipe determines, so that a run that was stopped a
 on the machine stands in timing.jsonl. The tracker gets both.
 """
 
+import contextlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
@@ -17,6 +20,8 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.training.step_sync import LossSums, StepResult
 from galaxydist.training.throughput import StepTimer, Utilisation
 from galaxydist.training.trackers import Tracker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class MetricLogger:
         self.window = window
         self.timer = timer
         self.utilisation = utilisation
+        self._stack = contextlib.ExitStack()
         self._timed_steps = 0
         self._error: Exception | None = None
         self._last: dict[str, float] = {}
@@ -103,10 +109,13 @@ class MetricLogger:
         )
 
     def __enter__(self) -> "MetricLogger":
+        if not self._bar.disable:  # log records are written above the bar
+            self._stack.enter_context(logging_redirect_tqdm([logging.getLogger("galaxydist")]))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+        self._stack.close()
 
     def step_taken(self) -> None:
         """One more step that the timer has seen; what it was about is known later."""
@@ -173,12 +182,7 @@ class MetricLogger:
             shown = "not finite" if value is None else f"{value:.4f}"
             parts.append(f"{name.removeprefix('val/').replace('_', ' ')} {shown} (val)")
         parts += [f"{self._timing.get('time/img_s', 0.0):,.0f} img/s"]
-        self.say(f"epoch {epoch}/{self._num_epochs}: " + ", ".join(parts))
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar, once."""
-        with tqdm.external_write_mode():
-            self.world.say(text)
+        logger.info("epoch %d/%d: %s", epoch, self._num_epochs, ", ".join(parts))
 
     def _show(self, step: int) -> None:
         self._bar.set_description(f"epoch {min(step // self.schedule.steps_per_epoch + 1, self._num_epochs)}/{self._num_epochs}")

@@ -1,6 +1,7 @@
 """Several processes of one training run on this machine, without another launcher: `galaxydist train --processes N`."""
 
 import contextlib
+import logging
 import math
 import multiprocessing
 import os
@@ -17,6 +18,8 @@ from types import FrameType
 from galaxydist.errors import UserError
 from galaxydist.job_environment import find_place
 from galaxydist.training.launch import launch
+
+logger = logging.getLogger(__name__)
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 # Ranks that wait for one that has failed end by themselves, after they have told so. Whoever does not is killed.
@@ -124,5 +127,5 @@ def _exit_code(process: SpawnProcess) -> int:
     if process.exitcode > 0:
         return process.exitcode
     name = signal.Signals(-process.exitcode).name
-    print(f"galaxydist: error: {process.name} was ended by {name}", file=sys.stderr, flush=True)
+    logger.error("%s was ended by %s", process.name, name)
     return 128 - process.exitcode

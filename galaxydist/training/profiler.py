@@ -2,14 +2,16 @@
 
 import contextlib
 import gzip
+import logging
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from galaxydist.atomic_files import rename
 from galaxydist.errors import EveryRankError
+
+logger = logging.getLogger(__name__)
 
 # Larger traces are packed; the viewers open both.
 LARGEST_PLAIN = 32_000_000
@@ -36,19 +38,15 @@ class StepProfiler:
         out_dir: the run folder; the trace is ``profile/steps-10-20.json`` in it (``.json.gz`` if large).
         rank: of this process.
         start_step: steps done before the loop begins.
-        say: told where the trace is.
 
     Raises:
         EveryRankError: ``steps`` cannot be read.
     """
 
-    def __init__(
-        self, steps: str | None, out_dir: Path, rank: int, *, start_step: int = 0, say: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, steps: str | None, out_dir: Path, rank: int, *, start_step: int = 0) -> None:
         wanted = parse_steps(steps) if steps is not None else range(0)
         self._steps = wanted if rank == 0 else range(0)
         self._folder = out_dir / "profile"
-        self._say = say
         self._done = start_step
         self._profiler: Any = None
         self._mark: Any = None
@@ -116,4 +114,4 @@ class StepProfiler:
             for left in (temporary, packed):
                 with contextlib.suppress(FileNotFoundError):
                     left.unlink()
-        self._say(f"the trace of steps {self._traced[0]} to {self._traced[-1]}: {path} (open it in ui.perfetto.dev)")
+        logger.info("the trace of steps %d to %d: %s (open it in ui.perfetto.dev)", self._traced[0], self._traced[-1], path)

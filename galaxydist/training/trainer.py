@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from galaxydist.loading.dataset import (
 from galaxydist.loading.decode import sample_name
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch, TrainLoader
+from galaxydist.log import results
 from galaxydist.models.build import build_model, needs_two_images
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.performance import (
@@ -71,6 +73,8 @@ from galaxydist.training.step import TrainStep, count_micro_batches, split_evenl
 from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name
 from galaxydist.training.throughput import StepTimer, Utilisation, build_utilisation
 from galaxydist.training.trackers import Tracker, complete_tracker, start_tracker
+
+logger = logging.getLogger(__name__)
 
 # What a recipe asks for, built: the model and its optimizer, what is saved of them, and the step that moves them.
 
@@ -190,7 +194,9 @@ def build_parts(
 
         cache_dir = Path(find_cache_dir())
         if num_removed := sum(world.all_gather(len(remove_broken_libraries(cache_dir)))):
-            world.say(f"removed {num_removed} libraries from torch.compile's cache {cache_dir}: their compilation was killed")
+            logger.info(
+                "removed %d libraries from torch.compile's cache %s: their compilation was killed", num_removed, cache_dir
+            )
     strategy = build_strategy(world, model, config)
     augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=world.cores)
     with explained_out_of_memory(recipe, world, micro_batch):
@@ -329,13 +335,13 @@ class Trainer:
         processes = "1 process" if self.world.size == 1 else f"{self.world.size} processes"
         device, precision = self.world.device.type, self.world.precision
         threads = "1 thread each" if self.world.threads == 1 else f"{self.world.threads} threads each"
-        self.world.say(f"galaxydist: {processes}, {device}, {threads}, precision {precision}")
+        logger.info("galaxydist: %s, %s, %s, precision %s", processes, device, threads, precision)
         path, cache = find_manifest(self.recipe.data, self.root), find_cache(self.recipe.data, self.root)
         manifest = self.world.run_on_all(lambda: open_manifest(path, cache, self.recipe, self.world.size))
         self._others = self.world.run_on_all(lambda: self._open_others(manifest))
         self.world.run_on_main(lambda: self._check_data(manifest))
         if warning := mirror_warning(manifest, self.recipe):
-            self.world.say(warning)
+            logger.warning("%s", warning)
         check_parts(self.recipe, self.world)
         torch.manual_seed(self.recipe.seed)
         model = self.world.run_on_all(lambda: self._build_model(manifest))
@@ -348,9 +354,10 @@ class Trainer:
                 self.world = keep_threads(self.world, opened.threads)
             set_flight_recorder(self.environ, folder.stacks_dir)
             if opened.is_over:
-                self.world.say(f"{folder} is finished.")
-                self._judge(folder, manifest, self.world.say)
-                self._say_place(complete_tracker(self.world, self.recipe, folder, manifest, environ=self.environ))
+                logger.info("%s is finished.", folder)
+                self._judge(folder, manifest)
+                if text := complete_tracker(self.world, self.recipe, folder, manifest, environ=self.environ):
+                    results.info("%s", text)
                 return 0
             parts = build_parts(self.world, self.recipe, manifest, model, folder, stored_micro_batch=opened.micro_batch)
             self._restore(parts, folder)
@@ -375,7 +382,7 @@ class Trainer:
 
     def _build_model(self, manifest: Manifest) -> nn.Module:
         config, size = self.recipe.model, self.recipe.data.image_size
-        return build_model(config, manifest.num_classes, size, weights_dir=weights_dir(self.root), say=self.world.say)
+        return build_model(config, manifest.num_classes, size, weights_dir=weights_dir(self.root))
 
     def _open_folder(self, stack: contextlib.ExitStack, manifest: Manifest) -> OpenedFolder:
         """Rank 0: the run folder, locked for this run."""
@@ -389,20 +396,15 @@ class Trainer:
         found, state = parts.strategy.load(folder.checkpoints_dir), parts.state
         if found is not None:
             self.world.run_on_all(lambda: state.restore(self.world, found.tensors, found.state))
-            self.world.say(f"continuing {folder} from step {state.step}")
+            logger.info("continuing %s from step %d", folder, state.step)
         self.world.run_on_main(lambda: self._cut_back(folder, state.step))
 
     def _announce(self, parts: Parts, manifest: Manifest, folder: RunFolder) -> None:
         model, schedule = parts.strategy.model, parts.schedule
-        self.world.say(describe_run(self.resolved, manifest, folder, model, schedule))
+        logger.info("%s", describe_run(self.resolved, manifest, folder, model, schedule))
         estimate = describe_time(self.world, self.resolved, model, schedule, parts.micro_batch)
         if estimate is not None:
-            self.world.say(estimate)
-
-    def _say_place(self, place: str | None) -> None:
-        """Rank 0: where the tracker keeps the run."""
-        if place is not None:
-            self.world.say(place)
+            logger.info("%s", estimate)
 
     @staticmethod
     def _cut_back(folder: RunFolder, step: int) -> None:
@@ -417,27 +419,28 @@ class Trainer:
             stop_signal = self._loop(parts, manifest, folder, tracker, stop) or max(world.all_gather(stop.signal_number))
             if stop_signal:
                 saved = "which is saved" if state.step else "with nothing to save yet"
-                world.say(f"stopped by {signal_name(stop_signal)} at step {state.step}, {saved}; the same command continues it")
+                logger.info(
+                    "stopped by %s at step %d, %s; the same command continues it", signal_name(stop_signal), state.step, saved
+                )
                 return stop_signal
             stop.close()  # nothing is lost any more: a restart evaluates again
-            results: list[str] = []
-            metrics = self._judge(folder, manifest, results.append)
+            metrics = self._judge(folder, manifest)
             summary = {f"test/{name}": metrics[name] for name in ("accuracy", "balanced_accuracy", "loss")} if metrics else {}
             summary |= {**state.skipped.metrics(), **state.nonfinite.metrics()}
             world.run_on_main(lambda: folder.write_result({"step": state.step, **summary}))
             exit_code = 0
-            for text in (*results, describe_end(folder)):
-                world.say(text)
+            results.info("%s", describe_end(folder))
         except Exception as error:
             self._note_failure(folder, state.step, error)
             raise
         finally:
-            self._say_place(tracker.finish(summary, exit_code))
+            if text := tracker.finish(summary, exit_code):
+                results.info("%s", text)
         return 0
 
-    def _judge(self, folder: RunFolder, manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any] | None:
+    def _judge(self, folder: RunFolder, manifest: Manifest) -> dict[str, Any] | None:
         """The evaluation on the run's own test split; those of eval.variants are written beside it."""
-        judge = Evaluator(self.world, folder, self.recipe, find_trained=lambda _: manifest, say=say)
+        judge = Evaluator(self.world, folder, self.recipe, find_trained=lambda _: manifest)
         metrics = judge.judge(manifest, "test")
         for other in self._others:
             judge.judge(other, "test")
@@ -485,9 +488,7 @@ class Trainer:
                     log_every=config.log_every,
                 )
             )
-            profiler = stack.enter_context(
-                StepProfiler(config.profile, folder.path, world.rank, start_step=state.step, say=journal.say)
-            )
+            profiler = stack.enter_context(StepProfiler(config.profile, folder.path, world.rank, start_step=state.step))
             validate = functools.partial(self._validate, parts, manifest, lambda: watch.beat(state.step, "validation"))
             loop = TrainLoop(
                 world,

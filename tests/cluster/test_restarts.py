@@ -43,7 +43,7 @@ def test_a_continued_run_of_several_processes_is_bit_equal(blobs: Path, tmp_path
     assert sum(tensor.nbytes for name, tensor in whole.items() if name.startswith("model/")) > 2 * 2**20
     cut_off(tmp_path / "run", MIDDLE)
     done = run_forked(train, settings, size=size)
-    assert done.returncode == 0 and f"from step {MIDDLE}" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"from step {MIDDLE}" in done.stderr, done.stderr
     assert read_losses(tmp_path / "run") == losses
     again = read_tensors(tmp_path / "run")
     assert [name for name, tensor in whole.items() if not torch.equal(tensor, again[name])] == []
@@ -55,7 +55,7 @@ def test_a_continued_run_keeps_its_threads(blobs: Path, tmp_path: Path, capsys: 
     before = torch.get_num_threads()
     try:
         assert run_here([*settings, "train.threads=3"]) == 0
-        assert "cpu, 3 threads each" in capsys.readouterr().out
+        assert "cpu, 3 threads each" in capsys.readouterr().err
         whole = read_tensors(tmp_path / "run")
         for given, threads, told in (
             ("train.threads=1", 1, "cpu, 1 thread each"),
@@ -63,7 +63,7 @@ def test_a_continued_run_keeps_its_threads(blobs: Path, tmp_path: Path, capsys: 
         ):
             cut_off(tmp_path / "run", MIDDLE)
             assert run_here([*settings, *filter(None, [given])]) == 0
-            assert told in capsys.readouterr().out and torch.get_num_threads() == threads
+            assert told in capsys.readouterr().err and torch.get_num_threads() == threads
             if given:  # the run as it was in the middle is still that of three threads
                 continue
             again = read_tensors(tmp_path / "run")

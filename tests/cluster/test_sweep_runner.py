@@ -33,6 +33,7 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.results_files import FORMAT_VERSION
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 from galaxydist.runs.lock import RunLock
+from tests.helpers.runs import captured_log
 
 RUNNING, PENDING = JobState("RUNNING", "", 60.0, "n1"), JobState("PENDING", "Resources")
 FAILED, CANCELLED = JobState("FAILED", "NonZeroExitCode"), JobState("CANCELLED", "by user 1000")
@@ -224,7 +225,7 @@ def test_chunks_hold_all_trials_in_order_and_wait_for_one_another(
 ) -> None:
     send = Sent()
     trials = thirty[:count]
-    job_ids = submit_arrays(trials, send=send, chunk_size=chunk_size, parallel=parallel, say=lambda _: None)
+    job_ids = submit_arrays(trials, send=send, chunk_size=chunk_size, parallel=parallel)
     assert [run_dir for run_dirs, _, _ in send.arrays for run_dir in run_dirs] == [trial.run_dir for trial in trials]
     assert len(job_ids) == count == len(set(job_ids))
     assert all(0 < len(run_dirs) <= chunk_size for run_dirs, _, _ in send.arrays)
@@ -266,7 +267,7 @@ def _interrupt_the_second_array(trials: list[SweepRun]) -> None:
             return sent(requests, parallel, after)
 
     with pytest.raises(KeyboardInterrupt):
-        submit_arrays(trials, send=send, chunk_size=10, parallel=2, say=lambda _: None)
+        submit_arrays(trials, send=send, chunk_size=10, parallel=2)
     assert len(sent.arrays) == 2, "the second is whole, the third was not begun"
     assert heard == ["True\n"], "what is started meanwhile does not hear it"
 
@@ -277,12 +278,12 @@ def test_a_refusal_on_the_way_says_what_was_sent(thirty: list[SweepRun]) -> None
             raise UserError("SLURM did not take the job: QOSMaxSubmitJobPerUserLimit")
 
     with pytest.raises(UserError, match="QOSMaxSubmitJobPerUserLimit\n20 of 30 trials were submitted before; they stay"):
-        submit_arrays(thirty, send=Sent(refuse), chunk_size=10, parallel=2, say=lambda _: None)
+        submit_arrays(thirty, send=Sent(refuse), chunk_size=10, parallel=2)
 
 
 @pytest.mark.parametrize(("count", "parallel"), [(5, 1), (5, 2), (2, 9)])
 def test_on_this_machine_only_so_many_run_at_a_time(thirty: list[SweepRun], count: int, parallel: int) -> None:
-    send, said = Sent(), list[str]()
+    send = Sent()
     left: dict[str, int] = {}
     most = 0
 
@@ -296,15 +297,15 @@ def test_on_this_machine_only_so_many_run_at_a_time(thirty: list[SweepRun], coun
             left[job_id] -= 1
 
     bad = thirty[1]
-    failed = run_here(
-        thirty[:count],
-        send=send,
-        parallel=parallel,
-        is_running=lambda trial: left[str(100 + thirty.index(trial))] > 0,
-        judge=lambda trial: Decision("failed", True, "why") if trial is bad else Decision("finished", False, ""),
-        pause=pause,
-        say=said.append,
-    )
+    with captured_log() as said:
+        failed = run_here(
+            thirty[:count],
+            send=send,
+            parallel=parallel,
+            is_running=lambda trial: left[str(100 + thirty.index(trial))] > 0,
+            judge=lambda trial: Decision("failed", True, "why") if trial is bad else Decision("finished", False, ""),
+            pause=pause,
+        )
     assert failed == [bad]
     assert most == min(parallel, count)
     assert [run_dirs for run_dirs, _, _ in send.arrays] == [[trial.run_dir] for trial in thirty[:count]]

@@ -65,7 +65,7 @@ def run(manifest: Path, folder: Path, num_processes: int, changes: Mapping[str, 
     done = run_forked(train_traced, folder / "trace", settings, size=num_processes)
     assert done.returncode == 0, done.stderr
     processes = "1 process," if num_processes == 1 else f"{num_processes} processes,"
-    assert processes in done.stdout
+    assert processes in done.stderr
     assert num_processes in {step.world_size for step in read_steps(folder / "trace").values()}
     return folder
 

@@ -43,7 +43,7 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(
     run_dir = tmp_path / "run"
     settings = quick_settings(blobs, run_dir)
     assert run_here(settings) == 0
-    assert "1 process," in capsys.readouterr().out
+    assert "1 process," in capsys.readouterr().err
     evaluation = read_evaluation(run_dir)
     assert evaluation["count"] == 24 == sum(map(sum, evaluation["confusion"]))
     assert evaluation["accuracy"] > 0.8
@@ -60,8 +60,8 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(
     assert not figures & {path.name for path in (run_dir / "evaluation").iterdir()}
     assert run_here(quick_settings(blobs, run_dir, eval__figures="true")) == 0
     assert figures <= {path.name for path in (run_dir / "evaluation").iterdir()}
-    again = capsys.readouterr().out
-    assert "finished" in again and "round" in again
+    again = capsys.readouterr()
+    assert "finished" in again.err and "round" in again.out
     assert [line["step"] for line in read_metrics(run_dir)] == steps
 
 
@@ -144,12 +144,12 @@ def test_a_finished_run_trains_on_or_is_refused(blobs: Path, tmp_path: Path, cap
         assert {path: path.read_bytes() for path in run_dir.rglob("*.json")} == before
     settings = quick_settings(blobs, run_dir, **common, resume__force="[train.epochs]")
     assert run_here(settings) == 0
-    assert "from step 6" in capsys.readouterr().out
+    assert "from step 6" in capsys.readouterr().err
     assert json.loads((run_dir / "result.json").read_text())["step"] == 12
     expected, found = saved_tensors(tmp_path / "whole"), saved_tensors(run_dir)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     assert run_here(settings) == 0
-    assert "is finished" in capsys.readouterr().out
+    assert "is finished" in capsys.readouterr().err
 
 
 def test_a_run_that_stopped_early_trains_on_with_more_patience(blobs: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ UNEVEN: Mapping[str, object] = {**NOTHING_SHARED, "train__batch_size": 25, "trai
 
 def assert_two_took_the_steps_of_one(done: CompletedProcess[str], run_dir: Path, blobs: Path) -> None:
     assert done.returncode == 0, done.stderr
-    assert "2 processes," in done.stdout
+    assert "2 processes," in done.stderr
     assert run_here(quick_settings(blobs, run_dir.with_name("one"), **UNEVEN)) == 0
     one, two = read_losses(run_dir.with_name("one")), read_losses(run_dir)
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
@@ -200,7 +200,7 @@ def test_evaluation_on_two_processes_is_bit_equal(blobs: Path, tmp_path: Path) -
     predictions.unlink()  # without them the evaluation is made again
     done = run_forked(train, settings, size=2)
     assert done.returncode == 0, done.stderr
-    assert "2 processes," in done.stdout
+    assert "2 processes," in done.stderr
     assert read_evaluation(run_dir)["confusion"] == alone["confusion"]
     assert np.allclose(read_predictions(predictions).column("logits"), logits_NK, rtol=1e-4, atol=1e-4)
 

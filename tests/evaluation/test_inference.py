@@ -241,7 +241,7 @@ def test_a_variant_is_found_beside_the_runs_own_and_a_run_by_its_name(
     run_dir = tmp_path / "runs" / "named"
     assert run_here(quick_settings(tmp_path / "original" / "manifest.json", run_dir, train__epochs=1)) == 0
     warning = "the classes clockwise, anticlockwise are mirror images of one another"
-    assert f"{warning}, which a model cannot tell apart with data.augment.flip=true\n" in capsys.readouterr().out
+    assert f"{warning}, which a model cannot tell apart with data.augment.flip=true\n" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     with without_figures():
         assert judge("named", "data.variant=balanced") == 0

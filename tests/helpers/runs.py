@@ -1,6 +1,7 @@
 """Runs of launch.py for tests: settings of a few seconds, in this process or through a launcher, and what a run folder holds."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -52,6 +53,22 @@ def run_here(arguments: Sequence[str]) -> int:
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
+
+
+@contextmanager
+def captured_log() -> Iterator[list[str]]:
+    """The messages that the package logs inside, in a list that grows."""
+    package, messages = logging.getLogger("galaxydist"), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    level = package.level
+    package.setLevel(logging.INFO)
+    package.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
 
 
 @contextmanager

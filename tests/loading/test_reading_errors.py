@@ -59,7 +59,7 @@ def test_skipped_galaxies_are_counted_once_over_epochs_and_restarts(
     run_dir = tmp_path / "run"
     settings = {"train__epochs": 2, "data__on_error": "skip", "data__max_errors": 3, "train__log_every": 1}
     assert run_here(quick_settings(copy.path, run_dir, **settings)) == 0
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     for shard, key in damaged:
         assert told.count(f"warning: skipped: shard {shard}, galaxy {key}: its image does not decode") == 1
     assert skipped(run_dir)[6] == 3 and sorted(skipped(run_dir).values()) == [*skipped(run_dir).values()]
@@ -69,7 +69,7 @@ def test_skipped_galaxies_are_counted_once_over_epochs_and_restarts(
     (run_dir / "result.json").unlink()
     settings |= {"train__epochs": 4, "resume__force": "[train.epochs]"}
     assert run_here(quick_settings(copy.path, run_dir, **settings)) == 0
-    assert "warning:" not in capsys.readouterr().out
+    assert "warning:" not in capsys.readouterr().err
     assert skipped(run_dir)[7] == skipped(run_dir)[12] == 3
 
 
@@ -110,7 +110,7 @@ def test_two_processes_skip_as_one(copy: Manifest, tmp_path: Path) -> None:
     assert run_here(quick_settings(copy.path, tmp_path / "one", **settings)) == 0
     done = run_forked(train, quick_settings(copy.path, tmp_path / "two", **settings), size=2)
     assert done.returncode == 0, done.stderr
-    assert "2 processes," in done.stdout and done.stdout.count("warning: skipped: shard") == 3
+    assert "2 processes," in done.stderr and done.stderr.count("warning: skipped: shard") == 3
     assert skipped(tmp_path / "two") == skipped(tmp_path / "one")
     assert [*read_losses(tmp_path / "two").values()] == pytest.approx([*read_losses(tmp_path / "one").values()], rel=1e-4)
 

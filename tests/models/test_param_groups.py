@@ -18,7 +18,7 @@ LAYERS = {
 
 
 def build(name: ModelName, **settings: object) -> nn.Module:
-    return build_model(ModelConfig.model_validate({"name": name, **settings}), 10, 32, say=lambda _: None)
+    return build_model(ModelConfig.model_validate({"name": name, **settings}), 10, 32)
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)

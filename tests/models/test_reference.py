@@ -43,7 +43,7 @@ def build(name: str) -> nn.Module:
     recipe = recipe_of(name)
     torch.manual_seed(0)
     config = recipe.model.model_copy(update={"pretrained": False})
-    return build_model(config, 10, recipe.data.image_size, say=lambda _: None)
+    return build_model(config, 10, recipe.data.image_size)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

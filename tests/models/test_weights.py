@@ -18,13 +18,14 @@ from galaxydist.models.registry import ARCHITECTURES
 from galaxydist.models.weights import fetch_command, fetch_weights, weights_file, write_weights
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import ModelConfig
+from tests.helpers.runs import captured_log
 
 CNN = ModelConfig(name="custom_cnn", width=8)
 
 
 def build(config: ModelConfig, num_classes: int = 10, image_size: int = 32, **options: Path) -> tuple[nn.Module, list[str]]:
-    said: list[str] = []
-    return build_model(config, num_classes, image_size, say=said.append, **options), said
+    with captured_log() as said:
+        return build_model(config, num_classes, image_size, **options), said
 
 
 def with_weights(config: ModelConfig, path: Path) -> ModelConfig:

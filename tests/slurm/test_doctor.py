@@ -126,7 +126,7 @@ def test_a_folder_that_one_node_does_not_see(slurm_bed: Bed, tmp_path: Path, mon
     cluster = load_cluster(TWO_NODES).config
     try:
         # Rank 0 need not wait as long as it takes to load torch over a slow network.
-        found = doctor_cluster(cluster, runs=runs, data_dir=None, wait_s=60, say=lambda _: None, meeting_s=5)
+        found = doctor_cluster(cluster, runs=runs, data_dir=None, wait_s=60, meeting_s=5)
     finally:
         subprocess.run([*within, "umount", str(runs)], check=True)
     failed = " ".join(check.text + check.remedy for check in found if check.level == "failure")

@@ -17,8 +17,8 @@ def test_a_new_run_says_what_it_will_do_and_a_continued_one_does_not(
     run_dir = tmp_path / "run"
     settings = quick_settings(blobs, run_dir, train__epochs=2, train__batch_size=25)
     assert run_here(settings) == 0
-    said = capsys.readouterr().out
-    before, after = said.split("epoch 1/2", maxsplit=1)
+    printed = capsys.readouterr()
+    before, _ = printed.err.split("epoch 1/2", maxsplit=1)
     for line in (
         f"run folder  {run_dir}",
         "data        blobs (original), 3 classes, 72 train, 24 val, 24 test",
@@ -31,10 +31,10 @@ def test_a_new_run_says_what_it_will_do_and_a_continued_one_does_not(
     (advice,) = [line for line in before.splitlines() if "a smaller run: " in line]
     assert f"recipe=custom_cnn data.manifest={blobs} data.image_size=32 " in advice and "train.epochs=2" in advice
     assert "run.dir" not in advice and "model.width" not in advice
-    assert f"galaxydist gallery {run_dir}\n" in after and f"galaxydist report {tmp_path}\n" in after
+    assert f"galaxydist gallery {run_dir}\n" in printed.out and f"galaxydist report {tmp_path}\n" in printed.out
     (run_dir / "result.json").unlink()
     assert run_here(settings) == 0
-    assert "run folder  " not in capsys.readouterr().out
+    assert "run folder  " not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -38,13 +38,13 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "profile").glob("*")) if (folder / "profile").exists() else []
 
 
-def test_the_trace_has_exactly_the_wanted_steps(tmp_path: Path) -> None:
-    told: list[str] = []
-    train(StepProfiler("3-5", tmp_path, 0, say=told.append), 0, 10)
+def test_the_trace_has_exactly_the_wanted_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "galaxydist"):
+        train(StepProfiler("3-5", tmp_path, 0), 0, 10)
     path = tmp_path / "profile" / "steps-3-5.json"
     assert files(tmp_path) == [path.name]
     assert traced(path) == (["step 3", "step 4", "step 5"], 3)
-    assert len(told) == 1 and str(path) in told[0]
+    assert len(caplog.messages) == 1 and str(path) in caplog.messages[0]
     marks = {event["name"]: event for event in events(path) if event.get("ph") == "X" and event["name"].startswith("step ")}
     products = sorted((event for event in events(path) if event.get("name") == "aten::mm"), key=lambda event: event["ts"])
     for step, product in zip((3, 4, 5), products, strict=True):
@@ -53,7 +53,7 @@ def test_the_trace_has_exactly_the_wanted_steps(tmp_path: Path) -> None:
 
 
 def test_one_step(tmp_path: Path) -> None:
-    train(StepProfiler("1", tmp_path, 0, say=lambda _: None), 0, 3)
+    train(StepProfiler("1", tmp_path, 0), 0, 3)
     assert traced(tmp_path / "profile" / "steps-1-1.json") == (["step 1"], 1)
 
 
@@ -63,7 +63,7 @@ def test_one_step(tmp_path: Path) -> None:
     ids=["resumed within", "ended within", "resumed at the last"],
 )
 def test_a_part_of_the_steps(start: int, stop: int, name: str, tmp_path: Path) -> None:
-    train(StepProfiler("3-5", tmp_path, 0, start_step=start, say=lambda _: None), start, stop)
+    train(StepProfiler("3-5", tmp_path, 0, start_step=start), start, stop)
     assert files(tmp_path) == [name]
 
 
@@ -79,13 +79,13 @@ def test_a_failed_run_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError
     assert not (tmp_path / "profile").exists()
     # The profiler was stopped: another one may start.
-    train(StepProfiler("1-3", tmp_path, 0, say=lambda _: None), 0, 3)
+    train(StepProfiler("1-3", tmp_path, 0), 0, 3)
     assert files(tmp_path) == ["steps-1-3.json"]
 
 
 def test_a_large_trace_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiler, "LARGEST_PLAIN", 100)
-    train(StepProfiler("2-3", tmp_path, 0, say=lambda _: None), 0, 5)
+    train(StepProfiler("2-3", tmp_path, 0), 0, 5)
     assert files(tmp_path) == ["steps-2-3.json.gz"]
     trace = json.loads(gzip.decompress((tmp_path / "profile" / "steps-2-3.json.gz").read_bytes()))
     assert {"step 2", "step 3"} <= {event["name"] for event in trace["traceEvents"] if "name" in event}
@@ -106,7 +106,7 @@ with StepProfiler("1-2", Path({str(tmp_path)!r}), 0) as profiler:
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=False, capture_output=True)
     assert done.returncode == -9, done.stderr
     assert [name for name in files(tmp_path) if not name.startswith(".")] == []
-    train(StepProfiler("1-2", tmp_path, 0, say=lambda _: None), 0, 3)
+    train(StepProfiler("1-2", tmp_path, 0), 0, 3)
     assert files(tmp_path) == ["steps-1-2.json"]
 
 

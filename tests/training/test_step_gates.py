@@ -84,7 +84,7 @@ def test_a_long_step_is_left_at_any_place_and_taken_anew(
         stopped = run_forked(train_stopped, settings, step, place, size - 1, number, size=size)
         assert stopped.returncode == (EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED), stopped.stderr
         name = "Ctrl-C" if number == signal.SIGINT else number.name
-        assert f"stopped by {name} at step {step}, which is saved" in stopped.stdout
+        assert f"stopped by {name} at step {step}, which is saved" in stopped.stderr
         newest = store.load(run_dir / "checkpoints", groups=())
         assert newest is not None and newest.step == step
     assert run_forked(train, settings, size=size).returncode == 0

@@ -390,6 +390,6 @@ def _verify(path: Path, num_bytes: int | None, sha256: bytes | None) -> None:
 
 
 def _tell(url: str, state: "RetryCallState") -> None:
-    level = logging.INFO if state.attempt_number <= QUIET_ATTEMPTS else logging.WARNING
+    level = logging.DEBUG if state.attempt_number <= QUIET_ATTEMPTS else logging.WARNING
     error = state.outcome.exception() if state.outcome is not None else None
     _log.log(level, "%s: attempt %d failed (%s); it is tried again", url, state.attempt_number, error)

@@ -36,13 +36,13 @@ class UnreadableImages:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def take(self, step: int, batch: Batch) -> int:
+    def record(self, step: int, batch: Batch) -> int:
         """Note what this rank's part of the batch of ``step`` could not read; the number that the ranks do not know of yet."""
         new = {sample: error for sample, error in batch.errors.items() if sample not in self._samples | self._found.keys()}
         self._found |= {sample: (step, error) for sample, error in new.items()}
         return len(new)
 
-    def settle(self, world: World, step: int) -> list[str]:
+    def sync(self, world: World, step: int) -> list[str]:
         """All ranks come to know what any of them has found up to ``step``. Every rank calls it.
 
         Returns:
@@ -108,7 +108,7 @@ REMEDY = (
 
 
 class NonFiniteSteps:
-    """The last steps' galaxies, and the number of steps that were left out. ``remember`` and ``settle`` are called by all ranks.
+    """The last steps' galaxies, and the number of steps that were left out. ``record`` and ``sync`` are called by all ranks.
 
     Args:
         on_nonfinite: stop the run, or go on without the step.
@@ -125,11 +125,11 @@ class NonFiniteSteps:
         self._samples: deque[tuple[int, list[int]]] = deque(maxlen=2)
         self.num_steps = 0
 
-    def remember(self, step: int, batch: Batch) -> None:
+    def record(self, step: int, batch: Batch) -> None:
         """Which galaxies this rank's part of the batch of a step holds, until two steps later; the images are let go."""
         self._samples.append((step, batch.samples_B.tolist()))
 
-    def settle(self, world: World, step: int) -> str:
+    def sync(self, world: World, step: int) -> str:
         """All ranks know that ``step`` is not finite: tell which galaxies it was about.
 
         Returns:
@@ -152,7 +152,7 @@ class NonFiniteSteps:
             raise NonfiniteError(
                 f"{what} These are {self.num_steps} such steps, more than train.max_nonfinite={self._max_nonfinite}. {REMEDY}"
             )
-        return f"warning: {what} The step is left out ({self.num_steps} of at most {self._max_nonfinite})."
+        return f"{what} The step is left out ({self.num_steps} of at most {self._max_nonfinite})."
 
     def _write(self, path: Path, step: int, samples: list[int]) -> list[str]:
         names = [self._name_of(sample) for sample in samples]

@@ -236,7 +236,7 @@ def compare_with_ddp(folder: Path, size: str) -> None:
         torch.manual_seed(1)
         half = special == "half"
         config = ModelConfig(name=name, width=16, freeze_backbone=special == "frozen")
-        model = build_model(config, 3, 32, say=lambda _: None).to(torch.float32 if half else torch.float64)
+        model = build_model(config, 3, 32).to(torch.float32 if half else torch.float64)
         if special == "checkpointed":
             checkpoint_activations(model)
         ddp = nn.parallel.DistributedDataParallel(copy.deepcopy(model), broadcast_buffers=False)

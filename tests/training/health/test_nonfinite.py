@@ -15,7 +15,7 @@ from tests.helpers.scripts.poisoned_launch import train_poisoned
 def poisoned(rank: int, steps: set[int], settings: list[str], size: int = 1) -> tuple[int, str, str]:
     """Exit code, output and messages of a run whose images are spoilt in some steps."""
     done = run_forked(train_poisoned, rank, steps, settings, size=size)
-    return done.returncode, done.stdout, done.stderr
+    return done.returncode, done.stderr, done.stderr
 
 
 @pytest.mark.multiprocess
