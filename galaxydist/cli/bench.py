@@ -62,11 +62,9 @@ def add_loader(commands: Commands) -> None:
 
 def run_loader(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    from galaxydist.bench.loader_speed import measure_loader
+    from galaxydist.bench.loader_speed import LoaderOptions, measure_loader
 
-    measure_loader(
-        chosen_root(arguments) / "bench" / "loader",
-        os.environ,
+    options = LoaderOptions(
         environments=arguments.environments,
         data=arguments.data,
         real=arguments.real,
@@ -77,6 +75,7 @@ def run_loader(arguments: argparse.Namespace) -> None:
         peers=arguments.peers,
         quick=arguments.quick,
     )
+    measure_loader(chosen_root(arguments) / "bench" / "loader", os.environ, options)
 
 
 # ``galaxydist bench folds``: networks from random weights on real galaxies, at equal compute, cross-validated.
