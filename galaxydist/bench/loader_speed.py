@@ -243,7 +243,14 @@ def measure_loader(root: Path, environ: Mapping[str, str], options: LoaderOption
     results = []
     for task in options.tasks:
         measure = {"resume": _measure_resume, "memory": _measure_memory}.get(task, _measure_speed)
-        result = {"task": task, "ours": None, "peers": {}, "limit": None, "ratio_best_peer": None, "ratio_limit": None}
+        result: dict[str, Any] = {
+            "task": task,
+            "ours": None,
+            "peers": {},
+            "limit": None,
+            "ratio_best_peer": None,
+            "ratio_limit": None,
+        }
         result |= measure(bench, task)
         results.append(result | {"data": bench.manifest.dataset, "workers": bench.job.workers, "rounds": bench.rounds})
     show_json(*results)
