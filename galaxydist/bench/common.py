@@ -1,10 +1,11 @@
-"""Output of the benchmarks, and measuring processes that run at the same time. Import-light: no torch."""
+"""Output and times of the benchmarks, and measuring processes that run at the same time. Import-light: no torch."""
 
 import json
 import math
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -12,6 +13,17 @@ from galaxydist.errors import UserError
 from galaxydist.log import results
 
 POLL_S, GRACE_S = 0.05, 20.0
+
+
+@dataclass(frozen=True)
+class Lap:
+    """Seconds of wall-clock time, and of CPU time of the process, which other work on the machine changes less."""
+
+    wall_s: float
+    cpu_s: float
+
+    def __sub__(self, other: "Lap") -> "Lap":
+        return Lap(self.wall_s - other.wall_s, self.cpu_s - other.cpu_s)
 
 
 def show(text: str) -> None:

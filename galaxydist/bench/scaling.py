@@ -1,6 +1,6 @@
 """``galaxydist bench scaling``: images per second of one process and of several, each on its own core.
 
-The measuring processes run ``python -m galaxydist.bench.scaling JSON`` with the variables of a launcher.
+The measuring processes run ``python -m galaxydist.cli.bench JSON`` with the variables of a launcher.
 """
 
 import contextlib
@@ -169,14 +169,10 @@ def measure_scaling(
 
 def _run(job: ScalingJob, size: int, environ: Mapping[str, str]) -> dict[str, Any]:
     """Train with ``size`` processes; return the result of rank 0."""
-    command = [sys.executable, "-m", "galaxydist.bench.scaling", json.dumps(dataclasses.asdict(job))]
+    command = [sys.executable, "-m", "galaxydist.cli.bench", json.dumps(dataclasses.asdict(job))]
     # The BLAS and OpenMP pools of a process are made when it starts.
     common = {**environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     answer: dict[str, Any] = run_together([command] * size, ranks)[0]
     return answer
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], os.environ))

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from galaxydist.bench.common import show, show_json
+from galaxydist.bench.common import Lap, show, show_json
 from galaxydist.bench.loader_speed import simulated_shards
 from galaxydist.checkpoints import store
 from galaxydist.cpus import available_cores
@@ -33,14 +33,6 @@ PATIENCE_S = 300.0
 
 
 @dataclass(frozen=True)
-class StartTime:
-    """Seconds of wall-clock time and of the process's CPU time, which other work on the machine changes less."""
-
-    wall_s: float
-    cpu_s: float
-
-
-@dataclass(frozen=True)
 class Launch:
     """Command of the measured runs.
 
@@ -54,7 +46,7 @@ class Launch:
     environ: Mapping[str, str]
     log: Path
 
-    def time_to(self, step: int, run_dir: Path) -> StartTime:
+    def time_to(self, step: int, run_dir: Path) -> Lap:
         """Return the time from the start of a process to the line of a step in the run's metrics; then stop the run.
 
         Raises:
@@ -71,7 +63,7 @@ class Launch:
                     raise UserError(f"the training run did not reach step {step}: see {self.log}")
                 time.sleep(POLL_S)
             used = psutil.Process(process.pid).cpu_times()
-            start = StartTime(time.perf_counter() - started, used.user + used.system)
+            start = Lap(time.perf_counter() - started, used.user + used.system)
             process.send_signal(signal.SIGTERM)
             if process.wait(PATIENCE_S) not in GOOD_CODES:
                 raise UserError(f"the training run failed when it was stopped: see {self.log}")
@@ -125,8 +117,8 @@ def measure_startup(
     runs = root / "runs"
     shutil.rmtree(runs, ignore_errors=True)
     runs.mkdir()
-    fresh: list[StartTime] = []
-    resumed: list[StartTime] = []
+    fresh: list[Lap] = []
+    resumed: list[Lap] = []
     with tqdm(total=2 * rounds, desc="measuring", unit="run", disable=None, leave=False) as bar:
         launch.time_to(step, runs / "saved")
         saved = store.load(RunFolder(runs / "saved").checkpoints_dir, groups=())

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from galaxydist.bench.common import show, show_json, spread
+from galaxydist.bench.common import Lap, show, show_json, spread
 from galaxydist.bench.in_memory import MemoryBatches, MemorySession, plain_step, write_noise, write_recipe
 from galaxydist.distributed import World, init_distributed, shutdown_distributed
 from galaxydist.errors import UserError
@@ -89,22 +89,11 @@ class Sizes:
     batch_size: int | None = None
 
 
-@dataclass(frozen=True)
-class Lap:
-    """Seconds of wall-clock time and of CPU time of this process."""
-
-    wall_s: float
-    cpu_s: float
-
-    def __sub__(self, other: "Lap") -> "Lap":
-        return Lap(self.wall_s - other.wall_s, self.cpu_s - other.cpu_s)
-
-    @classmethod
-    def now(cls, device: torch.device) -> "Lap":
-        """Return the times when the device has finished its work."""
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return cls(time.perf_counter(), time.process_time())
+def read_clocks(device: torch.device) -> Lap:
+    """Return the times when the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return Lap(time.perf_counter(), time.process_time())
 
 
 @dataclass
@@ -130,14 +119,14 @@ class Turns:
         if step % self.steps:
             return False
         device, turn = self.bare.device, step // self.steps
-        now = Lap.now(device)
+        now = read_clocks(device)
         if self._started is not None:
             self.trainer_laps.append(now - self._started)
         for number in bare_turns(turn, self.rounds):
-            before = Lap.now(device)
+            before = read_clocks(device)
             self.bare.run(range(number * self.steps, (number + 1) * self.steps))
-            self.bare_laps.append(Lap.now(device) - before)
-        self._started = Lap.now(device)
+            self.bare_laps.append(read_clocks(device) - before)
+        self._started = read_clocks(device)
         return turn == self.rounds
 
 

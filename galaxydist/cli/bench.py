@@ -10,6 +10,7 @@ until the first step. ``folds``: networks on real galaxies at equal compute.
 import argparse
 import math
 import os
+import sys
 from pathlib import Path
 
 from galaxydist.bench.loader_processes import PEERS
@@ -269,6 +270,13 @@ def run_scaling(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         rounds=arguments.rounds,
     )
+
+
+if __name__ == "__main__":
+    # One process of the measurement.
+    from galaxydist.bench.scaling import main
+
+    sys.exit(main(sys.argv[1], os.environ))
 
 
 # ``galaxydist bench startup``: how long until the first step.
