@@ -19,11 +19,6 @@ BLOCK_BYTES = 16384
 Trouble = int | str | None
 
 
-def no_trouble(_path: str, _number: int) -> Trouble:
-    """Return None: every request gets the file."""
-    return None
-
-
 @dataclass
 class Behaviour:
     """Delays and failures of a server.
@@ -35,7 +30,7 @@ class Behaviour:
     """
 
     delay_s: float = 0.0
-    trouble: Callable[[str, int], Trouble] = no_trouble
+    trouble: Callable[[str, int], Trouble] = lambda _path, _number: None
     block_delay_s: float = 0.0
 
 

@@ -1,6 +1,7 @@
 """``galaxydist bench folds``: networks from random weights on real galaxies, at equal compute, cross-validated."""
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
@@ -155,23 +156,6 @@ FIXED = ("recipe", "data.manifest", "model.name", "train.epochs", "eval.checkpoi
 SAVES = 8  # checkpoints of a fit
 
 
-@dataclass(frozen=True)
-class Fit:
-    """One model on one fold."""
-
-    model: str
-    fold: int
-    resolved: ResolvedRecipe
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.resolved.recipe
-
-    @property
-    def folder(self) -> RunFolder:
-        return RunFolder(self.recipe.run.root / run_name(self.recipe))
-
-
 def measure_folds(
     real_dir: Path,
     work_dir: Path,
@@ -214,17 +198,13 @@ def measure_folds(
     costs = _costs(first_fold.values(), manifests[0], work_dir / "costs.json")
     # Every fold is trained equally long: the folds differ by a galaxy or two.
     epochs = {model: _epochs(costs[model], minutes, first_fold[model].recipe, manifests[0]) for model in models}
-    fits = [
-        Fit(model, fold, _recipe(model, extra, manifest, work_dir, epochs[model]))
-        for fold, manifest in enumerate(manifests)
-        for model in models
-    ]
     results: dict[str, list[Mapping[str, Any]]] = {model: [] for model in models}
-    for number, fit in enumerate(fits, start=1):
-        title = f"fit {number} of {len(fits)}: {fit.model}, fold {fit.fold + 1} of {num_folds}, {epochs[fit.model]} epochs"
+    fits = list(itertools.product(range(num_folds), models))
+    for number, (fold, model) in enumerate(fits, start=1):
+        title = f"fit {number} of {len(fits)}: {model}, fold {fold + 1} of {num_folds}, {epochs[model]} epochs"
         show(f"\n{title}")
-        results[fit.model].append(_carry_out(fit, environ))
-        show(f"{title}: accuracy {results[fit.model][-1]['accuracy']:.4f}")
+        results[model].append(_fit(_recipe(model, extra, manifests[fold], work_dir, epochs[model]), environ))
+        show(f"{title}: accuracy {results[model][-1]['accuracy']:.4f}")
     found = {model: _summary(runs, epochs[model], costs[model], results[models[0]]) for model, runs in results.items()}
     show_folds(found, minutes, manifests[0].num_classes)
     task = {"task": "folds", "num_folds": num_folds, "minutes": minutes, "overrides": extra, "models": found}
@@ -285,19 +265,20 @@ def _epochs(cost: StepCost, minutes: float, recipe: Recipe, manifest: Manifest) 
     return max(1, round(60 * minutes / (cost.seconds * max(1, steps))))
 
 
-def _carry_out(fit: Fit, environ: MutableMapping[str, str]) -> dict[str, Any]:
-    """Train or continue a fit, unless it is finished; return its evaluation with the CPU minutes of all calls."""
-    spent_path = fit.folder.path / "processor-time.json"
-    if fit.folder.read_result() is None or read_evaluation(fit.folder.evaluation_dir, "test") is None:
+def _fit(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> dict[str, Any]:
+    """Train or continue a run, unless it is finished; return its evaluation with the CPU minutes of all calls."""
+    folder = RunFolder(resolved.recipe.run.root / run_name(resolved.recipe))
+    spent_path = folder.path / "processor-time.json"
+    if folder.read_result() is None or read_evaluation(folder.evaluation_dir, "test") is None:
         start = time.process_time()
         try:
-            stopped = train(fit.resolved, environ)
+            stopped = train(resolved, environ)
         finally:
-            if fit.folder.path.is_dir():
+            if folder.path.is_dir():
                 write_json(spent_path, {"seconds": _spent(spent_path) + time.process_time() - start})
         if stopped:
-            raise UserError(f"stopped; the same command continues with {fit.folder}")
-    evaluation = read_evaluation(fit.folder.evaluation_dir, "test")
+            raise UserError(f"stopped; the same command continues with {folder}")
+    evaluation = read_evaluation(folder.evaluation_dir, "test")
     assert evaluation is not None
     return evaluation | {"processor_minutes": _spent(spent_path) / 60}
 

@@ -127,8 +127,7 @@ class ClaimAnswer:
         number: 1 to 6.
         statement: the claim.
         reason: one or two sentences that name the data.
-        comparisons: those that could be made.
-        outcomes: of each comparison.
+        comparisons: those that could be made, each with its outcome.
         missing: results that were needed and are missing, without repeats.
     """
 
@@ -136,8 +135,7 @@ class ClaimAnswer:
     statement: str
     verdict: Verdict
     reason: str
-    comparisons: tuple[Comparison, ...]
-    outcomes: tuple[Outcome, ...]
+    comparisons: tuple[tuple[Comparison, Outcome], ...]
     missing: tuple[str, ...]
 
 
@@ -198,7 +196,7 @@ def published_evidence(class_names: tuple[str, ...]) -> Evidence:
     return Evidence("By the published numbers alone", class_names, models)
 
 
-class _Claim:
+class Claim:
     """Collects the comparisons of a claim and the results that are missing for others."""
 
     def __init__(self, number: int, statement: str, evidence: Evidence) -> None:
@@ -252,52 +250,32 @@ class _Claim:
         )
 
     def answer(self) -> ClaimAnswer:
-        return decide(
-            self.number,
-            self.statement,
-            self.evidence.where,
-            self.comparisons,
-            num_planned=self.num_planned,
-            missing=list(self.missing),
-        )
+        """Return the verdict.
 
-
-def decide(
-    number: int, statement: str, where: str, comparisons: Sequence[Comparison], *, num_planned: int, missing: Sequence[str] = ()
-) -> ClaimAnswer:
-    """Return the verdict on a claim that holds only if all its comparisons hold.
-
-    The claim is contradicted if any comparison is refuted, supported if every planned comparison was made and holds, else
-    undecided.
-
-    Args:
-        where: opening words of the reason, which name the data.
-        comparisons: those that could be made.
-        num_planned: number of comparisons if no result is missing.
-        missing: results that the other comparisons need.
-    """
-    outcomes = [comparison.outcome(num_planned) for comparison in comparisons]
-    num_refuted, num_holding = outcomes.count("refuted"), outcomes.count("holds")
-    if num_refuted:
-        verdict: Verdict = "contradicted"
-        summary, title = f"{num_refuted} of {num_planned} comparisons refute it", "The clearest"
-        named = [one for one, outcome in zip(comparisons, outcomes, strict=True) if outcome == "refuted"]
-    else:
-        verdict = "supported" if comparisons and num_holding == num_planned else "undecided"
-        summary, title = f"{num_holding} of {num_planned} comparisons confirm it, none refutes it", "The weakest"
-        named = list(comparisons)
-    sentences = [f"{where} it is {verdict}: {summary}."]
-    if named:
-        sentences.append(f"{title}: {min(named, key=lambda one: one.margin)}.")
-    if missing:
-        more = f"; and {len(missing) - _NUM_NAMED} more" if len(missing) > _NUM_NAMED else ""
-        sentences.append(f"Missing: {'; '.join(missing[:_NUM_NAMED])}{more}.")
-    return ClaimAnswer(number, statement, verdict, " ".join(sentences), tuple(comparisons), tuple(outcomes), tuple(missing))
+        The claim is contradicted if any comparison is refuted, supported if every planned comparison was made and holds, else
+        undecided.
+        """
+        compared = [(comparison, comparison.outcome(self.num_planned)) for comparison in self.comparisons]
+        outcomes = [outcome for _, outcome in compared]
+        num_refuted, num_holding = outcomes.count("refuted"), outcomes.count("holds")
+        if num_refuted:
+            verdict: Verdict = "contradicted"
+            summary, title = f"{num_refuted} of {self.num_planned} comparisons refute it", "The clearest"
+        else:
+            verdict = "supported" if compared and num_holding == self.num_planned else "undecided"
+            summary, title = f"{num_holding} of {self.num_planned} comparisons confirm it, none refutes it", "The weakest"
+        sentences = [f"{self.evidence.where} it is {verdict}: {summary}."]
+        if named := [comparison for comparison, outcome in compared if outcome == "refuted" or not num_refuted]:
+            sentences.append(f"{title}: {min(named, key=lambda one: one.margin)}.")
+        if missing := list(self.missing):
+            more = f"; and {len(missing) - _NUM_NAMED} more" if len(missing) > _NUM_NAMED else ""
+            sentences.append(f"Missing: {'; '.join(missing[:_NUM_NAMED])}{more}.")
+        return ClaimAnswer(self.number, self.statement, verdict, " ".join(sentences), tuple(compared), tuple(missing))
 
 
 def vit_is_best(evidence: Evidence) -> ClaimAnswer:
     """Answer claim 1: ViT has a higher accuracy than each other model in each of the three published settings."""
-    claim = _Claim(1, "ViT is best in every setting.", evidence)
+    claim = Claim(1, "ViT is best in every setting.", evidence)
     for setting in PUBLISHED_SETTINGS:
         for model in CNNS:
             claim.compare_accuracies(f"ViT above {model}, {setting}", {(VIT, setting): 1.0, (model, setting): -1.0})
@@ -310,7 +288,7 @@ def cnn_is_close_but_drops(evidence: Evidence) -> ClaimAnswer:
     On the original test set, it is less accurate when trained on balanced data.
     """
     statement = "The custom CNN comes close to ViT on the original data, but drops when trained on balanced data."
-    claim = _Claim(2, statement, evidence)
+    claim = Claim(2, statement, evidence)
     claim.compare_accuracies(
         f"ViT minus Custom CNN within {100 * MARGIN:g} points, {ON_ORIGINAL}",
         {(VIT, ON_ORIGINAL): 1.0, (CNN, ON_ORIGINAL): -1.0},
@@ -326,7 +304,7 @@ def cnn_is_close_but_drops(evidence: Evidence) -> ClaimAnswer:
 
 def vggs_beat_resnets(evidence: Evidence) -> ClaimAnswer:
     """Answer claim 3: each VGG has a higher accuracy than each ResNet in each of the three published settings."""
-    claim = _Claim(3, "VGG-16 and VGG-19 beat the ResNets.", evidence)
+    claim = Claim(3, "VGG-16 and VGG-19 beat the ResNets.", evidence)
     for setting in PUBLISHED_SETTINGS:
         for vgg in VGGS:
             for resnet in RESNETS:
@@ -339,7 +317,7 @@ def depth_does_not_help(evidence: Evidence) -> ClaimAnswer:
 
     A comparison holds if a gain of ``MARGIN`` is excluded, since a lack of data is no support; any significant gain refutes it.
     """
-    claim = _Claim(4, "ResNet depth does not help.", evidence)
+    claim = Claim(4, "ResNet depth does not help.", evidence)
     for setting in PUBLISHED_SETTINGS:
         for shallow, deep in combinations(RESNETS, 2):
             claim.compare_accuracies(
@@ -357,7 +335,7 @@ def disturbed_is_worst(evidence: Evidence) -> ClaimAnswer:
 
     The comparison of a model is with the class whose recall is lowest relative to that of "disturbed", in standard errors.
     """
-    claim = _Claim(5, "Disturbed galaxies are the worst class of every CNN, not of ViT.", evidence)
+    claim = Claim(5, "Disturbed galaxies are the worst class of every CNN, not of ViT.", evidence)
     label = evidence.class_names.index(WEAKEST_CLASS)
     for name in MODELS:
         if (models := claim.plan([(name, ON_ORIGINAL)], recalls=True)) is None:
@@ -386,7 +364,7 @@ def balancing_is_fairer(evidence: Evidence) -> ClaimAnswer:
     accuracy, more than ViT does.
     """
     statement = "Balancing helps fairness between classes and costs accuracy on the original test set, ViT least."
-    claim = _Claim(6, statement, evidence)
+    claim = Claim(6, statement, evidence)
     for name in MODELS:
         models = claim.plan([(name, ON_ORIGINAL), (name, BALANCED_TO_ORIGINAL)], recalls=True)
         if models is not None:

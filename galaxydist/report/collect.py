@@ -20,6 +20,7 @@ from galaxydist.report.finished_runs import REFERENCE, FinishedRun, ReportNote, 
 from galaxydist.report.matrix import Row, Table, build_tables
 from galaxydist.report.published_results import SETTINGS, TrainTest
 from galaxydist.report.statistics import (
+    CellOutcomes,
     McNemar,
     Outcomes,
     build_ensemble,
@@ -67,20 +68,14 @@ class Ensemble:
 
     Args:
         row, setting: of the cell.
-        num_runs: number of seeds.
-        num_galaxies: number of test galaxies that they share.
-        mean_accuracy, mean_loss: of the single runs.
-        accuracy, loss: of the ensemble.
+        seeds: outcomes of the single seeds.
+        outcomes: of the ensemble.
     """
 
     row: Row
     setting: TrainTest
-    num_runs: int
-    num_galaxies: int
-    mean_accuracy: float
-    mean_loss: float
-    accuracy: float
-    loss: float
+    seeds: CellOutcomes
+    outcomes: Outcomes
 
 
 def compare_models(table: Table, read: ReadOutcomes) -> list[Pairs]:
@@ -123,19 +118,8 @@ def build_ensembles(table: Table, read: ReadOutcomes) -> Iterator[Ensemble]:
     for setting, row in itertools.product(SETTINGS, table.rows):
         cell = table.cells[row, setting]
         paths = [result.predictions_path for result in cell.results if result.predictions_path is not None]
-        if cell.outcomes is None or len(paths) < 2:
-            continue
-        ensemble = build_ensemble([read(path) for path in paths])
-        yield Ensemble(
-            row,
-            setting,
-            num_runs=len(paths),
-            num_galaxies=len(ensemble.ids_N),
-            mean_accuracy=float(cell.outcomes.correct_SN.mean()),
-            mean_loss=float(cell.outcomes.losses_SN.mean()),
-            accuracy=float(ensemble.correct_N.mean()),
-            loss=float(ensemble.losses_N.mean()),
-        )
+        if cell.outcomes is not None and len(paths) > 1:
+            yield Ensemble(row, setting, cell.outcomes, build_ensemble([read(path) for path in paths]))
 
 
 # Facts of one run.

@@ -359,7 +359,7 @@ def _answers(results: ReportData) -> list[dict[str, Any]]:
 
 def _comparisons(answer: ClaimAnswer) -> list[dict[str, str]]:
     rows = []
-    for comparison, outcome in zip(answer.comparisons, answer.outcomes, strict=True):
+    for comparison, outcome in answer.comparisons:
         low, high = (signed(100 * limit, 2) for limit in comparison.interval())
         p_note = "" if comparison.p_value is None else f", {p_text(comparison.p_value)}"
         rows.append(

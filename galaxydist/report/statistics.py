@@ -432,8 +432,8 @@ def draw_accuracy(accuracies_S: Sequence[float], num_galaxies: int, *, stream: i
     """
     random, mean = np.random.default_rng([stream, 1]), fmean(accuracies_S)
     galaxies_R = random.binomial(num_galaxies, mean, RESAMPLES) / num_galaxies - mean
-    seeds_R: Floats = _seed_weights(len(accuracies_S), stream) @ np.asarray(accuracies_S)
-    return seeds_R + np.append(0.0, galaxies_R)
+    accuracy_R: Floats = _seed_weights(len(accuracies_S), stream) @ np.asarray(accuracies_S) + np.append(0.0, galaxies_R)
+    return accuracy_R
 
 
 def _seed_weights(num_seeds: int, stream: int) -> Floats:

@@ -205,20 +205,12 @@ def cost_rows(found: DatasetResults) -> Rows:
 def ensemble_rows(found: DatasetResults) -> Rows:
     """Return head and rows of the ensembles of seeds."""
     head = ["model", "setting", "runs", "galaxies", "mean accuracy", "ensemble", "gain (points)", "mean loss", "ensemble loss"]
-    rows = [
-        [
-            one.row.label,
-            str(one.setting),
-            str(one.num_runs),
-            f"{one.num_galaxies:,}",
-            number(one.mean_accuracy),
-            number(one.accuracy),
-            points(one.accuracy - one.mean_accuracy),
-            number(one.mean_loss),
-            number(one.loss),
-        ]
-        for one in found.ensembles
-    ]
+    rows = []
+    for one in found.ensembles:
+        accuracy, mean_accuracy = float(one.outcomes.correct_N.mean()), float(one.seeds.correct_SN.mean())
+        line = [one.row.label, str(one.setting), str(len(one.seeds.correct_SN)), f"{len(one.outcomes.ids_N):,}"]
+        line += [number(mean_accuracy), number(accuracy), points(accuracy - mean_accuracy)]
+        rows.append([*line, number(float(one.seeds.losses_SN.mean())), number(float(one.outcomes.losses_N.mean()))])
     return head, rows
 
 
