@@ -1,4 +1,4 @@
-"""``galaxydist bench saving``: time that a training waits for its checkpoints, written in the background and synchronously."""
+"""``galaxydist bench saving``: time that a training waits for its checkpoints."""
 
 import shutil
 import time

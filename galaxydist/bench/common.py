@@ -1,4 +1,4 @@
-"""Output and times of the benchmarks, and measuring processes that run at the same time. Import-light: no torch."""
+"""Output, times and processes of the benchmarks. Import-light: no torch."""
 
 import json
 import math

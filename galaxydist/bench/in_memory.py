@@ -1,4 +1,4 @@
-"""Training on images in memory, by the trainer and by plain PyTorch, for benchmarks that are not about reading."""
+"""Training on images in memory, by the trainer and by plain PyTorch, for benchmarks without reading."""
 
 import hashlib
 import signal

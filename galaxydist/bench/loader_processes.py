@@ -1,4 +1,4 @@
-"""Compared loaders, the processes that they run in, and the check that they give the same images as ours."""
+"""Compared loaders, their processes, and the check that all give the same images."""
 
 import contextlib
 import json

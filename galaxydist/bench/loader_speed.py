@@ -1,4 +1,4 @@
-"""``galaxydist bench loader``: our loader against other loaders and the bare decoder, on the same images and cores.
+"""``galaxydist bench loader``: our loader against others and the bare decoder, on the same images.
 
 Each measurement runs in its own process. All of them run in turn for several rounds, and the medians are reported. Before the
 measurements, each loader's pixels are compared with ours.

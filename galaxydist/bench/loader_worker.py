@@ -1,4 +1,4 @@
-"""Job and answer of a process that measures one loader: JSON on its command line, and JSON on the last line of its output."""
+"""Job (JSON on the command line) and answer (last line of output) of a process that measures a loader."""
 
 import dataclasses
 import gc

@@ -1,4 +1,4 @@
-"""``galaxydist bench order``: quality of the shuffling, opening time of a large epoch, and shards fetched by a job's nodes."""
+"""``galaxydist bench order``: quality of the shuffling, opening time, and shards fetched by nodes."""
 
 import json
 import os

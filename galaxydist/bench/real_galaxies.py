@@ -1,4 +1,4 @@
-"""``galaxydist bench folds``: networks from random weights on real galaxies, at equal compute, cross-validated."""
+"""``galaxydist bench folds``: networks on real galaxies at equal compute, cross-validated."""
 
 import dataclasses
 import itertools

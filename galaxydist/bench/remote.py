@@ -1,4 +1,4 @@
-"""``galaxydist bench remote``: an epoch from a slow, failing server, by one and by two processes, with a cold and a warm cache.
+"""``galaxydist bench remote``: an epoch from a slow, failing server, with a cold and a warm cache.
 
 The reading processes run ``python -m galaxydist.bench.remote JSON``.
 """

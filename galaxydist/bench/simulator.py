@@ -1,4 +1,4 @@
-"""``galaxydist bench simulator`` and ``transfer``: difficulty of the simulated survey, and its likeness to the sky.
+"""``galaxydist bench simulator`` and ``transfer``: difficulty and realism of the simulated survey.
 
 A simulation whose classes could be recognised by colour and brightness alone would flatter every model trained on it.
 """

@@ -1,4 +1,4 @@
-"""``galaxydist bench startup``: time from the start of ``launch.py`` to its first step, fresh and from a checkpoint, in turn."""
+"""``galaxydist bench startup``: time from the start of ``launch.py`` to its first step."""
 
 import json
 import shutil

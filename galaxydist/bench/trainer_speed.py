@@ -1,4 +1,4 @@
-"""``galaxydist bench trainer``: the trainer's loop against a plain PyTorch loop, in turn within one process."""
+"""``galaxydist bench trainer``: the trainer's loop against a plain PyTorch loop, in one process."""
 
 import contextlib
 import copy

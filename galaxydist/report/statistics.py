@@ -1,4 +1,4 @@
-"""Statistics of runs: means with their errors, tests, bootstrap draws, and outcomes of single galaxies.
+"""Statistics of runs: means and their errors, tests, bootstrap draws, outcomes of single galaxies.
 
 All n seeds of a model are evaluated on the same N galaxies. The variance of the mean of all n N outcomes has two parts: more
 seeds do not reduce the error from the choice of galaxies, and more galaxies do not reduce the error between trainings, so a
@@ -110,7 +110,7 @@ def compare_with_published(ours: Estimate, published: PublishedResult, quantity:
     """Test ours minus a published value: Student's t with the variances of both samples (Welch 1947, Biometrika 34, 28).
 
     A published accuracy p on N galaxies has the binomial variance p (1 - p) / N. The variance of a published loss between
-    galaxies is not known: ours stands in for it, divided by the published N. The published number is that of one training; its
+    galaxies is not known: ours is used in its place, divided by the published N. The published number is that of one training; its
     variance between trainings is taken to be ours, s^2. The degrees of freedom are those of Welch and Satterthwaite (1946,
     Biometrics Bulletin 2, 110), V^2 / sum(V_j^2 / nu_j) over the parts V_j of the variance V.
 
@@ -131,12 +131,12 @@ def compare_with_published(ours: Estimate, published: PublishedResult, quantity:
         return None
     galaxy_variance, notes = ours.galaxy_error**2, []
     if quantity == "accuracy":
-        theirs = published.accuracy
-        published_variance = theirs * (1 - theirs) / published.count
+        reference = published.accuracy
+        published_variance = reference * (1 - reference) / published.count
     else:
-        theirs = published.loss
+        reference = published.loss
         published_variance = galaxy_variance * ours.num_galaxies / published.count
-        notes.append("the published loss's variance between galaxies is not known: ours stands in for it")
+        notes.append("the published loss's variance between galaxies is not known: ours is used in its place")
     parts = [(galaxy_variance, ours.num_galaxies - 1), (published_variance, published.count - 1)]
     if ours.seed_error is None:
         notes.append(ONE_SEED)
@@ -146,7 +146,7 @@ def compare_with_published(ours: Estimate, published: PublishedResult, quantity:
     if variance == 0:
         return None
     freedom = variance**2 / math.fsum(part**2 / degrees for part, degrees in parts)
-    value, error = ours.mean - theirs, math.sqrt(variance)
+    value, error = ours.mean - reference, math.sqrt(variance)
     half = float(t.ppf(1 - ALPHA / 2, freedom)) * error
     return Difference(value, error, float(2 * t.sf(abs(value) / error, freedom)), (value - half, value + half), tuple(notes))
 

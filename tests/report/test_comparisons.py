@@ -94,7 +94,7 @@ def test_power_against_a_published_accuracy() -> None:
 
 
 def test_level_against_a_published_loss() -> None:
-    """Losses are skew; ours stand in for the published variance between galaxies."""
+    """Losses are skew; ours are used for the published variance between galaxies."""
 
     def losses(random: np.random.Generator, seeds: int, galaxies: int) -> NDArray[np.float64]:
         hard_N = random.normal(size=galaxies)
@@ -104,7 +104,7 @@ def test_level_against_a_published_loss() -> None:
         published = PublishedResult(0.5, float(losses(random, 1, THEIRS).mean()), THEIRS)
         found = compare_with_published(estimate_outcomes(losses(random, 3, OURS)), published, "loss")
         assert found is not None
-        assert "ours stands in" in found.notes[0]
+        assert "ours is used in its place" in found.notes[0]
         return found
 
     assert 0.03 <= rejections(one) <= 0.07

@@ -1,4 +1,4 @@
-"""Process that measures torchvision's ImageFolder with torch's DataLoader: a folder per class, a file per image."""
+"""Process that measures torchvision's ImageFolder (a file per image) with torch's DataLoader."""
 
 from pathlib import Path
 from typing import Any

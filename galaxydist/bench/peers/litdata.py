@@ -1,4 +1,4 @@
-"""Process that measures LitData: chunks by ``litdata.optimize``, read by its StreamingDataset and StreamingDataLoader."""
+"""Process that measures LitData: optimised chunks, StreamingDataset and StreamingDataLoader."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

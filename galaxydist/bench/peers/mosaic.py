@@ -1,4 +1,4 @@
-"""Process that measures Mosaic Streaming: MDS shards, read by its StreamingDataset with torch's DataLoader."""
+"""Process that measures Mosaic Streaming: MDS shards, StreamingDataset and torch's DataLoader."""
 
 import io
 from typing import Any

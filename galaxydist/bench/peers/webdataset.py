@@ -1,4 +1,4 @@
-"""Process that measures WebDataset on our own tars: shards dealt to the workers, a shuffle buffer of 1,000."""
+"""Process that measures WebDataset on our own tars, with a shuffle buffer of 1,000."""
 
 from typing import Any
 
