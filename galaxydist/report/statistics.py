@@ -110,8 +110,8 @@ def compare_with_published(ours: Estimate, published: PublishedResult, quantity:
     """Test ours minus a published value: Student's t with the variances of both samples (Welch 1947, Biometrika 34, 28).
 
     A published accuracy p on N galaxies has the binomial variance p (1 - p) / N. The variance of a published loss between
-    galaxies is not known: ours is used in its place, divided by the published N. The published number is that of one training; its
-    variance between trainings is taken to be ours, s^2. The degrees of freedom are those of Welch and Satterthwaite (1946,
+    galaxies is not known: ours is used in its place, divided by the published N. The published number is that of one training,
+    whose variance between trainings is taken to be ours, s^2. The degrees of freedom are those of Welch and Satterthwaite (1946,
     Biometrics Bulletin 2, 110), V^2 / sum(V_j^2 / nu_j) over the parts V_j of the variance V.
 
     The published test set is of another split of the same 17,736 galaxies, so a tenth (balanced: a fifth) of its galaxies is
