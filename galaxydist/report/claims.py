@@ -45,6 +45,7 @@ WEAKEST_CLASS = "disturbed"
 VIT: DisplayName = "ViT"
 CNN: DisplayName = "Custom CNN"
 NOT_PAIRED = "compared as if on different galaxies (no predictions): errs to the side of no difference"
+BOOTSTRAP = "bootstrap over galaxies and seeds"
 _NUM_NAMED = 3  # missing results listed in a reason
 _LEAST_ERROR = 1e-9
 
@@ -79,11 +80,13 @@ class Comparison:
     num_ways: int = 1
     num_risks: int = 1
     p_value: float | None = None
-    test: str = "bootstrap over galaxies and seeds"
+    test: str = BOOTSTRAP
     notes: tuple[str, ...] = ()
 
     def interval(self, num_intervals: int = 1) -> tuple[float, float]:
         """Return the interval of the value, normal with the bootstrap's error (Efron & Tibshirani 1993, section 13.2).
+
+        With two or three seeds the error between trainings is itself uncertain; the interval is too short if it dominates.
 
         Args:
             num_intervals: number of intervals that contain their values jointly with 95 % probability (Bonferroni).
@@ -237,10 +240,11 @@ class Claim:
         single = [cell[0] for cell, model in zip(weights, models, strict=True) if model.num_seeds == 1]
         notes = [f"{', '.join(dict.fromkeys(single))}: {ONE_SEED}"] if single else []
         known = [model.outcomes for model in models if model.outcomes is not None]
-        is_paired = len(known) == len(models) and all(one.is_paired(known[0]) for one in known)
+        is_known = len(known) == len(models)
+        is_paired = is_known and all(one.is_paired(known[0]) for one in known)
         if not is_paired:
             notes.append(NOT_PAIRED)
-        test, p_value = "bootstrap over galaxies and seeds", None
+        test, p_value = BOOTSTRAP if is_known else "binomial draws of the galaxies, bootstrap over seeds", None
         if is_paired and signs == [1.0, -1.0] and len(single) == 2 and low == 0:
             exact = mcnemar(known[0].correct_SN[0], known[1].correct_SN[0])
             test, p_value = str(exact), exact.p_value
