@@ -58,12 +58,7 @@ class Trainee:
 
     def snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return tensors and structure of model and optimizer, as for a checkpoint of a run."""
-        tensors: dict[str, torch.Tensor] = {}
-        described: dict[str, Any] = {}
-        for name, state in (("model", dict(self.model.state_dict())), ("optimizer", self.optimizer.state_dict())):
-            found, described[name] = flatten_state(name, state)
-            tensors |= found
-        return tensors, described
+        return flatten_state("training", {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.state_dict()})
 
 
 class Training:

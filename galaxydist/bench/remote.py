@@ -34,17 +34,17 @@ class ReadingJob:
         location: path or URL of the shards.
         cache_dir: cache of the node.
         rank, world_size: of this process.
-        batch_size, num_streams: of the run.
         step_s: time that the consumer takes for a batch.
+        batch_size, num_streams: of the run.
     """
 
     location: str
     cache_dir: str
     rank: int
     world_size: int
+    step_s: float
     batch_size: int
     num_streams: int
-    step_s: float
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _requests(server: FileServer, num_shards: int) -> dict[str, Any]:
 
 def _jobs(location: str, cache_dir: Path, ranks: int, conditions: RemoteConditions) -> list[ReadingJob]:
     """Return the job of each process."""
-    run = (conditions.batch_size, conditions.num_streams, conditions.step_s)
+    run = (conditions.step_s, conditions.batch_size, conditions.num_streams)
     return [ReadingJob(location, str(cache_dir), rank, ranks, *run) for rank in range(ranks)]
 
 
