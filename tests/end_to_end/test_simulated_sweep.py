@@ -36,9 +36,9 @@ def test_architectures_on_both_variants_make_a_complete_report(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     def command(*words: str) -> str:
-        """What ``galaxydist`` prints; only the sweep's runs are processes of their own."""
+        """Results and log of ``galaxydist``; only the sweep's runs are processes of their own."""
         assert main(words) == 0, capfd.readouterr().err
-        return capfd.readouterr().out
+        return "".join(capfd.readouterr())
 
     command("data", "simulate", "--num-galaxies", str(num_galaxies))
     command("data", "shard", "--dataset", "simulated", "--variant", "both")
