@@ -1,6 +1,6 @@
 # make demo: from nothing to a trained and evaluated classifier.   make test: set up and run the fast tests.
 # make test-all: all tests that need no GPU.   make test-nightly: those that are too long for CI.
-# make check: ruff, mypy --strict, import-linter, rules of layout.   make clean: remove what these made.
+# make check: ruff, mypy --strict, import-linter, rules of layout, make docs.   make docs: the documentation site in site/.   make clean: remove what these made.
 # make bench: install other loaders into environments of their own, and measure them and ours.   BENCH='--real DIR' gives options.
 
 VENV ?= .venv
@@ -21,7 +21,7 @@ TEST_WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MPLBACKEND=Agg WANDB_SILENT=true MAKEFLAGS= $(BIN)/python -m pytest
 WORKERS := -n $(TEST_WORKERS) --dist worksteal
 
-.PHONY: help install install-dev demo test test-all test-others test-slurm test-nightly peers bench check format clean
+.PHONY: help install install-dev demo test test-all test-others test-slurm test-nightly peers bench check docs format clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
@@ -95,11 +95,16 @@ check: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(PYTEST) -q tests/test_layout.py
+	@$(MAKE) --no-print-directory docs
+
+# Warnings, such as a broken link, fail.
+docs: $(VENV)/installed-dev
+	$(BIN)/zensical build --clean --strict
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-bench .venv-mosaic build dist data/hdf5/simulated.h5 data/shards/simulated data/images/simulated .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-bench .venv-mosaic build dist site data/hdf5/simulated.h5 data/shards/simulated data/images/simulated .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

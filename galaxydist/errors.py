@@ -10,6 +10,11 @@ EXIT_INTERRUPTED = 130
 EXIT_HUNG = 70  # EX_SOFTWARE: the run hung, see training/health/watchdog.py
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its class name if the text is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class UserError(ValueError):
     """Error in the user's input: the text states what is wrong, what was given and what to do."""
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from bed import Bed
+    from mini_cluster import MiniCluster
 
 # How long an example takes says how busy the machine is, not whether the code is right. make test-nightly tries more of them.
 settings.register_profile("quick", deadline=None, max_examples=30)
@@ -68,28 +68,28 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def started_bed(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Bed]":
+def started_cluster(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[MiniCluster]":
     """A real SLURM of two nodes, for all tests of this process."""
-    from bed import Bed, BedError, check_programs
+    from mini_cluster import MiniCluster, MiniClusterError, check_programs
 
     try:
         check_programs()
-    except BedError as error:
+    except MiniClusterError as error:
         pytest.skip(f"no SLURM: {error}")
-    bed = Bed(tmp_path_factory.mktemp("bed"))
-    bed.start()
-    yield bed
-    bed.stop()
+    cluster = MiniCluster(tmp_path_factory.mktemp("slurm"))
+    cluster.start()
+    yield cluster
+    cluster.stop()
 
 
 @pytest.fixture
-def slurm_bed(started_bed: "Bed", monkeypatch: pytest.MonkeyPatch) -> "Iterator[Bed]":
-    """The real SLURM, for a test and what it starts. Jobs that it leaves are ended, what it kills is started again."""
+def mini_cluster(started_cluster: "MiniCluster", monkeypatch: pytest.MonkeyPatch) -> "Iterator[MiniCluster]":
+    """The real SLURM for one test; jobs that it leaves are cancelled, and daemons that it kills are started again."""
     from tests.helpers.slurm_bed import tidy
 
-    environ = started_bed.environ()
+    environ = started_cluster.environ()
     for name in set(os.environ) - set(environ):
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_CONF", environ["SLURM_CONF"])
-    yield started_bed
-    tidy(started_bed)
+    yield started_cluster
+    tidy(started_cluster)

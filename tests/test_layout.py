@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "galaxydist"
-FLOORS_THAT_KNOW_THE_ENVIRONMENT = {"cli", "doctor", "training", "cluster", "serving"}
+FLOORS_THAT_KNOW_THE_ENVIRONMENT = {"api.py", "cli", "doctor", "training", "cluster", "serving"}
 MAX_LINES, MAX_FUNCTION = 600, 60
 # A module of fewer lines is a slice of another subject, but for these.
 MIN_LINES = 80
@@ -30,6 +30,7 @@ SHORT = {
     "recipe/identity.py": "a subject of its own",
     "surveys/survey_sources.py": "tables of images come here",
     "training/health/guard_process.py": "a script that imports nothing of the package",
+    "version.py": "read by the build",
 }
 # Each folder that has one calls its HTML page so.
 SHARED_NAMES = {"__init__.py", "page.py"}

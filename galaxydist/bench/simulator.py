@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from galaxydist.bench.common import show
 from galaxydist.bench.loader_speed import simulated_shards
 from galaxydist.errors import UserError
-from galaxydist.evaluation.evaluator import evaluate_run
+from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.shards.writer.writer import write_shards
@@ -178,8 +178,8 @@ def measure_transfer(
             raise UserError(f"stopped; the same command continues with {run_dir}")
         evaluations = {
             "simulated": evaluate_run(run_dir, "test", environ),
-            "tuning": evaluate_run(run_dir, "train", environ, manifest_path=real.path),
-            "held_out": evaluate_run(run_dir, "test", environ, manifest_path=real.path),
+            "tuning": evaluate_run(run_dir, "train", environ, EvaluationData(real.path)),
+            "held_out": evaluate_run(run_dir, "test", environ, EvaluationData(real.path)),
         }
         for name, evaluation in evaluations.items():
             found[name].append(evaluation["balanced_accuracy"])

@@ -70,7 +70,7 @@ class BareLoop:
             images_BCHW = self.augment(batch.images_BHWC.to(self.device, non_blocking=True), batch.epoch, batch.positions_B)
             labels_B = batch.labels_B.to(self.device, non_blocking=True)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.schedule.at(step)
+                group["lr"] = self.schedule(step)
             self.losses.append(plain_step(self.model, self.optimizer, images_BCHW, labels_B, **self.options))
 
 

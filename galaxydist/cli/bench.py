@@ -1,14 +1,12 @@
-"""``galaxydist bench``: measured figures.
+"""``galaxydist bench``: measurements of speed, data quality and cost.
 
-``simulator``: how easy the simulated survey is for classifiers that see no shapes. ``transfer``: how much it is like the sky.
-``loader``: how fast images become batches. ``order``: how well and how fast galaxies are shuffled.
-``remote``: how an epoch comes from a slow server that fails. ``saving``: how long a training waits for its checkpoints.
-``trainer``: what the trainer's loop costs beside a bare one. ``scaling``: what further processes bring. ``startup``: how long
-until the first step. ``folds``: networks on real galaxies at equal compute.
+``simulator``: classification of simulated galaxies without their shapes. ``transfer``: training on simulated galaxies, test on
+real ones. ``loader``: speed of the data loader. ``order``: quality and speed of shuffling. ``remote``: an epoch from a slow and
+unreliable server. ``saving``: waiting for checkpoints. ``trainer``: the training loop against a bare one. ``scaling``: one and
+several processes. ``startup``: time to the first step. ``folds``: networks on real galaxies with equal compute.
 """
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
@@ -17,52 +15,123 @@ from galaxydist.bench.loader_processes import PEERS
 from galaxydist.bench.loader_worker import TASKS
 from galaxydist.cli.options import (
     Commands,
+    add_command,
     add_data_dir,
+    add_group,
+    add_overrides,
     add_workers,
     chosen_root,
     known_model,
     local_path,
     non_negative_int,
     positive_int,
+    positive_number,
 )
 
-# ``galaxydist bench loader``: how fast images become batches, against other loaders and against what decoding allows.
+
+def add_parser(commands: Commands) -> None:
+    """Add the commands."""
+    inner = add_group(commands, "bench", "measurements of speed, data quality and cost")
+    measurements = (_add_simulator, _add_transfer, _add_loader, _add_order, _add_remote, _add_saving, _add_trainer)
+    for add in (*measurements, _add_scaling, _add_startup, _add_folds):
+        add(inner)
 
 
-def add_loader(commands: Commands) -> None:
-    """Add the command."""
+def add_int(parser: argparse.ArgumentParser, option: str, default: int, metavar: str, help: str) -> None:
+    """Add an option with a positive whole number; its help ends with the default."""
+    parser.add_argument(option, type=positive_int, default=default, metavar=metavar, help=f"{help} (default: %(default)s)")
+
+
+def bench_root(arguments: argparse.Namespace, name: str) -> Path:
+    """Return the folder of a measurement in the data root."""
+    return chosen_root(arguments) / "bench" / name
+
+
+def _add_simulator(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "simulator",
+        run_simulator,
+        "difficulty of the simulated survey",
+        description="Classify simulated galaxies by colour and brightness alone, and by 16 x 16 pixels; the accuracy should be "
+        "at most 50 %.",
+    )
+    add_int(parser, "--num-galaxies", 1000, "N", "simulated galaxies, equally many of each class")
+    parser.add_argument("--seed", type=non_negative_int, default=0, metavar="S", help="random seed (default: %(default)s)")
+    parser.add_argument(
+        "--real", type=local_path, metavar="DIR", help="real galaxies to measure in the same way: <label>/<row>.jpg"
+    )
+    add_workers(parser)
+
+
+def run_simulator(arguments: argparse.Namespace) -> None:
+    from galaxydist.bench.simulator import measure_guards
+
+    measure_guards(arguments.num_galaxies, arguments.seed, real_dir=arguments.real, workers=arguments.workers)
+
+
+def _add_transfer(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "transfer",
+        run_transfer,
+        "similarity of the simulated survey and real galaxies",
+        description="Train the demo's recipe on simulated galaxies alone and test it on real ones, with several seeds.",
+    )
+    parser.add_argument("--real", type=local_path, required=True, metavar="DIR", help="real galaxies: <label>/<row>.jpg")
+    add_int(parser, "--num-galaxies", 3000, "N", "simulated galaxies, equally many of each class")
+    add_int(parser, "--seeds", 3, "K", "training runs")
+    add_overrides(parser)
+    add_data_dir(parser)
+
+
+def run_transfer(arguments: argparse.Namespace) -> None:
+    from galaxydist.bench.simulator import measure_transfer
+
+    measure_transfer(
+        arguments.real,
+        bench_root(arguments, "transfer"),
+        os.environ,
+        num_galaxies=arguments.num_galaxies,
+        seeds=arguments.seeds,
+        overrides=arguments.overrides,
+    )
+
+
+def _add_loader(commands: Commands) -> None:
     peers = [peer.name for peer in PEERS]
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "loader",
-        help="how fast images become batches, against other loaders",
-        description="Our loader, other loaders and the bare decoder on the same images and cores, in turn. Prints tables and, "
-        "last, a line of JSON for each task. `make bench` installs the other loaders into environments of their own.",
-        allow_abbrev=False,
+        run_loader,
+        "speed of the data loader, against other loaders",
+        description="Run our loader, other loaders and the decoder alone in turn, on the same images and cores. Prints tables "
+        "and, at the end, a line of JSON for each task. `make bench` installs the other loaders into environments of their own.",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--data", type=local_path, metavar="MANIFEST", help="shards to take JPEGs from (default: simulated galaxies)"
+        "--data", type=local_path, metavar="MANIFEST", help="shards with JPEG images (default: simulated galaxies)"
     )
-    source.add_argument("--real", type=local_path, metavar="DIR", help="a folder of JPEGs to take instead: <class>/<name>.jpg")
-    parser.add_argument("--workers", type=positive_int, metavar="N", help="workers, on N cores (default: all cores)")
-    parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="default: %(default)s")
-    parser.add_argument("--images", type=positive_int, metavar="N", help="images in an epoch (default: 2,000 a worker)")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)}")
+    source.add_argument("--real", type=local_path, metavar="DIR", help="folder with JPEG images: <class>/<name>.jpg")
+    parser.add_argument("--workers", type=positive_int, metavar="N", help="workers, each on one core (default: all cores)")
+    add_int(parser, "--rounds", 3, "N", "measurements of each loader")
+    parser.add_argument("--images", type=positive_int, metavar="N", help="images per epoch (default: 2,000 per worker)")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)} (default: all)"
+    )
     parser.add_argument("--peers", nargs="*", choices=peers, metavar="PEER", help=f"of {', '.join(peers)} (default: all)")
     parser.add_argument(
         "--environments",
         type=local_path,
         default=Path(),
         metavar="DIR",
-        help="where .venv-bench and .venv-mosaic lie (default: here)",
+        help="folder that contains .venv-bench and .venv-mosaic (default: the current folder)",
     )
-    parser.add_argument("--quick", action="store_true", help="few images, once: to see that it works, not to quote")
+    parser.add_argument("--quick", action="store_true", help="few images and one round, for tests; the figures mean nothing")
     add_data_dir(parser)
-    parser.set_defaults(run=run_loader)
 
 
 def run_loader(arguments: argparse.Namespace) -> None:
-    """Measure and print."""
     from galaxydist.bench.loader_speed import LoaderOptions, measure_loader
 
     options = LoaderOptions(
@@ -76,117 +145,53 @@ def run_loader(arguments: argparse.Namespace) -> None:
         peers=arguments.peers,
         quick=arguments.quick,
     )
-    measure_loader(chosen_root(arguments) / "bench" / "loader", os.environ, options)
+    measure_loader(bench_root(arguments, "loader"), os.environ, options)
 
 
-# ``galaxydist bench folds``: networks from random weights on real galaxies, at equal compute, cross-validated.
-
-
-def add_folds(commands: Commands) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "folds",
-        help="networks from random weights on real galaxies, at equal compute",
-        description="Train each model from random weights on each fold of a folder of real galaxies, for the same processor "
-        "time, and test it on the rest. Prints a table and, last, a line of JSON. A second call takes up what is finished.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--real", type=local_path, required=True, metavar="DIR", help="real galaxies: <class>/<image>")
-    parser.add_argument(
-        "--minutes", type=positive_number, default=10.0, metavar="M", help="processor minutes of a fit (default: %(default)g)"
-    )
-    parser.add_argument("--folds", type=positive_int, default=3, metavar="N", help="at least 2 (default: %(default)s)")
-    parser.add_argument("--models", metavar="NAME,...", help="default: d4_cnn,custom_cnn,resnet18")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipes of all models")
-    add_data_dir(parser)
-    parser.set_defaults(run=run_folds)
-
-
-def positive_number(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
-
-
-def run_folds(arguments: argparse.Namespace) -> None:
-    """Measure and print."""
-    from galaxydist.bench.real_galaxies import measure_folds
-
-    measure_folds(
-        arguments.real,
-        chosen_root(arguments) / "bench" / "folds",
-        os.environ,
-        minutes=arguments.minutes,
-        num_folds=arguments.folds,
-        models=arguments.models.split(",") if arguments.models else None,
-        overrides=arguments.overrides,
-    )
-
-
-# ``galaxydist bench order``: the order of reading, measured.
-
-
-def add_order(commands: Commands) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
+def _add_order(commands: Commands) -> None:
+    parser = add_command(
+        commands,
         "order",
-        help="how well and how fast galaxies are shuffled",
-        description="How well an epoch is shuffled; how long a new process takes to open 10^9 samples in 10^5 shards; "
-        "how many shards each of 128 nodes fetches, for several numbers of streams. Prints tables and, last, lines of JSON.",
-        allow_abbrev=False,
+        run_order,
+        "quality and speed of shuffling",
+        description="Measure how well an epoch is shuffled, how long a new process takes to open 10^9 samples in 10^5 shards, "
+        "and how many shards each of 128 nodes fetches for several numbers of streams. Prints tables and, at the end, lines of "
+        "JSON.",
     )
-    parser.add_argument("--quick", action="store_true", help="smaller surveys: to see that it works, not to quote")
-    parser.set_defaults(run=run_order)
+    parser.add_argument("--quick", action="store_true", help="small surveys, for tests; the figures mean nothing")
 
 
 def run_order(arguments: argparse.Namespace) -> None:
-    """Measure and print."""
     from galaxydist.bench.order_speed import measure_order
 
     measure_order(quick=arguments.quick)
 
 
-# ``galaxydist bench remote``: an epoch from a slow server that fails.
-
-
-def add_remote(commands: Commands) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
+def _add_remote(commands: Commands) -> None:
+    parser = add_command(
+        commands,
         "remote",
-        help="how an epoch comes from a slow server that fails",
-        description="Read an epoch through the cache from a web server on this machine that delays, cuts, corrupts and refuses; "
-        "by one process and by two, with a cold cache and with a warm one. Says how long training would wait, how often shards "
-        "were asked for, and whether the epoch is the local one. Prints a table and, last, lines of JSON.",
-        allow_abbrev=False,
+        run_remote,
+        "an epoch from a slow and unreliable server",
+        description="Read an epoch through the cache from a web server on this machine that delays, cuts, corrupts and refuses "
+        "answers, in one process and in two, with a cold and a warm cache. Measures the time that training would wait and the "
+        "requests for each shard, and compares the epoch with the local one. Prints a table and, at the end, lines of JSON.",
     )
     parser.add_argument("--data", type=local_path, metavar="MANIFEST", help="local shards to serve (default: simulated galaxies)")
+    add_int(parser, "--images", 12_800, "N", "simulated galaxies")
     parser.add_argument(
-        "--images", type=positive_int, default=12_800, metavar="N", help="simulated galaxies (default: %(default)s)"
+        "--delay-ms", type=non_negative_int, default=50, metavar="MS", help="delay of each answer in ms (default: %(default)s)"
     )
+    add_int(parser, "--fail-every", 50, "N", "requests per failure")
     parser.add_argument(
-        "--delay-ms", type=non_negative_int, default=50, metavar="MS", help="before each answer (default: %(default)s)"
+        "--step-ms", type=non_negative_int, default=100, metavar="MS", help="time of a training step in ms (default: %(default)s)"
     )
-    parser.add_argument("--fail-every", type=positive_int, default=50, metavar="N", help="requests (default: %(default)s)")
-    parser.add_argument("--step-ms", type=non_negative_int, default=100, metavar="MS", help="of training (default: %(default)s)")
-    parser.add_argument("--batch-size", type=positive_int, default=64, metavar="G", help="default: %(default)s")
-    parser.add_argument(
-        "--streams",
-        type=positive_int,
-        default=2,
-        metavar="C",
-        help="of the order (default: %(default)s, so that the shards of an epoch this short are not all needed at once)",
-    )
+    add_int(parser, "--batch-size", 64, "G", "global batch size")
+    add_int(parser, "--streams", 2, "C", "streams of the order; few, so that this short epoch does not need all shards at once")
     add_data_dir(parser)
-    parser.set_defaults(run=run_remote)
 
 
 def run_remote(arguments: argparse.Namespace) -> None:
-    """Measure and print."""
     from galaxydist.bench.remote import RemoteConditions, measure_remote
 
     conditions = RemoteConditions(
@@ -196,69 +201,98 @@ def run_remote(arguments: argparse.Namespace) -> None:
         arguments.batch_size,
         arguments.streams,
     )
-    root = chosen_root(arguments) / "bench" / "remote"
+    root = bench_root(arguments, "remote")
     measure_remote(root, os.environ, conditions, data=arguments.data, num_images=arguments.images)
 
 
-# ``galaxydist bench saving``: what checkpoints cost a training.
-
-
-def add_saving(commands: Commands) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
+def _add_saving(commands: Commands) -> None:
+    parser = add_command(
+        commands,
         "saving",
-        help="how long a training waits for its checkpoints",
-        description="Train on random images without saving, saving in the background and saving synchronously, taking turns. "
-        "Says which share of the time the training waits, how much slower its steps are, and how long a save on a signal takes. "
-        "Prints a table and, last, lines of JSON.",
-        allow_abbrev=False,
+        run_saving,
+        "time that training waits for checkpoints",
+        description="Train on random images without saving, with background saving and with synchronous saving, in turn. "
+        "Measures the fraction of time that training waits, the slowdown of its steps, and the time of a save on a signal. "
+        "Prints a table and, at the end, lines of JSON.",
     )
-    parser.add_argument(
-        "--every", type=positive_int, default=30, metavar="S", help="seconds between saves (default: %(default)s)"
-    )
-    parser.add_argument("--saves", type=positive_int, default=4, metavar="N", help="of each training (default: %(default)s)")
-    parser.add_argument("--model", default="resnet50", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--image-size", type=positive_int, default=64, metavar="PIXELS", help="default: %(default)s")
-    parser.add_argument("--batch-size", type=positive_int, default=16, metavar="B", help="default: %(default)s")
-    parser.add_argument("--folder", type=local_path, metavar="DIR", help="write into DIR/saving (default: under the data root)")
+    add_int(parser, "--every", 30, "S", "seconds between saves")
+    add_int(parser, "--saves", 4, "N", "saves of each training run")
+    parser.add_argument("--model", default="resnet50", metavar="NAME", help="architecture (default: %(default)s)")
+    add_int(parser, "--image-size", 64, "PIXELS", "image width in pixels")
+    add_int(parser, "--batch-size", 16, "B", "batch size")
+    parser.add_argument("--folder", type=local_path, metavar="DIR", help="write into DIR/saving (default: in the data root)")
     add_data_dir(parser)
-    parser.set_defaults(run=run_saving)
 
 
 def run_saving(arguments: argparse.Namespace) -> None:
-    """Measure and print."""
     from galaxydist.bench.checkpointing import SavingConditions, measure_saving
 
     conditions = SavingConditions(
         known_model(arguments.model), arguments.image_size, arguments.batch_size, float(arguments.every), arguments.saves
     )
-    root = arguments.folder or chosen_root(arguments) / "bench"
-    measure_saving(root / "saving", conditions)
+    measure_saving(arguments.folder / "saving" if arguments.folder else bench_root(arguments, "saving"), conditions)
 
 
-# ``galaxydist bench scaling``: what further processes bring.
-
-
-def add_scaling(commands: Commands) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "scaling",
-        help="how much faster several processes train than one",
-        description="The trainer on images in memory, by one process and by several, in turn; each process on a "
-        "core of its own with one thread, with as many images in a step. Prints a line and, last, a line of JSON.",
-        allow_abbrev=False,
+def _add_trainer(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "trainer",
+        run_trainer,
+        "speed of the trainer, against a bare PyTorch loop",
+        description="Run the training loop with the default checks, timers, metrics and tracker (wandb, offline) and a bare "
+        "PyTorch loop with the same model, tensors and optimizer, in turn in one process, on images in memory. Prints a line "
+        "and, at the end, a line of JSON for each model.",
     )
-    parser.add_argument("--processes", type=positive_int, default=2, metavar="N", help="compared with one (default: %(default)s)")
-    parser.add_argument("--model", default="resnet18", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--image-size", type=positive_int, default=64, metavar="PIXELS", help="default: %(default)s")
-    parser.add_argument("--batch-size", type=positive_int, default=32, metavar="B", help="of each process (default: %(default)s)")
-    parser.add_argument("--steps", type=positive_int, default=20, metavar="N", help="of each run (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="default: %(default)s")
-    parser.set_defaults(run=run_scaling)
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["custom_cnn", "resnet18"],
+        metavar="NAME",
+        help="architectures (default: custom_cnn resnet18)",
+    )
+    add_int(parser, "--rounds", 10, "N", "measurements of each loop")
+    add_int(parser, "--steps", 20, "N", "steps of each measurement")
+    parser.add_argument(
+        "--image-size", type=positive_int, metavar="PIXELS", help="image width in pixels (default: 64, on a GPU 224)"
+    )
+    parser.add_argument("--batch-size", type=positive_int, metavar="B", help="batch size (default: 48 and 32, on a GPU 192)")
+    add_int(parser, "--width", 24, "W", "width of custom_cnn")
+    parser.add_argument(
+        "--precision", choices=("auto", "no", "bf16"), default="auto", help="train.precision (default: %(default)s)"
+    )
+
+
+def run_trainer(arguments: argparse.Namespace) -> None:
+    from galaxydist.bench.trainer_speed import Sizes, measure_trainer
+
+    measure_trainer(
+        os.environ,
+        models=[known_model(name) for name in arguments.models],
+        sizes=Sizes(arguments.width, arguments.image_size, arguments.batch_size),
+        steps=arguments.steps,
+        rounds=arguments.rounds,
+        precision=arguments.precision,
+    )
+
+
+def _add_scaling(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "scaling",
+        run_scaling,
+        "speed of several processes, against one",
+        description="Train on images in memory in one process and in several, in turn; each process runs one thread on a core "
+        "of its own, with equally many images per step. Prints a line and, at the end, a line of JSON.",
+    )
+    add_int(parser, "--processes", 2, "N", "processes to compare with one")
+    parser.add_argument("--model", default="resnet18", metavar="NAME", help="architecture (default: %(default)s)")
+    add_int(parser, "--image-size", 64, "PIXELS", "image width in pixels")
+    add_int(parser, "--batch-size", 32, "B", "batch size of each process")
+    add_int(parser, "--steps", 20, "N", "steps of each measurement")
+    add_int(parser, "--rounds", 3, "N", "measurements")
 
 
 def run_scaling(arguments: argparse.Namespace) -> None:
-    """Measure and print."""
     from galaxydist.bench.scaling import measure_scaling
 
     measure_scaling(
@@ -272,44 +306,29 @@ def run_scaling(arguments: argparse.Namespace) -> None:
     )
 
 
-if __name__ == "__main__":
-    # One process of the measurement.
-    from galaxydist.bench.scaling import main
-
-    sys.exit(main(sys.argv[1], os.environ))
-
-
-# ``galaxydist bench startup``: how long until the first step.
-
-
-def add_startup(commands: Commands) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
+def _add_startup(commands: Commands) -> None:
+    parser = add_command(
+        commands,
         "startup",
-        help="how long until the first step, fresh and continued",
-        description="Starts launch.py on a small simulated survey in a new folder and from a checkpoint, in turn, and takes the "
-        "time from the start of the process until its first step stands in metrics.jsonl. Prints a line and, last, one of JSON.",
-        allow_abbrev=False,
+        run_startup,
+        "time to the first step of a new and a continued run",
+        description="Start launch.py on a small simulated survey in a new folder and from a checkpoint, in turn, and measure "
+        "the time from the start of the process to its first step in metrics.jsonl. Prints a line and, at the end, a line of "
+        "JSON.",
     )
-    parser.add_argument("--recipe", default="demo", metavar="NAME", help="default: %(default)s")
-    parser.add_argument(
-        "--num-galaxies", type=positive_int, default=300, metavar="N", help="of the survey (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--step", type=positive_int, default=3, metavar="K", help="of the checkpoint, about (default: %(default)s)"
-    )
-    parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="that count (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+    parser.add_argument("--recipe", default="demo", metavar="NAME", help="recipe (default: %(default)s)")
+    add_int(parser, "--num-galaxies", 300, "N", "galaxies of the survey")
+    add_int(parser, "--step", 3, "K", "step of the checkpoint, approximately")
+    add_int(parser, "--rounds", 5, "N", "measurements after the first")
+    add_overrides(parser)
     add_data_dir(parser)
-    parser.set_defaults(run=run_startup)
 
 
 def run_startup(arguments: argparse.Namespace) -> None:
-    """Measure and print."""
     from galaxydist.bench.startup import measure_startup
 
     measure_startup(
-        chosen_root(arguments) / "bench" / "startup",
+        bench_root(arguments, "startup"),
         os.environ,
         recipe=arguments.recipe,
         num_galaxies=arguments.num_galaxies,
@@ -319,109 +338,42 @@ def run_startup(arguments: argparse.Namespace) -> None:
     )
 
 
-# ``galaxydist bench trainer``: what the trainer costs beside a bare loop.
-
-
-def add_trainer(commands: Commands) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "trainer",
-        help="how fast the trainer is beside a bare PyTorch loop",
-        description="The trainer's loop with the default checks, timers, metrics and tracker (wandb, offline) against a bare "
-        "PyTorch loop with the same model, tensors and optimizer; in turn within one process, on images in memory. Prints a "
-        "line and, last, a line of JSON for each model.",
-        allow_abbrev=False,
+def _add_folds(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "folds",
+        run_folds,
+        "networks from random weights on real galaxies, with equal compute",
+        description="Cross-validation on a folder of real galaxies: train each model from random weights on each fold, for the "
+        "same processor time, and test it on the rest. Prints a table and, at the end, a line of JSON. The same command again "
+        "reuses finished fits.",
     )
+    parser.add_argument("--real", type=local_path, required=True, metavar="DIR", help="real galaxies: <class>/<image>")
     parser.add_argument(
-        "--models",
-        nargs="+",
-        default=["custom_cnn", "resnet18"],
-        metavar="NAME",
-        help="default: custom_cnn resnet18",
+        "--minutes", type=positive_number, default=10.0, metavar="M", help="processor minutes of a fit (default: %(default)g)"
     )
-    parser.add_argument("--rounds", type=positive_int, default=10, metavar="N", help="that count (default: %(default)s)")
-    parser.add_argument("--steps", type=positive_int, default=20, metavar="N", help="of each loop's turn (default: %(default)s)")
-    parser.add_argument("--image-size", type=positive_int, metavar="PIXELS", help="default: 64, on a GPU 224")
-    parser.add_argument("--batch-size", type=positive_int, metavar="B", help="default: 48 and 32, on a GPU 192")
-    parser.add_argument("--width", type=positive_int, default=24, metavar="W", help="of custom_cnn (default: %(default)s)")
-    parser.add_argument("--precision", choices=("auto", "no", "bf16"), default="auto", help="default: %(default)s")
-    parser.set_defaults(run=run_trainer)
+    add_int(parser, "--folds", 3, "N", "number of folds, at least 2")
+    parser.add_argument("--models", metavar="NAME,...", help="architectures (default: d4_cnn,custom_cnn,resnet18)")
+    add_overrides(parser)
+    add_data_dir(parser)
 
 
-def run_trainer(arguments: argparse.Namespace) -> None:
-    """Measure and print."""
-    from galaxydist.bench.trainer_speed import Sizes, measure_trainer
+def run_folds(arguments: argparse.Namespace) -> None:
+    from galaxydist.bench.real_galaxies import measure_folds
 
-    measure_trainer(
-        os.environ,
-        models=[known_model(name) for name in arguments.models],
-        sizes=Sizes(arguments.width, arguments.image_size, arguments.batch_size),
-        steps=arguments.steps,
-        rounds=arguments.rounds,
-        precision=arguments.precision,
-    )
-
-
-def add_parser(commands: Commands) -> None:
-    """Add the commands."""
-    parser = commands.add_parser("bench", help="measured figures", description="Measured figures.", allow_abbrev=False)
-    inner = parser.add_subparsers(metavar="COMMAND")
-    simulator = inner.add_parser(
-        "simulator",
-        help="how easy the simulated survey is",
-        description="What colour and brightness alone, or 16 x 16 pixels, tell of simulated galaxies: 50 % at most.",
-        allow_abbrev=False,
-    )
-    simulator.add_argument(
-        "--num-galaxies", type=positive_int, default=1000, metavar="N", help="class-balanced (default: %(default)s)"
-    )
-    simulator.add_argument("--seed", type=non_negative_int, default=0, metavar="S", help="default: %(default)s")
-    simulator.add_argument(
-        "--real", type=local_path, metavar="DIR", help="real galaxies to measure beside them: <label>/<row>.jpg"
-    )
-    add_workers(simulator)
-    simulator.set_defaults(run=run_simulator)
-    transfer = inner.add_parser(
-        "transfer",
-        help="how much the simulated survey is like the sky",
-        description="Train the demo's recipe on simulated galaxies alone, test it on real ones; several seeds.",
-        allow_abbrev=False,
-    )
-    transfer.add_argument("--real", type=local_path, required=True, metavar="DIR", help="real galaxies: <label>/<row>.jpg")
-    transfer.add_argument(
-        "--num-galaxies", type=positive_int, default=3000, metavar="N", help="simulated, class-balanced (default: %(default)s)"
-    )
-    transfer.add_argument("--seeds", type=positive_int, default=3, metavar="K", help="training runs (default: %(default)s)")
-    transfer.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
-    add_data_dir(transfer)
-    transfer.set_defaults(run=run_transfer)
-    add_loader(inner)
-    add_order(inner)
-    add_remote(inner)
-    add_saving(inner)
-    add_trainer(inner)
-    add_scaling(inner)
-    add_startup(inner)
-    add_folds(inner)
-
-
-def run_simulator(arguments: argparse.Namespace) -> None:
-    """Measure and print both guards."""
-    from galaxydist.bench.simulator import measure_guards
-
-    measure_guards(arguments.num_galaxies, arguments.seed, real_dir=arguments.real, workers=arguments.workers)
-
-
-def run_transfer(arguments: argparse.Namespace) -> None:
-    """Train on simulated galaxies, test on real ones, print both."""
-    from galaxydist.bench.simulator import measure_transfer
-    from galaxydist.paths import data_root
-
-    measure_transfer(
+    measure_folds(
         arguments.real,
-        data_root(arguments.data_dir, os.environ) / "bench" / "transfer",
+        bench_root(arguments, "folds"),
         os.environ,
-        num_galaxies=arguments.num_galaxies,
-        seeds=arguments.seeds,
+        minutes=arguments.minutes,
+        num_folds=arguments.folds,
+        models=arguments.models.split(",") if arguments.models else None,
         overrides=arguments.overrides,
     )
+
+
+if __name__ == "__main__":
+    # A measuring process of ``bench scaling``: the commands may read the environment, the benchmarks may not.
+    from galaxydist.bench.scaling import main
+
+    sys.exit(main(sys.argv[1], os.environ))

@@ -1,7 +1,6 @@
-"""``galaxydist data``: fetch and export; the other data commands have modules of their own."""
+"""``galaxydist data``: fetch, simulate, export, shard, check and explore data sets."""
 
 import argparse
-import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,8 +8,10 @@ from typing import TYPE_CHECKING
 from galaxydist.cli.options import (
     DATASETS,
     Commands,
+    add_command,
     add_data_dir,
     add_dataset,
+    add_group,
     add_survey,
     add_workers,
     chosen_root,
@@ -31,62 +32,51 @@ if TYPE_CHECKING:
     from galaxydist.shards.manifest import Manifest
     from galaxydist.surveys.image_folder import FolderSurvey
 
+# File names of images that are compressed without loss.
+LOSSLESS = {".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
+
 
 def add_parser(commands: Commands) -> None:
     """Add all data commands."""
-    parser = commands.add_parser(
-        "data",
-        help="survey files, exported folders, shards",
-        description="Survey files, exported folders and shards, all under one data root.",
-        allow_abbrev=False,
-    )
-    inner = parser.add_subparsers(metavar="COMMAND")
-    _add_fetch(inner)
-    add_simulate(inner)
-    _add_export(inner)
-    add_shard(inner)
-    add_check(inner)
-    add_explore(inner)
+    inner = add_group(commands, "data", "survey files, exported folders and shards in the data root")
+    for add in (_add_fetch, _add_simulate, _add_export, _add_shard, _add_check, _add_explore):
+        add(inner)
 
 
 def _add_fetch(commands: Commands) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "fetch",
-        help="the real Galaxy10 DECaLS (2.5 GB)",
-        description="Get the official file, verified by its SHA-256. An interrupted download goes on where it stopped.",
-        allow_abbrev=False,
+        run_fetch,
+        "download the real Galaxy10 DECaLS (2.5 GB)",
+        description="Download the official file and verify its SHA-256. An interrupted download is resumed.",
     )
     parser.add_argument(
-        "--from",
-        dest="source",
-        type=local_path,
-        metavar="FILE",
-        help="a copy of the file on this machine, instead of the network",
+        "--from", dest="source", type=local_path, metavar="FILE", help="copy of the file on this machine, instead of a download"
     )
     parser.add_argument("--via", choices=("astronn",), help="download through astroNN (needs galaxydist[astronn])")
     add_data_dir(parser)
-    parser.set_defaults(run=run_fetch)
 
 
 def _add_export(commands: Commands) -> None:
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "export",
-        help="survey file to ImageFolder trees",
+        run_export,
+        "write a survey as ImageFolder trees",
         description="Write Galaxy10_DECaLS/{train,val,test}/CLASS and Galaxy10_DECaLS_Balanced/{train,test}/CLASS as PNG.",
-        allow_abbrev=False,
     )
     add_dataset(parser)
     add_survey(parser)
     parser.add_argument(
-        "--out", type=local_path, metavar="DIR", help="where to write both trees (default: images/NAME in the data root)"
+        "--out", type=local_path, metavar="DIR", help="folder for both trees (default: images/NAME in the data root)"
     )
     add_workers(parser)
     add_data_dir(parser)
-    parser.set_defaults(run=run_export)
 
 
 def run_fetch(arguments: argparse.Namespace) -> None:
-    """Get the official file, unless it is there."""
+    """Download the official file, unless it exists."""
     from galaxydist.paths import hdf5_path
     from galaxydist.surveys.download import fetch_galaxy10
 
@@ -95,7 +85,7 @@ def run_fetch(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    """Write the trees, unless they are there."""
+    """Write the trees, unless they exist."""
     from galaxydist.paths import images_dir
     from galaxydist.surveys.export import export_image_folders
     from galaxydist.surveys.survey_sources import open_survey
@@ -108,59 +98,64 @@ def run_export(arguments: argparse.Namespace) -> None:
         print(f"{tree.variant} ({counts}): {tree.path}{' (there already)' if tree.was_there else ''}")
 
 
-# ``galaxydist data shard``: shards from a survey file or a folder of images.
-
-# Endings of images without loss.
-LOSSLESS = {".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
-
-
-def add_shard(commands: Commands) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
+def _add_shard(commands: Commands) -> None:
+    parser = add_command(
+        commands,
         "shard",
-        help="survey file or folder of images to shards",
-        description="Write a survey as shards (plain WebDataset tars), an index and a manifest: what a recipe trains on.",
-        allow_abbrev=False,
+        run_shard,
+        "write a survey as shards",
+        description="Write a survey as shards (plain WebDataset tars) with an index and a manifest, ready for training.",
     )
     add_dataset(parser)
     add_survey(parser)
-    parser.add_argument("--name", help="data set name, for data.dataset=NAME (default: the source's own)")
-    parser.add_argument("--variant", choices=(*VARIANTS, "both"), default="original", help="default: %(default)s")
+    parser.add_argument("--name", help="name of the data set, for data.dataset=NAME (default: the survey's own)")
     parser.add_argument(
-        "--conflicting", choices=("keep", "drop"), default="keep", help="galaxies that the source has with two labels"
-    )
-    parser.add_argument("--fold", type=fold, metavar="K/N", help="fold K of an N-fold cross-validation: train and test, no val")
-    parser.add_argument(
-        "--val", choices=("0",), metavar="0", help="0: no validation split; what would be taken for it stays in train"
-    )
-    parser.add_argument("--encoding", choices=("jpeg", "png", "raw"), default="jpeg", help="default: %(default)s")
-    parser.add_argument("--quality", type=quality, default=95, metavar="Q", help="of JPEG, 1 to 100 (default: %(default)s)")
-    parser.add_argument(
-        "--image-size", type=positive_int, metavar="PIXELS", help="stored width and height (default: the source's)"
+        "--variant", choices=(*VARIANTS, "both"), default="original", help="variant of the survey (default: %(default)s)"
     )
     parser.add_argument(
-        "--shard-size", type=positive_int, metavar="N", help="galaxies in a shard (default: by the size of the split)"
+        "--conflicting",
+        choices=("keep", "drop"),
+        default="keep",
+        help="galaxies that the survey lists twice with different labels (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=non_negative_int, default=0, metavar="S", help="of the storage order (default: %(default)s)"
+        "--fold", type=fold, metavar="K/N", help="fold K of an N-fold cross-validation: train and test split, no validation split"
+    )
+    parser.add_argument(
+        "--val", choices=("0",), metavar="0", help="0: no validation split; its galaxies stay in the training split"
+    )
+    parser.add_argument(
+        "--encoding", choices=("jpeg", "png", "raw"), default="jpeg", help="encoding of images (default: %(default)s)"
+    )
+    parser.add_argument("--quality", type=quality, default=95, metavar="Q", help="JPEG quality, 1 to 100 (default: %(default)s)")
+    parser.add_argument(
+        "--image-size", type=positive_int, metavar="PIXELS", help="stored width and height (default: the survey's)"
+    )
+    parser.add_argument(
+        "--shard-size", type=positive_int, metavar="N", help="galaxies per shard (default: from the size of the split)"
+    )
+    parser.add_argument(
+        "--seed", type=non_negative_int, default=0, metavar="S", help="seed of the storage order (default: %(default)s)"
     )
     parser.add_argument(
         "--out", type=local_path, metavar="DIR", help="folder to write (default: shards/NAME/VARIANT in the data root)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace shards of another source or with other settings")
+    parser.add_argument("--overwrite", action="store_true", help="replace shards of another survey or with other settings")
     parser.add_argument(
-        "--on-error", choices=("raise", "skip"), default="raise", help="damaged images: skip leaves them out and lists them"
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="damaged images: raise stops, skip leaves them out and lists them (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-errors", type=non_negative_int, metavar="N", help="with --on-error skip: leave out so many at most (default: 100)"
+        "--max-errors", type=non_negative_int, metavar="N", help="with --on-error skip: most images to leave out (default: 100)"
     )
     add_workers(parser)
     add_data_dir(parser)
-    parser.set_defaults(run=run_shard)
 
 
 def quality(text: str) -> int:
-    """An argparse type: a JPEG quality."""
+    """Parse a JPEG quality from 1 to 100."""
     number = positive_int(text)
     if number > 100:
         raise argparse.ArgumentTypeError(f"{number} is more than 100")
@@ -168,13 +163,13 @@ def quality(text: str) -> int:
 
 
 def run_shard(arguments: argparse.Namespace) -> None:
-    """Write the shards, unless they are there."""
+    """Write the shards, unless they exist."""
     variants = VARIANTS if arguments.variant == "both" else (arguments.variant,)
     if arguments.out is not None and len(variants) > 1:
-        raise UserError("--out names one folder, --variant=both writes two: leave --out away, or write one variant at a time")
+        raise UserError("--out names one folder, --variant=both writes two: omit --out, or write one variant at a time")
 
     if arguments.max_errors is not None and arguments.on_error != "skip":
-        raise UserError("--max-errors counts images that are left out: say --on-error skip as well")
+        raise UserError("--max-errors is the number of images to leave out: add --on-error skip")
 
     from galaxydist.paths import shards_dir
     from galaxydist.shards.writer.writer import write_shards
@@ -207,13 +202,13 @@ def run_shard(arguments: argparse.Namespace) -> None:
             max_errors=(100 if arguments.max_errors is None else arguments.max_errors) if arguments.on_error == "skip" else None,
         )
         counts = ", ".join(f"{name} {split.num_samples}" for name, split in manifest.splits.items())
-        there = " (there already)" if written_before == _written_at(out_dir) else ""
-        print(f"shards of {manifest.dataset}, {manifest.variant} ({counts}): {manifest.path}{there}")
-        _say_more(survey, manifest, arguments)
+        note = " (there already)" if written_before == _written_at(out_dir) else ""
+        print(f"shards of {manifest.dataset}, {manifest.variant} ({counts}): {manifest.path}{note}")
+        _print_notes(survey, manifest, arguments)
 
 
-def _say_more(survey: "Survey", manifest: "Manifest", arguments: argparse.Namespace) -> None:
-    """Say what of the images and classes a user should know before training."""
+def _print_notes(survey: "Survey", manifest: "Manifest", arguments: argparse.Namespace) -> None:
+    """Print facts about the images and classes that matter for training."""
     from galaxydist.shards.verify import describe_equal_images
     from galaxydist.shards.writer.damaged import LEFT_OUT_NAME, count_left_out
     from galaxydist.surveys.folder_scan import mirrored_classes
@@ -222,23 +217,23 @@ def _say_more(survey: "Survey", manifest: "Manifest", arguments: argparse.Namesp
     if left_out := count_left_out(manifest.dir):
         print(f"left out as damaged: {left_out}, listed in {manifest.dir / LEFT_OUT_NAME}")
     if isinstance(survey, FolderSurvey) and arguments.encoding == "jpeg":
-        _say_lossy(survey, arguments.quality)
+        _print_lossy(survey, arguments.quality)
     for line in describe_equal_images(manifest):
         print(line)
     if mirrored := mirrored_classes(manifest.class_names):
         print(
             f"the classes {', '.join(mirrored)} are mirror images of one another: train with data.augment.flip=false, without "
-            "d4_cnn and without eval.tta=d4, which take them for one"
+            "d4_cnn and without eval.tta=d4, which cannot tell them apart"
         )
 
 
-def _say_lossy(survey: "FolderSurvey", quality: int) -> None:
-    """Say which images lose something as JPEG."""
+def _print_lossy(survey: "FolderSurvey", quality: int) -> None:
+    """Print the number of lossless images that are stored as JPEG."""
     endings = Counter(Path(file).suffix.lower() for file in survey.files)
     lossless = {ending: count for ending, count in sorted(endings.items()) if ending in LOSSLESS}
     if lossless:
         numbers = ", ".join(f"{count} {ending}" for ending, count in lossless.items())
-        print(f"{numbers} are stored as JPEG of quality {quality}; --encoding png keeps every pixel as it is")
+        print(f"{numbers} are stored as JPEG of quality {quality}; --encoding png keeps every pixel")
 
 
 def _written_at(folder: Path) -> int | None:
@@ -249,48 +244,39 @@ def _written_at(folder: Path) -> int | None:
 
 
 def _name(arguments: argparse.Namespace, source: Path) -> str | None:
-    """The data set's name; a fold has the fold in its name, since it is another data set than the whole."""
+    """Return the name of the data set, which includes the fold: a fold is another data set than the whole."""
+    name: str | None = arguments.name
     if arguments.fold is None:
-        name: str | None = arguments.name
         return name
     from galaxydist.surveys.folder_scan import fold_name
+    from galaxydist.surveys.survey_sources import open_survey
 
-    if arguments.name is not None:
-        base = arguments.name
-    else:
-        from galaxydist.surveys.survey_sources import open_survey
-
-        base = open_survey(source, classes=arguments.classes).name
-    return fold_name(base, *arguments.fold)
+    return fold_name(name or open_survey(source, classes=arguments.classes).name, *arguments.fold)
 
 
-# ``galaxydist data simulate``: a simulated survey in Galaxy10's schema.
-
-DEFAULT_GALAXIES = 3000
-
-
-def add_simulate(commands: Commands) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
+def _add_simulate(commands: Commands) -> None:
+    parser = add_command(
+        commands,
         "simulate",
-        help="make a simulated survey",
+        run_simulate,
+        "make a simulated survey",
         description="Draw a simulated survey in Galaxy10's schema. The same number and seed give the same bytes.",
-        allow_abbrev=False,
     )
-    parser.add_argument("--num-galaxies", type=positive_int, default=DEFAULT_GALAXIES, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seed", type=non_negative_int, default=0, metavar="S", help="default: %(default)s")
-    parser.add_argument("--balanced", action="store_true", help="equally many of each class, not Galaxy10's proportions")
+    parser.add_argument(
+        "--num-galaxies", type=positive_int, default=3000, metavar="N", help="number of galaxies (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=non_negative_int, default=0, metavar="S", help="random seed (default: %(default)s)")
+    parser.add_argument("--balanced", action="store_true", help="equal numbers of each class (default: as in Galaxy10)")
     parser.add_argument(
         "--out", type=local_path, metavar="FILE", help="HDF5 file to write (default: hdf5/simulated.h5 in the data root)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is another survey")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file with another survey")
     add_workers(parser)
     add_data_dir(parser)
-    parser.set_defaults(run=run_simulate)
 
 
 def run_simulate(arguments: argparse.Namespace) -> None:
-    """Draw the survey, unless it is there."""
+    """Draw the survey, unless it exists."""
     from galaxydist.paths import hdf5_path
 
     path = arguments.out or hdf5_path(chosen_root(arguments), "simulated")
@@ -308,7 +294,7 @@ def run_simulate(arguments: argparse.Namespace) -> None:
 
 
 def _difference(path: Path, arguments: argparse.Namespace) -> str:
-    """How the file differs from the survey that is asked for; empty where it is that survey."""
+    """Describe how the file differs from the requested survey; empty if it is that survey."""
     from galaxydist.surveys.galaxy10 import read_survey_file
     from galaxydist.surveys.simulate.survey import SIMULATOR_VERSION
 
@@ -326,30 +312,26 @@ def _difference(path: Path, arguments: argparse.Namespace) -> str:
     return f"holds another survey ({'; '.join(different)})" if different else ""
 
 
-# ``galaxydist data check``: whether shards are what their manifests say, byte by byte and image by image.
-
-
-def add_check(commands: Commands) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
+def _add_check(commands: Commands) -> None:
+    parser = add_command(
+        commands,
         "check",
-        help="verify shards",
-        description="Verify counts, checksums and labels and decode every image; name the shard and galaxy that is wrong.",
-        allow_abbrev=False,
+        run_check,
+        "verify shards",
+        description="Verify counts, checksums and labels, and decode all images. Errors name the shard and the galaxy.",
     )
     parser.add_argument(
         "paths",
         nargs="*",
         metavar="NAME|PATH",
-        help="data sets of the data root, or manifests or their folders, paths or URLs (default: all of the data root)",
+        help="data sets in the data root, or paths or URLs of manifests or their folders (default: all in the data root)",
     )
-    parser.add_argument("--dataset", metavar="NAME", help="only this data set of the data root, as NAME alone")
+    parser.add_argument("--dataset", metavar="NAME", help="the same as NAME")
     add_data_dir(parser)
-    parser.set_defaults(run=run_check)
 
 
 def run_check(arguments: argparse.Namespace) -> None:
-    """Check every manifest; all problems come together."""
+    """Check all manifests, then report all problems together."""
     from galaxydist.paths import cache_dir
     from galaxydist.shards.remote.cache import CacheConfig
     from galaxydist.shards.verify import check_shards, describe_equal_images
@@ -374,79 +356,71 @@ def run_check(arguments: argparse.Namespace) -> None:
 
 
 def _locations(given: list[str], root: Path, dataset: str | None) -> list[str | Path]:
-    """The manifests that are meant; all of the data root, or of one data set, where no place is given."""
-    names = [dataset] if dataset is not None else []
-    if given:
-        return [place for text in (*given, *names) for place in find_manifests(text, root)]
-    if dataset is not None:
-        return [*find_manifests(dataset, root)]
-    there = [path for paths in find_shards(root).values() for path in paths]
-    if not there:
+    """Return the manifests that the user names, or else all in the data root."""
+    names = [*given, *([dataset] if dataset is not None else [])]
+    if names:
+        return [manifest for text in names for manifest in find_manifests(text, root)]
+    found = [path for paths in find_shards(root).values() for path in paths]
+    if not found:
         raise UserError(
             f"there are no shards in {root / 'shards'}. Make them with `galaxydist data shard`, or give the path of a manifest"
         )
-    return [*there]
+    return [*found]
 
 
-# ``galaxydist data explore``: what a data set looks like, on one page.
-
-SAMPLE = 3000
-
-
-def add_explore(commands: Commands) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
+def _add_explore(commands: Commands) -> None:
+    parser = add_command(
+        commands,
         "explore",
-        help="what a data set looks like, as a page",
-        description="Count galaxies, look at a sample of their images, and write one HTML page that needs no network: "
-        "examples, mean images, pixels, sizes, sky, duplicates, damage, and a map of the images.",
-        allow_abbrev=False,
+        run_explore,
+        "write a page about a data set",
+        description="Count galaxies, examine a sample of their images, and write one HTML page that works without a network: "
+        "examples, mean images, pixel values, sizes, sky positions, duplicates, damage, and a map of the images.",
     )
     parser.add_argument(
-        "place",
+        "location",
         nargs="?",
         metavar="SOURCE",
-        help="a data set of the data root, a shards' manifest.json (or its folder or URL), an HDF5 file in Galaxy10's schema, "
-        "or a folder of images (default: --dataset)",
+        help="data set in the data root, manifest.json (or its folder or URL), HDF5 file in Galaxy10's schema, or image folder "
+        "(default: --dataset)",
     )
     parser.add_argument(
         "--dataset",
         metavar="NAME",
         default="galaxy10_decals",
-        help="a survey or shards of the data root (default: %(default)s)",
+        help="survey or shards in the data root (default: %(default)s)",
     )
     add_survey(parser)
-    parser.add_argument("--variant", choices=VARIANTS, help="default: original, or what the shards hold")
+    parser.add_argument("--variant", choices=VARIANTS, help="variant of the survey (default: original, or that of the shards)")
     parser.add_argument(
         "--sample",
         type=positive_int,
-        default=SAMPLE,
+        default=3000,
         metavar="N",
-        help="galaxies whose images are read, the same number of each class as far as it goes (default: %(default)s)",
+        help="galaxies whose images are read, equally many of each class if possible (default: %(default)s)",
     )
     parser.add_argument(
-        "--per-class", type=positive_int, default=8, metavar="N", help="galaxies of a class among the examples (default: 8)"
+        "--per-class", type=positive_int, default=8, metavar="N", help="example galaxies of each class (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=non_negative_int, default=0, metavar="S", help="of the choice of galaxies (default: 0)")
-    parser.add_argument("-o", dest="page", type=local_path, metavar="FILE", help="the page alone, under this name")
+    parser.add_argument("--seed", type=non_negative_int, default=0, metavar="S", help="seed of the sample (default: %(default)s)")
+    parser.add_argument("-o", dest="page", type=local_path, metavar="FILE", help="write the page only, to this file")
     parser.add_argument(
         "--out",
         type=local_path,
         metavar="DIR",
-        help="folder of the page, survey.json, gallery.jpg and counts.png "
-        "(default, without -o: explore/NAME/VARIANT in the data root)",
+        help="folder of the page, survey.json, gallery.jpg and counts.png (default, without -o: explore/NAME/VARIANT in the "
+        "data root)",
     )
     add_data_dir(parser)
-    parser.set_defaults(run=run_explore)
 
 
 def run_explore(arguments: argparse.Namespace) -> None:
-    """Explore the data set, print its counts and say where the page is."""
-    from galaxydist import __version__
+    """Explore the data set, and print its counts and the path of the page."""
     from galaxydist.explore.datasets import open_population
     from galaxydist.explore.page import PAGE, explore
     from galaxydist.paths import cache_dir, folder_name
     from galaxydist.shards.remote.cache import CacheConfig
+    from galaxydist.version import __version__
 
     root = chosen_root(arguments)
     population = open_population(_location(arguments, root), arguments.variant, CacheConfig(cache_dir(root)), arguments.classes)
@@ -460,7 +434,7 @@ def run_explore(arguments: argparse.Namespace) -> None:
         population,
         page=page,
         out_dir=out_dir,
-        provenance={"command": _command(arguments), "version": __version__},
+        provenance={"command": arguments.command, "version": __version__},
         sample=arguments.sample,
         per_class=arguments.per_class,
         seed=arguments.seed,
@@ -471,68 +445,53 @@ def run_explore(arguments: argparse.Namespace) -> None:
 
 
 def _location(arguments: argparse.Namespace, root: Path) -> str:
-    """The place to look at: the SOURCE, else ``--from``, else the data set of the data root: its survey file, or its shards."""
-    if arguments.place is not None and arguments.source is not None:
-        raise UserError(f"two sources: {arguments.place} and --from {arguments.source}; leave one out")
-    if arguments.place is None and arguments.source is not None:
+    """Return the data to explore: SOURCE, else ``--from``, else the survey file or the shards of ``--dataset``."""
+    location, source = arguments.location, arguments.source
+    if location is not None and source is not None:
+        raise UserError(f"two sources: {location} and --from {source}; leave one out")
+    if source is not None:
         return str(survey_source(arguments, root))
 
-    from galaxydist.paths import find_shards, hdf5_path
+    from galaxydist.paths import hdf5_path
 
-    given = arguments.place or arguments.dataset
-    if arguments.place is not None and ("://" in given or Path(given).exists()):
+    given = location or arguments.dataset
+    is_sharded = given in find_shards(root)
+    if location is not None and ("://" in given or Path(given).exists()):
         return str(given)
     if (file := hdf5_path(root, given)).is_file():
         return str(file)
-    if given in DATASETS and given not in find_shards(root):
+    if given in DATASETS and not is_sharded:
         return str(survey_source(argparse.Namespace(source=None, dataset=given), root))
-    if arguments.place is not None and given not in find_shards(root):
+    if location is not None and not is_sharded:
         return str(given)
-    return str(find_manifests(given, root, arguments.variant)[-1])  # the original variant where there are both
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """The command that makes the page again."""
-    words = ["galaxydist", "data", "explore"]
-    if arguments.place is not None:
-        words.append(arguments.place)
-    elif arguments.source is not None:
-        words += ["--from", str(arguments.source)]
-    else:
-        words += ["--dataset", arguments.dataset]
-    words += ["--variant", arguments.variant] if arguments.variant else []
-    words += ["--classes", arguments.classes] if arguments.classes else []
-    words += ["--sample", str(arguments.sample), "--per-class", str(arguments.per_class), "--seed", str(arguments.seed)]
-    for option, value in (("-o", arguments.page), ("--out", arguments.out), ("--data-dir", arguments.data_dir)):
-        words += [option, str(value)] if value is not None else []
-    return shlex.join(words)
+    return str(find_manifests(given, root, arguments.variant)[-1])  # the original variant, if there are both
 
 
 def _print_counts(findings: "Findings") -> None:
     from galaxydist.explore.analysis import pixel_statistics
 
-    population, looked = findings.population, findings.looked
+    population, scan = findings.population, findings.scan
     counts = population.counts()
     width = max(map(len, population.groups.values()))
     print(f"{population.dataset}, {population.variant}")
     print("  ".join([f"{'class':{width}}", *(f"{split:>6}" for split in counts), "mean R G B       "]))
-    for place, (label, name) in enumerate(population.groups.items()):
-        numbers = [f"{values[place]:6d}" for values in counts.values()]
-        known = label in looked.histograms
-        mean = " ".join(f"{value:.3f}" for value in pixel_statistics(looked, label)["mean"]) if known else "-"
+    for index, (label, name) in enumerate(population.groups.items()):
+        numbers = [f"{values[index]:6d}" for values in counts.values()]
+        known = label in scan.histograms
+        mean = " ".join(f"{value:.3f}" for value in pixel_statistics(scan, label)["mean"]) if known else "-"
         print("  ".join([f"{name:{width}}", *numbers, mean]))
     print("  ".join([f"{'all':{width}}", *(f"{sum(values):6d}" for values in counts.values())]))
 
 
 def _print_findings(findings: "Findings") -> None:
-    read, chosen, near = len(findings.looked), findings.sample_size, findings.neighbours
+    read, chosen, near = len(findings.scan), findings.sample_size, findings.neighbours
     print(f"images: {read} of {len(findings.population)} looked at; {len(findings.duplicates)} pairs look the same")
-    for kind, number in findings.oddities.items():
+    for kind, number in findings.odd_images.items():
         print(f"  {kind}: {number} of {chosen}")
-    for problem in [*findings.looked.problems.values()][:5]:
+    for problem in [*findings.scan.problems.values()][:5]:
         print(f"    {problem}")
     if near is not None:
         print(
             f"sky: {len(near.pairs_P2)} overlapping pairs among {int(findings.positions.known.sum())} positions, "
-            f"{int(near.across_P.sum())} across splits; {int(near.two_labels_P.sum())} places with two labels"
+            f"{int(near.across_P.sum())} across splits; {int(near.two_labels_P.sum())} positions with two labels"
         )

@@ -1,16 +1,15 @@
-"""``galaxydist evaluate``: what a run is worth, on galaxies that it has not seen."""
+"""``galaxydist evaluate``, ``gallery`` and ``report``: results of one run, its mistakes, and the comparison of many runs."""
 
 import argparse
 import dataclasses
 import os
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from galaxydist.cli.jobs import find_folder
-from galaxydist.cli.options import Commands, add_data_dir, local_path, positive_int
+from galaxydist.cli.options import Commands, add_command, add_data_dir, local_path, positive_int
 from galaxydist.errors import UserError
 from galaxydist.galaxy import VARIANTS, Variant
 
@@ -19,68 +18,68 @@ if TYPE_CHECKING:
     from galaxydist.report.finished_runs import ReportNote
 
 
-# ``galaxydist report``: the results matrix of many runs, as a page and as tables for a paper.
-
 PAGE = Path("report.html")
 SUFFIXES = (".html", ".htm")
 REPORT_EPILOG = """examples:
   galaxydist report galaxy10                          all runs of the sweep slurm/sweeps/galaxy10.yaml
-  galaxydist report runs/galaxy10 -o galaxy10.html    all runs in a folder, down to two levels
+  galaxydist report runs/galaxy10 -o galaxy10.html    all runs in a folder and its subfolders, down to two levels
   galaxydist report runs/vit-* runs/resnet50-*        some runs
-  galaxydist report galaxy10 --gallery                with mistakes, and where the models look
+  galaxydist report galaxy10 --gallery                with galleries of mistakes and saliency maps
 
-Beside the page lie its tables as Markdown and LaTeX: report.md, report.tex (\\usepackage{booktabs,graphicx}, \\input{report}).
+The tables are also written as Markdown and LaTeX beside the page: report.md, report.tex (\\usepackage{booktabs,graphicx},
+\\input{report}).
 """
 
 
 def add_report(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "report",
-        help="many runs in one page: the results matrix, with tests",
-        description="The results matrix of finished runs beside the published values, the six published claims "
-        "tested, curves, classes, calibration, paired tests, ensembles, speed and cost: one HTML page that needs no network, and "
+        run_report,
+        "compare many runs on one page",
+        description="The results matrix of finished runs beside the published values, tests of the six published claims, "
+        "curves, classes, calibration, paired tests, ensembles, speed and cost: one HTML page that works without a network, and "
         "its tables as Markdown and LaTeX. Runs are ranked by validation alone.",
         epilog=REPORT_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
-        "targets", nargs="+", metavar="SWEEP|RUN|FOLDER", help="a sweep's file or name, run folders, or folders that hold some"
+        "targets", nargs="+", metavar="SWEEP|RUN|FOLDER", help="sweeps (file or name), run folders, or folders of runs"
     )
-    parser.add_argument("-o", dest="page", type=local_path, default=PAGE, metavar="FILE", help="the page (default: %(default)s)")
+    parser.add_argument(
+        "-o", dest="page", type=local_path, default=PAGE, metavar="FILE", help="page to write (default: %(default)s)"
+    )
     parser.add_argument(
         "--gallery",
         action="store_true",
-        help="first make the galleries of mistakes that are missing, of each model's best run by validation (needs the shards)",
+        help="make the missing galleries of mistakes for the best run of each model by validation (needs the shards)",
     )
-    parser.set_defaults(run=run_report)
 
 
 def run_report(arguments: argparse.Namespace) -> None:
-    """Write the report, and print what it says in short."""
-    from galaxydist import __version__
+    """Write the report, and print a summary."""
     from galaxydist.report.collect import collect
     from galaxydist.report.page import write_report
+    from galaxydist.version import __version__
 
     page: Path = arguments.page
     if page.is_dir():
         raise UserError(f"-o {page} is a folder; give the name of a file, like {page / PAGE}")
     if page.suffix not in SUFFIXES:
-        raise UserError(f"-o {page} is the HTML page; name it like {page.with_suffix('.html')} (.md and .tex lie beside it)")
+        raise UserError(
+            f"-o {page} is the HTML page; name it like {page.with_suffix('.html')} (.md and .tex are written beside it)"
+        )
     run_dirs, notes = find_runs(arguments.targets)
-    out = ["-o", str(page)] if page != PAGE else []
-    command = shlex.join(["galaxydist", "report", *arguments.targets, *(["--gallery"] if arguments.gallery else []), *out])
     results = collect(run_dirs, notes)
     if arguments.gallery:
         results = dataclasses.replace(results, notes=(*results.notes, *_make_galleries(results)))
-    paths = write_report(results, page, provenance={"command": command, "version": __version__})
+    paths = write_report(results, page, provenance={"command": arguments.command, "version": __version__})
     _print(results)
     print(f"page: {paths[-1]}; tables: {', '.join(map(str, paths[:-1]))}")
 
 
 def find_runs(targets: list[str]) -> tuple[list[Path], list["ReportNote"]]:
-    """The run folders that the targets name, and a note for each run of a sweep that was never started.
+    """Return the run folders of the targets, and a note for each run of a sweep that was never started.
 
     Raises:
         UserError: a target is neither a sweep nor a folder with runs.
@@ -101,36 +100,35 @@ def find_runs(targets: list[str]) -> tuple[list[Path], list["ReportNote"]]:
         elif inside := status.find_runs(path):
             run_dirs += inside
         else:
-            raise UserError(f"{path} holds no run, down to two levels. Give a run folder, a folder of some, or a sweep.")
+            raise UserError(f"{path} contains no run, down to two levels. Give a run folder, a folder of runs, or a sweep.")
     return run_dirs, notes
 
 
 def _make_galleries(results: "ReportData") -> Iterator[str]:
-    """Make what is missing; yields a note for each that cannot be made."""
-    from galaxydist.cpus import available_cores
+    """Make the missing galleries, and yield a note for each that cannot be made."""
     from galaxydist.gallery.gallery import make_gallery
     from galaxydist.report.page import without_gallery
 
     for facts in (facts for found in results.datasets for facts in without_gallery(found)):
         run_dir = facts.run.run_dir
         try:
-            page, _ = make_gallery(run_dir, "test", os.environ, threads=available_cores())
+            page, _ = make_gallery(run_dir, "test", os.environ)
             print(f"gallery: {page}")
-        except (UserError, OSError, RuntimeError) as error:  # one run's trouble is no reason to report none
+        except (UserError, OSError, RuntimeError) as error:  # the report does not need the gallery
             yield f"{run_dir}: no gallery: {error}"
 
 
 def _sweep_runs(text: str) -> list[Path]:
-    """The run folders of a sweep, in its order."""
+    """Return the run folders of a sweep, in its order."""
     from galaxydist.cluster.sweep import find_sweep, list_sweeps, read_sweep, resolve
 
     if not Path(text).is_file() and text not in list_sweeps():
         nor = "" if Path(text).is_absolute() else f" (nor {Path('runs') / text})"
         raise UserError(
-            f"{text}: there is no such folder{nor}, and no such sweep. Give a run folder, a folder that holds some, "
+            f"{text}: there is no such folder{nor}, and no such sweep. Give a run folder, a folder of runs, "
             f"or a sweep: {', '.join(list_sweeps()) or 'none found'}."
         )
-    return [trial.run_dir for trial in resolve(read_sweep(find_sweep(text)))]
+    return [run.run_dir for run in resolve(read_sweep(find_sweep(text)))]
 
 
 def _print(results: "ReportData") -> None:
@@ -146,10 +144,8 @@ def _print(results: "ReportData") -> None:
         print(f"note: {note}")
 
 
-# What ``evaluate`` and ``gallery`` are told: a run, and the data to judge it on where that is not its own.
-
-HELP = (
-    "a run folder, or its name under ./runs [data.manifest=FILE | data.variant=NAME], "
+TARGET_HELP = (
+    "run folder, or its name in ./runs, optionally with data.manifest=FILE or data.variant=NAME; "
     "or the recipe=NAME [key=value] that trained it"
 )
 _KEYS = ("data.manifest", "data.variant")
@@ -157,12 +153,12 @@ _KEYS = ("data.manifest", "data.variant")
 
 @dataclass(frozen=True)
 class RunTarget:
-    """A run and its data.
+    """A run and the data to evaluate it on.
 
     Args:
-        run_dir: the run folder, which is there.
-        manifest: path or URL of other data; None for the run's own, or ``variant``.
-        variant: another data set of the run's survey.
+        run_dir: the run folder, which exists.
+        manifest: path or URL of other data; None for the run's own data, or ``variant``.
+        variant: another variant of the run's survey.
     """
 
     run_dir: Path
@@ -171,14 +167,14 @@ class RunTarget:
 
 
 def read_target(words: list[str], manifest: str | None) -> RunTarget:
-    """The target of a command line.
+    """Return the target of a command line.
 
     Args:
-        words: those of ``HELP``.
+        words: run folder and keys, or recipe and keys (``TARGET_HELP``).
         manifest: the option ``--manifest``.
 
     Raises:
-        UserError: no run, several, or keys that name no data or name it twice.
+        UserError: no run or several runs, an unknown key, or two keys for the data.
     """
     if any(word.startswith("recipe=") for word in words):
         return RunTarget(_trained_by(words), manifest)
@@ -188,12 +184,12 @@ def read_target(words: list[str], manifest: str | None) -> RunTarget:
     keys = dict(word.split("=", 1) for word in words if word not in folders)
     if unknown := [key for key in keys if key not in _KEYS]:
         raise UserError(
-            f"{unknown[0]} cannot be changed for an evaluation; with a run folder there are {', '.join(_KEYS)} (with recipe=NAME "
-            "all keys: they name the run that was trained so)"
+            f"{unknown[0]} cannot be changed for an evaluation; with a run folder there are {', '.join(_KEYS)} (with "
+            "recipe=NAME all keys of the recipe that trained the run)"
         )
     given = [*keys, *(["--manifest"] if manifest is not None else [])]
     if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} both say which data: keep one")
+        raise UserError(f"{' and '.join(given)} both name the data: keep one")
     named = keys.get("data.variant")
     variant = next((known for known in VARIANTS if known == named), None)
     if named is not None and variant is None:
@@ -213,7 +209,7 @@ def _trained_by(words: list[str]) -> Path:
 
 EVALUATE_EPILOG = """examples:
   galaxydist evaluate runs/vit-0123abcd                             on the test split of its own data set
-  galaxydist evaluate runs/vit-0123abcd data.variant=balanced       on another data set of the survey
+  galaxydist evaluate runs/vit-0123abcd data.variant=balanced       on another variant of the survey
   galaxydist evaluate runs/vit-0123abcd data.manifest=FILE --tta d4
   galaxydist evaluate --predictions runs/vit-0123abcd/evaluation/test-predictions.parquet
 """
@@ -221,43 +217,42 @@ EVALUATE_EPILOG = """examples:
 
 def add_evaluate(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "evaluate",
-        help="judge a run on a split",
-        description="Count every galaxy of a split once; write predictions, JSON and figures into the run folder and print the "
-        "table. The temperature is fitted on the validation split, which is evaluated too.",
+        run_evaluate,
+        "evaluate a run on a split",
+        description="Count each galaxy of a split once, write predictions, JSON and figures into the run folder, and print the "
+        "table. The temperature is fitted on the validation split, which is evaluated as well.",
         epilog=EVALUATE_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument(
-        "target",
-        nargs="*",
-        metavar="RUN",
-        help=HELP,
-    )
-    parser.add_argument("--split", choices=("train", "val", "test"), help="default: test")
+    parser.add_argument("target", nargs="*", metavar="RUN", help=TARGET_HELP)
+    parser.add_argument("--split", choices=("train", "val", "test"), help="split (default: test)")
     parser.add_argument(
         "--tta",
         choices=("none", "d4"),
-        help="d4: mean probability over the eight flips and quarter turns (default: the recipe's)",
+        help="test-time augmentation; d4: mean probability over the eight flips and quarter turns (default: the recipe's)",
     )
-    parser.add_argument("--manifest", metavar="FILE", help="path or URL of the manifest to judge it on, as data.manifest=FILE")
+    parser.add_argument("--manifest", metavar="FILE", help="path or URL of the manifest of other data, as data.manifest=FILE")
     parser.add_argument(
-        "--trained-on", metavar="FILE", help="path or URL of the manifest that the run was trained on, where that has moved"
+        "--trained-on", metavar="FILE", help="path or URL of the manifest of the training data, if it has moved since"
     )
     parser.add_argument(
-        "--predictions", type=local_path, metavar="FILE", help="judge stored predictions, without a run: a *-predictions.parquet"
+        "--predictions",
+        type=local_path,
+        metavar="FILE",
+        help="evaluate stored predictions without a run: a *-predictions.parquet",
     )
     parser.add_argument(
         "--validation",
         type=local_path,
         metavar="FILE",
-        help="with --predictions: those of the validation split, for the temperature (default: the ones beside it)",
+        help="with --predictions: predictions on the validation split, for the temperature (default: those in the same folder)",
     )
-    parser.add_argument("--out", type=local_path, metavar="DIR", help="with --predictions: where to write (default: beside it)")
+    parser.add_argument(
+        "--out", type=local_path, metavar="DIR", help="with --predictions: folder to write (default: that of the predictions)"
+    )
     add_data_dir(parser)
-    parser.set_defaults(run=run_evaluate)
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
@@ -266,95 +261,85 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         _judge_predictions(arguments)
         return
     if given := [option for option in ("validation", "out") if getattr(arguments, option) is not None]:
-        raise UserError(f"--{given[0]} goes with --predictions FILE: a run's evaluation lies in its folder")
+        raise UserError(f"--{given[0]} goes with --predictions FILE: the evaluation of a run is in its folder")
     if not arguments.target:
         raise UserError("give a run folder, the recipe=NAME that trained it, or --predictions FILE")
     target = read_target(arguments.target, arguments.manifest)
 
-    from galaxydist.evaluation.evaluator import evaluate_run
+    from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run
 
-    evaluate_run(
-        target.run_dir,
-        arguments.split or "test",
-        os.environ,
-        manifest_path=target.manifest,
-        variant=target.variant,
-        trained_path=arguments.trained_on,
-        data_dir=arguments.data_dir,
-        tta=arguments.tta,
-    )
+    data = EvaluationData(target.manifest, target.variant, arguments.trained_on, arguments.data_dir)
+    evaluate_run(target.run_dir, arguments.split or "test", os.environ, data, tta=arguments.tta)
 
 
 def _judge_predictions(arguments: argparse.Namespace) -> None:
     for option in ("target", "split", "tta", "manifest", "trained_on", "data_dir"):
         if getattr(arguments, option):
             name = "RUN" if option == "target" else f"--{option.replace('_', '-')}"
-            raise UserError(f"--predictions FILE needs no {name}: what was judged stands in the file")
+            raise UserError(f"--predictions FILE needs no {name}: the file contains it")
 
-    from galaxydist.evaluation.results_files import judge_predictions, render_evaluation
+    from galaxydist.evaluation.results_files import evaluate_predictions, render_evaluation
 
     out_dir = arguments.out or arguments.predictions.parent
-    print(render_evaluation(judge_predictions(arguments.predictions, arguments.validation, out_dir), out_dir))
+    print(render_evaluation(evaluate_predictions(arguments.predictions, arguments.validation, out_dir), out_dir))
 
-
-# ``galaxydist gallery``: a run's most confident mistakes and least certain galaxies, and where its model looks.
 
 GALLERY_EPILOG = """examples:
   galaxydist evaluate runs/vit-0123abcd                             first: its predictions
   galaxydist gallery runs/vit-0123abcd                              then: evaluation/test-gallery.html in the run folder
   galaxydist gallery recipe=vit seed=1                              a run by its recipe
-  galaxydist gallery runs/vit-0123abcd data.variant=balanced        of the evaluation on another data set
+  galaxydist gallery runs/vit-0123abcd data.variant=balanced        of the evaluation on another variant
 """
-# Of each class and kind: more make a page that nobody reads to its end.
-MOST = 50
+MOST = 50  # galaxies of each class and kind; a page with more is too long to read
 
 
 def add_gallery(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "gallery",
-        help="a run's mistakes and uncertain galaxies, with what its model looked at",
-        description="Show of each class the most confident mistakes and the least certain galaxies of an evaluation, with "
-        "saliency over them: Grad-CAM of convolutional networks, attention rollout of vision transformers. Writes one page, two "
-        "sheets and a JSON file beside the predictions.",
+        run_gallery,
+        "show mistakes and uncertain galaxies of a run, with saliency maps",
+        description="Show the most confident mistakes and the least certain galaxies of each class in an evaluation, with "
+        "saliency maps: Grad-CAM for convolutional networks, attention rollout for vision transformers. Writes one page, two "
+        "contact sheets and a JSON file beside the predictions.",
         epilog=GALLERY_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("target", nargs="+", metavar="RUN", help=HELP)
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default: %(default)s")
-    parser.add_argument("--tta", choices=("none", "d4"), help="which evaluation (default: the recipe's)")
+    parser.add_argument("target", nargs="+", metavar="RUN", help=TARGET_HELP)
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="split (default: %(default)s)")
+    parser.add_argument("--tta", choices=("none", "d4"), help="test-time augmentation of the evaluation (default: the recipe's)")
     parser.add_argument(
-        "--per-class", type=positive_int, default=4, metavar="N", help=f"galaxies of a class and kind, up to {MOST} (default: 4)"
+        "--per-class",
+        type=positive_int,
+        default=4,
+        metavar="N",
+        help=f"galaxies of each class and kind, at most {MOST} (default: %(default)s)",
     )
-    parser.add_argument("--manifest", metavar="FILE", help="path or URL of the manifest that it was evaluated on")
-    parser.add_argument("-o", "--out", type=local_path, metavar="FILE", help="the page (default: beside the predictions)")
+    parser.add_argument("--manifest", metavar="FILE", help="path or URL of the manifest that the run was evaluated on")
+    parser.add_argument("-o", "--out", type=local_path, metavar="FILE", help="page to write (default: beside the predictions)")
     add_data_dir(parser)
-    parser.set_defaults(run=run_gallery)
 
 
 def run_gallery(arguments: argparse.Namespace) -> None:
-    """Write the gallery and say where it is."""
+    """Write the gallery, and print its path."""
     if arguments.per_class > MOST:
-        raise UserError(f"--per-class {arguments.per_class}: a gallery has {MOST} galaxies of a class at most")
+        raise UserError(f"--per-class {arguments.per_class}: a gallery has at most {MOST} galaxies of each class")
     if arguments.out is not None and arguments.out.is_dir():
         raise UserError(f"--out {arguments.out} is a folder: give the page a name, like {arguments.out / 'gallery.html'}")
     target = read_target(arguments.target, arguments.manifest)
 
-    from galaxydist.cpus import available_cores
+    from galaxydist.evaluation.evaluator import EvaluationData
     from galaxydist.gallery.gallery import make_gallery
 
+    data = EvaluationData(target.manifest, target.variant, data_dir=arguments.data_dir)
     page, picks = make_gallery(
         target.run_dir,
         arguments.split,
         os.environ,
+        data,
         per_class=arguments.per_class,
         page=arguments.out,
-        manifest_path=target.manifest,
-        variant=target.variant,
-        data_dir=arguments.data_dir,
         tta=arguments.tta,
-        threads=available_cores(),
     )
     shown = sum(map(len, picks.confident)), sum(map(len, picks.uncertain))
     print(

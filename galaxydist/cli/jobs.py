@@ -1,4 +1,4 @@
-"""``galaxydist status``, ``logs`` and ``cancel``: what runs do, what they print, and how to end them."""
+"""``galaxydist submit``, ``sweep``, ``status``, ``logs`` and ``cancel``: jobs of runs on a cluster."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from galaxydist.cli.options import Commands, non_negative_int, positive_int
+from galaxydist.cli.options import Commands, add_command, confirm, non_negative_int, positive_int
 from galaxydist.errors import EXIT_FAILED, UserError
 
 if TYPE_CHECKING:
@@ -23,64 +23,56 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 WATCH_S = 10
-# Of a file, or a pipe.
-_WIDE = 200
+POLL_S = 1.0  # between looks at the processes of a sweep on this machine
+_PIPE_WIDTH = 200  # columns of a table that is written to a file or a pipe
 
 STATUS_EPILOG = """examples:
-  galaxydist status                    all runs under ./runs, down to two levels
+  galaxydist status                    all runs in ./runs and its subfolders, down to two levels
   galaxydist status runs/vit-0123abcd  one run, by its folder
-  galaxydist status vit-0123abcd       the same, by its name
-  galaxydist status runs/sweep --watch a sweep, looked at every 10 s
+  galaxydist status vit-0123abcd       the same run, by its name
+  galaxydist status runs/sweep --watch a sweep, updated every 10 s
 
-States are SLURM's words; FINISHED, STOPPED, FAILED, NEW: what the run folder tells where no job waits or runs.
-"time left" is until the job's time limit, "to do" the rest of the training at the speed measured last.
+States are those of SLURM; without a waiting or running job they come from the run folder: FINISHED, STOPPED, FAILED, NEW.
+"time left" is the time until the job's time limit, "to do" the rest of the training at the last measured speed.
 """
 
 
 def add_status(commands: Commands) -> None:
-    """Add the commands."""
-    status = commands.add_parser(
+    """Add ``status``, ``logs`` and ``cancel``."""
+    status = add_command(
+        commands,
         "status",
-        help="what runs do: a table",
-        description="State from SLURM, progress from the run folders.",
+        run_status,
+        "show a table of runs",
+        description="Show the state of runs from SLURM and their progress from the run folders.",
         epilog=STATUS_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    status.add_argument("folders", nargs="*", metavar="RUN|FOLDER", help="runs, sweeps, or folders of them (default: ./runs)")
+    status.add_argument("folders", nargs="*", metavar="RUN|FOLDER", help="run folders, or folders of runs (default: ./runs)")
     status.add_argument(
         "--watch",
         nargs="?",
         type=positive_int,
         const=WATCH_S,
         metavar="SECONDS",
-        help="look again and again, till Ctrl-C (default: every %(const)s s)",
+        help="update the table until Ctrl-C (default: every %(const)s s)",
     )
-    status.add_argument("--json", action="store_true", help="a list of JSON objects instead of the table")
-    status.set_defaults(run=run_status)
+    status.add_argument("--json", action="store_true", help="print a list of JSON objects instead of the table")
 
-    logs = commands.add_parser(
-        "logs", help="what a run printed", description="The last lines that a rank of a run printed.", allow_abbrev=False
-    )
-    logs.add_argument("folder", metavar="RUN", help="the run folder, or its name under ./runs")
-    logs.add_argument("--rank", type=non_negative_int, default=0, metavar="R", help="which rank (default: %(default)s)")
-    logs.add_argument("--lines", type=positive_int, default=50, metavar="N", help="how many (default: %(default)s)")
-    logs.add_argument("--follow", "-f", action="store_true", help="go on with what is added, till Ctrl-C")
-    logs.set_defaults(run=run_logs)
+    description = "Print the last lines of the output of one rank of a run."
+    logs = add_command(commands, "logs", run_logs, "show the output of a run", description=description)
+    logs.add_argument("folder", metavar="RUN", help="run folder, or its name in ./runs")
+    logs.add_argument("--rank", type=non_negative_int, default=0, metavar="R", help="rank (default: %(default)s)")
+    logs.add_argument("--lines", type=positive_int, default=50, metavar="N", help="number of lines (default: %(default)s)")
+    logs.add_argument("--follow", "-f", action="store_true", help="print new lines until Ctrl-C")
 
-    cancel = commands.add_parser(
-        "cancel",
-        help="end the jobs of runs",
-        description="End the jobs of runs or sweeps, or take them from the queue. A run that is submitted again goes on.",
-        allow_abbrev=False,
-    )
-    cancel.add_argument("targets", nargs="+", metavar="RUN|FOLDER|JOBID", help="runs, sweeps, or SLURM's job ids")
-    cancel.add_argument("--yes", action="store_true", help="do not ask before several jobs are ended")
-    cancel.set_defaults(run=run_cancel)
+    description = "Cancel the waiting and running jobs of runs or sweeps. A run that is submitted again continues."
+    cancel = add_command(commands, "cancel", run_cancel, "cancel the jobs of runs", description=description)
+    cancel.add_argument("targets", nargs="+", metavar="RUN|FOLDER|JOBID", help="run folders, folders of runs, or SLURM job ids")
+    cancel.add_argument("--yes", action="store_true", help="cancel several jobs without asking")
 
 
 def find_folder(text: str) -> Path:
-    """The folder that the user means: itself, or one of that name under ./runs.
+    """Return the folder of this path, or of this name in ./runs.
 
     Raises:
         UserError: there is neither.
@@ -88,13 +80,13 @@ def find_folder(text: str) -> Path:
     for path in (Path(text), RUNS / text):
         if path.is_dir():
             return path
-    raise UserError(f"{text}: there is no such folder, nor {RUNS / text}. Give a run, or a folder that holds some.")
+    raise UserError(f"{text}: there is no such folder, nor {RUNS / text}. Give a run folder, or a folder that contains some.")
 
 
 def run_status(arguments: argparse.Namespace) -> None:
-    """Print the table, once or again and again."""
+    """Print the table, once or repeatedly."""
     if arguments.json and arguments.watch:
-        raise UserError("--json with --watch: a program asks again by itself; leave --watch out.")
+        raise UserError("--json prints once and --watch repeatedly: leave one of them out.")
 
     from galaxydist.cluster.status import read_overview
 
@@ -104,8 +96,8 @@ def run_status(arguments: argparse.Namespace) -> None:
     if arguments.json:
         overview = read_overview(folders)
         print(json.dumps([status.to_dict() for status in overview.runs], indent=2))
-        if overview.trouble:
-            print(f"galaxydist: {overview.trouble}", file=sys.stderr)
+        if overview.slurm_error:
+            print(f"galaxydist: {overview.slurm_error}", file=sys.stderr)
         return
     console = _console()
     if arguments.watch is None:
@@ -120,13 +112,13 @@ def _print_overview(console: "Console", overview: "Overview", *, is_default: boo
     if not overview.runs and is_default:
         print(f"no runs under ./{RUNS}; give another folder: galaxydist status FOLDER")
         return
-    with console.capture() as capture:  # rich would end the program where whoever read our output went away
+    with console.capture() as capture:  # rich itself would end the program when the output's reader closes the pipe
         console.print(render_overview(overview, console.width))
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def _watch(console: "Console", folders: list[Path], interval_s: int) -> None:
-    """Till Ctrl-C, which is no failure here."""
+    """Update the table until Ctrl-C, which is not an error here."""
     from rich.console import Group
     from rich.live import Live
     from rich.text import Text
@@ -136,7 +128,7 @@ def _watch(console: "Console", folders: list[Path], interval_s: int) -> None:
 
     def look() -> Group:
         overview = read_overview(folders)
-        # On top: a long table is cut at the terminal's end.
+        # On top, because a long table is cut at the bottom of the terminal.
         stamp = f"{time.strftime('%H:%M:%S')}  {summary_text(overview.runs)}  (every {interval_s} s, Ctrl-C ends)"
         return Group(Text(stamp, "dim"), render_overview(overview, console.width))
 
@@ -157,18 +149,18 @@ def _console() -> "Console":
     from rich.console import Console
 
     console = Console(highlight=False)
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=_WIDE)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=_PIPE_WIDTH)
 
 
 def run_logs(arguments: argparse.Namespace) -> None:
-    """Print the end of a log, and what is added to it."""
+    """Print the end of a log, and follow it."""
     from galaxydist.cluster.logs import find_logs, follow, last_lines, sizes
     from galaxydist.cluster.records import JobFiles
     from galaxydist.cluster.status import is_run
 
     folder = find_folder(arguments.folder)
     if not is_run(folder):
-        raise UserError(f"{folder} is not a run folder. Give one: `galaxydist status {folder}` lists those below it.")
+        raise UserError(f"{folder} is not a run folder. Give a run folder: `galaxydist status {folder}` lists those inside.")
     files = JobFiles(folder)
     logs = sizes(find_logs(files, arguments.rank))
     if not logs and not arguments.follow:
@@ -193,12 +185,14 @@ def _no_logs(files: "JobFiles", rank: int) -> str:
         return f"Rank {rank} of {files.run_dir} has printed nothing; there are logs of rank {', '.join(ranks)}."
     jobs = files.jobs()
     if not jobs:
-        return f"{files.run_dir} has no logs: it was started by hand, and printed where that was done."
-    return f"{files.run_dir} has printed nothing yet (job {jobs[-1].job_id}); `galaxydist status {files.run_dir}` tells why."
+        return f"{files.run_dir} has no logs: it was started without `galaxydist submit`, and its output went to that terminal."
+    return (
+        f"{files.run_dir} has printed nothing yet (job {jobs[-1].job_id}); `galaxydist status {files.run_dir}` shows its state."
+    )
 
 
 def run_cancel(arguments: argparse.Namespace) -> None:
-    """End jobs, after asking where there are several; say what was done."""
+    """Cancel jobs, after a confirmation if there are several."""
     from galaxydist.cluster.cancel import cancel, find_targets
 
     found = find_targets(arguments.targets, find_folder)
@@ -208,55 +202,49 @@ def run_cancel(arguments: argparse.Namespace) -> None:
         print("nothing to cancel")
         return
     if len(found.jobs) > 1 and not arguments.yes:
-        _ask(len(found.jobs), [job.text for job in found.jobs])
+        _confirm_cancel([job.text for job in found.jobs])
     for text in cancel(found.jobs):
         print(text)
 
 
-def _ask(count: int, texts: list[str]) -> None:
-    if not sys.stdin.isatty():
-        raise UserError(
-            f"This would end {count} jobs ({', '.join(texts[:5])}{', ...' if count > 5 else ''}). Add --yes to do so."
-        )
-    for text in texts:
-        print(f"  {text}")
-    if input(f"End these {count} jobs? [y/N] ").strip().lower() not in ("y", "yes"):
+def _confirm_cancel(texts: list[str]) -> None:
+    refusal = f"This would end {len(texts)} jobs ({', '.join(texts[:5])}{', ...' if len(texts) > 5 else ''}). Add --yes to do so."
+    if sys.stdin.isatty():
+        print(*(f"  {text}" for text in texts), sep="\n")
+    if not confirm(f"End these {len(texts)} jobs?", refusal):
         raise UserError("Nothing was cancelled.")
 
-
-# ``galaxydist submit``: one run as a job of the cluster.
 
 SUBMIT_EPILOG = """examples:
   galaxydist submit                                         list the cluster profiles
   galaxydist submit recipe=vit cluster=a100
   galaxydist submit recipe=vit cluster=a100 cluster.nodes=2 cluster.time=04:00:00 optim.lr=1e-4
-  galaxydist submit recipe=demo cluster=local               processes of this machine
-  galaxydist submit recipe=vit cluster=a100 --dry-run       the batch script, and nothing else
-  galaxydist submit recipe=vit cluster=a100 --test          when and where SLURM would start it
-  galaxydist submit recipe=vit cluster=a100 cluster.after=123     once job 123 has ended well
+  galaxydist submit recipe=demo cluster=local               run processes on this machine
+  galaxydist submit recipe=vit cluster=a100 --dry-run       print the batch script only
+  galaxydist submit recipe=vit cluster=a100 --test          ask SLURM when and where the job would start
+  galaxydist submit recipe=vit cluster=a100 cluster.after=123     start after job 123 has succeeded
 
-The same command again continues the run; with cluster.nodes=1 on fewer nodes.
+The same command again continues the run, also on another number of nodes.
 """
 
 
 def add_submit(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "submit",
-        help="send a run to a cluster",
-        description="Check a run on this machine, then send it to a cluster. It survives preemption and time limits.",
+        run_submit,
+        "submit a run to a cluster",
+        description="Check a run on this machine, then submit it to a cluster. The run survives preemption and time limits.",
         epilog=SUBMIT_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("arguments", nargs="*", metavar="recipe=NAME cluster=NAME [key=value]", help="what to run, and where")
+    parser.add_argument("arguments", nargs="*", metavar="recipe=NAME cluster=NAME [key=value]", help="recipe and cluster profile")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the batch script")
     parser.add_argument("--test", action="store_true", help="check everything and ask SLURM when the job would start")
-    parser.set_defaults(run=run_submit)
 
 
 def run_submit(arguments: argparse.Namespace) -> None:
-    """Submit it and say how to follow it."""
+    """Submit a run and print how to follow it."""
     from galaxydist.cluster.profile import list_clusters, load_cluster, split_arguments
 
     recipe_arguments, cluster_arguments = split_arguments(arguments.arguments)
@@ -290,7 +278,7 @@ def run_submit(arguments: argparse.Namespace) -> None:
         print(ask_start(script, cluster.config.name) if arguments.test else script)
         return
     if not is_due:
-        print(f"{request.run_dir} is finished; `galaxydist evaluate {request.run_dir}` judges it again.")
+        print(f"{request.run_dir} is finished; `galaxydist evaluate {request.run_dir}` evaluates it again.")
         return
     with submission_lock(request.run_dir.parent):
         check_idle(request.run_dir)
@@ -304,42 +292,40 @@ def run_submit(arguments: argparse.Namespace) -> None:
     )
 
 
-# ``galaxydist sweep``: many runs from one file, as arrays of the cluster; again, what is missing of them.
-
-POLL_SECONDS = 1.0
 SWEEP_EPILOG = """examples:
   galaxydist sweep                                          list the sweeps
   galaxydist sweep slurm/sweeps/smoke.yaml                  a few tiny runs on this machine
-  galaxydist sweep galaxy10 cluster=a100 --dry-run          what would be submitted, and the batch script
-  galaxydist sweep galaxy10 cluster=a100 train.epochs=50    for all runs
-  galaxydist sweep galaxy10 cluster=a100 recipe=vit         of that axis one value only
+  galaxydist sweep galaxy10 cluster=a100 --dry-run          print the runs and the batch script only
+  galaxydist sweep galaxy10 cluster=a100 train.epochs=50    change a key of all runs
+  galaxydist sweep galaxy10 cluster=a100 recipe=vit         only one value of this axis of the grid
 
-The same command again submits what was cut off, cancelled or never sent, and leaves alone what is finished, queued or running.
-What failed so that it would fail again (bad input, a loss that is not a number, the same crash twice) waits for --retry-failed.
-A key on the command line takes the place of the file's, of a whole axis too; run.root=DIR that of the folder of the runs.
+The same command again submits runs that were interrupted, cancelled or never submitted; it skips finished, queued and running
+ones. A run that would fail again (bad input, a non-finite loss, the same crash twice) is submitted only with --retry-failed.
+A key on the command line replaces the value, or the whole axis, of the sweep file; run.root=DIR replaces its folder of runs.
 """
 
 
 def add_sweep(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "sweep",
-        help="send many runs to a cluster",
-        description="Check all runs of a sweep's file, then submit those that are neither finished nor on their way.",
+        run_sweep,
+        "submit many runs to a cluster",
+        description="Check all runs of a sweep file, then submit those that are neither finished nor queued nor running.",
         epilog=SWEEP_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("file", nargs="?", metavar="FILE", help="the sweep's file, or the name of one in slurm/sweeps")
-    parser.add_argument("arguments", nargs="*", metavar="cluster=NAME [key=value]", help="where to, and values for all runs")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the runs and the batch script")
-    parser.add_argument("--retry-failed", action="store_true", help="also what failed so that it would fail again")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="sweep file, or the name of one in slurm/sweeps")
+    parser.add_argument(
+        "arguments", nargs="*", metavar="cluster=NAME [key=value]", help="cluster profile, and values for all runs"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, and print the runs and the batch script")
+    parser.add_argument("--retry-failed", action="store_true", help="also submit runs that would probably fail again")
     parser.add_argument("--yes", action="store_true", help="submit without asking")
-    parser.set_defaults(run=run_sweep)
 
 
 def run_sweep(arguments: argparse.Namespace) -> None:
-    """Check a sweep, and submit what is missing of it."""
+    """Check a sweep, and submit the runs that are missing."""
     from galaxydist.cluster.sweep import find_sweep, list_sweeps, read_sweep
 
     if arguments.file is None:
@@ -357,37 +343,32 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     from galaxydist.cluster.preflight import check_request
     from galaxydist.cluster.slurm import read_states
     from galaxydist.cluster.sweep import resolve
-    from galaxydist.cluster.sweep_runner import decide, read_facts, render_trials, summarise
+    from galaxydist.cluster.sweep_runner import decide, read_run_states, render_runs, summarise
 
-    trials = resolve(sweep, recipe_arguments, check=lambda resolved: check_request(resolved, cluster.config, os.environ))
+    runs = resolve(sweep, recipe_arguments, check=lambda resolved: check_request(resolved, cluster.config, os.environ))
     if cluster.config.scheduler == "slurm":
         from galaxydist.cluster.partition_check import check_partition
 
         check_partition(cluster.config)
-    decisions = [decide(facts, retry_failed=arguments.retry_failed) for facts in read_facts(trials, read_states)]
-    due = [trial for trial, decision in zip(trials, decisions, strict=True) if decision.is_due]
+    decisions = [decide(facts, retry_failed=arguments.retry_failed) for facts in read_run_states(runs, read_states)]
+    due = [run for run, decision in zip(runs, decisions, strict=True) if decision.is_due]
     if arguments.dry_run:
-        print(f"{render_trials(trials, decisions)}\n\n{sweep.path}: {summarise(decisions)}")
+        print(f"{render_runs(runs, decisions)}\n\n{sweep.path}: {summarise(decisions)}")
         _show_script(due, sweep, cluster)
         return
     print(f"{sweep.path}: {summarise(decisions)}")
-    if due and (arguments.yes or _is_confirmed(len(due), cluster)):
+    name = cluster.config.name
+    refusal = f"{len(due)} runs would go to {name}, and stdin is no terminal: add --yes, or --dry-run"
+    if due and (arguments.yes or confirm(f"submit {len(due)} to {name}?", refusal)):
         _submit(due, sweep, cluster, retry_failed=arguments.retry_failed)
-    print(f"runs        {trials[0].run_dir.parent}\nfollow them galaxydist status {trials[0].run_dir.parent} --watch")
-
-
-def _is_confirmed(count: int, cluster: "ResolvedCluster") -> bool:
-    if not sys.stdin.isatty():
-        raise UserError(f"{count} trials would go to {cluster.config.name}, and nobody is there to ask: add --yes, or --dry-run")
-    answer = input(f"submit {count} to {cluster.config.name}? [y/N] ")
-    return answer.strip().lower() in ("y", "yes")
+    print(f"runs        {runs[0].run_dir.parent}\nfollow them galaxydist status {runs[0].run_dir.parent} --watch")
 
 
 def _submit(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster", *, retry_failed: bool) -> None:
     from galaxydist.cluster.records import JobFiles
     from galaxydist.cluster.slurm import max_array_size, read_states
     from galaxydist.cluster.submit import JobRequest, submission_lock, submit_requests
-    from galaxydist.cluster.sweep_runner import decide, is_local_job_running, read_facts, run_here, submit_arrays
+    from galaxydist.cluster.sweep_runner import decide, is_local_job_running, read_run_states, run_here, submit_arrays
 
     folder = due[0].run_dir.parent / "slurm"
     parallel = _parallel(sweep, cluster)
@@ -397,27 +378,27 @@ def _submit(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster
 
     if cluster.config.scheduler == "slurm":
         with submission_lock(folder.parent):
-            # Another command may have sent some while this one asked.
-            decisions = [decide(facts, retry_failed=retry_failed) for facts in read_facts(due, read_states)]
-            due = [trial for trial, decision in zip(due, decisions, strict=True) if decision.is_due]
+            # Another command may have submitted some of them in the meantime.
+            decisions = [decide(facts, retry_failed=retry_failed) for facts in read_run_states(due, read_states)]
+            due = [run for run, decision in zip(due, decisions, strict=True) if decision.is_due]
             submit_arrays(due, send=send, chunk_size=max_array_size(), parallel=parallel)
         print(f"{parallel} run at the same time\nstop them   galaxydist cancel {folder.parent}")
         return
     print(
-        f"{parallel} at the same time on this machine; this command waits for them. After Ctrl-C, the same command goes on.",
+        f"{parallel} at the same time on this machine; this command waits for them. After Ctrl-C, the same command continues.",
         flush=True,
     )
     failed = run_here(
         due,
         send=send,
         parallel=parallel,
-        is_running=lambda trial: is_local_job_running(JobFiles(trial.run_dir).jobs()[-1]),
-        judge=lambda trial: decide(read_facts([trial], read_states)[0], retry_failed=True),  # it was sent: any failure counts
-        pause=lambda: time.sleep(POLL_SECONDS),
+        is_running=lambda run: is_local_job_running(JobFiles(run.run_dir).jobs()[-1]),
+        decide_again=lambda run: decide(read_run_states([run], read_states)[0], retry_failed=True),  # any failure counts
+        pause=lambda: time.sleep(POLL_S),
     )
     if failed:
-        logs = "\n".join(f"  {trial.run_dir / 'logs'}" for trial in failed)
-        print(f"{len(failed)} of {len(due)} trials did not finish; their logs:\n{logs}", file=sys.stderr)
+        logs = "\n".join(f"  {run.run_dir / 'logs'}" for run in failed)
+        print(f"{len(failed)} of {len(due)} runs did not finish; their logs:\n{logs}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
 
 
@@ -429,7 +410,7 @@ def _parallel(sweep: "SweepFile", cluster: "ResolvedCluster") -> int:
 
 
 def _show_script(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster") -> None:
-    """The batch script of the first array."""
+    """Print the batch script of the first array."""
     if not due:
         return
     if cluster.config.scheduler == "local":
@@ -439,7 +420,7 @@ def _show_script(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCl
     from galaxydist.cluster.submit import build_request, script_of
 
     size = max_array_size()
-    requests = [build_request(trial.resolved, trial.arguments) for trial in due[:size]]
+    requests = [build_request(run.resolved, run.arguments) for run in due[:size]]
     arrays = -(-len(due) // size)
     print(f"\n# the batch script{f' of the first of {arrays} arrays' if arrays > 1 else ''}")
     folder, parallel = due[0].run_dir.parent / "slurm", _parallel(sweep, cluster)

@@ -1,47 +1,55 @@
-"""The ``galaxydist`` command: which commands there are, and how each way of ending becomes a message and an exit code.
+"""The ``galaxydist`` command: its subcommands, error messages and exit codes.
 
-Exit codes: 0 done, 2 bad input (one message, no traceback), 130 interrupted with Ctrl-C, 141 whoever read our output went away,
-those of a training run for ``train`` (see ``train.py``), 1 anything else. No command module imports a heavy library before its
-command runs, so that ``--help`` answers at once.
+Exit codes: 0 finished, 2 bad input (one message, no traceback), 130 interrupted with Ctrl-C, 141 standard output was closed,
+those of a training run for ``train`` (see ``train.py``), 1 anything else. Command modules import heavy libraries only when their
+command runs, so that ``--help`` answers at once. Shell completion uses argcomplete: the shell calls galaxydist with
+``_ARGCOMPLETE`` set, and the parser answers with the possible words.
 """
 
 import argparse
 import errno
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args, get_origin
 
-from galaxydist import __version__
-from galaxydist.cli import bench, cluster, completion, data, evaluate, jobs, recipes, train
-from galaxydist.cli.options import CommandParser
+from galaxydist.atomic_files import NO_SPACE
+from galaxydist.cli import bench, cluster, data, evaluate, jobs, recipes, train
+from galaxydist.cli.options import CommandParser, Commands, HelpFormatter, add_command
 from galaxydist.cpus import set_up_process
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 from galaxydist.log import set_up_logging
+from galaxydist.version import __version__
 
-EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell counts it
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# A read-only file system; a file in the place of a folder, or the other way round.
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
+# A read-only file system, a file in place of a folder, or a folder in place of a file.
 NOT_WRITABLE = {errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 
 EPILOG = """examples:
-  galaxydist data simulate                   a simulated survey in Galaxy10's schema
-  galaxydist data fetch                      the real Galaxy10 DECaLS (2.5 GB)
-  galaxydist data shard                      shards of the real one, ready to train on
-  accelerate launch launch.py recipe=vit     train (key=value is a key of the recipe, see `galaxydist recipes vit`)
-  galaxydist evaluate runs/vit-0123abcd      judge a run on the test split
-  galaxydist report runs                     many runs: the results matrix as a page and as tables
+  galaxydist data simulate                   make a simulated survey in Galaxy10's schema
+  galaxydist data fetch                      download the real Galaxy10 DECaLS (2.5 GB)
+  galaxydist data shard                      write the real survey as shards, ready for training
+  accelerate launch launch.py recipe=vit     train (key=value changes a recipe key, see `galaxydist recipes vit`)
+  galaxydist evaluate runs/vit-0123abcd      evaluate a run on the test split
+  galaxydist report runs                     compare many runs: the results matrix as a page and as tables
 
-Data lies under --data-dir, else $GALAXYDIST_DATA, else the user's cache folder.
+Data is stored in --data-dir, else $GALAXYDIST_DATA, else the user's cache folder.
+"""
+COMPLETION_EPILOG = """to turn it on in this shell, and in all shells:
+  eval "$(galaxydist completion bash)"
+  echo 'eval "$(galaxydist completion bash)"' >> ~/.bashrc
+  galaxydist completion fish > ~/.config/fish/completions/galaxydist.fish
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets ``run``, a function of the parsed arguments that may return an exit code."""
+    """Build the parser of all commands; each sets ``run``, a function of the parsed arguments that may return an exit code."""
     parser = CommandParser(
         "galaxydist",
-        description="Galaxy morphology at scale: data, training, evaluation.",
+        description="Distributed training for galaxy morphology: data, training, evaluation.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"galaxydist {__version__}")
@@ -61,10 +69,67 @@ def build_parser() -> argparse.ArgumentParser:
         cluster.add_cluster,
         cluster.add_doctor,
         bench.add_parser,
-        completion.add_parser,
+        add_completion,
     ):
         add_parser(commands)
     return parser
+
+
+def add_completion(commands: Commands) -> None:
+    """Add the command."""
+    description = "Print the shell code that completes commands, options, recipes, clusters, keys and run folders."
+    parser = add_command(
+        commands, "completion", print_completion, "shell completion", description=description, epilog=COMPLETION_EPILOG
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="bash|zsh|fish", help="name of the shell")
+
+
+def print_completion(arguments: argparse.Namespace) -> None:
+    """Print the shell code."""
+    from argcomplete.shell_integration import shellcode
+
+    print(shellcode(["galaxydist"], shell=arguments.shell))
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Print the completions that the shell asks for, and end the process."""
+    import argcomplete
+
+    completer: Any = _complete_word
+    argcomplete.autocomplete(parser, always_complete_options="long", default_completer=completer, append_space=False)
+
+
+def _complete_word(prefix: str, action: argparse.Action, **_: Any) -> list[str]:
+    """Return the completions of one word: ``key=value`` for commands that take such arguments, else files."""
+    from argcomplete.completers import FilesCompleter
+
+    metavar = str(action.metavar or "")
+    if "=" not in metavar:
+        files: list[str] = FilesCompleter()(prefix)
+        return files
+    return [word for word in _settings(prefix, with_cluster="cluster" in metavar) if word.startswith(prefix)]
+
+
+def _settings(prefix: str, *, with_cluster: bool) -> Iterator[str]:
+    """Yield ``key=`` for the beginning of a key, and ``key=value`` for a complete key."""
+    from galaxydist.recipe.fields import RECIPE
+    from galaxydist.recipe.resolve import list_recipes
+
+    key, equals, _ = prefix.partition("=")
+    if not equals:
+        yield from ("recipe=", *(["cluster="] if with_cluster else []))
+        yield from (f"{name}=" for name in RECIPE.fields if name != "name")
+    elif key == "recipe":
+        yield from (f"recipe={name}" for name in list_recipes())
+    elif key == "cluster" and with_cluster:
+        from galaxydist.cluster.profile import list_clusters
+
+        yield from (f"cluster={name}" for name in list_clusters())
+    elif (field := RECIPE.fields.get(key)) is not None:
+        choices: tuple[str, ...] = ("true", "false") if field.annotation is bool else ()
+        if get_origin(field.annotation) is Literal:
+            choices = tuple(map(str, get_args(field.annotation)))
+        yield from (f"{key}={choice}" for choice in choices)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,11 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         set_up_process(os.environ)
         parser = build_parser()
-        if "_ARGCOMPLETE" in os.environ:  # the shell asks what could come next
-            from galaxydist.cli.completion import complete
-
+        if "_ARGCOMPLETE" in os.environ:  # a shell requests completions
             complete(parser)
-        parsed = parser.parse_args(arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        parsed = parser.parse_args(words)
+        parsed.command = shlex.join(["galaxydist", *words])  # for the provenance of pages
         code: int | None = parsed.run(parsed)
         sys.stdout.flush()
     except UserError as error:
@@ -86,16 +151,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("galaxydist: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more on its way out; give it a place to flush to.
+        # Python flushes stdout once more at exit, which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except OSError as error:
-        if error.errno in DISK_FULL:
-            return _fail(
-                f"no space left: {error.strerror} ({error.filename or 'while writing'}); free some and give the command again"
-            )
+        if error.errno in NO_SPACE:
+            return _fail(f"no space left: {error.strerror} ({error.filename or 'while writing'}); free some and try again")
         if isinstance(error, PermissionError) or error.errno in NOT_WRITABLE:
-            return _fail(f"not allowed: {error.strerror} ({error.filename}); choose another place, for example with --data-dir")
+            return _fail(f"not allowed: {error.strerror} ({error.filename}); choose another folder, for example with --data-dir")
         raise
     return code or 0
 

@@ -1,8 +1,10 @@
-"""Options and types that several commands share."""
+"""Command parser, and options and argument types that several commands share."""
 
 import argparse
+import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,24 +12,29 @@ from typing import TYPE_CHECKING, Any, cast
 from galaxydist.errors import UserError
 
 if TYPE_CHECKING:
-    from galaxydist.recipe.schema import ModelName  # its library takes a third of a second to import
+    from galaxydist.recipe.schema import ModelName  # importing pydantic takes a third of a second
 
 # ``add_subparsers`` returns a private type of argparse.
 Commands = Any
 
+DATASETS = {
+    "galaxy10_decals": "galaxydist data fetch",
+    "simulated": "galaxydist data simulate",
+}
+
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser for commands: options may stand between the positional arguments, and a wrong name gets the nearest right one."""
+    """Parser that accepts options between positional arguments and suggests the nearest name for an unknown one."""
 
     _is_intermixed = False
 
     def add_subparsers(self, **options: Any) -> Any:
-        """Add subcommands; without one of them the command prints its help."""
+        """Add subcommands; the command alone prints its help."""
         self.set_defaults(run=lambda _: self.print_help())
         return super().add_subparsers(**options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse; a command without subcommands takes its options anywhere and refuses arguments that it does not know."""
+        """Parse; a command without subcommands accepts options anywhere and refuses unknown arguments."""
         if self._subparsers is not None or self._is_intermixed:
             return super().parse_known_args(args, namespace)
         self._is_intermixed = True  # argparse's implementation calls this method for each of its two passes
@@ -51,15 +58,58 @@ class CommandParser(argparse.ArgumentParser):
             raise
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Formatter that wraps a description, but leaves text of several lines (examples) as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    help: str,
+    *,
+    description: str | None = None,
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
+    """Add a command and return its parser.
+
+    Args:
+        commands: the result of ``add_subparsers``.
+        name: the word on the command line.
+        run: is called with the parsed arguments; may return an exit code.
+        help: a fragment for the list of commands.
+        description: sentences above the options (default: ``help`` as a sentence).
+        epilog: examples below the options.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=description or f"{help[0].upper()}{help[1:]}.",
+        epilog=epilog,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_group(commands: Commands, name: str, help: str) -> Commands:
+    """Add a command that consists of subcommands, and return these."""
+    return add_command(commands, name, lambda _: None, help).add_subparsers(metavar="COMMAND")
+
+
 def _suggestion(names: Sequence[str], known: Sequence[str]) -> str:
-    """``; did you mean ...?`` with what is nearest to any of the names, or nothing. The last word of a known name counts too."""
+    """Return ``; did you mean ...?`` with the nearest known names, or an empty text; the last word of a known name counts too."""
     by_word = {word: text for text in known for word in (text.split()[-1], text)}
     close = [by_word[word] for name in names for word in get_close_matches(name, list(by_word), n=1)]
     return f"; did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
 
 
 def _subcommands(action: argparse.Action) -> list[str]:
-    """``data shard`` and the like, where the choices of an argument are commands."""
+    """Return names such as ``data shard``, if the choices of an argument are commands."""
     if not isinstance(action.choices, dict):
         return []
     return [
@@ -71,98 +121,81 @@ def _subcommands(action: argparse.Action) -> list[str]:
     ]
 
 
-DATASETS = {
-    "galaxy10_decals": "galaxydist data fetch",
-    "simulated": "galaxydist data simulate",
-}
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add ``recipe=NAME [key=value]``."""
+    parser.add_argument("recipe", nargs="+", metavar="recipe=NAME [key=value]", help="recipe, and values that override it")
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add ``[key=value]``."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the recipe")
+
+
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    """Add ``--data-dir``, the root of HDF5 files, shards, weights and caches."""
+    parser.add_argument(
+        "--data-dir", type=local_path, metavar="DIR", help="data root (default: $GALAXYDIST_DATA, then the user's cache folder)"
+    )
+
+
+def add_dataset(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dataset``, a survey in the data root."""
+    parser.add_argument(
+        "--dataset", choices=tuple(DATASETS), default="galaxy10_decals", help="survey in the data root (default: %(default)s)"
+    )
+
+
+def add_survey(parser: argparse.ArgumentParser) -> None:
+    """Add ``--from`` and ``--classes``, a survey outside the data root."""
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=local_path,
+        metavar="PATH",
+        help="other survey: an HDF5 file in Galaxy10's schema, or a folder of images",
+    )
+    parser.add_argument(
+        "--classes",
+        choices=("galaxy10",),
+        help="galaxy10: the folders 0 to 9 are the classes of Galaxy10 (default: each folder is a class of its own)",
+    )
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add ``--workers``, the number of processes."""
+    parser.add_argument("--workers", type=positive_int, metavar="N", help="number of processes (default: one per core)")
 
 
 def local_path(text: str) -> Path:
-    """An argparse type: a path on this machine. A URL is none: as a path it would lose a slash."""
+    """Parse a path on this machine; a URL is refused, because as a path it would lose a slash."""
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text} is a URL, and this takes a path on this machine: copy the data here first")
     return Path(text)
 
 
-def add_data_dir(parser: argparse.ArgumentParser) -> None:
-    """``--data-dir``: the root of HDF5 files, shards, weights and caches."""
-    parser.add_argument(
-        "--data-dir", type=local_path, metavar="DIR", help="data root (else $GALAXYDIST_DATA, else the user's cache folder)"
-    )
-
-
-def add_dataset(parser: argparse.ArgumentParser) -> None:
-    """``--dataset``: one of the surveys that lie under the data root."""
-    parser.add_argument(
-        "--dataset",
-        choices=tuple(DATASETS),
-        default="galaxy10_decals",
-        help="which survey of the data root (default: %(default)s)",
-    )
-
-
-def add_survey(parser: argparse.ArgumentParser) -> None:
-    """``--from`` and ``--classes``: a survey that lies elsewhere than under the data root."""
-    parser.add_argument(
-        "--from", dest="source", type=local_path, metavar="PATH", help="an HDF5 file in Galaxy10's schema or a folder of images"
-    )
-    parser.add_argument(
-        "--classes",
-        choices=("galaxy10",),
-        help="the folder's classes, named 0 to 9, are Galaxy10's labels (default: other classes)",
-    )
-
-
-def add_workers(parser: argparse.ArgumentParser) -> None:
-    """``--workers``: processes."""
-    parser.add_argument("--workers", type=positive_int, metavar="N", help="processes (default: one a core)")
-
-
-def chosen_root(arguments: argparse.Namespace) -> Path:
-    """The data root that the arguments and the environment name."""
-    from galaxydist.paths import data_root
-
-    return data_root(arguments.data_dir, os.environ)
-
-
-def find_manifests(text: str, root: Path, variant: str | None = None) -> list[str | Path]:
-    """The shards that a user means: a path or URL as it is, or those of a data set of that name under the data root.
-
-    Args:
-        text: the user's word.
-        root: the data root.
-        variant: of a data set only this variant.
-
-    Raises:
-        UserError: there is neither such a path nor such a data set.
-    """
-    from galaxydist.paths import find_shards
-
-    if "://" in text or Path(text).exists():
-        return [text]
-    there = find_shards(root)
-    found = [path for path in there.get(text, []) if variant in (None, path.parent.name)]
-    if not found:
-        named = ", ".join(f"{name} ({', '.join(path.parent.name for path in paths)})" for name, paths in there.items()) or "none"
-        raise UserError(
-            f"{text}{f' ({variant})' if variant else ''}: there is no such path, and no shards of that name in {root / 'shards'} "
-            f"(data sets there: {named}). Make them with `galaxydist data shard`, or give the path of a manifest"
-        )
-    return [*found]
-
-
 def positive_int(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     return _whole_number(text, 1)
 
 
 def non_negative_int(text: str) -> int:
-    """An argparse type: a whole number of at least 0."""
+    """Parse a whole number of at least 0."""
     return _whole_number(text, 0)
 
 
+def positive_number(text: str) -> float:
+    """Parse a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
 def fold(text: str) -> tuple[int, int]:
-    """An argparse type: ``K/N`` with K from 1 to N, as (K - 1, N)."""
+    """Parse ``K/N`` with K from 1 to N, as (K - 1, N)."""
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 2 <= int(count) <= 100 and 1 <= int(number) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not K/N with N from 2 to 100 and K from 1 to N, like 1/3")
@@ -179,11 +212,44 @@ def _whole_number(text: str, least: int) -> int:
     return number
 
 
-def survey_source(arguments: argparse.Namespace, root: Path) -> Path:
-    """The survey file or folder that the arguments name: ``--from``, else the chosen survey of the data root.
+def chosen_root(arguments: argparse.Namespace) -> Path:
+    """Return the data root that the arguments and the environment name."""
+    from galaxydist.paths import data_root
+
+    return data_root(arguments.data_dir, os.environ)
+
+
+def find_manifests(text: str, root: Path, variant: str | None = None) -> list[str | Path]:
+    """Return the manifests that the user names: a path or URL as it is, or those of a data set in the data root.
+
+    Args:
+        text: path, URL or name.
+        root: the data root.
+        variant: only this variant of a data set.
 
     Raises:
-        UserError: it is not there; names the command that makes it.
+        UserError: there is neither such a path nor such a data set.
+    """
+    from galaxydist.paths import find_shards
+
+    if "://" in text or Path(text).exists():
+        return [text]
+    known = find_shards(root)
+    found = [path for path in known.get(text, []) if variant in (None, path.parent.name)]
+    if not found:
+        named = ", ".join(f"{name} ({', '.join(path.parent.name for path in paths)})" for name, paths in known.items()) or "none"
+        raise UserError(
+            f"{text}{f' ({variant})' if variant else ''}: there is no such path, and no shards of that name in {root / 'shards'} "
+            f"(data sets there: {named}). Make them with `galaxydist data shard`, or give the path of a manifest"
+        )
+    return [*found]
+
+
+def survey_source(arguments: argparse.Namespace, root: Path) -> Path:
+    """Return the survey file or folder that the arguments name: ``--from``, else the survey in the data root.
+
+    Raises:
+        UserError: it does not exist; the text has the command that makes it.
     """
     from galaxydist.paths import hdf5_path
 
@@ -194,22 +260,19 @@ def survey_source(arguments: argparse.Namespace, root: Path) -> Path:
         return source
     path = hdf5_path(root, arguments.dataset)
     if not path.is_file():
+        others = " (or use `--dataset simulated`, or `--from` for a file or folder of your own)"
         raise UserError(
-            f"{arguments.dataset} is not under the data root: there is no {path}. Make it with `{DATASETS[arguments.dataset]}`"
-            + (
-                " (or use `--dataset simulated`, or `--from` for a file or folder of your own)"
-                if arguments.dataset != "simulated"
-                else ""
-            )
+            f"{arguments.dataset} is not in the data root: there is no {path}. Make it with `{DATASETS[arguments.dataset]}`"
+            + (others if arguments.dataset != "simulated" else "")
         )
     return path
 
 
 def known_model(name: str) -> "ModelName":
-    """A model's name, checked.
+    """Return a model's name after a check.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no such model.
     """
     from typing import get_args
 
@@ -218,3 +281,14 @@ def known_model(name: str) -> "ModelName":
     if name not in get_args(ModelName):
         raise UserError(f"--model {name}: there is no such model; there are {', '.join(get_args(ModelName))}")
     return cast("ModelName", name)
+
+
+def confirm(question: str, refusal: str) -> bool:
+    """Ask a question on the terminal and return True for yes.
+
+    Raises:
+        UserError: standard input is not a terminal; the text is ``refusal``.
+    """
+    if not sys.stdin.isatty():
+        raise UserError(refusal)
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")

@@ -1,6 +1,7 @@
-"""``galaxydist recipes``: which recipes there are, and every value of one with where it came from."""
+"""``galaxydist recipes`` and ``galaxydist weights``; tables of named YAML files and of resolved configurations."""
 
 import argparse
+import os
 import re
 import shutil
 import textwrap
@@ -8,79 +9,81 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from galaxydist.cli.options import Commands, add_data_dir, chosen_root, local_path
+from galaxydist.cli.options import (
+    Commands,
+    add_command,
+    add_data_dir,
+    add_group,
+    add_overrides,
+    add_recipe,
+    local_path,
+)
+from galaxydist.errors import UserError
 
-# ``galaxydist weights``: published weights into the cache, for machines without a network; a run's own weights into a file.
+MAX_WIDTH = 100  # columns, also on a wider terminal
+MAX_VALUE_WIDTH = 20  # columns of a value before the description moves
 
 
 def add_weights(commands: Commands) -> None:
-    """Add the commands."""
-    parser = commands.add_parser(
-        "weights", help="published weights, and a run's own", description="Weights in files.", allow_abbrev=False
-    )
-    inner = parser.add_subparsers(metavar="COMMAND")
-    fetch = inner.add_parser(
+    """Add ``weights fetch`` and ``weights save``."""
+    inner = add_group(commands, "weights", "published weights, and the weights of a run")
+    fetch = add_command(
+        inner,
         "fetch",
-        help="download the published weights that a recipe starts from",
-        description="Download the published weights that a recipe starts from into the data root.",
-        allow_abbrev=False,
+        run_fetch,
+        "download the published weights of a recipe",
+        description="Download the published weights of a recipe into the data root, for machines without a network.",
     )
-    fetch.add_argument("recipe", nargs="+", metavar="recipe=NAME [key=value]", help="the recipe")
+    add_recipe(fetch)
     add_data_dir(fetch)
-    fetch.set_defaults(run=run_fetch)
-    save = inner.add_parser(
+    save = add_command(
+        inner,
         "save",
-        help="a run's weights as one file",
-        description="Write the weights that a run is judged by as a safetensors file, for model.weights=FILE of another run.",
-        allow_abbrev=False,
+        run_save,
+        "write the weights of a run to one file",
+        description="Write the weights that a run is evaluated with to a safetensors file, for model.weights=FILE of other runs.",
     )
-    save.add_argument("run_dir", type=local_path, metavar="RUN", help="a run folder")
-    save.add_argument("target", type=local_path, metavar="FILE", help="the .safetensors file to write")
-    save.set_defaults(run=run_save)
+    save.add_argument("run_dir", type=local_path, metavar="RUN", help="run folder")
+    save.add_argument("target", type=local_path, metavar="FILE", help=".safetensors file to write")
 
 
 def run_fetch(arguments: argparse.Namespace) -> None:
-    """Download the weights, unless they are there."""
+    """Download the weights, unless they exist."""
     from galaxydist.recipe.resolve import load_recipe
 
     recipe = load_recipe(arguments.recipe).recipe
-    if arguments.data_dir is None:
-        arguments.data_dir = recipe.data.dir
 
     from galaxydist.models.weights import fetch_weights
-    from galaxydist.paths import weights_dir
+    from galaxydist.paths import data_root, weights_dir
 
-    print(f"weights of {recipe.model.name}: {fetch_weights(recipe.model, weights_dir(chosen_root(arguments)))}")
+    root = data_root(arguments.data_dir or recipe.data.dir, os.environ)
+    print(f"weights of {recipe.model.name}: {fetch_weights(recipe.model, weights_dir(root))}")
 
 
 def run_save(arguments: argparse.Namespace) -> None:
-    """Write the run's weights."""
+    """Write the weights of the run."""
     from galaxydist.evaluation.evaluator import save_weights
 
     step = save_weights(arguments.run_dir, arguments.target)
     print(f"weights of {arguments.run_dir} at step {step}: {arguments.target}")
 
 
-# How named YAML files, and one of them resolved, are listed on a terminal.
-
-MAX_WIDTH = 100  # columns, on a wider terminal too
-MAX_VALUE_WIDTH = 20  # of a value, before the columns after it move
-
-
 def print_files(files: Mapping[str, Path]) -> None:
-    """Print each name with the first sentence of the comment that its file begins with."""
+    """Print each name with the first sentence of the comment at the top of its file."""
+    from galaxydist.recipe.reference_page import first_sentence
+
     width = max((len(name) for name in files), default=0)
     for name, path in files.items():
-        _print_wrapped(f"{name:{width}}  ", _first_sentence(path.read_text(encoding="utf-8", errors="replace")))
+        _print_wrapped(f"{name:{width}}  ", first_sentence(path))
 
 
 def print_resolved(values: Mapping[str, Any], origins: Mapping[str, str], notes: Mapping[str, str]) -> None:
-    """Print every key with its value, its origin where that is not the schema's default (marked by a star), and its description.
+    """Print all keys with value and description; a star and the origin mark values that differ from the schema's default.
 
     Args:
         values: plain values by dotted key.
-        origins: dotted key -> where the value came from.
-        notes: dotted key -> the description.
+        origins: origin of each value, by dotted key.
+        notes: description by dotted key.
     """
     from galaxydist.recipe.resolve import SCHEMA_DEFAULT
     from galaxydist.recipe.scalars import to_text
@@ -95,7 +98,7 @@ def print_resolved(values: Mapping[str, Any], origins: Mapping[str, str], notes:
 
 
 def _print_wrapped(head: str, text: str) -> None:
-    """Print the text after its head, on as many lines as it needs, all of them indented like the first."""
+    """Print ``head`` and the wrapped text, whose lines are all indented like the first."""
     width = min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
     hanging = re.sub(r"[^#\s]", " ", head) if head.endswith("# ") else " " * len(head)
     room = max(width - len(head), 24)
@@ -105,51 +108,38 @@ def _print_wrapped(head: str, text: str) -> None:
         print(f"{hanging}{line}")
 
 
-def _first_sentence(text: str) -> str:
-    """The first sentence of the comment at the top of a YAML file, or nothing."""
-    comment = re.match(r"(?:[ \t]*#[^\n]*(?:\n|$))*", text)
-    words = re.sub(r"\s+", " ", re.sub(r"(?m)^[ \t]*#", "", comment.group() if comment else "")).strip()
-    return re.split(r"(?<=\.) (?=[^a-z0-9])", words, maxsplit=1)[0]
-
-
 def add_recipes(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add_parser(
-        "recipes",
-        help="list the recipes, or show one resolved",
-        description="List the recipes, or show one resolved.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a recipe's name or file; without it, list them")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="shown as the run would see them")
-    parser.set_defaults(run=run_recipes)
+    description = "List the recipes, or show all values of one with their origins."
+    parser = add_command(commands, "recipes", run_recipes, "list the recipes, or show one", description=description)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="name or file of a recipe (default: list all recipes)")
+    add_overrides(parser)
+    parser.add_argument("--markdown", action="store_true", help="print a reference page of all keys and shipped recipes")
 
 
 def run_recipes(arguments: argparse.Namespace) -> None:
-    """List the recipes, or show one."""
-    if arguments.name is None:
-        _list()
+    """List the recipes, show one, or print the reference page."""
+    if arguments.markdown:
+        from galaxydist.recipe.reference_page import render_reference
+
+        if arguments.name is not None:
+            raise UserError(f"--markdown describes all recipes; leave {arguments.name} out")
+        print(render_reference(), end="")
+    elif arguments.name is None:
+        from galaxydist.recipe.resolve import list_recipes
+
+        print_files(list_recipes())
     else:
         _show(arguments.name.removeprefix("recipe="), arguments.overrides)
 
 
-def _list() -> None:
-    from galaxydist.recipe.resolve import list_recipes
-
-    print_files(list_recipes())
-
-
 def _show(name: str, overrides: list[str]) -> None:
-    from galaxydist.recipe.fields import recipe_fields
+    from galaxydist.recipe.fields import RECIPE
     from galaxydist.recipe.identity import flatten, run_name
     from galaxydist.recipe.resolve import load_recipe
-    from galaxydist.recipe.scalars import describe_type
 
     resolved = load_recipe([f"recipe={name}", *overrides])
     print(f"# {resolved.path}; run folder {run_name(resolved.recipe)}")
-    print("# *: not the default. [run]: does not change the numbers, and may change when the run is continued.")
-    notes = {
-        key: f"{'[run] ' if field.kind == 'run' else ''}{field.description or describe_type(field.annotation)}"
-        for key, field in recipe_fields().items()
-    }
+    print("# *: not the default. [run]: does not change the numbers, may be changed when the run is continued.")
+    notes = {key: f"{'[run] ' if field.kind == 'run' else ''}{field.description}" for key, field in RECIPE.fields.items()}
     print_resolved(flatten(resolved.recipe), resolved.origins, notes)

@@ -32,7 +32,7 @@ class Target:
 
     @property
     def text(self) -> str:
-        """The job in words."""
+        """Description of the job for messages."""
         local = "local " if self.is_local else ""
         return f"{local}job {self.job_id}" + (f" ({self.run})" if self.run is not None else "")
 
@@ -74,11 +74,11 @@ def find_targets(texts: Sequence[str], find_folder: Callable[[str], Path]) -> Ca
         folder = find_folder(text)
         found = find_runs(folder)
         if not found:
-            raise UserError(f"{folder} holds no runs. Give a run folder, a folder that holds some, or a job id.")
+            raise UserError(f"{folder} contains no runs. Give a run folder, a folder with run folders, or a job id.")
         runs |= dict.fromkeys(found)
     jobs = [Target(job.job_id, run, job) for run in runs for job in JobFiles(run).jobs()]
     states = read_states(list(dict.fromkeys(target.job_id for target in jobs if not target.is_local)))
-    active = [target for target in jobs if _is_active(target, states[target.job_id].is_active if not target.is_local else None)]
+    active = [target for target in jobs if _is_active(target, states)]
     by_id = {target.job_id: target for target in (*given, *active)}
     with_job = {target.run for target in active}
     return CancelTargets(tuple(by_id.values()), tuple(_note(run, states) for run in runs if run not in with_job))
@@ -94,22 +94,22 @@ def cancel(targets: Sequence[Target]) -> list[str]:
         SlurmUnavailableError: SLURM does not answer.
     """
     refused = cancel_jobs(target.job_id for target in targets if not target.is_local)
-    told = []
+    messages = []
     for target in targets:
         if target.is_local:
             done = running_jobs.stop(target.job) if target.job is not None else False
-            told.append(f"{target.text}: told to save and end" if done else f"{target.text}: it has ended by itself")
+            messages.append(f"{target.text}: got the signal to save and exit" if done else f"{target.text}: it has already ended")
         elif target.job_id in refused:
-            told.append(f"{target.text}: not cancelled: {refused[target.job_id]}")
+            messages.append(f"{target.text}: not cancelled: {refused[target.job_id]}")
         else:
-            told.append(f"{target.text}: cancelled")
-    return told
+            messages.append(f"{target.text}: cancelled")
+    return messages
 
 
-def _is_active(target: Target, in_slurm: bool | None) -> bool:
-    if in_slurm is not None:
-        return in_slurm
-    return target.job is not None and running_jobs.find_controller(target.job) is not None
+def _is_active(target: Target, states: Mapping[str, JobState]) -> bool:
+    if target.job is not None and target.is_local:
+        return running_jobs.find_controller(target.job) is not None
+    return states[target.job_id].is_active
 
 
 def _note(run: Path, states: Mapping[str, JobState]) -> str:
@@ -117,6 +117,6 @@ def _note(run: Path, states: Mapping[str, JobState]) -> str:
     folder = RunFolder(run)
     holder = lock_holder(folder.lock_path, states)
     if holder is not None:
-        end = f"kill {holder.pid}` on {holder.host}" if holder.job_id is None else f"scancel {holder.job_id}`"
-        return f"{run}: started by hand, not by galaxydist submit: end it with `{end}"
-    return f"{run}: {'is finished' if folder.is_finished else 'no job of it waits or runs'}"
+        command = f"kill {holder.pid}` on {holder.host}" if holder.job_id is None else f"scancel {holder.job_id}`"
+        return f"{run}: started by hand, not by galaxydist submit: stop it with `{command}"
+    return f"{run}: {'it is finished' if folder.is_finished else 'it has no job that waits or runs'}"

@@ -1,6 +1,6 @@
 """submitit executors of a cluster profile.
 
-Unlike submitit's own, they end a job with a dead rank, requeue from the batch script, and start ranks with ``task.py``.
+Unlike submitit's own, they end a job if one rank dies, requeue from the batch script, and start ranks with ``task.py``.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ def build_executor(
         name: of the job.
         code: the snapshot, put first on PYTHONPATH.
         after_srun: command that the batch script runs with srun's exit code, or with ``told-to-end`` on SIGTERM.
-        parallel: most tasks of an array that run at the same time.
+        parallel: most tasks of an array that run at a time.
         after: id of a job that must end first, successful or not.
 
     Raises:
@@ -105,7 +105,7 @@ def build_executor(
         slurm = SlurmExecutor(folder, python=_python(cluster))
     except RuntimeError as error:
         raise UserError(
-            "There is no SLURM on this machine (srun is not on the PATH). Give the command on a login node of the cluster, or "
+            "There is no SLURM on this machine (srun is not on the PATH). Run the command on a login node of the cluster, or "
             "use cluster=local to run on this machine."
         ) from error
     slurm.update_parameters(
@@ -127,16 +127,16 @@ def explain_refusal(cluster_name: str) -> Iterator[None]:
     try:
         yield
     except (FailedJobError, FailedSubmissionError) as error:
-        said = " ".join(line.strip() for line in str(error).splitlines() if "error:" in line) or str(error).strip()
-        if is_unavailable(said):
+        message = " ".join(line.strip() for line in str(error).splitlines() if "error:" in line) or str(error).strip()
+        if is_unavailable(message):
             raise SlurmUnavailableError(
-                f"SLURM could not be asked: {said}\nNothing is wrong with the run or the profile. Try again in a minute; should "
-                "slurmctld have taken the job all the same, `squeue --me` shows it."
+                f"SLURM did not answer: {message}\nNothing is wrong with the run or the profile. Try again in a minute; `squeue "
+                "--me` shows whether slurmctld has accepted the job all the same."
             ) from error
         raise UserError(
-            f"SLURM did not take the job: {said}\nChange what it names in the profile {cluster_name} or on the command line "
-            f"(cluster.partition, cluster.account, cluster.qos, cluster.time, ...); `galaxydist cluster show {cluster_name}` "
-            "shows all of it, `sinfo` and `sacctmgr show assoc user=$USER` what there is."
+            f"SLURM did not accept the job: {message}\nChange the setting that it names in the profile {cluster_name} or on the "
+            f"command line (cluster.partition, cluster.account, cluster.qos, cluster.time, ...); `galaxydist cluster show "
+            f"{cluster_name}` shows the profile, `sinfo` and `sacctmgr show assoc user=$USER` what you can choose from."
         ) from error
 
 
@@ -146,18 +146,18 @@ def _slurm_parameters(cluster: ClusterConfig) -> dict[str, Any]:
         srun.append(f"--cpus-per-task={cluster.cpus_per_task}")  # since SLURM 22.05 srun does not inherit it from the job
     srun += [f"--{option}" for option in cluster.srun]
     srun.append("--export=ALL")  # the tasks need the script's exports, and a site may have another default
-    further: dict[str, Any] = {"no-requeue" if cluster.requeue == "never" else "requeue": True}
+    additional: dict[str, Any] = {"no-requeue" if cluster.requeue == "never" else "requeue": True}
     for option in cluster.extra:
         key, equals, value = option.lstrip("-").partition("=")
-        further[key] = value if equals else True
+        additional[key] = value if equals else True
     if cluster.memory_mb is not None:
-        further["mem"] = f"{cluster.memory_mb}M"
+        additional["mem"] = f"{cluster.memory_mb}M"
     if cluster.reservation is not None:
-        further["reservation"] = cluster.reservation
-    asked = f"{cluster.gpu_type}:{cluster.gpus_per_node}" if cluster.gpu_type else f"{cluster.gpus_per_node}"
+        additional["reservation"] = cluster.reservation
+    gpus = f"{cluster.gpu_type}:{cluster.gpus_per_node}" if cluster.gpu_type else f"{cluster.gpus_per_node}"
     if cluster.gpus_per_node:
-        further |= {"gres": f"gpu:{asked}"} if cluster.gpu_request == "gres" else {"gpus-per-node": asked}
-    given = {
+        additional |= {"gres": f"gpu:{gpus}"} if cluster.gpu_request == "gres" else {"gpus-per-node": gpus}
+    parameters = {
         "time": cluster.time_min,
         "nodes": cluster.nodes,
         "ntasks_per_node": cluster.tasks_on_node,
@@ -171,9 +171,9 @@ def _slurm_parameters(cluster: ClusterConfig) -> dict[str, Any]:
         "comment": cluster.comment,
         "signal_delay_s": cluster.signal_s,
         "srun_args": srun,
-        "additional_parameters": further,
+        "additional_parameters": additional,
     }
-    return {key: value for key, value in given.items() if value is not None}
+    return {key: value for key, value in parameters.items() if value is not None}
 
 
 def _before_srun(command: str) -> list[str]:
@@ -198,10 +198,10 @@ def _after_srun(command: str) -> list[str]:
 
 def _dependency(cluster: ClusterConfig, after: str | None) -> str | None:
     """Return sbatch's dependency: the profile's ``after``, and the previous job of a chain."""
-    asked = None if cluster.after is None else str(cluster.after)
-    if asked is not None and ":" not in asked:
-        asked = f"afterok:{asked}"
-    return ",".join(filter(None, (asked, f"afterany:{after}" if after else None))) or None
+    given = "" if cluster.after is None else str(cluster.after)
+    if given and ":" not in given:
+        given = f"afterok:{given}"
+    return ",".join(filter(None, (given, f"afterany:{after}" if after else ""))) or None
 
 
 def _python(cluster: ClusterConfig) -> str:

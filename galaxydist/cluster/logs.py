@@ -8,6 +8,7 @@ from pathlib import Path
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.slurm import UNKNOWN, JobState
 from galaxydist.cluster.srun_messages import START_MARK, find_remedy
+from galaxydist.runs.folder import RunFolder
 from galaxydist.runs.metrics_log import read_tail
 
 _ERROR_BYTES = 16_384
@@ -47,37 +48,38 @@ def submitit_logs(job: JobRecord, rank: int = 0) -> list[Path]:
     return [folder / f"{stem}.{end}" for folder in sorted(folders) for stem in stems for end in ("out", "err")]
 
 
-def explain_end(files: JobFiles, job: JobRecord | None, told: JobState | None, *, group: str) -> str | None:
+def explain_end(files: JobFiles, job: JobRecord | None, job_state: JobState | None, *, group: str) -> str | None:
     """Explain the end of a run's newest start, ignoring errors of earlier ones; None if unknown.
 
     Args:
         files: of the run.
         job: the run's newest job.
-        told: that job's state from SLURM.
+        job_state: that job's state from SLURM.
         group: the run's group, such as ``pending`` or ``failed``.
     """
     # The newest start that has ended: a pending one has not begun.
-    newest = told.restarts - (group == "pending") if told is not None and told.state != UNKNOWN else 0
+    newest = job_state.restarts - (group == "pending") if job_state is not None and job_state.state != UNKNOWN else 0
     last = next(reversed(files.restarts()), None)
 
     def is_newest(job_id: str, restart: int) -> bool:
         return job is None or (job_id == job.job_id and restart >= newest) or job_id == job.resubmits
 
-    failure = files.failure() or {}
+    folder = RunFolder(files.run_dir)
+    failure = folder.read_failure() or {}
     job_id, _, restart = str(failure.get("start") or "").rpartition(".")
-    noted = str(failure.get("error") or failure.get("kind"))
+    error = str(failure.get("error") or failure.get("kind"))
     # A start by hand leaves no record; a job writes its record after all its ranks have ended.
     since = max(job.time if job is not None else 0.0, last.time if last is not None else 0.0)
-    if failure and not job_id and files.failed_at() > since:
-        return noted
+    if failure and not job_id and folder.failure_path.stat().st_mtime > since:
+        return error
     if last is not None and last.decision != "finished" and is_newest(last.job_id, last.restart):
         return last.error or last.reason
     if group == "pending" and newest >= 0:
-        return "SLURM queued the job again itself: one of its nodes failed, or it was preempted"
+        return "SLURM requeued the job itself: one of its nodes failed, or it was preempted"
     if failure and job_id and is_newest(job_id, int(restart)):
-        return noted
-    if told is not None and told.state == "TIMEOUT":
-        return "it reached its time limit and could not queue itself again; the same galaxydist submit goes on"
+        return error
+    if job_state is not None and job_state.state == "TIMEOUT":
+        return "it reached its time limit and could not requeue itself; the same galaxydist submit continues it"
     return last_error_line(files, job) if group == "failed" else None
 
 
@@ -90,19 +92,19 @@ def last_error_line(files: JobFiles, job: JobRecord | None) -> str | None:
         files: of the run.
         job: the run's newest job.
     """
-    caught = [path for rank in range(2) for path in submitit_logs(job, rank)] if job is not None else []
-    for path in caught:
+    captured = [path for rank in range(2) for path in submitit_logs(job, rank)] if job is not None else []
+    for path in captured:
         if remedy := find_remedy([line.decode(errors="replace") for line in _newest_lines(path, START_MARK.encode())]):
             return remedy
     mark = b"galaxydist: job " + (f"{job.job_id}, restart".encode() if job is not None else b"")
     logs = [path for path in files.rank_logs()[:_MOST_RANKS] if job is None or _mentions(path, mark)]
-    for path in (*logs, *caught):
-        for line in reversed(_newest_lines(path, START_MARK.encode() if path in caught else mark)):
+    for path in (*logs, *captured):
+        for line in reversed(_newest_lines(path, START_MARK.encode() if path in captured else mark)):
             if _ERROR.search(line):
                 return line.decode(errors="replace").strip()[:_LINE_BYTES]
-    if job is not None and job.scheduler == "slurm" and job.folder.is_dir() and not any(path.exists() for path in caught):
+    if job is not None and job.scheduler == "slurm" and job.folder.is_dir() and not any(path.exists() for path in captured):
         return (
-            f"its node wrote nothing into {job.folder}: it does not see that folder, or may not write to it. Put the runs on a "
+            f"its node wrote no output to {job.folder}: it does not see that folder, or may not write to it. Put the runs on a "
             "file system that all nodes share (run.root=FOLDER)"
         )
     return None
@@ -157,21 +159,18 @@ def follow(find: Callable[[], list[Path]], shown: Mapping[Path, int], *, poll_s:
         shown: bytes of each log that are already shown.
         poll_s: seconds between two polls.
     """
-    places = dict(shown)
+    positions = dict(shown)
     while True:
         for path, size in sizes(find()).items():
-            start = places.get(path, 0)
+            start = positions.get(path, 0)
             start = start if start <= size else 0
             if size > start:
                 with path.open("rb") as file:
                     file.seek(start)
                     yield file.read(size - start)
-            places[path] = size
+            positions[path] = size
         time.sleep(poll_s)
 
 
 def _is_filled(path: Path) -> bool:
-    try:
-        return path.stat().st_size > 0
-    except FileNotFoundError:
-        return False
+    return path.is_file() and path.stat().st_size > 0

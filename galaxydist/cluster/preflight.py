@@ -15,16 +15,17 @@ from galaxydist.models.weights import find_weights
 from galaxydist.paths import data_root, weights_dir
 from galaxydist.planner.limits import check_processes
 from galaxydist.recipe.resolve import ResolvedRecipe
+from galaxydist.recipe.rules import check_optimizer
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.training.resume import check_would_continue
 
 # Folders that are local to every node.
-OF_THE_NODE = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path("/run"))
+LOCAL_FOLDERS = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), Path("/run"))
 IN_MEMORY = {"tmpfs", "ramfs"}
 
 
-def check_shared(folder: Path, what: str, remedy: str) -> None:
+def check_shared(folder: Path, name: str, remedy: str) -> None:
     """Raise an error if a folder lies on storage that is local to each machine.
 
     A local disk of the login node is accepted, since the nodes may mount it over the network; `galaxydist doctor cluster=NAME`
@@ -32,29 +33,36 @@ def check_shared(folder: Path, what: str, remedy: str) -> None:
 
     Args:
         folder: need not exist.
-        what: name of the folder in the message, such as ``run folder``.
+        name: of the folder in the message, such as ``run folder``.
         remedy: the keys that choose another folder.
 
     Raises:
         UserError: the folder is not shared.
         SlurmUnavailableError: SLURM must be asked for the cluster's nodes, and does not answer.
     """
-    why = _why_not(folder.resolve())
-    if why is not None and not _is_only_host():
+    storage = _local_storage(folder.resolve())
+    if storage is not None and not _is_only_host():
         raise UserError(
-            f"The {what} {folder} lies {why}, which the nodes of the cluster do not see. Put it on a file system that all "
-            f"of them share, such as your home or project folder: {remedy} (`galaxydist doctor cluster=NAME` looks whether the "
+            f"The {name} {folder} lies {storage}, which the nodes of the cluster do not see. Put it on a file system that all "
+            f"of them share, such as your home or project folder: {remedy} (`galaxydist doctor cluster=NAME` checks that the "
             "nodes see it)."
         )
 
 
-def _why_not(path: Path) -> str | None:
-    for place in OF_THE_NODE:
-        if path.is_relative_to(place):
-            return f"in {place}"
+def _local_storage(path: Path) -> str | None:
+    """Describe the storage of a path if it is local to each machine, else return None."""
+    for folder in LOCAL_FOLDERS:
+        if path.is_relative_to(folder):
+            return f"in {folder}"
+    kind = file_system(path)
+    return f"in memory ({kind})" if kind in IN_MEMORY else None
+
+
+def file_system(folder: Path) -> str | None:
+    """Return the type of a folder's file system, such as ``ext4``, ``nfs4`` or ``tmpfs``; None if it is unknown."""
     mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
-    mount = next((parent for parent in (path, *path.parents) if parent in mounts), None)
-    return f"in memory ({mounts[mount]} at {mount})" if mount is not None and mounts[mount] in IN_MEMORY else None
+    path = folder.resolve()
+    return next((mounts[parent] for parent in (path, *path.parents) if parent in mounts), None)
 
 
 def _is_only_host() -> bool:
@@ -91,6 +99,8 @@ def check_request(resolved: ResolvedRecipe, cluster: ClusterConfig, environ: Map
         raise UserError(f"model.weights={recipe.model.weights}: there is no such file on this machine")
     run_dir = build_request(resolved, ()).run_dir
     is_due = check_would_continue(RunFolder(run_dir), recipe, manifest)
+    if is_due:
+        check_optimizer(recipe.optim.name)
     if cluster.scheduler == "slurm":
         check_shared(run_dir, "run folder", "run.root=FOLDER or run.dir=FOLDER")
         if manifest.remote is None:

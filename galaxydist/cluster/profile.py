@@ -1,12 +1,13 @@
 """Cluster profiles: typed YAML files with the resources and settings of a job.
 
-They are as strict as recipes; ``cluster.nodes=2`` on the command line changes one value.
+They are checked as strictly as recipes; ``cluster.nodes=2`` on the command line changes one value.
 """
 
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,10 +18,10 @@ from galaxydist.recipe.fields import CrossFieldRule, Schema
 from galaxydist.recipe.resolve import ConfigError, ConfigSpec, list_files, load_config
 from galaxydist.recipe.schema import Count, Section
 
-# From the start of the job to the first step: 8 s on a laptop (`galaxydist bench startup`), longer if the nodes read Python
-# over the network.
+# Time from the start of the job to the first step: 8 s on a laptop (`galaxydist bench startup`), longer if the nodes read
+# Python over the network.
 START_UP_S = 30
-# Least time from the signal to the time limit, for writing a checkpoint and exiting.
+# Shortest time between the signal and the time limit, for writing a checkpoint and exiting.
 MIN_SIGNAL_S = 10
 # "Due to the resolution of event handling by Slurm, the signal may be sent up to 60 seconds earlier than specified" (sbatch(1)).
 EARLY_S = 60
@@ -51,19 +52,8 @@ KEYS_OF_OPTIONS = {
 }  # fmt: skip
 # Options of sbatch, and below of srun, that galaxydist sets itself.
 OWN_OPTIONS = {
-    "array",
-    "output",
-    "error",
-    "open-mode",
-    "job-name",
-    "wrap",
-    "chdir",
-    "parsable",
-    "test-only",
-    "wait",
-}
-
-
+    "array", "output", "error", "open-mode", "job-name", "wrap", "chdir", "parsable", "test-only", "wait",
+}  # fmt: skip
 OWN_SRUN_OPTIONS = {"output", "error", "input", "unbuffered", "kill-on-bad-exit", "multi-prog", "test-only", "job-name", "chdir"}
 
 
@@ -111,13 +101,13 @@ def _time_for_work(scheduler: str, time: int | str, signal_s: int) -> str | None
     if scheduler == "local":
         return None  # a local run has no time limit
     if signal_s >= time_s:
-        return f"the processes would be told to save {signal_s} s before the end of a job of {time_s} s; make the limit longer"
+        return f"the signal to save would come {signal_s} s before the end of a job of {time_s} s; raise the limit"
     most = time_s - EARLY_S - START_UP_S
     if signal_s > most:
         later = f", or signal_s={most} or less" if most >= MIN_SIGNAL_S else ""
         return (
-            f"a start takes {START_UP_S} s, and the processes may be told to save {EARLY_S} s earlier (by SLURM's clock) than "
-            f"{signal_s} s before the limit of {time_s} s, so that no step is done: give it "
+            f"a start takes {START_UP_S} s, and SLURM may send the signal to save {EARLY_S} s earlier than "
+            f"{signal_s} s before the limit of {time_s} s, so that no step is done: set "
             f"{-(-(START_UP_S + EARLY_S + signal_s) // 60)} minutes or more{later}"
         )
     return None
@@ -125,7 +115,7 @@ def _time_for_work(scheduler: str, time: int | str, signal_s: int) -> str | None
 
 def _local_nodes(scheduler: str, nodes: int) -> str | None:
     return (
-        "there is one local machine; take nodes=1, or a profile with scheduler: slurm"
+        "there is one local machine; set nodes=1, or use a profile with scheduler: slurm"
         if scheduler == "local" and nodes > 1
         else None
     )
@@ -133,7 +123,7 @@ def _local_nodes(scheduler: str, nodes: int) -> str | None:
 
 def _only_slurm(scheduler: str, *values: object) -> str | None:
     if scheduler == "local" and any(value is not None and value != () for value in values):
-        return "local runs know nothing of it; leave it out, or take a profile with scheduler: slurm"
+        return "local runs do not use it; remove it, or use a profile with scheduler: slurm"
     return None
 
 
@@ -141,10 +131,10 @@ def _gpu_type(gpu_type: str | None, gpus_per_node: int) -> str | None:
     if gpu_type is None:
         return None
     if not re.fullmatch(r"[A-Za-z0-9_.+-]+", gpu_type):
-        return "give the type alone: a100 for gpu:a100:4"
+        return "give only the type: a100 for gpu:a100:4"
     if gpus_per_node > 1 and is_mig(gpu_type):
-        return "its GPUs are MIG slices, and CUDA shows a process the first of a node's alone: take gpus_per_node=1"
-    return None if gpus_per_node else "no GPUs are asked for; set gpus_per_node too"
+        return "its GPUs are MIG slices, of which CUDA shows a process only the first: set gpus_per_node=1"
+    return None if gpus_per_node else "no GPUs are requested; set gpus_per_node too"
 
 
 def is_mig(gpu_type: str) -> bool:
@@ -157,9 +147,9 @@ def is_mig(gpu_type: str) -> bool:
 
 def _tasks(tasks_per_node: int, gpus_per_node: int) -> str | None:
     if gpus_per_node and tasks_per_node > gpus_per_node:
-        return "two processes cannot share a GPU; take 0, which is one a GPU"
+        return "two processes cannot share a GPU; set 0, which means one process a GPU"
     if gpus_per_node and 0 < tasks_per_node < gpus_per_node:
-        return f"each process uses one GPU, so {gpus_per_node - tasks_per_node} a node would stay idle; ask for {tasks_per_node}"
+        return f"each process uses one GPU, so {gpus_per_node - tasks_per_node} a node would stay idle; request {tasks_per_node}"
     return None
 
 
@@ -174,9 +164,9 @@ def _environment(environment: tuple[str, ...], interface: str | None) -> str | N
         if name in names:
             return f"{name} is given twice; keep one"
         if name in SET_FOR_EACH_PROCESS or name.startswith(("SLURM_", "SBATCH_")):
-            return f"{name} is set for each process of a job; take it out"
+            return f"{name} is set for each process of a job; remove it"
         if name in INTERFACES and interface is not None:
-            return f"{name} and interface say the same; keep one"
+            return f"{name} and interface set the same; keep one"
         names.append(name)
     return None
 
@@ -184,18 +174,12 @@ def _environment(environment: tuple[str, ...], interface: str | None) -> str | N
 def _environment_variables(environment: tuple[str, ...]) -> str | None:
     """Refuse ``$`` in values, which the batch script quotes, so that no shell expands it."""
     item = next((item for item in environment if "$" in item.partition("=")[2]), None)
-    return None if item is None else f"{item!r} is taken as it stands, with its $; write a line of setup instead: export {item}"
+    return (
+        None if item is None else f"{item!r} is quoted, so no shell expands its $; write a line of setup instead: export {item}"
+    )
 
 
-def _extra(extra: tuple[str, ...]) -> str | None:
-    return _options(extra, "sbatch", "mail-type=END or exclusive", KEYS_OF_OPTIONS, OWN_OPTIONS)
-
-
-def _srun(srun: tuple[str, ...]) -> str | None:
-    return _options(srun, "srun", "cpu-bind=cores or container-image=FILE", KEYS_OF_OPTIONS, OWN_SRUN_OPTIONS)
-
-
-def _options(options: tuple[str, ...], program: str, examples: str, keys: Mapping[str, str], own: set[str]) -> str | None:
+def _options(options: tuple[str, ...], *, program: str, examples: str, own: set[str]) -> str | None:
     seen: set[str] = set()
     for item in options:
         option = item.partition("=")[0]
@@ -203,10 +187,10 @@ def _options(options: tuple[str, ...], program: str, examples: str, keys: Mappin
             return f"{item!r}: write the option without dashes, {item.lstrip('-')}"
         if not _OPTION.fullmatch(option) or "\n" in item or "\0" in item:
             return f"{item!r} is not an option of {program} like {examples}"
-        if option in keys:
-            return f"{option} has a key of its own: {keys[option]}"
+        if option in KEYS_OF_OPTIONS:
+            return f"{option} has its own key: {KEYS_OF_OPTIONS[option]}"
         if option in own:
-            return f"{option} is set by galaxydist; take it out"
+            return f"{option} is set by galaxydist; remove it"
         if option in seen:
             return f"{option} is given twice; keep one"
         seen.add(option)
@@ -216,12 +200,12 @@ def _options(options: tuple[str, ...], program: str, examples: str, keys: Mappin
 def _after(after: int | str | None) -> str | None:
     if after is None or _DEPENDENCY.fullmatch(str(after)):
         return None
-    return "must be the id of a job, such as 123 or 123_4, or afterany:123, which waits for the end of a job however it ends"
+    return "must be the id of a job, such as 123 or 123_4, or afterany:123, which waits for a job whether it fails or not"
 
 
 def _extra_gpus(extra: tuple[str, ...], gpu_request: str, gpus_per_node: int) -> str | None:
     if gpu_request == "gres" and gpus_per_node and any(item.startswith("gres=") for item in extra):
-        return "it would take the place of the GPUs' gres; use gpu_request=gpus-per-node beside another gres"
+        return "it would replace the gres of the GPUs; use gpu_request=gpus-per-node together with another gres"
     return None
 
 
@@ -245,28 +229,22 @@ def _words(value: str | None) -> str | None:
 def _scratch(scratch: Path | None) -> str | None:
     if scratch is None or scratch.is_absolute() or str(scratch).startswith("$"):
         return None
-    return "must be a whole path, such as /local, or begin with a variable of the job, such as $TMPDIR"
+    return "must be an absolute path, such as /local, or begin with a variable of the job, such as $TMPDIR"
 
 
 _ONE_LINERS = (
-    "partition",
-    "account",
-    "qos",
-    "constraint",
-    "exclude",
-    "nodelist",
-    "reservation",
-    "comment",
-    "python",
-    "interface",
-)
-_SLURM_ALONE = (*_ONE_LINERS[:8], "extra", "srun", "after")
+    "partition", "account", "qos", "constraint", "exclude", "nodelist", "reservation", "comment", "python", "interface",
+)  # fmt: skip
+_SLURM_ONLY = (*_ONE_LINERS[:8], "extra", "srun", "after")
+
+_extra = partial(_options, program="sbatch", examples="mail-type=END or exclusive", own=OWN_OPTIONS)
+_srun = partial(_options, program="srun", examples="cpu-bind=cores or container-image=FILE", own=OWN_SRUN_OPTIONS)
 
 CHECKS = (
     CrossFieldRule(("time",), _time),
     CrossFieldRule(("scheduler", "time", "signal_s"), _time_for_work),
     CrossFieldRule(("scheduler", "nodes"), _local_nodes),
-    *(CrossFieldRule(("scheduler", key), _only_slurm) for key in _SLURM_ALONE),
+    *(CrossFieldRule(("scheduler", key), _only_slurm) for key in _SLURM_ONLY),
     CrossFieldRule(("gpu_type", "gpus_per_node"), _gpu_type),
     CrossFieldRule(("tasks_per_node", "gpus_per_node"), _tasks),
     CrossFieldRule(("environment", "interface"), _environment),
@@ -295,21 +273,21 @@ class ClusterConfig(Section):
     """A cluster profile: the resources to request and the setup of the nodes. Read-only."""
 
     name: str = Field(..., description="profile name: the file's", min_length=1)
-    scheduler: Literal["slurm", "local"] = Field("slurm", description="local: processes of this machine, to try things")
+    scheduler: Literal["slurm", "local"] = Field("slurm", description="local: processes on this machine, for tests")
     partition: str | None = Field(
         None, description="partition, or several with commas (else the cluster's default)", min_length=1
     )
-    account: str | None = Field(None, description="account that is charged (else your default)", min_length=1)
+    account: str | None = Field(None, description="account to charge (else your default)", min_length=1)
     qos: str | None = Field(None, description="quality of service (else the account's default)", min_length=1)
     constraint: str | None = Field(None, description="features that nodes must have, such as a100&ib", min_length=1)
-    exclude: str | None = Field(None, description="nodes to keep away from, such as n[3,7-9]", min_length=1)
-    nodelist: str | None = Field(None, description="nodes that must be among the job's", min_length=1)
+    exclude: str | None = Field(None, description="nodes to avoid, such as n[3,7-9]", min_length=1)
+    nodelist: str | None = Field(None, description="nodes that the job must include", min_length=1)
     reservation: str | None = Field(None, description="reservation to run in", min_length=1)
-    comment: str | None = Field(None, description="text that SLURM keeps with the job", min_length=1)
+    comment: str | None = Field(None, description="text that SLURM stores with the job", min_length=1)
     nodes: Count = Field(1, description="nodes of a job")
     gpus_per_node: Annotated[int, Field(ge=0)] = Field(0, description="GPUs of each node (0: train on CPUs)")
     gpu_request: Literal["gpus-per-node", "gres"] = Field(
-        "gpus-per-node", description="how this cluster wants GPUs asked for: --gpus-per-node=4, or --gres=gpu:4"
+        "gpus-per-node", description="how GPUs are requested on this cluster: --gpus-per-node=4, or --gres=gpu:4"
     )
     gpu_type: str | None = Field(
         None, description="type of GPU, as sinfo's GRES column spells it: a100 in gpu:a100:4", min_length=1
@@ -326,36 +304,36 @@ class ClusterConfig(Section):
     time: int | str = Field(60, description="time limit: minutes, or HH:MM:SS, D-HH:MM:SS, D-HH")
     signal_s: Annotated[int, Field(ge=MIN_SIGNAL_S, le=65_535)] = Field(
         120,
-        description="seconds before the time limit at which processes are told to save (SLURM may do it a minute earlier)",
+        description="seconds before the time limit of the signal to save (SLURM may send it a minute earlier)",
     )
     modules: tuple[str, ...] = Field((), description="environment modules to load")
     setup: tuple[str, ...] = Field((), description="shell lines of the batch script before the processes start")
     environment: tuple[str, ...] = Field((), description="NAME=VALUE of the processes")
     container: str | None = Field(
-        None, description="words put in front of python, such as apptainer exec --nv image.sif", min_length=1
+        None, description="command in front of python, such as apptainer exec --nv image.sif", min_length=1
     )
     python: str | None = Field(None, description="python on the nodes (else the one that submits)", min_length=1)
-    interface: str | None = Field(None, description="network interface between nodes, such as ib0 (else found)", min_length=1)
+    interface: str | None = Field(None, description="network interface between nodes, such as ib0 (else detected)", min_length=1)
     extra: tuple[str, ...] = Field((), description="further options of sbatch: option=value, or option alone")
     srun: tuple[str, ...] = Field(
         (), description="further options of srun: option=value, or option alone, such as cpu-bind=cores or container-image=FILE"
     )
     requeue: Literal["auto", "resubmit", "never"] = Field(
         "auto",
-        description="after preemption, time limit or crash: requeue the job, submit it anew (resubmit), or leave it (never)",
+        description="after preemption, time limit or crash: requeue the job (auto), submit a new one (resubmit), or stop (never)",
     )
     max_requeues: Annotated[int, Field(ge=0)] = Field(
-        5, description="starts in a row without a new checkpoint after which a run no longer goes on by itself"
+        5, description="consecutive starts without a new checkpoint after which a run is not restarted any more"
     )
     after: int | str | None = Field(
         None,
-        description="job that must have ended well before this one starts: its id, or afterany:ID where it may end as it likes",
+        description="job that must succeed before this one starts: its id; or afterany:ID, which may fail",
     )
-    parallel: Count = Field(8, description="runs of a sweep at the same time")
+    parallel: Count = Field(8, description="most runs of a sweep at a time")
     scratch: Path | None = Field(
         None,
-        description="folder on a disk of the node's own, such as /local or $TMPDIR; `galaxydist doctor` looks at it, nothing "
-        "else uses it (the recipe's data.cache_dir is where runs put copies)",
+        description="folder on a local disk of the node, such as /local or $TMPDIR, which only `galaxydist doctor` checks "
+        "(runs keep copies of shards in the recipe's data.cache_dir)",
     )
 
     @property
@@ -403,7 +381,7 @@ class ResolvedCluster:
 
 CLUSTERS = ConfigSpec(
     schema=Schema(ClusterConfig),
-    checks=CHECKS,
+    rules=CHECKS,
     error=ClusterError,
     argument="cluster",
     examples=("a100", "nodes: 2", "cluster.nodes=2"),

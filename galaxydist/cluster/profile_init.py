@@ -1,4 +1,4 @@
-"""A commented cluster profile, generated from the cluster's SLURM configuration."""
+"""Commented cluster profiles, generated from the SLURM configuration of a cluster."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from galaxydist.cluster.partition_check import describe_gpus, time_text
 from galaxydist.cluster.profile import EARLY_S, MB_IN_GB, MIN_SIGNAL_S, START_UP_S, is_mig
-from galaxydist.cluster.site import TAKES_NO_JOBS, UNTYPED, NodeGroup, Partition, Site, find_preemption
+from galaxydist.cluster.site import CLOSED_STATES, UNTYPED, NodeGroup, Partition, Site, find_preemption
 from galaxydist.errors import UserError
 from galaxydist.recipe.scalars import BOOL, NULL
 
@@ -34,19 +34,19 @@ def profile_text(site: Site, name: str, partition_name: str | None = None) -> st
             f"Partition {partition.name} of {site.name} has no nodes; choose another with --partition: {_names(site)}"
         )
     lines = [
-        f"# Partition {partition.name} of {site.name}: what SLURM {site.settings.get('SLURM_VERSION', '')} says of it.",
-        f"# Written by `galaxydist cluster init {name}`. Look it over once; `galaxydist cluster show {name}` shows every key.",
+        f"# Partition {partition.name} of {site.name}, as SLURM {site.settings.get('SLURM_VERSION', '')} describes it.",
+        f"# Written by `galaxydist cluster init {name}`. Check it once; `galaxydist cluster show {name}` shows every key.",
         "#",
         *_table(site),
         *_identity(site, partition),
         *_nodes(site, partition),
         *_time(site, partition),
         *_preemption(site, partition),
-        "# What SLURM cannot tell:",
-        _line("# interface", "ib0", "the fast network between nodes, where it is not found"),
-        _line("# modules", "[cuda]", "to load on the nodes"),
+        "# Settings that SLURM does not know:",
+        _line("# interface", "ib0", "the fast network between nodes, if it is not detected"),
+        _line("# modules", "[cuda]", "loaded on the nodes"),
         _line("# container", "apptainer exec --nv image.sif", ""),
-        _line("# scratch", "$TMPDIR", "on a disk of the node's own, for `galaxydist doctor` to look at"),
+        _line("# scratch", "$TMPDIR", "on a local disk of the node; `galaxydist doctor` checks it"),
     ]
     return "\n".join(_plain(line) for line in lines) + "\n"
 
@@ -94,17 +94,19 @@ def _table(site: Site) -> Iterator[str]:
 
 
 def _identity(site: Site, partition: Partition) -> Iterator[str]:
-    takes_none = f"it takes no jobs now ({partition.state})" if partition.state in TAKES_NO_JOBS else ""
-    yield _line("partition", _yaml(partition.name), site.closed_to_user(partition) or takes_none)
+    closed = f"it accepts no jobs now ({partition.state})" if partition.state in CLOSED_STATES else ""
+    yield _line("partition", _yaml(partition.name), site.closed_to_user(partition) or closed)
     accounts = site.accounts(partition.name)
     possible, account = _account(site, partition, accounts)
     if not possible:
         allowed = ", ".join(partition.allow_accounts or ())
         yield _line(
-            "# account", "", f"none of yours may use this partition; {f'it is for {allowed}' if allowed else 'ask the site'}"
+            "# account",
+            "",
+            f"no account of yours may use this partition; {f'it is for {allowed}' if allowed else 'ask the site'}",
         )
     elif account is not None:
-        yield _line("account", _yaml(account), f"one that this partition takes; yours: {', '.join(accounts)}")
+        yield _line("account", _yaml(account), f"accepted by this partition; yours: {', '.join(accounts)}")
     elif site.default_account is not None:
         yield _line("# account", _yaml(site.default_account), f"your default; yours: {', '.join(accounts)}")
     association = site.association(account, partition.name)
@@ -112,7 +114,7 @@ def _identity(site: Site, partition: Partition) -> Iterator[str]:
         return
     qos = _qos(site, partition, account)
     if qos != association.usual_qos and qos is not None and partition.allow_qos is not None:
-        yield _line("qos", _yaml(qos), f"this partition takes {', '.join(partition.allow_qos)}")
+        yield _line("qos", _yaml(qos), f"this partition accepts {', '.join(partition.allow_qos)}")
     elif association.qos:
         yield _line("# qos", _yaml(association.usual_qos or association.qos[0]), f"yours: {_qos_text(site, association.qos)}")
 
@@ -120,7 +122,7 @@ def _identity(site: Site, partition: Partition) -> Iterator[str]:
 def _account(site: Site, partition: Partition, accounts: tuple[str, ...]) -> tuple[bool, str | None]:
     """Return (True, account or None for the default) if the user may use the partition, else (False, None)."""
 
-    def taken(account: str) -> bool:
+    def is_accepted(account: str) -> bool:
         return (
             account in partition.allow_accounts
             if partition.allow_accounts is not None
@@ -129,9 +131,9 @@ def _account(site: Site, partition: Partition, accounts: tuple[str, ...]) -> tup
 
     if not accounts or site.default_account is None or not site.enforces("associations"):
         return True, None
-    if site.default_account in accounts and taken(site.default_account):
+    if site.default_account in accounts and is_accepted(site.default_account):
         return True, None
-    fitting = next(filter(taken, accounts), None)
+    fitting = next(filter(is_accepted, accounts), None)
     return fitting is not None, fitting
 
 
@@ -154,10 +156,10 @@ def _qos_text(site: Site, names: tuple[str, ...]) -> str:
 
 
 def _nodes(site: Site, partition: Partition) -> Iterator[str]:
-    group = max(partition.nodes, key=_worth)
+    group = max(partition.nodes, key=_preference)
     least = max(1, partition.min_nodes)
     most = min(group.count, partition.max_nodes or group.count)
-    yield _line("nodes", str(least), f"a job can have {most}" if most > least else "")
+    yield _line("nodes", str(least), f"a job can have up to {most}" if most > least else "")
     cpus = min(group.cpus, partition.max_cpus_per_node or group.cpus)
     kind = _gpu_kind(group)
     tasks = 1 if is_mig(kind) else min(group.gpus.get(kind, 1), max(1, cpus))
@@ -170,7 +172,7 @@ def _nodes(site: Site, partition: Partition) -> Iterator[str]:
     memory_mb = min(group.memory_mb, partition.max_memory_mb or group.memory_mb)
     memory = int(MEMORY_SHARE * memory_mb * (tasks / group.num_gpus if group.num_gpus else 1)) // MB_IN_GB
     if memory:
-        yield _line("memory", str(memory), f"GB of each node, which has {group.memory_mb // MB_IN_GB}; 0 is all of it")
+        yield _line("memory", str(memory), f"GB of each node, which has {group.memory_mb // MB_IN_GB}; 0 means all")
     features = sorted({feature for group in partition.nodes for feature in group.features})
     if features:
         yield _line("# constraint", _yaml(features[0]), f"features of its nodes: {', '.join(features)}")
@@ -178,19 +180,19 @@ def _nodes(site: Site, partition: Partition) -> Iterator[str]:
 
 def _gpus(site: Site, partition: Partition, group: NodeGroup, tasks: int) -> Iterator[str]:
     kind = _gpu_kind(group)
-    what = "MIG slices, of which CUDA shows a process one alone" if is_mig(kind) else "a process each"
-    yield _line("gpus_per_node", str(tasks), f"{what}; a node has {describe_gpus(group)}")
+    use = "MIG slices, of which CUDA shows a process only one" if is_mig(kind) else "one process each"
+    yield _line("gpus_per_node", str(tasks), f"{use}; a node has {describe_gpus(group)}")
     if "cons_tres" in site.settings.get("SelectType", ""):
-        yield _line("# gpu_request", "gres", "should --gpus-per-node be refused")
+        yield _line("# gpu_request", "gres", "if --gpus-per-node is refused")
     else:
-        yield _line("gpu_request", "gres", f"the surer spelling with {site.settings.get('SelectType', 'an unknown SelectType')}")
+        yield _line("gpu_request", "gres", f"safer with {site.settings.get('SelectType', 'an unknown SelectType')}")
     kinds = sorted({kind for group in partition.nodes for kind in group.gpus} - {UNTYPED})
     if kind != UNTYPED:
         key = "gpu_type" if len(kinds) > 1 else "# gpu_type"
-        yield _line(key, _yaml(kind), f"there are {', '.join(kinds)}" if len(kinds) > 1 else "the only type there is")
+        yield _line(key, _yaml(kind), f"there are {', '.join(kinds)}" if len(kinds) > 1 else "the only type")
 
 
-def _worth(group: NodeGroup) -> tuple[bool, int, int]:
+def _preference(group: NodeGroup) -> tuple[bool, int, int]:
     """Return the sort key of node groups: whole GPUs before MIG slices, then by count."""
     has_whole = bool(group.num_gpus) and not is_mig(_gpu_kind(group))
     return has_whole, group.count * group.num_gpus, group.count * group.cpus
@@ -208,17 +210,19 @@ def _time(site: Site, partition: Partition) -> Iterator[str]:
         "the partition allows": partition.max_time_s,
         f"qos {qos.name} allows" if qos else "": qos.max_time_s if qos else None,
     }
-    known = {what: limit for what, limit in limits.items() if limit}
+    known = {name: limit for name, limit in limits.items() if limit}
     seconds = max(60, min(DAY_S, *known.values()) if known else DAY_S)
-    said = ", ".join(f"{what} {time_text(limit)}" for what, limit in known.items()) or "there is no limit"
+    text = ", ".join(f"{name} {time_text(limit)}" for name, limit in known.items()) or "there is no limit"
     if seconds < START_UP_S + EARLY_S + MIN_SIGNAL_S:
         raise UserError(
-            f"{said}: too short to train in, since a start takes {START_UP_S} s and SLURM may end it {EARLY_S + MIN_SIGNAL_S} s "
+            f"{text}: too short for training, since a start takes {START_UP_S} s and SLURM may end it {EARLY_S + MIN_SIGNAL_S} s "
             f"early; choose another partition with --partition: {_names(site)}"
         )
-    yield _line("time", time_text(seconds), said)
+    yield _line("time", time_text(seconds), text)
     signal_s = max(MIN_SIGNAL_S, min(SIGNAL_S, (seconds - START_UP_S - EARLY_S) // 2))
-    yield _line("signal_s" if signal_s != SIGNAL_S else "# signal_s", str(signal_s), "seconds before the limit at which to save")
+    yield _line(
+        "signal_s" if signal_s != SIGNAL_S else "# signal_s", str(signal_s), "seconds before the limit at which runs save"
+    )
 
 
 def _preemption(site: Site, partition: Partition) -> Iterator[str]:
@@ -230,8 +234,8 @@ def _preemption(site: Site, partition: Partition) -> Iterator[str]:
         grace = "an unknown time" if found.grace_s is None else f"{found.grace_s} s"
         yield f"# Preemption ({found.kind}): {found.mode}, with {grace} between the signal and the end."
         if found.mode != "SUSPEND" and (not found.grace_s or found.is_too_short):
-            yield "# That is too short to save in: the recipe's train.save_minutes=10 bounds what is lost."
-    yield _line("# requeue", "auto", "resubmit where the site forbids `scontrol requeue`")
+            yield "# That is too short for a save: the recipe's train.save_minutes=10 bounds the loss to 10 minutes."
+    yield _line("# requeue", "auto", "resubmit if the site forbids `scontrol requeue`")
 
 
 def _line(key: str, value: str, comment: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from galaxydist.atomic_files import explain_full_disk, fsync_file
 from galaxydist.errors import UserError
-from galaxydist.runs.folder import RunFolder, plain
+from galaxydist.runs.folder import plain
 
 Scheduler = Literal["slurm", "local"]
 Decision = Literal["finished", "requeue", "resubmit", "stop"]
@@ -138,15 +138,6 @@ class JobFiles:
             UserError: a line is damaged.
         """
         return list(_read_records(self.restarts_path, RestartRecord))
-
-    def failure(self) -> dict[str, Any] | None:
-        """Return the failure of the last start; None if the run folder has none."""
-        return RunFolder(self.run_dir).read_failure()
-
-    def failed_at(self) -> float:
-        """Return the time of that failure in seconds since 1970; 0 if there is none."""
-        path = RunFolder(self.run_dir).failure_path
-        return path.stat().st_mtime if path.exists() else 0.0
 
     def rank_log(self, rank: int) -> Path:
         """Return the path of a rank's log over all restarts."""

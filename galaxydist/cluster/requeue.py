@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 
 from galaxydist.cluster.records import Decision, JobFiles, RestartRecord
 from galaxydist.cluster.slurm import SlurmUnavailableError, check_controller, is_unavailable, run_slurm
-from galaxydist.cluster.srun_messages import TOLD_TO_END, find_death, find_remedy, read_own_words
+from galaxydist.cluster.srun_messages import TOLD_TO_END, find_death, find_remedy, read_own_stderr
 from galaxydist.cluster.submit import RequestFile
 from galaxydist.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from galaxydist.job_environment import job_of, restart_of, start_of
@@ -29,7 +29,7 @@ from galaxydist.runs.lock import read_owner
 logger = logging.getLogger(__name__)
 
 # Kinds of failure (``failure.json``) that a restart cannot fix.
-FOR_GOOD = {
+PERMANENT_FAILURES = {
     "bad_input": "the recipe, its data or the run folder cannot be used as they are",
     "nonfinite": "the loss is not a number",
 }
@@ -61,7 +61,7 @@ class Ending:
     def error(self) -> str | None:
         """The error in one line; None after a stop with everything saved."""
         # Surviving ranks only report that they lost the connection to the dead one.
-        if self.death and self.kind not in FOR_GOOD:
+        if self.death and self.kind not in PERMANENT_FAILURES:
             return self.death
         if self.failure is not None:
             return str(self.failure["error"])
@@ -102,37 +102,38 @@ def decide(
     """
     if ending.is_finished:
         return "finished", "the run is finished" + (f", but {ending.error}" if ending.error else "")
-    if reason := _never_again(ending, history, policy, max_requeues):
+    if reason := _stop_reason(ending, history, policy, max_requeues):
         return "stop", reason
-    return ("requeue" if policy == "auto" else "resubmit"), _why(ending)
+    return ("requeue" if policy == "auto" else "resubmit"), _reason(ending)
 
 
-def _why(ending: Ending) -> str:
+def _reason(ending: Ending) -> str:
     saved = "" if ending.saved is None else f"; step {ending.saved} is saved"
-    return ending.error or f"{ending.ended_by_slurm or 'it was told to stop'}{saved}"
+    return ending.error or f"{ending.ended_by_slurm or 'it was stopped by a signal'}{saved}"
 
 
-def reason_for_good(ending: Ending, history: Sequence[RestartRecord]) -> str:
-    """Explain why a restart without changes would end in the same way; empty if it might not."""
-    if reason := FOR_GOOD.get(ending.kind):
+def _permanent_reason(ending: Ending, history: Sequence[RestartRecord]) -> str:
+    """Explain why a restart without changes would fail in the same way; empty if it might not."""
+    if reason := PERMANENT_FAILURES.get(ending.kind):
         return f"{reason}: it would end the same way again"
-    if ending.error is not None and history and _is_same_crash(ending, history[-1]):
+    last = (history[-1].error, history[-1].step) if history else None
+    if ending.error is not None and last == (ending.error, ending.crash_step):
         return f"the same crash at the same step ({ending.crash_step}) twice: {ending.error}"
     return ""
 
 
-def _never_again(ending: Ending, history: Sequence[RestartRecord], policy: str, max_requeues: int) -> str:
+def _stop_reason(ending: Ending, history: Sequence[RestartRecord], policy: str, max_requeues: int) -> str:
     """Explain why the run is not restarted automatically; empty if it is."""
-    if reason := reason_for_good(ending, history):
+    if reason := _permanent_reason(ending, history):
         return reason
     if policy == "never":
-        return f"{_why(ending)}; cluster.requeue=never"
+        return f"{_reason(ending)}; cluster.requeue=never"
     idle = _count_idle(ending, history)
     if idle > max_requeues:
         # ">", because the first idle start is not a repetition.
         return (
-            f"{_why(ending)}; {idle} starts in a row saved no new step, and cluster.max_requeues={max_requeues}. If they ended "
-            "by their time limit, make cluster.time longer; the same galaxydist submit goes on"
+            f"{_reason(ending)}; {idle} consecutive starts saved no new step, and cluster.max_requeues={max_requeues}. If they "
+            "reached their time limit, raise cluster.time; the same galaxydist submit continues the run"
         )
     return ""
 
@@ -148,13 +149,9 @@ def _count_idle(ending: Ending, history: Sequence[RestartRecord]) -> int:
     return idle
 
 
-def _is_same_crash(ending: Ending, before: RestartRecord) -> bool:
-    return (before.error, before.step) == (ending.error, ending.crash_step)
-
-
-LEAVING = "SLURM is ending the job itself"
-QUEUED_BY_SLURM = "SLURM has queued the job again itself"
-# Pauses between attempts while slurmctld does not answer: five minutes in total.
+LEAVING = "SLURM itself is ending the job"
+QUEUED_BY_SLURM = "SLURM itself has requeued the job"
+# Pauses between attempts while slurmctld does not answer, in total five minutes.
 PAUSES_S = (5.0, 10.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
 # Largest difference of a job's PreemptTime and EndTime if the preemption ended it.
 _SAME_MOMENT = timedelta(seconds=2)
@@ -193,7 +190,9 @@ class StartedRun:
     @property
     def job_id(self) -> str:
         """The id of the job or array task."""
-        return job_name(self.environ)
+        job_id = job_of(self.environ)
+        assert job_id is not None, "a batch script runs in a job"
+        return job_id
 
     @property
     def restart(self) -> int:
@@ -202,16 +201,17 @@ class StartedRun:
 
     def own_records(self) -> list[RestartRecord]:
         """Return the records already written about this start."""
-        return [record for record in self.files.restarts() if (record.job_id, record.restart) == (self.job_id, self.restart)]
+        return [record for record in self.files.restarts() if self._is_own(record)]
 
     def history(self) -> list[RestartRecord]:
         """Return the records of earlier starts since a user, not a job, last submitted the run."""
-        submitted = [job.time for job in self.files.jobs() if job.resubmits is None]
-        first = max(submitted, default=0.0)
-        own = (self.job_id, self.restart)
-        return [record for record in self.files.restarts() if record.time >= first and (record.job_id, record.restart) != own]
+        first = max((job.time for job in self.files.jobs() if job.resubmits is None), default=0.0)
+        return [record for record in self.files.restarts() if record.time >= first and not self._is_own(record)]
 
-    def note(self, ending: Ending, decision: Decision, reason: str) -> None:
+    def _is_own(self, record: RestartRecord) -> bool:
+        return (record.job_id, record.restart) == (self.job_id, self.restart)
+
+    def write_record(self, ending: Ending, decision: Decision, reason: str) -> None:
         """Record and print the decision."""
         record = RestartRecord(
             job_id=self.job_id,
@@ -223,7 +223,7 @@ class StartedRun:
             reason=reason,
             time=time.time(),
             saved=ending.saved,
-            for_good=decision == "stop" and bool(reason_for_good(ending, self.history())),
+            for_good=decision == "stop" and bool(_permanent_reason(ending, self.history())),
         )
         self.files.append_restart(record)
         logger.info("galaxydist: srun ended with %d at step %s: %s (%s)", ending.exit_code, ending.step, decision, reason)
@@ -253,7 +253,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def _after_sigterm(start: StartedRun) -> None:
     """Requeue or resubmit at once if SLURM ends the job without requeueing it: ranks may have no time to save."""
-    cause = _why_slurm_ends(start)
+    cause = _find_slurm_cause(start)
     if cause:
         ending = _read_ending(start, 0, cause)
         _decide_and_act(start, ending, may_act=True)
@@ -261,10 +261,10 @@ def _after_sigterm(start: StartedRun) -> None:
 
 def _act(start: StartedRun, ending: Ending) -> None:
     """Decide about the run after srun has ended, unless SLURM has requeued the job."""
-    state = _ask_job(start.job_id)
+    state = _read_job(start.job_id)
     is_leaving = bool(state) and "RUNNING" not in state.get("JobState", "")
     if is_leaving and not ending.is_finished and _is_queued_again(state, start.restart):
-        start.note(ending, "requeue", f"{QUEUED_BY_SLURM}{f': {ending.error}' if ending.error else ''}")
+        start.write_record(ending, "requeue", f"{QUEUED_BY_SLURM}{f': {ending.error}' if ending.error else ''}")
     else:
         _decide_and_act(start, ending, may_act=not is_leaving)
 
@@ -274,10 +274,10 @@ def _decide_and_act(start: StartedRun, ending: Ending, *, may_act: bool) -> None
     decision, reason = decide(ending, start.history(), policy=cluster.requeue, max_requeues=cluster.max_requeues)
     if decision in ("requeue", "resubmit") and not may_act:
         decision, reason = "stop", LEAVING
-    start.note(ending, decision, reason)
+    start.write_record(ending, decision, reason)
     if decision == "requeue" and (refusal := requeue_patiently(start.job_id, ends_anyway=bool(ending.ended_by_slurm))):
         decision, reason = ("stop", LEAVING) if refusal == LEAVING else ("resubmit", f"SLURM does not requeue it ({refusal})")
-        start.note(ending, decision, reason)
+        start.write_record(ending, decision, reason)
     if decision == "resubmit":
         _resubmit(start, ending)
 
@@ -285,7 +285,7 @@ def _decide_and_act(start: StartedRun, ending: Ending, *, may_act: bool) -> None
 def _read_ending(start: StartedRun, exit_code: int, ended_by_slurm: str = "") -> Ending:
     folder = start.folder
     saved = _newest_checkpoint(folder)
-    words = read_own_words()
+    stderr = read_own_stderr()
     logged = [int(line["step"]) for line in folder.metrics.read()[-1:]]
     step = max([*logged, *([] if saved is None else [saved])], default=None)
     return Ending(
@@ -294,16 +294,9 @@ def _read_ending(start: StartedRun, exit_code: int, ended_by_slurm: str = "") ->
         _own_failure(folder, start.environ),
         step,
         saved,
-        "" if ended_by_slurm else find_death(words) or find_remedy(words),
+        "" if ended_by_slurm else find_death(stderr) or find_remedy(stderr),
         ended_by_slurm,
     )
-
-
-def job_name(environ: Mapping[str, str]) -> str:
-    """Return the id of the job or array task."""
-    name = job_of(environ)
-    assert name is not None, "a batch script runs in a job"
-    return name
 
 
 def _newest_checkpoint(folder: RunFolder) -> int | None:
@@ -325,15 +318,15 @@ def _own_failure(folder: RunFolder, environ: Mapping[str, str]) -> dict[str, Any
     return failure if failure is not None and failure.get("start") == start_of(environ) else None
 
 
-def _ask_job(job_id: str) -> dict[str, str]:
-    """Return slurmctld's fields of a job; none if it does not answer."""
+def _read_job(job_id: str) -> dict[str, str]:
+    """Return slurmctld's fields of a job; empty if it does not answer."""
     try:
         check_controller()
         answer = run_slurm(["scontrol", "--oneliner", "show", "job", job_id])
     except SlurmUnavailableError:
         return {}
-    words = [word.partition("=") for word in answer.stdout.split()] if answer.returncode == 0 else []
-    return {key: value for key, equals, value in words if equals}
+    fields = [word.partition("=") for word in answer.stdout.split()] if answer.returncode == 0 else []
+    return {key: value for key, equals, value in fields if equals}
 
 
 def _is_queued_again(state: Mapping[str, str], restart: int) -> bool:
@@ -341,13 +334,13 @@ def _is_queued_again(state: Mapping[str, str], restart: int) -> bool:
     return state.get("Restarts", "0").isdecimal() and int(state.get("Restarts", "0")) > restart
 
 
-def _why_slurm_ends(start: StartedRun) -> str:
+def _find_slurm_cause(start: StartedRun) -> str:
     """Explain why SLURM ends the job without requeueing it; empty if it does not, or after scancel."""
-    state = _ask_job(start.job_id)
+    state = _read_job(start.job_id)
     if not state or "RUNNING" in state.get("JobState", "") or _is_queued_again(state, start.restart):
         return ""
     if state.get("Reason") == "TimeLimit":
-        return "the time limit came before everything was saved"
+        return "the time limit was reached before everything was saved"
     try:
         preempted, ended = (datetime.fromisoformat(state[key]) for key in ("PreemptTime", "EndTime"))
     except (KeyError, ValueError):
@@ -358,7 +351,7 @@ def _why_slurm_ends(start: StartedRun) -> str:
 
 def _is_leaving(job_id: str) -> bool:
     """Return True if SLURM is already ending the job (cancelled or being requeued)."""
-    state = _ask_job(job_id)
+    state = _read_job(job_id)
     return bool(state) and "RUNNING" not in state.get("JobState", "")
 
 
@@ -376,12 +369,12 @@ def requeue_patiently(job_id: str, pauses_s: Sequence[float] = PAUSES_S, *, ends
     for number, pause_s in enumerate((*pauses_s, 0.0)):
         if number and not ends_anyway and _is_leaving(job_id):
             return ""  # an earlier request had arrived, but not its answer
-        words = _requeue(job_id)
-        if not words or not is_unavailable(words):
+        refusal = _requeue(job_id)
+        if not refusal or not is_unavailable(refusal):
             break
-        logger.info("galaxydist: not requeued yet: %s", words)
+        logger.info("galaxydist: not requeued yet: %s", refusal)
         time.sleep(pause_s)
-    return LEAVING if words and not ends_anyway and not is_unavailable(words) and _is_leaving(job_id) else words
+    return LEAVING if refusal and not ends_anyway and not is_unavailable(refusal) and _is_leaving(job_id) else refusal
 
 
 def _requeue(job_id: str) -> str:
@@ -405,7 +398,7 @@ def _resubmit(start: StartedRun, ending: Ending) -> None:
             if pause_s is not None and is_unavailable(str(error)):
                 time.sleep(pause_s)
                 continue
-            start.note(ending, "stop", f"it could not be submitted again: {error}")
+            start.write_record(ending, "stop", f"it could not be submitted again: {error}")
         else:
             logger.info("galaxydist: submitted again as job %s", job_id)
         return

@@ -14,9 +14,8 @@ from galaxydist.cluster.slurm import UNKNOWN, JobState
 from galaxydist.runs.lock import STALE_SECONDS, LockOwner, is_alive, pid_space, read_owner
 
 # submitit's process of a local job: it starts the tasks, waits for them and forwards SIGTERM.
-
 _CONTROLLER = "submitit.local._local"
-# Largest delay of a process's start after its job's time; clocks may be adjusted a little.
+# Longest time between a submission and the start of its process; clocks may be adjusted a little.
 _LATEST_START_S = 5.0
 
 
@@ -27,17 +26,17 @@ def find_controller(job: JobRecord) -> psutil.Process | None:
     """
     try:
         process = psutil.Process(int(job.job_id))
-        words = " ".join(process.cmdline())
-        is_it = (
+        command = " ".join(process.cmdline())
+        is_controller = (
             process.uids().real == os.getuid()
             and process.status() != psutil.STATUS_ZOMBIE
             and process.create_time() <= job.time + _LATEST_START_S
-            and _CONTROLLER in words
-            and (str(job.folder) in words or shlex.quote(str(job.folder)) in words)
+            and _CONTROLLER in command
+            and (str(job.folder) in command or shlex.quote(str(job.folder)) in command)
         )
     except (psutil.Error, ValueError):
         return None
-    return process if is_it else None
+    return process if is_controller else None
 
 
 def stop(job: JobRecord) -> bool:
@@ -64,9 +63,9 @@ def newest_job(jobs: Sequence[JobRecord], known: Mapping[str, JobState]) -> tupl
         known: states from SLURM, by job id.
     """
     for job in reversed(jobs):
-        told = local_state(job) if job.scheduler == "local" else known.get(job.job_id)
-        if told is not None and told.is_active:
-            return job, told
+        state = local_state(job) if job.scheduler == "local" else known.get(job.job_id)
+        if state is not None and state.is_active:
+            return job, state
     newest = jobs[-1] if jobs else None
     return newest, known.get(newest.job_id) if newest is not None and newest.scheduler == "slurm" else None
 
@@ -89,8 +88,8 @@ def lock_holder(lock_path: Path, known: Mapping[str, JobState]) -> LockOwner | N
     owner = read_owner(lock_path)
     if owner is None:
         return None
-    told = known.get(owner.job_id) if owner.job_id is not None else None
-    if told is not None and told.state != UNKNOWN and not told.is_active:
+    state = known.get(owner.job_id) if owner.job_id is not None else None
+    if state is not None and state.state != UNKNOWN and not state.is_active:
         return None
     return owner if is_held(owner, lock_path) else None
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from galaxydist.cluster.profile import MIN_SIGNAL_S
-from galaxydist.cluster.slurm import SlurmUnavailableError, run_slurm
-from galaxydist.errors import UserError
+from galaxydist.cluster.slurm import SlurmUnavailableError, parse_duration, run_slurm
 
 UNTYPED = ""
-TAKES_NO_JOBS = ("DRAIN", "INACTIVE")  # states of a partition that accepts no jobs
+CLOSED_STATES = ("DRAIN", "INACTIVE")  # states of a partition that accepts no jobs
 
 
 @dataclass(frozen=True)
@@ -138,11 +137,11 @@ class Site:
     def default_partition(self) -> Partition | None:
         return next((partition for partition in self.partitions.values() if partition.default), None)
 
-    def enforces(self, what: str) -> bool:
+    def enforces(self, limit: str) -> bool:
         """Return True if SLURM enforces ``associations``, ``limits`` or ``qos`` (the last two include the first)."""
         enforced = set(self.settings.get("AccountingStorageEnforce", "").lower().split(","))
         implied = {"associations": {"limits", "qos", "safe", "wckeys", "all"}, "limits": {"safe", "all"}, "qos": {"all"}}
-        return what in enforced or not enforced.isdisjoint(implied[what])
+        return limit in enforced or not enforced.isdisjoint(implied[limit])
 
     @property
     def may_use_all(self) -> bool:
@@ -203,22 +202,18 @@ COMMANDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 OPTIONAL = ("associations", "qos")  # a site may have no accounting, or not show it
 
 
-class SiteUnknownError(UserError):
-    """SLURM is not installed on this machine, or does not answer."""
-
-
 def read_site() -> Site:
     """Read the description of this machine's cluster from SLURM.
 
     Raises:
-        SiteUnknownError: there is no SLURM, or it does not answer.
+        SlurmUnavailableError: there is no SLURM, or it does not answer.
     """
     user = _user_name()
     outputs: dict[str, str] = {}
     for name, command in COMMANDS.items():
         try:
-            outputs[name] = _ask([part.format(user=user) for part in command])
-        except SiteUnknownError:
+            outputs[name] = _run([part.format(user=user) for part in command])
+        except SlurmUnavailableError:
             if name not in OPTIONAL:
                 raise
     return replace(parse_site(outputs), user=user, groups=_groups(user))
@@ -239,20 +234,19 @@ def _groups(user: str) -> tuple[str, ...] | None:
         return None
 
 
-def _ask(command: Sequence[str]) -> str:
+def _run(command: Sequence[str]) -> str:
     program = command[0]
     if shutil.which(program) is None:
-        raise SiteUnknownError(
-            f"There is no SLURM on this machine ({program} is not on the PATH). Give the command on a login node of a cluster, "
+        raise SlurmUnavailableError(
+            f"There is no SLURM on this machine ({program} is not on the PATH). Use a login node of a cluster, "
             "or load the module that brings SLURM's programs."
         )
-    try:
-        done = run_slurm(command)
-    except SlurmUnavailableError as error:
-        raise SiteUnknownError(str(error)) from error
+    done = run_slurm(command)
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
-        raise SiteUnknownError(f"SLURM does not answer: `{program}` said: {said}. See `scontrol ping`, and try again later.")
+        message = " ".join((done.stderr or done.stdout).split())
+        raise SlurmUnavailableError(
+            f"SLURM does not answer: `{program}` failed: {message}. See `scontrol ping`, and try again later."
+        )
     return done.stdout
 
 
@@ -316,7 +310,7 @@ def _parse_partition(line: str, settings: Mapping[str, str]) -> Partition | None
         default=values.get("Default") == "YES",
         hidden=values.get("Hidden") == "YES",
         state=values.get("State", "UP"),
-        max_time_s=read_slurm_time_s(values.get("MaxTime", "")),
+        max_time_s=parse_duration(values.get("MaxTime", "")),
         min_nodes=_limit(values.get("MinNodes")) or 0,
         max_nodes=_limit(values.get("MaxNodes")),
         max_cpus_per_node=_limit(values.get("MaxCPUsPerNode")),
@@ -355,21 +349,12 @@ def _parse_one_qos(row: Sequence[str]) -> Qos:
     grace, mode, preempts = row[3:6] if len(row) >= 6 else ("", "", "")
     return Qos(
         row[0],
-        read_slurm_time_s(row[1]),
+        parse_duration(row[1]),
         _names(row[2]) or (),
-        grace_s=read_slurm_time_s(grace),
+        grace_s=parse_duration(grace),
         preempt_mode=None if mode.lower() in ("", "cluster", "off") else mode.upper(),
         preempts=_names(preempts) or (),
     )
-
-
-def read_slurm_time_s(text: str) -> int | None:
-    """Return the seconds of a time printed by SLURM (``2-00:00:00``, ``00:30:00``, ``30:00``); None for UNLIMITED and others."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if match is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return days * 86_400 + hours * 3600 + minutes * 60 + seconds
 
 
 def _leading(text: str) -> int:
@@ -390,12 +375,12 @@ def _names(text: str) -> tuple[str, ...] | None:
 # Preemption: see slurm.conf(5), PreemptType, PreemptMode, GraceTime, preempt_send_user_signal; sacctmgr(1) for qos.
 
 # Bounds the loss if a preemption's signal is missing or too late.
-SAVE_REMEDY = "set train.save_minutes=10 in the recipe: at most so much is lost"
+SAVE_REMEDY = "set train.save_minutes=10 in the recipe: then at most 10 minutes are lost"
 
 
 @dataclass(frozen=True)
 class Preemption:
-    """How jobs of a partition are preempted.
+    """Preemption of the jobs of a partition.
 
     Attributes:
         kind: the cluster's PreemptType: ``partition_prio`` or ``qos``.

@@ -2,6 +2,9 @@
 
 submitit's own watcher is not used: it polls only every 600 s unless forced, needs accounting, and knows neither why a job waits
 nor its time left. Here one call covers all jobs: squeue for those that are queued, run or have just ended, sacct for the rest.
+
+The text output is parsed, not ``--json``: in SLURM 22.05 sacctmgr and scontrol have none, types of fields change between versions
+(``job_state`` was a string and became a list), and sites may lack the serializer plugin.
 """
 
 import os
@@ -19,9 +22,9 @@ TIMEOUT_S = 30.0
 _OWN_SETTINGS = ("SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_")
 _ENVIRONMENT = {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
 # Connection failures, timeouts and a standby controller in src/common/slurm_errno.c; and our own messages.
-_AWAY = re.compile(
+_UNAVAILABLE = re.compile(
     r"unable to contact|connection (refused|reset|timed out)|socket timed out|zero bytes were transmitted|in standby mode|"
-    r"communication|could not be asked|try again",
+    r"communication|SLURM did not answer|try again",
     re.IGNORECASE,
 )
 
@@ -59,18 +62,18 @@ def run_slurm(command: Sequence[str], *, text: str = "") -> subprocess.Completed
         )
     except subprocess.TimeoutExpired:
         raise SlurmUnavailableError(
-            f"SLURM could not be asked: {command[0]} did not answer within {TIMEOUT_S:.0f} s. Try again in a minute."
+            f"SLURM did not answer: {command[0]} did not finish within {TIMEOUT_S:.0f} s. Try again in a minute."
         ) from None
     except OSError as error:
-        raise SlurmUnavailableError(f"SLURM could not be asked: {command[0]}: {error.strerror or error}.") from error
+        raise SlurmUnavailableError(f"SLURM did not answer: {command[0]}: {error.strerror or error}.") from error
 
 
-def is_unavailable(words: str) -> bool:
+def is_unavailable(message: str) -> bool:
     """Return True if SLURM's message means that it did not answer, not that it refused."""
-    return _AWAY.search(words) is not None
+    return _UNAVAILABLE.search(message) is not None
 
 
-def last_words(done: subprocess.CompletedProcess[str]) -> str:
+def last_message(done: subprocess.CompletedProcess[str]) -> str:
     """Return the last line of stderr, or the exit code if stderr is empty."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     return lines[-1] if lines else f"exit code {done.returncode}"
@@ -81,7 +84,7 @@ def check_controller() -> None:
     text = run_slurm(["scontrol", "ping"]).stdout
     answers = re.findall(r"^Slurmctld\(.*\) (?:at \S+ )?is (UP|DOWN)", text, re.MULTILINE)
     if answers and "UP" not in answers:
-        raise SlurmUnavailableError("SLURM could not be asked: slurmctld is down. What runs goes on; try again in a minute.")
+        raise SlurmUnavailableError("SLURM did not answer: slurmctld is down. Running jobs continue; try again in a minute.")
 
 
 TIMED_STATES = frozenset({"RUNNING", "COMPLETING", "SUSPENDED", "SIGNALING", "STAGE_OUT"})
@@ -93,11 +96,11 @@ UNKNOWN = "UNKNOWN"
 _SQUEUE_FIELDS = "JobArrayID:|,State:|,RestartCnt:|,TimeLeft:|,NodeList:|,Reason:|"
 _SACCT_FIELDS = "JobID,State,NodeList,Reason"
 _IDS = re.compile(r"(\d+)_\[([^\]]*?)(?:%\d+)?\]")
-_CANCEL_REFUSAL = re.compile(r"Kill job error on job id (\S+?):\s*(.*)")
+_CANCEL_ERROR = re.compile(r"Kill job error on job id (\S+?):\s*(.*)")
 _NO_SUCH_JOB = "Invalid job id"
 _LOST = "accounting says {}, but slurmctld does not know this job"
 # SLURM's spellings of a missing value.
-_NOTHING = frozenset({"", "None", "None assigned", "(null)", "N/A"})
+_MISSING = frozenset({"", "None", "None assigned", "(null)", "N/A"})
 
 
 @dataclass(frozen=True)
@@ -140,18 +143,17 @@ def read_states(job_ids: Sequence[str]) -> dict[str, JobState]:
     if not job_ids:
         return {}
     if not is_slurm_here():
-        raise SlurmUnavailableError("There is no SLURM on this machine (no squeue): ask on a login node of the cluster.")
-    whole = sorted({job_id.partition("_")[0] for job_id in job_ids}, key=lambda job_id: (len(job_id), job_id))
-    queued = parse_squeue(_ask_squeue(whole))
+        raise SlurmUnavailableError("There is no SLURM on this machine (no squeue): use a login node of the cluster.")
+    queued = parse_squeue(_run_squeue(_whole_ids(job_ids)))
     found = {job_id: state for job_id in job_ids if (state := _find(job_id, queued)) is not None}
     rest = [job_id for job_id in job_ids if job_id not in found or found[job_id].state == "CANCELLED"]
-    for job_id, told in (_ask_sacct(rest) if rest else {}).items():
+    for job_id, ended in (_read_accounting(rest) if rest else {}).items():
         if job_id not in found:
-            found[job_id] = told
-        elif told.state == "CANCELLED":
-            found[job_id] = replace(found[job_id], reason=told.reason)  # squeue does not report the user who cancelled it
-        elif told.state != UNKNOWN and job_id not in queued:  # the array was cancelled after this task had ended
-            found[job_id] = told
+            found[job_id] = ended
+        elif ended.state == "CANCELLED":
+            found[job_id] = replace(found[job_id], reason=ended.reason)  # squeue does not report the user who cancelled it
+        elif ended.state != UNKNOWN and job_id not in queued:  # the array was cancelled after this task had ended
+            found[job_id] = ended
     return {job_id: found[job_id] for job_id in job_ids}
 
 
@@ -168,12 +170,12 @@ def cancel_jobs(job_ids: Iterable[str]) -> dict[str, str]:
     if not ids:
         return {}
     if not is_slurm_here():
-        raise SlurmUnavailableError("There is no SLURM on this machine (no scancel): cancel on a login node of the cluster.")
+        raise SlurmUnavailableError("There is no SLURM on this machine (no scancel): use a login node of the cluster.")
     check_controller()
     done = run_slurm(["scancel", "--verbose", *ids])  # without --verbose it does not report unknown ids
-    refused = {job_id: words for job_id, words in _CANCEL_REFUSAL.findall(done.stderr) if job_id in ids}
+    refused = {job_id: message for job_id, message in _CANCEL_ERROR.findall(done.stderr) if job_id in ids}
     if done.returncode != 0 and not refused:
-        raise SlurmUnavailableError(f"scancel failed: {last_words(done)}")
+        raise SlurmUnavailableError(f"scancel failed: {last_message(done)}")
     return refused
 
 
@@ -188,7 +190,7 @@ def max_array_size() -> int:
     done = run_slurm(["scontrol", "show", "config"])
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
     if match is None:
-        raise SlurmUnavailableError(f"scontrol does not tell MaxArraySize: {last_words(done)}")
+        raise SlurmUnavailableError(f"scontrol does not report MaxArraySize: {last_message(done)}")
     # 0: no arrays; an array of one is sent as a job. Some sites limit the tasks but not the indices.
     limits = [int(match[1]), *(int(found) for found in re.findall(r"max_array_tasks=(\d+)", done.stdout))]
     return max(1, min(limits))
@@ -204,14 +206,14 @@ def parse_squeue(text: str) -> dict[str, JobState]:
         ids, state, restarts, left, nodes, reason = (field.strip() for field in fields)
         reason = _clean(reason.removesuffix("|").rstrip())
         time_left_s = parse_duration(left) if state in TIMED_STATES else None
-        known = JobState(
+        job_state = JobState(
             state,
             "" if state in TIMED_STATES or state == "CANCELLED" else reason,  # squeue still shows why the job waited before
             time_left_s,
             _clean(nodes),
             int(restarts) if restarts.isdecimal() else 0,
         )
-        states |= dict.fromkeys(expand_ids(ids), known)
+        states |= dict.fromkeys(expand_ids(ids), job_state)
     return states
 
 
@@ -222,15 +224,13 @@ def parse_sacct(text: str) -> dict[str, JobState]:
         fields = line.split("|", 3)
         if len(fields) != 4:
             continue
-        ids, words, nodes, reason = (field.strip() for field in fields)
-        state, _, by = words.partition(" by ")
+        ids, label, nodes, reason = (field.strip() for field in fields)
+        state, _, by = label.partition(" by ")
         reason = f"by {_user_name(by)}" if by else "" if state == "CANCELLED" else _clean(reason)
         if state in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED"):
             # squeue does not know this job, so its accounting record was never closed.
-            known = JobState(UNKNOWN, _LOST.format(state), None, _clean(nodes))
-        else:
-            known = JobState(state, reason, None, _clean(nodes))
-        states |= dict.fromkeys(expand_ids(ids), known)
+            state, reason = UNKNOWN, _LOST.format(state)
+        states |= dict.fromkeys(expand_ids(ids), JobState(state, reason, None, _clean(nodes)))
     return states
 
 
@@ -250,13 +250,13 @@ def expand_ids(text: str) -> list[str]:
     return found
 
 
-def parse_duration(text: str) -> float | None:
+def parse_duration(text: str) -> int | None:
     """Return the seconds of ``D-HH:MM:SS``, ``HH:MM:SS`` or ``MM:SS``; None for text such as UNLIMITED."""
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if match is None:
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _find(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
@@ -264,7 +264,7 @@ def _find(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
     return states.get(job_id) or states.get(job_id.partition("_")[0])
 
 
-def _ask_squeue(job_ids: Sequence[str]) -> str:
+def _run_squeue(job_ids: Sequence[str]) -> str:
     check_controller()
     # Array ids without task ids keep the command short.
     done = run_slurm(
@@ -272,27 +272,30 @@ def _ask_squeue(job_ids: Sequence[str]) -> str:
     )
     if done.returncode == 0 or _NO_SUCH_JOB in done.stderr:
         return done.stdout
-    raise SlurmUnavailableError(f"SLURM could not be asked. squeue: {last_words(done)}")
+    raise SlurmUnavailableError(f"SLURM did not answer: squeue: {last_message(done)}")
 
 
-def _ask_sacct(job_ids: Sequence[str]) -> dict[str, JobState]:
-    """Return the states of jobs from accounting."""
-    whole = sorted({job_id.partition("_")[0] for job_id in job_ids})
+def _read_accounting(job_ids: Sequence[str]) -> dict[str, JobState]:
+    """Return the states of jobs from sacct; UNKNOWN with the reason if it does not know them or does not work."""
     states, reason = {}, "SLURM does not know it: it was submitted just now, or its record was removed"
-    if shutil.which("sacct") is None:
-        reason = "SLURM has no accounting here (no sacct): what has ended is known from the run folder alone"
-    else:
-        try:
-            done = run_slurm(["sacct", "-X", "-P", "-n", f"--format={_SACCT_FIELDS}", f"--jobs={','.join(whole)}"])
-            if done.returncode == 0:
-                states = parse_sacct(done.stdout)
-            elif "accounting storage is disabled" in done.stderr.lower():
-                reason = "SLURM keeps no accounting here: what has ended is known from the run folder alone"
-            else:
-                reason = f"accounting could not be asked: {last_words(done)}"
-        except SlurmUnavailableError as error:
-            reason = f"accounting could not be asked: {error}"
+    command = ["sacct", "-X", "-P", "-n", f"--format={_SACCT_FIELDS}", f"--jobs={','.join(_whole_ids(job_ids))}"]
+    try:
+        done = run_slurm(command) if shutil.which("sacct") else None
+        if done is None or "accounting storage is disabled" in done.stderr.lower():
+            missing = "SLURM keeps no accounting here" if done else "SLURM has no accounting here (no sacct)"
+            reason = f"{missing}: the end of a job is known from the run folder only"
+        elif done.returncode == 0:
+            states = parse_sacct(done.stdout)
+        else:
+            reason = f"accounting did not answer: {last_message(done)}"
+    except SlurmUnavailableError as error:
+        reason = f"accounting did not answer: {error}"
     return {job_id: _find_ended(job_id, states) or JobState(UNKNOWN, reason) for job_id in job_ids}
+
+
+def _whole_ids(job_ids: Iterable[str]) -> list[str]:
+    """Return the ids of jobs and arrays without their tasks, in numeric order."""
+    return sorted({job_id.partition("_")[0] for job_id in job_ids}, key=lambda job_id: (len(job_id), job_id))
 
 
 def _find_ended(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
@@ -309,7 +312,7 @@ def _find_ended(job_id: str, states: Mapping[str, JobState]) -> JobState | None:
 
 
 def _clean(text: str) -> str:
-    return "" if text in _NOTHING else text
+    return "" if text in _MISSING else text
 
 
 def _user_name(uid: str) -> str:

@@ -1,4 +1,4 @@
-"""Parser of the messages of srun, slurmstepd and bash about the cause of a job's end."""
+"""Causes of a job's end, from the messages of srun, slurmstepd and bash."""
 
 import os
 import re
@@ -23,25 +23,25 @@ _SIGNALS = {signal.strsignal(number): number for number in signal.valid_signals(
 # Message of a job that cannot start -> cause and remedy.
 _REMEDIES = (
     (
-        re.compile(r"execve\(\): (?P<what>\S+): (?:No such file|Permission denied)"),
-        "its nodes do not have {what}: set cluster.python to a Python that all of them have",
+        re.compile(r"execve\(\): (?P<name>\S+): (?:No such file|Permission denied)"),
+        "its nodes do not have {name}: set cluster.python to a Python that all of them have",
     ),
     (
-        re.compile(r"line \d+: (?P<what>\S*python\S*): (?:No such file|command not found|Permission denied)"),
-        "its nodes do not have {what}: set cluster.python to a Python that all of them have",
+        re.compile(r"line \d+: (?P<name>\S*python\S*): (?:No such file|command not found|Permission denied)"),
+        "its nodes do not have {name}: set cluster.python to a Python that all of them have",
     ),
     (
-        re.compile(r"No module named '?(?P<what>galaxydist|submitit|torch)\b"),
-        "the Python of its nodes has no {what}: set cluster.python to one into which galaxydist is installed",
+        re.compile(r"No module named '?(?P<name>galaxydist|submitit|torch)\b"),
+        "the Python of its nodes has no {name}: set cluster.python to one with galaxydist",
     ),
     (
-        re.compile(r"[Cc]ould not open std(?:out|err) file (?P<what>\S+?)(?:_log\.\w+)?: (?:No such file|Permission denied)"),
-        "a node does not see {what}: put the runs on a file system that all nodes share (run.root=FOLDER)",
+        re.compile(r"[Cc]ould not open std(?:out|err) file (?P<name>\S+?)(?:_log\.\w+)?: (?:No such file|Permission denied)"),
+        "a node does not see {name}: put the runs on a file system that all nodes share (run.root=FOLDER)",
     ),
 )
 
 
-def read_own_words() -> list[str]:
+def read_own_stderr() -> list[str]:
     """Return the stderr of this batch script and its srun since the start of the script."""
     stderr = Path("/proc/self/fd/2")
     try:
@@ -60,27 +60,27 @@ def find_death(lines: Sequence[str]) -> str:
     Args:
         lines: of one start, oldest first.
     """
-    if failed := next((match[1] for line in lines if (match := _NODE_FAILURE.search(line))), ""):
-        return f"node {failed} failed"
+    if node := next((match[1] for line in lines if (match := _NODE_FAILURE.search(line))), ""):
+        return f"node {node} failed"
     for line in lines:
         if _ENDED_BY_SLURM.search(line):
             return ""
         if match := _TASKS.search(line):
-            who = f"rank {match['rank']} on {match['node']}"
+            rank = f"rank {match['rank']} on {match['node']}"
             if match["end"] == "Out Of Memory":
-                return f"{who} took more memory than the job has: raise cluster.memory"
+                return f"{rank} took more memory than the job has: raise cluster.memory"
             number = _SIGNALS.get(match["end"])
             if number is None:
                 return ""
-            cause = " (no memory left, or by hand)" if number == signal.SIGKILL else ""
-            return f"{who} was ended by signal {number}, {signal.Signals(number).name}{cause}"
+            cause = " (out of memory, or killed by hand)" if number == signal.SIGKILL else ""
+            return f"{rank} was ended by signal {number}, {signal.Signals(number).name}{cause}"
     return ""
 
 
 def find_remedy(lines: Sequence[str]) -> str:
-    """Return what the nodes lacked, with a remedy; empty if the lines report nothing of the kind."""
+    """Return the defect of the nodes with its remedy; empty if the lines report none."""
     for line in lines:
         for pattern, remedy in _REMEDIES:
             if match := pattern.search(line):
-                return remedy.format(what=match["what"])
+                return remedy.format(name=match["name"])
     return ""

@@ -24,8 +24,6 @@ from galaxydist.runs.folder import BEST, FOLDER_NAME, RunFolder
 from galaxydist.runs.lock import LockOwner, read_owner
 from galaxydist.runs.metrics_log import read_step_records, read_tail_records
 
-# Progress is read from the ends of the run folder's files.
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -82,7 +80,7 @@ def read_progress(folder: RunFolder) -> Progress:
         metric=metric,
         best=_best(folder, metric, lines),
         batch_size=batch_size,
-        updated=_modified(folder.metrics_path),
+        updated=folder.metrics_path.stat().st_mtime if folder.metrics_path.exists() else None,
     )
 
 
@@ -108,13 +106,6 @@ def _best(folder: RunFolder, metric: str | None, lines: list[dict[str, Any]]) ->
         return None
     best: float = min(values) if metric == "loss" else max(values)
     return best
-
-
-def _modified(path: Path) -> float | None:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return None
 
 
 def _is_number(value: Any) -> bool:
@@ -209,11 +200,11 @@ class Overview:
 
     Args:
         runs: sorted by group, in the order of ``GROUPS``.
-        trouble: the error if SLURM does not answer; empty otherwise.
+        slurm_error: the error if SLURM does not answer; empty otherwise.
     """
 
     runs: tuple[RunStatus, ...]
-    trouble: str = ""
+    slurm_error: str = ""
 
 
 def group_of(state: str) -> Group:
@@ -246,16 +237,16 @@ def read_overview(folders: Sequence[Path]) -> Overview:
         for run in find_runs(folder):
             names.setdefault(run, str(run.relative_to(folder)) if run != folder else run.name or str(run))
     jobs, damaged = _read_jobs(names)
-    known, trouble = _ask([job for of_run in jobs.values() for job in of_run])
+    known, slurm_error = _read_job_states([job for run_jobs in jobs.values() for job in run_jobs])
     runs = [RunStatus(run, names[run], DAMAGED, last_error=text) for run, text in damaged.items()]
-    for run, of_run in jobs.items():
+    for run, run_jobs in jobs.items():
         try:
-            runs.append(read_status(run, names[run], of_run, known))
+            runs.append(read_status(run, names[run], run_jobs, known))
         except (UserError, PermissionError) as error:
             runs.append(RunStatus(run, names[run], DAMAGED, last_error=str(error)))
-    labels = label_runs({run: read_settings(run, of_run) for run, of_run in jobs.items()})
+    labels = label_runs({run: read_settings(run, run_jobs) for run, run_jobs in jobs.items()})
     runs = [dataclasses.replace(status, label=labels.get(status.run, "")) for status in runs]
-    return Overview(tuple(sorted(runs, key=_place)), trouble)
+    return Overview(tuple(sorted(runs, key=_sort_key)), slurm_error)
 
 
 def read_settings(run: Path, jobs: Sequence[JobRecord]) -> dict[str, str]:
@@ -281,12 +272,13 @@ def label_runs(settings: Mapping[Path, Mapping[str, str]]) -> dict[Path, str]:
     """Return a label of each run with the settings that differ within its folder."""
     labels: dict[Path, str] = {}
     for folder in {run.parent for run in settings}:
-        beside = {run: own for run, own in settings.items() if run.parent == folder}
-        keys = dict.fromkeys(key for own in beside.values() for key in own)
-        differing = [key for key in keys if len({own.get(key) for own in beside.values()}) > 1]
-        for run, own in beside.items():
-            words = [own[key] if key in _BARE_KEYS else f"{key.rpartition('.')[2]}={own[key]}" for key in differing if key in own]
-            labels[run] = " ".join(words)
+        siblings = {run: own for run, own in settings.items() if run.parent == folder}
+        keys = dict.fromkeys(key for own in siblings.values() for key in own)
+        differing = [key for key in keys if len({own.get(key) for own in siblings.values()}) > 1]
+        for run, own in siblings.items():
+            labels[run] = " ".join(
+                own[key] if key in _BARE_KEYS else f"{key.rpartition('.')[2]}={own[key]}" for key in differing if key in own
+            )
     return labels
 
 
@@ -304,8 +296,8 @@ def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[
     """
     folder, files = RunFolder(run), JobFiles(run)
     restarts = files.restarts()
-    job, told = newest_job(jobs, known)
-    state = _judge(folder, restarts, job, told, lock_holder(folder.lock_path, known))
+    job, job_state = newest_job(jobs, known)
+    state = _find_state(folder, restarts, job, job_state, lock_holder(folder.lock_path, known))
     status = RunStatus(
         run,
         name,
@@ -317,7 +309,7 @@ def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[
         count_restarts(restarts, {job.job_id: known[job.job_id] for job in jobs if job.job_id in known}),
         state.time_left_s,
     )
-    return dataclasses.replace(status, last_error=_last_error(files, job, told, status.group))
+    return dataclasses.replace(status, last_error=_last_error(files, job, job_state, status.group))
 
 
 def count_restarts(restarts: Sequence[RestartRecord], known: Mapping[str, JobState]) -> int:
@@ -341,7 +333,7 @@ def _read_jobs(names: Mapping[Path, str]) -> tuple[dict[Path, list[JobRecord]], 
     return jobs, damaged
 
 
-def _ask(jobs: Sequence[JobRecord]) -> tuple[dict[str, JobState], str]:
+def _read_job_states(jobs: Sequence[JobRecord]) -> tuple[dict[str, JobState], str]:
     ids = list(dict.fromkeys(job.job_id for job in jobs if job.scheduler == "slurm"))
     try:
         return read_states(ids), ""
@@ -349,44 +341,44 @@ def _ask(jobs: Sequence[JobRecord]) -> tuple[dict[str, JobState], str]:
         return {}, str(error)
 
 
-def _judge(
+def _find_state(
     folder: RunFolder,
     restarts: Sequence[RestartRecord],
     job: JobRecord | None,
-    told: JobState | None,
+    job_state: JobState | None,
     holder: LockOwner | None,
 ) -> JobState:
     """Combine SLURM's state of the newest job with the run folder and its lock."""
-    if told is not None and told.is_active:
-        return told
+    if job_state is not None and job_state.is_active:
+        return job_state
     if folder.is_finished:
-        return JobState(FINISHED, nodes=told.nodes if told is not None else "")
+        return JobState(FINISHED, nodes=job_state.nodes if job_state is not None else "")
     if holder is not None:
         return JobState("RUNNING", f"by {holder}", nodes=holder.host)
-    if told is not None and told.state != UNKNOWN:
-        return told
-    is_settling = told is None or (job is not None and time.time() - job.time < _SETTLING_S)
+    if job_state is not None and job_state.state != UNKNOWN:
+        return job_state
+    is_settling = job_state is None or (job is not None and time.time() - job.time < _SETTLING_S)
     has_stopped = bool(restarts) and job is not None and restarts[-1].job_id == job.job_id and restarts[-1].decision == "stop"
     if job is not None and job.scheduler == "slurm" and is_settling and not has_stopped:
-        return JobState(UNKNOWN, told.reason if told is not None else "SLURM could not be asked")
-    reason, owner = told.reason if told is not None else "", read_owner(folder.lock_path)
+        return JobState(UNKNOWN, job_state.reason if job_state is not None else "SLURM did not answer")
+    reason, owner = job_state.reason if job_state is not None else "", read_owner(folder.lock_path)
     if owner is not None:
         reason = f"{owner} is gone"
-    return JobState(_judge_ended(folder, restarts, was_locked=owner is not None), reason)
+    return JobState(_ended_state(folder, restarts, was_locked=owner is not None), reason)
 
 
-def _judge_ended(folder: RunFolder, restarts: Sequence[RestartRecord], *, was_locked: bool) -> str:
+def _ended_state(folder: RunFolder, restarts: Sequence[RestartRecord], *, was_locked: bool) -> str:
     """Return the state of a run that neither runs nor waits nor is finished."""
     if was_locked or folder.read_failure() is not None or (restarts and restarts[-1].decision == "stop"):
         return FAILED
     return STOPPED if folder.metrics_path.exists() or restarts else NEW
 
 
-def _last_error(files: JobFiles, job: JobRecord | None, told: JobState | None, group: Group) -> str | None:
-    return None if group in ("running", "finished") else explain_end(files, job, told, group=group)
+def _last_error(files: JobFiles, job: JobRecord | None, job_state: JobState | None, group: Group) -> str | None:
+    return None if group in ("running", "finished") else explain_end(files, job, job_state, group=group)
 
 
-def _place(status: RunStatus) -> tuple[int, list[tuple[int, str]]]:
+def _sort_key(status: RunStatus) -> tuple[int, list[tuple[int, str]]]:
     """Return the sort key of a run: by group, then by path with numbers in numeric order."""
     parts = re.split(r"(\d+)", str(status.run))
     return GROUPS.index(status.group), [(int(part), "") if part.isdecimal() else (0, part) for part in parts]

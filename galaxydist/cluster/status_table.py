@@ -107,26 +107,26 @@ def render_overview(overview: Overview, width: int) -> RenderableType:
     lines: list[RenderableType] = [table] if overview.runs else []
     if failing and not has_room:
         lines += [Text(f"{status.name}: {status.last_error}", "red") for status in failing]
-    if overview.trouble:
-        lines.append(Text(overview.trouble, "bold yellow"))
+    if overview.slurm_error:
+        lines.append(Text(overview.slurm_error, "bold yellow"))
     return Lines(*lines, Text(summary_text(overview.runs)))
 
 
 def fitting_columns(runs: Sequence[RunStatus], width: int) -> list[Column]:
     """Return the columns that fit into a width, at least run and state."""
-    said = [
+    filled = [
         column
         for column in COLUMNS
         if column.title in _ALWAYS or any(column.cell(status) not in (NOTHING, "0") for status in runs)
     ]
-    room = width - min(_width(said[0], runs), max(_LEAST_NAME, width // 3)) - _GAP
+    left = width - min(_width(filled[0], runs), max(_LEAST_NAME, width // 3)) - _GAP
     kept = {0}
-    for column in sorted(said, key=lambda column: column.rank)[1:]:
-        room -= _width(column, runs) + _GAP
-        if room < 0 and column.rank > 1:
+    for column in sorted(filled, key=lambda column: column.rank)[1:]:
+        left -= _width(column, runs) + _GAP
+        if left < 0 and column.rank > 1:
             break
         kept.add(column.rank)
-    return [column for column in said if column.rank in kept]
+    return [column for column in filled if column.rank in kept]
 
 
 def summary_text(runs: Sequence[RunStatus]) -> str:

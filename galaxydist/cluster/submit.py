@@ -5,8 +5,6 @@ It imports no torch: batch scripts use it to resubmit their runs.
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
 import os
 import secrets
@@ -16,12 +14,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
 
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 from submitit.core.utils import FailedSubmissionError
 
 from galaxydist.atomic_files import read_json, write_json
@@ -85,45 +84,23 @@ class RequestFile:
     def write(self) -> None:
         """Write the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        plain = {
-            "format": FORMAT_VERSION,
-            "requests": [_plain(asdict(request)) for request in self.requests],
-            "cluster": self.cluster.model_dump(mode="json"),
-            "cluster_arguments": list(self.cluster_arguments),
-            "code": str(self.code),
-            "folder": str(self.folder),
-            "name": self.name,
-        }
-        write_json(self.path, plain)
+        content = TypeAdapter(RequestFile).dump_python(self, mode="json", exclude={"path"})
+        write_json(self.path, {"format": FORMAT_VERSION, **content})
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path) -> "RequestFile":
         """Read the file.
 
         Raises:
             UserError: the file does not exist, or was written by another galaxydist version.
         """
         if not path.exists():
-            raise UserError(f"{path} is not there: is the folder of the runs on a file system that all nodes share?")
-        plain = read_json(path)
-        if not isinstance(plain, dict) or plain.get("format") != FORMAT_VERSION:
+            raise UserError(f"{path} does not exist: is the folder of the runs on a file system that all nodes share?")
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION:
             raise UserError(f"{path} is not a submission of format {FORMAT_VERSION}. Submit the run again.")
-        return cls(
-            path=path,
-            requests=tuple(
-                JobRequest(tuple(item["arguments"]), Path(item["run_dir"]), Path(item["recipe_path"]), item["recipe_name"])
-                for item in plain["requests"]
-            ),
-            cluster=ClusterConfig.model_validate_json(json.dumps(plain["cluster"])),  # strict: paths and tuples from JSON only
-            cluster_arguments=tuple(plain["cluster_arguments"]),
-            code=Path(plain["code"]),
-            folder=Path(plain["folder"]),
-            name=plain["name"],
-        )
-
-
-def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: str(item) if isinstance(item, Path) else item for key, item in value.items()}
+        # From JSON text, because the profile is strict: it takes paths and tuples from JSON only.
+        return TypeAdapter(RequestFile).validate_json(json.dumps({**content, "path": str(path)}))
 
 
 # Submission guards: a lock, deferred signals, and an environment without variables of a job.
@@ -132,14 +109,14 @@ LOCK_NAME = ".submitting"
 WAIT_S = 120.0
 POLL_S = 0.5
 # Profile key -> variable that sbatch would read if the key is not set.
-_TAKEN = {
+_ADOPTED = {
     "partition": "SBATCH_PARTITION",
     "account": "SBATCH_ACCOUNT",
     "qos": "SBATCH_QOS",
     "reservation": "SBATCH_RESERVATION",
 }
 # These variables name the SLURM installation or cluster, not a job.
-_KEPT = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
+_INSTALLATION = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
 _OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "SBATCH_")
 _OF_A_RANK = frozenset({"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"})
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -155,22 +132,20 @@ def submission_lock(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
         UserError: another command has held the lock for ``wait_s`` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + wait_s
-    with (folder / LOCK_NAME).open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    break
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"Another command has been submitting runs of {folder} for {wait_s:.0f} s. Wait until it has ended, or "
-                        "end it, and give the command again."
-                    ) from None
-            time.sleep(POLL_S)
+    lock = FileLock(folder / LOCK_NAME, timeout=wait_s, poll_interval=POLL_S)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"Another command has been submitting runs of {folder} for {wait_s:.0f} s. Wait until it has ended, or end it, and "
+            "run the command again."
+        ) from None
+    except (OSError, NotImplementedError):
+        pass  # no locks on this file system
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def adopt_settings(cluster: ClusterConfig, environ: Mapping[str, str]) -> ClusterConfig:
@@ -178,12 +153,12 @@ def adopt_settings(cluster: ClusterConfig, environ: Mapping[str, str]) -> Cluste
 
     The batch script, also that of a resubmitted run, then contains them.
     """
-    taken: dict[str, object] = {
-        key: environ[name] for key, name in _TAKEN.items() if getattr(cluster, key) is None and environ.get(name)
+    adopted: dict[str, object] = {
+        key: environ[name] for key, name in _ADOPTED.items() if getattr(cluster, key) is None and environ.get(name)
     }
     if not any(item.startswith(f"{DATA_VARIABLE}=") for item in cluster.environment):
-        taken["environment"] = (*cluster.environment, f"{DATA_VARIABLE}={data_root(None, environ).absolute()}")
-    return cluster.model_copy(update=taken)
+        adopted["environment"] = (*cluster.environment, f"{DATA_VARIABLE}={data_root(None, environ).absolute()}")
+    return cluster.model_copy(update=adopted)
 
 
 @contextmanager
@@ -192,7 +167,7 @@ def without_job_environment() -> Iterator[None]:
     hidden = {
         name: os.environ.pop(name)
         for name in list(os.environ)
-        if (name.startswith(_OF_A_JOB) or name in _OF_A_RANK) and name not in _KEPT
+        if (name.startswith(_OF_A_JOB) or name in _OF_A_RANK) and name not in _INSTALLATION
     }
     try:
         yield
@@ -207,10 +182,10 @@ def deferred_signals() -> Iterator[None]:
     SIGINT is also blocked: the terminal sends it to sbatch too, and child processes inherit the signal mask. The handlers are
     needed for threads of libraries, which may receive a signal instead of this one.
     """
-    heard: list[int] = []
+    received: list[int] = []
 
     def remember(number: int, _frame: FrameType | None) -> None:
-        heard.append(number)
+        received.append(number)
 
     handlers = {number: signal.signal(number, remember) for number in _SIGNALS}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -220,13 +195,10 @@ def deferred_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if signal.SIGINT in heard:
+    if signal.SIGINT in received:
         raise KeyboardInterrupt
-    if heard:
-        os.kill(os.getpid(), heard[0])
-
-
-__all__ = ["JobRequest", "build_request", "check_idle", "script_of", "submit_again", "submit_requests"]
+    if received:
+        os.kill(os.getpid(), received[0])
 
 
 def build_request(resolved: ResolvedRecipe, arguments: Sequence[str]) -> JobRequest:
@@ -252,12 +224,12 @@ def check_idle(run_dir: Path) -> None:
     job, found = newest_job(jobs, states)
     if job is not None and found is not None and found.is_active:
         raise UserError(
-            f"{run_dir} is {found.state.lower()} as job {job.job_id} already. Follow it with `galaxydist status {run_dir}`, or "
-            f"end it first with `galaxydist cancel {run_dir}`."
+            f"{run_dir} is already {found.state.lower()} as job {job.job_id}. Follow it with `galaxydist status {run_dir}`, or "
+            f"cancel it first with `galaxydist cancel {run_dir}`."
         )
     if (holder := lock_holder(lock_path, states)) is not None:
         raise UserError(
-            f"{run_dir} is in use by {holder}, which no galaxydist submit has started. Wait until that has ended, or stop it: "
+            f"{run_dir} is in use by {holder}, which was not started by galaxydist submit. Wait until it has ended, or stop it: "
             "both would write to the same folder."
         )
 
@@ -278,7 +250,7 @@ def submit_requests(
         cluster: the profile.
         folder: for the submission's files (batch script, output, snapshot); all nodes must see it.
         name: of the job.
-        parallel: most tasks of the array that run at the same time; default: the profile's.
+        parallel: most tasks of the array that run at a time; default: the profile's.
         after: id of a job that must end first.
 
     Returns:
@@ -287,7 +259,8 @@ def submit_requests(
     Raises:
         UserError: SLURM refuses the job; contains SLURM's message.
     """
-    submission = _prepare(requests, cluster, folder=folder, name=name)
+    code = take_snapshot(folder.absolute() / "code", {request.recipe_name: request.recipe_path for request in requests})
+    submission = _build_submission(requests, cluster, folder.absolute(), code, name)
     submission.write()
     return _send(submission, parallel=parallel, after=after)
 
@@ -327,25 +300,18 @@ def script_of(
     Raises:
         UserError: the profile is local, so there is no batch script.
     """
-    code = folder.absolute() / "code" / "SNAPSHOT"
-    submission = RequestFile(
-        folder.absolute() / "requests-ID.json",
-        tuple(requests),
-        adopt_settings(cluster.config, os.environ),
-        cluster.arguments,
-        code,
-        folder.absolute(),
-        name,
-    )
+    folder = folder.absolute()
+    submission = _build_submission(requests, cluster, folder, folder / "code" / "SNAPSHOT", name)
+    submission = dataclasses.replace(submission, path=folder / "requests-ID.json")
     executor = _executor(submission, parallel) if cluster.config.scheduler == "slurm" else None
     if not isinstance(executor, SlurmExecutor):
-        raise UserError("cluster=local starts processes on this machine: there is no batch script to show")
+        raise UserError("cluster=local starts processes on this machine, without a batch script")
     return executor.script(len(requests))
 
 
-def _prepare(requests: Sequence[JobRequest], cluster: ResolvedCluster, *, folder: Path, name: str) -> RequestFile:
-    folder = folder.absolute()
-    code = take_snapshot(folder / "code", {request.recipe_name: request.recipe_path for request in requests})
+def _build_submission(
+    requests: Sequence[JobRequest], cluster: ResolvedCluster, folder: Path, code: Path, name: str
+) -> RequestFile:
     config = adopt_settings(cluster.config, os.environ)
     return RequestFile(_request_path(folder), tuple(requests), config, cluster.arguments, code, folder, name)
 
@@ -355,7 +321,7 @@ def _request_path(folder: Path) -> Path:
 
 
 def _executor(submission: RequestFile, parallel: int | None = None, after: str | None = None) -> JobExecutor:
-    # It runs outside a container of the tasks, as SLURM's programs do.
+    # It runs outside the container of the tasks, like SLURM's programs.
     python = sys.executable if submission.cluster.container else submission.cluster.python or sys.executable
     after_srun = f"{shlex.quote(python)} -P -m galaxydist.cluster.requeue {shlex.quote(str(submission.path))}"
     return build_executor(

@@ -4,7 +4,7 @@ A sweep file with all keys:
 
     cluster: a100                          # profile (cluster=NAME on the command line has precedence)
     root: runs/galaxy10                    # folder of the run folders (default: runs/<name of this file>)
-    parallel: 8                            # most runs at the same time (default: the profile's)
+    parallel: 8                            # most runs at a time (default: the profile's)
     set: {train.epochs: 30}                # values for all runs
     grid:                                  # all combinations; the first key varies slowest
       recipe: [resnet50, vit]
@@ -15,7 +15,7 @@ A sweep file with all keys:
     evaluate: [original, balanced]         # eval.variants of all runs
 
 Keys are written as on the command line, ``optim.lr``, or as in a recipe, ``optim: {lr: ...}``. A value of ``list`` has precedence
-over one of ``set``; the grid must share no key with either.
+over one of ``set``; the grid must not share a key with either.
 """
 
 import itertools
@@ -32,12 +32,13 @@ from galaxydist.recipe.resolve import COMMAND_LINE, Override, RecipeError, Resol
 from galaxydist.recipe.scalars import to_text
 from galaxydist.recipe.yaml12 import Document, read_document
 
-PARTS = ("cluster", "root", "parallel", "set", "grid", "list", "evaluate")
+SECTIONS = ("cluster", "root", "parallel", "set", "grid", "list", "evaluate")
+COUNT = "a whole number of at least 1"
 # Keys that a sweep sets itself -> hint for the user.
-DECIDED = {
-    "run.dir": "each run's folder is named by its recipe; root: DIR says where they lie",
+RESERVED_KEYS = {
+    "run.dir": "each run's folder is named after its recipe; root: DIR sets their parent folder",
     "run.root": "write root: DIR beside set and grid",
-    "cluster": "a sweep is sent to one cluster; write cluster: NAME beside set and grid",
+    "cluster": "a sweep is submitted to one cluster; write cluster: NAME beside set and grid",
 }
 
 
@@ -91,7 +92,7 @@ def find_sweep(name: str) -> Path:
     if name in known:
         return known[name]
     listed = ", ".join(map(str, known.values())) or "none found"
-    raise UserError(f"there is no sweep {name}; sweeps: {listed}; or give the path of a file of your own")
+    raise UserError(f"there is no sweep {name}; sweeps: {listed}; or give the path of your own file")
 
 
 def list_sweeps() -> dict[str, Path]:
@@ -109,85 +110,91 @@ def read_sweep(path: Path) -> SweepFile:
         document = read_document(path, noun="sweep", example="grid: {seed: [0, 1]}", is_dotted=True, lists=("list",))
     except OSError as error:
         raise SweepError(path, [(str(path), f"cannot be read: {error.strerror}")]) from error
-    reading = _Reading(path, document)
-    sweep = reading.read()
-    if reading.problems:
-        raise SweepError(path, sorted(reading.problems, key=lambda problem: _line_of(problem[0])))
+    parser = _SweepParser(path, document)
+    sweep = parser.parse()
+    if parser.problems:
+        raise SweepError(path, sorted(parser.problems, key=lambda problem: _line_of(problem[0])))
     return sweep
 
 
-class _Reading:
-    """Reads one sweep file and collects its problems."""
+class _SweepParser:
+    """Parses one sweep file and collects its problems."""
 
     def __init__(self, path: Path, document: Document) -> None:
         self.path = path
         self.document = document
-        self.problems = [(self._at(line), text) for line, text in document.problems]
+        self.problems = [(self._origin(line), text) for line, text in document.problems]
 
-    def read(self) -> SweepFile:
-        self._refuse_unknown_parts()
+    def parse(self) -> SweepFile:
+        self._check_sections()
         common = self._settings(self.document, "set.")
         if "evaluate" in self.document.lines:
             common |= self._evaluate(common)
         axes = dict(self._axes())
         entries = tuple(self._settings(entry, "") for entry in self.document.entries.get("list", ()))
         if "list" in self.document.lines and not entries:
-            self._refuse("list", "list: has no entries; write one like - {recipe: vit, seed: 1}, or take it out")
+            self._add("list", "list: has no entries; write one like - {recipe: vit, seed: 1}, or remove it")
         if not {"grid", "list"} & set(self.document.lines):
-            self.problems.append((str(self.path), "a sweep needs grid: or list:, which say how its runs differ"))
-        self._refuse_shared_keys(common, axes, entries)
-        return SweepFile(self.path, self._cluster(), self._root(), self._parallel(), common, axes, entries)
+            self.problems.append((str(self.path), "a sweep needs grid: or list:, in which its runs differ"))
+        self._check_shared_keys(common, axes, entries)
+        cluster: str | None = self._value("cluster", str, "a profile's name or file")
+        root: str | None = self._value("root", str, "a folder")
+        parallel: int | None = self._value("parallel", int, COUNT)
+        if parallel is not None and parallel < 1:
+            self._add("parallel", f"parallel={parallel}: must be {COUNT}")
+        folder = Path(root).expanduser() if root else Path("runs") / self.path.stem
+        return SweepFile(self.path, cluster, folder, parallel, common, axes, entries)
 
-    def _at(self, line: int) -> str:
+    def _origin(self, line: int) -> str:
         return f"{self.path}:{line}" if line else str(self.path)
 
-    def _refuse(self, key: str, text: str) -> None:
-        self.problems.append((self._at(self.document.lines[key]), text))
+    def _add(self, key: str, text: str) -> None:
+        self.problems.append((self._origin(self.document.lines[key]), text))
 
-    def _refuse_unknown_parts(self) -> None:
+    def _check_sections(self) -> None:
         for key in self.document.lines:
-            part = key.partition(".")[0]
-            if part not in PARTS:
-                if "." not in key or part not in self.document.lines:
-                    close = get_close_matches(part, PARTS, n=1)
-                    hint = f"; did you mean {close[0]}?" if close else f"; keys of recipes stand under set, grid or list: {part}"
-                    self._refuse(key, f"{key}: a sweep has no such key{hint} (it has {', '.join(PARTS)})")
-            elif part not in ("set", "grid") and "." in key:
-                self._refuse(key, f"{key}: {part} has no keys of its own")
+            section = key.partition(".")[0]
+            if section not in SECTIONS:
+                if "." not in key or section not in self.document.lines:
+                    close = get_close_matches(section, SECTIONS, n=1)
+                    hint = f"; did you mean {close[0]}?" if close else f"; write recipe keys under set, grid or list: {section}"
+                    self._add(key, f"{key}: a sweep has no such key{hint} (it has {', '.join(SECTIONS)})")
+            elif section not in ("set", "grid") and "." in key:
+                self._add(key, f"{key}: {section} has no keys")
             elif key in ("set", "grid") and self.document.values.get(key) is not None:
-                self._refuse(key, f"{key}={to_text(self.document.values[key])}: must be a mapping of keys to values")
+                self._add(key, f"{key}={to_text(self.document.values[key])}: must be a mapping of keys to values")
             elif key == "list" and key in self.document.values:
-                self._refuse(key, "list: must be a list of mappings, like - {recipe: vit, seed: 1}")
+                self._add(key, "list: must be a list of mappings, like - {recipe: vit, seed: 1}")
 
     def _settings(self, document: Document, prefix: str) -> dict[str, Override]:
         found = {}
         for written, value in document.values.items():
             if written.startswith(prefix):
                 key = written.removeprefix(prefix)
-                found[key] = Override(value, self._at(document.lines[written]))
-                if key in DECIDED:
-                    self.problems.append((found[key].origin, f"{key}: {DECIDED[key]}"))
+                found[key] = Override(value, self._origin(document.lines[written]))
+                if key in RESERVED_KEYS:
+                    self.problems.append((found[key].origin, f"{key}: {RESERVED_KEYS[key]}"))
         return found
 
     def _axes(self) -> Iterator[tuple[str, tuple[Override, ...]]]:
         given = [key for key in self.document.values if key.startswith("grid.")]
         if "grid" in self.document.lines and not given and self.document.values.get("grid") is None:
-            self._refuse("grid", "grid: has no keys; write one like seed: [0, 1, 2], or take it out")
+            self._add("grid", "grid: has no keys; write one like seed: [0, 1, 2], or remove it")
         for key, setting in self._settings(self.document, "grid.").items():
             values, origin = setting.value, setting.origin
             if not isinstance(values, list):
                 shown = to_text(values)
                 self.problems.append((origin, f"{key}={shown}: a key of the grid has a list of values, like [{shown}]"))
             elif not values:
-                self.problems.append((origin, f"{key}: has no values; give some, like [0, 1], or take the key out"))
+                self.problems.append((origin, f"{key}: has no values; give some, like [0, 1], or remove the key"))
             else:
                 texts = [to_text(value) for value in values]
-                twice = next((text for number, text in enumerate(texts) if text in texts[:number]), None)
-                if twice is not None:
-                    self.problems.append((origin, f"{key}: {twice} stands there twice; keep one"))
+                repeated = next((text for number, text in enumerate(texts) if text in texts[:number]), None)
+                if repeated is not None:
+                    self.problems.append((origin, f"{key}: {repeated} is given twice; keep one"))
                 yield key, tuple(Override(value, origin) for value in values)
 
-    def _refuse_shared_keys(
+    def _check_shared_keys(
         self,
         common: Mapping[str, Override],
         axes: Mapping[str, tuple[Override, ...]],
@@ -196,37 +203,23 @@ class _Reading:
         for key, (value, *_) in axes.items():
             for others in (common, *entries):
                 if key in others:
-                    text = f"{key}: stands in the grid too ({value.origin}), whose values would hide this one; keep one of them"
+                    text = f"{key}: is in the grid too ({value.origin}), whose values would replace this one; keep one of them"
                     self.problems.append((others[key].origin, text))
 
     def _evaluate(self, common: Mapping[str, Override]) -> dict[str, Override]:
         if "eval.variants" in common:
-            self._refuse("evaluate", f"evaluate: is eval.variants, which is set too ({common['eval.variants'].origin}); keep one")
+            self._add("evaluate", f"evaluate: sets eval.variants, which is set too ({common['eval.variants'].origin}); keep one")
         value = self.document.values.get("evaluate")
         if not isinstance(value, list):
-            self._refuse("evaluate", f"evaluate={to_text(value)}: must be a list, like [original, balanced]")
-        return {"eval.variants": Override(value, self._at(self.document.lines["evaluate"]))}
-
-    def _cluster(self) -> str | None:
-        name: str | None = self._value("cluster", str, "a profile's name or file")
-        return name
-
-    def _root(self) -> Path:
-        text: str | None = self._value("root", str, "a folder")
-        return Path(text).expanduser() if text else Path("runs") / self.path.stem
-
-    def _parallel(self) -> int | None:
-        value: int | None = self._value("parallel", int, "a whole number of at least 1")
-        if value is not None and value < 1:
-            self._refuse("parallel", f"parallel={value}: must be a whole number of at least 1")
-        return value
+            self._add("evaluate", f"evaluate={to_text(value)}: must be a list, like [original, balanced]")
+        return {"eval.variants": Override(value, self._origin(self.document.lines["evaluate"]))}
 
     def _value(self, key: str, kind: type, description: str) -> Any:
         """Return a scalar value; None if it is missing, null or of the wrong type."""
         value = self.document.values.get(key)
         if value is None or (isinstance(value, kind) and not isinstance(value, bool) and value != ""):
             return value
-        self._refuse(key, f"{key}={to_text(value)}: must be {description}")
+        self._add(key, f"{key}={to_text(value)}: must be {description}")
         return None
 
 
@@ -276,14 +269,14 @@ def expand(sweep: SweepFile, overridden: Sequence[str] = ()) -> list[GridPoint]:
         overridden: keys set on the command line; they replace the file's values, also a whole axis of the grid.
     """
     axes = [[(key, value) for value in values] for key, values in sweep.axes.items() if key not in overridden]
-    cells = []
+    points = []
     for entry in sweep.entries or ({},):
-        for point in itertools.product(*axes):
-            varied = {key: value for key, value in (*entry.items(), *point) if key not in overridden}
+        for values in itertools.product(*axes):
+            varied = {key: value for key, value in (*entry.items(), *values) if key not in overridden}
             common = {key: value for key, value in sweep.common.items() if key not in overridden}
             label = " ".join(f"{key}={to_text(setting.value)}" for key, setting in varied.items())
-            cells.append(GridPoint(label, common | varied))
-    return cells
+            points.append(GridPoint(label, common | varied))
+    return points
 
 
 def resolve(
@@ -310,65 +303,65 @@ def resolve(
         key, _, text = argument.partition("=")
         if key == "run.root" and text:
             root = Path(text).expanduser()
-        elif key in DECIDED and key != "run.root":
-            problems.add("", (COMMAND_LINE, f"{argument}: {DECIDED[key]}"))
+        elif key in RESERVED_KEYS and key != "run.root":
+            problems.add("", (COMMAND_LINE, f"{argument}: {RESERVED_KEYS[key]}"))
         else:
             kept.append(argument)
-    cells = expand(sweep, [argument.partition("=")[0] for argument in kept])
-    problems.num_cells = len(cells)
-    trials = []
-    for cell in cells:
+    points = expand(sweep, [argument.partition("=")[0] for argument in kept])
+    problems.num_runs = len(points)
+    runs = []
+    for point in points:
         try:
-            trial = _resolve_cell(cell, kept, root.absolute(), folders)
-            trials.append(trial)
-            check(trial.resolved)
+            run = _resolve_point(point, kept, root.absolute(), folders)
+            runs.append(run)
+            check(run.resolved)
         except RecipeError as error:
-            problems.add(cell.label, *error.problems)
+            problems.add(point.label, *error.problems)
         except UserError as error:
-            problems.add(cell.label, ("", str(error)))
-    for problem in (*_same_runs(trials), *_same_names(trials)):
+            problems.add(point.label, ("", str(error)))
+    for problem in (*_same_folders(runs), *_same_recipe_names(runs)):
         problems.add("", ("", problem))
     problems.raise_if_any()
-    return trials
+    return runs
 
 
-def _resolve_cell(cell: GridPoint, arguments: Sequence[str], root: Path, folders: Sequence[Path] | None) -> SweepRun:
-    if "recipe" not in cell.settings and not any(argument.startswith("recipe=") for argument in arguments):
+def _resolve_point(point: GridPoint, arguments: Sequence[str], root: Path, folders: Sequence[Path] | None) -> SweepRun:
+    if "recipe" not in point.settings and not any(argument.startswith("recipe=") for argument in arguments):
         raise RecipeError([("", "recipe is missing: write it under set, grid or list, or give recipe=NAME")])
-    resolved = load_recipe(arguments, folders=folders, settings=cell.settings)
+    resolved = load_recipe(arguments, folders=folders, settings=point.settings)
     run_dir = root / run_name(resolved.recipe)
-    placed = resolved.recipe.model_copy(update={"run": resolved.recipe.run.model_copy(update={"dir": run_dir})})
+    recipe = resolved.recipe.model_copy(update={"run": resolved.recipe.run.model_copy(update={"dir": run_dir})})
     # The job reads these arguments, so they must give the same recipe.
     given = {argument.partition("=")[0] for argument in arguments}
-    typed = [f"{key}={to_text(setting.value)}" for key, setting in cell.settings.items() if key not in given]
+    typed = [f"{key}={to_text(setting.value)}" for key, setting in point.settings.items() if key not in given]
     texts = (*typed, *arguments, f"run.dir={run_dir}")
     again = load_recipe(texts, folders=folders).recipe
-    if again != placed:
-        values, meant = flatten(again), flatten(placed)
-        key = next(key for key in meant if values[key] != meant[key])
-        raise RecipeError([(resolved.origins[key], f"{key}={to_text(meant[key])}: cannot be written on a command line")])
-    return SweepRun(cell.label, run_dir.name, run_dir, replace(resolved, recipe=placed), texts)
+    if again != recipe:
+        values, expected = flatten(again), flatten(recipe)
+        key = next(key for key in expected if values[key] != expected[key])
+        raise RecipeError([(resolved.origins[key], f"{key}={to_text(expected[key])}: cannot be written on a command line")])
+    return SweepRun(point.label, run_dir.name, run_dir, replace(resolved, config=recipe), texts)
 
 
-def _same_runs(trials: Sequence[SweepRun]) -> Iterator[str]:
+def _same_folders(runs: Sequence[SweepRun]) -> Iterator[str]:
     """Yield a message for each run folder that several runs would share."""
     by_name: dict[str, list[SweepRun]] = {}
-    for trial in trials:
-        by_name.setdefault(trial.name, []).append(trial)
+    for run in runs:
+        by_name.setdefault(run.name, []).append(run)
     for name, same in by_name.items():
         if len(same) > 1:
-            flat = [flatten(trial.resolved.recipe) for trial in same]
+            flat = [flatten(run.resolved.recipe) for run in same]
             keys = [key for key in flat[0] if any(values[key] != flat[0][key] for values in flat)]
-            why = f"they differ in {', '.join(keys)}, which does not change a run's numbers: keep one" if keys else "keep one"
-            labels = " | ".join(trial.label or "(an empty entry)" for trial in same)
-            yield f"{len(same)} trials are the same run {name}: {labels}; {why}"
+            reason = f"they differ in {', '.join(keys)}, which does not change a run's numbers: keep one" if keys else "keep one"
+            labels = " | ".join(run.label or "(an empty entry)" for run in same)
+            yield f"{len(same)} entries are the same run {name}: {labels}; {reason}"
 
 
-def _same_names(trials: Sequence[SweepRun]) -> Iterator[str]:
-    """Yield a message for each recipe name with several files: a snapshot keeps one file for each name."""
+def _same_recipe_names(runs: Sequence[SweepRun]) -> Iterator[str]:
+    """Yield a message for each recipe name with several files, because a snapshot keeps one file for each name."""
     paths: dict[str, Path] = {}
-    for trial in trials:
-        name, path = trial.resolved.recipe.name, trial.resolved.path
+    for run in runs:
+        name, path = run.resolved.recipe.name, run.resolved.path
         if paths.setdefault(name, path) != path:
             yield f"two recipes have the name {name}: {paths[name]} and {path}; rename one"
 
@@ -378,7 +371,7 @@ class _Problems:
 
     def __init__(self, sweep: SweepFile) -> None:
         self.sweep = sweep
-        self.num_cells = 0
+        self.num_runs = 0
         self._labels: dict[tuple[str, str], list[str]] = {}
 
     def add(self, label: str, *problems: tuple[str, str]) -> None:
@@ -389,14 +382,15 @@ class _Problems:
     def raise_if_any(self) -> None:
         if self._labels:
             raise SweepError(
-                self.sweep.path, [(origin, f"{text}{self._where(labels)}") for (origin, text), labels in self._labels.items()]
+                self.sweep.path, [(origin, f"{text}{self._runs(labels)}") for (origin, text), labels in self._labels.items()]
             )
 
-    def _where(self, labels: Sequence[str]) -> str:
-        if not any(labels) or self.num_cells == 1:
+    def _runs(self, labels: Sequence[str]) -> str:
+        """Return the runs with a problem, for its message."""
+        if not any(labels) or self.num_runs == 1:
             return ""
-        if len(labels) == self.num_cells:
-            return f" (all {self.num_cells} trials)"
+        if len(labels) == self.num_runs:
+            return f" (all {self.num_runs} runs)"
         if len(labels) == 1:
             return f" ({labels[0]})"
-        return f" ({len(labels)} of {self.num_cells} trials, the first: {labels[0]})"
+        return f" ({len(labels)} of {self.num_runs} runs, the first: {labels[0]})"

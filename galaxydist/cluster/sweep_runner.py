@@ -1,13 +1,12 @@
-"""Submission of a sweep's unfinished runs: as SLURM arrays, or a few at a time on this machine."""
+"""Submission of a sweep's unfinished runs, as SLURM arrays or a few at a time on this machine."""
 
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from galaxydist.cluster.records import JobFiles, JobRecord
-from galaxydist.cluster.requeue import FOR_GOOD
+from galaxydist.cluster.requeue import PERMANENT_FAILURES
 from galaxydist.cluster.running_jobs import local_state, lock_holder, newest_job
 from galaxydist.cluster.slurm import WAITING_STATES, JobState
 from galaxydist.cluster.submit import JobRequest, build_request
@@ -18,13 +17,14 @@ from galaxydist.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
+# State of a local job whose process has ended.
 LOCAL_ENDED = "ENDED"
 
 ReadStates = Callable[[Sequence[str]], Mapping[str, JobState]]
 
 
 @dataclass(frozen=True)
-class TrialFacts:
+class SweepRunState:
     """The state of a run of a sweep, from its run folder and the scheduler.
 
     Args:
@@ -32,7 +32,7 @@ class TrialFacts:
         is_finished: the run has written its result.
         missing: variants of ``eval.variants`` on which the run is not evaluated yet.
         job_id: of the job that is queued or runs, else of the last job; None if there was none.
-        state: of that job.
+        job_state: of that job.
         holder: the process that holds the run folder (such as ``launch.py`` started by hand); None if there is none.
         failure: the error of the last start.
         for_good: a restart without changes would fail in the same way.
@@ -42,94 +42,96 @@ class TrialFacts:
     is_finished: bool = False
     missing: tuple[str, ...] = ()
     job_id: str | None = None
-    state: JobState | None = None
+    job_state: JobState | None = None
     holder: str | None = None
     failure: str | None = None
     for_good: bool = False
 
 
 @dataclass(frozen=True)
-class Decision:
+class SweepDecision:
     """The decision about a run of a sweep.
 
     Args:
-        standing: the run's state: ``finished``, ``queued``, ``running``, ``new``, ``stopped``, ``unjudged`` (not evaluated on all
-            variants), or the state in which its last job ended, such as ``failed``.
+        state: ``finished``, ``queued``, ``running``, ``new``, ``stopped``, ``unevaluated`` (not evaluated on all variants), or
+            the state in which its last job ended, such as ``failed``.
         is_due: the run must be submitted.
         reason: for the user.
     """
 
-    standing: str
+    state: str
     is_due: bool
-    reason: str
+    reason: str = ""
 
 
-def decide(facts: TrialFacts, *, retry_failed: bool = False) -> Decision:
+def decide(run: SweepRunState, *, retry_failed: bool = False) -> SweepDecision:
     """Decide whether to submit a run: only if it is neither finished nor queued nor running.
 
     Args:
-        facts: of the run.
+        run: its state.
         retry_failed: also submit runs that would fail again without changes.
     """
-    if facts.is_finished and not facts.missing:
-        return Decision("finished", False, "")
-    if facts.state is not None and facts.state.is_active:
-        waits = facts.state.state in WAITING_STATES
-        return Decision(
-            "queued" if waits else "running", False, f"job {facts.job_id} {facts.state.reason if waits else ''}".rstrip()
-        )
-    if facts.holder is not None:
-        return Decision("running", False, facts.holder)
-    if facts.for_good and not facts.is_finished and not retry_failed:
-        return Decision("failed", False, f"{facts.failure}; it would fail again (mend the cause, then --retry-failed)")
-    return Decision(*_due(facts))
+    job = run.job_state
+    if run.is_finished and not run.missing:
+        return SweepDecision("finished", False)
+    if job is not None and job.is_active:
+        is_waiting = job.state in WAITING_STATES
+        reason = f"job {run.job_id} {job.reason if is_waiting else ''}".rstrip()
+        return SweepDecision("queued" if is_waiting else "running", False, reason)
+    if run.holder is not None:
+        return SweepDecision("running", False, run.holder)
+    if run.for_good and not run.is_finished and not retry_failed:
+        return SweepDecision("failed", False, f"{run.failure}; it would fail again (fix the cause, then --retry-failed)")
+    return _due(run)
 
 
-def _due(facts: TrialFacts) -> tuple[str, bool, str]:
-    """Return the decision's fields for a run that must be submitted."""
-    if facts.is_finished:
-        return "unjudged", True, f"finished, not judged on {' and '.join(facts.missing)} yet"
-    if facts.state is not None:
-        why = facts.failure or facts.state.reason or "ended before the run was finished"
-        return facts.state.state.lower(), True, f"job {facts.job_id}: {why}"
-    return ("stopped", True, facts.failure or "begun, not finished") if facts.is_started else ("new", True, "")
+def _due(run: SweepRunState) -> SweepDecision:
+    """Return the decision about a run that must be submitted."""
+    if run.is_finished:
+        return SweepDecision("unevaluated", True, f"finished, not evaluated on {' and '.join(run.missing)} yet")
+    if run.job_state is not None:
+        reason = run.failure or run.job_state.reason or "ended before the run was finished"
+        return SweepDecision(run.job_state.state.lower(), True, f"job {run.job_id}: {reason}")
+    if run.is_started:
+        return SweepDecision("stopped", True, run.failure or "started, not finished")
+    return SweepDecision("new", True)
 
 
-def read_facts(trials: Sequence[SweepRun], read_states: ReadStates) -> list[TrialFacts]:
-    """Read the facts of runs, in their order.
+def read_run_states(runs: Sequence[SweepRun], read_states: ReadStates) -> list[SweepRunState]:
+    """Read the states of runs, in their order.
 
     Args:
-        trials: runs of a sweep.
+        runs: of a sweep.
         read_states: returns SLURM's states of job ids; not called if no run has a SLURM job.
 
     Raises:
         UserError: the scheduler does not answer, or a file is damaged.
     """
-    records = [JobFiles(trial.run_dir).jobs() for trial in trials]
+    records = [JobFiles(run.run_dir).jobs() for run in runs]
     slurm_ids = [record.job_id for jobs in records for record in jobs if record.scheduler == "slurm"]
-    states = dict(read_states(slurm_ids)) if slurm_ids else {}
-    return [_facts_of(trial, jobs, states) for trial, jobs in zip(trials, records, strict=True)]
+    job_states = read_states(slurm_ids) if slurm_ids else {}
+    return [_read_run_state(run, jobs, job_states) for run, jobs in zip(runs, records, strict=True)]
 
 
-def _facts_of(trial: SweepRun, jobs: Sequence[JobRecord], states: Mapping[str, JobState]) -> TrialFacts:
-    folder = RunFolder(trial.run_dir)
-    job, state = newest_job(jobs, states)
-    if job is not None and state is None:
-        state = JobState(LOCAL_ENDED)
+def _read_run_state(run: SweepRun, jobs: Sequence[JobRecord], job_states: Mapping[str, JobState]) -> SweepRunState:
+    folder = RunFolder(run.run_dir)
+    job, job_state = newest_job(jobs, job_states)
+    if job is not None and job_state is None:
+        job_state = JobState(LOCAL_ENDED)
     failure = folder.read_failure()
     # Only of the newest job: after earlier failures the run was submitted again.
-    records = [record for record in JobFiles(trial.run_dir).restarts()[-1:] if job is None or record.job_id == job.job_id]
+    records = [record for record in JobFiles(run.run_dir).restarts()[-1:] if job is None or record.job_id == job.job_id]
     own_failure = failure if failure is not None and (job is None or _is_of(failure, job)) else {}
-    for_good = any(record.for_good for record in records) or own_failure.get("kind") in FOR_GOOD
-    return TrialFacts(
+    holder = lock_holder(folder.lock_path, job_states)  # ranks of ended jobs do not count
+    return SweepRunState(
         is_started=folder.is_started,
         is_finished=folder.is_finished,
-        missing=_missing(trial, folder),
+        missing=_missing_variants(run, folder),
         job_id=job.job_id if job is not None else None,
-        state=state,
-        holder=_holder(folder, states),
+        job_state=job_state,
+        holder=str(holder) if holder is not None else None,
         failure=_describe(failure) if failure is not None else next((record.error for record in records), None),
-        for_good=for_good,
+        for_good=any(record.for_good for record in records) or own_failure.get("kind") in PERMANENT_FAILURES,
     )
 
 
@@ -137,14 +139,14 @@ def is_local_job_running(job: JobRecord) -> bool:
     return local_state(job) is not None
 
 
-def _missing(trial: SweepRun, folder: RunFolder) -> tuple[str, ...]:
+def _missing_variants(run: SweepRun, folder: RunFolder) -> tuple[str, ...]:
     """Return the variants of ``eval.variants`` that lack an evaluation of the checkpoint in the run's own test evaluation."""
-    recipe = trial.resolved.recipe
+    recipe = run.resolved.recipe
     steps: dict[str, int] = {}
     own = read_evaluation(folder.evaluation_dir, "test", recipe.eval.tta)
     dataset = own["dataset"] if own is not None else recipe.data.dataset
-    for place in (folder.evaluation_dir, *_folders_in(folder.evaluation_dir)):
-        evaluation = read_evaluation(place, "test", recipe.eval.tta)
+    for path in (folder.evaluation_dir, *sorted(folder.evaluation_dir.glob("*/"))):
+        evaluation = read_evaluation(path, "test", recipe.eval.tta)
         if evaluation is not None and evaluation["dataset"] == dataset:
             steps[evaluation["variant"]] = evaluation["step"]
     return tuple(
@@ -152,16 +154,6 @@ def _missing(trial: SweepRun, folder: RunFolder) -> tuple[str, ...]:
         for variant in dict.fromkeys(recipe.eval.variants)
         if variant not in steps or (own is not None and steps[variant] != own["step"])
     )
-
-
-def _folders_in(place: Path) -> list[Path]:
-    return sorted(path for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
-
-
-def _holder(folder: RunFolder, states: Mapping[str, JobState]) -> str | None:
-    """Return the process that holds the run folder; ranks of ended jobs do not count."""
-    holder = lock_holder(folder.lock_path, states)
-    return str(holder) if holder is not None else None
 
 
 def _is_of(failure: Mapping[str, object], job: JobRecord) -> bool:
@@ -172,25 +164,24 @@ def _is_of(failure: Mapping[str, object], job: JobRecord) -> bool:
 
 def _describe(failure: Mapping[str, object]) -> str:
     step = failure.get("step")
-    where = f" at step {step}" if step is not None else ""
     text = str(failure.get("error") or failure.get("kind"))
-    return f"{text.splitlines()[0]}{where}"
+    return f"{text.splitlines()[0]}{f' at step {step}' if step is not None else ''}"
 
 
-# (requests, most runs at the same time, job to wait for) -> job ids; see ``submit_requests``.
+# (requests, most runs at a time, job to wait for) -> job ids; see ``submit_requests``.
 Send = Callable[[Sequence[JobRequest], int | None, str | None], list[str]]
 
 
-def submit_arrays(trials: Sequence[SweepRun], *, send: Send, chunk_size: int, parallel: int) -> list[str]:
+def submit_arrays(runs: Sequence[SweepRun], *, send: Send, chunk_size: int, parallel: int) -> list[str]:
     """Submit runs as arrays, each waiting for the previous one, so that at most ``parallel`` run at any time.
 
     Jobs submitted before an error or Ctrl-C are recorded in the run folders, so that the same command submits the rest.
 
     Args:
-        trials: the runs to submit, in this order.
+        runs: to submit, in this order.
         send: submits one array, and records its jobs in the run folders.
         chunk_size: most tasks that the cluster allows in an array.
-        parallel: most runs at the same time.
+        parallel: most runs at a time.
 
     Returns:
         The job ids, in the order of the runs.
@@ -199,57 +190,57 @@ def submit_arrays(trials: Sequence[SweepRun], *, send: Send, chunk_size: int, pa
         UserError: SLURM refuses an array; reports the number of runs submitted before.
     """
     job_ids: list[str] = []
-    for start in range(0, len(trials), chunk_size):
-        chunk = trials[start : start + chunk_size]
+    for start in range(0, len(runs), chunk_size):
+        chunk = runs[start : start + chunk_size]
         after = array_of(job_ids[-1]) if job_ids else None
         try:
-            sent = send([build_request(trial.resolved, trial.arguments) for trial in chunk], parallel, after)
+            sent = send([build_request(run.resolved, run.arguments) for run in chunk], parallel, after)
         except UserError as error:
             if not job_ids:
                 raise
-            raise UserError(f"{error}\n{len(job_ids)} of {len(trials)} trials were submitted before; they stay.") from error
+            raise UserError(f"{error}\n{len(job_ids)} of {len(runs)} runs were submitted before; they stay.") from error
         job_ids += sent
         waits = f", after job {after}" if after else ""
-        logger.info("submitted job %s: %d trial%s%s", array_of(sent[0]), len(chunk), "s" if len(chunk) > 1 else "", waits)
+        logger.info("submitted job %s: %s%s", array_of(sent[0]), count_runs(len(chunk)), waits)
     return job_ids
 
 
 def run_here(
-    trials: Sequence[SweepRun],
+    runs: Sequence[SweepRun],
     *,
     send: Send,
     parallel: int,
     is_running: Callable[[SweepRun], bool],
-    judge: Callable[[SweepRun], Decision],
+    decide_again: Callable[[SweepRun], SweepDecision],
     pause: Callable[[], None],
 ) -> list[SweepRun]:
     """Run a few runs at a time on this machine until all have ended.
 
     Args:
-        trials: the runs, in this order.
+        runs: to start, in this order.
         send: starts one run.
-        parallel: most runs at the same time.
+        parallel: most runs at a time.
         is_running: returns True while a started run runs.
-        judge: returns the decision about an ended run.
+        decide_again: returns the decision about an ended run.
         pause: waits until the next poll.
 
     Returns:
         The runs that did not finish.
     """
-    waiting, running, failed = deque(trials), list[SweepRun](), list[SweepRun]()
+    waiting, running, failed = deque(runs), list[SweepRun](), list[SweepRun]()
     while waiting or running:
         while waiting and len(running) < parallel:
-            trial = waiting.popleft()
-            (job_id,) = send([build_request(trial.resolved, trial.arguments)], None, None)
-            running.append(trial)
-            logger.info("started  %s  %s  (process %s)", trial.name, trial.label, job_id)
+            run = waiting.popleft()
+            (job_id,) = send([build_request(run.resolved, run.arguments)], None, None)
+            running.append(run)
+            logger.info("started  %s  %s  (process %s)", run.name, run.label, job_id)
         pause()
-        for trial in [trial for trial in running if not is_running(trial)]:
-            running.remove(trial)
-            decision = judge(trial)
-            logger.info(f"{decision.standing:8} {trial.name}  {trial.label}  {decision.reason}".rstrip())
+        for run in [run for run in running if not is_running(run)]:
+            running.remove(run)
+            decision = decide_again(run)
+            logger.info(f"{decision.state:8} {run.name}  {run.label}  {decision.reason}".rstrip())
             if decision.is_due:
-                failed.append(trial)
+                failed.append(run)
     return failed
 
 
@@ -258,24 +249,25 @@ def array_of(job_id: str) -> str:
     return job_id.partition("_")[0]
 
 
-def render_trials(trials: Sequence[SweepRun], decisions: Sequence[Decision]) -> str:
-    """Return a text table with one line for each run: name, label, state, action and reason."""
-    head = ("run", "trial", "state", "action", "why")
-    rows = [
-        (trial.name, trial.label, decision.standing, "submit" if decision.is_due else "leave", decision.reason)
-        for trial, decision in zip(trials, decisions, strict=True)
-    ]
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head) - 1)]
+def render_runs(runs: Sequence[SweepRun], decisions: Sequence[SweepDecision]) -> str:
+    """Return a text table with one line for each run: name, settings, state, action and reason."""
+    rows = [("run", "settings", "state", "action", "why")]
+    for run, decision in zip(runs, decisions, strict=True):
+        rows.append((run.name, run.label, decision.state, "submit" if decision.is_due else "leave", decision.reason))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     return "\n".join(
-        "  ".join([*(f"{text:{width}}" for text, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
-        for row in (head, *rows)
+        "  ".join([*(f"{text:{width}}" for text, width in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows
     )
 
 
-def summarise(decisions: Sequence[Decision]) -> str:
-    """Return text such as ``42 trials: 30 finished, 8 running, 4 to submit (2 failed, 2 new)``."""
-    left = Counter(decision.standing for decision in decisions if not decision.is_due)
-    due = Counter(decision.standing for decision in decisions if decision.is_due)
-    parts = [f"{left[standing]} {standing}" for standing in ("finished", "running", "queued", "failed") if left[standing]]
-    parts += [f"{due.total()} to submit ({', '.join(f'{count} {standing}' for standing, count in due.items())})"] if due else []
-    return f"{len(decisions)} trial{'s' if len(decisions) != 1 else ''}: {', '.join(parts)}"
+def summarise(decisions: Sequence[SweepDecision]) -> str:
+    """Return text such as ``42 runs: 30 finished, 8 running, 4 to submit (2 failed, 2 new)``."""
+    left = Counter(decision.state for decision in decisions if not decision.is_due)
+    due = Counter(decision.state for decision in decisions if decision.is_due)
+    parts = [f"{left[state]} {state}" for state in ("finished", "running", "queued", "failed") if left[state]]
+    parts += [f"{due.total()} to submit ({', '.join(f'{count} {state}' for state, count in due.items())})"] if due else []
+    return f"{count_runs(len(decisions))}: {', '.join(parts)}"
+
+
+def count_runs(number: int) -> str:
+    return f"{number} run{'s' if number != 1 else ''}"

@@ -12,7 +12,8 @@ import sys
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+# The signals that SLURM sends; Ctrl-C, which the terminal sends, keeps its default handler.
+SLURM_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 
 def main(folder: str) -> None:
@@ -21,20 +22,20 @@ def main(folder: str) -> None:
     Args:
         folder: submitit's folder.
     """
-    # These handlers are active before and after the training, which installs its own; outside it there is nothing to save.
-    for number in STOP_SIGNALS:
+    # For the time before and after the training, which installs its own handlers; then there is nothing to save.
+    for number in SLURM_SIGNALS:
         signal.signal(number, _leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # LocalExecutor blocks it
 
     from submitit.core.job_environment import JobEnvironment
     from submitit.core.submission import process_job
 
-    # submitit's hook with which its plugins adapt to a cluster's signals.
+    # The hook with which submitit's plugins adapt to the signals of a cluster.
     JobEnvironment._handle_signals = _keep_signals  # type: ignore[assignment, method-assign]
     try:
         process_job(folder)
     finally:
-        for number in STOP_SIGNALS:  # a signal that arrives now must not turn a normal exit into a failure
+        for number in SLURM_SIGNALS:  # a signal that arrives now must not turn a normal exit into a failure
             signal.signal(number, signal.SIG_IGN)
 
 

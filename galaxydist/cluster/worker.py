@@ -13,7 +13,7 @@ from zlib import crc32
 import psutil
 
 from galaxydist.cluster.records import JobFiles
-from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError
+from galaxydist.errors import EXIT_FAILED, EXIT_STOPPED, UserError, first_line
 from galaxydist.job_environment import job_of, restart_of, start_of
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.training.launch import launch
@@ -94,36 +94,38 @@ def train_task(arguments: tuple[str, ...], run_dir: Path) -> None:
         SystemExit: with launch.py's exit code, if that is neither 0 nor 75.
     """
     if not run_dir.parent.is_dir():
-        raise UserError(f"{run_dir.parent} is not there on this node: run folders must be on a file system that all nodes share")
+        raise UserError(
+            f"{run_dir.parent} does not exist on this node: run folders must be on a file system that all nodes share"
+        )
     environ = os.environ
     rank = set_torch_environment(environ)
     files = JobFiles(run_dir)
     print(f"galaxydist: output goes to {files.rank_log(rank)}", flush=True)
     with redirect_output(files.rank_log(rank)):
         print(describe_task(environ), flush=True)
-        code = _launch(arguments, environ, partial(_note, RunFolder(run_dir), start_of(environ), rank))
+        code = _launch(arguments, environ, partial(_write_failure, RunFolder(run_dir), start_of(environ), rank))
     if code not in (0, EXIT_STOPPED):
         sys.exit(code)
 
 
-def _launch(arguments: tuple[str, ...], environ: MutableMapping[str, str], note: Callable[[Exception], None]) -> int:
+def _launch(arguments: tuple[str, ...], environ: MutableMapping[str, str], write_failure: Callable[[Exception], None]) -> int:
     try:
-        return launch(arguments, environ, note)
+        return launch(arguments, environ, write_failure)
     except Exception as error:
         traceback.print_exc()  # into the rank's own log
-        note(error)
+        write_failure(error)
         return EXIT_FAILED
 
 
-def _note(folder: RunFolder, start: str | None, rank: int, error: Exception) -> None:
+def _write_failure(folder: RunFolder, start: str | None, rank: int, error: Exception) -> None:
     """Write the failure for the batch script, unless the training has done so."""
     kind: FailureKind = "bad_input" if isinstance(error, UserError) else "crash"
-    text = (str(error).splitlines() or [type(error).__name__])[0]
-    where = f" (rank {rank})" if rank else ""
+    text = first_line(error)
+    suffix = f" (rank {rank})" if rank else ""
     with suppress(OSError, UserError):  # the disk itself may have failed
-        said = folder.read_failure()
-        if said is None or said["error"] != text:
-            folder.write_failure(kind, None, f"{text}{where}", start=start)
+        written = folder.read_failure()
+        if written is None or written["error"] != text:
+            folder.write_failure(kind, None, f"{text}{suffix}", start=start)
 
 
 def set_torch_environment(environ: MutableMapping[str, str]) -> int:

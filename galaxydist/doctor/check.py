@@ -1,4 +1,4 @@
-"""Results of the doctor's checks, rank reports, and their text.
+"""Results of the doctor's checks, reports of the ranks, and their text.
 
 Each rank writes its report as JSON after every part, so that the report of a rank that dies shows how far it came.
 """
@@ -6,7 +6,9 @@ Each rank writes its report as JSON after every part, so that the report of a ra
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.errors import UserError
@@ -30,10 +32,6 @@ class Check:
     level: Level
     text: str
     remedy: str = ""
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
-        return cls(plain["name"], plain["level"], plain["text"], plain["remedy"])
 
 
 def ok(name: str, text: str) -> Check:
@@ -84,15 +82,14 @@ def render(sections: Mapping[str, Iterable[Check]]) -> str:
             lines += [f"{'':{width + 13}}{line}" for line in rest]
             lines += [f"{'':{width + 13}}-> {line}" for line in check.remedy.splitlines()]
     counts = {level: sum(check.level == level for check in every) for level in LEVELS}
-    lines.append(f"{counts['ok']} ok, {_count(counts['warning'], 'warning')}, {_count(counts['failure'], 'failure')}")
+    plural = {level: "" if count == 1 else "s" for level, count in counts.items()}
+    lines.append(
+        f"{counts['ok']} ok, {counts['warning']} warning{plural['warning']}, {counts['failure']} failure{plural['failure']}"
+    )
     return "\n".join(lines)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -121,7 +118,7 @@ class RankReport:
         part: the current part; "done" at the end.
         finished: the earlier parts.
         checks: checks of the node.
-        versions: name -> version; must be equal on all ranks.
+        versions: name -> version; they must be equal on all ranks.
         cores: cores that the process may run on.
         cpus_per_task: cores that SLURM gave to the task.
         visible_gpus: CUDA_VISIBLE_DEVICES; None: not set.
@@ -137,7 +134,6 @@ class RankReport:
         round_trip_s: round trip of the clock measurement, in seconds; its error is at most half of it.
         seen_s: seconds until this rank saw a file written by rank 0; None: never.
         renamed_s: seconds until this rank saw the contents replaced by the last rank; None: never.
-        torn: number of reads that returned neither the old nor the new contents.
         signal_s: seconds until SIGUSR2 arrived; None: never.
         signal_error: reason why the signal was not sent.
         error: error that ended the examination early.
@@ -166,7 +162,6 @@ class RankReport:
     round_trip_s: float | None = None
     seen_s: float | None = None
     renamed_s: float | None = None
-    torn: int = 0
     signal_s: float | None = None
     signal_error: str | None = None
     error: str | None = None
@@ -182,13 +177,6 @@ class RankReport:
         self.part = part
         write_json(folder / f"rank-{self.rank}.json", {"format": FORMAT_VERSION, **asdict(self)})
 
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
-        values = {key: value for key, value in plain.items() if key != "format"}
-        values["checks"] = [Check.from_dict(check) for check in plain["checks"]]
-        values["timings"] = {name: Timing(**timing) for name, timing in plain["timings"].items()}
-        return cls(**values)
-
 
 def read_reports(folder: Path) -> list[RankReport]:
     """Read the reports written so far, in rank order.
@@ -200,15 +188,16 @@ def read_reports(folder: Path) -> list[RankReport]:
     for path in folder.glob("rank-*.json"):
         plain = read_json(path)
         if plain.get("format") != FORMAT_VERSION:
-            raise UserError(f"{path} was written by another galaxydist: remove {folder} and give the command again")
-        reports.append(RankReport.from_dict(plain))
+            raise UserError(f"{path} was written by another galaxydist: remove {folder} and run the command again")
+        reports.append(TypeAdapter(RankReport).validate_python(plain))
     return sorted(reports, key=lambda report: report.rank)
 
 
+# Most hosts, and ranks of a host, that a line names.
 MOST_HOSTS = 4
 
 
-def name_places(some: Sequence[RankReport], every: Sequence[RankReport]) -> str:
+def describe_ranks(some: Sequence[RankReport], every: Sequence[RankReport]) -> str:
     """Describe ranks by their hosts: "n1, n2", or "n1 (rank 3)" if only some ranks of a host are meant.
 
     Args:

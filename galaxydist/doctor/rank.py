@@ -1,16 +1,14 @@
-"""Examination by one rank of the doctor's job: its node, then the connections between the ranks."""
+"""Checks by one rank of the doctor's job: its node, then the connections between the ranks."""
 
 import json
 import os
-import secrets
 import signal
 import socket
 import statistics
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,21 +20,23 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from galaxydist.atomic_files import rename, unlink, write_bytes
+from galaxydist.cluster.slurm import SlurmUnavailableError, last_message, run_slurm
 from galaxydist.cluster.worker import set_torch_environment
 from galaxydist.cpus import bound_cores
 from galaxydist.doctor.check import RankReport, Timing
-from galaxydist.doctor.machine import CheckTarget, check_machine
-from galaxydist.doctor.network import interface_address, machine_id, own_address
+from galaxydist.doctor.machine import CheckTarget, check_machine, interface_address, machine_id, own_address
 from galaxydist.doctor.software import library_versions
+from galaxydist.errors import first_line
 from galaxydist.paths import data_root
 
-# Ranks exchange results through the rendezvous store only, so that they can report a broken backend.
-
+# Round trips of a clock measurement.
 PINGS = 5
 
 
 class RankChannel:
     """Exchanges JSON values between ranks through the rendezvous store.
+
+    A process group cannot serve here, because the ranks must be able to report that one does not work.
 
     Args:
         store: the store of all ranks.
@@ -50,10 +50,6 @@ class RankChannel:
         self.size = size
         self._clock = clock
 
-    def set_timeout(self, seconds: float) -> None:
-        """Set how long later calls wait for another rank."""
-        self.store.set_timeout(timedelta(seconds=seconds))
-
     def gather(self, name: str, value: Any) -> list[Any]:
         """Return the values of all ranks, in rank order; all ranks must call it, once for each name.
 
@@ -63,24 +59,24 @@ class RankChannel:
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
         return [json.loads(self.store.get(f"{name}/{rank}")) for rank in range(self.size)]
 
-    def meet(self, name: str) -> None:
-        """Wait for all ranks."""
+    def barrier(self, name: str) -> None:
+        """Wait for all ranks; each barrier has a name of its own."""
         self.gather(name, None)
 
-    def tell(self, name: str, value: Any = None) -> None:
+    def put(self, name: str, value: Any = None) -> None:
         """Set a key that every rank can read."""
         self.store.set(name, json.dumps(value))
 
-    def hear(self, name: str) -> Any:
+    def get(self, name: str) -> Any:
         """Wait for a key and return its value."""
         return json.loads(self.store.get(name))
 
-    def leave(self) -> None:
-        """Leave the channel: rank 0, which hosts the store, waits until all ranks have left."""
-        self.tell(f"left/{self.rank}")
+    def close(self) -> None:
+        """Leave the channel; rank 0, which hosts the store, waits until all ranks have left."""
+        self.put(f"closed/{self.rank}")
         if self.rank == 0:
             for rank in range(self.size):
-                self.hear(f"left/{rank}")
+                self.get(f"closed/{rank}")
 
     def measure_clock(self) -> tuple[float, float]:
         """Return this clock minus rank 0's, and the round trip of the measurement, in seconds.
@@ -91,71 +87,54 @@ class RankChannel:
         if self.rank == 0:
             for rank in range(1, self.size):
                 for number in range(PINGS):
-                    self.hear(f"clock/{rank}/{number}/ask")
-                    self.tell(f"clock/{rank}/{number}/answer", self._clock())
+                    self.get(f"clock/{rank}/{number}/ping")
+                    self.put(f"clock/{rank}/{number}/time", self._clock())
             return 0.0, 0.0
         trips = []
         for number in range(PINGS):
             start, began = self._clock(), time.monotonic()
-            self.tell(f"clock/{self.rank}/{number}/ask")
-            theirs = self.hear(f"clock/{self.rank}/{number}/answer")
+            self.put(f"clock/{self.rank}/{number}/ping")
+            reference = self.get(f"clock/{self.rank}/{number}/time")
             trip = time.monotonic() - began
-            trips.append((trip, start + trip / 2 - theirs))
+            trips.append((trip, start + trip / 2 - reference))
         trip, offset = min(trips)
         return offset, trip
-
-
-def open_link(host: str, port: int, rank: int, size: int, timeout_s: float) -> RankChannel:
-    """Join the rendezvous.
-
-    Args:
-        host, port: address of rank 0.
-        rank, size: rank and world size.
-        timeout_s: seconds to wait for rank 0, and later for any other rank.
-
-    Raises:
-        RuntimeError: rank 0 cannot be reached, or the port is in use.
-    """
-    store = TCPStore(host, port, size, rank == 0, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
-    return RankChannel(store, rank, size)
 
 
 # Tests between ranks: all-reduces, shared files, SLURM's signal.
 
 NUM_BYTES = 64_000_000
 REPEATS = 5
-FILE_BYTES = 1 << 16
-SEEING_S = 90.0  # network file systems cache folder contents for up to a minute
+FILE_S = 90.0  # network file systems cache folder contents for up to a minute
 SIGNAL_S = 20.0
-SCANCEL_S = 15.0
-LOOK_S = 0.02
+POLL_S = 0.02
 
 
 def time_all_reduce(
-    link: RankChannel, backend: str, device: torch.device, *, timeout_s: float, num_bytes: int = NUM_BYTES
+    channel: RankChannel, backend: str, device: torch.device, *, timeout_s: float, num_bytes: int = NUM_BYTES
 ) -> Timing:
     """Create a process group and time all-reduces of a float32 tensor; all ranks must call it.
 
     Args:
-        link: channel between the ranks.
+        channel: between the ranks.
         backend: ``gloo`` or ``nccl``.
         device: device of the tensor.
         timeout_s: timeout of the process group and of each all-reduce, in seconds.
         num_bytes: size of the tensor.
     """
     try:
-        store = PrefixStore(backend, link.store)
+        store = PrefixStore(backend, channel.store)
         timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group(backend, store=store, rank=link.rank, world_size=link.size, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=channel.rank, world_size=channel.size, timeout=timeout)
         try:
-            return _time_group(link, device, num_bytes)
+            return _time_group(channel, device, num_bytes)
         finally:
             dist.destroy_process_group()
     except RuntimeError as error:
-        return Timing(error=str(error).strip().splitlines()[0])
+        return Timing(error=first_line(error))
 
 
-def _time_group(link: RankChannel, device: torch.device, num_bytes: int) -> Timing:
+def _time_group(channel: RankChannel, device: torch.device, num_bytes: int) -> Timing:
     tensor = torch.ones(num_bytes // 4, device=device)
     seconds = []
     for number in range(REPEATS + 1):
@@ -165,65 +144,56 @@ def _time_group(link: RankChannel, device: torch.device, num_bytes: int) -> Timi
         dist.all_reduce(tensor)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        mine = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
-        dist.all_reduce(mine, dist.ReduceOp.MAX)
+        slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
         if number:  # the first all-reduce also opens the connections
-            seconds.append(float(mine))
-    if not bool((tensor == link.size).all()):
+            seconds.append(float(slowest))
+    if not bool((tensor == channel.size).all()):
         return Timing(error="the sum over the ranks is wrong")
     return Timing(num_bytes, statistics.median(seconds))
 
 
-def look_at_shared_files(link: RankChannel, folder: Path, *, limit_s: float = SEEING_S) -> tuple[float | None, float | None, int]:
+def time_shared_files(channel: RankChannel, folder: Path, *, limit_s: float = FILE_S) -> tuple[float | None, float | None]:
     """Write a file on rank 0, replace it on the last rank, and time when this rank sees both; all ranks must call it.
 
     Args:
-        link: channel between the ranks.
+        channel: between the ranks.
         folder: a shared folder.
         limit_s: seconds that a rank waits for each of the contents.
 
     Returns:
-        Seconds until the file was seen, seconds until the new contents were seen (None: never), and the number of reads that
-        returned neither the old nor the new contents.
+        Seconds until the file was seen, and seconds until the new contents were seen (None: never).
     """
     path = folder / "seen-by-all"
-    if link.rank == 0:
-        old = secrets.token_bytes(FILE_BYTES)
-        write_bytes(path, old)
-        link.tell("shared/old", old.hex())
-    old = bytes.fromhex(link.hear("shared/old"))
-    seen, _ = _wait_for(path, old, None, limit_s)
-    link.meet("shared/first")
-    if link.rank == link.size - 1:
-        new = secrets.token_bytes(FILE_BYTES)
-        temporary = path.with_name("seen-by-all.tmp")
-        try:
-            write_bytes(temporary, new)
-            link.tell("shared/new", new.hex())
+    if channel.rank == 0:
+        write_bytes(path, b"old")
+        channel.put("shared/written")
+    channel.get("shared/written")
+    seen_s = _time_until(path, b"old", limit_s)
+    channel.barrier("shared/seen")
+    if channel.rank == channel.size - 1:
+        with suppress(OSError):
+            temporary = path.with_name("seen-by-all.tmp")
+            write_bytes(temporary, b"new")
             rename(temporary, path)
-        except OSError:
-            link.tell("shared/new", new.hex())
-    new = bytes.fromhex(link.hear("shared/new"))
-    renamed, torn = _wait_for(path, new, old, limit_s)
-    link.meet("shared/second")
-    if link.rank == 0:
+        channel.put("shared/replaced")
+    channel.get("shared/replaced")
+    renamed_s = _time_until(path, b"new", limit_s)
+    channel.barrier("shared/done")
+    if channel.rank == 0:
         unlink(path)
-    return seen, renamed, torn
+    return seen_s, renamed_s
 
 
-def _wait_for(path: Path, wanted: bytes, before: bytes | None, limit_s: float) -> tuple[float | None, int]:
-    """Return the seconds until a file has the wanted contents, and the number of reads that gave neither these nor ``before``."""
-    start, strange = time.monotonic(), 0
+def _time_until(path: Path, content: bytes, limit_s: float) -> float | None:
+    """Return the seconds until a file has the content; None if it does not within the limit."""
+    start = time.monotonic()
     while (passed := time.monotonic() - start) <= limit_s:
-        try:
-            found: bytes | None = path.read_bytes()
-        except OSError:
-            found = None
-        if found == wanted:
-            return passed, strange
-        strange += before is not None and found != before
-        time.sleep(LOOK_S)
-    return None, strange
+        with suppress(OSError):
+            if path.read_bytes() == content:
+                return passed
+        time.sleep(POLL_S)
+    return None
 
 
 class SignalWatch:
@@ -248,13 +218,13 @@ def watch_signal() -> Iterator[SignalWatch]:
         signal.signal(signal.SIGUSR2, old)
 
 
-def look_for_signal(
-    link: RankChannel, watch: SignalWatch, environ: Mapping[str, str], *, limit_s: float = SIGNAL_S
+def time_signal(
+    channel: RankChannel, watch: SignalWatch, environ: Mapping[str, str], *, limit_s: float = SIGNAL_S
 ) -> tuple[float | None, str | None]:
     """Make SLURM send SIGUSR2 to the job step, as before the time limit, and wait for it; all ranks must call it.
 
     Args:
-        link: channel between the ranks.
+        channel: between the ranks.
         watch: records the signal; active on all ranks.
         environ: has SLURM_JOB_ID and SLURM_STEP_ID.
         limit_s: seconds that a rank waits for the signal.
@@ -265,14 +235,14 @@ def look_for_signal(
     if "SLURM_STEP_ID" not in environ:
         return None, "no SLURM"
     watch.arrived = None  # ignore earlier signals, such as the one before the time limit
-    link.meet("signal/ready")
+    channel.barrier("signal/ready")
     start = time.monotonic()
-    if link.rank == 0:
-        link.tell("signal/error", _send_signal(f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"))
-    error: str | None = link.hear("signal/error")
+    if channel.rank == 0:
+        channel.put("signal/error", _send_signal(f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"))
+    error: str | None = channel.get("signal/error")
     while error is None and watch.arrived is None and time.monotonic() - start < limit_s:
-        time.sleep(LOOK_S)
-    link.meet("signal/over")
+        time.sleep(POLL_S)
+    channel.barrier("signal/done")
     return (None if watch.arrived is None else max(watch.arrived - start, 0.0)), error
 
 
@@ -281,12 +251,11 @@ def _send_signal(step: str) -> str | None:
 
     scancel belongs to the step too, so it ignores the signal.
     """
-    command = ["sh", "-c", 'trap "" USR2; exec scancel --signal=USR2 "$1"', "sh", step]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=SCANCEL_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        done = run_slurm(["sh", "-c", 'trap "" USR2; exec scancel --signal=USR2 "$1"', "sh", step])
+    except SlurmUnavailableError as error:
         return str(error)
-    return None if answer.returncode == 0 else (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+    return None if done.returncode == 0 else last_message(done)
 
 
 # The ranks start at the same time, but torch may take a minute to load from a network file system.
@@ -298,7 +267,7 @@ GROUP_S = 60.0
 
 @dataclass(frozen=True)
 class Examination:
-    """Settings of the examination, passed to all ranks.
+    """Settings of the checks, passed to all ranks.
 
     Args:
         folder: folder of the reports, visible on all nodes.
@@ -316,14 +285,13 @@ class Examination:
 
 
 def examine_task(examination: Examination) -> None:
-    """Run the examination on one rank; submitit calls it on every rank."""
-    environ = os.environ
-    set_torch_environment(environ)
-    examine(examination, environ)
+    """Run the checks on one rank; submitit calls this on every rank."""
+    set_torch_environment(os.environ)
+    examine(examination, os.environ)
 
 
 def examine(examination: Examination, environ: Mapping[str, str]) -> RankReport:
-    """Check the node, then test the connections between the ranks; the report is written after each part.
+    """Check the node, then the connections between the ranks; the report is written after each part.
 
     Args:
         examination: the settings.
@@ -332,78 +300,75 @@ def examine(examination: Examination, environ: Mapping[str, str]) -> RankReport:
     Raises:
         RuntimeError: another rank does not answer. The report has the part in which this rank failed.
     """
-    rank = int(environ["RANK"])
     host = environ.get("SLURMD_NODENAME") or socket.gethostname()
-    report = RankReport(rank, int(environ["WORLD_SIZE"]), host, machine_id())
+    report = RankReport(int(environ["RANK"]), int(environ["WORLD_SIZE"]), host, machine_id())
     folder = examination.folder
     try:
         with watch_signal() as watch:
             report.write(folder, "node")
-            _look_at_node(report, examination, environ)
+            _check_node(report, examination, environ)
             report.write(folder, "rendezvous")
-            link = _join(report, environ, examination.meeting_s)
+            channel = _join(report, environ, examination.meeting_s)
             report.write(folder, "clocks")
-            report.clock_s, report.round_trip_s = link.measure_clock()
+            report.clock_s, report.round_trip_s = channel.measure_clock()
             report.write(folder, "shared files")
-            report.seen_s, report.renamed_s, report.torn = look_at_shared_files(link, folder)
+            report.seen_s, report.renamed_s = time_shared_files(channel, folder)
             report.write(folder, "signal")
-            report.signal_s, report.signal_error = look_for_signal(link, watch, environ)
-            _time_backends(report, link, folder, int(environ["LOCAL_RANK"]))
-            link.leave()
+            report.signal_s, report.signal_error = time_signal(channel, watch, environ)
+            _time_backends(report, channel, folder, int(environ["LOCAL_RANK"]))
+            channel.close()
             report.write(folder, "done")
     except Exception as error:
-        report.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        report.error = f"{type(error).__name__}: {first_line(error)}"
         report.write(folder, report.part)
         traceback.print_exc()
         raise
     return report
 
 
-def _look_at_node(report: RankReport, examination: Examination, environ: Mapping[str, str]) -> None:
-    local_rank, ranks = int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"])
+def _check_node(report: RankReport, examination: Examination, environ: Mapping[str, str]) -> None:
     report.versions = library_versions()
     report.cores = len(bound_cores())
-    given = environ.get("SLURM_CPUS_PER_TASK")
-    report.cpus_per_task = int(given) if given else None
+    cpus = environ.get("SLURM_CPUS_PER_TASK")
+    report.cpus_per_task = int(cpus) if cpus else None
     report.visible_gpus = environ.get("CUDA_VISIBLE_DEVICES")
     report.slurm_gpus = environ.get("SLURM_STEP_GPUS") or environ.get("SLURM_JOB_GPUS")
     report.num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    devices: tuple[str, ...] = ()
     if report.num_gpus:
-        number = local_rank % report.num_gpus
-        devices = (f"cuda:{number}",)
-        report.gpu = str(torch.cuda.get_device_properties(number).uuid)
-    place = CheckTarget(
+        report.gpu = str(torch.cuda.get_device_properties(int(environ["LOCAL_RANK"]) % report.num_gpus).uuid)
+    target = CheckTarget(
         data_root=data_root(examination.data_dir, environ),
         runs=examination.folder,
         scratch=examination.scratch,
         gpus=min(examination.gpus_per_node, 1),
-        ranks=ranks,
-        devices=devices,
     )
-    report.checks = check_machine(place, environ)
+    report.checks = check_machine(target, environ)
     report.interface = environ.get("GLOO_SOCKET_IFNAME")
     report.address = interface_address(report.interface) if report.interface else own_address(socket.gethostname())
     report.store = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
 
 
 def _join(report: RankReport, environ: Mapping[str, str], meeting_s: float) -> RankChannel:
+    """Join the rendezvous; raise RuntimeError if rank 0 cannot be reached or its port is in use."""
     start = time.monotonic()
     host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-    link = open_link(host, port, report.rank, report.world_size, meeting_s)
-    link.meet("rendezvous")
-    link.set_timeout(PART_S)
+    is_server = report.rank == 0
+    timeout = timedelta(seconds=meeting_s)
+    store = TCPStore(host, port, report.world_size, is_server, timeout=timeout, wait_for_workers=False)
+    channel = RankChannel(store, report.rank, report.world_size)
+    channel.barrier("rendezvous")
+    store.set_timeout(timedelta(seconds=PART_S))
     report.meeting_s = time.monotonic() - start
-    return link
+    return channel
 
 
-def _time_backends(report: RankReport, link: RankChannel, folder: Path, local_rank: int) -> None:
+def _time_backends(report: RankReport, channel: RankChannel, folder: Path, local_rank: int) -> None:
     """Time all-reduces with gloo, and with NCCL if every rank has a GPU."""
     report.write(folder, "all-reduce, gloo")
-    report.timings["gloo"] = time_all_reduce(link, "gloo", torch.device("cpu"), timeout_s=GROUP_S)
+    report.timings["gloo"] = time_all_reduce(channel, "gloo", torch.device("cpu"), timeout_s=GROUP_S)
     can_nccl = report.num_gpus > 0 and dist.is_nccl_available()
-    if all(link.gather("has a GPU", can_nccl)):
+    if all(channel.gather("has a GPU", can_nccl)):
         report.write(folder, "all-reduce, nccl")
         device = torch.device("cuda", local_rank % report.num_gpus)
         torch.cuda.set_device(device)
-        report.timings["nccl"] = time_all_reduce(link, "nccl", device, timeout_s=GROUP_S)
+        report.timings["nccl"] = time_all_reduce(channel, "nccl", device, timeout_s=GROUP_S)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,10 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 
 from galaxydist.doctor.check import Check, failure, ok, warning
+from galaxydist.errors import first_line
 
 PACKAGE = "galaxydist"
 SMI_S = 20.0
-# Integers in float32 are exact, so the product must be bitwise equal in any order of summation.
-MATMUL_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def check_installation() -> list[Check]:
         return [
             warning(
                 "libraries",
-                "galaxydist is imported but not installed here, so that the versions it needs are not known",
+                "galaxydist is imported but not installed here, so the versions that it needs are unknown",
                 "install it in this environment: pip install -e . (make install)",
             )
         ]
@@ -120,9 +120,9 @@ def find_gpus(smi: str = "nvidia-smi") -> GpuFacts:
         try:
             torch.zeros(1, device="cuda")
         except (RuntimeError, AssertionError) as error:
-            problem = str(error).splitlines()[0]
+            problem = first_line(error)
     names = tuple(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())) if problem is None else ()
-    driver, driver_problem = _ask_driver(smi)
+    driver, driver_problem = _query_driver(smi)
     return GpuFacts(torch.version.cuda, names, problem, driver, driver_problem)
 
 
@@ -138,7 +138,7 @@ def check_gpus(facts: GpuFacts, wanted: int) -> Check:
         return failure(
             "GPUs",
             f"nvidia-smi: {facts.driver_problem}",
-            "the driver of this machine is broken: restart it or tell its administrator",
+            "the driver of this machine is broken: restart it or inform its administrator",
         )
     if facts.names and len(facts.names) >= wanted:
         return ok("GPUs", f"{len(facts.names)} visible: {_counted(facts.names)} (torch {build})")
@@ -150,47 +150,23 @@ def check_gpus(facts: GpuFacts, wanted: int) -> Check:
     if facts.driver and facts.problem is not None:
         text = f"the machine has {_counted(facts.driver)}, but torch ({build}) cannot use it: {facts.problem}"
         return failure(
-            "GPUs", text, "update the driver, or install torch built for an older CUDA; look at CUDA_VISIBLE_DEVICES too"
+            "GPUs", text, "update the driver, or install torch built for an older CUDA; check CUDA_VISIBLE_DEVICES too"
         )
     if wanted:
-        text = (
-            f"{len(facts.names)} visible where {wanted} are needed (torch {build}{f'; {facts.problem}' if facts.problem else ''})"
-        )
+        text = f"{len(facts.names)} visible, {wanted} needed (torch {build}{f'; {facts.problem}' if facts.problem else ''})"
         return failure(
-            "GPUs", text, "ask for them (cluster.gpus_per_node, cluster.gpu_request, cluster.gpu_type), look at nvidia-smi"
+            "GPUs", text, "request them (cluster.gpus_per_node, cluster.gpu_request, cluster.gpu_type), and check nvidia-smi"
         )
     return ok("GPUs", f"none on this machine (torch {build})")
 
 
-def check_matmul(device: str) -> Check:
-    """Compare a matrix product on a device with the CPU's result.
-
-    Args:
-        device: device name, such as ``cuda:0``.
-    """
-    name = f"matmul on {device}"
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randint(-8, 9, (MATMUL_SIZE, MATMUL_SIZE), generator=generator).float() for _ in range(2))
-    try:
-        product = (left.to(device) @ right.to(device)).cpu()
-    except (RuntimeError, AssertionError) as error:
-        text = str(error).splitlines()[0]
-        return failure(name, text, "free the GPU or take another; `nvidia-smi` names who uses it and its errors (dmesg: Xid)")
-    if not torch.equal(product, left @ right):
-        return failure(
-            name, "the product is wrong", "this GPU computes wrong results: tell its administrator, and leave its node out"
-        )
-    return ok(name, "right")
-
-
 def library_versions() -> dict[str, str]:
     """Return the versions that must be equal on all ranks: interpreter, libraries, CUDA, NCCL."""
-    from galaxydist import __version__
+    from galaxydist.version import __version__
 
-    try:
+    requirements: list[str] = []
+    with suppress(importlib.metadata.PackageNotFoundError):
         requirements = importlib.metadata.requires(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        requirements = []
     found = {"Python": platform.python_version(), PACKAGE: __version__}
     found |= {name: version or "missing" for name, version in installed_versions(requirements).items()}
     found["torch"] = str(torch.__version__)
@@ -205,7 +181,7 @@ def _needed(requirements: Iterable[str]) -> list[Requirement]:
     return [requirement for requirement in parsed if requirement.marker is None or requirement.marker.evaluate({"extra": ""})]
 
 
-def _ask_driver(smi: str) -> tuple[tuple[str, ...] | None, str | None]:
+def _query_driver(smi: str) -> tuple[tuple[str, ...] | None, str | None]:
     """Return the GPU names from nvidia-smi, and its error message if it fails."""
     if shutil.which(smi) is None:
         return None, None
@@ -214,12 +190,12 @@ def _ask_driver(smi: str) -> tuple[tuple[str, ...] | None, str | None]:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, str(error)
-    said = (answer.stdout.strip() or answer.stderr.strip()).splitlines()
+    lines = (answer.stdout.strip() or answer.stderr.strip()).splitlines()
     if answer.returncode == 0:
-        return tuple(name for name, *_ in (line.split(", ") for line in said)), None
+        return tuple(name for name, *_ in (line.split(", ") for line in lines)), None
     # A login node may have the program but no GPU.
-    absent = any("No devices were found" in line or "couldn't communicate" in line for line in said)
-    return ((), None) if absent else (None, said[0] if said else f"exit code {answer.returncode}")
+    absent = any("No devices were found" in line or "couldn't communicate" in line for line in lines)
+    return ((), None) if absent else (None, lines[0] if lines else f"exit code {answer.returncode}")
 
 
 def _nccl_version() -> tuple[int, ...]:

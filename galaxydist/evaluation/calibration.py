@@ -1,33 +1,33 @@
-"""Calibration: whether a model that says 80 % is right in 80 % of the cases, and temperature scaling, which mends much of it.
+"""Calibration: expected calibration error, and temperature scaling fitted on the validation split.
 
-Expected calibration error (Naeini et al. 2015, AAAI; Guo et al. 2017, ICML, section 2): galaxies are put by their confidence (the
-largest probability) into 15 equal bins of [0, 1], and ECE = sum over bins of n_b / N |accuracy_b - confidence_b|.
+Expected calibration error (Naeini et al. 2015, AAAI; Guo et al. 2017, ICML, section 2): galaxies are sorted by their confidence
+(the largest probability) into 15 equal bins of [0, 1], and ECE = sum over bins of n_b / N |accuracy_b - confidence_b|.
 Temperature scaling (Guo et al. 2017, section 4.2): logits are divided by the one T > 0 that minimises the cross-entropy of the
-validation split, never of the galaxies that are judged. It changes no prediction.
+validation split, never of the evaluated galaxies. It changes no prediction.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.evaluation.predictions import PredictionsFile, log_softmax
+from galaxydist.evaluation.predictions import PredictionsFile
 
 Floats = NDArray[np.float64]
 
 NUM_BINS = 15
 DEFINITION = "sum over 15 equal bins of confidence of n_b/N |accuracy_b - confidence_b|; confidence is the largest probability"
-# Of T: beyond them a validation split says nothing sensible (all of it right, or nothing better than chance).
+# Range of T: an optimum outside means that the validation split cannot determine it (all right, or no better than chance).
 LOWEST, HIGHEST = 0.05, 20.0
-# Logits that are kept in memory while T is looked for; more are read again at every try.
+# Maximum number of logits that are kept in memory during the fit; more are read from the file at every evaluation.
 _KEPT_VALUES = 2_000_000
 
 
 class Reliability:
-    """Galaxies, confidence and correct answers by bin of confidence, added up."""
+    """Sums of galaxies, confidence and correct predictions by bin of confidence."""
 
     def __init__(self) -> None:
         self.count = np.zeros(NUM_BINS, np.int64)
@@ -35,7 +35,7 @@ class Reliability:
         self.correct = np.zeros(NUM_BINS, np.int64)
 
     def add(self, confidence_B: Floats, is_correct_B: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Take in galaxies; returns the bin of each: bin b holds b/15 <= confidence < (b + 1)/15, the last 1 too."""
+        """Add galaxies and return the bin of each: bin b holds b/15 <= confidence < (b + 1)/15, the last also 1."""
         bin_B = np.searchsorted(np.linspace(0, 1, NUM_BINS + 1)[1:-1], confidence_B, side="right")
         self.count += np.bincount(bin_B, minlength=NUM_BINS)
         self.confidence += np.bincount(bin_B, confidence_B, minlength=NUM_BINS)
@@ -48,10 +48,10 @@ class Reliability:
         total = int(self.count.sum())
         return float(np.abs(self.correct - self.confidence).sum() / total) if total else None
 
-    def plain(self) -> list[dict[str, Any]]:
-        """A row a bin, for JSON; means are None in an empty one."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the error and a row per bin, for JSON; the means of an empty bin are None."""
         edges = np.linspace(0, 1, NUM_BINS + 1)
-        return [
+        rows = [
             {
                 "low": float(edges[number]),
                 "high": float(edges[number + 1]),
@@ -61,6 +61,7 @@ class Reliability:
             }
             for number, count in enumerate(self.count)
         ]
+        return {"ece": self.ece, "reliability": rows}
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ class Temperature:
 
     Args:
         value: T.
-        count: galaxies that it was fitted on.
+        count: number of galaxies it was fitted on.
         loss_before, loss_after: their mean cross-entropy with T = 1 and with T.
-        at_bound: T lies at an end of the range that was searched.
+        at_bound: True if T is at an end of the search range.
     """
 
     value: float
@@ -82,7 +83,7 @@ class Temperature:
 
 
 def fit_temperature(validation: PredictionsFile) -> Temperature | None:
-    """The temperature of least cross-entropy on a validation split; None where it has no galaxies or logits that are not finite.
+    """Fit the temperature of least cross-entropy; return None if there are no galaxies or a loss is not finite.
 
     Raises:
         UserError: the file is damaged.
@@ -90,7 +91,7 @@ def fit_temperature(validation: PredictionsFile) -> Temperature | None:
     from scipy import optimize
 
     def loss_at(log_t: float) -> float:
-        total = math.fsum(-_true_log(batch, math.exp(log_t)).sum() for batch in batches())
+        total = math.fsum(_losses(batch, math.exp(log_t)).sum() for batch in batches())
         return total / validation.num_galaxies
 
     batches = _batches(validation)
@@ -105,15 +106,18 @@ def fit_temperature(validation: PredictionsFile) -> Temperature | None:
 _Batch = dict[str, NDArray[Any]]
 
 
-def _batches(file: PredictionsFile) -> Callable[[], Iterator[_Batch]]:
+def _batches(file: PredictionsFile) -> Callable[[], Iterable[_Batch]]:
     columns = ["label", "logits"]
     if file.num_galaxies * file.info.num_classes > _KEPT_VALUES:
         return lambda: file.batches(columns)
     kept = list(file.batches(columns))
-    return lambda: iter(kept)
+    return lambda: kept
 
 
-def _true_log(batch: _Batch, temperature: float) -> Floats:
-    """Logarithm of the probability of the true class."""
-    log_BK = log_softmax(batch["logits"].astype(np.float64) / temperature)
-    return np.asarray(log_BK[np.arange(len(log_BK)), batch["label"]])
+def _losses(batch: _Batch, temperature: float) -> Floats:
+    """Return the cross-entropy of each galaxy."""
+    from scipy import special
+
+    with np.errstate(invalid="ignore"):  # logits that are not finite
+        log_BK = special.log_softmax(batch["logits"].astype(np.float64) / temperature, axis=1)
+    return np.asarray(-log_BK[np.arange(len(log_BK)), batch["label"]])

@@ -1,4 +1,4 @@
-"""Exact evaluation over a split: every galaxy is counted once, on any number of ranks."""
+"""Inference over a split: exact counts of every galaxy on any number of ranks, and its predictions."""
 
 import contextlib
 import dataclasses
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from galaxydist.distributed import World
-from galaxydist.evaluation.counts import BatchPredictions, Counts, SubsetCounts
+from galaxydist.evaluation.counts import Counts
 from galaxydist.evaluation.metrics import metrics_from_counts
-from galaxydist.evaluation.predictions import NAMES, PredictionsInfo, RankFile, merge_rank_files, part_row, write_predictions
+from galaxydist.evaluation.predictions import NAMES, PredictionsInfo, RankFile, merge_rank_files, row_dtype, write_predictions
 from galaxydist.loading.augment import Augment
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch, EvalLoader
+from galaxydist.models.build import evaluation_mode
 from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest
@@ -32,27 +33,29 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-# Keeping what an evaluation predicts, and beside it how large, and on how bright a sky, each galaxy appears; then one file.
-
-# What of a catalogue is needed beside the predictions.
+# Columns of a catalogue that a file of predictions needs.
 CATALOGUE_COLUMNS = ("id", "ra", "dec", "redshift", "pxscale", *NAMES)
-# Images are measured at most so wide: a quarter of the time at 256 pixels, and sizes that are the same to a part of a pixel.
+# Images wider than MEASURED_WIDTH pixels are reduced before their photometry, but not below LEAST_WIDTH: from 256 pixels this
+# takes a quarter of the time, and the sizes agree to a fraction of a pixel.
 MEASURED_WIDTH, LEAST_WIDTH = 128, 64
+# Test-time augmentation. "d4": the eight flips and quarter turns of an image, all equally likely, since the sky has no up and
+# down; each shows every pixel as it was stored.
+TTA = Literal["none", "d4"]
 
 
 class PredictionWriter:
-    """Measures images beside the model, and writes one process's part. Use as a context manager.
+    """Writes one rank's predictions, and measures the images in threads while the model runs. Use as a context manager.
 
     Args:
-        part: to write to.
-        image_size: width of the stored images in pixels: sizes are in these, however small an image was decoded.
-        threads: that measure.
+        file: the rank's file.
+        image_size: width of the stored images in pixels, the unit of sizes even if images were decoded smaller.
+        threads: number of measuring threads.
     """
 
-    def __init__(self, part: RankFile, *, image_size: int, threads: int) -> None:
-        self._part, self._image_size, self._most = part, image_size, threads + 1
+    def __init__(self, file: RankFile, *, image_size: int, threads: int) -> None:
+        self._file, self._image_size, self._max_pending = file, image_size, threads + 1
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-measure")
-        self._pending: deque[tuple[BatchPredictions, Future[Measurements]]] = deque()
+        self._pending: deque[tuple[Mapping[str, NDArray[Any]], Future[Measurements]]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -61,48 +64,43 @@ class PredictionWriter:
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
 
-    def add(self, batch: Batch, predictions: BatchPredictions) -> None:
-        """Keep the galaxies of a batch.
+    def add(self, batch: Batch, logits_BK: Tensor, predicted_B: Tensor) -> None:
+        """Add the galaxies of a batch, without its padding.
 
         Args:
-            batch: as the model got it.
-            predictions: of its galaxies, in its order.
+            batch: the model's input.
+            logits_BK: any float type; stored as float32.
+            predicted_B: the counted classes (rounding to float32 can make two logits equal).
 
         Raises:
             UserError: the disk is full.
         """
-        images_BHWC = batch.images_BHWC.cpu().numpy()[batch.weights_B.cpu().numpy() != 0]
-        self._pending.append((predictions, self._executor.submit(measure, images_BHWC, self._image_size)))
-        while len(self._pending) > self._most:
+        is_counted_B = batch.weights_B.cpu() != 0
+        columns = {"sample": batch.samples_B, "label": batch.labels_B, "predicted": predicted_B, "logits": logits_BK.float()}
+        counted = {name: tensor.cpu()[is_counted_B].numpy() for name, tensor in columns.items()}
+        images_BHWC = batch.images_BHWC.cpu()[is_counted_B].numpy()
+        self._pending.append((counted, self._executor.submit(measure, images_BHWC, self._image_size)))
+        while len(self._pending) > self._max_pending:
             self._write()
 
     def finish(self) -> None:
-        """Write what is still measured; other processes may read the part then.
+        """Write the pending galaxies, after which other processes may read the file.
 
         Raises:
             UserError: the disk is full.
         """
         while self._pending:
             self._write()
-        self._part.finish()
+        self._file.finish()
 
     def _write(self) -> None:
-        predictions, future = self._pending.popleft()
+        columns, future = self._pending.popleft()
         measured = future.result()
-        self._part.append(
-            {
-                "sample": predictions.samples_N.numpy(),
-                "label": predictions.labels_N.numpy(),
-                "predicted": predictions.predicted_N.numpy(),
-                "logits": predictions.logits_NK.numpy(),
-                "size": measured.size_px,
-                "sky_brightness": measured.sky,
-            }
-        )
+        self._file.append({**columns, "size": measured.size_px, "sky_brightness": measured.sky})
 
 
 def measure(images_BHWC: NDArray[np.uint8], image_size: int) -> Measurements:
-    """Half-light radii in pixels of the stored images, brightnesses and skies.
+    """Measure half-light radii (in pixels of the stored images), brightnesses and skies.
 
     Args:
         images_BHWC: uint8, square.
@@ -121,27 +119,27 @@ def measure(images_BHWC: NDArray[np.uint8], image_size: int) -> Measurements:
 def merge_predictions(
     path: Path,
     info: PredictionsInfo,
-    parts: Sequence[Path],
+    rank_files: Sequence[Path],
     catalogue: "pa.Table",
     *,
     batch_size: int,
-    seen_N: NDArray[np.bool_] | None = None,
+    in_validation_N: NDArray[np.bool_] | None = None,
 ) -> None:
-    """One file of the parts of all processes and what the catalogue knows of the galaxies. Memory is the catalogue's.
+    """Merge the files of all ranks and the galaxies' properties into one file; memory is that of the catalogue.
 
-    Sizes are in arcsec where the pixel scale of every galaxy is known, else in pixels of the stored images.
+    Sizes are in arcsec if the pixel scale of every galaxy is known, else in pixels of the stored images.
 
     Args:
-        path: of the file, which appears whole or not at all.
-        info: what it says of itself, but for units.
-        parts: by rank.
-        catalogue: ``CATALOGUE_COLUMNS``, a row a sample; columns that the data set does not have are left out.
+        path: the file, written atomically.
+        info: its metadata, without units.
+        rank_files: by rank.
+        catalogue: ``CATALOGUE_COLUMNS`` as far as the data set has them, one row per sample.
         batch_size: of the evaluation.
-        seen_N: which galaxies the model was chosen on; None where nobody has looked.
+        in_validation_N: mask of the galaxies in the run's validation split; None if unknown.
 
     Raises:
         UserError: the disk is full.
-        ValueError: a galaxy is missing, or stands twice.
+        ValueError: a galaxy is missing or duplicated.
     """
     names = [name for name in ("id", *NAMES) if name in catalogue.column_names]
     known = {name: catalogue.column(name).to_numpy() for name in catalogue.column_names if name not in names}
@@ -150,13 +148,13 @@ def merge_predictions(
     units = {"ra": "deg", "dec": "deg", "size": "arcsec" if has_scale else "pixel", "sky_brightness": "full scale = 1"}
 
     def blocks() -> Iterator[Mapping[str, ArrayLike]]:
-        for rows in merge_rank_files(parts, info.num_classes, batch_size=batch_size, num_samples=len(catalogue)):
+        for rows in merge_rank_files(rank_files, info.num_classes, batch_size=batch_size, num_samples=len(catalogue)):
             here = slice(int(rows["sample"][0]), int(rows["sample"][-1]) + 1)
-            block: dict[str, Any] = {name: rows[name] for name in part_row(info.num_classes).names or ()}
+            block: dict[str, Any] = {name: rows[name] for name in row_dtype(info.num_classes).names or ()}
             block |= {name: np.asarray(values_N[here], np.float64) for name, values_N in known.items()}
             block |= {name: catalogue.column(name).slice(here.start, len(rows)).to_pylist() for name in names}
-            if seen_N is not None:
-                block["in_validation"] = seen_N[here]
+            if in_validation_N is not None:
+                block["in_validation"] = in_validation_N[here]
             if has_scale:
                 block["size"] = rows["size"] * scale_N[here]
             yield block
@@ -164,21 +162,15 @@ def merge_predictions(
     write_predictions(path, dataclasses.replace(info, units=units), blocks())
 
 
-# Test-time augmentation: a galaxy seen in the eight ways that flips and quarter turns allow, and its mean probabilities.
-#
-# The sky has no up and down: the eight views are as likely as one another, and each shows every pixel as it was stored.
-
-Views = Literal["none", "d4"]
-
-
-def views(images_BCHW: Tensor, kind: Views) -> Iterator[Tensor]:
-    """The images themselves (``none``), or in turn all their flips and quarter turns (``d4``), in memory one view at a time.
+def tta_images(images_BCHW: Tensor, tta: TTA) -> Iterator[Tensor]:
+    """Yield the images themselves (``none``), or all eight flips and quarter turns of them (``d4``), one at a time.
 
     Args:
-        images_BCHW: square; the views have the same memory format.
+        images_BCHW: square; the yielded tensors have the same memory format.
+        tta: kind of test-time augmentation.
     """
     yield images_BCHW
-    if kind == "none":
+    if tta == "none":
         return
     for number in range(1, 8):
         turned = torch.rot90(images_BCHW, number % 4, (2, 3))
@@ -186,16 +178,16 @@ def views(images_BCHW: Tensor, kind: Views) -> Iterator[Tensor]:
 
 
 def mean_log_probabilities(logits_VBK: Sequence[Tensor]) -> Tensor:
-    """The logarithm of the mean over the views of the softmax probabilities; the logits of one view are returned as they are.
+    """Return the logarithm of the mean softmax probability over V augmented images; for V = 1 the logits unchanged.
 
-    ``logsumexp_v(log_softmax(logits_v)) - log V``: no probability underflows. The result serves as logits, since its own
-    softmax is the mean.
+    ``logsumexp_v(log_softmax(logits_v)) - log V``: no probability underflows. The result serves as logits, since its own softmax
+    is the mean.
 
     Args:
-        logits_VBK: of each view, any float type.
+        logits_VBK: logits of each augmented image, any float type.
 
     Returns:
-        float64 B x K (on Apple's GPUs, which have none, on the CPU).
+        float64 B x K (on the CPU for Apple's GPUs, which have no float64).
     """
     if len(logits_VBK) == 1:
         return logits_VBK[0]
@@ -214,87 +206,70 @@ def evaluate_split(
     augment: Augment,
     recipe: Recipe,
     beat: Callable[[], None] = lambda: None,
-    apart_N: NDArray[np.bool_] | None = None,
-    part: RankFile | None = None,
+    in_validation_N: NDArray[np.bool_] | None = None,
+    rank_file: RankFile | None = None,
 ) -> dict[str, Any]:
-    """Accuracy, loss, per-class figures and confusion matrix of a split. All ranks take part and get the same.
+    """Return accuracy, loss, per-class metrics and confusion matrix of a split. Collective: all ranks return the same.
 
     Args:
         world: the processes.
-        model: not wrapped in DDP: ranks run different numbers of batches.
+        model: not wrapped in DDP, since ranks run different numbers of batches.
         manifest: of the data set.
         split: ``train``, ``val`` or ``test``.
         augment: for its ``normalise``.
-        recipe: batch size, image size and crop, and with ``eval.tta`` the views whose mean probability is judged.
-        beat: called after each batch: a sign of life.
-        apart_N: stored samples without which all is given a second time, as ``without_validation``; None or none: only once.
-        part: where this rank's predictions go, if they are kept.
+        recipe: sets batch size, image size, crop and test-time augmentation.
+        beat: heartbeat, called after each batch.
+        in_validation_N: mask of the samples in the run's validation split. If there are any, the metrics of the others are added
+            as ``without_validation``.
+        rank_file: file for this rank's predictions; None to discard them.
 
     Raises:
-        UserError: a galaxy that cannot be read (an evaluation never counts fewer), or a full disk.
+        UserError: a galaxy cannot be read (an evaluation never counts fewer), or the disk is full.
     """
-    was_training = model.training
-    model.eval()
-    without = SubsetCounts(manifest.num_classes, ~apart_N, world.device) if apart_N is not None and apart_N.any() else None
-    # A rank that cannot read a galaxy takes the others along: they would wait for its counts.
-    counts = world.run_on_all(
-        lambda: _count(world, model, manifest, split, augment=augment, recipe=recipe, beat=beat, without=without, part=part)
-    )
-    model.train(was_training)
-    vectors = torch.stack([counts.vector(), *([without.counts.vector()] if without is not None else [])])
-    total, *others = (Counts.from_vector(vector) for vector in world.all_reduce(vectors.to(world.device)))
-    total.check(manifest.splits[split].num_samples, f"the {split} split of {manifest.location}")
-    metrics = _metrics(total, manifest)
-    for other in others:
-        assert without is not None
-        other.check(without.expected, f"the {split} split of {manifest.location} without validation galaxies")
-        metrics["without_validation"] = _metrics(other, manifest)
-    return metrics
+    counters = [Counts(manifest.num_classes, world.device)]
+    whole = f"the {split} split of {manifest.location}"
+    expected = {whole: manifest.splits[split].num_samples}
+    if in_validation_N is not None and in_validation_N.any():
+        counters.append(Counts(manifest.num_classes, world.device, subset_N=~in_validation_N))
+        expected[f"{whole} without validation galaxies"] = int((~in_validation_N).sum())
+
+    def count() -> None:
+        with contextlib.ExitStack() as stack:
+            loader = stack.enter_context(_eval_loader(world, manifest, split, recipe))
+            batches = stack.enter_context(DevicePrefetcher(loader, world.device))
+            writer = None
+            if rank_file is not None:
+                writer = PredictionWriter(rank_file, image_size=manifest.image_size, threads=world.cores)
+                stack.enter_context(writer)
+            for batch in batches:
+                images_BCHW = augment.normalise(batch.images_BHWC).to(world.dtype)
+                if recipe.train.channels_last:
+                    images_BCHW = images_channels_last(images_BCHW)
+                with world.accelerator.autocast():
+                    logits_VBK = [model(turned_BCHW) for turned_BCHW in tta_images(images_BCHW, recipe.eval.tta)]
+                logits_BK = mean_log_probabilities(logits_VBK)
+                predicted_B, *_ = [
+                    counter.add(logits_BK, batch.labels_B, batch.weights_B, batch.samples_B) for counter in counters
+                ]
+                if writer is not None:
+                    writer.add(batch, logits_BK, predicted_B)
+                beat()
+            if writer is not None:
+                writer.finish()
+
+    with evaluation_mode(model):
+        world.run_on_all(count)  # a rank that cannot read a galaxy also stops the ranks that would wait for its counts
+    vectors = world.all_reduce(torch.stack([counter.vector() for counter in counters]).to(world.device))
+    found: list[dict[str, Any]] = []
+    for vector, (what, number) in zip(vectors, expected.items(), strict=True):
+        total = Counts.from_vector(vector)
+        total.check(number, what)
+        found.append(metrics_from_counts(total.confusion_KK.numpy(), total.loss_sum, total.count, manifest.class_names))
+    metrics, *others = found
+    return metrics | ({"without_validation": others[0]} if others else {})
 
 
-def _metrics(total: Counts, manifest: Manifest) -> dict[str, Any]:
-    return metrics_from_counts(total.confusion_KK.numpy(), float(total.loss_sum), total.count, manifest.class_names)
-
-
-def _count(
-    world: World,
-    model: nn.Module,
-    manifest: Manifest,
-    split: str,
-    *,
-    augment: Augment,
-    recipe: Recipe,
-    beat: Callable[[], None],
-    without: SubsetCounts | None,
-    part: RankFile | None,
-) -> Counts:
-    """This rank's galaxies."""
-    counts = Counts(len(manifest.class_names), world.device, keep_predictions=part is not None)
-    with contextlib.ExitStack() as stack:
-        reader = stack.enter_context(_open_reader(world, manifest, split, recipe))
-        batches = stack.enter_context(DevicePrefetcher(reader, world.device))
-        keeper = (
-            stack.enter_context(PredictionWriter(part, image_size=manifest.image_size, threads=world.cores)) if part else None
-        )
-        for batch in batches:
-            images_BCHW = augment.normalise(batch.images_BHWC).to(world.dtype)
-            if recipe.train.channels_last:
-                images_BCHW = images_channels_last(images_BCHW)
-            with world.accelerator.autocast():
-                logits_VBK = [model(view_BCHW) for view_BCHW in views(images_BCHW, recipe.eval.tta)]
-            counted = mean_log_probabilities(logits_VBK), batch.labels_B, batch.weights_B, batch.samples_B
-            counts.add(*counted)
-            if without is not None:
-                without.add(*counted)
-            if keeper is not None:
-                keeper.add(batch, counts.take_predictions())
-            beat()
-        if keeper is not None:
-            keeper.finish()
-    return counts
-
-
-def _open_reader(world: World, manifest: Manifest, split: str, recipe: Recipe) -> EvalLoader:
+def _eval_loader(world: World, manifest: Manifest, split: str, recipe: Recipe) -> EvalLoader:
     return EvalLoader(
         manifest,
         split,

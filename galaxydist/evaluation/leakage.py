@@ -1,4 +1,4 @@
-"""Galaxies that a model is judged on and has learnt from, or was chosen on: by id, by place on the sky, or by their images."""
+"""Leakage checks: evaluated galaxies in a model's training or validation split, found by id, sky position or image."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -23,41 +23,51 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-# What is compared of a catalogue.
+# The compared columns of a catalogue.
 COLUMNS = ("id", "ra", "dec", PIXEL_HASH)
-# Galaxies of either side that are compared at a time.
+# Number of galaxies of either side that are compared at once.
 CHUNK = 1 << 20
-# Ids that a message names.
+# Number of ids that a message names.
 NAMED = 5
+# The split that must not share a galaxy with a model's training split.
+TEST_SPLIT = "test"
+FLAG = "--trained-on"
 
 Mask = NDArray[np.bool_]
+# Opens the shards that a checkpoint's training data describe.
+FindTrainingShards = Callable[[TrainingData], Manifest]
 
 
 @dataclass(frozen=True)
 class SplitGalaxies:
-    """A split's galaxies.
+    """Galaxies of a split.
 
     Args:
-        table: N rows with ``id`` and, in degrees, ``ra`` and ``dec`` (null where unknown); ``pixel_hash`` where shards have it.
-        dataset: the data set's name: an id means one galaxy only within one survey.
-        what: says which these are, for messages.
+        table: N rows with ``id`` and, in degrees, ``ra`` and ``dec`` (null if unknown); ``pixel_hash`` if the shards have it.
+        dataset: name of the data set: an id identifies a galaxy only within one survey.
+        what: name of the split, for messages.
     """
 
     table: "pa.Table"
     dataset: str
     what: str
 
+    @classmethod
+    def read(cls, manifest: Manifest, split: str) -> "SplitGalaxies":
+        what = f"the {split} split of {manifest.location}"
+        return cls(read_catalogue(manifest, split, COLUMNS), manifest.dataset, what)
+
 
 @dataclass(frozen=True)
 class Overlap:
-    """Rows of a test set that are in another set.
+    """Masks (N,) of the test galaxies that are in another set.
 
     Args:
-        by_id: (N,) the galaxy of this id is in it.
-        by_position: (N,) a galaxy as close as the radius is in it.
-        by_image: (N,) a galaxy whose image has the same pixels is in it.
+        by_id: a galaxy in the other set has the same id.
+        by_position: a galaxy in the other set is within the radius.
+        by_image: a galaxy in the other set has an image of equal pixels.
     """
 
     by_id: Mask
@@ -66,86 +76,83 @@ class Overlap:
 
     @property
     def rows(self) -> Mask:
-        """(N,) any of them."""
+        """Union of the three."""
         return self.by_id | self.by_position | self.by_image
 
 
 def find_overlap(others: "pa.Table", test: "pa.Table", *, are_one_survey: bool, radius_arcsec: float = CUTOUT_ARCSEC) -> Overlap:
-    """The test galaxies that are among others. Memory is bounded but for a few bytes a galaxy; 10^6 x 10^6 take seconds.
+    """Find the test galaxies that are among others. Memory is bounded but for a few bytes per galaxy; 10^6 x 10^6 take seconds.
 
     Args:
-        others, test: catalogues with ``id``, ``ra``, ``dec`` and, for the images to be compared, ``pixel_hash``. What is null
-            is not compared.
-        are_one_survey: compare ids too: those of different surveys, often a number in a list, mean nothing to one another.
-        radius_arcsec: how close, inclusive, on the sky; by default the width of a Galaxy10 cutout, within which a galaxy shows in
-            the other's image.
+        others, test: catalogues with ``id``, ``ra``, ``dec`` and, for the comparison of images, ``pixel_hash``. Nulls are not
+            compared.
+        are_one_survey: also compare ids. Ids of different surveys, often a row number, are unrelated.
+        radius_arcsec: inclusive; by default the width of a Galaxy10 cutout, within which a galaxy is visible in the other's
+            image.
     """
     nothing = np.zeros(len(test), np.bool_)
     has_images = PIXEL_HASH in others.column_names and PIXEL_HASH in test.column_names
     return Overlap(
-        by_id=_among(others, test, "id") if are_one_survey else nothing,
-        by_position=_near(_positions(others), _positions(test), radius_arcsec),
-        by_image=_among(others, test, PIXEL_HASH) if has_images else nothing,
+        by_id=_is_in(others, test, "id") if are_one_survey else nothing,
+        by_position=_is_near(_positions(others), _positions(test), radius_arcsec),
+        by_image=_is_in(others, test, PIXEL_HASH) if has_images else nothing,
     )
 
 
 def check_overlap(
     trained: SplitGalaxies, validation: SplitGalaxies | None, test: SplitGalaxies, *, are_one_set: bool = False
 ) -> Mask:
-    """See that no test galaxy was in a model's training set.
+    """Check that no test galaxy was in a model's training split.
 
     Args:
-        trained: what the model was trained on.
-        validation: what it was chosen on, where there was anything.
-        test: what it is to be judged on.
-        are_one_set: these are splits of one data set, which stay as given: equal images in them are said, not refused.
+        trained: the training split.
+        validation: the validation split, if there is one.
+        test: the galaxies to evaluate.
+        are_one_set: the splits are of one data set. They are kept as given: equal images cause a warning, not an error.
 
     Returns:
-        (N,) which test galaxies were in its validation set.
+        Mask (N,) of the test galaxies in the validation split.
 
     Raises:
-        UserError: naming how many were in its training set, and some of them.
+        UserError: with the number of test galaxies in the training split, and the ids of some.
     """
     found = _compare(trained, test)
     if (found.by_id | found.by_position if are_one_set else found.rows).any():
         raise UserError(_refusal(found, trained, test))
     if found.by_image.any():
-        _log.warning(
-            "%d of the %d galaxies of %s have the image of a training galaxy, pixel for pixel (%s): the model has learnt from "
+        logger.warning(
+            "%d of the %d galaxies of %s have the image of a training galaxy, pixel for pixel (%s): the model was trained on "
             "them",
             int(found.by_image.sum()),
             len(test.table),
             test.what,
-            _name_some(test.table, found.by_image),
+            _some_ids(test.table, found.by_image),
         )
-    if validation is None:
-        return np.zeros(len(test.table), np.bool_)
-    return _compare(validation, test).rows
+    return np.zeros(len(test.table), np.bool_) if validation is None else _compare(validation, test).rows
 
 
 def _refusal(found: Overlap, trained: SplitGalaxies, test: SplitGalaxies) -> str:
-    close = found.by_position & ~found.by_id
     reasons = [
-        f"{int(rows.sum())} {how} ({_name_some(test.table, rows)})"
+        f"{int(rows.sum())} {how} ({_some_ids(test.table, rows)})"
         for rows, how in (
             (found.by_id, "by id"),
-            (close, f"within {CUTOUT_ARCSEC:.0f} arcsec of one of them on the sky"),
+            (found.by_position & ~found.by_id, f"within {CUTOUT_ARCSEC:.0f} arcsec of one of them on the sky"),
             (found.by_image & ~found.by_id & ~found.by_position, "by their images, which are equal pixel for pixel"),
         )
         if rows.any()
     ]
     text = (
         f"{int(found.rows.sum())} of the {len(test.table)} galaxies of {test.what} were in the training set of this model, "
-        f"{trained.what}: {'; '.join(reasons)}. A model is not judged on galaxies that it has learnt from. Judge it on another "
-        "data set, or train it on shards of a split that keeps such galaxies together (galaxydist data shard makes such ones of "
+        f"{trained.what}: {'; '.join(reasons)}. A model is not evaluated on galaxies that it was trained on. Evaluate it on "
+        "another data set, or train it on shards whose splits keep such galaxies together (galaxydist data shard makes them from "
         "a survey file)."
     )
     ra, dec = _positions(test.table)
     elsewhere = int((found.by_id & ~found.by_position & np.isfinite(ra) & np.isfinite(dec)).sum())
     if elsewhere and trained.table.column("ra").null_count == 0:
         text += (
-            f" {elsewhere} of these lie where no galaxy of the training set does: if they are other galaxies of the same ids, "
-            "make the shards of one of the two surveys anew under a name of its own (galaxydist data shard --name NAME)."
+            f" {elsewhere} of these are far from every galaxy of the training set: if they are other galaxies with the same ids, "
+            "make the shards of one of the two surveys again under another name (galaxydist data shard --name NAME)."
         )
     return text
 
@@ -154,8 +161,8 @@ def _compare(others: SplitGalaxies, test: SplitGalaxies) -> Overlap:
     return find_overlap(others.table, test.table, are_one_survey=same_survey(others.dataset, test.dataset))
 
 
-def _among(others: "pa.Table", test: "pa.Table", column: str) -> Mask:
-    """(N,) which test values stand among the others'."""
+def _is_in(others: "pa.Table", test: "pa.Table", column: str) -> Mask:
+    """Return a mask (N,) of the test values that the other table has too."""
     import pyarrow.compute as pc
 
     values, found = test.column(column), np.zeros(len(test), np.bool_)
@@ -166,63 +173,48 @@ def _among(others: "pa.Table", test: "pa.Table", column: str) -> Mask:
 
 
 def _positions(table: "pa.Table") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(N,) ra and dec in degrees, nan where unknown."""
+    """Return ra and dec (N,) in degrees, nan if unknown."""
     ra, dec = (np.asarray(table.column(name).to_numpy(), np.float64) for name in ("ra", "dec"))
     return ra, dec
 
 
-def _near(
+def _is_near(
     others: tuple[NDArray[np.float64], NDArray[np.float64]], test: tuple[NDArray[np.float64], NDArray[np.float64]], arcsec: float
 ) -> Mask:
-    """(N,) which test positions have one of the others within a distance."""
+    """Return a mask (N,) of the test positions within a distance of one of the others."""
     from scipy.spatial import cKDTree
 
+    def chunks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        return (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
+
     found = np.zeros(len(test[0]), np.bool_)
-    limit = chord(arcsec)
-    known = np.flatnonzero(np.isfinite(others[0]) & np.isfinite(others[1]))
-    for there in _chunks(known):
+    limit = np.nextafter(chord(arcsec), np.inf)  # the tree's bound is exclusive, ours is inclusive
+    for there in chunks(np.flatnonzero(np.isfinite(others[0]) & np.isfinite(others[1]))):
         tree = cKDTree(unit_vectors(others[0][there], others[1][there]), balanced_tree=False)
-        for here in _chunks(np.flatnonzero(~found & np.isfinite(test[0]) & np.isfinite(test[1]))):
-            # The bound is exclusive, the limit inclusive.
-            distances, _ = tree.query(
-                unit_vectors(test[0][here], test[1][here]), distance_upper_bound=np.nextafter(limit, np.inf)
-            )
+        for here in chunks(np.flatnonzero(~found & np.isfinite(test[0]) & np.isfinite(test[1]))):
+            distances, _ = tree.query(unit_vectors(test[0][here], test[1][here]), distance_upper_bound=limit)
             found[here] = np.isfinite(distances)
     return found
 
 
-def _chunks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    return (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
-
-
-def _name_some(table: "pa.Table", rows: Mask) -> str:
+def _some_ids(table: "pa.Table", rows: Mask) -> str:
     import pyarrow as pa
 
     ids = table.column("id").filter(pa.array(rows)).to_pylist()
     return ", ".join(ids[:NAMED]) + (f" and {len(ids) - NAMED} more" if len(ids) > NAMED else "")
 
 
-# What a run was trained on, for whoever judges it: no galaxy of that may be among those that it is judged on.
-
-# The split whose galaxies no model may have seen.
-JUDGED_SPLIT = "test"
-FLAG = "--trained-on"
-
-# From what a checkpoint says of its training data to the shards.
-FindTrained = Callable[[TrainingData], Manifest]
-
-
 def open_training_shards(trained_on: TrainingData, known: str, given: str | Path | None, cache: CacheConfig) -> Manifest:
-    """The shards that a run was trained on.
+    """Open the shards that a run was trained on.
 
     Args:
-        trained_on: what its checkpoint says of them.
-        known: their path or URL as the run's recipe has it.
-        given: by the user, instead; taken on their word where it is another manifest, such as that of shards made anew.
-        cache: where files of a URL are kept.
+        trained_on: the training data according to the run's checkpoint.
+        known: their path or URL according to the run's recipe.
+        given: path or URL from the user, instead; accepted with a warning if it is another manifest, for shards made again.
+        cache: cache for the files of a URL.
 
     Raises:
-        UserError: they are no longer there, or others stand in their place.
+        UserError: the shards are no longer there, or were replaced by others.
     """
     if given is not None:
         manifest = open_shards(given, cache)
@@ -232,9 +224,9 @@ def open_training_shards(trained_on: TrainingData, known: str, given: str | Path
                 f"{', '.join(trained_on.class_names)}: give the manifest of the shards that it was trained on"
             )
         if manifest.hash != trained_on.manifest_hash:
-            _log.warning(
-                "%s %s is not the manifest that the run was trained on (%s there, %s in its checkpoint): its galaxies are taken "
-                "for those of the run",
+            logger.warning(
+                "%s %s is not the manifest that the run was trained on (its hash is %s, the checkpoint has %s): its galaxies are "
+                "used as those of the run",
                 FLAG,
                 manifest.location,
                 manifest.hash[:12],
@@ -242,76 +234,66 @@ def open_training_shards(trained_on: TrainingData, known: str, given: str | Path
             )
         return manifest
     why = (
-        f"A run is judged on test galaxies only if none of them was in its training set, and the shards that it was trained on "
-        f"(manifest {trained_on.manifest_hash[:12]})"
+        f"A run is evaluated on test galaxies only if none of them was in its training set, and the shards that it was trained "
+        f"on (manifest {trained_on.manifest_hash[:12]})"
     )
-    remedy = f"Say where they are with {FLAG} MANIFEST"
+    remedy = f"Give their location with {FLAG} MANIFEST"
     try:
         manifest = open_shards(known, cache)
     except UserError as error:
         raise UserError(f"{why} cannot be opened: {error}. {remedy}.") from error
     if manifest.hash != trained_on.manifest_hash:
         raise UserError(
-            f"{why} are no longer at {manifest.location}: others stand there (manifest {manifest.hash[:12]}). {remedy}, or, if "
-            f"these hold the same galaxies in the same splits, {FLAG} {manifest.location}"
+            f"{why} are no longer at {manifest.location}, which has others (manifest {manifest.hash[:12]}). {remedy}, or, if "
+            f"these have the same galaxies in the same splits, {FLAG} {manifest.location}"
         )
     return manifest
 
 
 def validation_mask(
-    manifest: Manifest, split: str, trained_on: TrainingData, find_trained: FindTrained
-) -> NDArray[np.bool_] | None:
-    """See that a run may be judged on a split.
+    manifest: Manifest, split: str, trained_on: TrainingData, find_training_shards: FindTrainingShards
+) -> Mask | None:
+    """Check that a run may be evaluated on a split.
 
     Args:
-        manifest, split: what it is to be judged on.
-        trained_on: what its checkpoint says of its training data.
-        find_trained: called where that is another data set.
+        manifest, split: the galaxies to evaluate.
+        trained_on: the training data according to the run's checkpoint.
+        find_training_shards: called if they are another data set.
 
     Returns:
-        Which of the split's samples were in the run's validation set; None for a split that is not there to judge by.
+        Mask of the split's samples in the run's validation split; None unless the split is the test split.
 
     Raises:
-        UserError: some were in its training set, or that cannot be told.
+        UserError: some were in the run's training split, or this cannot be checked.
     """
-    if split != JUDGED_SPLIT:
+    if split != TEST_SPLIT:
         return None
-    trained = manifest if manifest.hash == trained_on.manifest_hash else find_trained(trained_on)
-    validation = _galaxies(trained, "val") if has_split(trained, "val") else None
-    train, test = _galaxies(trained, "train"), _galaxies(manifest, split)
     are_one_set = manifest.hash == trained_on.manifest_hash
-    if not are_one_set:
-        _say_without_hashes(train, test)
+    trained = manifest if are_one_set else find_training_shards(trained_on)
+    validation = SplitGalaxies.read(trained, "val") if has_split(trained, "val") else None
+    train, test = SplitGalaxies.read(trained, "train"), SplitGalaxies.read(manifest, split)
+    for galaxies in () if are_one_set else (train, test):
+        if PIXEL_HASH not in galaxies.table.column_names:
+            logger.warning(
+                "%s has no hashes of its images (an earlier version made these shards): galaxies are compared by id and position "
+                "only, and equal images under other names are not found; make the shards again to compare them",
+                galaxies.what,
+            )
     return check_overlap(train, validation, test, are_one_set=are_one_set)
 
 
-def check_before_training(trained: Manifest, judged: Manifest) -> None:
-    """Tell before hours of training what would be refused after it. Shards without catalogues are looked at only then: where they
-    lie in a store, all of them would have to be fetched.
+def check_before_training(trained: Manifest, evaluated: Manifest) -> None:
+    """Check before the training that the evaluation after it will not be refused.
+
+    Shards without catalogues are skipped here: from a remote store, all of them would have to be fetched.
 
     Args:
-        trained: what is going to be trained on.
-        judged: what the run will be judged on.
+        trained: shards of the training.
+        evaluated: shards of the evaluation.
 
     Raises:
-        UserError: test galaxies are in the training set.
+        UserError: test galaxies are in the training split.
     """
-    if has_split(judged, JUDGED_SPLIT) and trained.catalogues and judged.catalogues:
-        train, test = _galaxies(trained, "train"), _galaxies(judged, JUDGED_SPLIT)
-        check_overlap(train, None, test, are_one_set=judged.hash == trained.hash)
-
-
-def _say_without_hashes(*both: SplitGalaxies) -> None:
-    """Shards of an earlier version have no hashes of their images."""
-    for galaxies in both:
-        if PIXEL_HASH not in galaxies.table.column_names:
-            _log.warning(
-                "%s has no hashes of its images (an earlier version made these shards): galaxies are compared by id and place "
-                "alone, and equal images under other names are not found; make the shards anew to have them compared",
-                galaxies.what,
-            )
-
-
-def _galaxies(manifest: Manifest, split: str) -> SplitGalaxies:
-    what = f"the {split} split of {manifest.location}"
-    return SplitGalaxies(read_catalogue(manifest, split, COLUMNS), manifest.dataset, what)
+    if has_split(evaluated, TEST_SPLIT) and trained.catalogues and evaluated.catalogues:
+        train, test = SplitGalaxies.read(trained, "train"), SplitGalaxies.read(evaluated, TEST_SPLIT)
+        check_overlap(train, None, test, are_one_set=evaluated.hash == trained.hash)

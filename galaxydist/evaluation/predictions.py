@@ -1,11 +1,10 @@
-"""The predictions of an evaluation: a Parquet file with a row a galaxy, in the order of the stored samples.
+"""Predictions of an evaluation: a Parquet file with one row per galaxy, in the order of the stored samples.
 
-Any reader of Parquet opens it. Columns: ``id``, ``sample`` (stored sample number), ``split``, ``label``, ``predicted``,
-``probabilities`` and ``logits`` (K float32 each), ``in_validation`` (whether the model was chosen on this galaxy; null where
-nobody has looked), and what is known of the galaxy, null where it is not: ``ra``, ``dec`` (degrees), ``redshift``, ``size``
-(half-light radius), ``sky_brightness``, and of images from a folder ``source_id`` (the user's own id, of which ``id`` is made)
-and ``file``, which files of earlier versions lack. What was judged on what stands as JSON in the file's metadata under
-``galaxydist``.
+Columns: ``id``, ``sample`` (stored sample number), ``split``, ``label``, ``predicted``, ``probabilities`` and ``logits`` (K
+float32 each), ``in_validation`` (true if the galaxy is in the run's validation split; null if unknown), and the galaxy's
+properties, null if unknown: ``ra``, ``dec`` (degrees), ``redshift``, ``size`` (half-light radius), ``sky_brightness``, and for
+images from a folder ``source_id`` (the user's own id, from which ``id`` is made) and ``file``, which files of earlier versions
+lack. JSON in the file's metadata, under the key ``galaxydist``, describes the evaluated run and data.
 """
 
 import contextlib
@@ -20,49 +19,58 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from galaxydist import __version__
 from galaxydist.atomic_files import explain_full_disk, whole_file
 from galaxydist.errors import UserError
+from galaxydist.version import __version__
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-# What each process predicts, on its way into one file: a part a process, merged in the order of the samples.
-#
-# A part holds rows of fixed length in the order of its batches, so that merging maps the parts and copies: no part is ever
-# in
-# memory whole, nor is the result.
+FORMAT_VERSION = 1
+METADATA_KEY = b"galaxydist"
+# Rows per row group of the file: a few MB, for any number of galaxies.
+ROW_GROUP = 16_384
+# Minimum number of rows per block of a merge: more than a batch, less than a row group.
+_MERGED_ROWS = 4096
+IN_VALIDATION = "in_validation"
+# Properties of a galaxy; float64, null if unknown.
+PROPERTIES = ("ra", "dec", "redshift", "size", "sky_brightness")
+# The user's names of a galaxy; strings, null if unknown.
+NAMES = ("source_id", "file")
+LISTS = ("probabilities", "logits")
+# Suffix of the file names.
+PREDICTIONS = "-predictions.parquet"
 
-# Rows that are handed on together, at least: more than a batch, less than a row group.
-TOGETHER = 4096
+
+# Files of single ranks: rows of fixed length in the order of the rank's batches. They are merged through memory maps, so that
+# neither a rank's file nor the result is ever in memory as a whole.
 
 
-def part_row(num_classes: int) -> np.dtype[Any]:
-    """A galaxy in a part; ``size`` in pixels of the stored image and ``sky_brightness`` are nan where unknown."""
+def row_dtype(num_classes: int) -> np.dtype[Any]:
+    """Return the record type of a galaxy; ``size`` (in pixels of the stored image) and ``sky_brightness`` are nan if unknown."""
     scores = ("logits", "<f4", (num_classes,))
     return np.dtype(
         [("sample", "<i8"), ("label", "<i4"), ("predicted", "<i4"), scores, ("size", "<f8"), ("sky_brightness", "<f8")]
     )
 
 
-def part_path(target: Path, rank: int) -> Path:
-    """Where the part of a process lies, beside the file that it will be a part of."""
+def rank_file_path(target: Path, rank: int) -> Path:
+    """Return the path of a rank's file, in the folder of the merged file."""
     return target.with_name(f".{target.name}.rank-{rank}")
 
 
 class RankFile:
-    """Writes one process's part. Use as a context manager: whatever happens, the part is gone after it.
+    """Temporary file of one rank's predictions. Use as a context manager: the file is deleted on exit.
 
     Args:
-        path: of the part; what a killed process left there is overwritten.
+        path: of the file; one that a killed process left there is overwritten.
         num_classes: K.
     """
 
     def __init__(self, path: Path, num_classes: int) -> None:
         self.path = path
-        self._row = part_row(num_classes)
-        self.num_rows = 0
+        self._row = row_dtype(num_classes)
 
     def __enter__(self) -> Self:
         with explain_full_disk(self.path):
@@ -70,7 +78,7 @@ class RankFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with contextlib.suppress(OSError):  # a full disk also fails the flush at closing
+        with contextlib.suppress(OSError):  # a full disk also fails the flush on closing
             self._file.close()
         self.path.unlink(missing_ok=True)
 
@@ -78,7 +86,7 @@ class RankFile:
         """Write galaxies.
 
         Args:
-            columns: one for each field of ``part_row``.
+            columns: one for each field of ``row_dtype``.
 
         Raises:
             UserError: the disk is full.
@@ -88,45 +96,44 @@ class RankFile:
             rows[name] = columns[name]
         with explain_full_disk(self.path):
             self._file.write(rows.tobytes())
-        self.num_rows += len(rows)
 
     def finish(self) -> None:
-        """All is written: other processes, on other machines too, may read the part from here on."""
+        """Flush and fsync the file, after which other processes, also on other machines, may read it."""
         with explain_full_disk(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
 
 def merge_rank_files(paths: Sequence[Path], num_classes: int, *, batch_size: int, num_samples: int) -> Iterator[NDArray[np.void]]:
-    """The rows of all parts in the order of their samples, some thousand at a time.
+    """Yield the rows of all ranks in the order of their samples, a few thousand at a time.
 
-    Batch j holds the samples j E ... (j + 1) E - 1 and was rank j mod W's (``shards.order.evaluation_batches``).
+    Batch j holds the samples j E ... (j + 1) E - 1 and belongs to rank j mod W (``shards.order.evaluation_batches``).
 
     Args:
-        paths: of the parts, by rank.
+        paths: of the files, by rank.
         num_classes: K.
         batch_size: E.
         num_samples: of the split.
 
     Raises:
-        ValueError: a galaxy is missing, or stands twice.
+        ValueError: a galaxy is missing or duplicated.
     """
-    parts = [_map(path, part_row(num_classes)) for path in paths]
-    places, blocks, num_waiting = [0] * len(parts), list[NDArray[np.void]](), 0
+    tables = [_map(path, row_dtype(num_classes)) for path in paths]
+    num_read, blocks, num_waiting = [0] * len(tables), list[NDArray[np.void]](), 0
     for number, first in enumerate(range(0, num_samples, batch_size)):
-        rank, count = number % len(parts), min(batch_size, num_samples - first)
-        rows = parts[rank][places[rank] : places[rank] + count]
-        places[rank] += count
+        rank, count = number % len(tables), min(batch_size, num_samples - first)
+        rows = tables[rank][num_read[rank] : num_read[rank] + count]
+        num_read[rank] += count
         if not np.array_equal(rows["sample"], np.arange(first, first + count)):
             raise ValueError(f"{paths[rank].name}: the predictions of samples {first} to {first + count - 1} are not there")
         blocks.append(rows)
         num_waiting += count
-        if num_waiting >= TOGETHER:
+        if num_waiting >= _MERGED_ROWS:
             yield np.concatenate(blocks)
             blocks, num_waiting = [], 0
     if blocks:
         yield np.concatenate(blocks)
-    if places != [len(part) for part in parts]:
+    if num_read != [len(table) for table in tables]:
         raise ValueError("more galaxies were predicted than the split has")
 
 
@@ -137,48 +144,26 @@ def _map(path: Path, row: np.dtype[Any]) -> NDArray[np.void]:
     return np.memmap(path, row, mode="r") if size else np.empty(0, row)
 
 
-# Probabilities of logits, in float64.
-
-
 def softmax(logits_NK: NDArray[Any]) -> NDArray[np.float64]:
-    """Probabilities of logits, N x K float64."""
-    return np.exp(log_softmax(logits_NK))
+    """Return the probabilities of logits in float64; nan in a row with a logit of nan or +inf."""
+    from scipy import special
 
-
-def log_softmax(logits_NK: NDArray[Any]) -> NDArray[np.float64]:
-    """Logarithms of the probabilities, N x K float64; nan in a row with a logit that is not finite."""
     with np.errstate(invalid="ignore"):
-        shifted_NK = logits_NK.astype(np.float64) - np.max(logits_NK, axis=1, keepdims=True, initial=-np.inf)
-        log_NK: NDArray[np.float64] = shifted_NK - np.log(np.exp(shifted_NK).sum(axis=1, keepdims=True))
-    return log_NK
-
-
-FORMAT_VERSION = 1
-METADATA_KEY = b"galaxydist"
-# Rows that are written, and so read, together: a few MB whatever the number of galaxies.
-ROW_GROUP = 16_384
-# What may be known of a galaxy; float64, null where it is not.
-IN_VALIDATION = "in_validation"
-PROPERTIES = ("ra", "dec", "redshift", "size", "sky_brightness")
-# What the user calls a galaxy; text, null where nobody has said.
-NAMES = ("source_id", "file")
-LISTS = ("probabilities", "logits")
-# What the name of every file of predictions ends in.
-PREDICTIONS = "-predictions.parquet"
+        return np.asarray(special.softmax(logits_NK.astype(np.float64), axis=1))
 
 
 @dataclass(frozen=True)
 class PredictionsInfo:
-    """What a file of predictions says of itself.
+    """Metadata of a file of predictions.
 
     Args:
         class_names: by label.
-        context: what was judged on what: ``dataset``, ``variant``, ``split``, ``tta``, ``manifest_hash``, ``recipe``, ``model``,
-            ``seed``, ``checkpoint``, ``step``: plain values.
-        units: of the properties that have one.
-        loss: mean cross-entropy (nats), from the exact sum; None where it is not finite.
+        context: plain values that describe the evaluated run and data: ``dataset``, ``variant``, ``split``, ``tta``,
+            ``manifest_hash``, ``recipe``, ``model``, ``seed``, ``checkpoint``, ``step``.
+        units: by property.
+        loss: mean cross-entropy (nats), from the exact sum; None if it is not finite.
         versions: of galaxydist and the libraries that the numbers depend on.
-        loss_without_validation: the mean cross-entropy of the galaxies that the model was not chosen on, where some were.
+        loss_without_validation: mean cross-entropy without the galaxies of the run's validation split, if there are any.
     """
 
     class_names: tuple[str, ...]
@@ -194,18 +179,20 @@ class PredictionsInfo:
 
 
 def predictions_path(evaluation_dir: Path, stem: str) -> Path:
-    """Where the predictions of an evaluation lie; ``stem`` as in ``report.stem_of``."""
+    """Return the path of an evaluation's predictions; ``stem`` as from ``results_files.stem_of``."""
     return evaluation_dir / f"{stem}{PREDICTIONS}"
 
 
 def write_predictions(path: Path, info: PredictionsInfo, blocks: Iterator[Mapping[str, ArrayLike]]) -> int:
-    """Write a file of predictions, whole or not at all; memory is that of a block and a row group.
+    """Write a file of predictions atomically; memory is that of a block and a row group.
+
+    Equal galaxies give an equal file, however they are divided into blocks.
 
     Args:
-        path: its name; its folder exists.
-        info: what it says of itself; ``context["split"]`` is written into each row.
+        path: of the file; its folder exists.
+        info: its metadata; ``context["split"]`` is written into each row.
         blocks: galaxies in the order of their sample numbers: columns ``id``, ``sample``, ``label``, ``predicted`` (B each),
-            ``logits`` (B x K) and any of ``PROPERTIES`` (B float64, nan where unknown) and ``NAMES`` (B texts).
+            ``logits`` (B x K) and any of ``PROPERTIES`` (B float64, nan if unknown) and ``NAMES`` (B strings).
 
     Returns:
         Number of galaxies.
@@ -213,65 +200,35 @@ def write_predictions(path: Path, info: PredictionsInfo, blocks: Iterator[Mappin
     Raises:
         UserError: the disk is full.
     """
+    from pyarrow import parquet
+
+    schema, num_galaxies = _schema(info), 0
     kept = "What it held before is unchanged." if path.exists() else ""
-    with explain_full_disk(path, kept), _Writer(path, info) as writer:
-        for block in blocks:
-            writer.append(block)
-    return writer.num_galaxies
+    with (
+        explain_full_disk(path, kept),
+        whole_file(path, path.with_name(f".{path.name}.tmp")) as target,
+        parquet.ParquetWriter(target, schema, compression="zstd", write_page_checksum=True, store_schema=True) as writer,
+    ):
+        for table in _row_groups((_record_batch(block, schema, info) for block in blocks), schema):
+            writer.write_table(table, row_group_size=ROW_GROUP)
+            num_galaxies += table.num_rows
+    return num_galaxies
 
 
-class _Writer:
-    """Collects blocks into row groups of one size, so that equal galaxies give equal files however they come."""
+def _row_groups(batches: "Iterator[pa.RecordBatch]", schema: "pa.Schema") -> "Iterator[pa.Table]":
+    """Regroup batches into tables of whole row groups, the last of the remaining rows."""
+    import pyarrow as pa
 
-    def __init__(self, path: Path, info: PredictionsInfo) -> None:
-        self._schema = _schema(info)
-        self._info = info
-        self._file = whole_file(path, path.with_name(f".{path.name}.tmp"))
-        self._waiting: list[pa.RecordBatch] = []
-        self._num_waiting = 0
-        self.num_galaxies = 0
-
-    def __enter__(self) -> Self:
-        from pyarrow import parquet
-
-        target = self._file.__enter__()
-        self._writer = parquet.ParquetWriter(
-            target, self._schema, compression="zstd", write_page_checksum=True, store_schema=True
-        )
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._write(at_least=1)
-            self._writer.close()
-        except BaseException as failure:
-            self._file.__exit__(type(failure), failure, failure.__traceback__)
-            raise
-        self._file.__exit__(kind, error, trace)
-
-    def append(self, block: Mapping[str, ArrayLike]) -> None:
-        import pyarrow as pa
-
-        arrays = {name: np.asarray(values) for name, values in block.items() if name not in ("id", *NAMES)}
-        count = len(arrays["sample"])
-        arrays["probabilities"] = softmax(arrays["logits"])
-        columns = [_column(field, block, arrays, self._info, count) for field in self._schema]
-        self._waiting.append(pa.record_batch(columns, schema=self._schema))
-        self._num_waiting += count
-        self.num_galaxies += count
-        self._write(at_least=ROW_GROUP)
-
-    def _write(self, at_least: int) -> None:
-        import pyarrow as pa
-
-        if self._num_waiting < at_least:
-            return
-        table = pa.Table.from_batches(self._waiting, self._schema)
-        full = table.num_rows if at_least < ROW_GROUP else table.num_rows // ROW_GROUP * ROW_GROUP
-        self._writer.write_table(table.slice(0, full), row_group_size=ROW_GROUP)
-        self._waiting = table.slice(full).combine_chunks().to_batches()
-        self._num_waiting = table.num_rows - full
+    waiting, num_waiting = list["pa.RecordBatch"](), 0
+    for batch in batches:
+        waiting.append(batch)
+        num_waiting += batch.num_rows
+        if num_waiting >= ROW_GROUP:
+            table, full = pa.Table.from_batches(waiting, schema), num_waiting // ROW_GROUP * ROW_GROUP
+            yield table.slice(0, full)
+            waiting, num_waiting = table.slice(full).combine_chunks().to_batches(), num_waiting - full
+    if num_waiting:
+        yield pa.Table.from_batches(waiting, schema)
 
 
 def _schema(info: PredictionsInfo) -> "pa.Schema":
@@ -297,50 +254,48 @@ def _schema(info: PredictionsInfo) -> "pa.Schema":
     )
 
 
-def _column(
-    field: "pa.Field", block: Mapping[str, ArrayLike], arrays: Mapping[str, NDArray[Any]], info: PredictionsInfo, count: int
-) -> "pa.Array":
+def _record_batch(block: Mapping[str, ArrayLike], schema: "pa.Schema", info: PredictionsInfo) -> "pa.RecordBatch":
     import pyarrow as pa
 
-    if field.name in ("id", *NAMES) and field.name in block:
-        return pa.array(block[field.name], pa.string())
-    if field.name == "split":
-        return pa.array([info.context["split"]] * count, pa.string())
-    if field.nullable and field.name not in arrays:
-        return pa.nulls(count, field.type)
-    if field.name in PROPERTIES:
-        return pa.array(arrays[field.name].astype(np.float64), pa.float64(), from_pandas=True)  # nan becomes null
-    if field.name in LISTS:
-        values = arrays[field.name]
-        assert values.shape == (count, info.num_classes), (field.name, values.shape)
-        return pa.FixedSizeListArray.from_arrays(pa.array(values.astype(np.float32).ravel()), type=field.type)
-    return pa.array(arrays[field.name].astype(field.type.to_pandas_dtype()))
+    arrays = {name: np.asarray(values) for name, values in block.items() if name not in ("id", *NAMES)}
+    count = len(arrays["sample"])
+    arrays["probabilities"] = softmax(arrays["logits"])
+
+    def column(name: str, kind: "pa.DataType", nullable: bool) -> "pa.Array":
+        if name in ("id", *NAMES) and name in block:
+            return pa.array(block[name], pa.string())
+        if name == "split":
+            return pa.array([info.context["split"]] * count, pa.string())
+        if nullable and name not in arrays:
+            return pa.nulls(count, kind)
+        if name in PROPERTIES:
+            return pa.array(arrays[name].astype(np.float64), pa.float64(), from_pandas=True)  # nan becomes null
+        if name in LISTS:
+            assert arrays[name].shape == (count, info.num_classes), (name, arrays[name].shape)
+            return pa.FixedSizeListArray.from_arrays(pa.array(arrays[name].astype(np.float32).ravel()), type=kind)
+        return pa.array(arrays[name].astype(kind.to_pandas_dtype()))
+
+    return pa.record_batch([column(field.name, field.type, field.nullable) for field in schema], schema=schema)
 
 
+@dataclass(frozen=True)
 class PredictionsFile:
-    """A file of predictions, opened by ``read_predictions``.
+    """An open file of predictions, from ``read_predictions``: its path, metadata and number of rows."""
 
-    Attributes:
-        path: of the file.
-        info: what it says of itself.
-        num_galaxies: number of rows.
-    """
-
-    def __init__(self, path: Path, info: PredictionsInfo, num_galaxies: int) -> None:
-        self.path = path
-        self.info = info
-        self.num_galaxies = num_galaxies
+    path: Path
+    info: PredictionsInfo
+    num_galaxies: int
 
     def batches(self, columns: Sequence[str], batch_size: int = ROW_GROUP) -> Iterator[dict[str, NDArray[Any]]]:
-        """Some columns, so many galaxies at a time in the order of the file; memory is that of one row group.
+        """Yield some columns in batches, in the order of the file; memory is that of one row group.
 
         Args:
             columns: names.
-            batch_size: galaxies at a time; the last has fewer.
+            batch_size: number of galaxies per batch; the last has fewer.
 
         Returns:
-            By name: B values; ``probabilities`` and ``logits`` B x K float32; properties float64, nan where unknown;
-            ``in_validation`` False where unknown; ``id`` and ``split`` as objects.
+            By name: B values; ``probabilities`` and ``logits`` B x K float32; properties float64, nan if unknown;
+            ``in_validation`` False if unknown; ``id`` and ``split`` as objects.
 
         Raises:
             UserError: the file is damaged.
@@ -355,27 +310,16 @@ class PredictionsFile:
             raise _damaged(self.path, error) from error
 
     def column(self, name: str) -> NDArray[Any]:
-        """A whole column, as in ``batches``: memory is that of all galaxies."""
+        """Return a whole column, as in ``batches``; memory is that of all galaxies."""
         parts = [batch[name] for batch in self.batches([name])]
         return np.concatenate(parts) if parts else np.empty((0, self.info.num_classes) if name in LISTS else 0)
-
-    def rows(self, numbers: Sequence[int] | NDArray[np.int64], columns: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Some columns of the rows with these numbers (ascending, each once), read through once."""
-        wanted = np.asarray(numbers, np.int64)
-        parts, first = [], 0
-        for batch in self.batches(columns):
-            count = len(batch[columns[0]])
-            low, high = np.searchsorted(wanted, (first, first + count))
-            parts.append({name: values[wanted[low:high] - first] for name, values in batch.items()})
-            first += count
-        return {name: np.concatenate([part[name] for part in parts]) for name in columns} if parts else {}
 
 
 def read_predictions(path: Path) -> PredictionsFile:
     """Open a file of predictions; only its footer is read.
 
     Raises:
-        UserError: there is none, it is damaged, or it is not one of this version.
+        UserError: the file is missing, damaged, foreign or of another version.
     """
     import pyarrow as pa
 
@@ -394,7 +338,7 @@ def read_predictions(path: Path) -> PredictionsFile:
         raise UserError(foreign) from None
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {version}, this galaxydist reads version {FORMAT_VERSION}: make it anew with "
+            f"{path} has format version {version}, but this galaxydist reads version {FORMAT_VERSION}: make it again with "
             "`galaxydist evaluate RUN`, or use the version that wrote it"
         )
     try:
@@ -410,10 +354,10 @@ def read_predictions(path: Path) -> PredictionsFile:
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(foreign) from None
     kinds = {field.name: field.type for field in schema}
-    later = {name: pa.string() for name in NAMES}
-    if wrong := [field.name for field in expected if {**later, **kinds}.get(field.name) != field.type]:
+    optional = {name: pa.string() for name in NAMES}
+    if wrong := [field.name for field in expected if {**optional, **kinds}.get(field.name) != field.type]:
         raise UserError(
-            f"{path} has no column {', '.join(wrong)} of the expected type; make it anew with `galaxydist evaluate RUN`"
+            f"{path} has no column {', '.join(wrong)} of the expected type; make it again with `galaxydist evaluate RUN`"
         )
     return PredictionsFile(path, info, num_galaxies)
 
@@ -435,4 +379,4 @@ def _values(array: "pa.Array", name: str, num_classes: int) -> NDArray[Any]:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged ({error}); remove it and make it anew with `galaxydist evaluate RUN`")
+    return UserError(f"{path} is damaged ({error}); remove it and make it again with `galaxydist evaluate RUN`")

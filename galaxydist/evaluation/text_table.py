@@ -1,30 +1,31 @@
-"""The result of an evaluation as text."""
+"""Result of an evaluation as text: title, headline numbers, notes and a table of classes."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# Label, name in ``intervals``, keys of the value in an evaluation.
 _HEADLINES = (
-    ("accuracy", "accuracy"),
-    ("balanced accuracy", "balanced_accuracy"),
-    ("macro F1", "macro_f1"),
-    ("weighted F1", "weighted_f1"),
-    ("top-2 accuracy", "top2_accuracy"),
-    ("loss", "loss"),
-    ("ECE", "ece"),
-    ("loss, scaled", "scaled_loss"),
-    ("ECE, scaled", "scaled_ece"),
-    ("ROC area, mean", "roc_auc"),
-    ("PR area, mean", "average_precision"),
+    ("accuracy", "accuracy", ("accuracy",)),
+    ("balanced accuracy", "balanced_accuracy", ("balanced_accuracy",)),
+    ("macro F1", "macro_f1", ("macro_f1",)),
+    ("weighted F1", "weighted_f1", ("weighted_f1",)),
+    ("top-2 accuracy", "top2_accuracy", ("top2_accuracy",)),
+    ("loss", "loss", ("loss",)),
+    ("ECE", "ece", ("calibration", "ece")),
+    ("loss, scaled", "scaled_loss", ("calibration", "scaled", "loss")),
+    ("ECE, scaled", "scaled_ece", ("calibration", "scaled", "ece")),
+    ("ROC area, mean", "roc_auc", ("roc_auc", "macro")),
+    ("PR area, mean", "average_precision", ("average_precision", "macro")),
 )
 _COLUMNS = ("precision", "recall", "F1", "galaxies")
 
 
 def title_of(evaluation: Mapping[str, Any]) -> str:
-    """One line that says what was judged on what, for figures and tables.
+    """Return the title of an evaluation: data set, split, model and number of galaxies.
 
     Args:
-        evaluation: ``dataset``, ``variant``, ``model`` and ``recipe``; ``split``, ``tta`` and ``count`` are named where there
-            is a count.
+        evaluation: ``dataset``, ``variant``, ``model`` and ``recipe``; if there is a ``count``, also ``split`` and ``tta``.
     """
     model, recipe = evaluation["model"], evaluation["recipe"]
     named = model if recipe == model else f"{model} (recipe {recipe})"
@@ -32,12 +33,12 @@ def title_of(evaluation: Mapping[str, Any]) -> str:
     if "count" not in evaluation:
         return f"{data}, {named}"
     tta = evaluation.get("tta", "none")
-    seen = "" if tta == "none" else f", {tta.upper()} views averaged"
-    return f"{data}, {evaluation['split']} split, {named}{seen}, N = {evaluation['count']:,}"
+    averaged = "" if tta == "none" else f", averaged over {tta.upper()}"
+    return f"{data}, {evaluation['split']} split, {named}{averaged}, N = {evaluation['count']:,}"
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """Accuracy (with its binomial standard error), balanced accuracy, macro F1 and loss in one line."""
+    """Return accuracy (with its binomial standard error), balanced accuracy, macro F1 and loss in one line."""
     accuracy, count = metrics["accuracy"], metrics["count"]
     error = "" if accuracy is None else f" ± {(accuracy * (1 - accuracy) / count) ** 0.5:.3f}"
     return (
@@ -46,27 +47,8 @@ def headline(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def headline_numbers(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numbers that an evaluation is known by, by the names that ``intervals`` has for them.
-
-    Args:
-        metrics: from ``summarise``; what it lacks is left out.
-    """
-    calibration = metrics.get("calibration") or {}
-    scaled = calibration.get("scaled") or {}
-    nested = {"ece": calibration, "scaled_loss": scaled, "scaled_ece": scaled, "roc_auc": metrics, "average_precision": metrics}
-    keys = {"ece": "ece", "scaled_loss": "loss", "scaled_ece": "ece"}
-    found: dict[str, float | None] = {}
-    for _, name in _HEADLINES:
-        source, key = nested.get(name, metrics), keys.get(name, name)
-        if key in source:
-            value = source[key]
-            found[name] = value["macro"] if isinstance(value, Mapping) else value
-    return found
-
-
 def format_headline(metrics: Mapping[str, Any]) -> str:
-    """The headline numbers, each with its 95 % interval; of counts alone they stand in one line.
+    """Format the headline numbers, each with its 95 % interval; in one line if there are no intervals.
 
     Args:
         metrics: from ``summarise`` or ``metrics_from_counts``.
@@ -74,39 +56,40 @@ def format_headline(metrics: Mapping[str, Any]) -> str:
     intervals = metrics.get("intervals")
     if intervals is None:
         return headline(metrics)
-    numbers, labels = headline_numbers(metrics), {name: label for label, name in _HEADLINES}
-    width = max(len(labels[name]) for name in numbers)
+    width = max(len(label) for label, _, _ in _HEADLINES)
     lines = []
-    for name, value in numbers.items():
-        interval = intervals.get(name)
-        said = f"   {interval[0]:.3f} to {interval[1]:.3f}" if interval is not None else ""
-        lines.append(f"{labels[name]:<{width}} {_number(value):>7}{said}")
+    for label, name, (*outer, key) in _HEADLINES:
+        values: Mapping[str, Any] = functools.reduce(lambda values, key: values.get(key) or {}, outer, metrics)
+        if key in values:
+            interval = intervals.get(name)
+            between = f"   {interval[0]:.3f} to {interval[1]:.3f}" if interval is not None else ""
+            lines.append(f"{label:<{width}} {_number(values[key]):>7}{between}")
     lines[0] += f"   ({intervals['level']:.0%} intervals)" if intervals.get("accuracy") else ""
     return "\n".join(lines)
 
 
 def format_notes(metrics: Mapping[str, Any]) -> list[str]:
-    """Lines about the temperature and about what could not be said; none for metrics of counts alone."""
+    """Return lines about the temperature and about missing metrics; none for metrics from counts alone."""
     lines = []
     temperature = (metrics.get("calibration") or {}).get("temperature")
     if temperature is not None:
-        judged = " (the very galaxies that are judged)" if temperature["fitted_on"]["split"] == metrics.get("split") else ""
+        same = " (the evaluated galaxies themselves)" if temperature["fitted_on"]["split"] == metrics.get("split") else ""
         lines.append(
             f"scaled: logits divided by T = {temperature['value']:.3f}, fitted on {temperature['count']:,} galaxies of the "
-            f"validation split{judged}" + (", at the end of the range that was searched" if temperature["at_bound"] else "")
+            f"validation split{same}" + (", at an end of the search range" if temperature["at_bound"] else "")
         )
     lines += [f"left out: {sentence}" for sentence in metrics.get("left_out", ())]
     return [*lines, ""] if lines else []
 
 
 def format_table(metrics: Mapping[str, Any]) -> str:
-    """A line a class: precision, recall, F1, number of galaxies, and the class it is most often taken for.
+    """Format a line per class: precision, recall, F1, number of galaxies, and its most frequent wrong prediction.
 
     Args:
         metrics: from ``metrics_from_counts``.
 
     Returns:
-        Lines without a newline at the end; ``-`` where a number does not exist.
+        Lines without a newline at the end; ``-`` for an undefined number.
     """
     names, confusion_KK = [readable(name) for name in metrics["classes"]], metrics["confusion"]
     per_class = metrics["per_class"]
@@ -120,7 +103,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
 
 
 def readable(class_name: str) -> str:
-    """A class's folder name as words."""
+    """Return a class's folder name as words."""
     words = class_name.replace("_", " ")
     for compound in ("edge on", "in between", "cigar shaped"):
         words = words.replace(compound, compound.replace(" ", "-"))

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.explore.checks import Neighbours, Pair, find_duplicates, find_neighbours
-from galaxydist.explore.datasets import ExploredDataset, Positions, chance_order, choose_sample
-from galaxydist.explore.embedding import Features, Map, map_sample
+from galaxydist.explore.datasets import ExploredDataset, Positions, choose_sample, random_order
+from galaxydist.explore.embedding import Map, map_sample
 from galaxydist.explore.scan import ImageScan, scan_images
 
 
@@ -19,7 +19,7 @@ class Findings:
 
     Args:
         sample_size: number of galaxies in the sample, including unreadable ones.
-        looked: measurements of the readable images of the sample.
+        scan: measurements of the readable images of the sample.
         positions: of the galaxies whose records were read (all, or the sample).
         neighbours: None if no position is known.
         duplicates: pairs of indices in the sample.
@@ -29,7 +29,7 @@ class Findings:
     population: ExploredDataset
     sample_size: int
     seed: int
-    looked: ImageScan
+    scan: ImageScan
     positions: Positions
     neighbours: Neighbours | None
     duplicates: list[Pair]
@@ -37,47 +37,46 @@ class Findings:
 
     def members(self, label: int) -> NDArray[np.int64]:
         """Return the indices in the sample of the galaxies of a class, in random order."""
-        ordered = np.searchsorted(self.looked.rows, chance_order(self.looked.rows, self.seed))
-        return np.asarray(ordered[self.looked.labels[ordered] == label])
+        ordered = np.searchsorted(self.scan.rows, random_order(self.scan.rows, self.seed))
+        return np.asarray(ordered[self.scan.labels[ordered] == label])
 
     @property
-    def oddities(self) -> dict[str, int]:
+    def odd_images(self) -> dict[str, int]:
         """Kind of odd image -> number of such images in the sample."""
-        unreadable = {"unreadable": len(self.looked.problems)} if self.looked.problems else {}
-        return unreadable | {kind: len(places) for kind, places in self.looked.oddities.items()}
+        unreadable = {"unreadable": len(self.scan.problems)} if self.scan.problems else {}
+        return unreadable | {kind: len(indices) for kind, indices in self.scan.odd_images.items()}
 
 
-def find_all(population: ExploredDataset, *, sample: int, seed: int, features: Features | None = None) -> Findings:
+def analyse(population: ExploredDataset, *, sample: int, seed: int) -> Findings:
     """Analyse a data set.
 
     Args:
         sample: largest number of galaxies whose images are read.
         seed: of the choice of galaxies and of the map.
-        features: of thumbnails, for the map; None: ``principal_components``.
     """
     rows = choose_sample(population, sample, seed)
-    looked = scan_images(population.source.images(rows), population.labels_N, len(rows))
-    positions = population.source.positions() or Positions(looked.rows, *looked.position_n3.T)
+    scan = scan_images(population.source.images(rows), population.labels_N, len(rows))
+    positions = population.source.positions() or Positions(scan.rows, *scan.position_n3.T)
     return Findings(
         population=population,
         sample_size=len(rows),
         seed=seed,
-        looked=looked,
+        scan=scan,
         positions=positions,
         neighbours=find_neighbours(population, positions) if positions.known.any() else None,
-        duplicates=find_duplicates(looked.hash_nB, looked.digests, looked.thumbnails_nHWC),
-        map=map_sample(looked, seed, features),
+        duplicates=find_duplicates(scan.hash_nB, scan.digests, scan.thumbnails_nHWC),
+        map=map_sample(scan, seed),
     )
 
 
-def pixel_statistics(looked: ImageScan, label: int) -> dict[str, Any]:
+def pixel_statistics(scan: ImageScan, label: int) -> dict[str, Any]:
     """Return mean and deviation of each channel (R G B, full scale 1) and shares of 0 and 255 for a class of the sample."""
-    shares_CL = looked.histograms[label] / looked.histograms[label].sum(axis=1, keepdims=True)
+    shares_CL = scan.histograms[label] / scan.histograms[label].sum(axis=1, keepdims=True)
     values_L = np.arange(256) / 255.0
     mean_C = shares_CL @ values_L
     std_C = np.sqrt(np.maximum(shares_CL @ values_L**2 - mean_C**2, 0))
     return {
-        "galaxies": int((looked.labels == label).sum()),
+        "galaxies": int((scan.labels == label).sum()),
         "mean": mean_C.round(4).tolist(),
         "std": std_C.round(4).tolist(),
         "black": round(float(shares_CL[:, 0].mean()), 4),
@@ -87,24 +86,20 @@ def pixel_statistics(looked: ImageScan, label: int) -> dict[str, Any]:
 
 def summary(findings: Findings) -> dict[str, Any]:
     """Return the results as plain values, for ``survey.json``."""
-    population, looked = findings.population, findings.looked
-    known = {label: name for label, name in population.groups.items() if label in looked.histograms}
+    population, scan = findings.population, findings.scan
+    known = {label: name for label, name in population.groups.items() if label in scan.histograms}
     near = findings.neighbours
+    measured = {"half_light_radius_px": scan.size_n, "brightness": scan.brightness_n, "sky": scan.sky_n, "colour": scan.colour_n}
     return {
         "dataset": population.dataset,
         "variant": population.variant,
         "source": {"kind": population.kind, "location": population.location, "sha256": population.source_hash},
         "class_names": list(population.groups.values()),
         "counts": population.counts(),
-        "sample": {"chosen": findings.sample_size, "read": len(looked), "of": len(population), "seed": findings.seed},
-        "pixels": {name: pixel_statistics(looked, label) for label, name in known.items()},
+        "sample": {"chosen": findings.sample_size, "read": len(scan), "of": len(population), "seed": findings.seed},
+        "pixels": {name: pixel_statistics(scan, label) for label, name in known.items()},
         "median": {
-            name: {
-                "half_light_radius_px": _median(looked.size_n[looked.labels == label]),
-                "brightness": _median(looked.brightness_n[looked.labels == label]),
-                "sky": _median(looked.sky_n[looked.labels == label]),
-                "colour": _median(looked.colour_n[looked.labels == label]),
-            }
+            name: {quantity: _median(values_n[scan.labels == label]) for quantity, values_n in measured.items()}
             for label, name in known.items()
         },
         "neighbours": None
@@ -118,32 +113,32 @@ def summary(findings: Findings) -> dict[str, Any]:
         },
         "duplicates": [
             {
-                "ids": [looked.ids[pair.first], looked.ids[pair.second]],
+                "ids": [scan.ids[pair.first], scan.ids[pair.second]],
                 "identical": pair.identical,
                 "hash_distance": pair.distance,
                 "correlation": round(pair.correlation, 4),
             }
             for pair in findings.duplicates
         ],
-        "odd": {kind: [looked.ids[place] for place in places] for kind, places in looked.oddities.items()},
-        "unreadable": looked.problems,
+        "odd": {kind: [scan.ids[index] for index in indices] for kind, indices in scan.odd_images.items()},
+        "unreadable": scan.problems,
     }
 
 
 def label_conflicts(findings: Findings) -> int:
     """Return the number of duplicates with two labels."""
-    labels = findings.looked.labels
+    labels = findings.scan.labels
     return sum(1 for pair in findings.duplicates if labels[pair.first] != labels[pair.second])
 
 
 def split_leaks(findings: Findings) -> int:
     """Return the number of duplicates across splits."""
-    split_n = findings.population.split_N[findings.looked.rows]
+    split_n = findings.population.split_N[findings.scan.rows]
     return sum(1 for pair in findings.duplicates if split_n[pair.first] != split_n[pair.second])
 
 
-def widths(looked: ImageScan) -> str:
-    common = Counter(looked.widths_n.tolist()).most_common()
+def widths(scan: ImageScan) -> str:
+    common = Counter(scan.widths_n.tolist()).most_common()
     if not common:
         return "no image could be read"
     return f"{common[0][0]} pixels wide" if len(common) == 1 else f"{min(common)[0]} to {max(common)[0]} pixels wide"

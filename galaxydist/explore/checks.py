@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from galaxydist.explore.datasets import ExploredDataset, Positions
-from galaxydist.surveys.split import CUTOUT_ARCSEC, SAME_PLACE_ARCSEC, close_pairs
+from galaxydist.surveys.split import CUTOUT_ARCSEC, SAME_PLACE_ARCSEC, close_pairs, unit_vectors
 
 HASH_DISTANCE = 6
 # Measured on real samples (999 of Galaxy10 DECaLS, 1,000 of SDSS): copies at JPEG quality 50 reach 0.94, those resampled to half
@@ -64,7 +64,6 @@ def find_duplicates(
     thumbnails_nHWC: NDArray[np.uint8],
     *,
     distance: int = HASH_DISTANCE,
-    correlation: float = LEAST_CORRELATION,
 ) -> list[Pair]:
     """Find pairs of duplicate images, the most similar first.
 
@@ -73,14 +72,13 @@ def find_duplicates(
         digests: hashes of the pixels.
         thumbnails_nHWC: n x H x W x 3 uint8.
         distance: largest Hamming distance of the perceptual hashes.
-        correlation: smallest correlation of the thumbnails' fine detail.
     """
     pairs_P2, distance_P = near_hashes(hash_nB, distance)
     correlation_P = _correlations(thumbnails_nHWC, pairs_P2)
     found = []
     for (first, second), apart, alike in zip(pairs_P2.tolist(), distance_P.tolist(), correlation_P.tolist(), strict=True):
         identical = digests[first] == digests[second] and bool(np.ptp(thumbnails_nHWC[first], axis=(0, 1)).any())
-        if identical or alike >= correlation:
+        if identical or alike >= LEAST_CORRELATION:
             found.append(Pair(first, second, apart, 1.0 if identical else alike, identical))
     return sorted(found, key=lambda pair: (not pair.identical, -pair.correlation, pair.first, pair.second))
 
@@ -125,9 +123,6 @@ def _detail(images_PHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
     return np.asarray(brightness - uniform_filter(brightness, (0, _SQUARE, _SQUARE))).reshape(len(brightness), -1)
 
 
-# Overlapping cutouts, and sky positions with two labels.
-
-
 @dataclass(frozen=True, slots=True)
 class Neighbours:
     """Pairs of galaxies with overlapping cutouts.
@@ -160,33 +155,30 @@ def find_neighbours(population: ExploredDataset, positions: Positions) -> Neighb
 
 
 def _separations(positions: Positions, pairs_P2: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the separations in arcsec, (P,), by the haversine formula, which is accurate for small angles."""
-    ra_P2, dec_P2 = np.radians(positions.ra[pairs_P2]), np.radians(positions.dec[pairs_P2])
-    half = np.sin(np.diff(dec_P2)[:, 0] / 2) ** 2
-    half += np.cos(dec_P2).prod(axis=1) * np.sin(np.diff(ra_P2)[:, 0] / 2) ** 2
-    return np.asarray(np.degrees(2 * np.arcsin(np.sqrt(half))) * 3600)
+    """Return the separations in arcsec, (P,), from chord lengths, which are accurate for small angles."""
+    first, second = (unit_vectors(positions.ra[pairs_P2[:, side]], positions.dec[pairs_P2[:, side]]) for side in (0, 1))
+    return np.asarray(np.degrees(2 * np.arcsin(np.linalg.norm(first - second, axis=1) / 2)) * 3600)
 
 
-# Odd images: each check is simple and is described on the page.
-
+# Odd images. Each check is simple and is described on the page.
 # Largest span in grey levels (of 255) of a blank image or channel.
 _LEAST_SPAN = 2
 SATURATED_SHARE = 0.05
 REPEATED_SHARE = 0.05
 
-KINDS = {
+ODD_KINDS = {
     "unreadable": "cannot be read or does not decode",
     "blank": f"blank: all pixels within {_LEAST_SPAN} grey levels of one another",
     "missing channel": f"one channel is constant (within {_LEAST_SPAN} levels) while another is not",
     "saturated": f"more than {100 * SATURATED_SHARE:.0f} % of the pixels are white (255 in a channel)",
-    "flat rows": f"more than {100 * REPEATED_SHARE:.0f} % of the rows or of the columns have one single value: a part is missing",
-    "repeated rows": f"more than {100 * REPEATED_SHARE:.0f} % of the rows equal the row before: cut short or badly resampled",
-    "nothing there": "no source over the sky in the middle of the image",
+    "flat rows": f"more than {100 * REPEATED_SHARE:.0f} % of the rows or of the columns have a single value: a part is missing",
+    "repeated rows": f"more than {100 * REPEATED_SHARE:.0f} % of the rows equal the row before: truncated or badly resampled",
+    "nothing there": "no source above the sky in the middle of the image",
 }
 
 
-def find_oddities(image_HWC: NDArray[np.uint8]) -> list[str]:
-    """Return the kinds of oddity found in the pixels; a blank image has no other kind.
+def odd_kinds(image_HWC: NDArray[np.uint8]) -> list[str]:
+    """Return the kinds of ``ODD_KINDS`` that the pixels show; a blank image has no other kind.
 
     Args:
         image_HWC: H x W x 3 uint8.

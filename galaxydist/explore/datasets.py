@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from galaxydist.counter_rng import hash64
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage, Galaxy, Survey
+from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import MANIFEST_NAME, Manifest, shard_name
 from galaxydist.shards.remote.cache import CacheConfig, SharedFile
 from galaxydist.shards.remote.object_store import is_url
@@ -28,18 +29,17 @@ from galaxydist.surveys.image_files import decode_file
 from galaxydist.surveys.image_folder import FolderSurvey
 from galaxydist.surveys.survey_sources import open_survey
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 UNLABELLED = -1
-# RNG stream of this choice of galaxies.
+# RNG stream of the choice of galaxies.
 _PURPOSE = 0x6578706C6F7265  # "explore"
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Sky position (degrees, J2000) and redshift of a galaxy; each is nan where unknown."""
-
-    ra: float = np.nan
-    dec: float = np.nan
-    redshift: float = np.nan
+# Sky position (degrees, J2000) and redshift of a galaxy; each is nan where unknown.
+Position = tuple[float, float, float]
+UNKNOWN: Position = (np.nan, np.nan, np.nan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class ExploredImage:
     """Image of a requested galaxy.
 
     Args:
-        row: index among the population's N galaxies.
+        row: index into the data set's N galaxies.
         id: name in the source.
         image: H x W x 3 uint8; None if it cannot be read.
         problem: the reason why it cannot be read.
@@ -76,7 +76,7 @@ class Positions:
 
 
 class ImageSource(Protocol):
-    """Source of images and positions; rows are indices among the population's N galaxies."""
+    """Source of images and positions; rows are indices into the data set's N galaxies."""
 
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         """Yield the images of these rows (sorted), in order; an unreadable one is yielded with its problem."""
@@ -134,7 +134,7 @@ class ExploredDataset:
         }
 
 
-def chance_order(rows: NDArray[np.int64], seed: int, number: int | None = None) -> NDArray[np.int64]:
+def random_order(rows: NDArray[np.int64], seed: int, number: int | None = None) -> NDArray[np.int64]:
     """Return the rows (or the first ``number`` of them) in a random order given by hashes of the seed and each row."""
     hashes = hash64(seed, _PURPOSE, rows)
     if number is not None and number < len(rows):
@@ -156,10 +156,10 @@ def choose_sample(population: ExploredDataset, number: int, seed: int) -> NDArra
     groups = [population.labels_N == label for label in population.groups]
     if allowed_N is not None:
         groups = [members_N & allowed_N for members_N in groups]
-    orders = sorted((chance_order(np.flatnonzero(members_N), seed, number) for members_N in groups), key=len)
+    orders = sorted((random_order(np.flatnonzero(members_N), seed, number) for members_N in groups), key=len)
     chosen, left = [], number
-    for place, rows in enumerate(orders):
-        share = min(len(rows), left // (len(orders) - place))
+    for number_done, rows in enumerate(orders):
+        share = min(len(rows), left // (len(orders) - number_done))
         chosen.append(rows[:share])
         left -= share
     return np.sort(np.concatenate(chosen))
@@ -167,10 +167,10 @@ def choose_sample(population: ExploredDataset, number: int, seed: int) -> NDArra
 
 # Shards: only the requested samples are read; from a remote store, only a few shards are fetched.
 
-# Largest number of records that are read for their positions: each costs one read.
+# Maximum number of positions that are read from shards without catalogues: each costs one read.
 RECORDS_LIMIT = 100_000
 # Galaxies fetched from a remote store per galaxy of the sample, so that rare classes are included.
-_FETCHED_FOR_ONE = 2
+_FETCHED_PER_GALAXY = 2
 
 # (offset, number of bytes) -> bytes of a tar.
 _Fetch = Callable[[int, int], bytes]
@@ -196,7 +196,7 @@ def shard_population(manifest: Manifest) -> ExploredDataset:
 
 @dataclass(frozen=True)
 class _Shard:
-    """Split and number of a shard, and the range of the population's rows in it."""
+    """Split and number of a shard, and the range of the data set's rows in it."""
 
     split: str
     number: int
@@ -208,16 +208,13 @@ class ShardImages:
     """Reads images and positions from shards."""
 
     def __init__(self, manifest: Manifest, splits: tuple[str, ...]) -> None:
-        self._manifest = manifest
+        self._manifest, self._splits = manifest, splits
         self._read: FileReader = file_reader(manifest)
         tables = [manifest.shards(split)["samples"] for split in splits]
-        ends = np.cumsum(np.concatenate([*tables, np.empty(0, np.int64)])).astype(np.int64)
-        places = [(split, number) for split, table in zip(splits, tables, strict=True) for number in range(len(table))]
-        self._ends = ends
-        self._shards = [
-            _Shard(split, number, int(start), int(end))
-            for (split, number), start, end in zip(places, [0, *ends[:-1]], ends, strict=True)
-        ]
+        self._ends = np.cumsum(np.concatenate([*tables, np.empty(0, np.int64)])).astype(np.int64)
+        names = [(split, number) for split, table in zip(splits, tables, strict=True) for number in range(len(table))]
+        ends = self._ends.tolist()
+        self._shards = [_Shard(*name, start, end) for name, start, end in zip(names, [0, *ends[:-1]], ends, strict=True)]
 
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         for shard, wanted in self._by_shard(rows):
@@ -225,44 +222,44 @@ class ShardImages:
                 records = self._open(shard)
             except UserError as error:
                 for row in wanted:
-                    yield ExploredImage(row, f"{shard.split} {row - shard.start}", None, Position(), str(error))
+                    yield ExploredImage(row, f"{shard.split} {row - shard.start}", None, UNKNOWN, str(error))
                 continue
             for row in wanted:
                 yield self._image(records, shard, row)
 
     def positions(self) -> Positions | None:
-        """Return all positions; None for remote shards or more than ``RECORDS_LIMIT`` galaxies."""
-        num = int(self._ends[-1]) if len(self._ends) else 0
-        if self._manifest.remote is not None or num > RECORDS_LIMIT:
+        """Return all positions, from the catalogues.
+
+        None if a catalogue is damaged, or if shards of earlier versions, without catalogues, are remote or have more than
+        ``RECORDS_LIMIT`` galaxies.
+        """
+        manifest, num = self._manifest, int(sum(shard.stop - shard.start for shard in self._shards))
+        if not manifest.catalogues and (manifest.remote is not None or num > RECORDS_LIMIT):
             return None
-        found = np.full((num, 3), np.nan)
-        for shard, wanted in self._by_shard(np.arange(num)):
-            try:
-                records = self._open(shard)
-            except UserError:
-                continue  # reported when its images are read
-            for row in wanted:
-                position = records.position(row - shard.start)
-                found[row] = position.ra, position.dec, position.redshift
-        return Positions(np.arange(num), *found.T)
+        try:
+            tables = [read_catalogue(manifest, split, ("ra", "dec", "redshift")) for split in self._splits]
+        except UserError:
+            return None
+        columns = [np.concatenate([_column(table, name) for table in tables]) for name in ("ra", "dec", "redshift")]
+        return Positions(np.arange(num), *columns)
 
     def candidates(self, number: int, seed: int) -> NDArray[np.bool_] | None:
         """Return a mask of a few whole remote shards: galaxies are shuffled over shards, so these are a random sample."""
         if self._manifest.remote is None:
             return None
-        allowed_N, left = np.zeros(int(self._ends[-1]), np.bool_), _FETCHED_FOR_ONE * number
-        for place in chance_order(np.arange(len(self._shards)), seed).tolist():
+        allowed_N, left = np.zeros(int(self._ends[-1]), np.bool_), _FETCHED_PER_GALAXY * number
+        for shard_number in random_order(np.arange(len(self._shards)), seed).tolist():
             if left <= 0:
                 break
-            shard = self._shards[place]
+            shard = self._shards[shard_number]
             allowed_N[shard.start : shard.stop] = True
             left -= shard.stop - shard.start
         return allowed_N
 
     def _by_shard(self, rows: NDArray[np.int64]) -> Iterator[tuple[_Shard, list[int]]]:
-        places = np.searchsorted(self._ends, rows, side="right")
-        for place in np.unique(places).tolist():
-            yield self._shards[place], rows[places == place].tolist()
+        shard_of_row = np.searchsorted(self._ends, rows, side="right")
+        for number in np.unique(shard_of_row).tolist():
+            yield self._shards[number], rows[shard_of_row == number].tolist()
 
     def _open(self, shard: _Shard) -> "_Records":
         """Open a shard.
@@ -343,10 +340,19 @@ class _Records:
         """Return the position in the sample's .json; unknown if there is none."""
         try:
             record: dict[str, Any] = json.loads(self.content(number, "json"))
-            values = [record.get(name) for name in ("ra", "dec", "redshift")]
+            return _position(*(record.get(name) for name in ("ra", "dec", "redshift")))
         except (ValueError, AttributeError, OSError):
-            return Position()
-        return Position(*(float(value) if isinstance(value, int | float) else np.nan for value in values))
+            return UNKNOWN
+
+
+def _column(table: "pa.Table", name: str) -> NDArray[np.float64]:
+    """Return a numeric column of a catalogue, nan where unknown or not a number."""
+    import pyarrow as pa
+
+    kind = table.schema.field(name).type if name in table.column_names else None
+    if kind is None or not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+        return np.full(len(table), np.nan)
+    return np.asarray(table.column(name).to_numpy(), np.float64)
 
 
 # Surveys (HDF5 files and folders of images): only the slabs with requested rows are read.
@@ -361,7 +367,7 @@ def survey_population(survey: Survey, path: Path) -> ExploredDataset:
     codes = np.full(len(survey.labels), -1, np.int8)
     for number, name in enumerate(names):
         codes[survey.splits[name]] = number
-    placed = np.flatnonzero(codes >= 0)
+    numbers_N = np.flatnonzero(codes >= 0)
     is_folder = isinstance(survey, FolderSurvey)
     return ExploredDataset(
         dataset=survey.name,
@@ -370,48 +376,52 @@ def survey_population(survey: Survey, path: Path) -> ExploredDataset:
         location=str(path),
         source_hash="" if is_folder else survey.source_hash,
         class_names=survey.class_names,
-        labels_N=np.asarray(survey.labels[placed], np.int64),
+        labels_N=np.asarray(survey.labels[numbers_N], np.int64),
         split_names=names,
-        split_N=codes[placed],
-        source=SurveyImages(survey, placed),
+        split_N=codes[numbers_N],
+        source=SurveyImages(survey, numbers_N),
     )
 
 
 @dataclass(frozen=True)
 class SurveyImages:
-    """Reads images and positions from a survey; ``placed`` are the survey's rows of the population's galaxies."""
+    """Reads images and positions from a survey; ``numbers_N`` are the survey's rows of the data set's N galaxies."""
 
     survey: Survey
-    placed: NDArray[np.int64]
+    numbers_N: NDArray[np.int64]
 
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
-        wanted = self.placed[rows]
-        for row, (start, stop, own) in zip(*_runs(rows, wanted, self._step()), strict=True):
-            numbers = dict(zip(own.tolist(), row.tolist(), strict=True))
+        if not len(rows):
+            return
+        numbers = self.numbers_N[rows]
+        cuts = np.flatnonzero(np.diff(numbers // self._rows_at_once())) + 1
+        for slab_rows, slab_numbers in zip(np.split(rows, cuts), np.split(numbers, cuts), strict=True):
+            pending = dict(zip(slab_numbers.tolist(), slab_rows.tolist(), strict=True))
+            start, stop = int(slab_numbers[0]), int(slab_numbers[-1]) + 1
             try:
                 for number, galaxy in enumerate(self.survey.read(start, stop), start=start):
-                    if number in numbers:
-                        yield _image(numbers.pop(number), galaxy)
+                    if number in pending:
+                        yield _image(pending.pop(number), galaxy)
             except UserError as error:
-                for number, place in numbers.items():
-                    yield ExploredImage(place, self._name(number), None, Position(), str(error))
+                for number, row in pending.items():
+                    yield ExploredImage(row, self._name(number), None, UNKNOWN, str(error))
 
     def positions(self) -> Positions | None:
         if isinstance(self.survey, Galaxy10Survey):
             columns = self.survey.file.columns
-            found = [np.asarray(columns[name][self.placed], np.float64) for name in ("ra", "dec", "redshift")]
+            found = [np.asarray(columns[name][self.numbers_N], np.float64) for name in ("ra", "dec", "redshift")]
         elif isinstance(self.survey, FolderSurvey):
-            rows = [self.survey.rows[number] for number in self.placed.tolist()]
-            values = [(row.ra, row.dec, row.extras.get("redshift")) for row in rows]
-            found = [*np.array([[_number(value) for value in line] for line in values], np.float64).reshape(-1, 3).T]
+            rows = [self.survey.rows[number] for number in self.numbers_N.tolist()]
+            values = [_position(row.ra, row.dec, row.extras.get("redshift")) for row in rows]
+            found = [*np.array(values, np.float64).reshape(-1, 3).T]
         else:
             return None
-        return Positions(np.arange(len(self.placed)), *found)
+        return Positions(np.arange(len(self.numbers_N)), *found)
 
     def candidates(self, number: int, seed: int) -> None:
         del number, seed
 
-    def _step(self) -> int:
+    def _rows_at_once(self) -> int:
         """Return the number of rows to read together: 1 for image files, so that a damaged file affects no other."""
         is_folder = isinstance(self.survey, FolderSurvey)
         return 1 if is_folder or self.survey.slab_length <= _SHORT_SLAB else self.survey.slab_length
@@ -422,20 +432,8 @@ class SurveyImages:
         return self.survey.galaxy_id(number) if isinstance(self.survey, Galaxy10Survey) else f"row {number}"
 
 
-_Run = tuple[int, int, NDArray[np.int64]]
-
-
-def _runs(rows: NDArray[np.int64], wanted: NDArray[np.int64], step: int) -> tuple[list[NDArray[np.int64]], list[_Run]]:
-    """Return, for each slab with requested rows, the population's rows and (first, stop, the survey's rows)."""
-    if not len(wanted):
-        return [], []
-    cuts = np.flatnonzero(np.diff(wanted // step)) + 1
-    parts = np.split(wanted, cuts)
-    return np.split(rows, cuts), [(int(part[0]), int(part[-1]) + 1, part) for part in parts]
-
-
 def _image(row: int, galaxy: Galaxy) -> ExploredImage:
-    position = Position(*(_number(value) for value in (galaxy.ra, galaxy.dec, galaxy.extras.get("redshift"))))
+    position = _position(galaxy.ra, galaxy.dec, galaxy.extras.get("redshift"))
     image = galaxy.image
     if not isinstance(image, EncodedImage):
         return ExploredImage(row, galaxy.id, image, position)
@@ -445,9 +443,10 @@ def _image(row: int, galaxy: Galaxy) -> ExploredImage:
         return ExploredImage(row, galaxy.id, None, position, str(error))
 
 
-def _number(value: object) -> float:
-    """Return a number as a float; nan for anything else."""
-    return float(value) if isinstance(value, int | float) else np.nan
+def _position(*values: object) -> Position:
+    """Return ra, dec and redshift as floats; nan for anything but a number."""
+    ra, dec, redshift = (float(value) if isinstance(value, int | float) else np.nan for value in values)
+    return ra, dec, redshift
 
 
 def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> ExploredDataset:
@@ -464,23 +463,20 @@ def open_population(location: str, variant: str | None, cache: CacheConfig, clas
     """
     path = Path(location)
     if is_url(location) or path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file():
-        population = shard_population(_checked(open_shards(location, cache), variant))
-    elif not path.exists():
+        manifest = open_shards(location, cache)
+        if variant not in (None, manifest.variant):
+            raise UserError(
+                f"{manifest.location} has the {manifest.variant} variant, not {variant}; "
+                "leave out --variant, or give the other variant's manifest"
+            )
+        population = shard_population(manifest)
+    elif path.exists():
+        population = survey_population(open_survey(path, variant or "original", classes=classes), path)
+    else:
         raise UserError(
             f"there is no {location}; give a manifest.json of shards (or its folder or URL), an HDF5 file in Galaxy10's schema, "
             "or a folder with a folder of images for each class"
         )
-    else:
-        population = survey_population(open_survey(path, variant or "original", classes=classes), path)
     if not len(population):
-        raise UserError(f"{location} has no galaxies in any split; there is nothing to look at, make the data set anew")
+        raise UserError(f"{location} has no galaxies in any split, so that there is nothing to explore; make the data set again")
     return population
-
-
-def _checked(manifest: Manifest, variant: str | None) -> Manifest:
-    if variant not in (None, manifest.variant):
-        raise UserError(
-            f"{manifest.location} holds the {manifest.variant} variant, not {variant}; "
-            "leave out --variant, or give the other variant's manifest"
-        )
-    return manifest

@@ -1,16 +1,15 @@
 """Two-dimensional map of a sample, in which similar galaxies lie close together.
 
-The default features are principal components, which need no download.
+The features are principal components, which need no download.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from galaxydist.explore.datasets import chance_order
+from galaxydist.explore.datasets import random_order
 from galaxydist.explore.scan import THUMBNAIL, ImageScan
 
 # t-SNE of this number takes about ten seconds on one core.
@@ -27,44 +26,38 @@ class Map:
     """Coordinates of m galaxies on the map.
 
     Args:
-        places: (m,) indices in the sample.
+        indices: (m,) in the sample.
         xy_m2: in 0 ... 1, y upwards.
         features: description of the features.
         agreement: share of the galaxies whose class is the most common one among their ten nearest neighbours in feature space.
         by_chance: share of the largest class: the agreement of uninformative features.
     """
 
-    places: NDArray[np.int64]
+    indices: NDArray[np.int64]
     xy_m2: NDArray[np.float64]
     features: str
     agreement: float
     by_chance: float
 
 
-# Thumbnails n x H x W x 3 uint8 -> (n, D) features, and a description of them.
-Features = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], str]]
-
-
-def map_sample(looked: ImageScan, seed: int, features: Features | None = None) -> Map | None:
+def map_sample(scan: ImageScan, seed: int) -> Map | None:
     """Map at most ``MAX_GALAXIES`` by t-SNE (van der Maaten & Hinton 2008, JMLR 9, 2579); None for fewer than ten.
 
     Args:
         seed: of the choice of galaxies and of t-SNE.
-        features: of thumbnails; None: ``principal_components``.
     """
-    if len(looked) < _LEAST_GALAXIES:
+    if len(scan) < _LEAST_GALAXIES:
         return None
     from sklearn.manifold import TSNE
 
-    places = np.sort(np.searchsorted(looked.rows, chance_order(looked.rows, seed)[:MAX_GALAXIES]))
-    features_mD, named = (features or principal_components)(looked.thumbnails_nHWC[places])
-    perplexity = min(30.0, (len(places) - 1) / 3)
-    place_m2 = TSNE(2, perplexity=perplexity, init="pca", random_state=seed % 2**32).fit_transform(features_mD)
-    low_2, high_2 = place_m2.min(axis=0), place_m2.max(axis=0)
-    xy_m2 = (place_m2 - low_2) / np.maximum(high_2 - low_2, 1e-9)
-    labels_m = looked.labels[places]
+    indices = np.sort(np.searchsorted(scan.rows, random_order(scan.rows, seed)[:MAX_GALAXIES]))
+    features_mD, description = principal_components(scan.thumbnails_nHWC[indices])
+    perplexity = min(30.0, (len(indices) - 1) / 3)
+    xy_m2 = TSNE(2, perplexity=perplexity, init="pca", random_state=seed % 2**32).fit_transform(features_mD)
+    xy_m2 = (xy_m2 - xy_m2.min(axis=0)) / np.maximum(np.ptp(xy_m2, axis=0), 1e-9)
+    labels_m = scan.labels[indices]
     agreement, by_chance = _agreement(features_mD, labels_m)
-    return Map(places, np.asarray(xy_m2, np.float64), named, agreement, by_chance)
+    return Map(indices, np.asarray(xy_m2, np.float64), description, agreement, by_chance)
 
 
 def principal_components(images_mHWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], str]:
@@ -80,8 +73,10 @@ def principal_components(images_mHWC: NDArray[np.uint8]) -> tuple[NDArray[np.flo
     analysis = PCA(number, svd_solver="randomized", random_state=0)
     features_mD = np.asarray(analysis.fit_transform(middle_mD), np.float32)
     explained = float(np.nan_to_num(analysis.explained_variance_ratio_.sum()))
-    words = f"{number} principal components of the images' middle halves at {THUMBNAIL // 2} x {THUMBNAIL // 2} pixels"
-    return features_mD, f"{words} ({100 * explained:.0f} % of their variance)"
+    description = (
+        f"{number} principal components of the central halves of the images at {THUMBNAIL // 2} x {THUMBNAIL // 2} pixels"
+    )
+    return features_mD, f"{description} ({100 * explained:.0f} % of their variance)"
 
 
 def _middle(images_mHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -99,7 +94,7 @@ def _agreement(features_mD: NDArray[np.float32], labels_m: NDArray[np.int64]) ->
     return float((votes_mC.argmax(axis=1) == codes_m).mean()), float(np.bincount(codes_m).max() / len(codes_m))
 
 
-def image_map(found: Map, looked: ImageScan, colours: dict[int, str], cell: int = 48) -> Image.Image:
+def image_map(found: Map, scan: ImageScan, colours: dict[int, str], cell: int = 48) -> Image.Image:
     """Draw the map as a grid of images: each cell shows the galaxy nearest to its centre, framed in the colour of its class.
 
     Args:
@@ -113,21 +108,20 @@ def image_map(found: Map, looked: ImageScan, colours: dict[int, str], cell: int 
     order = np.lexsort((distance_m, cells_m2[:, 0] * CELLS + cells_m2[:, 1]))
     number_m = (cells_m2[:, 0] * CELLS + cells_m2[:, 1])[order]
     for nearest in order[np.concatenate([[True], number_m[1:] != number_m[:-1]])].tolist():
-        place = int(found.places[nearest])
-        frame = Image.new("RGB", (cell - 1, cell - 1), colours[int(looked.labels[place])])
-        middle = Image.fromarray(_middle(looked.thumbnails_nHWC[place]))
-        image = middle.resize((cell - 5, cell - 5), Image.Resampling.LANCZOS)
-        frame.paste(image, (2, 2))
+        index = int(found.indices[nearest])
+        frame = Image.new("RGB", (cell - 1, cell - 1), colours[int(scan.labels[index])])
+        middle = Image.fromarray(_middle(scan.thumbnails_nHWC[index]))
+        frame.paste(middle.resize((cell - 5, cell - 5), Image.Resampling.LANCZOS), (2, 2))
         column, row = cells_m2[nearest].tolist()
         sheet.paste(frame, (column * cell, (CELLS - 1 - row) * cell))
     return sheet
 
 
-def sprite(found: Map, looked: ImageScan, cell: int = 48) -> tuple[Image.Image, int]:
+def sprite(found: Map, scan: ImageScan, cell: int = 48) -> tuple[Image.Image, int]:
     """Return one image with all thumbnails of the map, in its order, and its number of columns."""
-    columns = int(np.ceil(np.sqrt(len(found.places))))
-    sheet = Image.new("RGB", (columns * cell, -(-len(found.places) // columns) * cell))
-    for number, place in enumerate(found.places.tolist()):
-        image = Image.fromarray(looked.thumbnails_nHWC[place]).resize((cell, cell), Image.Resampling.LANCZOS)
+    columns = int(np.ceil(np.sqrt(len(found.indices))))
+    sheet = Image.new("RGB", (columns * cell, -(-len(found.indices) // columns) * cell))
+    for number, index in enumerate(found.indices.tolist()):
+        image = Image.fromarray(scan.thumbnails_nHWC[index]).resize((cell, cell), Image.Resampling.LANCZOS)
         sheet.paste(image, (number % columns * cell, number // columns * cell))
     return sheet, columns

@@ -1,6 +1,6 @@
-"""Self-contained HTML page about a data set, and its files: numbers, gallery and counts."""
+"""Self-contained HTML page about a data set, and its files: numbers, example images and counts."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.atomic_files import replace_bytes, write_json
-from galaxydist.evaluation.plots import BLUE, GREEN, GREY, ORANGE, save_figure
+from galaxydist.evaluation.plots import BLUE, GREEN, GREY, ORANGE, new_figure, save_figure, styled
 from galaxydist.evaluation.text_table import readable
-from galaxydist.explore.analysis import Findings, find_all, label_conflicts, pixel_statistics, split_leaks, summary, widths
-from galaxydist.explore.checks import KINDS
+from galaxydist.explore.analysis import Findings, analyse, label_conflicts, pixel_statistics, split_leaks, summary, widths
+from galaxydist.explore.checks import ODD_KINDS
 from galaxydist.explore.datasets import UNLABELLED, ExploredDataset, Positions
-from galaxydist.explore.embedding import Features, image_map, sprite
+from galaxydist.explore.embedding import image_map, sprite
 from galaxydist.explore.scan import THUMBNAIL
-from galaxydist.pages.contact_sheet import write_gallery
+from galaxydist.pages.contact_sheet import write_class_sheet
 from galaxydist.pages.html import figure_svg, image_uri, render
 from galaxydist.surveys.split import CUTOUT_ARCSEC
 
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Figures: narrow enough for a phone; black becomes the page's text colour, the background is transparent.
-
+PAGE, GALLERY, SUMMARY = "explore.html", "gallery.jpg", "survey.json"
+GALLERY_BYTES = 600_000
+# Figures are narrow enough for a phone. Black becomes the page's text colour; the background is transparent.
+_WIDTH = 4.4
 # Ten colours that are distinct with any kind of colour vision: Petroff (2021), arXiv:2107.02270, table 3.
 PETROFF = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
 _SPLIT_COLOURS = (BLUE, ORANGE, GREEN)
 _CHANNELS = (("red", "#cc3311"), ("green", "#228833"), ("blue", "#4477aa"))
-_WIDTH = 4.4
 # Largest extent (degrees) of positions that are drawn on a partial map; larger ones are drawn on the whole sky.
 _WHOLE_SKY = 60
 _MOST_POINTS = 20_000
@@ -41,9 +42,10 @@ def class_colours(labels: Sequence[int]) -> dict[int, str]:
     return {label: GREY if label == UNLABELLED else PETROFF[label % len(PETROFF)] for label in labels}
 
 
-def draw_counts(names: Sequence[str], counts: Mapping[str, Sequence[int]]) -> "Figure":
+@styled
+def draw_counts(names: Sequence[str], counts: Mapping[str, Sequence[int]], title: str = "") -> "Figure":
     """Draw the number of galaxies by class, stacked by split."""
-    figure = _figure(0.24 * len(names) + 1.1)
+    figure = new_figure(_WIDTH, 0.24 * len(names) + 1.1, title)
     axes = figure.subplots()
     left = np.zeros(len(names))
     for number, (split, values) in enumerate(counts.items()):
@@ -51,13 +53,14 @@ def draw_counts(names: Sequence[str], counts: Mapping[str, Sequence[int]]) -> "F
         axes.barh(names, values, left=left, label=split, color=colour, height=0.72)
         left += values
     axes.invert_yaxis()
-    axes.set(xlabel="galaxies")
+    axes.set_xlabel("galaxies")
     axes.margins(y=0.02)
     _tidy(axes)
     axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False)
     return figure
 
 
+@styled
 def draw_ridges(
     values: Mapping[str, NDArray[np.float64]], colours: Sequence[str], label: str, *, logarithmic: bool = False
 ) -> "Figure | None":
@@ -76,7 +79,7 @@ def draw_ridges(
     low, high = np.percentile(together, [0.25, 99.75])
     low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
     edges = np.linspace(low, high, _bins(kept.values()) + 1)
-    figure = _figure(0.3 * len(kept) + 0.9)
+    figure = new_figure(_WIDTH, 0.3 * len(kept) + 0.9)
     axes = figure.subplots()
     for row, (numbers, colour) in enumerate(zip(kept.values(), colours, strict=True)):
         if not len(numbers):
@@ -99,12 +102,12 @@ def draw_ridges(
     return figure
 
 
+@styled
 def draw_histograms(histograms: Mapping[str, NDArray[np.int64]]) -> "Figure":
     """Draw the shares of pixels at each of 256 levels in red, green and blue: one panel per class, one logarithmic scale."""
-    columns = 2
-    rows = -(-len(histograms) // columns)
-    figure = _figure(0.95 * rows + 0.6)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    rows = -(-len(histograms) // 2)
+    figure = new_figure(_WIDTH, 0.95 * rows + 0.6)
+    grid = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
     highest = max((histogram_CL / histogram_CL.sum(axis=1, keepdims=True)).max() for histogram_CL in histograms.values())
     for axes, (name, histogram_CL) in zip(grid.flat, histograms.items(), strict=False):
         shares_CL = histogram_CL / histogram_CL.sum(axis=1, keepdims=True)
@@ -125,20 +128,21 @@ def draw_histograms(histograms: Mapping[str, NDArray[np.int64]]) -> "Figure":
     return figure
 
 
+@styled
 def draw_sky(positions: Positions) -> "tuple[Figure, int]":
     """Draw a map of the sky positions, coloured by redshift where known: the whole sky (Mollweide), or the part they fill.
 
     Returns:
         The figure and the number of galaxies drawn: at most 20,000, evenly thinned.
     """
-    places = np.flatnonzero(positions.known)
-    places = places[:: -(-len(places) // _MOST_POINTS)]
-    ra, dec, redshift = positions.ra[places], positions.dec[places], positions.redshift[places]
+    drawn = np.flatnonzero(positions.known)
+    drawn = drawn[:: -(-len(drawn) // _MOST_POINTS)]
+    ra, dec, redshift = positions.ra[drawn], positions.dec[drawn], positions.redshift[drawn]
     whole = max(np.ptp(ra), np.ptp(dec)) > _WHOLE_SKY
-    figure = _figure(2.9)
+    figure = new_figure(_WIDTH, 2.9)
     axes = figure.add_subplot(projection="mollweide" if whole else None)
-    size = float(np.clip(4000 / max(len(places), 1), 1.0, 10))
-    # East is left, as seen from Earth; RA 0 is in the centre.
+    size = float(np.clip(4000 / max(len(drawn), 1), 1.0, 10))
+    # East is left, as scanned from Earth; RA 0 is in the centre.
     x, y = (-np.radians((ra + 180) % 360 - 180), np.radians(dec)) if whole else (ra, dec)
     coloured = np.isfinite(redshift)
     style: dict[str, Any] = {"s": size, "linewidths": 0, "rasterized": True}
@@ -156,15 +160,7 @@ def draw_sky(positions: Positions) -> "tuple[Figure, int]":
         axes.set(xlabel="right ascension (deg)", ylabel="declination (deg)")
         axes.set_aspect(1 / np.cos(np.radians(np.clip(dec.mean(), -80, 80))), adjustable="datalim")
     axes.grid(linewidth=0.3, alpha=0.5)
-    return figure, len(places)
-
-
-def styled(draw: "Callable[[], Any]") -> Any:
-    """Draw with the page's text sizes, independent of the user's matplotlibrc."""
-    import matplotlib
-
-    with matplotlib.rc_context({"font.size": 8.0, "axes.linewidth": 0.6, "font.family": "DejaVu Sans"}):
-        return draw()
+    return figure, len(drawn)
 
 
 def _bins(parts: Iterable[NDArray[np.float64]]) -> int:
@@ -191,12 +187,6 @@ def _tidy(axes: "Axes") -> None:
     axes.tick_params(length=2, pad=2)
 
 
-def _figure(height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(_WIDTH, height), layout="constrained")
-
-
 # Largest numbers of pairs, odd images and names that are shown; the rest is only counted.
 PAIRS_SHOWN, ODD_SHOWN, NAMES_SHOWN = 8, 8, 20
 # Example images: the first of these widths (pixels) at which all of them together stay below this number of bytes.
@@ -210,9 +200,9 @@ def render_page(findings: Findings, examples: Mapping[int, list[NDArray[np.uint8
         examples: label -> images of that class, in the order of ``findings.members``.
         provenance: ``command``, ``version`` and ``versions`` that made the page.
     """
-    population, looked = findings.population, findings.looked
+    population, scan = findings.population, findings.scan
     shown = {label: readable(name) for label, name in population.groups.items()}
-    seen = {label: name for label, name in shown.items() if label in looked.histograms}
+    scanned = {label: name for label, name in shown.items() if label in scan.histograms}
     colours = class_colours(list(shown))
     counts = population.counts()
     return render(
@@ -224,65 +214,75 @@ def render_page(findings: Findings, examples: Mapping[int, list[NDArray[np.uint8
             "findings": findings,
             "provenance": provenance,
             "total": len(population),
-            "read": len(looked),
+            "read": len(scan),
             "chosen": findings.sample_size,
-            "widths": widths(looked),
+            "widths": widths(scan),
             "sampled": findings.sample_size < len(population),
             "classes": [
                 {
                     "name": name,
                     "colour": colours[label],
-                    "counts": [values[place] for values in counts.values()],
-                    "all": sum(values[place] for values in counts.values()),
-                    "looked": int((looked.labels == label).sum()),
-                    "pixels": pixel_statistics(looked, label) if label in seen else None,
+                    "counts": [values[row] for values in counts.values()],
+                    "all": sum(values[row] for values in counts.values()),
+                    "scanned": int((scan.labels == label).sum()),
+                    "pixels": pixel_statistics(scan, label) if label in scanned else None,
                     "examples": _examples(findings, label, examples),
-                    "mean": image_uri(looked.means[label].round().astype(np.uint8), quality=90) if label in seen else "",
+                    "mean": image_uri(scan.means[label].round().astype(np.uint8), quality=90) if label in scanned else "",
                 }
-                for place, (label, name) in enumerate(shown.items())
+                for row, (label, name) in enumerate(shown.items())
             ],
             "counts": counts,
-            "figures": _figures(findings, seen, colours),
+            "figures": _figures(findings, scanned, colours),
             "sky": _sky(findings),
             "duplicates": _duplicates(findings),
             "odd": _odd(findings),
             "map": _map(findings, shown, colours),
             "cutout": f"{CUTOUT_ARCSEC:.0f}",
-            "medians": _medians(findings, seen),
+            "medians": _medians(findings, scanned),
         },
     )
 
 
-def _figures(findings: Findings, seen: Mapping[int, str], colours: Mapping[int, str]) -> dict[str, Any]:
-    looked, population = findings.looked, findings.population
+def _figures(findings: Findings, scanned: Mapping[int, str], colours: Mapping[int, str]) -> dict[str, Any]:
+    scan, population = findings.scan, findings.population
     shown = [readable(name) for name in population.groups.values()]
-    in_order = [colours[label] for label in seen]
+    in_order = [colours[label] for label in scanned]
     redshift_N = np.full(len(population), np.nan)
     redshift_N[findings.positions.rows] = findings.positions.redshift
 
     def ridges(values_n: NDArray[np.float64], labels_n: NDArray[np.int64], label: str, *, logarithmic: bool = False) -> Any:
-        values = {name: values_n[labels_n == number] for number, name in seen.items()}
-        return _svg(lambda: draw_ridges(values, in_order, label, logarithmic=logarithmic), f"{label} by class")
+        values = {name: values_n[labels_n == number] for number, name in scanned.items()}
+        return _svg(draw_ridges(values, in_order, label, logarithmic=logarithmic), f"{label} by class")
 
-    labels_n = looked.labels
+    labels_n = scan.labels
     return {
-        "counts": _svg(lambda: draw_counts(shown, population.counts()), "galaxies by class and split"),
-        "size": ridges(looked.size_n, labels_n, "half-light radius (pixels)", logarithmic=True),
-        "brightness": ridges(looked.brightness_n, labels_n, "brightness (white pixels)", logarithmic=True),
-        "skies": ridges(looked.sky_n, labels_n, "sky level (full scale 1)"),
-        "colour": ridges(looked.colour_n, labels_n, "colour, blue minus red (mag, stretched light)"),
+        "counts": _svg(draw_counts(shown, population.counts()), "galaxies by class and split"),
+        "size": ridges(scan.size_n, labels_n, "half-light radius (pixels)", logarithmic=True),
+        "brightness": ridges(scan.brightness_n, labels_n, "brightness (white pixels)", logarithmic=True),
+        "skies": ridges(scan.sky_n, labels_n, "sky level (full scale 1)"),
+        "colour": ridges(scan.colour_n, labels_n, "colour, blue minus red (mag, stretched light)"),
         "redshift": ridges(redshift_N, population.labels_N, "redshift"),
         "histograms": _svg(
-            lambda: draw_histograms({name: looked.histograms[label] for label, name in seen.items()}) if seen else None,
+            draw_histograms({name: scan.histograms[label] for label, name in scanned.items()}) if scanned else None,
             "shares of pixel values in red, green and blue, by class",
         ),
     }
 
 
-def _svg(draw: Callable[[], Any], description: str) -> Any:
+def _svg(figure: "Figure | None", description: str) -> str:
     """Return a figure as SVG; empty if there is nothing to draw."""
-    figure = styled(draw)
-    return "" if figure is None else styled(lambda: figure_svg(figure, description))
+    return "" if figure is None else figure_svg(figure, description)
+
+
+def _card(findings: Findings, row: int, name: str, uri: str) -> dict[str, str]:
+    """Describe one galaxy of a pair."""
+    population = findings.population
+    return {
+        "id": name,
+        "uri": uri,
+        "name": readable(population.groups[int(population.labels_N[row])]),
+        "split": population.split_names[population.split_N[row]],
+    }
 
 
 def _examples(findings: Findings, label: int, examples: Mapping[int, list[NDArray[np.uint8]]]) -> list[dict[str, str]]:
@@ -290,51 +290,36 @@ def _examples(findings: Findings, label: int, examples: Mapping[int, list[NDArra
     number = sum(map(len, examples.values()))
     # A JPEG of a galaxy takes about 0.35 bytes per pixel here, and a third more as base64.
     width = next((size for size in _EXAMPLE_WIDTHS if number * size**2 * 0.47 < _EXAMPLE_BYTES), _EXAMPLE_WIDTHS[-1])
-    ids = [findings.looked.ids[place] for place in findings.members(label)[: len(images)].tolist()]
+    ids = [findings.scan.ids[index] for index in findings.members(label)[: len(images)].tolist()]
     return [{"id": name, "uri": image_uri(image, width=width)} for name, image in zip(ids, images, strict=True)]
 
 
-def _medians(findings: Findings, seen: Mapping[int, str]) -> list[dict[str, Any]]:
+def _medians(findings: Findings, scanned: Mapping[int, str]) -> list[dict[str, Any]]:
     """Return a row per class: median and quartiles of size and brightness."""
-    looked = findings.looked
+    scan = findings.scan
     lines = []
-    for label, name in seen.items():
-        members = looked.labels == label
-        sizes, brightnesses = (values[members & np.isfinite(looked.size_n)] for values in (looked.size_n, looked.brightness_n))
+    for label, name in scanned.items():
+        members = scan.labels == label
+        sizes, brightnesses = (values[members & np.isfinite(scan.size_n)] for values in (scan.size_n, scan.brightness_n))
         quartiles = [np.percentile(values, (50, 25, 75)).tolist() if len(values) else None for values in (sizes, brightnesses)]
         lines.append({"name": name, "size": quartiles[0], "brightness": quartiles[1], "number": len(sizes)})
     return lines
 
 
 def _sky(findings: Findings) -> dict[str, Any] | None:
-    near, positions, population = findings.neighbours, findings.positions, findings.population
+    near, positions = findings.neighbours, findings.positions
     if near is None:
         return None
-    drawn = 0
-
-    def draw() -> Any:
-        nonlocal drawn
-        figure, drawn = draw_sky(positions)
-        return figure
-
-    figure = _svg(draw, "map of the galaxies on the sky")
-    rows = near.pairs_P2[:PAIRS_SHOWN]
-    images = {image.row: image for image in population.source.images(np.unique(rows))}
-    names = [readable(name) for name in population.groups.values()]
-    numbers = {label: number for number, label in enumerate(population.groups)}
-
-    def side(row: int) -> dict[str, str]:
-        image = images[row]
-        return {
-            "id": image.id,
-            "uri": image_uri(image.image, width=128) if image.image is not None else "",
-            "name": names[numbers[int(population.labels_N[row])]],
-            "split": population.split_names[population.split_N[row]],
-        }
-
+    figure, num_drawn = draw_sky(positions)
+    rows_P2 = near.pairs_P2[:PAIRS_SHOWN]
+    cards = {
+        image.row: _card(findings, image.row, image.id, image_uri(image.image, width=128) if image.image is not None else "")
+        for image in findings.population.source.images(np.unique(rows_P2))
+    }
+    shown = zip(rows_P2.tolist(), near.separation_P.tolist(), near.two_labels_P.tolist(), strict=False)
     return {
-        "figure": figure,
-        "drawn": drawn,
+        "figure": _svg(figure, "map of the galaxies on the sky"),
+        "drawn": num_drawn,
         "known": int(positions.known.sum()),
         "asked": len(positions.rows),
         "redshifts": int(np.isfinite(positions.redshift).sum()),
@@ -343,24 +328,18 @@ def _sky(findings: Findings) -> dict[str, Any] | None:
         "two_labels": int(near.two_labels_P.sum()),
         "across": int(near.across_P.sum()),
         "shown": [
-            {"sides": [side(first), side(second)], "separation": f"{separation:.1f}", "two_labels": bool(two)}
-            for (first, second), separation, two in zip(
-                rows.tolist(), near.separation_P.tolist(), near.two_labels_P.tolist(), strict=False
-            )
+            {"sides": [cards[row] for row in pair], "separation": f"{separation:.1f}", "two_labels": two_labels}
+            for pair, separation, two_labels in shown
         ],
     }
 
 
 def _duplicates(findings: Findings) -> dict[str, Any]:
-    looked, population = findings.looked, findings.population
+    scan = findings.scan
 
-    def side(place: int) -> dict[str, str]:
-        return {
-            "id": looked.ids[place],
-            "uri": image_uri(looked.thumbnails_nHWC[place], width=2 * THUMBNAIL),
-            "name": readable(population.groups[int(looked.labels[place])]),
-            "split": population.split_names[population.split_N[looked.rows[place]]],
-        }
+    def card(index: int) -> dict[str, str]:
+        uri = image_uri(scan.thumbnails_nHWC[index], width=2 * THUMBNAIL)
+        return _card(findings, int(scan.rows[index]), scan.ids[index], uri)
 
     return {
         "pairs": len(findings.duplicates),
@@ -369,7 +348,7 @@ def _duplicates(findings: Findings) -> dict[str, Any]:
         "across": split_leaks(findings),
         "shown": [
             {
-                "sides": [side(pair.first), side(pair.second)],
+                "sides": [card(pair.first), card(pair.second)],
                 "identical": pair.identical,
                 "distance": pair.distance,
                 "correlation": f"{pair.correlation:.3f}",
@@ -380,51 +359,45 @@ def _duplicates(findings: Findings) -> dict[str, Any]:
 
 
 def _odd(findings: Findings) -> list[dict[str, Any]]:
-    """Return an entry per kind of odd image, in the order of ``KINDS``."""
-    looked, numbers = findings.looked, findings.oddities
+    """Return an entry per kind of odd image, in the order of ``ODD_KINDS``."""
+    scan, numbers = findings.scan, findings.odd_images
     return [
         {
             "kind": kind,
             "meaning": meaning,
             "number": numbers.get(kind, 0),
-            "problems": list(looked.problems.values())[:NAMES_SHOWN] if kind == "unreadable" else [],
+            "problems": list(scan.problems.values())[:NAMES_SHOWN] if kind == "unreadable" else [],
             "shown": [
-                {"id": looked.ids[place], "uri": image_uri(looked.thumbnails_nHWC[place], width=96)}
-                for place in looked.oddities.get(kind, [])[:ODD_SHOWN]
+                {"id": scan.ids[index], "uri": image_uri(scan.thumbnails_nHWC[index], width=96)}
+                for index in scan.odd_images.get(kind, [])[:ODD_SHOWN]
             ],
         }
-        for kind, meaning in KINDS.items()
+        for kind, meaning in ODD_KINDS.items()
     ]
 
 
 def _map(findings: Findings, shown: Mapping[int, str], colours: dict[int, str]) -> dict[str, Any] | None:
-    found, looked = findings.map, findings.looked
+    found, scan = findings.map, findings.scan
     if found is None:
         return None
-    sheet, columns = sprite(found, looked)
+    sheet, columns = sprite(found, scan)
     order = {label: number for number, label in enumerate(shown)}
-    labels = looked.labels[found.places].tolist()
-    places = zip(found.places.tolist(), found.xy_m2.tolist(), labels, strict=True)
+    labels = scan.labels[found.indices].tolist()
+    points = zip(found.indices.tolist(), found.xy_m2.tolist(), labels, strict=True)
     return {
-        "number": len(found.places),
+        "number": len(found.indices),
         "features": found.features,
         "agreement": f"{100 * found.agreement:.0f}",
         "by_chance": f"{100 * found.by_chance:.0f}",
-        "images": image_uri(image_map(found, looked, colours), quality=80),
+        "images": image_uri(image_map(found, scan, colours), quality=80),
         "sprite": image_uri(sheet, quality=75),
         "columns": columns,
         "cell": sheet.width // columns,
         "points": [
-            {"x": f"{12 + 976 * x:.0f}", "y": f"{988 - 976 * y:.0f}", "class": order[label], "id": looked.ids[place]}
-            for place, (x, y), label in places
+            {"x": f"{12 + 976 * x:.0f}", "y": f"{988 - 976 * y:.0f}", "class": order[label], "id": scan.ids[index]}
+            for index, (x, y), label in points
         ],
     }
-
-
-PAGE = "explore.html"
-GALLERY = "gallery.jpg"
-GALLERY_BYTES = 600_000
-SUMMARY = "survey.json"
 
 
 def explore(
@@ -436,7 +409,6 @@ def explore(
     sample: int,
     per_class: int = 8,
     seed: int = 0,
-    features: Features | None = None,
 ) -> Findings:
     """Analyse a data set and write the page and files.
 
@@ -447,11 +419,10 @@ def explore(
         sample: largest number of galaxies whose images are read.
         per_class: number of galaxies of each class in the gallery.
         seed: of the choice of galaxies and of the map.
-        features: of thumbnails, for the map; None: ``principal_components``.
     """
     for folder in {page.parent, *([] if out_dir is None else [out_dir])}:
         folder.mkdir(parents=True, exist_ok=True)
-    findings = find_all(population, sample=sample, seed=seed, features=features)
+    findings = analyse(population, sample=sample, seed=seed)
     examples = _read_examples(findings, per_class)
     if out_dir is not None:
         _write_files(findings, examples, out_dir)
@@ -462,15 +433,12 @@ def explore(
 
 def _read_examples(findings: Findings, per_class: int) -> dict[int, list[NDArray[np.uint8]]]:
     """Read a few images of each class; return label -> readable images."""
-    population, looked = findings.population, findings.looked
-    places = {label: findings.members(label)[:per_class] for label in population.groups}
-    rows = looked.rows[np.sort(np.concatenate([*places.values()]))]
-    by_row = {item.row: item.image for item in population.source.images(rows)}
-    found: dict[int, list[NDArray[np.uint8]]] = {}
-    for label, chosen in places.items():
-        images = [by_row[row] for row in looked.rows[chosen].tolist()]
-        found[label] = [image for image in images if image is not None]
-    return found
+    population, scan = findings.population, findings.scan
+    rows = {label: scan.rows[findings.members(label)[:per_class]].tolist() for label in population.groups}
+    images = {
+        item.row: item.image for item in population.source.images(np.sort(np.concatenate([*rows.values()]).astype(np.int64)))
+    }
+    return {label: [image for row in of_class if (image := images[row]) is not None] for label, of_class in rows.items()}
 
 
 def _write_files(findings: Findings, examples: Mapping[int, list[NDArray[np.uint8]]], folder: Path) -> None:
@@ -479,15 +447,9 @@ def _write_files(findings: Findings, examples: Mapping[int, list[NDArray[np.uint
     title = f"{population.dataset} ({population.variant}), N = {len(population):,}"
     images = {population.groups[label]: members for label, members in examples.items() if members}
     if images:
-        write_gallery(folder / GALLERY, images, title, max_bytes=GALLERY_BYTES)
+        write_class_sheet(folder / GALLERY, images, title, max_bytes=GALLERY_BYTES)
     names = [readable(name) for name in population.groups.values()]
-
-    def draw() -> None:
-        figure = draw_counts(names, population.counts())
-        figure.suptitle(title, fontsize=9)
-        save_figure(figure, folder / "counts")
-
-    styled(draw)
+    save_figure(draw_counts(names, population.counts(), title), folder / "counts")
 
 
 def _versions() -> str:

@@ -1,21 +1,20 @@
 """Single pass over the images of a sample: statistics, hashes, thumbnails and odd images.
 
-Memory holds a few batches of images, and only numbers and a thumbnail of each galaxy.
+Memory is a few batches of images, and some numbers and a thumbnail per galaxy.
 """
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice, repeat
+from dataclasses import dataclass, replace
+from itertools import groupby, islice, repeat
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from galaxydist.cpus import available_cores
-from galaxydist.explore.checks import find_oddities, perceptual_hash
+from galaxydist.explore.checks import odd_kinds, perceptual_hash
 from galaxydist.explore.datasets import ExploredImage
 from galaxydist.surveys.photometry import measure_images
 
@@ -30,17 +29,16 @@ class ImageScan:
     """Measurements of n readable images, in the order of ``rows``.
 
     Args:
-        rows: (n,) rows of the population.
+        rows: (n,) rows of the data set.
         ids: names of the galaxies.
         labels: (n,) class numbers.
-        mean_nC, black_n, white_n: mean of each channel (full scale 1), shares of pixel values that are 0 and 255.
         size_n, brightness_n, sky_n: see :mod:`galaxydist.surveys.photometry`; nan where the image is too small to measure.
         colour_n: -2.5 log10 of blue over red light above the sky in the galaxy's centre; nan without such light.
         hash_nB: (n, 8) uint8 perceptual hashes.
         digests: hashes of the pixels, equal for identical images.
         thumbnails_nHWC: (n, 64, 64, 3) uint8.
         widths_n: of the images, in pixels.
-        oddities: kind of odd image -> indices (0 ... n-1).
+        odd_images: kind of odd image -> indices (0 ... n-1).
         histograms: label -> (3, 256) numbers of pixels.
         means: label -> H x W x 3 mean image, full scale 255.
         position_n3: ra, dec, redshift; nan where unknown.
@@ -50,9 +48,6 @@ class ImageScan:
     rows: NDArray[np.int64]
     ids: list[str]
     labels: NDArray[np.int64]
-    mean_nC: NDArray[np.float64]
-    black_n: NDArray[np.float64]
-    white_n: NDArray[np.float64]
     size_n: NDArray[np.float64]
     brightness_n: NDArray[np.float64]
     sky_n: NDArray[np.float64]
@@ -62,7 +57,7 @@ class ImageScan:
     thumbnails_nHWC: NDArray[np.uint8]
     widths_n: NDArray[np.int64]
     position_n3: NDArray[np.float64]
-    oddities: dict[str, list[int]]
+    odd_images: dict[str, list[int]]
     histograms: dict[int, NDArray[np.int64]]
     means: dict[int, NDArray[np.float64]]
     problems: dict[str, str]
@@ -75,27 +70,13 @@ class ImageScan:
 class _ImageStats:
     """Measurements of one image."""
 
-    numbers: tuple[float, ...]  # mean R G B, black, white, size, brightness, sky, colour, width, ra, dec, redshift
+    numbers: tuple[float, ...]  # size, brightness, sky, colour, width, ra, dec, redshift
     hash_B: NDArray[np.uint8]
     digest: bytes
     thumbnail_HWC: NDArray[np.uint8]
     small_HWC: NDArray[np.uint8]
     histogram_CL: NDArray[np.int64]
-    oddities: tuple[str, ...]
-
-
-@dataclass
-class _Sums:
-    """Sums over the images of each class."""
-
-    histograms: dict[int, NDArray[np.int64]] = field(default_factory=dict)
-    images: dict[int, NDArray[np.float64]] = field(default_factory=dict)
-    counts: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-
-    def add(self, label: int, one: _ImageStats) -> None:
-        self.histograms[label] = self.histograms.get(label, 0) + one.histogram_CL
-        self.images[label] = self.images.get(label, 0.0) + one.small_HWC.astype(np.float64)
-        self.counts[label] += 1
+    odd_kinds: tuple[str, ...]
 
 
 def scan_images(images: Iterable[ExploredImage], labels_N: NDArray[np.int64], number: int) -> ImageScan:
@@ -103,62 +84,60 @@ def scan_images(images: Iterable[ExploredImage], labels_N: NDArray[np.int64], nu
 
     Args:
         images: read lazily.
-        labels_N: of the population, by row.
+        labels_N: of the data set, by row.
         number: number of images, for the progress bar.
     """
     from tqdm import tqdm
 
-    seen: list[tuple[ExploredImage, _ImageStats]] = []
+    scanned: list[tuple[ExploredImage, _ImageStats]] = []
     problems: dict[str, str] = {}
-    sums, width, cores = _Sums(), 0, available_cores()
-    with ThreadPoolExecutor(cores) as pool, tqdm(total=number, desc="look at images", unit="img", disable=None) as bar:
+    histograms, totals = dict[int, NDArray[np.int64]](), dict[int, NDArray[np.float64]]()
+    width, cores = 0, available_cores()
+    with ThreadPoolExecutor(cores) as pool, tqdm(total=number, desc="scan images", unit="img", disable=None) as bar:
         for window in _chunks(iter(images), cores * _BATCH):
             problems |= {image.id: image.problem for image in window if image.image is None}
             readable = [image for image in window if image.image is not None]
             if readable and not width:
                 width = min(MEAN_WIDTH, *_shape(readable[0])[:2])
-            batches = [batch for same in _same_shapes(readable) for batch in _chunks(iter(same), _BATCH)]
-            for batch, ones in zip(batches, pool.map(_look, batches, repeat(width)), strict=True):
+            by_shape = groupby(sorted(readable, key=_shape), _shape)
+            batches = [batch for _, same in by_shape for batch in _chunks(same, _BATCH)]
+            for batch, ones in zip(batches, pool.map(_measure, batches, repeat(width)), strict=True):
                 for image, one in zip(batch, ones, strict=True):
-                    sums.add(int(labels_N[image.row]), one)
-                    seen.append((ExploredImage(image.row, image.id, None, image.position), one))
+                    label = int(labels_N[image.row])
+                    histograms[label] = histograms.get(label, 0) + one.histogram_CL
+                    totals[label] = totals.get(label, np.zeros(())) + one.small_HWC.astype(np.float64)
+                    # Only numbers and thumbnails stay in memory.
+                    scanned.append((replace(image, image=None), replace(one, small_HWC=one.thumbnail_HWC)))
             bar.update(len(window))
-    return _gather(sorted(seen, key=lambda pair: pair[0].row), labels_N, sums, problems)
-
-
-def _gather(
-    seen: list[tuple[ExploredImage, _ImageStats]], labels_N: NDArray[np.int64], sums: _Sums, problems: dict[str, str]
-) -> ImageScan:
-    rows = np.array([image.row for image, _ in seen], np.int64)
-    columns = np.array([one.numbers for _, one in seen], np.float64).reshape(len(seen), 13)
-    oddities: dict[str, list[int]] = {}
-    for place, (_, one) in enumerate(seen):
-        for kind in one.oddities:
-            oddities.setdefault(kind, []).append(place)
+    scanned.sort(key=lambda pair: pair[0].row)
+    rows = np.array([image.row for image, _ in scanned], np.int64)
+    columns = np.array([one.numbers for _, one in scanned], np.float64).reshape(len(scanned), 8)
+    odd_images: dict[str, list[int]] = {}
+    for index, (_, one) in enumerate(scanned):
+        for kind in one.odd_kinds:
+            odd_images.setdefault(kind, []).append(index)
+    labels = labels_N[rows]
     return ImageScan(
         rows=rows,
-        ids=[image.id for image, _ in seen],
-        labels=labels_N[rows],
-        mean_nC=columns[:, :3],
-        black_n=columns[:, 3],
-        white_n=columns[:, 4],
-        size_n=columns[:, 5],
-        brightness_n=columns[:, 6],
-        sky_n=columns[:, 7],
-        colour_n=columns[:, 8],
-        widths_n=columns[:, 9].astype(np.int64),
-        position_n3=columns[:, 10:],
-        hash_nB=np.array([one.hash_B for _, one in seen], np.uint8).reshape(len(seen), -1),
-        digests=[one.digest for _, one in seen],
-        thumbnails_nHWC=np.array([one.thumbnail_HWC for _, one in seen], np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL, 3),
-        oddities=oddities,
-        histograms=sums.histograms,
-        means={label: total / sums.counts[label] for label, total in sums.images.items()},
+        ids=[image.id for image, _ in scanned],
+        labels=labels,
+        size_n=columns[:, 0],
+        brightness_n=columns[:, 1],
+        sky_n=columns[:, 2],
+        colour_n=columns[:, 3],
+        widths_n=columns[:, 4].astype(np.int64),
+        position_n3=columns[:, 5:],
+        hash_nB=np.array([one.hash_B for _, one in scanned], np.uint8).reshape(len(scanned), -1),
+        digests=[one.digest for _, one in scanned],
+        thumbnails_nHWC=np.array([one.thumbnail_HWC for _, one in scanned], np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL, 3),
+        odd_images=odd_images,
+        histograms=histograms,
+        means={label: total / (labels == label).sum() for label, total in totals.items()},
         problems=problems,
     )
 
 
-def _look(batch: list[ExploredImage], mean_width: int) -> list[_ImageStats]:
+def _measure(batch: list[ExploredImage], mean_width: int) -> list[_ImageStats]:
     """Measure images of equal shape."""
     images_BHWC = np.stack([image.image for image in batch if image.image is not None])
     measured = measure_images(images_BHWC)
@@ -166,25 +145,11 @@ def _look(batch: list[ExploredImage], mean_width: int) -> list[_ImageStats]:
     ones = []
     for image, image_HWC, size, brightness, sky in zip(batch, images_BHWC, *columns, strict=True):
         histogram_CL = np.stack([np.bincount(image_HWC[..., channel].ravel(), minlength=256) for channel in range(3)])
-        shares_CL = histogram_CL / histogram_CL.sum(axis=1, keepdims=True)
-        mean_C = shares_CL @ (np.arange(256) / 255)
-        oddities = find_oddities(image_HWC)
-        if not oddities and np.isfinite(sky) and np.isnan(size):
-            oddities = ["nothing there"]
-        place = image.position
-        numbers = (
-            *mean_C,
-            shares_CL[:, 0].mean(),
-            shares_CL[:, 255].mean(),
-            size,
-            brightness,
-            sky,
-            _colour(image_HWC, size, histogram_CL),
-            image_HWC.shape[1],
-            place.ra,
-            place.dec,
-            place.redshift,
-        )
+        kinds = odd_kinds(image_HWC)
+        if not kinds and np.isfinite(sky) and np.isnan(size):
+            kinds = ["nothing there"]
+        colour = _colour(image_HWC, size, histogram_CL)
+        numbers = (size, brightness, sky, colour, image_HWC.shape[1], *image.position)
         ones.append(
             _ImageStats(
                 numbers=tuple(map(float, numbers)),
@@ -193,7 +158,7 @@ def _look(batch: list[ExploredImage], mean_width: int) -> list[_ImageStats]:
                 thumbnail_HWC=_fit(image_HWC, THUMBNAIL),
                 small_HWC=_fit(image_HWC, mean_width),
                 histogram_CL=histogram_CL,
-                oddities=tuple(oddities),
+                odd_kinds=tuple(kinds),
             )
         )
     return ones
@@ -222,14 +187,6 @@ def _fit(image_HWC: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
     if image_HWC.shape[:2] == (width, width):
         return image_HWC
     return np.asarray(ImageOps.fit(Image.fromarray(image_HWC), (width, width), Image.Resampling.BOX))
-
-
-def _same_shapes(images: list[ExploredImage]) -> Iterator[list[ExploredImage]]:
-    """Yield the images grouped by shape."""
-    by_shape: dict[tuple[int, ...], list[ExploredImage]] = {}
-    for image in images:
-        by_shape.setdefault(_shape(image), []).append(image)
-    yield from by_shape.values()
 
 
 def _shape(image: ExploredImage) -> tuple[int, ...]:

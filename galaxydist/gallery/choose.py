@@ -4,7 +4,7 @@ The stored predictions are read once. Ties go to the smaller sample number, so t
 alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,9 @@ class SelectedGalaxy:
         return self.predicted != self.label
 
 
+ByClass = tuple[tuple[SelectedGalaxy, ...], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
     """The selected galaxies and the counts they were selected from.
@@ -55,15 +58,16 @@ class Selection:
         num_undefined: number of galaxies whose probabilities are not finite; they are never selected.
     """
 
-    confident: tuple[tuple[SelectedGalaxy, ...], ...]
-    uncertain: tuple[tuple[SelectedGalaxy, ...], ...]
+    confident: ByClass
+    uncertain: ByClass
     num_galaxies: tuple[int, ...]
     num_mistakes: tuple[int, ...]
     num_undefined: int
 
-    def samples(self) -> NDArray[np.int64]:
-        """Return the unique sample numbers of all selected galaxies, ascending."""
-        return np.unique(np.array([pick.sample for picks in (*self.confident, *self.uncertain) for pick in picks], np.int64))
+    def predicted_classes(self) -> dict[int, int]:
+        """Return sample number -> predicted class of all selected galaxies, by ascending sample number."""
+        galaxies = (galaxy for of_class in (*self.confident, *self.uncertain) for galaxy in of_class)
+        return dict(sorted((galaxy.sample, galaxy.predicted) for galaxy in galaxies))
 
 
 def choose_mistakes(predictions: PredictionsFile, per_class: int) -> Selection:
@@ -77,65 +81,44 @@ def choose_mistakes(predictions: PredictionsFile, per_class: int) -> Selection:
         UserError: the file is damaged.
     """
     num_classes = predictions.info.num_classes
-    confident, uncertain = _Best("probability", per_class, num_classes), _Best("entropy", per_class, num_classes)
+    kept: dict[str, _Rows] = {"probability": {}, "entropy": {}}
     num_galaxies, num_mistakes = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64)
     num_undefined = 0
     for batch in predictions.batches(_COLUMNS):
-        rows = _scored(batch)
-        mistaken_N = rows["predicted"] != rows["label"]
+        rows = _with_scores(batch)
+        is_wrong_N, is_defined_N = rows["predicted"] != rows["label"], np.isfinite(rows["entropy"])
         num_galaxies += np.bincount(rows["label"], minlength=num_classes)
-        num_mistakes += np.bincount(rows["label"][mistaken_N], minlength=num_classes)
-        defined_N = np.isfinite(rows["entropy"])
-        num_undefined += int((~defined_N).sum())
-        confident.add(_take(rows, defined_N & mistaken_N))
-        uncertain.add(_take(rows, defined_N))
-    return Selection(
-        confident.picks(), uncertain.picks(), tuple(num_galaxies.tolist()), tuple(num_mistakes.tolist()), num_undefined
-    )
+        num_mistakes += np.bincount(rows["label"][is_wrong_N], minlength=num_classes)
+        num_undefined += int((~is_defined_N).sum())
+        for score, allowed_N in (("probability", is_defined_N & is_wrong_N), ("entropy", is_defined_N)):
+            kept[score] = _best(kept[score], _take(rows, allowed_N), score, per_class)
+    confident, uncertain = (_by_class(rows, num_classes) for rows in kept.values())
+    return Selection(confident, uncertain, tuple(num_galaxies.tolist()), tuple(num_mistakes.tolist()), num_undefined)
 
 
-def entropies(probabilities_NK: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the entropy in nats of each row of probabilities; nan if a probability is not finite."""
-    p_NK = probabilities_NK.astype(np.float64)
-    terms_NK = np.where(p_NK == 0, 0.0, p_NK * np.log(np.where(p_NK > 0, p_NK, 1.0)))
-    entropy_N: NDArray[np.float64] = np.where(np.isfinite(p_NK).all(axis=1), -terms_NK.sum(axis=1), np.nan)
-    return entropy_N
+def _with_scores(batch: _Rows) -> _Rows:
+    from scipy import special
+
+    p_NK, each = batch.pop("probabilities").astype(np.float64), np.arange(len(batch["label"]))
+    probabilities = {"probability": p_NK[each, batch["predicted"]], "label_probability": p_NK[each, batch["label"]]}
+    return {**batch, **probabilities, "entropy": special.entr(p_NK).sum(axis=1)}
 
 
-class _Best:
-    """Keeps the rows with the highest score of each class while batches are added."""
-
-    def __init__(self, score: str, per_class: int, num_classes: int) -> None:
-        self._score, self._per_class, self._num_classes = score, per_class, num_classes
-        self._kept: _Rows | None = None
-
-    def add(self, rows: _Rows) -> None:
-        if self._kept is not None:
-            rows = {name: np.concatenate([self._kept[name], values]) for name, values in rows.items()}
-        order = np.lexsort((rows["sample"], -rows[self._score], rows["label"]))
-        label = rows["label"][order]
-        place = np.arange(label.size) - np.searchsorted(label, label)  # rank within its class
-        self._kept = _take(rows, order[place < self._per_class])
-
-    def picks(self) -> tuple[tuple[SelectedGalaxy, ...], ...]:
-        found: list[list[SelectedGalaxy]] = [[] for _ in range(self._num_classes)]
-        if self._kept is not None:
-            names = list(SelectedGalaxy.__dataclass_fields__)
-            for values in zip(*(self._kept[name].tolist() for name in names), strict=True):
-                pick = SelectedGalaxy(**dict(zip(names, values, strict=True)))
-                found[pick.label].append(pick)
-        return tuple(map(tuple, found))
-
-
-def _scored(batch: _Rows) -> _Rows:
-    p_NK, each = batch["probabilities"], np.arange(len(batch["label"]))
-    return {
-        **{name: values for name, values in batch.items() if name != "probabilities"},
-        "probability": p_NK[each, batch["predicted"]].astype(np.float64),
-        "label_probability": p_NK[each, batch["label"]].astype(np.float64),
-        "entropy": entropies(p_NK),
-    }
+def _best(kept: _Rows, rows: _Rows, score: str, per_class: int) -> _Rows:
+    """Return the rows with the highest score of each class."""
+    if kept:
+        rows = {name: np.concatenate([kept[name], values]) for name, values in rows.items()}
+    order = np.lexsort((rows["sample"], -rows[score], rows["label"]))
+    label = rows["label"][order]
+    rank = np.arange(label.size) - np.searchsorted(label, label)  # within its class
+    return _take(rows, order[rank < per_class])
 
 
 def _take(rows: _Rows, which: NDArray[Any]) -> _Rows:
     return {name: values[which] for name, values in rows.items()}
+
+
+def _by_class(rows: _Rows, num_classes: int) -> ByClass:
+    columns = [rows[field.name].tolist() for field in fields(SelectedGalaxy)] if rows else []
+    galaxies = [SelectedGalaxy(*values) for values in zip(*columns, strict=True)]
+    return tuple(tuple(galaxy for galaxy in galaxies if galaxy.label == label) for label in range(num_classes))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,53 +12,58 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from galaxydist.models.custom_cnn import CustomCNN
 from galaxydist.models.d4_cnn import D4CNN
-from galaxydist.models.reference import VGG_HIDDEN, ReferenceCNN, build_reference_vit, build_vgg_head
+from galaxydist.models.reference import VGG_HIDDEN, VGG_MAP, MlpHead, ReferenceCNN, build_reference_vit
 from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, check_config, timm_name
 from galaxydist.models.weights import Statistics, find_weights, load_weights, read_statistics, read_weights
 from galaxydist.recipe.schema import ModelConfig
 
-# Frozen backbone: no gradients, and evaluation mode, so that batch-norm statistics do not change.
-
-
-class FrozenBackbone(nn.Module):
-    """First base class of a frozen model: ``train()`` leaves everything but the head in evaluation mode.
-
-    ``freeze_backbone`` adds it. Setting the mode once is not enough: every epoch calls ``model.train()``, and a batch-norm layer
-    in training mode updates its statistics even if its parameters have no gradient.
-    """
-
-    head_names: tuple[str, ...]
-
-    def train(self, mode: bool = True) -> "FrozenBackbone":
-        super().train(mode)
-        for module in _outside(self, self.head_names):
-            module.training = False
-        return self
+_logger = logging.getLogger(__name__)
 
 
 def freeze_backbone(model: nn.Module, head_names: Sequence[str]) -> None:
     """Freeze ``model`` in place, except the modules in ``head_names`` and their submodules.
 
-    The model's class is changed, not the methods of the object, so that parameter names stay and a copy (the moving average) is
-    frozen too.
+    The frozen parameters get no gradients, and ``set_train_mode`` leaves their modules in evaluation mode.
     """
     inside = {id(parameter) for name in head_names for parameter in model.get_submodule(name).parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in inside)
-    frozen = type(f"Frozen{type(model).__name__}", (FrozenBackbone, type(model)), {"head_names": tuple(head_names)})
-    model.__class__ = frozen
-    model.train(model.training)
+    frozen: Any = model
+    frozen.trained_modules = tuple(head_names)
+    if model.training:
+        set_train_mode(model)
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """Put a model into training mode, except the frozen part of a model from ``freeze_backbone``; to be called before each step.
+
+    ``model.train()`` alone is not enough: a batch-norm layer in training mode updates its statistics even if its parameters have
+    no gradient, and dropout in the backbone would change the features.
+    """
+    model.train()
+    for root in model.modules():  # the frozen model may be inside a wrapper such as DistributedDataParallel
+        for module in _outside(root, getattr(root, "trained_modules", ())):
+            module.training = False
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; afterwards each of its modules has its former mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _outside(model: nn.Module, head_names: Sequence[str]) -> Iterator[nn.Module]:
-    """Yield the modules that neither contain a head module, nor are one, nor are inside one."""
-    for name, module in model.named_modules():
+    """Yield the modules that neither contain a head module, nor are one, nor are inside one; none without ``head_names``."""
+    for name, module in model.named_modules() if head_names else ():
         around = any(head == name or head.startswith(f"{name}.") or name.startswith(f"{head}.") for head in head_names)
         if name and not around:
             yield module
-
-
-_logger = logging.getLogger(__name__)
 
 
 def build_model(
@@ -102,7 +108,8 @@ def build_model(
                 "model.freeze_backbone=true without model.pretrained=true or model.weights=FILE: the frozen part stays random"
             )
         freeze_backbone(model, architecture.head)
-    return model.train()
+    set_train_mode(model)
+    return model
 
 
 def needs_two_images(model: nn.Module, image_size: int) -> bool:
@@ -183,8 +190,8 @@ def _build_vgg(name: str, num_classes: int, config: ModelConfig) -> nn.Module:
     # The published classifier has 120 million parameters and is replaced below: mlp_ratio makes it one channel wide.
     model: Any = timm.create_model(name, num_classes=num_classes, mlp_ratio=1 / 4096)
     model.pre_logits = nn.Identity()
-    if config.name in VGG_HIDDEN:
-        model.head = build_vgg_head(config.name, model.num_features, num_classes, config.drop_rate)
+    if hidden := VGG_HIDDEN.get(config.name):  # on the whole 7 x 7 map, like VGG's own classifier
+        model.head = MlpHead(model.num_features, num_classes, hidden, pool_size=VGG_MAP, drop_rate=config.drop_rate)
     else:
         model.head = ClassifierHead(model.num_features, num_classes, pool_type="avg", drop_rate=config.drop_rate)
     model.head_hidden_size = model.num_features

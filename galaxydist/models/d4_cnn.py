@@ -121,10 +121,10 @@ def make_even(x: Tensor) -> Tensor:
 def _expansion(kernel: int, *, lifting: bool) -> Tensor:
     """Return the flat indices of a weight's elements in its eight transforms."""
     if lifting:
-        places = torch.arange(kernel**2).view(kernel, kernel)
-        return torch.stack([transform(places, g) for g in range(ORDER)]).flatten()
-    places = torch.arange(ORDER * kernel**2).view(ORDER, kernel, kernel)
-    return torch.stack([transform(places[list(row)], g) for g, row in enumerate(inverse_products())]).flatten()
+        indices = torch.arange(kernel**2).view(kernel, kernel)
+        return torch.stack([transform(indices, g) for g in range(ORDER)]).flatten()
+    indices = torch.arange(ORDER * kernel**2).view(ORDER, kernel, kernel)
+    return torch.stack([transform(indices[list(row)], g) for g, row in enumerate(inverse_products())]).flatten()
 
 
 class D4Norm(nn.Module):

@@ -1,9 +1,11 @@
 """Performance options of a model: gradient checkpointing, TF32, channels last, torch.compile."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import struct
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -16,79 +18,70 @@ from torch.utils.checkpoint import checkpoint
 
 from galaxydist.errors import EveryRankError, UserError
 
-# Gradient checkpointing: the backward pass computes activations inside the repeated blocks again instead of storing them.
+# Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174): activations inside the repeated blocks are not stored, but computed
+# again in the backward pass. timm's set_grad_checkpointing is not used: it does not support VGG, and its second forward pass
+# updates the batch-norm statistics of a ResNet a second time.
+
+
+class CheckpointedSequential(nn.Sequential):
+    """``nn.Sequential`` that stores only the input of each segment while it trains.
+
+    The parameter names are those of the replaced ``nn.Sequential``. A segment is one layer; in a flat sequence of convolutions
+    it is a run of layers up to a pooling, because smaller segments are not worthwhile.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        for segment in self.segments():
+            function = segment[0] if len(segment) == 1 else partial(_run, segment)
+            is_checkpointed = self.training and torch.is_grad_enabled() and _has_parameters(segment)
+            x = _checkpoint(segment, function, x) if is_checkpointed else function(x)
+        return x
+
+    def segments(self) -> list[list[nn.Module]]:
+        """Return the layers of each segment."""
+        layers = list(self)
+        if not any(isinstance(layer, nn.Conv2d) for layer in layers):
+            return [[layer] for layer in layers]
+        ends = [number + 1 for number, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
+        return [layers[start:end] for start, end in itertools.pairwise(sorted({0, *ends, len(layers)}))]
 
 
 def checkpoint_activations(model: nn.Module) -> int:
     """Checkpoint the repeated blocks of ``model`` in place, so that training stores only their inputs.
 
-    Chen et al. 2016, arXiv:1604.06174. Blocks are those of a ViT, of a ResNet's layers and of the stages of our own networks; a
-    VGG is cut after each pooling. Loss, gradients, dropout and batch-norm statistics stay bitwise the same. The classes of the
-    blocks are changed, not their methods, so that parameter names stay and a copy of the model (the moving average) is
-    checkpointed too.
+    Blocks are those of a ViT, of a ResNet's layers and of the stages of our own networks; a VGG is cut after each pooling. Loss,
+    gradients, dropout and batch-norm statistics stay bitwise the same.
 
     Returns:
-        The number of checkpointed parts.
+        The number of checkpointed segments.
 
     Raises:
-        UserError: the model has no such blocks.
+        UserError: the model has no repeated blocks.
     """
-    blocks = _blocks(model)
-    for block in blocks:
-        block.__class__ = type(f"Checkpointed{type(block).__name__}", (CheckpointedBlock, type(block)), {})
-    features = getattr(model, "features", None)
-    if type(features) is nn.Sequential:
-        features.__class__ = CheckpointedFeatures
-        return len(_segments(features))
-    if not blocks:
+    parent, names = model, ["blocks", "features", "layer1", "layer2", "layer3", "layer4"]
+    if hasattr(model, "stages"):
+        parent = model.get_submodule("stages")
+        names = [name for name, _ in parent.named_children()]
+    count = 0
+    for name in names:
+        if isinstance(layers := getattr(parent, name, None), nn.Sequential):
+            checkpointed = CheckpointedSequential(OrderedDict(layers.named_children()))
+            checkpointed.training = layers.training
+            setattr(parent, name, checkpointed)
+            count += sum(map(_has_parameters, checkpointed.segments()))
+    if not count:
         raise UserError(f"train.gradient_checkpointing=true: {type(model).__name__} has no repeated blocks; set it to false")
-    return len(blocks)
+    return count
 
 
-class CheckpointedBlock(nn.Module):
-    """First base class of a checkpointed block, added by ``checkpoint_activations``."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not (self.training and torch.is_grad_enabled()):
-            return super().forward(*args, **kwargs)
-        return _checkpoint([self], super().forward, *args, **kwargs)
-
-
-class CheckpointedFeatures(nn.Sequential):
-    """A flat sequence of layers, checkpointed in segments that end after each pooling; smaller segments are not worthwhile."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for segment in _segments(self):
-            run = partial(_run, segment)
-            x = _checkpoint(segment, run, x) if self.training and torch.is_grad_enabled() else run(x)
-        return x
-
-
-def has_spared_buffers(model: nn.Module) -> bool:
+def has_checkpointed_buffers(model: nn.Module) -> bool:
     """Return True if checkpointed blocks have buffers (batch-norm statistics), which the recomputation must not change."""
-    parts = (module for module in model.modules() if isinstance(module, (CheckpointedBlock, CheckpointedFeatures)))
+    parts = (module for module in model.modules() if isinstance(module, CheckpointedSequential))
     return any(True for part in parts for _ in part.buffers())
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    groups: list[Any] = []
-    if hasattr(model, "blocks"):
-        groups = [model.blocks]
-    elif hasattr(model, "layer1"):
-        groups = [model.get_submodule(f"layer{number}") for number in range(1, 5)]
-    elif hasattr(model, "stages"):
-        stages: Any = model.stages
-        groups = [stage if isinstance(stage, nn.Sequential) else [stage] for stage in stages]
-    return [block for group in groups for block in group if any(True for _ in block.parameters())]
-
-
-def _segments(features: nn.Sequential) -> list[list[nn.Module]]:
-    segments: list[list[nn.Module]] = [[]]
-    for layer in features:
-        segments[-1].append(layer)
-        if isinstance(layer, nn.MaxPool2d):
-            segments.append([])
-    return [layers for layers in segments if layers]
+def _has_parameters(modules: Sequence[nn.Module]) -> bool:
+    return any(True for module in modules for _ in module.parameters())
 
 
 def _run(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -97,20 +90,13 @@ def _run(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def _checkpoint(modules: Sequence[nn.Module], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _checkpoint(modules: Sequence[nn.Module], function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Checkpoint ``function``, which runs ``modules``; torch.compile supports it only if they have no buffers."""
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
-    if any(True for module in modules for _ in module.buffers()):
-        options["context_fn"] = partial(_contexts, modules)
-    return checkpoint(function, *args, **options, **kwargs)
-
-
-Context = contextlib.AbstractContextManager[None]
-
-
-def _contexts(modules: Sequence[nn.Module]) -> tuple[Context, Context]:
-    """Return the contexts of the forward pass and of its recomputation."""
-    return contextlib.nullcontext(), _spare_buffers(modules)
+    options: dict[str, Any] = {}
+    if any(True for module in modules for _ in module.buffers()):  # contexts of the forward pass and of its recomputation
+        options["context_fn"] = lambda: (contextlib.nullcontext(), _spare_buffers(modules))
+    result: Tensor = checkpoint(function, x, use_reentrant=False, **options)
+    return result
 
 
 @contextlib.contextmanager
@@ -231,7 +217,7 @@ def check_compilable(model: nn.Module) -> None:
     Raises:
         EveryRankError: the model has checkpointed blocks with batch normalisation.
     """
-    if has_spared_buffers(model):
+    if has_checkpointed_buffers(model):
         raise EveryRankError(
             f"train.compile=true and train.gradient_checkpointing=true do not go together in {type(model).__name__}, "
             "whose blocks have statistics of batch normalisation; set one of them to false"

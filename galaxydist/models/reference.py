@@ -107,15 +107,3 @@ def build_reference_vit(num_classes: int, image_size: int, drop_rate: float, dro
         dynamic_img_pad=image_size % VIT_PATCH > 0,
     )
     return vit
-
-
-def build_vgg_head(name: str, channels: int, num_classes: int, drop_rate: float) -> nn.Module:
-    """Build the new head of a reference VGG, on the whole 7 x 7 map like VGG's own classifier.
-
-    Args:
-        name: name of the model.
-        channels: channels of the last feature map.
-        num_classes: K.
-        drop_rate: dropout after each hidden layer.
-    """
-    return MlpHead(channels, num_classes, VGG_HIDDEN[name], pool_size=VGG_MAP, drop_rate=drop_rate)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from galaxydist.models.build import evaluation_mode
 from galaxydist.models.registry import ARCHITECTURES
 
 GRAD_CAM, ROLLOUT = "Grad-CAM", "attention rollout"
@@ -80,7 +81,7 @@ def grad_cam(model: nn.Module, layer: nn.Module, images_BCHW: Tensor, targets_B:
     """
     from captum.attr import LayerGradCam
 
-    with _evaluating(model):
+    with evaluation_mode(model):
         images = images_BCHW.detach().requires_grad_()  # if all parameters before the layer are frozen, gradients need this input
         maps_B1hw: Tensor = LayerGradCam(model, layer).attribute(images, targets_B, relu_attributions=True)
     return maps_B1hw.detach()[:, 0].float()
@@ -100,7 +101,7 @@ def attention_rollout(model: nn.Module, images_BCHW: Tensor) -> Tensor:
         B x h x w: the share of each patch; the shares and that of the class token add up to 1.
     """
     vit: Any = model
-    with _evaluating(model), _attention(vit) as weights:
+    with evaluation_mode(model), _attention(vit) as weights:
         model(images_BCHW)
     rolled_BNN: Tensor | None = None
     for attention_BHNN in weights:
@@ -140,16 +141,6 @@ def _attention(vit: Any) -> Iterator[list[Tensor]]:
             stack.callback(setattr, layer, "fused_attn", was_fused)
             stack.callback(layer.attn_drop.register_forward_pre_hook(keep).remove)
         yield weights
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _resized(maps_Bhw: Tensor, size: tuple[int, int]) -> Tensor:

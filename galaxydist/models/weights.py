@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from galaxydist.atomic_files import replace_bytes
 from galaxydist.errors import UserError
 from galaxydist.models.registry import ARCHITECTURES, recipe_of, timm_name
 from galaxydist.recipe.schema import ModelConfig
@@ -38,16 +39,11 @@ def write_weights(path: Path, tensors: Mapping[str, "Tensor"], statistics: Stati
     Args:
         statistics: channel mean and standard deviation (0..1, RGB) of the image normalisation, for ``read_statistics``.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     bare = {_bare(name): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt"} | ({STATISTICS_KEY: json.dumps(statistics)} if statistics is not None else {})
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(bare, partial, metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_bytes(path, save(bare, metadata))
 
 
 def read_weights(path: Path) -> dict[str, "Tensor"]:
@@ -200,21 +196,21 @@ def find_weights(config: ModelConfig, weights_dir: Path | None) -> Path:
     Raises:
         UserError: the weights are in neither; the text has the command to download them.
     """
-    places = []
+    searched = []
     if weights_dir is not None:
         path = weights_file(config, weights_dir)
         if path.is_file():
             return path
-        places.append(str(path))
+        searched.append(str(path))
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(_hub_id(config), HUB_FILE)
     if isinstance(cached, str):
         return Path(cached)
-    places.append("the Hugging Face cache")
+    searched.append("the Hugging Face cache")
     raise UserError(
         f"model.pretrained=true, but the published weights {_published_name(config)} are not on this machine "
-        f"(looked in {' and '.join(places)}). Either run, on a machine with network and the same data root,\n"
+        f"(looked in {' and '.join(searched)}). Either run, on a machine with network and the same data root,\n"
         f"  {fetch_command(config)}\n"
         "or start from random weights: model.pretrained=false; model.weights=FILE loads a safetensors file of your own"
     )
@@ -266,7 +262,7 @@ def _verify(path: Path, etag: str | None) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != etag:
-            raise UserError(f"weights {path.name}: damaged on the way (SHA-256 {found}, the hub says {etag}); try again")
+            raise UserError(f"weights {path.name}: damaged on the way (SHA-256 {found}, the hub states {etag}); try again")
 
     read_weights(path)
 

@@ -15,11 +15,10 @@ from galaxydist.atomic_files import replace_bytes
 from galaxydist.evaluation.text_table import readable
 
 MAX_COLUMNS = 10
-_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 _GAP, _TEXT_SIZE, _LINE = 3, 12, 14
 
 
-def write_gallery(
+def write_class_sheet(
     path: Path,
     images: Mapping[str, Sequence[NDArray[np.uint8]]],
     title: str,
@@ -27,20 +26,20 @@ def write_gallery(
     cell: int = 96,
     max_bytes: int = 300_000,
 ) -> None:
-    """Write a contact sheet with one column per class, ten columns per band.
+    """Write a JPEG contact sheet with one column per class, ten columns per band.
 
     Args:
-        path: ends in ``.jpg`` or ``.png``; its folder exists. The file is replaced atomically.
+        path: ends in ``.jpg``; its folder exists. The file is replaced atomically.
         images: by class name: H x W x 3 uint8 images of any size, from top to bottom.
         title: contents of the sheet, with the number of images shown and in total.
         cell: initial width of an image in pixels.
         max_bytes: maximum file size; JPEG quality, then image size are reduced to meet it.
 
     Raises:
-        ValueError: no images, another suffix, or a limit that cannot be met.
+        ValueError: no images, or a limit that cannot be met.
     """
-    if path.suffix.lower() not in _FORMATS or not any(images.values()):
-        raise ValueError(f"{path}: a gallery needs images and a name in .jpg or .png")
+    if not any(images.values()):
+        raise ValueError(f"{path}: a contact sheet needs images")
     write_sheet(path, lambda width: _compose(images, title, width), cell=cell, max_bytes=max_bytes)
 
 
@@ -48,53 +47,49 @@ def write_sheet(path: Path, compose: Callable[[int], Image.Image], *, cell: int,
     """Write a contact sheet as large as the size limit allows.
 
     Args:
-        path, cell, max_bytes: as in ``write_gallery``.
+        path, cell, max_bytes: as in ``write_class_sheet``.
         compose: draws the sheet for an image width in pixels.
 
     Raises:
         ValueError: a limit that cannot be met.
     """
-    kind, width = _FORMATS[path.suffix.lower()], cell
+    width = cell
     while width >= 24:
         sheet = compose(width)
-        for quality in (90, 82, 74) if kind == "JPEG" else (None,):
+        for quality in (90, 82, 74):
             buffer = io.BytesIO()
-            sheet.save(buffer, kind, optimize=True, **({} if quality is None else {"quality": quality}))
+            sheet.save(buffer, "JPEG", optimize=True, quality=quality)
             if buffer.tell() <= max_bytes:
                 replace_bytes(path, buffer.getvalue())
                 return
         width = int(width * 0.85)
-    raise ValueError(f"{path}: so many images do not fit into {max_bytes} bytes")
+    raise ValueError(f"{path}: the images do not fit into {max_bytes} bytes; show fewer")
 
 
 def _compose(images: Mapping[str, Sequence[NDArray[np.uint8]]], title: str, cell: int) -> Image.Image:
-    names = list(images)
-    bands = [names[start : start + MAX_COLUMNS] for start in range(0, len(names), MAX_COLUMNS)]
-    columns, rows = min(len(names), MAX_COLUMNS), max(len(members) for members in images.values())
-    labels = {name: textwrap.wrap(readable(name), max(cell // 6, 9), break_long_words=False) for name in names}
+    columns, rows = min(len(images), MAX_COLUMNS), max(len(members) for members in images.values())
+    labels = {name: textwrap.wrap(readable(name), max(cell // 6, 9), break_long_words=False) for name in images}
     label_height = _LINE * max(len(lines) for lines in labels.values()) + 4
     width = columns * (cell + _GAP) + _GAP
     title_lines = textwrap.wrap(title, max(width // 7, 12))
     title_height = _LINE * len(title_lines) + 8
     band_height = label_height + rows * (cell + _GAP) + 4
-    sheet = Image.new("RGB", (width, title_height + band_height * len(bands)), "white")
+    sheet = Image.new("RGB", (width, title_height + band_height * -(-len(images) // MAX_COLUMNS)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT_SIZE)
     for number, line in enumerate(title_lines):
         pen.text((width / 2, 4 + _LINE * number), line, fill="black", font=font, anchor="ma")
-    for band, members in enumerate(bands):
-        top = title_height + band * band_height
-        for column, name in enumerate(members):
-            left = _GAP + column * (cell + _GAP)
-            first = label_height - 4 - _LINE * len(labels[name])  # bottom-aligned: the last line is just above the images
-            for number, line in enumerate(labels[name]):
-                pen.text((left + cell / 2, top + first + _LINE * number), line, fill="black", font=font, anchor="ma")
-            for row, image in enumerate(images[name]):
-                small = Image.fromarray(image).resize((cell, cell), Image.Resampling.LANCZOS)
-                sheet.paste(small, (left, top + label_height + row * (cell + _GAP)))
+    for column, (name, members) in enumerate(images.items()):
+        left = _GAP + column % MAX_COLUMNS * (cell + _GAP)
+        bottom = title_height + column // MAX_COLUMNS * band_height + label_height  # of the labels, top of the images
+        for number, line in enumerate(reversed(labels[name]), start=1):
+            pen.text((left + cell / 2, bottom - 4 - _LINE * number), line, fill="black", font=font, anchor="ma")
+        for row, image in enumerate(members):
+            small = Image.fromarray(image).resize((cell, cell), Image.Resampling.LANCZOS)
+            sheet.paste(small, (left, bottom + row * (cell + _GAP)))
     return sheet
 
 
-# Sheet of selected galaxies: one row per class; each galaxy's image, its saliency map, and its prediction below.
+# Sheet of selected galaxies.
 
 _SHEET_GAP, _SHEET_LINE, _TEXT, _MARGIN = 6, 14, 11, 10
 
@@ -118,7 +113,7 @@ class SheetRow:
 
 
 def compose_sheet(rows: Sequence[SheetRow], title: str, width: int) -> Image.Image:
-    """Draw the sheet.
+    """Draw a sheet of selected galaxies: per galaxy its image, the image with the saliency map, and lines of text below.
 
     Args:
         rows: one per class; a row without galaxies shows only its note.

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from galaxydist.evaluation.plots import STYLE
+
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
@@ -51,7 +53,12 @@ def image_uri(image: NDArray[np.uint8] | Image.Image, *, width: int | None = Non
         sized = sized.resize((width, width), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     sized.save(stream, "JPEG", quality=quality, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    return jpeg_uri(stream.getvalue())
+
+
+def jpeg_uri(data: bytes) -> str:
+    """Return a JPEG file as a data URI."""
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
 
 def figure_svg(figure: "Figure", description: str) -> "Markup":
@@ -67,7 +74,7 @@ def figure_svg(figure: "Figure", description: str) -> "Markup":
     from markupsafe import Markup, escape
 
     stream = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
+    with matplotlib.rc_context({**STYLE, "svg.fonttype": "none", "svg.hashsalt": description}):
         figure.savefig(stream, format="svg", transparent=True, dpi=200, metadata={"Date": None, "Creator": None})
     drawn = stream.getvalue()
     drawn = drawn[drawn.index("<svg") :]

@@ -27,8 +27,6 @@ from galaxydist.surveys.split import NONE
 from galaxydist.training.mixup import count_pair_parts
 from galaxydist.training.step import count_micro_batches
 
-# Data set sizes come from the shards on this machine, from flags, or from the shipped official split.
-
 # Bytes of a galaxy in a shard: 300 real Galaxy10 DECaLS cutouts of 256 x 256 pixels as JPEG of quality 95 took 27,700 bytes on
 # average; the tar file adds three headers, padding, the class and the metadata.
 BYTES_PER_GALAXY = 30_500
@@ -64,7 +62,7 @@ class DatasetSize:
         return int(self.shard_samples.sum())
 
 
-def find_data(config: DataConfig, root: Path, *, galaxies: int | None = None, shards: int | None = None) -> DatasetSize:
+def find_dataset_size(config: DataConfig, root: Path, *, galaxies: int | None = None, shards: int | None = None) -> DatasetSize:
     """Return the size of a recipe's data set; only local files are opened.
 
     Args:
@@ -78,20 +76,20 @@ def find_data(config: DataConfig, root: Path, *, galaxies: int | None = None, sh
     location = manifest_location(config, root)
     is_remote = is_url(location)
     if galaxies is not None:
-        return _of_flags(galaxies, shards, is_remote=is_remote)
+        if shards is not None and shards > galaxies:
+            raise UserError(f"--shards {shards} are more than --galaxies {galaxies}: a shard holds at least one")
+        return _divided(f"--galaxies {galaxies}", galaxies, shards, num_val=None, is_remote=is_remote)
     if shards is not None:
-        raise UserError(f"--shards {shards} divides --galaxies: give --galaxies N (training galaxies) too, or neither")
+        raise UserError(f"--shards {shards} needs --galaxies: give --galaxies N (training galaxies) too, or neither")
     if not is_remote and (config.manifest is not None or Path(location).exists()):
         return _of_manifest(read_manifest(Path(location)))
     if config.manifest is None and config.dataset == NAME:
         return _of_official(config)
     if is_remote:
-        raise UserError(
-            f"{location} is a URL, and nothing is fetched for a plan: give --galaxies N (training galaxies) and --shards M"
-        )
+        raise UserError(f"{location} is a URL, and a plan fetches nothing: give --galaxies N (training galaxies) and --shards M")
     make = "`, `".join(shard_commands(config))
     raise UserError(
-        f"there are no shards of {config.dataset} ({config.variant}) at {location}, and their number is not known without: give "
+        f"there are no shards of {config.dataset} ({config.variant}) at {location}, so their number is unknown: give "
         f"--galaxies N (training galaxies), or make them (`{make}`)"
     )
 
@@ -107,12 +105,6 @@ def _of_manifest(manifest: Manifest) -> DatasetSize:
         stored_size=manifest.image_size,
         manifest=manifest,
     )
-
-
-def _of_flags(galaxies: int, shards: int | None, *, is_remote: bool) -> DatasetSize:
-    if shards is not None and shards > galaxies:
-        raise UserError(f"--shards {shards} are more than --galaxies {galaxies}: a shard holds at least one")
-    return _divided(f"--galaxies {galaxies}", galaxies, shards, num_val=None, is_remote=is_remote)
 
 
 def _of_official(config: DataConfig) -> DatasetSize:
@@ -262,23 +254,23 @@ def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | N
     Raises:
         UserError: the run is impossible; says what to change.
     """
-    data = find_data(recipe.data, root, galaxies=galaxies, shards=shards)
+    data = find_dataset_size(recipe.data, root, galaxies=galaxies, shards=shards)
     check_processes(recipe, data.num_train, job.num_nodes, job.gpus_per_node)
     if data.manifest is not None:  # raises the trainer's errors
         open_manifest(data.manifest.location, find_cache(recipe.data, root), recipe, job.world_size)
-    reading = plan_reading(recipe, data, job)
+    reading = plan_shard_traffic(recipe, data, job)
     if data.is_remote:
         check_cache(reading.cache_bytes, recipe.data.cache_size)
-    facts = model_memory(recipe, data.num_classes, data.stored_size)
-    passes, memory = plan_memory(recipe, facts, job)
-    kept = KEPT_CHECKPOINTS * facts.checkpoint
+    model = model_memory(recipe, data.num_classes, data.stored_size)
+    passes, memory = plan_memory(recipe, model, job)
+    kept = KEPT_CHECKPOINTS * model.checkpoint
     warnings = find_warnings(
-        recipe, facts, memory, world_size=job.world_size, num_nodes=job.num_nodes, fetches=reading.nodes_per_shard
+        recipe, model, memory, world_size=job.world_size, num_nodes=job.num_nodes, fetches=reading.nodes_per_shard
     )
     if reading.num_shards > 1 and reading.shards_held_most == reading.num_shards and recipe.data.balance == "none":
         warnings.append(
-            f"so few shards that a node has all {reading.num_shards} in use at the same time: smaller ones help where they come "
-            "from a URL (galaxydist data shard --shard-size N)"
+            f"a node has all {reading.num_shards} shards in use at the same time: use smaller shards if they come from a URL "
+            "(galaxydist data shard --shard-size N)"
         )
     return RunPlan(
         recipe=recipe.name,
@@ -290,11 +282,11 @@ def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | N
         data=data.origin,
         job=job,
         steps=plan_steps(recipe, data.num_train, data.num_val, job, passes),
-        num_trained=facts.num_trained,
-        num_frozen=facts.num_frozen,
+        num_trained=model.num_trained,
+        num_frozen=model.num_frozen,
         memory=memory,
         reading=reading,
-        checkpoint_bytes=facts.checkpoint,
+        checkpoint_bytes=model.checkpoint,
         checkpoints_bytes=kept,
         warnings=tuple(warnings),
     )
@@ -316,7 +308,7 @@ def plan_steps(recipe: Recipe, num_train: int, num_val: int | None, job: Cluster
     per_epoch = steps_per_epoch(num_train, batch_size)
     most = -(-batch_size // world_size)
     batches = None if num_val is None else -(-num_val // recipe.eval.batch_size)
-    # All ranks wait for the one with most galaxies.
+    # All ranks wait for the one with the most galaxies.
     epoch_s = None if job.images_per_s is None else per_epoch * most / job.images_per_s
     return Steps(
         samples=num_train,
@@ -333,7 +325,7 @@ def plan_steps(recipe: Recipe, num_train: int, num_val: int | None, job: Cluster
     )
 
 
-def plan_memory(recipe: Recipe, facts: ModelMemory, job: ClusterShape) -> tuple[int, Memory]:
+def plan_memory(recipe: Recipe, model: ModelMemory, job: ClusterShape) -> tuple[int, Memory]:
     """Return the number of micro-batches in a step, and the memory of one GPU.
 
     With ``train.micro_batch=auto`` it is the smallest number that fits into ``job.gpu_memory``, or one if that is not given.
@@ -345,7 +337,7 @@ def plan_memory(recipe: Recipe, facts: ModelMemory, job: ClusterShape) -> tuple[
     rank_batch = -(-batch_size // world_size)
 
     def memory_of(passes: int) -> Memory:
-        return estimate(facts, recipe, world_size=world_size, rank_batch=rank_batch, num_parts=passes)
+        return estimate(model, recipe, world_size=world_size, rank_batch=rank_batch, num_parts=passes)
 
     mixes = is_mixing(recipe.train)
     if isinstance(micro_batch, int):
@@ -362,7 +354,7 @@ def plan_memory(recipe: Recipe, facts: ModelMemory, job: ClusterShape) -> tuple[
     return passes, memory
 
 
-def plan_reading(recipe: Recipe, data: DatasetSize, job: ClusterShape) -> ShardTraffic:
+def plan_shard_traffic(recipe: Recipe, data: DatasetSize, job: ClusterShape) -> ShardTraffic:
     """Compute the training shards and bytes that the nodes read in the first epoch."""
     batch_size = recipe.train.batch_size
     sizes = data.shard_bytes

@@ -1,4 +1,4 @@
-"""Limits of a run, checked before it starts: errors with a remedy, and warnings."""
+"""Limits of a run that are checked before it starts: errors with a remedy, and warnings."""
 
 from collections.abc import Callable
 from math import gcd
@@ -115,18 +115,18 @@ def check_memory(recipe: Recipe, memory: "Memory", gpu_memory: float, world_size
     images = "1 image" if memory.micro_batch == 1 else f"{memory.micro_batch} images"
     raise UserError(
         f"--gpu-memory {gpu_memory:g} GB do not hold a step of {images} at a time, which takes {memory.total / 1e9:.2f} GB; "
-        f"most of it: {largest}, {parts[largest] / 1e9:.2f} GB. What helps: {'; '.join(helps)}."
+        f"most of it: {largest}, {parts[largest] / 1e9:.2f} GB. Remedies: {'; '.join(helps)}."
     )
 
 
 def find_warnings(
-    recipe: Recipe, facts: "ModelMemory", memory: "Memory", *, world_size: int, num_nodes: int, fetches: float
+    recipe: Recipe, model: "ModelMemory", memory: "Memory", *, world_size: int, num_nodes: int, fetches: float
 ) -> list[str]:
     """Return warnings about settings that work but may not be intended.
 
     Args:
         recipe: the run.
-        facts: memory of its model.
+        model: memory of its model.
         memory: of one GPU.
         world_size, num_nodes: numbers of processes and nodes.
         fetches: nodes that read a shard in an epoch, on average.
@@ -136,29 +136,29 @@ def find_warnings(
     if batch_size % world_size:
         few, more = batch_size // world_size, -(-batch_size // world_size)
         found.append(
-            f"train.batch_size={batch_size} is no multiple of {world_size} processes: some hold {more} galaxies a step, others "
-            f"{few}, and wait; even would be {few * world_size} or {more * world_size}"
+            f"train.batch_size={batch_size} is not a multiple of {world_size} processes: some process {more} galaxies a step, "
+            f"others {few}, and wait; {few * world_size} or {more * world_size} would be even"
         )
-    is_dealt_out = streams % world_size == 0 and batch_size % world_size == 0
-    if num_nodes > 1 and fetches > 1.05 and not is_dealt_out and recipe.data.balance == "none":
+    is_even = streams % world_size == 0 and batch_size % world_size == 0
+    if num_nodes > 1 and fetches > 1.05 and not is_even and recipe.data.balance == "none":
         found.append(
-            f"each shard is read by {fetches:.1f} nodes an epoch, and crosses the network as often where it comes from a URL: "
-            f"about one does where {world_size} processes divide both data.num_streams (now {streams}, greatest common divisor "
-            f"{gcd(streams, world_size)}) and train.batch_size"
+            f"each shard is read by {fetches:.1f} nodes an epoch, and is fetched as often if it comes from a URL: "
+            f"about one node reads it if {world_size} processes divide both data.num_streams (now {streams}, greatest common "
+            f"divisor {gcd(streams, world_size)}) and train.batch_size"
         )
-    if facts.has_batch_norm and not recipe.train.sync_batchnorm and memory.micro_batch < FEW_IMAGES:
+    if model.has_batch_norm and not recipe.train.sync_batchnorm and memory.micro_batch < FEW_IMAGES:
         group = ", model.norm=group" if recipe.model.name == "custom_cnn" else ""
         found.append(
-            f"batch normalisation sees {memory.micro_batch} images at a time, too few for good statistics: "
+            f"batch normalisation sees {memory.micro_batch} images at a time, too few for good statistics: set "
             f"train.sync_batchnorm=true{group}, or fewer processes"
         )
     return found
 
 
-def _fewer(batch_size: int, num_nodes: int, gpus_per_node: int, say: Callable[[int, int], str]) -> str:
+def _fewer(batch_size: int, num_nodes: int, gpus_per_node: int, options: Callable[[int, int], str]) -> str:
     """Return the options for the most processes that a batch allows, on whole nodes if possible."""
     nodes = min(num_nodes, batch_size // gpus_per_node)
     even = next((n for n in range(nodes, 0, -1) if batch_size % (n * gpus_per_node) == 0), nodes)
     if even:
-        return f"{say(even, gpus_per_node)} ({even * gpus_per_node} processes; at most {batch_size} work)"
-    return say(1, batch_size)
+        return f"{options(even, gpus_per_node)} ({even * gpus_per_node} processes; at most {batch_size} work)"
+    return options(1, batch_size)

@@ -7,7 +7,6 @@ uses the fused kernel, which keeps no matrix of tokens by tokens, and autocast k
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +79,10 @@ def trace_step(model: nn.Module, image_size: int, precision: str) -> Timeline:
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
-        few, more = (_run(model, image_size, num_images, precision) for num_images in (FEW, MORE))
-    assert len(few.bytes) == len(more.bytes), "the operations must not depend on the number of images"
-    per_image = (more.without_gradients() - few.without_gradients()) // (MORE - FEW)
-    return Timeline(few.without_gradients() - per_image * FEW, per_image, few.gradients_made(), few.new_gradients())
+        (few, new), (more, _) = (_trace(model, image_size, num_images, precision) for num_images in (FEW, MORE))
+    assert few.size == more.size, "the operations must not depend on the number of images"
+    per_image = (more - few) // (MORE - FEW)
+    return Timeline(few - per_image * FEW, per_image, np.cumsum(new), new)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -94,7 +93,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bytes: list[int] = []
         self._alive = 0
         self._births: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._gradients: dict[int, int] = {}
         for tensor in known:
             self._births[tensor.untyped_storage()] = -1
 
@@ -115,50 +113,36 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._alive += storage.nbytes()
             weakref.finalize(storage, self._drop, storage.nbytes())
 
-    def note_gradients(self, model: nn.Module) -> None:
-        """Find the gradients of weights; called after the backward pass."""
+    def gradients(self, model: nn.Module) -> Int64:
+        """Return, for each operation, the bytes of the gradients of weights that it allocated; after the backward pass."""
+        new = np.zeros(len(self.bytes), np.int64)
         for parameter in model.parameters():
             if parameter.grad is not None:
                 storage = parameter.grad.untyped_storage()
-                birth = self._births[storage]
-                self._gradients[birth] = self._gradients.get(birth, 0) + storage.nbytes()
-
-    def new_gradients(self) -> Int64:
-        new = np.zeros(len(self.bytes), np.int64)
-        for birth, size in self._gradients.items():
-            new[birth] += size
+                new[self._births[storage]] += storage.nbytes()
         return new
-
-    def gradients_made(self) -> Int64:
-        return np.cumsum(self.new_gradients())
-
-    def without_gradients(self) -> Int64:
-        return np.asarray(self.bytes, np.int64) - self.gradients_made()
 
     def _drop(self, num_bytes: int) -> None:
         self._alive -= num_bytes
 
 
-def _run(model: nn.Module, image_size: int, num_images: int, precision: str) -> _Recorder:
+def _trace(model: nn.Module, image_size: int, num_images: int, precision: str) -> tuple[Int64, Int64]:
+    """Return the bytes allocated after each operation without gradients of weights, and the bytes of new gradients."""
     model.zero_grad(set_to_none=True)
     recorder = _Recorder([*model.parameters(), *model.buffers()])
     images_BCHW = torch.empty(num_images, 3, image_size, image_size, dtype=next(model.parameters()).dtype)
     labels_B = torch.zeros(num_images, dtype=torch.int64)
     recorder.add(images_BCHW)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     with recorder:
-        with _autocast(precision):
+        with torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=half is not None):
             logits_BK = model(images_BCHW)
         # As in the trainer: a summed loss in float32, or float64 if the logits have that.
         logits_BK = logits_BK if logits_BK.dtype == torch.float64 else logits_BK.float()
         loss = functional.cross_entropy(logits_BK, labels_B, reduction="none").sum()
         loss.backward()  # type: ignore[no-untyped-call]
-    recorder.note_gradients(model)
-    return recorder
-
-
-def _autocast(precision: str) -> AbstractContextManager[Any]:
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast("cpu", dtype=types[precision]) if precision in types else nullcontext()
+    new = recorder.gradients(model)
+    return np.asarray(recorder.bytes, np.int64) - np.cumsum(new), new
 
 
 # Allowance, not measured, for memory that the trace does not show: a constant for the CUDA context with its libraries, and a
@@ -265,11 +249,11 @@ def model_memory(recipe: Recipe, num_classes: int, stored_size: int) -> ModelMem
     )
 
 
-def estimate(facts: ModelMemory, recipe: Recipe, *, world_size: int, rank_batch: int, num_parts: int) -> Memory:
+def estimate(model: ModelMemory, recipe: Recipe, *, world_size: int, rank_batch: int, num_parts: int) -> Memory:
     """Estimate the memory of the GPU with the largest batch.
 
     Args:
-        facts: memory of the recipe's model.
+        model: memory of the recipe's model.
         recipe: its strategy is used.
         world_size: number of processes.
         rank_batch: largest number of images of a rank in a step.
@@ -278,18 +262,18 @@ def estimate(facts: ModelMemory, recipe: Recipe, *, world_size: int, rank_batch:
     is_sharded = recipe.train.strategy == "fsdp" and world_size > 1
     holders = world_size if is_sharded else 1
     weights, gradients, optimizer, average = (
-        -(-part // holders) for part in (facts.weights, facts.gradients, facts.optimizer, facts.moving_average)
+        -(-part // holders) for part in (model.weights, model.gradients, model.optimizer, model.moving_average)
     )
     # Weights of the current and the next block, and the gradients of one block before reduce-scatter.
-    gathered = 3 * facts.largest_block if is_sharded else 0
-    images = 2 * rank_batch * facts.image
+    gathered = 3 * model.largest_block if is_sharded else 0
+    images = 2 * rank_batch * model.image
     micro_batch = -(-rank_batch // num_parts)
     keeps_gradients = world_size > 1 or num_parts > 1
-    step = facts.timeline.peak(micro_batch, keeps_gradients=keeps_gradients)
+    step = model.timeline.peak(micro_batch, keeps_gradients=keeps_gradients)
     if is_sharded:
-        step -= facts.gradients - gradients
-    next_step = facts.timeline.peak(micro_batch + 1, keeps_gradients=keeps_gradients)
-    more = next_step - facts.timeline.peak(micro_batch, keeps_gradients=keeps_gradients)
+        step -= model.gradients - gradients
+    next_step = model.timeline.peak(micro_batch + 1, keeps_gradients=keeps_gradients)
+    more = next_step - model.timeline.peak(micro_batch, keeps_gradients=keeps_gradients)
     allowance = ALLOWED_BYTES + int(ALLOWED_SHARE * step)
     return Memory(
         weights=weights,
@@ -298,7 +282,7 @@ def estimate(facts: ModelMemory, recipe: Recipe, *, world_size: int, rank_batch:
         moving_average=average,
         gathered=gathered,
         images=images,
-        activations=step - gradients if keeps_gradients else facts.timeline.activations(micro_batch),
+        activations=step - gradients if keeps_gradients else model.timeline.activations(micro_batch),
         allowance=allowance,
         total=weights + optimizer + average + gathered + images + step + allowance,
         micro_batch=micro_batch,
@@ -333,18 +317,12 @@ def _optimizer_bytes(model: nn.Module, config: OptimConfig) -> int:
     ]
     optimizer = build_optimizer(kept, config, torch.device("cpu"))
     optimizer.step()
-    return sum(count * _bytes(_tensors(optimizer.state[samples[key]])) for key, count in counts.items())
+    return sum(count * _bytes(tree_iter(optimizer.state[samples[key]])) for key, count in counts.items())
 
 
-def _tensors(value: Any) -> Iterable[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for item in inner for tensor in _tensors(item)]
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _bytes(values: Iterable[Any]) -> int:
+    """Return the bytes of all tensors among the values."""
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -32,10 +32,6 @@ class SchemaField:
         return self.info.annotation
 
     @property
-    def required(self) -> bool:
-        return self.info.is_required()
-
-    @property
     def default(self) -> Any:
         return self.info.default
 
@@ -89,17 +85,7 @@ class Schema(Generic[S]):
     @cached_property
     def sections(self) -> dict[str, tuple[str, ...]]:
         """The dotted name of each section -> the dotted keys of its fields and subsections."""
-        sections: dict[str, tuple[str, ...]] = {}
-
-        def visit(section: type[Section], prefix: str) -> None:
-            for name, info in section.model_fields.items():
-                if _is_section(info.annotation):
-                    inner: type[Section] = info.annotation  # type: ignore[assignment]
-                    sections[prefix + name] = tuple(f"{prefix}{name}.{key}" for key in inner.model_fields)
-                    visit(inner, f"{prefix}{name}.")
-
-        visit(self.root, "")
-        return sections
+        return dict(_walk_sections(self.root, ""))
 
     def suggest(self, key: str, *, prefix: str = "") -> str:
         """Return ``; did you mean ...?`` for an unknown key, or an empty text if no key is similar.
@@ -135,27 +121,20 @@ class Schema(Generic[S]):
 RECIPE = Schema(Recipe)
 
 
-def recipe_fields() -> dict[str, SchemaField]:
-    """Return all fields of the recipe by their dotted keys, in the schema's order."""
-    return RECIPE.fields
-
-
-def section_keys() -> dict[str, tuple[str, ...]]:
-    """Return the dotted name of each section of the recipe -> the dotted keys of its fields and subsections."""
-    return RECIPE.sections
-
-
-def suggest(key: str) -> str:
-    """Return ``; did you mean ...?`` for an unknown key of the recipe, or an empty text if no key is similar."""
-    return RECIPE.suggest(key)
-
-
 def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, SchemaField]]:
     for name, info in section.model_fields.items():
         if _is_section(info.annotation):
             yield from _walk(info.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
             yield prefix + name, SchemaField(prefix + name, info)
+
+
+def _walk_sections(section: type[Section], prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for name, info in section.model_fields.items():
+        if _is_section(info.annotation):
+            inner: type[Section] = info.annotation  # type: ignore[assignment]
+            yield prefix + name, tuple(f"{prefix}{name}.{key}" for key in inner.model_fields)
+            yield from _walk_sections(inner, f"{prefix}{name}.")
 
 
 def _is_section(annotation: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from galaxydist.recipe.fields import RECIPE, recipe_fields
+from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.resolve import RECIPES, ConfigBuilder
 from galaxydist.recipe.schema import Recipe
 
@@ -26,10 +26,10 @@ def from_dict(plain: Mapping[str, Any], *, source: str = "stored recipe") -> Rec
     Raises:
         RecipeError: the values are invalid; the text lists all problems.
     """
-    draft = ConfigBuilder(RECIPES)
+    builder = ConfigBuilder(RECIPES)
     for key, value in RECIPE.flat(plain):
-        draft.put(key, value, source)
-    return draft.finish()
+        builder.set(key, value, source)
+    return builder.build()
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
@@ -39,12 +39,12 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 
 def result_fields(recipe: Recipe) -> dict[str, Any]:
     """Return dotted key -> plain JSON value of the fields that change a run's numbers."""
-    return {key: value for key, value in flatten(recipe).items() if recipe_fields()[key].kind == "result"}
+    return {key: value for key, value in flatten(recipe).items() if RECIPE.fields[key].kind == "result"}
 
 
 def later_defaults() -> dict[str, Any]:
     """Return dotted key -> default of the result fields that recipes of older run folders may lack."""
-    return {key: field.default for key, field in recipe_fields().items() if field.is_later}
+    return {key: field.default for key, field in RECIPE.fields.items() if field.is_later}
 
 
 def result_hash(recipe: Recipe) -> str:

@@ -4,17 +4,19 @@ Each rule between keys names its keys and runs if they are valid.
 """
 
 import re
+from difflib import get_close_matches
 from typing import Any
 
 from galaxydist.errors import EveryRankError
 from galaxydist.paths import is_dataset_name
-from galaxydist.recipe.fields import CrossFieldRule, recipe_fields, suggest
+from galaxydist.recipe.fields import RECIPE, CrossFieldRule
 from galaxydist.recipe.schema import TrainConfig
 
 PATCHES = {"vit": 16, "vit_scratch": 16, "reference_vit": 25}  # pixels
 ORIENTATIONS = 8  # flips and quarter turns of d4_cnn
 ANY_WIDTH = ("custom_cnn", "d4_cnn")
 UNPUBLISHED = (*ANY_WIDTH, "reference_cnn", "reference_vit")  # architectures without published weights
+OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "muon", "adan")
 
 
 def _start(pretrained: bool, weights: Any) -> str | None:
@@ -62,7 +64,7 @@ def _size(name: str, size: str) -> str | None:
 
 
 def _width(name: str, width: int) -> str | None:
-    default = recipe_fields()["model.width"].default
+    default = RECIPE.fields["model.width"].default
     if name == "d4_cnn" and width % ORIENTATIONS:
         lower = max(ORIENTATIONS, width // ORIENTATIONS * ORIENTATIONS)
         return f"d4_cnn needs a multiple of its {ORIENTATIONS} orientations; try {lower} or {lower + ORIENTATIONS}"
@@ -106,15 +108,15 @@ def _dataset_name(dataset: str) -> str | None:
 
 def _forced_keys(force: tuple[str, ...]) -> str | None:
     for key in force:
-        known = recipe_fields().get(key)
+        known = RECIPE.fields.get(key)
         if known is None:
-            return f"{key!r} is no key of the recipe{suggest(key)}"
+            return f"{key!r} is no key of the recipe{RECIPE.suggest(key)}"
         if known.kind == "run":
             return f"{key} may change freely between restarts; take it out of the list"
     return None
 
 
-CHECKS = (
+RULES = (
     CrossFieldRule(("model.pretrained", "model.weights"), _start),
     CrossFieldRule(("model.pretrained", "model.name"), _published),
     CrossFieldRule(("model.freeze_backbone", "model.pretrained", "model.weights"), _frozen),
@@ -133,7 +135,21 @@ CHECKS = (
 )
 
 
-# Rules between a recipe and the number of processes, checked at submission and again at the start of a run.
+# Rules of a run's start, checked at submission and again before training.
+
+
+def check_optimizer(name: str) -> None:
+    """Refuse an unknown optimizer.
+
+    The schema accepts any name, so that run folders of older versions, which had more optimizers, can be read and evaluated.
+
+    Raises:
+        EveryRankError: the optimizer is not one of ``OPTIMIZERS``; the text lists them.
+    """
+    if name not in OPTIMIZERS:
+        close = get_close_matches(name.lower(), OPTIMIZERS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else "."
+        raise EveryRankError(f"optim.name={name}: there is no such optimizer{hint} There are {', '.join(OPTIMIZERS)}.")
 
 
 def check_world(batch_size: int, world_size: int) -> None:

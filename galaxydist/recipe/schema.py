@@ -53,60 +53,74 @@ class Section(BaseModel):
 
 
 class AugmentConfig(Section):
-    """Random augmentation of training images, in one resampling; random numbers are from ``counter_rng``."""
+    """Random augmentation of training images, in one resampling."""
 
     rotate: Literal["none", "d4", "any"] = Field(
-        "any", description="none; quarter turns, exact pixels (d4); or any angle, resampled with reflected edges"
+        "any",
+        description="random rotation; d4: by quarter turns, which keep exact pixels; any: by any angle, with reflected edges",
     )
-    flip: bool = Field(True, description="mirror half of the images")
+    flip: bool = Field(
+        True, description="mirror half of the images; set to false if mirrored galaxies belong to different classes"
+    )
     zoom: Annotated[float, Field(ge=1.0, le=4.0)] = Field(
-        1.0, description="scale drawn log-uniformly between 1/zoom and zoom (1: off; needs rotate=any or none)"
+        1.0,
+        description="largest zoom; the scale is drawn log-uniformly from 1/zoom to zoom; 1 turns it off; not with rotate=d4",
     )
     shift: Annotated[float, Field(ge=0.0, le=0.5)] = Field(
-        0.0, description="largest shift along each axis, as a fraction of the width"
+        0.0, description="largest shift along each axis, as a fraction of the image width; not with rotate=d4"
     )
-    brightness: Fraction = Field(0.0, description="brightness factor drawn from 1 - b to 1 + b, equal for all channels")
-    noise: Fraction = Field(0.0, description="largest standard deviation of added Gaussian noise, as a fraction of full scale")
+    brightness: Fraction = Field(
+        0.0, description="largest change b of the brightness: all channels are multiplied by one factor between 1 - b and 1 + b"
+    )
+    noise: Fraction = Field(
+        0.0, description="largest standard deviation of added Gaussian noise, as a fraction of the full range of pixel values"
+    )
 
 
 class DataConfig(Section):
     """Data set and data loading."""
 
-    dataset: str = Field("galaxy10_decals", description="name of the data set under the data root", min_length=1)
-    variant: Variant = Field("original", description="which frozen data set of the survey")
-    conflicting: Literal["keep", "drop"] = Field("keep", description="training galaxies that stand in the source with two labels")
-    manifest: Location | None = Field(
-        None, description="manifest.json to use instead of the data root's: a file, or s3://, gs://, https://, hf:// or file://"
+    dataset: str = Field("galaxy10_decals", description="name of the data set in the data root", min_length=1)
+    variant: Variant = Field("original", description="variant of the survey: all galaxies, or equal numbers of each class")
+    conflicting: Literal["keep", "drop"] = Field(
+        "keep", description="training galaxies that the survey lists twice with different labels: keep or drop them"
     )
-    dir: Path | None = run_field(None, "data root (else GALAXYDIST_DATA, else the user cache folder)")
-    image_size: Annotated[int, Field(ge=16, le=1024)] = Field(256, description="pixels of the square image that the model sees")
+    manifest: Location | None = Field(
+        None,
+        description="manifest.json of shards outside the data root: a path, or a URL with s3://, gs://, https://, hf:// or "
+        "file://",
+    )
+    dir: Path | None = run_field(None, "data root (default: $GALAXYDIST_DATA, then the user's cache folder)")
+    image_size: Annotated[int, Field(ge=16, le=1024)] = Field(
+        256, description="width and height of the model's input in pixels; stored images are resized to it"
+    )
     crop: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="central fraction of the stored width that is kept (train and evaluation)"
+        1.0, description="central fraction of the stored width that is kept, in training and evaluation"
     )
     balance: Literal["none", "resample"] = Field(
         "none",
-        description="resample: draw training galaxies evenly over the classes (labels are held in memory and shards read in no "
-        "sequence, so keep them on a local disk or in a cache that holds them all)",
+        description="resample: draw training galaxies evenly from the classes; shards are then read in random order: keep "
+        "them on a local disk or in a cache that holds all of them",
     )
     num_streams: Count = Field(
         192,
-        description="canonical streams of the order, fixed for a run whatever its processes; on many nodes a multiple of their "
-        "number lets each shard be fetched by one node (galaxydist bench order)",
+        description="parallel streams that make up the order of an epoch; independent of the number of processes; on many nodes, "
+        "a multiple of the number of nodes lets each shard be fetched by one node only",
     )
     on_error: Literal["raise", "skip"] = run_field(
-        "raise", "a training image that cannot be read: stop, or give it weight 0 (evaluation always stops)"
+        "raise", "training image that cannot be read: raise stops the run, skip gives it weight 0 (evaluation always stops)"
     )
     max_errors: Annotated[int, Field(ge=0)] = run_field(
-        100, "with on_error=skip, stop once more galaxies than this cannot be read, over the whole run"
+        100, "with on_error=skip: stop the run if more galaxies than this cannot be read"
     )
     augment: AugmentConfig = AugmentConfig()
-    threads: Annotated[int, Field(ge=0)] = run_field(0, "decoding threads of each process (0: from its cores)")
-    prefetch: Count = run_field(4, "batches decoded ahead")
+    threads: Annotated[int, Field(ge=0)] = run_field(0, "decoding threads of each process; 0: from the number of its cores")
+    prefetch: Count = run_field(4, "batches that are decoded in advance; more smooth out a slow disk and use more memory")
     cache_dir: Path | None = run_field(
-        None, "where shards of a URL are kept, on a disk of the node (else the folder cache of the data root)"
+        None, "cache of remote shards, on a local disk of each node (default: the folder cache in the data root)"
     )
-    cache_size: Positive = run_field(100.0, "GB that this folder may take; what was not used for the longest time goes first")
-    fetch_threads: Count = run_field(8, "shards that each process fetches at the same time")
+    cache_size: Positive = run_field(100.0, "size limit of the cache in GB; the least recently used shards are removed first")
+    fetch_threads: Count = run_field(8, "shards that each process downloads at the same time")
 
 
 class ModelConfig(Section):
@@ -114,144 +128,186 @@ class ModelConfig(Section):
 
     name: ModelName = Field(..., description="architecture")
     size: Literal["small", "base"] = Field("small", description="vit and vit_scratch: ViT-S/16 or ViT-B/16")
-    pretrained: bool = Field(False, description="start from timm's published weights")
-    weights: Path | None = Field(None, description="start from a local safetensors file")
-    freeze_backbone: bool = Field(False, description="train the head alone; the rest stays in evaluation mode")
-    drop_rate: Fraction = Field(0.0, description="dropout before the head")
-    drop_path_rate: Fraction = Field(0.0, description="stochastic depth")
+    pretrained: bool = Field(False, description="start from timm's published weights (`galaxydist weights fetch` downloads them)")
+    weights: Path | None = Field(
+        None, description="start from this local safetensors file (`galaxydist weights save` writes one)"
+    )
+    freeze_backbone: bool = Field(False, description="train the head only; the backbone stays in evaluation mode")
+    drop_rate: Fraction = Field(0.0, description="dropout rate before the head")
+    drop_path_rate: Fraction = Field(
+        0.0, description="stochastic depth: rate of the last residual block, growing linearly from 0"
+    )
     width: Annotated[int, Field(ge=4, le=512)] = Field(
-        32, description="custom_cnn, d4_cnn: channels of the first stage (d4_cnn: fields times their 8 orientations)"
+        32,
+        description="custom_cnn and d4_cnn: channels of the first stage; for d4_cnn a multiple of its 8 orientations",
     )
     norm: Literal["batch", "group"] = Field(
-        "batch", description="custom_cnn: batch normalisation, or group normalisation, which looks at one image at a time"
+        "batch",
+        description="custom_cnn: batch or group normalisation; group makes the logits of an image independent of the batch",
     )
 
 
 class OptimConfig(Section):
     """Optimizer and learning-rate schedule (a function of the step alone)."""
 
-    name: str = Field("adamw", description="adamw, sgd (Nesterov), or any other that timm's factory knows", min_length=1)
-    lr: Positive = Field(1e-3, description="peak learning rate")
-    weight_decay: NonNegative = Field(0.05, description="not applied to biases and normalisation")
-    momentum: Fraction = Field(0.9, description="sgd: momentum; adamw and its like: decay of the first moment")
-    beta2: Fraction = Field(0.999, description="adamw and its like: decay of the second moment")
+    name: str = Field(
+        "adamw", description="optimizer: adamw, sgd (with Nesterov momentum), lamb, lion, muon or adan", min_length=1
+    )
+    lr: Positive = Field(1e-3, description="peak learning rate; scale it if you change train.batch_size")
+    weight_decay: NonNegative = Field(
+        0.05, description="weight decay of convolutions and matrices; not of biases and normalisation"
+    )
+    momentum: Fraction = Field(
+        0.9, description="momentum of sgd and muon; decay of the first moment of the other optimizers (beta1)"
+    )
+    beta2: Fraction = Field(0.999, description="decay of the second moment of all optimizers but sgd")
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="the rate of each layer is this times that of the next one towards the head (1: all alike)"
+        1.0,
+        description="factor of the learning rate from each layer to the one before it, for fine-tuning; 1: the same rate for all",
     )
-    fused: Literal["auto", "on", "off"] = run_field("auto", "torch's fused kernels; auto: on a GPU, where the optimizer has them")
-    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
-    warmup: Fraction = Field(0.05, description="share of all steps over which the rate rises from 0 to lr")
+    fused: Literal["auto", "on", "off"] = run_field("auto", "torch's fused kernels of adamw and sgd; auto: on a GPU")
+    schedule: Literal["cosine", "linear", "step", "constant"] = Field(
+        "cosine", description="learning-rate schedule after the warm-up"
+    )
+    warmup: Fraction = Field(0.05, description="fraction of all steps in which the learning rate rises linearly from 0 to lr")
     final: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.01, description="cosine, linear: rate at the end, as a fraction of lr"
+        0.01, description="schedule=cosine and linear: learning rate at the end, as a fraction of lr"
     )
-    milestones: tuple[Fraction, ...] = Field((0.5, 0.75), description="step: shares of all steps at which the rate falls")
-    gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.1, description="step: what it is multiplied by there")
+    milestones: tuple[Fraction, ...] = Field(
+        (0.5, 0.75), description="schedule=step: fractions of all steps at which the learning rate is multiplied by gamma"
+    )
+    gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.1, description="schedule=step: factor at each milestone")
 
 
 class TrainConfig(Section):
     """The training loop."""
 
     epochs: Count = Field(30, description="passes over the training split")
-    batch_size: Count = Field(192, description="global batch: galaxies in one optimizer step, over all processes")
+    batch_size: Count = Field(192, description="global batch size: galaxies of one optimizer step, over all processes")
     micro_batch: Literal["auto"] | Annotated[int, Field(ge=0)] = run_field(
         "auto",
-        "galaxies in one forward pass of one process (auto: the most that fit the GPU's memory, on a CPU half a minute's work; "
-        "0: its whole share of the batch); "
-        "smaller values accumulate gradients",
+        "galaxies in one forward pass of one process; smaller values accumulate gradients and save memory; auto: the most that "
+        "fit into GPU memory (on a CPU, some 30 s of work); 0: the process's whole share of the batch",
     )
     precision: Literal["auto", "no", "bf16", "fp16", "fp64"] = Field(
-        "auto", description="auto: bf16 or fp16 by the GPU, fp32 on CPU; fp64: everything in double precision, to compare runs"
+        "auto",
+        description="mixed precision; auto: bf16 or fp16, as the GPU supports it, and float32 on a CPU; no: float32; fp64: all "
+        "in double precision, to compare runs",
     )
-    tf32: bool = Field(True, description="matrix products of float32 on a GPU by TensorFloat-32")
-    channels_last: bool = run_field(False, "images as B H W C in memory: often faster for convolutions")
-    compile: bool = run_field(False, "torch.compile the model: slower to start, then often faster")
+    tf32: bool = Field(True, description="use TensorFloat-32 for float32 products on a GPU: faster, with 10 bits of mantissa")
+    channels_last: bool = run_field(False, "store images as B H W C in memory: often faster for convolutions on a GPU")
+    compile: bool = run_field(False, "compile the model with torch.compile: slower to start, often faster afterwards")
     gradient_checkpointing: bool = run_field(
-        False, "compute activations again instead of keeping them: less memory, a third slower"
+        False, "compute activations again in the backward pass instead of storing them: less memory, about a third slower"
     )
-    sync_batchnorm: bool = Field(False, description="batch normalisation over the micro-batches of all processes together")
+    sync_batchnorm: bool = Field(
+        False, description="batch-norm statistics over the micro-batches of all processes; for few images in each process"
+    )
     threads: Annotated[int, Field(ge=0)] = run_field(
-        0, "processor threads of each process (0: from its cores; a run that is continued keeps its number)"
+        0, "CPU threads of torch in each process; 0: from the number of its cores (a continued run keeps its number)"
     )
-    strategy: Literal["ddp", "fsdp"] = run_field("ddp", "a whole model on each process (ddp), or each holds a part (fsdp)")
-    label_smoothing: Fraction = 0.0
-    mixup: NonNegative = Field(0.0, description="mix pairs of images: factor from Beta(a, a) (0: off)")
-    cutmix: NonNegative = Field(0.0, description="paste a box of one image into another: area from Beta(a, a) (0: off)")
-    mix_prob: Annotated[float, Field(ge=0.0, le=1.0)] = Field(1.0, description="share of the pairs that mixup or cutmix changes")
-    mix_switch: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.5, description="share of cutmix where both are on")
-    class_weights: Literal["none", "balanced"] = Field("none", description="balanced: N / (K N_k) in the loss")
-    clip_norm: NonNegative = Field(1.0, description="gradient clipping by global norm (0: off)")
-    clip_value: NonNegative = Field(0.0, description="gradient clipping of each element (0: off; needs clip_norm=0)")
-    ema: Fraction = Field(0.0, description="decay a step of the moving average of the weights (0: off), ramped up at the start")
+    strategy: Literal["ddp", "fsdp"] = run_field(
+        "ddp", "ddp: each process holds the whole model; fsdp: model and optimizer are sharded, for models too large for one GPU"
+    )
+    label_smoothing: Fraction = Field(
+        0.0, description="label smoothing: this share of the target is spread evenly over all classes"
+    )
+    mixup: NonNegative = Field(
+        0.0, description="mixup of image pairs: alpha of the Beta distribution of the mixing factor; 0 turns it off"
+    )
+    cutmix: NonNegative = Field(
+        0.0, description="cutmix of image pairs: alpha of the Beta distribution of the pasted area; 0 turns it off"
+    )
+    mix_prob: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        1.0, description="fraction of pairs to which mixup or cutmix applies"
+    )
+    mix_switch: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.5, description="fraction of cutmix if mixup and cutmix are both on"
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="class weights in the loss; balanced: N / (K N_k) for class k, with N galaxies and K classes"
+    )
+    clip_norm: NonNegative = Field(1.0, description="largest global norm of the gradient; 0 turns clipping by norm off")
+    clip_value: NonNegative = Field(
+        0.0, description="largest absolute value of each gradient element; 0 turns it off; needs clip_norm=0"
+    )
+    ema: Fraction = Field(
+        0.0, description="decay per step of the moving average of the weights, ramped up at the start; 0 turns it off"
+    )
     patience: Annotated[int, Field(ge=0)] = Field(
-        0, description="stop after this many validations without a better one (0: never)"
+        0, description="early stopping: validations without improvement before training stops; 0 turns it off"
     )
     metric: Literal["accuracy", "balanced_accuracy", "loss"] = Field(
-        "accuracy", description="validation metric that chooses the best checkpoint and stops early"
+        "accuracy", description="validation metric for the best checkpoint and early stopping"
     )
     on_nonfinite: Literal["stop", "skip"] = run_field(
-        "stop", "a step whose loss or gradient is not finite: stop, or leave it out"
+        "stop", "step with a non-finite loss or gradient: stop ends the run, skip leaves the step out"
     )
-    max_nonfinite: Annotated[int, Field(ge=0)] = run_field(10, "with on_nonfinite=skip, stop after more such steps than this")
+    max_nonfinite: Annotated[int, Field(ge=0)] = run_field(10, "with on_nonfinite=skip: stop after more such steps than this")
     spike_threshold: NonNegative = run_field(
-        8.0, "warn of a loss so many robust standard deviations above the median of the last 200 steps (0: never)"
+        8.0, "warn of a loss this many robust standard deviations above the median of the last 200 steps; 0 turns it off"
     )
     log_every: Count = run_field(20, "steps between lines of metrics.jsonl")
     save_every: Count = run_field(1, "epochs between checkpoints")
-    save_steps: Annotated[int, Field(ge=0)] = run_field(0, "also save every so many steps (0: not)")
-    save_minutes: NonNegative = run_field(0.0, "also save when the last save is so long ago (0: not)")
-    async_save: bool = run_field(True, "write checkpoints beside the training, from a copy in memory")
+    save_steps: Annotated[int, Field(ge=0)] = run_field(0, "steps between additional checkpoints; 0: none")
+    save_minutes: NonNegative = run_field(0.0, "minutes between additional checkpoints; 0: none")
+    async_save: bool = run_field(True, "write checkpoints in the background, from a copy in memory")
     hang_timeout: NonNegative = run_field(
-        1800.0, "seconds without a step after which the processes that are behind are named and the run ends (0: never)"
+        1800.0, "seconds without a step after which the run ends and names the processes that are behind; 0 turns it off"
     )
-    profile: str | None = run_field(None, "steps to trace with torch's profiler, such as 10-20; the trace lies in the run folder")
+    profile: str | None = run_field(None, "steps to trace with torch's profiler, such as 10-20; the trace is in the run folder")
 
 
 class EvalConfig(Section):
     """Evaluation during and after training."""
 
     batch_size: Count = Field(
-        64, description="galaxies of one evaluation batch; a result field, since logits change in the last bits"
+        64, description="galaxies of one evaluation batch; a result key, because it changes the last bits of the logits"
     )
     every: Count = Field(1, description="epochs between validations")
-    checkpoint: Literal["best", "last"] = Field("best", description="which checkpoint is judged on the test split")
-    tta: Literal["none", "d4"] = Field("none", description="d4: mean probability over the eight flips and quarter turns")
-    figures: bool = run_field(
-        True, "draw the evaluation at a run's end; false saves seconds, and `galaxydist evaluate` draws later"
+    checkpoint: Literal["best", "last"] = Field("best", description="checkpoint that is evaluated on the test split")
+    tta: Literal["none", "d4"] = Field(
+        "none", description="test-time augmentation; d4: mean probability over the eight flips and quarter turns"
     )
+    figures: bool = run_field(True, "draw figures at the end of a run; `galaxydist evaluate` can draw them later")
     variants: tuple[Variant, ...] = run_field(
-        (), "data sets of the survey on whose test splits the run is judged at its end (on its own it always is)"
+        (), "variants of the survey on whose test splits the finished run is evaluated, in addition to its own"
     )
 
 
 class TrackerConfig(Section):
     """Experiment tracker, in addition to metrics.jsonl."""
 
-    name: Literal["none", "wandb"] = run_field("none", "tracker")
-    mode: Literal["auto", "online", "offline"] = run_field("auto", "auto: online with a key and a network, else offline")
+    name: Literal["none", "wandb"] = run_field("none", "experiment tracker")
+    mode: Literal["auto", "online", "offline"] = run_field(
+        "auto", "auto: online if there is an API key and a network, else offline"
+    )
     project: str = run_field("galaxydist", "wandb project", min_length=1)
-    entity: str | None = run_field(None, "wandb team or user")
+    entity: str | None = run_field(None, "wandb team or user (default: wandb's own)")
     tags: tuple[str, ...] = run_field((), "wandb tags")
 
 
 class RunConfig(Section):
     """The run folder."""
 
-    dir: Path | None = run_field(None, "run folder (else runs/<recipe>-<8 hex of the result fields>)")
-    root: Path = run_field(Path("runs"), "folder of the run folders")
+    dir: Path | None = run_field(None, "run folder (default: RECIPE-HASH in run.root, with a hash of the result keys)")
+    root: Path = run_field(Path("runs"), "folder that contains the run folders")
 
 
 class ResumeConfig(Section):
     """Changes that a continued run may make."""
 
-    force: tuple[str, ...] = run_field((), "result keys that may differ from the run folder's")
+    force: tuple[str, ...] = run_field((), "result keys that may differ from those of the continued run; the change is recorded")
 
 
 class Recipe(Section):
     """All settings of one run; read-only: values that are determined during the run are not stored here."""
 
-    name: str = Field(..., description="recipe name: the file's, with that of its folder in recipes/", min_length=1)
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of every random choice")
-    order_version: Literal[1] = Field(1, description="version of order and chance; old runs keep theirs")
+    name: str = Field(
+        ..., description="name of the recipe, from its file and its folder inside recipes/; cannot be set", min_length=1
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of all random choices")
+    order_version: Literal[1] = Field(1, description="version of the sample order and the random numbers; old runs keep theirs")
     data: DataConfig = DataConfig()
     model: ModelConfig
     optim: OptimConfig = OptimConfig()

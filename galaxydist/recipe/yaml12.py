@@ -1,17 +1,14 @@
 """Reader of YAML 1.2 configuration files: plain values, their line numbers, and problems of the file."""
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from yaml.composer import Composer
-from yaml.parser import Parser
-from yaml.reader import Reader
-from yaml.resolver import BaseResolver
-from yaml.scanner import Scanner
 
+from galaxydist.errors import first_line
 from galaxydist.recipe.scalars import BOOL, FLOAT, INT, NULL, read_float, read_int
 
 _TAG = "tag:yaml.org,2002:"
@@ -34,16 +31,14 @@ class Document:
     problems: list[tuple[int, str]] = field(default_factory=list)
 
 
-class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
-    """PyYAML up to the node graph, with YAML 1.2's core schema instead of PyYAML's YAML 1.1 types."""
+class _Loader(yaml.BaseLoader):
+    """PyYAML's loader, used up to the node graph, with YAML 1.2's core schema instead of YAML 1.1's types.
 
-    def __init__(self, stream: str, noun: str) -> None:
-        self.noun = noun
-        Reader.__init__(self, stream)
-        Scanner.__init__(self)
-        Parser.__init__(self)
-        Composer.__init__(self)
-        BaseResolver.__init__(self)
+    Two libraries were tried instead: ruamel.yaml reads ``1_000``, ``0b11`` and dates as YAML 1.1 does; yamlcore replaces only
+    the four resolvers below, whose patterns are needed for ``key=value`` too.
+    """
+
+    noun: str
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # short files need no aliases, and an alias may contain itself
@@ -51,24 +46,19 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
             raise yaml.composer.ComposerError(None, None, f"aliases (*name) are not used in {self.noun}s", mark)
         return super().compose_node(parent, index)
 
-    def resolve(self, kind: type, value: Any, implicit: Any) -> str:
-        if kind is yaml.MappingNode:
-            return f"{_TAG}map"
-        if kind is yaml.SequenceNode:
-            return f"{_TAG}seq"
-        if not implicit[0]:
-            return f"{_TAG}str"
-        if value == "" or NULL.fullmatch(value):
-            return f"{_TAG}null"
-        for name, pattern in (("bool", BOOL), ("int", INT), ("float", FLOAT)):
-            if pattern.fullmatch(value):
-                return f"{_TAG}{name}"
-        return f"{_TAG}str"
+
+for _name, _pattern in (
+    ("null", rf"(?:{NULL.pattern})?"),
+    ("bool", BOOL.pattern),
+    ("int", INT.pattern),
+    ("float", FLOAT.pattern),
+):
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), None)
 
 
 @dataclass(frozen=True)
-class _Form:
-    """Kind of the file, and allowed syntax in addition to nested mappings of plain values (see ``read_document``)."""
+class _Syntax:
+    """Kind of the file, and syntax that it allows in addition to nested mappings of plain values (see ``read_document``)."""
 
     noun: str
     is_dotted: bool = False
@@ -95,10 +85,11 @@ def read_document(
     Raises:
         OSError: the file cannot be read.
     """
-    document, form = Document(), _Form(noun, is_dotted, frozenset(lists))
+    document, syntax = Document(), _Syntax(noun, is_dotted, frozenset(lists))
     raw = path.read_bytes()
     try:
-        loader = _Loader(raw.decode("utf-8"), noun)
+        loader = _Loader(raw.decode("utf-8"))
+        loader.noun = noun
         root = loader.get_single_node()
     except UnicodeDecodeError as error:
         document.problems.append((raw.count(b"\n", 0, error.start) + 1, "is not UTF-8 text"))
@@ -106,49 +97,49 @@ def read_document(
         mark = error.problem_mark or error.context_mark
         document.problems.append((mark.line + 1 if mark else 0, f"cannot be read as YAML: {error.problem or error.context}"))
     except yaml.YAMLError as error:
-        document.problems.append((0, f"cannot be read as YAML: {str(error).splitlines()[0]}"))
+        document.problems.append((0, f"cannot be read as YAML: {first_line(error)}"))
     except RecursionError:
         document.problems.append((0, "is nested too deeply"))
     else:
         if isinstance(root, yaml.MappingNode):
-            _flatten(root, "", document, form)
+            _flatten(root, "", document, syntax)
         elif root is not None and root.tag != f"{_TAG}null":
             document.problems.append((root.start_mark.line + 1, f"must be a mapping of keys to values, like '{example}'"))
     return document
 
 
-def _flatten(mapping: yaml.MappingNode, prefix: str, document: Document, form: _Form) -> None:
+def _flatten(mapping: yaml.MappingNode, prefix: str, document: Document, syntax: _Syntax) -> None:
     for key_node, value_node in mapping.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != f"{_TAG}str":
             document.problems.append((line, f"the key {getattr(key_node, 'value', '')!r} must be text"))
             continue
-        if "." in key_node.value and not form.is_dotted:
+        if "." in key_node.value and not syntax.is_dotted:
             document.problems.append((line, f"the key {key_node.value!r} has a dot: write sections as nested mappings"))
             continue
         key = prefix + key_node.value
         if key in document.lines:
-            document.problems.append((line, f"{key} stands here again, first on line {document.lines[key]}: keep one"))
+            document.problems.append((line, f"{key} is set again here, first on line {document.lines[key]}: keep one"))
             continue
         document.lines[key] = line
         if isinstance(value_node, yaml.MappingNode):
-            _flatten(value_node, f"{key}.", document, form)
+            _flatten(value_node, f"{key}.", document, syntax)
             continue
-        if key in form.lists and isinstance(value_node, yaml.SequenceNode):
-            _read_entries(value_node, key, document, form)
+        if key in syntax.lists and isinstance(value_node, yaml.SequenceNode):
+            _read_entries(value_node, key, document, syntax)
             continue
         try:
-            document.values[key] = _plain(value_node, form.noun)
+            document.values[key] = _plain(value_node, syntax.noun)
         except ValueError as error:
             document.problems.append((value_node.start_mark.line + 1, f"{key}: {error}"))
 
 
-def _read_entries(sequence: yaml.SequenceNode, key: str, document: Document, form: _Form) -> None:
+def _read_entries(sequence: yaml.SequenceNode, key: str, document: Document, syntax: _Syntax) -> None:
     document.entries[key] = []
     for node in sequence.value:
         entry = Document(problems=document.problems)
         if isinstance(node, yaml.MappingNode):
-            _flatten(node, "", entry, _Form(form.noun, form.is_dotted))
+            _flatten(node, "", entry, _Syntax(syntax.noun, syntax.is_dotted))
         else:
             text = f"{key}: each entry is a mapping of keys to values, like {{recipe: vit, seed: 1}}"
             document.problems.append((node.start_mark.line + 1, text))

@@ -18,7 +18,7 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation.predictions import predictions_path
 from galaxydist.evaluation.results_files import read_evaluation, stem_of
 from galaxydist.galaxy import VARIANTS, Variant
-from galaxydist.recipe.fields import recipe_fields
+from galaxydist.recipe.fields import RECIPE
 from galaxydist.report.published_results import TrainTest
 from galaxydist.runs.folder import RunFolder, StoredRecipe
 
@@ -311,7 +311,7 @@ def _split_result(folder: Path, content: Mapping[str, Any], tta: str) -> SplitRe
 
 def _settings(recipe: Mapping[str, Any]) -> str:
     """Return a hash of the recipe keys that affect results, except those in ``FREE_KEYS``."""
-    ignored = FREE_KEYS | {key for key, field in recipe_fields().items() if field.kind == "run"}
+    ignored = FREE_KEYS | {key for key, field in RECIPE.fields.items() if field.kind == "run"}
     kept = {key: value for key, value in recipe.items() if key not in ignored}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from galaxydist.recipe.fields import recipe_fields
+from galaxydist.recipe.fields import RECIPE
 from galaxydist.report.collect import DatasetResults, ReportData
 from galaxydist.report.finished_runs import FREE_KEYS, SCORES, Score
 from galaxydist.report.matrix import NOT_RUN, Cell, Row, Table, holm_adjusted
@@ -216,7 +216,7 @@ def ensemble_rows(found: DatasetResults) -> Rows:
 
 def settings_of(found: DatasetResults) -> dict[str, str]:
     """Return label -> the recipe keys with their values that distinguish rows of the same model and recipe."""
-    shown = {key for key, field in recipe_fields().items() if field.kind == "result"} - FREE_KEYS
+    shown = {key for key, field in RECIPE.fields.items() if field.kind == "result"} - FREE_KEYS
     groups: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
     for row in found.table.rows:
         if row.settings and (runs := found.runs_of(row)):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from galaxydist.atomic_files import disk_error, remove_stale
-from galaxydist.errors import UserError
+from galaxydist.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -220,5 +220,5 @@ def _download_through_astronn(in_cache: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = first_line(error)
     return "its SHA-256 is not the official file's" if isinstance(error, ValueError) and "hash" in text.lower() else text

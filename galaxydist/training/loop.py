@@ -165,7 +165,7 @@ class TrainLoop:
         elif warning := self.state.spikes.update(agreed.step, agreed.sums.loss):
             logger.warning("%s", warning)
         counters = {**self.state.skipped.metrics(), **self.state.nonfinite.metrics()}
-        self.journal.step_done(agreed, self.update.rate.at(agreed.step), counters)
+        self.journal.step_done(agreed, self.update.rate(agreed.step), counters)
 
     def _end_epoch(self) -> None:
         """Validate and save where it is due."""

@@ -14,6 +14,7 @@ from torch import nn
 from galaxydist.cpus import total_memory
 from galaxydist.distributed import World
 from galaxydist.errors import EveryRankError, OneRankFailedError
+from galaxydist.models.build import set_train_mode
 from galaxydist.recipe.schema import Recipe
 from galaxydist.training.throughput import activation_bytes, training_flops
 
@@ -319,7 +320,7 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
     free_memory(device)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            model.train()
+            set_train_mode(model)
             yield
     finally:
         for parameter, gradient in gradients:

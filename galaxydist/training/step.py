@@ -12,6 +12,7 @@ from galaxydist.counter_rng import Stream, hash64
 from galaxydist.distributed import World
 from galaxydist.loading.augment import Augment
 from galaxydist.loading.loader import Batch
+from galaxydist.models.build import set_train_mode
 from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.training.batch_norm import ALL_STATISTICS
@@ -94,7 +95,7 @@ class TrainStep:
             StepAbandoned: on all ranks; nothing has changed.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        self.strategy.model.train()
+        set_train_mode(self.strategy.model)
         self.statistics.keep(is_needed=self.skips_nonfinite or not self.gates.is_open)
         try:
             with self.timer.part("forward_backward"), self.gates.step() as pass_gate:
@@ -104,7 +105,7 @@ class TrainStep:
             self.statistics.put_back()
             raise
         with self.timer.part("optimizer"):
-            set_learning_rate(self.optimizer, self.rate.at(step))
+            set_learning_rate(self.optimizer, self.rate(step))
             is_finite = self._move() & sums[0].isfinite()
             self.statistics.put_back(where=~is_finite)
             if self.strategy.ema is not None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from galaxydist.distributed import World
+from galaxydist.errors import first_line
 from galaxydist.recipe.identity import to_dict
 from galaxydist.recipe.schema import Recipe, TrackerConfig
 from galaxydist.runs.folder import RunFolder
@@ -253,7 +254,7 @@ class RunTracker:
         LOG.warning(
             "the tracker failed (%s). metrics.jsonl has every number; what the tracker lacks is sent to it when the same command "
             "is given again",
-            (str(error).splitlines() or [type(error).__name__])[0],
+            first_line(error),
         )
         self._sink.abandon()
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from galaxydist.checkpoints import store
 from galaxydist.distributed import World, init_distributed, keep_threads, set_flight_recorder, shutdown_distributed
-from galaxydist.errors import EveryRankError, NonfiniteError, OneRankFailedError, UserError
+from galaxydist.errors import EveryRankError, NonfiniteError, OneRankFailedError, UserError, first_line
 from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
 from galaxydist.evaluation.inference import evaluate_split
 from galaxydist.evaluation.leakage import check_before_training
@@ -47,7 +47,7 @@ from galaxydist.models.performance import (
 from galaxydist.paths import data_root, weights_dir
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.resolve import ResolvedRecipe
-from galaxydist.recipe.rules import check_strategy, check_world
+from galaxydist.recipe.rules import check_optimizer, check_strategy, check_world
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock
@@ -65,7 +65,7 @@ from galaxydist.training.loss import WeightedCrossEntropy, class_weights
 from galaxydist.training.metric_logger import MetricLogger, RunLength
 from galaxydist.training.micro_batch import choose_micro_batch, explained_out_of_memory, is_out_of_memory
 from galaxydist.training.mixup import Mixup, count_pair_parts, split_pairs, take
-from galaxydist.training.optimizer import LRSchedule, build_optimizer, find_optimizer
+from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
 from galaxydist.training.resume import EarlyStopping, OpenedFolder, open_run_folder
 from galaxydist.training.state import TrainState
@@ -109,7 +109,7 @@ def check_parts(recipe: Recipe, world: World) -> None:
     Raises:
         EveryRankError: on every rank the same.
     """
-    find_optimizer(recipe.optim.name)
+    check_optimizer(recipe.optim.name)
     check_strategy(recipe.train, world.precision)
     if Mixup(recipe.train, recipe.seed, recipe.data.image_size).is_on:
         check_world(recipe.train.batch_size, world.size)
@@ -440,10 +440,10 @@ class Trainer:
 
     def _judge(self, folder: RunFolder, manifest: Manifest) -> dict[str, Any] | None:
         """The evaluation on the run's own test split; those of eval.variants are written beside it."""
-        judge = Evaluator(self.world, folder, self.recipe, find_trained=lambda _: manifest)
-        metrics = judge.judge(manifest, "test")
+        evaluator = Evaluator(self.world, folder, self.recipe, find_training_shards=lambda _: manifest)
+        metrics = evaluator.evaluate(manifest, "test")
         for other in self._others:
-            judge.judge(other, "test")
+            evaluator.evaluate(other, "test")
         return metrics
 
     def _open_others(self, manifest: Manifest) -> list[Manifest]:
@@ -462,7 +462,7 @@ class Trainer:
         kind: FailureKind = "nonfinite" if isinstance(error, NonfiniteError) else "crash"
         if isinstance(error, UserError):
             kind = "bad_input"
-        text = (str(error).splitlines() or [type(error).__name__])[0]
+        text = first_line(error)
         with contextlib.suppress(OSError, UserError):  # the disk may be what failed
             folder.write_failure(kind, step, text, start=start_of(self.environ))
 

@@ -119,6 +119,12 @@ def test_a_class_without_training_galaxies_is_refused(tmp_path: Path, capsys: py
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_an_unknown_optimizer_is_refused_with_the_list(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(quick_settings(blobs, tmp_path / "run", optim__name="adopt"), capsys)
+    assert "optim.name=adopt: there is no such optimizer. There are adamw, sgd, lamb, lion, muon, adan." in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_fp16_without_a_gpu_is_refused(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(quick_settings(blobs, tmp_path / "run", train__precision="fp16"), capsys)
     assert "needs a GPU" in error and "train.precision=auto" in error

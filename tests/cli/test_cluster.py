@@ -8,7 +8,8 @@ import pytest
 from galaxydist.cli.main import main
 from galaxydist.cluster.partition_check import check_partition
 from galaxydist.cluster.profile import CLUSTERS, ClusterConfig, load_cluster
-from galaxydist.cluster.site import COMMANDS, SiteUnknownError, read_site
+from galaxydist.cluster.site import COMMANDS, read_site
+from galaxydist.cluster.slurm import SlurmUnavailableError
 
 RECORDS = Path(__file__).parents[1] / "data" / "slurm_records"
 
@@ -80,9 +81,9 @@ def test_show_one_resolved_with_origins(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["show", "mine", "cluster.ndoes=2"], "cluster.ndoes: no such key; did you mean cluster.nodes?"),
         (["show", "min"], "no such cluster profile; did you mean mine?"),
-        (["init", "a/b"], "is no name for a profile"),
-        (["init", "new.yaml"], "is no name for a profile"),
-        (["init", "mine"], "there is a slurm/clusters/mine.yaml already; take another name, or --overwrite"),
+        (["init", "a/b"], "is not a valid name of a profile"),
+        (["init", "new.yaml"], "is not a valid name of a profile"),
+        (["init", "mine"], "slurm/clusters/mine.yaml exists; choose another name, or --overwrite"),
     ],
 )
 def test_bad_input(arguments: list[str], text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,9 +120,9 @@ def test_init_makes_the_folder_and_serves_a_site_without_accounting(tmp_path: Pa
     [
         (
             {"without": "scontrol"},
-            "There is no SLURM on this machine (scontrol is not on the PATH). Give the command on a login node",
+            "There is no SLURM on this machine (scontrol is not on the PATH). Use a login node",
         ),
-        ({"failing": "sinfo"}, "`sinfo` said: slurm_load_partitions: Unable to contact slurm controller"),
+        ({"failing": "sinfo"}, "`sinfo` failed: slurm_load_partitions: Unable to contact slurm controller"),
     ],
 )
 def test_init_without_slurm_says_so_and_writes_nothing(
@@ -131,6 +132,6 @@ def test_init_without_slurm_says_so_and_writes_nothing(
     assert main(["cluster", "init", "new"]) == 2
     assert text in capsys.readouterr().err
     assert [path.name for path in (folder / "slurm" / "clusters").iterdir()] == ["mine.yaml"]
-    with pytest.raises(SiteUnknownError):
+    with pytest.raises(SlurmUnavailableError):
         read_site()
     check_partition(ClusterConfig(name="x", partition="any"))  # sbatch will say what is the matter

@@ -130,12 +130,12 @@ def test_images_that_are_lost_or_changed_are_said(tmp_path: Path, capsys: pytest
         "red/broken link.png cannot be read: No such file or directory, a broken link to /nowhere.png" in capsys.readouterr().err
     )
     assert command(tmp_path, *shard, "--max-errors", "5") == 2
-    assert "say --on-error skip as well" in capsys.readouterr().err
+    assert "add --on-error skip" in capsys.readouterr().err
     assert command(tmp_path, *shard, "--on-error", "skip") == 0
     out = capsys.readouterr().out
     folder = tmp_path / "shards" / "squares" / "original"
     assert f"left out as damaged: 1, listed in {folder / 'left_out.csv'}" in out
-    assert "25 .png are stored as JPEG of quality 95; --encoding png keeps every pixel as it is" in out
+    assert "25 .png are stored as JPEG of quality 95; --encoding png keeps every pixel" in out
     assert sum(split.num_samples for split in read_manifest(folder).splits.values()) == 24
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from galaxydist import __version__
 from galaxydist.cli import main as cli
+from galaxydist.version import __version__
 
 PROGRAM = [sys.executable, "-m", "galaxydist"]
 HEAVY = [
@@ -55,14 +55,15 @@ except SystemExit as end:
 heavy = [name for name in {HEAVY!r} if name in sys.modules]
 assert not heavy, heavy
 """
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(f"galaxydist --help: {seconds:.2f} s of a processor")  # aim: 0.5 s
-    assert done.returncode == 0, done.stderr
-    assert "usage: galaxydist" in done.stdout
-    assert seconds < 5
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        assert "usage: galaxydist" in done.stdout
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5, "of a processor, of three tries, since other programs may slow one down"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -172,16 +173,16 @@ def test_other_ends(
     def fail(_: object) -> None:
         raise error
 
-    monkeypatch.setattr("galaxydist.cli.recipes._list", lambda: fail(None))
+    monkeypatch.setattr("galaxydist.cli.recipes.print_files", fail)
     assert cli.main(["recipes"]) == code
     assert text in capsys.readouterr().err
 
 
 def test_our_own_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail(_: object) -> None:
         raise OSError(errno.EIO, "a disk that fails")
 
-    monkeypatch.setattr("galaxydist.cli.recipes._list", fail)
+    monkeypatch.setattr("galaxydist.cli.recipes.print_files", fail)
     with pytest.raises(OSError, match="a disk that fails"):
         cli.main(["recipes"])
 

@@ -60,10 +60,10 @@ def test_what_cannot_run_ends_with_2_and_one_message(tmp_path: Path, capsys: pyt
     ("flags", "text"),
     [
         (["--nodes", "0"], "less than 1"),
-        (["--img-s", "-5"], "not above 0"),
+        (["--img-s", "-5"], "not a number above 0"),
         (["--img-s", "fast"], "not a number"),
-        (["--gpu-memory", "nan"], "not above 0"),
-        (["--gpu-memory", "inf"], "not above 0"),
+        (["--gpu-memory", "nan"], "not a number above 0"),
+        (["--gpu-memory", "inf"], "not a number above 0"),
         (["--galaxies", "many"], "not a whole number"),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from galaxydist.cli.main import main
-from galaxydist.recipe.fields import recipe_fields
+from galaxydist.recipe.fields import RECIPE
 
 
 @pytest.fixture
@@ -37,11 +37,21 @@ def test_show_one_resolved_with_origins(capsys: pytest.CaptureFixture[str]) -> N
     assert out.startswith("# recipes/mine.yaml; run folder mine-")
     assert max(map(len, out.splitlines())) <= 100
     rows = {line[2:].split(" ", 1)[0]: line for line in out.splitlines()[2:] if " = " in line[:40]}
-    assert list(rows) == list(recipe_fields())
+    assert list(rows) == list(RECIPE.fields)
     assert rows["optim.lr"].startswith("* ") and "= 0.01 " in rows["optim.lr"] and "# (recipes/mine.yaml:5)" in rows["optim.lr"]
     assert "= 7 " in rows["train.epochs"] and "# (command line)" in rows["train.epochs"]
-    assert rows["seed"].startswith("  ") and "# seed of every random choice" in rows["seed"]
+    assert rows["seed"].startswith("  ") and "# seed of all random choices" in rows["seed"]
     assert "# [run] " in rows["tracker.name"] and "= null " in rows["run.dir"] and "= [] " in rows["tracker.tags"]
+
+
+def test_the_reference_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).resolve()
+    page = next(parent / "docs" / "recipe.md" for parent in page.parents if (parent / "docs").is_dir())
+    assert main(["recipes", "--markdown"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == page.read_text(), "docs/recipe.md is out of date; run: galaxydist recipes --markdown > docs/recipe.md"
+    assert "| `train.micro_batch` | auto or a whole number, at least 0 | `auto` | run |" in printed
+    assert main(["recipes", "--markdown", "vit"]) == 2
 
 
 @pytest.mark.usefixtures("folder")

@@ -190,14 +190,14 @@ def test_a_local_job_runs_and_is_cancelled(local_run: tuple[JobFiles, JobRecord]
         time.sleep(0.1)
     tasks = controller.children(recursive=True)
     assert main(["cancel", "local run's"]) == 0
-    assert f"local job {job.job_id} (runs/local run's): told to save and end" in capfd.readouterr().out
+    assert f"local job {job.job_id} (runs/local run's): got the signal to save and exit" in capfd.readouterr().out
     assert psutil.wait_procs([*tasks], timeout=120)[1] == []
     deadline = time.monotonic() + 300
     while running_jobs.find_controller(job) is not None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert main(["cancel", "local run's"]) == 0
-    assert "no job of it waits or runs" in capfd.readouterr().out
+    assert "it has no job that waits or runs" in capfd.readouterr().out
     assert main(["status"]) == 0
     assert "NEW" in capfd.readouterr().out
 
@@ -217,7 +217,7 @@ def test_cancel_says_why_it_cannot(run_files: JobFiles, capfd: pytest.CaptureFix
     assert "no SLURM on this machine" in capfd.readouterr().err
     (run_files.run_dir.parent / "empty").mkdir()
     assert main(["cancel", "empty"]) == 2
-    assert "holds no runs" in capfd.readouterr().err
+    assert "contains no runs" in capfd.readouterr().err
 
 
 def test_several_jobs_are_not_ended_unasked(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

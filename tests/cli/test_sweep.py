@@ -44,13 +44,13 @@ def test_a_dry_run_shows_the_trials_and_writes_nothing(sweep: Path, tmp_path: Pa
         ["seed=0", "new", "submit"],
         ["seed=1", "new", "submit"],
     ]
-    assert "2 trials: 2 to submit (2 new)" in shown.out
+    assert "2 runs: 2 to submit (2 new)" in shown.out
     assert "no batch script: 1 at the same time" in shown.out
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slurm
-@pytest.mark.usefixtures("slurm_bed")
+@pytest.mark.usefixtures("mini_cluster")
 def test_the_batch_script_of_a_slurm_cluster(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ("partition=low", "nodes=1", "tasks_per_node=1", "cpus_per_task=1", "memory=1", "parallel=1")
     assert main(["sweep", str(sweep), "cluster=cpu", *(f"cluster.{word}" for word in small), "--dry-run"]) == 0
@@ -63,10 +63,10 @@ def test_the_batch_script_of_a_slurm_cluster(sweep: Path, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "2 trials would go to local, and nobody is there to ask: add --yes, or --dry-run"),
-        (["optim.lrr=1"], "optim.lrr: no such key; did you mean optim.lr? (all 2 trials)"),
-        (["data.manifest=/nowhere/manifest.json"], "(all 2 trials)"),
-        (["train.batch_size=100000"], "(all 2 trials)"),
+        ([], "2 runs would go to local, and stdin is no terminal: add --yes, or --dry-run"),
+        (["optim.lrr=1"], "optim.lrr: no such key; did you mean optim.lr? (all 2 runs)"),
+        (["data.manifest=/nowhere/manifest.json"], "(all 2 runs)"),
+        (["train.batch_size=100000"], "(all 2 runs)"),
         (["cluster=none_such"], "cluster=none_such: no such cluster profile"),
     ],
 )
@@ -102,17 +102,17 @@ def test_a_sweep_on_this_machine_runs_once_and_again_what_was_cut_off(
     sweep.write_text(text)
     code, shown = command()
     runs = [RunFolder(path) for path in sorted((tmp_path / "runs").glob("custom_cnn-*"))]
-    assert code == 1 and len(runs) == 2 and "1 of 2 trials did not finish; their logs:" in shown
+    assert code == 1 and len(runs) == 2 and "1 of 2 runs did not finish; their logs:" in shown
     (good,) = [run for run in runs if run.is_finished]
     assert shown.count("started ") == 2 and shown.count(f"finished {good.path.name}") == 1 == shown.count("finished custom_cnn-")
     assert {run.path.name for run in runs} == {line.split()[1] for line in shown.splitlines() if line.startswith("started")}
     assert json.loads((good.evaluation_dir / "test.json").read_text())["count"] == 24
 
     code, shown = command()  # what failed would be the same again
-    assert code == 0 and "2 trials: 1 finished, 1 failed\n" in shown and "started" not in shown
+    assert code == 0 and "2 runs: 1 finished, 1 failed\n" in shown and "started" not in shown
 
     good.result_path.unlink()  # as if it had been killed before its end
     code, shown = command("train.log_every=1")
-    assert code == 0 and "2 trials: 1 failed, 1 to submit (1 ended)" in shown and shown.count("started ") == 1
+    assert code == 0 and "2 runs: 1 failed, 1 to submit (1 ended)" in shown and shown.count("started ") == 1
     assert good.is_finished and len(JobFiles(good.path).jobs()) == 2
     assert [len(JobFiles(run.path).jobs()) for run in runs if run.path != good.path] == [1]

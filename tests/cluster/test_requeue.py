@@ -39,7 +39,7 @@ def test_only_starts_without_progress_count(error: str | None) -> None:
     # The first of them saved step 7, so that it is none of the three.
     assert decide(STOPPED, idle(3), **POLICY)[0] == "requeue"
     decision, reason = decide(STOPPED, idle(4), **POLICY)
-    assert decision == "stop" and "4 starts in a row saved no new step" in reason
+    assert decision == "stop" and "4 consecutive starts saved no new step" in reason
     assert "cluster.max_requeues=3" in reason and "cluster.time" in reason
     # A step that only the metrics have seen will be done again.
     again = Ending(exit_code=1, is_finished=False, failure=None, step=9, saved=7)
@@ -91,8 +91,8 @@ def test_whoever_died_first_is_named_not_the_rank_that_lost_it() -> None:
 
 
 def test_a_job_that_slurm_ends_goes_on_and_says_why() -> None:
-    ending = Ending(0, False, None, 9, 7, ended_by_slurm="the time limit came before everything was saved")
-    assert decide(ending, [], **POLICY) == ("requeue", "the time limit came before everything was saved; step 7 is saved")
+    ending = Ending(0, False, None, 9, 7, ended_by_slurm="the time limit was reached before everything was saved")
+    assert decide(ending, [], **POLICY) == ("requeue", "the time limit was reached before everything was saved; step 7 is saved")
 
 
 def test_a_rank_that_ends_as_bad_input_ends_the_run_though_it_could_not_say_why() -> None:

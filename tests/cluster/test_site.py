@@ -26,8 +26,8 @@ from galaxydist.cluster.site import (
     find_preemption,
     parse_gpus,
     parse_site,
-    read_slurm_time_s,
 )
+from galaxydist.cluster.slurm import parse_duration
 from galaxydist.errors import UserError
 
 RECORDS = Path(__file__).parents[1] / "data" / "slurm_records"
@@ -122,7 +122,7 @@ def test_equal_nodes_are_one_group_and_lines_that_say_nothing_are_left_out() -> 
 
 @given(st.integers(1, 400 * 86_400))
 def test_times_go_round_as_slurm_prints_them(seconds: int) -> None:
-    assert read_slurm_time_s(time_text(seconds)) == seconds
+    assert parse_duration(time_text(seconds)) == seconds
 
 
 @given(st.dictionaries(st.sampled_from(sorted(COMMANDS)), st.text(max_size=200)))
@@ -146,23 +146,23 @@ def test_associations_of_other_clusters_are_not_ours() -> None:
         ({"gpus_per_node": 5}, "gpus_per_node=5: its nodes have at most 4"),
         ({"gpus_per_node": 3, "gpu_type": "v100"}, "gpus_per_node=3: its nodes have at most 2 of type v100"),
         ({"gpus_per_node": 1, "gpu_type": "h100"}, "gpu_type=h100: its nodes have a100, t4, v100"),
-        ({"gpus_per_node": 4, "gpu_type": "a100", "nodes": 3}, "nodes=3: a job may have 2 there"),
-        ({"gpus_per_node": 2, "gpu_type": "v100", "nodes": 2}, "nodes=2: it has 1 with all of the rest"),
+        ({"gpus_per_node": 4, "gpu_type": "a100", "nodes": 3}, "nodes=3: a job may have at most 2 there"),
+        ({"gpus_per_node": 2, "gpu_type": "v100", "nodes": 2}, "nodes=2: it has 1 that meet all other requests"),
         (
             {"gpus_per_node": 4, "cpus_per_task": 33},
-            "cpus_per_task=33: 4 processes need 132 CPUs of a node, and a job can have 128",
+            "cpus_per_task=33: 4 processes need 132 CPUs of a node, and a job can have at most 128",
         ),
-        ({"memory": 977.0}, "memory=977: a job can have 976.6 GB of a node there"),
+        ({"memory": 977.0}, "memory=977: a job can have at most 976.6 GB of a node there"),
         ({"gpus_per_node": 1, "constraint": "fast"}, "constraint=fast: its nodes have ib, old, rome"),
-        ({"time": 2881}, "time=2881: its longest is 2-00:00:00"),
-        ({"account": "none"}, "account=none: it is none of yours there; you have phys, astro, root"),
+        ({"time": 2881}, "time=2881: its limit is 2-00:00:00"),
+        ({"account": "none"}, "account=none: it is not one of your accounts there; you have phys, astro, root"),
         ({"account": "astro", "qos": "other"}, "qos=other: there is no such qos; there are normal, long, short"),
         ({"qos": "long"}, "qos=long: account root has normal"),
-        ({"account": "phys", "time": 61}, "time=61: the longest of qos short is 01:00:00"),
-        ({"partition": "closed"}, "it takes no jobs now (INACTIVE)"),
+        ({"account": "phys", "time": 61}, "time=61: the limit of qos short is 01:00:00"),
+        ({"partition": "closed"}, "it accepts no jobs now (INACTIVE)"),
         ({"partition": "private"}, "account=root: this partition is for astro"),
-        ({"partition": "private", "account": "astro"}, "qos=null, which is normal for you: this partition takes long"),
-        ({"partition": "debug", "memory": 0.0}, "memory=0: a job can have 62.5 GB"),
+        ({"partition": "private", "account": "astro"}, "qos=null, which means normal for you: this partition accepts long"),
+        ({"partition": "debug", "memory": 0.0}, "memory=0: a job can have at most 62.5 GB"),
         ({"partition": "cpu", "gpus_per_node": 1}, "gpus_per_node=1: its nodes have none"),
         ({"partition": "nope"}, "profbed has no partition nope; it has cpu, gpu, debug, closed, private"),
     ],
@@ -197,12 +197,12 @@ def test_what_a_partition_has_is_taken(asked: dict[str, object]) -> None:
 def test_all_that_is_missing_is_said_at_once_and_for_each_partition() -> None:
     text = refusal(recorded("typed"), partition="cpu,gpu", gpus_per_node=8, time=20_000)
     assert text.splitlines() == [
-        "Partition cpu cannot run what cluster=mine asks for:",
-        "  cluster.time=20000: its longest is 7-00:00:00",
+        "Partition cpu cannot run what cluster=mine requests:",
+        "  cluster.time=20000: its limit is 7-00:00:00",
         "  cluster.gpus_per_node=8: its nodes have none",
         "It has 3 nodes with no GPUs, 64 CPUs and 244 GB.",
-        "Partition gpu cannot run what cluster=mine asks for:",
-        "  cluster.time=20000: its longest is 2-00:00:00",
+        "Partition gpu cannot run what cluster=mine requests:",
+        "  cluster.time=20000: its limit is 2-00:00:00",
         "  cluster.gpus_per_node=8: its nodes have at most 4",
         "It has 2 nodes with 4 a100, 128 CPUs and 976 GB; 1 node with 2 v100 and 1 t4, 32 CPUs and 117 GB.",
     ]
@@ -213,7 +213,7 @@ def test_without_accounting_and_types_slurm_does_not_tell() -> None:
     takes(site, partition="batch", account="any", qos="any", gpus_per_node=2, gpu_type="a100", constraint="any")
     takes(site, partition="secret")
     assert "plain has no default partition; set cluster.partition, one of batch, short" in refusal(site)
-    assert "1 processes need 13 CPUs of a node, and a job can have 12 there" in refusal(site, partition="short", cpus_per_task=13)
+    assert "need 13 CPUs of a node, and a job can have at most 12 there" in refusal(site, partition="short", cpus_per_task=13)
     takes(Site({}, {}), partition="any")
     takes(Site({}, {"p": Partition("p")}), partition="p", gpus_per_node=8)
 
@@ -246,9 +246,9 @@ def test_a_profile_from_a_cluster_with_types(tmp_path: Path, partition: str | No
 def test_comments_of_a_profile_say_what_there_is() -> None:
     text = profile_text(recorded("typed"), "mine")
     for said in (
-        "# Partition gpu of profbed: what SLURM 22.05.8 says of it.",
+        "# Partition gpu of profbed, as SLURM 22.05.8 describes it.",
         "# account: root                 # your default; yours: phys, astro, root",
-        "# a job can have 2",
+        "# a job can have up to 2",
         "# there are a100, t4, v100",
         "# features of its nodes: ib, old, rome",
         "# Jobs of this partition are not preempted.",  # none has a higher tier
@@ -256,8 +256,8 @@ def test_comments_of_a_profile_say_what_there_is() -> None:
         assert said in text
     cpu = profile_text(recorded("typed"), "mine", "cpu")
     assert "# Preemption (partition_prio): REQUEUE, with 0 s between the signal and the end." in cpu
-    assert "too short to save in" not in text and "too short to save in" in profile_text(recorded("typed"), "mine", "cpu")
-    assert "it takes no jobs now (INACTIVE)" in profile_text(recorded("typed"), "mine", "closed")
+    assert "too short for a save" not in text and "too short for a save" in profile_text(recorded("typed"), "mine", "cpu")
+    assert "it accepts no jobs now (INACTIVE)" in profile_text(recorded("typed"), "mine", "closed")
     assert "# qos: normal                   # yours: normal\n" in text
 
 
@@ -268,7 +268,7 @@ def test_a_profile_from_a_plain_cluster(tmp_path: Path) -> None:
     assert (config.partition, config.gpus_per_node, config.gpu_request, config.gpu_type) == ("batch", 2, "gres", None)
     check_partition(config, site)
     assert "secret" not in text and "account" not in text and "Jobs of this partition are not preempted." in text
-    with pytest.raises(UserError, match="the partition allows 00:01:00: too short to train in"):
+    with pytest.raises(UserError, match="the partition allows 00:01:00: too short for training"):
         profile_text(site, "mine", "short")
 
 
@@ -289,7 +289,7 @@ def test_of_slices_of_gpus_a_job_takes_one(tmp_path: Path, gres: str, lines: lis
     )
     text = profile_text(site, "mine")
     assert [line for line in lines if f"\n{line} " in text] == lines
-    assert ("MIG slices, of which CUDA shows a process one alone" in text) == ("gpu:a100:1" not in gres)
+    assert ("MIG slices, of which CUDA shows a process only one" in text) == ("gpu:a100:1" not in gres)
     check_partition(loaded(text, tmp_path).config, site)
 
 
@@ -309,7 +309,7 @@ def test_a_partition_that_cannot_be_used_is_said() -> None:
     with pytest.raises(UserError, match="has no nodes; choose another"):
         profile_text(Site(site.settings, {"p": Partition("p")}), "mine", "p")
     stranger = Site(site.settings, site.partitions, "root", site.associations[2:])
-    assert "none of yours may use this partition; it is for astro" in profile_text(stranger, "mine", "private")
+    assert "no account of yours may use this partition; it is for astro" in profile_text(stranger, "mine", "private")
 
 
 def test_partitions_that_are_closed_to_the_user_are_neither_chosen_nor_taken() -> None:
@@ -429,11 +429,11 @@ def test_whatever_a_cluster_says_its_profile_loads_and_fits(
         {"normal": Qos("normal", None, ())},
     )
     if partition.max_time_s is not None and partition.max_time_s < 100:
-        with pytest.raises(UserError, match="too short to train in"):
+        with pytest.raises(UserError, match="too short for training"):
             profile_text(site, "mine", partition.name)
         return
     text = profile_text(site, "mine", partition.name)
     config = loaded(text, tmp_path_factory.getbasetemp()).config
     assert config.partition == partition.name
-    if "none of yours may use" not in text:
+    if "no account of yours may use" not in text:
         check_partition(config, site)

@@ -328,7 +328,7 @@ def test_an_overview_has_running_ones_first_and_counts(finished: Path, tmp_path:
         overview = read_overview([tmp_path, tmp_path / "zzz"])
     assert [status.name for status in overview.runs] == ["zzz", "away", "damaged", "torn", "seed2", "seed10"]
     assert [status.state for status in overview.runs] == ["RUNNING", "UNKNOWN", "DAMAGED", "DAMAGED", "FINISHED", "FINISHED"]
-    assert "no SLURM on this machine" in overview.trouble
+    assert "no SLURM on this machine" in overview.slurm_error
     assert "jobs.jsonl, line 1" in (overview.runs[2].last_error or "")
     assert "failure.json" in (overview.runs[3].last_error or "")
     assert summary_text(overview.runs) == "6 runs: 1 running, 1 unknown, 2 failed, 2 finished"
@@ -350,10 +350,10 @@ def test_the_table_is_readable_at_any_width(width: int) -> None:
         RunStatus(Path("a"), name, "RUNNING", "", JOB, "n[1-2]", progress, 3, 3600.0),
         RunStatus(Path("b"), "b", "OUT_OF_MEMORY", "x" * 100, JOB, "n1", progress, 0, None, error),
     )
-    lines = show(Overview(runs, "SLURM could not be asked"), width)
+    lines = show(Overview(runs, "SLURM did not answer"), width)
     assert max(map(len, lines)) <= width
     text = "".join("".join(lines).split())
-    for word in ("RUNNING", "OUT_OF_MEMORY", "SLURMcouldnotbeasked", "2runs:1running,1failed"):
+    for word in ("RUNNING", "OUT_OF_MEMORY", "SLURMdidnotanswer", "2runs:1running,1failed"):
         assert word in text
     if width >= 60:
         assert "120/4800" in text

@@ -18,7 +18,7 @@ from tests.helpers.slurm_bed import submit, wait_for, wait_state
 from tests.helpers.status_runs import add_job
 
 if TYPE_CHECKING:
-    from bed import Bed
+    from mini_cluster import MiniCluster
 
 pytestmark = pytest.mark.slurm
 ALL_CORES = ("--nodes=2", "--cpus-per-task=2", "--ntasks-per-node=1", "--mem=100")
@@ -36,15 +36,15 @@ def statuses(capfd: pytest.CaptureFixture[str], *words: str) -> dict[str, dict[s
     return {status["name"]: status for status in json.loads(capfd.readouterr().out)}
 
 
-def test_every_state_is_told(slurm_bed: "Bed", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = submit(slurm_bed, "exit 3", *ONE_NODE, folder=tmp_path)
-    done = submit(slurm_bed, "true", *ONE_NODE, folder=tmp_path)
-    wait_state(slurm_bed, failed, "FAILED")
-    wait_state(slurm_bed, done, "COMPLETED")
-    running = submit(slurm_bed, "sleep 300", "--time=30", *ALL_CORES, folder=tmp_path)
-    wait_state(slurm_bed, running, "RUNNING")
-    array = submit(slurm_bed, "sleep 300", "--array=0-9%2", *ONE_NODE, folder=tmp_path)
-    later = submit(slurm_bed, "true", "--begin=now+1hour", folder=tmp_path)
+def test_every_state_is_told(mini_cluster: "MiniCluster", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = submit(mini_cluster, "exit 3", *ONE_NODE, folder=tmp_path)
+    done = submit(mini_cluster, "true", *ONE_NODE, folder=tmp_path)
+    wait_state(mini_cluster, failed, "FAILED")
+    wait_state(mini_cluster, done, "COMPLETED")
+    running = submit(mini_cluster, "sleep 300", "--time=30", *ALL_CORES, folder=tmp_path)
+    wait_state(mini_cluster, running, "RUNNING")
+    array = submit(mini_cluster, "sleep 300", "--array=0-9%2", *ONE_NODE, folder=tmp_path)
+    later = submit(mini_cluster, "true", "--begin=now+1hour", folder=tmp_path)
     # What a user has set for his own use must not get in the way.
     for name, value in {
         "SQUEUE_STATES": "COMPLETED",
@@ -67,8 +67,8 @@ def test_every_state_is_told(slurm_bed: "Bed", tmp_path: Path, monkeypatch: pyte
     assert read_states(["999999"]) == {"999999": states["999999"]}
 
 
-def test_tasks_of_a_cancelled_array_are_told_apart(slurm_bed: "Bed", tmp_path: Path) -> None:
-    array = submit(slurm_bed, "sleep 300", "--array=0-5%1", *ONE_NODE, folder=tmp_path)
+def test_tasks_of_a_cancelled_array_are_told_apart(mini_cluster: "MiniCluster", tmp_path: Path) -> None:
+    array = submit(mini_cluster, "sleep 300", "--array=0-5%1", *ONE_NODE, folder=tmp_path)
     wait_for_state(f"{array}_0", lambda state: state.state == "RUNNING")
     assert cancel_jobs([f"{array}_3", f"{array}_9", "999999"]).keys() == {f"{array}_9", "999999"}
     wait_for_state(f"{array}_3", lambda state: state == JobState("CANCELLED", "before it started"))
@@ -79,49 +79,49 @@ def test_tasks_of_a_cancelled_array_are_told_apart(slurm_bed: "Bed", tmp_path: P
     assert {state.state for state in read_states([f"{array}_{index}" for index in (1, 4, 5)]).values()} == {"CANCELLED"}
 
 
-def test_a_requeued_job_counts_its_restarts(slurm_bed: "Bed", tmp_path: Path) -> None:
-    job_id = submit(slurm_bed, "sleep 300", *ONE_NODE, folder=tmp_path)
+def test_a_requeued_job_counts_its_restarts(mini_cluster: "MiniCluster", tmp_path: Path) -> None:
+    job_id = submit(mini_cluster, "sleep 300", *ONE_NODE, folder=tmp_path)
     wait_for_state(job_id, lambda state: state.state == "RUNNING")
-    slurm_bed.run("scontrol", "requeue", job_id)
+    mini_cluster.run("scontrol", "requeue", job_id)
     assert wait_for_state(job_id, lambda state: state.state == "PENDING").restarts == 1
     assert wait_for_state(job_id, lambda state: bool(state.reason)).reason == "BeginTime"
 
 
 @pytest.mark.slow
-def test_a_preempted_job_waits_again(slurm_bed: "Bed", tmp_path: Path) -> None:
-    victim = submit(slurm_bed, "sleep 300", *ALL_CORES, folder=tmp_path)
+def test_a_preempted_job_waits_again(mini_cluster: "MiniCluster", tmp_path: Path) -> None:
+    victim = submit(mini_cluster, "sleep 300", *ALL_CORES, folder=tmp_path)
     wait_for_state(victim, lambda state: state.state == "RUNNING")
-    submit(slurm_bed, "sleep 300", "--partition=high", *ALL_CORES, folder=tmp_path)
+    submit(mini_cluster, "sleep 300", "--partition=high", *ALL_CORES, folder=tmp_path)
     assert wait_for_state(victim, lambda state: state.state == "PENDING").restarts == 1
 
 
-def test_a_dead_node_is_told(slurm_bed: "Bed", tmp_path: Path) -> None:
-    job_id = submit(slurm_bed, "sleep 300", "--no-requeue", "--nodelist=n2", folder=tmp_path)
+def test_a_dead_node_is_told(mini_cluster: "MiniCluster", tmp_path: Path) -> None:
+    job_id = submit(mini_cluster, "sleep 300", "--no-requeue", "--nodelist=n2", folder=tmp_path)
     wait_for_state(job_id, lambda state: state.state == "RUNNING")
-    slurm_bed.kill_node("n2", down=True)
+    mini_cluster.kill_node("n2", down=True)
     assert wait_for_state(job_id, lambda state: not state.is_active).state == "NODE_FAIL"
 
 
-def test_accounting_tells_of_what_slurmctld_has_forgotten(slurm_bed: "Bed", tmp_path: Path) -> None:
-    array = submit(slurm_bed, "exit $SLURM_ARRAY_TASK_ID", "--array=0-1", folder=tmp_path)
-    wait_state(slurm_bed, f"{array}_0", "COMPLETED")
-    wait_state(slurm_bed, f"{array}_1", "FAILED")
+def test_accounting_tells_of_what_slurmctld_has_forgotten(mini_cluster: "MiniCluster", tmp_path: Path) -> None:
+    array = submit(mini_cluster, "exit $SLURM_ARRAY_TASK_ID", "--array=0-1", folder=tmp_path)
+    wait_state(mini_cluster, f"{array}_0", "COMPLETED")
+    wait_state(mini_cluster, f"{array}_1", "FAILED")
     ids = [f"{array}_0", f"{array}_1"]
-    wait_for(lambda: [state.state for state in slurm._ask_sacct(ids).values()] == ["COMPLETED", "FAILED"])
+    wait_for(lambda: [state.state for state in slurm._read_accounting(ids).values()] == ["COMPLETED", "FAILED"])
 
 
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
         ("AccountingStorageType=accounting_storage/none", "SLURM keeps no accounting here"),
-        ("AccountingStoragePort=1", "accounting could not be asked"),
+        ("AccountingStoragePort=1", "accounting did not answer"),
     ],
 )
 def test_without_accounting_the_reason_is_told(
-    slurm_bed: "Bed", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, words: str
+    mini_cluster: "MiniCluster", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, words: str
 ) -> None:
     conf = tmp_path / "slurm.conf"
-    kept = [line for line in slurm_bed.conf.read_text().splitlines() if not line.startswith(setting.partition("=")[0])]
+    kept = [line for line in mini_cluster.conf.read_text().splitlines() if not line.startswith(setting.partition("=")[0])]
     conf.write_text("\n".join([*kept, setting, ""]))
     monkeypatch.setenv("SLURM_CONF", str(conf))
     state = read_states(["999999"])["999999"]
@@ -129,12 +129,12 @@ def test_without_accounting_the_reason_is_told(
     assert words in state.reason
 
 
-def test_status_while_slurmctld_is_away(slurm_bed: "Bed", tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    job_id = submit(slurm_bed, "sleep 300", *ONE_NODE, folder=tmp_path)
+def test_status_while_slurmctld_is_away(mini_cluster: "MiniCluster", tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    job_id = submit(mini_cluster, "sleep 300", *ONE_NODE, folder=tmp_path)
     files = JobFiles(tmp_path / "runs" / "vit")
     add_job(files, job_id=job_id)
     wait_for_state(job_id, lambda state: state.state == "RUNNING")
-    slurm_bed.stop_controller()
+    mini_cluster.stop_controller()
     start = time.monotonic()
     with pytest.raises(SlurmUnavailableError, match="slurmctld is down"):
         read_states([job_id])
@@ -142,30 +142,30 @@ def test_status_while_slurmctld_is_away(slurm_bed: "Bed", tmp_path: Path, capfd:
     assert main(["status", str(files.run_dir)]) == 0
     out = capfd.readouterr().out
     assert "UNKNOWN" in out
-    assert "SLURM could not be asked" in out
+    assert "SLURM did not answer" in out
     assert main(["cancel", str(files.run_dir)]) == 2
     with pytest.raises(SlurmUnavailableError):
         max_array_size()
-    slurm_bed.start_controller()
-    assert wait_for_state(job_id, lambda state: state.state == "RUNNING").nodes in slurm_bed.nodes
+    mini_cluster.start_controller()
+    assert wait_for_state(job_id, lambda state: state.state == "RUNNING").nodes in mini_cluster.nodes
 
 
-@pytest.mark.usefixtures("slurm_bed")
+@pytest.mark.usefixtures("mini_cluster")
 def test_a_program_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "TIMEOUT_S", 0.0001)
-    with pytest.raises(SlurmUnavailableError, match="did not answer within"):
+    with pytest.raises(SlurmUnavailableError, match="did not finish within"):
         read_states(["1"])
 
 
-def test_the_largest_array_is_known(slurm_bed: "Bed") -> None:
-    assert f"MaxArraySize            = {max_array_size()}" in slurm_bed.run("scontrol", "show", "config")
+def test_the_largest_array_is_known(mini_cluster: "MiniCluster") -> None:
+    assert f"MaxArraySize            = {max_array_size()}" in mini_cluster.run("scontrol", "show", "config")
 
 
 def test_a_sweep_is_seen_and_cancelled(
-    slurm_bed: "Bed", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    mini_cluster: "MiniCluster", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    array = submit(slurm_bed, "sleep 300", "--array=0-3%1", "--time=5", *ONE_NODE, folder=tmp_path)
+    array = submit(mini_cluster, "sleep 300", "--array=0-3%1", "--time=5", *ONE_NODE, folder=tmp_path)
     for index in range(4):
         add_job(JobFiles(tmp_path / "runs" / "sweep" / f"seed{index}"), job_id=f"{array}_{index}")
     wait_for_state(f"{array}_0", lambda state: state.state == "RUNNING")

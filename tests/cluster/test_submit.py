@@ -146,7 +146,7 @@ def test_run_folders_of_one_machine_are_refused(tmp_path: Path, monkeypatch: pyt
     mounts = {"/": "nfs4", str(tmp_path / "memory"): "tmpfs"}
     parts = [SimpleNamespace(mountpoint=place, fstype=kind) for place, kind in mounts.items()]
     monkeypatch.setattr("psutil.disk_partitions", lambda **_: parts)
-    monkeypatch.setattr("galaxydist.cluster.preflight.OF_THE_NODE", (tmp_path / "own",))
+    monkeypatch.setattr("galaxydist.cluster.preflight.LOCAL_FOLDERS", (tmp_path / "own",))
     assert is_refused(tmp_path / "own" / "run") and is_refused(tmp_path / "memory" / "run")
     assert not is_refused(tmp_path / "home" / "run")
 
@@ -162,7 +162,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("galaxydist.cluster.preflight.OF_THE_NODE", (tmp_path,))
+    monkeypatch.setattr("galaxydist.cluster.preflight.LOCAL_FOLDERS", (tmp_path,))
     good = quick_settings(blobs, tmp_path / "run")
     for words, text in (
         (good, "cluster=NAME is missing"),

@@ -28,24 +28,24 @@ def problems(folder: Path, text: str, *arguments: str) -> list[tuple[str, str]]:
     return [(origin.removeprefix(f"{folder}/tried.yaml:"), said) for origin, said in caught.value.problems]
 
 
-def labels(trials: list[SweepRun]) -> list[str]:
-    return [trial.label for trial in trials]
+def labels(runs: list[SweepRun]) -> list[str]:
+    return [run.label for run in runs]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
 def test_every_shipped_sweep_resolves_to_runs_of_their_own(path: Path) -> None:
-    trials = resolve(read_sweep(path))
-    assert len({trial.name for trial in trials}) == len(trials) > 1
+    runs = resolve(read_sweep(path))
+    assert len({run.name for run in runs}) == len(runs) > 1
     assert path.read_text().startswith("# ")
-    for trial in trials:
-        assert trial.resolved.recipe.eval.variants == ("original", "balanced")
-        assert trial.run_dir == Path.cwd() / "runs" / path.stem / trial.name
+    for run in runs:
+        assert run.resolved.recipe.eval.variants == ("original", "balanced")
+        assert run.run_dir == Path.cwd() / "runs" / path.stem / run.name
 
 
 def test_galaxy10_is_seven_architectures_on_both_data_sets_with_three_seeds() -> None:
-    trials = resolve(read_sweep(find_sweep("galaxy10")))
-    recipes = [trial.resolved.recipe for trial in trials]
-    assert len(trials) == 42
+    runs = resolve(read_sweep(find_sweep("galaxy10")))
+    recipes = [run.resolved.recipe for run in runs]
+    assert len(runs) == 42
     assert {recipe.model.name for recipe in recipes} == {
         *("resnet50", "resnet26", "resnet18", "vgg16", "vgg19", "custom_cnn", "vit")
     }
@@ -56,7 +56,7 @@ def test_galaxy10_is_seven_architectures_on_both_data_sets_with_three_seeds() ->
 
 def test_reference_is_the_same_matrix_in_the_published_regimes() -> None:
     def cells(name: str) -> list[str]:
-        return [trial.label for trial in resolve(read_sweep(find_sweep(name)))]
+        return [run.label for run in resolve(read_sweep(find_sweep(name)))]
 
     assert [label.replace("recipe=reference/", "recipe=") for label in cells("reference")] == cells("galaxy10")
     assert all(label.startswith("recipe=reference/") for label in cells("reference"))
@@ -66,15 +66,15 @@ def test_smoke_and_simulated_run_on_a_laptop() -> None:
     for name, parallel in (("smoke", 1), ("simulated", 2)):
         sweep = read_sweep(find_sweep(name))
         assert sweep.cluster == "local" and sweep.parallel == parallel
-        recipes = [trial.resolved.recipe for trial in resolve(sweep)]
+        recipes = [run.resolved.recipe for run in resolve(sweep)]
         assert {recipe.data.dataset for recipe in recipes} == {"simulated"}
         assert all(recipe.data.image_size == 32 and recipe.train.epochs == 2 for recipe in recipes)
         assert not any(recipe.model.pretrained or recipe.model.weights for recipe in recipes)
 
 
 def test_simulated_is_seven_architectures_on_both_data_sets_with_two_seeds() -> None:
-    recipes = [trial.resolved.recipe for trial in resolve(read_sweep(find_sweep("simulated")))]
-    galaxy10 = {trial.resolved.recipe.model.name for trial in resolve(read_sweep(find_sweep("galaxy10")))}
+    recipes = [run.resolved.recipe for run in resolve(read_sweep(find_sweep("simulated")))]
+    galaxy10 = {run.resolved.recipe.model.name for run in resolve(read_sweep(find_sweep("galaxy10")))}
     assert {recipe.model.name for recipe in recipes} == galaxy10 and len(galaxy10) == 7
     assert len(recipes) == len({(recipe.model.name, recipe.data.variant, recipe.seed) for recipe in recipes}) == 28
 
@@ -101,15 +101,15 @@ evaluate: [balanced]
         "eval.variants": ["balanced"],
     }
     assert sweep.common["optim.lr"].origin == f"{tmp_path}/tried.yaml:5"
-    trials = resolve(sweep)
-    assert labels(trials) == [
+    runs = resolve(sweep)
+    assert labels(runs) == [
         "recipe=vit data.variant=original",
         "recipe=vit data.variant=balanced",
         "recipe=vgg16 data.variant=original",
         "recipe=vgg16 data.variant=balanced",
     ]
-    assert trials[1].resolved.origins["data.variant"] == f"{tmp_path}/tried.yaml:9"
-    assert trials[1].resolved.recipe.optim.lr == 1e-4
+    assert runs[1].resolved.origins["data.variant"] == f"{tmp_path}/tried.yaml:9"
+    assert runs[1].resolved.recipe.optim.lr == 1e-4
 
 
 def test_each_entry_of_a_list_meets_each_point_of_the_grid(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ list:
 """
     alone = resolve(write(tmp_path, text))
     assert labels(alone) == ["optim.lr=0.1", "optim.lr=0.2 optim.warmup=0.1 train.epochs=3"]
-    assert [trial.resolved.recipe.train.epochs for trial in alone] == [2, 3]
+    assert [run.resolved.recipe.train.epochs for run in alone] == [2, 3]
     both = resolve(write(tmp_path, f"{text}grid: {{seed: [0, 1]}}\n"))
     assert labels(both) == [f"{entry} seed={seed}" for entry in labels(alone) for seed in (0, 1)]
 
@@ -130,7 +130,7 @@ def test_the_command_line_takes_the_place_of_a_value_an_axis_and_the_root(tmp_pa
     whole = resolve(sweep, ["train.epochs=9", f"run.root={tmp_path}/elsewhere"])
     part = resolve(sweep, ["train.epochs=9", f"run.root={tmp_path}/elsewhere", "recipe=vgg16"])
     assert labels(part) == ["seed=0", "seed=1"]
-    assert [trial.run_dir for trial in part] == [trial.run_dir for trial in whole[2:]]
+    assert [run.run_dir for run in part] == [run.run_dir for run in whole[2:]]
     assert part[0].run_dir.parent == tmp_path / "elsewhere"
     assert part[0].resolved.recipe.train.epochs == 9
 
@@ -138,15 +138,15 @@ def test_the_command_line_takes_the_place_of_a_value_an_axis_and_the_root(tmp_pa
 def test_what_is_submitted_is_what_was_checked(tmp_path: Path) -> None:
     """The job reads its recipe from text."""
     text = "set: {recipe: vit, optim.lr: 1e-5, data.cache_dir: ~/c, tracker.entity: null, optim.milestones: [0.25, 0.5]}\n"
-    for trial in resolve(write(tmp_path, f"{text}grid: {{seed: [0, 9223372036854775807], train.compile: [true]}}\n")):
-        assert load_recipe(trial.arguments).recipe == trial.resolved.recipe
-        assert trial.resolved.recipe.run.dir == trial.run_dir
-        assert trial.name == run_name(trial.resolved.recipe)
+    for run in resolve(write(tmp_path, f"{text}grid: {{seed: [0, 9223372036854775807], train.compile: [true]}}\n")):
+        assert load_recipe(run.arguments).recipe == run.resolved.recipe
+        assert run.resolved.recipe.run.dir == run.run_dir
+        assert run.name == run_name(run.resolved.recipe)
 
 
 def test_a_value_that_a_command_line_cannot_carry_is_refused(tmp_path: Path) -> None:
     text = "set: {recipe: vit, tracker.tags: ['a,b']}\ngrid: {seed: [0, 1]}\n"
-    assert problems(tmp_path, text) == [("1", "tracker.tags=[a,b]: cannot be written on a command line (all 2 trials)")]
+    assert problems(tmp_path, text) == [("1", "tracker.tags=[a,b]: cannot be written on a command line (all 2 runs)")]
 
 
 AXES = st.dictionaries(
@@ -213,19 +213,19 @@ evaluate: original
 """,
     )
     keys = "cluster, root, parallel, set, grid, list, evaluate"
-    hides = "whose values would hide this one; keep one of them"
+    hides = "whose values would replace this one; keep one of them"
     assert found == [
         ("1", f"clustr: a sweep has no such key; did you mean cluster? (it has {keys})"),
         ("2", "root=3: must be a folder"),
         ("3", "parallel=0: must be a whole number of at least 1"),
-        ("4", "run.dir: each run's folder is named by its recipe; root: DIR says where they lie"),
-        ("4", f"optim.lr: stands in the grid too ({tmp_path}/tried.yaml:9), {hides}"),
-        ("5", f"seed.x: a sweep has no such key; keys of recipes stand under set, grid or list: seed (it has {keys})"),
+        ("4", "run.dir: each run's folder is named after its recipe; root: DIR sets their parent folder"),
+        ("4", f"optim.lr: is in the grid too ({tmp_path}/tried.yaml:9), {hides}"),
+        ("5", f"seed.x: a sweep has no such key; write recipe keys under set, grid or list: seed (it has {keys})"),
         ("7", "recipe=vit: a key of the grid has a list of values, like [vit]"),
-        ("8", "seed: has no values; give some, like [0, 1], or take the key out"),
-        ("9", "optim.lr: 1 stands there twice; keep one"),
+        ("8", "seed: has no values; give some, like [0, 1], or remove the key"),
+        ("9", "optim.lr: 1 is given twice; keep one"),
         ("11", "list: each entry is a mapping of keys to values, like {recipe: vit, seed: 1}"),
-        ("12", f"optim.momentum: stands in the grid too ({tmp_path}/tried.yaml:9), {hides}"),
+        ("12", f"optim.momentum: is in the grid too ({tmp_path}/tried.yaml:9), {hides}"),
         ("13", "evaluate=original: must be a list, like [original, balanced]"),
     ]
 
@@ -233,19 +233,19 @@ evaluate: original
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "a sweep needs grid: or list:, which say how its runs differ"),
-        ("grid:\n", "grid: has no keys; write one like seed: [0, 1, 2], or take it out"),
-        ("grid: {optim: {}}\n", "grid: has no keys; write one like seed: [0, 1, 2], or take it out"),
+        ("", "a sweep needs grid: or list:, in which its runs differ"),
+        ("grid:\n", "grid: has no keys; write one like seed: [0, 1, 2], or remove it"),
+        ("grid: {optim: {}}\n", "grid: has no keys; write one like seed: [0, 1, 2], or remove it"),
         ("grid: 3\n", "grid=3: must be a mapping of keys to values"),
-        ("list: []\n", "list: has no entries; write one like - {recipe: vit, seed: 1}, or take it out"),
+        ("list: []\n", "list: has no entries; write one like - {recipe: vit, seed: 1}, or remove it"),
         ("list: vit\n", "list: must be a list of mappings, like - {recipe: vit, seed: 1}"),
-        ("list: {a: 1}\n", "list.a: list has no keys of its own"),
+        ("list: {a: 1}\n", "list.a: list has no keys"),
         ("- vit\n", "must be a mapping of keys to values, like 'grid: {seed: [0, 1]}'"),
         ("grid: {seed: [0, {a: 1}]}\n", "grid.seed: a list holds plain values only"),
-        ("grid: {seed: [0], seed: [1]}\n", "grid.seed stands here again, first on line 1: keep one"),
-        ("grid: {optim.lr: [1], optim: {lr: [2]}}\n", "grid.optim.lr stands here again, first on line 1: keep one"),
+        ("grid: {seed: [0], seed: [1]}\n", "grid.seed is set again here, first on line 1: keep one"),
+        ("grid: {optim.lr: [1], optim: {lr: [2]}}\n", "grid.optim.lr is set again here, first on line 1: keep one"),
         ("grid: {seed: &a [0]}\nset: {tracker.tags: *a}\n", "cannot be read as YAML: aliases (*name) are not used in sweeps"),
-        ("grid: {cluster: [a, b]}\n", "cluster: a sweep is sent to one cluster; write cluster: NAME beside set and grid"),
+        ("grid: {cluster: [a, b]}\n", "cluster: a sweep is submitted to one cluster; write cluster: NAME beside set and grid"),
     ],
 )
 def test_a_file_that_is_no_sweep(tmp_path: Path, text: str, said: str) -> None:
@@ -267,17 +267,17 @@ list:
         "train.epochs=x",
     )
     assert [(origin, said.partition(" (recipes: ")[0]) for origin, said in found[:3]] == [
-        ("1", "optim.lrr: no such key; did you mean optim.lr? (all 8 trials)"),
+        ("1", "optim.lrr: no such key; did you mean optim.lr? (all 8 runs)"),
         (
             "4",
-            "seed=0: must be a whole number (4 of 8 trials, the first: model.size=small recipe=vgg16 seed=0 data.image_size=224)",
+            "seed=0: must be a whole number (4 of 8 runs, the first: model.size=small recipe=vgg16 seed=0 data.image_size=224)",
         ),
-        ("command line", "train.epochs=x: must be a whole number (all 8 trials)"),
+        ("command line", "train.epochs=x: must be a whole number (all 8 runs)"),
     ]
     (unknown,) = [said for origin, said in found if origin == "3"]
-    assert unknown.startswith("recipe=vitt: no such recipe; did you mean vit?") and "4 of 8 trials" in unknown
+    assert unknown.startswith("recipe=vitt: no such recipe; did you mean vit?") and "4 of 8 runs" in unknown
     (refused,) = [said for _, said in found if "has one size only" in said]
-    assert refused.endswith("(2 of 8 trials, the first: model.size=base recipe=vgg16 seed=0 data.image_size=224)")
+    assert refused.endswith("(2 of 8 runs, the first: model.size=base recipe=vgg16 seed=0 data.image_size=224)")
 
 
 def test_a_problem_of_one_trial_names_it(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_problem_of_one_trial_names_it(tmp_path: Path) -> None:
 def test_two_trials_that_are_one_run_are_refused_with_both_names(tmp_path: Path) -> None:
     found = problems(tmp_path, "set: {recipe: vit}\nlist:\n  - {optim.lr: 1}\n  - {optim.lr: 2}\n  - {optim.lr: 1.0}\n")
     assert len(found) == 1
-    assert found[0][1].startswith("2 trials are the same run vit-") and found[0][1].endswith(
+    assert found[0][1].startswith("2 entries are the same run vit-") and found[0][1].endswith(
         ": optim.lr=1 | optim.lr=1.0; keep one"
     )
     ((_, said),) = problems(tmp_path, "set: {recipe: vit}\ngrid: {train.compile: [true, false]}\n")
@@ -314,7 +314,7 @@ def test_what_else_is_checked_is_reported_with_the_rest(tmp_path: Path) -> None:
     with pytest.raises(SweepError) as caught:
         resolve(sweep, check=check)
     assert [said for _, said in caught.value.problems] == [
-        "There are no shards. (2 of 3 trials, the first: seed=0)",
+        "There are no shards. (2 of 3 runs, the first: seed=0)",
         "seed=x: must be a whole number (seed=x)",
     ]
 
@@ -327,7 +327,7 @@ def test_arguments_that_a_sweep_does_not_take(tmp_path: Path, argument: str) -> 
 
 def test_a_recipe_is_needed(tmp_path: Path) -> None:
     ((_, said),) = problems(tmp_path, "grid: {seed: [0, 1]}\n")
-    assert said == "recipe is missing: write it under set, grid or list, or give recipe=NAME (all 2 trials)"
+    assert said == "recipe is missing: write it under set, grid or list, or give recipe=NAME (all 2 runs)"
 
 
 def test_sweeps_are_found_by_name_or_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

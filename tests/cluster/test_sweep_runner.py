@@ -1,4 +1,4 @@
-"""What a sweep's command does: which trials it leaves alone, which it sends, in which arrays, and what an interruption leaves."""
+"""The decisions about the runs of a sweep, their submission as arrays, and interruptions."""
 
 import json
 import os
@@ -19,12 +19,12 @@ from galaxydist.cluster.slurm import JobState
 from galaxydist.cluster.submit import JobRequest, deferred_signals
 from galaxydist.cluster.sweep import SweepRun, read_sweep, resolve
 from galaxydist.cluster.sweep_runner import (
-    Decision,
-    TrialFacts,
+    SweepDecision,
+    SweepRunState,
     array_of,
     decide,
-    read_facts,
-    render_trials,
+    read_run_states,
+    render_runs,
     run_here,
     submit_arrays,
     summarise,
@@ -39,14 +39,14 @@ RUNNING, PENDING = JobState("RUNNING", "", 60.0, "n1"), JobState("PENDING", "Res
 FAILED, CANCELLED = JobState("FAILED", "NonZeroExitCode"), JobState("CANCELLED", "by user 1000")
 
 
-def make_trials(folder: Path, count: int = 2) -> list[SweepRun]:
+def make_runs(folder: Path, count: int = 2) -> list[SweepRun]:
     path = folder / "tried.yaml"
     seeds = ", ".join(map(str, range(count)))
     path.write_text(f"root: {folder}/runs\nset: {{recipe: vit}}\ngrid: {{seed: [{seeds}]}}\nevaluate: [original, balanced]\n")
     return resolve(read_sweep(path))
 
 
-def note_job(trial: SweepRun, job_id: str, scheduler: str = "slurm") -> None:
+def note_job(run: SweepRun, job_id: str, scheduler: str = "slurm") -> None:
     record = JobRecord(
         job_id=job_id,
         scheduler="local" if scheduler == "local" else "slurm",
@@ -55,15 +55,15 @@ def note_job(trial: SweepRun, job_id: str, scheduler: str = "slurm") -> None:
         nodes=1,
         tasks=1,
         time_limit_min=60,
-        code=trial.run_dir,
-        folder=trial.run_dir,
+        code=run.run_dir,
+        folder=run.run_dir,
     )
-    JobFiles(trial.run_dir).append_job(record)
+    JobFiles(run.run_dir).append_job(record)
 
 
-def judge_on(trial: SweepRun, variant: str, step: int = 10, dataset: str = "galaxy10_decals") -> None:
-    own = trial.resolved.recipe.data
-    place = RunFolder(trial.run_dir).evaluation_dir
+def evaluate_on(run: SweepRun, variant: str, step: int = 10, dataset: str = "galaxy10_decals") -> None:
+    own = run.resolved.recipe.data
+    place = RunFolder(run.run_dir).evaluation_dir
     if (dataset, variant) != (own.dataset, own.variant):
         place = place / f"{dataset}-{variant}"
     place.mkdir(parents=True, exist_ok=True)
@@ -71,8 +71,8 @@ def judge_on(trial: SweepRun, variant: str, step: int = 10, dataset: str = "gala
     (place / "test.json").write_text(json.dumps(content))
 
 
-def finish(trial: SweepRun) -> RunFolder:
-    folder = RunFolder(trial.run_dir)
+def finish(run: SweepRun) -> RunFolder:
+    folder = RunFolder(run.run_dir)
     folder.create()
     folder.write_recipe(StoredRecipe({}, {}))
     folder.write_result({"step": 10})
@@ -80,50 +80,60 @@ def finish(trial: SweepRun) -> RunFolder:
 
 
 @pytest.mark.parametrize(
-    ("facts", "standing", "is_due", "reason"),
+    ("facts", "state", "is_due", "reason"),
     [
-        (TrialFacts(), "new", True, ""),
-        (TrialFacts(is_started=True), "stopped", True, "begun, not finished"),
-        (TrialFacts(is_started=True, failure="loss is nan at step 3"), "stopped", True, "loss is nan at step 3"),
-        (TrialFacts(job_id="7", state=PENDING), "queued", False, "job 7 Resources"),
-        (TrialFacts(True, job_id="7_1", state=RUNNING), "running", False, "job 7_1"),
-        (TrialFacts(True, job_id="7", state=JobState("COMPLETING")), "running", False, "job 7"),
-        (TrialFacts(True, job_id="7", state=JobState("REQUEUED")), "queued", False, "job 7"),
-        (TrialFacts(True, True, job_id="7", state=JobState("COMPLETED")), "finished", False, ""),
-        (TrialFacts(True, True, job_id="7", state=JobState("COMPLETING")), "finished", False, ""),
-        (TrialFacts(True, True), "finished", False, ""),
-        (TrialFacts(True, True, job_id="7", state=FAILED), "finished", False, ""),
-        (TrialFacts(True, True, ("balanced",)), "unjudged", True, "finished, not judged on balanced yet"),
+        (SweepRunState(), "new", True, ""),
+        (SweepRunState(is_started=True), "stopped", True, "started, not finished"),
+        (SweepRunState(is_started=True, failure="loss is nan at step 3"), "stopped", True, "loss is nan at step 3"),
+        (SweepRunState(job_id="7", job_state=PENDING), "queued", False, "job 7 Resources"),
+        (SweepRunState(True, job_id="7_1", job_state=RUNNING), "running", False, "job 7_1"),
+        (SweepRunState(True, job_id="7", job_state=JobState("COMPLETING")), "running", False, "job 7"),
+        (SweepRunState(True, job_id="7", job_state=JobState("REQUEUED")), "queued", False, "job 7"),
+        (SweepRunState(True, True, job_id="7", job_state=JobState("COMPLETED")), "finished", False, ""),
+        (SweepRunState(True, True, job_id="7", job_state=JobState("COMPLETING")), "finished", False, ""),
+        (SweepRunState(True, True), "finished", False, ""),
+        (SweepRunState(True, True, job_id="7", job_state=FAILED), "finished", False, ""),
+        (SweepRunState(True, True, ("balanced",)), "unevaluated", True, "finished, not evaluated on balanced yet"),
         (
-            TrialFacts(True, True, ("balanced",), "7", JobState("COMPLETED")),
-            "unjudged",
+            SweepRunState(True, True, ("balanced",), "7", JobState("COMPLETED")),
+            "unevaluated",
             True,
-            "finished, not judged on balanced yet",
+            "finished, not evaluated on balanced yet",
         ),
-        (TrialFacts(True, True, ("balanced",), "7", RUNNING), "running", False, "job 7"),
-        (TrialFacts(True, job_id="7", state=FAILED), "failed", True, "job 7: NonZeroExitCode"),
-        (TrialFacts(True, job_id="7", state=FAILED, failure="loss is nan"), "failed", True, "job 7: loss is nan"),
-        (TrialFacts(job_id="7", state=CANCELLED), "cancelled", True, "job 7: by user 1000"),
-        (TrialFacts(True, job_id="7", state=JobState("TIMEOUT")), "timeout", True, "job 7: ended before the run was finished"),
-        (TrialFacts(True, job_id="7", state=JobState("UNKNOWN", "no accounting")), "unknown", True, "job 7: no accounting"),
-        (TrialFacts(True, holder="process 3 on here"), "running", False, "process 3 on here"),
-        (TrialFacts(True, job_id="7", state=FAILED, holder="process 3 on here"), "running", False, "process 3 on here"),
+        (SweepRunState(True, True, ("balanced",), "7", RUNNING), "running", False, "job 7"),
+        (SweepRunState(True, job_id="7", job_state=FAILED), "failed", True, "job 7: NonZeroExitCode"),
+        (SweepRunState(True, job_id="7", job_state=FAILED, failure="loss is nan"), "failed", True, "job 7: loss is nan"),
+        (SweepRunState(job_id="7", job_state=CANCELLED), "cancelled", True, "job 7: by user 1000"),
+        (
+            SweepRunState(True, job_id="7", job_state=JobState("TIMEOUT")),
+            "timeout",
+            True,
+            "job 7: ended before the run was finished",
+        ),
+        (
+            SweepRunState(True, job_id="7", job_state=JobState("UNKNOWN", "no accounting")),
+            "unknown",
+            True,
+            "job 7: no accounting",
+        ),
+        (SweepRunState(True, holder="process 3 on here"), "running", False, "process 3 on here"),
+        (SweepRunState(True, job_id="7", job_state=FAILED, holder="process 3 on here"), "running", False, "process 3 on here"),
     ],
 )
-def test_decisions(facts: TrialFacts, standing: str, is_due: bool, reason: str) -> None:
-    assert decide(facts) == Decision(standing, is_due, reason)
+def test_decisions(facts: SweepRunState, state: str, is_due: bool, reason: str) -> None:
+    assert decide(facts) == SweepDecision(state, is_due, reason)
 
 
 def test_nothing_is_asked_of_slurm_where_it_had_no_job(tmp_path: Path) -> None:
     def read_states(_: Sequence[str]) -> dict[str, JobState]:
         raise AssertionError("asked")
 
-    assert read_facts(make_trials(tmp_path), read_states) == [TrialFacts(missing=("original", "balanced"))] * 2
+    assert read_run_states(make_runs(tmp_path), read_states) == [SweepRunState(missing=("original", "balanced"))] * 2
     assert not (tmp_path / "runs").exists()
 
 
 def test_facts_come_from_the_folder_and_from_the_job_that_is_on_its_way(tmp_path: Path) -> None:
-    first, second, third = make_trials(tmp_path, 3)
+    first, second, third = make_runs(tmp_path, 3)
     for job_id in ("5", "7_0", "6"):
         note_job(first, job_id)
     note_job(second, "7_1")
@@ -135,68 +145,68 @@ def test_facts_come_from_the_folder_and_from_the_job_that_is_on_its_way(tmp_path
         asked.extend(job_ids)
         return {"5": FAILED, "7_0": RUNNING, "6": CANCELLED, "7_1": CANCELLED}
 
-    facts = read_facts([first, second, third], read_states)
+    facts = read_run_states([first, second, third], read_states)
     assert asked == ["5", "7_0", "6", "7_1"], "one question for all"
-    assert [(fact.job_id, fact.state) for fact in facts] == [("7_0", RUNNING), ("7_1", CANCELLED), (None, None)]
+    assert [(fact.job_id, fact.job_state) for fact in facts] == [("7_0", RUNNING), ("7_1", CANCELLED), (None, None)]
     assert facts[2].failure == "The loss is not finite. at step 3" and facts[2].for_good
     assert not decide(facts[2]).is_due and "--retry-failed" in decide(facts[2]).reason
     assert decide(facts[2], retry_failed=True).is_due
     # The same crash twice is no failure.json's word, but the batch script's; of an earlier job it says nothing.
-    for trial, job_id in ((second, "7_1"), (first, "5")):
-        JobFiles(trial.run_dir).append_restart(RestartRecord(job_id, 0, 1, 3, "a", "stop", "twice", 1.0, for_good=True))
-    assert [fact.for_good for fact in read_facts([second, first], read_states)] == [True, False]
+    for run, job_id in ((second, "7_1"), (first, "5")):
+        JobFiles(run.run_dir).append_restart(RestartRecord(job_id, 0, 1, 3, "a", "stop", "twice", 1.0, for_good=True))
+    assert [fact.for_good for fact in read_run_states([second, first], read_states)] == [True, False]
 
 
 def test_a_finished_run_needs_all_its_evaluations_of_the_checkpoint_that_counts(tmp_path: Path) -> None:
-    (trial,) = make_trials(tmp_path, 1)
+    (run,) = make_runs(tmp_path, 1)
 
     def missing() -> tuple[str, ...]:
-        return read_facts([trial], lambda _: {})[0].missing
+        return read_run_states([run], lambda _: {})[0].missing
 
-    finish(trial)
+    finish(run)
     assert missing() == ("original", "balanced")
-    judge_on(trial, "original", step=10)
+    evaluate_on(run, "original", step=10)
     assert missing() == ("balanced",)
-    judge_on(trial, "balanced", dataset="another_survey")
+    evaluate_on(run, "balanced", dataset="another_survey")
     assert missing() == ("balanced",)
-    judge_on(trial, "balanced", step=8)
+    evaluate_on(run, "balanced", step=8)
     assert missing() == ("balanced",), "of an earlier checkpoint"
-    judge_on(trial, "balanced", step=10)
-    assert missing() == () and decide(read_facts([trial], lambda _: {})[0]).standing == "finished"
+    evaluate_on(run, "balanced", step=10)
+    assert missing() == () and decide(read_run_states([run], lambda _: {})[0]).state == "finished"
 
 
 def test_a_run_that_somebody_started_by_hand_is_left_alone(tmp_path: Path) -> None:
-    (trial,) = make_trials(tmp_path, 1)
-    RunFolder(trial.run_dir).create()
-    with RunLock(trial.run_dir / "lock.json", host="here", pid=os.getpid(), clock=time.time):
-        decision = decide(read_facts([trial], lambda _: {})[0])
-        assert decision == Decision("running", False, f"process {os.getpid()} on here")
-    assert decide(read_facts([trial], lambda _: {})[0]).is_due
+    (run,) = make_runs(tmp_path, 1)
+    RunFolder(run.run_dir).create()
+    with RunLock(run.run_dir / "lock.json", host="here", pid=os.getpid(), clock=time.time):
+        decision = decide(read_run_states([run], lambda _: {})[0])
+        assert decision == SweepDecision("running", False, f"process {os.getpid()} on here")
+    assert decide(read_run_states([run], lambda _: {})[0]).is_due
 
 
 def test_a_lock_of_a_job_says_nothing_the_scheduler_knows_better(tmp_path: Path) -> None:
-    (trial,) = make_trials(tmp_path, 1)
-    note_job(trial, "7")
-    with RunLock(trial.run_dir / "lock.json", host="n1", pid=os.getpid(), clock=time.time, job_id="7"):
-        assert decide(read_facts([trial], lambda _: {"7": JobState("NODE_FAIL")})[0]).standing == "node_fail"
+    (run,) = make_runs(tmp_path, 1)
+    note_job(run, "7")
+    with RunLock(run.run_dir / "lock.json", host="n1", pid=os.getpid(), clock=time.time, job_id="7"):
+        assert decide(read_run_states([run], lambda _: {"7": JobState("NODE_FAIL")})[0]).state == "node_fail"
 
 
 def test_a_local_job_runs_while_its_process_does(tmp_path: Path) -> None:
-    (trial,) = make_trials(tmp_path, 1)
+    (run,) = make_runs(tmp_path, 1)
     waits = "import sys; print(flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", waits, "submitit.local._local", str(trial.run_dir)]
+    command = [sys.executable, "-c", waits, "submitit.local._local", str(run.run_dir)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
         process.stdout.readline()
-        note_job(trial, str(process.pid), "local")
-        assert decide(read_facts([trial], lambda _: {})[0]).standing == "running"
+        note_job(run, str(process.pid), "local")
+        assert decide(read_run_states([run], lambda _: {})[0]).state == "running"
         process.stdin.close()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie now
-        assert decide(read_facts([trial], lambda _: {})[0]) == Decision(
+        assert decide(read_run_states([run], lambda _: {})[0]) == SweepDecision(
             "ended", True, f"job {process.pid}: ended before the run was finished"
         )
-    note_job(trial, str(os.getpid()), "local")  # a later process of the same number, not submitit's
-    assert decide(read_facts([trial], lambda _: {})[0]).standing == "ended"
+    note_job(run, str(os.getpid()), "local")  # a later process of the same number, not submitit's
+    assert decide(read_run_states([run], lambda _: {})[0]).state == "ended"
 
 
 class Sent:
@@ -216,7 +226,7 @@ class Sent:
 
 @pytest.fixture(scope="module")
 def thirty(tmp_path_factory: pytest.TempPathFactory) -> list[SweepRun]:
-    return make_trials(tmp_path_factory.mktemp("thirty"), 30)
+    return make_runs(tmp_path_factory.mktemp("thirty"), 30)
 
 
 @given(st.integers(0, 30), st.integers(1, 31), st.integers(1, 9))
@@ -224,9 +234,9 @@ def test_chunks_hold_all_trials_in_order_and_wait_for_one_another(
     thirty: list[SweepRun], count: int, chunk_size: int, parallel: int
 ) -> None:
     send = Sent()
-    trials = thirty[:count]
-    job_ids = submit_arrays(trials, send=send, chunk_size=chunk_size, parallel=parallel)
-    assert [run_dir for run_dirs, _, _ in send.arrays for run_dir in run_dirs] == [trial.run_dir for trial in trials]
+    runs = thirty[:count]
+    job_ids = submit_arrays(runs, send=send, chunk_size=chunk_size, parallel=parallel)
+    assert [run_dir for run_dirs, _, _ in send.arrays for run_dir in run_dirs] == [run.run_dir for run in runs]
     assert len(job_ids) == count == len(set(job_ids))
     assert all(0 < len(run_dirs) <= chunk_size for run_dirs, _, _ in send.arrays)
     assert len(send.arrays) == -(-count // chunk_size)
@@ -251,7 +261,7 @@ def test_ctrl_c_waits_for_the_array_that_is_being_sent(thirty: list[SweepRun], h
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def _interrupt_the_second_array(trials: list[SweepRun]) -> None:
+def _interrupt_the_second_array(runs: list[SweepRun]) -> None:
     heard = []
 
     def interrupt(number: int) -> None:
@@ -267,7 +277,7 @@ def _interrupt_the_second_array(trials: list[SweepRun]) -> None:
             return sent(requests, parallel, after)
 
     with pytest.raises(KeyboardInterrupt):
-        submit_arrays(trials, send=send, chunk_size=10, parallel=2)
+        submit_arrays(runs, send=send, chunk_size=10, parallel=2)
     assert len(sent.arrays) == 2, "the second is whole, the third was not begun"
     assert heard == ["True\n"], "what is started meanwhile does not hear it"
 
@@ -275,9 +285,9 @@ def _interrupt_the_second_array(trials: list[SweepRun]) -> None:
 def test_a_refusal_on_the_way_says_what_was_sent(thirty: list[SweepRun]) -> None:
     def refuse(number: int) -> None:
         if number == 2:
-            raise UserError("SLURM did not take the job: QOSMaxSubmitJobPerUserLimit")
+            raise UserError("SLURM did not accept the job: QOSMaxSubmitJobPerUserLimit")
 
-    with pytest.raises(UserError, match="QOSMaxSubmitJobPerUserLimit\n20 of 30 trials were submitted before; they stay"):
+    with pytest.raises(UserError, match="QOSMaxSubmitJobPerUserLimit\n20 of 30 runs were submitted before; they stay"):
         submit_arrays(thirty, send=Sent(refuse), chunk_size=10, parallel=2)
 
 
@@ -302,13 +312,13 @@ def test_on_this_machine_only_so_many_run_at_a_time(thirty: list[SweepRun], coun
             thirty[:count],
             send=send,
             parallel=parallel,
-            is_running=lambda trial: left[str(100 + thirty.index(trial))] > 0,
-            judge=lambda trial: Decision("failed", True, "why") if trial is bad else Decision("finished", False, ""),
+            is_running=lambda run: left[str(100 + thirty.index(run))] > 0,
+            decide_again=lambda run: SweepDecision("failed", True, "why") if run is bad else SweepDecision("finished", False, ""),
             pause=pause,
         )
     assert failed == [bad]
     assert most == min(parallel, count)
-    assert [run_dirs for run_dirs, _, _ in send.arrays] == [[trial.run_dir] for trial in thirty[:count]]
+    assert [run_dirs for run_dirs, _, _ in send.arrays] == [[run.run_dir] for run in thirty[:count]]
     assert sum(line.startswith("finished") for line in said) == count - 1
 
 
@@ -317,10 +327,14 @@ def test_ids_of_arrays() -> None:
 
 
 def test_the_table(thirty: list[SweepRun]) -> None:
-    decisions = [Decision("finished", False, ""), Decision("failed", True, "job 7_1: loss is nan"), Decision("new", True, "")]
-    lines = render_trials(thirty[:3], decisions).splitlines()
-    assert lines[0].split() == ["run", "trial", "state", "action", "why"]
+    decisions = [
+        SweepDecision("finished", False, ""),
+        SweepDecision("failed", True, "job 7_1: loss is nan"),
+        SweepDecision("new", True, ""),
+    ]
+    lines = render_runs(thirty[:3], decisions).splitlines()
+    assert lines[0].split() == ["run", "settings", "state", "action", "why"]
     assert lines[2].split() == [thirty[1].name, "seed=1", "failed", "submit", "job", "7_1:", "loss", "is", "nan"]
     assert lines[1].split()[-1] == "leave" and len(lines) == 4
-    assert summarise(decisions) == "3 trials: 1 finished, 2 to submit (1 failed, 1 new)"
-    assert summarise(decisions[:1]) == "1 trial: 1 finished"
+    assert summarise(decisions) == "3 runs: 1 finished, 2 to submit (1 failed, 1 new)"
+    assert summarise(decisions[:1]) == "1 run: 1 finished"

@@ -26,7 +26,7 @@ def site(low: str, settings: str = "", high: str = "PriorityTier=10") -> Site:
         ("GraceTime=0 PreemptMode=CANCEL", {}, "warning", "(GraceTime=0): SLURM ends the job at once"),
         ("GraceTime=9", {}, "warning", "9 s before it ends and requeues the job, less than the 10 s that a save needs"),
         ("GraceTime=0 PreemptMode=OFF", {}, "ok", "partition low: its jobs are not preempted"),
-        ("GraceTime=0 PreemptMode=SUSPEND", {}, "ok", "is suspended, and goes on later"),
+        ("GraceTime=0 PreemptMode=SUSPEND", {}, "ok", "is suspended and resumed later"),
         ("GraceTime=0", {"partition": "high"}, "ok", "partition high: its jobs are not preempted"),
     ],
 )
@@ -53,7 +53,7 @@ def test_of_several_partitions_each_is_told_and_the_worst_counts() -> None:
 def test_a_qos_without_accounting_is_not_known() -> None:
     by_qos = site("GraceTime=60", "PreemptType = preempt/qos")
     (check,) = check_preemption(ClusterConfig(name="mine"), by_qos)
-    assert check.level == "warning" and "does not tell how long before" in check.text
+    assert check.level == "warning" and "is unknown (qos)" in check.text
 
 
 def test_nothing_is_said_of_local_runs_and_of_partitions_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_nothing_is_said_of_local_runs_and_of_partitions_that_are_not_there(monk
     assert check_preemption(ClusterConfig(name="mine", partition="nosuch"), site("")) == []
     monkeypatch.setenv("PATH", "")
     (check,) = check_preemption(ClusterConfig(name="mine"))
-    assert check.level == "warning" and check.text.startswith("not known: There is no SLURM on this machine")
+    assert check.level == "warning" and check.text.startswith("unknown: There is no SLURM on this machine")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_architectures_on_both_variants_make_a_complete_report(
     (tmp_path / SWEEP.name).write_text(yaml.safe_dump(sweep))
     said = command("sweep", SWEEP.name, "seed=0", "train.epochs=1", "eval.figures=false", "--yes")
     trials = 2 * len(recipes)
-    assert f"{trials} trials: {trials} to submit" in said and said.count("\nfinished ") == trials
+    assert f"{trials} runs: {trials} to submit" in said and said.count("\nfinished ") == trials
     said = command("report", str(tmp_path / "runs" / "simulated"), "--gallery", "-o", "report.html")
     assert said.count("gallery: ") == trials and "note: " not in said and f"{trials} runs on simulated" in said
 

@@ -14,7 +14,7 @@ from sklearn import metrics as reference
 from torch.nn import functional
 
 from galaxydist.errors import UserError
-from galaxydist.evaluation.counts import BatchPredictions, Counts
+from galaxydist.evaluation.counts import Counts
 from galaxydist.evaluation.metrics import metrics_from_counts
 
 
@@ -116,27 +116,6 @@ def test_a_vector_of_another_shape_or_type_is_refused() -> None:
     for vector in (torch.zeros(8, dtype=torch.int64), torch.zeros(7), torch.zeros(1, 7, dtype=torch.int64)):
         with pytest.raises(ValueError, match="holds no counts"):
             Counts.from_vector(vector)
-
-
-def test_kept_predictions_are_those_of_real_galaxies_in_order() -> None:
-    logits_NK, labels_N = outputs(3, 10, 3)
-    samples_N = torch.arange(10)
-    ranks = [Counts(3, keep_predictions=True) for _ in range(3)]
-    for rank in (1, 0):  # the third rank gets nothing
-        mine = samples_N[samples_N % 2 == rank]
-        mask = (mine != 4).float()
-        ranks[rank].add(logits_NK[mine], labels_N[mine], mask, mine)
-    merged = BatchPredictions.merge([rank.predictions for rank in ranks])
-    assert merged.samples_N.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9]
-    assert torch.equal(merged.logits_NK, logits_NK[merged.samples_N])
-    assert torch.equal(merged.labels_N, labels_N[merged.samples_N])
-    assert torch.allclose(merged.probabilities_NK.sum(dim=1), torch.ones(9, dtype=torch.float64))
-    with pytest.raises(ValueError, match="twice"):
-        BatchPredictions.merge([ranks[0].predictions, ranks[0].predictions])
-    with pytest.raises(ValueError, match="keep_predictions"):
-        _ = Counts(3).predictions
-    with pytest.raises(ValueError, match="samples_B"):
-        Counts(3, keep_predictions=True).add(logits_NK, labels_N, torch.ones(10))
 
 
 @given(

@@ -14,10 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galaxydist.cli.main import main
-from galaxydist.errors import UserError
-from galaxydist.evaluation.counts import BatchPredictions
 from galaxydist.evaluation.inference import MEASURED_WIDTH, measure, merge_predictions
-from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, merge_rank_files, part_path, read_predictions
+from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, merge_rank_files, rank_file_path, read_predictions
 from galaxydist.galaxy import Galaxy
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
@@ -46,7 +44,7 @@ def test_parts_of_any_number_of_processes_are_one_file(
 ) -> None:
     folder = tmp_path_factory.mktemp("parts")
     target = folder / "a.parquet"
-    writers = [RankFile(part_path(target, rank), 3) for rank in range(world_size)]
+    writers = [RankFile(rank_file_path(target, rank), 3) for rank in range(world_size)]
     for writer in writers:
         writer.__enter__()
     for number, first in enumerate(range(0, num, batch_size)):
@@ -73,7 +71,7 @@ def test_parts_of_any_number_of_processes_are_one_file(
 
 
 def test_sizes_are_in_pixels_where_the_scale_of_any_galaxy_is_unknown(tmp_path: Path) -> None:
-    with RankFile(part_path(tmp_path / "a.parquet", 0), 3) as part:
+    with RankFile(rank_file_path(tmp_path / "a.parquet", 0), 3) as part:
         part.append(columns_of(np.arange(4)))
         part.finish()
         for scale in ([0.2, 0.2, None, 0.2], [0.2, 0.0, 0.2, 0.2]):
@@ -113,7 +111,7 @@ def test_sizes_do_not_depend_on_how_small_an_image_was_decoded() -> None:
 
 @dataclass(frozen=True)
 class KnownBlobs(BlobSurvey):
-    """Blobs with places on the sky, redshifts (a third unknown) and a pixel scale."""
+    """Blobs with sky positions, redshifts (a third unknown) and a pixel scale."""
 
     pxscale: float | None = 0.262
 
@@ -133,7 +131,7 @@ def run_of_known(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "run", path
 
 
-def judge(*arguments: object) -> int:
+def evaluate(*arguments: object) -> int:
     from accelerate.state import AcceleratorState, PartialState
 
     try:
@@ -180,22 +178,22 @@ def test_what_is_there_is_not_made_again_and_what_is_missing_or_damaged_is(
     folder = run_of_known[0] / "evaluation"
     predictions, written = folder / "test-predictions.parquet", folder / "test.json"
     whole, text = predictions.read_bytes(), written.read_text()
-    assert judge(run_of_known[0]) == 0  # the run was told to leave the figures to this
+    assert evaluate(run_of_known[0]) == 0  # the run itself drew no figures
     assert written.read_text() == text and (folder / "test-confusion.png").is_file()
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert judge(run_of_known[0]) == 0
+    assert evaluate(run_of_known[0]) == 0
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
     for damage in (None, whole[:-30]):
         predictions.unlink() if damage is None else predictions.write_bytes(damage)
-        assert judge(run_of_known[0]) == 0
+        assert evaluate(run_of_known[0]) == 0
         assert predictions.read_bytes() == whole and written.read_text() == text
     written.write_text(json.dumps({**json.loads(text), "format": 1}))
     before = predictions.stat().st_mtime_ns
-    assert judge(run_of_known[0]) == 0
+    assert evaluate(run_of_known[0]) == 0
     assert written.read_text() == text and predictions.stat().st_mtime_ns == before, "numbers again, predictions not"
-    assert judge(run_of_known[0], "--split", "val") == 0
-    said = capsys.readouterr().out
-    assert "48 galaxies of the validation split (the very galaxies that are judged)" in said
+    assert evaluate(run_of_known[0], "--split", "val") == 0
+    printed = capsys.readouterr().out
+    assert "48 galaxies of the validation split (the evaluated galaxies themselves)" in printed
     assert json.loads((folder / "val.json").read_text())["count"] == 48
     # Without the model: the same numbers.
     out = run_of_known[0].parent / "out"
@@ -203,7 +201,7 @@ def test_what_is_there_is_not_made_again_and_what_is_missing_or_damaged_is(
     assert (out / "test.json").read_text() == text
 
 
-def test_a_run_is_judged_on_other_data_with_the_temperature_of_its_own(
+def test_a_run_is_evaluated_on_other_data_with_the_temperature_of_its_own(
     run_of_known: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir, manifest_path = run_of_known
@@ -217,7 +215,7 @@ def test_a_run_is_judged_on_other_data_with_the_temperature_of_its_own(
     survey = Others(num_galaxies=60, name="other", variant="balanced", pxscale=None)
     other = write_shards(survey, tmp_path / "shards", encoding="png", workers=1).path
     with without_figures():
-        assert judge(run_dir, f"data.manifest={other}") == 0
+        assert evaluate(run_dir, f"data.manifest={other}") == 0
     assert "left out: redshift: no galaxy has it" in capsys.readouterr().out
     folder = run_dir / "evaluation" / "other-balanced"
     found = json.loads((folder / "test.json").read_text())
@@ -244,7 +242,7 @@ def test_a_variant_is_found_beside_the_runs_own_and_a_run_by_its_name(
     assert f"{warning}, which a model cannot tell apart with data.augment.flip=true\n" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     with without_figures():
-        assert judge("named", "data.variant=balanced") == 0
+        assert evaluate("named", "data.variant=balanced") == 0
     assert "blobs (balanced), test split, custom_cnn, N = 12" in capsys.readouterr().out
 
 
@@ -257,18 +255,7 @@ def test_a_failure_leaves_neither_predictions_nor_parts(
     with shard.open("rb+") as file:
         file.seek(offset)
         file.write(b"\0" * 200)
-    assert judge(run_of_known[0], f"data.manifest={manifest.path}", "--split", "train") == 2
+    assert evaluate(run_of_known[0], f"data.manifest={manifest.path}", "--split", "train") == 2
     assert "galaxy" in capsys.readouterr().err
     folder = run_of_known[0] / "evaluation" / "torn-original"
     assert list(folder.iterdir()) == []
-
-
-def test_predictions_of_batches_are_joined_in_their_order() -> None:
-    def part(*samples: int) -> BatchPredictions:
-        samples_N = torch.tensor(samples)
-        return BatchPredictions(samples_N, samples_N, samples_N, samples_N[:, None].float())
-
-    assert BatchPredictions.join([part(3, 4), part(0), part(2)]).samples_N.tolist() == [3, 4, 0, 2]
-    assert BatchPredictions.merge([part(3, 4), part(0), part(2)]).logits_NK[:, 0].tolist() == [0, 2, 3, 4]
-    with pytest.raises(UserError, match="no predictions at"):
-        read_predictions(Path("nowhere"))

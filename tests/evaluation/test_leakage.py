@@ -1,4 +1,4 @@
-"""No galaxy that a model has learnt from is among those that it is judged on."""
+"""Leakage checks: no training galaxy among the evaluated ones."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
 from galaxydist.evaluation import leakage as overlaps
-from galaxydist.evaluation.counts import Counts, SubsetCounts
+from galaxydist.evaluation.counts import Counts
 from galaxydist.evaluation.leakage import SplitGalaxies, check_before_training, check_overlap, find_overlap
 from galaxydist.galaxy import Galaxy
 from galaxydist.shards.manifest import Manifest
@@ -47,7 +47,7 @@ def separation(one: tuple[float, float], other: tuple[float, float]) -> float:
     return math.degrees(2 * math.asin(math.sqrt(min(part, 1.0)))) * 3600
 
 
-# Around the seam at 0 degrees, the poles and a place between, in steps of some arcsec.
+# Around 0 degrees, the poles and a position in between, in steps of some arcsec.
 PLACES = st.tuples(st.sampled_from([0.0, 359.99, 120.0, 300.0]), st.sampled_from([-90.0, 89.99, 0.0, 35.0]))
 ROWS = st.lists(
     st.tuples(
@@ -60,7 +60,7 @@ ROWS = st.lists(
 
 
 @given(others=ROWS, test=ROWS, radius=st.floats(1, 120), chunk=st.integers(1, 5), are_one_survey=st.booleans())
-def test_ids_and_places_are_those_that_a_look_at_every_pair_finds(
+def test_ids_and_positions_are_those_of_a_comparison_of_all_pairs(
     others: Any, test: Any, radius: float, chunk: int, are_one_survey: bool
 ) -> None:
     def at(place: tuple[float, float] | None) -> tuple[float | None, float | None]:
@@ -102,8 +102,8 @@ def test_the_refusal_counts_and_names() -> None:
     text = str(error.value)
     assert "10 of the 11 galaxies of test of b were in the training set of this model, train of a: " in text
     assert "8 by id (g0, g1, g2, g3, g4 and 3 more); 2 within 67 arcsec of one of them on the sky (n0, n1)." in text
-    assert "1 of these lie where no galaxy of the training set does" in text and "--name NAME" in text
-    assert "Judge it on another data set, or train it on shards" in text
+    assert "1 of these are far from every galaxy of the training set" in text and "--name NAME" in text
+    assert "Evaluate it on another data set, or train it on shards" in text
     seen = check_overlap(
         SplitGalaxies(table([("z", 1.0, 1.0)]), "a", "x"),
         SplitGalaxies(table(rows[:1]), "a", "v"),
@@ -126,10 +126,10 @@ def test_the_variants_of_galaxy10_train_no_galaxy_that_tests_either(real_data: P
 
     chosen_on = {}
     for trained in ("original", "balanced"):
-        for judged in ("original", "balanced"):
-            test = galaxies(judged, TEST)
+        for evaluated in ("original", "balanced"):
+            test = galaxies(evaluated, TEST)
             mask = check_overlap(galaxies(trained, TRAIN), galaxies(trained, VAL), test)
-            chosen_on[trained, judged] = (int(mask.sum()), len(mask))
+            chosen_on[trained, evaluated] = (int(mask.sum()), len(mask))
     assert chosen_on == {
         ("original", "original"): (0, 1774),
         ("original", "balanced"): (32, 660),
@@ -162,23 +162,23 @@ def test_counts_of_a_subset_are_those_of_its_galaxies_alone(seed: int, num_ranks
     num, classes = 23, 4
     logits_NK, labels_N = torch.from_numpy(rng.normal(size=(num, classes))), torch.from_numpy(rng.integers(0, classes, num))
     is_counted_N = rng.random(num) < 0.6
-    parts = [SubsetCounts(classes, is_counted_N) for _ in range(num_ranks)]
+    parts = [Counts(classes, subset_N=is_counted_N) for _ in range(num_ranks)]
     for batch, start in enumerate(range(0, num, 5)):
         samples_B = torch.arange(start, start + 5)
         samples_B[samples_B >= num] = -1
         weights_B = (samples_B >= 0).float()
         rows = samples_B.clamp(min=0)
         parts[batch % num_ranks].add(logits_NK[rows], labels_N[rows], weights_B, samples_B)
-    total = Counts.from_vector(torch.stack([part.counts.vector() for part in parts]).sum(dim=0))
+    total = Counts.from_vector(torch.stack([part.vector() for part in parts]).sum(dim=0))
     alone = Counts(classes)
     alone.add(logits_NK[is_counted_N], labels_N[is_counted_N], torch.ones(int(is_counted_N.sum())))
     assert torch.equal(total.vector(), alone.vector())
-    total.check(parts[0].expected)
+    total.check(int(is_counted_N.sum()))
 
 
 @dataclass(frozen=True)
 class PlacedBlobs(BlobSurvey):
-    """Blobs far from one another on the sky; ``moved`` and ``renamed`` give rows another place or id, ``prefix`` begins ids."""
+    """Blobs far apart on the sky; ``moved`` and ``renamed`` give rows another position or id, ``prefix`` begins ids."""
 
     moved: tuple[tuple[int, float, float], ...] = ()
     renamed: tuple[tuple[int, str], ...] = ()
@@ -217,7 +217,7 @@ def write(survey: BlobSurvey, folder: Path) -> Manifest:
     return write_shards(survey, folder, encoding="png", shard_size=16, workers=1)
 
 
-def judge(run_dir: Path, *arguments: object) -> int:
+def evaluate(run_dir: Path, *arguments: object) -> int:
     from accelerate.state import AcceleratorState, PartialState
 
     try:
@@ -255,16 +255,16 @@ def test_evaluate_refuses_what_the_run_has_learnt_from(  # noqa: PLR0917
     if not with_catalogues:
         make_old(manifest.dir)
     capsys.readouterr()
-    code = judge(run_dir, "--manifest", manifest.path)
-    said = capsys.readouterr()
+    code = evaluate(run_dir, "--manifest", manifest.path)
+    printed = capsys.readouterr()
     written = run_dir / "evaluation" / f"{survey.name}-{survey.variant}" / "test.json"
     if refused is None:
         assert code == 0 and written.exists()
         assert "without_validation" not in json.loads(written.read_text())
         return
     assert code == 2 and not written.exists()
-    assert f"1 of the 12 galaxies of the test split of {manifest.path} were in the training set of this model" in said.err
-    assert re.search(refused, said.err)
+    assert f"1 of the 12 galaxies of the test split of {manifest.path} were in the training set of this model" in printed.err
+    assert re.search(refused, printed.err)
 
 
 def test_validation_galaxies_are_counted_with_and_without(
@@ -280,7 +280,7 @@ def test_validation_galaxies_are_counted_with_and_without(
         variant="balanced",
     )
     seen = write(survey, tmp_path / "seen")
-    assert judge(run_dir, "--manifest", seen.path) == 0
+    assert evaluate(run_dir, "--manifest", seen.path) == 0
     found = json.loads((run_dir / "evaluation" / "blobs-balanced" / "test.json").read_text())
     without = found["without_validation"]
     assert (found["count"], without["count"]) == (12, 10)
@@ -300,7 +300,7 @@ def test_validation_galaxies_are_counted_with_and_without(
             return {**super().splits, "test": np.array(kept)}
 
     alone = write(Kept(**{**vars(survey), "name": "kept"}), tmp_path / "alone")
-    assert judge(run_dir, "--manifest", alone.path) == 0
+    assert evaluate(run_dir, "--manifest", alone.path) == 0
     other = json.loads((run_dir / "evaluation" / "kept-balanced" / "test.json").read_text())
     assert other["confusion"] == without["confusion"]
     assert other["loss"] == pytest.approx(without["loss"], rel=1e-6)
@@ -318,23 +318,23 @@ def test_shards_that_the_run_was_trained_on_and_are_gone(
     trained[1].rename(moved)
     try:
         capsys.readouterr()
-        assert judge(run_dir, "--manifest", other.path) == 2
-        said = capsys.readouterr().err
-        assert "the shards that it was trained on" in said and "--trained-on MANIFEST" in said and "no shards at" in said
-        assert judge(run_dir, "--manifest", moved) == 0, "its own shards, elsewhere"
-        assert judge(run_dir, "--manifest", other.path, "--trained-on", moved) == 0
+        assert evaluate(run_dir, "--manifest", other.path) == 2
+        printed = capsys.readouterr().err
+        assert "the shards that it was trained on" in printed and "--trained-on MANIFEST" in printed and "no shards at" in printed
+        assert evaluate(run_dir, "--manifest", moved) == 0, "its own shards, elsewhere"
+        assert evaluate(run_dir, "--manifest", other.path, "--trained-on", moved) == 0
         capsys.readouterr()
         # What stands in their place is not what it was trained on, unless the user says so.
         write(replace(PlacedBlobs(), source_hash="3" * 64), trained[1])
         near = write(replace(OTHER, moved=((TEST_ROW, *TRAIN_PLACE),), name="near"), tmp_path / "near")
-        assert judge(run_dir, "--manifest", near.path) == 2
-        said = capsys.readouterr().err
-        assert f"are no longer at {trained[1] / 'manifest.json'}: others stand there" in said and "--trained-on" in said
-        assert judge(run_dir, "--manifest", near.path, "--trained-on", trained[1]) == 2
+        assert evaluate(run_dir, "--manifest", near.path) == 2
+        printed = capsys.readouterr().err
+        assert f"are no longer at {trained[1] / 'manifest.json'}, which has others" in printed and "--trained-on" in printed
+        assert evaluate(run_dir, "--manifest", near.path, "--trained-on", trained[1]) == 2
         assert "1 within 67 arcsec" in capsys.readouterr().err
-        assert "its galaxies are taken for those of the run" in caplog.text
+        assert "its galaxies are used as those of the run" in caplog.text
         classes = write(replace(OTHER, class_names=("a", "b", "c")), tmp_path / "classes")
-        assert judge(run_dir, "--manifest", near.path, "--trained-on", classes.path) == 2
+        assert evaluate(run_dir, "--manifest", near.path, "--trained-on", classes.path) == 2
         assert "has the classes a, b, c, the run was trained on round, flat, pair" in capsys.readouterr().err
     finally:
         shutil.rmtree(trained[1], ignore_errors=True)
@@ -349,13 +349,13 @@ def test_shards_whose_own_test_galaxies_train_are_refused_before_the_training(
     assert run_here(arguments) == 2
     assert "1 within 67 arcsec of one of them on the sky (blob-00024)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    make_old(manifest.dir)  # seen only when the tars are read, to judge it
+    make_old(manifest.dir)  # found only when the evaluation reads the tars
     assert run_here(arguments) == 2
     assert "1 within 67 arcsec of one of them on the sky (blob-00024)" in capsys.readouterr().err
     assert (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "evaluation").exists()
 
 
-def test_equal_images_under_other_names_and_places_are_refused(
+def test_equal_images_under_other_names_and_positions_are_refused(
     run_dir: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -367,9 +367,9 @@ def test_equal_images_under_other_names_and_places_are_refused(
             return super()._draw({TEST_ROW: TRAIN_ROW}.get(row, row))
 
     other = Copied(**vars(OTHER))
-    assert judge(run_dir, "--manifest", write(other, tmp_path / "resized").path) == 2
+    assert evaluate(run_dir, "--manifest", write(other, tmp_path / "resized").path) == 2
     assert "1 by their images, which are equal pixel for pixel (other-00024)" in capsys.readouterr().err
-    # A data set's own splits stay as they were given: it is said.
+    # A data set's own splits stay as they were given, with a warning.
     manifest = write(Copied(), tmp_path / "own")
     assert [line.split(": ")[1] for line in describe_equal_images(manifest)] == [
         f"train/blob-{TRAIN_ROW:05d} = test/blob-{TEST_ROW:05d}. A model is judged there on what it has learnt from"
@@ -379,14 +379,14 @@ def test_equal_images_under_other_names_and_places_are_refused(
     # Shards of an earlier version have no hashes.
     monkeypatch.setattr("galaxydist.shards.writer.encode.hash_pixels", lambda _: None)
     old = write(other, tmp_path / "old")
-    assert judge(run_dir, "--manifest", old.path) == 0
+    assert evaluate(run_dir, "--manifest", old.path) == 0
     assert "has no hashes of its images" in caplog.text and "has no hashes" in describe_equal_images(old)[0]
 
 
-def test_an_evaluation_from_before_anyone_looked_is_made_again(run_dir: Path) -> None:
+def test_an_evaluation_without_leakage_checks_is_made_again(run_dir: Path) -> None:
     path = run_dir / "evaluation" / "test.json"
     content = json.loads(path.read_text())
     del content["apart_arcsec"]
     path.write_text(json.dumps({**content, "accuracy": 2.0}))
-    assert judge(run_dir) == 0
+    assert evaluate(run_dir) == 0
     assert read_evaluation(run_dir)["accuracy"] <= 1.0

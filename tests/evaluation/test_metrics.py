@@ -1,4 +1,4 @@
-"""What is said of stored predictions, against scikit-learn and torchmetrics, and the command that says it."""
+"""Metrics of stored predictions against scikit-learn and torchmetrics, and the command that prints them."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from galaxydist.errors import UserError
 from galaxydist.evaluation import bootstrap
 from galaxydist.evaluation.calibration import HIGHEST, LOWEST, NUM_BINS, Reliability, fit_temperature
 from galaxydist.evaluation.counts import Counts
-from galaxydist.evaluation.metrics import LEAST_GALAXIES, in_top_two, measure_dependence, metrics_from_counts, summarise
+from galaxydist.evaluation.metrics import LEAST_GALAXIES, accuracy_by_property, in_top_two, metrics_from_counts, summarise
 from galaxydist.evaluation.predictions import PredictionsFile, softmax
 from tests.helpers.prediction_files import draw_logits, write_logits
 
@@ -84,7 +84,7 @@ def test_metrics_are_those_of_the_counts_of_scikit_learn_and_of_torchmetrics(
         assert row is None if not expected.any() else row == pytest.approx(expected.tolist())
 
 
-def test_the_counted_loss_is_what_is_said_and_another_file_is_found_out(tmp_path: Path) -> None:
+def test_the_counted_loss_is_reported_and_a_changed_file_is_refused(tmp_path: Path) -> None:
     logits_NK, labels_N = draw_logits(0, 100, 3)
     loss = counted(logits_NK, labels_N)["loss"] + 1e-6  # as with double precision, whose logits are rounded
     assert summarise(write_logits(tmp_path / "a.parquet", logits_NK, labels_N, loss=loss)).metrics["loss"] == loss
@@ -92,7 +92,7 @@ def test_the_counted_loss_is_what_is_said_and_another_file_is_found_out(tmp_path
         summarise(write_logits(tmp_path / "b.parquet", logits_NK, labels_N, loss=loss + 0.1))
 
 
-def test_no_galaxies_and_logits_that_are_not_finite_leave_out_what_cannot_be_said(tmp_path: Path) -> None:
+def test_no_galaxies_and_logits_that_are_not_finite_leave_out_what_is_undefined(tmp_path: Path) -> None:
     none = summarise(write_logits(tmp_path / "a.parquet", np.empty((0, 3), np.float32), np.empty(0, np.int64))).metrics
     json.dumps(none, allow_nan=False)
     assert none["count"] == 0 and none["accuracy"] is none["loss"] is none["top2_accuracy"] is none["calibration"]["ece"] is None
@@ -129,11 +129,11 @@ def test_the_temperature_that_was_put_in_is_found(tmp_path: Path, temperature: f
     labels_N = (softmax(calibrated_NK).cumsum(1) < rng.random((40_000, 1))).sum(1).clip(max=3)
     scaled_NK = (temperature * calibrated_NK).astype(np.float32)
     validation = write_logits(tmp_path / "val.parquet", scaled_NK[:20_000], labels_N[:20_000], split="val")
-    judged = write_logits(tmp_path / "test.parquet", scaled_NK[20_000:], labels_N[20_000:])
+    evaluated = write_logits(tmp_path / "test.parquet", scaled_NK[20_000:], labels_N[20_000:])
     found = fit_temperature(validation)
     assert found is not None and found.value == pytest.approx(temperature, rel=0.03) and not found.at_bound
     assert found.loss_after <= found.loss_before == pytest.approx(counted(scaled_NK[:20_000], labels_N[:20_000])["loss"])
-    metrics = summarise(judged, validation).metrics
+    metrics = summarise(evaluated, validation).metrics
     scaled = metrics["calibration"]["scaled"]
     assert scaled["ece"] < 0.02 and metrics["calibration"]["temperature"]["fitted_on"]["split"] == "val"
     divided_NK = (scaled_NK[20_000:].astype(np.float64) / found.value).astype(np.float32)
@@ -145,10 +145,10 @@ def test_the_temperature_that_was_put_in_is_found(tmp_path: Path, temperature: f
     assert low < scaled["loss"] < high
 
 
-def test_a_temperature_is_never_fitted_on_the_judged_galaxies_and_stays_within_bounds(tmp_path: Path) -> None:
+def test_a_temperature_is_never_fitted_on_the_evaluated_galaxies_and_stays_within_bounds(tmp_path: Path) -> None:
     logits_NK, labels_N = draw_logits(0, 100, 3)
-    judged = write_logits(tmp_path / "test.parquet", logits_NK, labels_N)
-    assert summarise(judged).metrics["calibration"]["temperature"] is None
+    evaluated = write_logits(tmp_path / "test.parquet", logits_NK, labels_N)
+    assert summarise(evaluated).metrics["calibration"]["temperature"] is None
     for answers, bound in ((labels_N, LOWEST), ((labels_N + 1) % 3, HIGHEST)):
         sure_NK = 10 * np.eye(3, dtype=np.float32)[answers]
         found = fit_temperature(write_logits(tmp_path / "val.parquet", sure_NK, labels_N, split="val"))
@@ -157,7 +157,7 @@ def test_a_temperature_is_never_fitted_on_the_judged_galaxies_and_stays_within_b
     assert fit_temperature(empty) is None
     others = write_logits(tmp_path / "others.parquet", logits_NK, labels_N, split="val", class_names=("x", "y", "z"))
     with pytest.raises(UserError, match=r"has the classes x, y, z, .* has class_0"):
-        summarise(judged, others)
+        summarise(evaluated, others)
 
 
 @given(st.integers(0, 50), st.integers(2, 5), st.integers(0, 1000))
@@ -171,7 +171,7 @@ def test_resampled_counts_give_the_metrics_of_each_resample(count: int, num_clas
     shares = confusion_KK.ravel() / max(1, count)
     drawn_RKK = generator.multinomial(count, shares, size=bootstrap.RESAMPLES).reshape(-1, num_classes, num_classes)
     names = [str(label) for label in range(num_classes)]
-    found = [bootstrap.count_metrics(resamples) for resamples in bootstrap.resample_confusion(confusion_KK)]
+    found = [bootstrap.count_metrics(*resamples) for resamples in bootstrap.resample_confusion(confusion_KK)]
     assert bool(found) == (count > 0)
     for metrics in found:
         assert metrics.keys() == set(bootstrap.COUNTED)
@@ -244,7 +244,7 @@ def test_accuracy_against_properties_in_bins_of_equally_many(tmp_path: Path) -> 
     tied_N = np.where(np.arange(num) < 900, 0.5, 0.7)
     properties = {"size": size_N, "redshift": few_N, "sky_brightness": tied_N}
     units = {"size": "arcsec"}
-    found, left_out = measure_dependence(
+    found, left_out = accuracy_by_property(
         write_logits(tmp_path / "a.parquet", logits_NK, labels_N, properties=properties, units=units)
     )
     assert list(found) == ["size", "sky_brightness"] and left_out == ["redshift: only 24 galaxies have it"]
@@ -255,7 +255,7 @@ def test_accuracy_against_properties_in_bins_of_equally_many(tmp_path: Path) -> 
     low, high = stats.binomtest(125, 125).proportion_ci(0.95, "wilson")
     assert bins[-1]["interval"] == [low, high]
     assert sum(row["count"] for row in found["sky_brightness"]["bins"]) == num
-    none, left_out = measure_dependence(write_logits(tmp_path / "b.parquet", logits_NK, labels_N))
+    none, left_out = accuracy_by_property(write_logits(tmp_path / "b.parquet", logits_NK, labels_N))
     assert none == {} and left_out[0] == "redshift: no galaxy has it"
 
 
@@ -270,21 +270,21 @@ def written(folder: Path, **context: Any) -> PredictionsFile:
 
 
 @pytest.mark.slow
-def test_stored_predictions_are_judged_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stored_predictions_are_evaluated_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path).path
     assert main(["evaluate", "--predictions", str(path)]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     evaluation = json.loads((tmp_path / "test.json").read_text())
-    assert "blobs (original), test split, vit, N = 500" in said
+    assert "blobs (original), test split, vit, N = 500" in printed
     for name, label in (("accuracy", "accuracy"), ("macro_f1", "macro F1"), ("loss", "loss")):
         low, high = evaluation["intervals"][name]
-        line = next(line for line in said.splitlines() if line.startswith(label))
+        line = next(line for line in printed.splitlines() if line.startswith(label))
         assert f"{evaluation[name]:.3f}   {low:.3f} to {high:.3f}" in line
     value = evaluation["calibration"]["temperature"]["value"]
-    assert f"logits divided by T = {value:.3f}, fitted on 500 galaxies of the validation split" in said
-    assert "left out: size: no galaxy has it" in said
+    assert f"logits divided by T = {value:.3f}, fitted on 500 galaxies of the validation split" in printed
+    assert "left out: size: no galaxy has it" in printed
     names = ("confusion", "classes", "reliability", "areas", "dependence")
-    assert all(str(tmp_path / f"test-{name}.png") in said and (tmp_path / f"test-{name}.pdf").exists() for name in names)
+    assert all(str(tmp_path / f"test-{name}.png") in printed and (tmp_path / f"test-{name}.pdf").exists() for name in names)
     # Elsewhere, without the validation split: figures of an earlier evaluation that this one lacks go.
     out = shutil.copytree(tmp_path, tmp_path / "out")
     (tmp_path / "val-predictions.parquet").unlink()
@@ -294,7 +294,7 @@ def test_stored_predictions_are_judged_by_the_command(tmp_path: Path, capsys: py
     assert "left out: temperature scaling" in capsys.readouterr().out
 
 
-def test_predictions_that_cannot_be_judged_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predictions_that_cannot_be_evaluated_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path).path
     other = written_elsewhere(tmp_path / "other")
     cases = [
@@ -309,7 +309,7 @@ def test_predictions_that_cannot_be_judged_are_refused(tmp_path: Path, capsys: p
         (["a", "optim.lr=1"], "optim.lr cannot be changed"),
         (["a", "data.manifest=x", "data.variant=balanced"], "keep one"),
         (["a", "data.variant=other"], "there are original and balanced"),
-        (["a", "data.manifest=x", "--manifest", "y"], "both say which data"),
+        (["a", "data.manifest=x", "--manifest", "y"], "both name the data"),
         (["no-such-run"], "there is no such folder, nor runs/no-such-run"),
     ]
     for arguments, text in cases:

@@ -18,7 +18,6 @@ from galaxydist.evaluation.predictions import (
     METADATA_KEY,
     ROW_GROUP,
     PredictionsInfo,
-    log_softmax,
     predictions_path,
     read_predictions,
     softmax,
@@ -100,15 +99,6 @@ def test_other_tools_read_it(tmp_path: Path) -> None:
     assert frame["redshift"].isna().tolist() == [True, False, False, False, True]
 
 
-def test_rows_are_found_by_number(tmp_path: Path) -> None:
-    path, columns = tmp_path / "a.parquet", galaxies(ROW_GROUP + 50)
-    write_predictions(path, INFO, blocks(columns, []))
-    wanted = [3, ROW_GROUP - 1, ROW_GROUP, ROW_GROUP + 49]
-    rows = read_predictions(path).rows(wanted, ["sample", "logits"])
-    assert rows["sample"].tolist() == wanted and np.array_equal(rows["logits"], columns["logits"][wanted])
-    assert len(read_predictions(path).rows([], ["id"])["id"]) == 0
-
-
 def test_a_failure_leaves_the_file_that_was_there(tmp_path: Path) -> None:
     path = predictions_path(tmp_path, "test")
 
@@ -125,7 +115,7 @@ def test_a_failure_leaves_the_file_that_was_there(tmp_path: Path) -> None:
     assert path.read_bytes() == b"old"
 
 
-def test_no_predictions_damaged_ones_and_foreign_ones_are_told_apart(tmp_path: Path) -> None:
+def test_no_predictions_damaged_ones_and_foreign_ones_are_distinguished(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     with pytest.raises(UserError, match=r"no predictions at .*galaxydist evaluate"):
         read_predictions(path)
@@ -167,9 +157,7 @@ def test_no_predictions_damaged_ones_and_foreign_ones_are_told_apart(tmp_path: P
         read_predictions(path)
 
 
-def test_logarithms_of_probabilities_neither_overflow_nor_hide_what_is_not_finite() -> None:
-    logits_NK = np.array([[1e5, 0, -1e5], [0, 0, 0], [np.nan, 0, 0], [np.inf, 0, 0]], np.float32)
-    log_NK = log_softmax(logits_NK)
-    assert log_NK[0].tolist() == [0, -1e5, -2e5] and np.allclose(log_NK[1], -np.log(3))
-    assert np.isnan(log_NK[2:]).any(axis=1).all()
+def test_probabilities_neither_overflow_nor_hide_what_is_not_finite() -> None:
+    found_NK = softmax(np.array([[1e5, 0, -1e5], [0, 0, 0], [np.nan, 0, 0], [np.inf, 0, 0]], np.float32))
+    assert found_NK[0].tolist() == [1, 0, 0] and np.allclose(found_NK[1], 1 / 3) and np.isnan(found_NK[2:]).all()
     assert softmax(np.empty((0, 3))).shape == (0, 3)

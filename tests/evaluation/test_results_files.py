@@ -12,18 +12,18 @@ from PIL import Image
 
 from galaxydist.evaluation.metrics import Summary, metrics_from_counts, summarise
 from galaxydist.evaluation.plots import (
-    draw_areas,
+    draw_accuracy_by_property,
     draw_confusion,
-    draw_dependence,
     draw_learning_curves,
     draw_per_class,
     draw_reliability,
+    draw_roc_and_pr,
     save_figure,
 )
 from galaxydist.evaluation.results_files import read_evaluation, render_evaluation, write_evaluation
 from galaxydist.evaluation.text_table import title_of
 from galaxydist.galaxy import GALAXY10_CLASSES
-from galaxydist.pages.contact_sheet import write_gallery
+from galaxydist.pages.contact_sheet import write_class_sheet
 from galaxydist.runs.metrics_log import MetricsLog
 from tests.helpers.prediction_files import draw_logits, write_logits
 
@@ -115,11 +115,11 @@ def test_figures_say_what_they_show(metrics: dict[str, Any], log: Path) -> None:
     assert title == TITLE
     confusion, classes = draw_confusion(metrics, title), draw_per_class(metrics, title)
     for figure in (confusion, classes):
-        said = " ".join(texts_of(figure)).replace("\n", " ").replace("\N{NO-BREAK SPACE}", " ")
-        assert TITLE in said
-        assert all(name in said for name in ("edge-on without bulge", "unbarred tight spiral", "disturbed"))
-    said = texts_of(confusion)
-    assert str(metrics["confusion"][0][0]) in said
+        texts = " ".join(texts_of(figure)).replace("\n", " ").replace("\N{NO-BREAK SPACE}", " ")
+        assert TITLE in texts
+        assert all(name in texts for name in ("edge-on without bulge", "unbarred tight spiral", "disturbed"))
+    texts = texts_of(confusion)
+    assert str(metrics["confusion"][0][0]) in texts
     assert len(confusion.axes) == 2
     curves = draw_learning_curves(MetricsLog(log).read(), "simulated (original), custom_cnn")
     assert [axes.get_ylabel() for axes in curves.axes] == ["loss", "accuracy", "learning rate"]
@@ -173,19 +173,19 @@ def summary(tmp_path: Path) -> Summary:
 
 def test_figures_of_predictions_say_what_they_show(summary: Summary, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = summary.metrics
-    reliability, areas = draw_reliability(metrics, TITLE), draw_areas(metrics, summary.curves, TITLE)
-    dependence = draw_dependence(metrics, TITLE)
+    reliability, areas = draw_reliability(metrics, TITLE), draw_roc_and_pr(metrics, summary.curves, TITLE)
+    dependence = draw_accuracy_by_property(metrics, TITLE)
     for figure in (reliability, areas, dependence):
         assert overlapping(figure, monkeypatch) == []
         assert TITLE in " ".join(texts_of(figure)).replace("\n", " ").replace("\N{NO-BREAK SPACE}", " ")
     ece, scaled = metrics["calibration"]["ece"], metrics["calibration"]["scaled"]["ece"]
-    said = texts_of(reliability)
-    assert f"as trained: ECE {ece:.3f}" in said
-    assert f"divided by T = {metrics['calibration']['temperature']['value']:.2f}: ECE {scaled:.3f}" in said
-    said = " ".join(texts_of(areas))
+    texts = texts_of(reliability)
+    assert f"as trained: ECE {ece:.3f}" in texts
+    assert f"divided by T = {metrics['calibration']['temperature']['value']:.2f}: ECE {scaled:.3f}" in texts
+    texts = " ".join(texts_of(areas))
     roc, precision = metrics["roc_auc"]["per_class"][8], metrics["average_precision"]["per_class"][8]
-    assert f"edge-on without bulge ({roc:.3f}, {precision:.3f})" in said
-    assert "edge-on with bulge" not in said, "a class without galaxies has no curve"
+    assert f"edge-on without bulge ({roc:.3f}, {precision:.3f})" in texts
+    assert "edge-on with bulge" not in texts, "a class without galaxies has no curve"
     labels = ["redshift", "half-light radius (arcsec)", "sky brightness (full scale = 1)"]
     assert [axes.get_xlabel() for axes in dependence.axes] == labels
     alone = {**metrics, "calibration": {**metrics["calibration"], "temperature": None}}
@@ -225,13 +225,12 @@ def test_equal_figures_are_equal_files(tmp_path: Path, metrics: dict[str, Any]) 
     assert first == second
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_a_gallery_of_noisy_images_stays_small(tmp_path: Path, suffix: str) -> None:
+def test_a_gallery_of_noisy_images_stays_small(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = {f"class_{i}": [rng.integers(0, 256, (80, 90, 3), dtype=np.uint8) for _ in range(3)] for i in range(13)}
     images["class_4"] = []
-    path = tmp_path / f"gallery{suffix}"
-    write_gallery(path, images, "noise: three of each class", max_bytes=150_000)
+    path = tmp_path / "gallery.jpg"
+    write_class_sheet(path, images, "noise: three of each class", max_bytes=150_000)
     assert path.stat().st_size <= 150_000
     with Image.open(path) as image:
         assert image.width > image.height > 100
@@ -240,11 +239,10 @@ def test_a_gallery_of_noisy_images_stays_small(tmp_path: Path, suffix: str) -> N
 
 def test_a_gallery_that_cannot_be_made(tmp_path: Path) -> None:
     image = np.zeros((10, 10, 3), np.uint8)
-    for path, images in ((tmp_path / "a.gif", {"a": [image]}), (tmp_path / "a.png", {"a": []})):
-        with pytest.raises(ValueError, match="a gallery needs images"):
-            write_gallery(path, images, "t")
+    with pytest.raises(ValueError, match="a contact sheet needs images"):
+        write_class_sheet(tmp_path / "a.jpg", {"a": []}, "t")
     with pytest.raises(ValueError, match="do not fit"):
-        write_gallery(tmp_path / "a.png", {"a": [image]}, "t", max_bytes=10)
+        write_class_sheet(tmp_path / "a.jpg", {"a": [image]}, "t", max_bytes=10)
 
 
 def test_a_gallery_of_real_galaxies(real_sample: Path, tmp_path: Path) -> None:
@@ -253,7 +251,7 @@ def test_a_gallery_of_real_galaxies(real_sample: Path, tmp_path: Path) -> None:
         for label, name in enumerate(GALAXY10_CLASSES)
     }
     path = tmp_path / "classes.jpg"
-    write_gallery(path, images, "Galaxy10 DECaLS: four galaxies of each class")
+    write_class_sheet(path, images, "Galaxy10 DECaLS: four galaxies of each class")
     assert path.stat().st_size < 300_000
     with Image.open(path) as image:
         assert image.width > 900

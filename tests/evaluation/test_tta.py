@@ -1,4 +1,4 @@
-"""Test-time augmentation: the eight views, their mean probability, and exact evaluations by it."""
+"""Test-time augmentation: the eight flips and quarter turns, their mean probability, and exact evaluations with it."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from galaxydist.cli.main import main
 from galaxydist.distributed import World, init_distributed
 from galaxydist.errors import UserError
 from galaxydist.evaluation.evaluator import evaluate_run
-from galaxydist.evaluation.inference import evaluate_split, mean_log_probabilities, views
+from galaxydist.evaluation.inference import evaluate_split, mean_log_probabilities, tta_images
 from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.evaluation.results_files import read_evaluation as read_evaluation_file
@@ -60,28 +60,28 @@ def recipe_of(manifest: Manifest, tta: str) -> Recipe:
     return load_recipe(settings).recipe
 
 
-def judge(world: World, model: nn.Module, manifest: Manifest, tta: str, split: str = "test") -> dict[str, Any]:
+def evaluate(world: World, model: nn.Module, manifest: Manifest, tta: str, split: str = "test") -> dict[str, Any]:
     recipe = recipe_of(manifest, tta)
     augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=1)
     return evaluate_split(world, model, manifest, split, augment=augment, recipe=recipe)
 
 
-def test_the_views_are_all_flips_and_quarter_turns() -> None:
+def test_d4_is_all_flips_and_quarter_turns() -> None:
     images_BCHW = torch.randn(2, 3, 5, 5)
-    found = list(views(images_BCHW, "d4"))
+    found = list(tta_images(images_BCHW, "d4"))
     assert found[0] is images_BCHW
     quarters = [images_BCHW.numpy()]
     for _ in range(3):
         quarters.append(np.rot90(quarters[-1], axes=(2, 3)))
     expected = {image.tobytes() for quarter in quarters for image in (quarter, quarter[..., ::-1])}
     assert {view.numpy().tobytes() for view in found} == expected and len(expected) == 8
-    assert [view is images_BCHW for view in views(images_BCHW, "none")] == [True]
+    assert [view is images_BCHW for view in tta_images(images_BCHW, "none")] == [True]
 
 
-def test_views_keep_the_memory_format() -> None:
+def test_augmented_images_keep_the_memory_format() -> None:
     images_BCHW = torch.randn(2, 3, 6, 6)
     last_BCHW = images_BCHW.to(memory_format=torch.channels_last)
-    for view, other in zip(views(images_BCHW, "d4"), views(last_BCHW, "d4"), strict=True):
+    for view, other in zip(tta_images(images_BCHW, "d4"), tta_images(last_BCHW, "d4"), strict=True):
         assert view.is_contiguous() and other.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(view, other)
 
@@ -102,14 +102,14 @@ def test_the_mean_of_probabilities_that_float64_cannot_hold_has_a_logarithm() ->
     assert mean_log_probabilities([sure, torch.full((1, 2), math.nan)]).isnan().all()
 
 
-def test_a_model_that_sees_every_side_alike_is_judged_alike(world: World, blobs: Path) -> None:
+def test_an_invariant_model_is_evaluated_alike(world: World, blobs: Path) -> None:
     manifest = read_manifest(blobs)
-    plain, mean = (judge(world, Brightest(), manifest, tta) for tta in ("none", "d4"))
+    plain, mean = (evaluate(world, Brightest(), manifest, tta) for tta in ("none", "d4"))
     assert mean["confusion"] == plain["confusion"] and mean["count"] == 24
     assert mean["loss"] == pytest.approx(plain["loss"], rel=1e-9)
 
 
-def test_another_model_is_judged_by_the_mean_over_the_views(world: World, blobs: Path) -> None:
+def test_another_model_is_evaluated_by_the_mean_probability(world: World, blobs: Path) -> None:
     manifest, model = read_manifest(blobs), Corner()
     recipe = recipe_of(manifest, "d4")
     augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=1)
@@ -126,7 +126,7 @@ def test_another_model_is_judged_by_the_mean_over_the_views(world: World, blobs:
                 probability_K += weight_K / weight_K.sum() / 8
         confusion_KK[label, probability_K.argmax()] += 1
         loss -= math.log(probability_K[label])
-    found, plain = judge(world, model, manifest, "d4"), judge(world, model, manifest, "none")
+    found, plain = evaluate(world, model, manifest, "d4"), evaluate(world, model, manifest, "none")
     assert found["confusion"] == confusion_KK.tolist()
     assert found["loss"] == pytest.approx(loss / 24, rel=1e-6)
     assert abs(found["loss"] - plain["loss"]) > 1e-3
@@ -135,16 +135,16 @@ def test_another_model_is_judged_by_the_mean_over_the_views(world: World, blobs:
 @pytest.mark.parametrize("tta", ["none", "d4"])
 def test_an_evaluation_that_misses_a_galaxy_fails(world: World, tmp_path: Path, tta: str) -> None:
     manifest = write_shards(BlobSurvey(), tmp_path / "shards", encoding="png", workers=1)
-    assert judge(world, Brightest(), manifest, tta)["count"] == 24
+    assert evaluate(world, Brightest(), manifest, tta)["count"] == 24
     path = tmp_path / "shards" / "columns" / "test.labels.npy"
     labels = np.load(path)
     labels[5] = -1
     np.save(path, labels)
     with pytest.raises(UserError, match=r"23 galaxies were counted in the test split .*, but its manifest has 24"):
-        judge(world, Brightest(), read_manifest(tmp_path / "shards"), tta)
+        evaluate(world, Brightest(), read_manifest(tmp_path / "shards"), tta)
 
 
-def test_evaluations_with_and_without_views_are_told_apart(tmp_path: Path) -> None:
+def test_evaluations_with_and_without_augmentation_are_kept_apart(tmp_path: Path) -> None:
     context = {"dataset": "blobs", "variant": "original", "split": "test", "model": "vit", "recipe": "vit"}
     names = ("a", "b")
     plain = write_evaluation(tmp_path, metrics_from_counts([[2, 0], [1, 1]], 2.0, 4, names), context, figures=False)
@@ -156,9 +156,9 @@ def test_evaluations_with_and_without_views_are_told_apart(tmp_path: Path) -> No
     (tmp_path / "test-d4-confusion.png").touch()
     (tmp_path / "test-confusion.png").touch()
     for evaluation, stem, others in ((plain, "test", "test-d4"), (averaged, "test-d4", "test")):
-        said = render_evaluation(evaluation, tmp_path)
-        assert f"{stem}.json" in said and f"{tmp_path}/{stem}-confusion.png" in said
-        assert f"{others}-confusion.png" not in said and ("D4 views averaged" in said) == (stem == "test-d4")
+        printed = render_evaluation(evaluation, tmp_path)
+        assert f"{stem}.json" in printed and f"{tmp_path}/{stem}-confusion.png" in printed
+        assert f"{others}-confusion.png" not in printed and ("averaged over D4" in printed) == (stem == "test-d4")
 
 
 @pytest.mark.slow
@@ -167,28 +167,28 @@ def test_both_evaluations_of_a_run_lie_side_by_side(blobs: Path, tmp_path: Path,
     assert run_here(quick_settings(blobs, run_dir, train__epochs=1)) == 0
     folder = run_dir / "evaluation"
     plain = (folder / "test.json").read_bytes()
-    # The run was told to leave the figures to whoever asks for them.
+    # The run itself draws no figures (eval.figures=false).
     assert not list(folder.glob("*.p[nd][gf]"))
     capsys.readouterr()
     assert main(["evaluate", str(run_dir), "--tta", "d4"]) == 0
-    said = capsys.readouterr().out
-    assert "D4 views averaged, N = 24" in said
-    assert all(str(folder / f"test-d4{end}") in said for end in (".json", "-confusion.png", "-classes.png"))
+    printed = capsys.readouterr().out
+    assert "averaged over D4, N = 24" in printed
+    assert all(str(folder / f"test-d4{end}") in printed for end in (".json", "-confusion.png", "-classes.png"))
     averaged = json.loads((folder / "test-d4.json").read_text())
     assert averaged["tta"] == "d4" and averaged["loss"] != json.loads(plain)["loss"] and averaged["count"] == 24
-    # What is known is not judged again, and neither is taken for the other.
+    # Existing evaluations are not made again, and neither is taken for the other.
     written = (folder / "test-d4.json").stat().st_mtime_ns
     assert main(["evaluate", str(run_dir), "--tta", "d4"]) == 0 == main(["evaluate", str(run_dir)])
-    said = capsys.readouterr().out
-    assert str(folder / "test.json") in said and said.count("test-d4-confusion.png") == 1
-    assert str(folder / "test-confusion.png") in said and str(folder / "learning-curves.png") in said
+    printed = capsys.readouterr().out
+    assert str(folder / "test.json") in printed and printed.count("test-d4-confusion.png") == 1
+    assert str(folder / "test-confusion.png") in printed and str(folder / "learning-curves.png") in printed
     assert (folder / "test-d4.json").stat().st_mtime_ns == written and (folder / "test.json").read_bytes() == plain
     (folder / "test-d4.json").write_bytes(plain)
     assert evaluate_run(run_dir, "test", {}, tta="d4")["loss"] == averaged["loss"]
 
 
 @pytest.mark.slow
-def test_a_recipe_that_asks_for_it_is_validated_and_judged_so(blobs: Path, tmp_path: Path) -> None:
+def test_a_recipe_that_asks_for_it_is_validated_and_evaluated_so(blobs: Path, tmp_path: Path) -> None:
     """A rate of nothing: both runs have the same weights, apart from batch statistics that move alike."""
     losses = {}
     for tta in ("none", "d4"):

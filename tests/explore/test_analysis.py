@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from galaxydist.cli.main import main
-from galaxydist.explore.analysis import Findings, find_all, label_conflicts, split_leaks, summary
-from galaxydist.explore.checks import find_duplicates, find_neighbours, find_oddities, near_hashes, perceptual_hash
-from galaxydist.explore.datasets import ExploredDataset, ExploredImage, Position, Positions, choose_sample, open_population
+from galaxydist.explore.analysis import Findings, analyse, label_conflicts, split_leaks, summary
+from galaxydist.explore.checks import find_duplicates, find_neighbours, near_hashes, odd_kinds, perceptual_hash
+from galaxydist.explore.datasets import UNKNOWN, ExploredDataset, ExploredImage, Positions, choose_sample, open_population
 from galaxydist.explore.page import render_page
 from galaxydist.explore.scan import THUMBNAIL, _fit
 from galaxydist.shards.manifest import read_manifest
@@ -40,7 +40,7 @@ class Sky:
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         for row in rows.tolist():
             self.read.append(row)
-            yield ExploredImage(row, f"g{row}", self.pixels[row % len(self.pixels)], Position())
+            yield ExploredImage(row, f"g{row}", self.pixels[row % len(self.pixels)], UNKNOWN)
 
     def positions(self) -> Positions | None:
         return self._positions
@@ -50,7 +50,7 @@ class Sky:
 
 
 def drawn(num: int, seed: int = 0, size: int = 64) -> NDArray[np.uint8]:
-    """Galaxies of all kinds of places, widths, angles and colours on a noisy sky."""
+    """Galaxies of all kinds of positions, widths, angles and colours on a noisy sky."""
     dice = np.random.default_rng(seed)
     y_HW, x_HW = np.mgrid[:size, :size] - size / 2
     images = []
@@ -74,7 +74,7 @@ def population(labels: NDArray[np.int64], source: Sky, splits: int = 1) -> Explo
 
 def explored(tmp_path: Path, location: str | Path, **options: int) -> Findings:
     opened = open_population(str(location), None, CacheConfig(tmp_path / "cache"))
-    return find_all(opened, sample=options.get("sample", 1000), seed=0)
+    return analyse(opened, sample=options.get("sample", 1000), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +93,13 @@ def shards_path(tmp_path_factory: pytest.TempPathFactory, survey_path: Path) -> 
 def test_a_survey_and_its_shards_say_the_same(tmp_path: Path, survey_path: Path, shards_path: Path) -> None:
     one, two = explored(tmp_path, survey_path), explored(tmp_path, shards_path.parent)
     assert one.population.counts() == two.population.counts()
-    assert sorted(one.looked.ids) == sorted(two.looked.ids) and len(one.looked) == 120
+    assert sorted(one.scan.ids) == sorted(two.scan.ids) and len(one.scan) == 120
     assert one.neighbours is not None and two.neighbours is not None
     assert len(one.neighbours.pairs_P2) == len(two.neighbours.pairs_P2) == 2
     assert one.neighbours.two_labels_P.tolist() == two.neighbours.two_labels_P.tolist() == [True, False]
     assert np.nansum(one.positions.redshift) == pytest.approx(np.nansum(two.positions.redshift))
     for label in range(10):
-        assert one.looked.means[label].mean() == pytest.approx(two.looked.means[label].mean(), abs=1)
+        assert one.scan.means[label].mean() == pytest.approx(two.scan.means[label].mean(), abs=1)
     assert two.population.source_hash == read_manifest(shards_path).hash
 
 
@@ -109,12 +109,10 @@ def test_a_url_is_read_like_a_folder_but_only_a_few_shards_of_it(tmp_path: Path,
     url = (spaced / shards_path.name).as_uri()
     assert "%20" in url
     here, there = explored(tmp_path, shards_path), explored(tmp_path, url)
-    assert here.looked.ids == there.looked.ids and here.population.counts() == there.population.counts()
+    assert here.scan.ids == there.scan.ids and here.population.counts() == there.population.counts()
     few = explored(tmp_path, url, sample=10)
-    assert len(few.looked) == 10 and few.population.counts() == here.population.counts()
-    shards = {
-        (int(split), row // 16) for split, row in zip(few.population.split_N[few.looked.rows], few.looked.rows, strict=True)
-    }
+    assert len(few.scan) == 10 and few.population.counts() == here.population.counts()
+    shards = {(int(split), row // 16) for split, row in zip(few.population.split_N[few.scan.rows], few.scan.rows, strict=True)}
     assert len(shards) <= 4
     assert not list((tmp_path / "cache").rglob("*.tar"))
 
@@ -137,8 +135,8 @@ def test_a_sample_takes_the_same_number_of_every_class(sizes: list[int], number:
 def test_only_the_sample_is_read_and_the_counts_are_of_all() -> None:
     labels = np.arange(100_000) % 3
     source = Sky(drawn(30))
-    findings = find_all(population(labels, source), sample=60, seed=1)
-    assert len(source.read) == 60 and len(findings.looked) == 60
+    findings = analyse(population(labels, source), sample=60, seed=1)
+    assert len(source.read) == 60 and len(findings.scan) == 60
     assert findings.population.counts() == {"train": [33334, 33333, 33333]}
     page = render_page(findings, {}, PROVENANCE)
     assert "60 of 100,000" in page and "A duplicate whose other half is not in the sample" in page
@@ -163,12 +161,12 @@ def test_copies_are_found_and_strangers_are_not() -> None:
     Image.fromarray(images[3]).save(buffer, "JPEG", quality=60)
     images = np.concatenate([images, images[:1], np.asarray(Image.open(buffer))[None], np.full((2, 64, 64, 3), 9, np.uint8)])
     labels = np.arange(44) % 3
-    found = find_all(population(labels, Sky(images), splits=2), sample=100, seed=0)
+    found = analyse(population(labels, Sky(images), splits=2), sample=100, seed=0)
     pairs = {(pair.first, pair.second): pair.identical for pair in found.duplicates}
     assert pairs == {(0, 40): True, (3, 41): False}  # blank ones show nothing
     # Labels go by thirds, splits by halves: 0 and 40 share a split, 3 and 41 too; no pair shares a label.
     assert (label_conflicts(found), split_leaks(found)) == (2, 0)
-    assert found.looked.oddities["blank"] == [42, 43]
+    assert found.scan.odd_images["blank"] == [42, 43]
 
 
 @pytest.mark.parametrize(("survey", "most"), [("galaxy10_decals_sample/[23]", 120), ("gz2_votes_sample/images", 400)])
@@ -187,20 +185,20 @@ def test_real_galaxies_have_no_duplicates_but_their_copies(real_data: Path, surv
     assert {(pair.first, pair.second) for pair in found} == {(5, most), (9, most + 1)}
 
 
-def test_each_kind_of_oddity_is_told() -> None:
+def test_each_kind_of_odd_image_is_named() -> None:
     sound = drawn(1)[0]
-    assert find_oddities(sound) == []
+    assert odd_kinds(sound) == []
     flat, repeated, channel, white = (sound.copy() for _ in range(4))
     flat[50:] = 128
     repeated[41:50] = repeated[40]
     channel[..., 1] = 7
     white[:20] = np.where(np.arange(64)[:, None] % 2, 255, white[:20])
-    assert find_oddities(flat) == ["flat rows"]
-    assert find_oddities(np.ascontiguousarray(flat.transpose(1, 0, 2))) == ["flat rows"]
-    assert find_oddities(repeated) == ["repeated rows"]
-    assert find_oddities(channel) == ["missing channel"]
-    assert find_oddities(white) == ["saturated"]
-    assert find_oddities(np.full((64, 64, 3), 255, np.uint8)) == ["blank"]
+    assert odd_kinds(flat) == ["flat rows"]
+    assert odd_kinds(np.ascontiguousarray(flat.transpose(1, 0, 2))) == ["flat rows"]
+    assert odd_kinds(repeated) == ["repeated rows"]
+    assert odd_kinds(channel) == ["missing channel"]
+    assert odd_kinds(white) == ["saturated"]
+    assert odd_kinds(np.full((64, 64, 3), 255, np.uint8)) == ["blank"]
 
 
 def test_neighbours_in_other_splits_are_counted() -> None:
@@ -234,8 +232,8 @@ def test_damaged_images_in_shards_are_named_and_the_rest_goes_on(
     second.unlink()
     page = tmp_path / "page.html"
     assert main(["data", "explore", str(shards.dir), "-o", str(page), "--data-dir", str(tmp_path / "root")]) == 0
-    text, told = page.read_text(), capsys.readouterr().out
-    assert "unreadable: 17 of 120" in told and "103 of 120 looked at" in told
+    text, printed = page.read_text(), capsys.readouterr().out
+    assert "unreadable: 17 of 120" in printed and "103 of 120 looked at" in printed
     assert f"shard {first}, galaxy sim-" in text and f"shard {second} cannot be read" in text
     assert not (tmp_path / "root" / "explore").exists()
 
@@ -249,7 +247,7 @@ def test_a_damaged_file_in_a_folder_is_named(tmp_path: Path) -> None:
     cut = tmp_path / "images" / "left" / "2.png"
     cut.write_bytes(cut.read_bytes()[:2000])
     found = explored(tmp_path, tmp_path / "images")
-    assert set(found.looked.problems) == {"left/0.png", "2"} and len(found.looked) == 22
+    assert set(found.scan.problems) == {"left/0.png", "2"} and len(found.scan) == 22
     page = render_page(found, {}, PROVENANCE)
     assert "cannot be decoded" in page and "has no positions on the sky" in page
     json.dumps(summary(found), allow_nan=False)
@@ -257,9 +255,9 @@ def test_a_damaged_file_in_a_folder_is_named(tmp_path: Path) -> None:
 
 def test_images_without_labels_or_positions(tmp_path: Path, blobs: Path) -> None:
     found = explored(tmp_path, blobs)
-    assert len(found.looked) == sum(split.num_samples for split in read_manifest(blobs).splits.values())
+    assert len(found.scan) == sum(split.num_samples for split in read_manifest(blobs).splits.values())
     assert tuple(found.population.class_names) == BlobSurvey().class_names
-    few = find_all(population(np.full(6, -1), Sky(drawn(6))), sample=10, seed=0)
+    few = analyse(population(np.full(6, -1), Sky(drawn(6))), sample=10, seed=0)
     page = render_page(few, {}, PROVENANCE)
     assert few.map is None and "unlabelled" in page and "it needs ten" in page
 

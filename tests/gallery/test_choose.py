@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.evaluation.predictions import ROW_GROUP, PredictionsFile, PredictionsInfo, read_predictions, write_predictions
-from galaxydist.gallery.choose import SelectedGalaxy, Selection, choose_mistakes, entropies
+from galaxydist.gallery.choose import SelectedGalaxy, Selection, choose_mistakes
 
 CONTEXT = {"dataset": "blobs", "variant": "original", "split": "test", "tta": "none", "model": "vit", "recipe": "vit"}
 
@@ -40,21 +40,21 @@ def write(path: Path, logits_NK: np.ndarray[Any, Any], labels_N: np.ndarray[Any,
 def by_sorting(predictions: PredictionsFile, per_class: int) -> Selection:
     """All galaxies in memory, one at a time in plain Python."""
     columns = {name: predictions.column(name) for name in ("id", "label", "predicted", "probabilities")}
-    picks, undefined = [], 0
+    galaxies, undefined = [], 0
     for row, (name, label, predicted, p_K) in enumerate(zip(*(column.tolist() for column in columns.values()), strict=True)):
         if not all(map(math.isfinite, p_K)):
             undefined += 1
             continue
         entropy = -sum(p * math.log(p) for p in p_K if p > 0)
-        picks.append(SelectedGalaxy(name, row, label, predicted, p_K[predicted], p_K[label], entropy))
+        galaxies.append(SelectedGalaxy(name, row, label, predicted, p_K[predicted], p_K[label], entropy))
     classes = range(predictions.info.num_classes)
-    wrong = sorted((pick for pick in picks if pick.is_mistake), key=lambda pick: (-pick.probability, pick.sample))
+    wrong = sorted((galaxy for galaxy in galaxies if galaxy.is_mistake), key=lambda galaxy: (-galaxy.probability, galaxy.sample))
     # Sums of logarithms in another order differ in the last digits: of equal galaxies only that must not decide.
-    unsure = sorted(picks, key=lambda pick: (-round(pick.entropy, 12), pick.sample))
+    unsure = sorted(galaxies, key=lambda galaxy: (-round(galaxy.entropy, 12), galaxy.sample))
     labels_N, predicted_N = columns["label"], columns["predicted"]
     return Selection(
-        tuple(tuple(pick for pick in wrong if pick.label == k)[:per_class] for k in classes),
-        tuple(tuple(pick for pick in unsure if pick.label == k)[:per_class] for k in classes),
+        tuple(tuple(galaxy for galaxy in wrong if galaxy.label == k)[:per_class] for k in classes),
+        tuple(tuple(galaxy for galaxy in unsure if galaxy.label == k)[:per_class] for k in classes),
         tuple(int((labels_N == k).sum()) for k in classes),
         tuple(int(((labels_N == k) & (predicted_N != k)).sum()) for k in classes),
         undefined,
@@ -62,7 +62,7 @@ def by_sorting(predictions: PredictionsFile, per_class: int) -> Selection:
 
 
 def samples_of(chosen: tuple[tuple[SelectedGalaxy, ...], ...]) -> list[list[int]]:
-    return [[pick.sample for pick in picks] for picks in chosen]
+    return [[galaxy.sample for galaxy in galaxies] for galaxies in chosen]
 
 
 # Few different logits, so that many galaxies tie.
@@ -80,7 +80,7 @@ def test_the_choice_is_that_of_a_sort(
     assert samples_of(found.confident) == samples_of(expected.confident)
     assert (found.num_galaxies, found.num_mistakes) == (expected.num_galaxies, expected.num_mistakes)
     for ours, theirs in zip(found.uncertain, expected.uncertain, strict=True):
-        assert [pick.entropy for pick in ours] == pytest.approx([pick.entropy for pick in theirs], abs=1e-12)
+        assert [galaxy.entropy for galaxy in ours] == pytest.approx([galaxy.entropy for galaxy in theirs], abs=1e-12)
 
 
 def test_many_row_groups_ties_and_undefined(tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_many_row_groups_ties_and_undefined(tmp_path: Path) -> None:
     first = found.confident[2][0]
     assert (first.id, first.label, first.predicted, first.is_mistake) == ("galaxy-20", 2, 1, True)
     assert first.probability == pytest.approx(1) and found.uncertain[0][0].entropy == pytest.approx(math.log(3))
-    chosen = {pick.sample for picks in (*found.confident, *found.uncertain) for pick in picks}
-    assert found.samples().tolist() == sorted(chosen)
+    chosen = {galaxy.sample for galaxies in (*found.confident, *found.uncertain) for galaxy in galaxies}
+    assert list(found.predicted_classes()) == sorted(chosen)
 
 
 def test_memory_does_not_grow_with_the_number_of_galaxies(tmp_path: Path) -> None:
@@ -124,9 +124,4 @@ def test_memory_does_not_grow_with_the_number_of_galaxies(tmp_path: Path) -> Non
 def test_nothing_predicted_nothing_chosen(tmp_path: Path) -> None:
     found = choose_mistakes(write(tmp_path / "p.parquet", np.empty((0, 2)), np.empty(0, int)), 3)
     assert found == Selection(((), ()), ((), ()), (0, 0), (0, 0), 0)
-    assert found.samples().size == 0
-
-
-def test_entropies() -> None:
-    found_N = entropies(np.array([[1, 0], [0.5, 0.5], [np.nan, 1], [np.inf, 0]]))
-    assert found_N[:2] == pytest.approx([0, math.log(2)]) and np.isnan(found_N[2:]).all()
+    assert found.predicted_classes() == {}

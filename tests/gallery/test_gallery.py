@@ -50,23 +50,23 @@ def images_of(page: str) -> list[Image.Image]:
 def test_a_gallery_shows_what_was_chosen(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gallery", str(run_dir), "--per-class", "3"]) == 0
     evaluation_dir = run_dir / "evaluation"
-    picks = choose_mistakes(read_predictions(evaluation_dir / "test-predictions.parquet"), 3)
-    assert sum(picks.num_mistakes) > 0
-    shown = [pick for of_class in (*picks.confident, *picks.uncertain) for pick in of_class]
+    selection = choose_mistakes(read_predictions(evaluation_dir / "test-predictions.parquet"), 3)
+    assert sum(selection.num_mistakes) > 0
+    shown = [galaxy for of_class in (*selection.confident, *selection.uncertain) for galaxy in of_class]
     text = capsys.readouterr().out
-    assert f"of {sum(picks.num_mistakes)} mistakes" in text and str(evaluation_dir / "test-gallery.html") in text
+    assert f"of {sum(selection.num_mistakes)} mistakes" in text and str(evaluation_dir / "test-gallery.html") in text
 
     page = (evaluation_dir / "test-gallery.html").read_text()
     words = unescape(re.sub(r"<[^>]+>", " ", page))
-    for pick in shown:
-        assert f"{pick.id}: true {CLASS_NAMES[pick.label]}, predicted {CLASS_NAMES[pick.predicted]} (" in unescape(page)
-        assert pick.id in words
+    for galaxy in shown:
+        assert f"{galaxy.id}: true {CLASS_NAMES[galaxy.label]}, predicted {CLASS_NAMES[galaxy.predicted]} (" in unescape(page)
+        assert galaxy.id in words
     assert len(images_of(page)) == 2 * len(shown)
     assert re.search(r"https?://", re.sub(r'data:[^"]+', "", page)) is None and "<script" not in page
 
     content = json.loads((evaluation_dir / "test-gallery.json").read_text())
-    assert [[pick["sample"] for pick in of_class] for of_class in content["mistakes"]["chosen"]] == [
-        [pick.sample for pick in of_class] for of_class in picks.confident
+    assert [[galaxy["sample"] for galaxy in of_class] for of_class in content["mistakes"]["chosen"]] == [
+        [galaxy.sample for galaxy in of_class] for of_class in selection.confident
     ]
     assert content["saliency"] == "Grad-CAM" and content["checkpoint"]
 
@@ -122,7 +122,7 @@ def test_wrong_inputs_say_what_to_do(
         "no predictions of the train split" in text and f"`galaxydist evaluate {shlex.quote(str(run_dir))} --split train`" in text
     )
     assert "no shards at" in fails([str(run_dir), "--manifest", str(tmp_path / "nowhere" / "manifest.json")], capsys)
-    assert "50 galaxies of a class at most" in fails([str(run_dir), "--per-class", "51"], capsys)
+    assert "at most 50 galaxies of each class" in fails([str(run_dir), "--per-class", "51"], capsys)
     assert "is a folder" in fails([str(run_dir), "-o", str(tmp_path)], capsys)
     assert "keep one" in fails([str(run_dir), "data.variant=balanced", "--manifest", "x"], capsys)
     assert "optim.lr cannot be changed" in fails([str(run_dir), "optim.lr=1"], capsys)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bed import Bed
+from mini_cluster import MiniCluster
 
 from galaxydist.checkpoints import store
 from galaxydist.cluster.records import JobFiles, RestartRecord
@@ -39,31 +39,31 @@ def command(folder: Path, words: Sequence[str]) -> int:
 
 
 class ClusterRun:
-    """One run on a bed.
+    """One run on a mini cluster.
 
     Args:
-        bed: the SLURM.
+        slurm: the mini cluster.
         folder: an empty folder to give commands in.
         manifest: of the shards.
         changes: keys of the recipe, with ``__`` for the dot.
     """
 
-    def __init__(self, bed: Bed, folder: Path, manifest: Path, **changes: object) -> None:
-        self.bed, self.folder = bed, folder
+    def __init__(self, slurm: MiniCluster, folder: Path, manifest: Path, **changes: object) -> None:
+        self.slurm, self.folder = slurm, folder
         self.run_dir = folder / "run"
         profiles = folder / "slurm" / "clusters"
         profiles.mkdir(parents=True)
-        (profiles / "bed.yaml").write_text(PROFILE)
+        (profiles / "mini.yaml").write_text(PROFILE)
         slow = {"train__epochs": 40, "train__save_every": 5, "eval__every": 10, "model__drop_rate": 0.1, "train__ema": 0.9}
         self.arguments = quick_settings(manifest, self.run_dir, **{**slow, **changes})
         self.files = JobFiles(self.run_dir)
 
     def galaxydist(self, *words: str, code: Path | None = None) -> subprocess.CompletedProcess[str]:
         """A command, as on a login node; ``code``: the folder of a package, for an interpreter of its own."""
-        ours = {"SLURM_CONF": str(self.bed.conf), "WANDB_SILENT": "true"}
+        ours = {"SLURM_CONF": str(self.slurm.conf), "WANDB_SILENT": "true"}
         if code is None:
             return run_forked(command, self.folder, words, environ=ours)
-        environ = {**self.bed.environ(), **ours, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
+        environ = {**self.slurm.environ(), **ours, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
         line = [sys.executable, "-P", "-m", "galaxydist.cli.main", *words]
         return subprocess.run(line, cwd=self.folder, env=environ, capture_output=True, text=True, timeout=300, check=False)
 
@@ -74,7 +74,7 @@ class ClusterRun:
 
     def submit(self, *words: str, code: Path | None = None) -> str:
         """``galaxydist submit``; the job's id."""
-        answer = self.galaxydist("submit", *self.arguments, "cluster=bed", *words, code=code)
+        answer = self.galaxydist("submit", *self.arguments, "cluster=mini", *words, code=code)
         assert answer.returncode == 0, answer.stderr
         return self.files.jobs()[-1].job_id
 
@@ -131,18 +131,18 @@ class ClusterRun:
 
     def hold(self) -> list[int]:
         """Stop all ranks where they are, so that they do not come to the end before they are disturbed; see ``go_on``."""
-        found = [pid for node in self.bed.nodes for pid in self.pids(node)]
+        found = [pid for node in self.slurm.nodes for pid in self.pids(node)]
         hold(found)
         return found
 
     def pids(self, node: str) -> list[int]:
         """The processes of this run that train on a node."""
-        return find_ranks(self.bed, node, self.files.slurm_dir)
+        return find_ranks(self.slurm, node, self.files.slurm_dir)
 
 
-def find_ranks(bed: Bed, node: str, folder: Path) -> list[int]:
+def find_ranks(slurm: MiniCluster, node: str, folder: Path) -> list[int]:
     """The processes that train on a node, of the submission whose files lie below a folder."""
-    lines = bed.job_processes(node)
+    lines = slurm.job_processes(node)
     ours = [pid for pid, line in lines.items() if "galaxydist.cluster.task" in line and str(folder) in line]
     return [pid for pid in ours if "srun" not in lines[pid].split()[0]]
 

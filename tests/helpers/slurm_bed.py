@@ -1,4 +1,4 @@
-"""For tests on the real SLURM of ``slurm/bed.py``: send batch scripts, wait, look what became of them, and tidy up."""
+"""For tests on the real SLURM of ``slurm/mini_cluster``: send batch scripts, wait for their ends, and clean up."""
 
 import time
 from collections.abc import Callable
@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from bed import Bed
-from bed_processes import kill_all
+from mini_cluster import MiniCluster, kill_all
 
 # States of a job on which SLURM itself will not act any more.
 FINAL = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"})
@@ -44,55 +43,55 @@ def wait_for(look: Callable[[], Found], what: str | Callable[[], str] = "", long
     return found
 
 
-def submit(bed: Bed, script: str, *options: str, folder: Path) -> str:
+def submit(slurm: MiniCluster, script: str, *options: str, folder: Path) -> str:
     """sbatch for the lines of a shell script; the job's number. It runs in ``folder`` and prints to ``folder/NUMBER.out``."""
     places = (f"--chdir={folder}", f"--output={folder}/%j.out", "--open-mode=append")
-    return bed.run("sbatch", "--parsable", *places, *options, text=f"#!/bin/bash\n{script}\n").strip()
+    return slurm.run("sbatch", "--parsable", *places, *options, text=f"#!/bin/bash\n{script}\n").strip()
 
 
-def run_batch(bed: Bed, script: str, *options: str, folder: Path) -> Ended:
+def run_batch(slurm: MiniCluster, script: str, *options: str, folder: Path) -> Ended:
     """``submit``, and wait for the end."""
-    job_id = submit(bed, script, *options, folder=folder)
-    state = wait_state(bed, job_id, *FINAL)
+    job_id = submit(slurm, script, *options, folder=folder)
+    state = wait_state(slurm, job_id, *FINAL)
     return Ended(job_id, state, (folder / f"{job_id}.out").read_text())
 
 
-def job_state(bed: Bed, job_id: str) -> str:
+def job_state(slurm: MiniCluster, job_id: str) -> str:
     """In SLURM's words, such as RUNNING; from slurmctld while it knows the job, then from the accounts; "" where neither does."""
-    known = bed.run("squeue", "-h", "--me", "--states=all", "-o", "%i %T", "--array")
+    known = slurm.run("squeue", "-h", "--me", "--states=all", "-o", "%i %T", "--array")
     states = dict(line.split() for line in known.splitlines())
-    return states.get(job_id) or bed.run("sacct", "-nPX", "-j", job_id, "-o", "state").partition("\n")[0].partition(" ")[0]
+    return states.get(job_id) or slurm.run("sacct", "-nPX", "-j", job_id, "-o", "state").partition("\n")[0].partition(" ")[0]
 
 
-def wait_state(bed: Bed, job_id: str, *states: str) -> str:
+def wait_state(slurm: MiniCluster, job_id: str, *states: str) -> str:
     """Until the job is in one of ``states``; which."""
-    return wait_for(lambda: state if (state := job_state(bed, job_id)) in states else "", f"{job_id} in {states}")
+    return wait_for(lambda: state if (state := job_state(slurm, job_id)) in states else "", f"{job_id} in {states}")
 
 
-def num_restarts(bed: Bed, job_id: str) -> int:
+def num_restarts(slurm: MiniCluster, job_id: str) -> int:
     """How often SLURM has put the job into the queue again. Known for some minutes after the job's end."""
-    fields = dict(word.split("=", 1) for word in bed.run("scontrol", "-o", "show", "job", job_id).split() if "=" in word)
+    fields = dict(word.split("=", 1) for word in slurm.run("scontrol", "-o", "show", "job", job_id).split() if "=" in word)
     return int(fields["Restarts"])
 
 
-def processes_left(bed: Bed) -> dict[int, str]:
+def processes_left(slurm: MiniCluster) -> dict[int, str]:
     """What jobs have left running or still run: command lines by process number."""
-    return bed.job_processes()
+    return slurm.job_processes()
 
 
-def tidy(bed: Bed) -> None:
-    """What the next test expects: all daemons run, with the bed's settings; no job, no process of one; all nodes idle."""
-    if bed.files.settings:
-        bed.reconfigure({})
-    elif not bed.processes("slurmctld"):
-        bed.start_controller()
-    bed.run("scancel", "--me")
-    kill_all(lambda: {pid: line for pid, line in processes_left(bed).items() if not line.startswith("slurmstepd")}, PATIENCE_S)
-    for node in bed.nodes:
-        if not any(line.startswith("slurmd ") for line in bed.processes(node).values()):
-            bed.start_node(node)
-        if any(word in bed.node_state(node) for word in ("down", "drain")):
-            bed.run("scontrol", "update", f"nodename={node}", "state=resume")
-    wait_for(lambda: not bed.run("squeue", "-h"), what="an empty queue")
-    wait_for(lambda: {bed.node_state(node) for node in bed.nodes} == {"idle"}, what="idle nodes")
-    wait_for(lambda: not processes_left(bed), what="the end of slurmstepd")
+def tidy(slurm: MiniCluster) -> None:
+    """Restore the state for the next test: all daemons run with their first settings, and no job is left."""
+    if slurm.files.settings:
+        slurm.reconfigure({})
+    elif not slurm.processes("slurmctld"):
+        slurm.start_controller()
+    slurm.run("scancel", "--me")
+    kill_all(lambda: {pid: line for pid, line in processes_left(slurm).items() if not line.startswith("slurmstepd")}, PATIENCE_S)
+    for node in slurm.nodes:
+        if not any(line.startswith("slurmd ") for line in slurm.processes(node).values()):
+            slurm.start_node(node)
+        if any(word in slurm.node_state(node) for word in ("down", "drain")):
+            slurm.run("scontrol", "update", f"nodename={node}", "state=resume")
+    wait_for(lambda: not slurm.run("squeue", "-h"), what="an empty queue")
+    wait_for(lambda: {slurm.node_state(node) for node in slurm.nodes} == {"idle"}, what="idle nodes")
+    wait_for(lambda: not processes_left(slurm), what="the end of slurmstepd")

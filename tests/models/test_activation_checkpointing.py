@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from galaxydist.errors import UserError
-from galaxydist.models.build import build_model, freeze_backbone
-from galaxydist.models.performance import checkpoint_activations, has_spared_buffers
+from galaxydist.models.build import build_model, freeze_backbone, set_train_mode
+from galaxydist.models.performance import checkpoint_activations, has_checkpointed_buffers
 from galaxydist.models.registry import ARCHITECTURES, MODEL_NAMES
 from galaxydist.recipe.schema import ModelConfig, ModelName
 from tests.helpers.model_names import marked
@@ -32,7 +32,7 @@ def take_steps(model: nn.Module, steps: int = 2) -> tuple[list[float], dict[str,
     losses, kept = [], 0
     for step in range(steps):
         torch.manual_seed(step)
-        model.train()
+        set_train_mode(model)
         storages: dict[int, Any] = {}
 
         def keep(tensor: torch.Tensor, storages: dict[int, Any] = storages) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_everything_is_bit_equal_and_less_is_kept(name: ModelName) -> None:
     assert losses == saving_losses and len(set(losses)) == 2
     assert_same(state, saving_state)
     assert saving_kept < 0.6 * kept
-    assert has_spared_buffers(saving) == any(name.endswith("running_mean") for name in state)
+    assert has_checkpointed_buffers(saving) == any(name.endswith("running_mean") for name in state)
 
 
 @pytest.mark.parametrize("name", NAMES)

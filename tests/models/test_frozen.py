@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from galaxydist.models.build import build_model
+from galaxydist.models.build import build_model, evaluation_mode, set_train_mode
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.registry import ARCHITECTURES, MODEL_NAMES
 from galaxydist.recipe.schema import ModelConfig, ModelName
@@ -22,7 +22,7 @@ def build_frozen(name: ModelName, **settings: float) -> nn.Module:
 def train_steps(model: nn.Module, steps: int = 3) -> None:
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=0.01)
     for _ in range(steps):
-        model.train()  # as every epoch does
+        set_train_mode(model)
         loss = nn.functional.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 3]))
         optimizer.zero_grad()
         loss.backward()
@@ -53,16 +53,19 @@ def test_without_freezing_everything_moves() -> None:
 
 
 def test_frozen_part_stays_in_evaluation_mode_and_the_head_does_not() -> None:
-    model = build_frozen("vit", drop_rate=0.2, drop_path_rate=0.3).train()
+    model = build_frozen("vit", drop_rate=0.2, drop_path_rate=0.3)
+    set_train_mode(model)
     assert model.training
     assert model.get_submodule("head_drop").training
     assert not model.get_submodule("blocks").training
     assert not any(m.training for m in model.get_submodule("blocks").modules())
-    assert not any(m.training for m in model.eval().modules())
+    with evaluation_mode(model):
+        assert not any(m.training for m in model.modules())
+    assert model.get_submodule("head_drop").training and not model.get_submodule("blocks").training
 
 
 def test_frozen_features_are_deterministic_in_training_mode() -> None:
-    model = build_frozen("vit", drop_path_rate=0.5).train()
+    model = build_frozen("vit", drop_path_rate=0.5)
     images_BCHW = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(images_BCHW), model(images_BCHW))
 

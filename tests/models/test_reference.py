@@ -67,7 +67,7 @@ def test_a_step_at_the_recipes_own_size(name: str) -> None:
     model, size = build(name), recipe_of(name).data.image_size
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
-    logits_BK = model.train()(torch.randn(2, 3, size, size))
+    logits_BK = model(torch.randn(2, 3, size, size))
     nn.functional.cross_entropy(logits_BK, torch.tensor([3, 7])).backward()
     optimizer.step()
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}

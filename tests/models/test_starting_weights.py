@@ -10,7 +10,7 @@ from galaxydist.bench.simulator import TUNING_ROWS, split_by_row
 from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
-from galaxydist.evaluation.evaluator import evaluate_run, evaluation_weights
+from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run, evaluation_weights
 from galaxydist.models.weights import read_statistics, read_weights
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
@@ -49,14 +49,14 @@ def test_a_run_is_judged_on_other_shards_beside_its_own(run_dir: Path, tmp_path:
     own = read_evaluation(run_dir)
     other = write_shards(BlobSurvey(name="others", num_galaxies=90), tmp_path / "others", encoding="png", workers=1)
     with without_figures():
-        judged = evaluate_run(run_dir, "test", {}, manifest_path=other.path)
+        judged = evaluate_run(run_dir, "test", {}, EvaluationData(other.path))
     assert judged["dataset"] == "others" and judged["count"] == other.splits["test"].num_samples
     assert judged["accuracy"] > 0.6
     assert (run_dir / "evaluation" / "others-original" / "test.json").exists()
     assert read_evaluation(run_dir) == own
     renamed = BlobSurvey(class_names=("round", "flat", "double"))
     with pytest.raises(UserError, match="double"):
-        evaluate_run(run_dir, "test", {}, manifest_path=write_shards(renamed, tmp_path / "renamed", workers=1).path)
+        evaluate_run(run_dir, "test", {}, EvaluationData(write_shards(renamed, tmp_path / "renamed", workers=1).path))
 
 
 def test_the_tuning_half_is_the_first_rows_of_each_class(real_sample: Path) -> None:

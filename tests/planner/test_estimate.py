@@ -20,10 +20,10 @@ from galaxydist.planner.estimate import (
     BYTES_PER_GALAXY,
     ClusterShape,
     RunPlan,
-    find_data,
+    find_dataset_size,
     plan_memory,
-    plan_reading,
     plan_run,
+    plan_shard_traffic,
     plan_steps,
 )
 from galaxydist.planner.limits import check_memory
@@ -189,31 +189,31 @@ def test_a_manifest_on_this_machine_is_what_counts(blobs: Path) -> None:
     [([], 14_188, 1774), (["data.variant=balanced"], 2410, 270), (["data.conflicting=drop"], 14_188 - 118, 1774)],
 )
 def test_the_official_data_set_is_known_without_its_shards(changes: list[str], num_train: int, num_val: int) -> None:
-    data = find_data(recipe_of(*changes).data, Path("nowhere"))
+    data = find_dataset_size(recipe_of(*changes).data, Path("nowhere"))
     assert (data.num_train, data.num_val, data.manifest) == (num_train, num_val, None)
     assert data.shard_bytes.sum() == num_train * BYTES_PER_GALAXY and "estimated" in data.origin
     assert len(read_official_split().labels) == 17_736
 
 
 def test_flags_say_how_large_another_data_set_would_be() -> None:
-    data = find_data(recipe_of().data, Path("nowhere"), galaxies=8_700_000, shards=8700)
+    data = find_dataset_size(recipe_of().data, Path("nowhere"), galaxies=8_700_000, shards=8700)
     assert (data.num_train, data.shard_samples.size, data.num_val) == (8_700_000, 8700, None)
-    assert find_data(recipe_of().data, Path("nowhere"), galaxies=2000).shard_samples.tolist() == [125] * 16
+    assert find_dataset_size(recipe_of().data, Path("nowhere"), galaxies=2000).shard_samples.tolist() == [125] * 16
 
 
 def test_a_large_world_is_planned_at_once() -> None:
     recipe = recipe_of("train.batch_size=16384", "data.num_streams=192")
-    data = find_data(recipe.data, Path("nowhere"), galaxies=1_000_000_000, shards=100_000)
-    reading = plan_reading(recipe, data, ClusterShape(1024, 8))
+    data = find_dataset_size(recipe.data, Path("nowhere"), galaxies=1_000_000_000, shards=100_000)
+    reading = plan_shard_traffic(recipe, data, ClusterShape(1024, 8))
     assert reading.num_shards == 100_000 and reading.nodes_per_shard > 1
-    split = plan_reading(recipe_of("train.batch_size=16384", "data.num_streams=8192"), data, ClusterShape(1024, 8))
+    split = plan_shard_traffic(recipe_of("train.batch_size=16384", "data.num_streams=8192"), data, ClusterShape(1024, 8))
     assert split.nodes_per_shard == pytest.approx(1, abs=0.1)
     assert split.shards_per_node_most < 150
 
 
 def test_resampling_reads_all_shards_on_every_node() -> None:
     recipe = recipe_of("data.balance=resample", "train.batch_size=64")
-    reading = plan_reading(recipe, find_data(recipe.data, Path("nowhere")), ClusterShape(4, 2))
+    reading = plan_shard_traffic(recipe, find_dataset_size(recipe.data, Path("nowhere")), ClusterShape(4, 2))
     assert reading.shards_per_node_least == reading.num_shards == reading.shards_held_most == reading.nodes_per_shard * 4
 
 
@@ -273,7 +273,7 @@ def test_what_helps_depends_on_what_is_largest() -> None:
         return str(error.value)
 
     assert "optimizer state, 9.00 GB" in said(facts, world_size=8) and "; a smaller model" in said(facts, world_size=8)
-    assert "helps: train.strategy=fsdp" in said(facts, world_size=8)
+    assert "Remedies: train.strategy=fsdp" in said(facts, world_size=8)
     assert "more GPUs with train.strategy=fsdp" in said(facts, "train.strategy=fsdp", world_size=2)
     assert "train.gradient_checkpointing=true" in said(replace(facts, optimizer=0, timeline=images), world_size=8)
 
@@ -304,13 +304,13 @@ def test_what_the_trainer_refuses_is_refused(tmp_path: Path) -> None:
 
 def test_warnings_name_what_could_be_better() -> None:
     uneven = " ".join(plan_of("train.batch_size=240", job=ClusterShape(16, 8)).warnings)
-    assert "some hold 2 galaxies a step, others 1" in uneven and "128 or 256" in uneven
+    assert "some process 2 galaxies a step, others 1" in uneven and "128 or 256" in uneven
     assert "greatest common divisor 64" in uneven and "batch normalisation sees 2 images" in uneven
     even = plan_of("train.batch_size=256", "data.num_streams=128", "model.norm=batch", job=ClusterShape(2, 4), galaxies=1_000_000)
     assert even.warnings == ()
     few = " ".join(plan_of("train.batch_size=256", "data.num_streams=128", job=ClusterShape(2, 4)).warnings)
-    assert "crosses the network" not in few  # both are multiples of 8 already: what is few is shards
-    assert "has all 16 in use" in " ".join(plan_of("train.batch_size=192", job=ClusterShape()).warnings)
+    assert "is fetched as often" not in few  # both are multiples of 8 already: what is few is shards
+    assert "has all 16 shards in use" in " ".join(plan_of("train.batch_size=192", job=ClusterShape()).warnings)
     assert "batch norm" not in " ".join(
         plan_of("train.batch_size=240", "train.sync_batchnorm=true", job=ClusterShape(16, 8)).warnings
     )

@@ -69,7 +69,7 @@ def test_every_recipe_takes_two_steps(path: Path) -> None:
     """The recipe's model, optimizer, rate and smoothing; small images and a batch of two make it quick for the large ones too."""
     torch.manual_seed(0)
     recipe = load(path).recipe
-    model = build_model(recipe.model.model_copy(update={"pretrained": False}), 10, 32).train()
+    model = build_model(recipe.model.model_copy(update={"pretrained": False}), 10, 32)
     groups = parameter_groups(model, recipe.optim.weight_decay, recipe.optim.layer_decay)
     optimizer = build_optimizer([dict(group) for group in groups], recipe.optim, torch.device("cpu"))
     before = [p.detach().clone() for p in model.parameters()]
@@ -88,7 +88,7 @@ def test_every_recipe_takes_two_steps(path: Path) -> None:
 def test_every_recipe_runs_at_its_own_image_size(path: Path) -> None:
     recipe = load(path).recipe
     size = recipe.data.image_size
-    model = build_model(recipe.model.model_copy(update={"pretrained": False}), 10, size).train()
+    model = build_model(recipe.model.model_copy(update={"pretrained": False}), 10, size)
     assert model(torch.randn(2, 3, size, size)).shape == (2, 10)
 
 

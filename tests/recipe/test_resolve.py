@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galaxydist.errors import UserError
-from galaxydist.recipe.fields import recipe_fields
+from galaxydist.recipe.fields import RECIPE
 from galaxydist.recipe.identity import flatten
 from galaxydist.recipe.resolve import RecipeError, ResolvedRecipe, list_recipes, load_recipe
 
@@ -35,7 +35,7 @@ def test_precedence_and_origins(tmp_path: Path) -> None:
     assert origins["optim.warmup"] == origins["tracker.tags"] == "command line"
     assert origins["train.epochs"] == "schema default"
     assert origins["name"] == "file name"
-    assert set(origins) == set(recipe_fields())
+    assert set(origins) == set(RECIPE.fields)
 
 
 def test_all_problems_come_in_one_message_with_their_origins(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ data: {image_size: 100}
     assert found == [
         ("command line", "optim.warmup is given twice, 1 and 0; keep one"),
         ("command line", "'--fast' is not key=value (like recipe=vit or optim.lr=1e-4)"),
-        (f"{here}:5", "optim.lr stands here again, first on line 3: keep one"),
+        (f"{here}:5", "optim.lr is set again here, first on line 3: keep one"),
         (f"{here}:1", "model.pretrained=yes: must be true or false"),
         (f"{here}:3", "optim.lr=-1: must be more than 0"),
         (f"{here}:4", "optim.lrr: no such key; did you mean optim.lr?"),
@@ -201,7 +201,7 @@ def test_fields_that_do_not_go_together(tmp_path: Path, overrides: list[str], te
         ("model.name: vit\n", "has a dot"),
         ("1: 2\nmodel: {name: vit}\n", "must be text"),
         ("name: other\nmodel: {name: vit}\n", "take the line out"),
-        ("model: {name: vit}\nmodel: {name: vit}\n", "model stands here again, first on line 1"),
+        ("model: {name: vit}\nmodel: {name: vit}\n", "model is set again here, first on line 1"),
         ("model: vit\n", "model is a section"),
         ("model: {name: {a: b}}\n", "model.name.a: no such key"),
         ("model: {name: vit}\ntrain: {epochs: '3'}\n", "train.epochs=3: must be a whole number"),
@@ -286,7 +286,7 @@ def test_any_command_line_is_a_recipe_or_a_recipe_error(arguments: list[str]) ->
 
 
 @given(
-    key=st.sampled_from(sorted(set(recipe_fields()) - {"name"})),
+    key=st.sampled_from(sorted(set(RECIPE.fields) - {"name"})),
     text=st.text(max_size=20) | st.sampled_from(["1", "0.5", "true", "[a]"]),
 )
 def test_any_value_is_taken_or_refused_with_its_key(tmp_path_factory: pytest.TempPathFactory, key: str, text: str) -> None:

@@ -141,7 +141,7 @@ def test_wrong_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     (tmp_path / "nothing").mkdir()
     for arguments, words in (
         (["gone"], "no such folder"),
-        (["nothing"], "holds no run"),
+        (["nothing"], "contains no run"),
         (["nothing", "-o", "nothing"], "is a folder"),
         (["nothing", "-o", "page.pdf"], "page.html"),
     ):

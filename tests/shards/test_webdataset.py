@@ -1,4 +1,4 @@
-"""Shards are plain WebDataset tars: the README's ten lines train from them with webdataset alone."""
+"""Shards are plain WebDataset tars: ten lines of docs/shards.md train from them with webdataset alone."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.writer.writer import write_shards
 from tests.helpers.shard_surveys import MemorySurvey, draw_galaxies
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "shards.md"
 
 
 @pytest.fixture(scope="module", params=["jpeg", "png", "raw"])
@@ -29,18 +29,15 @@ def test_webdataset_reads_every_galaxy_once(manifest: Manifest) -> None:
     assert all(galaxy[manifest.extension].shape == (32, 32, 3) for galaxy in galaxies)
 
 
-def test_the_readme_trains_with_plain_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documentation_trains_with_plain_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("webdataset")
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL) if README.exists() else []
-    snippets = [block for block in blocks if "webdataset" in block]
-    if not snippets:
-        pytest.skip("the README does not show it yet")
-    folder = re.search(r'"([^"]*)/train-\*\.tar"', snippets[0])
-    assert folder, "the README's example names its shards as FOLDER/train-*.tar"
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    folder = re.search(r'"([^"]*)/train-\*\.tar"', snippet)
+    assert folder, "the example names its shards as FOLDER/train-*.tar"
     write_shards(MemorySurvey(draw_galaxies(60)), tmp_path / folder[1], shard_size=8)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    exec(compile(snippets[0], str(README), "exec"), names)
+    exec(compile(snippet, str(PAGE), "exec"), names)
     loss = names["loss"]
     assert isinstance(loss, torch.Tensor)
     assert torch.isfinite(loss)

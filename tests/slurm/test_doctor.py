@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bed import Bed
+from mini_cluster import MiniCluster
 
 from galaxydist.cluster.profile import load_cluster
 from galaxydist.doctor.job import doctor_cluster
@@ -30,19 +30,19 @@ def command(words: Sequence[str]) -> int:
 
 
 @contextmanager
-def started(bed: Bed, folder: Path, *options: str, cluster: Sequence[str] = TWO_NODES) -> Iterator[Ranks]:
+def started(slurm: MiniCluster, folder: Path, *options: str, cluster: Sequence[str] = TWO_NODES) -> Iterator[Ranks]:
     """``galaxydist doctor`` for nodes of one rank each, its run folders in ``folder``."""
     words = ("doctor", *cluster, *options, "--json", "--run-root", str(folder))
-    environ = {"SLURM_CONF": str(bed.conf), "WANDB_MODE": "offline"}
+    environ = {"SLURM_CONF": str(slurm.conf), "WANDB_MODE": "offline"}
     with forked(command, words, folder=folder / "said", environ=environ) as doctor:
         yield doctor
 
 
 def examine(
-    bed: Bed, folder: Path, *options: str, cluster: Sequence[str] = TWO_NODES
+    slurm: MiniCluster, folder: Path, *options: str, cluster: Sequence[str] = TWO_NODES
 ) -> tuple[int | None, dict[str, dict[str, Any]], str]:
     """Its exit code, the checks of the cluster by name, and what it said beside them."""
-    with started(bed, folder, *options, cluster=cluster) as doctor:
+    with started(slurm, folder, *options, cluster=cluster) as doctor:
         (code,) = doctor.wait()
         sections = json.loads(doctor.text())["sections"]
         return code, {check["name"]: check for check in sections["cluster=cpu"]}, doctor.text("err")
@@ -53,73 +53,73 @@ def job_of(said: str) -> str:
     return said.partition("job ")[2].partition(",")[0]
 
 
-def test_two_healthy_nodes(slurm_bed: Bed, tmp_path: Path) -> None:
-    code, checks, said = examine(slurm_bed, tmp_path)
+def test_two_healthy_nodes(mini_cluster: MiniCluster, tmp_path: Path) -> None:
+    code, checks, said = examine(mini_cluster, tmp_path)
     assert code == 0, (checks, said)
-    assert checks["ranks"]["text"] == "2 on n1, n2: all came to the end"
+    assert checks["ranks"]["text"] == "2 on n1, n2: all finished"
     assert checks["signal"]["level"] == "ok" and "SIGUSR2 from SLURM reached all ranks" in checks["signal"]["text"]
-    # The bed's own settings: a grace of 15 s and preempt_send_user_signal.
+    # The mini cluster's settings: a grace of 15 s and preempt_send_user_signal.
     assert checks["preemption"]["level"] == "ok"
     assert checks["preemption"]["text"] == "partition low: SLURM sends SIGUSR2 15 s before it ends and requeues the job"
     assert "n1" in checks["interface"]["text"] and "n2" in checks["interface"]["text"]
-    assert "asked for 1" in checks["cores a rank"]["text"]
+    assert "requested 1" in checks["cores a rank"]["text"]
     for name in ("versions", "rendezvous", "clocks", "shared files", "all-reduce, gloo", "flock there"):
         assert checks[name]["level"] == "ok", checks[name]
-    wait_state(slurm_bed, job_of(said), "COMPLETED")
-    assert "Requeue=0" in slurm_bed.run("scontrol", "show", "job", job_of(said))
-    assert not processes_left(slurm_bed)
+    wait_state(mini_cluster, job_of(said), "COMPLETED")
+    assert "Requeue=0" in mini_cluster.run("scontrol", "show", "job", job_of(said))
+    assert not processes_left(mini_cluster)
 
 
-def test_gpus_that_slurm_gives_and_torch_does_not_see(slurm_bed: Bed, tmp_path: Path) -> None:
-    """The bed's GPUs are pretended: SLURM sets CUDA_VISIBLE_DEVICES, but there is no device."""
-    code, checks, _ = examine(slurm_bed, tmp_path, "cluster.gpus_per_node=1", cluster=ONE_NODE)
+def test_gpus_that_slurm_gives_and_torch_does_not_see(mini_cluster: MiniCluster, tmp_path: Path) -> None:
+    """The mini cluster's GPUs are simulated: SLURM sets CUDA_VISIBLE_DEVICES, but there is no device."""
+    code, checks, _ = examine(mini_cluster, tmp_path, "cluster.gpus_per_node=1", cluster=ONE_NODE)
     assert code == 1
     assert checks["GPUs"]["level"] == checks["GPUs a rank"]["level"] == "failure"
     assert checks["ranks"]["level"] == checks["signal"]["level"] == "ok"
     (report, *_) = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("doctor/cpu-*/rank-*.json")))
     assert report["visible_gpus"] is not None and report["host"] == "n1"
-    assert not processes_left(slurm_bed)
+    assert not processes_left(mini_cluster)
 
 
-def test_a_job_that_does_not_start_is_explained_and_cancelled(slurm_bed: Bed, tmp_path: Path) -> None:
-    other = submit(slurm_bed, "sleep 300", "--nodes=2", "--exclusive", folder=tmp_path)
-    wait_state(slurm_bed, other, "RUNNING")
-    code, checks, said = examine(slurm_bed, tmp_path / "runs", "--wait", "2")
+def test_a_job_that_does_not_start_is_explained_and_cancelled(mini_cluster: MiniCluster, tmp_path: Path) -> None:
+    other = submit(mini_cluster, "sleep 300", "--nodes=2", "--exclusive", folder=tmp_path)
+    wait_state(mini_cluster, other, "RUNNING")
+    code, checks, said = examine(mini_cluster, tmp_path / "runs", "--wait", "2")
     assert code == 1 and list(checks) == ["job", "preemption"]
     assert (
         "did not start within 2 s: state PENDING, reason Resources" in checks["job"]["text"]
         and "--wait" in checks["job"]["remedy"]
     )
-    assert wait_state(slurm_bed, job_of(said), "CANCELLED")
-    assert job_state(slurm_bed, other) == "RUNNING"
+    assert wait_state(mini_cluster, job_of(said), "CANCELLED")
+    assert job_state(mini_cluster, other) == "RUNNING"
 
 
-def test_what_sbatch_refuses_is_told(slurm_bed: Bed, tmp_path: Path) -> None:
-    code, checks, _ = examine(slurm_bed, tmp_path, "cluster.partition=nosuch")
+def test_what_sbatch_refuses_is_told(mini_cluster: MiniCluster, tmp_path: Path) -> None:
+    code, checks, _ = examine(mini_cluster, tmp_path, "cluster.partition=nosuch")
     assert code == 1 and "nosuch" in checks["job"]["text"] and "cluster.partition" in checks["job"]["remedy"]
 
 
-def test_an_interrupted_doctor_cancels_its_job(slurm_bed: Bed, tmp_path: Path) -> None:
+def test_an_interrupted_doctor_cancels_its_job(mini_cluster: MiniCluster, tmp_path: Path) -> None:
     """By each of three signals, at the same time; the nodes have room for two of the jobs, so that one is waiting."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     with ExitStack() as stack:
-        doctors = [stack.enter_context(started(slurm_bed, tmp_path / number.name)) for number in numbers]
+        doctors = [stack.enter_context(started(mini_cluster, tmp_path / number.name)) for number in numbers]
         for doctor, number in zip(doctors, numbers, strict=True):
             # The line about the job comes after the submission.
             wait_for(lambda doctor=doctor: "\n" in doctor.text("err"))  # type: ignore[misc]
             os.kill(doctor.pids[0], number)
         for doctor in doctors:
             assert doctor.wait() == [130], doctor.text("err")
-            assert wait_state(slurm_bed, job_of(doctor.text("err")), "CANCELLED")
-    wait_for(lambda: not processes_left(slurm_bed))
+            assert wait_state(mini_cluster, job_of(doctor.text("err")), "CANCELLED")
+    wait_for(lambda: not processes_left(mini_cluster))
 
 
-def test_a_folder_that_one_node_does_not_see(slurm_bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_one_node_does_not_see(mini_cluster: MiniCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """n2 has something else mounted where the run folders are."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     runs = tmp_path / "runs"
     runs.mkdir()
-    (slurmd, *_) = slurm_bed.processes("n2")
+    (slurmd, *_) = mini_cluster.processes("n2")
     within = ["nsenter", f"--target={slurmd}", "--mount"]
     if subprocess.run([*within, "mount", "-t", "tmpfs", "tmpfs", str(runs)], capture_output=True, check=False).returncode != 0:
         pytest.skip("mounting is not allowed here")
@@ -130,5 +130,5 @@ def test_a_folder_that_one_node_does_not_see(slurm_bed: Bed, tmp_path: Path, mon
     finally:
         subprocess.run([*within, "umount", str(runs)], check=True)
     failed = " ".join(check.text + check.remedy for check in found if check.level == "failure")
-    assert "ranks 1 wrote nothing" in failed and "file system that all nodes share" in failed
-    wait_for(lambda: not processes_left(slurm_bed))
+    assert "ranks 1 wrote no report" in failed and "file system that all nodes share" in failed
+    wait_for(lambda: not processes_left(mini_cluster))

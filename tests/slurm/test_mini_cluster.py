@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bed import Bed, BedError
-from bed_files import BedFiles
-from bed_processes import find_jobs, find_parts
+from config_files import ConfigFiles
+from mini_cluster import MiniCluster, MiniClusterError, find_daemons, find_job_processes
 
 from tests.helpers.slurm_bed import job_state, num_restarts, processes_left, run_batch, submit, wait_for, wait_state
 
-BED = Path(__file__).parents[2] / "slurm" / "bed.py"
+MINI_CLUSTER = Path(__file__).parents[2] / "slurm" / "mini_cluster" / "mini_cluster.py"
 SLEEPER = re.compile("(/usr/bin/|/bin/)?sleep 60[0-2]")
 # A job that tells of each of its starts.
 LONG_JOB = 'echo "start ${SLURM_RESTART_COUNT:-0}"; sleep 600'
@@ -24,15 +23,15 @@ LONG_JOB = 'echo "start ${SLURM_RESTART_COUNT:-0}"; sleep 600'
 
 @pytest.fixture
 def short_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A temporary folder in which a bed can lie: names of sockets are of limited length, and ``tmp_path`` has the test's."""
-    folder = tmp_path_factory.mktemp("bed")
+    """A temporary folder for a mini cluster, shorter than ``tmp_path``: names of sockets have a limited length."""
+    folder = tmp_path_factory.mktemp("mini")
     if re.search(r"[^\w./+-]", str(folder)) or len(str(folder)) > 60:
-        pytest.skip(f"a bed cannot lie in {folder}: set TMPDIR")
+        pytest.skip(f"a mini cluster cannot lie in {folder}: set TMPDIR")
     return folder
 
 
-def bed_command(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BED), *map(str, arguments)]
+def mini_cluster_command(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(MINI_CLUSTER), *map(str, arguments)]
     return subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -41,26 +40,26 @@ def lines_of(path: Path) -> list[str]:
 
 
 def test_a_missing_program_is_named_with_its_remedy(tmp_path: Path) -> None:
-    done = bed_command("start", tmp_path / "bed", PATH=str(tmp_path))
+    done = mini_cluster_command("start", tmp_path / "mini", PATH=str(tmp_path))
     assert done.returncode == 2 and done.stdout == ""
     assert "sbatch" in done.stderr and "apt-get install --no-install-recommends slurm-wlm" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders_in_which_no_bed_can_lie_are_refused(short_path: Path) -> None:
+def test_unusable_folders_are_refused(short_path: Path) -> None:
     (short_path / "used").mkdir()
     (short_path / "used" / "thesis.tex").touch()
     for name, reason in (("used", "holds something else"), ("x" * 70, "at most 70"), ("a b", "letters")):
-        with pytest.raises(BedError, match=reason):
-            BedFiles(short_path / name, ("n1",), 1, 0, {}).claim()
+        with pytest.raises(MiniClusterError, match=reason):
+            ConfigFiles(short_path / name, ("n1",), 1, 0, {}).claim()
     assert [path.name for path in short_path.rglob("*")] == ["used", "thesis.tex"]
-    with pytest.raises(BedError, match="0 nodes"):
-        Bed(short_path / "bed", nodes=0)
-    assert bed_command("stop", short_path / "bed").returncode == 2
+    with pytest.raises(MiniClusterError, match="0 nodes"):
+        MiniCluster(short_path / "mini", nodes=0)
+    assert mini_cluster_command("stop", short_path / "mini").returncode == 2
 
 
 @pytest.mark.slurm
-@pytest.mark.usefixtures("slurm_bed")
+@pytest.mark.usefixtures("mini_cluster")
 def test_a_job_of_two_nodes_runs_on_both_and_their_names_resolve() -> None:
     found = subprocess.run(
         ["srun", "-N2", "-l", "sh", "-c", "echo $SLURMD_NODENAME $(hostname) $(getent hosts n1 n2 | cut -d' ' -f1)"],
@@ -74,141 +73,143 @@ def test_a_job_of_two_nodes_runs_on_both_and_their_names_resolve() -> None:
 
 
 @pytest.mark.slurm
-def test_nobody_listens_but_on_loopback(slurm_bed: Bed) -> None:
+def test_nobody_listens_but_on_loopback(mini_cluster: MiniCluster) -> None:
     # /proc/net/tcp: address and port in hexadecimal digits, 0A for one who listens.
     for name in ("tcp", "tcp6"):
         rows = [line.split() for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
         places = {int(row[1].split(":")[1], 16): row[1].split(":")[0] for row in rows if row[3] == "0A"}
-        ours = {port: places[port] for port in slurm_bed.files.ports.values() if port in places}
+        ours = {port: places[port] for port in mini_cluster.files.ports.values() if port in places}
         assert set(ours.values()) == ({"0100007F"} if name == "tcp" else set())
         assert len(ours) == (4 if name == "tcp" else 0)
 
 
 @pytest.mark.slurm
-def test_jobs_on_one_node_see_their_own_gpus(slurm_bed: Bed, tmp_path: Path) -> None:
+def test_jobs_on_one_node_see_their_own_gpus(mini_cluster: MiniCluster, tmp_path: Path) -> None:
     script = "echo $CUDA_VISIBLE_DEVICES; touch $1.here; while [ ! -e $2.here ]; do sleep 0.1; done"
     jobs = [
-        submit(slurm_bed, f"set -- {own} {other}; {script}", "-w", "n1", *request, folder=tmp_path)
+        submit(mini_cluster, f"set -- {own} {other}; {script}", "-w", "n1", *request, folder=tmp_path)
         for own, other, request in (("a", "b", ["--gpus-per-node=1"]), ("b", "a", ["--gres=gpu:1"]))
     ]
     for job_id in jobs:
-        assert wait_state(slurm_bed, job_id, "COMPLETED", "FAILED") == "COMPLETED"
+        assert wait_state(mini_cluster, job_id, "COMPLETED", "FAILED") == "COMPLETED"
     assert sorted((tmp_path / f"{job_id}.out").read_text() for job_id in jobs) == ["0\n", "1\n"]
-    both = run_batch(slurm_bed, "echo ${CUDA_VISIBLE_DEVICES-none}", "--gpus-per-node=2", folder=tmp_path)
-    none = run_batch(slurm_bed, "echo ${CUDA_VISIBLE_DEVICES-none}", folder=tmp_path)
+    both = run_batch(mini_cluster, "echo ${CUDA_VISIBLE_DEVICES-none}", "--gpus-per-node=2", folder=tmp_path)
+    none = run_batch(mini_cluster, "echo ${CUDA_VISIBLE_DEVICES-none}", folder=tmp_path)
     assert (both.output, none.output) == ("0,1\n", "none\n")
 
 
 @pytest.mark.slurm
-def test_what_has_ended_is_in_the_accounts(slurm_bed: Bed, tmp_path: Path) -> None:
-    ended = run_batch(slurm_bed, "srun -N2 -n2 sh -c 'exit 3'", "-N2", "--job-name=three", folder=tmp_path)
+def test_what_has_ended_is_in_the_accounts(mini_cluster: MiniCluster, tmp_path: Path) -> None:
+    ended = run_batch(mini_cluster, "srun -N2 -n2 sh -c 'exit 3'", "-N2", "--job-name=three", folder=tmp_path)
     assert ended.state == "FAILED"
     account = ["sacct", "-nPX", "-j", ended.job_id, "-o", "jobname,state,exitcode,nnodes,partition"]
-    wait_for(lambda: "three|FAILED|3:0|2|low" in slurm_bed.run(*account), what="sacct")
+    wait_for(lambda: "three|FAILED|3:0|2|low" in mini_cluster.run(*account), what="sacct")
 
 
 @pytest.mark.slurm
-def test_a_preempted_job_is_requeued_exactly_once(slurm_bed: Bed, tmp_path: Path) -> None:
-    low = submit(slurm_bed, LONG_JOB, "-N2", "--exclusive", folder=tmp_path)
+def test_a_preempted_job_is_requeued_exactly_once(mini_cluster: MiniCluster, tmp_path: Path) -> None:
+    low = submit(mini_cluster, LONG_JOB, "-N2", "--exclusive", folder=tmp_path)
     log = tmp_path / f"{low}.out"
     wait_for(lambda: lines_of(log) == ["start 0"])
-    high = run_batch(slurm_bed, "true", "-N2", "--exclusive", "-p", "high", folder=tmp_path)
+    high = run_batch(mini_cluster, "true", "-N2", "--exclusive", "-p", "high", folder=tmp_path)
     assert high.state == "COMPLETED"
     wait_for(lambda: "start 1" in lines_of(log))
     assert [line for line in lines_of(log) if line.startswith("start")] == ["start 0", "start 1"]
-    assert job_state(slurm_bed, low) == "RUNNING" and num_restarts(slurm_bed, low) == 1
+    assert job_state(mini_cluster, low) == "RUNNING" and num_restarts(mini_cluster, low) == 1
     records = ["sacct", "-D", "-nPX", "-j", low, "-o", "state"]
-    wait_for(lambda: slurm_bed.run(*records).split() == ["PREEMPTED", "RUNNING"], what="both records")
+    wait_for(lambda: mini_cluster.run(*records).split() == ["PREEMPTED", "RUNNING"], what="both records")
 
 
 @pytest.mark.slurm
-def test_the_jobs_of_a_dead_node_run_again_on_its_return(slurm_bed: Bed, tmp_path: Path) -> None:
+def test_the_jobs_of_a_dead_node_run_again_on_its_return(mini_cluster: MiniCluster, tmp_path: Path) -> None:
     # One process without any environment and one that has left its session: they die with the node too.
     script = f"env -i sleep 601 & setsid sleep 602 & {LONG_JOB}"
-    job_id = submit(slurm_bed, script, "-w", "n2", folder=tmp_path)
-    wait_for(lambda: len([line for line in slurm_bed.job_processes("n2").values() if SLEEPER.fullmatch(line)]) == 3)
-    assert slurm_bed.job_processes("n1") == {}
-    sleepers = set(processes_left(slurm_bed))
-    slurm_bed.kill_node("n2", down=True)
-    assert processes_left(slurm_bed) == {} and slurm_bed.processes("n2") == {}
+    job_id = submit(mini_cluster, script, "-w", "n2", folder=tmp_path)
+    wait_for(lambda: len([line for line in mini_cluster.job_processes("n2").values() if SLEEPER.fullmatch(line)]) == 3)
+    assert mini_cluster.job_processes("n1") == {}
+    sleepers = set(processes_left(mini_cluster))
+    mini_cluster.kill_node("n2", down=True)
+    assert processes_left(mini_cluster) == {} and mini_cluster.processes("n2") == {}
     assert sleepers & set(all_processes()) == set()
-    wait_state(slurm_bed, job_id, "PENDING")
-    slurm_bed.start_node("n2")
+    wait_state(mini_cluster, job_id, "PENDING")
+    mini_cluster.start_node("n2")
     wait_for(lambda: lines_of(tmp_path / f"{job_id}.out")[-1] == "start 1")
-    assert num_restarts(slurm_bed, job_id) == 1
+    assert num_restarts(mini_cluster, job_id) == 1
 
 
 @pytest.mark.slurm
-def test_jobs_outlive_their_controller(slurm_bed: Bed, tmp_path: Path) -> None:
-    job_id = submit(slurm_bed, LONG_JOB, folder=tmp_path)
+def test_jobs_outlive_their_controller(mini_cluster: MiniCluster, tmp_path: Path) -> None:
+    job_id = submit(mini_cluster, LONG_JOB, folder=tmp_path)
     wait_for(lambda: lines_of(tmp_path / f"{job_id}.out") == ["start 0"])
-    before = processes_left(slurm_bed)
-    slurm_bed.stop_controller()
-    with pytest.raises(BedError, match="Unable to contact"):
-        slurm_bed.run("squeue")
-    slurm_bed.start_controller()
-    assert job_state(slurm_bed, job_id) == "RUNNING" and processes_left(slurm_bed) == before
+    before = processes_left(mini_cluster)
+    mini_cluster.stop_controller()
+    with pytest.raises(MiniClusterError, match="Unable to contact"):
+        mini_cluster.run("squeue")
+    mini_cluster.start_controller()
+    assert job_state(mini_cluster, job_id) == "RUNNING" and processes_left(mini_cluster) == before
 
 
 @pytest.mark.slurm
-def test_settings_of_a_site_can_be_changed(slurm_bed: Bed) -> None:
-    slurm_bed.reconfigure({"MaxArraySize": 5, "JobRequeue": 0})
-    with pytest.raises(BedError, match="Invalid job array"):
-        slurm_bed.run("sbatch", "--array=0-5", "--wrap=true")
-    slurm_bed.reconfigure({})
-    assert "MaxArraySize            = 1001" in slurm_bed.run("scontrol", "show", "config")
+def test_settings_of_a_site_can_be_changed(mini_cluster: MiniCluster) -> None:
+    mini_cluster.reconfigure({"MaxArraySize": 5, "JobRequeue": 0})
+    with pytest.raises(MiniClusterError, match="Invalid job array"):
+        mini_cluster.run("sbatch", "--array=0-5", "--wrap=true")
+    mini_cluster.reconfigure({})
+    assert "MaxArraySize            = 1001" in mini_cluster.run("scontrol", "show", "config")
 
 
 @pytest.fixture
-def other_bed(short_path: Path) -> Iterator[Bed]:
-    """A second bed, started from the command line."""
+def other_cluster(short_path: Path) -> Iterator[MiniCluster]:
+    """A second slurm, started from the command line."""
     folder = short_path / "other"
-    started = bed_command("start", folder, "--nodes", "3", "--gpus", "0")
+    started = mini_cluster_command("start", folder, "--nodes", "3", "--gpus", "0")
     try:
         assert started.returncode == 0 and started.stdout == f"export SLURM_CONF={folder}/slurm.conf\n", started.stderr
-        yield Bed.find(folder)
+        yield MiniCluster.find(folder)
     finally:
-        Bed(folder).stop()
+        MiniCluster(folder).stop()
 
 
 @pytest.mark.slurm
-def test_a_stopped_bed_leaves_no_process_and_only_its_logs(slurm_bed: Bed, other_bed: Bed, tmp_path: Path) -> None:
-    folder = other_bed.files.folder
-    assert bed_command("start", folder).returncode == 2
+def test_a_stopped_bed_leaves_no_process_and_only_its_logs(
+    mini_cluster: MiniCluster, other_cluster: MiniCluster, tmp_path: Path
+) -> None:
+    folder = other_cluster.files.folder
+    assert mini_cluster_command("start", folder).returncode == 2
     count = ("sinfo", "-h", "-p", "low", "-o", "%D")
-    assert (slurm_bed.run(*count), other_bed.run(*count)) == ("2\n", "3\n")
-    submit(other_bed, "env -i sleep 601 & setsid sleep 602 & srun sleep 600", "-N2", folder=tmp_path)
-    wait_for(lambda: len([line for line in processes_left(other_bed).values() if SLEEPER.fullmatch(line)]) == 4)
-    shown = bed_command("status", folder)
+    assert (mini_cluster.run(*count), other_cluster.run(*count)) == ("2\n", "3\n")
+    submit(other_cluster, "env -i sleep 601 & setsid sleep 602 & srun sleep 600", "-N2", folder=tmp_path)
+    wait_for(lambda: len([line for line in processes_left(other_cluster).values() if SLEEPER.fullmatch(line)]) == 4)
+    shown = mini_cluster_command("status", folder)
     assert shown.returncode == 0 and "n3" in shown.stdout and "n[1-2]" in shown.stdout
-    ours, theirs = set(other_bed.processes()) | set(processes_left(other_bed)), set(slurm_bed.processes())
-    assert bed_command("stop", folder).returncode == 0
-    assert ours & set(all_processes()) == set() and find_parts(folder) == find_jobs(folder) == {}
-    assert theirs == set(slurm_bed.processes())
+    ours, theirs = set(other_cluster.processes()) | set(processes_left(other_cluster)), set(mini_cluster.processes())
+    assert mini_cluster_command("stop", folder).returncode == 0
+    assert ours & set(all_processes()) == set() and find_daemons(folder) == find_job_processes(folder) == {}
+    assert theirs == set(mini_cluster.processes())
     assert [path.name for path in folder.iterdir()] == ["logs"]
-    assert bed_command("status", folder).returncode == 2
+    assert mini_cluster_command("status", folder).returncode == 2
 
 
 @pytest.mark.slurm
-@pytest.mark.usefixtures("slurm_bed")
+@pytest.mark.usefixtures("mini_cluster")
 def test_a_start_that_fails_leaves_nothing_and_tells_the_daemons_last_words(short_path: Path) -> None:
-    bed = Bed(short_path / "bed", settings={"SelectType": "select/nothing"})
-    with pytest.raises(BedError, match=r"(?s)slurmctld has ended.*select/nothing"):
-        bed.start()
-    assert bed.processes() == {} and [path.name for path in (short_path / "bed").iterdir()] == ["logs"]
+    slurm = MiniCluster(short_path / "mini", settings={"SelectType": "select/nothing"})
+    with pytest.raises(MiniClusterError, match=r"(?s)slurmctld has ended.*select/nothing"):
+        slurm.start()
+    assert slurm.processes() == {} and [path.name for path in (short_path / "mini").iterdir()] == ["logs"]
 
 
 @pytest.mark.slurm
-@pytest.mark.usefixtures("slurm_bed")
+@pytest.mark.usefixtures("mini_cluster")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_start_that_is_interrupted_leaves_nothing(short_path: Path, sent: signal.Signals) -> None:
-    folder = short_path / "bed"
-    start = subprocess.Popen([sys.executable, str(BED), "start", str(folder)])
-    wait_for(lambda: find_parts(folder, "mariadbd") or find_parts(folder, "slurmdbd"))
+    folder = short_path / "mini"
+    start = subprocess.Popen([sys.executable, str(MINI_CLUSTER), "start", str(folder)])
+    wait_for(lambda: find_daemons(folder, "mariadbd") or find_daemons(folder, "slurmdbd"))
     time.sleep(0.2)
     start.send_signal(sent)
     assert start.wait(300) == 128 + sent
-    assert find_parts(folder) == {} and [path.name for path in folder.iterdir()] == ["logs"]
+    assert find_daemons(folder) == {} and [path.name for path in folder.iterdir()] == ["logs"]
 
 
 def all_processes() -> dict[int, str]:

@@ -17,7 +17,7 @@ from galaxydist.errors import UserError
 from tests.helpers.runs import quick_settings
 
 if TYPE_CHECKING:
-    from bed import Bed
+    from mini_cluster import MiniCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -37,12 +37,12 @@ def sbatch_takes(config: ClusterConfig) -> tuple[bool, str]:
     return done.returncode == 0, done.stderr.strip()
 
 
-@pytest.mark.usefixtures("slurm_bed")
+@pytest.mark.usefixtures("mini_cluster")
 @pytest.mark.parametrize("partition", [None, "high"])
 def test_init_writes_what_sbatch_takes(partition: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["cluster", "init", "bed", *(["--partition", partition] if partition else [])]) == 0
-    config = load_cluster(["cluster=bed"]).config
+    assert main(["cluster", "init", "mini", *(["--partition", partition] if partition else [])]) == 0
+    config = load_cluster(["cluster=mini"]).config
     assert (config.partition, config.nodes, config.gpus_per_node, config.cpus_per_task) == (partition or "low", 1, 2, 1)
     assert (config.memory, config.num_tasks, config.gpu_request) == (9.0, 2, "gpus-per-node")
     check_partition(config)
@@ -53,7 +53,7 @@ def test_init_writes_what_sbatch_takes(partition: str | None, tmp_path: Path, mo
     check_partition(both)
 
 
-@pytest.mark.usefixtures("slurm_bed")
+@pytest.mark.usefixtures("mini_cluster")
 def test_refusals_are_those_of_sbatch() -> None:
     site = read_site()
     asked = [
@@ -64,7 +64,7 @@ def test_refusals_are_those_of_sbatch() -> None:
     asked += [{"memory": memory, "nodes": nodes} for memory in (0.0, 1.0, 9.7, 9.8, 100.0) for nodes in (1, 2)]
     answers = set()
     for values in asked:
-        config = ClusterConfig.model_validate({"name": "bed", "time": 5, **values})
+        config = ClusterConfig.model_validate({"name": "mini", "time": 5, **values})
         taken, said = sbatch_takes(config)
         answers.add(taken)
         try:
@@ -77,23 +77,23 @@ def test_refusals_are_those_of_sbatch() -> None:
 
 
 def test_init_while_the_controller_is_away(
-    slurm_bed: "Bed", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mini_cluster: "MiniCluster", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    slurm_bed.stop_controller()
-    assert main(["cluster", "init", "bed"]) == 2
-    assert "SLURM does not answer: `scontrol` said: " in capsys.readouterr().err
+    mini_cluster.stop_controller()
+    assert main(["cluster", "init", "mini"]) == 2
+    assert "SLURM does not answer: `scontrol` failed: " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_account_that_is_none_of_the_users(
-    slurm_bed: "Bed", blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mini_cluster: "MiniCluster", blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slurm_bed.reconfigure({"AccountingStorageEnforce": "associations"})
+    mini_cluster.reconfigure({"AccountingStorageEnforce": "associations"})
     cluster = ["cluster=cpu", "cluster.tasks_per_node=1", "cluster.cpus_per_task=1", "cluster.memory=1"]
     words = ["submit", *quick_settings(blobs, tmp_path / "run"), *cluster, "cluster.account=nosuch"]
     assert main(words) == 2
-    assert "cluster.account=nosuch: it is none of yours there; you have root" in capsys.readouterr().err
+    assert "cluster.account=nosuch: it is not one of your accounts there; you have root" in capsys.readouterr().err
     # A site that keeps its accounts to itself: sbatch has the word.
     (tmp_path / "sacctmgr").write_text("#!/bin/sh\necho 'Access/permission denied' >&2\nexit 1\n")
     (tmp_path / "sacctmgr").chmod(0o755)
@@ -102,6 +102,6 @@ def test_an_account_that_is_none_of_the_users(
     said = capsys.readouterr().err
     assert "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified" in said
     assert "cluster.account" in said.splitlines()[-1] and "`galaxydist cluster show cpu`" in said
-    assert slurm_bed.run("squeue", "--noheader") == "" and JobFiles(tmp_path / "run").jobs() == []
-    slurm_bed.reconfigure({})
-    assert "AccountingStorageEnforce = none" in slurm_bed.run("scontrol", "show", "config")
+    assert mini_cluster.run("squeue", "--noheader") == "" and JobFiles(tmp_path / "run").jobs() == []
+    mini_cluster.reconfigure({})
+    assert "AccountingStorageEnforce = none" in mini_cluster.run("scontrol", "show", "config")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from bed import Bed
+from mini_cluster import MiniCluster
 
 from galaxydist.paths import PACKAGE_DIR
 from galaxydist.training.trackers import read_history
@@ -30,27 +30,27 @@ OTHER_JOB = ("--partition=high", "--nodes=2", "--ntasks-per-node=1", "--cpus-per
 
 
 @pytest.fixture(scope="module")
-def undisturbed(started_bed: Bed, blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> ClusterRun:
+def undisturbed(started_cluster: MiniCluster, blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> ClusterRun:
     """The run that those of two nodes must end like, without SLURM."""
-    run = ClusterRun(started_bed, tmp_path_factory.mktemp("undisturbed"), blobs)
+    run = ClusterRun(started_cluster, tmp_path_factory.mktemp("undisturbed"), blobs)
     run.train_here(2)
     return run
 
 
 @pytest.fixture(scope="module")
-def alone(started_bed: Bed, blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> ClusterRun:
+def alone(started_cluster: MiniCluster, blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> ClusterRun:
     """The run that those of one process must end like, without SLURM."""
-    run = ClusterRun(started_bed, tmp_path_factory.mktemp("alone"), blobs)
+    run = ClusterRun(started_cluster, tmp_path_factory.mktemp("alone"), blobs)
     run.train_here(1)
     return run
 
 
 @pytest.fixture(autouse=True)
-def _no_process_left(slurm_bed: Bed) -> Iterator[None]:
-    """By themselves: before ``slurm_bed`` tidies up."""
+def _no_process_left(mini_cluster: MiniCluster) -> Iterator[None]:
+    """By themselves: before ``mini_cluster`` tidies up."""
     yield
-    wait_for(lambda: not slurm_bed.run("squeue", "-h"), what="the end of all jobs")
-    wait_for(lambda: not processes_left(slurm_bed), what="the end of all processes of jobs")
+    wait_for(lambda: not mini_cluster.run("squeue", "-h"), what="the end of all jobs")
+    wait_for(lambda: not processes_left(mini_cluster), what="the end of all processes of jobs")
 
 
 def shown(run: ClusterRun) -> dict[str, Any]:
@@ -70,12 +70,12 @@ def check_same(run: ClusterRun, undisturbed: ClusterRun) -> None:
     assert metrics == expected_metrics
 
 
-def test_preemption(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+def test_preemption(mini_cluster: MiniCluster, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
     """All ranks save the same step, the job is requeued once and goes on with the code that was submitted, on one curve."""
     code = tmp_path / "code"
     shutil.copytree(PACKAGE_DIR, code / "galaxydist", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(PACKAGE_DIR.parent / "recipes", code / "recipes")
-    run = ClusterRun(slurm_bed, tmp_path / "here", blobs, tracker__name="wandb", tracker__mode="offline")
+    run = ClusterRun(mini_cluster, tmp_path / "here", blobs, tracker__name="wandb", tracker__mode="offline")
     job_id = run.submit(code=code)
     for path in (code / "galaxydist").rglob("*.py"):  # the source is edited while the job waits and runs
         path.write_text("raise RuntimeError('this code was not submitted')\n")
@@ -83,13 +83,13 @@ def test_preemption(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_pa
     run.wait_step(20)
     held = run.hold()
     assert len(held) == 2
-    other = submit(slurm_bed, "sleep 1", *OTHER_JOB, folder=tmp_path)
+    other = submit(mini_cluster, "sleep 1", *OTHER_JOB, folder=tmp_path)
     go_on(held)
-    wait_state(slurm_bed, other, "COMPLETED")
+    wait_state(mini_cluster, other, "COMPLETED")
     run.wait_finished()
-    wait_state(slurm_bed, job_id, "COMPLETED")
+    wait_state(mini_cluster, job_id, "COMPLETED")
     assert decisions(run.files.restarts()) == ["requeue", "finished"]
-    assert num_restarts(slurm_bed, job_id) == 1
+    assert num_restarts(mini_cluster, job_id) == 1
     assert run.files.restarts()[0].exit_code == 0 and run.files.restarts()[0].error is None
     check_same(run, undisturbed)
     logs = [path.read_text() for path in run.files.rank_logs()]
@@ -105,9 +105,9 @@ def test_preemption(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_time_limit(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
+def test_time_limit(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> None:
     """A run that is told in time saves and queues itself again; for one that was not the batch script does, at the limit."""
-    told, late = (ClusterRun(slurm_bed, tmp_path / name, blobs, train__epochs=900) for name in ("told", "late"))
+    told, late = (ClusterRun(mini_cluster, tmp_path / name, blobs, train__epochs=900) for name in ("told", "late"))
     ids = told.submit("cluster.nodes=1"), late.submit("cluster.nodes=1", DEAF)
     for run in (told, late):
         run.wait_step(20)
@@ -116,7 +116,7 @@ def test_time_limit(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
     # Told is who has more than a minute left.
     minutes = int((time.time() - told.files.jobs()[0].time) / 60) + 2
     for job_id, limit in zip(ids, (minutes, 1), strict=True):
-        slurm_bed.run("scontrol", "update", f"jobid={job_id}", f"timelimit={limit}")
+        mini_cluster.run("scontrol", "update", f"jobid={job_id}", f"timelimit={limit}")
 
     going_on = set[str]()
 
@@ -125,8 +125,8 @@ def test_time_limit(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
         for job_id in set(ids) - going_on:
-            if num_restarts(slurm_bed, job_id):
-                slurm_bed.run("scontrol", "update", f"jobid={job_id}", "timelimit=10")
+            if num_restarts(mini_cluster, job_id):
+                mini_cluster.run("scontrol", "update", f"jobid={job_id}", "timelimit=10")
                 going_on.add(job_id)
         return going_on == set(ids)
 
@@ -135,7 +135,7 @@ def test_time_limit(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
         (record,) = run.files.restarts()
         assert (record.decision, record.exit_code, record.error) == ("requeue", 0, None)
         assert record.reason.startswith(
-            "it was told to stop" if run is told else "the time limit came before everything was saved"
+            "it was stopped by a signal" if run is told else "the time limit was reached before everything was saved"
         )
         found = shown(run)
         assert found["last_error"] == (record.reason if found["group"] == "pending" else None)
@@ -146,19 +146,19 @@ def test_time_limit(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
             (saved,) = wait_for(lambda: GOING_ON.findall(late.log(0)), late.said)
             assert int(saved) >= (late.files.restarts()[0].saved or 0) >= 10
         run.galaxydist("cancel", str(run.run_dir))
-        wait_state(slurm_bed, job_id, "CANCELLED")
-        assert num_restarts(slurm_bed, job_id) == 1
+        wait_state(mini_cluster, job_id, "CANCELLED")
+        assert num_restarts(mini_cluster, job_id) == 1
         assert decisions(run.files.restarts()) in (["requeue"], ["requeue", "stop"])
 
 
 def test_two_runs_of_one_node_have_their_own_gpus_and_survive_a_preemption_that_cancels(
-    slurm_bed: Bed, alone: ClusterRun, blobs: Path, tmp_path: Path
+    mini_cluster: MiniCluster, alone: ClusterRun, blobs: Path, tmp_path: Path
 ) -> None:
     """PreemptMode=CANCEL: the batch script queues the job again, in the grace time or at its end."""
-    slurm_bed.reconfigure({"PreemptMode": "CANCEL"})
+    mini_cluster.reconfigure({"PreemptMode": "CANCEL"})
     told, late = (
-        ClusterRun(slurm_bed, tmp_path / "told", blobs),
-        ClusterRun(slurm_bed, tmp_path / "late", blobs, train__epochs=900),
+        ClusterRun(mini_cluster, tmp_path / "told", blobs),
+        ClusterRun(mini_cluster, tmp_path / "late", blobs, train__epochs=900),
     )
     words = ("cluster.nodes=1", "cluster.gpus_per_node=1", "cluster.gpu_request=gres", "cluster.nodelist=n1")
     ids = late.submit(*words, DEAF), told.submit(*words)
@@ -166,45 +166,45 @@ def test_two_runs_of_one_node_have_their_own_gpus_and_survive_a_preemption_that_
     for run in (late, told):
         run.wait_step(20)
         held = run.hold()
-    other = submit(slurm_bed, "sleep 1", *OTHER_JOB, folder=tmp_path)
+    other = submit(mini_cluster, "sleep 1", *OTHER_JOB, folder=tmp_path)
     go_on(held)
     late.hold()  # of the grace time nothing is wanted but its end
-    wait_state(slurm_bed, other, "COMPLETED")
+    wait_state(mini_cluster, other, "COMPLETED")
     # Of submitit's default, the local rank, both would see 0.
     seen = [re.findall(r"restart 0, rank 0 of 1, on n1, .*CUDA_VISIBLE_DEVICES=(\w*),", run.log(0)) for run in (late, told)]
     assert sorted(seen) == [["0"], ["1"]]
-    wait_state(slurm_bed, ids[0], "PENDING", "RUNNING")
+    wait_state(mini_cluster, ids[0], "PENDING", "RUNNING")
     late.galaxydist("cancel", str(late.run_dir))
     told.wait_finished()
-    wait_state(slurm_bed, ids[1], "COMPLETED")
+    wait_state(mini_cluster, ids[1], "COMPLETED")
     assert decisions(told.files.restarts()) == ["requeue", "finished"]
     assert late.files.restarts()[0].decision == "requeue" and late.files.restarts()[0].reason.startswith("it was preempted")
-    assert [num_restarts(slurm_bed, job_id) for job_id in ids] == [1, 1]
+    assert [num_restarts(mini_cluster, job_id) for job_id in ids] == [1, 1]
     check_same(told, alone)
 
 
-def test_a_site_forbids_requeueing(slurm_bed: Bed, alone: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+def test_a_site_forbids_requeueing(mini_cluster: MiniCluster, alone: ClusterRun, blobs: Path, tmp_path: Path) -> None:
     """The run is sent again as a new job."""
-    run = ClusterRun(slurm_bed, tmp_path, blobs)
+    run = ClusterRun(mini_cluster, tmp_path, blobs)
     job_id = run.submit("cluster.nodes=1")
     run.wait_step(20)
     held = run.hold()
-    slurm_bed.run("scontrol", "update", f"jobid={job_id}", "requeue=0")
-    slurm_bed.run("scancel", "--signal=USR2", job_id)
+    mini_cluster.run("scontrol", "update", f"jobid={job_id}", "requeue=0")
+    mini_cluster.run("scancel", "--signal=USR2", job_id)
     go_on(held)
     run.wait_finished()
     sent, again = run.files.jobs()
-    wait_state(slurm_bed, again.job_id, "COMPLETED")
+    wait_state(mini_cluster, again.job_id, "COMPLETED")
     assert (sent.job_id, again.resubmits) == (job_id, job_id) and again.job_id != job_id
     assert decisions(run.files.restarts()) == ["requeue", "resubmit", "finished"]
-    assert num_restarts(slurm_bed, job_id) == num_restarts(slurm_bed, again.job_id) == 0
+    assert num_restarts(mini_cluster, job_id) == num_restarts(mini_cluster, again.job_id) == 0
     assert shown(run)["restarts"] == 1 and again.code == sent.code
     check_same(run, alone)
 
 
-def test_a_rank_and_nodes_die(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+def test_a_rank_and_nodes_die(mini_cluster: MiniCluster, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
     """A rank, then a node, then the one with rank 0 and the batch script: one requeue each, that of a node by SLURM itself."""
-    run = ClusterRun(slurm_bed, tmp_path, blobs)
+    run = ClusterRun(mini_cluster, tmp_path, blobs)
     job_id = run.submit()
     run.wait_step(20)
     (victim,) = run.pids("n2")
@@ -212,108 +212,111 @@ def test_a_rank_and_nodes_die(slurm_bed: Bed, undisturbed: ClusterRun, blobs: Pa
     (first,) = run.wait_restarts(1)
     assert first.decision == "requeue" and first.exit_code != 0
     assert str(first.error).startswith("rank 1 on n2 was ended by signal 9, SIGKILL")
-    for number, node, said in ((1, "n2", "node n2 failed"), (2, "n1", "SLURM queued the job again itself")):
+    for number, node, said in ((1, "n2", "node n2 failed"), (2, "n1", "SLURM requeued the job itself")):
         run.wait_said(f"restart {number}, rank 0")
         run.wait_step(run.step + 15)
-        slurm_bed.kill_node(node, down=True)
-        wait_state(slurm_bed, job_id, "PENDING")
+        mini_cluster.kill_node(node, down=True)
+        wait_state(mini_cluster, job_id, "PENDING")
         assert shown(run)["last_error"].startswith(said)
-        slurm_bed.start_node(node)
+        mini_cluster.start_node(node)
     run.wait_finished()
-    wait_state(slurm_bed, job_id, "COMPLETED")
-    assert num_restarts(slurm_bed, job_id) == 3 and shown(run)["restarts"] == 3
+    wait_state(mini_cluster, job_id, "COMPLETED")
+    assert num_restarts(mini_cluster, job_id) == 3 and shown(run)["restarts"] == 3
     assert decisions(run.files.restarts()) == ["requeue", "requeue", "finished"]
     check_same(run, undisturbed)
 
 
-def test_elastic(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
+def test_elastic(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> None:
     """Two nodes, then one on the same run folder: the same galaxies in the same order, so in float64 the same weights."""
-    whole, run = (ClusterRun(slurm_bed, tmp_path / name, blobs, **DOUBLE) for name in ("whole", "run"))
+    whole, run = (ClusterRun(mini_cluster, tmp_path / name, blobs, **DOUBLE) for name in ("whole", "run"))
     job_id = run.submit("cluster.requeue=never")
     run.wait_step(20)
     held = run.hold()
-    slurm_bed.run("scancel", "--signal=USR2", job_id)
+    mini_cluster.run("scancel", "--signal=USR2", job_id)
     go_on(held)
     run.wait_restarts(1)
     again = run.submit("cluster.nodes=1")
     whole.train_here(2)
     wait_for(lambda: run.is_finished, run.said)
-    wait_state(slurm_bed, again, "COMPLETED")
+    wait_state(mini_cluster, again, "COMPLETED")
     assert [job.tasks for job in run.files.jobs()] == [2, 1] and decisions(run.files.restarts()) == ["stop", "finished"]
-    assert num_restarts(slurm_bed, job_id) == num_restarts(slurm_bed, again) == 0
+    assert num_restarts(mini_cluster, job_id) == num_restarts(mini_cluster, again) == 0
     ours, theirs = run.result()[0], whole.result()[0]
     for name in ours:
         if name.startswith("model/") and ours[name].is_floating_point():
             assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-9), name
 
 
-def test_a_queued_run_is_not_sent_twice(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
-    run = ClusterRun(slurm_bed, tmp_path, blobs)
-    asked = run.galaxydist("submit", *run.arguments, "cluster=bed", "--test")
+def test_a_queued_run_is_not_sent_twice(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> None:
+    run = ClusterRun(mini_cluster, tmp_path, blobs)
+    asked = run.galaxydist("submit", *run.arguments, "cluster=mini", "--test")
     assert asked.returncode == 0 and re.fullmatch(r"Job \d+ to start at .* in partition low\n", asked.stdout), asked
     assert not run.run_dir.exists()
-    before = submit(slurm_bed, "true", "--begin=now+600", folder=tmp_path)
+    before = submit(mini_cluster, "true", "--begin=now+600", folder=tmp_path)
     job_id = run.submit(f"cluster.after={before}")
-    assert f"afterok:{before}(unfulfilled)" in slurm_bed.run("scontrol", "-o", "show", "job", job_id)
-    answer = run.galaxydist("submit", *run.arguments, "cluster=bed")
+    assert f"afterok:{before}(unfulfilled)" in mini_cluster.run("scontrol", "-o", "show", "job", job_id)
+    answer = run.galaxydist("submit", *run.arguments, "cluster=mini")
     assert answer.returncode == 2 and f"is pending as job {job_id} already" in answer.stderr
     assert run.galaxydist("status", str(run.run_dir), "--json").stdout.count('"PENDING"') == 1
     answer = run.galaxydist("cancel", str(run.run_dir))
     assert answer.returncode == 0, answer.stderr
-    wait_state(slurm_bed, job_id, "CANCELLED")
-    slurm_bed.run("scancel", before)
+    wait_state(mini_cluster, job_id, "CANCELLED")
+    mini_cluster.run("scancel", before)
     assert len(run.files.jobs()) == 1
 
 
-def test_slurmctld_is_away(slurm_bed: Bed, alone: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+def test_slurmctld_is_away(mini_cluster: MiniCluster, alone: ClusterRun, blobs: Path, tmp_path: Path) -> None:
     """A run goes on, a question is answered, and the batch script waits until somebody can requeue it."""
-    run, other = (ClusterRun(slurm_bed, tmp_path / name, blobs) for name in ("run", "other"))
+    run, other = (ClusterRun(mini_cluster, tmp_path / name, blobs) for name in ("run", "other"))
     job_id = run.submit("cluster.nodes=1")
     run.wait_step(10)
     held = run.hold()
-    slurm_bed.stop_controller()
+    mini_cluster.stop_controller()
     answer = run.galaxydist("status", str(run.run_dir))
-    assert answer.returncode == 0 and "SLURM could not be asked" in " ".join(answer.stdout.split()), answer.stdout + answer.stderr
+    assert answer.returncode == 0 and "SLURM did not answer" in " ".join(answer.stdout.split()), answer.stdout + answer.stderr
     os.kill(held[0], signal.SIGUSR2)
     go_on(held)
-    answer = other.galaxydist("submit", *other.arguments, "cluster=bed")
-    assert answer.returncode == 2 and "SLURM could not be asked: slurmctld is down" in answer.stderr
+    answer = other.galaxydist("submit", *other.arguments, "cluster=mini")
+    assert answer.returncode == 2 and "SLURM did not answer: slurmctld is down" in answer.stderr
     assert not other.run_dir.exists()
     run.wait_restarts(1)
     wait_for(lambda: "not requeued yet" in run.said(), run.said)
-    slurm_bed.start_controller()
+    mini_cluster.start_controller()
     run.wait_finished()
-    wait_state(slurm_bed, job_id, "COMPLETED")
-    assert decisions(run.files.restarts()) == ["requeue", "finished"] and num_restarts(slurm_bed, job_id) == 1
+    wait_state(mini_cluster, job_id, "COMPLETED")
+    assert decisions(run.files.restarts()) == ["requeue", "finished"] and num_restarts(mini_cluster, job_id) == 1
     assert len(run.files.jobs()) == 1
     check_same(run, alone)
 
 
-def test_what_fails_for_good_is_not_tried_again(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
+def test_what_fails_for_good_is_not_tried_again(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> None:
     """A loss that is not a number, and a Python that the nodes do not have: said by status, with a remedy."""
     changes = {"optim__lr": 1e30, "optim__name": "sgd", "train__clip_norm": 0, "model__norm": "group"}
-    run, lacking = ClusterRun(slurm_bed, tmp_path / "run", blobs, **changes), ClusterRun(slurm_bed, tmp_path / "lacking", blobs)
+    run, lacking = (
+        ClusterRun(mini_cluster, tmp_path / "run", blobs, **changes),
+        ClusterRun(mini_cluster, tmp_path / "lacking", blobs),
+    )
     job_id = run.submit("cluster.nodes=1")
     lacking_id = lacking.submit("cluster.python=/nowhere/python", "cluster.srun=[cpu-bind=none]")
-    wait_state(slurm_bed, lacking_id, "FAILED")
+    wait_state(mini_cluster, lacking_id, "FAILED")
     assert "nodes do not have /nowhere/python: set cluster.python" in shown(lacking)["last_error"]
     (only,) = run.wait_restarts(1)
     assert only.decision == "stop" and only.for_good and "not a number" in only.reason
-    wait_state(slurm_bed, job_id, "FAILED")
-    assert num_restarts(slurm_bed, job_id) == 0
+    wait_state(mini_cluster, job_id, "FAILED")
+    assert num_restarts(mini_cluster, job_id) == 0
     assert shown(run)["state"] == "FAILED" and "not a number" in shown(run)["last_error"]
 
 
-def test_a_run_folder_that_the_node_does_not_see(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
-    run = ClusterRun(slurm_bed, tmp_path, blobs)
-    (slurmd, *_) = slurm_bed.processes("n1")
+def test_a_run_folder_that_the_node_does_not_see(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> None:
+    run = ClusterRun(mini_cluster, tmp_path, blobs)
+    (slurmd, *_) = mini_cluster.processes("n1")
     within = ["nsenter", f"--target={slurmd}", "--mount"]
     run.run_dir.mkdir()
     if subprocess.run([*within, "mount", "-t", "tmpfs", "tmpfs", run.run_dir], capture_output=True, check=False).returncode != 0:
         pytest.skip("mounting is not allowed here")
     try:
         job_id = run.submit("cluster.nodes=1", "cluster.nodelist=n1")
-        wait_state(slurm_bed, job_id, "FAILED")
+        wait_state(mini_cluster, job_id, "FAILED")
     finally:
         subprocess.run([*within, "umount", run.run_dir], check=True)
     said = shown(run)["last_error"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from bed import Bed
+from mini_cluster import MiniCluster
 
 from galaxydist.cluster.records import JobFiles
 from tests.helpers.cluster_runs import ClusterRun, decisions, find_ranks, go_on, hold
@@ -37,11 +37,11 @@ def is_training(run_dir: Path) -> bool:
     return (run_dir / "metrics.jsonl").exists() and not (run_dir / "result.json").exists()
 
 
-def hold_trial(bed: Bed, jobs: Mapping[str, Path], *nodes: str, others: Sequence[str] = ()) -> tuple[str, list[int]]:
+def hold_trial(slurm: MiniCluster, jobs: Mapping[str, Path], *nodes: str, others: Sequence[str] = ()) -> tuple[str, list[int]]:
     """A trial of these nodes that trains, and its process, which is stopped: so it can be disturbed before its end.
 
     Args:
-        bed: the SLURM.
+        slurm: the mini cluster.
         jobs: run folders by the job's number.
         nodes: to look at.
         others: which it shall not be.
@@ -49,9 +49,9 @@ def hold_trial(bed: Bed, jobs: Mapping[str, Path], *nodes: str, others: Sequence
 
     def look() -> tuple[str, list[int]] | None:
         for node in nodes:
-            ids = bed.run("squeue", "-h", "-r", "-t", "RUNNING", "-w", node, "-o", "%i").split()
+            ids = slurm.run("squeue", "-h", "-r", "-t", "RUNNING", "-w", node, "-o", "%i").split()
             for job in [job for job in ids if job in jobs and job not in others and is_training(jobs[job])]:
-                pids = find_ranks(bed, node, jobs[job].parent)
+                pids = find_ranks(slurm, node, jobs[job].parent)
                 hold(pids)
                 if pids and is_training(jobs[job]):
                     return job, pids
@@ -64,11 +64,11 @@ def hold_trial(bed: Bed, jobs: Mapping[str, Path], *nodes: str, others: Sequence
     return found
 
 
-def test_a_sweep_of_two_arrays(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> None:
-    slurm_bed.reconfigure({"MaxArraySize": "3"})  # which submitit does not look at
-    run = ClusterRun(slurm_bed, tmp_path, blobs, train__epochs=24)
+def test_a_sweep_of_two_arrays(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> None:
+    mini_cluster.reconfigure({"MaxArraySize": "3"})  # which submitit does not look at
+    run = ClusterRun(mini_cluster, tmp_path, blobs, train__epochs=24)
     write_sweep(tmp_path / "sw.yaml", run.arguments)
-    command = ("sweep", "sw.yaml", "cluster=bed", "cluster.nodes=1", "cluster.cpus_per_task=2", "--yes")
+    command = ("sweep", "sw.yaml", "cluster=mini", "cluster.nodes=1", "cluster.cpus_per_task=2", "--yes")
     answer = run.galaxydist(*command)
     assert answer.returncode == 0, answer.stderr
     folders = sorted((tmp_path / "runs" / "sw").glob("custom_cnn-*"))
@@ -77,17 +77,24 @@ def test_a_sweep_of_two_arrays(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> N
     assert set(jobs) == {*(f"{first}_{number}" for number in range(3)), *(f"{second}_{number}" for number in range(2))}
 
     # The one on n1 is preempted: it alone is requeued, by its id in the array.
-    preempted, pids = hold_trial(slurm_bed, jobs, "n1")
+    preempted, pids = hold_trial(mini_cluster, jobs, "n1")
     for array in (first, second):  # the nodes could not run more; a larger cluster would
-        assert "ArrayTaskThrottle=2 " in slurm_bed.run("scontrol", "-o", "show", "job", array)
+        assert "ArrayTaskThrottle=2 " in mini_cluster.run("scontrol", "-o", "show", "job", array)
     shown = statuses(run)
     assert shown[jobs[preempted]] == ("RUNNING", 0) and shown[jobs[f"{second}_1"]] == ("PENDING", 0)
     assert sum(state == "RUNNING" for state, _ in shown.values()) <= 2 and len(shown) == NUM_TRIALS
     other = submit(
-        slurm_bed, "sleep 1", "--partition=high", "--nodelist=n1", "--cpus-per-task=2", "--mem=1000", "--time=1", folder=tmp_path
+        mini_cluster,
+        "sleep 1",
+        "--partition=high",
+        "--nodelist=n1",
+        "--cpus-per-task=2",
+        "--mem=1000",
+        "--time=1",
+        folder=tmp_path,
     )
     go_on(pids)
-    wait_state(slurm_bed, other, "COMPLETED")
+    wait_state(mini_cluster, other, "COMPLETED")
     files = JobFiles(jobs[preempted])
     (record,) = wait_for(files.restarts)
     assert (record.job_id, record.decision) == (preempted, "requeue")
@@ -95,18 +102,18 @@ def test_a_sweep_of_two_arrays(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> N
 
     # Two are killed, one that waits and one that runs.
     waiting = f"{second}_1"
-    running, _ = hold_trial(slurm_bed, jobs, "n1", "n2", others=(preempted, waiting))
-    slurm_bed.run("scancel", waiting, running)
+    running, _ = hold_trial(mini_cluster, jobs, "n1", "n2", others=(preempted, waiting))
+    mini_cluster.run("scancel", waiting, running)
     killed = {jobs[waiting], jobs[running]}
     wait_for(lambda: all(statuses(run)[jobs[job]][0] == "CANCELLED" for job in (waiting, running)), "two cancelled trials")
-    wait_for(lambda: not slurm_bed.run("squeue", "-h"), "the end of the array")
+    wait_for(lambda: not mini_cluster.run("squeue", "-h"), "the end of the array")
     unfinished = {folder for folder in folders if not (folder / "result.json").exists()}
     assert unfinished == killed
     assert decisions(files.restarts()) == ["requeue", "finished"]
     shown = statuses(run)
     assert {folder for folder in folders if shown[folder][0] != "FINISHED"} == killed
     assert {folder for folder in folders if shown[folder][1]} == {jobs[preempted]}
-    assert num_restarts(slurm_bed, preempted) == 1
+    assert num_restarts(mini_cluster, preempted) == 1
 
     # Again: those two, and no other.
     answer = run.galaxydist(*command)
@@ -116,7 +123,7 @@ def test_a_sweep_of_two_arrays(slurm_bed: Bed, blobs: Path, tmp_path: Path) -> N
     wait_for(lambda: all((folder / "result.json").exists() for folder in folders), "the end of the sweep")
     ids = [JobFiles(folder).jobs()[1].job_id for folder in sorted(killed)]
     for job_id in ids:
-        wait_for(lambda job_id=job_id: job_state(slurm_bed, job_id) == "COMPLETED")  # type: ignore[misc]
+        wait_for(lambda job_id=job_id: job_state(mini_cluster, job_id) == "COMPLETED")  # type: ignore[misc]
     answer = run.galaxydist(*command)
     assert answer.returncode == 0 and all(len(JobFiles(folder).jobs()) <= 2 for folder in folders)
-    wait_for(lambda: not processes_left(slurm_bed))
+    wait_for(lambda: not processes_left(mini_cluster))

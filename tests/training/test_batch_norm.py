@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from galaxydist.errors import EveryRankError
-from galaxydist.models.build import build_model, freeze_backbone
+from galaxydist.models.build import build_model, freeze_backbone, set_train_mode
 from galaxydist.models.performance import checkpoint_activations
 from galaxydist.recipe.schema import ModelConfig
 from galaxydist.training.batch_norm import SynchronisedNorm, synchronise_batch_norm
@@ -126,7 +126,8 @@ def try_frozen(group: dist.ProcessGroup, mine: slice, num: int) -> dict[str, Ten
     model = model_of("custom_cnn")
     freeze_backbone(model, ("head",))
     before = {name: value.clone() for name, value in model.named_buffers()}
-    model = synchronise_batch_norm(model, group).train()
+    model = synchronise_batch_norm(model, group)
+    set_train_mode(model)
     try_model(model, mine, num, 1)
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
     return {}

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
+from galaxydist.errors import first_line
+
 MOST_NAMED = 8
 
 
@@ -270,7 +272,7 @@ class HeartbeatStore:
                 self._wake.clear()
             self._tell()
         except Exception as error:  # the store went away: whatever the backend raises then
-            self._error = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._error = first_line(error)
 
     def _tell(self) -> None:
         self._serial += 1

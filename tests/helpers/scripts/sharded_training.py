@@ -250,12 +250,14 @@ def compare_with_ddp(folder: Path, size: str) -> None:
 
 
 def train_batches(model: nn.Module, half: bool) -> None:
+    from galaxydist.models.build import set_train_mode
+
     own = slice(dist.get_rank(), None, dist.get_world_size())
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for step in range(2):
         images_BCHW, labels_B, _ = draw_batch(step)
         images_BCHW = images_BCHW.to(next(model.parameters()).dtype)
-        model.train()
+        set_train_mode(model)
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
             logits_BK = model(images_BCHW[own])

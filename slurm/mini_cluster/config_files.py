@@ -1,4 +1,4 @@
-"""The files of a bed: where it may lie, and what its daemons read."""
+"""Configuration files of a mini cluster, and its folder."""
 
 import contextlib
 import dataclasses
@@ -15,15 +15,18 @@ from typing import TypeAlias
 
 Settings: TypeAlias = Mapping[str, str | int]
 
-# slurmd puts sockets such as spool/n1/n1_123456.4294967291 into DIR; the kernel takes 107 characters.
+# slurmd makes sockets such as DIR/spool/n1/n1_123456.4294967291; the kernel allows 107 characters.
 LONGEST_FOLDER = 70
-# Below the range from which the kernel takes ports for connections.
+# Below the kernel's ephemeral ports.
 PORTS = range(20000, 32000)
+# JSON file of the shape and the ports; it exists while the mini cluster runs.
+RECORD = "mini_cluster.json"
+PROGRAM = "slurm/mini_cluster/mini_cluster.py"
 FOLDERS = ("munge", "database", "state", "spool", "devices", "run", "logs")
 
-# Short waits and no enforcement: see slurm.conf(5).
+# Short delays and no enforcement of limits; see slurm.conf(5).
 SETTINGS: dict[str, str | int] = {
-    "ClusterName": "bed",
+    "ClusterName": "mini",
     "AuthType": "auth/munge",
     "CommunicationParameters": "NoCtldInAddrAny,NoInAddrAny",  # loopback only
     "ProctrackType": "proctrack/linuxproc",
@@ -31,8 +34,8 @@ SETTINGS: dict[str, str | int] = {
     "MpiDefault": "none",
     "SelectType": "select/cons_tres",
     "SelectTypeParameters": "CR_Core_Memory",
-    "DefMemPerCPU": 1000,  # without it, a job that names no memory gets a node of its own
-    "SlurmdParameters": "config_overrides",  # nodes have what is said here, whatever the machine has
+    "DefMemPerCPU": 1000,  # without it, a job that requests no memory gets all of a node's
+    "SlurmdParameters": "config_overrides",  # nodes have the CPUs and memory given here, whatever the machine has
     "PropagateResourceLimits": "NONE",
     "JobRequeue": 1,
     "PreemptType": "preempt/partition_prio",
@@ -44,19 +47,27 @@ SETTINGS: dict[str, str | int] = {
     "ReturnToService": 2,
     "GresTypes": "gpu",
     "AccountingStorageType": "accounting_storage/slurmdbd",
-    "DebugFlags": "NO_CONF_HASH",  # Bed.reconfigure restarts slurmctld alone
+    "DebugFlags": "NO_CONF_HASH",  # MiniCluster.reconfigure restarts only slurmctld
     "MailProg": "/bin/true",
 }
 PARTITIONS = {"low": "Default=YES PriorityTier=1 GraceTime=15", "high": "PriorityTier=10"}
 
 
-class BedError(Exception):
-    """The bed cannot be used as asked: the text says what is wrong and what to do."""
+class MiniClusterError(Exception):
+    """The mini cluster cannot be used as requested; the message says what is wrong and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
-class BedFiles:
-    """What a bed is, and its files in ``folder``. ``ports`` by daemon, a node's slurmd called as the node."""
+class ConfigFiles:
+    """The shape of a mini cluster, and its files.
+
+    Args:
+        folder: of its files.
+        nodes: their names.
+        cpus, gpus: of each node.
+        settings: of slurm.conf, over ``SETTINGS``.
+        ports: daemon -> port; a node's slurmd has the node's name.
+    """
 
     folder: Path
     nodes: tuple[str, ...]
@@ -67,50 +78,56 @@ class BedFiles:
 
     def __post_init__(self) -> None:
         if not self.nodes or self.cpus < 1 or self.gpus < 0:
-            raise BedError(f"{len(self.nodes)} nodes of {self.cpus} CPUs and {self.gpus} GPUs: at least 1, 1 and 0")
+            raise MiniClusterError(f"{len(self.nodes)} nodes of {self.cpus} CPUs and {self.gpus} GPUs: at least 1, 1 and 0")
 
     @classmethod
-    def read(cls, folder: Path) -> "BedFiles":
-        """Those of the bed that was started in ``folder``."""
+    def read(cls, folder: Path) -> "ConfigFiles":
+        """Read the shape of the mini cluster that was started in a folder."""
         try:
-            found = json.loads((folder / "bed.json").read_text())
+            found = json.loads((folder / RECORD).read_text())
         except (OSError, ValueError):
-            raise BedError(f"there is no bed in {folder}; start one: python slurm/bed.py start {folder}") from None
+            raise MiniClusterError(f"there is no mini cluster in {folder}; start one: python {PROGRAM} start {folder}") from None
         return cls(folder, **found | {"nodes": tuple(found["nodes"])})
 
     def claim(self) -> None:
-        """Make the folder. Raises ``BedError`` where no bed can lie in it, or one does."""
+        """Create the folder.
+
+        Raises:
+            MiniClusterError: its path is too long or has other characters, or it holds other files or a mini cluster.
+        """
         name = str(self.folder)
         if len(name) > LONGEST_FOLDER or not re.fullmatch(r"[\w./+-]+", name, re.ASCII):
-            raise BedError(f"{name} cannot hold a bed: it needs a path of at most {LONGEST_FOLDER} letters, digits and ./+-_")
-        if (self.folder / "bed.json").exists():
-            raise BedError(f"a bed runs in {name} already; end it first: python slurm/bed.py stop {name}")
+            raise MiniClusterError(
+                f"{name} cannot hold a mini cluster: give a path of at most {LONGEST_FOLDER} letters, digits and ./+-_"
+            )
+        if (self.folder / RECORD).exists():
+            raise MiniClusterError(f"a mini cluster runs in {name} already; stop it first: python {PROGRAM} stop {name}")
         if self.folder.exists() and (not self.folder.is_dir() or {path.name for path in self.folder.iterdir()} - {"logs"}):
-            raise BedError(f"{name} holds something else; name a new folder")
+            raise MiniClusterError(f"{name} holds something else; give a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self) -> "BedFiles":
-        """All files, into a folder that was claimed; with free ports, which the result has."""
+    def write(self) -> "ConfigFiles":
+        """Write all files into the claimed folder; the result has the free ports that were chosen."""
         shutil.rmtree(self.folder / "logs", ignore_errors=True)
         for name in (*FOLDERS, *(f"spool/{node}" for node in self.nodes)):
             (self.folder / name).mkdir(mode=0o700, exist_ok=True)
         files = dataclasses.replace(self, ports=_free_ports(("slurmdbd", "slurmctld", *self.nodes)))
         record = {key: value for key, value in vars(files).items() if key != "folder"}
-        (self.folder / "bed.json").write_text(json.dumps(record))
+        (self.folder / RECORD).write_text(json.dumps(record))
         _write_private(self.folder / "munge" / "key", secrets.token_bytes(128))
         _write_private(self.folder / "slurmdbd.conf", files._slurmdbd_conf().encode())
         files.write_slurm_conf()
         (self.folder / "hosts").write_text(f"{Path('/etc/hosts').read_text()}\n127.0.0.1 {' '.join(self.nodes)}\n")
         for number in range(self.gpus):
-            # SLURM wants some device file.
+            # SLURM requires a device file.
             (self.folder / "devices" / f"gpu{number}").symlink_to("/dev/null")
         gres = f"Name=gpu File={self.folder}/devices/gpu[0-{self.gpus - 1}]\n"
         (self.folder / "gres.conf").write_text(gres if self.gpus else "")
         return files
 
     def remove(self) -> None:
-        """All of it but the logs."""
-        for name in (*FOLDERS, "slurm.conf", "slurmdbd.conf", "gres.conf", "hosts", "bed.json"):
+        """Remove all files except the logs."""
+        for name in (*FOLDERS, "slurm.conf", "slurmdbd.conf", "gres.conf", "hosts", RECORD):
             path = self.folder / name
             if path.is_dir() and name != "logs":
                 shutil.rmtree(path)
@@ -118,14 +135,14 @@ class BedFiles:
                 path.unlink()
 
     def write_slurm_conf(self) -> None:
-        """slurm.conf alone."""
+        """Write slurm.conf."""
         folder, host = self.folder, socket.gethostname().split(".")[0]
         own: dict[str, str | int] = {
             "SlurmctldHost": f"{host}(127.0.0.1)",
             "SlurmctldPort": self.ports["slurmctld"],
             "SlurmUser": getpass.getuser(),
             "SlurmdUser": getpass.getuser(),
-            # A requeued job waits for these seconds and one more; less than 5 is taken for the default of some 120.
+            # A requeued job waits for these seconds and one more; SLURM replaces less than 5 by its default of 120.
             "AuthInfo": f"socket={folder}/munge/socket,cred_expire=5",
             "AccountingStorageHost": "127.0.0.1",
             "AccountingStoragePort": self.ports["slurmdbd"],
