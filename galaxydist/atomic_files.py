@@ -24,6 +24,12 @@ NO_SPACE = {
 }
 
 
+def full_disk_reason(error: OSError) -> str | None:
+    """Return the reason if an error means that no more can be written to a disk, otherwise None."""
+    # HDF5 passes the reason on as text only.
+    return next((text for code, text in NO_SPACE.items() if error.errno == code or os.strerror(code) in str(error)), None)
+
+
 @contextmanager
 def explain_full_disk(path: Path, kept: str = "") -> Iterator[None]:
     """Turn a full disk, a used-up quota or a file size limit into a UserError.
@@ -35,10 +41,19 @@ def explain_full_disk(path: Path, kept: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_SPACE:
+        if (reason := full_disk_reason(error)) is None:
             raise
-        text = f"{path} could not be written: {NO_SPACE[error.errno]}. {kept}".rstrip()
+        text = f"{path} could not be written: {reason}. {kept}".rstrip()
         raise UserError(f"{text} Free some space there, then give the same command again.") from error
+
+
+def disk_error(path: Path, error: OSError) -> UserError:
+    """Return the UserError for any OSError during an atomic write of ``path``, with the reason or the system's message."""
+    reason = full_disk_reason(error)
+    return UserError(
+        f"cannot write {path}: {f'no room left ({reason})' if reason else error}; no partial file is left under that name; free "
+        "some space or choose another folder"
+    )
 
 
 def fsync_file(path: Path) -> None:
@@ -106,7 +121,7 @@ def replace_bytes(path: Path, data: bytes) -> None:
         UserError: the disk is full; the old contents are still there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    kept = "What it held before is unchanged." if path.exists() else ""
+    kept = "Its earlier contents are unchanged." if path.exists() else ""
     with explain_full_disk(path, kept), whole_file(path, temporary) as file:
         file.write(data)
 
@@ -139,19 +154,8 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-# Disk errors, and leftovers of killed processes.
-
+# Age in seconds from which a temporary file counts as a leftover of a killed process.
 _STALE_SECONDS = 24 * 3600.0
-
-
-def disk_error(path: Path, error: OSError) -> UserError:
-    """Return the UserError for an OSError while writing ``path``: full disk, quota, size limit, or the system's message."""
-    # HDF5 passes the reason on as text only.
-    full = error.errno in NO_SPACE or any(os.strerror(code) in str(error) for code in NO_SPACE)
-    reason = f"no room left ({error})" if full else str(error)
-    return UserError(
-        f"cannot write {path}: {reason}; nothing half-written stands under that name; free some space or choose another place"
-    )
 
 
 def remove_stale(folder: Path, pattern: str) -> None:

@@ -13,12 +13,15 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Collection, MutableMapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures import Executor, Future, ProcessPoolExecutor
+
+T = TypeVar("T")
 
 
 def bound_cores() -> frozenset[int]:
@@ -102,7 +105,7 @@ def fair_share(bound: Sequence[Collection[int]], number: int, quota: float) -> i
         number: the index of the process in ``bound``.
         quota: CPU quota of all processes together, in cores.
     """
-    shares = sum(1 / sum(core in theirs for theirs in bound) for core in bound[number])
+    shares = sum(1 / sum(core in cores for cores in bound) for core in bound[number])
     # Three floating-point thirds may sum to less than one, so a small value is added before rounding down.
     return max(1, math.floor(min(shares, math.ceil(quota) / len(bound) if math.isfinite(quota) else shares) + 1e-6))
 
@@ -163,6 +166,27 @@ def start_workers(count: int) -> "ProcessPoolExecutor":
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return pool
+
+
+def bounded_map(pool: "Executor", function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], most_pending: int) -> Iterator[T]:
+    """Yield the function's results in order, with bounded memory: ``Executor.map`` would submit all tasks at once.
+
+    Args:
+        pool: runs the tasks.
+        function, tasks: called with the arguments of each task.
+        most_pending: largest number of tasks submitted ahead of the result that is yielded.
+    """
+    pending: deque[Future[T]] = deque()
+    try:
+        for task in tasks:
+            pending.append(pool.submit(function, *task))
+            if len(pending) >= most_pending:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 def _obey_parent() -> None:

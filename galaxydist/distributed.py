@@ -1,14 +1,14 @@
 """Distributed setup of a process: rank, world size, device, cores, precision and collectives.
 
-Only this module reads the process environment. The flight recorder of torch holds the last collectives of each rank; it is
-written when a run hangs, and ``torchfrtrace -p flight_rank_ FOLDER`` prints which rank missed which collective.
+torch's flight recorder holds the last collectives of each rank; it is written if a run hangs, and
+``torchfrtrace -p flight_rank_ FOLDER`` prints which rank missed which collective.
 """
 
 import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,12 +22,11 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     TorchDynamoPlugin,
-    broadcast_object_list,
 )
 
 from galaxydist.cpus import bound_cores, cpu_quota, fair_share
 from galaxydist.errors import EveryRankError, RunFailedError, UserError
-from galaxydist.job_environment import check_settings, find_place, job_of, overruled_settings, restart_of, slurm_cores, wants_cpu
+from galaxydist.job_environment import check_settings, find_rank, job_of, overruled_settings, restart_of, slurm_cores, wants_cpu
 from galaxydist.log import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -128,23 +127,7 @@ class World:
             UserError: raised on all ranks if the function raises one.
             RunFailedError: on the other ranks if rank 0 fails with another error, which rank 0 itself raises unchanged.
         """
-        if self.size == 1:
-            return work()
-        answer: list[Any] = [None, None, None]
-        failure: Exception | None = None
-        if self.is_main:
-            try:
-                answer[0] = work()
-            except UserError as error:
-                answer[1] = str(error)
-            except Exception as error:
-                failure, answer[2] = error, f"rank 0 failed: {type(error).__name__}: {error}"
-        broadcast_object_list(answer, from_process=0)
-        if failure is not None:
-            raise failure
-        _raise_shared(answer[1], answer[2])
-        result: T = answer[0]
-        return result
+        return work() if self.size == 1 else run_on_main(work)
 
     def run_on_all(self, work: Callable[[], T]) -> T:
         """Run a function on all ranks and return this rank's result.
@@ -153,30 +136,11 @@ class World:
             UserError: raised on all ranks if any rank raises one: the one of the lowest rank.
             RunFailedError: on the other ranks if a rank fails with another error, which that rank raises unchanged.
         """
-        if self.size == 1:
-            return work()
-        done: list[T] = []
-        problem: tuple[str | None, str | None] = (None, None)
-        failure: Exception | None = None
-        try:
-            done.append(work())
-        except UserError as error:
-            problem = (str(error), None)
-        except Exception as error:
-            failure, problem = error, (None, f"rank {self.rank} failed: {type(error).__name__}: {error}")
-        problems = self.all_gather(problem)
-        if failure is not None:
-            raise failure
-        _raise_shared(next((text for text, _ in problems if text), None), next((text for _, text in problems if text), None))
-        return done[0]
+        return work() if self.size == 1 else run_on_all(work)
 
     def all_gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in rank order; all ranks must call it."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        return [value] if self.size == 1 else all_gather(value)
 
     def barrier(self) -> None:
         """Wait until all ranks have called it."""
@@ -188,6 +152,66 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+
+# The collectives of ``World``, also for a process group beside that of the training; all ranks of the group must call them.
+
+
+def run_on_main(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run a function on rank 0 of a group (None: the default group) and broadcast its result.
+
+    Raises:
+        EveryRankError, RunFailedError: as ``World.run_on_main``.
+    """
+    answer: list[Any] = [None, None]
+    failure: Exception | None = None
+    if dist.get_rank(group) == 0:
+        try:
+            answer[0] = work()
+        except Exception as error:
+            failure, answer[1] = error, _shared_error(error, 0)
+    dist.broadcast_object_list(answer, group=group, group_src=0)
+    _raise_shared([answer[1]], failure)
+    result: T = answer[0]
+    return result
+
+
+def run_on_all(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run a function on all ranks of a group and return this rank's result.
+
+    Raises:
+        EveryRankError, RunFailedError: as ``World.run_on_all``.
+    """
+    done: list[T] = []
+    failure: Exception | None = None
+    try:
+        done.append(work())
+    except Exception as error:
+        failure = error
+    _raise_shared(all_gather(failure and _shared_error(failure, dist.get_rank(group)), group), failure)
+    return done[0]
+
+
+def all_gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the values of all ranks of a group, in rank order."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _shared_error(error: Exception, rank: int) -> Exception:
+    """Return the error that the other ranks raise."""
+    if isinstance(error, UserError):
+        return EveryRankError(str(error))
+    return error if type(error) is RunFailedError else RunFailedError(f"rank {rank} failed: {type(error).__name__}: {error}")
+
+
+def _raise_shared(errors: Sequence[Exception | None], own: Exception | None) -> None:
+    """Raise the error of the lowest rank, failures before errors of the user; a rank that failed itself raises its own error."""
+    if own is not None and not isinstance(own, UserError):
+        raise own
+    if found := sorted((error for error in errors if error is not None), key=lambda error: isinstance(error, UserError)):
+        raise found[0]
 
 
 def init_distributed(
@@ -211,7 +235,7 @@ def init_distributed(
         UserError: launcher variables that contradict each other or set what only the recipe may set; fp16 without a GPU; a number
             of processes that differs from WORLD_SIZE.
     """
-    place = find_place(environ)
+    launched = find_rank(environ)
     check_settings(environ)
     set_flight_recorder(environ)
     if not environ.get("OMP_NUM_THREADS", "").isdecimal():
@@ -219,9 +243,9 @@ def init_distributed(
     has_gpu = torch.cuda.is_available() and not wants_cpu(environ)
     resolved = resolve_precision(precision, has_gpu, torch.cuda.get_device_capability() if has_gpu else None)
     accelerator = _build_accelerator(resolved, has_gpu, environ, timeout)
-    if accelerator.num_processes != place.size:
+    if accelerator.num_processes != launched.size:
         raise EveryRankError(
-            f"The launcher asked for {place.size} processes (WORLD_SIZE), but {accelerator.num_processes} came together. "
+            f"The launcher asked for {launched.size} processes (WORLD_SIZE), but {accelerator.num_processes} came together. "
             "Start the processes with torchrun --nproc-per-node N launch.py, or accelerate launch --multi_gpu --num_processes N "
             "launch.py (also on machines without a GPU)."
         )
@@ -230,7 +254,7 @@ def init_distributed(
         accelerator=accelerator,
         rank=accelerator.process_index,
         size=accelerator.num_processes,
-        ranks_on_node=place.local_size,
+        ranks_on_node=launched.local_size,
         cores=1,
         threads=1,
         precision=resolved,
@@ -291,21 +315,13 @@ def _build_accelerator(precision: Precision, has_gpu: bool, environ: Mapping[str
         raise UserError(f"Accelerate does not start: {error} (its settings in the environment: {given or 'none'})") from error
 
 
-def _raise_shared(user_error: str | None, other_error: str | None) -> None:
-    if other_error is not None:
-        raise RunFailedError(other_error)
-    if user_error is not None:
-        raise EveryRankError(user_error)
-
-
 def _share_cores(world: World, environ: Mapping[str, str]) -> int:
     """Return this process's share of its machine's cores; all ranks must call it."""
-    host, mine = socket.gethostname(), bound_cores()
-    everywhere = world.all_gather((host, world.rank, mine))
-    here = [(rank, cores) for theirs, rank, cores in everywhere if theirs == host]
-    is_bound = len(mine) < (os.cpu_count() or 1)
+    host, own_cores = socket.gethostname(), bound_cores()
+    on_node = {rank: cores for name, rank, cores in world.all_gather((host, world.rank, own_cores)) if name == host}
+    is_bound = len(own_cores) < (os.cpu_count() or 1)
     quota = min(cpu_quota(), math.inf if is_bound else slurm_cores(environ))
-    return fair_share([cores for _, cores in here], [rank for rank, _ in here].index(world.rank), quota)
+    return fair_share([*on_node.values()], [*on_node].index(world.rank), quota)
 
 
 def shutdown_distributed() -> None:

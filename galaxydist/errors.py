@@ -3,6 +3,8 @@
 The command line prints the text of a ``UserError`` without a traceback and exits with code 2.
 """
 
+from collections.abc import Sequence
+
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command continues the run
@@ -44,3 +46,8 @@ class OneRankFailedError(RunFailedError):
 
 class NonfiniteError(RunFailedError):
     """Error of a loss or gradient that is not finite: a restart would fail in the same way."""
+
+
+def name_some(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names for a message, and the number of the others: ``a, b and 3 more``."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

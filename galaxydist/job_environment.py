@@ -4,15 +4,20 @@ This module does not import torch.
 """
 
 import math
+import signal
 import subprocess
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 from galaxydist.errors import EveryRankError, UserError
 
+# Signals before a preemption, the time limit or scancel; Ctrl-C also asks a training to save and stop.
+SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, *SCHEDULER_SIGNALS)
+
 _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_OF_SRUN = (
+_SRUN_VARIABLES = (
     "SLURM_PROCID",
     "SLURM_LOCALID",
     "SLURM_NODEID",
@@ -21,16 +26,16 @@ _OF_SRUN = (
     "SLURM_JOB_ID",
 )
 # From these, Accelerate would set up several CPU processes (get_cpu_distributed_information).
-_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
-_DIVIDES = "train.strategy=fsdp divides a model among the processes"
+_USE_FSDP = "train.strategy=fsdp divides a model among the processes"
 _TRUE = ("1", "on", "t", "true", "y", "yes")
 # Settings that would make Accelerate deviate from the recipe, and what to do instead.
 _REFUSED_FLAGS = {
-    "ACCELERATE_USE_DEEPSPEED": _DIVIDES,
-    "ACCELERATE_USE_FSDP": _DIVIDES,
-    "ACCELERATE_USE_MEGATRON_LM": _DIVIDES,
-    "ACCELERATE_USE_PARALLELISM_CONFIG": _DIVIDES,
+    "ACCELERATE_USE_DEEPSPEED": _USE_FSDP,
+    "ACCELERATE_USE_FSDP": _USE_FSDP,
+    "ACCELERATE_USE_MEGATRON_LM": _USE_FSDP,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": _USE_FSDP,
 }
 _REFUSED_VALUES = {
     "ACCELERATE_TORCH_DEVICE": "CUDA_VISIBLE_DEVICES chooses GPUs",
@@ -40,7 +45,7 @@ _REFUSED_VALUES = {
 
 
 @dataclass(frozen=True)
-class Place:
+class LauncherRank:
     """Rank and world size that a launcher gave to this process.
 
     Args:
@@ -54,7 +59,7 @@ class Place:
     local_size: int = 1
 
 
-def find_place(environ: MutableMapping[str, str]) -> Place:
+def find_rank(environ: MutableMapping[str, str]) -> LauncherRank:
     """Return this process's rank and world size from the launcher's variables, which must be complete.
 
     Args:
@@ -65,22 +70,22 @@ def find_place(environ: MutableMapping[str, str]) -> Place:
     """
     tasks = _number(environ, "SLURM_STEP_NUM_TASKS", 1)
     if tasks > 1 and not any(name in environ for name in _NUMBERS):
-        _adopt_srun(environ, tasks)
+        _set_torch_variables(environ, tasks)
     rank, size = _number(environ, "RANK", 0), _number(environ, "WORLD_SIZE", 1)
     if tasks <= 1 and (rank, size) == (0, 1) and "LOCAL_RANK" not in environ:
-        _check_alone(environ)
-        return Place()
+        _check_single_process(environ)
+        return LauncherRank()
     given = [name for name in (*_NUMBERS, "MASTER_ADDR", "MASTER_PORT") if name in environ]
     missing = [name for name in _NEEDED if not environ.get(name)]
     if missing:
-        raise _unfit(environ, given, f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+        raise _conflict(environ, given, f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     local_rank, local_size = _number(environ, "LOCAL_RANK", 0), _number(environ, "LOCAL_WORLD_SIZE", size)
     _number(environ, "MASTER_PORT", 0)
     if rank >= size:
-        raise _unfit(environ, given, "RANK must be less than WORLD_SIZE")
+        raise _conflict(environ, given, "RANK must be less than WORLD_SIZE")
     if not local_rank < local_size <= size:
-        raise _unfit(environ, given, "LOCAL_RANK must be less than LOCAL_WORLD_SIZE, and that not more than WORLD_SIZE")
-    return Place(rank, size, local_size)
+        raise _conflict(environ, given, "LOCAL_RANK must be less than LOCAL_WORLD_SIZE, and that not more than WORLD_SIZE")
+    return LauncherRank(rank, size, local_size)
 
 
 def slurm_cores(environ: Mapping[str, str]) -> float:
@@ -135,17 +140,17 @@ def overruled_settings(environ: Mapping[str, str], precision: str) -> list[str]:
     return found
 
 
-def _check_alone(environ: Mapping[str, str]) -> None:
+def _check_single_process(environ: Mapping[str, str]) -> None:
     """Raise ``UserError`` if the variables of SLURM or MPI name other processes."""
     if _number(environ, "SLURM_PROCID", 0) > 0:
         given = [name for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS") if name in environ]
-        raise _unfit(environ, given, "this is not the first task, and SLURM_STEP_NUM_TASKS names no others")
-    several = [name for name in _OF_MPI if _number(environ, name, 1) > 1]
+        raise _conflict(environ, given, "this is not the first task, and SLURM_STEP_NUM_TASKS names no others")
+    several = [name for name in _MPI_VARIABLES if _number(environ, name, 1) > 1]
     if several:
-        raise _unfit(environ, several, "mpirun is not supported, and each of its processes would train alone")
+        raise _conflict(environ, several, "mpirun is not supported, and each of its processes would train alone")
 
 
-def _unfit(environ: Mapping[str, str], names: Sequence[str], problem: str) -> UserError:
+def _conflict(environ: Mapping[str, str], names: Sequence[str], problem: str) -> UserError:
     given = " ".join(f"{name}={environ[name]}" for name in names)
     unset = " ".join(f"-u {name}" for name in names)
     return UserError(
@@ -159,21 +164,21 @@ def _number(environ: Mapping[str, str], name: str, default: int) -> int:
     if text is None:
         return default
     if not (text.isascii() and text.isdecimal()):
-        raise _unfit(environ, [name], "it is not a number")
+        raise _conflict(environ, [name], "it is not a number")
     return int(text)
 
 
-def _adopt_srun(environ: MutableMapping[str, str], tasks: int) -> None:
+def _set_torch_variables(environ: MutableMapping[str, str], tasks: int) -> None:
     """Set torch's variables from those of a SLURM job step."""
-    given = ["SLURM_STEP_NUM_TASKS", *(name for name in _OF_SRUN if name in environ)]
-    missing = [name for name in _OF_SRUN if not environ.get(name)]
+    given = ["SLURM_STEP_NUM_TASKS", *(name for name in _SRUN_VARIABLES if name in environ)]
+    missing = [name for name in _SRUN_VARIABLES if not environ.get(name)]
     if missing:
-        raise _unfit(environ, given, f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+        raise _conflict(environ, given, f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
     on_node = _tasks_on_node(environ["SLURM_STEP_TASKS_PER_NODE"], environ["SLURM_NODEID"])
     if on_node is None:
-        raise _unfit(environ, given, "SLURM_STEP_TASKS_PER_NODE does not tell the tasks of this node")
+        raise _conflict(environ, given, "SLURM_STEP_TASKS_PER_NODE does not tell the tasks of this node")
     if (rank := _number(environ, "SLURM_PROCID", 0)) >= tasks:
-        raise _unfit(environ, given, "SLURM_PROCID must be less than SLURM_STEP_NUM_TASKS")
+        raise _conflict(environ, given, "SLURM_PROCID must be less than SLURM_STEP_NUM_TASKS")
     environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(_number(environ, "SLURM_LOCALID", 0)),

@@ -41,10 +41,10 @@ def data_root(explicit: Path | None, environ: Mapping[str, str]) -> Path:
             f"the data root {given} is a URL; give a folder on this machine (--data-dir, data.dir or {DATA_VARIABLE})"
         )
     root = Path(given).expanduser()
-    for place in (root, *root.parents):
-        if place.exists() and not place.is_dir():
+    for folder in (root, *root.parents):
+        if folder.exists() and not folder.is_dir():
             raise UserError(
-                f"the data root {root} cannot be a folder: {place} is a file; give another place (--data-dir, data.dir or "
+                f"the data root {root} cannot be a folder: {folder} is a file; give another folder (--data-dir, data.dir or "
                 f"{DATA_VARIABLE})"
             )
     return root

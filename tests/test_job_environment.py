@@ -16,7 +16,7 @@ from galaxydist import job_environment
 from galaxydist.cli.train import main
 from galaxydist.distributed import World, init_distributed, keep_threads
 from galaxydist.errors import EveryRankError
-from galaxydist.job_environment import Place, check_settings, find_place, slurm_cores
+from galaxydist.job_environment import LauncherRank, check_settings, find_rank, slurm_cores
 from tests.helpers.runs import quick_settings, read_losses, run_here
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -30,25 +30,25 @@ def without(variables: Mapping[str, str], *names: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("environ", "place"),
+    ("environ", "expected"),
     [
-        ({}, Place(0, 1, 1)),
-        (TORCHRUN, Place(3, 4, 2)),
-        (without(TORCHRUN, "LOCAL_WORLD_SIZE"), Place(3, 4, 4)),
-        ({**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, Place(0, 1, 1)),
-        (SRUN, Place(2, 3, 1)),
-        (TORCHRUN | FIRST_TASK, Place(3, 4, 2)),  # torchrun in a task of srun
-        (TORCHRUN | {**SRUN, "SLURM_PROCID": "1"}, Place(3, 4, 2)),
-        (FIRST_TASK, Place(0, 1, 1)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, Place(0, 1, 1)),  # in a batch script
-        ({"RANK": "0", "WORLD_SIZE": "1"}, Place(0, 1, 1)),
-        ({"MASTER_ADDR": "a", "PMI_SIZE": "1"}, Place(0, 1, 1)),
+        ({}, LauncherRank(0, 1, 1)),
+        (TORCHRUN, LauncherRank(3, 4, 2)),
+        (without(TORCHRUN, "LOCAL_WORLD_SIZE"), LauncherRank(3, 4, 4)),
+        ({**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, LauncherRank(0, 1, 1)),
+        (SRUN, LauncherRank(2, 3, 1)),
+        (TORCHRUN | FIRST_TASK, LauncherRank(3, 4, 2)),  # torchrun in a task of srun
+        (TORCHRUN | {**SRUN, "SLURM_PROCID": "1"}, LauncherRank(3, 4, 2)),
+        (FIRST_TASK, LauncherRank(0, 1, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, LauncherRank(0, 1, 1)),  # in a batch script
+        ({"RANK": "0", "WORLD_SIZE": "1"}, LauncherRank(0, 1, 1)),
+        ({"MASTER_ADDR": "a", "PMI_SIZE": "1"}, LauncherRank(0, 1, 1)),
     ],
 )
-def test_a_place_comes_from_variables_that_belong_together(environ: Mapping[str, str], place: Place) -> None:
+def test_the_rank_comes_from_variables_that_belong_together(environ: Mapping[str, str], expected: LauncherRank) -> None:
     given = dict(environ)
-    assert find_place(given) == place
-    assert find_place(given) == place  # also with what was added under srun
+    assert find_rank(given) == expected
+    assert find_rank(given) == expected  # also with what was added under srun
     if environ is SRUN:
         added = {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "n1"}
         assert given == {**environ, **added, "MASTER_PORT": "30123"}
@@ -119,7 +119,7 @@ def test_all_that_accelerate_reads_is_known() -> None:
     given = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION"}
     placing = {
         *job_environment._NUMBERS,
-        *job_environment._OF_MPI,
+        *job_environment._MPI_VARIABLES,
         "MASTER_ADDR",
         "MASTER_PORT",
         "OMP_NUM_THREADS",

@@ -17,14 +17,10 @@ from galaxydist.galaxy import GALAXY10_CLASSES, Galaxy
 from galaxydist.loading.loader import Batch
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
-from galaxydist.runs.folder import RunFolder
-from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import rank_offsets
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.training.state import TrainState
-from galaxydist.training.stop_signals import StopSignal
-from galaxydist.training.trackers import Tracker
-from galaxydist.training.trainer import Parts, Trainer
+from galaxydist.training.trainer import Trainer
 
 # Number of different batches; they are repeated, with other augmentation.
 HELD = 4
@@ -164,12 +160,12 @@ class MemoryReader:
         """Nothing is open."""
 
 
-class MemorySession(Trainer):
+class MemoryTrainer(Trainer):
     """Trainer on batches in memory; it stops as on a signal when the watch returns True.
 
     Args:
-        resolved, world, environ: as for the base class.
-        watch: builds the watch from the parts and the batches of the run.
+        resolved, world, environ: as for ``Trainer``.
+        watch: builds the watch from the trainer and the batches.
     """
 
     def __init__(
@@ -177,31 +173,24 @@ class MemorySession(Trainer):
         resolved: ResolvedRecipe,
         world: World,
         environ: MutableMapping[str, str],
-        watch: Callable[[Parts, MemoryBatches], Watch],
+        watch: Callable[[Trainer, MemoryBatches], Watch],
     ) -> None:
         super().__init__(resolved, world, environ)
         self._watch = watch
-        self._running: tuple[Parts, StopSignal] | None = None
 
-    def _loop(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopSignal) -> int:
-        self._running = parts, stop
-        return super()._loop(parts, manifest, folder, tracker, stop)
-
-    def _open_reader(self, manifest: Manifest, start_step: int) -> MemoryReader:
-        assert self._running is not None, "the loader is opened within the loop"
-        parts, stop = self._running
+    def open_loader(self) -> MemoryReader:
         batches = MemoryBatches(
             self.recipe,
             self.world.rank,
             self.world.size,
-            num_samples=manifest.split("train").num_samples,
-            num_classes=manifest.num_classes,
+            num_samples=self.manifest.split("train").num_samples,
+            num_classes=self.manifest.num_classes,
             pin=self.world.device.type == "cuda",
         )
-        is_over = self._watch(parts, batches)
+        is_over = self._watch(self, batches)
 
         def before_step(step: int) -> None:
             if is_over(step):
-                stop.signal_number = signal.SIGTERM
+                self.stop.signal_number = signal.SIGTERM
 
-        return MemoryReader(batches, start_step, parts.state, before_step)
+        return MemoryReader(batches, self.state.step, self.state, before_step)

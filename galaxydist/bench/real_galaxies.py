@@ -21,7 +21,7 @@ from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.loading.dataset import TrainingData, build_augment
-from galaxydist.loading.loader import TrainLoader
+from galaxydist.loading.loader import DecodeOptions, TrainLoader
 from galaxydist.models.build import build_model
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.registry import recipe_of
@@ -92,10 +92,8 @@ class _PlainTraining:
             seed=recipe.seed,
             batch_size=train.batch_size,
             num_streams=data.num_streams,
-            image_size=data.image_size,
-            crop=data.crop,
-            max_zoom=data.augment.zoom,
             balance=data.balance,
+            decode=DecodeOptions(data.image_size, data.crop, data.augment.zoom),
         )
         self.batches = iter(stack.enter_context(loader))
         self.seconds: list[float] = []

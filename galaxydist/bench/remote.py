@@ -18,7 +18,7 @@ from galaxydist.bench.common import run_together, show, show_json
 from galaxydist.bench.flaky_server import Behaviour, FileServer, every
 from galaxydist.bench.loader_speed import find_source, repeat_source
 from galaxydist.cpus import available_cores
-from galaxydist.loading.loader import TrainLoader
+from galaxydist.loading.loader import RankInfo, TrainLoader
 from galaxydist.shards.manifest import Manifest, read_manifest, shard_name
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
@@ -77,10 +77,8 @@ def read_epoch(job: ReadingJob) -> Reading:
         manifest,
         seed=1,
         batch_size=job.batch_size,
-        rank=job.rank,
-        world_size=job.world_size,
         num_streams=job.num_streams,
-        ranks_on_node=job.world_size,
+        ranks=RankInfo(job.rank, job.world_size, ranks_on_node=job.world_size),
     ) as loader:
         for step in range(loader.steps_per_epoch):
             asked = time.perf_counter()

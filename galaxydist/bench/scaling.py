@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from galaxydist.bench.common import run_together, show, show_json, spread
-from galaxydist.bench.in_memory import MemorySession, write_noise, write_recipe
+from galaxydist.bench.in_memory import MemoryTrainer, write_noise, write_recipe
 from galaxydist.cpus import bound_cores
 from galaxydist.distributed import init_distributed, shutdown_distributed
 from galaxydist.errors import UserError
@@ -71,7 +71,7 @@ def train_in_memory(job: ScalingJob, environ: MutableMapping[str, str]) -> dict[
     clock = StepClock(world.device, job.steps)
     try:
         with contextlib.redirect_stdout(io.StringIO()) as quiet, contextlib.redirect_stderr(quiet):
-            MemorySession(load_recipe(job.arguments), world, environ, lambda _parts, _batches: clock).run()
+            MemoryTrainer(load_recipe(job.arguments), world, environ, lambda _trainer, _batches: clock).run()
         threads = max(world.all_gather(torch.get_num_threads()))
     finally:
         shutdown_distributed()

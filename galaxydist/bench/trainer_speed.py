@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from galaxydist.bench.common import Lap, show, show_json, spread
-from galaxydist.bench.in_memory import MemoryBatches, MemorySession, plain_step, write_noise, write_recipe
+from galaxydist.bench.in_memory import MemoryBatches, MemoryTrainer, plain_step, write_noise, write_recipe
 from galaxydist.distributed import World, init_distributed, shutdown_distributed
 from galaxydist.errors import UserError
 from galaxydist.models.build import build_model
@@ -24,7 +24,7 @@ from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.training.optimizer import LRSchedule
-from galaxydist.training.trainer import Parts
+from galaxydist.training.trainer import Trainer
 
 MODELS = ("custom_cnn", "resnet18")
 HAVE_WIDTH = ("custom_cnn", "d4_cnn")
@@ -43,24 +43,24 @@ class BareLoop:
     Args:
         world: gives the device and the precision.
         recipe: of the run.
-        parts: of the run, before its first step.
+        trainer: of the run, before its first step.
         batches: of the run.
         num_classes: K.
     """
 
-    def __init__(self, world: World, recipe: Recipe, parts: Parts, batches: MemoryBatches, num_classes: int) -> None:
-        self.device, self.batches, self.augment = world.device, batches, parts.augment
-        self.schedule = LRSchedule(recipe.optim, parts.schedule.total_steps)
+    def __init__(self, world: World, recipe: Recipe, trainer: Trainer, batches: MemoryBatches, num_classes: int) -> None:
+        self.device, self.batches, self.augment = world.device, batches, trainer.augment
+        self.schedule = LRSchedule(recipe.optim, trainer.length.total_steps)
         self.options: dict[str, Any] = {
             "label_smoothing": recipe.train.label_smoothing,
             "clip_norm": recipe.train.clip_norm,
             "bf16": world.precision == "bf16",
         }
-        trained = parts.strategy.model
+        trained = trainer.model
         self.model = build_model(recipe.model, num_classes, recipe.data.image_size).to(world.device, world.dtype)
         self.model.load_state_dict(trained.state_dict())
         copies = {id(old): new for old, new in zip(trained.parameters(), self.model.parameters(), strict=True)}
-        self.optimizer: torch.optim.Optimizer = copy.deepcopy(parts.state.optimizer.optimizer, copies)
+        self.optimizer: torch.optim.Optimizer = copy.deepcopy(trainer.state.optimizer.optimizer, copies)
         self.losses: list[Tensor] = []
 
     def run(self, steps: range) -> None:
@@ -198,13 +198,13 @@ def _measure(
             settings["model.width"] = sizes.width
         resolved = load_recipe(write_recipe(Path(name), model, settings))
 
-        def watch(parts: Parts, batches: MemoryBatches) -> Turns:
-            turns.append(Turns(BareLoop(world, resolved.recipe, parts, batches, num_classes=10), steps, rounds))
+        def watch(trainer: Trainer, batches: MemoryBatches) -> Turns:
+            turns.append(Turns(BareLoop(world, resolved.recipe, trainer, batches, num_classes=10), steps, rounds))
             return turns[0]
 
         # The trainer's own figures include the turns of the bare loop.
         with contextlib.redirect_stdout(io.StringIO()) as quiet, contextlib.redirect_stderr(quiet):
-            MemorySession(resolved, world, environ, watch).run()
+            MemoryTrainer(resolved, world, environ, watch).run()
         world.accelerator.free_memory()
         lines = [line for line in folder.metrics.read() if line["step"] <= steps * rounds]
         has_tracker = "run_id" in folder.read_tracker()

@@ -1,16 +1,19 @@
 """Asynchronous checkpoint writer: copies the tensors, then writes the copies in a thread.
 
 A single process writes the whole checkpoint, so the thread needs no process group and cannot disturb the training's collectives.
+``torch.distributed.checkpoint.async_save`` is not used: its copies take two to three times as long and hold the whole storage of
+a view, and hashing, fsync and rename after its write would still need a thread.
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -21,6 +24,7 @@ from galaxydist.checkpoints.tensor_files import import_writer
 _log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class CheckpointWriter:
     """Saves checkpoints one at a time, on the one rank that holds the run's lock.
 
@@ -39,41 +43,36 @@ class CheckpointWriter:
         seconds_waited: total time spent in calls: copying, waiting for a write, and writing if ``background`` is False.
     """
 
-    def __init__(
-        self,
-        checkpoints_dir: Path,
-        *,
-        background: bool,
-        check: Callable[[], None],
-        keep: int = 2,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.seconds_waited = 0.0
-        self._checkpoints_dir = checkpoints_dir
-        self._background = background
-        self._check = check
-        self._keep = keep
-        self._clock = clock
-        self._copies = TensorCopies()
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+    checkpoints_dir: Path
+    background: bool
+    check: Callable[[], None]
+    keep: int = 2
+    clock: Callable[[], float] = time.monotonic
+    seconds_waited: float = field(default=0.0, init=False)
 
-    def __enter__(self) -> "CheckpointWriter":
+    def __post_init__(self) -> None:
+        self._copies = TensorCopies()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")  # starts no thread before the first write
+        self._write_in_progress: Future[None] | None = None
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            self.wait()
-            return
         try:
             self.wait()
         except Exception as write_error:
+            if error is None:
+                raise
             _log.error("a checkpoint could not be written either: %s", write_error)
+        finally:
+            self._executor.shutdown()
 
     @property
     def failed(self) -> bool:
         """True if a write has failed and ``save`` or ``wait`` would raise its error; cheap enough to check every step."""
-        return self._error is not None
+        write = self._write_in_progress
+        return write is not None and write.done() and write.exception() is not None
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], *, best: bool = False) -> None:
         """Save a checkpoint, after waiting for a write in progress.
@@ -90,15 +89,12 @@ class CheckpointWriter:
         with self._timed():
             state_text = encode_state(step, state, best=best)
             self._join()
-            if not self._background:
+            if not self.background:
                 self._write(step, tensors, state_text, best)
                 return
             import_writer()
             copies = self._copies.take(tensors)
-            self._thread = threading.Thread(
-                target=self._write_copies, args=(step, copies, state_text, best), name="checkpoint-writer", daemon=False
-            )
-            self._thread.start()
+            self._write_in_progress = self._executor.submit(self._write_copies, step, copies, state_text, best)
 
     def wait(self) -> None:
         """Wait until the write in progress, if any, is complete.
@@ -111,30 +107,23 @@ class CheckpointWriter:
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        began = self._clock()
+        began = self.clock()
         try:
             yield
         finally:
-            self.seconds_waited += self._clock() - began
+            self.seconds_waited += self.clock() - began
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        write, self._write_in_progress = self._write_in_progress, None
+        if write is not None:
+            write.result()
 
     def _write_copies(self, step: int, copies: dict[str, torch.Tensor], state_text: str, best: bool) -> None:
-        """Write the copies in the thread, and keep an error for the next ``save`` or ``wait``."""
-        try:
-            with self._copies.finished():
-                self._write(step, copies, state_text, best)
-        except BaseException as error:
-            self._error = error
+        with self._copies.finished():
+            self._write(step, copies, state_text, best)
 
     def _write(self, step: int, tensors: Mapping[str, torch.Tensor], state_text: str, best: bool) -> None:
-        store.save_encoded(self._checkpoints_dir, step, tensors, state_text, keep=self._keep, best=best, check=self._check)
+        store.save_encoded(self.checkpoints_dir, step, tensors, state_text, keep=self.keep, best=best, check=self.check)
 
 
 class TensorCopies:

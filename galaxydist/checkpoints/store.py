@@ -1,9 +1,9 @@
-"""Checkpoints: complete or not there, checked when read, never unpickled.
+"""Checkpoints on disk: written atomically, verified when read, never unpickled.
 
-A checkpoint is a folder ``checkpoints/step-00000120-0003`` (step 120, the third save) with the tensors in safetensors files,
-written by ``torch.distributed.checkpoint``, and everything else in ``checkpoint.json``, with the SHA-256 of each file. It is
-written under a temporary name and renamed; then the file ``latest`` names it (for people and other programs: ``load`` goes by the
-number of the save); only then older ones go. ``best`` names one that stays.
+A checkpoint is a folder ``checkpoints/step-00000120-0003`` (step 120, the third save). It holds the tensors in safetensors files,
+written by ``torch.distributed.checkpoint``, and everything else in ``checkpoint.json``, with the SHA-256 of each file. The folder
+is written under a temporary name and renamed; then the file ``latest`` names it (for people and other programs: ``load`` uses the
+number of the save); only then are older checkpoints deleted. The file ``best`` names a checkpoint that is kept.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,21 +24,24 @@ from galaxydist.checkpoints import tensor_files
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import BEST, FOLDER_NAME, LATEST, STATE_FILE
 
-# The files of one checkpoint: tensors in safetensors, the rest in one JSON file with the SHA-256 of everything.
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
-SHARDED_FORMAT_VERSION = 2  # each process wrote its part: version 1, but for several files a tensor
+SHARDED_FORMAT_VERSION = 2  # as version 1, but each rank wrote its own files, so that a tensor may be in several of them
+_DAMAGED_MARK = "DAMAGED"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved.
+    """A checkpoint that was read.
 
     Args:
         step: number of optimizer steps done.
         tensors: by name, on the CPU.
         state: everything else, plain JSON values.
-        path: its folder.
+        path: folder of the checkpoint.
     """
 
     step: int
@@ -48,47 +51,47 @@ class Checkpoint:
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint's files are not as they were written."""
+    """Error of a checkpoint whose files are missing, changed or unreadable."""
 
 
 def encode_state(step: int, state: Mapping[str, Any], *, best: bool) -> str:
-    """What a checkpoint holds beside its tensors, as JSON.
+    """Return the JSON text of everything in a checkpoint except its tensors.
 
     Raises:
-        ValueError, TypeError: ``state`` is not plain JSON values, or holds nan or inf.
+        ValueError, TypeError: ``state`` holds nan, inf or a type that JSON lacks.
     """
     return _dump({"format": FORMAT_VERSION, "step": step, "best": best, "state": state})
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], state_text: str) -> None:
-    """Write the files of a checkpoint and fsync them.
+    """Write the files of a checkpoint and flush them to the disk.
 
     Args:
-        folder: a folder that is not there yet.
+        folder: a new folder.
         tensors: by name.
         state_text: from ``encode_state``.
     """
     sys.audit("galaxydist.write", str(folder))
     folder.mkdir()
-    places = tensor_files.write_tensors(folder, tensors)
+    file_names = tensor_files.write_tensors(folder, tensors)
     for file in sorted(folder.iterdir()):
         fsync_file(file)
-    write_state(folder, state_text, places, {name: sha256_of(folder / name) for name in sorted(set(places.values()))})
+    write_state(folder, state_text, file_names, {name: sha256_of(folder / name) for name in sorted(set(file_names.values()))})
 
 
 def write_state(
-    folder: Path, state_text: str, places: Mapping[str, str], hashes: Mapping[str, str], *, sharded: bool = False
+    folder: Path, state_text: str, file_names: Mapping[str, str], hashes: Mapping[str, str], *, sharded: bool = False
 ) -> None:
-    """Write checkpoint.json, which completes the folder, and fsync both.
+    """Write checkpoint.json, which completes the folder, and flush both to the disk.
 
     Args:
-        folder: where the tensors are.
+        folder: folder of the tensors.
         state_text: from ``encode_state``.
-        places: the file of each tensor; in a sharded checkpoint without ``shard-00001-``, of which each process has its own.
+        file_names: the file name of each tensor; in a sharded checkpoint without the prefix of a rank (``shard-00001-``).
         hashes: SHA-256 of each file.
-        sharded: each process wrote its part.
+        sharded: True if each rank wrote its own files.
     """
-    content = {**json.loads(state_text), "tensors": dict(places), "files": dict(hashes)}
+    content = {**json.loads(state_text), "tensors": dict(file_names), "files": dict(hashes)}
     body = _dump(content | {"format": SHARDED_FORMAT_VERSION} if sharded else content)
     digest = hashlib.sha256(body.encode()).hexdigest()
     write_bytes(folder / STATE_FILE, f'{{"sha256": "{digest}", "content":\n{body}\n}}\n'.encode())
@@ -102,36 +105,37 @@ def read_checkpoint(
     make: tensor_files.TensorMaker = tensor_files.whole_on_cpu,
     verify: bool = True,
 ) -> Checkpoint:
-    """Read one checkpoint folder, whole or sharded; the files that are read are checked against their SHA-256.
+    """Read one checkpoint folder, whole or sharded, and verify the SHA-256 of the files that are read.
 
     Args:
-        path: the folder.
-        groups: read only the tensors of these first name parts; None: all.
-        make: what each tensor is read into: a DTensor takes this process's part alone.
-        verify: False: without the SHA-256, where another process has just compared them (``check_files``).
+        path: folder of the checkpoint.
+        groups: first parts of the names of the tensors to read; None: all tensors.
+        make: allocates each tensor; for a DTensor only this rank's part is read.
+        verify: False if another rank has just verified all files (``verify_files``).
 
     Raises:
-        DamagedCheckpointError: something is missing, changed or unreadable; the message names the file.
-        UserError: it was written by a newer galaxydist.
+        DamagedCheckpointError: a file is missing, changed or unreadable; the message names it.
+        UserError: the checkpoint was written by a newer galaxydist.
     """
-    content = _read_known(path)
-    wanted = _wanted(content, groups)
+    content = _read_supported_state(path)
+    file_names = _file_names(content, groups)
     if verify:
-        _check_hashes(path, content, wanted.values())
+        _verify(path, content, file_names.values())
     try:
-        tensors = tensor_files.read_tensors(path, wanted, make)
+        tensors = tensor_files.read_tensors(path, file_names, make)
     except Exception as error:
         raise DamagedCheckpointError(f"its tensors cannot be read: {error}") from error
     return Checkpoint(content["step"], tensors, content["state"], path)
 
 
-def check_files(path: Path) -> None:
-    """Compare all files of a checkpoint folder with their SHA-256; raises as ``read_checkpoint``."""
-    content = _read_known(path)
-    _check_hashes(path, content, _wanted(content, None).values())
+def verify_files(path: Path) -> Path:
+    """Verify the SHA-256 of all files of a checkpoint folder and return the folder; raises the errors of ``read_checkpoint``."""
+    content = _read_supported_state(path)
+    _verify(path, content, _file_names(content, None).values())
+    return path
 
 
-def _read_known(path: Path) -> dict[str, Any]:
+def _read_supported_state(path: Path) -> dict[str, Any]:
     content = read_state(path)
     if content["format"] not in (FORMAT_VERSION, SHARDED_FORMAT_VERSION):
         raise UserError(
@@ -141,16 +145,16 @@ def _read_known(path: Path) -> dict[str, Any]:
     return content
 
 
-def _wanted(content: Mapping[str, Any], groups: Sequence[str] | None) -> dict[str, str]:
+def _file_names(content: Mapping[str, Any], groups: Sequence[str] | None) -> dict[str, str]:
     return {name: file for name, file in content["tensors"].items() if groups is None or name.split("/", 1)[0] in groups}
 
 
-def _check_hashes(path: Path, content: Mapping[str, Any], places: Iterable[str]) -> None:
+def _verify(path: Path, content: Mapping[str, Any], file_names: Iterable[str]) -> None:
     hashes: dict[str, str] = content["files"]
     unknown = sorted(file.name for file in path.glob("*.safetensors") if file.name not in hashes)
     if unknown:
         raise DamagedCheckpointError(f"{unknown[0]} does not belong to it")
-    needed = set(places)
+    needed = set(file_names)
     for file_name in sorted(name for name in hashes if needed & {name, tensor_files.without_shard(name)}):
         try:
             digest = sha256_of(path / file_name)
@@ -163,10 +167,10 @@ def _check_hashes(path: Path, content: Mapping[str, Any], places: Iterable[str])
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The checked contents of checkpoint.json: ``format``, ``step``, ``best``, ``state``, ``tensors`` and ``files``.
+    """Return the verified contents of checkpoint.json: ``format``, ``step``, ``best``, ``state``, ``tensors`` and ``files``.
 
     Raises:
-        DamagedCheckpointError: it is missing, changed or unreadable.
+        DamagedCheckpointError: the file is missing, changed or unreadable.
     """
     try:
         stored = json.loads((path / STATE_FILE).read_bytes())
@@ -185,15 +189,9 @@ def _dump(value: Any) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-T = TypeVar("T")
-
-_log = logging.getLogger(__name__)
-_DAMAGED_MARK = "DAMAGED"
 
 
 def save(
@@ -205,16 +203,16 @@ def save(
     keep: int = 2,
     best: bool = False,
 ) -> Path:
-    """Save a checkpoint, then delete old ones. Call it on one rank, with the run folder's lock held; needs no process group.
+    """Save a checkpoint, then delete old ones. Call it on one rank that holds the run folder's lock; needs no process group.
 
     Args:
-        checkpoints_dir: folder of the run's checkpoints; made where it is missing.
+        checkpoints_dir: folder of the run's checkpoints; created if missing.
         step: number of optimizer steps done.
         tensors: by name; the part before the first ``/`` (``model``, ``optimizer``, ``ema``) chooses the file, so that each part
             can be read alone.
         state: plain JSON values (see ``flatten_state``), without nan and inf.
-        keep: how many of the newest to keep, this one counted; the best one is kept besides.
-        best: this one is the best so far.
+        keep: number of newest checkpoints to keep, including this one; the best one is kept too.
+        best: True if this is the best checkpoint so far.
 
     Returns:
         The checkpoint's folder.
@@ -223,8 +221,7 @@ def save(
         UserError: the disk is full. The earlier checkpoints are untouched.
         ValueError, TypeError: ``state`` is not plain JSON.
     """
-    state_text = encode_state(step, state, best=best)  # refuses what JSON does not have before anything is written
-    return save_encoded(checkpoints_dir, step, tensors, state_text, keep=keep, best=best)
+    return save_encoded(checkpoints_dir, step, tensors, encode_state(step, state, best=best), keep=keep, best=best)
 
 
 def save_encoded(
@@ -237,11 +234,12 @@ def save_encoded(
     best: bool,
     check: Callable[[], None] = lambda: None,
 ) -> Path:
-    """``save`` with the state as text, so that a thread can write what another has encoded.
+    """Save a checkpoint as ``save`` does, with a state that was encoded before, so that this may run in a thread.
 
     Args:
+        checkpoints_dir, step, tensors, keep, best: as for ``save``.
         state_text: from ``encode_state`` with the same ``step`` and ``best``.
-        check: raises where this process may write here no longer; called before the first change and before the renaming.
+        check: raises if this process may no longer write here; called before the first change and before the rename.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least the new checkpoint is kept")
@@ -259,15 +257,14 @@ def save_encoded(
 
 @contextmanager
 def explain_failure(checkpoints_dir: Path) -> Iterator[None]:
-    """Turn a full disk into a UserError that tells what is still there."""
+    """Turn a full disk into a UserError that names the checkpoints that are still there."""
     kept = "The earlier checkpoints are untouched." if list_checkpoints(checkpoints_dir) else ""
     with explain_full_disk(checkpoints_dir, kept):
         yield
 
 
 def begin(checkpoints_dir: Path, step: int) -> Path:
-    """The folder to write the next checkpoint into, which ``publish`` gives its name; it is not made. Removes what killed saves
-    left."""
+    """Remove the leftovers of killed saves, and return the temporary folder (not created) of the next checkpoint."""
     checkpoints_dir.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(checkpoints_dir)
     number = 1 + max((_parse(path)[1] for path in list_checkpoints(checkpoints_dir)), default=0)
@@ -275,7 +272,7 @@ def begin(checkpoints_dir: Path, step: int) -> Path:
 
 
 def publish(temporary: Path, *, keep: int, best: bool) -> Path:
-    """Make a complete folder from ``begin`` the newest checkpoint, then delete old ones; gives the checkpoint's folder."""
+    """Rename a complete folder from ``begin`` to the newest checkpoint, delete old ones, and return the checkpoint's folder."""
     checkpoints_dir = temporary.parent
     target = checkpoints_dir / temporary.name.removeprefix(".").removesuffix(".tmp")
     rename(temporary, target)
@@ -287,12 +284,12 @@ def publish(temporary: Path, *, keep: int, best: bool) -> Path:
 
 
 def mark_best(checkpoint_path: Path) -> None:
-    """Name a checkpoint as the best: it stays until another is named."""
+    """Mark a checkpoint as the best; it is kept until another one is marked."""
     replace_bytes(checkpoint_path.parent / BEST, f"{checkpoint_path.name}\n".encode())
 
 
 def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
-    """The complete checkpoints, newest save first (not checked for damage)."""
+    """Return the complete checkpoints, newest save first, without verifying them."""
     if not checkpoints_dir.is_dir():
         return []
     found = [path for path in checkpoints_dir.iterdir() if FOLDER_NAME.fullmatch(path.name) and path.is_dir()]
@@ -302,36 +299,34 @@ def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
 def load(
     checkpoints_dir: Path, which: Literal["latest", "best"] = "latest", *, groups: Sequence[str] | None = None
 ) -> Checkpoint | None:
-    """Load a checkpoint after checking it. Never unpickles anything.
+    """Load a checkpoint and verify it; nothing is unpickled.
 
     Args:
         checkpoints_dir: folder of the run's checkpoints.
-        which: ``latest``: the newest that is sound, with a warning for each damaged one passed over; ``best``: that one only.
-        groups: read only the tensors of these first name parts (``("model",)``); None: all.
+        which: ``latest``: the newest undamaged one, with a warning for each damaged one before it; ``best``: the best one only.
+        groups: first parts of the names of the tensors to read (``("model",)``); None: all tensors.
 
     Returns:
-        The checkpoint, or None where there is none.
+        The checkpoint, or None if there is none.
 
     Raises:
-        UserError: there are checkpoints, but none is sound; or the best one is damaged.
+        UserError: all checkpoints are damaged, or the best one is.
     """
     if which == "best":
-        return _load_best(checkpoints_dir, groups)
+        best = best_path(checkpoints_dir)
+        return None if best is None else read_sound(best, groups=groups)
     return _first_sound(checkpoints_dir, lambda path: read_checkpoint(path, groups=groups))
 
 
 def newest_sound(checkpoints_dir: Path) -> Path | None:
-    """The checkpoint that ``load`` would take, all its files checked but not read; for one process that looks for many.
+    """Return the folder of the newest undamaged checkpoint after verifying all its files; None if there is no checkpoint.
+
+    One rank can call it for all ranks, which then read without verifying.
 
     Raises:
-        UserError: there are checkpoints, but none is sound.
+        UserError: all checkpoints are damaged.
     """
-
-    def check(path: Path) -> Path:
-        check_files(path)
-        return path
-
-    return _first_sound(checkpoints_dir, check)
+    return _first_sound(checkpoints_dir, verify_files)
 
 
 def _first_sound(checkpoints_dir: Path, read: Callable[[Path], T]) -> T | None:
@@ -355,18 +350,15 @@ def _first_sound(checkpoints_dir: Path, read: Callable[[Path], T]) -> T | None:
     return None
 
 
-def _load_best(checkpoints_dir: Path, groups: Sequence[str] | None) -> Checkpoint | None:
-    path = best_path(checkpoints_dir)
-    if path is None:
-        return None
-    return read_sound(path, groups=groups)
-
-
 def read_sound(path: Path, *, groups: Sequence[str] | None = None) -> Checkpoint:
     """Read one checkpoint.
 
+    Args:
+        path: folder of the checkpoint.
+        groups: as for ``load``.
+
     Raises:
-        UserError: it is damaged.
+        UserError: the checkpoint is damaged.
     """
     try:
         return read_checkpoint(path, groups=groups)
@@ -377,30 +369,27 @@ def read_sound(path: Path, *, groups: Sequence[str] | None = None) -> Checkpoint
 
 
 def best_path(checkpoints_dir: Path) -> Path | None:
-    """The folder of the best checkpoint; None where none was named."""
+    """Return the folder of the best checkpoint; None if none was marked."""
     try:
         name = (checkpoints_dir / BEST).read_text().strip()
     except (FileNotFoundError, UnicodeDecodeError):
         name = ""
     best = checkpoints_dir / name if FOLDER_NAME.fullmatch(name) else None
-    for path in list_checkpoints(checkpoints_dir):  # a kill may have come between a save as the best and its pointer
+    for path in list_checkpoints(checkpoints_dir):  # the process may have been killed before it wrote the pointer
         if best is not None and _parse(path)[1] <= _parse(best)[1]:
             break
-        if _was_saved_as_best(path):
-            return path
+        with suppress(DamagedCheckpointError):
+            if read_state(path).get("best"):
+                return path
     return best
 
 
-def _was_saved_as_best(path: Path) -> bool:
-    try:
-        return bool(read_state(path).get("best"))
-    except DamagedCheckpointError:
-        return False
-
-
 def _prune(checkpoints_dir: Path, newest: Path, keep: int) -> None:
-    """Delete what ``newest`` replaces: older saves beyond ``keep``, those of its own or a later step (a future that was given
-    up), and damaged ones. What cannot be deleted stays, with a warning."""
+    """Delete the checkpoints that ``newest`` replaces; log a warning for each that cannot be deleted.
+
+    These are older saves beyond ``keep``, saves of the same or a later step (the run was continued from an earlier one), and
+    damaged ones.
+    """
     step = _parse(newest)[0]
     protected, num_kept = {newest, best_path(checkpoints_dir)}, 1
     for path in list_checkpoints(checkpoints_dir):
@@ -418,7 +407,7 @@ def _prune(checkpoints_dir: Path, newest: Path, keep: int) -> None:
 
 
 def _remove_leftovers(checkpoints_dir: Path) -> None:
-    """What a killed save or deletion left: half folders under temporary names."""
+    """Remove the incomplete folders, under temporary names, of killed saves and deletions."""
     for path in checkpoints_dir.iterdir():
         if path.name.startswith(".") and path.suffix in (".tmp", ".old"):
             _remove_tree(path) if path.is_dir() else unlink(path)
@@ -432,7 +421,7 @@ def _remove_tree(folder: Path) -> None:
 
 
 def _mark_damaged(path: Path) -> None:
-    """So that it is not counted among the checkpoints to keep. Not possible, and not needed, where the folder is read-only."""
+    """Mark a checkpoint as damaged, so that it does not count among those to keep; do nothing in a read-only folder."""
     try:
         (path / _DAMAGED_MARK).touch()
     except OSError as error:

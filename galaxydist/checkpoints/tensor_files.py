@@ -30,15 +30,20 @@ def import_writer() -> None:
     import torch.distributed.checkpoint.state_dict_saver  # noqa: F401
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Write tensors into an existing folder, from this process alone and without a process group.
+def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None = None) -> dict[str, str]:
+    """Write tensors into an existing folder, from this process alone or from all ranks of a group.
+
+    With a group, each rank writes its shards of DTensors into its own files; every other tensor is written by one rank. All
+    ranks raise the same error.
 
     Args:
-        folder: output folder.
-        tensors: by name, any device and layout.
+        folder: output folder; shared by the ranks of the group.
+        tensors: by name; any device and layout. With a group: the same names on all ranks, contiguous and without shared memory
+            (``separate``).
+        group: a gloo process group that nothing else uses at the same time; None: write without a process group.
 
     Returns:
-        The file name of each tensor.
+        The file name of each tensor, without the prefix of a rank (``without_shard``).
     """
     # Imported here because it takes most of a second, and a new run needs it only at its first save.
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -48,40 +53,16 @@ def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str
         return {}
     numbers = _file_numbers(tensors)
     _ignore_single_process_warning()
-    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=numbers)
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=numbers, save_distributed=group is not None)
     with original_errors():
-        dcp_save(separate(tensors), storage_writer=writer, no_dist=True)
-    return _places(numbers)
-
-
-def write_own_parts(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> dict[str, str]:
-    """Write tensors from all ranks of a group into an existing shared folder.
-
-    Each rank writes its shards of DTensors into its own files; every other tensor is written by one rank. All ranks raise the
-    same error.
-
-    Args:
-        folder: output folder.
-        tensors: by name, the same names on all ranks; contiguous and without shared memory (``separate``).
-        group: a gloo process group that nothing else uses at the same time.
-
-    Returns:
-        The file name of each tensor, without the prefix of the rank (``without_shard``).
-    """
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-
-    if not tensors:
-        return {}
-    numbers = _file_numbers(tensors)
-    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=numbers, save_distributed=True)
-    with original_errors():
-        dcp_save(dict(tensors), storage_writer=writer, process_group=group)
-    return _places(numbers)
+        to_write = separate(tensors) if group is None else dict(tensors)
+        dcp_save(to_write, storage_writer=writer, process_group=group, no_dist=group is None)
+    num_files = max(numbers.values())
+    return {name: f"model-{number:05d}-of-{num_files:05d}.safetensors" for name, number in numbers.items()}
 
 
 def own_files(folder: Path, rank: int) -> list[Path]:
-    """Return the files that a rank of the group wrote with ``write_own_parts``."""
+    """Return the files that a rank of a group wrote with ``write_tensors``."""
     return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
 
 
@@ -90,21 +71,17 @@ def without_shard(file_name: str) -> str:
     return re.sub(r"^shard-\d+-", "", file_name)
 
 
-def _places(numbers: Mapping[str, int]) -> dict[str, str]:
-    num_files = max(numbers.values())
-    return {name: f"model-{number:05d}-of-{num_files:05d}.safetensors" for name, number in numbers.items()}
-
-
 def whole_on_cpu(_name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Allocate a whole tensor on the CPU: the default ``TensorMaker``."""
     return torch.empty(shape, dtype=dtype)
 
 
-def read_tensors(folder: Path, places: Mapping[str, str], make: TensorMaker = whole_on_cpu) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path, file_names: Mapping[str, str], make: TensorMaker = whole_on_cpu) -> dict[str, torch.Tensor]:
     """Read tensors in this process alone, from files that one or several processes wrote.
 
     Args:
         folder: folder of the files.
-        places: the file name of each tensor to read.
+        file_names: the file name of each tensor to read.
         make: allocates each tensor. For a DTensor only this process's shard is read, however it was sharded when written.
 
     Raises:
@@ -114,15 +91,15 @@ def read_tensors(folder: Path, places: Mapping[str, str], make: TensorMaker = wh
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-    if not places:
+    if not file_names:
         return {}
     _ignore_single_process_warning()
     known = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    missing = sorted(set(places) - set(known))
+    missing = sorted(set(file_names) - set(known))
     if missing:
-        raise ValueError(f"{places[missing[0]]} does not hold {missing[0]}")
+        raise ValueError(f"{file_names[missing[0]]} does not hold {missing[0]}")
     tensors: dict[str, torch.Tensor] = {}
-    for name in places:
+    for name in file_names:
         described = known[name]
         assert isinstance(described, TensorStorageMetadata)  # the only kind that the safetensors reader returns
         tensors[name] = make(name, described.size, described.properties.dtype)
@@ -167,11 +144,11 @@ def separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     used: set[tuple[torch.device, int]] = set()
     for name, tensor in tensors.items():
         plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-        place = (plain.device, plain.untyped_storage().data_ptr())
-        if plain.numel() and place in used:
+        memory = (plain.device, plain.untyped_storage().data_ptr())
+        if plain.numel() and memory in used:
             plain = plain.clone()
         elif plain.numel():
-            used.add(place)
+            used.add(memory)
         separate[name] = plain
     return separate
 
@@ -181,8 +158,7 @@ def _ignore_single_process_warning() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-# Nested state dicts as flat tensors plus JSON, and back, bit for bit.
-
+# Keys that mark what JSON cannot express in the description of a nested state dict.
 _TAGS = ("@tensor", "@tuple", "@dict", "@float")
 
 

@@ -95,7 +95,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     out_dir = arguments.out or images_dir(root, open_survey(source, classes=arguments.classes).name)
     for tree in export_image_folders(source, out_dir, workers=arguments.workers, classes=arguments.classes):
         counts = ", ".join(f"{split} {number}" for split, number in tree.num_galaxies.items())
-        print(f"{tree.variant} ({counts}): {tree.path}{' (there already)' if tree.was_there else ''}")
+        print(f"{tree.variant} ({counts}): {tree.path}{' (there already)' if tree.existed else ''}")
 
 
 def _add_shard(commands: Commands) -> None:

@@ -26,7 +26,8 @@ from galaxydist.log import set_up_logging
 from galaxydist.runs.folder import FOLDER_NAME, RunFolder
 from galaxydist.runs.lock import read_owner
 
-logger = logging.getLogger(__name__)
+# By name, because this module runs as ``__main__``.
+logger = logging.getLogger("galaxydist.cluster.requeue")
 
 # Kinds of failure (``failure.json``) that a restart cannot fix.
 PERMANENT_FAILURES = {

@@ -12,8 +12,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-# The signals that SLURM sends; Ctrl-C, which the terminal sends, keeps its default handler.
-SLURM_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+from galaxydist.job_environment import SCHEDULER_SIGNALS
 
 
 def main(folder: str) -> None:
@@ -22,8 +21,8 @@ def main(folder: str) -> None:
     Args:
         folder: submitit's folder.
     """
-    # For the time before and after the training, which installs its own handlers; then there is nothing to save.
-    for number in SLURM_SIGNALS:
+    # These handlers are active before and after the training, which installs its own; outside it there is nothing to save.
+    for number in SCHEDULER_SIGNALS:
         signal.signal(number, _leave)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # LocalExecutor blocks it
 
@@ -35,7 +34,7 @@ def main(folder: str) -> None:
     try:
         process_job(folder)
     finally:
-        for number in SLURM_SIGNALS:  # a signal that arrives now must not turn a normal exit into a failure
+        for number in SCHEDULER_SIGNALS:  # a signal that arrives now must not turn a normal exit into a failure
             signal.signal(number, signal.SIG_IGN)
 
 

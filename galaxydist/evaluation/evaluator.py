@@ -8,7 +8,7 @@ import functools
 import logging
 import tempfile
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,7 @@ LIBRARIES = ("torch", "timm", "numpy")
 NUM_GALAXIES = 32
 
 
+@dataclass
 class Evaluator:
     """Evaluates the checkpoint that a recipe names. All ranks create one and call its methods together.
 
@@ -74,20 +75,19 @@ class Evaluator:
         UserError: the run has no checkpoint.
     """
 
-    def __init__(
-        self,
-        world: World,
-        folder: RunFolder,
-        recipe: Recipe,
-        *,
-        find_training_shards: FindTrainingShards,
-        figures: bool | None = None,
-    ) -> None:
-        self.world, self.folder, self.recipe = world, folder, recipe
-        self._figures = recipe.eval.figures if figures is None else figures
-        self._find_training_shards = functools.cache(find_training_shards)  # for the overlap and for the temperature
-        path = world.run_on_main(lambda: find_checkpoint(folder, recipe.eval.checkpoint))
-        self._checkpoint = world.run_on_all(lambda: store.read_sound(path, groups=MODEL_GROUPS))
+    world: World
+    folder: RunFolder
+    recipe: Recipe
+    _: KW_ONLY
+    find_training_shards: FindTrainingShards
+    figures: bool | None = None
+
+    def __post_init__(self) -> None:
+        eval_config = self.recipe.eval
+        self._figures = eval_config.figures if self.figures is None else self.figures
+        self._find_training_shards = functools.cache(self.find_training_shards)  # for the overlap and for the temperature
+        path = self.world.run_on_main(lambda: find_checkpoint(self.folder, eval_config.checkpoint))
+        self._checkpoint = self.world.run_on_all(lambda: store.read_sound(path, groups=MODEL_GROUPS))
         self.trained_on = TrainingData.from_dict(self._checkpoint.state["data"])
         self._model: nn.Module | None = None
         self._catalogue: pa.Table | None = None  # on rank 0, until the ranks' files are merged

@@ -22,7 +22,7 @@ from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.evaluation.predictions import NAMES, PredictionsInfo, RankFile, merge_rank_files, row_dtype, write_predictions
 from galaxydist.loading.augment import Augment
 from galaxydist.loading.device_prefetch import DevicePrefetcher
-from galaxydist.loading.loader import Batch, EvalLoader
+from galaxydist.loading.loader import Batch, DecodeOptions, EvalLoader, RankInfo
 from galaxydist.models.build import evaluation_mode
 from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.schema import Recipe
@@ -274,13 +274,6 @@ def _eval_loader(world: World, manifest: Manifest, split: str, recipe: Recipe) -
         manifest,
         split,
         batch_size=recipe.eval.batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        image_size=recipe.data.image_size,
-        crop=recipe.data.crop,
-        max_zoom=recipe.data.augment.zoom,
-        threads=recipe.data.threads or world.cores,
-        ranks_on_node=world.ranks_on_node,
-        prefetch=recipe.data.prefetch,
-        pin=world.device.type == "cuda",
+        ranks=RankInfo(world.rank, world.size, world.ranks_on_node),
+        decode=DecodeOptions.of(recipe.data, threads=world.cores, pin=world.device.type == "cuda"),
     )

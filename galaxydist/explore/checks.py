@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from galaxydist.explore.datasets import ExploredDataset, Positions
-from galaxydist.surveys.split import CUTOUT_ARCSEC, SAME_PLACE_ARCSEC, close_pairs, unit_vectors
+from galaxydist.surveys.split import CUTOUT_ARCSEC, SAME_POSITION_ARCSEC, close_pairs, unit_vectors
 
 HASH_DISTANCE = 6
 # Measured on real samples (999 of Galaxy10 DECaLS, 1,000 of SDSS): copies at JPEG quality 50 reach 0.94, those resampled to half
@@ -148,7 +148,7 @@ def find_neighbours(population: ExploredDataset, positions: Positions) -> Neighb
     separation_P = _separations(positions, pairs_P2)
     rows_P2 = positions.rows[pairs_P2].reshape(-1, 2)
     first_P, second_P = rows_P2.T
-    two_labels_P = (separation_P <= SAME_PLACE_ARCSEC) & (population.labels_N[first_P] != population.labels_N[second_P])
+    two_labels_P = (separation_P <= SAME_POSITION_ARCSEC) & (population.labels_N[first_P] != population.labels_N[second_P])
     across_P = population.split_N[first_P] != population.split_N[second_P]
     order = np.lexsort((separation_P, ~two_labels_P))
     return Neighbours(rows_P2[order], separation_P[order], len(np.unique(rows_P2)), two_labels_P[order], across_P[order])

@@ -274,7 +274,7 @@ class ShardImages:
             if self._manifest.remote is not None:
                 data = self._read(name, self._manifest.shards(shard.split)[shard.number]["sha256"].tobytes())
                 return _Records(index, lambda offset, size: data[offset : offset + size])
-            file = SharedFile.at(str(self._manifest.shard_path(shard.split, shard.number)))
+            file = SharedFile(self._manifest.shard_path(shard.split, shard.number))
         except UserError:
             raise
         except (OSError, ValueError) as error:

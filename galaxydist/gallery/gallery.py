@@ -32,7 +32,7 @@ from galaxydist.evaluation.results_files import stem_of
 from galaxydist.evaluation.text_table import readable, title_of
 from galaxydist.gallery.choose import ByClass, SelectedGalaxy, Selection, choose_mistakes
 from galaxydist.loading.dataset import TrainingData, build_augment
-from galaxydist.loading.decode import read_chosen, reduction
+from galaxydist.loading.decode import read_samples, reduction
 from galaxydist.models.saliency import explain, method_of
 from galaxydist.pages.contact_sheet import SheetCell, SheetRow, compose_sheet, overlay, write_sheet
 from galaxydist.pages.html import image_uri, jpeg_uri, render
@@ -361,7 +361,7 @@ def _render_galaxies(
     normalise = build_augment(recipe, trained_on, threads=available_cores()).normalise
     predicted, crop = selection.predicted_classes(), recipe.data.crop
     factor = reduction(manifest.image_size, recipe.data.image_size, crop, recipe.data.augment.zoom)
-    stored = read_chosen(manifest, split, np.array([*predicted], np.int64), (1, factor))
+    stored = read_samples(manifest, split, np.array([*predicted], np.int64), (1, factor))
     while batch := list(islice(stored, _BATCH_SIZE)):
         images_BCHW = normalise(torch.from_numpy(np.stack([decoded for _, (_, decoded) in batch])).to(device))
         targets_B = torch.tensor([predicted[sample] for sample, _ in batch], device=device)

@@ -1,10 +1,9 @@
-"""Random changes to a whole batch in one resampling on its device, and the deterministic view that evaluation uses.
+"""Random augmentation of training images in one resampling, and the deterministic preprocessing of evaluation.
 
-Rotation, mirror, zoom, shift and crop are one affine map from the pixels that the model sees to the stored ones; each output
-pixel is sampled once through it, antialiased. Every draw is a hash of (seed, epoch, position, purpose), so an image is changed
-in the same way whatever batch, process or device it is in: what is drawn here is numbers (``changes``), carried out by OpenCV on
-a CPU (``render_cpu``) and by torch elsewhere (``render``), in both with whole grey levels before brightness, noise and
-normalisation.
+Rotation, mirror, zoom, shift and crop are one affine map from the model's pixels to the stored ones; each output pixel is sampled
+once through it, antialiased. Every random number is a hash of (seed, epoch, position, stream), so that an image is changed in the
+same way in any batch, process and device: the numbers are drawn here, and carried out by OpenCV on a CPU and by torch elsewhere
+(``image_ops``). Both round to whole grey levels before brightness, noise and normalisation.
 """
 
 import math
@@ -35,13 +34,13 @@ NOISE_TABLE_SIZE = 1 << 20
 
 
 class Normalise:
-    """The view of evaluation: the central crop at the model's size, antialiased, then normalised.
+    """Preprocessing of evaluation: the central crop, resized to the model's size with antialiasing, then normalised.
 
     Args:
-        channel_mean, channel_std: R G B, full scale being 1 (the manifest's).
-        image_size: width that the model sees, in pixels.
+        channel_mean, channel_std: statistics of the training pixels, R G B, full scale 1.
+        image_size: T, width that the model sees, in pixels.
         crop: central fraction of the stored width that is kept.
-        threads: that share a batch on a CPU.
+        threads: threads that share a batch on a CPU.
     """
 
     def __init__(
@@ -60,22 +59,22 @@ class Normalise:
         self._on_cpu, self._on_device = OpenCVBackend(image_size, threads), TorchBackend(image_size)
 
     def __call__(self, images_BHWC: Tensor) -> Tensor:
-        """uint8 B x H x W x 3 to normalised float32 B x 3 x T x T, on the same device."""
+        """Convert uint8 B x H x W x 3 to normalised float32 B x 3 x T x T, on the same device."""
         rows = len(images_BHWC)
         upright = QuarterTurn(np.zeros(rows, np.int64), np.zeros(rows, np.bool_))
         gain_BC = np.broadcast_to(self.gain_C.astype(np.float32), (rows, 3))
-        return self.render(images_BHWC, ImageTransform(upright, gain_BC, self.shift_C))
+        return self.apply(images_BHWC, ImageTransform(upright, gain_BC, self.shift_C))
 
-    def render(self, images_BHWC: Tensor, changes: ImageTransform) -> Tensor:
-        """Carry out changes; what is not warped is the central crop at the model's size."""
-        if isinstance(changes.geometry, QuarterTurn):
-            images_BHWC = self.view(images_BHWC)
+    def apply(self, images_BHWC: Tensor, transform: ImageTransform) -> Tensor:
+        """Carry out a transform; images that are not warped are cropped and resized first."""
+        if isinstance(transform.geometry, QuarterTurn):
+            images_BHWC = self.crop_and_resize(images_BHWC)
         if images_BHWC.device.type == "cpu":
-            return torch.from_numpy(self._on_cpu(images_BHWC.numpy(), changes))
-        return self._on_device(images_BHWC, changes)
+            return torch.from_numpy(self._on_cpu(images_BHWC.numpy(), transform))
+        return self._on_device(images_BHWC, transform)
 
-    def view(self, images_BHWC: Tensor) -> Tensor:
-        """The central crop at the model's size: uint8 B x T x T x 3."""
+    def crop_and_resize(self, images_BHWC: Tensor) -> Tensor:
+        """Return the central crop at the model's size: uint8 B x T x T x 3."""
         width = images_BHWC.shape[2]
         kept = max(1, round(self._crop * width))
         kept += (width - kept) % 2
@@ -89,14 +88,15 @@ class Normalise:
 
 
 class Augment:
-    """Random changes to training images.
+    """Random augmentation of training images.
 
     Args:
-        config: which changes, and how large.
-        seed: of the run.
+        config: kinds and sizes of the changes.
+        seed: seed of the run.
         channel_mean, channel_std, image_size, crop, threads: as in :class:`Normalise`.
 
-    ``normalise`` is the view of evaluation with the same settings.
+    Attributes:
+        normalise: preprocessing of evaluation with the same settings.
     """
 
     def __init__(
@@ -116,29 +116,30 @@ class Augment:
         self._noise_table = _noise_table(seed, 3 * image_size**2) if config.noise > 0 else None
 
     def __call__(self, images_BHWC: Tensor, epoch: int, positions_B: Tensor) -> Tensor:
-        """Augmented, normalised images.
+        """Return augmented, normalised images.
 
         Args:
             images_BHWC: uint8 B x H x W x 3, H == W.
-            epoch: of training.
-            positions_B: int64 positions in the epoch's order, on the CPU (elsewhere they are waited for).
+            epoch: training epoch.
+            positions_B: int64 positions in the epoch's order, on the CPU (on a GPU the host would wait for them).
 
         Returns:
             float32 B x 3 x T x T on the images' device.
         """
-        return self.normalise.render(images_BHWC, self.changes(epoch, positions_B.cpu().numpy(), images_BHWC.shape[1]))
+        return self.normalise.apply(images_BHWC, self.draw(epoch, positions_B.cpu().numpy(), images_BHWC.shape[1]))
 
-    def changes(self, epoch: int, positions: Ints, width: int) -> ImageTransform:
-        """What becomes of the images at these positions.
+    def draw(self, epoch: int, positions: Ints, width: int) -> ImageTransform:
+        """Draw the transform of the images at these positions.
 
         Args:
             epoch, positions: as above.
-            width: of the images as they come, in pixels.
+            width: width of the images before the transform, in pixels.
         """
-        gain_BC = self._brightness(epoch, positions)[:, None] * self.normalise.gain_C
+        brightness = 1 + self._config.brightness * self._symmetric(epoch, positions, Stream.BRIGHTNESS)
+        gain_BC = brightness[:, None] * self.normalise.gain_C
         geometry: AffineWarp | QuarterTurn
         if self._resamples:
-            maps, zoom = self.parameters(epoch, positions)
+            maps, zoom = self.affine_maps(epoch, positions)
             geometry = AffineWarp(maps, *antialias(self._crop * width / (self._size * zoom), width))
         else:
             turns = np.rint(self._angle(epoch, positions) / (np.pi / 2)).astype(np.int64)
@@ -146,46 +147,46 @@ class Augment:
         noise = self._noise(epoch, positions, gain_BC)
         return ImageTransform(geometry, gain_BC.astype(np.float32), self.normalise.shift_C, noise)
 
-    def parameters(self, epoch: int, positions: Ints) -> tuple[Floats, Floats]:
-        """Each image's 2 x 3 map from the model's coordinates to the stored image's (x to the right, y down, -1 to 1 from edge
-        to edge), and its zoom."""
+    def affine_maps(self, epoch: int, positions: Ints) -> tuple[Floats, Floats]:
+        """Return the images' maps, B x 2 x 3, and their zooms, B.
+
+        A map goes from the model's coordinates to the stored image's (x to the right, y down, both -1 to 1 from edge to edge).
+        """
         config = self._config
         angle, mirror = self._angle(epoch, positions), np.where(self._mirrored(epoch, positions), -1.0, 1.0)
-        zoom = np.exp(math.log(config.zoom) * (2 * self._draw(epoch, positions, Stream.ZOOM) - 1))
+        zoom = np.exp(math.log(config.zoom) * self._symmetric(epoch, positions, Stream.ZOOM))
         scale = self._crop / zoom
         maps = np.empty((positions.size, 2, 3))
         maps[:, 0, 0], maps[:, 0, 1] = scale * mirror * np.cos(angle), -scale * np.sin(angle)
         maps[:, 1, 0], maps[:, 1, 1] = scale * mirror * np.sin(angle), scale * np.cos(angle)
-        for axis, purpose in enumerate((Stream.SHIFT_X, Stream.SHIFT_Y)):
-            maps[:, axis, 2] = 2 * self._crop * config.shift * (2 * self._draw(epoch, positions, purpose) - 1)
+        for axis, stream in enumerate((Stream.SHIFT_X, Stream.SHIFT_Y)):
+            maps[:, axis, 2] = 2 * self._crop * config.shift * self._symmetric(epoch, positions, stream)
         return maps, zoom
 
-    def _draw(self, epoch: int, positions: Ints, purpose: Stream) -> Floats:
-        return uniform(self._seed, epoch, positions, purpose)
+    def _symmetric(self, epoch: int, positions: Ints, stream: Stream) -> Floats:
+        """Draw uniform numbers in [-1, 1)."""
+        return 2 * uniform(self._seed, epoch, positions, stream) - 1
 
     def _angle(self, epoch: int, positions: Ints) -> Floats:
         if self._config.rotate == "none":
             return np.zeros(positions.shape)
-        turns = 4 * self._draw(epoch, positions, Stream.ANGLE)
+        turns = 4 * uniform(self._seed, epoch, positions, Stream.ANGLE)
         return np.pi / 2 * (np.floor(turns) if self._config.rotate == "d4" else turns)
 
     def _mirrored(self, epoch: int, positions: Ints) -> NDArray[np.bool_]:
-        return self._config.flip & (self._draw(epoch, positions, Stream.FLIP) < 0.5)
-
-    def _brightness(self, epoch: int, positions: Ints) -> Floats:
-        return 1 + self._config.brightness * (2 * self._draw(epoch, positions, Stream.BRIGHTNESS) - 1)
+        return self._config.flip & (uniform(self._seed, epoch, positions, Stream.FLIP) < 0.5)
 
     def _noise(self, epoch: int, positions: Ints, gain_BC: Floats) -> Noise | None:
-        """Gaussian noise: a window of a fixed table of deviates, at a hashed place; as bright as the image."""
+        """Draw Gaussian noise: a window of a fixed table of deviates at a hashed offset, scaled with the image's brightness."""
         if self._noise_table is None:
             return None
-        level = 255 * self._config.noise * self._draw(epoch, positions, Stream.NOISE_LEVEL)
-        places = hash64(self._seed, epoch, positions, Stream.NOISE_PLACE) % np.uint64(NOISE_TABLE_SIZE)
-        return Noise(self._noise_table, places.astype(np.int64), (level[:, None] * gain_BC).astype(np.float32))
+        level = 255 * self._config.noise * uniform(self._seed, epoch, positions, Stream.NOISE_LEVEL)
+        offsets = hash64(self._seed, epoch, positions, Stream.NOISE_PLACE) % np.uint64(NOISE_TABLE_SIZE)
+        return Noise(self._noise_table, offsets.astype(np.int64), (level[:, None] * gain_BC).astype(np.float32))
 
 
 def _noise_table(seed: int, length: int) -> Float32s:
-    """Standard normal deviates by Box and Muller (1958), with enough repeated at the end for one image from any place."""
+    """Return standard normal deviates (Box & Muller 1958), with the first ``length`` repeated at the end for wrap-around."""
     half = np.arange(NOISE_TABLE_SIZE // 2)
     radius = np.sqrt(-2 * np.log(1 - uniform(seed, 0, half, Stream.NOISE_TABLE)))
     angle = 2 * np.pi * uniform(seed, 1, half, Stream.NOISE_TABLE)

@@ -1,11 +1,15 @@
-"""Stored images to pixels: positioned reads of local tars, decoded straight into the place of the batch. All of it without
-Python's lock, so that threads do the work of processes."""
+"""Decoding of stored images: positioned reads of local tars, decoded straight into a batch's memory.
 
+Both release Python's lock, so that threads do the work of processes.
+"""
+
+import contextlib
 import io
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -16,28 +20,28 @@ from galaxydist.errors import UserError
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.cache import SharedFile
 from galaxydist.shards.remote.prefetcher import LocalShards, ShardSource, open_shard_source
-from galaxydist.shards.shard_usage import evaluation_uses, extend
+from galaxydist.shards.shard_usage import extend, usage_of_evaluation
 from galaxydist.shards.tar import BLOCK, parse_index
 
 Pixels = NDArray[np.uint8]
 
 
 class ImageError(UserError):
-    """One image cannot be read or decoded. With data.on_error=skip it costs that galaxy alone.
+    """Error of one image that cannot be read or decoded; with data.on_error=skip only that galaxy is lost.
 
     Args:
-        what: names shard and galaxy, and says why.
-        hint: what to do.
+        problem: shard, galaxy and cause.
+        hint: advice to the user.
     """
 
-    def __init__(self, what: str, hint: str) -> None:
-        super().__init__(f"{what}; {hint}")
-        self.what = what
+    def __init__(self, problem: str, hint: str) -> None:
+        super().__init__(f"{problem}; {hint}")
+        self.problem = problem
 
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """Where a stored image lies."""
+    """Location of a stored image: shard, offset and length in bytes."""
 
     sample: int
     shard: int
@@ -46,16 +50,16 @@ class StoredImage:
 
 
 def reduction(image_size: int, target_size: int, crop: float, max_zoom: float = 1.0) -> int:
-    """The factor by which images may be decoded smaller without losing what the model sees: 1, 2, 4 or 8.
+    """Return the factor by which images may be decoded smaller without losing detail that the model sees: 1, 2, 4 or 8.
 
-    libjpeg's reduced decoding is a mean over whole pixels, and so is the first step of our antialiasing (``changes``), which
-    wants at least 1.5 pixels to one that the model sees; at the greatest zoom there must be one.
+    libjpeg's reduced decoding is a mean over whole pixels, as is the first step of the antialiasing (``image_ops.antialias``),
+    which needs at least 1.5 decoded pixels per pixel of the model, or one at the largest zoom.
 
     Args:
         image_size: stored width in pixels.
         target_size: width that the model sees.
         crop: central fraction of the stored width that is kept.
-        max_zoom: greatest magnification of the augmentation.
+        max_zoom: largest magnification of the augmentation.
     """
     for factor in (8, 4, 2):
         if image_size % factor == 0 and crop * image_size / factor >= target_size * max(1.5, max_zoom):
@@ -64,18 +68,18 @@ def reduction(image_size: int, target_size: int, crop: float, max_zoom: float = 
 
 
 class ImageDecoder:
-    """Reads the images of one split.
+    """Reads and decodes the images of one split.
 
     Args:
-        manifest, split: which.
+        manifest, split: the data set and its split.
         factor: decode by this factor smaller (JPEG only; see :func:`reduction`).
-        source: where the shards come from, if they do not lie in the manifest's folder; closed with this reader.
+        source: source of the shards, closed with this decoder; None: the manifest's own folder.
     """
 
     def __init__(self, manifest: Manifest, split: str, factor: int = 1, source: ShardSource | None = None) -> None:
         self._manifest, self._split = manifest, split
         self._encoding = manifest.encoding
-        self._factor = factor if manifest.encoding == "jpeg" else 1
+        self._factor = factor if self._encoding == "jpeg" else 1
         self.size = manifest.image_size // self._factor
         shards = manifest.shards(split)
         self._starts = np.concatenate([[0], np.cumsum(shards["samples"])])
@@ -85,7 +89,7 @@ class ImageDecoder:
         self._raw_header = _raw_header(manifest.image_size)
 
     def locate(self, samples: NDArray[np.int64]) -> list[StoredImage]:
-        """Where these stored samples lie."""
+        """Return the locations of stored samples."""
         shards = np.searchsorted(self._starts, samples, side="right") - 1
         columns = samples, shards, self._offsets[samples], self._lengths[samples]
         return [StoredImage(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
@@ -94,8 +98,8 @@ class ImageDecoder:
         """Decode an image into ``size`` x ``size`` x 3 uint8 contiguous pixels.
 
         Raises:
-            ImageError: naming shard and galaxy, if it is cut short, does not decode or has another size.
-            UserError: if the shard is missing, cannot be opened or is not the manifest's by its size.
+            ImageError: the image is truncated, does not decode or has another size; names shard and galaxy.
+            UserError: the shard is missing, cannot be opened, or has another size than in the manifest.
         """
         file = self._open(image)
         try:
@@ -104,10 +108,10 @@ class ImageDecoder:
                 return
             data = os.pread(file.descriptor, image.length, image.offset)
             if len(data) != image.length:
-                raise ValueError("the shard is cut short")
+                raise ValueError("the shard is truncated")
             shape = self._decode_jpeg(data, pixels) if self._encoding == "jpeg" else _decode_png(data, pixels)
             if shape != pixels.shape:
-                raise ValueError(f"{shape[1]} x {shape[0]} pixels where {self.size} x {self.size} belong")
+                raise ValueError(f"it has {shape[1]} x {shape[0]} pixels instead of {self.size} x {self.size}")
         except (ValueError, OSError, SyntaxError) as error:
             raise ImageError(
                 f"{self._name(image)}: its image does not decode ({error})",
@@ -116,26 +120,22 @@ class ImageDecoder:
             ) from None
 
     def close(self) -> None:
-        """Let go of the shards; from now on reading may raise."""
+        """Release the shards; later reads may raise."""
         self._source.close()
 
     def advance(self, step: int) -> None:
-        """All batches up to this one have been read."""
+        """Report that all batches up to this step have been read."""
         self._source.advance(step)
 
     def _decode_jpeg(self, data: bytes, pixels: Pixels) -> tuple[int, ...]:
-        if self._factor == 1:
-            return tuple(simplejpeg.decode_jpeg(data, "RGB", buffer=pixels).shape)
-        image = simplejpeg.decode_jpeg(
-            data, "RGB", min_height=self.size, min_width=self.size, min_factor=self._factor, buffer=pixels
-        )
-        return tuple(image.shape)
+        smaller = {"min_height": self.size, "min_width": self.size, "min_factor": self._factor} if self._factor > 1 else {}
+        return tuple(simplejpeg.decode_jpeg(data, "RGB", buffer=pixels, **smaller).shape)
 
     def _read_raw(self, descriptor: int, image: StoredImage, pixels: Pixels) -> None:
         header = bytearray(len(self._raw_header))
         length = os.preadv(descriptor, [header, pixels.data.cast("B")], image.offset)
         if length != image.length:
-            raise ValueError("the shard is cut short")
+            raise ValueError("the shard is truncated")
         if header != self._raw_header:
             raise ValueError(f"not a .npy file of {self.size} x {self.size} x 3 uint8")
 
@@ -144,42 +144,34 @@ class ImageDecoder:
         if file.num_bytes != self._shard_bytes[image.shard]:
             raise UserError(
                 f"{self._name(image)}: the shard has {file.num_bytes} bytes where the manifest says "
-                f"{self._shard_bytes[image.shard]}: it was cut short or replaced. See what is wrong with: "
-                f"galaxydist data check {self._manifest.location}; then copy it anew, or make the shards anew"
+                f"{self._shard_bytes[image.shard]}: it was truncated or replaced. List all damage with: "
+                f"galaxydist data check {self._manifest.location}; then copy it again, or make the shards anew"
             )
         return file
 
     def _name(self, image: StoredImage) -> str:
-        return image_name(self._manifest, self._split, image.shard, image.sample - int(self._starts[image.shard]))
+        number = image.sample - int(self._starts[image.shard])
+        key = _read_key(self._manifest.shard_path(self._split, image.shard), number, image.offset)
+        return f"shard {self._manifest.shard_location(self._split, image.shard)}, galaxy {key}"
 
 
-def image_name(manifest: Manifest, split: str, shard: int, number: int) -> str:
-    """``shard PATH, galaxy KEY`` for an error message; the key is read from the shard's index, or else from the shard."""
-    path = manifest.shard_path(split, shard)
-    try:
-        key = parse_index(path.with_suffix(".idx").read_text("ascii"))[number][0].name.partition(".")[0]
-    except (OSError, ValueError, IndexError):
-        key = _key_in_tar(manifest, split, shard, number) or f"number {number}"
-    return f"shard {manifest.shard_location(split, shard)}, galaxy {key}"
-
-
-def sample_name(manifest: Manifest, split: str, sample: int) -> str:
-    """The key of a stored sample."""
-    ends = np.cumsum(manifest.shards(split)["samples"])
+def sample_key(manifest: Manifest, split: str, sample: int) -> str:
+    """Return the key of a stored sample; ``number N`` if it cannot be read."""
+    sizes = manifest.shards(split)["samples"]
+    ends = np.cumsum(sizes)
     shard = int(np.searchsorted(ends, sample, side="right"))
-    start = int(ends[shard - 1]) if shard else 0
-    return image_name(manifest, split, shard, sample - start).rsplit(" ", 1)[-1]
+    number = sample - int(ends[shard] - sizes[shard])
+    return _read_key(manifest.shard_path(split, shard), number, int(manifest.offsets(split)[sample]))
 
 
-def _key_in_tar(manifest: Manifest, split: str, shard: int, number: int) -> str:
-    """The key as the header before the image has it; empty where there is no header."""
-    sample = int(manifest.shards(split)["samples"][:shard].sum()) + number
-    try:
-        with manifest.shard_path(split, shard).open("rb") as file:
-            file.seek(int(manifest.offsets(split)[sample]) - BLOCK)
-            return tarfile.TarInfo.frombuf(file.read(BLOCK), "ascii", "strict").name.partition(".")[0]
-    except (OSError, tarfile.HeaderError):
-        return ""
+def _read_key(shard: Path, number: int, offset: int) -> str:
+    """Return the key of a shard's sample from its index, else from the tar header before the image."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return parse_index(shard.with_suffix(".idx").read_text("ascii"))[number][0].name.partition(".")[0]
+    with contextlib.suppress(OSError, tarfile.HeaderError), shard.open("rb") as file:
+        file.seek(offset - BLOCK)
+        return tarfile.TarInfo.frombuf(file.read(BLOCK), "ascii", "strict").name.partition(".")[0]
+    return f"number {number}"
 
 
 def _raw_header(image_size: int) -> bytes:
@@ -199,43 +191,38 @@ def _decode_png(data: bytes, pixels: Pixels) -> tuple[int, ...]:
     return decoded.shape
 
 
-# A few images of a split by their sample numbers, read where they lie; of shards in a store only those that hold them
-# come.
-
-
-def read_chosen(
+def read_samples(
     manifest: Manifest, split: str, samples: NDArray[np.int64], factors: Sequence[int] = (1,)
 ) -> Iterator[tuple[int, tuple[Pixels, ...]]]:
-    """Decode images.
+    """Decode single images by their sample numbers; of a remote data set, only their shards are fetched.
 
     Args:
-        manifest, split: of which.
-        samples: stored sample numbers, ascending, each once.
-        factors: decode each image once for every one of these, by so much smaller (see ``decode.reduction``).
+        manifest, split: the data set and its split.
+        samples: stored sample numbers, ascending, without repetition.
+        factors: each image is decoded once per factor, by that factor smaller (see :func:`reduction`).
 
-    Returns:
-        in turn: sample number, and for each factor H x W x 3 uint8 pixels.
+    Yields:
+        sample number, and H x W x 3 uint8 pixels for each factor.
 
     Raises:
-        UserError: naming shard and galaxy, what cannot be read.
+        UserError: an image cannot be read; names shard and galaxy.
     """
     if samples.size == 0:
         return
     sizes = manifest.shards(split)["samples"]
-    uses = evaluation_uses(sizes, 1, 0, 1)  # batches of one sample: the steps are the sample numbers
-    needed = np.unique(np.searchsorted(np.cumsum(sizes), samples, side="right"))
-    uses = uses[np.isin(uses["shard"], needed)]
-    source = open_shard_source(manifest, split, iter([uses]), iter([extend(uses, 1)]), steps_ahead=1, why="a few images")
-    readers = [ImageDecoder(manifest, split, factor, source) for factor in factors]
+    intervals = usage_of_evaluation(sizes, 1, 0, 1)  # batches of one sample: the steps are the sample numbers
+    needed = np.searchsorted(np.cumsum(sizes), samples, side="right")
+    intervals = intervals[np.isin(intervals["shard"], needed)]
+    source = open_shard_source(
+        manifest, split, iter([intervals]), iter([extend(intervals, 1)]), steps_ahead=1, why="single images"
+    )
+    decoders = [ImageDecoder(manifest, split, factor, source) for factor in factors]
     try:
-        for image in readers[0].locate(samples):
-            yield image.sample, tuple(_read(reader, image) for reader in readers)
+        for image in decoders[0].locate(samples):
+            found = tuple(np.empty((decoder.size, decoder.size, 3), np.uint8) for decoder in decoders)
+            for decoder, pixels in zip(decoders, found, strict=True):
+                decoder.read_into(image, pixels)
+            yield image.sample, found
             source.advance(image.sample)
     finally:
         source.close()
-
-
-def _read(reader: ImageDecoder, image: StoredImage) -> Pixels:
-    pixels = np.empty((reader.size, reader.size, 3), np.uint8)
-    reader.read_into(image, pixels)
-    return pixels

@@ -2,9 +2,9 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,38 +12,15 @@ from torch import Tensor
 from galaxydist.loading.loader import Batch
 
 
-class Event(Protocol):
-    """The end of a copy."""
-
-    def query(self) -> bool:
-        """Return True once the copy is complete."""
-        ...
-
-    def synchronize(self) -> None:
-        """Block until the copy is complete."""
-        ...
-
-
-class CopyStream(Protocol):
-    """A queue of copies that run beside the compute stream."""
-
-    def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
-        """Start copying; the sources must not change until the event."""
-        ...
-
-    def hand_over(self, copies: Sequence[Tensor], event: Event) -> None:
-        """Make the current stream wait for the copies, and keep their memory from reuse until it has finished with them."""
-        ...
-
-
-class CudaCopyStream:
-    """A side stream of a CUDA device."""
+class CopyStream:
+    """Side stream of a CUDA device, whose copies run beside the compute stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
+    def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event]:
+        """Start copying; the sources must not change until the event."""
         # Copies from unpinned memory would block the host.
         pinned = [tensor if tensor.is_pinned() else tensor.pin_memory() for tensor in tensors]
         with torch.cuda.stream(self._stream):
@@ -52,8 +29,8 @@ class CudaCopyStream:
             event.record(self._stream)
         return copies, event
 
-    def hand_over(self, copies: Sequence[Tensor], event: Event) -> None:
-        assert isinstance(event, torch.cuda.Event)
+    def hand_over(self, copies: Sequence[Tensor], event: torch.cuda.Event) -> None:
+        """Make the current stream wait for the copies, and keep their memory from reuse until it has finished with them."""
         current = torch.cuda.current_stream(self._device)
         current.wait_event(event)
         for tensor in copies:
@@ -66,10 +43,10 @@ class _Copying:
 
     batch: Batch
     source: Batch
-    event: Event
+    event: torch.cuda.Event
 
 
-class DevicePrefetcher:
+class DevicePrefetcher(AbstractContextManager["DevicePrefetcher"], Iterator[Batch]):
     """Copies a loader's images, labels and weights to the device; positions and sample numbers stay on the CPU.
 
     On a GPU the next batch is copied while the current one is in use, and the loader's memory is released only after the copy.
@@ -84,34 +61,29 @@ class DevicePrefetcher:
 
     def __init__(self, batches: Iterator[Batch], device: torch.device, side_stream: CopyStream | None = None) -> None:
         self._batches, self._device = batches, device
-        self._side_stream = side_stream or (CudaCopyStream(device) if device.type == "cuda" else None)
+        self._side_stream = side_stream or (CopyStream(device) if device.type == "cuda" else None)
         self._ahead: _Copying | None = None
         self._error: Exception | None = None
         self._in_flight: deque[_Copying] = deque()
 
-    def __iter__(self) -> Self:
-        return self
-
     def __next__(self) -> Batch:
         if self._side_stream is None:
-            return self._moved(next(self._batches))
+            batch = next(self._batches)
+            return batch if self._device.type == "cpu" else _with(batch, [tensor.to(self._device) for tensor in _tensors(batch)])
         if self._ahead is None:
             self._fetch(self._side_stream)
         copying, self._ahead = self._ahead, None
         if copying is None:
             assert self._error is not None
             raise self._error
-        self._side_stream.hand_over(_moving(copying.batch), copying.event)
-        while self._in_flight and self._in_flight[0].event.query():
+        self._side_stream.hand_over(_tensors(copying.batch), copying.event)
+        while self._in_flight and self._in_flight[0].event.query():  # type: ignore[no-untyped-call]
             self._in_flight.popleft()
         self._in_flight.append(copying)
         self._fetch(self._side_stream)
         return copying.batch
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -132,14 +104,11 @@ class DevicePrefetcher:
         except Exception as error:  # raised after the batches before it
             self._error = error
             return
-        copies, event = side_stream.start(_moving(source))
+        copies, event = side_stream.start(_tensors(source))
         self._ahead = _Copying(_with(source, copies), source, event)
 
-    def _moved(self, batch: Batch) -> Batch:
-        return batch if self._device.type == "cpu" else _with(batch, [tensor.to(self._device) for tensor in _moving(batch)])
 
-
-def _moving(batch: Batch) -> list[Tensor]:
+def _tensors(batch: Batch) -> list[Tensor]:
     return [batch.images_BHWC, batch.labels_B, batch.weights_B]
 
 

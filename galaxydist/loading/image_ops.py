@@ -1,9 +1,9 @@
-"""What is to become of each image of a batch, in numbers: the one plan that every device carries out.
+"""Image transforms: per-image parameters, and two backends that carry them out (torch on accelerators, OpenCV on CPUs).
 
-The filter aimed at when an image shrinks is that of PIL and torchvision (``antialias=True``): a triangle two output pixels wide.
-A bilinear sample alone is a triangle two input pixels wide. What is missing is blurred in beforehand by a few taps of the
-missing variance (a triangle that reaches to r has the variance r^2 / 6); from three input pixels to an output pixel on, whole
-pixels are averaged first. A test holds the mean difference from a float64 triangle below one grey level.
+The antialiasing filter approximates that of PIL and torchvision (``antialias=True``): a triangle two output pixels wide. A
+bilinear sample alone is a triangle two input pixels wide. The missing variance (a triangle of half-width r has the variance
+r^2 / 6) is added beforehand by a blur of a few taps; above three input pixels per output pixel, whole pixels are averaged first.
+A test holds the mean difference from a float64 triangle below one grey level.
 """
 
 import functools
@@ -24,22 +24,21 @@ Floats = NDArray[np.float64]
 Float32s = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-# Input pixels to an output pixel: above the first, the image is blurred; above the second, halved until it is below.
+# Input pixels per output pixel above which an image is blurred, or halved until it is below.
 BLUR = 1.1
 HALVE = 3.0
-# Taps are multiples of 1/256, which 8-bit arithmetic (OpenCV's) and float32 both hold exactly.
+# Taps are multiples of 1/256, which are exact in 8-bit arithmetic (OpenCV's) and in float32.
 TAP_UNIT = 256
-NUM_TAPS = 5
 
 
 @dataclass(frozen=True)
 class AffineWarp:
-    """Resampling through a map; what lies outside an image is its reflection.
+    """Resampling through affine maps; images are continued by reflection at their edges.
 
     Args:
         maps: B x 2 x 3 from output to input coordinates (x to the right, y down; both -1 to 1 from edge to edge).
-        halvings: B, how often 2 x 2 pixels are averaged first.
-        taps: B x 5, the symmetric blur along each axis that follows; sums are 1.
+        halvings: B, number of times that 2 x 2 pixels are averaged first.
+        taps: B x 5, the symmetric blur along each axis that follows; each row has the sum 1.
     """
 
     maps: Floats
@@ -48,14 +47,14 @@ class AffineWarp:
 
     @property
     def radii(self) -> Ints:
-        """B, how far each blur reaches: 0 (none), 1 or 2 pixels."""
+        """B blur radii: 0 (none), 1 or 2 pixels."""
         return np.asarray(np.count_nonzero(self.taps, axis=1) // 2)
 
     def matrices(self, width: int, size: int) -> Floats:
-        """The maps between centres of pixels: B x 2 x 3 from (column, row) of the output to that of the halved input.
+        """Return the maps between pixel centres: B x 2 x 3 from (column, row) of the output to that of the halved input.
 
         Args:
-            width: of the images before they are halved.
+            width: width of the images before they are halved.
             size: output width.
         """
         half = width / 2.0 ** (self.halvings + 1)
@@ -66,7 +65,7 @@ class AffineWarp:
 
 @dataclass(frozen=True)
 class QuarterTurn:
-    """Quarter turns (B, counter-clockwise) and then mirrors (B, left to right): the same pixels in other places."""
+    """Quarter turns (B, counter-clockwise), then mirrors (B, left to right), which only permute the pixels."""
 
     turns: Ints
     mirrored: NDArray[np.bool_]
@@ -78,24 +77,24 @@ class Noise:
 
     Args:
         table: float32.
-        places: B, where in the table an image's C x T x T deviates start.
-        gain_BC: float32, what they are multiplied by.
+        offsets: B, offset in the table of an image's C x T x T deviates.
+        gain_BC: float32, factor of the deviates.
     """
 
     table: Float32s
-    places: Ints
+    offsets: Ints
     gain_BC: Float32s
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """``grey level * gain + shift + noise`` of images that were warped or turned and are in whole grey levels again.
+    """Geometry of each image, then ``grey level * gain + shift + noise`` of the result in whole grey levels.
 
     Args:
-        geometry: how pixels move. For a :class:`Turn` the images have the model's size already.
+        geometry: motion of the pixels. For :class:`QuarterTurn` the images already have the model's size.
         gain_BC: float32.
         shift_C: float32.
-        noise: if any.
+        noise: added noise, or None.
     """
 
     geometry: AffineWarp | QuarterTurn
@@ -105,22 +104,22 @@ class ImageTransform:
 
 
 def antialias(pitch: Floats, width: int) -> tuple[Ints, Float32s]:
-    """How images are made ready for one bilinear sample to an output pixel: ``halvings`` and ``taps`` of a :class:`Warp`.
+    """Return the ``halvings`` and ``taps`` of :class:`AffineWarp` that prepare images for one bilinear sample per output pixel.
 
     Args:
-        pitch: input pixels between output pixels, for each image.
-        width: of the input; it is halved only as long as that is exact.
+        pitch: input pixels per output pixel, for each image.
+        width: width of the input; it is halved only as long as it is even.
     """
     halvings = np.ceil(np.log2(np.maximum(pitch, 1e-6) / HALVE)).astype(np.int64)
     halvings = np.clip(halvings, 0, (width & -width).bit_length() - 1)
     left = pitch / 2.0**halvings
-    # A mean over n pixels has the variance (n^2 - 1) / 12: here in units of the halved pixels.
+    # A mean over n pixels has the variance (n^2 - 1) / 12, here in units of the halved pixels.
     variance = (left**2 - 1) / 6 - (1 - 4.0**-halvings) / 12
     return halvings, _taps(np.where(left > BLUR, np.clip(variance, 0, 4 / 3), 0))
 
 
 def _taps(variance: Floats) -> Float32s:
-    """Up to a variance of 1/2 three taps, above two times three: from the binomial of 5 to the triangle that reaches to 3."""
+    """Return taps of these variances: three up to 1/2; above, two blurs of three (from a binomial of 5 to a triangle to 3)."""
     single = variance <= 0.5
     side = np.where(single, variance / 2, variance / 4)
     near = np.where(single, side, 2 * side * (1 - 2 * side))
@@ -129,11 +128,8 @@ def _taps(variance: Floats) -> Float32s:
     return (np.stack([far, near, TAP_UNIT - 2 * (near + far), near, far], axis=1) / TAP_UNIT).astype(np.float32)
 
 
-# ``ImageTransform`` carried out by torch, a batch at a time: the way of an accelerator (it gives the same on a CPU, slowly).
-
-
 class TorchBackend:
-    """Images to model input where they are.
+    """Carries out transforms with torch, on the images' device and a batch at a time (on a CPU slower than OpenCV).
 
     Args:
         size: T, width that the model sees.
@@ -143,32 +139,29 @@ class TorchBackend:
         self._size = size
         self._noise_table: Tensor | None = None
 
-    def __call__(self, images_BHWC: Tensor, changes: ImageTransform) -> Tensor:
-        """uint8 B x H x W x 3, H == W, to float32 B x 3 x T x T on the same device."""
+    def __call__(self, images_BHWC: Tensor, transform: ImageTransform) -> Tensor:
+        """Convert uint8 B x H x W x 3, H == W, to float32 B x 3 x T x T on the same device."""
         batch = torch.empty((len(images_BHWC), 3, self._size, self._size), device=images_BHWC.device)
-        for rows, group in _groups(changes.geometry):
+        for rows, group in _groups(transform.geometry):
             chosen = _index(rows, images_BHWC)
             images = images_BHWC[chosen].permute(0, 3, 1, 2).float()
             batch[chosen] = resample(images, group, self._size) if isinstance(group, AffineWarp) else _turn(images, group)
-        batch.mul_(_column(changes.gain_BC, batch)).add_(_column(changes.shift_C[None], batch))
-        if changes.noise is not None:
-            self._add_noise(batch, changes.noise)
+        batch.mul_(_column(transform.gain_BC, batch)).add_(_column(transform.shift_C[None], batch))
+        if (noise := transform.noise) is not None:
+            if self._noise_table is None or self._noise_table.device != batch.device:
+                self._noise_table = torch.from_numpy(noise.table).to(batch.device)
+            windows = self._noise_table.unfold(0, batch[0].numel(), 1)
+            deviates = windows[torch.from_numpy(noise.offsets).to(batch.device)].view(batch.shape)
+            batch.addcmul_(deviates, _column(noise.gain_BC, batch))
         return batch
-
-    def _add_noise(self, batch_BCHW: Tensor, noise: Noise) -> None:
-        if self._noise_table is None or self._noise_table.device != batch_BCHW.device:
-            self._noise_table = torch.from_numpy(noise.table).to(batch_BCHW.device)
-        windows = self._noise_table.unfold(0, batch_BCHW[0].numel(), 1)
-        deviates = windows[torch.from_numpy(noise.places).to(batch_BCHW.device)].view(batch_BCHW.shape)
-        batch_BCHW.addcmul_(deviates, _column(noise.gain_BC, batch_BCHW))
 
 
 def resample(images_BCHW: Tensor, warp: AffineWarp, size: int) -> Tensor:
-    """Each image through its map, in whole grey levels.
+    """Resample each image through its map, in whole grey levels.
 
     Args:
         images_BCHW: float32, 0 to 255, of any memory format.
-        warp: with as many halvings for every image, and blurs that reach equally far.
+        warp: equal numbers of halvings and equal blur radii for all images.
         size: output width.
 
     Returns:
@@ -186,11 +179,11 @@ def resample(images_BCHW: Tensor, warp: AffineWarp, size: int) -> Tensor:
 
 
 def resize(images_BCHW: Tensor, size: int) -> Tensor:
-    """To another size, antialiased, in whole grey levels; no map involved.
+    """Resize images with antialiasing, in whole grey levels.
 
     Args:
-        images_BCHW: uint8, which torch resizes on a CPU alone, there ten times as fast as float32; or float32, 0 to 255. Both
-            are rounded after either axis.
+        images_BCHW: uint8, which torch resizes only on a CPU, ten times as fast as float32; or float32, 0 to 255. Both are
+            rounded after each axis.
         size: output width.
     """
     if not images_BCHW.is_floating_point():
@@ -202,18 +195,18 @@ def resize(images_BCHW: Tensor, size: int) -> Tensor:
 
 
 def halve(images_BCHW: Tensor) -> Tensor:
-    """The mean of each 2 x 2 pixels, in whole grey levels."""
+    """Return the means of 2 x 2 pixels, in whole grey levels."""
     rows = images_BCHW[:, :, 0::2] + images_BCHW[:, :, 1::2]
     return whole((rows[..., 0::2] + rows[..., 1::2]).mul_(0.25))
 
 
 def whole(images: Tensor) -> Tensor:
-    """Rounded to whole grey levels, halves up as OpenCV's arithmetic in whole numbers does; in place."""
+    """Round to whole grey levels in place, halves up like OpenCV's integer arithmetic."""
     return images.add_(0.5).floor_()
 
 
 def _blur(images_BCHW: Tensor, taps: Float32s, radius: int, axis: int) -> Tensor:
-    """Along one axis, exactly: every product and sum is a whole number of 1/65536, below 2^24 of them."""
+    """Blur along one axis, exactly: each product and sum is a multiple of 1/65536 below 2^24 of them."""
     middle, width = taps.shape[1] // 2, images_BCHW.shape[axis]
     index = torch.arange(-radius, width + radius, device=images_BCHW.device)
     mirrored = torch.where(index < 0, -1 - index, torch.where(index >= width, 2 * width - 1 - index, index))
@@ -226,17 +219,12 @@ def _blur(images_BCHW: Tensor, taps: Float32s, radius: int, axis: int) -> Tensor
 
 
 def _groups(geometry: AffineWarp | QuarterTurn) -> Iterator[tuple[Ints, AffineWarp | QuarterTurn]]:
-    """The images that are treated alike: their rows, and what happens to them."""
-    if isinstance(geometry, AffineWarp):
-        kinds = np.stack([geometry.halvings, geometry.radii], axis=1)
-    else:
-        kinds = np.stack([geometry.turns, geometry.mirrored], axis=1)
+    """Yield the rows of images that take the same operations, and their part of the geometry."""
+    columns = [geometry.halvings, geometry.radii] if isinstance(geometry, AffineWarp) else [geometry.turns, geometry.mirrored]
+    kinds = np.stack(columns, axis=1)
     for kind in np.unique(kinds, axis=0):
         rows = np.flatnonzero((kinds == kind).all(1))
-        if isinstance(geometry, AffineWarp):
-            yield rows, AffineWarp(geometry.maps[rows], geometry.halvings[rows], geometry.taps[rows])
-        else:
-            yield rows, QuarterTurn(geometry.turns[rows], geometry.mirrored[rows])
+        yield rows, type(geometry)(*(column[rows] for column in vars(geometry).values()))
 
 
 def _turn(images_BCHW: Tensor, turn: QuarterTurn) -> Tensor:
@@ -245,51 +233,47 @@ def _turn(images_BCHW: Tensor, turn: QuarterTurn) -> Tensor:
 
 
 def _index(rows: Ints, like: Tensor) -> Tensor | slice:
-    """Rows as an index; neighbouring ones as a slice, which copies nothing."""
+    """Return rows as an index; adjacent rows as a slice, which makes no copy."""
     if int(rows[-1]) - int(rows[0]) == rows.size - 1:
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return torch.from_numpy(rows).to(like.device)
 
 
 def _column(values_BC: Float32s | Floats, like: Tensor) -> Tensor:
-    """A number for each channel of each image, to multiply images by."""
+    """Return one number per channel and image, broadcast over the pixels."""
     return torch.from_numpy(np.ascontiguousarray(values_BC)).to(like.device)[:, :, None, None]
 
 
-# ``ImageTransform`` carried out on a CPU by OpenCV, image by image, while an image is in the processor's cache.
-
 Pixels = NDArray[np.uint8]
 
-# Images that a thread takes in one go: few enough to share a batch among threads, enough to pay for the hand-over.
+# Images per task of a thread: few enough to share a batch among threads, and enough to pay for the submission.
 IMAGES_PER_TASK = 8
 
 
 class OpenCVBackend:
-    """Images to model input in the memory of the processor.
+    """Carries out transforms with OpenCV on a CPU, image by image, while an image is in the CPU's cache.
 
     Args:
         size: T, width that the model sees.
-        threads: that share a batch; the result does not depend on them.
+        threads: threads that share a batch; the result does not depend on them.
     """
 
     def __init__(self, size: int, threads: int = 1) -> None:
         self._size, self._threads = size, threads
         self._buffers = BufferPool(keep=4)
-        self._executor: ThreadPoolExecutor | None = None
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-augment")
 
-    def __call__(self, images_BHWC: Pixels, changes: ImageTransform) -> Float32s:
-        """uint8 B x H x W x 3, H == W, to float32 B x 3 x T x T; its memory is used again once nothing refers to it."""
+    def __call__(self, images_BHWC: Pixels, transform: ImageTransform) -> Float32s:
+        """Convert uint8 B x H x W x 3, H == W, to float32 B x 3 x T x T, whose memory is reused once nothing refers to it."""
         batch = self._buffers.take((len(images_BHWC), 3, self._size, self._size), np.float32)
-        geometry = changes.geometry
+        geometry = transform.geometry
         matrices = geometry.matrices(images_BHWC.shape[1], self._size) if isinstance(geometry, AffineWarp) else None
-        task = functools.partial(_render, images_BHWC, changes, matrices, batch)
+        task = functools.partial(_apply, images_BHWC, transform, matrices, batch)
         tasks = [range(first, min(first + IMAGES_PER_TASK, len(batch))) for first in range(0, len(batch), IMAGES_PER_TASK)]
         if self._threads == 1 or len(tasks) < 2:
             for rows in tasks:
                 task(rows)
             return batch
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="galaxydist-augment")
         for _ in self._executor.map(task, tasks):
             pass
         return batch
@@ -297,34 +281,35 @@ class OpenCVBackend:
 
 @functools.cache
 def _cv2() -> Any:
-    """OpenCV without threads of its own: ours share the images."""
+    """Import OpenCV without its own threads, since ours share the images."""
     import cv2
 
     cv2.setNumThreads(1)
     return cv2
 
 
-def _render(images_BHWC: Pixels, changes: ImageTransform, matrices: Floats | None, batch_BCHW: Float32s, rows: range) -> None:
-    cv2 = _cv2()
+def _apply(images_BHWC: Pixels, transform: ImageTransform, matrices: Floats | None, batch_BCHW: Float32s, rows: range) -> None:
+    cv2, geometry, noise = _cv2(), transform.geometry, transform.noise
     size = batch_BCHW.shape[2]
-    # Four channels: OpenCV warps them in two thirds of the time that three take.
+    # OpenCV warps four channels in two thirds of the time that three take.
     warped, planes = np.empty((size, size, 4), np.uint8), list(np.empty((4, size, size), np.uint8))
-    chosen = slice(rows.start, rows.stop)
-    tables = changes.gain_BC[chosen, :, None] * np.arange(256, dtype=np.float32) + changes.shift_C[:, None]
+    tables = transform.gain_BC[rows.start : rows.stop, :, None] * np.arange(256, dtype=np.float32) + transform.shift_C[:, None]
     for row, table in zip(rows, tables, strict=True):
-        if isinstance(changes.geometry, AffineWarp):
+        if isinstance(geometry, AffineWarp):
             assert matrices is not None
-            image = _soften(cv2, images_BHWC[row], int(changes.geometry.halvings[row]), changes.geometry.taps[row])
+            image = _soften(cv2, images_BHWC[row], int(geometry.halvings[row]), geometry.taps[row])
             image = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
             flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
             cv2.warpAffine(image, matrices[row], (size, size), dst=warped, flags=flags, borderMode=cv2.BORDER_REFLECT)
             channels = cv2.split(warped, planes)
         else:
-            channels = cv2.split(_turn_one(cv2, images_BHWC[row], changes.geometry, row), planes[:3])
+            channels = cv2.split(_turn_one(cv2, images_BHWC[row], geometry, row), planes[:3])
         for channel in range(3):
             cv2.LUT(channels[channel], table[channel], dst=batch_BCHW[row, channel])
-        if changes.noise is not None:
-            _add_noise(cv2, batch_BCHW[row], changes, row)
+        if noise is not None:
+            deviates = noise.table[noise.offsets[row] :][: batch_BCHW[row].size].reshape(batch_BCHW[row].shape)
+            for channel, gain in enumerate(noise.gain_BC[row].tolist()):
+                cv2.scaleAdd(deviates[channel], gain, batch_BCHW[row, channel], dst=batch_BCHW[row, channel])
 
 
 def _soften(cv2: Any, image_HWC: Pixels, halvings: int, taps: Float32s) -> Pixels:
@@ -342,12 +327,3 @@ def _turn_one(cv2: Any, image_HWC: Pixels, turn: QuarterTurn, row: int) -> Pixel
         code = (cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CLOCKWISE)[turn.turns[row] - 1]
         image_HWC = cv2.rotate(image_HWC, code)
     return cv2.flip(image_HWC, 1) if turn.mirrored[row] else image_HWC
-
-
-def _add_noise(cv2: Any, view_CHW: Float32s, changes: ImageTransform, row: int) -> None:
-    noise = changes.noise
-    assert noise is not None
-    place = int(noise.places[row])
-    deviates_CHW = noise.table[place : place + view_CHW.size].reshape(view_CHW.shape)
-    for view, deviates, gain in zip(view_CHW, deviates_CHW, noise.gain_BC[row].tolist(), strict=True):
-        cv2.scaleAdd(deviates, gain, view, dst=view)

@@ -1,6 +1,7 @@
-"""Shards to batches: a pool of threads decodes ahead into uint8 batches, in the order of ``order``. No worker processes.
+"""Loaders of training and evaluation batches, decoded ahead by a pool of threads.
 
-Train and evaluation readers share the pool (``DecodePool``); they differ only in which samples make up a batch.
+A loader starts no processes: positioned reads and the decoders release Python's lock. Batches come in the order of
+``shards/order.py`` and are never taken from the order in which the threads finish.
 """
 
 import math
@@ -10,7 +11,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.loading.decode import ImageDecoder, StoredImage, reduction
+from galaxydist.recipe.schema import DataConfig
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.order import (
     ByClass,
@@ -32,18 +33,25 @@ from galaxydist.shards.order import (
     rank_offsets,
     steps_per_epoch,
 )
-from galaxydist.shards.remote.prefetcher import open_shard_source
-from galaxydist.shards.shard_usage import Uses, evaluation_uses, extend, resampled_uses, shift, usage_of_rank
-
-# Memory of batches, used again: a batch of fresh pages costs a fifth of the time that decoding it does.
+from galaxydist.shards.remote.prefetcher import ShardSource, open_shard_source
+from galaxydist.shards.shard_usage import (
+    Intervals,
+    extend,
+    shift,
+    usage_of_evaluation,
+    usage_of_rank,
+    usage_of_resampling,
+)
 
 
 class BufferPool:
-    """Arrays whose memory comes back by itself once nothing refers to them any more, tensors made from them included.
+    """Reuses the memory of arrays once nothing refers to them, tensors made from them included.
+
+    Memory of fresh pages for each batch would take a fifth of the decoding time.
 
     Args:
-        keep: how many are kept for the next taker; more are freed.
-        pin: whether a GPU is to copy from them while the host goes on: then their pages are locked.
+        keep: number of free buffers that are kept; further ones are freed.
+        pin: allocate pinned memory, from which a GPU copies asynchronously.
     """
 
     def __init__(self, keep: int, *, pin: bool = False) -> None:
@@ -51,42 +59,35 @@ class BufferPool:
         self._free: list[NDArray[np.uint8]] = []
 
     def take(self, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
-        """An array with arbitrary contents."""
+        """Return an array with arbitrary contents."""
         num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        memory = self._free.pop() if self._free else self._allocate(num_bytes)
-        if memory.nbytes < num_bytes:
-            memory = self._allocate(num_bytes)
+        memory = self._free.pop() if self._free else None
+        if memory is None or memory.nbytes < num_bytes:
+            memory = (
+                torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy() if self._pin else np.empty(num_bytes, np.uint8)
+            )
         array = memory[:num_bytes].view(dtype).reshape(shape)
         weakref.finalize(array, self._give_back, memory).atexit = False
         return array
-
-    def _allocate(self, num_bytes: int) -> NDArray[np.uint8]:
-        if not self._pin:
-            return np.empty(num_bytes, np.uint8)
-        memory: NDArray[np.uint8] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
-        return memory
 
     def _give_back(self, memory: NDArray[np.uint8]) -> None:
         if len(self._free) < self._keep:
             self._free.append(memory)
 
 
-# A pool of threads that decodes batches ahead into uint8 memory. No worker processes, nothing to drain.
-
-
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One rank's part of a batch: as a reader gives it on the CPU; ``DeviceFeed`` moves images, labels and weights.
+    """One rank's part of a batch, on the CPU; ``DevicePrefetcher`` copies images, labels and weights to the device.
 
     Args:
         images_BHWC: uint8, at the stored size or decoded smaller by an exact 2, 4 or 8.
         labels_B: int64 class numbers; 0 where the weight is 0.
-        weights_B: float32, 1; 0 for an image that could not be read (it is black), has no label, or only fills up the batch.
+        weights_B: float32, 1; 0 for an image that could not be read (it is black) or has no label, and for padding.
         positions_B: int64 positions in the epoch's order (evaluation: in storage order).
-        samples_B: int64 stored sample numbers; -1 for what only fills up the batch.
-        epoch: of training; 0 in evaluation.
-        step: of the run in training; in evaluation the batch's number.
-        errors: of the images that could not be read, by stored sample number.
+        samples_B: int64 stored sample numbers; -1 for padding.
+        epoch: training epoch; 0 in evaluation.
+        step: training step; in evaluation the number of the batch.
+        errors: errors of the images that could not be read, by stored sample number.
     """
 
     images_BHWC: Tensor
@@ -100,8 +101,59 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class DecodeOptions:
+    """Options of decoding; ``image_size``, ``crop`` and ``max_zoom`` decide how much smaller JPEGs are decoded.
+
+    Args:
+        image_size: width that the model sees, in pixels; None: the stored width.
+        crop: central fraction of the stored width that the model sees.
+        max_zoom: largest magnification of the augmentation; in evaluation the training loader's, for equal scales.
+        threads: decoding threads; 0: this process's share of the cores.
+        prefetch: number of batches decoded ahead.
+        pin: decode into pinned memory, from which a GPU copies asynchronously.
+    """
+
+    image_size: int | None = None
+    crop: float = 1.0
+    max_zoom: float = 1.0
+    threads: int = 0
+    prefetch: int = 4
+    pin: bool = False
+
+    @classmethod
+    def of(cls, data: DataConfig, *, threads: int, pin: bool) -> Self:
+        """Return the options of a recipe; ``threads`` is used if the recipe leaves the number open."""
+        return cls(data.image_size, data.crop, data.augment.zoom, data.threads or threads, data.prefetch, pin)
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """This process among the ranks of a run.
+
+    Args:
+        rank, world_size: the rank gets the offsets o of a global batch with o mod W == rank.
+        ranks_on_node: processes that share this machine's cores and cache; ranks are assigned to machines in blocks.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    ranks_on_node: int = 1
+
+    def node_offsets(self, batch_size: int) -> Int64:
+        """Return the offsets in a global batch of all processes on this machine."""
+        first = self.rank - self.rank % self.ranks_on_node
+        ranks = range(first, min(first + self.ranks_on_node, self.world_size))
+        return np.concatenate([rank_offsets(batch_size, rank, self.world_size) for rank in ranks])
+
+
+# Defaults of the loaders.
+ONE_RANK = RankInfo()
+DECODE_DEFAULTS = DecodeOptions()
+
+
+@dataclass(frozen=True)
 class BatchPlan:
-    """What a batch will hold; samples of -1 fill it up."""
+    """Samples of a batch before it is decoded; -1 is padding."""
 
     samples: Int64
     positions: Int64
@@ -116,52 +168,56 @@ class _Pending:
     tasks: list["Future[list[tuple[int, UserError]]]"]
 
 
-class DecodePool:
-    """Batches decoded ahead by threads, at most ``prefetch`` of them; handed out in the order of their plans.
+# Positions of the order that are looked up at a time: one batch alone takes as long as ten, and decoding waits meanwhile.
+POSITIONS_AT_A_TIME = 1024
 
-    ``pin``: into memory that a GPU copies from while the host goes on.
-    """
 
-    def __init__(
-        self,
-        images: ImageDecoder,
-        labels: NDArray[np.int32],
-        plans: Iterator[BatchPlan],
-        threads: int,
-        prefetch: int,
-        *,
-        pin: bool = False,
-    ) -> None:
-        self._images, self._labels, self._plans, self._prefetch = images, labels, plans, prefetch
-        self._threads = threads
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="galaxydist-decode")
-        self._buffers = BufferPool(prefetch + 3, pin=pin)
+class _Loader(Iterator[Batch]):
+    """Iterates over batches, at most ``prefetch`` of which are decoded ahead, in the order of their plans."""
+
+    def __init__(self, manifest: Manifest, split: str, source: ShardSource, ranks: RankInfo, decode: DecodeOptions) -> None:
+        """Start the threads; ``source`` is closed with the loader."""
+        factor = reduction(manifest.image_size, decode.image_size or manifest.image_size, decode.crop, decode.max_zoom)
+        self._images = ImageDecoder(manifest, split, factor, source)
+        self._labels = manifest.labels(split)
+        self._prefetch, self._threads = decode.prefetch, decode.threads or available_cores(ranks.ranks_on_node)
+        self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="galaxydist-decode")
+        self._buffers = BufferPool(decode.prefetch + 3, pin=decode.pin)
         self._pending: deque[_Pending] = deque()
+        self._plans: Iterator[BatchPlan] = iter(())
+        self._raises = True
         self._closed = False
+        # Seconds that the caller has waited for batches.
         self.wait_s = 0.0
 
-    def next(self) -> Batch:
-        """The next batch; images that could not be read have weight 0."""
+    def __next__(self) -> Batch:
         if self._closed:
             raise StopIteration
         started = time.perf_counter()
-        while len(self._pending) <= self._prefetch and (plan := next(self._plans, None)) is not None:
-            self._pending.append(self._submit(plan))
-        if not self._pending:
-            self.close()
-            raise StopIteration
-        pending = self._pending.popleft()
         try:
-            failed = [failure for task in pending.tasks for failure in task.result()]
+            while len(self._pending) <= self._prefetch and (plan := next(self._plans, None)) is not None:
+                self._pending.append(self._submit(plan))
+            if not self._pending:
+                raise StopIteration
+            pending = self._pending.popleft()
+            batch = self._finish(pending, dict(failure for task in pending.tasks for failure in task.result()))
+            self.wait_s += time.perf_counter() - started
+            self._images.advance(batch.step)
+            if batch.errors and self._raises:
+                raise next(iter(batch.errors.values()))
         except BaseException:
             self.close()
             raise
-        batch = self._finish(pending, dict(failed))
-        self.wait_s += time.perf_counter() - started
         return batch
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Stop the threads and close the files; what was decoded ahead is dropped."""
+        """Stop the threads and close the files; batches decoded ahead are dropped."""
         if not self._closed:
             self._closed = True
             self._images.close()  # first: a thread may be waiting for a shard
@@ -174,7 +230,7 @@ class DecodePool:
         real = np.flatnonzero(plan.samples >= 0)
         pixels[real.size :] = 0
         images = self._images.locate(plan.samples[real])
-        share = max(1, -(-len(images) // self._threads))
+        share = max(1, math.ceil(len(images) / self._threads))
         tasks = [
             self._executor.submit(self._decode, images[first : first + share], pixels, first)
             for first in range(0, len(images), share)
@@ -208,69 +264,26 @@ class DecodePool:
         )
 
 
-__all__ = ["Batch", "EvalLoader", "TrainLoader", "steps_per_epoch"]
+class TrainLoader(_Loader):
+    """Endless batches of the training split.
 
-# Places of the order that are looked up in one go: a batch alone costs as much as ten, and decoding waits meanwhile.
-POSITIONS_TOGETHER = 1024
-
-
-class _Reader:
-    """What the two readers share: iteration, closing, the time spent waiting."""
-
-    _pool: DecodePool
-    _images: ImageDecoder
-    _raises = True
-
-    @property
-    def wait_s(self) -> float:
-        """Seconds that the consumer has spent in ``next`` so far."""
-        return self._pool.wait_s
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        batch = self._pool.next()
-        self._images.advance(batch.step)
-        if batch.errors and self._raises:
-            self.close()
-            raise next(iter(batch.errors.values()))
-        return batch
-
-    def close(self) -> None:
-        """Stop reading; leaves no thread behind."""
-        self._pool.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
-
-
-class TrainLoader(_Reader):
-    """Endless batches of the training split, on across the ends of epochs; step s of the run is batch s mod (N div G) of epoch
-    s div (N div G).
+    Step s of a run is batch s mod (N div G) of epoch s div (N div G); the incomplete last batch of an epoch is dropped.
 
     Args:
         manifest: the shards.
-        seed: of the run.
-        batch_size: G, the global batch.
-        rank, world_size: this process; it gets the offsets o of a global batch with o mod W == rank.
-        num_streams: canonical streams of the order.
-        image_size, crop, max_zoom: what the model will see of an image: says how much smaller it may be decoded.
+        seed: seed of the run.
+        batch_size: G, the global batch size.
+        num_streams: number of canonical streams of the order.
         balance: ``none``, or ``resample`` for even classes.
-        on_error: ``raise`` what cannot be read; or ``report``: such an image keeps its position with weight 0, its error
-            stands in the batch's ``errors``, and the caller decides, with the other processes, whether to go on.
-        threads: that decode; 0: this process's share of the cores.
-        ranks_on_node: processes that share the cores and the cache of this machine: those of rank div ranks_on_node.
-        prefetch: batches decoded ahead.
-        pin: decode into memory that a GPU copies from while the host goes on.
-        start_step: the first step; what comes before is not read.
+        ranks: this process among the ranks of the run.
+        decode: options of decoding.
+        on_error: ``raise`` the error of an image that cannot be read, or ``report`` it in ``Batch.errors``: the image keeps its
+            position with weight 0, and the ranks decide together whether to go on.
+        start_step: the first step; no image of earlier steps is read.
 
     Raises:
-        UserError: G over N, W over G, no training split, a cache that is too small; while iterating with ``raise``, naming shard
-            and galaxy, what cannot be read.
+        UserError: G > N, W > G, no training split, a cache that is too small; while iterating with ``raise``, the shard and
+            galaxy that cannot be read.
     """
 
     def __init__(
@@ -279,94 +292,74 @@ class TrainLoader(_Reader):
         *,
         seed: int,
         batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
         num_streams: int = 192,
-        image_size: int | None = None,
-        crop: float = 1.0,
-        max_zoom: float = 1.0,
         balance: Literal["none", "resample"] = "none",
+        ranks: RankInfo = ONE_RANK,
+        decode: DecodeOptions = DECODE_DEFAULTS,
         on_error: Literal["raise", "report"] = "raise",
-        threads: int = 0,
-        ranks_on_node: int = 1,
-        prefetch: int = 4,
-        pin: bool = False,
         start_step: int = 0,
-        split: str = "train",
     ) -> None:
-        self.steps_per_epoch = steps_per_epoch(manifest.split(split).num_samples, batch_size)
-        self._offsets = rank_offsets(batch_size, rank, world_size)
-        self._manifest, self._split, self._seed, self._batch_size = manifest, split, seed, batch_size
-        self._num_streams = num_streams
-        self._by_class = ByClass(manifest.labels(split)) if balance == "resample" else None
-        self._raises = on_error == "raise"
-        factor = reduction(manifest.image_size, image_size or manifest.image_size, crop, max_zoom)
+        self.steps_per_epoch = steps_per_epoch(manifest.split("train").num_samples, batch_size)
+        self._offsets = rank_offsets(batch_size, ranks.rank, ranks.world_size)
+        self._manifest, self._seed, self._batch_size, self._num_streams = manifest, seed, batch_size, num_streams
+        self._by_class = ByClass(manifest.labels("train")) if balance == "resample" else None
+        steps_ahead = decode.prefetch + 1
+        of_node = self._intervals(start_step, ranks.node_offsets(batch_size))
         source = open_shard_source(
             manifest,
-            split,
-            self._uses(start_step, self._offsets),
-            (
-                extend(uses, prefetch + 1)
-                for uses in self._uses(start_step, _node_offsets(batch_size, rank, world_size, ranks_on_node))
-            ),
+            "train",
+            self._intervals(start_step, self._offsets),
+            (extend(epoch, steps_ahead) for epoch in of_node),
             step=start_step,
-            steps_ahead=prefetch + 1,
-            ranks_on_node=ranks_on_node,
+            steps_ahead=steps_ahead,
+            ranks_on_node=ranks.ranks_on_node,
             why=f"data.num_streams={num_streams}" if self._by_class is None else "data.balance=resample draws from all shards",
         )
-        self._images = ImageDecoder(manifest, split, factor, source)
-        self._pool = DecodePool(
-            self._images,
-            manifest.labels(split),
-            self._plans(start_step),
-            threads or available_cores(ranks_on_node),
-            prefetch,
-            pin=pin,
-        )
+        super().__init__(manifest, "train", source, ranks, decode)
+        self._plans, self._raises = self._plan_batches(start_step), on_error == "raise"
 
     def epoch_order(self, epoch: int) -> Order:
-        """The order of an epoch."""
+        """Return the order of an epoch."""
         if self._by_class is not None:
-            return ResampledOrder(self._manifest.labels(self._split), seed=self._seed, epoch=epoch, by_class=self._by_class)
-        sizes = self._manifest.shards(self._split)["samples"]
+            return ResampledOrder(self._manifest.labels("train"), seed=self._seed, epoch=epoch, by_class=self._by_class)
+        sizes = self._manifest.shards("train")["samples"]
         return EpochOrder(sizes, seed=self._seed, epoch=epoch, num_streams=self._num_streams)
 
-    def _plans(self, step: int) -> Iterator[BatchPlan]:
+    def _plan_batches(self, step: int) -> Iterator[BatchPlan]:
+        at_a_time = max(1, POSITIONS_AT_A_TIME // self._offsets.size)
         while True:
             epoch, batch = divmod(step, self.steps_per_epoch)
             order = self.epoch_order(epoch)
-            together = max(1, POSITIONS_TOGETHER // self._offsets.size)
-            for first in range(batch, self.steps_per_epoch, together):
-                numbers = np.arange(first, min(first + together, self.steps_per_epoch))
+            for first in range(batch, self.steps_per_epoch, at_a_time):
+                numbers = np.arange(first, min(first + at_a_time, self.steps_per_epoch))
                 positions_SB = numbers[:, None] * self._batch_size + self._offsets
                 for positions, samples in zip(positions_SB, order.samples(positions_SB), strict=True):
                     yield BatchPlan(samples, positions, epoch, step)
                     step += 1
 
-    def _uses(self, step: int, offsets: Int64) -> Uses:
-        """The shards of these offsets, epoch after epoch from the one of ``step``."""
+    def _intervals(self, step: int, offsets: Int64) -> Intervals:
+        """Yield the access intervals of these offsets, epoch after epoch from that of ``step``."""
         epoch = step // self.steps_per_epoch
         while True:
             order = self.epoch_order(epoch)
             if isinstance(order, EpochOrder):
-                uses = usage_of_rank(order, self._batch_size, offsets)
+                intervals = usage_of_rank(order, self._batch_size, offsets)
             else:
-                uses = resampled_uses(self._manifest.split(self._split).num_shards, self.steps_per_epoch)
-            yield shift(uses, epoch * self.steps_per_epoch)
+                intervals = usage_of_resampling(self._manifest.split("train").num_shards, self.steps_per_epoch)
+            yield shift(intervals, epoch * self.steps_per_epoch)
             epoch += 1
 
 
-class EvalLoader(_Reader):
+class EvalLoader(_Loader):
     """The evaluation batches of one process: batch j holds stored samples j E ... (j + 1) E - 1 and goes to rank j mod W.
-    The last is filled up to E with weight 0. What cannot be read raises: an evaluation never counts fewer.
+
+    The last batch is padded to E with weight 0. An image that cannot be read raises an error: an evaluation counts all galaxies.
 
     Args:
-        manifest, split: which galaxies.
+        manifest, split: the data set and its split.
         batch_size: E, fixed in the recipe.
-        rank, world_size: this process.
-        image_size, crop: what the model will see of an image.
-        max_zoom: the training reader's, so that both decode at the same scale.
-        threads, ranks_on_node, prefetch, pin: as in :class:`TrainReader`.
+        ranks: this process among the ranks of the run.
+        decode: options of decoding.
     """
 
     def __init__(
@@ -375,51 +368,30 @@ class EvalLoader(_Reader):
         split: str,
         *,
         batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        image_size: int | None = None,
-        crop: float = 1.0,
-        max_zoom: float = 1.0,
-        threads: int = 0,
-        ranks_on_node: int = 1,
-        prefetch: int = 4,
-        pin: bool = False,
+        ranks: RankInfo = ONE_RANK,
+        decode: DecodeOptions = DECODE_DEFAULTS,
     ) -> None:
         self.num_samples = manifest.split(split).num_samples
-        self._batches = evaluation_batches(self.num_samples, batch_size, rank, world_size)
+        self._batches = evaluation_batches(self.num_samples, batch_size, ranks.rank, ranks.world_size)
         self._batch_size = batch_size
-        factor = reduction(manifest.image_size, image_size or manifest.image_size, crop, max_zoom)
-        sizes, num_nodes = manifest.shards(split)["samples"], -(-world_size // ranks_on_node)
+        sizes, num_nodes = manifest.shards(split)["samples"], math.ceil(ranks.world_size / ranks.ranks_on_node)
+        of_node = usage_of_evaluation(sizes, batch_size * ranks.ranks_on_node, 0, 1)
         source = open_shard_source(
             manifest,
             split,
-            iter([evaluation_uses(sizes, batch_size, rank, world_size)]),
-            iter([extend(evaluation_uses(sizes, batch_size * ranks_on_node, 0, 1), (prefetch + 1) * num_nodes)]),
-            steps_ahead=(prefetch + 1) * world_size,
-            ranks_on_node=ranks_on_node,
-            why=f"evaluation by {ranks_on_node} processes",
+            iter([usage_of_evaluation(sizes, batch_size, ranks.rank, ranks.world_size)]),
+            iter([extend(of_node, (decode.prefetch + 1) * num_nodes)]),
+            steps_ahead=(decode.prefetch + 1) * ranks.world_size,
+            ranks_on_node=ranks.ranks_on_node,
+            why=f"evaluation by {ranks.ranks_on_node} processes",
         )
-        self._images = ImageDecoder(manifest, split, factor, source)
-        self._pool = DecodePool(
-            self._images,
-            manifest.labels(split),
-            self._plans(),
-            threads or available_cores(ranks_on_node),
-            prefetch,
-            pin=pin,
-        )
+        super().__init__(manifest, split, source, ranks, decode)
+        self._plans = self._plan_batches()
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def _plans(self) -> Iterator[BatchPlan]:
+    def _plan_batches(self) -> Iterator[BatchPlan]:
         for number in self._batches:
             positions = number * self._batch_size + np.arange(self._batch_size)
             yield BatchPlan(np.where(positions < self.num_samples, positions, -1), positions, 0, number)
-
-
-def _node_offsets(batch_size: int, rank: int, world_size: int, ranks_on_node: int) -> Int64:
-    """The offsets of all processes of this one's machine; ranks are dealt to machines in blocks."""
-    first = rank - rank % ranks_on_node
-    ranks = range(first, min(first + ranks_on_node, world_size))
-    return np.concatenate([rank_offsets(batch_size, rank, world_size) for rank in ranks])

@@ -20,7 +20,7 @@ from galaxydist.recipe.schema import DataConfig, Recipe
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder, steps_per_epoch
 from galaxydist.shards.remote.object_store import is_url
-from galaxydist.shards.shard_usage import extend, peak_bytes, resampled_uses, usage_of_nodes
+from galaxydist.shards.shard_usage import extend, peak_bytes, usage_of_nodes, usage_of_resampling
 from galaxydist.shards.writer.layout import default_shard_size
 from galaxydist.surveys.official_split import NAME, read_official_split
 from galaxydist.surveys.split import NONE
@@ -359,7 +359,7 @@ def plan_shard_traffic(recipe: Recipe, data: DatasetSize, job: ClusterShape) -> 
     batch_size = recipe.train.batch_size
     sizes = data.shard_bytes
     if recipe.data.balance == "resample":
-        uses = [resampled_uses(sizes.size, steps_per_epoch(data.num_train, batch_size))] * job.num_nodes
+        uses = [usage_of_resampling(sizes.size, steps_per_epoch(data.num_train, batch_size))] * job.num_nodes
     else:
         order = EpochOrder(data.shard_samples, seed=recipe.seed, epoch=0, num_streams=recipe.data.num_streams)
         uses = usage_of_nodes(order, batch_size, job.num_nodes, job.gpus_per_node)

@@ -154,17 +154,14 @@ class RunFolder:
             return []
         stored = self.read_recipe()
         known = {**(defaults or {}), **stored.recipe}
-        forced = compare_recipes(known, recipe, result_keys=result_keys, force=force, place=str(self.path))
+        forced = compare_recipes(known, recipe, result_keys=result_keys, force=force, name=str(self.path))
         record = [{"step": step, "changes": [vars(change) for change in forced]}] if forced else []
         self.write_recipe(StoredRecipe(recipe, origins, [*stored.forced, *record]))
         return forced
 
     def read_tracker(self) -> dict[str, Any]:
         """Return the tracker's state (``run_id``, ``stored_step``, ``is_complete``); empty if there is none yet."""
-        if not self.tracker_path.exists():
-            return {}
-        content = read_json(self.tracker_path)
-        return content if isinstance(content, dict) else {}
+        return _read_object(self.tracker_path) or {}
 
     def write_tracker(self, *, run_id: str | None, stored_step: int, is_complete: bool) -> None:
         """Write the tracker's state.
@@ -178,10 +175,7 @@ class RunFolder:
 
     def read_result(self) -> dict[str, Any] | None:
         """Return the result of the run; None if it has not finished."""
-        if not self.result_path.exists():
-            return None
-        content = read_json(self.result_path)
-        return content if isinstance(content, dict) else {}
+        return _read_object(self.result_path)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write the result, which marks the run as finished."""
@@ -189,10 +183,8 @@ class RunFolder:
 
     def read_failure(self) -> dict[str, Any] | None:
         """Return the record of the last start's failure; None if there is no valid one."""
-        if not self.failure_path.exists():
-            return None
-        content = read_json(self.failure_path)
-        return content if isinstance(content, dict) and {"kind", "step", "error"} <= set(content) else None
+        content = _read_object(self.failure_path) or {}
+        return content if {"kind", "step", "error"} <= content.keys() else None
 
     def write_failure(self, kind: FailureKind, step: int | None, error: str, *, start: str | None = None) -> None:
         """Record how this start failed, for the decision to requeue.
@@ -216,6 +208,14 @@ class RunFolder:
         self.failure_path.unlink(missing_ok=True)
 
 
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file, empty if the file holds another value; None if there is no file."""
+    if not path.exists():
+        return None
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}
+
+
 def plain(value: Any) -> Any:
     """Return ``value`` as JSON would restore it (tuples as lists, paths as text), so that stored and new values compare equal."""
     if isinstance(value, Mapping):
@@ -233,7 +233,7 @@ def compare_recipes(
     *,
     result_keys: Collection[str],
     force: Collection[str] = (),
-    place: str = "the run folder",
+    name: str = "the run folder",
 ) -> list[Change]:
     """Return the forced changes of result keys between two resolved recipes (value by dotted key); other keys may differ.
 
@@ -253,18 +253,17 @@ def compare_recipes(
         listed = "\n".join(f"  {change}" for change in refused)
         keys = ",".join(sorted({*force, *(change.key for change in refused)}))
         raise UserError(
-            f"{place} belongs to a run with other values of keys that change its numbers:\n{listed}\n"
+            f"{name} belongs to a run with other values of keys that change its numbers:\n{listed}\n"
             f"Give the old values to continue it, another run.dir to start a new run, or resume.force=[{keys}] to continue it "
             "all the same (this is recorded)."
         )
     return changes
 
 
-# Names in the checkpoints folder, here so that they can be imported without torch.
-
+# Names in the checkpoints folder, defined here so that they can be imported without torch.
 LATEST, BEST = "latest", "best"
 STATE_FILE = "checkpoint.json"
-# The step, and the number of the save.
+# Groups: the step, the number of the save.
 FOLDER_NAME = re.compile(r"step-(\d+)-(\d+)")
 
 

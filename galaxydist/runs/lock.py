@@ -9,11 +9,11 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -57,14 +57,6 @@ def read_owner(path: Path) -> LockOwner | None:
         return None
 
 
-def process_start(pid: int) -> float | None:
-    """Return the start time of a process of this machine, seconds since 1970; None if it does not run."""
-    try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.Error:
-        return None
-
-
 def pid_space() -> str:
     """Return an identifier of this boot and process namespace, or an empty text if unknown.
 
@@ -96,12 +88,14 @@ _log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 20.0
 STALE_SECONDS = 300.0
 POLL_SECONDS = 2.0
+GUARD_SECONDS = 10.0
 
 
 class InUseError(UserError):
     """Another process holds the run folder."""
 
 
+@dataclass(eq=False)
 class RunLock:
     """Context manager that holds a run folder for this process until it is released or the process ends.
 
@@ -120,30 +114,24 @@ class RunLock:
             just after another one was killed must not end because of its lock.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        host: str,
-        pid: int,
-        clock: Callable[[], float],
-        job_id: str | None = None,
-        restart_count: int = 0,
-        heartbeat_seconds: float = HEARTBEAT_SECONDS,
-        stale_seconds: float = STALE_SECONDS,
-        is_patient: bool = False,
-    ) -> None:
-        self.path = path
-        self.owner = LockOwner(host, pid, process_start(pid) or 0.0, pid_space(), job_id, restart_count, secrets.token_hex(8))
-        self._clock = clock
-        self._heartbeat_seconds = heartbeat_seconds
-        self._stale_seconds = stale_seconds
-        self._is_patient = is_patient
+    path: Path
+    host: str
+    pid: int
+    clock: Callable[[], float]
+    job_id: str | None = None
+    restart_count: int = 0
+    heartbeat_seconds: float = HEARTBEAT_SECONDS
+    stale_seconds: float = STALE_SECONDS
+    is_patient: bool = False
+
+    def __post_init__(self) -> None:
+        started = psutil.Process(self.pid).create_time()
+        self.owner = LockOwner(self.host, self.pid, started, pid_space(), self.job_id, self.restart_count, secrets.token_hex(8))
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._is_lost = False
 
-    def __enter__(self) -> "RunLock":
+    def __enter__(self) -> Self:
         self.acquire()
         return self
 
@@ -171,18 +159,23 @@ class RunLock:
         waited_for: float | None = None  # the heartbeat that does not change
         while True:
             try:
-                with explain_full_disk(self.path), _guard(self.path):
+                with explain_full_disk(self.path), _examining(self.path):
                     self._replace_dead_owner()
                     self._create()
                 return
             except InUseError as error:
                 heartbeat = self._heartbeat()
-                if not self._is_patient or heartbeat is None or waited_for not in (None, heartbeat) or self._is_owner_here():
+                if (
+                    not self.is_patient
+                    or heartbeat is None
+                    or waited_for not in (None, heartbeat)
+                    or self._is_here(read_owner(self.path))
+                ):
                     raise
                 if waited_for is None:
-                    _log.warning("%s This process waits for that, unless the other gives a sign of life.", error)
+                    _log.warning("%s This process waits for that, unless the other sends a heartbeat.", error)
                 waited_for = heartbeat
-            time.sleep(min(POLL_SECONDS, self._stale_seconds))
+            time.sleep(min(POLL_SECONDS, self.stale_seconds))
 
     def release(self) -> None:
         """Stop the heartbeat and remove the lock file if it is still this process's; may be called twice."""
@@ -194,7 +187,7 @@ class RunLock:
             self._thread = None
         atexit.unregister(self.release)
         try:
-            with _guard(self.path):
+            with _examining(self.path):
                 if self._is_ours():
                     self.path.unlink()
         except OSError as error:
@@ -243,7 +236,7 @@ class RunLock:
             temporary.unlink(missing_ok=True)
 
     def _touch(self, path: Path) -> None:
-        now = self._clock()
+        now = self.clock()
         os.utime(path, (now, now))
 
     def _replace_dead_owner(self) -> None:
@@ -252,22 +245,22 @@ class RunLock:
         owner = read_owner(self.path)
         age = self._heartbeat_age()
         if owner is None:
-            if age < self._stale_seconds:
+            if age < self.stale_seconds:
                 raise self._in_use(None)
             _log.warning("the lock %s is damaged and old: it is replaced", self.path)
         elif owner.job_id is not None and owner.job_id == self.owner.job_id and owner.restart_count < self.owner.restart_count:
-            _log.debug("restart %d of job %s goes on in %s", self.owner.restart_count, owner.job_id, self.path.parent)
-        elif owner.host == self.owner.host and owner.pid_space == self.owner.pid_space:
+            _log.debug("restart %d of job %s continues in %s", self.owner.restart_count, owner.job_id, self.path.parent)
+        elif self._is_here(owner):
             if is_alive(owner):
                 raise self._in_use(owner)
             _log.warning("%s left a lock in %s and is gone: it is taken over", owner, self.path.parent)
-        elif age >= self._stale_seconds:
+        elif age >= self.stale_seconds:
             _log.warning("%s, which holds %s, has not been heard of for %.0f s: it is taken over", owner, self.path.parent, age)
         else:
             raise self._in_use(owner)
         self._remove(owner)
 
-    def _remove(self, judged: LockOwner | None) -> None:
+    def _remove(self, examined: LockOwner | None) -> None:
         """Remove exactly the lock that was examined; without a working guard, another process may have replaced it since."""
         aside = self.path.with_name(f".{self.path.name}.{self.owner.token}.old")
         try:
@@ -275,7 +268,7 @@ class RunLock:
         except FileNotFoundError:
             return
         moved = read_owner(aside)
-        if moved is not None and (judged is None or moved.token != judged.token):
+        if moved is not None and (examined is None or moved.token != examined.token):
             try:
                 os.link(aside, self.path)
             except FileExistsError:
@@ -284,9 +277,8 @@ class RunLock:
             raise self._in_use(moved)
         aside.unlink()
 
-    def _is_owner_here(self) -> bool:
+    def _is_here(self, owner: LockOwner | None) -> bool:
         """Return True if the owner is a process of this machine, so that ``is_alive`` applies."""
-        owner = read_owner(self.path)
         return owner is not None and (owner.host, owner.pid_space) == (self.owner.host, self.owner.pid_space)
 
     def _heartbeat(self) -> float | None:
@@ -297,7 +289,7 @@ class RunLock:
 
     def _heartbeat_age(self) -> float:
         heartbeat = self._heartbeat()
-        return self._clock() - heartbeat if heartbeat is not None else 0.0
+        return self.clock() - heartbeat if heartbeat is not None else 0.0
 
     def _in_use(self, owner: LockOwner | None) -> InUseError:
         age = self._heartbeat_age()
@@ -308,20 +300,21 @@ class RunLock:
                 "Wait a minute and try again, or choose another folder with run.dir=FOLDER."
             )
         stop = f"scancel {owner.job_id}" if owner.job_id is not None else f"kill {owner.pid} on {owner.host}"
-        wait = max(self._stale_seconds - age, 0)
-        same_host = owner.host == self.owner.host and owner.pid_space == self.owner.pid_space
-        gone = "" if same_host else f" If that process is gone, try again in {wait:.0f} s: the lock then counts as stale."
+        wait = max(self.stale_seconds - age, 0)
+        gone = (
+            "" if self._is_here(owner) else f" If that process is gone, try again in {wait:.0f} s: the lock then counts as stale."
+        )
         return InUseError(
-            f"The run folder {folder} is in use by {owner} (last sign of life {max(age, 0):.0f} s ago). "
+            f"The run folder {folder} is in use by {owner} (last heartbeat {max(age, 0):.0f} s ago). "
             f"Wait until it ends, stop it ({stop}), or choose another folder with run.dir=FOLDER.{gone}"
         )
 
     def _beat_until_stopped(self) -> None:
-        while not self._stop.wait(self._heartbeat_seconds):
+        while not self._stop.wait(self.heartbeat_seconds):
             try:
                 if not self._is_ours():
                     self._is_lost = True
-                    _log.error("the lock %s was taken by %s", self.path, read_owner(self.path) or "nobody: it was removed")
+                    _log.error("the lock %s was taken by %s", self.path, read_owner(self.path) or "no process: it was removed")
                     return
                 self._touch(self.path)
             except OSError as error:
@@ -329,16 +322,14 @@ class RunLock:
 
 
 @contextmanager
-def _guard(path: Path) -> Iterator[None]:
+def _examining(path: Path) -> Iterator[None]:
     """Let one process at a time examine a lock; without ``flock`` on the file system, the checks in ``RunLock`` remain."""
-    import fcntl
+    from filelock import FileLock
 
-    descriptor = os.open(path.with_name(f".{path.name}.guard"), os.O_RDWR | os.O_CREAT, 0o666)
+    guard = FileLock(path.with_name(f".{path.name}.guard"), timeout=GUARD_SECONDS)
+    with suppress(OSError, NotImplementedError):  # no flock there, or its holder hangs
+        guard.acquire()
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            _log.debug("no flock on %s: %s", path, error)
         yield
     finally:
-        os.close(descriptor)
+        guard.release()

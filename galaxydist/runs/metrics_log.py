@@ -2,9 +2,12 @@
 
 import json
 import math
+import mmap
 import os
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -95,28 +98,17 @@ class MetricsLog:
                 yield line.rstrip(b"\n")
 
     def _cut_half_line(self) -> None:
-        if not self.path.exists():
+        """Remove the line that a killed process left incomplete."""
+        if not self.path.exists() or (size := self.path.stat().st_size) == 0:
             return
-        with self.path.open("rb+") as file:
-            data_end = file.seek(0, os.SEEK_END)
-            start = data_end
-            while start > 0:
-                step = min(start, 4096)
-                block_start = start - step
-                file.seek(block_start)
-                position = file.read(step).rfind(b"\n")
-                if position >= 0:
-                    start = block_start + position + 1
-                    break
-                start = block_start
-            if start != data_end:
-                file.truncate(start)
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = content.rfind(b"\n") + 1
+        if end < size:
+            os.truncate(self.path, end)
 
 
-# Partial reads of a long file, so that the state of many runs is read quickly.
-
+# Bytes at the end of a long file that are read to find the state of a run.
 TAIL_BYTES = 65_536
-_BLOCK = 4096
 
 
 def read_tail(path: Path, num_bytes: int = TAIL_BYTES, *, whole: bool = True, end: int | None = None) -> list[bytes]:
@@ -146,39 +138,28 @@ def read_tail_records(path: Path, num_bytes: int = TAIL_BYTES) -> list[dict[str,
 
 def read_step_records(path: Path, step: int) -> list[dict[str, Any]]:
     """Return the lines of one step, found by binary search in a file whose ``step`` never decreases."""
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    with file:
-        low, high = 0, file.seek(0, os.SEEK_END)
-        while high - low > _BLOCK:
-            middle = (low + high) // 2
-            following = _step_after(file, middle)
-            if following is not None and following < step:
-                low = middle
-            else:
-                high = middle
-        file.seek(low)
-        if low > 0:
-            file.readline()
-        found = []
-        for line in file:
-            record = _record(line) if line.endswith(b"\n") else None
-            if record is not None and record.get("step", step) > step:
-                break
-            if record is not None and record.get("step") == step:
-                found.append(record)
-    return found
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        _seek_line(file, bisect_left(range(size), step, key=lambda position: _step_after(file, position)))
+        records = (_record(line) for line in file if line.endswith(b"\n"))
+        in_order = takewhile(lambda record: record is None or record.get("step", step) <= step, records)
+        return [record for record in in_order if record is not None and record.get("step") == step]
 
 
-def _step_after(file: BinaryIO, position: int) -> int | None:
-    """Return the step of the first complete line that begins after a position; None if unknown."""
-    file.seek(position)
-    file.readline()
-    record = _record(file.readline())
-    step = record.get("step") if record is not None else None
-    return step if isinstance(step, int) else None
+def _seek_line(file: BinaryIO, position: int) -> None:
+    """Seek to the first line that begins at a position or after it."""
+    file.seek(max(0, position - 1))
+    if position > 0:
+        file.readline()
+
+
+def _step_after(file: BinaryIO, position: int) -> int:
+    """Return the step of the first line that begins at a position or after it; the largest integer if it is unknown."""
+    _seek_line(file, position)
+    step = (_record(file.readline()) or {}).get("step")
+    return step if isinstance(step, int) else sys.maxsize
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

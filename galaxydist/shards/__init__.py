@@ -1,1 +1,0 @@
-"""WebDataset shards of galaxies: format, order of reading, writing and remote access."""

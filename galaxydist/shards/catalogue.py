@@ -3,48 +3,48 @@
 The table has one row per sample in storage order, so that the tars need not be read. <dir>/columns/<split>.catalogue.parquet
 holds ``id`` (string), ``ra`` and ``dec`` (float64, degrees, null if unknown), then the galaxies' extras as nullable columns
 (``redshift``, ``pxscale``, ``row``, ``conflicting``, ``original_split``, an image folder's ``file`` and ``source_id``, any other
-of the survey): booleans, integers, floats or strings, of one type throughout. Integers mixed with floats become float64. Left
-out, but still in each sample's .json: lists, objects, columns of several types, integers beyond 64 bits, all-null columns.
+of the survey): booleans, integers, floats or strings, of one type throughout. Integers mixed with floats become float64. Lists,
+objects, columns of several types, integers beyond 64 bits and all-null columns are only in each sample's .json.
 
 manifest.json lists the files with their SHA-256 under ``catalogues``, not under ``columns``: every loader needs the columns on
 disk, but a catalogue is fetched from a store only on demand. For shards of earlier versions, the table is read from the tars.
 """
 
 import contextlib
-import hashlib
+import itertools
 import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from galaxydist.atomic_files import whole_file
 from galaxydist.errors import UserError
-from galaxydist.shards.manifest import Manifest, catalogue_name, shard_name
-from galaxydist.shards.remote.cache import Cache, CacheEntry, SharedFile
-from galaxydist.shards.remote.object_store import Store, download
+from galaxydist.shards.manifest import Manifest, catalogue_name, file_sha256, index_name, shard_name
+from galaxydist.shards.remote.cache import SharedFile
 from galaxydist.shards.remote.open import file_reader
-from galaxydist.shards.remote.prefetcher import LocalShards
+from galaxydist.shards.remote.prefetcher import LocalShards, fetch_shard
 from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-
 ID, RA, DEC = OWN = ("id", "ra", "dec")
+OWN_FIELDS = (pa.field(ID, pa.string()), pa.field(RA, pa.float64()), pa.field(DEC, pa.float64()))
 
 # Kinds of values of an extra. EXACT: integers up to 2^53, all of which float64 can represent; WHOLE: larger integers.
 NOTHING, BOOLEAN, EXACT, WHOLE, FLOAT, TEXT, MIXED = "nothing", "boolean", "exact", "whole", "float", "text", "mixed"
+# Arrow's types of the kinds; all other columns are null.
+TYPES = {BOOLEAN: "bool", EXACT: "int64", WHOLE: "int64", FLOAT: "float64", TEXT: "string"}
 _KIND = b"kind"
 _EXACT_LIMIT, _WHOLE_LIMIT = 2**53, 2**63
 
 
-def table_of(metas: Iterable[tuple[str, bytes]]) -> "pa.Table":
+def table_of(metas: Iterable[tuple[str, bytes]]) -> pa.Table:
     """Return a row per galaxy: ``id`` string, ``ra`` and ``dec`` float64 (degrees), then the extras in order of appearance.
 
     Numbers that are not finite, and positions that are not numbers, become null. Each field's metadata holds the kind of its
@@ -56,45 +56,38 @@ def table_of(metas: Iterable[tuple[str, bytes]]) -> "pa.Table":
     Raises:
         ValueError: a .json is not JSON, or not an object.
     """
-    import pyarrow as pa
-
     rows = [(key, _parse(meta)) for key, meta in metas]
-    names = dict.fromkeys(name for _, row in rows for name in row if name not in OWN and _is_unicode(name))
-    fields = [pa.field(ID, pa.string()), pa.field(RA, pa.float64()), pa.field(DEC, pa.float64())]
+    names = dict.fromkeys(name for _, row in rows for name in row if name not in OWN and is_unicode(name))
+    fields = [*OWN_FIELDS]
     columns = [
-        pa.array([_name(row, key) for key, row in rows], pa.string()),
+        pa.array([row[ID] if isinstance(row.get(ID), str) else key for key, row in rows], pa.string()),
         *(pa.array([_number(row.get(name)) for _, row in rows], pa.float64()) for name in (RA, DEC)),
     ]
     for name in names:
-        values = [_finite(row.get(name)) for _, row in rows]
-        kind = _merge_all(map(_kind, values))
-        fields.append(pa.field(name, _type(kind), metadata={_KIND: kind}))
-        columns.append(_array(values, kind))
+        values = [row.get(name) for _, row in rows]
+        values = [None if isinstance(value, float) and not math.isfinite(value) else value for value in values]
+        kind = _merge({*map(_kind, values)})
+        fields.append(pa.field(name, TYPES.get(kind, "null"), metadata={_KIND: kind}))
+        columns.append(pa.array(values, TYPES[kind]) if kind in TYPES else pa.nulls(len(values)))
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 
-def unite(schemas: Iterable["pa.Schema"]) -> "pa.Schema":
+def unite(schemas: Iterable[pa.Schema]) -> pa.Schema:
     """Unite the schemas of several tables of :func:`table_of`.
 
     Columns of several types and columns that are all null are left out. Integers mixed with floats become float64, if no integer
     is beyond 2^53.
     """
-    import pyarrow as pa
-
     kinds: dict[str, str] = {}
     for schema in schemas:
         for field in schema:
             if field.name not in OWN:
-                kinds[field.name] = _merge(kinds.get(field.name, NOTHING), field.metadata[_KIND].decode())
-    fields = [pa.field(ID, pa.string()), pa.field(RA, pa.float64()), pa.field(DEC, pa.float64())]
-    fields += [pa.field(name, _type(kind)) for name, kind in kinds.items() if kind not in (NOTHING, MIXED)]
-    return pa.schema(fields)
+                kinds[field.name] = _merge({kinds.get(field.name, NOTHING), field.metadata[_KIND].decode()})
+    return pa.schema([*OWN_FIELDS, *(pa.field(name, TYPES[kind]) for name, kind in kinds.items() if kind in TYPES)])
 
 
-def conform(table: "pa.Table", schema: "pa.Schema") -> "pa.Table":
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Return a table of :func:`table_of` with the columns of a united schema."""
-    import pyarrow as pa
-
     columns = [
         table.column(field.name).cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
         for field in schema
@@ -107,15 +100,6 @@ def _parse(meta: bytes) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"its .json is not an object but {type(content).__name__}")
     return content
-
-
-def _name(row: Mapping[str, Any], key: str) -> str:
-    name = row.get(ID)
-    return name if isinstance(name, str) else key
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: Any) -> float | None:
@@ -134,53 +118,23 @@ def _kind(value: Any) -> str:
         return WHOLE if -_WHOLE_LIMIT <= value < _WHOLE_LIMIT else MIXED
     if isinstance(value, float):
         return FLOAT
-    return TEXT if isinstance(value, str) and _is_unicode(value) else MIXED
+    return TEXT if isinstance(value, str) and is_unicode(value) else MIXED
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Return False for text with half a surrogate pair, which JSON allows and no column can hold."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _merge_all(kinds: Iterable[str]) -> str:
-    merged = NOTHING
-    for kind in {*kinds}:
-        merged = _merge(merged, kind)
-    return merged
-
-
-def _merge(one: str, other: str) -> str:
-    """Return the kind of a column that has values of both kinds; the order of merging makes no difference."""
-    kinds = {one, other} - {NOTHING}
+def _merge(kinds: set[str]) -> str:
+    """Return the kind of a column that has values of all these kinds."""
+    kinds = kinds - {NOTHING}
     if len(kinds) < 2:
         return kinds.pop() if kinds else NOTHING
-    if kinds == {EXACT, WHOLE}:
-        return WHOLE
-    return FLOAT if kinds == {EXACT, FLOAT} else MIXED
+    return {frozenset({EXACT, WHOLE}): WHOLE, frozenset({EXACT, FLOAT}): FLOAT}.get(frozenset(kinds), MIXED)
 
 
-def _type(kind: str) -> "pa.DataType":
-    import pyarrow as pa
-
-    types: Mapping[str, Callable[[], pa.DataType]] = {
-        BOOLEAN: pa.bool_,
-        EXACT: pa.int64,
-        WHOLE: pa.int64,
-        FLOAT: pa.float64,
-        TEXT: pa.string,
-    }
-    return types.get(kind, pa.null)()
-
-
-def _array(values: Sequence[Any], kind: str) -> "pa.Array":
-    import pyarrow as pa
-
-    if kind == FLOAT:
-        values = [None if value is None else float(value) for value in values]
-    return pa.nulls(len(values)) if kind in (NOTHING, MIXED) else pa.array(values, _type(kind))
-
-
-# Rows that are written, and held in memory, at a time.
+# Rows written and held in memory at a time.
 ROW_GROUP = 65_536
 # Threads that read the tars of a local folder.
 THREADS = 4
@@ -188,7 +142,7 @@ THREADS = 4
 ATTEMPTS = 4
 
 
-def write_catalogue(path: Path, schema: "pa.Schema", tables: Iterable["pa.Table"]) -> str:
+def write_catalogue(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> str:
     """Write a split's catalogue atomically; the same rows and version of pyarrow give the same bytes.
 
     Args:
@@ -199,20 +153,19 @@ def write_catalogue(path: Path, schema: "pa.Schema", tables: Iterable["pa.Table"
     Returns:
         SHA-256 (hex) of the file.
     """
-    import pyarrow.parquet as pq
-
     with (
         whole_file(path, path.with_suffix(".tmp")) as file,
         # These types do not need a copy of the schema in Arrow's own form.
         pq.ParquetWriter(file, schema, version="2.6", compression="zstd", store_schema=False) as writer,
     ):
-        for group in _regroup(conform(table, schema) for table in tables):
+        # Groups of a fixed size, so that the file does not depend on the size of the shards.
+        groups = _rechunk((conform(table, schema) for table in tables), schema, itertools.repeat(ROW_GROUP))
+        for group in itertools.takewhile(len, groups):
             writer.write_table(group, row_group_size=ROW_GROUP)
-    with path.open("rb") as written:
-        return hashlib.file_digest(written, "sha256").hexdigest()
+    return file_sha256(path)
 
 
-def read_catalogue(manifest: Manifest, split: str, columns: Sequence[str] | None = None) -> "pa.Table":
+def read_catalogue(manifest: Manifest, split: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Return the ids, positions and extras of a split's galaxies, one row per sample in storage order.
 
     Shards of earlier versions, without a catalogue, are read from the tars, with a progress bar; remote shards through the cache.
@@ -231,8 +184,8 @@ def read_catalogue(manifest: Manifest, split: str, columns: Sequence[str] | None
         return table if columns is None else table.select([name for name in columns if name in table.column_names])
     with open_catalogue(manifest, split) as file, _explain(manifest, split):
         names = file.schema_arrow.names
-        chosen = names if columns is None else [name for name in columns if name in names]
-        return file.read(chosen).select(chosen)
+        wanted = names if columns is None else [name for name in columns if name in names]
+        return file.read(wanted).select(wanted)
 
 
 @contextlib.contextmanager
@@ -242,9 +195,7 @@ def open_catalogue(manifest: Manifest, split: str) -> Iterator[Any]:
     Raises:
         UserError: it is missing, damaged or has another checksum than the manifest says.
     """
-    import pyarrow.parquet as pq
-
-    path = _obtain(manifest, catalogue_name(split))
+    path = _catalogue_path(manifest, catalogue_name(split))
     with _explain(manifest, split):
         file = pq.ParquetFile(path)
     with file:
@@ -254,83 +205,58 @@ def open_catalogue(manifest: Manifest, split: str) -> Iterator[Any]:
         yield file
 
 
-def iterate_catalogue(file: Any, lengths: Iterable[int]) -> Iterator["pa.Table"]:
-    """Yield an opened catalogue's rows in tables of the given lengths, reading one row group at a time."""
-    import pyarrow as pa
+def iterate_catalogue(file: Any, lengths: Iterable[int]) -> Iterator[pa.Table]:
+    """Return an iterator over an opened catalogue's rows in tables of the given lengths, reading one row group at a time."""
+    tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(ROW_GROUP))
+    return _rechunk(tables, file.schema_arrow, lengths)
 
-    empty = file.schema_arrow.empty_table()
-    batches, held = file.iter_batches(ROW_GROUP), empty
+
+def _rechunk(tables: Iterator[pa.Table], schema: pa.Schema, lengths: Iterable[int]) -> Iterator[pa.Table]:
+    """Yield the rows of tables in tables of the given lengths, shorter ones once the rows run out."""
+    held = schema.empty_table()
     for length in lengths:
-        while len(held) < length and (batch := next(batches, None)) is not None:
-            held = pa.concat_tables([held, pa.Table.from_batches([batch])])
-        yield held.slice(0, length)
+        while len(held) < length and (table := next(tables, None)) is not None:
+            held = pa.concat_tables([held, table])
+        yield held.slice(0, length).combine_chunks()
         held = held.slice(length)
 
 
-def _regroup(tables: Iterable["pa.Table"]) -> Iterator["pa.Table"]:
-    """Yield the same rows in multiples of ``ROW_GROUP``, so that the file does not depend on the size of the shards."""
-    import pyarrow as pa
-
-    held: list[pa.Table] = []
-    for table in tables:
-        held.append(table)
-        if sum(map(len, held)) >= ROW_GROUP:
-            rows = pa.concat_tables(held)
-            whole = len(rows) // ROW_GROUP * ROW_GROUP
-            yield rows.slice(0, whole).combine_chunks()
-            held = [rows.slice(whole).combine_chunks()]
-    if sum(map(len, held)):
-        yield pa.concat_tables(held).combine_chunks()
-
-
-def _obtain(manifest: Manifest, name: str) -> Path:
+def _catalogue_path(manifest: Manifest, name: str) -> Path:
     """Return the path of a local catalogue with the checksum in the manifest, fetching it for remote shards."""
     path, expected = manifest.dir / name, manifest.catalogues[name]
     if manifest.remote is None:
         if not path.is_file():
             raise UserError(f"{path} is missing, though the manifest names it; {manifest.remedy}")
-        if _sha256(path) != expected:
+        if file_sha256(path) != expected:
             raise UserError(f"{path}: its checksum is not the manifest's; {manifest.remedy}")
         return path
-    if path.is_file() and _sha256(path) != expected:
+    if path.is_file() and file_sha256(path) != expected:
         path.unlink(missing_ok=True)  # damaged in the cache: fetch it again
-    stop, store = threading.Event(), Store(manifest.remote.url)
-    Cache(manifest.remote.cache.folder, manifest.remote.cache.max_bytes).obtain(
-        CacheEntry(f"{manifest.dir.name}/{name}"),
-        lambda target: download(store, name, target, stop=stop, sha256=bytes.fromhex(expected)),
-        stop=stop,
-        must=True,
-    )
+    manifest.remote_folder(threading.Event()).get(name, sha256=bytes.fromhex(expected))
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def _explain(manifest: Manifest, split: str) -> Iterator[None]:
-    import pyarrow as pa
-
     try:
         yield
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{manifest.dir / catalogue_name(split)} is damaged ({error}); {manifest.remedy}") from error
 
 
-def _read_tars(manifest: Manifest, split: str) -> "pa.Table":
+def _read_tars(manifest: Manifest, split: str) -> pa.Table:
     """Read the table from the samples' .json in the tars, found by the index of each tar."""
-    import pyarrow as pa
-
-    stop = threading.Event()
-    read, source = file_reader(manifest), _Shards(manifest, split, stop)
+    read, local = file_reader(manifest), LocalShards(manifest, split)
+    folder = manifest.remote_folder(threading.Event()) if manifest.remote is not None else None
+    rows = manifest.shards(split)
 
     def table(number: int, attempt: int = 1) -> pa.Table:
-        name = shard_name(split, number).removesuffix(".tar") + ".idx"
-        file = source.open(number)
+        name = shard_name(split, number)
+        # A remote shard is fetched into the cache, where a loader will find it.
+        file = fetch_shard(folder, name, rows[number], allow_over_limit=True) if folder else local.open(number)
+        assert file is not None
         try:
-            return table_of(_metas(file, parse_index(read(name, None).decode("ascii"))))
+            return table_of(_metas(file, parse_index(read(index_name(name), None).decode("ascii"))))
         except (ValueError, OSError) as error:
             if isinstance(error, UserError):
                 raise
@@ -339,7 +265,7 @@ def _read_tars(manifest: Manifest, split: str) -> "pa.Table":
                 return table(number, attempt + 1)
             shard = manifest.shard_location(split, number)
             raise UserError(
-                f"shard {shard} or its index is damaged ({error}): see what else is with `galaxydist data check "
+                f"shard {shard} or its index is damaged ({error}): list all damage with `galaxydist data check "
                 f"{manifest.location}`, then {manifest.remedy}"
             ) from error
 
@@ -354,16 +280,17 @@ def _read_tars(manifest: Manifest, split: str) -> "pa.Table":
                 tables.append(found)
                 bar.update(len(found))
         except BaseException:
-            stop.set()
+            if folder is not None:
+                folder.stop.set()
             executor.shutdown(cancel_futures=True)
             raise
     schema = unite(found.schema for found in tables)
     if not tables:
         return schema.empty_table()
-    rows = pa.concat_tables([conform(found, schema) for found in tables]).combine_chunks()
-    if len(rows) != total:
-        raise UserError(f"{manifest.location}: the indexes of {split} name {len(rows)} galaxies, the manifest {total}")
-    return rows
+    united = pa.concat_tables([conform(found, schema) for found in tables]).combine_chunks()
+    if len(united) != total:
+        raise UserError(f"{manifest.location}: the indexes of {split} list {len(united)} galaxies, the manifest {total}")
+    return united
 
 
 def _metas(file: SharedFile, samples: list[list[Member]]) -> Iterator[tuple[str, bytes]]:
@@ -378,34 +305,3 @@ def _metas(file: SharedFile, samples: list[list[Member]]) -> Iterator[tuple[str,
         data = os.pread(file.descriptor, BLOCK + (member.size if member.extension == "json" else 0), member.offset - BLOCK)
         check_header(data[:BLOCK], member)
         yield key, data[BLOCK:]
-
-
-class _Shards:
-    """A split's tars: local, or fetched into the cache, where a loader will find them."""
-
-    def __init__(self, manifest: Manifest, split: str, stop: threading.Event) -> None:
-        self._manifest, self._split, self._stop = manifest, split, stop
-        self._table = manifest.shards(split)
-        self._folder = LocalShards(manifest, split)
-        if manifest.remote is not None:
-            self._store = Store(manifest.remote.url)
-            self._cache = Cache(manifest.remote.cache.folder, manifest.remote.cache.max_bytes)
-
-    def open(self, number: int) -> SharedFile:
-        """Open a tar, fetching it first if it is remote.
-
-        Raises:
-            UserError: names the tar that cannot be opened or fetched.
-        """
-        if self._manifest.remote is None:
-            return self._folder.open(number)
-        name, row = shard_name(self._split, number), self._table[number]
-        size, sha256 = int(row["bytes"]), row["sha256"].tobytes()
-        file = self._cache.obtain(
-            CacheEntry(f"{self._manifest.dir.name}/{name}", size),
-            lambda path: download(self._store, name, path, stop=self._stop, num_bytes=size, sha256=sha256),
-            stop=self._stop,
-            must=True,
-        )
-        assert file is not None
-        return file

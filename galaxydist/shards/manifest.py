@@ -11,6 +11,7 @@
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.shards.remote.cache import CacheConfig
+from galaxydist.shards.remote.cache import Cache, CacheConfig, RemoteFolder
+from galaxydist.shards.remote.object_store import Store
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -100,9 +102,7 @@ class Manifest:
     @property
     def remedy(self) -> str:
         """Advice on damaged files, for messages."""
-        return (
-            "make the shards anew" if self.remote is None else f"remove {self.dir}, which is fetched anew if the check is passed"
-        )
+        return "make the shards anew" if self.remote is None else f"remove {self.dir}, which is fetched again if the check passes"
 
     @property
     def num_classes(self) -> int:
@@ -142,6 +142,12 @@ class Manifest:
         folder = str(self.dir) if self.remote is None else self.remote.location.removesuffix(f"/{MANIFEST_NAME}")
         return f"{folder}/{shard_name(split, number)}"
 
+    def remote_folder(self, stop: threading.Event) -> RemoteFolder:
+        """Return the access to a remote data set's files; ``stop`` ends fetching when it is set."""
+        assert self.remote is not None
+        cache = Cache(self.remote.cache.folder, self.remote.cache.max_bytes)
+        return RemoteFolder(Store(self.remote.url), cache, self.dir.name, stop)
+
     def check_lengths(self) -> None:
         """Check that every column exists and is as long as the manifest says.
 
@@ -157,9 +163,20 @@ class Manifest:
         return _map_column(self.dir / column_name(split, column), COLUMNS[column], self.split(split).num_samples)
 
 
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def shard_name(split: str, number: int) -> str:
     """Return the file name of a shard."""
     return f"{split}-{number:06d}.tar"
+
+
+def index_name(shard: str) -> str:
+    """Return the file name of a shard's index."""
+    return shard.removesuffix(".tar") + ".idx"
 
 
 def column_name(split: str, column: str) -> str:

@@ -12,27 +12,25 @@ costs O(shards), and each position then O(log shards), for any N.
 Global batch b is positions b G ... (b + 1) G - 1; offset o in it belongs to rank o mod W.
 """
 
-from typing import Protocol
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from galaxydist.counter_rng import GAMMA, Stream, hash64, mix64
 from galaxydist.errors import UserError
 
-# Keyed permutations of 0 ... n-1, computed for any index without a table.
-#
-# A Feistel network over mixed radices (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 5): n is covered by
-# a x b >= n, a number is split into its two digits, and each round adds a hash of one digit to the other. Results in n ... ab-1
-# are permuted again until they are below n (cycle walking), which is rare because ab - n < a.
-
-ROUNDS = 6
-
+Int64 = NDArray[np.int64]
 Integers = NDArray[np.uint64]
 
+WINDOW = 4096
+ROUNDS = 6
 
-def permute(indexes: ArrayLike, sizes: ArrayLike, keys: ArrayLike) -> NDArray[np.int64]:
-    """Map each index through the permutation of 0 ... size-1 that its key selects.
+
+def permute(indexes: ArrayLike, sizes: ArrayLike, keys: ArrayLike) -> Int64:
+    """Map each index through the permutation of 0 ... size-1 that its key selects, without a table.
+
+    A Feistel network over mixed radices (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 5): n is covered
+    by a x b >= n, a number is split into its two digits, and each round adds a hash of one digit to the other. Results in
+    n ... ab-1 are permuted again until they are below n (cycle walking), which is rare because ab - n < a.
 
     Args:
         indexes: integers, each >= 0 and below its size.
@@ -42,58 +40,31 @@ def permute(indexes: ArrayLike, sizes: ArrayLike, keys: ArrayLike) -> NDArray[np
     Returns:
         int64 of the broadcast shape.
     """
-    return _walk(indexes, sizes, keys, range(ROUNDS), forward=True)
-
-
-def unpermute(images: ArrayLike, sizes: ArrayLike, keys: ArrayLike) -> NDArray[np.int64]:
-    """Invert :func:`permute`."""
-    return _walk(images, sizes, keys, range(ROUNDS - 1, -1, -1), forward=False)
-
-
-def _walk(values: ArrayLike, sizes: ArrayLike, keys: ArrayLike, rounds: range, *, forward: bool) -> NDArray[np.int64]:
     value, size, key = np.broadcast_arrays(
-        np.asarray(values).astype(np.uint64), np.asarray(sizes).astype(np.uint64), np.asarray(keys, np.uint64)
+        np.asarray(indexes).astype(np.uint64), np.asarray(sizes).astype(np.uint64), np.asarray(keys, np.uint64)
     )
     shape = value.shape
     value, size, key = value.reshape(-1), size.reshape(-1), key.reshape(-1)
     first = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.uint64)
     second = (size + first - np.uint64(1)) // first
-    value = _rounds(value, first, second, key, rounds=rounds, forward=forward)
+    value = _rounds(value, first, second, key)
     outside = np.flatnonzero(value >= size)
     while outside.size:
-        value[outside] = _rounds(value[outside], first[outside], second[outside], key[outside], rounds=rounds, forward=forward)
+        value[outside] = _rounds(value[outside], first[outside], second[outside], key[outside])
         outside = outside[value[outside] >= size[outside]]
     return value.astype(np.int64).reshape(shape)
 
 
-def _rounds(value: Integers, first: Integers, second: Integers, key: Integers, *, rounds: range, forward: bool) -> Integers:
+def _rounds(value: Integers, first: Integers, second: Integers, key: Integers) -> Integers:
     left, right = value // second, value % second
     with np.errstate(over="ignore"):
-        for number in rounds:
+        for number in range(ROUNDS):
             constant = np.uint64(number + 1) * GAMMA
             if number % 2 == 0:
-                change = mix64((key ^ right) + constant) % first
-                left = (left + (change if forward else first - change)) % first
+                left = (left + mix64((key ^ right) + constant) % first) % first
             else:
-                change = mix64((key ^ left) + constant) % second
-                right = (right + (change if forward else second - change)) % second
+                right = (right + mix64((key ^ left) + constant) % second) % second
         return left * second + right
-
-
-WINDOW = 4096
-
-Int64 = NDArray[np.int64]
-
-
-class Order(Protocol):
-    """Order of one epoch: the stored sample at each position."""
-
-    @property
-    def num_positions(self) -> int: ...
-
-    def samples(self, positions: ArrayLike) -> Int64:
-        """Return the stored sample numbers at these positions."""
-        ...
 
 
 class EpochOrder:
@@ -129,29 +100,12 @@ class EpochOrder:
         Raises:
             IndexError: a position is outside the epoch.
         """
-        position = _inside(positions, self.num_positions)
-        stream, place = position % self.num_streams, position // self.num_streams
-        start, size, key = self._windows(stream, place)
-        line = start + permute(place % self._window, size, key)
+        position = _check_range(positions, self.num_positions)
+        stream, index = position % self.num_streams, position // self.num_streams
+        start, size, key = self._windows(stream, index)
+        line = start + permute(index % self._window, size, key)
         laid = np.searchsorted(self._laid_starts, line, side="right") - 1
         return np.asarray(self._stored_starts[self._shards[laid]] + line - self._laid_starts[laid])
-
-    def positions(self, samples: ArrayLike) -> Int64:
-        """Return the position of each stored sample: the inverse of :meth:`samples`."""
-        sample = _inside(samples, self.num_positions)
-        shard = np.searchsorted(self._stored_starts, sample, side="right") - 1
-        laid_start = np.empty_like(self._laid_starts)
-        laid_start[self._shards] = self._laid_starts
-        line = laid_start[shard] + sample - self._stored_starts[shard]
-        long_part = self._longer * (self._length + 1)
-        stream = np.where(
-            line < long_part,
-            line // (self._length + 1),
-            self._longer + (line - long_part) // max(1, self._length),
-        )
-        start, size, key = self._windows(stream, line - self._segment_start(stream))
-        place = start - self._segment_start(stream) + unpermute(line - start, size, key)
-        return place * self.num_streams + stream
 
     def pieces(self, streams: ArrayLike) -> tuple[Int64, Int64, Int64, Int64]:
         """Return the parts of shards that these streams consist of.
@@ -160,8 +114,8 @@ class EpochOrder:
             streams: distinct integers in 0 ... C-1.
 
         Returns:
-            (shard, stream, first_place, last_place): one row for each part of a shard in one of the streams. Its samples lie at
-            indexes first_place ... last_place of the stream. This range covers whole windows, so it also holds samples of other
+            (shard, stream, first_index, last_index): one row for each part of a shard in one of the streams. Its samples lie at
+            indexes first_index ... last_index of the stream. This range covers whole windows, so it also holds samples of other
             shards.
         """
         stream = np.asarray(streams, np.int64)
@@ -175,18 +129,18 @@ class EpochOrder:
         laid_stops = np.append(self._laid_starts[1:], self.num_positions)
         filled = laid_stops[laid] > self._laid_starts[laid]
         row, laid = row[filled], laid[filled]
-        first_place = np.maximum(self._laid_starts[laid] - start[row], 0)
-        last_place = np.minimum(laid_stops[laid] - start[row], length[row]) - 1
-        first_place -= first_place % self._window
-        last_place = np.minimum((last_place // self._window + 1) * self._window, length[row]) - 1
-        return self._shards[laid], stream[row], first_place, last_place
+        first_index = np.maximum(self._laid_starts[laid] - start[row], 0)
+        last_index = np.minimum(laid_stops[laid] - start[row], length[row]) - 1
+        first_index -= first_index % self._window
+        last_index = np.minimum((last_index // self._window + 1) * self._window, length[row]) - 1
+        return self._shards[laid], stream[row], first_index, last_index
 
     def _segment_start(self, stream: Int64) -> Int64:
         return stream * self._length + np.minimum(stream, self._longer)
 
-    def _windows(self, stream: Int64, place: Int64) -> tuple[Int64, Int64, NDArray[np.uint64]]:
+    def _windows(self, stream: Int64, index: Int64) -> tuple[Int64, Int64, NDArray[np.uint64]]:
         """Return the window of each stream index: its start on the line of shards, its length and its permutation's key."""
-        window = place // self._window
+        window = index // self._window
         segment_length = self._length + (stream < self._longer)
         size = np.minimum(self._window, segment_length - window * self._window)
         key = hash64(self._seed, self._epoch, stream, window, Stream.WINDOW)
@@ -217,12 +171,12 @@ class ResampledOrder:
 
     def samples(self, positions: ArrayLike) -> Int64:
         """Return the stored sample numbers at these positions; a galaxy may occur at several."""
-        position = _inside(positions, self.num_positions)
+        position = _check_range(positions, self.num_positions)
         drawn = permute(position, self.num_positions, hash64(self._seed, self._epoch, 0, Stream.POSITIONS))
         number = np.searchsorted(self._starts, drawn, side="right") - 1
         count = self._by_class.counts[number]
-        turn, place = np.divmod(drawn - self._starts[number], count)
-        galaxy = permute(place, count, hash64(self._seed, self._epoch, number, turn, Stream.GALAXY_DRAWS))
+        turn, index = np.divmod(drawn - self._starts[number], count)
+        galaxy = permute(index, count, hash64(self._seed, self._epoch, number, turn, Stream.GALAXY_DRAWS))
         return np.asarray(self._by_class.samples[self._by_class.starts[number] + galaxy])
 
 
@@ -240,7 +194,11 @@ class ByClass:
             raise UserError("data.balance=resample needs labelled galaxies, and the training split has none")
 
 
-def _inside(numbers: ArrayLike, size: int) -> Int64:
+# The order of one epoch.
+Order = EpochOrder | ResampledOrder
+
+
+def _check_range(numbers: ArrayLike, size: int) -> Int64:
     number = np.asarray(numbers, np.int64)
     if number.size and (number.min() < 0 or number.max() >= size):
         raise IndexError(f"{number.min()} ... {number.max()} is not in 0 ... {size - 1}")
@@ -268,7 +226,7 @@ def rank_offsets(batch_size: int, rank: int, world_size: int) -> Int64:
     """
     if world_size > batch_size:
         raise UserError(
-            f"{world_size} processes are more processes than the global batch holds (train.batch_size={batch_size}): "
+            f"{world_size} processes are more than the global batch holds (train.batch_size={batch_size}): "
             f"start {batch_size} or fewer, or set train.batch_size to {world_size} or more"
         )
     return np.arange(rank, batch_size, world_size, dtype=np.int64)

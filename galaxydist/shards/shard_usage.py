@@ -18,7 +18,7 @@ Int64 = NDArray[np.int64]
 
 # One row per interval of batches that read a shard: the shard's number in storage order, the first batch and the last batch.
 # A shard may have several rows; they neither overlap nor touch.
-USE = np.dtype([("shard", "<i8"), ("first_step", "<i8"), ("last_step", "<i8")])
+INTERVAL = np.dtype([("shard", "<i8"), ("first_step", "<i8"), ("last_step", "<i8")])
 
 
 def usage_of_rank(order: EpochOrder, batch_size: int, offsets: ArrayLike) -> NDArray[np.void]:
@@ -33,9 +33,9 @@ def usage_of_rank(order: EpochOrder, batch_size: int, offsets: ArrayLike) -> NDA
         offsets: offsets in the global batch, 0 ... G-1, of one process or of all processes that share a cache.
 
     Returns:
-        rows of ``USE``, sorted by (first_step, shard), without the incomplete last batch.
+        rows of ``INTERVAL``, sorted by (first_step, shard), without the incomplete last batch.
     """
-    return _stream_uses(order, batch_size, _streams_hit(order.num_streams, batch_size, offsets))
+    return _usage_of_streams(order, batch_size, _streams_of_offsets(order.num_streams, batch_size, offsets))
 
 
 def usage_of_nodes(order: EpochOrder, batch_size: int, num_nodes: int, ranks_per_node: int) -> list[NDArray[np.void]]:
@@ -53,17 +53,13 @@ def usage_of_nodes(order: EpochOrder, batch_size: int, num_nodes: int, ranks_per
     offsets = np.arange(batch_size)
     node_of = offsets % (num_nodes * ranks_per_node) // ranks_per_node
     by_node = np.split(np.argsort(node_of, kind="stable"), np.cumsum(np.bincount(node_of, minlength=num_nodes))[:-1])
-    known: dict[bytes, NDArray[np.void]] = {}
-    uses = []
-    for own in by_node:
-        streams = _streams_hit(order.num_streams, batch_size, own)
-        if (key := streams.tobytes()) not in known:
-            known[key] = _stream_uses(order, batch_size, streams)
-        uses.append(known[key])
-    return uses
+    streams = [_streams_of_offsets(order.num_streams, batch_size, own) for own in by_node]
+    different = {hit.tobytes(): hit for hit in streams}
+    usage = {key: _usage_of_streams(order, batch_size, hit) for key, hit in different.items()}
+    return [usage[hit.tobytes()] for hit in streams]
 
 
-def evaluation_uses(shard_samples: ArrayLike, batch_size: int, rank: int, world_size: int) -> NDArray[np.void]:
+def usage_of_evaluation(shard_samples: ArrayLike, batch_size: int, rank: int, world_size: int) -> NDArray[np.void]:
     """Return the shard access intervals of a process that evaluates its share of a split.
 
     Batch j holds stored samples j E ... (j + 1) E - 1 and goes to rank j mod W.
@@ -74,7 +70,7 @@ def evaluation_uses(shard_samples: ArrayLike, batch_size: int, rank: int, world_
         rank, world_size: the process.
 
     Returns:
-        rows of ``USE``, sorted by (first_step, shard); a step is the number j of a batch of this process.
+        rows of ``INTERVAL``, sorted by (first_step, shard); a step is the number j of a batch of this process.
     """
     size = np.asarray(shard_samples, np.int64)
     stop = np.cumsum(size)
@@ -82,40 +78,40 @@ def evaluation_uses(shard_samples: ArrayLike, batch_size: int, rank: int, world_
     first += (rank - first) % world_size
     last -= (last - rank) % world_size
     shard = np.flatnonzero((size > 0) & (first <= last))
-    return _rows(shard, first[shard], last[shard])
+    return _sorted_intervals(shard, first[shard], last[shard])
 
 
-def resampled_uses(num_shards: int, num_steps: int) -> NDArray[np.void]:
+def usage_of_resampling(num_shards: int, num_steps: int) -> NDArray[np.void]:
     """Return one interval per shard over all batches: with ``data.balance=resample`` any batch may read any shard."""
     shard = np.arange(num_shards if num_steps else 0)
-    return _rows(shard, np.zeros_like(shard), np.full_like(shard, num_steps - 1))
+    return _sorted_intervals(shard, np.zeros_like(shard), np.full_like(shard, num_steps - 1))
 
 
-def peak_bytes(uses: NDArray[np.void], bytes_per_shard: ArrayLike) -> int:
+def peak_bytes(intervals: NDArray[np.void], bytes_per_shard: ArrayLike) -> int:
     """Return the largest size of the shards in use at any one batch, in bytes.
 
     Args:
-        uses: rows of ``USE``.
+        intervals: rows of ``INTERVAL``.
         bytes_per_shard: size of each shard, in storage order, or one size for all.
     """
     size = np.asarray(bytes_per_shard, np.int64)
-    size = size[uses["shard"]] if size.ndim else np.full(uses.size, size)
-    step = np.concatenate([uses["first_step"], uses["last_step"] + 1])
+    size = size[intervals["shard"]] if size.ndim else np.full(intervals.size, size)
+    step = np.concatenate([intervals["first_step"], intervals["last_step"] + 1])
     change = np.concatenate([size, -size])
     by_step = np.lexsort((change, step))
     return int(np.cumsum(change[by_step]).max(initial=0))
 
 
-def _stream_uses(order: EpochOrder, batch_size: int, streams: Int64) -> NDArray[np.void]:
+def _usage_of_streams(order: EpochOrder, batch_size: int, streams: Int64) -> NDArray[np.void]:
     num_steps = order.num_positions // batch_size
-    shard, stream, first_place, last_place = order.pieces(streams)
-    first = (first_place * order.num_streams + stream) // batch_size
-    last = (last_place * order.num_streams + stream) // batch_size
+    shard, stream, first_index, last_index = order.pieces(streams)
+    first = (first_index * order.num_streams + stream) // batch_size
+    last = (last_index * order.num_streams + stream) // batch_size
     read = first < num_steps
-    return _joined(shard[read], first[read], np.minimum(last[read], num_steps - 1))
+    return _merge_intervals(shard[read], first[read], np.minimum(last[read], num_steps - 1))
 
 
-def _streams_hit(num_streams: int, batch_size: int, offsets: ArrayLike) -> Int64:
+def _streams_of_offsets(num_streams: int, batch_size: int, offsets: ArrayLike) -> Int64:
     """Return the streams (b G + o) mod C over all batches b: those congruent to an offset o modulo gcd(G, C)."""
     period = gcd(batch_size, num_streams)
     hit = np.zeros(period, bool)
@@ -123,8 +119,8 @@ def _streams_hit(num_streams: int, batch_size: int, offsets: ArrayLike) -> Int64
     return np.flatnonzero(np.tile(hit, num_streams // period))
 
 
-def _joined(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
-    """Return rows of ``USE`` in which overlapping or touching intervals of a shard are merged."""
+def _merge_intervals(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
+    """Return rows of ``INTERVAL`` in which overlapping or touching intervals of a shard are merged."""
     order = np.lexsort((first, shard))
     shard, first, last = shard[order], first[order], last[order]
     # Shift each shard's steps above those of the shards before it, so that one running maximum serves all shards.
@@ -134,44 +130,44 @@ def _joined(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
     begins[1:] = (shard[1:] != shard[:-1]) | (first[1:] > reached[:-1] + 1)
     start = np.flatnonzero(begins)
     stop = np.append(start[1:], shard.size)[: start.size]
-    return _rows(shard[start], first[start], reached[stop - 1])
+    return _sorted_intervals(shard[start], first[start], reached[stop - 1])
 
 
-def _rows(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
+def _sorted_intervals(shard: Int64, first: Int64, last: Int64) -> NDArray[np.void]:
     order = np.lexsort((shard, first))
-    uses = np.empty(shard.size, USE)
-    uses["shard"], uses["first_step"], uses["last_step"] = shard[order], first[order], last[order]
-    return uses
+    intervals = np.empty(shard.size, INTERVAL)
+    intervals["shard"], intervals["first_step"], intervals["last_step"] = shard[order], first[order], last[order]
+    return intervals
 
 
-# Rows of ``USE``, one array per epoch; the step numbers continue from epoch to epoch.
-Uses = Iterator[NDArray[np.void]]
+# Rows of ``INTERVAL``, one array per epoch; the step numbers continue from epoch to epoch.
+Intervals = Iterator[NDArray[np.void]]
 
 
 class FetchQueue:
     """Queue of the shard access intervals that have not been taken yet; looks one epoch ahead.
 
     Args:
-        uses: the intervals of epoch after epoch, or of one evaluation.
+        intervals: the intervals of epoch after epoch, or of one evaluation.
         steps_ahead: number of steps that a loader may be ahead of the last step that it has finished.
     """
 
-    def __init__(self, uses: Uses, steps_ahead: int = 1) -> None:
-        self._uses, self._steps_ahead = uses, steps_ahead
+    def __init__(self, intervals: Intervals, steps_ahead: int = 1) -> None:
+        self._intervals, self._steps_ahead = intervals, steps_ahead
         self._epochs: deque[tuple[NDArray[np.void], NDArray[np.bool_]]] = deque()
-        self._place = 0
+        self._row = 0
         self._newest_begins = -1  # the step at which the newest of these epochs begins
 
     def first(self, step: int) -> int | None:
         """Return the shard that is needed first after ``step``; None if the current and the next epoch are taken."""
         while self._epochs or (step >= self._newest_begins and self._load()):
             rows, taken = self._epochs[0]
-            while self._place < rows.size and (taken[self._place] or rows["last_step"][self._place] <= step):
-                self._place += 1
-            if self._place < rows.size:
-                return int(rows["shard"][self._place])
+            while self._row < rows.size and (taken[self._row] or rows["last_step"][self._row] <= step):
+                self._row += 1
+            if self._row < rows.size:
+                return int(rows["shard"][self._row])
             self._epochs.popleft()
-            self._place = 0
+            self._row = 0
         return None
 
     def take(self, shard: int, step: int) -> int:
@@ -184,10 +180,10 @@ class FetchQueue:
                 taken[fits[0]] = True
                 return int(rows["last_step"][fits[0]])
             number += 1
-        raise AssertionError(f"shard {shard} is read, but was not said to be used")
+        raise AssertionError(f"shard {shard} is read, but is in none of its access intervals")
 
     def _load(self) -> bool:
-        rows = next(self._uses, None)
+        rows = next(self._intervals, None)
         if rows is None:
             return False
         self._epochs.append((rows, np.zeros(rows.size, bool)))
@@ -196,15 +192,15 @@ class FetchQueue:
         return True
 
 
-def shift(uses: NDArray[np.void], steps: int) -> NDArray[Any]:
+def shift(intervals: NDArray[np.void], steps: int) -> NDArray[Any]:
     """Return the intervals moved later by ``steps`` steps."""
-    later = extend(uses, steps)
+    later = extend(intervals, steps)
     later["first_step"] += steps
     return later
 
 
-def extend(uses: NDArray[np.void], steps: int) -> NDArray[Any]:
+def extend(intervals: NDArray[np.void], steps: int) -> NDArray[Any]:
     """Return the intervals lengthened at the end by ``steps`` steps."""
-    longer = uses.copy()
+    longer = intervals.copy()
     longer["last_step"] += steps
     return longer

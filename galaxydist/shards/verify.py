@@ -7,32 +7,39 @@ here.
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from galaxydist.cpus import available_cores
-from galaxydist.errors import DamagedImageError, UserError
+from galaxydist.errors import DamagedImageError, UserError, name_some
 from galaxydist.galaxy import EncodedImage
 from galaxydist.shards.catalogue import ID, conform, iterate_catalogue, open_catalogue, read_catalogue, table_of, unite
-from galaxydist.shards.manifest import COLUMNS, Manifest, catalogue_name, column_name, read_manifest, shard_name
+from galaxydist.shards.manifest import (
+    COLUMNS,
+    Manifest,
+    catalogue_name,
+    column_name,
+    file_sha256,
+    index_name,
+    read_manifest,
+    shard_name,
+)
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
 from galaxydist.shards.writer.encode import PIXEL_HASH, decode_image
 from galaxydist.shards.writer.stages import key_hash
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 
 # Galaxies of a shard that a message names.
 NAMED = 3
@@ -44,34 +51,28 @@ class CatalogueCheck:
     Args:
         manifest: manifest of the shards.
         lengths: split -> the number of samples in each of its shards.
+        stack: closes the catalogues.
 
     Attributes:
-        problems: problems of the catalogue files themselves, filled on entering the context.
+        problems: problems of the catalogue files themselves.
     """
 
-    def __init__(self, manifest: Manifest, lengths: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, manifest: Manifest, lengths: Mapping[str, Sequence[int]], stack: contextlib.ExitStack) -> None:
         self.problems: list[str] = []
-        self._manifest, self._lengths = manifest, lengths
-        self._stack = contextlib.ExitStack()
+        self._manifest = manifest
         self._rows: dict[str, Iterator[pa.Table]] = {}
         self._schemas: dict[str, pa.Schema] = {}
         self._found: dict[str, dict[str, pa.Schema]] = {}  # distinct schemas of the shards, in order of appearance
-
-    def __enter__(self) -> Self:
-        for split in self._manifest.splits:
-            if self._manifest.catalogues and catalogue_name(split) not in self._manifest.catalogues:
-                self.problems.append(f"{self._manifest.location}: no checksum of {catalogue_name(split)}")
-            elif self._manifest.catalogues:
-                try:
-                    file = self._stack.enter_context(open_catalogue(self._manifest, split))
-                    self._schemas[split], self._found[split] = file.schema_arrow, {}
-                    self._rows[split] = iterate_catalogue(file, self._lengths[split])
-                except UserError as error:
-                    self.problems.append(str(error))
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
+        for split in manifest.splits if manifest.catalogues else ():
+            if catalogue_name(split) not in manifest.catalogues:
+                self.problems.append(f"{manifest.location}: no checksum of {catalogue_name(split)}")
+                continue
+            try:
+                file = stack.enter_context(open_catalogue(manifest, split))
+                self._schemas[split], self._found[split] = file.schema_arrow, {}
+                self._rows[split] = iterate_catalogue(file, lengths[split])
+            except UserError as error:
+                self.problems.append(str(error))
 
     def compare(self, split: str, location: str, metas: Sequence[tuple[str, bytes]] | None) -> list[str]:
         """Return the problems of the next shard's rows.
@@ -90,33 +91,32 @@ class CatalogueCheck:
             table = table_of(metas)
             expected = conform(table, rows.schema)
         except ValueError as error:
-            return [f"shard {location}: {catalogue_name(split)} cannot hold what its .json say ({error})"]
+            return [f"shard {location}: a .json has values that {catalogue_name(split)} cannot hold ({error})"]
         if split in self._found:
             self._found[split].setdefault(table.schema.to_string(show_field_metadata=True), table.schema)
         if rows.equals(expected):
             return []
         pairs = zip(rows.to_pylist(), expected.to_pylist(), strict=False)
-        others = [there[ID] for here, there in pairs if here != there]
-        named = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
-        return [f"shard {location}: the rows of {named} in {catalogue_name(split)} are not what their .json say"]
+        names = name_some([wanted[ID] for row, wanted in pairs if row != wanted], NAMED)
+        return [f"shard {location}: the rows of {names} in {catalogue_name(split)} differ from their .json"]
 
     def finish(self) -> list[str]:
         """Return the problems found only over all shards: columns that are missing, superfluous or of another type."""
         return [
-            f"{self._manifest.location}: the columns of {catalogue_name(split)} are not those that the .json of its galaxies have"
+            f"{self._manifest.location}: the columns of {catalogue_name(split)} are not those of its galaxies' .json"
             for split, found in self._found.items()
             if unite(found.values()) != self._schemas[split]
         ]
 
 
-# Problems that are listed; the rest are only counted.
+# Problems listed in an error; the others are counted.
 LISTED = 20
 # Columns up to this total size, for some thirty million galaxies, are hashed by ``check_columns``.
 QUICK_BYTES = 512 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Checked:
+class VerifiedShards:
     """The manifest and size of a data set that passed the check."""
 
     manifest: Manifest
@@ -138,12 +138,8 @@ class _Shard:
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int32]
 
-    @property
-    def index_name(self) -> str:
-        return self.name.removesuffix(".tar") + ".idx"
 
-
-def check_shards(location: str | Path, cache: CacheConfig | None = None, *, threads: int = 0) -> Checked:
+def check_shards(location: str | Path, cache: CacheConfig | None = None, *, threads: int = 0) -> VerifiedShards:
     """Read, hash and decode all shards and compare them with the manifest.
 
     Args:
@@ -160,10 +156,12 @@ def check_shards(location: str | Path, cache: CacheConfig | None = None, *, thre
     shards = [shard for split in manifest.splits for shard in _shards(manifest, split)]
     hashes: list[NDArray[np.uint64]] = []
     with (
-        CatalogueCheck(manifest, {split: manifest.shards(split)["samples"].tolist() for split in manifest.splits}) as catalogues,
+        contextlib.ExitStack() as stack,
         ThreadPoolExecutor(threads or available_cores()) as executor,
         tqdm(total=sum(shard.samples for shard in shards), desc="checking shards", unit="img", disable=None) as bar,
     ):
+        lengths = {split: manifest.shards(split)["samples"].tolist() for split in manifest.splits}
+        catalogues = CatalogueCheck(manifest, lengths, stack)
         problems += catalogues.problems
         for shard, (found, metas) in zip(
             shards, executor.map(lambda shard: _check_shard(shard, manifest, read), shards), strict=True
@@ -174,7 +172,7 @@ def check_shards(location: str | Path, cache: CacheConfig | None = None, *, thre
             bar.update(shard.samples)
         problems += catalogues.finish()
     if not problems:
-        problems += _twins(shards, hashes, read)
+        problems += _duplicate_keys(shards, hashes, read)
     if problems:
         more = f"\n... and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise UserError(
@@ -183,7 +181,7 @@ def check_shards(location: str | Path, cache: CacheConfig | None = None, *, thre
             + more
             + ("\nRemove the folder and make the shards anew with: galaxydist data shard" if manifest.remote is None else "")
         )
-    return Checked(manifest, len(shards), sum(shard.samples for shard in shards))
+    return VerifiedShards(manifest, len(shards), sum(shard.samples for shard in shards))
 
 
 def check_columns(manifest: Manifest) -> None:
@@ -204,10 +202,8 @@ def _check_digests(manifest: Manifest) -> Iterator[str]:
         path = manifest.dir / name
         if not path.is_file():
             yield f"{path}: missing, though the manifest names it"
-            continue
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                yield f"{path}: its checksum is not the manifest's"
+        elif file_sha256(path) != expected:
+            yield f"{path}: its checksum is not the manifest's"
 
 
 def _check_columns(manifest: Manifest) -> Iterator[str]:
@@ -218,17 +214,17 @@ def _check_columns(manifest: Manifest) -> Iterator[str]:
                 yield f"{manifest.location}: no checksum of {column_name(name, column)}"
         table, labels = manifest.shards(name), manifest.labels(name)
         if int(table["samples"].sum()) != split.num_samples or int(table["bytes"].sum()) != split.num_bytes:
-            yield f"{manifest.location}: split {name}: totals are not the sums over its shards"
+            yield f"{manifest.location}: split {name}: its totals are not the sums over its shards"
         counts = np.bincount(labels[labels >= 0], minlength=manifest.num_classes)
         if tuple(counts.tolist()) != split.class_counts:
-            yield f"{manifest.location}: split {name}: class counts are not those of its labels"
+            yield f"{manifest.location}: split {name}: its class counts are not those of its labels"
 
 
 def _shards(manifest: Manifest, split: str) -> Iterator[_Shard]:
     start = 0
     for number, row in enumerate(manifest.shards(split)):
-        here = slice(start, start + int(row["samples"]))
-        start = here.stop
+        rows = slice(start, start + int(row["samples"]))
+        start = rows.stop
         yield _Shard(
             split,
             shard_name(split, number),
@@ -236,9 +232,9 @@ def _shards(manifest: Manifest, split: str) -> Iterator[_Shard]:
             int(row["samples"]),
             int(row["bytes"]),
             row["sha256"].tobytes(),
-            manifest.labels(split)[here],
-            manifest.offsets(split)[here],
-            manifest.lengths(split)[here],
+            manifest.labels(split)[rows],
+            manifest.offsets(split)[rows],
+            manifest.lengths(split)[rows],
         )
 
 
@@ -246,13 +242,13 @@ def _check_shard(shard: _Shard, manifest: Manifest, read: FileReader) -> tuple[l
     """Return the problems of a shard, and the keys of its galaxies with their .json (empty if unreadable)."""
     try:
         data = read(shard.name, shard.sha256)
-        samples = parse_index(read(shard.index_name, None).decode("ascii"))
+        samples = parse_index(read(index_name(shard.name), None).decode("ascii"))
     except OSError as error:
         return [f"{error.filename}: {error.strerror}"], []
     except UserError as error:
         return [str(error)], []
     except ValueError as error:
-        return [f"{shard.location.removesuffix(shard.name)}{shard.index_name}: damaged index ({error})"], []
+        return [f"{shard.location.removesuffix(shard.name)}{index_name(shard.name)}: damaged index ({error})"], []
     problems = []
     if len(data) != shard.num_bytes:
         problems.append(f"shard {shard.location}: {len(data)} bytes where the manifest says {shard.num_bytes}")
@@ -277,14 +273,14 @@ def _contents(data: bytes, members: list[Member]) -> dict[str, bytes]:
     """Return a sample's files by extension, read at the offsets in the index.
 
     Raises:
-        ValueError: a file is not there or cut short.
+        ValueError: a file is missing or truncated.
     """
     contents = {}
     for member in members:
         check_header(data[member.offset - BLOCK : member.offset], member)
         contents[member.extension] = data[member.offset : member.offset + member.size]
         if len(contents[member.extension]) != member.size:
-            raise ValueError(f"{member.name} is cut short")
+            raise ValueError(f"{member.name} is truncated")
     return contents
 
 
@@ -299,9 +295,9 @@ def _check_sample(contents: dict[str, bytes], members: list[Member], shard: _Sha
         raise ValueError(f"has the files {sorted(contents)}")
     image = next(member for member in members if member.extension == manifest.extension)
     if (image.offset, image.size) != (int(shard.offsets[number]), int(shard.lengths[number])):
-        raise ValueError("its column row points elsewhere than its index")
+        raise ValueError("its offset or length in the columns is not that in its index")
     if label >= 0 and contents["cls"] != str(label).encode():
-        raise ValueError(f"its .cls says {contents['cls'].decode(errors='replace')}, the label column {label}")
+        raise ValueError(f"its .cls is {contents['cls'].decode(errors='replace')}, its label in the columns {label}")
     json.loads(contents["json"])
     pixels = _decode(contents[manifest.extension], manifest.encoding)
     size = manifest.image_size
@@ -318,107 +314,76 @@ def _decode(data: bytes, encoding: str) -> NDArray[np.uint8]:
         raise ValueError(error.reason) from None
 
 
-def _twins(shards: list[_Shard], hashes: list[NDArray[np.uint64]], read: FileReader) -> list[str]:
+def _duplicate_keys(shards: list[_Shard], hashes: list[NDArray[np.uint64]], read: FileReader) -> list[str]:
     """Return a problem for each key that occurs twice; the hashes only limit the shards that are searched."""
-    together = np.concatenate([*hashes, np.zeros(0, np.uint64)])
-    numbers, counts = np.unique(together, return_counts=True)
+    numbers, counts = np.unique(np.concatenate([*hashes, np.zeros(0, np.uint64)]), return_counts=True)
     suspects = {*numbers[counts > 1].tolist()}
     seen: dict[str, str] = {}
     problems = []
     for shard, found in zip(shards, hashes, strict=True):
         if suspects.isdisjoint(found.tolist()):
             continue
-        for members in parse_index(read(shard.index_name, None).decode("ascii")):
+        for members in parse_index(read(index_name(shard.name), None).decode("ascii")):
             key = members[0].name.partition(".")[0]
             if key in seen:
-                problems.append(f"galaxy {key} stands in {seen[key]} and in {shard.location}")
+                problems.append(f"galaxy {key} is in {seen[key]} and in {shard.location}")
             seen[key] = shard.location
     return problems
 
 
-# Equal images are only reported, never moved: a split that the user or a survey gives stays as it is.
+# Equal images are only reported, never moved: a split given by the user or a survey stays unchanged.
 
 # Groups of equal images, and galaxies of each, that a message names.
 MOST_NAMED = 5
 
 
-@dataclass(frozen=True)
-class EqualImages:
-    """Groups of galaxies whose images are equal pixel for pixel, each galaxy as ``split/id``.
-
-    Args:
-        across: groups in more than one split.
-        two_labels: groups with more than one label.
-    """
-
-    across: list[list[str]]
-    two_labels: list[list[str]]
-
-
-def find_equal_images(manifest: Manifest) -> EqualImages | None:
-    """Find equal images by the hashes in the catalogues; return None for shards of an earlier version without hashes.
+def describe_equal_images(manifest: Manifest) -> list[str]:
+    """Return warnings about images that are equal pixel for pixel, or about missing hashes; empty without either.
 
     Raises:
         UserError: a catalogue is missing or damaged.
     """
-    splits = [name for name, split in manifest.splits.items() if split.num_samples]
-    if not manifest.catalogues:
-        return None
-    hashes = []
-    for code, split in enumerate(splits):
-        table = read_catalogue(manifest, split, (PIXEL_HASH,))
-        if not table.column_names:
-            return None
-        column = table.column(PIXEL_HASH)
-        rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
-        found = np.empty(len(rows), [("hash", "<i8"), ("split", "<i4"), ("row", "<i8"), ("label", "<i4")])
-        found["hash"], found["row"] = column.drop_null().to_numpy(), rows
-        found["split"], found["label"] = code, manifest.labels(split)[rows]
-        hashes.append(found)
-    across, two_labels = _groups(np.concatenate(hashes))
-    wanted = {split for group in (*across, *two_labels) for split in group["split"].tolist()}
-    ids = {code: read_catalogue(manifest, splits[code], ("id",)).column("id") for code in wanted}
-
-    def name(group: NDArray[np.void]) -> list[str]:
-        return [f"{splits[code]}/{ids[code][row].as_py()}" for code, row in group[["split", "row"]].tolist()]
-
-    return EqualImages([name(group) for group in across], [name(group) for group in two_labels])
-
-
-def describe_equal_images(manifest: Manifest) -> list[str]:
-    """Return lines that report equal images of a data set, or that it has no hashes; empty if all is well."""
-    found = find_equal_images(manifest)
-    if found is None:
+    rows = _repeated_images(manifest)
+    if rows is None:
         return [
-            f"{manifest.location} has no hashes of its images (an earlier version made it), so that equal images in two "
-            "splits are not found; make the shards anew to have them compared"
+            f"{manifest.location} has no hashes of its images (an earlier version wrote it), so that equal images in two "
+            "splits cannot be found; make the shards anew to compare them"
         ]
+    across: list[str] = []
+    two_labels: list[str] = []
+    for _, members in itertools.groupby(rows.to_pylist(), itemgetter("hash")):
+        group = list(members)
+        names = " = ".join(f"{row['split']}/{row['id']}" for row in group[:MOST_NAMED])
+        if len({row["split"] for row in group}) > 1:
+            across.append(names)
+        if len({row["label"] for row in group if row["label"] >= 0}) > 1:
+            two_labels.append(names)
     lines = []
-    if found.across:
+    if across:
         lines.append(
-            f"{_images(found.across, 'is', 'are')} in more than one split, pixel for pixel: {_some(found.across)}. A model is "
-            "judged there on what it has learnt from: leave them out of one of the splits"
+            f"{_images(across, 'is', 'are')} in more than one split, pixel for pixel: {name_some(across, MOST_NAMED)}. A model "
+            "would be evaluated on images that it has learnt from: remove them from one of the splits"
         )
-    if found.two_labels:
-        lines.append(f"{_images(found.two_labels, 'has', 'have')} two labels, pixel for pixel: {_some(found.two_labels)}")
+    if two_labels:
+        lines.append(f"{_images(two_labels, 'has', 'have')} two labels, pixel for pixel: {name_some(two_labels, MOST_NAMED)}")
     return lines
 
 
-def _images(groups: list[list[str]], singular: str, plural: str) -> str:
+def _repeated_images(manifest: Manifest) -> pa.Table | None:
+    """Return hash, split, id and label of the galaxies whose image hash occurs again; None if the catalogues have no hashes."""
+    if not manifest.catalogues:
+        return None
+    tables = []
+    for name in (name for name, split in manifest.splits.items() if split.num_samples):
+        table = read_catalogue(manifest, name, (ID, PIXEL_HASH))
+        if PIXEL_HASH not in table.column_names:
+            return None
+        columns = {"hash": table[PIXEL_HASH], "split": pa.repeat(name, len(table)), "id": table[ID]}
+        tables.append(pa.table({**columns, "label": manifest.labels(name)}))
+    rows = pa.concat_tables(tables).filter(pc.field("hash").is_valid())
+    counts = rows.group_by("hash").aggregate([([], "count_all")]).filter(pc.field("count_all") > 1)
+    return rows.filter(pc.is_in(rows["hash"], counts["hash"])).sort_by("hash")
+
+
+def _images(groups: list[str], singular: str, plural: str) -> str:
     return f"1 image {singular}" if len(groups) == 1 else f"{len(groups)} images {plural}"
-
-
-def _groups(rows: NDArray[np.void]) -> tuple[list[NDArray[np.void]], list[NDArray[np.void]]]:
-    """Return the groups of equal hashes in several splits, and those with several labels."""
-    rows = rows[np.argsort(rows["hash"], kind="stable")]
-    starts = np.flatnonzero(np.append(True, np.diff(rows["hash"]) != 0)) if len(rows) else np.empty(0, np.int64)
-    ends = np.append(starts[1:], len(rows))
-    several = np.flatnonzero(ends - starts > 1)
-    groups = [rows[starts[number] : ends[number]] for number in several.tolist()]
-    across = [group for group in groups if len(set(group["split"].tolist())) > 1]
-    return across, [group for group in groups if len(set(group["label"][group["label"] >= 0].tolist())) > 1]
-
-
-def _some(groups: list[list[str]]) -> str:
-    more = f" and {len(groups) - MOST_NAMED} more" if len(groups) > MOST_NAMED else ""
-    return ", ".join(" = ".join(group[:MOST_NAMED]) for group in groups[:MOST_NAMED]) + more

@@ -1,1 +1,0 @@
-"""Sources of galaxies: survey readers, the simulator, the official split and export to image folders."""

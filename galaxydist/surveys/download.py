@@ -129,7 +129,7 @@ def _download(target: Path, urls: Sequence[str], sha256: str, retry_seconds: flo
         except OSError as error:
             raise disk_error(target, error) from error
     raise UserError(
-        "\n".join([f"no address gave {target.name}:", *failures])
+        "\n".join([f"{target.name} could not be downloaded from any address:", *failures])
         + "\ntry again later, or download it on a machine with network and run `galaxydist data fetch --from FILE`"
     )
 
@@ -146,7 +146,7 @@ def _retrieve(url: str, target: Path, sha256: str, retry_seconds: float) -> None
         except ValueError:
             if last or not downloader.has_resumed:
                 raise
-            logger.warning("the continued download of %s is not the official file; starting again", url)
+            logger.warning("the resumed download of %s is not the official file; it starts again", url)
 
 
 class _ResumingDownloader:
@@ -168,13 +168,13 @@ class _ResumingDownloader:
         while attempts < _ATTEMPTS:
             before = self._num_bytes()
             try:
-                self._go_on(url)
+                self._resume(url)
                 break
             except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
                 attempts = 0 if self._num_bytes() > before else attempts + 1
                 if attempts == _ATTEMPTS:
                     raise
-                logger.warning("the connection to %s was cut (%s); going on", url, error)
+                logger.warning("the connection to %s was cut (%s); the download continues", url, error)
                 time.sleep(self._retry_seconds)
         self._partial.replace(output_file)
         note.unlink(missing_ok=True)
@@ -182,7 +182,7 @@ class _ResumingDownloader:
     def _num_bytes(self) -> int:
         return self._partial.stat().st_size if self._partial.exists() else 0
 
-    def _go_on(self, url: str) -> None:
+    def _resume(self, url: str) -> None:
         """Fetch the missing bytes, or the whole file if the server does not support range requests."""
         import requests
         from tqdm import tqdm
@@ -211,12 +211,12 @@ def _download_through_astronn(in_cache: Path) -> None:
     if importlib.util.find_spec("astroNN") is None:
         raise UserError(
             "--via astronn needs astroNN, which is not installed (it brings TensorFlow): pip install 'galaxydist[astronn]', "
-            "or leave out --via"
+            "or remove --via"
         )
     code = "from astroNN.datasets.galaxy10 import load_data; load_data()"
     result = subprocess.run([sys.executable, "-c", code], check=False)
     if not in_cache.is_file():
-        raise UserError(f"astroNN left no {in_cache} (its process ended with {result.returncode}); leave out --via astronn")
+        raise UserError(f"astroNN left no {in_cache} (its process ended with {result.returncode}); remove --via astronn")
 
 
 def _reason(error: Exception) -> str:

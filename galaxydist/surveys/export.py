@@ -2,9 +2,8 @@
 
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.atomic_files import disk_error, remove_stale
-from galaxydist.cpus import available_cores
+from galaxydist.cpus import available_cores, bounded_map
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, EncodedImage, Galaxy, Survey
 from galaxydist.surveys.folder_metadata import FolderInfo, read_info, write_info, write_metadata
@@ -25,12 +24,12 @@ _BATCH = 16  # galaxies per task of a thread
 
 @dataclass(frozen=True, slots=True)
 class ExportedTree:
-    """One exported folder: its variant, path, number of galaxies by split, and ``was_there`` if it existed before."""
+    """An exported folder: variant, path, number of galaxies by split, and ``existed``: True if an earlier call wrote it."""
 
     variant: str
     path: Path
     num_galaxies: dict[str, int]
-    was_there: bool
+    existed: bool
 
 
 @dataclass(slots=True)
@@ -43,8 +42,8 @@ class _Tree:
     split_of_row: NDArray[np.int8]
     written: list[tuple[str, str, Galaxy]] = field(default_factory=list)
 
-    def place(self, galaxy: Galaxy, row: int) -> str | None:
-        """Return a galaxy's file relative to the tree, or None if it is in no split of this variant."""
+    def relative_path(self, galaxy: Galaxy, row: int) -> str | None:
+        """Return a galaxy's file relative to the tree, or None if the galaxy is in no split of this variant."""
         code = int(self.split_of_row[row])
         if code < 0 or galaxy.label is None:
             return None
@@ -71,13 +70,13 @@ def export_image_folders(
     """
     surveys = [open_survey(source, variant, classes=classes) for variant in TREES]
     out_dir.mkdir(parents=True, exist_ok=True)
-    is_there = [_is_exported(survey, out_dir / TREES[survey.variant]) for survey in surveys]
-    missing = [_begin(survey, out_dir) for survey, there in zip(surveys, is_there, strict=True) if not there]
+    exists = [_is_exported(survey, out_dir / TREES[survey.variant]) for survey in surveys]
+    missing = [_start_tree(survey, out_dir) for survey, existed in zip(surveys, exists, strict=True) if not existed]
     try:
         if missing:
             _write_images(missing, workers or available_cores())
         for tree in missing:
-            _finish(tree)
+            _publish_tree(tree)
     except OSError as error:
         raise disk_error(out_dir, error) from error
     finally:
@@ -85,9 +84,9 @@ def export_image_folders(
             shutil.rmtree(tree.temporary, ignore_errors=True)
     return [
         ExportedTree(
-            survey.variant, out_dir / TREES[survey.variant], {split: len(rows) for split, rows in survey.splits.items()}, there
+            survey.variant, out_dir / TREES[survey.variant], {split: len(rows) for split, rows in survey.splits.items()}, existed
         )
-        for survey, there in zip(surveys, is_there, strict=True)
+        for survey, existed in zip(surveys, exists, strict=True)
     ]
 
 
@@ -97,19 +96,18 @@ def _is_exported(survey: Survey, target: Path) -> bool:
         return False
     info = read_info(target) if target.is_dir() else None
     if info is None:
-        raise UserError(f"{target} is in the way: `galaxydist data export` did not write it; move it or choose another folder")
+        raise UserError(f"{target} exists, and `galaxydist data export` did not write it; move it or choose another folder")
     return info.source_hash == survey.source_hash
 
 
-def _begin(survey: Survey, out_dir: Path) -> _Tree:
+def _start_tree(survey: Survey, out_dir: Path) -> _Tree:
     target = out_dir / TREES[survey.variant]
     temporary = out_dir / f".{target.name}.{os.getpid()}.partial"
     remove_stale(out_dir, f".{target.name}.*.partial")
     split_of_row = np.full(len(survey.labels), -1, np.int8)
     for code, split in enumerate(SPLITS):
         split_of_row[survey.splits[split]] = code
-    folders = ("train", "test") if survey.variant == "balanced" else SPLITS
-    for folder in folders:
+    for folder in ("train", "test") if survey.variant == "balanced" else SPLITS:
         for name in survey.class_names:
             (temporary / folder / name).mkdir(parents=True, exist_ok=True)
     return _Tree(survey, target, temporary, split_of_row)
@@ -121,22 +119,13 @@ def _write_images(trees: Sequence[_Tree], workers: int) -> None:
 
     survey = trees[0].survey
     wanted = np.any([tree.split_of_row >= 0 for tree in trees], axis=0)
-    pending: deque[Future[int]] = deque()
     with (
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=int(wanted.sum()), desc=f"export {survey.name}", unit="galaxy", disable=None) as bar,
     ):
-        try:
-            for batch in _batches(survey, wanted):
-                files = [_plan(trees, row, galaxy) for row, galaxy in batch]
-                pending.append(pool.submit(_write_batch, files))
-                while len(pending) > 2 * workers:
-                    bar.update(pending.popleft().result())
-            while pending:
-                bar.update(pending.popleft().result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        tasks = (([_plan_files(trees, row, galaxy) for row, galaxy in batch],) for batch in _batches(survey, wanted))
+        for written in bounded_map(pool, _write_batch, tasks, 2 * workers):
+            bar.update(written)
 
 
 def _batches(survey: Survey, wanted: NDArray[np.bool_]) -> Iterator[list[tuple[int, Galaxy]]]:
@@ -156,33 +145,29 @@ def _batches(survey: Survey, wanted: NDArray[np.bool_]) -> Iterator[list[tuple[i
         yield batch
 
 
-def _plan(trees: Sequence[_Tree], row: int, galaxy: Galaxy) -> tuple[Galaxy, list[Path]]:
+def _plan_files(trees: Sequence[_Tree], row: int, galaxy: Galaxy) -> tuple[Galaxy, list[Path]]:
     """Return the files to write a galaxy to, and record it, without its pixels, for the trees' metadata."""
     files = []
     for tree in trees:
-        place = tree.place(galaxy, row)
-        if place is not None:
-            files.append(tree.temporary / place)
-            tree.written.append((place, SPLITS[tree.split_of_row[row]], replace(galaxy, image=_NO_IMAGE)))
+        path = tree.relative_path(galaxy, row)
+        if path is not None:
+            files.append(tree.temporary / path)
+            tree.written.append((path, SPLITS[tree.split_of_row[row]], replace(galaxy, image=_NO_IMAGE)))
     return galaxy, files
 
 
 def _write_batch(batch: Sequence[tuple[Galaxy, list[Path]]]) -> int:
     for galaxy, files in batch:
-        data = _png(galaxy)
+        image = galaxy.image
+        pixels = decode_file(image.data, galaxy.id) if isinstance(image, EncodedImage) else image
+        is_png = isinstance(image, EncodedImage) and image.format == "png"
+        data = image.data if is_png else encode_png(pixels)
         for file in files:
             file.write_bytes(data)
     return len(batch)
 
 
-def _png(galaxy: Galaxy) -> bytes:
-    if isinstance(galaxy.image, EncodedImage):
-        pixels = decode_file(galaxy.image.data, galaxy.id)
-        return galaxy.image.data if galaxy.image.format == "png" else encode_png(pixels)
-    return encode_png(galaxy.image)
-
-
-def _finish(tree: _Tree) -> None:
+def _publish_tree(tree: _Tree) -> None:
     """Write the tree's metadata and rename it to its final name, replacing an older export."""
     survey = tree.survey
     write_metadata(tree.temporary, tree.written)

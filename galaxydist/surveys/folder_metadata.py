@@ -74,9 +74,7 @@ def read_info(folder: Path) -> FolderInfo | None:
         fields = json.loads(path.read_text(encoding="utf-8"))
         info = FolderInfo(**fields)
     except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a description that `galaxydist data export` wrote ({error}); remove it or export again"
-        ) from error
+        raise UserError(f"{path} was not written by `galaxydist data export` ({error}); remove it or export again") from error
     if not isinstance(info.name, str) or not is_dataset_name(info.name):
         raise UserError(f"{path}: the name {info.name!r} cannot be a data set's; give it letters, digits, _ and - only")
     if info.format != FORMAT:
@@ -119,15 +117,15 @@ def read_metadata(folder: Path) -> FolderMetadata:
             for line in cells:
                 if not any(line):
                     continue
-                where = f"{path}, line {cells.line_num + 1}"
-                file, row = columns.row(line, where)
+                location = f"{path}, line {cells.line_num + 1}"
+                file, row = columns.row(line, location)
                 if file in rows:
-                    raise UserError(f"{where}: {file} stands in it twice; remove one of the lines")
+                    raise UserError(f"{location}: {file} is listed twice; remove one of the lines")
                 rows[file] = row
     except UnicodeDecodeError as error:
         raise UserError(f'{path} is not UTF-8 text ({error.reason}); save it as "CSV UTF-8", or remove it') from error
     except csv.Error as error:
-        raise UserError(f"{path} is not a table in CSV ({error}); save it anew, or remove it") from error
+        raise UserError(f"{path} is not a CSV table ({error}); save it again, or remove it") from error
     return FolderMetadata(rows, columns.is_exported)
 
 
@@ -149,24 +147,24 @@ class _Columns:
     is_loose: bool
     delimiter: str
 
-    def row(self, cells: list[str], where: str) -> tuple[str, FolderRow]:
-        """Return the image file and the metadata of a line; ``where`` names the line in errors."""
+    def row(self, cells: list[str], location: str) -> tuple[str, FolderRow]:
+        """Return the image file and the metadata of a line; ``location`` names the line in errors."""
         if len(cells) > len(self.names) and any(cells[len(self.names) :]):
             raise UserError(
-                f"{where}: {len(cells)} cells under {len(self.names)} columns; put cells with {self.delimiter!r} in quotes"
+                f"{location}: {len(cells)} cells under {len(self.names)} columns; put cells with {self.delimiter!r} in quotes"
             )
         cells += [""] * (len(self.names) - len(cells))
-        known = {name: cells[place] for name, place in self.fixed.items()}
+        known = {name: cells[number] for name, number in self.fixed.items()}
         extras = {
             name: self.value(cell)
-            for place, (name, cell) in enumerate(zip(self.names, cells, strict=False))
-            if name and place not in self.fixed.values() and not (self.is_exported and name in _FIXED)
+            for number, (name, cell) in enumerate(zip(self.names, cells, strict=False))
+            if name and number not in self.fixed.values() and not (self.is_exported and name in _FIXED)
         }
         if not isinstance(extras.get("conflicting"), bool | None):
-            raise UserError(f"{where}: conflicting={extras['conflicting']!r} is neither true nor false")
+            raise UserError(f"{location}: conflicting={extras['conflicting']!r} is neither true nor false")
         if not known["file"]:
-            raise UserError(f"{where}: no file; give the image that it is about, or remove the line")
-        ra, dec = (self._degrees(name, known.get(name, ""), where) for name in ("ra", "dec"))
+            raise UserError(f"{location}: no file; name the image, or remove the line")
+        ra, dec = (self._degrees(name, known.get(name, ""), location) for name in ("ra", "dec"))
         return known["file"], FolderRow(known.get("id", ""), known.get("split", ""), ra, dec, extras)
 
     def value(self, cell: str) -> Any:
@@ -178,10 +176,10 @@ class _Columns:
         value = _parse(cell)
         return None if self.is_loose and isinstance(value, float) and not math.isfinite(value) else value
 
-    def _degrees(self, name: str, cell: str, where: str) -> float | None:
+    def _degrees(self, name: str, cell: str, location: str) -> float | None:
         value = self.value(cell)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise UserError(f"{where}: {name}={cell!r} is not a number; give decimal degrees, or nothing where it is unknown")
+            raise UserError(f"{location}: {name}={cell!r} is not a number; give decimal degrees, or an empty cell")
         return value
 
 
@@ -199,7 +197,7 @@ def _read_header(path: Path, stream: TextIO) -> _Columns | None:
     file = next((name for name in _FILE_COLUMNS if name in lowered), None)
     if file is None:
         logger.warning(
-            "%s is not used: none of its columns (%s) is named %s; rename the column that names the images",
+            "%s is ignored: none of its columns (%s) is named %s; rename the column with the image files",
             path,
             ", ".join(names),
             " or ".join(_FILE_COLUMNS),

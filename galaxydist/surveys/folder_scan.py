@@ -6,12 +6,12 @@ Names that are valid in shards, folders and file systems have letters, digits, `
 import logging
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from galaxydist.errors import UserError
+from galaxydist.errors import UserError, name_some
 from galaxydist.galaxy import GALAXY10_CLASSES, SPLITS
 from galaxydist.paths import is_dataset_name
 from galaxydist.surveys.folder_metadata import METADATA_FILE
@@ -44,8 +44,8 @@ def check_name(name: str) -> None:
     """Raise a UserError that suggests another name if ``name`` is not a valid data set name."""
     if not is_dataset_name(name):
         raise UserError(
-            f"the name {name!r} cannot be a data set's: it names a folder under the data root and stands in commands, so it has "
-            f"letters, digits, _, -, + and . only, and no . at its start; try {safe_name(name)}"
+            f"the name {name!r} is not valid for a data set: it is used in folder names and commands, so it may have letters, "
+            f"digits, _, -, + and . only, and no . at its start; try {safe_name(name)}"
         )
 
 
@@ -115,8 +115,6 @@ _NUMBERED = {str(label) for label in range(len(GALAXY10_CLASSES))}
 _FITS = (".fits", ".fit", ".fts", ".fz")
 # Folders that file servers and desktops create; they hold thumbnails and deleted files.
 _CLUTTER = {"@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__macosx"}
-# Maximum number of names in a message; the rest are counted.
-_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +154,9 @@ def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ..
     if splits and len(splits) == len(top) and "train" not in splits.values():
         raise UserError(f"{root} has {', '.join(splits)} but no train folder; put the training images into {root / 'train'}")
     if "train" in splits.values():
-        _refuse_twins(root, splits)
-        _warn_ignored(root, [name for name in top if name not in splits])
+        _check_unique_splits(root, splits)
+        if ignored := [name for name in top if name not in splits]:
+            logger.warning("%s: %s beside the train folder left out", root, ", ".join(ignored))
         class_folders = [
             (f"{folder}/{name}", name, split) for folder, split in splits.items() for name in finder.list_folders(folder)
         ]
@@ -170,12 +169,12 @@ def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ..
     return class_names, sorted(images, key=lambda image: (order[image.split], image.label))
 
 
-def _refuse_twins(root: Path, splits: Mapping[str, str]) -> None:
+def _check_unique_splits(root: Path, splits: Mapping[str, str]) -> None:
     """Raise UserError if two folders name the same split: one of them probably means another split."""
     for split in SPLITS:
         if len(names := [name for name in splits if splits[name] == split]) > 1:
             raise UserError(
-                f"{root}: the folders {', '.join(names)} would all be the {split} split; put their images into one folder, or "
+                f"{root}: the folders {', '.join(names)} all name the {split} split; put their images into one folder, or "
                 "rename those that mean another split (train, val, test)"
             )
 
@@ -188,7 +187,7 @@ def known_split(name: str) -> str | None:
 def _labels(found: set[str], root: Path, *, as_galaxy10: bool) -> tuple[tuple[str, ...], dict[str, int]]:
     if len(found) < 2:
         raise UserError(
-            f"{root} has {'no class folder' if not found else f'the class {next(iter(found))!r} alone'}; "
+            f"{root} has {f'only the class {next(iter(found))!r}' if found else 'no class folder'}; "
             "expected one folder of images for each class, at least two, or such folders inside train, val and test"
         )
     if found == set(GALAXY10_CLASSES):
@@ -198,7 +197,7 @@ def _labels(found: set[str], root: Path, *, as_galaxy10: bool) -> tuple[tuple[st
         return GALAXY10_CLASSES, {name: int(name) for name in found}
     if as_galaxy10:
         raise UserError(
-            f"{root} does not have Galaxy10's classes but {_some(names)}; they are folders named 0 to 9, or "
+            f"{root} does not have Galaxy10's classes but {_quoted(names)}; they are folders named 0 to 9, or "
             f"{', '.join(GALAXY10_CLASSES)}: rename the folders, or leave out --classes"
         )
     if found == _NUMBERED:
@@ -214,10 +213,10 @@ class _Finder:
         self._real_root = os.path.realpath(root)
         self._files: dict[str, list[str]] = {}
         self._links: list[tuple[str, str]] = []  # class folder, path relative to the root
-        self._twice: list[tuple[str, str]] = []  # likewise, for paths found before
+        self._repeated: list[tuple[str, str]] = []  # likewise, for paths found before
         self._folders: set[str] = set()  # real paths
         self._seen: set[str] | None = None  # real paths of images; None until the first link
-        self._left_out: dict[str, Counter[str]] = {}  # by class folder
+        self._left_out: defaultdict[str, Counter[str]] = defaultdict(Counter)  # by class folder
 
     def list_folders(self, relative: str) -> list[str]:
         """Return the visible subfolders of a folder in natural order, and count images and tables beside them as left out."""
@@ -227,7 +226,7 @@ class _Finder:
                 continue
             if not entry.is_dir():
                 if _ending(entry.name) in EXTENSIONS.union(_FITS) or (relative and entry.name == METADATA_FILE):
-                    self._leave_out("", f"{_ending(entry.name)} beside the class folders")
+                    self._left_out[""][f"{_ending(entry.name)} beside the class folders"] += 1
             elif entry.name.lower() in _CLUTTER:
                 self._leave_out_folder("", f"{relative}/{entry.name}")
             else:
@@ -242,18 +241,18 @@ class _Finder:
         """
         self._files = {folder: [] for folder in folders}
         for folder in folders:
-            place = f"{self._real_root}/{folder}"
-            if os.path.realpath(place) == place:
-                self._walk(folder, folder, place)
+            path = f"{self._real_root}/{folder}"
+            if os.path.realpath(path) == path:
+                self._walk(folder, folder, path)
             else:
                 self._links.append((folder, folder))
-        number = {folder: place for place, folder in enumerate(folders)}
+        order = {folder: number for number, folder in enumerate(folders)}
         while self._links:
-            links = sorted(self._links, key=lambda link: (number[link[0]], natural_key(link[1])))
+            links = sorted(self._links, key=lambda link: (order[link[0]], natural_key(link[1])))
             self._links = []
             for folder, path in links:
                 self._follow(folder, path)
-        self._say()
+        self._warn()
         for folder, files in self._files.items():
             if not files:
                 raise self._empty(folder)
@@ -269,11 +268,11 @@ class _Finder:
             if entry.is_symlink():
                 self._links.append((folder, path))
             elif not entry.is_dir():
-                self._take(folder, path, entry.path)
+                self._add(folder, path, entry.path)
             elif name.lower() in _CLUTTER:
                 self._leave_out_folder(folder, path)
             elif entry.path in self._folders:
-                self._twice.append((folder, path))
+                self._repeated.append((folder, path))
             else:
                 self._walk(folder, path, entry.path)
 
@@ -283,37 +282,34 @@ class _Finder:
         link = self._root / path
         real = os.path.realpath(link)  # unlike Path.resolve, it accepts circular links
         if not Path(real).is_dir():
-            self._take(folder, path, real)
+            self._add(folder, path, real)
         elif real in self._folders or Path(os.path.realpath(link.parent)).is_relative_to(real):
-            self._twice.append((folder, path))
+            self._repeated.append((folder, path))
         else:
             self._walk(folder, path, real)
 
-    def _take(self, folder: str, path: str, real: str) -> None:
+    def _add(self, folder: str, path: str, real: str) -> None:
         ending = _ending(path)
         if ending not in EXTENSIONS:
-            self._leave_out(folder, ending or "without an ending")
+            self._left_out[folder][ending or "without an ending"] += 1
             return
         if self._seen is not None and Path(real).exists():
             if real in self._seen:
-                self._twice.append((folder, path))
+                self._repeated.append((folder, path))
                 return
             self._seen.add(real)
         self._files[folder].append(path)
 
-    def _leave_out(self, folder: str, what: str, count: int = 1) -> None:
-        self._left_out.setdefault(folder, Counter())[what] += count
-
     def _leave_out_folder(self, folder: str, path: str) -> None:
         count = sum(len(files) for _, _, files in os.walk(self._root / path.lstrip("/")))
-        self._leave_out(folder, f"in {PurePosixPath(path).name}", count)
+        self._left_out[folder][f"in {PurePosixPath(path).name}"] += count
 
-    def _say(self) -> None:
-        if self._twice:
+    def _warn(self) -> None:
+        if self._repeated:
             logger.warning(
-                "%s: each folder and image is read once, though links lead to some again: %s",
+                "%s: each folder and image is read once, though several links lead to some: %s",
                 self._root,
-                _some([path for _, path in self._twice]),
+                _quoted([path for _, path in self._repeated]),
             )
         left_out: Counter[str] = sum(self._left_out.values(), Counter())
         if left_out:
@@ -321,12 +317,12 @@ class _Finder:
 
     def _empty(self, folder: str) -> UserError:
         """Return the error for a class without images, listing the files found instead."""
-        twice = [path for owner, path in self._twice if owner == folder]
+        repeated = [path for owner, path in self._repeated if owner == folder]
         reasons = []
         if folder in self._left_out:
             reasons.append(f"it has {_count(self._left_out[folder])}")
-        if twice:
-            reasons.append(f"links in it lead to images that stand elsewhere in {self._root}, as {_some(twice)}")
+        if repeated:
+            reasons.append(f"its links lead to images that are elsewhere in {self._root}: {_quoted(repeated)}")
         reason = f": {'; '.join(reasons)}" if reasons else ""
         return UserError(
             f"an empty class: {self._root / folder} has no images ({', '.join(sorted(EXTENSIONS))}){reason}; "
@@ -352,11 +348,5 @@ def _count(left_out: Counter[str]) -> str:
     return numbers + (" (FITS is not read: convert it to PNG with a stretch of your choice)" if has_fits else "")
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(map(repr, names[:_NAMED])) + more
-
-
-def _warn_ignored(root: Path, names: list[str]) -> None:
-    if names:
-        logger.warning("%s: %s beside the train folder left out", root, ", ".join(names))
+def _quoted(names: Sequence[str]) -> str:
+    return name_some([*map(repr, names)])

@@ -19,7 +19,7 @@ from galaxydist.surveys.split import (
     Codes,
     Sky,
     SplitCandidates,
-    build_population,
+    build_candidates,
     check_classes,
     check_positions,
     read_sky,
@@ -60,13 +60,10 @@ class Galaxy10Survey:
     splits: Mapping[str, NDArray[np.int64]]
     source_hash: str
     id_prefix: str
+    slab_length: int
     original: Codes = field(repr=False)
     conflicting: NDArray[np.bool_] = field(repr=False)
     class_names: tuple[str, ...] = GALAXY10_CLASSES
-
-    @property
-    def slab_length(self) -> int:
-        return self.file.slab_length
 
     def read(self, start: int, stop: int) -> Iterator[Galaxy]:
         """Yield the galaxies of rows ``start`` ... ``stop - 1``, read in slabs of ``slab_length`` rows.
@@ -117,13 +114,17 @@ def open_galaxy10(
     """
     file = read_survey_file(path)
     found_name = _name(file)
-    population, original = _split(file, is_official=found_name == official_split.NAME)
+    galaxies, original = _split(file, is_official=found_name == official_split.NAME)
     if fold is not None:
-        codes = split_fold(population, *fold)
+        codes = split_fold(galaxies, *fold)
+    elif variant == "original":
+        codes = original
+    elif found_name == official_split.NAME:
+        codes = official_split.read_official_split().balanced
     else:
-        codes = original if variant == "original" else _balanced(population, original, found_name)
+        codes = split_balanced(galaxies, original)
     if conflicting == "drop":
-        codes = np.where(population.sky.conflicting, NONE, codes).astype(np.int8)
+        codes = np.where(galaxies.sky.conflicting, NONE, codes).astype(np.int8)
     return Galaxy10Survey(
         file=file,
         name=name or found_name,
@@ -131,9 +132,10 @@ def open_galaxy10(
         labels=file.labels,
         splits=rows_by_split(codes),
         source_hash=_source_hash(file, name or found_name, codes),
+        slab_length=file.slab_length,
         id_prefix={official_split.NAME: "g10", SIMULATED: "sim"}.get(found_name, found_name),
         original=original,
-        conflicting=population.sky.conflicting,
+        conflicting=galaxies.sky.conflicting,
     )
 
 
@@ -158,7 +160,7 @@ def read_survey_file(path: Path) -> SurveyFile:
             chunk_rows = images.chunks[0] if images.chunks else 1
             attributes = {key: _plain(value) for key, value in h5.attrs.items()}
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise UserError(f"{_damage(path, error, 'the file')}; fetch or make the file again") from error
     _check_labels(path, columns[LABELS])
     ra, dec = (columns[name].astype(np.float64) for name in ("ra", "dec"))
     check_positions(ra, dec, name=lambda row: f"{path}, row {row}")
@@ -211,8 +213,8 @@ def _data_set(path: Path, h5: Any, name: str) -> Any:
         found = h5[name]
     except (KeyError, OSError) as error:
         link = h5.get(name, getlink=True)
-        where = f" to {link.filename}" if isinstance(link, h5py.ExternalLink) else ""
-        raise UserError(f"{path}: {name!r} is a broken link{where}; put that file in its place, or make this one anew") from error
+        target = f" to {link.filename}" if isinstance(link, h5py.ExternalLink) else ""
+        raise UserError(f"{path}: {name!r} is a broken link{target}; restore that file, or make this one anew") from error
     if not isinstance(found, h5py.Dataset) or found.shape is None:
         kind = "a data set without values" if isinstance(found, h5py.Dataset) else f"a {type(found).__name__.lower()}"
         raise UserError(
@@ -225,7 +227,7 @@ def _check_labels(path: Path, labels: NDArray[np.integer]) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= NUM_CLASSES))
     if len(wrong):
         raise UserError(
-            f"{path}: {len(wrong)} of {len(labels)} labels lie outside 0-9, the first in row {wrong[0]} ({labels[wrong[0]]}); "
+            f"{path}: {len(wrong)} of {len(labels)} labels are outside 0-9, the first in row {wrong[0]} ({labels[wrong[0]]}); "
             "'ans' must hold Galaxy10's class numbers"
         )
 
@@ -233,31 +235,27 @@ def _check_labels(path: Path, labels: NDArray[np.integer]) -> None:
 def _name(file: SurveyFile) -> str:
     if file.attributes.get(SURVEY_ATTRIBUTE) == SIMULATED:
         return SIMULATED
-    if _has_official_labels(file):
+    counts = np.bincount(file.labels, minlength=NUM_CLASSES).tolist()
+    if counts == list(GALAXY10_COUNTS) and np.array_equal(file.labels, official_split.read_official_split().labels):
         return official_split.NAME
     stem = safe_name(file.path.stem)
     return f"{stem}_unofficial" if stem.lower().startswith("galaxy10") else stem
-
-
-def _has_official_labels(file: SurveyFile) -> bool:
-    counts = np.bincount(file.labels, minlength=NUM_CLASSES)
-    return counts.tolist() == list(GALAXY10_COUNTS) and np.array_equal(file.labels, official_split.read_official_split().labels)
 
 
 def _split(file: SurveyFile, *, is_official: bool) -> tuple[SplitCandidates, Codes]:
     """Return the galaxies and their original split: the shipped one for the official file, else one computed in the same way."""
     ra, dec = (file.columns[name].astype(np.float64) for name in ("ra", "dec"))
     if not is_official:
-        population = build_population(file.labels, ra, dec, class_names=GALAXY10_CLASSES, seed=official_split.SPLIT_SEED)
-        check_classes(population)
-        return population, split_original(population)
+        galaxies = build_candidates(file.labels, ra, dec, class_names=GALAXY10_CLASSES, seed=official_split.SPLIT_SEED)
+        check_classes(galaxies)
+        return galaxies, split_original(galaxies)
     shipped = official_split.read_official_split()
-    _check_positions(file.path, read_sky(file.labels, ra, dec), shipped.sky)
+    _check_official_sky(file.path, read_sky(file.labels, ra, dec), shipped.sky)
     keys = np.arange(len(file.labels), dtype=np.uint64)
     return SplitCandidates(file.labels, GALAXY10_CLASSES, shipped.sky, keys, official_split.SPLIT_SEED), shipped.original
 
 
-def _check_positions(path: Path, found: Sky, shipped: Sky) -> None:
+def _check_official_sky(path: Path, found: Sky, shipped: Sky) -> None:
     """Raise UserError if the file's positions give other neighbours than those that the frozen split is based on."""
     if np.array_equal(found.groups, shipped.groups) and np.array_equal(found.conflicting, shipped.conflicting):
         return
@@ -266,12 +264,6 @@ def _check_positions(path: Path, found: Sky, shipped: Sky) -> None:
         f"{path} has the labels of the official Galaxy10 but not its positions: row {row} has other neighbours "
         "on the sky than the official file's; the file is damaged or changed, fetch it again with `galaxydist data fetch`"
     )
-
-
-def _balanced(population: SplitCandidates, original: Codes, name: str) -> Codes:
-    if name == official_split.NAME:
-        return official_split.read_official_split().balanced
-    return split_balanced(population, original)
 
 
 def _source_hash(file: SurveyFile, name: str, codes: Codes) -> str:
@@ -310,10 +302,6 @@ def _plain(value: Any) -> Any:
     return None if isinstance(plain, float) and not np.isfinite(plain) else plain
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{_damage(path, error, 'the file')}; fetch or make the file again")
-
-
-def _damage(path: Path, error: OSError, what: str) -> str:
+def _damage(path: Path, error: OSError, part: str) -> str:
     state = "truncated" if "truncated" in str(error) else "truncated or damaged"
-    return f"{path} is {state}: cannot read {what} ({error})"
+    return f"{path} is {state}: cannot read {part} ({error})"

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -39,10 +39,24 @@ class SurveyFileWriter:
 
     HDF5 creates the layout, uncompressed and contiguous (its codecs save 4 to 28 % of the size and take two to ten times as
     long). The values are then written without HDF5, because its library crashes the process when the disk fills up.
+
+    Args:
+        path: the file's final path; it is written under a temporary name in the same folder.
+        num_galaxies: exact number of rows that will be appended.
+        attributes: root attributes with the provenance (simulator version, seed, ...).
+        simulated: mark the file as simulated, so that it is never mistaken for a real survey.
     """
 
-    def __init__(self, path: Path, num_galaxies: int, attributes: Mapping[str, str | int | float]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        num_galaxies: int,
+        attributes: Mapping[str, str | int | float] = MappingProxyType({}),
+        *,
+        simulated: bool = True,
+    ) -> None:
         assert num_galaxies > 0, "a survey file holds at least one galaxy"
+        attributes = {**({SURVEY_ATTRIBUTE: SIMULATED} if simulated else {}), **attributes}
         self._path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._num_galaxies = num_galaxies
@@ -118,21 +132,6 @@ class SurveyFileWriter:
             with contextlib.suppress(OSError):  # on a full disk, the flush in close() fails too
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
-
-
-def create_file(
-    path: Path, num_galaxies: int, attributes: Mapping[str, str | int | float] | None = None, *, simulated: bool = True
-) -> SurveyFileWriter:
-    """Create a survey file for ``num_galaxies`` galaxies.
-
-    Args:
-        path: the file's final path; it is written under a temporary name in the same folder.
-        num_galaxies: exact number of rows that will be appended.
-        attributes: root attributes with the provenance (simulator version, seed, ...).
-        simulated: mark the file as simulated, so that it is never taken for a real survey.
-    """
-    marks = {SURVEY_ATTRIBUTE: SIMULATED} if simulated else {}
-    return SurveyFileWriter(Path(path), num_galaxies, {**marks, **(attributes or {})})
 
 
 def _lay_out(

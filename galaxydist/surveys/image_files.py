@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from galaxydist.cpus import available_cores
-from galaxydist.errors import DamagedImageError, UserError
+from galaxydist.errors import DamagedImageError, UserError, name_some
 from galaxydist.galaxy import EncodedImage
 
 EXTENSIONS = frozenset(
@@ -91,7 +91,7 @@ def _is_turned(image: Image.Image, data: bytes) -> bool:
 
 
 def _undecodable(name: object, size: int, error: Exception) -> DamagedImageError:
-    reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+    reason = "not an image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
     return DamagedImageError(f"{name} ({size} bytes) cannot be decoded: {reason}")
 
 
@@ -109,7 +109,7 @@ logger = logging.getLogger(__name__)
 
 # Prefix of the text that replaces the hash of an unreadable file.
 UNREADABLE = "unreadable"
-# Maximum number of groups of equal files named in a message.
+# Largest number of copies of an image that a message names.
 _NAMED = 5
 
 
@@ -130,19 +130,11 @@ def hash_files(root: Path, files: Sequence[str], name: str) -> list[str]:
         except (FileNotFoundError, PermissionError) as error:
             return f"{UNREADABLE} ({error.strerror})"
         except OSError as error:
-            raise UserError(
-                f"cannot read {path}: {error.strerror}; see to the disk or the file server that it lies on"
-            ) from error
+            raise UserError(f"cannot read {path}: {error.strerror}; check its disk or file server") from error
 
-    with (
-        ThreadPoolExecutor(available_cores()) as pool,
-        tqdm(total=len(files), desc=f"hash {name}", unit="image", disable=None, delay=2.0) as bar,
-    ):
-        digests = []
-        for digest in pool.map(one, files):
-            digests.append(digest)
-            bar.update()
-    return digests
+    with ThreadPoolExecutor(available_cores()) as pool:
+        digests = pool.map(one, files)
+        return list(tqdm(digests, total=len(files), desc=f"hash {name}", unit="image", disable=None, delay=2.0))
 
 
 def group_equal_files(root: Path, files: Sequence[str], digests: Sequence[str], labels: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -166,19 +158,18 @@ def group_equal_files(root: Path, files: Sequence[str], digests: Sequence[str], 
         groups[rows] = number
     two_labels = [rows for rows in found if len(set(labels[rows].tolist())) > 1]
     if found:
-        copies = sum(len(rows) - 1 for rows in found)
         logger.warning(
-            "%s: %d images are copies of others, byte for byte (%s); they stay together",
+            "%s: %d images are copies of others, byte for byte (%s); copies are kept in one split",
             root,
-            copies,
-            _some(files, found),
+            sum(len(rows) - 1 for rows in found),
+            _names(files, found),
         )
     if two_labels:
         logger.warning(
-            "%s: %d images stand in two classes, byte for byte: %s; --conflicting drop leaves them out",
+            "%s: %d images are in two classes, byte for byte: %s; --conflicting drop leaves them out",
             root,
             len(two_labels),
-            _some(files, two_labels),
+            _names(files, two_labels),
         )
     return groups
 
@@ -193,6 +184,5 @@ def _is_blank(path: Path) -> bool:
     return bool((pixels == pixels[:1, :1]).all())
 
 
-def _some(files: Sequence[str], groups: Sequence[NDArray[np.int64]]) -> str:
-    named = ", ".join(" = ".join(files[row] for row in rows[:_NAMED].tolist()) for rows in groups[:_NAMED])
-    return named + (f" and {len(groups) - _NAMED} more" if len(groups) > _NAMED else "")
+def _names(files: Sequence[str], groups: Sequence[NDArray[np.int64]]) -> str:
+    return name_some([" = ".join(files[row] for row in rows[:_NAMED].tolist()) for rows in groups])

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, Galaxy
 from galaxydist.surveys import official_split
-from galaxydist.surveys.folder_metadata import METADATA_FILE, FolderInfo, FolderMetadata, FolderRow, read_info, read_metadata
+from galaxydist.surveys.folder_metadata import METADATA_FILE, FolderMetadata, FolderRow, read_info, read_metadata
 from galaxydist.surveys.folder_scan import ImageFile, known_split, safe_name, scan_folder, unique_ids
 from galaxydist.surveys.hdf5_schema import SIMULATED
 from galaxydist.surveys.image_files import group_equal_files, hash_files, read_image
@@ -25,7 +26,7 @@ from galaxydist.surveys.split import (
     VAL,
     Codes,
     SplitCandidates,
-    build_population,
+    build_candidates,
     check_positions,
     cut,
     join_groups,
@@ -111,40 +112,43 @@ def open_image_folder(
         has_val: False for no validation split; its galaxies stay in train.
 
     Raises:
-        UserError: no images, an empty class, a class without training images, no such variant.
+        UserError: no images, an empty class, a class without training images.
     """
-    if variant not in TREES:
-        raise UserError(f"no variant {variant!r}; there are {', '.join(TREES)}")
-    candidates = (path / TREES[variant], path / TREES["original"])
-    root = next((tree for tree in candidates if tree.is_dir()), path)
+    root = next((tree for tree in (path / TREES[variant], path / TREES["original"]) if tree.is_dir()), path)
     info = read_info(root)
     is_balanced = info is not None and info.variant == "balanced"
     if is_balanced and variant == "original":
-        raise UserError(f"{root} holds the balanced variant alone; give the folder of the original one, or data.variant=balanced")
-    class_names, images = scan_folder(root, as_galaxy10=classes == "galaxy10" or _is_galaxy10(info))
+        raise UserError(f"{root} holds only the balanced variant; give the folder of the original one, or data.variant=balanced")
+    is_galaxy10 = classes == "galaxy10" or (info is not None and info.name in (official_split.NAME, SIMULATED))
+    class_names, images = scan_folder(root, as_galaxy10=is_galaxy10)
     images, rows, source_ids = _with_metadata(root, images)
-    population = _population([image.label for image in images], class_names, rows)
+    galaxies = _candidates([image.label for image in images], class_names, rows)
     given = _folder_codes(root, images, rows)
     files = tuple(image.file for image in images)
     digests: list[str] | None = None
     if info is None and (variant == "balanced" or not _is_complete(root, given, has_val=has_val)):
         digests = hash_files(root, files, name or root.name)
-        equal = group_equal_files(root, files, digests, population.labels)
-        population = replace(population, sky=join_groups(population.sky, equal, population.labels))
-    codes = _fold(root, population, given, fold) if fold is not None else _complete(root, population, given, has_val=has_val)
+        equal = group_equal_files(root, files, digests, galaxies.labels)
+        galaxies = replace(galaxies, sky=join_groups(galaxies.sky, equal, galaxies.labels))
+    if fold is None:
+        codes = _complete(root, galaxies, given, has_val=has_val)
+    elif given is None:
+        codes = split_fold(galaxies, *fold)
+    else:
+        raise UserError(f"{root} has split folders of its own; a cross-validation needs a folder with class folders only")
     if variant == "balanced" and not is_balanced:
-        codes = split_balanced(population, codes)
+        codes = split_balanced(galaxies, codes)
     if not has_val:
         codes = np.where(codes == VAL, TRAIN, codes).astype(np.int8)
     if conflicting == "drop":
         marked = np.array([bool(row.extras.get("conflicting")) for row in rows])
-        codes = np.where(marked | population.sky.conflicting, NONE, codes).astype(np.int8)
+        codes = np.where(marked | galaxies.sky.conflicting, NONE, codes).astype(np.int8)
     survey = FolderSurvey(
         root=root,
         name=name or (info.name if info else safe_name(root.resolve().name)),
         variant=variant,
         class_names=class_names,
-        labels=np.asarray(population.labels, np.int64),
+        labels=np.asarray(galaxies.labels, np.int64),
         splits=rows_by_split(codes),
         files=files,
         rows=tuple(rows),
@@ -155,21 +159,16 @@ def open_image_folder(
     return survey
 
 
-def _is_galaxy10(info: FolderInfo | None) -> bool:
-    """Return True if ``dataset.json`` names an exported survey with Galaxy10's classes."""
-    return info is not None and info.name in (official_split.NAME, SIMULATED)
-
-
 def _with_metadata(root: Path, images: list[ImageFile]) -> tuple[list[ImageFile], list[FolderRow], list[str | None]]:
     """Return images in metadata order, unlisted ones last, their rows, and the user's ids (None if `data export` wrote them)."""
     metadata = read_metadata(root)
     listed = dict(metadata.rows) if metadata.is_exported else _match(metadata, images)
-    place = {file: number for number, file in enumerate(listed)}
-    images = sorted(images, key=lambda image: place.get(image.file, len(place)))
-    num_unlisted = sum(image.file not in place for image in images)
-    gone = len(listed) - (len(images) - num_unlisted)
-    if listed and (num_unlisted or gone):
-        logger.warning("%s: %d images of its metadata are gone, %d are not in it", root, gone, num_unlisted)
+    order = {file: number for number, file in enumerate(listed)}
+    images = sorted(images, key=lambda image: order.get(image.file, len(order)))
+    num_unlisted = sum(image.file not in order for image in images)
+    num_missing = len(listed) - (len(images) - num_unlisted)
+    if listed and (num_unlisted or num_missing):
+        logger.warning("%s: %d images of its metadata are missing, %d images are not in it", root, num_missing, num_unlisted)
     exported = listed if metadata.is_exported else {}
     others = [image for image in images if image.file not in exported]
     own_ids = [listed[image.file].id if image.file in listed else "" for image in others]
@@ -183,7 +182,10 @@ def _with_metadata(root: Path, images: list[ImageFile]) -> tuple[list[ImageFile]
     for image in images:
         row = listed.get(image.file) or FolderRow("", "", None, None, {"file": image.file})
         rows.append(replace(row, id=ids[image.file]) if image.file in ids else row)
-    _check_unique(root, [row.id for row in rows])
+    if twice := [name for name, count in Counter(row.id for row in rows).items() if count > 1]:
+        raise UserError(
+            f"{root}: two galaxies have the id {twice[0]!r} (metadata.csv and file names); rename one, or export again"
+        )
     check_positions(*_positions(rows), name=lambda number: f"{root / METADATA_FILE}, {images[number].file}")
     return images, rows, [source_ids.get(image.file) for image in images]
 
@@ -203,7 +205,7 @@ def _match(metadata: FolderMetadata, images: list[ImageFile]) -> dict[str, Folde
     return rows
 
 
-def _population(labels: list[int], class_names: tuple[str, ...], rows: list[FolderRow]) -> SplitCandidates:
+def _candidates(labels: list[int], class_names: tuple[str, ...], rows: list[FolderRow]) -> SplitCandidates:
     """Return the galaxies with the keys of the survey they were exported from, so that they are split in the same way."""
     ra, dec = _positions(rows)
     source_rows = [row.extras.get("row") for row in rows]
@@ -213,7 +215,7 @@ def _population(labels: list[int], class_names: tuple[str, ...], rows: list[Fold
         digests = (hashlib.sha256(row.id.encode()).digest() for row in rows)
         keys = np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64)
     seed = official_split.SPLIT_SEED
-    return build_population(np.array(labels, np.int64), ra, dec, class_names=class_names, seed=seed, keys=keys)
+    return build_candidates(np.array(labels, np.int64), ra, dec, class_names=class_names, seed=seed, keys=keys)
 
 
 def _positions(rows: list[FolderRow]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -243,8 +245,8 @@ def _table_codes(root: Path, rows: list[FolderRow]) -> Codes | None:
     if None in names:
         row = rows[names.index(None)]
         raise UserError(
-            f"{root / METADATA_FILE}: the split of {row.id} is {row.split!r}, which is none of train, val and test; "
-            "name one for every image, or leave the column away"
+            f"{root / METADATA_FILE}: the split of {row.id} is {row.split!r}, not train, val or test; "
+            "name one of these for every image, or remove the column"
         )
     return np.array([SPLITS.index(name or "train") for name in names], np.int8)
 
@@ -257,40 +259,28 @@ def _is_complete(root: Path, given: Codes | None, *, has_val: bool) -> bool:
     return found.issuperset((TRAIN, VAL, TEST) if has_val else (TRAIN, TEST))
 
 
-def _fold(root: Path, population: SplitCandidates, codes: Codes | None, fold: tuple[int, int]) -> Codes:
-    if codes is not None:
-        raise UserError(f"{root} has split folders of its own; a cross-validation needs a folder with class folders alone")
-    return split_fold(population, *fold)
-
-
 @cache
 def _report_new_split(root: Path, shares: str) -> None:
     """Log once for each folder: a command may open it several times."""
     logger.warning("%s has no train, val and test folders: its images are split %s by class", root, shares)
 
 
-def _complete(root: Path, population: SplitCandidates, codes: Codes | None, *, has_val: bool) -> Codes:
+def _complete(root: Path, galaxies: SplitCandidates, codes: Codes | None, *, has_val: bool) -> Codes:
     """Cut the wanted splits that the folder lacks from train, with a warning."""
     if codes is None:
         _report_new_split(root, "80/10/10" if has_val else "90/10 into train and test")
-        return split_original(population)
+        return split_original(galaxies)
     for target, split in ((TEST, "test"), *(((VAL, "val"),) if has_val else ())):
         if not (codes == target).any():
-            logger.warning("%s has no %s folder: a tenth of train, by class, is taken for it", root, split)
-            codes = cut(population, codes, target)
+            logger.warning("%s has no %s folder: a tenth of each class of train is used for it", root, split)
+            codes = cut(galaxies, codes, target)
     for code, split in enumerate(SPLITS):
-        absent = [population.class_names[label] for label in np.flatnonzero(population.counts(codes == code) == 0).tolist()]
+        absent = [galaxies.class_names[label] for label in np.flatnonzero(galaxies.counts(codes == code) == 0).tolist()]
         if absent and code == TRAIN:
             raise UserError(f"{root}: class {absent[0]!r} has no training images; add some or remove the class everywhere")
         if absent and (has_val or code != VAL):
-            logger.warning("%s: %s has no image of %s", root, split, ", ".join(absent))
+            logger.warning("%s: %s has no images of %s", root, split, ", ".join(absent))
     return codes
-
-
-def _check_unique(root: Path, ids: list[str]) -> None:
-    if len(set(ids)) != len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise UserError(f"{root}: two galaxies have the id {twice!r} (metadata.csv and file names); rename one, or export again")
 
 
 def _printable(text: str) -> str:

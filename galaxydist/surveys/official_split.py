@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, SPLITS
-from galaxydist.surveys.split import NONE, TEST, VAL, Codes, Sky, build_population, split_balanced, split_original
+from galaxydist.surveys.split import NONE, TEST, VAL, Codes, Sky, build_candidates, split_balanced, split_original
 
 NAME = "galaxy10_decals"
 TABLE = "galaxy10_split.csv.gz"
@@ -39,14 +39,6 @@ class OfficialSplit:
     original: Codes
     balanced: Codes
     sky: Sky
-
-
-def compute_official_split(labels: NDArray[np.integer], ra: NDArray[np.float64], dec: NDArray[np.float64]) -> OfficialSplit:
-    """Compute the split from the official file's labels and positions (degrees), in its row order."""
-    population = build_population(labels, ra, dec, class_names=GALAXY10_CLASSES, seed=SPLIT_SEED)
-    original = split_original(population)
-    balanced = split_balanced(population, original)
-    return OfficialSplit(np.asarray(labels, np.uint8), original, balanced, population.sky)
 
 
 @cache
@@ -85,10 +77,13 @@ def write_table(positions_csv: Path, table_path: Path) -> str:
     """Write the table computed from ``row,label,ra,dec`` lines in row order, and return the SHA-256 of its text."""
     columns = np.genfromtxt(positions_csv, delimiter=",", names=True)
     assert np.array_equal(columns["row"], np.arange(len(columns))), "rows must be 0 ... N-1 in order"
-    text = format_table(compute_official_split(columns["label"].astype(np.uint8), columns["ra"], columns["dec"]))
+    labels = columns["label"].astype(np.uint8)
+    galaxies = build_candidates(labels, columns["ra"], columns["dec"], class_names=GALAXY10_CLASSES, seed=SPLIT_SEED)
+    original = split_original(galaxies)
+    text = format_table(OfficialSplit(labels, original, split_balanced(galaxies, original), galaxies.sky))
     table_path.write_bytes(gzip.compress(text, 9, mtime=0))
     return hashlib.sha256(text).hexdigest()
 
 
 if __name__ == "__main__":
-    print("SHA-256 of the table:", write_table(Path(sys.argv[1]), Path(__file__).with_name(TABLE)))
+    sys.stdout.write(f"SHA-256 of the table: {write_table(Path(sys.argv[1]), Path(__file__).with_name(TABLE))}\n")

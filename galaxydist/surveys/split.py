@@ -17,7 +17,7 @@ from galaxydist.galaxy import SPLITS
 # Sky positions: groups of neighbours, and positions with two labels.
 
 CUTOUT_ARCSEC = 256 * 0.262  # width of a Galaxy10 cutout: closer galaxies appear in each other's images
-SAME_PLACE_ARCSEC = 1.0
+SAME_POSITION_ARCSEC = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def read_sky(labels: NDArray[np.integer], ra: NDArray[np.float64] | None, dec: N
         return Sky(groups, conflicting)
     pairs = close_pairs(ra, dec, CUTOUT_ARCSEC)
     groups = _connect(pairs, len(labels))
-    same = close_pairs(ra, dec, SAME_PLACE_ARCSEC)
+    same = close_pairs(ra, dec, SAME_POSITION_ARCSEC)
     conflicting[same[labels[same[:, 0]] != labels[same[:, 1]]]] = True
     return Sky(groups, conflicting)
 
@@ -65,8 +65,8 @@ def check_positions(ra: NDArray[np.float64], dec: NDArray[np.float64], *, name: 
     if len(wrong):
         row = int(wrong[0])
         raise UserError(
-            f"{name(row)}: ra={ra[row]:g}, dec={dec[row]:g} is no place on the sky ({len(wrong)} such of {len(ra)}): ra and dec "
-            "are degrees, from 0 to 360 and from -90 to 90, nan (or nothing) where they are unknown"
+            f"{name(row)}: ra={ra[row]:g}, dec={dec[row]:g} is not a sky position ({len(wrong)} of {len(ra)} are invalid): ra "
+            "and dec are degrees, from 0 to 360 and from -90 to 90, nan (or empty) if unknown"
         )
 
 
@@ -178,10 +178,10 @@ class SplitCandidates:
         """Return the (K,) number of galaxies of each class among ``rows``."""
         return np.bincount(self.labels[rows], minlength=self.num_classes)
 
-    def hash_sorted(self, rows: NDArray[np.bool_] | Rows, purpose: int) -> Rows:
-        """Return ``rows`` (numbers or a mask) sorted by their hashes in the RNG stream ``purpose``."""
+    def hash_sorted(self, rows: NDArray[np.bool_] | Rows, stream: int) -> Rows:
+        """Return ``rows`` (numbers or a mask) sorted by their hashes in the RNG stream ``stream``."""
         chosen = np.flatnonzero(rows) if rows.dtype == np.bool_ else np.asarray(rows, np.int64)
-        return chosen[np.argsort(hash64(self.seed, purpose, self.keys[chosen]), kind="stable")]
+        return chosen[np.argsort(hash64(self.seed, stream, self.keys[chosen]), kind="stable")]
 
     def groups_in_hash_order(self) -> Iterator[Rows]:
         """Yield the rows of each group of neighbours: groups in hash order, rows of a group by key."""
@@ -195,7 +195,7 @@ class SplitCandidates:
             yield members[number]
 
 
-def build_population(
+def build_candidates(
     labels: NDArray[np.integer],
     ra: NDArray[np.float64] | None,
     dec: NDArray[np.float64] | None,
@@ -204,69 +204,76 @@ def build_population(
     seed: int,
     keys: NDArray[np.uint64] | None = None,
 ) -> SplitCandidates:
-    """Build a population; ``ra``, ``dec`` in degrees, nan where unknown, None without positions; default keys are the rows."""
+    """Find the neighbours of galaxies that are to be split.
+
+    Args:
+        labels: (N,) class numbers.
+        ra, dec: (N,) degrees, nan where unknown; None if the survey has no positions.
+        class_names, seed: as in :class:`SplitCandidates`.
+        keys: (N,) uint64 hash keys; None for the row numbers.
+    """
     keys = np.arange(len(labels), dtype=np.uint64) if keys is None else keys
     return SplitCandidates(labels, class_names, read_sky(labels, ra, dec), keys, seed)
 
 
-def check_classes(population: SplitCandidates, at_least: int = MIN_PER_CLASS) -> None:
+def check_classes(galaxies: SplitCandidates, at_least: int = MIN_PER_CLASS) -> None:
     """Raise a UserError that names every class with fewer galaxies than ``at_least``."""
-    counts = np.bincount(population.labels, minlength=population.num_classes)
-    small = [f"{name!r} has {count}" for name, count in zip(population.class_names, counts, strict=True) if count < at_least]
+    counts = np.bincount(galaxies.labels, minlength=galaxies.num_classes)
+    small = [f"{name!r} has {count}" for name, count in zip(galaxies.class_names, counts, strict=True) if count < at_least]
     if small:
         kind = "an empty class" if counts.min() == 0 else "a class too small to split"
         raise UserError(
-            f"{kind}: {', '.join(small)} of {len(population.labels)} galaxies; at least {at_least} galaxies of each class are "
-            "needed: add some or leave the class out"
+            f"{kind}: {', '.join(small)} of {len(galaxies.labels)} galaxies; at least {at_least} galaxies of each class are "
+            "needed: add some or remove the class"
         )
 
 
-def split_original(population: SplitCandidates) -> Codes:
+def split_original(galaxies: SplitCandidates) -> Codes:
     """Return (N,) codes of the 80/10/10 split: whole groups first, then single galaxies up to each class's exact counts.
 
     Raises:
         UserError: a class is empty or too small for all three splits.
     """
-    check_classes(population)
-    left = split_counts(np.bincount(population.labels, minlength=population.num_classes), population.seed)
-    codes = np.full(len(population.labels), TRAIN, np.int8)
-    for rows in population.groups_in_hash_order():
-        if population.sky.conflicting[rows].any():
+    check_classes(galaxies)
+    left = split_counts(np.bincount(galaxies.labels, minlength=galaxies.num_classes), galaxies.seed)
+    codes = np.full(len(galaxies.labels), TRAIN, np.int8)
+    for rows in galaxies.groups_in_hash_order():
+        if galaxies.sky.conflicting[rows].any():
             continue  # a galaxy with two labels may train a model, but not select or test one
-        draw = uniform(population.seed, _GROUPS, 1, population.keys[rows[0]])
+        draw = uniform(galaxies.seed, _GROUPS, 1, galaxies.keys[rows[0]])
         code = int(np.searchsorted([0.8, 0.9], draw, side="right"))
-        need = population.counts(rows)
+        need = galaxies.counts(rows)
         if code != TRAIN and (left[code] >= need).all():
             codes[rows] = code
             left[code] -= need
-    for label in range(population.num_classes):
-        rows = population.hash_sorted((population.labels == label) & (population.sky.groups < 0), _SINGLES)
+    for label in range(galaxies.num_classes):
+        rows = galaxies.hash_sorted((galaxies.labels == label) & (galaxies.sky.groups < 0), _SINGLES)
         num_test, num_val = left[TEST, label], left[VAL, label]
         codes[rows[:num_test]] = TEST
         codes[rows[num_test : num_test + num_val]] = VAL
-    _fill(population, codes, left)
-    _check_filled(population, codes)
+    _fill_empty_splits(galaxies, codes, left)
+    _check_no_empty_split(galaxies, codes)
     return codes
 
 
-def _fill(population: SplitCandidates, codes: Codes, left: NDArray[np.int64]) -> None:
+def _fill_empty_splits(galaxies: SplitCandidates, codes: Codes, left: NDArray[np.int64]) -> None:
     """Move whole groups from train to splits that lack a class (one without single galaxies), as long as train keeps some."""
     for code in (TEST, VAL):
-        for label in np.flatnonzero(population.counts(codes == code) == 0).tolist():
-            for rows in _movable_groups(population, codes, label):
-                moved = population.counts(rows)
-                if (population.counts(codes == TRAIN) > moved)[moved > 0].all():
+        for label in np.flatnonzero(galaxies.counts(codes == code) == 0).tolist():
+            for rows in _movable_groups(galaxies, codes, label):
+                moved = galaxies.counts(rows)
+                if (galaxies.counts(codes == TRAIN) > moved)[moved > 0].all():
                     codes[rows] = code
-                if population.counts(codes == code)[label] >= max(1, left[code, label]):
+                if galaxies.counts(codes == code)[label] >= max(1, left[code, label]):
                     break
 
 
-def _movable_groups(population: SplitCandidates, codes: Codes, label: int) -> Iterator[Rows]:
+def _movable_groups(galaxies: SplitCandidates, codes: Codes, label: int) -> Iterator[Rows]:
     """Yield, in hash order, the groups that lie in train, contain the class, and have no galaxy with a second label."""
-    for rows in population.groups_in_hash_order():
+    for rows in galaxies.groups_in_hash_order():
         in_train = rows[codes[rows] != NONE]
-        is_movable = (codes[in_train] == TRAIN).all() and not population.sky.conflicting[rows].any()
-        if is_movable and (population.labels[in_train] == label).any():
+        is_movable = (codes[in_train] == TRAIN).all() and not galaxies.sky.conflicting[rows].any()
+        if is_movable and (galaxies.labels[in_train] == label).any():
             yield in_train
 
 
@@ -284,15 +291,15 @@ def split_counts(class_counts: NDArray[np.integer], seed: int) -> NDArray[np.int
     return np.stack([class_counts - val - test, val, test])
 
 
-def split_balanced(population: SplitCandidates, original: Codes) -> Codes:
+def split_balanced(galaxies: SplitCandidates, original: Codes) -> Codes:
     """Return (N,) codes of the balanced variant: every class is cut to the size of the smallest.
 
     A fifth is test, the rest is train, of which a tenth is val. The test set is taken from original test, then from original val
     if a small class has too few; the train set from original train, then from the rest of original val. So no galaxy that trains
     one variant tests the other.
     """
-    smallest = int(np.bincount(population.labels, minlength=population.num_classes).min())
-    pools = [_balanced_pools(population, original, label) for label in range(population.num_classes)]
+    smallest = int(np.bincount(galaxies.labels, minlength=galaxies.num_classes).min())
+    pools = [_balanced_pools(galaxies, original, label) for label in range(galaxies.num_classes)]
     num_test = min(smallest // 5, *(len(test_pool) for test_pool, _ in pools))
     if num_test < 1:
         raise UserError(
@@ -300,45 +307,45 @@ def split_balanced(population: SplitCandidates, original: Codes) -> Codes:
         )
     codes = np.full(len(original), NONE, np.int8)
     codes[np.concatenate([test_pool[:num_test] for test_pool, _ in pools])] = TEST
-    tested_groups = population.sky.groups[(codes == TEST) & (population.sky.groups >= 0)]
-    train_pools = [pool[(codes[pool] == NONE) & ~np.isin(population.sky.groups[pool], tested_groups)] for _, pool in pools]
+    tested_groups = galaxies.sky.groups[(codes == TEST) & (galaxies.sky.groups >= 0)]
+    train_pools = [pool[(codes[pool] == NONE) & ~np.isin(galaxies.sky.groups[pool], tested_groups)] for _, pool in pools]
     num_train = min(smallest - num_test, *(len(pool) for pool in train_pools))
     codes[np.concatenate([pool[:num_train] for pool in train_pools])] = TRAIN
-    return cut(population, codes, VAL)
+    return cut(galaxies, codes, VAL)
 
 
-def _balanced_pools(population: SplitCandidates, original: Codes, label: int) -> tuple[Rows, Rows]:
+def _balanced_pools(galaxies: SplitCandidates, original: Codes, label: int) -> tuple[Rows, Rows]:
     """Return the candidate rows of a class for the balanced test and train sets, in the order in which they are taken."""
-    of_class = population.labels == label
-    val = population.hash_sorted(of_class & (original == VAL), _BALANCED_TEST)
-    test = population.hash_sorted(of_class & (original == TEST), _BALANCED_TEST)
-    train = population.hash_sorted(of_class & (original == TRAIN), _BALANCED_TRAIN)
+    of_class = galaxies.labels == label
+    val = galaxies.hash_sorted(of_class & (original == VAL), _BALANCED_TEST)
+    test = galaxies.hash_sorted(of_class & (original == TEST), _BALANCED_TEST)
+    train = galaxies.hash_sorted(of_class & (original == TRAIN), _BALANCED_TRAIN)
     return np.concatenate([test, val]), np.concatenate([train, val[::-1]])
 
 
-def cut(population: SplitCandidates, codes: Codes, target: int, fraction: float = 0.1) -> Codes:
+def cut(galaxies: SplitCandidates, codes: Codes, target: int, fraction: float = 0.1) -> Codes:
     """Return new codes with ``fraction`` of each class of train (at least one galaxy) moved to ``target``, VAL or TEST.
 
     Only galaxies without neighbours in train and without a second label are moved, so that groups stay together. If a class has
     no such galaxies, whole groups are moved.
     """
-    groups, train = population.sky.groups, codes == TRAIN
+    groups, train = galaxies.sky.groups, codes == TRAIN
     num_neighbours = np.bincount(groups[train & (groups >= 0)], minlength=int(groups.max(initial=0)) + 1)
-    movable = train & ~population.sky.conflicting & ((groups < 0) | (num_neighbours[np.maximum(groups, 0)] == 1))
+    movable = train & ~galaxies.sky.conflicting & ((groups < 0) | (num_neighbours[np.maximum(groups, 0)] == 1))
     new_codes = codes.copy()
-    for label, count in enumerate(population.counts(train)):
-        rows = population.hash_sorted(movable & (population.labels == label), _CUT_VAL if target == VAL else _CUT_TEST)
+    for label, count in enumerate(galaxies.counts(train)):
+        rows = galaxies.hash_sorted(movable & (galaxies.labels == label), _CUT_VAL if target == VAL else _CUT_TEST)
         wanted = max(1, round(fraction * int(count)))
         new_codes[rows[:wanted]] = target
         if not len(rows) and count:  # all are copies or neighbours of one another
-            for group in _movable_groups(population, new_codes, label):
-                if wanted > 0 and (population.counts(new_codes == TRAIN) > population.counts(group))[label]:
+            for group in _movable_groups(galaxies, new_codes, label):
+                if wanted > 0 and (galaxies.counts(new_codes == TRAIN) > galaxies.counts(group))[label]:
                     new_codes[group] = target
                     wanted -= len(group)
     return new_codes
 
 
-def split_fold(population: SplitCandidates, k: int, num_folds: int) -> Codes:
+def split_fold(galaxies: SplitCandidates, k: int, num_folds: int) -> Codes:
     """Return (N,) codes of a stratified cross-validation: fold ``k`` (0 ... n-1) is test, the rest is train, val is empty.
 
     Raises:
@@ -346,14 +353,14 @@ def split_fold(population: SplitCandidates, k: int, num_folds: int) -> Codes:
     """
     if num_folds < 2 or not 0 <= k < num_folds:
         raise UserError(f"fold {k} of {num_folds}: folds are numbered 0 to n - 1, and n is at least 2")
-    check_classes(population, at_least=num_folds)
-    part = np.empty(len(population.labels), np.int64)
+    check_classes(galaxies, at_least=num_folds)
+    part = np.empty(len(galaxies.labels), np.int64)
     dealt = 0
-    for label in range(population.num_classes):
-        rows = population.hash_sorted(population.labels == label, _FOLDS)
+    for label in range(galaxies.num_classes):
+        rows = galaxies.hash_sorted(galaxies.labels == label, _FOLDS)
         part[rows] = (np.arange(len(rows)) + dealt) % num_folds
         dealt += len(rows)
-    for rows in population.groups_in_hash_order():
+    for rows in galaxies.groups_in_hash_order():
         part[rows] = part[rows[0]]
     return np.where(part == k, TEST, TRAIN).astype(np.int8)
 
@@ -371,11 +378,11 @@ def _apportion(counts: NDArray[np.int64], seats: int, seed: int) -> NDArray[np.i
     return share
 
 
-def _check_filled(population: SplitCandidates, codes: Codes) -> None:
+def _check_no_empty_split(galaxies: SplitCandidates, codes: Codes) -> None:
     for code, split in enumerate(SPLITS):
-        empty = np.flatnonzero(population.counts(codes == code) == 0)
+        empty = np.flatnonzero(galaxies.counts(codes == code) == 0)
         if len(empty):
             raise UserError(
-                f"class {population.class_names[empty[0]]!r} cannot be split: its galaxies have so many neighbours on the sky "
-                f"or equal images that none is left for {split}; add galaxies of this class"
+                f"class {galaxies.class_names[empty[0]]!r} cannot be split: too many of its galaxies have neighbours on the sky "
+                f"or equal images, so that {split} gets none; add galaxies of this class"
             )

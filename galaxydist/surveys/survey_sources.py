@@ -37,17 +37,17 @@ def open_survey(
     """
     path = Path(path)
     if variant not in TREES:
-        raise UserError(f"no variant {variant!r}; there are {', '.join(TREES)}")
+        raise UserError(f"no variant {variant!r}; choose from {', '.join(TREES)}")
     if conflicting not in _CONFLICTING:
         raise UserError(f"conflicting={conflicting!r}; choose from {', '.join(_CONFLICTING)}")
     if fold is not None and variant != "original":
-        raise UserError("a cross-validation takes the original variant; leave out variant or fold")
+        raise UserError("a cross-validation uses the original variant; remove variant or fold")
     if name is not None:
         check_name(name)
     if path.is_dir():
         return open_image_folder(path, variant, conflicting=conflicting, name=name, fold=fold, classes=classes, has_val=has_val)
     if not has_val:
         raise UserError(
-            f"{path} is a survey file, whose split is frozen with its validation part; --val 0 is for folders of images"
+            f"{path} is a survey file, whose split with its validation part is fixed; --val 0 is for folders of images"
         )
     return open_galaxy10(path, variant, conflicting=conflicting, name=name, fold=fold)

@@ -1,4 +1,4 @@
-"""The lines that a new run prints before its first step: its folder, data, model, steps and estimated time; and the last ones."""
+"""Summary of a run before its first step (folder, data, model, steps, time) and after its last one."""
 
 from collections.abc import Mapping
 
@@ -12,25 +12,25 @@ from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 from galaxydist.training.metric_logger import RunLength
-from galaxydist.training.micro_batch import Probe, share_of, thrown_away_loss, unchanged
+from galaxydist.training.micro_batch import Probe, share_of, unchanged
 from galaxydist.training.throughput import training_flops
 
-# A run that would take longer than this on a CPU is told of a smaller one.
+# If a run would take longer than this on a CPU, the summary suggests a smaller one.
 LONG_RUN_S = 1800.0
-# The pass that is timed on a CPU has as many images as fit these operations: a second or less of one core.
+# Floating point operations of the pass that is timed on a CPU: a second or less of one core.
 TIMED_FLOPS = 2e10
 SMALLER = {"data.image_size": 64, "train.epochs": 5}
 SMALL_RECIPE = "custom_cnn"
 
 
 def describe_run(resolved: ResolvedRecipe, manifest: Manifest, folder: RunFolder, model: nn.Module, schedule: RunLength) -> str:
-    """Return the lines that say what a new run will do, its time left out.
+    """Return the lines that describe a new run, except its time.
 
     Args:
         resolved: the recipe.
         manifest: the shards.
-        folder: of the run.
-        model: as it is trained.
+        folder: the run folder.
+        model: the model to be trained.
         schedule: length of the run.
     """
     recipe = resolved.recipe
@@ -54,29 +54,29 @@ def describe_run(resolved: ResolvedRecipe, manifest: Manifest, folder: RunFolder
 
 
 def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, schedule: RunLength, micro_batch: int) -> str | None:
-    """Return a line with the estimated time of a run, from a pass that is thrown away; None where it cannot be estimated.
+    """Return a line with the estimated time of a run, from a pass whose results are discarded; None if it cannot be estimated.
 
-    All ranks take part. The model, its gradients and torch's random numbers stay as they are.
+    All ranks must call it. The model, its gradients and torch's random numbers are unchanged.
 
     Args:
         world: the processes.
         resolved: the recipe.
-        model: on its device; whole, and not wrapped by DistributedDataParallel.
+        model: on its device; neither sharded nor wrapped by DistributedDataParallel.
         schedule: length of the run.
-        micro_batch: galaxies in one forward pass of one process (0: its whole share).
+        micro_batch: galaxies in one forward pass of one process (0: the whole share of the rank).
     """
     recipe = resolved.recipe
-    if recipe.train.strategy == "fsdp" or recipe.train.compile:  # a divided model has no pass of its own; compiling takes minutes
+    if recipe.train.strategy == "fsdp" or recipe.train.compile:  # a sharded model cannot run on one rank alone; compiling is slow
         return None
     share = share_of(recipe, world.size)
     count = min(micro_batch or share, share)
     if world.device.type == "cpu":
         with unchanged(model, world.device):
-            model.eval()  # while it trains, synchronised batch normalisation asks the other processes
+            model.eval()  # in training mode, synchronised batch normalisation communicates
             flops = training_flops(model, recipe.data.image_size)
         count = max(1, min(count, int(TIMED_FLOPS / flops)))
         count = max(count, min(2, share))  # batch normalisation needs two values
-    probe = Probe(world, recipe, model, ballast_bytes=0, loss=thrown_away_loss)
+    probe = Probe(world, recipe, model)
     with unchanged(model, world.device):
         if not min(world.all_gather(probe.fits(count))):  # the first pass allocates
             return None
@@ -85,7 +85,7 @@ def describe_time(world: World, resolved: ResolvedRecipe, model: nn.Module, sche
     epoch_s, run_s = step_s * schedule.steps_per_epoch, step_s * schedule.total_steps
     line = f"{'time':<11} about {duration(epoch_s)} an epoch, {duration(run_s)} in all, without validation"
     if world.device.type == "cpu" and run_s > LONG_RUN_S:
-        line += f"\nNo GPU here. It goes on; a smaller run: {smaller_command(recipe, resolved.origins)}"
+        line += f"\nThere is no GPU here. The run continues; a smaller run: {smaller_command(recipe, resolved.origins)}"
     return line
 
 
@@ -99,11 +99,11 @@ def duration(seconds: float) -> str:
 
 
 def smaller_command(recipe: Recipe, origins: Mapping[str, str]) -> str:
-    """Return the user's own command, changed to a run that a CPU can do.
+    """Return the user's command, changed to a run that is feasible on a CPU.
 
     Args:
         recipe: the recipe.
-        origins: dotted key -> where the value came from.
+        origins: dotted key -> origin of the value.
     """
     values = flatten(recipe)
     is_small = recipe.model.name in (SMALL_RECIPE, "d4_cnn")
@@ -117,6 +117,6 @@ def smaller_command(recipe: Recipe, origins: Mapping[str, str]) -> str:
 def describe_end(folder: RunFolder) -> str:
     """Return the lines with the commands that come after a finished run."""
     return (
-        f"its mistakes, and where it looked: galaxydist gallery {folder}\n"
-        f"beside other runs:                 galaxydist report {folder.path.parent}"
+        f"its mistakes, with saliency maps: galaxydist gallery {folder}\n"
+        f"beside other runs:                galaxydist report {folder.path.parent}"
     )

@@ -1,10 +1,12 @@
-"""Batch-norm statistics of several processes. Each moves its own (DDP runs with ``broadcast_buffers=False``); a model is judged
-with their mean, and a run goes on with each process's own, so that when it was saved leaves no trace."""
+"""Batch-norm statistics of several processes: averaging, checkpoints, and normalisation over the images of all processes.
 
-import copy
+Each process updates its own statistics (DDP runs with ``broadcast_buffers=False``). A model is evaluated with their mean, and a
+run continues with each process's own, so that the steps at which it was saved do not change the numbers.
+"""
+
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,109 +18,116 @@ from galaxydist.distributed import World
 from galaxydist.errors import EveryRankError
 
 STATISTICS = ("running_mean", "running_var")
-ALL_STATISTICS = (*STATISTICS, "num_batches_tracked")
-GROUP = "ranks"  # of the tensors in a checkpoint
+# First part of the names of the ranks' own statistics in a checkpoint.
+GROUP = "ranks"
 
 
 class HasBuffers(Protocol):
     """A model, or the moving average of one."""
 
-    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Any, /) -> Any: ...
 
 
-@dataclass(frozen=True)
-class RankStatistics:
-    """The statistics of all ranks at one moment.
+def gather_statistics(world: World, modules: Mapping[str, HasBuffers]) -> dict[str, Tensor]:
+    """Gather the batch-norm statistics of models, given by name. All ranks take part.
 
-    Args:
-        means: their mean over the ranks, by model and name in its state dict; empty for one process.
-        rows: W x n, each rank's statistics one behind the other, by model and dtype.
+    Returns:
+        W x n float64 by name in a checkpoint: the concatenated statistics of each rank. Empty for one process.
     """
+    rows: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        if world.size > 1 and statistics_of(module):
+            own = _flatten(statistics_of(module))
+            gathered = [torch.empty_like(own) for _ in range(world.size)]
+            dist.all_gather(gathered, own)
+            rows[f"{GROUP}/{name}"] = torch.stack(gathered)
+    return rows
 
-    means: Mapping[str, Mapping[str, torch.Tensor]]
-    rows: Mapping[str, torch.Tensor]
 
-    @classmethod
-    def of(cls, world: World, modules: Mapping[str, HasBuffers]) -> Self:
-        """Of models by name. All ranks take part."""
-        means: dict[str, dict[str, torch.Tensor]] = {}
-        rows: dict[str, torch.Tensor] = {}
-        for name, module in modules.items():
-            buffers = statistics_of(module)
-            if world.size == 1 or not buffers:
-                continue
-            mine = torch.cat([buffer.flatten().double() for buffer in buffers.values()])
-            gathered = [torch.empty_like(mine) for _ in range(world.size)]
-            dist.all_gather(gathered, mine)
-            rows_Wn = torch.stack(gathered)
-            rows[name] = rows_Wn
-            sizes = [buffer.numel() for buffer in buffers.values()]
-            parts = torch.split(rows_Wn.mean(dim=0), sizes)
-            means[name] = {
-                key: part.view_as(buffer).to(buffer.dtype) for (key, buffer), part in zip(buffers.items(), parts, strict=True)
-            }
-        return cls(means, rows)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """For a checkpoint."""
-        return {f"{GROUP}/{name}": rows for name, rows in self.rows.items()}
-
-    @staticmethod
-    @torch.no_grad()
-    def restore(world: World, modules: Mapping[str, HasBuffers], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Give this rank its own statistics back, if there are those of as many ranks."""
-        for name, module in modules.items():
-            rows_Wn = tensors.get(f"{GROUP}/{name}")
-            if rows_Wn is None or len(rows_Wn) != world.size:
-                continue
-            buffers = statistics_of(module)
-            parts = torch.split(rows_Wn[world.rank], [buffer.numel() for buffer in buffers.values()])
-            for buffer, part in zip(buffers.values(), parts, strict=True):
-                buffer.copy_(part.view_as(buffer))
+@torch.no_grad()
+def restore_statistics(world: World, modules: Mapping[str, HasBuffers], tensors: Mapping[str, Tensor]) -> None:
+    """Copy this rank's own statistics into the models, if a checkpoint holds those of as many ranks."""
+    for name, module in modules.items():
+        rows_Wn = tensors.get(f"{GROUP}/{name}")
+        if rows_Wn is not None and len(rows_Wn) == world.size:
+            _copy(rows_Wn[world.rank], module)
 
 
 @torch.no_grad()
 def average_statistics(world: World, *models: HasBuffers) -> None:
-    """The statistics of models become their mean over the ranks. All ranks take part."""
-    if world.size == 1:
-        return
-    buffers = [buffer for model in models for buffer in statistics_of(model).values()]
-    if not buffers:
-        return
-    flat = torch.cat([buffer.flatten().double() for buffer in buffers])
-    dist.all_reduce(flat)
-    flat /= world.size
-    for buffer, mean in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+    """Set the statistics of models to their mean over the ranks. All ranks take part."""
+    for model in models:
+        if world.size > 1 and statistics_of(model):
+            _copy(world.all_reduce(_flatten(statistics_of(model))) / world.size, model)
 
 
-def statistics_of(model: HasBuffers) -> dict[str, torch.Tensor]:
-    """The running means and variances of a model, by name."""
+def statistics_of(model: HasBuffers) -> dict[str, Tensor]:
+    """Return the running means and variances of a model by name."""
     return {name: b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in STATISTICS and b.is_floating_point()}
 
 
-# Batch normalisation over the images of all processes together, also on CPUs, for which torch has none.
+def split_statistics(flat: Tensor, model: HasBuffers) -> dict[str, Tensor]:
+    """Split concatenated statistics of a model into tensors of the shapes of its own, by name."""
+    buffers = statistics_of(model)
+    parts = torch.split(flat, [buffer.numel() for buffer in buffers.values()])
+    return {name: part.view_as(buffer) for (name, buffer), part in zip(buffers.items(), parts, strict=True)}
 
 
-def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
-    """Let every batch normalisation of ``model`` take its statistics over all processes' images while training.
+def _flatten(buffers: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([buffer.flatten().double() for buffer in buffers.values()])
 
-    On a GPU these are torch's ``SyncBatchNorm`` (timm's, where an activation belongs to the layer), on a CPU our own, for which
-    processes may hold unequal numbers of images. Names of parameters and buffers stay; evaluation and frozen layers are as
-    before. Call it after the model is on its device and before it is wrapped. Copies of the model share the group.
+
+def _copy(flat: Tensor, model: HasBuffers) -> None:
+    buffers = statistics_of(model)
+    for name, values in split_statistics(flat, model).items():
+        buffers[name].copy_(values)
+
+
+class BatchNormBackup:
+    """Keeps a model's batch-norm statistics before a step, and restores them if the step is skipped or abandoned.
+
+    A single activation that is not finite would otherwise make them non-finite in all later steps.
 
     Args:
-        group: the processes; they must run the same layers in the same order. None: all.
+        model: the bare model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        names = (*STATISTICS, "num_batches_tracked")
+        self._buffers = [buffer for name, buffer in model.named_buffers() if name.rsplit(".", 1)[-1] in names]
+        self._kept: list[Tensor] = []
+
+    def keep(self, *, is_needed: bool) -> None:
+        """Copy the statistics; if the copies are not needed, ``restore`` does nothing until the next call."""
+        self._kept = [buffer.clone() for buffer in self._buffers] if is_needed else []
+
+    def restore(self, where: Tensor | None = None) -> None:
+        """Copy the kept statistics back; with ``where`` (a boolean scalar on the device) only if it is true."""
+        if self._kept:
+            for buffer, kept in zip(self._buffers, self._kept, strict=True):
+                buffer.copy_(kept if where is None else torch.where(where, kept, buffer))
+
+
+# Synchronised batch normalisation, also on CPUs, for which torch has none.
+
+
+def synchronise_batch_norm(model: nn.Module) -> nn.Module:
+    """Let every batch normalisation of ``model`` take its statistics over the images of all processes in training.
+
+    On a GPU the layers become torch's ``SyncBatchNorm`` (timm's, if an activation belongs to the layer), on a CPU
+    ``SynchronisedNorm``, which allows unequal numbers of images. Names of parameters and buffers stay; evaluation and frozen
+    layers are unchanged. Call it after the model is on its device and before it is wrapped; all processes must run the same
+    layers in the same order.
 
     Returns:
-        The model to use; ``model`` itself may no longer be.
+        The converted model; ``model`` may no longer be used.
 
     Raises:
-        EveryRankError: a batch normalisation of a kind that is not known here.
+        EveryRankError: a batch normalisation of an unknown kind.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and not _is_known(module):
@@ -129,55 +138,72 @@ def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = N
     if next(model.parameters()).device.type == "cuda":
         from timm.layers import convert_sync_batchnorm
 
-        model = convert_sync_batchnorm(model, group)
-        return _each_shares(model, nn.SyncBatchNorm, SharedGroup, group)
-    return _each_shares(model, _BatchNorm, SynchronisedNorm, group)
+        converted: nn.Module = convert_sync_batchnorm(model)
+        return converted
+    return _convert(model)
 
 
-class SharedGroup(nn.Module):
-    """Put in front of a layer's class: a process group cannot be copied, and a copy of the model belongs to the same one."""
+def _is_known(module: nn.Module) -> bool:
+    if type(module).forward is _BatchNorm.forward:
+        return True
+    from timm.layers import BatchNormAct2d
 
-    process_group: Any
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SharedGroup":
-        memo[id(self.process_group)] = self.process_group
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
-        return copied
+    return type(module).forward is BatchNormAct2d.forward
 
 
-class SynchronisedNorm(SharedGroup, _BatchNorm):
-    """Put in front of a batch normalisation's class on a CPU."""
+def _convert(module: nn.Module) -> nn.Module:
+    """Replace the batch normalisations of a module, as ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does."""
+    if isinstance(module, _BatchNorm):
+        return SynchronisedNorm(module)
+    for name, child in module.named_children():
+        module.add_module(name, _convert(child))
+    return module
+
+
+class SynchronisedNorm(_BatchNorm):
+    """Batch normalisation of CPU tensors over the images of all processes, with the parameters and buffers of another layer."""
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+        self.weight, self.bias = layer.weight, layer.bias
+        self.running_mean, self.running_var = layer.running_mean, layer.running_var
+        self.num_batches_tracked = layer.num_batches_tracked
+        self.training = layer.training
+        for name, child in layer.named_children():  # act and drop of timm's BatchNormAct2d
+            self.add_module(name, child)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of x (B x C x ...), each process's own B; of the input's dtype."""
-        if not self.training or dist.get_world_size(self.process_group) == 1:
-            return super().forward(x)
-        found = _gather_statistics(x, self.eps, self.process_group)
-        if found.count <= 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got {found.count} over all processes")
-        self._track(found)
-        y: Tensor = _Normalise.apply(x, self.weight, self.bias, found)
+        """Normalise x (B x C x ..., each process's own B), in x's dtype."""
+        if self.training and dist.get_world_size() > 1:
+            batch = _gather_statistics(x, self.eps)
+            if batch.count <= 1:
+                raise ValueError(f"Expected more than 1 value per channel when training, got {batch.count} over all processes")
+            self._update(batch)
+            x = _Normalise.apply(x, self.weight, self.bias, batch)
+        else:
+            x = super().forward(x)
         layer: Any = self
-        return layer.act(layer.drop(y)) if hasattr(self, "act") else y  # timm's BatchNormAct2d
+        return layer.act(layer.drop(x)) if hasattr(self, "act") else x
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Accept every shape that the replaced layer could get."""
 
     @torch.no_grad()
-    def _track(self, found: "Statistics") -> None:
-        """Move the running statistics; the variance is the unbiased one of all processes' values, as in torch."""
+    def _update(self, batch: "BatchStatistics") -> None:
+        """Update the running statistics; the variance is the unbiased one of all processes' values, as in torch."""
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             return
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        unbiased_C = found.variance_C * (found.count / (found.count - 1))
-        self.running_mean.mul_(1 - share).add_(found.mean_C.to(self.running_mean.dtype), alpha=share)
+        unbiased_C = batch.variance_C * (batch.count / (batch.count - 1))
+        self.running_mean.mul_(1 - share).add_(batch.mean_C.to(self.running_mean.dtype), alpha=share)
         self.running_var.mul_(1 - share).add_(unbiased_C.to(self.running_var.dtype), alpha=share)
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """Mean and (biased) variance of each channel over all processes of ``group``, float64 of shape C, of ``count`` values.
+class BatchStatistics:
+    """Mean and biased variance of each channel over all processes, float64 of shape C, of ``count`` values.
 
     ``eps`` is added to the variance.
     """
@@ -186,22 +212,21 @@ class Statistics:
     variance_C: Tensor
     count: int
     eps: float
-    group: Any
 
 
 class _Normalise(torch.autograd.Function):
     """Batch normalisation with given statistics, and its gradient: Ioffe & Szegedy 2015, arXiv:1502.03167, section 3.
 
-    The gradients of weight and bias are this process's part; DistributedDataParallel adds them up.
+    The gradients of weight and bias are this process's part; DistributedDataParallel sums them.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, found: Statistics) -> Tensor:
-        ctx.save_for_backward(x, weight_C, found.mean_C, (found.variance_C + found.eps).rsqrt())
-        ctx.count, ctx.group = found.count, found.group
+    def forward(ctx: Any, x: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, batch: BatchStatistics) -> Tensor:
+        ctx.save_for_backward(x, weight_C, batch.mean_C, (batch.variance_C + batch.eps).rsqrt())
+        ctx.count = batch.count
         dtype = _precise(x) if weight_C is None else weight_C.dtype
-        mean_C, variance_C = found.mean_C.to(dtype), found.variance_C.to(dtype)
-        return nn.functional.batch_norm(x, mean_C, variance_C, weight_C, bias_C, training=False, eps=found.eps)
+        mean_C, variance_C = batch.mean_C.to(dtype), batch.variance_C.to(dtype)
+        return nn.functional.batch_norm(x, mean_C, variance_C, weight_C, bias_C, training=False, eps=batch.eps)
 
     @staticmethod
     @once_differentiable
@@ -215,7 +240,7 @@ class _Normalise(torch.autograd.Function):
         gradient_x = None
         if ctx.needs_input_grad[0]:
             totals = torch.cat([sum_C, product_C])
-            dist.all_reduce(totals, group=ctx.group)
+            dist.all_reduce(totals)
             mean_sum_C, mean_product_C = (totals / ctx.count).chunk(2)
             scale_C = inverse_C if weight_C is None else inverse_C * weight_C.to(dtype)
             pulled = gradient - mean_sum_C.view(along) - normal * mean_product_C.view(along)
@@ -229,21 +254,24 @@ class _Normalise(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _gather_statistics(x: Tensor, eps: float, group: Any) -> Statistics:
-    """Of all processes' x. They tell their own mean, sum of squares around it and count, which combine without cancellation:
-    Chan, Golub & LeVeque 1983, DOI 10.1080/00031305.1983.10483115."""
+def _gather_statistics(x: Tensor, eps: float) -> BatchStatistics:
+    """Return the statistics of all processes' x.
+
+    Each process sends its mean, sum of squares around the mean and count, which combine without cancellation: Chan, Golub &
+    LeVeque 1983, DOI 10.1080/00031305.1983.10483115.
+    """
     count = x.numel() // x.shape[1]
     variance_C, mean_C = torch.var_mean(x.to(_precise(x)), _others(x), correction=0)
-    mine = torch.cat([mean_C.double(), variance_C.double() * count, torch.tensor([count], dtype=torch.float64)])
-    everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyones, mine, group=group)
-    told = torch.stack(everyones)  # W x (2 C + 1)
-    means_WC, squares_WC = told[:, :-1].chunk(2, dim=1)
-    counts_W1 = told[:, -1:]
+    own = torch.cat([mean_C.double(), variance_C.double() * count, torch.tensor([count], dtype=torch.float64)])
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own)
+    statistics_Wn = torch.stack(gathered)  # n = 2 C + 1
+    means_WC, squares_WC = statistics_Wn[:, :-1].chunk(2, dim=1)
+    counts_W1 = statistics_Wn[:, -1:]
     total = counts_W1.sum()
     mean_C = (means_WC * counts_W1).sum(0) / total
     squares_C = squares_WC.sum(0) + (counts_W1 * (means_WC - mean_C).square()).sum(0)
-    return Statistics(mean_C, squares_C / total, int(total), eps, group)
+    return BatchStatistics(mean_C, squares_C / total, int(total), eps)
 
 
 def _precise(x: Tensor) -> torch.dtype:
@@ -251,20 +279,5 @@ def _precise(x: Tensor) -> torch.dtype:
 
 
 def _others(x: Tensor) -> list[int]:
+    """Return the dimensions of x (B x C x ...) except the channels."""
     return [dim for dim in range(x.ndim) if dim != 1]
-
-
-def _is_known(module: nn.Module) -> bool:
-    if type(module).forward is _BatchNorm.forward:
-        return True
-    from timm.layers import BatchNormAct2d
-
-    return type(module).forward is BatchNormAct2d.forward
-
-
-def _each_shares(model: nn.Module, kind: type[nn.Module], front: type[nn.Module], group: Any) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, kind):
-            module.__class__ = type(f"Synchronised{type(module).__name__}", (front, type(module)), {})
-            module.process_group = group
-    return model

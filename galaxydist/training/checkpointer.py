@@ -1,28 +1,23 @@
-"""When the training state is saved, and by whom."""
+"""Checkpoints of a training run: when they are due, and saving the training state."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from galaxydist.checkpoints.async_writer import CheckpointWriter
 from galaxydist.distributed import World
-from galaxydist.recipe.schema import TrainConfig
 from galaxydist.runs.folder import RunFolder
-from galaxydist.runs.lock import RunLock
-from galaxydist.training.ddp import Strategy
 from galaxydist.training.state import TrainState
-
-# When a checkpoint is due: by steps, by the clock, at the ends of epochs.
 
 
 @dataclass(frozen=True)
 class SaveSchedule:
-    """A function of the step, and of whether time is up: the same on every rank that is told the same.
+    """Decides from the step whether a checkpoint is due; equal arguments give equal answers on all ranks.
 
     Args:
         steps_per_epoch, total_steps: length of an epoch and of the run, in optimizer steps.
-        every_steps: save after every so many steps, counted from the start of the run (0: not).
-        every_epochs: save at the end of every so many epochs.
+        every_steps: save when the step is a multiple of it (0: never).
+        every_epochs: save at the ends of the epochs that are multiples of it.
     """
 
     steps_per_epoch: int
@@ -31,11 +26,11 @@ class SaveSchedule:
     every_epochs: int = 1
 
     def is_due(self, step: int, *, time_is_up: bool = False) -> bool:
-        """A checkpoint is due.
+        """Return True if a checkpoint is due.
 
         Args:
             step: optimizer steps done.
-            time_is_up: ``SaveTimer.is_up`` of one rank, told to all.
+            time_is_up: ``SaveTimer.is_up`` of rank 0, as all ranks received it.
         """
         epoch, rest = divmod(step, self.steps_per_epoch)
         at_steps = self.every_steps > 0 and step > 0 and step % self.every_steps == 0
@@ -44,11 +39,11 @@ class SaveSchedule:
 
 
 class SaveTimer:
-    """Whether the last save is too long ago. For one rank, which tells the others: clocks differ.
+    """Measures the time since the last save. Only rank 0's counts, since clocks differ.
 
     Args:
-        minutes: between saves (0: time is never up).
-        clock: seconds that only go up.
+        minutes: largest time between two saves (0: no limit).
+        clock: returns monotonic seconds.
     """
 
     def __init__(self, minutes: float, clock: Callable[[], float]) -> None:
@@ -61,93 +56,56 @@ class SaveTimer:
         return self._seconds > 0 and self._clock() - self._since >= self._seconds
 
     def restart(self) -> None:
-        """Whenever a save begins, for whatever reason."""
+        """Start again from 0, because a save begins."""
         self._since = self._clock()
 
 
+@dataclass
 class Checkpointer:
-    """Checkpoints of a run, written from a copy in memory while the training goes on. A context manager: at its end what is being
-    written is whole.
+    """Saves the training state through the strategy's writer.
 
     Args:
         world: the processes.
-        folder: of the run.
-        lock: of the folder; on rank 0.
-        state: what is saved.
-        strategy: who writes it.
-        policy: when, by the step.
-        context: further plain values to save with it.
-        config: when and how.
-        clock: seconds, of rank 0; monotonic.
+        folder: the run folder.
+        state: the training state.
+        writer: writes a checkpoint, by default from a copy in memory while the training continues.
+        is_collective: all ranks write a checkpoint together; else rank 0 alone.
+        schedule, timer: decide when a checkpoint is due.
+        context: further plain values that are saved with the state.
     """
 
-    def __init__(
-        self,
-        world: World,
-        folder: RunFolder,
-        lock: RunLock | None,
-        state: TrainState,
-        *,
-        strategy: Strategy,
-        policy: SaveSchedule,
-        context: Mapping[str, Any],
-        config: TrainConfig,
-        clock: Callable[[], float],
-    ) -> None:
-        self.world, self.folder, self.state, self.policy = world, folder, state, policy
-        self._context = context
-        self._timer = SaveTimer(config.save_minutes, clock)
-        self._is_collective = strategy.is_collective
-        check = lock.check if lock is not None else _nothing
-        self._writer = strategy.open_saver(folder.checkpoints_dir, background=config.async_save, check=check)
-
-    def is_due(self, step: int, *, time_is_up: bool = False) -> bool:
-        """After so many steps, or as rank 0's clock says; the same on every rank."""
-        return self.policy.is_due(step, time_is_up=time_is_up)
+    world: World
+    folder: RunFolder
+    state: TrainState
+    writer: CheckpointWriter
+    is_collective: bool
+    schedule: SaveSchedule
+    timer: SaveTimer
+    context: Mapping[str, Any]
 
     def flags(self) -> tuple[bool, bool]:
-        """A save is due by ``train.save_minutes``, on rank 0; one in the background has failed."""
-        return self.world.is_main and self._timer.is_up, self._writer is not None and self._writer.failed
+        """Return whether a save is due by rank 0's timer, and whether a write in the background has failed."""
+        return self.world.is_main and self.timer.is_up, self.writer.failed
 
     def save(self, *, is_best: bool) -> None:
-        """Save the state as it is now. Every rank takes part."""
-        tensors, state = self.state.snapshot(self.world)
+        """Save the current state. All ranks take part."""
+        tensors, state = self.state.to_checkpoint(self.world)
 
         def write() -> None:
-            assert self._writer is not None
             if self.world.is_main:
                 self.folder.metrics.sync()
-            self._writer.save(self.state.step, tensors, {**state, **self._context}, best=is_best)
+            self.writer.save(self.state.step, tensors, {**state, **self.context}, best=is_best)
 
-        self._by_writers(write)
-        self._timer.restart()
+        self._run(write)
+        self.timer.restart()
 
-    def raise_failure(self) -> None:
-        """Wait for what is being written; what went wrong is raised on every rank. Every rank calls it."""
-        self._by_writers(self._wait)
+    def wait(self) -> None:
+        """Wait for the write in progress, and raise its error on all ranks. All ranks take part."""
+        self._run(self.writer.wait)
 
-    finish = raise_failure
-
-    def _by_writers(self, work: Callable[[], None]) -> None:
-        """Those that write do the work; an error is raised on every rank."""
-        if self._is_collective:
+    def _run(self, work: Callable[[], None]) -> None:
+        """Run a function on the ranks that write; an error is raised on all ranks."""
+        if self.is_collective:
             self.world.run_on_all(work)
         else:
             self.world.run_on_main(work)
-
-    def _wait(self) -> None:
-        assert self._writer is not None
-        self._writer.wait()
-
-    def __enter__(self) -> Self:
-        if self._writer is not None:
-            self._writer.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._writer is not None:
-            self._writer.__exit__(kind, error, traceback)
-
-
-def _nothing() -> None:
-    """The lock is rank 0's."""

@@ -1,14 +1,15 @@
-"""A model of which each process holds a part (``train.strategy=fsdp``): PyTorch's ``fully_shard``, called directly.
+"""Fully sharded data parallel training (``train.strategy=fsdp``) with PyTorch's ``fully_shard``.
 
-Accelerate's plugin is ignored on a machine without a GPU and gives a DDP model there. Parameters, gradients and the optimizer's
-state are DTensors cut along their first dimension; buffers are whole on every process. Gradients are the mean over the processes,
-as with DDP.
+Accelerate's plugin is not used: without a GPU it is ignored and gives a DDP model. Parameters, gradients and the optimizer's
+state are DTensors sharded along their first dimension; buffers are whole on every process. Gradients are the mean over the
+processes, as with DDP.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -16,14 +17,59 @@ from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor
 
+from galaxydist.checkpoints.async_writer import CheckpointWriter
+from galaxydist.checkpoints.sharded import ShardedWriter, load_sharded, open_saving_group
+from galaxydist.checkpoints.store import Checkpoint
+from galaxydist.distributed import World
 from galaxydist.errors import RunFailedError
+from galaxydist.recipe.schema import TrainConfig
+from galaxydist.training.batch_norm import HasBuffers
+from galaxydist.training.optimizer import MovingAverage
+
+
+class FSDPStrategy:
+    """The ``fsdp`` strategy: each process holds a part of each parameter, gradient, optimizer state and moving average."""
+
+    is_collective = True
+
+    def __init__(self, world: World, model: nn.Module, config: TrainConfig) -> None:
+        mesh = open_mesh(world.device)
+        self._whole = WholeCopy(model)
+        self.model = shard_model(model, mesh)
+        self._device, self._is_mixed = world.device, world.precision == "bf16"
+        self.ema = MovingAverage(model, config.ema) if config.ema > 0 else None
+        self.ema_state: HasBuffers | None = self.ema
+        # Checkpoints are written while the training continues: on groups of their own they cannot collide with its collectives.
+        self._saving, self._loading = open_saving_group(), open_saving_group()
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        # Accelerate does not wrap this model. Casts are not cached, since the whole weights exist for one block at a time.
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_mixed, cache_enabled=False):
+            logits_BK: Tensor = self.model(images_BCHW)
+        return logits_BK
+
+    @contextmanager
+    def gradient_sync(self, *, is_last: bool) -> Iterator[None]:
+        set_gradient_sync(self.model, is_last)
+        yield
+
+    def warm_up(self, images_BCHW: Tensor) -> None:
+        """Do nothing: gradients are grouped by block from the first pass on."""
+
+    def eval_model(self) -> AbstractContextManager[nn.Module]:
+        return self._whole.filled((self.ema_state or self.model).state_dict())
+
+    def open_writer(self, checkpoints_dir: Path, *, background: bool, check: Callable[[], None]) -> CheckpointWriter:
+        return ShardedWriter(checkpoints_dir, group=self._saving, background=background, check=check)
+
+    def load(self, checkpoints_dir: Path) -> Checkpoint | None:
+        return load_sharded(checkpoints_dir, make=shard_maker(self.model), group=self._loading)
 
 
 def open_mesh(device: torch.device) -> DeviceMesh:
-    """The processes in a row. One process alone, which no launcher joined to others, becomes a group of its own."""
+    """Return a one-dimensional mesh of all processes; a process without a launcher gets a group of its own."""
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
@@ -31,38 +77,40 @@ def open_mesh(device: torch.device) -> DeviceMesh:
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Cut a model's parameters up among the processes, in place. All ranks take part, before the optimizer is built.
+    """Shard a model's parameters in place. All ranks take part, before the optimizer is built.
 
-    Every process starts from rank 0's weights. Parameters keep their names, and their dtype also on the way between processes: in
-    half precision run the forward pass under autocast, as with DDP. That gives DDP's numbers; parameters in half precision would
-    send less, but round the scales of normalisations too.
+    Every process starts from rank 0's weights. Parameters keep their names and, in communication too, their dtype: in half
+    precision the forward pass runs under autocast, as with DDP, and gives DDP's numbers. Parameters in half precision would send
+    less, but also round the scales of normalisations.
 
     Args:
-        model: whole, on the mesh's device.
-        mesh: one-dimensional, from ``open_mesh``.
+        model: the whole model, on the mesh's device.
+        mesh: the mesh from ``open_mesh``.
 
     Returns:
         The same model.
 
     Raises:
-        RunFailedError: a parameter was not cut up.
+        RunFailedError: a parameter was not sharded.
     """
-    _copy_from_rank_0(model, mesh)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0, group=mesh.get_group())
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in repeated_blocks(model):
         fully_shard(block if len(block) > 1 else block[0], mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     if whole:
-        raise RunFailedError(f"train.strategy=fsdp: {len(whole)} parameters were not cut up, the first is {whole[0]}")
+        raise RunFailedError(f"train.strategy=fsdp: {len(whole)} parameters were not sharded, the first is {whole[0]}")
     return model
 
 
 def repeated_blocks(model: nn.Module) -> list[list[nn.Module]]:
-    """The parts that are gathered one after the other, each a list of modules that run in sequence.
+    """Return the blocks that are gathered one after the other, each a list of modules that run in sequence.
 
-    A ViT's blocks, a ResNet's residual blocks, a VGG's convolutions between two poolings, the stages of our own networks. What is
-    in none of them is gathered with the root.
+    They are a ViT's blocks, a ResNet's residual blocks, a VGG's convolutions between two poolings and the stages of our own
+    networks. Parameters outside of them are gathered with the root module.
     """
     for name in ("blocks", "stages"):
         if isinstance(parts := getattr(model, name, None), nn.Sequential):
@@ -85,66 +133,21 @@ def _between_poolings(features: nn.Sequential) -> list[list[nn.Module]]:
     return [segment for segment in segments if segment]
 
 
-@torch.no_grad()
-def _copy_from_rank_0(model: nn.Module, mesh: DeviceMesh) -> None:
-    for tensor in (*model.parameters(), *model.buffers()):
-        dist.broadcast(tensor.detach(), src=0, group=mesh.get_group())
-
-
 def set_gradient_sync(model: nn.Module, is_last: bool) -> None:
-    """Before each backward pass of a step: gradients are exchanged in the last one only; till then a process holds them whole."""
+    """Reduce the gradients in the last backward pass of a step only; until then each process holds them whole."""
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(is_last)
     model.set_is_last_backward(is_last)
 
 
-# ---- gradients ----
-
-
-@torch.no_grad()
-def clip_sharded_gradients(parameters: Iterable[nn.Parameter], *, norm: float, value: float) -> Tensor:
-    """Clip the gradients in place: all together by their global norm, or each element to a range. All ranks take part.
-
-    torch's own functions send one message a parameter for DTensors; here it is one in all. Nothing is read by the host.
-
-    Args:
-        parameters: those without a gradient are passed over.
-        norm: largest Euclidean norm of all gradients together (0: do not clip by it).
-        value: largest magnitude of an element (0: do not clip by it).
-
-    Returns:
-        The norm before clipping, a plain scalar, equal on all ranks; nan or inf where a gradient of any rank is.
-    """
-    gradients = [_sharded(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    parts = [gradient.to_local() for gradient in gradients]
-    total = torch.nn.utils.get_total_norm(parts).square()
-    dist.all_reduce(total, group=gradients[0].device_mesh.get_group())
-    total = total.sqrt()
-    if norm > 0:
-        torch._foreach_mul_(parts, (norm / (total + 1e-6)).clamp(max=1.0))
-    if value > 0:
-        torch._foreach_clamp_min_(parts, -value)
-        torch._foreach_clamp_max_(parts, value)
-    return total
-
-
-def _sharded(tensor: Tensor | None) -> DTensor:
-    assert isinstance(tensor, DTensor)
-    assert all(isinstance(placement, Shard) for placement in tensor.placements)
-    return tensor
-
-
-# ---- whole copies ----
-
-
 class WholeCopy:
-    """An unsharded model beside a sharded one, for evaluation: there ranks run different numbers of batches, and a sharded model
-    waits in each for the others.
+    """A whole copy of a sharded model for evaluation.
 
-    It takes memory for its weights only while it is filled.
+    In an evaluation ranks run different numbers of batches, but a sharded model waits for all ranks in each batch. The copy takes
+    memory for its weights only while it is filled.
 
     Args:
-        model: before it is sharded.
+        model: the model before it is sharded.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -153,10 +156,10 @@ class WholeCopy:
 
     @contextmanager
     def filled(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """The model in evaluation mode with these weights. All ranks take part in entering, and none in leaving.
+        """Fill the model with weights and yield it in evaluation mode. All ranks enter together; leaving needs no other rank.
 
         Args:
-            tensors: the state dict of the sharded model or of its moving average, under the model's names.
+            tensors: the state dict of the sharded model or of its moving average.
         """
         self._model.load_state_dict(gather(tensors), assign=True)
         try:
@@ -172,26 +175,16 @@ class WholeCopy:
 
 @torch.no_grad()
 def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors, whole on every rank, on their device. All ranks take part, with the same names in the same order."""
-    return {name: whole(tensor).clone() for name, tensor in tensors.items()}
+    """Return whole copies of tensors on every rank, on their device. All ranks take part, with the names in the same order."""
+    whole = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+    return {name: tensor.detach().clone() for name, tensor in whole.items()}
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor, on every rank; all take part. Other tensors as they are."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+def shard_maker(model: nn.Module) -> Callable[[str, torch.Size, torch.dtype], Tensor]:
+    """Return a function for ``load_sharded`` that makes the tensor into which a stored tensor is read.
 
-
-def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor`` cut up as ``like`` is, on its device and in its own dtype. Nothing is sent: every rank has the whole of it."""
-    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
-        return tensor
-    return cast(Tensor, distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None))
-
-
-def part_maker(model: nn.Module) -> Callable[[str, torch.Size, torch.dtype], Tensor]:
-    """For ``load_sharded``: what belongs to a parameter and has its shape is read into a tensor cut up like it, on its device.
-
-    A part of the tensor's name, between slashes, must be the parameter's name: ``optimizer/state/head.weight/exp_avg``.
+    A tensor of a parameter's shape, with the parameter's name as one part of its own (``optimizer/state/head.weight/exp_avg``),
+    is sharded like the parameter, on its device; others are whole, on the CPU.
     """
     parameters = dict(model.named_parameters())
 
@@ -203,32 +196,3 @@ def part_maker(model: nn.Module) -> Callable[[str, torch.Size, torch.dtype], Ten
         return torch.empty(shape, dtype=dtype)
 
     return make
-
-
-# Gradient clipping, and the size of the gradient, without waiting for the device.
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], *, norm: float, value: float) -> Tensor:
-    """Clip the gradients in place: all together by their global norm, or each element to a range.
-
-    With fp16 the gradients must have been unscaled before. Nothing is read by the host; a gradient that is not finite stays so.
-
-    Args:
-        parameters: those without a gradient are passed over. Gradients may be sharded over processes (DTensor); then every
-            process calls this.
-        norm: largest Euclidean norm of all gradients together (0: do not clip by it).
-        value: largest magnitude of an element (0: do not clip by it).
-
-    Returns:
-        The norm before clipping, a scalar on the gradients' device and in their float type; nan or inf where a gradient is.
-    """
-    trained = [parameter for parameter in parameters if parameter.grad is not None]
-    total: Any = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
-    if hasattr(total, "full_tensor"):
-        total = total.full_tensor()
-    if norm > 0:
-        clip_grads_with_norm_(trained, norm, total)
-    if value > 0:
-        clip_grad_value_(trained, value)
-    whole: Tensor = total
-    return whole.detach() if isinstance(whole, Tensor) else torch.tensor(whole)

@@ -1,4 +1,4 @@
-"""One process of a run, from its command line to its exit code: what launch.py and a job of the cluster do alike."""
+"""One process of a training run, from its command line to its exit code."""
 
 import contextlib
 import gc
@@ -22,13 +22,13 @@ from galaxydist.errors import (
     RunFailedError,
     UserError,
 )
-from galaxydist.job_environment import find_place
+from galaxydist.job_environment import find_rank
 from galaxydist.log import set_up_logging
 
 logger = logging.getLogger(__name__)
 
-# A launcher ends all ranks as soon as one has left. Rank 0 prints what all have found, and may come to it this much later.
-PRINTING_S = 3.0
+# Launchers kill all ranks once one has exited: the other ranks leave rank 0 this time to log an error that all have.
+LOGGING_S = 3.0
 
 
 def launch(
@@ -36,54 +36,63 @@ def launch(
     environ: MutableMapping[str, str],
     note: Callable[[Exception], None] = lambda _: None,
 ) -> int:
-    """Train what ``arguments`` name, and say what goes wrong, once for all ranks.
+    """Train a recipe, and log an error once for all ranks.
 
     Args:
         arguments: ``recipe=NAME`` and ``key=value`` overrides.
         environ: the process's environment.
-        note: told what went wrong, on the ranks that say it.
+        note: called with the error on the ranks that log it.
 
     Returns:
         The exit code.
     """
     set_up_process(environ)
     set_up_logging()
-    rank = 0  # also where the launcher's variables are wrong: each process that finds this logs it
+    rank = 0  # also if the launcher's variables are wrong: each process that finds this logs it
     try:
-        rank = find_place(environ).rank
+        rank = find_rank(environ).rank
         set_up_logging(rank)
-        return _train(arguments, environ)
+        from galaxydist.recipe.resolve import load_recipe  # not above: `galaxydist --help` imports this module
+
+        resolved = load_recipe(arguments)
+        with _importing():
+            from galaxydist.training.trainer import train
+        stop_signal = train(resolved, environ)
     except (UserError, RunFailedError) as error:
-        # One process prints what all have found.
         is_users = isinstance(error, UserError)
         is_alone = not isinstance(error, EveryRankError) if is_users else isinstance(error, OneRankFailedError)
         if rank == 0 or is_alone:
             logger.error("%s", error)
             note(error)
-        _leave_for_launcher(f"galaxydist: error: {error}", environ)
+        _write_launcher_error(f"galaxydist: error: {error}", environ)
         if rank and not is_alone:
-            time.sleep(PRINTING_S)
+            time.sleep(LOGGING_S)
         return EXIT_BAD_INPUT if is_users else EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    if not stop_signal:
+        return 0
+    return EXIT_INTERRUPTED if stop_signal == signal.SIGINT else EXIT_STOPPED
 
 
-def _leave_for_launcher(text: str, environ: Mapping[str, str]) -> None:
-    """Write an error to the file from which torch's launcher takes the last thing that it prints.
+def _write_launcher_error(text: str, environ: Mapping[str, str]) -> None:
+    """Write an error to the file that torch's launcher reads for its final report.
 
     The format is that of ``torch.distributed.elastic.multiprocessing.errors.ErrorHandler``.
     """
     if path := environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": text, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError, UserError):
-            # Whole or not there: the launcher may read it while it ends this process.
+            # Atomically, since the launcher may read it while it kills this process.
             replace_bytes(Path(path), json.dumps({"message": {"message": text, "extraInfo": details}}).encode())
 
 
 @contextlib.contextmanager
 def _importing() -> Iterator[None]:
-    """For the first import of what a run needs. All of it stays to the end, so that the garbage collector need not look through
-    it again and again, neither while it comes (a quarter of the time that it takes) nor later."""
+    """Keep the garbage collector from searching the objects of the imported modules, which stay until the process ends.
+
+    Its searches would take a quarter of the time of the imports.
+    """
     if "galaxydist.training.trainer" in sys.modules or not gc.isenabled():
         yield
         return
@@ -93,15 +102,3 @@ def _importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def _train(arguments: Sequence[str], environ: MutableMapping[str, str]) -> int:
-    from galaxydist.recipe.resolve import load_recipe
-
-    resolved = load_recipe(arguments)
-    with _importing():
-        from galaxydist.training.trainer import train
-    stop_signal = train(resolved, environ)
-    if not stop_signal:
-        return 0
-    return EXIT_INTERRUPTED if stop_signal == signal.SIGINT else EXIT_STOPPED

@@ -1,4 +1,4 @@
-"""The training loss as a sum and a weight: sums are added over micro-batches and ranks, and divided once."""
+"""The training loss as a sum and a weight, which are added over micro-batches and ranks and divided once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from galaxydist.training.mixup import MixedBatch, Part, take
 
 @dataclass(frozen=True)
 class LossTargets:
-    """What the galaxies of a batch are to be taken for, and what that weighs in the loss.
+    """Target labels of a batch and their weights in the loss.
 
     Args:
-        labels_B: int64, their own labels.
-        weights_B: float32 weight of the own label: the galaxy's, times its share lam of the label, times the class's.
-        majority_B: int64, the label of the larger share (the own one of two equal ones): the one that counts as correct.
-        partner_labels_B, partner_weights_B: the same of the galaxies that they are mixed with; None where nothing is mixed.
+        labels_B: int64, own label of each galaxy.
+        weights_B: float32, weight of the own label: the galaxy's weight, times its share lam of the label, times its class's.
+        majority_B: int64, label with the larger share (the own one of equal shares), which counts as correct.
+        partner_labels_B, partner_weights_B: the same of the galaxies that they are mixed with; None without mixing.
     """
 
     labels_B: torch.Tensor
@@ -29,25 +29,23 @@ class LossTargets:
 
     @property
     def total_weights_B(self) -> torch.Tensor:
-        """The weight of every galaxy, float32: their sum over all ranks is what the numerators are divided by."""
+        """Weight of each galaxy, float32; the loss is divided by their sum over all ranks."""
         return self.weights_B if self.partner_weights_B is None else self.weights_B + self.partner_weights_B
 
     def take(self, part: Part) -> "LossTargets":
-        """Of a part of the batch."""
-        labels_B, weights_B, majority_B = (take(values, part) for values in (self.labels_B, self.weights_B, self.majority_B))
-        if self.partner_labels_B is None or self.partner_weights_B is None:
-            return LossTargets(labels_B, weights_B, majority_B)
-        return LossTargets(labels_B, weights_B, majority_B, take(self.partner_labels_B, part), take(self.partner_weights_B, part))
+        """Return the targets of a part of the batch."""
+        values = (self.labels_B, self.weights_B, self.majority_B, self.partner_labels_B, self.partner_weights_B)
+        return LossTargets(*(take(value, part) for value in values if value is not None))
 
 
 class WeightedCrossEntropy:
     """Weighted cross-entropy with label smoothing, as numerator and weight.
 
-    Sample i adds ``w_i * CE_i`` to the numerator and ``w_i`` to the weight, where ``w_i`` is its own weight (0 for a
-    image that could not be read) times its class's. Label smoothing e mixes the one-hot target with the uniform
+    Sample i adds ``w_i * CE_i`` to the numerator and ``w_i`` to the weight, where ``w_i`` is its own weight (0 for an image that
+    could not be read) times its class's. Label smoothing e mixes the one-hot target with the uniform
     distribution: ``(1 - e) onehot + e / K`` (Szegedy et al. 2016, arXiv:1512.00567, section 7). A sample mixed with another, of
     which lam is its own, adds ``lam w_i CE_i + (1 - lam) w'_i CE'_i`` and ``lam w_i + (1 - lam) w'_i``, where ``w'_i`` and
-    ``CE'_i`` are those of the other's class.
+    ``CE'_i`` are those of the other sample's class.
 
     Args:
         class_weights_K: float32 weight of each class.
@@ -59,12 +57,12 @@ class WeightedCrossEntropy:
         self.label_smoothing = label_smoothing
 
     def targets(self, labels_B: torch.Tensor, sample_weights_B: torch.Tensor, mix: MixedBatch | None = None) -> LossTargets:
-        """Labels and weights of a rank's whole batch; needs no image.
+        """Return the targets of a rank's whole batch.
 
         Args:
             labels_B: int64.
             sample_weights_B: float32.
-            mix: of the same batch; None: not mixed.
+            mix: the batch's mixtures; None without mixing.
         """
         weights_B = self.weights(labels_B, sample_weights_B)
         if mix is None:
@@ -75,27 +73,27 @@ class WeightedCrossEntropy:
         return LossTargets(labels_B, weights_B * (1 - shares_B), majority_B, partner_labels_B, partner_weights_B)
 
     def weights(self, labels_B: torch.Tensor, sample_weights_B: torch.Tensor) -> torch.Tensor:
-        """The weight of every sample that is not mixed, float32 of shape B."""
+        """Return the weights of samples that are not mixed, float32 of shape B."""
         return self.class_weights_K[labels_B] * sample_weights_B
 
     def summed_loss(self, logits_BK: torch.Tensor, targets: LossTargets) -> torch.Tensor:
-        """The numerator of mixed or unmixed samples, as ``numerator``."""
+        """Return the numerator of mixed or unmixed samples, as ``numerator`` does."""
         own = self.numerator(logits_BK, targets.labels_B, targets.weights_B)
         if targets.partner_labels_B is None or targets.partner_weights_B is None:
             return own
         return own + self.numerator(logits_BK, targets.partner_labels_B, targets.partner_weights_B)
 
     def numerator(self, logits_BK: torch.Tensor, labels_B: torch.Tensor, weights_B: torch.Tensor) -> torch.Tensor:
-        """``sum_i w_i CE_i``, a float32 scalar (float64 for float64 logits) with a gradient."""
+        """Return ``sum_i w_i CE_i``, a float32 scalar (float64 for float64 logits) with a gradient."""
         logits_BK = logits_BK if logits_BK.dtype == torch.float64 else logits_BK.float()
         losses_B = functional.cross_entropy(logits_BK, labels_B, reduction="none", label_smoothing=self.label_smoothing)
         return (losses_B * weights_B).sum()
 
 
 def class_weights(kind: Literal["none", "balanced"], counts_K: Sequence[int]) -> torch.Tensor:
-    """Weight of each class: 1, or ``N / (K N_k)`` from the training split's counts. float32 of shape K.
+    """Return the weight of each class, float32 of shape K: 1, or ``N / (K N_k)`` from the training split's counts.
 
-    A class without galaxies gets weight 1: nothing is ever multiplied by it.
+    A class without galaxies gets weight 1, which is never used.
     """
     if kind == "none":
         return torch.ones(len(counts_K))

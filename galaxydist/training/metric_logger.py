@@ -1,15 +1,13 @@
-"""What a training run says while it goes: metrics.jsonl, timing.jsonl, the tracker, the progress bar. Sums are kept, and divided
-when told.
+"""Metrics of a training run: metrics.jsonl, timing.jsonl, the tracker and the progress bar.
 
-metrics.jsonl holds what the recipe determines, so that a run that was stopped and continued has the very same file; what depends
-on the machine stands in timing.jsonl. The tracker gets both.
+metrics.jsonl holds what the recipe determines, so that a run that was stopped and continued has the same file; timing.jsonl holds
+what depends on the machine. The tracker gets both.
 """
 
 import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -26,86 +24,59 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long the run is."""
+    """Length of a run: steps of an epoch and of the run, and galaxies of a step."""
 
     steps_per_epoch: int
     total_steps: int
     batch_size: int
 
-    def epoch_of(self, step: int) -> int:
-        """Epoch (from 0) that update number ``step`` belongs to."""
-        return step // self.steps_per_epoch
+    @property
+    def num_epochs(self) -> int:
+        return self.total_steps // self.steps_per_epoch
 
     def ends_epoch(self, step: int) -> bool:
-        """Whether an epoch is over once ``step`` steps are done."""
+        """Return True if ``step`` steps are whole epochs."""
         return step % self.steps_per_epoch == 0
 
 
-class RunningSums:
-    """The sums of the steps since the last line: a part of the training state, so that a line is the same after a restart."""
-
-    def __init__(self) -> None:
-        self.sums = LossSums()
-
-    def add(self, sums: LossSums) -> None:
-        self.sums += sums
-
-    def clear(self) -> None:
-        self.sums = LossSums()
-
-    def metrics(self) -> dict[str, float]:
-        return {"train/loss": self.sums.loss, "train/accuracy": self.sums.accuracy}
-
-    def state_dict(self) -> dict[str, Any]:
-        return vars(self.sums)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums = LossSums(**state)
-
-
+@dataclass
 class MetricLogger:
-    """Rank 0 writes. Use as a context manager: the bar is closed at the end.
+    """Writes the metrics on rank 0. A context manager: the progress bar is closed at the end.
 
     Args:
         world: the processes.
-        folder: of the run.
-        tracker: of rank 0; null elsewhere.
-        schedule: length of the run.
-        window: the sums since the last line.
-        timer: of the steps.
-        utilisation: how much of its device the run uses.
-        first_step: where this process starts.
+        folder: the run folder.
+        tracker: the run's tracker on rank 0; a null tracker elsewhere.
+        length: length of the run.
+        sums: loss sums since the last line, restored from a checkpoint.
+        timer: times the steps.
+        utilisation: computes the device utilisation from the images per second.
+        first_step: steps done when this process starts.
         log_every: steps between two lines.
     """
 
-    def __init__(
-        self,
-        world: World,
-        folder: RunFolder,
-        tracker: Tracker,
-        schedule: RunLength,
-        *,
-        window: RunningSums,
-        timer: StepTimer,
-        utilisation: Utilisation,
-        first_step: int,
-        log_every: int,
-    ) -> None:
-        self.world = world
-        self.folder = folder
-        self.tracker = tracker
-        self.schedule = schedule
-        self.log_every = log_every
-        self.window = window
-        self.timer = timer
-        self.utilisation = utilisation
+    world: World
+    folder: RunFolder
+    tracker: Tracker
+    length: RunLength
+    sums: LossSums
+    timer: StepTimer
+    utilisation: Utilisation
+    first_step: int
+    log_every: int
+
+    def __post_init__(self) -> None:
         self._stack = contextlib.ExitStack()
         self._timed_steps = 0
         self._error: Exception | None = None
         self._last: dict[str, float] = {}
         self._timing: dict[str, float] = {}
         self._bar = tqdm(
-            total=schedule.total_steps, initial=first_step, unit="step", disable=not world.is_main or None, dynamic_ncols=True
+            total=self.length.total_steps,
+            initial=self.first_step,
+            unit="step",
+            disable=not self.world.is_main or None,  # None: if stderr is not a terminal
+            dynamic_ncols=True,
         )
 
     def __enter__(self) -> "MetricLogger":
@@ -118,79 +89,78 @@ class MetricLogger:
         self._stack.close()
 
     def step_taken(self) -> None:
-        """One more step that the timer has seen; what it was about is known later."""
+        """Count a step that the timer has measured; ``step_done`` follows a step later."""
         self._timed_steps += 1
 
-    def step_done(self, agreed: StepResult, rate: float, counters: Mapping[str, float]) -> None:
-        """Take in one step: ``rate`` is its learning rate, ``counters`` are written as they are. A line is written every
-        ``log_every`` steps."""
-        step = agreed.step + 1
-        self.window.add(agreed.sums)
+    def step_done(self, result: StepResult, rate: float, counters: Mapping[str, float]) -> None:
+        """Add the sums of a step, and write a line every ``log_every`` steps.
+
+        Args:
+            result: values of the step, over all ranks.
+            rate: learning rate of the step.
+            counters: further metrics, written as they are.
+        """
+        step = result.step + 1
+        self.sums.add(result.sums)
         self._bar.update()
-        is_due = step % self.log_every == 0 or self.schedule.ends_epoch(step)
+        is_due = step % self.log_every == 0 or self.length.ends_epoch(step)
         if is_due:
             self._measure()
-            self._last = {**self.window.metrics(), "train/lr": rate, **counters}
+            self._last = {"train/loss": self.sums.loss, "train/accuracy": self.sums.accuracy, "train/lr": rate, **counters}
             self.record(step, self._last, self._timing)
             self._show(step)
-            self.window.clear()
+            self.sums.load_state_dict(LossSums().state_dict())
 
     def _measure(self) -> None:
         if self._timed_steps == 0:
-            return  # steps are told one late: the last one was measured with the one before it
+            return  # ``step_done`` comes a step late: the last step was measured together with the one before it
         timing = self.timer.window(self._timed_steps)
         self._timing = {**timing, **self.utilisation(timing["time/img_s_device"])}
         self._timed_steps = 0
 
     def record(self, step: int, metrics: Mapping[str, float | None], timing: Mapping[str, float] | None = None) -> None:
-        """Write metrics of ``step`` to metrics.jsonl, its timing to timing.jsonl, both to the tracker.
+        """Write metrics of ``step`` to metrics.jsonl, its timing to timing.jsonl, and both to the tracker.
 
-        What goes wrong is kept for ``raise_failure``: the other ranks are not here.
+        An error is kept for ``raise_failure``, since only rank 0 knows of it here.
         """
         if not self.world.is_main or self._error is not None:
             return
+        values = {"epoch": step / self.length.steps_per_epoch, **metrics}
         try:
-            self._write(step, metrics, timing)
+            self.folder.metrics.append(step, values)
+            if timing:
+                self.folder.timing.append(step, timing)
+            self.tracker.log({**values, **(timing or {})}, step)
         except (UserError, OSError) as error:
             self._error = error
 
     @property
     def has_failed(self) -> bool:
-        """Something could not be written, and ``raise_failure`` would say what."""
+        """True if ``raise_failure`` would raise the error of a failed write."""
         return self._error is not None
 
     def raise_failure(self) -> None:
-        """Raise on every rank what could not be written on rank 0. Every rank calls it."""
+        """Raise the error of a failed write of rank 0 on all ranks. All ranks call it."""
         self.world.run_on_main(self._raise)
 
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _write(self, step: int, metrics: Mapping[str, float | None], timing: Mapping[str, float] | None) -> None:
-        epoch = step / self.schedule.steps_per_epoch
-        self.folder.metrics.append(step, {"epoch": epoch, **metrics})
-        if timing:
-            self.folder.timing.append(step, timing)
-        self.tracker.log({"epoch": epoch, **metrics, **(timing or {})}, step)
-
     def epoch_done(self, step: int, validation: Mapping[str, float | None]) -> None:
-        """Say in one line how the epoch went."""
-        epoch = step // self.schedule.steps_per_epoch
+        """Log one line about an epoch."""
+        epoch = step // self.length.steps_per_epoch
         parts = [f"train loss {self._last.get('train/loss', float('nan')):.4f}"]
         for name, value in validation.items():
             shown = "not finite" if value is None else f"{value:.4f}"
             parts.append(f"{name.removeprefix('val/').replace('_', ' ')} {shown} (val)")
         parts += [f"{self._timing.get('time/img_s', 0.0):,.0f} img/s"]
-        logger.info("epoch %d/%d: %s", epoch, self._num_epochs, ", ".join(parts))
+        logger.info("epoch %d/%d: %s", epoch, self.length.num_epochs, ", ".join(parts))
 
     def _show(self, step: int) -> None:
-        self._bar.set_description(f"epoch {min(step // self.schedule.steps_per_epoch + 1, self._num_epochs)}/{self._num_epochs}")
+        num_epochs = self.length.num_epochs
+        self._bar.set_description(f"epoch {min(step // self.length.steps_per_epoch + 1, num_epochs)}/{num_epochs}")
         self._bar.set_postfix_str(
             f"loss {self._last['train/loss']:.3f}, acc {self._last['train/accuracy']:.3f}, "
             f"{self._timing['time/img_s']:,.0f} img/s, data wait {self._timing['time/data_wait']:.0%}"
         )
-
-    @property
-    def _num_epochs(self) -> int:
-        return self.schedule.total_steps // self.schedule.steps_per_epoch

@@ -1,10 +1,11 @@
-"""``train.micro_batch=auto``: the most galaxies of one forward pass that fit the memory of every process."""
+"""Largest micro-batch that fits on every rank (``train.micro_batch=auto``); out-of-memory errors."""
 
 import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -18,13 +19,21 @@ from galaxydist.models.build import set_train_mode
 from galaxydist.recipe.schema import Recipe
 from galaxydist.training.throughput import activation_bytes, training_flops
 
-# Out of memory: how it is told from other errors, and what a user can do about it.
-
+# Parts of the messages of torch's out-of-memory errors.
 _MESSAGES = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")
+# Share of a GPU's memory that is left free for the rest of a step (buffers of NCCL and cuDNN; temporary tensors of augmentation,
+# clipping and optimizer) and for fragments that are too small to be used.
+MARGIN = 0.05
+# A pass on a CPU takes at most this number of floating point operations in training, half a minute of two cores, and at most this
+# share of the memory, rounded down to a power of two, so that similar machines choose the same micro-batch.
+PASS_FLOPS = 1e12
+MEMORY_SHARE = 0.25
+# Keys of ``train`` that the micro-batch depends on.
+_SETTINGS = ("strategy", "gradient_checkpointing", "channels_last", "compile", "sync_batchnorm")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """A lack of memory, by whichever of torch's errors it is told: of an allocator, of cuDNN or cuBLAS, of the host."""
+    """Return True for an out-of-memory error of an allocator, cuDNN, cuBLAS or the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
@@ -32,7 +41,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained_out_of_memory(recipe: Recipe, world: World, micro_batch: int) -> Iterator[None]:
-    """Around steps of the training: a lack of memory becomes an error that says what a user can do about it.
+    """Turn an out-of-memory error of a training step into an error that tells the user what to do.
 
     Raises:
         OneRankFailedError: with the text of ``explain_out_of_memory``.
@@ -46,13 +55,13 @@ def explained_out_of_memory(recipe: Recipe, world: World, micro_batch: int) -> I
 
 
 def explain_out_of_memory(error: BaseException, recipe: Recipe, world: World, micro_batch: int) -> str:
-    """What to tell when a step of the training ran out of memory: on which device, of what, and what to lower.
+    """Return the message for a training step that ran out of memory: the device, the sizes, and the settings to lower.
 
     Args:
-        error: for which ``is_out_of_memory`` holds.
-        recipe: of the run.
+        error: an error for which ``is_out_of_memory`` is True.
+        recipe: recipe of the run.
         world: the processes.
-        micro_batch: galaxies in one forward pass (0: the whole share).
+        micro_batch: galaxies in one forward pass (0: the whole share of the rank).
     """
     share = share_of(recipe, world.size)
     count = min(micro_batch or share, share)
@@ -61,12 +70,12 @@ def explain_out_of_memory(error: BaseException, recipe: Recipe, world: World, mi
     return (
         f"Out of memory on rank {world.rank} ({name} with {memory / 1e9:.0f} GB) in a step with a micro-batch of {count} at "
         f"data.image_size={recipe.data.image_size} (train.batch_size={recipe.train.batch_size}, {world.size} processes). "
-        f"{what_to_lower(recipe, world, smaller)} (torch: {str(error).strip().partition('. ')[0] or type(error).__name__})"
+        f"{suggest_savings(recipe, world, smaller)} (torch: {str(error).strip().partition('. ')[0] or type(error).__name__})"
     )
 
 
-def what_to_lower(recipe: Recipe, world: World, first: list[str]) -> str:
-    """A sentence on what would help with this recipe, what costs least first, after the choices in ``first``."""
+def suggest_savings(recipe: Recipe, world: World, first: list[str]) -> str:
+    """Return a sentence with settings that save memory, the cheapest first, after those in ``first``."""
     train, model = recipe.train, recipe.model
     choices = list(first)
     if not train.gradient_checkpointing:
@@ -87,12 +96,12 @@ def what_to_lower(recipe: Recipe, world: World, first: list[str]) -> str:
 
 
 def share_of(recipe: Recipe, world_size: int) -> int:
-    """Galaxies of a global batch on the rank that has most."""
-    return -(-recipe.train.batch_size // world_size)
+    """Return the largest number of galaxies of a global batch on any rank."""
+    return math.ceil(recipe.train.batch_size / world_size)
 
 
 def describe_device(device: torch.device) -> tuple[str, int]:
-    """Name, and memory in bytes, of a GPU, or of this machine for a CPU."""
+    """Return the name and memory in bytes of a GPU, or of this machine for a CPU."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return properties.name, properties.total_memory
@@ -100,26 +109,14 @@ def describe_device(device: torch.device) -> tuple[str, int]:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what a GPU's allocator keeps, so that it counts neither for the next try nor against other processes.
+    """Return the memory that a GPU's allocator caches, so that the next try and other processes can use it.
 
-    Nothing on a CPU: what is dropped there is free at once, and a collection takes a third of a second.
+    Does nothing on a CPU, where memory is freed at once and a garbage collection takes a third of a second.
     """
     if device.type == "cuda":
         gc.collect()
         with torch.cuda.device(device):
             torch.cuda.empty_cache()
-
-
-# Left free on a GPU: what a step takes beside the passes (buffers of NCCL and cuDNN, temporaries of augmentation, clipping and
-# optimizer), and pieces of memory that are too small to be used.
-MARGIN = 0.05
-
-# On a CPU a pass has no more images than these operations in training allow, half a minute of two cores; and no more than keep
-# this part of the memory, taken down to a power of two, so that machines of one kind cut alike.
-PASS_FLOPS = 1e12
-MEMORY_SHARE = 0.25
-
-_SETTINGS = ("strategy", "gradient_checkpointing", "channels_last", "compile", "sync_batchnorm")
 
 
 def choose_micro_batch(
@@ -131,15 +128,16 @@ def choose_micro_batch(
     ballast_bytes: int = 0,
     unit: int = 1,
 ) -> tuple[int, dict[str, Any]]:
-    """The recipe's micro-batch; for ``auto`` the stored one where it still applies, else the largest that fits. All ranks take
-    part.
+    """Return the recipe's micro-batch; for ``auto`` the stored one if it is still valid, else the largest that fits.
+
+    All ranks must call it.
 
     Args:
         world, recipe, model, ballast_bytes, unit: as for ``find_micro_batch``.
-        stored: what an earlier start of this run gave, the same on all ranks; None: there was none.
+        stored: values to store from an earlier start of this run, the same on all ranks; None: there was none.
 
     Returns:
-        Galaxies in one forward pass (0: the whole share), and what is to be stored (empty where the recipe says the number).
+        Galaxies in one forward pass (0: the whole share), and the values to store (empty if the recipe gives the number).
 
     Raises:
         EveryRankError: as ``find_micro_batch``.
@@ -147,14 +145,14 @@ def choose_micro_batch(
     if recipe.train.micro_batch != "auto":
         return recipe.train.micro_batch, {}
     now = conditions(world, recipe)
-    found = remembered(stored, now)
+    found = reusable_micro_batch(stored, now)
     if found is None:
         found = find_micro_batch(world, recipe, model, ballast_bytes=ballast_bytes, unit=unit)
     return found, {**now, "micro_batch": found}
 
 
-def thrown_away_loss(logits_BK: torch.Tensor) -> torch.Tensor:
-    """Return a scalar with a gradient for every logit, for passes whose results are thrown away."""
+def dummy_loss(logits_BK: torch.Tensor) -> torch.Tensor:
+    """Return a scalar with a gradient for every logit, for passes whose results are discarded."""
     return logits_BK.float().logsumexp(1).sum()
 
 
@@ -165,23 +163,21 @@ def find_micro_batch(
     *,
     ballast_bytes: int = 0,
     unit: int = 1,
-    loss: Callable[[torch.Tensor], torch.Tensor] = thrown_away_loss,
     force: bool = False,
 ) -> int:
-    """Try how many galaxies fit: forward and backward of the model on empty images. All ranks take part, and agree.
+    """Find the largest micro-batch that fits on all ranks, by forward and backward passes on empty images.
 
-    A CPU is not tried: its system would rather swap, or kill the process, than refuse memory. See ``most_on_cpu``.
-    The model, its gradients and the random numbers are afterwards as they were before.
+    All ranks must call it. On a CPU nothing is tried, because the system would swap or kill the process rather than refuse
+    memory: see ``most_on_cpu``. The model, its gradients and the random numbers are unchanged afterwards.
 
     Args:
         world: the processes.
-        recipe: batch, image size and layout; names what to lower.
-        model: on its device, not wrapped by DDP and not compiled: ranks try different sizes, so a pass must wait for no other
-            rank (nor must synchronised batch normalisation be in it yet).
-        ballast_bytes: what else a step will hold: the optimizer's state if it is not allocated yet, DDP's buckets, the batch.
-        unit: galaxies that must stay in one pass (2 where pairs are mixed); the share is a multiple of it.
-        loss: logits to a scalar.
-        force: try it on a CPU too.
+        recipe: batch size, image size and memory layout.
+        model: on its device, not wrapped by DDP, not compiled and without synchronised batch normalisation: ranks try different
+            sizes, so a pass must not wait for other ranks.
+        ballast_bytes: other memory of a step: the optimizer's state if it is not allocated yet, DDP's buckets, the batch.
+        unit: galaxies that must stay in one pass (2 if pairs are mixed); the share is a multiple of it.
+        force: try on a CPU too.
 
     Returns:
         Galaxies in one forward pass.
@@ -193,7 +189,7 @@ def find_micro_batch(
     if world.device.type == "cpu" and not force:
         most = min(world.all_gather(most_on_cpu(model, recipe.data.image_size, total_memory() // world.ranks_on_node)))
         return largest_that_fits(share // unit, lambda count: count == 1 or count * unit <= most) * unit
-    probe = Probe(world, recipe, model, ballast_bytes=ballast_bytes, loss=loss)
+    probe = Probe(world, recipe, model, ballast_bytes)
     with unchanged(model, world.device):
         fitting = largest_that_fits(share // unit, lambda count: probe.fits(count * unit)) * unit
     everywhere = world.all_gather(fitting)
@@ -203,18 +199,20 @@ def find_micro_batch(
         raise EveryRankError(
             f"Out of memory: not even a micro-batch of {unit} at data.image_size={recipe.data.image_size} fits on rank {ranks} "
             f"(train.batch_size={recipe.train.batch_size}, {world.size} processes, {name} with {memory / 1e9:.0f} GB). "
-            f"{what_to_lower(recipe, world, [])}"
+            f"{suggest_savings(recipe, world, [])}"
         )
     return min(everywhere)
 
 
 def most_on_cpu(model: nn.Module, image_size: int, memory: int) -> int:
-    """Return the most images of a pass on a CPU, at least 1: a function of its arguments alone, since equal runs must cut alike.
+    """Return the largest number of images of a pass on a CPU, at least 1.
+
+    It depends on the arguments only, because equal runs must have equal micro-batches.
 
     Args:
         model: as for ``find_micro_batch``.
         image_size: pixels of the square images.
-        memory: bytes that a process may use.
+        memory: memory of a process in bytes.
     """
     kept = MEMORY_SHARE * 2 ** math.floor(math.log2(memory))
     by_time = PASS_FLOPS / max(1, training_flops(model, image_size))
@@ -222,14 +220,14 @@ def most_on_cpu(model: nn.Module, image_size: int, memory: int) -> int:
 
 
 def largest_that_fits(upper: int, fits: Callable[[int], bool]) -> int:
-    """The size of the largest part when ``upper`` galaxies are cut evenly into as few parts as can be.
+    """Return the size of the largest part if ``upper`` galaxies are divided evenly into as few parts as possible.
 
-    The whole is tried first: usually it fits. Then halves, then the sizes between the one that fits and the one that does not;
-    a size that would not make the parts fewer is not tried.
+    The whole is tried first, because it usually fits; then halves, then a bisection. A size that would not reduce the number of
+    parts is not tried.
 
     Args:
         upper: galaxies, at least 1.
-        fits: whether so many fit; if it is true of a number it is true of all smaller ones.
+        fits: returns True if a part of this size fits; then all smaller parts fit.
 
     Returns:
         ``ceil(upper / parts)`` for the smallest possible number of parts; 0 if not even 1 fits.
@@ -239,39 +237,26 @@ def largest_that_fits(upper: int, fits: Callable[[int], bool]) -> int:
         fitting, failing = fitting // 2, fitting
     if fitting == 0:
         return 0
-    while -(-upper // (failing - 1)) < -(-upper // fitting):
+    while math.ceil(upper / (failing - 1)) < math.ceil(upper / fitting):
         middle = (fitting + failing) // 2
         if fits(middle):
             fitting = middle
         else:
             failing = middle
-    return -(-upper // -(-upper // fitting))
+    return math.ceil(upper / math.ceil(upper / fitting))
 
 
+@dataclass(frozen=True)
 class Probe:
-    """Forward and backward passes that are thrown away.
+    """Runs forward and backward passes whose results are discarded; all arguments are as for ``find_micro_batch``."""
 
-    Args:
-        world, recipe, model, ballast_bytes, loss: as for ``find_micro_batch``.
-    """
-
-    def __init__(
-        self,
-        world: World,
-        recipe: Recipe,
-        model: nn.Module,
-        *,
-        ballast_bytes: int,
-        loss: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        self._world, self._model, self._loss = world, model, loss
-        self._size = recipe.data.image_size
-        self._layout = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-        margin = MARGIN * describe_device(world.device)[1] if world.device.type == "cuda" else 0.0
-        self._ballast_bytes = ballast_bytes + round(margin)
+    world: World
+    recipe: Recipe
+    model: nn.Module
+    ballast_bytes: int = 0
 
     def fits(self, count: int) -> bool:
-        """Whether ``count`` images go through the model and back. Errors other than a lack of memory pass through."""
+        """Return True if ``count`` images fit; errors other than a lack of memory are raised."""
         try:
             self._run(count)
         except Exception as error:
@@ -280,30 +265,32 @@ class Probe:
             is_fitting = False
         else:
             is_fitting = True
-        # Here the error, whose frames hold the tensors, is gone, but for cycles.
-        self._model.zero_grad(set_to_none=True)
+        # Outside of the except clause the error, whose frames hold the tensors, is gone, except for reference cycles.
+        self.model.zero_grad(set_to_none=True)
         if not is_fitting:
             gc.collect()
-        free_memory(self._world.device)
+        free_memory(self.world.device)
         return is_fitting
 
     def seconds(self, count: int) -> float:
-        """Time that ``count`` images, which fit, take through the model and back."""
+        """Return the time of a forward and backward pass of ``count`` images, which fit."""
         start = time.perf_counter()
         self._run(count)
         return time.perf_counter() - start
 
     def _run(self, count: int) -> None:
-        device = self._world.device
-        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        ballast = torch.empty(self._ballast_bytes, dtype=torch.uint8, device=device)
-        for parameter in parameters:  # all passes but the first of a step find gradients there
-            parameter.grad = torch.zeros_like(parameter)
-        dtype = next(self._model.parameters()).dtype
-        images_BCHW = torch.zeros(count, 3, self._size, self._size, dtype=dtype, device=device).to(memory_format=self._layout)
-        with self._world.accelerator.autocast():
-            logits_BK = self._model(images_BCHW)
-        torch.autograd.backward(self._loss(logits_BK))
+        device, size = self.world.device, self.recipe.data.image_size
+        margin = MARGIN * describe_device(device)[1] if device.type == "cuda" else 0.0
+        ballast = torch.empty(self.ballast_bytes + round(margin), dtype=torch.uint8, device=device)
+        for parameter in self.model.parameters():  # all passes of a step except the first find gradients there
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        dtype = next(self.model.parameters()).dtype
+        layout = torch.channels_last if self.recipe.train.channels_last else torch.contiguous_format
+        images_BCHW = torch.zeros(count, 3, size, size, dtype=dtype, device=device).to(memory_format=layout)
+        with self.world.accelerator.autocast():
+            logits_BK = self.model(images_BCHW)
+        torch.autograd.backward(dummy_loss(logits_BK))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         del ballast
@@ -311,8 +298,10 @@ class Probe:
 
 @contextmanager
 def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, the model is in training mode and without gradients; afterwards its gradients, buffers (batch-norm statistics) and
-    modes, and torch's random numbers, are bit for bit what they were."""
+    """Set the model to training mode without gradients, and restore it afterwards bit for bit.
+
+    Gradients, buffers (batch-norm statistics), modes, and torch's random number generators are restored.
+    """
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]
@@ -334,7 +323,7 @@ def unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def conditions(world: World, recipe: Recipe) -> dict[str, Any]:
-    """What a micro-batch was found under, in plain JSON values: for ``remembered``. All ranks take part."""
+    """Return all that a micro-batch depends on, in plain JSON values; all ranks must call it."""
     devices = world.all_gather(list(describe_device(world.device)))
     return {
         "share": share_of(recipe, world.size),
@@ -348,11 +337,11 @@ def conditions(world: World, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def remembered(stored: Mapping[str, Any] | None, now: Mapping[str, Any]) -> int | None:
-    """The micro-batch of an earlier start; None where there is none, or anything that it depends on has changed.
+def reusable_micro_batch(stored: Mapping[str, Any] | None, now: Mapping[str, Any]) -> int | None:
+    """Return the micro-batch of an earlier start; None if there is none or its conditions have changed.
 
     Args:
-        stored: what ``choose_micro_batch`` gave to store.
+        stored: the values that ``choose_micro_batch`` returned to store.
         now: ``conditions`` of this start.
     """
     if stored is None or {key: value for key, value in stored.items() if key != "micro_batch"} != dict(now):

@@ -1,9 +1,9 @@
-"""Mixup and cutmix as pure functions of (seed, epoch, pair), and the parts of a batch that keep a pair together.
+"""Mixup and cutmix as pure functions of (seed, epoch, pair), and micro-batches that keep pairs together.
 
 Offset o of a global batch of G galaxies is paired with o + G/2, and both become mixtures of one another: mixup blends the two
 images, ``x := lam x + (1 - lam) x'`` (Zhang et al. 2018, arXiv:1710.09412); cutmix replaces a box of each by the other's (Yun et
-al. 2019, arXiv:1905.04899). lam is drawn from Beta(a, a); the labels are mixed in the same proportion. What is drawn for a pair
-depends on the seed, the epoch and the position of its first galaxy alone: not on processes, micro-batches or devices.
+al. 2019, arXiv:1905.04899). lam is drawn from Beta(a, a); the labels are mixed in the same proportion. The draws of a pair depend
+only on the seed, the epoch and the position of its first galaxy, not on processes, micro-batches or devices.
 """
 
 import itertools
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from galaxydist.counter_rng import Stream, uniform
 from galaxydist.loading.loader import Batch
-from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import TrainConfig
 
 Ints = NDArray[np.int64]
@@ -27,31 +26,39 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PairSlice:
-    """The pairs ``start`` ... ``stop - 1`` of a rank's ``num_pairs``, as rows of its batch: first all first partners, then all
-    second ones. Row i of the whole batch is paired with row i + num_pairs."""
+    """The pairs ``start`` ... ``stop - 1`` of a rank's ``num_pairs`` pairs.
+
+    A batch holds all first partners, then all second ones: row i is paired with row i + num_pairs.
+    """
 
     start: int
     stop: int
     num_pairs: int
 
     def rows(self, values: Tensor) -> Tensor:
-        """Their rows of a tensor of the rank's batch; no copy where they are all."""
+        """Return the pairs' rows of a tensor of the rank's batch; without a copy if they are all rows."""
         if self.stop - self.start == self.num_pairs:
             return values
         return torch.cat([values[self.start : self.stop], values[self.num_pairs + self.start : self.num_pairs + self.stop]])
 
 
-# What one forward pass takes of a rank's batch: consecutive rows, or whole pairs.
+# A micro-batch: consecutive rows of a rank's batch, or whole pairs.
 Part: TypeAlias = slice | PairSlice
 
 
 def take(values: Tensor, part: Part) -> Tensor:
-    """The rows of a part of a rank's batch."""
+    """Return the rows of a part of a rank's batch."""
     return part.rows(values) if isinstance(part, PairSlice) else values[part]
 
 
+def split_evenly(length: int, num_parts: int) -> list[slice]:
+    """Return ``num_parts`` slices of 0 ... length-1 whose sizes differ by at most one."""
+    edges = [length * part // num_parts for part in range(num_parts + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
 def split_pairs(length: int, num_parts: int) -> list[PairSlice]:
-    """A rank's batch of ``length`` rows in ``num_parts`` parts, pairs kept together; they differ by one pair at most.
+    """Split a rank's batch of ``length`` rows into ``num_parts`` parts of whole pairs, which differ by at most one pair.
 
     Raises:
         ValueError: an odd length, or fewer pairs than parts.
@@ -59,16 +66,15 @@ def split_pairs(length: int, num_parts: int) -> list[PairSlice]:
     num_pairs = length // 2
     if length % 2 or not 1 <= num_parts <= num_pairs:
         raise ValueError(f"{length} galaxies cannot be cut into {num_parts} parts of whole pairs")
-    edges = [num_pairs * part // num_parts for part in range(num_parts + 1)]
-    return [PairSlice(start, stop, num_pairs) for start, stop in itertools.pairwise(edges)]
+    return [PairSlice(part.start, part.stop, num_pairs) for part in split_evenly(num_pairs, num_parts)]
 
 
 def count_pair_parts(batch_size: int, world_size: int, micro_batch: int) -> int:
-    """Forward passes in a step of whole pairs, none of more than ``micro_batch`` galaxies (but of two at least).
+    """Return the number of forward passes in a step of whole pairs.
 
     Args:
-        batch_size, world_size: that ``check_world`` lets pass.
-        micro_batch: galaxies of one forward pass; 0: the whole share.
+        batch_size, world_size: values that ``check_world`` accepts.
+        micro_batch: largest number of galaxies in one forward pass, at least one pair; 0: the whole share.
     """
     num_pairs = batch_size // (2 * world_size)
     return 1 if micro_batch == 0 else -(-num_pairs // max(1, micro_batch // 2))
@@ -76,12 +82,12 @@ def count_pair_parts(batch_size: int, world_size: int, micro_batch: int) -> int:
 
 @dataclass(frozen=True)
 class MixupDraws:
-    """What becomes of P pairs, in numbers.
+    """Random draws for P pairs.
 
     Args:
-        partner_shares: P, 1 - lam: the partner's share of the label, in [0, 1]; 0 for a pair that stays as it is.
-        blends: P, the partner's share of every pixel outside the box: 1 - lam with mixup, 0 with cutmix.
-        boxes: P x 4, what comes from the partner alone: first row, row after the last, the same for columns; empty with mixup.
+        partner_shares: P, 1 - lam: the partner's share of the label, in [0, 1]; 0 for a pair that is not mixed.
+        blends: P, the partner's share of each pixel outside the box: 1 - lam with mixup, 0 with cutmix.
+        boxes: P x 4, pixels that come from the partner: first row, row after the last, the same for columns; empty with mixup.
     """
 
     partner_shares: Floats
@@ -90,31 +96,25 @@ class MixupDraws:
 
 
 class Mixup:
-    """Draws for the pairs of a run.
+    """Draws the mixtures of a run's pairs.
 
     Args:
-        config: ``mixup``, ``cutmix``, ``mix_prob``, ``mix_switch``.
-        seed: of the recipe.
-        image_size: width that the model sees, in pixels.
+        config: the keys ``mixup``, ``cutmix``, ``mix_prob`` and ``mix_switch``.
+        seed: the recipe's seed.
+        image_size: width of the model's input in pixels.
     """
 
     def __init__(self, config: TrainConfig, seed: int, image_size: int) -> None:
         self._mixup, self._cutmix = config.mixup, config.cutmix
         self._changed_share, self._cutmix_share = config.mix_prob, config.mix_switch
         self._seed, self._size = seed, image_size
-        self._is_on = is_mixing(config)
-
-    @property
-    def is_on(self) -> bool:
-        """Whether the recipe mixes at all."""
-        return self._is_on
 
     def draw(self, epoch: int, pairs: Ints) -> MixupDraws:
-        """What becomes of these pairs.
+        """Return the draws of pairs.
 
         Args:
-            epoch: of training.
-            pairs: P positions in the epoch's order, of the first galaxy of each pair.
+            epoch: epoch of training.
+            pairs: P positions of the pairs' first galaxies in the epoch's order.
         """
         factor = self._uniform(epoch, pairs, Stream.MIXUP_FACTOR)
         changed = self._uniform(epoch, pairs, Stream.MIX_CHANGED) < self._changed_share
@@ -125,13 +125,13 @@ class Mixup:
         return MixupDraws(np.where(cut, areas / self._size**2, blends), blends, boxes)
 
     def prepare(self, batch: Batch) -> "MixedBatch":
-        """What becomes of a rank's whole batch, on the device of its weights; the host does not wait for it.
+        """Return the mixtures of a rank's batch on the device of its weights, without making the host wait.
 
-        A pair of which one galaxy has weight 0 (its image is black: it could not be read) is left as it is: the other one
-        keeps its own image and label.
+        A pair with a galaxy of weight 0 (an unreadable image, which is black) is not mixed: the other galaxy keeps its image and
+        label.
 
         Args:
-            batch: an even number of galaxies, as ``check_world`` makes sure.
+            batch: an even number of galaxies, which ``check_world`` ensures.
         """
         num_pairs = len(batch.positions_B) // 2
         draws = self.draw(batch.epoch, batch.positions_B[:num_pairs].cpu().numpy())
@@ -142,8 +142,8 @@ class Mixup:
         is_whole_P = (batch.weights_B[:num_pairs] > 0) & (batch.weights_B[num_pairs:] > 0)
         return MixedBatch(numbers_P6 * is_whole_P[:, None], has_boxes=self._cutmix > 0)
 
-    def _uniform(self, epoch: int, pairs: Ints, purpose: Stream) -> Floats:
-        return uniform(self._seed, epoch, pairs, purpose)
+    def _uniform(self, epoch: int, pairs: Ints, stream: Stream) -> Floats:
+        return uniform(self._seed, epoch, pairs, stream)
 
     def _is_cut(self, epoch: int, pairs: Ints) -> NDArray[np.bool_]:
         if self._mixup > 0 and self._cutmix > 0:
@@ -151,7 +151,7 @@ class Mixup:
         return np.full(pairs.shape, self._cutmix > 0)
 
     def _boxes(self, epoch: int, pairs: Ints, areas: Floats) -> Ints:
-        """Squares of these shares of the image around a uniform centre, in whole pixels, cut off at the edges."""
+        """Draw squares with these shares of the image's area, around uniform centres, in whole pixels, cut off at the edges."""
         edges = []
         for axis in range(2):
             centre = uniform(self._seed, epoch, pairs, axis, Stream.CUTMIX_BOX)
@@ -165,7 +165,7 @@ class MixedBatch:
 
     Args:
         numbers_P6: float32; partner's share of the label, of the pixels outside the box, and the box's four edges.
-        has_boxes: whether any pair of the run may have a box.
+        has_boxes: False if no pair of the run can have a box.
     """
 
     numbers_P6: Tensor
@@ -173,28 +173,28 @@ class MixedBatch:
 
     @property
     def partner_shares_B(self) -> Tensor:
-        """The partner's share of each galaxy's label, float32 of the batch's length."""
+        """Partner's share of each galaxy's label, float32 of the batch's length."""
         return self.numbers_P6[:, 0].repeat(2)
 
     def partners(self, values_B: Tensor) -> Tensor:
-        """The partners' values, for each galaxy of the batch."""
+        """Return the partner's value for each galaxy of the batch."""
         return values_B.roll(len(self.numbers_P6), 0)
 
     def take(self, part: Part) -> "MixedBatch":
-        """Of a part of the batch, from ``split_pairs``."""
+        """Return the mixtures of a part from ``split_pairs``."""
         assert isinstance(part, PairSlice), "a part of consecutive rows may separate the galaxies of a pair"
         return replace(self, numbers_P6=self.numbers_P6[part.start : part.stop])
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Mix augmented, normalised images.
 
-        Each pixel is rounded by itself (two products, one sum), so its value does not depend on the batch around it.
+        Each pixel is rounded on its own (two products, one sum), so that its value does not depend on the rest of the batch.
 
         Args:
-            images_BCHW: float32 or float64, all first galaxies of the pairs, then all second ones.
+            images_BCHW: float32 or float64, the first galaxies of all pairs, then the second ones.
 
         Returns:
-            Of the same type, shape and memory format.
+            Images of the same type, shape and memory format.
         """
         blend = self._blend(images_BCHW)
         keep = 1 - blend
@@ -206,7 +206,7 @@ class MixedBatch:
         return mixed_BCHW
 
     def _blend(self, images_BCHW: Tensor) -> Tensor:
-        """The partner's share of each pixel: P x 1 x 1 x 1, or P x 1 x H x W with boxes."""
+        """Return the partner's share of each pixel: P x 1 x 1 x 1, or P x 1 x H x W with boxes."""
         blend = self.numbers_P6[:, 1, None, None, None].to(images_BCHW.dtype)
         if not self.has_boxes:
             return blend
@@ -218,7 +218,7 @@ class MixedBatch:
 
 
 def _beta(a: float, draws: Floats) -> Floats:
-    """Uniform draws to Beta(a, a) ones, by the inverse of its cumulative distribution; 1 where a is 0 (off)."""
+    """Turn uniform draws into Beta(a, a) draws by the inverse of the cumulative distribution; 1 if a is 0 (off)."""
     if a == 0:
         return np.ones_like(draws)
     return draws if a == 1 else np.asarray(betaincinv(a, a, draws))

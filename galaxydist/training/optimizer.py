@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galaxydist.checkpoints.sharded import own_part
+from galaxydist.checkpoints.sharded import own_part, shard_like
 from galaxydist.errors import EveryRankError, UserError
 from galaxydist.recipe.rules import check_optimizer
 from galaxydist.recipe.schema import OptimConfig
-from galaxydist.training.fsdp import cut_like
 
 # Settings of a parameter group that the present recipe decides; on a restart the checkpoint's values are not used.
 RECIPE_SETTINGS = ("lr", "lr_scale", "weight_decay", "betas", "momentum", "nesterov", "fused")
@@ -191,4 +190,4 @@ class MovingAverage:
             KeyError: an average is missing.
         """
         for name, average in self._tensors.items():
-            own_part(average).copy_(own_part(cut_like(state[name], average)))
+            own_part(average).copy_(own_part(shard_like(state[name], average)))

@@ -1,4 +1,4 @@
-"""Several processes of one training run on this machine, without another launcher: `galaxydist train --processes N`."""
+"""The launcher of ``galaxydist train --processes N``: several processes of one training run on this machine."""
 
 import contextlib
 import logging
@@ -16,20 +16,20 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 
 from galaxydist.errors import UserError
-from galaxydist.job_environment import find_place
+from galaxydist.job_environment import find_rank
 from galaxydist.training.launch import launch
 
 logger = logging.getLogger(__name__)
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-# Ranks that wait for one that has failed end by themselves, after they have told so. Whoever does not is killed.
+# After one rank has failed, the others log that and exit; those that have not after this time are killed.
 GRACE_S = 60.0
 
 
 def run_processes(arguments: Sequence[str], num_processes: int, environ: Mapping[str, str]) -> int:
     """Train with several processes of this machine, and wait for them.
 
-    SIGINT, SIGTERM and SIGUSR2 are passed on to every process. The processes stop, saved, if this one is killed.
+    SIGINT, SIGTERM and SIGUSR2 are forwarded to every process. If this process is killed, the others save and stop.
 
     Args:
         arguments: ``recipe=NAME`` and ``key=value`` overrides.
@@ -37,12 +37,12 @@ def run_processes(arguments: Sequence[str], num_processes: int, environ: Mapping
         environ: this process's environment.
 
     Returns:
-        The exit code of the process that ended first with one that is not 0, or 0.
+        The exit code of the first process that failed, or 0.
 
     Raises:
-        UserError: this process was itself started by a launcher, or has a part of a launcher's variables.
+        UserError: this process was itself started by a launcher, or has some of a launcher's variables.
     """
-    if (size := find_place(dict(environ)).size) > 1:
+    if (size := find_rank(dict(environ)).size) > 1:
         raise UserError(
             f"--processes {num_processes} was given inside of another launcher (WORLD_SIZE={size}). "
             "Leave out one of them: galaxydist train --processes N needs no launcher."
@@ -60,8 +60,8 @@ def run_processes(arguments: Sequence[str], num_processes: int, environ: Mapping
 
 
 def _run_rank(arguments: Sequence[str], rank: int, num_processes: int, port: int) -> None:
-    """One process of the run."""
-    os.setsid()  # the terminal's Ctrl-C reaches the parent alone, which passes it on once
+    """Run one process of the run."""
+    os.setsid()  # the terminal's Ctrl-C reaches only the parent, which forwards it once
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     os.environ.update(
         RANK=str(rank),
@@ -82,7 +82,7 @@ def _stop_with_parent() -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody uses now."""
+    """Return a TCP port of this machine that is free now."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port: int = server.getsockname()[1]
@@ -91,7 +91,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def _forwarding(ranks: Sequence[SpawnProcess]) -> Iterator[None]:
-    """Pass signals on to the processes."""
+    """Forward signals to the processes."""
 
     def forward(number: int, _: FrameType | None) -> None:
         for process in ranks:
@@ -107,7 +107,7 @@ def _forwarding(ranks: Sequence[SpawnProcess]) -> Iterator[None]:
 
 
 def _wait(ranks: Sequence[SpawnProcess]) -> int:
-    """Wait for all processes; once one has failed, the others have ``GRACE_S`` seconds to end."""
+    """Wait for all processes; after one has failed, the others have ``GRACE_S`` seconds to exit."""
     code, deadline = 0, math.inf
     while running := [process for process in ranks if process.exitcode is None]:
         wait([process.sentinel for process in running], None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
@@ -122,7 +122,7 @@ def _wait(ranks: Sequence[SpawnProcess]) -> int:
 
 
 def _exit_code(process: SpawnProcess) -> int:
-    """The exit code of a process, as a shell counts it where a signal ended it."""
+    """Return the exit code of a failed process, as a shell reports it if a signal ended it."""
     assert process.exitcode is not None
     if process.exitcode > 0:
         return process.exitcode

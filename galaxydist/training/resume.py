@@ -1,16 +1,15 @@
-"""Opening a run folder: for this run alone, and only if it belongs to it."""
+"""Continuing a run: the locked run folder, checks that recipe and data are those of its start, and early stopping."""
 
 import os
 import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from galaxydist.errors import UserError
 from galaxydist.recipe.fields import RECIPE
-from galaxydist.recipe.identity import flatten, later_defaults, result_fields, run_path
+from galaxydist.recipe.identity import flatten, later_defaults, result_fields
 from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder, compare_recipes, read_newest_state
@@ -18,38 +17,22 @@ from galaxydist.runs.lock import RunLock
 from galaxydist.shards.manifest import Manifest
 
 if TYPE_CHECKING:  # torch, which a login node need not load
-    from galaxydist.checkpoints.store import Checkpoint
     from galaxydist.distributed import World
 
 
-@dataclass(frozen=True)
-class OpenedFolder:
-    """What all ranks must know of a run folder.
-
-    Args:
-        path: the folder.
-        micro_batch: what an earlier start found out about ``train.micro_batch=auto``; None where there was none.
-        threads: that an earlier start computed with, likewise: see ``keep_threads``.
-        is_over: the run is finished, and nothing is left to train.
-    """
-
-    path: Path
-    micro_batch: dict[str, Any] | None
-    threads: dict[str, int] | None
-    is_over: bool
-
-
-def open_run_folder(world: "World", resolved: ResolvedRecipe, manifest: Manifest) -> tuple[OpenedFolder, RunLock]:
-    """Lock the recipe's run folder, and see that recipe and data are those that it was started with. For rank 0.
+def lock_run_folder(
+    folder: RunFolder, world: "World", resolved: ResolvedRecipe, manifest: Manifest
+) -> tuple[RunLock, dict[str, Any], bool]:
+    """Lock a run folder on rank 0, and check that it was started with this recipe and these shards.
 
     Returns:
-        The folder, and its lock, which is held.
+        The lock, which is held; the progress that the newest checkpoint holds (empty without one); and True if the run is
+        finished, with no step left to train.
 
     Raises:
-        UserError: it is in use, cannot be written, or belongs to another run.
+        UserError: the folder is in use, cannot be written, or belongs to another run.
     """
     recipe = resolved.recipe
-    folder = RunFolder(run_path(recipe))
     folder.create()
     lock = RunLock(
         folder.lock_path,
@@ -62,46 +45,43 @@ def open_run_folder(world: "World", resolved: ResolvedRecipe, manifest: Manifest
     )
     lock.acquire()
     try:
-        newest = _continue(folder, resolved, manifest)
+        from galaxydist.checkpoints import store
+
+        newest = store.load(folder.checkpoints_dir, groups=())
         state = newest.state if newest is not None else None
-        is_over = _is_over(folder, recipe, manifest, state)
-        if not is_over:
+        _check_same_run(folder, recipe, manifest, state)
+        folder.continue_recipe(
+            flatten(recipe),
+            resolved.origins,
+            result_keys=result_fields(recipe).keys(),
+            defaults=later_defaults(),
+            force=recipe.resume.force,
+            step=newest.step if newest is not None else 0,
+        )
+        is_finished = _is_finished(folder, recipe, manifest, state)
+        if not is_finished:
             folder.result_path.unlink(missing_ok=True)
-        progress = state["progress"] if state is not None else {}
-        return OpenedFolder(folder.path, progress.get("micro_batch"), progress.get("threads"), is_over), lock
+        return lock, state["progress"] if state is not None else {}, is_finished
     except BaseException:
         lock.release()
         raise
 
 
-def check_continues(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> "Checkpoint | None":
-    """See that recipe and data are those that a run folder was started with; nothing is changed.
-
-    Returns:
-        The newest checkpoint, without its tensors.
-
-    Raises:
-        UserError: naming what differs; or what was changed (``resume.force``) would change nothing in the run.
-    """
-    from galaxydist.checkpoints import store
-
-    newest = store.load(folder.checkpoints_dir, groups=())
-    _check_same_run(folder, recipe, manifest, None if newest is None else newest.state)
-    return newest
-
-
 def check_would_continue(folder: RunFolder, recipe: Recipe, manifest: Manifest) -> bool:
-    """The same before a run is sent: quick, and without a look at the checkpoints' tensors.
+    """Check before a submission that a run folder was started with this recipe and these shards, without changing it.
+
+    It reads no tensors of the checkpoints, and imports no torch.
 
     Returns:
-        False where the run is finished, and nothing is left to train.
+        False if the run is finished, with no step left to train.
 
     Raises:
-        UserError: as ``check_continues``.
+        UserError: other shards or another recipe, with the differences; or changes (``resume.force``) without effect, since no
+            step is left.
     """
     state = read_newest_state(folder.checkpoints_dir)
     _check_same_run(folder, recipe, manifest, state)
-    return not _is_over(folder, recipe, manifest, state)
+    return not _is_finished(folder, recipe, manifest, state)
 
 
 def _check_same_run(folder: RunFolder, recipe: Recipe, manifest: Manifest, state: Mapping[str, Any] | None) -> None:
@@ -115,20 +95,20 @@ def _check_same_run(folder: RunFolder, recipe: Recipe, manifest: Manifest, state
     if folder.is_started:
         keys, force = result_fields(recipe).keys(), recipe.resume.force
         stored = {**later_defaults(), **folder.read_recipe().recipe}
-        compare_recipes(stored, flatten(recipe), result_keys=keys, force=force, place=str(folder))
+        compare_recipes(stored, flatten(recipe), result_keys=keys, force=force, name=str(folder))
     if state is not None:
         _check_length(folder, recipe, manifest, state)
 
 
 def _check_length(folder: RunFolder, recipe: Recipe, manifest: Manifest, state: Mapping[str, Any]) -> None:
-    """Refuse a recipe that the steps which were done already contradict: its result would not be what it says."""
+    """Refuse a recipe that disagrees with the steps that are already done."""
     done, steps_per_epoch = state["progress"]["step"], _steps_per_epoch(recipe, manifest)
     if done > steps_per_epoch * recipe.train.epochs:
         raise UserError(
             f"train.epochs={recipe.train.epochs}: the run in {folder} has trained {done / steps_per_epoch:.4g} epochs already. "
             "Give more, or start a new run with another run.dir."
         )
-    if not _is_over(folder, recipe, manifest, state):
+    if not _is_finished(folder, recipe, manifest, state):
         return
     trained = {key for key in result_fields(recipe) if not key.startswith("eval.")}
     before = {**later_defaults(), **dict(RECIPE.flat(state["recipe"]))}
@@ -142,17 +122,17 @@ def _check_length(folder: RunFolder, recipe: Recipe, manifest: Manifest, state: 
         )
 
 
-def _is_over(folder: RunFolder, recipe: Recipe, manifest: Manifest, state: Mapping[str, Any] | None) -> bool:
-    """The run has its result, and the recipe asks for no further step.
+def _is_finished(folder: RunFolder, recipe: Recipe, manifest: Manifest, state: Mapping[str, Any] | None) -> bool:
+    """Return True if the run has its result and the recipe asks for no further step.
 
     Args:
-        state: of its newest checkpoint.
+        state: the state of the newest checkpoint, or None.
     """
     result = folder.read_result()
     if result is None:
         return False
     if state is None or state["progress"]["step"] < result.get("step", 0):
-        return True  # the state that the result is of is gone: there is nothing to go on from
+        return True  # the checkpoint of the result is gone: there is none to continue from
     stopping = EarlyStopping(recipe.train.metric, recipe.train.patience)
     stopping.load_state_dict(state["progress"]["stopping"])
     return stopping.should_stop or state["progress"]["step"] >= _steps_per_epoch(recipe, manifest) * recipe.train.epochs
@@ -162,28 +142,13 @@ def _steps_per_epoch(recipe: Recipe, manifest: Manifest) -> int:
     return manifest.splits["train"].num_samples // recipe.train.batch_size
 
 
-def _continue(folder: RunFolder, resolved: ResolvedRecipe, manifest: Manifest) -> "Checkpoint | None":
-    """Compare with what the folder holds, and note the present recipe; gives the newest checkpoint, without its tensors."""
-    recipe = resolved.recipe
-    newest = check_continues(folder, recipe, manifest)
-    folder.continue_recipe(
-        flatten(recipe),
-        resolved.origins,
-        result_keys=result_fields(recipe).keys(),
-        defaults=later_defaults(),
-        force=recipe.resume.force,
-        step=newest.step if newest is not None else 0,
-    )
-    return newest
-
-
 @dataclass
 class EarlyStopping:
-    """Keeps the best value of one validation metric.
+    """Keeps the best value of a validation metric, and stops the run if it no longer improves.
 
     Args:
-        metric: ``loss`` is better when smaller, the others when larger.
-        patience: validations without a better value after which to stop (0: never).
+        metric: ``loss`` is better if smaller, the others if larger.
+        patience: validations without a better value after which the run stops (0: never).
     """
 
     metric: Literal["accuracy", "balanced_accuracy", "loss"]
@@ -193,7 +158,7 @@ class EarlyStopping:
     waited: int = 0
 
     def update(self, value: float | None, step: int) -> bool:
-        """Take in a new validation. True if it is the best so far (equal is not; nor is None, of a loss that is not finite)."""
+        """Record a validation and return True if it is better than all before; None (a loss that is not finite) never is."""
         better = value is not None and (self.best is None or (value < self.best if self.metric == "loss" else value > self.best))
         if better:
             self.best, self.best_step, self.waited = value, step, 0
@@ -209,7 +174,7 @@ class EarlyStopping:
         return {"metric": self.metric, "best": self.best, "best_step": self.best_step, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on; with another metric than before (``resume.force``) from the beginning."""
+        """Restore the state; with another metric than before (``resume.force``) start anew."""
         if state.get("metric", self.metric) != self.metric:
             return
         self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]

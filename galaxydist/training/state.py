@@ -1,34 +1,37 @@
-"""What a checkpoint holds, taken from and put back into the parts of a training run."""
+"""The training state: everything that a checkpoint holds of a run."""
 
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
+from galaxydist.checkpoints.sharded import shard_like
 from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.distributed import World
 from galaxydist.errors import UserError
-from galaxydist.training.batch_norm import HasBuffers, RankStatistics
-from galaxydist.training.fsdp import cut_like
+from galaxydist.training.batch_norm import GROUP, HasBuffers, gather_statistics, restore_statistics, split_statistics
 from galaxydist.training.health.anomalies import LossSpikes, NonFiniteSteps, UnreadableImages
-from galaxydist.training.metric_logger import RunningSums
 from galaxydist.training.optimizer import load_optimizer_state
 from galaxydist.training.resume import EarlyStopping
+from galaxydist.training.step_sync import LossSums
 
-# An optimizer's state under the parameters' names: what goes on when the number of processes or the strategy changes.
+LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "galaxydist")
+
+# The optimizer's state under the parameters' names, which do not change with the number of processes or the strategy.
 
 
 def named_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """``optimizer.state_dict()`` with the names of the parameters in place of their numbers.
+    """Return ``optimizer.state_dict()`` with the names of the parameters in place of their numbers.
 
     Args:
-        model: bare, sharded or not; its parameters are the optimizer's.
-        optimizer: torch's, or as Accelerate prepared it.
+        model: the bare or sharded model, whose parameters are the optimizer's.
+        optimizer: torch's optimizer, or the one that Accelerate prepared.
     """
     names = _names(model, optimizer)
     state = optimizer.state_dict()
@@ -40,22 +43,21 @@ def named_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 
 def numbered_optimizer_state(model: nn.Module, optimizer: Any, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``optimizer.load_state_dict`` takes, from ``named_optimizer_state``. Nothing is sent.
+    """Turn a state from ``named_optimizer_state`` into an argument of ``optimizer.load_state_dict``. Nothing is sent.
 
     Args:
-        model, optimizer: to be loaded into; other processes, another strategy or other parameter groups than when it was saved
-            will do, other parameters will not.
-        state: with names, or with numbers as in checkpoints up to 0.2; its tensors sharded like the parameters, or whole.
+        model, optimizer: the model and the optimizer to load into. The number of processes, the strategy and the parameter groups
+            may differ from those of the saved state, the parameters may not.
+        state: the saved state with names, or with numbers as in checkpoints up to 0.2; its tensors are sharded like the
+            parameters, or whole.
 
     Raises:
-        UserError: it is the state of other parameters.
+        UserError: the state belongs to other parameters.
     """
     names = _names(model, optimizer)
     saved = [name for group in state["param_groups"] for name in group["params"]]
-    if all(isinstance(number, int) for number in saved):
-        saved_names: dict[Any, str] = dict(names)
-    else:
-        saved_names = {name: name for name in saved}
+    has_numbers = all(isinstance(number, int) for number in saved)
+    saved_names: dict[Any, str] = names if has_numbers else {name: name for name in saved}
     if set(saved_names.values()) != set(names.values()) or set(saved) != set(saved_names):
         different = sorted(set(saved_names.values()) ^ set(names.values())) or ["their number"]
         raise UserError(
@@ -68,31 +70,30 @@ def numbered_optimizer_state(model: nn.Module, optimizer: Any, state: Mapping[st
     numbers = iter(names)
     return {
         **state,
-        "state": {number: _cut(values[name], parameters[name]) for number, name in names.items() if name in values},
+        "state": {number: _shard(values[name], parameters[name]) for number, name in names.items() if name in values},
         "param_groups": [
             {**groups[names_of[0]], "params": [next(numbers) for _ in names_of]} for names_of in _names_by_group(model, optimizer)
         ],
     }
 
 
-def _cut(values: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
-    return {
-        key: _laid_out(cut_like(value, parameter), parameter)
-        if isinstance(value, Tensor) and value.shape == parameter.shape
-        else value
-        for key, value in values.items()
-    }
+def _shard(values: Mapping[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
+    """Shard the values of a parameter's shape like the parameter."""
 
+    def shard(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            return value
+        value = shard_like(value, parameter)
+        if isinstance(value, DTensor):
+            return value
+        # torch's fused kernels need the parameter's memory format (channels last) and device.
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
-def _laid_out(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """In memory as the parameter is (channels last, on its device): torch's fused kernels take no other."""
-    if isinstance(value, DTensor):
-        return value
-    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    return {key: shard(value) for key, value in values.items()}
 
 
 def _names(model: nn.Module, optimizer: Any) -> dict[int, str]:
-    """Name by number, in the order of the optimizer's groups."""
+    """Return the parameters' names by number, in the order of the optimizer's groups."""
     return dict(enumerate(name for names in _names_by_group(model, optimizer) for name in names))
 
 
@@ -102,62 +103,53 @@ def _names_by_group(model: nn.Module, optimizer: Any) -> list[list[str]]:
     return [[known[id(parameter)] for parameter in group["params"]] for group in groups]
 
 
-# The best validation so far, and when to stop waiting for a better one.
-
-
-LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "numpy", "galaxydist")
-
-
-class Stateful(Protocol):
-    """A part of the run that must survive."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Any) -> None: ...
-
-
 @dataclass
 class TrainState:
-    """Everything that changes while training and must survive.
+    """Everything that changes during the training and that a restart needs.
 
     Args:
-        model: not wrapped.
-        optimizer: as Accelerate prepared it.
+        model: the bare or sharded model.
+        optimizer: the optimizer, prepared by Accelerate.
         scaler: gradient scaler of fp16, or None.
-        averages: moving average of the weights, or None.
-        stopping: best validation so far.
+        ema: moving average of the weights, or None.
+        stopping: early stopping, with the best validation so far.
         skipped: galaxies that could not be read.
-        nonfinite: steps that were left out.
+        nonfinite: skipped steps.
         spikes: the last losses.
         window: sums since the last line of metrics.jsonl.
-        micro_batch: what ``train.micro_batch=auto`` found, and where.
-        threads: that each process computes with, and the number of processes.
+        micro_batch: result of ``train.micro_batch=auto``, and the conditions that it depends on.
+        threads: threads of each process, and the number of processes.
         step: optimizer steps done.
-        tracker_run_id: of the tracked run.
+        tracker_run_id: id of the tracked run.
     """
 
     model: nn.Module
     optimizer: Any
     scaler: Any
-    averages: HasBuffers | None
+    ema: HasBuffers | None
     stopping: EarlyStopping
     skipped: UnreadableImages
     nonfinite: NonFiniteSteps
     spikes: LossSpikes
-    window: RunningSums = field(default_factory=RunningSums)
+    window: LossSums = field(default_factory=LossSums)
     micro_batch: dict[str, Any] = field(default_factory=dict)
     threads: dict[str, int] = field(default_factory=dict)
     step: int = 0
     tracker_run_id: str | None = None
 
-    def snapshot(self, world: World) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors by name, and the rest as plain JSON values. All ranks take part; the model's batch-norm statistics are the mean
-        over the ranks, and each rank's own stand beside them."""
-        statistics = RankStatistics.of(world, self.modules())
-        tensors: dict[str, torch.Tensor] = {}
+    def to_checkpoint(self, world: World) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors by name, and everything else as plain JSON values. All ranks take part.
+
+        The batch-norm statistics of the models are the means over the ranks; the ranks' own are saved beside them.
+        """
+        rows = gather_statistics(world, self.modules())
+        tensors: dict[str, Tensor] = {}
         described: dict[str, Any] = {}
         for name, state in self._state_dicts().items():
-            found, described[name] = flatten_state(name, {**state, **statistics.means.get(name, {})})
+            if (rows_Wn := rows.get(f"{GROUP}/{name}")) is not None:
+                means = split_statistics(rows_Wn.mean(dim=0), self.modules()[name])
+                state |= {key: mean.to(state[key].dtype) for key, mean in means.items()}
+            found, described[name] = flatten_state(name, state)
             tensors |= found
         progress = {
             "step": self.step,
@@ -166,14 +158,15 @@ class TrainState:
             "threads": self.threads,
             **{name: part.state_dict() for name, part in self._progress().items()},
         }
-        return tensors | statistics.tensors(), {"progress": progress, "described": described, "versions": library_versions()}
+        return tensors | rows, {"progress": progress, "described": described, "versions": library_versions()}
 
-    def restore(self, world: World, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-        """Put a snapshot back. With the number of ranks that it was taken with, each gets its own batch-norm statistics back,
-        with another number their mean.
+    def from_checkpoint(self, world: World, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Restore the state of ``to_checkpoint``.
+
+        Each rank gets its own batch-norm statistics if there are as many ranks as then, else the means.
 
         Raises:
-            UserError: it belongs to another model or optimizer.
+            UserError: the checkpoint belongs to another model or optimizer.
         """
         loaded = {name: unflatten_state(described, tensors) for name, described in state["described"].items()}
         expected = set(self._state_dicts())
@@ -190,7 +183,7 @@ class TrainState:
                 f"The checkpoint's weights are not this model's ({str(error).strip().splitlines()[-1].strip()}). "
                 "Continue with the model that it was made with, or give another run.dir."
             ) from error
-        RankStatistics.restore(world, self.modules(), tensors)
+        restore_statistics(world, self.modules(), tensors)
         numbered = numbered_optimizer_state(self.model, self.optimizer, loaded["optimizer"])
         load_optimizer_state(self.optimizer, numbered)
         if self.scaler is not None:
@@ -199,12 +192,12 @@ class TrainState:
         self.step = progress["step"]
         self.tracker_run_id = progress["tracker_run_id"]
         for name, part in self._progress().items():
-            if name in progress:  # older checkpoints know fewer
+            if name in progress:  # older checkpoints have fewer
                 part.load_state_dict(progress[name])
 
     def modules(self) -> dict[str, HasBuffers]:
-        """The model, and its moving average where there is one."""
-        return {"model": self.model} if self.averages is None else {"model": self.model, "ema": self.averages}
+        """Return the model, and its moving average if there is one, by their names in a checkpoint."""
+        return {"model": self.model} if self.ema is None else {"model": self.model, "ema": self.ema}
 
     def _state_dicts(self) -> dict[str, dict[str, Any]]:
         states = {name: dict(module.state_dict()) for name, module in self.modules().items()}
@@ -224,5 +217,5 @@ class TrainState:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what the numbers of a run depend on."""
+    """Return the versions of Python and of the libraries on which the numbers of a run depend."""
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

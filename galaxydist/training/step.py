@@ -1,84 +1,75 @@
-"""One optimizer step over one global batch, whatever the number of processes and micro-batches."""
+"""One optimizer step over a global batch, on any number of processes and in any number of micro-batches."""
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 
+from galaxydist.checkpoints.sharded import own_part
 from galaxydist.counter_rng import Stream, hash64
 from galaxydist.distributed import World
+from galaxydist.errors import EveryRankError
 from galaxydist.loading.augment import Augment
 from galaxydist.loading.loader import Batch
-from galaxydist.models.build import set_train_mode
+from galaxydist.models.build import needs_two_images, set_train_mode
 from galaxydist.models.performance import images_channels_last
-from galaxydist.recipe.schema import TrainConfig
-from galaxydist.training.batch_norm import ALL_STATISTICS
+from galaxydist.recipe.rules import is_mixing
+from galaxydist.recipe.schema import Recipe, TrainConfig
+from galaxydist.training.batch_norm import BatchNormBackup
 from galaxydist.training.ddp import Strategy
 from galaxydist.training.loss import LossTargets, WeightedCrossEntropy
-from galaxydist.training.mixup import MixedBatch, Mixup, Part, count_pair_parts, split_pairs, take
+from galaxydist.training.mixup import MixedBatch, Mixup, Part, count_pair_parts, split_evenly, split_pairs, take
 from galaxydist.training.optimizer import LRSchedule, set_learning_rate
 from galaxydist.training.stop_signals import StepAbandoned, StepGates
 from galaxydist.training.throughput import StepTimer
 
 
+@dataclass(slots=True)
 class TrainStep:
-    """Forward, backward and optimizer step.
+    """Forward pass, backward pass and optimizer step of a global batch.
 
-    The loss of a step is the sum of its numerators over all ranks and micro-batches, divided once by the sum of the weights.
-    A step whose gradient is not finite is left out: weights, optimizer and batch-norm statistics stay as they were. On a GPU
-    the host does not wait to know, where the optimizer's kernels are fused. So do they where a gate says that the step is left.
+    The loss of a step is the sum of its numerators over all ranks and micro-batches, divided once by the sum of the weights. A
+    step whose gradient is not finite is skipped: weights, optimizer and batch-norm statistics stay as they were. If the
+    optimizer's kernels are fused, a GPU does this without making the host wait. A step that is abandoned at a gate changes
+    nothing either.
 
     Args:
         world: the processes.
-        strategy: the model, and how the processes share it.
-        optimizer: as Accelerate prepared it.
-        objective: numerator and weights of the loss.
-        augment: pixels to model input, on the device.
-        mixing: mixup and cutmix, or None.
-        rate: learning rate by step.
-        config: clipping, and what to do without finite numbers.
-        micro_batch: galaxies in one forward pass of one process (0: its whole share).
-        seed: of the recipe.
-        timer: told where the time goes.
-        gates: where a long step may be left.
+        strategy: how the processes share the model.
+        optimizer: the optimizer, prepared by Accelerate.
+        loss: numerator and weights of the loss.
+        augment: turns pixels into model input, on the device.
+        mixup: mixup and cutmix, or None.
+        schedule: learning rate by step.
+        config: micro-batches, clipping, non-finite steps and memory format.
+        micro_batch: galaxies in one forward pass of one process (0: its whole share of the batch).
+        seed: the recipe's seed.
+        timer: measures the parts of a step.
+        gates: points at which a long step may be abandoned.
     """
 
-    def __init__(
-        self,
-        world: World,
-        strategy: Strategy,
-        optimizer: Any,
-        *,
-        objective: WeightedCrossEntropy,
-        augment: Augment,
-        mixing: Mixup | None,
-        rate: LRSchedule,
-        config: TrainConfig,
-        micro_batch: int,
-        seed: int,
-        timer: StepTimer,
-        gates: StepGates,
-    ) -> None:
-        self.world = world
-        self.strategy = strategy
-        self.optimizer = optimizer
-        self.objective = objective
-        self.augment = augment
-        self.mixing = mixing
-        self.rate = rate
-        self.seed = seed
-        self.timer = timer
-        self.gates = gates
-        self.clip_norm, self.clip_value = config.clip_norm, config.clip_value
-        self.is_channels_last = config.channels_last
-        count_parts = count_micro_batches if mixing is None else count_pair_parts
-        self.num_parts = count_parts(config.batch_size, world.size, micro_batch)
-        self.parameters = [parameter for parameter in strategy.model.parameters() if parameter.requires_grad]
-        self.statistics = BatchNormBackup(strategy.model)
-        self.skips_nonfinite = config.on_nonfinite == "skip"
+    world: World
+    strategy: Strategy
+    optimizer: Any
+    loss: WeightedCrossEntropy
+    augment: Augment
+    mixup: Mixup | None
+    schedule: LRSchedule
+    config: TrainConfig
+    micro_batch: int
+    seed: int
+    timer: StepTimer
+    gates: StepGates
+    parameters: list[nn.Parameter] = field(init=False)
+    statistics: BatchNormBackup = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [parameter for parameter in self.strategy.model.parameters() if parameter.requires_grad]
+        self.statistics = BatchNormBackup(self.strategy.model)
 
     def __call__(self, batch: Batch, step: int) -> torch.Tensor:
         """Take step number ``step``.
@@ -88,76 +79,84 @@ class TrainStep:
             step: optimizer steps done before.
 
         Returns:
-            This rank's sums, float64 of shape 5: loss numerator, loss weight, correct, counted samples, and 1 where its loss or
-            the gradient is not finite.
+            This rank's sums, float64 of shape 5: loss numerator, loss weight, correct, counted samples, and 1 if its loss or the
+            gradient is not finite.
 
         Raises:
             StepAbandoned: on all ranks; nothing has changed.
         """
         self.optimizer.zero_grad(set_to_none=True)
         set_train_mode(self.strategy.model)
-        self.statistics.keep(is_needed=self.skips_nonfinite or not self.gates.is_open)
+        self.statistics.keep(is_needed=self.config.on_nonfinite == "skip" or not self.gates.is_open)
         try:
             with self.timer.part("forward_backward"), self.gates.step() as pass_gate:
-                sums = self._backward(batch, step, pass_gate)
+                sums = self.forward_backward(batch, step, pass_gate)
         except StepAbandoned:
             self.optimizer.zero_grad(set_to_none=True)
-            self.statistics.put_back()
+            self.statistics.restore()
             raise
         with self.timer.part("optimizer"):
-            set_learning_rate(self.optimizer, self.rate(step))
-            is_finite = self._move() & sums[0].isfinite()
-            self.statistics.put_back(where=~is_finite)
+            set_learning_rate(self.optimizer, self.schedule(step))
+            is_finite = self.optimizer_step() & sums[0].isfinite()
+            self.statistics.restore(where=~is_finite)
             if self.strategy.ema is not None:
                 self.strategy.ema.update(self.strategy.model, step=step + 1)
         return torch.cat([sums, (~is_finite).double().reshape(1)])
 
-    def _backward(self, batch: Batch, step: int, pass_gate: Callable[[], None]) -> torch.Tensor:
-        """Gradients of the global batch's loss, and this rank's sums. Gates stand before each micro-batch."""
-        mix = self.mixing.prepare(batch) if self.mixing is not None else None
-        targets = self.objective.targets(batch.labels_B, batch.weights_B, mix)
+    def forward_backward(self, batch: Batch, step: int, pass_gate: Callable[[], None]) -> torch.Tensor:
+        """Compute the gradients of the global batch's loss, with a gate before each micro-batch.
+
+        Returns:
+            This rank's sums, float64 of shape 4: loss numerator, loss weight, correct, counted samples.
+        """
+        mix = self.mixup.prepare(batch) if self.mixup is not None else None
+        targets = self.loss.targets(batch.labels_B, batch.weights_B, mix)
         total_weight = targets.total_weights_B.sum(dtype=torch.float64)
-        # Ranks wait for one another only where the sum is needed: at the first backward.
+        # The sum is needed in the first backward pass only: the forward pass does not wait for the other ranks.
         work = dist.all_reduce(total_weight, async_op=True) if self.world.size > 1 else None
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
-        parts = self._parts(len(batch.labels_B))
+        parts = self.micro_batches(len(batch.labels_B))
         for number, part in enumerate(parts):
             pass_gate()
             part_targets = targets.take(part)
-            images_BCHW = self._images(batch, part, mix)
-            is_last = number == len(parts) - 1
-            with self.strategy.exchange(is_last=is_last):
+            images_BCHW = self.augmented(batch, part, mix)
+            with self.strategy.gradient_sync(is_last=number == len(parts) - 1):
                 self._seed_model(step, number)
                 logits_BK = self.strategy.forward(images_BCHW)
-                numerator = self.objective.summed_loss(logits_BK, part_targets)
+                numerator = self.loss.summed_loss(logits_BK, part_targets)
                 if work is not None and number == 0:
                     work.wait()
-                # DDP averages gradients over the ranks: times the world size it is their sum.
+                # DDP averages gradients over the ranks; times the world size this is their sum.
                 scale = (self.world.size / total_weight.clamp(min=1e-12)).to(numerator.dtype)
                 self.world.accelerator.backward(numerator * scale)
             sums += self._count(numerator, logits_BK, part_targets, take(batch.weights_B, part))
         return sums
 
-    def _parts(self, length: int) -> Sequence[Part]:
-        return split_evenly(length, self.num_parts) if self.mixing is None else split_pairs(length, self.num_parts)
+    def micro_batches(self, length: int) -> Sequence[Part]:
+        """Split a rank's batch of ``length`` rows into the parts of the forward passes."""
+        return split_batch(self.config, self.world.size, self.micro_batch, length, in_pairs=self.mixup is not None)
 
-    def _images(self, batch: Batch, part: Part, mix: MixedBatch | None) -> torch.Tensor:
-        """A part of the batch as the model sees it."""
+    def augmented(self, batch: Batch, part: Part, mix: MixedBatch | None) -> torch.Tensor:
+        """Return a part of the batch as model input, B x C x H x W."""
         images_BCHW = self.augment(take(batch.images_BHWC, part), batch.epoch, take(batch.positions_B, part))
         images_BCHW = images_BCHW.to(self.world.dtype)
-        if self.is_channels_last:
+        if self.config.channels_last:
             images_BCHW = images_channels_last(images_BCHW)
         return images_BCHW if mix is None else mix.take(part)(images_BCHW)
 
-    def _move(self) -> torch.Tensor:
-        """Clip, and let the optimizer take its step if the gradient is finite; whether it is, alike on all ranks."""
+    def optimizer_step(self) -> torch.Tensor:
+        """Clip the gradient, and take the optimizer's step if it is finite.
+
+        Returns:
+            True if the gradient is finite, a boolean scalar on the device, equal on all ranks.
+        """
         scaler = self.world.accelerator.scaler
         if scaler is not None:
             self.world.accelerator.unscale_gradients(self.optimizer)
-        norm = self.strategy.clip(self.parameters, norm=self.clip_norm, value=self.clip_value)
+        norm = clip_gradients(self.parameters, norm=self.config.clip_norm, value=self.config.clip_value)
         is_finite = norm.isfinite()
         if scaler is not None:
-            # With fp16 a gradient that overflows is a part of the plan: the scaler leaves out the step and scales less.
+            # With fp16 an overflowing gradient is expected: the scaler skips the step and lowers its scale.
             self.optimizer.step()
             return torch.ones_like(is_finite)
         optimizer = self.optimizer.optimizer
@@ -179,42 +178,54 @@ class TrainStep:
         return torch.stack([numerator.detach().double(), weight, correct.double(), present_B.sum().double()])
 
     def _seed_model(self, step: int, part: int) -> None:
-        """Dropout and drop path draw from torch's generator: the same again after a resume."""
+        """Seed torch's generators, from which dropout and drop path draw, so that a resumed run draws the same numbers."""
         seed = int(hash64(self.seed, step, part, self.world.rank, Stream.MODEL)) >> 1
-        # torch.manual_seed asks for every kind of device that there might be, which takes a millisecond.
+        # torch.manual_seed takes a millisecond, since it seeds every possible kind of device.
         torch.default_generator.manual_seed(seed)
         if self.world.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
 
-class BatchNormBackup:
-    """A model's batch-norm statistics as they were before a step, to put back where the step is left out: one activation that is
-    not finite would spoil them for good.
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], *, norm: float, value: float) -> torch.Tensor:
+    """Clip the gradients in place: all together by their global norm, or each element to a range.
+
+    The host does not wait for the device; a gradient that is not finite stays so. For sharded gradients (DTensors) all ranks take
+    part, and send one message, where torch's functions send one for each parameter. With fp16 the gradients must be unscaled.
 
     Args:
-        model: not wrapped.
+        parameters: the trained parameters; those without a gradient are skipped.
+        norm: largest Euclidean norm of all gradients together (0: no limit).
+        value: largest magnitude of an element (0: no limit).
+
+    Returns:
+        The norm before clipping, a scalar on the gradients' device, in their float type and equal on all ranks; nan or inf if a
+        gradient is not finite.
     """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    parts = [own_part(gradient) for gradient in gradients]
+    total = torch.nn.utils.get_total_norm(parts)
+    if gradients and isinstance(first := gradients[0], DTensor):
+        assert all(isinstance(placement, Shard) for placement in first.placements)
+        total = total.square()
+        dist.all_reduce(total, group=first.device_mesh.get_group())
+        total = total.sqrt()
+    if norm > 0 and parts:
+        torch._foreach_mul_(parts, (norm / (total + 1e-6)).clamp(max=1.0))
+    if value > 0 and parts:
+        torch._foreach_clamp_min_(parts, -value)
+        torch._foreach_clamp_max_(parts, value)
+    return total
 
-    def __init__(self, model: nn.Module) -> None:
-        self._buffers = [b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in ALL_STATISTICS]
-        self._kept: list[torch.Tensor] = []
 
-    def keep(self, *, is_needed: bool) -> None:
-        """Remember them; if they are not needed, nothing is kept and nothing will be put back."""
-        self._kept = [buffer.clone() for buffer in self._buffers] if is_needed else []
-
-    def put_back(self, where: torch.Tensor | None = None) -> None:
-        """Those that were kept; with ``where`` (a boolean scalar on the device) only if it is true."""
-        if self._kept:
-            for buffer, kept in zip(self._buffers, self._kept, strict=True):
-                buffer.copy_(kept if where is None else torch.where(where, kept, buffer))
+# Micro-batches: the parts of a rank's batch that go through the model one after the other.
 
 
 def count_micro_batches(batch_size: int, world_size: int, micro_batch: int) -> int:
-    """Forward passes in a step: the same on all ranks, since gradients are exchanged in the last one.
+    """Return the number of forward passes in a step, equal on all ranks since the last pass synchronises the gradients.
 
-    Ranks hold floor or ceil of ``batch_size / world_size`` samples; no part of any rank is empty, so with uneven ranks a part
-    may hold one sample more than ``micro_batch``.
+    Ranks hold floor or ceil of ``batch_size / world_size`` samples, and no part of any rank is empty, so that with uneven ranks a
+    part may hold one sample more than ``micro_batch``.
     """
     if micro_batch == 0:
         return 1
@@ -222,7 +233,73 @@ def count_micro_batches(batch_size: int, world_size: int, micro_batch: int) -> i
     return min(-(-largest // micro_batch), batch_size // world_size)
 
 
-def split_evenly(length: int, num_parts: int) -> Sequence[slice]:
-    """``num_parts`` slices of 0 ... length-1 whose sizes differ by one at most."""
-    edges = [length * part // num_parts for part in range(num_parts + 1)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+def split_batch(config: TrainConfig, world_size: int, micro_batch: int, length: int, *, in_pairs: bool) -> Sequence[Part]:
+    """Split a rank's batch into micro-batches.
+
+    Args:
+        config: the global batch size.
+        world_size: number of processes.
+        micro_batch: galaxies in one forward pass (0: the whole share).
+        length: rows of the rank's batch.
+        in_pairs: keep the pairs of mixup together.
+    """
+    if in_pairs:
+        return split_pairs(length, count_pair_parts(config.batch_size, world_size, micro_batch))
+    return split_evenly(length, count_micro_batches(config.batch_size, world_size, micro_batch))
+
+
+def example_images(world: World, recipe: Recipe, augment: Augment, micro_batch: int) -> torch.Tensor:
+    """Return two black images as model input, for passes whose results are thrown away.
+
+    For a compiled model there are as many as in this rank's first pass of a step, since torch compiles for the first shape it
+    gets.
+    """
+    config, size = recipe.train, recipe.data.image_size
+    share = len(range(world.rank, config.batch_size, world.size))
+    first = split_batch(config, world.size, micro_batch, share, in_pairs=is_mixing(config))[0]
+    count = len(take(torch.arange(share), first))
+    pixels_BHWC = torch.zeros(count if config.compile else min(2, count), size, size, 3, dtype=torch.uint8, device=world.device)
+    images_BCHW = augment(pixels_BHWC, 0, torch.arange(len(pixels_BHWC))).to(world.dtype)
+    return images_channels_last(images_BCHW) if config.channels_last else images_BCHW
+
+
+def check_passes(recipe: Recipe, world: World, model: nn.Module) -> None:
+    """Refuse forward passes of a single galaxy if the model's batch normalisation needs two.
+
+    Args:
+        model: the model, on the CPU.
+
+    Raises:
+        EveryRankError: equally on all ranks.
+    """
+    config = recipe.train
+    micro_batch = 0 if config.micro_batch == "auto" else config.micro_batch
+    if not has_single_pass(recipe, world, model, micro_batch):
+        return
+    text = (
+        f"{recipe.model.name} at data.image_size={recipe.data.image_size} normalises over the batch what is one pixel by then, "
+        f"which takes two galaxies in each forward pass; train.batch_size={config.batch_size} on {world.size} processes with "
+        f"train.micro_batch={config.micro_batch} has passes of one."
+    )
+    if (enough := least_micro_batch(recipe, world)) is not None:
+        raise EveryRankError(f"{text} Use train.micro_batch={enough} or more.")
+    remedy = ", or train.sync_batchnorm=true" if world.size > 1 else ""
+    raise EveryRankError(f"{text} Use train.batch_size={2 * world.size} or more{remedy}.")
+
+
+def has_single_pass(recipe: Recipe, world: World, model: nn.Module, micro_batch: int) -> bool:
+    """Return True if a pass has a single galaxy although the model needs two."""
+    config = recipe.train
+    if is_mixing(config) or (config.sync_batchnorm and world.size > 1):
+        return False  # any pass has two galaxies, or normalises over the passes of all processes
+    return _smallest_pass(recipe, world, micro_batch) == 1 and needs_two_images(model, recipe.data.image_size)
+
+
+def least_micro_batch(recipe: Recipe, world: World) -> int | None:
+    """Return the smallest micro-batch without passes of a single galaxy; None if there is none."""
+    return next((size for size in (2, 3, 4) if _smallest_pass(recipe, world, size) > 1), None)
+
+
+def _smallest_pass(recipe: Recipe, world: World, micro_batch: int) -> int:
+    batch_size = recipe.train.batch_size
+    return batch_size // world.size // count_micro_batches(batch_size, world.size, micro_batch)

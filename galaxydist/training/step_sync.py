@@ -1,24 +1,26 @@
-"""What all ranks must know alike of each step: its loss, whether somebody was asked to stop, whether a save is due or one has
-failed, whether the numbers are still finite, and how many galaxies could not be read.
+"""Values of each step that all ranks share: loss sums, stop signals, saves that are due or failed, unreadable images.
 
-One small vector is reduced asynchronously each step and read while the next step is already under way, so that every rank acts
-on it at the same step without waiting for the others. A signal within a long step: ``step_gates.py``.
+One small vector is reduced asynchronously each step and read while the next step runs, so that every rank acts on it at the same
+step without waiting for the others. ``StepGates`` handles a signal within a long step.
 """
 
 import math
 from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from galaxydist.training.stop_signals import STOP_SIGNALS
+from galaxydist.job_environment import STOP_SIGNALS
 
 
-@dataclass(frozen=True)
+@dataclass
 class LossSums:
-    """The sums of one step over all ranks and micro-batches; ``loss`` is divided once (nan of nothing)."""
+    """Sums of steps over all ranks and micro-batches; ``loss`` and ``accuracy`` divide them once (nan without samples).
+
+    The sums since the last line of metrics.jsonl are part of the training state, so that a line is the same after a restart.
+    """
 
     numerator: float = 0.0
     weight: float = 0.0
@@ -33,25 +35,26 @@ class LossSums:
     def accuracy(self) -> float:
         return self.correct / self.count if self.count > 0 else math.nan
 
-    def __add__(self, other: "LossSums") -> "LossSums":
-        return LossSums(
-            self.numerator + other.numerator,
-            self.weight + other.weight,
-            self.correct + other.correct,
-            self.count + other.count,
-        )
+    def add(self, other: "LossSums") -> None:
+        self.load_state_dict({name: value + getattr(other, name) for name, value in vars(self).items()})
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        vars(self).update(state)
 
 
 @dataclass(frozen=True)
 class RankFlags:
-    """What one rank has to tell of a step.
+    """Flags that a rank sends with a step.
 
     Args:
-        stop_signal: that asks to stop (0: none).
-        is_save_due: its clock says so.
-        has_failed: a save in the background has.
-        num_unreadable: galaxies that could not be read.
-        is_long: its last steps took seconds.
+        stop_signal: number of the signal that asked this rank to stop (0: none).
+        is_save_due: the time since the last save is up on this rank.
+        has_failed: a write in the background has failed.
+        num_unreadable: images that this rank could not read.
+        is_long: this rank's last step took seconds.
     """
 
     stop_signal: int = 0
@@ -63,88 +66,71 @@ class RankFlags:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What holds for one step on all ranks.
+    """Values of one step, equal on all ranks.
 
     Args:
         step: optimizer steps done before it.
-        flags: of any rank; ``num_unreadable`` of all together.
-        is_nonfinite: the loss or the gradient is not finite; the step was left out.
-        sums: zero where it is not finite.
+        flags: set if they are set on any rank; ``num_unreadable`` is the sum over the ranks.
+        is_nonfinite: the loss or the gradient is not finite; the step was skipped.
+        sums: zero if the step is not finite.
     """
 
     step: int
     flags: RankFlags = field(default_factory=RankFlags)
     is_nonfinite: bool = False
-    sums: LossSums = LossSums()
+    sums: LossSums = field(default_factory=LossSums)
 
 
 class StepSync:
-    """One vector a step (four sums, whether they are finite, and the flags), its sum over all ranks.
+    """Sums one vector a step (four loss sums, a non-finite flag, the rank's flags) over all ranks.
 
     Args:
         world_size: number of ranks; with one, nothing is sent.
-        device: where the sums are.
+        device: device of the sums.
     """
 
     def __init__(self, world_size: int, device: torch.device) -> None:
         self._world_size = world_size
         self._device = device
-        self._posted: deque[_Posted] = deque()
+        self._posted: deque[tuple[int, torch.Tensor, Callable[[], object]]] = deque()
 
     def __len__(self) -> int:
         return len(self._posted)
 
     def post(self, step: int, sums: torch.Tensor, flags: RankFlags) -> None:
-        """Send what this rank knows of a step. Every rank calls it once a step.
+        """Send this rank's values of a step. All ranks call it once a step.
 
         Args:
             step: optimizer steps done before.
-            sums: float64 of shape 5: loss numerator, loss weight, correct, counted, 1 where something is not finite; on the
-                device.
-            flags: of this rank.
+            sums: float64 of shape 5 on the device: loss numerator, loss weight, correct, counted, 1 if not finite.
+            flags: this rank's flags.
         """
-        known = [float(flags.stop_signal == number) for number in STOP_SIGNALS]
-        known += [float(flags.is_save_due), float(flags.has_failed), float(flags.num_unreadable), float(flags.is_long)]
-        told = torch.tensor(known, dtype=torch.float64, pin_memory=self._device.type == "cuda")
-        vector = torch.cat([sums, told.to(self._device, non_blocking=True)])
+        values = [float(flags.stop_signal == number) for number in STOP_SIGNALS]
+        values += [float(flags.is_save_due), float(flags.has_failed), float(flags.num_unreadable), float(flags.is_long)]
+        flags_vector = torch.tensor(values, dtype=torch.float64, pin_memory=self._device.type == "cuda")
+        vector = torch.cat([sums, flags_vector.to(self._device, non_blocking=True)])
         work = dist.all_reduce(vector, async_op=True) if self._world_size > 1 else None
-        self._posted.append(_Posted(step, vector, work))
+        wait: Callable[[], object] = work.wait if work is not None else lambda: None
+        if self._device.type == "cuda":
+            wait()  # the stream waits, not the host
+            # The result is copied to the host at once, so that reading it does not wait for later steps.
+            on_host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+            vector, wait = on_host, copied.synchronize
+        self._posted.append((step, vector, wait))
 
     def read(self) -> StepResult:
-        """What all ranks posted for the oldest step that has not been read."""
-        posted = self._posted.popleft()
-        numerator, weight, correct, count, nonfinite, *flags = posted.read()
-        *asked, save_due, failed, num_unreadable, long = flags
-        stop_signal = next((number for number, ranks in zip(STOP_SIGNALS, asked, strict=True) if ranks), 0)
-        is_nonfinite = nonfinite != 0.0  # also where it is nan itself
+        """Return the result of the oldest step that has not been read."""
+        step, vector, wait = self._posted.popleft()
+        wait()
+        numerator, weight, correct, count, nonfinite, *flags = vector.tolist()
+        *signals, save_due, failed, num_unreadable, long = flags
+        stop_signal = next((number for number, ranks in zip(STOP_SIGNALS, signals, strict=True) if ranks), 0)
+        is_nonfinite = nonfinite != 0.0  # true for nan too
         return StepResult(
-            posted.step,
+            step,
             RankFlags(int(stop_signal), save_due > 0, failed > 0, int(num_unreadable), long > 0),
             is_nonfinite,
             LossSums() if is_nonfinite else LossSums(numerator, weight, correct, count),
         )
-
-
-class _Posted:
-    """A vector under way. From a GPU it is copied as soon as it is there: to read it must not wait for the steps after it."""
-
-    def __init__(self, step: int, vector: torch.Tensor, work: Any) -> None:
-        self.step = step
-        self._work = work
-        self._copied: Any = None
-        self._values = vector
-        if vector.device.type == "cuda":
-            if work is not None:
-                work.wait()  # the stream waits, not the host
-            self._values = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
-            self._values.copy_(vector, non_blocking=True)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
-
-    def read(self) -> list[float]:
-        if self._copied is not None:
-            self._copied.synchronize()
-        elif self._work is not None:
-            self._work.wait()
-        values: list[float] = self._values.tolist()
-        return values

@@ -1,11 +1,11 @@
-"""Where the time of training goes: waiting for data, forward and backward, optimizer, checkpoint; images per second; memory."""
+"""Throughput of training: shares of the step time, images per second, memory, model FLOPs utilisation."""
 
 import re
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import psutil
@@ -19,43 +19,34 @@ from galaxydist.recipe.schema import Recipe
 
 PARTS = ("data_wait", "forward_backward", "optimizer", "checkpoint")
 OTHER = "other"
-# Not training: left out of the shares and of the images per second.
+# Validation counts neither in the shares nor in the images per second.
 OUTSIDE = "validation"
 NOT_TRAINING = frozenset({"checkpoint", OUTSIDE})
 GB = 1e9
-# Marks that may wait to be read.
-MOST_PENDING = 64
-
-
-class DeviceClock(Protocol):
-    """Points in time, which may lie ahead: a GPU comes to them when it has done what it was given before."""
-
-    def stamp(self) -> Any:
-        """The point after all work given so far."""
-
-    def is_past(self, stamp: Any) -> bool:
-        """Whether it has come there."""
-
-    def seconds(self, start: Any, stop: Any) -> float:
-        """Between two points that are past."""
+# Marks on the device that are kept before they are read.
+MAX_PENDING = 64
 
 
 class HostClock:
-    """The processor's: what was called is done when the call returns."""
+    """Clock of the host: the work of a call is done when the call returns."""
 
-    def stamp(self) -> float:
+    def stamp(self) -> Any:
+        """Return the point in time after all work given so far, which may be in the future."""
         return time.perf_counter()
 
-    def is_past(self, _stamp: float) -> bool:
+    def is_past(self, stamp: Any) -> bool:  # noqa: ARG002
+        """Return True once the work before this point in time is done."""
         return True
 
-    def seconds(self, start: float, stop: float) -> float:
-        return stop - start
+    def seconds(self, start: Any, stop: Any) -> float:
+        """Return the seconds between two points in time that are past."""
+        return float(stop - start)
 
 
-class CudaClock:
-    """Events on the current stream, which nothing waits for. Time counts as the GPU spends it: a wait for data during which it
-    still computes is none.
+class CudaClock(HostClock):
+    """Clock of a GPU: events on the current stream, for which the host never waits.
+
+    A wait for data during which the GPU still computes does not count as waiting.
 
     Args:
         device: the GPU.
@@ -77,16 +68,16 @@ class CudaClock:
 
 
 class StepTimer:
-    """Divides the time of a loop into parts, without gaps: each mark ends one part and begins the next.
+    """Divides the time of a loop into parts without gaps: each mark ends one part and begins the next.
 
     Args:
-        device: where the model is.
-        batch_size: global, in images.
-        world_size: number of processes, each with a device of its own.
-        clock: else the device's.
+        device: device of the model.
+        batch_size: global batch size in images.
+        world_size: number of processes, each with its own device.
+        clock: clock to use; None: the device's.
     """
 
-    def __init__(self, device: torch.device, *, batch_size: int, world_size: int, clock: DeviceClock | None = None) -> None:
+    def __init__(self, device: torch.device, *, batch_size: int, world_size: int, clock: HostClock | None = None) -> None:
         self._device = device
         self._batch_size = batch_size
         self._world_size = world_size
@@ -100,19 +91,19 @@ class StepTimer:
         self._training_s = 0.0
 
     def mark(self, part: str) -> None:
-        """From now on time belongs to ``part``: one of PARTS, ``validation`` or ``other``."""
+        """End the current part and begin ``part``: one of PARTS, ``validation`` or ``other``."""
         stamp = self._clock.stamp()
         self._pending.append((self._part, self._since, stamp))
         host = time.perf_counter()
         if self._part not in NOT_TRAINING:
             self._training_s += host - self._host_since
         self._part, self._since, self._host_since = part, stamp, host
-        if len(self._pending) > MOST_PENDING:
-            self._settle()
+        if len(self._pending) > MAX_PENDING:
+            self._read_past_marks()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What happens inside belongs to part ``name``, what comes after to what it was before."""
+        """Count the time inside the context as part ``name``; afterwards the part before it continues."""
         before = self._part
         self.mark(name)
         try:
@@ -121,18 +112,18 @@ class StepTimer:
             self.mark(before)
 
     def window(self, num_steps: int) -> dict[str, float]:
-        """Numbers of the time since the last call (or the start), for the log.
+        """Return the numbers for the log since the last call (or the start).
 
         Args:
-            num_steps: optimizer steps taken in it.
+            num_steps: optimizer steps in this time.
 
         Returns:
-            ``time/<part>`` and ``time/other``: shares of the time without validations, 1 together; on a GPU of the time that it
-            has come to. ``time/img_s`` and ``time/img_s_device``: images a second, without validations and checkpoints.
-            ``gpu/memory_gb`` (largest allocated in the window), ``gpu/memory_reserved_gb``; without a GPU ``memory/rss_gb``.
+            ``time/<part>`` and ``time/other``: shares of the time without validations, with sum 1; on a GPU, of the work that is
+            done. ``time/img_s`` and ``time/img_s_device``: images per second, without validations and checkpoints.
+            ``gpu/memory_gb`` (maximum allocated in this time), ``gpu/memory_reserved_gb``; without a GPU ``memory/rss_gb``.
         """
         self.mark(self._part)
-        self._settle()
+        self._read_past_marks()
         self._seconds.pop(OUTSIDE, None)
         total = sum(self._seconds.values())
         shares = {f"time/{part}": self._seconds[part] / total if total > 0 else 0.0 for part in PARTS}
@@ -142,8 +133,8 @@ class StepTimer:
         self._training_s = 0.0
         return {**shares, "time/img_s": img_s, "time/img_s_device": img_s / self._world_size, **self._memory()}
 
-    def _settle(self) -> None:
-        """Add up what is past; the rest counts in the next window."""
+    def _read_past_marks(self) -> None:
+        """Add up the marks that are past; the others count in the next window."""
         while self._pending and self._clock.is_past(self._pending[0][2]):
             part, start, stop = self._pending.popleft()
             self._seconds[part] += self._clock.seconds(start, stop)
@@ -159,33 +150,30 @@ class StepTimer:
         return used
 
 
-# How much of a device a model uses: model FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
-#
-# It is the FLOPs that the model needs for the images it is given, over the peak of the device in the same time. What is
-# computed
-# again to save memory does not count.
+# Model FLOPs utilisation (MFU): the floating point operations that the model needs for its images, relative to the peak of the
+# device in the same time; recomputation to save memory does not count (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
 
 # The backward pass needs the products with the weights and those with the inputs: twice the forward pass.
 BACKWARD = 2
 TERA = 1e12
-# Batch normalisation of a map of one pixel refuses to train on one image.
+# Batch normalisation of a map of one pixel cannot train on a single image.
 COUNTED_IMAGES = 2
 
 
 def forward_flops(model: nn.Module, image_size: int) -> int:
-    """Floating point operations of one image's forward pass, in matrix products and convolutions (one multiply-add is two).
+    """Return the floating point operations of one image's forward pass, in matrix products and convolutions.
 
-    Nothing is computed: shapes alone go through the model, on torch's meta device.
+    A multiply-add counts as two. Nothing is computed: only shapes pass through the model, on torch's meta device.
 
     Args:
-        model: images B x 3 x H x W in; as it is built, neither compiled nor wrapped. It stays as it is.
+        model: takes images B x 3 x H x W; neither compiled nor wrapped. It is not changed.
         image_size: H and W.
     """
     return _count(model, image_size).flops[""]
 
 
 def training_flops(model: nn.Module, image_size: int) -> int:
-    """Floating point operations of one image in training: three times the forward pass; once for frozen parts."""
+    """Return the floating point operations of one image in training: three times the forward pass, once for frozen parts."""
     counts = _count(model, image_size).flops
     parameters = list(model.parameters())
     if all(parameter.requires_grad for parameter in parameters):
@@ -199,7 +187,7 @@ def training_flops(model: nn.Module, image_size: int) -> int:
 
 
 def activation_bytes(model: nn.Module, image_size: int) -> int:
-    """Bytes of the outputs of all layers for one image: about what a forward pass keeps for the way back. Nothing is computed.
+    """Return the bytes of all layers' outputs for one image, about what a forward pass keeps for the backward pass.
 
     Args:
         model, image_size: as for ``forward_flops``.
@@ -208,24 +196,20 @@ def activation_bytes(model: nn.Module, image_size: int) -> int:
 
 
 class _ForwardPass(NamedTuple):
-    """What one image needs: forward FLOPs of each module by name (the whole model is ``""``), bytes of all layers' outputs."""
+    """FLOPs of one image by module name (``""``: the whole model), and bytes of all layers' outputs."""
 
     flops: dict[str, int]
     activation_bytes: int
 
 
-# By image size. Each count takes as long as some training steps of a small model, and a start asks three times.
+# By image size. A count takes as long as some training steps of a small model, and a start needs it three times.
 _COUNTED: WeakKeyDictionary[nn.Module, dict[int, _ForwardPass]] = WeakKeyDictionary()
 
 
 def _count(model: nn.Module, image_size: int) -> _ForwardPass:
-    known = _COUNTED.setdefault(model, {})
-    if image_size not in known:
-        known[image_size] = _count_anew(model, image_size)
-    return known[image_size]
-
-
-def _count_anew(model: nn.Module, image_size: int) -> _ForwardPass:
+    counted = _COUNTED.setdefault(model, {})
+    if image_size in counted:
+        return counted[image_size]
     total = 0
 
     def add(_layer: nn.Module, _inputs: Any, output: Any) -> None:
@@ -250,17 +234,18 @@ def _count_anew(model: nn.Module, image_size: int) -> _ForwardPass:
     counts = {
         name.removeprefix(root): sum(by_kind.values()) // COUNTED_IMAGES for name, by_kind in counter.get_flop_counts().items()
     }
-    return _ForwardPass({**counts, "": counter.get_total_flops() // COUNTED_IMAGES}, total // COUNTED_IMAGES)
+    counts[""] = counter.get_total_flops() // COUNTED_IMAGES
+    return counted.setdefault(image_size, _ForwardPass(counts, total // COUNTED_IMAGES))
 
 
 class Peak(NamedTuple):
-    """Dense (not sparse) peaks in TFLOP/s. None: the device does not have it.
+    """Dense (not sparse) peak performance in TFLOP/s; None if the device lacks the data type.
 
     Args:
         half: float16 and bfloat16 on tensor cores, with sums in float32.
         tf32: TensorFloat-32 on tensor cores.
         single: float32.
-        has_bf16: whether ``half`` holds for bfloat16.
+        has_bf16: True if ``half`` is valid for bfloat16.
     """
 
     half: float
@@ -269,8 +254,8 @@ class Peak(NamedTuple):
     has_bf16: bool = True
 
 
-# By torch's name of the device without NVIDIA, Tesla and GeForce; the whole name must match, so that slices (MIG), laptop and
-# export variants, which are slower, stay unknown. From NVIDIA's data sheets; where they give sparse figures alone, halved.
+# By torch's name of the device without NVIDIA, Tesla and GeForce. The whole name must match, so that slices (MIG), laptop and
+# export variants, which are slower, are unknown. From NVIDIA's data sheets; half of the figure if only the sparse one is given.
 PEAKS: dict[str, Peak] = {
     r"V100-SXM2-\d+GB": Peak(125.0, None, 15.7, has_bf16=False),
     r"V100-PCIE-\d+GB": Peak(112.0, None, 14.0, has_bf16=False),
@@ -293,12 +278,12 @@ PEAKS: dict[str, Peak] = {
 
 
 def device_peak_flops(device_name: str, precision: Literal["no", "bf16", "fp16", "fp64"], *, tf32: bool = False) -> float | None:
-    """Peak of a device in FLOP/s, dense; None where it is not known.
+    """Return the dense peak performance of a device in FLOP/s; None if it is unknown.
 
     Args:
-        device_name: as ``torch.cuda.get_device_name`` gives it.
-        precision: of the forward pass.
-        tf32: whether matrix products of float32 are TensorFloat-32's.
+        device_name: name from ``torch.cuda.get_device_name``.
+        precision: precision of the forward pass.
+        tf32: True if float32 matrix products use TensorFloat-32.
     """
     name = re.sub(r"^(NVIDIA |Tesla |GeForce )+", "", device_name.strip())
     peak = next((peak for pattern, peak in PEAKS.items() if re.fullmatch(pattern, name)), None)
@@ -309,37 +294,21 @@ def device_peak_flops(device_name: str, precision: Literal["no", "bf16", "fp16",
     return peak.half * TERA
 
 
-def utilisation(images_per_second: float, flops_per_image: int, peak_flops: float) -> float:
-    """Share of one device's peak that its training uses.
-
-    Args:
-        images_per_second: of one device.
-        flops_per_image: see ``training_flops``.
-        peak_flops: see ``device_peak_flops``.
-    """
-    return images_per_second * flops_per_image / peak_flops
-
-
-# How much of its device a run uses, for the log.
-
+# Images per second of one device -> metrics.
 Utilisation = Callable[[float], dict[str, float]]
 
 
 def build_utilisation(world: World, recipe: Recipe, model: nn.Module) -> Utilisation:
-    """Images a second of one device to ``gpu/mfu``; to nothing where the device's peak is not known.
+    """Return a function from the images per second of one device to ``gpu/mfu``; to nothing if the device's peak is unknown.
 
     Args:
-        model: as it is built, neither wrapped nor divided nor compiled.
+        world: the processes.
+        recipe: recipe of the run.
+        model: neither wrapped nor sharded nor compiled.
     """
-    if world.device.type != "cuda":
-        return _unknown
-    name, tf32 = torch.cuda.get_device_name(world.device), recipe.train.tf32
-    peak_flops = device_peak_flops(name, world.precision, tf32=tf32)
+    is_cuda, tf32 = world.device.type == "cuda", recipe.train.tf32
+    peak_flops = device_peak_flops(torch.cuda.get_device_name(world.device), world.precision, tf32=tf32) if is_cuda else None
     if peak_flops is None:
-        return _unknown
+        return lambda _img_s_device: {}
     flops = training_flops(model, recipe.data.image_size)
-    return lambda img_s_device: {"gpu/mfu": utilisation(img_s_device, flops, peak_flops)}
-
-
-def _unknown(_img_s_device: float) -> dict[str, float]:
-    return {}
+    return lambda img_s_device: {"gpu/mfu": img_s_device * flops / peak_flops}

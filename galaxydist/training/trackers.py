@@ -1,7 +1,7 @@
-"""Trackers: where metrics go beside the run folder. Rank 0 holds a real one, every other rank the null one.
+"""Experiment trackers: send the metrics of a run folder to wandb, from rank 0 only.
 
-metrics.jsonl is exact; every tracker is derived from it. What a tracker's program has *stored* decides what it is sent: at a
-start the rows that it lacks, later each new row once it is whole.
+metrics.jsonl is exact, and every tracker is derived from it. The steps that the tracker's program has *stored* decide what it is
+sent: at a start the rows that it lacks, later each new row once it is complete.
 """
 
 import contextlib
@@ -18,9 +18,11 @@ import struct
 import time
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from galaxydist.distributed import World
 from galaxydist.errors import first_line
@@ -29,140 +31,115 @@ from galaxydist.recipe.schema import Recipe, TrackerConfig
 from galaxydist.runs.folder import RunFolder
 from galaxydist.shards.manifest import Manifest
 
-# wandb's offline files, read back: the steps that they really hold after a run was killed.
-#
-# wandb writes what it is given to ``wandb/offline-run-TIME-ID/run-ID.wandb`` through a buffer of 32 KiB. A run that is
-# killed
-# leaves a file without its newest rows, often one of seven bytes, or one that ends within a record. At such a file ``wandb
-# sync``
-# gives up the whole run, so it is mended before the run goes on.
-#
-# A file is a header of seven bytes, then LevelDB's log format: blocks of 32 KiB; in them fragments with a checksum, a
-# length and
-# a kind. A record, whole or in fragments, is a protobuf message.
+WandbMode = Literal["online", "offline"]
 
+LOG = logging.getLogger(__name__)
+
+# wandb may take this time to write the rest of a run that has ended; it usually takes some milliseconds.
+WRITING_S = 60.0
+
+# Format of wandb's offline files, ``wandb/offline-run-TIME-ID/run-ID.wandb``: a header of seven bytes, then LevelDB's log format,
+# that is blocks of 32 KiB with fragments, each with a checksum, a length and a kind. A record is a protobuf message in one or
+# more fragments. wandb writes through a buffer of 32 KiB, so that a killed run leaves a file without its newest rows, often one
+# of seven bytes, or one that ends within a record. At such a file ``wandb sync`` gives up the whole run; so it is repaired.
 BLOCK_SIZE = 32_768
 HEADER_SIZE = 7  # of the file, and of each fragment
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 TORN_DIR = "wandb-torn"
 
 
-def read_records(path: Path, block: int = 0) -> Iterator[tuple[int, Any]]:
-    """The whole records of a file, each with the place in the file where it ends; up to the first that is damaged or cut off.
-
-    Args:
-        path: of the file.
-        block: number of the block where the first one may begin.
-    """
+def read_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the complete records of an offline file, each with its end position, up to the first damaged or incomplete one."""
     from wandb.proto import wandb_internal_pb2
 
-    with path.open("rb") as file:
-        file.seek(block * BLOCK_SIZE)
-        data = file.read()
-    for end, message in _read_messages(data, HEADER_SIZE if block == 0 else 0):
+    for end, message in _read_messages(path.read_bytes()):
         record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         record.ParseFromString(message)
-        yield block * BLOCK_SIZE + end, record
+        yield end, record
 
 
-def _read_messages(data: bytes, place: int) -> Iterator[tuple[int, bytes]]:
-    """The whole messages from a place on, each with the place where it ends. The end of one that began before is passed over."""
-    message, is_open, is_first = b"", False, True
-    while place + HEADER_SIZE <= len(data):
-        left = BLOCK_SIZE - place % BLOCK_SIZE
+def _read_messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    message, is_open, position = b"", False, HEADER_SIZE
+    while position + HEADER_SIZE <= len(data):
+        left = BLOCK_SIZE - position % BLOCK_SIZE
         if left < HEADER_SIZE:  # too small for a fragment: filled with zeros
-            place += left
+            position += left
             continue
-        checksum, length, kind = struct.unpack_from("<IHB", data, place)
-        content = data[place + HEADER_SIZE : place + HEADER_SIZE + length]
+        checksum, length, kind = struct.unpack_from("<IHB", data, position)
+        content = data[position + HEADER_SIZE : position + HEADER_SIZE + length]
         is_sound = len(content) == length and zlib.crc32(content, zlib.crc32(bytes([kind]))) == checksum
-        if not is_sound or kind not in (WHOLE, FIRST, MIDDLE, LAST):
+        if not is_sound or is_open != (kind in (MIDDLE, LAST)):
             return
-        place += HEADER_SIZE + length
-        if is_first and kind in (MIDDLE, LAST):
-            continue
-        is_first = False
-        if is_open != (kind in (MIDDLE, LAST)):
-            return
+        position += HEADER_SIZE + length
         message += content
-        is_open = kind in (FIRST, MIDDLE)
+        is_open = kind in (FIRST, MIDDLE)  # a first fragment at the end of a block may be empty
         if not is_open:
-            yield place, message
+            yield position, message
             message = b""
 
 
 def has_ended(path: Path) -> bool:
-    """Whether a file holds the record that wandb writes last: it stands in the last block or begins in the one before."""
-    last_block = max(0, path.stat().st_size - 1) // BLOCK_SIZE
-    records = read_records(path, max(0, last_block - 1))
-    return any(record.WhichOneof("record_type") == "exit" for _, record in records)
+    """Return True if a file holds the record that wandb writes last."""
+    return any(record.WhichOneof("record_type") == "exit" for _, record in read_records(path))
 
 
-def read_history(path: Path) -> dict[int, int]:
-    """Return the number of rows that a file holds of each step."""
-    steps: dict[int, int] = {}
-    for _, record in read_records(path):
-        if record.WhichOneof("record_type") == "history":
-            steps[record.history.step.num] = steps.get(record.history.step.num, 0) + 1
-    return steps
+def read_history(path: Path) -> Counter[int]:
+    """Return the number of rows of each step in a file."""
+    return Counter(record.history.step.num for _, record in read_records(path) if record.WhichOneof("record_type") == "history")
 
 
 def offline_files(folder: Path, run_id: str) -> list[Path]:
-    """The offline files of one run below a run folder, oldest first."""
+    """Return the offline files of one run in a run folder, oldest first."""
     return sorted((folder / "wandb").glob(f"offline-run-*/run-{glob.escape(run_id)}.wandb"))
 
 
 def mend_files(folder: Path, run_id: str) -> list[str]:
-    """Make the offline files of a run such that ``wandb sync`` takes them all; nobody may be writing them.
+    """Repair the offline files of a run, so that ``wandb sync`` takes them all; no process may be writing them.
 
-    A file that does not even say to which run it belongs is moved to ``wandb-torn``, with its folder. What follows the last whole
-    record of another is cut off.
+    A file without the record of its run is moved to ``wandb-torn``, with its folder. Other files are truncated after their last
+    complete record.
 
     Returns:
         A sentence for each file that was changed.
     """
-    said: list[str] = []
+    changes: list[str] = []
     for path in offline_files(folder, run_id):
         end, has_run = 0, False
-        for place, record in read_records(path):
-            end, has_run = place, has_run or record.WhichOneof("record_type") == "run"
+        for position, record in read_records(path):
+            end, has_run = position, has_run or record.WhichOneof("record_type") == "run"
         if not has_run:
             aside = folder / TORN_DIR / path.parent.name
             aside.parent.mkdir(exist_ok=True)
             shutil.move(path.parent, aside)
-            said.append(f"wandb had written next to nothing of the last start to {path.name}: moved to {aside}")
+            changes.append(f"wandb had written next to nothing of the last start to {path.name}: moved to {aside}")
         elif cut := path.stat().st_size - end:
             os.truncate(path, end)
-            said.append(f"{path} ended within a record: its last {cut} bytes, which nothing can read, were cut off")
-    return said
+            changes.append(f"{path} ended within a record: its last {cut} bytes, which no program can read, were cut off")
+    return changes
 
 
 def stored_step(folder: Path, run_id: str) -> int:
-    """The highest step whose row the offline files hold; 0 where there is none."""
+    """Return the highest step in the offline files; 0 if there is none."""
     return max((step for path in offline_files(folder, run_id) for step in read_history(path)), default=0)
 
 
-LOG = logging.getLogger(__name__)
+class Tracker:
+    """Tracker that does nothing, and base class of the others."""
 
-WRITING_S = 60.0  # how long wandb may take to write what it holds of a run that has ended; it takes some milliseconds
+    run_id: str | None = None
 
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Add metrics to the row of a step."""
 
-class Tracker(Protocol):
-    """What the trainer asks of a tracker."""
-
-    @property
-    def run_id(self) -> str | None: ...
-
-    def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
-
-    def finish(self, summary: Mapping[str, float], exit_code: int) -> str | None: ...
+    def finish(self, summary: Mapping[str, float], exit_code: int) -> str | None:
+        """Close the tracker; after a good end, return a line that says where it keeps the run."""
 
 
 class Sink(Protocol):
-    """A tracker's program, to which whole rows are sent in the order of their steps. It may raise anything at any time.
+    """Program of a tracker, which is sent complete rows in the order of their steps. Any method may raise any error.
 
     Attributes:
-        stored_step: the highest step whose row it had stored when it was opened; 0 where there was none.
+        stored_step: the highest step that it had stored when it was opened; 0 if there was none.
     """
 
     stored_step: int
@@ -170,39 +147,27 @@ class Sink(Protocol):
     def send(self, row: Mapping[str, Any], step: int) -> None: ...
 
     def close(self, summary: Mapping[str, float], exit_code: int) -> str:
-        """Write out everything; a line that says where it is."""
+        """Store everything, and return a line that says where."""
         ...
 
     def abandon(self) -> None:
-        """Let go of a program that has failed, silently."""
+        """Close a program that has failed, without a message."""
         ...
 
 
-class NullTracker:
-    """Tracks nothing."""
+class RunTracker(Tracker):
+    """Sends the rows of a run to a sink, each step once. A failure is logged once and never stops the training.
 
-    run_id: str | None = None
-
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Nothing."""
-
-    def finish(self, summary: Mapping[str, float], exit_code: int) -> str | None:
-        """Nothing."""
-
-
-class RunTracker:
-    """Sends the rows of a run to a sink, each step once. A failure is said once and never stops the training.
-
-    A row is whole when a higher step begins, or the run has ended well: a validation belongs to the row of its step.
+    A row is complete when a higher step begins or the run has finished: a validation belongs to the row of its step.
 
     Args:
-        sink: takes the rows. What it lacks of those in the run folder is sent to it at once.
-        folder: of the run, cut back to the step where it goes on.
-        run_id: the tracker's name for the run.
+        sink: receives the rows; those in the run folder that it lacks are sent at once.
+        folder: run folder, cut back to the step from which the run continues.
+        run_id: the tracker's id of the run.
     """
 
     def __init__(self, sink: Sink, folder: RunFolder, run_id: str) -> None:
-        self.run_id: str | None = run_id
+        self.run_id = run_id
         self._sink = sink
         self._folder = folder
         self._sent_step = sink.stored_step
@@ -214,7 +179,7 @@ class RunTracker:
             self.log(row, step)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Add metrics to the row of a step; what is stored already is left out, and so is what is not finite."""
+        """Add metrics to the row of a step, except stored steps and values that are not finite."""
         if self._failed or step <= self._sent_step:
             return
         if step != self._row_step:
@@ -223,22 +188,22 @@ class RunTracker:
         self._row |= {name: value for name, value in metrics.items() if _is_known(value)}
 
     def finish(self, summary: Mapping[str, float], exit_code: int) -> str | None:
-        """Close the sink. A row that may lack its validation is sent only at a good end: else the run goes on with it.
+        """Close the sink. After a failure the last row, which may lack its validation, is left for the next start.
 
         Returns:
-            At a good end, a line that says where the sink keeps the run.
+            After a good end, a line that says where the sink keeps the run.
         """
         if exit_code == 0:
             self._send()
         if self._failed:
             return None
         try:
-            place = self._sink.close(summary, exit_code)
-        except Exception as error:  # whatever a tracker does, the run goes on
+            location = self._sink.close(summary, exit_code)
+        except Exception as error:  # no error of a tracker stops the run
             self._fail(error)
             return None
         self._folder.write_tracker(run_id=self.run_id, stored_step=self._sent_step, is_complete=exit_code == 0)
-        return place if exit_code == 0 else None
+        return location if exit_code == 0 else None
 
     def _send(self) -> None:
         if self._failed or not self._row:
@@ -260,7 +225,7 @@ class RunTracker:
 
 
 def read_rows(folder: RunFolder) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of metrics.jsonl and timing.jsonl in the order of their steps; a step may have several."""
+    """Yield the lines of metrics.jsonl and timing.jsonl in the order of their steps; a step may have several."""
     for line in heapq.merge(folder.metrics.read(), folder.timing.read(), key=lambda line: int(line["step"])):
         yield line.pop("step"), line
 
@@ -269,79 +234,75 @@ def _is_known(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
+@dataclass(eq=False, kw_only=True)
 class WandbSink:
     """Weights & Biases, online or offline.
 
     Args:
-        config: project, entity, tags.
+        config: project, entity and tags.
         mode: ``online`` or ``offline``.
-        folder: the run folder; wandb keeps its files below it.
-        run_id: of the run to continue, or a new one.
-        name: shown on the dashboard.
+        folder: run folder, in which wandb keeps its files.
+        run_id: id of the run to continue, or a new id.
+        name: name on the dashboard.
         recipe: the resolved recipe, stored as the run's config.
-        known_step: the highest step that was known to be stored at an earlier time: files may have been removed since.
+        known_step: the highest step that an earlier start knew to be stored; its files may have been removed since.
     """
 
-    def __init__(
-        self,
-        config: TrackerConfig,
-        *,
-        mode: str,
-        folder: Path,
-        run_id: str,
-        name: str,
-        recipe: Mapping[str, Any],
-        known_step: int,
-    ) -> None:
+    config: TrackerConfig
+    mode: WandbMode
+    folder: Path
+    run_id: str
+    name: str
+    recipe: Mapping[str, Any]
+    known_step: int
+
+    def __post_init__(self) -> None:
         import wandb
 
-        folder.mkdir(parents=True, exist_ok=True)
-        for sentence in mend_files(folder, run_id):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for sentence in mend_files(self.folder, self.run_id):
             LOG.warning("%s", sentence)
-        self.stored_step = max(known_step, stored_step(folder, run_id))
-        self._folder = folder
-        self._id = run_id
-        self._is_online = mode == "online"
+        self.stored_step = max(self.known_step, stored_step(self.folder, self.run_id))
         logging.getLogger("asyncio").addFilter(_is_no_lost_connection)
         self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            tags=list(config.tags) or None,
-            mode="online" if self._is_online else "offline",
-            dir=str(folder),
-            id=run_id,
-            name=name,
+            project=self.config.project,
+            entity=self.config.entity,
+            tags=list(self.config.tags) or None,
+            mode=self.mode,
+            dir=str(self.folder),
+            id=self.run_id,
+            name=self.name,
             resume="allow",
-            config=dict(recipe),
+            config=dict(self.recipe),
             settings=wandb.Settings(silent=True, init_timeout=60),
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        if self._is_online:
-            self.stored_step = self._run.starting_step - 1  # the server says its next step
+        if self.mode == "online":
+            self.stored_step = self._run.starting_step - 1  # the server gives its next step
 
     def send(self, row: Mapping[str, Any], step: int) -> None:
-        """Send one whole row."""
+        """Send one complete row."""
         self._run.log({**row, "step": step}, step=step, commit=True)
 
     def close(self, summary: Mapping[str, float], exit_code: int) -> str:
-        """Wait until all is stored. Offline, wandb's process may still be writing when ``finish`` returns."""
+        """Wait until all rows are stored; offline, wandb's process may still be writing when its ``finish`` returns."""
         self._run.summary.update(dict(summary))
         self._run.finish(exit_code=exit_code)
-        if self._is_online:
+        if self.mode == "online":
             return f"wandb: {self._run.url}"
         file, deadline = Path(self._run.settings.sync_file), time.monotonic() + WRITING_S
         while not has_ended(file):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"after {WRITING_S:g} s wandb had not written the end of {file}")
-            time.sleep(0.005)
-        several = offline_files(self._folder, self._id)
-        pattern = f"{shlex.quote(str(self._folder / 'wandb'))}/offline-run-*-{self._id}*"
+            time.sleep(0.02)
+        several = offline_files(self.folder, self.run_id)
+        pattern = f"{shlex.quote(str(self.folder / 'wandb'))}/offline-run-*-{self.run_id}*"
         command = shlex.quote(str(several[0].parent)) if len(several) == 1 else pattern
-        return f"wandb: offline, in {self._folder / 'wandb'}; to send it: wandb sync {command}"
+        return f"wandb: offline, in {self.folder / 'wandb'}; to send it: wandb sync {command}"
 
     def abandon(self) -> None:
-        """Let go of wandb's process. Where it is gone, each of these raises, and wandb would print that at the exit."""
+        """End wandb's process; if it is gone, each of these calls raises, which wandb would otherwise print at exit."""
         import wandb
 
         with contextlib.suppress(Exception):
@@ -351,45 +312,45 @@ class WandbSink:
 
 
 def _is_no_lost_connection(record: logging.LogRecord) -> bool:
-    return "socket.send() raised" not in record.getMessage()  # for each line that is printed once wandb's process is gone
+    return "socket.send() raised" not in record.getMessage()  # printed with each line once wandb's process is gone
 
 
 def start_tracker(
     world: World, recipe: Recipe, folder: RunFolder, manifest: Manifest, *, run_id: str | None, environ: Mapping[str, str]
 ) -> Tracker:
-    """The tracker of a run: on rank 0 the recipe's, elsewhere none. It goes on with the curve ``run_id``, or the run folder's.
+    """Return the tracker of a run: on rank 0 the recipe's, which continues ``run_id`` or the run folder's; else a no-op.
 
-    Where it cannot be started there is none either: a tracker that fails never stops a training run.
+    A tracker that cannot start is replaced by a no-op, since a tracker must never stop a training run.
     """
     if not world.is_main or recipe.tracker.name == "none":
-        return NullTracker()
-    told = to_dict(recipe)
+        return Tracker()
+    values = to_dict(recipe)
     if manifest.remote is not None:
-        told["data"]["manifest"] = manifest.location  # without what may be secret in a URL
+        values["data"]["manifest"] = manifest.location  # without secrets in the URL
     try:
-        return open_tracker(recipe.tracker, folder, told, run_id=run_id, environ=environ)
+        return open_tracker(recipe.tracker, folder, values, run_id=run_id, environ=environ)
     except Exception as error:  # as above
         LOG.warning("wandb could not start (%s); metrics.jsonl has every number", error)
-        return NullTracker()
+        return Tracker()
 
 
 def open_tracker(
     config: TrackerConfig, folder: RunFolder, recipe: Mapping[str, Any], *, run_id: str | None, environ: Mapping[str, str]
 ) -> RunTracker:
-    """The tracker of a run folder, sent what it lacks.
+    """Open the tracker of a run folder, and send it the rows that it lacks.
 
     Args:
-        config: of the tracker.
-        folder: of the run.
-        recipe: the resolved recipe, for the tracker to show.
-        run_id: of the curve to continue; None: the run folder's, or a new one.
-        environ: says whether there is a key.
+        config: settings of the tracker.
+        folder: run folder.
+        recipe: the resolved recipe, shown by the tracker.
+        run_id: id of the run to continue; None: the run folder's, or a new one.
+        environ: the process's environment, with wandb's key if there is one.
     """
     stored = folder.read_tracker()
     run_id = run_id or stored.get("run_id") or uuid.uuid4().hex[:8]
     mode = config.mode if config.mode != "auto" else choose_wandb_mode(environ)
     sink = WandbSink(
-        config,
+        config=config,
         mode=mode,
         folder=folder.path,
         run_id=run_id,
@@ -403,7 +364,7 @@ def open_tracker(
 def complete_tracker(
     world: World, recipe: Recipe, folder: RunFolder, manifest: Manifest, *, environ: Mapping[str, str]
 ) -> str | None:
-    """Send the tracker of a finished run what it lacks, since the run was killed after its result was written."""
+    """Send the tracker of a finished run the rows that it lacks; the run may have been killed after its result was written."""
     result = folder.read_result() or {}
     if not world.is_main or folder.read_tracker().get("is_complete", True):
         return None
@@ -411,23 +372,23 @@ def complete_tracker(
     return start_tracker(world, recipe, folder, manifest, run_id=None, environ=environ).finish(summary, 0)
 
 
-def choose_wandb_mode(environ: Mapping[str, str]) -> str:
-    """``online`` where there is a key and wandb's server answers within two seconds, else ``offline``."""
-    if environ.get("WANDB_MODE") in ("online", "offline"):
-        return environ["WANDB_MODE"]
+def choose_wandb_mode(environ: Mapping[str, str]) -> WandbMode:
+    """Return ``online`` if there is a key and wandb's server answers within two seconds, else ``offline``."""
+    if (mode := environ.get("WANDB_MODE")) in ("online", "offline"):
+        return cast(WandbMode, mode)
     host, port = wandb_address(environ)
     return "online" if has_wandb_key(environ, host) and is_reachable(host, port) else "offline"
 
 
 def wandb_address(environ: Mapping[str, str]) -> tuple[str, int]:
-    """Host and port of wandb's server."""
+    """Return the host and port of wandb's server."""
     host = environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
     name, _, port = host.partition(":")
     return name, int(port or 443)
 
 
 def has_wandb_key(environ: Mapping[str, str], host: str) -> bool:
-    """Whether there is a key for a server: in the environment, or where ``wandb login`` puts it."""
+    """Return True if there is a key for a server: in the environment, or in the file that ``wandb login`` writes."""
     if environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -437,9 +398,7 @@ def has_wandb_key(environ: Mapping[str, str], host: str) -> bool:
 
 
 def is_reachable(host: str, port: int) -> bool:
-    """Whether a server takes connections within two seconds."""
-    try:
-        socket.create_connection((host, port), timeout=2).close()
-    except OSError:
-        return False
-    return True
+    """Return True if a server accepts a connection within two seconds."""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=2):
+        return True
+    return False

@@ -1,11 +1,10 @@
-"""A training run from its recipe to its result: checks first, then the run folder, then the loop, then the evaluation."""
+"""A training run from its recipe to its result."""
 
 import contextlib
-import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Iterator, MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ from torch import nn
 
 from galaxydist.checkpoints import store
 from galaxydist.distributed import World, init_distributed, keep_threads, set_flight_recorder, shutdown_distributed
-from galaxydist.errors import EveryRankError, NonfiniteError, OneRankFailedError, UserError, first_line
+from galaxydist.errors import NonfiniteError, OneRankFailedError, UserError, first_line
 from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
 from galaxydist.evaluation.inference import evaluate_split
 from galaxydist.evaluation.leakage import check_before_training
 from galaxydist.job_environment import start_of
-from galaxydist.loading.augment import Augment
 from galaxydist.loading.dataset import (
     TrainingData,
     build_augment,
@@ -30,433 +28,339 @@ from galaxydist.loading.dataset import (
     mirror_warning,
     open_manifest,
 )
-from galaxydist.loading.decode import sample_name
+from galaxydist.loading.decode import sample_key
 from galaxydist.loading.device_prefetch import DevicePrefetcher
-from galaxydist.loading.loader import Batch, TrainLoader
+from galaxydist.loading.loader import Batch, DecodeOptions, RankInfo, TrainLoader
 from galaxydist.log import results
-from galaxydist.models.build import build_model, needs_two_images
+from galaxydist.models.build import build_model
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.performance import (
     channels_last,
     checkpoint_activations,
     compile_model,
-    images_channels_last,
     remove_broken_libraries,
     set_tf32,
 )
 from galaxydist.paths import data_root, weights_dir
 from galaxydist.recipe.identity import run_path, to_dict
 from galaxydist.recipe.resolve import ResolvedRecipe
-from galaxydist.recipe.rules import check_optimizer, check_strategy, check_world
-from galaxydist.recipe.schema import Recipe
+from galaxydist.recipe.rules import check_optimizer, check_strategy, check_world, is_mixing
 from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock
-from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
 from galaxydist.training.announcement import describe_end, describe_run, describe_time
 from galaxydist.training.batch_norm import average_statistics, synchronise_batch_norm
-from galaxydist.training.checkpointer import Checkpointer, SaveSchedule
-from galaxydist.training.ddp import Strategy, build_strategy
+from galaxydist.training.checkpointer import Checkpointer, SaveSchedule, SaveTimer
+from galaxydist.training.ddp import DDPStrategy
+from galaxydist.training.fsdp import FSDPStrategy
 from galaxydist.training.health.anomalies import LossSpikes, NonFiniteSteps, UnreadableImages
-from galaxydist.training.health.watchdog import build_watchdog, collective_timeout
+from galaxydist.training.health.watchdog import Watchdog, build_watchdog, collective_timeout
 from galaxydist.training.loop import TrainLoop
 from galaxydist.training.loss import WeightedCrossEntropy, class_weights
 from galaxydist.training.metric_logger import MetricLogger, RunLength
 from galaxydist.training.micro_batch import choose_micro_batch, explained_out_of_memory, is_out_of_memory
-from galaxydist.training.mixup import Mixup, count_pair_parts, split_pairs, take
+from galaxydist.training.mixup import Mixup
 from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
-from galaxydist.training.resume import EarlyStopping, OpenedFolder, open_run_folder
+from galaxydist.training.resume import EarlyStopping, lock_run_folder
 from galaxydist.training.state import TrainState
-from galaxydist.training.step import TrainStep, count_micro_batches, split_evenly
+from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
 from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name
-from galaxydist.training.throughput import StepTimer, Utilisation, build_utilisation
-from galaxydist.training.trackers import Tracker, complete_tracker, start_tracker
+from galaxydist.training.throughput import StepTimer, build_utilisation
+from galaxydist.training.trackers import complete_tracker, start_tracker
 
 logger = logging.getLogger(__name__)
 
-# What a recipe asks for, built: the model and its optimizer, what is saved of them, and the step that moves them.
-
-# Tensors of a parameter's size that an optimizer keeps for it, at most: counted while the micro-batch is looked for.
+# Largest number of tensors of a parameter's size that an optimizer keeps, reserved while the micro-batch is searched.
 OPTIMIZER_TENSORS = 2
 
 
-@dataclass
-class Parts:
-    """What is made before the loop.
-
-    Args:
-        strategy: how the processes share the model.
-        state: what is saved.
-        augment: pixels to model input.
-        schedule: length of the run.
-        micro_batch: galaxies in one forward pass of one process (0: its whole share).
-        utilisation: how much of its device the run uses.
-    """
-
-    strategy: Strategy
-    state: TrainState
-    augment: Augment
-    schedule: RunLength
-    micro_batch: int
-    utilisation: Utilisation
-
-
-def check_parts(recipe: Recipe, world: World) -> None:
-    """Refuse what could not be built, before anything is written.
-
-    Raises:
-        EveryRankError: on every rank the same.
-    """
-    check_optimizer(recipe.optim.name)
-    check_strategy(recipe.train, world.precision)
-    if Mixup(recipe.train, recipe.seed, recipe.data.image_size).is_on:
-        check_world(recipe.train.batch_size, world.size)
-
-
-def check_passes(recipe: Recipe, world: World, model: nn.Module) -> None:
-    """Refuse a pass of a single galaxy where the model's batch normalisation needs two, before anything is written.
-
-    Args:
-        model: built, on the CPU.
-
-    Raises:
-        EveryRankError: on every rank the same.
-    """
-    config = recipe.train
-    micro_batch = 0 if config.micro_batch == "auto" else config.micro_batch
-    if not _has_single_pass(recipe, world, model, micro_batch):
-        return
-    text = (
-        f"{recipe.model.name} at data.image_size={recipe.data.image_size} normalises over the batch what is one pixel by then, "
-        f"which takes two galaxies in each forward pass; train.batch_size={config.batch_size} on {world.size} processes with "
-        f"train.micro_batch={config.micro_batch} has passes of one."
-    )
-    if (enough := _least_micro_batch(recipe, world)) is not None:
-        raise EveryRankError(f"{text} Use train.micro_batch={enough} or more.")
-    remedy = ", or train.sync_batchnorm=true" if world.size > 1 else ""
-    raise EveryRankError(f"{text} Use train.batch_size={2 * world.size} or more{remedy}.")
-
-
-def _has_single_pass(recipe: Recipe, world: World, model: nn.Module, micro_batch: int) -> bool:
-    config = recipe.train
-    if Mixup(config, recipe.seed, recipe.data.image_size).is_on or (config.sync_batchnorm and world.size > 1):
-        return False  # there are two galaxies in any pass, or the passes of all processes count together
-    return _smallest_pass(recipe, world, micro_batch) == 1 and needs_two_images(model, recipe.data.image_size)
-
-
-def _smallest_pass(recipe: Recipe, world: World, micro_batch: int) -> int:
-    batch_size = recipe.train.batch_size
-    return batch_size // world.size // count_micro_batches(batch_size, world.size, micro_batch)
-
-
-def _least_micro_batch(recipe: Recipe, world: World) -> int | None:
-    """The least micro-batch of which no pass has a single galaxy."""
-    return next((size for size in (2, 3, 4) if _smallest_pass(recipe, world, size) > 1), None)
-
-
-def build_parts(
-    world: World,
-    recipe: Recipe,
-    manifest: Manifest,
-    model: nn.Module,
-    folder: RunFolder,
-    *,
-    stored_micro_batch: Mapping[str, Any] | None,
-) -> Parts:
-    """Everything around a model, with nothing restored yet. All ranks take part.
-
-    Args:
-        world: the processes.
-        recipe: what is asked for.
-        manifest: the shards.
-        model: built, on the CPU.
-        folder: of the run.
-        stored_micro_batch: what an earlier start of the run found out.
-    """
-    config, optim = recipe.train, recipe.optim
-    steps_per_epoch = manifest.splits["train"].num_samples // config.batch_size
-    schedule = RunLength(steps_per_epoch, config.epochs * steps_per_epoch, config.batch_size)
-    set_tf32(config.tf32, world.device)
-    model = model.to(device=world.device, dtype=world.dtype)
-    if config.channels_last:
-        channels_last(model)
-    if config.gradient_checkpointing:
-        checkpoint_activations(model)
-    utilisation = build_utilisation(world, recipe, model)
-    micro_batch, found = _micro_batch(world, recipe, model, stored_micro_batch)
-    if config.sync_batchnorm and world.size > 1:
-        model = synchronise_batch_norm(model)
-    if config.compile:
-        world.run_on_all(lambda: compile_model(model, world.device))
-        from torch._inductor.runtime.cache_dir_utils import cache_dir as find_cache_dir
-
-        cache_dir = Path(find_cache_dir())
-        if num_removed := sum(world.all_gather(len(remove_broken_libraries(cache_dir)))):
-            logger.info(
-                "removed %d libraries from torch.compile's cache %s: their compilation was killed", num_removed, cache_dir
-            )
-    strategy = build_strategy(world, model, config)
-    augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=world.cores)
-    with explained_out_of_memory(recipe, world, micro_batch):
-        strategy.settle(_example(world, recipe, augment, micro_batch))
-    groups = [dict(group) for group in parameter_groups(strategy.model, optim.weight_decay, optim.layer_decay)]
-    state = TrainState(
-        strategy.model,
-        world.accelerator.prepare(build_optimizer(groups, optim, world.device)),
-        world.accelerator.scaler,
-        strategy.averages,
-        stopping=EarlyStopping(config.metric, config.patience),
-        skipped=UnreadableImages(recipe.data.on_error, recipe.data.max_errors),
-        nonfinite=NonFiniteSteps(
-            config.on_nonfinite, config.max_nonfinite, folder, lambda sample: sample_name(manifest, "train", sample)
-        ),
-        spikes=LossSpikes(config.spike_threshold),
-        micro_batch=found,
-        threads={"threads": world.threads, "world_size": world.size},
-    )
-    return Parts(
-        strategy=strategy,
-        state=state,
-        augment=augment,
-        schedule=schedule,
-        micro_batch=micro_batch,
-        utilisation=utilisation,
-    )
-
-
-def _micro_batch(world: World, recipe: Recipe, model: nn.Module, stored: Mapping[str, Any] | None) -> tuple[int, dict[str, Any]]:
-    """The recipe's, or the largest that fits beside what the optimizer will keep; and what is to be stored of it.
-
-    A model that is to be divided is not tried: whole, it would need more than it will.
-    """
-    if recipe.train.strategy == "fsdp" and recipe.train.micro_batch == "auto":
-        return 0, {}
-    trained_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    unit = 2 if Mixup(recipe.train, recipe.seed, recipe.data.image_size).is_on else 1
-    ballast_bytes = OPTIMIZER_TENSORS * trained_bytes
-    found, to_store = choose_micro_batch(world, recipe, model, stored=stored, ballast_bytes=ballast_bytes, unit=unit)
-    if recipe.train.micro_batch == "auto" and _has_single_pass(recipe, world, model, found):
-        found = _least_micro_batch(recipe, world) or 0
-        to_store = {**to_store, "micro_batch": found}
-    return found, to_store
-
-
-def _example(world: World, recipe: Recipe, augment: Augment, micro_batch: int) -> torch.Tensor:
-    """Two empty images as the model sees them; where it is compiled, as many as in this rank's first pass of a step, since the
-    first shape that comes is compiled for that shape alone."""
-    config, size = recipe.train, recipe.data.image_size
-    share = len(range(world.rank, config.batch_size, world.size))
-    is_mixing = Mixup(config, recipe.seed, size).is_on
-    count_parts, split = (count_pair_parts, split_pairs) if is_mixing else (count_micro_batches, split_evenly)
-    first = split(share, count_parts(config.batch_size, world.size, micro_batch))[0]
-    count = len(take(torch.arange(share), first))
-    pixels_BHWC = torch.zeros(count if config.compile else min(2, count), size, size, 3, dtype=torch.uint8, device=world.device)
-    images_BCHW = augment(pixels_BHWC, 0, torch.arange(len(pixels_BHWC))).to(world.dtype)
-    return images_channels_last(images_BCHW) if config.channels_last else images_BCHW
-
-
-def build_update(
-    world: World, recipe: Recipe, manifest: Manifest, parts: Parts, timer: StepTimer, *, stop: StopSignal
-) -> TrainStep:
-    """The step. All ranks take part."""
-    is_whole = recipe.train.strategy == "ddp" and not recipe.train.compile
-    gates = StepGates(
-        world.size,
-        stop,
-        layers=parts.strategy.model if is_whole else None,
-        timeout=collective_timeout(recipe.train.hang_timeout),
-    )
-    counts_K = manifest.splits["train"].class_counts
-    weights_K = class_weights(recipe.train.class_weights, counts_K).to(world.device)
-    mixing = Mixup(recipe.train, recipe.seed, recipe.data.image_size)
-    return TrainStep(
-        world,
-        parts.strategy,
-        parts.state.optimizer,
-        objective=WeightedCrossEntropy(weights_K, recipe.train.label_smoothing),
-        augment=parts.augment,
-        mixing=mixing if mixing.is_on else None,
-        rate=LRSchedule(recipe.optim, parts.schedule.total_steps),
-        config=recipe.train,
-        micro_batch=parts.micro_batch,
-        seed=recipe.seed,
-        timer=timer,
-        gates=gates,
-    )
-
-
 def train(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> int:
-    """Carry out a recipe: start it, continue it, or show its result if it has one.
+    """Train a recipe, continue its run, or show its result if it has one. Every process of the run calls it.
 
     Args:
-        resolved: the recipe and where its values came from.
+        resolved: the recipe, with the origins of its values.
         environ: the process's environment.
 
     Returns:
         0 after the evaluation, else the number of the signal that stopped the run (its state is saved).
 
     Raises:
-        UserError: something the user must mend; nothing was written.
+        UserError: the recipe, its data or the run folder cannot be used; nothing was written.
     """
     config = resolved.recipe.train
     timeout = collective_timeout(config.hang_timeout)
     world = init_distributed(config.precision, environ, timeout=timeout, threads=config.threads)
     try:
         stop_signal = Trainer(resolved, world, environ).run()
-        # Nobody leaves while another still closes its files: a launcher may end the ranks that are a moment behind.
-        world.barrier()
+        world.barrier()  # launchers kill ranks that exit after the first one, which may still close their files
         return stop_signal
     finally:
         shutdown_distributed()
 
 
 class Trainer:
-    """One process's part in a run.
+    """Trains one recipe in one run folder; every process of a run has one.
+
+    ``run`` calls the other methods in their order. All processes call each of them together.
 
     Args:
-        resolved: the recipe and where its values came from.
+        resolved: the recipe, with the origins of its values.
         world: the processes.
         environ: the process's environment.
+
+    Attributes:
+        manifest: the shards of the run; ``other_manifests`` are those of ``eval.variants``.
+        model: the bare model, in ``strategy``.
+        stop: set by a signal while the run folder is open.
+        is_finished: the run has its result.
+        length: number of steps.
+        state: everything that a checkpoint holds.
+        step: takes one optimizer step.
+        checkpointer: saves ``state``.
+        tracker: the run's tracker, on rank 0.
     """
 
     def __init__(self, resolved: ResolvedRecipe, world: World, environ: MutableMapping[str, str]) -> None:
-        self.resolved = resolved
-        self.recipe = resolved.recipe
-        self.world = world
-        self.environ = environ
-        self._lock: RunLock | None = None
-        self._others: list[Manifest] = []
+        self.resolved, self.recipe = resolved, resolved.recipe
+        self.world, self.environ = world, environ
         self.root = data_root(self.recipe.data.dir, environ)
+        self._lock: RunLock | None = None  # on rank 0
+        self._saved_progress: dict[str, Any] = {}
+        self._summary: dict[str, float] | None = None
 
     def run(self) -> int:
-        """See ``train``."""
-        processes = "1 process" if self.world.size == 1 else f"{self.world.size} processes"
-        device, precision = self.world.device.type, self.world.precision
-        threads = "1 thread each" if self.world.threads == 1 else f"{self.world.threads} threads each"
-        logger.info("galaxydist: %s, %s, %s, precision %s", processes, device, threads, precision)
-        path, cache = find_manifest(self.recipe.data, self.root), find_cache(self.recipe.data, self.root)
-        manifest = self.world.run_on_all(lambda: open_manifest(path, cache, self.recipe, self.world.size))
-        self._others = self.world.run_on_all(lambda: self._open_others(manifest))
-        self.world.run_on_main(lambda: self._check_data(manifest))
-        if warning := mirror_warning(manifest, self.recipe):
-            logger.warning("%s", warning)
-        check_parts(self.recipe, self.world)
-        torch.manual_seed(self.recipe.seed)
-        model = self.world.run_on_all(lambda: self._build_model(manifest))
-        check_passes(self.recipe, self.world, model)
-        with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(StopSignal(speaks=self.world.is_main))
-            opened = self.world.run_on_main(lambda: self._open_folder(stack, manifest))
-            folder = RunFolder(opened.path)
-            if self.recipe.train.threads == 0:
-                self.world = keep_threads(self.world, opened.threads)
-            set_flight_recorder(self.environ, folder.stacks_dir)
-            if opened.is_over:
-                logger.info("%s is finished.", folder)
-                self._judge(folder, manifest)
-                if text := complete_tracker(self.world, self.recipe, folder, manifest, environ=self.environ):
-                    results.info("%s", text)
+        """Train to the result, as ``train`` does, and return its result."""
+        self.check_inputs()
+        with self.open_run_folder():
+            if self.is_finished:
+                logger.info("%s is finished.", self.run_folder)
+                self.evaluate()
+                _log_result(complete_tracker(self.world, self.recipe, self.run_folder, self.manifest, environ=self.environ))
                 return 0
-            parts = build_parts(self.world, self.recipe, manifest, model, folder, stored_micro_batch=opened.micro_batch)
-            self._restore(parts, folder)
-            if parts.state.step == 0:
-                self._announce(parts, manifest, folder)
-            known = parts.state.tracker_run_id
-            tracker = start_tracker(self.world, self.recipe, folder, manifest, run_id=known, environ=self.environ)
-            parts.state.tracker_run_id = tracker.run_id
-            return self._train(parts, manifest, folder, tracker, stop)
+            self.build()
+            self.restore()
+            with self.open_tracker():
+                if stop_signal := self.train():
+                    return stop_signal
+                self.finish(self.evaluate())
+        return 0
 
-    def _check_data(self, manifest: Manifest) -> None:
-        """Rank 0: tell before the training what would end it hours later."""
+    def check_inputs(self) -> None:
+        """Check the shards, the recipe and the model, before anything is written."""
+        recipe, world = self.recipe, self.world
+        processes = "1 process" if world.size == 1 else f"{world.size} processes"
+        threads = "1 thread each" if world.threads == 1 else f"{world.threads} threads each"
+        logger.info("galaxydist: %s, %s, %s, precision %s", processes, world.device.type, threads, world.precision)
+        path, cache = find_manifest(recipe.data, self.root), find_cache(recipe.data, self.root)
+        self.manifest = world.run_on_all(lambda: open_manifest(path, cache, recipe, world.size))
+        variants = [variant for variant in recipe.eval.variants if variant != self.manifest.variant]
+        self.other_manifests = world.run_on_all(
+            lambda: [open_shards(find_variant(recipe.data, self.root, variant), cache) for variant in variants]
+        )
+        world.run_on_main(self._check_data)
+        if warning := mirror_warning(self.manifest, recipe):
+            logger.warning("%s", warning)
+        check_optimizer(recipe.optim.name)
+        check_strategy(recipe.train, world.precision)
+        if is_mixing(recipe.train):
+            check_world(recipe.train.batch_size, world.size)
+        torch.manual_seed(recipe.seed)
+        self.model = world.run_on_all(
+            lambda: build_model(
+                recipe.model, self.manifest.num_classes, recipe.data.image_size, weights_dir=weights_dir(self.root)
+            )
+        )
+        check_passes(recipe, world, self.model)
+
+    def _check_data(self) -> None:
+        """Rank 0: find errors that would otherwise end the run after the training."""
         folder = RunFolder(run_path(self.recipe))
         is_known = folder.is_started and bool(store.list_checkpoints(folder.checkpoints_dir))
         known = folder.read_recipe().recipe.get("eval.variants", ()) if is_known else ()
-        for judged in (manifest, *self._others):
-            check_columns(judged)
-            if not is_known or (judged is not manifest and judged.variant not in known):
-                check_before_training(manifest, judged)
-        if not is_known and has_split(manifest, "test"):
-            rehearse_evaluation(manifest, self.recipe)
+        for evaluated in (self.manifest, *self.other_manifests):
+            check_columns(evaluated)
+            if not is_known or (evaluated is not self.manifest and evaluated.variant not in known):
+                check_before_training(self.manifest, evaluated)
+        if not is_known and has_split(self.manifest, "test"):
+            rehearse_evaluation(self.manifest, self.recipe)
 
-    def _build_model(self, manifest: Manifest) -> nn.Module:
-        config, size = self.recipe.model, self.recipe.data.image_size
-        return build_model(config, manifest.num_classes, size, weights_dir=weights_dir(self.root))
+    @contextlib.contextmanager
+    def open_run_folder(self) -> Iterator[None]:
+        """Lock the run folder, and handle stop signals while it is open."""
+        with contextlib.ExitStack() as stack:
+            self.stop = stack.enter_context(StopSignal(is_verbose=self.world.is_main))
 
-    def _open_folder(self, stack: contextlib.ExitStack, manifest: Manifest) -> OpenedFolder:
-        """Rank 0: the run folder, locked for this run."""
-        opened, self._lock = open_run_folder(self.world, self.resolved, manifest)
-        stack.callback(self._lock.release)
-        RunFolder(opened.path).clear_failure()
-        return opened
+            def lock() -> tuple[Path, dict[str, Any], bool]:
+                folder = RunFolder(run_path(self.recipe))
+                self._lock, progress, is_finished = lock_run_folder(folder, self.world, self.resolved, self.manifest)
+                stack.callback(self._lock.release)
+                folder.clear_failure()
+                return folder.path, progress, is_finished
 
-    def _restore(self, parts: Parts, folder: RunFolder) -> None:
-        """Go on from the newest sound checkpoint, where there is one."""
-        found, state = parts.strategy.load(folder.checkpoints_dir), parts.state
+            path, self._saved_progress, self.is_finished = self.world.run_on_main(lock)
+            self.run_folder = RunFolder(path)
+            if self.recipe.train.threads == 0:
+                self.world = keep_threads(self.world, self._saved_progress.get("threads"))
+            set_flight_recorder(self.environ, self.run_folder.stacks_dir)
+            yield
+
+    def build(self) -> None:
+        """Build the model on its device, the optimizer, the training state, the step and the checkpointer."""
+        recipe, world, config = self.recipe, self.world, self.recipe.train
+        steps_per_epoch = self.manifest.splits["train"].num_samples // config.batch_size
+        self.length = RunLength(steps_per_epoch, config.epochs * steps_per_epoch, config.batch_size)
+        model, micro_batch, found = self._prepare_model()
+        self.strategy = FSDPStrategy(world, model, config) if config.strategy == "fsdp" else DDPStrategy(world, model, config)
+        self.model = self.strategy.model
+        data = TrainingData.of(self.manifest, recipe)
+        self.augment = build_augment(recipe, data, threads=world.cores)
+        with explained_out_of_memory(recipe, world, micro_batch):
+            self.strategy.warm_up(example_images(world, recipe, self.augment, micro_batch))
+        self.state = self._build_state(found)
+        self.step = self._build_step(micro_batch)
+        self.checkpointer = Checkpointer(
+            world,
+            self.run_folder,
+            self.state,
+            writer=self.strategy.open_writer(
+                self.run_folder.checkpoints_dir,
+                background=config.async_save,
+                check=self._lock.check if self._lock is not None else lambda: None,
+            ),
+            is_collective=self.strategy.is_collective,
+            schedule=SaveSchedule(steps_per_epoch, self.length.total_steps, config.save_steps, config.save_every),
+            timer=SaveTimer(config.save_minutes, time.monotonic),
+            context={"data": data.to_dict(), "order_version": recipe.order_version, "recipe": to_dict(recipe)},
+        )
+
+    def _prepare_model(self) -> tuple[nn.Module, int, dict[str, Any]]:
+        """Move the model to its device, choose the micro-batch, and synchronise or compile the model if the recipe says so.
+
+        Returns:
+            The model, the micro-batch, and the micro-batch and its conditions for the checkpoint.
+        """
+        recipe, world, config = self.recipe, self.world, self.recipe.train
+        set_tf32(config.tf32, world.device)
+        model = self.model.to(device=world.device, dtype=world.dtype)
+        if config.channels_last:
+            channels_last(model)
+        if config.gradient_checkpointing:
+            checkpoint_activations(model)
+        self.utilisation = build_utilisation(world, recipe, model)
+        micro_batch, found = self._choose_micro_batch(model)
+        if config.sync_batchnorm and world.size > 1:
+            model = synchronise_batch_norm(model)
+        if config.compile:
+            world.run_on_all(lambda: compile_model(model, world.device))
+            from torch._inductor.runtime.cache_dir_utils import cache_dir as find_cache_dir
+
+            cache_dir = Path(find_cache_dir())
+            if num_removed := sum(world.all_gather(len(remove_broken_libraries(cache_dir)))):
+                logger.info("removed %d incomplete libraries from torch.compile's cache %s", num_removed, cache_dir)
+        return model, micro_batch, found
+
+    def _choose_micro_batch(self, model: nn.Module) -> tuple[int, dict[str, Any]]:
+        """Return the recipe's micro-batch, or the largest that fits beside the optimizer's state, and the values to store.
+
+        For FSDP the whole share is taken: the model cannot be tried, since whole it needs more memory than sharded.
+        """
+        recipe, world = self.recipe, self.world
+        if recipe.train.strategy == "fsdp" and recipe.train.micro_batch == "auto":
+            return 0, {}
+        trained_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        micro_batch, found = choose_micro_batch(
+            world,
+            recipe,
+            model,
+            stored=self._saved_progress.get("micro_batch"),
+            ballast_bytes=OPTIMIZER_TENSORS * trained_bytes,
+            unit=2 if is_mixing(recipe.train) else 1,
+        )
+        if recipe.train.micro_batch == "auto" and has_single_pass(recipe, world, model, micro_batch):
+            micro_batch = least_micro_batch(recipe, world) or 0
+            found = {**found, "micro_batch": micro_batch}
+        return micro_batch, found
+
+    def _build_state(self, micro_batch: dict[str, Any]) -> TrainState:
+        recipe, world, config = self.recipe, self.world, self.recipe.train
+        groups = [dict(group) for group in parameter_groups(self.model, recipe.optim.weight_decay, recipe.optim.layer_decay)]
+        return TrainState(
+            self.model,
+            world.accelerator.prepare(build_optimizer(groups, recipe.optim, world.device)),
+            world.accelerator.scaler,
+            self.strategy.ema_state,
+            stopping=EarlyStopping(config.metric, config.patience),
+            skipped=UnreadableImages(recipe.data.on_error, recipe.data.max_errors),
+            nonfinite=NonFiniteSteps(
+                config.on_nonfinite, config.max_nonfinite, self.run_folder, partial(sample_key, self.manifest, "train")
+            ),
+            spikes=LossSpikes(config.spike_threshold),
+            micro_batch=micro_batch,
+            threads={"threads": world.threads, "world_size": world.size},
+        )
+
+    def _build_step(self, micro_batch: int) -> TrainStep:
+        recipe, world, config = self.recipe, self.world, self.recipe.train
+        weights_K = class_weights(config.class_weights, self.manifest.splits["train"].class_counts).to(world.device)
+        has_layers = config.strategy == "ddp" and not config.compile
+        return TrainStep(
+            world,
+            self.strategy,
+            self.state.optimizer,
+            loss=WeightedCrossEntropy(weights_K, config.label_smoothing),
+            augment=self.augment,
+            mixup=Mixup(config, recipe.seed, recipe.data.image_size) if is_mixing(config) else None,
+            schedule=LRSchedule(recipe.optim, self.length.total_steps),
+            config=config,
+            micro_batch=micro_batch,
+            seed=recipe.seed,
+            timer=StepTimer(world.device, batch_size=config.batch_size, world_size=world.size),
+            gates=StepGates(
+                world.size,
+                self.stop,
+                layers=self.model if has_layers else None,
+                timeout=collective_timeout(config.hang_timeout),
+            ),
+        )
+
+    def restore(self) -> None:
+        """Restore the newest sound checkpoint, if there is one, and cut the metrics back to its step."""
+        found = self.strategy.load(self.run_folder.checkpoints_dir)
         if found is not None:
-            self.world.run_on_all(lambda: state.restore(self.world, found.tensors, found.state))
-            logger.info("continuing %s from step %d", folder, state.step)
-        self.world.run_on_main(lambda: self._cut_back(folder, state.step))
+            self.world.run_on_all(lambda: self.state.from_checkpoint(self.world, found.tensors, found.state))
+            logger.info("continuing %s from step %d", self.run_folder, self.state.step)
+        for log in (self.run_folder.metrics, self.run_folder.timing):
+            self.world.run_on_main(partial(log.cut_back, self.state.step))
+        if self.state.step == 0:
+            logger.info("%s", describe_run(self.resolved, self.manifest, self.run_folder, self.model, self.length))
+            estimate = describe_time(self.world, self.resolved, self.model, self.length, self.step.micro_batch)
+            if estimate is not None:
+                logger.info("%s", estimate)
 
-    def _announce(self, parts: Parts, manifest: Manifest, folder: RunFolder) -> None:
-        model, schedule = parts.strategy.model, parts.schedule
-        logger.info("%s", describe_run(self.resolved, manifest, folder, model, schedule))
-        estimate = describe_time(self.world, self.resolved, model, schedule, parts.micro_batch)
-        if estimate is not None:
-            logger.info("%s", estimate)
-
-    @staticmethod
-    def _cut_back(folder: RunFolder, step: int) -> None:
-        folder.metrics.cut_back(step)
-        folder.timing.cut_back(step)
-
-    def _train(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopSignal) -> int:
-        world, state = self.world, parts.state
-        exit_code = 1
-        summary: dict[str, float] = {}
+    @contextlib.contextmanager
+    def open_tracker(self) -> Iterator[None]:
+        """Start the tracker; at the end finish it, with the summary of a finished run. An error is noted in the run folder."""
+        self.tracker = start_tracker(
+            self.world,
+            self.recipe,
+            self.run_folder,
+            self.manifest,
+            run_id=self.state.tracker_run_id,
+            environ=self.environ,
+        )
+        self.state.tracker_run_id = self.tracker.run_id
         try:
-            stop_signal = self._loop(parts, manifest, folder, tracker, stop) or max(world.all_gather(stop.signal_number))
-            if stop_signal:
-                saved = "which is saved" if state.step else "with nothing to save yet"
-                logger.info(
-                    "stopped by %s at step %d, %s; the same command continues it", signal_name(stop_signal), state.step, saved
-                )
-                return stop_signal
-            stop.close()  # nothing is lost any more: a restart evaluates again
-            metrics = self._judge(folder, manifest)
-            summary = {f"test/{name}": metrics[name] for name in ("accuracy", "balanced_accuracy", "loss")} if metrics else {}
-            summary |= {**state.skipped.metrics(), **state.nonfinite.metrics()}
-            world.run_on_main(lambda: folder.write_result({"step": state.step, **summary}))
-            exit_code = 0
-            results.info("%s", describe_end(folder))
+            yield
         except Exception as error:
-            self._note_failure(folder, state.step, error)
+            self._note_failure(error)
             raise
         finally:
-            if text := tracker.finish(summary, exit_code):
-                results.info("%s", text)
-        return 0
+            _log_result(self.tracker.finish(self._summary or {}, 1 if self._summary is None else 0))
 
-    def _judge(self, folder: RunFolder, manifest: Manifest) -> dict[str, Any] | None:
-        """The evaluation on the run's own test split; those of eval.variants are written beside it."""
-        evaluator = Evaluator(self.world, folder, self.recipe, find_training_shards=lambda _: manifest)
-        metrics = evaluator.evaluate(manifest, "test")
-        for other in self._others:
-            evaluator.evaluate(other, "test")
-        return metrics
-
-    def _open_others(self, manifest: Manifest) -> list[Manifest]:
-        """The shards of eval.variants but the run's own: looked for before the training, not after it."""
-        data, cache = self.recipe.data, find_cache(self.recipe.data, self.root)
-        return [
-            open_shards(find_variant(data, self.root, variant), cache)
-            for variant in self.recipe.eval.variants
-            if variant != manifest.variant
-        ]
-
-    def _note_failure(self, folder: RunFolder, step: int, error: Exception) -> None:
-        """For whoever decides whether the run is started again; by rank 0, and by a rank that alone knows what happened."""
+    def _note_failure(self, error: Exception) -> None:
+        """Write an error for the decision on a restart: on rank 0, and on a rank that alone knows of it."""
         if not self.world.is_main and not isinstance(error, OneRankFailedError):
             return
         kind: FailureKind = "nonfinite" if isinstance(error, NonfiniteError) else "crash"
@@ -464,91 +368,92 @@ class Trainer:
             kind = "bad_input"
         text = first_line(error)
         with contextlib.suppress(OSError, UserError):  # the disk may be what failed
-            folder.write_failure(kind, step, text, start=start_of(self.environ))
+            self.run_folder.write_failure(kind, self.state.step, text, start=start_of(self.environ))
 
-    def _loop(self, parts: Parts, manifest: Manifest, folder: RunFolder, tracker: Tracker, stop: StopSignal) -> int:
-        """Train from where the state is; the signal that stopped it, or 0. When it returns, the last checkpoint is whole."""
-        world, config, state = self.world, self.recipe.train, parts.state
-        timer = StepTimer(world.device, batch_size=config.batch_size, world_size=world.size)
+    def train(self) -> int:
+        """Train from the state's step on; at the end the last checkpoint is complete.
+
+        Returns:
+            The number of the signal that stopped the run, or 0.
+        """
+        self.step.timer.window(1)  # the time since the step was built does not count
         with contextlib.ExitStack() as stack:
-            reader = stack.enter_context(world.run_on_all(lambda: self._open_reader(manifest, state.step)))
-            batches = stack.enter_context(DevicePrefetcher(reader, world.device))
-            watch = stack.enter_context(build_watchdog(world, config, folder))
-            saving = stack.enter_context(self._build_saving(parts, manifest, folder))
-            journal = stack.enter_context(
-                MetricLogger(
-                    world,
-                    folder,
-                    tracker,
-                    parts.schedule,
-                    window=state.window,
-                    timer=timer,
-                    utilisation=parts.utilisation,
-                    first_step=state.step,
-                    log_every=config.log_every,
-                )
+            loader = stack.enter_context(self.world.run_on_all(self.open_loader))
+            batches = stack.enter_context(DevicePrefetcher(loader, self.world.device))
+            watchdog = stack.enter_context(build_watchdog(self.world, self.recipe.train, self.run_folder))
+            stack.enter_context(self.checkpointer.writer)
+            loop = self._build_loop(stack, watchdog)
+            with explained_out_of_memory(self.recipe, self.world, self.step.micro_batch):
+                stop_signal = loop.run(batches, self.stop)
+            self.checkpointer.wait()
+        stop_signal = stop_signal or max(self.world.all_gather(self.stop.signal_number))
+        if stop_signal:
+            saved = "which is saved" if self.state.step else "with nothing to save yet"
+            logger.info(
+                "stopped by %s at step %d, %s; the same command continues it", signal_name(stop_signal), self.state.step, saved
             )
-            profiler = stack.enter_context(StepProfiler(config.profile, folder.path, world.rank, start_step=state.step))
-            validate = functools.partial(self._validate, parts, manifest, lambda: watch.beat(state.step, "validation"))
-            loop = TrainLoop(
-                world,
-                parts.schedule,
-                state,
-                build_update(world, self.recipe, manifest, parts, timer, stop=stop),
-                journal,
-                saving,
-                validate=validate if has_split(manifest, "val") else None,
-                validate_every=self.recipe.eval.every,
-                timer=timer,
-                watch=watch,
-                step_done=profiler.step_done,
-            )
-            with explained_out_of_memory(self.recipe, world, parts.micro_batch):
-                stop_signal = loop.run(batches, stop)
-            saving.finish()
+        else:
+            self.stop.close()  # a signal during the evaluation may end the process: a restart evaluates again
         return stop_signal
 
-    def _build_saving(self, parts: Parts, manifest: Manifest, folder: RunFolder) -> Checkpointer:
-        config, schedule = self.recipe.train, parts.schedule
-        data = TrainingData.of(manifest, self.recipe).to_dict()
-        return Checkpointer(
-            self.world,
-            folder,
-            self._lock,
-            parts.state,
-            strategy=parts.strategy,
-            policy=SaveSchedule(schedule.steps_per_epoch, schedule.total_steps, config.save_steps, config.save_every),
-            context={"data": data, "order_version": self.recipe.order_version, "recipe": to_dict(self.recipe)},
-            config=config,
-            clock=time.monotonic,
-        )
-
-    def _open_reader(self, manifest: Manifest, start_step: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
+    def open_loader(self) -> contextlib.AbstractContextManager[Iterator[Batch]]:
+        """Return this rank's loader of training batches, from the state's step on."""
         data = self.recipe.data
         return TrainLoader(
-            manifest,
+            self.manifest,
             seed=self.recipe.seed,
             batch_size=self.recipe.train.batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            ranks=RankInfo(self.world.rank, self.world.size, self.world.ranks_on_node),
+            decode=DecodeOptions.of(data, threads=self.world.cores, pin=self.world.device.type == "cuda"),
             num_streams=data.num_streams,
-            image_size=data.image_size,
-            crop=data.crop,
-            max_zoom=data.augment.zoom,
             balance=data.balance,
             on_error="report",
-            threads=data.threads or self.world.cores,
-            ranks_on_node=self.world.ranks_on_node,
-            prefetch=data.prefetch,
-            pin=self.world.device.type == "cuda",
-            start_step=start_step,
+            start_step=self.state.step,
         )
 
-    def _validate(self, parts: Parts, manifest: Manifest, beat: Callable[[], None]) -> dict[str, float | None]:
-        average_statistics(self.world, *parts.state.modules().values())
+    def _build_loop(self, stack: contextlib.ExitStack, watchdog: Watchdog) -> TrainLoop:
+        config, state = self.recipe.train, self.state
+        metrics = MetricLogger(
+            self.world,
+            self.run_folder,
+            self.tracker,
+            self.length,
+            sums=state.window,
+            timer=self.step.timer,
+            utilisation=self.utilisation,
+            first_step=state.step,
+            log_every=config.log_every,
+        )
+        stack.enter_context(metrics)
+        profiler = StepProfiler(config.profile, self.run_folder.path, self.world.rank, start_step=state.step)
+        stack.enter_context(profiler)
+        return TrainLoop(
+            self.world,
+            self.length,
+            state,
+            self.step,
+            metrics,
+            self.checkpointer,
+            validate=partial(self._validate, watchdog) if has_split(self.manifest, "val") else None,
+            validate_every=self.recipe.eval.every,
+            watchdog=watchdog,
+            step_done=profiler.step_done,
+        )
+
+    def _validate(self, watchdog: Watchdog) -> dict[str, float | None]:
+        """Return the metrics of the validation split. All ranks take part."""
+        average_statistics(self.world, *self.state.modules().values())
         try:
-            with parts.strategy.judged() as model:
-                found = evaluate_split(self.world, model, manifest, "val", augment=parts.augment, recipe=self.recipe, beat=beat)
+            with self.strategy.eval_model() as model:
+                found = evaluate_split(
+                    self.world,
+                    model,
+                    self.manifest,
+                    "val",
+                    augment=self.augment,
+                    recipe=self.recipe,
+                    beat=lambda: watchdog.beat(self.state.step, "validation"),
+                )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -558,3 +463,23 @@ class Trainer:
                 f"{config.tta}: lower eval.batch_size (with resume.force=[eval.batch_size])."
             ) from error
         return {f"val/{name}": found[name] for name in ("loss", "accuracy", "balanced_accuracy")}
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Evaluate the test splits of the run's shards and of ``eval.variants``, and return the metrics of the former."""
+        evaluator = Evaluator(self.world, self.run_folder, self.recipe, find_training_shards=lambda _: self.manifest)
+        metrics, *_ = [evaluator.evaluate(manifest, "test") for manifest in (self.manifest, *self.other_manifests)]
+        return metrics
+
+    def finish(self, metrics: dict[str, Any] | None) -> None:
+        """Write the result of the run."""
+        state = self.state
+        summary = {f"test/{name}": metrics[name] for name in ("accuracy", "balanced_accuracy", "loss")} if metrics else {}
+        summary |= {**state.skipped.metrics(), **state.nonfinite.metrics()}
+        self.world.run_on_main(lambda: self.run_folder.write_result({"step": state.step, **summary}))
+        self._summary = summary
+        results.info("%s", describe_end(self.run_folder))
+
+
+def _log_result(text: str | None) -> None:
+    if text is not None:
+        results.info("%s", text)

@@ -257,19 +257,19 @@ def limit_files(group: dist.ProcessGroup) -> Any:
 
 def lose_files(group: dist.ProcessGroup) -> Any:
     """What rank 1 writes is not there for rank 0, as on a disk of its own."""
-    original = copy.copy(sharded._finish_files)
+    original = copy.copy(sharded._sync_and_hash)
 
-    def finish(folder: Path, rank: int) -> dict[str, str]:
-        hashes = original(folder, rank)
-        for name in hashes:
-            (folder / name).unlink()
+    def hash_and_remove(files: list[Path]) -> dict[str, str]:
+        hashes = original(files)
+        for file in files:
+            file.unlink()
         return hashes
 
     if dist.get_rank(group) == 1:
-        sharded._finish_files = finish
+        sharded._sync_and_hash = hash_and_remove
 
     def undo() -> None:
-        sharded._finish_files = original
+        sharded._sync_and_hash = original
 
     return undo
 

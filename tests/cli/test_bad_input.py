@@ -65,7 +65,7 @@ def test_a_data_set_that_is_not_there_is_made_by_the_command_that_is_advised(
     wanted = ["recipe=custom_cnn", f"data.dir={root}", f"run.dir={run_dir}"]
     assert "did you mean data.dataset=mine?" in refused([*wanted, "data.dataset=mien"], capsys)
     error = refused([*wanted, "data.dataset=nope"], capsys)
-    assert "there are mine (balanced, original)." in error and not run_dir.exists()
+    assert "the data root has shards of mine (balanced, original)." in error and not run_dir.exists()
 
     for number in range(40):
         path = tmp_path / "images" / ("ab"[number % 2]) / f"{number}.png"

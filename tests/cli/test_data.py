@@ -143,7 +143,7 @@ def test_names_and_places_that_cannot_be_used(tmp_path: Path, capsys: pytest.Cap
     images = image_folder(tmp_path / "squares")
     for name in ("../../x", "my galaxies", "", ".hidden", "a/b"):
         assert command(tmp_path / "root", "data", "shard", "--from", str(images), "--name", name) == 2
-        assert f"the name {name!r} cannot be a data set's" in capsys.readouterr().err
+        assert f"the name {name!r} is not valid for a data set" in capsys.readouterr().err
     assert not (tmp_path / "root").exists()
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "file", tmp_path / "file" / "below"):

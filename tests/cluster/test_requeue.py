@@ -1,5 +1,8 @@
 """Which runs go on after their job has ended, and why."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,3 +131,9 @@ def test_no_run_goes_on_for_ever(cap: int, saved: list[int | None], policy: Any)
             break
         history.append(record(decision, restart=number, saved=step))
     assert len(history) <= (len({step for step in saved if step is not None}) + 1) * (cap + 1)
+
+
+def test_the_script_logs_although_it_runs_as_main(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "galaxydist.cluster.requeue", str(tmp_path / "requests.json"), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith(f"galaxydist: error: {tmp_path}/requests.json does not exist")

@@ -189,7 +189,7 @@ def wait_until_stopped_on_all(run: Ranks, number: int, run_dir: Path, trace: Pat
     """All ranks have left after the same step, which is saved."""
     size = len(run.processes)
     assert run.wait() == [EXIT_STOPPED] * size
-    text = run.text()
+    text = run.text("err")
     assert f"stopped by {signal.Signals(number).name} at step" in text and text.count("stopped by") == 1
     newest = store.load(run_dir / "checkpoints")
     assert newest is not None

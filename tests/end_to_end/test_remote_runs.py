@@ -93,4 +93,4 @@ def test_shards_of_a_server_are_checked_where_they_lie(blobs: Path, tmp_path: Pa
         (served / "val-000000.tar").unlink()
         assert main(command) == 2
     error = capsys.readouterr().err
-    assert f"{server.address}/train-000001.tar" in error and f"{server.address}/val-000000.tar is not there" in error
+    assert f"{server.address}/train-000001.tar" in error and f"{server.address}/val-000000.tar does not exist" in error

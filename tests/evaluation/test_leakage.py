@@ -372,7 +372,7 @@ def test_equal_images_under_other_names_and_positions_are_refused(
     # A data set's own splits stay as they were given, with a warning.
     manifest = write(Copied(), tmp_path / "own")
     assert [line.split(": ")[1] for line in describe_equal_images(manifest)] == [
-        f"train/blob-{TRAIN_ROW:05d} = test/blob-{TEST_ROW:05d}. A model is judged there on what it has learnt from"
+        f"train/blob-{TRAIN_ROW:05d} = test/blob-{TEST_ROW:05d}. A model would be evaluated on images that it has learnt from"
     ]
     check_before_training(manifest, manifest)
     assert "1 of the 24 galaxies of the test split" in caplog.text and "pixel for pixel (blob-00024)" in caplog.text

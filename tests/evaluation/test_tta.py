@@ -22,7 +22,7 @@ from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.evaluation.results_files import read_evaluation as read_evaluation_file
 from galaxydist.evaluation.results_files import render_evaluation, write_evaluation
 from galaxydist.loading.dataset import TrainingData, build_augment
-from galaxydist.loading.loader import EvalLoader
+from galaxydist.loading.loader import DecodeOptions, EvalLoader
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest, read_manifest
@@ -114,7 +114,7 @@ def test_another_model_is_evaluated_by_the_mean_probability(world: World, blobs:
     recipe = recipe_of(manifest, "d4")
     augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=1)
     confusion_KK, loss = np.zeros((3, 3), int), 0.0
-    with EvalLoader(manifest, "test", batch_size=24, image_size=32, threads=1) as reader:
+    with EvalLoader(manifest, "test", batch_size=24, decode=DecodeOptions(image_size=32, threads=1)) as reader:
         batch = next(reader)
     for image_CHW, label in zip(augment.normalise(batch.images_BHWC).numpy(), batch.labels_B.tolist(), strict=True):
         probability_K = np.zeros(3)

@@ -19,7 +19,7 @@ from galaxydist.cli.main import main
 from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.gallery.choose import choose_mistakes
 from galaxydist.gallery.gallery import _SHEET_BYTES, gallery_sections
-from galaxydist.loading.decode import ImageDecoder, read_chosen
+from galaxydist.loading.decode import ImageDecoder, read_samples
 from galaxydist.pages.contact_sheet import COLOUR_MAP, OPACITY, SheetCell, SheetRow, compose_sheet, overlay
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
@@ -96,14 +96,14 @@ def test_shards_on_a_server(run_dir: Path, blobs: Path, tmp_path: Path, monkeypa
 def test_chosen_images_are_those_of_the_split(blobs: Path) -> None:
     manifest = read_manifest(blobs)
     reader, samples = ImageDecoder(manifest, "test"), np.array([0, 5, 6, 23])
-    found = dict(read_chosen(manifest, "test", samples))
+    found = dict(read_samples(manifest, "test", samples))
     assert list(found) == samples.tolist()
     for image in reader.locate(samples):
         expected = np.empty((32, 32, 3), np.uint8)
         reader.read_into(image, expected)
         assert (found[image.sample][0] == expected).all()
     reader.close()
-    assert list(read_chosen(manifest, "test", np.empty(0, np.int64))) == []
+    assert list(read_samples(manifest, "test", np.empty(0, np.int64))) == []
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from galaxydist.surveys.hdf5_schema import create_file
+from galaxydist.surveys.hdf5_schema import SurveyFileWriter
 
 
 def write_survey(path: Path, counts: Sequence[int] = (12,) * 10, seed: int = 0, *, simulated: bool = True) -> NDArray[np.int64]:
@@ -25,7 +25,7 @@ def write_survey(path: Path, counts: Sequence[int] = (12,) * 10, seed: int = 0, 
     redshift = rng.uniform(0.01, 0.1, num)
     redshift[::5] = np.nan
     images = rng.integers(0, 256, (num, 16, 16, 3), dtype=np.uint8).repeat(16, axis=1).repeat(16, axis=2)
-    with create_file(path, num, {"seed": seed}, simulated=simulated) as writer:
+    with SurveyFileWriter(path, num, {"seed": seed}, simulated=simulated) as writer:
         for start in range(0, num, 50):
             part = slice(start, start + 50)
             writer.append(

@@ -42,7 +42,7 @@ def test_within_one_grey_level_of_a_float64_reference(size: int, zoom: float, cr
     paths = sorted(real_sample.glob("*/*.jpg"))[7::250]
     images = np.stack([simplejpeg.decode_jpeg(p.read_bytes(), min_factor=2, min_height=128, min_width=128) for p in paths])
     augment = Augment(AugmentConfig(zoom=zoom, shift=0.1), 3, *PLAIN, size, crop=crop)
-    maps, _ = augment.parameters(0, np.arange(len(images)))
+    maps, _ = augment.affine_maps(0, np.arange(len(images)))
     expected = np.stack([resample_reference(i.astype(np.float64), m, size) for i, m in zip(images, maps, strict=True)])
     assert np.abs(levels(augment, torch.from_numpy(images)).numpy() - expected).mean() < 1.0
     upright = np.array([[crop, 0, 0], [0, crop, 0]])
@@ -67,7 +67,7 @@ def test_an_image_is_the_same_in_any_batch_and_another_at_each_position_and_epoc
 
 def test_golden_parameters() -> None:
     """Fixed for order_version 1."""
-    maps, zoom = Augment(ALL, 11, *PLAIN, 40).parameters(2, np.array([5, 6]))
+    maps, zoom = Augment(ALL, 11, *PLAIN, 40).affine_maps(2, np.array([5, 6]))
     assert np.allclose(maps, GOLDEN_MAPS, atol=1e-6)
     assert np.allclose(zoom, GOLDEN_ZOOM, atol=1e-6)
 
@@ -116,7 +116,7 @@ def test_no_black_corners() -> None:
 
 def test_angles_mirrors_zooms_and_shifts_are_spread_as_they_should_be() -> None:
     augment = Augment(AugmentConfig(zoom=2.0, shift=0.25), 0, *PLAIN, 32)
-    maps, zoom = augment.parameters(0, np.arange(20_000))
+    maps, zoom = augment.affine_maps(0, np.arange(20_000))
     angles = np.arctan2(-maps[:, 0, 1], maps[:, 1, 1])
     assert np.abs(np.histogram(angles, 8, (-np.pi, np.pi))[0] / 2500 - 1).max() < 0.1
     assert abs((np.linalg.det(maps[:, :, :2]) < 0).mean() - 0.5) < 0.02

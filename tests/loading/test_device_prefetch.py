@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from galaxydist.errors import UserError
-from galaxydist.loading.device_prefetch import DevicePrefetcher, Event
-from galaxydist.loading.loader import Batch, BufferPool, EvalLoader, TrainLoader
+from galaxydist.loading.device_prefetch import DevicePrefetcher
+from galaxydist.loading.loader import Batch, BufferPool, DecodeOptions, EvalLoader, TrainLoader
 from galaxydist.shards.manifest import read_manifest
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ class LateStream:
         self.log: list[str] = []
         self.most_waiting = 0
 
-    def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
+    def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], LateEvent]:
         copies = [torch.full_like(tensor, 77) for tensor in tensors]
         event = LateEvent(self)
         self._queue.append(([tensor.data_ptr() for tensor in tensors], copies, event))
@@ -54,7 +54,7 @@ class LateStream:
         self.log.append("start")
         return copies, event
 
-    def hand_over(self, copies: Sequence[Tensor], event: Event) -> None:
+    def hand_over(self, copies: Sequence[Tensor], event: LateEvent) -> None:
         self.log.append("hand over")
         assert len(copies) == 3 and not event.query()
         if len(self._queue) > self._delay:
@@ -83,7 +83,7 @@ def test_a_reader_gets_its_memory_back_only_after_the_copy(blobs: Path, delay: i
     """Copies that come late read what the reader has decoded there, not what it decodes into the same memory next."""
     stream = LateStream(delay)
     with (
-        TrainLoader(read_manifest(blobs), seed=3, batch_size=8, prefetch=1) as reader,
+        TrainLoader(read_manifest(blobs), seed=3, batch_size=8, decode=DecodeOptions(prefetch=1)) as reader,
         DevicePrefetcher(reader, CPU, stream) as feed,
     ):
         fed = list(islice(feed, 60))
@@ -103,7 +103,7 @@ def test_one_batch_is_copied_ahead(blobs: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_batches_that_were_copied(blobs: Path) -> None:
-    with TrainLoader(read_manifest(blobs), seed=3, batch_size=8, prefetch=2) as reader:
+    with TrainLoader(read_manifest(blobs), seed=3, batch_size=8, decode=DecodeOptions(prefetch=2)) as reader:
         places = set()
 
         def watched() -> Iterator[Batch]:
@@ -172,7 +172,7 @@ def test_a_gpu_gets_what_plain_copies_give(blobs: Path, pin: bool) -> None:
     expected = read_plainly(blobs, 200)
     sums = []
     with (
-        TrainLoader(read_manifest(blobs), seed=3, batch_size=8, prefetch=1, pin=pin) as reader,
+        TrainLoader(read_manifest(blobs), seed=3, batch_size=8, decode=DecodeOptions(prefetch=1, pin=pin)) as reader,
         DevicePrefetcher(reader, device) as feed,
     ):
         for batch in islice(feed, 200):

@@ -54,10 +54,10 @@ import json, sys
 from pathlib import Path
 import psutil
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.loading.loader import TrainLoader
+from galaxydist.loading.loader import DecodeOptions, TrainLoader
 
 process, sizes = psutil.Process(), []
-with TrainLoader(read_manifest(Path(sys.argv[1])), seed=0, batch_size=64, threads=2) as reader:
+with TrainLoader(read_manifest(Path(sys.argv[1])), seed=0, batch_size=64, decode=DecodeOptions(threads=2)) as reader:
     for batch in reader:
         if (batch.step + 1) % reader.steps_per_epoch == 0:
             sizes.append(process.memory_info().rss / 1024**2)

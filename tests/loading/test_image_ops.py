@@ -1,4 +1,4 @@
-"""The two ways in which changes are carried out, OpenCV's on a CPU and torch's elsewhere: one result."""
+"""Equal results of the two backends of image transforms: OpenCV on a CPU, torch elsewhere."""
 
 import subprocess
 import sys
@@ -44,10 +44,10 @@ def test_torch_and_opencv_agree(size: int, crop: float, config: dict[str, Any]) 
     """They agree but for roundings that fall the other way; OpenCV 4 places samples on 1/32 pixels."""
     images, positions = random_images(24, 96), np.arange(24)
     augment = Augment(AugmentConfig(**config), 3, *PLAIN, size, crop=crop)
-    changes = augment.changes(1, positions, 96)
-    views = images if isinstance(changes.geometry, AffineWarp) else augment.normalise.view(images)
+    transform = augment.draw(1, positions, 96)
+    views = images if isinstance(transform.geometry, AffineWarp) else augment.normalise.crop_and_resize(images)
     ours = augment(images, 1, torch.from_numpy(positions))
-    difference = (TorchBackend(size)(views, changes) - ours).abs()
+    difference = (TorchBackend(size)(views, transform) - ours).abs()
     assert difference.mean() < 0.1
     assert difference.max() < 2.5
 
@@ -64,11 +64,11 @@ def test_evaluation_resizes_whole_numbers_and_floats_alike(size: int) -> None:
 @pytest.mark.parametrize(("right", "down"), [(0, 0), (-5, 3), (31, -33), (64, 65), (-200, 1000), (12_345, -9_999)])
 def test_outside_is_the_mirror_image_however_far(right: int, down: int) -> None:
     images = random_images(3, 32)
-    changes = moved_pixels(images.numpy(), right, down)
+    transform = moved_pixels(images.numpy(), right, down)
     rows, columns = mirror(np.arange(32) + down, 32), mirror(np.arange(32) + right, 32)
     expected = images.numpy()[:, rows][:, :, columns].transpose(0, 3, 1, 2)
-    assert np.abs(OpenCVBackend(32)(images.numpy(), changes) - expected).max() <= 1
-    assert np.abs(TorchBackend(32)(images, changes).numpy() - expected).max() <= 1
+    assert np.abs(OpenCVBackend(32)(images.numpy(), transform) - expected).max() <= 1
+    assert np.abs(TorchBackend(32)(images, transform).numpy() - expected).max() <= 1
 
 
 @pytest.mark.parametrize("config", [ALL, AugmentConfig(rotate="d4", noise=0.02)])

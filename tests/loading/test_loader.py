@@ -15,7 +15,7 @@ from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
 from galaxydist.loading.decode import ImageDecoder, ImageError, reduction
-from galaxydist.loading.loader import Batch, EvalLoader, TrainLoader
+from galaxydist.loading.loader import Batch, DecodeOptions, EvalLoader, RankInfo, TrainLoader
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.writer.writer import write_shards
@@ -75,7 +75,7 @@ def test_other_encodings_give_the_source_pixels(tmp_path: Path, encoding: str) -
     manifest = write_shards(survey, tmp_path / "shards", encoding=encoding, shard_size=8)
     pixels = {galaxy.id: galaxy.image for galaxy in survey.galaxies}
     stored = keys(manifest, "train")
-    for batch in read(manifest, 1, batch_size=manifest.splits["train"].num_samples, image_size=8):
+    for batch in read(manifest, 1, batch_size=manifest.splits["train"].num_samples, decode=DecodeOptions(image_size=8)):
         for row, sample in enumerate(batch.samples_B.tolist()):
             assert np.array_equal(batch.images_BHWC[row], pixels[stored[sample]])
 
@@ -84,7 +84,7 @@ def test_other_encodings_give_the_source_pixels(tmp_path: Path, encoding: str) -
 @pytest.mark.parametrize("balance", ["none", "resample"])
 def test_ranks_share_a_global_batch(manifest: Manifest, world_size: int, balance: str) -> None:
     alone = read(manifest, 6, balance=balance)
-    ranks = [read(manifest, 6, balance=balance, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [read(manifest, 6, balance=balance, ranks=RankInfo(rank, world_size)) for rank in range(world_size)]
     for step, whole in enumerate(alone):
         for rank in range(world_size):
             part = ranks[rank][step]
@@ -103,7 +103,7 @@ def test_starting_at_a_step_reads_nothing_before_it(manifest: Manifest, monkeypa
         return locate(self, samples)
 
     monkeypatch.setattr(ImageDecoder, "locate", recorded)
-    late = read(manifest, 3, start_step=9, prefetch=1)
+    late = read(manifest, 3, start_step=9, decode=DecodeOptions(prefetch=1))
     assert [batch.step for batch in late] == [9, 10, 11]
     for batch, expected in zip(late, whole[9:], strict=True):
         assert torch.equal(batch.images_BHWC, expected.images_BHWC)
@@ -112,7 +112,7 @@ def test_starting_at_a_step_reads_nothing_before_it(manifest: Manifest, monkeypa
 
 
 def test_no_thread_is_left(manifest: Manifest) -> None:
-    reader = TrainLoader(manifest, seed=0, batch_size=8, threads=3)
+    reader = TrainLoader(manifest, seed=0, batch_size=8, decode=DecodeOptions(threads=3))
     next(reader)
     assert decode_threads()
     reader.close()
@@ -126,9 +126,9 @@ def test_no_thread_is_left(manifest: Manifest) -> None:
 
 
 def test_reading_runs_on_across_the_end_of_an_epoch(manifest: Manifest) -> None:
-    with TrainLoader(manifest, seed=0, batch_size=8, prefetch=3) as reader:
+    with TrainLoader(manifest, seed=0, batch_size=8, decode=DecodeOptions(prefetch=3)) as reader:
         for batch in reader:
-            ahead = [(pending.plan.epoch, pending.plan.step) for pending in reader._pool._pending]
+            ahead = [(pending.plan.epoch, pending.plan.step) for pending in reader._pending]
             # Always as far ahead, at the epoch's end too: nothing is drained.
             assert ahead == [(step // reader.steps_per_epoch, step) for step in range(batch.step + 1, batch.step + 4)]
             if batch.step == 2 * reader.steps_per_epoch + 1:
@@ -136,7 +136,7 @@ def test_reading_runs_on_across_the_end_of_an_epoch(manifest: Manifest) -> None:
 
 
 def test_memory_of_batches_is_used_again_but_never_while_in_use(manifest: Manifest) -> None:
-    reader = TrainLoader(manifest, seed=0, batch_size=8, prefetch=2)
+    reader = TrainLoader(manifest, seed=0, batch_size=8, decode=DecodeOptions(prefetch=2))
     kept = next(reader).images_BHWC[3]
     copied = kept.clone()
     places = set()
@@ -148,7 +148,7 @@ def test_memory_of_batches_is_used_again_but_never_while_in_use(manifest: Manife
 
 
 def test_waiting_is_measured(manifest: Manifest) -> None:
-    with TrainLoader(manifest, seed=0, batch_size=8, prefetch=2) as reader:
+    with TrainLoader(manifest, seed=0, batch_size=8, decode=DecodeOptions(prefetch=2)) as reader:
         next(reader)
         waited, started = reader.wait_s, time.perf_counter()
         time.sleep(0.1)  # this process's own time, not that of waiting
@@ -161,7 +161,7 @@ def test_evaluation_counts_every_galaxy_once(manifest: Manifest, world_size: int
     num_samples = manifest.splits["test"].num_samples
     seen: list[int] = []
     for rank in range(world_size):
-        with EvalLoader(manifest, "test", batch_size=8, rank=rank, world_size=world_size) as reader:
+        with EvalLoader(manifest, "test", batch_size=8, ranks=RankInfo(rank, world_size)) as reader:
             batches = list(reader)
             assert len(batches) == len(reader)
         for batch in batches:
@@ -211,7 +211,7 @@ def test_evaluation_never_skips(copy: Manifest) -> None:
 @pytest.mark.parametrize("num_bytes", [0, 5], ids=["between two images", "in an image"])
 def test_a_truncated_shard_is_named_with_a_galaxy_that_it_costs(copy: Manifest, num_bytes: int) -> None:
     shard = truncate(copy, "test", 3, num_bytes)
-    with pytest.raises(UserError, match=rf"shard {shard}, galaxy g-.*where the manifest says \d+: it was cut short or replaced"):
+    with pytest.raises(UserError, match=rf"shard {shard}, galaxy g-.*where the manifest says \d+: it was truncated or replaced"):
         list(EvalLoader(copy, "test", batch_size=8))
     assert decode_threads() == []
 
@@ -222,7 +222,7 @@ def test_a_shard_that_is_truncated_while_it_is_read(copy: Manifest) -> None:
     first, last = reader.locate(np.array([0, 3]))
     reader.read_into(first, pixels)
     truncate(copy, "test", 3, 5)
-    with pytest.raises(ImageError, match=f"galaxy {keys(copy, 'test')[3][:6]}.*the shard is cut short"):
+    with pytest.raises(ImageError, match=f"galaxy {keys(copy, 'test')[3][:6]}.*the shard is truncated"):
         reader.read_into(last, pixels)
     reader.close()
 
@@ -246,7 +246,7 @@ def test_raw_shards_that_are_cut_or_overwritten(tmp_path: Path) -> None:
     first, second = reader.locate(np.array([0, 1]))
     reader.read_into(first, pixels)
     truncate(manifest, "val", 1, 1000)
-    with pytest.raises(ImageError, match=f"galaxy {keys(manifest, 'val')[1][:6]}.*cut short"):
+    with pytest.raises(ImageError, match=f"galaxy {keys(manifest, 'val')[1][:6]}.*truncated"):
         reader.read_into(second, pixels)
     reader.close()
 
@@ -254,8 +254,8 @@ def test_raw_shards_that_are_cut_or_overwritten(tmp_path: Path) -> None:
 def test_impossible_batches_are_refused(manifest: Manifest) -> None:
     with pytest.raises(UserError, match="more than the 66 training galaxies"):
         TrainLoader(manifest, seed=0, batch_size=67)
-    with pytest.raises(UserError, match="more processes than the global batch holds"):
-        TrainLoader(manifest, seed=0, batch_size=4, world_size=5)
+    with pytest.raises(UserError, match="processes are more than the global batch holds"):
+        TrainLoader(manifest, seed=0, batch_size=4, ranks=RankInfo(world_size=5))
 
 
 @pytest.mark.parametrize(
@@ -289,11 +289,12 @@ def test_real_galaxies_at_a_reduced_scale(real_sample: Path, tmp_path: Path) -> 
     paths = sorted(real_sample.glob("*/*.jpg"))[::50]
     galaxies = [Galaxy(f"r{p.stem}", EncodedImage(p.read_bytes(), "jpg"), int(p.parent.name) % 3) for p in paths]
     manifest = write_shards(MemorySurvey(tuple(galaxies)), tmp_path / "shards")
-    (batch,) = read(manifest, 1, batch_size=4, image_size=64)
+    (batch,) = read(manifest, 1, batch_size=4, decode=DecodeOptions(image_size=64))
     assert batch.images_BHWC.shape == (4, 128, 128, 3)
 
 
 def test_threads_are_a_share_of_the_cores(manifest: Manifest) -> None:
     for threads, ranks_on_node, expected in [(0, 1, available_cores()), (0, 10**6, 1), (5, 2, 5)]:
-        with EvalLoader(manifest, "test", batch_size=16, threads=threads, ranks_on_node=ranks_on_node) as reader:
-            assert reader._pool._executor._max_workers == expected
+        ranks, decode = RankInfo(ranks_on_node=ranks_on_node), DecodeOptions(threads=threads)
+        with EvalLoader(manifest, "test", batch_size=16, ranks=ranks, decode=decode) as reader:
+            assert reader._executor._max_workers == expected

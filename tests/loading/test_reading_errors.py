@@ -175,13 +175,13 @@ def test_a_checkpoint_that_does_not_count_the_skipped_still_loads(tmp_path: Path
     world = World(Accelerator(cpu=True), 0, 1, ranks_on_node=1, cores=1, threads=1, precision="no", job_id=None, restart_count=0)
     old = build()
     old.skipped.load_state_dict({"samples": [4, 7]})
-    tensors, state = old.snapshot(world)
+    tensors, state = old.to_checkpoint(world)
     again = build()
-    again.restore(world, tensors, state)
+    again.from_checkpoint(world, tensors, state)
     assert len(again.skipped) == 2
     del state["progress"]["skipped"]
     again = build()
-    again.restore(world, tensors, state)
+    again.from_checkpoint(world, tensors, state)
     assert len(again.skipped) == 0 and torch.equal(again.model.weight, old.model.weight)
 
 
@@ -287,9 +287,9 @@ READ_FOREVER = """
 import sys
 from pathlib import Path
 from galaxydist.shards.manifest import read_manifest
-from galaxydist.loading.loader import TrainLoader
+from galaxydist.loading.loader import DecodeOptions, TrainLoader
 
-with TrainLoader(read_manifest(Path(sys.argv[1])), seed=0, batch_size=8, threads=3) as reader:
+with TrainLoader(read_manifest(Path(sys.argv[1])), seed=0, batch_size=8, decode=DecodeOptions(threads=3)) as reader:
     for batch in reader:
         print(batch.step, flush=True)
 """

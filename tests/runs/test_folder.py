@@ -134,7 +134,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", SMALL_DISK, tmp_path], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert len(lines) == 2
-    assert "state.json could not be written: the file size limit is reached. What it held before is unchanged." in lines[0]
+    assert "state.json could not be written: the file size limit is reached. Its earlier contents are unchanged." in lines[0]
     assert "m.jsonl could not be written" in lines[1]
     assert (tmp_path / "state.json").read_bytes() == b"old"
     assert MetricsLog(tmp_path / "m.jsonl").read() == [{"step": 1, "x": 1.0}]

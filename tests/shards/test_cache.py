@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 
 from galaxydist.bench.flaky_server import Behaviour, FileServer, every
 from galaxydist.errors import UserError
-from galaxydist.loading.loader import Batch, EvalLoader, TrainLoader
+from galaxydist.loading.loader import Batch, DecodeOptions, EvalLoader, RankInfo, TrainLoader
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.remote import object_store as transfers
 from galaxydist.shards.remote.cache import Cache, CacheConfig, CacheEntry, SharedFile
 from galaxydist.shards.remote.open import open_shards
-from galaxydist.shards.shard_usage import USE, FetchQueue
+from galaxydist.shards.shard_usage import INTERVAL, FetchQueue
 from galaxydist.shards.writer.writer import write_shards
 from tests.helpers.forked_runs import forked
 from tests.helpers.scripts.cache_rank import read_as_rank
@@ -110,7 +110,7 @@ def test_the_limit_holds_and_what_is_in_use_stays(
         before = {int(path.stem) for path in cache.folder.rglob("*.tar")}
         held = sum(other + 1 for other in in_use)
         content = bytes([number]) * (number + 1)
-        file = cache.obtain(CacheEntry(f"{OWN}/{number}.tar", number + 1), put(content), stop=STOP, must=must)
+        file = cache.get_or_fetch(CacheEntry(f"{OWN}/{number}.tar", number + 1), put(content), stop=STOP, allow_over_limit=must)
         there = {int(path.stem) for path in cache.folder.rglob("*.tar")}
         total = sum(other + 1 for other in there)
         assert there >= in_use.keys() and there <= before | {number}
@@ -128,21 +128,25 @@ def test_the_limit_holds_and_what_is_in_use_stays(
 def test_what_was_not_used_for_the_longest_time_goes_first(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 30)
     for number in range(3):
-        assert cache.obtain(CacheEntry(f"{number % 2:016x}/{number}.tar", 10), put(bytes(10)), stop=STOP, must=False)
+        assert cache.get_or_fetch(
+            CacheEntry(f"{number % 2:016x}/{number}.tar", 10), put(bytes(10)), stop=STOP, allow_over_limit=False
+        )
         os.utime(tmp_path / f"{number % 2:016x}/{number}.tar", (number, number))
     assert cache.find(CacheEntry(f"{0:016x}/0.tar", 10))
-    assert cache.obtain(CacheEntry(f"{1:016x}/3.tar", 10), put(bytes(10)), stop=STOP, must=False)
+    assert cache.get_or_fetch(CacheEntry(f"{1:016x}/3.tar", 10), put(bytes(10)), stop=STOP, allow_over_limit=False)
     assert sorted(path.stem for path in tmp_path.rglob("*.tar")) == ["0", "2", "3"]
 
 
 def test_going_over_the_limit_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(tmp_path / "cache", 10)
-    files = [cache.obtain(CacheEntry(f"{OWN}/{n}.tar", 6), put(b"123456"), stop=STOP, must=True) for n in range(4)]
+    files = [
+        cache.get_or_fetch(CacheEntry(f"{OWN}/{n}.tar", 6), put(b"123456"), stop=STOP, allow_over_limit=True) for n in range(4)
+    ]
     assert all(files)
-    assert caplog.text.count("goes over its limit") == 1 and "data.cache_size" in caplog.text
-    assert cache.obtain(CacheEntry(f"{OWN}/9.tar", 6), put(b"123456"), stop=STOP, must=False) is None
+    assert caplog.text.count("exceeds its limit") == 1 and "data.cache_size" in caplog.text
+    assert cache.get_or_fetch(CacheEntry(f"{OWN}/9.tar", 6), put(b"123456"), stop=STOP, allow_over_limit=False) is None
     files.clear()
-    assert cache.obtain(CacheEntry(f"{OWN}/9.tar", 6), put(b"123456"), stop=STOP, must=False) is not None
+    assert cache.get_or_fetch(CacheEntry(f"{OWN}/9.tar", 6), put(b"123456"), stop=STOP, allow_over_limit=False) is not None
     assert held_bytes(tmp_path / "cache") == 6
 
 
@@ -222,7 +226,7 @@ def test_resampling_and_evaluation_from_a_server(folder: Path, tmp_path: Path) -
         local = read_manifest(folder)
         assert_same(read(remote, 14, balance="resample", start_step=5), read(local, 14, balance="resample", start_step=5))
         for rank in range(3):
-            given = {"batch_size": 7, "rank": rank, "world_size": 3, "ranks_on_node": 3}
+            given = {"batch_size": 7, "ranks": RankInfo(rank, 3, 3)}
             with EvalLoader(remote, "test", **given) as found, EvalLoader(local, "test", **given) as expected:  # type: ignore[arg-type]
                 assert_same(list(found), list(expected))
     assert {path: count - server.failures[path] for path, count in server.gets.items()} == dict.fromkeys(server.gets, 1)
@@ -260,7 +264,7 @@ from galaxydist.errors import UserError
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.prefetcher import open_shard_source
 from galaxydist.shards.remote.open import open_shards
-from galaxydist.shards.shard_usage import evaluation_uses
+from galaxydist.shards.shard_usage import usage_of_evaluation
 url, cache, taken = sys.argv[1:]
 try:
     remote = open_shards(url, CacheConfig(Path(cache), threads=1))
@@ -269,7 +273,7 @@ try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     else:
         (Path(cache).parent / "other").write_bytes(bytes(int(taken)))
-    uses = evaluation_uses(remote.shards("train")["samples"], 8, 0, 1)
+    uses = usage_of_evaluation(remote.shards("train")["samples"], 8, 0, 1)
     with closing(open_shard_source(remote, "train", iter([uses]), iter([uses]), steps_ahead=2, why="a test")) as source:
         for use in uses:
             assert source.open(int(use["shard"])).num_bytes == remote.shards("train")["bytes"][use["shard"]]
@@ -284,7 +288,7 @@ def test_files_that_may_not_be_so_large(folder: Path, tmp_path: Path) -> None:
     with FileServer(folder) as server:
         command = [sys.executable, "-c", FILL, server.url, str(tmp_path / "cache"), "limit"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert "cannot take more: files may not be so large. Free some space there" in done.stdout, done.stderr
+    assert "cannot grow: the file size limit is reached. Free some space there" in done.stdout, done.stderr
     assert "data.cache_dir=FOLDER" in done.stdout and done.stdout.endswith("['.lock']\n")
 
 
@@ -365,8 +369,8 @@ def test_a_missing_or_changed_shard_reaches_the_reader(folder: Path, tmp_path: P
     (served / "train-000004.tar").write_bytes(other)
     with FileServer(served) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache"))
-        missing = rf"shard {server.address}/train-000002.tar is missing: copy the whole folder of shards there again"
-        changed = rf"{server.address}/train-000004.tar is not what its manifest says: its SHA-256 is"
+        missing = rf"shard {server.address}/train-000002.tar is missing: copy the whole folder of shards again"
+        changed = rf"{server.address}/train-000004.tar differs from its manifest: its SHA-256 is"
         with pytest.raises(UserError, match=f"{missing}|{changed}"):
             read(remote, 12)
         reported = {str(error) for batch in read(remote, 12, on_error="report") for error in batch.errors.values()}
@@ -376,7 +380,7 @@ def test_a_missing_or_changed_shard_reaches_the_reader(folder: Path, tmp_path: P
 
 def test_uses_are_taken_in_order() -> None:
     def rows(*uses: tuple[int, int, int]) -> np.ndarray:
-        return np.array([*uses], USE)
+        return np.array([*uses], INTERVAL)
 
     schedule = FetchQueue(iter([rows((4, 0, 2), (1, 0, 9), (4, 7, 9)), rows((1, 10, 12), (2, 10, 19)), rows((3, 20, 29))]))
     assert schedule.first(-1) == 4 and schedule.take(4, -1) == 2
@@ -400,7 +404,7 @@ def test_what_others_keep_beside_the_cache_is_left_alone(tmp_path: Path) -> None
         os.utime(path, (1, 1))
     cache = Cache(tmp_path, 10)
     for number in range(3):
-        assert cache.obtain(CacheEntry(f"{OWN}/{number}.tar", 10), put(bytes(10)), stop=STOP, must=False)
+        assert cache.get_or_fetch(CacheEntry(f"{OWN}/{number}.tar", 10), put(bytes(10)), stop=STOP, allow_over_limit=False)
     assert [path.read_bytes() for path in others] == [b"not a number"] * 3
     assert [path.name for path in (tmp_path / OWN).iterdir()] == ["2.tar"]
 
@@ -415,20 +419,20 @@ def test_an_error_while_room_is_made_leaves_the_file_to_the_next(tmp_path: Path,
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", no_space)
         with pytest.raises(UserError, match="the disk is full") as raised:
-            cache.obtain(CacheEntry(f"{OWN}/0.tar", 10), put(bytes(10)), stop=STOP, must=True)
-    assert Cache(tmp_path, 100).obtain(CacheEntry(f"{OWN}/0.tar", 10), put(bytes(10)), stop=STOP, must=True)
+            cache.get_or_fetch(CacheEntry(f"{OWN}/0.tar", 10), put(bytes(10)), stop=STOP, allow_over_limit=True)
+    assert Cache(tmp_path, 100).get_or_fetch(CacheEntry(f"{OWN}/0.tar", 10), put(bytes(10)), stop=STOP, allow_over_limit=True)
     assert "pwrite" not in str(raised.value)  # the error is still held, and with it what its frames hold
 
 
 def test_a_rank_without_a_batch_to_evaluate(folder: Path, tmp_path: Path) -> None:
     with FileServer(folder) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache", 10_000_000, threads=1))
-        with EvalLoader(remote, "test", batch_size=64, rank=7, world_size=8) as reader:
+        with EvalLoader(remote, "test", batch_size=64, ranks=RankInfo(7, 8)) as reader:
             assert len(reader) == 0 and list(reader) == []
 
 
 def test_a_reader_that_is_many_short_epochs_ahead() -> None:
-    epochs = [np.array([(number % 9, number, number)], USE) for number in range(40)]
+    epochs = [np.array([(number % 9, number, number)], INTERVAL) for number in range(40)]
     schedule = FetchQueue(iter(epochs), 10)
     assert schedule.take(8, 0) == 8
     with pytest.raises(AssertionError, match="shard 30 is read"):
@@ -470,7 +474,7 @@ def test_more_shards_awaited_than_are_fetched_at_a_time(tmp_path: Path, threads:
     """A reader that was served leaves no wish behind: a fetching thread would take it up when its shard is over, and die."""
     survey = MemorySurvey(tuple(as_jpeg(galaxy) for galaxy in draw_galaxies(200)))
     local = write_shards(survey, tmp_path / "shards", shard_size=1, workers=1)
-    given = {"batch_size": 8, "threads": 8, "prefetch": 1}
+    given = {"batch_size": 8, "decode": DecodeOptions(threads=8, prefetch=1)}
     with FileServer(local.dir, Behaviour(0.002)) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache", FAR, threads=threads))
         with EvalLoader(remote, "test", **given) as found, EvalLoader(local, "test", **given) as expected:  # type: ignore[arg-type]
@@ -481,7 +485,7 @@ def test_the_next_epoch_is_fetched_while_this_one_is_read(folder: Path, tmp_path
     """Also where no shard of this epoch is over before its end, as in any split smaller than a window for each stream."""
     with FileServer(folder) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache", 10_000_000, threads=2))
-        given = {"seed": 5, "batch_size": 12, "num_streams": 12, "rank": 0, "world_size": 12, "prefetch": 1}
+        given = {"seed": 5, "batch_size": 12, "num_streams": 12}
         names = [{f"train-{sample // 8:06d}.tar" for sample in epoch_samples(remote, epoch)} for epoch in (0, 1)]
         assert names[1] - names[0], "the next epoch reads other shards"
 
@@ -492,7 +496,8 @@ def test_the_next_epoch_is_fetched_while_this_one_is_read(folder: Path, tmp_path
             time.sleep(0.2)  # until the fetching threads rest
             return all((remote.dir / name).exists() for name in shards)
 
-        with TrainLoader(remote, **given) as reader:  # type: ignore[arg-type]
+        ranks, decode = RankInfo(0, 12), DecodeOptions(prefetch=1)
+        with TrainLoader(remote, **given, ranks=ranks, decode=decode) as reader:
             assert wait_for(names[0])
             assert len(list(islice(reader, 2))) == 2
             assert wait_for(names[1])

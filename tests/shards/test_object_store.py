@@ -108,8 +108,12 @@ def test_an_epoch_from_s3_is_the_local_one(
     [
         ("s3://galaxies/shards", {}, r"no credentials for s3://galaxies/shards/manifest.json .*set AWS_PROFILE.*FSSPEC_S3_ANON"),
         ("s3://galaxies/shards", {"AWS_PROFILE": "nobody"}, "no credentials for .*nobody.*set AWS_PROFILE"),
-        ("s3://galaxies/elsewhere", KEYS, "no shards: s3://galaxies/elsewhere/manifest.json is not there.*galaxydist data shard"),
-        ("s3://nothing/shards/manifest.json", KEYS, "no shards: s3://nothing/shards/manifest.json is not there"),
+        (
+            "s3://galaxies/elsewhere",
+            KEYS,
+            "no shards: s3://galaxies/elsewhere/manifest.json does not exist.*galaxydist data shard",
+        ),
+        ("s3://nothing/shards/manifest.json", KEYS, "no shards: s3://nothing/shards/manifest.json does not exist"),
     ],
 )
 def test_what_s3_refuses_is_said_at_once(  # noqa: PLR0917
@@ -148,7 +152,7 @@ def test_a_file_url_goes_through_the_cache(folder: Path, tmp_path: Path) -> None
     remote = opened(f"file://{folder}", tmp_path)
     assert remote.dir.is_relative_to(tmp_path / "cache")
     assert_same(remote, folder)
-    with pytest.raises(UserError, match=r"no shards: file:///nowhere/manifest.json is not there"):
+    with pytest.raises(UserError, match=r"no shards: file:///nowhere/manifest.json does not exist"):
         opened("file:///nowhere", tmp_path)
 
 
@@ -169,7 +173,7 @@ def test_what_follows_the_question_mark_is_sent_and_not_shown(folder: Path, tmp_
 
 
 def test_other_protocols_and_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"cannot be read through gopher://, only through s3://.* https://.* hf://.* file://"):
+    with pytest.raises(UserError, match=r"cannot be read through gopher://; use s3://.* https://.* hf://.* file://"):
         opened("gopher://somewhere/shards", tmp_path)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match=r"s3:// needs s3fs, which is not installed: pip install 'galaxydist\[remote\]'"):
@@ -183,14 +187,14 @@ def test_other_protocols_and_missing_packages(tmp_path: Path, monkeypatch: pytes
     [
         (401, 1, "access to .*train-000000.tar is denied .*FSSPEC_HTTPS"),
         (403, 1, "access to .*train-000000.tar is denied"),
-        (404, 1, "train-000000.tar is not there"),
-        (410, 1, "train-000000.tar is not there"),
+        (404, 1, "train-000000.tar does not exist"),
+        (410, 1, "train-000000.tar does not exist"),
         (400, 1, "train-000000.tar cannot be read .*400"),
         (429, 4, "could not be read in 4 attempts; the last one: .*429"),
         (500, 4, "could not be read in 4 attempts; the last one: .*500"),
         ("reset", 4, "could not be read in 4 attempts; the last one: "),
         ("cut", 4, "could not be read in 4 attempts; the last one: ClientPayloadError"),
-        ("corrupt", transfers.WRONG_CONTENTS, "train-000000.tar is not what its manifest says: its SHA-256 is .*fetched 4 times"),
+        ("corrupt", transfers.WRONG_CONTENTS, "train-000000.tar differs from its manifest: its SHA-256 is .*fetched 4 times"),
     ],
 )
 def test_what_may_pass_is_tried_again_and_what_stays_is_not(

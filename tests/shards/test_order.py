@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.loading.loader import Batch, TrainLoader
+from galaxydist.loading.loader import Batch, DecodeOptions, RankInfo, TrainLoader
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.order import (
     EpochOrder,
@@ -21,7 +21,6 @@ from galaxydist.shards.order import (
     permute,
     rank_offsets,
     steps_per_epoch,
-    unpermute,
 )
 
 shard_sizes = st.lists(st.integers(0, 60), min_size=1, max_size=40).filter(lambda sizes: sum(sizes) > 0)
@@ -29,11 +28,10 @@ seeds = st.integers(0, 2**63 - 1)
 
 
 @given(size=st.integers(1, 700), key=st.integers(0, 2**64 - 1))
-def test_permute_is_a_permutation_with_an_inverse(size: int, key: int) -> None:
+def test_permute_is_a_permutation(size: int, key: int) -> None:
     indexes = np.arange(size)
     images = permute(indexes, size, np.uint64(key))
     assert np.array_equal(np.sort(images), indexes)
-    assert np.array_equal(unpermute(images, size, np.uint64(key)), indexes)
 
 
 def test_permute_is_even() -> None:
@@ -43,14 +41,11 @@ def test_permute_is_even() -> None:
 
 
 @given(sizes=shard_sizes, seed=seeds, epoch=st.integers(0, 1000), num_streams=st.integers(1, 3000), window=st.integers(1, 200))
-def test_an_epoch_holds_each_sample_once_and_can_be_inverted(
-    sizes: list[int], seed: int, epoch: int, num_streams: int, window: int
-) -> None:
+def test_an_epoch_holds_each_sample_once(sizes: list[int], seed: int, epoch: int, num_streams: int, window: int) -> None:
     order = EpochOrder(sizes, seed=seed, epoch=epoch, num_streams=num_streams, window=window)
     positions = np.arange(sum(sizes))
     samples = order.samples(positions)
     assert np.array_equal(np.sort(samples), positions)
-    assert np.array_equal(order.positions(samples), positions)
 
 
 @given(sizes=shard_sizes, seed=seeds, batch_size=st.integers(1, 100), num_streams=st.integers(1, 300), data=st.data())
@@ -87,7 +82,6 @@ def test_extreme_sizes(sizes: list[int], num_streams: int, batch_size: int) -> N
     order = EpochOrder(sizes, seed=8, epoch=2, num_streams=num_streams)
     positions = np.arange(sum(sizes))
     assert np.array_equal(np.sort(order.samples(positions)), positions)
-    assert np.array_equal(order.positions(order.samples(positions)), positions)
     for world_size in {1, min(2, batch_size), min(3, batch_size), batch_size}:
         dealt = [rank_offsets(batch_size, rank, world_size) for rank in range(world_size)]
         assert np.array_equal(np.sort(np.concatenate(dealt)), np.arange(batch_size))
@@ -217,7 +211,7 @@ def test_a_batch_larger_than_the_split_is_refused() -> None:
 
 
 def test_more_processes_than_the_batch_holds_are_refused() -> None:
-    with pytest.raises(UserError, match=r"9 processes are more processes than the global batch holds .*=8"):
+    with pytest.raises(UserError, match=r"9 processes are more than the global batch holds .*=8"):
         rank_offsets(8, 0, 9)
 
 
@@ -238,7 +232,7 @@ def test_evaluation_deals_every_batch_once(num_samples: int, batch_size: int, wo
 def test_a_hundred_thousand_shards_open_at_once() -> None:
     order = EpochOrder(np.full(100_000, 10_000), seed=1, epoch=1)
     samples = order.samples(10**9 - 1 - np.arange(256))
-    assert np.array_equal(order.positions(samples), 10**9 - 1 - np.arange(256))
+    assert np.unique(samples).size == 256 and samples.min() >= 0 and samples.max() < 10**9
 
 
 def test_reading_order_is_unlike_storage_order() -> None:
@@ -256,7 +250,7 @@ def test_reading_order_is_unlike_storage_order() -> None:
 
 
 def read(manifest_path: Path, steps: int, **settings: object) -> list[Batch]:
-    with TrainLoader(read_manifest(manifest_path), seed=3, threads=1, **settings) as reader:  # type: ignore[arg-type]
+    with TrainLoader(read_manifest(manifest_path), seed=3, decode=DecodeOptions(threads=1), **settings) as reader:  # type: ignore[arg-type]
         return list(islice(reader, steps))
 
 
@@ -279,7 +273,7 @@ def test_readers_of_any_number_of_processes_share_each_batch(
     for world_size in sorted({w for w in (2, 3, 5, batch_size) if 1 < w <= min(batch_size, 24)}):
         dealt = [np.full_like(whole, -1) for whole in alone]
         for rank in range(world_size):
-            for step, batch in enumerate(read(blobs, steps, rank=rank, world_size=world_size, **settings)):
+            for step, batch in enumerate(read(blobs, steps, ranks=RankInfo(rank, world_size), **settings)):
                 assert batch.step == step and batch.epoch == step // (72 // batch_size)
                 dealt[step][:, rank_offsets(batch_size, rank, world_size)] = contents(batch)
         assert np.array_equal(dealt, alone)
@@ -297,7 +291,7 @@ def test_reading_resumes_exactly_anywhere(blobs: Path, balance: str) -> None:
         assert [(batch.step, batch.epoch) for batch in late] == [(step, step // 3) for step in range(start, 8)]
         assert all(np.array_equal(contents(batch), expected) for batch, expected in zip(late, whole[start:], strict=True))
         for rank in range(3):
-            late = read(blobs, 8 - start, start_step=start, rank=rank, world_size=3, **settings)
+            late = read(blobs, 8 - start, start_step=start, ranks=RankInfo(rank, 3), **settings)
             mine = rank_offsets(20, rank, 3)
             assert all(np.array_equal(contents(b), expected[:, mine]) for b, expected in zip(late, whole[start:], strict=True))
 

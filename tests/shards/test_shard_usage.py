@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from galaxydist.shards.order import EpochOrder, evaluation_batches, rank_offsets
-from galaxydist.shards.shard_usage import USE, evaluation_uses, peak_bytes, resampled_uses, usage_of_nodes, usage_of_rank
+from galaxydist.shards.shard_usage import (
+    INTERVAL,
+    peak_bytes,
+    usage_of_evaluation,
+    usage_of_nodes,
+    usage_of_rank,
+    usage_of_resampling,
+)
 
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=25).filter(lambda sizes: sum(sizes) > 0)
 
@@ -18,7 +25,7 @@ def shard_of(sizes: list[int], samples: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def marked(uses: NDArray[np.void], num_shards: int, num_steps: int) -> NDArray[np.bool_]:
     """(shard, step): is it in use? Checks on the way that the rows are sorted, inside, and as few as they can be."""
-    assert uses.dtype == USE
+    assert uses.dtype == INTERVAL
     rows = [(int(row["first_step"]), int(row["shard"]), int(row["last_step"])) for row in uses]
     assert rows == sorted(rows)
     used = np.zeros((num_shards, num_steps + 2), bool)
@@ -102,7 +109,7 @@ def test_a_shard_at_a_stream_s_end_is_not_held_in_between() -> None:
 def test_evaluation_needs_the_shards_of_its_own_batches(sizes: list[int], batch_size: int, world_size: int) -> None:
     num_batches = -(-sum(sizes) // batch_size)
     for rank in range(world_size):
-        uses = evaluation_uses(sizes, batch_size, rank, world_size)
+        uses = usage_of_evaluation(sizes, batch_size, rank, world_size)
         mine = evaluation_batches(sum(sizes), batch_size, rank, world_size)
         rows = [(int(row["first_step"]), int(row["shard"])) for row in uses]
         assert rows == sorted(rows)
@@ -118,9 +125,9 @@ def test_evaluation_needs_the_shards_of_its_own_batches(sizes: list[int], batch_
 
 
 def test_resampling_needs_every_shard_all_the_time() -> None:
-    assert resampled_uses(3, 5).tolist() == [(0, 0, 4), (1, 0, 4), (2, 0, 4)]
-    assert resampled_uses(3, 0).size == 0
-    assert peak_bytes(resampled_uses(3, 5), [10, 20, 40]) == 70
+    assert usage_of_resampling(3, 5).tolist() == [(0, 0, 4), (1, 0, 4), (2, 0, 4)]
+    assert usage_of_resampling(3, 0).size == 0
+    assert peak_bytes(usage_of_resampling(3, 5), [10, 20, 40]) == 70
 
 
 @given(
@@ -128,7 +135,7 @@ def test_resampling_needs_every_shard_all_the_time() -> None:
     sizes=st.lists(st.integers(0, 50), min_size=5, max_size=5),
 )
 def test_the_working_set_is_the_most_that_one_batch_needs(rows: list[tuple[int, int, int]], sizes: list[int]) -> None:
-    uses = np.array([(shard, min(span), max(span)) for shard, *span in rows], USE)
+    uses = np.array([(shard, min(span), max(span)) for shard, *span in rows], INTERVAL)
     at = [sum(sizes[row["shard"]] for row in uses if row["first_step"] <= step <= row["last_step"]) for step in range(10)]
     assert peak_bytes(uses, sizes) == max(at)
     assert peak_bytes(uses, 1) == (

@@ -166,7 +166,7 @@ def test_other_settings_or_another_source_are_refused_unless_told_to_overwrite(t
         write_shards(changed, tmp_path / "shards")
     assert write_shards(changed, tmp_path / "shards", overwrite=True).source_hash == "2" * 64
     next((tmp_path / "shards").glob("val-*.tar")).unlink()
-    with pytest.raises(UserError, match="missing or cut short"):
+    with pytest.raises(UserError, match="missing or truncated"):
         write_shards(changed, tmp_path / "shards")
     check_shards(write_shards(changed, tmp_path / "shards", overwrite=True).path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shards"]
@@ -258,7 +258,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
         ({"id": "J2232.27-0054"}, "cannot name a file"),
         ({"id": "g-0001+x"}, r"two galaxies have the id g-0001\+x"),
         ({"label": 3}, "label 3 is outside 0 ... 2"),
-        ({"image": np.zeros((32, 32), np.uint8)}, "an image is H x W x 3 uint8"),
+        ({"image": np.zeros((32, 32), np.uint8)}, "not H x W x 3 uint8"),
         ({"extras": {"x": {1, 2}}}, "not plain JSON"),
     ],
 )
@@ -364,6 +364,7 @@ def test_a_writer_killed_at_any_change_of_the_disk_is_finished_by_the_next_call(
 WRITER_OF_PROCESSES = """
 import os, sys, time
 from pathlib import Path
+from galaxydist.log import set_up_logging
 from galaxydist.shards.writer import writer
 from tests.helpers.shard_surveys import MemorySurvey, draw_galaxies
 
@@ -377,6 +378,7 @@ class Meeting(MemorySurvey):
         return super().read(start, stop)
 
 if __name__ == "__main__":
+    set_up_logging()
     writer.FEW_GALAXIES = 0
     Path(sys.argv[1] + ".readers").mkdir()
     writer.write_shards(Meeting(draw_galaxies(64)), Path(sys.argv[1]), shard_size=8)

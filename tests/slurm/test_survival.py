@@ -256,7 +256,7 @@ def test_a_queued_run_is_not_sent_twice(mini_cluster: MiniCluster, blobs: Path, 
     job_id = run.submit(f"cluster.after={before}")
     assert f"afterok:{before}(unfulfilled)" in mini_cluster.run("scontrol", "-o", "show", "job", job_id)
     answer = run.galaxydist("submit", *run.arguments, "cluster=mini")
-    assert answer.returncode == 2 and f"is pending as job {job_id} already" in answer.stderr
+    assert answer.returncode == 2 and f"is already pending as job {job_id}" in answer.stderr
     assert run.galaxydist("status", str(run.run_dir), "--json").stdout.count('"PENDING"') == 1
     answer = run.galaxydist("cancel", str(run.run_dir))
     assert answer.returncode == 0, answer.stderr

@@ -80,7 +80,7 @@ def test_torchvision_reads_both_trees(out_dir: Path) -> None:
 def test_a_second_export_does_no_work_twice(source: Path, out_dir: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in out_dir.rglob("*")}
     trees = export_image_folders(source, out_dir)
-    assert [(tree.variant, tree.was_there) for tree in trees] == [("original", True), ("balanced", True)]
+    assert [(tree.variant, tree.existed) for tree in trees] == [("original", True), ("balanced", True)]
     assert {path: path.stat().st_mtime_ns for path in out_dir.rglob("*")} == before
     assert trees[0].num_galaxies == {"train": 95, "val": 12, "test": 13} or sum(trees[0].num_galaxies.values()) == 120
 
@@ -89,14 +89,14 @@ def test_another_source_takes_the_place_of_an_older_export(source: Path, out_dir
     write_survey(tmp_path / "s.h5", seed=1)
     export_image_folders(source, tmp_path / "out")
     trees = export_image_folders(tmp_path / "s.h5", tmp_path / "out")
-    assert not any(tree.was_there for tree in trees)
+    assert not any(tree.existed for tree in trees)
     assert contents(open_survey(tmp_path / "out")) == contents(open_survey(tmp_path / "s.h5"))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in out_dir.iterdir())
 
 
 def test_nothing_foreign_is_replaced(source: Path, tmp_path: Path) -> None:
     write_image(tmp_path / "Galaxy10_DECaLS" / "train" / "mine" / "1.png")
-    with pytest.raises(UserError, match="in the way"):
+    with pytest.raises(UserError, match="did not write it"):
         export_image_folders(source, tmp_path)
     assert (tmp_path / "Galaxy10_DECaLS" / "train" / "mine" / "1.png").exists()
 
@@ -135,7 +135,7 @@ def test_changed_exports_are_noticed(source: Path, tmp_path: Path, caplog: pytes
     next((tree / "train" / "merging").iterdir()).unlink()
     write_image(tree / "train" / "merging" / "mine.png")
     survey = open_survey(tree)
-    assert "1 images of its metadata are gone, 1 are not in it" in caplog.text
+    assert "1 images of its metadata are missing, 1 images are not in it" in caplog.text
     assert next(survey.read(119, 120)).extras == {"file": "train/merging/mine.png", "source_id": "mine"}
 
 
@@ -151,7 +151,7 @@ def test_a_folder_of_images_that_is_exported_keeps_its_ids(tmp_path: Path) -> No
 
 
 def test_the_balanced_tree_alone_is_not_the_original(out_dir: Path) -> None:
-    with pytest.raises(UserError, match="balanced variant alone"):
+    with pytest.raises(UserError, match="only the balanced variant"):
         open_survey(out_dir / "Galaxy10_DECaLS_Balanced")
 
 
@@ -160,7 +160,7 @@ def test_foreign_descriptions_are_refused(tmp_path: Path) -> None:
         write_image(tmp_path / name / "1.png")
     for text in ("{", "[]", json.dumps({"name": "x"})):
         (tmp_path / "dataset.json").write_text(text)
-        with pytest.raises(UserError, match=r"dataset\.json is not a description"):
+        with pytest.raises(UserError, match=r"dataset\.json was not written by"):
             open_survey(tmp_path)
 
 

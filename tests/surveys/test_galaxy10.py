@@ -141,14 +141,17 @@ def replace(name: str, values: object) -> Callable[[h5py.File], None]:
         (replace("dec", np.array([b"x"] * 120)), "'dec' is .*expected numbers"),
         (
             replace("ans", np.array([0] * 118 + [10, 11], np.uint8)),
-            r"2 of 120 labels lie outside 0-9, the first in row 118 \(10\)",
+            r"2 of 120 labels are outside 0-9, the first in row 118 \(10\)",
         ),
-        (replace("ans", np.array([0] * 119 + [-1], np.int16)), r"1 of 120 labels lie outside"),
+        (replace("ans", np.array([0] * 119 + [-1], np.int16)), r"1 of 120 labels are outside"),
         (lambda h5: (h5.__delitem__("ans"), h5.create_group("ans")), "'ans' is a group; expected a data set"),
         (lambda h5: (h5.__delitem__("images"), h5.create_group("images")), "'images' is a group; expected a data set"),
-        (replace("ra", h5py.ExternalLink("gone.h5", "ra")), r"'ra' is a broken link to gone\.h5; put that file in its place"),
+        (replace("ra", h5py.ExternalLink("gone.h5", "ra")), r"'ra' is a broken link to gone\.h5; restore that file"),
         (replace("dec", h5py.Empty("f8")), "'dec' is a data set without values"),
-        (replace("dec", np.r_[np.zeros(118), 123, -91]), r"row 118: ra=[\d.]+, dec=123 is no place on the sky \(2 such of 120\)"),
+        (
+            replace("dec", np.r_[np.zeros(118), 123, -91]),
+            r"row 118: ra=[\d.]+, dec=123 is not a sky position \(2 of 120 are",
+        ),
         (replace("ans", np.repeat(np.arange(8), 15)), "an empty class: 'edge_on_without_bulge' has 0"),
     ],
 )

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
-from galaxydist.surveys.hdf5_schema import COLUMNS, create_file
+from galaxydist.surveys.hdf5_schema import COLUMNS, SurveyFileWriter
 from tests.helpers.survey_files import run_with_file_limit, write_survey
 
 
@@ -21,13 +21,13 @@ def test_has_the_official_schema(tmp_path: Path) -> None:
 
 
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), create_file(tmp_path / "s.h5", 5):
+    with pytest.raises(KeyboardInterrupt), SurveyFileWriter(tmp_path / "s.h5", 5):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
 def test_too_few_galaxies_leave_nothing(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="0 of 5"), create_file(tmp_path / "s.h5", 5):
+    with pytest.raises(AssertionError, match="0 of 5"), SurveyFileWriter(tmp_path / "s.h5", 5):
         pass
     assert list(tmp_path.iterdir()) == []
 

@@ -66,7 +66,7 @@ def test_missing_splits_are_cut_from_train_and_said(
         if folder in present:
             galaxies = list(survey.read(0, len(survey.labels)))
             assert {galaxies[row].extras["file"].split("/")[0] for row in survey.splits[name]} == {folder}
-    assert caplog.text.count("a tenth of train") == 3 - len(present)
+    assert caplog.text.count("a tenth of each class of train") == 3 - len(present)
 
 
 def test_adding_an_image_moves_few_others(tmp_path: Path) -> None:
@@ -219,10 +219,10 @@ def test_what_links_reach_twice_is_read_once(tmp_path: Path, caplog: pytest.LogC
         *("b/new.jpg", "b/one.jpg", "b/pool/p/p_1.jpg", "b/pool/p/p_2.jpg"),
     )
     assert (
-        "each folder and image is read once, though links lead to some again: 'a/again.jpg', 'a/other', 'a/self'" in caplog.text
+        "each folder and image is read once, though several links lead to some: 'a/again.jpg', 'a/other', 'a/self'" in caplog.text
     )
     (root / "c").symlink_to("a")
-    with pytest.raises(UserError, match=r"an empty class: .*c has no images .*links in it lead to images that stand elsewhere"):
+    with pytest.raises(UserError, match=r"an empty class: .*c has no images .*its links lead to images that are elsewhere"):
         open_survey(root)
 
 
@@ -248,13 +248,13 @@ def test_a_table_that_a_spreadsheet_saved_says_the_same(tmp_path: Path, kind: st
         (METADATA.replace("10.5,", "10:30:00,").encode(), r"metadata\.csv, line 2: ra='10:30:00' is not a number; give decimal"),
         (
             METADATA.replace(",80,", ",123,").encode(),
-            r"metadata\.csv, val/a/v\.ppm: ra=12\.5, dec=123 is no place .*\(4 such of 8\)",
+            r"metadata\.csv, val/a/v\.ppm: ra=12\.5, dec=123 is not a sky position \(4 of 8 are",
         ),
         (METADATA.replace("false", "falsch").encode(), r"line 2: conflicting='falsch' is neither true nor false"),
         (METADATA.replace("two words", "zwei W\xf6rter").encode("cp1252"), r"is not UTF-8 text .*save it as"),
-        ((METADATA + METADATA.splitlines()[3]).encode(), r"line 9: val/a/v\.ppm stands in it twice"),
+        ((METADATA + METADATA.splitlines()[3]).encode(), r"line 9: val/a/v\.ppm is listed twice"),
         (METADATA.replace("two words", "two,words").encode(), r"line 2: 11 cells under 10 columns"),
-        (METADATA.encode() + b"x" * 200_000, r"is not a table in CSV \(field larger than"),
+        (METADATA.encode() + b"x" * 200_000, r"is not a CSV table \(field larger than"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused(tmp_path: Path, changed: bytes, message: str) -> None:
@@ -277,11 +277,11 @@ def test_a_table_of_the_users_own_is_read_or_said(tmp_path: Path, caplog: pytest
     assert {name: rows.tolist() for name, rows in survey.splits.items() if name != "train"} == {"val": [2], "test": [0, 1, 10]}
     assert "80/10/10" not in caplog.text
     (tmp_path / "metadata.csv").write_text((tmp_path / "metadata.csv").read_text().replace("Valid", "maybe"))
-    with pytest.raises(UserError, match="the split of objid_2 is 'maybe', which is none of train, val and test"):
+    with pytest.raises(UserError, match="the split of objid_2 is 'maybe', not train, val or test"):
         open_survey(tmp_path)
     (tmp_path / "metadata.csv").write_text("galaxy,ra,dec\nclass2_0,1,2\n")
     assert next(open_survey(tmp_path).read(0, 1)).ra is None
-    assert "metadata.csv is not used: none of its columns (galaxy, ra, dec) is named file or file_name" in caplog.text
+    assert "metadata.csv is ignored: none of its columns (galaxy, ra, dec) is named file or file_name" in caplog.text
 
 
 def test_other_endings_are_read_or_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -342,7 +342,7 @@ def test_bad_folders_say_what_is_wrong(tmp_path: Path) -> None:
         write_image(tmp_path / file)
     for folder, message in (
         ("nothing", "has no class folder; expected one folder of images for each class"),
-        ("one", "has the class 'a' alone"),
+        ("one", "has only the class 'a'"),
         ("splits", "has val but no train folder"),
         ("empty", "an empty class: .*empty/b has no images"),
         ("few", "'a' has 1, 'b' has 2"),
@@ -387,7 +387,7 @@ def test_equal_files_stay_together_in_a_new_split(tmp_path: Path, caplog: pytest
     assert all(split_of[file] == split_of[copy] for file, copy in copies.items())
     assert all(len(rows) for rows in survey.splits.values())
     assert "31 images are copies of others, byte for byte" in caplog.text
-    assert "1 images stand in two classes, byte for byte: class2/other.jpg = class10/class10_0.jpg" in caplog.text
+    assert "1 images are in two classes, byte for byte: class2/other.jpg = class10/class10_0.jpg" in caplog.text
     assert split_of["class2/other.jpg"] == "train", "a galaxy with two labels judges nobody"
     dropped = open_survey(tmp_path, conflicting="drop")
     assert sum(map(len, dropped.splits.values())) == len(survey.files) - 2
@@ -407,7 +407,7 @@ def test_split_folders_have_many_names_and_each_split_one_folder(tmp_path: Path)
             class_folders(root / name, names=("a", "b"), count=3 + number)
         assert [len(rows) for rows in open_survey(root).splits.values()] == [6, 8, 10]
     class_folders(root / "valid")
-    with pytest.raises(UserError, match=r"the folders eval, valid would all be the val split"):
+    with pytest.raises(UserError, match=r"the folders eval, valid all name the val split"):
         open_survey(root)
 
 

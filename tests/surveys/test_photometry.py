@@ -13,9 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.special import gammaincinv
 
-from galaxydist.surveys.photometry import measure_image, measure_images
+from galaxydist.surveys.photometry import Measurements, measure_images
 
 SKY = 20
+
+
+def measure_image(image_HWC: NDArray[np.uint8]) -> Measurements:
+    """The columns of one image, as numbers."""
+    measured = measure_images(image_HWC[None])
+    return Measurements(measured.size_px[0], measured.brightness[0], measured.sky[0])
 
 
 def draw_sersic(

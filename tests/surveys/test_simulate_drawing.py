@@ -13,19 +13,19 @@ from galaxydist.surveys.simulate.scene import CENTRE, MARGIN, SIZE, Scene
 
 
 def test_dice_are_fixed_for_ever() -> None:
-    dice = Draws(1, GALAXY, 2)
-    assert [round(dice.uniform(), 6) for _ in range(3)] == [round(value, 6) for value in Draws(1, GALAXY, 2).uniforms(3)]
+    draws = Draws(1, GALAXY, 2)
+    assert [round(draws.uniform(), 6) for _ in range(3)] == [round(value, 6) for value in Draws(1, GALAXY, 2).uniforms(3)]
     long = Draws(1, GALAXY, 2).uniforms(1500)
     again = Draws(1, GALAXY, 2)
     assert np.array_equal(np.concatenate([again.uniforms(7), again.uniforms(1493)]), long)
 
 
 def test_dice_have_their_distributions() -> None:
-    dice = Draws(3, GALAXY, 0)
-    normals = dice.normals(20_000)
+    draws = Draws(3, GALAXY, 0)
+    normals = draws.normals(20_000)
     assert abs(normals.mean()) < 0.02
     assert abs(normals.std() - 1.0) < 0.02
-    counts = [dice.poisson(4.2) for _ in range(4000)]
+    counts = [draws.poisson(4.2) for _ in range(4000)]
     assert abs(np.mean(counts) - 4.2) < 0.12
     assert abs(np.var(counts) - 4.2) < 0.4
     white = pixel_normals((200, 200), 1, 2)
@@ -63,9 +63,9 @@ def test_arms_have_the_pitch_they_were_asked_for(pitch: float) -> None:
 
 
 def test_tight_arms_are_tighter_than_loose_ones() -> None:
-    dice = Draws(1, GALAXY, 9)
-    tight = [np.degrees(draw_arms(dice, tight=True).pitch) for _ in range(50)]
-    loose = [np.degrees(draw_arms(dice, tight=False).pitch) for _ in range(50)]
+    draws = Draws(1, GALAXY, 9)
+    tight = [np.degrees(draw_arms(draws, tight=True).pitch) for _ in range(50)]
+    loose = [np.degrees(draw_arms(draws, tight=False).pitch) for _ in range(50)]
     assert (
         TIGHT_PITCH[0]
         <= min(tight)

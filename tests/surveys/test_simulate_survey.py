@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_COUNTS
 from galaxydist.surveys.hdf5_schema import COLUMNS, IMAGE_SHAPE
-from galaxydist.surveys.simulate import simulate_survey
 from galaxydist.surveys.simulate.population import HANDFUL, SurveyPlan, class_counts, plan_survey
-from galaxydist.surveys.simulate.survey import draw_slab, take_image
+from galaxydist.surveys.simulate.survey import draw_image, draw_slab, simulate_survey
 
 
 def _separation(plan: SurveyPlan, one: int, other: int) -> float:
@@ -53,9 +52,9 @@ def test_bytes_do_not_depend_on_workers(tmp_path: Path) -> None:
 def test_seed_and_row_decide_an_image() -> None:
     plan = plan_survey(30, seed=2)
     images, _, _ = draw_slab(plan, 10, 12)
-    assert np.array_equal(images[1], take_image(plan, 11).image)
+    assert np.array_equal(images[1], draw_image(plan, 11).image)
     assert not np.array_equal(images[0], images[1])
-    assert not np.array_equal(images[1], take_image(plan_survey(30, seed=3), 11).image)
+    assert not np.array_equal(images[1], draw_image(plan_survey(30, seed=3), 11).image)
 
 
 def test_proportions_are_galaxy10s() -> None:
@@ -97,7 +96,7 @@ def _near(plan: SurveyPlan, row: int) -> list[int]:
 def test_the_place_with_two_labels_shows_one_image() -> None:
     plan = plan_survey(60, seed=6)
     (twice,) = np.flatnonzero(plan.shown != np.arange(60))
-    assert np.array_equal(take_image(plan, int(twice)).image, take_image(plan, int(plan.shown[twice])).image)
+    assert np.array_equal(draw_image(plan, int(twice)).image, draw_image(plan, int(plan.shown[twice])).image)
 
 
 def test_pairs_show_in_each_others_images() -> None:
@@ -106,7 +105,7 @@ def test_pairs_show_in_each_others_images() -> None:
         for row, there in ((int(one), int(other)), (int(other), int(one))):
             ((neighbour, east, north),) = plan.neighbours(row)
             assert neighbour == there
-            image = take_image(plan, row)
+            image = draw_image(plan, row)
             x, y = 127.5 - east / image.pixel_scale, 127.5 - north / image.pixel_scale
             if max(abs(x - 127.5), abs(y - 127.5)) < 120:
                 spot = image.image[int(y) - 3 : int(y) + 4, int(x) - 3 : int(x) + 4].mean()
@@ -124,7 +123,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("galaxydist.surveys.simulate.survey.take_image", interrupted)
+    monkeypatch.setattr("galaxydist.surveys.simulate.survey.draw_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         simulate_survey(tmp_path / "x.h5", 10, 1, workers=1)
     assert not list(tmp_path.iterdir())

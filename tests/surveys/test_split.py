@@ -13,7 +13,7 @@ from galaxydist.surveys.split import (
     TRAIN,
     VAL,
     SplitCandidates,
-    build_population,
+    build_candidates,
     close_pairs,
     cut,
     read_sky,
@@ -33,11 +33,11 @@ def crowded(counts: list[int], pair_share: float, seed: int) -> SplitCandidates:
     moved = np.flatnonzero(rng.random(len(labels)) < pair_share)
     to = rng.integers(0, len(labels), len(moved))
     ra[moved], dec[moved] = ra[to], dec[to] + rng.choice([0.0, 0.01], len(moved))
-    return build_population(labels, ra, dec, class_names=[f"c{k}" for k in range(len(counts))], seed=seed)
+    return build_candidates(labels, ra, dec, class_names=[f"c{k}" for k in range(len(counts))], seed=seed)
 
 
-def groups_are_whole(population: SplitCandidates, codes: NDArray[np.int8]) -> bool:
-    groups = population.sky.groups
+def groups_are_whole(galaxies: SplitCandidates, codes: NDArray[np.int8]) -> bool:
+    groups = galaxies.sky.groups
     inside = (groups >= 0) & (codes != NONE)
     return all(len(np.unique(codes[inside & (groups == group)])) <= 1 for group in np.unique(groups[inside]))
 
@@ -48,42 +48,42 @@ populations = st.builds(
 
 
 @given(populations)
-def test_original_keeps_counts_groups_and_conflicts(population: SplitCandidates) -> None:
-    codes = split_original(population)
-    wanted = split_counts(np.bincount(population.labels, minlength=population.num_classes), population.seed)
-    assert groups_are_whole(population, codes)
-    assert (codes[population.sky.conflicting] == TRAIN).all()
+def test_original_keeps_counts_groups_and_conflicts(galaxies: SplitCandidates) -> None:
+    codes = split_original(galaxies)
+    wanted = split_counts(np.bincount(galaxies.labels, minlength=galaxies.num_classes), galaxies.seed)
+    assert groups_are_whole(galaxies, codes)
+    assert (codes[galaxies.sky.conflicting] == TRAIN).all()
     for code in (VAL, TEST):
-        found = population.counts(codes == code)
+        found = galaxies.counts(codes == code)
         assert (found <= wanted[code]).all() and (found >= 1).all()
-    if (population.sky.groups < 0).mean() > 0.9:
-        assert np.array_equal(population.counts(codes == TEST), wanted[TEST])
+    if (galaxies.sky.groups < 0).mean() > 0.9:
+        assert np.array_equal(galaxies.counts(codes == TEST), wanted[TEST])
 
 
 @given(populations)
-def test_balanced_never_tests_what_trained_the_other(population: SplitCandidates) -> None:
-    original = split_original(population)
-    balanced = split_balanced(population, original)
+def test_balanced_never_tests_what_trained_the_other(galaxies: SplitCandidates) -> None:
+    original = split_original(galaxies)
+    balanced = split_balanced(galaxies, original)
     for code in (TRAIN, VAL, TEST):
-        assert len(set(population.counts(balanced == code).tolist())) == 1 or code != TEST
+        assert len(set(galaxies.counts(balanced == code).tolist())) == 1 or code != TEST
     both = (balanced == TRAIN) | (balanced == VAL)
-    assert len(set(population.counts(both).tolist())) == 1
-    assert groups_are_whole(population, balanced)
+    assert len(set(galaxies.counts(both).tolist())) == 1
+    assert groups_are_whole(galaxies, balanced)
     assert not (both & (original == TEST)).any()
     assert not ((balanced == TEST) & (original == TRAIN)).any()
-    assert (balanced[population.sky.conflicting] <= TRAIN).all()
+    assert (balanced[galaxies.sky.conflicting] <= TRAIN).all()
 
 
 def test_follows_seed_and_keys_alone() -> None:
-    population = crowded([50, 60, 70], 0.1, 1)
+    galaxies = crowded([50, 60, 70], 0.1, 1)
     again = crowded([50, 60, 70], 0.1, 1)
-    assert np.array_equal(split_original(population), split_original(again))
-    other_seed = SplitCandidates(population.labels, population.class_names, population.sky, population.keys, 2)
-    assert not np.array_equal(split_original(population), split_original(other_seed))
-    order = np.random.default_rng(0).permutation(len(population.labels))
-    sky = read_sky(population.labels, None, None)
-    plain = SplitCandidates(population.labels, population.class_names, sky, population.keys, 1)
-    mixed = SplitCandidates(population.labels[order], population.class_names, sky, population.keys[order], 1)
+    assert np.array_equal(split_original(galaxies), split_original(again))
+    other_seed = SplitCandidates(galaxies.labels, galaxies.class_names, galaxies.sky, galaxies.keys, 2)
+    assert not np.array_equal(split_original(galaxies), split_original(other_seed))
+    order = np.random.default_rng(0).permutation(len(galaxies.labels))
+    sky = read_sky(galaxies.labels, None, None)
+    plain = SplitCandidates(galaxies.labels, galaxies.class_names, sky, galaxies.keys, 1)
+    mixed = SplitCandidates(galaxies.labels[order], galaxies.class_names, sky, galaxies.keys[order], 1)
     assert np.array_equal(split_original(plain)[order], split_original(mixed))
 
 
@@ -95,9 +95,9 @@ def test_counts_keep_one_galaxy_everywhere() -> None:
 @pytest.mark.parametrize(("counts", "word"), [([30, 0, 30], "an empty class"), ([30, 2, 30], "too small")])
 def test_empty_and_small_classes_are_named(counts: list[int], word: str) -> None:
     labels = np.repeat(np.arange(3), counts)
-    population = build_population(labels, None, None, class_names=["a", "b", "c"], seed=0)
+    galaxies = build_candidates(labels, None, None, class_names=["a", "b", "c"], seed=0)
     with pytest.raises(UserError, match=f"{word}.*'b' has {counts[1]}"):
-        split_original(population)
+        split_original(galaxies)
 
 
 def test_a_class_of_neighbours_only_is_an_error() -> None:
@@ -105,25 +105,25 @@ def test_a_class_of_neighbours_only_is_an_error() -> None:
     ra, dec = np.linspace(0, 200, 24), np.zeros(24)
     ra[20:], labels[:1] = ra[0], 0  # all of class 1 sit on a galaxy of class 0
     with pytest.raises(UserError, match="neighbours"):
-        split_original(build_population(labels, ra, dec, class_names=["a", "b"], seed=0))
+        split_original(build_candidates(labels, ra, dec, class_names=["a", "b"], seed=0))
 
 
 def test_folds_cover_each_galaxy_once_and_are_stratified() -> None:
-    population = crowded([31, 45, 60], 0.1, 3)
-    folds = [split_fold(population, k, 3) for k in range(3)]
+    galaxies = crowded([31, 45, 60], 0.1, 3)
+    folds = [split_fold(galaxies, k, 3) for k in range(3)]
     assert (np.stack([codes == TEST for codes in folds]).sum(axis=0) == 1).all()
     for codes in folds:
-        assert set(np.unique(codes)) == {TRAIN, TEST} and groups_are_whole(population, codes)
-        assert (np.abs(population.counts(codes == TEST) - np.array([31, 45, 60]) / 3) <= 8).all()
+        assert set(np.unique(codes)) == {TRAIN, TEST} and groups_are_whole(galaxies, codes)
+        assert (np.abs(galaxies.counts(codes == TEST) - np.array([31, 45, 60]) / 3) <= 8).all()
     with pytest.raises(UserError, match="fold 3 of 3"):
-        split_fold(population, 3, 3)
+        split_fold(galaxies, 3, 3)
 
 
 def test_cut_takes_a_tenth_of_each_class_from_train() -> None:
-    population = crowded([40, 50], 0.1, 4)
-    codes = cut(population, np.full(90, TRAIN, np.int8), VAL)
-    assert population.counts(codes == VAL).tolist() == [4, 5] and groups_are_whole(population, codes)
-    assert not (codes[population.sky.conflicting] == VAL).any()
+    galaxies = crowded([40, 50], 0.1, 4)
+    codes = cut(galaxies, np.full(90, TRAIN, np.int8), VAL)
+    assert galaxies.counts(codes == VAL).tolist() == [4, 5] and groups_are_whole(galaxies, codes)
+    assert not (codes[galaxies.sky.conflicting] == VAL).any()
 
 
 def test_rows_by_split_are_sorted_and_apart() -> None:

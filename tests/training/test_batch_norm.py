@@ -88,32 +88,29 @@ def worker(world_size: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world_size, timeout=limit)
     shares = SHARES[world_size]
     mine = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
-    group = dist.new_group(list(range(world_size)), backend="gloo")
     found: dict[str, dict[str, Tensor]] = {}
     for name, make in LAYERS.items():
-        layer = synchronise_batch_norm(nn.Sequential(nn.Identity(), make(), nn.Conv2d(6, 6, 1)).double(), group)[1]
+        layer = synchronise_batch_norm(nn.Sequential(nn.Identity(), make(), nn.Conv2d(6, 6, 1)).double())[1]
         assert isinstance(layer, SynchronisedNorm)
         found[name] = try_layer(layer, mine, sum(shares))
     for name in MODELS:
         for checkpointed in (False, True):
-            model = synchronise_batch_norm(model_of(name), group)
+            model = synchronise_batch_norm(model_of(name))
             if checkpointed:
                 checkpoint_activations(model)
-            twin = copy.deepcopy(model)
-            assert all(m.process_group is group for m in twin.modules() if isinstance(m, SynchronisedNorm))
             wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
             found[name + ("+" if checkpointed else "")] = try_model(wrapped, mine, sum(shares), world_size)
-    found["autocast"] = try_autocast(group, mine, sum(shares))
-    found["frozen"] = try_frozen(group, mine, sum(shares))
+    found["autocast"] = try_autocast(mine, sum(shares))
+    found["frozen"] = try_frozen(mine, sum(shares))
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def try_autocast(group: dist.ProcessGroup, mine: slice, num: int) -> dict[str, Tensor]:
+def try_autocast(mine: slice, num: int) -> dict[str, Tensor]:
     """bfloat16 in, bfloat16 out, weights and statistics in float32, as the plain layer does it."""
     images = (images_of(0, num) - 1e4).float()[mine].bfloat16()
     plain = nn.BatchNorm2d(6)
-    layer = synchronise_batch_norm(copy.deepcopy(plain), group)
+    layer = synchronise_batch_norm(copy.deepcopy(plain))
     with torch.autocast("cpu", torch.bfloat16):
         expected, y = plain(images), layer(images.requires_grad_())
     assert y.dtype == expected.dtype == torch.bfloat16
@@ -122,11 +119,11 @@ def try_autocast(group: dist.ProcessGroup, mine: slice, num: int) -> dict[str, T
     return {"y": y.detach().float(), **{f"state {name}": value for name, value in layer.named_buffers()}}
 
 
-def try_frozen(group: dist.ProcessGroup, mine: slice, num: int) -> dict[str, Tensor]:
+def try_frozen(mine: slice, num: int) -> dict[str, Tensor]:
     model = model_of("custom_cnn")
     freeze_backbone(model, ("head",))
     before = {name: value.clone() for name, value in model.named_buffers()}
-    model = synchronise_batch_norm(model, group)
+    model = synchronise_batch_norm(model)
     set_train_mode(model)
     try_model(model, mine, num, 1)
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
@@ -230,12 +227,11 @@ def test_an_unknown_batch_normalisation_is_refused() -> None:
 def test_on_a_gpu_the_layers_are_torchs(tmp_path: Path) -> None:
     dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        group = dist.new_group([0])
         plain = model_of("resnet18").cuda()
         names = list(plain.state_dict())
-        synced = copy.deepcopy(synchronise_batch_norm(copy.deepcopy(plain), group))
+        synced = copy.deepcopy(synchronise_batch_norm(copy.deepcopy(plain)))
         layers = [m for m in synced.modules() if isinstance(m, nn.SyncBatchNorm)]
-        assert len(layers) == 20 and all(layer.process_group is group for layer in layers)
+        assert len(layers) == 20
         assert list(synced.state_dict()) == names
         images = torch.randn(4, 3, 32, 32, dtype=torch.float64, device="cuda")
         torch.testing.assert_close(synced(images), plain(images), rtol=1e-9, atol=1e-9)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from galaxydist.training.fsdp import clip_gradients
+from galaxydist.training.step import clip_gradients
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from galaxydist.models.build import build_model, freeze_backbone
 from galaxydist.recipe.schema import ModelConfig
-from galaxydist.training.throughput import activation_bytes, device_peak_flops, forward_flops, training_flops, utilisation
+from galaxydist.training.throughput import activation_bytes, device_peak_flops, forward_flops, training_flops
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,3 @@ def test_a_linear_layer_alone() -> None:
 def test_peaks(name: str, precision: str, tf32: bool, teraflops: float | None) -> None:
     expected = None if teraflops is None else pytest.approx(teraflops * 1e12)
     assert device_peak_flops(name, precision, tf32=tf32) == expected  # type: ignore[arg-type]
-
-
-def test_utilisation() -> None:
-    assert utilisation(1000.0, 6_000_000_000, 60e12) == pytest.approx(0.1)

@@ -25,10 +25,11 @@ from galaxydist.training.micro_batch import (
     is_out_of_memory,
     largest_that_fits,
     most_on_cpu,
-    remembered,
-    what_to_lower,
+    reusable_micro_batch,
+    suggest_savings,
 )
-from galaxydist.training.step import count_micro_batches, split_evenly
+from galaxydist.training.mixup import split_evenly
+from galaxydist.training.step import count_micro_batches
 from tests.helpers.forked_runs import run_forked
 from tests.helpers.scripts.limited_model import LimitedModel, raise_cpu, raise_cuda, raise_host
 from tests.helpers.scripts.micro_batch_rank import find_micro_batches
@@ -160,7 +161,7 @@ def test_a_cpu_cuts_evenly_and_keeps_pairs(world: World, monkeypatch: pytest.Mon
     assert find_micro_batch(world, recipe, LimitedModel(5), unit=2) == 2
 
 
-def test_if_not_even_one_fits_it_says_what_to_lower(world: World) -> None:
+def test_if_not_even_one_fits_it_says_suggest_savings(world: World) -> None:
     recipe = build_recipe("train.batch_size=24", "model.width=32", image_size=64)
     with pytest.raises(EveryRankError) as raised:
         find_micro_batch(world, recipe, LimitedModel(0), force=True)
@@ -173,7 +174,7 @@ def test_if_not_even_one_fits_it_says_what_to_lower(world: World) -> None:
 
 def test_what_is_lowered_already_is_not_proposed(world: World) -> None:
     recipe = build_recipe("train.gradient_checkpointing=true", "model.width=4")
-    assert what_to_lower(recipe, world, []) == "Use a smaller model (model.name)."
+    assert suggest_savings(recipe, world, []) == "Use a smaller model (model.name)."
 
 
 def test_out_of_memory_in_a_step_is_explained(world: World) -> None:
@@ -204,15 +205,15 @@ def test_a_restart_takes_what_was_found_if_nothing_changed(world: World) -> None
     stored = json.loads(json.dumps({**stored, "micro_batch": 6}))
     assert choose_micro_batch(world, recipe, LimitedModel(5), stored=stored) == (6, stored)
     now = conditions(world, recipe)
-    assert remembered(stored, now) == 6
-    assert remembered(None, now) is None and remembered({}, now) is None
+    assert reusable_micro_batch(stored, now) == 6
+    assert reusable_micro_batch(None, now) is None and reusable_micro_batch({}, now) is None
     for changed in (build_recipe("train.batch_size=48"), build_recipe("train.batch_size=24", image_size=32)):
-        assert remembered(stored, conditions(world, changed)) is None
+        assert reusable_micro_batch(stored, conditions(world, changed)) is None
     for key in now:
-        assert remembered({**stored, key: "another"}, now) is None
+        assert reusable_micro_batch({**stored, key: "another"}, now) is None
     for damage in (0, "6", None, True):
-        assert remembered({**stored, "micro_batch": damage}, now) is None
-    assert remembered(now, now) is None
+        assert reusable_micro_batch({**stored, "micro_batch": damage}, now) is None
+    assert reusable_micro_batch(now, now) is None
 
 
 def test_a_number_in_the_recipe_is_taken_as_it_is(world: World) -> None:

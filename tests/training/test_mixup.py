@@ -13,8 +13,8 @@ from scipy import stats
 from torch.nn import functional
 
 from galaxydist.errors import EveryRankError
-from galaxydist.loading.loader import Batch, TrainLoader
-from galaxydist.recipe.rules import check_world
+from galaxydist.loading.loader import Batch, DecodeOptions, RankInfo, TrainLoader
+from galaxydist.recipe.rules import check_world, is_mixing
 from galaxydist.recipe.schema import TrainConfig
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.training.loss import LossTargets, WeightedCrossEntropy
@@ -132,9 +132,8 @@ def test_any_beta_gives_a_share(a: float, seed: int, pair: int) -> None:
 
 
 def test_off_is_off() -> None:
-    assert not mixing(mixup=0.0).is_on
-    assert not mixing(mixup=1.0, mix_prob=0.0).is_on
-    assert mixing(mixup=0.1).is_on and mixing(cutmix=0.1).is_on
+    assert not is_mixing(TrainConfig(mixup=0.0)) and not is_mixing(TrainConfig(mixup=1.0, mix_prob=0.0))
+    assert is_mixing(TrainConfig(mixup=0.1)) and is_mixing(TrainConfig(cutmix=0.1))
     draws = mixing(mixup=1.0, cutmix=1.0, mix_prob=0.0).draw(0, np.arange(50))
     assert not draws.partner_shares.any() and not draws.blends.any() and not draws.boxes.any()
 
@@ -212,8 +211,8 @@ def test_readers_of_all_worlds_deal_the_pairs_that_are_mixed(blobs: Path) -> Non
     for world in (1, 2, 3, 4, 6):
         images: dict[int, torch.Tensor] = {}
         for rank in range(world):
-            common = {"seed": 1, "num_streams": 8, "threads": 1, "start_step": 4}
-            with TrainLoader(manifest, batch_size=24, rank=rank, world_size=world, **common) as reader:  # type: ignore[arg-type]
+            common = {"seed": 1, "num_streams": 8, "decode": DecodeOptions(threads=1), "start_step": 4}
+            with TrainLoader(manifest, batch_size=24, ranks=RankInfo(rank, world), **common) as reader:  # type: ignore[arg-type]
                 batch = next(reader)
             images_BCHW = batch.images_BHWC.permute(0, 3, 1, 2).double()
             for part in split_pairs(len(images_BCHW), 2):

@@ -84,7 +84,7 @@ def test_a_failed_run_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_large_trace_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiler, "LARGEST_PLAIN", 100)
+    monkeypatch.setattr(profiler, "MAX_PLAIN_BYTES", 100)
     train(StepProfiler("2-3", tmp_path, 0), 0, 5)
     assert files(tmp_path) == ["steps-2-3.json.gz"]
     trace = json.loads(gzip.decompress((tmp_path / "profile" / "steps-2-3.json.gz").read_bytes()))

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.training.throughput import PARTS, StepTimer
+from galaxydist.training.throughput import PARTS, HostClock, StepTimer
 
 CPU = torch.device("cpu")
 SHARES = [f"time/{part}" for part in (*PARTS, "other")]
 
 
-class LaggingClock:
+class LaggingClock(HostClock):
     """A device that has come to ``now`` and has been given work up to ``given``."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ def test_time_goes_to_the_part_that_took_it() -> None:
     assert all(told[f"time/{part}"] >= slept_s / elapsed for part, slept_s in slept.items() if part != "validation")
     assert told["time/optimizer"] == 0
     # Neither the validation nor the checkpoint is training time.
-    assert 30 / (elapsed - 0.08) <= told["time/img_s"] <= 30 / 0.09
+    assert 0.98 * 30 / (elapsed - 0.08) <= told["time/img_s"] <= 30 / 0.09
     assert told["time/img_s_device"] == told["time/img_s"] / 2
     assert 0.01 < told["memory/rss_gb"] < 100
     assert not any(name.startswith("gpu/") for name in told)

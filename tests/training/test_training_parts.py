@@ -16,10 +16,10 @@ from galaxydist.errors import UserError
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import OptimConfig
 from galaxydist.training.loss import WeightedCrossEntropy, class_weights
+from galaxydist.training.mixup import split_evenly
 from galaxydist.training.optimizer import LRSchedule
 from galaxydist.training.resume import EarlyStopping
-from galaxydist.training.step import count_micro_batches, split_evenly
-from galaxydist.training.trainer import _example
+from galaxydist.training.step import count_micro_batches, example_images
 
 
 def test_summed_parts_give_torchs_weighted_mean() -> None:
@@ -144,5 +144,5 @@ def test_the_first_passes_have_the_shape_of_a_steps_first(
     recipe = load_recipe(["recipe=custom_cnn", "data.image_size=16", *settings])
     world: Any = SimpleNamespace(rank=rank, size=3, device=torch.device("cpu"), dtype=torch.float64)
     augment: Any = lambda images_BHWC, *_: images_BHWC.permute(0, 3, 1, 2).float()  # noqa: E731
-    images_BCHW = _example(world, recipe.recipe, augment, micro_batch)
+    images_BCHW = example_images(world, recipe.recipe, augment, micro_batch)
     assert (images_BCHW.shape, images_BCHW.dtype) == ((count, 3, 16, 16), torch.float64)

@@ -4,7 +4,6 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import psutil
@@ -23,7 +22,7 @@ from galaxydist.bench.loader_worker import (
     stored_jpegs,
 )
 from galaxydist.loading.augment import Augment
-from galaxydist.loading.loader import TrainLoader
+from galaxydist.loading.loader import DecodeOptions, TrainLoader
 from galaxydist.recipe.schema import AugmentConfig
 from galaxydist.shards.manifest import read_manifest
 
@@ -37,14 +36,14 @@ MEMORY_EPOCHS = 10
 def build_loader(job: LoaderJob) -> Iterator[LoaderBatch]:
     """Yield training batches as in a run, without the galaxies' keys, since a run uses their numbers."""
     manifest = read_manifest(job.shards)
-    settings: dict[str, Any] = {"seed": SEED, "batch_size": job.batch_size, "threads": job.workers}
     if job.task == "decode":
-        with TrainLoader(manifest, **settings) as loader:
+        with TrainLoader(manifest, seed=SEED, batch_size=job.batch_size, decode=DecodeOptions(threads=job.workers)) as loader:
             for batch in loader:
                 yield batch.images_BHWC, batch.labels_B, []
         return
     augment = Augment(AUGMENT, SEED, job.mean, job.std, job.image_size, crop=1 / ZOOM, threads=job.workers)
-    with TrainLoader(manifest, image_size=job.image_size, crop=1 / ZOOM, max_zoom=ZOOM, **settings) as loader:
+    decode = DecodeOptions(job.image_size, crop=1 / ZOOM, max_zoom=ZOOM, threads=job.workers)
+    with TrainLoader(manifest, seed=SEED, batch_size=job.batch_size, decode=decode) as loader:
         for batch in loader:
             yield augment(batch.images_BHWC, batch.epoch, batch.positions_B), batch.labels_B, []
 
@@ -54,7 +53,7 @@ def one_epoch(job: LoaderJob) -> Iterator[LoaderBatch]:
     manifest = read_manifest(job.shards)
     keys = np.array([image.key for image in stored_jpegs(job.shards)])
     batch_size = max(size for size in range(1, job.batch_size + 1) if keys.size % size == 0)
-    with TrainLoader(manifest, seed=SEED, batch_size=batch_size, threads=job.workers) as loader:
+    with TrainLoader(manifest, seed=SEED, batch_size=batch_size, decode=DecodeOptions(threads=job.workers)) as loader:
         for batch in itertools.islice(loader, loader.steps_per_epoch):
             yield batch.images_BHWC, batch.labels_B, keys[batch.samples_B.numpy()].tolist()
 
@@ -88,7 +87,11 @@ def measure_resume(job: LoaderJob) -> Answer:
     """Measure the seconds from opening the shards to the first batch at a step."""
     started = time.perf_counter()
     with TrainLoader(
-        read_manifest(job.shards), seed=SEED, batch_size=job.batch_size, threads=job.workers, start_step=job.step
+        read_manifest(job.shards),
+        seed=SEED,
+        batch_size=job.batch_size,
+        decode=DecodeOptions(threads=job.workers),
+        start_step=job.step,
     ) as loader:
         next(loader)
         return {"seconds": time.perf_counter() - started}

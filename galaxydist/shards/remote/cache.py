@@ -4,12 +4,15 @@
                                               .train-000000.tar.lock       locked by the process that fetches the file; holds the
                                                                            number of bytes that the file will take
                                               .train-000000.tar.partial    the part fetched so far
-<cache>/.lock                                 locked by the process that makes and reserves room
+<cache>/.lock                                 locked by the process that evicts files and reserves space
 
 All locks are ``flock`` locks, released when their process ends, so that a crash leaves only file names to clean up. A file with
 its final name is complete: it is checked against the manifest's SHA-256 and synced to disk before it is renamed, and its size is
-checked each time it is opened. (Later damage shows as an image that does not decode.) When room is needed, the shard that was
+checked each time it is opened. (Later damage shows as an image that does not decode.) When space is needed, the shard that was
 opened least recently is evicted first; a file that any process has open is never evicted.
+
+``filelock`` is not used: it has no shared locks on the files themselves, does not report a file system without locks, and on
+some of them falls back to lock files that outlive a killed process.
 """
 
 import errno
@@ -20,12 +23,13 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from galaxydist.atomic_files import NO_SPACE, fsync_file
 from galaxydist.errors import UserError
-from galaxydist.shards.remote.object_store import StoppedError
+from galaxydist.shards.remote.object_store import StoppedError, Store, download
 
 
 class SharedFile:
@@ -34,25 +38,22 @@ class SharedFile:
     A lock on the descriptor is released with it. ``num_bytes`` is the size of the file when it was opened.
 
     Args:
-        descriptor: is owned by this object from now on.
+        path: the file.
+        flags: flags of ``os.open``; by default the file is opened for reading.
     """
 
     __slots__ = ("descriptor", "num_bytes")
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.num_bytes = os.fstat(descriptor).st_size
-
-    @classmethod
-    def at(cls, path: str) -> "SharedFile":
-        """Open a file for reading."""
-        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    def __init__(self, path: Path | str, flags: int = os.O_RDONLY) -> None:
+        self.descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        self.num_bytes = os.fstat(self.descriptor).st_size
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        if hasattr(self, "descriptor"):  # missing if the file could not be opened
+            os.close(self.descriptor)
 
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LOCK, PARTIAL = ".lock", ".partial"
 
@@ -60,7 +61,7 @@ LOCK, PARTIAL = ".lock", ".partial"
 def try_claim(path: Path) -> SharedFile | None:
     """Return the lock that lets one process at a time fetch a file, or None if another process holds it."""
     while True:
-        file = SharedFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        file = SharedFile(path, os.O_RDWR | os.O_CREAT)
         if not try_lock(file.descriptor, fcntl.LOCK_EX):
             return None
         if os.fstat(file.descriptor).st_nlink:
@@ -86,12 +87,11 @@ def reserved_bytes(lock: str) -> int:
 def evict(path: str) -> bool:
     """Remove a file unless a process has it open; return True if it is removed."""
     try:
-        file = SharedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        file = SharedFile(path, os.O_RDWR)
         if not try_lock(file.descriptor, fcntl.LOCK_EX):
             return False
         Path(path).unlink()
-    except OSError as error:
-        _log.debug("%s stays: %s", path, error)
+    except OSError:
         return False
     return True
 
@@ -111,7 +111,6 @@ POLL_S = 0.05
 SPARE_BYTES = 256 * 1024 * 1024
 SPARE_SHARE = 0.01
 
-NO_SPACE = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "files may not be so large"}
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 SHARD_ENDING = ".tar"
 # Each data set has a folder of its own, named by its manifest's hash.
@@ -148,7 +147,7 @@ class CacheEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _CachedFile:
     path: str
     size: int
     used_ns: int
@@ -167,25 +166,25 @@ class Cache:
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes
-        self._said_over = False
+        self._has_warned = False
         with self._explain():
             folder.mkdir(parents=True, exist_ok=True)
-            with self._guard(threading.Event()):
+            with self._lock(threading.Event()):
                 self._scan()
 
-    def obtain(
-        self, wanted: CacheEntry, fetch: Callable[[Path], None], *, stop: threading.Event, must: bool
+    def get_or_fetch(
+        self, entry: CacheEntry, fetch: Callable[[Path], object], *, stop: threading.Event, allow_over_limit: bool
     ) -> SharedFile | None:
         """Return a file, open and locked against eviction as long as the result lives; one process fetches a missing file.
 
         Args:
-            wanted: the file.
-            fetch: writes the right file to the path that it is given, or raises.
+            entry: the file.
+            fetch: writes the complete file to the given path, or raises.
             stop: ends waiting when it is set.
-            must: exceed the size limit if all other files are in use.
+            allow_over_limit: exceed the size limit if all other files are in use.
 
         Returns:
-            None if the file is missing and there is no room for it now.
+            None if the file is missing and does not fit now.
 
         Raises:
             StoppedError: ``stop`` was set.
@@ -193,31 +192,31 @@ class Cache:
         """
         with self._explain():
             while True:
-                if (found := self.find(wanted)) is not None:
+                if (found := self.find(entry)) is not None:
                     return found
-                with self._guard(stop):
-                    claim = try_claim(self._hidden(wanted, LOCK))
+                with self._lock(stop):
+                    claim = try_claim(self._hidden(entry, LOCK))
                     if claim is not None:
-                        found, has_room = None, False
+                        found, is_reserved = None, False
                         try:
-                            found = self.find(wanted)
-                            has_room = found is None and self._make_room(claim, wanted, must)
+                            found = self.find(entry)
+                            is_reserved = found is None and self._reserve(claim, entry, allow_over_limit)
                         finally:
-                            if not has_room:
-                                self._give_up(claim, wanted)
-                        if not has_room:
+                            if not is_reserved:
+                                self._release(entry)
+                        if not is_reserved:
                             return found
                 if claim is not None:
-                    return self._fetch(claim, wanted, fetch, stop)
+                    return self._fetch(entry, fetch, stop)
                 if stop.wait(POLL_S):
                     raise StoppedError
 
-    def find(self, wanted: CacheEntry) -> SharedFile | None:
+    def find(self, entry: CacheEntry) -> SharedFile | None:
         """Return a complete file, open and locked against eviction, and mark it as used; None if there is none."""
-        path = self.folder / wanted.name
+        path = self.folder / entry.name
         while True:
             try:
-                file = SharedFile.at(str(path))
+                file = SharedFile(path)
             except FileNotFoundError:
                 return None
             if not try_lock(file.descriptor, fcntl.LOCK_SH):
@@ -225,75 +224,72 @@ class Cache:
             status = os.fstat(file.descriptor)
             if status.st_nlink == 0:
                 continue  # was evicted
-            if wanted.num_bytes not in (None, status.st_size):
+            if entry.num_bytes not in (None, status.st_size):
                 return None  # damaged: will be fetched again
-            try:
+            with suppress(PermissionError):  # the file may belong to another user
                 os.utime(file.descriptor)
-            except PermissionError:
-                _log.debug("%s belongs to another user", path)
             return file
 
     @property
-    def room(self) -> int:
+    def shard_capacity(self) -> int:
         """Bytes of shards that the cache may hold: its size limit without the columns in it, or less on a smaller disk."""
-        with self._guard(threading.Event()):
+        with self._lock(threading.Event()):
             files, _ = self._scan()
         shards = sum(file.size for file in files if file.path.endswith(SHARD_ENDING))
         columns = sum(file.size for file in files) - shards
         return min(self.max_bytes - columns, _free_bytes(self.folder) + shards)
 
-    def _fetch(self, claim: SharedFile, wanted: CacheEntry, fetch: Callable[[Path], None], stop: threading.Event) -> SharedFile:
-        partial = self._hidden(wanted, PARTIAL)
+    def _fetch(self, entry: CacheEntry, fetch: Callable[[Path], object], stop: threading.Event) -> SharedFile:
+        partial = self._hidden(entry, PARTIAL)
         try:
             fetch(partial)
-            file = SharedFile.at(str(partial))
+            file = SharedFile(partial)
             try_lock(file.descriptor, fcntl.LOCK_SH)
             os.fsync(file.descriptor)
-            with self._guard(stop):  # so that its bytes always count as reserved or as present
-                partial.replace(self.folder / wanted.name)
-                self._give_up(claim, wanted)
+            with self._lock(stop):  # so that its bytes always count as reserved or as present
+                partial.replace(self.folder / entry.name)
+                self._release(entry)
         except BaseException:
-            self._give_up(claim, wanted)
+            self._release(entry)
             raise
-        _sync_folder(partial.parent)
+        fsync_file(partial.parent)
         return file
 
-    def _give_up(self, claim: SharedFile, wanted: CacheEntry) -> None:
+    def _release(self, entry: CacheEntry) -> None:
         """Remove a claim's partial file, then its lock file; in this order, so that each partial file has a lock file."""
-        assert claim.descriptor >= 0
-        self._hidden(wanted, PARTIAL).unlink(missing_ok=True)
-        self._hidden(wanted, LOCK).unlink(missing_ok=True)
+        self._hidden(entry, PARTIAL).unlink(missing_ok=True)
+        self._hidden(entry, LOCK).unlink(missing_ok=True)
 
-    def _make_room(self, claim: SharedFile, wanted: CacheEntry, must: bool) -> bool:
-        """Evict shards until the file fits, and reserve its bytes; the caller holds the guard."""
-        (self.folder / wanted.name).unlink(missing_ok=True)  # if it exists, it is damaged
-        num_bytes = wanted.num_bytes or 0
+    def _reserve(self, claim: SharedFile, entry: CacheEntry, allow_over_limit: bool) -> bool:
+        """Evict shards until the file fits, and reserve its bytes; the caller holds the cache's lock."""
+        (self.folder / entry.name).unlink(missing_ok=True)  # if it exists, it is damaged
+        num_bytes = entry.num_bytes or 0
         files, reserved = self._scan()
-        room = min(self.max_bytes - reserved - sum(file.size for file in files), _free_bytes(self.folder) - reserved)
+        free = min(self.max_bytes - reserved - sum(file.size for file in files), _free_bytes(self.folder) - reserved)
         for file in sorted(files, key=lambda file: file.used_ns):
-            if room >= num_bytes:
+            if free >= num_bytes:
                 break
             if file.path.endswith(SHARD_ENDING) and evict(file.path):
-                room += file.size
-        if room < num_bytes and not must:
+                free += file.size
+        if free < num_bytes and not allow_over_limit:
             return False
-        if room < num_bytes and num_bytes and not self._said_over:
-            self._said_over = True
-            _log.warning(
-                "the cache %s goes over its limit (data.cache_size, or the free disk) by %s: all else in it is in use",
+        if free < num_bytes and num_bytes and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "the cache %s exceeds its limit (data.cache_size, or the free disk) by %s: all other files in it are in use",
                 self.folder,
-                show_bytes(num_bytes - room),
+                show_bytes(num_bytes - free),
             )
         os.pwrite(claim.descriptor, str(num_bytes).encode(), 0)
         return True
 
-    def _scan(self) -> tuple[list["_Found"], int]:
-        """Return the complete files and the bytes reserved by running fetches; remove what crashed fetches left."""
+    def _scan(self) -> tuple[list["_CachedFile"], int]:
+        """Return the complete files and the bytes reserved by running fetches; remove the leftovers of crashed fetches."""
         found, reserved = [], 0
         for entry in self._entries():
             if not entry.name.startswith("."):
                 status = entry.stat()
-                found.append(_Found(entry.path, status.st_size, status.st_mtime_ns))
+                found.append(_CachedFile(entry.path, status.st_size, status.st_mtime_ns))
             elif entry.name.endswith(LOCK):
                 reserved += reserved_bytes(entry.path)
             elif entry.name.endswith(PARTIAL) and not Path(entry.path.removesuffix(PARTIAL) + LOCK).exists():
@@ -312,15 +308,15 @@ class Cache:
                 continue
             yield from files
 
-    def _hidden(self, wanted: CacheEntry, ending: str) -> Path:
-        path = self.folder / wanted.name
+    def _hidden(self, entry: CacheEntry, ending: str) -> Path:
+        path = self.folder / entry.name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.with_name(f".{path.name}{ending}")
 
     @contextmanager
-    def _guard(self, stop: threading.Event) -> Iterator[None]:
-        """Let one process at a time make room."""
-        file = SharedFile(os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+    def _lock(self, stop: threading.Event) -> Iterator[None]:
+        """Let one process at a time evict files and reserve space."""
+        file = SharedFile(self.folder / LOCK, os.O_RDWR | os.O_CREAT)
         while not try_lock(file.descriptor, fcntl.LOCK_EX):
             if stop.wait(POLL_S):
                 raise StoppedError
@@ -334,12 +330,12 @@ class Cache:
             elsewhere = "choose another folder with data.cache_dir=FOLDER"
             if error.errno in NO_SPACE:
                 raise UserError(
-                    f"the cache {self.folder} cannot take more: {NO_SPACE[error.errno]}. Free some space there, set a smaller "
+                    f"the cache {self.folder} cannot grow: {NO_SPACE[error.errno]}. Free some space there, set a smaller "
                     f"data.cache_size, or {elsewhere}"
                 ) from error
             if error.errno in NO_LOCKS:
                 raise UserError(
-                    f"the cache {self.folder} lies on a file system without locks ({error.strerror}): {elsewhere}, on a disk "
+                    f"the cache {self.folder} is on a file system without locks ({error.strerror}): {elsewhere}, on a disk "
                     "of this machine"
                 ) from error
             if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -360,12 +356,24 @@ def _free_bytes(folder: Path) -> int:
     return usage.free - min(SPARE_BYTES, int(usage.total * SPARE_SHARE))
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
+class RemoteFolder:
+    """Files of one data set in a remote store, fetched into this node's cache.
+
+    Args:
+        store: the store's folder.
+        cache: cache of this node.
+        name: name of the data set's folder in the cache.
+        stop: ends fetching and waiting when it is set.
+    """
+
+    def __init__(self, store: Store, cache: Cache, name: str, stop: threading.Event) -> None:
+        self.store, self.cache, self.stop, self._name = store, cache, stop, name
+
+    def get(self, name: str, *, sha256: bytes, num_bytes: int | None = None, allow_over_limit: bool = True) -> SharedFile | None:
+        """Return a verified file, as ``Cache.get_or_fetch`` does; errors are those of ``download``."""
+        return self.cache.get_or_fetch(
+            CacheEntry(f"{self._name}/{name}", num_bytes),
+            lambda path: download(self.store, name, path, stop=self.stop, num_bytes=num_bytes, sha256=sha256),
+            stop=self.stop,
+            allow_over_limit=allow_over_limit,
+        )

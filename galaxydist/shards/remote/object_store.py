@@ -69,12 +69,12 @@ WHAT_TO_SET = {
     "FSSPEC_GS_TOKEN=anon",
     "http": "give the server's password or token through fsspec, for example "
     """FSSPEC_HTTPS='{"headers": {"Authorization": "Bearer ..."}}'; for hf:// log in with `hf auth login` or set HF_TOKEN""",
-    "file": "see to its permissions",
+    "file": "check its permissions",
 }
 
 
 class TransientError(Exception):
-    """A failed attempt whose cause may be gone at the next one."""
+    """A failed attempt whose cause may not affect the next one."""
 
 
 class MissingError(UserError):
@@ -98,7 +98,7 @@ def classify_error(error: Exception, url: str, kind: str) -> Exception:
     if isinstance(error, OSError) and error.errno in LOCAL_ERRORS and status is None:
         return error
     if status in MISSING_STATUS or isinstance(error, FileNotFoundError | NotADirectoryError):
-        return MissingError(f"{url} is not there")
+        return MissingError(f"{url} does not exist")
     if names & CREDENTIAL_CLASSES:
         return UserError(f"no credentials for {url} ({reason}): {WHAT_TO_SET[kind]}")
     if status in FORBIDDEN_STATUS or isinstance(error, PermissionError) or reason.startswith("Forbidden"):
@@ -168,8 +168,8 @@ class Store:
         protocol = url.partition("://")[0].lower()
         if protocol not in PROTOCOLS:
             raise UserError(
-                f"{self.url()}: shards cannot be read through {protocol}://, only through "
-                f"{', '.join(f'{name}://' for name in PROTOCOLS)} or from a folder on this machine"
+                f"{self.url()}: shards cannot be read through {protocol}://; use "
+                f"{', '.join(f'{name}://' for name in PROTOCOLS)} or a folder on this machine"
             )
         self._kind, package = PROTOCOLS[protocol]
         if package is not None and importlib.util.find_spec(package) is None:
@@ -282,10 +282,10 @@ def _hub_address(url: str) -> tuple[str, dict[str, str]]:
         raise UserError(f"{url} names no repository: give hf://datasets/NAMESPACE/NAME/FOLDER/manifest.json")
     name, _, revision = parts[1].partition("@")
     repository = "/".join(([] if kind == "models" else [kind]) + [parts[0], name])
-    place = "resolve" if kind == "buckets" else f"resolve/{quote(revision or constants.DEFAULT_REVISION, safe='')}"
+    view = "resolve" if kind == "buckets" else f"resolve/{quote(revision or constants.DEFAULT_REVISION, safe='')}"
     token = get_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return "/".join([constants.ENDPOINT, repository, place, *map(quote, parts[2:])]), headers
+    return "/".join([constants.ENDPOINT, repository, view, *map(quote, parts[2:])]), headers
 
 
 def _wait(work: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop, stop: threading.Event) -> None:
@@ -298,7 +298,7 @@ def _wait(work: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop, stop
     future.result()
 
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # The pause before attempt n + 1 is drawn from 0 to FIRST_PAUSE_S x 2^n, so that a thousand processes do not retry at once.
 ATTEMPTS = 10
@@ -357,7 +357,7 @@ def download(
             if wrong < WRONG_CONTENTS:
                 raise
             raise UserError(
-                f"{store.url(name)} is not what its manifest says: {error} (fetched {wrong} times). "
+                f"{store.url(name)} differs from its manifest: {error} (fetched {wrong} times). "
                 "Copy the whole folder of shards there again, manifest.json last."
             ) from None
 
@@ -366,7 +366,7 @@ def download(
         wait=wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
         stop=stop_after_attempt(attempts),
         sleep=sleep_using_event(stop),
-        before_sleep=lambda state: _tell(store.url(name), state),
+        before_sleep=lambda state: _log_retry(store.url(name), state),
         reraise=True,
     )
     try:
@@ -374,14 +374,14 @@ def download(
     except TransientError as error:
         raise UserError(
             f"{store.url(name)} could not be read in {attempts} attempts; the last one: {error}. See that the server can be "
-            "reached from this machine and give the command again: what was fetched stays in the cache."
+            "reached from this machine and give the command again: files fetched so far stay in the cache."
         ) from error
 
 
 def _verify(path: Path, num_bytes: int | None, sha256: bytes | None) -> None:
     found = path.stat().st_size
     if num_bytes is not None and found != num_bytes:
-        raise WrongContentError(f"{found} bytes where {num_bytes} belong")
+        raise WrongContentError(f"{found} bytes instead of {num_bytes}")
     if sha256 is not None:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
@@ -389,7 +389,7 @@ def _verify(path: Path, num_bytes: int | None, sha256: bytes | None) -> None:
             raise WrongContentError(f"its SHA-256 is {digest.hex()[:16]}..., not {sha256.hex()[:16]}...")
 
 
-def _tell(url: str, state: "RetryCallState") -> None:
+def _log_retry(url: str, state: "RetryCallState") -> None:
     level = logging.DEBUG if state.attempt_number <= QUIET_ATTEMPTS else logging.WARNING
     error = state.outcome.exception() if state.outcome is not None else None
-    _log.log(level, "%s: attempt %d failed (%s); it is tried again", url, state.attempt_number, error)
+    logger.log(level, "%s: attempt %d failed (%s); it is tried again", url, state.attempt_number, error)

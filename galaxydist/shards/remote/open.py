@@ -7,7 +7,6 @@ the shards too.
 import re
 import tempfile
 import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,7 +22,7 @@ from galaxydist.shards.manifest import (
     parse_manifest,
     read_manifest,
 )
-from galaxydist.shards.remote.cache import Cache, CacheConfig, CacheEntry
+from galaxydist.shards.remote.cache import Cache, CacheConfig, CacheEntry, RemoteFolder
 from galaxydist.shards.remote.object_store import ATTEMPTS, MissingError, Store, download, is_url
 
 # Attempts at the manifest: fewer than at other files, since the user is waiting for the first line of output.
@@ -46,23 +45,25 @@ def open_shards(location: str | Path, cache: CacheConfig) -> Manifest:
     """
     if not is_url(location):
         return read_manifest(Path(location))
-    store, files, stop = Store(_folder_url(str(location))), Cache(cache.folder, cache.max_bytes), threading.Event()
+    url = _folder_url(str(location))
+    store, files, stop = Store(url), Cache(cache.folder, cache.max_bytes), threading.Event()
     text = _fetch_manifest(store, stop)
     manifest = parse_manifest(text, cache.folder, store.url(MANIFEST_NAME))
-    if strange := [name for name in manifest.splits if not re.fullmatch(r"\w+", name)]:
-        raise UserError(f"{store.url(MANIFEST_NAME)} has a split {strange[0]!r}, which cannot be the name of a file")
-    remote = Remote(_folder_url(str(location)), store.url(MANIFEST_NAME), cache)
+    if invalid := [name for name in manifest.splits if not re.fullmatch(r"\w+", name)]:
+        raise UserError(f"{store.url(MANIFEST_NAME)} has a split {invalid[0]!r}, which cannot be the name of a file")
+    remote = Remote(url, store.url(MANIFEST_NAME), cache)
     manifest = replace(manifest, dir=cache.folder / manifest.hash[:HASH_LENGTH], remote=remote)
-    _fetch_columns(manifest, store, files, stop)
+    folder = RemoteFolder(store, files, manifest.dir.name, stop)
+    _fetch_columns(manifest, folder)
     try:
         manifest.check_lengths()
     except UserError:  # damaged in the cache: fetch them again
         for name in _columns(manifest):
             (manifest.dir / name).unlink(missing_ok=True)
-        _fetch_columns(manifest, store, files, stop)
+        _fetch_columns(manifest, folder)
         manifest.check_lengths()
     own = CacheEntry(f"{manifest.dir.name}/{MANIFEST_NAME}", len(text))
-    files.obtain(own, lambda path: _write(path, text), stop=stop, must=True)
+    files.get_or_fetch(own, lambda path: path.write_bytes(text), stop=stop, allow_over_limit=True)
     return manifest
 
 
@@ -95,28 +96,20 @@ def _read(store: Store, name: str, stop: threading.Event, *, sha256: bytes | Non
         return path.read_bytes()
 
 
-def _fetch_columns(manifest: Manifest, store: Store, files: Cache, stop: threading.Event) -> None:
-    def fetch(name: str) -> None:
-        files.obtain(
-            CacheEntry(f"{manifest.dir.name}/{name}"),
-            lambda path: download(store, name, path, stop=stop, sha256=sums[name]),
-            stop=stop,
-            must=True,
-        )
-
+def _fetch_columns(manifest: Manifest, folder: RemoteFolder) -> None:
     names = _columns(manifest)
     try:
         sums = {name: bytes.fromhex(manifest.columns[name]) for name in names}
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(
-            f"{manifest.location} is damaged: no checksum of a column ({error}). Copy it there again, or make the shards anew "
+            f"{manifest.location} is damaged: it has no checksum of a column ({error}). Copy it again, or make the shards anew "
             "with: galaxydist data shard"
         ) from None
     with ThreadPoolExecutor(manifest.remote.cache.threads if manifest.remote else 1) as executor:
         try:
-            deque(executor.map(fetch, names), maxlen=0)
+            list(executor.map(lambda name: folder.get(name, sha256=sums[name]), names))
         except BaseException:
-            stop.set()
+            folder.stop.set()
             raise
 
 
@@ -126,11 +119,7 @@ def _columns(manifest: Manifest) -> list[str]:
 
 def _folder_url(url: str) -> str:
     """Return the folder of a manifest's URL, with the query (``?...``) kept."""
-    place, question_mark, query = url.partition("?")
-    if place.endswith(f"/{MANIFEST_NAME}"):
-        place = place.removesuffix(MANIFEST_NAME)
-    return place.rstrip("/") + question_mark + query
-
-
-def _write(path: Path, text: bytes) -> None:
-    path.write_bytes(text)
+    path, question_mark, query = url.partition("?")
+    if path.endswith(f"/{MANIFEST_NAME}"):
+        path = path.removesuffix(MANIFEST_NAME)
+    return path.rstrip("/") + question_mark + query

@@ -1,4 +1,4 @@
-"""Damaged images of a survey: found, reported together, and left out if the user allows it."""
+"""Damaged images of a survey: they are reported together, and left out of the shards if the user allows it."""
 
 import csv
 import io
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from galaxydist.atomic_files import whole_file
 from galaxydist.errors import DamagedImageError, UserError
-from galaxydist.galaxy import EncodedImage, Galaxy, Survey
-from galaxydist.shards.writer.encode import Pixels, decode_image
+from galaxydist.galaxy import Galaxy, Survey
+from galaxydist.shards.writer.encode import Pixels, to_pixels
 
 # The list of the images left out, beside the shards' manifest.
 LEFT_OUT_NAME = "left_out.csv"
@@ -21,11 +21,11 @@ NAMED = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Damaged:
-    """A damaged image: its row in the survey, its index in the storage order, and the reason."""
+class DamagedImage:
+    """A damaged image: its row in the survey, its storage index, and the reason."""
 
     row: int
-    place: int
+    index: int
     reason: str
 
 
@@ -42,15 +42,12 @@ def read_rows(survey: Survey, start: int, stop: int) -> Iterator[Galaxy | Damage
                 start += 1
             return
         except DamagedImageError:
-            yield _read_alone(survey, start)  # one damaged row fails the whole slab that is read with it
+            # One damaged row fails the whole slab that is read with it.
+            try:
+                yield next(iter(survey.read(start, start + 1)))
+            except DamagedImageError as error:
+                yield error
             start += 1
-
-
-def _read_alone(survey: Survey, row: int) -> Galaxy | DamagedImageError:
-    try:
-        return next(iter(survey.read(row, row + 1)))
-    except DamagedImageError as error:
-        return error
 
 
 def first_image(survey: Survey) -> tuple[Galaxy, Pixels]:
@@ -65,16 +62,13 @@ def first_image(survey: Survey) -> tuple[Galaxy, Pixels]:
         try:
             if isinstance(galaxy, DamagedImageError):
                 raise galaxy
-            image = galaxy.image
-            if not isinstance(image, EncodedImage):
-                return galaxy, np.asarray(image)
-            return galaxy, decode_image(image, f"galaxy {galaxy.id}: ")
+            return galaxy, to_pixels(galaxy)
         except DamagedImageError as error:
             reason = reason or error.reason
     raise UserError(f"none of the {len(survey.labels)} images can be read; the first: {reason}")
 
 
-def refuse_damaged(damaged: Sequence[Damaged], num_galaxies: int, max_errors: int | None) -> None:
+def check_damaged(damaged: Sequence[DamagedImage], num_galaxies: int, max_errors: int | None) -> None:
     """Raise an error if more images are damaged than the user allows.
 
     Args:
@@ -93,30 +87,30 @@ def refuse_damaged(damaged: Sequence[Damaged], num_galaxies: int, max_errors: in
         advice = "replace or remove the files, or leave them out with --on-error skip (--max-errors N: N at most)"
     else:
         count = f"more than the {max_errors} images that --max-errors allows"
-        advice = "replace or remove the files, or allow more"
+        advice = "replace or remove the files, or raise --max-errors"
     raise UserError("\n".join([f"{count} cannot be read:", *lines, advice]))
 
 
-def check_classes_left(survey: Survey, damaged: Sequence[Damaged]) -> None:
+def check_classes_left(survey: Survey, damaged: Sequence[DamagedImage]) -> None:
     """Check that each class with training images has undamaged ones.
 
     Raises:
         UserError: names the class that has none.
     """
     train = np.asarray(survey.splits["train"], np.int64)
-    left = train[~np.isin(train, rows_of(damaged))]
-    gone = np.setdiff1d(survey.labels[train], survey.labels[left])
-    if len(gone):
-        name = survey.class_names[int(gone[0])]
+    undamaged = train[~np.isin(train, rows_of(damaged))]
+    missing = np.setdiff1d(survey.labels[train], survey.labels[undamaged])
+    if len(missing):
+        name = survey.class_names[int(missing[0])]
         raise UserError(f"all training images of the class {name!r} are damaged; replace them, or remove the class everywhere")
 
 
-def rows_of(damaged: Sequence[Damaged]) -> NDArray[np.int64]:
+def rows_of(damaged: Sequence[DamagedImage]) -> NDArray[np.int64]:
     """Return the rows of damaged images."""
     return np.array([image.row for image in damaged], np.int64)
 
 
-def write_left_out(path: Path, survey: Survey, damaged: Sequence[Damaged]) -> None:
+def write_left_out(path: Path, survey: Survey, damaged: Sequence[DamagedImage]) -> None:
     """Write the list of the images left out: split, class, and reason, which begins with the file name."""
     split_of = {row: split for split, rows in survey.splits.items() for row in np.intersect1d(rows, rows_of(damaged)).tolist()}
     text = io.StringIO(newline="")

@@ -61,8 +61,7 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
     if galaxy.label is not None and not 0 <= galaxy.label < num_classes:
         raise UserError(f"galaxy {galaxy.id}: label {galaxy.label} is outside 0 ... {num_classes - 1}")
     size = encoding.image_size
-    source = galaxy.image if isinstance(galaxy.image, EncodedImage) else None
-    pixels = decode_image(source, f"galaxy {galaxy.id}: ") if source else _check_pixels(galaxy)
+    pixels = to_pixels(galaxy)
     meta = _meta(galaxy, pixels)
     if pixels.shape != (size, size, 3):
         if not encoding.resize:
@@ -72,8 +71,8 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
                 f"give an image size (--image-size {size}) so that all are cut to a square and resampled"
             )
         pixels = resize_square(pixels, size)
-    elif source and _same_format(source, encoding.name):
-        return source.data, meta, pixels
+    elif isinstance(galaxy.image, EncodedImage) and _same_format(galaxy.image, encoding.name):
+        return galaxy.image.data, meta, pixels
     return encode_image(pixels, encoding.name, encoding.quality), meta, pixels
 
 
@@ -134,10 +133,13 @@ def resize_square(pixels: Pixels, size: int) -> Pixels:
     return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
 
 
-def _check_pixels(galaxy: Galaxy) -> Pixels:
+def to_pixels(galaxy: Galaxy) -> Pixels:
+    """Return a galaxy's H x W x 3 uint8 pixels, decoded if necessary; raises as :func:`encode_galaxy` does."""
+    if isinstance(galaxy.image, EncodedImage):
+        return decode_image(galaxy.image, f"galaxy {galaxy.id}: ")
     pixels = np.asarray(galaxy.image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise UserError(f"galaxy {galaxy.id}: an image is H x W x 3 uint8, not {pixels.shape} {pixels.dtype}")
+        raise UserError(f"galaxy {galaxy.id}: its image is {pixels.shape} {pixels.dtype}, not H x W x 3 uint8")
     return pixels
 
 

@@ -60,22 +60,22 @@ def default_shard_size(num_samples: int) -> int:
 
 def storage_order(survey: Survey, seed: int) -> NDArray[np.int64]:
     """Return the storage index of every row, -1 for rows of no split; each split is sorted by a hash."""
-    places = np.full(len(survey.labels), -1, np.int64)
+    indexes = np.full(len(survey.labels), -1, np.int64)
     start = 0
     for number, (_, rows) in enumerate(ordered_splits(survey)):
         order = np.argsort(hash64(seed, number, rows, Stream.STORAGE), kind="stable")
-        places[rows[order]] = start + np.arange(rows.size)
+        indexes[rows[order]] = start + np.arange(rows.size)
         start += rows.size
-    return places
+    return indexes
 
 
 def part_tasks(
-    survey: Survey, encoding: Encoding, places: NDArray[np.int64], parts_dir: Path, workers: int, *, most_damaged: int
+    survey: Survey, encoding: Encoding, indexes: NDArray[np.int64], parts_dir: Path, workers: int, *, most_damaged: int
 ) -> list[PartTask]:
     """Divide the rows into tasks of whole slabs, small enough for a worker's memory and for sharing among workers."""
     raw_bytes = encoding.image_size**2 * 3
     rows = PART_BYTES // (raw_bytes if encoding.name == "raw" else max(1, raw_bytes // 4))
-    rows = min(rows, -(-len(places) // (4 * workers)))
+    rows = min(rows, -(-len(indexes) // (4 * workers)))
     rows = max(1, -(-rows // survey.slab_length)) * survey.slab_length
     num_train = len(survey.splits["train"])
     return [
@@ -84,13 +84,13 @@ def part_tasks(
             encoding,
             start,
             stop,
-            places[start:stop],
+            indexes[start:stop],
             num_train,
             parts_dir / f"{start:012d}-{stop:012d}.bin",
             most_damaged,
         )
-        for start in range(0, len(places), rows)
-        for stop in [min(start + rows, len(places))]
+        for start in range(0, len(indexes), rows)
+        for stop in [min(start + rows, len(indexes))]
     ]
 
 
@@ -98,10 +98,10 @@ def pack_tasks(layout: Layout, parts: Sequence[Path], encoding: str, work_dir: P
     """Group the shards into tasks of about ``PART_BYTES``, which limits each worker's memory."""
     written = sum(part.stat().st_size for part in parts)
     total = sum(shard.stop - shard.start for shards in layout.values() for shard in shards)
-    places = max(1, PART_BYTES * total // max(1, written))
+    most = max(1, PART_BYTES * total // max(1, written))
     groups: list[list[Shard]] = []
     for shard in (shard for shards in layout.values() for shard in shards):
-        if not groups or shard.stop - groups[-1][0].start > places:
+        if not groups or shard.stop - groups[-1][0].start > most:
             groups.append([])
         groups[-1].append(shard)
     return [PackTask(tuple(group), tuple(parts), EXTENSIONS[encoding], work_dir, work_dir / "packed", gaps) for group in groups]

@@ -5,13 +5,15 @@ second stage reads a shard's samples from each part in one piece. Each worker ho
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from galaxydist.atomic_files import whole_file
@@ -20,69 +22,56 @@ from galaxydist.galaxy import Survey
 from galaxydist.shards.catalogue import table_of
 from galaxydist.shards.manifest import SHARD_ROW
 from galaxydist.shards.tar import Member, end_of_tar, index_text, sample_members
-from galaxydist.shards.writer.damaged import Damaged, TooManyDamagedError, read_rows
+from galaxydist.shards.writer.damaged import DamagedImage, TooManyDamagedError, read_rows
 from galaxydist.shards.writer.encode import Encoding, Pixels, encode_galaxy
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 
 # One sample in a part: its storage index (over all splits), the offset of its record, and the lengths of the record's pieces.
 PART_ROW = np.dtype(
-    [("place", "<i8"), ("offset", "<i8"), ("key", "<i4"), ("image", "<i4"), ("meta", "<i4"), ("label", "<i4"), ("hash", "<u8")]
+    [("index", "<i8"), ("offset", "<i8"), ("key", "<i4"), ("image", "<i4"), ("meta", "<i4"), ("label", "<i4"), ("hash", "<u8")]
 )
 
 
 RGB = tuple[float, float, float]
+# Exact sums over training pixels, (7,) int64: count, R G B sums, R G B sums of squares.
+PixelSums = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class PartTask:
     """First-stage task for one part: rows ``start`` ... ``stop - 1`` of a survey.
 
-    ``places`` holds each row's storage index, or -1 to skip it; training samples have indexes below ``num_train``. With more than
-    ``most_damaged`` damaged images the part is given up.
+    ``indexes`` holds each row's storage index, or -1 to skip it; training samples have indexes below ``num_train``. A part with
+    more than ``most_damaged`` damaged images is abandoned.
     """
 
     survey: Survey
     encoding: Encoding
     start: int
     stop: int
-    places: NDArray[np.int64]
+    indexes: NDArray[np.int64]
     num_train: int
     path: Path
     most_damaged: int
 
 
-@dataclass
-class PixelSums:
-    """Exact sums over training pixels, one integer per channel."""
+def pixel_sums(pixels: Pixels) -> PixelSums:
+    """Return the number of an image's pixels, and the sums and the sums of squares of its channels."""
+    height, width, channels = pixels.shape
+    rows = pixels.reshape(height, width * channels)
+    sums = np.add.reduce(rows, axis=0, dtype=np.uint32).reshape(width, channels).sum(0, dtype=np.int64)
+    squared = np.multiply(rows, rows, dtype=np.uint16)
+    squares = np.add.reduce(squared, axis=0, dtype=np.uint32).reshape(width, channels).sum(0, dtype=np.int64)
+    return np.array([height * width, *sums, *squares])
 
-    count: int = 0
-    sums: tuple[int, ...] = (0, 0, 0)
-    squares: tuple[int, ...] = (0, 0, 0)
 
-    def add(self, pixels: Pixels) -> None:
-        height, width, channels = pixels.shape
-        rows = pixels.reshape(height, width * channels)
-        sums = np.add.reduce(rows, axis=0, dtype=np.uint32).reshape(width, channels).sum(0, dtype=np.int64)
-        squared = np.multiply(rows, rows, dtype=np.uint16)
-        squares = np.add.reduce(squared, axis=0, dtype=np.uint32).reshape(width, channels).sum(0, dtype=np.int64)
-        self.merge(PixelSums(height * width, tuple(sums.tolist()), tuple(squares.tolist())))
-
-    def merge(self, other: "PixelSums") -> None:
-        self.count += other.count
-        self.sums = tuple(a + b for a, b in zip(self.sums, other.sums, strict=True))
-        self.squares = tuple(a + b for a, b in zip(self.squares, other.squares, strict=True))
-
-    def mean_std(self) -> tuple[RGB, RGB]:
-        """Return the mean and standard deviation per channel, full scale 1."""
-        count = max(1, self.count)
-        mean = [s / count for s in self.sums]
-        variance = [(q - s * s / count) / count for s, q in zip(self.sums, self.squares, strict=True)]
-        red, green, blue = (round(m / 255, 6) for m in mean)
-        deviation_red, deviation_green, deviation_blue = (round(max(v, 0.0) ** 0.5 / 255, 6) for v in variance)
-        return (red, green, blue), (deviation_red, deviation_green, deviation_blue)
+def channel_statistics(total: PixelSums) -> tuple[RGB, RGB]:
+    """Return the mean and the standard deviation of each channel, full scale 1."""
+    count, *sums = total.tolist()  # Python's integers: exact
+    count = max(1, count)
+    variances = [(square - plain * plain / count) / count for plain, square in zip(sums[:3], sums[3:], strict=True)]
+    mean = tuple(round(plain / count / 255, 6) for plain in sums[:3])
+    std = tuple(round(max(variance, 0.0) ** 0.5 / 255, 6) for variance in variances)
+    return cast(RGB, mean), cast(RGB, std)
 
 
 def write_part(task: PartTask) -> int:
@@ -94,70 +83,73 @@ def write_part(task: PartTask) -> int:
     Raises:
         TooManyDamagedError: more images are damaged than the task allows. The damaged images found so far are recorded.
     """
-    done = task.path.with_suffix(".json")
-    if done.exists():
+    finished = task.path.with_suffix(".json")
+    if finished.exists():
         return task.stop - task.start
     records: list[tuple[tuple[int, ...], bytes]] = []
-    damaged: list[Damaged] = []
-    sums = PixelSums()
-    rows = zip(range(task.start, task.stop), read_rows(task.survey, task.start, task.stop), task.places.tolist(), strict=True)
-    for row, galaxy, place in rows:
-        if place < 0:
+    damaged: list[DamagedImage] = []
+    sums = np.zeros(7, np.int64)
+    galaxies = read_rows(task.survey, task.start, task.stop)
+    for row, galaxy, index in zip(range(task.start, task.stop), galaxies, task.indexes.tolist(), strict=True):
+        if index < 0:
             continue
         try:
             if isinstance(galaxy, DamagedImageError):
                 raise galaxy
             image, meta, pixels = encode_galaxy(galaxy, task.encoding, len(task.survey.class_names))
         except DamagedImageError as error:
-            damaged.append(Damaged(row, place, error.reason))
+            damaged.append(DamagedImage(row, index, error.reason))
             if len(damaged) > task.most_damaged:
-                _write_json(task.path.with_suffix(".damaged.json"), [asdict(item) for item in damaged])
+                write_json(task.path.with_suffix(".damaged.json"), [asdict(image) for image in damaged])
                 raise TooManyDamagedError from None
             continue
-        if place < task.num_train:
-            sums.add(pixels)
+        if index < task.num_train:
+            sums += pixel_sums(pixels)
         key = galaxy.id.encode()
         label = -1 if galaxy.label is None else galaxy.label
-        records.append(((place, len(key), len(image), len(meta), label, key_hash(key)), key + image + meta))
+        records.append(((index, len(key), len(image), len(meta), label, key_hash(key)), key + image + meta))
     records.sort(key=lambda record: record[0][0])
     _write_records(task.path, records)
-    content = {"count": sums.count, "sums": sums.sums, "squares": sums.squares}
-    _write_json(done, {**content, "damaged": [asdict(item) for item in damaged]})
+    write_json(finished, {"sums": sums.tolist(), "damaged": [asdict(image) for image in damaged]})
     return task.stop - task.start
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write a file of the work folder; it appears under its name once it is complete."""
     with whole_file(path, path.with_name(path.name + ".tmp")) as file:
         file.write(json.dumps(content).encode())
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write a .npy file; it appears under its name once it is complete."""
+    with whole_file(path, path.with_name(path.name + ".tmp")) as file:
+        np.save(file, array)
 
 
 def _write_records(path: Path, records: list[tuple[tuple[int, ...], bytes]]) -> None:
     rows = np.zeros(len(records), PART_ROW)
     offset = 0
     with whole_file(path, path.with_name(path.name + ".tmp")) as file:
-        for number, ((place, *lengths), record) in enumerate(records):
-            rows[number] = (place, offset, *lengths)
+        for number, ((index, *lengths), record) in enumerate(records):
+            rows[number] = (index, offset, *lengths)
             file.write(record)
             offset += len(record)
-    table = path.with_suffix(".npy")
-    with whole_file(table, table.with_name(table.name + ".tmp")) as file:
-        np.save(file, rows)
+    write_array(path.with_suffix(".npy"), rows)
 
 
 def read_part_sums(path: Path) -> PixelSums:
     """Return the pixel sums of a finished part."""
-    content = json.loads(path.with_suffix(".json").read_bytes())
-    return PixelSums(content["count"], tuple(content["sums"]), tuple(content["squares"]))
+    return np.array(json.loads(path.with_suffix(".json").read_bytes())["sums"], np.int64)
 
 
-def read_damaged(path: Path) -> list[Damaged]:
-    """Return the damaged images found in a part, finished or given up, in the order of their rows."""
-    given_up, done = path.with_suffix(".damaged.json"), path.with_suffix(".json")
-    if done.exists():
-        found = json.loads(done.read_bytes())["damaged"]
+def read_damaged(path: Path) -> list[DamagedImage]:
+    """Return the damaged images found in a part, finished or abandoned, in the order of their rows."""
+    abandoned, finished = path.with_suffix(".damaged.json"), path.with_suffix(".json")
+    if finished.exists():
+        found = json.loads(finished.read_bytes())["damaged"]
     else:
-        found = json.loads(given_up.read_bytes()) if given_up.exists() else []
-    return [Damaged(**image) for image in found]
+        found = json.loads(abandoned.read_bytes()) if abandoned.exists() else []
+    return [DamagedImage(**image) for image in found]
 
 
 def key_hash(key: bytes) -> int:
@@ -184,7 +176,7 @@ class Shard:
 class PackTask:
     """Second-stage task: neighbouring shards to write to ``out_dir`` from the samples in ``parts``.
 
-    ``gaps`` are the storage indexes (ascending) of images that are left out; the indexes after them move up.
+    ``gaps`` are the storage indexes (ascending) of images that are left out; later indexes are lowered by their number.
     """
 
     shards: tuple[Shard, ...]
@@ -213,7 +205,7 @@ def pack_shards(task: PackTask) -> int:
     if missing:
         records = _collect(task.parts, task.gaps, missing[0].start, missing[-1].stop)
         for shard in missing:
-            _write_shard(shard, (records.pop(place) for place in range(shard.start, shard.stop)), task)
+            _write_shard(shard, (records.pop(index) for index in range(shard.start, shard.stop)), task)
     return task.shards[-1].stop - task.shards[0].start
 
 
@@ -222,10 +214,8 @@ def packed_path(packed_dir: Path, shard: Shard) -> Path:
     return packed_dir / f"{shard.name}.npz"
 
 
-def read_packed_catalogue(packed_dir: Path, shard: Shard) -> "pa.Table":
+def read_packed_catalogue(packed_dir: Path, shard: Shard) -> pa.Table:
     """Return a finished shard's catalogue rows, as ``catalogue.table_of`` made them."""
-    import pyarrow as pa
-
     with np.load(packed_path(packed_dir, shard)) as packed, pa.ipc.open_stream(packed["catalogue"].tobytes()) as stream:
         return stream.read_all()
 
@@ -242,8 +232,8 @@ def _collect(parts: Sequence[Path], gaps: NDArray[np.int64], start: int, stop: i
     for part in parts:
         table: NDArray[np.void] = np.load(part.with_suffix(".npy"))
         assert table.dtype == PART_ROW
-        table["place"] -= np.searchsorted(gaps, table["place"])
-        low, high = np.searchsorted(table["place"], (start, stop))
+        table["index"] -= np.searchsorted(gaps, table["index"])
+        low, high = np.searchsorted(table["index"], (start, stop))
         if low == high:
             continue
         rows = table[low:high]
@@ -252,10 +242,10 @@ def _collect(parts: Sequence[Path], gaps: NDArray[np.int64], start: int, stop: i
             file.seek(first)
             last = rows[-1]
             data = file.read(int(last["offset"]) + int(last["key"]) + int(last["image"]) + int(last["meta"]) - first)
-        for place, offset, key, image, meta, label, _ in rows.tolist():
-            at = offset - first
-            ends = at + key, at + key + image, at + key + image + meta
-            records[place] = _Record(data[at : ends[0]].decode(), data[ends[0] : ends[1]], data[ends[1] : ends[2]], label)
+        for index, offset, *lengths, label, _ in rows.tolist():
+            ends = np.cumsum([offset - first, *lengths]).tolist()
+            key, image, meta = (data[begin:end] for begin, end in itertools.pairwise(ends))
+            records[index] = _Record(key.decode(), image, meta, label)
     return records
 
 
@@ -294,8 +284,6 @@ def _write_shard(shard: Shard, records: Iterator[_Record], task: PackTask) -> No
 
 def _catalogue(metas: list[tuple[str, bytes]]) -> NDArray[np.uint8]:
     """Return the catalogue rows as the bytes of an Arrow stream."""
-    import pyarrow as pa
-
     table, sink = table_of(metas), pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)

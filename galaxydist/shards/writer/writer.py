@@ -5,29 +5,26 @@ target, which is renamed last. A killed call leaves only that folder; the next c
 from its finished parts and shards, and the result is byte-identical to an uninterrupted one.
 """
 
-import errno
-import fcntl
-import hashlib
 import json
+import logging
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from galaxydist.atomic_files import NO_SPACE, rename, whole_file
 from galaxydist.cpus import available_cores, start_workers
 from galaxydist.errors import UserError
 from galaxydist.galaxy import Survey
-from galaxydist.shards.catalogue import unite, write_catalogue
+from galaxydist.shards.catalogue import is_unicode, unite, write_catalogue
 from galaxydist.shards.manifest import (
     COLUMNS,
     EXTENSIONS,
@@ -37,16 +34,18 @@ from galaxydist.shards.manifest import (
     Split,
     catalogue_name,
     column_name,
+    file_sha256,
     manifest_json,
     read_manifest,
 )
+from galaxydist.shards.remote.cache import NO_LOCKS
 from galaxydist.shards.writer.damaged import (
     LEFT_OUT_NAME,
     NAMED,
     TooManyDamagedError,
     check_classes_left,
+    check_damaged,
     first_image,
-    refuse_damaged,
     rows_of,
     write_left_out,
 )
@@ -54,12 +53,14 @@ from galaxydist.shards.writer.encode import Encoding
 from galaxydist.shards.writer.layout import Layout, Settings, pack_tasks, part_tasks, shard_layout, storage_order
 from galaxydist.shards.writer.stages import (
     PixelSums,
-    Shard,
+    channel_statistics,
     pack_shards,
     read_damaged,
     read_packed,
     read_packed_catalogue,
     read_part_sums,
+    write_array,
+    write_json,
     write_part,
 )
 
@@ -77,16 +78,21 @@ def finish_manifest(
         rows = {name: np.zeros(num_samples, dtype) for name, dtype in COLUMNS.items()}
         for number, shard in enumerate(shards):
             table[number : number + 1], packed = read_packed(work_dir / "packed", shard)
-            here = slice(shard.start - shards[0].start, shard.stop - shards[0].start)
-            rows["labels"][here], rows["offsets"][here] = packed["label"], packed["offset"]
-            rows["lengths"][here] = packed["length"]
+            own = slice(shard.start - shards[0].start, shard.stop - shards[0].start)
+            for name, field in (("labels", "label"), ("offsets", "offset"), ("lengths", "length")):
+                rows[name][own] = packed[field]
         for name, column in {"shards": table, **rows}.items():
-            columns[column_name(split, name)] = _write_column(work_dir / column_name(split, name), column)
-        catalogues[catalogue_name(split)] = _write_catalogue(work_dir, split, shards)
+            path = work_dir / column_name(split, name)
+            write_array(path, column)
+            columns[column_name(split, name)] = file_sha256(path)
+        # Two passes over the shards, the first for the schema, so that memory holds one at a time.
+        schema = unite(read_packed_catalogue(work_dir / "packed", shard).schema for shard in shards)
+        tables = (read_packed_catalogue(work_dir / "packed", shard) for shard in shards)
+        catalogues[catalogue_name(split)] = write_catalogue(work_dir / catalogue_name(split), schema, tables)
         labelled = rows["labels"][rows["labels"] >= 0]
         counts = np.bincount(labelled, minlength=len(survey.class_names))
         splits[split] = Split(num_samples, len(shards), int(table["bytes"].sum()), tuple(counts.tolist()))
-    mean, std = sums.mean_std()
+    mean, std = channel_statistics(sums)
     manifest = Manifest(
         dir=work_dir,
         hash="",
@@ -107,28 +113,14 @@ def finish_manifest(
         file.write(manifest_json(manifest))
 
 
-def _write_catalogue(work_dir: Path, split: str, shards: Sequence[Shard]) -> str:
-    """Write a split's catalogue in two passes, the first for the schema, so that memory holds one shard at a time."""
-    schema = unite(read_packed_catalogue(work_dir / "packed", shard).schema for shard in shards)
-    tables = (read_packed_catalogue(work_dir / "packed", shard) for shard in shards)
-    return write_catalogue(work_dir / catalogue_name(split), schema, tables)
-
-
-def _write_column(path: Path, column: NDArray[Any]) -> str:
-    with whole_file(path, path.with_suffix(".tmp")) as file:
-        np.save(file, column)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
+logger = logging.getLogger(__name__)
 
 # Source and settings of an unfinished work folder; created last and removed last.
-NOTE = "settings.json"
+SETTINGS_FILE = "settings.json"
 # Version of the work folder's contents; a folder of another version is started again.
-WORK_VERSION = 4
+WORK_VERSION = 5
 # Below this many galaxies, starting processes costs more than it saves.
 FEW_GALAXIES = 4000
-
-Task = TypeVar("Task")
 
 
 def write_shards(
@@ -164,11 +156,8 @@ def write_shards(
     """
     if encoding not in EXTENSIONS:
         raise UserError(f"encoding {encoding!r} is not one of {', '.join(EXTENSIONS)}")
-    for name in survey.class_names:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"the class name {name!r} is no Unicode text (a folder of another encoding?); rename it") from None
+    if invalid := [name for name in survey.class_names if not is_unicode(name)]:
+        raise UserError(f"the class name {invalid[0]!r} is not valid Unicode (a folder of another encoding?); rename it")
     out_dir = Path(out_dir)
     settings = Settings(encoding, quality, image_size, shard_size, seed)
     work_dir = out_dir.with_name(out_dir.name + ".partial")
@@ -179,7 +168,7 @@ def write_shards(
                 shutil.rmtree(_replaced(work_dir), ignore_errors=True)
         return existing
     if len(survey.splits.get("train", ())) == 0:
-        raise UserError(f"{survey.name} has no training galaxies, so there is nothing to make shards of")
+        raise UserError(f"{survey.name} has no training galaxies; shards need some in the split train")
     with _writer_lock(work_dir):
         try:
             _write(survey, work_dir, settings, workers or available_cores(), max_errors)
@@ -188,14 +177,14 @@ def write_shards(
             shutil.rmtree(work_dir, ignore_errors=True)
             if error.errno in NO_SPACE:
                 raise UserError(
-                    f"no space left while writing shards to {out_dir} ({error.strerror}); what was written is removed. "
-                    "Free some space, or write elsewhere, and give the same command again"
+                    f"no space left while writing shards to {out_dir} ({error.strerror}); the unfinished shards are removed. "
+                    "Free some space, or choose another folder, and give the same command again"
                 ) from None
             raise
         except BrokenExecutor:
             raise UserError(
-                f"a process that wrote shards to {out_dir} was killed, perhaps for want of memory; "
-                "the same command goes on from there: try it with fewer workers"
+                f"a process that wrote shards to {out_dir} was killed, perhaps because memory ran out; "
+                "the same command continues from the finished parts: try it with fewer workers"
             ) from None
         except Exception:
             shutil.rmtree(work_dir, ignore_errors=True)
@@ -208,57 +197,58 @@ def _existing(out_dir: Path, survey: Survey, settings: Settings, overwrite: bool
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return None
     if not (out_dir / MANIFEST_NAME).exists():
-        raise UserError(f"{out_dir} exists and holds no shards: give another folder, or remove it")
-    if overwrite:
-        try:
-            manifest = read_manifest(out_dir)
-        except UserError:
-            return None
-    else:
+        raise UserError(f"{out_dir} exists and holds no shards: choose another folder, or remove it")
+    try:
         manifest = read_manifest(out_dir)
+    except UserError:
+        if overwrite:
+            return None
+        raise
     if _is_of(manifest, survey, settings):
-        if _all_there(manifest):
+        if _is_complete(manifest):
             return manifest
-        difference = "some of its shards are missing or cut short"
+        difference = "some of its shards are missing or truncated"
     elif manifest.source_hash != survey.source_hash:
         difference = f"its shards were made from another source ({manifest.dataset}, {manifest.source_hash[:12]})"
     else:
-        asked = asdict(settings)
+        given = asdict(settings)
         difference = "its shards were made with " + ", ".join(
-            f"{key}={value} (now {asked.get(key)})" for key, value in manifest.settings.items() if asked.get(key) != value
+            f"{key}={value} (now {given.get(key)})" for key, value in manifest.settings.items() if given.get(key) != value
         )
     if overwrite:
         return None
-    raise UserError(f"{out_dir}: {difference}. Remove the folder, give another one, or say --overwrite")
+    raise UserError(f"{out_dir}: {difference}. Remove the folder, choose another one, or give --overwrite")
 
 
-def _all_there(manifest: Manifest) -> bool:
-    for split in manifest.splits:
-        for number, size in enumerate(manifest.shards(split)["bytes"].tolist()):
-            try:
-                if manifest.shard_path(split, number).stat().st_size != size:
-                    return False
-            except FileNotFoundError:
-                return False
+def _is_complete(manifest: Manifest) -> bool:
+    sizes = {
+        manifest.shard_path(split, number): size
+        for split in manifest.splits
+        for number, size in enumerate(manifest.shards(split)["bytes"].tolist())
+    }
+    if not all(path.is_file() and path.stat().st_size == size for path, size in sizes.items()):
+        return False
     return all((manifest.dir / name).is_file() for name in manifest.catalogues)
 
 
 @contextmanager
 def _writer_lock(work_dir: Path) -> Iterator[None]:
     """Keep out a second writer of the same shards; the lock is released however the process ends."""
-    work_dir.parent.mkdir(parents=True, exist_ok=True)
-    lock = _lock_path(work_dir)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # After any other error the file system has no locks: continue without.
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(f"another process is writing {work_dir}; wait for it") from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+    path = _lock_path(work_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another process is writing {work_dir}; wait until it has finished") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise  # on a file system without locks the writer continues without one
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int, max_errors: int | None) -> None:
@@ -268,9 +258,9 @@ def _write(survey: Survey, work_dir: Path, settings: Settings, workers: int, max
         total = _write_all(survey, work_dir, settings, workers, max_errors)
     for name in ("parts", "packed"):
         shutil.rmtree(work_dir / name, ignore_errors=True)
-    (work_dir / NOTE).unlink(missing_ok=True)
+    (work_dir / SETTINGS_FILE).unlink(missing_ok=True)
     seconds = time.monotonic() - started
-    tqdm.write(f"{total} galaxies to shards in {seconds:.1f} s ({total / seconds:.0f} img/s)", file=sys.stderr)
+    logger.info("%d galaxies to shards in %.1f s (%.0f img/s)", total, seconds, total / seconds)
 
 
 def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int, max_errors: int | None) -> int:
@@ -286,26 +276,22 @@ def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int,
         with suppress(TooManyDamagedError):
             _run(executor, write_part, parts, "encoding galaxies", len(survey.labels))
         damaged = [image for path in paths for image in read_damaged(path)]
-        refuse_damaged(damaged, total, max_errors)
+        check_damaged(damaged, total, max_errors)
         check_classes_left(survey, damaged)
         _check_unique_ids(paths)
         layout = shard_layout(survey, settings, rows_of(damaged))
-        gaps = np.sort(np.array([image.place for image in damaged], np.int64))
+        gaps = np.sort(np.array([image.index for image in damaged], np.int64))
         packs = pack_tasks(layout, paths, settings.encoding, work_dir, gaps)
         _run(executor, pack_shards, packs, "writing shards", total - len(damaged))
     if damaged:
         write_left_out(work_dir / LEFT_OUT_NAME, survey, damaged)
-    sums = PixelSums()
-    for path in paths:
-        sums.merge(read_part_sums(path))
+    sums = np.sum([read_part_sums(path) for path in paths], axis=0)
     finish_manifest(survey, work_dir, settings, layout, image_size=encoding.image_size, sums=sums)
     return total - len(damaged)
 
 
 def _is_finished(work_dir: Path, survey: Survey, settings: Settings) -> bool:
     """Return True if a killed call had only the cleanup left to do."""
-    if not (work_dir / MANIFEST_NAME).exists():
-        return False
     try:
         return _is_of(read_manifest(work_dir), survey, settings)
     except UserError:
@@ -333,14 +319,13 @@ def _resolve(survey: Survey, settings: Settings) -> Encoding:
 
 def _open_work_dir(work_dir: Path, survey: Survey, settings: Settings, encoding: Encoding) -> None:
     """Keep the work folder of a killed call with the same source and settings, else create an empty one."""
-    wanted = json.dumps([survey.source_hash, asdict(settings), asdict(encoding), WORK_VERSION])
-    note = work_dir / NOTE
-    if not note.exists() or note.read_text() != wanted:
+    own = [survey.source_hash, asdict(settings), asdict(encoding), WORK_VERSION]
+    path = work_dir / SETTINGS_FILE
+    if not path.exists() or path.read_text() != json.dumps(own):
         shutil.rmtree(work_dir, ignore_errors=True)
         for name in ("parts", "packed", "columns"):
             (work_dir / name).mkdir(parents=True)
-        with whole_file(note, note.with_suffix(".tmp")) as file:
-            file.write(wanted.encode())
+        write_json(path, own)
 
 
 def _executor(workers: int, num_galaxies: int) -> Executor:
@@ -353,10 +338,10 @@ def _executor(workers: int, num_galaxies: int) -> Executor:
     return start_workers(workers)
 
 
-def _run(executor: Executor, work: Callable[[Task], int], tasks: Sequence[Task], what: str, total: int) -> None:
+def _run(executor: Executor, work: Callable[[Any], int], tasks: Sequence[Any], description: str, total: int) -> None:
     futures = [executor.submit(work, task) for task in tasks]
     try:
-        with tqdm(total=total, desc=what, unit="img", disable=None) as bar:
+        with tqdm(total=total, desc=description, unit="img", disable=None) as bar:
             for future in as_completed(futures):
                 bar.update(future.result())
     except BaseException:

@@ -121,7 +121,7 @@ _YOUNG = np.array([1.74, 1.0, 0.63], np.float32)
 
 
 # x, y in pixels from the image centre.
-Place = tuple[float, float]
+Position = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +162,6 @@ class Arms:
 def draw_sersic(scene: Scene, at: Ellipse, radius: float, index: float, fluxes: Array, *, boxiness: float = 2.0) -> None:
     """Draw a spheroid or smooth disc of half-light radius ``radius`` pixels and total fluxes in g, r, z."""
     window = scene.window(at.x, at.y, min(8.0 + radius * (3.5 + 2.5 * index), 400.0))
-    if window is None:
-        return
     u, v = window.turned(at.angle)
     profile = sersic(u, v, radius, at.axis_ratio, index, boxiness=boxiness)
     if window.whole:
@@ -172,32 +170,32 @@ def draw_sersic(scene: Scene, at: Ellipse, radius: float, index: float, fluxes: 
 
 
 def draw_disc(
-    scene: Scene, dice: Draws, at: Ellipse, scale: float, fluxes: Array, *, arms: Arms | None, lopsided: float = 0.0
+    scene: Scene, draws: Draws, at: Ellipse, scale: float, fluxes: Array, *, arms: Arms | None, lopsided: float = 0.0
 ) -> None:
     """Draw an inclined disc of scale length ``scale`` pixels, with arms bluer than the rest and dust on their inner edge."""
     window = scene.window(at.x, at.y, 7.0 * scale + 6.0)
-    if window is None:
-        return
+    if window.is_empty:
+        return  # draws nothing, so that later random numbers stay the same
     u, v = window.turned(at.angle)
     v = v / np.float32(at.axis_ratio)
     radius = np.sqrt(u * u + v * v + np.float32(0.1))
     # Most discs steepen in the outer parts (Pohlen & Trujillo 2006, A&A 454, 759): exp(-(r/s)^k) with k = 1 ... 1.6 at the same
     # half-light radius.
-    bend = dice.uniform(1.0, 1.6)
+    bend = draws.uniform(1.0, 1.6)
     wide = scale * (1.0 + 1.25 * (bend - 1.0))
     base = np.exp(-((radius / np.float32(wide)) ** np.float32(bend)))
     base *= np.float32(bend / (2.0 * np.pi * wide**2 * at.axis_ratio * gamma(2.0 / bend)))
     if lopsided:
-        lean = dice.uniform(0.0, 2.0 * np.pi)
+        lean = draws.uniform(0.0, 2.0 * np.pi)
         base = base * (1.0 + lopsided * np.tanh(radius / (2 * scale)) * (u * np.cos(lean) + v * np.sin(lean)) / radius)
     if arms is None:
         scene.add(window, base.astype(np.float32), fluxes)
         return
     theta = np.arctan2(v, u) * np.float32(arms.sense)
     log_radius = np.log(radius / np.float32(scale))
-    phase = _frayed(dice, theta, log_radius, arms)
+    phase = _frayed(draws, theta, log_radius, arms)
     pattern = spiral_arms(theta, log_radius, num_arms=arms.num, pitch=arms.pitch, phase=phase, sharpness=arms.sharpness)
-    pattern = np.maximum(pattern * _flocculent(dice, theta, log_radius, arms), 0.0)
+    pattern = np.maximum(pattern * _flocculent(draws, theta, log_radius, arms), 0.0)
     # Arms begin outside the bulge or at the end of the bar.
     begun = 1.0 / (1.0 + np.exp(-(radius / np.float32(scale) - arms.inner) / 0.12))
     strength = np.float32(arms.share) * begun
@@ -205,11 +203,11 @@ def draw_disc(
     armed = base * strength * pattern
     share = float(armed.sum() / max(float(base.sum()), 1e-12))
     # Arms are bluer and the rest redder, so that the disc as a whole keeps its colour.
-    young: Array = _YOUNG ** np.float32(dice.uniform(0.2, 0.7))
+    young: Array = _YOUNG ** np.float32(draws.uniform(0.2, 0.7))
     whole = np.asarray(share * young + (1.0 - share) / young, np.float32)
     scene.add(window, smooth.astype(np.float32), fluxes / (young * whole))
     scene.add(window, armed.astype(np.float32), fluxes * young / whole)
-    depth = dice.uniform(0.0, 0.5)
+    depth = draws.uniform(0.0, 0.5)
     inner_edge = phase - np.float32(0.9)
     lane = spiral_arms(theta, log_radius, num_arms=arms.num, pitch=arms.pitch, phase=inner_edge, sharpness=2.5 * arms.sharpness)
     scene.dim(
@@ -219,38 +217,40 @@ def draw_disc(
     )
 
 
-def _frayed(dice: Draws, theta: Array, log_radius: Array, arms: Arms) -> Array:
+def _frayed(draws: Draws, theta: Array, log_radius: Array, arms: Arms) -> Array:
     """Return a phase that varies over the disc, so that arms bend, fork and fade like real ones."""
     phase = np.full(theta.shape, arms.phase, np.float32)
     for order in (1, 2, 3):
-        amplitude = arms.ragged * dice.normal(0.0, 0.9) / order**0.5
-        turn, wind = dice.uniform(0.0, 2.0 * np.pi), dice.normal(0.0, 2.0)
+        amplitude = arms.ragged * draws.normal(0.0, 0.9) / order**0.5
+        turn, wind = draws.uniform(0.0, 2.0 * np.pi), draws.normal(0.0, 2.0)
         phase += np.float32(amplitude) * np.cos(np.float32(order) * theta + np.float32(wind) * log_radius + np.float32(turn))
     return phase
 
 
-def _flocculent(dice: Draws, theta: Array, log_radius: Array, arms: Arms) -> Array:
+def _flocculent(draws: Draws, theta: Array, log_radius: Array, arms: Arms) -> Array:
     """Return a factor for short, broken arms (Elmegreen & Elmegreen 1982, MNRAS 201, 1021): interfering many-armed waves."""
     waves = np.zeros(theta.shape, np.float32)
     for _ in range(3):
-        num = dice.integer(3, 9)
-        wind = num / np.tan(np.clip(arms.pitch * dice.uniform(0.9, 2.2), 0.2, 1.2))
-        waves += np.cos(np.float32(num) * theta - np.float32(wind) * log_radius + np.float32(dice.uniform(0.0, 2.0 * np.pi)))
+        num = draws.integer(3, 9)
+        wind = num / np.tan(np.clip(arms.pitch * draws.uniform(0.9, 2.2), 0.2, 1.2))
+        waves += np.cos(np.float32(num) * theta - np.float32(wind) * log_radius + np.float32(draws.uniform(0.0, 2.0 * np.pi)))
     return np.asarray(1.0 + np.float32(0.3 * arms.ragged) * waves, np.float32)
 
 
 def draw_knots(
-    scene: Scene, dice: Draws, at: Ellipse, scale: float, fluxes: Array, *, num: int, arms: Arms | None = None
+    scene: Scene, draws: Draws, at: Ellipse, scale: float, fluxes: Array, *, num: int, arms: Arms | None = None
 ) -> None:
     """Draw star-forming knots (HII regions): blue points with power-law brightnesses, along the arms if there are any."""
     if num == 0:
         return
-    weight = dice.uniforms(num) ** -0.6
-    radius = scale * (0.5 + np.sqrt(-np.log(1.0 - 0.95 * dice.uniforms(num))) * 1.5)
-    theta = 2.0 * np.pi * dice.uniforms(num)
+    weight = draws.uniforms(num) ** -0.6
+    radius = scale * (0.5 + np.sqrt(-np.log(1.0 - 0.95 * draws.uniforms(num))) * 1.5)
+    theta = 2.0 * np.pi * draws.uniforms(num)
     if arms is not None:
-        arm = np.floor(arms.num * dice.uniforms(num)) / arms.num * 2.0 * np.pi
-        theta = arms.sense * (np.log(radius / scale) / np.tan(arms.pitch) + arms.phase / arms.num + arm + 0.2 * dice.normals(num))
+        arm = np.floor(arms.num * draws.uniforms(num)) / arms.num * 2.0 * np.pi
+        theta = arms.sense * (
+            np.log(radius / scale) / np.tan(arms.pitch) + arms.phase / arms.num + arm + 0.2 * draws.normals(num)
+        )
     u, v = radius * np.cos(theta), radius * np.sin(theta) * at.axis_ratio
     x = at.x + u * np.cos(at.angle) - v * np.sin(at.angle)
     y = at.y + u * np.sin(at.angle) + v * np.cos(at.angle)
@@ -260,8 +260,6 @@ def draw_knots(
 def draw_bar(scene: Scene, at: Ellipse, fluxes: Array, *, length: float, thickness: float, turn: float) -> None:
     """Draw a bar of half-length ``length`` pixels in the plane of an inclined disc, ``turn`` radians from its major axis."""
     window = scene.window(at.x, at.y, length * 1.1 + 3.0)
-    if window is None:
-        return
     u, v = window.turned(at.angle)
     v = v / np.float32(max(at.axis_ratio, 0.3))
     cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
@@ -276,8 +274,6 @@ def draw_bar(scene: Scene, at: Ellipse, fluxes: Array, *, length: float, thickne
 def draw_ring(scene: Scene, at: Ellipse, radius: float, width: float, fluxes: Array) -> None:
     """Draw a ring in a disc's plane (bars gather gas into a ring at their resonance)."""
     window = scene.window(at.x, at.y, radius + 4.0 * width + 2.0)
-    if window is None:
-        return
     u, v = window.turned(at.angle)
     distance = np.hypot(u, v / np.float32(at.axis_ratio)) - np.float32(radius)
     profile = np.exp(-0.5 * (distance / np.float32(width)) ** 2) / np.float32((2 * np.pi) ** 1.5 * radius * width * at.axis_ratio)
@@ -285,32 +281,30 @@ def draw_ring(scene: Scene, at: Ellipse, radius: float, width: float, fluxes: Ar
 
 
 def draw_edge_on(
-    scene: Scene, dice: Draws, at: Ellipse, fluxes: Array, *, length: float, height: float, dust: float, warp: float
+    scene: Scene, draws: Draws, at: Ellipse, fluxes: Array, *, length: float, height: float, dust: float, warp: float
 ) -> None:
     """Draw an edge-on disc: scale length and height in pixels, a dust lane of depth ``dust``, bent by ``warp``."""
     window = scene.window(at.x, at.y, 7.0 * length + 4.0)
-    if window is None:
-        return
+    if window.is_empty:
+        return  # draws nothing, so that later random numbers stay the same
     u, v = window.turned(at.angle)
-    v = v - np.float32(warp / (9.0 * length)) * u * u - np.float32(dice.normal(0.0, 0.3) * abs(warp) / (60.0 * length**2)) * u**3
+    v = v - np.float32(warp / (9.0 * length)) * u * u - np.float32(draws.normal(0.0, 0.3) * abs(warp) / (60.0 * length**2)) * u**3
     profile = edge_on_disc(u, v, length, height)
     unevenness = (
         1.0
-        + 0.25 * dice.normal() * np.tanh(u / np.float32(2.0 * length))
-        + 0.15 * np.cos(u / np.float32(length) * dice.uniform(1.5, 4.0))
+        + 0.25 * draws.normal() * np.tanh(u / np.float32(2.0 * length))
+        + 0.15 * np.cos(u / np.float32(length) * draws.uniform(1.5, 4.0))
     )
     scene.add(window, (profile * unevenness).astype(np.float32), fluxes)
     if dust:
         # The lane lies off the midplane unless the disc is exactly edge-on.
-        offset = np.float32(height * dice.uniform(-0.5, 0.5))
+        offset = np.float32(height * draws.uniform(-0.5, 0.5))
         lane = np.exp(-np.abs(u) / np.float32(1.6 * length) - 0.5 * ((v - offset) / np.float32(0.45 * height)) ** 2)
         scene.dim(window, (dust * lane).astype(np.float32), REDDENING)
 
 
-def draw_arc(scene: Scene, place: Place, fluxes: Array, *, radius: float, width: float, start: float, span: float) -> None:
-    """Draw a tail or shell: part of a circle around ``place``, see :func:`arc`."""
-    window = scene.window(*place, radius + 5.0 * width)
-    if window is None:
-        return
+def draw_arc(scene: Scene, position: Position, fluxes: Array, *, radius: float, width: float, start: float, span: float) -> None:
+    """Draw a tail or shell: part of a circle around ``position``, see :func:`arc`."""
+    window = scene.window(*position, radius + 5.0 * width)
     u, v = window.turned(0.0)
     scene.add(window, arc(u, v, radius=radius, width=width, start=start, span=span), fluxes)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from galaxydist.surveys.simulate import components
-from galaxydist.surveys.simulate.components import Arms, Ellipse, Place
+from galaxydist.surveys.simulate.components import Arms, Ellipse, Position
 from galaxydist.surveys.simulate.morphology import BARRED, CIGAR, IN_BETWEEN, LOOSE_SPIRAL, ROUND, TIGHT_SPIRAL, Light
 from galaxydist.surveys.simulate.random_draws import Draws
 from galaxydist.surveys.simulate.scene import Array, Scene
@@ -20,233 +20,233 @@ TIGHT_PITCH = (7.0, 14.0)
 LOOSE_PITCH = (17.0, 34.0)
 
 
-def inclined(dice: Draws, least: float, most: float = 1.0) -> float:
+def inclined(draws: Draws, least: float, most: float = 1.0) -> float:
     """Return the axis ratio of a disc at a random inclination (cos i uniform in least ... most), after Hubble (1926)."""
-    cos = dice.uniform(least, most)
+    cos = draws.uniform(least, most)
     return float(np.sqrt(cos**2 * (1.0 - _DISC_THICKNESS**2) + _DISC_THICKNESS**2))
 
 
-def draw_smooth(scene: Scene, dice: Draws, light: Light, label: int, place: Place) -> None:
+def draw_smooth(scene: Scene, draws: Draws, light: Light, label: int, position: Position) -> None:
     """Draw a smooth galaxy (round, in-between or cigar-shaped): a Sersic profile, for some with an outer envelope."""
     axis_ratio, index = {
-        ROUND: (dice.uniform(0.80, 1.0), float(np.exp(dice.normal(np.log(2.4), 0.45)))),
-        IN_BETWEEN: (float(np.clip(dice.normal(0.58, 0.06), 0.45, 0.72)), float(np.exp(dice.normal(np.log(1.5), 0.35)))),
-        CIGAR: (float(np.clip(dice.normal(0.34, 0.05), 0.2, 0.45)), float(np.exp(dice.normal(np.log(1.0), 0.25)))),
+        ROUND: (draws.uniform(0.80, 1.0), float(np.exp(draws.normal(np.log(2.4), 0.45)))),
+        IN_BETWEEN: (float(np.clip(draws.normal(0.58, 0.06), 0.45, 0.72)), float(np.exp(draws.normal(np.log(1.5), 0.35)))),
+        CIGAR: (float(np.clip(draws.normal(0.34, 0.05), 0.2, 0.45)), float(np.exp(draws.normal(np.log(1.0), 0.25)))),
     }[label]
     index = float(np.clip(index, 0.6, 5.5))
-    at = Ellipse(*place, dice.uniform(0.0, np.pi), axis_ratio)
-    boxiness = float(np.clip(dice.normal(2.0, 0.1), 1.8, 2.4))
-    outer = dice.uniform(0.1, 0.4) if dice.chance(0.35) and label != CIGAR else 0.0
+    at = Ellipse(*position, draws.uniform(0.0, np.pi), axis_ratio)
+    boxiness = float(np.clip(draws.normal(2.0, 0.1), 1.8, 2.4))
+    outer = draws.uniform(0.1, 0.4) if draws.bernoulli(0.35) and label != CIGAR else 0.0
     components.draw_sersic(scene, at, light.radius, index, light.fluxes(1.0 - outer, 0.02), boxiness=boxiness)
     if outer:
-        halo = Ellipse(*place, at.angle + dice.normal(0.0, 0.2), min(axis_ratio * 1.1, 1.0))
-        components.draw_sersic(scene, halo, light.radius * dice.uniform(1.5, 2.5), 1.0, light.fluxes(outer, -0.05))
+        halo = Ellipse(*position, at.angle + draws.normal(0.0, 0.2), min(axis_ratio * 1.1, 1.0))
+        components.draw_sersic(scene, halo, light.radius * draws.uniform(1.5, 2.5), 1.0, light.fluxes(outer, -0.05))
 
 
-def draw_spiral(scene: Scene, dice: Draws, light: Light, label: int, place: Place) -> None:
+def draw_spiral(scene: Scene, draws: Draws, light: Light, label: int, position: Position) -> None:
     """Draw a spiral: a disc with logarithmic arms, a redder bulge and knots of young stars; arms start at the ends of a bar.
 
     Tight and loose pitch angles follow Kennicutt (1981, AJ 86, 1847) and Seigar & James (1998, MNRAS 299, 685), from Sa to Sd.
     The half-length of a bar is 1 ... 1.8 scale lengths (Erwin 2005, MNRAS 364, 283, has 0.4 ... 2.5 from late to early types).
     """
-    at = Ellipse(*place, dice.uniform(0.0, np.pi), inclined(dice, 0.45 if label == BARRED else 0.32))
+    at = Ellipse(*position, draws.uniform(0.0, np.pi), inclined(draws, 0.45 if label == BARRED else 0.32))
     scale = light.radius / _HALF_LIGHT * 1.1
     if label == BARRED:
-        _draw_barred(scene, dice, light, at, scale)
+        _draw_barred(scene, draws, light, at, scale)
         return
     tight = label == TIGHT_SPIRAL
-    bulge = float(np.clip(dice.normal(0.18, 0.08) if tight else dice.normal(0.13, 0.07), 0.02, 0.5))
-    knots = dice.uniform(0.0, 0.05) if tight else dice.uniform(0.0, 0.12)
-    arms, redder = draw_arms(dice, tight), dice.uniform(0.05, 0.25)
+    bulge = float(np.clip(draws.normal(0.18, 0.08) if tight else draws.normal(0.13, 0.07), 0.02, 0.5))
+    knots = draws.uniform(0.0, 0.05) if tight else draws.uniform(0.0, 0.12)
+    arms, redder = draw_arms(draws, tight), draws.uniform(0.05, 0.25)
     disc = light.fluxes(1.0 - bulge - knots, -redder * bulge)
-    components.draw_disc(scene, dice, at, scale, disc, arms=arms, lopsided=dice.uniform(0.0, 0.15 if tight else 0.4))
-    components.draw_knots(scene, dice, at, scale, light.fluxes(knots), num=dice.integer(6, 40), arms=arms)
+    components.draw_disc(scene, draws, at, scale, disc, arms=arms, lopsided=draws.uniform(0.0, 0.15 if tight else 0.4))
+    components.draw_knots(scene, draws, at, scale, light.fluxes(knots), num=draws.integer(6, 40), arms=arms)
     components.draw_sersic(
-        scene, _bulge_of(at), scale * dice.uniform(0.25, 0.5), dice.uniform(1.0, 3.0), light.fluxes(bulge, redder)
+        scene, _bulge_of(at), scale * draws.uniform(0.25, 0.5), draws.uniform(1.0, 3.0), light.fluxes(bulge, redder)
     )
 
 
-def draw_arms(dice: Draws, tight: bool) -> Arms:
+def draw_arms(draws: Draws, tight: bool) -> Arms:
     """Draw random parameters for the arms of an unbarred spiral."""
     if tight:
-        num, pitch = (2, 3, 4)[dice.pick((0.65, 0.25, 0.10))], dice.uniform(*TIGHT_PITCH)
-        share, sharpness, ragged = dice.uniform(0.3, 0.75), dice.uniform(1.0, 2.2), dice.uniform(0.3, 0.9)
+        num, pitch = (2, 3, 4)[draws.pick((0.65, 0.25, 0.10))], draws.uniform(*TIGHT_PITCH)
+        share, sharpness, ragged = draws.uniform(0.3, 0.75), draws.uniform(1.0, 2.2), draws.uniform(0.3, 0.9)
     else:
-        num, pitch = (1, 2, 3, 4)[dice.pick((0.12, 0.60, 0.20, 0.08))], dice.uniform(*LOOSE_PITCH)
-        share, sharpness, ragged = dice.uniform(0.45, 0.92), dice.uniform(0.8, 2.6), dice.uniform(0.4, 1.0)
+        num, pitch = (1, 2, 3, 4)[draws.pick((0.12, 0.60, 0.20, 0.08))], draws.uniform(*LOOSE_PITCH)
+        share, sharpness, ragged = draws.uniform(0.45, 0.92), draws.uniform(0.8, 2.6), draws.uniform(0.4, 1.0)
     return Arms(
         num=num,
         pitch=float(np.radians(pitch)),
-        sense=1 if dice.chance(0.5) else -1,
-        phase=dice.uniform(0.0, 2.0 * np.pi),
+        sense=1 if draws.bernoulli(0.5) else -1,
+        phase=draws.uniform(0.0, 2.0 * np.pi),
         sharpness=sharpness,
         share=share,
         ragged=ragged,
-        inner=dice.uniform(0.25, 0.6),
+        inner=draws.uniform(0.25, 0.6),
     )
 
 
-def _draw_barred(scene: Scene, dice: Draws, light: Light, at: Ellipse, scale: float) -> None:
-    bulge, bar = dice.uniform(0.05, 0.16), dice.uniform(0.1, 0.25)
-    length, turn = scale * dice.uniform(1.0, 1.8), dice.uniform(0.0, np.pi)
-    ring = dice.uniform(0.05, 0.15) if dice.chance(0.5) else 0.0
-    redder = dice.uniform(0.05, 0.2)
-    sense, pitch = (1 if dice.chance(0.5) else -1), float(np.radians(dice.uniform(10.0, 30.0)))
+def _draw_barred(scene: Scene, draws: Draws, light: Light, at: Ellipse, scale: float) -> None:
+    bulge, bar = draws.uniform(0.05, 0.16), draws.uniform(0.1, 0.25)
+    length, turn = scale * draws.uniform(1.0, 1.8), draws.uniform(0.0, np.pi)
+    ring = draws.uniform(0.05, 0.15) if draws.bernoulli(0.5) else 0.0
+    redder = draws.uniform(0.05, 0.2)
+    sense, pitch = (1 if draws.bernoulli(0.5) else -1), float(np.radians(draws.uniform(10.0, 30.0)))
     arms = Arms(
         num=2,
         pitch=pitch,
         sense=sense,
         # The arms pass through the ends of the bar.
         phase=2.0 * float(sense * turn - np.log(length / scale) / np.tan(pitch)),
-        sharpness=dice.uniform(0.8, 2.2),
-        share=dice.uniform(0.2, 0.65),
-        ragged=dice.uniform(0.1, 0.6),
+        sharpness=draws.uniform(0.8, 2.2),
+        share=draws.uniform(0.2, 0.65),
+        ragged=draws.uniform(0.1, 0.6),
         inner=length / scale,
     )
     disc = light.fluxes(1.0 - bulge - bar - ring, -redder * (bulge + bar))
-    components.draw_disc(scene, dice, at, scale, disc, arms=arms, lopsided=dice.uniform(0.0, 0.15))
-    components.draw_bar(scene, at, light.fluxes(bar, redder), length=length, thickness=dice.uniform(0.15, 0.32), turn=turn)
+    components.draw_disc(scene, draws, at, scale, disc, arms=arms, lopsided=draws.uniform(0.0, 0.15))
+    components.draw_bar(scene, at, light.fluxes(bar, redder), length=length, thickness=draws.uniform(0.15, 0.32), turn=turn)
     if ring:
-        components.draw_ring(scene, at, length * dice.uniform(1.0, 1.15), max(1.0, 0.15 * length), light.fluxes(ring, -0.1))
-    components.draw_knots(scene, dice, at, scale, light.fluxes(dice.uniform(0.0, 0.04)), num=dice.integer(0, 20), arms=arms)
+        components.draw_ring(scene, at, length * draws.uniform(1.0, 1.15), max(1.0, 0.15 * length), light.fluxes(ring, -0.1))
+    components.draw_knots(scene, draws, at, scale, light.fluxes(draws.uniform(0.0, 0.04)), num=draws.integer(0, 20), arms=arms)
     centre = light.fluxes(bulge, redder + 0.05)
-    components.draw_sersic(scene, _bulge_of(at), scale * dice.uniform(0.2, 0.35), dice.uniform(1.0, 2.5), centre)
+    components.draw_sersic(scene, _bulge_of(at), scale * draws.uniform(0.2, 0.35), draws.uniform(1.0, 2.5), centre)
 
 
 def _bulge_of(disc: Ellipse) -> Ellipse:
     return Ellipse(disc.x, disc.y, disc.angle, 1.0 - 0.6 * (1.0 - disc.axis_ratio))
 
 
-def draw_edge_on(scene: Scene, dice: Draws, light: Light, bulge: bool, place: Place) -> None:
+def draw_edge_on(scene: Scene, draws: Draws, light: Light, bulge: bool, position: Position) -> None:
     """Draw an edge-on disc with or without a bulge; some without are inclined late spirals that are not quite edge-on.
 
     Scale heights are 1/8 ... 1/3 of the scale length, as for thin and thick discs together (Kregel, van der Kruit & de Grijs
     2002, MNRAS 334, 646).
     """
-    at = Ellipse(*place, dice.uniform(0.0, np.pi), 1.0)
+    at = Ellipse(*position, draws.uniform(0.0, np.pi), 1.0)
     if bulge:
         length = light.radius / 1.35
-        share, redder = dice.uniform(0.22, 0.5), dice.uniform(0.0, 0.1)
-        round_part, boxiness = Ellipse(*place, at.angle, dice.uniform(0.5, 0.9)), dice.uniform(1.9, 2.6)
-        radius, index = length * dice.uniform(0.3, 0.5), dice.uniform(1.5, 3.5)
+        share, redder = draws.uniform(0.22, 0.5), draws.uniform(0.0, 0.1)
+        round_part, boxiness = Ellipse(*position, at.angle, draws.uniform(0.5, 0.9)), draws.uniform(1.9, 2.6)
+        radius, index = length * draws.uniform(0.3, 0.5), draws.uniform(1.5, 3.5)
         components.draw_sersic(scene, round_part, radius, index, light.fluxes(share, redder), boxiness=boxiness)
-        disc, height = light.fluxes(1.0 - share, -redder * share), length * dice.uniform(0.18, 0.36)
-        dust, warp = (dice.uniform(0.5, 2.5) if dice.chance(0.4) else 0.0), dice.normal(0.0, 0.05)
-        components.draw_edge_on(scene, dice, at, disc, length=length, height=height, dust=dust, warp=warp)
+        disc, height = light.fluxes(1.0 - share, -redder * share), length * draws.uniform(0.18, 0.36)
+        dust, warp = (draws.uniform(0.5, 2.5) if draws.bernoulli(0.4) else 0.0), draws.normal(0.0, 0.05)
+        components.draw_edge_on(scene, draws, at, disc, length=length, height=height, dust=dust, warp=warp)
         return
-    if dice.chance(0.25):
-        tilted, scale = Ellipse(*place, at.angle, dice.uniform(0.16, 0.32)), light.radius / _HALF_LIGHT * 1.15
-        arms, knots = draw_arms(dice, tight=False), dice.uniform(0.0, 0.12)
-        components.draw_disc(scene, dice, tilted, scale, light.fluxes(1.0 - knots), arms=arms, lopsided=dice.uniform(0.0, 0.4))
-        components.draw_knots(scene, dice, tilted, scale, light.fluxes(knots), num=dice.integer(5, 30), arms=arms)
+    if draws.bernoulli(0.25):
+        tilted, scale = Ellipse(*position, at.angle, draws.uniform(0.16, 0.32)), light.radius / _HALF_LIGHT * 1.15
+        arms, knots = draw_arms(draws, tight=False), draws.uniform(0.0, 0.12)
+        components.draw_disc(scene, draws, tilted, scale, light.fluxes(1.0 - knots), arms=arms, lopsided=draws.uniform(0.0, 0.4))
+        components.draw_knots(scene, draws, tilted, scale, light.fluxes(knots), num=draws.integer(5, 30), arms=arms)
         return
-    length, knots = light.radius / 1.45, dice.uniform(0.0, 0.06)
-    height, disc = length * dice.uniform(0.12, 0.28), light.fluxes(1.0 - knots)
-    dust, warp = (dice.uniform(0.2, 1.5) if dice.chance(0.3) else 0.0), dice.normal(0.0, 0.08)
-    components.draw_edge_on(scene, dice, at, disc, length=length, height=height, dust=dust, warp=warp)
-    flat = Ellipse(*place, at.angle, 0.05)
-    components.draw_knots(scene, dice, flat, length, light.fluxes(knots), num=dice.integer(3, 20))
+    length, knots = light.radius / 1.45, draws.uniform(0.0, 0.06)
+    height, disc = length * draws.uniform(0.12, 0.28), light.fluxes(1.0 - knots)
+    dust, warp = (draws.uniform(0.2, 1.5) if draws.bernoulli(0.3) else 0.0), draws.normal(0.0, 0.08)
+    components.draw_edge_on(scene, draws, at, disc, length=length, height=height, dust=dust, warp=warp)
+    flat = Ellipse(*position, at.angle, 0.05)
+    components.draw_knots(scene, draws, flat, length, light.fluxes(knots), num=draws.integer(3, 20))
 
 
 # Classes that result from encounters: merging and disturbed galaxies.
 
 
-def draw_merging(scene: Scene, dice: Draws, light: Light, place: Place) -> None:
+def draw_merging(scene: Scene, draws: Draws, light: Light, position: Position) -> None:
     """Draw two (rarely three) overlapping galaxies, some with a common envelope, some with a tidal tail.
 
     Mass ratios are those of major mergers, down to about 1:4 (Lotz et al. 2008, MNRAS 391, 1137).
     """
-    num = 3 if dice.chance(0.12) else 2
-    shares = 10.0 ** (-0.4 * np.array([0.0] + [abs(dice.normal(0.0, 0.8)) for _ in range(num - 1)]))
-    envelope = dice.uniform(0.08, 0.35) if dice.chance(0.6) else 0.0
+    num = 3 if draws.bernoulli(0.12) else 2
+    shares = 10.0 ** (-0.4 * np.array([0.0] + [abs(draws.normal(0.0, 0.8)) for _ in range(num - 1)]))
+    envelope = draws.uniform(0.08, 0.35) if draws.bernoulli(0.6) else 0.0
     shares *= (1.0 - envelope) / shares.sum()
-    direction = dice.uniform(0.0, 2.0 * np.pi)
-    member = place
+    direction = draws.uniform(0.0, 2.0 * np.pi)
+    member = position
     for i, share in enumerate(shares):
         if i:
-            distance = light.radius * np.exp(dice.normal(np.log(2.4), 0.45)) + 5.0
-            direction += dice.normal(0.0, 0.8)
-            member = _away(place, distance, direction)
-        other = dice.normal(0.0, 0.12)
+            distance = light.radius * np.exp(draws.normal(np.log(2.4), 0.45)) + 5.0
+            direction += draws.normal(0.0, 0.8)
+            member = _away(position, distance, direction)
+        other = draws.normal(0.0, 0.12)
         part = replace(
             light,
             magnitude=light.magnitude - 2.5 * np.log10(share),
-            radius=max(light.radius * share**0.5 * dice.uniform(0.6, 1.0), 2.0),
+            radius=max(light.radius * share**0.5 * draws.uniform(0.6, 1.0), 2.0),
             green_red=light.green_red + other,
             red_z=light.red_z + 0.66 * other,
         )
-        _draw_member(scene, dice, part, member)
+        _draw_member(scene, draws, part, member)
     if envelope:
-        middle = ((place[0] + member[0]) / 2, (place[1] + member[1]) / 2)
-        halo = Ellipse(*middle, direction, dice.uniform(0.5, 0.9))
-        components.draw_sersic(scene, halo, light.radius * dice.uniform(2.0, 3.5), 1.0, light.fluxes(envelope))
-    if dice.chance(0.45):
-        draw_tail(scene, dice, light, place, light.fluxes(dice.uniform(0.04, 0.15), -0.1))
+        middle = ((position[0] + member[0]) / 2, (position[1] + member[1]) / 2)
+        halo = Ellipse(*middle, direction, draws.uniform(0.5, 0.9))
+        components.draw_sersic(scene, halo, light.radius * draws.uniform(2.0, 3.5), 1.0, light.fluxes(envelope))
+    if draws.bernoulli(0.45):
+        draw_tail(scene, draws, light, position, light.fluxes(draws.uniform(0.04, 0.15), -0.1))
 
 
-def _draw_member(scene: Scene, dice: Draws, light: Light, place: Place) -> None:
-    kind = dice.pick((0.32, 0.28, 0.20, 0.20))
+def _draw_member(scene: Scene, draws: Draws, light: Light, position: Position) -> None:
+    kind = draws.pick((0.32, 0.28, 0.20, 0.20))
     if kind == 0:
-        draw_smooth(scene, dice, light, ROUND, place)
+        draw_smooth(scene, draws, light, ROUND, position)
     elif kind == 1:
-        draw_smooth(scene, dice, light, IN_BETWEEN, place)
+        draw_smooth(scene, draws, light, IN_BETWEEN, position)
     elif kind == 2:
-        draw_spiral(scene, dice, light, TIGHT_SPIRAL if dice.chance(0.5) else LOOSE_SPIRAL, place)
+        draw_spiral(scene, draws, light, TIGHT_SPIRAL if draws.bernoulli(0.5) else LOOSE_SPIRAL, position)
     else:
-        draw_edge_on(scene, dice, light, dice.chance(0.8), place)
+        draw_edge_on(scene, draws, light, draws.bernoulli(0.8), position)
 
 
-def draw_tail(scene: Scene, dice: Draws, light: Light, place: Place, fluxes: Array) -> None:
+def draw_tail(scene: Scene, draws: Draws, light: Light, position: Position, fluxes: Array) -> None:
     """Draw a tidal tail that leaves a galaxy at its edge and bends away (Toomre & Toomre 1972, ApJ 178, 623)."""
-    direction, sense = dice.uniform(0.0, 2.0 * np.pi), 1.0 if dice.chance(0.5) else -1.0
-    bend = light.radius * dice.uniform(1.3, 3.5)
+    direction, sense = draws.uniform(0.0, 2.0 * np.pi), 1.0 if draws.bernoulli(0.5) else -1.0
+    bend = light.radius * draws.uniform(1.3, 3.5)
     # The circle passes near the centre, so that the tail starts inside the galaxy.
-    middle = _away(place, 0.6 * light.radius - bend, direction)
-    width, span = light.radius * dice.uniform(0.15, 0.4), sense * dice.uniform(0.9, 2.2)
+    middle = _away(position, 0.6 * light.radius - bend, direction)
+    width, span = light.radius * draws.uniform(0.15, 0.4), sense * draws.uniform(0.9, 2.2)
     components.draw_arc(scene, middle, fluxes, radius=bend, width=width, start=direction, span=span)
 
 
-def draw_disturbed(scene: Scene, dice: Draws, light: Light, place: Place) -> None:
+def draw_disturbed(scene: Scene, draws: Draws, light: Light, position: Position) -> None:
     """Draw a galaxy after an encounter: a lopsided disc with tidal tails, shells or a plume.
 
     Lopsided discs: Rix & Zaritsky (1995, ApJ 447, 82).
     """
-    at = Ellipse(*place, dice.uniform(0.0, np.pi), inclined(dice, 0.15))
-    early = dice.chance(0.35)
-    debris, knots = dice.uniform(0.18, 0.4), (0.0 if early else dice.uniform(0.0, 0.12))
-    core = dice.uniform(0.5, 0.75) if early else dice.uniform(0.08, 0.3)
+    at = Ellipse(*position, draws.uniform(0.0, np.pi), inclined(draws, 0.15))
+    early = draws.bernoulli(0.35)
+    debris, knots = draws.uniform(0.18, 0.4), (0.0 if early else draws.uniform(0.0, 0.12))
+    core = draws.uniform(0.5, 0.75) if early else draws.uniform(0.08, 0.3)
     scale = light.radius / 2.0
     disc = light.fluxes(max(1.0 - core - debris - knots, 0.05), -0.05)
-    arms = draw_arms(dice, tight=False) if not early and dice.chance(0.4) else None
-    components.draw_disc(scene, dice, at, scale, disc, arms=arms, lopsided=dice.uniform(0.5, 0.95))
-    shift = dice.normals(2) * 0.2 * scale
-    rounder = Ellipse(place[0] + shift[0], place[1] + shift[1], at.angle, 0.5 + 0.5 * at.axis_ratio)
-    components.draw_sersic(scene, rounder, scale * (0.9 if early else 0.4), dice.uniform(1.5, 3.5), light.fluxes(core, 0.05))
-    components.draw_knots(scene, dice, at, scale, light.fluxes(knots), num=dice.integer(3, 15))
-    kind = dice.pick((0.65, 0.20, 0.15))
+    arms = draw_arms(draws, tight=False) if not early and draws.bernoulli(0.4) else None
+    components.draw_disc(scene, draws, at, scale, disc, arms=arms, lopsided=draws.uniform(0.5, 0.95))
+    shift = draws.normals(2) * 0.2 * scale
+    rounder = Ellipse(position[0] + shift[0], position[1] + shift[1], at.angle, 0.5 + 0.5 * at.axis_ratio)
+    components.draw_sersic(scene, rounder, scale * (0.9 if early else 0.4), draws.uniform(1.5, 3.5), light.fluxes(core, 0.05))
+    components.draw_knots(scene, draws, at, scale, light.fluxes(knots), num=draws.integer(3, 15))
+    kind = draws.pick((0.65, 0.20, 0.15))
     if kind == 0:
-        tails = 2 if dice.chance(0.35) else 1
+        tails = 2 if draws.bernoulli(0.35) else 1
         for _ in range(tails):
-            draw_tail(scene, dice, light, place, light.fluxes(debris / tails, -0.08))
+            draw_tail(scene, draws, light, position, light.fluxes(debris / tails, -0.08))
     elif kind == 1:
-        _draw_shells(scene, dice, light, place, light.fluxes(debris))
+        _draw_shells(scene, draws, light, position, light.fluxes(debris))
     else:
-        lean = dice.uniform(0.0, 2.0 * np.pi)
-        beside = _away(place, light.radius * dice.uniform(0.8, 1.8), lean)
-        plume = Ellipse(*beside, lean + dice.normal(0.0, 0.5), dice.uniform(0.3, 0.7))
-        components.draw_sersic(scene, plume, light.radius * dice.uniform(0.7, 1.3), 0.7, light.fluxes(debris, -0.05))
+        lean = draws.uniform(0.0, 2.0 * np.pi)
+        beside = _away(position, light.radius * draws.uniform(0.8, 1.8), lean)
+        plume = Ellipse(*beside, lean + draws.normal(0.0, 0.5), draws.uniform(0.3, 0.7))
+        components.draw_sersic(scene, plume, light.radius * draws.uniform(0.7, 1.3), 0.7, light.fluxes(debris, -0.05))
 
 
-def _draw_shells(scene: Scene, dice: Draws, light: Light, place: Place, fluxes: Array) -> None:
+def _draw_shells(scene: Scene, draws: Draws, light: Light, position: Position, fluxes: Array) -> None:
     """Draw shells on alternate sides at growing radii (Malin & Carter 1983, ApJ 274, 534)."""
-    num, side = dice.integer(2, 3), dice.uniform(0.0, 2.0 * np.pi)
+    num, side = draws.integer(2, 3), draws.uniform(0.0, 2.0 * np.pi)
     for i in range(num):
-        radius, span = light.radius * (1.3 + 0.7 * i + dice.uniform(0.0, 0.4)), dice.uniform(1.0, 2.0)
+        radius, span = light.radius * (1.3 + 0.7 * i + draws.uniform(0.0, 0.4)), draws.uniform(1.0, 2.0)
         start = side + np.pi * (i % 2) - span / 2
         components.draw_arc(
-            scene, place, fluxes / np.float32(num), radius=radius, width=0.07 * radius + 0.6, start=start, span=span
+            scene, position, fluxes / np.float32(num), radius=radius, width=0.07 * radius + 0.6, start=start, span=span
         )
 
 
-def _away(place: Place, distance: float, direction: float) -> Place:
-    return place[0] + float(distance * np.cos(direction)), place[1] + float(distance * np.sin(direction))
+def _away(position: Position, distance: float, direction: float) -> Position:
+    return position[0] + float(distance * np.cos(direction)), position[1] + float(distance * np.sin(direction))

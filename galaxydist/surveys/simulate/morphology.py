@@ -74,7 +74,7 @@ class Light:
         return np.float32(share) * to_fluxes(magnitudes)
 
 
-def draw_light(dice: Draws, label: int) -> Light:
+def draw_light(draws: Draws, label: int) -> Light:
     """Draw brightness, colours, size and redshift of a galaxy of this class.
 
     Redshifts follow the Galaxy Zoo sample (median 0.08 at r = 17, larger for fainter galaxies). Colours redden with redshift by
@@ -82,17 +82,17 @@ def draw_light(dice: Draws, label: int) -> Light:
     0.6 z for blue galaxies).
     """
     population = POPULATIONS[label]
-    off = dice.normal(0.0, 1.0) * population.magnitude_sigma
+    off = draws.normal(0.0, 1.0) * population.magnitude_sigma
     magnitude = float(np.clip(population.magnitude + off, 14.2, 19.8))
-    redshift = float(np.clip(0.08 * 10 ** (0.11 * (magnitude - 17.0) + dice.normal(0.0, 0.16)), 0.004, 0.3))
+    redshift = float(np.clip(0.08 * 10 ** (0.11 * (magnitude - 17.0) + draws.normal(0.0, 0.16)), 0.004, 0.3))
     reddening = (1.6 if population.colour > 0.8 else 0.7) * (redshift - 0.08)
     colour_sigma = population.colour_sigma
-    green_red = float(np.clip(population.colour + reddening + dice.normal(0.0, 0.85 * colour_sigma), 0.15, 1.35))
-    red_z = 0.03 + 0.66 * green_red + dice.normal(0.0, 0.02)
+    green_red = float(np.clip(population.colour + reddening + draws.normal(0.0, 0.85 * colour_sigma), 0.15, 1.35))
+    red_z = 0.03 + 0.66 * green_red + draws.normal(0.0, 0.02)
     log_size = (
         np.log10(population.size)
         + population.size_slope * (magnitude - population.magnitude)
-        + dice.normal(0.0, population.size_sigma)
+        + draws.normal(0.0, population.size_sigma)
     )
     radius = float(np.clip(10**log_size, 2.5, 110.0))
     coarser = 2.0 if radius > _LARGE else 1.0

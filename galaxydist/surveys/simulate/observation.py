@@ -11,8 +11,7 @@ from scipy.special import ndtri
 from galaxydist.surveys.simulate.random_draws import PIXELS, Draws, pixel_normals
 from galaxydist.surveys.simulate.scene import CANVAS, MARGIN, SIZE, Array, Scene
 
-# Order of bands everywhere in this package; the channels of an image (red, green, blue) are z, r, g.
-BANDS = ("g", "r", "z")
+# The order of bands in this folder is g, r, z; the channels of an image (red, green, blue) are z, r, g.
 
 # The viewer's constants: ``dr2_rgb`` and ``sdss_rgb`` in map/views.py of github.com/legacysurvey/imagine.
 SCALES_G_R_Z = np.array([6.0, 3.4, 2.2], np.float32)
@@ -76,10 +75,10 @@ NOISE = (0.0016, 0.0028, 0.0060)
 _CORRELATION = 0.10
 
 
-def draw_seeing(dice: Draws) -> tuple[float, float, float]:
+def draw_seeing(draws: Draws) -> tuple[float, float, float]:
     """Draw the seeing of an image in g, r, z (FWHM, arcsec), in steps of 0.02 so that the PSF's transform can be cached."""
-    common = dice.normal(0.0, 0.06)
-    g, r, z = (round(value * float(np.exp(common + dice.normal(0.0, 0.04))) / 0.02) * 0.02 for value in SEEING)
+    common = draws.normal(0.0, 0.06)
+    g, r, z = (round(value * float(np.exp(common + draws.normal(0.0, 0.04))) / 0.02) * 0.02 for value in SEEING)
     return g, r, z
 
 
@@ -108,30 +107,30 @@ def moffat_transform(fwhm: float) -> NDArray[np.complex64]:
     return np.asarray(fft.rfft2((profile / profile.sum()).astype(np.float32)))
 
 
-def add_artefacts(light_CHW: Array, dice: Draws) -> None:
+def add_artefacts(light_CHW: Array, draws: Draws) -> None:
     """Add artefacts to a few images: a satellite trail in one band, or the glare of a bright star beyond the edge."""
     grid = np.arange(CANVAS, dtype=np.float32) - np.float32(CANVAS / 2)
-    if dice.chance(0.015):
-        band, angle, offset = dice.integer(0, 2), dice.uniform(0.0, np.pi), dice.uniform(-100.0, 100.0)
+    if draws.bernoulli(0.015):
+        band, angle, offset = draws.integer(0, 2), draws.uniform(0.0, np.pi), draws.uniform(-100.0, 100.0)
         across = grid[None, :] * np.float32(np.cos(angle)) + grid[:, None] * np.float32(np.sin(angle)) - np.float32(offset)
-        light_CHW[band] += np.float32(NOISE[band] * dice.uniform(1.5, 6.0)) * np.exp(-0.5 * (across / np.float32(2.0)) ** 2)
-    if dice.chance(0.03):
-        angle, distance, reach = dice.uniform(0.0, 2.0 * np.pi), dice.uniform(150.0, 210.0), dice.uniform(15.0, 50.0)
+        light_CHW[band] += np.float32(NOISE[band] * draws.uniform(1.5, 6.0)) * np.exp(-0.5 * (across / np.float32(2.0)) ** 2)
+    if draws.bernoulli(0.03):
+        angle, distance, reach = draws.uniform(0.0, 2.0 * np.pi), draws.uniform(150.0, 210.0), draws.uniform(15.0, 50.0)
         x, y = np.float32(distance * np.cos(angle)), np.float32(distance * np.sin(angle))
         gap = np.maximum(np.hypot(grid[None, :] - x, grid[:, None] - y) - np.float32(0.6 * distance), 0.0)
-        colour = np.array([dice.uniform(0.5, 1.5), 1.0, dice.uniform(0.5, 1.5)], np.float32) * np.array(NOISE, np.float32)
-        light_CHW += np.float32(dice.uniform(1.0, 6.0)) * np.exp(-gap / np.float32(reach)) * colour[:, None, None]
+        colour = np.array([draws.uniform(0.5, 1.5), 1.0, draws.uniform(0.5, 1.5)], np.float32) * np.array(NOISE, np.float32)
+        light_CHW += np.float32(draws.uniform(1.0, 6.0)) * np.exp(-gap / np.float32(reach)) * colour[:, None, None]
 
 
-def add_noise(light_CHW: Array, dice: Draws, pixel_scale: float, seed: int, row: int) -> Array:
+def add_noise(light_CHW: Array, draws: Draws, pixel_scale: float, seed: int, row: int) -> Array:
     """Cut the SIZE x SIZE image from the scene and add sky noise, correlated between neighbours as in resampled co-adds.
 
     Depth varies with position and band. Some images are shallower in all bands, or have an edge between two depths.
     """
-    depth = dice.normal(0.0, 0.10)
-    sigma = np.array([noise * np.exp(depth + dice.normal(0.0, 0.12)) for noise in NOISE])
-    if dice.chance(0.10):
-        sigma *= dice.uniform(1.3, 2.2)
+    depth = draws.normal(0.0, 0.10)
+    sigma = np.array([noise * np.exp(depth + draws.normal(0.0, 0.12)) for noise in NOISE])
+    if draws.bernoulli(0.10):
+        sigma *= draws.uniform(1.3, 2.2)
     # Pixels at a coarser scale are means over camera pixels: surface brightness stays the same, noise averages out.
     coarser = pixel_scale / DECAM_PIXEL
     sigma /= coarser
@@ -145,51 +144,49 @@ def add_noise(light_CHW: Array, dice: Draws, pixel_scale: float, seed: int, row:
         noise[band] *= np.float32(_CORRELATION)
         noise[band] += rows[:, 1:-1]
         noise[band] *= np.float32(sigma[band] / (1.0 + 2.0 * _CORRELATION**2))
-    if dice.chance(0.06):
-        edge = int(dice.uniform(0.1, 0.9) * SIZE)
-        strip = noise[:, :edge] if dice.chance(0.5) else noise[:, :, :edge]
-        strip *= np.float32(dice.uniform(1.3, 1.8))
-    level = np.array([dice.normal(0.0, 0.00008) for _ in range(3)], np.float32)
+    if draws.bernoulli(0.06):
+        edge = int(draws.uniform(0.1, 0.9) * SIZE)
+        strip = noise[:, :edge] if draws.bernoulli(0.5) else noise[:, :, :edge]
+        strip *= np.float32(draws.uniform(1.3, 1.8))
+    level = np.array([draws.normal(0.0, 0.00008) for _ in range(3)], np.float32)
     inner = slice(MARGIN, MARGIN + SIZE)
     return light_CHW[:, inner, inner] / np.float32(coarser**2) + noise + level[:, None, None]
 
 
-def add_stars(scene: Scene, dice: Draws) -> None:
+def add_stars(scene: Scene, draws: Draws) -> None:
     """Add foreground stars: counts rise by 0.17 dex per magnitude, colours follow the stellar locus, faint ones are redder."""
     area = (scene.pixel_scale / DECAM_PIXEL) ** 2
-    num = dice.poisson(4.2 * area * np.exp(dice.normal(0.0, 0.6)))
+    num = draws.poisson(4.2 * area * np.exp(draws.normal(0.0, 0.6)))
     if not num:
         return
     slope = 0.17
     bright, faint = 10 ** (slope * 15.0), 10 ** (slope * 23.5)
-    red_mag = np.log10(bright + (faint - bright) * dice.uniforms(num)) / slope
+    red_mag = np.log10(bright + (faint - bright) * draws.uniforms(num)) / slope
     # Covey et al. (2007, AJ 134, 2398): g-r runs from 0.2 (F stars) to 1.4 (M dwarfs), where it saturates and r-z increases.
-    temperature = np.clip(dice.uniforms(num) * 1.3 + 0.10 * (red_mag - 20.0), 0.0, 1.6)
+    temperature = np.clip(draws.uniforms(num) * 1.3 + 0.10 * (red_mag - 20.0), 0.0, 1.6)
     green_red = np.clip(0.25 + 1.15 * temperature, 0.0, 1.45)
-    red_z = 0.68 * green_red - 0.10 + np.maximum(temperature - 0.75, 0.0) * 2.0 * dice.uniforms(num)
-    place = (dice.uniforms(2 * num).reshape(2, num) - 0.5) * CANVAS
+    red_z = 0.68 * green_red - 0.10 + np.maximum(temperature - 0.75, 0.0) * 2.0 * draws.uniforms(num)
+    position = (draws.uniforms(2 * num).reshape(2, num) - 0.5) * CANVAS
     fluxes = to_fluxes(np.stack([red_mag + green_red, red_mag, red_mag - red_z], axis=1))
-    scene.add_points(place[0], place[1], fluxes)
+    scene.add_points(position[0], position[1], fluxes)
 
 
-def add_background(scene: Scene, dice: Draws) -> None:
+def add_background(scene: Scene, draws: Draws) -> None:
     """Add small, faint, mostly red background discs with the counts of Metcalfe et al. (2001, MNRAS 323, 795)."""
     area = (scene.pixel_scale / DECAM_PIXEL) ** 2
-    num = min(dice.poisson(40.0 * min(area, 2.0) * np.exp(dice.normal(0.0, 0.35))), 140)
+    num = min(draws.poisson(40.0 * min(area, 2.0) * np.exp(draws.normal(0.0, 0.35))), 140)
     slope = 0.34
     bright, faint = 10 ** (slope * 18.5), 10 ** (slope * 24.5)
-    red_mag = np.log10(bright + (faint - bright) * dice.uniforms(num)) / slope
-    reds = dice.uniforms(num) < 0.55
-    green_red = np.where(reds, 1.15, 0.55) + 0.22 * ndtri(0.01 + 0.98 * dice.uniforms(num))
-    red_z = np.where(reds, 0.20, 0.05) + 0.75 * green_red + 0.12 * ndtri(0.01 + 0.98 * dice.uniforms(num))
-    size = np.exp(np.log(0.45) - 0.14 * (red_mag - 22.0) + 0.3 * ndtri(0.01 + 0.98 * dice.uniforms(num))) / scene.pixel_scale
-    axis_ratio, angle = 0.25 + 0.75 * dice.uniforms(num), np.pi * dice.uniforms(num)
-    place = (dice.uniforms(2 * num).reshape(2, num) - 0.5) * CANVAS
+    red_mag = np.log10(bright + (faint - bright) * draws.uniforms(num)) / slope
+    reds = draws.uniforms(num) < 0.55
+    green_red = np.where(reds, 1.15, 0.55) + 0.22 * ndtri(0.01 + 0.98 * draws.uniforms(num))
+    red_z = np.where(reds, 0.20, 0.05) + 0.75 * green_red + 0.12 * ndtri(0.01 + 0.98 * draws.uniforms(num))
+    size = np.exp(np.log(0.45) - 0.14 * (red_mag - 22.0) + 0.3 * ndtri(0.01 + 0.98 * draws.uniforms(num))) / scene.pixel_scale
+    axis_ratio, angle = 0.25 + 0.75 * draws.uniforms(num), np.pi * draws.uniforms(num)
+    position = (draws.uniforms(2 * num).reshape(2, num) - 0.5) * CANVAS
     fluxes = to_fluxes(np.stack([red_mag + green_red, red_mag, red_mag - red_z], axis=1))
     for i in range(num):
-        window = scene.window(place[0, i], place[1, i], min(4.0 * size[i] + 2.0, 24.0))
-        if window is None:
-            continue
+        window = scene.window(position[0, i], position[1, i], min(4.0 * size[i] + 2.0, 24.0))
         u, v = window.turned(angle[i])
         profile = np.exp(-1.68 / size[i] * np.sqrt(u * u + (v / axis_ratio[i]) ** 2 + 0.3)).astype(np.float32)
         scene.add(

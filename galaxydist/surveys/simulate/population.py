@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from galaxydist.counter_rng import hash64
 from galaxydist.galaxy import GALAXY10_COUNTS
-from galaxydist.surveys.simulate.random_draws import PAIRS, PLACES, TWICE, Draws
+from galaxydist.surveys.simulate.random_draws import PAIRS, POSITIONS, TWICE, Draws
 
 # Minimum number of galaxies per class, even if its share is smaller (fewer only in surveys too small for it).
 HANDFUL = 6
@@ -57,7 +57,7 @@ def plan_survey(num_galaxies: int, seed: int, balanced: bool = False) -> SurveyP
     A survey of at least 20 galaxies has overlapping pairs, and exactly one position with two labels.
     """
     labels = np.repeat(np.arange(len(GALAXY10_COUNTS)), class_counts(num_galaxies, balanced))
-    ra, dec = scattered(num_galaxies, seed)
+    ra, dec = random_positions(num_galaxies, seed)
     shown = np.arange(num_galaxies)
     pairs = np.zeros((0, 2), np.int64)
     if num_galaxies >= 20:
@@ -68,8 +68,8 @@ def plan_survey(num_galaxies: int, seed: int, balanced: bool = False) -> SurveyP
         num_pairs = min(max(2, num_galaxies // _GALAXIES_PER_PAIR), len(rest) // 2)
         pairs = rest[: 2 * num_pairs].reshape(-1, 2).astype(np.int64)
         for one, other in pairs:
-            _put_beside(ra, dec, (int(one), int(other)), Draws(seed, PAIRS, int(one), 1), _PAIR_SEPARATION)
-        _put_beside(ra, dec, (first, second), Draws(seed, TWICE, first), (0.05, 0.5))
+            _move_beside(ra, dec, (int(one), int(other)), Draws(seed, PAIRS, int(one), 1), _PAIR_SEPARATION)
+        _move_beside(ra, dec, (first, second), Draws(seed, TWICE, first), (0.05, 0.5))
         shown[second] = first
     return SurveyPlan(seed, balanced, labels, ra, dec, shown, pairs)
 
@@ -93,24 +93,24 @@ def class_counts(num_galaxies: int, balanced: bool = False) -> NDArray[np.int64]
     return counts
 
 
-def scattered(num_galaxies: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def random_positions(num_galaxies: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return random positions (ra, dec in degrees), each in its own cell of the footprint, so that none coincide by chance."""
     widths = [high - low for low, high in _RIGHT_ASCENSIONS]
     low, high = np.sin(np.radians(_DECLINATIONS))
     columns = int(np.ceil(np.sqrt(max(num_galaxies, 1) * 5.0)))
     rows = -(-max(num_galaxies, 1) // columns) + 1
-    cell = np.argsort(hash64(seed, PLACES, np.arange(columns * rows)), kind="stable")[:num_galaxies]
-    inside = 0.05 + 0.9 * (hash64(seed, PLACES, np.arange(2 * num_galaxies), 1).astype(np.float64) / 2.0**64)
+    cell = np.argsort(hash64(seed, POSITIONS, np.arange(columns * rows)), kind="stable")[:num_galaxies]
+    inside = 0.05 + 0.9 * (hash64(seed, POSITIONS, np.arange(2 * num_galaxies), 1).astype(np.float64) / 2.0**64)
     along = (cell % columns + inside[:num_galaxies]) / columns * sum(widths)
     ra = np.where(along < widths[0], _RIGHT_ASCENSIONS[0][0] + along, _RIGHT_ASCENSIONS[1][0] + along - widths[0]) % 360.0
     dec = np.degrees(np.arcsin(low + (high - low) * (cell // columns + inside[num_galaxies:]) / rows))
     return ra, dec
 
 
-def _put_beside(
-    ra: NDArray[np.float64], dec: NDArray[np.float64], pair: tuple[int, int], dice: Draws, separation: tuple[float, float]
+def _move_beside(
+    ra: NDArray[np.float64], dec: NDArray[np.float64], pair: tuple[int, int], draws: Draws, separation: tuple[float, float]
 ) -> None:
     one, other = pair
-    distance, angle = dice.uniform(*separation) / 3600.0, dice.uniform(0.0, 2.0 * np.pi)
+    distance, angle = draws.uniform(*separation) / 3600.0, draws.uniform(0.0, 2.0 * np.pi)
     dec[other] = dec[one] + distance * np.sin(angle)
     ra[other] = (ra[one] + distance * np.cos(angle) / np.cos(np.radians(dec[one]))) % 360.0

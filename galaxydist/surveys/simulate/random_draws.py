@@ -10,7 +10,7 @@ from scipy.special import ndtri
 from galaxydist.counter_rng import hash64, uniform
 
 # RNG streams. The numbers enter the hash: an existing stream keeps its number, a new one gets a new number.
-GALAXY, SKY, PIXELS, PLACES, PAIRS, TWICE = range(101, 107)
+GALAXY, SKY, PIXELS, POSITIONS, PAIRS, TWICE = range(101, 107)
 
 _BLOCK = 512
 
@@ -47,7 +47,7 @@ class Draws:
         """Return a normal deviate, clipped at 3 sigma."""
         return float(mean + sigma * self.normals(1)[0])
 
-    def chance(self, probability: float) -> bool:
+    def bernoulli(self, probability: float) -> bool:
         """Return True with this probability."""
         return self.uniform() < probability
 

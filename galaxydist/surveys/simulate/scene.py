@@ -31,6 +31,11 @@ class Window:
     y: Array
     whole: bool
 
+    @property
+    def is_empty(self) -> bool:
+        """True if the object lies outside the canvas."""
+        return self.x.size == 0 or self.y.size == 0
+
     def turned(self, angle: float) -> tuple[Array, Array]:
         """Return coordinates along and across an axis at this position angle (radians), H x W each."""
         cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
@@ -49,13 +54,12 @@ class Scene:
         self.light_CHW = np.zeros((3, CANVAS, CANVAS), np.float32)
         self.pixel_scale = pixel_scale
 
-    def window(self, x: float, y: float, radius: float) -> Window | None:
-        """Return the square of half-width ``radius`` around x, y (pixels from the centre), clipped; None if outside."""
+    def window(self, x: float, y: float, radius: float) -> Window:
+        """Return the square of half-width ``radius`` around x, y (pixels from the centre), clipped to the canvas."""
         column, row = CENTRE + x, CENTRE + y
-        left, right = max(int(np.floor(column - radius)), 0), min(int(np.ceil(column + radius)) + 1, CANVAS)
-        low, high = max(int(np.floor(row - radius)), 0), min(int(np.ceil(row + radius)) + 1, CANVAS)
-        if left >= right or low >= high:
-            return None
+        left, low = max(int(np.floor(column - radius)), 0), max(int(np.floor(row - radius)), 0)
+        right = max(min(int(np.ceil(column + radius)) + 1, CANVAS), left)
+        high = max(min(int(np.ceil(row + radius)) + 1, CANVAS), low)
         whole = column - radius >= 0 and row - radius >= 0 and column + radius < CANVAS and row + radius < CANVAS
         return Window(
             slice(low, high),

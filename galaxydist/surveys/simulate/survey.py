@@ -1,8 +1,7 @@
 """Simulated survey files in Galaxy10's HDF5 schema, drawn on all cores."""
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.cpus import available_cores, start_workers
+from galaxydist.cpus import available_cores, bounded_map, start_workers
 from galaxydist.errors import UserError
-from galaxydist.surveys.hdf5_schema import create_file
+from galaxydist.surveys.hdf5_schema import SurveyFileWriter
 from galaxydist.surveys.simulate import galaxy_types, observation
-from galaxydist.surveys.simulate.components import Place
+from galaxydist.surveys.simulate.components import Position
 from galaxydist.surveys.simulate.morphology import (
     CIGAR,
     DISTURBED,
@@ -40,31 +39,31 @@ class SimulatedImage:
     pixel_scale: float
 
 
-def draw_galaxy(scene: Scene, dice: Draws, light: Light, label: int, place: Place = (0.0, 0.0)) -> None:
+def draw_galaxy(scene: Scene, draws: Draws, light: Light, label: int, position: Position = (0.0, 0.0)) -> None:
     """Draw a galaxy of this class at an x, y offset in pixels from the image centre."""
     if label == DISTURBED:
-        galaxy_types.draw_disturbed(scene, dice, light, place)
+        galaxy_types.draw_disturbed(scene, draws, light, position)
     elif label == MERGING:
-        galaxy_types.draw_merging(scene, dice, light, place)
+        galaxy_types.draw_merging(scene, draws, light, position)
     elif label in (ROUND, IN_BETWEEN, CIGAR):
-        galaxy_types.draw_smooth(scene, dice, light, label, place)
+        galaxy_types.draw_smooth(scene, draws, light, label, position)
     elif label in (EDGE_ON, EDGE_ON_BULGE):
-        galaxy_types.draw_edge_on(scene, dice, light, label == EDGE_ON_BULGE, place)
+        galaxy_types.draw_edge_on(scene, draws, light, label == EDGE_ON_BULGE, position)
     else:
-        galaxy_types.draw_spiral(scene, dice, light, label, place)
+        galaxy_types.draw_spiral(scene, draws, light, label, position)
 
 
-def take_image(plan: SurveyPlan, row: int) -> SimulatedImage:
+def draw_image(plan: SurveyPlan, row: int) -> SimulatedImage:
     """Draw the image of a row, which depends on the plan and the row number alone.
 
     The second row of the galaxy with two labels shows the same galaxy as the first. Neighbours within the frame are drawn too.
     """
     shown = int(plan.shown[row])
     label = int(plan.labels[shown])
-    dice = Draws(plan.seed, GALAXY, shown)
-    light = draw_light(dice, label)
+    draws = Draws(plan.seed, GALAXY, shown)
+    light = draw_light(draws, label)
     scene = Scene(light.pixel_scale)
-    draw_galaxy(scene, dice, light, label)
+    draw_galaxy(scene, draws, light, label)
     for neighbour, east, north in plan.neighbours(shown):
         beside = Draws(plan.seed, GALAXY, neighbour)
         its_label = int(plan.labels[neighbour])
@@ -106,46 +105,30 @@ def simulate_survey(path: Path, num_galaxies: int, seed: int, workers: int | Non
     Raises:
         UserError: the number of galaxies or the seed is out of range, or the disk is full.
     """
-    from tqdm import tqdm
-
     if num_galaxies < 1:
         raise UserError(f"a survey needs at least 1 galaxy, not {num_galaxies}")
     if not 0 <= seed < 2**63:
         raise UserError(f"the seed must be between 0 and 2^63 - 1, not {seed}")
     plan = plan_survey(num_galaxies, seed, balanced)
     attributes = {"simulator_version": SIMULATOR_VERSION, "seed": seed, "num_galaxies": num_galaxies, "balanced": int(balanced)}
-    with (
-        create_file(path, num_galaxies, attributes) as file,
-        tqdm(total=num_galaxies, unit="galaxy", desc="simulate", disable=None) as bar,
-    ):
-        start = 0
-        for images, redshift, pxscale in _slabs(plan, workers):
-            stop = start + len(images)
-            rows = slice(start, stop)
+    with SurveyFileWriter(path, num_galaxies, attributes) as file:
+        for rows, (images, redshift, pxscale) in _slabs(plan, workers, "simulate"):
             file.append(
                 images, labels=plan.labels[rows], ra=plan.ra[rows], dec=plan.dec[rows], redshift=redshift, pxscale=pxscale
             )
-            bar.update(len(images))
-            start = stop
 
 
 def draw_rows(plan: SurveyPlan, workers: int | None = None, description: str = "simulate") -> NDArray[np.uint8]:
     """Draw all images of the plan into memory, N x 256 x 256 x 3 uint8 (197 kB each), for measurements on small surveys."""
-    from tqdm import tqdm
-
     images = np.empty((len(plan.labels), SIZE, SIZE, 3), np.uint8)
-    start = 0
-    with tqdm(total=len(images), unit="galaxy", desc=description, disable=None) as bar:
-        for slab, _, _ in _slabs(plan, workers):
-            images[start : start + len(slab)] = slab
-            start += len(slab)
-            bar.update(len(slab))
+    for rows, (slab, _, _) in _slabs(plan, workers, description):
+        images[rows] = slab
     return images
 
 
 def draw_slab(plan: SurveyPlan, start: int, stop: int) -> Slab:
     """Draw images, redshifts and pixel scales of the plan's rows ``start`` ... ``stop - 1``."""
-    images = [take_image(plan, row) for row in range(start, stop)]
+    images = [draw_image(plan, row) for row in range(start, stop)]
     return (
         np.stack([image.image for image in images]),
         np.array([image.redshift for image in images]),
@@ -153,30 +136,29 @@ def draw_slab(plan: SurveyPlan, start: int, stop: int) -> Slab:
     )
 
 
+_plan_once = lru_cache(maxsize=1)(plan_survey)
+
+
 def _draw_planned(num_galaxies: int, seed: int, balanced: bool, start: int, stop: int) -> Slab:
     # Each process makes the plan itself, once: the pickled plan of a large survey would be larger than a slab.
     return draw_slab(_plan_once(num_galaxies, seed, balanced), start, stop)
 
 
-_plan_once = lru_cache(maxsize=1)(plan_survey)
+def _slabs(plan: SurveyPlan, workers: int | None, description: str) -> Iterator[tuple[slice, Slab]]:
+    """Yield the rows and contents of each slab, drawn on all cores, with a progress bar."""
+    from tqdm import tqdm
 
-
-def _slabs(plan: SurveyPlan, workers: int | None) -> Iterator[Slab]:
-    workers = workers or (available_cores() if len(plan.labels) >= _WORTH_PROCESSES else 1)
-    edges = [(start, min(start + _SLAB, len(plan.labels))) for start in range(0, len(plan.labels), _SLAB)]
-    if workers == 1:
-        for start, stop in edges:
-            yield draw_slab(plan, start, stop)
-        return
-    with start_workers(workers) as pool:
-        waiting: deque[Future[Slab]] = deque()
-        try:
-            for start, stop in edges:
-                waiting.append(pool.submit(_draw_planned, len(plan.labels), plan.seed, plan.balanced, start, stop))
-                if len(waiting) >= 3 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    num_galaxies = len(plan.labels)
+    workers = workers or (available_cores() if num_galaxies >= _WORTH_PROCESSES else 1)
+    edges = [(start, min(start + _SLAB, num_galaxies)) for start in range(0, num_galaxies, _SLAB)]
+    slabs: Iterator[Slab]
+    with ExitStack() as stack:
+        if workers == 1:
+            slabs = (draw_slab(plan, *edge) for edge in edges)
+        else:
+            tasks = [(num_galaxies, plan.seed, plan.balanced, *edge) for edge in edges]
+            slabs = bounded_map(stack.enter_context(start_workers(workers)), _draw_planned, tasks, 3 * workers)
+        bar = stack.enter_context(tqdm(total=num_galaxies, unit="galaxy", desc=description, disable=None))
+        for (start, stop), slab in zip(edges, slabs, strict=True):
+            yield slice(start, stop), slab
+            bar.update(stop - start)

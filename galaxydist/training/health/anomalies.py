@@ -1,4 +1,4 @@
-"""Galaxies that cannot be read while training: which there are, known to all ranks alike, and how many are too many."""
+"""Anomalies of a training run: unreadable images, steps that are not finite, and loss spikes."""
 
 import math
 from collections import deque
@@ -14,17 +14,33 @@ from galaxydist.loading.decode import ImageError
 from galaxydist.loading.loader import Batch
 from galaxydist.runs.folder import RunFolder
 
-# Galaxies that are named when they are skipped; more are only counted.
-NAMED = 20
+# Skipped galaxies that are named in the log; further ones are only counted.
+MAX_SKIPPED_NAMED = 20
+# Galaxies of a step that a message names; the file in the run folder has all of them.
+MAX_NAMED = 8
+REMEDY = (
+    "The last checkpoint is from before it and stays. Lower optim.lr, lengthen optim.warmup, clip with train.clip_norm, use "
+    "train.precision=no, or leave such steps out with train.on_nonfinite=skip."
+)
+
+# Losses of which a spike is compared with the median, and the number from which on that is possible.
+WINDOW = 200
+LEAST_KNOWN = 50
+# Standard deviation of a normal distribution in median absolute deviations (Rousseeuw & Croux 1993, JASA 88, 1273).
+DEVIATIONS = 1.4826
+# A constant loss still differs in the last digits: a rise of less than this share of it is never a spike.
+FLOOR = 0.01
+TINY = 1e-9
+QUIET_STEPS = 100
 
 
 class UnreadableImages:
-    """The galaxies of a run that were given weight 0, over all ranks, epochs and restarts; a galaxy counts once.
+    """The galaxies of a run that have weight 0 because they cannot be read, over all ranks, epochs and restarts.
 
-    Ranks agree each step on how many new ones there are; only when there are any they tell each other which.
+    A galaxy counts once. The ranks add up the number of new ones each step, and exchange their names only if there are any.
 
     Args:
-        on_error: ``raise``: the first one stops the run; ``skip``: go on without it.
+        on_error: ``raise``: the first one stops the run; ``skip``: the run continues without it.
         max_errors: with ``skip``, more galaxies than this stop the run.
     """
 
@@ -37,84 +53,69 @@ class UnreadableImages:
         return len(self._samples)
 
     def record(self, step: int, batch: Batch) -> int:
-        """Note what this rank's part of the batch of ``step`` could not read; the number that the ranks do not know of yet."""
+        """Record the unreadable images of this rank's part of a batch; return the number of new ones."""
         new = {sample: error for sample, error in batch.errors.items() if sample not in self._samples | self._found.keys()}
         self._found |= {sample: (step, error) for sample, error in new.items()}
         return len(new)
 
     def sync(self, world: World, step: int) -> list[str]:
-        """All ranks come to know what any of them has found up to ``step``. Every rank calls it.
+        """Exchange the galaxies recorded up to ``step``; all ranks must call it.
 
         Returns:
-            What to tell the user.
+            The messages for the user.
 
         Raises:
-            EveryRankError: on every rank the same: it is not to be skipped (a whole shard is missing, or ``raise``), or it is one
+            EveryRankError: on all ranks if a galaxy must not be skipped (a whole shard is missing, or ``raise``), or there are
                 too many.
         """
-        mine = {
-            sample: (str(error), error.what if isinstance(error, ImageError) else None)
-            for sample, (found_at, error) in self._found.items()
-            if found_at <= step
-        }
-        self._found = {sample: found for sample, found in self._found.items() if sample not in mine}
-        everything: dict[int, tuple[str, str | None]] = {}
-        for theirs in world.all_gather(mine):
-            everything |= theirs
-        found = {sample: told for sample, told in sorted(everything.items()) if sample not in self._samples}
-        for text, what in found.values():
-            if what is None or self._on_error == "raise":
+        due = {sample: error for sample, (recorded_at, error) in self._found.items() if recorded_at <= step}
+        self._found = {sample: found for sample, found in self._found.items() if sample not in due}
+        own = {sample: (str(error), error.problem if isinstance(error, ImageError) else None) for sample, error in due.items()}
+        everywhere = {sample: found for of_rank in world.all_gather(own) for sample, found in of_rank.items()}
+        new = {sample: found for sample, found in sorted(everywhere.items()) if sample not in self._samples}
+        for text, problem in new.values():
+            if problem is None or self._on_error == "raise":
                 raise EveryRankError(text)
         before = len(self)
-        self._samples |= found.keys()
+        self._samples |= new.keys()
         if len(self) > self._max_errors:
-            text, _ = [*found.values()][-1]
+            text, _ = [*new.values()][-1]
             raise EveryRankError(f"{self._too_many()}; the last: {text}")
-        told = [f"skipped: {what}" for _, what in found.values()][: max(0, NAMED - before)]
-        if before <= NAMED < len(self):
-            told.append(f"{len(self)} galaxies skipped so far; further ones are only counted (train/skipped)")
-        return told
+        messages = [f"skipped: {what}" for _, what in new.values()][: max(0, MAX_SKIPPED_NAMED - before)]
+        if before <= MAX_SKIPPED_NAMED < len(self):
+            messages.append(f"{len(self)} galaxies skipped so far; further ones are only counted (train/skipped)")
+        return messages
 
     def metrics(self) -> dict[str, float]:
-        """For the log; nothing where nothing is ever skipped."""
+        """Return the metrics for the log; none if nothing is ever skipped."""
         return {"train/skipped": float(len(self))} if self._on_error == "skip" else {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": sorted(self._samples)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting; a run that is to be strict from now on forgets what was skipped before.
+        """Restore the skipped galaxies; with ``on_error=raise`` they are forgotten.
 
         Raises:
-            UserError: there were already more than are allowed now.
+            UserError: more galaxies were skipped than are allowed now.
         """
         if self._on_error == "skip":
             self._samples = set(state["samples"])
             if len(self) > self._max_errors:
-                raise UserError(f"{self._too_many()} up to the checkpoint; raise data.max_errors to go on")
+                raise UserError(f"{self._too_many()} up to the checkpoint; raise data.max_errors to continue")
 
     def _too_many(self) -> str:
         return f"{len(self)} galaxies could not be read, more than data.max_errors={self._max_errors}"
 
 
-# Steps whose loss or gradient is not finite: which galaxies they were about, and how many of them are too many.
-
-# Galaxies that a message names; the file beside the metrics has all.
-MOST_NAMED = 8
-REMEDY = (
-    "The last checkpoint is from before it and stays. Lower optim.lr, lengthen optim.warmup, clip with train.clip_norm, use "
-    "train.precision=no, or leave such steps out with train.on_nonfinite=skip."
-)
-
-
 class NonFiniteSteps:
-    """The last steps' galaxies, and the number of steps that were left out. ``record`` and ``sync`` are called by all ranks.
+    """The galaxies of the last steps, and the number of steps that were left out because they were not finite.
 
     Args:
-        on_nonfinite: stop the run, or go on without the step.
+        on_nonfinite: ``stop`` the run, or ``skip`` the step.
         max_nonfinite: with ``skip``, more steps than this stop the run.
-        folder: of the run; the galaxies of such a step are listed in a file there.
-        name_of: the name of a stored training galaxy, by its sample number.
+        folder: run folder; the galaxies of such a step are listed in a file there.
+        name_of: returns the name of a training galaxy for its sample number.
     """
 
     def __init__(
@@ -126,20 +127,20 @@ class NonFiniteSteps:
         self.num_steps = 0
 
     def record(self, step: int, batch: Batch) -> None:
-        """Which galaxies this rank's part of the batch of a step holds, until two steps later; the images are let go."""
+        """Remember the galaxies of this rank's part of a batch for two steps, without their images."""
         self._samples.append((step, batch.samples_B.tolist()))
 
     def sync(self, world: World, step: int) -> str:
-        """All ranks know that ``step`` is not finite: tell which galaxies it was about.
+        """Handle a step that is not finite: list its galaxies in a file; all ranks must call it.
 
         Returns:
-            What to tell the user, where the run goes on.
+            The warning for the user, if the run continues.
 
         Raises:
-            NonfiniteError: on every rank the same.
+            NonfiniteError: on all ranks if the run must stop.
         """
-        mine = next(samples for known, samples in self._samples if known == step)
-        samples = sorted(sample for part in world.all_gather(mine) for sample in part)
+        own = next(samples for recorded, samples in self._samples if recorded == step)
+        samples = sorted(sample for part in world.all_gather(own) for sample in part)
         path = self._folder.path / f"nonfinite-step-{step:08d}.json"
         names = world.run_on_main(lambda: self._write(path, step, samples))
         self.num_steps += 1
@@ -157,10 +158,10 @@ class NonFiniteSteps:
     def _write(self, path: Path, step: int, samples: list[int]) -> list[str]:
         names = [self._name_of(sample) for sample in samples]
         write_json(path, {"step": step, "galaxies": names})
-        return names[:MOST_NAMED]
+        return names[:MAX_NAMED]
 
     def metrics(self) -> dict[str, float]:
-        """For the log; nothing where such steps end the run."""
+        """Return the metrics for the log; none if such steps end the run."""
         return {"train/nonfinite": float(self.num_steps)} if self._on_nonfinite == "skip" else {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,24 +171,12 @@ class NonFiniteSteps:
         self.num_steps = state["num_steps"]
 
 
-# Warns of a loss that jumps, against what it was lately.
-
-WINDOW = 200
-LEAST_KNOWN = 50
-# Deviation of a normal distribution, in median absolute deviations (Rousseeuw & Croux 1993, JASA 88, 1273).
-DEVIATIONS = 1.4826
-# A loss that does not change at all still differs in the last digits: less than this share of it is never a jump.
-FLOOR = 0.01
-TINY = 1e-9
-QUIET_STEPS = 100
-
-
 class LossSpikes:
-    """Compares each loss with the median of the 200 before it. What it saw survives a resume, so that it says the same.
+    """Compares each loss with the median of the 200 before it; its state is saved, so that a continued run warns alike.
 
     Args:
-        threshold: robust standard deviations above the median that are worth a warning; 0: none ever.
-        quiet_steps: steps after a warning without another.
+        threshold: robust standard deviations above the median from which on to warn; 0: never.
+        quiet_steps: steps after a warning without another one.
     """
 
     def __init__(self, threshold: float, quiet_steps: int = QUIET_STEPS) -> None:
@@ -197,22 +186,22 @@ class LossSpikes:
         self._warned_step: int | None = None
 
     def update(self, step: int, loss: float) -> str | None:
-        """Take in the global loss of a step.
+        """Add the loss of a step.
 
         Args:
             step: steps done.
-            loss: over all ranks; one that is not finite is not this class's business, and is not remembered.
+            loss: loss over all ranks; ignored if it is not finite.
 
         Returns:
             A warning, or None.
         """
         if self._threshold <= 0 or not math.isfinite(loss):
             return None
-        warning = self._judge(step, loss)
+        warning = self._compare(step, loss)
         self._losses.append(loss)
         return warning
 
-    def _judge(self, step: int, loss: float) -> str | None:
+    def _compare(self, step: int, loss: float) -> str | None:
         if len(self._losses) < LEAST_KNOWN:
             return None
         if self._warned_step is not None and step - self._warned_step < self._quiet_steps:

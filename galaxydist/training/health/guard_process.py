@@ -36,10 +36,10 @@ def watch(pid: int, dump_signal: int, tick_s: float, message: str) -> None:
         now = time.monotonic()
         elapsed, last = now - last, now
         if ready:
-            told = os.read(0, 65536)
-            if not told:
+            lines = os.read(0, 65536)
+            if not lines:
                 return
-            allowed_s, silent_s = _last_line(told, allowed_s), 0.0
+            allowed_s, silent_s = _last_number(lines, allowed_s), 0.0
         elif is_stopped(pid):
             silent_s = 0.0
         else:
@@ -60,8 +60,8 @@ def is_stopped(pid: int) -> bool:
         return False
 
 
-def _last_line(told: bytes, default: float) -> float:
-    lines = told.decode(errors="replace").split("\n")
+def _last_number(text: bytes, default: float) -> float:
+    lines = text.decode(errors="replace").split("\n")
     try:
         return float(lines[-2])
     except (IndexError, ValueError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from galaxydist.loading.loader import TrainLoader
+from galaxydist.loading.loader import DecodeOptions, RankInfo, TrainLoader
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.order import EpochOrder
 from galaxydist.shards.remote import object_store
@@ -23,10 +23,10 @@ def read_as_rank(url: str, folder: str, cache: str, *numbers: str) -> None:
     object_store.FIRST_PAUSE_S = 0.01
     EpochOrder.__init__.__kwdefaults__["window"] = 8  # as in a survey many times the size of the usual window
     remote = open_shards(url, CacheConfig(Path(cache), max_bytes))
-    settings = {"seed": 5, "batch_size": 4, "num_streams": 2, "rank": rank, "world_size": world_size, "prefetch": 1}
+    settings = {"seed": 5, "batch_size": 4, "num_streams": 2, "decode": DecodeOptions(prefetch=1)}
     with (
-        TrainLoader(remote, **settings, ranks_on_node=world_size) as found,  # type: ignore[arg-type]
-        TrainLoader(read_manifest(Path(folder)), **settings) as expected,  # type: ignore[arg-type]
+        TrainLoader(remote, **settings, ranks=RankInfo(rank, world_size, world_size)) as found,  # type: ignore[arg-type]
+        TrainLoader(read_manifest(Path(folder)), **settings, ranks=RankInfo(rank, world_size)) as expected,  # type: ignore[arg-type]
     ):
         print("open", flush=True)
         for here, there in islice(zip(expected, found, strict=True), steps):

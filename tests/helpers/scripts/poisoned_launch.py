@@ -12,7 +12,7 @@ def poison(rank: int, steps: set[int]) -> None:
     """Spoil one pixel of the images of one rank in these steps."""
     from galaxydist.training.step import TrainStep
 
-    images_of = TrainStep._images
+    images_of = TrainStep.augmented
 
     def poisoned(self: TrainStep, batch: Any, part: Any, mix: Any) -> Any:
         images_BCHW = images_of(self, batch, part, mix)
@@ -21,7 +21,7 @@ def poison(rank: int, steps: set[int]) -> None:
             images_BCHW[0, 0, 0, 0] = math.nan
         return images_BCHW
 
-    TrainStep._images = poisoned  # type: ignore[method-assign]
+    TrainStep.augmented = poisoned  # type: ignore[method-assign]
 
 
 def train_poisoned(rank: int, steps: set[int], settings: Sequence[str]) -> int:

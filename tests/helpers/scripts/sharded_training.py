@@ -17,15 +17,15 @@ from galaxydist.checkpoints.sharded import ShardedWriter, load_sharded, open_sav
 from galaxydist.checkpoints.tensor_files import flatten_state, unflatten_state
 from galaxydist.training.fsdp import (
     WholeCopy,
-    clip_sharded_gradients,
     gather,
     open_mesh,
-    part_maker,
     set_gradient_sync,
+    shard_maker,
     shard_model,
 )
 from galaxydist.training.optimizer import MovingAverage
 from galaxydist.training.state import named_optimizer_state, numbered_optimizer_state
+from galaxydist.training.step import clip_gradients
 
 STEPS, SAVED_AT, BATCH = 5, 3, 13  # 13 galaxies are uneven between two and three processes
 EMA_DECAY, CLIP_NORM = 0.6, 1.5
@@ -117,7 +117,7 @@ class Sharded:
             self.optimizer.zero_grad()
             backward(self.model, step, dist.get_rank(), dist.get_world_size(), lambda last: set_gradient_sync(self.model, last))
             assert all(isinstance(p.grad, DTensor) for p in self.model.parameters())
-            clip_sharded_gradients(self.model.parameters(), norm=CLIP_NORM, value=0)
+            clip_gradients(self.model.parameters(), norm=CLIP_NORM, value=0)
             self.optimizer.step()
             self.ema.update(self.model, step + 1)
             yield step + 1
@@ -196,7 +196,7 @@ def train(folder: Path, optimizer: str, saving: str) -> None:
 
 def resume(folder: Path, optimizer: str, source: str) -> None:
     trained = Sharded(optimizer)
-    checkpoint = load_sharded(folder / source, make=part_maker(trained.model), group=open_saving_group())
+    checkpoint = load_sharded(folder / source, make=shard_maker(trained.model), group=open_saving_group())
     assert checkpoint is not None and checkpoint.step == SAVED_AT
     for name, tensor in checkpoint.tensors.items():
         assert isinstance(tensor, DTensor) == (tensor.ndim > 0), name

@@ -40,7 +40,7 @@ def trace(folder: Path) -> None:
             "world_size": world.size,
             "samples": dict(zip(batch.positions_B.tolist(), batch.samples_B.tolist(), strict=True)),
             "images": images,
-            "rate": self.rate(step),
+            "rate": self.schedule(step),
             "pid": os.getpid(),
         }
         with (folder / f"rank-{world.rank}-{os.getpid()}.jsonl").open("a") as file:

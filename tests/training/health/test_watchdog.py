@@ -39,7 +39,7 @@ def told(*beats: Heartbeat) -> dict[int, Heartbeat]:
 def later(heard: dict[int, Heartbeat], *silent: int) -> dict[int, Heartbeat]:
     """What the same ranks told a while later, without having gone on."""
     changes = {rank: (beat.serial + (rank not in silent)) for rank, beat in heard.items()}
-    return {rank: heartbeat(rank, beat.step, beat.place, serial=changes[rank]) for rank, beat in heard.items()}
+    return {rank: heartbeat(rank, beat.step, beat.phase_index, serial=changes[rank]) for rank, beat in heard.items()}
 
 
 def test_the_rank_with_the_earliest_place_is_behind() -> None:
