@@ -32,8 +32,18 @@ from galaxydist.cli.options import (
 def add_parser(commands: Commands) -> None:
     """Add the commands."""
     inner = add_group(commands, "bench", "measurements of speed, data quality and cost")
-    measurements = (_add_simulator, _add_transfer, _add_loader, _add_order, _add_remote, _add_saving, _add_trainer)
-    for add in (*measurements, _add_scaling, _add_startup, _add_folds):
+    for add in (
+        _add_simulator,
+        _add_transfer,
+        _add_loader,
+        _add_order,
+        _add_remote,
+        _add_saving,
+        _add_trainer,
+        _add_scaling,
+        _add_startup,
+        _add_folds,
+    ):
         add(inner)
 
 

@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
@@ -182,11 +181,7 @@ def deferred_signals() -> Iterator[None]:
     needed for threads of libraries, which may receive a signal instead of this one.
     """
     received: list[int] = []
-
-    def remember(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-
-    handlers = {number: signal.signal(number, remember) for number in _SIGNALS}
+    handlers = {deferred: signal.signal(deferred, lambda number, _frame: received.append(number)) for deferred in _SIGNALS}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -102,8 +102,10 @@ def check_preemption(cluster: ClusterConfig, site: Site | None = None) -> list[C
     except UserError:
         return []
     found = [_check_partition(cluster, site, site.partitions[name]) for name in names]
-    # Of several partitions, the level and remedy of the worst.
-    return [replace(worst, text="\n".join(check.text for check in found)) for worst in worst_first(found)[:1]]
+    if len(found) < 2:
+        return found
+    worst = worst_first(found)[0]
+    return [replace(worst, text="\n".join(check.text for check in found))]
 
 
 def _check_partition(cluster: ClusterConfig, site: Site, partition: Partition) -> Check:
