@@ -4,12 +4,12 @@ The images come from shards, an HDF5 file or a folder of images.
 """
 
 import io
-import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,14 +32,11 @@ from galaxydist.surveys.survey_sources import open_survey
 if TYPE_CHECKING:
     import pyarrow as pa
 
+logger = logging.getLogger(__name__)
+
 UNLABELLED = -1
 # RNG stream of the choice of galaxies.
 _PURPOSE = 0x6578706C6F7265  # "explore"
-
-
-# Sky position (degrees, J2000) and redshift of a galaxy; each is nan where unknown.
-Position = tuple[float, float, float]
-UNKNOWN: Position = (np.nan, np.nan, np.nan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +53,13 @@ class ExploredImage:
     row: int
     id: str
     image: NDArray[np.uint8] | None
-    position: Position
     problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Rows of the galaxies whose records were read, with their sky positions (degrees) and redshifts (nan where unknown)."""
+    """Sky positions (degrees, J2000) and redshifts of the data set's N galaxies, nan where unknown."""
 
-    rows: NDArray[np.int64]
     ra: NDArray[np.float64]
     dec: NDArray[np.float64]
     redshift: NDArray[np.float64]
@@ -80,15 +75,12 @@ class ImageSource(Protocol):
 
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         """Yield the images of these rows (sorted), in order; an unreadable one is yielded with its problem."""
-        ...
 
     def positions(self) -> Positions | None:
-        """Return the positions of all galaxies; None if this would mean opening (nearly) every image file."""
-        ...
+        """Return the positions of all galaxies; None if the source has no table of them."""
 
     def candidates(self, number: int, seed: int) -> NDArray[np.bool_] | None:
         """Return a mask of the galaxies to choose a random sample of ``number`` from; None if all are equally cheap to read."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -167,8 +159,6 @@ def choose_sample(population: ExploredDataset, number: int, seed: int) -> NDArra
 
 # Shards: only the requested samples are read; from a remote store, only a few shards are fetched.
 
-# Maximum number of positions that are read from shards without catalogues: each costs one read.
-RECORDS_LIMIT = 100_000
 # Galaxies fetched from a remote store per galaxy of the sample, so that rare classes are included.
 _FETCHED_PER_GALAXY = 2
 
@@ -222,26 +212,24 @@ class ShardImages:
                 records = self._open(shard)
             except UserError as error:
                 for row in wanted:
-                    yield ExploredImage(row, f"{shard.split} {row - shard.start}", None, UNKNOWN, str(error))
+                    yield ExploredImage(row, f"{shard.split} {row - shard.start}", None, str(error))
                 continue
             for row in wanted:
                 yield self._image(records, shard, row)
 
     def positions(self) -> Positions | None:
-        """Return all positions, from the catalogues.
+        """Return all positions, from the catalogues; None, with a warning, if one is damaged.
 
-        None if a catalogue is damaged, or if shards of earlier versions, without catalogues, are remote or have more than
-        ``RECORDS_LIMIT`` galaxies.
+        Remote shards of earlier versions, without catalogues, would all have to be fetched: None.
         """
-        manifest, num = self._manifest, int(sum(shard.stop - shard.start for shard in self._shards))
-        if not manifest.catalogues and (manifest.remote is not None or num > RECORDS_LIMIT):
+        if not self._manifest.catalogues and self._manifest.remote is not None:
             return None
         try:
-            tables = [read_catalogue(manifest, split, ("ra", "dec", "redshift")) for split in self._splits]
-        except UserError:
+            tables = [read_catalogue(self._manifest, split, ("ra", "dec", "redshift")) for split in self._splits]
+        except UserError as error:
+            logger.warning("%s (explored without positions)", error)
             return None
-        columns = [np.concatenate([_column(table, name) for table in tables]) for name in ("ra", "dec", "redshift")]
-        return Positions(np.arange(num), *columns)
+        return Positions(*(np.concatenate([_column(table, name) for table in tables]) for name in ("ra", "dec", "redshift")))
 
     def candidates(self, number: int, seed: int) -> NDArray[np.bool_] | None:
         """Return a mask of a few whole remote shards: galaxies are shuffled over shards, so these are a random sample."""
@@ -283,14 +271,14 @@ class ShardImages:
 
     def _image(self, records: "_Records", shard: _Shard, row: int) -> ExploredImage:
         number = row - shard.start
-        key, position = records.key(number) or f"number {number}", records.position(number)
+        key = records.key(number) or f"number {number}"
         try:
             image = self._decode(records.content(number, self._manifest.extension))
         except (ValueError, OSError, KeyError) as error:
             reason = str(error).removeprefix("galaxy image: ")
             location = self._manifest.shard_location(shard.split, shard.number)
-            return ExploredImage(row, key, None, position, f"shard {location}, galaxy {key}: {reason}")
-        return ExploredImage(row, key, image, position)
+            return ExploredImage(row, key, None, f"shard {location}, galaxy {key}: {reason}")
+        return ExploredImage(row, key, image)
 
     def _decode(self, data: bytes) -> NDArray[np.uint8]:
         """Decode an image.
@@ -335,14 +323,6 @@ class _Records:
         if len(data) != member.size:
             raise ValueError("the shard is cut short")
         return data
-
-    def position(self, number: int) -> Position:
-        """Return the position in the sample's .json; unknown if there is none."""
-        try:
-            record: dict[str, Any] = json.loads(self.content(number, "json"))
-            return _position(*(record.get(name) for name in ("ra", "dec", "redshift")))
-        except (ValueError, AttributeError, OSError):
-            return UNKNOWN
 
 
 def _column(table: "pa.Table", name: str) -> NDArray[np.float64]:
@@ -404,7 +384,7 @@ class SurveyImages:
                         yield _image(pending.pop(number), galaxy)
             except UserError as error:
                 for number, row in pending.items():
-                    yield ExploredImage(row, self._name(number), None, UNKNOWN, str(error))
+                    yield ExploredImage(row, self._name(number), None, str(error))
 
     def positions(self) -> Positions | None:
         if isinstance(self.survey, Galaxy10Survey):
@@ -412,14 +392,14 @@ class SurveyImages:
             found = [np.asarray(columns[name][self.numbers_N], np.float64) for name in ("ra", "dec", "redshift")]
         elif isinstance(self.survey, FolderSurvey):
             rows = [self.survey.rows[number] for number in self.numbers_N.tolist()]
-            values = [_position(row.ra, row.dec, row.extras.get("redshift")) for row in rows]
-            found = [*np.array(values, np.float64).reshape(-1, 3).T]
+            values = [(row.ra, row.dec, row.extras.get("redshift")) for row in rows]
+            found = [np.array([_number(value) for value in column]) for column in zip(*values, strict=True)]
         else:
             return None
-        return Positions(np.arange(len(self.numbers_N)), *found)
+        return Positions(*found)
 
     def candidates(self, number: int, seed: int) -> None:
-        del number, seed
+        """Return None: any row is cheap to read."""
 
     def _rows_at_once(self) -> int:
         """Return the number of rows to read together: 1 for image files, so that a damaged file affects no other."""
@@ -432,21 +412,18 @@ class SurveyImages:
         return self.survey.galaxy_id(number) if isinstance(self.survey, Galaxy10Survey) else f"row {number}"
 
 
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else np.nan
+
+
 def _image(row: int, galaxy: Galaxy) -> ExploredImage:
-    position = _position(galaxy.ra, galaxy.dec, galaxy.extras.get("redshift"))
     image = galaxy.image
     if not isinstance(image, EncodedImage):
-        return ExploredImage(row, galaxy.id, image, position)
+        return ExploredImage(row, galaxy.id, image)
     try:
-        return ExploredImage(row, galaxy.id, decode_file(image.data, galaxy.id), position)
+        return ExploredImage(row, galaxy.id, decode_file(image.data, galaxy.id))
     except UserError as error:
-        return ExploredImage(row, galaxy.id, None, position, str(error))
-
-
-def _position(*values: object) -> Position:
-    """Return ra, dec and redshift as floats; nan for anything but a number."""
-    ra, dec, redshift = (float(value) if isinstance(value, int | float) else np.nan for value in values)
-    return ra, dec, redshift
+        return ExploredImage(row, galaxy.id, None, str(error))
 
 
 def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> ExploredDataset:

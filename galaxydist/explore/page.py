@@ -247,8 +247,6 @@ def _figures(findings: Findings, scanned: Mapping[int, str], colours: Mapping[in
     scan, population = findings.scan, findings.population
     shown = [readable(name) for name in population.groups.values()]
     in_order = [colours[label] for label in scanned]
-    redshift_N = np.full(len(population), np.nan)
-    redshift_N[findings.positions.rows] = findings.positions.redshift
 
     def ridges(values_n: NDArray[np.float64], labels_n: NDArray[np.int64], label: str, *, logarithmic: bool = False) -> Any:
         values = {name: values_n[labels_n == number] for number, name in scanned.items()}
@@ -261,7 +259,7 @@ def _figures(findings: Findings, scanned: Mapping[int, str], colours: Mapping[in
         "brightness": ridges(scan.brightness_n, labels_n, "brightness (white pixels)", logarithmic=True),
         "skies": ridges(scan.sky_n, labels_n, "sky level (full scale 1)"),
         "colour": ridges(scan.colour_n, labels_n, "colour, blue minus red (mag, stretched light)"),
-        "redshift": ridges(redshift_N, population.labels_N, "redshift"),
+        "redshift": ridges(findings.positions.redshift, population.labels_N, "redshift"),
         "histograms": _svg(
             draw_histograms({name: scan.histograms[label] for label, name in scanned.items()}) if scanned else None,
             "shares of pixel values in red, green and blue, by class",
@@ -321,7 +319,6 @@ def _sky(findings: Findings) -> dict[str, Any] | None:
         "figure": _svg(figure, "map of the galaxies on the sky"),
         "drawn": num_drawn,
         "known": int(positions.known.sum()),
-        "asked": len(positions.rows),
         "redshifts": int(np.isfinite(positions.redshift).sum()),
         "pairs": len(near.pairs_P2),
         "galaxies": near.num_galaxies,
