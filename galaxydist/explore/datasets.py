@@ -208,13 +208,14 @@ class ShardImages:
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         for shard, wanted in self._by_shard(rows):
             try:
-                records = self._open(shard)
+                index, fetch = self._open(shard)
             except UserError as error:
                 for row in wanted:
                     yield ExploredImage(row, f"{shard.split} {row - shard.start}", None, str(error))
                 continue
             for row in wanted:
-                yield self._image(records, shard, row)
+                number = row - shard.start
+                yield self._image(shard, number, index[number] if number < len(index) else [], fetch)
 
     def positions(self) -> Positions | None:
         """Return all positions, from the catalogues; None, with a warning, if one is damaged.
@@ -248,8 +249,8 @@ class ShardImages:
         for number in np.unique(shard_of_row).tolist():
             yield self._shards[number], rows[shard_of_row == number].tolist()
 
-    def _open(self, shard: _Shard) -> "_Records":
-        """Open a shard.
+    def _open(self, shard: _Shard) -> tuple[list[list[Member]], _Fetch]:
+        """Return a shard's index, and the function that reads the tar.
 
         Raises:
             UserError: the shard or its index cannot be read.
@@ -260,51 +261,31 @@ class ShardImages:
             index = parse_index(self._read(name.removesuffix(".tar") + ".idx", None).decode("ascii"))
             if self._manifest.remote is not None:
                 data = self._read(name, self._manifest.shards(shard.split)[shard.number]["sha256"].tobytes())
-                return _Records(index, lambda offset, size: data[offset : offset + size])
+                return index, lambda offset, size: data[offset : offset + size]
             file = SharedFile(self._manifest.shard_path(shard.split, shard.number))
         except UserError:
             raise
         except (OSError, ValueError) as error:
             raise UserError(f"shard {location} cannot be read ({error}); {self._manifest.remedy}") from None
-        return _Records(index, lambda offset, size: os.pread(file.descriptor, size, offset))
+        return index, lambda offset, size: os.pread(file.descriptor, size, offset)
 
-    def _image(self, records: "_Records", shard: _Shard, row: int) -> ExploredImage:
-        number = row - shard.start
-        key = records.key(number) or f"number {number}"
+    def _image(self, shard: _Shard, number: int, members: list[Member], fetch: _Fetch) -> ExploredImage:
+        """Return the image of a shard's sample ``number``, from its members in the index."""
+        row = shard.start + number
+        key = members[0].name.partition(".")[0] if members else f"number {number}"
         try:
-            data = records.content(number, self._manifest.extension)
+            member = next((member for member in members if member.extension == self._manifest.extension), None)
+            if member is None:
+                raise ValueError(f"the shard's index has no .{self._manifest.extension} of it")
+            data = fetch(member.offset, member.size)
+            if len(data) != member.size:
+                raise ValueError("the shard is cut short")
             image = decode_stored(data, self._manifest.encoding, self._manifest.image_size)
         except (ValueError, OSError, KeyError) as error:
             reason = str(error).removeprefix("galaxy image: ")
             location = self._manifest.shard_location(shard.split, shard.number)
             return ExploredImage(row, key, None, f"shard {location}, galaxy {key}: {reason}")
         return ExploredImage(row, key, image)
-
-
-@dataclass(frozen=True)
-class _Records:
-    """Samples of an open shard."""
-
-    index: list[list[Member]]
-    fetch: _Fetch
-
-    def key(self, number: int) -> str:
-        return self.index[number][0].name.partition(".")[0] if number < len(self.index) else ""
-
-    def content(self, number: int, extension: str) -> bytes:
-        """Return one member of a sample.
-
-        Raises:
-            ValueError: the member is not in the index, or the tar is truncated.
-        """
-        members = {member.extension: member for member in self.index[number]} if number < len(self.index) else {}
-        if extension not in members:
-            raise ValueError(f"the shard's index has no .{extension} of it")
-        member = members[extension]
-        data = self.fetch(member.offset, member.size)
-        if len(data) != member.size:
-            raise ValueError("the shard is cut short")
-        return data
 
 
 def _column(table: "pa.Table", name: str) -> NDArray[np.float64]:
@@ -356,7 +337,9 @@ class SurveyImages:
         if not len(rows):
             return
         numbers = self.numbers_N[rows]
-        cuts = np.flatnonzero(np.diff(numbers // self._rows_at_once())) + 1
+        # Rows are read one by one from image files, so that a damaged file affects no other, and from short slabs.
+        is_single = isinstance(self.survey, FolderSurvey) or self.survey.slab_length <= _SHORT_SLAB
+        cuts = np.flatnonzero(np.diff(numbers // (1 if is_single else self.survey.slab_length))) + 1
         for slab_rows, slab_numbers in zip(np.split(rows, cuts), np.split(numbers, cuts), strict=True):
             pending = dict(zip(slab_numbers.tolist(), slab_rows.tolist(), strict=True))
             start, stop = int(slab_numbers[0]), int(slab_numbers[-1]) + 1
@@ -382,11 +365,6 @@ class SurveyImages:
 
     def candidates(self, number: int, seed: int) -> None:
         """Return None: any row is cheap to read."""
-
-    def _rows_at_once(self) -> int:
-        """Return the number of rows to read together: 1 for image files, so that a damaged file affects no other."""
-        is_folder = isinstance(self.survey, FolderSurvey)
-        return 1 if is_folder or self.survey.slab_length <= _SHORT_SLAB else self.survey.slab_length
 
     def _name(self, number: int) -> str:
         if isinstance(self.survey, FolderSurvey):
