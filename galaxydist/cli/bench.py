@@ -8,6 +8,7 @@ several processes. ``startup``: time to the first step. ``folds``: networks on r
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from galaxydist.bench.loader_processes import PEERS
@@ -131,11 +132,9 @@ def _add_loader(commands: Commands) -> None:
 
 
 def run_loader(arguments: argparse.Namespace) -> None:
-    from galaxydist.bench.loader_speed import measure_loader
+    from galaxydist.bench.loader_speed import LoaderOptions, measure_loader
 
-    measure_loader(
-        bench_root(arguments, "loader"),
-        os.environ,
+    options = LoaderOptions(
         environments=arguments.environments,
         data=arguments.data,
         real=arguments.real,
@@ -146,6 +145,7 @@ def run_loader(arguments: argparse.Namespace) -> None:
         peers=arguments.peers,
         quick=arguments.quick,
     )
+    measure_loader(bench_root(arguments, "loader"), os.environ, options)
 
 
 def _add_order(commands: Commands) -> None:
@@ -370,3 +370,10 @@ def run_folds(arguments: argparse.Namespace) -> None:
         models=arguments.models.split(",") if arguments.models else None,
         overrides=arguments.overrides,
     )
+
+
+if __name__ == "__main__":
+    # A measuring process of ``bench scaling``: the commands may read the environment, the benchmarks may not.
+    from galaxydist.bench.scaling import main
+
+    sys.exit(main(sys.argv[1], os.environ))

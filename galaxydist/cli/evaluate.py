@@ -109,8 +109,8 @@ def _make_galleries(results: "ReportData") -> Iterator[str]:
     from galaxydist.gallery.gallery import make_gallery
     from galaxydist.report.page import without_gallery
 
-    for facts in (facts for found in results.findings for facts in without_gallery(found)):
-        run_dir = facts.trial.run_dir
+    for facts in (facts for found in results.datasets for facts in without_gallery(found)):
+        run_dir = facts.run.run_dir
         try:
             page, _ = make_gallery(run_dir, "test", os.environ)
             print(f"gallery: {page}")
@@ -135,10 +135,10 @@ def _print(results: "ReportData") -> None:
     from galaxydist.report.tables import about
 
     print(about(results))
-    for found in results.findings:
-        for regime, observations in found.observations.items():
+    for found in results.datasets:
+        for regime, claims in found.claims.items():
             print(f"{found.table.dataset}, {regime} recipes:")
-            for one in observations:
+            for one in claims:
                 print(f"  {one.number}. {one.statement} {one.verdict}")
     for note in results.notes:
         print(f"note: {note}")

@@ -164,7 +164,7 @@ def test_each_loader_reads_in_a_process_of_its_own(loader: Loader, source: Manif
 @pytest.mark.slow
 def test_a_process_that_fails_is_told_with_what_it_said(tmp_path: Path, source: Manifest) -> None:
     job = job_on(source, GALAXYDIST, shards_dir=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"galaxydist failed to check \(decode\); the last it said: .*nowhere"):
+    with pytest.raises(UserError, match=r"galaxydist failed to check \(decode\); its last output: .*nowhere"):
         Processes(tmp_path, os.environ).run(GALAXYDIST, job)
 
 
