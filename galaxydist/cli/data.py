@@ -337,14 +337,14 @@ def run_check(arguments: argparse.Namespace) -> None:
     root = chosen_root(arguments)
     for path in _locations(arguments.paths, root, arguments.dataset):
         try:
-            checked = check_shards(path, CacheConfig(cache_dir(root)))
+            manifest = check_shards(path, CacheConfig(cache_dir(root)))
         except UserError as error:
             problems.append(str(error))
         else:
-            manifest = checked.manifest
+            splits = manifest.splits.values()
             print(
-                f"in order: {manifest.dataset}, {manifest.variant}: "
-                f"{checked.num_galaxies} galaxies in {checked.num_shards} shards ({manifest.location})"
+                f"in order: {manifest.dataset}, {manifest.variant}: {sum(split.num_samples for split in splits)} galaxies "
+                f"in {sum(split.num_shards for split in splits)} shards ({manifest.location})"
             )
             for line in describe_equal_images(manifest):
                 print(f"  {line}")

@@ -1,6 +1,6 @@
 """Self-contained HTML page about a data set, and its files: numbers, example images and counts."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +35,6 @@ _CHANNELS = (("red", "#cc3311"), ("green", "#228833"), ("blue", "#4477aa"))
 # Largest extent (degrees) of positions that are drawn on a partial map; larger ones are drawn on the whole sky.
 _WHOLE_SKY = 60
 _MOST_POINTS = 20_000
-
-
-def class_colours(labels: Sequence[int]) -> dict[int, str]:
-    """Return label -> colour; colours repeat after ten classes, and unlabelled galaxies are grey."""
-    return {label: GREY if label == UNLABELLED else PETROFF[label % len(PETROFF)] for label in labels}
 
 
 @styled
@@ -78,7 +73,9 @@ def draw_ridges(
         return None
     low, high = np.percentile(together, [0.25, 99.75])
     low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
-    edges = np.linspace(low, high, _bins(kept.values()) + 1)
+    # Rice's rule for the largest class is 2 n^(1/3) bins; smoothing allows twice that.
+    num_bins = int(np.clip(4 * max(map(len, kept.values())) ** (1 / 3), 12, 60))
+    edges = np.linspace(low, high, num_bins + 1)
     figure = new_figure(_WIDTH, 0.3 * len(kept) + 0.9)
     axes = figure.subplots()
     for row, (numbers, colour) in enumerate(zip(kept.values(), colours, strict=True)):
@@ -163,11 +160,6 @@ def draw_sky(positions: Positions) -> "tuple[Figure, int]":
     return figure, len(drawn)
 
 
-def _bins(parts: Iterable[NDArray[np.float64]]) -> int:
-    """Return the number of histogram bins for the largest class (Rice's rule is 2 n^(1/3); smoothing allows twice that)."""
-    return int(np.clip(4 * max(map(len, parts)) ** (1 / 3), 12, 60))
-
-
 def _usable(numbers: NDArray[np.float64], logarithmic: bool) -> NDArray[np.float64]:
     finite = numbers[np.isfinite(numbers)]
     return np.log10(finite[finite > 0]) if logarithmic else finite
@@ -203,7 +195,8 @@ def render_page(findings: Findings, examples: Mapping[int, list[NDArray[np.uint8
     population, scan = findings.population, findings.scan
     shown = {label: readable(name) for label, name in population.groups.items()}
     scanned = {label: name for label, name in shown.items() if label in scan.histograms}
-    colours = class_colours(list(shown))
+    # Colours repeat after ten classes; unlabelled galaxies are grey.
+    colours = {label: GREY if label == UNLABELLED else PETROFF[label % len(PETROFF)] for label in shown}
     counts = population.counts()
     return render(
         "explore.html",
@@ -247,8 +240,6 @@ def _figures(findings: Findings, scanned: Mapping[int, str], colours: Mapping[in
     scan, population = findings.scan, findings.population
     shown = [readable(name) for name in population.groups.values()]
     in_order = [colours[label] for label in scanned]
-    redshift_N = np.full(len(population), np.nan)
-    redshift_N[findings.positions.rows] = findings.positions.redshift
 
     def ridges(values_n: NDArray[np.float64], labels_n: NDArray[np.int64], label: str, *, logarithmic: bool = False) -> Any:
         values = {name: values_n[labels_n == number] for number, name in scanned.items()}
@@ -261,7 +252,7 @@ def _figures(findings: Findings, scanned: Mapping[int, str], colours: Mapping[in
         "brightness": ridges(scan.brightness_n, labels_n, "brightness (white pixels)", logarithmic=True),
         "skies": ridges(scan.sky_n, labels_n, "sky level (full scale 1)"),
         "colour": ridges(scan.colour_n, labels_n, "colour, blue minus red (mag, stretched light)"),
-        "redshift": ridges(redshift_N, population.labels_N, "redshift"),
+        "redshift": ridges(findings.positions.redshift, population.labels_N, "redshift"),
         "histograms": _svg(
             draw_histograms({name: scan.histograms[label] for label, name in scanned.items()}) if scanned else None,
             "shares of pixel values in red, green and blue, by class",
@@ -321,7 +312,6 @@ def _sky(findings: Findings) -> dict[str, Any] | None:
         "figure": _svg(figure, "map of the galaxies on the sky"),
         "drawn": num_drawn,
         "known": int(positions.known.sum()),
-        "asked": len(positions.rows),
         "redshifts": int(np.isfinite(positions.redshift).sum()),
         "pairs": len(near.pairs_P2),
         "galaxies": near.num_galaxies,

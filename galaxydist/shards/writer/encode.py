@@ -89,14 +89,30 @@ def decode_image(image: EncodedImage, prefix: str = "") -> Pixels:
     prefix = f"{image.file}: " if image.file else prefix
     try:
         if simplejpeg.is_jpeg(image.data) and simplejpeg.decode_jpeg_header(image.data)[2] != "CMYK":
-            pixels: Pixels = simplejpeg.decode_jpeg(image.data, "RGB")
-            return pixels
+            return np.asarray(simplejpeg.decode_jpeg(image.data, "RGB"))
         with Image.open(io.BytesIO(image.data)) as opened:
             return np.asarray(to_rgb(opened))
     except UnidentifiedImageError:
         raise DamagedImageError(f"{prefix}its image does not decode (of no known format)") from None
     except (ValueError, OSError, SyntaxError, struct.error, zlib.error) as error:
         raise DamagedImageError(f"{prefix}its image does not decode ({error})") from None
+
+
+def decode_stored(data: bytes, encoding: str, size: int) -> Pixels:
+    """Decode an image of a shard to size x size x 3 uint8 RGB pixels.
+
+    Raises:
+        ValueError: it does not decode, or has another size.
+    """
+    try:
+        pixels = (
+            np.load(io.BytesIO(data), allow_pickle=False) if encoding == "raw" else decode_image(EncodedImage(data, encoding))
+        )
+    except DamagedImageError as error:
+        raise ValueError(error.reason) from None
+    if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
+        raise ValueError(f"its image is {pixels.shape} of {pixels.dtype}, the manifest says {size} x {size} pixels")
+    return np.asarray(pixels)
 
 
 def encode_image(pixels: Pixels, encoding: str, quality: int) -> bytes:
