@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from galaxydist.counter_rng import hash64
 from galaxydist.errors import UserError
-from galaxydist.galaxy import EncodedImage, Galaxy, Survey
+from galaxydist.galaxy import EncodedImage, Galaxy
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import MANIFEST_NAME, Manifest, shard_name
 from galaxydist.shards.remote.cache import CacheConfig, SharedFile
@@ -304,7 +304,7 @@ def _column(table: "pa.Table", name: str) -> NDArray[np.float64]:
 _SHORT_SLAB = 32
 
 
-def survey_population(survey: Survey, path: Path) -> ExploredDataset:
+def survey_population(survey: FolderSurvey | Galaxy10Survey, path: Path) -> ExploredDataset:
     """Return the galaxies of a survey that belong to a split, in the order of its rows."""
     names = tuple(name for name, rows in survey.splits.items() if len(rows))
     codes = np.full(len(survey.labels), -1, np.int8)
@@ -330,7 +330,7 @@ def survey_population(survey: Survey, path: Path) -> ExploredDataset:
 class SurveyImages:
     """Reads images and positions from a survey; ``numbers_N`` are the survey's rows of the data set's N galaxies."""
 
-    survey: Survey
+    survey: FolderSurvey | Galaxy10Survey
     numbers_N: NDArray[np.int64]
 
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
@@ -349,27 +349,21 @@ class SurveyImages:
                         yield _image(pending.pop(number), galaxy)
             except UserError as error:
                 for number, row in pending.items():
-                    yield ExploredImage(row, self._name(number), None, str(error))
+                    name = self.survey.files[number] if isinstance(self.survey, FolderSurvey) else self.survey.galaxy_id(number)
+                    yield ExploredImage(row, name, None, str(error))
 
-    def positions(self) -> Positions | None:
+    def positions(self) -> Positions:
         if isinstance(self.survey, Galaxy10Survey):
             columns = self.survey.file.columns
             found = [np.asarray(columns[name][self.numbers_N], np.float64) for name in ("ra", "dec", "redshift")]
-        elif isinstance(self.survey, FolderSurvey):
+        else:
             rows = [self.survey.rows[number] for number in self.numbers_N.tolist()]
             values = [(row.ra, row.dec, row.extras.get("redshift")) for row in rows]
             found = [np.array([_number(value) for value in column]) for column in zip(*values, strict=True)]
-        else:
-            return None
         return Positions(*found)
 
     def candidates(self, number: int, seed: int) -> None:
         """Return None: any row is cheap to read."""
-
-    def _name(self, number: int) -> str:
-        if isinstance(self.survey, FolderSurvey):
-            return self.survey.files[number]
-        return self.survey.galaxy_id(number) if isinstance(self.survey, Galaxy10Survey) else f"row {number}"
 
 
 def _number(value: object) -> float:
@@ -378,12 +372,11 @@ def _number(value: object) -> float:
 
 def _image(row: int, galaxy: Galaxy) -> ExploredImage:
     image = galaxy.image
-    if not isinstance(image, EncodedImage):
-        return ExploredImage(row, galaxy.id, image)
     try:
-        return ExploredImage(row, galaxy.id, decode_file(image.data, galaxy.id))
+        pixels = decode_file(image.data, galaxy.id) if isinstance(image, EncodedImage) else image
     except UserError as error:
         return ExploredImage(row, galaxy.id, None, str(error))
+    return ExploredImage(row, galaxy.id, pixels)
 
 
 def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> ExploredDataset:

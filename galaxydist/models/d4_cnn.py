@@ -106,11 +106,9 @@ def make_even(x: Tensor) -> Tensor:
 
 def _expansion(kernel: int, *, lifting: bool) -> Tensor:
     """Return the flat indices of a weight's elements in its eight transforms."""
-    if lifting:
-        indices = torch.arange(kernel**2).view(kernel, kernel)
-        return torch.stack([transform(indices, g) for g in range(ORDER)]).flatten()
-    indices = torch.arange(ORDER * kernel**2).view(ORDER, kernel, kernel)
-    return torch.stack([transform(indices[list(row)], g) for g, row in enumerate(inverse_products())]).flatten()
+    rows = ((0,),) * ORDER if lifting else inverse_products()  # an image has one orientation
+    indices = torch.arange(len(rows[0]) * kernel**2).view(-1, kernel, kernel)
+    return torch.stack([transform(indices[list(row)], g) for g, row in enumerate(rows)]).flatten()
 
 
 class D4Norm(nn.Module):

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from galaxydist.errors import UserError
-from galaxydist.galaxy import Survey
 from galaxydist.surveys.folder_scan import check_name
-from galaxydist.surveys.galaxy10 import open_galaxy10
-from galaxydist.surveys.image_folder import TREES, open_image_folder
+from galaxydist.surveys.galaxy10 import Galaxy10Survey, open_galaxy10
+from galaxydist.surveys.image_folder import TREES, FolderSurvey, open_image_folder
 
 _CONFLICTING = ("keep", "drop")
 
@@ -20,7 +19,7 @@ def open_survey(
     fold: tuple[int, int] | None = None,
     classes: str | None = None,
     has_val: bool = True,
-) -> Survey:
+) -> FolderSurvey | Galaxy10Survey:
     """Open an HDF5 file in Galaxy10's schema, or an image folder.
 
     Args:
