@@ -82,11 +82,11 @@ class Training:
         """Save, train for some seconds from the start of the save, one step at least, and wait for the write to end."""
         began = time.perf_counter()
         wait_s = self._save()
-        is_first = True
-        while is_first or time.perf_counter() - began < seconds:
+        while True:
             self._trainee.step()
             self.num_steps += 1
-            is_first = False
+            if time.perf_counter() - began >= seconds:
+                break
         ended = time.perf_counter()
         self.saver.wait()
         self.waits.append(wait_s + time.perf_counter() - ended)
@@ -156,8 +156,13 @@ def measure_saving(folder: Path, conditions: SavingConditions) -> list[dict[str,
         shutil.rmtree(folder, ignore_errors=True)
     show(f"{'saving':12} {'steps':>6} {'a step':>8} {'waits':>7} {'a save':>8} {'longest':>8} {'on a signal':>12}")
     for training, result in zip(trainings, results, strict=True):
-        result |= {"step_slowdown": result["step_s"] / results[0]["step_s"] - 1, "checkpoint_mb": num_bytes / 1e6}
-        result |= {"device": device.type, "threads": torch.get_num_threads(), **asdict(conditions)}
+        result |= {
+            "step_slowdown": result["step_s"] / results[0]["step_s"] - 1,
+            "checkpoint_mb": num_bytes / 1e6,
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+            **asdict(conditions),
+        }
         show(
             f"{training.mode:12} {result['num_steps']:6} {result['step_s']:6.3f} s {result['wait_share']:7.2%} "
             f"{result['waited_s'] / conditions.num_saves:6.3f} s {result['longest_wait_s']:6.3f} s {result['signal_s']:10.2f} s"

@@ -1,11 +1,12 @@
 """Training on images in memory, by the trainer and by plain PyTorch, for benchmarks without reading."""
 
+import contextlib
 import hashlib
+import itertools
 import signal
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.order import rank_offsets
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.training.state import TrainState
 from galaxydist.training.trainer import Trainer
 
 # Number of different batches; they are repeated, with other augmentation.
@@ -129,37 +129,6 @@ class MemoryBatches:
         return Batch(self._images[held], self._labels[held], self._weights, positions_B, positions_B, epoch, step)
 
 
-class MemoryReader:
-    """Yields the batches in order, as a data loader does.
-
-    Args:
-        batches: of this rank.
-        start_step: step of the first batch.
-        state: counts the steps taken, since a batch may be requested ahead of its step.
-        before_step: called once before each step.
-    """
-
-    def __init__(self, batches: MemoryBatches, start_step: int, state: TrainState, before_step: Callable[[int], None]) -> None:
-        self._batches, self._state, self._before_step = batches, state, before_step
-        self._next, self._begun = start_step, -1
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._state.step != self._begun:
-            self._begun = self._state.step
-            self._before_step(self._begun)
-        self._next += 1
-        return self._batches.at(self._next - 1)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing is open."""
-
-
 class MemoryTrainer(Trainer):
     """Trainer on batches in memory; it stops as on a signal when the watch returns True.
 
@@ -178,7 +147,7 @@ class MemoryTrainer(Trainer):
         super().__init__(resolved, world, environ)
         self._watch = watch
 
-    def open_loader(self) -> MemoryReader:
+    def open_loader(self) -> contextlib.AbstractContextManager[Iterator[Batch]]:
         batches = MemoryBatches(
             self.recipe,
             self.world.rank,
@@ -187,10 +156,14 @@ class MemoryTrainer(Trainer):
             num_classes=self.manifest.num_classes,
             pin=self.world.device.type == "cuda",
         )
-        is_over = self._watch(self, batches)
+        return contextlib.nullcontext(self._watched(batches, self._watch(self, batches)))
 
-        def before_step(step: int) -> None:
-            if is_over(step):
-                self.stop.signal_number = signal.SIGTERM
-
-        return MemoryReader(batches, self.state.step, self.state, before_step)
+    def _watched(self, batches: MemoryBatches, is_over: Watch) -> Iterator[Batch]:
+        """Yield the batches in order, and call the watch once before each step: a batch may be requested ahead of its step."""
+        begun = -1
+        for step in itertools.count(self.state.step):
+            if self.state.step != begun:
+                begun = self.state.step
+                if is_over(begun):
+                    self.stop.signal_number = signal.SIGTERM
+            yield batches.at(step)

@@ -62,9 +62,12 @@ class Processes:
     environments: Path
     environ: Mapping[str, str]
 
-    def has(self, loader: Loader) -> bool:
-        """Return True if the loader can be measured here."""
-        return loader.is_here or self._is_installed(loader)
+    def python(self, loader: Loader) -> Path | None:
+        """Return the interpreter of a loader's environment; None if the loader is not installed."""
+        home = self.environments / loader.environment
+        if loader.environment and (home / "installed").exists():
+            return home / "bin" / "python"
+        return Path(sys.executable) if loader.is_here else None
 
     def run(self, loader: Loader, job: LoaderJob) -> dict[str, Any]:
         """Do a job in a new process, and return its answer.
@@ -72,9 +75,8 @@ class Processes:
         Raises:
             UserError: the process failed; the error has the last line of its output.
         """
-        python = self._home(loader) / "bin" / "python" if self._is_installed(loader) else Path(sys.executable)
         # -P: modules in the current folder are not imported.
-        command = [str(python), "-P", "-m", loader.module, job.to_json()]
+        command = [str(self.python(loader)), "-P", "-m", loader.module, job.to_json()]
         # Some peers leave files in the folder for temporary files.
         with tempfile.TemporaryDirectory(prefix="galaxydist-bench-") as folder:
             environ = {**self.environ, "TMPDIR": folder}
@@ -93,12 +95,6 @@ class Processes:
             raise UserError(f"{loader.title} failed to {job.action} ({job.task}); its last output: {last}")
         answer: dict[str, Any] = json.loads(output.splitlines()[-1])
         return answer
-
-    def _is_installed(self, loader: Loader) -> bool:
-        return bool(loader.environment) and (self._home(loader) / "installed").exists()
-
-    def _home(self, loader: Loader) -> Path:
-        return self.environments / loader.environment
 
 
 def prepare(processes: Processes, loader: Loader, job: LoaderJob, stamp: str) -> None:

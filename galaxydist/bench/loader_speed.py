@@ -106,8 +106,6 @@ def find_source(root: Path, *, data: Path | None, real: Path | None, workers: in
         return manifest
     if real is None:
         return simulated_shards(root, SIMULATED, workers=workers)
-    if not real.is_dir():
-        raise UserError(f"--real {real}: there is no such folder")
     survey = open_image_folder(real, name="real", fold=(0, 2))
     whole = dataclasses.replace(survey, splits={"train": np.arange(len(survey.labels))})
     return write_shards(whole, root / f"real-{whole.source_hash[:8]}", workers=workers)
@@ -272,7 +270,7 @@ def _open_bench(root: Path, environ: Mapping[str, str], options: LoaderOptions) 
     manifest = repeat_source(source, root, num_images=num_images, least=least, shard_size=shard_size, workers=workers)
     processes = Processes(options.environments, environ)
     wanted = [peer for peer in PEERS if options.peers is None or peer.name in options.peers]
-    if missing := [peer for peer in wanted if not processes.has(peer)]:
+    if missing := [peer for peer in wanted if processes.python(peer) is None]:
         titles = ", ".join(peer.title for peer in missing)
         show(f"not measured, since not installed in {processes.environments.resolve()} (`make bench` does): {titles}")
     job = LoaderJob(

@@ -289,12 +289,15 @@ def _spent(path: Path) -> float:
 def _summary(
     runs: Sequence[Mapping[str, Any]], epochs: int, cost: StepCost, first: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {"num_parameters": cost.num_parameters, "seconds_per_step": cost.seconds, "epochs": epochs}
-    found["processor_minutes"] = [round(run["processor_minutes"], 2) for run in runs]
-    for name in ("accuracy", "balanced_accuracy"):
-        found[name] = mean_and_error([run[name] for run in runs])
-    differences = [best["accuracy"] - own["accuracy"] for best, own in zip(first, runs, strict=True)]
-    return found | {"behind_the_first": mean_and_error(differences)}
+    return {
+        "num_parameters": cost.num_parameters,
+        "seconds_per_step": cost.seconds,
+        "epochs": epochs,
+        "processor_minutes": [round(run["processor_minutes"], 2) for run in runs],
+        "accuracy": mean_and_error([run["accuracy"] for run in runs]),
+        "balanced_accuracy": mean_and_error([run["balanced_accuracy"] for run in runs]),
+        "behind_the_first": mean_and_error([best["accuracy"] - own["accuracy"] for best, own in zip(first, runs, strict=True)]),
+    }
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, Any]:

@@ -150,11 +150,16 @@ def measure_remote(
             result = {
                 "task": f"remote.{state}",
                 "ranks": ranks,
-                **_longest_waits(readings),
+                "open_s": max(reading.open_s for reading in readings),
+                "first_batch_s": max(reading.first_s for reading in readings),
+                "data_wait": max(reading.wait_s / reading.epoch_s for reading in readings),
                 **_requests(server, split.num_shards),
+                "is_exact": [reading.digest for reading in readings] == expected,
+                **dataclasses.asdict(conditions),
+                "data": manifest.dataset,
+                "images": split.num_samples,
+                "shards": split.num_shards,
             }
-            result |= {"is_exact": [reading.digest for reading in readings] == expected, **dataclasses.asdict(conditions)}
-            result |= {"data": manifest.dataset, "images": split.num_samples, "shards": split.num_shards}
             results.append(result)
             title = f"{ranks} process{'es' if ranks > 1 else ''}, {state}"
             show(
@@ -165,14 +170,6 @@ def measure_remote(
         shutil.rmtree(root / "cache", ignore_errors=True)
     show_json(*results)
     return results
-
-
-def _longest_waits(readings: list[Reading]) -> dict[str, float]:
-    return {
-        "open_s": max(reading.open_s for reading in readings),
-        "first_batch_s": max(reading.first_s for reading in readings),
-        "data_wait": max(reading.wait_s / reading.epoch_s for reading in readings),
-    }
 
 
 def _requests(server: FileServer, num_shards: int) -> dict[str, Any]:

@@ -151,12 +151,24 @@ def measure_scaling(
                 found.append(answers[-1]["images_per_s"])
                 bar.update()
     ratios = [many / one for one, many in zip(speeds[1], speeds[processes], strict=True)]
-    result: dict[str, Any] = {"task": "scaling", "model": model, "processes": processes}
-    result |= {"image_size": image_size, "batch_size": batch_size, "steps": steps, "rounds": rounds}
-    result |= {"world_sizes": sorted({answer["world_size"] for answer in answers}), "cores": len(cores)}
-    result |= {"one": median(speeds[1]), "several": median(speeds[processes])}
-    result |= {"ratio": median(ratios), "ratio_least": min(ratios), "ratio_greatest": max(ratios)}
-    result |= {"device": answers[0]["device"], "threads": max(answer["threads"] for answer in answers)}
+    result: dict[str, Any] = {
+        "task": "scaling",
+        "model": model,
+        "processes": processes,
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "steps": steps,
+        "rounds": rounds,
+        "world_sizes": sorted({answer["world_size"] for answer in answers}),
+        "cores": len(cores),
+        "one": median(speeds[1]),
+        "several": median(speeds[processes]),
+        "ratio": median(ratios),
+        "ratio_least": min(ratios),
+        "ratio_greatest": max(ratios),
+        "device": answers[0]["device"],
+        "threads": max(answer["threads"] for answer in answers),
+    }
     shared = "" if processes <= len(cores) else f" (sharing {len(cores)} cores)"
     show(
         f"{model}, {image_size} px, batches of {batch_size} per process, {result['device']}, "

@@ -110,13 +110,18 @@ def measure_guards(
     plan = plan_survey(num_galaxies, seed, balanced=True)
     simulated = guard_accuracies(draw_rows(plan, workers, "simulate"), plan.labels, seed)
     real = guard_accuracies(*_read_real(real_dir), seed) if real_dir else None
-    passed = max(simulated.values()) <= GUARD_LIMIT
     show(f"{'balanced accuracy, five-fold':<48}{'simulated':>10}{'real':>8}{'limit':>8}")
     for name, text in _TITLES.items():
         of_real = f"{real[name]:8.1%}" if real else f"{'-':>8}"
         show(f"{text:<48}{simulated[name]:10.1%}{of_real}{GUARD_LIMIT:8.0%}")
-    result: dict[str, Any] = {"num_galaxies": num_galaxies, "seed": seed, "limit": GUARD_LIMIT}
-    result |= {"simulated": simulated, "real": real, "passed": passed}
+    result: dict[str, Any] = {
+        "num_galaxies": num_galaxies,
+        "seed": seed,
+        "limit": GUARD_LIMIT,
+        "simulated": simulated,
+        "real": real,
+        "passed": max(simulated.values()) <= GUARD_LIMIT,
+    }
     show(json.dumps(result))
     return result
 
@@ -183,8 +188,12 @@ def measure_transfer(
         }
         for name, evaluation in evaluations.items():
             found[name].append(evaluation["balanced_accuracy"])
-    result: dict[str, Any] = {"task": "transfer", "train": "simulated", "num_galaxies": num_galaxies}
-    result |= {name: {"mean": fmean(values), "seeds": values} for name, values in found.items()}
+    result = {
+        "task": "transfer",
+        "train": "simulated",
+        "num_galaxies": num_galaxies,
+        **{name: {"mean": fmean(values), "seeds": values} for name, values in found.items()},
+    }
     show(f"\ntrained on {num_galaxies:,} simulated galaxies; balanced accuracy, mean of {seeds} seeds:")
     for name, values in found.items():
         show(f"  {name:<10} {fmean(values):.3f}   ({', '.join(f'{value:.3f}' for value in values)})")

@@ -22,6 +22,7 @@ from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.paths import PACKAGE_DIR
 from galaxydist.runs.folder import RunFolder
+from galaxydist.runs.metrics_log import read_tail
 
 LAUNCH = PACKAGE_DIR.parent / "launch.py"
 # The content of launch.py, for an installed package without it.
@@ -75,11 +76,7 @@ class Launch:
 
 def last_step(run_dir: Path) -> int:
     """Return the step of the last complete line of metrics.jsonl; 0 if there is none."""
-    path = RunFolder(run_dir).metrics_path
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return 0
+    lines = read_tail(RunFolder(run_dir).metrics_path)
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
@@ -134,13 +131,21 @@ def measure_startup(
                 shutil.rmtree(runs / name)
             bar.update(2)
     shutil.rmtree(runs)
-    result: dict[str, Any] = {"task": "startup", "recipe": recipe}
-    for name, starts in (("fresh", fresh), ("resume", resumed)):
-        walls = [start.wall_s for start in starts]
-        result |= {f"{name}_s": median(walls), f"{name}_least_s": min(walls)}
-        result[f"{name}_cpu_s"] = median(start.cpu_s for start in starts)
-    result["difference_s"] = median(after.wall_s - before.wall_s for before, after in zip(fresh, resumed, strict=True))
-    result |= {"step": saved_step, "galaxies": num_galaxies, "rounds": rounds, "cores": available_cores()}
+    result: dict[str, Any] = {
+        "task": "startup",
+        "recipe": recipe,
+        "fresh_s": median(start.wall_s for start in fresh),
+        "fresh_least_s": min(start.wall_s for start in fresh),
+        "fresh_cpu_s": median(start.cpu_s for start in fresh),
+        "resume_s": median(start.wall_s for start in resumed),
+        "resume_least_s": min(start.wall_s for start in resumed),
+        "resume_cpu_s": median(start.cpu_s for start in resumed),
+        "difference_s": median(after.wall_s - before.wall_s for before, after in zip(fresh, resumed, strict=True)),
+        "step": saved_step,
+        "galaxies": num_galaxies,
+        "rounds": rounds,
+        "cores": available_cores(),
+    }
     show(
         f"launch.py recipe={recipe}, from the start of the process to the first step in metrics.jsonl, medians of {rounds} "
         f"(least; CPU time): {result['fresh_s']:.2f} s in a new folder ({result['fresh_least_s']:.2f}; "

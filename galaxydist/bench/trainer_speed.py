@@ -212,18 +212,29 @@ def _measure(
     laps = list(zip(turns[0].trainer_laps[WARM_ROUNDS:], turns[0].bare_laps[WARM_ROUNDS:], strict=True))
     ours, bare = (steps * batch_size / median(lap.wall_s for lap in one) for one in zip(*laps, strict=True))
     ratios = [plain.wall_s / own.wall_s for own, plain in laps]
+    conditions = {"image_size": image_size, "batch_size": batch_size, "steps": steps, "rounds": rounds - WARM_ROUNDS}
     ratio_cpu = median(plain.cpu_s / own.cpu_s for own, plain in laps)
-    result = {"task": "trainer", "model": model, "ours": ours, "bare": bare, "ratio": median(ratios), "ratio_least": min(ratios)}
-    result |= {"ratio_greatest": max(ratios), "ratio_cpu": ratio_cpu, "loss_difference": difference}
-    result |= {"image_size": image_size, "batch_size": batch_size, "steps": steps, "rounds": rounds - WARM_ROUNDS}
-    result |= {"device": device, "precision": world.precision, "threads": world.cores}
-    result |= {"tracker": "wandb offline" if has_tracker else "none"}
     show(
         f"{model}, {image_size} px, batches of {batch_size}, {device}, {world.cores} threads, precision {world.precision}: "
         f"trainer {ours:,.0f} img/s, plain PyTorch {bare:,.0f} img/s; ratio {spread(ratios)}, of CPU time {ratio_cpu:.3f}; "
         f"relative difference of the losses at most {difference:.1e}"
     )
-    return result
+    return {
+        "task": "trainer",
+        "model": model,
+        "ours": ours,
+        "bare": bare,
+        "ratio": median(ratios),
+        "ratio_least": min(ratios),
+        "ratio_greatest": max(ratios),
+        "ratio_cpu": ratio_cpu,
+        "loss_difference": difference,
+        **conditions,
+        "device": device,
+        "precision": world.precision,
+        "threads": world.cores,
+        "tracker": "wandb offline" if has_tracker else "none",
+    }
 
 
 def compare_losses(lines: Sequence[Mapping[str, Any]], bare: Sequence[float]) -> float:

@@ -15,7 +15,6 @@ from galaxydist.version import __version__
 
 if TYPE_CHECKING:
     from galaxydist.report.collect import ReportData
-    from galaxydist.report.finished_runs import ReportNote
 
 
 PAGE = Path("report.html")
@@ -77,17 +76,16 @@ def run_report(arguments: argparse.Namespace) -> None:
     print(f"page: {paths[-1]}; tables: {', '.join(map(str, paths[:-1]))}")
 
 
-def find_runs(targets: list[str]) -> tuple[list[Path], list["ReportNote"]]:
+def find_runs(targets: list[str]) -> tuple[list[Path], list[str]]:
     """Return the run folders of the targets, and a note for each run of a sweep that was never started.
 
     Raises:
         UserError: a target is neither a sweep nor a folder with runs.
     """
     from galaxydist.cluster import status
-    from galaxydist.report.finished_runs import ReportNote
 
     run_dirs: list[Path] = []
-    notes: list[ReportNote] = []
+    notes: list[str] = []
     for text in targets:
         path = next((path for path in (Path(text), Path("runs") / text) if path.is_dir()), None)
         if path is None:
@@ -95,7 +93,7 @@ def find_runs(targets: list[str]) -> tuple[list[Path], list["ReportNote"]]:
                 if status.is_run(run_dir):
                     run_dirs.append(run_dir)
                 else:
-                    notes.append(ReportNote(run_dir, f"not started. Start it: galaxydist sweep {text}"))
+                    notes.append(f"{run_dir}: not started. Start it: galaxydist sweep {text}")
         elif inside := status.find_runs(path):
             run_dirs += inside
         else:

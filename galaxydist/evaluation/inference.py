@@ -263,7 +263,7 @@ def evaluate_split(
     for vector, (what, number) in zip(vectors, expected.items(), strict=True):
         total = Counts.from_vector(vector)
         total.check(number, what)
-        found.append(metrics_from_counts(total.confusion_KK.numpy(), total.loss_sum, total.count, manifest.class_names))
+        found.append(metrics_from_counts(total.confusion_KK.numpy(), total.loss_sum, manifest.class_names))
     metrics, *others = found
     return metrics | ({"without_validation": others[0]} if others else {})
 

@@ -37,7 +37,7 @@ _WHOLE_SKY = 60
 _MOST_POINTS = 20_000
 
 
-@styled
+@styled()
 def draw_counts(names: Sequence[str], counts: Mapping[str, Sequence[int]], title: str = "") -> "Figure":
     """Draw the number of galaxies by class, stacked by split."""
     figure = new_figure(_WIDTH, 0.24 * len(names) + 1.1, title)
@@ -55,7 +55,7 @@ def draw_counts(names: Sequence[str], counts: Mapping[str, Sequence[int]], title
     return figure
 
 
-@styled
+@styled()
 def draw_ridges(
     values: Mapping[str, NDArray[np.float64]], colours: Sequence[str], label: str, *, logarithmic: bool = False
 ) -> "Figure | None":
@@ -99,7 +99,7 @@ def draw_ridges(
     return figure
 
 
-@styled
+@styled()
 def draw_histograms(histograms: Mapping[str, NDArray[np.int64]]) -> "Figure":
     """Draw the shares of pixels at each of 256 levels in red, green and blue: one panel per class, one logarithmic scale."""
     rows = -(-len(histograms) // 2)
@@ -125,7 +125,7 @@ def draw_histograms(histograms: Mapping[str, NDArray[np.int64]]) -> "Figure":
     return figure
 
 
-@styled
+@styled()
 def draw_sky(positions: Positions) -> "tuple[Figure, int]":
     """Draw a map of the sky positions, coloured by redshift where known: the whole sky (Mollweide), or the part they fill.
 

@@ -16,7 +16,7 @@ from galaxydist.galaxy import VARIANTS, Variant
 from galaxydist.recipe.resolve import COMMAND_LINE, SCHEMA_DEFAULT
 from galaxydist.recipe.scalars import to_text
 from galaxydist.report.claims import ClaimAnswer, answer_claims, choose_rows, evidence_of_table, published_evidence
-from galaxydist.report.finished_runs import REFERENCE, FinishedRun, ReportNote, SplitResult, read_finished_runs
+from galaxydist.report.finished_runs import REFERENCE, FinishedRun, SplitResult, read_finished_runs
 from galaxydist.report.matrix import Row, Table, build_tables
 from galaxydist.report.published_results import SETTINGS, TrainTest
 from galaxydist.report.statistics import (
@@ -177,10 +177,6 @@ class RunFacts:
     cost: RunCost | None
     evaluation: Mapping[str, Any]
     notes: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return self.run.name
 
     @property
     def calibration(self) -> Mapping[str, Any]:
@@ -352,7 +348,7 @@ class ReportData:
         return sum(len(found.facts) for found in self.datasets)
 
 
-def collect(run_dirs: Iterable[Path], notes: Sequence[ReportNote] = ()) -> ReportData:
+def collect(run_dirs: Iterable[Path], notes: Sequence[str] = ()) -> ReportData:
     """Read runs and compute all results.
 
     Args:
@@ -364,7 +360,7 @@ def collect(run_dirs: Iterable[Path], notes: Sequence[ReportNote] = ()) -> Repor
     """
     given = list({path.resolve(): path for path in run_dirs}.values())
     runs, left_out = read_finished_runs(given)
-    texts = [str(note) for note in (*notes, *left_out)]
+    texts = [*notes, *left_out]
     if not runs:
         more = [f"and {len(texts) - _NUM_NAMED} more"] if len(texts) > _NUM_NAMED else []
         lines = "".join(f"\n  {text}" for text in [*texts[:_NUM_NAMED], *more])

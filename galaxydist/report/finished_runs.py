@@ -26,22 +26,6 @@ REFERENCE = "reference"
 
 
 @dataclass(frozen=True, slots=True)
-class ReportNote:
-    """Remark on a run, or the reason why a part of it was left out.
-
-    Args:
-        run_dir: folder of the run.
-        text: a sentence for the reader of a report.
-    """
-
-    run_dir: Path
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.run_dir}: {self.text}"
-
-
-@dataclass(frozen=True, slots=True)
 class Validation:
     """Value at the chosen checkpoint of the validation metric that selected it; smaller is better for ``loss``."""
 
@@ -160,12 +144,8 @@ FREE_KEYS = frozenset({"seed", "data.variant", "data.manifest", "name"})
 SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "loss")
 
 
-class _Unusable(Exception):
-    """Raised for a run or an evaluation that is left out; the message gives the reason."""
-
-
-def read_finished_runs(run_dirs: Iterable[Path]) -> tuple[list[FinishedRun], list[ReportNote]]:
-    """Return the finished runs among some folders, and a note for everything that was left out.
+def read_finished_runs(run_dirs: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
+    """Return the finished runs among some folders, and notes (``FOLDER: text``) on everything that was left out.
 
     A run is left out if its classes differ from those of most runs on its data set, or if another run has the same settings,
     variant and seed: the two are no independent repeats.
@@ -174,37 +154,38 @@ def read_finished_runs(run_dirs: Iterable[Path]) -> tuple[list[FinishedRun], lis
         run_dirs: run folders; a folder given twice is read once.
     """
     runs: list[FinishedRun] = []
-    notes: list[ReportNote] = []
+    notes: list[str] = []
     for run_dir in {path.resolve(): path for path in run_dirs}.values():
         try:
             run, found = _read_run(run_dir)
-        except (_Unusable, UserError, OSError) as error:
-            notes.append(ReportNote(run_dir, str(error)))
+        except (UserError, OSError) as error:
+            notes.append(f"{run_dir}: {error}")
             continue
-        notes += [ReportNote(run_dir, text) for text in found]
+        notes += [f"{run_dir}: {text}" for text in found]
         runs.append(run)
     kept, left_out = _comparable(runs)
     return kept, [*notes, *left_out]
 
 
-def _comparable(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[ReportNote]]:
+def _comparable(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[str]]:
     """Return the runs that share the classes of most runs on their data set and repeat no other run, and notes on the others."""
     # From the rarest to the most frequent classes of a data set, so that the last ones are kept.
     counted = Counter((run.dataset, run.class_names) for run in runs).most_common()
     classes = dict(key for key, _ in reversed(counted))
     kept: dict[tuple[Any, ...], FinishedRun] = {}
-    notes: list[ReportNote] = []
+    notes: list[str] = []
     for run in runs:
         key = (run.dataset, run.model, run.recipe, run.settings, run.variant, run.seed)
         if run.class_names != classes[run.dataset]:
-            text = (
-                f"left out: its classes ({', '.join(run.class_names)}) are not those of the other runs on {run.dataset} "
-                f"({', '.join(classes[run.dataset])})."
+            notes.append(
+                f"{run.run_dir}: left out: its classes ({', '.join(run.class_names)}) are not those of the other runs on "
+                f"{run.dataset} ({', '.join(classes[run.dataset])})."
             )
-            notes.append(ReportNote(run.run_dir, text))
         elif key in kept:
-            text = f"left out: {kept[key].run_dir} has the same settings, variant and seed ({run.seed}); one of them counts."
-            notes.append(ReportNote(run.run_dir, text))
+            notes.append(
+                f"{run.run_dir}: left out: {kept[key].run_dir} has the same settings, variant and seed ({run.seed}); one of them "
+                "counts."
+            )
         else:
             kept[key] = run
     return list(kept.values()), notes
@@ -216,11 +197,11 @@ def _read_run(run_dir: Path) -> tuple[FinishedRun, list[str]]:
     stored = folder.read_recipe()
     recipe = dict(stored.recipe)
     if folder.read_result() is None:
-        raise _Unusable("left out: the run has not finished. Give the command that started it again: it continues.")
+        raise UserError("left out: the run has not finished. Give the command that started it again: it continues.")
     tta = str(recipe.get("eval.tta", "none"))
     own = _read_content(folder.evaluation_dir, tta)
     if own is None:
-        raise _Unusable(
+        raise UserError(
             f"left out: it has no evaluation {stem_of('test', tta)}.json on its own test split. "
             f"Make one: galaxydist evaluate {run_dir}"
         )
@@ -246,7 +227,7 @@ def _read_run(run_dir: Path) -> tuple[FinishedRun, list[str]]:
             results=MappingProxyType(results),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise _Unusable(f"left out: its files do not fit together ({error!r}). Make its evaluation again.") from error
+        raise UserError(f"left out: its files do not fit together ({error!r}). Make its evaluation again.") from error
     return run, notes
 
 
@@ -268,7 +249,7 @@ def _read_other(folder: Path, own: Mapping[str, Any], tta: str, results: dict[Va
             problem = f"{name} in {folder.name} is left out: the run was trained on that variant, from other shards."
         else:
             results[variant] = _split_result(folder, content, tta)
-    except (_Unusable, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         problem = f"the evaluation in {folder.name} is left out ({error})."
     return [problem] if problem else []
 
@@ -277,7 +258,7 @@ def _read_content(folder: Path, tta: str) -> dict[str, Any] | None:
     path = folder / f"{stem_of('test', tta)}.json"
     content = read_evaluation(folder, "test", tta)
     if content is None and path.is_file():
-        raise _Unusable(f"{path} is damaged or of another version of galaxydist. Remove it and evaluate the run again.")
+        raise UserError(f"{path} is damaged or of another version of galaxydist. Remove it and evaluate the run again.")
     return content
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES
-from galaxydist.report.finished_runs import REFERENCE, FinishedRun, ReportNote, SplitResult
+from galaxydist.report.finished_runs import REFERENCE, FinishedRun, SplitResult
 from galaxydist.report.published_results import (
+    DISPLAY_NAMES,
     MODELS,
     SETTINGS,
     DisplayName,
     PublishedResult,
     TrainTest,
-    display_name,
     published_result,
 )
 from galaxydist.report.statistics import (
@@ -175,7 +175,7 @@ def _build_table(runs: Sequence[FinishedRun], read: Callable[[Path], Outcomes]) 
         for setting in SETTINGS:
             evaluated = sorted((run for run in members if run.result_in(setting)), key=lambda run: run.seed)
             kept, left_out = _same_test_set(evaluated, setting)
-            notes += map(str, left_out)
+            notes += left_out
             cells[row, setting] = _build_cell(setting, kept, published_result(dataset, row.display, setting), read)
     sizes = {(setting.test, result.count) for (_, setting), cell in cells.items() for result in cell.results}
     for variant, number in Counter(variant for variant, _ in sorted(sizes)).items():
@@ -205,7 +205,7 @@ def _group_rows(runs: Sequence[FinishedRun], *, is_galaxy10: bool) -> dict[Row, 
             name = ""
             if len(chosen) == 1 and not is_galaxy10:
                 name = chosen[0].name if names[chosen[0].name] == 1 else str(chosen[0].run_dir)
-            rows[Row(model, recipe, regime, settings, display_name(model), name)] = chosen
+            rows[Row(model, recipe, regime, settings, DISPLAY_NAMES.get(model), name)] = chosen
     if is_galaxy10:
         displayed = {row.display for row in rows}
         rows |= {Row("", "", "", "", name): [] for name in MODELS if name not in displayed}
@@ -213,7 +213,7 @@ def _group_rows(runs: Sequence[FinishedRun], *, is_galaxy10: bool) -> dict[Row, 
     return dict(sorted(rows.items(), key=lambda item: (order[item[0].display], item[0].regime != REFERENCE)))
 
 
-def _same_test_set(runs: Sequence[FinishedRun], setting: TrainTest) -> tuple[list[FinishedRun], list[ReportNote]]:
+def _same_test_set(runs: Sequence[FinishedRun], setting: TrainTest) -> tuple[list[FinishedRun], list[str]]:
     """Return the runs evaluated on the most common test shards, which alone are repeats on the same galaxies, and notes."""
     hashes = {id(run): result.manifest_hash for run in runs if (result := run.result_in(setting)) is not None}
     if not hashes:
@@ -221,7 +221,7 @@ def _same_test_set(runs: Sequence[FinishedRun], setting: TrainTest) -> tuple[lis
     usual = Counter(hashes.values()).most_common(1)[0][0]
     kept = [run for run in runs if hashes[id(run)] == usual]
     text = f"left out of {setting}: it was evaluated on other shards than the other seeds ({usual[:8]})."
-    return kept, [ReportNote(run.run_dir, text) for run in runs if hashes[id(run)] != usual]
+    return kept, [f"{run.run_dir}: {text}" for run in runs if hashes[id(run)] != usual]
 
 
 def _build_cell(

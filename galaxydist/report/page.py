@@ -4,7 +4,6 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from galaxydist.atomic_files import replace_bytes
 from galaxydist.errors import UserError
-from galaxydist.evaluation.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, new_figure, styled
+from galaxydist.evaluation.plots import BLUE, GREEN, GREY, ORANGE, VERMILLION, new_figure, styled, tidy
 from galaxydist.evaluation.text_table import readable
 from galaxydist.galaxy import VARIANTS
 from galaxydist.gallery.gallery import gallery_sections
@@ -58,39 +57,26 @@ _MOST_POINTS = 200
 _PANELS = (("accuracy", "val/accuracy", "train/accuracy"), ("loss", "val/loss", "train/loss"))
 
 
-@dataclass(frozen=True)
-class LearningCurve:
-    """Learning curve of a run.
-
-    Args:
-        variant: of the training data.
-        lines: of metrics.jsonl.
-    """
-
-    variant: str
-    lines: Sequence[Mapping[str, Any]]
-
-
-@styled
-def draw_curves(curves: Sequence[LearningCurve]) -> "Figure":
+@styled()
+def draw_curves(runs: Sequence[RunFacts]) -> "Figure":
     """Draw accuracy and loss of the runs of one model: solid lines for validation, dotted lines for training.
 
     Args:
-        curves: one per run.
+        runs: with their metrics.
     """
-    over = "epoch" if all("epoch" in line for curve in curves for line in curve.lines) else "step"
+    over = "epoch" if all("epoch" in line for facts in runs for line in facts.lines) else "step"
     figure = new_figure(_WIDTH, 2.3)
     named: dict[str, Any] = {}
     for axes, (label, validation, training) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
-        for curve in curves:
-            colour = VARIANT_COLOURS.get(curve.variant, GREEN)
-            _draw(axes, curve.lines, over, training, color=colour, linewidth=1.1, linestyle=":")
-            drawn = _draw(axes, curve.lines, over, validation, color=colour, linewidth=1.2, marker="o", markersize=2)
-            named |= {f"trained on {curve.variant}": drawn} if drawn is not None else {}
+        for facts in runs:
+            colour = VARIANT_COLOURS.get(facts.run.variant, GREEN)
+            _draw(axes, facts.lines, over, training, color=colour, linewidth=1.1, linestyle=":")
+            drawn = _draw(axes, facts.lines, over, validation, color=colour, linewidth=1.2, marker="o", markersize=2)
+            named |= {f"trained on {facts.run.variant}": drawn} if drawn is not None else {}
         axes.set(xlabel=over, title=label)
         axes.set_ylim(bottom=0, top=1 if label == "accuracy" else None)
         axes.locator_params(axis="x", nbins=5, integer=True)
-        _tidy(axes)
+        tidy(axes)
     if named:
         figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -105,7 +91,7 @@ def _draw(axes: "Axes", lines: Sequence[Mapping[str, Any]], over: str, name: str
     return axes.plot(points[:, 0], points[:, 1], **style)[0]
 
 
-@styled
+@styled()
 def draw_reliability(calibrations: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Draw reliability diagrams, as trained and after temperature scaling, with a panel per training variant.
 
@@ -121,7 +107,7 @@ def draw_reliability(calibrations: Mapping[str, Mapping[str, Any]]) -> "Figure":
         if scaled := calibration.get("scaled"):
             named["after temperature scaling"] = _draw_bins(axes, scaled["reliability"], ORANGE, "s")
         axes.set(title=f"trained on {variant}", xlabel="confidence", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-        _tidy(axes)
+        tidy(axes)
     for axes in panels[len(calibrations) :]:
         axes.set_axis_off()
     panels[0].set_ylabel("accuracy")
@@ -136,13 +122,6 @@ def _draw_bins(axes: "Axes", bins: Sequence[Mapping[str, Any]], colour: str, mar
     axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.7)
     sizes = [4 + 26 * found["count"] / most for found in filled]
     return axes.scatter(x, y, s=sizes, color=colour, marker=marker, linewidths=0)
-
-
-def _tidy(axes: "Axes") -> None:
-    axes.grid(linewidth=0.3, alpha=0.5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(length=2, pad=2)
 
 
 # Heat maps of the recalls and confusion matrices, made as HTML tables so that the numbers are readable on a phone.
@@ -199,7 +178,7 @@ def galleries(found: DatasetResults) -> dict[str, Any]:
     """Return the galleries of the best run by validation of each row and variant, and the commands for missing ones."""
     missing = [shlex.join(["galaxydist", "gallery", str(facts.run.run_dir)]) for facts in without_gallery(found)]
     shown = [
-        {"label": row.label, "description": f"{facts.name}, {describe_own_test(facts, result)}", "sheets": sheets}
+        {"label": row.label, "description": f"{facts.run.name}, {describe_own_test(facts, result)}", "sheets": sheets}
         for row, facts, result in found.best_on_own()
         if result.predictions_path is not None and (sheets := gallery_sections(result.predictions_path))
     ]
@@ -218,10 +197,30 @@ def without_gallery(found: DatasetResults) -> list[RunFacts]:
 # The page and its tables.
 
 
+# Sections of the page: id -> name in the navigation.
+_SECTIONS = {
+    "matrix": "Matrix",
+    "claims": "Claims",
+    "ranking": "Ranking",
+    "curves": "Curves",
+    "classes": "Classes",
+    "confusion": "Confusion",
+    "calibration": "Calibration",
+    "gallery": "Gallery",
+    "pairs": "Paired tests",
+    "ensembles": "Ensembles",
+    "cost": "Cost",
+    "runs": "Runs",
+    "notes": "Notes",
+    "provenance": "Provenance",
+}
+
+
 def render_report(results: ReportData, provenance: Mapping[str, str]) -> dict[str, str]:
     """Render the report as ``.html``, ``.md`` and ``.tex``; ``provenance`` holds ``command``, ``version`` and ``versions``."""
     context = {
         "about": about(results),
+        "sections": [(key, name) for key, name in _SECTIONS.items() if key != "claims" or results.published],
         "datasets": [_data_set(found, number) for number, found in enumerate(results.datasets)],
         "published": results.published,
         "answers": _answers(results),
@@ -382,7 +381,7 @@ def _curves(found: DatasetResults) -> list[dict[str, Any]]:
     for row in found.table.rows:
         runs = [facts for facts in found.runs_of(row) if facts.lines]
         if runs:
-            figure = draw_curves([LearningCurve(facts.run.variant, facts.lines) for facts in runs])
+            figure = draw_curves(runs)
             drawn.append({"label": row.label, "svg": figure_svg(figure, f"learning curves of {row.label}"), "runs": len(runs)})
     return drawn
 
@@ -393,15 +392,9 @@ def _calibration(found: DatasetResults) -> dict[str, Any]:
     for facts in found.facts:
         if known := facts.calibration:
             temperature, scaled = known.get("temperature") or {}, known.get("scaled") or {}
-            values = [
-                known.get("ece"),
-                scaled.get("ece"),
-                temperature.get("value"),
-                facts.evaluation.get("loss"),
-                scaled.get("loss"),
-            ]
-            row = [facts.name, found.model_of(facts.run), facts.run.variant, str(facts.run.seed)]
-            rows.append([*row, *(number(value) for value in values)])
+            run, loss = facts.run, facts.evaluation.get("loss")
+            values = known.get("ece"), scaled.get("ece"), temperature.get("value"), loss, scaled.get("loss")
+            rows.append([run.name, found.model_of(run), run.variant, str(run.seed), *map(number, values)])
     for matrix_row in found.table.rows:
         best = {variant: found.best(matrix_row, variant) for variant in VARIANTS}
         calibrations: dict[str, Any] = {name: one.calibration for name, one in best.items() if one and one.calibration}

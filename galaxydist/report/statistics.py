@@ -183,15 +183,9 @@ class Outcomes:
     source: str = "predictions"
 
     @cached_property
-    def predicted_N(self) -> NDArray[np.int64]:
-        """Most probable class of each galaxy; the first one of ties."""
-        predicted_N: NDArray[np.int64] = self.log_probabilities_NK.argmax(axis=1)
-        return predicted_N
-
-    @cached_property
     def correct_N(self) -> NDArray[np.bool_]:
-        """True for each galaxy whose most probable class is its label."""
-        correct_N: NDArray[np.bool_] = self.predicted_N == self.labels_N
+        """True for each galaxy whose most probable class, the first one of ties, is its label."""
+        correct_N: NDArray[np.bool_] = self.log_probabilities_NK.argmax(axis=1) == self.labels_N
         return correct_N
 
     @cached_property

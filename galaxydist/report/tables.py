@@ -198,7 +198,7 @@ def cost_rows(found: DatasetResults) -> Rows:
                 NOTHING if cost.memory_gb is None else f"{cost.memory_gb:.1f} GB",
                 percent(cost.mfu),
             ]
-        rows.append([facts.name, found.model_of(facts.run), *values])
+        rows.append([facts.run.name, found.model_of(facts.run), *values])
     return head, rows
 
 
