@@ -3,7 +3,6 @@
 The images come from shards, an HDF5 file or a folder of images.
 """
 
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.counter_rng import hash64
-from galaxydist.errors import DamagedImageError, UserError
+from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Galaxy, Survey
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import MANIFEST_NAME, Manifest, shard_name
@@ -23,7 +22,7 @@ from galaxydist.shards.remote.cache import CacheConfig, SharedFile
 from galaxydist.shards.remote.object_store import is_url
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.tar import Member, parse_index
-from galaxydist.shards.writer.encode import decode_image
+from galaxydist.shards.writer.encode import decode_stored
 from galaxydist.surveys.galaxy10 import Galaxy10Survey
 from galaxydist.surveys.image_files import decode_file
 from galaxydist.surveys.image_folder import FolderSurvey
@@ -285,30 +284,13 @@ class ShardImages:
         number = row - shard.start
         key, position = records.key(number) or f"number {number}", records.position(number)
         try:
-            image = self._decode(records.content(number, self._manifest.extension))
+            data = records.content(number, self._manifest.extension)
+            image = decode_stored(data, self._manifest.encoding, self._manifest.image_size)
         except (ValueError, OSError, KeyError) as error:
             reason = str(error).removeprefix("galaxy image: ")
             location = self._manifest.shard_location(shard.split, shard.number)
             return ExploredImage(row, key, None, position, f"shard {location}, galaxy {key}: {reason}")
         return ExploredImage(row, key, image, position)
-
-    def _decode(self, data: bytes) -> NDArray[np.uint8]:
-        """Decode an image.
-
-        Raises:
-            ValueError: it is damaged or has another size than the manifest.
-        """
-        if self._manifest.encoding == "raw":
-            pixels = np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
-        else:
-            try:
-                pixels = decode_image(EncodedImage(data, self._manifest.encoding))
-            except DamagedImageError as error:
-                raise ValueError(error.reason) from None
-        size = self._manifest.image_size
-        if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
-            raise ValueError(f"its image is {pixels.shape} of {pixels.dtype}, the manifest says {size} x {size} pixels")
-        return pixels
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ here.
 
 import contextlib
 import hashlib
-import io
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from galaxydist.cpus import available_cores
-from galaxydist.errors import DamagedImageError, UserError, name_some
-from galaxydist.galaxy import EncodedImage
+from galaxydist.errors import UserError, name_some
 from galaxydist.shards.catalogue import ID, conform, iterate_catalogue, open_catalogue, read_catalogue, table_of, unite
 from galaxydist.shards.manifest import (
     COLUMNS,
@@ -38,7 +36,7 @@ from galaxydist.shards.manifest import (
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
-from galaxydist.shards.writer.encode import PIXEL_HASH, decode_image
+from galaxydist.shards.writer.encode import PIXEL_HASH, decode_stored
 from galaxydist.shards.writer.stages import key_hash
 
 # Galaxies of a shard that a message names.
@@ -299,19 +297,7 @@ def _check_sample(contents: dict[str, bytes], members: list[Member], shard: _Sha
     if label >= 0 and contents["cls"] != str(label).encode():
         raise ValueError(f"its .cls is {contents['cls'].decode(errors='replace')}, its label in the columns {label}")
     json.loads(contents["json"])
-    pixels = _decode(contents[manifest.extension], manifest.encoding)
-    size = manifest.image_size
-    if pixels.shape != (size, size, 3):
-        raise ValueError(f"its image is {pixels.shape}, the manifest says {size} pixels")
-
-
-def _decode(data: bytes, encoding: str) -> NDArray[np.uint8]:
-    if encoding == "raw":
-        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
-    try:
-        return decode_image(EncodedImage(data, encoding))
-    except DamagedImageError as error:
-        raise ValueError(error.reason) from None
+    decode_stored(contents[manifest.extension], manifest.encoding, manifest.image_size)
 
 
 def _duplicate_keys(shards: list[_Shard], hashes: list[NDArray[np.uint64]], read: FileReader) -> list[str]:

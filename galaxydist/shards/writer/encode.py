@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,41 @@ def decode_image(image: EncodedImage, prefix: str = "") -> Pixels:
         raise DamagedImageError(f"{prefix}its image does not decode (of no known format)") from None
     except (ValueError, OSError, SyntaxError, struct.error, zlib.error) as error:
         raise DamagedImageError(f"{prefix}its image does not decode ({error})") from None
+
+
+def decode_stored(data: bytes, encoding: str, image_size: int) -> Pixels:
+    """Decode an image of a shard to image_size x image_size x 3 uint8 pixels.
+
+    Raises:
+        ValueError: it is damaged or has another size.
+    """
+    if encoding == "raw":
+        header = raw_header(image_size)
+        if not data.startswith(header):
+            raise ValueError(f"its image is not a .npy file of {image_size} x {image_size} x 3 uint8")
+        pixels: Pixels = np.frombuffer(data, np.uint8, offset=len(header))
+        if pixels.size != image_size * image_size * 3:
+            raise ValueError("its image is truncated or too long")
+        return pixels.reshape(image_size, image_size, 3)
+    try:
+        pixels = decode_image(EncodedImage(data, encoding))
+    except DamagedImageError as error:
+        raise ValueError(error.reason) from None
+    if pixels.shape != (image_size, image_size, 3):
+        raise ValueError(f"its image is {pixels.shape}, the manifest says {image_size} pixels")
+    return pixels
+
+
+@lru_cache
+def raw_header(image_size: int) -> bytes:
+    """Return the .npy header of an image.
+
+    Readers compare headers and do not call ``np.load``, which parses them with ``ast.literal_eval``: in several threads at once
+    that raises SystemError on Python 3.11 ("AST constructor recursion depth mismatch").
+    """
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": (image_size, image_size, 3)})
+    return stream.getvalue()
 
 
 def encode_image(pixels: Pixels, encoding: str, quality: int) -> bytes:
