@@ -1,4 +1,4 @@
-"""An HTTP server on loopback that can be told to misbehave, and counts what it is asked for."""
+"""HTTP server on loopback that delays and fails as configured, and counts its requests."""
 
 import contextlib
 import socket
@@ -12,44 +12,39 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
-# What a request is answered with instead of the file: a status, half the body, a wrong byte in it, a reset connection.
+# Failures: a status, half of the body, a wrong byte in it, a reset connection.
 TROUBLES = (503, "cut", "corrupt", "reset")
 BLOCK_BYTES = 16384
 
 Trouble = int | str | None
 
 
-def no_trouble(_path: str, _number: int) -> Trouble:
-    """Every request is answered with the file."""
-    return None
-
-
 @dataclass
 class Behaviour:
-    """How a server answers.
+    """Delays and failures of a server.
 
     Args:
-        delay_s: before each answer.
+        delay_s: delay before each answer.
         trouble: (path, number of this request for it, from 1) -> one of ``TROUBLES`` or another status; None: the file.
-        block_delay_s: after each ``BLOCK_BYTES`` of a file.
+        block_delay_s: delay after each ``BLOCK_BYTES`` of a file.
     """
 
     delay_s: float = 0.0
-    trouble: Callable[[str, int], Trouble] = no_trouble
+    trouble: Callable[[str, int], Trouble] = lambda _path, _number: None
     block_delay_s: float = 0.0
 
 
 class FileServer:
-    """The files of a folder over HTTP, from a thread. A context manager.
+    """Serves the files of a folder over HTTP from a thread; use as a context manager.
 
     Args:
-        folder: whose files are served.
-        behaviour: how.
+        folder: the served files.
+        behaviour: delays and failures.
         prefix: of the addresses, before a file's name.
 
     Attributes:
-        gets: number of GETs by path below the folder, whatever came of them.
-        failures: of them, those that were not given the whole right file.
+        gets: number of GETs by path below the folder, with their failures.
+        failures: number of GETs by path that did not get the complete, correct file.
         others: requests of any other kind or outside the prefix, as "METHOD address".
         asked: address (with its query) and headers of the last GET of each path.
     """
@@ -71,7 +66,7 @@ class FileServer:
 
     @property
     def url(self) -> str:
-        """Of the manifest."""
+        """URL of the manifest."""
         return f"{self.address}{self.prefix}manifest.json"
 
     def __enter__(self) -> Self:
@@ -84,7 +79,7 @@ class FileServer:
         self._thread.join()
 
     def count(self, path: str) -> Trouble:
-        """Take in one GET; what trouble it gets."""
+        """Count one GET; return its failure."""
         with self._lock:
             self.gets[path] += 1
             trouble = self.behaviour.trouble(path, self.gets[path])
@@ -134,7 +129,7 @@ class FileServer:
                 self.close_connection |= length < len(data)
 
             def _reset(self) -> None:
-                """Close the connection as a server does that takes no more: SO_LINGER of 0 s."""
+                """Reset the connection: SO_LINGER of 0 s."""
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
                 self.close_connection = True
 
@@ -151,7 +146,7 @@ class FileServer:
 
 
 def every(number: int) -> Callable[[str, int], Trouble]:
-    """Trouble of every kind in turn: one request in ``number`` fails, counted over all paths.
+    """Return a behaviour in which one request in ``number`` fails, counted over all paths, with every kind of failure in turn.
 
     The manifest, which holds the checksums and has none itself, gets no wrong byte.
     """

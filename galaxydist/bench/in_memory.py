@@ -1,15 +1,17 @@
-"""Training on images in memory: the trainer's own session, all but the reader. For benchmarks that are not about reading."""
+"""Training on images in memory, by the trainer and by plain PyTorch, for benchmarks without reading."""
 
+import contextlib
 import hashlib
+import itertools
 import signal
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from galaxydist.distributed import World
 from galaxydist.galaxy import GALAXY10_CLASSES, Galaxy
@@ -18,21 +20,20 @@ from galaxydist.recipe.resolve import ResolvedRecipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.order import rank_offsets
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.training.state import TrainState
 from galaxydist.training.trainer import Trainer
 
-# Different batches that are held; after them the first comes again, turned otherwise.
+# Number of different batches; they are repeated, with other augmentation.
 HELD = 4
-# Width of the images on the disk, which nobody reads.
+# Width of the images on the disk, which are not read.
 STORED_SIZE = 16
 
-# Called before each step with its number; whether the run is to end.
+# Called before each step with its number; returns True if the run shall end.
 Watch = Callable[[int], bool]
 
 
 @dataclass(frozen=True)
 class NoiseSurvey:
-    """Noise in ten classes, all of it to train on: what the trainer wants to find on the disk before it starts."""
+    """Survey of noise in ten classes, all in the training split: the trainer needs a data set on the disk to start."""
 
     num_galaxies: int
     name: str = "noise"
@@ -59,15 +60,15 @@ class NoiseSurvey:
 
 
 def write_noise(folder: Path, num_galaxies: int) -> Path:
-    """Shards of noise; their manifest. An epoch of a run on them is as long as they say."""
+    """Write shards of noise, which set the length of an epoch; return the path of their manifest."""
     return write_shards(NoiseSurvey(num_galaxies), folder, encoding="raw", shard_size=num_galaxies, workers=1).path
 
 
 def write_recipe(folder: Path, model: str, settings: Mapping[str, object]) -> list[str]:
-    """A recipe of the schema's defaults for a run without validation; what ``load_recipe`` is told.
+    """Write a recipe of the schema's defaults for a run without validation; return the arguments for ``load_recipe``.
 
     Args:
-        folder: for its file, which is named by the model.
+        folder: for the recipe's file, which is named after the model.
         model: name in the schema.
         settings: by key.
     """
@@ -76,15 +77,36 @@ def write_recipe(folder: Path, model: str, settings: Mapping[str, object]) -> li
     return [f"{key}={value}" for key, value in {"recipe": path, "eval.checkpoint": "last", **settings}.items()]
 
 
+def plain_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    clip_norm: float = 0.0,
+    bf16: bool = False,
+) -> Tensor:
+    """Take one training step in plain PyTorch; return the loss, detached, on the device."""
+    optimizer.zero_grad()
+    with torch.autocast(images_BCHW.device.type, torch.bfloat16, enabled=bf16):
+        loss = nn.functional.cross_entropy(model(images_BCHW), labels_B, label_smoothing=label_smoothing)
+    torch.autograd.backward(loss)
+    if clip_norm > 0:
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    optimizer.step()
+    return loss.detach()
+
+
 class MemoryBatches:
-    """One rank's batches: noise that was drawn once, at the positions of the epochs.
+    """Batches of one rank: noise that is drawn once, at the positions of the epochs.
 
     Args:
-        recipe: seed, batch and width of the images.
+        recipe: gives the seed, the batch size and the width of the images.
         rank, world_size: of the process.
         num_samples: of an epoch.
         num_classes: of the labels.
-        pin: in memory that a GPU copies from while the host goes on.
+        pin: use pinned memory, from which a GPU copies asynchronously.
     """
 
     def __init__(
@@ -93,57 +115,26 @@ class MemoryBatches:
         self._batch_size, self._steps_per_epoch = recipe.train.batch_size, num_samples // recipe.train.batch_size
         self._offsets = torch.from_numpy(rank_offsets(self._batch_size, rank, world_size))
         size, rows = recipe.data.image_size, len(self._offsets)
-        chance = torch.Generator().manual_seed(recipe.seed + rank)
-        images = torch.randint(256, (HELD, rows, size, size, 3), dtype=torch.uint8, generator=chance)
-        labels = torch.randint(num_classes, (HELD, rows), generator=chance)
+        generator = torch.Generator().manual_seed(recipe.seed + rank)
+        images = torch.randint(256, (HELD, rows, size, size, 3), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(num_classes, (HELD, rows), generator=generator)
         weights = torch.ones(rows)
         self._images, self._labels, self._weights = (t.pin_memory() if pin else t for t in (images, labels, weights))
 
     def at(self, step: int) -> Batch:
-        """The batch of a step of the run."""
-        epoch, place = divmod(step, self._steps_per_epoch)
-        positions_B = place * self._batch_size + self._offsets
+        """Return the batch of a step of the run."""
+        epoch, epoch_step = divmod(step, self._steps_per_epoch)
+        positions_B = epoch_step * self._batch_size + self._offsets
         held = step % HELD
         return Batch(self._images[held], self._labels[held], self._weights, positions_B, positions_B, epoch, step)
 
 
-class MemoryReader:
-    """The batches one after the other, in a reader's place.
-
-    Args:
-        batches: of this rank.
-        start_step: whose batch is the first.
-        state: says which step is taken: a batch may be asked for ahead of its step.
-        before_step: called once before each step.
-    """
-
-    def __init__(self, batches: MemoryBatches, start_step: int, state: TrainState, before_step: Callable[[int], None]) -> None:
-        self._batches, self._state, self._before_step = batches, state, before_step
-        self._next, self._begun = start_step, -1
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._state.step != self._begun:
-            self._begun = self._state.step
-            self._before_step(self._begun)
-        self._next += 1
-        return self._batches.at(self._next - 1)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing is open."""
-
-
 class MemoryTrainer(Trainer):
-    """Trains as ``launch.py`` does, but on batches in memory, and stops as after a signal when ``Watch`` returns True.
+    """Trainer on batches in memory; it stops as on a signal when the watch returns True.
 
     Args:
         resolved, world, environ: as for ``Trainer``.
-        watch: makes the function that is called before each step, from the trainer and the batches.
+        watch: builds the watch from the trainer and the batches.
     """
 
     def __init__(
@@ -156,7 +147,7 @@ class MemoryTrainer(Trainer):
         super().__init__(resolved, world, environ)
         self._watch = watch
 
-    def open_loader(self) -> MemoryReader:
+    def open_loader(self) -> contextlib.AbstractContextManager[Iterator[Batch]]:
         batches = MemoryBatches(
             self.recipe,
             self.world.rank,
@@ -165,10 +156,14 @@ class MemoryTrainer(Trainer):
             num_classes=self.manifest.num_classes,
             pin=self.world.device.type == "cuda",
         )
-        is_over = self._watch(self, batches)
+        return contextlib.nullcontext(self._watched(batches, self._watch(self, batches)))
 
-        def before_step(step: int) -> None:
-            if is_over(step):
-                self.stop.signal_number = signal.SIGTERM
-
-        return MemoryReader(batches, self.state.step, self.state, before_step)
+    def _watched(self, batches: MemoryBatches, is_over: Watch) -> Iterator[Batch]:
+        """Yield the batches in order, and call the watch once before each step: a batch may be requested ahead of its step."""
+        begun = -1
+        for step in itertools.count(self.state.step):
+            if self.state.step != begun:
+                begun = self.state.step
+                if is_over(begun):
+                    self.stop.signal_number = signal.SIGTERM
+            yield batches.at(step)

@@ -1,5 +1,6 @@
-"""Which loaders are compared, the processes they run in, and whether what they give is what ours gives."""
+"""Compared loaders, their processes, and the check that all give the same images."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from galaxydist.bench.loader_worker import LoaderJob
 from galaxydist.errors import UserError
 
 TIMEOUT_S = 300
-# Two builds of libjpeg may differ by this much, in grey levels.
+# Largest difference between two builds of libjpeg, in grey levels.
 TOLERANCE = 2
 OURS = "galaxydist"
 
@@ -28,9 +29,9 @@ class Loader:
     Args:
         name: in the lines of JSON.
         title: in tables.
-        module: that a process runs.
+        module: run by its process.
         environment: folder of its virtual environment, below the folder of environments.
-        is_here: whether galaxydist's own environment has all that it needs, and serves where that folder is missing.
+        is_here: True if galaxydist's own environment has all its requirements and is used if that folder is missing.
     """
 
     name: str
@@ -51,7 +52,7 @@ PEERS = (
 
 @dataclass(frozen=True)
 class Processes:
-    """Where loaders run.
+    """Starts the loaders' processes.
 
     Args:
         environments: folder that holds the peers' virtual environments.
@@ -61,62 +62,49 @@ class Processes:
     environments: Path
     environ: Mapping[str, str]
 
-    def has(self, loader: Loader) -> bool:
-        """Whether it can be measured here."""
-        return loader.is_here or self._is_installed(loader)
+    def python(self, loader: Loader) -> Path | None:
+        """Return the interpreter of a loader's environment; None if the loader is not installed."""
+        home = self.environments / loader.environment
+        if loader.environment and (home / "installed").exists():
+            return home / "bin" / "python"
+        return Path(sys.executable) if loader.is_here else None
 
     def run(self, loader: Loader, job: LoaderJob) -> dict[str, Any]:
-        """Do a job in a process of its own, and give its answer.
+        """Do a job in a new process, and return its answer.
 
         Raises:
-            UserError: the process failed; with the last it said.
+            UserError: the process failed; the error has the last line of its output.
         """
-        python = self._home(loader) / "bin" / "python" if self._is_installed(loader) else Path(sys.executable)
-        # -P: the folder that the user stands in is nobody's library.
-        command = [str(python), "-P", "-m", loader.module, job.to_json()]
-        # Some peers leave files where temporary files go.
+        # -P: modules in the current folder are not imported.
+        command = [str(self.python(loader)), "-P", "-m", loader.module, job.to_json()]
+        # Some peers leave files in the folder for temporary files.
         with tempfile.TemporaryDirectory(prefix="galaxydist-bench-") as folder:
-            process = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**self.environ, "TMPDIR": folder},
-                start_new_session=True,
-            )
+            environ = {**self.environ, "TMPDIR": folder}
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environ, start_new_session=True)
             try:
                 output, errors = process.communicate(timeout=TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 raise UserError(f"{loader.title} did not {job.action} within {TIMEOUT_S} s") from None
             finally:
-                _end(process)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # its workers too
+                    process.wait()
         if process.returncode:
-            said = (errors.strip() or output.strip() or "nothing").splitlines()[-1]
-            raise UserError(f"{loader.title} failed to {job.action} ({job.task}); the last it said: {said}")
+            last = (errors.strip() or output.strip() or "nothing").splitlines()[-1]
+            raise UserError(f"{loader.title} failed to {job.action} ({job.task}); its last output: {last}")
         answer: dict[str, Any] = json.loads(output.splitlines()[-1])
         return answer
 
-    def _is_installed(self, loader: Loader) -> bool:
-        return bool(loader.environment) and (self._home(loader) / "installed").exists()
-
-    def _home(self, loader: Loader) -> Path:
-        return self.environments / loader.environment
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """Leave no worker behind: the process leads a group of its own."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
-
 
 def prepare(processes: Processes, loader: Loader, job: LoaderJob, stamp: str) -> None:
-    """Write the loader's own form of the images, unless it is there and was made from the same.
+    """Write the images in the loader's own form, unless that exists and was made from the same images.
 
     Args:
-        stamp: names the images and how they are written; kept beside the form, last.
+        processes: starts the loader's process.
+        loader: the loader.
+        job: its job, of any action.
+        stamp: identifies the images and their form; written beside the form, last.
     """
     note = job.form.with_suffix(".json")
     if note.exists() and note.read_text() == stamp and job.form.is_dir():
@@ -129,25 +117,25 @@ def prepare(processes: Processes, loader: Loader, job: LoaderJob, stamp: str) ->
 
 
 def check(processes: Processes, loader: Loader, job: LoaderJob, num_images: int) -> int:
-    """See that one epoch of a loader has every image once, with our pixels.
+    """Check that one epoch of a loader has every image once, with our pixels.
 
     Returns:
         The greatest difference, in grey levels.
 
     Raises:
-        UserError: it has not.
+        UserError: the images or their pixels differ.
     """
     found = processes.run(loader, replace(job, action="check", task="decode"))
-    told = f"{loader.title} (with our decoder)" if job.ours else loader.title
-    again = f"remove {job.form.parent} and give the command again"
+    title = f"{loader.title} (with our decoder)" if job.ours else loader.title
+    remedy = f"remove {job.form.parent} and give the command again"
     if found["worst"] > TOLERANCE:
         raise UserError(
-            f"{told} gives other images than galaxydist: galaxy {found['worst_key']} differs by {found['worst']} grey levels, "
-            f"more than {TOLERANCE}; {again}"
+            f"{title} gives other images than galaxydist: galaxy {found['worst_key']} differs by {found['worst']} grey levels, "
+            f"more than {TOLERANCE}; {remedy}"
         )
     if found["missing"] or found["repeated"] or found["num_images"] != num_images:
         raise UserError(
-            f"{told} gives {found['num_images']} images in an epoch of {num_images}: {found['missing']} are missing, "
-            f"{found['repeated']} come more than once; {again}"
+            f"{title} gives {found['num_images']} images in an epoch of {num_images}: {found['missing']} are missing, "
+            f"{found['repeated']} come more than once; {remedy}"
         )
     return int(found["worst"])

@@ -1,7 +1,8 @@
-"""What a process that measures one loader is told, and what it answers: JSON on its command line, JSON on its last line."""
+"""Job (JSON on the command line) and answer (last line of output) of a process that measures a loader."""
 
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import sys
@@ -31,23 +32,23 @@ Task = Literal["decode", "train"]
 
 @dataclass(frozen=True)
 class LoaderJob:
-    """One process's work.
+    """Work of one process.
 
     Args:
         action: ``prepare`` the loader's own form of the images; ``check`` that one epoch has every image once, with our
-            pixels; ``measure``; and for ours alone ``limit``, ``resume``, ``memory``.
-        task: what a batch is made into.
+            pixels; ``measure``; and for our loader alone ``limit``, ``resume``, ``memory``.
+        task: ``decode`` to uint8 or ``train``: augmented and normalised.
         shards_dir: the images, as our shards.
         form_dir: the images in the loader's own form.
         ours: decode with our decoder in the loader's decode hook, instead of its own.
-        cores: that the process may use.
-        workers: processes or threads that decode.
-        warmup: batches before the clock starts, beside those that are looked at.
-        batches: that are timed.
+        cores: usable by the process.
+        workers: number of processes or threads that decode.
+        warmup: number of batches before the clock starts, in addition to the probed ones.
+        batches: number of timed batches.
         image_size: width of the views that ``train`` makes, in pixels.
-        mean, std: of all pixels, R G B, full scale being 1.
+        mean, std: of all pixels, R G B, with full scale 1.
         shard_size: images in a shard or chunk of the loader's own form.
-        step: that ``resume`` starts at.
+        step: start of ``resume``.
     """
 
     action: Action
@@ -85,12 +86,9 @@ class LoaderJob:
         return cls(**found)
 
 
-# The images of a folder of shards as bytes, one after another, read through the shards' own indexes.
-
-
 @dataclass(frozen=True, slots=True)
 class StoredJPEG:
-    """One image: its galaxy's key, the number of its class, the bytes of its file."""
+    """One image: key of its galaxy, class number, and bytes of its file."""
 
     key: str
     label: int
@@ -98,7 +96,7 @@ class StoredJPEG:
 
 
 def stored_jpegs(shards_dir: Path, split: str = "train") -> Iterator[StoredJPEG]:
-    """The JPEGs of a split, in the order in which they are stored."""
+    """Yield the JPEGs of a split in the order of the shards, read through their indexes."""
     for path in sorted(shards_dir.glob(f"{split}-*.tar")):
         tar = path.read_bytes()
         for members in parse_index(path.with_suffix(".idx").read_text("ascii")):
@@ -106,11 +104,10 @@ def stored_jpegs(shards_dir: Path, split: str = "train") -> Iterator[StoredJPEG]
             yield StoredJPEG(members[0].name.partition(".")[0], int(parts.get("cls", b"-1")), parts["jpg"])
 
 
-# What the processes share that run a loader each, ours and the peers': the clock, the comparison with our pixels, the
-# answer.
+# Functions of the loaders' processes.
 
-# Batches whose pixels are looked at before any is timed.
-LOOKED_AT = 3
+# Batches whose pixels are averaged before any is timed.
+NUM_PROBED = 3
 # Images (B x 3 x H x W or B x H x W x 3), labels, and the galaxies' keys.
 LoaderBatch = tuple["Tensor", "Tensor", list[str]]
 Loader = Iterable[LoaderBatch]
@@ -118,57 +115,61 @@ Answer = dict[str, Any]
 
 
 def run(prepare: Callable[[LoaderJob], None], build_loader: Callable[[LoaderJob], Loader]) -> None:
-    """Do the job of the command line with a peer's functions, and answer."""
+    """Do the job of the command line with a peer's functions, and print the answer."""
     job = open_job()
     if job.action == "prepare":
         prepare(job)
         answer({})
     else:
         found = (check if job.action == "check" else measure)(build_loader(job), job)
-        # Workers stop with their loader; at the end of the process they would be killed, and leave shared memory behind.
+        # Workers stop with their loader. Killed at the end of the process, they would leave shared memory behind.
         gc.collect()
         answer(found)
 
 
 def open_job() -> LoaderJob:
-    """The job of the command line, on its cores."""
+    """Return the job of the command line, and bind the process to its cores."""
     job = LoaderJob.from_json(sys.argv[1])
     os.sched_setaffinity(0, job.cores)
     return job
 
 
 def answer(found: Answer) -> None:
-    """Tell whoever gave the job: the last line of the output."""
-    print(json.dumps(found), flush=True)
+    """Print the answer as the last line of the output, which the parent reads."""
+    sys.stdout.write(f"{json.dumps(found)}\n")
+    sys.stdout.flush()
 
 
 def measure(loader: Loader, job: LoaderJob) -> Answer:
-    """Images per second over batches in the middle of an epoch, while the queues are as full at the end as at the start; and the
-    mean and deviation of the pixels of some batches before."""
-    batches = _endless(loader)
-    looks = [(images.float().mean().item(), images.float().std().item()) for images, _, _ in islice(batches, LOOKED_AT)]
+    """Measure the images per second over batches in the middle of an epoch, and mean and deviation of the pixels before.
+
+    The queues are as full at the end as at the start.
+    """
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    probed = [(images.float().mean().item(), images.float().std().item()) for images, _, _ in islice(batches, NUM_PROBED)]
     for _ in islice(batches, job.warmup):
         pass
-    num_images = 0
     started = time.perf_counter()
+    num_images = 0
     for images, _, _ in islice(batches, job.batches):
         num_images += len(images)
     seconds = time.perf_counter() - started
+    means, deviations = zip(*probed, strict=True)
     return {
         "images_per_s": num_images / seconds,
         "shape": sorted(images.shape),
         "dtype": str(images.dtype).removeprefix("torch."),
-        "mean": fmean(mean for mean, _ in looks),
-        "std": fmean(std for _, std in looks),
+        "mean": fmean(means),
+        "std": fmean(deviations),
     }
 
 
 def check(loader: Loader, job: LoaderJob) -> Answer:
-    """Compare one epoch's pixels with what our decoder makes of the shards' bytes.
+    """Compare the pixels of one epoch with those of our decoder.
 
     Returns:
-        ``num_images``; how many galaxies were ``missing``, how many came more than once (``repeated``); the greatest difference
-        in grey levels (``worst``) and the galaxy that has it (``worst_key``).
+        ``num_images``; the numbers of galaxies that were ``missing`` or came more than once (``repeated``); the greatest
+        difference in grey levels (``worst``) and its galaxy (``worst_key``).
     """
     import simplejpeg
 
@@ -193,8 +194,3 @@ def _difference(image: "NDArray[np.uint8]", expected_HWC: "NDArray[np.uint8]") -
     if image_HWC.shape != expected_HWC.shape or image_HWC.dtype != np.uint8:
         return 255
     return int(np.abs(image_HWC.astype(np.int16) - expected_HWC).max())
-
-
-def _endless(loader: Loader) -> Iterator[LoaderBatch]:
-    while True:
-        yield from loader

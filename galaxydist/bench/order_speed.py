@@ -1,4 +1,4 @@
-"""``galaxydist bench order``: how well an epoch is shuffled, how fast a large one opens, which shards a job's nodes fetch."""
+"""``galaxydist bench order``: quality of the shuffling, opening time, and shards fetched by nodes."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from galaxydist.bench.common import show, show_json
 from galaxydist.counter_rng import Stream, hash64
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.shards.manifest import COLUMNS, SHARD_ROW, Manifest, Split, column_name, manifest_json, read_manifest
@@ -23,12 +24,12 @@ from galaxydist.shards.shard_usage import peak_bytes, usage_of_nodes, usage_of_r
 from galaxydist.surveys.official_split import read_official_split
 from galaxydist.surveys.split import TRAIN
 
-# How many shards each node of a large job fetches in an epoch, and how many it must hold at once: worked out, not read.
+# Shards that each node of a large job fetches in an epoch, and holds at once: computed, without reading.
 
 
 @dataclass(frozen=True)
 class OpeningJob:
-    """Ranks on nodes (contiguous), and a data set of ``num_shards`` shards of ``shard_samples`` each."""
+    """Job with contiguous ranks on nodes, and a data set of ``num_shards`` shards of ``shard_samples`` each."""
 
     num_nodes: int
     ranks_per_node: int
@@ -40,13 +41,8 @@ class OpeningJob:
         return self.num_nodes * self.ranks_per_node
 
 
-def default_jobs() -> list[OpeningJob]:
-    """1,024 ranks in 128 nodes."""
-    return [OpeningJob(128, 8, num_shards, 10_000) for num_shards in (10_000, 100_000)]
-
-
 def default_choices(world_size: int) -> list[tuple[int, int]]:
-    """(C, G) to compare: the default C, one that shares more divisors with 1,024, and multiples of the world size."""
+    """Return the (C, G) to compare: the default C, one that shares more divisors with 1,024, and multiples of the world size."""
     return [
         (192, world_size),
         (192, world_size * 3 // 2),
@@ -59,53 +55,46 @@ def default_choices(world_size: int) -> list[tuple[int, int]]:
 
 
 def measure_fetches(job: OpeningJob, choices: Sequence[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
-    """Shards a node fetches in an epoch, if each shard is fetched once by a node that needs it.
+    """Count the shards that a node fetches in an epoch, if each node fetches once every shard that it needs.
 
     Returns:
         ``{"task", "num_nodes", "ranks_per_node", "num_shards", "shard_samples", "choices": [...]}``, for each choice
-        ``num_streams``, ``batch_size``, ``divides_streams`` and ``divides_batch`` (does W divide them), ``shards_per_node``
+        ``num_streams``, ``batch_size``, ``divides_streams`` and ``divides_batch`` (True if W divides them), ``shards_per_node``
         {"min", "median", "max"}, ``fetches_per_shard`` (total over the nodes, divided by the number of shards), ``held_per_node``
-        (the most that any node needs at one step) and ``held_by_one`` (the same, were all ranks on one node).
+        (the most that any node needs at one step) and ``held_by_one`` (the same with all ranks on one node).
     """
-    return {
-        "task": "order.fetch",
-        "num_nodes": job.num_nodes,
-        "ranks_per_node": job.ranks_per_node,
-        "num_shards": job.num_shards,
-        "shard_samples": job.shard_samples,
-        "choices": [_measure(job, num_streams, batch_size, seed) for num_streams, batch_size in choices],
-    }
+    counted = []
+    for num_streams, batch_size in choices:
+        order = EpochOrder(np.full(job.num_shards, job.shard_samples), seed=seed, epoch=0, num_streams=num_streams)
+        uses = usage_of_nodes(order, batch_size, job.num_nodes, job.ranks_per_node)
+        fetched = [np.unique(use["shard"]).size for use in uses]
+        choice = {
+            "num_streams": num_streams,
+            "batch_size": batch_size,
+            "divides_streams": num_streams % job.world_size == 0,
+            "divides_batch": batch_size % job.world_size == 0,
+            "shards_per_node": {"min": min(fetched), "median": float(np.median(fetched)), "max": max(fetched)},
+            "fetches_per_shard": sum(fetched) / job.num_shards,
+            "held_per_node": max(peak_bytes(use, 1) for use in uses),
+            "held_by_one": peak_bytes(usage_of_rank(order, batch_size, np.arange(batch_size)), 1),
+        }
+        counted.append(choice)
+    return {"task": "order.fetch", **asdict(job), "choices": counted}
 
 
-def _measure(job: OpeningJob, num_streams: int, batch_size: int, seed: int) -> dict[str, Any]:
-    order = EpochOrder(np.full(job.num_shards, job.shard_samples), seed=seed, epoch=0, num_streams=num_streams)
-    uses = usage_of_nodes(order, batch_size, job.num_nodes, job.ranks_per_node)
-    fetched = [np.unique(use["shard"]).size for use in uses]
-    return {
-        "num_streams": num_streams,
-        "batch_size": batch_size,
-        "divides_streams": num_streams % job.world_size == 0,
-        "divides_batch": batch_size % job.world_size == 0,
-        "shards_per_node": {"min": min(fetched), "median": float(np.median(fetched)), "max": max(fetched)},
-        "fetches_per_shard": sum(fetched) / job.num_shards,
-        "held_per_node": max(peak_bytes(use, 1) for use in uses),
-        "held_by_one": peak_bytes(usage_of_rank(order, batch_size, np.arange(batch_size)), 1),
-    }
-
-
-def print_fetches(result: Mapping[str, Any]) -> None:
-    """A line a choice of C and G."""
+def show_fetches(result: Mapping[str, Any]) -> None:
+    """Print a row per choice of C and G."""
     world_size = result["num_nodes"] * result["ranks_per_node"]
-    print(
+    show(
         f"\nshards fetched in an epoch: W = {world_size:,} ranks in {result['num_nodes']} nodes, "
         f"{result['num_shards']:,} shards of {result['shard_samples']:,}"
     )
-    print(f"{'W divides':>22}{'shards fetched by a node':>30}{'fetches':>10}{'held at once':>14}{'all ranks on':>14}")
-    print(f"{'C':>6}{'G':>6}{'C':>5}{'G':>5}{'min':>10}{'median':>10}{'max':>10}{'a shard':>10}{'by a node':>14}{'one node':>14}")
+    show(f"{'W divides':>22}{'shards fetched by a node':>30}{'fetches':>10}{'held at once':>14}{'all ranks on':>14}")
+    show(f"{'C':>6}{'G':>6}{'C':>5}{'G':>5}{'min':>10}{'median':>10}{'max':>10}{'a shard':>10}{'by a node':>14}{'one node':>14}")
     for choice in result["choices"]:
         shards = choice["shards_per_node"]
-        divides = "".join(f"{'yes' if choice[of] else 'no':>5}" for of in ("divides_streams", "divides_batch"))
-        print(
+        divides = "".join(f"{'yes' if choice[key] else 'no':>5}" for key in ("divides_streams", "divides_batch"))
+        show(
             f"{choice['num_streams']:6d}{choice['batch_size']:6d}{divides}"
             f"{shards['min']:10,d}{shards['median']:10,.0f}{shards['max']:10,d}{choice['fetches_per_shard']:10.2f}"
             f"{choice['held_per_node']:14,d}{choice['held_by_one']:14,d}"
@@ -113,18 +102,17 @@ def print_fetches(result: Mapping[str, Any]) -> None:
 
 
 ADVICE = """
-Where W divides train.batch_size (G), each shard is fetched by about W / gcd(C, W) nodes: by one where W divides data.num_streams
-(C) too. The order does not depend on it, only how often a shard crosses the network. For shards in an object store, set
-data.num_streams to a multiple of the most processes you will use: it is fixed for a run. More streams also have more shards in
-use at once, so fewer nodes then need a larger cache (last column). Nor should C be many times G: a batch smaller than C is made
-of neighbouring streams, which lie in the same shards where shards are few.
+If W divides train.batch_size (G), each shard is fetched by about W / gcd(C, W) nodes: by one if W divides data.num_streams (C)
+too. The order does not depend on W, but the number of times that a shard crosses the network does. For shards in an object
+store, set data.num_streams to a multiple of the largest number of processes that you will use: it is fixed for a run. With more
+streams, more shards are in use at once, so that few nodes need a larger cache (last column). C should not be many times G: a
+batch smaller than C consists of neighbouring streams, which lie in the same shards if there are few shards.
 """
 
 
-# How long a new process takes from a large data set's files on disk to the galaxies of a batch.
+# Time of a new process from the files of a large data set to the galaxies of a batch.
 #
-# The files are real but for the columns of samples, which are all zeros and take no disk (sparse): nothing reads them to
-# open.
+# The columns of samples are sparse files of zeros: nothing reads them to open the data set.
 
 OPEN_LIMIT_S, MEMORY_LIMIT_MB, POSITION_LIMIT_MS = 0.5, 300, 5.0
 BATCH_SIZE = 192
@@ -140,11 +128,7 @@ open_and_read(Path(sys.argv[1]), int(sys.argv[2]), begin)
 
 
 def write_sparse_shards(folder: Path, num_shards: int, shard_samples: int) -> Path:
-    """A manifest and its columns, of shards that are not there.
-
-    Returns:
-        manifest.json.
-    """
+    """Write a manifest and its columns, without the shards; return the path of manifest.json."""
     num_samples = num_shards * shard_samples
     manifest = Manifest(
         dir=folder,
@@ -173,12 +157,12 @@ def write_sparse_shards(folder: Path, num_shards: int, shard_samples: int) -> Pa
 
 
 def open_and_read(path: Path, num_batches: int, begin_s: float) -> None:
-    """In a new process: from the files to the first batch, then batches at places all over the epoch; prints JSON.
+    """Open a data set in a new process, and locate batches at positions all over the epoch; print the times as JSON.
 
     Args:
         path: manifest.json.
-        num_batches: how many, after the first.
-        begin_s: ``time.perf_counter()`` before anything was imported.
+        num_batches: number of batches after the first.
+        begin_s: ``time.perf_counter()`` before all imports.
     """
     imported_s = time.perf_counter()
     manifest = read_manifest(path)
@@ -202,25 +186,25 @@ def open_and_read(path: Path, num_batches: int, begin_s: float) -> None:
         "processor_ms": processor_ms,
         "torch": "torch" in sys.modules,
     }
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found))
 
 
 def measure_opening(
     folder: Path, num_shards: int, shard_samples: int, repeats: int = 5, num_batches: int = 500
 ) -> dict[str, Any]:
-    """Write the files, open them in new processes, each time after the system was asked to forget the files' content.
+    """Write the files, and open them in new processes, each after the system was asked to drop the files from its page cache.
 
     Args:
         folder: an empty folder, on a file system with sparse files.
-        num_shards, shard_samples: the data set.
-        repeats: processes; medians are over them.
-        num_batches: batches of 192 at random places, in each process.
+        num_shards, shard_samples: of the data set.
+        repeats: number of processes; medians are over them.
+        num_batches: number of batches of 192 at random positions, in each process.
 
     Returns:
-        ``{"task", "num_samples", "num_shards", "open_s": from the files to the ids of a batch, "inside_s": from the interpreter's
-        start, with imports, "process_s": the whole process with interpreter, "peak_mb": resident memory, "batch_ms": {"median",
-        "max", "max_processor"}: ids of a batch at a random place, the last without the time that other processes took, "limits":
-        {...}, "passed", "torch": was it imported, "same": did all processes find the same ids}``.
+        ``{"task", "num_samples", "num_shards", "open_s": from the files to the ids of a batch, "inside_s": from the start of the
+        interpreter, with imports, "process_s": the whole process with interpreter, "peak_mb": resident memory, "batch_ms":
+        {"median", "max", "max_processor"}: ids of a batch at a random position, the last in CPU time, "limits": {...}, "passed",
+        "torch": True if it was imported, "same": True if all processes found the same ids}``.
     """
     path = write_sparse_shards(folder / "shards", num_shards, shard_samples)
     runs = []
@@ -248,29 +232,26 @@ def measure_opening(
     }
 
 
-def print_opening(result: Mapping[str, Any]) -> None:
-    """A line a figure, with its limit."""
-    print(f"\nopening {result['num_samples']:,} samples in {result['num_shards']:,} shards, in a new process")
-    print(f"{'':<66}{'measured':>10}{'limit':>10}")
+def show_opening(result: Mapping[str, Any]) -> None:
+    """Print a row per figure, with its limit."""
+    show(f"\nopening {result['num_samples']:,} samples in {result['num_shards']:,} shards, in a new process")
     batch = result["batch_ms"]
-    lines = [
+    for title, value, limit in [
+        ("", "measured", "limit"),
         ("from the files to the ids of a batch", f"{result['open_s'] * 1000:.1f} ms", ""),
         ("from the interpreter's start to the ids of a batch, with imports", f"{result['inside_s']:.3f} s", f"{OPEN_LIMIT_S} s"),
         ("the whole process, with the interpreter", f"{result['process_s']:.3f} s", ""),
         ("resident memory at most", f"{result['peak_mb']:.0f} MB", f"{MEMORY_LIMIT_MB} MB"),
-        (f"ids of a batch of {BATCH_SIZE} at a random place: median", f"{batch['median']:.3f} ms", ""),
+        (f"ids of a batch of {BATCH_SIZE} at a random position: median", f"{batch['median']:.3f} ms", ""),
         ("    longest", f"{batch['max']:.3f} ms", ""),
-        ("    longest, other processes not counted", f"{batch['max_processor']:.3f} ms", f"{POSITION_LIMIT_MS:.0f} ms"),
-    ]
-    for title, value, limit in lines:
-        print(f"{title:<66}{value:>10}{limit:>10}")
+        ("    longest, in CPU time", f"{batch['max_processor']:.3f} ms", f"{POSITION_LIMIT_MS:.0f} ms"),
+    ]:
+        show(f"{title:<66}{value:>10}{limit:>10}")
 
 
 def _forget(folder: Path) -> None:
-    """Ask the system to drop the files from its memory, where it can be asked."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for path in folder.rglob("*"):
+    """Ask the system to drop the files from its page cache, if it has such a call."""
+    for path in folder.rglob("*") if hasattr(os, "posix_fadvise") else ():
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -278,7 +259,7 @@ def _forget(folder: Path) -> None:
 
 
 def _peak_memory_mb() -> float:
-    """The most resident memory of this process so far. Linux's ru_maxrss would count the parent's too."""
+    """Return the largest resident memory of this process so far. On Linux, ru_maxrss would include the parent's."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -288,9 +269,9 @@ def _peak_memory_mb() -> float:
     return float(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
 
 
-# How well an epoch is shuffled, compared with a uniformly random permutation measured in the same way.
+# Quality of the shuffling, compared with that of a uniformly random permutation.
 #
-# The same galaxies in two kinds of shards: sorted by class (as Galaxy10's file is), and as our writer stores them.
+# The same galaxies are in two kinds of shards: sorted by class (as Galaxy10's file is), and as our writer stores them.
 
 NUM_STREAMS = 192
 WORLD_SIZE = 8
@@ -299,7 +280,7 @@ _BLOCK = 10
 _CHUNK = 1 << 18
 _TITLES = {
     "rank_correlation": "rank correlation of storage and reading order (rms)",
-    "recurring_mates": "batch-mates that are so again in the next epoch, against chance",
+    "recurring_mates": "pairs of a batch again in one batch of the next epoch, over chance",
     "sorted_run": "class-sorted shards: mean run of one class",
     "sorted_longest_run": "                     longest run",
     "sorted_batch_spread": "                     class counts of a batch, chi2/dof",
@@ -315,7 +296,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class StoredSurvey:
-    """A training split: its name, samples in each shard, and the labels in storage order, sorted by class."""
+    """Training split with its name, the samples in each shard, and the labels in storage order, sorted by class."""
 
     name: str
     shard_samples: NDArray[np.int64]
@@ -323,14 +304,14 @@ class StoredSurvey:
 
 
 def galaxy10_store() -> StoredSurvey:
-    """Galaxy10's training split in the shards that the writer makes of it by default."""
+    """Return Galaxy10's training split in the default shards."""
     official = read_official_split()
     labels = np.sort(official.labels[official.original == TRAIN].astype(np.int64))
     return StoredSurvey("Galaxy10 DECaLS, train", _even_shards(labels.size, 16), labels)
 
 
 def survey_store(num_shards: int, shard_samples: int = 1000) -> StoredSurvey:
-    """A survey with Galaxy10's mix of classes."""
+    """Return a survey with Galaxy10's mix of classes."""
     counts = np.bincount(galaxy10_store().sorted_labels)
     num_samples = num_shards * shard_samples
     labels = np.searchsorted(np.cumsum(counts), (np.arange(num_samples) + 0.5) / num_samples * counts.sum(), side="right")
@@ -350,8 +331,8 @@ def measure_quality(store: StoredSurvey, batch_size: int = 192, seed: int = 0) -
         hold ``rank_correlation`` (Spearman's, root mean square over the epochs); ``recurring_mates``: pairs of one batch that
         share a batch in the next epoch too, divided by their number expected by chance; and for both ways of storing
         (``sorted_``, ``written_``) ``run`` and ``longest_run`` of equal labels, and the ``spread`` of class counts in a batch, in
-        a rank's share of it and in successive batches: chi square over degrees of freedom, 1 by chance, less where batches are
-        more alike than that.
+        a rank's share of it and in successive batches: chi square over degrees of freedom, 1 by chance, less if batches are more
+        alike.
     """
     num_samples = store.sorted_labels.size
     stored_rows = np.argsort(hash64(seed, 0, np.arange(num_samples), Stream.STORAGE), kind="stable")  # what the writer does
@@ -370,16 +351,16 @@ def measure_quality(store: StoredSurvey, batch_size: int = 192, seed: int = 0) -
     }
 
 
-def print_quality(result: Mapping[str, Any]) -> None:
-    """A line a measure: the order, and random permutations."""
-    print(
+def show_quality(result: Mapping[str, Any]) -> None:
+    """Print a row per measure: the order, and random permutations."""
+    show(
         f"\nshuffle quality: {result['store']}, {result['num_samples']:,} samples in {result['num_shards']:,} shards, "
         f"C = {NUM_STREAMS}, G = {result['batch_size']}, {EPOCHS} epochs"
     )
-    print(f"{'':<66}{'order':>10}{'random':>10}")
+    show(f"{'':<66}{'order':>10}{'random':>10}")
     for name, title in _TITLES.items():
         values = (result[kind][name] for kind in ("order", "random"))
-        print(f"{title:<66}" + "".join(f"{value:10d}" if isinstance(value, int) else f"{value:10.4f}" for value in values))
+        show(f"{title:<66}" + "".join(f"{value:10d}" if isinstance(value, int) else f"{value:10.4f}" for value in values))
 
 
 def _describe(epochs: list[NDArray[np.int64]], labels: Mapping[str, NDArray[np.int64]], batch_size: int) -> dict[str, Any]:
@@ -403,12 +384,12 @@ def _describe(epochs: list[NDArray[np.int64]], labels: Mapping[str, NDArray[np.i
 
 
 def _rank_correlation(samples: NDArray[np.int64]) -> float:
-    """Spearman's: both are permutations of 0 ... N-1, so they are their own ranks."""
+    """Return Spearman's correlation: both are permutations of 0 ... N-1, so they are their own ranks."""
     return float(np.corrcoef(np.arange(samples.size, dtype=np.float64), samples.astype(np.float64))[0, 1])
 
 
 def _recurring_mates(first: NDArray[np.int64], second: NDArray[np.int64], batch_size: int) -> float:
-    """Pairs that share a batch in both epochs, over those expected of two independent permutations."""
+    """Return the number of pairs that share a batch in both epochs, over that expected of two independent permutations."""
     num_batches = first.size // batch_size
     batch_of = np.empty(first.size, np.int64)
     batch_of[second] = np.arange(first.size) // batch_size
@@ -421,7 +402,7 @@ def _recurring_mates(first: NDArray[np.int64], second: NDArray[np.int64], batch_
 
 
 def _spread(classes_RB: NDArray[np.int64], shares_K: NDArray[np.float64]) -> float:
-    """Mean over rows of chi square over degrees of freedom of the class counts."""
+    """Return the mean over rows of chi square over degrees of freedom of the class counts."""
     num_rows, row_size = classes_RB.shape
     cells = np.arange(num_rows)[:, None] * shares_K.size + classes_RB
     counts = np.bincount(cells.ravel(), minlength=num_rows * shares_K.size).reshape(num_rows, -1)
@@ -430,7 +411,7 @@ def _spread(classes_RB: NDArray[np.int64], shares_K: NDArray[np.float64]) -> flo
 
 
 def _read(store: StoredSurvey, seed: int, epoch: int) -> NDArray[np.int64]:
-    """All samples of an epoch, in reading order."""
+    """Return all samples of an epoch, in reading order."""
     order = EpochOrder(store.shard_samples, seed=seed, epoch=epoch, num_streams=NUM_STREAMS)
     starts = range(0, order.num_positions, _CHUNK)
     return np.concatenate([order.samples(np.arange(s, min(s + _CHUNK, order.num_positions))) for s in starts])
@@ -444,23 +425,23 @@ def measure_order(*, quick: bool = False) -> list[dict[str, Any]]:
     """Print a table of each measurement and, last, a line of JSON each.
 
     Args:
-        quick: smaller surveys: to see that it works, not to quote.
+        quick: smaller surveys, as a test of the benchmark; the figures are not representative.
 
     Returns:
-        What the lines of JSON hold.
+        The content of the lines of JSON.
     """
     results = []
     for store, batch_size in ((galaxy10_store(), 192), (galaxy10_store(), 64), (survey_store(60 if quick else 4000), 192)):
         results.append(measure_quality(store, batch_size))
-        print_quality(results[-1])
+        show_quality(results[-1])
     with tempfile.TemporaryDirectory(prefix="galaxydist-order-") as folder:
         large = {"num_shards": 1000, "repeats": 2, "num_batches": 20} if quick else {"num_shards": 100_000}
         results.append(measure_opening(Path(folder), shard_samples=10_000, **large))
-    print_opening(results[-1])
-    for job in [OpeningJob(10, 8, 300, 1000)] if quick else default_jobs():
+    show_opening(results[-1])
+    large_jobs = [OpeningJob(128, 8, num_shards, 10_000) for num_shards in (10_000, 100_000)]
+    for job in [OpeningJob(10, 8, 300, 1000)] if quick else large_jobs:
         results.append(measure_fetches(job, default_choices(job.world_size)))
-        print_fetches(results[-1])
-    print(ADVICE)
-    for result in results:
-        print(json.dumps(result))
+        show_fetches(results[-1])
+    show(ADVICE)
+    show_json(*results)
     return results

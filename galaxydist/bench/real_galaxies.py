@@ -1,20 +1,22 @@
-"""``galaxydist bench folds``: networks from random weights on real galaxies, at equal compute, cross-validated."""
+"""``galaxydist bench folds``: networks on real galaxies at equal compute, cross-validated."""
 
 import dataclasses
+import itertools
 import json
-import statistics
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median, stdev
 from typing import Any, get_args
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
 
 from galaxydist.atomic_files import read_json, write_json
+from galaxydist.bench.common import show
+from galaxydist.bench.in_memory import plain_step
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.evaluation.results_files import read_evaluation
@@ -34,18 +36,16 @@ from galaxydist.surveys.image_folder import open_image_folder
 from galaxydist.training.optimizer import build_optimizer
 from galaxydist.training.trainer import train
 
-# What a training step of each model costs on this machine, measured with the models in turn.
-
-# The first steps of a model are not counted: they ask for memory, and decode ahead.
+# Untimed first steps of each model: they allocate memory and decode ahead.
 WARM_UP = 2
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one model.
+    """Cost of a training step of one model.
 
     Args:
-        seconds: of a step, median. On a CPU the processor's, over all threads: other work on the machine does not count.
+        seconds: median of the steps. On a CPU it is CPU time over all threads, so other work on the machine does not count.
         num_parameters: of the model.
     """
 
@@ -54,25 +54,28 @@ class StepCost:
 
 
 def measure_costs(recipes: Mapping[str, Recipe], manifest: Manifest, *, rounds: int = 8, steps: int = 2) -> dict[str, StepCost]:
-    """Train each recipe for ``rounds`` times ``steps`` steps, in turn, so that a machine that slows down slows all of them.
+    """Train each recipe for ``rounds`` times ``steps`` steps, in turn, so that a slower machine affects all alike.
 
-    A step is what training does: decode, augment, forward, backward, clip, optimizer, moving average.
+    A step contains all parts of training: decode, augment, forward, backward, clip, optimizer, moving average.
 
     Raises:
         UserError: a recipe whose model cannot be built.
     """
     torch.set_num_threads(available_cores())
     with ExitStack() as stack:
-        trials = {name: _Trial(recipe, manifest, stack) for name, recipe in recipes.items()}
+        trainings = {name: _PlainTraining(recipe, manifest, stack) for name, recipe in recipes.items()}
         for number in range(rounds + 1):
-            for trial in trials.values():
+            for training in trainings.values():
                 for _ in range(steps if number else WARM_UP):
-                    trial.step(counted=number > 0)
-    return {name: StepCost(statistics.median(trial.seconds), trial.num_parameters) for name, trial in trials.items()}
+                    training.step()
+    return {
+        name: StepCost(median(one.seconds[WARM_UP:]), sum(parameter.numel() for parameter in one.model.parameters()))
+        for name, one in trainings.items()
+    }
 
 
-class _Trial:
-    """One model under training, from random weights."""
+class _PlainTraining:
+    """Training of one model from random weights in plain PyTorch."""
 
     def __init__(self, recipe: Recipe, manifest: Manifest, stack: ExitStack) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,7 +87,7 @@ class _Trial:
         self.optimizer = build_optimizer(groups, recipe.optim, self.device)
         self.ema = ModelEmaV3(self.model, decay=train.ema) if train.ema > 0 else None
         self.augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=available_cores())
-        reader = TrainLoader(
+        loader = TrainLoader(
             manifest,
             seed=recipe.seed,
             batch_size=train.batch_size,
@@ -92,31 +95,25 @@ class _Trial:
             balance=data.balance,
             decode=DecodeOptions(data.image_size, data.crop, data.augment.zoom),
         )
-        self.batches = iter(stack.enter_context(reader))
+        self.batches = iter(stack.enter_context(loader))
         self.seconds: list[float] = []
 
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    def step(self, *, counted: bool) -> None:
+    def step(self) -> None:
         start = self._clock()
         batch = next(self.batches)
         images_BCHW = self.augment(batch.images_BHWC.to(self.device), batch.epoch, batch.positions_B)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits_BK = self.model(images_BCHW)
-        smoothing = self.recipe.train.label_smoothing
-        labels_B = batch.labels_B.to(self.device)
-        loss = nn.functional.cross_entropy(logits_BK.float(), labels_B, label_smoothing=smoothing)
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        if self.recipe.train.clip_norm > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.train.clip_norm)
-        self.optimizer.step()
+        plain_step(
+            self.model,
+            self.optimizer,
+            images_BCHW,
+            batch.labels_B.to(self.device),
+            label_smoothing=self.recipe.train.label_smoothing,
+            clip_norm=self.recipe.train.clip_norm,
+            bf16=self.device.type == "cuda",
+        )
         if self.ema is not None:
             self.ema.update(self.model)
-        if counted:
-            self.seconds.append(self._clock() - start)
+        self.seconds.append(self._clock() - start)
 
     def _clock(self) -> float:
         if self.device.type == "cpu":
@@ -128,7 +125,7 @@ class _Trial:
 MODELS = ("d4_cnn", "custom_cnn", "resnet18")
 
 # Equal for all: the central three quarters of the 256 pixels at 80 pixels; rotation, flips and zoom as in Dieleman et al. 2015
-# (arXiv:1503.07077); small batches, since a fold is small; the last averaged weights are judged, so that nothing is chosen.
+# (arXiv:1503.07077); small batches, since a fold is small; the last averaged weights are evaluated, so that nothing is chosen.
 COMMON = {
     "data.image_size": "80",
     "data.crop": "0.75",
@@ -145,33 +142,16 @@ COMMON = {
     "eval.checkpoint": "last",
     "tracker.name": "none",
 }
-# d4_cnn: of 4e-3, 8e-3 and 2e-2 on three quarters of fold 1's training galaxies, judged on the rest (64 pixels, 12 epochs).
-# custom_cnn: as README's runs from random weights. resnet18: the first that was tried.
+# d4_cnn: best of 4e-3, 8e-3 and 2e-2 on three quarters of fold 1's training galaxies, evaluated on the rest (64 pixels, 12
+# epochs). custom_cnn: as in the README's runs from random weights. resnet18: the first one tried.
 SETTINGS: Mapping[str, Mapping[str, str]] = {
     "d4_cnn": {"model.drop_rate": "0.2", "optim.lr": "8e-3"},
     "custom_cnn": {"model.drop_rate": "0.2", "optim.lr": "8e-3"},
     "resnet18": {"model.drop_rate": "0.2", "optim.lr": "2e-3"},
 }
-# What the comparison itself decides.
+# Keys that the comparison itself sets.
 FIXED = ("recipe", "data.manifest", "model.name", "train.epochs", "eval.checkpoint", "run.dir", "run.root")
 SAVES = 8  # checkpoints of a fit
-
-
-@dataclass(frozen=True)
-class Fit:
-    """One model on one fold."""
-
-    model: str
-    fold: int
-    resolved: ResolvedRecipe
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.resolved.recipe
-
-    @property
-    def folder(self) -> RunFolder:
-        return RunFolder(self.recipe.run.root / run_name(self.recipe))
 
 
 def measure_folds(
@@ -186,47 +166,47 @@ def measure_folds(
 ) -> dict[str, Any]:
     """Train every model on every fold for the same processor time, test it on the rest; print a table and a JSON line.
 
-    First a training step of each model is measured, in turn; the whole epochs nearest to ``minutes`` follow from it, and are
-    kept. Nothing is chosen on a test fold: fixed epochs, the last averaged weights. A second call takes up what the first one
-    finished, in whatever state it ended.
+    First a training step of each model is measured, in turn. It gives the number of whole epochs nearest to ``minutes``, which is
+    stored. Nothing is chosen on a test fold: the epochs are fixed, and the last averaged weights are evaluated. A second call
+    continues where the first one stopped.
 
     Args:
         real_dir: ``<class>/<image>``, without split folders.
-        work_dir: where shards, costs and runs are kept.
-        environ: the process's environment.
-        minutes: of a fit: processor time on a CPU, time on a GPU.
-        num_folds: stratified ones; each is the test set once.
+        work_dir: folder for shards, costs and runs.
+        environ: environment of the process.
+        minutes: of a fit: CPU time on a CPU, wall-clock time on a GPU.
+        num_folds: number of stratified folds; each is the test set once.
         models: architectures that have a recipe, each compared with the first one; None: ``MODELS``.
-        overrides: further ``key=value`` for the recipes of all.
+        overrides: further ``key=value`` for the recipes of all models.
 
     Returns:
-        What the JSON line holds.
+        The content of the JSON line.
 
     Raises:
-        UserError: no images there, or a model or setting that cannot be used, before anything is trained; stopped by a signal.
+        UserError: no images, or a model or setting that cannot be used, before anything is trained; stopped by a signal.
     """
     extra = _read_overrides(overrides)
     models = MODELS if models is None else models
-    _check_models(models, extra)
+    for model in models:
+        if model not in get_args(ModelName) or list(models).count(model) > 1:
+            raise UserError(f"--models: {model!r} is given twice, or is none of {', '.join(get_args(ModelName))}")
+        load_recipe(_arguments(model, extra))
     manifests = _write_folds(real_dir, work_dir, num_folds)
-    costs = _costs([_recipe(model, extra, manifests[0], work_dir) for model in models], manifests[0], work_dir / "costs.json")
-    fits = []
-    for fold, manifest in enumerate(manifests):
-        for model in models:
-            # Every fold is trained equally long: the folds differ by a galaxy or two.
-            epochs = _epochs(costs[model], minutes, _recipe(model, extra, manifests[0], work_dir).recipe, manifests[0])
-            fits.append(Fit(model, fold, _recipe(model, extra, manifest, work_dir, epochs)))
+    first_fold = {model: _recipe(model, extra, manifests[0], work_dir) for model in models}
+    costs = _costs(first_fold.values(), manifests[0], work_dir / "costs.json")
+    # Every fold is trained equally long: the folds differ by a galaxy or two.
+    epochs = {model: _epochs(costs[model], minutes, first_fold[model].recipe, manifests[0]) for model in models}
     results: dict[str, list[Mapping[str, Any]]] = {model: [] for model in models}
-    for number, fit in enumerate(fits, start=1):
-        what = f"fit {number} of {len(fits)}: {fit.model}, fold {fit.fold + 1} of {num_folds}, {fit.recipe.train.epochs} epochs"
-        print(f"\n{what}", flush=True)
-        results[fit.model].append(_carry_out(fit, environ))
-        print(f"{what}: accuracy {results[fit.model][-1]['accuracy']:.4f}", flush=True)
-    epochs_of = {fit.model: fit.recipe.train.epochs for fit in fits}
-    found = {model: _summary(runs, epochs_of[model], costs[model], results[models[0]]) for model, runs in results.items()}
-    print_folds(found, minutes, manifests[0].num_classes)
+    fits = list(itertools.product(range(num_folds), models))
+    for number, (fold, model) in enumerate(fits, start=1):
+        title = f"fit {number} of {len(fits)}: {model}, fold {fold + 1} of {num_folds}, {epochs[model]} epochs"
+        show(f"\n{title}")
+        results[model].append(_fit(_recipe(model, extra, manifests[fold], work_dir, epochs[model]), environ))
+        show(f"{title}: accuracy {results[model][-1]['accuracy']:.4f}")
+    found = {model: _summary(runs, epochs[model], costs[model], results[models[0]]) for model, runs in results.items()}
+    show_folds(found, minutes, manifests[0].num_classes)
     task = {"task": "folds", "num_folds": num_folds, "minutes": minutes, "overrides": extra, "models": found}
-    print(json.dumps(task))
+    show(json.dumps(task))
     return task
 
 
@@ -237,20 +217,13 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, str]:
         if not equals or key in extra:
             raise UserError(f"{text!r} is no key=value, or its key is given twice")
         if key in FIXED:
-            raise UserError(f"{text}: the comparison itself decides {key}; leave it out")
+            raise UserError(f"{text}: the comparison itself sets {key}; leave it out")
         extra[key] = value
     return extra
 
 
-def _check_models(models: Sequence[str], extra: Mapping[str, str]) -> None:
-    for model in models:
-        if model not in get_args(ModelName) or list(models).count(model) > 1:
-            raise UserError(f"--models: {model!r} stands there twice, or is none of {', '.join(get_args(ModelName))}")
-        load_recipe(_arguments(model, extra))
-
-
 def _write_folds(real_dir: Path, work_dir: Path, num_folds: int) -> list[Manifest]:
-    """The shards of each fold, in a folder of the images' hash; found again by a second call."""
+    """Write the shards of each fold to a folder named after the images' hash, unless they exist."""
     manifests = []
     for fold in range(num_folds):
         survey = open_image_folder(real_dir, fold=(fold, num_folds))
@@ -274,15 +247,15 @@ def _arguments(model: str, further: Mapping[str, str]) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def _costs(recipes: Sequence[ResolvedRecipe], manifest: Manifest, path: Path) -> dict[str, StepCost]:
-    """By model, as measured now, or by an earlier call with the same settings."""
+def _costs(recipes: Iterable[ResolvedRecipe], manifest: Manifest, path: Path) -> dict[str, StepCost]:
+    """Return the cost by model, measured now or by an earlier call with the same settings."""
     known: dict[str, Any] = read_json(path) if path.is_file() else {}
-    missing = {run_name(resolved.recipe): resolved.recipe for resolved in recipes if run_name(resolved.recipe) not in known}
-    if missing:
-        print(f"measuring a training step of {', '.join(recipe.model.name for recipe in missing.values())}", flush=True)
+    by_run = {run_name(resolved.recipe): resolved.recipe for resolved in recipes}
+    if missing := {name: recipe for name, recipe in by_run.items() if name not in known}:
+        show(f"measuring a training step of {', '.join(recipe.model.name for recipe in missing.values())}")
         known |= {name: dataclasses.asdict(cost) for name, cost in measure_costs(missing, manifest).items()}
         write_json(path, known)
-    return {resolved.recipe.model.name: StepCost(**known[run_name(resolved.recipe)]) for resolved in recipes}
+    return {recipe.model.name: StepCost(**known[name]) for name, recipe in by_run.items()}
 
 
 def _epochs(cost: StepCost, minutes: float, recipe: Recipe, manifest: Manifest) -> int:
@@ -290,57 +263,57 @@ def _epochs(cost: StepCost, minutes: float, recipe: Recipe, manifest: Manifest) 
     return max(1, round(60 * minutes / (cost.seconds * max(1, steps))))
 
 
-def _carry_out(fit: Fit, environ: MutableMapping[str, str]) -> dict[str, Any]:
-    """Train, continue or only look up one fit; its evaluation, with the processor minutes that its calls took."""
-    spent_path = fit.folder.path / "processor-time.json"
-    evaluation = read_evaluation(fit.folder.evaluation_dir, "test") if fit.folder.read_result() is not None else None
-    if evaluation is None:
+def _fit(resolved: ResolvedRecipe, environ: MutableMapping[str, str]) -> dict[str, Any]:
+    """Train or continue a run, unless it is finished; return its evaluation with the CPU minutes of all calls."""
+    folder = RunFolder(resolved.recipe.run.root / run_name(resolved.recipe))
+    spent_path = folder.path / "processor-time.json"
+    if folder.read_result() is None or read_evaluation(folder.evaluation_dir, "test") is None:
         start = time.process_time()
         try:
-            stopped = train(fit.resolved, environ)
+            stopped = train(resolved, environ)
         finally:
-            if fit.folder.path.is_dir():
+            if folder.path.is_dir():
                 write_json(spent_path, {"seconds": _spent(spent_path) + time.process_time() - start})
         if stopped:
-            raise UserError(f"stopped; the same command continues with {fit.folder}")
-        evaluation = read_evaluation(fit.folder.evaluation_dir, "test")
-        assert evaluation is not None
+            raise UserError(f"stopped; the same command continues with {folder}")
+    evaluation = read_evaluation(folder.evaluation_dir, "test")
+    assert evaluation is not None
     return evaluation | {"processor_minutes": _spent(spent_path) / 60}
 
 
 def _spent(path: Path) -> float:
-    """Processor seconds of the calls before; a call that was killed could not write its own."""
+    """Return the CPU seconds of earlier calls; a call that was killed did not write its own."""
     return float(read_json(path)["seconds"]) if path.is_file() else 0.0
 
 
 def _summary(
     runs: Sequence[Mapping[str, Any]], epochs: int, cost: StepCost, first: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {"num_parameters": cost.num_parameters, "seconds_per_step": cost.seconds, "epochs": epochs}
-    found["processor_minutes"] = [round(run["processor_minutes"], 2) for run in runs]
-    for name in ("accuracy", "balanced_accuracy"):
-        found[name] = mean_and_error([run[name] for run in runs])
-    differences = [theirs["accuracy"] - own["accuracy"] for theirs, own in zip(first, runs, strict=True)]
-    return found | {"behind_the_first": mean_and_error(differences)}
+    return {
+        "num_parameters": cost.num_parameters,
+        "seconds_per_step": cost.seconds,
+        "epochs": epochs,
+        "processor_minutes": [round(run["processor_minutes"], 2) for run in runs],
+        "accuracy": mean_and_error([run["accuracy"] for run in runs]),
+        "balanced_accuracy": mean_and_error([run["balanced_accuracy"] for run in runs]),
+        "behind_the_first": mean_and_error([best["accuracy"] - own["accuracy"] for best, own in zip(first, runs, strict=True)]),
+    }
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
-    """The mean over the folds and its standard error (their deviation over the root of their number)."""
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return {"mean": statistics.fmean(values), "standard_error": error, "folds": list(values)}
+    """Return the mean over the folds and its standard error (their deviation over the root of their number)."""
+    return {"mean": fmean(values), "standard_error": stdev(values) / len(values) ** 0.5, "folds": list(values)}
 
 
-def print_folds(found: Mapping[str, Mapping[str, Any]], minutes: float, num_classes: int) -> None:
-    """The table: a line a model, in the order of the call."""
-    print(f"\naccuracy on the test folds, {num_classes} classes, {minutes:g} processor minutes a fit; mean and standard error")
-    print(f"  {'':<12} {'accuracy, %':<32} {'behind the first':<18} {'weights':>9} {'epochs':>7} {'minutes':>8}")
+def show_folds(found: Mapping[str, Mapping[str, Any]], minutes: float, num_classes: int) -> None:
+    """Print the table: a row per model, in the order of the call."""
+    show(f"\naccuracy on the test folds, {num_classes} classes, {minutes:g} CPU minutes a fit; mean and standard error")
+    show(f"  {'':<12} {'accuracy, %':<32} {'behind the first':<18} {'weights':>9} {'epochs':>7} {'minutes':>8}")
     for model, row in found.items():
-        folds = ", ".join(f"{100 * value:.1f}" for value in row["accuracy"]["folds"])
-        accuracy = f"{_percent(row['accuracy'])} ({folds})"
+        accuracy = f"{_percent(row['accuracy'])} ({', '.join(f'{100 * value:.1f}' for value in row['accuracy']['folds'])})"
         behind = _percent(row["behind_the_first"]) if model != next(iter(found)) else ""
-        spent = statistics.fmean(row["processor_minutes"])
-        weights = f"{row['num_parameters'] / 1e6:.2f} M"
-        print(f"  {model:<12} {accuracy:<32} {behind:<18} {weights:>9} {row['epochs']:>7} {spent:>8.2f}")
+        weights, spent = f"{row['num_parameters'] / 1e6:.2f} M", fmean(row["processor_minutes"])
+        show(f"  {model:<12} {accuracy:<32} {behind:<18} {weights:>9} {row['epochs']:>7} {spent:>8.2f}")
 
 
 def _percent(value: Mapping[str, Any]) -> str:

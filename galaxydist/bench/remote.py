@@ -1,63 +1,62 @@
-"""``galaxydist bench remote``: an epoch from a slow server that fails, by one process and by two, the cache cold and warm."""
+"""``galaxydist bench remote``: an epoch from a slow, failing server, with a cold and a warm cache.
+
+The reading processes run ``python -m galaxydist.bench.remote JSON``.
+"""
 
 import dataclasses
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from galaxydist.bench.common import run_together, show, show_json
 from galaxydist.bench.flaky_server import Behaviour, FileServer, every
 from galaxydist.bench.loader_speed import find_source, repeat_source
 from galaxydist.cpus import available_cores
-from galaxydist.errors import UserError
 from galaxydist.loading.loader import RankInfo, TrainLoader
 from galaxydist.shards.manifest import Manifest, read_manifest, shard_name
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
 
-# One process of ``galaxydist bench remote``: reads its part of an epoch as training does, and says what it waited for.
-#
-# Run as ``python -m galaxydist.bench.remote JSON``; prints a line of JSON.
+SHARD_SIZE = 128
 
 
 @dataclass(frozen=True)
 class ReadingJob:
-    """What a process reads.
+    """Work of one reading process.
 
     Args:
         location: path or URL of the shards.
-        cache_dir, cache_bytes: of the node.
-        rank, world_size: this process.
+        cache_dir: cache of the node.
+        rank, world_size: of this process.
+        step_s: time that the consumer takes for a batch.
         batch_size, num_streams: of the run.
-        step_s: what the consumer takes for a batch.
     """
 
     location: str
     cache_dir: str
-    cache_bytes: int
     rank: int
     world_size: int
+    step_s: float
     batch_size: int
     num_streams: int
-    step_s: float
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How an epoch went.
+    """Times of an epoch.
 
     Args:
-        open_s: until the manifest and the columns were there.
-        first_s: from there to the first batch.
+        open_s: until the manifest and the columns were read.
+        first_s: from then to the first batch.
         wait_s: spent waiting for all later batches.
         epoch_s: from the first batch to the end.
-        digest: of all images and their numbers, in the order in which they came.
+        digest: of all images and their sample numbers, in the order of reading.
     """
 
     open_s: float
@@ -68,9 +67,9 @@ class Reading:
 
 
 def read_epoch(job: ReadingJob) -> Reading:
-    """Read one epoch."""
+    """Read this process's part of one epoch as training does."""
     started = time.perf_counter()
-    manifest = open_shards(job.location, CacheConfig(Path(job.cache_dir), job.cache_bytes))
+    manifest = open_shards(job.location, CacheConfig(Path(job.cache_dir), 1 << 40))
     opened = time.perf_counter()
     digest = hashlib.sha256()
     first_s = wait_s = 0.0
@@ -80,10 +79,10 @@ def read_epoch(job: ReadingJob) -> Reading:
         batch_size=job.batch_size,
         num_streams=job.num_streams,
         ranks=RankInfo(job.rank, job.world_size, ranks_on_node=job.world_size),
-    ) as reader:
-        for step in range(reader.steps_per_epoch):
+    ) as loader:
+        for step in range(loader.steps_per_epoch):
             asked = time.perf_counter()
-            batch = next(reader)
+            batch = next(loader)
             waited = time.perf_counter() - asked
             if step:
                 wait_s += waited
@@ -94,21 +93,14 @@ def read_epoch(job: ReadingJob) -> Reading:
     return Reading(opened - started, first_s, wait_s, time.perf_counter() - first, digest.hexdigest())
 
 
-if __name__ == "__main__":
-    print(json.dumps(dataclasses.asdict(read_epoch(ReadingJob(**json.loads(sys.argv[1]))))))
-
-
-SHARD_SIZE = 128
-
-
 @dataclass(frozen=True)
 class RemoteConditions:
-    """What is read how.
+    """Settings of the measurement.
 
     Args:
-        delay_s: of the server, before each answer.
-        fail_every: one request in so many fails: 503, a body cut short, a wrong byte, a connection reset, in turn.
-        step_s: what the consumer takes for a batch.
+        delay_s: delay of the server before each answer.
+        fail_every: one request in this number fails: 503, a body cut short, a wrong byte, a reset connection, in turn.
+        step_s: time that the consumer takes for a batch.
         batch_size, num_streams: of the run.
     """
 
@@ -127,52 +119,57 @@ def measure_remote(
     Args:
         root: folder of the benchmark's files; its cache is emptied.
         environ: environment variables of the processes.
-        conditions: of the readings.
+        conditions: settings of the measurement.
         data: local shards to serve; None: simulated galaxies.
-        num_images: in the epoch, where ``data`` is not given.
+        num_images: in the epoch, if ``data`` is not given.
 
     Returns:
-        What the lines of JSON hold.
+        The content of the lines of JSON.
 
     Raises:
-        UserError: no such data, or too few galaxies.
+        UserError: the data do not exist, or hold too few galaxies.
     """
     manifest = read_manifest(data) if data is not None else _simulated(root, num_images)
     split = manifest.split("train")
-    print(
+    show(
         f"{split.num_samples:,} {manifest.dataset} galaxies in {split.num_shards} shards, from a server that waits "
         f"{conditions.delay_s * 1000:g} ms and fails one request in {conditions.fail_every}; batches of "
-        f"{conditions.batch_size}, {conditions.step_s * 1000:g} ms a step, {conditions.num_streams} streams",
-        flush=True,
+        f"{conditions.batch_size}, {conditions.step_s * 1000:g} ms per step, {conditions.num_streams} streams"
     )
-    print(f"{'':17} {'to open':>8} {'1st batch':>9} {'then waits':>10}   requests for shards", flush=True)
+    show(f"{'':17} {'to open':>8} {'1st batch':>9} {'then waits':>10}   requests for shards")
     results = []
     for ranks in (1, 2):
         local = _jobs(str(manifest.path), root / "cache", ranks, dataclasses.replace(conditions, step_s=0.0))
-        expected = [read_epoch(job) for job in local]
+        expected = [read_epoch(job).digest for job in local]
         shutil.rmtree(root / "cache", ignore_errors=True)
         for state in ("cold", "warm"):
             with FileServer(manifest.dir, Behaviour(conditions.delay_s, every(conditions.fail_every))) as server:
-                found = _read(_jobs(server.url, root / "cache", ranks, conditions), environ)
-            is_exact = [reading.digest for reading in found] == [reading.digest for reading in expected]
-            result = {"task": f"remote.{state}", "ranks": ranks, **_waits(found), **_requests(server, split.num_shards)}
-            result |= {"is_exact": is_exact, **dataclasses.asdict(conditions)}
-            result |= {"data": manifest.dataset, "images": split.num_samples, "shards": split.num_shards}
+                jobs = [json.dumps(dataclasses.asdict(job)) for job in _jobs(server.url, root / "cache", ranks, conditions)]
+                commands = [[sys.executable, "-m", "galaxydist.bench.remote", job] for job in jobs]
+                readings = [Reading(**found) for found in run_together(commands, [environ] * ranks)]
+            result = {
+                "task": f"remote.{state}",
+                "ranks": ranks,
+                "open_s": max(reading.open_s for reading in readings),
+                "first_batch_s": max(reading.first_s for reading in readings),
+                "data_wait": max(reading.wait_s / reading.epoch_s for reading in readings),
+                **_requests(server, split.num_shards),
+                "is_exact": [reading.digest for reading in readings] == expected,
+                **dataclasses.asdict(conditions),
+                "data": manifest.dataset,
+                "images": split.num_samples,
+                "shards": split.num_shards,
+            }
             results.append(result)
-            _show(result)
+            title = f"{ranks} process{'es' if ranks > 1 else ''}, {state}"
+            show(
+                f"{title:17} {result['open_s']:6.2f} s {result['first_batch_s']:7.2f} s {result['data_wait']:10.1%}   "
+                f"{result['gets']} = {result['shards_fetched']} shards + {result['failures']} failures"
+                f"{'' if result['is_exact'] else '; NOT THE LOCAL EPOCH'}"
+            )
         shutil.rmtree(root / "cache", ignore_errors=True)
-    for result in results:
-        print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}))
+    show_json(*results)
     return results
-
-
-def _waits(found: list[Reading]) -> dict[str, float]:
-    """Of the process that waited most."""
-    return {
-        "open_s": max(reading.open_s for reading in found),
-        "first_batch_s": max(reading.first_s for reading in found),
-        "data_wait": max(reading.wait_s / reading.epoch_s for reading in found),
-    }
 
 
 def _requests(server: FileServer, num_shards: int) -> dict[str, Any]:
@@ -186,51 +183,17 @@ def _requests(server: FileServer, num_shards: int) -> dict[str, Any]:
     }
 
 
-def _show(result: Mapping[str, Any]) -> None:
-    who = f"{result['ranks']} process{'es' if result['ranks'] > 1 else ''}, {result['task'].partition('.')[2]}"
-    print(
-        f"{who:17} {result['open_s']:6.2f} s {result['first_batch_s']:7.2f} s {result['data_wait']:10.1%}   "
-        f"{result['gets']} = {result['shards_fetched']} shards + {result['failures']} failures"
-        f"{'' if result['is_exact'] else '; NOT THE LOCAL EPOCH'}",
-        flush=True,
-    )
-
-
 def _jobs(location: str, cache_dir: Path, ranks: int, conditions: RemoteConditions) -> list[ReadingJob]:
-    """One for each process."""
-    return [
-        ReadingJob(
-            location=location,
-            cache_dir=str(cache_dir),
-            cache_bytes=1 << 40,
-            rank=rank,
-            world_size=ranks,
-            batch_size=conditions.batch_size,
-            num_streams=conditions.num_streams,
-            step_s=conditions.step_s,
-        )
-        for rank in range(ranks)
-    ]
-
-
-def _read(jobs: Sequence[ReadingJob], environ: Mapping[str, str]) -> list[Reading]:
-    """One epoch by processes of their own, at the same time."""
-    processes = []
-    for job in jobs:
-        command = [sys.executable, "-m", "galaxydist.bench.remote", json.dumps(dataclasses.asdict(job))]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(environ)))
-    try:
-        answers = [process.communicate()[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    if any(process.returncode for process in processes):
-        raise UserError("a reading process failed: see above")
-    return [Reading(**json.loads(answer.splitlines()[-1])) for answer in answers]
+    """Return the job of each process."""
+    run = (conditions.step_s, conditions.batch_size, conditions.num_streams)
+    return [ReadingJob(location, str(cache_dir), rank, ranks, *run) for rank in range(ranks)]
 
 
 def _simulated(root: Path, num_images: int) -> Manifest:
     workers = available_cores()
     source = find_source(root, data=None, real=None, workers=workers)
     return repeat_source(source, root, num_images=num_images, least=num_images, shard_size=SHARD_SIZE, workers=workers)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(dataclasses.asdict(read_epoch(ReadingJob(**json.loads(sys.argv[1]))))) + "\n")

@@ -1,27 +1,103 @@
-"""``galaxydist bench scaling``: images per second of one process and of several, each on a core of its own, in turn."""
+"""``galaxydist bench scaling``: images per second of one process and of several, each on its own core.
 
+The measuring processes run ``python -m galaxydist.cli.bench JSON`` with the variables of a launcher.
+"""
+
+import contextlib
 import dataclasses
+import io
 import json
-import math
-import statistics
-import subprocess
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from galaxydist.bench.in_memory import write_noise, write_recipe
-from galaxydist.bench.scaling_worker import LAST_STEPS, WARM_STEPS, ScalingJob
+from galaxydist.bench.common import run_together, show, show_json, spread
+from galaxydist.bench.in_memory import MemoryTrainer, write_noise, write_recipe
 from galaxydist.cpus import bound_cores
+from galaxydist.distributed import init_distributed, shutdown_distributed
 from galaxydist.errors import UserError
+from galaxydist.recipe.resolve import load_recipe
 from galaxydist.training.processes import free_port
 
-POLL_S, GRACE_S = 0.05, 20.0
+# Steps before the clock starts, which set up memory and connections, and steps after it, in which the run stops.
+WARM_STEPS, LAST_STEPS = 3, 3
+
+
+@dataclass(frozen=True)
+class ScalingJob:
+    """Work of one measuring process.
+
+    Args:
+        arguments: the recipe of the run, whose folder is new.
+        steps: number of timed steps.
+        num_images: in all of them, over all processes.
+        cores: processes are bound to one each.
+    """
+
+    arguments: tuple[str, ...]
+    steps: int
+    num_images: int
+    cores: tuple[int, ...]
+
+
+@dataclass
+class StepClock:
+    """Times ``steps`` steps after the first ones; called before each step."""
+
+    device: torch.device
+    steps: int
+    times: list[float] = field(default_factory=list)
+
+    def __call__(self, step: int) -> bool:
+        if step in (WARM_STEPS, WARM_STEPS + self.steps):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.times.append(time.perf_counter())
+        return step >= WARM_STEPS + self.steps
+
+
+def train_in_memory(job: ScalingJob, environ: MutableMapping[str, str]) -> dict[str, Any]:
+    """Train on images in memory; return the speed, and the number of processes and threads that took part."""
+    world = init_distributed("auto", environ)
+    clock = StepClock(world.device, job.steps)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as quiet, contextlib.redirect_stderr(quiet):
+            MemoryTrainer(load_recipe(job.arguments), world, environ, lambda _trainer, _batches: clock).run()
+        threads = max(world.all_gather(torch.get_num_threads()))
+    finally:
+        shutdown_distributed()
+    seconds = clock.times[1] - clock.times[0]
+    return {
+        "images_per_s": job.num_images / seconds,
+        "world_size": world.size,
+        "device": world.device.type,
+        "threads": threads,
+    }
+
+
+def main(text: str, environ: MutableMapping[str, str]) -> int:
+    """Do a job given as JSON, and print the result on rank 0; return 0, or 2 for an error that the user can mend."""
+    job = ScalingJob(**json.loads(text))
+    os.sched_setaffinity(0, {job.cores[int(environ["LOCAL_RANK"]) % len(job.cores)]})
+    is_first = environ["RANK"] == "0"
+    try:
+        answer = train_in_memory(job, environ)
+    except UserError as error:
+        if is_first:
+            sys.stderr.write(f"galaxydist: error: {error}\n")
+        return 2
+    if is_first:
+        sys.stdout.write(f"{json.dumps(answer)}\n")
+    return 0
 
 
 def measure_scaling(
@@ -38,89 +114,77 @@ def measure_scaling(
 
     Args:
         environ: environment variables of the processes.
-        processes: how many are compared with one.
+        processes: number that is compared with one.
         model: name in the recipe.
-        image_size: of the images, in pixels.
+        image_size: width of the images in pixels.
         batch_size: of each process.
-        steps: that are timed, in each round.
-        rounds: medians over them are given.
+        steps: number of timed steps in each round.
+        rounds: number of runs of each; their medians are reported.
 
     Returns:
-        What the line of JSON holds.
+        The content of the line of JSON.
 
     Raises:
-        UserError: fewer GPUs than processes; a training run that failed (it says why).
-        AssertionError: not as many processes came together as were asked for.
+        UserError: fewer GPUs than processes, or a training run that failed, which has printed the reason.
+        AssertionError: the number of processes in a run is not the one asked for.
     """
     gpus = torch.cuda.device_count()
     if 0 < gpus < processes:
         raise UserError(f"--processes {processes} is more than the {gpus} GPUs here; CUDA_VISIBLE_DEVICES= measures on the CPU")
-    cores = sorted(bound_cores())
-    settings: dict[str, object] = {"data.image_size": image_size, "train.epochs": 1}
+    cores = tuple(sorted(bound_cores()))
     speeds: dict[int, list[float]] = {1: [], processes: []}
-    answers: dict[int, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="galaxydist-bench-") as name, _bar(rounds * len(speeds)) as bar:
-        work_dir = Path(name)
-        all_steps = WARM_STEPS + steps + LAST_STEPS
-        settings["data.manifest"] = write_noise(work_dir / "shards", all_steps * processes * batch_size)
+    answers: list[dict[str, Any]] = []
+    bar = tqdm(total=rounds * len(speeds), desc="measuring", unit="run", disable=None, leave=False)
+    with tempfile.TemporaryDirectory(prefix="galaxydist-bench-") as name, bar:
+        num_images = (WARM_STEPS + steps + LAST_STEPS) * processes * batch_size
+        settings = {
+            "data.image_size": image_size,
+            "train.epochs": 1,
+            "data.manifest": write_noise(Path(name) / "shards", num_images),
+        }
         for number in range(rounds):
             for size, found in speeds.items():
-                settings |= {"train.batch_size": size * batch_size, "run.dir": work_dir / f"run-{number}-{size}"}
-                arguments = write_recipe(work_dir, model, settings)
-                job = ScalingJob(tuple(arguments), steps=steps, num_images=steps * size * batch_size, cores=tuple(cores))
-                answer = _run(job, size, environ)
-                assert answer["world_size"] == size, f"{size} processes were asked for, {answer['world_size']} came together"
-                answers[answer["world_size"]] = answer
-                found.append(answer["images_per_s"])
+                changes = {"train.batch_size": size * batch_size, "run.dir": Path(name) / f"run-{number}-{size}"}
+                arguments = tuple(write_recipe(Path(name), model, {**settings, **changes}))
+                answers.append(_run(ScalingJob(arguments, steps, steps * size * batch_size, cores), size, environ))
+                assert answers[-1]["world_size"] == size, f"{answers[-1]['world_size']} processes ran instead of {size}"
+                found.append(answers[-1]["images_per_s"])
                 bar.update()
     ratios = [many / one for one, many in zip(speeds[1], speeds[processes], strict=True)]
-    result: dict[str, Any] = {"task": "scaling", "model": model, "processes": processes, "world_sizes": sorted(answers)}
-    result |= {"one": statistics.median(speeds[1]), "several": statistics.median(speeds[processes])}
-    result |= {"ratio": statistics.median(ratios), "ratio_least": min(ratios), "ratio_greatest": max(ratios)}
-    result |= {"image_size": image_size, "batch_size": batch_size, "steps": steps, "rounds": rounds}
-    result |= {"device": answer["device"], "threads": max(answer["threads"] for answer in answers.values()), "cores": len(cores)}
-    _show(result)
-    print(json.dumps({key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in result.items()}))
+    result: dict[str, Any] = {
+        "task": "scaling",
+        "model": model,
+        "processes": processes,
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "steps": steps,
+        "rounds": rounds,
+        "world_sizes": sorted({answer["world_size"] for answer in answers}),
+        "cores": len(cores),
+        "one": median(speeds[1]),
+        "several": median(speeds[processes]),
+        "ratio": median(ratios),
+        "ratio_least": min(ratios),
+        "ratio_greatest": max(ratios),
+        "device": answers[0]["device"],
+        "threads": max(answer["threads"] for answer in answers),
+    }
+    shared = "" if processes <= len(cores) else f" (sharing {len(cores)} cores)"
+    show(
+        f"{model}, {image_size} px, batches of {batch_size} per process, {result['device']}, "
+        f"{result['threads']} thread each: 1 process {result['one']:,.0f} img/s, {processes} processes "
+        f"{result['several']:,.0f} img/s{shared}; ratio {spread(ratios)}"
+    )
+    show_json(result)
     return result
 
 
-def _bar(total: int) -> Any:
-    return tqdm(total=total, desc="measuring", unit="run", disable=None, leave=False)
-
-
 def _run(job: ScalingJob, size: int, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Train by so many processes; what rank 0 answers."""
+    """Train with ``size`` processes; return the result of rank 0."""
     command = [sys.executable, "-m", "galaxydist.cli.bench", json.dumps(dataclasses.asdict(job))]
     # The BLAS and OpenMP pools of a process are made when it starts.
     common = {**environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(size)
-    ]
-    deadline = math.inf
-    try:
-        while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
-            if any(codes):  # the others end too, and rank 0 says why
-                deadline = min(deadline, time.monotonic() + GRACE_S)
-            time.sleep(POLL_S)
-        if codes != [0] * size:
-            raise UserError(f"the training run by {size} processes failed: see above")
-        answers = [process.communicate()[0].splitlines() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    answer: dict[str, Any] = json.loads(answers[0][-1])
+    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    answer: dict[str, Any] = run_together([command] * size, ranks)[0]
     return answer
-
-
-def _show(result: Mapping[str, Any]) -> None:
-    shared = "" if result["processes"] <= result["cores"] else f" (they share {result['cores']} cores)"
-    print(
-        f"{result['model']}, {result['image_size']} px, batches of {result['batch_size']} a process, {result['device']}, "
-        f"{result['threads']} thread each: 1 process {result['one']:,.0f} img/s, {result['processes']} processes "
-        f"{result['several']:,.0f} img/s{shared}; ratio {result['ratio']:.3f} ({result['ratio_least']:.3f} ... "
-        f"{result['ratio_greatest']:.3f})",
-        flush=True,
-    )

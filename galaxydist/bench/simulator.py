@@ -1,32 +1,32 @@
-"""How easy the simulated survey is: what a classifier reaches that sees no shapes, or hardly any.
+"""``galaxydist bench simulator`` and ``transfer``: difficulty and realism of the simulated survey.
 
-A simulation whose classes could be told by colour and brightness alone would flatter every model trained on it.
+A simulation whose classes could be recognised by colour and brightness alone would flatter every model trained on it.
 """
 
 import dataclasses
 import json
 import re
-import statistics
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from galaxydist.bench.common import show
+from galaxydist.bench.loader_speed import simulated_shards
 from galaxydist.errors import UserError
 from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.recipe.resolve import load_recipe
-from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_folder import FolderSurvey, open_image_folder
 from galaxydist.surveys.simulate.population import plan_survey
-from galaxydist.surveys.simulate.survey import draw_rows, simulate_survey
-from galaxydist.surveys.survey_sources import open_survey
+from galaxydist.surveys.simulate.survey import draw_rows
 from galaxydist.training.trainer import train
 
-# Above this (balanced accuracy, ten classes) the simulation is too easy.
+# Balanced accuracy of ten classes above which the simulation is too easy.
 GUARD_LIMIT = 0.50
 _QUANTILES = (0.05, 0.25, 0.50, 0.75, 0.95)
 _THUMBNAIL = 16
@@ -39,30 +39,23 @@ _TITLES = {
 
 
 def colour_features(images_BHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """B x 21: each channel's mean, standard deviation and quantiles (5, 25, 50, 75, 95 %)."""
+    """Return each channel's mean, standard deviation and quantiles (5, 25, 50, 75, 95 %) of each image, B x 21."""
     features = []
     for image in images_BHWC:
         pixels = image.reshape(-1, 3).astype(np.float64)
-        features.append(
-            np.concatenate([pixels.mean(axis=0), pixels.std(axis=0), np.quantile(pixels, _QUANTILES, axis=0).ravel()])
-        )
-    return np.array(features)
+        features.append([pixels.mean(axis=0), pixels.std(axis=0), *np.quantile(pixels, _QUANTILES, axis=0)])
+    return np.array(features).reshape(len(images_BHWC), -1)
 
 
 def thumbnails(images_BHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """B x 768: the images averaged down to 16 x 16 pixels, three channels."""
+    """Return the images averaged down to 16 x 16 pixels with three channels, B x 768."""
     size = images_BHWC.shape[1] // _THUMBNAIL
     blocks = images_BHWC.reshape(len(images_BHWC), _THUMBNAIL, size, _THUMBNAIL, size, 3)
     return np.asarray(blocks.mean(axis=(2, 4)).reshape(len(images_BHWC), -1), np.float64)
 
 
-def _centre(images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    quarter = images_BHWC.shape[1] // 4
-    return images_BHWC[:, quarter:-quarter, quarter:-quarter]
-
-
 def guard_accuracies(images_BHWC: NDArray[np.uint8], labels_B: NDArray[np.int64], seed: int = 0) -> dict[str, float]:
-    """Stratified five-fold cross-validated balanced accuracies of the two classifiers.
+    """Return the stratified five-fold cross-validated balanced accuracies of the two classifiers.
 
     Args:
         images_BHWC: B x 256 x 256 x 3 uint8.
@@ -76,36 +69,35 @@ def guard_accuracies(images_BHWC: NDArray[np.uint8], labels_B: NDArray[np.int64]
     """
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
-    trials: dict[str, tuple[Any, Callable[[NDArray[np.uint8]], NDArray[np.float64]]]] = {
-        "colour": (make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000)), colour_features),
-        "colour_centre": (
-            make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000)),
-            lambda images: colour_features(_centre(images)),
-        ),
-        "thumbnail": (RandomForestClassifier(500, random_state=seed, n_jobs=-1), thumbnails),
+    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+    quarter = images_BHWC.shape[1] // 4
+    guards = {
+        "colour": (regression, colour_features(images_BHWC)),
+        "colour_centre": (regression, colour_features(images_BHWC[:, quarter:-quarter, quarter:-quarter])),
+        "thumbnail": (RandomForestClassifier(500, random_state=seed, n_jobs=-1), thumbnails(images_BHWC)),
     }
-    accuracies = {}
-    for name, (model, features) in trials.items():
-        predicted = cross_val_predict(model, features(images_BHWC), labels_B, cv=folds)
-        accuracies[name] = float(np.mean([np.mean(predicted[labels_B == label] == label) for label in np.unique(labels_B)]))
-    return accuracies
+    return {
+        name: float(balanced_accuracy_score(labels_B, cross_val_predict(model, features, labels_B, cv=folds)))
+        for name, (model, features) in guards.items()
+    }
 
 
 def measure_guards(
     num_galaxies: int = 1000, seed: int = 0, real_dir: Path | None = None, workers: int | None = None
 ) -> dict[str, Any]:
-    """Draw a class-balanced simulated set, measure both guards, print a table and, as the last line, the result as JSON.
+    """Draw a class-balanced simulated set, measure the guards, print a table and, last, a line of JSON.
 
     Args:
         num_galaxies: size of the simulated set.
         seed: of the simulated set and the classifiers.
-        real_dir: a folder of real galaxies (``<label>/<row>.jpg``, 256 x 256) to measure beside it.
-        workers: processes to draw with.
+        real_dir: a folder of real galaxies (``<label>/<row>.jpg``, 256 x 256) to compare with.
+        workers: number of processes that draw.
 
     Returns:
         ``{"num_galaxies", "seed", "limit", "simulated": {guard: accuracy}, "real": ... or None, "passed"}``.
@@ -118,20 +110,19 @@ def measure_guards(
     plan = plan_survey(num_galaxies, seed, balanced=True)
     simulated = guard_accuracies(draw_rows(plan, workers, "simulate"), plan.labels, seed)
     real = guard_accuracies(*_read_real(real_dir), seed) if real_dir else None
-    passed = max(simulated.values()) <= GUARD_LIMIT
-    print(f"{'balanced accuracy, five-fold':<48}{'simulated':>10}{'real':>8}{'limit':>8}")
+    show(f"{'balanced accuracy, five-fold':<48}{'simulated':>10}{'real':>8}{'limit':>8}")
     for name, text in _TITLES.items():
-        shown = f"{real[name]:8.1%}" if real else f"{'-':>8}"
-        print(f"{text:<48}{simulated[name]:10.1%}{shown}{GUARD_LIMIT:8.0%}")
-    result = {
+        of_real = f"{real[name]:8.1%}" if real else f"{'-':>8}"
+        show(f"{text:<48}{simulated[name]:10.1%}{of_real}{GUARD_LIMIT:8.0%}")
+    result: dict[str, Any] = {
         "num_galaxies": num_galaxies,
         "seed": seed,
         "limit": GUARD_LIMIT,
         "simulated": simulated,
         "real": real,
-        "passed": passed,
+        "passed": max(simulated.values()) <= GUARD_LIMIT,
     }
-    print(json.dumps(result))
+    show(json.dumps(result))
     return result
 
 
@@ -145,9 +136,9 @@ def _read_real(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return images, np.array([int(path.parent.name) for path in paths])
 
 
-# How much a simulated survey is like the sky: train on simulated galaxies alone, test on real ones.
+# Likeness to the sky: training on simulated galaxies alone, test on real ones.
 
-# Rows of each class (the first ones) on which simulator, recipe and checkpoint may be chosen; the figure is from the others.
+# Number of first rows of each class that are used to tune simulator and recipe; the reported accuracy is of the others.
 TUNING_ROWS = 50
 
 
@@ -162,15 +153,15 @@ def measure_transfer(
 ) -> dict[str, Any]:
     """Train the demo's recipe on class-balanced simulated galaxies and test it on real ones; print a table and a JSON line.
 
-    Nothing is chosen: fixed epochs, the last (averaged) weights. The real galaxies stand in two halves: ``tuning``, the first 50
-    rows of each class, on which the simulator was made to look right, and ``held_out``, the rest, from which the figure is.
-    A second call takes up what the first one finished.
+    Nothing is chosen: the epochs are fixed, and the last (averaged) weights are evaluated. The real galaxies are in two halves:
+    ``tuning``, the first 50 rows of each class, with which the simulator was tuned, and ``held_out``, the rest, whose accuracy is
+    the result. A second call continues where the first one stopped.
 
     Args:
         real_dir: ``<label>/<row>.jpg``.
-        work_dir: where shards and runs are kept.
-        environ: the process's environment.
-        num_galaxies: simulated ones, seed 1.
+        work_dir: folder for shards and runs.
+        environ: environment of the process.
+        num_galaxies: number of simulated ones, seed 1.
         seeds: number of training runs, seeds 0, 1, ...
         overrides: further ``key=value`` of the recipe.
 
@@ -178,9 +169,9 @@ def measure_transfer(
         Accuracy (balanced over the classes) by test set, mean and single seeds.
 
     Raises:
-        UserError: no real galaxies there, or a recipe that cannot be used.
+        UserError: no real galaxies, or a recipe that cannot be used.
     """
-    simulated = _simulated_shards(work_dir, num_galaxies)
+    simulated = simulated_shards(work_dir, num_galaxies)
     real = write_shards(
         split_by_row(open_image_folder(real_dir, name="real_sample", fold=(0, 2), classes="galaxy10")), work_dir / "real"
     )
@@ -201,17 +192,17 @@ def measure_transfer(
         "task": "transfer",
         "train": "simulated",
         "num_galaxies": num_galaxies,
-        **{name: {"mean": statistics.fmean(values), "seeds": values} for name, values in found.items()},
+        **{name: {"mean": fmean(values), "seeds": values} for name, values in found.items()},
     }
-    print(f"\ntrained on {num_galaxies:,} simulated galaxies; balanced accuracy, mean of {seeds} seeds:")
+    show(f"\ntrained on {num_galaxies:,} simulated galaxies; balanced accuracy, mean of {seeds} seeds:")
     for name, values in found.items():
-        print(f"  {name:<10} {statistics.fmean(values):.3f}   ({', '.join(f'{value:.3f}' for value in values)})")
-    print(json.dumps(result))
+        show(f"  {name:<10} {fmean(values):.3f}   ({', '.join(f'{value:.3f}' for value in values)})")
+    show(json.dumps(result))
     return result
 
 
 def split_by_row(survey: FolderSurvey) -> FolderSurvey:
-    """The first rows of each class as ``train`` (the tuning half), the others as ``test`` (held out).
+    """Split a survey into the first rows of each class as ``train`` (the tuning half) and the others as ``test`` (held out).
 
     Raises:
         UserError: files whose names are not row numbers.
@@ -219,7 +210,7 @@ def split_by_row(survey: FolderSurvey) -> FolderSurvey:
     rows: list[int] = []
     for file in survey.files:
         if (match := re.fullmatch(r"\d+", Path(file).stem)) is None:
-            raise UserError(f"{survey.root / file} is not named by its row in the official file, as <label>/<row>.jpg")
+            raise UserError(f"{survey.root / file} is not named after its row in the official file, as <label>/<row>.jpg")
         rows.append(int(match[0]))
     is_tuning = np.zeros(len(rows), bool)
     for label in np.unique(survey.labels):
@@ -227,11 +218,3 @@ def split_by_row(survey: FolderSurvey) -> FolderSurvey:
         is_tuning[members[np.argsort(np.asarray(rows)[members])][:TUNING_ROWS]] = True
     splits = {"train": np.flatnonzero(is_tuning), "test": np.flatnonzero(~is_tuning)}
     return dataclasses.replace(survey, splits=splits)
-
-
-def _simulated_shards(work_dir: Path, num_galaxies: int) -> Manifest:
-    path = work_dir / f"simulated-{num_galaxies}.h5"
-    if not path.exists():
-        work_dir.mkdir(parents=True, exist_ok=True)
-        simulate_survey(path, num_galaxies, seed=1, balanced=True)
-    return write_shards(open_survey(path), work_dir / f"simulated-{num_galaxies}")

@@ -1,24 +1,22 @@
-"""``galaxydist bench trainer``: the trainer's loop against a bare PyTorch loop, in turn within one process."""
+"""``galaxydist bench trainer``: the trainer's loop against a plain PyTorch loop, in one process."""
 
 import contextlib
 import copy
 import io
-import json
-import statistics
 import tempfile
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.nn.utils import clip_grad_norm_
 
-from galaxydist.bench.in_memory import MemoryBatches, MemoryTrainer, write_noise, write_recipe
+from galaxydist.bench.common import Lap, show, show_json, spread
+from galaxydist.bench.in_memory import MemoryBatches, MemoryTrainer, plain_step, write_noise, write_recipe
 from galaxydist.distributed import World, init_distributed, shutdown_distributed
 from galaxydist.errors import UserError
 from galaxydist.models.build import build_model
@@ -28,14 +26,22 @@ from galaxydist.runs.folder import RunFolder
 from galaxydist.training.optimizer import LRSchedule
 from galaxydist.training.trainer import Trainer
 
-# Training as one would write it in plain PyTorch, to compare the trainer with.
+MODELS = ("custom_cnn", "resnet18")
+HAVE_WIDTH = ("custom_cnn", "d4_cnn")
+# Rounds of warm-up before the timed ones.
+WARM_ROUNDS = 1
+# Images in a batch, by device and model.
+BATCH_SIZES = {"cpu": {"custom_cnn": 48, "resnet18": 32}, "cuda": {"custom_cnn": 192, "resnet18": 192}}
+IMAGE_SIZES = {"cpu": 64, "cuda": 224}
+# Both loops sum the same numbers in different orders, and the rounding differences grow from step to step.
+FIRST_TOLERANCE, TOLERANCE = 1e-4, 0.05
 
 
 class BareLoop:
-    """The same start, batches, changes to the images and optimizer as a run of the trainer, and nothing around them.
+    """Plain PyTorch loop with the same initial weights, batches, augmentation and optimizer as a run of the trainer.
 
     Args:
-        world: the device and the precision.
+        world: gives the device and the precision.
         recipe: of the run.
         trainer: of the run, before its first step.
         batches: of the run.
@@ -43,52 +49,38 @@ class BareLoop:
     """
 
     def __init__(self, world: World, recipe: Recipe, trainer: Trainer, batches: MemoryBatches, num_classes: int) -> None:
-        self.device, self.is_mixed = world.device, world.precision == "bf16"
-        self.augment, self.batches = trainer.augment, batches
-        self.rate = LRSchedule(recipe.optim, trainer.length.total_steps)
-        self.clip_norm, self.label_smoothing = recipe.train.clip_norm, recipe.train.label_smoothing
-        theirs = trainer.model
+        self.device, self.batches, self.augment = world.device, batches, trainer.augment
+        self.schedule = LRSchedule(recipe.optim, trainer.length.total_steps)
+        self.options: dict[str, Any] = {
+            "label_smoothing": recipe.train.label_smoothing,
+            "clip_norm": recipe.train.clip_norm,
+            "bf16": world.precision == "bf16",
+        }
+        trained = trainer.model
         self.model = build_model(recipe.model, num_classes, recipe.data.image_size).to(world.device, world.dtype)
-        self.model.load_state_dict(theirs.state_dict())
-        ours = {id(old): new for old, new in zip(theirs.parameters(), self.model.parameters(), strict=True)}
-        self.optimizer: torch.optim.Optimizer = copy.deepcopy(trainer.state.optimizer.optimizer, ours)
+        self.model.load_state_dict(trained.state_dict())
+        copies = {id(old): new for old, new in zip(trained.parameters(), self.model.parameters(), strict=True)}
+        self.optimizer: torch.optim.Optimizer = copy.deepcopy(trainer.state.optimizer.optimizer, copies)
         self.losses: list[Tensor] = []
 
     def run(self, steps: range) -> None:
-        """Take these steps; the loss of each is kept, on the device."""
+        """Take these steps; the loss of each stays on the device."""
         for step in steps:
             batch = self.batches.at(step)
             images_BCHW = self.augment(batch.images_BHWC.to(self.device, non_blocking=True), batch.epoch, batch.positions_B)
             labels_B = batch.labels_B.to(self.device, non_blocking=True)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate(step)
-            self.optimizer.zero_grad()
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_mixed):
-                loss = functional.cross_entropy(self.model(images_BCHW), labels_B, label_smoothing=self.label_smoothing)
-            loss.backward()  # type: ignore[no-untyped-call]
-            clip_grad_norm_(self.model.parameters(), self.clip_norm)
-            self.optimizer.step()
-            self.losses.append(loss.detach())
-
-
-MODELS = ("custom_cnn", "resnet18")
-HAVE_WIDTH = ("custom_cnn", "d4_cnn")
-# The rounds before them only warm up.
-WARM_ROUNDS = 1
-# Images in a batch, by device and model.
-BATCH_SIZES = {"cpu": {"custom_cnn": 48, "resnet18": 32}, "cuda": {"custom_cnn": 192, "resnet18": 192}}
-IMAGE_SIZES = {"cpu": 64, "cuda": 224}
-# Both loops sum the same numbers in another order, and what is rounded otherwise grows from step to step.
-FIRST_TOLERANCE, TOLERANCE = 1e-4, 0.05
+                group["lr"] = self.schedule(step)
+            self.losses.append(plain_step(self.model, self.optimizer, images_BCHW, labels_B, **self.options))
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is trained; None: as suits the device.
+    """Sizes of model and images; None: the default of the device.
 
     Args:
         width: of the models that have one.
-        image_size: of the images, stored and seen, in pixels.
+        image_size: width of the images, stored and seen, in pixels.
         batch_size: of a step.
     """
 
@@ -97,60 +89,49 @@ class Sizes:
     batch_size: int | None = None
 
 
+def read_clocks(device: torch.device) -> Lap:
+    """Return the times when the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return Lap(time.perf_counter(), time.process_time())
+
+
 @dataclass
 class Turns:
-    """Lets the bare loop take its steps before some of the trainer's, and takes the time of both: A B B A A B B A ...
+    """Interleaves turns of the bare loop with those of the trainer, in the order A B B A A B B A ..., and times both.
 
     Called before each step of the trainer with its number.
 
     Args:
-        bare: the other loop.
-        steps: of a turn.
-        rounds: turns of each.
+        bare: the bare loop.
+        steps: steps in a turn.
+        rounds: turns of each loop.
     """
 
     bare: BareLoop
     steps: int
     rounds: int
-    ours: list["Lap"] = field(default_factory=list)
-    theirs: list["Lap"] = field(default_factory=list)
-    _started: "Lap | None" = None
+    trainer_laps: list[Lap] = field(default_factory=list)
+    bare_laps: list[Lap] = field(default_factory=list)
+    _started: Lap | None = None
 
     def __call__(self, step: int) -> bool:
         if step % self.steps:
             return False
-        now = Lap.now(self.bare.device)
+        device, turn = self.bare.device, step // self.steps
+        now = read_clocks(device)
         if self._started is not None:
-            self.ours.append(now - self._started)
-        turn = step // self.steps
+            self.trainer_laps.append(now - self._started)
         for number in bare_turns(turn, self.rounds):
-            before = Lap.now(self.bare.device)
+            before = read_clocks(device)
             self.bare.run(range(number * self.steps, (number + 1) * self.steps))
-            self.theirs.append(Lap.now(self.bare.device) - before)
-        self._started = Lap.now(self.bare.device)
+            self.bare_laps.append(read_clocks(device) - before)
+        self._started = read_clocks(device)
         return turn == self.rounds
 
 
-@dataclass(frozen=True)
-class Lap:
-    """Seconds by the clock, and of processor time of this process."""
-
-    wall_s: float
-    cpu_s: float
-
-    def __sub__(self, other: "Lap") -> "Lap":
-        return Lap(self.wall_s - other.wall_s, self.cpu_s - other.cpu_s)
-
-    @classmethod
-    def now(cls, device: torch.device) -> "Lap":
-        """When what the device was given is done."""
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return cls(time.perf_counter(), time.process_time())
-
-
 def bare_turns(turn: int, rounds: int) -> list[int]:
-    """The turns of the bare loop before the trainer's turn number ``turn`` (from 0; ``rounds``: after the last)."""
+    """Return the turns of the bare loop before the trainer's turn number ``turn`` (from 0; ``rounds``: after the last)."""
     return [number for number in (turn - 1, turn) if number < rounds] if turn % 2 else []
 
 
@@ -169,36 +150,36 @@ def measure_trainer(
         environ: environment variables.
         models: names in the recipe.
         sizes: of model, images and batch.
-        steps: of a turn.
-        rounds: turns of each loop that count; medians over them are given.
+        steps: steps in a turn.
+        rounds: timed turns of each loop; their medians are reported.
         precision: as in the recipe.
 
     Returns:
-        What the lines of JSON hold.
+        The content of the lines of JSON.
 
     Raises:
-        UserError: settings that the trainer does not take; fp16, for which a bare loop would need a scaler too.
-        AssertionError: the two did not do the same.
+        UserError: settings that the trainer refuses; fp16, for which the bare loop has no gradient scaler.
+        AssertionError: the losses of the two loops differ.
     """
     world = init_distributed(precision, dict(environ))
     try:
         if world.precision == "fp16":
-            raise UserError("here train.precision=auto is fp16, which the bare loop does not do: give --precision no")
+            raise UserError("train.precision=auto is fp16 here, which the bare loop does not support: give --precision no")
         results = [
             _measure(world, environ, model, sizes or Sizes(), steps=steps, rounds=WARM_ROUNDS + rounds) for model in models
         ]
     finally:
         shutdown_distributed()
-    for result in results:
-        print(json.dumps({key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in result.items()}))
+    show_json(*results)
     return results
 
 
 def _measure(
     world: World, environ: MutableMapping[str, str], model: str, sizes: Sizes, *, steps: int, rounds: int
 ) -> dict[str, Any]:
-    image_size = sizes.image_size or IMAGE_SIZES[world.device.type]
-    batch_size = sizes.batch_size or BATCH_SIZES[world.device.type].get(model, 32)
+    device = world.device.type
+    image_size = sizes.image_size or IMAGE_SIZES[device]
+    batch_size = sizes.batch_size or BATCH_SIZES[device].get(model, 32)
     turns: list[Turns] = []
     with tempfile.TemporaryDirectory(prefix="galaxydist-bench-") as name:
         folder = RunFolder(Path(name) / "run")
@@ -208,7 +189,7 @@ def _measure(
             "data.image_size": image_size,
             "train.batch_size": batch_size,
             "train.precision": world.precision,
-            "train.epochs": rounds + 1,  # one turn each, and room to stop in
+            "train.epochs": rounds + 1,  # one turn each, and one in which the run stops
             "train.save_every": rounds + 1,
             "tracker.name": "wandb",
             "tracker.mode": "offline",
@@ -221,37 +202,43 @@ def _measure(
             turns.append(Turns(BareLoop(world, resolved.recipe, trainer, batches, num_classes=10), steps, rounds))
             return turns[0]
 
-        # The trainer's figures count our pauses.
+        # The trainer's own figures include the turns of the bare loop.
         with contextlib.redirect_stdout(io.StringIO()) as quiet, contextlib.redirect_stderr(quiet):
             MemoryTrainer(resolved, world, environ, watch).run()
         world.accelerator.free_memory()
         lines = [line for line in folder.metrics.read() if line["step"] <= steps * rounds]
         has_tracker = "run_id" in folder.read_tracker()
-    (both,) = turns
-    difference = compare_losses(lines, [float(loss) for loss in both.bare.losses])
-    result = {"task": "trainer", "model": model, **_speeds(both, steps * batch_size), "loss_difference": difference}
-    result |= {"image_size": image_size, "batch_size": batch_size, "steps": steps, "rounds": rounds - WARM_ROUNDS}
-    result |= {"device": world.device.type, "precision": world.precision, "threads": world.cores}
-    result |= {"tracker": "wandb offline" if has_tracker else "none"}
-    _show(result)
-    return result
-
-
-def _speeds(both: Turns, num_images: int) -> dict[str, Any]:
-    ours, bare = both.ours[WARM_ROUNDS:], both.theirs[WARM_ROUNDS:]
-    ratios = [theirs.wall_s / mine.wall_s for mine, theirs in zip(ours, bare, strict=True)]
+    difference = compare_losses(lines, [float(loss) for loss in turns[0].bare.losses])
+    laps = list(zip(turns[0].trainer_laps[WARM_ROUNDS:], turns[0].bare_laps[WARM_ROUNDS:], strict=True))
+    ours, bare = (steps * batch_size / median(lap.wall_s for lap in one) for one in zip(*laps, strict=True))
+    ratios = [plain.wall_s / own.wall_s for own, plain in laps]
+    conditions = {"image_size": image_size, "batch_size": batch_size, "steps": steps, "rounds": rounds - WARM_ROUNDS}
+    ratio_cpu = median(plain.cpu_s / own.cpu_s for own, plain in laps)
+    show(
+        f"{model}, {image_size} px, batches of {batch_size}, {device}, {world.cores} threads, precision {world.precision}: "
+        f"trainer {ours:,.0f} img/s, plain PyTorch {bare:,.0f} img/s; ratio {spread(ratios)}, of CPU time {ratio_cpu:.3f}; "
+        f"relative difference of the losses at most {difference:.1e}"
+    )
     return {
-        "ours": statistics.median(num_images / lap.wall_s for lap in ours),
-        "bare": statistics.median(num_images / lap.wall_s for lap in bare),
-        "ratio": statistics.median(ratios),
+        "task": "trainer",
+        "model": model,
+        "ours": ours,
+        "bare": bare,
+        "ratio": median(ratios),
         "ratio_least": min(ratios),
         "ratio_greatest": max(ratios),
-        "ratio_cpu": statistics.median(theirs.cpu_s / mine.cpu_s for mine, theirs in zip(ours, bare, strict=True)),
+        "ratio_cpu": ratio_cpu,
+        "loss_difference": difference,
+        **conditions,
+        "device": device,
+        "precision": world.precision,
+        "threads": world.cores,
+        "tracker": "wandb offline" if has_tracker else "none",
     }
 
 
 def compare_losses(lines: Sequence[Mapping[str, Any]], bare: Sequence[float]) -> float:
-    """The trainer's log against the bare loop's losses, step by step: both must have done the same.
+    """Compare the trainer's logged losses with those of the bare loop.
 
     Args:
         lines: of metrics.jsonl: ``train/loss`` is the mean since the line before.
@@ -259,23 +246,15 @@ def compare_losses(lines: Sequence[Mapping[str, Any]], bare: Sequence[float]) ->
 
     Returns:
         The greatest relative difference.
+
+    Raises:
+        AssertionError: the numbers of steps or the losses differ.
     """
-    assert lines and lines[-1]["step"] == len(bare), "the two loops did not take equally many steps"
+    assert lines and lines[-1]["step"] == len(bare), "the two loops took different numbers of steps"
     differences: list[float] = []
     for before, line in pairwise([{"step": 0}, *lines]):
-        theirs = statistics.fmean(bare[before["step"] : line["step"]])
-        differences.append(abs(line["train/loss"] - theirs) / theirs)
+        expected = fmean(bare[before["step"] : line["step"]])
+        differences.append(abs(line["train/loss"] - expected) / expected)
     is_same = differences[0] < FIRST_TOLERANCE and max(differences) < TOLERANCE
-    assert is_same, f"the two loops have other losses: relative differences {differences}"
+    assert is_same, f"the losses of the two loops differ: relative differences {differences}"
     return max(differences)
-
-
-def _show(result: Mapping[str, Any]) -> None:
-    print(
-        f"{result['model']}, {result['image_size']} px, batches of {result['batch_size']}, {result['device']}, "
-        f"{result['threads']} threads, precision {result['precision']}: trainer {result['ours']:,.0f} img/s, bare PyTorch "
-        f"{result['bare']:,.0f} img/s; ratio {result['ratio']:.3f} ({result['ratio_least']:.3f} ... "
-        f"{result['ratio_greatest']:.3f}), of processor time {result['ratio_cpu']:.3f}; losses alike within "
-        f"{result['loss_difference']:.1e}",
-        flush=True,
-    )

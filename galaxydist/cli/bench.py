@@ -8,6 +8,7 @@ several processes. ``startup``: time to the first step. ``folds``: networks on r
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from galaxydist.bench.loader_processes import PEERS
@@ -31,8 +32,18 @@ from galaxydist.cli.options import (
 def add_parser(commands: Commands) -> None:
     """Add the commands."""
     inner = add_group(commands, "bench", "measurements of speed, data quality and cost")
-    measurements = (_add_simulator, _add_transfer, _add_loader, _add_order, _add_remote, _add_saving, _add_trainer)
-    for add in (*measurements, _add_scaling, _add_startup, _add_folds):
+    for add in (
+        _add_simulator,
+        _add_transfer,
+        _add_loader,
+        _add_order,
+        _add_remote,
+        _add_saving,
+        _add_trainer,
+        _add_scaling,
+        _add_startup,
+        _add_folds,
+    ):
         add(inner)
 
 
@@ -131,11 +142,9 @@ def _add_loader(commands: Commands) -> None:
 
 
 def run_loader(arguments: argparse.Namespace) -> None:
-    from galaxydist.bench.loader_speed import measure_loader
+    from galaxydist.bench.loader_speed import LoaderOptions, measure_loader
 
-    measure_loader(
-        bench_root(arguments, "loader"),
-        os.environ,
+    options = LoaderOptions(
         environments=arguments.environments,
         data=arguments.data,
         real=arguments.real,
@@ -146,6 +155,7 @@ def run_loader(arguments: argparse.Namespace) -> None:
         peers=arguments.peers,
         quick=arguments.quick,
     )
+    measure_loader(bench_root(arguments, "loader"), os.environ, options)
 
 
 def _add_order(commands: Commands) -> None:
@@ -370,3 +380,10 @@ def run_folds(arguments: argparse.Namespace) -> None:
         models=arguments.models.split(",") if arguments.models else None,
         overrides=arguments.overrides,
     )
+
+
+if __name__ == "__main__":
+    # A measuring process of ``bench scaling``: the commands may read the environment, the benchmarks may not.
+    from galaxydist.bench.scaling import main
+
+    sys.exit(main(sys.argv[1], os.environ))

@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from galaxydist.cli.options import (
@@ -24,6 +23,7 @@ from galaxydist.cli.options import (
 )
 from galaxydist.cli.recipes import print_files, print_resolved
 from galaxydist.errors import EXIT_FAILED, UserError
+from galaxydist.paths import data_root
 
 if TYPE_CHECKING:
     from galaxydist.cluster.profile import ClusterConfig
@@ -146,16 +146,15 @@ def run_doctor(arguments: argparse.Namespace) -> None:
         raise UserError(f"{unknown[0]}: doctor takes cluster=NAME and cluster.key=value only")
     cluster: ClusterConfig | None = load_cluster(cluster_arguments).config if cluster_arguments else None
 
-    from galaxydist.doctor.check import has_failed, render, to_dicts
+    from galaxydist.doctor.check import has_failed, render
     from galaxydist.doctor.job import doctor_cluster
     from galaxydist.doctor.machine import CheckTarget, check_machine
-    from galaxydist.paths import data_root
 
     target = CheckTarget(data_root=data_root(arguments.data_dir, os.environ), runs=arguments.run_root)
     sections = {"this machine": check_machine(target, os.environ)}
     if cluster is not None:
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _interrupt)
+            signal.signal(number, signal.default_int_handler)  # like Ctrl-C, so that the job is cancelled
         sections[f"cluster={cluster.name}"] = doctor_cluster(
             cluster,
             runs=arguments.run_root,
@@ -164,18 +163,12 @@ def run_doctor(arguments: argparse.Namespace) -> None:
         )
     failed = any(has_failed(checks) for checks in sections.values())
     if arguments.json:
-        print(
-            json.dumps({"ok": not failed, "sections": {title: to_dicts(checks) for title, checks in sections.items()}}, indent=2)
-        )
+        plain = {title: list(map(dataclasses.asdict, checks)) for title, checks in sections.items()}
+        print(json.dumps({"ok": not failed, "sections": plain}, indent=2))
     else:
         print(render(sections))
     if failed:
         sys.exit(EXIT_FAILED)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    """Handle a closed terminal or a kill like Ctrl-C, so that the job is cancelled."""
-    raise KeyboardInterrupt
 
 
 PLAN_EPILOG = """examples:
@@ -215,7 +208,6 @@ def add_plan(commands: Commands) -> None:
 
 def run_plan(arguments: argparse.Namespace) -> None:
     """Print the estimate."""
-    from galaxydist.paths import data_root
     from galaxydist.recipe.resolve import load_recipe
 
     recipe = load_recipe(arguments.recipe).recipe

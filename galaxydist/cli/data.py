@@ -2,6 +2,7 @@
 
 import argparse
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,12 @@ from galaxydist.cli.options import (
     non_negative_int,
     positive_int,
     survey_source,
+    whole_number,
 )
 from galaxydist.errors import UserError
 from galaxydist.galaxy import VARIANTS
-from galaxydist.paths import find_shards
+from galaxydist.paths import cache_dir, find_shards, folder_name, hdf5_path, images_dir, shards_dir
+from galaxydist.version import __version__
 
 if TYPE_CHECKING:
     from galaxydist.explore.analysis import Findings
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 
 # File names of images that are compressed without loss.
 LOSSLESS = {".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
+
+quality = partial(whole_number, least=1, most=100)
 
 
 def add_parser(commands: Commands) -> None:
@@ -77,7 +82,6 @@ def _add_export(commands: Commands) -> None:
 
 def run_fetch(arguments: argparse.Namespace) -> None:
     """Download the official file, unless it exists."""
-    from galaxydist.paths import hdf5_path
     from galaxydist.surveys.download import fetch_galaxy10
 
     target = hdf5_path(chosen_root(arguments), "galaxy10_decals")
@@ -86,7 +90,6 @@ def run_fetch(arguments: argparse.Namespace) -> None:
 
 def run_export(arguments: argparse.Namespace) -> None:
     """Write the trees, unless they exist."""
-    from galaxydist.paths import images_dir
     from galaxydist.surveys.export import export_image_folders
     from galaxydist.surveys.survey_sources import open_survey
 
@@ -127,7 +130,13 @@ def _add_shard(commands: Commands) -> None:
     parser.add_argument(
         "--encoding", choices=("jpeg", "png", "raw"), default="jpeg", help="encoding of images (default: %(default)s)"
     )
-    parser.add_argument("--quality", type=quality, default=95, metavar="Q", help="JPEG quality, 1 to 100 (default: %(default)s)")
+    parser.add_argument(
+        "--quality",
+        type=quality,
+        default=95,
+        metavar="Q",
+        help="JPEG quality, 1 to 100 (default: %(default)s)",
+    )
     parser.add_argument(
         "--image-size", type=positive_int, metavar="PIXELS", help="stored width and height (default: the survey's)"
     )
@@ -154,14 +163,6 @@ def _add_shard(commands: Commands) -> None:
     add_data_dir(parser)
 
 
-def quality(text: str) -> int:
-    """Parse a JPEG quality from 1 to 100."""
-    number = positive_int(text)
-    if number > 100:
-        raise argparse.ArgumentTypeError(f"{number} is more than 100")
-    return number
-
-
 def run_shard(arguments: argparse.Namespace) -> None:
     """Write the shards, unless they exist."""
     variants = VARIANTS if arguments.variant == "both" else (arguments.variant,)
@@ -171,7 +172,6 @@ def run_shard(arguments: argparse.Namespace) -> None:
     if arguments.max_errors is not None and arguments.on_error != "skip":
         raise UserError("--max-errors is the number of images to leave out: add --on-error skip")
 
-    from galaxydist.paths import shards_dir
     from galaxydist.shards.writer.writer import write_shards
     from galaxydist.surveys.survey_sources import open_survey
 
@@ -277,8 +277,6 @@ def _add_simulate(commands: Commands) -> None:
 
 def run_simulate(arguments: argparse.Namespace) -> None:
     """Draw the survey, unless it exists."""
-    from galaxydist.paths import hdf5_path
-
     path = arguments.out or hdf5_path(chosen_root(arguments), "simulated")
     difference = _difference(path, arguments) if path.exists() else ""
     if path.exists() and not difference:
@@ -332,7 +330,6 @@ def _add_check(commands: Commands) -> None:
 
 def run_check(arguments: argparse.Namespace) -> None:
     """Check all manifests, then report all problems together."""
-    from galaxydist.paths import cache_dir
     from galaxydist.shards.remote.cache import CacheConfig
     from galaxydist.shards.verify import check_shards, describe_equal_images
 
@@ -340,14 +337,14 @@ def run_check(arguments: argparse.Namespace) -> None:
     root = chosen_root(arguments)
     for path in _locations(arguments.paths, root, arguments.dataset):
         try:
-            checked = check_shards(path, CacheConfig(cache_dir(root)))
+            manifest = check_shards(path, CacheConfig(cache_dir(root)))
         except UserError as error:
             problems.append(str(error))
         else:
-            manifest = checked.manifest
+            splits = manifest.splits.values()
             print(
-                f"in order: {manifest.dataset}, {manifest.variant}: "
-                f"{checked.num_galaxies} galaxies in {checked.num_shards} shards ({manifest.location})"
+                f"in order: {manifest.dataset}, {manifest.variant}: {sum(split.num_samples for split in splits)} galaxies "
+                f"in {sum(split.num_shards for split in splits)} shards ({manifest.location})"
             )
             for line in describe_equal_images(manifest):
                 print(f"  {line}")
@@ -418,9 +415,7 @@ def run_explore(arguments: argparse.Namespace) -> None:
     """Explore the data set, and print its counts and the path of the page."""
     from galaxydist.explore.datasets import open_population
     from galaxydist.explore.page import PAGE, explore
-    from galaxydist.paths import cache_dir, folder_name
     from galaxydist.shards.remote.cache import CacheConfig
-    from galaxydist.version import __version__
 
     root = chosen_root(arguments)
     population = open_population(_location(arguments, root), arguments.variant, CacheConfig(cache_dir(root)), arguments.classes)
@@ -451,9 +446,6 @@ def _location(arguments: argparse.Namespace, root: Path) -> str:
         raise UserError(f"two sources: {location} and --from {source}; leave one out")
     if source is not None:
         return str(survey_source(arguments, root))
-
-    from galaxydist.paths import hdf5_path
-
     given = location or arguments.dataset
     is_sharded = given in find_shards(root)
     if location is not None and ("://" in given or Path(given).exists()):

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +11,10 @@ from galaxydist.cli.jobs import find_folder
 from galaxydist.cli.options import Commands, add_command, add_data_dir, local_path, positive_int
 from galaxydist.errors import UserError
 from galaxydist.galaxy import VARIANTS, Variant
+from galaxydist.version import __version__
 
 if TYPE_CHECKING:
     from galaxydist.report.collect import ReportData
-    from galaxydist.report.finished_runs import ReportNote
 
 
 PAGE = Path("report.html")
@@ -60,7 +59,6 @@ def run_report(arguments: argparse.Namespace) -> None:
     """Write the report, and print a summary."""
     from galaxydist.report.collect import collect
     from galaxydist.report.page import write_report
-    from galaxydist.version import __version__
 
     page: Path = arguments.page
     if page.is_dir():
@@ -78,17 +76,16 @@ def run_report(arguments: argparse.Namespace) -> None:
     print(f"page: {paths[-1]}; tables: {', '.join(map(str, paths[:-1]))}")
 
 
-def find_runs(targets: list[str]) -> tuple[list[Path], list["ReportNote"]]:
+def find_runs(targets: list[str]) -> tuple[list[Path], list[str]]:
     """Return the run folders of the targets, and a note for each run of a sweep that was never started.
 
     Raises:
         UserError: a target is neither a sweep nor a folder with runs.
     """
     from galaxydist.cluster import status
-    from galaxydist.report.finished_runs import ReportNote
 
     run_dirs: list[Path] = []
-    notes: list[ReportNote] = []
+    notes: list[str] = []
     for text in targets:
         path = next((path for path in (Path(text), Path("runs") / text) if path.is_dir()), None)
         if path is None:
@@ -96,7 +93,7 @@ def find_runs(targets: list[str]) -> tuple[list[Path], list["ReportNote"]]:
                 if status.is_run(run_dir):
                     run_dirs.append(run_dir)
                 else:
-                    notes.append(ReportNote(run_dir, f"not started. Start it: galaxydist sweep {text}"))
+                    notes.append(f"{run_dir}: not started. Start it: galaxydist sweep {text}")
         elif inside := status.find_runs(path):
             run_dirs += inside
         else:
@@ -109,8 +106,8 @@ def _make_galleries(results: "ReportData") -> Iterator[str]:
     from galaxydist.gallery.gallery import make_gallery
     from galaxydist.report.page import without_gallery
 
-    for facts in (facts for found in results.findings for facts in without_gallery(found)):
-        run_dir = facts.trial.run_dir
+    for facts in (facts for found in results.datasets for facts in without_gallery(found)):
+        run_dir = facts.run.run_dir
         try:
             page, _ = make_gallery(run_dir, "test", os.environ)
             print(f"gallery: {page}")
@@ -135,10 +132,10 @@ def _print(results: "ReportData") -> None:
     from galaxydist.report.tables import about
 
     print(about(results))
-    for found in results.findings:
-        for regime, observations in found.observations.items():
+    for found in results.datasets:
+        for regime, claims in found.claims.items():
             print(f"{found.table.dataset}, {regime} recipes:")
-            for one in observations:
+            for one in claims:
                 print(f"  {one.number}. {one.statement} {one.verdict}")
     for note in results.notes:
         print(f"note: {note}")
@@ -151,33 +148,18 @@ TARGET_HELP = (
 _KEYS = ("data.manifest", "data.variant")
 
 
-@dataclass(frozen=True)
-class RunTarget:
-    """A run and the data to evaluate it on.
-
-    Args:
-        run_dir: the run folder, which exists.
-        manifest: path or URL of other data; None for the run's own data, or ``variant``.
-        variant: another variant of the run's survey.
-    """
-
-    run_dir: Path
-    manifest: str | None = None
-    variant: Variant | None = None
-
-
-def read_target(words: list[str], manifest: str | None) -> RunTarget:
-    """Return the target of a command line.
+def read_target(words: list[str], manifest: str | None) -> tuple[Path, str | None, Variant | None]:
+    """Return the run folder of a command line, and the manifest and variant to evaluate it on (None: the run's own).
 
     Args:
         words: run folder and keys, or recipe and keys (``TARGET_HELP``).
-        manifest: the option ``--manifest``.
+        manifest: the option ``--manifest``, a path or URL.
 
     Raises:
         UserError: no run or several runs, an unknown key, or two keys for the data.
     """
     if any(word.startswith("recipe=") for word in words):
-        return RunTarget(_trained_by(words), manifest)
+        return _trained_by(words), manifest, None
     folders = [word for word in words if "=" not in word or Path(word).is_dir()]
     if len(folders) != 1:
         raise UserError(f"one run at a time, not {len(folders)}: {' '.join(words)}")
@@ -194,7 +176,7 @@ def read_target(words: list[str], manifest: str | None) -> RunTarget:
     variant = next((known for known in VARIANTS if known == named), None)
     if named is not None and variant is None:
         raise UserError(f"data.variant={named}: there are {' and '.join(VARIANTS)}")
-    return RunTarget(find_folder(folders[0]), keys.get("data.manifest", manifest), variant)
+    return find_folder(folders[0]), keys.get("data.manifest", manifest), variant
 
 
 def _trained_by(words: list[str]) -> Path:
@@ -258,21 +240,21 @@ def add_evaluate(commands: Commands) -> None:
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a run, or stored predictions, and print the table."""
     if arguments.predictions is not None:
-        _judge_predictions(arguments)
+        _evaluate_predictions(arguments)
         return
     if given := [option for option in ("validation", "out") if getattr(arguments, option) is not None]:
         raise UserError(f"--{given[0]} goes with --predictions FILE: the evaluation of a run is in its folder")
     if not arguments.target:
         raise UserError("give a run folder, the recipe=NAME that trained it, or --predictions FILE")
-    target = read_target(arguments.target, arguments.manifest)
+    run_dir, manifest, variant = read_target(arguments.target, arguments.manifest)
 
     from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run
 
-    data = EvaluationData(target.manifest, target.variant, arguments.trained_on, arguments.data_dir)
-    evaluate_run(target.run_dir, arguments.split or "test", os.environ, data, tta=arguments.tta)
+    data = EvaluationData(manifest, variant, arguments.trained_on, arguments.data_dir)
+    evaluate_run(run_dir, arguments.split or "test", os.environ, data, tta=arguments.tta)
 
 
-def _judge_predictions(arguments: argparse.Namespace) -> None:
+def _evaluate_predictions(arguments: argparse.Namespace) -> None:
     for option in ("target", "split", "tta", "manifest", "trained_on", "data_dir"):
         if getattr(arguments, option):
             name = "RUN" if option == "target" else f"--{option.replace('_', '-')}"
@@ -326,14 +308,14 @@ def run_gallery(arguments: argparse.Namespace) -> None:
         raise UserError(f"--per-class {arguments.per_class}: a gallery has at most {MOST} galaxies of each class")
     if arguments.out is not None and arguments.out.is_dir():
         raise UserError(f"--out {arguments.out} is a folder: give the page a name, like {arguments.out / 'gallery.html'}")
-    target = read_target(arguments.target, arguments.manifest)
+    run_dir, manifest, variant = read_target(arguments.target, arguments.manifest)
 
     from galaxydist.evaluation.evaluator import EvaluationData
     from galaxydist.gallery.gallery import make_gallery
 
-    data = EvaluationData(target.manifest, target.variant, data_dir=arguments.data_dir)
+    data = EvaluationData(manifest, variant, data_dir=arguments.data_dir)
     page, picks = make_gallery(
-        target.run_dir,
+        run_dir,
         arguments.split,
         os.environ,
         data,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from galaxydist.cli.options import Commands, add_command, confirm, non_negative_int, positive_int
+from galaxydist.cluster.slurm import max_array_size, read_states
 from galaxydist.errors import EXIT_FAILED, UserError
 
 if TYPE_CHECKING:
@@ -195,15 +196,15 @@ def run_cancel(arguments: argparse.Namespace) -> None:
     """Cancel jobs, after a confirmation if there are several."""
     from galaxydist.cluster.cancel import cancel, find_targets
 
-    found = find_targets(arguments.targets, find_folder)
-    for text in found.notes:
+    jobs, notes = find_targets(arguments.targets, find_folder)
+    for text in notes:
         print(text)
-    if not found.jobs:
+    if not jobs:
         print("nothing to cancel")
         return
-    if len(found.jobs) > 1 and not arguments.yes:
-        _confirm_cancel([job.text for job in found.jobs])
-    for text in cancel(found.jobs):
+    if len(jobs) > 1 and not arguments.yes:
+        _confirm_cancel([job.text for job in jobs])
+    for text in cancel(jobs):
         print(text)
 
 
@@ -262,16 +263,14 @@ def run_submit(arguments: argparse.Namespace) -> None:
     cluster = load_cluster(cluster_arguments)
     resolved = load_recipe(recipe_arguments)
 
+    from galaxydist.cluster.partition_check import check_partition
     from galaxydist.cluster.preflight import check_request
     from galaxydist.cluster.records import JobFiles
     from galaxydist.cluster.submit import ask_start, build_request, check_idle, script_of, submission_lock, submit_requests
 
     request = build_request(resolved, recipe_arguments)
     is_due = check_request(resolved, cluster.config, os.environ)
-    if cluster.config.scheduler == "slurm":
-        from galaxydist.cluster.partition_check import check_partition
-
-        check_partition(cluster.config)
+    check_partition(cluster.config)
     folder, name = JobFiles(request.run_dir).slurm_dir, request.run_dir.name
     if arguments.dry_run or arguments.test:
         script = script_of([request], cluster, folder=folder, name=name)
@@ -326,7 +325,7 @@ def add_sweep(commands: Commands) -> None:
 
 def run_sweep(arguments: argparse.Namespace) -> None:
     """Check a sweep, and submit the runs that are missing."""
-    from galaxydist.cluster.sweep import find_sweep, list_sweeps, read_sweep
+    from galaxydist.cluster.sweep import find_sweep, list_sweeps, read_sweep, resolve
 
     if arguments.file is None:
         print("sweeps:", *(f"  {path}" for path in list_sweeps().values()), sep="\n")
@@ -340,21 +339,18 @@ def run_sweep(arguments: argparse.Namespace) -> None:
         cluster_arguments = [f"cluster={sweep.cluster}", *cluster_arguments]
     cluster = load_cluster(cluster_arguments)
 
+    from galaxydist.cluster.partition_check import check_partition
     from galaxydist.cluster.preflight import check_request
-    from galaxydist.cluster.slurm import read_states
-    from galaxydist.cluster.sweep import resolve
     from galaxydist.cluster.sweep_runner import decide, read_run_states, render_runs, summarise
 
     runs = resolve(sweep, recipe_arguments, check=lambda resolved: check_request(resolved, cluster.config, os.environ))
-    if cluster.config.scheduler == "slurm":
-        from galaxydist.cluster.partition_check import check_partition
-
-        check_partition(cluster.config)
+    check_partition(cluster.config)
     decisions = [decide(facts, retry_failed=arguments.retry_failed) for facts in read_run_states(runs, read_states)]
     due = [run for run, decision in zip(runs, decisions, strict=True) if decision.is_due]
     if arguments.dry_run:
         print(f"{render_runs(runs, decisions)}\n\n{sweep.path}: {summarise(decisions)}")
-        _show_script(due, sweep, cluster)
+        if due:
+            _show_script(due, sweep, cluster)
         return
     print(f"{sweep.path}: {summarise(decisions)}")
     name = cluster.config.name
@@ -366,9 +362,9 @@ def run_sweep(arguments: argparse.Namespace) -> None:
 
 def _submit(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster", *, retry_failed: bool) -> None:
     from galaxydist.cluster.records import JobFiles
-    from galaxydist.cluster.slurm import max_array_size, read_states
+    from galaxydist.cluster.running_jobs import local_state
     from galaxydist.cluster.submit import JobRequest, submission_lock, submit_requests
-    from galaxydist.cluster.sweep_runner import decide, is_local_job_running, read_run_states, run_here, submit_arrays
+    from galaxydist.cluster.sweep_runner import decide, read_run_states, run_here, submit_arrays
 
     folder = due[0].run_dir.parent / "slurm"
     parallel = _parallel(sweep, cluster)
@@ -392,7 +388,7 @@ def _submit(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster
         due,
         send=send,
         parallel=parallel,
-        is_running=lambda run: is_local_job_running(JobFiles(run.run_dir).jobs()[-1]),
+        is_running=lambda run: local_state(JobFiles(run.run_dir).jobs()[-1]) is not None,
         decide_again=lambda run: decide(read_run_states([run], read_states)[0], retry_failed=True),  # any failure counts
         pause=lambda: time.sleep(POLL_S),
     )
@@ -411,12 +407,9 @@ def _parallel(sweep: "SweepFile", cluster: "ResolvedCluster") -> int:
 
 def _show_script(due: "list[SweepRun]", sweep: "SweepFile", cluster: "ResolvedCluster") -> None:
     """Print the batch script of the first array."""
-    if not due:
-        return
     if cluster.config.scheduler == "local":
         print(f"\nno batch script: {_parallel(sweep, cluster)} at the same time as processes of this machine")
         return
-    from galaxydist.cluster.slurm import max_array_size
     from galaxydist.cluster.submit import build_request, script_of
 
     size = max_array_size()

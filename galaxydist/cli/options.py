@@ -6,10 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from galaxydist.errors import UserError
+from galaxydist.paths import data_root, find_shards, hdf5_path
 
 if TYPE_CHECKING:
     from galaxydist.recipe.schema import ModelName  # importing pydantic takes a third of a second
@@ -173,14 +175,20 @@ def local_path(text: str) -> Path:
     return Path(text)
 
 
-def positive_int(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    return _whole_number(text, 1)
+def whole_number(text: str, *, least: int, most: float = math.inf) -> int:
+    """Parse a whole number in a range."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not least <= number <= most:
+        limit = f"less than {least}" if number < least else f"more than {most}"
+        raise argparse.ArgumentTypeError(f"{number} is {limit}")
+    return number
 
 
-def non_negative_int(text: str) -> int:
-    """Parse a whole number of at least 0."""
-    return _whole_number(text, 0)
+positive_int = partial(whole_number, least=1)
+non_negative_int = partial(whole_number, least=0)
 
 
 def positive_number(text: str) -> float:
@@ -202,20 +210,8 @@ def fold(text: str) -> tuple[int, int]:
     return int(number) - 1, int(count)
 
 
-def _whole_number(text: str, least: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{number} is less than {least}")
-    return number
-
-
 def chosen_root(arguments: argparse.Namespace) -> Path:
     """Return the data root that the arguments and the environment name."""
-    from galaxydist.paths import data_root
-
     return data_root(arguments.data_dir, os.environ)
 
 
@@ -230,8 +226,6 @@ def find_manifests(text: str, root: Path, variant: str | None = None) -> list[st
     Raises:
         UserError: there is neither such a path nor such a data set.
     """
-    from galaxydist.paths import find_shards
-
     if "://" in text or Path(text).exists():
         return [text]
     known = find_shards(root)
@@ -251,8 +245,6 @@ def survey_source(arguments: argparse.Namespace, root: Path) -> Path:
     Raises:
         UserError: it does not exist; the text has the command that makes it.
     """
-    from galaxydist.paths import hdf5_path
-
     if arguments.source is not None:
         source: Path = arguments.source
         if not source.exists():
@@ -274,8 +266,6 @@ def known_model(name: str) -> "ModelName":
     Raises:
         UserError: there is no such model.
     """
-    from typing import get_args
-
     from galaxydist.recipe.schema import ModelName
 
     if name not in get_args(ModelName):

@@ -19,6 +19,7 @@ from galaxydist.cli.options import (
     local_path,
 )
 from galaxydist.errors import UserError
+from galaxydist.paths import data_root, weights_dir
 
 MAX_WIDTH = 100  # columns, also on a wider terminal
 MAX_VALUE_WIDTH = 20  # columns of a value before the description moves
@@ -54,7 +55,6 @@ def run_fetch(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe).recipe
 
     from galaxydist.models.weights import fetch_weights
-    from galaxydist.paths import data_root, weights_dir
 
     root = data_root(arguments.data_dir or recipe.data.dir, os.environ)
     print(f"weights of {recipe.model.name}: {fetch_weights(recipe.model, weights_dir(root))}")
@@ -101,11 +101,14 @@ def _print_wrapped(head: str, text: str) -> None:
     """Print ``head`` and the wrapped text, whose lines are all indented like the first."""
     width = min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
     hanging = re.sub(r"[^#\s]", " ", head) if head.endswith("# ") else " " * len(head)
-    room = max(width - len(head), 24)
-    lines = textwrap.wrap(text, room, break_on_hyphens=False, break_long_words=False) or [""]
-    print(f"{head}{lines[0]}".rstrip())
-    for line in lines[1:]:
-        print(f"{hanging}{line}")
+    wrapper = textwrap.TextWrapper(
+        max(width, len(head) + 24),
+        initial_indent=head,
+        subsequent_indent=hanging,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    print(wrapper.fill(text) or head.rstrip())
 
 
 def add_recipes(commands: Commands) -> None:

@@ -42,21 +42,8 @@ class Target:
         return self.job is not None and self.job.scheduler == "local"
 
 
-@dataclass(frozen=True)
-class CancelTargets:
-    """The jobs to cancel.
-
-    Args:
-        jobs: the jobs that wait or run.
-        notes: messages about the runs without such a job.
-    """
-
-    jobs: tuple[Target, ...]
-    notes: tuple[str, ...]
-
-
-def find_targets(texts: Sequence[str], find_folder: Callable[[str], Path]) -> CancelTargets:
-    """Find the jobs to cancel.
+def find_targets(texts: Sequence[str], find_folder: Callable[[str], Path]) -> tuple[list[Target], list[str]]:
+    """Find the jobs that wait or run, and describe the runs without such a job.
 
     Args:
         texts: run folders, folders of runs, or SLURM job ids (if no folder has that name).
@@ -81,7 +68,7 @@ def find_targets(texts: Sequence[str], find_folder: Callable[[str], Path]) -> Ca
     active = [target for target in jobs if _is_active(target, states)]
     by_id = {target.job_id: target for target in (*given, *active)}
     with_job = {target.run for target in active}
-    return CancelTargets(tuple(by_id.values()), tuple(_note(run, states) for run in runs if run not in with_job))
+    return list(by_id.values()), [_note(run, states) for run in runs if run not in with_job]
 
 
 def cancel(targets: Sequence[Target]) -> list[str]:
@@ -97,7 +84,7 @@ def cancel(targets: Sequence[Target]) -> list[str]:
     messages = []
     for target in targets:
         if target.is_local:
-            done = running_jobs.stop(target.job) if target.job is not None else False
+            done = target.job is not None and running_jobs.stop(target.job)
             messages.append(f"{target.text}: got the signal to save and exit" if done else f"{target.text}: it has already ended")
         elif target.job_id in refused:
             messages.append(f"{target.text}: not cancelled: {refused[target.job_id]}")

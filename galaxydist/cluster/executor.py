@@ -37,13 +37,9 @@ class SlurmExecutor(submitit.SlurmExecutor):
 
     def script(self, num_tasks: int) -> str:
         """Return the batch script of a job, or of an array of several tasks."""
-        array = {"map_count": num_tasks} if num_tasks > 1 else {}
-        self.parameters.update(array)
-        try:
-            return self._make_submission_file_text(self._submitit_command_str, "ID")
-        finally:
-            for key in array:
-                del self.parameters[key]
+        if num_tasks > 1:
+            self.parameters["map_count"] = num_tasks
+        return self._make_submission_file_text(self._submitit_command_str, "ID")
 
 
 class LocalExecutor(submitit.LocalExecutor):

@@ -5,7 +5,7 @@ They are checked as strictly as recipes; ``cluster.nodes=2`` on the command line
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from pydantic import Field
 
 from galaxydist.paths import shipped_dir
 from galaxydist.recipe.fields import CrossFieldRule, Schema
-from galaxydist.recipe.resolve import ConfigError, ConfigSpec, list_files, load_config
+from galaxydist.recipe.resolve import ConfigError, ConfigSpec, ResolvedConfig, list_files, load_config
 from galaxydist.recipe.schema import Count, Section
 
 # Time from the start of the job to the first step: 8 s on a laptop (`galaxydist bench startup`), longer if the nodes read
@@ -363,19 +363,13 @@ class ClusterConfig(Section):
 
 
 @dataclass(frozen=True)
-class ResolvedCluster:
-    """A cluster profile and the origin of its values.
+class ResolvedCluster(ResolvedConfig[ClusterConfig]):
+    """A cluster profile with the origin of each value.
 
     Attributes:
-        config: the values.
-        origins: key -> ``schema default``, ``slurm/clusters/a100.yaml:7``, ``command line`` or ``file name``.
-        path: the profile's file.
         arguments: its ``cluster=`` and ``cluster.key=`` arguments.
     """
 
-    config: ClusterConfig
-    origins: Mapping[str, str]
-    path: Path
     arguments: tuple[str, ...] = ()
 
 

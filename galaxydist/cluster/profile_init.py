@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from galaxydist.cluster.partition_check import describe_gpus, time_text
 from galaxydist.cluster.profile import EARLY_S, MB_IN_GB, MIN_SIGNAL_S, START_UP_S, is_mig
-from galaxydist.cluster.site import CLOSED_STATES, UNTYPED, NodeGroup, Partition, Site, find_preemption
+from galaxydist.cluster.site import CLOSED_STATES, UNTYPED, NodeGroup, Partition, Qos, Site, find_preemption
 from galaxydist.errors import UserError
 from galaxydist.recipe.scalars import BOOL, NULL
 
@@ -33,6 +33,8 @@ def profile_text(site: Site, name: str, partition_name: str | None = None) -> st
         raise UserError(
             f"Partition {partition.name} of {site.name} has no nodes; choose another with --partition: {_names(site)}"
         )
+    _, account = _account(site, partition, site.accounts(partition.name))
+    qos = site.qos.get(_qos(site, partition, account) or "")
     lines = [
         f"# Partition {partition.name} of {site.name}, as SLURM {site.settings.get('SLURM_VERSION', '')} describes it.",
         f"# Written by `galaxydist cluster init {name}`. Check it once; `galaxydist cluster show {name}` shows every key.",
@@ -40,8 +42,8 @@ def profile_text(site: Site, name: str, partition_name: str | None = None) -> st
         *_table(site),
         *_identity(site, partition),
         *_nodes(site, partition),
-        *_time(site, partition),
-        *_preemption(site, partition),
+        *_time(site, partition, qos),
+        *_preemption(site, partition, qos),
         "# Settings that SLURM does not know:",
         _line("# interface", "ib0", "the fast network between nodes, if it is not detected"),
         _line("# modules", "[cuda]", "loaded on the nodes"),
@@ -148,11 +150,8 @@ def _qos(site: Site, partition: Partition, account: str | None) -> str | None:
 
 
 def _qos_text(site: Site, names: tuple[str, ...]) -> str:
-    def one(name: str) -> str:
-        longest = site.qos[name].max_time_s if name in site.qos else None
-        return name if longest is None else f"{name} (at most {time_text(longest)})"
-
-    return ", ".join(map(one, names))
+    limits = {name: site.qos[name].max_time_s if name in site.qos else None for name in names}
+    return ", ".join(name if limit is None else f"{name} (at most {time_text(limit)})" for name, limit in limits.items())
 
 
 def _nodes(site: Site, partition: Partition) -> Iterator[str]:
@@ -203,9 +202,7 @@ def _gpu_kind(group: NodeGroup) -> str:
     return max(group.gpus, key=lambda kind: (not is_mig(kind), group.gpus[kind]), default=UNTYPED)
 
 
-def _time(site: Site, partition: Partition) -> Iterator[str]:
-    association = site.association(_account(site, partition, site.accounts(partition.name))[1], partition.name)
-    qos = site.qos.get(_qos(site, partition, association.account if association else None) or "")
+def _time(site: Site, partition: Partition, qos: Qos | None) -> Iterator[str]:
     limits = {
         "the partition allows": partition.max_time_s,
         f"qos {qos.name} allows" if qos else "": qos.max_time_s if qos else None,
@@ -225,9 +222,8 @@ def _time(site: Site, partition: Partition) -> Iterator[str]:
     )
 
 
-def _preemption(site: Site, partition: Partition) -> Iterator[str]:
-    account = _account(site, partition, site.accounts(partition.name))[1]
-    found = find_preemption(site, partition, site.qos.get(_qos(site, partition, account) or ""))
+def _preemption(site: Site, partition: Partition, qos: Qos | None) -> Iterator[str]:
+    found = find_preemption(site, partition, qos)
     if found is None:
         yield "# Jobs of this partition are not preempted."
     else:

@@ -145,14 +145,8 @@ class JobFiles:
 
     def rank_logs(self) -> list[Path]:
         """Return the existing logs, sorted by rank."""
-        found = [path for path in self.logs_dir.glob("rank-*.log") if rank_of(path) is not None]
-        return sorted(found, key=lambda path: rank_of(path) or 0)
-
-
-def rank_of(path: Path) -> int | None:
-    """Return the rank of a log; None for other files."""
-    number = path.name.removeprefix("rank-").removesuffix(".log")
-    return int(number) if number.isascii() and number.isdecimal() else None
+        found = [path for path in self.logs_dir.glob("rank-*.log") if path.stem.removeprefix("rank-").isdecimal()]
+        return sorted(found, key=lambda path: int(path.stem.removeprefix("rank-")))
 
 
 def _append(path: Path, record: JobRecord | RestartRecord) -> None:

@@ -151,7 +151,6 @@ def _count_idle(ending: Ending, history: Sequence[RestartRecord]) -> int:
 
 
 LEAVING = "SLURM itself is ending the job"
-QUEUED_BY_SLURM = "SLURM itself has requeued the job"
 # Pauses between attempts while slurmctld does not answer, in total five minutes.
 PAUSES_S = (5.0, 10.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
 # Largest difference of a job's PreemptTime and EndTime if the preemption ended it.
@@ -263,9 +262,10 @@ def _after_sigterm(start: StartedRun) -> None:
 def _act(start: StartedRun, ending: Ending) -> None:
     """Decide about the run after srun has ended, unless SLURM has requeued the job."""
     state = _read_job(start.job_id)
-    is_leaving = bool(state) and "RUNNING" not in state.get("JobState", "")
+    is_leaving = _is_leaving(state)
     if is_leaving and not ending.is_finished and _is_queued_again(state, start.restart):
-        start.write_record(ending, "requeue", f"{QUEUED_BY_SLURM}{f': {ending.error}' if ending.error else ''}")
+        cause = f": {ending.error}" if ending.error else ""
+        start.write_record(ending, "requeue", f"SLURM itself has requeued the job{cause}")
     else:
         _decide_and_act(start, ending, may_act=not is_leaving)
 
@@ -338,7 +338,7 @@ def _is_queued_again(state: Mapping[str, str], restart: int) -> bool:
 def _find_slurm_cause(start: StartedRun) -> str:
     """Explain why SLURM ends the job without requeueing it; empty if it does not, or after scancel."""
     state = _read_job(start.job_id)
-    if not state or "RUNNING" in state.get("JobState", "") or _is_queued_again(state, start.restart):
+    if not _is_leaving(state) or _is_queued_again(state, start.restart):
         return ""
     if state.get("Reason") == "TimeLimit":
         return "the time limit was reached before everything was saved"
@@ -350,9 +350,8 @@ def _find_slurm_cause(start: StartedRun) -> str:
     return "it was preempted" if abs(preempted - ended) <= _SAME_MOMENT else ""
 
 
-def _is_leaving(job_id: str) -> bool:
+def _is_leaving(state: Mapping[str, str]) -> bool:
     """Return True if SLURM is already ending the job (cancelled or being requeued)."""
-    state = _read_job(job_id)
     return bool(state) and "RUNNING" not in state.get("JobState", "")
 
 
@@ -368,14 +367,15 @@ def requeue_patiently(job_id: str, pauses_s: Sequence[float] = PAUSES_S, *, ends
         An empty string on success, ``LEAVING`` if SLURM is already ending the job, else SLURM's message.
     """
     for number, pause_s in enumerate((*pauses_s, 0.0)):
-        if number and not ends_anyway and _is_leaving(job_id):
+        if number and not ends_anyway and _is_leaving(_read_job(job_id)):
             return ""  # an earlier request had arrived, but not its answer
         refusal = _requeue(job_id)
         if not refusal or not is_unavailable(refusal):
             break
         logger.info("galaxydist: not requeued yet: %s", refusal)
         time.sleep(pause_s)
-    return LEAVING if refusal and not ends_anyway and not is_unavailable(refusal) and _is_leaving(job_id) else refusal
+    is_refused = refusal and not ends_anyway and not is_unavailable(refusal)
+    return LEAVING if is_refused and _is_leaving(_read_job(job_id)) else refusal
 
 
 def _requeue(job_id: str) -> str:

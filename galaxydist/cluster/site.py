@@ -2,15 +2,15 @@
 
 import grp
 import os
-import pwd
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+import psutil
+
 from galaxydist.cluster.profile import MIN_SIGNAL_S
-from galaxydist.cluster.slurm import SlurmUnavailableError, parse_duration, run_slurm
+from galaxydist.cluster.slurm import SlurmUnavailableError, parse_duration, run_slurm, split_rows
 
 UNTYPED = ""
 CLOSED_STATES = ("DRAIN", "INACTIVE")  # states of a partition that accepts no jobs
@@ -143,14 +143,10 @@ class Site:
         implied = {"associations": {"limits", "qos", "safe", "wckeys", "all"}, "limits": {"safe", "all"}, "qos": {"all"}}
         return limit in enforced or not enforced.isdisjoint(implied[limit])
 
-    @property
-    def may_use_all(self) -> bool:
-        """True if the user is root or SlurmUser, who may use every partition (slurm.conf(5), AllowGroups)."""
-        return self.user in ("root", self.settings.get("SlurmUser", "root").partition("(")[0])
-
     def closed_to_user(self, partition: Partition) -> str:
         """Explain why a partition refuses the user (RootOnly, AllowGroups); empty if it does not, or if unknown."""
-        if not self.user or self.may_use_all:
+        slurm_user = self.settings.get("SlurmUser", "root").partition("(")[0]
+        if self.user in ("", "root", slurm_user):  # root and SlurmUser may use every partition (slurm.conf(5), AllowGroups)
             return ""
         if partition.root_only:
             return "only root may submit there (RootOnly=YES)"
@@ -208,7 +204,7 @@ def read_site() -> Site:
     Raises:
         SlurmUnavailableError: there is no SLURM, or it does not answer.
     """
-    user = _user_name()
+    user = psutil.Process().username()  # the user id if it has no name, as in some containers
     outputs: dict[str, str] = {}
     for name, command in COMMANDS.items():
         try:
@@ -217,13 +213,6 @@ def read_site() -> Site:
             if name not in OPTIONAL:
                 raise
     return replace(parse_site(outputs), user=user, groups=_groups(user))
-
-
-def _user_name() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a user id without a name, as in some containers
-        return str(os.getuid())
 
 
 def _groups(user: str) -> tuple[str, ...] | None:
@@ -235,17 +224,11 @@ def _groups(user: str) -> tuple[str, ...] | None:
 
 
 def _run(command: Sequence[str]) -> str:
-    program = command[0]
-    if shutil.which(program) is None:
-        raise SlurmUnavailableError(
-            f"There is no SLURM on this machine ({program} is not on the PATH). Use a login node of a cluster, "
-            "or load the module that brings SLURM's programs."
-        )
     done = run_slurm(command)
     if done.returncode:
         message = " ".join((done.stderr or done.stdout).split())
         raise SlurmUnavailableError(
-            f"SLURM does not answer: `{program}` failed: {message}. See `scontrol ping`, and try again later."
+            f"SLURM does not answer: `{command[0]}` failed: {message}. See `scontrol ping`, and try again later."
         )
     return done.stdout
 
@@ -275,11 +258,7 @@ def _parse_config(text: str) -> dict[str, str]:
 def _parse_nodes(text: str) -> dict[str, tuple[NodeGroup, ...]]:
     """Return partition -> node groups. Nodes that differ only in their state form one group."""
     found: dict[str, dict[tuple[object, ...], NodeGroup]] = {}
-    for line in text.splitlines():
-        columns = [column.strip() for column in line.split("|", maxsplit=5)]
-        if len(columns) < 6:
-            continue
-        name, count, cpus, memory, gres, features = columns
+    for name, count, cpus, memory, gres, features in split_rows(text, 6):
         group = NodeGroup(_leading(count), _leading(cpus), _leading(memory), parse_gpus(gres), _names(features) or ())
         key = (group.cpus, group.memory_mb, tuple(group.gpus.items()), group.features)
         groups = found.setdefault(name, {})
@@ -331,30 +310,25 @@ def _parse_associations(text: str, cluster: str | None) -> tuple[str | None, tup
     """Return the user's default account and associations on this cluster."""
     default = None
     found = []
-    for line in text.splitlines():
-        columns = [column.strip() for column in line.split("|")]
-        if len(columns) < 6 or (cluster is not None and columns[0].lower() != cluster.lower()) or not columns[2]:
-            continue
-        default = columns[1] or default
-        found.append(Association(columns[2], columns[3] or None, _names(columns[4]) or (), columns[5] or None))
+    for its_cluster, its_default, account, partition, qos, default_qos in split_rows(text, 6):
+        if account and (cluster is None or its_cluster.lower() == cluster.lower()):
+            default = its_default or default
+            found.append(Association(account, partition or None, _names(qos) or (), default_qos or None))
     return default, tuple(found)
 
 
 def _parse_qos(text: str) -> dict[str, Qos]:
-    rows = [[column.strip() for column in line.split("|")] for line in text.splitlines()]
-    return {row[0]: _parse_one_qos(row) for row in rows if len(row) >= 3}
-
-
-def _parse_one_qos(row: Sequence[str]) -> Qos:
-    grace, mode, preempts = row[3:6] if len(row) >= 6 else ("", "", "")
-    return Qos(
-        row[0],
-        parse_duration(row[1]),
-        _names(row[2]) or (),
-        grace_s=parse_duration(grace),
-        preempt_mode=None if mode.lower() in ("", "cluster", "off") else mode.upper(),
-        preempts=_names(preempts) or (),
-    )
+    found = {}
+    for name, limit, flags, grace, mode, preempts in split_rows(text, 6):
+        found[name] = Qos(
+            name,
+            parse_duration(limit),
+            _names(flags) or (),
+            grace_s=parse_duration(grace),
+            preempt_mode=None if mode.lower() in ("", "cluster", "off") else mode.upper(),
+            preempts=_names(preempts) or (),
+        )
+    return found
 
 
 def _leading(text: str) -> int:
@@ -409,8 +383,7 @@ def find_preemption(site: Site, partition: Partition, qos: Qos | None) -> Preemp
         qos: of the job; None if unknown.
     """
     kind = site.settings.get("PreemptType", "preempt/none").removeprefix("preempt/")
-    own_signal = "preempt_send_user_signal" in site.settings.get("SlurmctldParameters", "")
-    signal = "SIGUSR2" if own_signal else "SIGTERM"
+    signal = "SIGUSR2" if "preempt_send_user_signal" in site.settings.get("SlurmctldParameters", "") else "SIGTERM"
     if kind == "none":
         return None
     if kind == "qos":

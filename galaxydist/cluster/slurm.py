@@ -12,7 +12,7 @@ import pwd
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from galaxydist.errors import UserError
@@ -24,7 +24,7 @@ _ENVIRONMENT = {"SLURM_BITSTR_LEN": "0", "SLURM_TIME_FORMAT": "standard", "LC_AL
 # Connection failures, timeouts and a standby controller in src/common/slurm_errno.c; and our own messages.
 _UNAVAILABLE = re.compile(
     r"unable to contact|connection (refused|reset|timed out)|socket timed out|zero bytes were transmitted|in standby mode|"
-    r"communication|SLURM did not answer|try again",
+    r"communication|SLURM did not answer|no SLURM on this machine|try again",
     re.IGNORECASE,
 )
 
@@ -63,6 +63,11 @@ def run_slurm(command: Sequence[str], *, text: str = "") -> subprocess.Completed
     except subprocess.TimeoutExpired:
         raise SlurmUnavailableError(
             f"SLURM did not answer: {command[0]} did not finish within {TIMEOUT_S:.0f} s. Try again in a minute."
+        ) from None
+    except FileNotFoundError:
+        raise SlurmUnavailableError(
+            f"There is no SLURM on this machine ({command[0]} is not on the PATH). Use a login node of a cluster, "
+            "or load the module that brings SLURM's programs."
         ) from None
     except OSError as error:
         raise SlurmUnavailableError(f"SLURM did not answer: {command[0]}: {error.strerror or error}.") from error
@@ -142,8 +147,6 @@ def read_states(job_ids: Sequence[str]) -> dict[str, JobState]:
     """
     if not job_ids:
         return {}
-    if not is_slurm_here():
-        raise SlurmUnavailableError("There is no SLURM on this machine (no squeue): use a login node of the cluster.")
     queued = parse_squeue(_run_squeue(_whole_ids(job_ids)))
     found = {job_id: state for job_id in job_ids if (state := _find(job_id, queued)) is not None}
     rest = [job_id for job_id in job_ids if job_id not in found or found[job_id].state == "CANCELLED"]
@@ -169,8 +172,6 @@ def cancel_jobs(job_ids: Iterable[str]) -> dict[str, str]:
     ids = list(job_ids)
     if not ids:
         return {}
-    if not is_slurm_here():
-        raise SlurmUnavailableError("There is no SLURM on this machine (no scancel): use a login node of the cluster.")
     check_controller()
     done = run_slurm(["scancel", "--verbose", *ids])  # without --verbose it does not report unknown ids
     refused = {job_id: message for job_id, message in _CANCEL_ERROR.findall(done.stderr) if job_id in ids}
@@ -199,12 +200,8 @@ def max_array_size() -> int:
 def parse_squeue(text: str) -> dict[str, JobState]:
     """Parse squeue's output (``_SQUEUE_FIELDS``) into states by job id."""
     states: dict[str, JobState] = {}
-    for line in text.splitlines():
-        fields = line.split("|", 5)
-        if len(fields) != 6:
-            continue
-        ids, state, restarts, left, nodes, reason = (field.strip() for field in fields)
-        reason = _clean(reason.removesuffix("|").rstrip())
+    for ids, state, restarts, left, nodes, shown_reason in split_rows(text, 6):
+        reason = _clean(shown_reason.removesuffix("|").rstrip())
         time_left_s = parse_duration(left) if state in TIMED_STATES else None
         job_state = JobState(
             state,
@@ -220,18 +217,22 @@ def parse_squeue(text: str) -> dict[str, JobState]:
 def parse_sacct(text: str) -> dict[str, JobState]:
     """Parse sacct's output (``_SACCT_FIELDS``) into states by job id."""
     states: dict[str, JobState] = {}
-    for line in text.splitlines():
-        fields = line.split("|", 3)
-        if len(fields) != 4:
-            continue
-        ids, label, nodes, reason = (field.strip() for field in fields)
+    for ids, label, nodes, shown_reason in split_rows(text, 4):
         state, _, by = label.partition(" by ")
-        reason = f"by {_user_name(by)}" if by else "" if state == "CANCELLED" else _clean(reason)
+        reason = f"by {_user_name(by)}" if by else "" if state == "CANCELLED" else _clean(shown_reason)
         if state in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED"):
             # squeue does not know this job, so its accounting record was never closed.
             state, reason = UNKNOWN, _LOST.format(state)
         states |= dict.fromkeys(expand_ids(ids), JobState(state, reason, None, _clean(nodes)))
     return states
+
+
+def split_rows(text: str, num_columns: int) -> Iterator[list[str]]:
+    """Yield the columns of each line of output that is separated by ``|``; other lines, such as warnings, are skipped."""
+    for line in text.splitlines():
+        columns = [column.strip() for column in line.split("|", num_columns - 1)]
+        if len(columns) == num_columns:
+            yield columns
 
 
 def expand_ids(text: str) -> list[str]:

@@ -4,7 +4,6 @@ Later edits do not change a submitted job, not even after a requeue.
 """
 
 import hashlib
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,8 +11,6 @@ from pathlib import Path
 from galaxydist.atomic_files import explain_full_disk, fsync_file, rename
 from galaxydist.paths import PACKAGE_DIR, shipped_dir
 from galaxydist.recipe.resolve import list_files
-
-LEFT_OUT = ("__pycache__",)
 
 
 def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
@@ -43,8 +40,8 @@ def take_snapshot(folder: Path, recipe_paths: Mapping[str, Path]) -> Path:
 def _write(files: Mapping[str, bytes], folder: Path, target: Path) -> None:
     """Write the snapshot atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".code-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix=".code-", dir=folder, ignore_cleanup_errors=True) as temporary_name:
+        temporary = Path(temporary_name)
         for name, content in files.items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,14 +53,12 @@ def _write(files: Mapping[str, bytes], folder: Path, target: Path) -> None:
         except OSError:
             if not target.is_dir():  # else another submission made it meanwhile
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _files(recipe_paths: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
     """Yield name in the snapshot and source of every file, in a fixed order."""
     for path in sorted(PACKAGE_DIR.rglob("*")):
-        if path.is_file() and not set(path.parts) & set(LEFT_OUT):
+        if path.is_file() and "__pycache__" not in path.parts:
             yield str(Path("galaxydist") / path.relative_to(PACKAGE_DIR)), path
     shipped = list_files([shipped_dir("recipes")])
     for name, path in sorted({**shipped, **recipe_paths}.items()):

@@ -236,9 +236,14 @@ def read_overview(folders: Sequence[Path]) -> Overview:
     for folder in folders:
         for run in find_runs(folder):
             names.setdefault(run, str(run.relative_to(folder)) if run != folder else run.name or str(run))
-    jobs, damaged = _read_jobs(names)
+    jobs: dict[Path, list[JobRecord]] = {}
+    runs: list[RunStatus] = []
+    for run, name in names.items():
+        try:
+            jobs[run] = JobFiles(run).jobs()
+        except (UserError, PermissionError) as error:
+            runs.append(RunStatus(run, name, DAMAGED, last_error=str(error)))
     known, slurm_error = _read_job_states([job for run_jobs in jobs.values() for job in run_jobs])
-    runs = [RunStatus(run, names[run], DAMAGED, last_error=text) for run, text in damaged.items()]
     for run, run_jobs in jobs.items():
         try:
             runs.append(read_status(run, names[run], run_jobs, known))
@@ -298,7 +303,8 @@ def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[
     restarts = files.restarts()
     job, job_state = newest_job(jobs, known)
     state = _find_state(folder, restarts, job, job_state, lock_holder(folder.lock_path, known))
-    status = RunStatus(
+    group = group_of(state.state)
+    return RunStatus(
         run,
         name,
         state.state,
@@ -308,8 +314,8 @@ def read_status(run: Path, name: str, jobs: Sequence[JobRecord], known: Mapping[
         read_progress(folder),
         count_restarts(restarts, {job.job_id: known[job.job_id] for job in jobs if job.job_id in known}),
         state.time_left_s,
+        None if group in ("running", "finished") else explain_end(files, job, job_state, group=group),
     )
-    return dataclasses.replace(status, last_error=_last_error(files, job, job_state, status.group))
 
 
 def count_restarts(restarts: Sequence[RestartRecord], known: Mapping[str, JobState]) -> int:
@@ -320,17 +326,6 @@ def count_restarts(restarts: Sequence[RestartRecord], known: Mapping[str, JobSta
     for (job_id, restart), decision in last.items():
         counts[job_id] = max(counts.get(job_id, 0), restart + (decision == "requeue"))
     return sum(counts.values()) + sum(decision == "resubmit" for decision in last.values())
-
-
-def _read_jobs(names: Mapping[Path, str]) -> tuple[dict[Path, list[JobRecord]], dict[Path, str]]:
-    jobs: dict[Path, list[JobRecord]] = {}
-    damaged: dict[Path, str] = {}
-    for run in names:
-        try:
-            jobs[run] = JobFiles(run).jobs()
-        except (UserError, PermissionError) as error:
-            damaged[run] = str(error)
-    return jobs, damaged
 
 
 def _read_job_states(jobs: Sequence[JobRecord]) -> tuple[dict[str, JobState], str]:
@@ -372,10 +367,6 @@ def _ended_state(folder: RunFolder, restarts: Sequence[RestartRecord], *, was_lo
     if was_locked or folder.read_failure() is not None or (restarts and restarts[-1].decision == "stop"):
         return FAILED
     return STOPPED if folder.metrics_path.exists() or restarts else NEW
-
-
-def _last_error(files: JobFiles, job: JobRecord | None, job_state: JobState | None, group: Group) -> str | None:
-    return None if group in ("running", "finished") else explain_end(files, job, job_state, group=group)
 
 
 def _sort_key(status: RunStatus) -> tuple[int, list[tuple[int, str]]]:

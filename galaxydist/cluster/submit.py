@@ -3,7 +3,6 @@
 It imports no torch: batch scripts use it to resubmit their runs.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -13,11 +12,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
@@ -183,11 +181,7 @@ def deferred_signals() -> Iterator[None]:
     needed for threads of libraries, which may receive a signal instead of this one.
     """
     received: list[int] = []
-
-    def remember(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-
-    handlers = {number: signal.signal(number, remember) for number in _SIGNALS}
+    handlers = {deferred: signal.signal(deferred, lambda number, _frame: received.append(number)) for deferred in _SIGNALS}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -347,7 +341,7 @@ def _send(
     sent_at = time.time()  # before a job can end
     with deferred_signals(), without_job_environment(), explain_refusal(cluster.name):
         jobs = executor.submit_array(calls) if len(calls) > 1 else [executor.submit(calls[0])]
-        with _end_unless_recorded([job.job_id for job in jobs], cluster):
+        try:
             for request, job in zip(submission.requests, jobs, strict=True):
                 record = JobRecord(
                     job_id=job.job_id,
@@ -364,6 +358,12 @@ def _send(
                     resubmits=resubmits,
                 )
                 JobFiles(request.run_dir).append_job(record)
+        except BaseException:
+            # The runs would be submitted again.
+            if cluster.scheduler == "slurm":
+                with suppress(SlurmUnavailableError):
+                    cancel_jobs(job.job_id for job in jobs)
+            raise
     return [job.job_id for job in jobs]
 
 
@@ -379,18 +379,6 @@ def ask_start(script: str, cluster_name: str) -> str:
         with explain_refusal(cluster_name):
             raise FailedSubmissionError(done.stderr)
     return " ".join(line.removeprefix("sbatch: ") for line in (done.stderr or done.stdout).splitlines())
-
-
-@contextlib.contextmanager
-def _end_unless_recorded(job_ids: Sequence[str], cluster: ClusterConfig) -> Iterator[None]:
-    """Cancel jobs that could not be recorded, since their runs would be submitted again."""
-    try:
-        yield
-    except BaseException:
-        if cluster.scheduler == "slurm":
-            with contextlib.suppress(SlurmUnavailableError):
-                cancel_jobs(job_ids)
-        raise
 
 
 def _job_arguments(request: JobRequest, code: Path) -> tuple[str, ...]:

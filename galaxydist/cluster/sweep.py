@@ -19,6 +19,7 @@ over one of ``set``; the grid must not share a key with either.
 """
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -297,18 +298,17 @@ def resolve(
     Raises:
         SweepError: lists each problem once, with the runs that have it.
     """
-    problems = _Problems(sweep)
+    problems: dict[tuple[str, str], list[str]] = defaultdict(list)  # (origin, text) -> labels of the runs that have it
     root, kept = sweep.root, []
     for argument in arguments:
         key, _, text = argument.partition("=")
         if key == "run.root" and text:
             root = Path(text).expanduser()
         elif key in RESERVED_KEYS and key != "run.root":
-            problems.add("", (COMMAND_LINE, f"{argument}: {RESERVED_KEYS[key]}"))
+            problems[COMMAND_LINE, f"{argument}: {RESERVED_KEYS[key]}"].append("")
         else:
             kept.append(argument)
     points = expand(sweep, [argument.partition("=")[0] for argument in kept])
-    problems.num_runs = len(points)
     runs = []
     for point in points:
         try:
@@ -316,13 +316,32 @@ def resolve(
             runs.append(run)
             check(run.resolved)
         except RecipeError as error:
-            problems.add(point.label, *error.problems)
+            for problem in error.problems:
+                problems[problem].append(point.label)
         except UserError as error:
-            problems.add(point.label, ("", str(error)))
-    for problem in (*_same_folders(runs), *_same_recipe_names(runs)):
-        problems.add("", ("", problem))
-    problems.raise_if_any()
+            problems["", str(error)].append(point.label)
+    for text in (*_same_folders(runs), *_same_recipe_names(runs)):
+        problems["", text].append("")
+    if problems:
+        listed = [(origin, text + _name_runs(labels, len(points))) for (origin, text), labels in problems.items()]
+        raise SweepError(sweep.path, listed)
     return runs
+
+
+def _name_runs(labels: Sequence[str], num_runs: int) -> str:
+    """Return the runs with a problem, for its message; empty if it is one of the whole sweep.
+
+    Args:
+        labels: of the runs that have the problem; empty texts for the whole sweep.
+        num_runs: runs of the sweep.
+    """
+    if not any(labels) or num_runs == 1:
+        return ""
+    if len(labels) == num_runs:
+        return f" (all {num_runs} runs)"
+    if len(labels) == 1:
+        return f" ({labels[0]})"
+    return f" ({len(labels)} of {num_runs} runs, the first: {labels[0]})"
 
 
 def _resolve_point(point: GridPoint, arguments: Sequence[str], root: Path, folders: Sequence[Path] | None) -> SweepRun:
@@ -364,33 +383,3 @@ def _same_recipe_names(runs: Sequence[SweepRun]) -> Iterator[str]:
         name, path = run.resolved.recipe.name, run.resolved.path
         if paths.setdefault(name, path) != path:
             yield f"two recipes have the name {name}: {paths[name]} and {path}; rename one"
-
-
-class _Problems:
-    """Collects each problem once, with the labels of the runs that have it."""
-
-    def __init__(self, sweep: SweepFile) -> None:
-        self.sweep = sweep
-        self.num_runs = 0
-        self._labels: dict[tuple[str, str], list[str]] = {}
-
-    def add(self, label: str, *problems: tuple[str, str]) -> None:
-        """Add problems of a run; label "": of the whole sweep."""
-        for problem in problems:
-            self._labels.setdefault(problem, []).append(label)
-
-    def raise_if_any(self) -> None:
-        if self._labels:
-            raise SweepError(
-                self.sweep.path, [(origin, f"{text}{self._runs(labels)}") for (origin, text), labels in self._labels.items()]
-            )
-
-    def _runs(self, labels: Sequence[str]) -> str:
-        """Return the runs with a problem, for its message."""
-        if not any(labels) or self.num_runs == 1:
-            return ""
-        if len(labels) == self.num_runs:
-            return f" (all {self.num_runs} runs)"
-        if len(labels) == 1:
-            return f" ({labels[0]})"
-        return f" ({len(labels)} of {self.num_runs} runs, the first: {labels[0]})"

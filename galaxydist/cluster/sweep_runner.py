@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.requeue import PERMANENT_FAILURES
-from galaxydist.cluster.running_jobs import local_state, lock_holder, newest_job
+from galaxydist.cluster.running_jobs import lock_holder, newest_job
 from galaxydist.cluster.slurm import WAITING_STATES, JobState
 from galaxydist.cluster.submit import JobRequest, build_request
 from galaxydist.cluster.sweep import SweepRun
@@ -133,10 +133,6 @@ def _read_run_state(run: SweepRun, jobs: Sequence[JobRecord], job_states: Mappin
         failure=_describe(failure) if failure is not None else next((record.error for record in records), None),
         for_good=any(record.for_good for record in records) or own_failure.get("kind") in PERMANENT_FAILURES,
     )
-
-
-def is_local_job_running(job: JobRecord) -> bool:
-    return local_state(job) is not None
 
 
 def _missing_variants(run: SweepRun, folder: RunFolder) -> tuple[str, ...]:

@@ -6,12 +6,11 @@ Each rank writes its report as JSON after every part, so that the report of a ra
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import TypeAdapter
 
 from galaxydist.atomic_files import read_json, write_json
-from galaxydist.errors import UserError
 
 Level = Literal["ok", "warning", "failure"]
 LEVELS: tuple[Level, ...] = ("ok", "warning", "failure")
@@ -57,11 +56,6 @@ def has_failed(checks: Iterable[Check]) -> bool:
 def worst_first(checks: Iterable[Check]) -> list[Check]:
     """Sort checks by level, worst first; checks of one level keep their order."""
     return sorted(checks, key=lambda check: -LEVELS.index(check.level))
-
-
-def to_dicts(checks: Iterable[Check]) -> list[dict[str, Any]]:
-    """Convert checks to plain JSON values."""
-    return [asdict(check) for check in checks]
 
 
 def render(sections: Mapping[str, Iterable[Check]]) -> str:
@@ -179,17 +173,9 @@ class RankReport:
 
 
 def read_reports(folder: Path) -> list[RankReport]:
-    """Read the reports written so far, in rank order.
-
-    Raises:
-        UserError: a report was written by another version of galaxydist.
-    """
-    reports = []
-    for path in folder.glob("rank-*.json"):
-        plain = read_json(path)
-        if plain.get("format") != FORMAT_VERSION:
-            raise UserError(f"{path} was written by another galaxydist: remove {folder} and run the command again")
-        reports.append(TypeAdapter(RankReport).validate_python(plain))
+    """Read the reports written so far, in rank order."""
+    adapter = TypeAdapter(RankReport)
+    reports = [adapter.validate_python(read_json(path)) for path in folder.glob("rank-*.json")]
     return sorted(reports, key=lambda report: report.rank)
 
 

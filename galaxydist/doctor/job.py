@@ -7,6 +7,8 @@ import contextlib
 import logging
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from galaxydist.cluster.site import SAVE_REMEDY, Partition, Site, find_preemptio
 from galaxydist.cluster.slurm import UNKNOWN, WAITING_STATES, JobState, SlurmUnavailableError, cancel_jobs, read_states
 from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.cluster.submit import deferred_signals, without_job_environment
-from galaxydist.doctor.check import Check, RankReport, failure, ok, read_reports, warning, worst_first
+from galaxydist.doctor.check import Check, failure, ok, read_reports, warning, worst_first
 from galaxydist.doctor.merge import merge_reports
 from galaxydist.doctor.rank import MEETING_S, Examination, examine_task
 from galaxydist.errors import UserError
@@ -103,7 +105,7 @@ def check_preemption(cluster: ClusterConfig, site: Site | None = None) -> list[C
     if len(found) < 2:
         return found
     worst = worst_first(found)[0]
-    return [Check(NAME, worst.level, "\n".join(check.text for check in found), worst.remedy)]
+    return [replace(worst, text="\n".join(check.text for check in found))]
 
 
 def _check_partition(cluster: ClusterConfig, site: Site, partition: Partition) -> Check:
@@ -201,11 +203,12 @@ def _follow(job: QueuedJob, folder: Path, cluster: ClusterConfig, wait_s: float)
     while True:
         reports = read_reports(folder)
         if len(reports) == cluster.num_tasks and all(report.is_done for report in reports):
-            _await_end(job)
+            _wait_until(job.has_ended)
             break
         state, now = job.state(), time.monotonic()
         if _has_ended(state):
-            reports = _settle(folder, cluster.num_tasks)
+            _wait_until(lambda: len(read_reports(folder)) == cluster.num_tasks)
+            reports = read_reports(folder)
             break
         if reports or state.state not in (*WAITING_STATES, UNKNOWN):
             if now - started > cluster.time_min * 60 + SETTLING_S:
@@ -221,18 +224,11 @@ def _follow(job: QueuedJob, folder: Path, cluster: ClusterConfig, wait_s: float)
     return checks
 
 
-def _await_end(job: QueuedJob) -> None:
-    """Wait a few seconds for the job to end after its ranks are done."""
+def _wait_until(is_true: Callable[[], bool]) -> None:
+    """Wait a few seconds for a job to end after its ranks are done, or for its last reports after its end."""
     until = time.monotonic() + SETTLING_S
-    while time.monotonic() < until and not job.has_ended():
+    while time.monotonic() < until and not is_true():
         time.sleep(POLL_S / 5)
-
-
-def _settle(folder: Path, num_tasks: int) -> list[RankReport]:
-    until = time.monotonic() + SETTLING_S
-    while len(reports := read_reports(folder)) < num_tasks and time.monotonic() < until:
-        time.sleep(POLL_S)
-    return reports
 
 
 def _not_started(state: JobState, wait_s: float) -> Check:

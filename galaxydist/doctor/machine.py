@@ -7,9 +7,9 @@ import fcntl
 import ipaddress
 import math
 import os
-import secrets
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ def check_data_root(root: Path, home: Path) -> Check:
         return failure(name, f"{root} cannot be made: {nearest} is not a folder", remedy)
     try:
         with _temporary_folder(nearest):
-            free = _free_bytes(nearest)
+            free = shutil.disk_usage(nearest).free
     except OSError as error:
         text = f"{root}: {nearest} cannot be written ({error.strerror})"
         if nearest == root.absolute() and any(root.iterdir()):
@@ -143,7 +143,7 @@ def check_scratch(path: Path, environ: Mapping[str, str]) -> Check:
         return failure("scratch", f"{path} is {str(folder)!r} there, which is not an absolute path", remedy)
     try:
         with _temporary_folder(folder):
-            free = _free_bytes(folder)
+            free = shutil.disk_usage(folder).free
     except OSError as error:
         return failure("scratch", f"{folder} cannot be written ({error.strerror})", remedy)
     text = f"{folder}: {free / 1e9:.1f} GB free"
@@ -170,7 +170,7 @@ def check_run_folders(folder: Path) -> list[Check]:
             ]
     except OSError as error:
         return [failure("run folders", f"{folder} cannot be written ({error.strerror})", remedy)]
-    space = f"{_free_bytes(folder) / 1e9:.1f} GB free ({file_system(folder) or 'unknown'})"
+    space = f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free ({file_system(folder) or 'unknown'})"
     return [ok("run folders", f"{folder.absolute()}: {space}"), *checks]
 
 
@@ -219,18 +219,9 @@ def _flock_problem(folder: Path) -> str:
 @contextmanager
 def _temporary_folder(parent: Path) -> Iterator[Path]:
     """Create a folder with a file for the tests, and remove it afterwards."""
-    folder = parent / f".doctor-{secrets.token_hex(6)}"
-    folder.mkdir()
-    try:
-        write_bytes(folder / "written", b"x" * 4096)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free_bytes(folder: Path) -> int:
-    """Return the bytes of the folder's file system that are free for ordinary users."""
-    return shutil.disk_usage(folder).free
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=parent, ignore_cleanup_errors=True) as name:
+        write_bytes(Path(name) / "written", b"x" * 4096)
+        yield Path(name)
 
 
 def check_wandb(environ: Mapping[str, str]) -> Check:
@@ -267,11 +258,9 @@ def interface_address(name: str) -> str | None:
         name: the interface, such as ``ib0``; of a list the first is used.
     """
     found = psutil.net_if_addrs().get(name.split(",", maxsplit=1)[0].lstrip("=^"), [])
-    for family in (socket.AF_INET, socket.AF_INET6):
-        for address in found:
-            if address.family == family:
-                return address.address.partition("%")[0]
-    return None
+    by_family = {address.family: address.address for address in reversed(found)}  # the first address of each
+    address = by_family.get(socket.AF_INET) or by_family.get(socket.AF_INET6)
+    return address.partition("%")[0] if address else None
 
 
 def is_loopback(address: str) -> bool:

@@ -3,7 +3,7 @@
 Equal results become one line; different ones are listed by host.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from galaxydist.doctor.check import Check, RankReport, Timing, describe_ranks, failure, ok, warning, worst_first
 from galaxydist.doctor.machine import is_loopback
@@ -114,7 +114,13 @@ def check_signals(reports: Sequence[RankReport], *, in_container: bool = False) 
         return []
     error = next((report.signal_error for report in tested if report.signal_error is not None), None)
     if error is not None:
-        return [_not_sent(error, in_container=in_container)]
+        if in_container:
+            text = f"not tested: scancel cannot be called from inside the container ({error})"
+            remedy = "test it once with a run: after `scancel --signal=USR2 JOB` on the login node it must save and exit"
+        else:
+            text = f"not tested: scancel failed on the node: {error}"
+            remedy = "SLURM's programs do not work on the nodes: inform the administrators"
+        return [warning("signal", text, remedy)]
     missing = [report for report in tested if report.signal_s is None]
     if missing:
         text = f"SIGUSR2 did not reach {describe_ranks(missing, tested)}"
@@ -124,16 +130,6 @@ def check_signals(reports: Sequence[RankReport], *, in_container: bool = False) 
         )
         return [failure("signal", text, remedy)]
     return [ok("signal", f"SIGUSR2 from SLURM reached all ranks within {max(report.signal_s or 0.0 for report in tested):.1f} s")]
-
-
-def _not_sent(error: str, *, in_container: bool) -> Check:
-    if in_container:
-        text = f"not tested: scancel cannot be called from inside the container ({error})"
-        remedy = "test it once with a run: after `scancel --signal=USR2 JOB` on the login node it must save and exit"
-    else:
-        text = f"not tested: scancel failed on the node: {error}"
-        remedy = "SLURM's programs do not work on the nodes: inform the administrators"
-    return warning("signal", text, remedy)
 
 
 def check_bandwidth(reports: Sequence[RankReport]) -> list[Check]:
@@ -168,14 +164,6 @@ def _check_backend(backend: str, reports: Sequence[RankReport]) -> Check:
     return ok(name, text)
 
 
-BETWEEN_RANKS: tuple[Callable[[Sequence[RankReport]], list[Check]], ...] = (
-    check_meeting,
-    check_clocks,
-    check_shared_files,
-    check_bandwidth,
-)
-
-
 def merge_reports(
     reports: Sequence[RankReport], num_tasks: int, gpus_per_node: int, *, in_container: bool = False
 ) -> list[Check]:
@@ -197,7 +185,7 @@ def merge_reports(
     if examined and gpus_per_node:
         checks.append(check_gpu_shares(examined, gpus_per_node))
     checks += [*check_addresses(reports), *check_signals(reports, in_container=in_container)]
-    together = [check for part in BETWEEN_RANKS for check in part(reports)]
+    together = [*check_meeting(reports), *check_clocks(reports), *check_shared_files(reports), *check_bandwidth(reports)]
     return [*checks, *(together if num_tasks > 1 else _of_one_rank(together))]
 
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from galaxydist.paths import data_root
 PINGS = 5
 
 
+@dataclass
 class RankChannel:
     """Exchanges JSON values between ranks through the rendezvous store.
 
@@ -44,11 +44,10 @@ class RankChannel:
         clock: returns seconds since 1970.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, clock: Callable[[], float] = time.time) -> None:
-        self.store = store
-        self.rank = rank
-        self.size = size
-        self._clock = clock
+    store: Store
+    rank: int
+    size: int
+    clock: Callable[[], float] = time.time
 
     def gather(self, name: str, value: Any) -> list[Any]:
         """Return the values of all ranks, in rank order; all ranks must call it, once for each name.
@@ -88,11 +87,11 @@ class RankChannel:
             for rank in range(1, self.size):
                 for number in range(PINGS):
                     self.get(f"clock/{rank}/{number}/ping")
-                    self.put(f"clock/{rank}/{number}/time", self._clock())
+                    self.put(f"clock/{rank}/{number}/time", self.clock())
             return 0.0, 0.0
         trips = []
         for number in range(PINGS):
-            start, began = self._clock(), time.monotonic()
+            start, began = self.clock(), time.monotonic()
             self.put(f"clock/{self.rank}/{number}/ping")
             reference = self.get(f"clock/{self.rank}/{number}/time")
             trip = time.monotonic() - began
@@ -196,36 +195,25 @@ def _time_until(path: Path, content: bytes, limit_s: float) -> float | None:
     return None
 
 
-class SignalWatch:
-    """Records the arrival time of SIGUSR2."""
-
-    def __init__(self) -> None:
-        self.arrived: float | None = None
-
-    def note(self, _number: int, _frame: FrameType | None) -> None:
-        if self.arrived is None:
-            self.arrived = time.monotonic()
-
-
 @contextmanager
-def watch_signal() -> Iterator[SignalWatch]:
-    """Replace the handler of SIGUSR2 by one that records its arrival."""
-    watch = SignalWatch()
-    old = signal.signal(signal.SIGUSR2, watch.note)
+def watch_signal() -> Iterator[list[float]]:
+    """Replace the handler of SIGUSR2 by one that appends the time of each arrival to a list."""
+    arrivals: list[float] = []
+    old = signal.signal(signal.SIGUSR2, lambda _number, _frame: arrivals.append(time.monotonic()))
     try:
-        yield watch
+        yield arrivals
     finally:
         signal.signal(signal.SIGUSR2, old)
 
 
 def time_signal(
-    channel: RankChannel, watch: SignalWatch, environ: Mapping[str, str], *, limit_s: float = SIGNAL_S
+    channel: RankChannel, arrivals: list[float], environ: Mapping[str, str], *, limit_s: float = SIGNAL_S
 ) -> tuple[float | None, str | None]:
     """Make SLURM send SIGUSR2 to the job step, as before the time limit, and wait for it; all ranks must call it.
 
     Args:
         channel: between the ranks.
-        watch: records the signal; active on all ranks.
+        arrivals: times of the signal, from ``watch_signal``, which is active on all ranks.
         environ: has SLURM_JOB_ID and SLURM_STEP_ID.
         limit_s: seconds that a rank waits for the signal.
 
@@ -234,16 +222,16 @@ def time_signal(
     """
     if "SLURM_STEP_ID" not in environ:
         return None, "no SLURM"
-    watch.arrived = None  # ignore earlier signals, such as the one before the time limit
+    arrivals.clear()  # ignore earlier signals, such as the one before the time limit
     channel.barrier("signal/ready")
     start = time.monotonic()
     if channel.rank == 0:
         channel.put("signal/error", _send_signal(f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"))
     error: str | None = channel.get("signal/error")
-    while error is None and watch.arrived is None and time.monotonic() - start < limit_s:
+    while error is None and not arrivals and time.monotonic() - start < limit_s:
         time.sleep(POLL_S)
     channel.barrier("signal/done")
-    return (None if watch.arrived is None else max(watch.arrived - start, 0.0)), error
+    return (max(arrivals[0] - start, 0.0) if arrivals else None), error
 
 
 def _send_signal(step: str) -> str | None:
@@ -304,7 +292,7 @@ def examine(examination: Examination, environ: Mapping[str, str]) -> RankReport:
     report = RankReport(int(environ["RANK"]), int(environ["WORLD_SIZE"]), host, machine_id())
     folder = examination.folder
     try:
-        with watch_signal() as watch:
+        with watch_signal() as arrivals:
             report.write(folder, "node")
             _check_node(report, examination, environ)
             report.write(folder, "rendezvous")
@@ -314,7 +302,7 @@ def examine(examination: Examination, environ: Mapping[str, str]) -> RankReport:
             report.write(folder, "shared files")
             report.seen_s, report.renamed_s = time_shared_files(channel, folder)
             report.write(folder, "signal")
-            report.signal_s, report.signal_error = time_signal(channel, watch, environ)
+            report.signal_s, report.signal_error = time_signal(channel, arrivals, environ)
             _time_backends(report, channel, folder, int(environ["LOCAL_RANK"]))
             channel.close()
             report.write(folder, "done")
@@ -352,9 +340,14 @@ def _join(report: RankReport, environ: Mapping[str, str], meeting_s: float) -> R
     """Join the rendezvous; raise RuntimeError if rank 0 cannot be reached or its port is in use."""
     start = time.monotonic()
     host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-    is_server = report.rank == 0
-    timeout = timedelta(seconds=meeting_s)
-    store = TCPStore(host, port, report.world_size, is_server, timeout=timeout, wait_for_workers=False)
+    store = TCPStore(
+        host,
+        port,
+        report.world_size,
+        is_master=report.rank == 0,
+        timeout=timedelta(seconds=meeting_s),
+        wait_for_workers=False,
+    )
     channel = RankChannel(store, report.rank, report.world_size)
     channel.barrier("rendezvous")
     store.set_timeout(timedelta(seconds=PART_S))
@@ -366,8 +359,7 @@ def _time_backends(report: RankReport, channel: RankChannel, folder: Path, local
     """Time all-reduces with gloo, and with NCCL if every rank has a GPU."""
     report.write(folder, "all-reduce, gloo")
     report.timings["gloo"] = time_all_reduce(channel, "gloo", torch.device("cpu"), timeout_s=GROUP_S)
-    can_nccl = report.num_gpus > 0 and dist.is_nccl_available()
-    if all(channel.gather("has a GPU", can_nccl)):
+    if all(channel.gather("has a GPU", report.num_gpus > 0 and dist.is_nccl_available())):
         report.write(folder, "all-reduce, nccl")
         device = torch.device("cuda", local_rank % report.num_gpus)
         torch.cuda.set_device(device)

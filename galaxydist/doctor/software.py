@@ -172,7 +172,8 @@ def library_versions() -> dict[str, str]:
     found["torch"] = str(torch.__version__)
     found["CUDA"] = torch.version.cuda or "none"
     if torch.version.cuda is not None and dist.is_nccl_available():
-        found["NCCL"] = ".".join(str(number) for number in _nccl_version())
+        nccl: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        found["NCCL"] = ".".join(map(str, nccl))
     return found
 
 
@@ -196,13 +197,6 @@ def _query_driver(smi: str) -> tuple[tuple[str, ...] | None, str | None]:
     # A login node may have the program but no GPU.
     absent = any("No devices were found" in line or "couldn't communicate" in line for line in lines)
     return ((), None) if absent else (None, lines[0] if lines else f"exit code {answer.returncode}")
-
-
-def _nccl_version() -> tuple[int, ...]:
-    from torch.cuda import nccl
-
-    version: tuple[int, ...] = nccl.version()  # type: ignore[no-untyped-call]
-    return version
 
 
 def _counted(names: Sequence[str]) -> str:

@@ -24,7 +24,6 @@ from galaxydist.loading.augment import Augment
 from galaxydist.loading.device_prefetch import DevicePrefetcher
 from galaxydist.loading.loader import Batch, DecodeOptions, EvalLoader, RankInfo
 from galaxydist.models.build import evaluation_mode
-from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest
 from galaxydist.surveys.photometry import Measurements, measure_images
@@ -244,7 +243,7 @@ def evaluate_split(
             for batch in batches:
                 images_BCHW = augment.normalise(batch.images_BHWC).to(world.dtype)
                 if recipe.train.channels_last:
-                    images_BCHW = images_channels_last(images_BCHW)
+                    images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
                 with world.accelerator.autocast():
                     logits_VBK = [model(turned_BCHW) for turned_BCHW in tta_images(images_BCHW, recipe.eval.tta)]
                 logits_BK = mean_log_probabilities(logits_VBK)
@@ -264,7 +263,7 @@ def evaluate_split(
     for vector, (what, number) in zip(vectors, expected.items(), strict=True):
         total = Counts.from_vector(vector)
         total.check(number, what)
-        found.append(metrics_from_counts(total.confusion_KK.numpy(), total.loss_sum, total.count, manifest.class_names))
+        found.append(metrics_from_counts(total.confusion_KK.numpy(), total.loss_sum, manifest.class_names))
     metrics, *others = found
     return metrics | ({"without_validation": others[0]} if others else {})
 

@@ -17,13 +17,12 @@ from galaxydist.evaluation.predictions import PredictionsFile, PredictionsInfo, 
 Floats = NDArray[np.float64]
 
 
-def metrics_from_counts(confusion_KK: ArrayLike, loss_sum: float, count: int, class_names: Sequence[str]) -> dict[str, Any]:
+def metrics_from_counts(confusion_KK: ArrayLike, loss_sum: float, class_names: Sequence[str]) -> dict[str, Any]:
     """Return accuracy, mean loss, balanced accuracy, macro and weighted F1, and per-class precision, recall, F1 and support.
 
     Args:
         confusion_KK: counts; row: true class, column: predicted class.
         loss_sum: summed plain cross-entropy (nats).
-        count: number of galaxies.
         class_names: by label.
 
     Returns:
@@ -31,16 +30,9 @@ def metrics_from_counts(confusion_KK: ArrayLike, loss_sum: float, count: int, cl
         class that was never predicted, F1 of a class that is neither; so is a loss that is not finite. Balanced accuracy is the
         mean recall of the classes that have galaxies; macro F1 the mean F1 of the classes that have galaxies or were predicted
         (both as in scikit-learn).
-
-    Raises:
-        ValueError: the arguments do not fit together.
     """
     matrix_KK = np.asarray(confusion_KK, dtype=np.int64)
-    num_classes = len(class_names)
-    if matrix_KK.shape != (num_classes, num_classes):
-        raise ValueError(f"a confusion matrix of shape {matrix_KK.shape} does not fit {num_classes} classes")
-    if int(matrix_KK.sum()) != count:
-        raise ValueError(f"the confusion matrix holds {int(matrix_KK.sum())} galaxies, not {count}")
+    count = int(matrix_KK.sum())
     support_K, predicted_K, correct_K = matrix_KK.sum(axis=1), matrix_KK.sum(axis=0), matrix_KK.diagonal()
     recall_K = ratio(correct_K, support_K)
     f1_K = ratio(2 * correct_K, support_K + predicted_K)
@@ -252,7 +244,7 @@ def summarise(predictions: PredictionsFile, validation: PredictionsFile | None =
     for batch in predictions.batches(["label", "predicted", "logits", "in_validation"]):
         sums.add(batch["label"], batch["predicted"], batch["logits"], batch["in_validation"])
     confusion_KK, count = sums.confusion_KK, predictions.num_galaxies
-    metrics = metrics_from_counts(confusion_KK, sums.loss_sum, count, predictions.info.class_names)
+    metrics = metrics_from_counts(confusion_KK, sums.loss_sum, predictions.info.class_names)
     if sums.num_nonfinite == 0 and predictions.info.loss is not None:
         _check_loss(predictions, metrics["loss"])
         metrics["loss"] = predictions.info.loss
@@ -327,7 +319,7 @@ class _Sums:
     def without_validation(self, info: PredictionsInfo) -> dict[str, Any]:
         """Return the counted metrics of the galaxies outside the run's validation split."""
         loss_sum = math.nan if self.num_nonfinite else math.fsum(self._losses_without)
-        metrics = metrics_from_counts(self.without_KK, loss_sum, int(self.without_KK.sum()), info.class_names)
+        metrics = metrics_from_counts(self.without_KK, loss_sum, info.class_names)
         return {**metrics, "loss": metrics["loss"] if info.loss_without_validation is None else info.loss_without_validation}
 
     def intervals(self) -> dict[str, Any]:

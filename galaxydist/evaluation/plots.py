@@ -3,19 +3,19 @@
 matplotlib is imported inside the functions and used without pyplot, so that there is no window and no figure to close.
 """
 
-import functools
+import contextlib
 import io
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.atomic_files import replace_bytes
 from galaxydist.evaluation.metrics import ClassCurves, wilson_interval
-from galaxydist.evaluation.text_table import readable
+from galaxydist.evaluation.text_table import readable, three_decimals
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,21 +41,13 @@ STYLE: Any = {
 LABELS = {"redshift": "redshift", "size": "half-light radius", "sky_brightness": "sky brightness"}
 
 
-_Arguments = ParamSpec("_Arguments")
-_Drawn = TypeVar("_Drawn")
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Draw with ``STYLE``, independent of the user's matplotlibrc; decorates the functions that draw."""
+    import matplotlib
 
-
-def styled(draw: Callable[_Arguments, _Drawn]) -> Callable[_Arguments, _Drawn]:
-    """Decorate a function so that it draws with ``STYLE``, independent of the user's matplotlibrc."""
-
-    @functools.wraps(draw)
-    def draw_styled(*arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Drawn:
-        import matplotlib
-
-        with matplotlib.rc_context(STYLE):
-            return draw(*arguments, **named)
-
-    return draw_styled
+    with matplotlib.rc_context(STYLE):
+        yield
 
 
 def new_figure(width: float, height: float, title: str = "") -> "Figure":
@@ -69,7 +61,7 @@ def new_figure(width: float, height: float, title: str = "") -> "Figure":
     return figure
 
 
-@styled
+@styled()
 def save_figure(figure: "Figure", path: Path) -> list[Path]:
     """Write a figure as PNG and PDF, each atomically.
 
@@ -94,13 +86,14 @@ def save_figure(figure: "Figure", path: Path) -> list[Path]:
     return paths
 
 
-def _tidy(axes: "Axes", *, grid: bool = True) -> None:
+def tidy(axes: "Axes", *, grid: bool = True) -> None:
+    """Remove the upper and the right line of a plot, and draw a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     if grid:
         axes.grid(linewidth=0.4, alpha=0.6)
 
 
-@styled
+@styled()
 def draw_confusion(metrics: Mapping[str, Any], title: str) -> "Figure":
     """Draw the confusion matrix twice: numbers of galaxies, and shares of each true class.
 
@@ -146,7 +139,7 @@ def _percent(share: float) -> str:
     return "<1" if share < 0.005 else f"{100 * share:.0f}"
 
 
-@styled
+@styled()
 def draw_per_class(metrics: Mapping[str, Any], title: str) -> "Figure":
     """Draw precision, recall and F1 of each class as bars, with the number of galaxies.
 
@@ -166,13 +159,13 @@ def draw_per_class(metrics: Mapping[str, Any], title: str) -> "Figure":
         names = zip(metrics["classes"], per_class["support"], strict=True)
         axes.set_yticks(y_K, [f"{readable(name)} ({support:,})" for name, support in names])
     axes.set(xlim=(0, 1), ylim=(num_classes - 0.5, -0.5), axisbelow=True)
-    _tidy(axes, grid=False)
+    tidy(axes, grid=False)
     axes.grid(axis="x", linewidth=0.4, alpha=0.6)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     return figure
 
 
-@styled
+@styled()
 def draw_learning_curves(lines: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     """Draw loss, accuracy and learning rate over the steps of a run.
 
@@ -203,14 +196,14 @@ def draw_learning_curves(lines: Sequence[Mapping[str, Any]], title: str) -> "Fig
             axes.plot(*zip(*points, strict=True), color=colour, label=legend, linewidth=1.2, marker=marker, markersize=2.5)
         axes.set(xlabel="step", ylabel=label)
         axes.set_ylim(bottom=0, top=1 if label == "accuracy" else None)
-        _tidy(axes)
+        tidy(axes)
         axes.locator_params(axis="x", nbins=5)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=7)
     return figure
 
 
-@styled
+@styled()
 def draw_roc_and_pr(metrics: Mapping[str, Any], curves: Sequence[ClassCurves | None], title: str) -> "Figure":
     """Draw the ROC and precision-recall curves of each class against all others, with the areas under them.
 
@@ -230,22 +223,18 @@ def draw_roc_and_pr(metrics: Mapping[str, Any], curves: Sequence[ClassCurves | N
         left.plot(*curve.roc, **style, label=f"{readable(name)} ({roc:.3f}, {precision:.3f})")
         right.plot(*curve.precision_recall, **style)
     left.plot([0, 1], [0, 1], color=GREY, linewidth=0.6, linestyle="--")
-    roc_mean, precision_mean = (_number(metrics[name]["macro"]) for name in ("roc_auc", "average_precision"))
+    roc_mean, precision_mean = (three_decimals(metrics[name]["macro"]) for name in ("roc_auc", "average_precision"))
     left.set(xlabel="false positive rate", ylabel="true positive rate", title=f"ROC: mean area {roc_mean}")
     right.set(xlabel="recall", ylabel="precision", title=f"precision-recall: mean area {precision_mean}")
     for axes in (left, right):
         axes.set(xlim=(0, 1), ylim=(0, 1.01))
-        _tidy(axes)
+        tidy(axes)
     if left.get_legend_handles_labels()[0] and len(curves) <= MOST_NAMED:
         figure.legend(loc="outside right center", frameon=False, fontsize=7, title="class (area left, right)", title_fontsize=7)
     return figure
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-@styled
+@styled()
 def draw_reliability(metrics: Mapping[str, Any], title: str) -> "Figure":
     """Draw a reliability diagram: accuracy in bins of confidence with 95 % intervals, above the number of galaxies per bin.
 
@@ -263,7 +252,7 @@ def draw_reliability(metrics: Mapping[str, Any], title: str) -> "Figure":
     grid = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1))
     for (name, found), upper, lower in zip(panels, *grid, strict=True):
         _draw_accuracies(upper, [row for row in found["reliability"] if row["count"]])
-        upper.set(title=f"{name}: ECE {_number(found['ece'])}", xlim=(0, 1), ylim=(0, 1))
+        upper.set(title=f"{name}: ECE {three_decimals(found['ece'])}", xlim=(0, 1), ylim=(0, 1))
         _draw_counts(lower, found["reliability"])
     grid[0, 0].set_ylabel("accuracy")
     grid[1, 0].set_ylabel("galaxies")
@@ -281,7 +270,7 @@ def _draw_accuracies(axes: "Axes", bins: Sequence[Mapping[str, Any]]) -> None:
         axes.plot([row["confidence"]] * 2, interval, color=BLUE, linewidth=1.0)
     points = [row["confidence"] for row in bins], [row["accuracy"] for row in bins]
     axes.plot(*points, "o", color=BLUE, markersize=3, label="at its mean confidence, 95 %")
-    _tidy(axes)
+    tidy(axes)
 
 
 def _draw_counts(axes: "Axes", bins: Sequence[Mapping[str, Any]]) -> None:
@@ -290,10 +279,10 @@ def _draw_counts(axes: "Axes", bins: Sequence[Mapping[str, Any]]) -> None:
     axes.bar([row["low"] for row in bins], counts, bins[0]["high"], **style)
     axes.set(xlabel="confidence", ylim=(0, max(1, *counts) * 1.05))
     axes.locator_params(axis="y", nbins=3, integer=True)
-    _tidy(axes, grid=False)
+    tidy(axes, grid=False)
 
 
-@styled
+@styled()
 def draw_accuracy_by_property(metrics: Mapping[str, Any], title: str) -> "Figure":
     """Draw accuracy in bins of each property, with 95 % intervals and the range of each bin (cut where outliers extend it).
 
@@ -315,7 +304,7 @@ def draw_accuracy_by_property(metrics: Mapping[str, Any], title: str) -> "Figure
         unit = f" ({found['unit']})" if found["unit"] else ""
         axes.set(xlabel=f"{LABELS[name]}{unit}", title=f"{found['count']:,} galaxies", xlim=_limits(bins), ylim=(0, 1))
         axes.locator_params(axis="x", nbins=5)
-        _tidy(axes)
+        tidy(axes)
     panels[0].set_ylabel("accuracy")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower right", frameon=False, fontsize=7)
     return figure

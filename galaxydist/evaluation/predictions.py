@@ -138,10 +138,7 @@ def merge_rank_files(paths: Sequence[Path], num_classes: int, *, batch_size: int
 
 
 def _map(path: Path, row: np.dtype[Any]) -> NDArray[np.void]:
-    size = path.stat().st_size
-    if size % row.itemsize:
-        raise ValueError(f"{path} is cut off")
-    return np.memmap(path, row, mode="r") if size else np.empty(0, row)
+    return np.memmap(path, row, mode="r") if path.stat().st_size else np.empty(0, row)  # an empty file cannot be mapped
 
 
 def softmax(logits_NK: NDArray[Any]) -> NDArray[np.float64]:
@@ -183,7 +180,7 @@ def predictions_path(evaluation_dir: Path, stem: str) -> Path:
     return evaluation_dir / f"{stem}{PREDICTIONS}"
 
 
-def write_predictions(path: Path, info: PredictionsInfo, blocks: Iterator[Mapping[str, ArrayLike]]) -> int:
+def write_predictions(path: Path, info: PredictionsInfo, blocks: Iterator[Mapping[str, ArrayLike]]) -> None:
     """Write a file of predictions atomically; memory is that of a block and a row group.
 
     Equal galaxies give an equal file, however they are divided into blocks.
@@ -194,15 +191,12 @@ def write_predictions(path: Path, info: PredictionsInfo, blocks: Iterator[Mappin
         blocks: galaxies in the order of their sample numbers: columns ``id``, ``sample``, ``label``, ``predicted`` (B each),
             ``logits`` (B x K) and any of ``PROPERTIES`` (B float64, nan if unknown) and ``NAMES`` (B strings).
 
-    Returns:
-        Number of galaxies.
-
     Raises:
         UserError: the disk is full.
     """
     from pyarrow import parquet
 
-    schema, num_galaxies = _schema(info), 0
+    schema = _schema(info)
     kept = "What it held before is unchanged." if path.exists() else ""
     with (
         explain_full_disk(path, kept),
@@ -211,8 +205,6 @@ def write_predictions(path: Path, info: PredictionsInfo, blocks: Iterator[Mappin
     ):
         for table in _row_groups((_record_batch(block, schema, info) for block in blocks), schema):
             writer.write_table(table, row_group_size=ROW_GROUP)
-            num_galaxies += table.num_rows
-    return num_galaxies
 
 
 def _row_groups(batches: "Iterator[pa.RecordBatch]", schema: "pa.Schema") -> "Iterator[pa.Table]":

@@ -147,12 +147,9 @@ def _model_of(predictions: PredictionsFile) -> str:
 
 def read_evaluation(evaluation_dir: Path, split: str, tta: str = "none") -> dict[str, Any] | None:
     """Read the evaluation of a split; return None if it is missing, damaged or of another format version."""
-    path = evaluation_dir / f"{stem_of(split, tta)}.json"
-    if not path.is_file():
-        return None
     try:
-        content = read_json(path)
-    except UserError:
+        content = read_json(evaluation_dir / f"{stem_of(split, tta)}.json")
+    except (FileNotFoundError, UserError):
         return None
     if not isinstance(content, dict) or content.get("format") != FORMAT_VERSION or "confusion" not in content:
         return None

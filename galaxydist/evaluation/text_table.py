@@ -42,8 +42,8 @@ def headline(metrics: Mapping[str, Any]) -> str:
     accuracy, count = metrics["accuracy"], metrics["count"]
     error = "" if accuracy is None else f" ± {(accuracy * (1 - accuracy) / count) ** 0.5:.3f}"
     return (
-        f"accuracy {_number(accuracy)}{error}   balanced accuracy {_number(metrics['balanced_accuracy'])}   "
-        f"macro F1 {_number(metrics['macro_f1'])}   loss {_number(metrics['loss'])}"
+        f"accuracy {three_decimals(accuracy)}{error}   balanced accuracy {three_decimals(metrics['balanced_accuracy'])}   "
+        f"macro F1 {three_decimals(metrics['macro_f1'])}   loss {three_decimals(metrics['loss'])}"
     )
 
 
@@ -63,7 +63,7 @@ def format_headline(metrics: Mapping[str, Any]) -> str:
         if key in values:
             interval = intervals.get(name)
             between = f"   {interval[0]:.3f} to {interval[1]:.3f}" if interval is not None else ""
-            lines.append(f"{label:<{width}} {_number(values[key]):>7}{between}")
+            lines.append(f"{label:<{width}} {three_decimals(values[key]):>7}{between}")
     lines[0] += f"   ({intervals['level']:.0%} intervals)" if intervals.get("accuracy") else ""
     return "\n".join(lines)
 
@@ -96,7 +96,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     width = max(len("class"), *(len(name) for name in names))
     lines = [f"{'class':<{width}}" + "".join(f"{column:>11}" for column in _COLUMNS) + "   most often taken for"]
     for label, name in enumerate(names):
-        numbers = "".join(f"{_number(per_class[key][label]):>11}" for key in ("precision", "recall", "f1"))
+        numbers = "".join(f"{three_decimals(per_class[key][label]):>11}" for key in ("precision", "recall", "f1"))
         line = f"{name:<{width}}{numbers}{per_class['support'][label]:>11,}   {_taken_for(confusion_KK[label], label, names)}"
         lines.append(line.rstrip())
     return "\n".join(lines)
@@ -110,7 +110,8 @@ def readable(class_name: str) -> str:
     return words
 
 
-def _number(value: float | None) -> str:
+def three_decimals(value: float | None) -> str:
+    """Return a number with three decimals, ``-`` for None."""
     return "-" if value is None else f"{value:.3f}"
 
 

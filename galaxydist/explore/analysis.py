@@ -20,7 +20,7 @@ class Findings:
     Args:
         sample_size: number of galaxies in the sample, including unreadable ones.
         scan: measurements of the readable images of the sample.
-        positions: of the galaxies whose records were read (all, or the sample).
+        positions: of all galaxies.
         neighbours: None if no position is known.
         duplicates: pairs of indices in the sample.
         map: None if the sample is too small for a map.
@@ -56,7 +56,7 @@ def analyse(population: ExploredDataset, *, sample: int, seed: int) -> Findings:
     """
     rows = choose_sample(population, sample, seed)
     scan = scan_images(population.source.images(rows), population.labels_N, len(rows))
-    positions = population.source.positions() or Positions(scan.rows, *scan.position_n3.T)
+    positions = population.source.positions() or Positions(*np.full((3, len(population)), np.nan))
     return Findings(
         population=population,
         sample_size=len(rows),

@@ -145,19 +145,14 @@ class Neighbours:
 def find_neighbours(population: ExploredDataset, positions: Positions) -> Neighbours:
     """Find the pairs with overlapping cutouts among the galaxies with known positions."""
     pairs_P2 = close_pairs(positions.ra, positions.dec, CUTOUT_ARCSEC)
-    separation_P = _separations(positions, pairs_P2)
-    rows_P2 = positions.rows[pairs_P2].reshape(-1, 2)
-    first_P, second_P = rows_P2.T
+    first_P, second_P = pairs_P2.T
+    # From chord lengths, which are accurate for small angles.
+    chords_P3 = np.subtract(*(unit_vectors(positions.ra[rows_P], positions.dec[rows_P]) for rows_P in (first_P, second_P)))
+    separation_P = np.degrees(2 * np.arcsin(np.linalg.norm(chords_P3, axis=1) / 2)) * 3600
     two_labels_P = (separation_P <= SAME_POSITION_ARCSEC) & (population.labels_N[first_P] != population.labels_N[second_P])
     across_P = population.split_N[first_P] != population.split_N[second_P]
     order = np.lexsort((separation_P, ~two_labels_P))
-    return Neighbours(rows_P2[order], separation_P[order], len(np.unique(rows_P2)), two_labels_P[order], across_P[order])
-
-
-def _separations(positions: Positions, pairs_P2: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the separations in arcsec, (P,), from chord lengths, which are accurate for small angles."""
-    first, second = (unit_vectors(positions.ra[pairs_P2[:, side]], positions.dec[pairs_P2[:, side]]) for side in (0, 1))
-    return np.asarray(np.degrees(2 * np.arcsin(np.linalg.norm(first - second, axis=1) / 2)) * 3600)
+    return Neighbours(pairs_P2[order], separation_P[order], len(np.unique(pairs_P2)), two_labels_P[order], across_P[order])
 
 
 # Odd images. Each check is simple and is described on the page.

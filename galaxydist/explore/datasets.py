@@ -3,12 +3,12 @@
 The images come from shards, an HDF5 file or a folder of images.
 """
 
-import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,14 +31,11 @@ from galaxydist.surveys.survey_sources import open_survey
 if TYPE_CHECKING:
     import pyarrow as pa
 
+logger = logging.getLogger(__name__)
+
 UNLABELLED = -1
 # RNG stream of the choice of galaxies.
 _PURPOSE = 0x6578706C6F7265  # "explore"
-
-
-# Sky position (degrees, J2000) and redshift of a galaxy; each is nan where unknown.
-Position = tuple[float, float, float]
-UNKNOWN: Position = (np.nan, np.nan, np.nan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +52,13 @@ class ExploredImage:
     row: int
     id: str
     image: NDArray[np.uint8] | None
-    position: Position
     problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Rows of the galaxies whose records were read, with their sky positions (degrees) and redshifts (nan where unknown)."""
+    """Sky positions (degrees, J2000) and redshifts of the data set's N galaxies, nan where unknown."""
 
-    rows: NDArray[np.int64]
     ra: NDArray[np.float64]
     dec: NDArray[np.float64]
     redshift: NDArray[np.float64]
@@ -79,15 +74,12 @@ class ImageSource(Protocol):
 
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         """Yield the images of these rows (sorted), in order; an unreadable one is yielded with its problem."""
-        ...
 
     def positions(self) -> Positions | None:
-        """Return the positions of all galaxies; None if this would mean opening (nearly) every image file."""
-        ...
+        """Return the positions of all galaxies; None if the source has no table of them."""
 
     def candidates(self, number: int, seed: int) -> NDArray[np.bool_] | None:
         """Return a mask of the galaxies to choose a random sample of ``number`` from; None if all are equally cheap to read."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -166,8 +158,6 @@ def choose_sample(population: ExploredDataset, number: int, seed: int) -> NDArra
 
 # Shards: only the requested samples are read; from a remote store, only a few shards are fetched.
 
-# Maximum number of positions that are read from shards without catalogues: each costs one read.
-RECORDS_LIMIT = 100_000
 # Galaxies fetched from a remote store per galaxy of the sample, so that rare classes are included.
 _FETCHED_PER_GALAXY = 2
 
@@ -218,29 +208,28 @@ class ShardImages:
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         for shard, wanted in self._by_shard(rows):
             try:
-                records = self._open(shard)
+                index, fetch = self._open(shard)
             except UserError as error:
                 for row in wanted:
-                    yield ExploredImage(row, f"{shard.split} {row - shard.start}", None, UNKNOWN, str(error))
+                    yield ExploredImage(row, f"{shard.split} {row - shard.start}", None, str(error))
                 continue
             for row in wanted:
-                yield self._image(records, shard, row)
+                number = row - shard.start
+                yield self._image(shard, number, index[number] if number < len(index) else [], fetch)
 
     def positions(self) -> Positions | None:
-        """Return all positions, from the catalogues.
+        """Return all positions, from the catalogues; None, with a warning, if one is damaged.
 
-        None if a catalogue is damaged, or if shards of earlier versions, without catalogues, are remote or have more than
-        ``RECORDS_LIMIT`` galaxies.
+        Remote shards of earlier versions, without catalogues, would all have to be fetched: None.
         """
-        manifest, num = self._manifest, int(sum(shard.stop - shard.start for shard in self._shards))
-        if not manifest.catalogues and (manifest.remote is not None or num > RECORDS_LIMIT):
+        if not self._manifest.catalogues and self._manifest.remote is not None:
             return None
         try:
-            tables = [read_catalogue(manifest, split, ("ra", "dec", "redshift")) for split in self._splits]
-        except UserError:
+            tables = [read_catalogue(self._manifest, split, ("ra", "dec", "redshift")) for split in self._splits]
+        except UserError as error:
+            logger.warning("%s (explored without positions)", error)
             return None
-        columns = [np.concatenate([_column(table, name) for table in tables]) for name in ("ra", "dec", "redshift")]
-        return Positions(np.arange(num), *columns)
+        return Positions(*(np.concatenate([_column(table, name) for table in tables]) for name in ("ra", "dec", "redshift")))
 
     def candidates(self, number: int, seed: int) -> NDArray[np.bool_] | None:
         """Return a mask of a few whole remote shards: galaxies are shuffled over shards, so these are a random sample."""
@@ -260,8 +249,8 @@ class ShardImages:
         for number in np.unique(shard_of_row).tolist():
             yield self._shards[number], rows[shard_of_row == number].tolist()
 
-    def _open(self, shard: _Shard) -> "_Records":
-        """Open a shard.
+    def _open(self, shard: _Shard) -> tuple[list[list[Member]], _Fetch]:
+        """Return a shard's index, and the function that reads the tar.
 
         Raises:
             UserError: the shard or its index cannot be read.
@@ -272,59 +261,31 @@ class ShardImages:
             index = parse_index(self._read(name.removesuffix(".tar") + ".idx", None).decode("ascii"))
             if self._manifest.remote is not None:
                 data = self._read(name, self._manifest.shards(shard.split)[shard.number]["sha256"].tobytes())
-                return _Records(index, lambda offset, size: data[offset : offset + size])
+                return index, lambda offset, size: data[offset : offset + size]
             file = SharedFile(self._manifest.shard_path(shard.split, shard.number))
         except UserError:
             raise
         except (OSError, ValueError) as error:
             raise UserError(f"shard {location} cannot be read ({error}); {self._manifest.remedy}") from None
-        return _Records(index, lambda offset, size: os.pread(file.descriptor, size, offset))
+        return index, lambda offset, size: os.pread(file.descriptor, size, offset)
 
-    def _image(self, records: "_Records", shard: _Shard, row: int) -> ExploredImage:
-        number = row - shard.start
-        key, position = records.key(number) or f"number {number}", records.position(number)
+    def _image(self, shard: _Shard, number: int, members: list[Member], fetch: _Fetch) -> ExploredImage:
+        """Return the image of a shard's sample ``number``, from its members in the index."""
+        row = shard.start + number
+        key = members[0].name.partition(".")[0] if members else f"number {number}"
         try:
-            data = records.content(number, self._manifest.extension)
+            member = next((member for member in members if member.extension == self._manifest.extension), None)
+            if member is None:
+                raise ValueError(f"the shard's index has no .{self._manifest.extension} of it")
+            data = fetch(member.offset, member.size)
+            if len(data) != member.size:
+                raise ValueError("the shard is cut short")
             image = decode_stored(data, self._manifest.encoding, self._manifest.image_size)
         except (ValueError, OSError, KeyError) as error:
             reason = str(error).removeprefix("galaxy image: ")
             location = self._manifest.shard_location(shard.split, shard.number)
-            return ExploredImage(row, key, None, position, f"shard {location}, galaxy {key}: {reason}")
-        return ExploredImage(row, key, image, position)
-
-
-@dataclass(frozen=True)
-class _Records:
-    """Samples of an open shard."""
-
-    index: list[list[Member]]
-    fetch: _Fetch
-
-    def key(self, number: int) -> str:
-        return self.index[number][0].name.partition(".")[0] if number < len(self.index) else ""
-
-    def content(self, number: int, extension: str) -> bytes:
-        """Return one member of a sample.
-
-        Raises:
-            ValueError: the member is not in the index, or the tar is truncated.
-        """
-        members = {member.extension: member for member in self.index[number]} if number < len(self.index) else {}
-        if extension not in members:
-            raise ValueError(f"the shard's index has no .{extension} of it")
-        member = members[extension]
-        data = self.fetch(member.offset, member.size)
-        if len(data) != member.size:
-            raise ValueError("the shard is cut short")
-        return data
-
-    def position(self, number: int) -> Position:
-        """Return the position in the sample's .json; unknown if there is none."""
-        try:
-            record: dict[str, Any] = json.loads(self.content(number, "json"))
-            return _position(*(record.get(name) for name in ("ra", "dec", "redshift")))
-        except (ValueError, AttributeError, OSError):
-            return UNKNOWN
+            return ExploredImage(row, key, None, f"shard {location}, galaxy {key}: {reason}")
+        return ExploredImage(row, key, image)
 
 
 def _column(table: "pa.Table", name: str) -> NDArray[np.float64]:
@@ -376,7 +337,9 @@ class SurveyImages:
         if not len(rows):
             return
         numbers = self.numbers_N[rows]
-        cuts = np.flatnonzero(np.diff(numbers // self._rows_at_once())) + 1
+        # Rows are read one by one from image files, so that a damaged file affects no other, and from short slabs.
+        is_single = isinstance(self.survey, FolderSurvey) or self.survey.slab_length <= _SHORT_SLAB
+        cuts = np.flatnonzero(np.diff(numbers // (1 if is_single else self.survey.slab_length))) + 1
         for slab_rows, slab_numbers in zip(np.split(rows, cuts), np.split(numbers, cuts), strict=True):
             pending = dict(zip(slab_numbers.tolist(), slab_rows.tolist(), strict=True))
             start, stop = int(slab_numbers[0]), int(slab_numbers[-1]) + 1
@@ -386,7 +349,7 @@ class SurveyImages:
                         yield _image(pending.pop(number), galaxy)
             except UserError as error:
                 for number, row in pending.items():
-                    yield ExploredImage(row, self._name(number), None, UNKNOWN, str(error))
+                    yield ExploredImage(row, self._name(number), None, str(error))
 
     def positions(self) -> Positions | None:
         if isinstance(self.survey, Galaxy10Survey):
@@ -394,19 +357,14 @@ class SurveyImages:
             found = [np.asarray(columns[name][self.numbers_N], np.float64) for name in ("ra", "dec", "redshift")]
         elif isinstance(self.survey, FolderSurvey):
             rows = [self.survey.rows[number] for number in self.numbers_N.tolist()]
-            values = [_position(row.ra, row.dec, row.extras.get("redshift")) for row in rows]
-            found = [*np.array(values, np.float64).reshape(-1, 3).T]
+            values = [(row.ra, row.dec, row.extras.get("redshift")) for row in rows]
+            found = [np.array([_number(value) for value in column]) for column in zip(*values, strict=True)]
         else:
             return None
-        return Positions(np.arange(len(self.numbers_N)), *found)
+        return Positions(*found)
 
     def candidates(self, number: int, seed: int) -> None:
-        del number, seed
-
-    def _rows_at_once(self) -> int:
-        """Return the number of rows to read together: 1 for image files, so that a damaged file affects no other."""
-        is_folder = isinstance(self.survey, FolderSurvey)
-        return 1 if is_folder or self.survey.slab_length <= _SHORT_SLAB else self.survey.slab_length
+        """Return None: any row is cheap to read."""
 
     def _name(self, number: int) -> str:
         if isinstance(self.survey, FolderSurvey):
@@ -414,21 +372,18 @@ class SurveyImages:
         return self.survey.galaxy_id(number) if isinstance(self.survey, Galaxy10Survey) else f"row {number}"
 
 
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else np.nan
+
+
 def _image(row: int, galaxy: Galaxy) -> ExploredImage:
-    position = _position(galaxy.ra, galaxy.dec, galaxy.extras.get("redshift"))
     image = galaxy.image
     if not isinstance(image, EncodedImage):
-        return ExploredImage(row, galaxy.id, image, position)
+        return ExploredImage(row, galaxy.id, image)
     try:
-        return ExploredImage(row, galaxy.id, decode_file(image.data, galaxy.id), position)
+        return ExploredImage(row, galaxy.id, decode_file(image.data, galaxy.id))
     except UserError as error:
-        return ExploredImage(row, galaxy.id, None, position, str(error))
-
-
-def _position(*values: object) -> Position:
-    """Return ra, dec and redshift as floats; nan for anything but a number."""
-    ra, dec, redshift = (float(value) if isinstance(value, int | float) else np.nan for value in values)
-    return ra, dec, redshift
+        return ExploredImage(row, galaxy.id, None, str(error))
 
 
 def open_population(location: str, variant: str | None, cache: CacheConfig, classes: str | None = None) -> ExploredDataset:

@@ -85,13 +85,13 @@ def _middle(images_mHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _agreement(features_mD: NDArray[np.float32], labels_m: NDArray[np.int64]) -> tuple[float, float]:
+    from scipy.stats import mode
     from sklearn.neighbors import NearestNeighbors
 
     number = min(_NEIGHBOURS, len(labels_m) - 1)
     near_mK = NearestNeighbors(n_neighbors=number).fit(features_mD).kneighbors(return_distance=False)
     _, codes_m = np.unique(labels_m, return_inverse=True)
-    votes_mC = (codes_m[near_mK][..., None] == np.arange(codes_m.max() + 1)).sum(axis=1)
-    return float((votes_mC.argmax(axis=1) == codes_m).mean()), float(np.bincount(codes_m).max() / len(codes_m))
+    return float((mode(codes_m[near_mK], axis=1).mode == codes_m).mean()), float(np.bincount(codes_m).max() / len(codes_m))
 
 
 def image_map(found: Map, scan: ImageScan, colours: dict[int, str], cell: int = 48) -> Image.Image:

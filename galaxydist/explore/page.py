@@ -1,6 +1,6 @@
 """Self-contained HTML page about a data set, and its files: numbers, example images and counts."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +37,7 @@ _WHOLE_SKY = 60
 _MOST_POINTS = 20_000
 
 
-def class_colours(labels: Sequence[int]) -> dict[int, str]:
-    """Return label -> colour; colours repeat after ten classes, and unlabelled galaxies are grey."""
-    return {label: GREY if label == UNLABELLED else PETROFF[label % len(PETROFF)] for label in labels}
-
-
-@styled
+@styled()
 def draw_counts(names: Sequence[str], counts: Mapping[str, Sequence[int]], title: str = "") -> "Figure":
     """Draw the number of galaxies by class, stacked by split."""
     figure = new_figure(_WIDTH, 0.24 * len(names) + 1.1, title)
@@ -60,7 +55,7 @@ def draw_counts(names: Sequence[str], counts: Mapping[str, Sequence[int]], title
     return figure
 
 
-@styled
+@styled()
 def draw_ridges(
     values: Mapping[str, NDArray[np.float64]], colours: Sequence[str], label: str, *, logarithmic: bool = False
 ) -> "Figure | None":
@@ -78,7 +73,9 @@ def draw_ridges(
         return None
     low, high = np.percentile(together, [0.25, 99.75])
     low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
-    edges = np.linspace(low, high, _bins(kept.values()) + 1)
+    # Rice's rule for the largest class is 2 n^(1/3) bins; smoothing allows twice that.
+    num_bins = int(np.clip(4 * max(map(len, kept.values())) ** (1 / 3), 12, 60))
+    edges = np.linspace(low, high, num_bins + 1)
     figure = new_figure(_WIDTH, 0.3 * len(kept) + 0.9)
     axes = figure.subplots()
     for row, (numbers, colour) in enumerate(zip(kept.values(), colours, strict=True)):
@@ -102,7 +99,7 @@ def draw_ridges(
     return figure
 
 
-@styled
+@styled()
 def draw_histograms(histograms: Mapping[str, NDArray[np.int64]]) -> "Figure":
     """Draw the shares of pixels at each of 256 levels in red, green and blue: one panel per class, one logarithmic scale."""
     rows = -(-len(histograms) // 2)
@@ -128,7 +125,7 @@ def draw_histograms(histograms: Mapping[str, NDArray[np.int64]]) -> "Figure":
     return figure
 
 
-@styled
+@styled()
 def draw_sky(positions: Positions) -> "tuple[Figure, int]":
     """Draw a map of the sky positions, coloured by redshift where known: the whole sky (Mollweide), or the part they fill.
 
@@ -161,11 +158,6 @@ def draw_sky(positions: Positions) -> "tuple[Figure, int]":
         axes.set_aspect(1 / np.cos(np.radians(np.clip(dec.mean(), -80, 80))), adjustable="datalim")
     axes.grid(linewidth=0.3, alpha=0.5)
     return figure, len(drawn)
-
-
-def _bins(parts: Iterable[NDArray[np.float64]]) -> int:
-    """Return the number of histogram bins for the largest class (Rice's rule is 2 n^(1/3); smoothing allows twice that)."""
-    return int(np.clip(4 * max(map(len, parts)) ** (1 / 3), 12, 60))
 
 
 def _usable(numbers: NDArray[np.float64], logarithmic: bool) -> NDArray[np.float64]:
@@ -203,7 +195,8 @@ def render_page(findings: Findings, examples: Mapping[int, list[NDArray[np.uint8
     population, scan = findings.population, findings.scan
     shown = {label: readable(name) for label, name in population.groups.items()}
     scanned = {label: name for label, name in shown.items() if label in scan.histograms}
-    colours = class_colours(list(shown))
+    # Colours repeat after ten classes; unlabelled galaxies are grey.
+    colours = {label: GREY if label == UNLABELLED else PETROFF[label % len(PETROFF)] for label in shown}
     counts = population.counts()
     return render(
         "explore.html",
@@ -247,8 +240,6 @@ def _figures(findings: Findings, scanned: Mapping[int, str], colours: Mapping[in
     scan, population = findings.scan, findings.population
     shown = [readable(name) for name in population.groups.values()]
     in_order = [colours[label] for label in scanned]
-    redshift_N = np.full(len(population), np.nan)
-    redshift_N[findings.positions.rows] = findings.positions.redshift
 
     def ridges(values_n: NDArray[np.float64], labels_n: NDArray[np.int64], label: str, *, logarithmic: bool = False) -> Any:
         values = {name: values_n[labels_n == number] for number, name in scanned.items()}
@@ -261,7 +252,7 @@ def _figures(findings: Findings, scanned: Mapping[int, str], colours: Mapping[in
         "brightness": ridges(scan.brightness_n, labels_n, "brightness (white pixels)", logarithmic=True),
         "skies": ridges(scan.sky_n, labels_n, "sky level (full scale 1)"),
         "colour": ridges(scan.colour_n, labels_n, "colour, blue minus red (mag, stretched light)"),
-        "redshift": ridges(redshift_N, population.labels_N, "redshift"),
+        "redshift": ridges(findings.positions.redshift, population.labels_N, "redshift"),
         "histograms": _svg(
             draw_histograms({name: scan.histograms[label] for label, name in scanned.items()}) if scanned else None,
             "shares of pixel values in red, green and blue, by class",
@@ -321,7 +312,6 @@ def _sky(findings: Findings) -> dict[str, Any] | None:
         "figure": _svg(figure, "map of the galaxies on the sky"),
         "drawn": num_drawn,
         "known": int(positions.known.sum()),
-        "asked": len(positions.rows),
         "redshifts": int(np.isfinite(positions.redshift).sum()),
         "pairs": len(near.pairs_P2),
         "galaxies": near.num_galaxies,

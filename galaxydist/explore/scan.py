@@ -41,7 +41,6 @@ class ImageScan:
         odd_images: kind of odd image -> indices (0 ... n-1).
         histograms: label -> (3, 256) numbers of pixels.
         means: label -> H x W x 3 mean image, full scale 255.
-        position_n3: ra, dec, redshift; nan where unknown.
         problems: id -> the reason why the image could not be read.
     """
 
@@ -56,7 +55,6 @@ class ImageScan:
     digests: list[bytes]
     thumbnails_nHWC: NDArray[np.uint8]
     widths_n: NDArray[np.int64]
-    position_n3: NDArray[np.float64]
     odd_images: dict[str, list[int]]
     histograms: dict[int, NDArray[np.int64]]
     means: dict[int, NDArray[np.float64]]
@@ -70,7 +68,7 @@ class ImageScan:
 class _ImageStats:
     """Measurements of one image."""
 
-    numbers: tuple[float, ...]  # size, brightness, sky, colour, width, ra, dec, redshift
+    numbers: tuple[float, ...]  # size, brightness, sky, colour, width
     hash_B: NDArray[np.uint8]
     digest: bytes
     thumbnail_HWC: NDArray[np.uint8]
@@ -111,7 +109,7 @@ def scan_images(images: Iterable[ExploredImage], labels_N: NDArray[np.int64], nu
             bar.update(len(window))
     scanned.sort(key=lambda pair: pair[0].row)
     rows = np.array([image.row for image, _ in scanned], np.int64)
-    columns = np.array([one.numbers for _, one in scanned], np.float64).reshape(len(scanned), 8)
+    columns = np.array([one.numbers for _, one in scanned], np.float64).reshape(len(scanned), 5)
     odd_images: dict[str, list[int]] = {}
     for index, (_, one) in enumerate(scanned):
         for kind in one.odd_kinds:
@@ -126,7 +124,6 @@ def scan_images(images: Iterable[ExploredImage], labels_N: NDArray[np.int64], nu
         sky_n=columns[:, 2],
         colour_n=columns[:, 3],
         widths_n=columns[:, 4].astype(np.int64),
-        position_n3=columns[:, 5:],
         hash_nB=np.array([one.hash_B for _, one in scanned], np.uint8).reshape(len(scanned), -1),
         digests=[one.digest for _, one in scanned],
         thumbnails_nHWC=np.array([one.thumbnail_HWC for _, one in scanned], np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL, 3),
@@ -143,13 +140,13 @@ def _measure(batch: list[ExploredImage], mean_width: int) -> list[_ImageStats]:
     measured = measure_images(images_BHWC)
     columns = measured.size_px, measured.brightness, measured.sky
     ones = []
-    for image, image_HWC, size, brightness, sky in zip(batch, images_BHWC, *columns, strict=True):
+    for image_HWC, size, brightness, sky in zip(images_BHWC, *columns, strict=True):
         histogram_CL = np.stack([np.bincount(image_HWC[..., channel].ravel(), minlength=256) for channel in range(3)])
         kinds = odd_kinds(image_HWC)
         if not kinds and np.isfinite(sky) and np.isnan(size):
             kinds = ["nothing there"]
         colour = _colour(image_HWC, size, histogram_CL)
-        numbers = (size, brightness, sky, colour, image_HWC.shape[1], *image.position)
+        numbers = (size, brightness, sky, colour, image_HWC.shape[1])
         ones.append(
             _ImageStats(
                 numbers=tuple(map(float, numbers)),

@@ -92,8 +92,11 @@ def open_manifest(path: str, cache: CacheConfig, recipe: Recipe, world_size: int
 def mirror_warning(manifest: Manifest, recipe: Recipe) -> str:
     """Return a warning if classes are mirror images of each other and the recipe treats mirror images alike, else ''."""
     mirrored = mirrored_classes(manifest.class_names)
-    blind = {"data.augment.flip=true": recipe.data.augment.flip, "model.name=d4_cnn": recipe.model.name == "d4_cnn"}
-    blind["eval.tta=d4"] = recipe.eval.tta == "d4"
+    blind = {
+        "data.augment.flip=true": recipe.data.augment.flip,
+        "model.name=d4_cnn": recipe.model.name == "d4_cnn",
+        "eval.tta=d4": recipe.eval.tta == "d4",
+    }
     if not mirrored or not any(blind.values()):
         return ""
     keys = ", ".join(key for key, is_set in blind.items() if is_set)

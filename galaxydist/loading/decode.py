@@ -151,8 +151,7 @@ class ImageDecoder:
         return file
 
     def _name(self, image: StoredImage) -> str:
-        number = image.sample - int(self._starts[image.shard])
-        key = _read_key(self._manifest.shard_path(self._split, image.shard), number, image.offset)
+        key = sample_key(self._manifest, self._split, image.sample)
         return f"shard {self._manifest.shard_location(self._split, image.shard)}, galaxy {key}"
 
 

@@ -270,12 +270,8 @@ class OpenCVBackend:
         matrices = geometry.matrices(images_BHWC.shape[1], self._size) if isinstance(geometry, AffineWarp) else None
         task = functools.partial(_apply, images_BHWC, transform, matrices, batch)
         tasks = [range(first, min(first + IMAGES_PER_TASK, len(batch))) for first in range(0, len(batch), IMAGES_PER_TASK)]
-        if self._threads == 1 or len(tasks) < 2:
-            for rows in tasks:
-                task(rows)
-            return batch
-        for _ in self._executor.map(task, tasks):
-            pass
+        run = map if self._threads == 1 or len(tasks) < 2 else self._executor.map
+        list(run(task, tasks))
         return batch
 
 

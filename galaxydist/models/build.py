@@ -194,6 +194,5 @@ def _build_vgg(name: str, num_classes: int, config: ModelConfig) -> nn.Module:
         model.head = MlpHead(model.num_features, num_classes, hidden, pool_size=VGG_MAP, drop_rate=config.drop_rate)
     else:
         model.head = ClassifierHead(model.num_features, num_classes, pool_type="avg", drop_rate=config.drop_rate)
-    model.head_hidden_size = model.num_features
     vgg: nn.Module = model
     return vgg

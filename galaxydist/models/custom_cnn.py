@@ -102,14 +102,11 @@ def _conv(
 ) -> nn.Sequential:
     """Return a convolution without bias, its normalisation and, if ``activation``, a ReLU."""
     convolution = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
-    layers: list[tuple[str, nn.Module]] = [("conv", convolution), ("norm", _norm(channels_out, norm))]
+    normal = nn.BatchNorm2d(channels_out) if norm == "batch" else nn.GroupNorm(num_groups(channels_out), channels_out)
+    layers: list[tuple[str, nn.Module]] = [("conv", convolution), ("norm", normal)]
     if activation:
         layers.append(("act", nn.ReLU(inplace=True)))
     return nn.Sequential(OrderedDict(layers))
-
-
-def _norm(channels: int, norm: Norm) -> nn.Module:
-    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(num_groups(channels), channels)
 
 
 def num_groups(channels: int) -> int:

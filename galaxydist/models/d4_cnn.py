@@ -98,20 +98,6 @@ class D4Conv(nn.Module):
         return self._kept[1]
 
 
-def pool_orbit(features_BD: Tensor) -> Tensor:
-    """Average features B x (8 F) over the orientations: B x F, invariant under flips and turns.
-
-    The maximum instead of the mean learned more slowly from few galaxies.
-    """
-    return torch.unflatten(features_BD, 1, (ORDER, -1)).mean(dim=1)
-
-
-def halve(x: Tensor) -> Tensor:
-    """Max-pool by 2: windows of 2 pixels on an even side, overlapping windows of 3 on an odd side; both are symmetric."""
-    height, width = x.shape[2:]
-    return nn.functional.max_pool2d(x, (2 + height % 2, 2 + width % 2), stride=2)
-
-
 def make_even(x: Tensor) -> Tensor:
     """Average neighbouring pixels along odd sides, which become one shorter; a crop or padding by one pixel is not symmetric."""
     height, width = x.shape[2:]
@@ -230,7 +216,9 @@ class D4CNN(nn.Module):
         # D4Norm expects the channels-last layout.
         x = make_even(images_BCHW).contiguous(memory_format=torch.channels_last)
         features_BD = self.stages(self.stem(x)).mean(dim=(2, 3))
-        logits_BK: Tensor = self.head(self.drop(pool_orbit(features_BD)))
+        # The mean over the orientations is invariant; the maximum learned more slowly from few galaxies.
+        invariant_BF = torch.unflatten(features_BD, 1, (ORDER, -1)).mean(dim=1)
+        logits_BK: Tensor = self.head(self.drop(invariant_BF))
         return logits_BK
 
 
@@ -265,7 +253,8 @@ class D4Layer(nn.Module):
 
 
 class Halve(nn.Module):
-    """Module form of ``halve``."""
+    """Max-pool by 2: windows of 2 pixels on an even side, overlapping windows of 3 on an odd side; both are symmetric."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return halve(x)
+        height, width = x.shape[2:]
+        return nn.functional.max_pool2d(x, (2 + height % 2, 2 + width % 2), stride=2)

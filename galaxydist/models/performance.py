@@ -1,4 +1,4 @@
-"""Performance options of a model: gradient checkpointing, TF32, channels last, torch.compile."""
+"""Performance options of a model: gradient checkpointing, TF32, torch.compile."""
 
 import contextlib
 import itertools
@@ -74,12 +74,6 @@ def checkpoint_activations(model: nn.Module) -> int:
     return count
 
 
-def has_checkpointed_buffers(model: nn.Module) -> bool:
-    """Return True if checkpointed blocks have buffers (batch-norm statistics), which the recomputation must not change."""
-    parts = (module for module in model.modules() if isinstance(module, CheckpointedSequential))
-    return any(True for part in parts for _ in part.buffers())
-
-
 def _has_parameters(modules: Sequence[nn.Module]) -> bool:
     return any(True for module in modules for _ in module.parameters())
 
@@ -135,19 +129,6 @@ def set_tf32(enabled: bool, device: torch.device) -> None:
     cudnn.rnn.fp32_precision = precision
 
 
-def channels_last(model: nn.Module) -> nn.Module:
-    """Convert convolution weights to the channels-last layout, in place; shapes and names stay.
-
-    The images must have the same layout: ``images_channels_last``.
-    """
-    return model.to(memory_format=torch.channels_last)
-
-
-def images_channels_last(images_BCHW: Tensor) -> Tensor:
-    """Return the images in the channels-last layout; the shape stays B x 3 x H x W."""
-    return images_BCHW.contiguous(memory_format=torch.channels_last)
-
-
 def compile_model(model: nn.Module, device: torch.device) -> None:
     """Compile ``model`` in place, at its first call; to be called before DDP wraps the model.
 
@@ -192,23 +173,21 @@ def remove_broken_libraries(cache_dir: Path) -> list[Path]:
 
 
 def _is_broken(library: Path) -> bool:
-    """Return True for a file that is too short, begins with zeros, or is a 64-bit ELF file (elf(5)) with truncated segments."""
+    """Return True for a file that is too short, begins with zeros, or is a 64-bit ELF file (elf(5)) that is truncated.
+
+    The section headers are at the end of the file.
+    """
     try:
         with library.open("rb") as file:
             header, size = file.read(64), os.fstat(file.fileno()).st_size
-            if len(header) < 64 or not any(header):
-                return True
-            if header[:5] != b"\x7fELF\x02":
-                return False  # a format of another operating system
-            (table_at,), (entry_size, num_segments) = struct.unpack_from("<Q", header, 32), struct.unpack_from("<HH", header, 54)
-            file.seek(table_at)
-            table = file.read(entry_size * num_segments)
     except FileNotFoundError:
         return False
-    if len(table) < entry_size * num_segments:
+    if len(header) < 64 or not any(header):
         return True
-    entries = [table[start : start + entry_size] for start in range(0, len(table), entry_size)]
-    return any(struct.unpack_from("<Q", entry, 8)[0] + struct.unpack_from("<Q", entry, 32)[0] > size for entry in entries)
+    if header[:5] != b"\x7fELF\x02":
+        return False  # a format of another operating system
+    (table_at,), (entry_size, num_sections) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    return bool(table_at + entry_size * num_sections > size)
 
 
 def check_compilable(model: nn.Module) -> None:
@@ -217,7 +196,8 @@ def check_compilable(model: nn.Module) -> None:
     Raises:
         EveryRankError: the model has checkpointed blocks with batch normalisation.
     """
-    if has_checkpointed_buffers(model):
+    blocks = (module for module in model.modules() if isinstance(module, CheckpointedSequential))
+    if any(True for block in blocks for _ in block.buffers()):
         raise EveryRankError(
             f"train.compile=true and train.gradient_checkpointing=true do not go together in {type(model).__name__}, "
             "whose blocks have statistics of batch normalisation; set one of them to false"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from galaxydist.atomic_files import replace_bytes
-from galaxydist.errors import UserError
+from galaxydist.errors import UserError, name_some
 from galaxydist.models.registry import ARCHITECTURES, recipe_of, timm_name
 from galaxydist.recipe.schema import ModelConfig
 
@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 # Prefixes that torch.compile and DistributedDataParallel add to parameter names.
 WRAPPER_PREFIXES = ("_orig_mod.", "module.")
-# Number of names in a message before "and N more".
-NAMES_SHOWN = 5
 # Metadata key of the image normalisation in files that we write.
 STATISTICS_KEY = "input_statistics"
 
@@ -153,7 +151,7 @@ def _refuse_misfits(own: Mapping[str, "Tensor"], given: Mapping[str, "Tensor"], 
 
     not_finite = sorted(name for name, tensor in given.items() if not bool(torch.isfinite(tensor).all()))
     problems = [
-        f"{what}: {_listed(names)}"
+        f"{what}: {name_some(names)}"
         for what, names in (
             ("missing in the file", sorted(wanted - given.keys())),
             ("not in this model", sorted(given.keys() - own.keys())),
@@ -167,11 +165,6 @@ def _refuse_misfits(own: Mapping[str, "Tensor"], given: Mapping[str, "Tensor"], 
             f"weights {source} do not fit the model: were they saved from another model.name, model.size or model.width?\n  "
             + "\n  ".join(problems)
         )
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 # Published weights.
@@ -196,21 +189,18 @@ def find_weights(config: ModelConfig, weights_dir: Path | None) -> Path:
     Raises:
         UserError: the weights are in neither; the text has the command to download them.
     """
-    searched = []
-    if weights_dir is not None:
-        path = weights_file(config, weights_dir)
-        if path.is_file():
-            return path
-        searched.append(str(path))
+    path = None if weights_dir is None else weights_file(config, weights_dir)
+    if path is not None and path.is_file():
+        return path
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(_hub_id(config), HUB_FILE)
     if isinstance(cached, str):
         return Path(cached)
-    searched.append("the Hugging Face cache")
     raise UserError(
         f"model.pretrained=true, but the published weights {_published_name(config)} are not on this machine "
-        f"(looked in {' and '.join(searched)}). Either run, on a machine with network and the same data root,\n"
+        f"(looked in {f'{path} and ' if path else ''}the Hugging Face cache). Either run, on a machine with network and the same "
+        f"data root,\n"
         f"  {fetch_command(config)}\n"
         "or start from random weights: model.pretrained=false; model.weights=FILE loads a safetensors file of your own"
     )

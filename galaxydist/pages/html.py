@@ -77,19 +77,15 @@ def figure_svg(figure: "Figure", description: str) -> "Markup":
     with matplotlib.rc_context({**STYLE, "svg.fonttype": "none", "svg.hashsalt": description}):
         figure.savefig(stream, format="svg", transparent=True, dpi=200, metadata={"Date": None, "Creator": None})
     drawn = stream.getvalue()
-    drawn = drawn[drawn.index("<svg") :]
-    head, body = drawn.split(">", 1)
-    box = re.search(r'viewBox="[^"]*"', head)
-    assert box is not None, head
-    width = re.search(r'width="([\d.]+)pt"', head)
-    assert width is not None, head
+    _, body = drawn[drawn.index("<svg") :].split(">", 1)
+    width, height = figure.get_size_inches()  # 72 units of the drawing or 96 pixels each
     body = _NUMBERED_ID.sub("", re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL))
     # SVG's default colour is black. The attributes of <svg> give the page's text colour to parts without a colour of their own.
     body = body.replace("#000000", "currentColor").replace("stroke: black", "stroke: currentColor")
     for colour, name in _DARK_COLOURS.items():
         body = body.replace(f": {colour}", f": var({name}, {colour})")
     opening = (
-        f'<svg {box.group()} style="max-width: {float(width.group(1)) * 4 / 3:.0f}px" fill="currentColor" role="img" '
+        f'<svg viewBox="0 0 {72 * width:g} {72 * height:g}" style="max-width: {96 * width:.0f}px" fill="currentColor" role="img" '
         f'aria-label="{escape(description)}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
     return Markup(opening + body)

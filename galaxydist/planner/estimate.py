@@ -263,7 +263,6 @@ def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | N
         check_cache(reading.cache_bytes, recipe.data.cache_size)
     model = model_memory(recipe, data.num_classes, data.stored_size)
     passes, memory = plan_memory(recipe, model, job)
-    kept = KEPT_CHECKPOINTS * model.checkpoint
     warnings = find_warnings(
         recipe, model, memory, world_size=job.world_size, num_nodes=job.num_nodes, fetches=reading.nodes_per_shard
     )
@@ -287,7 +286,7 @@ def plan_run(recipe: Recipe, root: Path, job: ClusterShape, *, galaxies: int | N
         memory=memory,
         reading=reading,
         checkpoint_bytes=model.checkpoint,
-        checkpoints_bytes=kept,
+        checkpoints_bytes=KEPT_CHECKPOINTS * model.checkpoint,
         warnings=tuple(warnings),
     )
 
@@ -345,9 +344,8 @@ def plan_memory(recipe: Recipe, model: ModelMemory, job: ClusterShape) -> tuple[
     elif job.gpu_memory is None or recipe.train.strategy == "fsdp":  # FSDP with auto uses a single pass
         passes = 1
     else:
-        budget = job.gpu_memory * 1e9
         most = batch_size // world_size // (2 if mixes else 1)  # no micro-batch may be empty, or split a mixup pair
-        passes = next((passes for passes in range(1, most) if memory_of(passes).total <= budget), most)
+        passes = next((passes for passes in range(1, most) if memory_of(passes).total <= job.gpu_memory * 1e9), most)
     memory = memory_of(passes)
     if job.gpu_memory is not None:
         check_memory(recipe, memory, job.gpu_memory, world_size)

@@ -270,10 +270,9 @@ def estimate(model: ModelMemory, recipe: Recipe, *, world_size: int, rank_batch:
     micro_batch = -(-rank_batch // num_parts)
     keeps_gradients = world_size > 1 or num_parts > 1
     step = model.timeline.peak(micro_batch, keeps_gradients=keeps_gradients)
+    more = model.timeline.peak(micro_batch + 1, keeps_gradients=keeps_gradients) - step
     if is_sharded:
         step -= model.gradients - gradients
-    next_step = model.timeline.peak(micro_batch + 1, keeps_gradients=keeps_gradients)
-    more = next_step - model.timeline.peak(micro_batch, keeps_gradients=keeps_gradients)
     allowance = ALLOWED_BYTES + int(ALLOWED_SHARE * step)
     return Memory(
         weights=weights,

@@ -15,14 +15,30 @@ from galaxydist.evaluation.results_files import read_evaluation
 from galaxydist.galaxy import VARIANTS, Variant
 from galaxydist.recipe.resolve import COMMAND_LINE, SCHEMA_DEFAULT
 from galaxydist.recipe.scalars import to_text
-from galaxydist.report.claims import ClaimAnswer, answer_claims, case_of, choose_rows, published_case
-from galaxydist.report.finished_runs import REFERENCE, FinishedRun, ReportNote, SplitResult, read_trials
+from galaxydist.report.claims import ClaimAnswer, answer_claims, choose_rows, evidence_of_table, published_evidence
+from galaxydist.report.finished_runs import REFERENCE, FinishedRun, SplitResult, read_finished_runs
 from galaxydist.report.matrix import Row, Table, build_tables
 from galaxydist.report.published_results import SETTINGS, TrainTest
-from galaxydist.report.statistics import McNemar, Outcomes, build_ensemble, compare_runs, holm, rank_trials, read_outcomes
+from galaxydist.report.statistics import (
+    CellOutcomes,
+    McNemar,
+    Outcomes,
+    build_ensemble,
+    compare_runs,
+    holm,
+    rank_by_validation,
+    read_outcomes,
+)
 from galaxydist.runs.folder import RunFolder, StoredRecipe
+from galaxydist.runs.metrics_log import MetricsLog
 
-# Statistics across runs.
+# Regimes: the sets of recipes that are compared with the published models.
+REGIMES = {REFERENCE: "recipes that follow the published work", "own": "our own recipes"}
+_NUM_NAMED = 10  # notes listed in an error
+# Number of prediction files kept in memory; others are read again.
+_NUM_KEPT = 16
+# Keys that belong to one start of a run and not to its recipe.
+_ONE_START = ("resume.",)
 
 ReadOutcomes = Callable[[Path], Outcomes]
 
@@ -33,15 +49,13 @@ class Pairs:
 
     Args:
         setting: the train/test setting.
-        rows: the models, in the table's order.
-        runs: the best run by validation of each model.
+        runs: the best run by validation of each model that kept predictions, by row, in the table's order.
         tests: of the first of two rows against the second.
         adjusted: their p values, adjusted for multiple testing (Holm).
         notes: reasons for models or tests that were left out.
     """
 
     setting: TrainTest
-    rows: tuple[Row, ...]
     runs: Mapping[Row, FinishedRun]
     tests: Mapping[tuple[Row, Row], McNemar]
     adjusted: Mapping[tuple[Row, Row], float]
@@ -54,43 +68,20 @@ class Ensemble:
 
     Args:
         row, setting: of the cell.
-        num_runs: number of seeds.
-        num_galaxies: number of test galaxies that they share.
-        mean_accuracy, mean_loss: of the single runs.
-        accuracy, loss: of the ensemble.
+        seeds: outcomes of the single seeds.
+        outcomes: of the ensemble.
     """
 
     row: Row
     setting: TrainTest
-    num_runs: int
-    num_galaxies: int
-    mean_accuracy: float
-    mean_loss: float
-    accuracy: float
-    loss: float
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Runs of one training variant, ranked by validation.
-
-    Args:
-        variant: of the training data; variants differ in their validation split.
-        metric: validation metric that selected the checkpoints.
-        ranked: best first.
-        unranked: without a validation, or with another metric.
-    """
-
-    variant: Variant
-    metric: str
-    ranked: tuple[FinishedRun, ...]
-    unranked: tuple[FinishedRun, ...]
+    seeds: CellOutcomes
+    outcomes: Outcomes
 
 
 def compare_models(table: Table, read: ReadOutcomes) -> list[Pairs]:
     """Compare the models of each setting with each other; a setting with fewer than two models is left out."""
     found = (_compare(table, setting, read) for setting in SETTINGS)
-    return [pairs for pairs in found if len(pairs.rows) > 1]
+    return [pairs for pairs in found if len(pairs.runs) > 1]
 
 
 def _compare(table: Table, setting: TrainTest, read: ReadOutcomes) -> Pairs:
@@ -98,12 +89,12 @@ def _compare(table: Table, setting: TrainTest, read: ReadOutcomes) -> Pairs:
     outcomes: dict[Row, Outcomes] = {}
     notes: list[str] = []
     for row in table.rows:
-        trial = best_of(table.cells[row, setting].trials)
-        judged = trial.judged(setting) if trial is not None else None
-        if trial is None or judged is None or judged.predictions_path is None:
+        run = best_of(table.cells[row, setting].runs)
+        result = run.result_in(setting) if run is not None else None
+        if run is None or result is None or result.predictions_path is None:
             continue
         try:
-            outcomes[row], runs[row] = read(judged.predictions_path), trial
+            outcomes[row], runs[row] = read(result.predictions_path), run
         except UserError as error:
             notes.append(str(error))
     tests: dict[tuple[Row, Row], McNemar] = {}
@@ -113,54 +104,25 @@ def _compare(table: Table, setting: TrainTest, read: ReadOutcomes) -> Pairs:
         except UserError as error:
             notes.append(f"{first.label} and {second.label}: {error}")
     adjusted = dict(zip(tests, holm([test.p_value for test in tests.values()]), strict=True))
-    return Pairs(setting, tuple(outcomes), runs, tests, adjusted, tuple(notes))
+    return Pairs(setting, runs, tests, adjusted, tuple(notes))
 
 
-def best_of(trials: Sequence[FinishedRun]) -> FinishedRun | None:
+def best_of(runs: Sequence[FinishedRun]) -> FinishedRun | None:
     """Return the best run by validation; the first run if none has a validation, None if there is no run."""
-    ranked, unranked = rank_trials(trials)
+    ranked, unranked = rank_by_validation(runs)
     return next(iter([*ranked, *unranked]), None)
 
 
-def build_ensembles(table: Table, read: ReadOutcomes) -> list[Ensemble]:
+def build_ensembles(table: Table, read: ReadOutcomes) -> Iterator[Ensemble]:
     """Build the ensemble of every cell that has predictions of at least two seeds."""
-    found = []
-    for setting in SETTINGS:
-        for row in table.rows:
-            cell = table.cells[row, setting]
-            paths = [judged.predictions_path for judged in cell.judgements if judged.predictions_path is not None]
-            if cell.outcomes is None or len(paths) < 2:
-                continue
-            together = build_ensemble([read(path) for path in paths])
-            found.append(
-                Ensemble(
-                    row,
-                    setting,
-                    num_runs=len(paths),
-                    num_galaxies=len(together.ids_N),
-                    mean_accuracy=float(cell.outcomes.correct_SN.mean()),
-                    mean_loss=float(cell.outcomes.losses_SN.mean()),
-                    accuracy=float(together.correct_N.mean()),
-                    loss=float(together.losses_N.mean()),
-                )
-            )
-    return found
-
-
-def rank_runs(trials: Sequence[FinishedRun]) -> list[Ranking]:
-    """Rank the runs of a data set, separately for each training variant."""
-    found = []
-    for variant in dict.fromkeys(trial.variant for trial in sorted(trials, key=lambda trial: trial.variant != "original")):
-        ranked, unranked = rank_trials([trial for trial in trials if trial.variant == variant])
-        metric = ranked[0].validation.metric if ranked and ranked[0].validation is not None else ""
-        found.append(Ranking(variant, metric, tuple(ranked), tuple(unranked)))
-    return found
+    for setting, row in itertools.product(SETTINGS, table.rows):
+        cell = table.cells[row, setting]
+        paths = [result.predictions_path for result in cell.results if result.predictions_path is not None]
+        if cell.outcomes is not None and len(paths) > 1:
+            yield Ensemble(row, setting, cell.outcomes, build_ensemble([read(path) for path in paths]))
 
 
 # Facts of one run.
-
-# Keys that belong to one start of a run and not to its recipe.
-_ONE_START = ("resume.",)
 
 
 @dataclass(frozen=True)
@@ -206,7 +168,7 @@ class RunFacts:
         notes: parts of the run that could not be read.
     """
 
-    trial: FinishedRun
+    run: FinishedRun
     command: str
     recipe: Mapping[str, tuple[str, str]]
     num_keys: int
@@ -217,21 +179,17 @@ class RunFacts:
     notes: tuple[str, ...] = ()
 
     @property
-    def name(self) -> str:
-        return self.trial.name
-
-    @property
     def calibration(self) -> Mapping[str, Any]:
         """Calibration on its own test set; empty if there is none."""
         found: Mapping[str, Any] = self.evaluation.get("calibration") or {}
         return found
 
 
-def read_facts(trial: FinishedRun) -> RunFacts:
+def read_facts(run: FinishedRun) -> RunFacts:
     """Read the facts of a run from its folder; damaged files are left out, with a note."""
-    folder, notes = RunFolder(trial.run_dir), list[str]()
+    folder, notes = RunFolder(run.run_dir), list[str]()
     stored = folder.read_recipe()
-    lines, timing = (_read_lines(log, notes) for log in (folder.metrics, folder.timing))
+    lines, timing = (_read_log(log, notes) for log in (folder.metrics, folder.timing))
     evaluation = read_evaluation(folder.evaluation_dir, "test", str(stored.recipe.get("eval.tta", "none")))
     changed = {
         key: (to_text(value), stored.origins.get(key, ""))
@@ -239,7 +197,7 @@ def read_facts(trial: FinishedRun) -> RunFacts:
         if stored.origins.get(key, "") != SCHEMA_DEFAULT
     }
     return RunFacts(
-        trial=trial,
+        run=run,
         command=command_of(stored),
         recipe=changed,
         num_keys=len(stored.recipe),
@@ -273,6 +231,7 @@ def cost_of(timing: Sequence[Mapping[str, Any]], batch_size: int) -> RunCost | N
     """Return speed and cost from the lines of timing.jsonl; None if there are none.
 
     Args:
+        timing: the lines.
         batch_size: global.
     """
     known = [line for line in timing if _is_number(line.get("time/img_s")) and line["time/img_s"] > 0]
@@ -282,32 +241,29 @@ def cost_of(timing: Sequence[Mapping[str, Any]], batch_size: int) -> RunCost | N
     for line in known:
         seconds += max(0, line["step"] - before) * batch_size / line["time/img_s"]
         before = max(before, line["step"])
-    is_gpu = any("gpu/memory_gb" in line for line in known)
-    devices = median(line["time/img_s"] / line.get("time/img_s_device", line["time/img_s"]) for line in known)
-    memory = [line[key] for line in known for key in ("gpu/memory_gb", "memory/rss_gb") if _is_number(line.get(key))]
+
+    def values(*keys: str) -> list[float]:
+        return [line[key] for line in known for key in keys if _is_number(line.get(key))]
+
+    data_wait, mfu = values("time/data_wait"), values("gpu/mfu")
     return RunCost(
         img_s=median(line["time/img_s"] for line in known),
-        devices=max(1, round(devices)),
-        kind="GPU" if is_gpu else "CPU",
+        devices=max(1, round(median(line["time/img_s"] / line.get("time/img_s_device", line["time/img_s"]) for line in known))),
+        kind="GPU" if any("gpu/memory_gb" in line for line in known) else "CPU",
         hours=seconds / 3600,
-        data_wait=_median_of(known, "time/data_wait"),
-        memory_gb=max(memory, default=None),
-        mfu=_median_of(known, "gpu/mfu"),
+        data_wait=median(data_wait) if data_wait else None,
+        memory_gb=max(values("gpu/memory_gb", "memory/rss_gb"), default=None),
+        mfu=median(mfu) if mfu else None,
     )
 
 
-def _median_of(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [line[key] for line in lines if _is_number(line.get(key))]
-    return median(values) if values else None
-
-
-def _read_lines(log: Any, notes: list[str]) -> list[dict[str, Any]]:
+def _read_log(log: MetricsLog, notes: list[str]) -> list[dict[str, Any]]:
+    """Return the lines of a log; none, and a note, if it is damaged."""
     try:
-        lines: list[dict[str, Any]] = log.read()
+        return log.read()
     except UserError as error:
         notes.append(str(error))
         return []
-    return lines
 
 
 def _forced(stored: StoredRecipe) -> tuple[str, ...]:
@@ -322,11 +278,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# Regimes: the sets of recipes that are compared with the published models.
-REGIMES = {REFERENCE: "recipes that follow the published work", "own": "our own recipes"}
-_NUM_NAMED = 10
-# Number of prediction files kept in memory; others are read again.
-_NUM_KEPT = 16
+# All results of a report.
 
 
 @dataclass(frozen=True)
@@ -337,40 +289,42 @@ class DatasetResults:
         table: the results matrix.
         facts: of its runs, in the order of the table's rows.
         row_of: row of a run, by run folder.
-        observations: answers to the six claims, by regime.
+        claims: answers to the six published claims, by regime; empty unless the data set is the real Galaxy10.
         pairs: one per setting.
-        rankings: one per training variant.
+        ensembles: one per cell with several seeds.
+        rankings: for each training variant, the runs ranked by validation, best first, and those without a comparable
+            validation; variants differ in their validation split.
     """
 
     table: Table
     facts: tuple[RunFacts, ...]
-    row_of: dict[Path, Row]
-    observations: dict[str, list[ClaimAnswer]]
+    row_of: Mapping[Path, Row]
+    claims: Mapping[str, list[ClaimAnswer]]
     pairs: tuple[Pairs, ...]
     ensembles: tuple[Ensemble, ...]
-    rankings: tuple[Ranking, ...]
+    rankings: tuple[tuple[list[FinishedRun], list[FinishedRun]], ...]
 
     def runs_of(self, row: Row) -> list[RunFacts]:
-        return [facts for facts in self.facts if self.row_of.get(facts.trial.run_dir) == row]
+        return [facts for facts in self.facts if self.row_of.get(facts.run.run_dir) == row]
 
-    def model_of(self, trial: FinishedRun) -> str:
+    def model_of(self, run: FinishedRun) -> str:
         """Return the label of the run's row; ``model.name`` if it has no row or a row named after it."""
-        row = self.row_of.get(trial.run_dir)
-        return trial.model if row is None or row.name else row.label
+        row = self.row_of.get(run.run_dir)
+        return run.model if row is None or row.name else row.label
 
     def best(self, row: Row, variant: Variant) -> RunFacts | None:
         """Return the best run by validation of a row among those trained on a variant; None if there is none."""
-        runs = {id(facts.trial): facts for facts in self.runs_of(row) if facts.trial.variant == variant}
-        best = best_of([facts.trial for facts in runs.values()])
+        runs = {id(facts.run): facts for facts in self.runs_of(row) if facts.run.variant == variant}
+        best = best_of([facts.run for facts in runs.values()])
         return runs[id(best)] if best is not None else None
 
     def best_on_own(self) -> Iterator[tuple[Row, RunFacts, SplitResult]]:
-        """Yield the best run by validation of each row and training variant, with its evaluation on its own test set."""
+        """Yield the best run by validation of each row and training variant, with its result on its own test set."""
         for row, variant in itertools.product(self.table.rows, VARIANTS):
             facts = self.best(row, variant)
-            judged = facts.trial.judgements.get(variant) if facts is not None else None
-            if facts is not None and judged is not None:
-                yield row, facts, judged
+            result = facts.run.results.get(variant) if facts is not None else None
+            if facts is not None and result is not None:
+                yield row, facts, result
 
 
 @dataclass(frozen=True)
@@ -378,23 +332,23 @@ class ReportData:
     """All results of a report.
 
     Args:
-        findings: one entry per data set, the real Galaxy10 first.
+        datasets: the real Galaxy10 first.
         published: answers to the claims from the published numbers alone; empty if no run is on the real Galaxy10.
         notes: remarks, and reasons for what was left out.
-        num_asked: number of run folders that were given.
+        num_given: number of run folders that were given.
     """
 
-    findings: tuple[DatasetResults, ...]
+    datasets: tuple[DatasetResults, ...]
     published: tuple[ClaimAnswer, ...]
     notes: tuple[str, ...]
-    num_asked: int
+    num_given: int
 
     @property
     def num_runs(self) -> int:
-        return sum(len(found.facts) for found in self.findings)
+        return sum(len(found.facts) for found in self.datasets)
 
 
-def collect(run_dirs: Iterable[Path], notes: Sequence[ReportNote] = ()) -> ReportData:
+def collect(run_dirs: Iterable[Path], notes: Sequence[str] = ()) -> ReportData:
     """Read runs and compute all results.
 
     Args:
@@ -404,53 +358,52 @@ def collect(run_dirs: Iterable[Path], notes: Sequence[ReportNote] = ()) -> Repor
     Raises:
         UserError: none of the runs can be reported.
     """
-    asked = list({path.resolve(): path for path in run_dirs}.values())
-    trials, left_out = read_trials(asked)
-    said = [str(note) for note in (*notes, *left_out)]
-    if not trials:
-        more = [f"and {len(said) - _NUM_NAMED} more"] if len(said) > _NUM_NAMED else []
-        lines = "".join(f"\n  {text}" for text in [*said[:_NUM_NAMED], *more])
-        raise UserError(f"none of these {len(asked) + len(notes)} runs can be reported:{lines}")
+    given = list({path.resolve(): path for path in run_dirs}.values())
+    runs, left_out = read_finished_runs(given)
+    texts = [*notes, *left_out]
+    if not runs:
+        more = [f"and {len(texts) - _NUM_NAMED} more"] if len(texts) > _NUM_NAMED else []
+        lines = "".join(f"\n  {text}" for text in [*texts[:_NUM_NAMED], *more])
+        raise UserError(f"none of these {len(given) + len(notes)} runs can be reported:{lines}")
     read = functools.lru_cache(_NUM_KEPT)(read_outcomes)
-    findings = tuple(_find(table, trials, read) for table in build_tables(trials, read=read))
-    for found in findings:
-        said += [f"{found.table.dataset}: {text}" for text in found.table.notes]
-        said += [text for pairs in found.pairs for text in pairs.notes]
-        said += [f"{facts.trial.run_dir}: {text}" for facts in found.facts for text in (*facts.notes, *_without(facts.trial))]
-    real = next((found.table for found in findings if found.table.is_real), None)
-    published = tuple(answer_claims(published_case(real.class_names))) if real is not None else ()
-    return ReportData(findings, published, tuple(dict.fromkeys(said)), len(asked) + len(notes))
+    datasets = tuple(_collect_dataset(table, runs, read) for table in build_tables(runs, read=read))
+    for found in datasets:
+        texts += [f"{found.table.dataset}: {text}" for text in found.table.notes]
+        texts += [text for pairs in found.pairs for text in pairs.notes]
+        for facts in found.facts:
+            texts += [f"{facts.run.run_dir}: {text}" for text in (*facts.notes, *_missing_predictions(facts.run))]
+    real = next((found.table for found in datasets if found.table.is_real), None)
+    published = tuple(answer_claims(published_evidence(real.class_names))) if real is not None else ()
+    return ReportData(datasets, published, tuple(dict.fromkeys(texts)), len(given) + len(notes))
 
 
-def _without(trial: FinishedRun) -> list[str]:
+def _missing_predictions(run: FinishedRun) -> list[str]:
     """Return a note for each evaluation of a run without predictions."""
-    missing = [variant for variant, judged in trial.judgements.items() if judged.predictions_path is None]
+    missing = [variant for variant, result in run.results.items() if result.predictions_path is None]
     return [
-        f"kept no predictions on {variant}: it stands in the matrix, but not in paired tests, ensembles and calibration. "
-        f"Make them: galaxydist evaluate {trial.run_dir}{'' if variant == trial.variant else f' data.variant={variant}'}"
+        f"kept no predictions on {variant}: it is in the matrix, but not in paired tests, ensembles and calibration. "
+        f"Make them: galaxydist evaluate {run.run_dir}{'' if variant == run.variant else f' data.variant={variant}'}"
         for variant in missing
     ]
 
 
-def _find(table: Table, trials: Sequence[FinishedRun], read: ReadOutcomes) -> DatasetResults:
-    own = [trial for trial in trials if trial.dataset == table.dataset]
-    row_of = {trial.run_dir: row for (row, _), cell in table.cells.items() for trial in cell.trials}
+def _collect_dataset(table: Table, runs: Sequence[FinishedRun], read: ReadOutcomes) -> DatasetResults:
+    own = [run for run in runs if run.dataset == table.dataset]
+    row_of = {run.run_dir: row for (row, _), cell in table.cells.items() for run in cell.runs}
     order = {row: number for number, row in enumerate(table.rows)}
 
-    def place(trial: FinishedRun) -> tuple[int, bool, int]:
-        row = row_of.get(trial.run_dir)
-        return order[row] if row is not None else len(order), trial.variant != "original", trial.seed
+    def position(run: FinishedRun) -> tuple[int, bool, int]:
+        row = row_of.get(run.run_dir)
+        return order[row] if row is not None else len(order), run.variant != "original", run.seed
 
-    observations = {}
-    for regime in REGIMES if table.is_galaxy10 else ():
-        if rows := choose_rows(table, regime):
-            observations[regime] = answer_claims(case_of(table, rows))
+    variants = dict.fromkeys(run.variant for run in sorted(own, key=lambda run: run.variant != "original"))
+    regimes = {regime: choose_rows(table, regime) for regime in REGIMES} if table.is_real else {}
     return DatasetResults(
         table=table,
-        facts=tuple(read_facts(trial) for trial in sorted(own, key=place)),
+        facts=tuple(read_facts(run) for run in sorted(own, key=position)),
         row_of=row_of,
-        observations=observations,
+        claims={regime: answer_claims(evidence_of_table(table, rows)) for regime, rows in regimes.items() if rows},
         pairs=tuple(compare_models(table, read)),
         ensembles=tuple(build_ensembles(table, read)),
-        rankings=tuple(rank_runs(own)),
+        rankings=tuple(rank_by_validation([run for run in own if run.variant == variant]) for variant in variants),
     )

@@ -26,22 +26,6 @@ REFERENCE = "reference"
 
 
 @dataclass(frozen=True, slots=True)
-class ReportNote:
-    """Remark on a run, or the reason why a part of it was left out.
-
-    Args:
-        run_dir: folder of the run.
-        text: a sentence for the reader of a report.
-    """
-
-    run_dir: Path
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.run_dir}: {self.text}"
-
-
-@dataclass(frozen=True, slots=True)
 class Validation:
     """Value at the chosen checkpoint of the validation metric that selected it; smaller is better for ``loss``."""
 
@@ -76,10 +60,7 @@ class SplitResult:
 
     Args:
         dataset, variant, manifest_hash: identify the test set.
-        count: number of galaxies.
-        correct: number classified correctly.
         loss: mean cross-entropy in nats; None where it was not finite.
-        recall: by class; None for a class without galaxies.
         confusion: K x K counts; row: true class, column: predicted class.
         predictions_path: file of the predictions for each galaxy; None where they were not kept.
         without_validation: results without the galaxies of the run's validation split; None where the test set holds none.
@@ -89,23 +70,33 @@ class SplitResult:
     dataset: str
     variant: Variant
     manifest_hash: str
-    count: int
-    correct: int
     loss: float | None
-    recall: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
     predictions_path: Path | None
     without_validation: WithoutValidation | None = None
     scores: Mapping[str, Score] = field(default_factory=dict)
 
     @property
+    def support(self) -> tuple[int, ...]:
+        """Number of galaxies of each true class."""
+        return tuple(sum(row) for row in self.confusion)
+
+    @property
+    def count(self) -> int:
+        return sum(self.support)
+
+    @property
+    def correct(self) -> int:
+        return sum(row[label] for label, row in enumerate(self.confusion))
+
+    @property
     def accuracy(self) -> float:
         return self.correct / self.count
 
     @property
-    def support(self) -> tuple[int, ...]:
-        """Number of galaxies of each true class."""
-        return tuple(sum(row) for row in self.confusion)
+    def recall(self) -> tuple[float | None, ...]:
+        """Share of each class that is classified correctly; None for a class without galaxies."""
+        return tuple(row[label] / sum(row) if sum(row) else None for label, row in enumerate(self.confusion))
 
 
 @dataclass(frozen=True)
@@ -123,7 +114,7 @@ class FinishedRun:
         seed: ``seed``.
         settings: hash of 8 hex digits, equal for runs that differ only in seed and variant.
         validation: metric that selected its checkpoint; None where it is not known.
-        judgements: evaluations by the variant of the test set.
+        results: of its evaluations, by the variant of the test set.
     """
 
     run_dir: Path
@@ -136,29 +127,25 @@ class FinishedRun:
     seed: int
     settings: str
     validation: Validation | None
-    judgements: Mapping[Variant, SplitResult]
+    results: Mapping[Variant, SplitResult]
 
     @property
     def name(self) -> str:
         return self.run_dir.name or str(self.run_dir)
 
-    def judged(self, setting: TrainTest) -> SplitResult | None:
-        """Return its evaluation in a setting; None if it has none."""
-        return self.judgements.get(setting.test) if self.variant == setting.train else None
+    def result_in(self, setting: TrainTest) -> SplitResult | None:
+        """Return the result of its evaluation in a setting; None if it has none."""
+        return self.results.get(setting.test) if self.variant == setting.train else None
 
 
 # Recipe keys that may differ between the runs of one row of the matrix: the seed, and the training data of its columns.
-COLUMNS = frozenset({"seed", "data.variant", "data.manifest", "name"})
+FREE_KEYS = frozenset({"seed", "data.variant", "data.manifest", "name"})
 
 SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "loss")
 
 
-class _Unusable(Exception):
-    """Raised for a run or an evaluation that is left out; the message gives the reason."""
-
-
-def read_trials(run_dirs: Iterable[Path]) -> tuple[list[FinishedRun], list[ReportNote]]:
-    """Return the finished runs among some folders, and a note for everything that was left out.
+def read_finished_runs(run_dirs: Iterable[Path]) -> tuple[list[FinishedRun], list[str]]:
+    """Return the finished runs among some folders, and notes (``FOLDER: text``) on everything that was left out.
 
     A run is left out if its classes differ from those of most runs on its data set, or if another run has the same settings,
     variant and seed: the two are no independent repeats.
@@ -166,54 +153,55 @@ def read_trials(run_dirs: Iterable[Path]) -> tuple[list[FinishedRun], list[Repor
     Args:
         run_dirs: run folders; a folder given twice is read once.
     """
-    trials: list[FinishedRun] = []
-    notes: list[ReportNote] = []
+    runs: list[FinishedRun] = []
+    notes: list[str] = []
     for run_dir in {path.resolve(): path for path in run_dirs}.values():
         try:
-            trial, found = _read_trial(run_dir)
-        except (_Unusable, UserError, OSError) as error:
-            notes.append(ReportNote(run_dir, str(error)))
+            run, found = _read_run(run_dir)
+        except (UserError, OSError) as error:
+            notes.append(f"{run_dir}: {error}")
             continue
-        notes += [ReportNote(run_dir, text) for text in found]
-        trials.append(trial)
-    kept, left_out = _comparable(trials)
+        notes += [f"{run_dir}: {text}" for text in found]
+        runs.append(run)
+    kept, left_out = _comparable(runs)
     return kept, [*notes, *left_out]
 
 
-def _comparable(trials: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[ReportNote]]:
-    classes: dict[str, tuple[str, ...]] = {}
-    for dataset in dict.fromkeys(trial.dataset for trial in trials):
-        counted = Counter(trial.class_names for trial in trials if trial.dataset == dataset)
-        classes[dataset] = counted.most_common(1)[0][0]
+def _comparable(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[str]]:
+    """Return the runs that share the classes of most runs on their data set and repeat no other run, and notes on the others."""
+    # From the rarest to the most frequent classes of a data set, so that the last ones are kept.
+    counted = Counter((run.dataset, run.class_names) for run in runs).most_common()
+    classes = dict(key for key, _ in reversed(counted))
     kept: dict[tuple[Any, ...], FinishedRun] = {}
-    notes: list[ReportNote] = []
-    for trial in trials:
-        key = (trial.dataset, trial.model, trial.recipe, trial.settings, trial.variant, trial.seed)
-        if trial.class_names != classes[trial.dataset]:
-            text = (
-                f"left out: its classes ({', '.join(trial.class_names)}) are not those of the other runs on {trial.dataset} "
-                f"({', '.join(classes[trial.dataset])})."
+    notes: list[str] = []
+    for run in runs:
+        key = (run.dataset, run.model, run.recipe, run.settings, run.variant, run.seed)
+        if run.class_names != classes[run.dataset]:
+            notes.append(
+                f"{run.run_dir}: left out: its classes ({', '.join(run.class_names)}) are not those of the other runs on "
+                f"{run.dataset} ({', '.join(classes[run.dataset])})."
             )
-            notes.append(ReportNote(trial.run_dir, text))
         elif key in kept:
-            text = f"left out: {kept[key].run_dir} has the same settings, variant and seed ({trial.seed}); one of them counts."
-            notes.append(ReportNote(trial.run_dir, text))
+            notes.append(
+                f"{run.run_dir}: left out: {kept[key].run_dir} has the same settings, variant and seed ({run.seed}); one of them "
+                "counts."
+            )
         else:
-            kept[key] = trial
+            kept[key] = run
     return list(kept.values()), notes
 
 
-def _read_trial(run_dir: Path) -> tuple[FinishedRun, list[str]]:
+def _read_run(run_dir: Path) -> tuple[FinishedRun, list[str]]:
     """Return a run, and notes on the parts that were left out."""
     folder = RunFolder(run_dir)
     stored = folder.read_recipe()
     recipe = dict(stored.recipe)
     if folder.read_result() is None:
-        raise _Unusable("left out: the run has not finished. Give the command that started it again: it goes on.")
+        raise UserError("left out: the run has not finished. Give the command that started it again: it continues.")
     tta = str(recipe.get("eval.tta", "none"))
     own = _read_content(folder.evaluation_dir, tta)
     if own is None:
-        raise _Unusable(
+        raise UserError(
             f"left out: it has no evaluation {stem_of('test', tta)}.json on its own test split. "
             f"Make one: galaxydist evaluate {run_dir}"
         )
@@ -222,10 +210,10 @@ def _read_trial(run_dir: Path) -> tuple[FinishedRun, list[str]]:
         keys = sorted({change["key"] for entry in stored.forced for change in entry.get("changes", ())})
         notes.append(f"resume.force changed {', '.join(keys)} in the middle of this run.")
     try:
-        judgements = {_variant_of(own): _judgement(folder.evaluation_dir, own, tta)}
-        for place in sorted(path for path in folder.evaluation_dir.iterdir() if path.is_dir()):
-            notes += _read_other(place, own, tta, judgements)
-        trial = FinishedRun(
+        results = {_variant_of(own): _split_result(folder.evaluation_dir, own, tta)}
+        for other_dir in sorted(path for path in folder.evaluation_dir.iterdir() if path.is_dir()):
+            notes += _read_other(other_dir, own, tta, results)
+        run = FinishedRun(
             run_dir,
             recipe=str(own["recipe"]),
             regime=REFERENCE if _is_reference(stored) else "own",
@@ -236,42 +224,41 @@ def _read_trial(run_dir: Path) -> tuple[FinishedRun, list[str]]:
             seed=int(recipe["seed"]),
             settings=_settings(recipe),
             validation=_read_validation(folder, str(recipe.get("train.metric", "accuracy")), int(own["step"])),
-            judgements=MappingProxyType(judgements),
+            results=MappingProxyType(results),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise _Unusable(f"left out: its files do not fit together ({error!r}). Make its evaluation again.") from error
-    return trial, notes
+        raise UserError(f"left out: its files do not fit together ({error!r}). Make its evaluation again.") from error
+    return run, notes
 
 
-def _read_other(place: Path, own: Mapping[str, Any], tta: str, judgements: dict[Variant, SplitResult]) -> list[str]:
-    """Add the evaluation in another folder of the run to ``judgements``; return the reason if it cannot be used."""
+def _read_other(folder: Path, own: Mapping[str, Any], tta: str, results: dict[Variant, SplitResult]) -> list[str]:
+    """Add the evaluation in another folder of the run to ``results``; return the reason if it cannot be used."""
     try:
-        content = _read_content(place, tta)
-        if content is None:
+        if (content := _read_content(folder, tta)) is None:
             return []
         variant = _variant_of(content)
-        what = f"its evaluation on {content['dataset']} ({variant})"
+        name = f"its evaluation on {content['dataset']} ({variant})"
         problem = None
         if content["dataset"] != own["dataset"]:
-            problem = f"{what} is in no table: the run was trained on {own['dataset']}."
+            problem = f"{name} is in no table: the run was trained on {own['dataset']}."
         elif tuple(content["classes"]) != tuple(own["classes"]):
-            problem = f"{what} is left out: it is about other classes."
+            problem = f"{name} is left out: it has other classes."
         elif content["step"] != own["step"]:
-            problem = f"{what} is left out: it is of step {content['step']}, that on its own data of step {own['step']}."
-        elif variant in judgements:
-            problem = f"{what} in {place.name} is left out: it was trained on that variant, from other shards."
+            problem = f"{name} is left out: it is of step {content['step']}, that on its own data of step {own['step']}."
+        elif variant in results:
+            problem = f"{name} in {folder.name} is left out: the run was trained on that variant, from other shards."
         else:
-            judgements[variant] = _judgement(place, content, tta)
-    except (_Unusable, KeyError, TypeError, ValueError) as error:
-        problem = f"the evaluation in {place.name} is left out ({error})."
+            results[variant] = _split_result(folder, content, tta)
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"the evaluation in {folder.name} is left out ({error})."
     return [problem] if problem else []
 
 
-def _read_content(place: Path, tta: str) -> dict[str, Any] | None:
-    path = place / f"{stem_of('test', tta)}.json"
-    content = read_evaluation(place, "test", tta)
+def _read_content(folder: Path, tta: str) -> dict[str, Any] | None:
+    path = folder / f"{stem_of('test', tta)}.json"
+    content = read_evaluation(folder, "test", tta)
     if content is None and path.is_file():
-        raise _Unusable(f"{path} is damaged or of another version of galaxydist. Remove it and evaluate the run again.")
+        raise UserError(f"{path} is damaged or of another version of galaxydist. Remove it and evaluate the run again.")
     return content
 
 
@@ -281,47 +268,32 @@ def _variant_of(content: Mapping[str, Any]) -> Variant:
     return cast(Variant, content["variant"])
 
 
-def _judgement(place: Path, content: Mapping[str, Any], tta: str) -> SplitResult:
+def _split_result(folder: Path, content: Mapping[str, Any], tta: str) -> SplitResult:
     confusion_KK = np.asarray(content["confusion"], np.int64)
     num_classes, count = len(content["classes"]), int(content["count"])
     if confusion_KK.shape != (num_classes, num_classes) or confusion_KK.min() < 0 or confusion_KK.sum() != count or count < 1:
         raise ValueError(f"its confusion matrix does not hold {count} galaxies of {num_classes} classes")
-    predictions = predictions_path(place, stem_of("test", tta))
-    support_K, correct_K = confusion_KK.sum(axis=1).tolist(), confusion_KK.diagonal().tolist()
+    predictions = predictions_path(folder, stem_of("test", tta))
+    others, intervals = content.get("without_validation"), content.get("intervals") or {}
+    scores = {
+        name: Score(content.get(name), (limits[0], limits[1]) if (limits := intervals.get(name)) else None) for name in SCORES
+    }
     return SplitResult(
         dataset=str(content["dataset"]),
         variant=_variant_of(content),
         manifest_hash=str(content["manifest_hash"]),
-        count=count,
-        correct=sum(correct_K),
-        loss=None if content["loss"] is None else float(content["loss"]),
-        recall=tuple(right / all_ if all_ else None for right, all_ in zip(correct_K, support_K, strict=True)),
+        loss=content["loss"],
         confusion=tuple(tuple(row) for row in confusion_KK.tolist()),
         predictions_path=predictions if predictions.is_file() else None,
-        without_validation=_unseen(content),
-        scores={name: _score(content, name) for name in SCORES},
+        without_validation=WithoutValidation(others["count"], others["accuracy"], others["loss"]) if others else None,
+        scores=scores,
     )
 
 
-def _score(content: Mapping[str, Any], name: str) -> Score:
-    value, interval = content.get(name), (content.get("intervals") or {}).get(name)
-    return Score(None if value is None else float(value), (float(interval[0]), float(interval[1])) if interval else None)
-
-
-def _unseen(content: Mapping[str, Any]) -> WithoutValidation | None:
-    others = content.get("without_validation")
-    if others is None:
-        return None
-    accuracy, loss = (None if others[name] is None else float(others[name]) for name in ("accuracy", "loss"))
-    return WithoutValidation(int(others["count"]), accuracy, loss)
-
-
 def _settings(recipe: Mapping[str, Any]) -> str:
-    """Return a hash of the recipe keys that affect results, except those in ``COLUMNS``."""
-    fields = RECIPE.fields
-    kept = {
-        key: value for key, value in recipe.items() if key not in COLUMNS and not (key in fields and fields[key].kind == "run")
-    }
+    """Return a hash of the recipe keys that affect results, except those in ``FREE_KEYS``."""
+    ignored = FREE_KEYS | {key for key, field in RECIPE.fields.items() if field.kind == "run"}
+    kept = {key: value for key, value in recipe.items() if key not in ignored}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
 
 

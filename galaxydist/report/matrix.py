@@ -1,7 +1,7 @@
 """Results matrix: models by train/test setting, averaged over seeds, beside the published values.
 
 A table covers one data set: real and simulated galaxies never share one, and only the real Galaxy10 is compared with published
-values. The runs of a row differ only in their seed and their training data (``finished_runs.COLUMNS``).
+values. The runs of a row differ only in their seed and their training data (``finished_runs.FREE_KEYS``).
 """
 
 from collections import Counter
@@ -12,14 +12,14 @@ from pathlib import Path
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES
-from galaxydist.report.finished_runs import REFERENCE, FinishedRun, ReportNote, SplitResult
+from galaxydist.report.finished_runs import REFERENCE, FinishedRun, SplitResult
 from galaxydist.report.published_results import (
+    DISPLAY_NAMES,
     MODELS,
     SETTINGS,
     DisplayName,
     PublishedResult,
     TrainTest,
-    display_name,
     published_result,
 )
 from galaxydist.report.statistics import (
@@ -27,10 +27,10 @@ from galaxydist.report.statistics import (
     Difference,
     Estimate,
     Outcomes,
-    against_published,
-    from_accuracies,
-    from_means,
-    from_outcomes,
+    compare_with_published,
+    estimate_accuracy,
+    estimate_mean,
+    estimate_outcomes,
     holm,
     read_outcomes,
     stack_outcomes,
@@ -78,7 +78,7 @@ class Cell:
 
     Args:
         setting: the train/test setting.
-        trials: its runs, ordered by seed; empty if it was not run.
+        runs: its runs, ordered by seed; empty if it was not run.
         accuracy: over seeds and galaxies; None without runs.
         loss: over seeds and galaxies; None without runs or if a loss was not finite.
         published: None if there are no published values.
@@ -89,7 +89,7 @@ class Cell:
     """
 
     setting: TrainTest
-    trials: tuple[FinishedRun, ...] = ()
+    runs: tuple[FinishedRun, ...] = ()
     accuracy: Estimate | None = None
     loss: Estimate | None = None
     published: PublishedResult | None = None
@@ -100,12 +100,12 @@ class Cell:
 
     @property
     def num_seeds(self) -> int:
-        return len(self.trials)
+        return len(self.runs)
 
     @property
-    def judgements(self) -> tuple[SplitResult, ...]:
-        found = (trial.judged(self.setting) for trial in self.trials)
-        return tuple(judgement for judgement in found if judgement is not None)
+    def results(self) -> tuple[SplitResult, ...]:
+        found = (run.result_in(self.setting) for run in self.runs)
+        return tuple(result for result in found if result is not None)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Table:
     @property
     def is_real(self) -> bool:
         """True for the real Galaxy10 DECaLS."""
-        return self.dataset == REAL_DATASET
+        return self.dataset == REAL_DATASET and self.is_galaxy10
 
     @property
     def is_galaxy10(self) -> bool:
@@ -139,19 +139,19 @@ class Table:
     @property
     def settings(self) -> tuple[TrainTest, ...]:
         """Settings to show: all for Galaxy10 classes; on a user's own data only those with runs."""
-        run = {setting for (_, setting), cell in self.cells.items() if cell.trials}
+        run = {setting for (_, setting), cell in self.cells.items() if cell.runs}
         return tuple(setting for setting in SETTINGS if self.is_galaxy10 or setting in run)
 
 
-def build_tables(trials: Sequence[FinishedRun], *, read: Callable[[Path], Outcomes] = read_outcomes) -> list[Table]:
+def build_tables(runs: Sequence[FinishedRun], *, read: Callable[[Path], Outcomes] = read_outcomes) -> list[Table]:
     """Build a table for each data set, the real Galaxy10 first.
 
     Args:
-        trials: finished runs.
+        runs: finished runs.
         read: reads a file of predictions.
     """
-    datasets = sorted({trial.dataset for trial in trials}, key=lambda name: (name != REAL_DATASET, name))
-    return [_build_table([trial for trial in trials if trial.dataset == dataset], read) for dataset in datasets]
+    datasets = sorted({run.dataset for run in runs}, key=lambda name: (name != REAL_DATASET, name))
+    return [_build_table([run for run in runs if run.dataset == dataset], read) for dataset in datasets]
 
 
 def holm_adjusted(table: Table, quantity: str = "accuracy") -> dict[tuple[Row, TrainTest], float]:
@@ -166,77 +166,79 @@ def holm_adjusted(table: Table, quantity: str = "accuracy") -> dict[tuple[Row, T
     return dict(zip(known, holm(list(known.values())), strict=True))
 
 
-def _build_table(trials: Sequence[FinishedRun], read: Callable[[Path], Outcomes]) -> Table:
-    dataset, class_names = trials[0].dataset, trials[0].class_names
-    lines = _lines(trials, is_galaxy10=class_names == GALAXY10_CLASSES)
+def _build_table(runs: Sequence[FinishedRun], read: Callable[[Path], Outcomes]) -> Table:
+    dataset, class_names = runs[0].dataset, runs[0].class_names
+    rows = _group_rows(runs, is_galaxy10=class_names == GALAXY10_CLASSES)
     cells: dict[tuple[Row, TrainTest], Cell] = {}
     notes: list[str] = []
-    for row, members in lines.items():
+    for row, members in rows.items():
         for setting in SETTINGS:
-            published = published_result(dataset, row.display, setting)
-            judged = sorted((trial for trial in members if trial.judged(setting)), key=lambda trial: trial.seed)
-            alike, left_out = _same_test_set(judged, setting)
-            notes += [str(note) for note in left_out]
-            cells[row, setting] = _build_cell(setting, alike, published, read)
-    sizes = {(setting.test, judgement.count) for (_, setting), cell in cells.items() for judgement in cell.judgements}
+            evaluated = sorted((run for run in members if run.result_in(setting)), key=lambda run: run.seed)
+            kept, left_out = _same_test_set(evaluated, setting)
+            notes += left_out
+            cells[row, setting] = _build_cell(setting, kept, published_result(dataset, row.display, setting), read)
+    sizes = {(setting.test, result.count) for (_, setting), cell in cells.items() for result in cell.results}
     for variant, number in Counter(variant for variant, _ in sorted(sizes)).items():
         if number > 1:
             counts = ", ".join(str(count) for test, count in sorted(sizes) if test == variant)
-            notes.append(f"The lines were judged on {variant} test sets of different sizes: {counts} galaxies.")
-    return Table(dataset, class_names, tuple(lines), cells, tuple(notes))
+            notes.append(f"The rows were evaluated on {variant} test sets of different sizes: {counts} galaxies.")
+    return Table(dataset, class_names, tuple(rows), cells, tuple(notes))
 
 
-def _lines(trials: Sequence[FinishedRun], *, is_galaxy10: bool) -> dict[Row, list[FinishedRun]]:
+def _group_rows(runs: Sequence[FinishedRun], *, is_galaxy10: bool) -> dict[Row, list[FinishedRun]]:
     """Group the runs into rows, published models first.
 
     With Galaxy10 classes, a published model without runs gets an empty row. On a user's own data, a row of one run has its name.
     """
-    names = Counter(trial.name for trial in trials)
+    names = Counter(run.name for run in runs)
 
-    def identity(trial: FinishedRun) -> tuple[str, str, str]:
-        return trial.model, trial.regime, trial.recipe
+    def identity(run: FinishedRun) -> tuple[str, str, str]:
+        return run.model, run.regime, run.recipe
 
-    found: list[tuple[Row, list[FinishedRun]]] = []
-    for (model, regime, recipe), group in groupby(sorted(trials, key=identity), key=identity):
+    rows: dict[Row, list[FinishedRun]] = {}
+    for (model, regime, recipe), group in groupby(sorted(runs, key=identity), key=identity):
         members = list(group)
-        settings = {trial.settings for trial in members}
         # Runs on different variants may have different settings; different settings on one variant make separate rows.
-        is_one = len({(trial.variant, trial.settings) for trial in members}) == len({trial.variant for trial in members})
-        for which in [""] if is_one else sorted(settings):
-            runs = [trial for trial in members if which in ("", trial.settings)]
+        is_one = len({(run.variant, run.settings) for run in members}) == len({run.variant for run in members})
+        for settings in [""] if is_one else sorted({run.settings for run in members}):
+            chosen = [run for run in members if settings in ("", run.settings)]
             name = ""
-            if len(runs) == 1 and not is_galaxy10:
-                (only,) = runs
-                name = only.name if names[only.name] == 1 else str(only.run_dir)
-            found.append((Row(model, recipe, regime, which, display_name(model), name), runs))
-    run = {row.display for row, _ in found}
-    found += [(Row("", "", "", "", name), []) for name in MODELS if is_galaxy10 and name not in run]
-    order = {name: number for number, name in enumerate(MODELS)}
-    last = len(order)
-    found.sort(key=lambda line: (order[line[0].display] if line[0].display else last, line[0].regime != REFERENCE))
-    return dict(found)
+            if len(chosen) == 1 and not is_galaxy10:
+                name = chosen[0].name if names[chosen[0].name] == 1 else str(chosen[0].run_dir)
+            rows[Row(model, recipe, regime, settings, DISPLAY_NAMES.get(model), name)] = chosen
+    if is_galaxy10:
+        displayed = {row.display for row in rows}
+        rows |= {Row("", "", "", "", name): [] for name in MODELS if name not in displayed}
+    order: dict[DisplayName | None, int] = {name: number for number, name in enumerate((*MODELS, None))}
+    return dict(sorted(rows.items(), key=lambda item: (order[item[0].display], item[0].regime != REFERENCE)))
 
 
-def _same_test_set(trials: Sequence[FinishedRun], setting: TrainTest) -> tuple[list[FinishedRun], list[ReportNote]]:
+def _same_test_set(runs: Sequence[FinishedRun], setting: TrainTest) -> tuple[list[FinishedRun], list[str]]:
     """Return the runs evaluated on the most common test shards, which alone are repeats on the same galaxies, and notes."""
-    hashes = {id(trial): judged.manifest_hash for trial in trials if (judged := trial.judged(setting)) is not None}
+    hashes = {id(run): result.manifest_hash for run in runs if (result := run.result_in(setting)) is not None}
     if not hashes:
         return [], []
     usual = Counter(hashes.values()).most_common(1)[0][0]
-    kept = [trial for trial in trials if hashes[id(trial)] == usual]
-    text = f"left out of {setting}: it was judged on other shards than the other seeds ({usual[:8]})."
-    return kept, [ReportNote(trial.run_dir, text) for trial in trials if hashes[id(trial)] != usual]
+    kept = [run for run in runs if hashes[id(run)] == usual]
+    text = f"left out of {setting}: it was evaluated on other shards than the other seeds ({usual[:8]})."
+    return kept, [f"{run.run_dir}: {text}" for run in runs if hashes[id(run)] != usual]
 
 
 def _build_cell(
-    setting: TrainTest, trials: Sequence[FinishedRun], published: PublishedResult | None, read: Callable[[Path], Outcomes]
+    setting: TrainTest, runs: Sequence[FinishedRun], published: PublishedResult | None, read: Callable[[Path], Outcomes]
 ) -> Cell:
-    cell = Cell(setting, tuple(trials), published=published)
-    if not trials:
+    cell = Cell(setting, tuple(runs), published=published)
+    if not runs:
         return cell
-    outcomes, notes = _read_cell(cell.judgements, read)
-    accuracy, loss = _estimates(cell.judgements, outcomes)
-    if len(trials) == 1:
+    outcomes, notes = _read_outcomes(cell.results, read)
+    loss: Estimate | None
+    if outcomes is not None:
+        accuracy, loss = estimate_outcomes(outcomes.correct_SN), estimate_outcomes(outcomes.losses_SN)
+    else:
+        losses, count = [result.loss for result in cell.results if result.loss is not None], cell.results[0].count
+        accuracy = estimate_accuracy([result.accuracy for result in cell.results], count)
+        loss = estimate_mean(losses, count, None) if len(losses) == len(runs) else None
+    if len(runs) == 1:
         notes.append("one seed: the error between trainings is not known")
     if loss is None:
         notes.append("the loss of a run is not finite")
@@ -244,35 +246,26 @@ def _build_cell(
         cell,
         accuracy=accuracy,
         loss=loss,
-        accuracy_test=against_published(accuracy, published, "accuracy") if published else None,
-        loss_test=against_published(loss, published, "loss") if published and loss else None,
+        accuracy_test=compare_with_published(accuracy, published, "accuracy") if published else None,
+        loss_test=compare_with_published(loss, published, "loss") if published and loss else None,
         outcomes=outcomes,
         notes=tuple(notes),
     )
 
 
-def _estimates(judgements: Sequence[SplitResult], outcomes: CellOutcomes | None) -> tuple[Estimate, Estimate | None]:
-    if outcomes is not None:
-        return from_outcomes(outcomes.correct_SN), from_outcomes(outcomes.losses_SN)
-    count = judgements[0].count
-    losses = [judgement.loss for judgement in judgements if judgement.loss is not None]
-    accuracy = from_accuracies([judgement.accuracy for judgement in judgements], count)
-    return accuracy, from_means(losses, count, None) if len(losses) == len(judgements) else None
-
-
-def _read_cell(judgements: Sequence[SplitResult], read: Callable[[Path], Outcomes]) -> tuple[CellOutcomes | None, list[str]]:
+def _read_outcomes(results: Sequence[SplitResult], read: Callable[[Path], Outcomes]) -> tuple[CellOutcomes | None, list[str]]:
     """Return the outcomes of the single galaxies, or None and the reason: predictions are missing or disagree with the counts."""
-    paths = [judgement.predictions_path for judgement in judgements if judgement.predictions_path is not None]
-    if len(paths) < len(judgements):
-        missing = "no run" if not paths else f"only {len(paths)} of {len(judgements)} runs"
+    paths = [result.predictions_path for result in results if result.predictions_path is not None]
+    if len(paths) < len(results):
+        missing = "no run" if not paths else f"only {len(paths)} of {len(results)} runs"
         return None, [f"{missing} kept predictions: the error of the test set is binomial, that of the loss not known"]
     try:
         stacked = stack_outcomes([read(path) for path in paths])
     except UserError as error:
         return None, [str(error)]
-    for judgement, correct_N, path in zip(judgements, stacked.correct_SN, paths, strict=True):
-        if len(correct_N) != judgement.count or int(correct_N.sum()) != judgement.correct:
+    for result, correct_N, path in zip(results, stacked.correct_SN, paths, strict=True):
+        if len(correct_N) != result.count or int(correct_N.sum()) != result.correct:
             found = f"{int(correct_N.sum())} of {len(correct_N)} galaxies correct"
-            counted = f"{judgement.correct} of {judgement.count}"
+            counted = f"{result.correct} of {result.count}"
             return None, [f"{path} is not used: it has {found}, the evaluation {counted}. Evaluate the run again."]
     return stacked, []

@@ -93,11 +93,6 @@ DISPLAY_NAMES: MappingProxyType[str, DisplayName | None] = MappingProxyType(
 )
 
 
-def display_name(model: str) -> DisplayName | None:
-    """Return the published model that corresponds to a recipe's ``model.name``; None if there is none."""
-    return DISPLAY_NAMES.get(model)
-
-
 def published_result(dataset: str, name: DisplayName | None, setting: TrainTest) -> PublishedResult | None:
     """Return the published numbers for a cell; None if there are none, and for every data set but the real Galaxy10.
 

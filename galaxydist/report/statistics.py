@@ -1,25 +1,8 @@
-"""Statistics of runs: means over seeds and galaxies with their errors, and tests between them.
+"""Statistics of runs: means and their errors, tests, bootstrap draws, outcomes of single galaxies.
 
-All n seeds are evaluated on the same N galaxies: outcome y_si = mean + seed_s + galaxy_i + rest_si, a two-way random-effects
-layout without replication (Cornfield & Tukey 1956, Ann. Math. Stat. 27, 907; Searle, Casella & McCulloch 1992, "Variance
-Components", section 4.7). The variance of the mean of all n N outcomes is
-
-    V = seed / n + galaxy / N + rest / (n N).
-
-More seeds do not reduce the error from the choice of galaxies, and more galaxies do not reduce the error from the seeds, so a
+All n seeds of a model are evaluated on the same N galaxies. The variance of the mean of all n N outcomes has two parts: more
+seeds do not reduce the error from the choice of galaxies, and more galaxies do not reduce the error between trainings, so a
 test between two trainings must contain both (Dror et al. 2018, ACL, P18-1128; Bouthillier et al. 2021, MLSys, arXiv:2103.03098).
-An unbiased estimate uses the mean squares of the rows (seeds), columns (galaxies) and the rest,
-
-    V = (MS_seeds + MS_galaxies - MS_rest) / (n N);   MS_seeds / (n N) = s^2 / n, where s is the deviation between seeds' means.
-
-If only each seed's mean is known, galaxy / N is replaced by an upper bound, the total variance between outcomes over N
-(p (1 - p) / N for an accuracy p). This is too large by rest / N, so the tests are conservative.
-
-Differences are tested by Student's t with the degrees of freedom of Welch (1938, 1947) and Satterthwaite (1946):
-nu = (sum V_j)^2 / sum (V_j^2 / nu_j) over the independent parts V_j of the variance. In simulations, a test at the 5 % level
-between our mean and the number of one training rejects equality in 4 to 6 % of cases if the seeds' variance is below a quarter
-of the galaxies'; in 8, 6 and 6 % with 2, 3 and 5 seeds if it is half of it; and in 10, 7 and 6 % if it is as large. Two seeds
-are too few for more than a first impression.
 """
 
 import math
@@ -27,16 +10,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from galaxydist.errors import UserError, first_line
+from galaxydist.errors import UserError
+from galaxydist.evaluation.bootstrap import RESAMPLES, GalaxyBootstrap
+from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.report.finished_runs import FinishedRun
 from galaxydist.report.published_results import PublishedResult
 
 ALPHA = 0.05
+ONE_SEED = "one seed: the error between trainings is not in the test"
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,152 +36,119 @@ class Estimate:
         mean: over all seeds and galaxies.
         num_seeds: n.
         num_galaxies: N, the same galaxies under all seeds.
-        galaxy_variance: part of the variance of ``mean`` due to the choice of galaxies; None where unknown.
-        seed_variance: s^2 / n, the part due to the seeds and the rest; None with a single seed.
-        rest_variance: rest / N, the part of s^2 that is not due to the seed itself; 0 where unknown.
+        galaxy_error: standard error from the choice of galaxies; None where unknown.
+        seed_error: standard error between trainings, s / sqrt(n) for the deviation s of the seeds' means; None with one seed.
     """
 
     mean: float
     num_seeds: int
     num_galaxies: int
-    galaxy_variance: float | None
-    seed_variance: float | None
-    rest_variance: float = 0.0
-
-    @property
-    def seed_error(self) -> float | None:
-        """Standard error over seeds alone, s / sqrt(n)."""
-        return None if self.seed_variance is None else math.sqrt(self.seed_variance)
+    galaxy_error: float | None
+    seed_error: float | None
 
     @property
     def standard_error(self) -> float | None:
-        """Standard error over galaxies and seeds (with one seed, over galaxies alone); None if ``galaxy_variance`` is None."""
-        return None if self.galaxy_variance is None else math.sqrt(self.galaxy_variance + (self.seed_variance or 0.0))
-
-    @property
-    def between_seeds(self) -> float | None:
-        """Variance between the true means of the seeds: s^2 minus the rest, at least 0; None with a single seed."""
-        return None if self.seed_variance is None else max(0.0, self.seed_variance * self.num_seeds - self.rest_variance)
-
-    @property
-    def parts(self) -> list[tuple[float, float]]:
-        """Known independent parts of the variance, each with its degrees of freedom."""
-        parts = [] if self.galaxy_variance is None else [(self.galaxy_variance, self.num_galaxies - 1.0)]
-        return parts if self.seed_variance is None else [*parts, (self.seed_variance, self.num_seeds - 1.0)]
+        """Standard error over galaxies and seeds (with one seed, over galaxies alone); None if ``galaxy_error`` is None."""
+        return None if self.galaxy_error is None else math.hypot(self.galaxy_error, self.seed_error or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Difference of two means, with its test.
+    """Difference between our mean and a published value, with its test.
 
     Args:
-        value: the difference.
+        value: ours minus published.
         standard_error: of the value.
-        degrees_of_freedom: of Student's t; inf if the error is taken as known.
-        p_value: two-sided; of Student's t, unless ``test`` names another test.
-        test: name of the test.
+        p_value: two-sided.
+        interval: 95 % confidence interval of the value.
         notes: limitations of the test.
     """
 
     value: float
     standard_error: float
-    degrees_of_freedom: float
     p_value: float
-    test: str
+    interval: tuple[float, float]
     notes: tuple[str, ...] = ()
 
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Return the confidence interval of the value by Student's t."""
-        half = t_quantile(0.5 + level / 2, self.degrees_of_freedom) * self.standard_error
-        return self.value - half, self.value + half
 
-    def p_above(self, bound: float) -> float:
-        """Return the one-sided p value of "not above the bound": small if the value is significantly above it."""
-        return t_tail(self.value - bound, self.standard_error, self.degrees_of_freedom)
-
-    def p_below(self, bound: float) -> float:
-        """Return the one-sided p value of "not below the bound": small if the value is significantly below it."""
-        return t_tail(bound - self.value, self.standard_error, self.degrees_of_freedom)
-
-
-def from_outcomes(outcomes_SN: ArrayLike) -> Estimate:
-    """Return the estimate from each galaxy's outcome under each seed.
-
-    Args:
-        outcomes_SN: S seeds x N galaxies (the same in each row): 0 or 1 for an accuracy, nats for a loss.
-
-    Raises:
-        ValueError: fewer than one seed or two galaxies.
-    """
-    values_SN = np.asarray(outcomes_SN, np.float64)
-    num_seeds, num_galaxies = values_SN.shape
-    if num_seeds < 1 or num_galaxies < 2:
-        raise ValueError(f"an estimate needs a seed and two galaxies, not {num_seeds} and {num_galaxies}")
-    seeds_S, galaxies_N = values_SN.mean(axis=1), values_SN.mean(axis=0)
-    mean = float(seeds_S.mean())
-    between_galaxies = float(galaxies_N.var(ddof=1)) / num_galaxies
-    if num_seeds == 1:
-        return Estimate(mean, 1, num_galaxies, between_galaxies, None)
-    rest_SN = values_SN - seeds_S[:, None] - galaxies_N + mean
-    rest = float((rest_SN**2).sum()) / ((num_seeds - 1) * (num_galaxies - 1))  # a mean square
-    galaxy_variance = max(0.0, between_galaxies - rest / (num_seeds * num_galaxies))
-    seed_variance = float(seeds_S.var(ddof=1)) / num_seeds
-    return Estimate(mean, num_seeds, num_galaxies, galaxy_variance, seed_variance, rest / num_galaxies)
-
-
-def from_accuracies(accuracies_S: Sequence[float], num_galaxies: int) -> Estimate:
-    """Return the estimate from the seeds' accuracies alone: the galaxies' part is binomial, p (1 - p) / N (an upper bound)."""
-    mean = math.fsum(accuracies_S) / len(accuracies_S)
-    return from_means(accuracies_S, num_galaxies, mean * (1 - mean))
-
-
-def from_means(means_S: Sequence[float], num_galaxies: int, variance: float | None) -> Estimate:
+def estimate_mean(means_S: Sequence[float], num_galaxies: int, variance: float | None) -> Estimate:
     """Return the estimate from the seeds' means.
 
     Args:
         means_S: one mean per seed.
         num_galaxies: N.
-        variance: between the outcomes of single galaxies under one seed; None where unknown.
+        variance: between the outcomes of single galaxies; None where unknown.
     """
-    num_seeds = len(means_S)
-    mean = math.fsum(means_S) / num_seeds
-    seed_variance = math.fsum((value - mean) ** 2 for value in means_S) / (num_seeds - 1) / num_seeds if num_seeds > 1 else None
-    return Estimate(mean, num_seeds, num_galaxies, None if variance is None else variance / num_galaxies, seed_variance)
+    galaxy_error = None if variance is None else math.sqrt(variance / num_galaxies)
+    seed_error = stdev(means_S) / math.sqrt(len(means_S)) if len(means_S) > 1 else None
+    return Estimate(fmean(means_S), len(means_S), num_galaxies, galaxy_error, seed_error)
 
 
-def difference(value: float, parts: Sequence[tuple[float, float]], test: str, notes: Sequence[str] = ()) -> Difference:
-    """Test a difference by Student's t.
+def estimate_accuracy(accuracies_S: Sequence[float], num_galaxies: int) -> Estimate:
+    """Return the estimate from the seeds' accuracies alone, with the binomial variance p (1 - p) of the galaxies' outcomes.
+
+    The variance of the mean over several seeds is smaller, so tests with this estimate are conservative.
+    """
+    mean = fmean(accuracies_S)
+    return estimate_mean(accuracies_S, num_galaxies, mean * (1 - mean))
+
+
+def estimate_outcomes(outcomes_SN: ArrayLike) -> Estimate:
+    """Return the estimate from each galaxy's outcome under each seed.
+
+    The variance between galaxies is that of their means over seeds. It contains the chance of single outcomes, as the deviation
+    between seeds does, so that the standard error is slightly too large.
 
     Args:
-        value: the difference.
-        parts: the independent parts of its variance, each with its degrees of freedom.
-        test: name of the test.
-        notes: sources of error that the variance lacks.
+        outcomes_SN: S seeds x N galaxies (the same in each row): 0 or 1 for an accuracy, nats for a loss; S >= 1, N >= 2.
     """
+    values_SN = np.asarray(outcomes_SN, np.float64)
+    return estimate_mean(values_SN.mean(axis=1).tolist(), values_SN.shape[1], float(values_SN.mean(axis=0).var(ddof=1)))
+
+
+def compare_with_published(ours: Estimate, published: PublishedResult, quantity: str) -> Difference | None:
+    """Test ours minus a published value: Student's t with the variances of both samples (Welch 1947, Biometrika 34, 28).
+
+    A published accuracy p on N galaxies has the binomial variance p (1 - p) / N. The variance of a published loss between
+    galaxies is not known: ours is used in its place, divided by the published N. The published number is that of one training,
+    whose variance between trainings is taken to be ours, s^2. The degrees of freedom are those of Welch and Satterthwaite (1946,
+    Biometrics Bulletin 2, 110), V^2 / sum(V_j^2 / nu_j) over the parts V_j of the variance V.
+
+    The published test set is of another split of the same 17,736 galaxies, so a tenth (balanced: a fifth) of its galaxies is
+    expected in ours. The small correlation of the two errors is neglected, which makes the test conservative.
+
+    Args:
+        ours: estimate of the accuracy or the loss.
+        published: the published values.
+        quantity: ``accuracy`` or ``loss``.
+
+    Returns:
+        The difference; None if its error is not known (a loss without predictions) or 0.
+    """
+    from scipy.stats import t
+
+    if ours.galaxy_error is None:
+        return None
+    galaxy_variance, notes = ours.galaxy_error**2, []
+    if quantity == "accuracy":
+        reference = published.accuracy
+        published_variance = reference * (1 - reference) / published.count
+    else:
+        reference = published.loss
+        published_variance = galaxy_variance * ours.num_galaxies / published.count
+        notes.append("the published loss's variance between galaxies is not known: ours is used in its place")
+    parts = [(galaxy_variance, ours.num_galaxies - 1), (published_variance, published.count - 1)]
+    if ours.seed_error is None:
+        notes.append(ONE_SEED)
+    else:  # s^2 / n of ours, and s^2 of the one published training
+        parts.append((ours.seed_error**2 * (1 + ours.num_seeds), ours.num_seeds - 1))
     variance = math.fsum(part for part, _ in parts)
-    spread = math.fsum(part**2 / freedom for part, freedom in parts)
-    freedom = variance**2 / spread if spread > 0 else math.inf
-    error = math.sqrt(variance)
-    return Difference(value, error, freedom, min(1.0, 2 * t_tail(abs(value), error, freedom)), test, tuple(notes))
-
-
-def t_tail(value: float, standard_error: float, degrees_of_freedom: float) -> float:
-    """Return the probability that Student's t exceeds value / standard error.
-
-    Without error it is 0, 1/2 or 1 by the value's sign.
-    """
-    from scipy.special import ndtr, stdtr
-
-    if standard_error == 0:
-        return 0.5 if value == 0 else float(value < 0)
-    ratio = value / standard_error
-    return float(ndtr(-ratio) if math.isinf(degrees_of_freedom) else stdtr(degrees_of_freedom, -ratio))
-
-
-def t_quantile(probability: float, degrees_of_freedom: float) -> float:
-    from scipy.special import ndtri, stdtrit
-
-    return float(ndtri(probability) if math.isinf(degrees_of_freedom) else stdtrit(degrees_of_freedom, probability))
+    if variance == 0:
+        return None
+    freedom = variance**2 / math.fsum(part**2 / degrees for part, degrees in parts)
+    value, error = ours.mean - reference, math.sqrt(variance)
+    half = float(t.ppf(1 - ALPHA / 2, freedom)) * error
+    return Difference(value, error, float(2 * t.sf(abs(value) / error, freedom)), (value - half, value + half), tuple(notes))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -208,8 +164,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 # Outcomes of single galaxies, matched between runs by galaxy id.
-
-COLUMNS = ("id", "label", "logits")
 
 
 @dataclass(frozen=True)
@@ -229,15 +183,9 @@ class Outcomes:
     source: str = "predictions"
 
     @cached_property
-    def predicted_N(self) -> NDArray[np.int64]:
-        """Most probable class of each galaxy; the first one of ties."""
-        predicted_N: NDArray[np.int64] = self.log_probabilities_NK.argmax(axis=1)
-        return predicted_N
-
-    @cached_property
     def correct_N(self) -> NDArray[np.bool_]:
-        """True for each galaxy whose most probable class is its label."""
-        correct_N: NDArray[np.bool_] = self.predicted_N == self.labels_N
+        """True for each galaxy whose most probable class, the first one of ties, is its label."""
+        correct_N: NDArray[np.bool_] = self.log_probabilities_NK.argmax(axis=1) == self.labels_N
         return correct_N
 
     @cached_property
@@ -282,26 +230,14 @@ def build_outcomes(ids: Sequence[str], labels: Sequence[int], logits: Any, *, so
 
 
 def read_outcomes(path: Path) -> Outcomes:
-    """Read the outcomes from a file of predictions (Parquet with columns id, label and logits).
+    """Read the outcomes from a file of predictions.
 
     Raises:
-        UserError: the file is missing, damaged or has other columns.
+        UserError: the file is missing, damaged or of another format.
     """
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        table = parquet.read_table(path, columns=list(COLUMNS))
-        columns = {name: table.column(name).combine_chunks() for name in COLUMNS}
-        scores = columns["logits"].flatten().to_numpy(zero_copy_only=False)
-        logits_NK = scores.reshape(table.num_rows, -1) if table.num_rows else np.empty((0, 1))
-        ids, labels = columns["id"].to_pylist(), columns["label"].to_numpy(zero_copy_only=False)
-    except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"{path} cannot be read as predictions ({reason}). Make it again with `galaxydist evaluate RUN`."
-        ) from error
-    return build_outcomes(ids, labels, logits_NK, source=str(path))
+    file = read_predictions(path)
+    ids, labels, logits = (file.column(name) for name in ("id", "label", "logits"))
+    return build_outcomes(ids.tolist(), labels.tolist(), logits, source=str(path))
 
 
 def match(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
@@ -341,22 +277,16 @@ class McNemar:
     """McNemar's exact test of two models on the same galaxies.
 
     Args:
-        both: number of galaxies that both classify correctly.
+        count: number of galaxies.
         only_first: number that only the first classifies correctly.
         only_second: number that only the second classifies correctly.
-        neither: number that neither classifies correctly.
         p_value: two-sided; null hypothesis: the discordant galaxies are evenly distributed over the two.
     """
 
-    both: int
+    count: int
     only_first: int
     only_second: int
-    neither: int
     p_value: float
-
-    @property
-    def count(self) -> int:
-        return self.both + self.only_first + self.only_second + self.neither
 
     @property
     def difference(self) -> float:
@@ -376,12 +306,10 @@ def mcnemar(first_N: NDArray[np.bool_], second_N: NDArray[np.bool_]) -> McNemar:
     """
     from scipy.stats import binomtest
 
-    if first_N.shape != second_N.shape:
-        raise ValueError(f"outcomes of {len(first_N)} and {len(second_N)} galaxies are not paired")
     only_first, only_second = int((first_N & ~second_N).sum()), int((~first_N & second_N).sum())
-    both, discordant = int((first_N & second_N).sum()), only_first + only_second
+    discordant = only_first + only_second
     p_value = float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
-    return McNemar(both, only_first, only_second, len(first_N) - both - discordant, p_value)
+    return McNemar(len(first_N), only_first, only_second, p_value)
 
 
 def compare_runs(first: Outcomes, second: Outcomes) -> McNemar:
@@ -396,6 +324,7 @@ def compare_runs(first: Outcomes, second: Outcomes) -> McNemar:
 
 def build_ensemble(runs: Sequence[Outcomes]) -> Outcomes:
     """Return the outcomes of an ensemble: the mean of the runs' probabilities, on the galaxies that they share.
+
     Raises:
         UserError: the runs are of different data sets.
     """
@@ -406,31 +335,24 @@ def build_ensemble(runs: Sequence[Outcomes]) -> Outcomes:
     return Outcomes(matched[0].ids_N, matched[0].labels_N, mean_NK, f"ensemble of {len(matched)} runs")
 
 
-def rank_trials(trials: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[FinishedRun]]:
+def rank_by_validation(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[FinishedRun]]:
     """Rank runs from best to worst by the validation metric that selected their checkpoints, never by test results.
 
     Returns:
         The ranked runs, and those that cannot be ranked: without a validation, or with another metric than most.
     """
-    metrics = [trial.validation.metric for trial in trials if trial.validation is not None]
+    metrics = [run.validation.metric for run in runs if run.validation is not None]
     usual = max(metrics, key=metrics.count, default=None)
     values = {
-        index: trial.validation.value
-        for index, trial in enumerate(trials)
-        if trial.validation is not None and trial.validation.metric == usual
+        index: run.validation.value
+        for index, run in enumerate(runs)
+        if run.validation is not None and run.validation.metric == usual
     }
     ordered = sorted(values, key=lambda index: values[index], reverse=usual != "loss")
-    return [trials[index] for index in ordered], [trial for index, trial in enumerate(trials) if index not in values]
+    return [runs[index] for index in ordered], [run for index, run in enumerate(runs) if index not in values]
 
 
-# Comparisons of cells with published values, and with each other on the same galaxies. Assumptions:
-#
-# - Published numbers are of another split of the same 17,736 galaxies, so a tenth (balanced: a fifth) of the test galaxies is
-#   expected in both. The small correlation of the two errors is neglected, which makes the tests conservative.
-# - The published training has the same variance between seeds as ours.
-
-ONE_SEED = "one seed: the error between trainings is not in the test"
-NOT_PAIRED = "compared as if on different galaxies (no predictions): errs to the side of no difference"
+# Bootstrap over galaxies and seeds of a cell of the matrix.
 
 
 @dataclass(frozen=True)
@@ -447,28 +369,11 @@ class CellOutcomes:
     ids_N: NDArray[np.str_]
     labels_N: NDArray[np.int64]
     correct_SN: NDArray[np.bool_]
-    losses_SN: NDArray[np.float64]
+    losses_SN: Floats
 
     def is_paired(self, other: "CellOutcomes") -> bool:
         """Return True if both cells have the same galaxies."""
         return np.array_equal(self.ids_N, other.ids_N)
-
-
-@dataclass(frozen=True)
-class Term:
-    """Term of a contrast: a cell with its weight.
-
-    Args:
-        weight: factor of its accuracy.
-        estimate: of its accuracy.
-        outcomes: of the single galaxies; None where they are not known.
-        name: for notes.
-    """
-
-    weight: float
-    estimate: Estimate
-    outcomes: CellOutcomes | None = None
-    name: str = ""
 
 
 def stack_outcomes(runs: Sequence[Outcomes]) -> CellOutcomes:
@@ -482,82 +387,57 @@ def stack_outcomes(runs: Sequence[Outcomes]) -> CellOutcomes:
     return CellOutcomes(matched[0].ids_N, matched[0].labels_N, correct_SN, np.stack([run.losses_N for run in matched]))
 
 
-def against_published(
-    ours: Estimate, published: PublishedResult, quantity: str, *, num_published_runs: int | None = 1
-) -> Difference | None:
-    """Test ours minus a published value by a two-sample test with the errors of both.
+def draw_recalls(outcomes: CellOutcomes, num_classes: int, *, stream: int) -> tuple[Floats, Floats]:
+    """Draw accuracy and recalls by the bootstrap over galaxies and over seeds (Efron & Tibshirani 1993, chapter 6).
 
-    Ours varies by galaxies and seeds. A published accuracy p on N galaxies has the binomial variance p (1 - p) / N. The variance
-    of a published loss between galaxies is not known; ours is used, divided by the published N. The published number is the mean
-    of ``num_published_runs`` trainings, each with our variance between seeds.
+    The errors from galaxies and seeds are independent: a draw adds the deviation of resampled galaxies, with all seeds, to that
+    of resampled seeds, on all galaxies. The chance of single outcomes is in both, so that the draws vary slightly too much. Two
+    cells with the same galaxies get the same resamples of them, so that their draws are paired.
 
     Args:
-        ours: of the accuracy or the loss.
-        published: the published values.
-        quantity: ``accuracy`` or ``loss``.
-        num_published_runs: number of trainings whose mean was published; None: taken as infinite, so that the published value
-            has only the error of its galaxies.
+        outcomes: of S seeds on N galaxies.
+        num_classes: K.
+        stream: number of the random stream for the seeds; different streams are independent.
 
     Returns:
-        The difference; None if the galaxies' part of our error is not known (a loss without predictions).
+        Accuracies, R + 1 float64, and recalls, (R + 1) x K float64, nan for a class without galaxies; row 0 holds the observed
+        values, the other R rows the draws.
     """
-    if ours.galaxy_variance is None:
-        return None
-    theirs = published.accuracy if quantity == "accuracy" else published.loss
-    notes = []
-    if quantity == "accuracy":
-        variance = theirs * (1 - theirs) / published.count
-    else:
-        # Variance of one run: the galaxies' part and the rest.
-        variance = (ours.galaxy_variance + ours.rest_variance) * ours.num_galaxies / published.count
-        notes.append("the published loss's variance between galaxies is not known: ours stands in for it")
-    parts = [(ours.galaxy_variance, ours.num_galaxies - 1.0), (variance, published.count - 1.0)]
-    if ours.seed_variance is None or ours.between_seeds is None:
-        notes.append(ONE_SEED)
-    else:
-        repeated = ours.between_seeds / num_published_runs if num_published_runs else 0.0
-        parts.append((ours.seed_variance + repeated, ours.num_seeds - 1.0))
-    return difference(ours.mean - theirs, parts, "two-sample t test (Welch-Satterthwaite)", notes)
+    member_NK = outcomes.labels_N[:, None] == np.arange(num_classes)
+    counted = [member_NK, *(member_NK & correct_N[:, None] for correct_N in outcomes.correct_SN)]
+    values_NM = np.concatenate(counted, axis=1).astype(np.float64)
+    resampled = GalaxyBootstrap(values_NM.shape[1])
+    resampled.add(values_NM)
+    sums_RSK = np.vstack([values_NM.sum(axis=0), resampled.sums_RM]).reshape(RESAMPLES + 1, len(counted), num_classes)
+    support_RK, correct_RSK = sums_RSK[:, 0], sums_RSK[:, 1:]
+    deviation_RS = _seed_weights(len(counted) - 1, stream) - 1 / (len(counted) - 1)
+    recalls_RSK = np.where(support_RK[0] > 0, correct_RSK / np.maximum(support_RK, 1)[:, None], np.nan)
+    accuracy_RS = correct_RSK.sum(axis=2) / support_RK.sum(axis=1)[:, None]
+    accuracy_R: Floats = accuracy_RS.mean(axis=1) + deviation_RS @ accuracy_RS[0]
+    recalls_RK: Floats = recalls_RSK.mean(axis=1) + deviation_RS @ recalls_RSK[0]
+    return accuracy_R, recalls_RK
 
 
-def contrast(terms: Sequence[Term]) -> Difference:
-    """Test a weighted sum of accuracies on one test set against 0.
+def draw_accuracy(accuracies_S: Sequence[float], num_galaxies: int, *, stream: int) -> Floats:
+    """Draw an accuracy from the seeds' accuracies alone: resampled seeds, and a binomial number of correct galaxies.
 
-    With predictions the galaxies are paired: d_i = sum_k w_k (mean over seeds of model k on galaxy i) has the variance
-    var(d_i) = sum_i (d_i - d)^2 / (N - 1). Both var(d_i) / N and the seeds' variances contain the rest, so it is subtracted once:
-
-        V = var(d_i) / N - sum_k w_k^2 rest_k / (n_k N) + sum_k w_k^2 s_k^2 / n_k.
-
-    The p value of two models with one seed each is that of McNemar's exact test. Without predictions the models count as
-    evaluated on different galaxies; if both find the same galaxies difficult, this overestimates the error.
+    Returns:
+        R + 1 float64: row 0 holds the mean of the seeds, the other rows the draws.
     """
-    value = math.fsum(term.weight * term.estimate.mean for term in terms)
-    single = [term.name for term in terms if term.estimate.num_seeds == 1]
-    notes = [f"{', '.join(dict.fromkeys(single))}: {ONE_SEED}" if any(single) else ONE_SEED] if single else []
-    seeds = [
-        (term.weight**2 * term.estimate.seed_variance, term.estimate.num_seeds - 1.0)
-        for term in terms
-        if term.estimate.seed_variance is not None
-    ]
-    paired = _paired_rates(terms)
-    if paired is None:
-        galaxies = [(term.weight**2 * (term.estimate.galaxy_variance or 0.0), term.estimate.num_galaxies - 1.0) for term in terms]
-        return difference(value, [*galaxies, *seeds], "two-sample t test (Welch-Satterthwaite)", [*notes, NOT_PAIRED])
-    num_galaxies = paired.shape[1]
-    weighted_N = np.array([term.weight for term in terms]) @ paired
-    rest = math.fsum(term.weight**2 * term.estimate.rest_variance / term.estimate.num_seeds for term in terms)
-    galaxy_variance = max(0.0, float(weighted_N.var(ddof=1)) / num_galaxies - rest)
-    parts = [(galaxy_variance, num_galaxies - 1.0), *seeds]
-    found = difference(value, parts, "paired t test over galaxies and seeds (Welch-Satterthwaite)", notes)
-    if [term.weight for term in terms] != [1.0, -1.0] or len(single) != 2:
-        return found
-    exact = mcnemar(paired[0] > 0.5, paired[1] > 0.5)
-    return Difference(value, found.standard_error, found.degrees_of_freedom, exact.p_value, str(exact), tuple(notes))
+    random, mean = np.random.default_rng([stream, 1]), fmean(accuracies_S)
+    galaxies_R = random.binomial(num_galaxies, mean, RESAMPLES) / num_galaxies - mean
+    accuracy_R: Floats = _seed_weights(len(accuracies_S), stream) @ np.asarray(accuracies_S) + np.append(0.0, galaxies_R)
+    return accuracy_R
 
 
-def _paired_rates(terms: Sequence[Term]) -> NDArray[np.float64] | None:
-    """Return each term's share of correct seeds by galaxy, terms x N; None unless all are known on the same galaxies."""
-    known = [term.outcomes for term in terms if term.outcomes is not None]
-    if len(known) < len(terms) or not all(one.is_paired(known[0]) for one in known[1:]):
-        return None
-    return np.stack([one.correct_SN.mean(axis=0) for one in known])
+def _seed_weights(num_seeds: int, stream: int) -> Floats:
+    """Return the weights of the seeds in each draw, (R + 1) x S; those of row 0 are equal.
+
+    The deviations of a resample from equal weights are widened by sqrt(n / (n - 1)), so that few seeds give their full variance
+    (Rao & Wu 1988, JASA 83, 231).
+    """
+    equal_S = np.full(num_seeds, 1 / num_seeds)
+    chosen_RS = np.random.default_rng(stream).multinomial(num_seeds, equal_S, RESAMPLES) / num_seeds
+    widened_RS = equal_S + math.sqrt(num_seeds / max(1, num_seeds - 1)) * (chosen_RS - equal_S)
+    weights_RS: Floats = np.vstack([equal_S, widened_RS])
+    return weights_RS

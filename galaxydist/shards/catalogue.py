@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from galaxydist.atomic_files import whole_file
+from galaxydist.cpus import bounded_map
 from galaxydist.errors import UserError
 from galaxydist.shards.manifest import Manifest, catalogue_name, file_sha256, index_name, shard_name
 from galaxydist.shards.remote.cache import SharedFile
@@ -246,8 +247,8 @@ def _explain(manifest: Manifest, split: str) -> Iterator[None]:
 
 def _read_tars(manifest: Manifest, split: str) -> pa.Table:
     """Read the table from the samples' .json in the tars, found by the index of each tar."""
-    read, local = file_reader(manifest), LocalShards(manifest, split)
-    folder = manifest.remote_folder(threading.Event()) if manifest.remote is not None else None
+    read, local, stop = file_reader(manifest), LocalShards(manifest, split), threading.Event()
+    folder = manifest.remote_folder(stop) if manifest.remote is not None else None
     rows = manifest.shards(split)
 
     def table(number: int, attempt: int = 1) -> pa.Table:
@@ -270,20 +271,17 @@ def _read_tars(manifest: Manifest, split: str) -> pa.Table:
             ) from error
 
     tables: list[pa.Table] = []
-    total, numbers = manifest.split(split).num_samples, range(manifest.split(split).num_shards)
+    total, threads = manifest.split(split).num_samples, THREADS if manifest.remote is None else manifest.remote.cache.threads
     with (
-        ThreadPoolExecutor(THREADS if manifest.remote is None else manifest.remote.cache.threads) as executor,
+        ThreadPoolExecutor(threads) as executor,
         tqdm(total=total, desc=f"catalogue of {split}", unit="img", disable=None) as bar,
     ):
         try:
-            for found in executor.map(table, numbers):
+            for found in bounded_map(executor, table, ((number,) for number in range(len(rows))), 2 * threads):
                 tables.append(found)
                 bar.update(len(found))
-        except BaseException:
-            if folder is not None:
-                folder.stop.set()
-            executor.shutdown(cancel_futures=True)
-            raise
+        finally:
+            stop.set()
     schema = unite(found.schema for found in tables)
     if not tables:
         return schema.empty_table()

@@ -296,5 +296,4 @@ def _map_column(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
             f"{path} holds {column.shape} of {column.dtype}, the manifest says {length} of {dtype}; "
             "make the shards anew with: galaxydist data shard"
         )
-    plain: NDArray[Any] = column.view(np.ndarray)
-    return plain
+    return np.asarray(column)

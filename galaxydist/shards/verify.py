@@ -114,15 +114,6 @@ QUICK_BYTES = 512 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class VerifiedShards:
-    """The manifest and size of a data set that passed the check."""
-
-    manifest: Manifest
-    num_shards: int
-    num_galaxies: int
-
-
-@dataclass(frozen=True)
 class _Shard:
     """One shard to check, with its rows of the columns."""
 
@@ -137,13 +128,12 @@ class _Shard:
     lengths: NDArray[np.int32]
 
 
-def check_shards(location: str | Path, cache: CacheConfig | None = None, *, threads: int = 0) -> VerifiedShards:
-    """Read, hash and decode all shards and compare them with the manifest.
+def check_shards(location: str | Path, cache: CacheConfig | None = None) -> Manifest:
+    """Read, hash and decode all shards and compare them with the manifest, which is returned.
 
     Args:
         location: manifest.json or its folder, a path or a URL. Shards at a URL are fetched for the check and not kept.
         cache: cache for the columns and catalogues of a URL; None: ``location`` is a path.
-        threads: number of threads; 0: one for each core that this process may use.
 
     Raises:
         UserError: lists the damaged shards and, where known, the galaxies.
@@ -155,7 +145,7 @@ def check_shards(location: str | Path, cache: CacheConfig | None = None, *, thre
     hashes: list[NDArray[np.uint64]] = []
     with (
         contextlib.ExitStack() as stack,
-        ThreadPoolExecutor(threads or available_cores()) as executor,
+        ThreadPoolExecutor(available_cores()) as executor,
         tqdm(total=sum(shard.samples for shard in shards), desc="checking shards", unit="img", disable=None) as bar,
     ):
         lengths = {split: manifest.shards(split)["samples"].tolist() for split in manifest.splits}
@@ -179,7 +169,7 @@ def check_shards(location: str | Path, cache: CacheConfig | None = None, *, thre
             + more
             + ("\nRemove the folder and make the shards anew with: galaxydist data shard" if manifest.remote is None else "")
         )
-    return VerifiedShards(manifest, len(shards), sum(shard.samples for shard in shards))
+    return manifest
 
 
 def check_columns(manifest: Manifest) -> None:

@@ -124,7 +124,9 @@ def _download(target: Path, urls: Sequence[str], sha256: str, retry_seconds: flo
             _retrieve(url, target, sha256, retry_seconds)
             return target
         except (requests.RequestException, ValueError) as error:  # pooch raises ValueError for a wrong hash
-            failures.append(f"  {url}: {_reason(error)}")
+            is_wrong = isinstance(error, ValueError) and "hash" in first_line(error).lower()
+            reason = "its SHA-256 is not the official file's" if is_wrong else first_line(error)
+            failures.append(f"  {url}: {reason}")
             logger.warning("could not fetch %s", failures[-1].strip())
         except OSError as error:
             raise disk_error(target, error) from error
@@ -217,8 +219,3 @@ def _download_through_astronn(in_cache: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], check=False)
     if not in_cache.is_file():
         raise UserError(f"astroNN left no {in_cache} (its process ended with {result.returncode}); remove --via astronn")
-
-
-def _reason(error: Exception) -> str:
-    text = first_line(error)
-    return "its SHA-256 is not the official file's" if isinstance(error, ValueError) and "hash" in text.lower() else text

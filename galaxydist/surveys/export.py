@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -123,26 +124,19 @@ def _write_images(trees: Sequence[_Tree], workers: int) -> None:
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=int(wanted.sum()), desc=f"export {survey.name}", unit="galaxy", disable=None) as bar,
     ):
-        tasks = (([_plan_files(trees, row, galaxy) for row, galaxy in batch],) for batch in _batches(survey, wanted))
+        galaxies = _read_wanted(survey, wanted)
+        batches = iter(lambda: [*islice(galaxies, _BATCH)], [])
+        tasks = (([_plan_files(trees, row, galaxy) for row, galaxy in batch],) for batch in batches)
         for written in bounded_map(pool, _write_batch, tasks, 2 * workers):
             bar.update(written)
 
 
-def _batches(survey: Survey, wanted: NDArray[np.bool_]) -> Iterator[list[tuple[int, Galaxy]]]:
-    """Yield batches of wanted rows with their galaxies; slabs without a wanted row are not read."""
-    batch: list[tuple[int, Galaxy]] = []
+def _read_wanted(survey: Survey, wanted: NDArray[np.bool_]) -> Iterator[tuple[int, Galaxy]]:
+    """Yield wanted rows with their galaxies; slabs without a wanted row are not read."""
     for start in range(0, len(wanted), survey.slab_length):
         stop = min(start + survey.slab_length, len(wanted))
-        if not wanted[start:stop].any():
-            continue
-        for row, galaxy in enumerate(survey.read(start, stop), start=start):
-            if wanted[row]:
-                batch.append((row, galaxy))
-            if len(batch) == _BATCH:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
+        if wanted[start:stop].any():
+            yield from ((row, galaxy) for row, galaxy in enumerate(survey.read(start, stop), start) if wanted[row])
 
 
 def _plan_files(trees: Sequence[_Tree], row: int, galaxy: Galaxy) -> tuple[Galaxy, list[Path]]:

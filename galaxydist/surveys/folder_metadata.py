@@ -1,6 +1,5 @@
 """Metadata of an image folder: ``dataset.json`` (the data set) and ``metadata.csv`` (each galaxy)."""
 
-import codecs
 import csv
 import json
 import logging
@@ -48,14 +47,6 @@ class FolderRow:
     extras: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class FolderMetadata:
-    """``metadata.csv``: rows by image file relative to the folder; ``is_exported`` is True if `data export` wrote it."""
-
-    rows: Mapping[str, FolderRow]
-    is_exported: bool
-
-
 def write_info(folder: Path, info: FolderInfo) -> None:
     """Write ``dataset.json``."""
     (folder / DATASET_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
@@ -95,24 +86,27 @@ def write_metadata(folder: Path, rows: Iterable[tuple[str, str, Galaxy]]) -> Non
             writer.writerow((file, galaxy.id, split, *map(_format, values)))
 
 
-def read_metadata(folder: Path) -> FolderMetadata:
+def read_metadata(folder: Path) -> tuple[dict[str, FolderRow], bool]:
     """Read ``metadata.csv``: one written by `data export`, possibly re-saved by a spreadsheet, or the user's own.
 
     A user's own table needs a column of image files named ``file``, ``file_name``, ``filename`` or ``path``; without one it is
     ignored with a warning. Columns ``id``, ``split``, ``ra`` and ``dec`` (decimal degrees) are known, all others are extras.
+
+    Returns:
+        rows by image file relative to the folder, and True if `data export` wrote them (or there is no file).
 
     Raises:
         UserError: the file is not UTF-8 or not a table, a position is not a number, or an image is listed twice.
     """
     path = folder / METADATA_FILE
     if not path.is_file():
-        return FolderMetadata({}, is_exported=True)
+        return {}, True
     rows: dict[str, FolderRow] = {}
     try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
+        with path.open(newline="", encoding="utf-8") as stream:
             columns = _read_header(path, stream)
             if columns is None:
-                return FolderMetadata({}, is_exported=False)
+                return {}, False
             cells = csv.reader(stream, delimiter=columns.delimiter)
             for line in cells:
                 if not any(line):
@@ -126,7 +120,7 @@ def read_metadata(folder: Path) -> FolderMetadata:
         raise UserError(f'{path} is not UTF-8 text ({error.reason}); save it as "CSV UTF-8", or remove it') from error
     except csv.Error as error:
         raise UserError(f"{path} is not a CSV table ({error}); save it again, or remove it") from error
-    return FolderMetadata(rows, columns.is_exported)
+    return rows, columns.is_exported
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +179,12 @@ class _Columns:
 
 def _read_header(path: Path, stream: TextIO) -> _Columns | None:
     """Read the header line; return None, with a warning, if no column names image files."""
-    with path.open("rb") as raw:
-        has_mark = raw.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
-    line = stream.readline()
+    first = stream.readline()
+    line = first.removeprefix("\ufeff")  # the mark of a file saved as "CSV UTF-8"
     delimiter = max(",;\t", key=line.count)
     names = tuple(name.strip() for name in next(csv.reader([line], delimiter=delimiter), []))
     if set(_FIXED) <= set(names):
-        is_loose = has_mark or line.endswith("\r\n") or delimiter != ","
+        is_loose = line != first or line.endswith("\r\n") or delimiter != ","
         return _Columns(names, {name: names.index(name) for name in _FIXED}, True, is_loose, delimiter)
     lowered = [name.lower() for name in names]
     file = next((name for name in _FILE_COLUMNS if name in lowered), None)

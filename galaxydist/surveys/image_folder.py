@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from galaxydist.errors import UserError
 from galaxydist.galaxy import SPLITS, Galaxy
 from galaxydist.surveys import official_split
-from galaxydist.surveys.folder_metadata import METADATA_FILE, FolderMetadata, FolderRow, read_info, read_metadata
+from galaxydist.surveys.folder_metadata import METADATA_FILE, FolderRow, read_info, read_metadata
 from galaxydist.surveys.folder_scan import ImageFile, known_split, safe_name, scan_folder, unique_ids
 from galaxydist.surveys.hdf5_schema import SIMULATED
 from galaxydist.surveys.image_files import group_equal_files, hash_files, read_image
@@ -161,15 +161,15 @@ def open_image_folder(
 
 def _with_metadata(root: Path, images: list[ImageFile]) -> tuple[list[ImageFile], list[FolderRow], list[str | None]]:
     """Return images in metadata order, unlisted ones last, their rows, and the user's ids (None if `data export` wrote them)."""
-    metadata = read_metadata(root)
-    listed = dict(metadata.rows) if metadata.is_exported else _match(metadata, images)
+    metadata, is_exported = read_metadata(root)
+    listed = metadata if is_exported else _match(metadata, images)
     order = {file: number for number, file in enumerate(listed)}
     images = sorted(images, key=lambda image: order.get(image.file, len(order)))
     num_unlisted = sum(image.file not in order for image in images)
     num_missing = len(listed) - (len(images) - num_unlisted)
     if listed and (num_unlisted or num_missing):
         logger.warning("%s: %d images of its metadata are missing, %d images are not in it", root, num_missing, num_unlisted)
-    exported = listed if metadata.is_exported else {}
+    exported = listed if is_exported else {}
     others = [image for image in images if image.file not in exported]
     own_ids = [listed[image.file].id if image.file in listed else "" for image in others]
     candidates = [
@@ -190,14 +190,14 @@ def _with_metadata(root: Path, images: list[ImageFile]) -> tuple[list[ImageFile]
     return images, rows, [source_ids.get(image.file) for image in images]
 
 
-def _match(metadata: FolderMetadata, images: list[ImageFile]) -> dict[str, FolderRow]:
+def _match(metadata: Mapping[str, FolderRow], images: list[ImageFile]) -> dict[str, FolderRow]:
     """Return the rows of a user's own table by image file; the table may name files without their folders."""
     files = {image.file for image in images}
     of_name: dict[str, list[str]] = {}
     for image in images:
         of_name.setdefault(Path(image.file).name, []).append(image.file)
     rows = {}
-    for given, row in metadata.rows.items():
+    for given, row in metadata.items():
         file = given.replace("\\", "/").removeprefix("./")
         if file not in files and len(found := of_name.get(file, [])) == 1:
             file = found[0]

@@ -33,22 +33,17 @@ class Sky:
     conflicting: NDArray[np.bool_]
 
 
-def read_sky(labels: NDArray[np.integer], ra: NDArray[np.float64] | None, dec: NDArray[np.float64] | None) -> Sky:
+def read_sky(labels: NDArray[np.integer], ra: NDArray[np.float64], dec: NDArray[np.float64]) -> Sky:
     """Find groups of galaxies closer than one cutout width, and positions with two labels.
 
     Args:
         labels: (N,) class numbers.
-        ra, dec: (N,) degrees, nan where unknown; None if the survey has no positions.
+        ra, dec: (N,) degrees, nan where unknown.
     """
-    groups = np.full(len(labels), -1, np.int64)
     conflicting = np.zeros(len(labels), np.bool_)
-    if ra is None or dec is None:
-        return Sky(groups, conflicting)
-    pairs = close_pairs(ra, dec, CUTOUT_ARCSEC)
-    groups = _connect(pairs, len(labels))
     same = close_pairs(ra, dec, SAME_POSITION_ARCSEC)
     conflicting[same[labels[same[:, 0]] != labels[same[:, 1]]]] = True
-    return Sky(groups, conflicting)
+    return Sky(_connect(close_pairs(ra, dec, CUTOUT_ARCSEC), len(labels)), conflicting)
 
 
 def check_positions(ra: NDArray[np.float64], dec: NDArray[np.float64], *, name: Callable[[int], str]) -> None:
@@ -118,8 +113,7 @@ def _pairs_of_group(groups: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return (P, 2) consecutive rows of each group: enough pairs to connect it."""
     rows = np.flatnonzero(groups >= 0)
     rows = rows[np.argsort(groups[rows], kind="stable")]
-    pairs: NDArray[np.int64] = np.stack([rows[:-1], rows[1:]], axis=1)[groups[rows[:-1]] == groups[rows[1:]]]
-    return pairs
+    return np.asarray(np.stack([rows[:-1], rows[1:]], axis=1)[groups[rows[:-1]] == groups[rows[1:]]])
 
 
 def _connect(pairs: NDArray[np.int64], length: int) -> NDArray[np.int64]:
@@ -132,14 +126,10 @@ def _connect(pairs: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         links = coo_array((np.ones(len(pairs), np.bool_), (pairs[:, 0], pairs[:, 1])), shape=(length, length))
         component = connected_components(links, directed=False)[1]
         grouped = np.unique(pairs)
-        groups[grouped] = _number_by_first_row(component[grouped])
+        # Components are numbered by their first row, so that the numbers do not depend on scipy.
+        _, first, inverse = np.unique(component[grouped], return_index=True, return_inverse=True)
+        groups[grouped] = np.argsort(np.argsort(first))[inverse]
     return groups
-
-
-def _number_by_first_row(component: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Renumber components 0, 1, ... by first occurrence, so that the numbers do not depend on scipy."""
-    _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
-    return np.asarray(np.argsort(np.argsort(first))[inverse], np.int64)
 
 
 Rows = NDArray[np.int64]
@@ -197,8 +187,8 @@ class SplitCandidates:
 
 def build_candidates(
     labels: NDArray[np.integer],
-    ra: NDArray[np.float64] | None,
-    dec: NDArray[np.float64] | None,
+    ra: NDArray[np.float64],
+    dec: NDArray[np.float64],
     *,
     class_names: Sequence[str],
     seed: int,
@@ -208,7 +198,7 @@ def build_candidates(
 
     Args:
         labels: (N,) class numbers.
-        ra, dec: (N,) degrees, nan where unknown; None if the survey has no positions.
+        ra, dec: (N,) degrees, nan where unknown.
         class_names, seed: as in :class:`SplitCandidates`.
         keys: (N,) uint64 hash keys; None for the row numbers.
     """

@@ -16,7 +16,6 @@ from galaxydist.errors import EveryRankError
 from galaxydist.loading.augment import Augment
 from galaxydist.loading.loader import Batch
 from galaxydist.models.build import needs_two_images, set_train_mode
-from galaxydist.models.performance import images_channels_last
 from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import Recipe, TrainConfig
 from galaxydist.training.batch_norm import BatchNormBackup
@@ -141,7 +140,7 @@ class TrainStep:
         images_BCHW = self.augment(take(batch.images_BHWC, part), batch.epoch, take(batch.positions_B, part))
         images_BCHW = images_BCHW.to(self.world.dtype)
         if self.config.channels_last:
-            images_BCHW = images_channels_last(images_BCHW)
+            images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
         return images_BCHW if mix is None else mix.take(part)(images_BCHW)
 
     def optimizer_step(self) -> torch.Tensor:
@@ -260,7 +259,7 @@ def example_images(world: World, recipe: Recipe, augment: Augment, micro_batch: 
     count = len(take(torch.arange(share), first))
     pixels_BHWC = torch.zeros(count if config.compile else min(2, count), size, size, 3, dtype=torch.uint8, device=world.device)
     images_BCHW = augment(pixels_BHWC, 0, torch.arange(len(pixels_BHWC))).to(world.dtype)
-    return images_channels_last(images_BCHW) if config.channels_last else images_BCHW
+    return images_BCHW.contiguous(memory_format=torch.channels_last) if config.channels_last else images_BCHW
 
 
 def check_passes(recipe: Recipe, world: World, model: nn.Module) -> None:

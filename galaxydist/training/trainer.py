@@ -35,7 +35,6 @@ from galaxydist.log import results
 from galaxydist.models.build import build_model
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.performance import (
-    channels_last,
     checkpoint_activations,
     compile_model,
     remove_broken_libraries,
@@ -245,7 +244,7 @@ class Trainer:
         set_tf32(config.tf32, world.device)
         model = self.model.to(device=world.device, dtype=world.dtype)
         if config.channels_last:
-            channels_last(model)
+            model.to(memory_format=torch.channels_last)
         if config.gradient_checkpointing:
             checkpoint_activations(model)
         self.utilisation = build_utilisation(world, recipe, model)

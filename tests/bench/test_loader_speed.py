@@ -117,7 +117,7 @@ def test_all_tasks_against_the_peers_that_need_no_installation(
 @pytest.mark.multiprocess
 def test_the_installed_peers_run(source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     processes = Processes(ROOT, os.environ)
-    if not all(processes.has(peer) for peer in PEERS):
+    if not all(processes.python(peer) for peer in PEERS):
         pytest.skip("the other loaders are not installed: make bench")
     arguments = ("--data", str(source.path), "--tasks", "train", "--environments", str(ROOT))
     _, results = run_quick(tmp_path, capsys, *arguments)
@@ -164,7 +164,7 @@ def test_each_loader_reads_in_a_process_of_its_own(loader: Loader, source: Manif
 @pytest.mark.slow
 def test_a_process_that_fails_is_told_with_what_it_said(tmp_path: Path, source: Manifest) -> None:
     job = job_on(source, GALAXYDIST, shards_dir=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"galaxydist failed to check \(decode\); the last it said: .*nowhere"):
+    with pytest.raises(UserError, match=r"galaxydist failed to check \(decode\); its last output: .*nowhere"):
         Processes(tmp_path, os.environ).run(GALAXYDIST, job)
 
 
@@ -172,7 +172,7 @@ def test_a_process_that_fails_is_told_with_what_it_said(tmp_path: Path, source: 
     ("arguments", "told"),
     [
         (["--data", "nowhere/manifest.json"], "no shards at nowhere/manifest.json"),
-        (["--real", "nowhere"], "--real nowhere: there is no such folder"),
+        (["--real", "nowhere"], "no folder at nowhere"),
         (["--workers", "100000"], "--workers 100000 is more than the"),
         (["--images", "64"], "--images 64 is too few to time"),
     ],

@@ -104,8 +104,8 @@ def test_standard_error() -> None:
     ("models", "overrides", "words"),
     [
         (["d4_cnn", "lenet"], [], "'lenet'"),
-        (["d4_cnn", "d4_cnn"], [], "'d4_cnn' stands there twice"),
-        (["d4_cnn"], ["train.epochs=3"], "train.epochs=3: the comparison itself decides"),
+        (["d4_cnn", "d4_cnn"], [], "'d4_cnn' is given twice"),
+        (["d4_cnn"], ["train.epochs=3"], "train.epochs=3: the comparison itself sets"),
         (["d4_cnn"], ["seed"], "'seed' is no key=value"),
         (["d4_cnn"], ["optim.rate=3"], "optim.rate"),
         (["resnet18"], ["model.width=8"], "model.width"),

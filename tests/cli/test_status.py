@@ -164,7 +164,8 @@ def local_run(
     files = JobFiles(here / "runs" / "local run's")
     executor = submitit.AutoExecutor(files.slurm_dir, cluster="local")
     executor.update_parameters(timeout_min=5, **({"local_setup": list(request.param)} if request.param else {}))
-    submitted = executor.submit(time.sleep, 120)
+    # A program of its own, because submitit's handler would ignore a SIGTERM that comes while the task runs.
+    submitted = executor.submit(os.execv, "/bin/sleep", ["/bin/sleep", "120"])
     job = add_job(files, job_id=submitted.job_id, scheduler="local", time=time.time(), time_limit_min=5)
     monkeypatch.setenv("PATH", str(here / "nothing"))
     started = [psutil.Process(int(submitted.job_id))]
@@ -185,7 +186,7 @@ def test_a_local_job_runs_and_is_cancelled(local_run: tuple[JobFiles, JobRecord]
     assert status["time_left_s"] is None  # processes of this machine have no limit
     controller = psutil.Process(int(job.job_id))
     deadline = time.monotonic() + 300
-    while not any("submitit.core._submit" in " ".join(child.cmdline()) for child in controller.children(recursive=True)):
+    while not any(child.cmdline()[:1] == ["/bin/sleep"] for child in controller.children(recursive=True)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     tasks = controller.children(recursive=True)

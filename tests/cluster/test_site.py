@@ -77,7 +77,7 @@ def test_a_cluster_with_types_accounts_and_qos() -> None:
         Association("astro", None, ("long", "normal", "short"), None),
         Association("root", None, ("normal",), None),
     )
-    assert site.qos["long"] == Qos("long", 604_800, ("PartitionTimeLimit",)) and site.qos["normal"].max_time_s is None
+    assert site.qos["long"] == Qos("long", 604_800, ("PartitionTimeLimit",), grace_s=0) and site.qos["normal"].max_time_s is None
     assert site.enforces("associations") and site.enforces("limits") and site.enforces("qos")
 
 

@@ -44,7 +44,7 @@ def counted(logits_NK: np.ndarray, labels_N: np.ndarray) -> dict[str, Any]:
     counts = Counts(logits_NK.shape[1])
     counts.add(torch.from_numpy(logits_NK), torch.from_numpy(labels_N), torch.ones(len(labels_N)))
     names = [f"class_{label}" for label in range(logits_NK.shape[1])]
-    return metrics_from_counts(counts.confusion_KK.numpy(), counts.loss_sum, counts.count, names)
+    return metrics_from_counts(counts.confusion_KK.numpy(), counts.loss_sum, names)
 
 
 @pytest.mark.filterwarnings("ignore:A single label was found", "ignore:y_pred contains classes", "ignore:y_true contains")
@@ -176,7 +176,7 @@ def test_resampled_counts_give_the_metrics_of_each_resample(count: int, num_clas
     for metrics in found:
         assert metrics.keys() == set(bootstrap.COUNTED)
         for number, matrix_KK in enumerate(drawn_RKK[:20]):
-            expected = metrics_from_counts(matrix_KK, 0.0, count, names)
+            expected = metrics_from_counts(matrix_KK, 0.0, names)
             for name, values_R in metrics.items():
                 assert values_R[number] == pytest.approx(expected[name]), name
 

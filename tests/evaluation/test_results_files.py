@@ -44,7 +44,7 @@ def metrics() -> dict[str, Any]:
     confusion_KK = np.random.default_rng(0).integers(0, 6, (10, 10)) + 30 * np.eye(10, dtype=int)
     confusion_KK[4] = 0  # a class without galaxies
     confusion_KK[0, 1] += 560 - confusion_KK.sum()
-    return metrics_from_counts(confusion_KK, 500.0, 560, GALAXY10_CLASSES)
+    return metrics_from_counts(confusion_KK, 500.0, GALAXY10_CLASSES)
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_figures_of_predictions_say_what_they_show(summary: Summary, monkeypatch
 def test_figures_of_many_classes_fit_an_image() -> None:
     """Of 65,536 pixels at most."""
     confusion_KK = np.eye(200, dtype=np.int64)
-    many = metrics_from_counts(confusion_KK, 1.0, 200, [f"class {label}" for label in range(200)])
+    many = metrics_from_counts(confusion_KK, 1.0, [f"class {label}" for label in range(200)])
     for figure in (draw_confusion(many, "title"), draw_per_class(many, "title")):
         assert max(figure.get_size_inches()) < 60
         assert not any(axes.texts for axes in figure.axes)

@@ -146,8 +146,8 @@ def test_an_evaluation_that_misses_a_galaxy_fails(world: World, tmp_path: Path, 
 def test_evaluations_with_and_without_augmentation_are_kept_apart(tmp_path: Path) -> None:
     context = {"dataset": "blobs", "variant": "original", "split": "test", "model": "vit", "recipe": "vit"}
     names = ("a", "b")
-    plain = write_evaluation(tmp_path, metrics_from_counts([[2, 0], [1, 1]], 2.0, 4, names), context, figures=False)
-    averaged = metrics_from_counts([[2, 0], [0, 2]], 1.0, 4, names)
+    plain = write_evaluation(tmp_path, metrics_from_counts([[2, 0], [1, 1]], 2.0, names), context, figures=False)
+    averaged = metrics_from_counts([[2, 0], [0, 2]], 1.0, names)
     averaged = write_evaluation(tmp_path, averaged, {**context, "tta": "d4"}, figures=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test-d4.json", "test.json"]
     assert read_evaluation_file(tmp_path, "test") == read_evaluation_file(tmp_path, "test", "none") == plain

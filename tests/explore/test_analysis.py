@@ -18,7 +18,7 @@ from PIL import Image
 from galaxydist.cli.main import main
 from galaxydist.explore.analysis import Findings, analyse, label_conflicts, split_leaks, summary
 from galaxydist.explore.checks import find_duplicates, find_neighbours, near_hashes, odd_kinds, perceptual_hash
-from galaxydist.explore.datasets import UNKNOWN, ExploredDataset, ExploredImage, Positions, choose_sample, open_population
+from galaxydist.explore.datasets import ExploredDataset, ExploredImage, Positions, choose_sample, open_population
 from galaxydist.explore.page import render_page
 from galaxydist.explore.scan import THUMBNAIL, _fit
 from galaxydist.shards.manifest import read_manifest
@@ -40,7 +40,7 @@ class Sky:
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
         for row in rows.tolist():
             self.read.append(row)
-            yield ExploredImage(row, f"g{row}", self.pixels[row % len(self.pixels)], UNKNOWN)
+            yield ExploredImage(row, f"g{row}", self.pixels[row % len(self.pixels)])
 
     def positions(self) -> Positions | None:
         return self._positions
@@ -203,7 +203,7 @@ def test_each_kind_of_odd_image_is_named() -> None:
 
 def test_neighbours_in_other_splits_are_counted() -> None:
     ra, dec = np.array([10, 10.01, 200, 200, 300]), np.array([0.0, 0, 89, 89, -5])
-    positions = Positions(np.arange(5), ra, dec, np.full(5, np.nan))
+    positions = Positions(ra, dec, np.full(5, np.nan))
     near = find_neighbours(population(np.array([0, 0, 1, 2, 1]), Sky(drawn(1)), splits=2), positions)
     assert near.pairs_P2.tolist() == [[2, 3], [0, 1]] and near.num_galaxies == 4
     assert near.separation_P == pytest.approx([0, 36])
@@ -216,7 +216,7 @@ def test_the_official_positions_have_their_known_pairs(real_data: Path) -> None:
     whole = ExploredDataset(
         "g", "o", "k", "l", "", tuple("abcdefghij"), labels, ("train",), np.zeros(len(labels), np.int8), Sky(drawn(1))
     )
-    near = find_neighbours(whole, Positions(np.arange(len(labels)), table["ra"], table["dec"], np.full(len(labels), np.nan)))
+    near = find_neighbours(whole, Positions(table["ra"], table["dec"], np.full(len(labels), np.nan)))
     assert (len(near.pairs_P2), int(near.two_labels_P.sum())) == (236, 59)
 
 

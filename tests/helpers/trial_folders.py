@@ -97,7 +97,7 @@ def write_judgement(
     np.add.at(confusion_KK, (labels_N, logits_NK.argmax(axis=1)), 1)
     shifted_NK = logits_NK.astype(np.float64)
     losses_N = np.logaddexp.reduce(shifted_NK, axis=1) - shifted_NK[np.arange(len(labels_N)), labels_N]
-    metrics = metrics_from_counts(confusion_KK, float(losses_N.sum()), len(labels_N), class_names)
+    metrics = metrics_from_counts(confusion_KK, float(losses_N.sum()), class_names)
     write_evaluation(place, metrics, context, figures=False)
     if keep_predictions:
         stem = "test" if context["tta"] == "none" else f"test-{context['tta']}"

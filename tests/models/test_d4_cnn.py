@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from galaxydist.models.build import build_model
 from galaxydist.models.custom_cnn import CustomCNN
-from galaxydist.models.d4_cnn import D4CNN, ORDER, D4Conv, D4Norm, halve, inverse_products, make_even, transform
+from galaxydist.models.d4_cnn import D4CNN, ORDER, D4Conv, D4Norm, Halve, inverse_products, make_even, transform
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.recipe.schema import ModelConfig
 
@@ -81,7 +81,7 @@ def test_every_layer_commutes_with_the_group(u: int, size: int) -> None:
     x = torch.randn(2, 2 * ORDER, size, size, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     norm = D4Norm(2).double()
     nn.init.normal_(norm.batch.weight)
-    for layer in (D4Conv(2, 3, 3).double(), D4Conv(2, 3, 1).double(), norm, halve):
+    for layer in (D4Conv(2, 3, 3).double(), D4Conv(2, 3, 1).double(), norm, Halve()):
         torch.testing.assert_close(layer(turn_map(x, u)), turn_map(layer(x), u), rtol=0, atol=1e-12)
     lifting = D4Conv(3, 2, 6, stride=2, lifting=True).double()
     images_BCHW = make_even(torch.randn(2, 3, size, size, dtype=torch.float64))

@@ -7,7 +7,7 @@ import pytest
 
 from galaxydist.atomic_files import write_json
 from galaxydist.galaxy import GALAXY10_CLASSES
-from galaxydist.report.finished_runs import read_trials
+from galaxydist.report.finished_runs import read_finished_runs
 from galaxydist.report.matrix import build_tables
 from galaxydist.report.published_results import BALANCED_TO_ORIGINAL, ON_BALANCED, ON_ORIGINAL
 from galaxydist.shards.writer.writer import write_shards
@@ -18,7 +18,7 @@ from tests.helpers.trial_folders import STEP, write_trial
 
 def test_a_run_is_read(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "a", ["recipe=vgg16", "seed=3", "data.variant=balanced"], validation=0.71)
-    (trial,), notes = read_trials([run.path, run.path])
+    (trial,), notes = read_finished_runs([run.path, run.path])
     assert notes == []
     assert (trial.recipe, trial.model, trial.dataset, trial.variant, trial.seed) == (
         "vgg16",
@@ -31,8 +31,8 @@ def test_a_run_is_read(tmp_path: Path) -> None:
     assert trial.regime == "own"
     assert trial.validation is not None
     assert (trial.validation.metric, trial.validation.value, trial.validation.step) == ("accuracy", 0.71, STEP)
-    own, other = trial.judged(ON_BALANCED), trial.judged(BALANCED_TO_ORIGINAL)
-    assert trial.judged(ON_ORIGINAL) is None
+    own, other = trial.result_in(ON_BALANCED), trial.result_in(BALANCED_TO_ORIGINAL)
+    assert trial.result_in(ON_ORIGINAL) is None
     assert own is not None
     assert other is not None
     written = json.loads((run.evaluation_dir / "test.json").read_text())
@@ -49,15 +49,15 @@ def test_a_run_is_read(tmp_path: Path) -> None:
 def test_runs_without_predictions_and_with_views(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "a", ["recipe=vit", "eval.tta=d4"], keep_predictions=False)
     assert (run.evaluation_dir / "test-d4.json").is_file()
-    (trial,), notes = read_trials([run.path])
+    (trial,), notes = read_finished_runs([run.path])
     assert notes == []
-    assert [judgement.predictions_path for judgement in trial.judgements.values()] == [None, None]
+    assert [judgement.predictions_path for judgement in trial.results.values()] == [None, None]
 
 
 def test_settings_are_equal_for_repeats_alone(tmp_path: Path) -> None:
     changes = [[], ["seed=1"], ["data.variant=balanced"], ["train.micro_batch=8"], ["optim.lr=0.5"], ["eval.tta=d4"]]
     runs = [write_trial(tmp_path / str(number), ["recipe=resnet18", *more]) for number, more in enumerate(changes)]
-    found = [read_trials([run.path])[0][0].settings for run in runs]
+    found = [read_finished_runs([run.path])[0][0].settings for run in runs]
     assert len(set(found[:4])) == 1
     assert len(set(found)) == 3
 
@@ -69,7 +69,7 @@ def test_reference_recipes_are_a_regime_of_their_own(tmp_path: Path) -> None:
     named = tmp_path / "reference_vit.yaml"
     named.write_text("model: {name: vit_scratch}\n")
     runs = [write_trial(tmp_path / str(number), [f"recipe={path}"]) for number, path in enumerate((recipe, named))]
-    trials, _ = read_trials([run.path for run in runs])
+    trials, _ = read_finished_runs([run.path for run in runs])
     assert [trial.regime for trial in trials] == ["reference", "reference"]
 
 
@@ -90,9 +90,9 @@ def test_everything_that_is_wrong_is_said_and_the_rest_is_read(tmp_path: Path) -
     classes = write_trial(tmp_path / "classes", ["recipe=resnet50", "seed=6"], class_names=["a", "b", "c"])
     runs = [good, same, unfinished, unjudged, broken, result, false, classes]
     more = [write_trial(tmp_path / f"vgg{seed}", ["recipe=vgg16", f"seed={seed}"]) for seed in range(2)]
-    trials, notes = read_trials([tmp_path / "empty", tmp_path / "nowhere", *(run.path for run in [*runs, *more])])
+    trials, notes = read_finished_runs([tmp_path / "empty", tmp_path / "nowhere", *(run.path for run in [*runs, *more])])
     assert [trial.run_dir.name for trial in trials] == ["good", "vgg0", "vgg1"]
-    said = {note.run_dir.name: note.text for note in notes}
+    said = {Path(folder).name: text for folder, text in (note.split(": ", 1) for note in notes)}
     assert list(said) == ["empty", "nowhere", "unfinished", "unjudged", "broken", "result", "false", "same", "classes"]
     assert "not a run folder" in said["empty"]
     assert "has not finished" in said["unfinished"]
@@ -102,16 +102,15 @@ def test_everything_that_is_wrong_is_said_and_the_rest_is_read(tmp_path: Path) -
     assert "7 galaxies" in said["false"]
     assert "good has the same settings, variant and seed (0)" in said["same"]
     assert "its classes (a, b, c)" in said["classes"]
-    assert str(notes[0]).startswith(str(notes[0].run_dir))
 
 
 @pytest.mark.parametrize("text", ["[]", '{"format": 1, "recipe": {}}', '{"format": 1, "recipe": {"seed": "x"}}', "\x00"])
 def test_a_recipe_of_another_kind_stops_nobody_else(tmp_path: Path, text: str) -> None:
     good, bad = write_trial(tmp_path / "good"), write_trial(tmp_path / "bad", ["recipe=resnet50", "seed=1"])
     bad.recipe_path.write_text(text)
-    trials, notes = read_trials([bad.path, good.path])
+    trials, notes = read_finished_runs([bad.path, good.path])
     assert [trial.run_dir.name for trial in trials] == ["good"]
-    assert [note.run_dir.name for note in notes] == ["bad"]
+    assert [note.split(": ")[0] for note in notes] == [str(bad.path)]
 
 
 def test_other_evaluations_of_a_run_that_fit_in_no_table(tmp_path: Path) -> None:
@@ -129,9 +128,9 @@ def test_other_evaluations_of_a_run_that_fit_in_no_table(tmp_path: Path) -> None
     for name, changed in changes.items():
         (run.evaluation_dir / name).mkdir()
         write_json(run.evaluation_dir / name / "test.json", changed)
-    (trial,), notes = read_trials([run.path])
-    assert list(trial.judgements) == ["original"]
-    said = " | ".join(note.text for note in notes)
+    (trial,), notes = read_finished_runs([run.path])
+    assert list(trial.results) == ["original"]
+    said = " | ".join(notes)
     assert len(notes) == 6
     for part in ("step 3", "is in no table", "from other shards", "other classes", "'odd'", "is damaged"):
         assert part in said
@@ -140,13 +139,13 @@ def test_other_evaluations_of_a_run_that_fit_in_no_table(tmp_path: Path) -> None
 def test_the_validation_of_the_judged_checkpoint(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "a", ["recipe=resnet50", "train.metric=loss"], validation=0.6)
     run.metrics.append(STEP + 10, {"val/loss": 0.1})
-    (trial,), _ = read_trials([run.path])
+    (trial,), _ = read_finished_runs([run.path])
     assert trial.validation is not None
     assert (trial.validation.metric, trial.validation.value) == ("loss", pytest.approx(0.4))
     silent = write_trial(tmp_path / "b", validation=None)
-    assert read_trials([silent.path])[0][0].validation is None
+    assert read_finished_runs([silent.path])[0][0].validation is None
     run.metrics_path.write_text("nonsense\n")
-    assert read_trials([run.path])[0][0].validation is None
+    assert read_finished_runs([run.path])[0][0].validation is None
 
 
 def test_forced_changes_are_said(tmp_path: Path) -> None:
@@ -154,9 +153,9 @@ def test_forced_changes_are_said(tmp_path: Path) -> None:
     stored = json.loads(run.recipe_path.read_text())
     stored["forced"] = [{"step": 5, "changes": [{"key": "optim.lr", "old": 1, "new": 2}]}]
     write_json(run.recipe_path, stored)
-    trials, notes = read_trials([run.path])
+    trials, notes = read_finished_runs([run.path])
     assert len(trials) == 1
-    assert "optim.lr" in notes[0].text
+    assert "optim.lr" in notes[0]
 
 
 @pytest.mark.slow
@@ -169,11 +168,11 @@ def test_a_run_of_the_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     arguments = quick_settings(manifest, tmp_path / "run", train__epochs=2, eval__variants="[original,balanced]")
     assert run_here(arguments) == 0
     capsys.readouterr()
-    (trial,), notes = read_trials([tmp_path / "run"])
+    (trial,), notes = read_finished_runs([tmp_path / "run"])
     assert notes == []
-    assert {variant: judgement.count for variant, judgement in trial.judgements.items()} == {"original": 24, "balanced": 12}
+    assert {variant: judgement.count for variant, judgement in trial.results.items()} == {"original": 24, "balanced": 12}
     own = read_evaluation(tmp_path / "run")
-    assert trial.judgements["original"].accuracy == own["accuracy"]
+    assert trial.results["original"].accuracy == own["accuracy"]
     assert trial.validation is not None
     assert trial.validation.step == own["step"]
     validated = [line["val/accuracy"] for line in read_metrics(tmp_path / "run") if "val/accuracy" in line]

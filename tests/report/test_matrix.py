@@ -11,7 +11,7 @@ from galaxydist.atomic_files import read_json, write_json
 from galaxydist.errors import UserError
 from galaxydist.recipe.resolve import list_recipes
 from galaxydist.report.claims import choose_rows
-from galaxydist.report.finished_runs import read_trials
+from galaxydist.report.finished_runs import read_finished_runs
 from galaxydist.report.matrix import Table, build_tables, holm_adjusted
 from galaxydist.report.published_results import MODELS, ON_BALANCED, ON_ORIGINAL, ORIGINAL_TO_BALANCED, SETTINGS
 from galaxydist.report.statistics import Outcomes, holm
@@ -19,7 +19,7 @@ from tests.helpers.trial_folders import write_trial
 
 
 def tables_of(*folders: Path) -> list[Table]:
-    trials, notes = read_trials(folders)
+    trials, notes = read_finished_runs(folders)
     assert notes == []
     return build_tables(trials)
 
@@ -35,11 +35,11 @@ def test_cells_average_over_seeds_beside_the_published_values(tmp_path: Path) ->
     cell = table.cells[row, ON_ORIGINAL]
     assert cell.num_seeds == 3
     assert cell.accuracy is not None
-    accuracies = [judgement.accuracy for judgement in cell.judgements]
+    accuracies = [judgement.accuracy for judgement in cell.results]
     assert cell.accuracy.mean == pytest.approx(np.mean(accuracies))
     assert cell.accuracy.seed_error == pytest.approx(np.std(accuracies, ddof=1) / 3**0.5)
     assert cell.loss is not None
-    assert cell.loss.mean == pytest.approx(np.mean([judgement.loss for judgement in cell.judgements]), rel=1e-6)
+    assert cell.loss.mean == pytest.approx(np.mean([judgement.loss for judgement in cell.results]), rel=1e-6)
     assert cell.published is not None
     assert cell.published.accuracy == 0.5259
     assert cell.accuracy_test is not None
@@ -51,7 +51,7 @@ def test_cells_average_over_seeds_beside_the_published_values(tmp_path: Path) ->
     assert unpublished.accuracy is not None
     assert (unpublished.published, unpublished.accuracy_test) == (None, None)
     not_run = table.cells[row, ON_BALANCED]
-    assert (not_run.trials, not_run.accuracy, not_run.accuracy_test) == ((), None, None)
+    assert (not_run.runs, not_run.accuracy, not_run.accuracy_test) == ((), None, None)
     assert not_run.published is not None
     assert all(table.cells[other, setting].num_seeds == 0 for other in table.rows[1:] for setting in SETTINGS)
 
@@ -64,8 +64,8 @@ def test_simulated_and_real_galaxies_share_no_table(tmp_path: Path) -> None:
     assert [table.dataset for table in tables] == ["galaxy10_decals", "my_images", "simulated"]
     assert [table.is_real for table in tables] == [True, False, False]
     for table in tables:
-        found = [cell for cell in table.cells.values() if cell.trials]
-        assert {trial.run_dir.name for cell in found for trial in cell.trials} == {
+        found = [cell for cell in table.cells.values() if cell.runs]
+        assert {trial.run_dir.name for cell in found for trial in cell.runs} == {
             {"galaxy10_decals": "real", "my_images": "folder", "simulated": "sim"}[table.dataset]
         }
         if not table.is_real:
@@ -86,7 +86,7 @@ def test_recipes_settings_and_models_without_published_numbers_have_lines_of_the
     for name, command in commands.items():
         write_trial(tmp_path / name, command)
     (table,) = tables_of(*tmp_path.iterdir())
-    run = {row: sorted({trial.run_dir.name for s in SETTINGS for trial in table.cells[row, s].trials}) for row in table.rows}
+    run = {row: sorted({trial.run_dir.name for s in SETTINGS for trial in table.cells[row, s].runs}) for row in table.rows}
     assert sorted(names for names in run.values() if names) == [
         ["d4"],
         ["fast"],
@@ -154,7 +154,7 @@ def test_predictions_that_are_not_the_evaluations_are_not_used(tmp_path: Path) -
     assert "is not used: it has" in first.notes[0]
     assert "one seed" in first.notes[1]
     assert second.outcomes is None
-    assert "cannot be read as predictions" in second.notes[0]
+    assert "is damaged" in second.notes[0]
     assert second.accuracy is not None
 
 
@@ -164,7 +164,7 @@ def test_a_seed_on_other_shards_is_no_repeat(tmp_path: Path) -> None:
     write_json(folders[1] / "test.json", content | {"manifest_hash": "other"})
     (table,) = tables_of(*tmp_path.iterdir())
     cell = table.cells[choose_rows(table, "own")["ViT"], ON_ORIGINAL]
-    assert [trial.seed for trial in cell.trials] == [0, 2]
+    assert [trial.seed for trial in cell.runs] == [0, 2]
     assert "1: left out of trained on original, tested on original" in table.notes[0]
 
 
@@ -172,7 +172,7 @@ def test_test_sets_of_different_sizes_are_noted(tmp_path: Path) -> None:
     write_trial(tmp_path / "a", ["recipe=vit"], num_galaxies=400)
     write_trial(tmp_path / "b", ["recipe=vgg16"], num_galaxies=300)
     (table,) = tables_of(*tmp_path.iterdir())
-    assert "The lines were judged on original test sets of different sizes: 300, 400 galaxies." in table.notes
+    assert "The rows were evaluated on original test sets of different sizes: 300, 400 galaxies." in table.notes
 
 
 def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_lines_are_chosen_by_validation(tmp_path: Path) -> None:
     write_trial(tmp_path / "e", ["recipe=vgg16", "train.metric=loss", "optim.lr=0.1"], validation=0.6, accuracy={"original": 0.2})
     (table,) = tables_of(tmp_path / "d", tmp_path / "e")
     row = choose_rows(table, "own")["VGG16"]
-    assert [trial.run_dir.name for trial in table.cells[row, ON_ORIGINAL].trials] == ["e"]  # the smaller loss
+    assert [trial.run_dir.name for trial in table.cells[row, ON_ORIGINAL].runs] == ["e"]  # the smaller loss
 
 
 def test_it_costs_no_heavy_import() -> None:
@@ -230,7 +230,7 @@ def test_a_reader_that_fails_costs_only_the_pairing(tmp_path: Path) -> None:
         raise UserError(f"{path.name} cannot be read")
 
     write_trial(tmp_path / "a", ["recipe=vit"])
-    trials, _ = read_trials([tmp_path / "a"])
+    trials, _ = read_finished_runs([tmp_path / "a"])
     (table,) = build_tables(trials, read=fail)
     cell = table.cells[choose_rows(table, "own")["ViT"], ON_ORIGINAL]
     assert cell.accuracy is not None

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.browser
 
 SECTIONS = [
     "matrix",
-    "observations",
+    "claims",
     "ranking",
     "curves",
     "classes",

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from galaxydist.errors import UserError
 from galaxydist.report.finished_runs import FinishedRun, SplitResult, Validation
-from galaxydist.report.statistics import build_ensemble, build_outcomes, compare_runs, match, mcnemar, rank_trials, read_outcomes
+from galaxydist.report.statistics import (
+    build_ensemble,
+    build_outcomes,
+    compare_runs,
+    match,
+    mcnemar,
+    rank_by_validation,
+    read_outcomes,
+)
 from tests.helpers.trial_folders import draw_logits, write_predictions
 
 OUTCOMES = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
@@ -29,15 +37,11 @@ def test_mcnemar_is_the_sign_test_of_the_discordant_pairs(pairs: list[tuple[bool
     assert (swapped.p_value, swapped.difference) == pytest.approx((found.p_value, -found.difference))
     assert found.difference == pytest.approx(first.mean() - second.mean())
     assert found.count == len(pairs)
-    assert found.both == sum(one and other for one, other in pairs)
-    assert found.neither == sum(not one and not other for one, other in pairs)
 
 
-def test_the_text_of_mcnemars_test_and_unpaired_outcomes() -> None:
+def test_the_text_of_mcnemars_test() -> None:
     found = mcnemar(np.array([True, True, False]), np.array([False, True, False]))
     assert str(found) == "McNemar's exact test (1 to 0 discordant galaxies)"
-    with pytest.raises(ValueError, match="not paired"):
-        mcnemar(np.array([True]), np.array([True, False]))
 
 
 @given(st.integers(1, 30), st.integers(0, 2**32 - 1))
@@ -90,9 +94,9 @@ def test_predictions_are_read_from_their_file(tmp_path: Path) -> None:
     assert np.array_equal(found.log_probabilities_NK, expected.log_probabilities_NK)
     assert np.array_equal(found.labels_N, expected.labels_N)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"cannot be read as predictions .*`galaxydist evaluate RUN`"):
+    with pytest.raises(UserError, match=r"is damaged .*`galaxydist evaluate RUN`"):
         read_outcomes(path)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="there are no predictions at"):
         read_outcomes(tmp_path / "missing.parquet")
 
 
@@ -102,7 +106,7 @@ def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
 
     path = tmp_path / "other.parquet"
     parquet.write_table(pa.table({"id": ["a"], "label": [1]}), path)
-    with pytest.raises(UserError, match="cannot be read as predictions"):
+    with pytest.raises(UserError, match="is not a file of predictions that galaxydist wrote"):
         read_outcomes(path)
 
 
@@ -139,9 +143,11 @@ def trial(name: str, validation: Validation | None, judgements: Mapping[Any, Spl
 def test_runs_are_ranked_by_validation_and_by_nothing_else() -> None:
     values = {"worst": 0.4, "best": 0.9, "middle": 0.6}
     runs = [trial(name, Validation("accuracy", value, 1), Sealed()) for name, value in values.items()]
-    ranked, unranked = rank_trials([*runs, trial("none", None, Sealed()), trial("other", Validation("loss", 0.1, 1), Sealed())])
+    ranked, unranked = rank_by_validation(
+        [*runs, trial("none", None, Sealed()), trial("other", Validation("loss", 0.1, 1), Sealed())]
+    )
     assert [one.run_dir.name for one in ranked] == ["best", "middle", "worst"]
     assert [one.run_dir.name for one in unranked] == ["none", "other"]
     losses = [trial(name, Validation("loss", value, 1), Sealed()) for name, value in values.items()]
-    assert [one.run_dir.name for one in rank_trials(losses)[0]] == ["worst", "middle", "best"]
-    assert rank_trials([]) == ([], [])
+    assert [one.run_dir.name for one in rank_by_validation(losses)[0]] == ["worst", "middle", "best"]
+    assert rank_by_validation([]) == ([], [])

@@ -15,7 +15,6 @@ from galaxydist.report.published_results import (
     DisplayName,
     PublishedResult,
     TrainTest,
-    display_name,
     published_result,
 )
 from galaxydist.surveys.official_split import read_official_split
@@ -72,7 +71,7 @@ def test_every_architecture_is_placed() -> None:
 def test_published_numbers_stand_beside_the_real_data_alone(dataset: str) -> None:
     assert all(published_result(dataset, name, setting) is None for name in MODELS for setting in SETTINGS)
     assert published_result("galaxy10_decals", "ResNet50", SETTINGS[0]) == PublishedResult(0.5259, 1.3268, 1774)
-    assert published_result("galaxy10_decals", display_name("d4_cnn"), SETTINGS[0]) is None
+    assert published_result("galaxy10_decals", published_results.DISPLAY_NAMES["d4_cnn"], SETTINGS[0]) is None
     assert published_result("galaxy10_decals", "ViT", SETTINGS[3]) is None
 
 

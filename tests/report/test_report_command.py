@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.cli.main import main
 from galaxydist.report.collect import ReportData, collect, cost_of, read_facts
-from galaxydist.report.finished_runs import read_trials
-from galaxydist.report.page import render_page
-from galaxydist.report.tables import escape, hours_text, p_text, render_latex, render_markdown, settings_of, signed
+from galaxydist.report.finished_runs import read_finished_runs
+from galaxydist.report.page import render_report
+from galaxydist.report.tables import escape_latex, hours_text, p_text, settings_of, signed
 from tests.helpers.report_runs import BATCH_SIZE, write_calibration, write_gallery_of, write_logs, write_sweep
 from tests.helpers.trial_folders import STEP, write_trial
 
@@ -70,8 +70,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> ReportData:
 
 
 @pytest.fixture(scope="module")
-def html(results: ReportData) -> str:
-    return render_page(results, PROVENANCE)
+def texts(results: ReportData) -> dict[str, str]:
+    return render_report(results, PROVENANCE)
+
+
+@pytest.fixture(scope="module")
+def html(texts: dict[str, str]) -> str:
+    return texts[".html"]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,7 @@ def page(html: str) -> Page:
 
 
 def test_every_data_set_has_a_table_of_its_own(results: ReportData, page: Page) -> None:
-    assert [found.table.dataset for found in results.findings] == ["galaxy10_decals", "simulated"]
+    assert [found.table.dataset for found in results.datasets] == ["galaxy10_decals", "simulated"]
     real, simulated = page.text["matrix"].split("\nsimulated\n")
     assert "published 0.7638" in real and "published" in real and "not run" in real
     assert not re.search(r"published \d", simulated)
@@ -88,13 +93,14 @@ def test_every_data_set_has_a_table_of_its_own(results: ReportData, page: Page) 
 
 
 def test_the_reference_models_stand_beside_the_published_ones(results: ReportData) -> None:
-    labels = [row.label for row in results.findings[0].table.rows if row.display == "ViT"]
+    labels = [row.label for row in results.datasets[0].table.rows if row.display == "ViT"]
     assert labels == ["ViT (reference)", "ViT"]
-    assert set(results.findings[0].observations) == {"reference", "own"}
+    assert set(results.datasets[0].claims) == {"reference", "own"}
+    assert results.datasets[1].claims == {}, "simulated galaxies have no published claims"
 
 
 def test_all_sections_are_there(page: Page) -> None:
-    wanted = ["matrix", "observations", "ranking", "curves", "classes", "confusion", "calibration"]
+    wanted = ["matrix", "claims", "ranking", "curves", "classes", "confusion", "calibration"]
     wanted += ["gallery", "pairs", "ensembles", "cost", "runs"]
     assert list(page.text) == [*wanted, "notes", "provenance"]
     assert all(len(text.split()) > 10 for name, text in page.text.items() if name != "notes")
@@ -103,13 +109,12 @@ def test_all_sections_are_there(page: Page) -> None:
     assert "launch.py recipe=vit" in page.text["runs"] and "train.batch_size=64" in page.text["runs"]
 
 
-def test_every_observation_is_answered(results: ReportData, page: Page) -> None:
-    for found in results.findings:
-        for observations in found.observations.values():
-            for one in observations:
-                assert one.statement in page.text["observations"]
-    verdicts = re.findall(r"\b(supported|contradicted|undecided)\b", page.text["observations"])
-    assert len(verdicts) >= 6 * 4  # real reference, real own, simulated, published
+def test_every_published_claim_is_answered(results: ReportData, page: Page) -> None:
+    for answers in results.datasets[0].claims.values():
+        for one in answers:
+            assert one.statement in page.text["claims"]
+    verdicts = re.findall(r"\b(supported|contradicted|undecided)\b", page.text["claims"])
+    assert len(verdicts) >= 6 * 3  # reference recipes, own recipes, published numbers
 
 
 def test_what_is_left_out_is_said(results: ReportData, page: Page) -> None:
@@ -117,7 +122,7 @@ def test_what_is_left_out_is_said(results: ReportData, page: Page) -> None:
     assert re.search(r"half: left out: the run has not finished", notes)
     assert re.search(r"empty is not a run folder", notes)
     assert re.search(r"bare: kept no predictions on original.*galaxydist evaluate [^\n]+bare\b", notes)
-    assert (results.num_asked, results.num_runs) == (19, 17)
+    assert (results.num_given, results.num_runs) == (19, 17)
 
 
 def test_nothing_left_to_report_is_an_error_with_the_reasons(
@@ -127,7 +132,7 @@ def test_nothing_left_to_report_is_an_error_with_the_reasons(
     write_trial(tmp_path / "runs" / "half", ["recipe=vgg16"], finished=False)
     assert main(["report", "half"]) == 2
     error = capsys.readouterr().err
-    assert "the run has not finished" in error and "it goes on" in error
+    assert "the run has not finished" in error and "it continues" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
@@ -165,7 +170,7 @@ def test_the_page_asks_for_nothing(html: str) -> None:
 
 def test_galleries_are_shown_and_those_that_are_not_there_asked_for(results: ReportData, html: str) -> None:
     shown = Page(html).text["gallery"]
-    best = {facts.trial.run_dir: judged for found in results.findings for _, facts, judged in found.best_on_own()}
+    best = {facts.run.run_dir: judged for found in results.datasets for _, facts, judged in found.best_on_own()}
     with_one = [run_dir for run_dir in best if (run_dir / "evaluation" / "test-gallery.json").exists()]
     assert len(best) > 4 and len(with_one) == 1
     for run_dir, judged in best.items():
@@ -185,33 +190,33 @@ def test_a_gallery_that_cannot_be_made_is_a_note(tmp_path: Path, capsys: pytest.
 
 def test_what_a_run_was_validated_on_is_taken_out(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "run", ["recipe=vgg16"], accuracy={"original": 0.5, "balanced": 0.5}, num_galaxies=200)
-    assert "Without the galaxies" not in render_page(collect([run.path]), PROVENANCE)
+    assert "Without the galaxies" not in render_report(collect([run.path]), PROVENANCE)[".html"]
     path = run.evaluation_dir / "test.json"
     content = read_json(path)
     write_json(path, content | {"without_validation": {"count": 168, "accuracy": 0.5119, "loss": None}})
-    shown = Page(render_page(collect([run.path]), PROVENANCE)).text["matrix"]
+    shown = Page(render_report(collect([run.path]), PROVENANCE)[".html"]).text["matrix"]
     assert "Without the galaxies" in shown and "32 of 200" in shown and "51.19" in shown
 
 
 def test_text_from_runs_is_no_markup(tmp_path: Path) -> None:
     names = ("<b>disturbed", "a|b", "c_d%", "e&f")
     run = write_trial(tmp_path / "a<i>b", ["recipe=vit"], dataset="<simulated>", class_names=names, accuracy={"original": 0.5})
-    found = collect([run.path])
-    html = render_page(found, PROVENANCE)
+    texts = render_report(collect([run.path]), PROVENANCE)
+    html = texts[".html"]
     assert "<b>disturbed" not in html and "a<i>b" not in html and "<simulated>" not in html
-    assert r"a\|b" in render_markdown(found, PROVENANCE)
-    assert r"c d\%" in render_latex(found, PROVENANCE)
+    assert r"a\|b" in texts[".md"]
+    assert r"c d\%" in texts[".tex"]
 
 
-def test_markdown_tables_are_square(results: ReportData) -> None:
-    blocks = re.findall(r"(?:^\|.*\n)+", render_markdown(results, PROVENANCE), re.MULTILINE)
+def test_markdown_tables_are_square(texts: dict[str, str]) -> None:
+    blocks = re.findall(r"(?:^\|.*\n)+", texts[".md"], re.MULTILINE)
     assert len(blocks) > 10
     for block in blocks:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
 
-def test_latex_tables_are_square(results: ReportData) -> None:
-    text = render_latex(results, PROVENANCE)
+def test_latex_tables_are_square(texts: dict[str, str]) -> None:
+    text = texts[".tex"]
     tables = re.findall(r"\\begin\{tabular\}\{([^\n]*)\}\n(.*?)\\end\{tabular\}", text, re.DOTALL)
     assert len(tables) > 10 and text.count(r"\begin{") == text.count(r"\end{")
     for columns, body in tables:
@@ -228,7 +233,9 @@ def test_latex_tables_are_square(results: ReportData) -> None:
 @given(st.text(alphabet=r"ab\&%$#_{}~^<>|±− ", max_size=20))
 def test_latex_has_no_bare_special_character(text: str) -> None:
     plain = re.sub(
-        r"\\textbackslash\{\}|\\textasciitilde\{\}|\\textasciicircum\{\}|\\textbar\{\}|\$[^$]+\$|\\[&%$#_{}]", "", escape(text)
+        r"\\textbackslash\{\}|\\textasciitilde\{\}|\\textasciicircum\{\}|\\textbar\{\}|\$[^$]+\$|\\[&%$#_{}]",
+        "",
+        escape_latex(text),
     )
     assert not set(plain) & set(r"\&%$#_{}^<>|±−")
 
@@ -247,7 +254,7 @@ def test_damaged_logs_cost_only_their_part(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "run", ["recipe=vit"])
     write_calibration(run)
     run.timing.path.write_text("nonsense\n")
-    (trial,), _ = read_trials([run.path])
+    (trial,), _ = read_finished_runs([run.path])
     facts = read_facts(trial)
     assert facts.cost is None and len(facts.notes) == 1 and "timing.jsonl" in facts.notes[0]
     assert facts.calibration["ece"] == 0.08
@@ -259,7 +266,7 @@ def test_the_command_makes_the_same_run(tmp_path: Path) -> None:
 
     given_arguments = ["recipe=reference/vit", "seed=3", "optim.lr=0.002", "data.variant=balanced", "resume.force=[seed]"]
     run = write_trial(tmp_path / "run", given_arguments, accuracy={"balanced": 0.5})
-    (trial,), _ = read_trials([run.path])
+    (trial,), _ = read_finished_runs([run.path])
     command = read_facts(trial).command
     again = load_recipe(command.split()[3:]).recipe
     assert result_hash(again) == result_hash(load_recipe(given_arguments).recipe) and again.data.variant == "balanced"
@@ -271,14 +278,14 @@ def test_ranking_is_by_validation_alone(tmp_path: Path) -> None:
         write_trial(tmp_path / "good-test", ["recipe=vit"], accuracy={"original": 0.9}, validation=0.4, dataset="simulated"),
         write_trial(tmp_path / "good-val", ["recipe=resnet18"], accuracy={"original": 0.3}, validation=0.6, dataset="simulated"),
     ]
-    (ranking,) = collect([run.path for run in runs]).findings[0].rankings
-    assert [trial.run_dir.name for trial in ranking.ranked] == ["good-val", "good-test"]
+    ((ranked, unranked),) = collect([run.path for run in runs]).datasets[0].rankings
+    assert [run.run_dir.name for run in ranked] == ["good-val", "good-test"] and unranked == []
 
 
 def test_lines_of_one_recipe_are_told_apart_by_their_settings(tmp_path: Path) -> None:
     for number, more in enumerate(([], ["optim.lr=0.5"])):
         write_trial(tmp_path / str(number), ["recipe=resnet18", *more], dataset="simulated", accuracy={"original": 0.5})
-    found = collect(sorted(tmp_path.iterdir())).findings[0]
+    found = collect(sorted(tmp_path.iterdir())).datasets[0]
     assert sorted(settings_of(found).values()) == ["optim.lr=0.02", "optim.lr=0.5"]
 
 
@@ -298,12 +305,12 @@ def test_a_report_on_own_data_has_what_was_run_and_nothing_else(tmp_path: Path, 
         write_json(path, read_json(path) | {"intervals": {"accuracy": [0.41, 0.59], "macro_f1": [0.4, 0.6], "loss": None}})
     assert main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "page.html")]) == 0
     html, markdown, latex = ((tmp_path / f"page.{ending}").read_text() for ending in ("html", "md", "tex"))
-    found = collect([tmp_path / "runs" / name for name in runs]).findings[0]
+    found = collect([tmp_path / "runs" / name for name in runs]).datasets[0]
     assert {row.label for row in found.table.rows} == {
         *("first try", "lower rate", "VGG16"),
         *(str(tmp_path / "runs" / name) for name in ("small/net", "other/net")),  # two folders of one name
     }
-    assert "observations" not in Page(html).text
+    assert "claims" not in Page(html).text
     for text in (html, markdown, latex, capsys.readouterr().out):
         assert not re.search("published|not run|Galaxy10|balanced</th>|on balanced|ViT|ResNet50", text.split("</style>")[-1])
     # Only what changes numbers tells lines apart.

@@ -176,6 +176,6 @@ def test_metadata_keeps_types(tmp_path: Path) -> None:
     }
     galaxy = Galaxy("id", np.zeros((1, 1, 3), np.uint8), 3, 1e-7, None, extras)
     write_metadata(tmp_path, [("train/a/id.png", "val", galaxy)])
-    [(file, row)] = read_metadata(tmp_path).rows.items()
+    [(file, row)] = read_metadata(tmp_path)[0].items()
     assert (file, row.id, row.split, row.ra, row.dec) == ("train/a/id.png", "id", "val", 1e-7, None)
     assert dict(row.extras) == extras

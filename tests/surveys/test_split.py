@@ -80,7 +80,8 @@ def test_follows_seed_and_keys_alone() -> None:
     other_seed = SplitCandidates(galaxies.labels, galaxies.class_names, galaxies.sky, galaxies.keys, 2)
     assert not np.array_equal(split_original(galaxies), split_original(other_seed))
     order = np.random.default_rng(0).permutation(len(galaxies.labels))
-    sky = read_sky(galaxies.labels, None, None)
+    unknown = np.full(len(galaxies.labels), np.nan)
+    sky = read_sky(galaxies.labels, unknown, unknown)
     plain = SplitCandidates(galaxies.labels, galaxies.class_names, sky, galaxies.keys, 1)
     mixed = SplitCandidates(galaxies.labels[order], galaxies.class_names, sky, galaxies.keys[order], 1)
     assert np.array_equal(split_original(plain)[order], split_original(mixed))
@@ -94,7 +95,8 @@ def test_counts_keep_one_galaxy_everywhere() -> None:
 @pytest.mark.parametrize(("counts", "word"), [([30, 0, 30], "an empty class"), ([30, 2, 30], "too small")])
 def test_empty_and_small_classes_are_named(counts: list[int], word: str) -> None:
     labels = np.repeat(np.arange(3), counts)
-    galaxies = build_candidates(labels, None, None, class_names=["a", "b", "c"], seed=0)
+    unknown = np.full(len(labels), np.nan)
+    galaxies = build_candidates(labels, unknown, unknown, class_names=["a", "b", "c"], seed=0)
     with pytest.raises(UserError, match=f"{word}.*'b' has {counts[1]}"):
         split_original(galaxies)
 

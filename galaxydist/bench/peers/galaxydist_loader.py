@@ -1,4 +1,4 @@
-"""Our loader in a process of its own: what ``loader_job`` asks of it."""
+"""Process that measures our own loader."""
 
 import itertools
 import threading
@@ -27,39 +27,39 @@ from galaxydist.recipe.schema import AugmentConfig
 from galaxydist.shards.manifest import read_manifest
 
 SEED = 1
-# Views show from SMALLEST_CROP to the whole of the image's width, as the peers' do; rotation is on top of that.
+# Views show SMALLEST_CROP to 1 of the image's width, as those of the peers; in addition they are rotated.
 ZOOM = SMALLEST_CROP**-0.5
 AUGMENT = AugmentConfig(rotate="any", flip=True, zoom=ZOOM, shift=0.05)
 MEMORY_EPOCHS = 10
 
 
 def build_loader(job: LoaderJob) -> Iterator[LoaderBatch]:
-    """Training batches as a run reads them; the galaxies' keys are left out, since a run knows their numbers."""
+    """Yield training batches as in a run, without the galaxies' keys, since a run uses their numbers."""
     manifest = read_manifest(job.shards)
     if job.task == "decode":
-        with TrainLoader(manifest, seed=SEED, batch_size=job.batch_size, decode=DecodeOptions(threads=job.workers)) as reader:
-            for batch in reader:
+        with TrainLoader(manifest, seed=SEED, batch_size=job.batch_size, decode=DecodeOptions(threads=job.workers)) as loader:
+            for batch in loader:
                 yield batch.images_BHWC, batch.labels_B, []
         return
     augment = Augment(AUGMENT, SEED, job.mean, job.std, job.image_size, crop=1 / ZOOM, threads=job.workers)
     decode = DecodeOptions(job.image_size, crop=1 / ZOOM, max_zoom=ZOOM, threads=job.workers)
-    with TrainLoader(manifest, seed=SEED, batch_size=job.batch_size, decode=decode) as reader:
-        for batch in reader:
+    with TrainLoader(manifest, seed=SEED, batch_size=job.batch_size, decode=decode) as loader:
+        for batch in loader:
             yield augment(batch.images_BHWC, batch.epoch, batch.positions_B), batch.labels_B, []
 
 
 def one_epoch(job: LoaderJob) -> Iterator[LoaderBatch]:
-    """Every galaxy once, with its key: in batches of a size that leaves no remainder."""
+    """Yield every galaxy once, with its key, in batches of a size that leaves no remainder."""
     manifest = read_manifest(job.shards)
     keys = np.array([image.key for image in stored_jpegs(job.shards)])
     batch_size = max(size for size in range(1, job.batch_size + 1) if keys.size % size == 0)
-    with TrainLoader(manifest, seed=SEED, batch_size=batch_size, decode=DecodeOptions(threads=job.workers)) as reader:
-        for batch in itertools.islice(reader, reader.steps_per_epoch):
+    with TrainLoader(manifest, seed=SEED, batch_size=batch_size, decode=DecodeOptions(threads=job.workers)) as loader:
+        for batch in itertools.islice(loader, loader.steps_per_epoch):
             yield batch.images_BHWC, batch.labels_B, keys[batch.samples_B.numpy()].tolist()
 
 
 def measure_limit(job: LoaderJob) -> Answer:
-    """The same decoder over bytes in memory: no files, no order, no batches handed over."""
+    """Measure the decoder alone on bytes in memory, without files, order and batches."""
     data = [image.data for image in stored_jpegs(job.shards)]
     size = read_manifest(job.shards).image_size
     start, stop = job.warmup * job.batch_size, (job.warmup + job.batches) * job.batch_size
@@ -84,7 +84,7 @@ def measure_limit(job: LoaderJob) -> Answer:
 
 
 def measure_resume(job: LoaderJob) -> Answer:
-    """Seconds from nothing open to the first batch at a step."""
+    """Measure the seconds from opening the shards to the first batch at a step."""
     started = time.perf_counter()
     with TrainLoader(
         read_manifest(job.shards),
@@ -92,13 +92,13 @@ def measure_resume(job: LoaderJob) -> Answer:
         batch_size=job.batch_size,
         decode=DecodeOptions(threads=job.workers),
         start_step=job.step,
-    ) as reader:
-        next(reader)
+    ) as loader:
+        next(loader)
         return {"seconds": time.perf_counter() - started}
 
 
 def measure_memory(job: LoaderJob) -> Answer:
-    """Resident bytes of this process and its children at the end of each of ten epochs."""
+    """Measure the resident bytes of this process and its children at the end of each of ten epochs."""
     process = psutil.Process()
     series = []
     loader = build_loader(job)
@@ -110,7 +110,7 @@ def measure_memory(job: LoaderJob) -> Answer:
 
 
 def main() -> None:
-    """Do the job of the command line."""
+    """Do the job of the command line, and print the answer."""
     job = open_job()
     torch.set_num_threads(job.workers)
     if job.action == "check":

@@ -1,4 +1,4 @@
-"""torchvision's ImageFolder behind torch's DataLoader: a folder a class, a file an image, a process a worker."""
+"""Process that measures torchvision's ImageFolder (a file per image) with torch's DataLoader."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from galaxydist.bench.peers.transforms import our_decoder, train_transform
 
 
 class KeyedFolder(ImageFolder):  # type: ignore[misc]  # torchvision is not typed
-    """ImageFolder that also gives the galaxy's key."""
+    """ImageFolder that also returns the galaxy's key."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
         image, label = super().__getitem__(index)
@@ -29,7 +29,7 @@ def prepare(job: LoaderJob) -> None:
 
 
 def build_loader(job: LoaderJob) -> Loader:
-    """One epoch at a time, shuffled, as torch's documentation has it."""
+    """Return a loader of single epochs, shuffled, as in torch's documentation."""
     options: dict[str, Any] = {"loader": lambda path: our_decoder(Path(path).read_bytes())} if job.ours else {}
     if job.task == "train":
         options["transform"] = train_transform(job)

@@ -1,4 +1,4 @@
-"""LitData: chunks that ``litdata.optimize`` writes, read by its StreamingDataset and StreamingDataLoader."""
+"""Process that measures LitData: optimised chunks, StreamingDataset and StreamingDataLoader."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,14 +14,14 @@ from galaxydist.bench.peers.transforms import our_decoder, train_transform
 
 
 class OurSerializer(JPEGSerializer):  # type: ignore[misc]  # litdata is not typed
-    """Its JPEG format, read by our decoder."""
+    """LitData's JPEG format, read by our decoder."""
 
     def deserialize(self, data: bytes) -> Tensor:
         return our_decoder(bytes(data))
 
 
 def prepare(job: LoaderJob) -> None:
-    """Chunks that hold the bytes of the files."""
+    """Write chunks with the bytes of the files."""
     litdata.optimize(
         fn=_sample,
         inputs=list(stored_jpegs(job.shards)),
@@ -38,7 +38,7 @@ def _sample(stored: StoredJPEG) -> dict[str, Any]:
 
 
 def build_loader(job: LoaderJob) -> Loader:
-    """One epoch at a time, shuffled, as LitData's documentation has it; its own decoder is torchvision's."""
+    """Return a loader of single epochs, shuffled, as in LitData's documentation; its own decoder is torchvision's."""
     options: dict[str, Any] = {"serializers": {"jpeg": OurSerializer()}} if job.ours else {}
     if job.task == "train":
         options["transform"] = partial(_transformed, transform=train_transform(job))

@@ -1,4 +1,4 @@
-"""Mosaic Streaming: MDS shards, read by its StreamingDataset behind torch's DataLoader."""
+"""Process that measures Mosaic Streaming: MDS shards, StreamingDataset and torch's DataLoader."""
 
 import io
 from typing import Any
@@ -13,7 +13,7 @@ from galaxydist.bench.peers.transforms import our_decoder, train_transform
 
 
 class StreamedGalaxies(streaming.StreamingDataset):  # type: ignore[misc]  # streaming is not typed
-    """Decodes where Mosaic's documentation decodes: in ``__getitem__``."""
+    """StreamingDataset that decodes in ``__getitem__``, as in Mosaic's documentation."""
 
     def __init__(self, job: LoaderJob) -> None:
         super().__init__(local=str(job.form), shuffle=True, batch_size=job.batch_size)
@@ -27,7 +27,7 @@ class StreamedGalaxies(streaming.StreamingDataset):  # type: ignore[misc]  # str
 
 
 def prepare(job: LoaderJob) -> None:
-    """Shards that hold the bytes of the files."""
+    """Write shards with the bytes of the files."""
     columns = {"image": "bytes", "label": "int", "key": "str"}
     images = list(stored_jpegs(job.shards))
     mean_bytes = sum(len(image.data) for image in images) // len(images)
@@ -37,7 +37,7 @@ def prepare(job: LoaderJob) -> None:
 
 
 def build_loader(job: LoaderJob) -> Loader:
-    """One epoch at a time, shuffled, as Mosaic's documentation has it."""
+    """Return a loader of single epochs, shuffled, as in Mosaic's documentation."""
     return DataLoader(StreamedGalaxies(job), batch_size=job.batch_size, num_workers=job.workers, persistent_workers=True)
 
 

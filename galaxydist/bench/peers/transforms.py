@@ -1,4 +1,4 @@
-"""From the bytes of a file to what a batch is made of, for all peers alike."""
+"""Decoding and augmentation of the other loaders."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +12,15 @@ from galaxydist.bench.loader_worker import SMALLEST_CROP, LoaderJob
 
 
 def our_decoder(data: bytes) -> Tensor:
-    """JPEG to uint8 H x W x 3, as galaxydist decodes."""
+    """Decode a JPEG to uint8 H x W x 3, as galaxydist does."""
     return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB"))
 
 
 def train_transform(job: LoaderJob) -> Callable[[Any], Tensor]:
-    """Random zoom-crop, mirrors, normalisation, of a PIL image or a uint8 tensor (3 x H x W, or H x W x 3 from our decoder)."""
+    """Return random zoom-crop, mirrors and normalisation.
+
+    They apply to a PIL image or a uint8 tensor (3 x H x W, or H x W x 3 from our decoder).
+    """
     transform: Callable[[Any], Tensor] = v2.Compose(
         [
             v2.Lambda(channels_first) if job.ours else v2.PILToTensor(),
@@ -32,5 +35,5 @@ def train_transform(job: LoaderJob) -> Callable[[Any], Tensor]:
 
 
 def channels_first(image_HWC: Tensor) -> Tensor:
-    """A view of H x W x 3 as 3 x H x W."""
+    """Return a view of H x W x 3 as 3 x H x W."""
     return image_HWC.permute(2, 0, 1)

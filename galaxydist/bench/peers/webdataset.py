@@ -1,4 +1,4 @@
-"""WebDataset: our own tars, shards dealt to the workers, a buffer of 1,000 to shuffle in."""
+"""Process that measures WebDataset on our own tars, with a shuffle buffer of 1,000."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from galaxydist.bench.peers.transforms import our_decoder, train_transform
 
 
 def prepare(job: LoaderJob) -> None:
-    """Nothing: it reads the shards as they are."""
+    """Do nothing: WebDataset reads our shards."""
 
 
 def build_loader(job: LoaderJob) -> Loader:
-    """One epoch at a time, as WebDataset's documentation has it: batches are made in the workers."""
+    """Return a loader of single epochs, as in WebDataset's documentation: batches are made in the workers."""
     transform = train_transform(job) if job.task == "train" else (_same if job.ours else v2.PILToTensor())
     dataset = (
         webdataset.WebDataset([str(path) for path in sorted(job.shards.glob("train-*.tar"))], shardshuffle=100)

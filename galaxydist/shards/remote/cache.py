@@ -146,13 +146,6 @@ class CacheEntry:
     num_bytes: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _CachedFile:
-    path: str
-    size: int
-    used_ns: int
-
-
 class Cache:
     """Access of one process to the cache.
 
@@ -235,8 +228,8 @@ class Cache:
         """Bytes of shards that the cache may hold: its size limit without the columns in it, or less on a smaller disk."""
         with self._lock(threading.Event()):
             files, _ = self._scan()
-        shards = sum(file.size for file in files if file.path.endswith(SHARD_ENDING))
-        columns = sum(file.size for file in files) - shards
+        shards = sum(status.st_size for path, status in files.items() if path.endswith(SHARD_ENDING))
+        columns = sum(status.st_size for status in files.values()) - shards
         return min(self.max_bytes - columns, _free_bytes(self.folder) + shards)
 
     def _fetch(self, entry: CacheEntry, fetch: Callable[[Path], object], stop: threading.Event) -> SharedFile:
@@ -265,12 +258,13 @@ class Cache:
         (self.folder / entry.name).unlink(missing_ok=True)  # if it exists, it is damaged
         num_bytes = entry.num_bytes or 0
         files, reserved = self._scan()
-        free = min(self.max_bytes - reserved - sum(file.size for file in files), _free_bytes(self.folder) - reserved)
-        for file in sorted(files, key=lambda file: file.used_ns):
+        used = sum(status.st_size for status in files.values())
+        free = min(self.max_bytes - reserved - used, _free_bytes(self.folder) - reserved)
+        for path, status in sorted(files.items(), key=lambda item: item[1].st_mtime_ns):
             if free >= num_bytes:
                 break
-            if file.path.endswith(SHARD_ENDING) and evict(file.path):
-                free += file.size
+            if path.endswith(SHARD_ENDING) and evict(path):
+                free += status.st_size
         if free < num_bytes and not allow_over_limit:
             return False
         if free < num_bytes and num_bytes and not self._has_warned:
@@ -283,13 +277,12 @@ class Cache:
         os.pwrite(claim.descriptor, str(num_bytes).encode(), 0)
         return True
 
-    def _scan(self) -> tuple[list["_CachedFile"], int]:
-        """Return the complete files and the bytes reserved by running fetches; remove the leftovers of crashed fetches."""
-        found, reserved = [], 0
+    def _scan(self) -> tuple[dict[str, os.stat_result], int]:
+        """Return the status of each complete file and the bytes reserved by running fetches; remove leftovers of crashed ones."""
+        found, reserved = {}, 0
         for entry in self._entries():
             if not entry.name.startswith("."):
-                status = entry.stat()
-                found.append(_CachedFile(entry.path, status.st_size, status.st_mtime_ns))
+                found[entry.path] = entry.stat()
             elif entry.name.endswith(LOCK):
                 reserved += reserved_bytes(entry.path)
             elif entry.name.endswith(PARTIAL) and not Path(entry.path.removesuffix(PARTIAL) + LOCK).exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from galaxydist.atomic_files import whole_file
+from galaxydist.atomic_files import replace_bytes
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import Galaxy, Survey
 from galaxydist.shards.writer.encode import Pixels, to_pixels
@@ -119,8 +119,7 @@ def write_left_out(path: Path, survey: Survey, damaged: Sequence[DamagedImage]) 
     for image in damaged:
         label = int(survey.labels[image.row])
         table.writerow((split_of[image.row], survey.class_names[label] if label >= 0 else "", image.reason))
-    with whole_file(path, path.with_suffix(".tmp")) as file:
-        file.write(text.getvalue().encode("utf-8", "backslashreplace"))
+    replace_bytes(path, text.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def count_left_out(folder: Path) -> int:

@@ -90,8 +90,7 @@ def decode_image(image: EncodedImage, prefix: str = "") -> Pixels:
     prefix = f"{image.file}: " if image.file else prefix
     try:
         if simplejpeg.is_jpeg(image.data) and simplejpeg.decode_jpeg_header(image.data)[2] != "CMYK":
-            pixels: Pixels = simplejpeg.decode_jpeg(image.data, "RGB")
-            return pixels
+            return np.asarray(simplejpeg.decode_jpeg(image.data, "RGB"))
         with Image.open(io.BytesIO(image.data)) as opened:
             return np.asarray(to_rgb(opened))
     except UnidentifiedImageError:
@@ -100,38 +99,35 @@ def decode_image(image: EncodedImage, prefix: str = "") -> Pixels:
         raise DamagedImageError(f"{prefix}its image does not decode ({error})") from None
 
 
-def decode_stored(data: bytes, encoding: str, image_size: int) -> Pixels:
-    """Decode an image of a shard to image_size x image_size x 3 uint8 pixels.
+def decode_stored(data: bytes, encoding: str, size: int) -> Pixels:
+    """Decode an image of a shard to size x size x 3 uint8 RGB pixels.
 
     Raises:
-        ValueError: it is damaged or has another size.
+        ValueError: it does not decode, or has another size.
     """
     if encoding == "raw":
-        header = raw_header(image_size)
-        if not data.startswith(header):
-            raise ValueError(f"its image is not a .npy file of {image_size} x {image_size} x 3 uint8")
-        pixels: Pixels = np.frombuffer(data, np.uint8, offset=len(header))
-        if pixels.size != image_size * image_size * 3:
-            raise ValueError("its image is truncated or too long")
-        return pixels.reshape(image_size, image_size, 3)
+        header = raw_header(size)
+        if not data.startswith(header) or len(data) != len(header) + size * size * 3:
+            raise ValueError(f"its image is not a .npy file of {size} x {size} x 3 uint8")
+        return np.frombuffer(data, np.uint8, offset=len(header)).reshape(size, size, 3)
     try:
         pixels = decode_image(EncodedImage(data, encoding))
     except DamagedImageError as error:
         raise ValueError(error.reason) from None
-    if pixels.shape != (image_size, image_size, 3):
-        raise ValueError(f"its image is {pixels.shape}, the manifest says {image_size} pixels")
+    if pixels.shape != (size, size, 3):
+        raise ValueError(f"its image is {pixels.shape}, the manifest says {size} x {size} pixels")
     return pixels
 
 
 @lru_cache
-def raw_header(image_size: int) -> bytes:
-    """Return the .npy header of an image.
+def raw_header(size: int) -> bytes:
+    """Return the .npy header of a raw image of size x size x 3 uint8.
 
     Readers compare headers and do not call ``np.load``, which parses them with ``ast.literal_eval``: in several threads at once
     that raises SystemError on Python 3.11 ("AST constructor recursion depth mismatch").
     """
     stream = io.BytesIO()
-    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": (image_size, image_size, 3)})
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": (size, size, 3)})
     return stream.getvalue()
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -226,9 +227,8 @@ def _is_complete(manifest: Manifest) -> bool:
         for split in manifest.splits
         for number, size in enumerate(manifest.shards(split)["bytes"].tolist())
     }
-    if not all(path.is_file() and path.stat().st_size == size for path, size in sizes.items()):
-        return False
-    return all((manifest.dir / name).is_file() for name in manifest.catalogues)
+    has_shards = all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
+    return has_shards and all((manifest.dir / name).is_file() for name in manifest.catalogues)
 
 
 @contextmanager
@@ -350,22 +350,17 @@ def _run(executor: Executor, work: Callable[[Any], int], tasks: Sequence[Any], d
 
 
 def _check_unique_ids(parts: Sequence[Path]) -> None:
+    """Check that no two galaxies have one id; only ids with equal hashes are read and compared."""
     tables = [np.load(part.with_suffix(".npy"), mmap_mode="r" if part.stat().st_size else None) for part in parts]
-    hashes = np.concatenate([table["hash"] for table in tables])
-    order = np.argsort(hashes, kind="stable")
-    same = np.flatnonzero(np.diff(hashes[order]) == 0)
-    if same.size == 0:
-        return
-    starts = np.cumsum([0, *(len(table) for table in tables)])
-    keys = []
-    for number in (order[same[0]], order[same[0] + 1]):
-        part = int(np.searchsorted(starts, number, side="right")) - 1
-        row = tables[part][number - starts[part]]
-        with parts[part].open("rb") as file:
-            file.seek(row["offset"])
-            keys.append(file.read(row["key"]).decode())
-    if keys[0] == keys[1]:
-        raise UserError(f"two galaxies have the id {keys[0]}: ids must be unique in a data set")
+    hashes, counts = np.unique(np.concatenate([table["hash"] for table in tables]), return_counts=True)
+    ids: Counter[str] = Counter()
+    for part, table in zip(parts, tables, strict=True):
+        with part.open("rb") as file:
+            for row in table[np.isin(table["hash"], hashes[counts > 1])]:
+                file.seek(row["offset"])
+                ids[file.read(row["key"]).decode()] += 1
+    if repeated := [name for name, count in ids.items() if count > 1]:
+        raise UserError(f"two galaxies have the id {repeated[0]}: ids must be unique in a data set")
 
 
 def _publish(work_dir: Path, out_dir: Path) -> None:

@@ -14,14 +14,6 @@ from galaxydist.surveys.simulate.scene import Array, Scene
 _CUSP = 0.12
 
 
-def sersic_b(index: float) -> float:
-    """Return the b of a Sersic profile, for which half of the light is within the half-light radius.
-
-    Ciotti & Bertin (1999, A&A 352, 447), equation 18, good to 1e-4 for n > 0.5.
-    """
-    return 2.0 * index - 1.0 / 3.0 + 4.0 / (405.0 * index) + 46.0 / (25515.0 * index**2)
-
-
 def sersic(u: Array, v: Array, radius: float, axis_ratio: float, index: float, *, boxiness: float = 2.0) -> Array:
     """Return a Sersic (1968) profile: exp(-b (r / R)^(1/n)); n = 1 is an exponential disc, n = 4 a de Vaucouleurs bulge.
 
@@ -36,7 +28,8 @@ def sersic(u: Array, v: Array, radius: float, axis_ratio: float, index: float, *
         square = u * u + (v / axis_ratio) ** 2
     else:
         square = (np.abs(u) ** boxiness + np.abs(v / axis_ratio) ** boxiness) ** (2.0 / boxiness)
-    b = sersic_b(index)
+    # Half of the light is within the radius: Ciotti & Bertin (1999, A&A 352, 447), equation 18, good to 1e-4 for n > 0.5.
+    b = 2.0 * index - 1.0 / 3.0 + 4.0 / (405.0 * index) + 46.0 / (25515.0 * index**2)
     scaled = (square + np.float32(_CUSP)) * np.float32(1.0 / radius**2)
     profile = np.exp(np.float32(-b) * scaled ** np.float32(0.5 / index))
     total = 2.0 * np.pi * index * radius**2 * axis_ratio * b ** (-2.0 * index) * gamma(2.0 * index)

@@ -83,8 +83,6 @@ def class_counts(num_galaxies: int, balanced: bool = False) -> NDArray[np.int64]
     # The classes above the minimum share the galaxies that remain.
     for _ in range(num_classes):
         free = exact > least
-        if not free.any():
-            break
         exact[free] = weights[free] / weights[free].sum() * (num_galaxies - least * (~free).sum())
         exact = np.maximum(exact, least)
     counts: NDArray[np.int64] = np.floor(exact + 1e-9).astype(np.int64)

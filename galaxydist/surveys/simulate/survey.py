@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,15 +29,6 @@ from galaxydist.surveys.simulate.random_draws import GALAXY, SKY, Draws
 from galaxydist.surveys.simulate.scene import SIZE, Scene
 
 
-@dataclass(frozen=True, slots=True)
-class SimulatedImage:
-    """A row's image (256 x 256 x 3 uint8 RGB), redshift and pixel scale (arcsec per pixel)."""
-
-    image: NDArray[np.uint8]
-    redshift: float
-    pixel_scale: float
-
-
 def draw_galaxy(scene: Scene, draws: Draws, light: Light, label: int, position: Position = (0.0, 0.0)) -> None:
     """Draw a galaxy of this class at an x, y offset in pixels from the image centre."""
     if label == DISTURBED:
@@ -53,10 +43,11 @@ def draw_galaxy(scene: Scene, draws: Draws, light: Light, label: int, position: 
         galaxy_types.draw_spiral(scene, draws, light, label, position)
 
 
-def draw_image(plan: SurveyPlan, row: int) -> SimulatedImage:
-    """Draw the image of a row, which depends on the plan and the row number alone.
+def draw_image(plan: SurveyPlan, row: int) -> tuple[NDArray[np.uint8], float, float]:
+    """Return the image of a row (256 x 256 x 3 uint8 RGB), its redshift and its pixel scale (arcsec per pixel).
 
-    The second row of the galaxy with two labels shows the same galaxy as the first. Neighbours within the frame are drawn too.
+    They depend on the plan and the row number alone. The second row of the galaxy with two labels shows the same galaxy as the
+    first. Neighbours within the frame are drawn too.
     """
     shown = int(plan.shown[row])
     label = int(plan.labels[shown])
@@ -67,8 +58,7 @@ def draw_image(plan: SurveyPlan, row: int) -> SimulatedImage:
     for neighbour, east, north in plan.neighbours(shown):
         beside = Draws(plan.seed, GALAXY, neighbour)
         its_label = int(plan.labels[neighbour])
-        its_light = draw_light(beside, its_label)
-        its_light = its_light.at_scale(scene.pixel_scale)
+        its_light = draw_light(beside, its_label).at_scale(scene.pixel_scale)
         # East is left and north is up; rows count downwards.
         draw_galaxy(scene, beside, its_light, its_label, (-east / scene.pixel_scale, -north / scene.pixel_scale))
     field = Draws(plan.seed, SKY, shown)
@@ -77,7 +67,7 @@ def draw_image(plan: SurveyPlan, row: int) -> SimulatedImage:
     light_CHW = observation.blur(scene.light_CHW, observation.draw_seeing(field), scene.pixel_scale)
     observation.add_artefacts(light_CHW, field)
     light_CHW = observation.add_noise(light_CHW, field, scene.pixel_scale, plan.seed, shown)
-    return SimulatedImage(observation.to_image(light_CHW), light.redshift, light.pixel_scale)
+    return observation.to_image(light_CHW), light.redshift, light.pixel_scale
 
 
 # Written into the file; increase it whenever the same seed gives different galaxies.
@@ -128,12 +118,8 @@ def draw_rows(plan: SurveyPlan, workers: int | None = None, description: str = "
 
 def draw_slab(plan: SurveyPlan, start: int, stop: int) -> Slab:
     """Draw images, redshifts and pixel scales of the plan's rows ``start`` ... ``stop - 1``."""
-    images = [draw_image(plan, row) for row in range(start, stop)]
-    return (
-        np.stack([image.image for image in images]),
-        np.array([image.redshift for image in images]),
-        np.array([image.pixel_scale for image in images]),
-    )
+    images, redshifts, pixel_scales = zip(*(draw_image(plan, row) for row in range(start, stop)), strict=True)
+    return np.stack(images), np.array(redshifts), np.array(pixel_scales)
 
 
 _plan_once = lru_cache(maxsize=1)(plan_survey)
