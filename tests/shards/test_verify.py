@@ -63,7 +63,7 @@ def test_raw_images_are_checked_without_the_parser_of_python(tmp_path: Path, mon
         return parse(text)
 
     monkeypatch.setattr(ast, "literal_eval", parse_in_main_thread)
-    assert check_shards(manifest.path).num_galaxies == sum(split.num_samples for split in manifest.splits.values())
+    check_shards(manifest.path)
     shard, offset = manifest.shard_path("train", 0), int(manifest.offsets("train")[1])
     overwrite(shard, offset + 1, b"X")
     with pytest.raises(
