@@ -22,6 +22,7 @@ from galaxydist.shards.remote.cache import SharedFile
 from galaxydist.shards.remote.prefetcher import LocalShards, ShardSource, open_shard_source
 from galaxydist.shards.shard_usage import extend, usage_of_evaluation
 from galaxydist.shards.tar import BLOCK, parse_index
+from galaxydist.shards.writer.encode import raw_header
 
 Pixels = NDArray[np.uint8]
 
@@ -86,7 +87,7 @@ class ImageDecoder:
         self._shard_bytes = shards["bytes"]
         self._offsets, self._lengths = manifest.offsets(split), manifest.lengths(split)
         self._source = source or LocalShards(manifest, split)
-        self._raw_header = _raw_header(manifest.image_size)
+        self._raw_header = raw_header(manifest.image_size)
 
     def locate(self, samples: NDArray[np.int64]) -> list[StoredImage]:
         """Return the locations of stored samples."""
@@ -171,12 +172,6 @@ def _read_key(shard: Path, number: int, offset: int) -> str:
         file.seek(offset - BLOCK)
         return tarfile.TarInfo.frombuf(file.read(BLOCK), "ascii", "strict").name.partition(".")[0]
     return f"number {number}"
-
-
-def _raw_header(image_size: int) -> bytes:
-    stream = io.BytesIO()
-    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": (image_size, image_size, 3)})
-    return stream.getvalue()
 
 
 def _decode_png(data: bytes, pixels: Pixels) -> tuple[int, ...]:

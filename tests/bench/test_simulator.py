@@ -6,9 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from galaxydist.bench.simulator import GUARD_LIMIT, colour_features, measure_guards, thumbnails
+from galaxydist.bench.simulator import (
+    GUARD_LIMIT,
+    TUNING_ROWS,
+    colour_features,
+    measure_guards,
+    split_by_row,
+    thumbnails,
+)
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
+from galaxydist.surveys.image_folder import open_image_folder
 
 
 def test_features_are_what_they_say() -> None:
@@ -41,3 +49,14 @@ def test_the_simulation_is_as_hard_as_the_sky(real_sample: Path) -> None:
     # Not harder by much either: the classes' colours and sizes are the real ones'.
     for name, accuracy in result["real"].items():
         assert abs(result["simulated"][name] - accuracy) < 0.10
+
+
+def test_the_tuning_half_is_the_first_rows_of_each_class(real_sample: Path) -> None:
+    survey = split_by_row(open_image_folder(real_sample, fold=(0, 2)))
+    tuning, held_out = survey.splits["train"], survey.splits["test"]
+    assert len(tuning) == 10 * TUNING_ROWS and len(tuning) + len(held_out) == 999
+    assert not set(tuning) & set(held_out)
+    row_of = np.array([int(Path(file).stem) for file in survey.files])
+    for label in range(10):
+        of_class = survey.labels == label
+        assert row_of[tuning][of_class[tuning]].max() < row_of[held_out][of_class[held_out]].min()

@@ -216,8 +216,13 @@ def test_a_planted_pickle_does_not_run(place: str, saved: Path) -> None:
     assert not exploded.exists()
 
 
-def test_an_older_galaxydist_would_say_that_it_cannot_read_it(saved: Path) -> None:
-    assert json.loads((saved / "step-00000002-0002" / "checkpoint.json").read_bytes())["content"]["format"] == 2
+def test_an_older_galaxydist_would_say_that_it_cannot_read_it(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved / "step-00000002-0002"
+    assert json.loads((path / "checkpoint.json").read_bytes())["content"]["format"] == 2
+    monkeypatch.setattr(store, "SHARDED_FORMAT_VERSION", 1)  # the older one knew format 1 alone
+    for read in (read_checkpoint, store.verify_files):
+        with pytest.raises(UserError, match=r"step-00000002-0002 has checkpoint format 2.* Use the version that wrote it"):
+            read(path)
 
 
 # ---- failures ----

@@ -118,13 +118,13 @@ def test_a_class_without_training_galaxies_is_refused(tmp_path: Path, capsys: py
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_an_unknown_optimizer_is_refused_with_the_list(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(quick_settings(blobs, tmp_path / "run", optim__name="adopt"), capsys)
     assert "optim.name=adopt: there is no such optimizer. There are adamw, sgd, lamb, lion, muon, adan." in error
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_fp16_without_a_gpu_is_refused(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(quick_settings(blobs, tmp_path / "run", train__precision="fp16"), capsys)
     assert "needs a GPU" in error and "train.precision=auto" in error
@@ -200,10 +200,17 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(
     blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    broken = {"train__clip_norm": 0, "optim__name": "sgd", "optim__lr": 1e35, "optim__warmup": 0.0}
-    assert run_here(quick_settings(blobs, run_dir, **broken)) == 1
+    options = {"train__clip_norm": 0, "optim__name": "sgd", "optim__warmup": 0.0}
+    assert run_here(quick_settings(blobs, run_dir, train__epochs=1, **options)) == 0
+    (run_dir / "result.json").unlink()
+    kept = store.list_checkpoints(run_dir / "checkpoints")
+    forced = {"optim__lr": 1e35, "train__epochs": 2, "resume__force": "[optim.lr, train.epochs]"}
+    assert run_here(quick_settings(blobs, run_dir, **options, **forced)) == 1
     assert "is not a number" in capsys.readouterr().err
-    assert store.list_checkpoints(run_dir / "checkpoints") == []
+    assert store.list_checkpoints(run_dir / "checkpoints") == kept != []
+    newest = store.load(run_dir / "checkpoints")
+    assert newest is not None and newest.step == 3
+    assert all(torch.isfinite(tensor).all() for tensor in newest.tensors.values() if tensor.is_floating_point())
     assert not (run_dir / "result.json").exists()
 
 

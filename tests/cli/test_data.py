@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from galaxydist.cli.main import main
 from galaxydist.cli.options import fold
 from galaxydist.shards.manifest import read_manifest
+from galaxydist.surveys.survey_sources import open_survey
 
 GALAXIES = 150
 
@@ -39,7 +41,9 @@ def image_folder(folder: Path, per_class: int = 12) -> Path:
     return folder
 
 
-def test_simulate_does_no_work_twice_and_replaces_only_when_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_simulate_does_no_work_twice_and_replaces_only_when_told(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = root / "hdf5" / "simulated.h5"
     before = path.stat().st_mtime_ns
     assert command(root, "data", "simulate", "--num-galaxies", str(GALAXIES)) == 0
@@ -47,6 +51,10 @@ def test_simulate_does_no_work_twice_and_replaces_only_when_told(root: Path, cap
     assert command(root, "data", "simulate", "--num-galaxies", "20", "--seed", "5") == 2
     assert "holds another survey (seed is 0, not 5; num_galaxies is 150, not 20). Give --overwrite" in capsys.readouterr().err
     assert path.stat().st_mtime_ns == before
+    copy = tmp_path / "copy.h5"
+    shutil.copy(path, copy)
+    assert main(["data", "simulate", "--num-galaxies", "30", "--seed", "5", "--out", str(copy), "--overwrite"]) == 0
+    assert len(open_survey(copy).labels) == 30 and len(open_survey(path).labels) == GALAXIES
 
 
 def test_simulate_leaves_a_foreign_file_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
 from galaxydist.planner.memory import estimate, model_memory
+from galaxydist.planner.table import WIDTH, show_size
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.training.step import count_micro_batches
 from tests.helpers.forked_runs import run_forked
@@ -34,8 +35,19 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_json_is_one_object_with_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan(tmp_path, *SMALL, "--galaxies", "1000000", "--shards", "1000", "--json") == 0
+    arguments = (*SMALL, "--galaxies", "1000000", "--shards", "1000")
+    assert plan(tmp_path, *arguments) == 0
+    table = {line[:WIDTH].strip(): line[WIDTH:] for line in capsys.readouterr().out.splitlines()}
+    assert plan(tmp_path, *arguments, "--json") == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    steps, memory, reading = found["steps"], found["memory"], found["reading"]
+    assert table["steps an epoch"].startswith(f"{steps['per_epoch']:,} of 192: {steps['samples']:,} training galaxies")
+    assert table["steps of the run"] == f"{steps['total']:,} ({found['epochs']} epochs)"
+    for name in ("weights", "gradients", "optimizer", "activations"):
+        assert table[name].startswith(show_size(memory[name])), name
+    assert table["at most together"].startswith(show_size(memory["total"]))
+    assert table["training shards"] == f"{reading['num_shards']:,}, {show_size(reading['num_bytes'])}"
+    assert table["checkpoint"].startswith(show_size(found["checkpoint_bytes"]))
     assert found["steps"]["per_epoch"] == 1_000_000 // 192 and found["reading"]["num_shards"] == 1000
     assert found["steps"]["epoch_s"] is None and found["steps"]["validation_batches"] is None
     assert found["memory"]["total"] > found["memory"]["activations"] > 0

@@ -125,9 +125,28 @@ def test_times_go_round_as_slurm_prints_them(seconds: int) -> None:
     assert parse_duration(time_text(seconds)) == seconds
 
 
-@given(st.dictionaries(st.sampled_from(sorted(COMMANDS)), st.text(max_size=200)))
-def test_any_text_is_read_as_far_as_it_says_something(outputs: dict[str, str]) -> None:
-    site = parse_site(outputs)
+RECORDED_LINES = {name: (RECORDS / "typed" / f"{name}.txt").read_text().splitlines() for name in COMMANDS}
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            name: st.lists(st.sampled_from(lines) | st.text(max_size=40), max_size=5) for name, lines in RECORDED_LINES.items()
+        },
+    )
+)
+def test_any_text_is_read_as_far_as_it_says_something(outputs: dict[str, list[str]]) -> None:
+    """Recorded lines are understood among lines of any text."""
+    site = parse_site({name: "\n".join(lines) for name, lines in outputs.items()})
+    understood = {
+        name: [line for line in lines if line in RECORDED_LINES[name] and line.strip()] for name, lines in outputs.items()
+    }
+    assert {line.split()[0].removeprefix("PartitionName=") for line in understood.get("partitions", [])} <= site.partitions.keys()
+    for name, _, cpus, *_ in (line.split("|") for line in understood.get("nodes", [])):
+        if name in site.partitions:
+            assert int(cpus) in {group.cpus for group in site.partitions[name].nodes}
+    assert {line.split("|")[0] for line in understood.get("qos", [])} <= site.qos.keys()
     if not site.partitions:
         takes(site, partition="any")
 
@@ -176,22 +195,28 @@ def test_what_a_partition_does_not_have_is_refused_with_what_there_is(asked: dic
 
 
 @pytest.mark.parametrize(
-    "asked",
+    ("asked", "beyond"),
     [
-        {"partition": "gpu", "gpus_per_node": 4, "nodes": 2, "cpus_per_task": 32, "memory": 976.0, "time": 2880},
-        {"partition": "gpu", "gpus_per_node": 2, "gpu_type": "v100"},
-        {"partition": "gpu", "gpus_per_node": 3, "nodes": 2},
-        {"partition": "gpu", "account": "astro", "qos": "long", "time": 7 * 1440},
-        {"partition": "private", "account": "astro", "qos": "long"},
-        {"partition": "gpu", "constraint": "rome&ib"},
-        {"partition": "cpu,gpu", "gpus_per_node": 4},
-        {"memory": 0.0},
-        {},
-        {"scheduler": "local", "gpus_per_node": 99},
+        (
+            {"partition": "gpu", "gpus_per_node": 4, "nodes": 2, "cpus_per_task": 32, "memory": 976.0, "time": 2880},
+            {"memory": 977.0},
+        ),
+        ({"partition": "gpu", "gpus_per_node": 2, "gpu_type": "v100"}, {"gpus_per_node": 3}),
+        ({"partition": "gpu", "gpus_per_node": 3, "nodes": 2}, {"nodes": 3}),
+        ({"partition": "gpu", "account": "astro", "qos": "long", "time": 7 * 1440}, {"time": 7 * 1440 + 1}),
+        ({"partition": "private", "account": "astro", "qos": "long"}, {"qos": "normal"}),
+        ({"partition": "gpu", "constraint": "rome&ib"}, {"constraint": "fast"}),
+        ({"partition": "cpu,gpu", "gpus_per_node": 4}, {"gpus_per_node": 5}),
+        ({"memory": 0.0}, {"memory": 1000.0}),
+        ({}, {"gpus_per_node": 1}),
+        ({"scheduler": "local", "gpus_per_node": 99}, {"scheduler": "slurm"}),
     ],
 )
-def test_what_a_partition_has_is_taken(asked: dict[str, object]) -> None:
-    takes(recorded("typed"), **asked)
+def test_what_a_partition_has_is_taken(asked: dict[str, object], beyond: dict[str, object]) -> None:
+    """A request is accepted up to its limits, and refused with one change beyond them."""
+    site = recorded("typed")
+    takes(site, **asked)
+    assert refusal(site, **asked | beyond).startswith("Partition ")
 
 
 def test_all_that_is_missing_is_said_at_once_and_for_each_partition() -> None:

@@ -102,12 +102,21 @@ def test_a_dead_node_is_told(mini_cluster: "MiniCluster", tmp_path: Path) -> Non
     assert wait_for_state(job_id, lambda state: not state.is_active).state == "NODE_FAIL"
 
 
-def test_accounting_tells_of_what_slurmctld_has_forgotten(mini_cluster: "MiniCluster", tmp_path: Path) -> None:
+def test_accounting_tells_of_what_slurmctld_has_forgotten(
+    mini_cluster: "MiniCluster", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     array = submit(mini_cluster, "exit $SLURM_ARRAY_TASK_ID", "--array=0-1", folder=tmp_path)
     wait_state(mini_cluster, f"{array}_0", "COMPLETED")
     wait_state(mini_cluster, f"{array}_1", "FAILED")
     ids = [f"{array}_0", f"{array}_1"]
-    wait_for(lambda: [state.state for state in slurm._read_accounting(ids).values()] == ["COMPLETED", "FAILED"])
+    # slurmctld forgets a job minutes after its end (MinJobAge); squeue then prints nothing, as for a job that never was.
+    unknown = slurm._run_squeue(["999999"])
+    monkeypatch.setattr(slurm, "_run_squeue", lambda _: unknown)
+    wait_for(lambda: slurm.UNKNOWN not in {state.state for state in read_states(ids).values()})  # accounting lags behind
+    states = read_states(ids)
+    assert unknown == "" and list(states) == ids
+    assert [(state.state, state.is_active) for state in states.values()] == [("COMPLETED", False), ("FAILED", False)]
+    assert all(state.nodes.startswith("n") and state.time_left_s is None for state in states.values())
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_bf16_autocast_trains() -> None:
         logits_BK = model(torch.randn(2, 3, 32, 32))
         assert logits_BK.dtype == torch.bfloat16
         logits_BK.sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model.eval()(torch.randn(2, 3, 32, 32))
 

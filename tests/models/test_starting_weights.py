@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from galaxydist.bench.simulator import TUNING_ROWS, split_by_row
 from galaxydist.checkpoints import store
 from galaxydist.cli.main import main
 from galaxydist.errors import UserError
@@ -14,7 +12,6 @@ from galaxydist.evaluation.evaluator import EvaluationData, evaluate_run, evalua
 from galaxydist.models.weights import read_statistics, read_weights
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.writer.writer import write_shards
-from galaxydist.surveys.image_folder import open_image_folder
 from tests.helpers.blobs import BlobSurvey
 from tests.helpers.runs import quick_settings, read_evaluation, run_here, without_figures
 
@@ -57,14 +54,3 @@ def test_a_run_is_judged_on_other_shards_beside_its_own(run_dir: Path, tmp_path:
     renamed = BlobSurvey(class_names=("round", "flat", "double"))
     with pytest.raises(UserError, match="double"):
         evaluate_run(run_dir, "test", {}, EvaluationData(write_shards(renamed, tmp_path / "renamed", workers=1).path))
-
-
-def test_the_tuning_half_is_the_first_rows_of_each_class(real_sample: Path) -> None:
-    survey = split_by_row(open_image_folder(real_sample, fold=(0, 2)))
-    tuning, held_out = survey.splits["train"], survey.splits["test"]
-    assert len(tuning) == 10 * TUNING_ROWS and len(tuning) + len(held_out) == 999
-    assert not set(tuning) & set(held_out)
-    row_of = np.array([int(Path(file).stem) for file in survey.files])
-    for label in range(10):
-        of_class = survey.labels == label
-        assert row_of[tuning][of_class[tuning]].max() < row_of[held_out][of_class[held_out]].min()

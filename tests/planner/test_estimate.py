@@ -39,6 +39,7 @@ from galaxydist.surveys.official_split import read_official_split
 from galaxydist.training.mixup import split_evenly
 from galaxydist.training.step import count_micro_batches
 from tests.helpers.blobs import BlobSurvey
+from tests.helpers.memory import peak_memory
 from tests.helpers.model_names import marked
 
 SMALL = ("recipe=custom_cnn", "model.width=8", "data.image_size=32")
@@ -205,9 +206,12 @@ def test_flags_say_how_large_another_data_set_would_be() -> None:
 def test_a_large_world_is_planned_at_once() -> None:
     recipe = recipe_of("train.batch_size=16384", "data.num_streams=192")
     data = find_dataset_size(recipe.data, Path("nowhere"), galaxies=1_000_000_000, shards=100_000)
-    reading = plan_shard_traffic(recipe, data, ClusterShape(1024, 8))
+    by_stream = recipe_of("train.batch_size=16384", "data.num_streams=8192")
+    with peak_memory() as peak:
+        reading = plan_shard_traffic(recipe, data, ClusterShape(1024, 8))
+        split = plan_shard_traffic(by_stream, data, ClusterShape(1024, 8))
+    assert peak() < 40_000_000  # bytes; one for each galaxy would be 1 GB, one for each shard and node 100 MB
     assert reading.num_shards == 100_000 and reading.nodes_per_shard > 1
-    split = plan_shard_traffic(recipe_of("train.batch_size=16384", "data.num_streams=8192"), data, ClusterShape(1024, 8))
     assert split.nodes_per_shard == pytest.approx(1, abs=0.1)
     assert split.shards_per_node_most < 150
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from galaxydist.errors import UserError
@@ -279,10 +279,25 @@ def test_a_folder_in_the_folder_is_part_of_the_name(tmp_path: Path, monkeypatch:
         load_recipe(["recipe=reference/vitt"], folders=[folder])
 
 
-@given(st.lists(st.text(max_size=30), max_size=4))
-def test_any_command_line_is_a_recipe_or_a_recipe_error(arguments: list[str]) -> None:
-    with pytest.raises(RecipeError):
-        load_recipe(arguments, folders=[])
+SOUND_ARGUMENTS = ("recipe=plain", "optim.lr=0.5", "train.epochs=3", "seed=1")
+
+
+@given(st.lists(st.sampled_from(SOUND_ARGUMENTS) | st.text(max_size=30), max_size=4))
+@example(list(SOUND_ARGUMENTS))
+@example([*SOUND_ARGUMENTS, "seed=1"])
+def test_any_command_line_is_a_recipe_or_a_recipe_error(tmp_path_factory: pytest.TempPathFactory, arguments: list[str]) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "plain.yaml").write_text(PLAIN)
+    is_sound = "recipe=plain" in arguments and set(arguments) <= set(SOUND_ARGUMENTS) and len(set(arguments)) == len(arguments)
+    try:
+        resolved = load_recipe(arguments, folders=[folder])
+    except RecipeError as error:
+        assert error.problems and not is_sound
+    else:
+        assert is_sound
+        assert flatten(resolved.recipe).keys() == RECIPE.fields.keys()
+        given_keys = {argument.partition("=")[0] for argument in arguments} - {"recipe"}
+        assert {key for key, origin in resolved.origins.items() if origin == "command line"} == given_keys
 
 
 @given(

@@ -14,6 +14,7 @@ from galaxydist.errors import UserError
 from galaxydist.loading.loader import Batch, DecodeOptions, RankInfo, TrainLoader
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.order import (
+    WINDOW,
     EpochOrder,
     Order,
     ResampledOrder,
@@ -22,6 +23,7 @@ from galaxydist.shards.order import (
     rank_offsets,
     steps_per_epoch,
 )
+from tests.helpers.memory import peak_memory
 
 shard_sizes = st.lists(st.integers(0, 60), min_size=1, max_size=40).filter(lambda sizes: sum(sizes) > 0)
 seeds = st.integers(0, 2**63 - 1)
@@ -230,9 +232,16 @@ def test_evaluation_deals_every_batch_once(num_samples: int, batch_size: int, wo
 
 
 def test_a_hundred_thousand_shards_open_at_once() -> None:
-    order = EpochOrder(np.full(100_000, 10_000), seed=1, epoch=1)
-    samples = order.samples(10**9 - 1 - np.arange(256))
+    """The memory is that of a few numbers for each shard; and a window of a stream is a permutation of its stretch."""
+    with peak_memory() as peak:
+        order = EpochOrder(np.full(100_000, 10_000), seed=1, epoch=1)
+        samples = order.samples(10**9 - 1 - np.arange(256))
+    assert peak() < 20_000_000
     assert np.unique(samples).size == 256 and samples.min() >= 0 and samples.max() < 10**9
+    for stream, window in ((0, 0), (100, 700)):
+        found = np.sort(order.samples(stream + (window * WINDOW + np.arange(WINDOW)) * order.num_streams))
+        gaps = np.diff(found)
+        assert (gaps >= 1).all() and (gaps > 1).sum() <= 1  # two shards at most, without holes
 
 
 def test_reading_order_is_unlike_storage_order() -> None:

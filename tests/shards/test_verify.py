@@ -1,7 +1,10 @@
 """Damaged shards: opening and checking say what is wrong, and where."""
 
+import ast
 import json
+import re
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +51,25 @@ def test_a_damaged_image_names_shard_and_galaxy(manifest: Manifest) -> None:
     assert f"shard {shard}: its checksum is not the manifest's" in str(error.value)
     assert f"shard {shard}, galaxy {first_keys(shard)[2]}: its image does not decode" in str(error.value)
     assert "make the shards anew with: galaxydist data shard" in str(error.value)
+
+
+def test_raw_images_are_checked_without_the_parser_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """np.load parses headers with ``ast``, which fails now and then in several threads of Python 3.11."""
+    manifest = write_shards(MemorySurvey(draw_galaxies(40)), tmp_path / "shards", encoding="raw", shard_size=8)
+    parse = ast.literal_eval
+
+    def parse_in_main_thread(text: str) -> object:
+        assert threading.current_thread() is threading.main_thread()
+        return parse(text)
+
+    monkeypatch.setattr(ast, "literal_eval", parse_in_main_thread)
+    check_shards(manifest.path)
+    shard, offset = manifest.shard_path("train", 0), int(manifest.offsets("train")[1])
+    overwrite(shard, offset + 1, b"X")
+    with pytest.raises(
+        UserError, match=rf"galaxy {re.escape(first_keys(shard)[1])}: its image is not a \.npy file of \d+ x \d+ x 3 uint8"
+    ):
+        check_shards(manifest.path)
 
 
 def test_a_truncated_tar_names_every_galaxy_that_is_lost(manifest: Manifest) -> None:

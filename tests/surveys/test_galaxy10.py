@@ -193,8 +193,14 @@ def test_damaged_images_are_found_while_reading(survey_file: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"variant": "other"}, {"conflicting": "maybe"}, {"variant": "balanced", "fold": (0, 3)}, {"fold": (3, 3)}]
+    ("arguments", "message"),
+    [
+        ({"variant": "other"}, "no variant 'other'; choose from original, balanced"),
+        ({"conflicting": "maybe"}, "conflicting='maybe'; choose from keep, drop"),
+        ({"variant": "balanced", "fold": (0, 3)}, "a cross-validation uses the original variant"),
+        ({"fold": (3, 3)}, "fold 3 of 3: folds are numbered 0 to n - 1"),
+    ],
 )
-def test_bad_arguments(survey_file: Path, arguments: dict[str, object]) -> None:
-    with pytest.raises(UserError):
+def test_bad_arguments(survey_file: Path, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         open_survey(survey_file, **arguments)  # type: ignore[arg-type]

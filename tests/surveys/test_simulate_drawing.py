@@ -8,7 +8,7 @@ import pytest
 from galaxydist.surveys.simulate import components, observation
 from galaxydist.surveys.simulate.galaxy_types import LOOSE_PITCH, TIGHT_PITCH, draw_arms
 from galaxydist.surveys.simulate.morphology import draw_light
-from galaxydist.surveys.simulate.random_draws import GALAXY, Draws, pixel_normals
+from galaxydist.surveys.simulate.random_draws import GALAXY, PIXELS, Draws, pixel_normals
 from galaxydist.surveys.simulate.scene import CENTRE, MARGIN, SIZE, Scene
 
 
@@ -18,6 +18,12 @@ def test_dice_are_fixed_for_ever() -> None:
     long = Draws(1, GALAXY, 2).uniforms(1500)
     again = Draws(1, GALAXY, 2)
     assert np.array_equal(np.concatenate([again.uniforms(7), again.uniforms(1493)]), long)
+    # Golden values: if they change, so does every simulated survey.
+    assert long[[0, 1, 511, 512]].tolist() == [0.8611299952630873, 0.7706711222526322, 0.7275415674078095, 0.7487194462511325]
+    draws = Draws(1, GALAXY, 2)
+    assert draws.normal() == pytest.approx(1.085410216479377)
+    assert (draws.integer(0, 9), draws.pick([1, 2, 3]), draws.poisson(4.2), draws.bernoulli(0.5)) == (7, 1, 4, False)
+    assert pixel_normals((1, 3), 1, PIXELS, 2).tolist() == [pytest.approx([-0.0964773, -1.6789854, 0.2858688], rel=1e-6)]
 
 
 def test_dice_have_their_distributions() -> None:
@@ -114,6 +120,8 @@ def test_the_stretch_is_the_viewers() -> None:
 def test_large_galaxies_get_the_coarse_pixels() -> None:
     lights = [draw_light(Draws(1, GALAXY, row), label) for label in range(10) for row in range(200)]
     assert {light.pixel_scale for light in lights} == {0.262, 0.524}
+    for light in lights:  # beyond a half-light radius of 48 fine pixels
+        assert (light.pixel_scale == 0.524) == (light.radius * light.pixel_scale > 48 * 0.262)
     assert max(light.radius for light in lights) * 2 < SIZE / 2 + MARGIN
     assert np.mean([light.pixel_scale > 0.3 for light in lights]) < 0.1
 

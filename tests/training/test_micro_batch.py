@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,23 @@ def test_other_errors_pass_through_and_leave_the_model(world: World) -> None:
     assert snapshot(model) == before
 
 
-def test_ballast_is_held_while_trying(world: World) -> None:
+def test_ballast_is_held_while_trying(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate, model = torch.empty, LimitedModel(2)
+    ballasts: list[weakref.ref[torch.Tensor]] = []
+    held: list[list[bool]] = []
+
+    def empty(*size: Any, **options: Any) -> torch.Tensor:
+        tensor = allocate(*size, **options)
+        if tensor.nbytes == 12_345:
+            ballasts.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", empty)
+    model.head.register_full_backward_hook(lambda *_: held.append([ballast() is not None for ballast in ballasts]))
+    assert find_micro_batch(world, build_recipe("train.batch_size=4"), model, ballast_bytes=12_345, force=True) == 2
+    assert held == [[False, True]]  # of the passes of 4 and of 2 images: one at a time, and for the whole pass
+    assert [ballast() for ballast in ballasts] == [None, None]
+    monkeypatch.undo()
     with pytest.raises(EveryRankError, match="not even a micro-batch of 1"):
         find_micro_batch(world, build_recipe("train.batch_size=4"), LimitedModel(100), ballast_bytes=1 << 50, force=True)
 

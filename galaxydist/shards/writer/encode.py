@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -104,15 +105,30 @@ def decode_stored(data: bytes, encoding: str, size: int) -> Pixels:
     Raises:
         ValueError: it does not decode, or has another size.
     """
+    if encoding == "raw":
+        header = raw_header(size)
+        if not data.startswith(header) or len(data) != len(header) + size * size * 3:
+            raise ValueError(f"its image is not a .npy file of {size} x {size} x 3 uint8")
+        return np.frombuffer(data, np.uint8, offset=len(header)).reshape(size, size, 3)
     try:
-        pixels = (
-            np.load(io.BytesIO(data), allow_pickle=False) if encoding == "raw" else decode_image(EncodedImage(data, encoding))
-        )
+        pixels = decode_image(EncodedImage(data, encoding))
     except DamagedImageError as error:
         raise ValueError(error.reason) from None
-    if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
-        raise ValueError(f"its image is {pixels.shape} of {pixels.dtype}, the manifest says {size} x {size} pixels")
-    return np.asarray(pixels)
+    if pixels.shape != (size, size, 3):
+        raise ValueError(f"its image is {pixels.shape}, the manifest says {size} x {size} pixels")
+    return pixels
+
+
+@lru_cache
+def raw_header(size: int) -> bytes:
+    """Return the .npy header of a raw image of size x size x 3 uint8.
+
+    Readers compare headers and do not call ``np.load``, which parses them with ``ast.literal_eval``: in several threads at once
+    that raises SystemError on Python 3.11 ("AST constructor recursion depth mismatch").
+    """
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": (size, size, 3)})
+    return stream.getvalue()
 
 
 def encode_image(pixels: Pixels, encoding: str, quality: int) -> bytes:

@@ -12,21 +12,21 @@ from tests.helpers.runs import count_errors, quick_settings, read_metrics
 from tests.helpers.scripts.poisoned_launch import train_poisoned
 
 
-def poisoned(rank: int, steps: set[int], settings: list[str], size: int = 1) -> tuple[int, str, str]:
-    """Exit code, output and messages of a run whose images are spoilt in some steps."""
+def poisoned(rank: int, steps: set[int], settings: list[str], size: int = 1) -> tuple[int, str]:
+    """Return the exit code and standard error of a run whose images are spoilt in some steps."""
     done = run_forked(train_poisoned, rank, steps, settings, size=size)
-    return done.returncode, done.stderr, done.stderr
+    return done.returncode, done.stderr
 
 
 @pytest.mark.multiprocess
 def test_all_ranks_stop_at_the_same_step_and_name_its_galaxies(blobs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    code, _, told = poisoned(1, {4}, quick_settings(blobs, run_dir, train__log_every=1), 2)
+    code, errors = poisoned(1, {4}, quick_settings(blobs, run_dir, train__log_every=1), 2)
     assert code == 1
-    assert count_errors(told) == 1 and "at step 4 (from 0)" in told and "train.on_nonfinite=skip" in told
+    assert count_errors(errors) == 1 and "at step 4 (from 0)" in errors and "train.on_nonfinite=skip" in errors
     listed = json.loads((run_dir / "nonfinite-step-00000004.json").read_text())
     assert listed["step"] == 4 and len(set(listed["galaxies"])) == 24
-    assert all(name in told for name in listed["galaxies"][:8]) and "and 16 more" in told
+    assert all(name in errors for name in listed["galaxies"][:8]) and "and 16 more" in errors
     newest = store.load(run_dir / "checkpoints")
     assert newest is not None and newest.step == 3
     # The step after it was under way when it became known; nothing of it was written.
@@ -38,9 +38,9 @@ def test_all_ranks_stop_at_the_same_step_and_name_its_galaxies(blobs: Path, tmp_
 def test_a_step_that_is_left_out_leaves_no_trace(size: int, blobs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     options = {"train__epochs": 1, "train__save_steps": 1, "train__on_nonfinite": "skip", "train__log_every": 1}
-    code, said, told = poisoned(0, {2}, quick_settings(blobs, run_dir, **options), size)
-    assert code == 0, told
-    assert said.count("The step is left out (1 of at most 10)") == 1
+    code, errors = poisoned(0, {2}, quick_settings(blobs, run_dir, **options), size)
+    assert code == 0, errors
+    assert errors.count("The step is left out (1 of at most 10)") == 1
     last, before = (store.read_sound(path) for path in store.list_checkpoints(run_dir / "checkpoints"))
     assert (last.step, before.step) == (3, 2)
     assert any(name.endswith("running_var") for name in last.tensors) and any(name.endswith("/exp_avg") for name in last.tensors)
@@ -58,9 +58,9 @@ def test_a_step_that_is_left_out_leaves_no_trace(size: int, blobs: Path, tmp_pat
 @pytest.mark.multiprocess
 def test_too_many_steps_left_out_stop_the_run_also_over_a_restart(blobs: Path, tmp_path: Path) -> None:
     settings = quick_settings(blobs, tmp_path / "run", train__on_nonfinite="skip", train__max_nonfinite=1, train__epochs=3)
-    code, _, told = poisoned(0, {1, 7}, settings)
+    code, errors = poisoned(0, {1, 7}, settings)
     assert code == 1
-    assert "at step 7 (from 0)" in told and "2 such steps, more than train.max_nonfinite=1" in told
+    assert "at step 7 (from 0)" in errors and "2 such steps, more than train.max_nonfinite=1" in errors
     # The first one is remembered by the checkpoint of step 6.
-    assert "train.max_nonfinite=1" in poisoned(0, {7}, settings)[2]
+    assert "train.max_nonfinite=1" in poisoned(0, {7}, settings)[1]
     assert poisoned(0, {99}, settings)[0] == 0
