@@ -10,7 +10,7 @@ from galaxydist.counter_rng import hash64, uniform
 integers = st.integers(-(2**63), 2**64 - 1)
 
 
-def test_golden_values() -> None:
+def test_hash64_and_uniform_have_their_golden_values() -> None:
     # The first two are the first outputs of the published splitmix64.c for the seeds 0 and 1234567.
     assert int(hash64(0)) == 0xE220A8397B1DCDAF
     assert int(hash64(1234567)) == 6457827717110365317
@@ -21,7 +21,7 @@ def test_golden_values() -> None:
 
 
 @given(st.lists(integers, min_size=1, max_size=5))
-def test_follows_its_formula(values: list[int]) -> None:
+def test_hash64_follows_the_splitmix64_formula(values: list[int]) -> None:
     state, mask = 0, 2**64 - 1
     for value in values:
         state = ((state ^ (value & mask)) + 0x9E3779B97F4A7C15) & mask
@@ -31,14 +31,14 @@ def test_follows_its_formula(values: list[int]) -> None:
     assert int(hash64(*values)) == state
 
 
-def test_arrays_equal_single_values_and_broadcast() -> None:
+def test_hash64_of_arrays_broadcasts_and_equals_single_values() -> None:
     rows, columns = np.arange(-3, 4)[:, None], np.arange(5, dtype=np.int32)
     table = hash64(9, rows, columns)
     assert table.shape == (7, 5) and table.dtype == np.uint64
     assert all(int(table[i, j]) == int(hash64(9, int(rows[i, 0]), j)) for i in range(7) for j in range(5))
 
 
-def test_order_of_the_integers_matters() -> None:
+def test_hash64_depends_on_the_order_of_its_arguments() -> None:
     assert int(hash64(1, 2)) != int(hash64(2, 1))
 
 
@@ -51,6 +51,6 @@ def test_uniform_fills_the_unit_interval_evenly() -> None:
 
 
 @pytest.mark.parametrize("bad", [0.5, np.array([1.0]), "text"])
-def test_only_integers(bad: object) -> None:
+def test_hash64_refuses_non_integers(bad: object) -> None:
     with pytest.raises(TypeError, match="integers"):
         hash64(bad)  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ def lay(root: Path, contents: dict[str, str]) -> Path:
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "plenty\n"}, math.inf),
     ],
 )
-def test_the_quota_is_the_smallest_of_the_groups_above(tmp_path: Path, contents: dict[str, str], quota: float) -> None:
+def test_cpu_quota_is_the_smallest_of_the_cgroups_above(tmp_path: Path, contents: dict[str, str], quota: float) -> None:
     assert cpu_quota(lay(tmp_path, contents)) == quota
 
 
@@ -85,12 +85,14 @@ def test_the_quota_is_the_smallest_of_the_groups_above(tmp_path: Path, contents:
         ([range(49)] * 49, 0, math.inf, 1),
     ],
 )
-def test_shares(bound: list[range], number: int, quota: float, cores: int) -> None:
+def test_fair_share_divides_cores_among_the_processes_of_a_node(
+    bound: list[range], number: int, quota: float, cores: int
+) -> None:
     assert fair_share(bound, number, quota) == cores
 
 
 @given(st.lists(st.frozensets(st.integers(0, 40), min_size=1), min_size=1, max_size=9))
-def test_shares_are_never_more_than_there_is(bound: list[frozenset[int]]) -> None:
+def test_fair_shares_never_exceed_the_available_cores(bound: list[frozenset[int]]) -> None:
     shares = [fair_share(bound, number, math.inf) for number in range(len(bound))]
     assert all(1 <= share <= len(cores) for share, cores in zip(shares, bound, strict=True))
     # One core at least for each process, even where there are fewer cores than processes.
@@ -98,12 +100,12 @@ def test_shares_are_never_more_than_there_is(bound: list[frozenset[int]]) -> Non
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
-def test_a_process_bound_to_one_core_uses_one() -> None:
+def test_available_cores_of_a_process_bound_to_one_core_is_1() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
     code += "from galaxydist.cpus import available_cores; print(available_cores())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
 
-def test_here() -> None:
+def test_available_cores_of_this_process_are_within_its_bound_cores() -> None:
     assert 1 <= available_cores() <= len(bound_cores())
     assert available_cores(10**6) == 1

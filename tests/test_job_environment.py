@@ -45,7 +45,9 @@ def without(variables: Mapping[str, str], *names: str) -> dict[str, str]:
         ({"MASTER_ADDR": "a", "PMI_SIZE": "1"}, LauncherRank(0, 1, 1)),
     ],
 )
-def test_the_rank_comes_from_variables_that_belong_together(environ: Mapping[str, str], expected: LauncherRank) -> None:
+def test_rank_and_world_size_come_from_a_consistent_set_of_launcher_variables(
+    environ: Mapping[str, str], expected: LauncherRank
+) -> None:
     given = dict(environ)
     assert find_rank(given) == expected
     assert find_rank(given) == expected  # also with what was added under srun
@@ -80,7 +82,7 @@ def test_the_rank_comes_from_variables_that_belong_together(environ: Mapping[str
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2: mpirun is not supported", 1),
     ],
 )
-def test_others_are_refused_with_one_message(
+def test_inconsistent_launcher_variables_are_refused_with_one_message(
     environ: dict[str, str], told: str, names: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["recipe=demo", f"run.dir={tmp_path / 'run'}"], environ) == 2
@@ -111,7 +113,7 @@ def test_settings_that_make_another_trainer_are_refused_by_name_and_value(name: 
         check_settings({name: harmless})
 
 
-def test_all_that_accelerate_reads_is_known() -> None:
+def test_every_environment_variable_that_accelerate_reads_is_known() -> None:
     """If this fails after an update of Accelerate, decide whether a new variable of its constructor is the recipe's to set."""
     sources = [inspect.getsource(part) for part in (accelerate.accelerator, accelerate.state, TorchDynamoPlugin)]
     found = set(re.findall(r"(?:environ\.get|from_env)\(\s*\[?\"(\w+)\"", "".join(sources)))
@@ -133,7 +135,7 @@ def test_all_that_accelerate_reads_is_known() -> None:
     assert {"ACCELERATE_USE_FSDP", *given} <= found
 
 
-def test_the_recipe_decides_what_the_launcher_set_too(
+def test_recipe_overrides_precision_accumulation_and_compile_of_the_launcher(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def losses(name: str) -> dict[int, float]:
@@ -159,7 +161,7 @@ def test_the_recipe_decides_what_the_launcher_set_too(
     assert "ACCELERATE_DYNAMO_BACKEND=INDUCTOR has no effect: train.compile" in said
 
 
-def test_what_accelerate_cannot_start_with_is_one_message(
+def test_environment_that_accelerate_rejects_is_refused_with_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ACCELERATE_DEBUG_MODE", "perhaps")
@@ -185,7 +187,7 @@ def test_what_accelerate_cannot_start_with_is_one_message(
         ({"SLURM_CPUS_PER_TASK": "two"}, math.inf),
     ],
 )
-def test_cores_that_slurm_gave_to_a_node(environ: Mapping[str, str], cores: float) -> None:
+def test_slurm_cores_are_those_of_all_tasks_on_the_node(environ: Mapping[str, str], cores: float) -> None:
     assert slurm_cores(environ) == cores
 
 
@@ -211,7 +213,7 @@ def enter(environ: dict[str, str], threads: int = 0) -> World:
 
 
 @pytest.mark.usefixtures("many_cores")
-def test_threads_come_from_the_cores_or_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_come_from_available_cores_slurm_or_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert enter({}).threads == 64
     assert enter({"SLURM_CPUS_PER_TASK": "3"}).threads == 3  # SLURM binds no cores here
     chosen = enter({"SLURM_CPUS_PER_TASK": "3"}, threads=2)
@@ -221,7 +223,7 @@ def test_threads_come_from_the_cores_or_the_recipe(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("many_cores")
-def test_threads_are_kept_on_as_many_processes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_threads_of_a_checkpoint_are_kept_for_the_same_world_size(capsys: pytest.CaptureFixture[str]) -> None:
     world = enter({})
     for stored in (None, {}, {"threads": 64, "world_size": 1}, {"threads": 2, "world_size": 8}):
         assert keep_threads(world, stored) is world

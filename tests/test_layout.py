@@ -56,7 +56,7 @@ def functions(path: Path) -> Iterator[ast.FunctionDef]:
 
 
 @pytest.mark.parametrize("path", sources(), ids=name_of)
-def test_functions_fit_a_screen_and_docstrings_stand_alone(path: Path) -> None:
+def test_functions_have_at_most_60_lines_and_docstrings_are_sentences(path: Path) -> None:
     assert ast.get_docstring(parsed(path)) or not path.stat().st_size, "a module says what it is for"
     for function in functions(path):
         lines = (function.end_lineno or 0) - function.lineno - len((ast.get_docstring(function) or "").splitlines())
@@ -67,7 +67,7 @@ def test_functions_fit_a_screen_and_docstrings_stand_alone(path: Path) -> None:
             assert not text.startswith(RELATIVE_CLAUSES), f"not a sentence of its own: {text.splitlines()[0]}"
 
 
-def test_a_module_is_a_subject() -> None:
+def test_modules_have_80_to_600_lines_and_folders_at_most_22_modules() -> None:
     modules = [path for path in sources() if path.name != "__init__.py"]
     lines = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in modules}
     assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
@@ -77,7 +77,7 @@ def test_a_module_is_a_subject() -> None:
     assert {str(folder): count for folder, count in folders.items() if count > MAX_MODULES} == {}
 
 
-def test_names_of_modules_and_public_classes_are_used_once() -> None:
+def test_module_and_public_class_names_are_unique() -> None:
     modules = [path for path in sources() if path.name != "__init__.py"]
     names = Counter(path.name for path in modules)
     assert {name for name, count in names.items() if count > 1} <= SHARED_NAMES
@@ -85,7 +85,7 @@ def test_names_of_modules_and_public_classes_are_used_once() -> None:
     assert {name for name, count in Counter(classes).items() if count > 1 and not name.startswith("_")} == set()
 
 
-def test_nothing_below_the_trainer_reads_the_environment() -> None:
+def test_modules_below_the_trainer_do_not_read_the_environment() -> None:
     for path in sources():
         if path.relative_to(PACKAGE).parts[0] in FLOORS_THAT_KNOW_THE_ENVIRONMENT:
             continue

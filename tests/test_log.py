@@ -44,7 +44,7 @@ def test_other_ranks_log_only_errors_and_name_themselves(capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_closed_pipe_does_not_end_the_process(stream: str) -> None:
+def test_logging_to_a_closed_pipe_does_not_end_the_process(stream: str) -> None:
     code = (
         "import logging; from galaxydist.log import results, set_up_logging; set_up_logging()\n"
         "for number in range(3): results.info('a result'); logging.getLogger('galaxydist').info('progress')"

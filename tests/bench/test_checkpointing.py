@@ -9,7 +9,9 @@ from galaxydist.cli.main import main
 
 
 @pytest.mark.slow
-def test_every_task_ends_in_a_line_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_saving_prints_consistent_json_for_every_task_and_removes_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--every", "1", "--saves", "2", "--model", "custom_cnn", "--image-size", "16", "--batch-size", "2", "--folder"]
     assert main(["bench", "saving", *options, str(tmp_path / "out")]) == 0
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]

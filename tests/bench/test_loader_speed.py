@@ -90,7 +90,7 @@ def run_quick(root: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("peers", [{"imagefolder"}, pytest.param({"imagefolder", "webdataset"}, marks=pytest.mark.nightly)])
-def test_all_tasks_against_the_peers_that_need_no_installation(
+def test_bench_loader_measures_all_tasks_against_imagefolder_and_webdataset(
     peers: set[str], source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if peers == {"imagefolder"}:
@@ -115,7 +115,7 @@ def test_all_tasks_against_the_peers_that_need_no_installation(
 
 @pytest.mark.nightly
 @pytest.mark.multiprocess
-def test_the_installed_peers_run(source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_loader_measures_every_installed_peer(source: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     processes = Processes(ROOT, os.environ)
     if not all(processes.python(peer) for peer in PEERS):
         pytest.skip("the other loaders are not installed: make bench")
@@ -126,7 +126,7 @@ def test_the_installed_peers_run(source: Manifest, tmp_path: Path, capsys: pytes
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_peer_that_gives_other_pixels_or_misses_images_is_noticed(source: Manifest, tmp_path: Path) -> None:
+def test_loader_check_refuses_peers_with_other_pixels_or_missing_images(source: Manifest, tmp_path: Path) -> None:
     """And what was made of other images is made anew."""
     manifest = repeated(source, tmp_path)
     num_images = manifest.split("train").num_samples
@@ -152,7 +152,7 @@ def test_a_peer_that_gives_other_pixels_or_misses_images_is_noticed(source: Mani
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("loader", [GALAXYDIST, IMAGEFOLDER], ids=lambda loader: loader.name)
-def test_each_loader_reads_in_a_process_of_its_own(loader: Loader, source: Manifest, tmp_path: Path) -> None:
+def test_every_loader_passes_the_check_in_its_own_process(loader: Loader, source: Manifest, tmp_path: Path) -> None:
     manifest = repeated(source, tmp_path)
     job, processes = job_on(manifest, loader), Processes(tmp_path, os.environ)
     if loader is IMAGEFOLDER:
@@ -162,7 +162,7 @@ def test_each_loader_reads_in_a_process_of_its_own(loader: Loader, source: Manif
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_a_process_that_fails_is_told_with_what_it_said(tmp_path: Path, source: Manifest) -> None:
+def test_failing_loader_process_is_reported_with_its_last_output(tmp_path: Path, source: Manifest) -> None:
     job = job_on(source, GALAXYDIST, shards_dir=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"galaxydist failed to check \(decode\); its last output: .*nowhere"):
         Processes(tmp_path, os.environ).run(GALAXYDIST, job)
@@ -177,7 +177,7 @@ def test_a_process_that_fails_is_told_with_what_it_said(tmp_path: Path, source: 
         (["--images", "64"], "--images 64 is too few to time"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_bench_loader_refuses_unusable_arguments_and_writes_no_files(
     arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "loader", "--data-dir", str(tmp_path), *arguments]) == EXIT_BAD_INPUT
@@ -185,12 +185,12 @@ def test_what_cannot_be_measured_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_only_jpeg_is_compared(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_loader_refuses_png_shards(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "loader", "--data-dir", str(tmp_path), "--data", str(blobs)]) == EXIT_BAD_INPUT
     assert "holds png images, and loaders are compared on JPEG" in capsys.readouterr().err
 
 
-def test_repeated_images_have_the_same_bytes_and_keys_of_their_own(source: Manifest, tmp_path: Path) -> None:
+def test_repeated_source_has_the_same_bytes_under_distinct_keys(source: Manifest, tmp_path: Path) -> None:
     originals = {image.key: image for image in stored_jpegs(source.dir)}
     manifest = repeated(source, tmp_path)
     copies = list(stored_jpegs(manifest.dir))
@@ -203,7 +203,7 @@ def test_repeated_images_have_the_same_bytes_and_keys_of_their_own(source: Manif
         assert (image.data, image.label) == (originals[key].data, originals[key].label)
 
 
-def test_a_longer_survey_is_cut_to_the_images_that_are_wanted(source: Manifest) -> None:
+def test_repeated_shards_are_cut_to_the_requested_count(source: Manifest) -> None:
     few = RepeatedShards(source.dir, "few", source.class_names, source.hash, count=10, times=1)
     whole = [image.key for image in stored_jpegs(source.dir)]
     assert [galaxy.id for galaxy in few.read(0, 10)] == [f"{key}-0" for key in whole[:10]]
@@ -211,7 +211,7 @@ def test_a_longer_survey_is_cut_to_the_images_that_are_wanted(source: Manifest) 
     assert dataclasses.replace(few, times=2).source_hash != few.source_hash
 
 
-def test_a_long_epoch_holds_the_same_images_in_no_more_space(source: Manifest, tmp_path: Path) -> None:
+def test_lengthened_manifest_repeats_images_without_copying_shards(source: Manifest, tmp_path: Path) -> None:
     long = lengthen(source, tmp_path / "long", 20_000)
     split = long.split("train")
     assert split.num_samples >= 20_000
@@ -229,7 +229,7 @@ def test_a_long_epoch_holds_the_same_images_in_no_more_space(source: Manifest, t
     assert read_manifest(tmp_path / "long").split("train").num_samples >= 40_000
 
 
-def test_a_job_survives_the_way_to_its_process(source: Manifest) -> None:
+def test_loader_job_survives_json_serialisation(source: Manifest) -> None:
     job = job_on(source, IMAGEFOLDER, step=3)
     assert LoaderJob.from_json(job.to_json()) == job
     assert job.batch_size == BATCH_SIZE

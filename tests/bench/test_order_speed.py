@@ -33,12 +33,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.multiprocess
-def test_every_task_ends_in_a_line_of_json(results: list[dict[str, Any]]) -> None:
+def test_bench_order_prints_json_for_every_task(results: list[dict[str, Any]]) -> None:
     assert [result["task"] for result in results] == ["order.quality"] * 3 + ["order.open", "order.fetch"]
 
 
 @pytest.mark.multiprocess
-def test_opening_needs_no_torch_and_little_memory(results: list[dict[str, Any]]) -> None:
+def test_opening_10_million_samples_needs_no_torch_and_under_300_mb(results: list[dict[str, Any]]) -> None:
     opening = results[3]
     assert opening["num_samples"] == 10_000_000 and opening["torch"] is False and opening["same"] is True
     assert 0 < opening["open_s"] < opening["inside_s"] < opening["process_s"]
@@ -59,7 +59,7 @@ def test_an_epoch_is_shuffled_like_a_random_permutation() -> None:
     assert order["sorted_batch_spread"] < 0.1 and order["sorted_run"] > 5
 
 
-def test_the_measures_see_a_bad_shuffle(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quality_measures_detect_an_unshuffled_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Storage order itself: correlation 1, the same batches again, runs of whole classes."""
     monkeypatch.setattr(EpochOrder, "samples", lambda _, positions: np.asarray(positions))
     order = measure_quality(survey_store(20, 960), batch_size=192)["order"]
@@ -70,7 +70,7 @@ def test_the_measures_see_a_bad_shuffle(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(("num_streams", "batch_size"), [(10, 20), (20, 30), (4, 20)])
-def test_fetches_are_those_of_the_samples_read(num_streams: int, batch_size: int) -> None:
+def test_planned_fetches_equal_the_shards_of_the_samples_read(num_streams: int, batch_size: int) -> None:
     """Worked out sample by sample for every node: no shard has so few of its samples in a stream that none is the node's."""
     job = OpeningJob(5, 2, 40, 500)
     (found,) = measure_fetches(job, [(num_streams, batch_size)])["choices"]
@@ -83,7 +83,9 @@ def test_fetches_are_those_of_the_samples_read(num_streams: int, batch_size: int
 
 
 @pytest.mark.parametrize(("num_streams", "batch_size", "fetches"), [(48, 48, 1), (24, 48, 2), (16, 48, 3), (48, 72, 2)])
-def test_fetches_follow_the_common_divisor(num_streams: int, batch_size: int, fetches: int) -> None:
+def test_fetches_per_shard_follow_the_common_divisor_of_streams_and_batch(
+    num_streams: int, batch_size: int, fetches: int
+) -> None:
     (found,) = measure_fetches(OpeningJob(12, 4, 3000, 1000), [(num_streams, batch_size)])["choices"]
     assert found["divides_streams"] == (num_streams == 48) and found["divides_batch"] == (batch_size == 48)
     assert fetches <= found["fetches_per_shard"] < fetches * 1.05
@@ -91,14 +93,14 @@ def test_fetches_follow_the_common_divisor(num_streams: int, batch_size: int, fe
 
 
 @pytest.mark.multiprocess
-def test_a_billion_samples_are_opened_from_sparse_files(tmp_path: Path) -> None:
+def test_opening_a_billion_samples_needs_no_torch_and_under_300_mb(tmp_path: Path) -> None:
     found = measure_opening(tmp_path, 100_000, 10_000, repeats=1, num_batches=5)
     assert found["num_samples"] == 10**9 and found["torch"] is False
     assert found["peak_mb"] < 300
     assert sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*") if path.is_file()) < 20e6
 
 
-def test_sparse_shards_are_a_manifest(tmp_path: Path) -> None:
+def test_sparse_shards_have_a_valid_manifest(tmp_path: Path) -> None:
     manifest = read_manifest(write_sparse_shards(tmp_path / "shards", 7, 30))
     assert manifest.split("train").num_samples == 210 and manifest.shards("train")["samples"].tolist() == [30] * 7
     assert len({row.tobytes() for row in manifest.shards("train")["sha256"]}) == 7

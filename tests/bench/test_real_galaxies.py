@@ -31,7 +31,7 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_stopped_comparison_goes_on_and_a_finished_one_trains_nothing(
+def test_interrupted_fold_comparison_continues_and_a_finished_one_trains_no_model(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["bench", "folds", "--real", str(images), "--data-dir", str(tmp_path), "--minutes", "0.005", "--folds", "2"]
@@ -74,7 +74,9 @@ def test_a_stopped_comparison_goes_on_and_a_finished_one_trains_nothing(
     assert len(tests) == 4 and sum(test["count"] for test in tests) == 240, "every galaxy is tested once a model"
 
 
-def test_equal_time_is_whole_epochs(monkeypatch: pytest.MonkeyPatch, images: Path, tmp_path: Path) -> None:
+def test_slower_model_gets_fewer_whole_epochs_for_equal_time(
+    monkeypatch: pytest.MonkeyPatch, images: Path, tmp_path: Path
+) -> None:
     """A model whose step takes twice as long gets half the epochs; nothing is trained here."""
     monkeypatch.setattr(
         real_galaxies, "measure_costs", lambda recipes, _: dict(zip(recipes, (StepCost(0.5, 1), StepCost(1.0, 1)), strict=True))
@@ -96,7 +98,7 @@ def test_equal_time_is_whole_epochs(monkeypatch: pytest.MonkeyPatch, images: Pat
     assert epochs == [24, 12]
 
 
-def test_standard_error() -> None:
+def test_mean_and_error_divides_the_deviation_by_the_root_of_the_count() -> None:
     assert mean_and_error([1.0, 2.0, 3.0]) == {"mean": 2.0, "standard_error": pytest.approx(1 / 3**0.5), "folds": [1, 2, 3]}
 
 
@@ -111,7 +113,7 @@ def test_standard_error() -> None:
         (["resnet18"], ["model.width=8"], "model.width"),
     ],
 )
-def test_what_cannot_be_compared_is_said_first(
+def test_fold_comparison_refuses_bad_models_and_overrides_before_writing(
     models: list[str], overrides: list[str], words: str, images: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=words):
@@ -120,7 +122,7 @@ def test_what_cannot_be_compared_is_said_first(
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon"])
-def test_minutes_are_a_number_above_0(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_folds_refuses_minutes_that_are_not_a_number_above_0(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["bench", "folds", "--real", ".", "--minutes", value])
     assert "is not a number above 0" in capsys.readouterr().err

@@ -10,7 +10,9 @@ from galaxydist.cli.main import main
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_every_reading_is_the_local_epoch(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_remote_reads_every_galaxy_once_and_each_shard_once_despite_failures(
+    blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--delay-ms", "5", "--fail-every", "4", "--step-ms", "1", "--batch-size", "8"]
     assert main(["bench", "remote", "--data", str(blobs), "--data-dir", str(tmp_path), *options]) == 0
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]

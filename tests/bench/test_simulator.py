@@ -19,7 +19,7 @@ from galaxydist.errors import UserError
 from galaxydist.surveys.image_folder import open_image_folder
 
 
-def test_features_are_what_they_say() -> None:
+def test_colour_features_and_thumbnails_have_known_values() -> None:
     images = np.zeros((2, 256, 256, 3), np.uint8)
     images[1, :, :, 0] = 100
     features = colour_features(images)
@@ -30,20 +30,20 @@ def test_features_are_what_they_say() -> None:
     assert thumbnails(images)[1].reshape(16, 16, 3)[3, 5].tolist() == [100.0, 0.0, 0.0]
 
 
-def test_too_few_galaxies_are_refused() -> None:
+def test_simulator_guard_refuses_too_few_galaxies() -> None:
     with pytest.raises(UserError, match="at least 50"):
         measure_guards(30)
 
 
 @pytest.mark.slow
-def test_the_simulation_is_not_easy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_simulated_classes_cannot_be_separated_by_colour_or_thumbnail(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "simulator", "--num-galaxies", "400"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["passed"] and 0.2 < max(result["simulated"].values()) <= GUARD_LIMIT
 
 
 @pytest.mark.nightly
-def test_the_simulation_is_as_hard_as_the_sky(real_sample: Path) -> None:
+def test_simulated_classes_are_as_hard_as_real_galaxies_within_10_points(real_sample: Path) -> None:
     result = measure_guards(1000, seed=0, real_dir=real_sample)
     assert result["passed"] and max(result["simulated"].values()) <= GUARD_LIMIT
     # Not harder by much either: the classes' colours and sizes are the real ones'.

@@ -37,7 +37,7 @@ def test_each_turn_of_the_bare_loop_is_taken_once_and_in_order(rounds: int) -> N
     assert all(abs(number - turn) <= 1 for turn, turns in enumerate(taken) for number in turns)
 
 
-def test_other_losses_and_other_numbers_of_steps_are_noticed() -> None:
+def test_compare_losses_refuses_other_losses_and_step_counts() -> None:
     lines = [{"step": 2, "train/loss": 2.0}, {"step": 3, "train/loss": 1.0}]
     assert compare_losses(lines, [2.5, 1.5, 1.00001]) == pytest.approx(1e-5, rel=1e-3)
     for bare in ([2.5, 1.501, 1.0], [2.5, 1.5, 1.2], [2.5, 1.5], [2.5, 1.5, 1.0, 1.0]):
@@ -45,7 +45,7 @@ def test_other_losses_and_other_numbers_of_steps_are_noticed() -> None:
             compare_losses(lines, bare)
 
 
-def test_only_whole_lines_of_a_log_count(tmp_path: Path) -> None:
+def test_last_step_ignores_a_half_written_line(tmp_path: Path) -> None:
     assert last_step(tmp_path) == 0
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 2}\n{"step": 2')
     assert last_step(tmp_path) == 1
@@ -53,7 +53,7 @@ def test_only_whole_lines_of_a_log_count(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_world")
-def test_the_trainer_and_the_bare_loop_do_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_trainer_compares_runs_with_equal_losses(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--image-size", "32", "--batch-size", "8", "--width", "4"]
     results = run(capsys, "trainer", "--rounds", "2", "--steps", "3", *small)
     assert [result["model"] for result in results] == ["custom_cnn", "resnet18"]
@@ -67,7 +67,7 @@ def test_the_trainer_and_the_bare_loop_do_the_same(capsys: pytest.CaptureFixture
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_scaling_has_as_many_processes_as_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_scaling_runs_1_and_2_processes(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--model", "custom_cnn", "--image-size", "32", "--batch-size", "4"]
     (result,) = run(capsys, "scaling", "--processes", "2", "--rounds", "1", "--steps", "2", *small)
     assert result["task"] == "scaling" and result["processes"] == 2 and result["world_sizes"] == [1, 2]

@@ -57,7 +57,7 @@ def gate() -> Iterator[Gate]:
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_every_kind_of_tensor_comes_back_bit_for_bit(background: bool, tmp_path: Path) -> None:
+def test_checkpoint_writer_restores_every_kind_of_tensor_bit_for_bit(background: bool, tmp_path: Path) -> None:
     with build_saver(tmp_path, background=background) as saver:
         for step in (1, 2):  # into new buffers, then into those of the first
             tensors = every_kind_of_tensor()
@@ -73,7 +73,7 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(background: bool, tmp_path:
     assert best is not None and best.step == 1
 
 
-def test_training_goes_on_while_what_was_is_written(tmp_path: Path, gate: Gate) -> None:
+def test_background_write_saves_the_tensors_as_they_were_at_save(tmp_path: Path, gate: Gate) -> None:
     trainee = Trainee("adamw")
     trainee.step(0)
     with build_saver(tmp_path, check=gate) as saver:
@@ -90,7 +90,7 @@ def test_training_goes_on_while_what_was_is_written(tmp_path: Path, gate: Gate) 
     assert {name: bits(tensor) for name, tensor in load(tmp_path).tensors.items()} == expected
 
 
-def test_copies_are_made_in_the_same_memory_again(tmp_path: Path) -> None:
+def test_background_copies_reuse_their_memory(tmp_path: Path) -> None:
     addresses = []
     with build_saver(tmp_path) as saver:
         for step, size in enumerate((4, 4, 5)):
@@ -100,7 +100,7 @@ def test_copies_are_made_in_the_same_memory_again(tmp_path: Path) -> None:
     assert load(tmp_path).tensors["model/a"].tolist() == [2.0] * 5
 
 
-def test_one_at_a_time_and_the_waiting_is_counted(tmp_path: Path, gate: Gate) -> None:
+def test_second_save_waits_for_the_first_and_counts_the_seconds(tmp_path: Path, gate: Gate) -> None:
     now, is_second = 100.0, False
 
     def clock() -> float:
@@ -122,7 +122,7 @@ def test_one_at_a_time_and_the_waiting_is_counted(tmp_path: Path, gate: Gate) ->
     assert [store.read_checkpoint(path).step for path in store.list_checkpoints(tmp_path)] == [2, 1]
 
 
-def test_without_a_thread_it_is_written_when_save_returns(tmp_path: Path) -> None:
+def test_foreground_save_is_written_when_save_returns(tmp_path: Path) -> None:
     times = iter(range(100))
     saver = build_saver(tmp_path, background=False, clock=lambda: next(times))
     saver.save(1, {"model/w": torch.ones(2)}, {})
@@ -163,7 +163,7 @@ def wait_for_failure(saver: CheckpointWriter) -> None:
     assert saver.failed
 
 
-def test_a_failed_write_is_seen_and_raised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_background_write_is_raised_exactly_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver = build_saver(tmp_path)
     tensors = {"model/w": torch.ones(2)}
     saver.save(1, tensors, {})
@@ -186,7 +186,7 @@ def test_a_failed_write_is_seen_and_raised_once(tmp_path: Path, monkeypatch: pyt
     assert load(tmp_path).step == 5
 
 
-def test_leaving_waits_and_never_hides_why(
+def test_leaving_the_writer_finishes_the_save_and_keeps_the_original_exception(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(ZeroDivisionError), build_saver(tmp_path) as saver:
@@ -202,7 +202,7 @@ def test_leaving_waits_and_never_hides_why(
         saver.save(3, {"model/w": torch.ones(2)}, {})
 
 
-def test_state_that_json_cannot_hold_is_refused_at_once(tmp_path: Path) -> None:
+def test_checkpoint_writer_refuses_state_that_json_cannot_hold(tmp_path: Path) -> None:
     with build_saver(tmp_path / "checkpoints") as saver:
         for state in ({"best": float("nan")}, {"path": tmp_path}):
             with pytest.raises((ValueError, TypeError)):
@@ -210,7 +210,7 @@ def test_state_that_json_cannot_hold_is_refused_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_write_leaves_the_training_as_it_would_be(tmp_path: Path) -> None:
+def test_background_writes_do_not_change_weights_or_random_numbers(tmp_path: Path) -> None:
     """Same random numbers, same weights: the thread touches nothing that the training uses."""
     results = []
     for saves in (False, True):
@@ -258,7 +258,7 @@ with CheckpointWriter(Path(sys.argv[1]), background=True, check=lambda: None) as
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_killed_at_any_time_a_complete_checkpoint_is_there(tmp_path: Path) -> None:
+def test_process_killed_while_saving_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     """Not at chosen events but whenever it comes, again and again in the same folder."""
     for delay_s in (0.0, 0.013, 0.031):
         process = subprocess.Popen([sys.executable, "-c", ENDLESS, tmp_path], stdout=subprocess.PIPE, text=True)
@@ -276,7 +276,7 @@ def test_killed_at_any_time_a_complete_checkpoint_is_there(tmp_path: Path) -> No
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_goes_on_changing_what_is_being_copied(tmp_path: Path) -> None:
+def test_background_save_from_a_gpu_keeps_the_values_at_the_time_of_save(tmp_path: Path) -> None:
     weight, step = torch.randn(2000, 2000, device="cuda"), torch.tensor(3.0)
     expected = {"model/w": bits(weight.cpu()), "model/t": bits(weight.t().cpu()), "optimizer/step": bits(step)}
     with build_saver(tmp_path) as saver:
@@ -295,7 +295,9 @@ lengths = st.integers(1, 40)
 
 
 @given(per_epoch=lengths, epochs=lengths, every_steps=st.integers(0, 50), every_epochs=lengths)
-def test_due_by_steps_and_epochs(per_epoch: int, epochs: int, every_steps: int, every_epochs: int) -> None:
+def test_save_schedule_is_due_at_step_and_epoch_multiples_and_at_the_end(
+    per_epoch: int, epochs: int, every_steps: int, every_epochs: int
+) -> None:
     total = per_epoch * epochs
     policy = SaveSchedule(per_epoch, total, every_steps, every_epochs)
     due = {step for step in range(total + 1) if policy.is_due(step)}
@@ -306,7 +308,7 @@ def test_due_by_steps_and_epochs(per_epoch: int, epochs: int, every_steps: int, 
 
 
 @given(minutes=st.integers(0, 5), ticks=st.lists(st.tuples(st.integers(0, 200), st.booleans()), max_size=60))
-def test_time_is_up_when_the_last_save_is_too_long_ago(minutes: int, ticks: list[tuple[int, bool]]) -> None:
+def test_save_timer_is_up_when_the_last_save_is_older_than_its_minutes(minutes: int, ticks: list[tuple[int, bool]]) -> None:
     """``ticks``: seconds that pass, and whether a save is made there for another reason."""
     now = 1000.0
     timer = SaveTimer(minutes, lambda: now)

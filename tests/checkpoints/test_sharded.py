@@ -131,7 +131,7 @@ def check_parts(group: dist.ProcessGroup, folder: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_any_number_of_processes_reads_what_any_number_wrote(world_size: int, tmp_path: Path) -> None:
+def test_sharded_checkpoint_is_read_by_any_number_of_processes(world_size: int, tmp_path: Path) -> None:
     run(tmp_path, world_size, save, tmp_path / "c", 4)
     path = check_whole(tmp_path / "c", 4)
     assert len(list(path.glob("*.safetensors"))) == 2 * world_size
@@ -139,12 +139,12 @@ def test_any_number_of_processes_reads_what_any_number_wrote(world_size: int, tm
         run(tmp_path, readers, check_parts, tmp_path / "c", 4)
 
 
-def test_parts_of_a_checkpoint_of_one_process_are_read(tmp_path: Path) -> None:
+def test_unsharded_checkpoint_is_read_in_parts_by_2_processes(tmp_path: Path) -> None:
     store.save(tmp_path / "c", 4, draw(4), {"epoch": 4})
     run(tmp_path, 2, check_parts, tmp_path / "c", 4)
 
 
-def test_a_thread_writes_what_the_tensors_were(tmp_path: Path) -> None:
+def test_sharded_background_write_saves_the_tensors_as_they_were_at_save(tmp_path: Path) -> None:
     run(tmp_path, 2, save_behind, tmp_path / "c", [1, 2, 3])
     path = check_whole(tmp_path / "c", 3)
     assert [found.name for found in store.list_checkpoints(tmp_path / "c")] == [path.name, "step-00000002-0002"]
@@ -154,7 +154,7 @@ def load_nothing(group: dist.ProcessGroup, folder: Path) -> None:
     assert load_sharded(folder, make=tensor_files.whole_on_cpu, group=group) is None
 
 
-def test_no_checkpoint(tmp_path: Path) -> None:
+def test_load_sharded_without_checkpoint_returns_none_on_every_rank(tmp_path: Path) -> None:
     run(tmp_path, 2, load_nothing, tmp_path / "nowhere")
 
 
@@ -182,7 +182,7 @@ def saved(two_saves: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("damage", [truncate, flip_bit, Path.unlink])
 @pytest.mark.parametrize("name", [SHARDS[0], SHARDS[3]])
-def test_a_damaged_shard_is_named_and_the_checkpoint_before_taken(
+def test_damaged_shard_is_named_and_the_previous_checkpoint_is_loaded(
     name: str, damage: Callable[[Path], None], saved: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(saved / "step-00000002-0002" / name)
@@ -192,7 +192,7 @@ def test_a_damaged_shard_is_named_and_the_checkpoint_before_taken(
         run(saved.parent, 2, check_parts, saved, 1)
 
 
-def test_parts_can_be_read_alone(saved: Path) -> None:
+def test_sharded_checkpoint_reads_only_the_requested_group(saved: Path) -> None:
     path = saved / "step-00000002-0002"
     for name in SHARDS:
         if "model-00002" in name:  # the optimizer's
@@ -216,7 +216,7 @@ def test_a_planted_pickle_does_not_run(place: str, saved: Path) -> None:
     assert not exploded.exists()
 
 
-def test_an_older_galaxydist_would_say_that_it_cannot_read_it(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharded_checkpoint_has_format_2(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved / "step-00000002-0002"
     assert json.loads((path / "checkpoint.json").read_bytes())["content"]["format"] == 2
     monkeypatch.setattr(store, "SHARDED_FORMAT_VERSION", 1)  # the older one knew format 1 alone
@@ -311,7 +311,7 @@ def lose_lock() -> None:
         (RunFailedError, "RuntimeError on rank 1: no", break_writer, {}),
     ],
 )
-def test_if_one_rank_fails_all_raise_the_same_and_nothing_is_left(
+def test_failure_of_one_rank_is_raised_on_all_and_leaves_no_checkpoint(
     kind: type[Exception], text: str, prepare: Work, options: dict[str, Any], tmp_path: Path
 ) -> None:
     run(tmp_path, 2, lambda group: expect_failure(group, tmp_path / "c", kind, text, prepare, **options))
@@ -331,7 +331,7 @@ def fail_behind(group: dist.ProcessGroup, folder: Path) -> None:
     saver.wait()
 
 
-def test_a_failure_in_the_threads_is_raised_by_all(tmp_path: Path) -> None:
+def test_failure_in_a_background_sharded_write_is_raised_on_all_ranks(tmp_path: Path) -> None:
     run(tmp_path, 2, fail_behind, tmp_path / "c")
     check_whole(tmp_path / "c", 2)
 
@@ -358,7 +358,7 @@ def save_watched(group: dist.ProcessGroup, folder: Path, victim: int, stop_at: i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_killed_at_any_change_of_the_disk_a_complete_checkpoint_is_there(victim: int, two_saves: Path, tmp_path: Path) -> None:
+def test_rank_killed_at_any_write_leaves_a_complete_sharded_checkpoint(victim: int, two_saves: Path, tmp_path: Path) -> None:
     shutil.copytree(two_saves, tmp_path / "whole")
     run(tmp_path, 2, save_watched, tmp_path / "whole", victim, None, tmp_path)
     num_changes = int((tmp_path / str(victim)).read_text())

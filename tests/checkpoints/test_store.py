@@ -52,7 +52,7 @@ def loaded_step(folder: Path) -> int | None:
     return checkpoint.step
 
 
-def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
+def test_store_restores_every_kind_of_tensor_and_state_bit_for_bit(tmp_path: Path) -> None:
     tensors = every_kind_of_tensor()
     path = store.save(tmp_path, 12, tensors, {"a": [1, 0.1 + 0.2, None, "é", {"b": True}]})
     checkpoint = store.load(tmp_path)
@@ -67,7 +67,7 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_tensors_of_a_gpu_come_back_on_the_cpu(tmp_path: Path) -> None:
+def test_gpu_tensors_are_restored_bit_for_bit_on_the_cpu(tmp_path: Path) -> None:
     tensors = {"model/w": torch.randn(50, 20, device="cuda"), "model/t": torch.randn(4, 6, device="cuda").t()}
     store.save(tmp_path, 1, tensors, {})
     checkpoint = store.load(tmp_path)
@@ -77,14 +77,14 @@ def test_tensors_of_a_gpu_come_back_on_the_cpu(tmp_path: Path) -> None:
     }
 
 
-def test_no_checkpoint_and_no_tensors(tmp_path: Path) -> None:
+def test_load_without_checkpoint_is_none_and_a_checkpoint_may_have_no_tensors(tmp_path: Path) -> None:
     assert store.load(tmp_path / "nowhere") is None
     assert store.load(tmp_path, "best") is None
     store.save(tmp_path / "new" / "folder", 0, {}, {})
     assert store.load(tmp_path / "new" / "folder") is not None
 
 
-def test_parts_can_be_read_alone(tmp_path: Path) -> None:
+def test_store_load_reads_only_the_requested_group(tmp_path: Path) -> None:
     path = save_simple(tmp_path, 1)
     optimizer_file = path / "model-00002-of-00002.safetensors"  # who wants the model alone does not read it
     optimizer_file.write_bytes(optimizer_file.read_bytes()[:-1] + b"x")
@@ -93,7 +93,7 @@ def test_parts_can_be_read_alone(tmp_path: Path) -> None:
     assert list(checkpoint.tensors) == ["model/w"]
 
 
-def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
+def test_save_removes_old_checkpoints_and_keeps_the_best(tmp_path: Path) -> None:
     for step in range(1, 7):
         save_simple(tmp_path, step, keep=2, best=step in (1, 3))
     steps = [read_checkpoint(path).step for path in store.list_checkpoints(tmp_path)]
@@ -108,7 +108,7 @@ def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["best", "latest"]
 
 
-def test_saving_the_same_or_an_earlier_step_again_replaces_what_came_after(tmp_path: Path) -> None:
+def test_saving_an_earlier_step_again_removes_the_later_checkpoints(tmp_path: Path) -> None:
     for step in (10, 20, 30, 30, 15):
         save_simple(tmp_path, step, keep=3)
         assert loaded_step(tmp_path) == step
@@ -117,7 +117,7 @@ def test_saving_the_same_or_an_earlier_step_again_replaces_what_came_after(tmp_p
 
 @pytest.mark.parametrize("damage", [truncate, flip_bit, Path.unlink])
 @pytest.mark.parametrize("file_name", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "checkpoint.json"])
-def test_a_damaged_newest_is_named_and_the_one_before_taken(
+def test_damaged_newest_checkpoint_is_named_and_the_previous_one_is_loaded(
     tmp_path: Path, damage: Callable[[Path], None], file_name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_simple(tmp_path, 1)
@@ -133,13 +133,13 @@ def test_a_damaged_newest_is_named_and_the_one_before_taken(
 
 
 @pytest.mark.parametrize("pointer", ["", "step-00000099-0099\n", "../elsewhere\n", "\x00"])
-def test_a_damaged_pointer_hides_nothing(tmp_path: Path, pointer: str) -> None:
+def test_damaged_latest_pointer_does_not_hide_the_checkpoint(tmp_path: Path, pointer: str) -> None:
     save_simple(tmp_path, 1)
     (tmp_path / "latest").write_text(pointer)
     assert loaded_step(tmp_path) == 1
 
 
-def test_if_none_is_sound_the_run_does_not_silently_start_anew(tmp_path: Path) -> None:
+def test_load_raises_if_all_checkpoints_are_damaged(tmp_path: Path) -> None:
     for step in (1, 2):
         flip_bit(save_simple(tmp_path, step) / "model-00001-of-00002.safetensors")
     with pytest.raises(UserError) as raised:
@@ -156,7 +156,7 @@ def test_a_damaged_best_is_not_replaced_by_another(tmp_path: Path) -> None:
         store.load(tmp_path, "best")
 
 
-def test_a_best_whose_pointer_was_never_written_is_the_best(tmp_path: Path) -> None:
+def test_best_checkpoint_is_found_without_its_pointer(tmp_path: Path) -> None:
     save_simple(tmp_path, 1, best=True)
     pointer = (tmp_path / "best").read_bytes()
     save_simple(tmp_path, 2, best=True)
@@ -167,7 +167,7 @@ def test_a_best_whose_pointer_was_never_written_is_the_best(tmp_path: Path) -> N
     assert best.step == 2
 
 
-def test_state_that_json_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_store_refuses_state_that_json_cannot_hold_before_writing(tmp_path: Path) -> None:
     for state in ({"best": float("nan")}, {"path": tmp_path}):
         with pytest.raises((ValueError, TypeError)):
             store.save(tmp_path / "checkpoints", 1, {}, state)
@@ -294,7 +294,7 @@ def check_full_disk(save: Callable[..., object], folder: Path, limit: int | None
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("save", [store.save, save_behind])
-def test_a_file_size_limit_leaves_the_earlier_checkpoint_in_force(save: Callable[..., object], tmp_path: Path) -> None:
+def test_file_size_limit_while_saving_keeps_the_earlier_checkpoint(save: Callable[..., object], tmp_path: Path) -> None:
     check_full_disk(save, tmp_path / "checkpoints", 100_000, tmp_path / "answer", "the file size limit is reached")
 
 
@@ -311,7 +311,9 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("save", [store.save, save_behind])
-def test_a_full_disk_leaves_the_earlier_checkpoint_in_force(save: Callable[..., object], tiny_disk: Path, tmp_path: Path) -> None:
+def test_full_disk_while_saving_keeps_the_earlier_checkpoint(
+    save: Callable[..., object], tiny_disk: Path, tmp_path: Path
+) -> None:
     check_full_disk(save, tiny_disk / "checkpoints", None, tmp_path / "answer", "the disk is full")
 
 
@@ -351,12 +353,12 @@ def same(a: Any, b: Any) -> bool:
 
 
 @given(states)
-def test_any_state_is_taken_apart_and_put_together(state: Any) -> None:
+def test_flatten_state_and_unflatten_state_restore_any_state(state: Any) -> None:
     tensors, description = flatten_state("x", state)
     assert same(unflatten_state(json.loads(json.dumps(description, allow_nan=False)), tensors), state)
 
 
-def test_a_state_that_cannot_be_saved_is_named() -> None:
+def test_flatten_state_refuses_unsupported_values_naming_them() -> None:
     with pytest.raises(TypeError, match="optimizer/groups/0/lr is a float64"):
         flatten_state("optimizer", {"groups": [{"lr": np.float64(0.1)}]})
     with pytest.raises(TypeError, match="optimizer has a key None"):
@@ -366,7 +368,7 @@ def test_a_state_that_cannot_be_saved_is_named() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_training_goes_on_bit_for_bit_after_a_round_trip(tmp_path: Path, optimizer: str) -> None:
+def test_training_continued_from_a_checkpoint_is_bit_equal(tmp_path: Path, optimizer: str) -> None:
     undisturbed, first = Trainee(optimizer), Trainee(optimizer)
     for number in range(8):
         undisturbed.step(number)
@@ -407,7 +409,7 @@ def save_on_rank_0(folder: Path, rank: int) -> None:
 
 
 @pytest.mark.multiprocess
-def test_one_rank_saves_and_any_rank_loads_alone(tmp_path: Path) -> None:
+def test_checkpoint_saved_on_rank_0_is_loaded_by_each_rank_without_collectives(tmp_path: Path) -> None:
     processes = [multiprocessing.get_context("fork").Process(target=save_on_rank_0, args=(tmp_path, rank)) for rank in (0, 1)]
     for process in processes:
         process.start()

@@ -56,7 +56,7 @@ def test_missing_data_names_the_commands_that_make_it(tmp_path: Path, capsys: py
     assert not run_dir.exists()
 
 
-def test_a_data_set_that_is_not_there_is_made_by_the_command_that_is_advised(
+def test_command_suggested_for_an_unknown_data_set_creates_that_data_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, run_dir = tmp_path / "data", tmp_path / "run"
@@ -87,7 +87,7 @@ def test_a_data_set_that_is_not_there_is_made_by_the_command_that_is_advised(
     ],
     ids=["micro-batch", "remainder", "share"],
 )
-def test_a_pass_of_one_galaxy_that_cannot_be_normalised_is_refused(
+def test_micro_batch_of_one_image_is_refused_where_batch_norm_cannot_normalise(
     changes: Mapping[str, object], remedy: str, blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"recipe": "resnet18", "model__width": None, **changes}
@@ -96,7 +96,9 @@ def test_a_pass_of_one_galaxy_that_cannot_be_normalised_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_larger_than_the_data_is_refused(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_batch_size_above_the_number_of_training_galaxies_is_refused(
+    blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     error = refused(quick_settings(blobs, tmp_path / "run", train__batch_size=73), capsys)
     assert "train.batch_size=73" in error and "72 training galaxies" in error
     assert not (tmp_path / "run").exists()
@@ -132,7 +134,7 @@ def test_fp16_without_a_gpu_is_refused(blobs: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.multiprocess
-def test_more_processes_than_the_global_batch_holds(blobs: Path, tmp_path: Path) -> None:
+def test_more_processes_than_images_in_the_global_batch_are_refused(blobs: Path, tmp_path: Path) -> None:
     done = run_forked(train, quick_settings(blobs, tmp_path / "run", train__batch_size=1), size=2)
     assert done.returncode == 2
     assert count_errors(done.stderr) == 1
@@ -142,7 +144,7 @@ def test_more_processes_than_the_global_batch_holds(blobs: Path, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_the_launcher_s_report_ends_with_what_is_wrong(blobs: Path, tmp_path: Path) -> None:
+def test_torchrun_output_ends_with_one_message_about_a_wrong_key(blobs: Path, tmp_path: Path) -> None:
     done = launch(TORCHRUN_2, [*quick_settings(blobs, tmp_path / "run"), "optim.lrr=1"])
     assert done.returncode != 0
     assert count_errors(done.stderr) == 1
@@ -151,7 +153,9 @@ def test_the_launcher_s_report_ends_with_what_is_wrong(blobs: Path, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_in_use_is_left_alone(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_folder_locked_by_a_live_process_is_refused_and_unchanged(
+    blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = tmp_path / "run"
     command, pipe = [sys.executable, "-c", HOLD_LOCK, str(run_dir)], subprocess.PIPE
     holder = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
@@ -168,7 +172,7 @@ def test_a_run_folder_in_use_is_left_alone(blobs: Path, tmp_path: Path, capsys: 
     assert run_here(quick_settings(blobs, run_dir, train__epochs=1)) == 0
 
 
-def test_another_recipe_or_other_shards_do_not_continue_a_run(
+def test_continuing_a_run_with_another_recipe_or_other_shards_is_refused(
     blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
@@ -185,7 +189,9 @@ def test_another_recipe_or_other_shards_do_not_continue_a_run(
     assert newest is not None and newest.step == 6
 
 
-def test_a_truncated_shard_stops_the_run_and_names_it(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncated_shard_stops_the_run_with_a_message_naming_shard_and_galaxy(
+    blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shards = tmp_path / "shards"
     shutil.copytree(blobs.parent, shards)
     manifest = read_manifest(shards)
@@ -196,7 +202,7 @@ def test_a_truncated_shard_stops_the_run_and_names_it(blobs: Path, tmp_path: Pat
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(
+def test_nonfinite_loss_exits_with_1_and_writes_no_checkpoint_or_result(
     blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
@@ -216,7 +222,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_a_disk_that_fills_up_while_saving_stops_all_processes_with_one_message(blobs: Path, tmp_path: Path) -> None:
+def test_checkpoint_over_the_file_size_limit_stops_2_processes_with_one_message(blobs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     settings = quick_settings(blobs, run_dir, train__epochs=400, train__save_steps=5)
     done = run_forked(train_with_small_files, settings, size=2)

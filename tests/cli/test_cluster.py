@@ -51,7 +51,7 @@ def play(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, without: s
 
 
 @pytest.mark.usefixtures("folder")
-def test_list_has_own_and_shipped_profiles(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cluster_list_shows_own_and_shipped_profiles_sorted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cluster", "list"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]  # not what is wrapped
     names = [line.split()[0] for line in lines]
@@ -60,7 +60,7 @@ def test_list_has_own_and_shipped_profiles(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.usefixtures("folder")
-def test_show_one_resolved_with_origins(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cluster_show_prints_every_key_with_value_and_origin(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cluster", "show", "mine", "cluster.nodes=2"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head == (
@@ -86,13 +86,15 @@ def test_show_one_resolved_with_origins(capsys: pytest.CaptureFixture[str]) -> N
         (["init", "mine"], "slurm/clusters/mine.yaml exists; choose another name, or --overwrite"),
     ],
 )
-def test_bad_input(arguments: list[str], text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cluster_show_and_init_refuse_bad_keys_and_names_with_exit_code_2(
+    arguments: list[str], text: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["cluster", *arguments]) == 2
     assert text in capsys.readouterr().err
     assert [path.name for path in (folder / "slurm" / "clusters").iterdir()] == ["mine.yaml"]
 
 
-def test_init_writes_a_profile_that_loads_and_fits(
+def test_cluster_init_writes_a_profile_that_loads_and_fits_its_partition(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     play("typed", folder, monkeypatch)
@@ -107,7 +109,7 @@ def test_init_writes_a_profile_that_loads_and_fits(
     assert sorted(path.name for path in (folder / "slurm" / "clusters").iterdir()) == ["mine.yaml", "new.yaml"]
 
 
-def test_init_makes_the_folder_and_serves_a_site_without_accounting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_init_creates_the_folder_and_works_without_accounting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     play("plain", tmp_path, monkeypatch, failing="sacctmgr")
     assert main(["cluster", "init", "plain"]) == 0
@@ -125,7 +127,7 @@ def test_init_makes_the_folder_and_serves_a_site_without_accounting(tmp_path: Pa
         ({"failing": "sinfo"}, "`sinfo` failed: slurm_load_partitions: Unable to contact slurm controller"),
     ],
 )
-def test_init_without_slurm_says_so_and_writes_nothing(
+def test_cluster_init_without_slurm_exits_with_2_and_writes_no_profile(
     lack: dict[str, str], text: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     play("typed", folder, monkeypatch, **lack)

@@ -41,7 +41,7 @@ def image_folder(folder: Path, per_class: int = 12) -> Path:
     return folder
 
 
-def test_simulate_does_no_work_twice_and_replaces_only_when_told(
+def test_data_simulate_reuses_the_same_survey_and_refuses_to_replace_another(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = root / "hdf5" / "simulated.h5"
@@ -57,7 +57,7 @@ def test_simulate_does_no_work_twice_and_replaces_only_when_told(
     assert len(open_survey(copy).labels) == 30 and len(open_survey(path).labels) == GALAXIES
 
 
-def test_simulate_leaves_a_foreign_file_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_simulate_replaces_a_foreign_file_only_with_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "notes.h5"
     path.write_text("not a survey")
     assert main(["data", "simulate", "--num-galaxies", "20", "--out", str(path)]) == 2
@@ -65,7 +65,7 @@ def test_simulate_leaves_a_foreign_file_alone(tmp_path: Path, capsys: pytest.Cap
     assert main(["data", "simulate", "--num-galaxies", "20", "--out", str(path), "--overwrite"]) == 0
 
 
-def test_export_and_shard_twice(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_export_and_shard_reuse_existing_output(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for expected in (0, 1):
         assert command(root, "data", "export", "--dataset", "simulated") == 0
         assert command(root, "data", "shard", "--dataset", "simulated", "--variant", "both", "--image-size", "64") == 0
@@ -79,7 +79,9 @@ def test_export_and_shard_twice(root: Path, capsys: pytest.CaptureFixture[str]) 
     assert "--out names one folder" in capsys.readouterr().err
 
 
-def test_missing_data_names_the_command_that_makes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_commands_without_a_survey_name_the_command_that_creates_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, makes in (("galaxy10_decals", "data fetch"), ("simulated", "data simulate")):
         for what in ("shard", "export", "explore"):
             assert command(tmp_path, "data", what, "--dataset", name) == 2
@@ -89,7 +91,7 @@ def test_missing_data_names_the_command_that_makes_it(tmp_path: Path, capsys: py
     assert list(tmp_path.iterdir()) == []
 
 
-def test_check_names_the_shard_and_the_galaxy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_check_names_the_damaged_shard_and_galaxy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(tmp_path, "data", "check") == 2
     assert "Make them with `galaxydist data shard`" in capsys.readouterr().err
     for name in ("first", "second"):
@@ -115,7 +117,9 @@ def test_check_names_the_shard_and_the_galaxy(tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "explore" / "first" / "original" / "index.html").is_file() or "page: " in capsys.readouterr().out
 
 
-def test_any_folder_and_its_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_shard_of_an_image_folder_writes_3_folds_whose_test_splits_add_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = image_folder(tmp_path / "squares")
     assert command(tmp_path, "data", "shard", "--from", str(images), "--encoding", "png") == 0
     assert "shards of squares, original" in capsys.readouterr().out
@@ -129,7 +133,7 @@ def test_any_folder_and_its_folds(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert held_out == 24
 
 
-def test_images_that_are_lost_or_changed_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_shard_reports_unreadable_images_and_png_stored_as_jpeg(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = image_folder(tmp_path / "squares")
     (images / "red" / "broken link.png").symlink_to("/nowhere.png")
     shard = ("data", "shard", "--from", str(images))
@@ -147,7 +151,9 @@ def test_images_that_are_lost_or_changed_are_said(tmp_path: Path, capsys: pytest
     assert sum(split.num_samples for split in read_manifest(folder).splits.values()) == 24
 
 
-def test_names_and_places_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_commands_refuse_invalid_names_paths_below_a_file_and_urls(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = image_folder(tmp_path / "squares")
     for name in ("../../x", "my galaxies", "", ".hidden", "a/b"):
         assert command(tmp_path / "root", "data", "shard", "--from", str(images), "--name", name) == 2
@@ -172,7 +178,7 @@ def test_names_and_places_that_cannot_be_used(tmp_path: Path, capsys: pytest.Cap
     assert "data.dir=s3://bucket/data: must be a path on this machine, and is a URL" in capsys.readouterr().err
 
 
-def test_a_read_only_place_is_one_line(
+def test_data_commands_on_a_read_only_file_system_print_one_error_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(path: Path, **_: object) -> None:
@@ -190,7 +196,9 @@ def test_fold_counts_from_one() -> None:
     assert (fold("1/3"), fold("3/3")) == ((0, 3), (2, 3))
 
 
-def test_explore(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_explore_writes_counts_pixel_statistics_and_a_gallery_image(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command(root, "data", "explore", "--dataset", "simulated", "--per-class", "2", "--out", str(tmp_path)) == 0
     found = json.loads((tmp_path / "survey.json").read_text())
     assert (found["dataset"], found["variant"]) == ("simulated", "original")
@@ -201,7 +209,7 @@ def test_explore(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "merging" in capsys.readouterr().out
 
 
-def test_fetch_from_a_wrong_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_fetch_refuses_a_file_that_is_not_galaxy10(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = tmp_path / "Galaxy10.h5"
     wrong.write_bytes(b"something else")
     assert command(tmp_path / "root", "data", "fetch", "--from", str(wrong)) == 2

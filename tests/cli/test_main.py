@@ -44,7 +44,7 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
     return subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, check=False, cwd=cwd, timeout=120)
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_imports_no_heavy_library_and_takes_under_half_a_second_of_cpu() -> None:
     code = f"""
 import sys
 from galaxydist.cli.main import main
@@ -67,14 +67,14 @@ assert not heavy, heavy
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_prints_its_usage_with_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([*command.split(), "--help"])
     assert end.value.code == 0
     assert f"usage: galaxydist {command}" in capsys.readouterr().out
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_option_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"galaxydist {__version__}\n"
@@ -97,7 +97,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["data", "simulate", "--seed", "-1"], "less than 0"),
     ],
 )
-def test_bad_usage_ends_with_2(arguments: Sequence[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_usage_exits_with_2_and_a_message(arguments: Sequence[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
     assert end.value.code == 2
@@ -120,7 +120,7 @@ def test_a_command_without_its_subcommand_shows_its_help(command: str, capsys: p
         ("sweep --dry-run FILE --yes cluster=c2", "arguments", ["cluster=c2"]),
     ],
 )
-def test_options_may_stand_between_the_arguments(words: str, name: str, expected: list[str]) -> None:
+def test_options_are_accepted_between_positional_arguments(words: str, name: str, expected: list[str]) -> None:
     assert getattr(cli.build_parser().parse_args(words.split()), name) == expected
 
 
@@ -135,7 +135,7 @@ def test_options_may_stand_between_the_arguments(words: str, name: str, expected
         ("galaxydist train vit train.precision=b", "bf16"),
     ],
 )
-def test_a_shell_is_told_how_a_word_goes_on(line: str, word: str, tmp_path: Path) -> None:
+def test_shell_completion_completes_commands_options_recipes_and_keys(line: str, word: str, tmp_path: Path) -> None:
     """As bash asks: argcomplete's variables in the environment, the answers in a file."""
     answers = tmp_path / "answers"
     environ = {
@@ -167,7 +167,7 @@ def test_a_user_s_error_is_one_message_without_traceback(tmp_path: Path) -> None
         (PermissionError(errno.EACCES, "Permission denied", "/data"), 2, "not allowed: Permission denied (/data)"),
     ],
 )
-def test_other_ends(
+def test_interrupt_full_disk_and_permission_errors_have_exit_codes_and_messages(
     error: BaseException, code: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_: object) -> None:
@@ -178,7 +178,7 @@ def test_other_ends(
     assert text in capsys.readouterr().err
 
 
-def test_our_own_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_os_error_is_raised_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> None:
         raise OSError(errno.EIO, "a disk that fails")
 
@@ -187,7 +187,7 @@ def test_our_own_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
         cli.main(["recipes"])
 
 
-def test_a_full_disk_behind_stdout_is_said() -> None:
+def test_full_disk_behind_stdout_exits_with_2_without_traceback() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
     with open("/dev/full", "w") as full:  # noqa: PTH123
@@ -196,7 +196,7 @@ def test_a_full_disk_behind_stdout_is_said() -> None:
     assert "no space left" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+def test_closed_stdout_pipe_exits_without_error_message() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([*PROGRAM, "recipes"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)

@@ -23,7 +23,7 @@ def plan(tmp_path: Path, *arguments: str) -> int:
     return main(["plan", *arguments, "--data-dir", str(tmp_path)])
 
 
-def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_table_shows_job_and_epoch_time_and_writes_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(tmp_path, *SMALL, "--nodes", "2", "--gpus-per-node", "4", "--img-s", "1000", "--gpu-memory", "16") == 0
     shown = capsys.readouterr()
     assert shown.err == ""
@@ -34,7 +34,9 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_is_one_object_with_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_json_is_one_object_with_steps_memory_and_checkpoint_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = (*SMALL, "--galaxies", "1000000", "--shards", "1000")
     assert plan(tmp_path, *arguments) == 0
     table = {line[:WIDTH].strip(): line[WIDTH:] for line in capsys.readouterr().out.splitlines()}
@@ -55,13 +57,15 @@ def test_json_is_one_object_with_the_same_numbers(tmp_path: Path, capsys: pytest
     assert found["job"] == {"num_nodes": 1, "gpus_per_node": 1, "images_per_s": None, "gpu_memory": None}
 
 
-def test_key_value_may_follow_the_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_accepts_key_value_after_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(tmp_path, "--nodes", "2", "--json", *SMALL, "train.epochs=7") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["epochs"] == 7 and found["job"]["num_nodes"] == 2
 
 
-def test_what_cannot_run_ends_with_2_and_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_with_more_processes_than_the_batch_exits_with_2_and_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert plan(tmp_path, *SMALL, "--nodes", "100", "--gpus-per-node", "8") == 2
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("galaxydist: error") == 1
@@ -79,14 +83,16 @@ def test_what_cannot_run_ends_with_2_and_one_message(tmp_path: Path, capsys: pyt
         (["--galaxies", "many"], "not a whole number"),
     ],
 )
-def test_nonsense_is_refused(flags: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_refuses_invalid_flag_values(flags: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["plan", *SMALL, *flags])
     assert end.value.code == 2
     assert text in capsys.readouterr().err
 
 
-def test_a_checkpoint_is_as_large_as_was_planned(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_planned_checkpoint_size_matches_a_saved_checkpoint(
+    blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = quick_settings(blobs, tmp_path / "run", train__epochs=1, model__width=16, train__micro_batch=0)
     assert run_here(arguments) == 0
     saved = store.list_checkpoints(tmp_path / "run" / "checkpoints")[0]
@@ -111,7 +117,7 @@ def test_a_checkpoint_is_as_large_as_was_planned(blobs: Path, tmp_path: Path, ca
         ("vit", 64, 24, "bf16", 12),
     ],
 )
-def test_the_memory_is_that_of_a_real_step(
+def test_planned_memory_matches_a_measured_cpu_step_within_15_percent(
     blobs: Path, tmp_path: Path, *, name: str, image_size: int, batch_size: int, precision: str, micro_batch: int
 ) -> None:
     """launch.py in a process of its own, on the CPU, where torch's allocator tells of every byte.

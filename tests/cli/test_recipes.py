@@ -19,7 +19,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("folder")
-def test_list_has_own_and_shipped_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_lists_own_and_shipped_recipes_sorted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     out = capsys.readouterr().out
     names = [line.split()[0] for line in out.splitlines() if not line.startswith(" ")]
@@ -31,7 +31,7 @@ def test_list_has_own_and_shipped_recipes(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.usefixtures("folder")
-def test_show_one_resolved_with_origins(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_with_a_name_prints_every_key_with_value_and_origin(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "mine", "train.epochs=7"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("# recipes/mine.yaml; run folder mine-")
@@ -44,7 +44,7 @@ def test_show_one_resolved_with_origins(capsys: pytest.CaptureFixture[str]) -> N
     assert "# [run] " in rows["tracker.name"] and "= null " in rows["run.dir"] and "= [] " in rows["tracker.tags"]
 
 
-def test_the_reference_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+def test_docs_recipe_md_equals_the_output_of_recipes_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     page = Path(__file__).resolve()
     page = next(parent / "docs" / "recipe.md" for parent in page.parents if (parent / "docs").is_dir())
     assert main(["recipes", "--markdown"]) == 0
@@ -68,7 +68,9 @@ def test_the_reference_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) ->
         (["plan", "recipe=mine", "vit"], "'vit' is not key=value"),
     ],
 )
-def test_commands_that_take_a_recipe(arguments: list[str], text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_weights_fetch_and_plan_refuse_unusable_recipe_arguments(
+    arguments: list[str], text: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     assert text in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["recipes"]

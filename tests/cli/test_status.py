@@ -39,7 +39,7 @@ def run_files(here: Path) -> JobFiles:
     return files
 
 
-def test_status_says_where_it_looked(capfd: pytest.CaptureFixture[str]) -> None:
+def test_status_without_runs_names_the_searched_folder(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["status"]) == 0
     assert "no runs under ./runs" in capfd.readouterr().out
     assert main(["status", "--json"]) == 0
@@ -58,7 +58,7 @@ def test_status_finds_runs_by_folder_and_name(words: list[str], capfd: pytest.Ca
     assert "1 run: 1 unknown" in out
 
 
-def test_runs_of_a_folder_are_named_by_what_differs(run_files: JobFiles, capfd: pytest.CaptureFixture[str]) -> None:
+def test_status_labels_runs_of_a_folder_by_the_keys_that_differ(run_files: JobFiles, capfd: pytest.CaptureFixture[str]) -> None:
     folder = run_files.run_dir.parent / "sweep"
     for model, variant, seed in (("vit", "original", 0), ("vit", "original", 1), ("resnet50", "balanced", 0)):
         arguments = (f"recipe=/x/{model}.yaml", f"data.variant={variant}", "optim.lr=0.1", f"seed={seed}", f"run.dir=/{seed}")
@@ -73,7 +73,7 @@ def test_runs_of_a_folder_are_named_by_what_differs(run_files: JobFiles, capfd: 
 
 
 @pytest.mark.usefixtures("run_files")
-def test_json_is_nothing_but_json(capfd: pytest.CaptureFixture[str]) -> None:
+def test_status_json_prints_only_json_on_stdout(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--json"]) == 0
     printed = capfd.readouterr()
     (status,) = json.loads(printed.out)
@@ -84,7 +84,7 @@ def test_json_is_nothing_but_json(capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("run_files")
 @pytest.mark.parametrize("command", ["status", "logs", "cancel"])
-def test_nothing_heavy_is_imported(command: str) -> None:
+def test_status_logs_and_cancel_import_no_heavy_library(command: str) -> None:
     code = (
         f"import sys; from galaxydist.cli.main import main; main(['{command}', 'vit']); print(sorted(set(sys.modules) & {HEAVY}))"
     )
@@ -92,7 +92,7 @@ def test_nothing_heavy_is_imported(command: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_watch_looks_again(run_files: JobFiles) -> None:
+def test_status_watch_refreshes_until_the_run_is_finished(run_files: JobFiles) -> None:
     command = [sys.executable, "-m", "galaxydist.cli.main", "status", "--watch", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
         assert process.stdout is not None
@@ -105,7 +105,7 @@ def test_watch_looks_again(run_files: JobFiles) -> None:
         assert process.wait(300) == 0
 
 
-def test_logs_are_the_last_lines_of_a_rank(run_files: JobFiles, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_logs_prints_the_last_lines_of_the_chosen_rank(run_files: JobFiles, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     run_files.rank_log(3).write_bytes(b"rank 3 \xff\nepoch 1\r 50%\repoch 1\r100%\nlast")
     assert main(["logs", "vit", "--lines", "2"]) == 0
     assert capfdbinary.readouterr().out == b"line 98\nline 99\n"
@@ -117,14 +117,14 @@ def test_logs_are_the_last_lines_of_a_rank(run_files: JobFiles, capfdbinary: pyt
     assert b"is not a run folder" in capfdbinary.readouterr().err
 
 
-def test_many_lines_are_read_in_full(run_files: JobFiles, capfd: pytest.CaptureFixture[str]) -> None:
+def test_logs_prints_exactly_the_requested_number_of_last_lines(run_files: JobFiles, capfd: pytest.CaptureFixture[str]) -> None:
     run_files.rank_log(0).write_text("".join(f"{number:0500d}\n" for number in range(1000)))
     for count in (1, 400, 1000, 2000):
         assert main(["logs", "vit", "--lines", str(count)]) == 0
         assert [int(line) for line in capfd.readouterr().out.split()] == list(range(max(0, 1000 - count), 1000))
 
 
-def test_without_rank_logs_submitits_are_shown(run_files: JobFiles, capfd: pytest.CaptureFixture[str]) -> None:
+def test_logs_without_rank_logs_shows_the_logs_of_submitit(run_files: JobFiles, capfd: pytest.CaptureFixture[str]) -> None:
     run_files.rank_log(0).write_text("")
     assert main(["logs", "vit"]) == 2
     assert "has printed nothing yet (job 77)" in capfd.readouterr().err
@@ -138,7 +138,7 @@ def test_without_rank_logs_submitits_are_shown(run_files: JobFiles, capfd: pytes
     assert ".out" not in out
 
 
-def test_a_log_is_followed(run_files: JobFiles) -> None:
+def test_logs_follow_prints_new_lines_and_survives_truncation(run_files: JobFiles) -> None:
     command = [sys.executable, "-m", "galaxydist.cli.main", "logs", "vit", "--lines", "1", "--follow"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -178,7 +178,9 @@ def local_run(
 
 
 @pytest.mark.multiprocess
-def test_a_local_job_runs_and_is_cancelled(local_run: tuple[JobFiles, JobRecord], capfd: pytest.CaptureFixture[str]) -> None:
+def test_local_job_is_shown_as_running_and_ended_by_cancel(
+    local_run: tuple[JobFiles, JobRecord], capfd: pytest.CaptureFixture[str]
+) -> None:
     _, job = local_run
     assert main(["status", "--json"]) == 0
     (status,) = json.loads(capfd.readouterr().out)
@@ -203,7 +205,7 @@ def test_a_local_job_runs_and_is_cancelled(local_run: tuple[JobFiles, JobRecord]
     assert "NEW" in capfd.readouterr().out
 
 
-def test_another_process_of_that_number_is_not_the_job(here: Path) -> None:
+def test_process_with_a_reused_pid_is_not_taken_for_the_local_job(here: Path) -> None:
     files = JobFiles(here / "runs" / "local")
     mine = add_job(files, job_id=str(os.getpid()), scheduler="local", time=time.time())
     assert running_jobs.find_controller(mine) is None
@@ -211,7 +213,7 @@ def test_another_process_of_that_number_is_not_the_job(here: Path) -> None:
     assert running_jobs.find_controller(add_job(files, job_id="no number", scheduler="local")) is None
 
 
-def test_cancel_says_why_it_cannot(run_files: JobFiles, capfd: pytest.CaptureFixture[str]) -> None:
+def test_cancel_without_slurm_or_runs_exits_with_2_and_the_reason(run_files: JobFiles, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["cancel", "vit"]) == 2
     assert "no SLURM on this machine" in capfd.readouterr().err
     assert main(["cancel", "123_4"]) == 2
@@ -221,7 +223,9 @@ def test_cancel_says_why_it_cannot(run_files: JobFiles, capfd: pytest.CaptureFix
     assert "contains no runs" in capfd.readouterr().err
 
 
-def test_several_jobs_are_not_ended_unasked(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancel_of_several_jobs_without_terminal_requires_yes(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))  # no terminal
     assert main(["cancel", "1", "2"]) == 2
     assert "This would end 2 jobs (job 1, job 2). Add --yes to do so." in capfd.readouterr().err

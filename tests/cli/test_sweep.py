@@ -36,7 +36,9 @@ grid:
     yield path
 
 
-def test_a_dry_run_shows_the_trials_and_writes_nothing(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_dry_run_lists_the_runs_and_writes_no_files(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["sweep", str(sweep), "--dry-run"]) == 0
     shown = capsys.readouterr()
     assert shown.err == ""
@@ -51,7 +53,9 @@ def test_a_dry_run_shows_the_trials_and_writes_nothing(sweep: Path, tmp_path: Pa
 
 @pytest.mark.slurm
 @pytest.mark.usefixtures("mini_cluster")
-def test_the_batch_script_of_a_slurm_cluster(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_dry_run_on_slurm_prints_the_array_and_refuses_an_unknown_partition(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = ("partition=low", "nodes=1", "tasks_per_node=1", "cpus_per_task=1", "memory=1", "parallel=1")
     assert main(["sweep", str(sweep), "cluster=cpu", *(f"cluster.{word}" for word in small), "--dry-run"]) == 0
     assert "#SBATCH --array=0-1%1" in capsys.readouterr().out
@@ -70,7 +74,7 @@ def test_the_batch_script_of_a_slurm_cluster(sweep: Path, tmp_path: Path, capsys
         (["cluster=none_such"], "cluster=none_such: no such cluster profile"),
     ],
 )
-def test_what_it_refuses(
+def test_sweep_refuses_bad_arguments_with_one_message_and_writes_no_files(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     assert main(["sweep", str(sweep), *arguments]) == 2
@@ -79,14 +83,14 @@ def test_what_it_refuses(
     assert not (tmp_path / "runs").exists()
 
 
-def test_without_a_file_it_lists_the_sweeps(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_without_a_file_lists_the_sweeps(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep"]) == 0
     assert "galaxy10.yaml" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_sweep_on_this_machine_runs_once_and_again_what_was_cut_off(
+def test_local_sweep_runs_runs_once_and_reruns_only_interrupted_ones(
     sweep: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def command(*arguments: str) -> tuple[int, str]:

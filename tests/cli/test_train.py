@@ -43,7 +43,7 @@ def started(settings: list[str], log: Path) -> Iterator[tuple["subprocess.Popen[
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_signals_reach_all_processes_and_none_outlives_the_first(blobs: Path, tmp_path: Path) -> None:
+def test_train_sigterm_saves_on_2_processes_and_no_rank_outlives_its_parent(blobs: Path, tmp_path: Path) -> None:
     settings = quick_settings(blobs, tmp_path / "run", train__epochs=4000, train__channels_last="true")
     log = tmp_path / "log.txt"
     with started(settings, log) as (parent, ranks):
@@ -60,7 +60,7 @@ def test_signals_reach_all_processes_and_none_outlives_the_first(blobs: Path, tm
     assert log.read_text().count("which is saved") == 2
 
 
-def test_a_wrong_key_is_told_once_before_processes_are_started(
+def test_train_reports_a_wrong_key_once_before_starting_processes(
     blobs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["train", *quick_settings(blobs, tmp_path / "run"), "optim.lrr=1", "--processes", "2"]
@@ -69,7 +69,7 @@ def test_a_wrong_key_is_told_once_before_processes_are_started(
     assert not (tmp_path / "run").exists()
 
 
-def test_inside_of_another_launcher_it_starts_no_processes(
+def test_train_with_processes_inside_another_launcher_is_refused(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["train", "--processes", "2", *quick_settings(blobs, tmp_path / "run")]

@@ -36,7 +36,7 @@ def problems(folder: Path, yaml: str, *overrides: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_profile_loads_is_short_and_holds_differences_only(path: Path) -> None:
+def test_shipped_profile_loads_is_short_and_sets_only_non_default_values(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ") and len(lines) <= 20 and max(map(len, lines)) <= 130
     resolved = load_cluster([f"cluster={path}"])
@@ -55,7 +55,7 @@ def test_shipped_profiles_show_the_common_kinds_of_clusters() -> None:
     assert any(config.tasks_per_node and not config.gpus_per_node for config in configs)
 
 
-def test_precedence_origins_and_numbers(tmp_path: Path) -> None:
+def test_command_line_overrides_profile_and_every_key_has_an_origin(tmp_path: Path) -> None:
     yaml = "partition: gpu\ngpus_per_node: 4\nnodes: 3\ntime: 1-06\nmemory: 1.5\nenvironment: [A=b=c]\n"
     resolved = resolve(tmp_path, yaml, "cluster.nodes=2", "cluster.setup=[]", "cluster.time=00:05:30")
     config, origins = resolved.config, resolved.origins
@@ -69,7 +69,7 @@ def test_precedence_origins_and_numbers(tmp_path: Path) -> None:
     assert ClusterConfig.model_validate_json(json.dumps(config.model_dump(mode="json"))) == config
 
 
-def test_all_problems_come_in_one_message_and_keys_are_named_as_they_were_written(tmp_path: Path) -> None:
+def test_all_profile_problems_come_in_one_message_with_keys_as_written(tmp_path: Path) -> None:
     yaml = "ndoes: 2\ngpus_per_node: four\npartition: a\npartition: b\ntasks_per_node: -1\n"
     here = f"{tmp_path}/mine.yaml"
     overrides = [
@@ -151,7 +151,7 @@ def test_all_problems_come_in_one_message_and_keys_are_named_as_they_were_writte
         (["cluster.requeue=always"], "one of auto, resubmit, never"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_alone(tmp_path: Path, overrides: list[str], text: str) -> None:
+def test_invalid_profile_value_is_refused_with_exactly_one_problem(tmp_path: Path, overrides: list[str], text: str) -> None:
     with pytest.raises(ClusterError, match=text) as caught:
         resolve(tmp_path, MIDDLE, *overrides)
     assert len(caught.value.problems) == 1
@@ -173,7 +173,7 @@ def test_what_cannot_be_meant_is_refused_alone(tmp_path: Path, overrides: list[s
         "cluster.constraint=a100&ib",
     ],
 )
-def test_what_can_be_meant_is_taken(tmp_path: Path, override: str) -> None:
+def test_unusual_but_valid_profile_values_are_accepted(tmp_path: Path, override: str) -> None:
     key = override.partition("=")[0].removeprefix("cluster.")
     assert resolve(tmp_path, "signal_s: 30\n", override).origins[key] == "command line"
 
@@ -193,27 +193,27 @@ def test_what_can_be_meant_is_taken(tmp_path: Path, override: str) -> None:
         ("1-02:03:04", 93_784),
     ],
 )
-def test_time_limits_are_read_as_slurm_reads_them(time: int | str, seconds: int) -> None:
+def test_time_limit_formats_are_parsed_as_slurm_does(time: int | str, seconds: int) -> None:
     assert read_time_s(time) == seconds
 
 
 @pytest.mark.parametrize(
     "time", [0, -5, "4:00", "1:2:3", "00:00:00", "24h", "UNLIMITED", "1-24", "1-00:60", "00:61:00", "", "366-00", "٣"]
 )
-def test_a_time_limit_that_could_be_misread_is_refused(tmp_path: Path, time: int | str) -> None:
+def test_ambiguous_or_invalid_time_limit_is_refused(tmp_path: Path, time: int | str) -> None:
     (problem,) = problems(tmp_path, f"time: {json.dumps(time)}\n")
     assert problem[0] == f"{tmp_path}/mine.yaml:1" and problem[1].startswith(f"time={time}: ")
 
 
 @given(st.integers(1, MAX_DAYS * 86_400))
-def test_every_time_goes_round_through_its_text(seconds: int) -> None:
+def test_time_limit_in_seconds_survives_formatting_and_parsing(seconds: int) -> None:
     hours, minutes, rest = seconds // 3600, seconds // 60 % 60, seconds % 60
     assert read_time_s(f"{hours:02}:{minutes:02}:{rest:02}") == seconds
     assert read_time_s(f"{hours // 24}-{hours % 24:02}:{minutes:02}:{rest:02}") == seconds
     assert ClusterConfig(name="x", time=f"{hours:02}:{minutes:02}:{rest:02}").time_min == (seconds + 59) // 60
 
 
-def test_the_file_and_its_yaml_are_named_as_a_profile(tmp_path: Path) -> None:
+def test_yaml_problems_of_a_profile_name_file_line_and_profile(tmp_path: Path) -> None:
     assert problems(tmp_path, "- nodes\n") == [
         (f"{tmp_path}/mine.yaml:1", "must be a mapping of keys to values, like 'nodes: 2'")
     ]
@@ -225,7 +225,7 @@ def test_the_file_and_its_yaml_are_named_as_a_profile(tmp_path: Path) -> None:
     assert (origin, text) == (f"{tmp_path}/mine.yaml:1", "name: a cluster profile is named by its file (mine); take the line out")
 
 
-def test_unknown_profiles_list_those_there_are(tmp_path: Path) -> None:
+def test_unknown_or_missing_profile_is_refused_with_the_list_of_profiles(tmp_path: Path) -> None:
     for name in ("a100", "cpu"):
         (tmp_path / f"{name}.yaml").write_text(MIDDLE)
     listed = "cluster profiles: a100, cpu; or cluster=FILE.yaml"
@@ -239,7 +239,7 @@ def test_unknown_profiles_list_those_there_are(tmp_path: Path) -> None:
         assert caught.value.problems == (("command line", text),)
 
 
-def test_own_profiles_stand_before_the_shipped_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_of_the_working_directory_overrides_the_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_cluster(["cluster=a100"]).config.nodes == 1
     own = tmp_path / "slurm" / "clusters"
@@ -250,7 +250,7 @@ def test_own_profiles_stand_before_the_shipped_ones(tmp_path: Path, monkeypatch:
     assert found["a100"] == Path("slurm/clusters/a100.yaml") and set(found) == {path.stem for path in SHIPPED}
 
 
-def test_a_command_line_is_split() -> None:
+def test_split_arguments_separates_recipe_and_cluster_arguments() -> None:
     arguments = ["recipe=vit", "cluster.nodes=2", "optim.lr=1", "cluster=a100", "clusters=1", "cluster", "cluster.x"]
     assert split_arguments(arguments) == (
         ["recipe=vit", "optim.lr=1", "clusters=1"],
@@ -259,7 +259,7 @@ def test_a_command_line_is_split() -> None:
 
 
 @given(st.lists(st.text(max_size=20) | st.sampled_from(["cluster=a", "cluster.nodes=1", "lr=1"]), max_size=5))
-def test_splitting_loses_nothing_and_keeps_the_order(arguments: list[str]) -> None:
+def test_split_arguments_keeps_every_argument_in_order(arguments: list[str]) -> None:
     recipe, cluster = split_arguments(arguments)
     assert sorted(recipe + cluster) == sorted(arguments)
     assert [argument for argument in arguments if argument in cluster] == cluster
@@ -269,7 +269,9 @@ def test_splitting_loses_nothing_and_keeps_the_order(arguments: list[str]) -> No
     key=st.sampled_from(sorted(set(FIELDS) - {"name"})),
     text=st.text(max_size=20) | st.sampled_from(["1", "0.5", "1-00", "[a]", "[A=b]", "local"]),
 )
-def test_any_value_is_taken_or_refused_with_its_key(tmp_path_factory: pytest.TempPathFactory, key: str, text: str) -> None:
+def test_any_profile_value_is_accepted_or_refused_with_its_key(
+    tmp_path_factory: pytest.TempPathFactory, key: str, text: str
+) -> None:
     folder = tmp_path_factory.getbasetemp()
     try:
         resolved = resolve(folder, MIDDLE, f"cluster.{key}={text}")

@@ -28,13 +28,13 @@ for number in range(200):
 """
 
 
-def test_nothing_is_there_before_the_first_line(tmp_path: Path) -> None:
+def test_job_files_of_a_new_run_are_empty_and_create_no_folder(tmp_path: Path) -> None:
     files = JobFiles(tmp_path / "run")
     assert (files.jobs(), files.restarts(), files.rank_logs()) == ([], [], [])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_records_come_back_in_order(tmp_path: Path) -> None:
+def test_job_and_restart_records_are_read_back_in_order(tmp_path: Path) -> None:
     files = JobFiles(tmp_path / "run")
     other = dataclasses.replace(FULL_RECORD, job_id="13", scheduler="local", arguments=())
     files.append_job(FULL_RECORD)
@@ -60,14 +60,14 @@ text = st.text(max_size=20)
         time=st.floats(0, 1e12),
     )
 )
-def test_any_record_is_one_line_that_reads_back(record: RestartRecord) -> None:
+def test_restart_record_is_one_json_line_that_reads_back_equal(record: RestartRecord) -> None:
     line = json.dumps(plain(dataclasses.asdict(record)), ensure_ascii=False)
     assert "\n" not in line
     assert from_plain(RestartRecord, json.loads(line)) == record
 
 
 @pytest.mark.parametrize("cut", [1, 2, 30])
-def test_a_half_written_last_line_is_ignored_and_what_follows_is_not(tmp_path: Path, cut: int) -> None:
+def test_half_written_last_record_is_ignored_and_later_records_are_read(tmp_path: Path, cut: int) -> None:
     files = JobFiles(tmp_path)
     files.append_restart(RESTART)
     files.append_restart(RESTART)
@@ -98,7 +98,7 @@ def test_two_writers_never_mix_their_lines(tmp_path: Path) -> None:
         ({"job_id": None}, "job_id=None is not str"),
     ],
 )
-def test_a_damaged_line_is_named(tmp_path: Path, change: dict[str, object], words: str) -> None:
+def test_damaged_job_record_raises_an_error_naming_line_and_field(tmp_path: Path, change: dict[str, object], words: str) -> None:
     files = JobFiles(tmp_path)
     files.append_job(FULL_RECORD)
     line = json.dumps({**plain(dataclasses.asdict(FULL_RECORD)), **change})
@@ -109,7 +109,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, change: dict[str, object], word
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"job_id": "1"}', "\x00\x00", ""])
-def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
+def test_line_that_is_no_restart_record_raises_an_error_naming_the_line(tmp_path: Path, line: str) -> None:
     files = JobFiles(tmp_path)
     files.restarts_path.write_text(f"{line}\n")
     with pytest.raises(UserError, match=r"restarts\.jsonl, line 1 is damaged"):

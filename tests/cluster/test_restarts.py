@@ -36,7 +36,7 @@ def cut_off(run_dir: Path, step: int) -> None:
 @pytest.mark.multiprocess
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [3, pytest.param(4, marks=pytest.mark.nightly)])
-def test_a_continued_run_of_several_processes_is_bit_equal(blobs: Path, tmp_path: Path, size: int) -> None:
+def test_continued_run_of_3_or_4_processes_is_bit_equal_to_an_uninterrupted_one(blobs: Path, tmp_path: Path, size: int) -> None:
     settings = quick_settings(blobs, tmp_path / "run", **WIDE)
     assert run_forked(train, settings, size=size).returncode == 0
     whole, losses = read_tensors(tmp_path / "run"), read_losses(tmp_path / "run")
@@ -49,7 +49,9 @@ def test_a_continued_run_of_several_processes_is_bit_equal(blobs: Path, tmp_path
     assert [name for name, tensor in whole.items() if not torch.equal(tensor, again[name])] == []
 
 
-def test_a_continued_run_keeps_its_threads(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_continued_run_uses_the_thread_count_of_its_checkpoint_and_is_bit_equal(
+    blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Three, which no share of this machine's cores is by chance. The checkpoints hold the number."""
     settings = quick_settings(blobs, tmp_path / "run", **{**WIDE, "model__width": 4})
     before = torch.get_num_threads()

@@ -48,7 +48,7 @@ SACCT = """\
 """
 
 
-def test_squeue_tells_of_what_waits_and_runs() -> None:
+def test_parse_squeue_reads_states_reasons_nodes_and_restarts() -> None:
     states = parse_squeue(SQUEUE)
     assert states["5"] == JobState("PENDING", "BeginTime")
     assert states["2_0"] == JobState("PENDING", "BeginTime", restarts=1)
@@ -61,12 +61,12 @@ def test_squeue_tells_of_what_waits_and_runs() -> None:
     assert states["3"].reason == "Nodes required for job are DOWN, DRAINED or reserved | for jobs"
 
 
-def test_what_waits_or_runs_is_active_and_nothing_else() -> None:
+def test_only_pending_and_running_jobs_are_active() -> None:
     active = {job_id for job_id, state in parse_squeue(SQUEUE).items() if state.is_active}
     assert active == {"5", "2_0", "2_1", "2_4", "2_5", "2_7", "3", "8", "1", "9"}
 
 
-def test_sacct_tells_of_what_has_ended() -> None:
+def test_parse_sacct_reads_final_states_and_who_cancelled() -> None:
     states = parse_sacct(SACCT)
     assert states["3"] == JobState("CANCELLED", "by root")
     assert states["5"] == JobState("CANCELLED")
@@ -77,13 +77,13 @@ def test_sacct_tells_of_what_has_ended() -> None:
     assert states["1"].is_active
 
 
-def test_a_record_that_was_never_closed_does_not_run() -> None:
+def test_job_that_only_sacct_lists_as_running_is_unknown() -> None:
     state = parse_sacct(SACCT)["11"]
     assert state.state == UNKNOWN
     assert "RUNNING" in state.reason
 
 
-def test_a_task_that_is_missing_in_its_array_was_cancelled() -> None:
+def test_array_task_missing_from_sacct_counts_as_cancelled_before_start() -> None:
     states = parse_sacct("17_[1-2,4%1]|PENDING|None assigned|None\n17_0|COMPLETED|n1|None\n19|FAILED|n1|None\n20|PENDING||\n")
     cancelled = JobState("CANCELLED", "before it started")
     assert [_find_ended(f"17_{index}", states) for index in (0, 3, 4)] == [states["17_0"], cancelled, cancelled]
@@ -92,13 +92,13 @@ def test_a_task_that_is_missing_in_its_array_was_cancelled() -> None:
     assert (_find_ended("20", states) or cancelled).state == UNKNOWN
 
 
-def test_lines_of_other_forms_are_passed_over() -> None:
+def test_parse_squeue_and_parse_sacct_ignore_malformed_lines() -> None:
     assert parse_squeue("slurm_load_jobs error: x\n\n1|2\n") == {}
     assert parse_sacct("sacct: error\n\n1|2\n") == {}
 
 
 @given(st.sets(st.integers(0, 1000), min_size=1), st.sampled_from(["", "%2", "%10"]))
-def test_ids_of_arrays_are_expanded(indices: set[int], limit: str) -> None:
+def test_expand_ids_lists_every_task_of_an_array(indices: set[int], limit: str) -> None:
     text = ",".join(map(str, sorted(indices)))
     assert expand_ids(f"12_[{text}{limit}]") == [f"12_{index}" for index in sorted(indices)]
 
@@ -114,12 +114,12 @@ def test_ids_of_arrays_are_expanded(indices: set[int], limit: str) -> None:
         ("12_[1-2,...]", ["12_1", "12_2"]),
     ],
 )
-def test_ids_of_all_forms(text: str, ids: list[str]) -> None:
+def test_expand_ids_reads_single_ids_ranges_steps_and_limits(text: str, ids: list[str]) -> None:
     assert expand_ids(text) == ids
 
 
 @given(st.integers(0, 400 * 86400))
-def test_durations_come_back(seconds: int) -> None:
+def test_parse_duration_inverts_slurm_formatting(seconds: int) -> None:
     days, rest = divmod(seconds, 86400)
     hours, minutes, left = rest // 3600, rest // 60 % 60, rest % 60
     short = f"{minutes}:{left:02d}" if not (days or hours) else f"{hours}:{minutes:02d}:{left:02d}"
@@ -127,11 +127,11 @@ def test_durations_come_back(seconds: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["UNLIMITED", "NOT_SET", "INVALID", ""])
-def test_no_limit_is_no_duration(text: str) -> None:
+def test_parse_duration_of_unlimited_or_unset_is_none(text: str) -> None:
     assert parse_duration(text) is None
 
 
-def test_without_slurm_the_user_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_queries_without_slurm_raise_slurm_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not is_slurm_here()
     assert read_states([]) == {}

@@ -56,7 +56,7 @@ def takes(site: Site, **asked: object) -> None:
     check_partition(ClusterConfig.model_validate({"name": "mine", "time": 30, **asked}), site)
 
 
-def test_a_cluster_with_types_accounts_and_qos() -> None:
+def test_parse_site_reads_gpu_types_accounts_qos_and_preemption() -> None:
     site = recorded("typed")
     assert (site.name, site.default_account, list(site.partitions)) == (
         "profbed",
@@ -81,7 +81,7 @@ def test_a_cluster_with_types_accounts_and_qos() -> None:
     assert site.enforces("associations") and site.enforces("limits") and site.enforces("qos")
 
 
-def test_a_cluster_without_types_and_accounting() -> None:
+def test_parse_site_reads_a_cluster_without_gpu_types_or_accounting() -> None:
     site = recorded("plain")
     assert (site.name, site.default_account, site.associations, dict(site.qos)) == ("plain", None, (), {})
     assert site.default_partition is None and not site.enforces("associations")
@@ -109,11 +109,11 @@ def test_a_cluster_without_types_and_accounting() -> None:
         ("shard:16,mps:400", {}),
     ],
 )
-def test_gpus_of_a_node_in_all_spellings(gres: str, gpus: dict[str, int]) -> None:
+def test_parse_gpus_reads_all_spellings_of_gres(gres: str, gpus: dict[str, int]) -> None:
     assert parse_gpus(gres) == gpus
 
 
-def test_equal_nodes_are_one_group_and_lines_that_say_nothing_are_left_out() -> None:
+def test_parse_site_groups_equal_nodes_and_ignores_malformed_lines() -> None:
     nodes = "p|2|64|9000|gpu:2|a,b\np|1|64|9000|gpu:2(S:0)|a,b\np|1|64|9000|gpu:2|c\nq|1|8+|500+|(null)|(null)\nnonsense\n"
     site = parse_site({"partitions": "PartitionName=p MaxTime=30:00\nPartitionName=q\nNo partitions\n", "nodes": nodes})
     assert site.partitions["p"].nodes == (NodeGroup(3, 64, 9000, {"": 2}, ("a", "b")), NodeGroup(1, 64, 9000, {"": 2}, ("c",)))
@@ -121,7 +121,7 @@ def test_equal_nodes_are_one_group_and_lines_that_say_nothing_are_left_out() -> 
 
 
 @given(st.integers(1, 400 * 86_400))
-def test_times_go_round_as_slurm_prints_them(seconds: int) -> None:
+def test_slurm_time_survives_formatting_and_parsing(seconds: int) -> None:
     assert parse_duration(time_text(seconds)) == seconds
 
 
@@ -136,7 +136,7 @@ RECORDED_LINES = {name: (RECORDS / "typed" / f"{name}.txt").read_text().splitlin
         },
     )
 )
-def test_any_text_is_read_as_far_as_it_says_something(outputs: dict[str, list[str]]) -> None:
+def test_parse_site_accepts_arbitrary_text_without_error(outputs: dict[str, list[str]]) -> None:
     """Recorded lines are understood among lines of any text."""
     site = parse_site({name: "\n".join(lines) for name, lines in outputs.items()})
     understood = {
@@ -151,7 +151,7 @@ def test_any_text_is_read_as_far_as_it_says_something(outputs: dict[str, list[st
         takes(site, partition="any")
 
 
-def test_associations_of_other_clusters_are_not_ours() -> None:
+def test_parse_site_ignores_associations_of_other_clusters() -> None:
     text = "ours|a|a||normal|\ntheirs|b|b||normal|\nours|a|c|gpu|long|long\nours|a||||\n"
     site = parse_site({"config": "ClusterName = ours\nAccountingStorageEnforce = safe\n", "associations": text})
     assert site.default_account == "a" and site.accounts() == ("a", "c") and site.accounts("cpu") == ("a",)
@@ -186,7 +186,7 @@ def test_associations_of_other_clusters_are_not_ours() -> None:
         ({"partition": "nope"}, "profbed has no partition nope; it has cpu, gpu, debug, closed, private"),
     ],
 )
-def test_what_a_partition_does_not_have_is_refused_with_what_there_is(asked: dict[str, object], said: str) -> None:
+def test_check_partition_refuses_requests_beyond_the_partition_and_lists_limits(asked: dict[str, object], said: str) -> None:
     """Each was refused by the recorded cluster's own sbatch, or waited for ever (time beyond the qos)."""
     text = refusal(recorded("typed"), **{"partition": "gpu"} | asked)
     assert said in text
@@ -212,14 +212,14 @@ def test_what_a_partition_does_not_have_is_refused_with_what_there_is(asked: dic
         ({"scheduler": "local", "gpus_per_node": 99}, {"scheduler": "slurm"}),
     ],
 )
-def test_what_a_partition_has_is_taken(asked: dict[str, object], beyond: dict[str, object]) -> None:
+def test_check_partition_accepts_requests_within_the_partition(asked: dict[str, object], beyond: dict[str, object]) -> None:
     """A request is accepted up to its limits, and refused with one change beyond them."""
     site = recorded("typed")
     takes(site, **asked)
     assert refusal(site, **asked | beyond).startswith("Partition ")
 
 
-def test_all_that_is_missing_is_said_at_once_and_for_each_partition() -> None:
+def test_check_partition_lists_all_problems_for_each_partition() -> None:
     text = refusal(recorded("typed"), partition="cpu,gpu", gpus_per_node=8, time=20_000)
     assert text.splitlines() == [
         "Partition cpu cannot run what cluster=mine requests:",
@@ -233,7 +233,7 @@ def test_all_that_is_missing_is_said_at_once_and_for_each_partition() -> None:
     ]
 
 
-def test_without_accounting_and_types_slurm_does_not_tell() -> None:
+def test_check_partition_skips_gpu_types_and_accounts_that_slurm_does_not_list() -> None:
     site = recorded("plain")
     takes(site, partition="batch", account="any", qos="any", gpus_per_node=2, gpu_type="a100", constraint="any")
     takes(site, partition="secret")
@@ -256,7 +256,9 @@ def test_without_accounting_and_types_slurm_does_not_tell() -> None:
         ("debug", "partition: debug", "gpus_per_node: 4|gpu_type: a100|cpus_per_task: 32|memory: 59|time: 00:30:00"),
     ],
 )
-def test_a_profile_from_a_cluster_with_types(tmp_path: Path, partition: str | None, first: str, rest: str) -> None:
+def test_profile_text_of_a_typed_partition_has_its_values_and_passes_the_check(
+    tmp_path: Path, partition: str | None, first: str, rest: str
+) -> None:
     site = recorded("typed")
     text = profile_text(site, "mine", partition)
     assert [line.partition("#")[0].strip() for line in text.splitlines() if not line.startswith("#")] == [
@@ -268,7 +270,7 @@ def test_a_profile_from_a_cluster_with_types(tmp_path: Path, partition: str | No
     assert "# gpu        1      2 v100 and 1 t4  32    117 GB  2-00:00:00" in text.splitlines()
 
 
-def test_comments_of_a_profile_say_what_there_is() -> None:
+def test_profile_text_comments_list_accounts_limits_gpus_and_preemption() -> None:
     text = profile_text(recorded("typed"), "mine")
     for said in (
         "# Partition gpu of profbed, as SLURM 22.05.8 describes it.",
@@ -286,7 +288,7 @@ def test_comments_of_a_profile_say_what_there_is() -> None:
     assert "# qos: normal                   # yours: normal\n" in text
 
 
-def test_a_profile_from_a_plain_cluster(tmp_path: Path) -> None:
+def test_profile_text_of_a_cluster_without_accounting_loads_and_passes_the_check(tmp_path: Path) -> None:
     site = recorded("plain")
     text = profile_text(site, "mine")
     config = loaded(text, tmp_path).config
@@ -304,7 +306,7 @@ def test_a_profile_from_a_plain_cluster(tmp_path: Path) -> None:
         ("gpu:a100_1g.5gb:7,gpu:a100:1", ["gpus_per_node: 1", "gpu_type: a100", "cpus_per_task: 8", "memory: 7"]),
     ],
 )
-def test_of_slices_of_gpus_a_job_takes_one(tmp_path: Path, gres: str, lines: list[str]) -> None:
+def test_profile_text_of_a_mig_partition_requests_one_gpu(tmp_path: Path, gres: str, lines: list[str]) -> None:
     site = parse_site(
         {
             "config": "SelectType = select/cons_tres\n",
@@ -318,14 +320,14 @@ def test_of_slices_of_gpus_a_job_takes_one(tmp_path: Path, gres: str, lines: lis
     check_partition(loaded(text, tmp_path).config, site)
 
 
-def test_whole_gpus_come_before_slices() -> None:
+def test_profile_text_prefers_whole_gpus_to_mig_slices() -> None:
     nodes = "p|9|64|64000|gpu:1g.10gb:7|\np|1|32|64000|gpu:a100:4|\n"
     site = parse_site({"partitions": "PartitionName=p State=UP\n", "nodes": nodes})
     text = profile_text(site, "mine")
     assert "\ngpus_per_node: 4 " in text and "\ngpu_type: a100 " in text
 
 
-def test_a_partition_that_cannot_be_used_is_said() -> None:
+def test_profile_text_of_an_unusable_partition_is_refused_or_carries_a_warning() -> None:
     site = recorded("typed")
     with pytest.raises(UserError, match="--partition nope: profbed has no such partition; it has cpu, gpu"):
         profile_text(site, "mine", "nope")
@@ -337,7 +339,7 @@ def test_a_partition_that_cannot_be_used_is_said() -> None:
     assert "no account of yours may use this partition; it is for astro" in profile_text(stranger, "mine", "private")
 
 
-def test_partitions_that_are_closed_to_the_user_are_neither_chosen_nor_taken() -> None:
+def test_partitions_closed_to_the_user_are_not_chosen_and_are_refused() -> None:
     line = "PartitionName={} MaxTime=UNLIMITED State=UP AllowGroups={} RootOnly={}"
     partitions = [("mine", "ada,physics", "NO"), ("lab", "astro,staff", "NO"), ("portal", "ALL", "YES")]
     record = {
@@ -393,7 +395,9 @@ def test_partitions_that_are_closed_to_the_user_are_neither_chosen_nor_taken() -
         ("PreemptType = preempt/qos\nPreemptMode = REQUEUE", "", "", Preemption("qos", "REQUEUE", None, "SIGTERM")),
     ],
 )
-def test_how_jobs_are_preempted(settings: str, options: str, qos: str, found: Preemption | None) -> None:
+def test_find_preemption_reads_mode_grace_time_and_signal(
+    settings: str, options: str, qos: str, found: Preemption | None
+) -> None:
     tiers = "" if "PriorityTier" in options else "PriorityTier=1"
     site = parse_site(
         {
@@ -442,7 +446,7 @@ partitions = st.builds(
         }
     ),
 )
-def test_whatever_a_cluster_says_its_profile_loads_and_fits(
+def test_profile_text_of_any_site_loads_and_passes_the_check(
     tmp_path_factory: pytest.TempPathFactory, partition: Partition, accounts: list[str], settings: dict[str, str]
 ) -> None:
     associations = tuple(Association(account, None, ("normal",), None) for account in accounts)

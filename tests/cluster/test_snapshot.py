@@ -12,7 +12,7 @@ from galaxydist.cluster.snapshot import take_snapshot
 from galaxydist.paths import PACKAGE_DIR
 
 
-def test_a_snapshot_runs_by_itself_with_its_own_recipes(tmp_path: Path) -> None:
+def test_snapshot_runs_with_its_own_code_and_recipes(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("model: {name: custom_cnn}\n")
     code = take_snapshot(tmp_path / "code", {"mine": mine})
@@ -37,7 +37,9 @@ def test_a_snapshot_runs_by_itself_with_its_own_recipes(tmp_path: Path) -> None:
     assert (code / "recipes" / "vit.yaml").is_file()
 
 
-def test_the_same_code_is_copied_once_and_other_code_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snapshot_of_unchanged_code_is_reused_and_changed_code_gets_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = take_snapshot(tmp_path / "code", {})
     stamp = first.stat().st_mtime_ns
     assert take_snapshot(tmp_path / "code", {}) == first and first.stat().st_mtime_ns == stamp
@@ -50,7 +52,7 @@ def test_the_same_code_is_copied_once_and_other_code_apart(tmp_path: Path, monke
     assert sorted(path.name for path in (tmp_path / "code").iterdir()) == sorted([first.name, second.name])
 
 
-def test_all_of_the_package_is_in_it(tmp_path: Path) -> None:
+def test_snapshot_contains_every_module_of_the_package(tmp_path: Path) -> None:
     code = take_snapshot(tmp_path / "code", {})
     sources = {path.relative_to(PACKAGE_DIR) for path in PACKAGE_DIR.rglob("*.py")}
     assert {path.relative_to(code / "galaxydist") for path in (code / "galaxydist").rglob("*.py")} == sources

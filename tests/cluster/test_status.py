@@ -55,7 +55,7 @@ def look(run: Path, job: JobState | None = None) -> RunStatus:
     return read_status(run, run.name, JobFiles(run).jobs(), {JOB.job_id: job} if job is not None else {})
 
 
-def test_a_run_by_hand_is_finished(finished: Path) -> None:
+def test_status_of_a_finished_run_without_job_is_finished_with_progress(finished: Path) -> None:
     status = look(finished)
     best = max(line["val/accuracy"] for line in read_metrics(finished) if "val/accuracy" in line)
     assert (status.state, status.group, status.job, status.last_error, status.restarts) == ("FINISHED", "finished", None, None, 0)
@@ -66,7 +66,7 @@ def test_a_run_by_hand_is_finished(finished: Path) -> None:
     assert status.progress.img_s > 0
 
 
-def test_a_run_by_hand_runs_while_its_lock_lives(finished: Path, tmp_path: Path) -> None:
+def test_run_without_job_is_running_while_its_lock_is_held_and_stopped_after(finished: Path, tmp_path: Path) -> None:
     copy_run(finished, tmp_path / "run")
     assert look(tmp_path / "run").state == "STOPPED"
     with RunLock(tmp_path / "run" / "lock.json", host=socket.gethostname(), pid=os.getpid(), clock=time.time):
@@ -87,7 +87,9 @@ def test_a_run_whose_process_was_killed_has_failed(finished: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("age_s", "state"), [(30, "RUNNING"), (1000, "FAILED")])
-def test_another_hosts_lock_lives_by_its_heartbeat(finished: Path, tmp_path: Path, age_s: float, state: str) -> None:
+def test_lock_of_another_host_counts_as_live_by_its_heartbeat_age(
+    finished: Path, tmp_path: Path, age_s: float, state: str
+) -> None:
     copy_run(finished, tmp_path / "run")
     path = tmp_path / "run" / "lock.json"
     lock = RunLock(path, host="elsewhere", pid=os.getpid(), clock=time.time)
@@ -97,7 +99,7 @@ def test_another_hosts_lock_lives_by_its_heartbeat(finished: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("state", ["NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", "CANCELLED"])
-def test_a_heartbeat_of_a_job_that_is_over_is_not_believed(finished: Path, tmp_path: Path, state: str) -> None:
+def test_fresh_lock_of_an_ended_job_does_not_override_the_state_of_slurm(finished: Path, tmp_path: Path, state: str) -> None:
     """The node died a moment ago: its lock looks alive for minutes, but SLURM knows."""
     copy_run(finished, tmp_path / "run", job_id="12_3")
     path = tmp_path / "run" / "lock.json"
@@ -111,13 +113,13 @@ def test_a_heartbeat_of_a_job_that_is_over_is_not_believed(finished: Path, tmp_p
     assert read_status(tmp_path / "run", "run", files.jobs(), {"12_3": JobState(state)}).state == "RUNNING"
 
 
-def test_a_start_that_was_refused_its_requeue_and_sent_again_is_one_restart() -> None:
+def test_refused_requeue_and_its_resubmission_count_as_one_restart() -> None:
     refused, sent = RESTART, dataclasses.replace(RESTART, decision="resubmit")
     assert count_restarts([refused, sent], {}) == 1
     assert count_restarts([refused, sent, dataclasses.replace(RESTART, job_id="2")], {}) == 2
 
 
-def test_a_folder_that_may_not_be_read_does_not_hide_the_others(finished: Path, tmp_path: Path) -> None:
+def test_unreadable_run_folder_is_skipped_and_the_others_are_listed(finished: Path, tmp_path: Path) -> None:
     copy_run(finished, tmp_path / "runs" / "mine", is_finished=True)
     copy_run(finished, tmp_path / "runs" / "theirs", is_finished=True)
     (tmp_path / "runs" / "theirs").chmod(0)
@@ -133,7 +135,7 @@ def test_a_folder_that_may_not_be_read_does_not_hide_the_others(finished: Path, 
     assert done.stdout == "['mine']\n", done.stderr
 
 
-def test_a_run_that_has_done_nothing_is_new(finished: Path, tmp_path: Path) -> None:
+def test_run_folder_with_only_a_recipe_is_new(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     shutil.copy(finished / "recipe.json", tmp_path / "run")
     status = look(tmp_path / "run")
@@ -155,20 +157,22 @@ def test_a_run_that_has_done_nothing_is_new(finished: Path, tmp_path: Path) -> N
         ("COMPLETED", "COMPLETED", "stopped"),
     ],
 )
-def test_slurms_word_comes_first(finished: Path, tmp_path: Path, state: str, shown: str, group: str) -> None:
+def test_active_or_ended_state_of_slurm_determines_state_and_group(
+    finished: Path, tmp_path: Path, state: str, shown: str, group: str
+) -> None:
     copy_run(finished, tmp_path / "run", job_id=JOB.job_id)
     status = look(tmp_path / "run", job=JobState(state, "why", 60.0, "n1", 2))
     assert (status.state, status.group, status.restarts, status.nodes) == (shown, group, 2, "n1")
 
 
-def test_a_result_comes_before_how_its_job_ended(finished: Path, tmp_path: Path) -> None:
+def test_run_with_a_result_is_finished_however_its_job_ended(finished: Path, tmp_path: Path) -> None:
     copy_run(finished, tmp_path / "run", is_finished=True, job_id=JOB.job_id)
     for state in ("COMPLETED", "TIMEOUT", "NODE_FAIL"):
         assert look(tmp_path / "run", job=JobState(state)).state == "FINISHED"
     assert look(tmp_path / "run", job=JobState("COMPLETING")).state == "COMPLETING"
 
 
-def test_without_slurm_the_folder_tells(finished: Path, tmp_path: Path) -> None:
+def test_run_with_a_job_but_without_slurm_is_unknown_until_a_stop_is_recorded(finished: Path, tmp_path: Path) -> None:
     files = copy_run(finished, tmp_path / "run", job_id=JOB.job_id)
     assert look(tmp_path / "run").state == "UNKNOWN"
     files.append_restart(dataclasses.replace(RESTART, decision="stop", reason="the same crash twice"))
@@ -176,7 +180,7 @@ def test_without_slurm_the_folder_tells(finished: Path, tmp_path: Path) -> None:
     assert (status.state, status.last_error) == ("FAILED", "rank 1 died")
 
 
-def test_without_accounting_what_has_ended_is_judged_by_its_folder(finished: Path, tmp_path: Path) -> None:
+def test_ended_job_without_accounting_gets_its_state_from_the_run_folder(finished: Path, tmp_path: Path) -> None:
     unknown = JobState("UNKNOWN", "SLURM keeps no accounting here")
     files = copy_run(finished, tmp_path / "run", job_id=JOB.job_id)
     assert look(tmp_path / "run", job=unknown).state == "STOPPED"
@@ -187,7 +191,7 @@ def test_without_accounting_what_has_ended_is_judged_by_its_folder(finished: Pat
     assert look(tmp_path / "run", job=unknown).state == "UNKNOWN"
 
 
-def test_the_job_shown_is_the_one_that_lives(tmp_path: Path) -> None:
+def test_newest_job_prefers_the_active_job_over_later_ended_ones(tmp_path: Path) -> None:
     files = JobFiles(tmp_path)
     jobs = [add_job(files, job_id=job_id) for job_id in ("1", "2", "3")]
     states = {"1": JobState("TIMEOUT"), "2": JobState("RUNNING"), "3": JobState("CANCELLED")}
@@ -196,7 +200,7 @@ def test_the_job_shown_is_the_one_that_lives(tmp_path: Path) -> None:
     assert newest_job([], {}) == (None, None)
 
 
-def test_each_restart_counts_once() -> None:
+def test_count_restarts_counts_requeues_resubmissions_and_preemptions_once() -> None:
     requeued = [dataclasses.replace(RESTART, restart=restart) for restart in (0, 1)]
     assert count_restarts([], {}) == 0
     assert count_restarts(requeued, {}) == 2
@@ -207,7 +211,7 @@ def test_each_restart_counts_once() -> None:
     assert count_restarts([resubmitted, *requeued], {}) == 1 + 1 + 2
 
 
-def test_the_last_error_is_told_where_something_is_wrong(finished: Path, tmp_path: Path) -> None:
+def test_last_error_of_a_failed_run_comes_from_failure_restarts_and_logs(finished: Path, tmp_path: Path) -> None:
     failed = JobState("FAILED")
     files = copy_run(finished, tmp_path / "run", job_id=JOB.job_id)
     assert look(files.run_dir, job=failed).last_error is None
@@ -224,7 +228,7 @@ def test_the_last_error_is_told_where_something_is_wrong(finished: Path, tmp_pat
     assert look(files.run_dir, job=JobState("RUNNING")).last_error is None
 
 
-def test_what_an_earlier_start_died_of_is_not_told_of_the_newest(finished: Path, tmp_path: Path) -> None:
+def test_last_error_ignores_errors_of_earlier_starts(finished: Path, tmp_path: Path) -> None:
     files = copy_run(finished, tmp_path / "run", job_id=JOB.job_id)
     folder = RunFolder(files.run_dir)
     files.slurm_dir.mkdir(parents=True)
@@ -258,7 +262,9 @@ def test_what_an_earlier_start_died_of_is_not_told_of_the_newest(finished: Path,
         ("slurmstepd-n2: error: Could not open stdout file /r/1_1_log.out: No such file", "a node does not see /r/1_1: put"),
     ],
 )
-def test_what_a_node_lacks_is_told_with_a_remedy(finished: Path, tmp_path: Path, said: str, remedy: str) -> None:
+def test_last_error_for_missing_python_or_folder_on_a_node_has_a_remedy(
+    finished: Path, tmp_path: Path, said: str, remedy: str
+) -> None:
     files = copy_run(finished, tmp_path / "run", job_id="7")
     files.slurm_dir.mkdir(parents=True)
     (files.slurm_dir / "7_0_log.err").write_text(f"galaxydist: start 0\n{said}\n")
@@ -266,7 +272,7 @@ def test_what_a_node_lacks_is_told_with_a_remedy(finished: Path, tmp_path: Path,
     assert remedy in str(status.last_error)
 
 
-def test_the_first_death_is_told_not_the_ends_that_follow() -> None:
+def test_find_death_names_the_first_killed_rank_not_the_later_exits() -> None:
     killed = [
         "srun: error: n2: task 1: Killed",
         "srun: Terminating StepId=5.0",
@@ -283,7 +289,7 @@ def test_the_first_death_is_told_not_the_ends_that_follow() -> None:
     assert find_death(["slurmstepd-n1: error: *** STEP 8.0 ON n1 CANCELLED AT now ***", "srun: error: n1: task 0: Killed"]) == ""
 
 
-def test_the_best_validation_is_found_far_back(finished: Path, tmp_path: Path) -> None:
+def test_best_validation_is_found_thousands_of_lines_back_in_the_metrics(finished: Path, tmp_path: Path) -> None:
     files = copy_run(finished, tmp_path / "run")
     (best_at,) = {int(name.split("-")[1]) for name in [(files.run_dir / "checkpoints" / "best").read_text().strip()]}
     best = read_progress(RunFolder(files.run_dir)).best
@@ -296,7 +302,7 @@ def test_the_best_validation_is_found_far_back(finished: Path, tmp_path: Path) -
     assert read_progress(RunFolder(files.run_dir)).best == 0.99
 
 
-def test_of_losses_the_least_is_best(finished: Path, tmp_path: Path) -> None:
+def test_best_validation_of_a_loss_metric_is_the_smallest(finished: Path, tmp_path: Path) -> None:
     files = copy_run(finished, tmp_path / "run")
     path = files.run_dir / "recipe.json"
     path.write_text(path.read_text().replace('"train.metric": "accuracy"', '"train.metric": "loss"'))
@@ -317,7 +323,7 @@ def test_runs_are_found_two_levels_down(finished: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_slurm")
-def test_an_overview_has_running_ones_first_and_counts(finished: Path, tmp_path: Path) -> None:
+def test_overview_sorts_running_first_keeps_damaged_runs_and_counts_groups(finished: Path, tmp_path: Path) -> None:
     for name in ("seed10", "seed2"):
         copy_run(finished, tmp_path / name, is_finished=True)
     copy_run(finished, tmp_path / "away", job_id="77")
@@ -343,7 +349,7 @@ def show(overview: Overview, width: int) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [30, 40, 60, 80, 100, 140, 200, 300])
-def test_the_table_is_readable_at_any_width(width: int) -> None:
+def test_status_table_fits_any_terminal_width_without_truncation(width: int) -> None:
     progress = Progress(120, 4800, 1.5, 60, 1234.5, "balanced_accuracy", 0.8123, 192, 1.0)
     name, error = "sweep/" + "vit_scratch-balanced-seed" * 2, "a long error " * 12 + "[red]with its end"
     runs = (
@@ -367,18 +373,18 @@ def test_the_table_is_readable_at_any_width(width: int) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"), [(None, "-"), (0, "0s"), (59.4, "59s"), (60, "1m"), (3900, "1h 05m"), (86400 * 2 + 3600 * 3, "2d 3h")]
 )
-def test_durations(seconds: float | None, text: str) -> None:
+def test_duration_text_uses_seconds_minutes_hours_and_days(seconds: float | None, text: str) -> None:
     assert duration_text(seconds) == text
 
 
-def test_every_group_has_its_place() -> None:
+def test_every_run_state_maps_to_its_group() -> None:
     assert [
         RunStatus(Path("a"), "a", state).group for state in ("RUNNING", "PENDING", "UNKNOWN", "BOOT_FAIL", "NEW", "FINISHED")
     ] == [*GROUPS]
 
 
 @pytest.mark.usefixtures("no_slurm")
-def test_a_hundred_runs_are_looked_at_in_a_moment(finished: Path, tmp_path: Path) -> None:
+def test_overview_of_100_runs_takes_under_two_seconds_of_cpu(finished: Path, tmp_path: Path) -> None:
     first = copy_run(finished, tmp_path / "run0").run_dir
     add_validations(first, dict.fromkeys(range(10, 5000), 0.5))
     for number in range(1, 100):

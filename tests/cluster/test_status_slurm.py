@@ -36,7 +36,9 @@ def statuses(capfd: pytest.CaptureFixture[str], *words: str) -> dict[str, dict[s
     return {status["name"]: status for status in json.loads(capfd.readouterr().out)}
 
 
-def test_every_state_is_told(mini_cluster: "MiniCluster", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_states_reports_failed_completed_running_pending_and_unknown_jobs(
+    mini_cluster: "MiniCluster", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failed = submit(mini_cluster, "exit 3", *ONE_NODE, folder=tmp_path)
     done = submit(mini_cluster, "true", *ONE_NODE, folder=tmp_path)
     wait_state(mini_cluster, failed, "FAILED")
@@ -67,7 +69,9 @@ def test_every_state_is_told(mini_cluster: "MiniCluster", tmp_path: Path, monkey
     assert read_states(["999999"]) == {"999999": states["999999"]}
 
 
-def test_tasks_of_a_cancelled_array_are_told_apart(mini_cluster: "MiniCluster", tmp_path: Path) -> None:
+def test_cancelled_array_tasks_are_distinguished_from_running_and_pending_ones(
+    mini_cluster: "MiniCluster", tmp_path: Path
+) -> None:
     array = submit(mini_cluster, "sleep 300", "--array=0-5%1", *ONE_NODE, folder=tmp_path)
     wait_for_state(f"{array}_0", lambda state: state.state == "RUNNING")
     assert cancel_jobs([f"{array}_3", f"{array}_9", "999999"]).keys() == {f"{array}_9", "999999"}
@@ -88,21 +92,21 @@ def test_a_requeued_job_counts_its_restarts(mini_cluster: "MiniCluster", tmp_pat
 
 
 @pytest.mark.slow
-def test_a_preempted_job_waits_again(mini_cluster: "MiniCluster", tmp_path: Path) -> None:
+def test_preempted_job_is_pending_with_one_restart(mini_cluster: "MiniCluster", tmp_path: Path) -> None:
     victim = submit(mini_cluster, "sleep 300", *ALL_CORES, folder=tmp_path)
     wait_for_state(victim, lambda state: state.state == "RUNNING")
     submit(mini_cluster, "sleep 300", "--partition=high", *ALL_CORES, folder=tmp_path)
     assert wait_for_state(victim, lambda state: state.state == "PENDING").restarts == 1
 
 
-def test_a_dead_node_is_told(mini_cluster: "MiniCluster", tmp_path: Path) -> None:
+def test_job_on_a_dead_node_has_state_node_fail(mini_cluster: "MiniCluster", tmp_path: Path) -> None:
     job_id = submit(mini_cluster, "sleep 300", "--no-requeue", "--nodelist=n2", folder=tmp_path)
     wait_for_state(job_id, lambda state: state.state == "RUNNING")
     mini_cluster.kill_node("n2", down=True)
     assert wait_for_state(job_id, lambda state: not state.is_active).state == "NODE_FAIL"
 
 
-def test_accounting_tells_of_what_slurmctld_has_forgotten(
+def test_sacct_reports_the_final_states_of_array_tasks(
     mini_cluster: "MiniCluster", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     array = submit(mini_cluster, "exit $SLURM_ARRAY_TASK_ID", "--array=0-1", folder=tmp_path)
@@ -126,7 +130,7 @@ def test_accounting_tells_of_what_slurmctld_has_forgotten(
         ("AccountingStoragePort=1", "accounting did not answer"),
     ],
 )
-def test_without_accounting_the_reason_is_told(
+def test_unknown_job_without_accounting_has_the_reason(
     mini_cluster: "MiniCluster", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, words: str
 ) -> None:
     conf = tmp_path / "slurm.conf"
@@ -138,7 +142,9 @@ def test_without_accounting_the_reason_is_told(
     assert words in state.reason
 
 
-def test_status_while_slurmctld_is_away(mini_cluster: "MiniCluster", tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_status_without_slurmctld_shows_unknown_within_15_seconds(
+    mini_cluster: "MiniCluster", tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     job_id = submit(mini_cluster, "sleep 300", *ONE_NODE, folder=tmp_path)
     files = JobFiles(tmp_path / "runs" / "vit")
     add_job(files, job_id=job_id)
@@ -160,17 +166,17 @@ def test_status_while_slurmctld_is_away(mini_cluster: "MiniCluster", tmp_path: P
 
 
 @pytest.mark.usefixtures("mini_cluster")
-def test_a_program_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_program_that_exceeds_its_timeout_raises_slurm_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "TIMEOUT_S", 0.0001)
     with pytest.raises(SlurmUnavailableError, match="did not finish within"):
         read_states(["1"])
 
 
-def test_the_largest_array_is_known(mini_cluster: "MiniCluster") -> None:
+def test_max_array_size_equals_the_slurm_configuration(mini_cluster: "MiniCluster") -> None:
     assert f"MaxArraySize            = {max_array_size()}" in mini_cluster.run("scontrol", "show", "config")
 
 
-def test_a_sweep_is_seen_and_cancelled(
+def test_sweep_runs_are_listed_and_cancelled_singly_and_together(
     mini_cluster: "MiniCluster", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -34,7 +34,7 @@ Path(sys.argv[1] + ".after").touch()
 """
 
 
-def test_two_commands_do_not_send_runs_of_a_folder_at_once(tmp_path: Path) -> None:
+def test_submission_lock_excludes_a_second_command_on_the_same_folder(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "alone\n"
     with pytest.raises(UserError, match="Another command has been submitting"), submission_lock(tmp_path, wait_s=0.2):
@@ -47,7 +47,7 @@ def test_two_commands_do_not_send_runs_of_a_folder_at_once(tmp_path: Path) -> No
         pass
 
 
-def test_the_shell_fills_in_what_the_profile_leaves_open(tmp_path: Path) -> None:
+def test_adopt_settings_takes_shell_variables_only_for_keys_the_profile_leaves_open(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("account: astro\n")
     profile = load_cluster([f"cluster={tmp_path / 'mine.yaml'}"]).config
     shell = {"SBATCH_ACCOUNT": "other", "SBATCH_PARTITION": "gpu", "SBATCH_TIMELIMIT": "1", "GALAXYDIST_DATA": "/data"}
@@ -68,7 +68,7 @@ def test_variables_of_a_job_and_of_sbatch_are_hidden(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_waits_until_the_job_is_recorded(sent: signal.Signals, tmp_path: Path) -> None:
+def test_signal_during_submission_is_deferred_until_the_job_is_recorded(sent: signal.Signals, tmp_path: Path) -> None:
     record = tmp_path / "record"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([sys.executable, "-c", SEND, str(record)], text=True, **pipes)  # type: ignore[call-overload]

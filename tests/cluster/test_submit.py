@@ -41,7 +41,7 @@ def cluster(tmp_path: Path, *lines: str) -> ResolvedCluster:
 
 
 @pytest.mark.usefixtures("srun_alone")
-def test_the_batch_script_asks_for_what_the_profile_says(tmp_path: Path) -> None:
+def test_batch_script_requests_the_resources_and_setup_of_the_profile(tmp_path: Path) -> None:
     profile = cluster(
         tmp_path,
         "partition: gpu",
@@ -90,14 +90,14 @@ def test_the_batch_script_asks_for_what_the_profile_says(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("srun_alone")
 @pytest.mark.parametrize(("policy", "option"), [("auto", "requeue"), ("resubmit", "requeue"), ("never", "no-requeue")])
-def test_slurm_itself_requeues_unless_nobody_shall(tmp_path: Path, policy: str, option: str) -> None:
+def test_batch_script_allows_requeue_unless_the_policy_is_never(tmp_path: Path, policy: str, option: str) -> None:
     script = script_of([REQUEST], cluster(tmp_path, f"requeue: {policy}"), folder=tmp_path / "run", name="vit")
     assert f"\n#SBATCH --{option}\n" in script and script.count("requeue\n") == 1
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("srun_alone")
-def test_gpus_are_asked_for_as_the_cluster_spells_them(tmp_path: Path) -> None:
+def test_batch_script_spells_gpus_arrays_and_containers_as_the_profile_sets(tmp_path: Path) -> None:
     for spelling, kind, option in (("gres", "v100", "gres=gpu:v100:2"), ("gres", "null", "gres=gpu:2")):
         profile = cluster(tmp_path, "gpus_per_node: 2", f"gpu_request: {spelling}", f"gpu_type: {kind}")
         assert f"#SBATCH --{option}\n" in script_of([REQUEST], profile, folder=tmp_path, name="n")
@@ -112,7 +112,7 @@ def test_gpus_are_asked_for_as_the_cluster_spells_them(tmp_path: Path) -> None:
     assert "\n/opt/python" not in script  # outside of the container SLURM's programs are at hand
 
 
-def test_a_submission_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_request_file_is_read_back_as_written(tmp_path: Path) -> None:
     profile = cluster(tmp_path, "time: 04:00:00", "scratch: /local", "environment: ['A=b']")
     written = RequestFile(tmp_path / "r.json", (REQUEST,), profile.config, ("cluster=mine",), tmp_path, tmp_path, "vit")
     written.write()
@@ -121,7 +121,7 @@ def test_a_submission_is_read_as_it_was_written(tmp_path: Path) -> None:
         RequestFile.read(tmp_path / "other.json")
 
 
-def test_sbatch_is_quoted() -> None:
+def test_refused_submission_quotes_the_message_of_sbatch() -> None:
     said = "sbatch: error: invalid partition specified: gpuu\nsbatch: error: Batch job submission failed: Invalid partition name"
     with (
         pytest.raises(
@@ -133,7 +133,7 @@ def test_sbatch_is_quoted() -> None:
 
 
 @pytest.mark.usefixtures("srun_alone")
-def test_run_folders_of_one_machine_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_folders_on_node_local_file_systems_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def is_refused(place: Path) -> bool:
         try:
             check_shared(place, "run folder", "run.root=FOLDER")
@@ -151,14 +151,14 @@ def test_run_folders_of_one_machine_are_refused(tmp_path: Path, monkeypatch: pyt
     assert not is_refused(tmp_path / "home" / "run")
 
 
-def test_interface_is_the_one_with_the_route_to_another_node() -> None:
+def test_find_interface_returns_the_interface_that_reaches_another_node() -> None:
     assert find_interface(["n1"], "n1") is None
     assert find_interface(["n1", "127.0.0.1"], "n1") == "lo"
     assert find_interface(["n1", "no-such-host.invalid"], "n1") is None
 
 
 @pytest.mark.usefixtures("srun_alone")
-def test_what_is_wrong_is_said_before_anything_is_written(
+def test_submit_refuses_bad_input_before_writing_any_file(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -181,7 +181,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(
 
 @pytest.mark.usefixtures("srun_alone")
 @pytest.mark.parametrize("command", [["submit"], ["sweep"]])
-def test_a_run_is_checked_without_heavy_libraries(command: list[str], blobs: Path, tmp_path: Path) -> None:
+def test_submit_and_sweep_check_runs_without_importing_heavy_libraries(command: list[str], blobs: Path, tmp_path: Path) -> None:
     nowhere = Path("/dev/shm") / tmp_path.name  # wherever temporary folders lie, it is the machine's own
     settings = quick_settings(blobs, nowhere / "run")
     if command == ["sweep"]:
@@ -201,7 +201,9 @@ def test_a_run_is_checked_without_heavy_libraries(command: list[str], blobs: Pat
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_local_jobs(blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_submit_to_local_runs_2_processes_and_a_second_submit_reports_the_result(
+    blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two processes of this machine, sent like a job; the command ends at once, and again it shows the result."""
     for name in os.environ:
         if name.startswith(("SLURM", "PYTEST")):

@@ -33,7 +33,7 @@ def labels(runs: list[SweepRun]) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
-def test_every_shipped_sweep_resolves_to_runs_of_their_own(path: Path) -> None:
+def test_every_shipped_sweep_resolves_to_runs_with_distinct_names(path: Path) -> None:
     runs = resolve(read_sweep(path))
     assert len({run.name for run in runs}) == len(runs) > 1
     assert path.read_text().startswith("# ")
@@ -42,7 +42,7 @@ def test_every_shipped_sweep_resolves_to_runs_of_their_own(path: Path) -> None:
         assert run.run_dir == Path.cwd() / "runs" / path.stem / run.name
 
 
-def test_galaxy10_is_seven_architectures_on_both_data_sets_with_three_seeds() -> None:
+def test_galaxy10_sweep_has_7_architectures_on_2_variants_with_3_seeds() -> None:
     runs = resolve(read_sweep(find_sweep("galaxy10")))
     recipes = [run.resolved.recipe for run in runs]
     assert len(runs) == 42
@@ -54,7 +54,7 @@ def test_galaxy10_is_seven_architectures_on_both_data_sets_with_three_seeds() ->
     }
 
 
-def test_reference_is_the_same_matrix_in_the_published_regimes() -> None:
+def test_reference_sweep_has_the_cells_of_galaxy10_with_reference_recipes() -> None:
     def cells(name: str) -> list[str]:
         return [run.label for run in resolve(read_sweep(find_sweep(name)))]
 
@@ -62,7 +62,7 @@ def test_reference_is_the_same_matrix_in_the_published_regimes() -> None:
     assert all(label.startswith("recipe=reference/") for label in cells("reference"))
 
 
-def test_smoke_and_simulated_run_on_a_laptop() -> None:
+def test_smoke_and_simulated_sweeps_are_local_small_and_without_pretrained_weights() -> None:
     for name, parallel in (("smoke", 1), ("simulated", 2)):
         sweep = read_sweep(find_sweep(name))
         assert sweep.cluster == "local" and sweep.parallel == parallel
@@ -72,14 +72,14 @@ def test_smoke_and_simulated_run_on_a_laptop() -> None:
         assert not any(recipe.model.pretrained or recipe.model.weights for recipe in recipes)
 
 
-def test_simulated_is_seven_architectures_on_both_data_sets_with_two_seeds() -> None:
+def test_simulated_sweep_has_7_architectures_on_2_variants_with_2_seeds() -> None:
     recipes = [run.resolved.recipe for run in resolve(read_sweep(find_sweep("simulated")))]
     galaxy10 = {run.resolved.recipe.model.name for run in resolve(read_sweep(find_sweep("galaxy10")))}
     assert {recipe.model.name for recipe in recipes} == galaxy10 and len(galaxy10) == 7
     assert len(recipes) == len({(recipe.model.name, recipe.data.variant, recipe.seed) for recipe in recipes}) == 28
 
 
-def test_what_a_file_says(tmp_path: Path) -> None:
+def test_sweep_file_gives_cluster_root_settings_and_grid_with_origins(tmp_path: Path) -> None:
     sweep = write(
         tmp_path,
         """cluster: a100
@@ -112,7 +112,7 @@ evaluate: [balanced]
     assert runs[1].resolved.recipe.optim.lr == 1e-4
 
 
-def test_each_entry_of_a_list_meets_each_point_of_the_grid(tmp_path: Path) -> None:
+def test_sweep_runs_are_the_product_of_list_entries_and_grid_points(tmp_path: Path) -> None:
     text = """set: {recipe: custom_cnn, model.width: 8, train.epochs: 2}
 list:
   - {optim.lr: 0.1}
@@ -125,7 +125,7 @@ list:
     assert labels(both) == [f"{entry} seed={seed}" for entry in labels(alone) for seed in (0, 1)]
 
 
-def test_the_command_line_takes_the_place_of_a_value_an_axis_and_the_root(tmp_path: Path) -> None:
+def test_command_line_replaces_sweep_values_axes_and_root(tmp_path: Path) -> None:
     sweep = write(tmp_path, "root: runs/x\nset: {train.epochs: 2}\ngrid: {recipe: [vit, vgg16], seed: [0, 1]}\n")
     whole = resolve(sweep, ["train.epochs=9", f"run.root={tmp_path}/elsewhere"])
     part = resolve(sweep, ["train.epochs=9", f"run.root={tmp_path}/elsewhere", "recipe=vgg16"])
@@ -135,7 +135,7 @@ def test_the_command_line_takes_the_place_of_a_value_an_axis_and_the_root(tmp_pa
     assert part[0].resolved.recipe.train.epochs == 9
 
 
-def test_what_is_submitted_is_what_was_checked(tmp_path: Path) -> None:
+def test_arguments_of_a_sweep_run_resolve_to_the_checked_recipe(tmp_path: Path) -> None:
     """The job reads its recipe from text."""
     text = "set: {recipe: vit, optim.lr: 1e-5, data.cache_dir: ~/c, tracker.entity: null, optim.milestones: [0.25, 0.5]}\n"
     for run in resolve(write(tmp_path, f"{text}grid: {{seed: [0, 9223372036854775807], train.compile: [true]}}\n")):
@@ -144,7 +144,7 @@ def test_what_is_submitted_is_what_was_checked(tmp_path: Path) -> None:
         assert run.name == run_name(run.resolved.recipe)
 
 
-def test_a_value_that_a_command_line_cannot_carry_is_refused(tmp_path: Path) -> None:
+def test_sweep_value_that_no_command_line_can_express_is_refused(tmp_path: Path) -> None:
     text = "set: {recipe: vit, tracker.tags: ['a,b']}\ngrid: {seed: [0, 1]}\n"
     assert problems(tmp_path, text) == [("1", "tracker.tags=[a,b]: cannot be written on a command line (all 2 runs)")]
 
@@ -170,7 +170,7 @@ def sweep_of(axes: dict[str, list[int]], entries: list[dict[str, int]]) -> Sweep
 
 
 @given(AXES, ENTRIES)
-def test_expansion_has_every_point_once_in_the_file_s_order(axes: dict[str, list[int]], entries: list[dict[str, int]]) -> None:
+def test_expand_gives_every_point_once_in_file_order(axes: dict[str, list[int]], entries: list[dict[str, int]]) -> None:
     cells = expand(sweep_of(axes, entries))
     assert cells == expand(sweep_of(axes, entries))
     assert len(cells) == max(1, len(entries)) * math.prod(map(len, axes.values()))
@@ -187,14 +187,14 @@ def test_expansion_has_every_point_once_in_the_file_s_order(axes: dict[str, list
 
 
 @given(AXES, st.data())
-def test_an_overridden_axis_is_one_point(axes: dict[str, list[int]], data: st.DataObject) -> None:
+def test_axis_overridden_on_the_command_line_is_one_point(axes: dict[str, list[int]], data: st.DataObject) -> None:
     key = data.draw(st.sampled_from(sorted(axes)))
     cells = expand(sweep_of(axes, []), [key])
     assert len(cells) * len(axes[key]) == math.prod(map(len, axes.values()))
     assert all(key not in cell.settings for cell in cells)
 
 
-def test_all_that_is_wrong_with_a_file_comes_in_one_message(tmp_path: Path) -> None:
+def test_all_problems_of_a_sweep_file_come_in_one_message(tmp_path: Path) -> None:
     found = problems(
         tmp_path,
         """clustr: x
@@ -248,11 +248,11 @@ evaluate: original
         ("grid: {cluster: [a, b]}\n", "cluster: a sweep is submitted to one cluster; write cluster: NAME beside set and grid"),
     ],
 )
-def test_a_file_that_is_no_sweep(tmp_path: Path, text: str, said: str) -> None:
+def test_invalid_sweep_file_is_refused_with_its_problem(tmp_path: Path, text: str, said: str) -> None:
     assert said in [problem for _, problem in problems(tmp_path, text)]
 
 
-def test_a_problem_of_many_trials_is_said_once_with_their_number(tmp_path: Path) -> None:
+def test_problem_of_several_runs_is_reported_once_with_their_count(tmp_path: Path) -> None:
     found = problems(
         tmp_path,
         """set: {optim.lrr: 1}
@@ -280,7 +280,7 @@ list:
     assert refused.endswith("(2 of 8 runs, the first: model.size=base recipe=vgg16 seed=0 data.image_size=224)")
 
 
-def test_a_problem_of_one_trial_names_it(tmp_path: Path) -> None:
+def test_problem_of_one_run_names_that_run(tmp_path: Path) -> None:
     found = problems(tmp_path, "set: {recipe: vit}\ngrid: {data.image_size: [100, 224, 1.5]}\n")
     assert [said for _, said in found] == [
         "model.name=vit, data.image_size=100: vit needs a multiple of 16 pixels; try 96 or 112 (data.image_size=100)",
@@ -288,7 +288,7 @@ def test_a_problem_of_one_trial_names_it(tmp_path: Path) -> None:
     ]
 
 
-def test_two_trials_that_are_one_run_are_refused_with_both_names(tmp_path: Path) -> None:
+def test_two_sweep_points_with_the_same_run_name_are_refused_naming_both(tmp_path: Path) -> None:
     found = problems(tmp_path, "set: {recipe: vit}\nlist:\n  - {optim.lr: 1}\n  - {optim.lr: 2}\n  - {optim.lr: 1.0}\n")
     assert len(found) == 1
     assert found[0][1].startswith("2 entries are the same run vit-") and found[0][1].endswith(
@@ -306,7 +306,7 @@ def test_two_recipes_of_one_name_are_refused(tmp_path: Path) -> None:
     assert said.startswith("two recipes have the name own: ")
 
 
-def test_what_else_is_checked_is_reported_with_the_rest(tmp_path: Path) -> None:
+def test_errors_of_the_check_callback_are_reported_with_the_other_problems(tmp_path: Path) -> None:
     def check(_: object) -> None:
         raise UserError("There are no shards.")
 
@@ -320,12 +320,12 @@ def test_what_else_is_checked_is_reported_with_the_rest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("argument", ["run.dir=x", "name=x", "seed", "recipe=nothing"])
-def test_arguments_that_a_sweep_does_not_take(tmp_path: Path, argument: str) -> None:
+def test_invalid_sweep_arguments_are_refused_as_command_line_problems(tmp_path: Path, argument: str) -> None:
     found = problems(tmp_path, "set: {recipe: vit}\ngrid: {seed: [0, 1]}\n", argument)
     assert [origin for origin, _ in found] == ["command line"]
 
 
-def test_a_recipe_is_needed(tmp_path: Path) -> None:
+def test_sweep_without_a_recipe_is_refused(tmp_path: Path) -> None:
     ((_, said),) = problems(tmp_path, "grid: {seed: [0, 1]}\n")
     assert said == "recipe is missing: write it under set, grid or list, or give recipe=NAME (all 2 runs)"
 

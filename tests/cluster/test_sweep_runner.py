@@ -120,11 +120,11 @@ def finish(run: SweepRun) -> RunFolder:
         (SweepRunState(True, job_id="7", job_state=FAILED, holder="process 3 on here"), "running", False, "process 3 on here"),
     ],
 )
-def test_decisions(facts: SweepRunState, state: str, is_due: bool, reason: str) -> None:
+def test_decide_maps_the_state_of_a_run_to_its_submission(facts: SweepRunState, state: str, is_due: bool, reason: str) -> None:
     assert decide(facts) == SweepDecision(state, is_due, reason)
 
 
-def test_nothing_is_asked_of_slurm_where_it_had_no_job(tmp_path: Path) -> None:
+def test_read_run_states_of_runs_without_jobs_does_not_query_slurm(tmp_path: Path) -> None:
     def read_states(_: Sequence[str]) -> dict[str, JobState]:
         raise AssertionError("asked")
 
@@ -132,7 +132,7 @@ def test_nothing_is_asked_of_slurm_where_it_had_no_job(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_facts_come_from_the_folder_and_from_the_job_that_is_on_its_way(tmp_path: Path) -> None:
+def test_read_run_states_combines_the_run_folder_with_the_active_job(tmp_path: Path) -> None:
     first, second, third = make_runs(tmp_path, 3)
     for job_id in ("5", "7_0", "6"):
         note_job(first, job_id)
@@ -157,7 +157,7 @@ def test_facts_come_from_the_folder_and_from_the_job_that_is_on_its_way(tmp_path
     assert [fact.for_good for fact in read_run_states([second, first], read_states)] == [True, False]
 
 
-def test_a_finished_run_needs_all_its_evaluations_of_the_checkpoint_that_counts(tmp_path: Path) -> None:
+def test_finished_run_is_missing_evaluations_of_other_steps_or_data_sets(tmp_path: Path) -> None:
     (run,) = make_runs(tmp_path, 1)
 
     def missing() -> tuple[str, ...]:
@@ -175,7 +175,7 @@ def test_a_finished_run_needs_all_its_evaluations_of_the_checkpoint_that_counts(
     assert missing() == () and decide(read_run_states([run], lambda _: {})[0]).state == "finished"
 
 
-def test_a_run_that_somebody_started_by_hand_is_left_alone(tmp_path: Path) -> None:
+def test_run_locked_by_a_live_process_is_running_and_not_submitted(tmp_path: Path) -> None:
     (run,) = make_runs(tmp_path, 1)
     RunFolder(run.run_dir).create()
     with RunLock(run.run_dir / "lock.json", host="here", pid=os.getpid(), clock=time.time):
@@ -184,14 +184,14 @@ def test_a_run_that_somebody_started_by_hand_is_left_alone(tmp_path: Path) -> No
     assert decide(read_run_states([run], lambda _: {})[0]).is_due
 
 
-def test_a_lock_of_a_job_says_nothing_the_scheduler_knows_better(tmp_path: Path) -> None:
+def test_state_of_the_scheduler_overrides_the_lock_of_its_job(tmp_path: Path) -> None:
     (run,) = make_runs(tmp_path, 1)
     note_job(run, "7")
     with RunLock(run.run_dir / "lock.json", host="n1", pid=os.getpid(), clock=time.time, job_id="7"):
         assert decide(read_run_states([run], lambda _: {"7": JobState("NODE_FAIL")})[0]).state == "node_fail"
 
 
-def test_a_local_job_runs_while_its_process_does(tmp_path: Path) -> None:
+def test_local_job_is_running_only_while_its_submitit_process_lives(tmp_path: Path) -> None:
     (run,) = make_runs(tmp_path, 1)
     waits = "import sys; print(flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", waits, "submitit.local._local", str(run.run_dir)]
@@ -230,7 +230,7 @@ def thirty(tmp_path_factory: pytest.TempPathFactory) -> list[SweepRun]:
 
 
 @given(st.integers(0, 30), st.integers(1, 31), st.integers(1, 9))
-def test_chunks_hold_all_trials_in_order_and_wait_for_one_another(
+def test_submit_arrays_chunks_all_runs_in_order_and_chains_the_arrays(
     thirty: list[SweepRun], count: int, chunk_size: int, parallel: int
 ) -> None:
     send = Sent()
@@ -282,7 +282,7 @@ def _interrupt_the_second_array(runs: list[SweepRun]) -> None:
     assert heard == ["True\n"], "what is started meanwhile does not hear it"
 
 
-def test_a_refusal_on_the_way_says_what_was_sent(thirty: list[SweepRun]) -> None:
+def test_refusal_of_a_later_array_reports_the_runs_already_submitted(thirty: list[SweepRun]) -> None:
     def refuse(number: int) -> None:
         if number == 2:
             raise UserError("SLURM did not accept the job: QOSMaxSubmitJobPerUserLimit")
@@ -292,7 +292,7 @@ def test_a_refusal_on_the_way_says_what_was_sent(thirty: list[SweepRun]) -> None
 
 
 @pytest.mark.parametrize(("count", "parallel"), [(5, 1), (5, 2), (2, 9)])
-def test_on_this_machine_only_so_many_run_at_a_time(thirty: list[SweepRun], count: int, parallel: int) -> None:
+def test_local_sweep_runs_at_most_parallel_runs_at_a_time(thirty: list[SweepRun], count: int, parallel: int) -> None:
     send = Sent()
     left: dict[str, int] = {}
     most = 0
@@ -322,11 +322,11 @@ def test_on_this_machine_only_so_many_run_at_a_time(thirty: list[SweepRun], coun
     assert sum(line.startswith("finished") for line in said) == count - 1
 
 
-def test_ids_of_arrays() -> None:
+def test_array_of_strips_the_task_index() -> None:
     assert (array_of("123_4"), array_of("123")) == ("123", "123")
 
 
-def test_the_table(thirty: list[SweepRun]) -> None:
+def test_sweep_table_and_summary_show_state_action_and_reason(thirty: list[SweepRun]) -> None:
     decisions = [
         SweepDecision("finished", False, ""),
         SweepDecision("failed", True, "job 7_1: loss is nan"),

@@ -26,7 +26,7 @@ from tests.helpers.scripts.doctor_places import levels, linux, program
 INFINITY = math.inf
 
 
-def test_a_report_names_each_check_its_level_and_its_remedy() -> None:
+def test_doctor_report_shows_every_check_with_level_text_and_remedy() -> None:
     text = render(
         {"here": [ok("cores", "4"), warning("memory", "1 GB\nof 2", "buy more")], "there": [failure("disk", "full", "rm")]}
     )
@@ -44,7 +44,7 @@ def test_a_report_names_each_check_its_level_and_its_remedy() -> None:
     assert has_failed([ok("a", ""), failure("b", "", "")]) and not has_failed([ok("a", ""), warning("b", "", "")])
 
 
-def test_python_and_libraries_against_lower_bounds() -> None:
+def test_python_and_library_versions_are_checked_against_lower_bounds() -> None:
     assert check_python((3, 12, 1), ">=3.11").level == "ok"
     assert check_python((3, 10, 9), ">=3.11").level == "failure"
     needed = ["numpy>=2.0", "pytest", "s3fs>=1; extra == 'remote'", "pywin32; sys_platform == 'win32'"]
@@ -56,7 +56,7 @@ def test_python_and_libraries_against_lower_bounds() -> None:
     assert levels(check_installation()) == {"Python": "ok", "libraries": "ok"}
 
 
-def test_gpus_that_torch_can_and_cannot_use() -> None:
+def test_check_gpus_fails_for_missing_gpus_cpu_builds_and_driver_problems() -> None:
     nothing = GpuFacts("13.0", (), None, None, None)
     assert check_gpus(nothing, 0).level == "ok"
     assert check_gpus(nothing, 1).level == "failure"
@@ -70,7 +70,7 @@ def test_gpus_that_torch_can_and_cannot_use() -> None:
     assert check_gpus(GpuFacts("13.0", (), None, None, "Driver/library version mismatch"), 0).level == "failure"
 
 
-def test_what_the_driver_says_is_read(tmp_path: Path) -> None:
+def test_find_gpus_reads_devices_and_problems_from_nvidia_smi(tmp_path: Path) -> None:
     good = program(tmp_path, "smi-good", "echo 'NVIDIA H100, 570.10'; echo 'NVIDIA H100, 570.10'")
     assert find_gpus(good).driver == ("NVIDIA H100", "NVIDIA H100")
     broken = program(tmp_path, "smi-broken", "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
@@ -84,12 +84,14 @@ def test_what_the_driver_says_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bound", "quota", "level"), [(8, INFINITY, "ok"), (8, 8.0, "ok"), (8, 2.0, "warning"), (1, INFINITY, "warning")]
 )
-def test_cores(bound: int, quota: float, level: str) -> None:
+def test_check_cores_warns_of_few_bound_cores_or_a_small_cpu_quota(bound: int, quota: float, level: str) -> None:
     check = check_cores(bound, quota, 64)
     assert check.level == level and f"{bound} of the machine's 64" in check.text and bool(check.remedy) == (level != "ok")
 
 
-def test_wandb_with_and_without_key_and_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_wandb_warns_without_key_or_network_and_never_prints_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("NETRC", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -104,20 +106,20 @@ def test_wandb_with_and_without_key_and_network(tmp_path: Path, monkeypatch: pyt
 
 
 @linux
-def test_names_addresses_and_interfaces() -> None:
+def test_host_names_and_interfaces_resolve_to_addresses_or_none() -> None:
     assert own_address("localhost") is not None and own_address("no-such-host.invalid") is None
     assert interface_address("lo") == "127.0.0.1" and interface_address("nosuch0") is None
     assert is_loopback("127.0.1.1") and is_loopback("::1") and not is_loopback("192.0.2.7") and not is_loopback("fe80::1%eth0")
 
 
-def test_the_command_refuses_what_it_cannot_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_refuses_recipe_arguments_and_unknown_clusters(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "recipe=vit"]) == 2
     assert main(["doctor", "cluster=no-such-cluster"]) == 2
     assert "no-such-cluster" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_command_on_this_machine(tmp_path: Path) -> None:
+def test_doctor_exits_with_0_on_this_machine_and_1_for_an_unusable_data_root(tmp_path: Path) -> None:
     environ = {**os.environ, "WANDB_MODE": "offline", "TMPDIR": str(tmp_path)}
     environ.pop("SLURM_CONF", None)
 

@@ -8,7 +8,7 @@ from tests.helpers.scripts.doctor_places import UNWRITABLE, layered_disk, levels
 
 
 @linux
-def test_the_data_root_in_and_out_of_a_small_home(tmp_path: Path) -> None:
+def test_check_data_root_warns_of_little_space_and_of_a_small_home(tmp_path: Path) -> None:
     home = tmp_path / "home"
     with small_disk(home, "40g"):
         large = check_data_root(home / "data", home)
@@ -23,13 +23,13 @@ def test_the_data_root_in_and_out_of_a_small_home(tmp_path: Path) -> None:
 
 
 @linux
-def test_a_data_root_that_cannot_be_made(tmp_path: Path) -> None:
+def test_check_data_root_fails_where_no_folder_can_be_created(tmp_path: Path) -> None:
     assert check_data_root(UNWRITABLE / "data", tmp_path).level == "failure"
     (tmp_path / "file").write_text("")
     assert check_data_root(tmp_path / "file" / "data", tmp_path).level == "failure"
 
 
-def test_shards_that_are_there_and_the_command_that_makes_them(tmp_path: Path) -> None:
+def test_check_shards_without_galaxy10_warns_and_names_the_commands(tmp_path: Path) -> None:
     none = check_shards(tmp_path)
     assert none.level == "warning" and "galaxydist data fetch" in none.remedy and "galaxydist data shard" in none.remedy
     for name in ("simulated", "galaxy10_decals"):
@@ -41,7 +41,7 @@ def test_shards_that_are_there_and_the_command_that_makes_them(tmp_path: Path) -
 
 
 @linux
-def test_scratch_space_on_a_disk_in_memory_and_nowhere(tmp_path: Path) -> None:
+def test_check_scratch_warns_of_little_space_and_of_tmpfs(tmp_path: Path) -> None:
     with layered_disk(tmp_path / "large", "6g") as folder:
         assert check_scratch(folder, {}) == ok("scratch", f"{folder}: 6.4 GB free")
         assert list(folder.iterdir()) == []
@@ -54,7 +54,7 @@ def test_scratch_space_on_a_disk_in_memory_and_nowhere(tmp_path: Path) -> None:
 
 
 @linux
-def test_scratch_is_named_by_variables_of_the_job(tmp_path: Path) -> None:
+def test_check_scratch_expands_job_variables_and_fails_for_unset_ones(tmp_path: Path) -> None:
     folder = tmp_path / "ada" / "job"
     folder.mkdir(parents=True)
     environ = {"TMPDIR": str(folder), "USER": "ada", "EMPTY": ""}
@@ -73,7 +73,7 @@ def test_scratch_is_named_by_variables_of_the_job(tmp_path: Path) -> None:
 
 
 @linux
-def test_what_run_folders_need_of_a_file_system(tmp_path: Path) -> None:
+def test_check_run_folders_tests_fsync_rename_link_and_flock(tmp_path: Path) -> None:
     good = check_run_folders(tmp_path / "runs")
     assert levels(good) == dict.fromkeys(("run folders", "rename there", "link there", "flock there"), "ok")
     assert list((tmp_path / "runs").iterdir()) == []

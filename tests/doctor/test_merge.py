@@ -72,7 +72,7 @@ def one(checks: Sequence[Check]) -> Check:
     return check
 
 
-def test_healthy_ranks_make_a_table_without_warnings() -> None:
+def test_reports_of_healthy_ranks_merge_into_a_table_without_warnings() -> None:
     table = merge_reports(reports(), 4, gpus_per_node=2)
     assert {check.level for check in table} == {"ok"}
     texts = {check.name: check.text for check in table}
@@ -83,7 +83,7 @@ def test_healthy_ranks_make_a_table_without_warnings() -> None:
     assert texts["memory"] == "20.0 GB free (n1; similar elsewhere)"
 
 
-def test_what_a_host_has_for_itself_is_named() -> None:
+def test_merged_checks_name_the_hosts_and_ranks_that_differ() -> None:
     found = reports()
     for report in found[2:]:
         report.checks = [ok("Python", "3.11.7"), warning("memory", "1.0 GB free", "buy more")]
@@ -96,13 +96,13 @@ def test_what_a_host_has_for_itself_is_named() -> None:
     assert memory.remedy == "buy much more\nbuy more"
 
 
-def test_other_versions_on_a_host_are_a_failure() -> None:
+def test_different_library_versions_between_ranks_are_a_failure() -> None:
     check = check_same_versions(reports(versions={2: {"Python": "3.11.7", "torch": "2.11.0"}, 3: {"Python": "3.11.7"}}))
     assert check.level == "failure"
     assert check.text == "torch: 2.14.1 on n1, 2.11.0 on n2 (rank 2), missing on n2 (rank 3)"
 
 
-def test_ranks_that_did_not_come_to_the_end_are_named_with_their_part() -> None:
+def test_missing_and_aborted_ranks_are_a_failure_naming_their_last_part() -> None:
     found = reports(part={2: "shared files"}, error={2: "RuntimeError: gone"})[:3]
     check = check_presence(found, 4)
     assert check.level == "failure"
@@ -121,7 +121,7 @@ def test_ranks_that_did_not_come_to_the_end_are_named_with_their_part() -> None:
         ({"cpus_per_task": dict.fromkeys(range(4))}, "ok"),
     ],
 )
-def test_cores_a_rank(changes: dict[str, dict[int, object]], level: str) -> None:
+def test_check_cpus_warns_of_fewer_cores_than_requested(changes: dict[str, dict[int, object]], level: str) -> None:
     assert check_cpus(reports(**changes)).level == level
 
 
@@ -149,7 +149,9 @@ def test_cores_a_rank(changes: dict[str, dict[int, object]], level: str) -> None
         ({"num_gpus": {2: 0, 3: 0}}, "failure", "none visible to torch on n2"),
     ],
 )
-def test_gpus_a_rank(changes: dict[str, dict[int, object]], level: str, words: str) -> None:
+def test_check_gpu_shares_fails_for_shared_missing_or_foreign_gpus(
+    changes: dict[str, dict[int, object]], level: str, words: str
+) -> None:
     check = check_gpu_shares(reports(**changes), 2)
     assert check.level == level and words in check.text
 
@@ -193,7 +195,7 @@ def test_gpus_a_rank(changes: dict[str, dict[int, object]], level: str, words: s
         ),
     ],
 )
-def test_what_ranks_find_together(
+def test_checks_between_ranks_have_the_level_and_text_of_their_findings(
     find: Callable[[Sequence[RankReport]], Sequence[Check]], changes: dict[str, dict[int, object]], level: str, words: str
 ) -> None:
     check = one(find(reports(**changes)))
@@ -201,7 +203,7 @@ def test_what_ranks_find_together(
     assert bool(check.remedy) == (level != "ok")
 
 
-def test_inside_a_container_scancel_is_not_missed_as_the_sites_fault() -> None:
+def test_missing_scancel_inside_a_container_is_a_warning_without_blaming_the_site() -> None:
     found = reports(signal_s=dict.fromkeys(range(4)), signal_error=dict.fromkeys(range(4), "sh: scancel: not found"))
     (outside,) = check_signals(found)
     assert "administrators" in outside.remedy
@@ -210,7 +212,7 @@ def test_inside_a_container_scancel_is_not_missed_as_the_sites_fault() -> None:
     assert "administrators" not in inside.remedy and "scancel --signal=USR2 JOB" in inside.remedy
 
 
-def test_one_rank_measures_nothing_between_ranks() -> None:
+def test_single_rank_has_no_checks_between_ranks_except_failures() -> None:
     (alone, *_) = reports(machine={0: "boot-0"})
     alone.world_size = 1
     table = {check.name: check for check in merge_reports([alone], 1, gpus_per_node=1)}
@@ -223,11 +225,11 @@ def test_one_rank_measures_nothing_between_ranks() -> None:
     assert table["all-reduce, gloo"].level == "failure" and "between ranks" not in table
 
 
-def test_without_slurm_nothing_is_said_of_its_signals() -> None:
+def test_check_signals_without_slurm_is_empty() -> None:
     assert check_signals(reports(signal_s=dict.fromkeys(range(4)), signal_error=dict.fromkeys(range(4), "no SLURM"))) == []
 
 
-def test_slow_and_broken_all_reduces() -> None:
+def test_check_bandwidth_warns_of_slow_nccl_between_machines_and_fails_if_broken() -> None:
     slow = {"gloo": Timing(64_000_000, 0.064), "nccl": Timing(64_000_000, 0.064)}
     gloo, nccl = check_bandwidth(reports(timings=dict.fromkeys(range(4), slow)))
     assert (gloo.level, nccl.level) == ("ok", "warning") and "cluster.interface" in nccl.remedy
@@ -239,7 +241,7 @@ def test_slow_and_broken_all_reduces() -> None:
     assert gloo.level == "failure" and gloo.text == "n2: Connection refused" and nccl.level == "failure"
 
 
-def test_reports_come_back_as_they_were_written(tmp_path: Path) -> None:
+def test_rank_reports_are_read_back_as_written(tmp_path: Path) -> None:
     found = [replace(report, part="clocks") for report in reports()]
     for report in reversed(found):
         report.write(tmp_path, "clocks")
@@ -276,7 +278,7 @@ def test_clocks_are_measured_against_rank_0() -> None:
     assert offsets == pytest.approx([0, 100, -7], abs=1)
 
 
-def test_a_signal_from_before_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_received_before_the_test_does_not_count_as_its_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """scancel says that it has sent one, and nothing comes."""
     (tmp_path / "scancel").write_text("#!/bin/sh\nexit 0\n")
     (tmp_path / "scancel").chmod(0o755)
@@ -290,7 +292,7 @@ def test_a_signal_from_before_is_no_answer(tmp_path: Path, monkeypatch: pytest.M
     assert together(2, look) == [(None, None), (None, None)]
 
 
-def test_files_of_one_rank_are_seen_by_the_others_or_not(tmp_path: Path) -> None:
+def test_shared_file_check_distinguishes_shared_from_separate_folders(tmp_path: Path) -> None:
     shared = together(2, lambda channel: time_shared_files(channel, tmp_path, limit_s=10))
     for seen, renamed in shared:  # type: ignore[attr-defined]
         assert seen is not None and renamed is not None

@@ -30,33 +30,35 @@ def site(low: str, settings: str = "", high: str = "PriorityTier=10") -> Site:
         ("GraceTime=0", {"partition": "high"}, "ok", "partition high: its jobs are not preempted"),
     ],
 )
-def test_what_a_preempted_run_can_save(low: str, profile: dict[str, str], level: str, said: str) -> None:
+def test_check_preemption_reports_grace_time_and_requeue_of_the_partition(
+    low: str, profile: dict[str, str], level: str, said: str
+) -> None:
     (check,) = check_preemption(ClusterConfig.model_validate({"name": "mine", **profile}), site(low))
     assert check.name == "preemption" and check.level == level and said in check.text
     assert ("train.save_minutes" in check.remedy) == (level == "warning")
     assert ("submit it again" in check.remedy) == ("CANCEL" in low)
 
 
-def test_the_users_signal_is_sent_where_the_cluster_says_so() -> None:
+def test_check_preemption_reports_sigusr2_with_preempt_send_user_signal() -> None:
     (check,) = check_preemption(
         ClusterConfig(name="mine"), site("GraceTime=60", "SlurmctldParameters = preempt_send_user_signal")
     )
     assert check.level == "ok" and "SIGUSR2 60 s before" in check.text
 
 
-def test_of_several_partitions_each_is_told_and_the_worst_counts() -> None:
+def test_check_preemption_lists_every_partition_and_takes_the_worst_level() -> None:
     (check,) = check_preemption(ClusterConfig(name="mine", partition="high,low"), site("GraceTime=0"))
     assert check.level == "warning" and "train.save_minutes" in check.remedy
     assert [line.partition(":")[0] for line in check.text.splitlines()] == ["partition high", "partition low"]
 
 
-def test_a_qos_without_accounting_is_not_known() -> None:
+def test_check_preemption_by_qos_without_accounting_warns_of_unknown_grace_time() -> None:
     by_qos = site("GraceTime=60", "PreemptType = preempt/qos")
     (check,) = check_preemption(ClusterConfig(name="mine"), by_qos)
     assert check.level == "warning" and "is unknown (qos)" in check.text
 
 
-def test_nothing_is_said_of_local_runs_and_of_partitions_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_preemption_is_empty_for_local_runs_and_unknown_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_preemption(ClusterConfig(name="mine", scheduler="local"), site("")) == []
     assert check_preemption(ClusterConfig(name="mine", partition="nosuch"), site("")) == []
     monkeypatch.setenv("PATH", "")
@@ -71,7 +73,7 @@ def test_nothing_is_said_of_local_runs_and_of_partitions_that_are_not_there(monk
         ({"time": 2, "signal_s": 15, "requeue": "resubmit"}, (2, 15)),
     ],
 )
-def test_the_doctors_job_is_short_told_of_its_end_late_and_never_requeued(
+def test_short_profile_of_the_doctor_has_a_short_time_limit_and_no_requeue(
     asked: dict[str, object], short: tuple[int, int]
 ) -> None:
     profile = ClusterConfig.model_validate({"name": "mine", "extra": ("exclusive",), **asked})

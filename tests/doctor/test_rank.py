@@ -23,7 +23,7 @@ def examine_two(folder: Path, **environ: str) -> subprocess.CompletedProcess[str
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_two_ranks_meet_and_tell_what_they_find(tmp_path: Path) -> None:
+def test_examination_by_2_ranks_passes_and_leaves_only_their_reports(tmp_path: Path) -> None:
     done = examine_two(tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = found = read_reports(tmp_path)
@@ -41,7 +41,7 @@ def test_two_ranks_meet_and_tell_what_they_find(tmp_path: Path) -> None:
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_an_interface_that_is_not_there_is_named_and_the_rest_is_still_examined(tmp_path: Path) -> None:
+def test_examination_with_a_missing_interface_fails_only_the_network_checks(tmp_path: Path) -> None:
     assert examine_two(tmp_path, GLOO_SOCKET_IFNAME="nosuch0").returncode == 0
     table = {check.name: check for check in merge_reports(read_reports(tmp_path), 2, gpus_per_node=0)}
     assert {name for name, check in table.items() if check.level == "failure"} >= {"interface", "all-reduce, gloo"}

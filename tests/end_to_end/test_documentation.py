@@ -47,7 +47,7 @@ def test_the_tree_of_the_readme_names_every_folder_of_the_package() -> None:
 
 
 @pytest.mark.parametrize("page", [README, *ROOT.glob("[CS]*.md"), *PAGES], ids=lambda page: page.stem)
-def test_links_lead_to_files(page: Path) -> None:
+def test_relative_links_of_the_documentation_lead_to_files(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert re.match(r"https?://", target) or (page.parent / target).is_file(), target

@@ -51,7 +51,7 @@ def lines_of(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def test_the_undisturbed_run_is_what_the_others_are_compared_with(undisturbed: Path) -> None:
+def test_undisturbed_run_has_all_steps_validations_and_an_ema(undisturbed: Path) -> None:
     lines = read_metrics(undisturbed)
     assert lines[-1]["step"] == STEPS and len({line["step"] for line in lines if "val/loss" in line}) == 8
     newest = store.load(undisturbed / "checkpoints")
@@ -60,7 +60,9 @@ def test_the_undisturbed_run_is_what_the_others_are_compared_with(undisturbed: P
 
 
 @pytest.mark.parametrize(("kills", "epochs"), [(4, 8), pytest.param(20, 24, marks=pytest.mark.nightly)])
-def test_killed_at_random_instants(kills: int, epochs: int, galaxies: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_run_killed_at_random_instants_and_continued_is_bit_equal(
+    kills: int, epochs: int, galaxies: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     chance = random.Random(kills)
     longer = {**LIVELY, "train__epochs": epochs}
     if longer != LIVELY:
@@ -98,7 +100,7 @@ def save_events(undisturbed: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["one of each kind", "all"])
-def test_killed_between_validation_and_save_and_at_the_changes_of_the_disk_in_it(
+def test_run_killed_before_or_during_a_save_and_continued_is_bit_equal(
     every: bool, galaxies: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     events = save_events(undisturbed)
@@ -158,7 +160,7 @@ def run_to_end(size: int, trace: Path, settings: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_killed_and_continued_on_other_numbers_of_processes(galaxies: Path, tmp_path: Path) -> None:
+def test_run_killed_and_continued_on_1_3_and_2_processes_has_the_same_fp64_weights(galaxies: Path, tmp_path: Path) -> None:
     """The same galaxies in every step; in double precision, without dropout and batch statistics, the same weights."""
     options = {**LIVELY, "train__precision": "fp64", "model__drop_rate": 0.0, "model__drop_path_rate": 0.0}
     options |= {"model__norm": "group", "train__epochs": 10, "train__log_every": 1}
@@ -197,7 +199,7 @@ def wait_until_stopped_on_all(run: Ranks, number: int, run_dir: Path, trace: Pat
     assert set(last.values()) == {newest.step - 1}
 
 
-def test_a_signal_to_one_rank_saves_the_same_step_on_all(galaxies: Path, tmp_path: Path) -> None:
+def test_sigterm_to_one_of_3_ranks_saves_the_same_step_on_all(galaxies: Path, tmp_path: Path) -> None:
     """SIGTERM to one of three, which is not the first."""
     run_dir, trace = tmp_path / "run", tmp_path / "trace"
     settings = quick_settings(galaxies, run_dir, **{**LIVELY, "train__epochs": 400})
@@ -207,7 +209,7 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all(galaxies: Path, tmp_pat
         wait_until_stopped_on_all(run, signal.SIGTERM, run_dir, trace)
 
 
-def test_two_ranks_are_stopped_and_continue_bit_for_bit(galaxies: Path, tmp_path: Path) -> None:
+def test_run_of_2_ranks_stopped_by_sigusr2_and_continued_is_bit_equal(galaxies: Path, tmp_path: Path) -> None:
     """Batch statistics are each rank's own, and come back to it."""
     options = {**LIVELY, "train__epochs": 7}
     whole, run_dir, trace = tmp_path / "whole", tmp_path / "run", tmp_path / "trace"

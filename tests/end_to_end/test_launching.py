@@ -33,7 +33,7 @@ def test_every_recipe_trains_two_steps_and_is_evaluated(name: str, blobs: Path, 
 
 
 @pytest.mark.slow
-def test_a_launched_run_works_on_both_cores(blobs: Path, tmp_path: Path) -> None:
+def test_run_with_omp_num_threads_1_of_accelerate_still_computes_on_two_cores(blobs: Path, tmp_path: Path) -> None:
     """Launchers set OMP_NUM_THREADS=1. How the threads share their work does not depend on what else the machine does."""
     if (os.cpu_count() or 1) < 2:
         pytest.skip("this machine has one core")

@@ -46,7 +46,7 @@ def test_notebooks_are_stored_without_outputs(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_are_thin_and_explained(path: Path) -> None:
+def test_notebook_code_cells_are_short_without_control_flow_and_follow_text(path: Path) -> None:
     before = None
     for cell in read(path).cells:
         if cell.cell_type == "code":
@@ -137,7 +137,7 @@ def named_files(name: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_explore(tmp_path: Path, kernel: AsyncKernelManager) -> None:
+def test_explore_notebook_runs_and_writes_the_files_named_in_its_text(tmp_path: Path, kernel: AsyncKernelManager) -> None:
     folder = tmp_path / "here"
     folder.mkdir()
     outputs = execute("explore", "NUM_GALAXIES = 150", folder, kernel)
@@ -153,7 +153,9 @@ def test_explore(tmp_path: Path, kernel: AsyncKernelManager) -> None:
 
 
 @pytest.mark.slow
-def test_train_and_evaluate(tmp_path: Path, kernel: AsyncKernelManager) -> None:
+def test_train_and_evaluate_notebook_runs_and_writes_the_files_named_in_its_text(
+    tmp_path: Path, kernel: AsyncKernelManager
+) -> None:
     folder = tmp_path / "here"
     folder.mkdir()
     settings = 'NUM_GALAXIES = 150\nCHANGES = ["train.epochs=1", "model.width=4", "train.batch_size=24", "train.ema=0"]'

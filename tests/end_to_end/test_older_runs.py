@@ -53,11 +53,11 @@ def read(run: str, name: str) -> Any:
     return json.loads((Path(run) / name).read_text())
 
 
-def test_older_shards_are_sound() -> None:
+def test_data_check_accepts_shards_of_an_older_version() -> None:
     assert main(["data", "check", "data/shards/blobs/original"]) == 0
 
 
-def test_an_older_run_continues_with_the_numbers_of_the_older_code() -> None:
+def test_run_of_an_older_version_continues_with_the_same_losses() -> None:
     run_id = read("stopped", "tracker.json")["run_id"]
     # In a process of its own: wandb's part of this one may have been ended by another test.
     done = launch(PYTHON, settings("stopped", tracker__name="wandb", tracker__mode="offline"))
@@ -70,7 +70,7 @@ def test_an_older_run_continues_with_the_numbers_of_the_older_code() -> None:
 
 
 @pytest.mark.parametrize("run", ["continued", "adagrad"])
-def test_a_finished_older_run_is_evaluated_as_by_the_older_code(run: str) -> None:
+def test_evaluation_of_an_older_run_equals_its_stored_result(run: str) -> None:
     known = read(run, "evaluation/test.json")
     (Path(run) / "evaluation/test.json").unlink()
     with without_figures():
@@ -83,7 +83,7 @@ def test_a_finished_older_run_is_evaluated_as_by_the_older_code(run: str) -> Non
     assert found["roc_auc"]["macro"] == pytest.approx(known["roc_auc"]["macro"], abs=0.02)
 
 
-def test_the_gallery_chooses_as_the_older_code_did() -> None:
+def test_gallery_of_an_older_run_chooses_the_same_galaxies() -> None:
     content = read("continued", "evaluation/test-gallery.json")
     chosen = choose_mistakes(read_predictions(Path("continued/evaluation/test-predictions.parquet")), 4)
     for kind, found in (("mistakes", chosen.confident), ("uncertain", chosen.uncertain)):
@@ -91,7 +91,7 @@ def test_the_gallery_chooses_as_the_older_code_did() -> None:
         assert [[galaxy["id"] for galaxy in of_class] for of_class in known] == [[g.id for g in of_class] for of_class in found]
 
 
-def test_older_runs_are_in_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_includes_finished_runs_of_an_older_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", ".", "-o", "report.html"]) == 0
     assert "stopped: left out: the run has not finished" in capsys.readouterr().out
     lines = Path("report.md").read_text().splitlines()

@@ -33,7 +33,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_brings_its_recipes_profiles_and_tables(installed: Path, tmp_path: Path) -> None:
+def test_installed_wheel_contains_recipes_cluster_profiles_sweeps_and_split(installed: Path, tmp_path: Path) -> None:
     code = f"""
 import json, sys
 sys.path.insert(0, {str(installed)!r})
@@ -113,7 +113,7 @@ def versions(done: subprocess.CompletedProcess[str]) -> dict[str, Version]:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("wanted", [*PYPROJECT["project"]["optional-dependencies"], "gradio trackio"])
-def test_the_exact_versions_let_pip_take_current_ones_of_the_rest(wanted: str) -> None:
+def test_pinned_versions_let_pip_install_current_releases_of_the_extras(wanted: str) -> None:
     """An exact version that others exclude does not fail: pip goes back through the years to releases that do not."""
     texts = PYPROJECT["project"]["optional-dependencies"].get(wanted, wanted.split())
     requirements = [text for text in texts if not text.startswith("galaxydist[")]
@@ -128,7 +128,7 @@ def test_the_exact_versions_let_pip_take_current_ones_of_the_rest(wanted: str) -
         assert newest[name].major - chosen[name].major <= 1, f"{name} {chosen[name]}, though there is {newest[name]}"
 
 
-def test_no_file_names_this_machine() -> None:
+def test_no_project_file_contains_paths_or_indexes_of_one_machine() -> None:
     places = re.compile(r"/(work|root)/|/home/[a-z]|pypi\.o.g|download\.pytorch|--index-url")
     files = [
         *sources(),

@@ -45,7 +45,7 @@ NAMES = [
 ]
 
 
-def test_the_names_are_these_and_documented() -> None:
+def test_public_api_has_exactly_the_documented_names() -> None:
     assert [name for name in galaxydist.__all__ if name != "__version__"] == NAMES
     assert set(dir(galaxydist)) == set(galaxydist.__all__)
     page = PAGE.read_text(encoding="utf-8")
@@ -54,7 +54,7 @@ def test_the_names_are_these_and_documented() -> None:
         assert getattr(galaxydist, name).__doc__, name
 
 
-def test_another_name_is_refused() -> None:
+def test_unknown_name_of_the_package_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'tain'"):
         galaxydist.tain  # noqa: B018
 
@@ -80,7 +80,7 @@ def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         evaluate(tmp_path / "nothing")
 
 
-def test_loaders_and_models_from_shards(tmp_path: Path) -> None:
+def test_public_loaders_and_models_work_on_shards_of_a_simulated_survey(tmp_path: Path) -> None:
     simulate_survey(tmp_path / "survey.h5", num_galaxies=60, seed=0, workers=1)
     manifest = write_shards(tmp_path / "survey.h5", tmp_path / "shards", image_size=64, workers=1)
     assert open_shards(manifest.location).hash == open_shards(tmp_path / "shards").hash == manifest.hash

@@ -25,7 +25,7 @@ def result(run_dir: Path) -> tuple[dict[int, float], dict[str, object], dict[str
     return read_losses(run_dir), evaluation, {name: tensor.numpy().tobytes() for name, tensor in newest.tensors.items()}
 
 
-def test_a_run_from_a_server_is_the_local_run_bit_for_bit(blobs: Path, tmp_path: Path) -> None:
+def test_run_from_http_shards_is_bit_equal_to_local_and_reads_each_shard_once(blobs: Path, tmp_path: Path) -> None:
     assert run_here(settings(blobs, tmp_path / "here", tmp_path / "cache")) == 0
     assert not (tmp_path / "cache").exists()
     with FileServer(blobs.parent, Behaviour(0.01, every(10))) as server:
@@ -46,7 +46,7 @@ def test_a_run_from_a_server_is_the_local_run_bit_for_bit(blobs: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_ranks_from_a_server(blobs: Path, tmp_path: Path) -> None:
+def test_two_ranks_on_one_node_download_each_http_shard_once(blobs: Path, tmp_path: Path) -> None:
     with FileServer(blobs.parent, Behaviour(trouble=every(10))) as server:
         done = run_forked(train, settings(server.url, tmp_path / "there", tmp_path / "cache"), size=2)
         assert done.returncode == 0, done.stderr
@@ -56,7 +56,9 @@ def test_two_ranks_from_a_server(blobs: Path, tmp_path: Path) -> None:
     assert asked == dict.fromkeys(asked, 1) and {path.name for path in blobs.parent.glob("*.tar")} <= asked.keys()
 
 
-def test_a_run_is_refused_in_one_message(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_with_unusable_http_shards_or_cache_is_refused_with_one_message(
+    blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def refused(url: str, **changes: object) -> str:
         capsys.readouterr()
         assert run_here(settings(url, tmp_path / "run", tmp_path / "cache", **changes)) == 2
@@ -76,7 +78,9 @@ def test_a_run_is_refused_in_one_message(blobs: Path, tmp_path: Path, capsys: py
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_shards_of_a_server_are_checked_where_they_lie(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_check_of_http_shards_finds_damage_without_storing_them(
+    blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     served = shutil.copytree(blobs.parent, tmp_path / "served")
     first = "train-000000.tar"
     trouble = lambda path, number: 503 if number == 1 and path.endswith(first) else None  # noqa: E731

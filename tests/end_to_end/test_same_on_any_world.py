@@ -113,7 +113,7 @@ def one_process(uneven_blobs: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ],
     ids=["3 x 16", "5 uneven", "2 x 5 micro-batches", "2 x 24", "4 micro-batches"],
 )
-def test_steps_losses_and_weights_are_those_of_one_process(
+def test_fp64_losses_and_weights_on_any_world_size_and_micro_batch_equal_one_process(
     uneven_blobs: Path, one_process: Path, tmp_path: Path, processes: int, changes: Mapping[str, object]
 ) -> None:
     other = run(uneven_blobs, tmp_path, processes, {**EXACT, **changes})
@@ -121,7 +121,9 @@ def test_steps_losses_and_weights_are_those_of_one_process(
     assert largest_difference(one_process, other) < 1e-9
 
 
-def test_also_with_mixup_and_cutmix(uneven_blobs: Path, one_process: Path, tmp_path: Path) -> None:
+def test_mixup_and_cutmix_give_equal_fp64_weights_on_1_and_3_processes_and_micro_batches(
+    uneven_blobs: Path, one_process: Path, tmp_path: Path
+) -> None:
     """On three processes, and in four micro-batches of one."""
     one = run(uneven_blobs, tmp_path / "one", 1, MIXED)
     for num_processes, changes in ((3, {}), (1, {"train__micro_batch": 12})):
@@ -131,7 +133,7 @@ def test_also_with_mixup_and_cutmix(uneven_blobs: Path, one_process: Path, tmp_p
     assert largest_difference(one_process, one) > 1e-3
 
 
-def test_divided_models_take_the_steps_of_whole_ones_and_each_goes_on_as_the_other(uneven_blobs: Path, tmp_path: Path) -> None:
+def test_fsdp_and_ddp_runs_are_equal_in_fp64_and_continue_from_each_other(uneven_blobs: Path, tmp_path: Path) -> None:
     """What two processes saved in parts goes on as whole models on three, and the reverse."""
     # The rate of a step does not depend on how many follow: the first half of a run is a run.
     steady = {**EXACT, "optim__schedule": "constant", "optim__warmup": 0.0}
@@ -147,7 +149,7 @@ def test_divided_models_take_the_steps_of_whole_ones_and_each_goes_on_as_the_oth
         assert largest_difference(whole, folder) < 1e-9
 
 
-def test_a_share_that_cannot_be_paired_is_refused(uneven_blobs: Path, tmp_path: Path) -> None:
+def test_mixup_with_an_odd_number_of_images_per_rank_is_refused(uneven_blobs: Path, tmp_path: Path) -> None:
     settings = quick_settings(uneven_blobs, tmp_path / "run", **{**MIXED, "train__batch_size": 50})
     done = run_forked(train, settings, size=2)
     assert done.returncode != 0
@@ -155,7 +157,7 @@ def test_a_share_that_cannot_be_paired_is_refused(uneven_blobs: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-def test_synchronised_batch_norm_makes_world_sizes_agree(uneven_blobs: Path, tmp_path: Path) -> None:
+def test_synchronised_batch_norm_gives_equal_fp64_weights_on_1_and_5_processes(uneven_blobs: Path, tmp_path: Path) -> None:
     """On five processes, which have uneven shares."""
     one = run(uneven_blobs, tmp_path / "one", 1, BATCH_NORM)
     local = run(uneven_blobs, tmp_path / "local", 2, {**BATCH_NORM, "train__sync_batchnorm": False})

@@ -37,7 +37,7 @@ def saved_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     return newest.tensors
 
 
-def test_a_run_learns_and_leaves_everything_in_its_folder(
+def test_run_learns_and_writes_metrics_timing_recipe_and_evaluation(
     blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
@@ -85,7 +85,7 @@ NOTHING_SHARED: Mapping[str, object] = {
 }
 
 
-def test_micro_batches_do_not_change_the_steps(blobs: Path, tmp_path: Path) -> None:
+def test_micro_batches_give_the_same_losses_as_whole_batches(blobs: Path, tmp_path: Path) -> None:
     common = {**NOTHING_SHARED, "train__class_weights": "balanced"}
     assert run_here(quick_settings(blobs, tmp_path / "whole", **common)) == 0
     assert run_here(quick_settings(blobs, tmp_path / "parts", **common, train__micro_batch=7)) == 0
@@ -104,7 +104,7 @@ def train_speechless(settings: list[str], is_closed: bool) -> int:
 
 
 @pytest.mark.multiprocess
-def test_printing_never_fails_a_run(tmp_path: Path) -> None:
+def test_run_survives_an_ascii_terminal_and_a_closed_stdout(tmp_path: Path) -> None:
     survey = BlobSurvey(size=12, class_names=("r\xf6und", "flat", "\u53cc"))  # too small to be measured, too
     shards = write_shards(survey, tmp_path / "shards", encoding="png", shard_size=16, workers=1)
     settings = quick_settings(shards.path, tmp_path / "run", data__image_size=16, train__epochs=1)
@@ -118,7 +118,7 @@ def test_printing_never_fails_a_run(tmp_path: Path) -> None:
     assert read_evaluation(tmp_path / "run")["count"] == 24 and (tmp_path / "run" / "result.json").exists()
 
 
-def test_what_only_the_end_needs_is_tried_before_anything_is_written(
+def test_failing_evaluation_stops_the_run_before_any_file_is_written(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -130,7 +130,9 @@ def test_what_only_the_end_needs_is_tried_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_trains_on_or_is_refused(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_run_trains_further_only_with_more_epochs_and_unchanged_keys(
+    blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = {"optim__schedule": "constant", "optim__warmup": 0.0, "train__epochs": 4}
     assert run_here(quick_settings(blobs, tmp_path / "whole", **common)) == 0
     run_dir = tmp_path / "run"
@@ -176,7 +178,7 @@ def assert_two_took_the_steps_of_one(done: CompletedProcess[str], run_dir: Path,
 
 
 @pytest.mark.multiprocess
-def test_two_processes_take_the_steps_of_one(blobs: Path, tmp_path: Path) -> None:
+def test_two_forked_processes_have_the_losses_of_one(blobs: Path, tmp_path: Path) -> None:
     done = run_forked(train, quick_settings(blobs, tmp_path / "two", **UNEVEN), size=2)
     assert_two_took_the_steps_of_one(done, tmp_path / "two", blobs)
 
@@ -184,13 +186,15 @@ def test_two_processes_take_the_steps_of_one(blobs: Path, tmp_path: Path) -> Non
 @pytest.mark.multiprocess
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN_2, ACCELERATE_2], ids=["torchrun", "accelerate"])
-def test_two_processes_of_a_launcher_take_the_steps_of_one(launcher: tuple[str, ...], blobs: Path, tmp_path: Path) -> None:
+def test_two_processes_of_torchrun_or_accelerate_have_the_losses_of_one(
+    launcher: tuple[str, ...], blobs: Path, tmp_path: Path
+) -> None:
     done = launch(launcher, quick_settings(blobs, tmp_path / "two", **UNEVEN))
     assert_two_took_the_steps_of_one(done, tmp_path / "two", blobs)
 
 
 @pytest.mark.multiprocess
-def test_evaluation_on_two_processes_is_bit_equal(blobs: Path, tmp_path: Path) -> None:
+def test_evaluation_on_2_processes_has_the_same_confusion_and_close_logits(blobs: Path, tmp_path: Path) -> None:
     """The confusion matrix is bit-equal; the logits are close.
 
     The two runs have different numbers of threads in each process, which changes the order of sums within an image. With one
@@ -238,7 +242,7 @@ def train_and_send(settings: list[str], number: int, step: int) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_continues_to_the_very_same_weights(number: int, blobs: Path, whole: Path, tmp_path: Path) -> None:
+def test_run_stopped_by_a_signal_and_continued_is_bit_equal(number: int, blobs: Path, whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     settings = quick_settings(blobs, run_dir, **LIVELY)
     done = run_forked(train_and_send, settings, number, 7)

@@ -72,7 +72,7 @@ def test_the_loss_sum_does_not_depend_on_the_order() -> None:
     assert sums.pop() == pytest.approx(functional.cross_entropy(logits_NK, labels_N, reduction="sum").item(), rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_is_seen_and_huge_ones_are_summed() -> None:
+def test_nonfinite_losses_give_no_loss_and_huge_ones_are_summed() -> None:
     counts = Counts(2)
     counts.add(torch.tensor([[0.0, 1e9], [3e9, 0.0]]), torch.tensor([0, 1]), torch.ones(2))
     assert counts.loss_sum == pytest.approx(4e9)
@@ -145,7 +145,7 @@ def test_metrics_are_those_of_scikit_learn(case: tuple[int, list[tuple[int, int]
     assert found["per_class"]["support"] == list(support)
 
 
-def test_no_galaxies_give_no_numbers() -> None:
+def test_metrics_of_no_galaxies_are_none() -> None:
     found = metrics_from_counts(np.zeros((2, 2)), 0.0, "ab")
     assert [found[key] for key in ("accuracy", "loss", "balanced_accuracy", "macro_f1", "weighted_f1")] == [None] * 5
     assert found["per_class"]["recall"] == [None, None]

@@ -39,7 +39,7 @@ def columns_of(samples: np.ndarray, num_classes: int = 3) -> dict[str, Any]:
 
 @given(st.integers(0, 50), st.integers(1, 7), st.integers(1, 4))
 @settings(max_examples=25)
-def test_parts_of_any_number_of_processes_are_one_file(
+def test_rank_files_of_any_number_of_processes_merge_into_one_predictions_file(
     tmp_path_factory: pytest.TempPathFactory, num: int, batch_size: int, world_size: int
 ) -> None:
     folder = tmp_path_factory.mktemp("parts")
@@ -83,7 +83,7 @@ def test_sizes_are_in_pixels_where_the_scale_of_any_galaxy_is_unknown(tmp_path: 
             assert found.info.units["size"] == "pixel" and found.column("size")[1:].tolist() == [0.1, 0.2, 0.3]
 
 
-def test_a_part_that_is_cut_off_is_noticed(tmp_path: Path) -> None:
+def test_truncated_rank_file_is_refused(tmp_path: Path) -> None:
     with RankFile(tmp_path / "part", 3) as part:
         part.append(columns_of(np.arange(4)))
         part.finish()
@@ -141,7 +141,7 @@ def evaluate(*arguments: object) -> int:
         PartialState._reset_state()
 
 
-def test_a_run_leaves_the_predictions_of_its_test_and_validation_galaxies(run_of_known: tuple[Path, Path]) -> None:
+def test_run_writes_predictions_of_its_test_and_validation_galaxies(run_of_known: tuple[Path, Path]) -> None:
     run_dir, manifest_path = run_of_known
     manifest, survey = read_manifest(manifest_path), KnownBlobs(num_galaxies=240)
     evaluation = read_evaluation(run_dir)
@@ -172,7 +172,7 @@ def test_a_run_leaves_the_predictions_of_its_test_and_validation_galaxies(run_of
 
 
 @pytest.mark.slow
-def test_what_is_there_is_not_made_again_and_what_is_missing_or_damaged_is(
+def test_evaluate_recreates_only_missing_or_damaged_files(
     run_of_known: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run_of_known[0] / "evaluation"
@@ -201,7 +201,7 @@ def test_what_is_there_is_not_made_again_and_what_is_missing_or_damaged_is(
     assert (out / "test.json").read_text() == text
 
 
-def test_a_run_is_evaluated_on_other_data_with_the_temperature_of_its_own(
+def test_evaluation_on_other_data_uses_the_temperature_of_the_run(
     run_of_known: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir, manifest_path = run_of_known
@@ -229,7 +229,7 @@ def test_a_run_is_evaluated_on_other_data_with_the_temperature_of_its_own(
     assert json.loads((tmp_path / "out" / "test.json").read_text()) == found
 
 
-def test_a_variant_is_found_beside_the_runs_own_and_a_run_by_its_name(
+def test_evaluate_finds_a_run_by_name_and_a_variant_beside_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     turning = ("clockwise", "anticlockwise", "edge-on")
@@ -246,7 +246,7 @@ def test_a_variant_is_found_beside_the_runs_own_and_a_run_by_its_name(
     assert "blobs (balanced), test split, custom_cnn, N = 12" in capsys.readouterr().out
 
 
-def test_a_failure_leaves_neither_predictions_nor_parts(
+def test_failed_evaluation_leaves_no_predictions_and_no_rank_files(
     run_of_known: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = write_shards(KnownBlobs(num_galaxies=60, name="torn"), tmp_path / "shards", encoding="png", workers=1)

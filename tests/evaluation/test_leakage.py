@@ -60,7 +60,7 @@ ROWS = st.lists(
 
 
 @given(others=ROWS, test=ROWS, radius=st.floats(1, 120), chunk=st.integers(1, 5), are_one_survey=st.booleans())
-def test_ids_and_positions_are_those_of_a_comparison_of_all_pairs(
+def test_find_overlap_equals_a_brute_force_comparison_of_ids_and_positions(
     others: Any, test: Any, radius: float, chunk: int, are_one_survey: bool
 ) -> None:
     def at(place: tuple[float, float] | None) -> tuple[float | None, float | None]:
@@ -78,7 +78,7 @@ def test_ids_and_positions_are_those_of_a_comparison_of_all_pairs(
     assert found.rows.tolist() == (found.by_id | found.by_position).tolist()
 
 
-def test_ids_mean_something_within_a_survey_only() -> None:
+def test_overlap_by_id_counts_only_within_one_survey() -> None:
     trained, test = table([("galaxy_000001", None, None)]), table([("galaxy_000001", None, None), ("b", 1.0, 1.0)])
     galaxies = SplitGalaxies(trained, "a", "x")
     assert check_overlap(galaxies, None, SplitGalaxies(test, "b", "y")).tolist() == [False, False]
@@ -91,7 +91,7 @@ def test_ids_mean_something_within_a_survey_only() -> None:
     assert same_survey("a", fold_name("a", 1, 10)) and not same_survey("a", "a-2") and not same_survey("a", "b")
 
 
-def test_the_refusal_counts_and_names() -> None:
+def test_overlap_error_counts_and_names_galaxies_by_id_and_position() -> None:
     rows = [(f"g{n}", 10.0 + n, 0.0) for n in range(9)]
     near = [(f"n{n}", 10.0 + n, 60 * ARCSEC) for n in range(2)]
     far = [("far", 10.0, 80 * ARCSEC), ("g8", 200.0, 0.0)]
@@ -112,7 +112,7 @@ def test_the_refusal_counts_and_names() -> None:
     assert seen.tolist() == [True, False, False, False]
 
 
-def test_the_variants_of_galaxy10_train_no_galaxy_that_tests_either(real_data: Path) -> None:
+def test_no_test_galaxy_of_galaxy10_trains_either_variant(real_data: Path) -> None:
     """All four of training x test, on the real positions; the 32 of original validation are those of balanced test."""
     path = real_data / "galaxy10_decals_positions.csv"
     if not path.is_file():
@@ -142,7 +142,7 @@ def test_the_variants_of_galaxy10_train_no_galaxy_that_tests_either(real_data: P
 
 
 @pytest.mark.slow
-def test_a_million_against_a_million_take_seconds() -> None:
+def test_overlap_of_a_million_with_a_million_galaxies_takes_under_40_seconds() -> None:
     rng, num = np.random.default_rng(0), 10**6
 
     def draw(prefix: str) -> pa.Table:
@@ -157,7 +157,7 @@ def test_a_million_against_a_million_take_seconds() -> None:
 
 
 @given(seed=st.integers(0, 2**31), num_ranks=st.integers(1, 3))
-def test_counts_of_a_subset_are_those_of_its_galaxies_alone(seed: int, num_ranks: int) -> None:
+def test_subset_counts_equal_counts_of_only_the_subsets_galaxies(seed: int, num_ranks: int) -> None:
     rng = np.random.default_rng(seed)
     num, classes = 23, 4
     logits_NK, labels_N = torch.from_numpy(rng.normal(size=(num, classes))), torch.from_numpy(rng.integers(0, classes, num))
@@ -243,7 +243,7 @@ NAMED = replace(OTHER, renamed=((TEST_ROW, f"blob-{TRAIN_ROW:05d}"),))
         (replace(NAMED, name="blobs-fold1of5"), r"1 by id \(blob-00003\)", True),
     ],
 )
-def test_evaluate_refuses_what_the_run_has_learnt_from(  # noqa: PLR0917
+def test_evaluate_refuses_test_galaxies_from_the_runs_training_set(  # noqa: PLR0917
     run_dir: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -267,7 +267,7 @@ def test_evaluate_refuses_what_the_run_has_learnt_from(  # noqa: PLR0917
     assert re.search(refused, printed.err)
 
 
-def test_validation_galaxies_are_counted_with_and_without(
+def test_evaluation_reports_metrics_with_and_without_validation_galaxies(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = read_evaluation(run_dir)
@@ -306,7 +306,7 @@ def test_validation_galaxies_are_counted_with_and_without(
     assert other["loss"] == pytest.approx(without["loss"], rel=1e-6)
 
 
-def test_shards_that_the_run_was_trained_on_and_are_gone(
+def test_evaluation_without_the_training_shards_requires_trained_on(
     trained: tuple[Path, Path],
     run_dir: Path,
     tmp_path: Path,
@@ -341,7 +341,7 @@ def test_shards_that_the_run_was_trained_on_and_are_gone(
         moved.rename(trained[1])
 
 
-def test_shards_whose_own_test_galaxies_train_are_refused_before_the_training(
+def test_shards_with_overlapping_train_and_test_are_refused_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = write(PlacedBlobs(moved=((TEST_ROW, *TRAIN_PLACE),)), tmp_path / "shards")
@@ -383,7 +383,7 @@ def test_equal_images_under_other_names_and_positions_are_refused(
     assert "has no hashes of its images" in caplog.text and "has no hashes" in describe_equal_images(old)[0]
 
 
-def test_an_evaluation_without_leakage_checks_is_made_again(run_dir: Path) -> None:
+def test_evaluation_without_leakage_checks_is_recomputed(run_dir: Path) -> None:
     path = run_dir / "evaluation" / "test.json"
     content = json.loads(path.read_text())
     del content["apart_arcsec"]

@@ -49,7 +49,9 @@ def blocks(columns: dict[str, Any], cuts: list[int]) -> Iterator[dict[str, Any]]
 
 
 @given(st.integers(0, 60), st.lists(st.integers(0, 1000), max_size=5), st.integers(1, 5))
-def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, count: int, cuts: list[int], size: int) -> None:
+def test_predictions_are_read_back_as_written(
+    tmp_path_factory: pytest.TempPathFactory, count: int, cuts: list[int], size: int
+) -> None:
     path = tmp_path_factory.mktemp("written") / "test-predictions.parquet"
     columns = galaxies(count)
     write_predictions(path, INFO, blocks(columns, cuts))
@@ -69,7 +71,7 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
         assert set(found.column("split")) == {"test"}
 
 
-def test_files_without_the_columns_of_names_are_read(tmp_path: Path) -> None:
+def test_predictions_of_earlier_versions_without_name_columns_are_read(tmp_path: Path) -> None:
     """As earlier versions wrote them."""
     path = tmp_path / "test-predictions.parquet"
     write_predictions(path, INFO, iter([galaxies(5)]))
@@ -78,7 +80,7 @@ def test_files_without_the_columns_of_names_are_read(tmp_path: Path) -> None:
     assert read_predictions(path).column("id").tolist() == galaxies(5)["id"]
 
 
-def test_files_do_not_depend_on_how_the_galaxies_came(tmp_path: Path) -> None:
+def test_predictions_file_is_byte_equal_for_any_blocks(tmp_path: Path) -> None:
     columns = galaxies(2 * ROW_GROUP + 1000)
     written = []
     for number, cuts in enumerate(([], [7, 100, 30_000], list(range(0, 33_000, 977)))):
@@ -90,7 +92,7 @@ def test_files_do_not_depend_on_how_the_galaxies_came(tmp_path: Path) -> None:
     assert [groups.row_group(number).num_rows for number in range(groups.num_row_groups)] == [ROW_GROUP, ROW_GROUP, 1000]
 
 
-def test_other_tools_read_it(tmp_path: Path) -> None:
+def test_predictions_file_is_read_by_pandas(tmp_path: Path) -> None:
     path, columns = tmp_path / "a.parquet", galaxies(5)
     write_predictions(path, INFO, blocks(columns, []))
     frame = parquet.read_table(path).to_pandas()
@@ -99,7 +101,7 @@ def test_other_tools_read_it(tmp_path: Path) -> None:
     assert frame["redshift"].isna().tolist() == [True, False, False, False, True]
 
 
-def test_a_failure_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+def test_failed_write_of_predictions_keeps_the_old_file(tmp_path: Path) -> None:
     path = predictions_path(tmp_path, "test")
 
     def failing() -> Iterator[dict[str, Any]]:
@@ -115,7 +117,7 @@ def test_a_failure_leaves_the_file_that_was_there(tmp_path: Path) -> None:
     assert path.read_bytes() == b"old"
 
 
-def test_no_predictions_damaged_ones_and_foreign_ones_are_distinguished(tmp_path: Path) -> None:
+def test_missing_damaged_and_foreign_predictions_have_different_messages(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     with pytest.raises(UserError, match=r"no predictions at .*galaxydist evaluate"):
         read_predictions(path)
@@ -157,7 +159,7 @@ def test_no_predictions_damaged_ones_and_foreign_ones_are_distinguished(tmp_path
         read_predictions(path)
 
 
-def test_probabilities_neither_overflow_nor_hide_what_is_not_finite() -> None:
+def test_softmax_neither_overflows_nor_hides_nonfinite_logits() -> None:
     found_NK = softmax(np.array([[1e5, 0, -1e5], [0, 0, 0], [np.nan, 0, 0], [np.inf, 0, 0]], np.float32))
     assert found_NK[0].tolist() == [1, 0, 0] and np.allclose(found_NK[1], 1 / 3) and np.isnan(found_NK[2:]).all()
     assert softmax(np.empty((0, 3))).shape == (0, 3)

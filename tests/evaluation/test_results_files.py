@@ -86,7 +86,7 @@ def test_an_evaluation_is_written_with_its_figures_and_read_back(tmp_path: Path,
     assert "merging (" in next(line for line in text.splitlines() if line.startswith("disturbed"))
 
 
-def test_without_figures_or_log(tmp_path: Path, metrics: dict[str, Any]) -> None:
+def test_evaluation_without_figures_or_metrics_log_writes_only_the_rest(tmp_path: Path, metrics: dict[str, Any]) -> None:
     write_evaluation(tmp_path, metrics, {**CONTEXT, "split": "val"}, figures=False)
     assert [path.name for path in tmp_path.iterdir()] == ["val.json"]
     assert "figures (" not in render_evaluation(read_evaluation(tmp_path, "val") or {}, tmp_path)
@@ -100,7 +100,9 @@ def test_a_damaged_or_foreign_evaluation_counts_as_none(tmp_path: Path, text: st
     assert read_evaluation(tmp_path, "test") is None
 
 
-def test_the_json_comes_last(tmp_path: Path, metrics: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_json_is_written_after_the_figures(
+    tmp_path: Path, metrics: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("killed here")
 
@@ -111,7 +113,7 @@ def test_the_json_comes_last(tmp_path: Path, metrics: dict[str, Any], monkeypatc
     assert not (tmp_path / "test.json").exists()
 
 
-def test_figures_say_what_they_show(metrics: dict[str, Any], log: Path) -> None:
+def test_evaluation_figures_have_titles_classes_and_axis_labels(metrics: dict[str, Any], log: Path) -> None:
     title = title_of({**CONTEXT, **metrics})
     assert title == TITLE
     confusion, classes = draw_confusion(metrics, title), draw_per_class(metrics, title)
@@ -144,7 +146,7 @@ def overlapping(figure: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
     return [(a, b) for i, (a, one) in enumerate(boxes) for b, other in boxes[:i] if one.overlaps(other)]
 
 
-def test_no_text_lies_on_another(metrics: dict[str, Any], log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_figures_have_no_overlapping_text(metrics: dict[str, Any], log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     doubled = draw_per_class(metrics, TITLE)
     doubled.text(0.5, 0.98, TITLE, ha="center")
     assert overlapping(doubled, monkeypatch) != []
@@ -172,7 +174,7 @@ def summary(tmp_path: Path) -> Summary:
     return summarise(files["test"], files["val"])
 
 
-def test_figures_of_predictions_say_what_they_show(summary: Summary, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prediction_figures_have_titles_values_and_axis_labels(summary: Summary, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = summary.metrics
     reliability, areas = draw_reliability(metrics, TITLE), draw_roc_and_pr(metrics, summary.curves, TITLE)
     dependence = draw_accuracy_by_property(metrics, TITLE)
@@ -202,7 +204,7 @@ def test_figures_of_many_classes_fit_an_image() -> None:
         assert not any(axes.texts for axes in figure.axes)
 
 
-def test_curves_end_where_they_should(summary: Summary) -> None:
+def test_roc_and_precision_recall_curves_have_their_end_points(summary: Summary) -> None:
     for curve in summary.curves[:9]:
         assert curve is not None
         assert curve.roc[:, 0].tolist() == [0, 0] and curve.roc[:, -1].tolist() == [1, 1]
@@ -212,7 +214,7 @@ def test_curves_end_where_they_should(summary: Summary) -> None:
     assert summary.curves[9] is None
 
 
-def test_curves_of_a_run_without_validation(tmp_path: Path) -> None:
+def test_learning_curves_without_validation_show_only_the_loss(tmp_path: Path) -> None:
     figure = draw_learning_curves([{"step": 1, "train/loss": None}, {"step": 2, "train/loss": 1.0}], "t")
     assert [axes.get_ylabel() for axes in figure.axes] == ["loss"]
     draw_learning_curves([{"step": 1, "other": 1.0}], "t")
@@ -226,7 +228,7 @@ def test_equal_figures_are_equal_files(tmp_path: Path, metrics: dict[str, Any]) 
     assert first == second
 
 
-def test_a_gallery_of_noisy_images_stays_small(tmp_path: Path) -> None:
+def test_class_sheet_of_noisy_images_stays_below_its_size_limit(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = {f"class_{i}": [rng.integers(0, 256, (80, 90, 3), dtype=np.uint8) for _ in range(3)] for i in range(13)}
     images["class_4"] = []
@@ -238,7 +240,7 @@ def test_a_gallery_of_noisy_images_stays_small(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_gallery_that_cannot_be_made(tmp_path: Path) -> None:
+def test_class_sheet_without_images_or_above_its_size_limit_is_refused(tmp_path: Path) -> None:
     image = np.zeros((10, 10, 3), np.uint8)
     with pytest.raises(ValueError, match="a contact sheet needs images"):
         write_class_sheet(tmp_path / "a.jpg", {"a": []}, "t")
@@ -246,7 +248,7 @@ def test_a_gallery_that_cannot_be_made(tmp_path: Path) -> None:
         write_class_sheet(tmp_path / "a.jpg", {"a": [image]}, "t", max_bytes=10)
 
 
-def test_a_gallery_of_real_galaxies(real_sample: Path, tmp_path: Path) -> None:
+def test_class_sheet_of_real_galaxies_is_wide_and_below_300_kb(real_sample: Path, tmp_path: Path) -> None:
     images = {
         name: [np.asarray(Image.open(file)) for file in sorted((real_sample / str(label)).glob("*.jpg"))[:4]]
         for label, name in enumerate(GALAXY10_CLASSES)

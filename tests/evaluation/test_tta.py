@@ -65,7 +65,7 @@ def evaluate(world: World, model: nn.Module, manifest: Manifest, tta: str, split
     return evaluate_split(world, model, manifest, split, augment=augment, recipe=recipe)
 
 
-def test_d4_is_all_flips_and_quarter_turns() -> None:
+def test_d4_views_are_all_flips_and_quarter_turns() -> None:
     images_BCHW = torch.randn(2, 3, 5, 5)
     found = list(tta_images(images_BCHW, "d4"))
     assert found[0] is images_BCHW
@@ -77,7 +77,7 @@ def test_d4_is_all_flips_and_quarter_turns() -> None:
     assert [view is images_BCHW for view in tta_images(images_BCHW, "none")] == [True]
 
 
-def test_augmented_images_keep_the_memory_format() -> None:
+def test_d4_views_keep_the_memory_format() -> None:
     images_BCHW = torch.randn(2, 3, 6, 6)
     last_BCHW = images_BCHW.to(memory_format=torch.channels_last)
     for view, other in zip(tta_images(images_BCHW, "d4"), tta_images(last_BCHW, "d4"), strict=True):
@@ -85,7 +85,7 @@ def test_augmented_images_keep_the_memory_format() -> None:
         assert torch.equal(view, other)
 
 
-def test_the_mean_is_that_of_the_probabilities() -> None:
+def test_mean_log_probabilities_averages_probabilities() -> None:
     logits_VBK = [torch.randn(6, 4, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16) * 2]
     found_BK = mean_log_probabilities(logits_VBK)
     expected_BK = torch.stack([logits_BK.double().softmax(1) for logits_BK in logits_VBK]).mean(0)
@@ -95,20 +95,20 @@ def test_the_mean_is_that_of_the_probabilities() -> None:
     assert mean_log_probabilities(logits_VBK[:1]) is logits_VBK[0]
 
 
-def test_the_mean_of_probabilities_that_float64_cannot_hold_has_a_logarithm() -> None:
+def test_mean_log_probabilities_does_not_underflow() -> None:
     sure, surer = torch.tensor([[0.0, 2000.0]]), torch.tensor([[0.0, 3000.0]])
     assert mean_log_probabilities([sure, surer])[0, 0].item() == pytest.approx(-2000 - math.log(2))
     assert mean_log_probabilities([sure, torch.full((1, 2), math.nan)]).isnan().all()
 
 
-def test_an_invariant_model_is_evaluated_alike(world: World, blobs: Path) -> None:
+def test_tta_of_an_invariant_model_gives_the_same_evaluation(world: World, blobs: Path) -> None:
     manifest = read_manifest(blobs)
     plain, mean = (evaluate(world, Brightest(), manifest, tta) for tta in ("none", "d4"))
     assert mean["confusion"] == plain["confusion"] and mean["count"] == 24
     assert mean["loss"] == pytest.approx(plain["loss"], rel=1e-9)
 
 
-def test_another_model_is_evaluated_by_the_mean_probability(world: World, blobs: Path) -> None:
+def test_tta_evaluation_equals_the_mean_probability_computed_by_hand(world: World, blobs: Path) -> None:
     manifest, model = read_manifest(blobs), Corner()
     recipe = recipe_of(manifest, "d4")
     augment = build_augment(recipe, TrainingData.of(manifest, recipe), threads=1)
@@ -143,7 +143,7 @@ def test_an_evaluation_that_misses_a_galaxy_fails(world: World, tmp_path: Path, 
         evaluate(world, Brightest(), read_manifest(tmp_path / "shards"), tta)
 
 
-def test_evaluations_with_and_without_augmentation_are_kept_apart(tmp_path: Path) -> None:
+def test_evaluations_with_and_without_tta_have_separate_files(tmp_path: Path) -> None:
     context = {"dataset": "blobs", "variant": "original", "split": "test", "model": "vit", "recipe": "vit"}
     names = ("a", "b")
     plain = write_evaluation(tmp_path, metrics_from_counts([[2, 0], [1, 1]], 2.0, names), context, figures=False)
@@ -161,7 +161,9 @@ def test_evaluations_with_and_without_augmentation_are_kept_apart(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_both_evaluations_of_a_run_lie_side_by_side(blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_with_tta_d4_writes_beside_the_plain_evaluation_and_reuses_both(
+    blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = tmp_path / "run"
     assert run_here(quick_settings(blobs, run_dir, train__epochs=1)) == 0
     folder = run_dir / "evaluation"
@@ -187,7 +189,7 @@ def test_both_evaluations_of_a_run_lie_side_by_side(blobs: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_a_recipe_that_asks_for_it_is_validated_and_evaluated_so(blobs: Path, tmp_path: Path) -> None:
+def test_recipe_with_eval_tta_validates_and_evaluates_with_views(blobs: Path, tmp_path: Path) -> None:
     """A rate of nothing: both runs have the same weights, apart from batch statistics that move alike."""
     losses = {}
     for tta in ("none", "d4"):
@@ -209,7 +211,7 @@ def test_a_recipe_that_asks_for_it_is_validated_and_evaluated_so(blobs: Path, tm
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("batch_size", "size"), [(4, 2), (10, 3)], ids=["uneven", "an-idle-rank"])
-def test_numbers_of_any_number_of_processes_are_bit_equal(tmp_path: Path, batch_size: int, size: int) -> None:
+def test_tta_evaluation_is_bit_equal_on_any_number_of_processes(tmp_path: Path, batch_size: int, size: int) -> None:
     """19 galaxies in 5 batches (3 + 2) or in 2 (one of three ranks has none)."""
     manifest = write_shards(BlobSurvey(num_galaxies=115), tmp_path / "shards", encoding="png", workers=1)
     assert manifest.splits["test"].num_samples == 19

@@ -90,7 +90,7 @@ def shards_path(tmp_path_factory: pytest.TempPathFactory, survey_path: Path) -> 
     return write_shards(open_survey(survey_path), folder, encoding="png", image_size=64, shard_size=16, workers=1).path
 
 
-def test_a_survey_and_its_shards_say_the_same(tmp_path: Path, survey_path: Path, shards_path: Path) -> None:
+def test_explore_of_a_survey_and_its_shards_gives_the_same_findings(tmp_path: Path, survey_path: Path, shards_path: Path) -> None:
     one, two = explored(tmp_path, survey_path), explored(tmp_path, shards_path.parent)
     assert one.population.counts() == two.population.counts()
     assert sorted(one.scan.ids) == sorted(two.scan.ids) and len(one.scan) == 120
@@ -103,7 +103,7 @@ def test_a_survey_and_its_shards_say_the_same(tmp_path: Path, survey_path: Path,
     assert two.population.source_hash == read_manifest(shards_path).hash
 
 
-def test_a_url_is_read_like_a_folder_but_only_a_few_shards_of_it(tmp_path: Path, shards_path: Path) -> None:
+def test_explore_of_a_url_equals_the_folder_and_reads_few_shards(tmp_path: Path, shards_path: Path) -> None:
     spaced = tmp_path / "a space"
     spaced.symlink_to(shards_path.parent)
     url = (spaced / shards_path.name).as_uri()
@@ -118,7 +118,7 @@ def test_a_url_is_read_like_a_folder_but_only_a_few_shards_of_it(tmp_path: Path,
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 120), st.integers(0, 3))
-def test_a_sample_takes_the_same_number_of_every_class(sizes: list[int], number: int, seed: int) -> None:
+def test_choose_sample_takes_equally_from_every_class(sizes: list[int], number: int, seed: int) -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes)).astype(np.int64)
     drawn_from = ExploredDataset(
         "d", "v", "k", "l", "", tuple("abcde"[: len(sizes)]), labels, ("train",), labels.astype(np.int8), Sky(drawn(1))
@@ -132,7 +132,7 @@ def test_a_sample_takes_the_same_number_of_every_class(sizes: list[int], number:
     assert set(rows.tolist()) <= set(larger.tolist())
 
 
-def test_only_the_sample_is_read_and_the_counts_are_of_all() -> None:
+def test_explore_reads_only_the_sample_but_counts_all_galaxies() -> None:
     labels = np.arange(100_000) % 3
     source = Sky(drawn(30))
     findings = analyse(population(labels, source), sample=60, seed=1)
@@ -145,7 +145,7 @@ def test_only_the_sample_is_read_and_the_counts_are_of_all() -> None:
 @given(
     hnp.arrays(np.uint8, st.tuples(st.integers(0, 25), st.just(8)), elements=st.sampled_from([0, 1, 3, 255])), st.integers(0, 20)
 )
-def test_near_hashes_are_those_of_a_plain_loop(hash_nB: NDArray[np.uint8], distance: int) -> None:
+def test_near_hashes_equals_a_loop_over_all_pairs(hash_nB: NDArray[np.uint8], distance: int) -> None:
     apart = [
         (i, j, int(np.unpackbits(hash_nB[i] ^ hash_nB[j]).sum())) for i in range(len(hash_nB)) for j in range(i + 1, len(hash_nB))
     ]
@@ -155,7 +155,7 @@ def test_near_hashes_are_those_of_a_plain_loop(hash_nB: NDArray[np.uint8], dista
     ]
 
 
-def test_copies_are_found_and_strangers_are_not() -> None:
+def test_duplicates_are_found_as_identical_or_recompressed_and_blank_images_reported() -> None:
     images = drawn(40)
     buffer = io.BytesIO()
     Image.fromarray(images[3]).save(buffer, "JPEG", quality=60)
@@ -185,7 +185,7 @@ def test_real_galaxies_have_no_duplicates_but_their_copies(real_data: Path, surv
     assert {(pair.first, pair.second) for pair in found} == {(5, most), (9, most + 1)}
 
 
-def test_each_kind_of_odd_image_is_named() -> None:
+def test_every_kind_of_odd_image_is_recognised() -> None:
     sound = drawn(1)[0]
     assert odd_kinds(sound) == []
     flat, repeated, channel, white = (sound.copy() for _ in range(4))
@@ -201,7 +201,7 @@ def test_each_kind_of_odd_image_is_named() -> None:
     assert odd_kinds(np.full((64, 64, 3), 255, np.uint8)) == ["blank"]
 
 
-def test_neighbours_in_other_splits_are_counted() -> None:
+def test_find_neighbours_counts_pairs_with_two_labels_and_across_splits() -> None:
     ra, dec = np.array([10, 10.01, 200, 200, 300]), np.array([0.0, 0, 89, 89, -5])
     positions = Positions(ra, dec, np.full(5, np.nan))
     near = find_neighbours(population(np.array([0, 0, 1, 2, 1]), Sky(drawn(1)), splits=2), positions)
@@ -210,7 +210,7 @@ def test_neighbours_in_other_splits_are_counted() -> None:
     assert near.two_labels_P.tolist() == [True, False] and near.across_P.tolist() == [True, True]
 
 
-def test_the_official_positions_have_their_known_pairs(real_data: Path) -> None:
+def test_official_positions_have_236_close_pairs_of_which_59_have_two_labels(real_data: Path) -> None:
     table = np.genfromtxt(real_data / "galaxy10_decals_positions.csv", delimiter=",", names=True)
     labels = table["label"].astype(np.int64)
     whole = ExploredDataset(
@@ -220,7 +220,7 @@ def test_the_official_positions_have_their_known_pairs(real_data: Path) -> None:
     assert (len(near.pairs_P2), int(near.two_labels_P.sum())) == (236, 59)
 
 
-def test_damaged_images_in_shards_are_named_and_the_rest_goes_on(
+def test_explore_of_shards_names_unreadable_images_and_continues(
     tmp_path: Path, survey_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = write_shards(open_survey(survey_path), tmp_path / "s", encoding="png", image_size=64, shard_size=16, workers=1)
@@ -238,7 +238,7 @@ def test_damaged_images_in_shards_are_named_and_the_rest_goes_on(
     assert not (tmp_path / "root" / "explore").exists()
 
 
-def test_a_damaged_file_in_a_folder_is_named(tmp_path: Path) -> None:
+def test_explore_of_a_folder_names_damaged_images(tmp_path: Path) -> None:
     for number, image in enumerate(drawn(24)):
         path = tmp_path / "images" / ("left", "right")[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -253,7 +253,7 @@ def test_a_damaged_file_in_a_folder_is_named(tmp_path: Path) -> None:
     json.dumps(summary(found), allow_nan=False)
 
 
-def test_images_without_labels_or_positions(tmp_path: Path, blobs: Path) -> None:
+def test_explore_page_supports_images_without_labels_or_positions(tmp_path: Path, blobs: Path) -> None:
     found = explored(tmp_path, blobs)
     assert len(found.scan) == sum(split.num_samples for split in read_manifest(blobs).splits.values())
     assert tuple(found.population.class_names) == BlobSurvey().class_names
@@ -262,7 +262,7 @@ def test_images_without_labels_or_positions(tmp_path: Path, blobs: Path) -> None
     assert few.map is None and "unlabelled" in page and "it needs ten" in page
 
 
-def test_the_page_needs_nothing_else(tmp_path: Path, survey_path: Path) -> None:
+def test_explore_page_is_one_file_without_external_resources(tmp_path: Path, survey_path: Path) -> None:
     page = tmp_path / "deep" / "page.html"
     arguments = ["data", "explore", str(survey_path), "-o", str(page), "--sample", "50", "--per-class", "2", "--seed", "3"]
     assert main(arguments) == 0
@@ -277,7 +277,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path, survey_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_command_makes_the_same_page(tmp_path: Path, shards_path: Path) -> None:
+def test_explore_page_is_byte_equal_for_the_same_command(tmp_path: Path, shards_path: Path) -> None:
     page, texts = tmp_path / "page.html", []
     for _ in range(2):
         assert main(["data", "explore", str(shards_path), "-o", str(page)]) == 0
@@ -286,7 +286,7 @@ def test_the_same_command_makes_the_same_page(tmp_path: Path, shards_path: Path)
 
 
 @pytest.mark.slow
-def test_balanced_and_the_files_beside_the_page(tmp_path: Path, survey_path: Path) -> None:
+def test_explore_out_writes_page_json_and_figures_of_the_balanced_variant(tmp_path: Path, survey_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["data", "explore", "--from", str(survey_path), "--variant", "balanced", "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {"explore.html", "survey.json", "gallery.jpg", "counts.png", "counts.pdf"}
@@ -295,7 +295,9 @@ def test_balanced_and_the_files_beside_the_page(tmp_path: Path, survey_path: Pat
     assert len({tuple(counts) for counts in np.array([*found["counts"].values()]).T.tolist()}) == 1
 
 
-def test_wrong_sources_get_one_message(tmp_path: Path, shards_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explore_refuses_wrong_sources_with_one_message(
+    tmp_path: Path, shards_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "notes.txt").write_text("not a survey")
     (tmp_path / "empty").mkdir()
     with h5py.File(tmp_path / "other.h5", "w") as h5:

@@ -23,7 +23,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_page_in_a_browser(page: Path, tmp_path: Path) -> None:
+def test_explore_page_in_a_browser_shows_all_sections_and_tooltips(page: Path, tmp_path: Path) -> None:
     with Browser() as browser:
         browser.check_page(page, tmp_path, SECTIONS)
         assert browser.evaluate("document.images.length") > 50

@@ -70,7 +70,7 @@ logits = st.sampled_from([0.0, 1.0, 3.0, 8.0])
 
 
 @given(data=st.data(), per_class=st.integers(1, 5), num_classes=st.integers(2, 4))
-def test_the_choice_is_that_of_a_sort(
+def test_choose_mistakes_equals_a_full_sort(
     data: st.DataObject, per_class: int, num_classes: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     rows = data.draw(st.lists(st.tuples(*[logits] * num_classes, st.integers(0, num_classes - 1)), max_size=40))
@@ -83,7 +83,7 @@ def test_the_choice_is_that_of_a_sort(
         assert [galaxy.entropy for galaxy in ours] == pytest.approx([galaxy.entropy for galaxy in theirs], abs=1e-12)
 
 
-def test_many_row_groups_ties_and_undefined(tmp_path: Path) -> None:
+def test_choose_mistakes_handles_row_groups_ties_and_undefined_logits(tmp_path: Path) -> None:
     count, rng = 2 * ROW_GROUP + 500, np.random.default_rng(0)
     logits_NK = rng.normal(size=(count, 3)) * 3
     labels_N = rng.integers(0, 3, count)
@@ -121,7 +121,7 @@ def test_memory_does_not_grow_with_the_number_of_galaxies(tmp_path: Path) -> Non
     assert peak(4 * ROW_GROUP) < 1.2 * peak(2 * ROW_GROUP)
 
 
-def test_nothing_predicted_nothing_chosen(tmp_path: Path) -> None:
+def test_choose_mistakes_without_predictions_is_empty(tmp_path: Path) -> None:
     found = choose_mistakes(write(tmp_path / "p.parquet", np.empty((0, 2)), np.empty(0, int)), 3)
     assert found == Selection(((), ()), ((), ()), (0, 0), (0, 0), 0)
     assert found.predicted_classes() == {}

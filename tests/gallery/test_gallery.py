@@ -47,7 +47,7 @@ def images_of(page: str) -> list[Image.Image]:
     ]
 
 
-def test_a_gallery_shows_what_was_chosen(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gallery_page_shows_the_chosen_galaxies_and_is_reproducible(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gallery", str(run_dir), "--per-class", "3"]) == 0
     evaluation_dir = run_dir / "evaluation"
     selection = choose_mistakes(read_predictions(evaluation_dir / "test-predictions.parquet"), 3)
@@ -83,7 +83,9 @@ def test_a_gallery_shows_what_was_chosen(run_dir: Path, capsys: pytest.CaptureFi
     assert before == {path.name: path.read_bytes() for path in evaluation_dir.glob("test-gallery*")}
 
 
-def test_shards_on_a_server(run_dir: Path, blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gallery_from_http_shards_equals_the_local_one(
+    run_dir: Path, blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["gallery", str(run_dir)]) == 0
     local = (run_dir / "evaluation" / "test-gallery-mistakes.jpg").read_bytes()
     monkeypatch.setenv("GALAXYDIST_DATA", str(tmp_path / "data"))
@@ -93,7 +95,7 @@ def test_shards_on_a_server(run_dir: Path, blobs: Path, tmp_path: Path, monkeypa
     assert "blob-" in (tmp_path / "pages" / "there.html").read_text()
 
 
-def test_chosen_images_are_those_of_the_split(blobs: Path) -> None:
+def test_images_read_for_the_gallery_are_those_of_the_split(blobs: Path) -> None:
     manifest = read_manifest(blobs)
     reader, samples = ImageDecoder(manifest, "test"), np.array([0, 5, 6, 23])
     found = dict(read_samples(manifest, "test", samples))
@@ -112,7 +114,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_wrong_inputs_say_what_to_do(
+def test_gallery_refuses_wrong_inputs_and_writes_no_files(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "there is no such folder" in fails([str(tmp_path / "none")], capsys)
@@ -134,7 +136,7 @@ def test_wrong_inputs_say_what_to_do(
     assert not list((run_dir / "evaluation").glob("*gallery*"))
 
 
-def test_other_shards_and_other_checkpoints_are_refused(
+def test_gallery_refuses_predictions_of_other_shards_or_missing_checkpoints(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = write_shards(BlobSurvey(90), tmp_path / "other", encoding="png", shard_size=16, workers=1).path
@@ -152,7 +154,7 @@ def test_other_shards_and_other_checkpoints_are_refused(
     assert "no longer in" in text and "galaxydist evaluate" in text
 
 
-def test_sections_of_no_or_an_old_gallery_are_none(run_dir: Path) -> None:
+def test_gallery_sections_of_a_missing_or_outdated_gallery_are_empty(run_dir: Path) -> None:
     evaluation_dir = run_dir / "evaluation"
     assert gallery_sections(evaluation_dir / "test-predictions.parquet") == []
     assert main(["gallery", str(run_dir), "--per-class", "1"]) == 0
@@ -164,7 +166,7 @@ def test_sections_of_no_or_an_old_gallery_are_none(run_dir: Path) -> None:
     assert gallery_sections(evaluation_dir / "test-predictions.parquet") == []
 
 
-def test_an_overlay_leaves_what_has_no_map() -> None:
+def test_saliency_overlay_changes_only_pixels_with_a_map() -> None:
     from matplotlib import colormaps
 
     rng = np.random.default_rng(0)
@@ -178,7 +180,7 @@ def test_an_overlay_leaves_what_has_no_map() -> None:
     assert np.abs(covered[inside] - ((1 - OPACITY) * image[inside] + OPACITY * top)).max() <= 0.5 + 1e-9
 
 
-def test_a_sheet_of_any_rows() -> None:
+def test_compose_sheet_accepts_empty_rows_and_long_texts() -> None:
     cell = SheetCell(np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8), ("an id " * 20, "predicted x", "50 %"))
     sheet = compose_sheet([SheetRow("a", "2 of 2", [cell, cell]), SheetRow("b", "none", [])], "title " * 50, 40)
     assert sheet.width >= 2 * 82 and sheet.height > 2 * 14 + 40
@@ -186,7 +188,7 @@ def test_a_sheet_of_any_rows() -> None:
 
 
 @pytest.mark.browser
-def test_the_page_in_a_browser(run_dir: Path) -> None:
+def test_gallery_page_in_a_browser_fits_a_phone_and_loads_only_itself(run_dir: Path) -> None:
     assert main(["gallery", str(run_dir)]) == 0
     page = run_dir / "evaluation" / "test-gallery.html"
     with Browser() as browser:

@@ -37,7 +37,9 @@ def levels(augment: Augment | Normalise, images: Tensor, positions: list[int] | 
         (128, 1.0, 1.0),
     ],
 )
-def test_within_one_grey_level_of_a_float64_reference(size: int, zoom: float, crop: float, real_sample: Path) -> None:
+def test_augmentation_is_within_one_grey_level_of_a_float64_reference(
+    size: int, zoom: float, crop: float, real_sample: Path
+) -> None:
     """Mean over real galaxies, of 128 pixels to keep the reference quick; the augmented and the evaluation view."""
     paths = sorted(real_sample.glob("*/*.jpg"))[7::250]
     images = np.stack([simplejpeg.decode_jpeg(p.read_bytes(), min_factor=2, min_height=128, min_width=128) for p in paths])
@@ -50,7 +52,7 @@ def test_within_one_grey_level_of_a_float64_reference(size: int, zoom: float, cr
     assert np.abs(levels(augment.normalise, torch.from_numpy(images)).numpy() - expected).mean() < 1.0
 
 
-def test_an_image_is_the_same_in_any_batch_and_another_at_each_position_and_epoch() -> None:
+def test_augmented_image_depends_on_seed_epoch_and_position_not_on_the_batch() -> None:
     images = random_images(40, 64)
     augment = Augment(ALL, 1, *PLAIN, 40)
     positions = list(range(100, 140))
@@ -65,7 +67,7 @@ def test_an_image_is_the_same_in_any_batch_and_another_at_each_position_and_epoc
     assert not torch.equal(levels(Augment(ALL, 2, *PLAIN, 40), images, positions), whole)
 
 
-def test_golden_parameters() -> None:
+def test_augmentation_parameters_have_their_golden_values() -> None:
     """Fixed for order_version 1."""
     maps, zoom = Augment(ALL, 11, *PLAIN, 40).affine_maps(2, np.array([5, 6]))
     assert np.allclose(maps, GOLDEN_MAPS, atol=1e-6)
@@ -93,7 +95,7 @@ def test_quarter_turns_move_pixels_and_change_none() -> None:
 
 
 @pytest.mark.parametrize("rotate", ["d4", "none"])
-def test_exact_turns_are_those_of_the_resampled_mode(rotate: str) -> None:
+def test_exact_and_resampled_d4_augmentation_agree(rotate: str) -> None:
     """A shift too small to matter takes the other way through the code."""
     images = random_images(32, 32)
     exact = levels(Augment(AugmentConfig(rotate=rotate), 4, *PLAIN, 32), images)  # type: ignore[arg-type]
@@ -101,20 +103,20 @@ def test_exact_turns_are_those_of_the_resampled_mode(rotate: str) -> None:
     assert (exact - sampled).abs().max() < 0.05
 
 
-def test_nothing_asked_for_is_the_view_of_evaluation() -> None:
+def test_augmentation_without_any_change_equals_the_evaluation_view() -> None:
     images = random_images(5, 64)
     augment = Augment(AugmentConfig(rotate="none", flip=False), 0, *PLAIN, 40, crop=0.9)
     assert torch.equal(levels(augment, images), levels(augment.normalise, images))
 
 
-def test_no_black_corners() -> None:
+def test_augmentation_of_a_constant_image_has_no_black_corners() -> None:
     images = torch.full((64, 32, 32, 3), 200, dtype=torch.uint8)
     for zoom in (1.0, 4.0):
         views = levels(Augment(AugmentConfig(zoom=zoom, shift=0.5), 0, *PLAIN, 32), images)
         assert (views - 200).abs().max() < 0.01
 
 
-def test_angles_mirrors_zooms_and_shifts_are_spread_as_they_should_be() -> None:
+def test_angles_flips_zooms_and_shifts_have_their_distributions() -> None:
     augment = Augment(AugmentConfig(zoom=2.0, shift=0.25), 0, *PLAIN, 32)
     maps, zoom = augment.affine_maps(0, np.arange(20_000))
     angles = np.arctan2(-maps[:, 0, 1], maps[:, 1, 1])
@@ -138,7 +140,7 @@ def test_brightness_is_one_factor_for_all_channels() -> None:
     assert 1.17 < middle.max() <= 1.2
 
 
-def test_noise_is_gaussian_and_differs_between_images() -> None:
+def test_noise_augmentation_is_gaussian_and_independent_between_images() -> None:
     images = torch.full((40, 32, 32, 3), 100, dtype=torch.uint8)
     config = AugmentConfig(rotate="none", flip=False, noise=0.1)
     noise = levels(Augment(config, 0, *PLAIN, 32), images).reshape(40, -1) - 100
@@ -163,7 +165,7 @@ def test_normalisation_gives_mean_0_and_deviation_1() -> None:
     assert (views.std((0, 2, 3)) - 1).abs().max() < 1e-3
 
 
-def test_evaluation_keeps_the_centre() -> None:
+def test_evaluation_view_crops_centrally_and_is_symmetric() -> None:
     image = torch.zeros((1, 64, 64, 3), dtype=torch.uint8)
     image[:, 16:48, 16:48] = 90
     assert (levels(Normalise(*PLAIN, 16, crop=0.5), image) == 90).all()
@@ -173,7 +175,7 @@ def test_evaluation_keeps_the_centre() -> None:
     assert torch.allclose(view, 80 - view.flip(2), atol=1.0)
 
 
-def test_a_batch_of_nothing() -> None:
+def test_augmentation_of_an_empty_batch_is_empty() -> None:
     assert Augment(ALL, 0, *PLAIN, 16)(torch.empty((0, 32, 32, 3), dtype=torch.uint8), 0, torch.empty(0).long()).shape == (
         0,
         3,
@@ -196,7 +198,7 @@ def test_reduced_decoding_changes_an_augmented_view_by_less_than_a_grey_level(re
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_same_up_to_rounding() -> None:
+def test_augmentation_on_a_gpu_agrees_with_the_cpu_up_to_rounding() -> None:
     images = random_images(20, 96)
     for size in (24, 40, 90):
         for config in (ALL, AugmentConfig(rotate="d4", noise=0.02)):

@@ -79,7 +79,7 @@ def assert_same(found: Batch, expected: Batch) -> None:
 
 
 @pytest.mark.parametrize("delay", [0, 1, 5])
-def test_a_reader_gets_its_memory_back_only_after_the_copy(blobs: Path, delay: int) -> None:
+def test_prefetcher_releases_a_buffer_only_after_its_copy_has_ended(blobs: Path, delay: int) -> None:
     """Copies that come late read what the reader has decoded there, not what it decodes into the same memory next."""
     stream = LateStream(delay)
     with (
@@ -92,7 +92,7 @@ def test_a_reader_gets_its_memory_back_only_after_the_copy(blobs: Path, delay: i
     assert stream.most_waiting == delay + 1
 
 
-def test_one_batch_is_copied_ahead(blobs: Path) -> None:
+def test_prefetcher_copies_one_batch_ahead(blobs: Path) -> None:
     stream = LateStream(0)
     with TrainLoader(read_manifest(blobs), seed=3, batch_size=8) as reader, DevicePrefetcher(reader, CPU, stream) as feed:
         assert stream.log == []
@@ -102,7 +102,7 @@ def test_one_batch_is_copied_ahead(blobs: Path) -> None:
         assert stream.log == ["start", "hand over", "start", "hand over", "start"]
 
 
-def test_memory_does_not_grow_with_the_batches_that_were_copied(blobs: Path) -> None:
+def test_prefetcher_reuses_a_bounded_number_of_buffers(blobs: Path) -> None:
     with TrainLoader(read_manifest(blobs), seed=3, batch_size=8, decode=DecodeOptions(prefetch=2)) as reader:
         places = set()
 
@@ -117,14 +117,14 @@ def test_memory_does_not_grow_with_the_batches_that_were_copied(blobs: Path) -> 
     assert len(places) <= 8
 
 
-def test_on_a_cpu_batches_are_passed_on_as_they_are(blobs: Path) -> None:
+def test_prefetcher_on_a_cpu_passes_batches_unchanged(blobs: Path) -> None:
     batches = read_plainly(blobs, 3)
     with DevicePrefetcher(iter(batches), CPU) as feed:
         assert [id(batch) for batch in feed] == [id(batch) for batch in batches]
 
 
 @pytest.mark.parametrize("stream", [None, LateStream(0)], ids=["cpu", "side stream"])
-def test_the_end_and_errors_come_in_their_turn(blobs: Path, stream: LateStream | None) -> None:
+def test_prefetcher_raises_errors_and_stops_after_the_batches_before_them(blobs: Path, stream: LateStream | None) -> None:
     batches = read_plainly(blobs, 2)
 
     def failing() -> Iterator[Batch]:
@@ -142,7 +142,7 @@ def test_the_end_and_errors_come_in_their_turn(blobs: Path, stream: LateStream |
             next(feed)
 
 
-def test_closing_waits_for_copies_and_ends_the_feed(blobs: Path) -> None:
+def test_closing_the_prefetcher_waits_for_copies_and_ends_iteration(blobs: Path) -> None:
     batches = read_plainly(blobs, 4)
     stream = LateStream(9)
     feed = DevicePrefetcher(iter(batches), CPU, stream)
@@ -166,7 +166,7 @@ def test_buffers_are_pinned() -> None:
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("pin", [True, False])
-def test_a_gpu_gets_what_plain_copies_give(blobs: Path, pin: bool) -> None:
+def test_prefetched_gpu_batches_equal_plain_copies(blobs: Path, pin: bool) -> None:
     """Over many batches, with the host far ahead of the device, few buffers, and the device's memory in demand."""
     device = torch.device("cuda")
     expected = read_plainly(blobs, 200)

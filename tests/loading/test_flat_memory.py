@@ -82,7 +82,7 @@ def run(script: Path, text: str, *arguments: object) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_writing_four_times_as_much_takes_no_more_memory(tmp_path: Path) -> None:
+def test_writing_four_times_the_images_needs_at_most_30_mb_more_memory(tmp_path: Path) -> None:
     few = run(tmp_path / "write.py", WRITE, tmp_path / "few", 1500)
     many = run(tmp_path / "write.py", WRITE, tmp_path / "many", 6000)
     print(f"peak MB of the parent and of the largest worker: {few} for 74 MB of images, {many} for 295 MB")
@@ -91,7 +91,7 @@ def test_writing_four_times_as_much_takes_no_more_memory(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_reading_stays_flat_over_ten_epochs(tmp_path: Path) -> None:
+def test_loader_memory_grows_by_under_10_mb_over_ten_epochs(tmp_path: Path) -> None:
     run(tmp_path / "write.py", WRITE, tmp_path / "shards", 1500)
     sizes = run(tmp_path / "read.py", READ, tmp_path / "shards")
     print(f"resident MB after each epoch: {[round(size) for size in sizes]}")

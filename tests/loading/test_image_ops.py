@@ -53,7 +53,7 @@ def test_torch_and_opencv_agree(size: int, crop: float, config: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("size", [20, 40, 64, 75, 130])
-def test_evaluation_resizes_whole_numbers_and_floats_alike(size: int) -> None:
+def test_resize_of_uint8_and_float_images_agrees_up_to_rounding(size: int) -> None:
     """A CPU takes the first, an accelerator the second."""
     images = random_images(10, 96).permute(0, 3, 1, 2)
     difference = (resize(images, size).float() - resize(images.float(), size)).abs()
@@ -62,7 +62,7 @@ def test_evaluation_resizes_whole_numbers_and_floats_alike(size: int) -> None:
 
 
 @pytest.mark.parametrize(("right", "down"), [(0, 0), (-5, 3), (31, -33), (64, 65), (-200, 1000), (12_345, -9_999)])
-def test_outside_is_the_mirror_image_however_far(right: int, down: int) -> None:
+def test_pixels_outside_the_image_are_mirrored_at_any_distance(right: int, down: int) -> None:
     images = random_images(3, 32)
     transform = moved_pixels(images.numpy(), right, down)
     rows, columns = mirror(np.arange(32) + down, 32), mirror(np.arange(32) + right, 32)
@@ -73,7 +73,7 @@ def test_outside_is_the_mirror_image_however_far(right: int, down: int) -> None:
 
 @pytest.mark.parametrize("config", [ALL, AugmentConfig(rotate="d4", noise=0.02)])
 @pytest.mark.parametrize("count", [1, 8, 21])
-def test_threads_do_not_matter(config: AugmentConfig, count: int) -> None:
+def test_augmentation_is_bit_equal_for_any_number_of_threads(config: AugmentConfig, count: int) -> None:
     images, positions = random_images(count, 48), torch.arange(count)
     one, four = (Augment(config, 1, *PLAIN, 40, threads=threads) for threads in (1, 4))
     for epoch in range(3):
@@ -95,7 +95,7 @@ def scattered(images: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("config", [ALL, AugmentConfig(rotate="d4"), AugmentConfig(rotate="none", flip=False, zoom=3.0)])
 @pytest.mark.parametrize("size", [40, 64])
-def test_the_layout_in_memory_does_not_matter(config: AugmentConfig, size: int) -> None:
+def test_augmentation_is_bit_equal_for_any_memory_layout(config: AugmentConfig, size: int) -> None:
     images, positions = random_images(10, 64), torch.arange(10)
     augment = Augment(config, 1, *PLAIN, size)
     expected, view = augment(images, 0, positions), augment.normalise(images)
@@ -105,7 +105,7 @@ def test_the_layout_in_memory_does_not_matter(config: AugmentConfig, size: int) 
         assert torch.equal(augment.normalise(strange), view)
 
 
-def test_a_batch_that_is_kept_is_not_written_over() -> None:
+def test_augmented_batches_are_not_overwritten_by_later_ones() -> None:
     images, positions = random_images(6, 32), torch.arange(6)
     augment = Augment(ALL, 1, *PLAIN, 24)
     kept = [augment(images, epoch, positions) for epoch in range(12)]
@@ -114,7 +114,7 @@ def test_a_batch_that_is_kept_is_not_written_over() -> None:
 
 
 @given(pitch=st.floats(0.05, 60), width=st.integers(16, 2048))
-def test_blurs_add_the_spread_that_is_missing(pitch: float, width: int) -> None:
+def test_antialias_blur_has_the_spread_of_the_triangle_filter(pitch: float, width: int) -> None:
     """Taps add up to 1 exactly, are symmetric, never negative and fall off to the sides.
 
     With halvings and the bilinear sample they spread as far as the triangle filter, wherever the width allows it.
@@ -135,6 +135,6 @@ def test_blurs_add_the_spread_that_is_missing(pitch: float, width: int) -> None:
         assert spread == pytest.approx(pitch**2 / 6, abs=0.02 * factor**2)
 
 
-def test_opencv_is_loaded_when_first_used() -> None:
+def test_opencv_is_not_imported_with_the_augmentation_module() -> None:
     code = "import sys, galaxydist.loading.augment; sys.exit('cv2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -49,7 +49,7 @@ def decode_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("galaxydist-decode")]
 
 
-def test_batches_hold_what_the_order_says(manifest: Manifest) -> None:
+def test_train_loader_batches_follow_the_epoch_order(manifest: Manifest) -> None:
     galaxies = {galaxy.id: galaxy for galaxy in SURVEY.galaxies}
     stored = keys(manifest, "train")
     num_steps = manifest.splits["train"].num_samples // 16
@@ -82,7 +82,7 @@ def test_other_encodings_give_the_source_pixels(tmp_path: Path, encoding: str) -
 
 @pytest.mark.parametrize("world_size", [2, 3, 5, 16])
 @pytest.mark.parametrize("balance", ["none", "resample"])
-def test_ranks_share_a_global_batch(manifest: Manifest, world_size: int, balance: str) -> None:
+def test_ranks_of_the_train_loader_share_each_global_batch(manifest: Manifest, world_size: int, balance: str) -> None:
     alone = read(manifest, 6, balance=balance)
     ranks = [read(manifest, 6, balance=balance, ranks=RankInfo(rank, world_size)) for rank in range(world_size)]
     for step, whole in enumerate(alone):
@@ -93,7 +93,7 @@ def test_ranks_share_a_global_batch(manifest: Manifest, world_size: int, balance
             assert torch.equal(part.images_BHWC, whole.images_BHWC[mine])
 
 
-def test_starting_at_a_step_reads_nothing_before_it(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_loader_started_at_a_step_reads_no_earlier_images(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = read(manifest, 12)
     located: list[int] = []
     locate = ImageDecoder.locate
@@ -111,7 +111,7 @@ def test_starting_at_a_step_reads_nothing_before_it(manifest: Manifest, monkeypa
     assert located[:16] == whole[9].samples_B.tolist()
 
 
-def test_no_thread_is_left(manifest: Manifest) -> None:
+def test_closed_loader_leaves_no_decode_thread(manifest: Manifest) -> None:
     reader = TrainLoader(manifest, seed=0, batch_size=8, decode=DecodeOptions(threads=3))
     next(reader)
     assert decode_threads()
@@ -125,7 +125,7 @@ def test_no_thread_is_left(manifest: Manifest) -> None:
     assert decode_threads() == []
 
 
-def test_reading_runs_on_across_the_end_of_an_epoch(manifest: Manifest) -> None:
+def test_train_loader_prefetches_across_the_end_of_an_epoch(manifest: Manifest) -> None:
     with TrainLoader(manifest, seed=0, batch_size=8, decode=DecodeOptions(prefetch=3)) as reader:
         for batch in reader:
             ahead = [(pending.plan.epoch, pending.plan.step) for pending in reader._pending]
@@ -135,7 +135,7 @@ def test_reading_runs_on_across_the_end_of_an_epoch(manifest: Manifest) -> None:
                 break
 
 
-def test_memory_of_batches_is_used_again_but_never_while_in_use(manifest: Manifest) -> None:
+def test_train_loader_reuses_buffers_but_never_while_in_use(manifest: Manifest) -> None:
     reader = TrainLoader(manifest, seed=0, batch_size=8, decode=DecodeOptions(prefetch=2))
     kept = next(reader).images_BHWC[3]
     copied = kept.clone()
@@ -147,7 +147,7 @@ def test_memory_of_batches_is_used_again_but_never_while_in_use(manifest: Manife
     assert len(places) <= 6
 
 
-def test_waiting_is_measured(manifest: Manifest) -> None:
+def test_train_loader_counts_only_its_own_waiting_time(manifest: Manifest) -> None:
     with TrainLoader(manifest, seed=0, batch_size=8, decode=DecodeOptions(prefetch=2)) as reader:
         next(reader)
         waited, started = reader.wait_s, time.perf_counter()
@@ -175,7 +175,7 @@ def test_evaluation_counts_every_galaxy_once(manifest: Manifest, world_size: int
     assert sorted(seen) == list(range(num_samples))
 
 
-def test_a_damaged_image_surfaces_in_the_consumer(copy: Manifest) -> None:
+def test_damaged_image_raises_in_the_consumer_naming_shard_and_galaxy(copy: Manifest) -> None:
     shard, key = break_image(copy, "train", 20)
     with pytest.raises(UserError) as error:
         read(copy, 10)
@@ -184,7 +184,7 @@ def test_a_damaged_image_surfaces_in_the_consumer(copy: Manifest) -> None:
     assert decode_threads() == []
 
 
-def test_a_reported_image_keeps_its_position_with_weight_0(copy: Manifest, manifest: Manifest) -> None:
+def test_damaged_image_reported_by_the_loader_has_weight_0_at_its_position(copy: Manifest, manifest: Manifest) -> None:
     shard, key = break_image(copy, "train", 20)
     steps = copy.splits["train"].num_samples // 16
     whole, skipped = read(manifest, 2 * steps), read(copy, 2 * steps, on_error="report")
@@ -201,7 +201,7 @@ def test_a_reported_image_keeps_its_position_with_weight_0(copy: Manifest, manif
     assert hit >= 1
 
 
-def test_evaluation_never_skips(copy: Manifest) -> None:
+def test_eval_loader_raises_for_a_damaged_image(copy: Manifest) -> None:
     _, key = break_image(copy, "test", 3)
     with pytest.raises(UserError, match=f"galaxy {key[:6]}.*does not decode"):
         list(EvalLoader(copy, "test", batch_size=8))
@@ -209,14 +209,14 @@ def test_evaluation_never_skips(copy: Manifest) -> None:
 
 
 @pytest.mark.parametrize("num_bytes", [0, 5], ids=["between two images", "in an image"])
-def test_a_truncated_shard_is_named_with_a_galaxy_that_it_costs(copy: Manifest, num_bytes: int) -> None:
+def test_truncated_shard_raises_naming_the_shard_and_a_lost_galaxy(copy: Manifest, num_bytes: int) -> None:
     shard = truncate(copy, "test", 3, num_bytes)
     with pytest.raises(UserError, match=rf"shard {shard}, galaxy g-.*where the manifest says \d+: it was truncated or replaced"):
         list(EvalLoader(copy, "test", batch_size=8))
     assert decode_threads() == []
 
 
-def test_a_shard_that_is_truncated_while_it_is_read(copy: Manifest) -> None:
+def test_shard_truncated_while_being_read_raises_naming_the_galaxy(copy: Manifest) -> None:
     reader = ImageDecoder(copy, "test")
     pixels = np.empty((32, 32, 3), np.uint8)
     first, last = reader.locate(np.array([0, 3]))
@@ -227,7 +227,7 @@ def test_a_shard_that_is_truncated_while_it_is_read(copy: Manifest) -> None:
     reader.close()
 
 
-def test_a_missing_shard_is_named(copy: Manifest) -> None:
+def test_missing_shard_is_refused_or_reported_for_each_of_its_images(copy: Manifest) -> None:
     copy.shard_path("train", 2).unlink()
     with pytest.raises(UserError, match=r"shard .*train-000002.tar is missing; make the shards anew"):
         read(copy, 10)
@@ -235,7 +235,7 @@ def test_a_missing_shard_is_named(copy: Manifest) -> None:
     assert len(reported) == copy.shards("train")["samples"][2] and not any(isinstance(error, ImageError) for error in reported)
 
 
-def test_raw_shards_that_are_cut_or_overwritten(tmp_path: Path) -> None:
+def test_raw_shards_that_are_truncated_or_overwritten_are_refused(tmp_path: Path) -> None:
     manifest = write_shards(MemorySurvey(draw_galaxies(40)), tmp_path / "shards", encoding="raw", shard_size=8)
     with manifest.shard_path("val", 0).open("r+b") as file:
         file.seek(int(manifest.offsets("val")[1]))
@@ -251,7 +251,7 @@ def test_raw_shards_that_are_cut_or_overwritten(tmp_path: Path) -> None:
     reader.close()
 
 
-def test_impossible_batches_are_refused(manifest: Manifest) -> None:
+def test_train_loader_refuses_batches_above_the_split_and_ranks_above_the_batch(manifest: Manifest) -> None:
     with pytest.raises(UserError, match="more than the 66 training galaxies"):
         TrainLoader(manifest, seed=0, batch_size=67)
     with pytest.raises(UserError, match="processes are more than the global batch holds"):
@@ -272,11 +272,13 @@ def test_impossible_batches_are_refused(manifest: Manifest) -> None:
         (250, 20, 1.0, 1.0, 2),
     ],
 )
-def test_reduced_decoding_keeps_what_the_model_sees(stored: int, target: int, crop: float, zoom: float, factor: int) -> None:
+def test_jpeg_reduction_keeps_the_resolution_the_model_needs(
+    stored: int, target: int, crop: float, zoom: float, factor: int
+) -> None:
     assert reduction(stored, target, crop, zoom) == factor
 
 
-def test_reduced_decoding_is_a_mean_of_pixels(real_sample: Path) -> None:
+def test_reduced_jpeg_decoding_is_within_a_grey_level_of_averaged_pixels(real_sample: Path) -> None:
     """On real galaxies: decoding to a half is within a grey level of averaging 2 x 2 pixels."""
     for path in sorted(real_sample.glob("*/*.jpg"))[::111]:
         data = path.read_bytes()
@@ -285,7 +287,7 @@ def test_reduced_decoding_is_a_mean_of_pixels(real_sample: Path) -> None:
         assert np.abs(whole.reshape(128, 2, 128, 2, 3).mean((1, 3)) - half).mean() < 1.0
 
 
-def test_real_galaxies_at_a_reduced_scale(real_sample: Path, tmp_path: Path) -> None:
+def test_real_galaxies_are_decoded_at_half_size_for_small_models(real_sample: Path, tmp_path: Path) -> None:
     paths = sorted(real_sample.glob("*/*.jpg"))[::50]
     galaxies = [Galaxy(f"r{p.stem}", EncodedImage(p.read_bytes(), "jpg"), int(p.parent.name) % 3) for p in paths]
     manifest = write_shards(MemorySurvey(tuple(galaxies)), tmp_path / "shards")
@@ -293,7 +295,7 @@ def test_real_galaxies_at_a_reduced_scale(real_sample: Path, tmp_path: Path) -> 
     assert batch.images_BHWC.shape == (4, 128, 128, 3)
 
 
-def test_threads_are_a_share_of_the_cores(manifest: Manifest) -> None:
+def test_loader_threads_are_a_share_of_the_available_cores(manifest: Manifest) -> None:
     for threads, ranks_on_node, expected in [(0, 1, available_cores()), (0, 10**6, 1), (5, 2, 5)]:
         ranks, decode = RankInfo(ranks_on_node=ranks_on_node), DecodeOptions(threads=threads)
         with EvalLoader(manifest, "test", batch_size=16, ranks=ranks, decode=decode) as reader:

@@ -73,7 +73,7 @@ def test_skipped_galaxies_are_counted_once_over_epochs_and_restarts(
     assert skipped(run_dir)[7] == skipped(run_dir)[12] == 3
 
 
-def test_one_galaxy_too_many_stops_the_run_and_keeps_its_checkpoint(
+def test_more_damaged_images_than_max_errors_stop_the_run_and_keep_its_checkpoint(
     copy: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
@@ -103,7 +103,7 @@ def test_one_galaxy_too_many_stops_the_run_and_keeps_its_checkpoint(
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_two_processes_skip_as_one(copy: Manifest, tmp_path: Path) -> None:
+def test_two_processes_skip_the_same_damaged_images_as_one(copy: Manifest, tmp_path: Path) -> None:
     for sample in (3, 30, 50):
         break_image(copy, "train", sample)
     settings = {**NOTHING_SHARED, "train__epochs": 2, "train__batch_size": 36, "data__on_error": "skip"}
@@ -117,7 +117,9 @@ def test_two_processes_skip_as_one(copy: Manifest, tmp_path: Path) -> None:
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_two_processes_stop_as_one(copy: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_stop_for_damaged_images_with_the_same_message_as_one(
+    copy: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for sample in (3, 30, 50):
         break_image(copy, "train", sample)
     settings = {**NOTHING_SHARED, "train__epochs": 2, "train__batch_size": 25, "data__on_error": "skip", "data__max_errors": 1}
@@ -130,7 +132,7 @@ def test_two_processes_stop_as_one(copy: Manifest, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.multiprocess
-def test_an_error_of_one_rank_in_an_evaluation_stops_the_others(copy: Manifest, tmp_path: Path) -> None:
+def test_damaged_validation_image_on_one_rank_stops_all_ranks_with_one_message(copy: Manifest, tmp_path: Path) -> None:
     shard, key = break_image(copy, "val", 11)  # batch 1, and so the second rank's
     settings = {**NOTHING_SHARED, "train__epochs": 1, "data__on_error": "skip"}
     done = run_forked(train, quick_settings(copy.path, tmp_path / "run", **settings), size=2)
@@ -139,7 +141,7 @@ def test_an_error_of_one_rank_in_an_evaluation_stops_the_others(copy: Manifest, 
 
 
 @pytest.mark.multiprocess
-def test_a_shard_that_is_missing_stops_all_ranks_even_when_skipping(copy: Manifest, tmp_path: Path) -> None:
+def test_missing_shard_stops_all_ranks_even_with_on_error_skip(copy: Manifest, tmp_path: Path) -> None:
     missing = shard_of(copy, "train", 20)
     missing.unlink()
     settings = {**NOTHING_SHARED, "train__epochs": 1, "data__on_error": "skip"}
@@ -148,7 +150,7 @@ def test_a_shard_that_is_missing_stops_all_ranks_even_when_skipping(copy: Manife
     assert f"shard {missing} is missing; make the shards anew" in one_error(done.stderr)
 
 
-def test_a_batch_of_which_nothing_can_be_read(copy: Manifest, tmp_path: Path) -> None:
+def test_step_with_only_damaged_images_has_no_loss_and_keeps_weights_finite(copy: Manifest, tmp_path: Path) -> None:
     order = EpochOrder(copy.shards("train")["samples"], seed=0, epoch=0, num_streams=8)
     for sample in order.samples(np.arange(4, 8)).tolist():
         break_image(copy, "train", sample)
@@ -161,7 +163,7 @@ def test_a_batch_of_which_nothing_can_be_read(copy: Manifest, tmp_path: Path) ->
     assert newest is not None and all(tensor.isfinite().all() for tensor in newest.tensors.values() if tensor.is_floating_point())
 
 
-def test_a_checkpoint_that_does_not_count_the_skipped_still_loads(tmp_path: Path) -> None:
+def test_checkpoint_without_skipped_images_still_loads(tmp_path: Path) -> None:
     def build() -> TrainState:
         model = nn.Linear(2, 2)
         parts = (
@@ -255,7 +257,7 @@ def trained(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_test_split_is_never_judged_and_is_found_by_check(
+def test_damaged_test_split_is_refused_by_evaluate_and_found_by_data_check(
     damage: Callable[[Manifest], str], trained: Path, copy: Manifest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = damage(copy)
@@ -269,7 +271,7 @@ def test_a_damaged_test_split_is_never_judged_and_is_found_by_check(
     assert where.partition(", galaxy")[0] in error and "Traceback" not in error
 
 
-def test_a_shard_of_other_bytes_that_still_decode_is_found_by_check(copy: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+def test_swapped_image_that_still_decodes_is_found_by_data_check(copy: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
     """Local shards are not hashed whenever they are read: an image that was exchanged for another is found here."""
     offsets, lengths = copy.offsets("train"), copy.lengths("train")
     shard = shard_of(copy, "train", 0)
@@ -296,7 +298,7 @@ with TrainLoader(read_manifest(Path(sys.argv[1])), seed=0, batch_size=8, decode=
 
 
 @pytest.mark.multiprocess
-def test_ctrl_c_in_the_middle_of_an_iteration_leaves_at_once(blobs: Path) -> None:
+def test_ctrl_c_during_iteration_ends_the_loader_with_keyboard_interrupt(blobs: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", READ_FOREVER, str(blobs)],
         stdout=subprocess.PIPE,
@@ -319,7 +321,7 @@ def test_ctrl_c_in_the_middle_of_an_iteration_leaves_at_once(blobs: Path) -> Non
         process.wait()
 
 
-def test_a_restart_with_another_policy() -> None:
+def test_restart_with_on_error_raise_forgets_skipped_images_and_a_lower_cap_is_refused() -> None:
     """What was skipped before is read again by a run that is to be strict from now on; a lower cap counts at once."""
     state = {"samples": [3, 5, 8]}
     strict = UnreadableImages("raise", 100)
@@ -332,7 +334,7 @@ def test_a_restart_with_another_policy() -> None:
         UnreadableImages("skip", 2).load_state_dict(state)
 
 
-def test_an_empty_column_or_one_that_is_gone(copy: Manifest) -> None:
+def test_empty_or_missing_column_file_is_refused(copy: Manifest) -> None:
     labels = copy.dir / "columns" / "train.labels.npy"
     content = labels.read_bytes()
     labels.write_bytes(b"")

@@ -57,7 +57,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_everything_is_bit_equal_and_less_is_kept(name: ModelName) -> None:
+def test_gradient_checkpointing_is_bit_equal_and_keeps_under_60_percent_of_the_bytes(name: ModelName) -> None:
     plain = build(name)
     saving = copy.deepcopy(plain)
     assert checkpoint_activations(saving) >= 5
@@ -71,7 +71,7 @@ def test_everything_is_bit_equal_and_less_is_kept(name: ModelName) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_copy_and_evaluation_are_as_before(name: ModelName) -> None:
+def test_deep_copy_and_evaluation_with_gradient_checkpointing_are_bit_equal(name: ModelName) -> None:
     plain = build(name)
     saving = copy.deepcopy(plain)
     checkpoint_activations(saving)
@@ -83,7 +83,7 @@ def test_a_copy_and_evaluation_are_as_before(name: ModelName) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_frozen_backbone_trains_its_head_alone(name: ModelName) -> None:
+def test_frozen_backbone_with_gradient_checkpointing_trains_only_its_head(name: ModelName) -> None:
     plain = build(name)
     freeze_backbone(plain, ARCHITECTURES[name].head)
     saving = copy.deepcopy(plain)
@@ -95,7 +95,7 @@ def test_a_frozen_backbone_trains_its_head_alone(name: ModelName) -> None:
     assert {key for key in before if not torch.equal(before[key], state[key])} == {k for k in before if k.startswith(heads)}
 
 
-def test_statistics_move_once_a_step() -> None:
+def test_checkpointed_batch_norm_statistics_are_updated_once_per_step() -> None:
     model = build("resnet18")
     checkpoint_activations(model)
     take_steps(model, 3)
@@ -103,7 +103,7 @@ def test_statistics_move_once_a_step() -> None:
     assert len(counts) == 20 and set(counts.values()) == {3}
 
 
-def test_autocast_is_repeated_too() -> None:
+def test_gradient_checkpointing_under_autocast_is_bit_equal() -> None:
     plain = build("custom_cnn")
     saving = copy.deepcopy(plain)
     checkpoint_activations(saving)
@@ -111,6 +111,6 @@ def test_autocast_is_repeated_too() -> None:
         assert_same(take_steps(plain, 1)[1], take_steps(saving, 1)[1])
 
 
-def test_a_model_without_blocks_is_refused() -> None:
+def test_gradient_checkpointing_of_a_model_without_repeated_blocks_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.gradient_checkpointing=true: Linear has no repeated blocks"):
         checkpoint_activations(nn.Linear(3, 3))

@@ -52,12 +52,12 @@ def test_every_model_gives_finite_logits_and_gradients(name: ModelName, millions
 
 @pytest.mark.parametrize("image_size", [16, 50, 129])
 @pytest.mark.parametrize("name", ["custom_cnn", "d4_cnn", "resnet18", "vit"])
-def test_any_image_size_from_16(name: ModelName, image_size: int) -> None:
+def test_models_accept_any_image_size_from_16_pixels(name: ModelName, image_size: int) -> None:
     model = build_model(ModelConfig(name=name), 3, image_size).eval()
     assert model(torch.randn(2, 3, image_size, image_size)).shape == (2, 3)
 
 
-def test_a_vit_also_takes_other_sizes_than_the_recipes() -> None:
+def test_vit_accepts_other_image_sizes_than_that_of_the_recipe() -> None:
     model = build_model(ModelConfig(name="vit"), 3, 64).eval()
     assert model(torch.randn(1, 3, 96, 96)).shape == (1, 3)
 
@@ -70,13 +70,13 @@ def test_the_same_seed_builds_the_same_weights() -> None:
     assert all(torch.equal(a, b) for a, b in zip(build().values(), build().values(), strict=True))
 
 
-def test_width_chooses_the_variant() -> None:
+def test_larger_model_width_gives_more_parameters() -> None:
     narrow, wide = (build_model(ModelConfig(name="custom_cnn", width=width), 10, 64) for width in (8, 16))
     assert sum(p.numel() for p in wide.parameters()) > 3 * sum(p.numel() for p in narrow.parameters())
 
 
 @pytest.mark.slow
-def test_size_chooses_the_variant() -> None:
+def test_vit_of_size_base_has_86_million_parameters() -> None:
     base = build_model(ModelConfig(name="vit", size="base"), 10, 32)
     assert sum(p.numel() for p in base.parameters()) == pytest.approx(85.7e6, rel=0.01)
 
@@ -104,12 +104,12 @@ def test_drop_rates_reach_the_model() -> None:
         (ModelConfig(name="vit_scratch", pretrained=True), 64, "vit_scratch has no published weights"),
     ],
 )
-def test_what_an_architecture_cannot_do_is_refused(config: ModelConfig, image_size: int, words: str) -> None:
+def test_build_model_refuses_settings_the_architecture_does_not_support(config: ModelConfig, image_size: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
         build_model(config, 10, image_size)
 
 
-def test_all_problems_are_in_one_message() -> None:
+def test_build_model_lists_all_problems_in_one_message() -> None:
     with pytest.raises(UserError, match=r"(?s)image_size=20.*drop_path_rate=0\.2"):
         build_model(ModelConfig(name="vgg19", drop_path_rate=0.2), 10, 20)
 
@@ -136,7 +136,7 @@ def test_vits_exempt_position_embedding_and_class_token_from_decay() -> None:
     assert {"pos_embed", "cls_token"} <= no_decay_names(build_model(ModelConfig(name="vit"), 10, 32))
 
 
-def test_custom_cnn_takes_any_memory_order() -> None:
+def test_custom_cnn_gives_equal_logits_for_contiguous_and_channels_last_input() -> None:
     model = CustomCNN(5, width=8).eval()
     images_BCHW = torch.randn(3, 3, 40, 40)
     logits_BK = model(images_BCHW.contiguous(memory_format=torch.channels_last))
@@ -144,12 +144,12 @@ def test_custom_cnn_takes_any_memory_order() -> None:
 
 
 @pytest.mark.parametrize(("width", "groups"), [(4, 1), (5, 1), (7, 1), (24, 6), (32, 8), (256, 32), (509, 1)])
-def test_groups_are_equal_and_not_of_one_channel(width: int, groups: int) -> None:
+def test_group_norm_groups_divide_the_width_and_have_several_channels(width: int, groups: int) -> None:
     assert num_groups(width) == groups
 
 
 @pytest.mark.parametrize("width", [4, 6, 32])
-def test_group_normalisation_looks_at_one_image_at_a_time(width: int) -> None:
+def test_group_norm_logits_do_not_depend_on_other_images_of_the_batch(width: int) -> None:
     torch.manual_seed(0)
     model = build_model(ModelConfig(name="custom_cnn", width=width, norm="group"), 5, 16).double()
     assert not list(model.buffers())

@@ -44,7 +44,7 @@ def turn_map(x: Tensor, u: int) -> Tensor:
     return transform(x_BGFHW[:, list(inverse_products()[u])], u).flatten(1, 2)
 
 
-def test_the_eight_elements_are_a_group() -> None:
+def test_d4_transforms_form_a_group_of_8_elements() -> None:
     image = torch.arange(9).view(3, 3)
     products = inverse_products()
     assert len({tuple(transform(image, g).flatten().tolist()) for g in range(ORDER)}) == ORDER
@@ -56,7 +56,7 @@ def test_the_eight_elements_are_a_group() -> None:
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("size", SIZES)
-def test_logits_are_the_same_for_all_eight_views(size: int, mode: str) -> None:
+def test_d4_cnn_logits_are_equal_for_all_8_views_but_not_for_shifted_images(size: int, mode: str) -> None:
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         model = build_trained(dtype=dtype).train(mode == "train")
         images_BCHW = torch.randn(3, 3, size, size, dtype=dtype)
@@ -67,7 +67,7 @@ def test_logits_are_the_same_for_all_eight_views(size: int, mode: str) -> None:
         assert (shifted_BK - logits[0]).abs().max() > 10 * tolerance, "and where things are in them"
 
 
-def test_an_image_need_not_be_square() -> None:
+def test_d4_cnn_logits_of_rectangular_images_are_equal_for_all_8_views() -> None:
     model = build_trained().eval()
     images_BCHW = torch.randn(2, 3, 21, 38, dtype=torch.float64)
     for view in views(images_BCHW):
@@ -76,7 +76,7 @@ def test_an_image_need_not_be_square() -> None:
 
 @pytest.mark.parametrize("size", [8, 9])
 @pytest.mark.parametrize("u", range(ORDER))
-def test_every_layer_commutes_with_the_group(u: int, size: int) -> None:
+def test_every_d4_layer_commutes_with_the_8_transforms(u: int, size: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 2 * ORDER, size, size, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     norm = D4Norm(2).double()
@@ -88,7 +88,7 @@ def test_every_layer_commutes_with_the_group(u: int, size: int) -> None:
     torch.testing.assert_close(lifting(transform(images_BCHW, u)), turn_map(lifting(images_BCHW), u), rtol=0, atol=1e-12)
 
 
-def test_a_group_convolution_is_the_papers_sum() -> None:
+def test_d4_conv_equals_equation_11_of_cohen_and_welling_2016() -> None:
     """Equation 11 of Cohen & Welling 2016, one output orientation and one input orientation at a time."""
     conv = D4Conv(2, 3, 3).double()
     x = torch.randn(1, 2 * ORDER, 7, 7, dtype=torch.float64)
@@ -100,13 +100,13 @@ def test_a_group_convolution_is_the_papers_sum() -> None:
         torch.testing.assert_close(conv(x)[:, g * 3 : g * 3 + 3], expected)
 
 
-def test_layers_that_would_break_the_symmetry_are_refused() -> None:
+def test_d4_conv_refuses_kernel_and_stride_that_break_the_symmetry() -> None:
     for kernel, stride in ((3, 2), (4, 1)):
         with pytest.raises(AssertionError):
             D4Conv(1, 1, kernel, stride=stride)
 
 
-def test_gradients_reach_every_weight_and_are_right() -> None:
+def test_d4_conv_gradients_pass_gradcheck() -> None:
     conv = D4Conv(1, 2, 3).double()
     x = torch.randn(1, ORDER, 4, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda weight: torch.func.functional_call(conv, {"weight": weight}, x), conv.weight)
@@ -114,7 +114,7 @@ def test_gradients_reach_every_weight_and_are_right() -> None:
 
 @pytest.mark.parametrize("fields", [1, 3, 8])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_shared_normalisation_is_torchs_over_a_fields_orientations(fields: int, mode: str) -> None:
+def test_d4_norm_equals_batch_norm_over_all_orientations_of_a_field(fields: int, mode: str) -> None:
     torch.manual_seed(0)
     ours, theirs = D4Norm(fields).double(), nn.BatchNorm2d(fields).double()
     for parameter in ours.parameters():
@@ -138,7 +138,7 @@ def test_shared_normalisation_is_torchs_over_a_fields_orientations(fields: int, 
         torch.testing.assert_close(found, wanted)
 
 
-def test_its_normalisation_takes_what_is_not_float32_and_what_is_replaced() -> None:
+def test_d4_norm_supports_bf16_input_and_a_replaced_batch_norm() -> None:
     """bf16 and synchronised twins go through torch's module itself."""
     norm = D4Norm(4)
     x = torch.randn(2, 32, 6, 6).contiguous(memory_format=torch.channels_last)
@@ -148,7 +148,7 @@ def test_its_normalisation_takes_what_is_not_float32_and_what_is_replaced() -> N
     torch.testing.assert_close(norm(x), expected)
 
 
-def test_bf16_autocast_trains() -> None:
+def test_d4_cnn_under_bf16_autocast_has_finite_gradients() -> None:
     torch.manual_seed(0)
     model = D4CNN(3, 16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -192,7 +192,7 @@ def test_the_kept_kernel_follows_the_weights(change: Callable[[D4CNN], None]) ->
     assert not torch.equal(before, expected)
 
 
-def test_the_moving_average_judges_with_its_own_kernels() -> None:
+def test_ema_model_evaluates_with_kernels_of_its_own_weights() -> None:
     model = build_trained()
     ema = ModelEmaV3(model, decay=0.5)
     images_BCHW = torch.randn(2, 3, 16, 16, dtype=torch.float64)
@@ -208,7 +208,7 @@ def test_the_moving_average_judges_with_its_own_kernels() -> None:
             assert not torch.equal(ema.module(images_BCHW), kept)
 
 
-def test_a_kernel_is_expanded_once_and_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_d4_kernel_is_expanded_once_for_inference_and_not_deep_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     conv, x = D4Conv(1, 1, 3).eval(), torch.randn(1, ORDER, 5, 5)
     expand, calls = D4Conv.expand, []
 
@@ -234,7 +234,7 @@ def test_a_kernel_is_expanded_once_and_not_copied(monkeypatch: pytest.MonkeyPatc
     assert len(calls) == 5
 
 
-def test_a_kernel_kept_in_inference_serves_training_through_a_frozen_layer() -> None:
+def test_kernel_cached_in_inference_mode_works_in_training_with_frozen_layers() -> None:
     model = build_trained(dtype=torch.float32).eval()
     model.stages.requires_grad_(False)
     images_BCHW = torch.randn(2, 3, 16, 16)
@@ -244,7 +244,7 @@ def test_a_kernel_kept_in_inference_serves_training_through_a_frozen_layer() -> 
     assert model.stem.conv.weight.grad is not None and model.stem.conv.weight.grad.abs().max() > 0
 
 
-def test_weights_are_an_eighth_and_what_is_computed_is_not_saved() -> None:
+def test_d4_cnn_has_an_eighth_of_the_weights_and_saves_no_derived_buffers() -> None:
     model, plain = D4CNN(10), CustomCNN(10)
     assert sum(p.numel() for p in model.parameters()) == 347_714
     assert sum(p.numel() for p in plain.parameters()) == 2_780_586
@@ -254,7 +254,7 @@ def test_weights_are_an_eighth_and_what_is_computed_is_not_saved() -> None:
     assert shapes[1:] == [conv.weight.shape for conv in plain.modules() if isinstance(conv, nn.Conv2d)][1:]
 
 
-def test_a_saved_model_gives_the_same_logits() -> None:
+def test_d4_cnn_loaded_from_safetensors_gives_the_same_logits() -> None:
     model = build_model(ModelConfig(name="d4_cnn", width=16), 4, 32)
     twin = build_model(ModelConfig(name="d4_cnn", width=16), 4, 32)
     twin.load_state_dict(load(save(model.state_dict())))

@@ -44,7 +44,7 @@ def test_frozen_parameters_and_buffers_are_bit_equal_after_training(name: ModelN
     assert {key for key, p in model.named_parameters() if p.requires_grad} == moved
 
 
-def test_without_freezing_everything_moves() -> None:
+def test_unfrozen_model_changes_every_parameter_and_buffer_in_training() -> None:
     torch.manual_seed(0)
     model = build_model(ModelConfig(name="custom_cnn", width=8), 4, 32)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -52,7 +52,7 @@ def test_without_freezing_everything_moves() -> None:
     assert all(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_frozen_part_stays_in_evaluation_mode_and_the_head_does_not() -> None:
+def test_frozen_backbone_stays_in_evaluation_mode_while_the_head_trains() -> None:
     model = build_frozen("vit", drop_rate=0.2, drop_path_rate=0.3)
     set_train_mode(model)
     assert model.training
@@ -64,13 +64,13 @@ def test_frozen_part_stays_in_evaluation_mode_and_the_head_does_not() -> None:
     assert model.get_submodule("head_drop").training and not model.get_submodule("blocks").training
 
 
-def test_frozen_features_are_deterministic_in_training_mode() -> None:
+def test_frozen_backbone_is_deterministic_with_drop_path_in_training_mode() -> None:
     model = build_frozen("vit", drop_path_rate=0.5)
     images_BCHW = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(images_BCHW), model(images_BCHW))
 
 
-def test_a_copy_stays_frozen() -> None:
+def test_deep_copy_of_a_frozen_model_stays_frozen() -> None:
     """The moving average of the weights is a deep copy."""
     original = build_frozen("resnet18")
     duplicate = copy.deepcopy(original)
@@ -82,7 +82,7 @@ def test_a_copy_stays_frozen() -> None:
     assert all(torch.equal(value, before[key]) for key, value in original.state_dict().items())
 
 
-def test_random_frozen_backbone_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_frozen_random_backbone_is_warned_about_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = ModelConfig(name="custom_cnn", width=8, freeze_backbone=True)
     model = build_model(config, 4, 32)
     assert len(caplog.messages) == 1

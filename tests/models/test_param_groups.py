@@ -22,7 +22,7 @@ def build(name: ModelName, **settings: object) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_layers_lie_in_the_order_of_the_network(name: ModelName) -> None:
+def test_layer_depths_decrease_from_input_to_head_for_every_model(name: ModelName) -> None:
     model = build(name)
     depths = layer_depths(model)
     assert depths.keys() == dict(model.named_parameters()).keys()
@@ -34,7 +34,7 @@ def test_layers_lie_in_the_order_of_the_network(name: ModelName) -> None:
     assert along == sorted(along, reverse=True)
 
 
-def test_a_normalisation_lies_as_deep_as_its_convolution() -> None:
+def test_norm_layers_have_the_depth_of_their_convolution() -> None:
     vgg, resnet = layer_depths(build("vgg16")), layer_depths(build("resnet18"))
     assert vgg["features.0.weight"] == vgg["features.1.weight"] == 13
     assert vgg["features.40.weight"] == vgg["features.41.bias"] == 1
@@ -45,7 +45,7 @@ def test_a_normalisation_lies_as_deep_as_its_convolution() -> None:
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_each_layer_has_its_scale_and_each_parameter_its_place(name: ModelName) -> None:
+def test_layer_decay_gives_every_parameter_its_rate_scale_and_weight_decay(name: ModelName) -> None:
     model = build(name)
     depths, exempt = layer_depths(model), no_decay_names(model)
     places = {
@@ -59,7 +59,7 @@ def test_each_layer_has_its_scale_and_each_parameter_its_place(name: ModelName) 
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_without_layer_decay_the_groups_are_the_two_they_were(name: ModelName) -> None:
+def test_layer_decay_of_1_gives_the_two_plain_parameter_groups(name: ModelName) -> None:
     model = build(name)
     decayed, exempt = parameter_groups(model, 0.05, layer_decay=1.0)
     assert decayed.keys() == exempt.keys() == {"params", "weight_decay"}
@@ -68,12 +68,12 @@ def test_without_layer_decay_the_groups_are_the_two_they_were(name: ModelName) -
     assert [id(p) for p in exempt["params"]] == [id(p) for key, p in model.named_parameters() if key in names]
 
 
-def test_a_frozen_backbone_leaves_the_head_alone() -> None:
+def test_frozen_backbone_with_layer_decay_leaves_only_head_groups() -> None:
     groups = parameter_groups(build("custom_cnn", freeze_backbone=True), 0.05, layer_decay=0.5)
     assert [(len(group["params"]), group["lr_scale"]) for group in groups] == [(1, 1.0), (1, 1.0)]
 
 
-def test_the_rate_of_a_step_reaches_each_layer_scaled() -> None:
+def test_learning_rate_of_a_step_is_scaled_for_each_layer() -> None:
     groups = [dict(group) for group in parameter_groups(build("vit"), 0.05, layer_decay=0.75)]
     optimizer = build_optimizer(groups, OptimConfig(lr=1.0), torch.device("cpu"))
     set_learning_rate(optimizer, 0.1)

@@ -44,7 +44,7 @@ for enabled in (True, False, True):
 """
 
 
-def test_tf32_is_switched_by_every_name_that_torch_has_for_it() -> None:
+def test_set_tf32_switches_all_torch_settings_consistently() -> None:
     """In a process of its own: the switches are global, and mixing their names wrongly is an error when they are read."""
     done = subprocess.run([sys.executable, "-W", "error", "-c", SWITCHES], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -52,7 +52,7 @@ def test_tf32_is_switched_by_every_name_that_torch_has_for_it() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_tf32_changes_products_on_a_gpu() -> None:
+def test_tf32_reduces_the_precision_of_matmul_on_a_gpu() -> None:
     a = torch.randn(512, 512, device="cuda")
     exact = (a.double() @ a.double()).float()
     errors = []
@@ -63,7 +63,7 @@ def test_tf32_changes_products_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("name", ["custom_cnn", "resnet18"])
-def test_channels_last_changes_the_layout_alone(name: str) -> None:
+def test_channels_last_changes_only_the_memory_layout(name: str) -> None:
     torch.manual_seed(0)
     plain = build_model(ModelConfig.model_validate({"name": name}), 5, 32)
     fast = copy.deepcopy(plain).to(memory_format=torch.channels_last)
@@ -100,7 +100,7 @@ def take_steps(model: nn.Module, sizes: tuple[int, ...]) -> list[float]:
 @pytest.mark.parametrize(
     "kind", [pytest.param("batch norm", marks=pytest.mark.slow), pytest.param("checkpointed", marks=pytest.mark.nightly)]
 )
-def test_a_compiled_model_trains_as_it_does_without(kind: str) -> None:
+def test_compiled_model_has_the_losses_and_weights_of_the_plain_one(kind: str) -> None:
     """Two sizes of batch: the last micro-batch may hold one image less (once: compiling takes a minute)."""
     sizes = (5, 4) if kind == "batch norm" else (5, 5)
     torch.manual_seed(0)
@@ -122,7 +122,7 @@ def test_a_compiled_model_trains_as_it_does_without(kind: str) -> None:
     )
 
 
-def test_without_a_compiler_it_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_without_a_cpp_compiler_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config, cpp_builder
 
     cpp: Any = config.cpp
@@ -142,7 +142,7 @@ def test_compiling_checkpointed_batch_norm_is_refused() -> None:
         compile_model(model, CPU)
 
 
-def test_what_a_killed_compilation_left_is_removed(tmp_path: Path) -> None:
+def test_broken_libraries_of_a_killed_compilation_are_removed(tmp_path: Path) -> None:
     whole = Path(torch._C.__file__).read_bytes()
     folder = tmp_path / "ab"
     folder.mkdir()

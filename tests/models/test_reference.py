@@ -47,7 +47,7 @@ def build(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_the_regime_is_the_published_one(name: str) -> None:
+def test_reference_recipes_have_the_published_regime(name: str) -> None:
     recipe = recipe_of(name)
     from_scratch = name in ("custom_cnn", "vit")
     assert recipe.model.pretrained == recipe.model.freeze_backbone == (not from_scratch)
@@ -56,14 +56,14 @@ def test_the_regime_is_the_published_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_numbers_of_weights(name: str) -> None:
+def test_reference_models_have_the_expected_trained_and_total_weights(name: str) -> None:
     model = build(name)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert (trained, sum(parameter.numel() for parameter in model.parameters())) == WEIGHTS[name]
 
 
 @pytest.mark.parametrize("name", marked(WEIGHTS, QUICK))
-def test_a_step_at_the_recipes_own_size(name: str) -> None:
+def test_step_of_a_reference_model_changes_exactly_its_trainable_parameters(name: str) -> None:
     model, size = build(name), recipe_of(name).data.image_size
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
@@ -75,7 +75,7 @@ def test_a_step_at_the_recipes_own_size(name: str) -> None:
     assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
 
 
-def test_the_cnn_is_five_plain_convolutions() -> None:
+def test_reference_cnn_has_5_convolutions_without_normalisation() -> None:
     model = build("custom_cnn")
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert [(conv.in_channels, conv.out_channels) for conv in convolutions] == [
@@ -87,7 +87,7 @@ def test_the_cnn_is_five_plain_convolutions() -> None:
     assert sum(sizes) + 64 * 10 + 10 == WEIGHTS["custom_cnn"][0]
 
 
-def test_the_cnns_first_weights_keep_the_scale_of_the_image() -> None:
+def test_reference_cnn_initialisation_preserves_the_second_moment() -> None:
     """He et al. 2015: each layer of ReLUs passes on the second moment that it is given."""
     torch.manual_seed(0)
     model = build("custom_cnn").requires_grad_(False)
@@ -100,7 +100,7 @@ def test_the_cnns_first_weights_keep_the_scale_of_the_image() -> None:
             x = layer(x)
 
 
-def test_the_vit_is_8_by_8_patches_under_6_layers_of_256() -> None:
+def test_reference_vit_has_8_by_8_patches_and_6_layers_of_width_256() -> None:
     model = build("vit")
     assert model.get_submodule("patch_embed").get_parameter("proj.weight").shape == (256, 3, 25, 25)
     assert model.get_parameter("pos_embed").shape == (1, 1 + 8 * 8, 256)
@@ -110,7 +110,7 @@ def test_the_vit_is_8_by_8_patches_under_6_layers_of_256() -> None:
     assert 25 * 25 * 3 * 256 + 256 + 65 * 256 + 256 + 6 * block + 2 * 256 + 2570 == WEIGHTS["vit"][0]
 
 
-def test_vggs_are_without_batch_normalisation_under_heads_of_three_and_two_layers() -> None:
+def test_reference_vggs_have_no_batch_norm_and_heads_of_3_and_2_layers() -> None:
     for name, layers in (("vgg16", [(25088, 512), (512, 256), (256, 10)]), ("vgg19", [(25088, 512), (512, 10)])):
         model = build(name)
         assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
@@ -119,7 +119,7 @@ def test_vggs_are_without_batch_normalisation_under_heads_of_three_and_two_layer
         assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == [0.5] * (len(layers) - 1)
 
 
-def test_a_head_of_several_layers() -> None:
+def test_mlp_head_pools_and_applies_its_linear_layers_with_dropout() -> None:
     torch.manual_seed(0)
     head = MlpHead(6, 4, (5, 3), pool_size=2, drop_rate=0.3).eval()
     features_BCHW = torch.randn(7, 6, 4, 4)
@@ -134,7 +134,9 @@ def test_a_head_of_several_layers() -> None:
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_the_plan_knows_what_is_trained(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_of_reference_recipes_counts_trained_and_frozen_weights(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", f"recipe=reference/{name}", "--json", "--data-dir", str(tmp_path)]) == 0
     plan = json.loads(capsys.readouterr().out)
     trained, total = WEIGHTS[name]
@@ -144,7 +146,7 @@ def test_the_plan_knows_what_is_trained(name: str, tmp_path: Path, capsys: pytes
     assert plan["memory"]["activations"] < (60e9 if name == "custom_cnn" else 5e9)
 
 
-def test_it_is_listed_shown_and_fetched_by_name(
+def test_reference_recipes_are_listed_shown_and_fetched_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the recipes that ship are found anywhere
@@ -175,7 +177,7 @@ def test_a_job_reads_the_same_recipe_from_its_snapshot(tmp_path: Path) -> None:
     assert elsewhere.name == "reference-vit"
 
 
-def test_a_sweep_tells_reference_and_ours_apart(tmp_path: Path) -> None:
+def test_sweep_of_vit_and_reference_vit_gives_distinct_labels_and_folders(tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text("grid: {recipe: [vit, reference/vit], seed: [0, 1]}\n")
     trials = resolve(read_sweep(tmp_path / "both.yaml"))
     assert [trial.label for trial in trials] == [
@@ -188,7 +190,7 @@ def test_a_sweep_tells_reference_and_ours_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_trains_and_is_evaluated_by_its_name(
+def test_reference_recipe_trains_and_is_evaluated_by_its_name(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -30,13 +30,13 @@ def spread(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_transformers_are_rolled_out_and_all_others_differentiated() -> None:
+def test_transformers_use_attention_rollout_and_other_models_grad_cam() -> None:
     assert TRANSFORMERS == ["vit", "vit_scratch", "reference_vit"]
     assert set(CONVOLUTIONAL) | set(TRANSFORMERS) == set(MODEL_NAMES)
 
 
 @pytest.mark.parametrize("name", marked(CONVOLUTIONAL, QUICK))
-def test_the_named_layer_gives_the_last_map(name: str) -> None:
+def test_last_map_layer_comes_after_every_convolution(name: str) -> None:
     """No convolution comes after it, all come before; what follows only pools and classifies."""
     model = build(name)
     layer_name = ARCHITECTURES[name].last_map
@@ -63,7 +63,7 @@ def test_the_named_layer_gives_the_last_map(name: str) -> None:
 
 @pytest.mark.parametrize("name", marked(CONVOLUTIONAL, QUICK))
 @pytest.mark.parametrize("is_frozen", [False, True])
-def test_grad_cam_is_what_autograd_gives(name: str, is_frozen: bool) -> None:
+def test_grad_cam_equals_a_direct_autograd_computation(name: str, is_frozen: bool) -> None:
     model = spread(build(name))
     if is_frozen:
         freeze_backbone(model, ARCHITECTURES[name].head)
@@ -90,7 +90,7 @@ def test_grad_cam_is_what_autograd_gives(name: str, is_frozen: bool) -> None:
 
 
 @pytest.mark.parametrize(("name", "image_size"), [("vit_scratch", 48), ("reference_vit", 60), ("vit", 40)])
-def test_rollout_is_the_product_of_the_layers(name: str, image_size: int) -> None:
+def test_attention_rollout_equals_the_product_of_layer_attentions(name: str, image_size: int) -> None:
     model: Any = build(name, image_size)
     images_BCHW = torch.randn(2, 3, image_size, image_size)
     inputs: list[Tensor] = []
@@ -161,7 +161,7 @@ def in_quadrant(map_HW: Tensor, quadrant: int) -> float:
     return float(map_HW[row * half : (row + 1) * half, column * half : (column + 1) * half].sum() / map_HW.sum())
 
 
-def test_a_trained_network_looks_at_the_quadrant_that_decides() -> None:
+def test_grad_cam_of_a_trained_network_highlights_the_decisive_quadrant() -> None:
     torch.manual_seed(0)
     model, (images_BCHW, labels_B, _) = TinyNetwork(), planted(64)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
@@ -178,7 +178,7 @@ def test_a_trained_network_looks_at_the_quadrant_that_decides() -> None:
     assert found.method == GRAD_CAM and found.maps_BHW.shape == (16, 24, 24)
 
 
-def test_attention_to_a_planted_patch_is_found() -> None:
+def test_attention_rollout_finds_a_planted_patch() -> None:
     """Queries all alike, and keys that look for the planted patch's colour."""
     model: Any = build("reference_vit", 100)
     images_BCHW = torch.zeros(1, 3, 100, 100)
@@ -201,7 +201,7 @@ def test_attention_to_a_planted_patch_is_found() -> None:
 
 
 @pytest.mark.parametrize(("name", "image_size"), [("custom_cnn", 50), ("d4_cnn", 33), ("resnet18", 64), ("vit_scratch", 50)])
-def test_maps_are_as_large_as_the_images_and_lie_between_0_and_1(name: ModelName, image_size: int) -> None:
+def test_saliency_maps_have_the_image_size_and_values_between_0_and_1(name: ModelName, image_size: int) -> None:
     model = build(name, image_size, **({"width": 8} if name.endswith("cnn") else {}))
     found = explain(model, name, torch.randn(2, 3, image_size, image_size), torch.tensor([0, 3]))
     maps_BHW = found.maps_BHW
@@ -215,7 +215,7 @@ def test_maps_are_as_large_as_the_images_and_lie_between_0_and_1(name: ModelName
         assert maps_BHW.amin() == 0
 
 
-def test_no_evidence_is_a_map_of_zeros() -> None:
+def test_grad_cam_without_positive_evidence_is_a_map_of_zeros() -> None:
     model = TinyNetwork()
     with torch.no_grad():
         model.head.weight.fill_(-1)
@@ -223,7 +223,7 @@ def test_no_evidence_is_a_map_of_zeros() -> None:
     assert not found.maps_BHW.any() and found.peaks_B.tolist() == [0]
 
 
-def test_the_map_of_a_turned_image_is_the_turned_map() -> None:
+def test_d4_cnn_saliency_of_a_rotated_image_is_the_rotated_map() -> None:
     """Of a network that cannot tell them apart."""
     model = spread(build("d4_cnn", 64, width=8))
     images_BCHW, targets_B = torch.randn(1, 3, 64, 64).expand(5, -1, -1, -1), torch.arange(5)

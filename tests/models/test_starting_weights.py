@@ -24,7 +24,7 @@ def run_dir(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_another_run_starts_from_a_runs_weights(run_dir: Path, blobs: Path, tmp_path: Path) -> None:
+def test_saved_weights_of_a_run_initialise_another_run(run_dir: Path, blobs: Path, tmp_path: Path) -> None:
     file = tmp_path / "weights" / "blobs.safetensors"
     assert main(["weights", "save", str(run_dir), str(file)]) == 0
     newest = store.load(run_dir / "checkpoints")
@@ -42,7 +42,7 @@ def test_another_run_starts_from_a_runs_weights(run_dir: Path, blobs: Path, tmp_
     assert read_evaluation(again)["accuracy"] > 0.5
 
 
-def test_a_run_is_judged_on_other_shards_beside_its_own(run_dir: Path, tmp_path: Path) -> None:
+def test_evaluation_on_other_shards_is_stored_beside_the_runs_own(run_dir: Path, tmp_path: Path) -> None:
     own = read_evaluation(run_dir)
     other = write_shards(BlobSurvey(name="others", num_galaxies=90), tmp_path / "others", encoding="png", workers=1)
     with without_figures():

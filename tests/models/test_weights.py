@@ -38,7 +38,7 @@ def random_state(config: ModelConfig, num_classes: int = 10, image_size: int = 3
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_a_file_is_loaded_whatever_wrapped_the_model(tmp_path: Path, prefix: str) -> None:
+def test_weights_with_ddp_or_compile_prefixes_are_loaded(tmp_path: Path, prefix: str) -> None:
     state = random_state(CNN)
     save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "w.safetensors")
     model, said = build(with_weights(CNN, tmp_path / "w.safetensors"))
@@ -46,7 +46,7 @@ def test_a_file_is_loaded_whatever_wrapped_the_model(tmp_path: Path, prefix: str
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_what_we_write_we_read_with_its_normalisation(tmp_path: Path) -> None:
+def test_written_weights_are_read_back_with_their_input_statistics(tmp_path: Path) -> None:
     state = random_state(CNN)
     statistics = ((0.1, 0.2, 0.3), (0.01, 0.02, 0.03))
     path = tmp_path / "w.safetensors"
@@ -62,7 +62,7 @@ def test_what_we_write_we_read_with_its_normalisation(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_half_precision_files_are_widened(tmp_path: Path) -> None:
+def test_bf16_weights_are_loaded_as_float32(tmp_path: Path) -> None:
     state = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in random_state(CNN).items()}
     save_file(state, tmp_path / "w.safetensors")
     model, _ = build(with_weights(CNN, tmp_path / "w.safetensors"))
@@ -70,7 +70,7 @@ def test_half_precision_files_are_widened(tmp_path: Path) -> None:
     assert all(torch.equal(p, state[name].float()) for name, p in model.named_parameters())
 
 
-def test_a_head_for_other_classes_is_left_out_and_said(tmp_path: Path) -> None:
+def test_head_for_another_number_of_classes_is_left_out_with_a_message(tmp_path: Path) -> None:
     state = random_state(CNN, num_classes=7)
     save_file(state, tmp_path / "w.safetensors")
     model, said = build(with_weights(CNN, tmp_path / "w.safetensors"), num_classes=10)
@@ -81,7 +81,7 @@ def test_a_head_for_other_classes_is_left_out_and_said(tmp_path: Path) -> None:
     assert all(torch.equal(own[name], tensor) for name, tensor in state.items() if not name.startswith("head."))
 
 
-def test_a_file_without_a_head_is_enough(tmp_path: Path) -> None:
+def test_weights_without_a_head_are_loaded_with_a_message(tmp_path: Path) -> None:
     state = {name: tensor for name, tensor in random_state(CNN).items() if not name.startswith("head.")}
     save_file(state, tmp_path / "w.safetensors")
     _, said = build(with_weights(CNN, tmp_path / "w.safetensors"))
@@ -99,14 +99,14 @@ def test_position_embedding_is_resampled_to_the_recipes_image_size(tmp_path: Pat
     assert torch.equal(positions[:, 0], state["pos_embed"][:, 0]), "the class token's own embedding is no patch"
 
 
-def test_missing_file_and_folder(tmp_path: Path) -> None:
+def test_weights_path_that_is_missing_or_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         build(with_weights(CNN, tmp_path / "none.safetensors"))
     with pytest.raises(UserError, match="is a folder"):
         build(with_weights(CNN, tmp_path))
 
 
-def test_pickles_and_torn_files_are_refused_without_being_unpickled(tmp_path: Path) -> None:
+def test_pickles_and_truncated_weight_files_are_refused(tmp_path: Path) -> None:
     torch.save(random_state(CNN), tmp_path / "w.pt")
     whole = save(random_state(CNN))
     (tmp_path / "torn.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -116,7 +116,7 @@ def test_pickles_and_torn_files_are_refused_without_being_unpickled(tmp_path: Pa
             build(with_weights(CNN, tmp_path / name))
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused_naming_every_problem(tmp_path: Path) -> None:
     state = random_state(CNN)
     first, second, third = list(state)[:3]
     wrong = {name: tensor for name, tensor in state.items() if name != first}
@@ -155,7 +155,7 @@ def test_another_architectures_weights_give_a_short_message(tmp_path: Path) -> N
         pytest.param(ModelConfig(name="reference_vgg19", pretrained=True), "vgg19", marks=pytest.mark.nightly),
     ],
 )
-def test_files_in_timms_own_form_are_found_in_the_cache_and_fit(tmp_path: Path, config: ModelConfig, timm_model: str) -> None:
+def test_cached_timm_weights_load_into_every_pretrained_model(tmp_path: Path, config: ModelConfig, timm_model: str) -> None:
     """Published files are timm's state_dict with 1,000 classes: here one with random weights stands where a fetched one would."""
     published = timm.create_model(timm_model).state_dict()
     save_file(published, weights_file(config, tmp_path))
@@ -167,7 +167,9 @@ def test_files_in_timms_own_form_are_found_in_the_cache_and_fit(tmp_path: Path, 
     assert left_out <= {"pos_embed"}  # resampled to 64 pixels
 
 
-def test_missing_published_weights_name_both_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pretrained_weights_name_the_fetch_command_and_pretrained_false(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     for size, command in (("small", "galaxydist weights fetch recipe=vit\n"), ("base", "recipe=vit model.size=base\n")):
         with pytest.raises(UserError) as caught:
@@ -176,7 +178,7 @@ def test_missing_published_weights_name_both_ways_out(tmp_path: Path, monkeypatc
         assert "model.pretrained=false" in str(caught.value)
 
 
-def test_the_command_that_fetches_weights_names_a_recipe_that_starts_from_them() -> None:
+def test_fetch_command_names_a_recipe_with_the_same_weights_file() -> None:
     for name, architecture in ARCHITECTURES.items():
         if architecture.has_published_weights:
             config = ModelConfig(name=name)  # type: ignore[arg-type]
@@ -222,7 +224,7 @@ def hub() -> Iterator[tuple[type[Hub], str]]:
 RESNET = ModelConfig(name="resnet18", pretrained=True)
 
 
-def test_fetched_weights_are_whole_and_then_used(tmp_path: Path, hub: tuple[type[Hub], str]) -> None:
+def test_fetch_weights_downloads_once_and_build_model_uses_the_file(tmp_path: Path, hub: tuple[type[Hub], str]) -> None:
     handler, endpoint = hub
     published = timm.create_model("resnet18").state_dict()
     handler.body = save(published)
@@ -236,7 +238,7 @@ def test_fetched_weights_are_whole_and_then_used(tmp_path: Path, hub: tuple[type
     assert fetch_weights(RESNET, tmp_path / "weights", endpoint="http://127.0.0.1:1") == path, "no second download"
 
 
-def test_a_damaged_download_is_not_kept(tmp_path: Path, hub: tuple[type[Hub], str]) -> None:
+def test_damaged_weights_download_is_refused_and_removed(tmp_path: Path, hub: tuple[type[Hub], str]) -> None:
     handler, endpoint = hub
     handler.body = save({"conv1.weight": torch.zeros(3)})
     handler.stated_hash = "0" * 64
@@ -245,12 +247,12 @@ def test_a_damaged_download_is_not_kept(tmp_path: Path, hub: tuple[type[Hub], st
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_network_is_said_at_once(tmp_path: Path) -> None:
+def test_fetch_weights_without_network_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"galaxydist weights fetch recipe=resnet18.*model\.pretrained=false"):
         fetch_weights(RESNET, tmp_path, endpoint="http://127.0.0.1:1", timeout=2)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_to_fetch_for_our_own_network(tmp_path: Path) -> None:
+def test_fetch_weights_of_custom_cnn_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="custom_cnn has no published weights"):
         fetch_weights(ModelConfig(name="custom_cnn"), tmp_path)

@@ -60,7 +60,9 @@ def facts() -> ModelMemory:
 
 
 @given(st.integers(1, 40), st.integers(0, 400), st.integers(1, 20), st.integers(0, 90), st.integers(1, 30))
-def test_steps_are_those_of_the_trainer(batch_size: int, more: int, gpus: int, num_val: int, eval_batch: int) -> None:
+def test_planned_steps_and_batches_equal_those_of_the_trainer(
+    batch_size: int, more: int, gpus: int, num_val: int, eval_batch: int
+) -> None:
     recipe = recipe_of(f"train.batch_size={batch_size}", f"eval.batch_size={eval_batch}", "train.epochs=3")
     job, num_train = ClusterShape(1, gpus, images_per_s=50.0), batch_size + more
     steps = plan_steps(recipe, num_train, num_val, job, 1)
@@ -76,7 +78,9 @@ def test_steps_are_those_of_the_trainer(batch_size: int, more: int, gpus: int, n
 
 
 @pytest.mark.parametrize(("batch_size", "gpus", "micro_batch"), [(48, 1, 0), (48, 4, 5), (50, 4, 5), (7, 4, 1)])
-def test_passes_are_those_of_the_trainer(facts: ModelMemory, batch_size: int, gpus: int, micro_batch: int) -> None:
+def test_planned_micro_batches_equal_those_of_the_trainer(
+    facts: ModelMemory, batch_size: int, gpus: int, micro_batch: int
+) -> None:
     recipe = recipe_of(f"train.batch_size={batch_size}", f"train.micro_batch={micro_batch}")
     passes, memory = plan_memory(recipe, facts, ClusterShape(1, gpus))
     assert passes == count_micro_batches(batch_size, gpus, micro_batch)
@@ -84,7 +88,7 @@ def test_passes_are_those_of_the_trainer(facts: ModelMemory, batch_size: int, gp
     assert memory.micro_batch == largest
 
 
-def test_auto_takes_the_fewest_passes_that_fit(facts: ModelMemory) -> None:
+def test_auto_micro_batch_uses_the_fewest_passes_that_fit_the_gpu_memory(facts: ModelMemory) -> None:
     recipe = recipe_of("train.batch_size=4096")
     totals = [estimate(facts, recipe, world_size=1, rank_batch=4096, num_parts=passes).total for passes in (1, 2, 3)]
     assert totals[0] > totals[1] > totals[2]
@@ -94,7 +98,7 @@ def test_auto_takes_the_fewest_passes_that_fit(facts: ModelMemory) -> None:
     assert plan_memory(recipe, facts, ClusterShape(gpu_memory=totals[1] / 1e9 - 1e-6))[0] == 3
 
 
-def test_what_is_certain_is_counted_exactly(facts: ModelMemory) -> None:
+def test_planned_weights_gradients_and_optimizer_bytes_are_exact(facts: ModelMemory) -> None:
     recipe = recipe_of()
     model = build_model(recipe.model, 10, 32)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -112,7 +116,7 @@ def test_what_is_certain_is_counted_exactly(facts: ModelMemory) -> None:
     assert sgd.optimizer == 0 and sgd.moving_average == 0 and sgd.checkpoint == sgd.weights
 
 
-def test_a_frozen_backbone_has_neither_gradients_nor_activations(tmp_path: Path) -> None:
+def test_frozen_backbone_has_no_gradients_and_less_than_half_the_activations(tmp_path: Path) -> None:
     weights = tmp_path / "any.safetensors"  # a plan loads none
     whole = model_memory(recipe_of(), 10, 256)
     frozen = model_memory(recipe_of("model.freeze_backbone=true", f"model.weights={weights}"), 10, 256)
@@ -122,7 +126,7 @@ def test_a_frozen_backbone_has_neither_gradients_nor_activations(tmp_path: Path)
     assert not frozen.has_batch_norm
 
 
-def test_the_timeline_is_that_of_a_real_step() -> None:
+def test_traced_timeline_of_a_small_mlp_matches_hand_counted_tensors() -> None:
     """A hand-made model whose tensors one can count: two layers without offset, float32, and a ReLU."""
     with torch.device("meta"):
         first, second = torch.nn.Linear(48, 1000, bias=False), torch.nn.Linear(1000, 10, bias=False)
@@ -155,7 +159,7 @@ def test_precision_attention_and_checkpointing_change_the_activations() -> None:
     assert activations(image_size=128) == pytest.approx(4 * half, rel=0.1)
 
 
-def test_fsdp_divides_what_each_process_holds(facts: ModelMemory) -> None:
+def test_fsdp_divides_weights_gradients_and_optimizer_state_by_the_world_size(facts: ModelMemory) -> None:
     ddp, fsdp = (
         estimate(facts, recipe_of(f"train.strategy={name}"), world_size=8, rank_batch=30, num_parts=1) for name in ("ddp", "fsdp")
     )
@@ -169,7 +173,7 @@ def test_fsdp_divides_what_each_process_holds(facts: ModelMemory) -> None:
         assert memory.total == sum(getattr(memory, part) for part in parts)
 
 
-def test_a_manifest_on_this_machine_is_what_counts(blobs: Path) -> None:
+def test_plan_with_a_local_manifest_uses_its_exact_samples_bytes_and_shards(blobs: Path) -> None:
     manifest = read_manifest(blobs)
     plan = plan_of(f"data.manifest={blobs}", "train.batch_size=20", "data.num_streams=8", job=ClusterShape(2, 2))
     assert plan.steps.samples == manifest.splits["train"].num_samples == 72
@@ -190,20 +194,20 @@ def test_a_manifest_on_this_machine_is_what_counts(blobs: Path) -> None:
     ("changes", "num_train", "num_val"),
     [([], 14_188, 1774), (["data.variant=balanced"], 2410, 270), (["data.conflicting=drop"], 14_188 - 118, 1774)],
 )
-def test_the_official_data_set_is_known_without_its_shards(changes: list[str], num_train: int, num_val: int) -> None:
+def test_galaxy10_sizes_are_known_without_local_shards(changes: list[str], num_train: int, num_val: int) -> None:
     data = find_dataset_size(recipe_of(*changes).data, Path("nowhere"))
     assert (data.num_train, data.num_val, data.manifest) == (num_train, num_val, None)
     assert data.shard_bytes.sum() == num_train * BYTES_PER_GALAXY and "estimated" in data.origin
     assert len(read_official_split().labels) == 17_736
 
 
-def test_flags_say_how_large_another_data_set_would_be() -> None:
+def test_galaxies_and_shards_flags_set_the_size_of_the_data_set() -> None:
     data = find_dataset_size(recipe_of().data, Path("nowhere"), galaxies=8_700_000, shards=8700)
     assert (data.num_train, data.shard_samples.size, data.num_val) == (8_700_000, 8700, None)
     assert find_dataset_size(recipe_of().data, Path("nowhere"), galaxies=2000).shard_samples.tolist() == [125] * 16
 
 
-def test_a_large_world_is_planned_at_once() -> None:
+def test_reading_of_a_billion_galaxies_on_1024_nodes_can_be_planned() -> None:
     recipe = recipe_of("train.batch_size=16384", "data.num_streams=192")
     data = find_dataset_size(recipe.data, Path("nowhere"), galaxies=1_000_000_000, shards=100_000)
     by_stream = recipe_of("train.batch_size=16384", "data.num_streams=8192")
@@ -228,7 +232,7 @@ def refusal(*overrides: str, job: ClusterShape, **given: Any) -> str:
     return str(error.value)
 
 
-def test_more_processes_than_the_batch_holds() -> None:
+def test_plan_with_more_processes_than_the_batch_suggests_nodes_or_batch_size() -> None:
     said = refusal("train.batch_size=96", job=ClusterShape(16, 8))
     assert "128 processes (16 nodes x 8)" in said and "train.batch_size=96" in said
     assert "--nodes 12 --gpus-per-node 8" in said and "train.batch_size=128" in said
@@ -238,14 +242,14 @@ def test_more_processes_than_the_batch_holds() -> None:
     assert "only 50 training galaxies" in refusal("train.batch_size=40", job=ClusterShape(8, 8), galaxies=50)
 
 
-def test_a_batch_larger_than_the_training_split() -> None:
+def test_plan_with_a_batch_above_the_training_split_suggests_a_batch_size() -> None:
     said = refusal("train.batch_size=200", job=ClusterShape(1, 8), galaxies=150)
     assert "more than the 150 training galaxies" in said and "144 (a multiple of 8 processes)" in said
     plan_of("train.batch_size=144", job=ClusterShape(1, 8), galaxies=150)
 
 
 @pytest.mark.parametrize("kind", ["train.mixup=0.2", "train.cutmix=1.0"])
-def test_pairs_of_images_on_two_processes(kind: str) -> None:
+def test_plan_with_mixup_or_cutmix_refuses_batches_that_split_pairs_between_processes(kind: str) -> None:
     said = refusal(kind, "train.batch_size=240", job=ClusterShape(2, 8))
     assert "no multiple of 2 x 16 processes" in said and "train.batch_size=224 or 256" in said and "15 or 20 processes" in said
     plan_of(kind, "train.batch_size=224", job=ClusterShape(2, 8))
@@ -253,7 +257,7 @@ def test_pairs_of_images_on_two_processes(kind: str) -> None:
     plan_of(kind, "train.batch_size=250", job=ClusterShape(1, 1))
 
 
-def test_what_a_gpu_cannot_hold() -> None:
+def test_plan_that_exceeds_the_gpu_memory_names_the_cause_and_remedies() -> None:
     big = ("data.image_size=512", "train.batch_size=512")
     said = refusal("train.micro_batch=0", *big, job=ClusterShape(gpu_memory=8))
     assert "a step of 512 images at a time" in said and "most of it: activations" in said
@@ -264,7 +268,7 @@ def test_what_a_gpu_cannot_hold() -> None:
     assert "of 1 image at a time" in refusal(*big, job=ClusterShape(gpu_memory=1.01))
 
 
-def test_what_helps_depends_on_what_is_largest() -> None:
+def test_memory_error_suggests_remedies_for_its_largest_part() -> None:
     zero = np.zeros(1, np.int64)
     none = Timeline(zero, zero, made=np.array([10**9]), new=zero)
     images = replace(none, per_image=np.array([2 * 10**9]))
@@ -291,7 +295,7 @@ class WithoutVal(BlobSurvey):
         return {name: rows for name, rows in super().splits.items() if name != "val"}
 
 
-def test_what_the_trainer_refuses_is_refused(tmp_path: Path) -> None:
+def test_plan_refuses_unusable_data_and_settings_like_the_trainer(tmp_path: Path) -> None:
     assert "--galaxies N" in refusal("data.dataset=simulated", job=ClusterShape())
     assert "is a URL" in refusal("data.manifest=s3://bucket/shards/manifest.json", job=ClusterShape())
     remote = ("data.manifest=s3://bucket/shards/manifest.json", "data.cache_size=0.01", "train.batch_size=64")
@@ -307,7 +311,7 @@ def test_what_the_trainer_refuses_is_refused(tmp_path: Path) -> None:
     plan_of(*both, "model.norm=group", job=ClusterShape())
 
 
-def test_warnings_name_what_could_be_better() -> None:
+def test_plan_warns_of_uneven_shares_and_few_shards() -> None:
     uneven = " ".join(plan_of("train.batch_size=240", job=ClusterShape(16, 8)).warnings)
     assert "some process 2 galaxies a step, others 1" in uneven and "128 or 256" in uneven
     assert "greatest common divisor 64" in uneven and "batch normalisation sees 2 images" in uneven
@@ -321,7 +325,7 @@ def test_warnings_name_what_could_be_better() -> None:
     )
 
 
-def test_the_table_holds_every_figure() -> None:
+def test_plan_table_shows_job_steps_memory_and_epoch_time() -> None:
     plan = plan_of("train.batch_size=192", job=ClusterShape(4, 8, images_per_s=100, gpu_memory=16))
     text = render_plan(plan)
     for part in ("4 nodes x 8 GPUs = 32 processes", "73 of 192: 14,188 training galaxies, 172 of", "fits 16 GB", "/s", "kept"):
@@ -333,11 +337,11 @@ def test_the_table_holds_every_figure() -> None:
 @pytest.mark.parametrize(
     ("size", "text"), [(12, "12 B"), (999_600, "1.00 MB"), (45_600_000, "45.6 MB"), (3.21e12, "3.21 TB"), (325_400_000, "325 MB")]
 )
-def test_sizes_have_three_figures(size: float, text: str) -> None:
+def test_show_size_uses_three_significant_figures(size: float, text: str) -> None:
     assert show_size(size) == text
 
 
-def test_times_have_a_unit_that_suits() -> None:
+def test_show_time_uses_seconds_minutes_or_hours() -> None:
     assert [show_time(s) for s in (3.14, 600, 86_400)] == ["3.1 s", "10.0 min", "24.0 h"]
 
 

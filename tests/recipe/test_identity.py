@@ -21,13 +21,13 @@ def changed(*overrides: str, folder: Path) -> Recipe:
     return load_recipe(["recipe=base", *overrides], folders=[folder]).recipe
 
 
-def test_plain_form_goes_round_through_json(tmp_path: Path) -> None:
+def test_recipe_survives_conversion_to_json_and_back(tmp_path: Path) -> None:
     recipe = changed("data.manifest=a/m.json", "tracker.tags=[x,y]", "optim.lr=1", "train.clip_norm=0", folder=tmp_path)
     assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
     assert list(flatten(recipe)) == list(RECIPE.fields)
 
 
-def test_a_stored_recipe_is_checked() -> None:
+def test_invalid_stored_recipe_is_refused_with_its_problems() -> None:
     plain = to_dict(BASE)
     plain["optim"]["lr"] = "fast"
     plain["extra"] = {"key": 1}
@@ -46,7 +46,7 @@ def test_a_stored_recipe_may_name_an_optimizer_of_an_older_version() -> None:
     assert from_dict(plain).optim.name == "lookahead_adopt"
 
 
-def test_run_fields_leave_the_hash_alone_and_result_fields_change_it(tmp_path: Path) -> None:
+def test_result_hash_changes_with_result_fields_and_not_with_run_fields(tmp_path: Path) -> None:
     base = result_hash(changed(folder=tmp_path))
     assert len(base) == 8 and int(base, 16) >= 0
     for override in (
@@ -62,14 +62,14 @@ def test_run_fields_leave_the_hash_alone_and_result_fields_change_it(tmp_path: P
     assert len({base, *(result_hash(changed(override, folder=tmp_path)) for override in results)}) == 1 + len(results)
 
 
-def test_numbers_are_canonical(tmp_path: Path) -> None:
+def test_result_hash_is_equal_for_equal_numbers_in_any_spelling(tmp_path: Path) -> None:
     assert len({result_hash(changed(f"optim.lr={text}", folder=tmp_path)) for text in ("1", "1.0", "1e0", "10e-1")}) == 1
     assert result_hash(changed("optim.weight_decay=-0.0", folder=tmp_path)) == result_hash(
         changed("optim.weight_decay=0", folder=tmp_path)
     )
 
 
-def test_the_hash_is_of_the_result_fields_as_sorted_json_and_names_the_run() -> None:
+def test_run_name_contains_the_sha256_of_the_sorted_result_fields() -> None:
     fields = result_fields(BASE)
     assert set(fields).isdisjoint({"run.dir", "run.root", "tracker.name", "data.dir", "train.micro_batch"})
     assert (fields["optim.lr"], fields["data.manifest"], fields["name"]) == (1e-3, None, "base")
@@ -78,14 +78,14 @@ def test_the_hash_is_of_the_result_fields_as_sorted_json_and_names_the_run() -> 
     assert run_name(BASE) == f"base-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
 
 
-def test_every_field_is_described_and_every_section_is_frozen() -> None:
+def test_every_recipe_field_has_a_description_and_sections_are_immutable() -> None:
     assert all(field.description for field in RECIPE.fields.values())
     with pytest.raises(Exception, match="frozen"):
         BASE.optim.lr = 1.0  # type: ignore[misc]
     assert "vit" in get_args(RECIPE.fields["model.name"].annotation)
 
 
-def test_data_root_and_layout(tmp_path: Path) -> None:
+def test_data_root_and_data_paths_follow_argument_and_environment(tmp_path: Path) -> None:
     assert data_root(tmp_path, {"GALAXYDIST_DATA": "/elsewhere"}) == tmp_path
     assert data_root(None, {"GALAXYDIST_DATA": "/elsewhere"}) == Path("/elsewhere")
     assert data_root(None, {}).name == "galaxydist"
@@ -122,7 +122,7 @@ def test_shipped_recipes_keep_the_names_of_their_run_folders() -> None:
     assert names == GOLDEN_RUN_NAMES
 
 
-def test_a_result_key_that_is_added_later_changes_the_hash_only_away_from_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_result_key_changes_the_hash_only_if_not_at_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     old = {key: value for key, value in result_fields(BASE).items() if key != "train.patience"}
     canonical = json.dumps(old, sort_keys=True, separators=(",", ":"))
     before = hashlib.sha256(canonical.encode()).hexdigest()[:8]

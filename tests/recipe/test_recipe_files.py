@@ -25,7 +25,7 @@ def load(path: Path, *overrides: str) -> ResolvedRecipe:
     return load_recipe([f"recipe={path}", *overrides])
 
 
-def test_there_is_one_recipe_for_each_model_the_demo_and_the_reference_of_frozen_resnets() -> None:
+def test_shipped_recipes_are_one_per_model_the_demo_and_reference_resnets() -> None:
     own = {recipe_of(name): name for name in get_args(ModelName)}
     others = {"demo": "custom_cnn", **{f"reference/resnet{depth}": f"resnet{depth}" for depth in (18, 26, 50)}}
     assert sorted(NAMES) == sorted(own | others) == sorted(list_recipes())
@@ -36,7 +36,7 @@ def test_there_is_one_recipe_for_each_model_the_demo_and_the_reference_of_frozen
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
-def test_a_recipe_is_short_and_holds_differences_only(path: Path) -> None:
+def test_shipped_recipe_is_short_and_sets_only_non_default_values(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
     assert any(line.startswith("# Settings:") for line in lines), "where the settings come from"
@@ -54,7 +54,7 @@ def test_a_recipe_is_short_and_holds_differences_only(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
-def test_global_batch_divides_evenly_over_the_usual_numbers_of_processes(path: Path) -> None:
+def test_shipped_batch_sizes_divide_evenly_over_common_world_sizes(path: Path) -> None:
     """240 leaves out 7 processes, the demo's 48 leaves out 5 and 7: ranks then differ by one galaxy, the numbers stay exact.
 
     All of 1 to 8, 12, 16 and 24 divide only multiples of 1,680, which is 8 steps an epoch of Galaxy10's 14,188 training galaxies.
@@ -92,5 +92,5 @@ def test_every_recipe_runs_at_its_own_image_size(path: Path) -> None:
     assert model(torch.randn(2, 3, size, size)).shape == (2, 10)
 
 
-def test_the_registry_is_what_the_recipes_use() -> None:
+def test_every_registered_model_has_a_recipe() -> None:
     assert {load(path).recipe.model.name for path in RECIPES} == set(MODEL_NAMES)

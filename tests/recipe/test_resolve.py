@@ -25,7 +25,7 @@ def problems(folder: Path, yaml: str, *overrides: str) -> list[tuple[str, str]]:
     return list(caught.value.problems)
 
 
-def test_precedence_and_origins(tmp_path: Path) -> None:
+def test_command_line_overrides_recipe_file_and_every_key_has_an_origin(tmp_path: Path) -> None:
     resolved = resolve(
         tmp_path, "model:\n  name: vit\noptim:\n  lr: 1e-4\n  warmup: 0.1\n", "optim.warmup=0.2", "tracker.tags=[a, b]"
     )
@@ -38,7 +38,7 @@ def test_precedence_and_origins(tmp_path: Path) -> None:
     assert set(origins) == set(RECIPE.fields)
 
 
-def test_all_problems_come_in_one_message_with_their_origins(tmp_path: Path) -> None:
+def test_all_recipe_problems_come_in_one_message_with_their_origins(tmp_path: Path) -> None:
     yaml = """model: {name: vit, pretrained: yes}
 optim:
   lr: -1
@@ -121,7 +121,7 @@ data: {image_size: 100}
         ("order_version=1", 1),
     ],
 )
-def test_text_becomes_a_value_by_the_field_s_type(tmp_path: Path, override: str, value: object) -> None:
+def test_override_text_is_converted_to_the_type_of_its_field(tmp_path: Path, override: str, value: object) -> None:
     resolved = resolve(tmp_path, PLAIN, override)
     found: object = resolved.recipe
     for part in override.split("=", maxsplit=1)[0].split("."):
@@ -157,7 +157,7 @@ def test_text_becomes_a_value_by_the_field_s_type(tmp_path: Path, override: str,
         ("resume.force=[tracker.name]", "may change freely"),
     ],
 )
-def test_bad_override(tmp_path: Path, override: str, text: str) -> None:
+def test_invalid_override_is_refused_with_exactly_one_problem(tmp_path: Path, override: str, text: str) -> None:
     with pytest.raises(RecipeError, match=text) as caught:
         resolve(tmp_path, PLAIN, override)
     assert len(caught.value.problems) == 1 and caught.value.problems[0][0] == "command line"
@@ -182,7 +182,7 @@ def test_bad_override(tmp_path: Path, override: str, text: str) -> None:
         (["model.name=resnet18", "model.width=64"], "resnet18 has a fixed width"),
     ],
 )
-def test_fields_that_do_not_go_together(tmp_path: Path, overrides: list[str], text: str) -> None:
+def test_incompatible_recipe_fields_are_refused_with_one_problem(tmp_path: Path, overrides: list[str], text: str) -> None:
     with pytest.raises(RecipeError, match=text) as caught:
         resolve(tmp_path, PLAIN, *overrides)
     assert len(caught.value.problems) == 1
@@ -212,22 +212,22 @@ def test_fields_that_do_not_go_together(tmp_path: Path, overrides: list[str], te
         ("model: {name: vit}\n---\nmodel: {name: vit}\n", "cannot be read as YAML"),
     ],
 )
-def test_bad_file(tmp_path: Path, yaml: str, text: str) -> None:
+def test_invalid_recipe_file_is_refused_with_its_problem(tmp_path: Path, yaml: str, text: str) -> None:
     with pytest.raises(RecipeError, match=text):
         resolve(tmp_path, yaml)
 
 
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+def test_recipe_file_that_is_not_utf_8_is_refused_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "plain.yaml").write_bytes(b"model: {name: vit}\n# \xff\n")
     with pytest.raises(RecipeError, match=r"plain.yaml:2: is not UTF-8 text"):
         load_recipe(["recipe=plain"], folders=[tmp_path])
 
 
-def test_a_section_of_comments_alone_changes_nothing(tmp_path: Path) -> None:
+def test_recipe_section_with_only_comments_is_ignored(tmp_path: Path) -> None:
     assert resolve(tmp_path, PLAIN + "optim:\n  # lr: 1\n").recipe == resolve(tmp_path, PLAIN).recipe
 
 
-def test_unknown_recipe_lists_those_there_are_beside_other_problems(tmp_path: Path) -> None:
+def test_unknown_recipe_is_refused_with_the_list_and_the_other_problems(tmp_path: Path) -> None:
     for name in ("vit", "resnet18"):
         (tmp_path / f"{name}.yaml").write_text(PLAIN)
     with pytest.raises(RecipeError) as caught:
@@ -242,7 +242,7 @@ def test_unknown_recipe_lists_those_there_are_beside_other_problems(tmp_path: Pa
         load_recipe(["recipe=here/vit.yaml"], folders=[tmp_path])
 
 
-def test_names_are_looked_up_in_order_and_files_by_path(tmp_path: Path) -> None:
+def test_recipe_names_are_searched_in_folder_order_and_files_by_path(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     for folder, epochs in ((first, 1), (second, 2)):
         folder.mkdir()
@@ -254,7 +254,7 @@ def test_names_are_looked_up_in_order_and_files_by_path(tmp_path: Path) -> None:
     assert (resolved.recipe.train.epochs, resolved.recipe.name) == (2, "vit")
 
 
-def test_a_folder_in_the_folder_is_part_of_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_in_a_subfolder_has_the_folder_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, elsewhere = tmp_path / "recipes", tmp_path / "elsewhere"
     for place in (folder, folder / "reference", folder / ".ipynb_checkpoints", elsewhere):
         place.mkdir()
@@ -285,7 +285,9 @@ SOUND_ARGUMENTS = ("recipe=plain", "optim.lr=0.5", "train.epochs=3", "seed=1")
 @given(st.lists(st.sampled_from(SOUND_ARGUMENTS) | st.text(max_size=30), max_size=4))
 @example(list(SOUND_ARGUMENTS))
 @example([*SOUND_ARGUMENTS, "seed=1"])
-def test_any_command_line_is_a_recipe_or_a_recipe_error(tmp_path_factory: pytest.TempPathFactory, arguments: list[str]) -> None:
+def test_any_arguments_without_a_known_recipe_raise_recipe_error(
+    tmp_path_factory: pytest.TempPathFactory, arguments: list[str]
+) -> None:
     folder = tmp_path_factory.getbasetemp()
     (folder / "plain.yaml").write_text(PLAIN)
     is_sound = "recipe=plain" in arguments and set(arguments) <= set(SOUND_ARGUMENTS) and len(set(arguments)) == len(arguments)
@@ -304,7 +306,9 @@ def test_any_command_line_is_a_recipe_or_a_recipe_error(tmp_path_factory: pytest
     key=st.sampled_from(sorted(set(RECIPE.fields) - {"name"})),
     text=st.text(max_size=20) | st.sampled_from(["1", "0.5", "true", "[a]"]),
 )
-def test_any_value_is_taken_or_refused_with_its_key(tmp_path_factory: pytest.TempPathFactory, key: str, text: str) -> None:
+def test_any_recipe_value_is_accepted_or_refused_with_its_key(
+    tmp_path_factory: pytest.TempPathFactory, key: str, text: str
+) -> None:
     folder = tmp_path_factory.getbasetemp()
     try:
         resolved = resolve(folder, PLAIN, f"{key}={text}")

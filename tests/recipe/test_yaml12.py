@@ -42,7 +42,7 @@ from galaxydist.recipe.yaml12 import read_document
         ("[a, 1, 1e-3, [no]]", ["a", 1, 1e-3, ["no"]]),
     ],
 )
-def test_scalars(tmp_path: Path, text: str, value: object) -> None:
+def test_yaml_scalars_are_read_by_the_yaml_1_2_core_schema(tmp_path: Path, text: str, value: object) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(f"key: {text}\n")
     document = read_document(path)
@@ -50,13 +50,13 @@ def test_scalars(tmp_path: Path, text: str, value: object) -> None:
     assert document.values["key"] == value and type(document.values["key"]) is type(value)
 
 
-def test_nan(tmp_path: Path) -> None:
+def test_yaml_nan_is_read_as_a_float(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("key: .nan\n")
     assert math.isnan(read_document(path).values["key"])
 
 
-def test_merge_keys_are_plain_keys(tmp_path: Path) -> None:
+def test_yaml_merge_keys_are_read_as_plain_keys(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("a:\n  <<: {b: 1}\n  c: 2\n")
     document = read_document(path)

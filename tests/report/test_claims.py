@@ -78,7 +78,7 @@ def changed(**levels: tuple[float, float, float]) -> dict[DisplayName, tuple[flo
     return {**AS_CLAIMED, **{names[key]: level for key, level in levels.items()}}
 
 
-def test_results_that_support_everything() -> None:
+def test_matching_results_support_all_six_claims() -> None:
     found = answer_claims(make_evidence())
     assert [answer.number for answer in found] == [1, 2, 3, 4, 5, 6]
     assert {answer.verdict for answer in found} == {"supported"}, [answer.reason for answer in found]
@@ -100,7 +100,9 @@ def test_results_that_support_everything() -> None:
         (6, changed(ViT=(0.90, 0.75, 0.66))),  # ViT loses most
     ],
 )
-def test_one_clear_exception_contradicts(number: int, accuracies: Mapping[DisplayName, tuple[float, float, float]]) -> None:
+def test_one_significant_exception_contradicts_a_claim(
+    number: int, accuracies: Mapping[DisplayName, tuple[float, float, float]]
+) -> None:
     found = CLAIMS[number - 1](make_evidence(accuracies))
     assert found.verdict == "contradicted", found.reason
     assert "comparisons refute it. The clearest: " in found.reason
@@ -114,13 +116,15 @@ def test_one_clear_exception_contradicts(number: int, accuracies: Mapping[Displa
         (6, changed(VGG19=(0.62, 0.56, 0.609))),
     ],
 )
-def test_what_is_too_close_stays_undecided(number: int, accuracies: Mapping[DisplayName, tuple[float, float, float]]) -> None:
+def test_differences_within_the_error_leave_a_claim_undecided(
+    number: int, accuracies: Mapping[DisplayName, tuple[float, float, float]]
+) -> None:
     found = CLAIMS[number - 1](make_evidence(accuracies))
     assert found.verdict == "undecided", found.reason
     assert "none refutes it. The weakest: " in found.reason
 
 
-def test_the_worst_class() -> None:
+def test_disturbed_is_worst_is_contradicted_by_another_worst_class() -> None:
     assert disturbed_is_worst(make_evidence(vit_worst="disturbed")).verdict == "contradicted"
     found = disturbed_is_worst(make_evidence())
     assert [outcome for _, outcome in found.comparisons] == ["holds"] * 7
@@ -129,7 +133,7 @@ def test_the_worst_class() -> None:
     assert all(0.1 < comparison.value < 0.25 for comparison, _ in found.comparisons)
 
 
-def test_among_equal_classes_none_is_called_the_worst() -> None:
+def test_equal_classes_are_rarely_called_worst_or_not_worst() -> None:
     """With ten classes of one recall, the lowest one is no evidence that "disturbed" is not the worst."""
     random = np.random.default_rng(3)
     ids_N, labels_N = np.arange(1000).astype(str), np.arange(1000) % 10
@@ -143,7 +147,7 @@ def test_among_equal_classes_none_is_called_the_worst() -> None:
     assert counts["holds"] <= 10 and counts["refuted"] <= 4, counts
 
 
-def test_classes_that_stay_uneven() -> None:
+def test_balancing_is_fairer_is_undecided_if_recalls_stay_uneven() -> None:
     assert balancing_is_fairer(make_evidence(even_when_balanced=False)).verdict == "undecided"
 
 
@@ -159,7 +163,7 @@ def test_two_runs_with_one_seed_each_are_compared_by_mcnemars_test() -> None:
     assert vit_is_best(make_evidence()).comparisons[0][0].p_value is None
 
 
-def test_a_missing_cell_leaves_undecided_and_is_named() -> None:
+def test_missing_results_leave_claims_undecided_and_are_named() -> None:
     evidence = make_evidence()
     without = Evidence(
         evidence.where, evidence.class_names, {key: one for key, one in evidence.models.items() if key[0] != "VGG16"}
@@ -177,7 +181,7 @@ def test_a_missing_cell_leaves_undecided_and_is_named() -> None:
     assert vit_is_best(partly).verdict == "contradicted"
 
 
-def test_what_the_published_numbers_support_themselves() -> None:
+def test_published_numbers_contradict_claim_4_and_leave_the_others_undecided() -> None:
     """One run each and no predictions: only the errors of the test sets are known, and pairs are not."""
     found = answer_claims(published_evidence(GALAXY10_CLASSES))
     expected = ["undecided", "undecided", "undecided", "contradicted", "undecided", "undecided"]
@@ -192,7 +196,7 @@ def test_what_the_published_numbers_support_themselves() -> None:
         assert any(ONE_SEED in note for note in comparison.notes)
 
 
-def test_from_run_folders_to_verdicts(tmp_path: Path) -> None:
+def test_claims_are_tested_from_run_folders_with_all_cells(tmp_path: Path) -> None:
     recipes = ("resnet50", "resnet26", "resnet18", "vgg16", "vgg19", "custom_cnn", "vit")
     for recipe, levels in zip(recipes, AS_CLAIMED.values(), strict=True):
         for seed in range(2):
@@ -222,7 +226,7 @@ VALUES = st.floats(-0.2, 0.2)
 
 
 @given(st.lists(VALUES, max_size=12), st.integers(0, 3))
-def test_the_rule(values: list[float], num_missing: int) -> None:
+def test_claim_verdict_follows_its_rule_for_any_comparisons(values: list[float], num_missing: int) -> None:
     claim = Claim(1, "s", Evidence("Here", GALAXY10_CLASSES, {}))
     claim.comparisons = [Comparison("c", value, 0.05) for value in values]
     claim.num_planned, claim.missing = len(values) + num_missing, dict.fromkeys(["x"] * num_missing)
@@ -236,7 +240,7 @@ def test_the_rule(values: list[float], num_missing: int) -> None:
 
 
 @given(VALUES, st.floats(0.001, 0.05), st.floats(0.01, 0.1), st.integers(1, 20))
-def test_outcomes_and_intervals_agree(value: float, error: float, margin: float, number: int) -> None:
+def test_comparison_outcomes_agree_with_their_intervals(value: float, error: float, margin: float, number: int) -> None:
     within = Comparison("c", value, error, low=-margin, high=margin)
     low, high = within.interval()
     wide_low, wide_high = within.interval(number)
@@ -251,7 +255,7 @@ def test_outcomes_and_intervals_agree(value: float, error: float, margin: float,
     assert exact.outcome(2) == ("holds" if value > 0 else "open")
 
 
-def test_statements_name_what_is_claimed() -> None:
+def test_claim_statements_name_their_subject() -> None:
     statements = [answer.statement for answer in answer_claims(Evidence("here", GALAXY10_CLASSES, {}))]
     assert all(
         word in text for word, text in zip(["ViT", "close", "VGG", "depth", "Disturbed", "fairness"], statements, strict=True)

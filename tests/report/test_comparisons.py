@@ -46,7 +46,7 @@ def rejections(make: Callable[[np.random.Generator], Difference | None], number:
 
 
 @pytest.mark.parametrize(("seeds", "seed_sd"), [(1, 0.0), (2, 0.04), (3, 0.0), (3, 0.06), (5, 0.08)])
-def test_level_against_a_published_accuracy(seeds: int, seed_sd: float) -> None:
+def test_t_test_against_a_published_accuracy_keeps_its_nominal_level(seeds: int, seed_sd: float) -> None:
     """Both are runs of one model on galaxies of one kind. A seed_sd of 0.06 is a deviation of 2.2 points between seeds."""
 
     def one(random: np.random.Generator) -> Difference | None:
@@ -56,7 +56,7 @@ def test_level_against_a_published_accuracy(seeds: int, seed_sd: float) -> None:
     assert 0.015 <= rejections(one) <= 0.07
 
 
-def test_level_from_counts_alone_errs_to_the_safe_side() -> None:
+def test_t_test_from_counts_only_rejects_at_most_at_its_nominal_level() -> None:
     def one(random: np.random.Generator) -> Difference | None:
         ours, theirs = draw(random, 3, OURS, seed_sd=0.05), draw(random, 1, THEIRS, seed_sd=0.05)
         estimate = estimate_accuracy(ours.mean(axis=1).tolist(), OURS)
@@ -65,7 +65,7 @@ def test_level_from_counts_alone_errs_to_the_safe_side() -> None:
     assert 0.005 <= rejections(one) <= 0.05
 
 
-def test_leaving_out_an_error_rejects_too_often() -> None:
+def test_t_test_without_the_published_or_the_seed_error_exceeds_its_level() -> None:
     """Why both samples and the seeds are in the test: without them it is no test at 5 %."""
 
     def published_known(random: np.random.Generator) -> Difference | None:
@@ -83,7 +83,7 @@ def test_leaving_out_an_error_rejects_too_often() -> None:
     assert rejections(one_training_each) > 0.15
 
 
-def test_power_against_a_published_accuracy() -> None:
+def test_t_test_against_a_published_accuracy_detects_12_points_in_most_samples() -> None:
     """12 points apart with 3 seeds of 300 galaxies, against 200: an error of some 4.5 points, so a power of three quarters."""
 
     def one(random: np.random.Generator) -> Difference | None:
@@ -93,7 +93,7 @@ def test_power_against_a_published_accuracy() -> None:
     assert 0.6 < rejections(one) < 0.95
 
 
-def test_level_against_a_published_loss() -> None:
+def test_t_test_against_a_published_loss_keeps_its_nominal_level() -> None:
     """Losses are skew; ours are used for the published variance between galaxies."""
 
     def losses(random: np.random.Generator, seeds: int, galaxies: int) -> NDArray[np.float64]:
@@ -110,7 +110,7 @@ def test_level_against_a_published_loss() -> None:
     assert 0.03 <= rejections(one) <= 0.07
 
 
-def test_a_comparison_with_a_published_value_in_closed_form() -> None:
+def test_comparison_with_a_published_value_matches_closed_forms() -> None:
     published = PublishedResult(0.5259, 1.3268, 1774)
     single = compare_with_published(estimate_accuracy([0.6], 1774), published, "accuracy")
     assert single is not None
@@ -151,7 +151,7 @@ def outcomes_of(correct_SN: Bools, num_classes: int = 2) -> CellOutcomes:
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3, 5])
-def test_draws_vary_as_repeated_experiments(seeds: int) -> None:
+def test_recall_draws_have_about_the_variance_of_repeated_experiments(seeds: int) -> None:
     """New galaxies and new seeds each time; the chance of single outcomes is counted twice, so the draws vary slightly more."""
     random = np.random.default_rng(1)
     accuracies, recalls, drawn = [], [], []
@@ -178,7 +178,7 @@ def test_draws_of_two_models_on_the_same_galaxies_are_paired() -> None:
     assert (drawn[0] - drawn[1]).var() < 0.8 * (drawn[0].var() + drawn[1].var())
 
 
-def test_draws_of_an_accuracy_alone_have_the_binomial_error_and_that_of_the_seeds() -> None:
+def test_accuracy_draws_from_counts_have_binomial_and_seed_variance() -> None:
     single_R = draw_accuracy([0.6], 400, stream=1)
     assert single_R[0] == 0.6
     assert single_R[1:].var() == pytest.approx(0.24 / 400, rel=0.1)
@@ -188,7 +188,7 @@ def test_draws_of_an_accuracy_alone_have_the_binomial_error_and_that_of_the_seed
     assert several_R[1:].var() == pytest.approx(0.24 / 400 + np.var(seeds, ddof=1) / 3, rel=0.1)
 
 
-def test_draws_repeat_and_a_class_without_galaxies_has_no_recall() -> None:
+def test_recall_draws_are_reproducible_and_nan_for_an_empty_class() -> None:
     outcomes = outcomes_of(draw(np.random.default_rng(5), 2, 60, seed_sd=0.1))
     accuracy_R, recalls_RK = draw_recalls(outcomes, 3, stream=1)
     assert np.isnan(recalls_RK[:, 2]).all() and np.isfinite(recalls_RK[:, :2]).all()

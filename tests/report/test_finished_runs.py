@@ -16,7 +16,7 @@ from tests.helpers.runs import quick_settings, read_evaluation, read_metrics, ru
 from tests.helpers.trial_folders import STEP, write_trial
 
 
-def test_a_run_is_read(tmp_path: Path) -> None:
+def test_finished_run_is_read_with_recipe_validation_and_evaluations(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "a", ["recipe=vgg16", "seed=3", "data.variant=balanced"], validation=0.71)
     (trial,), notes = read_finished_runs([run.path, run.path])
     assert notes == []
@@ -46,7 +46,7 @@ def test_a_run_is_read(tmp_path: Path) -> None:
     assert other.variant == "original"
 
 
-def test_runs_without_predictions_and_with_views(tmp_path: Path) -> None:
+def test_run_evaluated_with_d4_views_and_without_predictions_is_read(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "a", ["recipe=vit", "eval.tta=d4"], keep_predictions=False)
     assert (run.evaluation_dir / "test-d4.json").is_file()
     (trial,), notes = read_finished_runs([run.path])
@@ -54,7 +54,7 @@ def test_runs_without_predictions_and_with_views(tmp_path: Path) -> None:
     assert [judgement.predictions_path for judgement in trial.results.values()] == [None, None]
 
 
-def test_settings_are_equal_for_repeats_alone(tmp_path: Path) -> None:
+def test_settings_are_equal_only_for_repeats_with_another_seed_variant_or_micro_batch(tmp_path: Path) -> None:
     changes = [[], ["seed=1"], ["data.variant=balanced"], ["train.micro_batch=8"], ["optim.lr=0.5"], ["eval.tta=d4"]]
     runs = [write_trial(tmp_path / str(number), ["recipe=resnet18", *more]) for number, more in enumerate(changes)]
     found = [read_finished_runs([run.path])[0][0].settings for run in runs]
@@ -62,7 +62,7 @@ def test_settings_are_equal_for_repeats_alone(tmp_path: Path) -> None:
     assert len(set(found)) == 3
 
 
-def test_reference_recipes_are_a_regime_of_their_own(tmp_path: Path) -> None:
+def test_reference_recipes_have_the_regime_reference(tmp_path: Path) -> None:
     recipe = tmp_path / "recipes" / "reference" / "resnet50.yaml"
     recipe.parent.mkdir(parents=True)
     recipe.write_text("model: {name: resnet50, pretrained: true, freeze_backbone: true}\noptim: {lr: 0.001}\n")
@@ -73,7 +73,7 @@ def test_reference_recipes_are_a_regime_of_their_own(tmp_path: Path) -> None:
     assert [trial.regime for trial in trials] == ["reference", "reference"]
 
 
-def test_everything_that_is_wrong_is_said_and_the_rest_is_read(tmp_path: Path) -> None:
+def test_unusable_runs_are_noted_with_a_reason_and_the_others_are_read(tmp_path: Path) -> None:
     good = write_trial(tmp_path / "good")
     same = write_trial(tmp_path / "same")
     (tmp_path / "empty").mkdir()
@@ -105,7 +105,7 @@ def test_everything_that_is_wrong_is_said_and_the_rest_is_read(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("text", ["[]", '{"format": 1, "recipe": {}}', '{"format": 1, "recipe": {"seed": "x"}}', "\x00"])
-def test_a_recipe_of_another_kind_stops_nobody_else(tmp_path: Path, text: str) -> None:
+def test_run_with_a_damaged_recipe_is_noted_and_the_others_are_read(tmp_path: Path, text: str) -> None:
     good, bad = write_trial(tmp_path / "good"), write_trial(tmp_path / "bad", ["recipe=resnet50", "seed=1"])
     bad.recipe_path.write_text(text)
     trials, notes = read_finished_runs([bad.path, good.path])
@@ -113,7 +113,7 @@ def test_a_recipe_of_another_kind_stops_nobody_else(tmp_path: Path, text: str) -
     assert [note.split(": ")[0] for note in notes] == [str(bad.path)]
 
 
-def test_other_evaluations_of_a_run_that_fit_in_no_table(tmp_path: Path) -> None:
+def test_evaluations_that_fit_in_no_table_are_noted_and_left_out(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "a")
     place = run.evaluation_dir / "galaxy10_decals-balanced" / "test.json"
     content = json.loads(place.read_text())
@@ -136,7 +136,7 @@ def test_other_evaluations_of_a_run_that_fit_in_no_table(tmp_path: Path) -> None
         assert part in said
 
 
-def test_the_validation_of_the_judged_checkpoint(tmp_path: Path) -> None:
+def test_validation_value_is_that_of_the_evaluated_checkpoint(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "a", ["recipe=resnet50", "train.metric=loss"], validation=0.6)
     run.metrics.append(STEP + 10, {"val/loss": 0.1})
     (trial,), _ = read_finished_runs([run.path])
@@ -148,7 +148,7 @@ def test_the_validation_of_the_judged_checkpoint(tmp_path: Path) -> None:
     assert read_finished_runs([run.path])[0][0].validation is None
 
 
-def test_forced_changes_are_said(tmp_path: Path) -> None:
+def test_forced_recipe_changes_of_a_run_are_noted(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "a")
     stored = json.loads(run.recipe_path.read_text())
     stored["forced"] = [{"step": 5, "changes": [{"key": "optim.lr", "old": 1, "new": 2}]}]
@@ -159,7 +159,9 @@ def test_forced_changes_are_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_the_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_of_the_trainer_is_read_with_its_evaluations_and_best_validation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The files are those that a real run leaves."""
     for variant, num_galaxies in (("original", 120), ("balanced", 60)):
         survey = BlobSurvey(variant=variant, num_galaxies=num_galaxies)

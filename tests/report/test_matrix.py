@@ -56,7 +56,7 @@ def test_cells_average_over_seeds_beside_the_published_values(tmp_path: Path) ->
     assert all(table.cells[other, setting].num_seeds == 0 for other in table.rows[1:] for setting in SETTINGS)
 
 
-def test_simulated_and_real_galaxies_share_no_table(tmp_path: Path) -> None:
+def test_every_data_set_has_its_own_table_and_only_galaxy10_has_published_values(tmp_path: Path) -> None:
     write_trial(tmp_path / "sim", ["recipe=vit"], dataset="simulated")
     write_trial(tmp_path / "real", ["recipe=vit"])
     write_trial(tmp_path / "folder", ["recipe=vit"], dataset="my_images")
@@ -73,7 +73,7 @@ def test_simulated_and_real_galaxies_share_no_table(tmp_path: Path) -> None:
             assert holm_adjusted(table) == {}
 
 
-def test_recipes_settings_and_models_without_published_numbers_have_lines_of_their_own(tmp_path: Path) -> None:
+def test_recipes_with_other_settings_or_models_have_rows_of_their_own(tmp_path: Path) -> None:
     commands = {
         "plain0": ["recipe=vit"],
         "plain1": ["recipe=vit", "seed=1"],
@@ -104,7 +104,7 @@ def test_recipes_settings_and_models_without_published_numbers_have_lines_of_the
     assert table.rows[-1].display is None
 
 
-def test_the_reference_recipes_stand_before_ours(tmp_path: Path) -> None:
+def test_reference_recipes_have_rows_before_our_recipes(tmp_path: Path) -> None:
     names = [name for name in list_recipes() if name.startswith("reference/")]
     assert len(names) == len(MODELS)
     for number, name in enumerate([*names, "vit", "vgg16"]):
@@ -140,7 +140,7 @@ def test_without_predictions_the_loss_is_not_tested(tmp_path: Path) -> None:
     assert "only 1 of 2 runs kept predictions" in cell.notes[0]
 
 
-def test_predictions_that_are_not_the_evaluations_are_not_used(tmp_path: Path) -> None:
+def test_predictions_of_another_run_or_damaged_ones_are_not_used(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "a", ["recipe=vgg19"])
     other = write_trial(tmp_path / "b", ["recipe=vgg19", "seed=1"])
     source = other.evaluation_dir / "test-predictions.parquet"
@@ -158,7 +158,7 @@ def test_predictions_that_are_not_the_evaluations_are_not_used(tmp_path: Path) -
     assert second.accuracy is not None
 
 
-def test_a_seed_on_other_shards_is_no_repeat(tmp_path: Path) -> None:
+def test_seed_evaluated_on_other_shards_is_left_out_with_a_note(tmp_path: Path) -> None:
     folders = [write_trial(tmp_path / str(seed), ["recipe=vit", f"seed={seed}"]).evaluation_dir for seed in range(3)]
     content = read_json(folders[1] / "test.json")
     write_json(folders[1] / "test.json", content | {"manifest_hash": "other"})
@@ -175,7 +175,7 @@ def test_test_sets_of_different_sizes_are_noted(tmp_path: Path) -> None:
     assert "The rows were evaluated on original test sets of different sizes: 300, 400 galaxies." in table.notes
 
 
-def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+def test_nonfinite_loss_is_noted_and_not_tested(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "a", ["recipe=vit"], keep_predictions=False)
     content = read_json(run.evaluation_dir / "test.json")
     write_json(run.evaluation_dir / "test.json", content | {"loss": None})
@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     assert "the loss of a run is not finite" in cell.notes
 
 
-def test_holm_over_the_cells(tmp_path: Path) -> None:
+def test_holm_adjusted_corrects_over_all_cells_with_published_values(tmp_path: Path) -> None:
     for number, recipe in enumerate(("vit", "vgg16", "resnet18")):
         write_trial(tmp_path / recipe, [f"recipe={recipe}"], accuracy={"original": 0.45 + 0.1 * number, "balanced": 0.5})
     (table,) = tables_of(*tmp_path.iterdir())
@@ -196,7 +196,7 @@ def test_holm_over_the_cells(tmp_path: Path) -> None:
     assert set(holm_adjusted(table, "loss")) == set(adjusted)
 
 
-def test_lines_are_chosen_by_validation(tmp_path: Path) -> None:
+def test_rows_are_chosen_by_validation_never_by_test_accuracy(tmp_path: Path) -> None:
     write_trial(tmp_path / "a", ["recipe=vit"], validation=0.5, accuracy={"original": 0.9})
     write_trial(tmp_path / "b", ["recipe=vit_scratch"], validation=0.6, accuracy={"original": 0.2})
     write_trial(tmp_path / "c", ["recipe=vit", "optim.lr=0.1"], validation=None, accuracy={"original": 0.95})
@@ -212,7 +212,7 @@ def test_lines_are_chosen_by_validation(tmp_path: Path) -> None:
     assert [trial.run_dir.name for trial in table.cells[row, ON_ORIGINAL].runs] == ["e"]  # the smaller loss
 
 
-def test_it_costs_no_heavy_import() -> None:
+def test_report_modules_import_no_heavy_library() -> None:
     code = (
         "import sys; import galaxydist.report.claims, galaxydist.report.finished_runs, galaxydist.report.statistics; "
         "print(sorted({'torch', 'scipy', 'pyarrow', 'matplotlib', 'sklearn'} & set(sys.modules)))"
@@ -221,11 +221,11 @@ def test_it_costs_no_heavy_import() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_no_runs_no_tables() -> None:
+def test_build_tables_without_runs_is_empty() -> None:
     assert build_tables([]) == []
 
 
-def test_a_reader_that_fails_costs_only_the_pairing(tmp_path: Path) -> None:
+def test_unreadable_predictions_are_noted_and_the_accuracy_is_kept(tmp_path: Path) -> None:
     def fail(path: Path) -> Outcomes:
         raise UserError(f"{path.name} cannot be read")
 

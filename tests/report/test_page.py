@@ -38,7 +38,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_page_in_a_browser(page: Path, tmp_path: Path) -> None:
+def test_report_page_in_a_browser_fits_a_phone_and_prints_folded_parts(page: Path, tmp_path: Path) -> None:
     with Browser() as browser:
 
         def open_all() -> None:

@@ -39,13 +39,13 @@ def test_mcnemar_is_the_sign_test_of_the_discordant_pairs(pairs: list[tuple[bool
     assert found.count == len(pairs)
 
 
-def test_the_text_of_mcnemars_test() -> None:
+def test_mcnemar_text_counts_the_discordant_galaxies() -> None:
     found = mcnemar(np.array([True, True, False]), np.array([False, True, False]))
     assert str(found) == "McNemar's exact test (1 to 0 discordant galaxies)"
 
 
 @given(st.integers(1, 30), st.integers(0, 2**32 - 1))
-def test_runs_are_matched_by_galaxy_whatever_their_order(count: int, number: int) -> None:
+def test_match_aligns_runs_by_galaxy_in_any_order(count: int, number: int) -> None:
     random = np.random.default_rng(number)
     labels_N, logits_NK = random.integers(0, 3, count), random.normal(size=(count, 3))
     ids = [f"J{number:03}" for number in range(count)]
@@ -61,13 +61,13 @@ def test_runs_are_matched_by_galaxy_whatever_their_order(count: int, number: int
     assert compare_runs(whole, part).p_value == 1
 
 
-def test_losses_and_hits_are_those_of_the_logits() -> None:
+def test_outcomes_have_the_losses_and_hits_of_the_logits() -> None:
     found = build_outcomes(["b", "a"], [1, 0], [[0.0, 2.0], [0.0, 2.0]])
     assert found.correct_N.tolist() == [False, True]
     assert found.losses_N == pytest.approx([2 + math.log1p(math.exp(-2)), math.log1p(math.exp(-2))])
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_match_and_build_outcomes_refuse_inconsistent_predictions() -> None:
     first = build_outcomes(["a", "b"], [0, 1], np.eye(2), source="one.parquet")
     with pytest.raises(UserError, match=r"one\.parquet and two\.parquet have no galaxy in common"):
         match([first, build_outcomes(["c"], [0], [[0.0, 1.0]], source="two.parquet")])
@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_refused() -> None:
         build_outcomes(["a"], [0], [[math.nan, 0.0]])
 
 
-def test_predictions_are_read_from_their_file(tmp_path: Path) -> None:
+def test_read_outcomes_reads_predictions_and_refuses_damaged_files(tmp_path: Path) -> None:
     labels_N = np.arange(50) % 10
     logits_NK = draw_logits(labels_N, 0.7, 1)
     path = tmp_path / "test-predictions.parquet"
@@ -110,7 +110,7 @@ def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
         read_outcomes(path)
 
 
-def test_an_ensemble_is_the_mean_probability() -> None:
+def test_ensemble_averages_probabilities() -> None:
     random = np.random.default_rng(3)
     ids, labels = [f"g{number:02}" for number in range(40)], random.integers(0, 4, 40).tolist()
     runs = [build_outcomes(ids, labels, 3 * random.normal(size=(40, 4))) for _ in range(3)]
@@ -140,7 +140,7 @@ def trial(name: str, validation: Validation | None, judgements: Mapping[Any, Spl
     return FinishedRun(Path(name), "r", "own", "vit", "simulated", "original", ("a",), 0, "", validation, judgements)
 
 
-def test_runs_are_ranked_by_validation_and_by_nothing_else() -> None:
+def test_runs_are_ranked_only_by_their_validation_metric() -> None:
     values = {"worst": 0.4, "best": 0.9, "middle": 0.6}
     runs = [trial(name, Validation("accuracy", value, 1), Sealed()) for name, value in values.items()]
     ranked, unranked = rank_by_validation(

@@ -32,7 +32,7 @@ ViT 0.7638 0.7343 / 0.7500 0.7966 / 0.7694 0.7158
 """
 
 
-def test_every_number_and_the_order() -> None:
+def test_published_results_equal_a_second_transcription() -> None:
     lines = TRANSCRIPTION.strip().splitlines()
     names = [line.split()[0].replace("_", " ") for line in lines]
     assert tuple(names) == MODELS == get_args(DisplayName)
@@ -48,34 +48,34 @@ def test_every_number_and_the_order() -> None:
     assert tuple(settings) == published_results.PUBLISHED_SETTINGS == SETTINGS[:3]
 
 
-def test_accuracies_are_whole_galaxies() -> None:
+def test_published_accuracies_are_fractions_of_whole_galaxies() -> None:
     """Four digits of k / N: a slip of the pen in the number or in N would show."""
     for result in PUBLISHED.values():
         correct = round(result.accuracy * result.count)
         assert abs(correct / result.count - result.accuracy) <= 0.00011, result
 
 
-def test_the_official_split_has_as_many_test_galaxies() -> None:
+def test_official_split_has_the_published_numbers_of_test_galaxies() -> None:
     split = read_official_split()
     assert (split.original == TEST).sum() == TEST_SIZES["original"]
     assert (split.balanced == TEST).sum() == TEST_SIZES["balanced"]
 
 
-def test_every_architecture_is_placed() -> None:
+def test_every_architecture_has_a_published_model_or_none() -> None:
     """A new architecture says which published model it stands beside, or that there is none."""
     assert set(published_results.DISPLAY_NAMES) == set(MODEL_NAMES)
     assert {name for name in published_results.DISPLAY_NAMES.values() if name} == set(MODELS)
 
 
 @pytest.mark.parametrize("dataset", ["simulated", "galaxy10_decals_sample", "Galaxy10_DECaLS", ""])
-def test_published_numbers_stand_beside_the_real_data_alone(dataset: str) -> None:
+def test_published_result_exists_only_for_galaxy10_decals(dataset: str) -> None:
     assert all(published_result(dataset, name, setting) is None for name in MODELS for setting in SETTINGS)
     assert published_result("galaxy10_decals", "ResNet50", SETTINGS[0]) == PublishedResult(0.5259, 1.3268, 1774)
     assert published_result("galaxy10_decals", published_results.DISPLAY_NAMES["d4_cnn"], SETTINGS[0]) is None
     assert published_result("galaxy10_decals", "ViT", SETTINGS[3]) is None
 
 
-def test_nothing_can_be_changed() -> None:
+def test_published_results_are_immutable() -> None:
     with pytest.raises(TypeError):
         PUBLISHED["ViT", SETTINGS[0]] = None  # type: ignore[index]
     with pytest.raises(dataclasses.FrozenInstanceError):

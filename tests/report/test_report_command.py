@@ -84,7 +84,7 @@ def page(html: str) -> Page:
     return Page(html)
 
 
-def test_every_data_set_has_a_table_of_its_own(results: ReportData, page: Page) -> None:
+def test_report_page_compares_only_the_real_data_set_with_published_values(results: ReportData, page: Page) -> None:
     assert [found.table.dataset for found in results.datasets] == ["galaxy10_decals", "simulated"]
     real, simulated = page.text["matrix"].split("\nsimulated\n")
     assert "published 0.7638" in real and "published" in real and "not run" in real
@@ -92,14 +92,14 @@ def test_every_data_set_has_a_table_of_its_own(results: ReportData, page: Page) 
     assert "not the real Galaxy10 DECaLS" in simulated
 
 
-def test_the_reference_models_stand_beside_the_published_ones(results: ReportData) -> None:
+def test_report_has_rows_and_claims_for_reference_and_own_recipes(results: ReportData) -> None:
     labels = [row.label for row in results.datasets[0].table.rows if row.display == "ViT"]
     assert labels == ["ViT (reference)", "ViT"]
     assert set(results.datasets[0].claims) == {"reference", "own"}
     assert results.datasets[1].claims == {}, "simulated galaxies have no published claims"
 
 
-def test_all_sections_are_there(page: Page) -> None:
+def test_report_page_has_all_sections_with_their_content(page: Page) -> None:
     wanted = ["matrix", "claims", "ranking", "curves", "classes", "confusion", "calibration"]
     wanted += ["gallery", "pairs", "ensembles", "cost", "runs"]
     assert list(page.text) == [*wanted, "notes", "provenance"]
@@ -109,7 +109,7 @@ def test_all_sections_are_there(page: Page) -> None:
     assert "launch.py recipe=vit" in page.text["runs"] and "train.batch_size=64" in page.text["runs"]
 
 
-def test_every_published_claim_is_answered(results: ReportData, page: Page) -> None:
+def test_report_page_shows_every_claim_with_a_verdict(results: ReportData, page: Page) -> None:
     for answers in results.datasets[0].claims.values():
         for one in answers:
             assert one.statement in page.text["claims"]
@@ -117,7 +117,7 @@ def test_every_published_claim_is_answered(results: ReportData, page: Page) -> N
     assert len(verdicts) >= 6 * 3  # reference recipes, own recipes, published numbers
 
 
-def test_what_is_left_out_is_said(results: ReportData, page: Page) -> None:
+def test_report_page_notes_runs_that_are_left_out(results: ReportData, page: Page) -> None:
     notes = page.text["notes"]
     assert re.search(r"half: left out: the run has not finished", notes)
     assert re.search(r"empty is not a run folder", notes)
@@ -125,7 +125,7 @@ def test_what_is_left_out_is_said(results: ReportData, page: Page) -> None:
     assert (results.num_given, results.num_runs) == (19, 17)
 
 
-def test_nothing_left_to_report_is_an_error_with_the_reasons(
+def test_report_without_any_finished_run_exits_with_2_and_the_reasons(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -136,7 +136,9 @@ def test_nothing_left_to_report_is_an_error_with_the_reasons(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
-def test_wrong_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_refuses_wrong_folders_and_output_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nothing").mkdir()
     for arguments, words in (
@@ -150,7 +152,9 @@ def test_wrong_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert [path.name for path in tmp_path.iterdir()] == ["nothing"]
 
 
-def test_a_sweep_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_a_sweep_file_writes_3_files_and_lists_trials_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.yaml").write_text("grid: {recipe: [demo], seed: [0, 1]}\nroot: runs/two\n")
     from galaxydist.cluster.sweep import read_sweep, resolve
@@ -163,12 +167,12 @@ def test_a_sweep_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert "not started. Start it: galaxydist sweep two.yaml" in output and "1 run on simulated; 1 more" in output
 
 
-def test_the_page_asks_for_nothing(html: str) -> None:
+def test_report_page_loads_no_external_resource_and_no_script(html: str) -> None:
     assert not re.search(r'(?:src|href)="(?!#|data:)', html)
     assert "<script" not in html and "@import" not in html
 
 
-def test_galleries_are_shown_and_those_that_are_not_there_asked_for(results: ReportData, html: str) -> None:
+def test_report_page_shows_existing_galleries_and_the_commands_for_missing_ones(results: ReportData, html: str) -> None:
     shown = Page(html).text["gallery"]
     best = {facts.run.run_dir: judged for found in results.datasets for _, facts, judged in found.best_on_own()}
     with_one = [run_dir for run_dir in best if (run_dir / "evaluation" / "test-gallery.json").exists()]
@@ -188,7 +192,7 @@ def test_a_gallery_that_cannot_be_made_is_a_note(tmp_path: Path, capsys: pytest.
     assert "no gallery: " in Page((tmp_path / "page.html").read_text()).text["notes"]
 
 
-def test_what_a_run_was_validated_on_is_taken_out(tmp_path: Path) -> None:
+def test_report_page_shows_accuracy_without_validation_galaxies(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "run", ["recipe=vgg16"], accuracy={"original": 0.5, "balanced": 0.5}, num_galaxies=200)
     assert "Without the galaxies" not in render_report(collect([run.path]), PROVENANCE)[".html"]
     path = run.evaluation_dir / "test.json"
@@ -198,7 +202,7 @@ def test_what_a_run_was_validated_on_is_taken_out(tmp_path: Path) -> None:
     assert "Without the galaxies" in shown and "32 of 200" in shown and "51.19" in shown
 
 
-def test_text_from_runs_is_no_markup(tmp_path: Path) -> None:
+def test_report_escapes_text_of_runs_in_html_markdown_and_latex(tmp_path: Path) -> None:
     names = ("<b>disturbed", "a|b", "c_d%", "e&f")
     run = write_trial(tmp_path / "a<i>b", ["recipe=vit"], dataset="<simulated>", class_names=names, accuracy={"original": 0.5})
     texts = render_report(collect([run.path]), PROVENANCE)
@@ -208,14 +212,14 @@ def test_text_from_runs_is_no_markup(tmp_path: Path) -> None:
     assert r"c d\%" in texts[".tex"]
 
 
-def test_markdown_tables_are_square(texts: dict[str, str]) -> None:
+def test_report_markdown_tables_have_equal_columns_in_every_row(texts: dict[str, str]) -> None:
     blocks = re.findall(r"(?:^\|.*\n)+", texts[".md"], re.MULTILINE)
     assert len(blocks) > 10
     for block in blocks:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
 
-def test_latex_tables_are_square(texts: dict[str, str]) -> None:
+def test_report_latex_tables_have_equal_columns_in_every_row(texts: dict[str, str]) -> None:
     text = texts[".tex"]
     tables = re.findall(r"\\begin\{tabular\}\{([^\n]*)\}\n(.*?)\\end\{tabular\}", text, re.DOTALL)
     assert len(tables) > 10 and text.count(r"\begin{") == text.count(r"\end{")
@@ -231,7 +235,7 @@ def test_latex_tables_are_square(texts: dict[str, str]) -> None:
 
 
 @given(st.text(alphabet=r"ab\&%$#_{}~^<>|±− ", max_size=20))
-def test_latex_has_no_bare_special_character(text: str) -> None:
+def test_latex_escape_leaves_no_special_character(text: str) -> None:
     plain = re.sub(
         r"\\textbackslash\{\}|\\textasciitilde\{\}|\\textasciicircum\{\}|\\textbar\{\}|\$[^$]+\$|\\[&%$#_{}]",
         "",
@@ -240,7 +244,7 @@ def test_latex_has_no_bare_special_character(text: str) -> None:
     assert not set(plain) & set(r"\&%$#_{}^<>|±−")
 
 
-def test_cost_adds_up(tmp_path: Path) -> None:
+def test_cost_of_a_run_multiplies_hours_by_devices(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "run", ["recipe=vit"], validation=None)
     write_logs(run, 0.5, devices=4)
     cost = cost_of(run.timing.read(), BATCH_SIZE)
@@ -250,7 +254,7 @@ def test_cost_adds_up(tmp_path: Path) -> None:
     assert cost_of([], BATCH_SIZE) is None and cost_of([{"step": 5}], BATCH_SIZE) is None
 
 
-def test_damaged_logs_cost_only_their_part(tmp_path: Path) -> None:
+def test_damaged_timing_log_is_noted_and_calibration_is_kept(tmp_path: Path) -> None:
     run = write_trial(tmp_path / "run", ["recipe=vit"])
     write_calibration(run)
     run.timing.path.write_text("nonsense\n")
@@ -260,7 +264,7 @@ def test_damaged_logs_cost_only_their_part(tmp_path: Path) -> None:
     assert facts.calibration["ece"] == 0.08
 
 
-def test_the_command_makes_the_same_run(tmp_path: Path) -> None:
+def test_command_shown_for_a_run_resolves_to_the_same_result_hash(tmp_path: Path) -> None:
     from galaxydist.recipe.identity import result_hash
     from galaxydist.recipe.resolve import load_recipe
 
@@ -273,7 +277,7 @@ def test_the_command_makes_the_same_run(tmp_path: Path) -> None:
     assert "resume" not in command
 
 
-def test_ranking_is_by_validation_alone(tmp_path: Path) -> None:
+def test_report_ranking_uses_validation_not_test_accuracy(tmp_path: Path) -> None:
     runs = [
         write_trial(tmp_path / "good-test", ["recipe=vit"], accuracy={"original": 0.9}, validation=0.4, dataset="simulated"),
         write_trial(tmp_path / "good-val", ["recipe=resnet18"], accuracy={"original": 0.3}, validation=0.6, dataset="simulated"),
@@ -282,14 +286,16 @@ def test_ranking_is_by_validation_alone(tmp_path: Path) -> None:
     assert [run.run_dir.name for run in ranked] == ["good-val", "good-test"] and unranked == []
 
 
-def test_lines_of_one_recipe_are_told_apart_by_their_settings(tmp_path: Path) -> None:
+def test_rows_of_one_recipe_are_labelled_with_the_settings_that_differ(tmp_path: Path) -> None:
     for number, more in enumerate(([], ["optim.lr=0.5"])):
         write_trial(tmp_path / str(number), ["recipe=resnet18", *more], dataset="simulated", accuracy={"original": 0.5})
     found = collect(sorted(tmp_path.iterdir())).datasets[0]
     assert sorted(settings_of(found).values()) == ["optim.lr=0.02", "optim.lr=0.5"]
 
 
-def test_a_report_on_own_data_has_what_was_run_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_on_own_data_shows_only_its_runs_without_published_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     own = {"dataset": "my_survey", "class_names": ("spiral", "merger"), "accuracy": {"original": 0.5}, "num_galaxies": 60}
     runs = {
         "first try": ["recipe=resnet18"],
@@ -323,7 +329,7 @@ def test_a_report_on_own_data_has_what_was_run_and_nothing_else(tmp_path: Path, 
     assert numbers[0] in Page(html).text["matrix"]
 
 
-def test_words() -> None:
+def test_numbers_p_values_and_hours_are_formatted_for_the_report() -> None:
     assert (signed(0.0121), signed(-0.5), signed(-0.0001)) == ("+0.012", "−0.500", "0.000")
     assert (p_text(0.0004), p_text(0.0164)) == ("p < 0.001", "p = 0.016")
     assert (hours_text(1.25), hours_text(0.5), hours_text(0.001)) == ("1.2 h", "30.0 min", "4 s")

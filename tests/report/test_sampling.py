@@ -15,7 +15,7 @@ P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
 
 @given(st.integers(2, 6), st.integers(2, 40), st.integers(0, 2**32 - 1))
-def test_the_errors_are_those_of_the_means(seeds: int, galaxies: int, number: int) -> None:
+def test_seed_and_galaxy_errors_are_the_standard_errors_of_the_means(seeds: int, galaxies: int, number: int) -> None:
     random = np.random.default_rng(number)
     values_SN = random.normal(size=(seeds, galaxies)) + 2 * random.normal(size=galaxies) + random.normal(size=(seeds, 1))
     found = estimate_outcomes(values_SN)
@@ -43,7 +43,7 @@ def test_more_seeds_do_not_reduce_the_error_of_the_galaxies() -> None:
     assert estimate_accuracy([0.7] * 20, 400).standard_error == pytest.approx(estimate_accuracy([0.7], 400).standard_error)
 
 
-def test_the_error_is_that_of_repeated_experiments() -> None:
+def test_standard_error_is_close_to_the_spread_of_repeated_experiments() -> None:
     """New galaxies and new seeds each time: the error is slightly too large, that from counts alone is much too large."""
     random = np.random.default_rng(2)
     means, with_outcomes, counts_alone = [], [], []
@@ -62,7 +62,7 @@ def test_the_error_is_that_of_repeated_experiments() -> None:
     assert 1.3 * variance < np.mean(counts_alone) < 2 * variance
 
 
-def test_a_loss_without_predictions_has_the_error_of_its_seeds_alone() -> None:
+def test_loss_without_predictions_has_only_the_error_between_seeds() -> None:
     found = estimate_mean([1.0, 1.2, 1.1], 500, None)
     assert found.standard_error is None
     assert found.seed_error == pytest.approx(stats.sem([1.0, 1.2, 1.1]))
@@ -70,7 +70,7 @@ def test_a_loss_without_predictions_has_the_error_of_its_seeds_alone() -> None:
     assert known.standard_error == pytest.approx(math.sqrt(0.5 / 500 + stats.sem([1.0, 1.2, 1.1]) ** 2))
 
 
-def test_holm_by_hand() -> None:
+def test_holm_matches_values_computed_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([]) == []
     assert holm([0.7, 0.6]) == [1.0, 1.0]

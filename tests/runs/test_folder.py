@@ -34,7 +34,7 @@ def test_the_first_command_writes_the_recipe_and_the_same_one_continues(tmp_path
     assert folder.read_recipe().recipe["train.log_every"] == 5
 
 
-def test_changed_result_keys_are_all_named_and_nothing_is_written(tmp_path: Path) -> None:
+def test_changed_result_keys_are_refused_naming_all_without_writing(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.continue_recipe(RECIPE, {}, result_keys=RESULT_KEYS)
     before = folder.recipe_path.read_bytes()
@@ -48,7 +48,7 @@ def test_changed_result_keys_are_all_named_and_nothing_is_written(tmp_path: Path
     assert folder.recipe_path.read_bytes() == before
 
 
-def test_forced_changes_are_recorded_each_time(tmp_path: Path) -> None:
+def test_forced_recipe_changes_are_recorded_with_step_and_values(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.continue_recipe(RECIPE, {}, result_keys=RESULT_KEYS)
     for step, lr in ((7, 0.01), (9, 0.02)):
@@ -64,7 +64,7 @@ def test_forced_changes_are_recorded_each_time(tmp_path: Path) -> None:
         )
 
 
-def test_a_key_that_only_one_side_has_counts_as_changed() -> None:
+def test_recipe_key_that_only_one_side_has_or_of_another_type_is_a_change() -> None:
     with pytest.raises(UserError, match=r"optim\.beta9: null in the run folder, 0\.5 now"):
         compare_recipes({}, {"optim.beta9": 0.5}, result_keys={"optim.beta9"})
     with pytest.raises(UserError, match=r"flag: 1 in the run folder, true now"):
@@ -72,7 +72,7 @@ def test_a_key_that_only_one_side_has_counts_as_changed() -> None:
     assert compare_recipes({"dir": Path("a")}, {"dir": "a"}, result_keys={"dir"}) == []
 
 
-def test_a_folder_without_a_recipe_or_with_a_damaged_one_is_refused(tmp_path: Path) -> None:
+def test_run_folder_without_a_readable_recipe_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with pytest.raises(UserError, match="not a run folder"):
         folder.read_recipe()
@@ -84,13 +84,13 @@ def test_a_folder_without_a_recipe_or_with_a_damaged_one_is_refused(tmp_path: Pa
         folder.read_recipe()
 
 
-def test_a_file_where_the_folder_should_be_is_refused(tmp_path: Path) -> None:
+def test_run_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     with pytest.raises(UserError, match=r"cannot be made: .* run\.dir"):
         RunFolder(tmp_path / "runs" / "demo").create()
 
 
-def test_tracker_state_and_result(tmp_path: Path) -> None:
+def test_tracker_state_and_result_are_read_back_as_written(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert folder.read_tracker() == {}
     folder.write_tracker(run_id="abc", stored_step=40, is_complete=False)
@@ -101,7 +101,7 @@ def test_tracker_state_and_result(tmp_path: Path) -> None:
     assert folder.read_result() == {"accuracy": 0.5, "checkpoint": "x"}
 
 
-def test_a_failed_write_leaves_the_old_contents_and_no_litter(tmp_path: Path) -> None:
+def test_failed_json_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="nan"):
@@ -128,7 +128,7 @@ for write in (lambda: replace_bytes(folder / "state.json", b"x" * 2000), lambda:
 """
 
 
-def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
+def test_file_size_limit_keeps_the_old_state_and_metrics(tmp_path: Path) -> None:
     replace_bytes(tmp_path / "state.json", b"old")
     MetricsLog(tmp_path / "m.jsonl").append(1, {"x": 1.0})
     done = subprocess.run([sys.executable, "-c", SMALL_DISK, tmp_path], capture_output=True, text=True, check=True)
@@ -141,7 +141,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.jsonl", "state.json"]
 
 
-def test_metrics_come_back_as_they_were_logged(tmp_path: Path) -> None:
+def test_metrics_log_reads_back_its_records_with_nonfinite_values_as_null(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     assert log.read() == []
     assert log.cut_back(3) == 0
@@ -174,7 +174,7 @@ def test_cutting_back_keeps_exactly_the_lines_up_to_a_step(
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*kept, 99]
 
 
-def test_appending_after_a_kill_drops_the_half_line(tmp_path: Path) -> None:
+def test_metrics_log_append_drops_a_half_written_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     MetricsLog(path).append(1, {"a": 1.0})
     with path.open("ab") as file:
@@ -183,14 +183,14 @@ def test_appending_after_a_kill_drops_the_half_line(tmp_path: Path) -> None:
     assert [line["step"] for line in MetricsLog(path).read()] == [1, 3]
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+def test_metrics_log_with_a_damaged_line_in_the_middle_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
     with pytest.raises(UserError, match="line 2 is damaged"):
         MetricsLog(path).read()
 
 
-def test_a_recipe_of_an_older_version_is_taken_to_have_the_defaults_of_keys_that_came_later(tmp_path: Path) -> None:
+def test_recipe_of_an_older_version_has_the_defaults_of_later_keys(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.continue_recipe(RECIPE, {}, result_keys=RESULT_KEYS)
     later = {"result_keys": {*RESULT_KEYS, "train.later"}, "defaults": {"train.later": 1}}

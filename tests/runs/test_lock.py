@@ -55,7 +55,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "lock.json"
 
 
-def test_a_job_waits_for_a_dead_one_but_not_for_one_that_lives(path: Path) -> None:
+def test_patient_lock_waits_for_a_stale_lock_and_refuses_a_live_one(path: Path) -> None:
     """Its predecessor was killed on another node a moment ago: nobody can say so but the heartbeat, which stands still."""
 
     def patient(stale_seconds: float) -> RunLock:
@@ -72,7 +72,7 @@ def test_a_job_waits_for_a_dead_one_but_not_for_one_that_lives(path: Path) -> No
     end(holder)
 
 
-def test_a_lock_is_held_once_and_released(path: Path) -> None:
+def test_run_lock_is_exclusive_and_released_on_exit(path: Path) -> None:
     with make_lock(path) as lock:
         assert lock.is_held
         lock.check()
@@ -84,7 +84,7 @@ def test_a_lock_is_held_once_and_released(path: Path) -> None:
         pass
 
 
-def test_a_running_process_is_named_with_what_to_do(path: Path) -> None:
+def test_lock_of_a_running_process_is_refused_naming_its_job_and_remedy(path: Path) -> None:
     holder = start_holder(path, job_id="77")
     with pytest.raises(UserError) as raised:
         make_lock(path).acquire()
@@ -106,7 +106,7 @@ def test_a_killed_process_is_taken_over_at_once_with_a_warning(path: Path, caplo
     end(holder)
 
 
-def test_a_process_of_the_same_number_is_not_taken_for_the_owner(path: Path) -> None:
+def test_lock_of_a_reused_pid_is_taken_over(path: Path) -> None:
     holder = start_holder(path)
     text = path.read_text()
     end(holder)
@@ -117,7 +117,7 @@ def test_a_process_of_the_same_number_is_not_taken_for_the_owner(path: Path) -> 
         assert lock.is_held
 
 
-def test_another_host_is_believed_until_its_heartbeat_is_stale(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lock_of_another_host_is_respected_until_its_heartbeat_is_stale(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     holder = start_holder(path, host="node2")
     with pytest.raises(UserError, match=r"on node2 .*If that process is gone, try again in \d+ s"):
         make_lock(path).acquire()
@@ -130,7 +130,7 @@ def test_another_host_is_believed_until_its_heartbeat_is_stale(path: Path, caplo
         assert "has not been heard of for 40" in caplog.text
 
 
-def test_the_same_machine_after_a_restart_counts_as_another(path: Path) -> None:
+def test_lock_from_before_a_reboot_is_respected_until_its_heartbeat_is_stale(path: Path) -> None:
     """Its process numbers begin anew: one that runs now says nothing about the one that took the lock."""
     end_of_text = make_lock(path).owner.pid_space
     if not end_of_text:
@@ -159,7 +159,7 @@ def test_a_later_restart_of_the_same_job_takes_over_at_once(path: Path) -> None:
         lock.check()
 
 
-def test_heartbeats_come_and_stop(path: Path) -> None:
+def test_lock_heartbeat_updates_the_file_and_stops_on_release(path: Path) -> None:
     now = [1000.0]
     lock = make_lock(path, clock=lambda: now[0])
     lock.acquire()
@@ -174,7 +174,7 @@ def test_heartbeats_come_and_stop(path: Path) -> None:
     assert not any(thread.name == "run-lock-heartbeat" for thread in threading.enumerate())
 
 
-def test_a_lock_that_somebody_removed_is_lost(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_removed_or_replaced_lock_is_reported_as_lost_by_check(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lock = make_lock(path)
     lock.acquire()
     path.unlink()
@@ -191,7 +191,7 @@ def test_a_lock_that_somebody_removed_is_lost(path: Path, caplog: pytest.LogCapt
         assert path.exists()
 
 
-def test_a_damaged_lock_is_waited_for_then_replaced(path: Path) -> None:
+def test_damaged_lock_is_refused_while_fresh_and_replaced_when_stale(path: Path) -> None:
     path.write_text("{")
     with pytest.raises(UserError, match="being taken"):
         make_lock(path).acquire()
@@ -199,7 +199,7 @@ def test_a_damaged_lock_is_waited_for_then_replaced(path: Path) -> None:
         pass
 
 
-def test_a_forked_child_does_not_release_it(path: Path) -> None:
+def test_release_in_a_forked_child_does_not_release_the_parents_lock(path: Path) -> None:
     with make_lock(path) as lock:
         child = multiprocessing.get_context("fork").Process(target=lock.release)
         child.start()
@@ -207,7 +207,7 @@ def test_a_forked_child_does_not_release_it(path: Path) -> None:
         assert lock.is_held
 
 
-def test_a_stopped_process_is_not_taken_for_dead(path: Path) -> None:
+def test_lock_of_a_stopped_process_is_still_in_use(path: Path) -> None:
     holder = start_holder(path)
     os.kill(holder.pid, signal.SIGSTOP)
     try:
@@ -242,7 +242,7 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("flock", ["flock", "noflock"])
 @pytest.mark.parametrize("left_by", ["nobody", "a dead process"])
-def test_of_processes_that_start_at_the_same_instant_one_wins(path: Path, flock: str, left_by: str) -> None:
+def test_exactly_one_of_4_processes_starting_together_gets_the_lock(path: Path, flock: str, left_by: str) -> None:
     if left_by != "nobody":
         holder = start_holder(path)
         holder.kill()

@@ -18,7 +18,7 @@ def write_steps(path: Path, steps: list[int], width: int = 0) -> None:
 @given(
     st.lists(st.binary(max_size=20).map(lambda line: line.replace(b"\n", b"")), max_size=30), st.integers(1, 200), st.booleans()
 )
-def test_the_tail_is_the_last_whole_lines(lines: list[bytes], num_bytes: int, is_torn: bool) -> None:
+def test_read_tail_returns_the_last_whole_lines_that_fit(lines: list[bytes], num_bytes: int, is_torn: bool) -> None:
     data = b"".join(line + b"\n" for line in lines)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "log"
@@ -32,39 +32,39 @@ def test_the_tail_is_the_last_whole_lines(lines: list[bytes], num_bytes: int, is
     assert size - start <= num_bytes or not found
 
 
-def test_the_tail_ends_where_it_is_told(tmp_path: Path) -> None:
+def test_read_tail_stops_at_the_given_end(tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(b"one\ntwo\nthree\n")
     assert read_tail(tmp_path / "log", end=8) == [b"one", b"two"]
     assert read_tail(tmp_path / "log", end=10, whole=False) == [b"one", b"two", b"th"]
 
 
-def test_a_missing_file_has_no_lines(tmp_path: Path) -> None:
+def test_read_tail_and_read_step_records_of_a_missing_file_are_empty(tmp_path: Path) -> None:
     assert read_tail(tmp_path / "none") == []
     assert read_tail_records(tmp_path / "none") == []
     assert read_step_records(tmp_path / "none", 3) == []
 
 
-def test_what_is_no_record_is_passed_over(tmp_path: Path) -> None:
+def test_read_tail_records_skips_lines_that_are_no_records(tmp_path: Path) -> None:
     (tmp_path / "log").write_text('{"step": 1}\n[1]\nnonsense\n{"step": 2}\n{"step"')
     assert read_tail_records(tmp_path / "log") == [{"step": 1}, {"step": 2}]
 
 
 @given(st.lists(st.integers(0, 60), max_size=60), st.integers(0, 61), st.sampled_from([0, 50, 900]))
-def test_the_lines_of_a_step_are_found(steps: list[int], wanted: int, width: int) -> None:
+def test_read_step_records_finds_every_line_of_a_step(steps: list[int], wanted: int, width: int) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "metrics.jsonl"
         write_steps(path, sorted(steps), width)
         assert len(read_step_records(path, wanted)) == steps.count(wanted)
 
 
-def test_all_lines_of_a_step_are_found_wherever_the_search_lands(tmp_path: Path) -> None:
+def test_read_step_records_finds_all_lines_for_any_search_position(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for first in range(0, 60, 7):
         write_steps(path, [1] * first + [2] * 50 + [3] * (60 - first), 900)
         assert len(read_step_records(path, 2)) == 50
 
 
-def test_few_blocks_of_a_long_file_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_step_records_parses_few_lines_of_a_long_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.jsonl"
     write_steps(path, [*range(20_000)], 80)
     parsed = []

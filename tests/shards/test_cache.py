@@ -100,7 +100,7 @@ def assert_same(found: list[Batch], expected: list[Batch]) -> None:
     limit=st.integers(10, 60),
     moves=st.lists(st.tuples(st.integers(0, 11), st.booleans(), st.booleans()), max_size=30),
 )
-def test_the_limit_holds_and_what_is_in_use_stays(
+def test_cache_stays_within_its_limit_and_keeps_files_in_use(
     tmp_path_factory: pytest.TempPathFactory, limit: int, moves: list[tuple[int, bool, bool]]
 ) -> None:
     """Files of 1 to 12 bytes are opened (or not to be had) and let go in any order."""
@@ -125,7 +125,7 @@ def test_the_limit_holds_and_what_is_in_use_stays(
     assert hidden(cache.folder) == []
 
 
-def test_what_was_not_used_for_the_longest_time_goes_first(tmp_path: Path) -> None:
+def test_cache_evicts_the_least_recently_used_file_first(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 30)
     for number in range(3):
         assert cache.get_or_fetch(
@@ -137,7 +137,7 @@ def test_what_was_not_used_for_the_longest_time_goes_first(tmp_path: Path) -> No
     assert sorted(path.stem for path in tmp_path.rglob("*.tar")) == ["0", "2", "3"]
 
 
-def test_going_over_the_limit_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_cache_over_its_limit_is_warned_about_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(tmp_path / "cache", 10)
     files = [
         cache.get_or_fetch(CacheEntry(f"{OWN}/{n}.tar", 6), put(b"123456"), stop=STOP, allow_over_limit=True) for n in range(4)
@@ -150,7 +150,7 @@ def test_going_over_the_limit_is_said_once(tmp_path: Path, caplog: pytest.LogCap
     assert held_bytes(tmp_path / "cache") == 6
 
 
-def test_a_file_of_the_wrong_size_is_fetched_anew(folder: Path, tmp_path: Path) -> None:
+def test_cached_file_of_the_wrong_size_is_downloaded_again(folder: Path, tmp_path: Path) -> None:
     with FileServer(folder) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache"))
         expected = read(read_manifest(folder), 12)
@@ -167,7 +167,7 @@ def test_a_file_of_the_wrong_size_is_fetched_anew(folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.multiprocess
-def test_a_killed_fetch_leaves_nothing_that_is_taken_for_whole(folder: Path, tmp_path: Path) -> None:
+def test_partial_files_of_a_killed_download_are_removed_and_not_read(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with FileServer(folder, Behaviour(block_delay_s=0.2)) as server:
         with forked(read_as_rank, *rank_arguments(server.url, folder, cache), folder=tmp_path / "log") as rank:
@@ -184,7 +184,9 @@ def test_a_killed_fetch_leaves_nothing_that_is_taken_for_whole(folder: Path, tmp
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("max_bytes", [FAR, 420_000])
-def test_ranks_of_a_node_fetch_each_shard_once(folder: Path, tmp_path: Path, max_bytes: int) -> None:
+def test_two_ranks_of_a_node_download_each_shard_once_within_the_cache_limit(
+    folder: Path, tmp_path: Path, max_bytes: int
+) -> None:
     """Two real processes and a server that fails often; also with a cache that holds only a part of the shards."""
     cache = tmp_path / "cache"
     total = sum(path.stat().st_size for path in folder.glob("train-*.tar"))
@@ -220,7 +222,7 @@ def test_ranks_of_a_node_fetch_each_shard_once(folder: Path, tmp_path: Path, max
     assert hidden(cache) == [] and server.others == []
 
 
-def test_resampling_and_evaluation_from_a_server(folder: Path, tmp_path: Path) -> None:
+def test_resampled_and_evaluation_batches_from_http_equal_the_local_ones(folder: Path, tmp_path: Path) -> None:
     with FileServer(folder, Behaviour(trouble=every(20))) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache", 10_000_000, threads=2))
         local = read_manifest(folder)
@@ -232,7 +234,7 @@ def test_resampling_and_evaluation_from_a_server(folder: Path, tmp_path: Path) -
     assert {path: count - server.failures[path] for path, count in server.gets.items()} == dict.fromkeys(server.gets, 1)
 
 
-def test_a_cache_too_small_for_what_is_read_at_once(folder: Path, tmp_path: Path) -> None:
+def test_cache_smaller_than_the_working_set_is_refused_before_any_download(folder: Path, tmp_path: Path) -> None:
     with FileServer(folder) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache", 80_000))
         said = r"data.cache_size=8e-05 and the disk of .* leave .*e-05 GB for shards, but 0.00\d+ GB .*data.num_streams=4"
@@ -243,7 +245,7 @@ def test_a_cache_too_small_for_what_is_read_at_once(folder: Path, tmp_path: Path
     assert not [path for path in server.gets if path.endswith(".tar")]
 
 
-def test_a_folder_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
+def test_unwritable_cache_folder_is_refused_naming_data_cache_dir(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
         UserError, match=r"the cache .*file/cache cannot be written .* choose another folder with data.cache_dir="
@@ -284,7 +286,7 @@ print(sorted(path.name for path in Path(cache).rglob(".*")))
 """
 
 
-def test_files_that_may_not_be_so_large(folder: Path, tmp_path: Path) -> None:
+def test_file_size_limit_in_the_cache_is_explained_and_leaves_no_part(folder: Path, tmp_path: Path) -> None:
     with FileServer(folder) as server:
         command = [sys.executable, "-c", FILL, server.url, str(tmp_path / "cache"), "limit"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -297,7 +299,9 @@ def test_files_that_may_not_be_so_large(folder: Path, tmp_path: Path) -> None:
     [(500_000, ""), (700_000, "data.cache_size=100 and the disk of DISK/cache leave ")],
     ids=["smaller", "too small"],
 )
-def test_a_disk_that_is_nearly_full(folder: Path, tmp_path: Path, taken: int, said: str) -> None:
+def test_cache_on_a_nearly_full_disk_uses_only_the_free_space_or_is_refused(
+    folder: Path, tmp_path: Path, taken: int, said: str
+) -> None:
     """A real file system of 800 kB, which goes with the process: the cache keeps within what others leave free."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -317,7 +321,7 @@ def fetch_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith(("galaxydist-fetch", "galaxydist-decode"))]
 
 
-def test_closing_ends_everything_at_once(folder: Path, tmp_path: Path) -> None:
+def test_closing_the_loader_ends_download_threads_and_removes_parts(folder: Path, tmp_path: Path) -> None:
     with FileServer(folder) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache"))
         server.behaviour = Behaviour(block_delay_s=5.0)
@@ -343,7 +347,7 @@ def test_closing_ends_everything_at_once(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.multiprocess
-def test_ctrl_c_in_the_middle_of_a_fetch(folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_during_a_download_leaves_no_partial_file(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with FileServer(folder) as server:
         open_shards(server.url, CacheConfig(cache))
@@ -361,7 +365,7 @@ def test_ctrl_c_in_the_middle_of_a_fetch(folder: Path, tmp_path: Path) -> None:
     assert hidden(cache) == []
 
 
-def test_a_missing_or_changed_shard_reaches_the_reader(folder: Path, tmp_path: Path) -> None:
+def test_missing_or_changed_remote_shard_is_raised_or_reported_by_the_loader(folder: Path, tmp_path: Path) -> None:
     served = shutil.copytree(folder, tmp_path / "served")
     (served / "train-000002.tar").unlink()
     other = bytearray((served / "train-000004.tar").read_bytes())
@@ -378,7 +382,7 @@ def test_a_missing_or_changed_shard_reaches_the_reader(folder: Path, tmp_path: P
     assert not list(remote.dir.glob("train-00000[24]*")) and hidden(remote.dir) == []
 
 
-def test_uses_are_taken_in_order() -> None:
+def test_fetch_queue_returns_shards_in_order_of_use_within_the_epoch() -> None:
     def rows(*uses: tuple[int, int, int]) -> np.ndarray:
         return np.array([*uses], INTERVAL)
 
@@ -395,7 +399,7 @@ def test_uses_are_taken_in_order() -> None:
         schedule.take(3, 29)
 
 
-def test_what_others_keep_beside_the_cache_is_left_alone(tmp_path: Path) -> None:
+def test_foreign_files_in_the_cache_folder_are_neither_counted_nor_removed(tmp_path: Path) -> None:
     """A user may give a folder that holds more than the cache: it neither counts nor goes, however old it is."""
     others = [tmp_path / "thesis" / "images.tar", tmp_path / "images.tar", tmp_path / "thesis" / ".images.tar.lock"]
     for path in others:
@@ -409,7 +413,7 @@ def test_what_others_keep_beside_the_cache_is_left_alone(tmp_path: Path) -> None
     assert [path.name for path in (tmp_path / OWN).iterdir()] == ["2.tar"]
 
 
-def test_an_error_while_room_is_made_leaves_the_file_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_while_making_room_leaves_the_file_to_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else all processes of the node would wait for one that has given up."""
     cache = Cache(tmp_path, 100)
 
@@ -424,14 +428,14 @@ def test_an_error_while_room_is_made_leaves_the_file_to_the_next(tmp_path: Path,
     assert "pwrite" not in str(raised.value)  # the error is still held, and with it what its frames hold
 
 
-def test_a_rank_without_a_batch_to_evaluate(folder: Path, tmp_path: Path) -> None:
+def test_eval_loader_of_a_rank_without_batches_is_empty(folder: Path, tmp_path: Path) -> None:
     with FileServer(folder) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache", 10_000_000, threads=1))
         with EvalLoader(remote, "test", batch_size=64, ranks=RankInfo(7, 8)) as reader:
             assert len(reader) == 0 and list(reader) == []
 
 
-def test_a_reader_that_is_many_short_epochs_ahead() -> None:
+def test_fetch_queue_finds_a_shard_epochs_ahead_and_raises_for_an_unused_one() -> None:
     epochs = [np.array([(number % 9, number, number)], INTERVAL) for number in range(40)]
     schedule = FetchQueue(iter(epochs), 10)
     assert schedule.take(8, 0) == 8
@@ -470,7 +474,7 @@ def test_the_limit_on_open_files_is_raised_or_explained(folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_more_shards_awaited_than_are_fetched_at_a_time(tmp_path: Path, threads: int) -> None:
+def test_loader_awaiting_more_shards_than_download_threads_gets_every_batch(tmp_path: Path, threads: int) -> None:
     """A reader that was served leaves no wish behind: a fetching thread would take it up when its shard is over, and die."""
     survey = MemorySurvey(tuple(as_jpeg(galaxy) for galaxy in draw_galaxies(200)))
     local = write_shards(survey, tmp_path / "shards", shard_size=1, workers=1)
@@ -481,7 +485,7 @@ def test_more_shards_awaited_than_are_fetched_at_a_time(tmp_path: Path, threads:
             assert_same(list(found), list(expected))
 
 
-def test_the_next_epoch_is_fetched_while_this_one_is_read(folder: Path, tmp_path: Path) -> None:
+def test_shards_of_the_next_epoch_are_downloaded_during_the_current_one(folder: Path, tmp_path: Path) -> None:
     """Also where no shard of this epoch is over before its end, as in any split smaller than a window for each stream."""
     with FileServer(folder) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache", 10_000_000, threads=2))

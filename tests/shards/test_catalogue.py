@@ -112,7 +112,7 @@ TYPES = {
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_a_row_a_sample_in_storage_order(manifest: Manifest, split: str) -> None:
+def test_catalogue_has_one_row_per_sample_in_storage_order(manifest: Manifest, split: str) -> None:
     table = read_catalogue(manifest, split)
     assert {field.name: field.type for field in table.schema} == TYPES
     assert table.column_names[:3] == ["id", "ra", "dec"]
@@ -122,7 +122,7 @@ def test_a_row_a_sample_in_storage_order(manifest: Manifest, split: str) -> None
     assert [row % 3 for row in table["row"].to_pylist()] == labels.tolist()
 
 
-def test_columns_in_the_order_asked_for_and_those_that_there_are(manifest: Manifest) -> None:
+def test_read_catalogue_returns_existing_columns_in_the_requested_order(manifest: Manifest) -> None:
     whole = read_catalogue(manifest, "val")
     asked = ["redshift", "petrosian_radius", "id"]
     for prepare in (read_manifest, make_old):
@@ -133,7 +133,7 @@ def test_columns_in_the_order_asked_for_and_those_that_there_are(manifest: Manif
         read_catalogue(manifest, "dev")
 
 
-def test_shards_without_a_catalogue_give_the_same_table_from_their_tars(manifest: Manifest) -> None:
+def test_catalogue_of_older_shards_is_rebuilt_from_their_tars(manifest: Manifest) -> None:
     tables = {split: read_catalogue(manifest, split) for split in manifest.splits}
     old = make_old(manifest.dir)
     assert old.catalogues == {}
@@ -145,7 +145,7 @@ def test_shards_without_a_catalogue_give_the_same_table_from_their_tars(manifest
     }
 
 
-def test_a_survey_file_s_own_extras_and_the_official_marks(tmp_path: Path) -> None:
+def test_catalogue_of_a_survey_file_has_its_extras_and_original_split(tmp_path: Path) -> None:
     write_survey(tmp_path / "survey.h5")
     manifest = write_shards(open_survey(tmp_path / "survey.h5"), tmp_path / "shards", image_size=32, workers=1)
     table = read_catalogue(manifest, "train")
@@ -155,7 +155,7 @@ def test_a_survey_file_s_own_extras_and_the_official_marks(tmp_path: Path) -> No
     assert table["redshift"].null_count > 0
 
 
-def test_old_readers_find_all_that_they_look_for_and_nothing_else(manifest: Manifest) -> None:
+def test_manifest_with_catalogues_keeps_format_1_and_npy_only_columns(manifest: Manifest) -> None:
     """What stands under ``columns`` they want on the disk; other keys of manifest.json they do not look at."""
     content = json.loads(manifest.path.read_text())
     assert content["format_version"] == 1
@@ -171,7 +171,9 @@ def test_a_split_without_galaxies_has_an_empty_catalogue(tmp_path: Path) -> None
     assert read_catalogue(make_old(manifest.dir), "val").column_names == ["id", "ra", "dec"]
 
 
-def test_the_file_has_no_time_in_it_and_row_groups_of_one_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_catalogue_file_is_byte_equal_for_equal_rows_with_fixed_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(catalogues, "ROW_GROUP", 10)
     tables = [
         table_of((f"g{n}", json.dumps({"ra": n, "dec": 0.0, "n": n}).encode()) for n in range(f, f + 7)) for f in range(0, 28, 7)
@@ -197,7 +199,7 @@ SCALARS = st.one_of(
     values=st.lists(st.fixed_dictionaries({}, optional={"a": SCALARS, "b": st.floats() | st.integers(-9, 9)}), max_size=12),
     cuts=st.lists(st.integers(0, 12), max_size=4),
 )
-def test_the_table_does_not_hang_on_how_galaxies_are_dealt_to_shards(values: Sequence[dict[str, Any]], cuts: list[int]) -> None:
+def test_catalogue_does_not_depend_on_the_distribution_to_shards(values: Sequence[dict[str, Any]], cuts: list[int]) -> None:
     metas = [(f"k{number}", json.dumps(value).encode()) for number, value in enumerate(values)]
     bounds = [0, *sorted(min(cut, len(metas)) for cut in cuts), len(metas)]
     tables = [table_of(metas[start:stop]) for start, stop in itertools.pairwise(bounds)]
@@ -230,7 +232,7 @@ def test_a_damaged_exchanged_or_missing_catalogue_is_refused(manifest: Manifest)
     check_columns(manifest)  # what training reads is all there
 
 
-def test_writing_again_restores_a_catalogue_that_is_gone(tmp_path: Path) -> None:
+def test_missing_catalogue_is_restored_by_writing_with_overwrite(tmp_path: Path) -> None:
     survey = MemorySurvey(draw_galaxies(30))
     manifest = write_shards(survey, tmp_path / "shards", workers=1)
     (manifest.dir / NAME).unlink()
@@ -249,7 +251,7 @@ def rewrite(manifest: Manifest, table: pa.Table) -> Manifest:
     return read_manifest(manifest.path)
 
 
-def test_a_catalogue_of_other_galaxies_is_found_by_the_check(manifest: Manifest) -> None:
+def test_check_shards_finds_a_catalogue_that_disagrees_with_the_tars(manifest: Manifest) -> None:
     table = read_catalogue(manifest, "train")
     dec = table["dec"].to_pylist()
     dec[11] = 5.0
@@ -278,7 +280,7 @@ def test_a_catalogue_of_other_galaxies_is_found_by_the_check(manifest: Manifest)
         check_shards(changed.path)
 
 
-def test_damaged_tars_without_a_catalogue_are_named(manifest: Manifest) -> None:
+def test_catalogue_rebuilt_from_damaged_tars_names_the_shard(manifest: Manifest) -> None:
     old = make_old(manifest.dir)
     shard = old.shard_path("train", 2)
     data = shard.read_bytes()
@@ -299,7 +301,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_pauses")
-def test_from_a_store_it_is_fetched_when_it_is_asked_for_and_kept(written: Path, tmp_path: Path) -> None:
+def test_remote_catalogue_is_downloaded_on_first_use_and_cached(written: Path, tmp_path: Path) -> None:
     local = read_manifest(written)
     with FileServer(written, Behaviour(trouble=every(3))) as server:
         remote = open_shards(server.url, CacheConfig(tmp_path / "cache"))
@@ -321,7 +323,7 @@ def test_from_a_store_it_is_fetched_when_it_is_asked_for_and_kept(written: Path,
 
 
 @pytest.mark.usefixtures("short_pauses")
-def test_old_shards_in_a_store_are_read_through_the_cache(manifest: Manifest, tmp_path: Path) -> None:
+def test_catalogue_of_older_remote_shards_is_rebuilt_through_the_cache(manifest: Manifest, tmp_path: Path) -> None:
     table = read_catalogue(manifest, "test")
     make_old(manifest.dir)
     with FileServer(manifest.dir, Behaviour(trouble=every(5))) as server:
@@ -334,7 +336,7 @@ def test_old_shards_in_a_store_are_read_through_the_cache(manifest: Manifest, tm
 
 
 @pytest.mark.slow
-def test_many_galaxies_are_read_in_seconds(tmp_path: Path) -> None:
+def test_catalogue_of_a_million_rows_is_read_in_under_10_seconds_of_cpu(tmp_path: Path) -> None:
     """A million rows: the file, not the tars."""
     import time
 

@@ -84,7 +84,7 @@ def assert_same(remote: Manifest, folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_aws")
-def test_an_epoch_from_s3_is_the_local_one(
+def test_epoch_from_s3_equals_the_local_one_with_one_get_per_file(
     s3: tuple[str, Path], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, log = s3
@@ -116,7 +116,7 @@ def test_an_epoch_from_s3_is_the_local_one(
         ("s3://nothing/shards/manifest.json", KEYS, "no shards: s3://nothing/shards/manifest.json does not exist"),
     ],
 )
-def test_what_s3_refuses_is_said_at_once(  # noqa: PLR0917
+def test_s3_errors_are_explained_after_at_most_one_request(  # noqa: PLR0917
     s3: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, environment: dict[str, str], message: str
 ) -> None:
     address, log = s3
@@ -128,7 +128,9 @@ def test_what_s3_refuses_is_said_at_once(  # noqa: PLR0917
     assert len(log.read_text().splitlines()) - before <= 1
 
 
-def test_google_s_store_is_asked_once_an_attempt(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epoch_from_google_storage_equals_the_local_one_with_one_get_per_attempt(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with FileServer(folder, Behaviour(trouble=every(9)), prefix="/download/storage/v1/b/galaxies/o/shards/") as server:
         monkeypatch.setitem(fsspec.config.conf, "gs", {"endpoint_url": server.address, "token": "anon"})
         assert_same(opened("gs://galaxies/shards/manifest.json", tmp_path), folder)
@@ -137,7 +139,9 @@ def test_google_s_store_is_asked_once_an_attempt(folder: Path, tmp_path: Path, m
     assert server.others == []
 
 
-def test_the_hub_is_asked_for_plain_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epoch_from_the_hugging_face_hub_equals_the_local_one_with_one_get_per_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with FileServer(folder, prefix="/datasets/zoo/galaxies/resolve/v1/256/") as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
@@ -156,7 +160,7 @@ def test_a_file_url_goes_through_the_cache(folder: Path, tmp_path: Path) -> None
         opened("file:///nowhere", tmp_path)
 
 
-def test_what_follows_the_question_mark_is_sent_and_not_shown(folder: Path, tmp_path: Path) -> None:
+def test_query_and_credentials_of_a_url_are_sent_but_not_shown(folder: Path, tmp_path: Path) -> None:
     with FileServer(folder) as server:
         url = server.url.replace("http://", "http://user:secret@") + "?signature=hush"
         remote = opened(url, tmp_path)
@@ -172,7 +176,7 @@ def test_what_follows_the_question_mark_is_sent_and_not_shown(folder: Path, tmp_
     assert all(headers["Authorization"].startswith("Basic ") for _, headers in server.asked.values())
 
 
-def test_other_protocols_and_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_protocols_and_missing_packages_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"cannot be read through gopher://; use s3://.* https://.* hf://.* file://"):
         opened("gopher://somewhere/shards", tmp_path)
     monkeypatch.setitem(sys.modules, "s3fs", None)
@@ -197,7 +201,7 @@ def test_other_protocols_and_missing_packages(tmp_path: Path, monkeypatch: pytes
         ("corrupt", transfers.WRONG_CONTENTS, "train-000000.tar differs from its manifest: its SHA-256 is .*fetched 4 times"),
     ],
 )
-def test_what_may_pass_is_tried_again_and_what_stays_is_not(
+def test_temporary_download_errors_are_retried_and_permanent_ones_are_not(
     folder: Path, tmp_path: Path, status: int | str, gets: int, message: str
 ) -> None:
     sha256 = read_manifest(folder).shards("train")["sha256"][0].tobytes()
@@ -208,7 +212,7 @@ def test_what_may_pass_is_tried_again_and_what_stays_is_not(
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
-def test_each_trouble_once(folder: Path, tmp_path: Path, trouble: int | str) -> None:
+def test_each_download_error_that_occurs_once_is_recovered(folder: Path, tmp_path: Path, trouble: int | str) -> None:
     def first(path: str, number: int) -> int | str | None:
         return trouble if number == 1 and path != "manifest.json" else None
 
@@ -218,14 +222,14 @@ def test_each_trouble_once(folder: Path, tmp_path: Path, trouble: int | str) -> 
     assert set(server.gets.values()) == {2} and set(server.failures.values()) == {1}
 
 
-def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+def test_unreachable_server_is_refused_after_5_attempts(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"http://127.0.0.1:9/manifest.json could not be read in 5 attempts.*server can be reached"
     ):
         opened("http://127.0.0.1:9/manifest.json", tmp_path)
 
 
-def test_a_server_that_falls_silent_is_asked_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_server_is_asked_again_after_a_timeout(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "SILENCE_S", 0.5)
 
     def silence(_path: str, number: int) -> None:
@@ -237,7 +241,7 @@ def test_a_server_that_falls_silent_is_asked_again(folder: Path, tmp_path: Path,
     assert (tmp_path / "x").read_bytes() == (folder / "val-000000.tar").read_bytes()
 
 
-def test_a_transfer_can_be_stopped_in_the_middle(tmp_path: Path) -> None:
+def test_download_stops_when_its_stop_event_is_set(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(10_000_000))
     stop = threading.Event()
 
@@ -258,7 +262,7 @@ def test_a_transfer_can_be_stopped_in_the_middle(tmp_path: Path) -> None:
     assert server.gets["large"] == 1
 
 
-def test_a_manifest_cannot_name_files_elsewhere(folder: Path, tmp_path: Path) -> None:
+def test_manifest_with_paths_outside_its_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     text = (folder / "manifest.json").read_text().replace('"train"', '"../../train"')
     (tmp_path / "evil").mkdir()
     (tmp_path / "evil" / "manifest.json").write_text(text)

@@ -36,14 +36,14 @@ def test_permute_is_a_permutation(size: int, key: int) -> None:
     assert np.array_equal(np.sort(images), indexes)
 
 
-def test_permute_is_even() -> None:
+def test_permute_is_uniform_over_keys() -> None:
     keys = np.random.default_rng(0).integers(0, 2**63, 60_000).astype(np.uint64)
     counts = np.bincount(permute(3, 10, keys), minlength=10)
     assert ((counts - 6000) ** 2 / 6000).sum() < 30  # chi square with 9 degrees of freedom: 1 in 2,000
 
 
 @given(sizes=shard_sizes, seed=seeds, epoch=st.integers(0, 1000), num_streams=st.integers(1, 3000), window=st.integers(1, 200))
-def test_an_epoch_holds_each_sample_once(sizes: list[int], seed: int, epoch: int, num_streams: int, window: int) -> None:
+def test_epoch_order_holds_each_sample_once(sizes: list[int], seed: int, epoch: int, num_streams: int, window: int) -> None:
     order = EpochOrder(sizes, seed=seed, epoch=epoch, num_streams=num_streams, window=window)
     positions = np.arange(sum(sizes))
     samples = order.samples(positions)
@@ -80,7 +80,9 @@ def test_a_global_batch_is_the_same_for_every_number_of_processes(
         ([9000], 2, 100),  # several windows in a stream
     ],
 )
-def test_extreme_sizes(sizes: list[int], num_streams: int, batch_size: int) -> None:
+def test_epoch_order_is_a_bijection_for_extreme_shard_stream_and_batch_sizes(
+    sizes: list[int], num_streams: int, batch_size: int
+) -> None:
     order = EpochOrder(sizes, seed=8, epoch=2, num_streams=num_streams)
     positions = np.arange(sum(sizes))
     assert np.array_equal(np.sort(order.samples(positions)), positions)
@@ -90,7 +92,7 @@ def test_extreme_sizes(sizes: list[int], num_streams: int, batch_size: int) -> N
 
 
 @given(sizes=shard_sizes, seed=seeds, batch_size=st.integers(1, 100), num_streams=st.integers(1, 300))
-def test_training_drops_less_than_a_batch(sizes: list[int], seed: int, batch_size: int, num_streams: int) -> None:
+def test_training_epoch_drops_less_than_one_batch(sizes: list[int], seed: int, batch_size: int, num_streams: int) -> None:
     batch_size = min(batch_size, sum(sizes))
     order = EpochOrder(sizes, seed=seed, epoch=0, num_streams=num_streams)
     num_read = steps_per_epoch(sum(sizes), batch_size) * batch_size
@@ -98,7 +100,7 @@ def test_training_drops_less_than_a_batch(sizes: list[int], seed: int, batch_siz
     assert np.unique(order.samples(np.arange(num_read))).size == num_read
 
 
-def test_each_epoch_drops_other_galaxies() -> None:
+def test_epochs_drop_different_samples() -> None:
     """40 of 1,000 an epoch: as many different ones over 20 epochs as by chance, 1,000 (1 - 0.96^20) = 558."""
 
     def dropped(epoch: int) -> frozenset[int]:
@@ -110,7 +112,7 @@ def test_each_epoch_drops_other_galaxies() -> None:
     assert 500 < len(frozenset.union(*epochs)) < 620
 
 
-def test_each_position_is_a_place_of_its_stream() -> None:
+def test_epoch_positions_are_dealt_to_streams_in_turn() -> None:
     """Position p is stream p mod C, place p div C, and segment i of the line has ceil((N - i) / C) samples."""
     sizes, num_streams = [30, 30, 30, 13], 8
     order = EpochOrder(sizes, seed=3, epoch=0, num_streams=num_streams)
@@ -123,7 +125,7 @@ def test_each_position_is_a_place_of_its_stream() -> None:
     assert np.array_equal(np.bincount(line), sizes)
 
 
-def test_a_rank_reads_whole_streams_where_the_world_divides_streams_and_batch() -> None:
+def test_rank_reads_only_its_own_streams_if_world_size_divides_streams_and_batch() -> None:
     num_streams, batch_size, world_size = 12, 24, 4
     for rank in range(world_size):
         positions = 5 * batch_size + rank_offsets(batch_size, rank, world_size)
@@ -131,7 +133,7 @@ def test_a_rank_reads_whole_streams_where_the_world_divides_streams_and_batch() 
 
 
 @given(seed=seeds, epoch=st.integers(0, 1000), num_streams=st.integers(1, 500), num_shards=st.integers(1, 40))
-def test_epochs_and_seeds_differ(seed: int, epoch: int, num_streams: int, num_shards: int) -> None:
+def test_orders_of_other_epochs_and_seeds_differ(seed: int, epoch: int, num_streams: int, num_shards: int) -> None:
     """As unlike as random permutations: of 1,000 places one or so holds the same galaxy by chance."""
     sizes = np.diff(np.arange(num_shards + 1) * 1000 // num_shards)
 
@@ -149,7 +151,7 @@ def test_epochs_and_seeds_differ(seed: int, epoch: int, num_streams: int, num_sh
             assert same.mean() < (0.65 if 3 * num_streams > 1000 else 0.45)
 
 
-def test_golden_order() -> None:
+def test_order_version_1_has_its_golden_values() -> None:
     """Fixed for order_version 1: a change here breaks the resuming of every run."""
     order = EpochOrder([7, 5, 9, 4], seed=42, epoch=3, num_streams=4, window=5)
     assert order.samples(np.arange(25)).tolist() == GOLDEN_ORDER
@@ -167,7 +169,7 @@ GOLDEN_LARGE = [621992249, 723469716, 621990715, 529978736, 344173214]
 
 
 @pytest.mark.parametrize(("name", "digest"), GOLDEN_DIGESTS.items())
-def test_golden_epochs(name: str, digest: str) -> None:
+def test_whole_epochs_have_their_golden_digests(name: str, digest: str) -> None:
     """Whole epochs: several windows in a stream, streams shorter than a window, empty shards, more streams than samples."""
     orders: dict[str, Order] = {
         "windows": EpochOrder([5000, 0, 7001, 4500, 9000], seed=1, epoch=0, num_streams=2),
@@ -179,7 +181,7 @@ def test_golden_epochs(name: str, digest: str) -> None:
     assert hashlib.sha256(samples.astype("<i8").tobytes()).hexdigest()[:16] == digest
 
 
-def test_golden_places_of_a_large_survey() -> None:
+def test_order_of_a_billion_samples_has_its_golden_values() -> None:
     order = EpochOrder(np.full(100_000, 10_000), seed=1, epoch=1)
     assert order.samples([0, 1, 192, 10**9 // 2, 10**9 - 1]).tolist() == GOLDEN_LARGE
 
@@ -189,7 +191,7 @@ GOLDEN_RESAMPLED = [7, 4, 6, 4, 5, 1, 4, 6, 4, 2]
 
 
 @given(labels=st.lists(st.integers(-1, 6), min_size=1, max_size=400), seed=seeds, epoch=st.integers(0, 9))
-def test_resampling_is_even_over_classes_and_within_them(labels: list[int], seed: int, epoch: int) -> None:
+def test_resampled_order_is_balanced_over_classes_and_within_them(labels: list[int], seed: int, epoch: int) -> None:
     label = np.array(labels)
     if (label < 0).all():
         with pytest.raises(UserError, match="labelled"):
@@ -206,18 +208,18 @@ def test_resampling_is_even_over_classes_and_within_them(labels: list[int], seed
         assert set(times.tolist()) <= {count // times.size, -(-count // times.size)}
 
 
-def test_a_batch_larger_than_the_split_is_refused() -> None:
+def test_batch_size_above_the_split_is_refused() -> None:
     with pytest.raises(UserError, match=r"train.batch_size=64 is more than the 63 training galaxies; use 63"):
         steps_per_epoch(63, 64)
     assert steps_per_epoch(64, 64) == 1
 
 
-def test_more_processes_than_the_batch_holds_are_refused() -> None:
+def test_rank_offsets_refuse_more_processes_than_the_global_batch() -> None:
     with pytest.raises(UserError, match=r"9 processes are more than the global batch holds .*=8"):
         rank_offsets(8, 0, 9)
 
 
-def test_a_position_outside_the_epoch_is_an_error() -> None:
+def test_epoch_order_raises_index_error_outside_the_epoch() -> None:
     order = EpochOrder([5], seed=0, epoch=0)
     with pytest.raises(IndexError):
         order.samples([5])
@@ -226,12 +228,12 @@ def test_a_position_outside_the_epoch_is_an_error() -> None:
 
 
 @given(num_samples=st.integers(0, 500), batch_size=st.integers(1, 60), world_size=st.integers(1, 12))
-def test_evaluation_deals_every_batch_once(num_samples: int, batch_size: int, world_size: int) -> None:
+def test_evaluation_batches_are_dealt_to_ranks_exactly_once(num_samples: int, batch_size: int, world_size: int) -> None:
     dealt = [batch for rank in range(world_size) for batch in evaluation_batches(num_samples, batch_size, rank, world_size)]
     assert sorted(dealt) == list(range(-(-num_samples // batch_size)))
 
 
-def test_a_hundred_thousand_shards_open_at_once() -> None:
+def test_order_of_100000_shards_gives_distinct_samples_at_its_end() -> None:
     """The memory is that of a few numbers for each shard; and a window of a stream is a permutation of its stretch."""
     with peak_memory() as peak:
         order = EpochOrder(np.full(100_000, 10_000), seed=1, epoch=1)
@@ -244,7 +246,7 @@ def test_a_hundred_thousand_shards_open_at_once() -> None:
         assert (gaps >= 1).all() and (gaps > 1).sum() <= 1  # two shards at most, without holes
 
 
-def test_reading_order_is_unlike_storage_order() -> None:
+def test_epoch_order_is_uncorrelated_with_storage_and_with_other_epochs() -> None:
     """Rank correlation near 0, and the mates of a batch are new ones in the next epoch."""
     sizes, batch_size = [100] * 100, 64
     orders = [EpochOrder(sizes, seed=5, epoch=epoch).samples(np.arange(10_000)) for epoch in (0, 1)]
@@ -271,7 +273,7 @@ def contents(batch: Batch) -> NDArray[np.int64]:
 
 @pytest.mark.parametrize("balance", ["none", "resample"])
 @pytest.mark.parametrize(("num_streams", "batch_size"), [(192, 24), (500, 7), (3, 5), (5, 72), (1, 1)])
-def test_readers_of_any_number_of_processes_share_each_batch(
+def test_train_loaders_of_any_world_size_share_each_global_batch(
     blobs: Path, num_streams: int, batch_size: int, balance: str
 ) -> None:
     """More streams than galaxies; fewer and more than a batch; one batch an epoch. Across the end of an epoch."""
@@ -291,7 +293,7 @@ def test_readers_of_any_number_of_processes_share_each_batch(
 
 
 @pytest.mark.parametrize("balance", ["none", "resample"])
-def test_reading_resumes_exactly_anywhere(blobs: Path, balance: str) -> None:
+def test_train_loader_resumes_exactly_at_any_step_and_world_size(blobs: Path, balance: str) -> None:
     """In the middle of an epoch, at its end, in the next, and with another number of processes than before."""
     settings = {"num_streams": 5, "batch_size": 20, "balance": balance}  # 3 steps an epoch
     whole = [contents(batch) for batch in read(blobs, 8, **settings)]
@@ -305,7 +307,7 @@ def test_reading_resumes_exactly_anywhere(blobs: Path, balance: str) -> None:
             assert all(np.array_equal(contents(b), expected[:, mine]) for b, expected in zip(late, whole[start:], strict=True))
 
 
-def test_resampled_epochs_of_a_reader_are_even(blobs: Path) -> None:
+def test_resampled_epochs_of_the_train_loader_are_balanced_and_differ(blobs: Path) -> None:
     """72 positions over 3 classes of 24 galaxies: every galaxy once, each epoch in another order."""
     (first, second) = (contents(batch) for batch in read(blobs, 2, num_streams=5, batch_size=72, balance="resample"))
     for epoch in (first, second):

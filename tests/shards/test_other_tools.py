@@ -73,7 +73,7 @@ def read_dali_index(path: Path) -> list[list[tuple[str, int, int, str]]]:
     return samples
 
 
-def test_the_index_leads_dali_to_every_component(manifest: Manifest) -> None:
+def test_dali_index_locates_every_component_of_every_sample(manifest: Manifest) -> None:
     for split, totals in manifest.splits.items():
         labels, row = manifest.labels(split), 0
         for number in range(totals.num_shards):
@@ -97,7 +97,7 @@ def test_the_index_leads_dali_to_every_component(manifest: Manifest) -> None:
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="no tar here")
-def test_the_index_is_what_gnu_tar_lists(manifest: Manifest) -> None:
+def test_dali_index_equals_the_block_list_of_gnu_tar(manifest: Manifest) -> None:
     """DALI's tool makes an index of ``tar --list --block-number``: blocks of 512 bytes, the header one before the content."""
     path = manifest.shard_path("train", 1)
     listed = subprocess.run(

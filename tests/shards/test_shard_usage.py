@@ -40,7 +40,7 @@ def marked(uses: NDArray[np.void], num_shards: int, num_steps: int) -> NDArray[n
 @given(
     sizes=shard_sizes, num_streams=st.integers(1, 60), window=st.integers(1, 60), batch_size=st.integers(1, 70), data=st.data()
 )
-def test_uses_are_what_the_windows_say(
+def test_usage_of_rank_follows_the_windows_and_covers_every_sample_read(
     sizes: list[int], num_streams: int, window: int, batch_size: int, data: st.DataObject
 ) -> None:
     """Against every sample read, and against the rule worked out sample by sample."""
@@ -65,7 +65,7 @@ def test_uses_are_what_the_windows_say(
     assert np.array_equal(used, expected[:, :num_steps])
 
 
-def test_a_rank_needs_only_its_own_streams_where_the_world_divides_streams_and_batch() -> None:
+def test_rank_uses_only_shards_of_its_streams_if_world_size_divides_streams() -> None:
     order = EpochOrder([100] * 120, seed=2, epoch=0, num_streams=12, window=64)
     all_shards = []
     for rank in range(4):
@@ -77,14 +77,14 @@ def test_a_rank_needs_only_its_own_streams_where_the_world_divides_streams_and_b
     assert 120 <= len(all_shards) <= 120 + 12
 
 
-def test_where_the_world_does_not_divide_streams_the_ranks_share_shards() -> None:
+def test_every_rank_uses_all_shards_if_world_size_does_not_divide_streams() -> None:
     order = EpochOrder([100] * 120, seed=2, epoch=0, num_streams=12, window=64)
     for rank in range(5):
         assert np.unique(usage_of_rank(order, 25, rank_offsets(25, rank, 5))["shard"]).size == 120
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 30), st.integers(1, 40))
-def test_a_node_needs_what_its_ranks_need(num_nodes: int, ranks_per_node: int, more: int, num_streams: int) -> None:
+def test_usage_of_nodes_equals_the_usage_of_their_ranks(num_nodes: int, ranks_per_node: int, more: int, num_streams: int) -> None:
     world_size = num_nodes * ranks_per_node
     batch_size = world_size + more
     order = EpochOrder([7, 30, 0, 12, 25] * 6, seed=3, epoch=1, num_streams=num_streams, window=4)
@@ -94,7 +94,7 @@ def test_a_node_needs_what_its_ranks_need(num_nodes: int, ranks_per_node: int, m
         assert np.array_equal(uses, usage_of_rank(order, batch_size, offsets))
 
 
-def test_a_shard_at_a_stream_s_end_is_not_held_in_between() -> None:
+def test_shard_shared_by_two_streams_is_not_held_between_its_uses() -> None:
     """It is the last of one stream and the first of the next: needed at the end of the epoch and at its start."""
     order = EpochOrder([100] * 15, seed=4, epoch=0, num_streams=2, window=10)
     uses = usage_of_rank(order, 10, np.arange(10))
@@ -107,7 +107,7 @@ def test_a_shard_at_a_stream_s_end_is_not_held_in_between() -> None:
 
 
 @given(sizes=shard_sizes, batch_size=st.integers(1, 50), world_size=st.integers(1, 9))
-def test_evaluation_needs_the_shards_of_its_own_batches(sizes: list[int], batch_size: int, world_size: int) -> None:
+def test_usage_of_evaluation_is_the_shards_of_the_ranks_own_batches(sizes: list[int], batch_size: int, world_size: int) -> None:
     num_batches = -(-sum(sizes) // batch_size)
     for rank in range(world_size):
         uses = usage_of_evaluation(sizes, batch_size, rank, world_size)
@@ -125,7 +125,7 @@ def test_evaluation_needs_the_shards_of_its_own_batches(sizes: list[int], batch_
         assert uses.size == 0 or uses["last_step"].max() < num_batches
 
 
-def test_resampling_needs_every_shard_all_the_time() -> None:
+def test_usage_of_resampling_is_every_shard_for_the_whole_epoch() -> None:
     assert usage_of_resampling(3, 5).tolist() == [(0, 0, 4), (1, 0, 4), (2, 0, 4)]
     assert usage_of_resampling(3, 0).size == 0
     assert peak_bytes(usage_of_resampling(3, 5), [10, 20, 40]) == 70
@@ -135,7 +135,7 @@ def test_resampling_needs_every_shard_all_the_time() -> None:
     rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(0, 9)), max_size=12),
     sizes=st.lists(st.integers(0, 50), min_size=5, max_size=5),
 )
-def test_the_working_set_is_the_most_that_one_batch_needs(rows: list[tuple[int, int, int]], sizes: list[int]) -> None:
+def test_peak_bytes_is_the_maximum_over_steps(rows: list[tuple[int, int, int]], sizes: list[int]) -> None:
     uses = np.array([(shard, min(span), max(span)) for shard, *span in rows], INTERVAL)
     at = [sum(sizes[row["shard"]] for row in uses if row["first_step"] <= step <= row["last_step"]) for step in range(10)]
     assert peak_bytes(uses, sizes) == max(at)
@@ -145,7 +145,7 @@ def test_the_working_set_is_the_most_that_one_batch_needs(rows: list[tuple[int, 
 
 
 @pytest.mark.parametrize("num_streams", [192, 1024])
-def test_uses_of_a_large_survey_are_worked_out_at_once(num_streams: int) -> None:
+def test_usage_of_rank_is_computed_for_a_billion_samples(num_streams: int) -> None:
     """10^9 samples in 10^5 shards: the memory is that of a few numbers for each shard."""
     with peak_memory() as peak:
         order = EpochOrder(np.full(100_000, 10_000), seed=1, epoch=1, num_streams=num_streams)

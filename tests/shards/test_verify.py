@@ -38,7 +38,7 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
         file.write(data)
 
 
-def test_what_is_in_order_passes(manifest: Manifest) -> None:
+def test_check_shards_accepts_undamaged_shards(manifest: Manifest) -> None:
     assert check_shards(manifest.path) == check_shards(manifest.dir) == manifest
 
 
@@ -84,7 +84,7 @@ def test_a_truncated_tar_names_every_galaxy_that_is_lost(manifest: Manifest) -> 
         assert (f"galaxy {key}: " in str(error.value)) == (number >= 2)
 
 
-def test_a_missing_shard_and_a_damaged_index(manifest: Manifest) -> None:
+def test_check_shards_names_a_missing_shard_and_a_damaged_index(manifest: Manifest) -> None:
     manifest.shard_path("train", 0).unlink()
     manifest.shard_path("train", 1).with_suffix(".idx").write_text("v1.1 3\n")
     with pytest.raises(UserError) as error:
@@ -93,7 +93,7 @@ def test_a_missing_shard_and_a_damaged_index(manifest: Manifest) -> None:
     assert "train-000001.idx: damaged index" in str(error.value)
 
 
-def test_columns_that_disagree_with_the_tars(manifest: Manifest) -> None:
+def test_check_shards_finds_labels_that_disagree_with_the_tars(manifest: Manifest) -> None:
     path = manifest.dir / "columns" / "train.labels.npy"
     labels = np.load(path)
     labels[[3, 4]] = labels[[4, 3]]
@@ -105,7 +105,7 @@ def test_columns_that_disagree_with_the_tars(manifest: Manifest) -> None:
     assert f"galaxy {key}: its .cls is" in str(error.value)
 
 
-def test_one_key_in_two_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_shards_finds_a_key_in_two_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer refuses twins, so it is made blind to them here."""
     monkeypatch.setattr("galaxydist.shards.writer.writer._check_unique_ids", lambda _: None)
     galaxies = draw_galaxies(40)
@@ -115,7 +115,7 @@ def test_one_key_in_two_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         check_shards(manifest.path)
 
 
-def test_no_shards_where_they_should_be(tmp_path: Path) -> None:
+def test_read_manifest_refuses_a_missing_or_invalid_manifest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no shards at .*manifest.json; make them with: galaxydist data shard"):
         read_manifest(tmp_path / "nowhere" / "manifest.json")
     (tmp_path / "manifest.json").write_text("{]")
@@ -123,7 +123,7 @@ def test_no_shards_where_they_should_be(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_a_manifest_of_a_newer_format(manifest: Manifest) -> None:
+def test_read_manifest_refuses_a_newer_format_and_missing_keys(manifest: Manifest) -> None:
     content = json.loads(manifest.path.read_text())
     manifest.path.write_text(json.dumps({**content, "format_version": 2}))
     with pytest.raises(UserError, match=r"format version 2, this galaxydist reads version 1: update galaxydist"):
@@ -134,7 +134,7 @@ def test_a_manifest_of_a_newer_format(manifest: Manifest) -> None:
         read_manifest(manifest.path)
 
 
-def test_columns_that_are_missing_cut_short_or_of_other_length(manifest: Manifest) -> None:
+def test_read_manifest_refuses_missing_truncated_or_wrong_columns(manifest: Manifest) -> None:
     path = manifest.dir / "columns" / "train.offsets.npy"
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])
@@ -148,6 +148,6 @@ def test_columns_that_are_missing_cut_short_or_of_other_length(manifest: Manifes
         read_manifest(manifest.path)
 
 
-def test_an_unknown_split(manifest: Manifest) -> None:
+def test_unknown_split_is_refused_with_the_list_of_splits(manifest: Manifest) -> None:
     with pytest.raises(UserError, match="has no split 'dev'; it has train, val, test"):
         manifest.split("dev")

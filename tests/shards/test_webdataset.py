@@ -29,7 +29,7 @@ def test_webdataset_reads_every_galaxy_once(manifest: Manifest) -> None:
     assert all(galaxy[manifest.extension].shape == (32, 32, 3) for galaxy in galaxies)
 
 
-def test_the_documentation_trains_with_plain_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_of_docs_shards_trains_with_plain_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("webdataset")
     (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     folder = re.search(r'"([^"]*)/train-\*\.tar"', snippet)

@@ -55,7 +55,7 @@ def tree_digest(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("encoding", ["jpeg", "png", "raw"])
-def test_every_galaxy_is_stored_with_all_it_has(tmp_path: Path, encoding: str) -> None:
+def test_every_galaxy_is_stored_with_image_label_and_metadata(tmp_path: Path, encoding: str) -> None:
     survey = MemorySurvey(draw_galaxies(70, redshift=float("nan")))
     manifest = write_shards(survey, tmp_path / "shards", encoding=encoding, shard_size=8)
     galaxies = stored(manifest)
@@ -80,7 +80,7 @@ def test_every_galaxy_is_stored_with_all_it_has(tmp_path: Path, encoding: str) -
     assert sum(split.num_samples for split in check_shards(manifest.path).splits.values()) == len(rows)
 
 
-def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
+def test_manifest_has_statistics_counts_and_even_shard_sizes(tmp_path: Path) -> None:
     survey = MemorySurvey(draw_galaxies(70))
     manifest = write_shards(survey, tmp_path / "shards", encoding="png", shard_size=8)
     assert read_manifest(tmp_path / "shards").hash == hashlib.sha256(manifest.path.read_bytes()).hexdigest()
@@ -114,7 +114,7 @@ def test_a_jpeg_of_the_right_size_is_copied_byte_for_byte(tmp_path: Path) -> Non
     assert all(simplejpeg.decode_jpeg(files["jpg"]).shape == (20, 20, 3) for _, files in stored(smaller).values())
 
 
-def test_the_result_is_byte_equal_from_run_to_run_and_for_any_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_byte_equal_for_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     survey = MemorySurvey(draw_galaxies(60))
     write_shards(survey, tmp_path / "one", workers=1, shard_size=8)
     write_shards(survey, tmp_path / "three", workers=3, shard_size=8)
@@ -125,7 +125,7 @@ def test_the_result_is_byte_equal_from_run_to_run_and_for_any_workers(tmp_path: 
     assert tree_digest(tmp_path / "seed") != tree_digest(tmp_path / "one")
 
 
-def test_tar_and_index_are_those_of_the_usual_tools(tmp_path: Path) -> None:
+def test_tar_is_byte_equal_to_webdataset_and_the_index_matches_the_tar(tmp_path: Path) -> None:
     """The tar is byte-equal to webdataset's writer's, and the index to what a walk through the tar finds."""
     webdataset = pytest.importorskip("webdataset")
     manifest = write_shards(MemorySurvey(draw_galaxies(30)), tmp_path / "shards", encoding="png", shard_size=8)
@@ -148,7 +148,7 @@ def test_tar_and_index_are_those_of_the_usual_tools(tmp_path: Path) -> None:
     assert len(parse_index(path.with_suffix(".idx").read_text())) == manifest.shards("train")["samples"][0]
 
 
-def test_writing_again_does_no_work(tmp_path: Path) -> None:
+def test_writing_the_same_shards_again_changes_no_file(tmp_path: Path) -> None:
     survey = MemorySurvey(draw_galaxies(30))
     manifest = write_shards(survey, tmp_path / "shards")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").rglob("*")}
@@ -156,7 +156,7 @@ def test_writing_again_does_no_work(tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").rglob("*")}
 
 
-def test_other_settings_or_another_source_are_refused_unless_told_to_overwrite(tmp_path: Path) -> None:
+def test_existing_shards_of_other_settings_or_source_need_overwrite(tmp_path: Path) -> None:
     survey = MemorySurvey(draw_galaxies(30))
     write_shards(survey, tmp_path / "shards")
     with pytest.raises(UserError, match=r"quality=95 \(now 90\).*--overwrite"):
@@ -172,7 +172,7 @@ def test_other_settings_or_another_source_are_refused_unless_told_to_overwrite(t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shards"]
 
 
-def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+def test_folder_without_shards_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds no shards"):
@@ -200,7 +200,7 @@ def with_damage(rows: Sequence[int], count: int = 200) -> MemorySurvey:
     return MemorySurvey(tuple(galaxies), class_names=("a", "b", "c"))
 
 
-def test_damaged_images_are_named_together_by_their_files(tmp_path: Path) -> None:
+def test_damaged_images_are_listed_by_file_up_to_100(tmp_path: Path) -> None:
     rows = [0, 3, 77]
     with pytest.raises(UserError) as error:
         write_shards(with_damage(rows), tmp_path / "shards", workers=2)
@@ -214,7 +214,7 @@ def test_damaged_images_are_named_together_by_their_files(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_images_are_left_out_and_listed_on_request(tmp_path: Path) -> None:
+def test_damaged_images_are_left_out_and_listed_with_max_errors(tmp_path: Path) -> None:
     rows = [0, 3, 76, 77]  # 76 is in no split
     survey = with_damage(rows)
     whole = stored(write_shards(with_damage([]), tmp_path / "whole", encoding="png", shard_size=8))
@@ -239,7 +239,7 @@ def test_damaged_images_are_left_out_and_listed_on_request(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["some", "whole"]
 
 
-def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
+def test_images_of_different_sizes_need_image_size_and_are_cropped_centrally(tmp_path: Path) -> None:
     galaxies = list(draw_galaxies(20, 32))
     wide = np.zeros((40, 60, 3), np.uint8)
     wide[:, 10:50] = 200
@@ -262,7 +262,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
         ({"extras": {"x": {1, 2}}}, "not plain JSON"),
     ],
 )
-def test_bad_galaxies_are_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_invalid_galaxies_are_refused_naming_the_problem(tmp_path: Path, change: dict[str, object], message: str) -> None:
     galaxies = list(draw_galaxies(20))
     galaxies[12] = replace(galaxies[12], **change)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=message):
@@ -270,7 +270,7 @@ def test_bad_galaxies_are_named(tmp_path: Path, change: dict[str, object], messa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_galaxies_without_a_label_have_no_class_file(tmp_path: Path) -> None:
+def test_unlabelled_galaxies_are_stored_without_a_cls_file(tmp_path: Path) -> None:
     galaxies = list(draw_galaxies(20))
     galaxies[0] = replace(galaxies[0], label=None)
     manifest = write_shards(MemorySurvey(tuple(galaxies)), tmp_path / "shards")
@@ -310,7 +310,7 @@ def run_writer(out_dir: Path, delay: float, prefix: str = "") -> "subprocess.Pop
     )
 
 
-def test_a_killed_writer_leaves_nothing_that_looks_whole_and_is_continued(tmp_path: Path) -> None:
+def test_killed_writer_leaves_no_manifest_and_is_continued_without_rereading(tmp_path: Path) -> None:
     process = run_writer(tmp_path / "shards", 0.05)
     deadline = time.monotonic() + 240
     while len(done := list((tmp_path / "shards.partial" / "parts").glob("*.json"))) < 2:
@@ -347,7 +347,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole_and_is_continued(tmp_pa
         pytest.param("new", 1, marks=pytest.mark.nightly),
     ],
 )
-def test_a_writer_killed_at_any_change_of_the_disk_is_finished_by_the_next_call(tmp_path: Path, what: str, every: int) -> None:
+def test_writer_killed_at_any_disk_change_is_completed_by_the_next_call(tmp_path: Path, what: str, every: int) -> None:
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "scripts" / "killed_writer.py"), str(tmp_path), what, str(every)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     *points, count = done.stdout.splitlines()
@@ -406,7 +406,7 @@ def run_processes(folder: Path, readers: int) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.multiprocess
-def test_all_cores_write_and_the_speed_is_said(tmp_path: Path) -> None:
+def test_shards_are_written_on_all_cores_and_the_speed_is_logged(tmp_path: Path) -> None:
     cores = all_cores()
     if cores == 1:
         pytest.skip("this machine has one core")
@@ -419,7 +419,7 @@ def test_all_cores_write_and_the_speed_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.multiprocess
-def test_the_workers_of_a_killed_writer_leave_with_it(tmp_path: Path) -> None:
+def test_workers_of_a_killed_writer_end_with_the_writer(tmp_path: Path) -> None:
     if all_cores() == 1:
         pytest.skip("this machine has one core: no workers")
     process = run_processes(tmp_path, 99)  # they wait for one another for ever
@@ -435,7 +435,7 @@ def test_the_workers_of_a_killed_writer_leave_with_it(tmp_path: Path) -> None:
     assert alive == []
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+def test_file_size_limit_while_writing_shards_leaves_no_file(tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk's end: the same error, at the same place."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))\n"
     _, text = run_writer(tmp_path / "shards", 0, limit).communicate(timeout=240)
@@ -444,7 +444,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+def test_second_writer_of_the_same_folder_is_refused(tmp_path: Path) -> None:
     process = run_writer(tmp_path / "shards", 0.05)
     while not (tmp_path / "shards.partial" / "settings.json").exists():
         time.sleep(0.01)

@@ -53,7 +53,7 @@ def job_of(said: str) -> str:
     return said.partition("job ")[2].partition(",")[0]
 
 
-def test_two_healthy_nodes(mini_cluster: MiniCluster, tmp_path: Path) -> None:
+def test_doctor_of_two_healthy_nodes_reports_no_failure_and_leaves_no_process(mini_cluster: MiniCluster, tmp_path: Path) -> None:
     code, checks, said = examine(mini_cluster, tmp_path)
     assert code == 0, (checks, said)
     assert checks["ranks"]["text"] == "2 on n1, n2: all finished"
@@ -70,7 +70,7 @@ def test_two_healthy_nodes(mini_cluster: MiniCluster, tmp_path: Path) -> None:
     assert not processes_left(mini_cluster)
 
 
-def test_gpus_that_slurm_gives_and_torch_does_not_see(mini_cluster: MiniCluster, tmp_path: Path) -> None:
+def test_doctor_fails_for_gpus_that_slurm_allocates_but_torch_cannot_see(mini_cluster: MiniCluster, tmp_path: Path) -> None:
     """The mini cluster's GPUs are simulated: SLURM sets CUDA_VISIBLE_DEVICES, but there is no device."""
     code, checks, _ = examine(mini_cluster, tmp_path, "cluster.gpus_per_node=1", cluster=ONE_NODE)
     assert code == 1
@@ -81,7 +81,7 @@ def test_gpus_that_slurm_gives_and_torch_does_not_see(mini_cluster: MiniCluster,
     assert not processes_left(mini_cluster)
 
 
-def test_a_job_that_does_not_start_is_explained_and_cancelled(mini_cluster: MiniCluster, tmp_path: Path) -> None:
+def test_doctor_explains_and_cancels_its_job_that_does_not_start_in_time(mini_cluster: MiniCluster, tmp_path: Path) -> None:
     other = submit(mini_cluster, "sleep 300", "--nodes=2", "--exclusive", folder=tmp_path)
     wait_state(mini_cluster, other, "RUNNING")
     code, checks, said = examine(mini_cluster, tmp_path / "runs", "--wait", "2")
@@ -94,7 +94,7 @@ def test_a_job_that_does_not_start_is_explained_and_cancelled(mini_cluster: Mini
     assert job_state(mini_cluster, other) == "RUNNING"
 
 
-def test_what_sbatch_refuses_is_told(mini_cluster: MiniCluster, tmp_path: Path) -> None:
+def test_doctor_reports_the_refusal_of_sbatch(mini_cluster: MiniCluster, tmp_path: Path) -> None:
     code, checks, _ = examine(mini_cluster, tmp_path, "cluster.partition=nosuch")
     assert code == 1 and "nosuch" in checks["job"]["text"] and "cluster.partition" in checks["job"]["remedy"]
 
@@ -114,7 +114,9 @@ def test_an_interrupted_doctor_cancels_its_job(mini_cluster: MiniCluster, tmp_pa
     wait_for(lambda: not processes_left(mini_cluster))
 
 
-def test_a_folder_that_one_node_does_not_see(mini_cluster: MiniCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_fails_for_a_run_folder_that_one_node_does_not_see(
+    mini_cluster: MiniCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """n2 has something else mounted where the run folders are."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     runs = tmp_path / "runs"

@@ -39,14 +39,14 @@ def lines_of(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
-def test_a_missing_program_is_named_with_its_remedy(tmp_path: Path) -> None:
+def test_mini_cluster_start_without_slurm_programs_names_the_package_to_install(tmp_path: Path) -> None:
     done = mini_cluster_command("start", tmp_path / "mini", PATH=str(tmp_path))
     assert done.returncode == 2 and done.stdout == ""
     assert "sbatch" in done.stderr and "apt-get install --no-install-recommends slurm-wlm" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unusable_folders_are_refused(short_path: Path) -> None:
+def test_mini_cluster_refuses_used_folders_and_unsuitable_paths(short_path: Path) -> None:
     (short_path / "used").mkdir()
     (short_path / "used" / "thesis.tex").touch()
     for name, reason in (("used", "holds something else"), ("x" * 70, "at most 70"), ("a b", "letters")):
@@ -73,7 +73,7 @@ def test_a_job_of_two_nodes_runs_on_both_and_their_names_resolve() -> None:
 
 
 @pytest.mark.slurm
-def test_nobody_listens_but_on_loopback(mini_cluster: MiniCluster) -> None:
+def test_mini_cluster_daemons_listen_only_on_loopback(mini_cluster: MiniCluster) -> None:
     # /proc/net/tcp: address and port in hexadecimal digits, 0A for one who listens.
     for name in ("tcp", "tcp6"):
         rows = [line.split() for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
@@ -99,7 +99,7 @@ def test_jobs_on_one_node_see_their_own_gpus(mini_cluster: MiniCluster, tmp_path
 
 
 @pytest.mark.slurm
-def test_what_has_ended_is_in_the_accounts(mini_cluster: MiniCluster, tmp_path: Path) -> None:
+def test_ended_job_is_listed_by_sacct_with_state_and_exit_code(mini_cluster: MiniCluster, tmp_path: Path) -> None:
     ended = run_batch(mini_cluster, "srun -N2 -n2 sh -c 'exit 3'", "-N2", "--job-name=three", folder=tmp_path)
     assert ended.state == "FAILED"
     account = ["sacct", "-nPX", "-j", ended.job_id, "-o", "jobname,state,exitcode,nnodes,partition"]
@@ -121,7 +121,7 @@ def test_a_preempted_job_is_requeued_exactly_once(mini_cluster: MiniCluster, tmp
 
 
 @pytest.mark.slurm
-def test_the_jobs_of_a_dead_node_run_again_on_its_return(mini_cluster: MiniCluster, tmp_path: Path) -> None:
+def test_job_of_a_killed_node_restarts_once_after_the_node_returns(mini_cluster: MiniCluster, tmp_path: Path) -> None:
     # One process without any environment and one that has left its session: they die with the node too.
     script = f"env -i sleep 601 & setsid sleep 602 & {LONG_JOB}"
     job_id = submit(mini_cluster, script, "-w", "n2", folder=tmp_path)
@@ -150,7 +150,7 @@ def test_jobs_outlive_their_controller(mini_cluster: MiniCluster, tmp_path: Path
 
 
 @pytest.mark.slurm
-def test_settings_of_a_site_can_be_changed(mini_cluster: MiniCluster) -> None:
+def test_reconfigure_changes_and_restores_the_slurm_configuration(mini_cluster: MiniCluster) -> None:
     mini_cluster.reconfigure({"MaxArraySize": 5, "JobRequeue": 0})
     with pytest.raises(MiniClusterError, match="Invalid job array"):
         mini_cluster.run("sbatch", "--array=0-5", "--wrap=true")
@@ -171,7 +171,7 @@ def other_cluster(short_path: Path) -> Iterator[MiniCluster]:
 
 
 @pytest.mark.slurm
-def test_a_stopped_bed_leaves_no_process_and_only_its_logs(
+def test_stopped_mini_cluster_leaves_no_process_and_only_its_logs(
     mini_cluster: MiniCluster, other_cluster: MiniCluster, tmp_path: Path
 ) -> None:
     folder = other_cluster.files.folder
@@ -192,7 +192,7 @@ def test_a_stopped_bed_leaves_no_process_and_only_its_logs(
 
 @pytest.mark.slurm
 @pytest.mark.usefixtures("mini_cluster")
-def test_a_start_that_fails_leaves_nothing_and_tells_the_daemons_last_words(short_path: Path) -> None:
+def test_failed_mini_cluster_start_reports_the_daemon_error_and_leaves_only_logs(short_path: Path) -> None:
     slurm = MiniCluster(short_path / "mini", settings={"SelectType": "select/nothing"})
     with pytest.raises(MiniClusterError, match=r"(?s)slurmctld has ended.*select/nothing"):
         slurm.start()
@@ -202,7 +202,7 @@ def test_a_start_that_fails_leaves_nothing_and_tells_the_daemons_last_words(shor
 @pytest.mark.slurm
 @pytest.mark.usefixtures("mini_cluster")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_start_that_is_interrupted_leaves_nothing(short_path: Path, sent: signal.Signals) -> None:
+def test_interrupted_mini_cluster_start_leaves_no_process_and_only_logs(short_path: Path, sent: signal.Signals) -> None:
     folder = short_path / "mini"
     start = subprocess.Popen([sys.executable, str(MINI_CLUSTER), "start", str(folder)])
     wait_for(lambda: find_daemons(folder, "mariadbd") or find_daemons(folder, "slurmdbd"))

@@ -39,7 +39,9 @@ def sbatch_takes(config: ClusterConfig) -> tuple[bool, str]:
 
 @pytest.mark.usefixtures("mini_cluster")
 @pytest.mark.parametrize("partition", [None, "high"])
-def test_init_writes_what_sbatch_takes(partition: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_init_writes_a_profile_that_sbatch_accepts(
+    partition: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["cluster", "init", "mini", *(["--partition", partition] if partition else [])]) == 0
     config = load_cluster(["cluster=mini"]).config
@@ -54,7 +56,7 @@ def test_init_writes_what_sbatch_takes(partition: str | None, tmp_path: Path, mo
 
 
 @pytest.mark.usefixtures("mini_cluster")
-def test_refusals_are_those_of_sbatch() -> None:
+def test_check_partition_refuses_exactly_the_requests_that_sbatch_refuses() -> None:
     site = read_site()
     asked = [
         dict(zip(("partition", "nodes", "gpus_per_node", "gpu_request"), values, strict=True))
@@ -76,7 +78,7 @@ def test_refusals_are_those_of_sbatch() -> None:
     assert answers == {True, False}
 
 
-def test_init_while_the_controller_is_away(
+def test_cluster_init_without_slurmctld_exits_with_2_and_writes_no_files(
     mini_cluster: "MiniCluster", tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -86,7 +88,7 @@ def test_init_while_the_controller_is_away(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_account_that_is_none_of_the_users(
+def test_submit_with_an_unavailable_account_is_refused_before_or_by_sbatch(
     mini_cluster: "MiniCluster", blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mini_cluster.reconfigure({"AccountingStorageEnforce": "associations"})

@@ -70,7 +70,9 @@ def check_same(run: ClusterRun, undisturbed: ClusterRun) -> None:
     assert metrics == expected_metrics
 
 
-def test_preemption(mini_cluster: MiniCluster, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+def test_preempted_run_is_requeued_once_and_ends_bit_equal_with_the_submitted_code(
+    mini_cluster: MiniCluster, undisturbed: ClusterRun, blobs: Path, tmp_path: Path
+) -> None:
     """All ranks save the same step, the job is requeued once and goes on with the code that was submitted, on one curve."""
     code = tmp_path / "code"
     shutil.copytree(PACKAGE_DIR, code / "galaxydist", ignore=shutil.ignore_patterns("__pycache__"))
@@ -105,7 +107,9 @@ def test_preemption(mini_cluster: MiniCluster, undisturbed: ClusterRun, blobs: P
 
 
 @pytest.mark.slow
-def test_time_limit(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> None:
+def test_run_at_its_time_limit_is_requeued_once_with_and_without_a_signal(
+    mini_cluster: MiniCluster, blobs: Path, tmp_path: Path
+) -> None:
     """A run that is told in time saves and queues itself again; for one that was not the batch script does, at the limit."""
     told, late = (ClusterRun(mini_cluster, tmp_path / name, blobs, train__epochs=900) for name in ("told", "late"))
     ids = told.submit("cluster.nodes=1"), late.submit("cluster.nodes=1", DEAF)
@@ -151,7 +155,7 @@ def test_time_limit(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> N
         assert decisions(run.files.restarts()) in (["requeue"], ["requeue", "stop"])
 
 
-def test_two_runs_of_one_node_have_their_own_gpus_and_survive_a_preemption_that_cancels(
+def test_runs_preempted_with_mode_cancel_are_requeued_and_use_separate_gpus(
     mini_cluster: MiniCluster, alone: ClusterRun, blobs: Path, tmp_path: Path
 ) -> None:
     """PreemptMode=CANCEL: the batch script queues the job again, in the grace time or at its end."""
@@ -183,7 +187,9 @@ def test_two_runs_of_one_node_have_their_own_gpus_and_survive_a_preemption_that_
     check_same(told, alone)
 
 
-def test_a_site_forbids_requeueing(mini_cluster: MiniCluster, alone: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+def test_run_whose_requeue_is_refused_is_resubmitted_and_ends_bit_equal(
+    mini_cluster: MiniCluster, alone: ClusterRun, blobs: Path, tmp_path: Path
+) -> None:
     """The run is sent again as a new job."""
     run = ClusterRun(mini_cluster, tmp_path, blobs)
     job_id = run.submit("cluster.nodes=1")
@@ -202,7 +208,9 @@ def test_a_site_forbids_requeueing(mini_cluster: MiniCluster, alone: ClusterRun,
     check_same(run, alone)
 
 
-def test_a_rank_and_nodes_die(mini_cluster: MiniCluster, undisturbed: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+def test_run_survives_a_killed_rank_and_two_node_failures_bit_equal(
+    mini_cluster: MiniCluster, undisturbed: ClusterRun, blobs: Path, tmp_path: Path
+) -> None:
     """A rank, then a node, then the one with rank 0 and the batch script: one requeue each, that of a node by SLURM itself."""
     run = ClusterRun(mini_cluster, tmp_path, blobs)
     job_id = run.submit()
@@ -226,7 +234,9 @@ def test_a_rank_and_nodes_die(mini_cluster: MiniCluster, undisturbed: ClusterRun
     check_same(run, undisturbed)
 
 
-def test_elastic(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> None:
+def test_run_of_2_nodes_continued_on_1_node_has_the_same_float64_weights(
+    mini_cluster: MiniCluster, blobs: Path, tmp_path: Path
+) -> None:
     """Two nodes, then one on the same run folder: the same galaxies in the same order, so in float64 the same weights."""
     whole, run = (ClusterRun(mini_cluster, tmp_path / name, blobs, **DOUBLE) for name in ("whole", "run"))
     job_id = run.submit("cluster.requeue=never")
@@ -247,7 +257,7 @@ def test_elastic(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> None
             assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-9), name
 
 
-def test_a_queued_run_is_not_sent_twice(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> None:
+def test_pending_run_cannot_be_submitted_again(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> None:
     run = ClusterRun(mini_cluster, tmp_path, blobs)
     asked = run.galaxydist("submit", *run.arguments, "cluster=mini", "--test")
     assert asked.returncode == 0 and re.fullmatch(r"Job \d+ to start at .* in partition low\n", asked.stdout), asked
@@ -265,7 +275,9 @@ def test_a_queued_run_is_not_sent_twice(mini_cluster: MiniCluster, blobs: Path, 
     assert len(run.files.jobs()) == 1
 
 
-def test_slurmctld_is_away(mini_cluster: MiniCluster, alone: ClusterRun, blobs: Path, tmp_path: Path) -> None:
+def test_run_stopped_without_slurmctld_is_requeued_when_the_controller_returns(
+    mini_cluster: MiniCluster, alone: ClusterRun, blobs: Path, tmp_path: Path
+) -> None:
     """A run goes on, a question is answered, and the batch script waits until somebody can requeue it."""
     run, other = (ClusterRun(mini_cluster, tmp_path / name, blobs) for name in ("run", "other"))
     job_id = run.submit("cluster.nodes=1")
@@ -289,7 +301,7 @@ def test_slurmctld_is_away(mini_cluster: MiniCluster, alone: ClusterRun, blobs: 
     check_same(run, alone)
 
 
-def test_what_fails_for_good_is_not_tried_again(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> None:
+def test_nonfinite_loss_and_missing_python_are_not_requeued(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> None:
     """A loss that is not a number, and a Python that the nodes do not have: said by status, with a remedy."""
     changes = {"optim__lr": 1e30, "optim__name": "sgd", "train__clip_norm": 0, "model__norm": "group"}
     run, lacking = (
@@ -307,7 +319,9 @@ def test_what_fails_for_good_is_not_tried_again(mini_cluster: MiniCluster, blobs
     assert shown(run)["state"] == "FAILED" and "not a number" in shown(run)["last_error"]
 
 
-def test_a_run_folder_that_the_node_does_not_see(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> None:
+def test_run_folder_missing_on_the_node_is_reported_by_status_with_a_remedy(
+    mini_cluster: MiniCluster, blobs: Path, tmp_path: Path
+) -> None:
     run = ClusterRun(mini_cluster, tmp_path, blobs)
     (slurmd, *_) = mini_cluster.processes("n1")
     within = ["nsenter", f"--target={slurmd}", "--mount"]

@@ -64,7 +64,9 @@ def hold_trial(slurm: MiniCluster, jobs: Mapping[str, Path], *nodes: str, others
     return found
 
 
-def test_a_sweep_of_two_arrays(mini_cluster: MiniCluster, blobs: Path, tmp_path: Path) -> None:
+def test_sweep_of_2_arrays_requeues_the_preempted_run_and_resubmits_only_cancelled_ones(
+    mini_cluster: MiniCluster, blobs: Path, tmp_path: Path
+) -> None:
     mini_cluster.reconfigure({"MaxArraySize": "3"})  # which submitit does not look at
     run = ClusterRun(mini_cluster, tmp_path, blobs, train__epochs=24)
     write_sweep(tmp_path / "sw.yaml", run.arguments)

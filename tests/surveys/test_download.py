@@ -91,26 +91,26 @@ def fetch(server: Server, target: Path, *paths: str, **arguments: object) -> Pat
     return fetch_galaxy10(target, urls=urls, sha256=hashlib.sha256(server.data).hexdigest(), **arguments)  # type: ignore[arg-type]
 
 
-def test_the_defaults_are_the_official_file() -> None:
+def test_galaxy10_download_defaults_are_the_official_urls_and_sha256() -> None:
     assert URLS[0] == "https://zenodo.org/records/10845026/files/Galaxy10_DECals.h5" and URLS[1].endswith("Galaxy10_DECals.h5")
     assert SHA256 == "19aefc477c41bb7f77ff07599a6b82a038dc042f889a111b0d4d98bb755c1571"
 
 
-def test_downloads_once(server: Server, target: Path) -> None:
+def test_fetch_galaxy10_downloads_the_file_once(server: Server, target: Path) -> None:
     assert fetch(server, target, "a") == target
     assert target.read_bytes() == server.data and open_survey(target).name == "simulated"
     assert fetch(server, target, "a") == target
     assert len(server.requests) == 1 and names(target.parent) == [FILE_NAME]
 
 
-def test_goes_on_where_a_connection_was_cut(server: Server, target: Path) -> None:
+def test_fetch_galaxy10_resumes_after_cut_connections(server: Server, target: Path) -> None:
     server.cut_after = [3 * BLOCK, BLOCK + 5]
     fetch(server, target, "a")
     assert target.read_bytes() == server.data
     assert [wanted for _, wanted in server.requests] == [None, f"bytes={3 * BLOCK}-", f"bytes={4 * BLOCK}-"]
 
 
-def test_a_later_call_goes_on(server: Server, target: Path) -> None:
+def test_fetch_galaxy10_resumes_the_download_of_an_earlier_call(server: Server, target: Path) -> None:
     server.cut_after = [2 * BLOCK, 0, 0, 0]
     with pytest.raises(UserError, match=r"could not be downloaded(.|\n)*--from FILE"):
         fetch(server, target, "a")
@@ -120,31 +120,33 @@ def test_a_later_call_goes_on(server: Server, target: Path) -> None:
     assert names(target.parent) == [FILE_NAME]
 
 
-def test_starts_again_where_the_server_knows_no_ranges(server: Server, target: Path) -> None:
+def test_fetch_galaxy10_restarts_if_the_server_ignores_ranges(server: Server, target: Path) -> None:
     server.knows_ranges, server.cut_after = False, [3 * BLOCK]
     fetch(server, target, "a")
     assert target.read_bytes() == server.data
 
 
-def test_starts_again_where_the_continuation_does_not_fit(server: Server, target: Path) -> None:
+def test_fetch_galaxy10_restarts_if_the_resumed_file_has_a_wrong_hash(server: Server, target: Path) -> None:
     server.wrong_for_ranges, server.cut_after = True, [3 * BLOCK]
     fetch(server, target, "a")
     assert target.read_bytes() == server.data and [wanted for _, wanted in server.requests] == [None, f"bytes={3 * BLOCK}-", None]
 
 
-def test_tries_the_second_address(server: Server, target: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fetch_galaxy10_tries_the_next_url_after_a_404_or_a_wrong_hash(
+    server: Server, target: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fetch(server, target, "missing", "wrong", "a")
     assert target.read_bytes() == server.data
     assert "404" in caplog.text and "its SHA-256 is not the official file's" in caplog.text
 
 
-def test_what_one_address_began_is_not_mixed_with_another(server: Server, target: Path) -> None:
+def test_fetch_galaxy10_does_not_mix_bytes_of_two_urls(server: Server, target: Path) -> None:
     server.cut_after = [2 * BLOCK, 0, 0, 0]
     fetch(server, target, "a", "b")
     assert target.read_bytes() == server.data and server.requests[-1] == ("/b", None)
 
 
-def test_when_all_fail_each_reason_is_told(server: Server, target: Path) -> None:
+def test_fetch_galaxy10_lists_the_reason_of_every_failed_url(server: Server, target: Path) -> None:
     with pytest.raises(UserError) as caught:
         fetch(server, target, "missing", "wrong")
     text = str(caught.value)
@@ -152,12 +154,12 @@ def test_when_all_fail_each_reason_is_told(server: Server, target: Path) -> None
     assert names(target.parent) == []
 
 
-def test_no_server_at_all(target: Path) -> None:
+def test_fetch_galaxy10_without_a_reachable_server_is_refused(target: Path) -> None:
     with pytest.raises(UserError, match="could not be downloaded"):
         fetch_galaxy10(target, urls=["http://127.0.0.1:9/none"], astronn_dir=target.parent, retry_seconds=0.0)
 
 
-def test_from_a_file(server: Server, target: Path, tmp_path: Path) -> None:
+def test_fetch_galaxy10_copies_an_official_file_and_refuses_others(server: Server, target: Path, tmp_path: Path) -> None:
     (tmp_path / "copy.h5").write_bytes(server.data)
     fetch(server, target, source=tmp_path / "copy.h5")
     assert target.read_bytes() == server.data and not server.requests
@@ -169,14 +171,16 @@ def test_from_a_file(server: Server, target: Path, tmp_path: Path) -> None:
     assert names(target.parent) == []
 
 
-def test_a_wrong_file_in_its_place_is_found(server: Server, target: Path) -> None:
+def test_fetch_galaxy10_refuses_an_existing_file_with_a_wrong_hash(server: Server, target: Path) -> None:
     target.parent.mkdir(parents=True)
     target.write_bytes(server.data[:-1])
     with pytest.raises(UserError, match="remove it and fetch again"):
         fetch(server, target, "a")
 
 
-def test_what_astronn_downloaded_is_used(server: Server, target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fetch_galaxy10_uses_a_complete_astronn_download(
+    server: Server, target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cache = tmp_path / ".astroNN" / "datasets"
     cache.mkdir(parents=True)
     (cache / FILE_NAME).write_bytes(server.data[:-7])  # a download of astroNN's that was cut
@@ -190,7 +194,7 @@ def test_what_astronn_downloaded_is_used(server: Server, target: Path, tmp_path:
     assert target.read_bytes() == server.data
 
 
-def test_astronn_is_named_where_it_is_missing(server: Server, target: Path) -> None:
+def test_fetch_galaxy10_via_missing_astronn_names_the_extra_to_install(server: Server, target: Path) -> None:
     try:
         import astroNN  # noqa: F401
     except ImportError:
@@ -225,7 +229,7 @@ def test_via_astronn_calls_its_loader(server: Server, target: Path, tmp_path: Pa
     assert target.read_bytes() == server.data
 
 
-def test_a_full_disk_is_not_taken_for_a_bad_address(server: Server, target: Path) -> None:
+def test_fetch_galaxy10_on_a_full_disk_stops_without_trying_the_next_url(server: Server, target: Path) -> None:
     code = f"""
 from pathlib import Path
 from galaxydist.errors import UserError

@@ -45,7 +45,7 @@ def contents(survey: Survey) -> Mapping[str, tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("variant", ["original", "balanced"])
-def test_folders_give_back_the_very_same_survey(source: Path, out_dir: Path, variant: str) -> None:
+def test_exported_image_folders_reopen_as_the_same_survey(source: Path, out_dir: Path, variant: str) -> None:
     expected = contents(open_survey(source, variant))
     tree = {"original": "Galaxy10_DECaLS", "balanced": "Galaxy10_DECaLS_Balanced"}[variant]
     for path in (out_dir, out_dir / tree, out_dir / "Galaxy10_DECaLS"):
@@ -56,7 +56,9 @@ def test_folders_give_back_the_very_same_survey(source: Path, out_dir: Path, var
 
 
 @pytest.mark.parametrize("variant", ["original", "balanced"])
-def test_shards_do_not_know_which_way_the_galaxies_came(source: Path, out_dir: Path, tmp_path: Path, variant: str) -> None:
+def test_shards_from_the_survey_file_and_from_its_export_are_byte_equal(
+    source: Path, out_dir: Path, tmp_path: Path, variant: str
+) -> None:
     for name, path in (("file", source), ("folder", out_dir)):
         write_shards(open_survey(path, variant), tmp_path / name, encoding="raw", image_size=32, shard_size=50, workers=1)
     tars = sorted(path.relative_to(tmp_path / "file") for path in (tmp_path / "file").rglob("*.tar"))
@@ -77,7 +79,7 @@ def test_torchvision_reads_both_trees(out_dir: Path) -> None:
     assert np.bincount(balanced.targets).tolist() == [10] * 10
 
 
-def test_a_second_export_does_no_work_twice(source: Path, out_dir: Path) -> None:
+def test_second_export_changes_no_file(source: Path, out_dir: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in out_dir.rglob("*")}
     trees = export_image_folders(source, out_dir)
     assert [(tree.variant, tree.existed) for tree in trees] == [("original", True), ("balanced", True)]
@@ -85,7 +87,7 @@ def test_a_second_export_does_no_work_twice(source: Path, out_dir: Path) -> None
     assert trees[0].num_galaxies == {"train": 96, "val": 12, "test": 12}
 
 
-def test_another_source_takes_the_place_of_an_older_export(source: Path, out_dir: Path, tmp_path: Path) -> None:
+def test_export_of_another_survey_replaces_the_older_export(source: Path, out_dir: Path, tmp_path: Path) -> None:
     write_survey(tmp_path / "s.h5", seed=1)
     export_image_folders(source, tmp_path / "out")
     trees = export_image_folders(tmp_path / "s.h5", tmp_path / "out")
@@ -94,14 +96,14 @@ def test_another_source_takes_the_place_of_an_older_export(source: Path, out_dir
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in out_dir.iterdir())
 
 
-def test_nothing_foreign_is_replaced(source: Path, tmp_path: Path) -> None:
+def test_export_refuses_to_replace_foreign_folders(source: Path, tmp_path: Path) -> None:
     write_image(tmp_path / "Galaxy10_DECaLS" / "train" / "mine" / "1.png")
     with pytest.raises(UserError, match="did not write it"):
         export_image_folders(source, tmp_path)
     assert (tmp_path / "Galaxy10_DECaLS" / "train" / "mine" / "1.png").exists()
 
 
-def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path) -> None:
+def test_file_size_limit_during_export_leaves_no_file(source: Path, tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 from galaxydist.errors import UserError
@@ -116,7 +118,7 @@ except UserError as error:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_old_leftovers_are_removed(source: Path, tmp_path: Path) -> None:
+def test_export_removes_only_partial_folders_older_than_a_day(source: Path, tmp_path: Path) -> None:
     for name, age in (("old", 2 * 86400), ("new", 60)):
         folder = tmp_path / f".Galaxy10_DECaLS.{name}.partial"
         folder.mkdir()
@@ -129,7 +131,9 @@ def test_only_old_leftovers_are_removed(source: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_changed_exports_are_noticed(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_changed_export_is_warned_about_and_new_images_are_read(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     export_image_folders(source, tmp_path)
     tree = tmp_path / "Galaxy10_DECaLS"
     next((tree / "train" / "merging").iterdir()).unlink()
@@ -150,12 +154,12 @@ def test_a_folder_of_images_that_is_exported_keeps_its_ids(tmp_path: Path) -> No
     assert found["J3_5_a"] == {"source_id": "J3.5 a"}
 
 
-def test_the_balanced_tree_alone_is_not_the_original(out_dir: Path) -> None:
+def test_balanced_export_cannot_be_opened_as_the_original_variant(out_dir: Path) -> None:
     with pytest.raises(UserError, match="only the balanced variant"):
         open_survey(out_dir / "Galaxy10_DECaLS_Balanced")
 
 
-def test_foreign_descriptions_are_refused(tmp_path: Path) -> None:
+def test_foreign_dataset_json_is_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_image(tmp_path / name / "1.png")
     for text in ("{", "[]", json.dumps({"name": "x"})):
@@ -164,7 +168,7 @@ def test_foreign_descriptions_are_refused(tmp_path: Path) -> None:
             open_survey(tmp_path)
 
 
-def test_metadata_keeps_types(tmp_path: Path) -> None:
+def test_exported_metadata_keeps_the_types_of_values(tmp_path: Path) -> None:
     extras = {
         "text": "a,b\n",
         "number-like": "12",

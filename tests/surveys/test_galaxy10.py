@@ -42,7 +42,7 @@ def official_file(path: Path, positions_csv: Path, chunks: tuple[int, ...] = (11
         h5["redshift"], h5["pxscale"] = np.full(num, np.nan), np.full(num, 0.262)
 
 
-def test_offers_what_a_survey_offers(survey_file: Path) -> None:
+def test_survey_file_gives_labels_splits_images_and_extras(survey_file: Path) -> None:
     survey = open_survey(survey_file)
     assert (survey.name, survey.variant, survey.class_names) == ("simulated", "original", GALAXY10_CLASSES)
     assert np.array_equal(survey.labels, np.repeat(np.arange(10), 12)) and survey.labels.dtype == np.int64
@@ -58,12 +58,12 @@ def test_offers_what_a_survey_offers(survey_file: Path) -> None:
     assert galaxies[119].extras["conflicting"] and not galaxies[1].extras["conflicting"]
 
 
-def test_survives_being_sent_to_a_process(survey_file: Path) -> None:
+def test_survey_file_can_be_pickled(survey_file: Path) -> None:
     survey = pickle.loads(pickle.dumps(open_survey(survey_file)))
     assert next(survey.read(7, 8)).id == "sim-00007"
 
 
-def test_variants_and_conflicts(survey_file: Path) -> None:
+def test_survey_variants_and_conflicting_drop_have_their_splits_and_hashes(survey_file: Path) -> None:
     original, dropped = open_survey(survey_file), open_survey(survey_file, conflicting="drop")
     balanced = open_survey(survey_file, "balanced")
     assert set(original.splits["train"]) - set(dropped.splits["train"]) == {0, 119}
@@ -73,14 +73,16 @@ def test_variants_and_conflicts(survey_file: Path) -> None:
     assert original.source_hash == open_survey(survey_file).source_hash
 
 
-def test_folds(survey_file: Path) -> None:
+def test_survey_folds_test_each_galaxy_once_without_validation(survey_file: Path) -> None:
     tests = [open_survey(survey_file, fold=(k, 3)).splits["test"] for k in range(3)]
     assert np.array_equal(np.sort(np.concatenate(tests)), np.arange(120))
     assert len(open_survey(survey_file, fold=(0, 3)).splits["val"]) == 0
 
 
 @pytest.mark.parametrize("chunks", [(50, 32, 32, 1), (7, 256, 256, 3), (120, 64, 64, 3)])
-def test_reads_files_whose_chunks_are_wide_in_rows(survey_file: Path, tmp_path: Path, chunks: tuple[int, ...]) -> None:
+def test_survey_files_with_any_hdf5_chunks_give_the_same_images(
+    survey_file: Path, tmp_path: Path, chunks: tuple[int, ...]
+) -> None:
     path = tmp_path / "wide.h5"
     with h5py.File(survey_file) as source, h5py.File(path, "w") as copy:
         for name in source:
@@ -113,7 +115,7 @@ def test_official_labels_with_other_positions_are_refused(real_data: Path, tmp_p
         open_survey(tmp_path / "g.h5")
 
 
-def test_another_file_never_takes_the_official_name(tmp_path: Path) -> None:
+def test_unofficial_file_named_like_galaxy10_gets_another_name(tmp_path: Path) -> None:
     write_survey(tmp_path / "Galaxy10_DECals.h5", simulated=False)
     assert open_survey(tmp_path / "Galaxy10_DECals.h5").name == "Galaxy10_DECals_unofficial"
 
@@ -155,14 +157,16 @@ def replace(name: str, values: object) -> Callable[[h5py.File], None]:
         (replace("ans", np.repeat(np.arange(8), 15)), "an empty class: 'edge_on_without_bulge' has 0"),
     ],
 )
-def test_bad_files_say_what_is_wrong(own_copy: Path, change: Callable[[h5py.File], None], message: str) -> None:
+def test_invalid_survey_file_is_refused_with_its_problem(
+    own_copy: Path, change: Callable[[h5py.File], None], message: str
+) -> None:
     with h5py.File(own_copy, "r+") as h5:
         change(h5)
     with pytest.raises(UserError, match=message):
         open_survey(own_copy)
 
 
-def test_missing_and_foreign_files(tmp_path: Path) -> None:
+def test_missing_and_non_hdf5_survey_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"galaxydist data fetch.*galaxydist data simulate"):
         open_survey(tmp_path / "none.h5")
     (tmp_path / "text.h5").write_text("not HDF5")
@@ -170,13 +174,13 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
         open_survey(tmp_path / "text.h5")
 
 
-def test_truncated_files_are_named(own_copy: Path) -> None:
+def test_truncated_survey_file_is_refused(own_copy: Path) -> None:
     own_copy.write_bytes(own_copy.read_bytes()[: own_copy.stat().st_size // 2])
     with pytest.raises(UserError, match=r"own\.h5 is truncated.*fetch or make the file again"):
         open_survey(own_copy)
 
 
-def test_damaged_images_are_found_while_reading(survey_file: Path, tmp_path: Path) -> None:
+def test_damaged_hdf5_chunk_is_reported_with_its_rows(survey_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "damaged.h5"
     with h5py.File(survey_file) as source, h5py.File(path, "w") as copy:
         for name in source:
@@ -201,6 +205,8 @@ def test_damaged_images_are_found_while_reading(survey_file: Path, tmp_path: Pat
         ({"fold": (3, 3)}, "fold 3 of 3: folds are numbered 0 to n - 1"),
     ],
 )
-def test_bad_arguments(survey_file: Path, arguments: dict[str, object], message: str) -> None:
+def test_open_survey_refuses_invalid_variants_conflicting_and_folds(
+    survey_file: Path, arguments: dict[str, object], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         open_survey(survey_file, **arguments)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from galaxydist.surveys.hdf5_schema import COLUMNS, SurveyFileWriter
 from tests.helpers.survey_files import run_with_file_limit, write_survey
 
 
-def test_has_the_official_schema(tmp_path: Path) -> None:
+def test_written_survey_file_has_the_galaxy10_schema(tmp_path: Path) -> None:
     labels = write_survey(tmp_path / "deep" / "s.h5")
     with h5py.File(tmp_path / "deep" / "s.h5") as h5:
         assert set(h5) == {"images", "ans", "ra", "dec", "redshift", "pxscale"}
@@ -20,19 +20,19 @@ def test_has_the_official_schema(tmp_path: Path) -> None:
         assert h5.attrs["survey"] == "simulated" and h5.attrs["seed"] == 0
 
 
-def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+def test_interrupted_survey_file_is_removed(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), SurveyFileWriter(tmp_path / "s.h5", 5):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_few_galaxies_leave_nothing(tmp_path: Path) -> None:
+def test_survey_file_with_too_few_galaxies_is_removed(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="0 of 5"), SurveyFileWriter(tmp_path / "s.h5", 5):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_nothing_and_says_so(tmp_path: Path) -> None:
+def test_file_size_limit_while_writing_a_survey_is_reported_and_leaves_no_file(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 from galaxydist.errors import UserError

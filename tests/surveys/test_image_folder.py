@@ -38,7 +38,7 @@ def class_folders(root: Path, names: tuple[str, ...] = ("class2", "class10"), co
     return root
 
 
-def test_class_folders_alone_are_split_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_class_folders_without_splits_are_split_80_10_10_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         survey = open_survey(class_folders(tmp_path / "my galaxies"))
     assert "80/10/10" in caplog.text
@@ -55,7 +55,7 @@ def test_class_folders_alone_are_split_and_said(tmp_path: Path, caplog: pytest.L
 @pytest.mark.parametrize(
     ("present", "sizes"), [(("train",), (16, 2, 2)), (("train", "test"), (18, 2, 20)), (("train", "valid"), (18, 20, 2))]
 )
-def test_missing_splits_are_cut_from_train_and_said(
+def test_missing_val_and_test_folders_are_cut_from_train_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, present: tuple[str, ...], sizes: tuple[int, ...]
 ) -> None:
     for folder in present:
@@ -69,7 +69,7 @@ def test_missing_splits_are_cut_from_train_and_said(
     assert caplog.text.count("a tenth of each class of train") == 3 - len(present)
 
 
-def test_adding_an_image_moves_few_others(tmp_path: Path) -> None:
+def test_adding_an_image_moves_at_most_one_other_out_of_the_test_split(tmp_path: Path) -> None:
     def test_files() -> set[str]:
         survey = open_survey(tmp_path)
         galaxies = list(survey.read(0, len(survey.labels)))
@@ -81,7 +81,9 @@ def test_adding_an_image_moves_few_others(tmp_path: Path) -> None:
     assert len(before - test_files()) <= 1
 
 
-def test_numbered_folders_are_galaxy10s_classes_only_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_numbered_folders_have_galaxy10_names_only_with_classes_galaxy10(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     numbers = class_folders(tmp_path / "numbers", tuple(str(label) for label in range(10)), 3, ".png")
     names = class_folders(tmp_path / "names", GALAXY10_CLASSES, 3, ".png")
     assert open_survey(numbers).class_names == tuple("0123456789")
@@ -102,7 +104,7 @@ def test_numbered_folders_are_galaxy10s_classes_only_on_request(tmp_path: Path, 
         open_survey(numbers)
 
 
-def test_real_sample_folds(real_sample: Path) -> None:
+def test_real_galaxy_folder_is_split_into_stratified_folds(real_sample: Path) -> None:
     survey = open_survey(real_sample, fold=(0, 3), classes="galaxy10")
     assert survey.name == "galaxy10_decals_sample" and survey.class_names == GALAXY10_CLASSES
     assert len(survey.splits["test"]) == 333 and len(survey.splits["train"]) == 666 and len(survey.splits["val"]) == 0
@@ -111,7 +113,7 @@ def test_real_sample_folds(real_sample: Path) -> None:
     assert decode_file(galaxy.image.data, galaxy.id).shape == (256, 256, 3)
 
 
-def test_names_that_collide_get_longer(tmp_path: Path) -> None:
+def test_colliding_file_names_get_longer_unique_ids(tmp_path: Path) -> None:
     for file in ("train/a/1.png", "train/b/1.png", "val/a/1.png", "train/a/J22.5-00.4.png", "train/b/sub dir/x.y.png"):
         write_image(tmp_path / file)
     for file in (
@@ -130,7 +132,7 @@ def test_names_that_collide_get_longer(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.text(max_size=8), min_size=1, max_size=30))
-def test_ids_are_always_safe_and_unique(names: list[str]) -> None:
+def test_image_ids_are_always_safe_and_unique(names: list[str]) -> None:
     ids = unique_ids([(name, f"x-{name}") for name in names])
     assert len({name.lower() for name in ids}) == len(ids) == len(names)
     assert all(re.fullmatch(r"[A-Za-z0-9_+-]+", name) for name in ids)
@@ -138,7 +140,7 @@ def test_ids_are_always_safe_and_unique(names: list[str]) -> None:
     assert len({natural_key(name) for name in names}) == len({*names}), "two names with one key: their order would be chance"
 
 
-def test_other_formats_become_pixels(tmp_path: Path) -> None:
+def test_images_of_other_formats_and_modes_are_read_as_rgb_pixels(tmp_path: Path) -> None:
     class_folders(tmp_path, count=5)
     pixels = np.asarray(Image.open(write_image(tmp_path / "class2" / "a.bmp", 7)))
     for name, mode in (("grey.png", "L"), ("alpha.png", "RGBA"), ("cmyk.jpg", "CMYK"), ("palette.png", "P")):
@@ -151,7 +153,7 @@ def test_other_formats_become_pixels(tmp_path: Path) -> None:
         assert isinstance(image, np.ndarray) and image.shape == (20, 24, 3) and image.dtype == np.uint8
 
 
-def test_the_source_hash_follows_images_and_splits(tmp_path: Path) -> None:
+def test_source_hash_changes_with_images_and_folds(tmp_path: Path) -> None:
     class_folders(tmp_path)
     hashes = {open_survey(tmp_path).source_hash, open_survey(tmp_path, fold=(0, 2)).source_hash}
     data = bytearray((tmp_path / "class2" / "class2_0.jpg").read_bytes())
@@ -163,7 +165,7 @@ def test_the_source_hash_follows_images_and_splits(tmp_path: Path) -> None:
     assert len(hashes) == 4 and open_survey(tmp_path).source_hash in hashes
 
 
-def test_source_hashes_of_earlier_versions_stay(tmp_path: Path) -> None:
+def test_source_hashes_equal_those_of_earlier_versions(tmp_path: Path) -> None:
     assert {name: open_survey(make(tmp_path / name)).source_hash for name, make in FOLDERS.items()} == GOLDEN
     plain = tmp_path / "plain"
     assert open_survey(plain, "balanced").source_hash == "651a2535257345831d5bfee4f3fa5083786f7b489fc8f917c1c84e69a4deaacf"
@@ -172,7 +174,7 @@ def test_source_hashes_of_earlier_versions_stay(tmp_path: Path) -> None:
     assert survey_file_hash(tmp_path) == "4c549a2d7acdcc0c90717b90c7f93a9d9720b2372c00cd48a643dafbf26d4baa"
 
 
-def test_galaxies_keep_the_users_own_ids_and_files(tmp_path: Path) -> None:
+def test_image_folder_galaxies_keep_their_source_ids_and_files(tmp_path: Path) -> None:
     galaxies = list(open_survey(plain_folder(tmp_path / "plain")).read(0, 16))
     assert (galaxies[9].id, galaxies[9].extras["source_id"]) == ("J22_1-00_4", "J22.1-00.4")
     assert galaxies[9].extras["file"] == "class10/part 1/J22.1-00.4.PPM"
@@ -184,7 +186,7 @@ def test_galaxies_keep_the_users_own_ids_and_files(tmp_path: Path) -> None:
     assert (odd.id, odd.extras["source_id"], odd.extras["file"]) == ("3", "3\\xe9", "class2/3\\xe9.ppm")
 
 
-def test_the_order_does_not_hang_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_folder_order_does_not_depend_on_directory_listing_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for label, name in enumerate(("010", "10", "z")):
         for number, file in enumerate(("1.png", "01.png", "2.png", "002.png")):
             write_image(tmp_path / name / file, 4 * label + number)
@@ -200,7 +202,7 @@ def test_the_order_does_not_hang_on_the_file_system(tmp_path: Path, monkeypatch:
     assert found[0][0] == ("010", "10", "z") and found[0][1][:4] == ("010/01.png", "010/1.png", "010/002.png", "010/2.png")
 
 
-def test_what_links_reach_twice_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_image_reached_twice_through_links_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = class_folders(tmp_path / "mine", ("a", "b"), 6)
     pool = class_folders(tmp_path / "pool", ("p",), 3)
     for name in ("a", "b"):
@@ -227,7 +229,7 @@ def test_what_links_reach_twice_is_read_once(tmp_path: Path, caplog: pytest.LogC
 
 
 @pytest.mark.parametrize("kind", ["mark", "crlf", "semicolon"])
-def test_a_table_that_a_spreadsheet_saved_says_the_same(tmp_path: Path, kind: str) -> None:
+def test_metadata_csv_saved_by_a_spreadsheet_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     expected = open_survey(exported_folder(tmp_path / "before")).rows
     lines = METADATA.replace("false", "FALSE").replace("true", "TRUE").splitlines()
     text = "\n".join(lines)
@@ -257,14 +259,16 @@ def test_a_table_that_a_spreadsheet_saved_says_the_same(tmp_path: Path, kind: st
         (METADATA.encode() + b"x" * 200_000, r"is not a CSV table \(field larger than"),
     ],
 )
-def test_a_table_that_cannot_be_used_is_refused(tmp_path: Path, changed: bytes, message: str) -> None:
+def test_unusable_metadata_csv_is_refused_with_its_problem(tmp_path: Path, changed: bytes, message: str) -> None:
     folder = exported_folder(tmp_path)
     (folder / "metadata.csv").write_bytes(changed)
     with pytest.raises(UserError, match=message):
         open_survey(folder)
 
 
-def test_a_table_of_the_users_own_is_read_or_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_metadata_csv_of_the_user_gives_ids_positions_and_splits_or_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class_folders(tmp_path)
     numbers = range(10)
     lines = [f"class2_{n}.jpg,objid {n},{'Testing'[:4] if n < 2 else 'Valid' if n < 3 else 'train'},{n},0.5,7" for n in numbers]
@@ -284,7 +288,7 @@ def test_a_table_of_the_users_own_is_read_or_said(tmp_path: Path, caplog: pytest
     assert "metadata.csv is ignored: none of its columns (galaxy, ra, dec) is named file or file_name" in caplog.text
 
 
-def test_other_endings_are_read_or_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_image_suffixes_are_read_and_unreadable_ones_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class_folders(tmp_path, count=4)
     for ending in ("jfif", "JPE", "jp2", "avif"):
         image = write_image(tmp_path / "new" / f"{ending}.{'jpg' if ending[0] == 'J' or ending == 'jfif' else ending}")
@@ -312,7 +316,7 @@ def test_other_endings_are_read_or_counted(tmp_path: Path, caplog: pytest.LogCap
         open_survey(tmp_path)
 
 
-def test_images_are_upright_and_on_black(tmp_path: Path) -> None:
+def test_images_are_rotated_by_exif_and_transparent_pixels_are_black(tmp_path: Path) -> None:
     class_folders(tmp_path, count=5)
     upright = np.asarray(Image.open(tmp_path / "class2" / "class2_0.jpg"))
     mark = Image.Exif()
@@ -333,7 +337,7 @@ def test_images_are_upright_and_on_black(tmp_path: Path) -> None:
     assert isinstance(galaxies["keyed"], np.ndarray) and not galaxies["keyed"].any()
 
 
-def test_bad_folders_say_what_is_wrong(tmp_path: Path) -> None:
+def test_invalid_image_folder_is_refused_with_its_problem(tmp_path: Path) -> None:
     for folder in ("nothing", "one/a", "splits/val/a", "empty/a", "empty/b", "twice/train/a"):
         (tmp_path / folder).mkdir(parents=True)
     for file in ("one/a/1.png", "splits/val/a/1.png", "empty/a/1.png", "few/a/1.png", "few/b/1.png", "few/b/2.png"):
@@ -352,13 +356,13 @@ def test_bad_folders_say_what_is_wrong(tmp_path: Path) -> None:
             open_survey(tmp_path / folder)
 
 
-def test_own_splits_and_folds_exclude_each_other(tmp_path: Path) -> None:
+def test_fold_of_a_folder_with_split_folders_is_refused(tmp_path: Path) -> None:
     class_folders(tmp_path / "train")
     with pytest.raises(UserError, match="split folders of its own"):
         open_survey(tmp_path, fold=(0, 3))
 
 
-def test_truncated_and_foreign_images_are_named(tmp_path: Path) -> None:
+def test_truncated_and_undecodable_images_are_named(tmp_path: Path) -> None:
     class_folders(tmp_path, count=5)
     whole = (tmp_path / "class2" / "class2_0.jpg").read_bytes()
     with pytest.raises(UserError, match=r"class2_0\.jpg \(\d+ bytes\) cannot be decoded: .*[tT]runcated"):
@@ -373,7 +377,9 @@ def test_truncated_and_foreign_images_are_named(tmp_path: Path) -> None:
         list(open_survey(tmp_path).read(0, 10))
 
 
-def test_equal_files_stay_together_in_a_new_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_byte_equal_images_are_in_the_same_split_and_conflicting_ones_train(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class_folders(tmp_path, count=30)
     copies = {f"class2/class2_{n}.jpg": f"class2/copy_{n}.jpg" for n in range(30)}  # all of a class twice
     copies["class10/class10_0.jpg"] = "class2/other.jpg"
@@ -400,7 +406,7 @@ def write_blank(path: Path) -> None:
     Image.new("RGB", (20, 24), (7, 7, 7)).save(path)
 
 
-def test_split_folders_have_many_names_and_each_split_one_folder(tmp_path: Path) -> None:
+def test_split_folders_are_found_under_many_names_but_one_per_split(tmp_path: Path) -> None:
     for names in (("Training", "Dev", "Testing"), ("train", "eval", "test")):
         root = tmp_path / names[0]
         for number, name in enumerate(names):
@@ -411,7 +417,7 @@ def test_split_folders_have_many_names_and_each_split_one_folder(tmp_path: Path)
         open_survey(root)
 
 
-def test_no_validation_split_where_none_is_wanted(tmp_path: Path) -> None:
+def test_image_folder_opened_with_has_val_false_has_no_validation_split(tmp_path: Path) -> None:
     for folder in ("given/train", "given/test", "new"):
         class_folders(tmp_path / folder)
     for folder, sizes in (("given", [20, 0, 20]), ("new", [18, 0, 2])):
@@ -421,7 +427,7 @@ def test_no_validation_split_where_none_is_wanted(tmp_path: Path) -> None:
         open_survey(tmp_path / "given", has_val=False)
 
 
-def test_classes_that_mirror_each_other() -> None:
+def test_mirrored_classes_finds_class_names_that_are_mirror_images() -> None:
     assert mirrored_classes(["clockwise", "edge", "Counter-Clockwise"]) == ["clockwise", "Counter-Clockwise"]
     assert mirrored_classes(["S-spiral", "Z-spiral", "cw", "acw"]) == ["S-spiral", "Z-spiral", "cw", "acw"]
     assert mirrored_classes(["clockwise", "left", "S0", "spiral", "anticlockwise_barred"]) == []

@@ -30,7 +30,7 @@ def counts(split: OfficialSplit, mask: NDArray[np.bool_]) -> list[int]:
     return np.bincount(split.labels[mask], minlength=10).tolist()
 
 
-def test_table_is_small_and_never_changes(split: OfficialSplit) -> None:
+def test_official_split_table_is_small_and_has_its_golden_hash(split: OfficialSplit) -> None:
     packed = files("galaxydist.surveys").joinpath(TABLE).read_bytes()
     assert len(packed) < 100_000
     assert hashlib.sha256(gzip.decompress(packed)).hexdigest() == TABLE_SHA256
@@ -52,7 +52,7 @@ def test_balanced_has_the_published_counts(split: OfficialSplit) -> None:
     assert counts(split, split.balanced == TEST) == [66] * 10
 
 
-def test_nothing_leaks_between_the_variants(split: OfficialSplit) -> None:
+def test_galaxies_of_one_variant_never_train_the_other(split: OfficialSplit) -> None:
     train = (split.balanced == TRAIN) | (split.balanced == VAL)
     assert not (train & (split.original == TEST)).any()
     assert not ((split.balanced == TEST) & (split.original == TRAIN)).any()
@@ -63,7 +63,7 @@ def test_nothing_leaks_between_the_variants(split: OfficialSplit) -> None:
     assert [line.split(",")[5] == "1" for line in lines] == marked.tolist()
 
 
-def test_no_neighbours_across_splits(split: OfficialSplit, positions: NDArray[np.float64]) -> None:
+def test_official_splits_separate_no_neighbours_within_67_arcsec(split: OfficialSplit, positions: NDArray[np.float64]) -> None:
     pairs = close_pairs(positions["ra"], positions["dec"], 67.0)
     assert len(pairs) == 236
     assert (split.original[pairs[:, 0]] == split.original[pairs[:, 1]]).all()
@@ -77,13 +77,13 @@ def test_no_neighbours_across_splits(split: OfficialSplit, positions: NDArray[np
             assert not ((trained[one] == TRAIN) & (tested[other] == TEST)).any()
 
 
-def test_places_with_two_labels_train(split: OfficialSplit, positions: NDArray[np.float64]) -> None:
+def test_positions_with_two_labels_are_only_in_training(split: OfficialSplit, positions: NDArray[np.float64]) -> None:
     same = close_pairs(positions["ra"], positions["dec"], 1.0)
     assert len(same) == 59 and (split.labels[same[:, 0]] != split.labels[same[:, 1]]).all()
     assert np.array_equal(np.flatnonzero(split.sky.conflicting), np.unique(same))
     assert (split.original[same] == TRAIN).all() and (split.balanced[same] <= TRAIN).all()
 
 
-def test_the_command_makes_the_same_table_again(real_data: Path, tmp_path: Path) -> None:
+def test_write_table_reproduces_the_shipped_split_byte_for_byte(real_data: Path, tmp_path: Path) -> None:
     assert write_table(real_data / "galaxy10_decals_positions.csv", tmp_path / TABLE) == TABLE_SHA256
     assert (tmp_path / TABLE).read_bytes() == files("galaxydist.surveys").joinpath(TABLE).read_bytes()

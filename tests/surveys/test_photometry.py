@@ -47,7 +47,9 @@ def as_image(light_HW: NDArray[np.float64], *, sky: float = SKY, noise: float = 
     ("index", "expected", "radius"),
     [(0.5, 1.0, 5), (0.5, 1.0, 12), (0.5, 1.0, 25), (1, 0.993, 5), (1, 0.993, 12), (1, 0.993, 25), (4, 0.70, 5), (4, 0.70, 12)],
 )
-def test_half_light_radii_are_those_of_petrosian_apertures(index: float, expected: float, radius: float) -> None:
+def test_measured_half_light_radius_matches_petrosian_theory_for_sersic_profiles(
+    index: float, expected: float, radius: float
+) -> None:
     # Graham et al. (2005): right for a disc; of a de Vaucouleurs profile the aperture loses the wings.
     light_HW = draw_sersic(radius, index)
     found = measure_image(as_image(light_HW))
@@ -57,14 +59,14 @@ def test_half_light_radii_are_those_of_petrosian_apertures(index: float, expecte
         assert found.brightness == pytest.approx(200 / 255 * light_HW.sum(), rel=0.02)
 
 
-def test_an_inclined_disc_keeps_its_light_and_nearly_its_size() -> None:
+def test_inclined_disc_keeps_its_brightness_and_size_within_10_percent() -> None:
     light_HW = draw_sersic(15, 1, axis_ratio=0.4)
     found = measure_image(as_image(light_HW))
     assert found.brightness == pytest.approx(200 / 255 * light_HW.sum(), rel=0.03)
     assert found.size_px == pytest.approx(15, rel=0.1)  # circular apertures
 
 
-def test_neighbours_and_an_offset_change_little() -> None:
+def test_neighbours_and_an_offset_change_size_and_brightness_by_under_3_percent() -> None:
     alone = measure_image(as_image(draw_sersic(12, 1, shift=(4.3, -6.7))))
     crowd_HW = draw_sersic(12, 1, shift=(4.3, -6.7)) + sum(
         0.9 * draw_sersic(2, 0.5, shift=place) for place in ((60, 20), (-50, -40), (-90, 95), (70, -75))
@@ -76,7 +78,7 @@ def test_neighbours_and_an_offset_change_little() -> None:
     assert found.sky == pytest.approx(alone.sky, abs=0.002)
 
 
-def test_radii_grow_with_the_image_and_skies_do_not() -> None:
+def test_measured_radius_scales_with_the_image_and_the_sky_does_not() -> None:
     small, large = (measure_image(as_image(draw_sersic(size / 16, 1, size=size))) for size in (64, 256))
     assert large.size_px == pytest.approx(4 * small.size_px, rel=0.04)
     assert large.sky == pytest.approx(small.sky, abs=0.002)
@@ -94,7 +96,7 @@ def test_an_empty_noisy_sky_has_no_galaxy() -> None:
     assert np.isnan(found.size_px) and found.brightness == 0
 
 
-def test_a_batch_is_its_images() -> None:
+def test_measurements_of_a_batch_equal_those_of_single_images() -> None:
     images = [as_image(draw_sersic(r, n, size=64), seed=r) for r, n in itertools.product((3, 6, 9), (1, 4))] * 7
     batch = measure_images(np.stack(images))
     for number, image in enumerate(images):
@@ -105,7 +107,7 @@ def test_a_batch_is_its_images() -> None:
 
 
 @given(hnp.arrays(np.uint8, st.tuples(st.just(2), st.integers(16, 40), st.integers(16, 40), st.just(3))))
-def test_any_image_gets_sane_numbers(images_NHWC: NDArray[np.uint8]) -> None:
+def test_any_image_has_measurements_within_bounds(images_NHWC: NDArray[np.uint8]) -> None:
     found = measure_images(images_NHWC)
     radius = found.size_px[~np.isnan(found.size_px)]
     assert (radius >= 0).all() and (radius <= min(images_NHWC.shape[1:3]) / 2).all()
@@ -113,14 +115,14 @@ def test_any_image_gets_sane_numbers(images_NHWC: NDArray[np.uint8]) -> None:
     assert ((found.sky >= 0) & (found.sky <= 1)).all()
 
 
-def test_other_arrays_are_refused() -> None:
+def test_measure_images_refuses_other_shapes_and_dtypes() -> None:
     for images in (np.zeros((32, 32), np.uint8), np.zeros((32, 32, 3), np.float32)):
         with pytest.raises(ValueError, match=r"not .* of"):
             measure_image(images)
     assert math.isnan(measure_image(np.zeros((8, 32, 3), np.uint8)).size_px)  # too small to say anything
 
 
-def test_real_galaxies_have_the_sizes_that_their_classes_say(real_sample: Path) -> None:
+def test_real_barred_spirals_are_larger_than_in_between_smooth_galaxies(real_sample: Path) -> None:
     def sizes(label: int) -> NDArray[np.float64]:
         files = sorted((real_sample / str(label)).glob("*.jpg"))[:25]
         return measure_images(np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])).size_px

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from galaxydist.surveys.simulate import components, observation
-from galaxydist.surveys.simulate.galaxy_types import LOOSE_PITCH, TIGHT_PITCH, draw_arms
-from galaxydist.surveys.simulate.morphology import draw_light
+from galaxydist.surveys.simulate.components import CENTRE, MARGIN, SIZE, Scene
+from galaxydist.surveys.simulate.galaxy_types import LOOSE_PITCH, TIGHT_PITCH, draw_arms, draw_light
 from galaxydist.surveys.simulate.random_draws import GALAXY, PIXELS, Draws, pixel_normals
-from galaxydist.surveys.simulate.scene import CENTRE, MARGIN, SIZE, Scene
 
 
-def test_dice_are_fixed_for_ever() -> None:
+def test_random_draws_are_reproducible_and_independent_of_chunk_size() -> None:
     draws = Draws(1, GALAXY, 2)
     assert [round(draws.uniform(), 6) for _ in range(3)] == [round(value, 6) for value in Draws(1, GALAXY, 2).uniforms(3)]
     long = Draws(1, GALAXY, 2).uniforms(1500)
@@ -26,7 +25,7 @@ def test_dice_are_fixed_for_ever() -> None:
     assert pixel_normals((1, 3), 1, PIXELS, 2).tolist() == [pytest.approx([-0.0964773, -1.6789854, 0.2858688], rel=1e-6)]
 
 
-def test_dice_have_their_distributions() -> None:
+def test_random_draws_have_normal_and_poisson_moments() -> None:
     draws = Draws(3, GALAXY, 0)
     normals = draws.normals(20_000)
     assert abs(normals.mean()) < 0.02
@@ -68,7 +67,7 @@ def test_arms_have_the_pitch_they_were_asked_for(pitch: float) -> None:
     assert np.degrees(np.arctan(2.0 / abs(slope))) == pytest.approx(pitch, rel=0.05)
 
 
-def test_tight_arms_are_tighter_than_loose_ones() -> None:
+def test_tight_spiral_arms_have_smaller_pitch_than_loose_ones() -> None:
     draws = Draws(1, GALAXY, 9)
     tight = [np.degrees(draw_arms(draws, tight=True).pitch) for _ in range(50)]
     loose = [np.degrees(draw_arms(draws, tight=False).pitch) for _ in range(50)]
@@ -96,7 +95,7 @@ def test_a_star_has_the_seeing_of_its_band() -> None:
         assert 2.0 * half * observation.DECAM_PIXEL == pytest.approx(fwhm, rel=0.03)
 
 
-def test_sky_noise_has_its_size() -> None:
+def test_sky_noise_has_the_configured_deviation_in_each_band() -> None:
     scene = Scene(observation.DECAM_PIXEL)
     ratios = []
     for row in range(60):
@@ -106,7 +105,7 @@ def test_sky_noise_has_its_size() -> None:
     assert np.median(ratios, axis=0) == pytest.approx([1.0, 1.0, 1.0], abs=0.1)
 
 
-def test_the_stretch_is_the_viewers() -> None:
+def test_stretch_matches_the_arcsinh_formula_of_the_legacy_viewer() -> None:
     black = observation.stretch(np.zeros((3, 2, 2), np.float32))
     assert black == pytest.approx(np.arcsinh(0.6) / np.sqrt(20.0))
     # 0.1 nanomaggies in r alone: x = (0.03, 0.37, 0.03), I = 0.4300 / 3.
@@ -117,7 +116,7 @@ def test_the_stretch_is_the_viewers() -> None:
     assert np.all(observation.stretch(np.full((3, 1, 1), 100.0, np.float32)) == 1.0)
 
 
-def test_large_galaxies_get_the_coarse_pixels() -> None:
+def test_few_simulated_galaxies_have_the_coarse_pixel_scale_and_all_fit_the_image() -> None:
     lights = [draw_light(Draws(1, GALAXY, row), label) for label in range(10) for row in range(200)]
     assert {light.pixel_scale for light in lights} == {0.262, 0.524}
     for light in lights:  # beyond a half-light radius of 48 fine pixels
@@ -126,7 +125,7 @@ def test_large_galaxies_get_the_coarse_pixels() -> None:
     assert np.mean([light.pixel_scale > 0.3 for light in lights]) < 0.1
 
 
-def test_red_and_blue_classes_and_reddening_with_redshift() -> None:
+def test_round_galaxies_are_redder_than_loose_spirals_and_redden_with_redshift() -> None:
     round_ones = [draw_light(Draws(2, GALAXY, row), 2) for row in range(400)]
     loose_ones = [draw_light(Draws(2, GALAXY, row), 7) for row in range(400)]
     assert np.median([light.green_red for light in round_ones]) > np.median([light.green_red for light in loose_ones]) + 0.15

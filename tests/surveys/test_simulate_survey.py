@@ -21,7 +21,7 @@ def _separation(plan: SurveyPlan, one: int, other: int) -> float:
     return float(np.hypot(east, plan.dec[one] - plan.dec[other]) * 3600.0)
 
 
-def test_file_has_the_official_schema(tmp_path: Path) -> None:
+def test_simulated_survey_file_has_the_galaxy10_schema(tmp_path: Path) -> None:
     path = tmp_path / "simulated.h5"
     simulate_survey(path, 40, seed=1, workers=1)
     with h5py.File(path) as file:
@@ -40,7 +40,7 @@ def test_file_has_the_official_schema(tmp_path: Path) -> None:
 
 
 @pytest.mark.multiprocess
-def test_bytes_do_not_depend_on_workers(tmp_path: Path) -> None:
+def test_simulated_survey_is_byte_equal_for_any_number_of_workers(tmp_path: Path) -> None:
     hashes = []
     for workers in (1, 2):
         path = tmp_path / f"{workers}.h5"
@@ -49,7 +49,7 @@ def test_bytes_do_not_depend_on_workers(tmp_path: Path) -> None:
     assert hashes[0] == hashes[1]
 
 
-def test_seed_and_row_decide_an_image() -> None:
+def test_simulated_image_depends_only_on_seed_and_row() -> None:
     plan = plan_survey(30, seed=2)
     images, _, _ = draw_slab(plan, 10, 12)
     assert np.array_equal(images[1], draw_image(plan, 11)[0])
@@ -57,13 +57,13 @@ def test_seed_and_row_decide_an_image() -> None:
     assert not np.array_equal(images[1], draw_image(plan_survey(30, seed=3), 11)[0])
 
 
-def test_proportions_are_galaxy10s() -> None:
+def test_simulated_class_counts_have_the_proportions_of_galaxy10() -> None:
     assert class_counts(sum(GALAXY10_COUNTS)).tolist() == list(GALAXY10_COUNTS)
     assert class_counts(1000, balanced=True).tolist() == [100] * 10
 
 
 @given(num=st.integers(1, 30_000), balanced=st.booleans())
-def test_every_count_adds_up(num: int, balanced: bool) -> None:
+def test_simulated_class_counts_sum_to_the_number_of_galaxies(num: int, balanced: bool) -> None:
     counts = class_counts(num, balanced)
     assert counts.sum() == num
     assert counts.min() >= min(HANDFUL, num // 10)
@@ -73,7 +73,7 @@ def test_every_count_adds_up(num: int, balanced: bool) -> None:
 
 
 @pytest.mark.parametrize("num", [20, 250, 2500])
-def test_one_place_has_two_labels_and_pairs_overlap(num: int) -> None:
+def test_simulated_survey_has_one_position_with_two_labels_and_close_pairs(num: int) -> None:
     plan = plan_survey(num, seed=4)
     (twice,) = np.flatnonzero(plan.shown != np.arange(num))
     assert plan.labels[twice] != plan.labels[plan.shown[twice]]
@@ -93,7 +93,7 @@ def _near(plan: SurveyPlan, row: int) -> list[int]:
     return [int(other) for other in np.flatnonzero(close) if other != row]
 
 
-def test_the_place_with_two_labels_shows_one_image() -> None:
+def test_simulated_position_with_two_labels_has_one_image() -> None:
     plan = plan_survey(60, seed=6)
     (twice,) = np.flatnonzero(plan.shown != np.arange(60))
     assert np.array_equal(draw_image(plan, int(twice))[0], draw_image(plan, int(plan.shown[twice]))[0])
@@ -113,13 +113,13 @@ def test_pairs_show_in_each_others_images() -> None:
 
 
 @pytest.mark.parametrize(("num", "seed", "word"), [(0, 1, "at least 1"), (10, -1, "seed")])
-def test_impossible_surveys_are_refused(tmp_path: Path, num: int, seed: int, word: str) -> None:
+def test_simulate_survey_refuses_invalid_counts_and_seeds(tmp_path: Path, num: int, seed: int, word: str) -> None:
     with pytest.raises(UserError, match=word):
         simulate_survey(tmp_path / "x.h5", num, seed)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_simulation_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 

@@ -48,7 +48,7 @@ populations = st.builds(
 
 
 @given(populations)
-def test_original_keeps_counts_groups_and_conflicts(galaxies: SplitCandidates) -> None:
+def test_original_split_keeps_counts_groups_together_and_conflicts_in_training(galaxies: SplitCandidates) -> None:
     codes = split_original(galaxies)
     wanted = split_counts(np.bincount(galaxies.labels, minlength=galaxies.num_classes), galaxies.seed)
     assert groups_are_whole(galaxies, codes)
@@ -61,7 +61,7 @@ def test_original_keeps_counts_groups_and_conflicts(galaxies: SplitCandidates) -
 
 
 @given(populations)
-def test_balanced_never_tests_what_trained_the_other(galaxies: SplitCandidates) -> None:
+def test_balanced_split_is_balanced_and_never_tests_training_galaxies_of_the_original(galaxies: SplitCandidates) -> None:
     original = split_original(galaxies)
     balanced = split_balanced(galaxies, original)
     both = (balanced == TRAIN) | (balanced == VAL)
@@ -73,7 +73,7 @@ def test_balanced_never_tests_what_trained_the_other(galaxies: SplitCandidates) 
     assert (balanced[galaxies.sky.conflicting] <= TRAIN).all()
 
 
-def test_follows_seed_and_keys_alone() -> None:
+def test_split_depends_only_on_seed_and_keys_not_on_order() -> None:
     galaxies = crowded([50, 60, 70], 0.1, 1)
     again = crowded([50, 60, 70], 0.1, 1)
     assert np.array_equal(split_original(galaxies), split_original(again))
@@ -93,7 +93,7 @@ def test_counts_keep_one_galaxy_everywhere() -> None:
 
 
 @pytest.mark.parametrize(("counts", "word"), [([30, 0, 30], "an empty class"), ([30, 2, 30], "too small")])
-def test_empty_and_small_classes_are_named(counts: list[int], word: str) -> None:
+def test_empty_and_too_small_classes_are_refused_by_name(counts: list[int], word: str) -> None:
     labels = np.repeat(np.arange(3), counts)
     unknown = np.full(len(labels), np.nan)
     galaxies = build_candidates(labels, unknown, unknown, class_names=["a", "b", "c"], seed=0)
@@ -101,7 +101,7 @@ def test_empty_and_small_classes_are_named(counts: list[int], word: str) -> None
         split_original(galaxies)
 
 
-def test_a_class_of_neighbours_only_is_an_error() -> None:
+def test_class_with_only_neighbours_of_other_classes_is_refused() -> None:
     labels = np.array([0] * 20 + [1] * 4)
     ra, dec = np.linspace(0, 200, 24), np.zeros(24)
     ra[20:], labels[:1] = ra[0], 0  # all of class 1 sit on a galaxy of class 0
@@ -120,14 +120,14 @@ def test_folds_cover_each_galaxy_once_and_are_stratified() -> None:
         split_fold(galaxies, 3, 3)
 
 
-def test_cut_takes_a_tenth_of_each_class_from_train() -> None:
+def test_cut_moves_a_tenth_of_each_class_without_splitting_groups() -> None:
     galaxies = crowded([40, 50], 0.1, 4)
     codes = cut(galaxies, np.full(90, TRAIN, np.int8), VAL)
     assert galaxies.counts(codes == VAL).tolist() == [4, 5] and groups_are_whole(galaxies, codes)
     assert not (codes[galaxies.sky.conflicting] == VAL).any()
 
 
-def test_rows_by_split_are_sorted_and_apart() -> None:
+def test_rows_by_split_are_sorted_and_disjoint() -> None:
     rows = rows_by_split(np.array([0, 2, -1, 1, 0], np.int8))
     assert {name: split.tolist() for name, split in rows.items()} == {"train": [0, 4], "val": [3], "test": [1]}
 

@@ -10,7 +10,7 @@ from tests.helpers.blobs import BlobSurvey
 from tests.helpers.runs import quick_settings, read_evaluation, run_here
 
 
-def test_a_run_is_judged_on_every_variant_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_run_is_evaluated_on_every_requested_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for variant, num_galaxies in (("original", 120), ("balanced", 60)):
         survey = BlobSurvey(variant=variant, num_galaxies=num_galaxies)
         write_shards(survey, tmp_path / "shards" / variant, encoding="png", shard_size=16, workers=1)
@@ -29,7 +29,7 @@ def test_a_run_is_judged_on_every_variant_that_is_asked_for(tmp_path: Path, caps
     capsys.readouterr()
 
 
-def test_a_variant_that_is_not_there_is_refused_before_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_evaluation_variant_is_refused_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     for folder, text in (("original", "balanced"), ("elsewhere", "eval.variants=balanced")):
         path = write_shards(BlobSurvey(), tmp_path / folder, encoding="png", shard_size=16, workers=1).path

@@ -10,7 +10,7 @@ from galaxydist.training.announcement import duration, smaller_command
 from tests.helpers.runs import quick_settings, run_here
 
 
-def test_a_new_run_says_what_it_will_do_and_a_continued_one_does_not(
+def test_new_run_prints_data_model_steps_and_advice_and_a_continued_one_does_not(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(announcement, "LONG_RUN_S", 0.0)
@@ -44,7 +44,7 @@ def test_a_new_run_says_what_it_will_do_and_a_continued_one_does_not(
         (["d4_cnn", "train.epochs=3"], "recipe=d4_cnn train.epochs=3 data.image_size=64"),
     ],
 )
-def test_the_smaller_run_is_about_the_user_s_data(given: list[str], advised: str) -> None:
+def test_suggested_smaller_run_keeps_the_users_data(given: list[str], advised: str) -> None:
     resolved = load_recipe(given)
     words = smaller_command(resolved.recipe, resolved.origins).split()
     assert words[:2] == ["galaxydist", "train"]
@@ -56,5 +56,5 @@ def test_the_smaller_run_is_about_the_user_s_data(given: list[str], advised: str
     ("seconds", "text"),
     [(3.04, "3.0 seconds"), (59, "59 seconds"), (150, "2.5 minutes"), (5900, "98 minutes"), (9000, "2.5 hours"), (4e5, "5 days")],
 )
-def test_durations_are_told_in_two_digits(seconds: float, text: str) -> None:
+def test_durations_are_printed_with_two_digits(seconds: float, text: str) -> None:
     assert duration(seconds) == text

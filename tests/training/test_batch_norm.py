@@ -150,7 +150,7 @@ def assert_alike(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> N
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_of_several_processes_is_one_layer_of_all_images(ranks: Found, name: str) -> None:
+def test_synchronised_batch_norm_over_uneven_ranks_equals_one_layer_of_all_images(ranks: Found, name: str) -> None:
     num = sum(SHARES[len(ranks)])
     expected = try_layer(LAYERS[name]().double(), slice(0, num), num)
     if name == "untracked":  # which in evaluation takes each process's own images, as torch's does
@@ -169,7 +169,7 @@ def test_a_layer_of_several_processes_is_one_layer_of_all_images(ranks: Found, n
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("name", MODELS)
-def test_a_whole_model_has_the_gradients_of_one_process(ranks: Found, name: str) -> None:
+def test_models_with_synchronised_batch_norm_have_the_gradients_of_one_process(ranks: Found, name: str) -> None:
     num = sum(SHARES[len(ranks)])
     expected = try_model(model_of(name), slice(0, num), num, 1)
     for found in ranks:
@@ -181,14 +181,14 @@ def test_a_whole_model_has_the_gradients_of_one_process(ranks: Found, name: str)
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("name", MODELS)
-def test_checkpointed_blocks_change_nothing(ranks: Found, name: str) -> None:
+def test_synchronised_batch_norm_is_bit_equal_with_gradient_checkpointing(ranks: Found, name: str) -> None:
     for found in ranks:
         assert all(torch.equal(found[name][key], value) for key, value in found[f"{name}+"].items())
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_bfloat16_images_are_normalised_in_single_precision(ranks: Found) -> None:
+def test_synchronised_batch_norm_of_bf16_images_computes_in_float32(ranks: Found) -> None:
     num = sum(SHARES[len(ranks)])
     images = (images_of(0, num) - 1e4).float().bfloat16().float()
     plain = nn.BatchNorm2d(6)
@@ -198,7 +198,7 @@ def test_bfloat16_images_are_normalised_in_single_precision(ranks: Found) -> Non
         assert_alike(ranks[0]["autocast"][f"state {name}"].double(), value.double(), 1e-6)
 
 
-def test_one_process_and_evaluation_are_the_plain_layer(tmp_path: Path) -> None:
+def test_synchronised_batch_norm_of_one_process_and_in_evaluation_is_the_plain_layer(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         plain = model_of("custom_cnn")
@@ -224,7 +224,7 @@ def test_an_unknown_batch_normalisation_is_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_layers_are_torchs(tmp_path: Path) -> None:
+def test_synchronised_batch_norm_on_a_gpu_is_torchs_sync_batch_norm(tmp_path: Path) -> None:
     dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         plain = model_of("resnet18").cuda()

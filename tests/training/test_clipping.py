@@ -27,7 +27,7 @@ def gradients(given: list[nn.Parameter]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("norm", [0.5, 100.0])
-def test_clipping_by_norm_is_torchs_bit_for_bit(dtype: torch.dtype, norm: float) -> None:
+def test_clipping_by_norm_is_bit_equal_to_clip_grad_norm(dtype: torch.dtype, norm: float) -> None:
     ours, theirs = parameters(dtype), parameters(dtype)
     found, expected = clip_gradients(iter(ours), norm=norm, value=0.0), nn.utils.clip_grad_norm_(theirs, norm)
     assert found.dtype == dtype and found.shape == () and torch.equal(found, expected)
@@ -36,7 +36,7 @@ def test_clipping_by_norm_is_torchs_bit_for_bit(dtype: torch.dtype, norm: float)
     assert after.item() == pytest.approx(min(norm, expected.item()), rel=1e-5)
 
 
-def test_clipping_by_value_bounds_each_element_and_tells_the_norm_before() -> None:
+def test_clipping_by_value_bounds_each_element_and_returns_the_norm_before() -> None:
     given = parameters(torch.float64)
     before = [g.clone() for g in gradients(given)]
     found = clip_gradients(given, norm=0.0, value=0.3)
@@ -44,7 +44,7 @@ def test_clipping_by_value_bounds_each_element_and_tells_the_norm_before() -> No
     assert all(torch.equal(g, old.clamp(-0.3, 0.3)) for g, old in zip(gradients(given), before, strict=True))
 
 
-def test_without_clipping_gradients_stay_and_the_norm_is_told() -> None:
+def test_without_clipping_gradients_are_unchanged_and_the_norm_is_returned() -> None:
     given = parameters()
     before = [g.clone() for g in gradients(given)]
     assert clip_gradients(given, norm=0.0, value=0.0).item() > 1
@@ -53,13 +53,13 @@ def test_without_clipping_gradients_stay_and_the_norm_is_told() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize(("norm", "value"), [(0.0, 0.0), (1.0, 0.0), (0.0, 0.5)])
-def test_a_gradient_that_is_not_finite_is_seen(bad: float, norm: float, value: float) -> None:
+def test_clip_gradients_returns_a_nonfinite_norm_for_nan_or_inf_gradients(bad: float, norm: float, value: float) -> None:
     given = parameters()
     gradients(given)[1][2] = bad
     assert not clip_gradients(given, norm=norm, value=value).isfinite()
 
 
-def test_no_gradient_at_all_has_norm_zero() -> None:
+def test_clip_gradients_without_gradients_returns_0() -> None:
     assert clip_gradients([nn.Parameter(torch.zeros(3))], norm=1.0, value=0.0).item() == 0
 
 

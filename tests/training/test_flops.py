@@ -14,18 +14,18 @@ from galaxydist.training.throughput import activation_bytes, device_peak_flops, 
     # torchvision's table of models (resnet18, resnet50, vgg16_bn) and timm's (vit_small_patch16_224: 4.6).
     [("resnet18", 1.814), ("resnet50", 4.089), ("vit", 4.6)],
 )
-def test_operations_are_the_published_ones(name: str, gmacs: float) -> None:
+def test_counted_flops_match_published_values(name: str, gmacs: float) -> None:
     model = build_model(ModelConfig(name=name), 1000, 224)  # type: ignore[arg-type]
     assert forward_flops(model, 224) == pytest.approx(2e9 * gmacs, rel=0.005)
     assert training_flops(model, 224) == 3 * forward_flops(model, 224)
 
 
-def test_vgg_without_its_two_large_layers() -> None:
+def test_flops_of_vgg16_match_the_published_value_without_its_classifier() -> None:
     """15.48 GMAC published, of which the classifier that is not built here has 0.12."""
     assert forward_flops(build_model(ModelConfig(name="vgg16"), 10, 224), 224) == pytest.approx(2e9 * 15.35, rel=0.005)
 
 
-def test_operations_of_our_own_network_by_hand() -> None:
+def test_flops_of_custom_cnn_match_a_count_by_hand() -> None:
     width, size = 4, 32
     model = build_model(ModelConfig(name="custom_cnn", width=width), 10, size)
     assert forward_flops(model, size) == 2 * _custom_cnn_macs(width, size, classes=10)
@@ -42,14 +42,14 @@ def _custom_cnn_macs(width: int, size: int, classes: int) -> int:
     return macs + 8 * width * classes
 
 
-def test_a_frozen_backbone_has_no_backward_pass() -> None:
+def test_training_flops_of_a_frozen_backbone_have_a_backward_pass_only_for_the_head() -> None:
     model = build_model(ModelConfig(name="resnet18"), 10, 64)
     forward = forward_flops(model, 64)
     freeze_backbone(model, ("fc",))
     assert training_flops(model, 64) == forward + 2 * (2 * 512 * 10)
 
 
-def test_counting_changes_nothing() -> None:
+def test_counting_flops_leaves_weights_mode_and_random_state_unchanged() -> None:
     model = build_model(ModelConfig(name="vit", drop_rate=0.1), 10, 64)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.get_rng_state()
@@ -66,7 +66,7 @@ def test_a_model_is_counted_once_for_each_image_size() -> None:
     assert numbers[2][0] > 3 * numbers[0][0] and numbers[2][1] > 3 * numbers[0][1]
 
 
-def test_a_linear_layer_alone() -> None:
+def test_flops_of_a_linear_layer_are_two_per_weight() -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -105,6 +105,8 @@ def test_a_linear_layer_alone() -> None:
         ("AMD Instinct MI300X", "bf16", True, None),
     ],
 )
-def test_peaks(name: str, precision: str, tf32: bool, teraflops: float | None) -> None:
+def test_device_peak_flops_are_known_for_listed_gpus_and_none_for_others(
+    name: str, precision: str, tf32: bool, teraflops: float | None
+) -> None:
     expected = None if teraflops is None else pytest.approx(teraflops * 1e12)
     assert device_peak_flops(name, precision, tf32=tf32) == expected  # type: ignore[arg-type]

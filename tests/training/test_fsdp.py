@@ -81,7 +81,7 @@ def two(expected: Expected) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_processes_take_the_steps_of_one(two: Path, expected: Expected) -> None:
+def test_fsdp_on_2_processes_has_the_weights_of_one_process(two: Path, expected: Expected) -> None:
     start = {f"model/{name}": tensor for name, tensor in build_vit().state_dict().items()}
     for optimizer, tensors in expected[1].items():
         assert largest_difference(start, {name: tensors[name] for name in start}) > 0.01
@@ -91,7 +91,7 @@ def test_two_processes_take_the_steps_of_one(two: Path, expected: Expected) -> N
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_three_processes_take_the_steps_of_one_and_go_on_from_those_of_two(two: Path, expected: Expected) -> None:
+def test_fsdp_on_3_processes_equals_one_and_continues_checkpoints_of_2(two: Path, expected: Expected) -> None:
     launch(3, two, "train:adamw:background", "resume:adamw:adamw-2", "resume:sgd:sgd-2")
     for name in ("adamw-3", "adamw-2-on-3", "sgd-2-on-3"):
         assert largest_difference(read_final(two / f"{name}.safetensors"), expected[1][name.split("-")[0]]) < 1e-12, name
@@ -99,7 +99,7 @@ def test_three_processes_take_the_steps_of_one_and_go_on_from_those_of_two(two: 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_one_process_goes_on_from_those_of_two(two: Path, expected: Expected) -> None:
+def test_fsdp_on_1_process_continues_a_checkpoint_of_2(two: Path, expected: Expected) -> None:
     launch(1, two, "resume:adamw:adamw-2")
     assert largest_difference(read_final(two / "adamw-2-on-1.safetensors"), expected[1]["adamw"]) < 1e-12
 
@@ -107,7 +107,7 @@ def test_one_process_goes_on_from_those_of_two(two: Path, expected: Expected) ->
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_run_goes_on_without_sharding(optimizer: str, two: Path, expected: Expected) -> None:
+def test_fsdp_checkpoint_of_2_processes_continues_without_sharding(optimizer: str, two: Path, expected: Expected) -> None:
     newest = store.load(two / f"{optimizer}-2")
     assert newest is not None and list(newest.path.glob("shard-00002-*"))
     plain = Plain(optimizer)
@@ -119,7 +119,7 @@ def test_a_run_goes_on_without_sharding(optimizer: str, two: Path, expected: Exp
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("size", ["small", pytest.param("large", marks=pytest.mark.nightly)])
-def test_networks_with_batch_normalisation_train_as_with_ddp(size: str, tmp_path: Path) -> None:
+def test_fsdp_and_ddp_give_equal_weights_for_models_with_batch_norm(size: str, tmp_path: Path) -> None:
     launch(2, tmp_path, f"compare:{size}")
     for rank in (0, 1):
         found = json.loads((tmp_path / f"differences-{rank}.json").read_text())
@@ -131,7 +131,7 @@ def test_networks_with_batch_normalisation_train_as_with_ddp(size: str, tmp_path
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999])
-def test_the_average_is_that_of_timm(decay: float) -> None:
+def test_moving_average_is_bit_equal_to_timms_model_ema(decay: float) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3)).double()
     ours, theirs = MovingAverage(model, decay), ModelEmaV3(model, decay=decay, use_warmup=True)
@@ -162,7 +162,7 @@ def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 @pytest.mark.parametrize("numbered", [False, True], ids=["names", "numbers"])
-def test_an_optimizer_goes_on_from_named_and_from_numbered_state(name: str, numbered: bool) -> None:
+def test_optimizer_continues_from_named_and_numbered_state(name: str, numbered: bool) -> None:
     model = build_vit()
     optimizer = build_optimizer(model, name)
     step_once(model, optimizer, 0)
@@ -180,7 +180,7 @@ def test_an_optimizer_goes_on_from_named_and_from_numbered_state(name: str, numb
     assert largest_difference(model.state_dict(), other.state_dict()) == 0
 
 
-def test_an_optimizer_of_other_groups_takes_the_state_by_name() -> None:
+def test_optimizer_with_other_groups_loads_named_state() -> None:
     model = build_vit()
     optimizer = build_optimizer(model)
     step_once(model, optimizer, 0)
@@ -194,7 +194,7 @@ def test_an_optimizer_of_other_groups_takes_the_state_by_name() -> None:
 
 
 @pytest.mark.parametrize("numbered", [False, True], ids=["names", "numbers"])
-def test_the_state_of_other_parameters_is_refused(numbered: bool) -> None:
+def test_optimizer_state_of_other_parameters_is_refused(numbered: bool) -> None:
     model = build_vit()
     optimizer = build_optimizer(model)
     state = optimizer.state_dict() if numbered else named_optimizer_state(model, optimizer)
@@ -207,7 +207,7 @@ def test_the_state_of_other_parameters_is_refused(numbered: bool) -> None:
     ("name", "num_blocks"),
     [("custom_cnn", 4), ("resnet18", 8), ("d4_cnn", 4), ("resnet50", 16), ("vgg16", 5), ("vgg19", 5), ("vit", 12)],
 )
-def test_each_architecture_has_repeated_blocks(name: Any, num_blocks: int) -> None:
+def test_repeated_blocks_hold_most_parameters_of_every_architecture(name: Any, num_blocks: int) -> None:
     from galaxydist.models.build import build_model
     from galaxydist.recipe.schema import ModelConfig
 

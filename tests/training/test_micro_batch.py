@@ -51,7 +51,7 @@ def build_recipe(*settings: str, image_size: int = 16) -> Recipe:
 
 
 @given(upper=st.integers(1, 3000), limit=st.integers(0, 3500))
-def test_as_few_parts_as_fit_with_few_tries(upper: int, limit: int) -> None:
+def test_largest_that_fits_gives_the_fewest_parts_in_logarithmic_tries(upper: int, limit: int) -> None:
     tried: list[int] = []
 
     def fits(count: int) -> bool:
@@ -79,7 +79,7 @@ def test_as_few_parts_as_fit_with_few_tries(upper: int, limit: int) -> None:
         (5, 0, [5, 2, 1]),
     ],
 )
-def test_no_more_tries_than_needed(upper: int, limit: int, tried: Sequence[int]) -> None:
+def test_largest_that_fits_tries_only_the_necessary_sizes(upper: int, limit: int, tried: Sequence[int]) -> None:
     found: list[int] = []
 
     def fits(count: int) -> bool:
@@ -98,7 +98,9 @@ def snapshot(model: nn.Module) -> list[Any]:
 
 @pytest.mark.parametrize("run_out", [raise_cuda, raise_cpu, raise_host])
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_trying_finds_the_limit_and_changes_nothing(world: World, run_out: Callable[[], None], in_backward: bool) -> None:
+def test_find_micro_batch_finds_the_limit_and_restores_model_and_random_state(
+    world: World, run_out: Callable[[], None], in_backward: bool
+) -> None:
     model = LimitedModel(10, run_out, in_backward=in_backward)
     model.norm.eval()
     model.head.weight.grad = torch.ones(3, 4)
@@ -111,7 +113,7 @@ def test_trying_finds_the_limit_and_changes_nothing(world: World, run_out: Calla
     assert torch.equal(torch.get_rng_state(), random_before)
 
 
-def test_trying_does_what_a_step_does(world: World) -> None:
+def test_find_micro_batch_runs_real_steps_and_restores_batch_norm_statistics(world: World) -> None:
     """Batch-norm statistics move and random numbers are drawn while it tries: what is put back was really changed."""
     model, seen = LimitedModel(100), []
     model.norm.register_forward_hook(lambda module, *_: seen.append(int(module.num_batches_tracked)))
@@ -122,7 +124,7 @@ def test_trying_does_what_a_step_does(world: World) -> None:
     assert int(model.norm.num_batches_tracked) == 0
 
 
-def test_other_errors_pass_through_and_leave_the_model(world: World) -> None:
+def test_find_micro_batch_reraises_other_errors_and_restores_the_model(world: World) -> None:
     def fail() -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -133,7 +135,7 @@ def test_other_errors_pass_through_and_leave_the_model(world: World) -> None:
     assert snapshot(model) == before
 
 
-def test_ballast_is_held_while_trying(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_micro_batch_allocates_the_ballast_while_trying(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     allocate, model = torch.empty, LimitedModel(2)
     ballasts: list[weakref.ref[torch.Tensor]] = []
     held: list[list[bool]] = []
@@ -154,13 +156,13 @@ def test_ballast_is_held_while_trying(world: World, monkeypatch: pytest.MonkeyPa
         find_micro_batch(world, build_recipe("train.batch_size=4"), LimitedModel(100), ballast_bytes=1 << 50, force=True)
 
 
-def test_pairs_stay_together(world: World) -> None:
+def test_find_micro_batch_with_pairs_tries_only_even_sizes(world: World) -> None:
     model = LimitedModel(7)
     assert find_micro_batch(world, build_recipe("train.batch_size=24"), model, unit=2, force=True) == 6
     assert all(size % 2 == 0 for size in model.sizes)
 
 
-def test_a_cpu_takes_half_a_minutes_work_whatever_is_free() -> None:
+def test_cpu_micro_batch_limit_has_golden_values_for_2_gb_to_256_gb_of_memory() -> None:
     """Pinned: another number would change how runs are cut that are started again."""
     resnet18 = build_model(ModelConfig(name="resnet18"), 10, 256)
     assert [most_on_cpu(resnet18, 256, memory) for memory in (2**31, 3 * 2**30, 2**38)] == [11, 11, 70]
@@ -168,7 +170,7 @@ def test_a_cpu_takes_half_a_minutes_work_whatever_is_free() -> None:
     assert most_on_cpu(small, 64, 2**34) > 1000 > most_on_cpu(small, 1024, 2**34)
 
 
-def test_a_cpu_cuts_evenly_and_keeps_pairs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_micro_batch_is_cut_evenly_and_keeps_pairs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = build_recipe("train.batch_size=24")
     assert find_micro_batch(world, recipe, LimitedModel(5)) == 24
     monkeypatch.setattr("galaxydist.training.micro_batch.most_on_cpu", lambda *_: 7)
@@ -178,7 +180,7 @@ def test_a_cpu_cuts_evenly_and_keeps_pairs(world: World, monkeypatch: pytest.Mon
     assert find_micro_batch(world, recipe, LimitedModel(5), unit=2) == 2
 
 
-def test_if_not_even_one_fits_it_says_suggest_savings(world: World) -> None:
+def test_model_that_fits_no_image_is_refused_naming_settings_to_lower(world: World) -> None:
     recipe = build_recipe("train.batch_size=24", "model.width=32", image_size=64)
     with pytest.raises(EveryRankError) as raised:
         find_micro_batch(world, recipe, LimitedModel(0), force=True)
@@ -189,12 +191,12 @@ def test_if_not_even_one_fits_it_says_suggest_savings(world: World) -> None:
         assert part in text
 
 
-def test_what_is_lowered_already_is_not_proposed(world: World) -> None:
+def test_out_of_memory_advice_omits_settings_already_at_their_lowest(world: World) -> None:
     recipe = build_recipe("train.gradient_checkpointing=true", "model.width=4")
     assert suggest_savings(recipe, world, []) == "Use a smaller model (model.name)."
 
 
-def test_out_of_memory_in_a_step_is_explained(world: World) -> None:
+def test_out_of_memory_in_a_step_is_explained_with_the_next_micro_batch(world: World) -> None:
     recipe = build_recipe("train.batch_size=24")
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB")
     text = explain_out_of_memory(error, recipe, world, 8)
@@ -204,7 +206,7 @@ def test_out_of_memory_in_a_step_is_explained(world: World) -> None:
     assert "train.micro_batch=" not in explain_out_of_memory(error, recipe, world, 1)
 
 
-def test_only_a_lack_of_memory_is_taken_for_one() -> None:
+def test_is_out_of_memory_recognises_only_memory_errors() -> None:
     for run_out in (raise_cuda, raise_cpu, raise_host):
         with pytest.raises((RuntimeError, MemoryError)) as raised:
             run_out()
@@ -215,7 +217,7 @@ def test_only_a_lack_of_memory_is_taken_for_one() -> None:
         assert not is_out_of_memory(error)
 
 
-def test_a_restart_takes_what_was_found_if_nothing_changed(world: World) -> None:
+def test_restart_reuses_the_stored_micro_batch_if_conditions_are_unchanged(world: World) -> None:
     recipe = build_recipe("train.batch_size=24")
     found, stored = choose_micro_batch(world, recipe, LimitedModel(5))
     assert found == 24
@@ -233,13 +235,13 @@ def test_a_restart_takes_what_was_found_if_nothing_changed(world: World) -> None
     assert reusable_micro_batch(now, now) is None
 
 
-def test_a_number_in_the_recipe_is_taken_as_it_is(world: World) -> None:
+def test_micro_batch_of_the_recipe_is_used_without_trying(world: World) -> None:
     for number in (0, 5):
         assert choose_micro_batch(world, build_recipe(f"train.micro_batch={number}"), LimitedModel(1)) == (number, {})
 
 
 @pytest.mark.multiprocess
-def test_two_ranks_of_different_memory_agree(tmp_path: Path) -> None:
+def test_two_ranks_with_different_memory_choose_the_same_micro_batch(tmp_path: Path) -> None:
     done = run_forked(find_micro_batches, tmp_path, [(100, 100), (100, 7), (0, 100)], size=2)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
@@ -252,7 +254,7 @@ def test_two_ranks_of_different_memory_agree(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_that_is_nearly_full(world: World) -> None:
+def test_find_micro_batch_on_a_nearly_full_gpu_reduces_the_batch_and_frees_memory(world: World) -> None:
     recipe = build_recipe("train.batch_size=512", image_size=256)
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten()

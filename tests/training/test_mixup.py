@@ -71,7 +71,7 @@ def mixed_by_hand(images_BCHW: torch.Tensor, batch: Batch, drawn: Mixup) -> tupl
     return mixed, targets
 
 
-def test_golden_draws() -> None:
+def test_mixup_and_cutmix_draws_have_their_golden_values() -> None:
     draws = mixing(seed=0, size=64, mixup=0.2, cutmix=1.0).draw(1, np.array([0, 1, 2, 1000, 10**12]))
     assert draws.partner_shares.tolist() == pytest.approx(GOLDEN_SHARES, abs=1e-12)
     assert draws.boxes.tolist() == GOLDEN_BOXES
@@ -107,7 +107,7 @@ def test_cutmix_boxes_have_uniform_centres_and_the_drawn_area() -> None:
         assert centres.size > 1000 and stats.kstest(centres, stats.uniform(0.05, 0.9).cdf).pvalue > 0.01
 
 
-def test_shares_of_kinds_are_those_of_the_recipe() -> None:
+def test_mix_prob_and_mix_switch_set_the_shares_of_mixup_and_cutmix() -> None:
     draws = mixing(mixup=1.0, cutmix=1.0, mix_prob=0.7, mix_switch=0.25, size=256).draw(4, np.arange(40_000))
     changed, cut = draws.partner_shares > 0, draws.boxes.any(axis=1)
     # A box may hold no pixel: 256^2 of them make that rare.
@@ -118,20 +118,20 @@ def test_shares_of_kinds_are_those_of_the_recipe() -> None:
         assert abs(np.corrcoef(chosen[:-1], chosen[1:])[0, 1]) < 0.02, purpose
 
 
-def test_epochs_and_seeds_draw_anew() -> None:
+def test_mixup_draws_of_other_epochs_and_seeds_are_independent() -> None:
     pairs = np.arange(100)
     draws = [mixing(seed=seed, mixup=1.0).draw(epoch, pairs).blends for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert all(abs(np.corrcoef(draws[i], draws[j])[0, 1]) < 0.4 for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
 @given(st.floats(1e-3, 1e3), st.integers(0, 2**62), st.integers(0, 10**12))
-def test_any_beta_gives_a_share(a: float, seed: int, pair: int) -> None:
+def test_mixup_share_is_between_0_and_1_for_any_beta(a: float, seed: int, pair: int) -> None:
     for alone in ({"mixup": a}, {"cutmix": a}):
         share = mixing(seed, **alone).draw(0, np.array([pair])).partner_shares[0]
         assert 0 <= share <= 1
 
 
-def test_off_is_off() -> None:
+def test_mixup_is_off_and_draws_zero_if_its_probability_or_alpha_is_0() -> None:
     assert not is_mixing(TrainConfig(mixup=0.0)) and not is_mixing(TrainConfig(mixup=1.0, mix_prob=0.0))
     assert is_mixing(TrainConfig(mixup=0.1)) and is_mixing(TrainConfig(cutmix=0.1))
     draws = mixing(mixup=1.0, cutmix=1.0, mix_prob=0.0).draw(0, np.arange(50))
@@ -140,7 +140,7 @@ def test_off_is_off() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("settings", [BOTH, {"mixup": 1.0}, {"cutmix": 1.0}])
-def test_images_and_targets_are_those_made_by_hand(settings: dict[str, float], dtype: torch.dtype) -> None:
+def test_mixed_images_and_targets_equal_a_loop_over_galaxies_and_rows(settings: dict[str, float], dtype: torch.dtype) -> None:
     batch, images_BCHW = global_batch(32, dtype=dtype)
     batch.weights_B[[3, 20]] = 0.0
     drawn = mixing(**settings)
@@ -158,7 +158,7 @@ def test_images_and_targets_are_those_made_by_hand(settings: dict[str, float], d
     assert channels_last.is_contiguous(memory_format=torch.channels_last) and torch.equal(channels_last, found_BCHW)
 
 
-def test_a_pair_with_an_unreadable_image_is_left_as_it_is() -> None:
+def test_pair_with_an_unreadable_image_is_not_mixed() -> None:
     batch, images_BCHW = global_batch(16)
     batch.weights_B[2], batch.labels_B[2], images_BCHW[2] = 0.0, 0, -9.0
     drawn = mixing(mixup=1.0)
@@ -173,7 +173,7 @@ def test_a_pair_with_an_unreadable_image_is_left_as_it_is() -> None:
 
 
 @given(half=st.integers(1, 24), world=st.integers(1, 8), parts=st.integers(1, 8), cut=st.booleans())
-def test_a_pair_is_mixed_alike_on_any_rank_and_in_any_part(half: int, world: int, parts: int, cut: bool) -> None:
+def test_mixed_pairs_are_bit_equal_on_any_rank_and_in_any_micro_batch(half: int, world: int, parts: int, cut: bool) -> None:
     half *= world
     batch, images_BCHW = global_batch(2 * half)
     batch.weights_B[half // 3] = 0.0
@@ -203,7 +203,7 @@ def same(found: LossTargets, expected: LossTargets, rows: torch.Tensor) -> bool:
     return all(torch.equal(getattr(found, name), getattr(expected, name)[rows]) for name in names)
 
 
-def test_readers_of_all_worlds_deal_the_pairs_that_are_mixed(blobs: Path) -> None:
+def test_train_loaders_of_any_world_size_give_bit_equal_mixed_images(blobs: Path) -> None:
     """The real readers: one step's mixed images of 24 galaxies by position, from 1, 2, 3, 4 and 6 processes."""
     manifest = read_manifest(blobs)
     drawn = mixing(size=32)
@@ -226,7 +226,7 @@ def test_readers_of_all_worlds_deal_the_pairs_that_are_mixed(blobs: Path) -> Non
 
 
 @given(pairs=st.integers(1, 200), world=st.integers(1, 20), micro=st.integers(0, 300))
-def test_parts_hold_whole_pairs_and_no_more_than_asked_for(pairs: int, world: int, micro: int) -> None:
+def test_split_pairs_keeps_pairs_whole_within_the_micro_batch_size(pairs: int, world: int, micro: int) -> None:
     num_parts = count_pair_parts(2 * pairs * world, world, micro)
     parts = split_pairs(2 * pairs, num_parts)
     rows = [take(torch.arange(2 * pairs), part).tolist() for part in parts]
@@ -239,13 +239,13 @@ def test_parts_hold_whole_pairs_and_no_more_than_asked_for(pairs: int, world: in
     assert micro != 0 or num_parts == 1
 
 
-def test_the_whole_batch_is_not_copied() -> None:
+def test_taking_the_whole_batch_makes_no_copy() -> None:
     values = torch.arange(8)
     assert take(values, split_pairs(8, 1)[0]) is values
     assert take(values, slice(2, 5)).tolist() == [2, 3, 4]
 
 
-def test_parts_that_would_separate_a_pair_are_refused() -> None:
+def test_split_pairs_and_take_refuse_parts_that_separate_a_pair() -> None:
     for length, parts in ((7, 1), (8, 5), (8, 0), (0, 1)):
         with pytest.raises(ValueError, match="whole pairs"):
             split_pairs(length, parts)
@@ -269,13 +269,13 @@ def test_parts_that_would_separate_a_pair_are_refused() -> None:
         (2, 3, r"Use train\.batch_size=6, or 1 process, or set"),
     ],
 )
-def test_a_world_that_separates_pairs_is_refused_with_the_way_out(batch_size: int, world_size: int, way_out: str) -> None:
+def test_world_size_that_separates_pairs_is_refused_with_alternatives(batch_size: int, world_size: int, way_out: str) -> None:
     with pytest.raises(EveryRankError, match=way_out):
         check_world(batch_size, world_size)
 
 
 @given(st.integers(1, 400), st.integers(1, 60))
-def test_refused_are_exactly_the_worlds_in_which_a_partner_is_elsewhere(batch_size: int, world_size: int) -> None:
+def test_check_world_refuses_exactly_the_world_sizes_that_separate_pairs(batch_size: int, world_size: int) -> None:
     offsets = np.arange(batch_size // 2)
     fits = batch_size % 2 == 0 and bool((offsets % world_size == (offsets + batch_size // 2) % world_size).all())
     try:
@@ -290,7 +290,7 @@ def test_refused_are_exactly_the_worlds_in_which_a_partner_is_elsewhere(batch_si
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_mixes_alike_and_is_not_waited_for() -> None:
+def test_mixing_on_a_gpu_is_bit_equal_to_the_cpu_without_synchronisation() -> None:
     batch, images_BCHW = global_batch(32)
     drawn, objective = mixing(), WeightedCrossEntropy(torch.ones(5), 0.1)
     expected = drawn.prepare(batch)(images_BCHW)

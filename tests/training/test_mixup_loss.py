@@ -36,7 +36,7 @@ def shares(size: int, seed: int = 1) -> list[float]:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_without_class_weights_it_is_torchs_cross_entropy_with_soft_targets(smoothing: float) -> None:
+def test_mixup_loss_without_class_weights_is_cross_entropy_with_soft_targets(smoothing: float) -> None:
     logits_BK, labels_B, _ = sample()
     objective, mix = WeightedCrossEntropy(torch.ones(NUM_CLASSES), smoothing), mix_of(*shares(24))
     targets = objective.targets(labels_B, torch.ones(24), mix)
@@ -51,7 +51,7 @@ def test_without_class_weights_it_is_torchs_cross_entropy_with_soft_targets(smoo
     assert targets.total_weights_B.tolist() == pytest.approx([1.0] * 24, abs=1e-6)
 
 
-def test_each_label_brings_its_own_class_weight() -> None:
+def test_mixup_loss_weights_each_label_by_its_class_weight() -> None:
     logits_BK, labels_B, weights_B = sample(8)
     partner_shares = shares(8)
     objective = WeightedCrossEntropy(WEIGHTS_K, 0.2)
@@ -69,7 +69,7 @@ def test_each_label_brings_its_own_class_weight() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_pairs_that_keep_themselves_give_the_very_numbers_of_no_mixing(dtype: torch.dtype) -> None:
+def test_mixup_loss_with_zero_shares_is_bit_equal_to_the_plain_loss(dtype: torch.dtype) -> None:
     logits_BK, labels_B, weights_B = sample()
     logits_BK = logits_BK.to(dtype).requires_grad_()
     objective = WeightedCrossEntropy(WEIGHTS_K, 0.1)
@@ -85,7 +85,7 @@ def test_pairs_that_keep_themselves_give_the_very_numbers_of_no_mixing(dtype: to
         assert torch.equal(torch.autograd.grad(found, logits_BK)[0], gradient_BK)
 
 
-def test_the_label_of_the_larger_share_is_the_one_to_be_predicted() -> None:
+def test_majority_label_of_a_mixed_pair_has_the_larger_share() -> None:
     labels_B = torch.tensor([0, 1, 2, 3, 4, 0])
     targets = WeightedCrossEntropy(WEIGHTS_K, 0.0).targets(labels_B, torch.ones(6), mix_of(0.3, 0.5, 0.8))
     assert targets.majority_B.tolist() == [0, 1, 0, 3, 4, 2]
@@ -93,7 +93,7 @@ def test_the_label_of_the_larger_share_is_the_one_to_be_predicted() -> None:
 
 @given(world=st.integers(1, 4), parts=st.integers(1, 3), seed=st.integers(0, 50))
 @settings(max_examples=25)
-def test_a_step_is_the_same_on_any_number_of_ranks_and_micro_batches(world: int, parts: int, seed: int) -> None:
+def test_mixed_step_has_equal_loss_and_gradients_on_any_ranks_and_micro_batches(world: int, parts: int, seed: int) -> None:
     """Mixed images through a small model in float64: loss and gradients, summed over ranks and parts and divided once."""
     generator = torch.Generator().manual_seed(seed)
     batch = Batch(

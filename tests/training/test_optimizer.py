@@ -78,7 +78,7 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_moves_every_weight(name: str) -> None:
+def test_optimizer_step_changes_every_weight_to_a_finite_value(name: str) -> None:
     before, after = tiny_model(), tiny_model()
     take_steps(after, build(after, name), range(1))
     for old, new in zip(before.parameters(), after.parameters(), strict=True):
@@ -86,12 +86,12 @@ def test_a_step_moves_every_weight(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_two_steps_a_checkpoint_and_two_more_are_four_steps(name: str) -> None:
+def test_optimizer_continued_from_a_checkpoint_is_bit_equal(name: str) -> None:
     assert_a_restart_changes_nothing(name, steps=2)
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("adamw", "sgd")])
-def test_the_others_are_timms_own_with_the_recipes_moments(name: str) -> None:
+def test_lamb_lion_muon_and_adan_are_timms_with_the_moments_of_the_recipe(name: str) -> None:
     """With the same defaults as from timm's factory, so that runs of older versions continue."""
     ours, theirs = tiny_model(), tiny_model()
     betas = (0.8, 0.92, 0.99) if name == "adan" else (0.8, 0.99)
@@ -113,7 +113,7 @@ def test_the_others_are_timms_own_with_the_recipes_moments(name: str) -> None:
         ("adopt", "there is no such optimizer"),
     ],
 )
-def test_an_unknown_name_is_refused_with_the_list_when_training_starts(name: str, words: str) -> None:
+def test_unknown_optimizer_is_refused_with_the_list_by_build_optimizer(name: str, words: str) -> None:
     config = OptimConfig(name=name)  # the schema takes it: a run of an older version may have it
     with pytest.raises(EveryRankError, match=re.escape(f"optim.name={name}")) as caught:
         build_optimizer(groups_of(tiny_model()), config, CPU)
@@ -136,7 +136,7 @@ def test_adamw_and_sgd_are_torchs_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_scale_of_a_layer_counts_once(name: str) -> None:
+def test_lr_scale_of_a_group_equals_training_at_the_scaled_rate(name: str) -> None:
     """A group with lr_scale moves as it would alone at the scaled rate."""
     scaled, plain = tiny_model(), tiny_model()
     config = OptimConfig(name=name, lr=0.01)
@@ -147,7 +147,7 @@ def test_the_scale_of_a_layer_counts_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_weight_decay_is_the_groups_own(name: str) -> None:
+def test_weight_decay_changes_only_the_parameters_of_its_group(name: str) -> None:
     """Under the same gradients it moves what decays, and nothing else."""
     moved = []
     for weight_decay in (0.0, 0.5):
@@ -163,7 +163,7 @@ def test_weight_decay_is_the_groups_own(name: str) -> None:
         assert torch.equal(before, after) == (before.ndim <= 1)
 
 
-def test_the_recipes_moments_reach_the_optimizer() -> None:
+def test_momentum_and_beta2_of_the_recipe_reach_every_optimizer() -> None:
     settings = {"momentum": 0.7, "beta2": 0.98}
     assert build(tiny_model(), "lamb", **settings).param_groups[0]["betas"] == (0.7, 0.98)
     assert build(tiny_model(), "adan", **settings).param_groups[0]["betas"] == (0.7, 0.92, 0.98)
@@ -173,7 +173,7 @@ def test_the_recipes_moments_reach_the_optimizer() -> None:
     assert build(tiny_model(), "sgd", momentum=0.0).param_groups[0]["nesterov"] is False
 
 
-def test_fused_kernels_where_they_are_and_a_message_where_not() -> None:
+def test_fused_kernels_are_used_where_available_and_refused_elsewhere() -> None:
     model = tiny_model()
     for name in ("adamw", "sgd"):
         assert not build(model, name).param_groups[0]["fused"]
@@ -190,7 +190,7 @@ def test_fused_kernels_where_they_are_and_a_message_where_not() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_fused_kernels_move_the_weights_alike(name: str) -> None:
+def test_fused_and_unfused_optimizers_agree_on_a_gpu(name: str) -> None:
     device = torch.device("cuda")
     models = [tiny_model().to(device), tiny_model().to(device)]
     for model, fused in zip(models, ("auto", "off"), strict=True):
@@ -206,7 +206,7 @@ def test_fused_kernels_move_the_weights_alike(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
-def test_a_restart_takes_the_new_recipes_settings(name: str) -> None:
+def test_restored_optimizer_uses_the_settings_of_the_new_recipe(name: str) -> None:
     model = tiny_model()
     old = build(model, name, fused="on" if name != "lamb" else "auto")
     take_steps(model, old, range(2))
@@ -246,7 +246,7 @@ def test_step_schedule_falls_at_its_milestones() -> None:
     assert [rate(step) for step in (0, 49, 50, 74, 75, 99)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
-def test_a_milestone_inside_the_warm_up_counts_after_it() -> None:
+def test_step_schedule_applies_a_milestone_inside_the_warmup_at_its_end() -> None:
     config = OptimConfig(lr=0.1, warmup=0.2, schedule="step", milestones=(0.1, 0.5), gamma=0.5)
     rate = LRSchedule(config, total_steps=100)
     assert [rate(step) for step in (19, 20, 50)] == pytest.approx([0.1 * 20 / 21, 0.05, 0.025])
@@ -258,7 +258,7 @@ def test_a_milestone_inside_the_warm_up_counts_after_it() -> None:
     warmup=st.floats(0, 0.9),
     final=st.floats(0, 1),
 )
-def test_every_schedule_stays_between_zero_and_its_peak_and_never_rises_after_the_warm_up(
+def test_every_schedule_stays_within_its_peak_and_never_rises_after_warmup(
     schedule: str, total: int, warmup: float, final: float
 ) -> None:
     config = OptimConfig.model_validate({"lr": 0.3, "schedule": schedule, "warmup": warmup, "final": final})

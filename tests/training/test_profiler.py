@@ -38,7 +38,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "profile").glob("*")) if (folder / "profile").exists() else []
 
 
-def test_the_trace_has_exactly_the_wanted_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_profiler_traces_exactly_the_requested_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "galaxydist"):
         train(StepProfiler("3-5", tmp_path, 0), 0, 10)
     path = tmp_path / "profile" / "steps-3-5.json"
@@ -52,7 +52,7 @@ def test_the_trace_has_exactly_the_wanted_steps(tmp_path: Path, caplog: pytest.L
         assert mark["ts"] <= product["ts"] and product["ts"] + product["dur"] <= mark["ts"] + mark["dur"]
 
 
-def test_one_step(tmp_path: Path) -> None:
+def test_profiler_traces_a_single_requested_step(tmp_path: Path) -> None:
     train(StepProfiler("1", tmp_path, 0), 0, 3)
     assert traced(tmp_path / "profile" / "steps-1-1.json") == (["step 1"], 1)
 
@@ -62,18 +62,20 @@ def test_one_step(tmp_path: Path) -> None:
     [(3, 10, "steps-4-5.json"), (0, 4, "steps-3-4.json"), (4, 10, "steps-5-5.json")],
     ids=["resumed within", "ended within", "resumed at the last"],
 )
-def test_a_part_of_the_steps(start: int, stop: int, name: str, tmp_path: Path) -> None:
+def test_profiler_of_a_partly_run_range_traces_the_steps_that_ran(start: int, stop: int, name: str, tmp_path: Path) -> None:
     train(StepProfiler("3-5", tmp_path, 0, start_step=start), start, stop)
     assert files(tmp_path) == [name]
 
 
 @pytest.mark.parametrize(("text", "rank", "start"), [(None, 0, 0), ("3-5", 1, 0), ("3-5", 0, 5), ("30-50", 0, 0)])
-def test_nothing_is_traced(text: str | None, rank: int, start: int, tmp_path: Path) -> None:
+def test_profiler_writes_no_trace_if_unset_on_other_ranks_or_outside_the_range(
+    text: str | None, rank: int, start: int, tmp_path: Path
+) -> None:
     train(StepProfiler(text, tmp_path, rank, start_step=start), start, start + 8)
     assert not (tmp_path / "profile").exists()
 
 
-def test_a_failed_run_leaves_nothing(tmp_path: Path) -> None:
+def test_profiler_of_a_failed_run_leaves_no_trace_and_can_start_again(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), StepProfiler("1-3", tmp_path, 0) as profiler:
         profiler.step_done(1)
         raise RuntimeError
@@ -83,7 +85,7 @@ def test_a_failed_run_leaves_nothing(tmp_path: Path) -> None:
     assert files(tmp_path) == ["steps-1-3.json"]
 
 
-def test_a_large_trace_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_trace_is_gzipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiler, "MAX_PLAIN_BYTES", 100)
     train(StepProfiler("2-3", tmp_path, 0), 0, 5)
     assert files(tmp_path) == ["steps-2-3.json.gz"]
@@ -91,7 +93,7 @@ def test_a_large_trace_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert {"step 2", "step 3"} <= {event["name"] for event in trace["traceEvents"] if "name" in event}
 
 
-def test_a_kill_while_it_is_written_leaves_no_file_of_that_name(tmp_path: Path) -> None:
+def test_kill_while_writing_a_trace_leaves_no_final_file(tmp_path: Path) -> None:
     """Killed at the rename, when everything is written but the name."""
     program = f"""
 import os, sys, torch
@@ -110,7 +112,7 @@ with StepProfiler("1-2", Path({str(tmp_path)!r}), 0) as profiler:
     assert files(tmp_path) == ["steps-1-2.json"]
 
 
-def test_steps_are_read() -> None:
+def test_parse_steps_reads_ranges_and_refuses_invalid_ones() -> None:
     assert parse_steps("10-20") == range(10, 21) and parse_steps("7") == range(7, 8)
     for text in ("20-10", "0-3", "a", "1-2-3", "", "-5", "1.5"):
         with pytest.raises(UserError, match=r"train\.profile="):

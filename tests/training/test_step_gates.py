@@ -71,7 +71,7 @@ PLACES = (3, 0.1, signal.SIGINT), (5, 0.6, signal.SIGTERM), (9, 0.95, signal.SIG
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "places"), [(1, PLACES[1:2]), (2, PLACES)])
-def test_a_long_step_is_left_at_any_place_and_taken_anew(
+def test_step_interrupted_by_a_signal_is_repeated_and_the_run_is_bit_equal(
     size: int,
     places: Sequence[tuple[int, float, signal.Signals]],
     galaxies: Path,
@@ -104,7 +104,7 @@ def hang_in_c() -> int:
     return 1
 
 
-def test_ctrl_c_is_answered_and_obeyed_while_c_code_runs(tmp_path: Path) -> None:
+def test_ctrl_c_during_c_code_is_acknowledged_and_a_later_one_ends_the_process(tmp_path: Path) -> None:
     with forked(hang_in_c, folder=tmp_path) as process:
         wait_until(lambda: "hangs" in process.text())
         for _ in range(2):  # a launcher passes the terminal's on: it is one

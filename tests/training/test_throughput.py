@@ -31,7 +31,7 @@ class LaggingClock(HostClock):
         return stop - start
 
 
-def test_time_goes_to_the_part_that_took_it() -> None:
+def test_step_timer_assigns_time_to_its_part_and_excludes_validation() -> None:
     """By the true clock: each part takes what it slept, or longer on a busy machine."""
     slept = {"data_wait": 0.03, "forward_backward": 0.06, "checkpoint": 0.03, "validation": 0.05}
     timer = StepTimer(CPU, batch_size=10, world_size=2)
@@ -53,7 +53,7 @@ def test_time_goes_to_the_part_that_took_it() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from([*PARTS, "validation", "other"]), st.floats(0, 10), st.floats(0, 1))))
-def test_nothing_is_lost_on_a_device_that_lags(steps: list[tuple[str, float, float]]) -> None:
+def test_step_timer_loses_no_time_on_an_asynchronous_device(steps: list[tuple[str, float, float]]) -> None:
     clock = LaggingClock()
     timer = StepTimer(CPU, batch_size=1, world_size=1, clock=clock)
     expected = dict.fromkeys(SHARES, 0.0)
@@ -81,7 +81,7 @@ def test_nothing_is_lost_on_a_device_that_lags(steps: list[tuple[str, float, flo
         assert seen == pytest.approx(expected, abs=1e-6)
 
 
-def test_it_costs_microseconds() -> None:
+def test_step_timer_costs_under_10_microseconds_per_step() -> None:
     timer = StepTimer(CPU, batch_size=1, world_size=1)
 
     def step() -> None:
@@ -94,7 +94,7 @@ def test_it_costs_microseconds() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_is_not_waited_for() -> None:
+def test_step_timer_does_not_synchronise_the_gpu() -> None:
     device = torch.device("cuda")
     matrix = torch.randn(4096, 4096, device=device)
     timer = StepTimer(device, batch_size=1, world_size=1)

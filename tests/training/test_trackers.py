@@ -77,7 +77,7 @@ def _no_wandb_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def test_offline_files_hold_the_recipe_and_one_curve_over_a_restart(
+def test_wandb_offline_files_hold_the_recipe_and_each_step_once_after_a_restart(
     blobs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "my run"
@@ -115,7 +115,7 @@ def test_offline_files_hold_the_recipe_and_one_curve_over_a_restart(
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_each_step_is_stored_once_however_often_the_run_is_killed(blobs: Path, tmp_path: Path) -> None:
+def test_wandb_stores_each_step_once_after_repeated_kills(blobs: Path, tmp_path: Path) -> None:
     run_dir, chance = tmp_path / "run", random.Random(3)
     settings = quick_settings(blobs, run_dir, **WANDB, train__save_steps=3, train__log_every=1, train__epochs=14)
     metrics = run_dir / "metrics.jsonl"
@@ -169,7 +169,7 @@ class ListSink:
         self.is_abandoned = True
 
 
-def test_a_sink_is_sent_what_it_lacks_and_each_row_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_run_tracker_sends_only_missing_steps_and_complete_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = RunFolder(tmp_path)
     for step in (2, 4, 6):
         folder.metrics.append(step, {"train/loss": 1 / step})
@@ -198,7 +198,7 @@ def test_a_sink_is_sent_what_it_lacks_and_each_row_whole(tmp_path: Path, caplog:
     assert folder.read_tracker() == {"run_id": "abc", "stored_step": 0, "is_complete": False}
 
 
-def test_a_file_cut_anywhere_is_mended_and_what_it_lost_is_sent_again(tmp_path: Path) -> None:
+def test_truncated_wandb_file_is_repaired_and_its_lost_steps_are_sent_again(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.create()
     for step in range(1, 200):
@@ -231,7 +231,7 @@ def test_a_file_cut_anywhere_is_mended_and_what_it_lost_is_sent_again(tmp_path: 
     assert sum((Counter(read_history(path)) for path in offline_files(folder.path, "abc")), Counter()) == Counter(range(1, 200))
 
 
-def test_a_file_is_whole_when_the_tracker_has_finished_or_that_is_said(
+def test_tracker_finish_waits_for_the_end_of_the_wandb_file_or_reports_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """wandb's own ``finish`` returns while its process writes: the end is waited for."""
@@ -255,7 +255,7 @@ def test_a_file_is_whole_when_the_tracker_has_finished_or_that_is_said(
     assert not folder.read_tracker()["is_complete"]
 
 
-def test_online_the_server_says_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_tracker_sends_only_steps_the_server_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     class Run:
@@ -285,11 +285,11 @@ def test_online_the_server_says_what_it_has(tmp_path: Path, monkeypatch: pytest.
     assert tracker.run_id == "abc" and tracker.finish({}, 0) == f"wandb: {run.url}" and run.rows == [6, 8, 10]
 
 
-def test_without_a_key_wandb_stays_offline(tmp_path: Path) -> None:
+def test_wandb_without_a_key_stays_offline(tmp_path: Path) -> None:
     assert choose_wandb_mode({"HOME": str(tmp_path)}) == "offline"
 
 
-def test_a_key_without_a_server_stays_offline() -> None:
+def test_wandb_with_a_key_but_no_server_stays_offline() -> None:
     # Port 9 of this machine: nobody listens.
     assert choose_wandb_mode({"WANDB_API_KEY": "x" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}) == "offline"
 

@@ -22,7 +22,7 @@ from galaxydist.training.resume import EarlyStopping
 from galaxydist.training.step import count_micro_batches, example_images
 
 
-def test_summed_parts_give_torchs_weighted_mean() -> None:
+def test_loss_summed_over_parts_is_torchs_weighted_mean() -> None:
     torch.manual_seed(0)
     logits_BK, labels_B = torch.randn(50, 4, dtype=torch.float64), torch.randint(0, 4, (50,))
     weights_K = torch.tensor([0.5, 1.0, 2.0, 4.0])
@@ -62,7 +62,7 @@ def test_balanced_class_weights_give_every_class_the_same_total() -> None:
     assert class_weights("balanced", [5, 0]).tolist() == [0.5, 1.0]
 
 
-def test_learning_rate_rises_to_its_peak_and_falls_to_its_end() -> None:
+def test_cosine_schedule_rises_to_its_peak_and_falls_to_its_final_value() -> None:
     config = OptimConfig(lr=1e-2, warmup=0.1, final=0.05)
     rate = LRSchedule(config, total_steps=200)
     rates = [rate(step) for step in range(200)]
@@ -101,7 +101,7 @@ def test_early_stopping_waits_and_survives_a_restart() -> None:
     assert again == stopping
 
 
-def test_accuracy_is_better_when_larger_and_no_patience_never_stops() -> None:
+def test_early_stopping_maximises_accuracy_and_never_stops_with_patience_0() -> None:
     stopping = EarlyStopping("accuracy", patience=0)
     assert [stopping.update(value, 0) for value in (0.5, 0.6, 0.1, 0.1)] == [True, True, False, False]
     assert not stopping.should_stop
@@ -122,7 +122,7 @@ def test_precision_follows_the_device(precision: str, has_gpu: bool, capability:
     assert resolve_precision(precision, has_gpu, capability) == expected
 
 
-def test_fp16_without_a_gpu_is_refused_with_the_way_out() -> None:
+def test_fp16_without_a_gpu_is_refused_suggesting_precision_auto() -> None:
     with pytest.raises(UserError, match=r"train\.precision=auto"):
         resolve_precision("fp16", has_gpu=False, capability=None)
 
@@ -138,7 +138,7 @@ def test_fp16_without_a_gpu_is_refused_with_the_way_out() -> None:
         (("train.batch_size=24", "train.compile=true", "train.mixup=0.4"), 0, 4, 4),
     ],
 )
-def test_the_first_passes_have_the_shape_of_a_steps_first(
+def test_example_batch_has_the_shape_of_a_steps_first_micro_batch(
     settings: tuple[str, ...], rank: int, micro_batch: int, count: int
 ) -> None:
     recipe = load_recipe(["recipe=custom_cnn", "data.image_size=16", *settings])

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from scipy import fft
 from scipy.special import ndtri
 
+from galaxydist.surveys.simulate.components import CANVAS, MARGIN, SIZE, Array, Scene
 from galaxydist.surveys.simulate.random_draws import PIXELS, Draws, pixel_normals
-from galaxydist.surveys.simulate.scene import CANVAS, MARGIN, SIZE, Array, Scene
 
 # The order of bands in this folder is g, r, z; the channels of an image (red, green, blue) are z, r, g.
 

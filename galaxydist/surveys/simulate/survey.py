@@ -12,8 +12,8 @@ from galaxydist.cpus import available_cores, bounded_map, start_workers
 from galaxydist.errors import UserError
 from galaxydist.surveys.hdf5_schema import SurveyFileWriter
 from galaxydist.surveys.simulate import galaxy_types, observation
-from galaxydist.surveys.simulate.components import Position
-from galaxydist.surveys.simulate.morphology import (
+from galaxydist.surveys.simulate.components import SIZE, Position, Scene
+from galaxydist.surveys.simulate.galaxy_types import (
     CIGAR,
     DISTURBED,
     EDGE_ON,
@@ -26,7 +26,6 @@ from galaxydist.surveys.simulate.morphology import (
 )
 from galaxydist.surveys.simulate.population import SurveyPlan, plan_survey
 from galaxydist.surveys.simulate.random_draws import GALAXY, SKY, Draws
-from galaxydist.surveys.simulate.scene import SIZE, Scene
 
 
 def draw_galaxy(scene: Scene, draws: Draws, light: Light, label: int, position: Position = (0.0, 0.0)) -> None:

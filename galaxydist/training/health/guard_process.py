@@ -1,6 +1,6 @@
 """A small process beside each rank that kills the rank when it can no longer run Python.
 
-``dumps.HangGuard`` starts it as a script. A thread of the rank writes a line to its standard input every few seconds: the
+``watchdog.HangGuard`` starts it as a script. A thread of the rank writes a line to its standard input every few seconds: the
 seconds until the next line is due. C code that never releases the GIL stops that thread and every other check inside the rank.
 A timer inside the rank (``faulthandler.dump_traceback_later``) would notice, but it also counts while the rank is stopped and
 would kill a healthy rank as soon as it continues. This process counts only while it runs and the rank is not stopped.

@@ -19,7 +19,7 @@ def poisoned(rank: int, steps: set[int], settings: list[str], size: int = 1) -> 
 
 
 @pytest.mark.multiprocess
-def test_all_ranks_stop_at_the_same_step_and_name_its_galaxies(blobs: Path, tmp_path: Path) -> None:
+def test_nonfinite_loss_stops_all_ranks_at_the_same_step_naming_its_galaxies(blobs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     code, errors = poisoned(1, {4}, quick_settings(blobs, run_dir, train__log_every=1), 2)
     assert code == 1
@@ -35,7 +35,7 @@ def test_all_ranks_stop_at_the_same_step_and_name_its_galaxies(blobs: Path, tmp_
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_step_that_is_left_out_leaves_no_trace(size: int, blobs: Path, tmp_path: Path) -> None:
+def test_skipped_nonfinite_step_leaves_weights_and_optimizer_unchanged(size: int, blobs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     options = {"train__epochs": 1, "train__save_steps": 1, "train__on_nonfinite": "skip", "train__log_every": 1}
     code, errors = poisoned(0, {2}, quick_settings(blobs, run_dir, **options), size)
@@ -56,7 +56,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(size: int, blobs: Path, tmp_pat
 
 
 @pytest.mark.multiprocess
-def test_too_many_steps_left_out_stop_the_run_also_over_a_restart(blobs: Path, tmp_path: Path) -> None:
+def test_more_nonfinite_steps_than_max_nonfinite_stop_the_run_across_restarts(blobs: Path, tmp_path: Path) -> None:
     settings = quick_settings(blobs, tmp_path / "run", train__on_nonfinite="skip", train__max_nonfinite=1, train__epochs=3)
     code, errors = poisoned(0, {1, 7}, settings)
     assert code == 1

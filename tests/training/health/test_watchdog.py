@@ -42,7 +42,7 @@ def later(heard: dict[int, Heartbeat], *silent: int) -> dict[int, Heartbeat]:
     return {rank: heartbeat(rank, beat.step, beat.phase_index, serial=changes[rank]) for rank, beat in heard.items()}
 
 
-def test_the_rank_with_the_earliest_place_is_behind() -> None:
+def test_find_hang_names_the_rank_with_the_earliest_step_and_phase() -> None:
     heard = told(heartbeat(0, 5, 1), heartbeat(1, 5, 0), heartbeat(2, 5, 1))
     hang = find_hang(heard, later(heard), 3)
     assert hang is not None and hang.behind == (1,)
@@ -54,7 +54,7 @@ def test_the_rank_with_the_earliest_place_is_behind() -> None:
     assert hang is not None and hang.behind == (0,)
 
 
-def test_silent_ranks_are_behind() -> None:
+def test_find_hang_names_ranks_without_heartbeats() -> None:
     heard = told(heartbeat(0, 5, 1), heartbeat(2, 6, 1))
     hang = find_hang(heard, later(heard, 2), 3)
     assert hang is not None and hang.silent == hang.behind == (1, 2) and hang.num_living == 1
@@ -63,7 +63,7 @@ def test_silent_ranks_are_behind() -> None:
     assert "behind: rank 2 (node2, process 102) in step 6, forward/backward: silent for 70 s" in message
 
 
-def test_a_rank_that_left_is_behind_and_says_how() -> None:
+def test_find_hang_names_a_rank_that_failed_with_its_error() -> None:
     heard = told(heartbeat(0), Heartbeat(1, "b", 7, 5, "data", 0, 9, 0.0, False, 3, 1000.0, "failed with OSError"))
     hang = find_hang(heard, {**later(heard), 1: heard[1]}, 2)
     assert hang is not None
@@ -73,7 +73,7 @@ def test_a_rank_that_left_is_behind_and_says_how() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.booleans(), st.booleans(), st.booleans()), min_size=1))
-def test_a_run_hangs_only_if_nobody_works(ranks: list[tuple[int, int, bool, bool, bool]]) -> None:
+def test_find_hang_reports_a_hang_only_if_no_rank_makes_progress(ranks: list[tuple[int, int, bool, bool, bool]]) -> None:
     before = told(*(heartbeat(rank, step, place) for rank, (step, place, *_) in enumerate(ranks)))
     after = {}
     works = False
@@ -89,19 +89,19 @@ def test_a_run_hangs_only_if_nobody_works(ranks: list[tuple[int, int, bool, bool
         assert set(hang.behind) == (silent or {r for r, (step, place, *_) in enumerate(ranks) if (step, place) == first})
 
 
-def test_the_message_stays_short_with_thousands_of_ranks() -> None:
+def test_hang_message_stays_short_with_thousands_of_ranks() -> None:
     heard = told(*(heartbeat(rank, 5, rank % 2) for rank in range(4096)))
     assert len(Hang(heard, (), 4096).message(setting="", stacks="", now=0.0)) < 8000
     level = told(*(heartbeat(rank) for rank in range(4096)))
     assert len(Hang(level, (), 4096).message(setting="", stacks="", now=0.0)) < 500
 
 
-def test_heartbeats_survive_the_store() -> None:
+def test_heartbeat_survives_json_serialisation() -> None:
     beat = heartbeat(3)
     assert Heartbeat.from_json(beat.to_json()) == beat
 
 
-def test_off_means_off(tmp_path: Path) -> None:
+def test_watchdog_with_timeout_0_starts_no_guard_and_writes_no_stacks(tmp_path: Path) -> None:
     before = len(psutil.Process().children())
     with Watchdog(0, 1, 0.0, None, tmp_path / "stacks") as watchdog:
         watchdog.beat(0, "data")
@@ -109,7 +109,7 @@ def test_off_means_off(tmp_path: Path) -> None:
     assert not (tmp_path / "stacks").exists()
 
 
-def test_a_clean_end_leaves_nothing(tmp_path: Path) -> None:
+def test_watchdog_leaves_no_guard_and_no_stacks_after_a_clean_end(tmp_path: Path) -> None:
     with Watchdog(0, 1, 60.0, None, tmp_path / "stacks") as watchdog:
         watchdog.beat(0, "data")
         assert (tmp_path / "stacks" / "rank-0000.txt").exists()
@@ -133,7 +133,7 @@ def test_collectives_outlast_the_watchdog() -> None:
         assert given_s is not None and given_s.total_seconds() > start_allowance(timeout_s) > timeout_s
 
 
-def test_the_clock_stands_still_while_the_machine_is_suspended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_monotonic_clock_is_clock_monotonic_which_excludes_suspend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a suspension the wall clock has leapt and CLOCK_MONOTONIC has not (clock_gettime(2)); CLOCK_BOOTTIME would have."""
     assert "CLOCK_MONOTONIC" in time.get_clock_info("monotonic").implementation
     ended: list[object] = []
@@ -147,7 +147,7 @@ def test_the_clock_stands_still_while_the_machine_is_suspended(tmp_path: Path, m
         assert not ended and 0 < watchdog._idle_s < 4
 
 
-def test_the_guard_sees_stopped_processes() -> None:
+def test_guard_detects_stopped_processes() -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         assert not guard_process.is_stopped(process.pid)
@@ -202,7 +202,7 @@ def ranks(fault: str, tmp_path: Path, *, number: int, faulty: int = -1, start_s:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_rank_that_sleeps_is_named_once_and_all_end(tmp_path: Path) -> None:
+def test_sleeping_rank_is_named_once_and_all_ranks_exit_as_hung(tmp_path: Path) -> None:
     with ranks("sleep", tmp_path, number=3, faulty=1) as run:
         wait_for_step(run, 4)
         since = time.monotonic()
@@ -221,7 +221,7 @@ def test_a_rank_that_sleeps_is_named_once_and_all_end(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_stopped_rank_is_named_as_silent(tmp_path: Path) -> None:
+def test_stopped_rank_is_named_as_silent_and_the_others_exit(tmp_path: Path) -> None:
     with ranks("none", tmp_path, number=3) as run:
         wait_for_step(run, 3)
         os.kill(run.pids[2], signal.SIGSTOP)
@@ -235,7 +235,7 @@ def test_a_stopped_rank_is_named_as_silent(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_stopped_rank_that_holds_the_store_is_named(tmp_path: Path) -> None:
+def test_stopped_rank_0_is_reported_as_a_lost_store(tmp_path: Path) -> None:
     with ranks("none", tmp_path, number=2) as run:
         wait_for_step(run, 3)
         os.kill(run.pids[0], signal.SIGSTOP)
@@ -247,7 +247,7 @@ def test_a_stopped_rank_that_holds_the_store_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_rank_that_keeps_the_interpreters_lock_is_dumped_and_ended(number: int, tmp_path: Path) -> None:
+def test_rank_holding_the_gil_in_c_is_dumped_and_killed(number: int, tmp_path: Path) -> None:
     with ranks("lock", tmp_path, number=number, faulty=number - 1) as run:
         wait_for_step(run, 4)
         assert exit_codes(run) == [EXIT_HUNG] * (number - 1) + [-signal.SIGKILL]
@@ -261,7 +261,7 @@ def test_a_rank_that_keeps_the_interpreters_lock_is_dumped_and_ended(number: int
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("fault", ["slow", "start"])
-def test_a_slow_run_is_not_touched(fault: str, tmp_path: Path) -> None:
+def test_slow_run_with_heartbeats_or_a_long_start_is_not_ended(fault: str, tmp_path: Path) -> None:
     """Rank 1 works longer than the timeout, with signs of life, while rank 0 waits without any; or the first step is long."""
     with ranks(fault, tmp_path, number=2, faulty=1, start_s=20 * TIMEOUT_S) as run:
         assert exit_codes(run) == [0, 0]
@@ -271,7 +271,7 @@ def test_a_slow_run_is_not_touched(fault: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_run_that_was_stopped_and_continued_goes_on(tmp_path: Path) -> None:
+def test_run_stopped_and_continued_by_signals_is_not_taken_for_a_hang(tmp_path: Path) -> None:
     """Stopped in the middle of two seconds without a beat, for longer than the timeout."""
     with ranks("coarse", tmp_path, number=2) as run:
         wait_for_step(run, 1)
@@ -288,7 +288,7 @@ def test_a_run_that_was_stopped_and_continued_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_under_torchrun_all_stacks_are_written_before_it_ends_the_others(tmp_path: Path) -> None:
+def test_hang_under_torchrun_writes_the_stacks_of_all_ranks(tmp_path: Path) -> None:
     command = [*TORCHRUN_2, str(SCRIPT), "sleep", "1", str(tmp_path / "stacks"), str(TIMEOUT_S)]
     environ = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[3])}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
