@@ -85,7 +85,7 @@ def started_cluster(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[MiniC
 @pytest.fixture
 def mini_cluster(started_cluster: "MiniCluster", monkeypatch: pytest.MonkeyPatch) -> "Iterator[MiniCluster]":
     """The real SLURM for one test; jobs that it leaves are cancelled, and daemons that it kills are started again."""
-    from tests.helpers.slurm_bed import tidy
+    from tests.helpers.mini_cluster import tidy
 
     environ = started_cluster.environ()
     for name in set(os.environ) - set(environ):

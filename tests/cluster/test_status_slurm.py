@@ -14,7 +14,7 @@ from galaxydist.cli.main import main
 from galaxydist.cluster import slurm
 from galaxydist.cluster.records import JobFiles
 from galaxydist.cluster.slurm import JobState, SlurmUnavailableError, cancel_jobs, max_array_size, read_states
-from tests.helpers.slurm_bed import submit, wait_for, wait_state
+from tests.helpers.mini_cluster import submit, wait_for, wait_state
 from tests.helpers.status_runs import add_job
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from galaxydist.cluster.submit import JobRequest, RequestFile, script_of
 from galaxydist.cluster.worker import find_interface
 from galaxydist.errors import UserError
 from galaxydist.paths import data_root
+from tests.helpers.mini_cluster import wait_for
 from tests.helpers.runs import quick_settings
-from tests.helpers.slurm_bed import wait_for
 
 REQUEST = JobRequest(("recipe=vit",), Path("/runs/vit"), Path("/recipes/vit.yaml"), "vit")
 

@@ -16,8 +16,8 @@ from mini_cluster import MiniCluster
 from galaxydist.checkpoints import store
 from galaxydist.cluster.records import JobFiles, RestartRecord
 from tests.helpers.forked_runs import run_forked, train
+from tests.helpers.mini_cluster import wait_for
 from tests.helpers.runs import quick_settings
-from tests.helpers.slurm_bed import wait_for
 
 PROFILE = """partition: low
 nodes: 2

@@ -15,7 +15,7 @@ from mini_cluster import MiniCluster
 from galaxydist.cluster.profile import load_cluster
 from galaxydist.doctor.job import doctor_cluster
 from tests.helpers.forked_runs import Ranks, forked
-from tests.helpers.slurm_bed import job_state, processes_left, submit, wait_for, wait_state
+from tests.helpers.mini_cluster import job_state, processes_left, submit, wait_for, wait_state
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 TWO_NODES = ("cluster=cpu", "cluster.nodes=2", "cluster.tasks_per_node=1", "cluster.cpus_per_task=1", "cluster.memory=2")

@@ -13,7 +13,7 @@ import pytest
 from config_files import ConfigFiles
 from mini_cluster import MiniCluster, MiniClusterError, find_daemons, find_job_processes
 
-from tests.helpers.slurm_bed import job_state, num_restarts, processes_left, run_batch, submit, wait_for, wait_state
+from tests.helpers.mini_cluster import job_state, num_restarts, processes_left, run_batch, submit, wait_for, wait_state
 
 MINI_CLUSTER = Path(__file__).parents[2] / "slurm" / "mini_cluster" / "mini_cluster.py"
 SLEEPER = re.compile("(/usr/bin/|/bin/)?sleep 60[0-2]")

@@ -19,7 +19,7 @@ from mini_cluster import MiniCluster
 from galaxydist.paths import PACKAGE_DIR
 from galaxydist.training.trackers import read_history
 from tests.helpers.cluster_runs import ClusterRun, assert_equal_tensors, decisions, go_on, is_told
-from tests.helpers.slurm_bed import num_restarts, processes_left, submit, wait_for, wait_state
+from tests.helpers.mini_cluster import num_restarts, processes_left, submit, wait_for, wait_state
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 DOUBLE = {"train__precision": "fp64", "model__norm": "group", "model__drop_rate": 0.0}

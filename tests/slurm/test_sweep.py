@@ -11,7 +11,7 @@ from mini_cluster import MiniCluster
 
 from galaxydist.cluster.records import JobFiles
 from tests.helpers.cluster_runs import ClusterRun, decisions, find_ranks, go_on, hold
-from tests.helpers.slurm_bed import job_state, num_restarts, processes_left, submit, wait_for, wait_state
+from tests.helpers.mini_cluster import job_state, num_restarts, processes_left, submit, wait_for, wait_state
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 NUM_TRIALS = 5
