@@ -32,6 +32,24 @@ SHORT = {
     "training/health/guard_process.py": "a script that imports nothing of the package",
     "version.py": "read by the build",
 }
+# A function of eight or more parameters takes a dataclass of options; a class of five or more constructor arguments is a dataclass.
+MAX_PARAMETERS, MAX_CONSTRUCTOR = 7, 4
+MANY_PARAMETERS = {
+    "write_shards": "public API, keyword-only options",
+    "TrainLoader": "public API; computes its order and starts threads",
+    "EvalLoader": "public API; starts threads",
+    "_Loader": "base of the two loaders",
+    "PrefetchedShards": "starts threads",
+    "open_shard_source": "the parameters of PrefetchedShards",
+    "EpochOrder": "computes tables from its arguments",
+    "Augment": "computes tables from its arguments",
+    "Normalise": "computes tables from its arguments",
+    "MemoryBatches": "computes tables from its arguments",
+    "BareLoop": "copies the model and the optimizer",
+    "evaluate_split": "called with names by the trainer and the evaluator",
+    "save_sharded": "the parameters of store.save, and the ranks",
+    "draw_edge_on": "one number for each property of a disc",
+}
 # Each folder that has one calls its HTML page so.
 SHARED_NAMES = {"__init__.py", "page.py"}
 MAX_MODULES = 22
