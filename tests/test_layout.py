@@ -32,7 +32,7 @@ SHORT = {
     "training/health/guard_process.py": "a script that imports nothing of the package",
     "version.py": "read by the build",
 }
-# A function of eight or more parameters takes a dataclass of options; a class of five or more constructor arguments is a dataclass.
+# A function of eight or more parameters takes a dataclass of options; a class of five or more is a dataclass.
 MAX_PARAMETERS, MAX_CONSTRUCTOR = 7, 4
 MANY_PARAMETERS = {
     "write_shards": "public API, keyword-only options",
