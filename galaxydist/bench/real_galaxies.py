@@ -20,8 +20,8 @@ from galaxydist.bench.in_memory import plain_step
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.evaluation.results_files import read_evaluation
-from galaxydist.loading.dataset import TrainingData, build_augment
 from galaxydist.loading.loader import DecodeOptions, TrainLoader
+from galaxydist.loading.training_data import TrainingData, build_augment
 from galaxydist.models.build import build_model
 from galaxydist.models.param_groups import parameter_groups
 from galaxydist.models.registry import recipe_of

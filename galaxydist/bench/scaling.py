@@ -26,7 +26,7 @@ from galaxydist.cpus import bound_cores
 from galaxydist.distributed import init_distributed, shutdown_distributed
 from galaxydist.errors import UserError
 from galaxydist.recipe.resolve import load_recipe
-from galaxydist.training.processes import free_port
+from galaxydist.training.local_launcher import free_port
 
 # Steps before the clock starts, which set up memory and connections, and steps after it, in which the run stops.
 WARM_STEPS, LAST_STEPS = 3, 3

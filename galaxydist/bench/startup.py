@@ -22,7 +22,7 @@ from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError
 from galaxydist.paths import PACKAGE_DIR
 from galaxydist.runs.folder import RunFolder
-from galaxydist.runs.metrics_log import read_tail
+from galaxydist.runs.metrics_file import read_tail
 
 LAUNCH = PACKAGE_DIR.parent / "launch.py"
 # The content of launch.py, for an installed package without it.

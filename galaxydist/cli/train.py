@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.processes == 1:
         return launch(arguments.recipe, os.environ)
     from galaxydist.recipe.resolve import load_recipe
-    from galaxydist.training.processes import run_processes
+    from galaxydist.training.local_launcher import run_processes
 
     load_recipe(arguments.recipe)  # reports a mistake once, before processes are started
     return run_processes(arguments.recipe, arguments.processes, os.environ)

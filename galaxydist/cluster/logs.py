@@ -9,7 +9,7 @@ from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.slurm import UNKNOWN, JobState
 from galaxydist.cluster.srun_messages import START_MARK, find_remedy
 from galaxydist.runs.folder import RunFolder
-from galaxydist.runs.metrics_log import read_tail
+from galaxydist.runs.metrics_file import read_tail
 
 _ERROR_BYTES = 16_384
 # The end of a log that is searched for the job that wrote it.

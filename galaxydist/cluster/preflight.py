@@ -10,7 +10,7 @@ from galaxydist.cluster.profile import ClusterConfig
 from galaxydist.cluster.slurm import check_controller, is_slurm_here, run_slurm
 from galaxydist.cluster.submit import build_request
 from galaxydist.errors import UserError
-from galaxydist.loading.dataset import find_cache, find_manifest, find_variant, open_manifest
+from galaxydist.loading.training_data import find_cache, find_manifest, find_variant, open_manifest
 from galaxydist.models.weights import find_weights
 from galaxydist.paths import data_root, weights_dir
 from galaxydist.planner.limits import check_processes

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from galaxydist.runs.metrics_log import read_tail
+from galaxydist.runs.metrics_file import read_tail
 
 # The batch script prints this to its stderr at every start; earlier lines belong to earlier starts.
 START_MARK = "galaxydist: start "

@@ -22,7 +22,7 @@ from galaxydist.cluster.slurm import (
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import BEST, FOLDER_NAME, RunFolder
 from galaxydist.runs.lock import LockOwner, read_owner
-from galaxydist.runs.metrics_log import read_step_records, read_tail_records
+from galaxydist.runs.metrics_file import read_step_records, read_tail_records
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from submitit.core.utils import FailedSubmissionError
 
 from galaxydist.atomic_files import read_json, write_json
-from galaxydist.cluster.executor import JobExecutor, SlurmExecutor, build_executor, explain_refusal
+from galaxydist.cluster.batch_script import JobExecutor, SlurmExecutor, build_executor, explain_refusal
 from galaxydist.cluster.profile import ClusterConfig, ResolvedCluster
 from galaxydist.cluster.records import JobFiles, JobRecord
 from galaxydist.cluster.running_jobs import lock_holder, newest_job

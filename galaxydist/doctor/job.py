@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from galaxydist.cluster.executor import build_executor, explain_refusal
+from galaxydist.cluster.batch_script import build_executor, explain_refusal
 from galaxydist.cluster.partition_check import chosen_partitions
 from galaxydist.cluster.profile import MIN_SIGNAL_S, ClusterConfig
 from galaxydist.cluster.site import SAVE_REMEDY, Partition, Site, find_preemption, read_site

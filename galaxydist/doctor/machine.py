@@ -23,7 +23,7 @@ from galaxydist.cluster.preflight import IN_MEMORY, file_system
 from galaxydist.cpus import bound_cores, cpu_quota
 from galaxydist.doctor.check import Check, failure, ok, warning
 from galaxydist.doctor.software import check_gpus, check_installation, find_gpus
-from galaxydist.loading.dataset import SOURCES, find_manifest
+from galaxydist.loading.training_data import SOURCES, find_manifest
 from galaxydist.paths import DATA_VARIABLE, find_shards
 from galaxydist.recipe.schema import DataConfig
 from galaxydist.training.trackers import has_wandb_key, is_reachable, wandb_address

@@ -30,8 +30,8 @@ from galaxydist.evaluation.metrics import summarise
 from galaxydist.evaluation.predictions import PredictionsInfo, RankFile, predictions_path, rank_file_path, read_predictions
 from galaxydist.evaluation.results_files import has_figures, read_evaluation, render_evaluation, stem_of, write_evaluation
 from galaxydist.galaxy import Variant
-from galaxydist.loading.dataset import TrainingData, build_augment, find_cache, find_manifest, find_variant, has_split
 from galaxydist.loading.loader import Batch
+from galaxydist.loading.training_data import TrainingData, build_augment, find_cache, find_manifest, find_variant, has_split
 from galaxydist.log import results
 from galaxydist.models.build import build_model
 from galaxydist.models.performance import set_tf32
@@ -40,7 +40,7 @@ from galaxydist.paths import data_root, folder_name
 from galaxydist.recipe.identity import from_dict
 from galaxydist.recipe.schema import Recipe
 from galaxydist.runs.folder import RunFolder
-from galaxydist.runs.metrics_log import MetricsLog
+from galaxydist.runs.metrics_file import MetricsFile
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.cache import CacheConfig
@@ -471,7 +471,7 @@ def rehearse_evaluation(manifest: Manifest, recipe: Recipe) -> None:
             catalogue = pa.table({"id": [f"galaxy-{number}" for number in range(NUM_GALAXIES)]})
             info = PredictionsInfo(class_names=manifest.class_names, context=context)
             merge_predictions(path, info, [rank_file.path], catalogue, batch_size=NUM_GALAXIES)
-        log = MetricsLog(folder / "metrics.jsonl")
+        log = MetricsFile(folder / "metrics.jsonl")
         log.append(1, {"train/loss": 1.0, "val/loss": 1.0})
         predictions = read_predictions(path)
         summary = summarise(predictions, predictions)  # also as its own validation split, for the temperature

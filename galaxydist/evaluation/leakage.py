@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
-from galaxydist.loading.dataset import TrainingData, has_split
+from galaxydist.loading.training_data import TrainingData, has_split
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import Manifest
 from galaxydist.shards.remote.cache import CacheConfig

@@ -10,7 +10,7 @@ from galaxydist.evaluation import plots
 from galaxydist.evaluation.metrics import ClassCurves, summarise
 from galaxydist.evaluation.predictions import PredictionsFile, predictions_path, read_predictions
 from galaxydist.evaluation.text_table import format_headline, format_notes, format_table, headline, title_of
-from galaxydist.runs.metrics_log import MetricsLog
+from galaxydist.runs.metrics_file import MetricsFile
 from galaxydist.version import __version__
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def write_evaluation(
     stem, title = stem_of(context["split"], context.get("tta", "none")), title_of(content)
     evaluation_dir.mkdir(parents=True, exist_ok=True)
     if metrics_log is not None:
-        lines = MetricsLog(metrics_log).read() if figures else []
+        lines = MetricsFile(metrics_log).read() if figures else []
         drawn_curves = plots.draw_learning_curves(lines, title_of(context)) if lines else None
         _replace_figure(evaluation_dir / LEARNING_CURVES, drawn_curves)
     drawn = dict(_draw(metrics, curves, title)) if figures else {}

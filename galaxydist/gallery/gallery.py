@@ -31,8 +31,8 @@ from galaxydist.evaluation.predictions import PREDICTIONS, PredictionsFile, pred
 from galaxydist.evaluation.results_files import stem_of
 from galaxydist.evaluation.text_table import readable, title_of
 from galaxydist.gallery.choose import ByClass, SelectedGalaxy, Selection, choose_mistakes
-from galaxydist.loading.dataset import TrainingData, build_augment
 from galaxydist.loading.decode import read_samples, reduction
+from galaxydist.loading.training_data import TrainingData, build_augment
 from galaxydist.models.saliency import explain, method_of
 from galaxydist.pages.contact_sheet import SheetCell, SheetRow, compose_sheet, overlay, write_sheet
 from galaxydist.pages.html import image_uri, jpeg_uri, render

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, SPLITS
-from galaxydist.loading.dataset import find_cache, has_split, open_manifest, shard_commands
-from galaxydist.loading.dataset import find_manifest as manifest_location
+from galaxydist.loading.training_data import find_cache, has_split, open_manifest, shard_commands
+from galaxydist.loading.training_data import find_manifest as manifest_location
 from galaxydist.planner.limits import check_cache, check_memory, check_processes, find_warnings
 from galaxydist.planner.memory import Memory, ModelMemory, estimate, model_memory, planned_precision
 from galaxydist.recipe.rules import is_mixing

@@ -30,7 +30,7 @@ from galaxydist.report.statistics import (
     read_outcomes,
 )
 from galaxydist.runs.folder import RunFolder, StoredRecipe
-from galaxydist.runs.metrics_log import MetricsLog
+from galaxydist.runs.metrics_file import MetricsFile
 
 # Regimes: the sets of recipes that are compared with the published models.
 REGIMES = {REFERENCE: "recipes that follow the published work", "own": "our own recipes"}
@@ -257,7 +257,7 @@ def cost_of(timing: Sequence[Mapping[str, Any]], batch_size: int) -> RunCost | N
     )
 
 
-def _read_log(log: MetricsLog, notes: list[str]) -> list[dict[str, Any]]:
+def _read_log(log: MetricsFile, notes: list[str]) -> list[dict[str, Any]]:
     """Return the lines of a log; none, and a note, if it is damaged."""
     try:
         return log.read()

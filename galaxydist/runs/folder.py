@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from galaxydist.atomic_files import read_json, write_json
 from galaxydist.errors import UserError
-from galaxydist.runs.metrics_log import MetricsLog
+from galaxydist.runs.metrics_file import MetricsFile
 
 FORMAT_VERSION = 1
 FailureKind = Literal["bad_input", "nonfinite", "crash"]
@@ -61,8 +61,8 @@ class RunFolder:
         self.checkpoints_dir = path / "checkpoints"
         self.evaluation_dir = path / "evaluation"
         self.stacks_dir = path / "stacks"
-        self.metrics = MetricsLog(self.metrics_path)
-        self.timing = MetricsLog(path / "timing.jsonl")
+        self.metrics = MetricsFile(self.metrics_path)
+        self.timing = MetricsFile(path / "timing.jsonl")
 
     def __str__(self) -> str:
         return str(self.path)

@@ -18,7 +18,10 @@ from galaxydist.evaluation.evaluator import Evaluator, rehearse_evaluation
 from galaxydist.evaluation.inference import evaluate_split
 from galaxydist.evaluation.leakage import check_before_training
 from galaxydist.job_environment import start_of
-from galaxydist.loading.dataset import (
+from galaxydist.loading.decode import sample_key
+from galaxydist.loading.device_prefetch import DevicePrefetcher
+from galaxydist.loading.loader import Batch, DecodeOptions, RankInfo, TrainLoader
+from galaxydist.loading.training_data import (
     TrainingData,
     build_augment,
     find_cache,
@@ -28,9 +31,6 @@ from galaxydist.loading.dataset import (
     mirror_warning,
     open_manifest,
 )
-from galaxydist.loading.decode import sample_key
-from galaxydist.loading.device_prefetch import DevicePrefetcher
-from galaxydist.loading.loader import Batch, DecodeOptions, RankInfo, TrainLoader
 from galaxydist.log import results
 from galaxydist.models.build import build_model
 from galaxydist.models.param_groups import parameter_groups
@@ -48,7 +48,6 @@ from galaxydist.runs.folder import FailureKind, RunFolder
 from galaxydist.runs.lock import RunLock
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns
-from galaxydist.training.announcement import describe_end, describe_run, describe_time
 from galaxydist.training.batch_norm import average_statistics, synchronise_batch_norm
 from galaxydist.training.checkpointer import Checkpointer, SaveSchedule, SaveTimer
 from galaxydist.training.ddp import DDPStrategy
@@ -63,6 +62,7 @@ from galaxydist.training.mixup import Mixup
 from galaxydist.training.optimizer import LRSchedule, build_optimizer
 from galaxydist.training.profiler import StepProfiler
 from galaxydist.training.resume import EarlyStopping, lock_run_folder
+from galaxydist.training.run_summary import describe_end, describe_run, describe_time
 from galaxydist.training.state import TrainState
 from galaxydist.training.step import TrainStep, check_passes, example_images, has_single_pass, least_micro_batch
 from galaxydist.training.stop_signals import StepGates, StopSignal, signal_name

@@ -11,7 +11,7 @@ import pytest
 from submitit.core.utils import FailedJobError
 
 from galaxydist.cli.main import main
-from galaxydist.cluster.executor import explain_refusal
+from galaxydist.cluster.batch_script import explain_refusal
 from galaxydist.cluster.preflight import check_shared
 from galaxydist.cluster.profile import ResolvedCluster, load_cluster
 from galaxydist.cluster.records import JobFiles

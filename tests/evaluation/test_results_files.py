@@ -24,7 +24,7 @@ from galaxydist.evaluation.results_files import read_evaluation, render_evaluati
 from galaxydist.evaluation.text_table import title_of
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.pages.contact_sheet import write_class_sheet
-from galaxydist.runs.metrics_log import MetricsLog
+from galaxydist.runs.metrics_file import MetricsFile
 from tests.helpers.prediction_files import draw_logits, write_logits
 
 CONTEXT = {
@@ -49,7 +49,7 @@ def metrics() -> dict[str, Any]:
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log = MetricsFile(tmp_path / "metrics.jsonl")
     for step in range(20, 200, 20):
         log.append(step, {"train/loss": 2.0 / step, "train/accuracy": 0.5, "train/lr": 1e-3})
         if step % 60 == 0:
@@ -124,7 +124,7 @@ def test_evaluation_figures_have_titles_classes_and_axis_labels(metrics: dict[st
     texts = texts_of(confusion)
     assert str(metrics["confusion"][0][0]) in texts
     assert len(confusion.axes) == 2
-    curves = draw_learning_curves(MetricsLog(log).read(), "simulated (original), custom_cnn")
+    curves = draw_learning_curves(MetricsFile(log).read(), "simulated (original), custom_cnn")
     assert [axes.get_ylabel() for axes in curves.axes] == ["loss", "accuracy", "learning rate"]
     assert {"training", "validation", "validation, balanced"} <= set(texts_of(curves))
     assert "simulated (original), custom_cnn" in texts_of(curves)
@@ -152,7 +152,7 @@ def test_evaluation_figures_have_no_overlapping_text(metrics: dict[str, Any], lo
     assert overlapping(doubled, monkeypatch) != []
     assert overlapping(draw_confusion(metrics, TITLE), monkeypatch) == []
     assert overlapping(draw_per_class(metrics, TITLE), monkeypatch) == []
-    assert overlapping(draw_learning_curves(MetricsLog(log).read(), TITLE), monkeypatch) == []
+    assert overlapping(draw_learning_curves(MetricsFile(log).read(), TITLE), monkeypatch) == []
 
 
 @pytest.fixture

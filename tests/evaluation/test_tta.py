@@ -20,8 +20,8 @@ from galaxydist.evaluation.metrics import metrics_from_counts
 from galaxydist.evaluation.predictions import read_predictions
 from galaxydist.evaluation.results_files import read_evaluation as read_evaluation_file
 from galaxydist.evaluation.results_files import render_evaluation, write_evaluation
-from galaxydist.loading.dataset import TrainingData, build_augment
 from galaxydist.loading.loader import DecodeOptions, EvalLoader
+from galaxydist.loading.training_data import TrainingData, build_augment
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import Recipe
 from galaxydist.shards.manifest import Manifest, read_manifest

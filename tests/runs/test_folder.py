@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from galaxydist.atomic_files import read_json, replace_bytes, write_json
 from galaxydist.errors import UserError
 from galaxydist.runs.folder import RunFolder, compare_recipes
-from galaxydist.runs.metrics_log import MetricsLog
+from galaxydist.runs.metrics_file import MetricsFile
 
 RECIPE = {"name": "demo", "optim.lr": 1e-3, "model.pretrained": False, "tracker.tags": (), "train.log_every": 20}
 RESULT_KEYS = {"name", "optim.lr", "model.pretrained"}
@@ -115,11 +115,11 @@ import resource, signal, sys
 from pathlib import Path
 from galaxydist.errors import UserError
 from galaxydist.atomic_files import replace_bytes
-from galaxydist.runs.metrics_log import MetricsLog
+from galaxydist.runs.metrics_file import MetricsFile
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 folder = Path(sys.argv[1])
-log = MetricsLog(folder / "m.jsonl")
+log = MetricsFile(folder / "m.jsonl")
 for write in (lambda: replace_bytes(folder / "state.json", b"x" * 2000), lambda: log.append(2, {"y" * 2000: 1.0})):
     try:
         write()
@@ -130,19 +130,19 @@ for write in (lambda: replace_bytes(folder / "state.json", b"x" * 2000), lambda:
 
 def test_file_size_limit_keeps_the_old_state_and_metrics(tmp_path: Path) -> None:
     replace_bytes(tmp_path / "state.json", b"old")
-    MetricsLog(tmp_path / "m.jsonl").append(1, {"x": 1.0})
+    MetricsFile(tmp_path / "m.jsonl").append(1, {"x": 1.0})
     done = subprocess.run([sys.executable, "-c", SMALL_DISK, tmp_path], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert len(lines) == 2
     assert "state.json could not be written: the file size limit is reached. Its earlier contents are unchanged." in lines[0]
     assert "m.jsonl could not be written" in lines[1]
     assert (tmp_path / "state.json").read_bytes() == b"old"
-    assert MetricsLog(tmp_path / "m.jsonl").read() == [{"step": 1, "x": 1.0}]
+    assert MetricsFile(tmp_path / "m.jsonl").read() == [{"step": 1, "x": 1.0}]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.jsonl", "state.json"]
 
 
 def test_metrics_log_reads_back_its_records_with_nonfinite_values_as_null(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log = MetricsFile(tmp_path / "metrics.jsonl")
     assert log.read() == []
     assert log.cut_back(3) == 0
     log.append(1, {"train/loss": 0.1 + 0.2, "train/lr": 1e-7})
@@ -164,30 +164,30 @@ def test_cutting_back_keeps_exactly_the_lines_up_to_a_step(
 ) -> None:
     path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
     for step in steps:
-        MetricsLog(path).append(step, {"a": step / 3})
+        MetricsFile(path).append(step, {"a": step / 3})
     with path.open("ab") as file:
         file.write(half)  # killed in the middle of a line
     kept = [step for step in steps if step <= keep]
-    assert MetricsLog(path).cut_back(keep) == len(steps) - len(kept)
-    assert MetricsLog(path).read() == [{"step": step, "a": step / 3} for step in kept]
-    MetricsLog(path).append(99, {})
+    assert MetricsFile(path).cut_back(keep) == len(steps) - len(kept)
+    assert MetricsFile(path).read() == [{"step": step, "a": step / 3} for step in kept]
+    MetricsFile(path).append(99, {})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [*kept, 99]
 
 
 def test_metrics_log_append_drops_a_half_written_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    MetricsLog(path).append(1, {"a": 1.0})
+    MetricsFile(path).append(1, {"a": 1.0})
     with path.open("ab") as file:
         file.write(b'{"step": 2, "' + b"x" * 10_000)
-    MetricsLog(path).append(3, {"a": 3.0})
-    assert [line["step"] for line in MetricsLog(path).read()] == [1, 3]
+    MetricsFile(path).append(3, {"a": 3.0})
+    assert [line["step"] for line in MetricsFile(path).read()] == [1, 3]
 
 
 def test_metrics_log_with_a_damaged_line_in_the_middle_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
     with pytest.raises(UserError, match="line 2 is damaged"):
-        MetricsLog(path).read()
+        MetricsFile(path).read()
 
 
 def test_recipe_of_an_older_version_has_the_defaults_of_later_keys(tmp_path: Path) -> None:

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 
 from galaxydist.recipe.resolve import load_recipe
-from galaxydist.training import announcement
-from galaxydist.training.announcement import duration, smaller_command
+from galaxydist.training import run_summary
+from galaxydist.training.run_summary import duration, smaller_command
 from tests.helpers.runs import quick_settings, run_here
 
 
 def test_new_run_prints_data_model_steps_and_advice_and_a_continued_one_does_not(
     blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(announcement, "LONG_RUN_S", 0.0)
+    monkeypatch.setattr(run_summary, "LONG_RUN_S", 0.0)
     run_dir = tmp_path / "run"
     settings = quick_settings(blobs, run_dir, train__epochs=2, train__batch_size=25)
     assert run_here(settings) == 0

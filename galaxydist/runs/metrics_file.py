@@ -17,7 +17,7 @@ from galaxydist.errors import UserError
 Metric = float | int | str | None
 
 
-class MetricsLog:
+class MetricsFile:
     """Log of metrics: lines such as ``{"step": 20, "train/loss": 1.9}``, in the order of their steps.
 
     Args:

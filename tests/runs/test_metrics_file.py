@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.runs.metrics_log import read_step_records, read_tail, read_tail_records
+from galaxydist.runs.metrics_file import read_step_records, read_tail, read_tail_records
 
 
 def write_steps(path: Path, steps: list[int], width: int = 0) -> None:
