@@ -151,16 +151,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("galaxydist: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more at exit, which must not fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_unwritable_output()
         return EXIT_BROKEN_PIPE
     except OSError as error:
+        _discard_unwritable_output()
         if error.errno in NO_SPACE:
             return _fail(f"no space left: {error.strerror} ({error.filename or 'while writing'}); free some and try again")
         if isinstance(error, PermissionError) or error.errno in NOT_WRITABLE:
             return _fail(f"not allowed: {error.strerror} ({error.filename}); choose another folder, for example with --data-dir")
         raise
     return code or 0
+
+
+def _discard_unwritable_output() -> None:
+    """Send stdout to the null device if it cannot be written: Python flushes it once more at exit, which must not fail."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(text: str) -> int:

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 def older_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working folder with the data root ``data`` and the runs ``stopped``, ``continued`` and ``adagrad``."""
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # Python 3.11.4
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GALAXYDIST_DATA", "data")
     monkeypatch.delenv("WANDB_SERVICE", raising=False)

@@ -26,7 +26,7 @@ TINY = {
 }
 NUM_GALAXIES = "100"
 # A client that sends its arguments to the test and prints the answer: a new interpreter with torch would need five seconds.
-CLIENT = """#!{python} -IS
+CLIENT = """
 import json, os, socket, sys
 with socket.create_connection(("127.0.0.1", {port})) as connection, connection.makefile("rw") as file:
     print(json.dumps([{name!r}, sys.argv[1:], os.getcwd(), dict(os.environ)]), file=file, flush=True)
@@ -84,8 +84,10 @@ def run_pages(pages: list[Path], folder: Path) -> subprocess.CompletedProcess[st
         clients = folder / "clients"
         clients.mkdir()
         for name in ("galaxydist", "accelerate"):
-            client = CLIENT.format(python=sys.executable, port=server.getsockname()[1], name=name)
-            (clients / name).write_text(client, encoding="utf-8")
+            client = clients / f"{name}.py"
+            client.write_text(CLIENT.format(port=server.getsockname()[1], name=name), encoding="utf-8")
+            command = shlex.join([sys.executable, "-IS", str(client)])  # a path in a #! line may have no space
+            (clients / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
             (clients / name).chmod(0o755)
         path = os.pathsep.join([str(clients), str(Path(sys.executable).parent), os.environ["PATH"]])
         script = "set -euxo pipefail\n" + "\n".join(blocks)
