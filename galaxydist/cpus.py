@@ -147,8 +147,8 @@ def set_up_process(environ: MutableMapping[str, str]) -> None:
 def start_workers(count: int) -> "ProcessPoolExecutor":
     """Start a pool of worker processes.
 
-    They are spawned because threads do not survive a fork. They exit at once and print nothing on Ctrl-C and when the caller is
-    killed.
+    They are spawned because threads do not survive a fork. On Ctrl-C they end their tasks at once and print nothing; they exit
+    when the caller is killed.
 
     Args:
         count: number of processes.
@@ -156,8 +156,12 @@ def start_workers(count: int) -> "ProcessPoolExecutor":
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context, resource_tracker
 
+    class Pool(ProcessPoolExecutor):
+        def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> "Future[T]":
+            return super().submit(_run_task, fn, *args, **kwargs)
+
     resource_tracker.ensure_running()  # started later, it would unblock the signal
-    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_obey_parent)
+    pool = Pool(count, mp_context=get_context("spawn"), initializer=_obey_parent)
     # Ctrl-C during a worker's imports would print a traceback: the signal is blocked until ``_obey_parent`` has run.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -189,12 +193,35 @@ def bounded_map(pool: "Executor", function: Callable[..., T], tasks: Iterable[tu
             future.cancel()
 
 
+# State of a worker process: it runs a task; it has received Ctrl-C.
+_in_task = _is_interrupted = False
+
+
+def _run_task(function: Callable[..., T], *arguments: Any, **named: Any) -> T:
+    """Run a task, which Ctrl-C ends. It never ends the worker: the pool would wait forever for the rest of a result."""
+    global _in_task  # noqa: PLW0603
+    if _is_interrupted:
+        raise KeyboardInterrupt
+    _in_task = True
+    try:
+        return function(*arguments, **named)
+    finally:
+        _in_task = False
+
+
+def _interrupt_task(*_: object) -> None:
+    global _is_interrupted  # noqa: PLW0603
+    _is_interrupted = True
+    if _in_task:
+        raise KeyboardInterrupt
+
+
 def _obey_parent() -> None:
     """Exit when the parent process ends; otherwise a worker would wait forever, or write the same files as the next call."""
     from multiprocessing import parent_process
     from multiprocessing.connection import wait
 
-    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
+    signal.signal(signal.SIGINT, _interrupt_task)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = parent_process()
     assert parent is not None
