@@ -210,6 +210,7 @@ def _run_task(function: Callable[..., T], *arguments: Any, **named: Any) -> T:
 
 
 def _interrupt_task(*_: object) -> None:
+    """Handle SIGINT in a worker: end its task, and refuse the tasks that follow."""
     global _is_interrupted  # noqa: PLW0603
     _is_interrupted = True
     if _in_task:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galaxydist.cpus import available_cores, bound_cores, cpu_quota, fair_share
+from galaxydist.cpus import available_cores, bound_cores, cpu_quota, fair_share, start_workers
 
 
 def lay(root: Path, contents: dict[str, str]) -> Path:
@@ -109,3 +110,19 @@ def test_available_cores_of_a_process_bound_to_one_core_is_1() -> None:
 def test_available_cores_of_this_process_are_within_its_bound_cores() -> None:
     assert 1 <= available_cores() <= len(bound_cores())
     assert available_cores(10**6) == 1
+
+
+class InterruptsWhileSent:
+    """Its pickling, which a worker does after the task, interrupts the worker as Ctrl-C does."""
+
+    def __reduce__(self) -> tuple[type[int], tuple[()]]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return int, ()
+
+
+@pytest.mark.multiprocess
+def test_worker_that_is_interrupted_while_it_sends_a_result_sends_it_whole() -> None:
+    with start_workers(1) as pool:
+        assert pool.submit(InterruptsWhileSent).result(timeout=300) == 0
+        with pytest.raises(KeyboardInterrupt):
+            pool.submit(int).result(timeout=300)
