@@ -72,6 +72,8 @@ class Manifest:
         settings: settings of the writer.
         remote: the store of remote shards; None for a local folder.
         catalogues: SHA-256 of each catalogue file, by its name; empty for shards of earlier versions.
+        source_sides: smallest and largest shorter side of the images that were resampled to ``image_size``, in pixels; None: none
+            was resampled, or unknown (shards of earlier versions).
     """
 
     dir: Path
@@ -89,6 +91,7 @@ class Manifest:
     settings: Mapping[str, Any] = field(repr=False)
     remote: Remote | None = None
     catalogues: Mapping[str, str] = field(default_factory=dict, repr=False)
+    source_sides: tuple[int, int] | None = None
 
     @property
     def path(self) -> Path:
@@ -250,6 +253,7 @@ def parse_manifest(text: bytes, folder: Path, location: str) -> Manifest:
             columns=content["columns"],
             settings=content["settings"],
             catalogues=dict(content.get("catalogues", {})),
+            source_sides=tuple(content["source_sides"]) if "source_sides" in content else None,
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{location} is damaged ({error!r}); make it anew with: galaxydist data shard") from None
@@ -281,6 +285,8 @@ def manifest_json(manifest: Manifest) -> bytes:
     }
     if manifest.catalogues:
         content["catalogues"] = dict(manifest.catalogues)
+    if manifest.source_sides is not None:
+        content["source_sides"] = manifest.source_sides
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
