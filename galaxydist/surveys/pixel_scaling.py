@@ -94,6 +94,6 @@ def unscaled(pixels: NDArray[Any], name: str) -> UserError:
     elif least >= 0 and 200 < most <= 255:
         low, high = 0, 255
     return UserError(
-        f"{name}: its pixels are {pixels.dtype}, in the first images from {least:.5g} to {most:.5g} ({shares}), not 8-bit colours; "
+        f"{name}: its pixels are {pixels.dtype}, in the first images from {least:.5g} to {most:.5g} ({shares}), not 8-bit; "
         f"{advice}, for example --scale {low:.4g} {high:.4g}"
     )
