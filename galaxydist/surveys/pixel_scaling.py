@@ -48,7 +48,7 @@ def scale_pixels(pixels: NDArray[Any], scaling: PixelScaling) -> NDArray[np.uint
         pixels: ... x 3 (red, green, blue), of any leading shape; the linear stretch takes any shape.
         scaling: the rule.
     """
-    values = pixels.astype(np.float64 if pixels.dtype.itemsize > 4 else np.float32)
+    values: NDArray[np.floating[Any]] = pixels.astype(np.float64 if pixels.dtype.itemsize > 4 else np.float32)
     values -= scaling.low
     values /= scaling.high - scaling.low
     if scaling.stretch == "asinh":
