@@ -142,7 +142,8 @@ class StoredImages:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+        return cls(**values)
 
 
 def _pixel_scales(manifest: Manifest) -> tuple[float, float, float] | None:
@@ -194,9 +195,9 @@ class TrainingData:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
-        names = ("class_names", "channel_mean", "channel_std")
+        names, mean, std = (tuple(plain[name]) for name in ("class_names", "channel_mean", "channel_std"))
         stored = StoredImages.from_dict(plain["stored"]) if plain.get("stored") else None
-        return cls(plain["manifest_hash"], *(tuple(plain[name]) for name in names), stored)
+        return cls(plain["manifest_hash"], names, mean, std, stored)
 
     @property
     def statistics(self) -> "Statistics":
