@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from galaxydist.counter_rng import hash64
 from galaxydist.errors import UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
+from galaxydist.object_store import is_url
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import MANIFEST_NAME, Manifest, shard_name
 from galaxydist.shards.remote.cache import CacheConfig, SharedFile
-from galaxydist.shards.remote.object_store import is_url
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.tar import Member, parse_index
 from galaxydist.shards.writer.encode import decode_stored

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galaxydist.errors import UserError
+from galaxydist.object_store import Store
 from galaxydist.shards.remote.cache import Cache, CacheConfig, RemoteFolder
-from galaxydist.shards.remote.object_store import Store
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
