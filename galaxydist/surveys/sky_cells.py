@@ -47,7 +47,7 @@ def split_by_cell(ra: NDArray[np.float64], dec: NDArray[np.float64], ids: Sequen
     """
     codes = np.empty(len(ra), np.int8)
     is_known = np.isfinite(ra) & np.isfinite(dec)
-    codes[~is_known] = split_by_id([ids[row] for row in np.flatnonzero(~is_known)], seed=seed)
+    codes[~is_known] = split_by_id([ids[row] for row in np.flatnonzero(~is_known).tolist()], seed=seed)
     splits_of_cells = _draw(np.arange(NUM_CELLS), seed, Stream.SPLIT_CELL)
     rows = np.flatnonzero(is_known)
     cells, is_rim = _locate(ra[rows], dec[rows])
