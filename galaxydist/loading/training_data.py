@@ -137,8 +137,9 @@ class StoredImages:
         Raises:
             UserError: the catalogue is damaged.
         """
+        origin = manifest.origin.to_dict() if manifest.origin is not None else None
         pxscale = _pixel_scales(manifest)
-        return cls(manifest.dataset, manifest.image_size, manifest.encoding, manifest.source_sides, pxscale)
+        return cls(manifest.dataset, manifest.image_size, manifest.encoding, manifest.source_sides, pxscale, origin)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
