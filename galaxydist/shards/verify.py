@@ -23,7 +23,7 @@ from tqdm import tqdm
 from galaxydist.cpus import available_cores
 from galaxydist.errors import UserError, name_some
 from galaxydist.galaxy import MARGIN
-from galaxydist.shards.catalogue import ID, conform, iterate_catalogue, open_catalogue, read_catalogue, table_of, unite
+from galaxydist.shards.catalogue import ID, iterate_catalogue, open_catalogue, read_catalogue, table_of, unite
 from galaxydist.shards.manifest import (
     COLUMNS,
     Manifest,
@@ -39,6 +39,7 @@ from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.tar import BLOCK, Member, check_header, parse_index
 from galaxydist.shards.writer.encode import PIXEL_HASH, decode_stored
 from galaxydist.shards.writer.stages import key_hash
+from galaxydist.surveys.tables.json_columns import conform
 
 # Galaxies of a shard that a message names.
 NAMED = 3
