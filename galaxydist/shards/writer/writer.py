@@ -25,7 +25,7 @@ from galaxydist.atomic_files import NO_SPACE, rename, whole_file
 from galaxydist.cpus import available_cores, start_workers
 from galaxydist.errors import UserError
 from galaxydist.galaxy import Survey
-from galaxydist.shards.catalogue import is_unicode, unite, write_catalogue
+from galaxydist.shards.catalogue import unite, write_catalogue
 from galaxydist.shards.manifest import (
     COLUMNS,
     EXTENSIONS,
@@ -65,6 +65,7 @@ from galaxydist.shards.writer.stages import (
     write_part,
 )
 from galaxydist.surveys.data_origin import DataOrigin, origin_of
+from galaxydist.surveys.tables.json_columns import is_unicode
 
 
 def finish_manifest(
