@@ -346,6 +346,8 @@ def run_check(arguments: argparse.Namespace) -> None:
                 f"in order: {manifest.dataset}, {manifest.variant}: {sum(split.num_samples for split in splits)} galaxies "
                 f"in {sum(split.num_shards for split in splits)} shards ({manifest.location})"
             )
+            for name, text in manifest.origin.describe().items() if manifest.origin is not None else ():
+                print(f"  {name}: {text}")
             for line in describe_equal_images(manifest):
                 print(f"  {line}")
     if problems:
