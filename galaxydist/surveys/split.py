@@ -139,7 +139,7 @@ NONE, TRAIN, VAL, TEST = -1, 0, 1, 2
 MIN_PER_CLASS = 3  # one for each split
 
 # Streams of the counter-based RNG. The numbers are part of every frozen split: never reuse one.
-_TIES, _GROUPS, _SINGLES, _BALANCED_TEST, _BALANCED_TRAIN, _CUT_VAL, _CUT_TEST, _FOLDS = range(1, 9)
+_TIES, _GROUPS, _SINGLES, _BALANCED_TEST, _BALANCED_TRAIN, _CUT_VAL, _CUT_TEST, _FOLDS, _IDS = range(1, 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +167,13 @@ class SplitCandidates:
     def counts(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> NDArray[np.int64]:
         """Return the (K,) number of galaxies of each class among ``rows``."""
         return np.bincount(self.labels[rows], minlength=self.num_classes)
+
+    def subset(self, rows: Rows, classes: NDArray[np.int64]) -> "SplitCandidates":
+        """Return the galaxies of ``rows``, which all have one of ``classes`` (sorted class numbers), numbered anew."""
+        groups, conflicting = self.sky.groups[rows], self.sky.conflicting[rows]
+        names = [self.class_names[label] for label in classes.tolist()]
+        labels = np.searchsorted(classes, self.labels[rows])
+        return SplitCandidates(labels, names, Sky(groups, conflicting), self.keys[rows], self.seed)
 
     def hash_sorted(self, rows: NDArray[np.bool_] | Rows, stream: int) -> Rows:
         """Return ``rows`` (numbers or a mask) sorted by their hashes in the RNG stream ``stream``."""
@@ -243,6 +250,20 @@ def split_original(galaxies: SplitCandidates) -> Codes:
         codes[rows[num_test : num_test + num_val]] = VAL
     _fill_empty_splits(galaxies, codes, left)
     _check_no_empty_split(galaxies, codes)
+    return codes
+
+
+def split_by_id(galaxies: SplitCandidates) -> Codes:
+    """Return (N,) codes of an 80/10/10 split by a hash of each key, so that a galaxy keeps its split when others are added.
+
+    Galaxies of a group (of equal images) follow the one with the smallest key; those with two labels are in train.
+    """
+    keys = galaxies.keys.copy()
+    for rows in galaxies.groups_in_hash_order():
+        keys[rows] = keys[rows].min()
+    codes = np.searchsorted([0.8, 0.9], uniform(galaxies.seed, _IDS, 0, keys), side="right").astype(np.int8)
+    codes[np.isin(galaxies.sky.groups, galaxies.sky.groups[galaxies.sky.conflicting & (galaxies.sky.groups >= 0)])] = TRAIN
+    codes[galaxies.sky.conflicting] = TRAIN
     return codes
 
 
