@@ -160,7 +160,7 @@ def _print_notes(survey: "Survey", manifest: "Manifest", arguments: argparse.Nam
     from galaxydist.surveys.folder_scan import mirrored_classes
 
     if left_out := count_left_out(manifest.dir):
-        print(f"left out: {left_out}, listed with the reasons in {manifest.dir / LEFT_OUT_NAME}")
+        print(f"left out: {left_out}, listed in {manifest.dir / LEFT_OUT_NAME}")
     if arguments.encoding == "jpeg":
         _print_lossy(survey, arguments.quality)
     for line in describe_equal_images(manifest):

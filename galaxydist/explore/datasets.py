@@ -70,7 +70,7 @@ class Positions:
         return np.asarray(np.isfinite(self.ra) & np.isfinite(self.dec))
 
 
-class ImageSource(Protocol):
+class ExploredImages(Protocol):
     """Source of images and positions; rows are indices into the data set's N galaxies."""
 
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
@@ -107,7 +107,7 @@ class ExploredDataset:
     labels_N: NDArray[np.int64]
     split_names: tuple[str, ...]
     split_N: NDArray[np.int8]
-    source: ImageSource
+    source: ExploredImages
 
     def __len__(self) -> int:
         return len(self.labels_N)
