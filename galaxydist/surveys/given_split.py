@@ -1,13 +1,11 @@
 """Completion of the split that a folder or a table gives, and the user's options for it."""
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from galaxydist.errors import UserError, name_some
 from galaxydist.galaxy import SPLITS
@@ -53,7 +51,7 @@ def choose_split(
     galaxies: SplitCandidates,
     given: Codes | None,
     options: SplitOptions,
-    new_split: Callable[[SplitCandidates], Codes] = split_original,
+    new_split: Callable[[], Codes] | None = None,
 ) -> Codes:
     """Return the (N,) split codes of a source: the given ones, completed, or new ones.
 
@@ -62,7 +60,7 @@ def choose_split(
         galaxies: the N galaxies.
         given: the codes that the source gives, -1 for a galaxy in no split; None if it gives none.
         options: the user's options; its ``conflicting`` concerns the galaxies that ``galaxies`` marks so.
-        new_split: makes the split of a source that gives none.
+        new_split: makes and reports the split of a source that gives none; None: stratified by class.
 
     Raises:
         UserError: a fold of a source with a split of its own, or classes that are too small.
@@ -99,12 +97,6 @@ def split_code(name: str) -> int | None:
     return None if split is None else SPLITS.index(split)
 
 
-def id_keys(ids: Iterable[str]) -> NDArray[np.uint64]:
-    """Return a hash key of each galaxy id, for splits that stay the same when galaxies are added or removed."""
-    digests = (hashlib.sha256(name.encode()).digest() for name in ids)
-    return np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64)
-
-
 def split_common_classes(galaxies: SplitCandidates) -> Codes:
     """Split as ``split_original`` does, with the galaxies of classes that are too small to split all in train."""
     counts = np.bincount(galaxies.labels, minlength=galaxies.num_classes)
@@ -117,9 +109,10 @@ def split_common_classes(galaxies: SplitCandidates) -> Codes:
 
 
 @cache
-def _report_new_split(location: object, shares: str) -> None:
-    """Log once for each source: a command may open it several times."""
-    logger.warning("%s gives no train, val and test splits: its images are split %s", location, shares)
+def report_new_split(location: object, how: str, *, has_val: bool) -> None:
+    """Log once for each source how its images are split: a command may open it several times."""
+    shares = "80/10/10" if has_val else "90/10 into train and test"
+    logger.warning("%s gives no train, val and test splits: its images are split %s %s", location, shares, how)
 
 
 def _complete(
@@ -127,14 +120,14 @@ def _complete(
     galaxies: SplitCandidates,
     codes: Codes | None,
     options: SplitOptions,
-    new_split: Callable[[SplitCandidates], Codes],
+    new_split: Callable[[], Codes] | None,
 ) -> Codes:
     """Return new codes, or cut the wanted splits that the source lacks from train, with a warning."""
     if codes is None:
-        how = " by class" if new_split is split_original else ""
-        _report_new_split(location, f"80/10/10{how}" if options.has_val else f"90/10 into train and test{how}")
-        codes = new_split(galaxies)
-        return codes if options.needs_all_classes else _warn_of_absent(location, galaxies, codes, options)
+        if new_split is not None:
+            return _warn_of_absent(location, galaxies, new_split(), options)
+        report_new_split(location, "by class", has_val=options.has_val)
+        return split_original(galaxies)
     for target, split in ((TEST, "test"), *(((VAL, "val"),) if options.has_val else ())):
         if not (codes == target).any():
             logger.warning("%s has no %s split: a tenth of each class of train is used for it", location, split)

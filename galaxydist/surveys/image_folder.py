@@ -18,10 +18,19 @@ from galaxydist.galaxy import SPLITS, Galaxy
 from galaxydist.surveys import official_split
 from galaxydist.surveys.folder_metadata import METADATA_FILE, FolderRow, read_info, read_metadata
 from galaxydist.surveys.folder_scan import ImageFile, file_ids, safe_name, scan_folder, unique_ids
-from galaxydist.surveys.given_split import SplitOptions, choose_split, id_keys, is_complete, split_code
+from galaxydist.surveys.given_split import SplitOptions, choose_split, is_complete, split_code
 from galaxydist.surveys.hdf5_schema import SIMULATED
 from galaxydist.surveys.image_files import group_equal_files, hash_files, read_image
-from galaxydist.surveys.split import NONE, Codes, SplitCandidates, build_candidates, check_positions, join_groups, rows_by_split
+from galaxydist.surveys.split import (
+    NONE,
+    Codes,
+    SplitCandidates,
+    build_candidates,
+    check_positions,
+    id_keys,
+    join_groups,
+    rows_by_split,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -19,17 +19,27 @@ from galaxydist.errors import UserError, name_some
 from galaxydist.galaxy import EncodedImage, Galaxy
 from galaxydist.surveys import official_split
 from galaxydist.surveys.folder_scan import check_name, file_ids, unique_ids
-from galaxydist.surveys.given_split import SplitOptions, choose_split, id_keys, is_complete, split_code, split_common_classes
+from galaxydist.surveys.given_split import (
+    SplitOptions,
+    choose_split,
+    is_complete,
+    report_new_split,
+    split_code,
+    split_common_classes,
+)
+from galaxydist.surveys.sky_cells import is_spread, split_by_cell, split_by_id
 from galaxydist.surveys.split import (
+    IN_MARGIN,
     NONE,
     TEST,
+    TRAIN,
     Codes,
     SplitCandidates,
     build_candidates,
     check_positions,
+    id_keys,
     join_groups,
     rows_by_split,
-    split_by_id,
 )
 from galaxydist.surveys.table_columns import (
     ColumnNames,
@@ -192,8 +202,8 @@ def open_table(
 ) -> TableSurvey:
     """Return the galaxies of a table: its class names, ids, splits and positions, and the rows left out.
 
-    The split is the table's column; without one, it is stratified by class with groups of neighbours together where positions are
-    known, else a hash of the id, 80/10/10.
+    The split is the table's column. Without one it is 80/10/10: by cells of the sky if the positions are spread over many, in one
+    field stratified by class with groups of neighbours together, and without positions by a hash of the id.
 
     Args:
         table: one row per galaxy in the survey's order, without image bytes.
@@ -228,15 +238,13 @@ def open_table(
     ra, dec = _positions(table, columns, location)
     codes = np.full(len(table), NONE, np.int8)
     if options.is_labelled:
-        keys = id_keys(ids[row] for row in kept.tolist())
-        seed = official_split.SPLIT_SEED
-        galaxies = build_candidates(labels[kept], ra[kept], dec[kept], class_names=class_names, seed=seed, keys=keys)
-        galaxies = _mark_conflicting(galaxies, table, kept)
-        if isinstance(images, HashedImages) and _is_cut(location, given, options):
-            galaxies = replace(galaxies, sky=join_groups(galaxies.sky, images.group_equal(labels)[kept], galaxies.labels))
-        wanted = SplitOptions(options.variant, options.conflicting, options.fold, options.has_val, needs_all_classes=False)
-        new_split = split_common_classes if np.isfinite(ra[kept]).any() else split_by_id
-        codes[kept] = choose_split(location, galaxies, None if given is None else given[kept], wanted, new_split)
+        equal = np.full(len(table), -1, np.int64)
+        is_cut = options.variant == "balanced" or not is_complete(location, given, has_val=options.has_val)
+        if is_cut and isinstance(images, HashedImages):
+            equal = images.group_equal(labels)
+        rows = _RowsToSplit(location, class_names, [ids[row] for row in kept.tolist()], labels[kept], ra[kept], dec[kept])
+        marked = _marked_conflicting(table)[kept]
+        codes[kept] = rows.split(None if given is None else given[kept], equal[kept], marked, options)
     else:
         codes[kept] = TEST
     return TableSurvey(
@@ -332,20 +340,68 @@ def _check_ids(own: Sequence[str | None], kept: NDArray[np.int64], column: str, 
         )
 
 
-def _is_cut(location: str, given: Codes | None, options: TableOptions) -> bool:
-    """Return True if a split has to be made, in which equal images stay together."""
-    return options.variant == "balanced" or not is_complete(location, given, has_val=options.has_val)
+@dataclass(frozen=True)
+class _RowsToSplit:
+    """The rows of a table that are kept: ids, class numbers, positions in degrees."""
+
+    location: str
+    class_names: tuple[str, ...]
+    ids: Sequence[str]
+    labels: NDArray[np.int64]
+    ra: NDArray[np.float64]
+    dec: NDArray[np.float64]
+
+    def split(self, given: Codes | None, equal: NDArray[np.int64], marked: NDArray[np.bool_], options: TableOptions) -> Codes:
+        """Return the split codes.
+
+        Args:
+            given: codes that the table gives, or None.
+            equal: group numbers of equal images, -1 for an image without a copy.
+            marked: True for galaxies that the table calls conflicting.
+            options: the user's options.
+        """
+        seed = official_split.SPLIT_SEED
+        galaxies = build_candidates(
+            self.labels, self.ra, self.dec, class_names=self.class_names, seed=seed, keys=id_keys(self.ids)
+        )
+        sky = join_groups(galaxies.sky, equal, self.labels)
+        galaxies = replace(galaxies, sky=replace(sky, conflicting=sky.conflicting | marked))
+        wanted = SplitOptions(options.variant, options.conflicting, options.fold, options.has_val, needs_all_classes=False)
+        return choose_split(
+            self.location, galaxies, given, wanted, lambda: self._new_split(galaxies, equal, has_val=options.has_val)
+        )
+
+    def _new_split(self, galaxies: SplitCandidates, equal: NDArray[np.int64], *, has_val: bool) -> Codes:
+        """Return the codes of a table that gives none; equal images have one code, those with two labels are not evaluated on."""
+        has_positions = bool(np.isfinite(self.ra).any())
+        if has_positions and not is_spread(self.ra, self.dec):
+            report_new_split(self.location, "by class, neighbours on the sky together", has_val=has_val)
+            return split_common_classes(galaxies)
+        if has_positions:
+            report_new_split(self.location, "by cells of the sky", has_val=has_val)
+            codes, apart = split_by_cell(self.ra, self.dec, self.ids), IN_MARGIN
+        else:
+            report_new_split(self.location, "by a hash of the ids", has_val=has_val)
+            codes, apart = split_by_id(self.ids), TRAIN
+        # Equal images follow the one with the smallest key; where that would put a galaxy among its neighbours of another split,
+        # it goes to the margin. So do galaxies with two labels, which are not evaluated on.
+        grouped = np.flatnonzero(equal >= 0)
+        grouped = grouped[np.lexsort((galaxies.keys[grouped], equal[grouped]))]
+        _, first, group = np.unique(equal[grouped], return_index=True, return_inverse=True)
+        leading = codes[grouped[first]][group]
+        codes[grouped] = np.where(codes[grouped] == leading, leading, IN_MARGIN) if has_positions else leading
+        codes[galaxies.sky.conflicting & (codes != TRAIN)] = apart
+        return codes
 
 
-def _mark_conflicting(galaxies: SplitCandidates, table: "pa.Table", kept: NDArray[np.int64]) -> SplitCandidates:
-    """Return the galaxies with those conflicting that the table marks in a column ``conflicting``."""
+def _marked_conflicting(table: "pa.Table") -> NDArray[np.bool_]:
+    """Return (N,) True for galaxies that the table marks in a column ``conflicting``."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if "conflicting" not in table.column_names or not pa.types.is_boolean(table.schema.field("conflicting").type):
-        return galaxies
-    marked = pc.fill_null(decoded(table.column("conflicting")), False).to_numpy(zero_copy_only=False)[kept]
-    return replace(galaxies, sky=replace(galaxies.sky, conflicting=galaxies.sky.conflicting | marked))
+        return np.zeros(len(table), np.bool_)
+    return np.asarray(pc.fill_null(decoded(table.column("conflicting")), False).to_numpy(zero_copy_only=False), np.bool_)
 
 
 def _extras(table: "pa.Table", columns: ColumnNames, source_ids: Sequence[str] | None, location: str) -> "pa.Table":

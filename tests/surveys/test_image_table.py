@@ -15,6 +15,7 @@ from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES
 from galaxydist.shards.writer.writer import write_shards
 from galaxydist.surveys.image_table import TableOptions, TableSurvey, open_table
+from galaxydist.surveys.sky_cells import split_by_cell
 from galaxydist.surveys.survey_sources import SourceOptions, open_survey
 from galaxydist.surveys.table_columns import ColumnNames
 from galaxydist.surveys.tables.listed_images import open_listed_images
@@ -97,9 +98,22 @@ def test_split_without_positions_is_a_hash_of_the_id_that_new_galaxies_do_not_ch
 
     rows = rows_of(60)
     before = splits(rows)
-    assert {name for name, split in before.items() if split == "test"} == {"16", "34"}, "golden"
+    assert {name for name, split in before.items() if split == "test"} == {"42", "21", "15", "59", "43", "6", "36"}
     after = splits([{"file": f"new{n}.png", "label": "c"} for n in range(5)] + rows[::-1])
     assert before.items() <= after.items()
+
+
+def test_split_of_positions_on_many_cells_is_by_cell_with_a_margin(tmp_path: Path) -> None:
+    dice = np.random.default_rng(1)
+    ra, dec = dice.uniform(0, 360, 400), np.degrees(np.arcsin(dice.uniform(-1, 1, 400)))
+    ra[0], dec[0] = 315.0, np.degrees(np.arcsin(2 / 3))  # a corner of cells
+    rows = rows_of(400, ra=ra.tolist(), dec=dec.tolist())
+    for row in rows:
+        row["file"] = f"{int(row['file'][:-4]) % 20}.png"  # equal images, whose galaxies cells put into several splits
+    survey = survey_of(tmp_path, rows, columns=ColumnNames(id="none"))
+    codes = split_by_cell(ra, dec, survey.ids)
+    found = np.select([np.isin(np.arange(400), survey.splits[name]) for name in ("train", "val", "test", "margin")], [0, 1, 2, 3])
+    assert ((found == codes) | (found == 3)).all() and (found == 3).any() and set(found[codes == 1]) == {1, 3}
 
 
 def test_equal_files_of_a_table_stay_in_one_split_and_with_two_labels_in_train(tmp_path: Path) -> None:

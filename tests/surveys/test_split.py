@@ -12,7 +12,6 @@ from galaxydist.surveys.split import (
     TEST,
     TRAIN,
     VAL,
-    Sky,
     SplitCandidates,
     build_candidates,
     close_pairs,
@@ -20,7 +19,6 @@ from galaxydist.surveys.split import (
     read_sky,
     rows_by_split,
     split_balanced,
-    split_by_id,
     split_counts,
     split_fold,
     split_original,
@@ -145,13 +143,3 @@ def test_close_pairs_equal_brute_force_everywhere_on_the_sky(seed: int, dec_cent
     arcsec = np.degrees(2 * np.arcsin(np.sqrt(haversine))) * 3600
     expected = np.argwhere(np.triu(arcsec < 67, k=1))
     assert np.array_equal(close_pairs(ra, dec, 67.0), expected)
-
-
-def test_split_by_id_gives_80_10_10_and_keeps_groups_together() -> None:
-    keys = np.arange(20_000, dtype=np.uint64) * np.uint64(7919)
-    groups = np.full(20_000, -1)
-    groups[:9000] = np.arange(9000) // 3
-    conflicting = np.arange(20_000) == 4
-    codes = split_by_id(SplitCandidates(np.zeros(20_000, int), ("a",), Sky(groups, conflicting), keys, 1))
-    assert np.abs(np.bincount(codes) / 20_000 - (0.8, 0.1, 0.1)).max() < 0.01
-    assert (codes[:9000].reshape(-1, 3) == codes[:9000:3, None]).all() and (codes[3:6] == 0).all()
