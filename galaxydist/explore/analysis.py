@@ -132,9 +132,10 @@ def label_conflicts(findings: Findings) -> int:
 
 
 def split_leaks(findings: Findings) -> int:
-    """Return the number of duplicates across splits."""
-    split_n = findings.population.split_N[findings.scan.rows]
-    return sum(1 for pair in findings.duplicates if split_n[pair.first] != split_n[pair.second])
+    """Return the number of duplicates across splits, without those in the margin."""
+    rows = findings.scan.rows
+    first, second = np.array([(pair.first, pair.second) for pair in findings.duplicates], np.int64).reshape(-1, 2).T
+    return int(findings.population.are_across(rows[first], rows[second]).sum())
 
 
 def widths(scan: ImageScan) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from galaxydist.counter_rng import hash64
 from galaxydist.errors import UserError
-from galaxydist.galaxy import EncodedImage, Galaxy
+from galaxydist.galaxy import MARGIN, EncodedImage, Galaxy
 from galaxydist.object_store import is_url
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import MANIFEST_NAME, Manifest
@@ -116,6 +116,12 @@ class ExploredDataset:
         """Label -> class name of every class; the unlabelled last, if there are any."""
         named = dict(enumerate(self.class_names))
         return named | ({UNLABELLED: "unlabelled"} if (self.labels_N == UNLABELLED).any() else {})
+
+    def are_across(self, first_P: NDArray[np.int64], second_P: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return a mask (P,) of the pairs of rows in different splits; the margin, which no model sees, does not count."""
+        in_margin_S = np.array([name == MARGIN for name in self.split_names])
+        first_split_P, second_split_P = self.split_N[first_P], self.split_N[second_P]
+        return np.asarray((first_split_P != second_split_P) & ~in_margin_S[first_split_P] & ~in_margin_S[second_split_P])
 
     def counts(self) -> dict[str, list[int]]:
         """Return split name -> number of galaxies in each group, in the order of ``groups``, over all N galaxies."""
