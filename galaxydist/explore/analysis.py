@@ -65,7 +65,7 @@ def analyse(population: ExploredDataset, *, sample: int, seed: int) -> Findings:
         positions=positions,
         neighbours=find_neighbours(population, positions) if positions.known.any() else None,
         duplicates=find_duplicates(scan.hash_nB, scan.digests, scan.thumbnails_nHWC),
-        map=map_sample(scan, seed),
+        map=map_sample(scan, seed, population.features),
     )
 
 
@@ -120,6 +120,14 @@ def summary(findings: Findings) -> dict[str, Any]:
             }
             for pair in findings.duplicates
         ],
+        "map": None
+        if findings.map is None
+        else {
+            "galaxies": len(findings.map.indices),
+            "features": findings.map.features,
+            "agreement": round(findings.map.agreement, 4),
+            "by_chance": round(findings.map.by_chance, 4),
+        },
         "odd": {kind: [scan.ids[index] for index in indices] for kind, indices in scan.odd_images.items()},
         "unreadable": scan.problems,
     }
