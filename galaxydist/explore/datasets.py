@@ -27,6 +27,7 @@ from galaxydist.shards.writer.encode import decode_stored
 from galaxydist.surveys.galaxy10 import Galaxy10Survey
 from galaxydist.surveys.image_files import decode_file
 from galaxydist.surveys.image_folder import FolderSurvey
+from galaxydist.surveys.image_table import TableSurvey
 from galaxydist.surveys.survey_sources import open_survey
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Positions:
         return np.asarray(np.isfinite(self.ra) & np.isfinite(self.dec))
 
 
-class ImageSource(Protocol):
+class ExploredImages(Protocol):
     """Source of images and positions; rows are indices into the data set's N galaxies."""
 
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
@@ -109,7 +110,7 @@ class ExploredDataset:
     labels_N: NDArray[np.int64]
     split_names: tuple[str, ...]
     split_N: NDArray[np.int8]
-    source: ImageSource
+    source: ExploredImages
     features: FeaturesFile | None = None
 
     def __len__(self) -> int:
@@ -314,20 +315,20 @@ def _column(table: "pa.Table", name: str) -> NDArray[np.float64]:
 _SHORT_SLAB = 32
 
 
-def survey_population(survey: FolderSurvey | Galaxy10Survey, path: Path) -> ExploredDataset:
+def survey_population(survey: FolderSurvey | Galaxy10Survey | TableSurvey, path: Path) -> ExploredDataset:
     """Return the galaxies of a survey that belong to a split, in the order of its rows."""
     names = tuple(name for name, rows in survey.splits.items() if len(rows))
     codes = np.full(len(survey.labels), -1, np.int8)
     for number, name in enumerate(names):
         codes[survey.splits[name]] = number
     numbers_N = np.flatnonzero(codes >= 0)
-    is_folder = isinstance(survey, FolderSurvey)
+    kind = {FolderSurvey: "folder of images", TableSurvey: "table of images"}.get(type(survey), "HDF5 file")
     return ExploredDataset(
         dataset=survey.name,
         variant=survey.variant,
-        kind="folder of images" if is_folder else "HDF5 file",
+        kind=kind,
         location=str(path),
-        source_hash="" if is_folder else survey.source_hash,
+        source_hash=survey.source_hash if isinstance(survey, Galaxy10Survey) else "",
         class_names=survey.class_names,
         labels_N=np.asarray(survey.labels[numbers_N], np.int64),
         split_names=names,
@@ -340,7 +341,7 @@ def survey_population(survey: FolderSurvey | Galaxy10Survey, path: Path) -> Expl
 class SurveyImages:
     """Reads images and positions from a survey; ``numbers_N`` are the survey's rows of the data set's N galaxies."""
 
-    survey: FolderSurvey | Galaxy10Survey
+    survey: FolderSurvey | Galaxy10Survey | TableSurvey
     numbers_N: NDArray[np.int64]
 
     def images(self, rows: NDArray[np.int64]) -> Iterator[ExploredImage]:
@@ -348,7 +349,7 @@ class SurveyImages:
             return
         numbers = self.numbers_N[rows]
         # Rows are read one by one from image files, so that a damaged file affects no other, and from short slabs.
-        is_single = isinstance(self.survey, FolderSurvey) or self.survey.slab_length <= _SHORT_SLAB
+        is_single = self.survey.reads_single_files or self.survey.slab_length <= _SHORT_SLAB
         cuts = np.flatnonzero(np.diff(numbers // (1 if is_single else self.survey.slab_length))) + 1
         for slab_rows, slab_numbers in zip(np.split(rows, cuts), np.split(numbers, cuts), strict=True):
             pending = dict(zip(slab_numbers.tolist(), slab_rows.tolist(), strict=True))
@@ -359,13 +360,15 @@ class SurveyImages:
                         yield _image(pending.pop(number), galaxy)
             except UserError as error:
                 for number, row in pending.items():
-                    name = self.survey.files[number] if isinstance(self.survey, FolderSurvey) else self.survey.galaxy_id(number)
-                    yield ExploredImage(row, name, None, str(error))
+                    yield ExploredImage(row, self.survey.image_name(number), None, str(error))
 
     def positions(self) -> Positions:
         if isinstance(self.survey, Galaxy10Survey):
             columns = self.survey.file.columns
             found = [np.asarray(columns[name][self.numbers_N], np.float64) for name in ("ra", "dec", "redshift")]
+        elif isinstance(self.survey, TableSurvey):
+            redshift = _column(self.survey.extras, "redshift")
+            found = [column[self.numbers_N] for column in (self.survey.ra, self.survey.dec, redshift)]
         else:
             rows = [self.survey.rows[number] for number in self.numbers_N.tolist()]
             values = [(row.ra, row.dec, row.extras.get("redshift")) for row in rows]
