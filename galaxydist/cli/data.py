@@ -21,7 +21,7 @@ from galaxydist.cli.options import (
     survey_source,
 )
 from galaxydist.cli.shard import add_shard
-from galaxydist.errors import UserError
+from galaxydist.errors import UserError, name_some
 from galaxydist.galaxy import VARIANTS
 from galaxydist.paths import cache_dir, find_shards, folder_name, hdf5_path, images_dir
 from galaxydist.version import __version__
@@ -336,3 +336,5 @@ def _print_findings(findings: "Findings") -> None:
     if findings.map is not None:
         share = f"{100 * findings.map.agreement:.0f} %"
         print(f"map: {share} have the class of most of their ten nearest neighbours in {findings.map.features}")
+        if ids := [findings.scan.ids[one.index] for one in findings.map.doubtful]:
+            print(f"  {len(ids)} doubtful labels, which none of the neighbours has: {name_some(ids)}")

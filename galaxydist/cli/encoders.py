@@ -38,13 +38,9 @@ def add_probe(commands: Commands) -> None:
         "the principal components of the pixels. Features are stored, and computed only once.",
         epilog=EPILOG,
     )
-    parser.add_argument(
-        "words",
-        nargs="+",
-        metavar="MODEL DATA [key=value]",
-        help="model name, recipe=NAME or run folder; data set in the data root, or path or URL of a manifest; values that "
-        "override the recipe, such as data.image_size=128",
-    )
+    parser.add_argument("model", metavar="MODEL", help="model name, recipe=NAME, run folder, or weights of `weights save`")
+    parser.add_argument("data", metavar="DATA", help="data set in the data root, or path or URL of a manifest")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that override the recipe")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--pretrained", action="store_true", help="published weights (default for models that have some)")
     start.add_argument("--random", action="store_true", help="random weights")
@@ -77,7 +73,7 @@ def run_probe(arguments: argparse.Namespace) -> None:
     from galaxydist.shards.remote.cache import CacheConfig
     from galaxydist.shards.remote.open import open_shards
 
-    model, data, settings = _split_words(arguments.words)
+    model, data, settings = _split_words([arguments.model, arguments.data, *arguments.overrides])
     root = chosen_root(arguments)
     manifest = open_shards(find_manifests(data, root, arguments.variant)[-1], CacheConfig(cache_dir(root)))
     check_labels(manifest)
@@ -150,7 +146,7 @@ def _read_recipe(model: str, settings: list[str], arguments: argparse.Namespace)
     if model.endswith(".safetensors"):
         raise UserError(
             f"{model} has weights without the model that they belong to: give the recipe that trained it, like "
-            f"`galaxydist probe recipe=d4_cnn {arguments.words[-1]} model.weights={model}`"
+            f"`galaxydist probe recipe=d4_cnn {arguments.data} model.weights={model}`"
         )
     is_recipe = model.startswith("recipe=")
     if not is_recipe and name not in ARCHITECTURES:

@@ -271,7 +271,6 @@ def test_wrong_words_are_refused_with_one_message(blobs: Path, tmp_path: Path, c
     assert probe("recipe=custom_cnn", blobs, *TINY, "--out", features) == 0
     before = features.read_bytes()
     for words, message in (
-        (("custom_cnn",), "give a model and a data set"),
         (("custom_cnn", blobs, blobs), "give a model and a data set"),
         (("custom_cm", blobs), "custom_cm"),
         (("custom_cnn", tmp_path / "nothing"), "there is no such path"),
@@ -327,6 +326,24 @@ def perfect(file: FeaturesFile) -> list[FeatureRows]:
     known = np.eye(64, dtype=np.float32)
     parts = [file.split(name) for name in ("train", "val", "test")]
     return [FeatureRows(rows.split, rows.ids[1:], rows.labels_B[1:], known[rows.labels_B[1:]]) for rows in parts]
+
+
+def test_galaxy_whose_neighbours_all_have_another_class_has_a_doubtful_label(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = shards(tmp_path, BlobSurvey(num_galaxies=90))
+    assert probe("recipe=custom_cnn", manifest.path, *TINY, "--out", tmp_path / "random.parquet") == 0
+    file = read_features(tmp_path / "random.parquet")
+    parts = perfect(file)
+    wrong = parts[0].ids[4]
+    parts[0].features_BD[4] = parts[0].features_BD[parts[0].labels_B != parts[0].labels_B[4]][0]
+    write_features(tmp_path / "f.parquet", file.info, parts)
+    capsys.readouterr()
+    assert explore(manifest.path, "--features", tmp_path / "f.parquet", "--out", tmp_path / "page") == 0
+    (found,) = json.loads((tmp_path / "page" / "survey.json").read_text())["map"]["doubtful"]
+    assert found["id"] == wrong and found["votes"] == 10 and found["neighbours"] != found["label"]
+    assert f"1 doubtful labels, which none of the neighbours has: {wrong}" in capsys.readouterr().out
+    assert f'alt="doubtful label: {wrong}"' in (tmp_path / "page" / "explore.html").read_text()
 
 
 def test_features_of_other_shards_are_refused_by_the_exploration(
