@@ -288,7 +288,7 @@ def _given_split(table: "pa.Table", columns: ColumnNames, location: str) -> tupl
     if wrong := [name for name, code in codes.items() if code is None]:
         raise UserError(
             f"{location}, column {columns.split!r}: the split {name_some([*map(repr, wrong)])} is not train, val or test (or "
-            "valid, validation); correct it, name another column with --split, or ignore it with --split none"
+            "valid, validation, margin); correct it, name another column with --split, or ignore it with --split none"
         )
     given = np.array([NONE if name is None else codes[name] for name in values.to_pylist()], np.int8)
     if not names:
