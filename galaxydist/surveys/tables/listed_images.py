@@ -139,13 +139,13 @@ class _Listings:
 
     def find(self, text: str) -> str:
         """Return the file that a text means, or an empty text."""
-        for name in dict.fromkeys((text, text.replace("\\", "/"))):
-            path = PurePosixPath(name)
-            found = self._names(str(path.parent)).get(path.name, [])
-            if path.name in found:
-                return str(path)
+        for path in dict.fromkeys((text.removeprefix("./"), text.replace("\\", "/").removeprefix("./"))):
+            folder, slash, name = path.rpartition("/")
+            found = self._names(folder + slash).get(name, ())
+            if name in found:
+                return path
             if len(found) == 1:
-                return str(path.parent / found[0])
+                return f"{folder}{slash}{found[0]}"
         return ""
 
     def _names(self, folder: str) -> dict[str, list[str]]:
