@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from galaxydist.errors import UserError
 from galaxydist.models.build import build_model, input_statistics
 from galaxydist.models.registry import ARCHITECTURES
-from galaxydist.models.weights import fetch_command, fetch_weights, weights_file, write_weights
+from galaxydist.models.hub_weights import fetch_command, fetch_weights, weights_file
+from galaxydist.models.weights import write_weights
 from galaxydist.recipe.resolve import load_recipe
 from galaxydist.recipe.schema import ModelConfig
 from tests.helpers.runs import captured_log
