@@ -34,9 +34,9 @@ from galaxydist.loading.loader import Batch
 from galaxydist.loading.training_data import TrainingData, build_augment, find_cache, find_manifest, find_variant, has_split
 from galaxydist.log import results
 from galaxydist.models.build import build_model
-from galaxydist.models.model_record import ModelRecord
 from galaxydist.models.own_function import source_hash, trusts_code
 from galaxydist.models.performance import set_tf32
+from galaxydist.models.registry import ModelRecord
 from galaxydist.models.weights import write_weights
 from galaxydist.paths import data_root, folder_name
 from galaxydist.recipe.identity import from_dict

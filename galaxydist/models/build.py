@@ -15,10 +15,9 @@ from galaxydist.errors import UserError
 from galaxydist.models.custom_cnn import CustomCNN
 from galaxydist.models.d4_cnn import D4CNN
 from galaxydist.models.hub_weights import find_weights, read_published, read_record, shipped_path
-from galaxydist.models.model_record import ModelRecord
 from galaxydist.models.own_function import build_own_model, source_hash
 from galaxydist.models.reference import VGG_HIDDEN, VGG_MAP, MlpHead, ReferenceCNN, build_reference_vit
-from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, architecture_of, check_config, timm_name
+from galaxydist.models.registry import ARCHITECTURES, PATCH_SIZE, ModelRecord, architecture_of, check_config, timm_name
 from galaxydist.models.weights import Statistics, check_settings, load_weights, read_statistics, read_weights
 from galaxydist.recipe.model_names import parse_model_name
 from galaxydist.recipe.schema import ModelConfig
@@ -113,7 +112,7 @@ def build_model(
         from galaxydist.models.timm_models import build_timm_model
 
         record = record or read_record(config, weights_dir)
-        model = build_timm_model(config, record, num_classes, image_size, tensors, str(path))
+        model = build_timm_model(config, record, num_classes, image_size, tensors=tensors, source=str(path))
     architecture = architecture_of(config, model)
     if tensors is not None and kind in ("named", "function"):
         load_weights(model, tensors, str(path), head_names=architecture.head, unused=architecture.unused)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from galaxydist.atomic_files import disk_error, read_json, write_json
 from galaxydist.errors import UserError, first_line, name_some
-from galaxydist.models.model_record import ModelRecord
-from galaxydist.models.registry import ARCHITECTURES, recipe_of, timm_name
+from galaxydist.models.registry import ARCHITECTURES, ModelRecord, recipe_of, timm_name
 from galaxydist.models.weights import read_pickled_weights, read_weights, write_weights
 from galaxydist.recipe.model_names import ModelReference, parse_model_name
 from galaxydist.recipe.schema import ModelConfig
@@ -78,8 +77,8 @@ def find_weights(config: ModelConfig, weights_dir: Path | None) -> Path:
         return cached
     raise UserError(
         f"model.pretrained=true, but the published weights {reference.file_name} are not on this machine "
-        f"(looked in {f'{stored} and ' if stored else ''}the Hugging Face cache). Either run, on a machine with network and the same "
-        f"data root,\n"
+        f"(looked in {f'{stored} and ' if stored else ''}the Hugging Face cache). Either run, on a machine with "
+        "network and the same data root,\n"
         f"  {fetch_command(config)}\n"
         "or start from random weights: model.pretrained=false; model.weights=FILE loads a safetensors file of your own"
     )

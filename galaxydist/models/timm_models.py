@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from galaxydist.errors import UserError, first_line, name_some
-from galaxydist.models.model_record import ModelRecord
+from galaxydist.models.registry import ModelRecord
 
 if TYPE_CHECKING:
     from galaxydist.recipe.schema import ModelConfig
@@ -71,6 +71,7 @@ def build_timm_model(
     record: ModelRecord,
     num_classes: int,
     image_size: int,
+    *,
     tensors: Mapping[str, Tensor] | None = None,
     source: str = "",
 ) -> nn.Module:
@@ -97,7 +98,7 @@ def build_timm_model(
     if tensors is not None:
         head_size = _stored_classes(tensors, published)
         published = {**published, "num_classes": head_size, "label_offset": 0}
-    model = _load(config, record, {**options, "num_classes": head_size}, published, tensors, source)
+    model = _load(config, record, {**options, "num_classes": head_size}, published, tensors=tensors, source=source)
     if head_size != num_classes:
         reset: Any = model
         reset.reset_classifier(num_classes)
@@ -120,7 +121,8 @@ def check_logits(name: str, model: nn.Module, num_classes: int, image_size: int)
         ) from error
     if shape != (2, num_classes):
         raise UserError(
-            f"model.name={name}: for 2 images and {num_classes} classes it returns {shape}, and must return logits of (2, {num_classes})"
+            f"model.name={name}: for 2 images and {num_classes} classes it returns {shape}, and must return "
+            f"logits of (2, {num_classes})"
         )
 
 
@@ -223,6 +225,7 @@ def _load(
     record: ModelRecord,
     options: Mapping[str, Any],
     published: Mapping[str, Any],
+    *,
     tensors: Mapping[str, Tensor] | None,
     source: str,
 ) -> nn.Module:

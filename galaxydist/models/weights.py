@@ -78,7 +78,8 @@ def read_pickled_weights(path: Path) -> dict[str, "Tensor"]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of the unpickler or of torch, by the kind of damage
         raise UserError(
-            f"weights {path.name}: refused, since it is not a whole file of tensors only ({type(error).__name__}: {first_line(error)}). "
+            f"weights {path.name}: refused, since it is not a whole file of tensors only ({type(error).__name__}: "
+            f"{first_line(error)}). "
             "A pickle can run code when it is read: use a safetensors file of these weights"
         ) from error
     for key in ("state_dict", "model"):

@@ -117,8 +117,8 @@ class ModelConfig(Section):
     size: Literal["small", "base"] = Field("small", description="vit and vit_scratch: ViT-S/16 or ViT-B/16")
     pretrained: bool = Field(
         False,
-        description="start from published weights (`galaxydist weights fetch` downloads them); for custom_cnn and d4_cnn from those "
-        "that the package brings along",
+        description="start from published weights, which `galaxydist weights fetch` downloads; custom_cnn and d4_cnn: from "
+        "those in the package",
     )
     weights: Path | None = Field(
         None, description="start from this local safetensors file (`galaxydist weights save` writes one)"
@@ -130,8 +130,8 @@ class ModelConfig(Section):
     )
     normalization: Literal["auto", "data", "pretrained"] = later_field(
         "auto",
-        "channel mean and standard deviation that images are normalised with; data: of the data set; pretrained: of the published "
-        "weights, also without them; auto: of the starting weights, if they have them, else of the data set",
+        "channel mean and standard deviation that images are normalised with; data: of the data set; pretrained: of the "
+        "published weights, also without them; auto: of the starting weights, if they have them, else of the data set",
     )
     width: Annotated[int, Field(ge=4, le=512)] = Field(
         32,
