@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Keys of timm's ``pretrained_cfg`` that name a source of weights, which timm would load or download by itself.
 _SOURCE_KEYS = ("source", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename")
-_UNKNOWN_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
+_UNKNOWN_ARGUMENT = re.compile(r"unexpected keyword argument(?:\(s\): \[| )'(\w+)'")
 
 
 def check_timm_name(architecture: str, tag: str | None) -> None:
@@ -34,7 +34,7 @@ def check_timm_name(architecture: str, tag: str | None) -> None:
         hint = f"; did you mean {' or '.join(f'timm/{name}' for name in close)}?" if close else ""
         raise UserError(f"model.name=timm/{architecture}: {version} has no such model{hint} (it has {len(names):,} models)")
     if tag is not None and tag not in (tags := list_tags(architecture)):
-        close = get_close_matches(tag, tags, n=1)
+        close = get_close_matches(tag, tags, n=1, cutoff=0.4)
         hint = f"did you mean timm/{architecture}.{close[0]}? " if close else ""
         raise UserError(
             f"model.name=timm/{architecture}.{tag}: {version} has no such weights; {hint}{describe_tags(architecture)}"
@@ -204,8 +204,8 @@ def _refuse_rate(config: "ModelConfig", error: Exception) -> None:
 
 def _check_drop_path(config: "ModelConfig", model: nn.Module) -> None:
     """Refuse a drop-path rate that the model took and does not use."""
-    layers = (module for module in model.modules() if "DropPath" in type(module).__name__ or hasattr(module, "drop_path"))
-    if config.drop_path_rate and not any(True for _ in layers):
+    rates = [getattr(module, "drop_prob", 0) for module in model.modules() if "DropPath" in type(module).__name__]
+    if config.drop_path_rate and not any(rates):
         raise UserError(
             f"model.drop_path_rate={config.drop_path_rate}: {config.name} has no residual branches to drop; set it to 0"
         )
