@@ -19,8 +19,9 @@ from PIL import Image, UnidentifiedImageError
 
 from galaxydist.errors import DamagedImageError, UserError
 from galaxydist.galaxy import EncodedImage, Galaxy
+from galaxydist.shards.manifest import ANY_FILE
 from galaxydist.shards.tar import LONGEST_KEY
-from galaxydist.surveys.image_files import to_rgb
+from galaxydist.surveys.image_files import parse_image, to_rgb
 
 Pixels = NDArray[np.uint8]
 
@@ -48,8 +49,8 @@ class Encoding:
     resize: bool
 
 
-def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple[bytes, bytes, Pixels]:
-    """Return the image file to store, the contents of the .json, and the image's pixels.
+def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple[bytes, bytes, Pixels, int]:
+    """Return the image file to store, the contents of the .json, the stored pixels, and the shorter side of the image as it came.
 
     Raises:
         DamagedImageError: the image does not decode; names its file or the galaxy.
@@ -63,7 +64,7 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
         raise UserError(f"galaxy {galaxy.id}: label {galaxy.label} is outside 0 ... {num_classes - 1}")
     size = encoding.image_size
     pixels = to_pixels(galaxy)
-    meta = _meta(galaxy, pixels)
+    meta, side = _meta(galaxy, pixels), min(pixels.shape[:2])
     if pixels.shape != (size, size, 3):
         if not encoding.resize:
             height, width = pixels.shape[:2]
@@ -73,8 +74,8 @@ def encode_galaxy(galaxy: Galaxy, encoding: Encoding, num_classes: int) -> tuple
             )
         pixels = resize_square(pixels, size)
     elif isinstance(galaxy.image, EncodedImage) and _same_format(galaxy.image, encoding.name):
-        return galaxy.image.data, meta, pixels
-    return encode_image(pixels, encoding.name, encoding.quality), meta, pixels
+        return galaxy.image.data, meta, pixels, side
+    return encode_image(pixels, encoding.name, encoding.quality), meta, pixels, side
 
 
 def decode_image(image: EncodedImage, prefix: str = "") -> Pixels:
@@ -105,6 +106,8 @@ def decode_stored(data: bytes, encoding: str, size: int) -> Pixels:
     Raises:
         ValueError: it does not decode, or has another size.
     """
+    if encoding == ANY_FILE:
+        return decode_any_file(data, size)
     if encoding == "raw":
         header = raw_header(size)
         if not data.startswith(header) or len(data) != len(header) + size * size * 3:
@@ -117,6 +120,32 @@ def decode_stored(data: bytes, encoding: str, size: int) -> Pixels:
     if pixels.shape != (size, size, 3):
         raise ValueError(f"its image is {pixels.shape}, the manifest says {size} x {size} pixels")
     return pixels
+
+
+# Marks of JPEG files that may be turned (EXIF, XMP) or hold several images (MPF): ``parse_image`` decides about these.
+_MARKS = (b"Exif", b"tiff:Orientation", b"MPF\0")
+
+
+def decode_any_file(data: bytes, size: int) -> Pixels:
+    """Decode an image file of any format and size to size x size x 3 uint8 RGB pixels, as the writer of shards does.
+
+    Raises:
+        ValueError: it does not decode.
+    """
+    try:
+        if _is_plain_jpeg(data):  # most files: the same result without Pillow
+            pixels = np.asarray(simplejpeg.decode_jpeg(data, "RGB"))
+        else:
+            image = parse_image(data, "its image")
+            pixels = decode_image(image) if isinstance(image, EncodedImage) else image
+    except DamagedImageError as error:
+        raise ValueError(error.reason) from None
+    return pixels if pixels.shape == (size, size, 3) else resize_square(pixels, size)
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    is_jpeg = bool(simplejpeg.is_jpeg(data)) and not any(mark in data for mark in _MARKS)
+    return is_jpeg and simplejpeg.decode_jpeg_header(data)[2] == "YCbCr"
 
 
 @lru_cache
