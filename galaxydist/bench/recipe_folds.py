@@ -60,8 +60,8 @@ def measure_recipe(
         UserError: no images, or a recipe or setting that cannot be used, before anything is trained; stopped by a signal.
     """
     extra = read_overrides(overrides, FIXED)
-    first = {"recipe": recipe, "run.root": str(work_dir / "runs"), "eval.checkpoint": "last", "tracker.name": "none"}
-    arguments = [f"{key}={value}" for key, value in {**first, **extra}.items()]
+    own = {"recipe": recipe, "run.root": str(work_dir / "runs"), "eval.checkpoint": "last", "tracker.name": "none"}
+    arguments = [f"{key}={value}" for key, value in {**own, "eval.figures": "false", **extra}.items()]
     load_recipe(arguments)
     manifests = write_folds(real_dir, work_dir, num_folds, classes="galaxy10")
     found: dict[str, list[Any]] = {"accuracy": [], "balanced_accuracy": [], "held_out": [], "start": [], "processor_minutes": []}
