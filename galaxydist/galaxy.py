@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
+from galaxydist.errors import UserError
+
 if TYPE_CHECKING:  # commands that only read class and variant names import no numpy
     import numpy as np
     from numpy.typing import NDArray
@@ -26,6 +28,18 @@ GALAXY10_CLASSES = (
 GALAXY10_COUNTS = (1081, 1853, 2645, 2027, 334, 2043, 1829, 2628, 1423, 1873)
 
 SPLITS = ("train", "val", "test")
+# A fourth part of some surveys: galaxies too close to another split's part of the sky. It is stored and counted, and no model is
+# trained, chosen or evaluated on it.
+MARGIN = "margin"
+
+
+def check_not_margin(split: str) -> None:
+    """Raise a UserError with the reason if ``split`` is the margin, on which no model is evaluated."""
+    if split == MARGIN:
+        raise UserError(
+            "a model is not evaluated on the split margin: its galaxies are within one cutout width of another split's part of "
+            f"the sky, so that training galaxies may be visible in their images. Choose {', '.join(SPLITS)}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +84,9 @@ class Survey(Protocol):
         name: the data set's name in tables and figures (``galaxy10_decals``, ``simulated``, a folder's name).
         variant: ``original`` or ``balanced``.
         class_names: by label.
-        labels: N int64, the label of every row.
-        splits: split name -> sorted int64 rows. A row is in one split or in none (the balanced variant leaves most out).
+        labels: N int64, the label of every row; -1 if unlabelled.
+        splits: split name -> sorted int64 rows. A row is in one split or in none (the balanced variant leaves most out). The
+            names are ``SPLITS``, and ``MARGIN`` where a survey has such galaxies.
         source_hash: SHA-256 (hex) of the source's galaxies, labels and splits.
         slab_length: number of consecutive rows that are cheapest to read together.
     """

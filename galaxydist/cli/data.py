@@ -400,6 +400,12 @@ def _add_explore(commands: Commands) -> None:
         "--per-class", type=positive_int, default=8, metavar="N", help="example galaxies of each class (default: %(default)s)"
     )
     parser.add_argument("--seed", type=non_negative_int, default=0, metavar="S", help="seed of the sample (default: %(default)s)")
+    parser.add_argument(
+        "--features",
+        type=local_path,
+        metavar="FILE",
+        help="features of these shards, written by `galaxydist probe`, for the map (default: principal components of the images)",
+    )
     parser.add_argument("-o", dest="page", type=local_path, metavar="FILE", help="write the page only, to this file")
     parser.add_argument(
         "--out",
@@ -413,12 +419,14 @@ def _add_explore(commands: Commands) -> None:
 
 def run_explore(arguments: argparse.Namespace) -> None:
     """Explore the data set, and print its counts and the path of the page."""
-    from galaxydist.explore.datasets import open_population
+    from galaxydist.explore.datasets import add_features, open_population
     from galaxydist.explore.page import PAGE, explore
     from galaxydist.shards.remote.cache import CacheConfig
 
     root = chosen_root(arguments)
     population = open_population(_location(arguments, root), arguments.variant, CacheConfig(cache_dir(root)), arguments.classes)
+    if arguments.features is not None:
+        population = add_features(population, arguments.features)
     out_dir: Path | None = arguments.out
     if out_dir is None and arguments.page is None:
         out_dir = root / "explore" / folder_name(population.dataset) / folder_name(population.variant)
@@ -487,3 +495,6 @@ def _print_findings(findings: "Findings") -> None:
             f"sky: {len(near.pairs_P2)} overlapping pairs among {int(findings.positions.known.sum())} positions, "
             f"{int(near.across_P.sum())} across splits; {int(near.two_labels_P.sum())} positions with two labels"
         )
+    if findings.map is not None:
+        share = f"{100 * findings.map.agreement:.0f} %"
+        print(f"map: {share} have the class of most of their ten nearest neighbours in {findings.map.features}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from galaxydist.errors import UserError
+from galaxydist.galaxy import SPLITS, check_not_margin
 from galaxydist.paths import data_root, find_shards, hdf5_path
 
 if TYPE_CHECKING:
@@ -200,6 +201,17 @@ def positive_number(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number
+
+
+def evaluated_split(text: str) -> str:
+    """Parse a split that a model may be evaluated on."""
+    try:
+        check_not_margin(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if text not in SPLITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no split; choose from {', '.join(SPLITS)}")
+    return text
 
 
 def fold(text: str) -> tuple[int, int]:

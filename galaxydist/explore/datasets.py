@@ -6,7 +6,7 @@ The images come from shards, an HDF5 file or a folder of images.
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from galaxydist.counter_rng import hash64
 from galaxydist.errors import UserError
-from galaxydist.galaxy import EncodedImage, Galaxy
+from galaxydist.explore.features_file import FeaturesFile, read_features
+from galaxydist.galaxy import MARGIN, EncodedImage, Galaxy
+from galaxydist.object_store import is_url
 from galaxydist.shards.catalogue import read_catalogue
 from galaxydist.shards.manifest import MANIFEST_NAME, Manifest, shard_name
 from galaxydist.shards.remote.cache import CacheConfig, SharedFile
-from galaxydist.shards.remote.object_store import is_url
 from galaxydist.shards.remote.open import FileReader, file_reader, open_shards
 from galaxydist.shards.tar import Member, parse_index
 from galaxydist.shards.writer.encode import decode_stored
@@ -95,6 +96,8 @@ class ExploredDataset:
         labels_N: class numbers, -1 for unlabelled galaxies.
         split_names: the splits, in order.
         split_N: indices into ``split_names``.
+        source: of the images.
+        features: of an encoder, for the map; None: principal components of the sample.
     """
 
     dataset: str
@@ -107,6 +110,7 @@ class ExploredDataset:
     split_names: tuple[str, ...]
     split_N: NDArray[np.int8]
     source: ImageSource
+    features: FeaturesFile | None = None
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -116,6 +120,12 @@ class ExploredDataset:
         """Label -> class name of every class; the unlabelled last, if there are any."""
         named = dict(enumerate(self.class_names))
         return named | ({UNLABELLED: "unlabelled"} if (self.labels_N == UNLABELLED).any() else {})
+
+    def are_across(self, first_P: NDArray[np.int64], second_P: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return a mask (P,) of the pairs of rows in different splits; the margin, which no model sees, does not count."""
+        in_margin_S = np.array([name == MARGIN for name in self.split_names])
+        first_split_P, second_split_P = self.split_N[first_P], self.split_N[second_P]
+        return np.asarray((first_split_P != second_split_P) & ~in_margin_S[first_split_P] & ~in_margin_S[second_split_P])
 
     def counts(self) -> dict[str, list[int]]:
         """Return split name -> number of galaxies in each group, in the order of ``groups``, over all N galaxies."""
@@ -410,3 +420,23 @@ def open_population(location: str, variant: str | None, cache: CacheConfig, clas
     if not len(population):
         raise UserError(f"{location} has no galaxies in any split, so that there is nothing to explore; make the data set again")
     return population
+
+
+def add_features(population: ExploredDataset, path: Path) -> ExploredDataset:
+    """Return the data set with the features of a file that `galaxydist probe` wrote.
+
+    Raises:
+        UserError: there is no such file, or its features are those of other shards.
+    """
+    features = read_features(path)
+    info = features.info
+    if info.manifest_hash != population.source_hash:
+        reason = (
+            f"and {population.location} is no folder of shards: explore the shards that were probed"
+            if not population.kind.startswith("shards")
+            else f"not of {population.location} (manifest {population.source_hash[:12]}): probe these shards, or explore those"
+        )
+        raise UserError(
+            f"--features {path} has features of {info.dataset} ({info.variant}, manifest {info.manifest_hash[:12]}), {reason}"
+        )
+    return replace(population, features=features)

@@ -13,13 +13,13 @@ from galaxydist.errors import UserError
 from galaxydist.galaxy import GALAXY10_CLASSES, SPLITS
 from galaxydist.loading.training_data import find_cache, has_split, open_manifest, shard_commands
 from galaxydist.loading.training_data import find_manifest as manifest_location
+from galaxydist.object_store import is_url
 from galaxydist.planner.limits import check_cache, check_memory, check_processes, find_warnings
 from galaxydist.planner.memory import Memory, ModelMemory, estimate, model_memory, planned_precision
 from galaxydist.recipe.rules import is_mixing
 from galaxydist.recipe.schema import DataConfig, Recipe
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder, steps_per_epoch
-from galaxydist.shards.remote.object_store import is_url
 from galaxydist.shards.shard_usage import extend, peak_bytes, usage_of_nodes, usage_of_resampling
 from galaxydist.shards.writer.layout import default_shard_size
 from galaxydist.surveys.official_split import NAME, read_official_split

@@ -8,7 +8,7 @@ import io
 import logging
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,9 +30,7 @@ _UNDECODABLE = (OSError, SyntaxError, ValueError, OverflowError, struct.error, z
 
 
 def read_image(path: Path) -> NDArray[np.uint8] | EncodedImage:
-    """Read an image file: the bytes of an RGB JPEG or PNG, of which only the header is parsed, else H x W x 3 uint8 pixels.
-
-    Images that are not displayed as stored (rotated by EXIF orientation, or transparent) are returned as pixels, too.
+    """Read an image file, as :func:`parse_image` does.
 
     Raises:
         DamagedImageError: the file cannot be read, is not an image or does not have 8-bit colours.
@@ -42,14 +40,29 @@ def read_image(path: Path) -> NDArray[np.uint8] | EncodedImage:
     except OSError as error:
         target = f", a broken link to {path.readlink()}" if path.is_symlink() and not path.exists() else ""
         raise DamagedImageError(f"{path} cannot be read: {error.strerror}{target}") from error
+    return parse_image(data, path)
+
+
+def parse_image(data: bytes, name: object) -> NDArray[np.uint8] | EncodedImage:
+    """Return the bytes of an RGB JPEG or PNG file, of which only the header is parsed, else H x W x 3 uint8 pixels.
+
+    Images that are not displayed as stored (rotated by EXIF orientation, or transparent) are returned as pixels, too.
+
+    Args:
+        data: the file's bytes.
+        name: the file, for messages.
+
+    Raises:
+        DamagedImageError: the file is not an image or does not have 8-bit colours.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
             is_plain = image.mode == "RGB" and not image.has_transparency_data and not _is_turned(image, data)
             if is_plain and image.format in _PASSED_ON:
-                return EncodedImage(data, _PASSED_ON[image.format], str(path))
+                return EncodedImage(data, _PASSED_ON[image.format], str(name))
     except _UNDECODABLE as error:
-        raise _undecodable(path, len(data), error) from error
-    return decode_file(data, path)
+        raise _undecodable(name, len(data), error) from error
+    return decode_file(data, name)
 
 
 def decode_file(data: bytes, name: object) -> NDArray[np.uint8]:
@@ -64,13 +77,22 @@ def decode_file(data: bytes, name: object) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in _EIGHT_BIT_MODES:
-                raise DamagedImageError(f"{name} has pixels of kind {image.mode!r}, not 8-bit RGB or grey: convert it first")
-            return np.asarray(to_rgb(ImageOps.exif_transpose(image) if _is_turned(image, data) else image))
+            return decode_opened(ImageOps.exif_transpose(image) if _is_turned(image, data) else image, name)
     except DamagedImageError:
         raise
     except _UNDECODABLE as error:
         raise _undecodable(name, len(data), error) from error
+
+
+def decode_opened(image: Image.Image, name: object) -> NDArray[np.uint8]:
+    """Return an opened image as H x W x 3 uint8 RGB pixels, with transparency on black.
+
+    Raises:
+        DamagedImageError: it does not have 8-bit colours; Pillow's errors for damaged files pass through.
+    """
+    if image.mode not in _EIGHT_BIT_MODES:
+        raise DamagedImageError(f"{name} has pixels of kind {image.mode!r}, not 8-bit RGB or grey: convert it first")
+    return np.asarray(to_rgb(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -138,47 +160,65 @@ def hash_files(root: Path, files: Sequence[str], name: str) -> list[str]:
 
 
 def group_equal_files(root: Path, files: Sequence[str], digests: Sequence[str], labels: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Group files of equal bytes, with a warning about copies and about copies with two labels.
+    """Group files of equal bytes, as :func:`group_equal_images` does; ``files`` are relative to ``root``."""
+
+    def is_blank_file(row: int) -> bool:
+        try:
+            return is_blank((root / files[row]).read_bytes(), files[row])
+        except OSError:
+            return True
+
+    return group_equal_images(root, files, digests, labels, is_blank_file)
+
+
+def group_equal_images(
+    location: object,
+    names: Sequence[str],
+    digests: Sequence[str],
+    labels: NDArray[np.integer],
+    is_blank_row: Callable[[int], bool],
+) -> NDArray[np.int64]:
+    """Group images of equal bytes, with a warning about copies and about copies with two labels.
 
     Args:
-        root, files: the folder and its image files.
-        digests: hashes of the files.
+        location, names: the data set and the N images, for messages.
+        digests: N hashes of the images' bytes; those that begin with ``UNREADABLE`` are equal to none.
         labels: (N,) class numbers.
+        is_blank_row: returns True for an image of a single colour, or one that cannot be read.
 
     Returns:
-        (N,) group numbers, equal for equal files; -1 for a unique file and for images of a single colour, which show nothing.
+        (N,) group numbers, equal for equal images; -1 for a unique image and for images of a single colour, which show nothing.
     """
-    groups = np.full(len(files), -1, np.int64)
+    groups = np.full(len(names), -1, np.int64)
     _, number_N, count = np.unique(np.array(digests, np.str_), return_inverse=True, return_counts=True)
     order = np.argsort(number_N, kind="stable")
     members = np.split(order, np.cumsum(count)[:-1])
     found = [rows for rows in members if len(rows) > 1 and not digests[rows[0]].startswith(UNREADABLE)]
-    found = sorted((rows for rows in found if not _is_blank(root / files[rows[0]])), key=lambda rows: int(rows[0]))
+    found = sorted((rows for rows in found if not is_blank_row(int(rows[0]))), key=lambda rows: int(rows[0]))
     for number, rows in enumerate(found):
         groups[rows] = number
     two_labels = [rows for rows in found if len(set(labels[rows].tolist())) > 1]
     if found:
         logger.warning(
             "%s: %d images are copies of others, byte for byte (%s); copies are kept in one split",
-            root,
+            location,
             sum(len(rows) - 1 for rows in found),
-            _names(files, found),
+            _names(names, found),
         )
     if two_labels:
         logger.warning(
             "%s: %d images are in two classes, byte for byte: %s; --conflicting drop leaves them out",
-            root,
+            location,
             len(two_labels),
-            _names(files, two_labels),
+            _names(names, two_labels),
         )
     return groups
 
 
-def _is_blank(path: Path) -> bool:
-    """Return True if an image has a single colour or cannot be read; reading it later reports the error."""
+def is_blank(data: bytes, name: object) -> bool:
+    """Return True if an image file has a single colour or cannot be read; reading it later reports the error."""
     try:
-        image = read_image(path)
-        pixels = decode_file(image.data, path) if isinstance(image, EncodedImage) else image
+        pixels = decode_file(data, name)
     except UserError:
         return True
     return bool((pixels == pixels[:1, :1]).all())

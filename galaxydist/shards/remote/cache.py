@@ -29,7 +29,7 @@ from pathlib import Path
 
 from galaxydist.atomic_files import NO_SPACE, fsync_file
 from galaxydist.errors import UserError
-from galaxydist.shards.remote.object_store import StoppedError, Store, download
+from galaxydist.object_store import StoppedError, Store, download
 
 
 class SharedFile:

@@ -14,9 +14,9 @@ from itertools import chain
 import numpy as np
 
 from galaxydist.errors import UserError
+from galaxydist.object_store import MissingError, StoppedError
 from galaxydist.shards.manifest import Manifest, shard_name
 from galaxydist.shards.remote.cache import RemoteFolder, SharedFile, show_bytes
-from galaxydist.shards.remote.object_store import MissingError, StoppedError
 from galaxydist.shards.shard_usage import FetchQueue, Intervals, extend, peak_bytes
 
 # Local shards that are kept open; fewer than the 1,024 open files that a process is usually allowed.

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from galaxydist.atomic_files import NO_SPACE, rename, whole_file
 from galaxydist.cpus import available_cores, start_workers
 from galaxydist.errors import UserError
 from galaxydist.galaxy import Survey
-from galaxydist.shards.catalogue import is_unicode, unite, write_catalogue
+from galaxydist.shards.catalogue import unite, write_catalogue
 from galaxydist.shards.manifest import (
     COLUMNS,
     EXTENSIONS,
@@ -53,21 +53,23 @@ from galaxydist.shards.writer.damaged import (
 from galaxydist.shards.writer.encode import Encoding
 from galaxydist.shards.writer.layout import Layout, Settings, pack_tasks, part_tasks, shard_layout, storage_order
 from galaxydist.shards.writer.stages import (
-    PixelSums,
     channel_statistics,
     pack_shards,
     read_damaged,
     read_packed,
     read_packed_catalogue,
     read_part_sums,
+    read_source_sides,
     write_array,
     write_json,
     write_part,
 )
+from galaxydist.surveys.data_origin import DataOrigin, origin_of
+from galaxydist.surveys.tables.json_columns import is_unicode
 
 
 def finish_manifest(
-    survey: Survey, work_dir: Path, settings: Settings, layout: Layout, *, image_size: int, sums: PixelSums
+    survey: Survey, work_dir: Path, settings: Settings, layout: Layout, *, image_size: int, parts: Sequence[Path]
 ) -> None:
     """Write the columns, the catalogues and then the manifest into the work folder, once all shards are finished."""
     splits: dict[str, Split] = {}
@@ -93,7 +95,8 @@ def finish_manifest(
         labelled = rows["labels"][rows["labels"] >= 0]
         counts = np.bincount(labelled, minlength=len(survey.class_names))
         splits[split] = Split(num_samples, len(shards), int(table["bytes"].sum()), tuple(counts.tolist()))
-    mean, std = channel_statistics(sums)
+    mean, std = channel_statistics(np.sum([read_part_sums(path) for path in parts], axis=0))
+    sides = read_source_sides(parts)
     manifest = Manifest(
         dir=work_dir,
         hash="",
@@ -109,9 +112,10 @@ def finish_manifest(
         columns=columns,
         settings=asdict(settings),
         catalogues=catalogues,
+        source_sides=None if sides == (image_size, image_size) else sides,
+        origin=origin_of(survey),
     )
-    with whole_file(manifest.path, manifest.path.with_suffix(".tmp")) as file:
-        file.write(manifest_json(manifest))
+    _write_manifest(manifest)
 
 
 logger = logging.getLogger(__name__)
@@ -119,7 +123,7 @@ logger = logging.getLogger(__name__)
 # Source and settings of an unfinished work folder; created last and removed last.
 SETTINGS_FILE = "settings.json"
 # Version of the work folder's contents; a folder of another version is started again.
-WORK_VERSION = 5
+WORK_VERSION = 6
 # Below this many galaxies, starting processes costs more than it saves.
 FEW_GALAXIES = 4000
 
@@ -136,6 +140,7 @@ def write_shards(
     workers: int | None = None,
     overwrite: bool = False,
     max_errors: int | None = None,
+    origin: DataOrigin | None = None,
 ) -> Manifest:
     """Write a survey's splits as shards; do nothing if they exist already.
 
@@ -150,6 +155,7 @@ def write_shards(
         workers: number of processes; None: one for each core that this process may use.
         overwrite: replace shards that were made from another source or with other settings.
         max_errors: largest number of damaged images to leave out and list in ``left_out.csv``; None: none.
+        origin: the user's statement on licence and source; the rest is the survey's own, or known by its name.
 
     Raises:
         UserError: other shards exist and ``overwrite`` is not set, a class name is not valid Unicode, images do not decode, the
@@ -167,12 +173,13 @@ def write_shards(
         if _replaced(work_dir).exists() or _lock_path(work_dir).exists():  # a call was killed during its cleanup
             with suppress(UserError), _writer_lock(work_dir):
                 shutil.rmtree(_replaced(work_dir), ignore_errors=True)
-        return existing
+        return _with_origin(existing, origin, overwrite=overwrite)
     if len(survey.splits.get("train", ())) == 0:
         raise UserError(f"{survey.name} has no training galaxies; shards need some in the split train")
     with _writer_lock(work_dir):
         try:
             _write(survey, work_dir, settings, workers or available_cores(), max_errors)
+            _with_origin(read_manifest(work_dir), origin, overwrite=True)
             _publish(work_dir, out_dir)
         except OSError as error:
             shutil.rmtree(work_dir, ignore_errors=True)
@@ -219,6 +226,26 @@ def _existing(out_dir: Path, survey: Survey, settings: Settings, overwrite: bool
     if overwrite:
         return None
     raise UserError(f"{out_dir}: {difference}. Remove the folder, choose another one, or give --overwrite")
+
+
+def _with_origin(manifest: Manifest, stated: DataOrigin | None, *, overwrite: bool) -> Manifest:
+    """Return the manifest with what the user states about its origin; only manifest.json is written anew, and only if needed."""
+    if stated is None or stated.over(manifest.origin) == manifest.origin:
+        return manifest
+    if not overwrite:
+        known = manifest.origin.describe() if manifest.origin is not None else {}
+        said = ", ".join(f"{name}: {text} (in the manifest: {known.get(name)})" for name, text in stated.describe().items())
+        raise UserError(
+            f"{manifest.location} exists with another origin. {said}. Give --overwrite to change it: the shards stay, but runs "
+            "that were trained on them find a changed manifest"
+        )
+    _write_manifest(replace(manifest, origin=stated.over(manifest.origin)))
+    return read_manifest(manifest.path)
+
+
+def _write_manifest(manifest: Manifest) -> None:
+    with whole_file(manifest.path, manifest.path.with_suffix(".tmp")) as file:
+        file.write(manifest_json(manifest))
 
 
 def _is_complete(manifest: Manifest) -> bool:
@@ -285,8 +312,7 @@ def _write_all(survey: Survey, work_dir: Path, settings: Settings, workers: int,
         _run(executor, pack_shards, packs, "writing shards", total - len(damaged))
     if damaged:
         write_left_out(work_dir / LEFT_OUT_NAME, survey, damaged)
-    sums = np.sum([read_part_sums(path) for path in paths], axis=0)
-    finish_manifest(survey, work_dir, settings, layout, image_size=encoding.image_size, sums=sums)
+    finish_manifest(survey, work_dir, settings, layout, image_size=encoding.image_size, parts=paths)
     return total - len(damaged)
 
 
