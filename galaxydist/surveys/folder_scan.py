@@ -7,12 +7,12 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from galaxydist.errors import UserError, name_some
-from galaxydist.galaxy import GALAXY10_CLASSES, SPLITS
+from galaxydist.galaxy import GALAXY10_CLASSES, MARGIN, SPLITS, STORED_SPLITS
 from galaxydist.paths import is_dataset_name
 from galaxydist.surveys.folder_metadata import METADATA_FILE
 from galaxydist.surveys.image_files import EXTENSIONS
@@ -110,6 +110,7 @@ _SPLIT_FOLDERS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
+    MARGIN: MARGIN,
 }
 _NUMBERED = {str(label) for label in range(len(GALAXY10_CLASSES))}
 _FITS = (".fits", ".fit", ".fts", ".fz")
@@ -125,14 +126,15 @@ class ImageFile:
     split: str | None
     label: int
 
-    def id_candidates(self) -> tuple[str, ...]:
-        """Return names for the image, from the shortest to the most specific."""
-        parts = PurePosixPath(self.file).with_suffix("").parts
-        return parts[-1], "-".join(parts[-2:]), "-".join(parts), self.file.replace("/", "-")
+
+def file_ids(file: str) -> tuple[str, str, str, str]:
+    """Return ids for an image file, from the shortest to the most specific, for :func:`unique_ids`."""
+    parts = PurePosixPath(file).with_suffix("").parts
+    return parts[-1], "-".join(parts[-2:]), "-".join(parts), file.replace("/", "-")
 
 
 def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ...], list[ImageFile]]:
-    """Return class names and images of ``root/[train|val|test/]<class>/**``, classes and files in natural order.
+    """Return class names and images of ``root/[train|val|test|margin/]<class>/**``, classes and files in natural order.
 
     Folders with the names of Galaxy10's ten classes get Galaxy10's labels. A folder or file that links reach a second time is
     read once. A broken link is listed as an image: reading it fails like reading a damaged image.
@@ -165,7 +167,7 @@ def scan_folder(root: Path, *, as_galaxy10: bool = False) -> tuple[tuple[str, ..
     class_names, labels = _labels({name for _, name, _ in class_folders}, root, as_galaxy10=as_galaxy10)
     found = finder.find([folder for folder, _, _ in class_folders])
     images = [ImageFile(file, split, labels[name]) for folder, name, split in class_folders for file in found[folder]]
-    order = {"train": 0, "val": 1, "test": 2, None: 0}
+    order: dict[str | None, int] = {None: 0, **{split: code for code, split in enumerate(STORED_SPLITS)}}
     return class_names, sorted(images, key=lambda image: (order[image.split], image.label))
 
 
@@ -180,7 +182,7 @@ def _check_unique_splits(root: Path, splits: Mapping[str, str]) -> None:
 
 
 def known_split(name: str) -> str | None:
-    """Return the split (``train``, ``val`` or ``test``) that a folder or table calls ``name``, or None."""
+    """Return the split (``train``, ``val``, ``test`` or ``margin``) that a folder or table calls ``name``, or None."""
     return _SPLIT_FOLDERS.get(name.strip().lower())
 
 
@@ -190,18 +192,33 @@ def _labels(found: set[str], root: Path, *, as_galaxy10: bool) -> tuple[tuple[st
             f"{root} has {f'only the class {next(iter(found))!r}' if found else 'no class folder'}; "
             "expected one folder of images for each class, at least two, or such folders inside train, val and test"
         )
-    if found == set(GALAXY10_CLASSES):
+    return label_classes(found, root, as_galaxy10=as_galaxy10)
+
+
+def label_classes(found: Collection[str], location: object, *, as_galaxy10: bool) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return the class names by label, and the label of each name found: Galaxy10's if these are its classes, else sorted names.
+
+    Args:
+        found: the names of the classes in a folder or a table.
+        location: the folder or table, for messages.
+        as_galaxy10: the user's word that they are Galaxy10's classes, named by class or by the numbers 0-9.
+
+    Raises:
+        UserError: other classes than Galaxy10's with ``as_galaxy10``.
+    """
+    found = set(found)
+    if found == set(GALAXY10_CLASSES) or (as_galaxy10 and found and found <= set(GALAXY10_CLASSES)):
         return GALAXY10_CLASSES, {name: label for label, name in enumerate(GALAXY10_CLASSES)}
     names = tuple(sorted(found, key=natural_key))
-    if found == _NUMBERED and as_galaxy10:
+    if as_galaxy10 and found and found <= _NUMBERED:
         return GALAXY10_CLASSES, {name: int(name) for name in found}
     if as_galaxy10:
         raise UserError(
-            f"{root} does not have Galaxy10's classes but {_quoted(names)}; they are folders named 0 to 9, or "
-            f"{', '.join(GALAXY10_CLASSES)}: rename the folders, or leave out --classes"
+            f"{location} does not have Galaxy10's classes but {_quoted(names)}; they are named 0 to 9, or "
+            f"{', '.join(GALAXY10_CLASSES)}: rename the classes, or leave out --classes"
         )
     if found == _NUMBERED:
-        logger.warning("%s: its classes are named 0 to 9; if they are Galaxy10's labels, give --classes galaxy10", root)
+        logger.warning("%s: its classes are named 0 to 9; if they are Galaxy10's labels, give --classes galaxy10", location)
     return names, {name: label for label, name in enumerate(names)}
 
 

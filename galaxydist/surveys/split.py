@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from galaxydist.counter_rng import hash64, uniform
 from galaxydist.errors import UserError
-from galaxydist.galaxy import MARGIN, SPLITS
+from galaxydist.galaxy import SPLITS, STORED_SPLITS
 
 # Sky positions: groups of neighbours, and positions with two labels.
 
@@ -169,6 +169,13 @@ class SplitCandidates:
     def counts(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> NDArray[np.int64]:
         """Return the (K,) number of galaxies of each class among ``rows``."""
         return np.bincount(self.labels[rows], minlength=self.num_classes)
+
+    def subset(self, rows: Rows, classes: NDArray[np.int64]) -> "SplitCandidates":
+        """Return the galaxies of ``rows``, which all have one of ``classes`` (sorted class numbers), numbered anew."""
+        groups, conflicting = self.sky.groups[rows], self.sky.conflicting[rows]
+        names = [self.class_names[label] for label in classes.tolist()]
+        labels = np.searchsorted(classes, self.labels[rows])
+        return SplitCandidates(labels, names, Sky(groups, conflicting), self.keys[rows], self.seed)
 
     def hash_sorted(self, rows: NDArray[np.bool_] | Rows, stream: int) -> Rows:
         """Return ``rows`` (numbers or a mask) sorted by their hashes in the RNG stream ``stream``."""
@@ -365,7 +372,7 @@ def split_fold(galaxies: SplitCandidates, k: int, num_folds: int) -> Codes:
 
 def rows_by_split(codes: Codes) -> Mapping[str, Rows]:
     """Return the sorted rows of each split by name; the margin only if it has galaxies."""
-    names = (*SPLITS, MARGIN) if (codes == IN_MARGIN).any() else SPLITS
+    names = STORED_SPLITS if (codes == IN_MARGIN).any() else SPLITS
     return {name: np.flatnonzero(codes == code).astype(np.int64) for code, name in enumerate(names)}
 
 

@@ -1,0 +1,157 @@
+"""Images that a table lists by file name."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galaxydist.errors import DamagedImageError, UserError
+from galaxydist.galaxy import EncodedImage
+from galaxydist.object_store import is_url
+from galaxydist.surveys.image_files import EXTENSIONS, group_equal_files, hash_files, read_image
+from galaxydist.surveys.tables.image_urls import fetch_images
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_SLAB = 256
+
+
+@dataclass(frozen=True)
+class ListedImages:
+    """Image files on this machine, one for each row of a table; an :class:`galaxydist.surveys.image_table.ImageSource`.
+
+    Attributes:
+        name: the table, for progress bars.
+        root: the folder that relative files start from.
+        files: N files, relative to the root or absolute; empty for a row without an image.
+    """
+
+    name: str
+    root: Path
+    files: Sequence[str] = field(repr=False)
+    slab_length: int = _SLAB
+
+    def read(self, start: int, stop: int) -> Iterator[NDArray[np.uint8] | EncodedImage]:
+        """Yield the images of rows ``start`` ... ``stop - 1``; raises DamagedImageError at one that cannot be read."""
+        for row in range(start, stop):
+            if not self.files[row]:
+                raise DamagedImageError(f"row {row + 1} of {self.name} has no image")
+            yield read_image(self.root / self.files[row])
+
+    def digest(self) -> str:
+        """Return a SHA-256 (hex) of the bytes of all files."""
+        return hashlib.sha256("\n".join(self._digests).encode()).hexdigest()
+
+    def group_equal(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return (N,) group numbers, equal for files of equal bytes; -1 for a file without a copy."""
+        rows = np.array([row for row, file in enumerate(self.files) if file], np.int64)
+        groups = np.full(len(self.files), -1, np.int64)
+        files, digests = ([values[row] for row in rows.tolist()] for values in (self.files, self._digests))
+        groups[rows] = group_equal_files(self.root, files, digests, labels[rows])
+        return groups
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the hashes out of a pickle: workers do not need them."""
+        return {key: value for key, value in vars(self).items() if key != "_digests"}
+
+    @cached_property
+    def _digests(self) -> list[str]:
+        found = iter(hash_files(self.root, [file for file in self.files if file], self.name))
+        return [next(found) if file else "" for file in self.files]
+
+
+def open_listed_images(
+    texts: "pa.Array", root: str, location: str, column: str, cache_dir: Path | None
+) -> tuple[ListedImages, NDArray[np.bool_]]:
+    """Return the images that the cells of a file column name, and (N,) True for rows whose image exists.
+
+    Args:
+        texts: N paths, absolute or relative to the root, or URLs; null or empty without an image.
+        root: folder or URL that relative ones start from.
+        location, column: the table and its file column, for messages.
+        cache_dir: folder for the images of URLs.
+
+    Raises:
+        UserError: no image exists, URLs without a folder for their images, or as ``fetch_images``.
+    """
+    cells = [text.strip() if text else "" for text in texts.to_pylist()]
+    if not any(cells):
+        raise UserError(f"{location}, column {column!r} is empty, so that no row has an image; name another one with --file")
+    urls = [_url(text, root) for text in cells]
+    folder = Path() if is_url(root) else Path(root)
+    files = find_files(["" if url else text for text, url in zip(cells, urls, strict=True)], folder)
+    if any(urls):
+        if cache_dir is None:
+            raise UserError(
+                f"{location}, column {column!r} has URLs, and there is no folder for their images: give a cache folder"
+            )
+        files = [file or fetched for file, fetched in zip(files, fetch_images(urls, cache_dir, location), strict=True)]
+    if not any(files):
+        first = next(text for text in cells if text)
+        place = next((url.partition("?")[0] for url in urls if url), folder / first)  # a query may hold a secret
+        raise UserError(
+            f"{location}: none of the {sum(map(bool, cells))} images exists; the first, {first!r} in column {column!r}, would be "
+            f"{place}. Give the folder that these names start from with --images, or another column with --file"
+        )
+    return ListedImages(location, folder, files), np.array([bool(file) for file in files])
+
+
+def _url(text: str, root: str) -> str:
+    """Return the URL that a cell means, or an empty text for a path on this machine."""
+    if is_url(text) or not text:
+        return text
+    if not is_url(root):
+        return ""
+    folder, question_mark, query = root.partition("?")
+    return f"{folder.rstrip('/')}/{text.replace(chr(92), '/').removeprefix('./').lstrip('/')}{question_mark}{query}"
+
+
+def find_files(texts: Sequence[str], root: Path) -> list[str]:
+    """Return the file that each text means, relative to a folder or absolute; empty where there is none.
+
+    A text may have backslashes, and may lack the extension if exactly one image has that name.
+    """
+    listings = _Listings(root)
+    return [listings.find(text) if text else "" for text in texts]
+
+
+class _Listings:
+    """Contents of the folders that files are looked for in; each folder is listed once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folders: dict[str, dict[str, list[str]]] = {}  # folder -> name, with and without extension -> names
+
+    def find(self, text: str) -> str:
+        """Return the file that a text means, or an empty text."""
+        for name in dict.fromkeys((text, text.replace("\\", "/"))):
+            path = PurePosixPath(name)
+            found = self._names(str(path.parent)).get(path.name, [])
+            if path.name in found:
+                return str(path)
+            if len(found) == 1:
+                return str(path.parent / found[0])
+        return ""
+
+    def _names(self, folder: str) -> dict[str, list[str]]:
+        if folder not in self._folders:
+            names: dict[str, list[str]] = {}
+            try:
+                with os.scandir(self._root / folder) as entries:
+                    listed = [entry.name for entry in entries if not entry.is_dir()]
+            except OSError:
+                listed = []
+            for name in listed:
+                path = PurePosixPath(name)
+                names.setdefault(name, []).append(name)
+                if path.suffix.lower() in EXTENSIONS:
+                    names.setdefault(path.stem, []).append(name)
+            self._folders[folder] = names
+        return self._folders[folder]
