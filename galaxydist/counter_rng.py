@@ -75,6 +75,8 @@ class Stream(IntEnum):
     GALAXY_DRAWS = 4
     POSITIONS = 5
     STORAGE = 6
+    SPLIT_CELL = 7
+    SPLIT_ID = 8
     ANGLE = 16
     FLIP = 17
     ZOOM = 18

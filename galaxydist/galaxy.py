@@ -26,6 +26,9 @@ GALAXY10_CLASSES = (
 GALAXY10_COUNTS = (1081, 1853, 2645, 2027, 334, 2043, 1829, 2628, 1423, 1873)
 
 SPLITS = ("train", "val", "test")
+# A fourth part of some surveys: galaxies too close to another split's part of the sky. It is stored and counted, and no model is
+# trained, chosen or evaluated on it.
+MARGIN = "margin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,9 @@ class Survey(Protocol):
         name: the data set's name in tables and figures (``galaxy10_decals``, ``simulated``, a folder's name).
         variant: ``original`` or ``balanced``.
         class_names: by label.
-        labels: N int64, the label of every row.
-        splits: split name -> sorted int64 rows. A row is in one split or in none (the balanced variant leaves most out).
+        labels: N int64, the label of every row; -1 if unlabelled.
+        splits: split name -> sorted int64 rows. A row is in one split or in none (the balanced variant leaves most out). The
+            names are ``SPLITS``, and ``MARGIN`` where a survey has such galaxies.
         source_hash: SHA-256 (hex) of the source's galaxies, labels and splits.
         slab_length: number of consecutive rows that are cheapest to read together.
     """

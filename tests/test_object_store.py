@@ -15,13 +15,13 @@ import fsspec
 import pytest
 import torch
 
+from galaxydist import object_store as stores
+from galaxydist import object_store as transfers
 from galaxydist.bench.flaky_server import TROUBLES, Behaviour, FileServer, every
 from galaxydist.errors import UserError
 from galaxydist.loading.loader import Batch, EvalLoader, TrainLoader
 from galaxydist.object_store import StoppedError, Store, download
 from galaxydist.shards.manifest import Manifest, read_manifest
-from galaxydist.shards.remote import object_store as stores
-from galaxydist.shards.remote import object_store as transfers
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.writer.writer import write_shards

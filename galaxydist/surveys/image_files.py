@@ -30,9 +30,7 @@ _UNDECODABLE = (OSError, SyntaxError, ValueError, OverflowError, struct.error, z
 
 
 def read_image(path: Path) -> NDArray[np.uint8] | EncodedImage:
-    """Read an image file: the bytes of an RGB JPEG or PNG, of which only the header is parsed, else H x W x 3 uint8 pixels.
-
-    Images that are not displayed as stored (rotated by EXIF orientation, or transparent) are returned as pixels, too.
+    """Read an image file, as :func:`parse_image` does.
 
     Raises:
         DamagedImageError: the file cannot be read, is not an image or does not have 8-bit colours.
@@ -42,14 +40,29 @@ def read_image(path: Path) -> NDArray[np.uint8] | EncodedImage:
     except OSError as error:
         target = f", a broken link to {path.readlink()}" if path.is_symlink() and not path.exists() else ""
         raise DamagedImageError(f"{path} cannot be read: {error.strerror}{target}") from error
+    return parse_image(data, path)
+
+
+def parse_image(data: bytes, name: object) -> NDArray[np.uint8] | EncodedImage:
+    """Return the bytes of an RGB JPEG or PNG file, of which only the header is parsed, else H x W x 3 uint8 pixels.
+
+    Images that are not displayed as stored (rotated by EXIF orientation, or transparent) are returned as pixels, too.
+
+    Args:
+        data: the file's bytes.
+        name: the file, for messages.
+
+    Raises:
+        DamagedImageError: the file is not an image or does not have 8-bit colours.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
             is_plain = image.mode == "RGB" and not image.has_transparency_data and not _is_turned(image, data)
             if is_plain and image.format in _PASSED_ON:
-                return EncodedImage(data, _PASSED_ON[image.format], str(path))
+                return EncodedImage(data, _PASSED_ON[image.format], str(name))
     except _UNDECODABLE as error:
-        raise _undecodable(path, len(data), error) from error
-    return decode_file(data, path)
+        raise _undecodable(name, len(data), error) from error
+    return decode_file(data, name)
 
 
 def decode_file(data: bytes, name: object) -> NDArray[np.uint8]:

@@ -29,6 +29,7 @@ from galaxydist.surveys.split import (
     build_candidates,
     check_positions,
     cut,
+    id_keys,
     join_groups,
     rows_by_split,
     split_balanced,
@@ -212,8 +213,7 @@ def _candidates(labels: list[int], class_names: tuple[str, ...], rows: list[Fold
     if all(isinstance(number, int) and number >= 0 for number in source_rows):
         keys = np.array(source_rows, np.uint64)
     else:
-        digests = (hashlib.sha256(row.id.encode()).digest() for row in rows)
-        keys = np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64)
+        keys = id_keys(row.id for row in rows)
     seed = official_split.SPLIT_SEED
     return build_candidates(np.array(labels, np.int64), ra, dec, class_names=class_names, seed=seed, keys=keys)
 

@@ -1,10 +1,12 @@
 """Train, validation and test splits as pure functions of labels, sky positions and a seed.
 
-A split code is 0 train, 1 val, 2 test (the order of ``galaxy.SPLITS``) or -1 for a galaxy in no split. Galaxies that appear in
-each other's images, or have equal images, form a group; no group is divided between splits.
+A split code is 0 train, 1 val, 2 test (the order of ``galaxy.SPLITS``), 3 for the margin between them on the sky
+(``sky_cells.py``), or -1 for a galaxy in no split. Galaxies that appear in each other's images, or have equal images, form a
+group; no group is divided between splits.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from galaxydist.counter_rng import hash64, uniform
 from galaxydist.errors import UserError
-from galaxydist.galaxy import SPLITS
+from galaxydist.galaxy import MARGIN, SPLITS
 
 # Sky positions: groups of neighbours, and positions with two labels.
 
@@ -135,7 +137,7 @@ def _connect(pairs: NDArray[np.int64], length: int) -> NDArray[np.int64]:
 Rows = NDArray[np.int64]
 Codes = NDArray[np.int8]
 
-NONE, TRAIN, VAL, TEST = -1, 0, 1, 2
+NONE, TRAIN, VAL, TEST, IN_MARGIN = -1, 0, 1, 2, 3
 MIN_PER_CLASS = 3  # one for each split
 
 # Streams of the counter-based RNG. The numbers are part of every frozen split: never reuse one.
@@ -204,6 +206,12 @@ def build_candidates(
     """
     keys = np.arange(len(labels), dtype=np.uint64) if keys is None else keys
     return SplitCandidates(labels, class_names, read_sky(labels, ra, dec), keys, seed)
+
+
+def id_keys(ids: Iterable[str]) -> NDArray[np.uint64]:
+    """Return a hash key of each id: the first 8 bytes of its SHA-256. It stays the same when galaxies are added or removed."""
+    digests = (hashlib.sha256(name.encode()).digest() for name in ids)
+    return np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.uint64)
 
 
 def check_classes(galaxies: SplitCandidates, at_least: int = MIN_PER_CLASS) -> None:
@@ -356,8 +364,9 @@ def split_fold(galaxies: SplitCandidates, k: int, num_folds: int) -> Codes:
 
 
 def rows_by_split(codes: Codes) -> Mapping[str, Rows]:
-    """Return the sorted rows of each split by name."""
-    return {name: np.flatnonzero(codes == code).astype(np.int64) for code, name in enumerate(SPLITS)}
+    """Return the sorted rows of each split by name; the margin only if it has galaxies."""
+    names = (*SPLITS, MARGIN) if (codes == IN_MARGIN).any() else SPLITS
+    return {name: np.flatnonzero(codes == code).astype(np.int64) for code, name in enumerate(names)}
 
 
 def _apportion(counts: NDArray[np.int64], seats: int, seed: int) -> NDArray[np.int64]:

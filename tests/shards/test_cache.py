@@ -21,12 +21,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from galaxydist import object_store as transfers
 from galaxydist.bench.flaky_server import Behaviour, FileServer, every
 from galaxydist.errors import UserError
 from galaxydist.loading.loader import Batch, DecodeOptions, EvalLoader, RankInfo, TrainLoader
 from galaxydist.shards.manifest import Manifest, read_manifest
 from galaxydist.shards.order import EpochOrder
-from galaxydist.shards.remote import object_store as transfers
 from galaxydist.shards.remote.cache import Cache, CacheConfig, CacheEntry, SharedFile
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.shard_usage import INTERVAL, FetchQueue

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from galaxydist import object_store as transfers
 from galaxydist.bench.flaky_server import Behaviour, FileServer, every
 from galaxydist.errors import UserError
 from galaxydist.shards import catalogue as catalogues
@@ -29,7 +30,6 @@ from galaxydist.shards.catalogue import (
     write_catalogue,
 )
 from galaxydist.shards.manifest import Manifest, catalogue_name, read_manifest
-from galaxydist.shards.remote import object_store as transfers
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
 from galaxydist.shards.verify import check_columns, check_shards

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
+from galaxydist import object_store
 from galaxydist.loading.loader import DecodeOptions, RankInfo, TrainLoader
 from galaxydist.shards.manifest import read_manifest
 from galaxydist.shards.order import EpochOrder
-from galaxydist.shards.remote import object_store
 from galaxydist.shards.remote.cache import CacheConfig
 from galaxydist.shards.remote.open import open_shards
 
