@@ -259,8 +259,8 @@ def _class_numbers(path: Path, name: str, values: NDArray[Any]) -> NDArray[np.in
     """Return the class numbers of an N x K array with a single one in each row."""
     if values.dtype.kind not in "iufb" or not (np.isin(values, (0, 1)).all() and (values.sum(axis=1) == 1).all()):
         raise UserError(
-            f"{path}: {name!r} is {values.dtype} of shape {values.shape}, neither a class number for each image nor a single 1 in "
-            "each row; name another data set with --label"
+            f"{path}: {name!r} is {values.dtype} of shape {values.shape}, neither a class number for each image nor a single 1 "
+            "in each row; name another data set with --label"
         )
     return np.asarray(values.argmax(axis=1), np.int64)
 
